@@ -1,0 +1,3 @@
+//! Placeholder of the workspace's first commit.
+
+fn main() {}
