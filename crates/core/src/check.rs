@@ -1,0 +1,50 @@
+//! What a check of an image found and mended.
+
+/// What a check may mend.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Repair {
+    /// Nothing.
+    #[default]
+    No,
+    /// Space that nothing refers to.
+    Leaks,
+    /// All that can be.
+    All,
+}
+
+/// What opening an image mended by itself.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Repaired {
+    /// Leaked clusters freed.
+    pub leaks: u64,
+    /// Inconsistencies mended.
+    pub corruptions: u64,
+}
+
+/// The outcome of a check. Counters follow the original's report.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct CheckReport {
+    /// Inconsistencies that can lose data.
+    pub corruptions: u64,
+    /// Clusters that nothing refers to.
+    pub leaks: u64,
+    /// Errors that kept the check from looking everywhere.
+    pub check_errors: u64,
+    /// Inconsistencies mended.
+    pub corruptions_fixed: u64,
+    /// Leaks mended.
+    pub leaks_fixed: u64,
+    /// Where the image ends in the file.
+    pub image_end_offset: u64,
+    /// How many clusters the guest's disk has.
+    pub total_clusters: u64,
+    /// How many of them are allocated.
+    pub allocated_clusters: u64,
+    /// How many of those are compressed.
+    pub compressed_clusters: u64,
+    /// How many of those do not follow the one before.
+    pub fragmented_clusters: u64,
+    /// What was found and done, a line each as the original prints them (`ERROR ...`, `Leaked cluster ...`), in
+    /// order.
+    pub messages: Vec<String>,
+}

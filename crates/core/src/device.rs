@@ -1,0 +1,232 @@
+//! A flat array of bytes, wherever it lives.
+
+use std::fmt::Debug;
+use std::sync::Arc;
+
+use crate::{ByteRange, Error, ErrorKind, Result};
+
+/// A flat array of bytes: a file, a network export, a decrypted view, an opened image.
+///
+/// Every method takes `&self`, moves the whole request or fails, and may be called from many threads at once.
+pub trait Device: Debug + Send + Sync {
+    /// How many bytes there are.
+    fn len(&self) -> u64;
+
+    /// Whether there are none.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// What requests suit the device; fixed once it is open.
+    fn limits(&self) -> &Limits;
+
+    /// Fills `buf` with the bytes from `offset` on.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Corrupt`] where bytes are asked for beyond [`Device::len`], else what the operating system says.
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()>;
+
+    /// Writes all of `buf` at `offset`. A file grows when it is written beyond its end.
+    ///
+    /// # Errors
+    /// What the operating system says.
+    fn write_at(&self, buf: &[u8], offset: u64) -> Result<()>;
+
+    /// Makes `range` read as zeroes.
+    ///
+    /// # Errors
+    /// What the operating system says.
+    fn write_zeroes(&self, range: ByteRange, mode: ZeroMode) -> Result<()>;
+
+    /// Gives up the contents of `range`; what it reads as afterwards is the device's own matter.
+    ///
+    /// # Errors
+    /// What the operating system says. A device that cannot discard does nothing.
+    fn discard(&self, range: ByteRange) -> Result<()>;
+
+    /// What is known about the bytes at the start of `range`, and how far that holds. `range` is not empty and inside
+    /// the device; neither is the answer's extent.
+    ///
+    /// # Errors
+    /// What the operating system says, and damage found in tables on the way.
+    fn status(&self, range: ByteRange, want: Want) -> Result<Extent>;
+
+    /// Makes everything written so far durable.
+    ///
+    /// # Errors
+    /// What the operating system says.
+    fn flush(&self) -> Result<()>;
+
+    /// Changes the length; what is new reads as zeroes.
+    ///
+    /// # Errors
+    /// What the operating system says, and modes that the device does not offer.
+    fn resize(&self, len: u64, preallocation: Preallocation) -> Result<()>;
+
+    /// Moves `len` bytes from `offset` here to `target_offset` of `target` without passing them through this
+    /// process, if the two devices know a way. `Ok(false)` means nothing was done and the caller copies.
+    ///
+    /// # Errors
+    /// What the operating system says after it began.
+    fn copy_to(&self, _range: ByteRange, _target: &dyn Device, _target_offset: u64) -> Result<bool> {
+        Ok(false)
+    }
+
+    /// The file behind the device, for [`Device::copy_to`] between two of them.
+    fn as_file(&self) -> Option<&std::fs::File> {
+        None
+    }
+
+    /// Bytes taken on the storage below, where that is known.
+    fn allocated_bytes(&self) -> Option<u64> {
+        None
+    }
+
+    /// The name to show for it.
+    fn name(&self) -> String {
+        String::new()
+    }
+}
+
+/// What requests suit a device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Offsets and lengths of requests are best multiples of this; 1 if any will do. The device copes with others.
+    pub alignment: u32,
+    /// The largest request it takes in one piece.
+    pub max_transfer: u32,
+    /// How many requests it wants in flight.
+    pub parallelism: u32,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            alignment: 1,
+            max_transfer: 1 << 30,
+            parallelism: 8,
+        }
+    }
+}
+
+/// How zeroes come about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ZeroMode {
+    /// Storage may be given back.
+    Unmap,
+    /// Storage stays allocated.
+    KeepAllocated,
+    /// As either, but fail with [`ErrorKind::Unsupported`] instead of writing zeroes byte by byte.
+    FastOnly,
+}
+
+/// How much trouble [`Device::status`] takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Want {
+    /// Which layer has the bytes is enough; holes of the storage below are not looked for.
+    Allocation,
+    /// Also whether they read as zero, where tables and the file system can tell without reading.
+    Zeroes,
+}
+
+/// What a run of bytes is.
+#[derive(Clone, Debug)]
+pub struct Extent {
+    /// How many bytes the answer holds for; never zero.
+    pub len: u64,
+    /// What kind of bytes they are.
+    pub kind: ExtentKind,
+    /// How many images further down the chain the bytes come from; 0 is the image asked.
+    pub depth: u32,
+    /// Where the first byte lies, if it lies anywhere as it is.
+    pub host: Option<(Arc<dyn Device>, u64)>,
+}
+
+/// The kinds of [`Extent`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ExtentKind {
+    /// Bytes that have to be read to be known.
+    Data,
+    /// Bytes that have to be decompressed.
+    Compressed,
+    /// Reads as zero; with [`Extent::host`] if storage is set aside for it.
+    Zero,
+    /// A hole of the storage below: allocated as far as the format is concerned, reads as zero.
+    Hole,
+    /// No image of the chain has it; reads as zero.
+    Unallocated,
+}
+
+impl ExtentKind {
+    /// Whether the bytes are known to be zero.
+    pub fn is_zero(self) -> bool {
+        matches!(self, Self::Zero | Self::Hole | Self::Unallocated)
+    }
+}
+
+/// How much of a new area is set aside at once.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Preallocation {
+    /// Nothing.
+    #[default]
+    Off,
+    /// The format's own tables, but no storage.
+    Metadata,
+    /// Storage by `fallocate`.
+    Falloc,
+    /// Storage by writing zeroes.
+    Full,
+}
+
+impl Preallocation {
+    /// The mode of this name.
+    pub fn from_name(name: &str) -> Option<Self> {
+        [Self::Off, Self::Metadata, Self::Falloc, Self::Full]
+            .into_iter()
+            .find(|mode| mode.name() == name)
+    }
+
+    /// The name on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Off => "off",
+            Self::Metadata => "metadata",
+            Self::Falloc => "falloc",
+            Self::Full => "full",
+        }
+    }
+}
+
+impl dyn Device + '_ {
+    /// Reads at `offset` what there is, and zeroes for what lies beyond the end: metadata at the end of a file that is
+    /// not padded.
+    ///
+    /// # Errors
+    /// As [`Device::read_at`].
+    pub fn read_padded(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        let there = usize::try_from(self.len().saturating_sub(offset))
+            .unwrap_or(usize::MAX)
+            .min(buf.len());
+        let (head, tail) = buf.split_at_mut(there);
+        tail.fill(0);
+        if head.is_empty() {
+            Ok(())
+        } else {
+            self.read_at(head, offset)
+        }
+    }
+
+    /// Checks that `len` bytes from `offset` on lie inside the device.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Corrupt`] if they do not.
+    pub fn require(&self, offset: u64, len: u64) -> Result<()> {
+        match offset.checked_add(len) {
+            Some(end) if end <= self.len() => Ok(()),
+            _ => Err(Error::new(
+                ErrorKind::Corrupt,
+                format!("Bytes at offset {offset:#x} lie beyond the end of the file"),
+            )),
+        }
+    }
+}

@@ -1,0 +1,225 @@
+//! The one error type: a message for each level, joined by whoever prints.
+
+use std::fmt;
+use std::io;
+
+/// A result whose error is [`Error`].
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// What went wrong, for control flow only; the words are in the message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ErrorKind {
+    /// A file, snapshot or bitmap does not exist.
+    NotFound,
+    /// The operating system or the image does not permit it (read-only, permissions).
+    Permission,
+    /// Another process holds the image.
+    Locked,
+    /// What the caller asked for makes no sense.
+    Invalid,
+    /// The bytes do not form an image that can be used.
+    Corrupt,
+    /// Valid, but not something this program can do.
+    Unsupported,
+    /// The caller's [`Gate`](crate::Gate) refused a file.
+    Denied,
+    /// A number read from an image exceeds a limit or the memory budget.
+    Limit,
+    /// No space left on the device.
+    NoSpace,
+    /// Any other failure of the operating system.
+    Io,
+}
+
+/// An error of this library.
+///
+/// `Display` prints one level; [`Error::chain`] joins the levels with `": "`, as the command line prints them.
+/// No message ends in a full stop; offsets are printed in hex.
+pub struct Error {
+    inner: Box<Inner>,
+}
+
+struct Inner {
+    kind: ErrorKind,
+    message: String,
+    source: Option<Error>,
+    hint: Option<String>,
+    errno: Option<i32>,
+}
+
+impl Error {
+    /// An error of `kind` with the words of this level.
+    pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
+        Self {
+            inner: Box::new(Inner {
+                kind,
+                message: message.into(),
+                source: None,
+                hint: None,
+                errno: None,
+            }),
+        }
+    }
+
+    /// Something the caller asked for that makes no sense.
+    pub fn invalid(message: impl Into<String>) -> Self {
+        Self::new(ErrorKind::Invalid, message)
+    }
+
+    /// Bytes that form no usable image.
+    pub fn corrupt(message: impl Into<String>) -> Self {
+        Self::new(ErrorKind::Corrupt, message)
+    }
+
+    /// Something valid that cannot be done here.
+    pub fn unsupported(message: impl Into<String>) -> Self {
+        Self::new(ErrorKind::Unsupported, message)
+    }
+
+    /// An error number of the operating system, with the bare text of `strerror`.
+    pub fn from_errno(errno: i32) -> Self {
+        Self::from(io::Error::from_raw_os_error(errno))
+    }
+
+    /// Puts `message` in front; the kind, error number and hint of what is below stay in force.
+    #[must_use]
+    pub fn context(self, message: impl Into<String>) -> Self {
+        let (kind, errno) = (self.kind(), self.errno());
+        Self {
+            inner: Box::new(Inner {
+                kind,
+                message: message.into(),
+                source: Some(self),
+                hint: None,
+                errno,
+            }),
+        }
+    }
+
+    /// Adds what the user can do about it, printed on a line of its own.
+    #[must_use]
+    pub fn hint(mut self, hint: impl Into<String>) -> Self {
+        self.inner.hint = Some(hint.into());
+        self
+    }
+
+    /// What kind of failure this is.
+    pub fn kind(&self) -> ErrorKind {
+        self.inner.kind
+    }
+
+    /// The operating system's error number, if one is at the bottom of the chain.
+    pub fn errno(&self) -> Option<i32> {
+        self.inner.errno
+    }
+
+    /// All levels joined with `": "`.
+    pub fn chain(&self) -> String {
+        let mut text = self.inner.message.clone();
+        let mut next = &self.inner.source;
+        while let Some(error) = next {
+            text.push_str(": ");
+            text.push_str(&error.inner.message);
+            next = &error.inner.source;
+        }
+        text
+    }
+
+    /// The hint closest to the top, if any level has one.
+    pub fn hint_line(&self) -> Option<&str> {
+        let mut level = Some(self);
+        while let Some(error) = level {
+            if let Some(hint) = &error.inner.hint {
+                return Some(hint);
+            }
+            level = error.inner.source.as_ref();
+        }
+        None
+    }
+
+    /// The words at the bottom of the chain, which the original prints alone where it reports an error number.
+    pub fn root(&self) -> &str {
+        let mut level = self;
+        while let Some(source) = &level.inner.source {
+            level = source;
+        }
+        &level.inner.message
+    }
+}
+
+impl From<io::Error> for Error {
+    fn from(error: io::Error) -> Self {
+        let kind = match error.kind() {
+            io::ErrorKind::NotFound => ErrorKind::NotFound,
+            io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => ErrorKind::Permission,
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => ErrorKind::NoSpace,
+            _ => ErrorKind::Io,
+        };
+        let mut text = error.to_string();
+        // std appends " (os error 2)", which the original does not print.
+        if let (Some(at), Some(_)) = (text.rfind(" (os error "), error.raw_os_error()) {
+            text.truncate(at);
+        }
+        let mut result = Self::new(kind, text);
+        result.inner.errno = error.raw_os_error();
+        result
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.inner.message)
+    }
+}
+
+impl fmt::Debug for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?}: {}", self.kind(), self.chain())
+    }
+}
+
+impl std::error::Error for Error {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.inner.source.as_ref().map(|source| source as _)
+    }
+}
+
+/// Adds context to the error of a result.
+pub trait ResultExt<T> {
+    /// Puts the words that `message` makes in front of an error.
+    ///
+    /// # Errors
+    /// The error of `self`, one level deeper.
+    fn context<S: Into<String>>(self, message: impl FnOnce() -> S) -> Result<T>;
+}
+
+impl<T, E: Into<Error>> ResultExt<T> for std::result::Result<T, E> {
+    fn context<S: Into<String>>(self, message: impl FnOnce() -> S) -> Result<T> {
+        self.map_err(|error| error.into().context(message()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn os_errors_print_the_bare_text() {
+        assert_eq!(Error::from_errno(2).to_string(), "No such file or directory");
+    }
+
+    #[test]
+    fn levels_are_joined_and_kind_and_number_survive() {
+        let error = Error::from_errno(28).context("Could not write").context("Outer");
+        assert_eq!(error.chain(), "Outer: Could not write: No space left on device");
+        assert_eq!((error.kind(), error.errno()), (ErrorKind::NoSpace, Some(28)));
+        assert_eq!(error.root(), "No space left on device");
+    }
+
+    #[test]
+    fn the_hint_nearest_the_top_is_shown() {
+        let error = Error::invalid("a").hint("low").context("b");
+        assert_eq!(error.hint_line(), Some("low"));
+        assert_eq!(error.hint("high").hint_line(), Some("high"));
+    }
+}

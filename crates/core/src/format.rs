@@ -1,0 +1,150 @@
+//! The entries of the format table.
+
+use std::fmt::Debug;
+use std::sync::Arc;
+
+use crate::options::{OptionDef, Options};
+use crate::{Budget, Device, Error, Gate, Layer, Permissions, Result};
+
+/// How sure a format is that an image is one of its own: 0 is not at all, 1 is raw's "anything could be".
+pub type Score = u32;
+
+/// What probing looks at.
+#[derive(Clone, Copy, Debug)]
+pub struct Probe<'a> {
+    /// The first bytes of the file, up to 2048.
+    pub head: &'a [u8],
+    /// The file's name, for formats known by it.
+    pub name: &'a str,
+}
+
+/// A format: a unit struct listed once in the table of formats; its options are data.
+pub trait Format: Debug + Sync {
+    /// The name on the command line.
+    fn name(&self) -> &'static str;
+
+    /// How sure it is; the highest score wins.
+    fn probe(&self, probe: &Probe<'_>) -> Score;
+
+    /// What the file is locked for when an image of this format is opened to `write` or to read.
+    fn permissions(&self, write: bool) -> Permissions {
+        if write {
+            Permissions::WRITE
+        } else {
+            Permissions::READ
+        }
+    }
+
+    /// Opens the image on a device.
+    ///
+    /// # Errors
+    /// Everything that is wrong with it, and files that the gate refused.
+    fn open(&self, request: OpenRequest<'_>) -> Result<Arc<dyn Layer>>;
+
+    /// The options of `create`: parsing, `-o help` and documentation come from this slice.
+    fn create_options(&self) -> &'static [OptionDef];
+
+    /// Whether images of this format can have a backing file.
+    fn has_backing(&self) -> bool {
+        false
+    }
+
+    /// Whether clusters can be compressed.
+    fn has_compression(&self) -> bool {
+        false
+    }
+
+    /// Checks what needs no file to check, before one is made.
+    ///
+    /// # Errors
+    /// Options that do not fit together.
+    fn create(&self, request: CreateRequest<'_>) -> Result<()>;
+
+    /// How large a file would be.
+    ///
+    /// # Errors
+    /// Options that make no sense, and reading the source's tables.
+    fn measure(&self, _options: &Options, _source: MeasureSource<'_>) -> Result<Measure> {
+        Err(Error::unsupported(format!(
+            "Block driver '{}' does not support size measurement",
+            self.name()
+        )))
+    }
+}
+
+/// What an image is opened with.
+#[derive(Debug)]
+pub struct OpenRequest<'a> {
+    /// Where its bytes are.
+    pub file: Arc<dyn Device>,
+    /// Its name, for messages and as the start of relative names.
+    pub name: &'a str,
+    /// Whether it will be changed.
+    pub write: bool,
+    /// Opened by `check`: damage that the check can mend does not keep the image from being opened.
+    pub for_check: bool,
+    /// Only facts are wanted: files with the guest's data need not be there.
+    pub no_data: bool,
+    /// Take no locks that others could mind, as `-U` asks for.
+    pub force_share: bool,
+    /// Opens what the image refers to.
+    pub gate: &'a dyn Gate,
+    /// Memory for tables.
+    pub budget: Budget,
+}
+
+impl Debug for dyn Gate + '_ {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Gate")
+    }
+}
+
+/// What an image is made from. The file exists and is empty, or is a device with enough room.
+#[derive(Debug)]
+pub struct CreateRequest<'a> {
+    /// Where the image goes.
+    pub file: Arc<dyn Device>,
+    /// Its name, for messages.
+    pub name: &'a str,
+    /// The disk's size in bytes.
+    pub size: u64,
+    /// What the user asked for.
+    pub options: &'a Options,
+    /// Opens a data file that the options name; it exists.
+    pub gate: &'a dyn Gate,
+}
+
+/// What `measure` measures for.
+#[derive(Clone, Copy, Debug)]
+pub enum MeasureSource<'a> {
+    /// An empty disk of this many bytes.
+    Size(u64),
+    /// The contents of an opened image.
+    Image(&'a crate::Image),
+}
+
+impl MeasureSource<'_> {
+    /// The disk's size in bytes.
+    pub fn len(&self) -> u64 {
+        match self {
+            Self::Size(len) => *len,
+            Self::Image(image) => image.len(),
+        }
+    }
+
+    /// Whether the disk has no bytes.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// How large a file would be, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Measure {
+    /// For what is there now.
+    pub required: u64,
+    /// When every byte of the disk has been written.
+    pub fully_allocated: u64,
+    /// What persistent bitmaps take on top, where the source has any.
+    pub bitmaps: Option<u64>,
+}

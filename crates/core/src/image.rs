@@ -1,0 +1,390 @@
+//! A layer with the image below it: the device that a guest would see.
+//!
+//! This is the only code that walks a backing chain, pads a short backing file, fills in a partly written cluster and
+//! checks bounds, so that no format can get them wrong.
+//!
+//! ```text
+//!   guest bytes   |-------- len() --------|
+//!   layer         [data][ ? ][zero][  ?   ]      ? = unallocated: ask the image below
+//!   backing             [data]     [ ? |          its end: zeroes from there on
+//!   its backing                    [dat]
+//! ```
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::{
+    ByteRange, Device, Encoded, Error, ErrorKind, Extent, ExtentKind, Layer, Limits, Preallocation,
+    ResizeRequest, Result, Run, RunKind, Want, WriteRun, ZeroMode, align_down, is_zero,
+};
+
+/// An opened image and its backing chain.
+#[derive(Debug)]
+pub struct Image {
+    layer: Arc<dyn Layer>,
+    backing: Option<Arc<Image>>,
+    name: String,
+    write: bool,
+    limits: Limits,
+    /// The cluster decoded last: small reads of compressed images come one after the other.
+    decoded: Mutex<Option<(Encoded, Arc<[u8]>)>>,
+}
+
+/// Zeroes are written in pieces of this size where nothing faster works.
+const ZERO_CHUNK: usize = 1 << 20;
+
+impl Image {
+    /// Puts `layer` on top of `backing`. `name` is what the user called it.
+    pub fn new(
+        layer: Arc<dyn Layer>,
+        backing: Option<Arc<Image>>,
+        name: impl Into<String>,
+        write: bool,
+    ) -> Self {
+        let limits = Limits {
+            alignment: 1,
+            ..layer.file().limits().clone()
+        };
+        Self {
+            layer,
+            backing,
+            name: name.into(),
+            write,
+            limits,
+            decoded: Mutex::new(None),
+        }
+    }
+
+    /// The layer on top.
+    pub fn layer(&self) -> &Arc<dyn Layer> {
+        &self.layer
+    }
+
+    /// The image below.
+    pub fn backing(&self) -> Option<&Arc<Image>> {
+        self.backing.as_ref()
+    }
+
+    /// Whether it was opened for writing.
+    pub fn is_writable(&self) -> bool {
+        self.write
+    }
+
+    /// The same image without what is below: reads see only what this layer has itself.
+    #[must_use]
+    pub fn without_backing(&self) -> Self {
+        Self::new(Arc::clone(&self.layer), None, self.name.clone(), self.write)
+    }
+
+    /// Stores the encoded form of one whole cluster.
+    ///
+    /// # Errors
+    /// As [`Device::write_at`].
+    pub fn write_encoded(&self, offset: u64, bytes: &[u8]) -> Result<()> {
+        self.require_writable()?;
+        self.forget_decoded();
+        self.layer.write_encoded(offset, bytes)
+    }
+
+    /// Changes the size of the disk.
+    ///
+    /// # Errors
+    /// What the format cannot do.
+    pub fn resize_with(&self, request: &ResizeRequest) -> Result<()> {
+        self.require_writable()?;
+        self.forget_decoded();
+        self.layer.resize(request)
+    }
+
+    fn require_writable(&self) -> Result<()> {
+        if self.write {
+            Ok(())
+        } else {
+            Err(Error::new(ErrorKind::Permission, "Image is read-only"))
+        }
+    }
+
+    fn forget_decoded(&self) {
+        *self.decoded.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
+    /// Who has the bytes at the start of `range`: the image of the chain, how deep it is, and the run. An unallocated
+    /// run below a short image reads as zeroes that belong to that image.
+    fn resolve(&self, range: ByteRange) -> Result<(&Image, u32, Run)> {
+        let (mut image, mut depth, mut range) = (self, 0, range);
+        loop {
+            let run = image.layer.map(range)?;
+            debug_assert!(
+                run.len > 0 && run.len <= range.len(),
+                "{}: bad run {run:?}",
+                image.layer.format()
+            );
+            let (RunKind::Unallocated, Some(below)) = (&run.kind, &image.backing) else {
+                return Ok((image, depth, run));
+            };
+            range = range.first(run.len);
+            (image, depth) = (below, depth + 1);
+            let there = range.intersect(ByteRange::new(0, below.len()));
+            if there.is_empty() {
+                return Ok((
+                    below,
+                    depth,
+                    Run {
+                        len: range.len(),
+                        kind: RunKind::Zero { host: None },
+                    },
+                ));
+            }
+            range = there;
+        }
+    }
+
+    fn check_bounds(&self, offset: u64, len: u64) -> Result<ByteRange> {
+        match offset.checked_add(len) {
+            Some(end) if end <= self.len() => Ok(ByteRange::new(offset, end)),
+            _ => Err(Error::from_errno(EIO)),
+        }
+    }
+
+    /// Reads a run of this image's own layer into `buf`, which is as long as the run.
+    fn read_run(&self, run: &Run, guest: u64, buf: &mut [u8]) -> Result<()> {
+        match &run.kind {
+            RunKind::Zero { .. } | RunKind::Unallocated => buf.fill(0),
+            RunKind::Data { device, offset, .. } => {
+                // The last cluster of a file need not be padded, but a cluster wholly beyond its end was never there.
+                if align_down(*offset, self.layer.granularity()) >= device.len() {
+                    device.require(*offset, buf.len() as u64)?;
+                }
+                device.read_padded(buf, *offset)?;
+            }
+            RunKind::Encoded(encoded) if encoded.cluster == ByteRange::at(guest, buf.len() as u64) => {
+                self.layer.decode(encoded, buf)?;
+            }
+            RunKind::Encoded(encoded) => {
+                let cluster = self.decode_cluster(encoded)?;
+                let skip = usize::try_from(guest - encoded.cluster.start()).unwrap_or(usize::MAX);
+                let part = cluster.get(skip..).and_then(|rest| rest.get(..buf.len()));
+                buf.copy_from_slice(part.ok_or_else(|| Error::corrupt("Run lies outside its cluster"))?);
+            }
+        }
+        Ok(())
+    }
+
+    fn decode_cluster(&self, encoded: &Encoded) -> Result<Arc<[u8]>> {
+        let remembered = self
+            .decoded
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone();
+        if let Some((key, cluster)) = remembered
+            && key == *encoded
+        {
+            return Ok(cluster);
+        }
+        let len = usize::try_from(encoded.cluster.len()).map_err(|_| Error::corrupt("Cluster too large"))?;
+        let mut cluster = vec![0; len];
+        self.layer.decode(encoded, &mut cluster)?;
+        let cluster: Arc<[u8]> = cluster.into();
+        *self.decoded.lock().unwrap_or_else(PoisonError::into_inner) = Some((*encoded, Arc::clone(&cluster)));
+        Ok(cluster)
+    }
+
+    /// Writes the part of `run` that lies outside `request` with what the disk holds there.
+    fn fill_around(&self, run: &WriteRun, request: ByteRange) -> Result<()> {
+        // Storage beyond the end of the file was never written: zeroes there need no writing.
+        let fresh = run.offset >= run.device.len();
+        let sides = [
+            ByteRange::new(run.guest.start(), request.start()),
+            ByteRange::new(request.end(), run.guest.end()),
+        ];
+        for side in sides.into_iter().filter(|side| !side.is_empty()) {
+            let mut buf =
+                vec![0; usize::try_from(side.len()).map_err(|_| Error::corrupt("Cluster too large"))?];
+            let inside = side.intersect(ByteRange::new(0, self.len()));
+            if !inside.is_empty() {
+                let there = usize::try_from(inside.len()).unwrap_or(buf.len());
+                self.read_at(&mut buf[..there], inside.start())?;
+            }
+            if !(fresh && is_zero(&buf)) {
+                run.device
+                    .write_at(&buf, run.offset + (side.start() - run.guest.start()))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn write_zero_bytes(&self, range: ByteRange) -> Result<()> {
+        let zeroes = vec![0; usize::try_from(range.len()).unwrap_or(ZERO_CHUNK).min(ZERO_CHUNK)];
+        let mut rest = range;
+        while !rest.is_empty() {
+            let len = rest.len().min(zeroes.len() as u64);
+            self.write_at(
+                &zeroes[..usize::try_from(len).unwrap_or(ZERO_CHUNK)],
+                rest.start(),
+            )?;
+            rest = rest.skip(len);
+        }
+        Ok(())
+    }
+
+    /// Whether tables alone say that `range` reads as zero.
+    fn is_known_zero(&self, range: ByteRange) -> Result<bool> {
+        let mut rest = range;
+        while !rest.is_empty() {
+            let extent = self.status(rest, Want::Allocation)?;
+            if !extent.kind.is_zero() {
+                return Ok(false);
+            }
+            rest = rest.skip(extent.len);
+        }
+        Ok(true)
+    }
+}
+
+/// `Input/output error`, which the original answers to requests outside an image.
+const EIO: i32 = 5;
+
+impl Device for Image {
+    fn len(&self) -> u64 {
+        self.layer.len()
+    }
+
+    fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        let mut rest = self.check_bounds(offset, buf.len() as u64)?;
+        let mut buf = buf;
+        while !rest.is_empty() {
+            let (image, _, run) = self.resolve(rest)?;
+            let len = usize::try_from(run.len.min(rest.len())).unwrap_or(buf.len());
+            let (head, tail) = buf.split_at_mut(len);
+            image.read_run(&run, rest.start(), head)?;
+            rest = rest.skip(run.len);
+            buf = tail;
+        }
+        Ok(())
+    }
+
+    fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
+        self.require_writable()?;
+        let request = self.check_bounds(offset, buf.len() as u64)?;
+        if request.is_empty() {
+            return Ok(());
+        }
+        self.forget_decoded();
+        let plan = self.layer.plan_write(request)?;
+        for run in plan.runs() {
+            let ours = run.guest.intersect(request);
+            self.fill_around(run, request)?;
+            let from = usize::try_from(ours.start() - request.start()).unwrap_or(0);
+            let len = usize::try_from(ours.len()).unwrap_or(0);
+            run.device.write_at(
+                &buf[from..from + len],
+                run.offset + (ours.start() - run.guest.start()),
+            )?;
+        }
+        plan.commit()
+    }
+
+    fn write_zeroes(&self, range: ByteRange, mode: ZeroMode) -> Result<()> {
+        self.require_writable()?;
+        let range = self.check_bounds(range.start(), range.len())?;
+        self.forget_decoded();
+        let unit = self.layer.granularity();
+        let end = if range.end() == self.len() {
+            range.end()
+        } else {
+            align_down(range.end(), unit)
+        };
+        let middle = ByteRange::new(range.align_in(unit).start(), end);
+        if middle.is_empty() {
+            return if self.is_known_zero(range)? {
+                Ok(())
+            } else {
+                self.write_zero_bytes(range)
+            };
+        }
+        for side in [
+            ByteRange::new(range.start(), middle.start()),
+            ByteRange::new(middle.end(), range.end()),
+        ] {
+            if !side.is_empty() && !self.is_known_zero(side)? {
+                self.write_zero_bytes(side)?;
+            }
+        }
+        match self.layer.write_zeroes(middle, mode) {
+            Err(error) if error.kind() == ErrorKind::Unsupported && mode != ZeroMode::FastOnly => {
+                self.write_zero_bytes(middle)
+            }
+            other => other,
+        }
+    }
+
+    fn discard(&self, range: ByteRange) -> Result<()> {
+        self.require_writable()?;
+        let range = self.check_bounds(range.start(), range.len())?;
+        self.forget_decoded();
+        let unit = self.layer.granularity();
+        let end = if range.end() == self.len() {
+            range.end()
+        } else {
+            align_down(range.end(), unit)
+        };
+        let middle = ByteRange::new(range.align_in(unit).start(), end);
+        if middle.is_empty() {
+            Ok(())
+        } else {
+            self.layer.discard(middle)
+        }
+    }
+
+    fn status(&self, range: ByteRange, want: Want) -> Result<Extent> {
+        let (_, depth, run) = self.resolve(range)?;
+        let extent = |len, kind, host| Extent {
+            len,
+            kind,
+            depth,
+            host,
+        };
+        Ok(match run.kind {
+            RunKind::Zero { host } => extent(run.len, ExtentKind::Zero, host),
+            RunKind::Unallocated => extent(run.len, ExtentKind::Unallocated, None),
+            RunKind::Encoded(_) => extent(run.len, ExtentKind::Compressed, None),
+            RunKind::Data {
+                device,
+                offset,
+                holes,
+            } => {
+                let inside = ByteRange::at(offset, run.len).intersect(ByteRange::new(0, device.len()));
+                if want == Want::Zeroes && holes && !inside.is_empty() {
+                    let below = device.status(inside, want)?;
+                    let kind = if below.kind.is_zero() {
+                        ExtentKind::Hole
+                    } else {
+                        ExtentKind::Data
+                    };
+                    extent(below.len.min(run.len), kind, Some((device, offset)))
+                } else {
+                    extent(run.len, ExtentKind::Data, Some((device, offset)))
+                }
+            }
+        })
+    }
+
+    fn flush(&self) -> Result<()> {
+        if self.write { self.layer.flush() } else { Ok(()) }
+    }
+
+    fn resize(&self, len: u64, preallocation: Preallocation) -> Result<()> {
+        self.resize_with(&ResizeRequest { len, preallocation })
+    }
+
+    fn allocated_bytes(&self) -> Option<u64> {
+        self.layer.file().allocated_bytes()
+    }
+
+    fn name(&self) -> String {
+        self.name.clone()
+    }
+}

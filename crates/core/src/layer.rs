@@ -1,0 +1,235 @@
+//! One opened image without its backing chain: where bytes live, never the bytes themselves.
+
+use std::fmt::Debug;
+use std::sync::Arc;
+
+use crate::{ByteRange, CheckReport, Device, Error, Info, Preallocation, Progress, Repair, Result, ZeroMode};
+
+/// One opened image without its backing chain.
+///
+/// [`Image`](crate::Image) promises that every range is non-empty, inside [`Layer::len`] and ends below `i64::MAX`.
+/// A layer promises no panic and no allocation sized by an unchecked number.
+pub trait Layer: Debug + Send + Sync {
+    /// The format's name.
+    fn format(&self) -> &'static str;
+
+    /// The guest's disk size in bytes.
+    fn len(&self) -> u64;
+
+    /// Whether the disk has no bytes.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The unit of allocation: zeroing, discarding and compressed writes work on multiples of it. 1 if there is none.
+    fn granularity(&self) -> u64;
+
+    /// The image below, as the image names it.
+    fn backing(&self) -> Option<Backing> {
+        None
+    }
+
+    /// Where the bytes at the start of `range` live, and how far that holds.
+    ///
+    /// # Errors
+    /// Damage found in the tables.
+    fn map(&self, range: ByteRange) -> Result<Run>;
+
+    /// Decodes the cluster that [`RunKind::Encoded`] names; `buf` has the length of its cluster.
+    ///
+    /// # Errors
+    /// Damage in the encoded bytes.
+    fn decode(&self, _encoded: &Encoded, _buf: &mut [u8]) -> Result<()> {
+        Err(Error::unsupported("This format has no encoded clusters"))
+    }
+
+    /// Sets aside where the bytes of `range` will go. Waits while another plan covers some of the same clusters.
+    ///
+    /// # Errors
+    /// Damage, read-only images, a full disk.
+    fn plan_write(&self, range: ByteRange) -> Result<Box<dyn WritePlan + '_>>;
+
+    /// Makes `range`, aligned to [`Layer::granularity`] or ending at the end of the disk, read as zeroes without
+    /// writing them.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`](crate::ErrorKind::Unsupported) if the format has no way; the caller writes then.
+    fn write_zeroes(&self, range: ByteRange, mode: ZeroMode) -> Result<()>;
+
+    /// Gives back the storage of `range`, aligned as for [`Layer::write_zeroes`].
+    ///
+    /// # Errors
+    /// As for writing.
+    fn discard(&self, _range: ByteRange) -> Result<()> {
+        Ok(())
+    }
+
+    /// A new encoder for clusters, one for each worker; `None` if the format does not compress.
+    ///
+    /// # Errors
+    /// Compression that this build lacks.
+    fn encoder(&self) -> Result<Option<Box<dyn Encoder>>> {
+        Ok(None)
+    }
+
+    /// Stores the encoded bytes of the one cluster that starts at guest offset `offset`.
+    ///
+    /// # Errors
+    /// As for writing.
+    fn write_encoded(&self, _offset: u64, _bytes: &[u8]) -> Result<()> {
+        Err(Error::unsupported("This format has no encoded clusters"))
+    }
+
+    /// What the image says of itself.
+    ///
+    /// # Errors
+    /// Damage in the tables it reads for this.
+    fn info(&self) -> Result<Info>;
+
+    /// The state that snapshot `name` (tried as identifier, then as name) kept, as a read-only layer; `None` if the
+    /// format has no snapshots.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`](crate::ErrorKind::NotFound) if there is no such snapshot.
+    fn snapshot(&self, _id: Option<&str>, _name: Option<&str>) -> Result<Option<Arc<dyn Layer>>> {
+        Ok(None)
+    }
+
+    /// How many bytes its persistent bitmaps take in a copy with clusters of `cluster_size`; `None` if the format or
+    /// this version of it has none.
+    ///
+    /// # Errors
+    /// Damage in their directory.
+    fn bitmap_bytes(&self, _cluster_size: u64) -> Result<Option<u64>> {
+        Ok(None)
+    }
+
+    /// Looks for inconsistencies and mends what `repair` allows.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`](crate::ErrorKind::Unsupported) if the format has no check; errors that end it.
+    fn check(&self, _repair: Repair, _progress: &Progress<'_>) -> Result<CheckReport> {
+        Err(Error::unsupported("This image format does not support checks"))
+    }
+
+    /// Changes the disk's size.
+    ///
+    /// # Errors
+    /// What the format cannot do, each in words of its own.
+    fn resize(&self, request: &ResizeRequest) -> Result<()>;
+
+    /// Whether a new image of this kind reads as zero everywhere.
+    fn is_zero_when_new(&self) -> bool {
+        true
+    }
+
+    /// Publishes and makes durable all that was written.
+    ///
+    /// # Errors
+    /// What the operating system says.
+    fn flush(&self) -> Result<()>;
+
+    /// The device that the format lies on.
+    fn file(&self) -> &Arc<dyn Device>;
+
+    /// The device that holds the guest's data, if it is another one.
+    fn data_file(&self) -> Option<&Arc<dyn Device>> {
+        None
+    }
+}
+
+/// The image below, as an image names it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Backing {
+    /// The name, which may be relative to the image's own directory.
+    pub name: String,
+    /// The format, if the image says which.
+    pub format: Option<String>,
+}
+
+/// A run of guest bytes and where they live.
+#[derive(Clone, Debug)]
+pub struct Run {
+    /// How many bytes; never zero, never more than was asked for.
+    pub len: u64,
+    /// Where they live.
+    pub kind: RunKind,
+}
+
+/// Where a run's bytes live.
+#[derive(Clone, Debug)]
+pub enum RunKind {
+    /// As they are, at `offset` of `device`.
+    Data {
+        /// Where.
+        device: Arc<dyn Device>,
+        /// The offset there.
+        offset: u64,
+        /// Whether holes of `device` are worth looking for: the storage below may know zeroes that the tables do not.
+        holes: bool,
+    },
+    /// They read as zero, whatever is below; storage may be set aside.
+    Zero {
+        /// The storage set aside.
+        host: Option<(Arc<dyn Device>, u64)>,
+    },
+    /// The image below has them, or nobody.
+    Unallocated,
+    /// In encoded form; the run lies inside the cluster named.
+    Encoded(Encoded),
+}
+
+/// Where an encoded cluster is stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Encoded {
+    /// Offset of its bytes in the file.
+    pub offset: u64,
+    /// How many bytes at most.
+    pub stored: u64,
+    /// The guest bytes that it decodes to. The last cluster of a disk is decoded whole, past the disk's end.
+    pub cluster: ByteRange,
+}
+
+/// Storage set aside for one write. The caller writes every byte of every run and commits; dropping the plan gives the
+/// storage back and leaves the image as it was.
+#[must_use]
+pub trait WritePlan {
+    /// The runs, in guest order and without gaps, together covering what was asked for and, where new clusters are
+    /// partly written, the rest of these clusters, which the caller fills with what the disk held there before.
+    fn runs(&self) -> &[WriteRun];
+
+    /// Makes the bytes part of the image.
+    ///
+    /// # Errors
+    /// A failure to write tables.
+    fn commit(self: Box<Self>) -> Result<()>;
+}
+
+/// One contiguous piece of a [`WritePlan`].
+#[derive(Clone, Debug)]
+pub struct WriteRun {
+    /// The guest bytes. May reach past the end of the disk in its last cluster.
+    pub guest: ByteRange,
+    /// Where they go.
+    pub device: Arc<dyn Device>,
+    /// The offset there.
+    pub offset: u64,
+}
+
+/// Compresses clusters.
+pub trait Encoder: Send {
+    /// Puts the encoded form of `cluster` into `out`, emptied first. `Ok(false)` if it would not be smaller.
+    ///
+    /// # Errors
+    /// A failure of the codec.
+    fn encode(&mut self, cluster: &[u8], out: &mut Vec<u8>) -> Result<bool>;
+}
+
+/// A change of size.
+#[derive(Clone, Copy, Debug)]
+pub struct ResizeRequest {
+    /// The new size in bytes.
+    pub len: u64,
+    /// How much of new space is set aside.
+    pub preallocation: Preallocation,
+}

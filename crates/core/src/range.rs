@@ -1,0 +1,132 @@
+//! Ranges of bytes and the arithmetic of alignment.
+
+use std::fmt;
+
+/// A half-open range of byte offsets, never inverted.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct ByteRange {
+    start: u64,
+    end: u64,
+}
+
+impl ByteRange {
+    /// The bytes from `start` up to but not including `end`; empty if `end` is not larger.
+    pub const fn new(start: u64, end: u64) -> Self {
+        Self {
+            start,
+            end: if end > start { end } else { start },
+        }
+    }
+
+    /// `len` bytes from `start` on, cut off at the largest offset there is.
+    pub const fn at(start: u64, len: u64) -> Self {
+        Self {
+            start,
+            end: start.saturating_add(len),
+        }
+    }
+
+    /// The first byte.
+    pub const fn start(self) -> u64 {
+        self.start
+    }
+
+    /// The byte after the last.
+    pub const fn end(self) -> u64 {
+        self.end
+    }
+
+    /// How many bytes there are.
+    pub const fn len(self) -> u64 {
+        self.end - self.start
+    }
+
+    /// Whether there are none.
+    pub const fn is_empty(self) -> bool {
+        self.start == self.end
+    }
+
+    /// The part that lies in both.
+    #[must_use]
+    pub fn intersect(self, other: Self) -> Self {
+        Self::new(self.start.max(other.start), self.end.min(other.end))
+    }
+
+    /// Whether the two share a byte.
+    pub fn overlaps(self, other: Self) -> bool {
+        self.start < other.end && other.start < self.end
+    }
+
+    /// The smallest range with both ends on multiples of `unit` that holds this one. `unit` is not zero.
+    #[must_use]
+    pub fn align_out(self, unit: u64) -> Self {
+        Self::new(align_down(self.start, unit), align_up(self.end, unit))
+    }
+
+    /// The largest range with both ends on multiples of `unit` inside this one; empty if there is none.
+    #[must_use]
+    pub fn align_in(self, unit: u64) -> Self {
+        Self::new(align_up(self.start, unit), align_down(self.end, unit))
+    }
+
+    /// The first `len` bytes, or all if there are fewer.
+    #[must_use]
+    pub fn first(self, len: u64) -> Self {
+        Self::new(self.start, self.start.saturating_add(len).min(self.end))
+    }
+
+    /// What is left without the first `len` bytes.
+    #[must_use]
+    pub fn skip(self, len: u64) -> Self {
+        Self::new(self.start.saturating_add(len).min(self.end), self.end)
+    }
+}
+
+impl fmt::Debug for ByteRange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:#x}..{:#x}", self.start, self.end)
+    }
+}
+
+/// `value` rounded down to a multiple of `unit`, which is not zero.
+pub const fn align_down(value: u64, unit: u64) -> u64 {
+    value - value % unit
+}
+
+/// `value` rounded up to a multiple of `unit`, which is not zero; saturates at the largest multiple.
+pub const fn align_up(value: u64, unit: u64) -> u64 {
+    match value % unit {
+        0 => value,
+        rest => match value.checked_add(unit - rest) {
+            Some(up) => up,
+            None => align_down(u64::MAX, unit),
+        },
+    }
+}
+
+/// `value / unit`, rounded up. `unit` is not zero.
+pub const fn div_ceil(value: u64, unit: u64) -> u64 {
+    value.div_ceil(unit)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranges_never_invert() {
+        assert!(ByteRange::new(5, 3).is_empty());
+        assert_eq!(ByteRange::new(0, 10).intersect(ByteRange::new(20, 30)).len(), 0);
+        assert!(ByteRange::new(1, 511).align_in(512).is_empty());
+    }
+
+    #[test]
+    fn alignment_saturates() {
+        assert_eq!(align_up(u64::MAX, 512), u64::MAX - 511);
+        assert_eq!(align_up(513, 512), 1024);
+        assert_eq!(
+            ByteRange::new(513, 1000).align_out(512),
+            ByteRange::new(512, 1024)
+        );
+    }
+}
