@@ -1,0 +1,143 @@
+//! The input files, made once by the stock program and kept in the work directory.
+
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use crate::error::{Context, Result};
+use crate::filesystem_image;
+use crate::measure::Tool;
+use crate::units::KIB;
+use crate::workload::{fixtures_of, placeholder};
+
+/// One input file and how it comes about.
+#[derive(Debug)]
+pub(crate) struct Fixture {
+    pub(crate) name: &'static str,
+    recipe: Recipe,
+}
+
+#[derive(Debug)]
+enum Recipe {
+    /// A file system with files of this machine in it: real data, real holes.
+    FilesystemImage,
+    /// A sparse file with a small run of data in every 64 KiB, four times as long as the other inputs.
+    Fragments,
+    /// A command of the stock program; `{this}` is the file it makes.
+    Stock(&'static str),
+}
+
+pub(crate) const FIXTURES: &[Fixture] = &[
+    Fixture {
+        name: "raw",
+        recipe: Recipe::FilesystemImage,
+    },
+    Fixture {
+        name: "qcow2",
+        recipe: Recipe::Stock("convert -f raw -O qcow2 {raw} {this}"),
+    },
+    Fixture {
+        name: "second",
+        recipe: Recipe::Stock("convert -f qcow2 -O qcow2 {qcow2} {this}"),
+    },
+    Fixture {
+        name: "zlib",
+        recipe: Recipe::Stock("convert -f raw -O qcow2 -c {raw} {this}"),
+    },
+    Fixture {
+        name: "zstd",
+        recipe: Recipe::Stock("convert -f raw -O qcow2 -c -o compression_type=zstd {raw} {this}"),
+    },
+    // All clusters allocated, none written: 32 MiB of L2 tables and 8 MiB of refcounts to walk in a sparse file.
+    Fixture {
+        name: "large",
+        recipe: Recipe::Stock("create -q -f qcow2 -o preallocation=metadata {this} 256G"),
+    },
+    Fixture {
+        name: "fragments",
+        recipe: Recipe::Fragments,
+    },
+    Fixture {
+        name: "fragmented",
+        recipe: Recipe::Stock("convert -f raw -O qcow2 -o cluster_size=4k -S 4k {fragments} {this}"),
+    },
+];
+
+/// Finds fixtures by name, making those that are not there yet.
+#[derive(Debug)]
+pub(crate) struct Fixtures<'a> {
+    directory: PathBuf,
+    size: u64,
+    stock: &'a Tool,
+}
+
+impl<'a> Fixtures<'a> {
+    /// Fixtures for inputs of `size` bytes, kept under `work`.
+    pub(crate) fn new(work: &Path, size: u64, stock: &'a Tool) -> Result<Self> {
+        let directory = work.join(format!("inputs-{}M", size / KIB / KIB));
+        fs::create_dir_all(&directory).with_context(|| directory.display().to_string())?;
+        // The two programs are started in the same place, but absolute names keep it that way if they are not.
+        let directory = fs::canonicalize(&directory).with_context(|| directory.display().to_string())?;
+        Ok(Self {
+            directory,
+            size,
+            stock,
+        })
+    }
+
+    /// The file of this name, which must be one of [`FIXTURES`].
+    pub(crate) fn path(&self, name: &str) -> Result<PathBuf> {
+        let path = self.directory.join(format!("{name}.img"));
+        if path.exists() {
+            return Ok(path);
+        }
+        let fixture = FIXTURES
+            .iter()
+            .find(|fixture| fixture.name == name)
+            .ok_or_else(|| crate::error::Error::new(format!("no input file is called '{name}'")))?;
+        // Under another name until it is whole: an interrupted run must not leave half a file to be measured.
+        let partial = self.directory.join(format!("{name}.partial"));
+        self.make(fixture, &partial)?;
+        fs::rename(&partial, &path).with_context(|| path.display().to_string())?;
+        Ok(path)
+    }
+
+    /// A command's words with the names of files in the place of `{…}`; `special` is what `{out}` or `{this}` is.
+    pub(crate) fn arguments(&self, command: &str, special: &Path) -> Result<Vec<OsString>> {
+        command
+            .split(' ')
+            .map(|word| match placeholder(word) {
+                Some("out" | "this") => Ok(special.into()),
+                Some(name) => Ok(self.path(name)?.into()),
+                None => Ok(word.into()),
+            })
+            .collect()
+    }
+
+    fn make(&self, fixture: &Fixture, path: &Path) -> Result<()> {
+        match fixture.recipe {
+            Recipe::FilesystemImage => filesystem_image::make(path, self.size),
+            Recipe::Fragments => {
+                make_fragments(path, self.size * 4).with_context(|| path.display().to_string())
+            }
+            Recipe::Stock(command) => {
+                for name in fixtures_of(command) {
+                    self.path(name)?;
+                }
+                self.stock.run_untimed(&self.arguments(command, path)?)
+            }
+        }
+    }
+}
+
+fn make_fragments(path: &Path, len: u64) -> std::io::Result<()> {
+    let file = File::create(path)?;
+    file.set_len(len)?;
+    let mut block = [0x5a; 4096];
+    for offset in (0..len).step_by(65536) {
+        block[..8].copy_from_slice(&offset.to_le_bytes());
+        file.write_all_at(&block, offset)?;
+    }
+    Ok(())
+}
