@@ -58,7 +58,7 @@ pub(crate) fn measure(input: &Path, scratch: &Path) -> Result<Vec<Limit>> {
         }),
         limit("zlib-rs inflate", &zlib, |_, packed| {
             let mut out = [0; CLUSTER];
-            // Made by the line above, hence valid; only the time matters.
+            // Packed above, hence valid; only the time matters.
             let _ = Inflate::new(false, 15).decompress(packed, &mut out, InflateFlush::Finish);
             black_box(out);
         }),
