@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::{
     ByteRange, Device, Encoded, Error, ErrorKind, Extent, ExtentKind, Layer, Limits, Preallocation,
-    ResizeRequest, Result, Run, RunKind, Want, WriteRun, ZeroMode, align_down, is_zero,
+    ResizeRequest, Result, Run, RunKind, Want, WriteRun, ZeroMode, align_down, align_up, is_zero,
 };
 
 /// An opened image and its backing chain.
@@ -92,7 +92,28 @@ impl Image {
     pub fn resize_with(&self, request: &ResizeRequest) -> Result<()> {
         self.require_writable()?;
         self.forget_decoded();
-        self.layer.resize(request)
+        let old = self.len();
+        // What is cut off must not come back when the disk grows again.
+        let tail = ByteRange::new(
+            request.len,
+            align_up(request.len, self.layer.granularity()).min(old),
+        );
+        if !tail.is_empty() && !self.is_known_zero(tail)? {
+            self.write_zero_bytes(tail)?;
+        }
+        self.layer.resize(request)?;
+        // What the disk grew over may be in a larger image below.
+        let uncovered = ByteRange::new(
+            old,
+            request
+                .len
+                .min(self.backing.as_ref().map_or(0, |below| below.len())),
+        );
+        if uncovered.is_empty() {
+            Ok(())
+        } else {
+            self.write_zeroes(uncovered, ZeroMode::Unmap)
+        }
     }
 
     fn require_writable(&self) -> Result<()> {

@@ -1,0 +1,180 @@
+//! New images.
+//!
+//! ```text
+//!   cluster 0 header   1 refcount table   2 refcount block   3.. L1 table
+//! ```
+//!
+//! A minimal image of size zero is written and then grown: the same code as for a resize makes the L1 table.
+
+use std::sync::Arc;
+
+use diskimage_core::{
+    Budget, ByteRange, CreateRequest, Device, Error, Extent, Limits, OpenRequest, Permissions, Preallocation,
+    ResizeRequest, Result, Want, ZeroMode,
+};
+use zerocopy::IntoBytes;
+use zerocopy::byteorder::big_endian::{U32, U64};
+
+use super::feature::{Autoclear, Compatible, Incompatible};
+use super::header::{Compression, HEADER_LEN, MAGIC, RawHeader, limit};
+use super::options::Wanted;
+use super::refcount::block;
+use super::{Qcow2, extension, open_data_file};
+
+/// Writes a new image to `request.file`.
+pub(super) fn create(request: &CreateRequest<'_>) -> Result<()> {
+    let wanted = Wanted::parse(request.options)?;
+    if let Some(name) = &wanted.data_file {
+        // Its length is set when the image grows to its size.
+        open_data_file(request.gate, name, request.name, Permissions::WRITE)?;
+    }
+    let file: Arc<dyn Device> = Arc::new(Unsynced(Arc::clone(&request.file)));
+    write_minimal(&*file, &wanted)?;
+    let image = Qcow2::open(OpenRequest {
+        file,
+        name: request.name,
+        write: true,
+        for_check: false,
+        no_data: false,
+        force_share: false,
+        gate: request.gate,
+        budget: Budget::default(),
+    })?;
+    let preallocation = match (wanted.preallocation, wanted.data_file_raw) {
+        // The tables of a raw data file must say that all of it is data.
+        (Preallocation::Off, true) => Preallocation::Metadata,
+        (mode, _) => mode,
+    };
+    image.grow_to(&ResizeRequest {
+        len: request.size,
+        preallocation,
+    })?;
+    diskimage_core::Layer::flush(&*image)?;
+    request.file.flush()
+}
+
+/// Header, refcount table and one refcount block.
+fn write_minimal(file: &dyn Device, wanted: &Wanted) -> Result<()> {
+    let size = wanted.geometry.cluster_size();
+    let bytes = |clusters: u64| vec![0; usize::try_from(clusters * size).unwrap_or(0)];
+    let mut cluster = header_cluster(wanted)?;
+    cluster.resize(bytes(1).len(), 0);
+    file.write_at(&cluster, 0)?;
+    let mut tables = bytes(2);
+    tables[..8].copy_from_slice(&(2 * size).to_be_bytes());
+    let order = wanted.geometry.refcount_order;
+    for index in 0..3 {
+        let place = block::Place::new(index, order);
+        let at = usize::try_from(size + place.byte).unwrap_or(usize::MAX);
+        let counted = tables
+            .get_mut(at..)
+            .and_then(|bytes| block::write(bytes, place, order, 1));
+        counted.ok_or_else(|| Error::invalid("Cluster size too small for its refcounts"))?;
+    }
+    file.write_at(&tables, size)
+}
+
+fn header_cluster(wanted: &Wanted) -> Result<Vec<u8>> {
+    let size = wanted.geometry.cluster_size();
+    let mut incompatible = 0;
+    let mut autoclear = 0;
+    if wanted.data_file.is_some() {
+        incompatible |= Incompatible::DATA_FILE;
+    }
+    if wanted.data_file_raw {
+        autoclear |= Autoclear::DATA_FILE_RAW;
+    }
+    if wanted.compression != Compression::Zlib {
+        incompatible |= Incompatible::COMPRESSION;
+    }
+    if wanted.geometry.extended_l2 {
+        incompatible |= Incompatible::EXTENDED_L2;
+    }
+    let compatible = if wanted.lazy_refcounts {
+        Compatible::LAZY_REFCOUNTS
+    } else {
+        0
+    };
+    // Version 2 images are written with the short header, whose fields beyond it read as zero.
+    let header_len = if wanted.version >= 3 { HEADER_LEN } else { 72 };
+    let backing = wanted.backing_file.as_deref().unwrap_or_default();
+    let room = usize::try_from(size)
+        .unwrap_or(usize::MAX)
+        .saturating_sub(header_len + backing.len());
+    let (format, data_file) = (wanted.backing_format.as_deref(), wanted.data_file.as_deref());
+    let extensions = extension::write(wanted.version, format, data_file, room);
+    let backing_offset = header_len + extensions.len();
+    if backing.len() as u64 > u64::from(limit::BACKING_NAME) {
+        return Err(Error::invalid("Backing file name too long"));
+    }
+    if (backing_offset + backing.len()) as u64 > size {
+        return Err(Error::invalid(
+            "Header and backing file name do not fit into one cluster",
+        ));
+    }
+    let raw = RawHeader {
+        magic: U32::new(MAGIC),
+        version: U32::new(wanted.version),
+        backing_file_offset: U64::new(if backing.is_empty() {
+            0
+        } else {
+            backing_offset as u64
+        }),
+        backing_file_size: U32::new(u32::try_from(backing.len()).unwrap_or(0)),
+        cluster_bits: U32::new(wanted.geometry.cluster_bits),
+        size: U64::ZERO,
+        crypt_method: U32::ZERO,
+        l1_size: U32::ZERO,
+        l1_table_offset: U64::ZERO,
+        refcount_table_offset: U64::new(size),
+        refcount_table_clusters: U32::new(1),
+        nb_snapshots: U32::ZERO,
+        snapshots_offset: U64::ZERO,
+        incompatible_features: U64::new(incompatible),
+        compatible_features: U64::new(compatible),
+        autoclear_features: U64::new(autoclear),
+        refcount_order: U32::new(wanted.geometry.refcount_order),
+        header_length: U32::new(u32::try_from(header_len).unwrap_or(0)),
+        compression_type: u8::from(wanted.compression == Compression::Zstd),
+        padding: [0; 7],
+    };
+    let mut bytes = raw.as_bytes()[..header_len].to_vec();
+    bytes.extend_from_slice(&extensions);
+    bytes.extend_from_slice(backing.as_bytes());
+    Ok(bytes)
+}
+
+/// A device whose flush waits: a new image holds nothing that order could protect, so it is made durable once, at the
+/// end.
+#[derive(Debug)]
+struct Unsynced(Arc<dyn Device>);
+
+impl Device for Unsynced {
+    fn len(&self) -> u64 {
+        self.0.len()
+    }
+    fn limits(&self) -> &Limits {
+        self.0.limits()
+    }
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        self.0.read_at(buf, offset)
+    }
+    fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
+        self.0.write_at(buf, offset)
+    }
+    fn write_zeroes(&self, range: ByteRange, mode: ZeroMode) -> Result<()> {
+        self.0.write_zeroes(range, mode)
+    }
+    fn discard(&self, range: ByteRange) -> Result<()> {
+        self.0.discard(range)
+    }
+    fn status(&self, range: ByteRange, want: Want) -> Result<Extent> {
+        self.0.status(range, want)
+    }
+    fn flush(&self) -> Result<()> {
+        Ok(())
+    }
+    fn resize(&self, len: u64, preallocation: Preallocation) -> Result<()> {
+        self.0.resize(len, preallocation)
+    }
+}

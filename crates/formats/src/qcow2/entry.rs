@@ -1,0 +1,253 @@
+//! Entries of the L1 and L2 tables.
+//!
+//! ```text
+//!   standard    63 COPIED   62 0   61..56 0   55..9 host offset                0 reads as zero (version 3)
+//!   compressed  63 0        62 1   61..x sectors - 1      x-1..0 host offset   x = 62 - (cluster_bits - 8)
+//! ```
+//!
+//! An extended entry is followed by 64 bits: which subclusters are allocated (low half) and which read as zero.
+
+use diskimage_core::{Encoded, Error, Result, align_down};
+
+use super::header::{Geometry, limit};
+
+/// The refcount of the cluster is exactly one: it may be written in place.
+pub(super) const COPIED: u64 = 1 << 63;
+const COMPRESSED: u64 = 1 << 62;
+const ZERO: u64 = 1;
+/// Where host offsets are in L1 and L2 entries.
+pub(super) const OFFSET_MASK: u64 = (limit::HOST_OFFSET - 1) & !0x1ff;
+
+/// A decoded L2 entry. Host offsets are aligned to clusters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct L2Entry {
+    pub(super) kind: Cluster,
+    /// May be written in place.
+    pub(super) copied: bool,
+    /// Subclusters of an extended entry; all ones and zeroes as fit for a standard one.
+    pub(super) sub: Subclusters,
+}
+
+/// Where a cluster's bytes are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Cluster {
+    /// Nowhere; subclusters of an extended entry may still read as zero.
+    None,
+    /// At this host offset, subcluster by subcluster in an extended entry.
+    Host(u64),
+    /// Compressed: host offset and bytes stored at most.
+    Compressed { offset: u64, stored: u64 },
+}
+
+/// Which subclusters are allocated and which read as zero; never both.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub(super) struct Subclusters {
+    pub(super) allocated: u32,
+    pub(super) zero: u32,
+}
+
+impl Subclusters {
+    pub(super) const NONE: Self = Self {
+        allocated: 0,
+        zero: 0,
+    };
+    pub(super) const ALLOCATED: Self = Self {
+        allocated: u32::MAX,
+        zero: 0,
+    };
+    pub(super) const ZERO: Self = Self {
+        allocated: 0,
+        zero: u32::MAX,
+    };
+
+    /// These subclusters now hold data.
+    #[must_use]
+    pub(super) fn with_data(self, mask: u32) -> Self {
+        Self {
+            allocated: self.allocated | mask,
+            zero: self.zero & !mask,
+        }
+    }
+}
+
+impl L2Entry {
+    pub(super) const UNALLOCATED: Self = Self {
+        kind: Cluster::None,
+        copied: false,
+        sub: Subclusters::NONE,
+    };
+
+    /// A cluster at `offset` that belongs to this image alone.
+    pub(super) fn data(offset: u64, sub: Subclusters) -> Self {
+        Self {
+            kind: Cluster::Host(offset),
+            copied: true,
+            sub,
+        }
+    }
+
+    /// Decodes an entry. `guest_data` says that clusters live in an external data file, where offset 0 is valid.
+    ///
+    /// # Errors
+    /// Offsets that are not aligned, subclusters that are both, zero clusters before version 3.
+    pub(super) fn parse(words: [u64; 2], geometry: Geometry, version: u32, guest_data: bool) -> Result<Self> {
+        let [word, bitmap] = words;
+        let copied = word & COPIED != 0;
+        if word & COMPRESSED != 0 {
+            let shift = 62 - (geometry.cluster_bits - 8);
+            let offset = word & ((1 << shift) - 1) & (limit::HOST_OFFSET - 1);
+            let sectors = ((word & (COMPRESSED - 1)) >> shift) + 1;
+            let kind = Cluster::Compressed {
+                offset,
+                stored: sectors * 512 - offset % 512,
+            };
+            return Ok(Self {
+                kind,
+                copied: false,
+                sub: Subclusters::ALLOCATED,
+            });
+        }
+        let offset = word & OFFSET_MASK;
+        if !offset.is_multiple_of(geometry.cluster_size()) {
+            return Err(Error::corrupt(format!(
+                "Cluster allocation offset {offset:#x} unaligned"
+            )));
+        }
+        let is_host = offset != 0 || (guest_data && copied);
+        let kind = if is_host {
+            Cluster::Host(offset)
+        } else {
+            Cluster::None
+        };
+        let sub = if geometry.extended_l2 {
+            let (allocated, zero) = (low_half(bitmap), low_half(bitmap >> 32));
+            if allocated & zero != 0 || (allocated != 0 && !is_host) {
+                return Err(Error::corrupt(format!("Invalid subcluster bitmap {bitmap:#x}")));
+            }
+            Subclusters { allocated, zero }
+        } else if word & ZERO != 0 {
+            if version < 3 {
+                return Err(Error::corrupt("Zero cluster entry found in pre-v3 image"));
+            }
+            Subclusters::ZERO
+        } else if is_host {
+            Subclusters::ALLOCATED
+        } else {
+            Subclusters::NONE
+        };
+        Ok(Self { kind, copied, sub })
+    }
+
+    /// The entry as stored.
+    pub(super) fn words(self, geometry: Geometry) -> [u64; 2] {
+        let copied = if self.copied { COPIED } else { 0 };
+        let word = match self.kind {
+            Cluster::None => copied,
+            Cluster::Host(offset) => offset | copied,
+            Cluster::Compressed { offset, stored } => {
+                let shift = 62 - (geometry.cluster_bits - 8);
+                let sectors = (offset + stored).div_ceil(512) - offset / 512;
+                COMPRESSED | ((sectors - 1) << shift) | offset
+            }
+        };
+        if geometry.extended_l2 {
+            let whole = matches!(self.kind, Cluster::Compressed { .. });
+            let bitmap = u64::from(self.sub.allocated) | u64::from(self.sub.zero) << 32;
+            [word, if whole { 0 } else { bitmap }]
+        } else {
+            [word | if self.sub.zero != 0 { ZERO } else { 0 }, 0]
+        }
+    }
+
+    /// The host clusters that the entry takes: offset of the first and how many bytes, aligned to clusters.
+    pub(super) fn host_clusters(self, geometry: Geometry) -> Option<(u64, u64)> {
+        let size = geometry.cluster_size();
+        match self.kind {
+            Cluster::None => None,
+            Cluster::Host(offset) => Some((offset, size)),
+            Cluster::Compressed { offset, stored } => {
+                let start = align_down(offset, size);
+                Some((start, (offset + stored).next_multiple_of(size) - start))
+            }
+        }
+    }
+}
+
+/// The compressed cluster of `entry` for the guest cluster that starts at `guest`.
+pub(super) fn encoded(offset: u64, stored: u64, guest: u64, geometry: Geometry) -> Encoded {
+    Encoded {
+        offset,
+        stored,
+        cluster: diskimage_core::ByteRange::at(guest, geometry.cluster_size()),
+    }
+}
+
+fn low_half(value: u64) -> u32 {
+    u32::try_from(value & u64::from(u32::MAX)).unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PLAIN: Geometry = Geometry {
+        cluster_bits: 16,
+        refcount_order: 4,
+        extended_l2: false,
+    };
+    const EXTENDED: Geometry = Geometry {
+        extended_l2: true,
+        ..PLAIN
+    };
+
+    fn round_trip(entry: L2Entry, geometry: Geometry) {
+        assert_eq!(
+            L2Entry::parse(entry.words(geometry), geometry, 3, false).expect("valid"),
+            entry
+        );
+    }
+
+    #[test]
+    fn entries_survive_a_round_trip() {
+        round_trip(L2Entry::UNALLOCATED, PLAIN);
+        round_trip(L2Entry::data(0x50000, Subclusters::ALLOCATED), PLAIN);
+        round_trip(
+            L2Entry {
+                kind: Cluster::None,
+                copied: false,
+                sub: Subclusters::ZERO,
+            },
+            PLAIN,
+        );
+        round_trip(
+            L2Entry::data(
+                0x50000,
+                Subclusters {
+                    allocated: 6,
+                    zero: 1,
+                },
+            ),
+            EXTENDED,
+        );
+        let kind = Cluster::Compressed {
+            offset: 0x50123,
+            stored: 512 * 3 - 0x123,
+        };
+        round_trip(
+            L2Entry {
+                kind,
+                copied: false,
+                sub: Subclusters::ALLOCATED,
+            },
+            PLAIN,
+        );
+    }
+
+    #[test]
+    fn impossible_entries_are_refused() {
+        assert!(L2Entry::parse([0x50200, 0], PLAIN, 3, false).is_err());
+        assert!(L2Entry::parse([1, 0], PLAIN, 2, false).is_err());
+        assert!(L2Entry::parse([0x50000, 0x1_0000_0001], EXTENDED, 3, false).is_err());
+        assert!(L2Entry::parse([0, 1], EXTENDED, 3, false).is_err());
+    }
+}

@@ -1,0 +1,191 @@
+//! Header extensions: type, length, data padded to 8 bytes, until a type of zero.
+
+use diskimage_core::{Error, Result};
+use zerocopy::byteorder::big_endian::{U32, U64};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+use super::feature::{FeatureName, NAME_ENTRY_LEN, NAMES};
+
+mod kind {
+    pub(super) const END: u32 = 0;
+    pub(super) const BACKING_FORMAT: u32 = 0xe279_2aca;
+    pub(super) const FEATURE_NAMES: u32 = 0x6803_f857;
+    pub(super) const BITMAPS: u32 = 0x2385_2875;
+    pub(super) const CRYPTO: u32 = 0x0537_be77;
+    pub(super) const DATA_FILE: u32 = 0x4441_5441;
+}
+
+/// What the extensions say. Unknown ones stay where they are, since the header is only ever changed field by field.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Extensions {
+    pub(super) backing_format: Option<String>,
+    pub(super) feature_names: Vec<FeatureName>,
+    pub(super) bitmaps: Option<BitmapsExtension>,
+    pub(super) crypto: Option<CryptoExtension>,
+    pub(super) data_file: Option<String>,
+}
+
+/// Where the persistent bitmaps are.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned, PartialEq, Eq)]
+#[repr(C)]
+pub(super) struct BitmapsExtension {
+    /// How many there are.
+    pub(super) nb_bitmaps: U32,
+    /// Zero.
+    pub(super) reserved: U32,
+    /// Bytes of their directory.
+    pub(super) directory_size: U64,
+    /// Where it starts.
+    pub(super) directory_offset: U64,
+}
+
+/// Where the encryption header is.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned, PartialEq, Eq)]
+#[repr(C)]
+pub(super) struct CryptoExtension {
+    /// Where it starts.
+    pub(super) offset: U64,
+    /// How many bytes it has.
+    pub(super) length: U64,
+}
+
+const _: () = assert!(size_of::<BitmapsExtension>() == 24 && size_of::<CryptoExtension>() == 16);
+
+/// The longest name of a format that the original reads.
+const MAX_BACKING_FORMAT: usize = 15;
+
+/// Reads the extensions in `area`, the bytes between the header and the backing file's name or the cluster's end.
+///
+/// # Errors
+/// An extension that reaches past the area, or one whose contents cannot be right.
+pub(super) fn parse(area: &[u8]) -> Result<Extensions> {
+    let mut found = Extensions::default();
+    let mut rest = area;
+    while let Some((head, tail)) = rest.split_at_checked(8) {
+        let kind = U32::read_from_bytes(&head[..4]).map_or(0, U32::get);
+        let len = U32::read_from_bytes(&head[4..]).map_or(0, U32::get);
+        if kind == kind::END {
+            break;
+        }
+        let len = usize::try_from(len).unwrap_or(usize::MAX);
+        let data = tail
+            .get(..len)
+            .ok_or_else(|| Error::corrupt("Header extension too large"))?;
+        match kind {
+            kind::BACKING_FORMAT => {
+                if len > MAX_BACKING_FORMAT {
+                    return Err(Error::corrupt(format!(
+                        "ERROR: ext_backing_format: len={len} too large (>={})",
+                        MAX_BACKING_FORMAT + 1
+                    )));
+                }
+                found.backing_format = Some(text(data));
+            }
+            kind::FEATURE_NAMES => found.feature_names = feature_names(data),
+            kind::BITMAPS => found.bitmaps = Some(bitmaps(data)?),
+            kind::CRYPTO => {
+                let extension = CryptoExtension::read_from_bytes(data);
+                found.crypto =
+                    Some(extension.map_err(|_| Error::corrupt("CRYPTO header extension size invalid"))?);
+            }
+            kind::DATA_FILE => found.data_file = Some(text(data)),
+            _ => {}
+        }
+        rest = tail.get(len.next_multiple_of(8)..).unwrap_or(&[]);
+    }
+    Ok(found)
+}
+
+fn text(data: &[u8]) -> String {
+    String::from_utf8_lossy(data.split(|byte| *byte == 0).next().unwrap_or(&[])).into_owned()
+}
+
+fn feature_names(data: &[u8]) -> Vec<FeatureName> {
+    let (entries, _) = data.as_chunks::<NAME_ENTRY_LEN>();
+    entries
+        .iter()
+        .map(|entry| FeatureName {
+            kind: entry[0],
+            bit: entry[1],
+            name: text(&entry[2..]),
+        })
+        .collect()
+}
+
+fn bitmaps(data: &[u8]) -> Result<BitmapsExtension> {
+    let extension = BitmapsExtension::read_from_bytes(data)
+        .map_err(|_| Error::corrupt("bitmaps_ext: Invalid extension length"))?;
+    if extension.reserved.get() != 0 {
+        return Err(Error::corrupt("bitmaps_ext: Reserved field is not zero"));
+    }
+    Ok(extension)
+}
+
+/// The extensions of a new image, end marker included. The feature names are left out where they would not fit into
+/// `room` bytes: images with the smallest clusters do without them.
+pub(super) fn write(
+    version: u32,
+    backing_format: Option<&str>,
+    data_file: Option<&str>,
+    room: usize,
+) -> Vec<u8> {
+    let mut area = Vec::new();
+    if let Some(format) = backing_format {
+        put(&mut area, kind::BACKING_FORMAT, format.as_bytes());
+    }
+    if let Some(name) = data_file {
+        put(&mut area, kind::DATA_FILE, name.as_bytes());
+    }
+    let names_len = 8 + NAMES.len() * NAME_ENTRY_LEN;
+    if version >= 3 && area.len() + names_len + 8 < room {
+        let mut table = Vec::new();
+        for (kind, bit, name) in NAMES {
+            let mut entry = [0; NAME_ENTRY_LEN];
+            entry[0] = kind as u8;
+            entry[1] = bit;
+            entry[2..2 + name.len()].copy_from_slice(name.as_bytes());
+            table.extend_from_slice(&entry);
+        }
+        put(&mut area, kind::FEATURE_NAMES, &table);
+    }
+    put(&mut area, kind::END, &[]);
+    area
+}
+
+fn put(area: &mut Vec<u8>, kind: u32, data: &[u8]) {
+    area.extend_from_slice(&kind.to_be_bytes());
+    area.extend_from_slice(&u32::try_from(data.len()).unwrap_or(u32::MAX).to_be_bytes());
+    area.extend_from_slice(data);
+    area.resize(area.len().next_multiple_of(8), 0);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_written_is_read() {
+        let found = parse(&write(3, Some("raw"), Some("data"), 1000)).expect("valid");
+        assert_eq!(found.backing_format.as_deref(), Some("raw"));
+        assert_eq!(found.data_file.as_deref(), Some("data"));
+        assert_eq!(found.feature_names.len(), NAMES.len());
+    }
+
+    #[test]
+    fn an_extension_past_its_area_is_refused() {
+        let mut area = write(2, Some("raw"), None, 1000);
+        area[7] = 200;
+        let error = parse(&area).map(|_| ()).map_err(|error| error.chain());
+        assert_eq!(error, Err("Header extension too large".to_owned()));
+    }
+
+    #[test]
+    fn any_bytes_are_survived() {
+        for seed in 0..200u8 {
+            let area: Vec<u8> = (0..200u8)
+                .map(|i| i.wrapping_mul(seed).wrapping_add(seed >> 3))
+                .collect();
+            let _ = parse(&area);
+        }
+    }
+}

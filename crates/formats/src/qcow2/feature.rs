@@ -1,0 +1,121 @@
+//! Feature bits and their names.
+
+use diskimage_core::{Error, Result};
+
+/// All feature bits of a header.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Features {
+    pub(super) incompatible: Incompatible,
+    pub(super) compatible: Compatible,
+    pub(super) autoclear: Autoclear,
+}
+
+/// Bits that must be known to open the image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Incompatible(pub(super) u64);
+
+impl Incompatible {
+    /// Refcounts may be out of date.
+    pub(super) const DIRTY: u64 = 1 << 0;
+    /// Something is known to be damaged.
+    pub(super) const CORRUPT: u64 = 1 << 1;
+    /// Guest data lives in another file.
+    pub(super) const DATA_FILE: u64 = 1 << 2;
+    /// Clusters are not compressed by zlib.
+    pub(super) const COMPRESSION: u64 = 1 << 3;
+    /// L2 entries have a subcluster bitmap.
+    pub(super) const EXTENDED_L2: u64 = 1 << 4;
+    const KNOWN: u64 = Self::DIRTY | Self::CORRUPT | Self::DATA_FILE | Self::COMPRESSION | Self::EXTENDED_L2;
+
+    pub(super) fn has(self, bit: u64) -> bool {
+        self.0 & bit != 0
+    }
+
+    /// Refuses bits that this program does not know, by the names that the image gives them.
+    pub(super) fn refuse_unknown(self, names: &[FeatureName]) -> Result<()> {
+        let mut unknown = self.0 & !Self::KNOWN;
+        if unknown == 0 {
+            return Ok(());
+        }
+        let mut words = Vec::new();
+        for entry in names
+            .iter()
+            .filter(|entry| entry.kind == FeatureKind::Incompatible as u8)
+        {
+            let bit = 1u64.checked_shl(u32::from(entry.bit)).unwrap_or(0);
+            if unknown & bit != 0 {
+                words.push(entry.name.clone());
+                unknown &= !bit;
+            }
+        }
+        if unknown != 0 {
+            words.push(format!("Unknown incompatible feature: {unknown:x}"));
+        }
+        Err(Error::unsupported(format!(
+            "Unsupported qcow2 feature(s): {}",
+            words.join(", ")
+        )))
+    }
+}
+
+/// Bits that may be ignored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Compatible(pub(super) u64);
+
+impl Compatible {
+    /// Refcounts are updated late, under the protection of the dirty bit.
+    pub(super) const LAZY_REFCOUNTS: u64 = 1 << 0;
+
+    pub(super) fn has(self, bit: u64) -> bool {
+        self.0 & bit != 0
+    }
+}
+
+/// Bits that a writer which does not know them must clear.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Autoclear(pub(super) u64);
+
+impl Autoclear {
+    /// The bitmaps extension is consistent with the data.
+    pub(super) const BITMAPS: u64 = 1 << 0;
+    /// The data file reads as the disk does.
+    pub(super) const DATA_FILE_RAW: u64 = 1 << 1;
+    /// The bits that this program keeps when it writes.
+    pub(super) const KNOWN: u64 = Self::BITMAPS | Self::DATA_FILE_RAW;
+
+    pub(super) fn has(self, bit: u64) -> bool {
+        self.0 & bit != 0
+    }
+}
+
+/// Which field of the header a feature name belongs to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub(super) enum FeatureKind {
+    Incompatible = 0,
+    Compatible = 1,
+    Autoclear = 2,
+}
+
+/// An entry of the feature name table.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct FeatureName {
+    pub(super) kind: u8,
+    pub(super) bit: u8,
+    pub(super) name: String,
+}
+
+/// Bytes of an entry of the feature name table: kind, bit, 46 bytes of name.
+pub(super) const NAME_ENTRY_LEN: usize = 48;
+
+/// The names that new images carry, so that older programs can say what they lack.
+pub(super) const NAMES: [(FeatureKind, u8, &str); 8] = [
+    (FeatureKind::Incompatible, 0, "dirty bit"),
+    (FeatureKind::Incompatible, 1, "corrupt bit"),
+    (FeatureKind::Incompatible, 2, "external data file"),
+    (FeatureKind::Incompatible, 3, "compression type"),
+    (FeatureKind::Incompatible, 4, "extended L2 entries"),
+    (FeatureKind::Compatible, 0, "lazy refcounts"),
+    (FeatureKind::Autoclear, 0, "bitmaps"),
+    (FeatureKind::Autoclear, 1, "raw external data"),
+];

@@ -1,0 +1,429 @@
+//! The header, as bytes and as a type that cannot hold an illegal value.
+//!
+//! ```text
+//!    0 magic "QFI\xfb"        4 version             8 backing file offset   16 its length
+//!   20 cluster_bits          24 size               32 crypt_method          36 l1_size (entries)
+//!   40 l1_table_offset       48 refcount table     56 its clusters          60 nb_snapshots
+//!   64 snapshots_offset      version 3 from here:
+//!   72 incompatible          80 compatible         88 autoclear             96 refcount_order
+//!  100 header_length        104 compression_type  105 padding to 112, then header extensions
+//! ```
+
+use diskimage_core::{Backing, Error, ErrorKind, Result};
+use zerocopy::byteorder::big_endian::{U32, U64};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+use super::extension::{self, Extensions};
+use super::feature::{Autoclear, Compatible, Features, Incompatible};
+
+/// The first bytes of every qcow2 image.
+pub(super) const MAGIC: u32 = 0x5146_49fb;
+
+/// The header of version 3 with the compression type, as written by this program.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub(super) struct RawHeader {
+    /// "QFI\xfb".
+    pub(super) magic: U32,
+    /// 2 or 3.
+    pub(super) version: U32,
+    /// Where the backing file's name starts; 0 if there is none.
+    pub(super) backing_file_offset: U64,
+    /// Its length in bytes, not terminated.
+    pub(super) backing_file_size: U32,
+    /// The cluster size is 1 shifted by this.
+    pub(super) cluster_bits: U32,
+    /// The guest's disk size in bytes.
+    pub(super) size: U64,
+    /// 0 none, 1 AES, 2 LUKS.
+    pub(super) crypt_method: U32,
+    /// Entries of the active L1 table.
+    pub(super) l1_size: U32,
+    /// Where it starts.
+    pub(super) l1_table_offset: U64,
+    /// Where the refcount table starts.
+    pub(super) refcount_table_offset: U64,
+    /// How many clusters it has.
+    pub(super) refcount_table_clusters: U32,
+    /// How many internal snapshots there are.
+    pub(super) nb_snapshots: U32,
+    /// Where their table starts.
+    pub(super) snapshots_offset: U64,
+    /// Features that must be known to open the image.
+    pub(super) incompatible_features: U64,
+    /// Features that may be ignored.
+    pub(super) compatible_features: U64,
+    /// Features that a writer which does not know them must clear.
+    pub(super) autoclear_features: U64,
+    /// The width of a refcount is 1 bit shifted by this.
+    pub(super) refcount_order: U32,
+    /// Bytes of this header.
+    pub(super) header_length: U32,
+    /// 0 zlib, 1 zstd.
+    pub(super) compression_type: u8,
+    /// Zero.
+    pub(super) padding: [u8; 7],
+}
+
+const _: () = assert!(size_of::<RawHeader>() == HEADER_LEN);
+
+/// Bytes of the header that this program writes.
+pub(super) const HEADER_LEN: usize = 112;
+/// Bytes of a version 2 header.
+const V2_LEN: usize = 72;
+/// The shortest version 3 header.
+const V3_MIN_LEN: usize = 104;
+
+/// Offsets of fields that are changed in place.
+pub(super) mod field {
+    pub(in super::super) const SIZE: u64 = 24;
+    pub(in super::super) const L1_SIZE: u64 = 36;
+    pub(in super::super) const REFCOUNT_TABLE: u64 = 48;
+    pub(in super::super) const NB_SNAPSHOTS: u64 = 60;
+    pub(in super::super) const INCOMPATIBLE: u64 = 72;
+    pub(in super::super) const AUTOCLEAR: u64 = 88;
+}
+
+/// Limits of the specification and of the original, which refuses more.
+pub(super) mod limit {
+    pub(in super::super) const MIN_CLUSTER_BITS: u32 = 9;
+    pub(in super::super) const MAX_CLUSTER_BITS: u32 = 21;
+    /// Bytes of an L1 table.
+    pub(in super::super) const L1_BYTES: u64 = 32 << 20;
+    /// Bytes of the refcount table.
+    pub(in super::super) const REFCOUNT_TABLE_BYTES: u64 = 8 << 20;
+    pub(in super::super) const SNAPSHOTS: u32 = 65536;
+    /// Bytes of the backing file's name.
+    pub(in super::super) const BACKING_NAME: u32 = 1023;
+    /// Host offsets have 56 bits in every table.
+    pub(in super::super) const HOST_OFFSET: u64 = 1 << 56;
+    /// Subclusters of an extended L2 entry.
+    pub(in super::super) const SUBCLUSTERS: u64 = 32;
+}
+
+/// How clusters are compressed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Compression {
+    /// Raw deflate.
+    Zlib,
+    /// Zstandard.
+    Zstd,
+}
+
+impl Compression {
+    /// The name on the command line.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Zlib => "zlib",
+            Self::Zstd => "zstd",
+        }
+    }
+}
+
+/// How guest data is encrypted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum CryptMethod {
+    None,
+    Aes,
+    Luks,
+}
+
+/// Sizes that follow from the header and never change while the image is open.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Geometry {
+    pub(super) cluster_bits: u32,
+    pub(super) refcount_order: u32,
+    pub(super) extended_l2: bool,
+}
+
+impl Geometry {
+    pub(super) fn cluster_size(self) -> u64 {
+        1 << self.cluster_bits
+    }
+
+    /// Bytes of an L2 entry.
+    pub(super) fn l2_entry_size(self) -> u64 {
+        if self.extended_l2 { 16 } else { 8 }
+    }
+
+    /// Entries of an L2 table.
+    pub(super) fn l2_entries(self) -> u64 {
+        self.cluster_size() / self.l2_entry_size()
+    }
+
+    /// Guest bytes that one L2 table maps.
+    pub(super) fn l2_coverage(self) -> u64 {
+        self.l2_entries() << self.cluster_bits
+    }
+
+    /// L1 entries that a disk of `size` bytes needs.
+    pub(super) fn l1_entries(self, size: u64) -> u64 {
+        size.div_ceil(self.l2_coverage())
+    }
+
+    /// Refcounts in one block.
+    pub(super) fn refcount_block_entries(self) -> u64 {
+        (self.cluster_size() * 8) >> self.refcount_order
+    }
+
+    /// The largest refcount that fits.
+    pub(super) fn max_refcount(self) -> u64 {
+        u64::MAX >> (64 - (1u32 << self.refcount_order))
+    }
+
+    /// The unit that is allocated, or known to be zero, on its own.
+    pub(super) fn subcluster_size(self) -> u64 {
+        if self.extended_l2 {
+            self.cluster_size() / limit::SUBCLUSTERS
+        } else {
+            self.cluster_size()
+        }
+    }
+}
+
+/// A checked header with its extensions.
+#[derive(Clone, Debug)]
+pub(super) struct Header {
+    pub(super) version: u32,
+    pub(super) geometry: Geometry,
+    pub(super) size: u64,
+    pub(super) crypt: CryptMethod,
+    pub(super) l1_size: u32,
+    pub(super) l1_table_offset: u64,
+    pub(super) refcount_table_offset: u64,
+    pub(super) refcount_table_clusters: u32,
+    pub(super) nb_snapshots: u32,
+    pub(super) snapshots_offset: u64,
+    pub(super) features: Features,
+    pub(super) compression: Compression,
+    pub(super) backing: Option<Backing>,
+    pub(super) extensions: Extensions,
+}
+
+impl Header {
+    /// How many bytes from the start of the file [`Header::parse`] needs: the first cluster.
+    ///
+    /// # Errors
+    /// What is no qcow2 image or has a cluster size that does not exist.
+    pub(super) fn bytes_needed(start: &[u8]) -> Result<usize> {
+        let raw = raw(start)?;
+        Ok(1 << cluster_bits(&raw)?)
+    }
+
+    /// Checks the first cluster of a file. `for_check` lets through what a check mends.
+    ///
+    /// # Errors
+    /// The first thing that is wrong, in the original's words.
+    pub(super) fn parse(cluster: &[u8], for_check: bool) -> Result<Self> {
+        let mut raw = raw(cluster)?;
+        let cluster_bits = cluster_bits(&raw)?;
+        let cluster_size = 1u64 << cluster_bits;
+        let header_length = if raw.version.get() == 2 {
+            raw.incompatible_features = U64::ZERO;
+            raw.compatible_features = U64::ZERO;
+            raw.autoclear_features = U64::ZERO;
+            raw.refcount_order = U32::new(4);
+            V2_LEN
+        } else {
+            usize::try_from(raw.header_length.get()).unwrap_or(usize::MAX)
+        };
+        if raw.version.get() > 2 && header_length < V3_MIN_LEN {
+            return Err(Error::corrupt("qcow2 header too short"));
+        }
+        if header_length as u64 > cluster_size {
+            return Err(Error::corrupt("qcow2 header exceeds cluster size"));
+        }
+        let backing_offset = raw.backing_file_offset.get();
+        if backing_offset > cluster_size {
+            return Err(Error::corrupt("Invalid backing file offset"));
+        }
+        let extensions_end = if backing_offset != 0 {
+            backing_offset
+        } else {
+            cluster_size
+        };
+        let area = usize::try_from(extensions_end)
+            .ok()
+            .and_then(|end| cluster.get(header_length..end));
+        let extensions = extension::parse(area.unwrap_or(&[]))?;
+        let compression_type = if header_length > V3_MIN_LEN {
+            raw.compression_type
+        } else {
+            0
+        };
+        let features = Features {
+            incompatible: Incompatible(raw.incompatible_features.get()),
+            compatible: Compatible(raw.compatible_features.get()),
+            autoclear: Autoclear(raw.autoclear_features.get()),
+        };
+        features.incompatible.refuse_unknown(&extensions.feature_names)?;
+        let compression = parse_compression(compression_type, &features)?;
+        if raw.refcount_order.get() > 6 {
+            return Err(Error::corrupt(
+                "Reference count entry width too large; may not exceed 64 bits",
+            ));
+        }
+        let crypt = match raw.crypt_method.get() {
+            0 => CryptMethod::None,
+            1 => CryptMethod::Aes,
+            2 => CryptMethod::Luks,
+            other => {
+                return Err(Error::unsupported(format!(
+                    "Unsupported encryption method {other}"
+                )));
+            }
+        };
+        let geometry = Geometry {
+            cluster_bits,
+            refcount_order: raw.refcount_order.get(),
+            extended_l2: features.incompatible.has(Incompatible::EXTENDED_L2),
+        };
+        if geometry.extended_l2 && cluster_size < super::options::MIN_EXTENDED_L2_CLUSTER {
+            return Err(Error::corrupt("Invalid subcluster size"));
+        }
+        check_refcount_table(&raw, cluster_size, for_check)?;
+        check_snapshots(&raw, cluster_size, for_check)?;
+        check_l1(&raw, geometry)?;
+        let backing = parse_backing(&raw, cluster, &extensions)?;
+        Ok(Self {
+            version: raw.version.get(),
+            geometry,
+            size: raw.size.get(),
+            crypt,
+            l1_size: raw.l1_size.get(),
+            l1_table_offset: raw.l1_table_offset.get(),
+            refcount_table_offset: raw.refcount_table_offset.get(),
+            refcount_table_clusters: raw.refcount_table_clusters.get(),
+            nb_snapshots: raw.nb_snapshots.get(),
+            snapshots_offset: raw.snapshots_offset.get(),
+            features,
+            compression,
+            backing,
+            extensions,
+        })
+    }
+}
+
+/// The fields of a header, zeroes for what a shorter file lacks.
+fn raw(bytes: &[u8]) -> Result<RawHeader> {
+    let mut padded = [0; HEADER_LEN];
+    let there = bytes.len().min(HEADER_LEN);
+    padded[..there].copy_from_slice(&bytes[..there]);
+    let raw =
+        RawHeader::read_from_bytes(&padded).map_err(|_| Error::corrupt("Could not read qcow2 header"))?;
+    if raw.magic.get() != MAGIC {
+        return Err(Error::corrupt("Image is not in qcow2 format"));
+    }
+    if !matches!(raw.version.get(), 2 | 3) {
+        return Err(Error::unsupported(format!(
+            "Unsupported qcow2 version {}",
+            raw.version
+        )));
+    }
+    Ok(raw)
+}
+
+fn cluster_bits(raw: &RawHeader) -> Result<u32> {
+    match raw.cluster_bits.get() {
+        bits @ limit::MIN_CLUSTER_BITS..=limit::MAX_CLUSTER_BITS => Ok(bits),
+        bits => Err(Error::corrupt(format!("Unsupported cluster size: 2^{bits}"))),
+    }
+}
+
+fn parse_compression(value: u8, features: &Features) -> Result<Compression> {
+    let flagged = features.incompatible.has(Incompatible::COMPRESSION);
+    match (value, flagged) {
+        (0, false) => Ok(Compression::Zlib),
+        (0, true) => Err(Error::corrupt(
+            "qcow2: Compression type incompatible feature bit must not be set",
+        )),
+        (_, false) => Err(Error::corrupt(
+            "qcow2: Compression type incompatible feature bit must be set",
+        )),
+        (1, true) => Ok(Compression::Zstd),
+        (other, true) => Err(Error::unsupported(format!(
+            "qcow2: unknown compression type: {other}"
+        ))),
+    }
+}
+
+/// Whether a table of `bytes` bytes at `offset` ends below the largest file offset and starts on a cluster.
+fn is_placed(offset: u64, bytes: u64, cluster_size: u64) -> bool {
+    offset.is_multiple_of(cluster_size)
+        && offset
+            .checked_add(bytes)
+            .is_some_and(|end| i64::try_from(end).is_ok())
+}
+
+fn check_refcount_table(raw: &RawHeader, cluster_size: u64, for_check: bool) -> Result<()> {
+    let clusters = u64::from(raw.refcount_table_clusters.get());
+    if clusters == 0 && !for_check {
+        return Err(Error::corrupt("Image does not contain a reference count table"));
+    }
+    if clusters * cluster_size > limit::REFCOUNT_TABLE_BYTES {
+        return Err(Error::new(ErrorKind::Limit, "Reference count table too large"));
+    }
+    if !is_placed(
+        raw.refcount_table_offset.get(),
+        clusters * cluster_size,
+        cluster_size,
+    ) {
+        return Err(Error::corrupt("Reference count table offset invalid"));
+    }
+    Ok(())
+}
+
+fn check_snapshots(raw: &RawHeader, cluster_size: u64, for_check: bool) -> Result<()> {
+    // A snapshot table that is too long is cut by the check, which must be able to open the image.
+    if raw.nb_snapshots.get() > limit::SNAPSHOTS && !for_check {
+        return Err(Error::new(ErrorKind::Limit, "Snapshot table too large"));
+    }
+    let bytes = u64::from(raw.nb_snapshots.get()) * super::snapshot::MIN_ENTRY_LEN;
+    if !is_placed(raw.snapshots_offset.get(), bytes, cluster_size) {
+        return Err(Error::corrupt("Snapshot table offset invalid"));
+    }
+    Ok(())
+}
+
+fn check_l1(raw: &RawHeader, geometry: Geometry) -> Result<()> {
+    let bytes = u64::from(raw.l1_size.get()) * 8;
+    if bytes > limit::L1_BYTES {
+        return Err(Error::new(ErrorKind::Limit, "Active L1 table too large"));
+    }
+    if !is_placed(raw.l1_table_offset.get(), bytes, geometry.cluster_size()) {
+        return Err(Error::corrupt("Active L1 table offset invalid"));
+    }
+    let needed = geometry.l1_entries(raw.size.get());
+    if needed > u64::from(i32::MAX.unsigned_abs()) {
+        return Err(Error::new(ErrorKind::Limit, "Image is too big"));
+    }
+    if u64::from(raw.l1_size.get()) < needed {
+        return Err(Error::corrupt("L1 table is too small"));
+    }
+    Ok(())
+}
+
+fn parse_backing(raw: &RawHeader, cluster: &[u8], extensions: &Extensions) -> Result<Option<Backing>> {
+    let (offset, len) = (raw.backing_file_offset.get(), raw.backing_file_size.get());
+    if offset == 0 {
+        return Ok(None);
+    }
+    let room = (1u64 << raw.cluster_bits.get()) - offset;
+    if u64::from(len) > room.min(u64::from(limit::BACKING_NAME)) {
+        return Err(Error::corrupt("Backing file name too long"));
+    }
+    let start = usize::try_from(offset).unwrap_or(usize::MAX);
+    let name = cluster
+        .get(start..)
+        .and_then(|rest| rest.get(..usize::try_from(len).ok()?));
+    let name = name.ok_or_else(|| Error::corrupt("Could not read backing file name"))?;
+    // The name is terminated for programs that take it as a C string.
+    let name = name.split(|byte| *byte == 0).next().unwrap_or(&[]);
+    if name.is_empty() {
+        return Ok(None);
+    }
+    Ok(Some(Backing {
+        name: String::from_utf8_lossy(name).into_owned(),
+        format: extensions.backing_format.clone(),
+    }))
+}

@@ -1,0 +1,61 @@
+//! What the image says of itself.
+
+use diskimage_core::{Detail, Info, Result};
+
+use super::Qcow2;
+use super::feature::{Autoclear, Incompatible};
+use super::header::CryptMethod;
+
+impl Qcow2 {
+    /// The facts that `info` prints, in its order.
+    pub(super) fn collect_info(&self) -> Result<Info> {
+        let header = &self.header;
+        let v3 = header.version >= 3;
+        let mut facts = vec![
+            Detail::text("compat", if v3 { "1.1" } else { "0.10" }),
+            Detail::text("compression-type", header.compression.name()),
+        ];
+        if v3 {
+            facts.push(Detail::flag("lazy-refcounts", self.is_lazy()));
+        }
+        if let Some(value) = self.bitmap_details()? {
+            facts.push(Detail {
+                name: "bitmaps",
+                value,
+            });
+        }
+        facts.push(Detail::number(
+            "refcount-bits",
+            1 << header.geometry.refcount_order,
+        ));
+        if v3 {
+            if self.has_data_file() {
+                facts.push(Detail::text(
+                    "data-file",
+                    header.extensions.data_file.clone().unwrap_or_default(),
+                ));
+                facts.push(Detail::flag(
+                    "data-file-raw",
+                    header.features.autoclear.has(Autoclear::DATA_FILE_RAW),
+                ));
+            }
+            facts.push(Detail::flag(
+                "corrupt",
+                header.features.incompatible.has(Incompatible::CORRUPT),
+            ));
+            facts.push(Detail::flag("extended-l2", header.geometry.extended_l2));
+        }
+        Ok(Info {
+            cluster_size: Some(header.geometry.cluster_size()),
+            encrypted: header.crypt != CryptMethod::None,
+            dirty: header.features.incompatible.has(Incompatible::DIRTY),
+            snapshots: self
+                .read_snapshots()?
+                .into_iter()
+                .map(|snapshot| snapshot.info)
+                .collect(),
+            specific: Some(facts),
+            ..Info::default()
+        })
+    }
+}

@@ -1,0 +1,222 @@
+//! Guest offsets to host offsets.
+
+use std::sync::Arc;
+
+use diskimage_core::{ByteRange, Device, Error, Result, Run, RunKind};
+
+use super::Qcow2;
+use super::entry::{Cluster, L2Entry, OFFSET_MASK, Subclusters, encoded};
+use super::header::limit;
+use super::tables::{Class, Table, Tables};
+
+/// What a stretch of guest bytes is, to be joined with what follows if that is alike.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Piece {
+    Unallocated,
+    Zero(Option<u64>),
+    Data(u64),
+    Compressed { offset: u64, stored: u64, guest: u64 },
+}
+
+impl Piece {
+    /// Whether `next`, `len` bytes further on, continues this one.
+    fn continues(self, next: Self, len: u64) -> bool {
+        match (self, next) {
+            (Self::Unallocated, Self::Unallocated) | (Self::Zero(None), Self::Zero(None)) => true,
+            (Self::Zero(Some(at)), Self::Zero(Some(other))) | (Self::Data(at), Self::Data(other)) => {
+                at + len == other
+            }
+            _ => false,
+        }
+    }
+}
+
+impl Qcow2 {
+    /// Where the bytes at the start of `range` live according to the L1 table `l1`.
+    pub(super) fn map_in(&self, tables: &mut Tables, l1: Table, range: ByteRange) -> Result<Run> {
+        let geometry = self.header.geometry;
+        let mut found: Option<Piece> = None;
+        let mut at = range.start();
+        while at < range.end() {
+            // One L2 table at a time, one cluster of it at a time, one subcluster of that at a time.
+            let table_end = (at / geometry.l2_coverage() + 1).saturating_mul(geometry.l2_coverage());
+            let Some(l2) = self.l2_table(tables, l1, at)? else {
+                if found.is_some_and(|piece| piece != Piece::Unallocated) {
+                    break;
+                }
+                found = Some(Piece::Unallocated);
+                at = table_end;
+                continue;
+            };
+            let stop = table_end.min(range.end());
+            let done = self.scan_l2(tables, l2, ByteRange::new(at, stop), range.start(), &mut found)?;
+            at = done;
+            if done < stop {
+                break;
+            }
+        }
+        let len = at.min(range.end()) - range.start();
+        Ok(Run {
+            len,
+            kind: self.run_kind(found.unwrap_or(Piece::Unallocated)),
+        })
+    }
+
+    /// Extends `found`, which began at `start`, by what one L2 table says of `range`; where it stops.
+    fn scan_l2(
+        &self,
+        tables: &mut Tables,
+        l2: Table,
+        range: ByteRange,
+        start: u64,
+        found: &mut Option<Piece>,
+    ) -> Result<u64> {
+        let geometry = self.header.geometry;
+        let step = geometry.subcluster_size();
+        let mut at = range.start();
+        while at < range.end() {
+            let index = (at % geometry.l2_coverage()) >> geometry.cluster_bits;
+            let entry = self.read_entry(tables, l2, index)?;
+            let guest = at - at % geometry.cluster_size();
+            let end = (guest + geometry.cluster_size()).min(range.end());
+            let uniform = entry.sub == Subclusters::NONE
+                || entry.sub == Subclusters::ZERO
+                || entry.sub == Subclusters::ALLOCATED
+                || !geometry.extended_l2;
+            while at < end {
+                let next = if uniform {
+                    end
+                } else {
+                    (at - at % step + step).min(end)
+                };
+                let piece = piece_at(entry, guest, at, step);
+                match *found {
+                    None => *found = Some(piece),
+                    Some(piece_before) if piece_before.continues(piece, at - start) => {}
+                    Some(_) => return Ok(at),
+                }
+                at = next;
+            }
+        }
+        Ok(at)
+    }
+
+    fn run_kind(&self, piece: Piece) -> RunKind {
+        match piece {
+            Piece::Unallocated => RunKind::Unallocated,
+            Piece::Zero(host) => RunKind::Zero {
+                host: host.map(|offset| (self.data_device(), offset)),
+            },
+            // Clusters that were set aside but never written are holes of the file; its tables cannot know.
+            Piece::Data(offset) => RunKind::Data {
+                device: self.data_device(),
+                offset,
+                holes: self.is_sparse(),
+            },
+            Piece::Compressed {
+                offset,
+                stored,
+                guest,
+            } => RunKind::Encoded(encoded(offset, stored, guest, self.header.geometry)),
+        }
+    }
+
+    /// Whether much of what the tables call data has no storage, as after preallocating only tables: then holes of the
+    /// file are worth looking for. Asked once; the thresholds are those at which the original starts to look.
+    fn is_sparse(&self) -> bool {
+        *self.sparse.get_or_init(|| {
+            if self.has_data_file() {
+                return false;
+            }
+            let size = self.header.geometry.cluster_size();
+            let Some(stored) = self.file.allocated_bytes().map(|bytes| bytes / size) else {
+                return false;
+            };
+            self.file.len() / size > (stored * 10 / 9).max(stored + 2)
+        })
+    }
+
+    pub(super) fn data_device(&self) -> Arc<dyn Device> {
+        Arc::clone(&self.data)
+    }
+
+    /// The L2 table for guest offset `guest`, if there is one.
+    pub(super) fn l2_table(&self, tables: &mut Tables, l1: Table, guest: u64) -> Result<Option<Table>> {
+        let index = guest / self.header.geometry.l2_coverage();
+        let entry = tables.number(l1, index * 8)?;
+        self.l2_at(entry & OFFSET_MASK, index)
+    }
+
+    /// The L2 table at host offset `offset`, which stands in entry `index` of an L1 table; none if it is 0.
+    pub(super) fn l2_at(&self, offset: u64, index: u64) -> Result<Option<Table>> {
+        let len = self.header.geometry.cluster_size();
+        if offset == 0 {
+            return Ok(None);
+        }
+        if !offset.is_multiple_of(len) || offset + len > limit::HOST_OFFSET {
+            return Err(Error::corrupt(format!(
+                "L2 table offset {offset:#x} unaligned (L1 index: {index:#x})"
+            )));
+        }
+        Ok(Some(Table {
+            class: Class::L2,
+            offset,
+            len,
+        }))
+    }
+
+    /// Entry `index` of an L2 table.
+    pub(super) fn read_entry(&self, tables: &mut Tables, l2: Table, index: u64) -> Result<L2Entry> {
+        let geometry = self.header.geometry;
+        let at = index * geometry.l2_entry_size();
+        let word = tables.number(l2, at)?;
+        let bitmap = if geometry.extended_l2 {
+            tables.number(l2, at + 8)?
+        } else {
+            0
+        };
+        L2Entry::parse(
+            [word, bitmap],
+            geometry,
+            self.header.version,
+            self.has_data_file(),
+        )
+    }
+
+    /// Changes entry `index` of an L2 table.
+    pub(super) fn write_entry(
+        &self,
+        tables: &mut Tables,
+        l2: Table,
+        index: u64,
+        entry: L2Entry,
+    ) -> Result<()> {
+        let geometry = self.header.geometry;
+        let at = index * geometry.l2_entry_size();
+        let [word, bitmap] = entry.words(geometry);
+        tables.set_number(l2, at, word)?;
+        if geometry.extended_l2 {
+            tables.set_number(l2, at + 8, bitmap)
+        } else {
+            Ok(())
+        }
+    }
+}
+
+/// What lies at guest offset `at` of the cluster that starts at `guest`.
+fn piece_at(entry: L2Entry, guest: u64, at: u64, subcluster: u64) -> Piece {
+    let bit = 1u32
+        .checked_shl(u32::try_from((at - guest) / subcluster).unwrap_or(0))
+        .unwrap_or(0);
+    match entry.kind {
+        Cluster::Compressed { offset, stored } => Piece::Compressed {
+            offset,
+            stored,
+            guest,
+        },
+        Cluster::Host(offset) if entry.sub.zero & bit != 0 => Piece::Zero(Some(offset + (at - guest))),
+        Cluster::Host(offset) if entry.sub.allocated & bit != 0 => Piece::Data(offset + (at - guest)),
+        Cluster::None if entry.sub.zero & bit != 0 => Piece::Zero(None),
+        Cluster::None | Cluster::Host(_) => Piece::Unallocated,
+    }
+}

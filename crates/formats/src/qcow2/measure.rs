@@ -1,0 +1,73 @@
+//! How large a file would be.
+
+use diskimage_core::options::Options;
+use diskimage_core::{
+    ByteRange, Device, Error, ErrorKind, Image, Measure, MeasureSource, Preallocation, Result, Want,
+};
+
+use super::header::{Geometry, limit};
+use super::options::Wanted;
+
+/// The size of an image with these options.
+pub(super) fn measure(options: &Options, source: MeasureSource<'_>) -> Result<Measure> {
+    let wanted = Wanted::parse(options)?;
+    let geometry = wanted.geometry;
+    let cluster = geometry.cluster_size();
+    let size = source.len().next_multiple_of(cluster);
+    if geometry.l1_entries(size) * 8 > limit::L1_BYTES {
+        return Err(Error::new(
+            ErrorKind::Limit,
+            "The image size is too large (try using a larger cluster size)",
+        ));
+    }
+    let metadata = metadata_clusters(geometry, size) * cluster;
+    let (data, bitmaps) = match source {
+        MeasureSource::Size(_) => (0, None),
+        MeasureSource::Image(image) => (data_bytes(image, cluster)?, image.layer().bitmap_bytes(cluster)?),
+    };
+    let data = match wanted.preallocation {
+        Preallocation::Falloc | Preallocation::Full => size,
+        Preallocation::Off | Preallocation::Metadata => data,
+    };
+    Ok(Measure {
+        required: metadata + data,
+        fully_allocated: metadata + size,
+        bitmaps,
+    })
+}
+
+/// Clusters of tables for a disk of `size` bytes, all of it written.
+fn metadata_clusters(geometry: Geometry, size: u64) -> u64 {
+    let cluster = geometry.cluster_size();
+    let data = size / cluster;
+    let l2 = geometry.l1_entries(size);
+    let counted = 1 + (l2 * 8).div_ceil(cluster) + l2 + data;
+    // Refcount blocks and their table count themselves: a few rounds until the sum no longer changes.
+    let (mut blocks, mut table) = (0, 0);
+    loop {
+        let more_blocks = (counted + blocks + table).div_ceil(geometry.refcount_block_entries());
+        let more_table = (more_blocks * 8).div_ceil(cluster);
+        if (more_blocks, more_table) == (blocks, table) {
+            return counted - data + blocks + table;
+        }
+        (blocks, table) = (more_blocks, more_table);
+    }
+}
+
+/// Bytes of clusters that hold data which is not known to be zero.
+fn data_bytes(image: &Image, cluster: u64) -> Result<u64> {
+    let mut total = 0;
+    let mut rest = ByteRange::new(0, image.len());
+    while !rest.is_empty() {
+        let extent = image.status(rest, Want::Zeroes)?;
+        let mut len = extent.len;
+        if !extent.kind.is_zero() {
+            // The clusters that it touches count as a whole, and the next search starts behind them.
+            let touched = ByteRange::at(rest.start(), len).align_out(cluster);
+            total += touched.len();
+            len = touched.end() - rest.start();
+        }
+        rest = rest.skip(len);
+    }
+    Ok(total)
+}

@@ -1,0 +1,402 @@
+//! qcow2, versions 2 and 3: QEMU's own format.
+//!
+//! ```text
+//!   header ──► L1 table ──► L2 tables ──► data clusters       guest offset → host offset
+//!     │   └──► refcount table ──► refcount blocks             host cluster → how often it is used
+//!     ├──► snapshot table (each snapshot has an L1 table of its own)
+//!     └──► bitmap directory
+//! ```
+//!
+//! The format is specified in QEMU's interoperability document "qcow2". One file here is one structure of it or one
+//! thing done to an image:
+//!
+//! * `header`, `feature`, `extension`, `entry`, `refcount`: structures, as bytes and as types;
+//! * `tables`: the windows of tables that are in memory, and the order in which they are written;
+//! * `map`, `write`, `compress`: guest bytes to host bytes, and new places for them;
+//! * `create`, `resize`, `measure`, `check`, `snapshot`, `bitmap`, `info`: operations.
+
+mod bitmap;
+mod compress;
+mod create;
+mod entry;
+mod extension;
+mod feature;
+mod header;
+mod info;
+mod map;
+mod measure;
+mod options;
+mod refcount;
+mod resize;
+mod snapshot;
+mod tables;
+mod write;
+
+#[cfg(test)]
+mod tests;
+
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+
+use diskimage_core::options::{OptionDef, Options};
+use diskimage_core::{
+    Backing, Budget, ByteRange, CheckReport, CreateRequest, Device, Encoded, Encoder, Error, ErrorKind,
+    Format, Gate, Info, Layer, Measure, MeasureSource, OpenRequest, Permissions, Preallocation, Probe,
+    Progress, Reference, Repair, ResizeRequest, Result, Role, Run, Score, WritePlan, ZeroMode,
+};
+
+use self::feature::{Autoclear, Compatible, Incompatible};
+use self::header::{CryptMethod, Header, field};
+use self::refcount::Refcounts;
+use self::tables::{Class, Table, Tables};
+
+/// The table entry.
+#[derive(Debug)]
+pub struct Qcow2Format;
+
+impl Format for Qcow2Format {
+    fn name(&self) -> &'static str {
+        "qcow2"
+    }
+
+    fn probe(&self, probe: &Probe<'_>) -> Score {
+        let version = probe
+            .head
+            .get(4..8)
+            .map_or(0, |word| word.iter().fold(0, |n, byte| n << 8 | u32::from(*byte)));
+        if probe.head.starts_with(&header::MAGIC.to_be_bytes()) && version >= 2 {
+            100
+        } else {
+            0
+        }
+    }
+
+    fn open(&self, request: OpenRequest<'_>) -> Result<Arc<dyn Layer>> {
+        Ok(Qcow2::open(request)?)
+    }
+
+    fn create_options(&self) -> &'static [OptionDef] {
+        options::CREATE
+    }
+
+    fn has_backing(&self) -> bool {
+        true
+    }
+
+    fn has_compression(&self) -> bool {
+        true
+    }
+
+    fn create(&self, request: CreateRequest<'_>) -> Result<()> {
+        create::create(&request)
+    }
+
+    fn measure(&self, options: &Options, source: MeasureSource<'_>) -> Result<Measure> {
+        measure::measure(options, source)
+    }
+}
+
+/// An open image.
+///
+/// `state` is the only lock. It is held while tables are read and written, never while guest data moves.
+#[derive(Debug)]
+pub(crate) struct Qcow2 {
+    header: Header,
+    file: Arc<dyn Device>,
+    /// Guest data lives here; the same device as `file` unless there is an external data file.
+    data: Arc<dyn Device>,
+    write: bool,
+    budget: Budget,
+    /// Whether the file has far less storage than its tables say; see `map`.
+    sparse: OnceLock<bool>,
+    state: Mutex<State>,
+    /// Told when a plan for a write ends.
+    settled: Condvar,
+}
+
+/// What changes while an image is open.
+#[derive(Debug)]
+struct State {
+    tables: Tables,
+    refcounts: Refcounts,
+    size: u64,
+    l1: Table,
+    /// Guest clusters that plans for writes are about to change.
+    in_flight: Vec<ByteRange>,
+    /// Host bytes given up. Counted down only after the tables that no longer refer to them are durable.
+    freed: Vec<ByteRange>,
+    /// The file ends in a compressed cluster that is not padded to a sector.
+    padding: bool,
+    /// The incompatible features as they stand in the file.
+    incompatible: u64,
+}
+
+/// How many ranges of given-up clusters are collected before they are counted down.
+const MAX_FREED: usize = 4096;
+
+impl Qcow2 {
+    /// Opens the image on a device.
+    ///
+    /// # Errors
+    /// What is wrong with the header, and a data file that cannot be had.
+    pub(crate) fn open(request: OpenRequest<'_>) -> Result<Arc<Self>> {
+        let header = read_header(&request.file, request.for_check)?;
+        if header.features.incompatible.has(Incompatible::CORRUPT) && request.write && !request.for_check {
+            return Err(Error::new(
+                ErrorKind::Corrupt,
+                "qcow2: Image is corrupt; cannot be opened read/write",
+            ));
+        }
+        if header.crypt != CryptMethod::None && !request.no_data {
+            return Err(Error::unsupported(
+                "Encrypted qcow2 images cannot be read or written yet",
+            ));
+        }
+        let data = match data_file(&header, &request)? {
+            Some(data) => data,
+            None => Arc::clone(&request.file),
+        };
+        let state = State {
+            tables: Tables::new(Arc::clone(&request.file), Arc::clone(&data)),
+            refcounts: Refcounts::new(
+                header.geometry,
+                header.refcount_table_offset,
+                u64::from(header.refcount_table_clusters),
+            ),
+            size: header.size,
+            l1: Table {
+                class: Class::L1,
+                offset: header.l1_table_offset,
+                len: u64::from(header.l1_size) * 8,
+            },
+            in_flight: Vec::new(),
+            freed: Vec::new(),
+            padding: false,
+            incompatible: header.features.incompatible.0,
+        };
+        let layer = Self {
+            header,
+            file: request.file,
+            data,
+            write: request.write,
+            budget: request.budget,
+            sparse: OnceLock::new(),
+            state: Mutex::new(state),
+            settled: Condvar::new(),
+        };
+        if layer.write {
+            layer.begin_writing(request.for_check)?;
+        }
+        Ok(Arc::new(layer))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn has_data_file(&self) -> bool {
+        self.header.features.incompatible.has(Incompatible::DATA_FILE)
+    }
+
+    fn is_lazy(&self) -> bool {
+        self.header.features.compatible.has(Compatible::LAZY_REFCOUNTS)
+    }
+
+    /// Clears what a writer must clear, and mends an image that was not closed.
+    fn begin_writing(&self, for_check: bool) -> Result<()> {
+        let autoclear = self.header.features.autoclear.0;
+        if autoclear & !Autoclear::KNOWN != 0 {
+            self.file
+                .write_at(&(autoclear & Autoclear::KNOWN).to_be_bytes(), field::AUTOCLEAR)?;
+        }
+        if self.header.features.incompatible.has(Incompatible::DIRTY) && !for_check {
+            self.check(Repair::All, &Progress::none())?;
+        }
+        Ok(())
+    }
+
+    /// Sets or clears bits of the incompatible features in the file.
+    fn set_incompatible(&self, state: &mut State, bit: u64, on: bool) -> Result<()> {
+        let features = if on {
+            state.incompatible | bit
+        } else {
+            state.incompatible & !bit
+        };
+        if features != state.incompatible {
+            self.file.write_at(&features.to_be_bytes(), field::INCOMPATIBLE)?;
+            self.file.flush()?;
+            state.incompatible = features;
+        }
+        Ok(())
+    }
+
+    /// Says that refcounts may be out of date from now on, where the image allows that.
+    fn mark_dirty(&self, state: &mut State) -> Result<()> {
+        if self.is_lazy() {
+            self.set_incompatible(state, Incompatible::DIRTY, true)
+        } else {
+            Ok(())
+        }
+    }
+
+    /// Writes tables back and counts down what has been given up.
+    fn write_back(&self, state: &mut State) -> Result<()> {
+        state.tables.write_back()?;
+        if !state.freed.is_empty() {
+            state.tables.sync()?;
+            for range in std::mem::take(&mut state.freed) {
+                state
+                    .refcounts
+                    .release(&mut state.tables, range.start(), range.len())?;
+            }
+            state.tables.write_back()?;
+        }
+        Ok(())
+    }
+
+    /// Gives up host bytes once nothing refers to them any more.
+    fn free_later(&self, state: &mut State, offset: u64, len: u64) -> Result<()> {
+        state.freed.push(ByteRange::at(offset, len));
+        if state.freed.len() >= MAX_FREED {
+            self.write_back(state)
+        } else {
+            Ok(())
+        }
+    }
+}
+
+impl Layer for Qcow2 {
+    fn format(&self) -> &'static str {
+        "qcow2"
+    }
+
+    fn len(&self) -> u64 {
+        self.lock().size
+    }
+
+    fn granularity(&self) -> u64 {
+        self.header.geometry.cluster_size()
+    }
+
+    fn backing(&self) -> Option<Backing> {
+        self.header.backing.clone()
+    }
+
+    fn map(&self, range: ByteRange) -> Result<Run> {
+        let mut state = self.lock();
+        let State { tables, l1, .. } = &mut *state;
+        self.map_in(tables, *l1, range)
+    }
+
+    fn decode(&self, encoded: &Encoded, buf: &mut [u8]) -> Result<()> {
+        self.decode_cluster(encoded, buf)
+    }
+
+    fn plan_write(&self, range: ByteRange) -> Result<Box<dyn WritePlan + '_>> {
+        write::plan(self, range)
+    }
+
+    fn write_zeroes(&self, range: ByteRange, mode: ZeroMode) -> Result<()> {
+        self.zero_clusters(range, mode)
+    }
+
+    fn discard(&self, range: ByteRange) -> Result<()> {
+        self.discard_clusters(range)
+    }
+
+    fn encoder(&self) -> Result<Option<Box<dyn Encoder>>> {
+        if self.has_data_file() {
+            Ok(None)
+        } else {
+            self.new_encoder().map(Some)
+        }
+    }
+
+    fn write_encoded(&self, offset: u64, bytes: &[u8]) -> Result<()> {
+        self.write_compressed(offset, bytes)
+    }
+
+    fn info(&self) -> Result<Info> {
+        self.collect_info()
+    }
+
+    fn snapshot(&self, id: Option<&str>, name: Option<&str>) -> Result<Option<Arc<dyn Layer>>> {
+        self.open_snapshot(id, name)
+            .map(|layer| Some(layer as Arc<dyn Layer>))
+    }
+
+    fn bitmap_bytes(&self, cluster_size: u64) -> Result<Option<u64>> {
+        self.measure_bitmaps(cluster_size)
+    }
+
+    fn check(&self, _repair: Repair, _progress: &Progress<'_>) -> Result<CheckReport> {
+        Err(Error::unsupported("check comes next"))
+    }
+
+    fn resize(&self, request: &ResizeRequest) -> Result<()> {
+        self.change_size(request)
+    }
+
+    fn flush(&self) -> Result<()> {
+        let mut state = self.lock();
+        if std::mem::take(&mut state.padding) {
+            self.file
+                .resize(self.file.len().next_multiple_of(512), Preallocation::Off)?;
+        }
+        self.write_back(&mut state)?;
+        state.tables.sync()?;
+        self.set_incompatible(&mut state, Incompatible::DIRTY, false)
+    }
+
+    fn file(&self) -> &Arc<dyn Device> {
+        &self.file
+    }
+
+    fn data_file(&self) -> Option<&Arc<dyn Device>> {
+        self.has_data_file().then_some(&self.data)
+    }
+}
+
+fn read_header(file: &Arc<dyn Device>, for_check: bool) -> Result<Header> {
+    let mut start = [0; header::HEADER_LEN];
+    file.read_padded(&mut start, 0)?;
+    let mut cluster = vec![0; Header::bytes_needed(&start)?];
+    file.read_padded(&mut cluster, 0)?;
+    Header::parse(&cluster, for_check)
+}
+
+/// Opens the external data file, if the image has one and it is wanted.
+fn data_file(header: &Header, request: &OpenRequest<'_>) -> Result<Option<Arc<dyn Device>>> {
+    if !header.features.incompatible.has(Incompatible::DATA_FILE) {
+        return match header.features.autoclear.has(Autoclear::DATA_FILE_RAW) && request.write {
+            true => Err(Error::corrupt(
+                "data-file-raw is set, but there is no external data file",
+            )),
+            false => Ok(None),
+        };
+    }
+    if request.no_data {
+        return Ok(None);
+    }
+    let name = header.extensions.data_file.as_deref();
+    let name = name.ok_or_else(|| Error::corrupt("'data-file' is required for this image"))?;
+    let permissions = match (request.force_share, request.write) {
+        (true, _) => Permissions::FORCE_SHARE,
+        (false, true) => Permissions::WRITE,
+        (false, false) => Permissions::READ,
+    };
+    open_data_file(request.gate, name, request.name, permissions).map(Some)
+}
+
+fn open_data_file(
+    gate: &dyn Gate,
+    name: &str,
+    from: &str,
+    permissions: Permissions,
+) -> Result<Arc<dyn Device>> {
+    gate.open(&Reference {
+        name,
+        from,
+        role: Role::Data,
+        permissions,
+    })
+}

@@ -1,0 +1,312 @@
+//! The creation options, as data and as checked values.
+
+use diskimage_core::options::{OptionDef, OptionKind, Options};
+use diskimage_core::{Error, Preallocation, Result};
+
+use super::header::{Compression, Geometry, limit};
+
+const fn option(
+    name: &'static str,
+    kind: OptionKind,
+    help: &'static str,
+    default: Option<&'static str>,
+) -> OptionDef {
+    OptionDef {
+        name,
+        kind,
+        help,
+        default,
+    }
+}
+
+/// The options of `create`, in the order in which the original prints their values.
+pub(super) const CREATE: &[OptionDef] = &[
+    option("size", OptionKind::Size, "Virtual disk size", None),
+    option(
+        "compat",
+        OptionKind::Text,
+        "Compatibility level (v2 [0.10] or v3 [1.1])",
+        None,
+    ),
+    option(
+        "backing_file",
+        OptionKind::Text,
+        "File name of a base image",
+        None,
+    ),
+    option(
+        "backing_fmt",
+        OptionKind::Text,
+        "Image format of the base image",
+        None,
+    ),
+    option(
+        "data_file",
+        OptionKind::Text,
+        "File name of an external data file",
+        None,
+    ),
+    option(
+        "data_file_raw",
+        OptionKind::Flag,
+        "The external data file must stay valid as a raw image",
+        None,
+    ),
+    option("extended_l2", OptionKind::Flag, "Extended L2 tables", Some("off")),
+    option(
+        "encryption",
+        OptionKind::Flag,
+        "Encrypt the image with format 'aes'. (Deprecated in favor of encrypt.format=aes)",
+        None,
+    ),
+    option(
+        "encrypt.format",
+        OptionKind::Text,
+        "Encrypt the image, format choices: 'aes', 'luks'",
+        None,
+    ),
+    option(
+        "encrypt.key-secret",
+        OptionKind::Text,
+        "ID of secret providing qcow AES key or LUKS passphrase",
+        None,
+    ),
+    option(
+        "encrypt.cipher-alg",
+        OptionKind::Text,
+        "Name of encryption cipher algorithm",
+        None,
+    ),
+    option(
+        "encrypt.cipher-mode",
+        OptionKind::Text,
+        "Name of encryption cipher mode",
+        None,
+    ),
+    option(
+        "encrypt.ivgen-alg",
+        OptionKind::Text,
+        "Name of IV generator algorithm",
+        None,
+    ),
+    option(
+        "encrypt.ivgen-hash-alg",
+        OptionKind::Text,
+        "Name of IV generator hash algorithm",
+        None,
+    ),
+    option(
+        "encrypt.hash-alg",
+        OptionKind::Text,
+        "Name of encryption hash algorithm",
+        None,
+    ),
+    option(
+        "encrypt.iter-time",
+        OptionKind::Number,
+        "Time to spend in PBKDF in milliseconds",
+        None,
+    ),
+    option(
+        "cluster_size",
+        OptionKind::Size,
+        "qcow2 cluster size",
+        Some("65536"),
+    ),
+    option(
+        "preallocation",
+        OptionKind::Text,
+        "Preallocation mode (allowed values: off, metadata, falloc, full)",
+        None,
+    ),
+    option(
+        "lazy_refcounts",
+        OptionKind::Flag,
+        "Postpone refcount updates",
+        Some("off"),
+    ),
+    option(
+        "refcount_bits",
+        OptionKind::Number,
+        "Width of a reference count entry in bits",
+        Some("16"),
+    ),
+    option(
+        "compression_type",
+        OptionKind::Text,
+        "Compression method used for image cluster compression",
+        Some("zlib"),
+    ),
+    option(
+        "nocow",
+        OptionKind::Flag,
+        "Turn off copy-on-write (valid only on btrfs)",
+        None,
+    ),
+    option(
+        "extent_size_hint",
+        OptionKind::Size,
+        "Extent size hint for the image file, 0 to disable",
+        None,
+    ),
+];
+
+/// Extended L2 entries need subclusters of at least a sector.
+pub(super) const MIN_EXTENDED_L2_CLUSTER: u64 = 512 * limit::SUBCLUSTERS;
+
+/// Checked values of the creation options.
+#[derive(Clone, Debug)]
+pub(super) struct Wanted {
+    pub(super) version: u32,
+    pub(super) geometry: Geometry,
+    pub(super) compression: Compression,
+    pub(super) lazy_refcounts: bool,
+    pub(super) preallocation: Preallocation,
+    pub(super) backing_file: Option<String>,
+    pub(super) backing_format: Option<String>,
+    pub(super) data_file: Option<String>,
+    pub(super) data_file_raw: bool,
+}
+
+impl Wanted {
+    /// Checks options against each other, in the original's order and words.
+    ///
+    /// # Errors
+    /// The first that does not fit.
+    pub(super) fn parse(options: &Options) -> Result<Self> {
+        refuse_encryption(options)?;
+        let version = match options.text("compat") {
+            Some("0.10" | "v2") => 2,
+            None | Some("1.1" | "v3") => 3,
+            Some(other) => return Err(not_accepted("version", other)),
+        };
+        let preallocation = match options.text("preallocation") {
+            None => Preallocation::Off,
+            Some(name) => {
+                Preallocation::from_name(name).ok_or_else(|| not_accepted("preallocation", name))?
+            }
+        };
+        let compression = match options.text("compression_type") {
+            None | Some("zlib") => Compression::Zlib,
+            Some("zstd") => Compression::Zstd,
+            Some(other) => return Err(not_accepted("compression-type", other)),
+        };
+        let extended_l2 = options.flag("extended_l2").unwrap_or(false);
+        let cluster_size = options.size("cluster_size").unwrap_or(65536);
+        let cluster_bits = cluster_size.trailing_zeros();
+        let in_range = (limit::MIN_CLUSTER_BITS..=limit::MAX_CLUSTER_BITS).contains(&cluster_bits);
+        if !cluster_size.is_power_of_two() || !in_range {
+            return Err(Error::invalid(
+                "Cluster size must be a power of two between 512 and 2048k",
+            ));
+        }
+        if extended_l2 {
+            require_v3(version, "Extended L2 entries are")?;
+            if cluster_size < MIN_EXTENDED_L2_CLUSTER {
+                return Err(Error::invalid(format!(
+                    "Extended L2 entries are only supported with cluster sizes of at least {MIN_EXTENDED_L2_CLUSTER} bytes"
+                )));
+            }
+        }
+        let wanted = Self {
+            version,
+            geometry: Geometry {
+                cluster_bits,
+                refcount_order: refcount_order(options, version)?,
+                extended_l2,
+            },
+            compression,
+            lazy_refcounts: options.flag("lazy_refcounts").unwrap_or(false),
+            preallocation,
+            backing_file: options
+                .text("backing_file")
+                .filter(|name| !name.is_empty())
+                .map(str::to_owned),
+            backing_format: options.text("backing_fmt").map(str::to_owned),
+            data_file: options.text("data_file").map(str::to_owned),
+            data_file_raw: options.flag("data_file_raw").unwrap_or(false),
+        };
+        wanted.check_together()?;
+        Ok(wanted)
+    }
+
+    fn check_together(&self) -> Result<()> {
+        if self.preallocation != Preallocation::Off
+            && self.backing_file.is_some()
+            && !self.geometry.extended_l2
+        {
+            return Err(Error::invalid(
+                "Backing file and preallocation can only be used at the same time if extended_l2 is enabled",
+            ));
+        }
+        if self.lazy_refcounts && self.version < 3 {
+            return Err(Error::invalid(
+                "Lazy refcounts only supported with compatibility level 1.1 and above (use version=v3 or greater)",
+            ));
+        }
+        if self.data_file.is_some() && self.version < 3 {
+            require_v3(self.version, "External data files are")?;
+        }
+        if self.data_file_raw && self.data_file.is_none() {
+            return Err(Error::invalid("data-file-raw requires data-file"));
+        }
+        if self.data_file_raw && self.backing_file.is_some() {
+            return Err(Error::invalid(
+                "Backing file and data-file-raw cannot be used at the same time",
+            ));
+        }
+        if self.backing_format.is_some() && self.backing_file.is_none() {
+            return Err(Error::invalid(
+                "Backing format cannot be used without backing file",
+            ));
+        }
+        if self.compression != Compression::Zlib {
+            require_v3(self.version, "Non-zlib compression type is")?;
+        }
+        Ok(())
+    }
+}
+
+fn refcount_order(options: &Options, version: u32) -> Result<u32> {
+    let bits = options.number("refcount_bits").unwrap_or(16);
+    if !bits.is_power_of_two() || bits > 64 {
+        return Err(Error::invalid(
+            "Refcount width must be a power of two and may not exceed 64 bits",
+        ));
+    }
+    if version < 3 && bits != 16 {
+        return Err(Error::invalid(
+            "Different refcount widths than 16 bits require compatibility level 1.1 or above (use version=v3 or greater)",
+        ));
+    }
+    Ok(bits.trailing_zeros())
+}
+
+/// Encryption is refused before anything is written: an image that looks encrypted but is not would be worse than none.
+fn refuse_encryption(options: &Options) -> Result<()> {
+    match options.text("encrypt.format") {
+        Some("aes" | "luks") => {}
+        Some(other) => return Err(not_accepted("format", other)),
+        None if options.flag("encryption") == Some(true) => {}
+        None => return Ok(()),
+    }
+    if options.text("encrypt.key-secret").is_none() {
+        return Err(Error::invalid(
+            "Parameter 'encrypt.key-secret' is required for cipher",
+        ));
+    }
+    Err(Error::unsupported("Encrypted qcow2 images cannot be created yet"))
+}
+
+fn require_v3(version: u32, what: &str) -> Result<()> {
+    if version >= 3 {
+        return Ok(());
+    }
+    Err(Error::invalid(format!(
+        "{what} only supported with compatibility level 1.1 and above (use version=v3 or greater)"
+    )))
+}
+
+fn not_accepted(parameter: &str, value: &str) -> Error {
+    Error::invalid(format!("Parameter '{parameter}' does not accept value '{value}'"))
+}

@@ -1,0 +1,108 @@
+//! Finding and taking free clusters.
+//!
+//! Clusters are taken in ascending order, each request in one piece, and a missing refcount block is put right behind
+//! the clusters that it is needed for: the layout that the original makes.
+
+use diskimage_core::{Error, ErrorKind, Result};
+
+use super::super::header::limit;
+use super::super::tables::Tables;
+use super::{Refcounts, block};
+
+impl Refcounts {
+    /// Takes `count` clusters in one piece; the offset of the first.
+    ///
+    /// # Errors
+    /// A file that cannot grow any more, and damage.
+    pub(in super::super) fn allocate(&mut self, tables: &mut Tables, count: u64) -> Result<u64> {
+        loop {
+            let (start, next) = self.find_free(tables, self.first_free, count)?;
+            self.first_free = next;
+            if self.ensure_blocks(tables, start, count)? {
+                // Something moved in; the same clusters are tried first.
+                self.first_free = start;
+                continue;
+            }
+            let offset = start << self.geometry.cluster_bits;
+            self.increment(tables, offset, count << self.geometry.cluster_bits)?;
+            return Ok(offset);
+        }
+    }
+
+    /// Takes room for `len` bytes of a compressed cluster, behind the one before if that has room left.
+    ///
+    /// # Errors
+    /// As [`Refcounts::allocate`].
+    pub(in super::super) fn allocate_bytes(&mut self, tables: &mut Tables, len: u64) -> Result<u64> {
+        let size = self.geometry.cluster_size();
+        let bits = self.geometry.cluster_bits;
+        if let Some(at) = self.byte_offset {
+            let used = self.count(tables, at >> bits)?;
+            if used == 0 || used >= self.geometry.max_refcount() {
+                self.byte_offset = None;
+            }
+        }
+        let room = self.byte_offset.map_or(0, |at| size - at % size);
+        let offset = match self.byte_offset {
+            Some(at) if room >= len => {
+                self.increment(tables, at, len)?;
+                at
+            }
+            before => {
+                let fresh = self.allocate(tables, 1)?;
+                match before {
+                    // The new cluster follows: the bytes may cross from one to the other.
+                    Some(at) if at + room == fresh => {
+                        self.increment(tables, at, room)?;
+                        at
+                    }
+                    _ => fresh,
+                }
+            }
+        };
+        let end = offset + len;
+        self.byte_offset = if end.is_multiple_of(size) { None } else { Some(end) };
+        Ok(offset)
+    }
+
+    /// The first `count` free clusters in one piece from `from` on, and the cluster behind them.
+    pub(super) fn find_free(&self, tables: &mut Tables, from: u64, count: u64) -> Result<(u64, u64)> {
+        let (mut start, mut at) = (from, from);
+        let end = limit::HOST_OFFSET >> self.geometry.cluster_bits;
+        while at - start < count {
+            if at >= end {
+                return Err(Error::new(ErrorKind::NoSpace, "File too large"));
+            }
+            let (free, len) = self.run(tables, at)?;
+            if free {
+                at += len.min(count - (at - start));
+            } else {
+                at += len;
+                start = at;
+            }
+        }
+        Ok((start, at))
+    }
+
+    /// Whether `cluster` is free, and how many after it certainly are alike, itself included.
+    fn run(&self, tables: &mut Tables, cluster: u64) -> Result<(bool, u64)> {
+        let per_block = self.entries_per_block();
+        let index = cluster % per_block;
+        let Some(table) = self.block(tables, cluster)? else {
+            return Ok((true, per_block - index));
+        };
+        let order = self.geometry.refcount_order;
+        let place = block::Place::new(index, order);
+        let bytes = tables.bytes(table, place.byte)?;
+        let count = |i: u64| {
+            let next = block::Place::new(index + i, order);
+            let skip = usize::try_from(next.byte - place.byte).ok()?;
+            block::read(bytes.get(skip..)?, next, order)
+        };
+        let free = count(0) == Some(0);
+        let len = (1..per_block - index)
+            .take_while(|i| count(*i).is_some_and(|n| (n == 0) == free))
+            .count();
+        Ok((free, 1 + len as u64))
+    }
+}

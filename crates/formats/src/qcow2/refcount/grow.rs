@@ -1,0 +1,113 @@
+//! New refcount blocks, and a larger refcount table when they no longer fit.
+
+use diskimage_core::{Error, ErrorKind, Result};
+use zerocopy::IntoBytes;
+use zerocopy::byteorder::big_endian::{U32, U64};
+
+use super::super::header::{field, limit};
+use super::super::tables::{Class, Table, Tables};
+use super::Refcounts;
+
+impl Refcounts {
+    /// Sees to it that blocks exist for `count` clusters from `start` on. True if one had to be made, in which case the
+    /// clusters have to be looked for again.
+    pub(super) fn ensure_blocks(&mut self, tables: &mut Tables, start: u64, count: u64) -> Result<bool> {
+        let per_block = self.entries_per_block();
+        for index in start / per_block..=(start + count - 1) / per_block {
+            if self.block(tables, index * per_block)?.is_none() {
+                self.add_block(tables, index)?;
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    fn add_block(&mut self, tables: &mut Tables, index: u64) -> Result<()> {
+        let per_block = self.entries_per_block();
+        let (cluster, next) = self.find_free(tables, self.first_free, 1)?;
+        if index * 8 >= self.table().len {
+            return self.grow_table(tables, (index * per_block + 1).max(cluster));
+        }
+        self.first_free = next;
+        let table = self.block_at(cluster << self.geometry.cluster_bits);
+        if cluster / per_block == index {
+            tables.fresh(table)?;
+            self.set_count(tables, table, cluster, 1)?;
+        } else {
+            // Counted elsewhere. If that block is missing too it is made first, and the search starts over.
+            if self.ensure_blocks(tables, cluster, 1)? {
+                return Ok(());
+            }
+            let other = self
+                .block(tables, cluster)?
+                .ok_or_else(|| Error::corrupt("No refcount block"))?;
+            self.set_count(tables, other, cluster, 1)?;
+            tables.fresh(table)?;
+        }
+        tables.set_number(self.table(), index * 8, table.offset)
+    }
+
+    /// Moves the refcount table to a larger place behind everything, together with the blocks that count that place.
+    /// `behind` is a cluster that the place must not come before.
+    fn grow_table(&mut self, tables: &mut Tables, behind: u64) -> Result<()> {
+        let (bits, size) = (self.geometry.cluster_bits, self.geometry.cluster_size());
+        let per_block = self.entries_per_block();
+        let start = behind.next_multiple_of(per_block);
+        // Blocks and table count themselves: a few rounds until the sum no longer changes.
+        let (mut blocks, mut clusters) = (1, 1);
+        loop {
+            let entries = (start + blocks + clusters).div_ceil(per_block);
+            // Half as much again, so that growth is rare.
+            let wanted_clusters = ((entries + entries / 2) * 8)
+                .div_ceil(size)
+                .max(self.table_clusters + 1);
+            let wanted_blocks = (blocks + clusters).div_ceil(per_block);
+            if wanted_blocks <= blocks && wanted_clusters <= clusters {
+                break;
+            }
+            (blocks, clusters) = (wanted_blocks.max(blocks), wanted_clusters.max(clusters));
+        }
+        if clusters << bits > limit::REFCOUNT_TABLE_BYTES
+            || start + blocks + clusters > limit::HOST_OFFSET >> bits
+        {
+            return Err(Error::new(ErrorKind::NoSpace, "File too large"));
+        }
+        let table = Table {
+            class: Class::RefcountTable,
+            offset: (start + blocks) << bits,
+            len: clusters << bits,
+        };
+        tables.fresh(table)?;
+        for at in (0..self.table().len).step_by(8) {
+            let entry = tables.number(self.table(), at)?;
+            if entry != 0 {
+                tables.set_number(table, at, entry)?;
+            }
+        }
+        for index in 0..blocks {
+            let block = self.block_at((start + index) << bits);
+            tables.fresh(block)?;
+            tables.set_number(table, (start / per_block + index) * 8, block.offset)?;
+        }
+        let old = std::mem::replace(
+            self,
+            Self {
+                table_offset: table.offset,
+                table_clusters: clusters,
+                ..*self
+            },
+        );
+        self.increment(tables, start << bits, (blocks + clusters) << bits)?;
+        tables.write_back()?;
+        tables.sync()?;
+        let mut location = [0; 12];
+        location[..8].copy_from_slice(U64::new(table.offset).as_bytes());
+        let clusters =
+            u32::try_from(clusters).map_err(|_| Error::corrupt("Reference count table too large"))?;
+        location[8..].copy_from_slice(U32::new(clusters).as_bytes());
+        tables.device().write_at(&location, field::REFCOUNT_TABLE)?;
+        tables.sync()?;
+        tables.forget(old.table());
+        self.release(tables, old.table_offset, old.table().len)
+    }
+}

@@ -1,0 +1,163 @@
+//! Changes of size.
+
+use std::sync::PoisonError;
+
+use diskimage_core::{ByteRange, Error, Preallocation, ResizeRequest, Result};
+use zerocopy::IntoBytes;
+use zerocopy::byteorder::big_endian::{U32, U64};
+
+use super::entry::L2Entry;
+use super::header::{field, limit};
+use super::tables::{Class, Table};
+use super::{Qcow2, State};
+
+impl Qcow2 {
+    /// Grows or shrinks the disk.
+    pub(super) fn change_size(&self, request: &ResizeRequest) -> Result<()> {
+        if !request.len.is_multiple_of(512) {
+            return Err(Error::invalid("The new size must be a multiple of 512"));
+        }
+        if self.header.nb_snapshots > 0 && self.header.version < 3 {
+            return Err(Error::unsupported("Can't resize a v2 image which has snapshots"));
+        }
+        if self.has_bitmaps() {
+            return Err(Error::unsupported(
+                "Cannot resize qcow2 files with persistent bitmaps yet",
+            ));
+        }
+        if request.len < self.lock().size {
+            self.shrink_to(request)
+        } else {
+            self.grow_to(request)
+        }
+    }
+
+    /// Makes the disk larger; what is new is unallocated unless preallocation is asked for.
+    pub(super) fn grow_to(&self, request: &ResizeRequest) -> Result<()> {
+        let geometry = self.header.geometry;
+        let entries = geometry.l1_entries(request.len);
+        if entries * 8 > limit::L1_BYTES || i64::try_from(request.len).is_err() {
+            return Err(Error::from_errno(EFBIG).context("Failed to grow the L1 table"));
+        }
+        let mut state = self.lock();
+        let old = state.size;
+        self.grow_l1(&mut state, entries)?;
+        drop(state);
+        if self.has_data_file() {
+            let mode = match request.preallocation {
+                Preallocation::Metadata => Preallocation::Off,
+                mode => mode,
+            };
+            self.data.resize(request.len.max(self.data.len()), mode)?;
+        }
+        if request.preallocation != Preallocation::Off && request.len > old {
+            let mode = if self.has_data_file() {
+                Preallocation::Metadata
+            } else {
+                request.preallocation
+            };
+            self.preallocate(ByteRange::new(old, request.len), mode)?;
+        }
+        self.set_size(request.len)
+    }
+
+    fn set_size(&self, len: u64) -> Result<()> {
+        let mut state = self.lock();
+        self.write_back(&mut state)?;
+        state.tables.sync()?;
+        self.file.write_at(&len.to_be_bytes(), field::SIZE)?;
+        state.tables.sync()?;
+        state.size = len;
+        Ok(())
+    }
+
+    /// Moves the L1 table to a place with room for `entries`, if it has none.
+    fn grow_l1(&self, state: &mut State, entries: u64) -> Result<()> {
+        let old = state.l1;
+        if entries * 8 <= old.len {
+            return Ok(());
+        }
+        let clusters = (entries * 8).div_ceil(self.header.geometry.cluster_size());
+        let offset = state.refcounts.allocate(&mut state.tables, clusters)?;
+        let table = Table {
+            class: Class::L1,
+            offset,
+            len: entries * 8,
+        };
+        state.tables.fresh(table)?;
+        for at in (0..old.len).step_by(8) {
+            let entry = state.tables.number(old, at)?;
+            if entry != 0 {
+                state.tables.set_number(table, at, entry)?;
+            }
+        }
+        state.tables.write_back()?;
+        state.tables.sync()?;
+        let mut location = [0; 12];
+        let count = u32::try_from(entries).map_err(|_| Error::invalid("Active L1 table too large"))?;
+        location[..4].copy_from_slice(U32::new(count).as_bytes());
+        location[4..].copy_from_slice(U64::new(offset).as_bytes());
+        self.file.write_at(&location, field::L1_SIZE)?;
+        state.tables.sync()?;
+        state.l1 = table;
+        if old.len > 0 {
+            state.tables.forget(old);
+            self.free_later(state, old.offset, old.len)?;
+        }
+        Ok(())
+    }
+
+    /// Makes the disk smaller: clusters and tables beyond the new end are given up, and the file is cut behind the last
+    /// cluster in use.
+    fn shrink_to(&self, request: &ResizeRequest) -> Result<()> {
+        if request.preallocation != Preallocation::Off {
+            return Err(Error::invalid(
+                "Preallocation can't be used for shrinking an image",
+            ));
+        }
+        let geometry = self.header.geometry;
+        let old = self.lock().size;
+        let beyond = ByteRange::new(request.len.next_multiple_of(geometry.cluster_size()), old);
+        if !beyond.is_empty() {
+            self.replace_entries(beyond, |_| Some(L2Entry::UNALLOCATED))?;
+        }
+        let mut state = self.lock();
+        while !state.in_flight.is_empty() {
+            state = self.settled.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        for index in geometry.l1_entries(request.len)..geometry.l1_entries(old) {
+            let l1 = state.l1;
+            if let Some(l2) = self.l2_table(&mut state.tables, l1, index * geometry.l2_coverage())? {
+                state.tables.set_number(l1, index * 8, 0)?;
+                self.free_later(&mut state, l2.offset, l2.len)?;
+            }
+        }
+        drop(state);
+        self.set_size(request.len)?;
+        if self.has_data_file() {
+            self.data.resize(request.len, Preallocation::Off)?;
+        }
+        self.cut_file()
+    }
+
+    /// Cuts the file behind the last cluster that is in use.
+    fn cut_file(&self) -> Result<()> {
+        let mut state = self.lock();
+        let bits = self.header.geometry.cluster_bits;
+        let State {
+            tables, refcounts, ..
+        } = &mut *state;
+        let mut end = self.file.len().div_ceil(1 << bits);
+        while end > 0 && refcounts.count(tables, end - 1)? == 0 {
+            end -= 1;
+        }
+        if end << bits < self.file.len() {
+            self.file.resize(end << bits, Preallocation::Off)
+        } else {
+            Ok(())
+        }
+    }
+}
+
+/// `File too large`.
+const EFBIG: i32 = 27;

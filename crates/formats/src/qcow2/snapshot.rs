@@ -1,0 +1,189 @@
+//! Internal snapshots: their table, and their disks as images of their own.
+//!
+//! ```text
+//!   0 l1_table_offset   8 l1_size   12 id_len   14 name_len   16 date_sec   20 date_nsec
+//!  24 vm_clock_nsec    32 vm_state_size        36 extra_data_size
+//!  40 extra data: vm_state_size (64 bits), disk_size, icount; then id, name, padding to 8
+//! ```
+
+use std::sync::{Arc, Condvar, Mutex, OnceLock};
+
+use diskimage_core::{Error, ErrorKind, Result, SnapshotInfo};
+use zerocopy::byteorder::big_endian::{U16, U32, U64};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+use super::header::limit;
+use super::refcount::Refcounts;
+use super::tables::{Class, Table, Tables};
+use super::{Qcow2, State};
+
+/// The fixed part of an entry of the snapshot table.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct RawSnapshot {
+    /// Where its L1 table starts.
+    l1_table_offset: U64,
+    /// Entries of that table.
+    l1_size: U32,
+    /// Bytes of the identifier.
+    id_len: U16,
+    /// Bytes of the name.
+    name_len: U16,
+    /// When it was taken.
+    date_sec: U32,
+    /// And nanoseconds.
+    date_nsec: U32,
+    /// How long the machine had run.
+    vm_clock_nsec: U64,
+    /// Bytes of machine state, if the extra data does not say.
+    vm_state_size: U32,
+    /// Bytes of extra data.
+    extra_data_size: U32,
+}
+
+/// The shortest entry.
+pub(super) const MIN_ENTRY_LEN: u64 = 40;
+
+const _: () = assert!(size_of::<RawSnapshot>() as u64 == MIN_ENTRY_LEN);
+
+/// Bytes of extra data that are read; more is refused, as by the original.
+const MAX_EXTRA: u64 = 1024;
+/// Bytes of the whole table.
+const MAX_TABLE: u64 = 64 << 20;
+
+/// A snapshot as its table has it.
+#[derive(Clone, Debug)]
+pub(super) struct Snapshot {
+    pub(super) info: SnapshotInfo,
+    pub(super) l1_table_offset: u64,
+    pub(super) l1_size: u32,
+    /// Where its entry starts and how long it is without padding.
+    pub(super) entry: (u64, u64),
+    pub(super) extra_data_size: u32,
+}
+
+impl Qcow2 {
+    /// All snapshots of the image, in the order of the table.
+    ///
+    /// # Errors
+    /// Entries that reach past the file or are larger than any program writes.
+    pub(super) fn read_snapshots(&self) -> Result<Vec<Snapshot>> {
+        let mut found = Vec::new();
+        let mut at = self.header.snapshots_offset;
+        let _memory = self
+            .budget
+            .take(u64::from(self.header.nb_snapshots) * size_of::<Snapshot>() as u64)?;
+        for _ in 0..self.header.nb_snapshots {
+            at = at.next_multiple_of(8);
+            let snapshot = self.read_snapshot(at)?;
+            at += snapshot.entry.1;
+            if at - self.header.snapshots_offset > MAX_TABLE {
+                return Err(Error::new(ErrorKind::Limit, "Snapshot table is too big"));
+            }
+            found.push(snapshot);
+        }
+        Ok(found)
+    }
+
+    fn read_snapshot(&self, at: u64) -> Result<Snapshot> {
+        let mut fixed = [0; size_of::<RawSnapshot>()];
+        // An entry in a file that ends before it is damage, not a snapshot with an empty name.
+        self.file
+            .require(at, MIN_ENTRY_LEN)
+            .and_then(|()| self.file.read_at(&mut fixed, at))
+            .map_err(unreadable)?;
+        let raw =
+            RawSnapshot::read_from_bytes(&fixed).map_err(|_| Error::corrupt("Could not read snapshots"))?;
+        let extra_len = u64::from(raw.extra_data_size.get());
+        if extra_len > MAX_EXTRA {
+            return Err(Error::new(
+                ErrorKind::Limit,
+                "Too much extra metadata in snapshot table entry",
+            ));
+        }
+        let names_len = u64::from(raw.id_len.get()) + u64::from(raw.name_len.get());
+        let mut rest = vec![0; usize::try_from(extra_len + names_len).unwrap_or(0)];
+        let start = at + MIN_ENTRY_LEN;
+        self.file
+            .require(start, rest.len() as u64)
+            .and_then(|()| self.file.read_at(&mut rest, start))
+            .map_err(unreadable)?;
+        let (extra, names) = rest.split_at(usize::try_from(extra_len).unwrap_or(0));
+        let (id, name) = names.split_at(usize::from(raw.id_len.get()).min(names.len()));
+        let word = |i: usize| {
+            extra
+                .get(i * 8..)
+                .and_then(|bytes| bytes.first_chunk())
+                .map(|bytes| u64::from_be_bytes(*bytes))
+        };
+        let info = SnapshotInfo {
+            id: String::from_utf8_lossy(id).into_owned(),
+            name: String::from_utf8_lossy(name).into_owned(),
+            vm_state_size: word(0).unwrap_or_else(|| u64::from(raw.vm_state_size.get())),
+            date_sec: raw.date_sec.get(),
+            date_nsec: raw.date_nsec.get(),
+            vm_clock_nsec: raw.vm_clock_nsec.get(),
+            icount: word(2).filter(|icount| *icount != u64::MAX),
+            disk_size: word(1).unwrap_or(self.header.size),
+        };
+        Ok(Snapshot {
+            info,
+            l1_table_offset: raw.l1_table_offset.get(),
+            l1_size: raw.l1_size.get(),
+            entry: (at, MIN_ENTRY_LEN + rest.len() as u64),
+            extra_data_size: raw.extra_data_size.get(),
+        })
+    }
+
+    /// The disk that a snapshot kept. Only one of `id` and `name` is given, or both have to fit.
+    ///
+    /// # Errors
+    /// No such snapshot, or one whose table cannot be right.
+    pub(super) fn open_snapshot(&self, id: Option<&str>, name: Option<&str>) -> Result<Arc<Self>> {
+        let fits = |snapshot: &Snapshot| {
+            id.is_none_or(|id| snapshot.info.id == id) && name.is_none_or(|name| snapshot.info.name == name)
+        };
+        let snapshots = self.read_snapshots()?;
+        let snapshot = snapshots.into_iter().find(fits);
+        let snapshot = snapshot.ok_or_else(|| Error::new(ErrorKind::NotFound, "Can't find snapshot"))?;
+        let geometry = self.header.geometry;
+        let len = u64::from(snapshot.l1_size) * 8;
+        if len > limit::L1_BYTES {
+            return Err(Error::new(ErrorKind::Limit, "Snapshot L1 table too large"));
+        }
+        if !snapshot.l1_table_offset.is_multiple_of(geometry.cluster_size()) {
+            return Err(Error::corrupt("Snapshot L1 table offset invalid"));
+        }
+        if u64::from(snapshot.l1_size) < geometry.l1_entries(snapshot.info.disk_size) {
+            return Err(Error::corrupt("Snapshot L1 table is too small"));
+        }
+        let state = State {
+            tables: Tables::new(Arc::clone(&self.file), Arc::clone(&self.data)),
+            refcounts: Refcounts::new(geometry, 0, 0),
+            size: snapshot.info.disk_size,
+            l1: Table {
+                class: Class::L1,
+                offset: snapshot.l1_table_offset,
+                len,
+            },
+            in_flight: Vec::new(),
+            freed: Vec::new(),
+            padding: false,
+            incompatible: self.header.features.incompatible.0,
+        };
+        Ok(Arc::new(Self {
+            header: self.header.clone(),
+            file: Arc::clone(&self.file),
+            data: Arc::clone(&self.data),
+            write: false,
+            budget: self.budget.clone(),
+            sparse: OnceLock::new(),
+            state: Mutex::new(state),
+            settled: Condvar::new(),
+        }))
+    }
+}
+
+fn unreadable(error: Error) -> Error {
+    error.context("Could not read snapshots")
+}

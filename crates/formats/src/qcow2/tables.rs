@@ -1,0 +1,334 @@
+//! Metadata tables in memory: windows of them, never the whole, written back in the order that survives a crash.
+//!
+//! Changed windows stay here until [`Tables::write_back`] or until there are too many. They are written class by class,
+//! with everything written before made durable in between:
+//!
+//! ```text
+//!   data, refcount blocks → refcount table → L2 tables → L1 table
+//! ```
+//!
+//! so that at any moment whatever can be reached is counted and written. A crash in between leaks clusters at worst.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+
+use diskimage_core::{Device, Error, Result};
+
+/// What a table is for; the order is the order of writing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(super) enum Class {
+    RefcountBlock,
+    RefcountTable,
+    L2,
+    L1,
+}
+
+const CLASSES: [Class; 4] = [Class::RefcountBlock, Class::RefcountTable, Class::L2, Class::L1];
+
+/// Where a table lies and how long it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Table {
+    pub(super) class: Class,
+    pub(super) offset: u64,
+    pub(super) len: u64,
+}
+
+/// The windows of tables that are in memory.
+#[derive(Debug)]
+pub(super) struct Tables {
+    device: Arc<dyn Device>,
+    /// Guest data lives here; it must be durable before tables refer to it.
+    data: Arc<dyn Device>,
+    windows: HashMap<u64, Window>,
+    /// Offsets in the order of the second-chance scan.
+    clock: VecDeque<u64>,
+    bytes: usize,
+    dirty: [usize; CLASSES.len()],
+}
+
+#[derive(Debug)]
+struct Window {
+    class: Class,
+    bytes: Box<[u8]>,
+    dirty: bool,
+    used: bool,
+}
+
+/// Bytes of a window. A whole L2 table at the usual cluster size.
+const WINDOW: u64 = 64 << 10;
+/// Bytes of all windows; enough for the L2 tables of 48 GiB at the usual cluster size.
+const CAPACITY: usize = 6 << 20;
+/// Neighbouring windows are written in one request up to this size.
+const MAX_WRITE: usize = 1 << 20;
+
+impl Tables {
+    pub(super) fn new(device: Arc<dyn Device>, data: Arc<dyn Device>) -> Self {
+        Self {
+            device,
+            data,
+            windows: HashMap::new(),
+            clock: VecDeque::new(),
+            bytes: 0,
+            dirty: [0; CLASSES.len()],
+        }
+    }
+
+    /// The bytes of `table` from `at` to the end of the window that holds it.
+    pub(super) fn bytes(&mut self, table: Table, at: u64) -> Result<&[u8]> {
+        let skip = index(at % WINDOW);
+        let window = self.window(table, at)?;
+        Ok(window.bytes.get(skip..).unwrap_or(&[]))
+    }
+
+    /// As [`Tables::bytes`], to be changed.
+    pub(super) fn bytes_mut(&mut self, table: Table, at: u64) -> Result<&mut [u8]> {
+        let skip = index(at % WINDOW);
+        let window = self.window(table, at)?;
+        let newly = !std::mem::replace(&mut window.dirty, true);
+        let class = window.class;
+        if newly {
+            self.dirty[class as usize] += 1;
+        }
+        let offset = table.offset + at - at % WINDOW;
+        let window = self
+            .windows
+            .get_mut(&offset)
+            .ok_or_else(|| out_of_table(table, at))?;
+        window
+            .bytes
+            .get_mut(skip..)
+            .ok_or_else(|| out_of_table(table, at))
+    }
+
+    /// The big-endian number at byte `at` of `table`.
+    pub(super) fn number(&mut self, table: Table, at: u64) -> Result<u64> {
+        let bytes = self.bytes(table, at)?;
+        bytes
+            .first_chunk()
+            .map(|bytes| u64::from_be_bytes(*bytes))
+            .ok_or_else(|| out_of_table(table, at))
+    }
+
+    /// Changes the big-endian number at byte `at` of `table`.
+    pub(super) fn set_number(&mut self, table: Table, at: u64, value: u64) -> Result<()> {
+        let bytes = self.bytes_mut(table, at)?;
+        *bytes.first_chunk_mut().ok_or_else(|| out_of_table(table, at))? = value.to_be_bytes();
+        Ok(())
+    }
+
+    /// Starts `table` as zeroes without reading what lies there.
+    pub(super) fn fresh(&mut self, table: Table) -> Result<()> {
+        let mut at = 0;
+        while at < table.len {
+            let len = (table.len - at).min(WINDOW);
+            self.forget_at(table.offset + at);
+            self.insert(table.offset + at, table.class, vec![0; index(len)].into(), true)?;
+            at += WINDOW;
+        }
+        Ok(())
+    }
+
+    /// Drops what is remembered of `table`, changes included: its clusters have been given up.
+    pub(super) fn forget(&mut self, table: Table) {
+        for at in (0..table.len).step_by(index(WINDOW)) {
+            self.forget_at(table.offset + at);
+        }
+    }
+
+    /// Writes all changes, in order, each class durable before the next.
+    pub(super) fn write_back(&mut self) -> Result<()> {
+        for class in CLASSES {
+            if self.dirty[class as usize] == 0 {
+                continue;
+            }
+            // What this class refers to: everything written before it, guest data included.
+            if class != Class::RefcountBlock {
+                self.sync()?;
+            }
+            self.write_class(class)?;
+        }
+        Ok(())
+    }
+
+    /// Makes durable what has been written.
+    pub(super) fn sync(&self) -> Result<()> {
+        if !Arc::ptr_eq(&self.device, &self.data) {
+            self.data.flush()?;
+        }
+        self.device.flush()
+    }
+
+    pub(super) fn device(&self) -> &Arc<dyn Device> {
+        &self.device
+    }
+
+    fn window(&mut self, table: Table, at: u64) -> Result<&mut Window> {
+        if at >= table.len {
+            return Err(out_of_table(table, at));
+        }
+        let start = at - at % WINDOW;
+        let offset = table.offset + start;
+        let known = self.windows.get(&offset).is_some_and(|window| {
+            window.class == table.class && window.bytes.len() as u64 == (table.len - start).min(WINDOW)
+        });
+        if !known {
+            // The same bytes under another name: a damaged image. What was changed is written, what is there is read.
+            if self.windows.contains_key(&offset) {
+                self.write_back()?;
+                self.forget_at(offset);
+            }
+            let mut bytes = vec![0; index((table.len - start).min(WINDOW))];
+            self.device.read_padded(&mut bytes, offset)?;
+            self.insert(offset, table.class, bytes.into(), false)?;
+        }
+        let window = self
+            .windows
+            .get_mut(&offset)
+            .ok_or_else(|| out_of_table(table, at))?;
+        window.used = true;
+        Ok(window)
+    }
+
+    fn insert(&mut self, offset: u64, class: Class, bytes: Box<[u8]>, dirty: bool) -> Result<()> {
+        while self.bytes + bytes.len() > CAPACITY && !self.windows.is_empty() {
+            self.evict()?;
+        }
+        self.bytes += bytes.len();
+        self.dirty[class as usize] += usize::from(dirty);
+        self.windows.insert(
+            offset,
+            Window {
+                class,
+                bytes,
+                dirty,
+                used: true,
+            },
+        );
+        self.clock.push_back(offset);
+        Ok(())
+    }
+
+    /// Forgets one window that has not been used since the scan last came by.
+    fn evict(&mut self) -> Result<()> {
+        while let Some(offset) = self.clock.pop_front() {
+            match self.windows.get_mut(&offset) {
+                None => {}
+                Some(window) if window.used => {
+                    window.used = false;
+                    self.clock.push_back(offset);
+                }
+                Some(window) => {
+                    if window.dirty {
+                        self.clock.push_front(offset);
+                        self.write_back()?;
+                        self.clock.pop_front();
+                    }
+                    self.remove(offset);
+                    return Ok(());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn forget_at(&mut self, offset: u64) {
+        if self.windows.contains_key(&offset) {
+            self.remove(offset);
+            self.clock.retain(|other| *other != offset);
+        }
+    }
+
+    fn remove(&mut self, offset: u64) {
+        if let Some(window) = self.windows.remove(&offset) {
+            self.bytes -= window.bytes.len();
+            self.dirty[window.class as usize] -= usize::from(window.dirty);
+        }
+    }
+
+    fn write_class(&mut self, class: Class) -> Result<()> {
+        let changed = self
+            .windows
+            .iter()
+            .filter(|(_, window)| window.dirty && window.class == class);
+        let mut offsets: Vec<u64> = changed.map(|(offset, _)| *offset).collect();
+        offsets.sort_unstable();
+        let mut rest = offsets.as_slice();
+        let mut run = Vec::new();
+        while let Some(first) = rest.first() {
+            run.clear();
+            let mut count = 0;
+            for offset in rest {
+                let window = &self.windows[offset];
+                let follows = *offset == first + run.len() as u64;
+                if count > 0 && (!follows || run.len() + window.bytes.len() > MAX_WRITE) {
+                    break;
+                }
+                run.extend_from_slice(&window.bytes);
+                count += 1;
+            }
+            self.device.write_at(&run, *first)?;
+            let (written, later) = rest.split_at(count);
+            for offset in written {
+                if let Some(window) = self.windows.get_mut(offset) {
+                    window.dirty = false;
+                    self.dirty[class as usize] -= 1;
+                }
+            }
+            rest = later;
+        }
+        Ok(())
+    }
+}
+
+fn index(value: u64) -> usize {
+    usize::try_from(value).unwrap_or(usize::MAX)
+}
+
+fn out_of_table(table: Table, at: u64) -> Error {
+    Error::corrupt(format!(
+        "Entry at {at:#x} lies outside the table at {:#x}",
+        table.offset
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use diskimage_core::MemoryDevice;
+
+    use super::*;
+
+    fn l2(offset: u64) -> Table {
+        Table {
+            class: Class::L2,
+            offset,
+            len: WINDOW,
+        }
+    }
+
+    #[test]
+    fn changes_are_seen_before_and_after_they_are_written() {
+        let device: Arc<dyn Device> = Arc::new(MemoryDevice::default());
+        let mut tables = Tables::new(Arc::clone(&device), Arc::clone(&device));
+        tables.set_number(l2(0), 8, 42).expect("in the table");
+        assert_eq!(tables.number(l2(0), 8).expect("in the table"), 42);
+        assert_eq!(device.len(), 0);
+        tables.write_back().expect("memory");
+        let mut word = [0; 8];
+        device.read_at(&mut word, 8).expect("written");
+        assert_eq!(u64::from_be_bytes(word), 42);
+        assert!(tables.number(l2(0), WINDOW).is_err());
+    }
+
+    #[test]
+    fn memory_stays_bounded_and_nothing_is_lost() {
+        let device: Arc<dyn Device> = Arc::new(MemoryDevice::default());
+        let mut tables = Tables::new(Arc::clone(&device), Arc::clone(&device));
+        for i in 0..300 {
+            tables.set_number(l2(i * WINDOW), 16, i).expect("in the table");
+            assert!(tables.bytes <= CAPACITY);
+        }
+        for i in 0..300 {
+            assert_eq!(tables.number(l2(i * WINDOW), 16).expect("in the table"), i);
+        }
+    }
+}

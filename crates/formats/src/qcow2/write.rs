@@ -1,0 +1,470 @@
+//! Places for new data.
+//!
+//! A plan takes clusters under the lock, the caller writes guest data into them with no lock held, and `commit` makes
+//! the L2 entries point there. Until then nothing refers to the clusters: a crash leaks them at worst.
+
+use std::sync::{MutexGuard, PoisonError};
+
+use diskimage_core::{
+    ByteRange, Device, Error, ErrorKind, Preallocation, Result, WritePlan, WriteRun, ZeroMode,
+};
+
+use super::entry::{COPIED, Cluster, L2Entry, Subclusters};
+use super::feature::Autoclear;
+use super::tables::Table;
+use super::{Class, Qcow2, State};
+
+/// Sets aside where the bytes of `range` go.
+pub(super) fn plan(image: &Qcow2, range: ByteRange) -> Result<Box<dyn WritePlan + '_>> {
+    Ok(Box::new(Plan::new(image, range)?))
+}
+
+struct Plan<'a> {
+    image: &'a Qcow2,
+    cover: ByteRange,
+    runs: Vec<WriteRun>,
+    changes: Vec<Change>,
+}
+
+/// An L2 entry that will change.
+#[derive(Debug)]
+struct Change {
+    l2: Table,
+    index: u64,
+    old: L2Entry,
+    new: L2Entry,
+}
+
+impl Change {
+    /// Whether the plan took a cluster for it.
+    fn took_cluster(&self) -> bool {
+        self.old.kind != self.new.kind
+    }
+}
+
+impl<'a> Plan<'a> {
+    fn new(image: &'a Qcow2, range: ByteRange) -> Result<Self> {
+        let (mut plan, mut state) = Self::claim(image, range)?;
+        // On failure the plan's drop gives back what it took, after the lock is gone.
+        plan.draft(&mut state, range)?;
+        drop(state);
+        Ok(plan)
+    }
+
+    /// Waits until no plan covers any cluster of `range`, and claims them for an empty plan. The plan comes first: its
+    /// drop takes the lock, so the guard has to go before it.
+    fn claim(image: &'a Qcow2, range: ByteRange) -> Result<(Self, MutexGuard<'a, State>)> {
+        if !image.write {
+            return Err(Error::new(ErrorKind::Permission, "Image is read-only"));
+        }
+        let cover = range.align_out(image.header.geometry.cluster_size());
+        let mut state = image.lock();
+        while state.in_flight.iter().any(|other| other.overlaps(cover)) {
+            state = image.settled.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        image.mark_dirty(&mut state)?;
+        state.in_flight.push(cover);
+        Ok((
+            Self {
+                image,
+                cover,
+                runs: Vec::new(),
+                changes: Vec::new(),
+            },
+            state,
+        ))
+    }
+
+    fn draft(&mut self, state: &mut State, range: ByteRange) -> Result<()> {
+        let geometry = self.image.header.geometry;
+        let size = geometry.cluster_size();
+        let mut at = self.cover.start();
+        while at < self.cover.end() {
+            let table_end = (at / geometry.l2_coverage() + 1).saturating_mul(geometry.l2_coverage());
+            let l2 = self.image.ensure_l2(state, at)?;
+            let stop = table_end.min(self.cover.end());
+            while at < stop {
+                let index = (at % geometry.l2_coverage()) >> geometry.cluster_bits;
+                let old = self.image.read_entry(&mut state.tables, l2, index)?;
+                if let Some(offset) = writable_in_place(old) {
+                    self.add_in_place(range, l2, index, at, old, offset);
+                    at += size;
+                    continue;
+                }
+                // Neighbours that need clusters too get them in one piece.
+                let mut olds = vec![old];
+                for next in index + 1..index + (stop - at) / size {
+                    let entry = self.image.read_entry(&mut state.tables, l2, next)?;
+                    if writable_in_place(entry).is_some() {
+                        break;
+                    }
+                    olds.push(entry);
+                }
+                let first = self.image.take_clusters(state, at, olds.len() as u64)?;
+                for (i, old) in (0..).zip(&olds) {
+                    self.add_new(range, l2, index + i, at + i * size, *old, first + i * size);
+                }
+                at += olds.len() as u64 * size;
+            }
+        }
+        Ok(())
+    }
+
+    /// A cluster that is this image's own: written where it is, whole subclusters where they held no data yet.
+    fn add_in_place(
+        &mut self,
+        range: ByteRange,
+        l2: Table,
+        index: u64,
+        guest: u64,
+        old: L2Entry,
+        offset: u64,
+    ) {
+        let part = self.touched(range, guest);
+        let covered = self.rounded(part, guest, old.sub.allocated);
+        let sub = old.sub.with_data(self.mask(covered, guest));
+        self.add_run(covered, offset + (covered.start() - guest));
+        if sub != old.sub {
+            self.changes.push(Change {
+                l2,
+                index,
+                old,
+                new: L2Entry { sub, ..old },
+            });
+        }
+    }
+
+    /// A cluster of its own for what had none, or one that others use too.
+    fn add_new(&mut self, range: ByteRange, l2: Table, index: u64, guest: u64, old: L2Entry, offset: u64) {
+        let (covered, sub) = if old.sub.allocated == 0 {
+            let covered = self.rounded(self.touched(range, guest), guest, 0);
+            (covered, old.sub.with_data(self.mask(covered, guest)))
+        } else {
+            // Data moves here from elsewhere: all of the cluster.
+            (
+                ByteRange::at(guest, self.image.header.geometry.cluster_size()),
+                Subclusters::ALLOCATED,
+            )
+        };
+        self.add_run(covered, offset + (covered.start() - guest));
+        self.changes.push(Change {
+            l2,
+            index,
+            old,
+            new: L2Entry::data(offset, sub),
+        });
+    }
+
+    fn touched(&self, range: ByteRange, guest: u64) -> ByteRange {
+        range.intersect(ByteRange::at(guest, self.image.header.geometry.cluster_size()))
+    }
+
+    /// `part` of the cluster at `guest`, each end moved to a subcluster's border unless that subcluster has data.
+    fn rounded(&self, part: ByteRange, guest: u64, allocated: u32) -> ByteRange {
+        let sub = self.image.header.geometry.subcluster_size();
+        let has_data = |at: u64| allocated & bit((at - guest) / sub) != 0;
+        let out = part.align_out(sub);
+        let start = if has_data(part.start()) {
+            part.start()
+        } else {
+            out.start()
+        };
+        let end = if has_data(part.end() - 1) {
+            part.end()
+        } else {
+            out.end()
+        };
+        ByteRange::new(start, end)
+    }
+
+    fn mask(&self, covered: ByteRange, guest: u64) -> u32 {
+        let geometry = self.image.header.geometry;
+        if !geometry.extended_l2 {
+            return u32::MAX;
+        }
+        let sub = geometry.subcluster_size();
+        let first = (covered.start() - guest) / sub;
+        let end = (covered.end() - guest).div_ceil(sub);
+        (first..end).fold(0, |mask, i| mask | bit(i))
+    }
+
+    fn add_run(&mut self, guest: ByteRange, offset: u64) {
+        if let Some(last) = self.runs.last_mut()
+            && last.guest.end() == guest.start()
+            && last.offset + last.guest.len() == offset
+        {
+            last.guest = ByteRange::new(last.guest.start(), guest.end());
+            return;
+        }
+        self.runs.push(WriteRun {
+            guest,
+            device: self.image.data_device(),
+            offset,
+        });
+    }
+}
+
+impl WritePlan for Plan<'_> {
+    fn runs(&self) -> &[WriteRun] {
+        &self.runs
+    }
+
+    fn commit(mut self: Box<Self>) -> Result<()> {
+        let mut state = self.image.lock();
+        while let Some(change) = self.changes.pop() {
+            let entry = self
+                .image
+                .write_entry(&mut state.tables, change.l2, change.index, change.new);
+            if entry.is_err() {
+                self.changes.push(change);
+                return entry;
+            }
+            if change.took_cluster() {
+                self.image.give_up(&mut state, change.old)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Plan<'_> {
+    /// Gives back clusters that no entry refers to, and lets others at the guest clusters.
+    fn drop(&mut self) {
+        let mut state = self.image.lock();
+        for change in self.changes.drain(..).filter(Change::took_cluster) {
+            // What cannot be counted down leaks, which harms nothing.
+            let _ = self.image.give_back(&mut state, change.new);
+        }
+        state.in_flight.retain(|range| *range != self.cover);
+        drop(state);
+        self.image.settled.notify_all();
+    }
+}
+
+impl Qcow2 {
+    /// `count` clusters for guest data in one piece; an external data file has a place for every guest cluster.
+    fn take_clusters(&self, state: &mut State, guest: u64, count: u64) -> Result<u64> {
+        if self.has_data_file() {
+            return Ok(guest);
+        }
+        state.refcounts.allocate(&mut state.tables, count)
+    }
+
+    /// Gives back clusters that were taken but that nothing refers to.
+    fn give_back(&self, state: &mut State, entry: L2Entry) -> Result<()> {
+        match entry.host_clusters(self.header.geometry) {
+            Some((offset, len)) if !self.has_data_file() => {
+                state.refcounts.release(&mut state.tables, offset, len)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Gives up the clusters of an entry that has been replaced.
+    pub(super) fn give_up(&self, state: &mut State, entry: L2Entry) -> Result<()> {
+        match entry.host_clusters(self.header.geometry) {
+            Some((offset, len)) if !self.has_data_file() => self.free_later(state, offset, len),
+            _ => Ok(()),
+        }
+    }
+
+    /// The L2 table for guest offset `guest`: made if there is none, copied if a snapshot uses it too.
+    pub(super) fn ensure_l2(&self, state: &mut State, guest: u64) -> Result<Table> {
+        let at = guest / self.header.geometry.l2_coverage() * 8;
+        let entry = state.tables.number(state.l1, at)?;
+        let shared = match self.l2_table(&mut state.tables, state.l1, guest)? {
+            Some(table) if entry & COPIED != 0 => return Ok(table),
+            other => other,
+        };
+        let len = self.header.geometry.cluster_size();
+        let offset = state.refcounts.allocate(&mut state.tables, 1)?;
+        let table = Table {
+            class: Class::L2,
+            offset,
+            len,
+        };
+        state.tables.fresh(table)?;
+        if let Some(old) = shared {
+            let mut at = 0;
+            while at < len {
+                let piece = state.tables.bytes(old, at)?.to_vec();
+                state.tables.bytes_mut(table, at)?.copy_from_slice(&piece);
+                at += piece.len() as u64;
+            }
+        }
+        state.tables.set_number(state.l1, at, offset | COPIED)?;
+        match shared {
+            Some(old) => self.free_later(state, old.offset, old.len)?,
+            None => {}
+        }
+        Ok(table)
+    }
+
+    /// Stores the compressed form of the cluster at guest offset `guest`.
+    pub(super) fn write_compressed(&self, guest: u64, bytes: &[u8]) -> Result<()> {
+        let geometry = self.header.geometry;
+        let len = bytes.len() as u64;
+        if len == 0 || len >= geometry.cluster_size() || !guest.is_multiple_of(geometry.cluster_size()) {
+            return Err(Error::invalid("Not the compressed form of one cluster"));
+        }
+        if self.has_data_file() {
+            return Err(Error::unsupported(
+                "Compressed clusters cannot be in an external data file",
+            ));
+        }
+        let (mut claim, mut state) = Plan::claim(self, ByteRange::at(guest, geometry.cluster_size()))?;
+        let l2 = self.ensure_l2(&mut state, guest)?;
+        let index = (guest % geometry.l2_coverage()) >> geometry.cluster_bits;
+        let State {
+            tables, refcounts, ..
+        } = &mut *state;
+        let old = self.read_entry(tables, l2, index)?;
+        let offset = refcounts.allocate_bytes(tables, len)?;
+        let kind = Cluster::Compressed { offset, stored: len };
+        let new = L2Entry {
+            kind,
+            copied: false,
+            sub: Subclusters::ALLOCATED,
+        };
+        claim.changes.push(Change { l2, index, old, new });
+        state.padding = true;
+        drop(state);
+        self.file.write_at(bytes, offset)?;
+        Box::new(claim).commit()
+    }
+
+    /// Makes clusters read as zero by their entries alone.
+    pub(super) fn zero_clusters(&self, range: ByteRange, mode: ZeroMode) -> Result<()> {
+        if self.header.features.autoclear.has(Autoclear::DATA_FILE_RAW) {
+            return self.zero_raw_data(range, mode);
+        }
+        if self.header.version < 3 && self.header.backing.is_some() {
+            return Err(Error::unsupported("Version 2 images have no zero clusters"));
+        }
+        let v3 = self.header.version >= 3;
+        self.replace_entries(range, |old| {
+            let keep = mode == ZeroMode::KeepAllocated && matches!(old.kind, Cluster::Host(_));
+            match (v3, keep) {
+                (true, true) => Some(L2Entry {
+                    sub: Subclusters::ZERO,
+                    ..old
+                }),
+                (true, false) => Some(L2Entry {
+                    sub: Subclusters::ZERO,
+                    ..L2Entry::UNALLOCATED
+                }),
+                (false, _) => Some(L2Entry::UNALLOCATED),
+            }
+        })
+    }
+
+    /// Gives back storage; afterwards the clusters read as zero.
+    pub(super) fn discard_clusters(&self, range: ByteRange) -> Result<()> {
+        let below = self.header.backing.is_some();
+        if self.header.features.autoclear.has(Autoclear::DATA_FILE_RAW) || (below && self.header.version < 3)
+        {
+            return Ok(());
+        }
+        self.replace_entries(range, |old| match (old.kind, below) {
+            (Cluster::None, _) if old.sub == Subclusters::NONE => None,
+            (_, true) => Some(L2Entry {
+                sub: Subclusters::ZERO,
+                ..L2Entry::UNALLOCATED
+            }),
+            (_, false) => Some(L2Entry::UNALLOCATED),
+        })
+    }
+
+    /// Takes clusters for all of `range`, whose contents stay zero.
+    pub(super) fn preallocate(&self, range: ByteRange, mode: Preallocation) -> Result<()> {
+        let step = self.header.geometry.l2_coverage();
+        let mut rest = range;
+        while !rest.is_empty() {
+            let part = rest.first((rest.start() / step + 1).saturating_mul(step) - rest.start());
+            let plan = Plan::new(self, part)?;
+            for run in &plan.runs {
+                let host = ByteRange::at(run.offset, run.guest.len());
+                match mode {
+                    Preallocation::Off | Preallocation::Metadata if self.data.len() < host.end() => {
+                        self.data.resize(host.end(), Preallocation::Off)?;
+                    }
+                    Preallocation::Off | Preallocation::Metadata => {}
+                    Preallocation::Falloc => self.data.write_zeroes(host, ZeroMode::KeepAllocated)?,
+                    Preallocation::Full => write_zero_bytes(&*self.data, host)?,
+                }
+            }
+            Box::new(plan).commit()?;
+            rest = rest.skip(part.len());
+        }
+        Ok(())
+    }
+
+    /// A raw data file has to hold the zeroes itself.
+    fn zero_raw_data(&self, range: ByteRange, mode: ZeroMode) -> Result<()> {
+        let plan = Plan::new(self, range)?;
+        for run in &plan.runs {
+            self.data
+                .write_zeroes(ByteRange::at(run.offset, run.guest.len()), mode)?;
+        }
+        Box::new(plan).commit()
+    }
+
+    /// Replaces the L2 entries of `range` by what `change` makes of them, and gives up their clusters.
+    pub(super) fn replace_entries(
+        &self,
+        range: ByteRange,
+        change: impl Fn(L2Entry) -> Option<L2Entry>,
+    ) -> Result<()> {
+        let geometry = self.header.geometry;
+        let (claim, mut state) = Plan::claim(self, range)?;
+        let mut rest = claim.cover;
+        while !rest.is_empty() {
+            let table_end =
+                (rest.start() / geometry.l2_coverage() + 1).saturating_mul(geometry.l2_coverage());
+            let part = ByteRange::new(rest.start(), table_end.min(rest.end()));
+            rest = rest.skip(part.len());
+            let l1 = state.l1;
+            let missing = self.l2_table(&mut state.tables, l1, part.start())?.is_none();
+            if missing && change(L2Entry::UNALLOCATED).is_none_or(|new| new == L2Entry::UNALLOCATED) {
+                continue;
+            }
+            let l2 = self.ensure_l2(&mut state, part.start())?;
+            let first = (part.start() % geometry.l2_coverage()) >> geometry.cluster_bits;
+            for index in first..first + (part.len() >> geometry.cluster_bits) {
+                let old = self.read_entry(&mut state.tables, l2, index)?;
+                if let Some(new) = change(old).filter(|new| *new != old) {
+                    self.write_entry(&mut state.tables, l2, index, new)?;
+                    if new.kind != old.kind {
+                        self.give_up(&mut state, old)?;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The host offset of a cluster that belongs to this image alone.
+fn writable_in_place(entry: L2Entry) -> Option<u64> {
+    match entry.kind {
+        Cluster::Host(offset) if entry.copied => Some(offset),
+        _ => None,
+    }
+}
+
+fn write_zero_bytes(device: &dyn Device, range: ByteRange) -> Result<()> {
+    const CHUNK: u64 = 1 << 20;
+    let zeroes = vec![0; usize::try_from(range.len().min(CHUNK)).unwrap_or(0)];
+    let mut rest = range;
+    while !rest.is_empty() {
+        let part = rest.first(zeroes.len() as u64);
+        device.write_at(&zeroes[..usize::try_from(part.len()).unwrap_or(0)], part.start())?;
+        rest = rest.skip(part.len());
+    }
+    Ok(())
+}
+
+fn bit(index: u64) -> u32 {
+    1u32.checked_shl(u32::try_from(index).unwrap_or(u32::MAX))
+        .unwrap_or(0)
+}
