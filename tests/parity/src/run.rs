@@ -255,7 +255,10 @@ mod tests {
             "{verdict:?}"
         );
         let verdict = scripts.verdict(CASE, "echo a >&2", "echo a >&2; printf b >&2");
-        assert!(failed(&verdict).contains("stderr:\n    a\n  - \n  + b\n"), "{verdict:?}");
+        assert!(
+            failed(&verdict).contains("stderr:\n    a\n  - \n  + b\n"),
+            "{verdict:?}"
+        );
     }
 
     #[test]
