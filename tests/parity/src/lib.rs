@@ -1,0 +1,18 @@
+//! Runs the same command sequences through the installed `qemu-img` and through ours, and compares what comes out.
+//!
+//! A *case* is a handful of lines in a `cases/*.cases` file (`README.md` documents them). It is run twice, each time in
+//! a fresh directory of the same absolute name and with the same inputs, so that nothing needs to be normalised but the
+//! version line: exit code, stdout and stderr of every command under test must be equal to the byte.
+//!
+//! ```text
+//! cases/*.cases -> script (parse) -> run (prepare once, execute twice) -> verdict (what differs, as text)
+//!                                     |- files    generators, pokes      |- structure (images, by the stock tool)
+//!                                     |- process  spawn, time limit, hold
+//! ```
+
+pub mod files;
+pub mod process;
+pub mod run;
+pub mod script;
+pub mod structure;
+pub mod verdict;

@@ -1,3 +1,0 @@
-//! Placeholder of the workspace's first commit.
-
-fn main() {}

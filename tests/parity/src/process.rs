@@ -1,0 +1,191 @@
+//! Running programs: a fixed environment, everything they say, a time limit; and `qemu-io` as a holder of locks.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::script::StockTool;
+
+/// Where the programs are.
+#[derive(Debug, Clone)]
+pub struct Tools {
+    /// The installed `qemu-img`.
+    pub stock_img: PathBuf,
+    /// The installed `qemu-io`.
+    pub stock_io: PathBuf,
+    /// The `qemu-img` that is compared with it.
+    pub under_test: PathBuf,
+}
+
+impl Tools {
+    /// The path of an installed tool.
+    pub fn stock(&self, tool: StockTool) -> &Path {
+        match tool {
+            StockTool::Img => &self.stock_img,
+            StockTool::Io => &self.stock_io,
+        }
+    }
+
+    /// Whether the harness is being tested with the stock tool against itself.
+    pub fn is_self_test(&self) -> bool {
+        match (self.stock_img.canonicalize(), self.under_test.canonicalize()) {
+            (Ok(stock), Ok(under_test)) => stock == under_test,
+            _ => false,
+        }
+    }
+}
+
+/// What a program did.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Outcome {
+    /// `exit code N`, `killed by signal N`, or that it did not end in time.
+    pub ending: String,
+    /// Standard output.
+    pub stdout: Vec<u8>,
+    /// Standard error.
+    pub stderr: Vec<u8>,
+}
+
+impl Outcome {
+    /// Whether the program ended with exit code 0.
+    pub fn is_success(&self) -> bool {
+        self.ending == SUCCESS
+    }
+}
+
+/// Runs a program in `directory` under the name `qemu-img` or `qemu-io`, whatever its file is called, since the name
+/// is part of what getopt prints.
+///
+/// # Errors
+/// When it cannot be started.
+pub fn run(program: &Path, tool: StockTool, args: &[String], directory: &Path) -> Result<Outcome, String> {
+    let mut child = command(program, tool, directory)
+        .args(args)
+        .stdin(Stdio::null())
+        .spawn()
+        .map_err(|error| format!("{}: {error}", program.display()))?;
+    let stdout = collect(child.stdout.take());
+    let stderr = collect(child.stderr.take());
+    let ending = wait(&mut child);
+    let joined = |reader: thread::JoinHandle<Vec<u8>>| reader.join().unwrap_or_default();
+    Ok(Outcome {
+        ending,
+        stdout: joined(stdout),
+        stderr: joined(stderr),
+    })
+}
+
+/// An installed `qemu-io` that has an image open until this is dropped.
+#[derive(Debug)]
+pub struct Holder {
+    child: Child,
+}
+
+impl Holder {
+    /// Starts it and waits until the image is open and its locks are taken.
+    ///
+    /// # Errors
+    /// When it does not start or cannot open the image.
+    pub fn start(
+        tools: &Tools,
+        image: &str,
+        read_only: bool,
+        options: &[String],
+        directory: &Path,
+    ) -> Result<Self, String> {
+        let mut command = command(&tools.stock_io, StockTool::Io, directory);
+        command
+            .args(options)
+            .args(read_only.then_some("-r"))
+            .arg(image)
+            .stdin(Stdio::piped());
+        let mut child = command
+            .spawn()
+            .map_err(|error| format!("{}: {error}", tools.stock_io.display()))?;
+        let ready = match (child.stdin.as_mut(), child.stdout.as_mut()) {
+            (Some(stdin), Some(stdout)) => {
+                // The answer can only come when the image has been opened.
+                let mut answer = String::new();
+                stdin.write_all(b"length\n").is_ok()
+                    && BufReader::new(stdout)
+                        .read_line(&mut answer)
+                        .is_ok_and(|length| length > 0)
+            }
+            _ => false,
+        };
+        let mut holder = Self { child };
+        if ready {
+            return Ok(holder);
+        }
+        let mut said = String::new();
+        holder.child.kill().ok();
+        if let Some(mut stderr) = holder.child.stderr.take() {
+            stderr.read_to_string(&mut said).ok();
+        }
+        Err(format!("{image} could not be held open: {said}"))
+    }
+}
+
+impl Drop for Holder {
+    fn drop(&mut self) {
+        // The end of its input makes qemu-io close the image in good order.
+        drop(self.child.stdin.take());
+        wait(&mut self.child);
+    }
+}
+
+fn command(program: &Path, tool: StockTool, directory: &Path) -> Command {
+    let mut command = Command::new(program);
+    command
+        .arg0(match tool {
+            StockTool::Img => "qemu-img",
+            StockTool::Io => "qemu-io",
+        })
+        .current_dir(directory)
+        .env("LC_ALL", "C")
+        .env("TZ", "UTC")
+        .env_remove("POSIXLY_CORRECT")
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    command
+}
+
+fn collect(pipe: Option<impl Read + Send + 'static>) -> thread::JoinHandle<Vec<u8>> {
+    thread::spawn(move || {
+        let mut bytes = Vec::new();
+        if let Some(pipe) = pipe {
+            pipe.take(OUTPUT_LIMIT).read_to_end(&mut bytes).ok();
+        }
+        bytes
+    })
+}
+
+fn wait(child: &mut Child) -> String {
+    let start = Instant::now();
+    loop {
+        match child.try_wait() {
+            Ok(Some(status)) => {
+                return match (status.code(), status.signal()) {
+                    (Some(0), _) => SUCCESS.to_owned(),
+                    (Some(code), _) => format!("exit code {code}"),
+                    (None, signal) => format!("killed by signal {}", signal.unwrap_or_default()),
+                };
+            }
+            Ok(None) if start.elapsed() < TIME_LIMIT => thread::sleep(Duration::from_millis(1)),
+            Ok(None) | Err(_) => {
+                child.kill().ok();
+                child.wait().ok();
+                return format!("not finished after {} seconds", TIME_LIMIT.as_secs());
+            }
+        }
+    }
+}
+
+const SUCCESS: &str = "exit code 0";
+/// Every case is small; whatever takes this long hangs.
+const TIME_LIMIT: Duration = Duration::from_secs(60);
+/// A tool that prints without end must not fill the memory.
+const OUTPUT_LIMIT: u64 = 16 << 20;

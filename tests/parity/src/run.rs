@@ -1,0 +1,296 @@
+//! One case from its inputs to its verdict.
+//!
+//! The leading lines that do not involve the tool under test are done once, so that both runs start from the same bytes
+//! (a snapshot's date, for one, would differ otherwise). Both runs then happen in a directory of the same absolute name:
+//! ```text
+//! <temporary>/run   --prepared-->  rename to seed
+//! copy of seed      as run  --stock tool-->  rename to expected
+//! copy of seed      as run  --tool under test-->  rename to actual
+//! ```
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use crate::process::{self, Holder, Outcome, Tools};
+use crate::script::{Case, Step, StockTool};
+use crate::structure;
+use crate::verdict;
+
+/// How a case ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Verdict {
+    /// Both tools did the same.
+    Passed,
+    /// They differ, as the case says they would; the reason it gives.
+    ExpectedFailure(String),
+    /// The text says how.
+    Failed(String),
+}
+
+/// Runs a case with both tools. With `keep`, the directory of a failed case stays and the text names it.
+pub fn run_case(case: &Case, tools: &Tools, keep: bool) -> Verdict {
+    let result = tempfile::Builder::new()
+        .prefix("parity-")
+        .tempdir()
+        .map_err(|e| e.to_string())
+        .and_then(|root| {
+            let difference = differences(case, tools, root.path())?;
+            Ok(match difference {
+                Some(text) if keep => format!("{text}files kept in {}\n", root.keep().display()),
+                Some(text) => text,
+                None => String::new(),
+            })
+        });
+    let expect_fail = case.expect_fail.as_ref().filter(|_| !tools.is_self_test());
+    match (result, expect_fail) {
+        (Ok(text), None) if text.is_empty() => Verdict::Passed,
+        (Ok(text), Some(reason)) if text.is_empty() => Verdict::Failed(format!(
+            "passes, but is marked expect-fail ({reason}): remove the mark\n"
+        )),
+        (Ok(_), Some(reason)) => Verdict::ExpectedFailure(reason.clone()),
+        (Ok(text), None) => Verdict::Failed(text),
+        // Broken inputs are never what a case expects.
+        (Err(message), _) => Verdict::Failed(format!("the case itself is broken: {message}\n")),
+    }
+}
+
+/// `Err` is a fault of the case or the machine, `Ok(Some)` a difference between the tools.
+fn differences(case: &Case, tools: &Tools, root: &Path) -> Result<Option<String>, String> {
+    let prepared = case.steps.iter().take_while(|step| step.is_preparation()).count();
+    let (preparation, rest) = case.steps.split_at(prepared);
+    let (run, seed) = (root.join("run"), root.join("seed"));
+    fs::create_dir(&run).map_err(|error| error.to_string())?;
+    perform(preparation, tools, &tools.stock_img, &run)?;
+    rename(&run, &seed)?;
+
+    let (expected_directory, actual_directory) = (root.join("expected"), root.join("actual"));
+    copy_tree(&seed, &run)?;
+    let expected = perform(rest, tools, &tools.stock_img, &run)?;
+    rename(&run, &expected_directory)?;
+    copy_tree(&seed, &run)?;
+    // Steps that follow from what our tool made may fail because of it; that is a difference, not a broken case.
+    let actual = match perform(rest, tools, &tools.under_test, &run) {
+        Ok(actual) => actual,
+        Err(message) => return Ok(Some(format!("only with the tool under test: {message}\n"))),
+    };
+    rename(&run, &actual_directory)?;
+
+    let mut text = String::new();
+    for (expected, actual) in expected.iter().zip(&actual) {
+        let ignore_stdout = case.ignore_stdout.is_some() && matches!(expected.step, Step::UnderTest(_));
+        text += &verdict::command(
+            &expected.step.display(),
+            &expected.outcome,
+            &actual.outcome,
+            ignore_stdout,
+        );
+    }
+    text += &structure::file_names(&expected_directory, &actual_directory)?;
+    for comparison in &case.comparisons {
+        text += &structure::compare(comparison, tools, &expected_directory, &actual_directory)?;
+    }
+    Ok(Some(text).filter(|text| !text.is_empty()))
+}
+
+struct Performed<'a> {
+    step: &'a Step,
+    outcome: Outcome,
+}
+
+fn perform<'a>(
+    steps: &'a [Step],
+    tools: &Tools,
+    under_test: &Path,
+    directory: &Path,
+) -> Result<Vec<Performed<'a>>, String> {
+    let mut performed = Vec::new();
+    let mut holders: Vec<(&str, Holder)> = Vec::new();
+    for step in steps {
+        match step {
+            Step::UnderTest(args) => {
+                let outcome = process::run(under_test, StockTool::Img, args, directory)?;
+                performed.push(Performed { step, outcome });
+            }
+            Step::Observe(tool, args) => {
+                let outcome = process::run(tools.stock(*tool), *tool, args, directory)?;
+                performed.push(Performed { step, outcome });
+            }
+            Step::Stock(tool, args) => {
+                let outcome = process::run(tools.stock(*tool), *tool, args, directory)?;
+                if !outcome.is_success() {
+                    return Err(format!(
+                        "{}: {}: {}{}",
+                        step.display(),
+                        outcome.ending,
+                        String::from_utf8_lossy(&outcome.stderr),
+                        String::from_utf8_lossy(&outcome.stdout)
+                    ));
+                }
+            }
+            Step::Hold {
+                image,
+                read_only,
+                options,
+            } => {
+                holders.push((
+                    image,
+                    Holder::start(tools, image, *read_only, options, directory)?,
+                ));
+            }
+            Step::Release(image) => {
+                let at = holders.iter().position(|(held, _)| held == image);
+                let at = at.ok_or_else(|| format!("{image} is not held"))?;
+                holders.remove(at);
+            }
+            Step::File(operation) => {
+                operation
+                    .apply(directory)
+                    .map_err(|error| format!("{}: {error}", step.display()))?;
+            }
+        }
+    }
+    Ok(performed)
+}
+
+fn rename(from: &Path, to: &Path) -> Result<(), String> {
+    fs::rename(from, to).map_err(|error| format!("{}: {error}", from.display()))
+}
+
+/// `cp` keeps holes; both runs get a copy, so that whatever it does not keep is missing in both.
+fn copy_tree(from: &Path, to: &PathBuf) -> Result<(), String> {
+    let output = Command::new("cp")
+        .arg("-a")
+        .arg("--sparse=auto")
+        .arg(from)
+        .arg(to)
+        .output();
+    let output = output.map_err(|error| format!("cp: {error}"))?;
+    if output.status.success() {
+        Ok(())
+    } else {
+        Err(String::from_utf8_lossy(&output.stderr).into_owned())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+    use crate::script::parse;
+
+    /// Shell scripts stand in for the tools, so that these tests run on any machine.
+    struct Scripts {
+        directory: tempfile::TempDir,
+    }
+
+    impl Scripts {
+        fn new() -> Self {
+            Self {
+                directory: tempfile::tempdir().unwrap(),
+            }
+        }
+
+        fn write(&self, name: &str, body: &str) -> PathBuf {
+            let path = self.directory.path().join(name);
+            fs::write(&path, format!("#!/bin/sh\n{body}\n")).unwrap();
+            fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+            path
+        }
+
+        fn verdict(&self, case: &str, stock: &str, under_test: &str) -> Verdict {
+            let tools = Tools {
+                stock_img: self.write("stock", stock),
+                stock_io: self.write("io", "exit 0"),
+                under_test: self.write("ours", under_test),
+            };
+            let cases = parse("t", case).unwrap();
+            run_case(&cases[0], &tools, false)
+        }
+    }
+
+    fn failed(verdict: &Verdict) -> &str {
+        match verdict {
+            Verdict::Failed(text) => text,
+            other => panic!("a failure expected, not {other:?}"),
+        }
+    }
+
+    const CASE: &str = "case a\nqemu-img info x\n";
+
+    #[test]
+    fn the_same_behaviour_passes() {
+        let scripts = Scripts::new();
+        let tool = "echo out; echo err >&2; exit 3";
+        assert_eq!(
+            scripts.verdict(CASE, tool, &format!("{tool} # a different file")),
+            Verdict::Passed
+        );
+    }
+
+    #[test]
+    fn only_the_version_line_is_normalised() {
+        let scripts = Scripts::new();
+        let case = "case a\nqemu-img --version\n";
+        let verdict = scripts.verdict(
+            case,
+            "echo 'qemu-img version 1 (x)'",
+            "echo 'qemu-img version 2 (y)'",
+        );
+        assert_eq!(verdict, Verdict::Passed);
+    }
+
+    #[test]
+    fn each_difference_of_a_command_is_reported() {
+        let scripts = Scripts::new();
+        let verdict = scripts.verdict(CASE, "exit 1", "exit 2");
+        assert!(
+            failed(&verdict).contains("- exit code 1\n  + exit code 2"),
+            "{verdict:?}"
+        );
+        let verdict = scripts.verdict(CASE, "echo a; echo b", "echo a; echo c");
+        assert!(
+            failed(&verdict).contains("stdout:\n    a\n  - b\n  + c\n"),
+            "{verdict:?}"
+        );
+        let verdict = scripts.verdict(CASE, "echo a >&2", "echo a >&2; printf b >&2");
+        assert!(
+            failed(&verdict).contains("stderr:\n    a\n  - \n  + b\n"),
+            "{verdict:?}"
+        );
+    }
+
+    #[test]
+    fn a_file_too_many_or_with_other_bytes_is_reported() {
+        let scripts = Scripts::new();
+        let verdict = scripts.verdict(CASE, "true", "touch surprise");
+        assert!(failed(&verdict).contains("+ surprise"), "{verdict:?}");
+        let case = "case a\nqemu-img x\nsame-bytes f\n";
+        let verdict = scripts.verdict(case, "printf aa > f", "printf ab > f");
+        assert!(
+            failed(&verdict).contains("first difference at byte 1"),
+            "{verdict:?}"
+        );
+        let verdict = scripts.verdict(case, "printf aa > f", "printf aaa > f");
+        assert!(failed(&verdict).contains("2 bytes"), "{verdict:?}");
+    }
+
+    #[test]
+    fn an_expected_failure_is_none_once_it_passes() {
+        let scripts = Scripts::new();
+        let case = "case a\nqemu-img x\nexpect-fail later\n";
+        assert_eq!(
+            scripts.verdict(case, "exit 0", "exit 1"),
+            Verdict::ExpectedFailure("later".to_owned())
+        );
+        assert!(failed(&scripts.verdict(case, "exit 0", "exit 0")).contains("remove the mark"));
+    }
+
+    #[test]
+    fn a_preparation_that_fails_is_a_broken_case() {
+        let scripts = Scripts::new();
+        let case = "case a\nstock qemu-img create x\nqemu-img info x\n";
+        assert!(failed(&scripts.verdict(case, "exit 1", "exit 1")).contains("broken"));
+    }
+}

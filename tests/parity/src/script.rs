@@ -1,0 +1,378 @@
+//! The line format of `cases/*.cases`, parsed into [`Case`]s. `README.md` describes it for people.
+
+use crate::files::{FileOperation, Generator, parse_hex, parse_size};
+
+/// One command sequence with what is to be compared after it.
+#[derive(Debug)]
+pub struct Case {
+    /// `<file stem>::<name after "case">`.
+    pub name: String,
+    /// What happens, in order.
+    pub steps: Vec<Step>,
+    /// What is compared when both tools are through.
+    pub comparisons: Vec<Comparison>,
+    /// Why our tool is not expected to pass yet.
+    pub expect_fail: Option<String>,
+    /// Why the standard output of the tool under test is not compared.
+    pub ignore_stdout: Option<String>,
+}
+
+/// One line that does something.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Step {
+    /// `qemu-img ...`: the tool under test; everything it says is compared.
+    UnderTest(Vec<String>),
+    /// `stock qemu-img ...`, `qemu-io ...`: the installed tool, which has to succeed; its output is of no interest.
+    Stock(StockTool, Vec<String>),
+    /// `observe qemu-img ...`, `observe qemu-io ...`: the installed tool, whose output is compared.
+    Observe(StockTool, Vec<String>),
+    /// `hold IMAGE ...`: an installed `qemu-io` keeps the image open from here on.
+    Hold {
+        /// The image, the name by which `release` refers to it.
+        image: String,
+        /// Whether it is opened without write access.
+        read_only: bool,
+        /// Further `qemu-io` options.
+        options: Vec<String>,
+    },
+    /// `release IMAGE`: ends a `hold` before the end of the case.
+    Release(String),
+    /// A change of files done by the harness itself.
+    File(FileOperation),
+}
+
+impl Step {
+    /// Whether the step gives the same result in both runs and may therefore be done once, before they part.
+    pub fn is_preparation(&self) -> bool {
+        matches!(self, Step::Stock(..) | Step::File(_))
+    }
+
+    /// The line as it would be typed.
+    pub fn display(&self) -> String {
+        match self {
+            Step::UnderTest(args) => join_command("qemu-img", args),
+            Step::Stock(tool, args) => format!("stock {}", join_command(tool.name(), args)),
+            Step::Observe(tool, args) => format!("observe {}", join_command(tool.name(), args)),
+            Step::Hold { image, .. } => format!("hold {image}"),
+            Step::Release(image) => format!("release {image}"),
+            Step::File(operation) => format!("{operation:?}"),
+        }
+    }
+}
+
+/// The installed tools a case may call.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StockTool {
+    /// `qemu-img`.
+    Img,
+    /// `qemu-io`.
+    Io,
+}
+
+impl StockTool {
+    fn name(self) -> &'static str {
+        match self {
+            StockTool::Img => "qemu-img",
+            StockTool::Io => "qemu-io",
+        }
+    }
+
+    fn parse(word: &str) -> Option<Self> {
+        match word {
+            "qemu-img" => Some(StockTool::Img),
+            "qemu-io" => Some(StockTool::Io),
+            _ => None,
+        }
+    }
+}
+
+/// One thing that has to be equal in the two directories at the end.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Comparison {
+    /// Content and structure, as the stock `compare`, `info`, `map` and `check` see them.
+    Image(ImageName),
+    /// Structure only, for images whose content cannot be read.
+    Structure(ImageName),
+    /// Structure including host offsets and file lengths.
+    Layout(ImageName),
+    /// The bytes of the file, or its first `length` ones.
+    Bytes {
+        /// File name.
+        name: String,
+        /// How many leading bytes; all of them if `None`, the length of the file included.
+        length: Option<u64>,
+    },
+}
+
+/// `NAME` or `FORMAT:NAME` of an `images` line.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ImageName {
+    /// The format given to the stock tool; probed if `None`.
+    pub format: Option<String>,
+    /// File name.
+    pub name: String,
+}
+
+impl ImageName {
+    fn parse(word: &str) -> Self {
+        for format in ["raw", "qcow2"] {
+            if let Some(name) = word.strip_prefix(format).and_then(|rest| rest.strip_prefix(':')) {
+                return Self {
+                    format: Some(format.to_owned()),
+                    name: name.to_owned(),
+                };
+            }
+        }
+        Self {
+            format: None,
+            name: word.to_owned(),
+        }
+    }
+}
+
+/// Parses one `.cases` file; `stem` is put before the name of each case.
+///
+/// # Errors
+/// A message that begins with `stem:line:` for the first line that is not understood.
+pub fn parse(stem: &str, text: &str) -> Result<Vec<Case>, String> {
+    let mut cases: Vec<Case> = Vec::new();
+    for (index, line) in text.lines().enumerate() {
+        let line = line.trim();
+        if line.is_empty() || line.starts_with('#') {
+            continue;
+        }
+        let at = |message: String| format!("{stem}:{}: {message}", index + 1);
+        let words = split_words(line).map_err(at)?;
+        if words[0] == "case" {
+            let [_, name] = words.as_slice() else {
+                return Err(at("a case has one name".to_owned()));
+            };
+            let name = format!("{stem}::{name}");
+            if cases.iter().any(|case| case.name == name) {
+                return Err(at(format!("a second case called {name}")));
+            }
+            cases.push(Case {
+                name,
+                steps: Vec::new(),
+                comparisons: Vec::new(),
+                expect_fail: None,
+                ignore_stdout: None,
+            });
+        } else {
+            let case = cases
+                .last_mut()
+                .ok_or_else(|| at("a line before the first case".to_owned()))?;
+            parse_line(case, &words).map_err(at)?;
+        }
+    }
+    if let Some(case) = cases
+        .iter()
+        .find(|case| !case.steps.iter().any(|s| matches!(s, Step::UnderTest(_))))
+    {
+        return Err(format!("{}: nothing is run by the tool under test", case.name));
+    }
+    Ok(cases)
+}
+
+fn parse_line(case: &mut Case, words: &[String]) -> Result<(), String> {
+    let (directive, rest) = words.split_first().ok_or("an empty line")?;
+    let reason = || {
+        Some(rest.join(" "))
+            .filter(|r| !r.is_empty())
+            .ok_or("a reason is needed".to_owned())
+    };
+    match directive.as_str() {
+        "qemu-img" => case.steps.push(Step::UnderTest(rest.to_vec())),
+        "qemu-io" => case.steps.push(Step::Stock(StockTool::Io, rest.to_vec())),
+        "stock" | "observe" => {
+            let (tool, args) = rest.split_first().ok_or("which tool?")?;
+            let tool = StockTool::parse(tool).ok_or_else(|| format!("no tool called {tool}"))?;
+            case.steps.push(match directive.as_str() {
+                "stock" => Step::Stock(tool, args.to_vec()),
+                _ => Step::Observe(tool, args.to_vec()),
+            });
+        }
+        "hold" => case.steps.push(parse_hold(rest)?),
+        "release" => {
+            let [image] = rest else {
+                return Err("release IMAGE".to_owned());
+            };
+            case.steps.push(Step::Release(image.clone()));
+        }
+        "images" => case
+            .comparisons
+            .extend(rest.iter().map(|w| Comparison::Image(ImageName::parse(w)))),
+        "structure" => case
+            .comparisons
+            .extend(rest.iter().map(|w| Comparison::Structure(ImageName::parse(w)))),
+        "layout" => case
+            .comparisons
+            .extend(rest.iter().map(|w| Comparison::Layout(ImageName::parse(w)))),
+        "same-bytes" => case.comparisons.extend(parse_same_bytes(rest)?),
+        "expect-fail" => case.expect_fail = Some(reason()?),
+        "ignore-stdout" => case.ignore_stdout = Some(reason()?),
+        _ => case
+            .steps
+            .push(Step::File(parse_file_operation(directive, rest)?)),
+    }
+    Ok(())
+}
+
+fn parse_hold(words: &[String]) -> Result<Step, String> {
+    let (image, rest) = words.split_first().ok_or("hold IMAGE [rw|ro] [OPTIONS]")?;
+    let (read_only, options) = match rest.split_first() {
+        Some((mode, options)) if mode == "ro" => (true, options),
+        Some((mode, options)) if mode == "rw" => (false, options),
+        _ => (false, rest),
+    };
+    Ok(Step::Hold {
+        image: image.clone(),
+        read_only,
+        options: options.to_vec(),
+    })
+}
+
+fn parse_same_bytes(words: &[String]) -> Result<Vec<Comparison>, String> {
+    words
+        .iter()
+        .map(|word| match word.split_once('@') {
+            Some((name, length)) => Ok(Comparison::Bytes {
+                name: name.to_owned(),
+                length: Some(parse_size(length)?),
+            }),
+            None => Ok(Comparison::Bytes {
+                name: word.clone(),
+                length: None,
+            }),
+        })
+        .collect()
+}
+
+fn parse_file_operation(directive: &str, words: &[String]) -> Result<FileOperation, String> {
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    match (directive, words.as_slice()) {
+        ("file", [name, generator @ ..]) => Ok(FileOperation::Create {
+            name: (*name).to_owned(),
+            generator: Generator::parse(generator)?,
+        }),
+        ("poke", [name, offset, hex]) => Ok(FileOperation::Poke {
+            name: (*name).to_owned(),
+            offset: parse_size(offset)?,
+            bytes: parse_hex(hex)?,
+        }),
+        ("truncate", [name, length]) => Ok(FileOperation::Truncate {
+            name: (*name).to_owned(),
+            length: parse_size(length)?,
+        }),
+        ("copy", [from, to]) => Ok(FileOperation::Copy {
+            from: (*from).to_owned(),
+            to: (*to).to_owned(),
+        }),
+        ("dir", [name]) => Ok(FileOperation::Directory((*name).to_owned())),
+        ("symlink", [target, name]) => Ok(FileOperation::Symlink {
+            target: (*target).to_owned(),
+            name: (*name).to_owned(),
+        }),
+        ("remove", [name]) => Ok(FileOperation::Remove((*name).to_owned())),
+        _ => Err(format!("not a line of a case: {directive} {}", words.join(" "))),
+    }
+}
+
+/// Splits a line into words: blanks separate, quotes of either kind protect, nothing is expanded.
+fn split_words(line: &str) -> Result<Vec<String>, String> {
+    let mut words = Vec::new();
+    let mut word: Option<String> = None;
+    let mut quote = None;
+    for c in line.chars() {
+        match quote {
+            Some(q) if q == c => quote = None,
+            Some(_) => word.get_or_insert_default().push(c),
+            None if c == '\'' || c == '"' => {
+                quote = Some(c);
+                word.get_or_insert_default();
+            }
+            None if c.is_whitespace() => words.extend(word.take()),
+            None => word.get_or_insert_default().push(c),
+        }
+    }
+    if let Some(q) = quote {
+        return Err(format!("a {q} without its partner"));
+    }
+    words.extend(word);
+    Ok(words)
+}
+
+fn join_command(program: &str, args: &[String]) -> String {
+    let mut line = program.to_owned();
+    for arg in args {
+        line.push(' ');
+        if arg.is_empty() || arg.contains(|c: char| c.is_whitespace() || "'\"\\$*?;&|<>()".contains(c)) {
+            line.push('\'');
+            line.push_str(&arg.replace('\'', "'\\''"));
+            line.push('\'');
+        } else {
+            line.push_str(arg);
+        }
+    }
+    line
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn quotes_protect_blanks_and_make_empty_words() {
+        assert_eq!(
+            split_words("a 'b c' '' \"d'e\"f").unwrap(),
+            ["a", "b c", "", "d'ef"]
+        );
+        assert!(split_words("a 'b").is_err());
+    }
+
+    #[test]
+    fn every_directive_becomes_its_step() {
+        let text = "case one\n# comment\n file a zero 1M\n qemu-io -c 'write 0 1' a\n hold a ro -U\n \
+                    qemu-img info a\n release a\n images raw:a b\n same-bytes c@512\n expect-fail not yet\n";
+        let cases = parse("x", text).unwrap();
+        let [case] = cases.as_slice() else {
+            panic!("one case expected")
+        };
+        assert_eq!(case.name, "x::one");
+        assert_eq!(case.steps.len(), 5);
+        assert_eq!(case.steps.iter().take_while(|s| s.is_preparation()).count(), 2);
+        assert_eq!(
+            case.steps[2],
+            Step::Hold {
+                image: "a".into(),
+                read_only: true,
+                options: vec!["-U".into()]
+            }
+        );
+        assert_eq!(case.comparisons.len(), 3);
+        assert_eq!(
+            case.comparisons[2],
+            Comparison::Bytes {
+                name: "c".into(),
+                length: Some(512)
+            }
+        );
+        assert_eq!(case.expect_fail.as_deref(), Some("not yet"));
+    }
+
+    #[test]
+    fn mistakes_name_their_line() {
+        assert!(
+            parse("x", "case a\nfrobnicate\n")
+                .unwrap_err()
+                .starts_with("x:2:")
+        );
+        assert!(
+            parse("x", "case a\nqemu-img info\ncase a\n")
+                .unwrap_err()
+                .starts_with("x:3:")
+        );
+        assert!(parse("x", "case a\n").unwrap_err().contains("nothing is run"));
+        assert!(parse("x", "qemu-img info\n").unwrap_err().starts_with("x:1:"));
+    }
+}

@@ -1,0 +1,279 @@
+//! Comparing the images that two tools left behind, by what the stock tool says of them.
+
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::path::Path;
+
+use crate::process::{self, Outcome, Tools};
+use crate::script::{Comparison, ImageName, StockTool};
+use crate::verdict;
+
+/// What differs in one respect between the two directories; empty if nothing does.
+///
+/// # Errors
+/// When a tool could not be run or an image is missing where the stock tool should have made it.
+pub fn compare(
+    comparison: &Comparison,
+    tools: &Tools,
+    expected: &Path,
+    actual: &Path,
+) -> Result<String, String> {
+    let sides = Sides {
+        tools,
+        expected,
+        actual,
+    };
+    match comparison {
+        Comparison::Image(image) => Ok(sides.content(image)? + &sides.structure(image, Strictness::Meaning)?),
+        Comparison::Structure(image) => sides.structure(image, Strictness::Meaning),
+        Comparison::Layout(image) => sides.structure(image, Strictness::Placement),
+        Comparison::Bytes { name, length } => sides.bytes(name, *length),
+    }
+}
+
+/// Compares the names of all files below two directories.
+///
+/// # Errors
+/// When a directory cannot be read.
+pub fn file_names(expected: &Path, actual: &Path) -> Result<String, String> {
+    let list = |root: &Path| {
+        let mut names = Vec::new();
+        collect_names(root, "", &mut names).map_err(|error| error.to_string())?;
+        names.sort();
+        Ok::<_, String>(names.join("\n"))
+    };
+    Ok(verdict::lines(
+        "files left behind",
+        &list(expected)?,
+        &list(actual)?,
+    ))
+}
+
+/// How much of an image's arrangement has to be equal.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Strictness {
+    /// What is where for the guest; a tool may place clusters in the file as it likes.
+    Meaning,
+    /// Host offsets and the length of the file as well.
+    Placement,
+}
+
+struct Sides<'a> {
+    tools: &'a Tools,
+    expected: &'a Path,
+    actual: &'a Path,
+}
+
+impl Sides<'_> {
+    fn content(&self, image: &ImageName) -> Result<String, String> {
+        let path = |side: &Path| side.join(&image.name).display().to_string();
+        let mut args = vec!["compare".to_owned(), "-U".to_owned(), "-s".to_owned()];
+        if let Some(format) = &image.format {
+            args.extend(["-f", format, "-F", format].map(str::to_owned));
+        }
+        args.extend([path(self.expected), path(self.actual)]);
+        let outcome = process::run(&self.tools.stock_img, StockTool::Img, &args, self.expected)?;
+        if outcome.is_success() {
+            return Ok(String::new());
+        }
+        let said = [outcome.stdout, outcome.stderr].concat();
+        Ok(format!(
+            "$ qemu-img compare -s expected/{0} actual/{0}\n    {1}\n",
+            image.name,
+            String::from_utf8_lossy(&said).trim_end()
+        ))
+    }
+
+    fn structure(&self, image: &ImageName, strictness: Strictness) -> Result<String, String> {
+        if !self.expected.join(&image.name).exists() {
+            return Err(format!("the stock tool made no {}", image.name));
+        }
+        let mut text = String::new();
+        for command in ["info", "map", "check"] {
+            let mut args = vec![command.to_owned(), "-U".to_owned(), "--output=json".to_owned()];
+            if let Some(format) = &image.format {
+                args.extend(["-f".to_owned(), format.clone()]);
+            }
+            args.push(image.name.clone());
+            let side = |directory: &Path| {
+                let outcome = process::run(&self.tools.stock_img, StockTool::Img, &args, directory)?;
+                Ok::<_, String>(describe(command, strictness, &outcome))
+            };
+            let title = format!("stock qemu-img {}", args.join(" "));
+            text += &verdict::lines(&title, &side(self.expected)?, &side(self.actual)?);
+        }
+        Ok(text)
+    }
+
+    fn bytes(&self, name: &str, length: Option<u64>) -> Result<String, String> {
+        let read = |side: &Path| -> io::Result<Vec<u8>> {
+            let mut bytes = Vec::new();
+            File::open(side.join(name))?
+                .take(length.unwrap_or(LARGEST_FILE))
+                .read_to_end(&mut bytes)?;
+            Ok(bytes)
+        };
+        let expected = read(self.expected).map_err(|error| format!("{name}: {error}"))?;
+        let actual = match read(self.actual) {
+            Ok(actual) => actual,
+            Err(error) => return Ok(format!("  {name}: {error}\n")),
+        };
+        if let Some(at) = expected.iter().zip(&actual).position(|(a, b)| a != b) {
+            let around = |bytes: &[u8]| bytes[at..bytes.len().min(at + 16)].escape_ascii().to_string();
+            return Ok(format!(
+                "  {name}: first difference at byte {at}:\n  - {}\n  + {}\n",
+                around(&expected),
+                around(&actual)
+            ));
+        }
+        if expected.len() != actual.len() {
+            return Ok(format!(
+                "  {name}:\n  - {} bytes\n  + {} bytes\n",
+                expected.len(),
+                actual.len()
+            ));
+        }
+        Ok(String::new())
+    }
+}
+
+/// One tool's words about an image without what may differ between two good images.
+fn describe(command: &str, strictness: Strictness, outcome: &Outcome) -> String {
+    let stdout = String::from_utf8_lossy(&outcome.stdout);
+    let stdout = match (command, strictness) {
+        ("map", Strictness::Meaning) => merged_map(&stdout),
+        ("info", Strictness::Meaning) => without_protocol_node(&without_members(&stdout, TIMES_AND_BLOCKS)),
+        ("info", Strictness::Placement) => without_members(&stdout, TIMES_AND_BLOCKS),
+        ("check", Strictness::Meaning) => without_members(&stdout, PLACEMENT),
+        _ => stdout.into_owned(),
+    };
+    format!(
+        "{}\n{stdout}{}",
+        outcome.ending,
+        String::from_utf8_lossy(&outcome.stderr)
+    )
+}
+
+/// Drops the lines of the given members; the stock tool prints one member a line.
+fn without_members(json: &str, members: &[&str]) -> String {
+    let is_dropped = |line: &str| {
+        let member = line
+            .trim_start()
+            .strip_prefix('"')
+            .and_then(|rest| rest.split_once('"'));
+        member.is_some_and(|(name, _)| members.contains(&name))
+    };
+    json.lines()
+        .filter(|line| !is_dropped(line))
+        .fold(String::new(), |text, line| text + line + "\n")
+}
+
+/// Drops the virtual size of protocol nodes: it is the length of the file.
+fn without_protocol_node(json: &str) -> String {
+    let lines: Vec<&str> = json.lines().collect();
+    let mut kept = String::new();
+    for (at, line) in lines.iter().enumerate() {
+        // Nodes below the first level are indented deeper than the image's own members (4 columns).
+        let nested = line.len() - line.trim_start().len() > 4;
+        if !(nested && line.trim_start().starts_with("\"virtual-size\"") && is_file_node(&lines[at..])) {
+            kept += line;
+            kept.push('\n');
+        }
+    }
+    kept
+}
+
+/// Whether the node whose members begin here has the format `file`.
+fn is_file_node(lines: &[&str]) -> bool {
+    lines
+        .iter()
+        .take_while(|line| !line.trim_start().starts_with('}'))
+        .any(|line| line.trim_start().starts_with("\"format\": \"file\""))
+}
+
+/// The lines of `map --output=json` without host offsets, neighbours of equal kind joined: where the stock tool breaks
+/// a run depends on where the clusters lie in the file.
+fn merged_map(json: &str) -> String {
+    let mut runs: Vec<(u64, u64, String)> = Vec::new();
+    for line in json.lines() {
+        let Some((start, length, kind)) = parse_map_line(line) else {
+            continue;
+        };
+        match runs.last_mut() {
+            Some((first, sum, last)) if *last == kind && *first + *sum == start => *sum += length,
+            _ => runs.push((start, length, kind)),
+        }
+    }
+    runs.iter().fold(String::new(), |text, (start, length, kind)| {
+        text + &format!("{start}+{length}: {kind}\n")
+    })
+}
+
+fn parse_map_line(line: &str) -> Option<(u64, u64, String)> {
+    let body = line
+        .trim_start_matches('[')
+        .trim_end_matches(['}', ',', ']'])
+        .trim_start_matches(['{', ' ']);
+    let (mut start, mut length, mut kind) = (None, None, Vec::new());
+    for member in body.trim_end_matches(['}', ' ']).split(", ") {
+        match member.split_once(": ")? {
+            ("\"start\"", value) => start = value.parse().ok(),
+            ("\"length\"", value) => length = value.parse().ok(),
+            ("\"offset\"", _) => {}
+            (name, value) => kind.push(format!("{} {value}", name.trim_matches('"'))),
+        }
+    }
+    Some((start?, length?, kind.join(", ")))
+}
+
+fn collect_names(directory: &Path, prefix: &str, names: &mut Vec<String>) -> io::Result<()> {
+    for entry in fs::read_dir(directory)? {
+        let entry = entry?;
+        let name = format!("{prefix}{}", entry.file_name().to_string_lossy());
+        if entry.file_type()?.is_dir() {
+            collect_names(&entry.path(), &format!("{name}/"), names)?;
+        }
+        names.push(name);
+    }
+    Ok(())
+}
+
+/// Members of `info` that depend on the moment or on the file system's way of allocating.
+const TIMES_AND_BLOCKS: &[&str] = &["actual-size", "date-sec", "date-nsec"];
+/// Members of `check` that depend on where clusters lie.
+const PLACEMENT: &[&str] = &["image-end-offset", "fragmented-clusters"];
+/// Files compared by the byte are read into memory.
+const LARGEST_FILE: u64 = 256 << 20;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn map_runs_are_joined_across_host_offsets() {
+        let json = "[{ \"start\": 0, \"length\": 10, \"depth\": 0, \"data\": true, \"offset\": 50},\n\
+                    { \"start\": 10, \"length\": 5, \"depth\": 0, \"data\": true, \"offset\": 20},\n\
+                    { \"start\": 15, \"length\": 5, \"depth\": 0, \"data\": false}]\n";
+        assert_eq!(
+            merged_map(json),
+            "0+15: depth 0, data true\n15+5: depth 0, data false\n"
+        );
+    }
+
+    #[test]
+    fn members_are_dropped_by_name() {
+        assert_eq!(
+            without_members("{\n  \"a\": 1,\n  \"ab\": 2\n}", &["a"]),
+            "{\n  \"ab\": 2\n}\n"
+        );
+    }
+
+    #[test]
+    fn the_length_of_the_file_is_not_the_size_of_the_image() {
+        let json = "{\n    \"children\": [\n            \"info\": {\n                \"virtual-size\": 7,\n                \
+                    \"format\": \"file\"\n            }\n    ],\n    \"virtual-size\": 9\n}\n";
+        let kept = without_protocol_node(json);
+        assert!(!kept.contains("\"virtual-size\": 7"));
+        assert!(kept.contains("\"virtual-size\": 9"));
+    }
+}
