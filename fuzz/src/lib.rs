@@ -1,0 +1,92 @@
+//! What the targets do with an image made of arbitrary bytes: everything that reads, then some that writes.
+//! Nothing may panic, hang, or take memory in proportion to a number in the image.
+
+use std::sync::Arc;
+
+use diskimage_core::{
+    Budget, ByteRange, Device, Error, ErrorKind, Format, Gate, Image, Layer, MemoryDevice, OpenRequest, Preallocation,
+    Progress, Reference, Repair, ResizeRequest, Result, Want, ZeroMode,
+};
+
+/// Opens no file.
+struct Closed;
+
+impl Gate for Closed {
+    fn open(&self, _: &Reference<'_>) -> Result<Arc<dyn Device>> {
+        Err(Error::new(ErrorKind::Denied, "no files"))
+    }
+}
+
+/// Extents looked at, so that a disk of exabytes ends.
+const EXTENTS: usize = 200;
+
+/// Opens `bytes` as an image of `format` and exercises it.
+pub fn exercise(format: &dyn Format, bytes: &[u8]) {
+    let open = |write: bool, for_check: bool| {
+        let file: Arc<dyn Device> = Arc::new(MemoryDevice::new(bytes.to_vec()));
+        format.open(OpenRequest {
+            file,
+            name: "fuzz",
+            write,
+            for_check,
+            no_data: false,
+            force_share: false,
+            gate: &Closed,
+            budget: Budget::new(64 << 20),
+        })
+    };
+    if let Ok(layer) = open(false, false) {
+        read(&layer);
+    }
+    if let Ok(layer) = open(true, false) {
+        write(layer);
+    }
+    for repair in [Repair::No, Repair::Leaks, Repair::All] {
+        if let Ok(layer) = open(repair != Repair::No, true) {
+            let _ = layer.check(repair, &Progress::none());
+        }
+    }
+}
+
+fn read(layer: &Arc<dyn Layer>) {
+    let _ = layer.info();
+    let _ = layer.bitmap_bytes(65536);
+    for index in 0..3 {
+        let _ = layer.snapshot(Some(&index.to_string()), None);
+    }
+    let image = Image::new(Arc::clone(layer), None, "fuzz", false);
+    let mut rest = ByteRange::new(0, image.len());
+    let mut buf = vec![0; 4096];
+    for _ in 0..EXTENTS {
+        if rest.is_empty() {
+            break;
+        }
+        let len = usize::try_from(rest.len()).map_or(buf.len(), |len| len.min(buf.len()));
+        let _ = image.read_at(&mut buf[..len], rest.start());
+        match image.status(rest, Want::Zeroes) {
+            Ok(extent) => rest = rest.skip(extent.len),
+            Err(_) => rest = rest.skip(image.layer().granularity()),
+        }
+    }
+}
+
+fn write(layer: Arc<dyn Layer>) {
+    let image = Image::new(layer, None, "fuzz", true);
+    let len = image.len();
+    for offset in [0, len / 3, len.saturating_sub(700)] {
+        let room = usize::try_from(len - offset).unwrap_or(usize::MAX).min(600);
+        let _ = image.write_at(&vec![0xa5; room], offset);
+    }
+    let unit = image.layer().granularity();
+    let range = ByteRange::at(0, unit * 4).intersect(ByteRange::new(0, len));
+    if !range.is_empty() {
+        let _ = image.write_zeroes(range, ZeroMode::FastOnly);
+        let _ = image.discard(range);
+    }
+    let _ = image.flush();
+    let grown = ResizeRequest { len: (len / 512).saturating_mul(512).saturating_add(1 << 20), preallocation: Preallocation::Off };
+    if image.resize_with(&grown).is_ok() {
+        let _ = image.resize_with(&ResizeRequest { len: 512, ..grown });
+    }
+    let _ = image.flush();
+}
