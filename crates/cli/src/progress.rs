@@ -102,7 +102,9 @@ impl Drop for Progress<'_> {
         match &self.display {
             Display::Silent => (),
             Display::Lines(_) => self.console.print("\n"),
-            // Leaves the bar where it stopped, unless nothing was ever shown.
+            Display::Bar(bar) if bar.is_finished() => (),
+            Display::Bar(bar) if bar.position() == 0 => bar.finish_and_clear(),
+            // Where an error stopped it.
             Display::Bar(bar) => bar.abandon(),
         }
     }

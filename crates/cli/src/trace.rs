@@ -36,9 +36,9 @@ pub(crate) fn add(value: OsString, console: &Console) -> Result<(), Stop> {
 
 /// Warns that there is no such event; a pattern with `*` may match none in silence.
 fn missing(pattern: &str, place: &str, console: &Console) {
+    // A minus turns an event off, which needs one as well.
     let name = pattern.strip_prefix('-').unwrap_or(pattern);
-    // Turning off what is not there is only remarked on in a file, as in the original.
-    if name.contains('*') || name.is_empty() || (name != pattern && place.is_empty()) {
+    if name.contains('*') || name.is_empty() {
         return;
     }
     let message = format!("warning: trace event '{name}' does not exist\n");
