@@ -1,3 +1,7 @@
-//! Placeholder of the workspace's first commit.
+//! The executable `qemu-img`.
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    qemu_img_rs::run(std::env::args_os())
+}

@@ -53,7 +53,13 @@ pub fn parse_size(text: &str) -> Result<u64, SizeError> {
         Some(fraction) => fraction_of(fraction, unit).ok_or(SizeError::Malformed)?,
     };
     if negative {
-        return Err(SizeError::OutOfRange);
+        // Only a bare negative number is one to the original: "-1" is out of range, "-1k" malformed.
+        let bare = rest.is_empty();
+        return Err(if bare {
+            SizeError::OutOfRange
+        } else {
+            SizeError::Malformed
+        });
     }
     whole?
         .checked_mul(unit)
@@ -234,6 +240,7 @@ mod tests {
             "-1.5K",
             "-.5K",
             "-1Q",
+            "-5M",
             "99999999999999999999.",
             "99999999999999999999Q",
             "1.5e1K",

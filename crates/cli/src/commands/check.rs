@@ -1,0 +1,137 @@
+//! `check`: finds and repairs damage.
+
+use diskimage_core::Repair;
+
+use super::{only_image, unavailable};
+use crate::objects::Objects;
+use crate::out::Console;
+use crate::words::{CacheMode, Command, Flag, Operand, OutputFormat, Parser, Source, Stop, text};
+
+/// The table of `check`.
+pub static COMMAND: Command = Command {
+    name: "check",
+    summary: "Check basic image integrity",
+    usage: "[-f FMT | --image-opts] [-T CACHE_MODE] [-r leaks|all] [-U]
+        [--output human|json] [--object OBJDEF] FILENAME",
+    flags: &[
+        Flag::HELP,
+        Flag::QUIET_ALL,
+        Flag::option(
+            Some('f'),
+            &["format"],
+            "FMT",
+            &["specifies format of the image explicitly"],
+        ),
+        Flag::IMAGE_OPTS,
+        Flag::option(
+            Some('T'),
+            &["cache"],
+            "CACHE_MODE",
+            &["image cache mode (writeback)"],
+        ),
+        Flag::FORCE_SHARE,
+        Flag::option(None, &["output"], "human|json", &["output format"]),
+        Flag::option(
+            Some('r'),
+            &["repair"],
+            "leaks|all",
+            &[
+                "repair particular aspect of the image",
+                "(image will be open in read-write mode, incompatible with --force-share)",
+            ],
+        ),
+        Flag::OBJECT,
+    ],
+    operands: &[Operand {
+        name: "FILENAME",
+        help: &["the image file (or image specification) to operate on"],
+    }],
+    original: &[
+        "help",
+        "quiet",
+        "format",
+        "cache",
+        "repair",
+        "output",
+        "object",
+        "image-opts",
+        "force-share",
+    ],
+    negative_operand: None,
+};
+
+/// What to check.
+#[derive(Debug)]
+pub struct Args {
+    /// The image.
+    pub image: Source,
+    /// How it is cached.
+    pub cache: CacheMode,
+    /// What to repair.
+    pub repair: Repair,
+    /// How to report.
+    pub output: OutputFormat,
+    /// Print only errors.
+    pub quiet: bool,
+    /// Take no locks that others could mind.
+    pub force_share: bool,
+    /// Secrets.
+    pub objects: Objects,
+}
+
+impl Args {
+    /// Reads the words.
+    ///
+    /// # Errors
+    /// What is wrong with them.
+    pub fn parse(mut words: Parser) -> Result<Self, Stop> {
+        let (mut format, mut image_opts, mut cache) = (None, false, None);
+        let (mut repair, mut quiet, mut force_share) = (Repair::No, false, false);
+        let mut output = OutputFormat::default();
+        let mut objects = Objects::default();
+        while let Some((flag, value)) = words.next_flag()? {
+            match flag {
+                "quiet" => quiet = true,
+                "format" => format = Some(text(value)?),
+                "image-opts" => image_opts = true,
+                "cache" => cache = Some(value),
+                "force-share" => force_share = true,
+                "output" => output = OutputFormat::read(&value)?,
+                "repair" => repair = read_repair(&value.to_string_lossy())?,
+                "object" => objects.add(value)?,
+                _ => unreachable!("every option of the table is listed"),
+            }
+        }
+        let image = only_image(words)?;
+        let cache = CacheMode::of_source(cache.as_deref())?;
+        let image = Source::new(image, format, image_opts)?;
+        Ok(Self {
+            image,
+            cache,
+            repair,
+            output,
+            quiet,
+            force_share,
+            objects,
+        })
+    }
+}
+
+fn read_repair(value: &str) -> Result<Repair, Stop> {
+    match value {
+        "leaks" => Ok(Repair::Leaks),
+        "all" => Ok(Repair::All),
+        _ => Err(Stop::misused(format!(
+            "--repair (-r) expects 'leaks' or 'all' not '{value}'"
+        ))),
+    }
+}
+
+/// Reads the words of `check` and does it.
+///
+/// # Errors
+/// What is wrong with the words.
+pub fn run(words: Parser, _console: &Console) -> Result<u8, Stop> {
+    Args::parse(words)?;
+    Err(unavailable(&COMMAND))
+}

@@ -1,0 +1,147 @@
+//! `compare`: tells whether two images have the same contents.
+
+use super::unavailable;
+use crate::objects::Objects;
+use crate::out::Console;
+use crate::words::{CacheMode, Command, Flag, Operand, Parser, Source, Stop, text};
+
+/// The table of `compare`.
+pub static COMMAND: Command = Command {
+    name: "compare",
+    summary: "Check if two images have the same contents",
+    usage: "[--image-opts | [-f FMT] [-F FMT]] [-s]
+        [-T CACHE] [-U] [--object OBJDEF] FILENAME1 FILENAME2",
+    flags: &[
+        Flag::HELP,
+        Flag::QUIET,
+        Flag::PROGRESS,
+        Flag::option(
+            Some('f'),
+            &["a-format", "left-format"],
+            "FMT",
+            &["specify FILENAME1 image format explicitly"],
+        ),
+        Flag::option(
+            Some('F'),
+            &["b-format", "right-format"],
+            "FMT",
+            &["specify FILENAME2 image format explicitly"],
+        ),
+        Flag::switch(
+            None,
+            &["image-opts"],
+            &[
+                "indicates that FILENAMEs are complete image specifications",
+                "instead of file names (incompatible with --a-format and --b-format)",
+            ],
+        ),
+        Flag::switch(
+            Some('s'),
+            &["strict"],
+            &["strict mode, also check if sizes are equal"],
+        ),
+        Flag::option(
+            Some('T'),
+            &["cache"],
+            "CACHE_MODE",
+            &["images caching mode (writeback)"],
+        ),
+        Flag::FORCE_SHARE_ALL,
+        Flag::OBJECT,
+    ],
+    operands: &[Operand {
+        name: "FILENAME1, FILENAME2",
+        help: &["image files (or specifications) to compare"],
+    }],
+    original: &[
+        "help",
+        "quiet",
+        "object",
+        "cache",
+        "image-opts",
+        "a-format",
+        "left-format",
+        "b-format",
+        "right-format",
+        "force-share",
+        "strict",
+        "progress",
+    ],
+    negative_operand: None,
+};
+
+/// What to compare.
+#[derive(Debug)]
+pub struct Args {
+    /// The first image.
+    pub first: Source,
+    /// The second image.
+    pub second: Source,
+    /// How they are cached.
+    pub cache: CacheMode,
+    /// Different sizes are a difference even if all there is more is zeroes.
+    pub strict: bool,
+    /// Print only errors.
+    pub quiet: bool,
+    /// Show progress.
+    pub progress: bool,
+    /// Take no locks that others could mind.
+    pub force_share: bool,
+    /// Secrets.
+    pub objects: Objects,
+}
+
+impl Args {
+    /// Reads the words.
+    ///
+    /// # Errors
+    /// What is wrong with them.
+    pub fn parse(mut words: Parser) -> Result<Self, Stop> {
+        let (mut first_format, mut second_format, mut image_opts) = (None, None, false);
+        let (mut cache, mut strict, mut force_share) = (None, false, false);
+        let (mut quiet, mut progress) = (false, false);
+        let mut objects = Objects::default();
+        while let Some((flag, value)) = words.next_flag()? {
+            match flag {
+                "quiet" => quiet = true,
+                "progress" => progress = true,
+                "a-format" => first_format = Some(text(value)?),
+                "b-format" => second_format = Some(text(value)?),
+                "image-opts" => image_opts = true,
+                "strict" => strict = true,
+                "cache" => cache = Some(value),
+                "force-share" => force_share = true,
+                "object" => objects.add(value).map_err(in_trouble)?,
+                _ => unreachable!("every option of the table is listed"),
+            }
+        }
+        let Ok([first, second]) = <[_; 2]>::try_from(words.operands()) else {
+            return Err(Stop::misused("Expecting two image file names"));
+        };
+        let cache = CacheMode::of_source(cache.as_deref()).map_err(in_trouble)?;
+        Ok(Self {
+            first: Source::new(first, first_format, image_opts).map_err(in_trouble)?,
+            second: Source::new(second, second_format, image_opts).map_err(in_trouble)?,
+            cache,
+            strict,
+            quiet,
+            progress: progress && !quiet,
+            force_share,
+            objects,
+        })
+    }
+}
+
+/// 1 would mean that the images differ. Words that make no command still get 1, as they do from the original.
+fn in_trouble(stop: Stop) -> Stop {
+    stop.with_status(2)
+}
+
+/// Reads the words of `compare` and does it.
+///
+/// # Errors
+/// What is wrong with the words.
+pub fn run(words: Parser, _console: &Console) -> Result<u8, Stop> {
+    Args::parse(words)?;
+    Err(unavailable(&COMMAND).with_status(2))
+}

@@ -1,0 +1,233 @@
+//! `create`: makes an image.
+
+use std::ffi::OsString;
+
+use super::{LARGEST, unavailable};
+use crate::objects::Objects;
+use crate::out::Console;
+use crate::words::{Command, CreateOptions, Flag, Operand, Parser, Stop, size, text};
+
+/// The table of `create`.
+pub static COMMAND: Command = Command {
+    name: "create",
+    summary: "Create and format new image file",
+    usage: "[-f FMT] [-o FMT_OPTS] [-b BACKING_FILENAME [-F BACKING_FMT]]
+        [--object OBJDEF] [-u] FILENAME [SIZE[bkKMGTPE]]",
+    flags: &[
+        Flag::HELP,
+        Flag::QUIET_ALL,
+        Flag::option(
+            Some('f'),
+            &["format"],
+            "FMT",
+            &["specifies format of the new image, default is raw"],
+        ),
+        Flag::option(
+            Some('o'),
+            &["options"],
+            "FMT_OPTS",
+            &["format-specific options ('-o help' for list)"],
+        ),
+        Flag::option(
+            Some('b'),
+            &["backing"],
+            "BACKING_FILENAME",
+            &[
+                "stack new image on top of BACKING_FILENAME",
+                "(for formats which support stacking)",
+            ],
+        ),
+        Flag::option(
+            Some('F'),
+            &["backing-format"],
+            "BACKING_FMT",
+            &["specify format of BACKING_FILENAME"],
+        ),
+        Flag::switch(
+            Some('u'),
+            &["backing-unsafe"],
+            &["do not fail if BACKING_FMT can not be read"],
+        ),
+        Flag::OBJECT,
+    ],
+    operands: &[
+        Operand {
+            name: "FILENAME",
+            help: &["image file to create.  It will be overridden if exists"],
+        },
+        Operand {
+            name: "SIZE",
+            help: &[
+                "image size with optional suffix (multiplies in 1024)",
+                "SIZE is required unless BACKING_IMG is specified,",
+                "in which case it will be the same as size of BACKING_IMG",
+            ],
+        },
+    ],
+    original: &[
+        "help",
+        "quiet",
+        "object",
+        "format",
+        "backing",
+        "backing-format",
+        "backing-unsafe",
+        "options",
+    ],
+    negative_operand: None,
+};
+
+/// What the words ask for.
+#[derive(Debug)]
+pub enum Request {
+    /// The list of options of a format, and of the protocol of a file if one is named.
+    OptionHelp {
+        /// The format.
+        format: String,
+        /// The file.
+        name: Option<OsString>,
+    },
+    /// An image.
+    Create(Args),
+}
+
+/// What to make.
+#[derive(Debug)]
+pub struct Args {
+    /// The image.
+    pub name: OsString,
+    /// Its size in bytes; without it, that of the options or of the backing file.
+    pub size: Option<u64>,
+    /// Its format.
+    pub format: String,
+    /// The list of options, for [`diskimage_core::options::Options::parse`].
+    pub options: Option<String>,
+    /// Its backing file.
+    pub backing: Option<OsString>,
+    /// The format of the backing file.
+    pub backing_format: Option<String>,
+    /// The backing file need not be there.
+    pub backing_unsafe: bool,
+    /// Print only errors.
+    pub quiet: bool,
+    /// Secrets.
+    pub objects: Objects,
+}
+
+impl Request {
+    /// Reads the words.
+    ///
+    /// # Errors
+    /// What is wrong with them.
+    pub fn parse(mut words: Parser) -> Result<Self, Stop> {
+        let mut format = None;
+        let mut options = CreateOptions::default();
+        let (mut backing, mut backing_format, mut backing_unsafe) = (None, None, false);
+        let mut quiet = false;
+        let mut objects = Objects::default();
+        while let Some((flag, value)) = words.next_flag()? {
+            match flag {
+                "quiet" => quiet = true,
+                "format" => format = Some(text(value)?),
+                "options" => options.add(value)?,
+                "backing" => backing = Some(value),
+                "backing-format" => backing_format = Some(text(value)?),
+                "backing-unsafe" => backing_unsafe = true,
+                "object" => objects.add(value)?,
+                _ => unreachable!("every option of the table is listed"),
+            }
+        }
+        let format = format.unwrap_or_else(|| "raw".to_owned());
+        let mut operands = words.operands().into_iter();
+        let name = operands.next();
+        if options.wants_help {
+            return Ok(Self::OptionHelp { format, name });
+        }
+        let name = name.ok_or_else(|| Stop::misused("Expecting image file name"))?;
+        let size = match operands.next() {
+            Some(value) => Some(size("image size", &value, 0, LARGEST)?),
+            None => None,
+        };
+        if let Some(extra) = operands.next() {
+            return Err(Stop::misused(format!(
+                "Unexpected argument: {}",
+                extra.to_string_lossy()
+            )));
+        }
+        Ok(Self::Create(Args {
+            name,
+            size,
+            format,
+            options: options.list,
+            backing,
+            backing_format,
+            backing_unsafe,
+            quiet,
+            objects,
+        }))
+    }
+}
+
+/// Reads the words of `create` and does it.
+///
+/// # Errors
+/// What is wrong with the words.
+pub fn run(words: Parser, _console: &Console) -> Result<u8, Stop> {
+    Request::parse(words)?;
+    Err(unavailable(&COMMAND))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(words: &[&str]) -> Result<Request, Stop> {
+        Request::parse(Parser::new(
+            &COMMAND,
+            words.iter().map(OsString::from).collect(),
+            false,
+        ))
+    }
+
+    #[test]
+    fn words_become_arguments() {
+        let Ok(Request::Create(args)) =
+            parse(&["-fqcow2", "a", "1.5G", "-b", "b", "-Fraw", "-o", "x=1", "-oy"])
+        else {
+            panic!("not a request to create");
+        };
+        assert_eq!((args.format.as_str(), args.size), ("qcow2", Some(1_610_612_736)));
+        assert_eq!(
+            (args.backing, args.backing_format),
+            (Some("b".into()), Some("raw".into()))
+        );
+        assert_eq!(args.options.as_deref(), Some("x=1,y"));
+    }
+
+    #[test]
+    fn help_on_options_needs_no_file() {
+        let Ok(Request::OptionHelp { format, name: None }) = parse(&["-o", "help"]) else {
+            panic!("not a request for help");
+        };
+        assert_eq!(format, "raw");
+    }
+
+    #[test]
+    fn wrong_words_are_refused() {
+        for (words, stop) in [
+            (&[][..], Stop::misused("Expecting image file name")),
+            (&["x", "1", "2"], Stop::misused("Unexpected argument: 2")),
+            (
+                &["x", "1Q", "2"],
+                Stop::wrong("Invalid image size specified: '1Q'."),
+            ),
+            (
+                &["x", "8E"],
+                Stop::wrong("Invalid image size specified. Must be between 0 and 9223372036854775807."),
+            ),
+            (&["-o", ","], Stop::wrong("Invalid option list: ,")),
+        ] {
+            assert_eq!(parse(words).err(), Some(stop), "{words:?}");
+        }
+    }
+}

@@ -1,0 +1,173 @@
+//! The commands: one file each, with its option table, its arguments, and what it does.
+
+pub mod amend;
+pub mod bench;
+pub mod bitmap;
+pub mod check;
+pub mod commit;
+pub mod compare;
+pub mod convert;
+pub mod create;
+pub mod dd;
+pub mod info;
+pub mod map;
+pub mod measure;
+pub mod rebase;
+pub mod resize;
+pub mod snapshot;
+
+use std::ffi::OsString;
+
+use crate::out::Console;
+use crate::words::{Command, Parser, Stop};
+
+/// A command and what runs it.
+#[derive(Clone, Copy, Debug)]
+pub struct Entry {
+    /// Its table.
+    pub command: &'static Command,
+    /// Reads its words and does it; the exit status.
+    pub run: fn(Parser, &Console) -> Result<u8, Stop>,
+}
+
+impl Entry {
+    /// Runs the command with the words after its name; the exit status.
+    pub fn start(&self, words: Vec<OsString>, console: &Console) -> u8 {
+        let operands_end_options = std::env::var_os("POSIXLY_CORRECT").is_some();
+        let parser = Parser::new(self.command, words, operands_end_options);
+        match (self.run)(parser, console) {
+            Ok(status) => status,
+            Err(stop) => console.stop(stop, Some(self.command)),
+        }
+    }
+}
+
+/// All commands, in the order of the help text.
+pub static ALL: &[Entry] = &[
+    Entry {
+        command: &amend::COMMAND,
+        run: amend::run,
+    },
+    Entry {
+        command: &bench::COMMAND,
+        run: bench::run,
+    },
+    Entry {
+        command: &bitmap::COMMAND,
+        run: bitmap::run,
+    },
+    Entry {
+        command: &check::COMMAND,
+        run: check::run,
+    },
+    Entry {
+        command: &commit::COMMAND,
+        run: commit::run,
+    },
+    Entry {
+        command: &compare::COMMAND,
+        run: compare::run,
+    },
+    Entry {
+        command: &convert::COMMAND,
+        run: convert::run,
+    },
+    Entry {
+        command: &create::COMMAND,
+        run: create::run,
+    },
+    Entry {
+        command: &dd::COMMAND,
+        run: dd::run,
+    },
+    Entry {
+        command: &info::COMMAND,
+        run: info::run,
+    },
+    Entry {
+        command: &map::COMMAND,
+        run: map::run,
+    },
+    Entry {
+        command: &measure::COMMAND,
+        run: measure::run,
+    },
+    Entry {
+        command: &rebase::COMMAND,
+        run: rebase::run,
+    },
+    Entry {
+        command: &resize::COMMAND,
+        run: resize::run,
+    },
+    Entry {
+        command: &snapshot::COMMAND,
+        run: snapshot::run,
+    },
+];
+
+/// The formats and protocols that the help text lists.
+pub const FORMATS: &[&str] = &["file", "host_device", "qcow2", "raw"];
+
+/// The largest size and offset of a disk image.
+const LARGEST: u64 = i64::MAX.unsigned_abs();
+
+/// Reads the words of a command that cannot be run yet, so that its help and mistakes in its options are shown.
+fn refuse(mut words: Parser, command: &Command) -> Result<u8, Stop> {
+    while words.next_flag()?.is_some() {}
+    Err(unavailable(command))
+}
+
+fn unavailable(command: &Command) -> Stop {
+    Stop::wrong(format!(
+        "The command '{}' is not available in this build",
+        command.name
+    ))
+}
+
+/// The one operand of a command that takes a single image.
+fn only_image(words: Parser) -> Result<OsString, Stop> {
+    let mut operands = words.operands().into_iter();
+    match (operands.next(), operands.next()) {
+        (Some(image), None) => Ok(image),
+        _ => Err(Stop::misused("Expecting one image file name")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tables_are_consistent() {
+        for Entry { command, .. } in ALL {
+            let names: Vec<_> = command.flags.iter().flat_map(|flag| flag.longs).collect();
+            let letters: Vec<_> = command.flags.iter().filter_map(|flag| flag.short).collect();
+            for (at, name) in names.iter().enumerate() {
+                assert!(!names[..at].contains(name), "{} has two --{name}", command.name);
+            }
+            for (at, letter) in letters.iter().enumerate() {
+                assert!(
+                    !letters[..at].contains(letter),
+                    "{} has two -{letter}",
+                    command.name
+                );
+            }
+            for name in command.original {
+                assert!(names.contains(&name), "{} misses --{name}", command.name);
+            }
+            assert!(
+                command
+                    .flags
+                    .iter()
+                    .all(|flag| !flag.name().is_empty() && !flag.help.is_empty())
+            );
+            assert!(!command.summary.ends_with('.'));
+        }
+    }
+
+    #[test]
+    fn commands_are_listed_by_name() {
+        assert!(ALL.is_sorted_by_key(|entry| entry.command.name));
+    }
+}

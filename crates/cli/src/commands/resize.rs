@@ -1,0 +1,203 @@
+//! `resize`: changes the size of an image.
+
+use std::ffi::OsStr;
+
+use diskimage_core::Preallocation;
+use diskimage_core::options::read_size;
+
+use super::unavailable;
+use crate::objects::Objects;
+use crate::out::Console;
+use crate::words::{Command, Flag, Operand, Parser, Source, Stop, text};
+
+/// The table of `resize`.
+pub static COMMAND: Command = Command {
+    name: "resize",
+    summary: "Resize the image to the new size",
+    usage: "[-f FMT | --image-opts] [--preallocation PREALLOC] [--shrink]
+        [--object OBJECTDEF] [-q] FILENAME [+-]SIZE[bkKMGTPE]",
+    flags: &[
+        Flag::HELP,
+        Flag::QUIET,
+        Flag::option(
+            Some('f'),
+            &["format"],
+            "FMT",
+            &["specify FILENAME format explicitly"],
+        ),
+        Flag::IMAGE_OPTS,
+        Flag::switch(
+            None,
+            &["shrink"],
+            &["allow operation when new size is smaller than original"],
+        ),
+        Flag::option(
+            None,
+            &["preallocation"],
+            "PREALLOC",
+            &["specify preallocation type for the new areas"],
+        ),
+        Flag::OBJECT,
+    ],
+    operands: &[
+        Operand {
+            name: "FILENAME",
+            help: &["image file (specification) to resize"],
+        },
+        Operand {
+            name: "[+-]SIZE[bkKMGTPE]",
+            help: &[
+                "new image size or amount by which to shrink/grow,",
+                "with optional suffix (1024-based multiplies)",
+            ],
+        },
+    ],
+    original: &[
+        "help",
+        "quiet",
+        "object",
+        "format",
+        "image-opts",
+        "preallocation",
+        "shrink",
+    ],
+    negative_operand: Some(1),
+};
+
+/// What to change.
+#[derive(Debug)]
+pub struct Args {
+    /// The image.
+    pub image: Source,
+    /// Its size.
+    pub size: NewSize,
+    /// What is allocated of what is added.
+    pub preallocation: Preallocation,
+    /// Data may be cut off.
+    pub shrink: bool,
+    /// Print only errors.
+    pub quiet: bool,
+    /// Secrets.
+    pub objects: Objects,
+}
+
+/// A size, or a difference to the present one, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NewSize {
+    /// This size.
+    Exactly(u64),
+    /// More by this.
+    More(u64),
+    /// Less by this.
+    Less(u64),
+}
+
+impl NewSize {
+    fn read(value: &OsStr) -> Result<Self, Stop> {
+        let value = value.to_string_lossy();
+        let read = |text: &str| read_size("size", text).map_err(Stop::from);
+        match value.as_bytes().first() {
+            Some(b'+') => read(&value[1..]).map(Self::More),
+            Some(b'-') => read(&value[1..]).map(Self::Less),
+            _ => read(&value).map(Self::Exactly),
+        }
+    }
+
+    /// The new size of an image of `present` bytes, unless it would not be positive or not fit 63 bits.
+    pub fn apply(self, present: u64) -> Option<u64> {
+        let size = match self {
+            Self::Exactly(size) => size,
+            Self::More(size) => present.checked_add(size)?,
+            Self::Less(size) => present.checked_sub(size)?,
+        };
+        (1..=super::LARGEST).contains(&size).then_some(size)
+    }
+}
+
+impl Args {
+    /// Reads the words.
+    ///
+    /// # Errors
+    /// What is wrong with them.
+    pub fn parse(mut words: Parser) -> Result<Self, Stop> {
+        let (mut format, mut image_opts) = (None, false);
+        let (mut preallocation, mut shrink, mut quiet) = (Preallocation::default(), false, false);
+        let mut objects = Objects::default();
+        while let Some((flag, value)) = words.next_flag()? {
+            match flag {
+                "quiet" => quiet = true,
+                "format" => format = Some(text(value)?),
+                "image-opts" => image_opts = true,
+                "shrink" => shrink = true,
+                "preallocation" => preallocation = read_preallocation(&value.to_string_lossy())?,
+                "object" => objects.add(value)?,
+                _ => unreachable!("every option of the table is listed"),
+            }
+        }
+        let mut operands = words.operands().into_iter();
+        let (Some(image), Some(size)) = (operands.next(), operands.next()) else {
+            return Err(Stop::misused("Expecting image file name and size"));
+        };
+        if operands.next().is_some() {
+            return Err(Stop::misused("Extra argument(s) in command line"));
+        }
+        let size = NewSize::read(&size)?;
+        let image = Source::new(image, format, image_opts)?;
+        Ok(Self {
+            image,
+            size,
+            preallocation,
+            shrink,
+            quiet,
+            objects,
+        })
+    }
+}
+
+fn read_preallocation(value: &str) -> Result<Preallocation, Stop> {
+    Preallocation::from_name(value)
+        .ok_or_else(|| Stop::wrong(format!("Invalid preallocation mode '{value}'")))
+}
+
+/// Reads the words of `resize` and does it.
+///
+/// # Errors
+/// What is wrong with the words.
+pub fn run(words: Parser, _console: &Console) -> Result<u8, Stop> {
+    Args::parse(words)?;
+    Err(unavailable(&COMMAND))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn size(words: &[&str]) -> Result<NewSize, Stop> {
+        let words = words.iter().map(std::ffi::OsString::from).collect();
+        Args::parse(Parser::new(&COMMAND, words, false)).map(|args| args.size)
+    }
+
+    #[test]
+    fn sizes_are_absolute_or_relative() {
+        assert_eq!(size(&["x", "1M"]), Ok(NewSize::Exactly(1 << 20)));
+        assert_eq!(size(&["x", "+1.5K"]), Ok(NewSize::More(1536)));
+        assert_eq!(size(&["x", "-5", "--shrink"]), Ok(NewSize::Less(5)));
+        assert_eq!(size(&["--", "x", "-+1"]), Ok(NewSize::Less(1)));
+        assert_eq!(
+            size(&["x", "+-1"]),
+            Err(Stop::wrong("Value '-1' is out of range for parameter 'size'"))
+        );
+        assert_eq!(
+            size(&["x", "1", "2"]),
+            Err(Stop::misused("Extra argument(s) in command line"))
+        );
+    }
+
+    #[test]
+    fn differences_are_taken_from_the_present_size() {
+        assert_eq!(NewSize::Less(512).apply(1024), Some(512));
+        assert_eq!(NewSize::Less(1024).apply(1024), None);
+        assert_eq!(NewSize::More(u64::MAX).apply(1024), None);
+        assert_eq!(NewSize::Exactly(1 << 63).apply(0), None);
+    }
+}

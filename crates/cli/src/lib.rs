@@ -1,0 +1,83 @@
+//! The command line of `qemu-img`: words in, one operation of the library, text and an exit status out.
+//!
+//! ```text
+//!   run ── words of the program ── commands::ALL ── Args::parse(words) ── run(Args)
+//!              words/                                commands/<name>.rs
+//! ```
+//!
+//! Everything is written through [`out::Console`]. This crate exists for the executable; the library for programs is
+//! `diskimage`.
+
+pub mod commands;
+pub mod json;
+pub mod objects;
+pub mod out;
+pub mod printable;
+pub mod progress;
+mod trace;
+pub mod words;
+
+use std::ffi::OsString;
+use std::process::ExitCode;
+
+use out::Console;
+use words::{Command, Flag, Parser, Stop, help};
+
+/// Runs the program with its command line, the name it was called by first.
+pub fn run(words: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let mut words = words.into_iter();
+    let console = Console::new(&words.next().unwrap_or_default());
+    let status = match standard_options(words.collect(), &console) {
+        Ok((entry, words)) => entry.start(words, &console),
+        Err(stop) => console.stop(stop, None),
+    };
+    ExitCode::from(console.finish(status))
+}
+
+/// Takes the options before the command, and finds the command.
+fn standard_options(
+    words: Vec<OsString>,
+    console: &Console,
+) -> Result<(&'static commands::Entry, Vec<OsString>), Stop> {
+    let mut parser = Parser::new(&PROGRAM, words, true);
+    while let Some((name, value)) = parser.next_flag()? {
+        match name {
+            "version" => return Err(Stop::Text(help::version())),
+            _ => trace::add(value, console)?,
+        }
+    }
+    let mut words = parser.operands().into_iter();
+    let Some(name) = words.next() else {
+        return Err(Stop::misused("Not enough arguments"));
+    };
+    match commands::ALL.iter().find(|entry| name == entry.command.name) {
+        Some(entry) => Ok((entry, words.collect())),
+        None => Err(Stop::misused(format!(
+            "Command not found: {}",
+            name.to_string_lossy()
+        ))),
+    }
+}
+
+/// The words before a command.
+pub static PROGRAM: Command = Command {
+    name: "",
+    summary: "QEMU disk image utility",
+    usage: "[standard options] COMMAND [--help | command options]",
+    flags: &[
+        Flag::switch(Some('h'), &["help"], &["display this help and exit"]),
+        Flag::switch(Some('V'), &["version"], &["display version info and exit"]),
+        Flag::option(
+            Some('T'),
+            &["trace"],
+            "TRACE",
+            &[
+                "specify tracing options:",
+                "[[enable=]<pattern>][,events=<file>][,file=<file>]",
+            ],
+        ),
+    ],
+    operands: &[],
+    original: &["help", "version", "trace"],
+    negative_operand: None,
+};

@@ -1,0 +1,126 @@
+//! The one place that writes to standard output and standard error.
+//!
+//! A reader that goes away (`qemu-img ... | head`) is no failure of the operation and never a panic. Any other failure
+//! to write what was asked for, a full disk for instance, is remembered and turns the exit status into 1.
+
+use std::ffi::OsStr;
+use std::io::{self, Write};
+use std::sync::Mutex;
+
+use crate::words::{Command, Prefix, Stop, help};
+
+/// Standard output and error, and the name under which the program was called.
+#[derive(Debug)]
+pub struct Console {
+    path: String,
+    failure: Mutex<Option<io::Error>>,
+}
+
+impl Console {
+    /// For a program called as `path`, the first word of its command line.
+    pub fn new(path: &OsStr) -> Self {
+        Self {
+            path: path.to_string_lossy().into_owned(),
+            failure: Mutex::new(None),
+        }
+    }
+
+    /// The name that stands in front of messages: the last part of the path.
+    pub fn name(&self) -> &str {
+        self.path.rsplit('/').next().unwrap_or_default()
+    }
+
+    /// Writes `text` to standard output as it is.
+    pub fn print(&self, text: &str) {
+        let mut stdout = io::stdout().lock();
+        let result = stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush());
+        if let Err(error) = result {
+            self.remember(error);
+        }
+    }
+
+    /// Writes `text` to standard error as it is.
+    pub fn print_error(&self, text: &str) {
+        // There is nowhere left to tell that standard error failed.
+        let _ = io::stderr().lock().write_all(text.as_bytes());
+    }
+
+    /// Prints an error: `qemu-img: message`.
+    pub fn error(&self, message: &str) {
+        self.print_error(&format!("{}: {message}\n", self.name()));
+    }
+
+    /// Prints a warning: `qemu-img: warning: message`.
+    pub fn warning(&self, message: &str) {
+        self.error(&format!("warning: {message}"));
+    }
+
+    /// Prints an error of the library: its levels joined by `": "`, then its hint on a line of its own.
+    pub fn failure(&self, error: &diskimage_core::Error) {
+        self.error(&error.chain());
+        if let Some(hint) = error.hint_line() {
+            self.print_error(&format!("{hint}\n"));
+        }
+    }
+
+    /// Prints what kept the words of `command` from becoming its arguments, and answers the exit status. Without a
+    /// command the words were those of the program itself.
+    pub fn stop(&self, stop: Stop, command: Option<&Command>) -> u8 {
+        let words = match command {
+            Some(command) => format!("{} {}", self.path, command.name),
+            None => self.path.clone(),
+        };
+        match stop {
+            Stop::Help => {
+                self.print(&command.map_or_else(help::program, help::command));
+                0
+            }
+            Stop::Text(text) => {
+                self.print(&text);
+                0
+            }
+            Stop::Wrong(wrong) => {
+                for message in &wrong.messages {
+                    match wrong.prefix {
+                        Prefix::Program => self.error(message),
+                        Prefix::Words => self.print_error(&format!("{words}: {message}\n")),
+                    }
+                }
+                if wrong.try_help {
+                    self.print_error(&format!("Try '{words} --help' for more info\n"));
+                }
+                wrong.status
+            }
+        }
+    }
+
+    /// The exit status, once everything is written, of a program that would exit with `status`.
+    pub fn finish(self, status: u8) -> u8 {
+        let failure = self.failure.lock().ok().and_then(|mut failure| failure.take());
+        match failure {
+            Some(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+                let error = diskimage_core::Error::from(error);
+                self.error(&format!("Could not write to standard output: {error}"));
+                status.max(1)
+            }
+            _ => status,
+        }
+    }
+
+    fn remember(&self, error: io::Error) {
+        if let Ok(mut failure) = self.failure.lock() {
+            failure.get_or_insert(error);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages_carry_the_last_part_of_the_path() {
+        assert_eq!(Console::new(OsStr::new("./bin/foo")).name(), "foo");
+        assert_eq!(Console::new(OsStr::new("")).name(), "");
+    }
+}

@@ -1,0 +1,368 @@
+//! Values that several commands take, read into types.
+
+use std::ffi::{OsStr, OsString};
+
+use diskimage_core::options;
+use diskimage_core::size::{SizeError, parse_number, parse_size};
+
+use super::Stop;
+
+/// Text that must be UTF-8; file names need not be and stay [`OsString`].
+///
+/// # Errors
+/// Any other bytes.
+pub fn text(value: OsString) -> Result<String, Stop> {
+    value
+        .into_string()
+        .map_err(|value| Stop::wrong(format!("Not valid UTF-8: '{}'", value.to_string_lossy())))
+}
+
+/// A size from `min` to `max`; `what` names it in messages.
+///
+/// # Errors
+/// Text that is no size, or one out of the range.
+pub fn size(what: &str, value: &OsStr, min: u64, max: u64) -> Result<u64, Stop> {
+    let value = value.to_string_lossy();
+    in_range(what, &value, parse_size(&value), min, max)
+}
+
+/// A whole number from `min` to `max` without a unit; `what` names it in messages.
+///
+/// # Errors
+/// Text that is no number, or one out of the range.
+pub fn count(what: &str, value: &OsStr, min: u64, max: u64) -> Result<u64, Stop> {
+    let value = value.to_string_lossy();
+    let number =
+        parse_number(&value).and_then(|number| u64::try_from(number).map_err(|_| SizeError::OutOfRange));
+    in_range(what, &value, number, min, max)
+}
+
+fn in_range(what: &str, text: &str, value: Result<u64, SizeError>, min: u64, max: u64) -> Result<u64, Stop> {
+    match value {
+        Err(SizeError::Malformed) => Err(Stop::wrong(format!("Invalid {what} specified: '{text}'."))),
+        Ok(number) if (min..=max).contains(&number) => Ok(number),
+        _ => Err(Stop::wrong(format!(
+            "Invalid {what} specified. Must be between {min} and {max}."
+        ))),
+    }
+}
+
+/// How a file is cached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CacheMode {
+    /// Around the host's cache, without waiting for the disk.
+    None,
+    /// Around the host's cache, each write on the disk.
+    DirectSync,
+    /// Through the host's cache, each write on the disk.
+    Writethrough,
+    /// Through the host's cache, on the disk at the end.
+    Writeback,
+    /// Through the host's cache, never waiting for the disk.
+    Unsafe,
+}
+
+impl CacheMode {
+    /// The mode of this name, if there is one.
+    pub fn from_name(name: &str) -> Option<Self> {
+        match name {
+            "none" | "off" => Some(Self::None),
+            "directsync" => Some(Self::DirectSync),
+            "writethrough" => Some(Self::Writethrough),
+            "writeback" => Some(Self::Writeback),
+            "unsafe" => Some(Self::Unsafe),
+            _ => None,
+        }
+    }
+
+    /// The mode of an image that is read (`-T`), or `writeback`.
+    ///
+    /// # Errors
+    /// An unknown name.
+    pub fn of_source(name: Option<&OsStr>) -> Result<Self, Stop> {
+        Self::read(name, Self::Writeback, "source cache option")
+    }
+
+    /// The mode of an image that is written (`-t`), or `default`.
+    ///
+    /// # Errors
+    /// An unknown name.
+    pub fn of_target(name: Option<&OsStr>, default: Self) -> Result<Self, Stop> {
+        Self::read(name, default, "cache option")
+    }
+
+    fn read(name: Option<&OsStr>, default: Self, what: &str) -> Result<Self, Stop> {
+        let Some(name) = name.map(OsStr::to_string_lossy) else {
+            return Ok(default);
+        };
+        Self::from_name(&name).ok_or_else(|| Stop::wrong(format!("Invalid {what}: {name}")))
+    }
+
+    /// Whether the host's cache is gone around (`O_DIRECT`).
+    pub fn is_direct(self) -> bool {
+        matches!(self, Self::None | Self::DirectSync)
+    }
+
+    /// Whether each write is on the disk before it counts as done.
+    pub fn is_write_through(self) -> bool {
+        matches!(self, Self::DirectSync | Self::Writethrough)
+    }
+
+    /// Whether flushes are left out.
+    pub fn skips_flush(self) -> bool {
+        self == Self::Unsafe
+    }
+}
+
+/// How a result is printed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OutputFormat {
+    /// Text.
+    #[default]
+    Human,
+    /// JSON.
+    Json,
+}
+
+impl OutputFormat {
+    /// Reads the value of `--output`.
+    ///
+    /// # Errors
+    /// Anything but `human` and `json`.
+    pub fn read(value: &OsStr) -> Result<Self, Stop> {
+        match value.to_string_lossy().as_ref() {
+            "human" => Ok(Self::Human),
+            "json" => Ok(Self::Json),
+            other => Err(Stop::misused(format!(
+                "--output expects 'human' or 'json' not '{other}'"
+            ))),
+        }
+    }
+}
+
+/// How an image is named.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ImageName {
+    /// A file name, or a protocol's URL or `json:` in place of one.
+    File(OsString),
+    /// A specification `driver=qcow2,file.filename=x`, after `--image-opts`.
+    Options(String),
+}
+
+impl ImageName {
+    /// A word read as a file name or as a specification.
+    ///
+    /// # Errors
+    /// A specification that is not UTF-8.
+    pub fn new(word: OsString, image_opts: bool) -> Result<Self, Stop> {
+        Ok(if image_opts {
+            Self::Options(text(word)?)
+        } else {
+            Self::File(word)
+        })
+    }
+
+    /// The name as it is shown.
+    pub fn shown(&self) -> String {
+        match self {
+            Self::File(name) => name.to_string_lossy().into_owned(),
+            Self::Options(text) => text.clone(),
+        }
+    }
+}
+
+/// An image to be opened.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Source {
+    /// Its name.
+    pub name: ImageName,
+    /// Its format, if that is not to be found out; never with [`ImageName::Options`].
+    pub format: Option<String>,
+}
+
+impl Source {
+    /// An image from the word that names it, the value of `-f`, and whether `--image-opts` was given.
+    ///
+    /// # Errors
+    /// A format together with a specification; a specification that is not UTF-8.
+    pub fn new(word: OsString, format: Option<String>, image_opts: bool) -> Result<Self, Stop> {
+        if image_opts && format.is_some() {
+            return Err(Stop::wrong("--image-opts and --format are mutually exclusive"));
+        }
+        Ok(Self {
+            name: ImageName::new(word, image_opts)?,
+            format,
+        })
+    }
+}
+
+/// What `-o` was given, once or several times.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct CreateOptions {
+    /// The lists joined by commas, for [`options::Options::parse`].
+    pub list: Option<String>,
+    /// Whether the list of options is wanted instead of anything else.
+    pub wants_help: bool,
+}
+
+impl CreateOptions {
+    /// Adds the value of one `-o`.
+    ///
+    /// # Errors
+    /// A list that could not be told from its neighbours once they are joined.
+    pub fn add(&mut self, value: OsString) -> Result<(), Stop> {
+        let value = text(value)?;
+        if !options::is_list(&value) {
+            return Err(Stop::wrong(format!("Invalid option list: {value}")));
+        }
+        self.wants_help |= options::wants_help(&value);
+        match &mut self.list {
+            Some(list) => {
+                list.push(',');
+                list.push_str(&value);
+            }
+            None => self.list = Some(value),
+        }
+        Ok(())
+    }
+}
+
+/// Which internal snapshot `-l` means.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SnapshotName {
+    /// The one with this identifier, or else this name.
+    Either(String),
+    /// The one with exactly this identifier and name, as far as they are given.
+    Exact {
+        /// Its identifier.
+        id: Option<String>,
+        /// Its name.
+        name: Option<String>,
+    },
+}
+
+impl SnapshotName {
+    /// Reads `NAME`, or `snapshot.id=ID,snapshot.name=NAME`.
+    ///
+    /// # Errors
+    /// Other parameters.
+    pub fn read(value: OsString) -> Result<Self, Stop> {
+        let value = text(value)?;
+        if !value.starts_with("snapshot.") {
+            return Ok(Self::Either(value));
+        }
+        let mut parameters = options::Options::new(&SNAPSHOT_PARAMETERS);
+        parameters
+            .parse(&value)
+            .map_err(|error| Stop::from(error).and(format!("Failed in parsing snapshot param '{value}'")))?;
+        Ok(Self::Exact {
+            id: parameters.text("snapshot.id").map(str::to_owned),
+            name: parameters.text("snapshot.name").map(str::to_owned),
+        })
+    }
+}
+
+static SNAPSHOT_PARAMETERS: [options::OptionDef; 2] = [
+    options::OptionDef {
+        name: "snapshot.id",
+        kind: options::OptionKind::Text,
+        help: "Identifier of the snapshot",
+        default: None,
+    },
+    options::OptionDef {
+        name: "snapshot.name",
+        kind: options::OptionKind::Text,
+        help: "Name of the snapshot",
+        default: None,
+    },
+];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn os(text: &str) -> &OsStr {
+        OsStr::new(text)
+    }
+
+    #[test]
+    fn sizes_are_complained_about_in_the_words_of_their_place() {
+        assert_eq!(size("image size", os("1.5K"), 0, 1 << 62), Ok(1536));
+        assert_eq!(
+            size("image size", os("1Q"), 0, 9),
+            Err(Stop::wrong("Invalid image size specified: '1Q'."))
+        );
+        for text in ["-1", "10", "99E"] {
+            assert_eq!(
+                size("bs", os(text), 1, 9),
+                Err(Stop::wrong("Invalid bs specified. Must be between 1 and 9."))
+            );
+        }
+    }
+
+    #[test]
+    fn counts_take_no_unit() {
+        assert_eq!(count("number of coroutines", os("0x10"), 1, 16), Ok(16));
+        assert_eq!(
+            count("number of coroutines", os("1K"), 1, 16),
+            Err(Stop::wrong("Invalid number of coroutines specified: '1K'."))
+        );
+        assert_eq!(
+            count("number of coroutines", os("-1"), 1, 16),
+            Err(Stop::wrong(
+                "Invalid number of coroutines specified. Must be between 1 and 16."
+            ))
+        );
+    }
+
+    #[test]
+    fn cache_modes_have_names_and_defaults() {
+        assert_eq!(CacheMode::of_source(Some(os("off"))), Ok(CacheMode::None));
+        assert_eq!(
+            CacheMode::of_target(None, CacheMode::Unsafe),
+            Ok(CacheMode::Unsafe)
+        );
+        assert_eq!(
+            CacheMode::of_source(Some(os("foo"))),
+            Err(Stop::wrong("Invalid source cache option: foo"))
+        );
+        assert_eq!(
+            CacheMode::of_target(Some(os("")), CacheMode::Unsafe),
+            Err(Stop::wrong("Invalid cache option: "))
+        );
+    }
+
+    #[test]
+    fn option_lists_are_joined() {
+        let mut lists = CreateOptions::default();
+        lists.add("a=b".into()).unwrap();
+        lists.add("c".into()).unwrap();
+        assert_eq!((lists.list.as_deref(), lists.wants_help), (Some("a=b,c"), false));
+        assert_eq!(
+            lists.add("x,".into()),
+            Err(Stop::wrong("Invalid option list: x,"))
+        );
+        lists.add("?".into()).unwrap();
+        assert!(lists.wants_help);
+    }
+
+    #[test]
+    fn snapshots_are_named_loosely_or_exactly() {
+        assert_eq!(
+            SnapshotName::read("a=b".into()),
+            Ok(SnapshotName::Either("a=b".into()))
+        );
+        assert_eq!(
+            SnapshotName::read("snapshot.name=x".into()),
+            Ok(SnapshotName::Exact {
+                id: None,
+                name: Some("x".into())
+            })
+        );
+        assert_eq!(
+            SnapshotName::read("snapshot.foo=x".into()),
+            Err(Stop::wrong("Invalid parameter 'snapshot.foo'")
+                .and("Failed in parsing snapshot param 'snapshot.foo=x'"))
+        );
+    }
+}
