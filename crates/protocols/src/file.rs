@@ -38,7 +38,8 @@ pub struct File {
     flush_failed: AtomicBool,
     locks: Mutex<Held>,
     limits: Limits,
-    identity: FileIdentity,
+    /// Device and inode.
+    identity: (u64, u64),
 }
 
 /// What kind of file it is.
@@ -55,15 +56,8 @@ impl Kind {
     }
 }
 
-/// Tells whether two names lead to the same file.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct FileIdentity {
-    device: u64,
-    inode: u64,
-}
-
 impl File {
-    /// Opens what `target` names, without a lock yet: see [`File::lock`].
+    /// Opens what `target` names, without a lock yet: see [`Device::lock`].
     ///
     /// # Errors
     /// `Could not open 'NAME': REASON`, and kinds of files that the protocol is not for.
@@ -118,26 +112,10 @@ impl File {
             flush_failed: AtomicBool::new(false),
             locks: Mutex::default(),
             limits,
-            identity: FileIdentity {
-                device: metadata.dev(),
-                inode: metadata.ino(),
-            },
+            identity: (metadata.dev(), metadata.ino()),
         };
         this.refresh_len()?;
         Ok(this)
-    }
-
-    /// Changes what the file is locked for; the first time from nothing. On failure everything stays as it was. The
-    /// locks go with the file.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Locked`] if another opener holds what this needs or needs what this holds.
-    pub fn lock(&self, permissions: Permissions) -> Result<()> {
-        let mut held = self.locks.lock().unwrap_or_else(PoisonError::into_inner);
-        let wanted = Held::from(permissions);
-        held.change_to(wanted, &self.file, &self.name)?;
-        *held = wanted;
-        Ok(())
     }
 
     /// The protocol that serves it.
@@ -147,11 +125,6 @@ impl File {
         } else {
             ProtocolKind::File
         }
-    }
-
-    /// Which file it is, whatever its name.
-    pub fn identity(&self) -> FileIdentity {
-        self.identity
     }
 
     /// Whether it is a device, which has the length that it has.
@@ -334,6 +307,22 @@ impl Device for File {
         }
         self.lent.store(true, Ordering::Release);
         Some(&self.file)
+    }
+
+    fn lock(&self, permissions: Permissions) -> Result<()> {
+        let mut held = self.locks.lock().unwrap_or_else(PoisonError::into_inner);
+        let wanted = Held::from(permissions);
+        held.change_to(wanted, &self.file, &self.name)?;
+        *held = wanted;
+        Ok(())
+    }
+
+    fn identity(&self) -> Option<(u64, u64)> {
+        Some(self.identity)
+    }
+
+    fn is_zero_when_new(&self) -> bool {
+        !self.kind.is_device()
     }
 
     fn allocated_bytes(&self) -> Option<u64> {

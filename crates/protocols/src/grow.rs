@@ -6,7 +6,7 @@ use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
 
 use diskimage_core::options::{OptionDef, OptionKind, Options};
-use diskimage_core::{ByteRange, Error, ErrorKind, Permissions, Preallocation, Result, ResultExt};
+use diskimage_core::{ByteRange, Device, Error, ErrorKind, Permissions, Preallocation, Result, ResultExt};
 use rustix::fs::{FallocateFlags, IFlags, OFlags};
 
 use crate::cache::CacheMode;

@@ -1,7 +1,7 @@
 //! Where the bytes of disk images live: files and block devices.
 //!
 //! [`Target`] reads a name as a user writes it, [`File`] is the open file behind it, and [`CacheMode`] says how its
-//! writes reach the disk. Locks are taken with [`File::lock`], in the bytes that every other user of disk images on
+//! writes reach the disk. Locks are taken with [`lock`](File), in the bytes that every other user of disk images on
 //! the machine looks at, so that two of them do not change one image at the same time.
 
 mod cache;
@@ -16,6 +16,6 @@ mod sys;
 mod zero;
 
 pub use cache::CacheMode;
-pub use file::{File, FileIdentity};
+pub use file::File;
 pub use grow::{CREATE_OPTIONS, FileCreation};
 pub use name::{ProtocolKind, Target};
