@@ -40,6 +40,18 @@ impl CacheMode {
         no_flush: false,
     };
 
+    /// The flags to open a file with. `O_NONBLOCK` because opening a pipe would wait for its other end.
+    pub(crate) fn open_flags(self) -> i32 {
+        let mut flags = libc::O_NONBLOCK;
+        if self.direct {
+            flags |= libc::O_DIRECT;
+        }
+        if self.writethrough {
+            flags |= libc::O_DSYNC;
+        }
+        flags
+    }
+
     /// The mode of this name; `off` is another name of `none`.
     pub fn from_name(name: &str) -> Option<Self> {
         Some(match name {

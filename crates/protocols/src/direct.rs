@@ -8,6 +8,7 @@
 //! lock, and a file whose end is not on a block's boundary gets its length back.
 
 use std::fs;
+use std::sync::atomic::Ordering;
 use std::sync::{Mutex, PoisonError};
 
 use diskimage_core::{Result, align_down, align_up};
@@ -96,10 +97,15 @@ impl Direct {
             return self.write_bounced(file, buf, offset);
         }
         let _partial = self.partial.lock().unwrap_or_else(PoisonError::into_inner);
+        let whole_end = align_up(end, u64::from(self.block));
+        if whole_end <= file.known_len.load(Ordering::Acquire) {
+            let _growing = file.growth.read().unwrap_or_else(PoisonError::into_inner);
+            return self.write_bounced(file, buf, offset);
+        }
         let _alone = file.growth.write().unwrap_or_else(PoisonError::into_inner);
         let before = file.refresh_len()?;
         let outcome = self.write_bounced(file, buf, offset);
-        if file.kind == Kind::Regular && align_up(end, u64::from(self.block)) > before.max(end) {
+        if file.kind == Kind::Regular && whole_end > before.max(end) {
             // The last block was written whole; the file ends where the bytes do.
             file.file.set_len(before.max(end))?;
         }

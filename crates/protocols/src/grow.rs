@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering;
 
 use diskimage_core::options::{OptionDef, OptionKind, Options};
 use diskimage_core::{ByteRange, Device, Error, ErrorKind, Permissions, Preallocation, Result, ResultExt};
-use rustix::fs::{FallocateFlags, IFlags, OFlags};
+use rustix::fs::{FallocateFlags, IFlags};
 
 use crate::cache::CacheMode;
 use crate::file::{File, Kind};
@@ -89,9 +89,6 @@ impl File {
     /// `Could not create 'NAME': REASON`, locks of others, and what file systems refuse.
     pub fn create(target: &Target, creation: &FileCreation, cache: CacheMode) -> Result<Self> {
         let name = &target.path;
-        let mut flags = OFlags::NONBLOCK;
-        flags.set(OFlags::DIRECT, cache.direct);
-        flags.set(OFlags::DSYNC, cache.writethrough);
         // Truncated only once it is locked.
         let file = fs::OpenOptions::new()
             .read(true)
@@ -99,7 +96,7 @@ impl File {
             .create(true)
             .truncate(false)
             .mode(0o644)
-            .custom_flags(flags.bits().cast_signed())
+            .custom_flags(cache.open_flags())
             .open(name)
             .context(|| format!("Could not create '{name}'"))?;
         let metadata = file.metadata().context(|| format!("Could not create '{name}'"))?;
