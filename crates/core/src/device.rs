@@ -3,7 +3,7 @@
 use std::fmt::Debug;
 use std::sync::Arc;
 
-use crate::{ByteRange, Error, ErrorKind, Result};
+use crate::{ByteRange, Error, ErrorKind, Permissions, Result};
 
 /// A flat array of bytes: a file, a network export, a decrypted view, an opened image.
 ///
@@ -75,6 +75,24 @@ pub trait Device: Debug + Send + Sync {
     /// The file behind the device, for [`Device::copy_to`] between two of them.
     fn as_file(&self) -> Option<&std::fs::File> {
         None
+    }
+
+    /// Changes what the storage below is locked for. Devices that nobody else can open have nothing to do.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Locked`] if another opener is in the way; the locks stay as they were.
+    fn lock(&self, _permissions: Permissions) -> Result<()> {
+        Ok(())
+    }
+
+    /// Tells whether two devices are the same storage: they are if both answer the same.
+    fn identity(&self) -> Option<(u64, u64)> {
+        None
+    }
+
+    /// Whether what was not written yet reads as zero when the device has just been made or emptied.
+    fn is_zero_when_new(&self) -> bool {
+        true
     }
 
     /// Bytes taken on the storage below, where that is known.

@@ -1,1 +1,44 @@
-//! Placeholder of the workspace's first commit.
+//! Open, create, convert, examine and repair virtual machine disk images.
+//!
+//! [`open`] opens an image with its backing chain and gives an [`Image`], a [`Device`] whose bytes are what the guest
+//! sees. [`Creation`] makes a new one. Everything else that a program needs is here as well; nothing in this library
+//! prints, reads the environment or ends the process.
+//!
+//! ```
+//! use diskimage::{Creation, Device, OpenOptions, open};
+//!
+//! let dir = tempfile::tempdir()?;
+//! let name = dir.path().join("disk.raw");
+//! let name = name.to_str().ok_or("not text")?;
+//!
+//! Creation::new(name, "raw").size(1 << 20).prepare()?.create()?;
+//!
+//! let image = open(name, &OpenOptions::new().format("raw").write(true))?;
+//! image.write_at(b"hello", 4096)?;
+//! image.flush()?;
+//!
+//! let mut bytes = [0; 5];
+//! image.read_at(&mut bytes, 4096)?;
+//! assert_eq!(&bytes, b"hello");
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! Images come from strangers. What an image refers to is opened through a [`Gate`]: [`FileGate`] takes plain paths, and
+//! a program can pass one of its own that knows better. The numbers in an image can claim only the memory that a
+//! [`Budget`] has.
+
+mod create;
+mod gate;
+mod guess;
+mod open;
+mod probe;
+
+pub use create::{Creation, Prepared};
+pub use diskimage_core::*;
+pub use diskimage_formats::{FORMATS, format_by_name};
+pub use diskimage_protocols::{
+    CREATE_OPTIONS as FILE_CREATE_OPTIONS, CacheMode, File, FileCreation, ProtocolKind, Target,
+};
+pub use gate::FileGate;
+pub use open::{OpenOptions, open, open_device};
+pub use probe::probe;

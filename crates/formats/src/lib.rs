@@ -2,5 +2,17 @@
 
 mod codec;
 mod qcow2;
+mod raw;
+
+use diskimage_core::Format;
 
 pub use qcow2::Qcow2Format;
+pub use raw::Raw;
+
+/// Every format, in the order in which they are tried and listed.
+pub static FORMATS: &[&dyn Format] = &[&Raw, &Qcow2Format];
+
+/// The format of this name.
+pub fn format_by_name(name: &str) -> Option<&'static dyn Format> {
+    FORMATS.iter().copied().find(|format| format.name() == name)
+}

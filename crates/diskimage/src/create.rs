@@ -1,0 +1,293 @@
+//! Making new images.
+
+use std::fs;
+use std::os::unix::fs::FileTypeExt;
+use std::sync::Arc;
+
+use diskimage_core::options::Options;
+use diskimage_core::{
+    CreateRequest, Device, Error, Format, Gate, Permissions, Preallocation, Result, ResultExt,
+};
+use diskimage_formats::format_by_name;
+use diskimage_protocols::{
+    CREATE_OPTIONS as FILE_CREATE_OPTIONS, CacheMode, File, FileCreation, ProtocolKind, Target,
+};
+
+use crate::gate::FileGate;
+use crate::open::{OpenOptions, open_bare};
+
+/// What a new image is to be like.
+#[derive(Clone)]
+pub struct Creation {
+    name: String,
+    format: String,
+    size: Option<u64>,
+    options: Vec<String>,
+    backing_file: Option<String>,
+    backing_format: Option<String>,
+    trust_backing: bool,
+    gate: Option<Arc<dyn Gate>>,
+}
+
+impl Creation {
+    /// An image called `name` of the format called `format`.
+    pub fn new(name: impl Into<String>, format: impl Into<String>) -> Self {
+        Self {
+            name: name.into(),
+            format: format.into(),
+            size: None,
+            options: Vec::new(),
+            backing_file: None,
+            backing_format: None,
+            trust_backing: false,
+            gate: None,
+        }
+    }
+
+    /// The disk's size in bytes. Without one the image is as large as the one below.
+    #[must_use]
+    pub fn size(mut self, size: u64) -> Self {
+        self.size = Some(size);
+        self
+    }
+
+    /// Options of the format and of the file below it, `name=value` with commas between.
+    #[must_use]
+    pub fn options(mut self, list: impl Into<String>) -> Self {
+        self.options.push(list.into());
+        self
+    }
+
+    /// The image that the new one is based on.
+    #[must_use]
+    pub fn backing_file(mut self, name: impl Into<String>) -> Self {
+        self.backing_file = Some(name.into());
+        self
+    }
+
+    /// The format of that image.
+    #[must_use]
+    pub fn backing_format(mut self, format: impl Into<String>) -> Self {
+        self.backing_format = Some(format.into());
+        self
+    }
+
+    /// Whether to believe what is said about the image below and not to open it.
+    #[must_use]
+    pub fn trust_backing(mut self, trust: bool) -> Self {
+        self.trust_backing = trust;
+        self
+    }
+
+    /// Who opens the files that images refer to; [`FileGate`] if nobody is named.
+    #[must_use]
+    pub fn gate(mut self, gate: Arc<dyn Gate>) -> Self {
+        self.gate = Some(gate);
+        self
+    }
+
+    /// Checks all that can be checked before anything is made.
+    ///
+    /// # Errors
+    /// Formats, protocols and options that there are none of or that do not go together, and an image below that cannot
+    /// be opened.
+    pub fn prepare(self) -> Result<Prepared> {
+        let format = format_by_name(&self.format)
+            .ok_or_else(|| Error::invalid(format!("Unknown file format '{}'", self.format)))?;
+        if !self.name.is_empty() {
+            Target::parse(&self.name)?;
+        }
+        let options = self.all_options(format)?;
+        let size = self.size_with(&options)?;
+        let mut options = options;
+        options.set("size", &size.to_string())?;
+        Ok(Prepared {
+            format,
+            size,
+            options,
+            gate: self.gate.unwrap_or_else(|| Arc::new(FileGate::default())),
+            name: self.name,
+        })
+    }
+
+    fn all_options(&self, format: &dyn Format) -> Result<Options> {
+        let mut options = Options::merged(&[format.create_options(), FILE_CREATE_OPTIONS]);
+        for list in &self.options {
+            options.parse(list)?;
+        }
+        let unsupported = |what: &str| {
+            Error::unsupported(format!(
+                "{what} not supported for file format '{}'",
+                format.name()
+            ))
+        };
+        if let Some(backing) = &self.backing_file {
+            if !options.has("backing_file") {
+                return Err(unsupported("Backing file"));
+            }
+            options.set("backing_file", backing)?;
+        }
+        if let Some(backing) = &self.backing_format {
+            if !options.has("backing_fmt") {
+                return Err(unsupported("Backing file format"));
+            }
+            options.set("backing_fmt", backing)?;
+        }
+        Ok(options)
+    }
+
+    /// The size that was asked for or that the image below has.
+    fn size_with(&self, options: &Options) -> Result<u64> {
+        let given = options.is_given("size").then(|| options.size("size")).flatten();
+        let asked = match (given, self.size) {
+            (Some(_), Some(_)) => return Err(Error::invalid("The image size must be specified only once")),
+            (given, size) => given.or(size),
+        };
+        let below = match options.text("backing_file") {
+            Some(backing) => self.check_backing(backing, options.text("backing_fmt"))?,
+            None => None,
+        };
+        asked
+            .or(below)
+            .ok_or_else(|| Error::invalid("Image creation needs a size parameter"))
+    }
+
+    /// Opens the image below, if it is to be opened; its size.
+    fn check_backing(&self, backing: &str, format: Option<&str>) -> Result<Option<u64>> {
+        if backing.is_empty() {
+            return Err(Error::invalid("Expected backing file name, got empty string"));
+        }
+        if backing == self.name {
+            return Err(Error::invalid(
+                "Error: Trying to create an image with the same filename as the backing file",
+            ));
+        }
+        let no_format = || Error::invalid("Backing file specified without backing format");
+        if self.trust_backing {
+            return if format.is_some() {
+                Ok(None)
+            } else {
+                Err(no_format())
+            };
+        }
+        let mut options = OpenOptions::new().no_data(true).force_share(true);
+        if let Some(format) = format {
+            options = options.format(format);
+        }
+        if let Some(gate) = &self.gate {
+            options = options.gate(Arc::clone(gate));
+        }
+        let image = open_bare(&Target::resolve(&self.name, backing), &options)
+            .map_err(|error| error.hint("Could not open backing image."))?;
+        match format {
+            Some(_) => Ok(Some(image.len())),
+            None => Err(no_format().hint(format!("Detected format of {}.", image.layer().format()))),
+        }
+    }
+}
+
+/// A new image about which nothing is wrong so far.
+pub struct Prepared {
+    name: String,
+    format: &'static dyn Format,
+    size: u64,
+    options: Options,
+    gate: Arc<dyn Gate>,
+}
+
+impl Prepared {
+    /// The disk's size in bytes.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// The format and all options, `fmt=qcow2 cluster_size=65536 ...`.
+    pub fn summary(&self) -> String {
+        format!("fmt={} {}", self.format.name(), self.options.summary())
+    }
+
+    /// Makes the image. What was in the file before is lost, and a file that did not become an image is removed.
+    ///
+    /// # Errors
+    /// Options that the format refuses, and everything that can fail on the way.
+    pub fn create(&self) -> Result<()> {
+        let creation = FileCreation::from_options(&self.options)?;
+        self.check_preallocation()?;
+        let file = Arc::new(make_file(&self.name, &creation)?);
+        let outcome = self.fill(&file, &creation);
+        // Without a header the file is still a raw image of its length, whatever that may be.
+        if outcome.is_err() && !file.is_device() && self.format.name() != "raw" {
+            // The failure that led here is the one to report.
+            let _ = fs::remove_file(file.name());
+        }
+        outcome.map_err(|error| match error.errno() {
+            Some(EFBIG) => Error::unsupported(format!(
+                "The image size is too large for file format '{}'",
+                self.format.name()
+            )),
+            _ => error,
+        })
+    }
+
+    /// Where the format leaves preallocation to the file, a mode that is none is found before the file is emptied.
+    fn check_preallocation(&self) -> Result<()> {
+        let own = |format: &dyn Format| {
+            format
+                .create_options()
+                .iter()
+                .any(|option| option.name == "preallocation")
+        };
+        match self.options.text("preallocation") {
+            Some(word) if !own(self.format) && Preallocation::from_name(word).is_none() => {
+                Err(Error::invalid(format!("invalid parameter value: {word}")))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn fill(&self, file: &Arc<File>, creation: &FileCreation) -> Result<()> {
+        if let Some(data_file) = self.options.text("data_file") {
+            // Relative to the current directory, as it is opened.
+            make_file(&Target::plain(data_file).path, creation)?;
+        }
+        let permissions = Permissions {
+            resize: true,
+            ..self.format.permissions(true)
+        };
+        file.lock(permissions)?;
+        self.format.create(CreateRequest {
+            file: Arc::clone(file) as Arc<dyn Device>,
+            name: &file.name(),
+            size: self.size,
+            options: &self.options,
+            gate: &*self.gate,
+        })
+    }
+}
+
+/// Makes the file, or opens the device, that an image goes into.
+fn make_file(name: &str, creation: &FileCreation) -> Result<File> {
+    let target = if name.is_empty() {
+        // The system's own word on it.
+        Target::plain("")
+    } else {
+        Target::parse(name)?
+    };
+    let is_device = match target.protocol {
+        Some(protocol) => protocol == ProtocolKind::HostDevice,
+        None => fs::metadata(&target.path).is_ok_and(|metadata| {
+            metadata.file_type().is_block_device() || metadata.file_type().is_char_device()
+        }),
+    };
+    if is_device {
+        return File::open(&target, true, CacheMode::WRITEBACK).context(|| NO_NEW_DEVICES);
+    }
+    File::create(&target, creation, CacheMode::WRITEBACK)
+}
+
+const NO_NEW_DEVICES: &str = "Protocol driver 'host_device' does not support creating new images, so an existing \
+                              image must be selected as the target; however, opening the given target as an existing \
+                              image failed";
+
+/// `File too large`.
+const EFBIG: i32 = 27;

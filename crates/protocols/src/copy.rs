@@ -1,0 +1,57 @@
+//! Copies inside the kernel.
+
+use diskimage_core::{ByteRange, Device, Error, Result};
+use rustix::io::Errno;
+
+use crate::file::{File, Kind};
+
+impl File {
+    /// Moves `range` to `target_offset` of `target` with `copy_file_range`, which shares the blocks where the file
+    /// system can. `Ok(false)` if it cannot be done this way.
+    pub(crate) fn copy_range(
+        &self,
+        range: ByteRange,
+        target: &dyn Device,
+        target_offset: u64,
+    ) -> Result<bool> {
+        if self.kind != Kind::Regular || range.is_empty() {
+            return Ok(false);
+        }
+        let Some(to) = target.as_file() else {
+            return Ok(false);
+        };
+        let (mut from_offset, mut to_offset) = (range.start(), target_offset);
+        while from_offset < range.end() {
+            let len = usize::try_from(range.end() - from_offset)
+                .unwrap_or(MAX_PIECE)
+                .min(MAX_PIECE);
+            let copied = rustix::fs::copy_file_range(
+                &self.file,
+                Some(&mut from_offset),
+                to,
+                Some(&mut to_offset),
+                len,
+            );
+            match copied {
+                Ok(0) if from_offset == range.start() => return Ok(false),
+                Ok(0) => {
+                    return Err(Error::corrupt(format!(
+                        "'{}' ends in the middle of a copy",
+                        self.name
+                    )));
+                }
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(_) if from_offset == range.start() => {
+                    // Another file system, an old kernel, overlapping ranges: if it is the disk that fails, copying
+                    // by hand will say so.
+                    return Ok(false);
+                }
+                Err(error) => return Err(std::io::Error::from(error).into()),
+            }
+        }
+        Ok(true)
+    }
+}
+
+/// The most that is asked for at once.
+const MAX_PIECE: usize = 1 << 30;

@@ -1,0 +1,189 @@
+//! Requests past the system's cache (`O_DIRECT`), which the kernel takes only in whole blocks from aligned memory.
+//!
+//! ```text
+//!   request        |-- head --|------ whole blocks ------|- tail -|
+//!   on the disk  [ block     ][ block ][ block ][ block ][ block     ]
+//! ```
+//! Requests that do not fit go through aligned buffers. A partly written block is read, changed and written under a
+//! lock, and a file whose end is not on a block's boundary gets its length back.
+
+use std::fs;
+use std::sync::atomic::Ordering;
+use std::sync::{Mutex, PoisonError};
+
+use diskimage_core::{Result, align_down, align_up};
+use rustix::fs::{AtFlags, StatxFlags};
+
+use crate::file::{File, Kind};
+
+/// How requests have to be aligned.
+#[derive(Debug)]
+pub(crate) struct Direct {
+    block: u32,
+    memory: usize,
+    /// One partly written block at a time: two writers to different parts of one would undo each other's.
+    partial: Mutex<()>,
+    spare: Mutex<Vec<Bounce>>,
+}
+
+impl Direct {
+    /// What the kernel says about `file`.
+    pub(crate) fn of(file: &fs::File, kind: Kind) -> Self {
+        let said = match kind {
+            Kind::Block => rustix::fs::ioctl_blksszget(file).ok().map(|size| (size, size)),
+            _ => rustix::fs::statx(file, "", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN)
+                .ok()
+                .map(|stat| (stat.stx_dio_offset_align, stat.stx_dio_mem_align)),
+        };
+        // Kernels before 6.1 do not say; no file system in use wants more than a page.
+        let (block, memory) = said
+            .filter(|(block, memory)| plausible(*block) && plausible(*memory))
+            .unwrap_or((PAGE, PAGE));
+        Self {
+            block,
+            memory: usize::try_from(memory.max(PAGE)).unwrap_or(4096),
+            partial: Mutex::new(()),
+            spare: Mutex::default(),
+        }
+    }
+
+    /// The size of a block.
+    pub(crate) fn alignment(&self) -> u32 {
+        self.block
+    }
+
+    /// Whether an offset or length is a whole number of blocks.
+    pub(crate) fn fits(&self, offset: u64) -> bool {
+        offset.is_multiple_of(u64::from(self.block))
+    }
+
+    fn fits_request(&self, buf: &[u8], offset: u64) -> bool {
+        self.fits(offset) && self.fits(buf.len() as u64) && (buf.as_ptr().addr()).is_multiple_of(self.memory)
+    }
+
+    /// Reads until `buf` is full or the file ends; how many bytes there were.
+    pub(crate) fn read(&self, file: &File, buf: &mut [u8], offset: u64) -> Result<usize> {
+        if self.fits_request(buf, offset) {
+            return file.read_until_end(buf, offset);
+        }
+        let mut bounce = self.borrow();
+        let mut done = 0;
+        while done < buf.len() {
+            let at = offset.saturating_add(done as u64);
+            let start = align_down(at, u64::from(self.block));
+            let skip = usize::try_from(at - start).unwrap_or(0);
+            let want = (buf.len() - done).min(BOUNCE - skip);
+            let block = bounce.blocks(self.memory, self.round_up(skip + want));
+            let there = file.read_until_end(block, start)?.saturating_sub(skip).min(want);
+            buf[done..done + there].copy_from_slice(&block[skip..skip + there]);
+            done += there;
+            if there < want {
+                break;
+            }
+        }
+        self.give_back(bounce);
+        Ok(done)
+    }
+
+    /// Writes all of `buf`.
+    pub(crate) fn write(&self, file: &File, buf: &[u8], offset: u64) -> Result<()> {
+        let end = offset.saturating_add(buf.len() as u64);
+        if self.fits_request(buf, offset) {
+            let _growing = file.growth.read().unwrap_or_else(PoisonError::into_inner);
+            return file.write_out(buf, offset);
+        }
+        if self.fits(offset) && self.fits(end) {
+            let _growing = file.growth.read().unwrap_or_else(PoisonError::into_inner);
+            return self.write_bounced(file, buf, offset);
+        }
+        let _partial = self.partial.lock().unwrap_or_else(PoisonError::into_inner);
+        let whole_end = align_up(end, u64::from(self.block));
+        if whole_end <= file.known_len.load(Ordering::Acquire) {
+            let _growing = file.growth.read().unwrap_or_else(PoisonError::into_inner);
+            return self.write_bounced(file, buf, offset);
+        }
+        let _alone = file.growth.write().unwrap_or_else(PoisonError::into_inner);
+        let before = file.refresh_len()?;
+        let outcome = self.write_bounced(file, buf, offset);
+        if file.kind == Kind::Regular && whole_end > before.max(end) {
+            // The last block was written whole; the file ends where the bytes do.
+            file.file.set_len(before.max(end))?;
+        }
+        outcome
+    }
+
+    fn write_bounced(&self, file: &File, buf: &[u8], offset: u64) -> Result<()> {
+        let mut bounce = self.borrow();
+        let mut done = 0;
+        while done < buf.len() {
+            let at = offset.saturating_add(done as u64);
+            let start = align_down(at, u64::from(self.block));
+            let skip = usize::try_from(at - start).unwrap_or(0);
+            let len = (buf.len() - done).min(BOUNCE - skip);
+            let whole = self.round_up(skip + len);
+            let blocks = bounce.blocks(self.memory, whole);
+            let unit = usize::try_from(self.block).unwrap_or(whole);
+            if skip != 0 {
+                fill(file, &mut blocks[..unit], start)?;
+            }
+            if skip + len != whole && (skip == 0 || whole > unit) {
+                let last = whole - unit;
+                fill(file, &mut blocks[last..], start + last as u64)?;
+            }
+            blocks[skip..skip + len].copy_from_slice(&buf[done..done + len]);
+            file.write_out(blocks, start)?;
+            done += len;
+        }
+        self.give_back(bounce);
+        Ok(())
+    }
+
+    fn round_up(&self, len: usize) -> usize {
+        len.next_multiple_of(usize::try_from(self.block).unwrap_or(1))
+    }
+
+    fn borrow(&self) -> Bounce {
+        let spare = self.spare.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        spare.unwrap_or_default()
+    }
+
+    fn give_back(&self, bounce: Bounce) {
+        let mut spare = self.spare.lock().unwrap_or_else(PoisonError::into_inner);
+        if spare.len() < MAX_SPARE {
+            spare.push(bounce);
+        }
+    }
+}
+
+/// The largest piece that goes through a buffer, a multiple of every block size.
+const BOUNCE: usize = 1 << 20;
+/// How many buffers are kept for the next request.
+const MAX_SPARE: usize = 8;
+const PAGE: u32 = 4096;
+
+/// Block sizes are powers of two; the kernel answers 0 for a file that has no such requests.
+fn plausible(size: u32) -> bool {
+    size.is_power_of_two() && size <= 64 << 10
+}
+
+/// Reads a block, with zeroes for what lies beyond the end of the file.
+fn fill(file: &File, block: &mut [u8], offset: u64) -> Result<()> {
+    let there = file.read_until_end(block, offset)?;
+    block[there..].fill(0);
+    Ok(())
+}
+
+/// Memory with room to start at an aligned address.
+#[derive(Debug, Default)]
+struct Bounce(Vec<u8>);
+
+impl Bounce {
+    fn blocks(&mut self, alignment: usize, len: usize) -> &mut [u8] {
+        if self.0.len() < len + alignment {
+            self.0 = vec![0; len + alignment];
+        }
+        let address = self.0.as_ptr().addr();
+        let start = address.next_multiple_of(alignment) - address;
+        &mut self.0[start..start + len]
+    }
+}

@@ -1,0 +1,373 @@
+//! An open file or block device.
+
+use std::fs;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError, RwLock};
+
+use diskimage_core::{
+    ByteRange, Device, Error, ErrorKind, Extent, Limits, Permissions, Preallocation, Result, ResultExt, Want,
+    ZeroMode,
+};
+use rustix::fs::{FallocateFlags, OFlags, SeekFrom};
+
+use crate::cache::CacheMode;
+use crate::direct::Direct;
+use crate::holes::Holes;
+use crate::lock::Held;
+use crate::name::{ProtocolKind, Target};
+
+/// An open file or block device.
+#[derive(Debug)]
+pub struct File {
+    pub(crate) file: fs::File,
+    pub(crate) name: String,
+    pub(crate) kind: Kind,
+    pub(crate) cache: CacheMode,
+    pub(crate) write: bool,
+    pub(crate) direct: Option<Direct>,
+    pub(crate) holes: Holes,
+    /// The length as far as this object knows; others may make the file longer.
+    pub(crate) known_len: AtomicU64,
+    /// Writers that reach beyond the known length hold it shared; whoever sets the length holds it alone. So nobody
+    /// cuts off what another thread has just written.
+    pub(crate) growth: RwLock<()>,
+    /// [`Device::as_file`] was asked: others may write behind this object's back.
+    pub(crate) lent: AtomicBool,
+    /// The kernel reports a failed write-back once; what it lost stays lost.
+    flush_failed: AtomicBool,
+    locks: Mutex<Held>,
+    limits: Limits,
+    /// Device and inode.
+    identity: (u64, u64),
+}
+
+/// What kind of file it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    Regular,
+    Block,
+    Character,
+}
+
+impl Kind {
+    pub(crate) fn is_device(self) -> bool {
+        self != Self::Regular
+    }
+}
+
+impl File {
+    /// Opens what `target` names, without a lock yet: see [`Device::lock`].
+    ///
+    /// # Errors
+    /// `Could not open 'NAME': REASON`, and kinds of files that the protocol is not for.
+    pub fn open(target: &Target, write: bool, cache: CacheMode) -> Result<Self> {
+        let name = &target.path;
+        if let Ok(metadata) = fs::metadata(name) {
+            // Before opening: opening some kinds of files has effects.
+            kind_of(&metadata, target)?;
+        }
+        let opened = fs::OpenOptions::new()
+            .read(true)
+            .write(write)
+            .custom_flags(cache.open_flags())
+            .open(name);
+        let file = match opened {
+            Err(error) if cache.direct && error.raw_os_error() == Some(libc::EINVAL) => {
+                return Err(Error::unsupported("filesystem does not support O_DIRECT"))
+                    .context(|| format!("Could not open '{name}'"));
+            }
+            other => other.context(|| format!("Could not open '{name}'"))?,
+        };
+        Self::from_open(file, target, write, cache)
+    }
+
+    /// Takes over a file that has been opened with the flags that `cache` asks for.
+    pub(crate) fn from_open(file: fs::File, target: &Target, write: bool, cache: CacheMode) -> Result<Self> {
+        let name = &target.path;
+        let metadata = file.metadata().context(|| format!("Could not open '{name}'"))?;
+        let kind = kind_of(&metadata, target)?;
+        // O_NONBLOCK was only for files that opening waits for.
+        let flags = rustix::fs::fcntl_getfl(&file).map_err(std::io::Error::from)?;
+        rustix::fs::fcntl_setfl(&file, flags - OFlags::NONBLOCK).map_err(std::io::Error::from)?;
+        let direct = cache.direct.then(|| Direct::of(&file, kind));
+        let limits = Limits {
+            alignment: direct.as_ref().map_or(1, Direct::alignment),
+            ..Limits::default()
+        };
+        let this = Self {
+            file,
+            name: name.clone(),
+            kind,
+            cache,
+            write,
+            direct,
+            holes: Holes::default(),
+            known_len: AtomicU64::new(0),
+            growth: RwLock::new(()),
+            lent: AtomicBool::new(false),
+            flush_failed: AtomicBool::new(false),
+            locks: Mutex::default(),
+            limits,
+            identity: (metadata.dev(), metadata.ino()),
+        };
+        this.refresh_len()?;
+        Ok(this)
+    }
+
+    /// The protocol that serves it.
+    pub fn protocol(&self) -> ProtocolKind {
+        if self.kind.is_device() {
+            ProtocolKind::HostDevice
+        } else {
+            ProtocolKind::File
+        }
+    }
+
+    /// Whether it is a device, which has the length that it has.
+    pub fn is_device(&self) -> bool {
+        self.kind.is_device()
+    }
+
+    /// Asks the system for the length.
+    pub(crate) fn refresh_len(&self) -> Result<u64> {
+        let len = match self.kind {
+            Kind::Regular => self.file.metadata()?.len(),
+            Kind::Block => rustix::fs::seek(&self.file, SeekFrom::End(0)).map_err(std::io::Error::from)?,
+            // A terminal and the like; those that have a length tell it.
+            Kind::Character => rustix::fs::seek(&self.file, SeekFrom::End(0)).unwrap_or(0),
+        };
+        self.known_len.store(len, Ordering::Release);
+        Ok(len)
+    }
+
+    /// Reads until `buf` is full or the file ends; how many bytes there were.
+    pub(crate) fn read_until_end(&self, buf: &mut [u8], offset: u64) -> Result<usize> {
+        let mut done = 0;
+        while done < buf.len() {
+            match rustix::io::pread(&self.file, &mut buf[done..], offset.saturating_add(done as u64)) {
+                Ok(0) => break,
+                Ok(n) => done += n,
+                Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(std::io::Error::from(error).into()),
+            }
+            if self
+                .direct
+                .as_ref()
+                .is_some_and(|direct| !direct.fits(done as u64))
+            {
+                // Only the end of the file makes an uneven number.
+                break;
+            }
+        }
+        Ok(done)
+    }
+
+    /// Writes all of `buf`.
+    pub(crate) fn write_out(&self, buf: &[u8], offset: u64) -> Result<()> {
+        let mut done = 0;
+        while done < buf.len() {
+            match rustix::io::pwrite(&self.file, &buf[done..], offset.saturating_add(done as u64)) {
+                Ok(0) => return Err(Error::from_errno(libc::ENOSPC)),
+                Ok(n) => done += n,
+                Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(std::io::Error::from(error).into()),
+            }
+        }
+        Ok(())
+    }
+
+    pub(crate) fn require_writable(&self) -> Result<()> {
+        if self.write {
+            Ok(())
+        } else {
+            Err(Error::from_errno(libc::EBADF))
+        }
+    }
+
+    /// Notes that bytes up to `end` are there now, and that holes may have gone.
+    pub(crate) fn note_change(&self, end: u64) {
+        self.known_len.fetch_max(end, Ordering::AcqRel);
+        self.holes.forget();
+    }
+
+    pub(crate) fn fallocate(&self, flags: FallocateFlags, range: ByteRange) -> rustix::io::Result<()> {
+        loop {
+            match rustix::fs::fallocate(&self.file, flags, range.start(), range.len()) {
+                Err(rustix::io::Errno::INTR) => {}
+                other => return other,
+            }
+        }
+    }
+
+    fn beyond_end(&self, offset: u64) -> Error {
+        Error::corrupt(format!(
+            "Read beyond the end of '{}' at offset {offset:#x}",
+            self.name
+        ))
+    }
+}
+
+impl Device for File {
+    fn len(&self) -> u64 {
+        if self.lent.load(Ordering::Acquire)
+            && let Ok(len) = self.refresh_len()
+        {
+            return len;
+        }
+        self.known_len.load(Ordering::Acquire)
+    }
+
+    fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        let there = match &self.direct {
+            Some(direct) => direct.read(self, buf, offset)?,
+            None => self.read_until_end(buf, offset)?,
+        };
+        if there == buf.len() {
+            Ok(())
+        } else {
+            Err(self.beyond_end(offset.saturating_add(there as u64)))
+        }
+    }
+
+    fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
+        self.require_writable()?;
+        let end = offset
+            .checked_add(buf.len() as u64)
+            .filter(|end| i64::try_from(*end).is_ok())
+            .ok_or_else(|| Error::from_errno(libc::EFBIG))?;
+        let outcome = if let Some(direct) = &self.direct {
+            direct.write(self, buf, offset)
+        } else if end > self.known_len.load(Ordering::Acquire) {
+            let _growing = self.growth.read().unwrap_or_else(PoisonError::into_inner);
+            self.write_out(buf, offset)
+        } else {
+            self.write_out(buf, offset)
+        };
+        // After a failure part of it may be there.
+        self.note_change(if outcome.is_ok() { end } else { 0 });
+        outcome
+    }
+
+    fn write_zeroes(&self, range: ByteRange, mode: ZeroMode) -> Result<()> {
+        self.require_writable()?;
+        self.zero(range, mode)?;
+        self.after_layout_change()
+    }
+
+    fn discard(&self, range: ByteRange) -> Result<()> {
+        self.require_writable()?;
+        self.give_back(range)?;
+        self.after_layout_change()
+    }
+
+    fn status(&self, range: ByteRange, want: Want) -> Result<Extent> {
+        self.extent(range, want)
+    }
+
+    fn flush(&self) -> Result<()> {
+        if self.cache.no_flush || !self.write {
+            return Ok(());
+        }
+        if self.flush_failed.load(Ordering::Acquire) {
+            return Err(Error::from_errno(libc::EIO));
+        }
+        match rustix::fs::fdatasync(&self.file) {
+            Ok(()) => Ok(()),
+            // Pipes and some devices have nothing to flush.
+            Err(rustix::io::Errno::INVAL) if self.kind == Kind::Character => Ok(()),
+            Err(error) => {
+                self.flush_failed.store(true, Ordering::Release);
+                Err(std::io::Error::from(error).into())
+            }
+        }
+    }
+
+    fn resize(&self, len: u64, preallocation: Preallocation) -> Result<()> {
+        self.require_writable()?;
+        self.set_len(len, preallocation)?;
+        self.after_layout_change()
+    }
+
+    fn copy_to(&self, range: ByteRange, target: &dyn Device, target_offset: u64) -> Result<bool> {
+        self.copy_range(range, target, target_offset)
+    }
+
+    fn as_file(&self) -> Option<&fs::File> {
+        // A copy inside the kernel neither keeps the promise of O_DSYNC on every file system nor suits a device.
+        if self.cache.writethrough || self.kind.is_device() {
+            return None;
+        }
+        self.lent.store(true, Ordering::Release);
+        Some(&self.file)
+    }
+
+    fn lock(&self, permissions: Permissions) -> Result<()> {
+        let mut held = self.locks.lock().unwrap_or_else(PoisonError::into_inner);
+        let wanted = Held::from(permissions);
+        held.change_to(wanted, &self.file, &self.name)?;
+        *held = wanted;
+        Ok(())
+    }
+
+    fn identity(&self) -> Option<(u64, u64)> {
+        Some(self.identity)
+    }
+
+    fn is_zero_when_new(&self) -> bool {
+        !self.kind.is_device()
+    }
+
+    fn allocated_bytes(&self) -> Option<u64> {
+        Some(self.file.metadata().ok()?.blocks().saturating_mul(512))
+    }
+
+    fn name(&self) -> String {
+        self.name.clone()
+    }
+}
+
+impl File {
+    /// `O_DSYNC` is about writes; changes by other calls have to be pushed.
+    fn after_layout_change(&self) -> Result<()> {
+        if self.cache.writethrough {
+            self.flush()
+        } else {
+            Ok(())
+        }
+    }
+}
+
+/// Which kind of file it is, if the protocol takes that kind.
+fn kind_of(metadata: &fs::Metadata, target: &Target) -> Result<Kind> {
+    let file_type = metadata.file_type();
+    let path = &target.path;
+    let kind = if file_type.is_file() {
+        Some(Kind::Regular)
+    } else if file_type.is_block_device() {
+        Some(Kind::Block)
+    } else if file_type.is_char_device() {
+        Some(Kind::Character)
+    } else {
+        None
+    };
+    match (target.protocol, kind) {
+        (None | Some(ProtocolKind::File), Some(Kind::Regular)) => Ok(Kind::Regular),
+        (None | Some(ProtocolKind::HostDevice), Some(kind)) if kind.is_device() => Ok(kind),
+        (Some(ProtocolKind::HostDevice), _) => Err(Error::new(
+            ErrorKind::Invalid,
+            format!("'host_device' driver requires '{path}' to be either a character or block device"),
+        )),
+        _ => Err(Error::new(
+            ErrorKind::Invalid,
+            format!("'file' driver requires '{path}' to be a regular file"),
+        )),
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests;

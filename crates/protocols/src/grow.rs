@@ -1,0 +1,203 @@
+//! Making files, and changing how long they are.
+
+use std::fs;
+use std::os::unix::fs::OpenOptionsExt;
+use std::sync::PoisonError;
+use std::sync::atomic::Ordering;
+
+use diskimage_core::options::{OptionDef, OptionKind, Options};
+use diskimage_core::{ByteRange, Device, Error, ErrorKind, Permissions, Preallocation, Result, ResultExt};
+use rustix::fs::{FallocateFlags, IFlags};
+
+use crate::cache::CacheMode;
+use crate::file::{File, Kind};
+use crate::name::Target;
+use crate::sys;
+
+/// What the protocol adds to the options of a format.
+pub const CREATE_OPTIONS: &[OptionDef] = &[
+    OptionDef {
+        name: "size",
+        kind: OptionKind::Size,
+        help: "Virtual disk size",
+        default: None,
+    },
+    OptionDef {
+        name: "nocow",
+        kind: OptionKind::Flag,
+        help: "Turn off copy-on-write (valid only on btrfs)",
+        default: None,
+    },
+    OptionDef {
+        name: "preallocation",
+        kind: OptionKind::Text,
+        help: "Preallocation mode (allowed values: off, falloc, full)",
+        default: None,
+    },
+    OptionDef {
+        name: "extent_size_hint",
+        kind: OptionKind::Size,
+        help: "Extent size hint for the image file, 0 to disable",
+        default: None,
+    },
+];
+
+/// How a file is made.
+#[derive(Clone, Copy, Debug)]
+pub struct FileCreation {
+    /// No copy-on-write for this file, on file systems that have it.
+    pub nocow: bool,
+    /// In what pieces the file system should allocate, if it can; 0 leaves it alone.
+    pub extent_size_hint: u32,
+}
+
+impl Default for FileCreation {
+    fn default() -> Self {
+        Self {
+            nocow: false,
+            // As the original: large extents keep the file system's own tables small.
+            extent_size_hint: 1 << 20,
+        }
+    }
+}
+
+impl FileCreation {
+    /// What `options` say.
+    ///
+    /// # Errors
+    /// A hint that is too large.
+    pub fn from_options(options: &Options) -> Result<Self> {
+        let default = Self::default();
+        let hint = options.size("extent_size_hint");
+        Ok(Self {
+            nocow: options.flag("nocow").unwrap_or(default.nocow),
+            extent_size_hint: match hint {
+                None => default.extent_size_hint,
+                Some(hint) => {
+                    u32::try_from(hint).map_err(|_| Error::invalid("Extent size hint is too large"))?
+                }
+            },
+        })
+    }
+}
+
+impl File {
+    /// Makes an empty file, or empties the one that is there, and keeps it open and locked for writing. Devices are
+    /// not made: open them.
+    ///
+    /// # Errors
+    /// `Could not create 'NAME': REASON`, locks of others, and what file systems refuse.
+    pub fn create(target: &Target, creation: &FileCreation, cache: CacheMode) -> Result<Self> {
+        let name = &target.path;
+        // Truncated only once it is locked.
+        let file = fs::OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o644)
+            .custom_flags(cache.open_flags())
+            .open(name)
+            .context(|| format!("Could not create '{name}'"))?;
+        let metadata = file.metadata().context(|| format!("Could not create '{name}'"))?;
+        if !metadata.is_file() {
+            // What truncating a pipe, socket or device comes to.
+            return Err(Error::from_errno(libc::EINVAL).context("Could not resize file"));
+        }
+        let this = Self::from_open(file, target, true, cache)?;
+        this.lock(CREATING)?;
+        this.file.set_len(0).context(|| "Could not resize file")?;
+        this.refresh_len()?;
+        this.holes.forget();
+        if creation.nocow
+            && let Ok(flags) = rustix::fs::ioctl_getflags(&this.file)
+        {
+            // Only some file systems have it; the others need not be told.
+            let _ = rustix::fs::ioctl_setflags(&this.file, flags | IFlags::NOCOW);
+        }
+        if creation.extent_size_hint != 0 {
+            // A hint, which file systems without extents do not know.
+            let _ = sys::set_extent_size_hint(&this.file, creation.extent_size_hint);
+        }
+        Ok(this)
+    }
+
+    /// Changes the length.
+    pub(crate) fn set_len(&self, len: u64, preallocation: Preallocation) -> Result<()> {
+        if self.kind != Kind::Regular {
+            return self.set_device_len(len, preallocation);
+        }
+        if i64::try_from(len).is_err() {
+            return Err(Error::from_errno(libc::EINVAL).context("Could not resize file"));
+        }
+        let old = {
+            let _alone = self.growth.write().unwrap_or_else(PoisonError::into_inner);
+            let old = self.refresh_len()?;
+            if preallocation != Preallocation::Off && len < old {
+                return Err(Error::invalid("Preallocation can't be used for shrinking files"));
+            }
+            let outcome = self.change_len(old, len, preallocation);
+            self.holes.forget();
+            if outcome.is_err() && preallocation != Preallocation::Off {
+                // What it has of it is of no use to anyone.
+                let _ = self.file.set_len(old);
+            }
+            self.refresh_len()?;
+            outcome?;
+            old
+        };
+        if preallocation == Preallocation::Full {
+            if let Err(error) = self.write_zero_bytes(ByteRange::new(old, len)) {
+                let _alone = self.growth.write().unwrap_or_else(PoisonError::into_inner);
+                let _ = self.file.set_len(old);
+                self.refresh_len()?;
+                self.holes.forget();
+                return Err(error.context("Could not write zeros for preallocation"));
+            }
+            rustix::fs::fsync(&self.file)
+                .map_err(std::io::Error::from)
+                .context(|| "Could not flush file to disk")?;
+        } else if old == 0 && len > 0 {
+            // The first block exists from the start: programs that look for the alignment that a file needs for direct
+            // access can only find it out where there is a block. It is an aid, so failing at it is no failure.
+            let _ = self.write_zero_bytes(ByteRange::new(0, len.min(FIRST_BLOCK)));
+        }
+        Ok(())
+    }
+
+    fn change_len(&self, old: u64, len: u64, preallocation: Preallocation) -> Result<()> {
+        match preallocation {
+            Preallocation::Metadata => Err(Error::unsupported("Unsupported preallocation mode: metadata")),
+            Preallocation::Falloc if len > old => self
+                .fallocate(FallocateFlags::empty(), ByteRange::new(old, len))
+                .map_err(std::io::Error::from)
+                .context(|| "Could not preallocate new data"),
+            _ => self.file.set_len(len).context(|| "Could not resize file"),
+        }
+    }
+
+    fn set_device_len(&self, len: u64, preallocation: Preallocation) -> Result<()> {
+        if preallocation != Preallocation::Off {
+            return Err(Error::unsupported(format!(
+                "Preallocation mode '{}' unsupported for this non-regular file",
+                preallocation.name()
+            )));
+        }
+        if len == self.known_len.load(Ordering::Acquire) {
+            Ok(())
+        } else {
+            Err(Error::new(ErrorKind::Unsupported, "Cannot resize device files"))
+        }
+    }
+}
+
+/// What the original does with a file that it makes: nobody else may change its length meanwhile.
+const CREATING: Permissions = Permissions {
+    read: false,
+    write: true,
+    resize: true,
+    share_write: true,
+    share_resize: false,
+};
+
+const FIRST_BLOCK: u64 = 4096;

@@ -1,0 +1,148 @@
+//! Where a file has holes.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+use diskimage_core::{ByteRange, Extent, ExtentKind, Result, Want};
+use rustix::fs::SeekFrom;
+use rustix::io::Errno;
+
+use crate::file::{File, Kind};
+
+/// The extent found last: a scan asks the kernel once an extent and not once a request.
+#[derive(Debug, Default)]
+pub(crate) struct Holes {
+    /// Counts changes; an extent found before the last change is worth nothing. Writers only count, so that they do
+    /// not wait for each other.
+    changes: AtomicU64,
+    last: Mutex<Option<Found>>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Found {
+    changes: u64,
+    range: ByteRange,
+    hole: bool,
+}
+
+impl Holes {
+    /// To be called after every change.
+    pub(crate) fn forget(&self) {
+        self.changes.fetch_add(1, Ordering::Release);
+    }
+
+    fn remembered(&self, offset: u64) -> Option<Found> {
+        let last = (*self.last.lock().unwrap_or_else(PoisonError::into_inner))?;
+        let fresh = last.changes == self.changes.load(Ordering::Acquire);
+        (fresh && last.range.start() <= offset && offset < last.range.end()).then_some(last)
+    }
+}
+
+impl File {
+    /// What is known about the start of `range`.
+    pub(crate) fn extent(&self, range: ByteRange, want: Want) -> Result<Extent> {
+        let answer = |len, kind| Extent {
+            len,
+            kind,
+            depth: 0,
+            host: None,
+        };
+        if want == Want::Allocation || self.kind != Kind::Regular {
+            return Ok(answer(range.len(), ExtentKind::Data));
+        }
+        let offset = range.start();
+        let found = match self.holes.remembered(offset) {
+            Some(found) if !self.lent.load(Ordering::Acquire) => found,
+            _ => {
+                let changes = self.holes.changes.load(Ordering::Acquire);
+                let (range, hole) = self.seek_extent(range)?;
+                let found = Found { changes, range, hole };
+                *self.holes.last.lock().unwrap_or_else(PoisonError::into_inner) = Some(found);
+                found
+            }
+        };
+        let kind = if found.hole {
+            ExtentKind::Hole
+        } else {
+            ExtentKind::Data
+        };
+        Ok(answer((found.range.end() - offset).min(range.len()), kind))
+    }
+
+    /// The extent at the start of `range`, at least one byte long, and whether it is a hole.
+    fn seek_extent(&self, range: ByteRange) -> Result<(ByteRange, bool)> {
+        let start = range.start();
+        let data = match rustix::fs::seek(&self.file, SeekFrom::Data(start)) {
+            Ok(data) => data,
+            // No data from here to the end.
+            Err(Errno::NXIO) => {
+                let end = self.refresh_len()?.max(range.end());
+                return Ok((ByteRange::new(start, end), true));
+            }
+            // A file system that cannot tell.
+            Err(_) => return Ok((range, false)),
+        };
+        if data > start {
+            return Ok((ByteRange::new(start, data), true));
+        }
+        match rustix::fs::seek(&self.file, SeekFrom::Hole(start)) {
+            Ok(hole) if hole > start => Ok((ByteRange::new(start, hole), false)),
+            // Cut off meanwhile, or an answer that makes no sense.
+            _ => Ok((range, false)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use diskimage_core::{Device, ZeroMode};
+
+    use super::*;
+    use crate::file::tests::scratch;
+
+    fn kinds(file: &File) -> Vec<(u64, bool)> {
+        let mut rest = ByteRange::new(0, file.len());
+        let mut found = Vec::new();
+        while !rest.is_empty() {
+            let extent = file.status(rest, Want::Zeroes).expect("can be asked");
+            found.push((extent.len, extent.kind == ExtentKind::Hole));
+            rest = rest.skip(extent.len);
+        }
+        found
+    }
+
+    #[test]
+    fn holes_are_found_and_changes_are_seen() {
+        let (_dir, file) = scratch(true);
+        file.resize(1 << 20, diskimage_core::Preallocation::Off)
+            .expect("grows");
+        file.write_zeroes(ByteRange::new(0, 1 << 20), ZeroMode::Unmap)
+            .expect("punches");
+        if kinds(&file) != [(1 << 20, true)] {
+            eprintln!("skipped: the file system of the temporary directory does not tell holes");
+            return;
+        }
+        file.write_at(&[1; 65536], 65536).expect("writes");
+        assert_eq!(
+            kinds(&file),
+            [(65536, true), (65536, false), ((1 << 20) - 131_072, true)]
+        );
+        file.write_zeroes(ByteRange::at(65536, 65536), ZeroMode::Unmap)
+            .expect("punches");
+        assert_eq!(kinds(&file), [(1 << 20, true)]);
+        file.write_at(&[1; 4096], 1 << 20).expect("grows");
+        assert_eq!(kinds(&file), [(1 << 20, true), (4096, false)]);
+    }
+
+    #[test]
+    fn one_extent_is_asked_for_once() {
+        let (_dir, file) = scratch(true);
+        file.write_at(&[1; 65536], 0).expect("writes");
+        let first = file
+            .status(ByteRange::new(0, 512), Want::Zeroes)
+            .expect("can be asked");
+        assert_eq!(first.len, 512);
+        let remembered = file.holes.remembered(60000).expect("was remembered");
+        assert_eq!(remembered.range, ByteRange::new(0, 65536));
+    }
+}

@@ -1,0 +1,129 @@
+//! Names of images as users write them: a path, or a protocol and what it needs.
+
+use diskimage_core::{Error, Result};
+
+/// A protocol of this crate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ProtocolKind {
+    /// Regular files.
+    File,
+    /// Block devices, and character devices as far as they behave like one.
+    HostDevice,
+}
+
+impl ProtocolKind {
+    /// The name as `info` shows it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::File => "file",
+            Self::HostDevice => "host_device",
+        }
+    }
+}
+
+/// A name taken apart.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Target {
+    /// The protocol, if the name says which; else the kind of file decides.
+    pub protocol: Option<ProtocolKind>,
+    /// The path, which starts with `./` where it would look like a protocol.
+    pub path: String,
+}
+
+impl Target {
+    /// Reads a name. `foo:bar` is a protocol and its argument, `./foo:bar` and `a/b:c` are paths.
+    ///
+    /// # Errors
+    /// Protocols that there are none of, and the empty name.
+    pub fn parse(name: &str) -> Result<Self> {
+        let target = match protocol_prefix(name) {
+            None => Self {
+                protocol: None,
+                path: name.to_owned(),
+            },
+            Some("file") => Self::with_protocol(None, &name["file:".len()..]).only(ProtocolKind::File),
+            Some("host_device") => {
+                Self::with_protocol(None, &name["host_device:".len()..]).only(ProtocolKind::HostDevice)
+            }
+            Some(other) => return Err(Error::invalid(format!("Unknown protocol '{other}'"))),
+        };
+        if target.path.is_empty() {
+            return Err(Error::invalid(
+                "The 'file' block driver requires a file name".to_owned(),
+            ));
+        }
+        Ok(target)
+    }
+
+    /// A path that is never read as a protocol and its argument: names of data files inside images.
+    pub fn plain(path: &str) -> Self {
+        Self::with_protocol(None, path)
+    }
+
+    fn with_protocol(protocol: Option<ProtocolKind>, path: &str) -> Self {
+        let path = match protocol_prefix(path) {
+            Some(_) => format!("./{path}"),
+            None => path.to_owned(),
+        };
+        Self { protocol, path }
+    }
+
+    fn only(self, protocol: ProtocolKind) -> Self {
+        Self {
+            protocol: Some(protocol),
+            ..self
+        }
+    }
+
+    /// The name to open `name` by when the image at `from` refers to it: relative to that image's directory, unless it
+    /// is absolute or has a protocol.
+    pub fn resolve(from: &str, name: &str) -> String {
+        if name.starts_with('/') || protocol_prefix(name).is_some() {
+            return name.to_owned();
+        }
+        let from = match protocol_prefix(from) {
+            Some(protocol) => Self::with_protocol(None, &from[protocol.len() + 1..]).path,
+            None => from.to_owned(),
+        };
+        match from.rfind('/') {
+            Some(slash) => format!("{}{name}", &from[..=slash]),
+            None => name.to_owned(),
+        }
+    }
+}
+
+/// What stands before a colon that no slash comes before.
+fn protocol_prefix(name: &str) -> Option<&str> {
+    let at = name.find([':', '/'])?;
+    name[at..].starts_with(':').then_some(&name[..at])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn path(name: &str) -> String {
+        Target::parse(name).expect("is a path").path
+    }
+
+    #[test]
+    fn a_slash_before_the_colon_makes_a_path() {
+        assert_eq!(path("./a:b"), "./a:b");
+        assert_eq!(path("/x/a:b"), "/x/a:b");
+        assert_eq!(path("file:a:b"), "./a:b");
+        assert_eq!(path("file:/x/a:b"), "/x/a:b");
+        assert_eq!(
+            Target::parse("foo:bar").map_err(|e| e.chain()),
+            Err("Unknown protocol 'foo'".to_owned())
+        );
+    }
+
+    #[test]
+    fn relative_names_start_at_the_image_that_has_them() {
+        assert_eq!(Target::resolve("dir/top", "base"), "dir/base");
+        assert_eq!(Target::resolve("file:image:top", "base"), "./base");
+        assert_eq!(Target::resolve("top", "base"), "base");
+        assert_eq!(Target::resolve("dir/top", "/base"), "/base");
+        assert_eq!(Target::resolve("dir/top", "file:base"), "file:base");
+    }
+}

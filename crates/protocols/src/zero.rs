@@ -1,0 +1,156 @@
+//! Making ranges read as zero, and giving them back.
+
+use std::sync::PoisonError;
+use std::sync::atomic::Ordering;
+
+use diskimage_core::{ByteRange, Device, Error, Result, ZeroMode};
+use rustix::fs::FallocateFlags;
+use rustix::io::Errno;
+
+use crate::file::{File, Kind};
+use crate::sys;
+
+impl File {
+    /// Makes `range` read as zeroes, lengthening a file where needed.
+    pub(crate) fn zero(&self, range: ByteRange, mode: ZeroMode) -> Result<()> {
+        if range.is_empty() {
+            return Ok(());
+        }
+        if i64::try_from(range.end()).is_err() {
+            return Err(Error::from_errno(libc::EFBIG));
+        }
+        let outcome = match self.kind {
+            Kind::Regular => self.zero_file(range, mode),
+            Kind::Block => self.zero_block(range, mode),
+            Kind::Character => self.fall_back(range, mode),
+        };
+        self.note_change(if outcome.is_ok() { range.end() } else { 0 });
+        outcome
+    }
+
+    /// Gives up the contents of `range`.
+    pub(crate) fn give_back(&self, range: ByteRange) -> Result<()> {
+        let outcome = match self.kind {
+            Kind::Regular => {
+                let inside = range.intersect(ByteRange::new(0, self.len()));
+                if inside.is_empty() {
+                    Ok(())
+                } else {
+                    self.fallocate(PUNCH, inside).map_err(std::io::Error::from)
+                }
+            }
+            Kind::Block => sys::block_discard(&self.file, range.start(), range.len()),
+            Kind::Character => Ok(()),
+        };
+        self.holes.forget();
+        match outcome {
+            Err(error) if !is_unsupported(error.raw_os_error()) => Err(error.into()),
+            // Discarding is an offer that need not be taken.
+            _ => Ok(()),
+        }
+    }
+
+    fn zero_file(&self, range: ByteRange, mode: ZeroMode) -> Result<()> {
+        let attempts: &[fn(&Self, ByteRange) -> Attempt] = match mode {
+            ZeroMode::Unmap | ZeroMode::FastOnly => &[Self::punch, Self::zero_range],
+            ZeroMode::KeepAllocated => &[Self::zero_range, Self::punch_and_allocate],
+        };
+        for attempt in attempts {
+            match attempt(self, range) {
+                Ok(()) => return Ok(()),
+                Err(errno) if is_unsupported(Some(errno.raw_os_error())) => {}
+                Err(errno) => return Err(std::io::Error::from(errno).into()),
+            }
+        }
+        self.fall_back(range, mode)
+    }
+
+    fn punch(&self, range: ByteRange) -> Attempt {
+        let inside = range.intersect(ByteRange::new(0, self.len()));
+        if !inside.is_empty() {
+            self.fallocate(PUNCH, inside)?;
+        }
+        if range.end() > self.known_len.load(Ordering::Acquire) {
+            let _alone = self.growth.write().unwrap_or_else(PoisonError::into_inner);
+            if self.refresh_len().map_err(|_| Errno::IO)? < range.end() {
+                rustix::fs::ftruncate(&self.file, range.end())?;
+            }
+        }
+        Ok(())
+    }
+
+    fn zero_range(&self, range: ByteRange) -> Attempt {
+        self.fallocate(FallocateFlags::ZERO_RANGE, range)
+    }
+
+    fn punch_and_allocate(&self, range: ByteRange) -> Attempt {
+        self.punch(range)?;
+        self.fallocate(FallocateFlags::empty(), range)
+    }
+
+    fn zero_block(&self, range: ByteRange, mode: ZeroMode) -> Result<()> {
+        let sector = u64::from(rustix::fs::ioctl_blksszget(&self.file).unwrap_or(512));
+        let middle = range.align_in(sector);
+        let sides = [
+            ByteRange::new(range.start(), middle.start().min(range.end())),
+            ByteRange::new(middle.end().max(range.start()), range.end()),
+        ];
+        if middle.is_empty() {
+            return self.fall_back(range, mode);
+        }
+        for side in sides.into_iter().filter(|side| !side.is_empty()) {
+            self.write_zero_bytes(side)?;
+        }
+        // Punching never writes zeroes byte by byte, BLKZEROOUT may.
+        let outcome = match mode {
+            ZeroMode::KeepAllocated => Err(std::io::Error::from(Errno::OPNOTSUPP)),
+            ZeroMode::Unmap | ZeroMode::FastOnly => {
+                self.fallocate(PUNCH, middle).map_err(std::io::Error::from)
+            }
+        };
+        let outcome = match outcome {
+            Err(error) if is_unsupported(error.raw_os_error()) && mode != ZeroMode::FastOnly => {
+                sys::block_zero(&self.file, middle.start(), middle.len())
+            }
+            other => other,
+        };
+        match outcome {
+            Err(error) if is_unsupported(error.raw_os_error()) => self.fall_back(middle, mode),
+            other => Ok(other?),
+        }
+    }
+
+    fn fall_back(&self, range: ByteRange, mode: ZeroMode) -> Result<()> {
+        if mode == ZeroMode::FastOnly {
+            return Err(Error::unsupported("Operation not supported"));
+        }
+        self.write_zero_bytes(range)
+    }
+
+    /// Writes zeroes byte by byte.
+    pub(crate) fn write_zero_bytes(&self, range: ByteRange) -> Result<()> {
+        let zeroes = vec![0; usize::try_from(range.len()).unwrap_or(CHUNK).min(CHUNK)];
+        let mut rest = range;
+        while !rest.is_empty() {
+            // Pieces end on multiples of their size, so that only the outer ones can be uneven.
+            let step = (CHUNK as u64 - rest.start() % CHUNK as u64).min(zeroes.len() as u64);
+            let len = rest.len().min(step);
+            self.write_at(&zeroes[..usize::try_from(len).unwrap_or(CHUNK)], rest.start())?;
+            rest = rest.skip(len);
+        }
+        Ok(())
+    }
+}
+
+type Attempt = rustix::io::Result<()>;
+
+const PUNCH: FallocateFlags = FallocateFlags::PUNCH_HOLE.union(FallocateFlags::KEEP_SIZE);
+const CHUNK: usize = 1 << 20;
+
+/// The answers of file systems and devices that cannot do it, rather than failed at it.
+fn is_unsupported(errno: Option<i32>) -> bool {
+    matches!(
+        errno,
+        Some(libc::EOPNOTSUPP | libc::ENOTTY | libc::ENOSYS | libc::ENODEV | libc::EINVAL)
+    )
+}
