@@ -128,16 +128,22 @@ impl OpenOptions {
     fn permissions(&self, format: &dyn Format, write: bool) -> Permissions {
         let mut permissions = format.permissions(write);
         permissions.resize |= write && self.resize;
-        if self.exclusive && !write {
-            permissions.share_write = false;
-            permissions.share_resize = false;
-        }
         if self.no_data && !write {
             permissions.read = false;
         }
         if self.force_share {
             permissions.share_write = true;
             permissions.share_resize = true;
+        }
+        permissions
+    }
+
+    /// What it is locked for once the whole chain is open.
+    fn final_permissions(&self, format: &dyn Format, write: bool) -> Permissions {
+        let mut permissions = self.permissions(format, write);
+        if self.exclusive && !write && !self.force_share {
+            permissions.share_write = false;
+            permissions.share_resize = false;
         }
         permissions
     }
@@ -205,7 +211,7 @@ struct Link {
     layer: Arc<dyn Layer>,
     name: String,
     write: bool,
-    format: &'static str,
+    format: &'static dyn Format,
     identity: Option<(u64, u64)>,
 }
 
@@ -229,6 +235,10 @@ fn open_chain(
                 .fold(error, |error, _| error.context("Could not open backing file"))
         })?;
         links.push(link);
+    }
+    for link in &links {
+        let permissions = options.final_permissions(link.format, link.write);
+        link.layer.file().lock(permissions)?;
     }
     let chain = links.into_iter().rev().fold(None, |below, link| {
         Some(Arc::new(Image::new(link.layer, below, link.name, link.write)))
@@ -261,7 +271,7 @@ fn open_below(
     })?;
     let name = device.name();
     let link = open_link(device, &name, format, false, gate, options)?;
-    let again = |other: &Link| other.identity == link.identity && other.format == link.format;
+    let again = |other: &Link| other.identity == link.identity && other.format.name() == link.format.name();
     if link.identity.is_some() && links.iter().any(again) {
         return Err(Error::corrupt(format!(
             "Backing file '{name}' creates an infinite loop"
@@ -308,7 +318,7 @@ fn open_link(
         layer,
         name: name.to_owned(),
         write,
-        format: chosen.name(),
+        format: chosen,
         identity,
     })
 }
