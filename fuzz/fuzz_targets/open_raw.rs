@@ -2,5 +2,5 @@
 #![no_main]
 
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
-    diskimage_fuzz::exercise(&diskimage_formats::RawFormat, bytes);
+    diskimage_fuzz::exercise(&diskimage_formats::Raw, bytes);
 });

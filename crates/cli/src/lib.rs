@@ -9,11 +9,14 @@
 //! `diskimage`.
 
 pub mod commands;
+mod facts;
 pub mod json;
 pub mod objects;
 pub mod out;
 pub mod printable;
 pub mod progress;
+mod report;
+mod source;
 mod trace;
 pub mod words;
 

@@ -12,15 +12,6 @@ pub enum Repair {
     All,
 }
 
-/// What opening an image mended by itself.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Repaired {
-    /// Leaked clusters freed.
-    pub leaks: u64,
-    /// Inconsistencies mended.
-    pub corruptions: u64,
-}
-
 /// The outcome of a check. Counters follow the original's report.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct CheckReport {

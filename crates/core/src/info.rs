@@ -1,7 +1,5 @@
 //! What an image says of itself.
 
-use crate::check::Repaired;
-
 /// What is known about one opened image from its own tables.
 #[derive(Clone, Debug, Default)]
 pub struct Info {
@@ -17,8 +15,6 @@ pub struct Info {
     pub snapshots: Vec<SnapshotInfo>,
     /// The format's own facts in the order in which they are printed; `None` if the format has none.
     pub specific: Option<Vec<Detail>>,
-    /// What opening had to repair.
-    pub repaired: Repaired,
 }
 
 /// A fact of a format: its name in JSON (`lazy-refcounts`; text output prints it with spaces) and its value.
@@ -43,8 +39,6 @@ pub enum DetailValue {
     Group(Vec<Detail>),
     /// A list of values.
     List(Vec<DetailValue>),
-    /// Bitmaps, with a text form of their own.
-    Bitmaps(Vec<BitmapInfo>),
 }
 
 impl Detail {
@@ -71,19 +65,6 @@ impl Detail {
             value: DetailValue::Text(value.into()),
         }
     }
-}
-
-/// A persistent bitmap.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct BitmapInfo {
-    /// Its name.
-    pub name: String,
-    /// How many bytes of the guest one bit stands for.
-    pub granularity: u64,
-    /// Not saved when it was last in use; its contents cannot be relied on.
-    pub in_use: bool,
-    /// Records writes when the image is opened for writing.
-    pub auto: bool,
 }
 
 /// An internal snapshot.

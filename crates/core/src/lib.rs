@@ -5,7 +5,7 @@
 //! * [`Device`]: a flat array of bytes, wherever they live;
 //! * [`Layer`]: one opened image *without* its backing chain. It says where bytes are, it never moves them;
 //! * [`Image`]: a layer with its backing image, which is a device again and the only code that walks a chain;
-//! * [`Format`] and [`Protocol`]: the entries of the tables from which a program picks drivers;
+//! * [`Format`]: an entry of the table from which a program picks drivers;
 //! * [`Gate`]: the caller's word on which files an image may refer to;
 //! * [`Error`], [`ByteRange`], [`Budget`], and the zero test.
 //!
@@ -28,13 +28,13 @@ pub mod size;
 mod zero;
 
 pub use budget::{Budget, Reservation};
-pub use check::{CheckReport, Repair, Repaired};
+pub use check::{CheckReport, Repair};
 pub use device::{Device, Extent, ExtentKind, Limits, Preallocation, Want, ZeroMode};
 pub use error::{Error, ErrorKind, Result, ResultExt};
 pub use format::{CreateRequest, Format, Measure, MeasureSource, OpenRequest, Probe, Score};
 pub use gate::{Gate, Permissions, Reference, Role};
 pub use image::Image;
-pub use info::{BitmapInfo, Detail, DetailValue, Info, SnapshotInfo};
+pub use info::{Detail, DetailValue, Info, SnapshotInfo};
 pub use layer::{Backing, Encoded, Encoder, Layer, ResizeRequest, Run, RunKind, WritePlan, WriteRun};
 pub use memory::MemoryDevice;
 pub use progress::Progress;

@@ -1,11 +1,14 @@
 //! `check`: finds and repairs damage.
 
-use diskimage_core::Repair;
+use diskimage::{CacheMode, CheckReport, ErrorKind, Image, OpenOptions, Progress, Repair};
 
-use super::{only_image, unavailable};
+use super::only_image;
+
 use crate::objects::Objects;
 use crate::out::Console;
-use crate::words::{CacheMode, Command, Flag, Operand, OutputFormat, Parser, Source, Stop, text};
+use crate::report;
+use crate::source::open_source;
+use crate::words::{Command, Flag, Operand, OutputFormat, Parser, Source, Stop, source_cache, text};
 
 /// The table of `check`.
 pub static COMMAND: Command = Command {
@@ -103,7 +106,7 @@ impl Args {
             }
         }
         let image = only_image(words)?;
-        let cache = CacheMode::of_source(cache.as_deref())?;
+        let cache = source_cache(cache.as_deref())?;
         let image = Source::new(image, format, image_opts)?;
         Ok(Self {
             image,
@@ -130,8 +133,46 @@ fn read_repair(value: &str) -> Result<Repair, Stop> {
 /// Reads the words of `check` and does it.
 ///
 /// # Errors
-/// What is wrong with the words.
-pub fn run(words: Parser, _console: &Console) -> Result<u8, Stop> {
-    Args::parse(words)?;
-    Err(unavailable(&COMMAND))
+/// What is wrong with the words, and images that cannot be opened or checked.
+pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
+    let args = Args::parse(words)?;
+    let options = OpenOptions::new()
+        .for_check(true)
+        .write(args.repair != Repair::No)
+        .cache(args.cache)
+        .force_share(args.force_share);
+    let image = open_source(&args.image, options, console)?;
+    let mut report = match check_once(&image, args.repair, console) {
+        Err(error) if error.kind() == ErrorKind::Unsupported => {
+            console.error("This image format does not support checks");
+            return Ok(NOT_SUPPORTED);
+        }
+        other => other.map_err(failed)?,
+    };
+    let fixed = (report.leaks_fixed, report.corruptions_fixed);
+    if fixed != (0, 0) {
+        if args.output == OutputFormat::Human && !args.quiet {
+            console.print(&report::repaired(&report));
+        }
+        report = check_once(&image, Repair::No, console).map_err(failed)?;
+        (report.leaks_fixed, report.corruptions_fixed) = fixed;
+    }
+    report::print(&args, image.layer().format(), &report, console);
+    Ok(report::status(&report))
 }
+
+/// One pass over the image. What it finds is told on standard error.
+fn check_once(image: &Image, repair: Repair, console: &Console) -> diskimage::Result<CheckReport> {
+    let report = image.layer().check(repair, &Progress::none())?;
+    for message in &report.messages {
+        console.print_error(&format!("{message}\n"));
+    }
+    Ok(report)
+}
+
+fn failed(error: diskimage::Error) -> Stop {
+    Stop::wrong(format!("Check failed: {}", error.root()))
+}
+
+/// The exit status for formats that have no check.
+const NOT_SUPPORTED: u8 = 63;

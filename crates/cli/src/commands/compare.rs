@@ -1,9 +1,11 @@
 //! `compare`: tells whether two images have the same contents.
 
 use super::unavailable;
+use diskimage::CacheMode;
+
 use crate::objects::Objects;
 use crate::out::Console;
-use crate::words::{CacheMode, Command, Flag, Operand, Parser, Source, Stop, text};
+use crate::words::{Command, Flag, Operand, Parser, Source, Stop, source_cache, text};
 
 /// The table of `compare`.
 pub static COMMAND: Command = Command {
@@ -118,7 +120,7 @@ impl Args {
         let Ok([first, second]) = <[_; 2]>::try_from(words.operands()) else {
             return Err(Stop::misused("Expecting two image file names"));
         };
-        let cache = CacheMode::of_source(cache.as_deref()).map_err(in_trouble)?;
+        let cache = source_cache(cache.as_deref()).map_err(in_trouble)?;
         Ok(Self {
             first: Source::new(first, first_format, image_opts).map_err(in_trouble)?,
             second: Source::new(second, second_format, image_opts).map_err(in_trouble)?,

@@ -3,10 +3,13 @@
 use std::ffi::{OsStr, OsString};
 
 use super::{LARGEST, unavailable};
+use diskimage::CacheMode;
+
 use crate::objects::Objects;
 use crate::out::Console;
 use crate::words::{
-    CacheMode, Command, CreateOptions, Flag, Operand, Parser, SnapshotName, Source, Stop, count, size, text,
+    Command, CreateOptions, Flag, Operand, Parser, SnapshotName, Source, Stop, count, size, source_cache,
+    target_cache, text,
 };
 
 /// The table of `convert`.
@@ -380,7 +383,7 @@ impl Given {
         let Some(target) = target else {
             return Err(Stop::wrong("Must specify image file name"));
         };
-        let source_cache = CacheMode::of_source(self.source_cache.as_deref())?;
+        let source_cache = source_cache(self.source_cache.as_deref())?;
         let source = |word| Source::new(word, self.source_format.clone(), self.image_opts);
         let sources = operands.into_iter().map(source).collect::<Result<_, _>>()?;
         // The default format is for a file name only.
@@ -394,7 +397,7 @@ impl Given {
             snapshot: self.snapshot,
             force_share: self.force_share,
             target: Source::new(target, target_format, self.target_image_opts)?,
-            target_cache: CacheMode::of_target(self.target_cache.as_deref(), CacheMode::Unsafe)?,
+            target_cache: target_cache(self.target_cache.as_deref(), CacheMode::UNSAFE)?,
             no_create: self.no_create,
             target_is_zero: self.target_is_zero,
             options: self.options.list,
@@ -466,7 +469,7 @@ mod tests {
         );
         assert_eq!(
             (args.source_cache, args.target_cache),
-            (CacheMode::Writeback, CacheMode::Unsafe)
+            (CacheMode::WRITEBACK, CacheMode::UNSAFE)
         );
     }
 

@@ -2,9 +2,13 @@
 
 use std::ffi::OsString;
 
-use super::{LARGEST, unavailable};
+use diskimage::options::{create_help, create_help_with_protocol};
+use diskimage::{Creation, FILE_CREATE_OPTIONS};
+
+use super::LARGEST;
 use crate::objects::Objects;
 use crate::out::Console;
+use crate::printable::printable;
 use crate::words::{Command, CreateOptions, Flag, Operand, Parser, Stop, size, text};
 
 /// The table of `create`.
@@ -171,10 +175,49 @@ impl Request {
 /// Reads the words of `create` and does it.
 ///
 /// # Errors
-/// What is wrong with the words.
-pub fn run(words: Parser, _console: &Console) -> Result<u8, Stop> {
-    Request::parse(words)?;
-    Err(unavailable(&COMMAND))
+/// What is wrong with the words, and what keeps the image from being made.
+pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
+    let args = match Request::parse(words)? {
+        Request::OptionHelp { format, name } => {
+            return Err(Stop::Text(option_help(&format, name.as_deref())?));
+        }
+        Request::Create(args) => args,
+    };
+    let name = text(args.name)?;
+    let image = |error: diskimage::Error| Stop::from(error.context(name.clone()));
+    let mut creation = Creation::new(&name, &args.format).trust_backing(args.backing_unsafe);
+    if let Some(size) = args.size {
+        creation = creation.size(size);
+    }
+    if let Some(options) = args.options {
+        creation = creation.options(options);
+    }
+    if let Some(backing) = args.backing {
+        creation = creation.backing_file(text(backing)?);
+    }
+    if let Some(format) = args.backing_format {
+        creation = creation.backing_format(format);
+    }
+    let prepared = creation.prepare().map_err(image)?;
+    if !args.quiet {
+        let line = format!("Formatting '{name}', {}", prepared.summary());
+        console.print(&format!("{}\n", printable(line.trim_end())));
+    }
+    prepared.create().map_err(image)?;
+    Ok(0)
+}
+
+/// What `-o help` prints: the options of the format, and those of the file below if a file is named.
+///
+/// # Errors
+/// An unknown format.
+pub(super) fn option_help(format: &str, name: Option<&std::ffi::OsStr>) -> Result<String, Stop> {
+    let found = diskimage::format_by_name(format)
+        .ok_or_else(|| Stop::wrong(format!("Unknown file format '{format}'")))?;
+    Ok(match name {
+        Some(_) => create_help_with_protocol(found.create_options(), FILE_CREATE_OPTIONS),
+        None => create_help(format, found.create_options()),
+    })
 }
 
 #[cfg(test)]

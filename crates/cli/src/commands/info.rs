@@ -1,8 +1,13 @@
 //! `info`: shows what is known of an image.
 
-use super::{only_image, unavailable};
+use diskimage::{Image, OpenOptions};
+
+use super::only_image;
+use crate::facts::Facts;
+use crate::json::Value;
 use crate::objects::Objects;
 use crate::out::Console;
+use crate::source::open_source;
 use crate::words::{Command, Flag, Operand, OutputFormat, Parser, Source, Stop, text};
 
 /// The table of `info`.
@@ -93,8 +98,32 @@ impl Args {
 /// Reads the words of `info` and does it.
 ///
 /// # Errors
-/// What is wrong with the words.
-pub fn run(words: Parser, _console: &Console) -> Result<u8, Stop> {
-    Args::parse(words)?;
-    Err(unavailable(&COMMAND))
+/// What is wrong with the words, and images that cannot be opened.
+pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
+    let args = Args::parse(words)?;
+    let options = OpenOptions::new()
+        .no_data(true)
+        .no_backing(!args.backing_chain)
+        .force_share(args.force_share);
+    let top = open_source(&args.image, options, console)?;
+    let chain: Vec<&Image> =
+        std::iter::successors(Some(&*top), |image| image.backing().map(|below| &**below)).collect();
+    match args.output {
+        OutputFormat::Human => {
+            let texts: Result<Vec<_>, Stop> =
+                chain.iter().map(|image| Ok(Facts::of(image)?.text())).collect();
+            console.print(&texts?.join("\n"));
+        }
+        OutputFormat::Json => {
+            let values: Result<Vec<_>, Stop> =
+                chain.iter().map(|image| Ok(Facts::of(image)?.json())).collect();
+            let mut values = values?;
+            let shown = match (args.backing_chain, values.pop()) {
+                (false, Some(only)) => only,
+                (_, last) => Value::List(values.into_iter().chain(last).collect()),
+            };
+            console.print(&shown.pretty());
+        }
+    }
+    Ok(0)
 }

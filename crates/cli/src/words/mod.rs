@@ -16,5 +16,6 @@ pub use parser::Parser;
 pub use stop::{Prefix, Stop, Wrong};
 pub use table::{Command, Flag, Operand};
 pub use values::{
-    CacheMode, CreateOptions, ImageName, OutputFormat, SnapshotName, Source, count, size, text,
+    CreateOptions, ImageName, OutputFormat, SnapshotName, Source, count, size, source_cache, target_cache,
+    text,
 };

@@ -92,3 +92,13 @@ impl From<diskimage_core::options::OptionError> for Stop {
         }
     }
 }
+
+impl From<diskimage::Error> for Stop {
+    /// An error of the library: its levels joined by `": "`, then its hint on a line of its own.
+    fn from(error: diskimage::Error) -> Self {
+        match error.hint_line() {
+            Some(hint) => Self::wrong(format!("{}\n{hint}", error.chain())),
+            None => Self::wrong(error.chain()),
+        }
+    }
+}

@@ -2,6 +2,7 @@
 
 use std::ffi::{OsStr, OsString};
 
+use diskimage::CacheMode;
 use diskimage_core::options;
 use diskimage_core::size::{SizeError, parse_number, parse_size};
 
@@ -47,71 +48,27 @@ fn in_range(what: &str, text: &str, value: Result<u64, SizeError>, min: u64, max
     }
 }
 
-/// How a file is cached.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum CacheMode {
-    /// Around the host's cache, without waiting for the disk.
-    None,
-    /// Around the host's cache, each write on the disk.
-    DirectSync,
-    /// Through the host's cache, each write on the disk.
-    Writethrough,
-    /// Through the host's cache, on the disk at the end.
-    Writeback,
-    /// Through the host's cache, never waiting for the disk.
-    Unsafe,
+/// The cache mode of an image that is read (`-T`), or `writeback`.
+///
+/// # Errors
+/// An unknown name.
+pub fn source_cache(name: Option<&OsStr>) -> Result<CacheMode, Stop> {
+    cache(name, CacheMode::WRITEBACK, "source cache option")
 }
 
-impl CacheMode {
-    /// The mode of this name, if there is one.
-    pub fn from_name(name: &str) -> Option<Self> {
-        match name {
-            "none" | "off" => Some(Self::None),
-            "directsync" => Some(Self::DirectSync),
-            "writethrough" => Some(Self::Writethrough),
-            "writeback" => Some(Self::Writeback),
-            "unsafe" => Some(Self::Unsafe),
-            _ => None,
-        }
-    }
+/// The cache mode of an image that is written (`-t`), or `default`.
+///
+/// # Errors
+/// An unknown name.
+pub fn target_cache(name: Option<&OsStr>, default: CacheMode) -> Result<CacheMode, Stop> {
+    cache(name, default, "cache option")
+}
 
-    /// The mode of an image that is read (`-T`), or `writeback`.
-    ///
-    /// # Errors
-    /// An unknown name.
-    pub fn of_source(name: Option<&OsStr>) -> Result<Self, Stop> {
-        Self::read(name, Self::Writeback, "source cache option")
-    }
-
-    /// The mode of an image that is written (`-t`), or `default`.
-    ///
-    /// # Errors
-    /// An unknown name.
-    pub fn of_target(name: Option<&OsStr>, default: Self) -> Result<Self, Stop> {
-        Self::read(name, default, "cache option")
-    }
-
-    fn read(name: Option<&OsStr>, default: Self, what: &str) -> Result<Self, Stop> {
-        let Some(name) = name.map(OsStr::to_string_lossy) else {
-            return Ok(default);
-        };
-        Self::from_name(&name).ok_or_else(|| Stop::wrong(format!("Invalid {what}: {name}")))
-    }
-
-    /// Whether the host's cache is gone around (`O_DIRECT`).
-    pub fn is_direct(self) -> bool {
-        matches!(self, Self::None | Self::DirectSync)
-    }
-
-    /// Whether each write is on the disk before it counts as done.
-    pub fn is_write_through(self) -> bool {
-        matches!(self, Self::DirectSync | Self::Writethrough)
-    }
-
-    /// Whether flushes are left out.
-    pub fn skips_flush(self) -> bool {
-        self == Self::Unsafe
-    }
+fn cache(name: Option<&OsStr>, default: CacheMode, what: &str) -> Result<CacheMode, Stop> {
+    let Some(name) = name.map(OsStr::to_string_lossy) else {
+        return Ok(default);
+    };
+    CacheMode::from_name(&name).ok_or_else(|| Stop::wrong(format!("Invalid {what}: {name}")))
 }
 
 /// How a result is printed.
@@ -317,17 +274,14 @@ mod tests {
 
     #[test]
     fn cache_modes_have_names_and_defaults() {
-        assert_eq!(CacheMode::of_source(Some(os("off"))), Ok(CacheMode::None));
+        assert_eq!(source_cache(Some(os("off"))), Ok(CacheMode::NONE));
+        assert_eq!(target_cache(None, CacheMode::UNSAFE), Ok(CacheMode::UNSAFE));
         assert_eq!(
-            CacheMode::of_target(None, CacheMode::Unsafe),
-            Ok(CacheMode::Unsafe)
-        );
-        assert_eq!(
-            CacheMode::of_source(Some(os("foo"))),
+            source_cache(Some(os("foo"))),
             Err(Stop::wrong("Invalid source cache option: foo"))
         );
         assert_eq!(
-            CacheMode::of_target(Some(os("")), CacheMode::Unsafe),
+            target_cache(Some(os("")), CacheMode::UNSAFE),
             Err(Stop::wrong("Invalid cache option: "))
         );
     }

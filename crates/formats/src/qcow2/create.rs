@@ -9,7 +9,7 @@
 use std::sync::Arc;
 
 use diskimage_core::{
-    Budget, ByteRange, CreateRequest, Device, Error, Extent, Limits, OpenRequest, Permissions, Preallocation,
+    Budget, ByteRange, CreateRequest, Device, Error, Extent, Limits, OpenRequest, Preallocation,
     ResizeRequest, Result, Want, ZeroMode,
 };
 use zerocopy::IntoBytes;
@@ -19,14 +19,14 @@ use super::feature::{Autoclear, Compatible, Incompatible};
 use super::header::{Compression, HEADER_LEN, MAGIC, RawHeader, limit};
 use super::options::Wanted;
 use super::refcount::block;
-use super::{Qcow2, extension, open_data_file};
+use super::{Qcow2, data_permissions, extension, open_data_file};
 
 /// Writes a new image to `request.file`.
 pub(super) fn create(request: &CreateRequest<'_>) -> Result<()> {
     let wanted = Wanted::parse(request.options)?;
     if let Some(name) = &wanted.data_file {
         // Its length is set when the image grows to its size.
-        open_data_file(request.gate, name, request.name, Permissions::WRITE)?;
+        open_data_file(request.gate, name, request.name, data_permissions(true))?;
     }
     let file: Arc<dyn Device> = Arc::new(Unsynced(Arc::clone(&request.file)));
     write_minimal(&*file, &wanted)?;

@@ -379,12 +379,25 @@ fn data_file(header: &Header, request: &OpenRequest<'_>) -> Result<Option<Arc<dy
     }
     let name = header.extensions.data_file.as_deref();
     let name = name.ok_or_else(|| Error::corrupt("'data-file' is required for this image"))?;
-    let permissions = match (request.force_share, request.write) {
-        (true, _) => Permissions::FORCE_SHARE,
-        (false, true) => Permissions::WRITE,
-        (false, false) => Permissions::READ,
+    let permissions = if request.force_share {
+        Permissions::FORCE_SHARE
+    } else {
+        data_permissions(request.write)
     };
     open_data_file(request.gate, name, request.name, permissions).map(Some)
+}
+
+/// What a data file is locked for: its bytes may change under a reader, as those of a raw image may.
+fn data_permissions(write: bool) -> Permissions {
+    let permissions = if write {
+        Permissions::WRITE
+    } else {
+        Permissions::READ
+    };
+    Permissions {
+        share_write: true,
+        ..permissions
+    }
 }
 
 fn open_data_file(

@@ -21,38 +21,6 @@ const fn option(
 
 /// The options of `create`, in the order in which the original prints their values.
 pub(super) const CREATE: &[OptionDef] = &[
-    option("size", OptionKind::Size, "Virtual disk size", None),
-    option(
-        "compat",
-        OptionKind::Text,
-        "Compatibility level (v2 [0.10] or v3 [1.1])",
-        None,
-    ),
-    option(
-        "backing_file",
-        OptionKind::Text,
-        "File name of a base image",
-        None,
-    ),
-    option(
-        "backing_fmt",
-        OptionKind::Text,
-        "Image format of the base image",
-        None,
-    ),
-    option(
-        "data_file",
-        OptionKind::Text,
-        "File name of an external data file",
-        None,
-    ),
-    option(
-        "data_file_raw",
-        OptionKind::Flag,
-        "The external data file must stay valid as a raw image",
-        None,
-    ),
-    option("extended_l2", OptionKind::Flag, "Extended L2 tables", Some("off")),
     option(
         "encryption",
         OptionKind::Flag,
@@ -113,10 +81,48 @@ pub(super) const CREATE: &[OptionDef] = &[
         "qcow2 cluster size",
         Some("65536"),
     ),
+    option("extended_l2", OptionKind::Flag, "Extended L2 tables", Some("off")),
     option(
         "preallocation",
         OptionKind::Text,
         "Preallocation mode (allowed values: off, metadata, falloc, full)",
+        None,
+    ),
+    option(
+        "compression_type",
+        OptionKind::Text,
+        "Compression method used for image cluster compression",
+        Some("zlib"),
+    ),
+    option("size", OptionKind::Size, "Virtual disk size", None),
+    option(
+        "compat",
+        OptionKind::Text,
+        "Compatibility level (v2 [0.10] or v3 [1.1])",
+        None,
+    ),
+    option(
+        "data_file",
+        OptionKind::Text,
+        "File name of an external data file",
+        None,
+    ),
+    option(
+        "data_file_raw",
+        OptionKind::Flag,
+        "The external data file must stay valid as a raw image",
+        None,
+    ),
+    option(
+        "backing_file",
+        OptionKind::Text,
+        "File name of a base image",
+        None,
+    ),
+    option(
+        "backing_fmt",
+        OptionKind::Text,
+        "Image format of the base image",
         None,
     ),
     option(
@@ -130,12 +136,6 @@ pub(super) const CREATE: &[OptionDef] = &[
         OptionKind::Number,
         "Width of a reference count entry in bits",
         Some("16"),
-    ),
-    option(
-        "compression_type",
-        OptionKind::Text,
-        "Compression method used for image cluster compression",
-        Some("zlib"),
     ),
     option(
         "nocow",

@@ -293,9 +293,8 @@ impl Qcow2 {
             }
         }
         state.tables.set_number(state.l1, at, offset | COPIED)?;
-        match shared {
-            Some(old) => self.free_later(state, old.offset, old.len)?,
-            None => {}
+        if let Some(old) = shared {
+            self.free_later(state, old.offset, old.len)?;
         }
         Ok(table)
     }

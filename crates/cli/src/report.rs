@@ -1,0 +1,116 @@
+//! What `check` shows of its findings.
+
+use std::fmt::Write;
+
+use diskimage::CheckReport;
+
+use crate::commands::check::Args;
+use crate::json::Value;
+use crate::out::Console;
+use crate::words::OutputFormat;
+
+/// The exit status of a check.
+pub(crate) fn status(report: &CheckReport) -> u8 {
+    if report.check_errors > 0 {
+        1
+    } else if report.corruptions > 0 {
+        2
+    } else if report.leaks > 0 {
+        3
+    } else {
+        0
+    }
+}
+
+/// Prints the findings in the form asked for.
+pub(crate) fn print(args: &Args, format: &str, report: &CheckReport, console: &Console) {
+    match args.output {
+        OutputFormat::Human if !args.quiet => console.print(&summary(report)),
+        OutputFormat::Human => {}
+        OutputFormat::Json => console.print(&json(args, format, report).pretty()),
+    }
+}
+
+fn summary(report: &CheckReport) -> String {
+    let mut text = String::new();
+    if report.corruptions == 0 && report.leaks == 0 && report.check_errors == 0 {
+        text.push_str("No errors were found on the image.\n");
+    }
+    // Writing to a string does not fail.
+    if report.corruptions > 0 {
+        let _ = write!(
+            text,
+            "\n{} errors were found on the image.\nData may be corrupted, or further writes to the image may corrupt \
+             it.\n",
+            report.corruptions
+        );
+    }
+    if report.leaks > 0 {
+        let _ = write!(
+            text,
+            "\n{} leaked clusters were found on the image.\nThis means waste of disk space, but no harm to data.\n",
+            report.leaks
+        );
+    }
+    if report.check_errors > 0 {
+        let _ = write!(
+            text,
+            "\n{} internal errors have occurred during the check.\n",
+            report.check_errors
+        );
+    }
+    if report.total_clusters > 0 && report.allocated_clusters > 0 {
+        let _ = writeln!(
+            text,
+            "{}/{} = {:.2}% allocated, {:.2}% fragmented, {:.2}% compressed clusters",
+            report.allocated_clusters,
+            report.total_clusters,
+            percent(report.allocated_clusters, report.total_clusters),
+            percent(report.fragmented_clusters, report.allocated_clusters),
+            percent(report.compressed_clusters, report.allocated_clusters),
+        );
+    }
+    if report.image_end_offset > 0 {
+        let _ = writeln!(text, "Image end offset: {}", report.image_end_offset);
+    }
+    text
+}
+
+#[expect(clippy::cast_precision_loss, reason = "two digits of a percentage are shown")]
+fn percent(part: u64, whole: u64) -> f64 {
+    part as f64 * 100.0 / whole as f64
+}
+
+/// What is zero is left out, except the errors that kept the check from looking everywhere.
+fn json(args: &Args, format: &str, report: &CheckReport) -> Value {
+    let mut members: Vec<(&'static str, Value)> = Vec::new();
+    let mut count = |name, value: u64| {
+        if value > 0 || name == "check-errors" {
+            members.push((name, value.into()));
+        }
+    };
+    count("image-end-offset", report.image_end_offset);
+    count("compressed-clusters", report.compressed_clusters);
+    count("total-clusters", report.total_clusters);
+    count("corruptions", report.corruptions);
+    count("corruptions-fixed", report.corruptions_fixed);
+    count("check-errors", report.check_errors);
+    count("leaks", report.leaks);
+    count("leaks-fixed", report.leaks_fixed);
+    count("allocated-clusters", report.allocated_clusters);
+    members.push(("filename", args.image.name.shown().into()));
+    members.push(("format", format.into()));
+    if report.fragmented_clusters > 0 {
+        members.push(("fragmented-clusters", report.fragmented_clusters.into()));
+    }
+    Value::object(members)
+}
+
+/// What was repaired, before the image is checked once more.
+pub(crate) fn repaired(report: &CheckReport) -> String {
+    format!(
+        "The following inconsistencies were found and repaired:\n\n    {} leaked clusters\n    {} \
+         corruptions\n\nDouble checking the fixed image now...\n",
+        report.leaks_fixed, report.corruptions_fixed
+    )
+}
