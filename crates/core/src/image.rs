@@ -128,8 +128,8 @@ impl Image {
         *self.decoded.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
-    /// Who has the bytes at the start of `range`: the image of the chain, how deep it is, and the run. An unallocated
-    /// run below a short image reads as zeroes that belong to that image.
+    /// Who has the bytes at the start of `range`: the image of the chain, how deep it is, and the run. What lies beyond
+    /// the end of a short backing image is unallocated in the image above it.
     fn resolve(&self, range: ByteRange) -> Result<(&Image, u32, Run)> {
         let (mut image, mut depth, mut range) = (self, 0, range);
         loop {
@@ -143,19 +143,11 @@ impl Image {
                 return Ok((image, depth, run));
             };
             range = range.first(run.len);
-            (image, depth) = (below, depth + 1);
             let there = range.intersect(ByteRange::new(0, below.len()));
             if there.is_empty() {
-                return Ok((
-                    below,
-                    depth,
-                    Run {
-                        len: range.len(),
-                        kind: RunKind::Zero { host: None },
-                    },
-                ));
+                return Ok((image, depth, run));
             }
-            range = there;
+            (image, depth, range) = (below, depth + 1, there);
         }
     }
 

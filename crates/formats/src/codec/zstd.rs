@@ -1,0 +1,113 @@
+//! Zstandard.
+
+use std::cell::RefCell;
+
+use diskimage_core::{Encoder, Error, ErrorKind, Result};
+use zstd::zstd_safe::{DCtx, DParameter, InBuffer, OutBuffer, ResetDirective, find_frame_compressed_size};
+
+use super::damaged;
+
+/// The library's default, which the original uses.
+const LEVEL: i32 = 3;
+
+/// A frame that is longer than its cluster has to be streamed, through a window that the frame asks for. No cluster is
+/// longer than 2 MiB, so nothing needs more than this.
+const MAX_WINDOW_LOG: u32 = 21;
+
+thread_local! {
+    static CONTEXT: RefCell<Option<DCtx<'static>>> = const { RefCell::new(None) };
+}
+
+/// Fills `cluster` from the frames at the start of `bytes`.
+pub(crate) fn decode(bytes: &[u8], cluster: &mut [u8]) -> Result<()> {
+    CONTEXT.with_borrow_mut(|slot| {
+        if slot.is_none() {
+            *slot = DCtx::try_create();
+        }
+        let context = slot.as_mut().ok_or_else(no_memory)?;
+        let (mut bytes, mut rest) = (bytes, cluster);
+        while !rest.is_empty() {
+            let len = find_frame_compressed_size(bytes).map_err(|_| damaged())?;
+            let frame = bytes.get(..len).filter(|frame| !frame.is_empty()).ok_or_else(damaged)?;
+            // In one call the context needs no window of its own, whatever the frame claims.
+            let Ok(done) = context.decompress(rest, frame) else {
+                return stream(context, bytes, rest);
+            };
+            rest = rest.get_mut(done..).ok_or_else(damaged)?;
+            bytes = &bytes[len..];
+        }
+        Ok(())
+    })
+}
+
+/// Fills `cluster` from a stream that may go on after it is full.
+fn stream(context: &mut DCtx<'_>, bytes: &[u8], cluster: &mut [u8]) -> Result<()> {
+    context.reset(ResetDirective::SessionOnly).map_err(|_| damaged())?;
+    context
+        .set_parameter(DParameter::WindowLogMax(MAX_WINDOW_LOG))
+        .map_err(|_| damaged())?;
+    let mut input = InBuffer::around(bytes);
+    let mut output = OutBuffer::around(cluster);
+    while output.pos() < output.capacity() {
+        let before = (input.pos(), output.pos());
+        context
+            .decompress_stream(&mut output, &mut input)
+            .map_err(|_| damaged())?;
+        if before == (input.pos(), output.pos()) {
+            return Err(damaged());
+        }
+    }
+    Ok(())
+}
+
+fn no_memory() -> Error {
+    Error::new(ErrorKind::Limit, "Cannot allocate memory")
+}
+
+/// An encoder of clusters.
+pub(crate) fn encoder() -> Result<Box<dyn Encoder>> {
+    let context = zstd::bulk::Compressor::new(LEVEL).map_err(|_| no_memory())?;
+    Ok(Box::new(ClusterZstd { context }))
+}
+
+/// Compresses clusters, each into one frame.
+struct ClusterZstd {
+    context: zstd::bulk::Compressor<'static>,
+}
+
+impl Encoder for ClusterZstd {
+    fn encode(&mut self, cluster: &[u8], out: &mut Vec<u8>) -> Result<bool> {
+        out.clear();
+        out.resize(cluster.len().saturating_sub(1), 0);
+        // With room for less than the cluster, the only failure is that it does not get smaller.
+        let done = self.context.compress_to_buffer(cluster, out.as_mut_slice());
+        out.truncate(*done.as_ref().unwrap_or(&0));
+        Ok(done.is_ok())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn several_frames_fill_one_cluster() {
+        let cluster: Vec<u8> = (0..4096_u32).flat_map(|i| (i / 3).to_le_bytes()).collect();
+        let mut bytes = Vec::new();
+        for part in cluster.chunks(5000) {
+            bytes.extend(zstd::bulk::compress(part, 1).unwrap());
+        }
+        bytes.extend_from_slice(&[0; 100]);
+        let mut back = vec![0; cluster.len()];
+        decode(&bytes, &mut back).unwrap();
+        assert_eq!(back, cluster);
+    }
+
+    #[test]
+    fn a_frame_that_would_go_on_stops_at_the_cluster() {
+        let bytes = zstd::bulk::compress(&[9; 70000], 1).unwrap();
+        let mut back = vec![0; 65536];
+        decode(&bytes, &mut back).unwrap();
+        assert_eq!(back, vec![9; 65536]);
+    }
+}
