@@ -13,7 +13,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::{
-    ByteRange, Device, Encoded, Error, ErrorKind, Extent, ExtentKind, Layer, Limits, Preallocation,
+    ByteRange, Device, Encoded, Error, ErrorKind, Extent, ExtentKind, Holes, Layer, Limits, Preallocation,
     ResizeRequest, Result, Run, RunKind, Want, WriteRun, ZeroMode, align_down, align_up, is_zero,
 };
 
@@ -129,7 +129,7 @@ impl Image {
     }
 
     /// Who has the bytes at the start of `range`: the image of the chain, how deep it is, and the run. What lies beyond
-    /// the end of a short backing image is unallocated in the image above it.
+    /// the end of a short image below is unallocated in the image above it.
     fn resolve(&self, range: ByteRange) -> Result<(&Image, u32, Run)> {
         let (mut image, mut depth, mut range) = (self, 0, range);
         loop {
@@ -142,8 +142,7 @@ impl Image {
             let (RunKind::Unallocated, Some(below)) = (&run.kind, &image.backing) else {
                 return Ok((image, depth, run));
             };
-            range = range.first(run.len);
-            let there = range.intersect(ByteRange::new(0, below.len()));
+            let there = range.first(run.len).intersect(ByteRange::new(0, below.len()));
             if there.is_empty() {
                 return Ok((image, depth, run));
             }
@@ -370,12 +369,12 @@ impl Device for Image {
                 holes,
             } => {
                 let inside = ByteRange::at(offset, run.len).intersect(ByteRange::new(0, device.len()));
-                if want == Want::Zeroes && holes && !inside.is_empty() {
+                if want == Want::Zeroes && holes != Holes::Ignored && !inside.is_empty() {
                     let below = device.status(inside, want)?;
-                    let kind = if below.kind.is_zero() {
-                        ExtentKind::Hole
-                    } else {
-                        ExtentKind::Data
+                    let kind = match (below.kind.is_zero(), holes) {
+                        (false, _) => ExtentKind::Data,
+                        (true, Holes::Zero) => ExtentKind::Zero,
+                        (true, _) => ExtentKind::Hole,
                     };
                     extent(below.len.min(run.len), kind, Some((device, offset)))
                 } else {

@@ -165,8 +165,8 @@ pub enum RunKind {
         device: Arc<dyn Device>,
         /// The offset there.
         offset: u64,
-        /// Whether holes of `device` are worth looking for: the storage below may know zeroes that the tables do not.
-        holes: bool,
+        /// What a hole of `device` there means.
+        holes: Holes,
     },
     /// They read as zero, whatever is below; storage may be set aside.
     Zero {
@@ -177,6 +177,17 @@ pub enum RunKind {
     Unallocated,
     /// In encoded form; the run lies inside the cluster named.
     Encoded(Encoded),
+}
+
+/// What it means for a run of data that the device has no storage for some of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Holes {
+    /// Nothing that is worth asking for.
+    Ignored,
+    /// The bytes are zero; as far as the format is concerned they are data all the same.
+    ZeroData,
+    /// The bytes are zero and that is all: the format has no say of its own.
+    Zero,
 }
 
 /// Where an encoded cluster is stored.

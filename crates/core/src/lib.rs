@@ -35,7 +35,7 @@ pub use format::{CreateRequest, Format, Measure, MeasureSource, OpenRequest, Pro
 pub use gate::{Gate, Permissions, Reference, Role};
 pub use image::Image;
 pub use info::{Detail, DetailValue, Info, SnapshotInfo};
-pub use layer::{Backing, Encoded, Encoder, Layer, ResizeRequest, Run, RunKind, WritePlan, WriteRun};
+pub use layer::{Backing, Encoded, Encoder, Holes, Layer, ResizeRequest, Run, RunKind, WritePlan, WriteRun};
 pub use memory::MemoryDevice;
 pub use progress::Progress;
 pub use range::{ByteRange, align_down, align_up, div_ceil};

@@ -219,11 +219,19 @@ impl Prepared {
         if outcome.is_err() && !file.is_device() && self.format.name() != "raw" {
             // The failure that led here is the one to report.
             let _ = fs::remove_file(file.name());
+            if let Some(data_file) = self.options.text("data_file") {
+                let _ = fs::remove_file(Target::plain(data_file).path);
+            }
         }
         outcome.map_err(|error| match error.errno() {
             Some(EFBIG) => Error::unsupported(format!(
-                "The image size is too large for file format '{}'",
-                self.format.name()
+                "The image size is too large for file format '{}'{}",
+                self.format.name(),
+                if self.options.has("cluster_size") {
+                    " (try using a larger cluster size)"
+                } else {
+                    ""
+                }
             )),
             _ => error,
         })

@@ -30,8 +30,11 @@
 mod create;
 mod gate;
 mod guess;
+mod map;
 mod open;
 mod probe;
+mod resize;
+mod snapshot;
 
 pub use create::{Creation, Prepared};
 pub use diskimage_core::*;
@@ -40,5 +43,8 @@ pub use diskimage_protocols::{
     CREATE_OPTIONS as FILE_CREATE_OPTIONS, CacheMode, File, FileCreation, ProtocolKind, Target,
 };
 pub use gate::FileGate;
+pub use map::{MappedExtent, map};
 pub use open::{OpenOptions, open, open_device};
 pub use probe::probe;
+pub use resize::{ShrinkPolicy, resize};
+pub use snapshot::{SnapshotSelector, open_snapshot};

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use diskimage_core::options::{OptionDef, OptionKind, Options};
 use diskimage_core::{
-    ByteRange, CreateRequest, Device, Error, Format, Info, Layer, Measure, MeasureSource, OpenRequest,
+    ByteRange, CreateRequest, Device, Error, Format, Holes, Info, Layer, Measure, MeasureSource, OpenRequest,
     Permissions, Preallocation, Probe, ResizeRequest, Result, Run, RunKind, Score, WritePlan, WriteRun,
     ZeroMode, align_up,
 };
@@ -157,7 +157,7 @@ impl Layer for RawLayer {
                 kind: RunKind::Data {
                     device: self.device(),
                     offset: range.start(),
-                    holes: true,
+                    holes: Holes::Zero,
                 },
             }
         })

@@ -3,13 +3,13 @@
 use std::ffi::{OsStr, OsString};
 
 use super::{LARGEST, unavailable};
-use diskimage::CacheMode;
+use diskimage::{CacheMode, SnapshotSelector};
 
 use crate::objects::Objects;
 use crate::out::Console;
 use crate::words::{
-    Command, CreateOptions, Flag, Operand, Parser, SnapshotName, Source, Stop, count, size, source_cache,
-    target_cache, text,
+    Command, CreateOptions, Flag, Operand, Parser, Source, Stop, count, size, snapshot_selector,
+    source_cache, target_cache, text,
 };
 
 /// The table of `convert`.
@@ -215,7 +215,7 @@ pub struct Args {
     /// How they are cached.
     pub source_cache: CacheMode,
     /// The internal snapshot that counts instead of the present state.
-    pub snapshot: Option<SnapshotName>,
+    pub snapshot: Option<SnapshotSelector>,
     /// Take no locks on the sources that others could mind.
     pub force_share: bool,
     /// Where the copy goes. Its format is given, but for a specification.
@@ -264,7 +264,7 @@ struct Given {
     source_format: Option<String>,
     image_opts: bool,
     source_cache: Option<OsString>,
-    snapshot: Option<SnapshotName>,
+    snapshot: Option<SnapshotSelector>,
     force_share: bool,
     target_format: Option<String>,
     target_image_opts: bool,
@@ -310,7 +310,7 @@ impl Given {
             "progress" => self.progress = true,
             "source-format" => self.source_format = Some(text(value)?),
             "source-image-opts" => self.image_opts = true,
-            "source-snapshot" => self.snapshot = Some(SnapshotName::read(value)?),
+            "source-snapshot" => self.snapshot = Some(snapshot_selector(value)?),
             "source-cache" => self.source_cache = Some(value),
             "target-format" => self.target_format = Some(text(value)?),
             "target-image-opts" => self.target_image_opts = true,

@@ -1,6 +1,9 @@
 //! `info`: shows what is known of an image.
 
-use diskimage::{Image, OpenOptions};
+use std::collections::HashSet;
+use std::sync::Arc;
+
+use diskimage::{Device, Image, OpenOptions, Target};
 
 use super::only_image;
 use crate::facts::Facts;
@@ -8,7 +11,7 @@ use crate::json::Value;
 use crate::objects::Objects;
 use crate::out::Console;
 use crate::source::open_source;
-use crate::words::{Command, Flag, Operand, OutputFormat, Parser, Source, Stop, text};
+use crate::words::{Command, Flag, ImageName, Operand, OutputFormat, Parser, Source, Stop, text};
 
 /// The table of `info`.
 pub static COMMAND: Command = Command {
@@ -101,13 +104,7 @@ impl Args {
 /// What is wrong with the words, and images that cannot be opened.
 pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     let args = Args::parse(words)?;
-    let options = OpenOptions::new()
-        .no_data(true)
-        .no_backing(!args.backing_chain)
-        .force_share(args.force_share);
-    let top = open_source(&args.image, options, console)?;
-    let chain: Vec<&Image> =
-        std::iter::successors(Some(&*top), |image| image.backing().map(|below| &**below)).collect();
+    let chain = open_each(&args, console)?;
     match args.output {
         OutputFormat::Human => {
             let texts: Result<Vec<_>, Stop> =
@@ -126,4 +123,35 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
         }
     }
     Ok(0)
+}
+
+/// Opens the image, and if asked for those below it one by one: a chain with a broken end is reported in words about the
+/// image that is broken.
+fn open_each(args: &Args, console: &Console) -> Result<Vec<Arc<Image>>, Stop> {
+    let mut source = args.image.clone();
+    let mut chain: Vec<Arc<Image>> = Vec::new();
+    let mut seen = HashSet::new();
+    loop {
+        if !seen.insert(source.name.shown()) {
+            return Err(Stop::wrong(format!(
+                "Backing file '{}' creates an infinite loop.",
+                source.name.shown()
+            )));
+        }
+        let options = OpenOptions::new()
+            .no_data(true)
+            .no_backing(true)
+            .force_share(args.force_share);
+        let image = open_source(&source, options, console)?;
+        let below = image.layer().backing().filter(|_| args.backing_chain);
+        let next = below.map(|backing| Source {
+            name: ImageName::File(Target::resolve(&image.name(), &backing.name).into()),
+            format: backing.format,
+        });
+        chain.push(image);
+        match next {
+            Some(next) => source = next,
+            None => return Ok(chain),
+        }
+    }
 }

@@ -1,8 +1,12 @@
 //! `map`: shows where the bytes of an image are.
 
-use super::{LARGEST, only_image, unavailable};
+use diskimage::{ByteRange, Error, ExtentKind, Image, MappedExtent, OpenOptions, map};
+
+use super::{LARGEST, only_image};
 use crate::objects::Objects;
 use crate::out::Console;
+use crate::printable::printable;
+use crate::source::open_source;
 use crate::words::{Command, Flag, Operand, OutputFormat, Parser, Source, Stop, size, text};
 
 /// The table of `map`.
@@ -102,8 +106,118 @@ impl Args {
 /// Reads the words of `map` and does it.
 ///
 /// # Errors
-/// What is wrong with the words.
-pub fn run(words: Parser, _console: &Console) -> Result<u8, Stop> {
-    Args::parse(words)?;
-    Err(unavailable(&COMMAND))
+/// What is wrong with the words, images that cannot be opened, and damage in their tables.
+pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
+    let args = Args::parse(words)?;
+    let image = open_source(
+        &args.image,
+        OpenOptions::new().force_share(args.force_share),
+        console,
+    )?;
+    let range = ByteRange::at(args.start_offset, args.max_length.unwrap_or(u64::MAX));
+    let mut text = Buffered {
+        console,
+        text: String::new(),
+    };
+    match args.output {
+        OutputFormat::Human => human(&image, range, &mut text)?,
+        OutputFormat::Json => json(&image, range, &mut text)?,
+    }
+    Ok(0)
+}
+
+/// Text on its way to standard output, a good piece at a time.
+struct Buffered<'a> {
+    console: &'a Console,
+    text: String,
+}
+
+impl Buffered<'_> {
+    fn line(&mut self, line: &str) {
+        self.text.push_str(line);
+        if self.text.len() > 1 << 16 {
+            self.console.print(&std::mem::take(&mut self.text));
+        }
+    }
+}
+
+impl Drop for Buffered<'_> {
+    fn drop(&mut self) {
+        if !self.text.is_empty() {
+            self.console.print(&self.text);
+        }
+    }
+}
+
+/// A line for each run of data.
+fn human(image: &Image, range: ByteRange, text: &mut Buffered<'_>) -> Result<(), Stop> {
+    text.line(&format!(
+        "{:<16}{:<16}{:<16}File\n",
+        "Offset", "Length", "Mapped to"
+    ));
+    let hex = |number: u64| {
+        if number == 0 {
+            "0".to_owned()
+        } else {
+            format!("{number:#x}")
+        }
+    };
+    map(image, range, |extent| {
+        let data = matches!(extent.kind, ExtentKind::Data | ExtentKind::Compressed);
+        match &extent.host {
+            _ if !data => {}
+            Some((device, offset)) => text.line(&format!(
+                "{:<16}{:<16}{:<16}{}\n",
+                hex(extent.range.start()),
+                hex(extent.range.len()),
+                hex(*offset),
+                printable(&device.name())
+            )),
+            None => {
+                return Err(Error::unsupported(
+                    "File contains external, encrypted or compressed clusters.",
+                ));
+            }
+        }
+        Ok(())
+    })?;
+    Ok(())
+}
+
+/// An object for each extent; one of length zero where there is nothing to show.
+fn json(image: &Image, range: ByteRange, text: &mut Buffered<'_>) -> Result<(), Stop> {
+    let mut separator = "[";
+    map(image, range, |extent| {
+        text.line(&format!("{separator}{}", json_extent(&extent)));
+        separator = ",\n";
+        Ok(())
+    })?;
+    if separator == "[" {
+        text.line(&format!(
+            "[{{ \"start\": {}, \"length\": 0, \"depth\": 0, \"present\": false, \"zero\": false, \"data\": false, \
+             \"compressed\": false}}",
+            range.start()
+        ));
+    }
+    text.line("]\n");
+    Ok(())
+}
+
+fn json_extent(extent: &MappedExtent) -> String {
+    use ExtentKind::{Compressed, Data, Hole, Unallocated};
+    let offset = extent
+        .host
+        .as_ref()
+        .map_or_else(String::new, |(_, offset)| format!(", \"offset\": {offset}"));
+    format!(
+        "{{ \"start\": {}, \"length\": {}, \"depth\": {}, \"present\": {}, \"zero\": {}, \"data\": {}, \
+         \"compressed\": {}{offset}}}",
+        extent.range.start(),
+        extent.range.len(),
+        extent.depth,
+        extent.kind != Unallocated,
+        extent.kind.is_zero(),
+        matches!(extent.kind, Data | Compressed | Hole),
+        extent.kind == Compressed,
+    )
 }

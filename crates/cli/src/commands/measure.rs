@@ -1,10 +1,17 @@
 //! `measure`: tells how large an image would be.
 
-use super::{LARGEST, unavailable};
+use diskimage::options::Options;
+use diskimage::{
+    FILE_CREATE_OPTIONS, Measure, MeasureSource, OpenOptions, SnapshotSelector, format_by_name, open_snapshot,
+};
+
+use super::LARGEST;
+use crate::json::Value;
 use crate::objects::Objects;
 use crate::out::Console;
+use crate::source::open_source;
 use crate::words::{
-    Command, CreateOptions, Flag, Operand, OutputFormat, Parser, SnapshotName, Source, Stop, size, text,
+    Command, CreateOptions, Flag, Operand, OutputFormat, Parser, Source, Stop, size, snapshot_selector, text,
 };
 
 /// The table of `measure`.
@@ -97,7 +104,7 @@ pub enum Contents {
         /// The image.
         image: Source,
         /// The internal snapshot that counts instead of the present state.
-        snapshot: Option<SnapshotName>,
+        snapshot: Option<SnapshotSelector>,
     },
 }
 
@@ -119,7 +126,7 @@ impl Args {
                 "size" => length = Some(size("image size", &value, 0, LARGEST)?),
                 "format" => format = Some(text(value)?),
                 "image-opts" => image_opts = true,
-                "snapshot" => snapshot = Some(SnapshotName::read(value)?),
+                "snapshot" => snapshot = Some(snapshot_selector(value)?),
                 "output" => output = OutputFormat::read(&value)?,
                 "force-share" => force_share = true,
                 "object" => objects.add(value)?,
@@ -161,8 +168,53 @@ impl Args {
 /// Reads the words of `measure` and does it.
 ///
 /// # Errors
-/// What is wrong with the words.
-pub fn run(words: Parser, _console: &Console) -> Result<u8, Stop> {
-    Args::parse(words)?;
-    Err(unavailable(&COMMAND))
+/// What is wrong with the words, and images that cannot be opened or measured.
+pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
+    let args = Args::parse(words)?;
+    let source = match &args.contents {
+        Contents::Empty(_) => None,
+        Contents::Image { image, snapshot } => {
+            let image = open_source(image, OpenOptions::new().force_share(args.force_share), console)?;
+            Some(match snapshot {
+                Some(snapshot) => open_snapshot(&image, snapshot)?,
+                None => image,
+            })
+        }
+    };
+    let format = format_by_name(&args.target_format)
+        .ok_or_else(|| Stop::wrong(format!("Unknown file format '{}'", args.target_format)))?;
+    let mut options = Options::merged(&[format.create_options(), FILE_CREATE_OPTIONS]);
+    if let Some(list) = &args.options {
+        options.parse(list)?;
+    }
+    let source = match (&source, &args.contents) {
+        (Some(image), _) => MeasureSource::Image(image),
+        (None, Contents::Empty(size)) => MeasureSource::Size(*size),
+        (None, Contents::Image { .. }) => unreachable!("an image is opened above"),
+    };
+    let measured = format.measure(&options, source)?;
+    console.print(&match args.output {
+        OutputFormat::Human => human(&measured),
+        OutputFormat::Json => json(&measured).pretty(),
+    });
+    Ok(0)
+}
+
+fn human(measured: &Measure) -> String {
+    let bitmaps = measured
+        .bitmaps
+        .map_or_else(String::new, |bytes| format!("bitmaps size: {bytes}\n"));
+    format!(
+        "required size: {}\nfully allocated size: {}\n{bitmaps}",
+        measured.required, measured.fully_allocated
+    )
+}
+
+fn json(measured: &Measure) -> Value {
+    let bitmaps = measured.bitmaps.map(|bytes| ("bitmaps", bytes.into()));
+    let sizes = [
+        ("required", measured.required.into()),
+        ("fully-allocated", measured.fully_allocated.into()),
+    ];
+    Value::object(bitmaps.into_iter().chain(sizes))
 }

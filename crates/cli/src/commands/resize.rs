@@ -2,12 +2,13 @@
 
 use std::ffi::OsStr;
 
-use diskimage_core::Preallocation;
-use diskimage_core::options::read_size;
+use diskimage::options::read_size;
 
-use super::unavailable;
+use diskimage::{Device, OpenOptions, Preallocation, ShrinkPolicy, resize};
+
 use crate::objects::Objects;
 use crate::out::Console;
+use crate::source::open_source;
 use crate::words::{Command, Flag, Operand, Parser, Source, Stop, text};
 
 /// The table of `resize`.
@@ -162,11 +163,33 @@ fn read_preallocation(value: &str) -> Result<Preallocation, Stop> {
 /// Reads the words of `resize` and does it.
 ///
 /// # Errors
-/// What is wrong with the words.
-pub fn run(words: Parser, _console: &Console) -> Result<u8, Stop> {
-    Args::parse(words)?;
-    Err(unavailable(&COMMAND))
+/// What is wrong with the words, and what keeps the image from its new size.
+pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
+    let args = Args::parse(words)?;
+    let image = open_source(&args.image, OpenOptions::new().write(true).resize(true), console)?;
+    let present = image.len();
+    let Some(size) = args.size.apply(present) else {
+        return Err(Stop::wrong("New image size must be positive"));
+    };
+    let policy = if args.shrink {
+        ShrinkPolicy::Allow
+    } else {
+        ShrinkPolicy::Refuse
+    };
+    if let Err(error) = resize(&image, size, args.preallocation, policy) {
+        let stop = Stop::from(error);
+        let refused = size < present && args.preallocation == Preallocation::Off && !args.shrink;
+        return Err(if refused { stop.and(SHRINK_WARNING) } else { stop });
+    }
+    if !args.quiet {
+        console.print("Image resized.\n");
+    }
+    Ok(0)
 }
+
+/// What the original says to those who would lose data.
+const SHRINK_WARNING: &str = "warning: Shrinking an image will delete all data beyond the shrunken image's end. Before \
+                              performing such an operation, make sure there is no important data there.";
 
 #[cfg(test)]
 mod tests {

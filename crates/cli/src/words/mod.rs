@@ -16,6 +16,6 @@ pub use parser::Parser;
 pub use stop::{Prefix, Stop, Wrong};
 pub use table::{Command, Flag, Operand};
 pub use values::{
-    CreateOptions, ImageName, OutputFormat, SnapshotName, Source, count, size, source_cache, target_cache,
-    text,
+    CreateOptions, ImageName, OutputFormat, Source, count, size, snapshot_selector, source_cache,
+    target_cache, text,
 };

@@ -2,7 +2,7 @@
 
 use std::ffi::{OsStr, OsString};
 
-use diskimage::CacheMode;
+use diskimage::{CacheMode, SnapshotSelector};
 use diskimage_core::options;
 use diskimage_core::size::{SizeError, parse_number, parse_size};
 
@@ -184,39 +184,23 @@ impl CreateOptions {
     }
 }
 
-/// Which internal snapshot `-l` means.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum SnapshotName {
-    /// The one with this identifier, or else this name.
-    Either(String),
-    /// The one with exactly this identifier and name, as far as they are given.
-    Exact {
-        /// Its identifier.
-        id: Option<String>,
-        /// Its name.
-        name: Option<String>,
-    },
-}
-
-impl SnapshotName {
-    /// Reads `NAME`, or `snapshot.id=ID,snapshot.name=NAME`.
-    ///
-    /// # Errors
-    /// Other parameters.
-    pub fn read(value: OsString) -> Result<Self, Stop> {
-        let value = text(value)?;
-        if !value.starts_with("snapshot.") {
-            return Ok(Self::Either(value));
-        }
-        let mut parameters = options::Options::new(&SNAPSHOT_PARAMETERS);
-        parameters
-            .parse(&value)
-            .map_err(|error| Stop::from(error).and(format!("Failed in parsing snapshot param '{value}'")))?;
-        Ok(Self::Exact {
-            id: parameters.text("snapshot.id").map(str::to_owned),
-            name: parameters.text("snapshot.name").map(str::to_owned),
-        })
+/// Reads the value of `-l`: `NAME`, or `snapshot.id=ID,snapshot.name=NAME`.
+///
+/// # Errors
+/// Other parameters.
+pub fn snapshot_selector(value: OsString) -> Result<SnapshotSelector, Stop> {
+    let value = text(value)?;
+    if !value.starts_with("snapshot.") {
+        return Ok(SnapshotSelector::Either(value));
     }
+    let mut parameters = options::Options::new(&SNAPSHOT_PARAMETERS);
+    parameters
+        .parse(&value)
+        .map_err(|error| Stop::from(error).and(format!("Failed in parsing snapshot param '{value}'")))?;
+    Ok(SnapshotSelector::Exact {
+        id: parameters.text("snapshot.id").map(str::to_owned),
+        name: parameters.text("snapshot.name").map(str::to_owned),
+    })
 }
 
 static SNAPSHOT_PARAMETERS: [options::OptionDef; 2] = [
@@ -303,18 +287,18 @@ mod tests {
     #[test]
     fn snapshots_are_named_loosely_or_exactly() {
         assert_eq!(
-            SnapshotName::read("a=b".into()),
-            Ok(SnapshotName::Either("a=b".into()))
+            snapshot_selector("a=b".into()),
+            Ok(SnapshotSelector::Either("a=b".into()))
         );
         assert_eq!(
-            SnapshotName::read("snapshot.name=x".into()),
-            Ok(SnapshotName::Exact {
+            snapshot_selector("snapshot.name=x".into()),
+            Ok(SnapshotSelector::Exact {
                 id: None,
                 name: Some("x".into())
             })
         );
         assert_eq!(
-            SnapshotName::read("snapshot.foo=x".into()),
+            snapshot_selector("snapshot.foo=x".into()),
             Err(Stop::wrong("Invalid parameter 'snapshot.foo'")
                 .and("Failed in parsing snapshot param 'snapshot.foo=x'"))
         );

@@ -74,11 +74,16 @@ mod tests {
     #[test]
     fn the_full_window_is_understood() {
         // A match 32 KiB back, which a decoder with a window of 4 KiB could not follow.
-        let mut cluster: Vec<u8> = (0..65536_u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+        let mut cluster: Vec<u8> = (0..65536_u32)
+            .map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8)
+            .collect();
         cluster.copy_within(..32768, 32768);
         let mut wide = Deflate::new(9, false, 15);
         let mut bytes = vec![0; 65536];
-        assert_eq!(wide.compress(&cluster, &mut bytes, DeflateFlush::Finish), Ok(Status::StreamEnd));
+        assert_eq!(
+            wide.compress(&cluster, &mut bytes, DeflateFlush::Finish),
+            Ok(Status::StreamEnd)
+        );
         let mut back = vec![0; 65536];
         decode(&bytes, &mut back).unwrap();
         assert_eq!(back, cluster);

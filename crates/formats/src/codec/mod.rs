@@ -109,7 +109,10 @@ mod tests {
             let mut back = vec![0; CLUSTER];
             assert!(decode(&bytes[..bytes.len() / 2], &mut back).is_err());
             assert!(decode(&[], &mut back).is_err());
-            assert!(decode(&bytes, &mut vec![0; CLUSTER + 1]).is_err(), "too little for it");
+            assert!(
+                decode(&bytes, &mut vec![0; CLUSTER + 1]).is_err(),
+                "too little for it"
+            );
         }
     }
 

@@ -28,7 +28,10 @@ pub(crate) fn decode(bytes: &[u8], cluster: &mut [u8]) -> Result<()> {
         let (mut bytes, mut rest) = (bytes, cluster);
         while !rest.is_empty() {
             let len = find_frame_compressed_size(bytes).map_err(|_| damaged())?;
-            let frame = bytes.get(..len).filter(|frame| !frame.is_empty()).ok_or_else(damaged)?;
+            let frame = bytes
+                .get(..len)
+                .filter(|frame| !frame.is_empty())
+                .ok_or_else(damaged)?;
             // In one call the context needs no window of its own, whatever the frame claims.
             let Ok(done) = context.decompress(rest, frame) else {
                 return stream(context, bytes, rest);
@@ -42,7 +45,9 @@ pub(crate) fn decode(bytes: &[u8], cluster: &mut [u8]) -> Result<()> {
 
 /// Fills `cluster` from a stream that may go on after it is full.
 fn stream(context: &mut DCtx<'_>, bytes: &[u8], cluster: &mut [u8]) -> Result<()> {
-    context.reset(ResetDirective::SessionOnly).map_err(|_| damaged())?;
+    context
+        .reset(ResetDirective::SessionOnly)
+        .map_err(|_| damaged())?;
     context
         .set_parameter(DParameter::WindowLogMax(MAX_WINDOW_LOG))
         .map_err(|_| damaged())?;

@@ -46,7 +46,7 @@ pub(super) fn create(request: &CreateRequest<'_>) -> Result<()> {
         (mode, _) => mode,
     };
     image.grow_to(&ResizeRequest {
-        len: request.size,
+        len: request.size.next_multiple_of(512),
         preallocation,
     })?;
     diskimage_core::Layer::flush(&*image)?;
@@ -98,11 +98,9 @@ fn header_cluster(wanted: &Wanted) -> Result<Vec<u8>> {
     // Version 2 images are written with the short header, whose fields beyond it read as zero.
     let header_len = if wanted.version >= 3 { HEADER_LEN } else { 72 };
     let backing = wanted.backing_file.as_deref().unwrap_or_default();
-    let room = usize::try_from(size)
-        .unwrap_or(usize::MAX)
-        .saturating_sub(header_len + backing.len());
+    let with_names = wanted.version >= 3 && size >= MIN_CLUSTER_FOR_NAMES;
     let (format, data_file) = (wanted.backing_format.as_deref(), wanted.data_file.as_deref());
-    let extensions = extension::write(wanted.version, format, data_file, room);
+    let extensions = extension::write(with_names, format, data_file);
     let backing_offset = header_len + extensions.len();
     if backing.len() as u64 > u64::from(limit::BACKING_NAME) {
         return Err(Error::invalid("Backing file name too long"));
@@ -143,6 +141,9 @@ fn header_cluster(wanted: &Wanted) -> Result<Vec<u8>> {
     bytes.extend_from_slice(backing.as_bytes());
     Ok(bytes)
 }
+
+/// Images with smaller clusters carry no feature names, as with the original: the header has to fit into one.
+const MIN_CLUSTER_FOR_NAMES: u64 = 8192;
 
 /// A device whose flush waits: a new image holds nothing that order could protect, so it is made durable once, at the
 /// end.

@@ -121,14 +121,9 @@ fn bitmaps(data: &[u8]) -> Result<BitmapsExtension> {
     Ok(extension)
 }
 
-/// The extensions of a new image, end marker included. The feature names are left out where they would not fit into
-/// `room` bytes: images with the smallest clusters do without them.
-pub(super) fn write(
-    version: u32,
-    backing_format: Option<&str>,
-    data_file: Option<&str>,
-    room: usize,
-) -> Vec<u8> {
+/// The extensions of a new image, end marker included. The feature names are left out unless `with_names` is set: images
+/// with the smallest clusters, and those of version 2, do without them.
+pub(super) fn write(with_names: bool, backing_format: Option<&str>, data_file: Option<&str>) -> Vec<u8> {
     let mut area = Vec::new();
     if let Some(format) = backing_format {
         put(&mut area, kind::BACKING_FORMAT, format.as_bytes());
@@ -136,8 +131,7 @@ pub(super) fn write(
     if let Some(name) = data_file {
         put(&mut area, kind::DATA_FILE, name.as_bytes());
     }
-    let names_len = 8 + NAMES.len() * NAME_ENTRY_LEN;
-    if version >= 3 && area.len() + names_len + 8 < room {
+    if with_names {
         let mut table = Vec::new();
         for (kind, bit, name) in NAMES {
             let mut entry = [0; NAME_ENTRY_LEN];
@@ -165,7 +159,7 @@ mod tests {
 
     #[test]
     fn what_is_written_is_read() {
-        let found = parse(&write(3, Some("raw"), Some("data"), 1000)).expect("valid");
+        let found = parse(&write(true, Some("raw"), Some("data"))).expect("valid");
         assert_eq!(found.backing_format.as_deref(), Some("raw"));
         assert_eq!(found.data_file.as_deref(), Some("data"));
         assert_eq!(found.feature_names.len(), NAMES.len());
@@ -173,7 +167,7 @@ mod tests {
 
     #[test]
     fn an_extension_past_its_area_is_refused() {
-        let mut area = write(2, Some("raw"), None, 1000);
+        let mut area = write(false, Some("raw"), None);
         area[7] = 200;
         let error = parse(&area).map(|_| ()).map_err(|error| error.chain());
         assert_eq!(error, Err("Header extension too large".to_owned()));

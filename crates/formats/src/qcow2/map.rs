@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use diskimage_core::{ByteRange, Device, Error, Result, Run, RunKind};
+use diskimage_core::{ByteRange, Device, Error, Holes, Result, Run, RunKind};
 
 use super::Qcow2;
 use super::entry::{Cluster, L2Entry, OFFSET_MASK, Subclusters, encoded};
@@ -111,7 +111,11 @@ impl Qcow2 {
             Piece::Data(offset) => RunKind::Data {
                 device: self.data_device(),
                 offset,
-                holes: self.is_sparse(),
+                holes: if self.is_sparse() {
+                    Holes::ZeroData
+                } else {
+                    Holes::Ignored
+                },
             },
             Piece::Compressed {
                 offset,

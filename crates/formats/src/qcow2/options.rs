@@ -102,18 +102,6 @@ pub(super) const CREATE: &[OptionDef] = &[
         None,
     ),
     option(
-        "data_file",
-        OptionKind::Text,
-        "File name of an external data file",
-        None,
-    ),
-    option(
-        "data_file_raw",
-        OptionKind::Flag,
-        "The external data file must stay valid as a raw image",
-        None,
-    ),
-    option(
         "backing_file",
         OptionKind::Text,
         "File name of a base image",
@@ -123,6 +111,18 @@ pub(super) const CREATE: &[OptionDef] = &[
         "backing_fmt",
         OptionKind::Text,
         "Image format of the base image",
+        None,
+    ),
+    option(
+        "data_file",
+        OptionKind::Text,
+        "File name of an external data file",
+        None,
+    ),
+    option(
+        "data_file_raw",
+        OptionKind::Flag,
+        "The external data file must stay valid as a raw image",
         None,
     ),
     option(
@@ -136,18 +136,6 @@ pub(super) const CREATE: &[OptionDef] = &[
         OptionKind::Number,
         "Width of a reference count entry in bits",
         Some("16"),
-    ),
-    option(
-        "nocow",
-        OptionKind::Flag,
-        "Turn off copy-on-write (valid only on btrfs)",
-        None,
-    ),
-    option(
-        "extent_size_hint",
-        OptionKind::Size,
-        "Extent size hint for the image file, 0 to disable",
-        None,
     ),
 ];
 
@@ -236,7 +224,7 @@ impl Wanted {
             && !self.geometry.extended_l2
         {
             return Err(Error::invalid(
-                "Backing file and preallocation can only be used at the same time if extended_l2 is enabled",
+                "Backing file and preallocation can only be used at the same time if extended_l2 is on",
             ));
         }
         if self.lazy_refcounts && self.version < 3 {

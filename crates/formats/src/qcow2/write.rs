@@ -380,7 +380,15 @@ impl Qcow2 {
         let mut rest = range;
         while !rest.is_empty() {
             let part = rest.first((rest.start() / step + 1).saturating_mul(step) - rest.start());
-            let plan = Plan::new(self, part)?;
+            let mut plan = Plan::new(self, part)?;
+            for change in plan
+                .changes
+                .iter_mut()
+                .filter(|_| self.header.geometry.extended_l2)
+            {
+                // A cluster is there, but none of its subclusters: what is below stays visible.
+                change.new.sub = change.old.sub;
+            }
             for run in &plan.runs {
                 let host = ByteRange::at(run.offset, run.guest.len());
                 match mode {
