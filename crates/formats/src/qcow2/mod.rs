@@ -16,6 +16,7 @@
 //! * `create`, `resize`, `measure`, `check`, `snapshot`, `bitmap`, `info`: operations.
 
 mod bitmap;
+mod check;
 mod compress;
 mod create;
 mod entry;
@@ -209,7 +210,7 @@ impl Qcow2 {
                 .write_at(&(autoclear & Autoclear::KNOWN).to_be_bytes(), field::AUTOCLEAR)?;
         }
         if self.header.features.incompatible.has(Incompatible::DIRTY) && !for_check {
-            self.check(Repair::All, &Progress::none())?;
+            self.run_check(Repair::All, &Progress::none())?;
         }
         Ok(())
     }
@@ -328,8 +329,8 @@ impl Layer for Qcow2 {
         self.measure_bitmaps(cluster_size)
     }
 
-    fn check(&self, _repair: Repair, _progress: &Progress<'_>) -> Result<CheckReport> {
-        Err(Error::unsupported("check comes next"))
+    fn check(&self, repair: Repair, progress: &Progress<'_>) -> Result<CheckReport> {
+        self.run_check(repair, progress)
     }
 
     fn resize(&self, request: &ResizeRequest) -> Result<()> {
