@@ -80,6 +80,9 @@ impl Console {
                 0
             }
             Stop::Wrong(wrong) => {
+                if let Some(notice) = &wrong.notice {
+                    self.print_error(&format!("{notice}\n"));
+                }
                 for message in &wrong.messages {
                     match wrong.prefix {
                         Prefix::Program => self.error(message),

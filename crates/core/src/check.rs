@@ -12,8 +12,9 @@ pub enum Repair {
     All,
 }
 
-/// The outcome of a check. Counters follow the original's report.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+/// The outcome of a check. Counters follow the original's report; what was found and done is told line by line on the
+/// way, see [`Progress::tell`](crate::Progress::tell).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct CheckReport {
     /// Inconsistencies that can lose data.
     pub corruptions: u64,
@@ -35,7 +36,4 @@ pub struct CheckReport {
     pub compressed_clusters: u64,
     /// How many of those do not follow the one before.
     pub fragmented_clusters: u64,
-    /// What was found and done, a line each as the original prints them (`ERROR ...`, `Leaked cluster ...`), in
-    /// order.
-    pub messages: Vec<String>,
 }

@@ -44,6 +44,7 @@ struct Inner {
     message: String,
     source: Option<Error>,
     hint: Option<String>,
+    notice: Option<String>,
     errno: Option<i32>,
 }
 
@@ -56,6 +57,7 @@ impl Error {
                 message: message.into(),
                 source: None,
                 hint: None,
+                notice: None,
                 errno: None,
             }),
         }
@@ -91,6 +93,7 @@ impl Error {
                 message: message.into(),
                 source: Some(self),
                 hint: None,
+                notice: None,
                 errno,
             }),
         }
@@ -101,6 +104,18 @@ impl Error {
     pub fn hint(mut self, hint: impl Into<String>) -> Self {
         self.inner.hint = Some(hint.into());
         self
+    }
+
+    /// Adds a line to be shown before the error: what was found where the error itself only says that it failed.
+    #[must_use]
+    pub fn notice(mut self, notice: impl Into<String>) -> Self {
+        self.inner.notice = Some(notice.into());
+        self
+    }
+
+    /// The line to be shown before the error, if any level has one.
+    pub fn notice_line(&self) -> Option<&str> {
+        self.levels().find_map(|level| level.inner.notice.as_deref())
     }
 
     /// What kind of failure this is.
@@ -127,14 +142,11 @@ impl Error {
 
     /// The hint closest to the top, if any level has one.
     pub fn hint_line(&self) -> Option<&str> {
-        let mut level = Some(self);
-        while let Some(error) = level {
-            if let Some(hint) = &error.inner.hint {
-                return Some(hint);
-            }
-            level = error.inner.source.as_ref();
-        }
-        None
+        self.levels().find_map(|level| level.inner.hint.as_deref())
+    }
+
+    fn levels(&self) -> impl Iterator<Item = &Self> {
+        std::iter::successors(Some(self), |level| level.inner.source.as_ref())
     }
 
     /// The words at the bottom of the chain, which the original prints alone where it reports an error number.

@@ -109,10 +109,14 @@ impl Image {
                 .len
                 .min(self.backing.as_ref().map_or(0, |below| below.len())),
         );
+        let mode = match request.preallocation {
+            Preallocation::Off => ZeroMode::Unmap,
+            _ => ZeroMode::KeepAllocated,
+        };
         if uncovered.is_empty() {
             Ok(())
         } else {
-            self.write_zeroes(uncovered, ZeroMode::Unmap)
+            self.write_zeroes(uncovered, mode)
         }
     }
 

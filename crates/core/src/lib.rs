@@ -37,6 +37,6 @@ pub use image::Image;
 pub use info::{Detail, DetailValue, Info, SnapshotInfo};
 pub use layer::{Backing, Encoded, Encoder, Holes, Layer, ResizeRequest, Run, RunKind, WritePlan, WriteRun};
 pub use memory::MemoryDevice;
-pub use progress::Progress;
+pub use progress::{Note, Progress};
 pub use range::{ByteRange, align_down, align_up, div_ceil};
 pub use zero::{is_zero, leading};

@@ -1,22 +1,48 @@
-//! How operations tell how far they are.
+//! How operations tell how far they are and what they come across.
 
 use std::fmt;
 
-/// A callback that takes how much of how much is done; the unit is the operation's own.
+/// Callbacks of a running operation: how much of how much is done, in a unit of the operation's own, and lines to show
+/// while it runs. Lines are handed over one by one, since a damaged image can have millions of them.
 #[derive(Clone, Copy)]
 pub struct Progress<'a> {
     report: Option<&'a (dyn Fn(u64, u64) + Sync)>,
+    notes: Option<&'a (dyn Fn(&Note) + Sync)>,
+}
+
+/// A line to show, on the error stream as the original does.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Note {
+    /// The line, without its end; rarely several.
+    pub text: String,
+    /// Whether the original puts the program's name in front.
+    pub named: bool,
 }
 
 impl<'a> Progress<'a> {
     /// Reports to `report`, which may be called from any thread.
     pub fn new(report: &'a (dyn Fn(u64, u64) + Sync)) -> Self {
-        Self { report: Some(report) }
+        Self {
+            report: Some(report),
+            notes: None,
+        }
     }
 
     /// Reports to nobody.
     pub const fn none() -> Self {
-        Self { report: None }
+        Self {
+            report: None,
+            notes: None,
+        }
+    }
+
+    /// Hands lines to `notes`, too.
+    #[must_use]
+    pub fn with_notes(self, notes: &'a (dyn Fn(&Note) + Sync)) -> Self {
+        Self {
+            notes: Some(notes),
+            ..self
+        }
     }
 
     /// Tells that `done` of `total` is done.
@@ -25,12 +51,20 @@ impl<'a> Progress<'a> {
             report(done, total);
         }
     }
+
+    /// Shows a line.
+    pub fn tell(&self, note: &Note) {
+        if let Some(notes) = self.notes {
+            notes(note);
+        }
+    }
 }
 
 impl fmt::Debug for Progress<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Progress")
             .field("reports", &self.report.is_some())
+            .field("notes", &self.notes.is_some())
             .finish()
     }
 }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use diskimage_core::{ByteRange, Device, Extent, ExtentKind, Image, Result, Want};
+use diskimage_core::{ByteRange, Device, Extent, ExtentKind, Image, Result, ResultExt, Want};
 
 /// A run of bytes of the guest's disk that are alike.
 #[derive(Clone, Debug)]
@@ -51,7 +51,10 @@ pub fn map(image: &Image, range: ByteRange, mut found: impl FnMut(MappedExtent) 
     let mut rest = range.intersect(ByteRange::new(0, image.len()));
     let mut pending: Option<MappedExtent> = None;
     while !rest.is_empty() {
-        let next = MappedExtent::new(rest.start(), image.status(rest, Want::Zeroes)?);
+        let extent = image
+            .status(rest, Want::Zeroes)
+            .context(|| "Could not read file metadata")?;
+        let next = MappedExtent::new(rest.start(), extent);
         rest = rest.skip(next.range.len());
         pending = match pending.take() {
             Some(before) if before.continues_in(&next) => Some(MappedExtent {

@@ -1,6 +1,6 @@
 //! `check`: finds and repairs damage.
 
-use diskimage::{CacheMode, CheckReport, ErrorKind, Image, OpenOptions, Progress, Repair};
+use diskimage::{CacheMode, CheckReport, ErrorKind, Image, Note, OpenOptions, Progress, Repair};
 
 use super::only_image;
 
@@ -163,11 +163,14 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
 
 /// One pass over the image. What it finds is told on standard error.
 fn check_once(image: &Image, repair: Repair, console: &Console) -> diskimage::Result<CheckReport> {
-    let report = image.layer().check(repair, &Progress::none())?;
-    for message in &report.messages {
-        console.print_error(&format!("{message}\n"));
-    }
-    Ok(report)
+    let tell = |note: &Note| {
+        if note.named {
+            console.error(&note.text);
+        } else {
+            console.print_error(&format!("{}\n", note.text));
+        }
+    };
+    image.layer().check(repair, &Progress::none().with_notes(&tell))
 }
 
 fn failed(error: diskimage::Error) -> Stop {

@@ -186,15 +186,16 @@ fn human(image: &Image, range: ByteRange, text: &mut Buffered<'_>) -> Result<(),
 
 /// An object for each extent; one of length zero where there is nothing to show.
 fn json(image: &Image, range: ByteRange, text: &mut Buffered<'_>) -> Result<(), Stop> {
-    let mut separator = "[";
+    text.line("[");
+    let mut separator = "";
     map(image, range, |extent| {
         text.line(&format!("{separator}{}", json_extent(&extent)));
         separator = ",\n";
         Ok(())
     })?;
-    if separator == "[" {
+    if separator.is_empty() {
         text.line(&format!(
-            "[{{ \"start\": {}, \"length\": 0, \"depth\": 0, \"present\": false, \"zero\": false, \"data\": false, \
+            "{{ \"start\": {}, \"length\": 0, \"depth\": 0, \"present\": false, \"zero\": false, \"data\": false, \
              \"compressed\": false}}",
             range.start()
         ));

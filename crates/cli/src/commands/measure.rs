@@ -185,7 +185,12 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
         .ok_or_else(|| Stop::wrong(format!("Unknown file format '{}'", args.target_format)))?;
     let mut options = Options::merged(&[format.create_options(), FILE_CREATE_OPTIONS]);
     if let Some(list) = &args.options {
-        options.parse(list)?;
+        options.parse(list).map_err(|error| {
+            Stop::from(error).and(format!(
+                "Invalid options for file format '{}'",
+                args.target_format
+            ))
+        })?;
     }
     let source = match (&source, &args.contents) {
         (Some(image), _) => MeasureSource::Image(image),

@@ -18,6 +18,8 @@ pub struct Parser {
     letters: Vec<u8>,
     operands: Vec<OsString>,
     operands_end_options: bool,
+    /// The word before was an operand.
+    after_operand: bool,
 }
 
 impl Parser {
@@ -30,6 +32,7 @@ impl Parser {
             letters: Vec::new(),
             operands: Vec::new(),
             operands_end_options,
+            after_operand: false,
         }
     }
 
@@ -57,17 +60,19 @@ impl Parser {
         }
         while let Some(word) = self.words.next() {
             let bytes = word.as_bytes();
+            let after_operand = std::mem::take(&mut self.after_operand);
             if bytes == b"--" {
                 break;
             }
             if let Some(long) = bytes.strip_prefix(b"--") {
                 return self.long(long).map(Some);
             }
-            if bytes.len() > 1 && bytes[0] == b'-' && !self.is_negative_operand(bytes) {
+            if bytes.len() > 1 && bytes[0] == b'-' && !(after_operand && self.is_negative_operand(bytes)) {
                 self.letters = bytes[1..].to_vec();
                 return self.letter().map(Some);
             }
             self.operands.push(word);
+            self.after_operand = true;
             if self.operands_end_options {
                 break;
             }

@@ -16,6 +16,8 @@ pub enum Stop {
 pub struct Wrong {
     /// Messages, each printed after the prefix. Further lines of a message are printed without it.
     pub messages: Vec<String>,
+    /// A line printed before the messages as it is.
+    pub notice: Option<String>,
     /// What stands in front of each message.
     pub prefix: Prefix,
     /// Whether a line follows that points to `--help`.
@@ -38,6 +40,7 @@ impl Stop {
     pub fn wrong(message: impl Into<String>) -> Self {
         Self::Wrong(Wrong {
             messages: vec![message.into()],
+            notice: None,
             prefix: Prefix::Program,
             try_help: false,
             status: 1,
@@ -96,9 +99,13 @@ impl From<diskimage_core::options::OptionError> for Stop {
 impl From<diskimage::Error> for Stop {
     /// An error of the library: its levels joined by `": "`, then its hint on a line of its own.
     fn from(error: diskimage::Error) -> Self {
-        match error.hint_line() {
+        let mut stop = match error.hint_line() {
             Some(hint) => Self::wrong(format!("{}\n{hint}", error.chain())),
             None => Self::wrong(error.chain()),
+        };
+        if let Self::Wrong(wrong) = &mut stop {
+            wrong.notice = error.notice_line().map(str::to_owned);
         }
+        stop
     }
 }

@@ -13,8 +13,8 @@ use super::header::{Geometry, limit};
 
 /// The refcount of the cluster is exactly one: it may be written in place.
 pub(super) const COPIED: u64 = 1 << 63;
-const COMPRESSED: u64 = 1 << 62;
-const ZERO: u64 = 1;
+pub(super) const COMPRESSED: u64 = 1 << 62;
+pub(super) const ZERO: u64 = 1;
 /// Where host offsets are in L1 and L2 entries.
 pub(super) const OFFSET_MASK: u64 = (limit::HOST_OFFSET - 1) & !0x1ff;
 

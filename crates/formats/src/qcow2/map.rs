@@ -1,6 +1,7 @@
 //! Guest offsets to host offsets.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use diskimage_core::{ByteRange, Device, Error, Holes, Result, Run, RunKind};
 
@@ -129,15 +130,24 @@ impl Qcow2 {
     /// file are worth looking for. Asked once; the thresholds are those at which the original starts to look.
     fn is_sparse(&self) -> bool {
         *self.sparse.get_or_init(|| {
-            if self.has_data_file() {
-                return false;
-            }
             let size = self.header.geometry.cluster_size();
             let Some(stored) = self.file.allocated_bytes().map(|bytes| bytes / size) else {
                 return false;
             };
             self.file.len() / size > (stored * 10 / 9).max(stored + 2)
         })
+    }
+
+    /// The error of a request that met damaged tables. What is wrong is told the first time only: one damaged table can
+    /// fail any number of requests.
+    fn corruption(&self, what: &str) -> Error {
+        let error = Error::from_errno(EIO);
+        if self.corruption_told.swap(true, Ordering::Relaxed) {
+            return error;
+        }
+        error.notice(format!(
+            "qcow2: Image is corrupt: {what}; further non-fatal corruption events will be suppressed"
+        ))
     }
 
     pub(super) fn data_device(&self) -> Arc<dyn Device> {
@@ -158,9 +168,12 @@ impl Qcow2 {
             return Ok(None);
         }
         if !offset.is_multiple_of(len) || offset + len > limit::HOST_OFFSET {
-            return Err(Error::corrupt(format!(
-                "L2 table offset {offset:#x} unaligned (L1 index: {index:#x})"
-            )));
+            let what = format!(
+                "L2 table offset {} unaligned (L1 index: {})",
+                hex(offset),
+                hex(index)
+            );
+            return Err(self.corruption(&what));
         }
         Ok(Some(Table {
             class: Class::L2,
@@ -179,12 +192,16 @@ impl Qcow2 {
         } else {
             0
         };
-        L2Entry::parse(
+        let entry = L2Entry::parse(
             [word, bitmap],
             geometry,
             self.header.version,
             self.has_data_file(),
-        )
+        );
+        entry.map_err(|error| {
+            let place = format!("(L2 offset: {}, L2 index: {})", hex(l2.offset), hex(index));
+            self.corruption(&format!("{error} {place}"))
+        })
     }
 
     /// Changes entry `index` of an L2 table.
@@ -224,3 +241,15 @@ fn piece_at(entry: L2Entry, guest: u64, at: u64, subcluster: u64) -> Piece {
         Cluster::None | Cluster::Host(_) => Piece::Unallocated,
     }
 }
+
+/// A number as C prints it with `%#x`.
+fn hex(number: u64) -> String {
+    if number == 0 {
+        "0".to_owned()
+    } else {
+        format!("{number:#x}")
+    }
+}
+
+/// `Input/output error`.
+const EIO: i32 = 5;

@@ -6,11 +6,11 @@ use diskimage_core::{
 };
 
 use super::header::{Geometry, limit};
-use super::options::Wanted;
+use super::options::{Wanted, Wording};
 
 /// The size of an image with these options.
 pub(super) fn measure(options: &Options, source: MeasureSource<'_>) -> Result<Measure> {
-    let wanted = Wanted::parse(options)?;
+    let wanted = Wanted::parse(options, Wording::Options)?;
     let geometry = wanted.geometry;
     let cluster = geometry.cluster_size();
     let size = source.len().next_multiple_of(cluster);
@@ -27,8 +27,11 @@ pub(super) fn measure(options: &Options, source: MeasureSource<'_>) -> Result<Me
     };
     let data = match wanted.preallocation {
         Preallocation::Falloc | Preallocation::Full => size,
+        // What is in the image below and need not be copied is not known.
+        _ if wanted.backing_file.is_some() => size,
         Preallocation::Off | Preallocation::Metadata => data,
     };
+    let bitmaps = bitmaps.filter(|_| wanted.version >= 3);
     Ok(Measure {
         required: metadata + data,
         fully_allocated: metadata + size,

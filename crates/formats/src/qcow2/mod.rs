@@ -16,6 +16,7 @@
 //! * `create`, `resize`, `measure`, `check`, `snapshot`, `bitmap`, `info`: operations.
 
 mod bitmap;
+mod check;
 mod compress;
 mod create;
 mod entry;
@@ -35,6 +36,7 @@ mod write;
 #[cfg(test)]
 mod tests;
 
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use diskimage_core::options::{OptionDef, Options};
@@ -108,6 +110,8 @@ pub(crate) struct Qcow2 {
     budget: Budget,
     /// Whether the file has far less storage than its tables say; see `map`.
     sparse: OnceLock<bool>,
+    /// Whether damage has been told of.
+    corruption_told: AtomicBool,
     state: Mutex<State>,
     /// Told when a plan for a write ends.
     settled: Condvar,
@@ -180,6 +184,7 @@ impl Qcow2 {
             write: request.write,
             budget: request.budget,
             sparse: OnceLock::new(),
+            corruption_told: AtomicBool::new(false),
             state: Mutex::new(state),
             settled: Condvar::new(),
         };
@@ -209,7 +214,7 @@ impl Qcow2 {
                 .write_at(&(autoclear & Autoclear::KNOWN).to_be_bytes(), field::AUTOCLEAR)?;
         }
         if self.header.features.incompatible.has(Incompatible::DIRTY) && !for_check {
-            self.check(Repair::All, &Progress::none())?;
+            self.run_check(Repair::All, &Progress::none())?;
         }
         Ok(())
     }
@@ -328,8 +333,8 @@ impl Layer for Qcow2 {
         self.measure_bitmaps(cluster_size)
     }
 
-    fn check(&self, _repair: Repair, _progress: &Progress<'_>) -> Result<CheckReport> {
-        Err(Error::unsupported("check comes next"))
+    fn check(&self, repair: Repair, progress: &Progress<'_>) -> Result<CheckReport> {
+        self.run_check(repair, progress)
     }
 
     fn resize(&self, request: &ResizeRequest) -> Result<()> {

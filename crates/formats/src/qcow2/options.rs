@@ -142,6 +142,31 @@ pub(super) const CREATE: &[OptionDef] = &[
 /// Extended L2 entries need subclusters of at least a sector.
 pub(super) const MIN_EXTENDED_L2_CLUSTER: u64 = 512 * limit::SUBCLUSTERS;
 
+/// Whose words are used about a value that makes no sense: the original checks options of `create` as parameters of a
+/// command of its own, those of `measure` as options.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Wording {
+    Parameters,
+    Options,
+}
+
+impl Wording {
+    fn not_accepted(self, parameter: &str, value: &str) -> Error {
+        Error::invalid(match (self, parameter) {
+            (Self::Options, "version") => format!("Invalid compatibility level: '{value}'"),
+            (Self::Options, "preallocation") => format!("invalid parameter value: {value}"),
+            _ => format!("Parameter '{parameter}' does not accept value '{value}'"),
+        })
+    }
+
+    fn version_3(self) -> &'static str {
+        match self {
+            Self::Parameters => "version=v3",
+            Self::Options => "compat=1.1",
+        }
+    }
+}
+
 /// Checked values of the creation options.
 #[derive(Clone, Debug)]
 pub(super) struct Wanted {
@@ -161,23 +186,23 @@ impl Wanted {
     ///
     /// # Errors
     /// The first that does not fit.
-    pub(super) fn parse(options: &Options) -> Result<Self> {
-        refuse_encryption(options)?;
+    pub(super) fn parse(options: &Options, wording: Wording) -> Result<Self> {
+        refuse_encryption(options, wording)?;
         let version = match options.text("compat") {
             Some("0.10" | "v2") => 2,
             None | Some("1.1" | "v3") => 3,
-            Some(other) => return Err(not_accepted("version", other)),
+            Some(other) => return Err(wording.not_accepted("version", other)),
         };
         let preallocation = match options.text("preallocation") {
             None => Preallocation::Off,
             Some(name) => {
-                Preallocation::from_name(name).ok_or_else(|| not_accepted("preallocation", name))?
+                Preallocation::from_name(name).ok_or_else(|| wording.not_accepted("preallocation", name))?
             }
         };
         let compression = match options.text("compression_type") {
             None | Some("zlib") => Compression::Zlib,
             Some("zstd") => Compression::Zstd,
-            Some(other) => return Err(not_accepted("compression-type", other)),
+            Some(other) => return Err(wording.not_accepted("compression-type", other)),
         };
         let extended_l2 = options.flag("extended_l2").unwrap_or(false);
         let cluster_size = options.size("cluster_size").unwrap_or(65536);
@@ -200,7 +225,7 @@ impl Wanted {
             version,
             geometry: Geometry {
                 cluster_bits,
-                refcount_order: refcount_order(options, version)?,
+                refcount_order: refcount_order(options, version, wording)?,
                 extended_l2,
             },
             compression,
@@ -255,7 +280,7 @@ impl Wanted {
     }
 }
 
-fn refcount_order(options: &Options, version: u32) -> Result<u32> {
+fn refcount_order(options: &Options, version: u32, wording: Wording) -> Result<u32> {
     let bits = options.number("refcount_bits").unwrap_or(16);
     if !bits.is_power_of_two() || bits > 64 {
         return Err(Error::invalid(
@@ -263,18 +288,19 @@ fn refcount_order(options: &Options, version: u32) -> Result<u32> {
         ));
     }
     if version < 3 && bits != 16 {
-        return Err(Error::invalid(
-            "Different refcount widths than 16 bits require compatibility level 1.1 or above (use version=v3 or greater)",
-        ));
+        return Err(Error::invalid(format!(
+            "Different refcount widths than 16 bits require compatibility level 1.1 or above (use {} or greater)",
+            wording.version_3()
+        )));
     }
     Ok(bits.trailing_zeros())
 }
 
 /// Encryption is refused before anything is written: an image that looks encrypted but is not would be worse than none.
-fn refuse_encryption(options: &Options) -> Result<()> {
+fn refuse_encryption(options: &Options, wording: Wording) -> Result<()> {
     match options.text("encrypt.format") {
         Some("aes" | "luks") => {}
-        Some(other) => return Err(not_accepted("format", other)),
+        Some(other) => return Err(wording.not_accepted("format", other)),
         None if options.flag("encryption") == Some(true) => {}
         None => return Ok(()),
     }
@@ -293,8 +319,4 @@ fn require_v3(version: u32, what: &str) -> Result<()> {
     Err(Error::invalid(format!(
         "{what} only supported with compatibility level 1.1 and above (use version=v3 or greater)"
     )))
-}
-
-fn not_accepted(parameter: &str, value: &str) -> Error {
-    Error::invalid(format!("Parameter '{parameter}' does not accept value '{value}'"))
 }

@@ -6,6 +6,7 @@
 //!  40 extra data: vm_state_size (64 bits), disk_size, icount; then id, name, padding to 8
 //! ```
 
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Condvar, Mutex, OnceLock};
 
 use diskimage_core::{Error, ErrorKind, Result, SnapshotInfo};
@@ -20,25 +21,25 @@ use super::{Qcow2, State};
 /// The fixed part of an entry of the snapshot table.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
-struct RawSnapshot {
+pub(super) struct RawSnapshot {
     /// Where its L1 table starts.
-    l1_table_offset: U64,
+    pub(super) l1_table_offset: U64,
     /// Entries of that table.
-    l1_size: U32,
+    pub(super) l1_size: U32,
     /// Bytes of the identifier.
-    id_len: U16,
+    pub(super) id_len: U16,
     /// Bytes of the name.
-    name_len: U16,
+    pub(super) name_len: U16,
     /// When it was taken.
-    date_sec: U32,
+    pub(super) date_sec: U32,
     /// And nanoseconds.
-    date_nsec: U32,
+    pub(super) date_nsec: U32,
     /// How long the machine had run.
-    vm_clock_nsec: U64,
+    pub(super) vm_clock_nsec: U64,
     /// Bytes of machine state, if the extra data does not say.
-    vm_state_size: U32,
+    pub(super) vm_state_size: U32,
     /// Bytes of extra data.
-    extra_data_size: U32,
+    pub(super) extra_data_size: U32,
 }
 
 /// The shortest entry.
@@ -47,9 +48,9 @@ pub(super) const MIN_ENTRY_LEN: u64 = 40;
 const _: () = assert!(size_of::<RawSnapshot>() as u64 == MIN_ENTRY_LEN);
 
 /// Bytes of extra data that are read; more is refused, as by the original.
-const MAX_EXTRA: u64 = 1024;
+pub(super) const MAX_EXTRA: u64 = 1024;
 /// Bytes of the whole table.
-const MAX_TABLE: u64 = 64 << 20;
+pub(super) const MAX_TABLE: u64 = 64 << 20;
 
 /// A snapshot as its table has it.
 #[derive(Clone, Debug)]
@@ -59,7 +60,6 @@ pub(super) struct Snapshot {
     pub(super) l1_size: u32,
     /// Where its entry starts and how long it is without padding.
     pub(super) entry: (u64, u64),
-    pub(super) extra_data_size: u32,
 }
 
 impl Qcow2 {
@@ -124,7 +124,6 @@ impl Qcow2 {
             l1_table_offset: raw.l1_table_offset.get(),
             l1_size: raw.l1_size.get(),
             entry: (at, MIN_ENTRY_LEN + rest.len() as u64),
-            extra_data_size: raw.extra_data_size.get(),
         })
     }
 
@@ -171,6 +170,7 @@ impl Qcow2 {
             write: false,
             budget: self.budget.clone(),
             sparse: OnceLock::new(),
+            corruption_told: AtomicBool::new(false),
             state: Mutex::new(state),
             settled: Condvar::new(),
         }))

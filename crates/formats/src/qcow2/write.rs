@@ -400,6 +400,12 @@ impl Qcow2 {
                     Preallocation::Full => write_zero_bytes(&*self.data, host)?,
                 }
             }
+            let past_end = ByteRange::new(part.end(), plan.cover.end());
+            if let Some(run) = plan.runs.last().filter(|_| !past_end.is_empty()) {
+                // The last cluster is written to its end, as with the original.
+                let host = ByteRange::at(run.offset + (part.end() - run.guest.start()), past_end.len());
+                write_zero_bytes(&*self.data, host)?;
+            }
             Box::new(plan).commit()?;
             rest = rest.skip(part.len());
         }

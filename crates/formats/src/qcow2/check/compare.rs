@@ -1,0 +1,178 @@
+//! Counted uses against stored refcounts, block by block.
+
+use diskimage_core::{Repair, Result};
+
+use super::super::State;
+use super::counts::PAGE;
+use super::stored::{self, Place};
+use super::{Check, EIO};
+
+/// What is done about a cluster whose counts differ.
+#[derive(Clone, Copy, Debug)]
+struct Compare {
+    repair: Repair,
+    /// The stored counts replace the counted ones, for the check of the COPIED flags.
+    keep: bool,
+}
+
+impl Check<'_> {
+    /// Compares all counts and mends what `repair` allows. With `keep`, what is stored in the end replaces what was
+    /// counted.
+    pub(super) fn compare(&mut self, state: &mut State, repair: Repair, keep: bool) -> Result<()> {
+        let per_block = self.geometry.refcount_block_entries();
+        let end = self.file_len.div_ceil(self.geometry.cluster_size());
+        // Beyond these there is nothing counted and nothing stored.
+        let blocks = (self.stored.table.len() as u64).max(self.counts.end().div_ceil(per_block));
+        let mut highest = 0;
+        for index in 0..blocks.min(end.div_ceil(per_block)) {
+            let clusters = index * per_block..((index + 1) * per_block).min(end);
+            match self.stored.place(index) {
+                Place::Unaligned(offset) => {
+                    let what = format!(
+                        "Refblock offset {offset:#x} unaligned (reftable index: {})",
+                        hex(index)
+                    );
+                    self.mark_corrupt(state, &what)?;
+                    self.report.check_errors += clusters.end - clusters.start;
+                    for cluster in clusters.clone() {
+                        if self.said > super::MAX_NOTES {
+                            break;
+                        }
+                        let reason = diskimage_core::Error::from_errno(EIO);
+                        self.say(format!("Can't get refcount for cluster {cluster}: {reason}"));
+                    }
+                    if keep {
+                        self.unreadable.push(clusters);
+                    }
+                }
+                Place::None => {
+                    self.compare_block(clusters, None, Compare { repair, keep }, &mut highest)?;
+                }
+                Place::At(offset) => {
+                    let Some(mut bytes) = self.stored.take_block(self.file, index)? else {
+                        continue;
+                    };
+                    let changed = self.compare_block(
+                        clusters,
+                        Some(&mut bytes),
+                        Compare { repair, keep },
+                        &mut highest,
+                    );
+                    if let Ok(true) = changed {
+                        self.file.write_at(&bytes, offset)?;
+                    }
+                    self.stored.give_back(bytes);
+                    changed?;
+                }
+            }
+        }
+        self.report.image_end_offset = (highest + 1) << self.geometry.cluster_bits;
+        Ok(())
+    }
+
+    /// Compares the counts of one block; whether its bytes were changed.
+    fn compare_block(
+        &mut self,
+        clusters: std::ops::Range<u64>,
+        mut bytes: Option<&mut Vec<u8>>,
+        how: Compare,
+        highest: &mut u64,
+    ) -> Result<bool> {
+        let per_block = self.geometry.refcount_block_entries();
+        let order = self.geometry.refcount_order;
+        let mut changed = false;
+        let mut at = clusters.start;
+        while at < clusters.end {
+            let stop = (at / PAGE as u64 + 1) * PAGE as u64;
+            let part = at..stop.min(clusters.end);
+            at = part.end;
+            let nothing_stored = bytes.as_ref().is_none_or(|bytes| {
+                is_part_zero(bytes, part.start % per_block, part.end - part.start, order)
+            });
+            if nothing_stored && self.counts.is_page_zero(part.start) {
+                continue;
+            }
+            for cluster in part {
+                let counted = self.counts.of(cluster);
+                let index = cluster % per_block;
+                let stored = match &bytes {
+                    Some(bytes) => stored::read(bytes, index, order)?,
+                    None => 0,
+                };
+                let mut now = stored;
+                if counted != stored {
+                    let fix = self.judge(cluster, stored, counted, how.repair);
+                    if let (true, Some(bytes)) = (fix, bytes.as_mut()) {
+                        stored::write(bytes, index, order, counted)?;
+                        now = counted;
+                        changed = true;
+                    }
+                    if how.keep && now != counted {
+                        self.counts.set(cluster, now)?;
+                    }
+                }
+                if now > 0 || counted > 0 {
+                    *highest = cluster.max(*highest);
+                }
+            }
+        }
+        Ok(changed)
+    }
+
+    /// Reports a difference; whether it is to be mended.
+    fn judge(&mut self, cluster: u64, stored: u64, counted: u64, repair: Repair) -> bool {
+        let fix = if stored == 0 {
+            // The cluster could have been handed out again, the refcount structures' own included.
+            self.rebuild = true;
+            false
+        } else if stored > counted {
+            repair != Repair::No
+        } else {
+            repair == Repair::All
+        };
+        let verb = match (fix, stored < counted) {
+            (true, _) => "Repairing",
+            (false, true) => "ERROR",
+            (false, false) => "Leaked",
+        };
+        match (fix, stored < counted) {
+            (true, true) => self.report.corruptions_fixed += 1,
+            (true, false) => self.report.leaks_fixed += 1,
+            (false, true) => self.report.corruptions += 1,
+            (false, false) => self.report.leaks += 1,
+        }
+        self.say(format!(
+            "{verb} cluster {cluster} refcount={stored} reference={counted}"
+        ));
+        fix
+    }
+
+    /// The stored refcount of a cluster after [`Check::compare`] with `keep`; none if it cannot be had.
+    #[inline]
+    pub(super) fn refcount(&mut self, cluster: u64) -> Result<Option<u64>> {
+        if cluster < self.file_len.div_ceil(self.geometry.cluster_size()) {
+            if self.unreadable.iter().any(|range| range.contains(&cluster)) {
+                return Ok(None);
+            }
+            return Ok(Some(self.counts.of(cluster)));
+        }
+        self.stored.count(self.file, cluster)
+    }
+}
+
+/// Whether `count` entries of a block from `index` on are zero. They start and end on bytes.
+fn is_part_zero(bytes: &[u8], index: u64, count: u64, order: u32) -> bool {
+    let byte = |entry: u64| usize::try_from((entry << order) / 8).unwrap_or(usize::MAX);
+    bytes
+        .get(byte(index)..byte(index + count + 7).min(bytes.len()))
+        .is_some_and(diskimage_core::is_zero)
+}
+
+/// As C prints `%#x`: without the prefix for zero.
+fn hex(value: u64) -> String {
+    if value == 0 {
+        "0".to_owned()
+    } else {
+        format!("{value:#x}")
+    }
+}

@@ -1,0 +1,123 @@
+//! The COPIED flags of the active L1 table and its L2 tables: set exactly where the refcount is one.
+
+use std::collections::HashMap;
+
+use diskimage_core::{Repair, Result, is_zero};
+
+use super::super::entry::{COMPRESSED, COPIED, OFFSET_MASK};
+use super::Check;
+use super::entries::Kind;
+use super::references::MAX_VISITS;
+
+/// Bytes of the L1 table looked at at once.
+const CHUNK: usize = 64 << 10;
+
+impl Check<'_> {
+    pub(super) fn check_copied(&mut self) -> Result<()> {
+        let sound = self.report.corruptions == 0 && self.report.check_errors == 0 && self.report.leaks == 0;
+        let fix = match self.repair {
+            Repair::No => false,
+            // The refcounts are right now, so flags can be made to fit them.
+            Repair::Leaks => sound,
+            Repair::All => true,
+        };
+        let entries = u64::from(self.header.l1_size);
+        let mut seen = HashMap::new();
+        let mut chunk = vec![0; CHUNK];
+        let mut done = 0;
+        while done < entries {
+            let len = usize::try_from((entries - done) * 8).unwrap_or(CHUNK).min(CHUNK);
+            let offset = self.header.l1_table_offset + done * 8;
+            self.file.read_padded(&mut chunk[..len], offset)?;
+            let mut changed = false;
+            if !is_zero(&chunk[..len]) {
+                for (slot, word) in chunk[..len].as_chunks_mut::<8>().0.iter_mut().enumerate() {
+                    let entry = u64::from_be_bytes(*word);
+                    let right = self.check_l1_entry(entry, done + slot as u64, fix)?;
+                    changed |= right != entry;
+                    *word = right.to_be_bytes();
+                    self.check_l2(entry & OFFSET_MASK, fix, &mut seen)?;
+                }
+            }
+            if changed {
+                self.file.write_at(&chunk[..len], offset)?;
+            }
+            done += len as u64 / 8;
+        }
+        Ok(())
+    }
+
+    /// What the L1 entry should be; the entry itself where it is right or not to be mended.
+    fn check_l1_entry(&mut self, entry: u64, index: u64, fix: bool) -> Result<u64> {
+        let l2 = entry & OFFSET_MASK;
+        if l2 == 0 {
+            return Ok(entry);
+        }
+        let Some(count) = self.refcount(l2 >> self.geometry.cluster_bits)? else {
+            return Ok(entry);
+        };
+        if (count == 1) == (entry & COPIED != 0) {
+            return Ok(entry);
+        }
+        let what = format!("OFLAG_COPIED L2 cluster: l1_index={index} l1_entry={entry:x} refcount={count}");
+        self.corruption_or_fix(fix, &what);
+        Ok(if fix { entry ^ COPIED } else { entry })
+    }
+
+    fn check_l2(&mut self, offset: u64, fix: bool, seen: &mut HashMap<u64, u64>) -> Result<()> {
+        if offset == 0 || !offset.is_multiple_of(self.geometry.cluster_size()) {
+            return Ok(());
+        }
+        let cluster = offset >> self.geometry.cluster_bits;
+        if self.again.contains_key(&cluster) {
+            let visits = seen.entry(cluster).or_insert(0);
+            *visits += 1;
+            if *visits > MAX_VISITS {
+                return Ok(());
+            }
+        }
+        let Some(mut table) = self.take_l2(offset)? else {
+            return Ok(());
+        };
+        let changed = self.check_entries(&mut table, fix);
+        if let Ok(true) = changed {
+            self.file.write_at(&table, offset)?;
+        }
+        self.buf = table;
+        changed.map(|_| ())
+    }
+
+    fn check_entries(&mut self, table: &mut [u8], fix: bool) -> Result<bool> {
+        let step = usize::try_from(self.geometry.l2_entry_size() / 8).unwrap_or(1);
+        let data_file = self.has_data_file();
+        let bits = self.geometry.cluster_bits;
+        let mut changed = false;
+        for entry in table.as_chunks_mut::<8>().0.chunks_exact_mut(step) {
+            let word = u64::from_be_bytes(entry[0]);
+            if word == 0 || word & COMPRESSED != 0 {
+                continue;
+            }
+            let bitmap = entry.get(1).map_or(0, |bytes| u64::from_be_bytes(*bytes));
+            if self.kind(word, bitmap) == Kind::None {
+                continue;
+            }
+            // Clusters of a data file are not shared with anybody.
+            let count = if data_file {
+                Some(1)
+            } else {
+                self.refcount((word & OFFSET_MASK) >> bits)?
+            };
+            let Some(count) = count else { continue };
+            if (count == 1) == (word & COPIED != 0) {
+                continue;
+            }
+            let what = format!("OFLAG_COPIED data cluster: l2_entry={word:x} refcount={count}");
+            self.corruption_or_fix(fix, &what);
+            if fix {
+                entry[0] = (word ^ COPIED).to_be_bytes();
+                changed = true;
+            }
+        }
+        Ok(changed)
+    }
+}

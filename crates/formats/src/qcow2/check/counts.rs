@@ -1,0 +1,247 @@
+//! How often each cluster of the file is used, as counted: pages that come into being where something is counted and
+//! are as wide as what is counted in them. An image that is mostly hole costs nothing for the hole.
+
+use diskimage_core::{Budget, Error, ErrorKind, Reservation, Result};
+
+/// Clusters of one page.
+pub(super) const PAGE: usize = 4096;
+/// Memory is taken from the budget for this many bytes at once.
+const BATCH: u64 = 256 << 10;
+
+#[derive(Debug)]
+pub(super) struct Counts {
+    pages: Vec<Page>,
+    /// The largest count that the image can store.
+    max: u64,
+    budget: Budget,
+    taken: Vec<Reservation>,
+    /// Bytes taken from the budget and not used yet.
+    spare: u64,
+}
+
+/// The counts of [`PAGE`] clusters. Most are below 256: only a cluster that many snapshots share is used more often.
+#[derive(Debug, Default)]
+enum Page {
+    #[default]
+    Zero,
+    Bytes(Box<[u8; PAGE]>),
+    Words(Box<[u16; PAGE]>),
+    Longs(Box<[u64; PAGE]>),
+}
+
+impl Counts {
+    pub(super) fn new(max: u64, budget: Budget) -> Self {
+        Self {
+            pages: Vec::new(),
+            max,
+            budget,
+            taken: Vec::new(),
+            spare: 0,
+        }
+    }
+
+    /// No cluster from here on is counted.
+    pub(super) fn end(&self) -> u64 {
+        (self.pages.len() * PAGE) as u64
+    }
+
+    /// How often `cluster` is used.
+    #[inline]
+    pub(super) fn of(&self, cluster: u64) -> u64 {
+        let (page, slot) = place(cluster);
+        match self.pages.get(page) {
+            None | Some(Page::Zero) => 0,
+            Some(Page::Bytes(counts)) => u64::from(counts[slot]),
+            Some(Page::Words(counts)) => u64::from(counts[slot]),
+            Some(Page::Longs(counts)) => counts[slot],
+        }
+    }
+
+    /// Whether nothing is counted in the page that `cluster` is in.
+    pub(super) fn is_page_zero(&self, cluster: u64) -> bool {
+        matches!(self.pages.get(place(cluster).0), None | Some(Page::Zero))
+    }
+
+    /// Counts `times` more uses of `cluster`. By how much that is more than the image can store; it is not counted.
+    ///
+    /// # Errors
+    /// The memory budget is used up.
+    #[inline]
+    pub(super) fn add(&mut self, cluster: u64, times: u64) -> Result<u64> {
+        let (page, slot) = place(cluster);
+        if times == 1
+            && self.max >= u64::from(u8::MAX)
+            && let Some(Page::Bytes(counts)) = self.pages.get_mut(page)
+            && let Some(more) = counts[slot].checked_add(1)
+        {
+            counts[slot] = more;
+            return Ok(0);
+        }
+        let old = self.of(cluster);
+        let new = old.saturating_add(times).min(self.max).max(old);
+        self.set(cluster, new)?;
+        Ok(times - (new - old))
+    }
+
+    /// Replaces a count.
+    ///
+    /// # Errors
+    /// The memory budget is used up.
+    pub(super) fn set(&mut self, cluster: u64, count: u64) -> Result<()> {
+        let (page, slot) = place(cluster);
+        if page >= self.pages.len() {
+            if count == 0 {
+                return Ok(());
+            }
+            let more = (page + 1).saturating_sub(self.pages.len());
+            self.take((more * size_of::<Page>()) as u64)?;
+            self.pages.resize_with(page + 1, Page::default);
+        }
+        loop {
+            match &mut self.pages[page] {
+                Page::Zero if count == 0 => return Ok(()),
+                Page::Bytes(counts) if count <= u64::from(u8::MAX) => {
+                    counts[slot] = u8::try_from(count).unwrap_or(u8::MAX);
+                    return Ok(());
+                }
+                Page::Words(counts) if count <= u64::from(u16::MAX) => {
+                    counts[slot] = u16::try_from(count).unwrap_or(u16::MAX);
+                    return Ok(());
+                }
+                Page::Longs(counts) => {
+                    counts[slot] = count;
+                    return Ok(());
+                }
+                _ => self.widen(page)?,
+            }
+        }
+    }
+
+    fn widen(&mut self, page: usize) -> Result<()> {
+        let wider = match &self.pages[page] {
+            Page::Zero => {
+                self.take(PAGE as u64)?;
+                Page::Bytes(Box::new([0; PAGE]))
+            }
+            Page::Bytes(counts) => {
+                let wide = Box::new(counts.map(u16::from));
+                self.take(2 * PAGE as u64)?;
+                Page::Words(wide)
+            }
+            Page::Words(counts) => {
+                let wide = Box::new(counts.map(u64::from));
+                self.take(8 * PAGE as u64)?;
+                Page::Longs(wide)
+            }
+            Page::Longs(_) => return Ok(()),
+        };
+        self.pages[page] = wider;
+        Ok(())
+    }
+
+    fn take(&mut self, bytes: u64) -> Result<()> {
+        if self.spare < bytes {
+            let batch = (bytes - self.spare).next_multiple_of(BATCH);
+            let taken = self.budget.take(batch).map_err(|_| too_large())?;
+            self.taken.push(taken);
+            self.spare += batch;
+        }
+        self.spare -= bytes;
+        Ok(())
+    }
+
+    /// The first cluster from `from` on that is used.
+    pub(super) fn next_used(&self, from: u64) -> Option<u64> {
+        let mut at = from;
+        while at < self.end() {
+            if self.is_page_zero(at) {
+                at = (at / PAGE as u64 + 1) * PAGE as u64;
+            } else if self.of(at) > 0 {
+                return Some(at);
+            } else {
+                at += 1;
+            }
+        }
+        None
+    }
+
+    /// The first `count` clusters in one piece from `from` on that are not used.
+    pub(super) fn first_free(&self, from: u64, count: u64) -> u64 {
+        let (mut start, mut at) = (from, from);
+        while at - start < count && at < self.end() {
+            if self.is_page_zero(at) {
+                at = (at / PAGE as u64 + 1) * PAGE as u64;
+            } else {
+                at += 1;
+                if self.of(at - 1) > 0 {
+                    start = at;
+                }
+            }
+        }
+        start
+    }
+}
+
+#[inline]
+fn place(cluster: u64) -> (usize, usize) {
+    let cluster = usize::try_from(cluster).unwrap_or(usize::MAX);
+    (cluster / PAGE, cluster % PAGE)
+}
+
+fn too_large() -> Error {
+    Error::new(ErrorKind::Limit, "Cannot allocate memory")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counts_of_any_size_are_kept() {
+        let mut counts = Counts::new(u64::MAX, Budget::default());
+        for (cluster, times) in [
+            (0, 1),
+            (5, 255),
+            (6, 256),
+            (4095, 70_000),
+            (1 << 20, 3),
+            (7, u64::MAX),
+        ] {
+            assert_eq!(counts.add(cluster, times).ok(), Some(0));
+            assert_eq!(counts.of(cluster), times);
+        }
+        assert_eq!((counts.of(0), counts.of(5), counts.of(6)), (1, 255, 256));
+        assert_eq!((counts.of(8), counts.of(1 << 30)), (0, 0));
+    }
+
+    #[test]
+    fn what_cannot_be_stored_is_not_counted() {
+        let mut counts = Counts::new(3, Budget::default());
+        assert_eq!(counts.add(1, 2).ok(), Some(0));
+        assert_eq!(counts.add(1, 4).ok(), Some(3));
+        assert_eq!(counts.of(1), 3);
+    }
+
+    #[test]
+    fn used_and_free_clusters_are_found() {
+        let mut counts = Counts::new(255, Budget::default());
+        for cluster in [1, 2, 4, 9000] {
+            assert!(counts.add(cluster, 1).is_ok());
+        }
+        assert_eq!(counts.next_used(0), Some(1));
+        assert_eq!(counts.next_used(5), Some(9000));
+        assert_eq!(counts.next_used(9001), None);
+        assert_eq!(counts.first_free(0, 1), 0);
+        assert_eq!(counts.first_free(1, 1), 3);
+        assert_eq!(counts.first_free(1, 2), 5);
+        assert_eq!(counts.first_free(8990, 20), 9001);
+    }
+
+    #[test]
+    fn memory_is_taken_from_the_budget() {
+        let mut counts = Counts::new(255, Budget::new(1 << 20));
+        assert!(counts.add(1 << 40, 1).is_err());
+        assert!((0..10).all(|i| counts.add(i * 4096, 1).is_ok()));
+        assert!((0..1000).any(|i| counts.add(i * 4096, 1).is_err()));
+    }
+}

@@ -1,0 +1,208 @@
+//! The entries of an L2 table: what they refer to, and what is wrong with them.
+
+use diskimage_core::{Repair, Result};
+
+use super::super::entry::{COMPRESSED, COPIED, OFFSET_MASK, ZERO};
+use super::super::feature::Incompatible;
+use super::Check;
+
+/// Bits of a standard entry that are zero.
+const RESERVED: u64 = 0x3f00_0000_0000_01fe;
+
+/// How a table is walked.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Walk {
+    /// References that it stands for.
+    pub(super) times: u64,
+    /// Whether its clusters are in the statistics.
+    pub(super) active: bool,
+    /// Whether what is wrong was said before.
+    pub(super) silent: bool,
+}
+
+/// What a standard entry's cluster is, as far as its words tell.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// No host cluster.
+    None,
+    /// A host cluster with data in it.
+    Data,
+    /// A host cluster set aside; it reads as zero or is not used yet.
+    Preallocated,
+}
+
+impl Check<'_> {
+    pub(super) fn has_data_file(&self) -> bool {
+        self.header.features.incompatible.has(Incompatible::DATA_FILE)
+    }
+
+    /// The kind of a standard entry.
+    pub(super) fn kind(&self, word: u64, bitmap: u64) -> Kind {
+        let host = word & OFFSET_MASK != 0 || (self.has_data_file() && word & COPIED != 0);
+        let data = if self.geometry.extended_l2 {
+            bitmap & u64::from(u32::MAX) != 0
+        } else {
+            word & ZERO == 0
+        };
+        match (host, data) {
+            (false, _) => Kind::None,
+            (true, true) => Kind::Data,
+            (true, false) => Kind::Preallocated,
+        }
+    }
+
+    /// Reads the L2 table at `offset` into the buffer, which is handed out and given back by assigning `self.buf`. None
+    /// if it lies beyond the file and thus reads as zeroes.
+    pub(super) fn take_l2(&mut self, offset: u64) -> Result<Option<Vec<u8>>> {
+        if offset >= self.file_len {
+            return Ok(None);
+        }
+        let mut table = std::mem::take(&mut self.buf);
+        table.resize(usize::try_from(self.geometry.cluster_size()).unwrap_or(0), 0);
+        self.file.read_padded(&mut table, offset)?;
+        Ok(Some(table))
+    }
+
+    /// Counts what the L2 table at `offset` refers to.
+    pub(super) fn count_l2(&mut self, offset: u64, walk: &Walk) -> Result<()> {
+        let Some(table) = self.take_l2(offset)? else {
+            return Ok(());
+        };
+        let said = self.said;
+        if walk.silent {
+            // Beyond the limit of lines nothing is said.
+            self.said = super::MAX_NOTES + 1;
+        }
+        let outcome = self.count_entries(&table, offset, walk);
+        if walk.silent {
+            self.said = said;
+        }
+        self.buf = table;
+        outcome
+    }
+
+    fn count_entries(&mut self, table: &[u8], offset: u64, walk: &Walk) -> Result<()> {
+        // Where the next cluster would follow the one before.
+        let mut next = 0;
+        let entry_size = self.geometry.l2_entry_size();
+        let (words, _) = table.as_chunks::<8>();
+        let step = usize::try_from(entry_size / 8).unwrap_or(1);
+        // Nearly all entries of nearly all images: a whole cluster of data in this file.
+        let plain = !self.geometry.extended_l2 && !self.has_data_file() && walk.times == 1;
+        let odd = !(OFFSET_MASK | COPIED) | (self.geometry.cluster_size() - 1);
+        let bits = self.geometry.cluster_bits;
+        for (index, entry) in words.chunks_exact(step).enumerate() {
+            let word = u64::from_be_bytes(entry[0]);
+            let bitmap = entry.get(1).map_or(0, |bytes| u64::from_be_bytes(*bytes));
+            if word == 0 && bitmap & u64::from(u32::MAX) == 0 {
+                continue;
+            }
+            let host = word & OFFSET_MASK;
+            if plain && word & odd == 0 && host != 0 && host < self.file_len {
+                if self.counts.add(host >> bits, 1)? > 0 {
+                    // Counted nothing: say so.
+                    self.region(host, 1 << bits, 1)?;
+                }
+                self.in_use(host, walk, &mut next);
+            } else {
+                let at = offset + index as u64 * entry_size;
+                self.count_entry(index, at, [word, bitmap], walk, &mut next)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// A cluster of the active disk that is allocated.
+    #[inline]
+    fn in_use(&mut self, host: u64, walk: &Walk, next: &mut u64) {
+        if walk.active {
+            self.report.allocated_clusters += 1;
+            if *next != 0 && *next != host {
+                self.report.fragmented_clusters += 1;
+            }
+            *next = host + self.geometry.cluster_size();
+        }
+    }
+
+    fn count_entry(
+        &mut self,
+        index: usize,
+        at: u64,
+        [word, bitmap]: [u64; 2],
+        walk: &Walk,
+        next: &mut u64,
+    ) -> Result<()> {
+        if word & COMPRESSED != 0 {
+            return self.count_compressed(index, [word, bitmap], walk);
+        }
+        if word & RESERVED != 0 {
+            self.corruption(format!("ERROR found l2 entry with reserved bits set: {word:x}"));
+        }
+        let host = word & OFFSET_MASK;
+        let (allocated, zero) = (bitmap & u64::from(u32::MAX), bitmap >> 32);
+        let kind = self.kind(word, bitmap);
+        if kind == Kind::None {
+            if allocated != 0 {
+                self.corruption("ERROR: Unallocated cluster has non-zero subcluster allocation map");
+            }
+            return Ok(());
+        }
+        if allocated & zero != 0 {
+            self.corruption(format!(
+                "ERROR offset={host:x}: Allocated cluster has corrupted subcluster allocation bitmap"
+            ));
+        }
+        if !host.is_multiple_of(self.geometry.cluster_size()) {
+            let preallocated = kind == Kind::Preallocated;
+            let noun = if preallocated { "Preallocated" } else { "Data" };
+            let fix = preallocated && self.repair == Repair::All;
+            self.corruption_or_fix(
+                fix,
+                &format!("offset={host:x}: {noun} cluster is not properly aligned; L2 entry corrupted."),
+            );
+            if fix {
+                // It reads as zero, or as what is below, as before; only the place set aside is given up.
+                let plain = if self.geometry.extended_l2 { 0 } else { ZERO };
+                return self.file.write_at(&plain.to_be_bytes(), at);
+            }
+        }
+        self.in_use(host, walk, next);
+        if self.has_data_file() {
+            Ok(())
+        } else {
+            self.region(host, self.geometry.cluster_size(), walk.times)
+        }
+    }
+
+    fn count_compressed(&mut self, index: usize, [word, bitmap]: [u64; 2], walk: &Walk) -> Result<()> {
+        let shift = 62 - (self.geometry.cluster_bits - 8);
+        let offset = word & ((1 << shift) - 1);
+        if word & COPIED != 0 {
+            self.corruption(format!(
+                "ERROR: coffset={offset:#x}: copied flag must never be set for compressed clusters"
+            ));
+        }
+        let entry = word & !COPIED;
+        if self.has_data_file() {
+            self.corruption(format!(
+                "ERROR compressed cluster {index} with data file, entry={entry:#x}"
+            ));
+            return Ok(());
+        }
+        if self.geometry.extended_l2 && bitmap != 0 {
+            self.corruption(format!(
+                "ERROR compressed cluster {index} with non-zero subcluster allocation bitmap, entry={entry:#x}"
+            ));
+            return Ok(());
+        }
+        let sectors = ((entry & (COMPRESSED - 1)) >> shift) + 1;
+        self.region(offset, sectors * 512 - offset % 512, walk.times)?;
+        if walk.active {
+            self.report.allocated_clusters += 1;
+            self.report.compressed_clusters += 1;
+            // The original counts every compressed cluster as a fragment.
+            self.report.fragmented_clusters += 1;
+        }
+        Ok(())
+    }
+}

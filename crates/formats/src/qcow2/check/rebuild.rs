@@ -1,0 +1,154 @@
+//! New refcount structures from what was counted.
+//!
+//! They go where nothing is, the old ones included, and are durable before the header points to them: a crash leaves the
+//! image with the one or the other. The old structures are given up afterwards, by the same means as any leak.
+//!
+//! ```text
+//!   block for each stretch of clusters that is in use, no block before the clusters that it counts
+//!   table in the first place that has room
+//! ```
+
+use std::collections::BTreeMap;
+
+use diskimage_core::{Error, Result};
+use zerocopy::IntoBytes;
+use zerocopy::byteorder::big_endian::{U32, U64};
+
+use super::super::header::{field, limit};
+use super::{Check, stored};
+
+/// Rounds of finding a place for the table; each makes the blocks more, so few are ever needed.
+const MAX_ROUNDS: u32 = 64;
+
+/// `File too large`.
+const EFBIG: i32 = 27;
+
+/// Where the new structures go.
+#[derive(Debug, Default)]
+struct Plan {
+    /// Offset of each block, by its index in the table.
+    blocks: BTreeMap<u64, u64>,
+    table: u64,
+    /// Clusters of the table.
+    clusters: u64,
+}
+
+impl Check<'_> {
+    pub(super) fn rebuild_refcounts(&mut self) -> Result<()> {
+        self.say("Rebuilding refcount structure");
+        self.protect_old_blocks()?;
+        let plan = self.plan()?;
+        self.write_structures(&plan).map_err(|error| {
+            self.tell(format!("ERROR writing refblock: {}", error.root()), true);
+            error
+        })?;
+        self.file.flush()?;
+        let mut location = [0; 12];
+        let clusters = u32::try_from(plan.clusters).map_err(|_| Error::from_errno(EFBIG))?;
+        location[..8].copy_from_slice(U64::new(plan.table).as_bytes());
+        location[8..].copy_from_slice(U32::new(clusters).as_bytes());
+        self.file.write_at(&location, field::REFCOUNT_TABLE)?;
+        self.file.flush()?;
+        self.file_len = self.file.len();
+        Ok(())
+    }
+
+    /// Keeps the new structures away from blocks that the old table leads to in ways that were not counted: until the
+    /// header changes they are what a reader finds.
+    fn protect_old_blocks(&mut self) -> Result<()> {
+        let bits = self.geometry.cluster_bits;
+        let end = self.file_len.div_ceil(self.geometry.cluster_size());
+        for index in 0..self.stored.table.len() {
+            let offset = self.stored.table[index] & stored::OFFSET_MASK;
+            let Some(last) = offset.checked_add(self.geometry.cluster_size() - 1) else {
+                continue;
+            };
+            if offset == 0 {
+                continue;
+            }
+            for cluster in (offset >> bits)..=(last >> bits) {
+                if cluster < end && self.counts.of(cluster) == 0 {
+                    self.counts.add(cluster, 1)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn plan(&mut self) -> Result<Plan> {
+        let mut plan = Plan::default();
+        self.place_blocks(&mut plan)?;
+        for _ in 0..MAX_ROUNDS {
+            let entries = plan.blocks.last_key_value().map_or(1, |(index, _)| index + 1);
+            let clusters = (entries * 8).div_ceil(self.geometry.cluster_size());
+            if clusters > limit::REFCOUNT_TABLE_BYTES >> self.geometry.cluster_bits {
+                return Err(Error::from_errno(EFBIG));
+            }
+            let first = self.counts.first_free(0, clusters);
+            for cluster in first..first + clusters {
+                self.counts.add(cluster, 1)?;
+            }
+            // The table may be the first thing in its stretch of clusters.
+            self.place_blocks(&mut plan)?;
+            let last = plan.blocks.last_key_value().map_or(0, |(index, _)| *index);
+            if last < clusters * self.geometry.cluster_size() / 8 {
+                plan.table = first << self.geometry.cluster_bits;
+                plan.clusters = clusters;
+                return Ok(plan);
+            }
+            for cluster in first..first + clusters {
+                self.counts.set(cluster, 0)?;
+            }
+        }
+        Err(Error::from_errno(EFBIG))
+    }
+
+    /// Finds places for the blocks that are missing.
+    fn place_blocks(&mut self, plan: &mut Plan) -> Result<()> {
+        let per_block = self.geometry.refcount_block_entries();
+        let mut at = 0;
+        while let Some(used) = self.counts.next_used(at) {
+            let index = used / per_block;
+            if let std::collections::btree_map::Entry::Vacant(slot) = plan.blocks.entry(index) {
+                let place = self.counts.first_free(index * per_block, 1);
+                if place >= limit::HOST_OFFSET >> self.geometry.cluster_bits {
+                    return Err(Error::from_errno(EFBIG));
+                }
+                self.counts.add(place, 1)?;
+                slot.insert(place << self.geometry.cluster_bits);
+            }
+            at = (index + 1) * per_block;
+        }
+        Ok(())
+    }
+
+    fn write_structures(&self, plan: &Plan) -> Result<()> {
+        let len = usize::try_from(self.geometry.cluster_size()).unwrap_or(0);
+        let per_block = self.geometry.refcount_block_entries();
+        let mut block = vec![0; len];
+        for (index, offset) in &plan.blocks {
+            block.fill(0);
+            let end = (index + 1) * per_block;
+            let mut at = index * per_block;
+            while let Some(cluster) = self.counts.next_used(at).filter(|cluster| *cluster < end) {
+                let count = self.counts.of(cluster);
+                stored::write(
+                    &mut block,
+                    cluster % per_block,
+                    self.geometry.refcount_order,
+                    count,
+                )?;
+                at = cluster + 1;
+            }
+            self.file.write_at(&block, *offset)?;
+        }
+        let mut table = vec![0; usize::try_from(plan.clusters << self.geometry.cluster_bits).unwrap_or(0)];
+        for (index, offset) in &plan.blocks {
+            let slot = usize::try_from(*index)
+                .ok()
+                .and_then(|i| table.as_chunks_mut::<8>().0.get_mut(i));
+            *slot.ok_or_else(|| Error::from_errno(EFBIG))? = offset.to_be_bytes();
+        }
+        self.file.write_at(&table, plan.table)
+    }
+}

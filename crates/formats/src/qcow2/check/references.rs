@@ -1,0 +1,294 @@
+//! Counting each cluster's uses by walking everything that the header leads to.
+//!
+//! A damaged image may refer to one table from everywhere. L2 tables are walked for each of the first [`MAX_VISITS`]
+//! references, as the original walks them for all; the references beyond that are counted in one last silent walk, so
+//! that the time taken follows the length of the file.
+
+use diskimage_core::{Error, Result, is_zero};
+
+use super::super::entry::OFFSET_MASK;
+use super::Check;
+use super::entries::Walk;
+use super::stored;
+
+/// Bits of an L1 entry that are zero.
+const L1_RESERVED: u64 = 0x7f00_0000_0000_01ff;
+/// References for which an L2 table is walked one by one.
+pub(super) const MAX_VISITS: u64 = 4;
+/// Unaligned L2 tables that are looked into.
+const MAX_UNALIGNED: u64 = 64;
+/// Bytes of an L1 table read at once.
+const CHUNK: usize = 64 << 10;
+/// The largest L1 table that the original reads, in entries.
+pub(super) const MAX_L1: u64 = (32 << 20) / 8;
+
+impl Check<'_> {
+    pub(super) fn count_references(&mut self) -> Result<()> {
+        self.counts = super::Counts::new(self.geometry.max_refcount(), self.image.budget.clone());
+        self.again.clear();
+        self.report.total_clusters = self.header.size.div_ceil(self.geometry.cluster_size());
+        self.region(0, self.geometry.cluster_size(), 1)?;
+        let mut unaligned = 0;
+        self.count_l1(
+            self.header.l1_table_offset,
+            u64::from(self.header.l1_size),
+            true,
+            &mut unaligned,
+        )?;
+        self.count_snapshots(&mut unaligned)?;
+        self.count_again()?;
+        if let Some(crypto) = self.header.extensions.crypto {
+            self.region(crypto.offset.get(), crypto.length.get(), 1)?;
+        }
+        self.count_bitmaps()?;
+        self.count_refcount_structures()
+    }
+
+    /// Counts the clusters that `size` bytes from `offset` on touch.
+    pub(super) fn region(&mut self, offset: u64, size: u64, times: u64) -> Result<()> {
+        if size == 0 {
+            return Ok(());
+        }
+        let cluster_size = self.geometry.cluster_size();
+        let end = offset.checked_add(size);
+        // The last cluster of a file need not be complete.
+        let Some(end) = end.filter(|end| *end < self.file_len.saturating_add(cluster_size)) else {
+            self.report.corruptions += times - 1;
+            self.corruption(format!(
+                "ERROR: counting reference for region exceeding the end of the file by one cluster or more: \
+                 offset {offset:#x} size {size:#x}"
+            ));
+            return Ok(());
+        };
+        let bits = self.geometry.cluster_bits;
+        for cluster in (offset >> bits)..end.div_ceil(cluster_size) {
+            let over = self.counts.add(cluster, times)?;
+            if over > 0 {
+                self.report.corruptions += over - 1;
+                self.corruption(format!(
+                    "ERROR: overflow cluster offset={:#x}\nUse qemu-img amend to increase the refcount entry width or \
+                     qemu-img convert to create a clean copy if the image cannot be opened for writing",
+                    cluster << bits
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    fn count_l1(&mut self, offset: u64, entries: u64, active: bool, unaligned: &mut u64) -> Result<()> {
+        self.region(offset, entries * 8, 1)?;
+        let mut chunk = vec![0; CHUNK];
+        let mut done = 0;
+        while done < entries {
+            if active {
+                self.progress.set(done, entries);
+            }
+            let len = usize::try_from((entries - done) * 8).unwrap_or(CHUNK).min(CHUNK);
+            let chunk = &mut chunk[..len];
+            self.file.read_padded(chunk, offset + done * 8)?;
+            let (words, _) = chunk.as_chunks::<8>();
+            if !is_zero(chunk) {
+                for word in words {
+                    self.count_l1_entry(u64::from_be_bytes(*word), active, unaligned)?;
+                }
+            }
+            done += words.len() as u64;
+        }
+        Ok(())
+    }
+
+    fn count_l1_entry(&mut self, entry: u64, active: bool, unaligned: &mut u64) -> Result<()> {
+        if entry == 0 {
+            return Ok(());
+        }
+        if entry & L1_RESERVED != 0 {
+            self.corruption(format!("ERROR found L1 entry with reserved bits set: {entry:x}"));
+        }
+        let l2 = entry & OFFSET_MASK;
+        let cluster = l2 >> self.geometry.cluster_bits;
+        let known = self.counts.of(cluster) > 0;
+        self.region(l2, self.geometry.cluster_size(), 1)?;
+        if !l2.is_multiple_of(self.geometry.cluster_size()) {
+            self.corruption(format!(
+                "ERROR l2_offset={l2:x}: Table is not cluster aligned; L1 entry corrupted"
+            ));
+            *unaligned += 1;
+            if *unaligned > MAX_UNALIGNED {
+                return Ok(());
+            }
+        } else if known {
+            let visits = self.again.entry(cluster).or_default();
+            *visits += 1;
+            if *visits >= MAX_VISITS {
+                return Ok(());
+            }
+        }
+        self.count_l2(
+            l2,
+            &Walk {
+                times: 1,
+                active,
+                silent: false,
+            },
+        )
+    }
+
+    fn count_snapshots(&mut self, unaligned: &mut u64) -> Result<()> {
+        // Tables of their own fit into the file; what is more than that overlaps.
+        let mut room = self.file_len.saturating_add(MAX_L1 * 8);
+        for index in 0..self.snapshots.entries.len() {
+            let entry = self.snapshots.entries[index];
+            let fault = if !entry.l1_offset.is_multiple_of(self.geometry.cluster_size()) {
+                Some(format!(
+                    "l1_offset={:#x}: L1 table is not cluster aligned",
+                    entry.l1_offset
+                ))
+            } else if u64::from(entry.l1_size) > MAX_L1 {
+                Some(format!("l1_size={:#x}: L1 table is too large", entry.l1_size))
+            } else {
+                let left = room.checked_sub(u64::from(entry.l1_size) * 8);
+                room = left.unwrap_or(room);
+                let overlaps = left.is_none();
+                overlaps.then(|| format!("l1_offset={:#x}: L1 tables overlap", entry.l1_offset))
+            };
+            if let Some(fault) = fault {
+                let name = self.snapshot_name(&entry)?;
+                self.corruption(format!(
+                    "ERROR snapshot {name} {fault}; snapshot table entry corrupted"
+                ));
+                continue;
+            }
+            self.count_l1(entry.l1_offset, u64::from(entry.l1_size), false, unaligned)?;
+        }
+        self.region(self.header.snapshots_offset, self.snapshots.len, 1)
+    }
+
+    /// Counts the references to L2 tables for which these were not walked.
+    fn count_again(&mut self) -> Result<()> {
+        let mut tables: Vec<(u64, u64)> = self
+            .again
+            .iter()
+            .filter(|(_, visits)| **visits >= MAX_VISITS)
+            .map(|(cluster, visits)| (*cluster, *visits - (MAX_VISITS - 1)))
+            .collect();
+        tables.sort_unstable();
+        for (cluster, times) in tables {
+            self.count_l2(
+                cluster << self.geometry.cluster_bits,
+                &Walk {
+                    times,
+                    active: false,
+                    silent: true,
+                },
+            )?;
+        }
+        Ok(())
+    }
+
+    fn count_bitmaps(&mut self) -> Result<()> {
+        let bitmaps = self.image.read_bitmaps()?;
+        let Some(extension) = self.header.extensions.bitmaps.filter(|_| !bitmaps.is_empty()) else {
+            return Ok(());
+        };
+        let mut room = self.file_len;
+        for bitmap in &bitmaps {
+            let (offset, len) = (
+                bitmap.raw.table_offset.get(),
+                u64::from(bitmap.raw.table_size.get()) * 8,
+            );
+            self.region(offset, len, 1)?;
+            if offset.saturating_add(len) > self.file_len {
+                continue;
+            }
+            room = room
+                .checked_sub(len)
+                .ok_or_else(|| Error::corrupt("Bitmap tables overlap"))?;
+            let mut chunk = vec![0; CHUNK];
+            let mut done = 0;
+            while done < len {
+                let part = usize::try_from(len - done).unwrap_or(CHUNK).min(CHUNK);
+                let chunk = &mut chunk[..part];
+                self.file.read_at(chunk, offset + done)?;
+                for word in chunk.as_chunks().0 {
+                    let data = u64::from_be_bytes(*word) & OFFSET_MASK;
+                    if data != 0 {
+                        self.region(data, self.geometry.cluster_size(), 1)?;
+                    }
+                }
+                done += part as u64;
+            }
+        }
+        self.region(
+            extension.directory_offset.get(),
+            extension.directory_size.get(),
+            1,
+        )
+    }
+
+    fn count_refcount_structures(&mut self) -> Result<()> {
+        let len = self.stored.table.len() as u64 * 8;
+        self.region(self.stored.table_offset, len, 1)?;
+        for index in 0..self.stored.table.len() {
+            let entry = self.stored.table[index];
+            if entry != 0 {
+                self.count_block(index, entry)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn count_block(&mut self, index: usize, entry: u64) -> Result<()> {
+        let cluster_size = self.geometry.cluster_size();
+        let offset = entry & stored::OFFSET_MASK;
+        if entry != offset {
+            self.rebuild = true;
+            self.corruption(format!(
+                "ERROR refcount table entry {index} has reserved bits set"
+            ));
+            return Ok(());
+        }
+        if !offset.is_multiple_of(cluster_size) {
+            self.rebuild = true;
+            self.corruption(format!(
+                "ERROR refcount block {index} is not cluster aligned; refcount table entry corrupted"
+            ));
+            return Ok(());
+        }
+        if offset >= self.file_len.next_multiple_of(cluster_size) {
+            let fix = self.repair == super::Repair::All;
+            let what = format!("refcount block {index} is outside image");
+            if !fix {
+                self.corruption(format!("ERROR {what}"));
+                return Ok(());
+            }
+            self.say(format!("Repairing {what}"));
+            if let Err(error) = self.reach(offset) {
+                self.rebuild = true;
+                self.corruption(format!("ERROR could not resize image: {}", error.root()));
+                return Ok(());
+            }
+            self.report.corruptions_fixed += 1;
+        }
+        self.region(offset, cluster_size, 1)?;
+        let count = self.counts.of(offset >> self.geometry.cluster_bits);
+        if count > 1 {
+            self.rebuild = true;
+            self.corruption(format!("ERROR refcount block {index} refcount={count}"));
+        }
+        Ok(())
+    }
+
+    /// Makes the file long enough for the cluster at `offset`.
+    fn reach(&mut self, offset: u64) -> Result<()> {
+        let end = offset
+            .checked_add(self.geometry.cluster_size())
+            .filter(|end| i64::try_from(*end).is_ok())
+            .ok_or_else(|| Error::from_errno(EINVAL))?;
+        self.file.resize(end, diskimage_core::Preallocation::Off)?;
+        self.file_len = end;
+        Ok(())
+    }
+}
+
+/// `Invalid argument`.
+const EINVAL: i32 = 22;

@@ -1,0 +1,250 @@
+//! The snapshot table as a check reads it: whatever is there, and what has to be cut.
+
+use diskimage_core::{Error, Repair, Result};
+use zerocopy::byteorder::big_endian::{U32, U64};
+use zerocopy::{FromBytes, IntoBytes};
+
+use super::super::State;
+use super::super::header::{field, limit};
+use super::super::snapshot::{MAX_EXTRA, MAX_TABLE, MIN_ENTRY_LEN, RawSnapshot};
+use super::Check;
+
+/// The snapshot table.
+#[derive(Debug, Default)]
+pub(super) struct SnapshotTable {
+    pub(super) entries: Vec<SnapshotEntry>,
+    /// Bytes that it takes in the file.
+    pub(super) len: u64,
+    /// It has to be written anew.
+    changed: bool,
+}
+
+/// What a check needs of an entry.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct SnapshotEntry {
+    pub(super) l1_offset: u64,
+    pub(super) l1_size: u32,
+    /// Where the entry is.
+    at: u64,
+    extra_len: u32,
+    id_len: u16,
+    name_len: u16,
+}
+
+/// Extra data that version 3 asks for: 64 bits of machine state size, disk size.
+const V3_EXTRA: u32 = 16;
+/// Extra data as written: those and the instruction count.
+const KNOWN_EXTRA: usize = 24;
+/// Bytes of a name that are shown.
+const MAX_SHOWN: u64 = 1024;
+
+/// `File too large`.
+const EFBIG: i32 = 27;
+/// `Invalid argument`.
+const EINVAL: i32 = 22;
+
+impl Check<'_> {
+    /// Reads the table. Entries that are too many or too long are dropped or cut if all may be mended, else they end
+    /// the check.
+    pub(super) fn read_snapshot_table(&mut self) -> Result<()> {
+        let fix = self.repair == Repair::All;
+        let mut count = self.header.nb_snapshots;
+        if count > limit::SNAPSHOTS {
+            let over = count - limit::SNAPSHOTS;
+            if !fix {
+                let text = format!("ERROR snapshot table too large\n{}", remove_all(over));
+                return self.unusable(text, EFBIG);
+            }
+            self.say(format!("Discarding {over} overhanging snapshots"));
+            self.report.corruptions_fixed += u64::from(over);
+            count = limit::SNAPSHOTS;
+        }
+        let start = self.header.snapshots_offset;
+        let end = start.checked_add(u64::from(count) * MIN_ENTRY_LEN);
+        if count > 0
+            && (!start.is_multiple_of(self.geometry.cluster_size())
+                || end.is_none_or(|end| i64::try_from(end).is_err()))
+        {
+            return self.unusable("ERROR snapshot table offset invalid".to_owned(), EINVAL);
+        }
+        self.read_snapshot_entries(count)?;
+        let kept = u32::try_from(self.snapshots.entries.len()).unwrap_or(count);
+        if kept != self.header.nb_snapshots {
+            self.file
+                .write_at(U32::new(kept).as_bytes(), field::NB_SNAPSHOTS)?;
+            self.file.flush()?;
+        }
+        self.complete_entries(fix);
+        Ok(())
+    }
+
+    fn read_snapshot_entries(&mut self, count: u32) -> Result<()> {
+        let fix = self.repair == Repair::All;
+        let start = self.header.snapshots_offset;
+        let mut at = start;
+        for index in 0..count {
+            let mut fixed = [0; size_of::<RawSnapshot>()];
+            self.file.read_padded(&mut fixed, at)?;
+            let raw = RawSnapshot::read_from_bytes(&fixed).map_err(|_| Error::from_errno(EINVAL))?;
+            let entry = SnapshotEntry {
+                l1_offset: raw.l1_table_offset.get(),
+                l1_size: raw.l1_size.get(),
+                at,
+                extra_len: raw.extra_data_size.get(),
+                id_len: raw.id_len.get(),
+                name_len: raw.name_len.get(),
+            };
+            if u64::from(entry.extra_len) > MAX_EXTRA {
+                if !fix {
+                    let text = format!(
+                        "ERROR failed to read the snapshot table: Too much extra metadata in snapshot table entry \
+                         {index}\nYou can force-remove this extra metadata with qemu-img check -r all"
+                    );
+                    return self.unusable(text, EFBIG);
+                }
+                self.say(format!(
+                    "Discarding too much extra metadata in snapshot table entry {index} ({} > {MAX_EXTRA})",
+                    entry.extra_len
+                ));
+                self.report.corruptions_fixed += 1;
+                self.snapshots.changed = true;
+            }
+            let end = at + entry.len();
+            if end - start > MAX_TABLE {
+                let over = count - index;
+                if !fix {
+                    let text = format!(
+                        "ERROR failed to read the snapshot table: Snapshot table is too big\n{}",
+                        remove_all(over)
+                    );
+                    return self.unusable(text, EFBIG);
+                }
+                self.say(format!(
+                    "Discarding {over} overhanging snapshots (snapshot table is too big)"
+                ));
+                self.report.corruptions_fixed += u64::from(over);
+                break;
+            }
+            self.snapshots.entries.push(entry);
+            self.snapshots.len = end - start;
+            at = end.next_multiple_of(8);
+        }
+        Ok(())
+    }
+
+    /// Reports entries that lack what version 3 asks for; they are completed when the table is written.
+    fn complete_entries(&mut self, fix: bool) {
+        if self.header.version < 3 {
+            return;
+        }
+        for index in 0..self.snapshots.entries.len() {
+            if self.snapshots.entries[index].extra_len < V3_EXTRA {
+                self.corruption_or_fix(fix, &format!("snapshot table entry {index} is incomplete"));
+                self.snapshots.changed |= fix;
+            }
+        }
+    }
+
+    fn unusable(&mut self, text: String, errno: i32) -> Result<()> {
+        self.tell(text, true);
+        Err(Error::from_errno(errno))
+    }
+
+    /// How messages name a snapshot: its identifier and its name.
+    pub(super) fn snapshot_name(&self, entry: &SnapshotEntry) -> Result<String> {
+        let start = entry.at + MIN_ENTRY_LEN + u64::from(entry.extra_len);
+        let id = self.text(start, u64::from(entry.id_len))?;
+        let name = self.text(start + u64::from(entry.id_len), u64::from(entry.name_len))?;
+        Ok(format!("{id} ({name})"))
+    }
+
+    /// Text from the file as it can be shown: it may hold anything.
+    fn text(&self, at: u64, len: u64) -> Result<String> {
+        let mut bytes = vec![0; usize::try_from(len.min(MAX_SHOWN)).unwrap_or(0)];
+        self.file.read_padded(&mut bytes, at)?;
+        let text = bytes.split(|byte| *byte == 0).next().unwrap_or(&[]);
+        Ok(String::from_utf8_lossy(text)
+            .chars()
+            .map(|c| if c.is_control() { '\u{fffd}' } else { c })
+            .collect())
+    }
+
+    /// Writes a table that was mended to a new place, then gives up the old one.
+    pub(super) fn write_snapshot_table(&mut self, state: &mut State) -> Result<()> {
+        if !self.snapshots.changed {
+            return Ok(());
+        }
+        let table = self.encode_snapshots()?;
+        let bits = self.geometry.cluster_bits;
+        let State {
+            tables, refcounts, ..
+        } = state;
+        let clusters = (table.len() as u64).div_ceil(self.geometry.cluster_size());
+        let offset = refcounts.allocate(tables, clusters)?;
+        self.file.write_at(&table, offset)?;
+        tables.write_back()?;
+        tables.sync()?;
+        let mut location = [0; 12];
+        let count = u32::try_from(self.snapshots.entries.len()).map_err(|_| Error::from_errno(EFBIG))?;
+        location[..4].copy_from_slice(U32::new(count).as_bytes());
+        location[4..].copy_from_slice(U64::new(offset).as_bytes());
+        self.file.write_at(&location, field::NB_SNAPSHOTS)?;
+        tables.sync()?;
+        let old = self.header.snapshots_offset;
+        if old.saturating_add(self.snapshots.len) <= self.file_len {
+            for cluster in (old >> bits)..(old + self.snapshots.len).div_ceil(1 << bits) {
+                // A damaged table may be counted less often than it is used.
+                if refcounts.count(tables, cluster)? > 0 {
+                    refcounts.release(tables, cluster << bits, 1)?;
+                }
+            }
+        }
+        tables.write_back()?;
+        tables.sync()
+    }
+
+    fn encode_snapshots(&self) -> Result<Vec<u8>> {
+        let mut table = Vec::new();
+        for entry in &self.snapshots.entries {
+            table.resize(table.len().next_multiple_of(8), 0);
+            let mut fixed = [0; size_of::<RawSnapshot>()];
+            self.file.read_padded(&mut fixed, entry.at)?;
+            let mut raw = RawSnapshot::read_from_bytes(&fixed).map_err(|_| Error::from_errno(EINVAL))?;
+            let there = u64::from(entry.extra_len).min(MAX_EXTRA);
+            let mut extra = vec![0; usize::try_from(there).unwrap_or(0)];
+            self.file.read_padded(&mut extra, entry.at + MIN_ENTRY_LEN)?;
+            if extra.len() < KNOWN_EXTRA {
+                let defaults = [
+                    u64::from(raw.vm_state_size.get()),
+                    self.header.size,
+                    // No instruction count.
+                    u64::MAX,
+                ];
+                let whole = extra.len() / 8 * 8;
+                extra.truncate(whole);
+                for value in &defaults[whole / 8..] {
+                    extra.extend_from_slice(&value.to_be_bytes());
+                }
+            }
+            raw.extra_data_size = U32::new(u32::try_from(extra.len()).unwrap_or(0));
+            let mut names = vec![0; usize::from(entry.id_len) + usize::from(entry.name_len)];
+            let names_at = entry.at + MIN_ENTRY_LEN + u64::from(entry.extra_len);
+            self.file.read_padded(&mut names, names_at)?;
+            table.extend_from_slice(raw.as_bytes());
+            table.extend_from_slice(&extra);
+            table.extend_from_slice(&names);
+        }
+        Ok(table)
+    }
+}
+
+impl SnapshotEntry {
+    /// Bytes of the entry without padding.
+    fn len(&self) -> u64 {
+        MIN_ENTRY_LEN + u64::from(self.extra_len) + u64::from(self.id_len) + u64::from(self.name_len)
+    }
+}
+
+fn remove_all(count: u32) -> String {
+    format!("You can force-remove all {count} overhanging snapshots with qemu-img check -r all")
+}
