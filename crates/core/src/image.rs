@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::{
     ByteRange, Device, Encoded, Error, ErrorKind, Extent, ExtentKind, Holes, Layer, Limits, Preallocation,
-    ResizeRequest, Result, Run, RunKind, Want, WriteRun, ZeroMode, align_down, align_up, is_zero,
+    ResizeRequest, Result, Run, RunKind, Want, WritePlan, WriteRun, ZeroMode, align_down, align_up, is_zero,
 };
 
 /// An opened image and its backing chain.
@@ -73,6 +73,22 @@ impl Image {
     #[must_use]
     pub fn without_backing(&self) -> Self {
         Self::new(Arc::clone(&self.layer), None, self.name.clone(), self.write)
+    }
+
+    /// Sets aside where the bytes of `range`, which is not empty, will go. Places are given out in the order of these
+    /// calls, the bytes may follow from several threads at once.
+    ///
+    /// # Errors
+    /// As [`Device::write_at`].
+    pub fn begin_write(&self, range: ByteRange) -> Result<PendingWrite<'_>> {
+        self.require_writable()?;
+        let range = self.check_bounds(range.start(), range.len())?;
+        self.forget_decoded();
+        Ok(PendingWrite {
+            image: self,
+            range,
+            plan: self.layer.plan_write(range)?,
+        })
     }
 
     /// Stores the encoded form of one whole cluster.
@@ -256,6 +272,63 @@ impl Image {
     }
 }
 
+/// A write whose places are set aside. Dropping it leaves the image as it was.
+#[must_use]
+pub struct PendingWrite<'a> {
+    image: &'a Image,
+    range: ByteRange,
+    plan: Box<dyn WritePlan + 'a>,
+}
+
+impl PendingWrite<'_> {
+    /// The guest bytes that will be written.
+    pub fn range(&self) -> ByteRange {
+        self.range
+    }
+
+    /// Writes the bytes, as many as were asked for, and makes them part of the image.
+    ///
+    /// # Errors
+    /// As [`Device::write_at`].
+    pub fn finish(self, buf: &[u8]) -> Result<()> {
+        let start = self.range.start();
+        self.finish_with(|device, offset, guest| {
+            let from = usize::try_from(guest.start() - start).unwrap_or(usize::MAX);
+            let len = usize::try_from(guest.len()).unwrap_or(usize::MAX);
+            let part = buf.get(from..).and_then(|rest| rest.get(..len));
+            device.write_at(
+                part.ok_or_else(|| Error::invalid("Too few bytes to write"))?,
+                offset,
+            )
+        })
+    }
+
+    /// Has `fill` put the bytes of each run where they go, and makes them part of the image. It is given the device,
+    /// the offset there and the guest bytes.
+    ///
+    /// # Errors
+    /// As [`Device::write_at`], and those of `fill`.
+    pub fn finish_with(
+        self,
+        mut fill: impl FnMut(&Arc<dyn Device>, u64, ByteRange) -> Result<()>,
+    ) -> Result<()> {
+        for run in self.plan.runs() {
+            let ours = run.guest.intersect(self.range);
+            self.image.fill_around(run, self.range)?;
+            fill(&run.device, run.offset + (ours.start() - run.guest.start()), ours)?;
+        }
+        self.plan.commit()
+    }
+}
+
+impl std::fmt::Debug for PendingWrite<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("PendingWrite")
+            .field("range", &self.range)
+            .finish_non_exhaustive()
+    }
+}
+
 /// `Input/output error`, which the original answers to requests outside an image.
 const EIO: i32 = 5;
 
@@ -283,24 +356,11 @@ impl Device for Image {
     }
 
     fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
-        self.require_writable()?;
         let request = self.check_bounds(offset, buf.len() as u64)?;
         if request.is_empty() {
-            return Ok(());
+            return self.require_writable();
         }
-        self.forget_decoded();
-        let plan = self.layer.plan_write(request)?;
-        for run in plan.runs() {
-            let ours = run.guest.intersect(request);
-            self.fill_around(run, request)?;
-            let from = usize::try_from(ours.start() - request.start()).unwrap_or(0);
-            let len = usize::try_from(ours.len()).unwrap_or(0);
-            run.device.write_at(
-                &buf[from..from + len],
-                run.offset + (ours.start() - run.guest.start()),
-            )?;
-        }
-        plan.commit()
+        self.begin_write(request)?.finish(buf)
     }
 
     fn write_zeroes(&self, range: ByteRange, mode: ZeroMode) -> Result<()> {

@@ -24,6 +24,12 @@ pub trait Layer: Debug + Send + Sync {
     /// The unit of allocation: zeroing, discarding and compressed writes work on multiples of it. 1 if there is none.
     fn granularity(&self) -> u64;
 
+    /// The smallest piece that gets storage of its own when it is written: [`Layer::granularity`], or less if its
+    /// units are divided.
+    fn write_unit(&self) -> u64 {
+        self.granularity()
+    }
+
     /// The image below, as the image names it.
     fn backing(&self) -> Option<Backing> {
         None

@@ -33,7 +33,7 @@ pub use device::{Device, Extent, ExtentKind, Limits, Preallocation, Want, ZeroMo
 pub use error::{Error, ErrorKind, Result, ResultExt};
 pub use format::{CreateRequest, Format, Measure, MeasureSource, OpenRequest, Probe, Score};
 pub use gate::{Gate, Permissions, Reference, Role};
-pub use image::Image;
+pub use image::{Image, PendingWrite};
 pub use info::{Detail, DetailValue, Info, SnapshotInfo};
 pub use layer::{Backing, Encoded, Encoder, Holes, Layer, ResizeRequest, Run, RunKind, WritePlan, WriteRun};
 pub use memory::MemoryDevice;

@@ -26,6 +26,7 @@ pub struct Creation {
     backing_file: Option<String>,
     backing_format: Option<String>,
     trust_backing: bool,
+    cache: CacheMode,
     gate: Option<Arc<dyn Gate>>,
 }
 
@@ -40,6 +41,7 @@ impl Creation {
             backing_file: None,
             backing_format: None,
             trust_backing: false,
+            cache: CacheMode::WRITEBACK,
             gate: None,
         }
     }
@@ -79,6 +81,13 @@ impl Creation {
         self
     }
 
+    /// How the new image reaches the disk.
+    #[must_use]
+    pub fn cache(mut self, cache: CacheMode) -> Self {
+        self.cache = cache;
+        self
+    }
+
     /// Who opens the files that images refer to; [`FileGate`] if nobody is named.
     #[must_use]
     pub fn gate(mut self, gate: Arc<dyn Gate>) -> Self {
@@ -105,7 +114,13 @@ impl Creation {
             format,
             size,
             options,
-            gate: self.gate.unwrap_or_else(|| Arc::new(FileGate::default())),
+            cache: self.cache,
+            gate: self.gate.unwrap_or_else(|| {
+                Arc::new(FileGate {
+                    cache: self.cache,
+                    ..FileGate::default()
+                })
+            }),
             name: self.name,
         })
     }
@@ -192,6 +207,7 @@ pub struct Prepared {
     format: &'static dyn Format,
     size: u64,
     options: Options,
+    cache: CacheMode,
     gate: Arc<dyn Gate>,
 }
 
@@ -213,7 +229,7 @@ impl Prepared {
     pub fn create(&self) -> Result<()> {
         let creation = FileCreation::from_options(&self.options)?;
         self.check_preallocation()?;
-        let file = Arc::new(make_file(&self.name, &creation)?);
+        let file = Arc::new(make_file(&self.name, &creation, self.cache)?);
         let outcome = self.fill(&file, &creation);
         // Without a header the file is still a raw image of its length, whatever that may be.
         if outcome.is_err() && !file.is_device() && self.format.name() != "raw" {
@@ -256,7 +272,7 @@ impl Prepared {
     fn fill(&self, file: &Arc<File>, creation: &FileCreation) -> Result<()> {
         if let Some(data_file) = self.options.text("data_file") {
             // Relative to the current directory, as it is opened.
-            make_file(&Target::plain(data_file).path, creation)?;
+            make_file(&Target::plain(data_file).path, creation, self.cache)?;
         }
         let permissions = Permissions {
             resize: true,
@@ -274,7 +290,7 @@ impl Prepared {
 }
 
 /// Makes the file, or opens the device, that an image goes into.
-fn make_file(name: &str, creation: &FileCreation) -> Result<File> {
+fn make_file(name: &str, creation: &FileCreation, cache: CacheMode) -> Result<File> {
     let target = if name.is_empty() {
         // The system's own word on it.
         Target::plain("")
@@ -288,9 +304,9 @@ fn make_file(name: &str, creation: &FileCreation) -> Result<File> {
         }),
     };
     if is_device {
-        return File::open(&target, true, CacheMode::WRITEBACK).context(|| NO_NEW_DEVICES);
+        return File::open(&target, true, cache).context(|| NO_NEW_DEVICES);
     }
-    File::create(&target, creation, CacheMode::WRITEBACK)
+    File::create(&target, creation, cache)
 }
 
 const NO_NEW_DEVICES: &str = "Protocol driver 'host_device' does not support creating new images, so an existing \

@@ -27,6 +27,7 @@
 //! a program can pass one of its own that knows better. The numbers in an image can claim only the memory that a
 //! [`Budget`] has.
 
+mod convert;
 mod create;
 mod gate;
 mod guess;
@@ -36,6 +37,7 @@ mod probe;
 mod resize;
 mod snapshot;
 
+pub use convert::{Conversion, DEFAULT_SPARSE, MAX_SPARSE, total_len};
 pub use create::{Creation, Prepared};
 pub use diskimage_core::*;
 pub use diskimage_formats::{FORMATS, format_by_name};

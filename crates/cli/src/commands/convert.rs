@@ -2,11 +2,19 @@
 
 use std::ffi::{OsStr, OsString};
 
-use super::{LARGEST, unavailable};
-use diskimage::{CacheMode, SnapshotSelector};
+use super::LARGEST;
+use super::create::option_help;
+use std::num::NonZeroU32;
+use std::sync::Arc;
+
+use diskimage::{
+    CacheMode, Conversion, Creation, DEFAULT_SPARSE, Device, Image, OpenOptions, SnapshotSelector,
+    format_by_name, open_snapshot, total_len,
+};
 
 use crate::objects::Objects;
 use crate::out::Console;
+use crate::source::{open_source, plain_name};
 use crate::words::{
     Command, CreateOptions, Flag, Operand, Parser, Source, Stop, count, size, snapshot_selector,
     source_cache, target_cache, text,
@@ -434,10 +442,189 @@ fn sparse_size(value: &OsStr) -> Result<u64, Stop> {
 /// Reads the words of `convert` and does it.
 ///
 /// # Errors
-/// What is wrong with the words.
-pub fn run(words: Parser, _console: &Console) -> Result<u8, Stop> {
-    Request::parse(words)?;
-    Err(unavailable(&COMMAND))
+/// What is wrong with the words, and everything that can fail on the way.
+pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
+    let args = match Request::parse(words)? {
+        Request::OptionHelp { format, name } => {
+            return Err(Stop::Text(option_help(&format, name.as_deref())?));
+        }
+        Request::Convert(args) => args,
+    };
+    if args.bitmaps {
+        return Err(Stop::wrong(
+            "Copying bitmaps (--bitmaps) is not available in this build",
+        ));
+    }
+    let progress = crate::progress::Progress::new(args.progress, console);
+    let sources = open_sources(&args, console)?;
+    let target = Target::prepare(&args, &sources)?;
+    let made = target.make(&args)?;
+    let outcome = target
+        .open(&args, console)
+        .and_then(|image| copy(&args, &sources, &target, &image, &progress, console));
+    if outcome.is_err() {
+        made.undo();
+    }
+    outcome.map(|()| 0)
+}
+
+fn open_sources(args: &Args, console: &Console) -> Result<Vec<Arc<Image>>, Stop> {
+    let options = || {
+        OpenOptions::new()
+            .cache(args.source_cache)
+            .force_share(args.force_share)
+            .exclusive(!args.force_share)
+    };
+    let open = |source| open_source(source, options(), console);
+    let mut sources: Vec<_> = args.sources.iter().map(open).collect::<Result<_, _>>()?;
+    if let Some(snapshot) = &args.snapshot {
+        let [image] = &mut sources[..] else {
+            return Err(Stop::wrong("No support for concatenating multiple snapshot"));
+        };
+        *image = open_snapshot(image, snapshot)?;
+    }
+    Ok(sources)
+}
+
+/// Where the copy goes.
+struct Target {
+    name: String,
+    format: Option<String>,
+    creation: Option<Creation>,
+}
+
+impl Target {
+    /// Checks what can be checked before anything is made.
+    fn prepare(args: &Args, sources: &[Arc<Image>]) -> Result<Self, Stop> {
+        let name = plain_name(&args.target.name)?;
+        let format = args.target.format.clone();
+        let driver = format.as_deref().and_then(format_by_name);
+        if let (Some(format), None) = (&format, driver) {
+            return Err(Stop::wrong(format!("Unknown file format '{format}'")));
+        }
+        let mut target = Self {
+            name,
+            format,
+            creation: None,
+        };
+        let Some(driver) = driver else { return Ok(target) };
+        if !args.no_create {
+            let mut creation = Creation::new(&target.name, driver.name()).size(total_len(sources));
+            if let Some(options) = &args.options {
+                creation = creation.options(options.as_str());
+            }
+            if let Some(backing) = &args.backing {
+                creation = creation.backing_file(text(backing.clone())?);
+            }
+            if let Some(format) = &args.backing_format {
+                creation = creation.backing_format(format);
+            }
+            target.creation = Some(creation);
+        }
+        if args.compress && !driver.has_compression() {
+            return Err(Stop::wrong("Compression not supported for this file format"));
+        }
+        Ok(target)
+    }
+
+    /// Makes the new image, unless it is there already.
+    fn make(&self, args: &Args) -> Result<Made, Stop> {
+        let Some(creation) = &self.creation else {
+            return Ok(Made::nothing());
+        };
+        let made = Made::of(&self.name);
+        let format = self.format.as_deref().unwrap_or_default();
+        let failed = |error: diskimage::Error| {
+            Stop::from(error.context(format!("{}: error while converting {format}", self.name)))
+        };
+        let prepared = creation
+            .clone()
+            .cache(args.target_cache)
+            .prepare()
+            .map_err(failed)?;
+        prepared.create().map_err(failed)?;
+        Ok(made)
+    }
+
+    fn open(&self, args: &Args, console: &Console) -> Result<Arc<Image>, Stop> {
+        let source = Source {
+            name: args.target.name.clone(),
+            format: self.format.clone(),
+        };
+        let options = OpenOptions::new()
+            .write(true)
+            .resize(!args.no_create)
+            .cache(args.target_cache);
+        open_source(&source, options, console)
+    }
+}
+
+/// What this run made, to be taken away again if the copy fails: no file is left that looks complete.
+struct Made {
+    name: Option<String>,
+}
+
+impl Made {
+    fn nothing() -> Self {
+        Self { name: None }
+    }
+
+    /// Nothing if something of this name is there already and is no plain file.
+    fn of(name: &str) -> Self {
+        let is_file = diskimage::Target::parse(name)
+            .ok()
+            .map(|target| target.path)
+            .filter(|path| std::fs::symlink_metadata(path).map_or(true, |metadata| metadata.is_file()));
+        Self { name: is_file }
+    }
+
+    fn undo(self) {
+        if let Some(name) = self.name {
+            // The failure that led here is the one to report.
+            let _ = std::fs::remove_file(name);
+        }
+    }
+}
+
+fn copy(
+    args: &Args,
+    sources: &[Arc<Image>],
+    target: &Target,
+    image: &Image,
+    progress: &crate::progress::Progress<'_>,
+    console: &Console,
+) -> Result<(), Stop> {
+    let report = |done, total| progress.set(done, total);
+    let lost = |offset: u64, error: &diskimage::Error| {
+        if !args.quiet {
+            console.warning(&format!("error while reading offset {offset}: {}", error.root()));
+        }
+    };
+    let mut conversion = Conversion::new(sources, image);
+    conversion.sparse = args.sparse_size.unwrap_or(DEFAULT_SPARSE);
+    conversion.compress = args.compress;
+    conversion.out_of_order = args.out_of_order;
+    conversion.parallel = args
+        .parallel
+        .and_then(|most| u32::try_from(most).ok())
+        .and_then(NonZeroU32::new);
+    conversion.rate = Some(args.rate).filter(|rate| *rate > 0);
+    conversion.copy_offload = args.copy_range;
+    conversion.salvage = args.salvage;
+    if target.creation.is_some() || args.backing.is_some() {
+        conversion.backing_len = image.backing().map(|below| below.len());
+    }
+    conversion.target_is_zero = if args.no_create {
+        args.target_is_zero
+    } else {
+        conversion.target_is_zero
+    };
+    conversion.on_lost = Some(&lost);
+    conversion.progress = diskimage::Progress::new(&report);
+    conversion.run()?;
+    image.flush()?;
+    progress.complete();
+    Ok(())
 }
 
 #[cfg(test)]

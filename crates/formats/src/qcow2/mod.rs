@@ -282,6 +282,10 @@ impl Layer for Qcow2 {
         self.header.geometry.cluster_size()
     }
 
+    fn write_unit(&self) -> u64 {
+        self.header.geometry.subcluster_size()
+    }
+
     fn backing(&self) -> Option<Backing> {
         self.header.backing.clone()
     }

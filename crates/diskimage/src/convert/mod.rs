@@ -1,0 +1,248 @@
+//! The conversion engine.
+//!
+//! A cursor hands out segments of the guest's disk to workers. Each worker asks the status of its own segment, reads
+//! what has to be read, finds zeroes, compresses if asked to, and hands the outcome on:
+//!
+//! ```text
+//!   cursor ──▶ worker: status → read → zero test → (encode) ──▶ positional: write where the guest says
+//!          ──▶ worker: ...                                  ──▶ ordered:    wait for the turn, set places aside,
+//!                                                                           pass the turn on, write, commit
+//! ```
+//!
+//! The ordered way gives out places in guest order, so the file that comes out is the same whatever the number of
+//! threads. Memory is bounded by workers times segment, whatever the images say of themselves. The first error, in guest
+//! order, ends the conversion and is the one reported; removing what was written so far is the caller's affair.
+
+mod cursor;
+mod pieces;
+mod rate;
+mod source;
+mod worker;
+
+use std::num::NonZeroU32;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
+
+use diskimage_core::{Device, Error, Image, Progress, Result, align_up};
+
+use cursor::Cursor;
+use rate::RateLimit;
+use source::Sources;
+use worker::Worker;
+
+/// What is copied where, and how.
+pub struct Conversion<'a> {
+    /// The images to copy, one after the other.
+    pub sources: &'a [Arc<Image>],
+    /// Where to; opened for writing and as large as the sources together, or larger.
+    pub target: &'a Image,
+    /// Zeroes in runs of at least this many bytes are not written as data. With 0 everything is.
+    pub sparse: u64,
+    /// Whether to compress. Whole clusters of zeroes are left out.
+    pub compress: bool,
+    /// Whether places in the target may be given out in any order.
+    pub out_of_order: bool,
+    /// How many threads at most; as many as there are processors if not given.
+    pub parallel: Option<NonZeroU32>,
+    /// The most bytes to write per second.
+    pub rate: Option<u64>,
+    /// Whether to ask the storage to copy, without looking for zeroes in what it says is data.
+    pub copy_offload: bool,
+    /// Whether to go on with zeroes where the source cannot be read.
+    pub salvage: bool,
+    /// Set if the target has an image below it with the contents of the images below the source: the length of that
+    /// image. Only what the topmost source image has itself is copied then.
+    pub backing_len: Option<u64>,
+    /// Whether the target reads as zero so far, but for what shows from the image below.
+    pub target_is_zero: bool,
+    /// Told about each sector that could not be read, with `salvage`.
+    pub on_lost: Option<&'a (dyn Fn(u64, &Error) + Sync)>,
+    /// Told how many bytes of how many are done.
+    pub progress: Progress<'a>,
+}
+
+/// The original's default for [`Conversion::sparse`].
+pub const DEFAULT_SPARSE: u64 = 4096;
+
+/// The largest value of [`Conversion::sparse`].
+pub const MAX_SPARSE: u64 = 16 << 20;
+
+/// The unit in which images are concatenated and zeroes are looked for.
+const SECTOR: u64 = 512;
+
+/// How much a worker takes on at once. Clusters for one segment are allocated in one piece.
+const SEGMENT: u64 = 2 << 20;
+
+/// The same when compressing, where the work on a segment takes much longer than taking it.
+const COMPRESS_SEGMENT: u64 = 512 << 10;
+
+/// More threads than this only take memory.
+const MAX_WORKERS: usize = 16;
+
+impl<'a> Conversion<'a> {
+    /// A conversion as the original does it by default, into a new image.
+    pub fn new(sources: &'a [Arc<Image>], target: &'a Image) -> Self {
+        Self {
+            sources,
+            target,
+            sparse: DEFAULT_SPARSE,
+            compress: false,
+            out_of_order: false,
+            parallel: None,
+            rate: None,
+            copy_offload: false,
+            salvage: false,
+            backing_len: None,
+            target_is_zero: target.layer().is_zero_when_new(),
+            on_lost: None,
+            progress: Progress::none(),
+        }
+    }
+
+    /// How long a target has to be.
+    pub fn len(&self) -> u64 {
+        total_len(self.sources)
+    }
+
+    /// Whether there is nothing to copy.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Copies.
+    ///
+    /// # Errors
+    /// Options that do not go together, a target that is too small, and the first failure to read or write in guest
+    /// order.
+    pub fn run(&self) -> Result<()> {
+        self.check()?;
+        let job = Job::new(self)?;
+        self.progress.set(0, job.sources.len());
+        let segments = job.sources.len().div_ceil(job.segment);
+        let workers = usize::try_from(segments)
+            .unwrap_or(usize::MAX)
+            .min(self.workers());
+        let encoders = (0..workers).map(|_| self.encoder()).collect::<Result<Vec<_>>>()?;
+        thread::scope(|scope| {
+            for encoder in encoders {
+                let job = &job;
+                scope.spawn(move || Worker::new(job, encoder).run());
+            }
+        });
+        job.cursor.finish()?;
+        self.progress.set(job.sources.len(), job.sources.len());
+        Ok(())
+    }
+
+    fn check(&self) -> Result<()> {
+        if self.sparse > MAX_SPARSE || !self.sparse.is_multiple_of(SECTOR) {
+            return Err(Error::invalid(format!(
+                "Invalid buffer size for sparse output specified. Valid sizes are multiples of {SECTOR} up to \
+                 {MAX_SPARSE}. Select 0 to disable sparse detection (fully allocates output)."
+            )));
+        }
+        if self.backing_len.is_some() && self.sources.len() > 1 {
+            return Err(Error::invalid(
+                "Having a backing file for the target makes no sense when concatenating multiple input images",
+            ));
+        }
+        if align_up(self.target.len(), SECTOR) < self.len() {
+            return Err(Error::invalid("output file is smaller than input file"));
+        }
+        Ok(())
+    }
+
+    fn workers(&self) -> usize {
+        let processors = thread::available_parallelism().map_or(1, usize::from);
+        // Whoever waits for its turn does nothing: some more than there are processors keep all of them busy.
+        let wanted = if self.compress {
+            processors + 2
+        } else {
+            processors + 1
+        };
+        let most = self.parallel.map_or(MAX_WORKERS, |most| {
+            usize::try_from(most.get()).unwrap_or(MAX_WORKERS)
+        });
+        wanted.min(most).clamp(1, MAX_WORKERS)
+    }
+
+    fn encoder(&self) -> Result<Option<Box<dyn diskimage_core::Encoder>>> {
+        if !self.compress {
+            return Ok(None);
+        }
+        match self.target.layer().encoder()? {
+            Some(encoder) => Ok(Some(encoder)),
+            None => Err(Error::unsupported(
+                "Compression not supported for this file format",
+            )),
+        }
+    }
+}
+
+impl std::fmt::Debug for Conversion<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Conversion")
+            .field("sources", &self.sources)
+            .field("target", &self.target)
+            .finish_non_exhaustive()
+    }
+}
+
+/// The length of the disk that `sources` make up together: each fills whole sectors.
+pub fn total_len(sources: &[Arc<Image>]) -> u64 {
+    sources
+        .iter()
+        .fold(0, |sum, image| sum.saturating_add(align_up(image.len(), SECTOR)))
+}
+
+/// What the workers share.
+struct Job<'a> {
+    conversion: &'a Conversion<'a>,
+    sources: Sources<'a>,
+    cursor: Cursor,
+    /// Bytes that a worker takes on at once.
+    segment: u64,
+    /// Cleared once the storage turned out not to copy by itself.
+    offload: AtomicBool,
+    rate: RateLimit,
+    done: AtomicU64,
+}
+
+impl<'a> Job<'a> {
+    fn new(conversion: &'a Conversion<'a>) -> Result<Self> {
+        let sources = Sources::new(conversion);
+        let cluster = conversion.target.layer().granularity();
+        let segment = if conversion.compress {
+            COMPRESS_SEGMENT.max(cluster)
+        } else {
+            SEGMENT.max(conversion.sparse.next_power_of_two())
+        };
+        if segment > MAX_SPARSE {
+            return Err(Error::unsupported("Clusters of this size cannot be compressed"));
+        }
+        Ok(Self {
+            conversion,
+            cursor: Cursor::new(sources.len(), segment),
+            sources,
+            segment,
+            offload: AtomicBool::new(conversion.copy_offload),
+            rate: RateLimit::new(conversion.rate),
+            done: AtomicU64::new(0),
+        })
+    }
+
+    /// Whether places in the target are given out in guest order.
+    fn ordered(&self) -> bool {
+        let plain = self.conversion.target.layer().granularity() == 1;
+        self.conversion.compress || !(plain || self.conversion.out_of_order)
+    }
+
+    fn add_progress(&self, bytes: u64) {
+        let done = self.done.fetch_add(bytes, Ordering::Relaxed) + bytes;
+        self.conversion.progress.set(done, self.sources.len());
+    }
+}
+
+#[cfg(test)]
+mod tests;

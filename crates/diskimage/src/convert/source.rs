@@ -1,0 +1,157 @@
+//! The sources as one disk.
+
+use std::sync::Arc;
+
+use diskimage_core::{ByteRange, Device, Error, Extent, Image, Result, ResultExt, Want, align_up};
+
+use super::pieces::Kind;
+use super::{Conversion, SECTOR};
+
+/// Images one after the other, each filling whole sectors.
+pub(super) struct Sources<'a> {
+    parts: Vec<Part<'a>>,
+    len: u64,
+    /// Only what the topmost image has itself is of interest.
+    top_only: bool,
+    /// Zeroes are data.
+    dense: bool,
+    salvage: bool,
+    on_lost: Option<&'a (dyn Fn(u64, &Error) + Sync)>,
+}
+
+struct Part<'a> {
+    image: &'a Arc<Image>,
+    start: u64,
+    end: u64,
+}
+
+/// What the bytes of a run are.
+pub(super) struct Status {
+    pub(super) len: u64,
+    pub(super) kind: Kind,
+    /// Where the bytes lie as they are, if they do.
+    pub(super) host: Option<(Arc<dyn Device>, u64)>,
+}
+
+impl<'a> Sources<'a> {
+    pub(super) fn new(conversion: &Conversion<'a>) -> Self {
+        let mut len = 0_u64;
+        let parts = conversion
+            .sources
+            .iter()
+            .map(|image| {
+                let start = len;
+                len = len.saturating_add(align_up(image.len(), SECTOR));
+                Part {
+                    image,
+                    start,
+                    end: len,
+                }
+            })
+            .collect();
+        Self {
+            parts,
+            len,
+            top_only: conversion.backing_len.is_some(),
+            dense: conversion.sparse == 0,
+            salvage: conversion.salvage,
+            on_lost: conversion.on_lost,
+        }
+    }
+
+    /// The length of all together.
+    pub(super) fn len(&self) -> u64 {
+        self.len
+    }
+
+    fn part(&self, offset: u64) -> Result<&Part<'a>> {
+        let index = self.parts.partition_point(|part| part.end <= offset);
+        self.parts
+            .get(index)
+            .ok_or_else(|| Error::invalid("Offset beyond the end of the source"))
+    }
+
+    /// What the bytes at the start of `range`, which is not empty and inside, are.
+    pub(super) fn status(&self, range: ByteRange) -> Result<Status> {
+        let part = self.part(range.start())?;
+        let inside = range.intersect(ByteRange::new(part.start, part.end));
+        let at = range.start() - part.start;
+        let there = ByteRange::at(at, inside.len()).intersect(ByteRange::new(0, part.image.len()));
+        if there.is_empty() {
+            return Ok(Status {
+                len: inside.len(),
+                kind: if self.dense { Kind::Data } else { Kind::Zero },
+                host: None,
+            });
+        }
+        match part.image.status(there, Want::Zeroes) {
+            Ok(extent) => Ok(self.judge(extent, inside.len())),
+            // Reading tells which sectors are lost.
+            Err(_) if self.salvage => Ok(Status {
+                len: there.len().min(SALVAGE_STEP),
+                kind: Kind::Data,
+                host: None,
+            }),
+            Err(error) => Err(error.context(format!(
+                "error while reading block status at offset {}",
+                range.start()
+            ))),
+        }
+    }
+
+    fn judge(&self, extent: Extent, most: u64) -> Status {
+        let kind = if self.top_only && extent.depth > 0 {
+            Kind::Below
+        } else if extent.kind.is_zero() && !self.dense {
+            Kind::Zero
+        } else {
+            Kind::Data
+        };
+        Status {
+            len: extent.len.min(most),
+            kind,
+            host: extent.host.filter(|_| !extent.kind.is_zero()),
+        }
+    }
+
+    /// Fills `buf` with the bytes from `offset` on.
+    pub(super) fn read(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        let mut rest = buf;
+        let mut at = offset;
+        while !rest.is_empty() {
+            let part = self.part(at)?;
+            let len = usize::try_from(part.end - at)
+                .unwrap_or(usize::MAX)
+                .min(rest.len());
+            let (head, tail) = rest.split_at_mut(len);
+            self.read_part(part, head, at)?;
+            at += len as u64;
+            rest = tail;
+        }
+        Ok(())
+    }
+
+    fn read_part(&self, part: &Part<'_>, buf: &mut [u8], offset: u64) -> Result<()> {
+        let image: &dyn Device = &**part.image;
+        let Err(error) = image.read_padded(buf, offset - part.start) else {
+            return Ok(());
+        };
+        if !self.salvage {
+            return Err(error).context(|| format!("error while reading at byte {offset}"));
+        }
+        let mut at = offset;
+        for sector in buf.chunks_mut(SECTOR as usize) {
+            if let Err(error) = image.read_padded(sector, at - part.start) {
+                sector.fill(0);
+                if let Some(tell) = self.on_lost {
+                    tell(at, &error);
+                }
+            }
+            at += sector.len() as u64;
+        }
+        Ok(())
+    }
+}
+
+/// How far a status that cannot be had is taken to be data when salvaging.
+const SALVAGE_STEP: u64 = 64 << 10;
