@@ -24,11 +24,13 @@ pub(crate) fn status(report: &CheckReport) -> u8 {
 
 /// Prints the findings in the form asked for.
 pub(crate) fn print(args: &Args, format: &str, report: &CheckReport, console: &Console) {
-    match args.output {
-        OutputFormat::Human if !args.quiet => console.print(&summary(report)),
-        OutputFormat::Human => {}
-        OutputFormat::Json => console.print(&json(args, format, report).pretty()),
+    if args.quiet {
+        return;
     }
+    console.print(&match args.output {
+        OutputFormat::Human => summary(report),
+        OutputFormat::Json => json(args, format, report).pretty(),
+    });
 }
 
 fn summary(report: &CheckReport) -> String {

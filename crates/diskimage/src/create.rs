@@ -22,6 +22,7 @@ pub struct Creation {
     name: String,
     format: String,
     size: Option<u64>,
+    default_size: Option<u64>,
     options: Vec<String>,
     backing_file: Option<String>,
     backing_format: Option<String>,
@@ -37,6 +38,7 @@ impl Creation {
             name: name.into(),
             format: format.into(),
             size: None,
+            default_size: None,
             options: Vec::new(),
             backing_file: None,
             backing_format: None,
@@ -50,6 +52,13 @@ impl Creation {
     #[must_use]
     pub fn size(mut self, size: u64) -> Self {
         self.size = Some(size);
+        self
+    }
+
+    /// The disk's size in bytes unless the options have one.
+    #[must_use]
+    pub fn default_size(mut self, size: u64) -> Self {
+        self.default_size = Some(size);
         self
     }
 
@@ -156,7 +165,7 @@ impl Creation {
         let given = options.is_given("size").then(|| options.size("size")).flatten();
         let asked = match (given, self.size) {
             (Some(_), Some(_)) => return Err(Error::invalid("The image size must be specified only once")),
-            (given, size) => given.or(size),
+            (given, size) => given.or(size).or(self.default_size),
         };
         let below = match options.text("backing_file") {
             Some(backing) => self.check_backing(backing, options.text("backing_fmt"))?,
@@ -215,6 +224,11 @@ impl Prepared {
     /// The disk's size in bytes.
     pub fn size(&self) -> u64 {
         self.size
+    }
+
+    /// The value of an option, or its default.
+    pub fn option(&self, name: &str) -> Option<&str> {
+        self.options.text(name)
     }
 
     /// The format and all options, `fmt=qcow2 cluster_size=65536 ...`.

@@ -189,6 +189,11 @@ pub fn open(name: &str, options: &OpenOptions) -> Result<Arc<Image>> {
 pub(crate) fn open_bare(name: &str, options: &OpenOptions) -> Result<Arc<Image>> {
     let format = options.format.as_deref().map(known).transpose()?;
     let target = Target::parse(name)?;
+    if options.force_share && options.write {
+        return Err(Error::invalid(
+            "force-share=on can only be used with read-only images",
+        ));
+    }
     let file = Arc::new(File::open(&target, options.write, options.cache)?);
     open_chain(file, &target.path, format, options)
 }

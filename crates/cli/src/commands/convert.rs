@@ -509,7 +509,7 @@ impl Target {
         };
         let Some(driver) = driver else { return Ok(target) };
         if !args.no_create {
-            let mut creation = Creation::new(&target.name, driver.name()).size(total_len(sources));
+            let mut creation = Creation::new(&target.name, driver.name()).default_size(total_len(sources));
             if let Some(options) = &args.options {
                 creation = creation.options(options.as_str());
             }
@@ -559,7 +559,7 @@ impl Target {
     }
 }
 
-/// What this run made, to be taken away again if the copy fails: no file is left that looks complete.
+/// What this run made, to be emptied if the copy fails: no file is left that looks complete.
 struct Made {
     name: Option<String>,
 }
@@ -569,19 +569,22 @@ impl Made {
         Self { name: None }
     }
 
-    /// Nothing if something of this name is there already and is no plain file.
     fn of(name: &str) -> Self {
-        let is_file = diskimage::Target::parse(name)
-            .ok()
-            .map(|target| target.path)
-            .filter(|path| std::fs::symlink_metadata(path).map_or(true, |metadata| metadata.is_file()));
-        Self { name: is_file }
+        Self {
+            name: diskimage::Target::parse(name).ok().map(|target| target.path),
+        }
     }
 
+    /// Empties it, if it is a plain file. It stays where it is, as with the original: it may have been there before,
+    /// with an owner and permissions that somebody chose.
     fn undo(self) {
-        if let Some(name) = self.name {
+        let file = self
+            .name
+            .filter(|name| std::fs::metadata(name).is_ok_and(|metadata| metadata.is_file()));
+        let file = file.and_then(|name| std::fs::OpenOptions::new().write(true).open(name).ok());
+        if let Some(file) = file {
             // The failure that led here is the one to report.
-            let _ = std::fs::remove_file(name);
+            let _ = file.set_len(0);
         }
     }
 }

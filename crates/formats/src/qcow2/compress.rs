@@ -1,6 +1,6 @@
 //! Compressed clusters: decoding, encoding and where they go.
 
-use diskimage_core::{Encoded, Encoder, Error, Result, ResultExt};
+use diskimage_core::{Encoded, Encoder, Error, Result};
 
 use super::Qcow2;
 use super::header::Compression;
@@ -20,12 +20,8 @@ impl Qcow2 {
             Compression::Zlib => codec::deflate::decode(&bytes, buf),
             Compression::Zstd => codec::zstd::decode(&bytes, buf),
         };
-        decoded.context(|| {
-            format!(
-                "Could not decompress the cluster at offset {:#x}",
-                encoded.cluster.start()
-            )
-        })
+        // One word for all that can be wrong with a stream, the original's.
+        decoded.map_err(|_| Error::from_errno(EIO))
     }
 
     /// A new encoder.
@@ -43,3 +39,6 @@ fn beyond_end(encoded: &Encoded) -> Error {
         encoded.offset
     ))
 }
+
+/// `Input/output error`.
+const EIO: i32 = 5;

@@ -77,7 +77,14 @@ impl Qcow2 {
         let mut at = range.start();
         while at < range.end() {
             let index = (at % geometry.l2_coverage()) >> geometry.cluster_bits;
-            let entry = self.read_entry(tables, l2, index)?;
+            let entry = match found {
+                None => self.read_entry(tables, l2, index)?,
+                // What is wrong with a later entry is told when it is asked for.
+                Some(_) => match self.parse_entry(tables, l2, index)? {
+                    Ok(entry) => entry,
+                    Err(_) => return Ok(at),
+                },
+            };
             let guest = at - at % geometry.cluster_size();
             let end = (guest + geometry.cluster_size()).min(range.end());
             let uniform = entry.sub == Subclusters::NONE
@@ -184,6 +191,14 @@ impl Qcow2 {
 
     /// Entry `index` of an L2 table.
     pub(super) fn read_entry(&self, tables: &mut Tables, l2: Table, index: u64) -> Result<L2Entry> {
+        self.parse_entry(tables, l2, index)?.map_err(|error| {
+            let place = format!("(L2 offset: {}, L2 index: {})", hex(l2.offset), hex(index));
+            self.corruption(&format!("{error} {place}"))
+        })
+    }
+
+    /// Entry `index` of an L2 table, or what is wrong with it.
+    fn parse_entry(&self, tables: &mut Tables, l2: Table, index: u64) -> Result<Result<L2Entry>> {
         let geometry = self.header.geometry;
         let at = index * geometry.l2_entry_size();
         let word = tables.number(l2, at)?;
@@ -192,16 +207,12 @@ impl Qcow2 {
         } else {
             0
         };
-        let entry = L2Entry::parse(
+        Ok(L2Entry::parse(
             [word, bitmap],
             geometry,
             self.header.version,
             self.has_data_file(),
-        );
-        entry.map_err(|error| {
-            let place = format!("(L2 offset: {}, L2 index: {})", hex(l2.offset), hex(index));
-            self.corruption(&format!("{error} {place}"))
-        })
+        ))
     }
 
     /// Changes entry `index` of an L2 table.
