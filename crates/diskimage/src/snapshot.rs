@@ -35,7 +35,7 @@ pub fn open_snapshot(image: &Image, selector: &SnapshotSelector) -> Result<Arc<I
         Ok(Some(layer)) => layer,
         Ok(None) => {
             return Err(Error::unsupported(format!(
-                "Device '' does not support internal snapshots ({})",
+                "Failed to load snapshot: Block format '{}' used by device '' does not support temporarily loading internal snapshots",
                 layer.format()
             )));
         }

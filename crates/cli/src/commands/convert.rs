@@ -7,7 +7,9 @@ use super::create::option_help;
 use std::num::NonZeroU32;
 use std::sync::Arc;
 
+use diskimage::options::Options;
 use diskimage::{
+    FILE_CREATE_OPTIONS, Format,
     CacheMode, Conversion, Creation, DEFAULT_SPARSE, Device, Image, OpenOptions, SnapshotSelector,
     format_by_name, open_snapshot, total_len,
 };
@@ -502,6 +504,16 @@ impl Target {
         if let (Some(format), None) = (&format, driver) {
             return Err(Stop::wrong(format!("Unknown file format '{format}'")));
         }
+        if args.backing.is_some() && !args.no_create && !has_backing_format(args, driver)? {
+            return Err(Stop::wrong(
+                "Use of backing file requires explicit backing format",
+            ));
+        }
+        if args.backing.is_some() && args.target_is_zero {
+            return Err(Stop::wrong(
+                "Cannot use --target-is-zero when the destination image has a backing file",
+            ));
+        }
         let mut target = Self {
             name,
             format,
@@ -516,6 +528,8 @@ impl Target {
             if let Some(backing) = &args.backing {
                 creation = creation.backing_file(text(backing.clone())?);
             }
+            // What is below is opened with the target.
+            creation = creation.trust_backing(true);
             if let Some(format) = &args.backing_format {
                 creation = creation.backing_format(format);
             }
@@ -557,6 +571,14 @@ impl Target {
             .cache(args.target_cache);
         open_source(&source, options, console)
     }
+}
+
+/// Whether the format of the image below is said, in one way or the other.
+fn has_backing_format(args: &Args, driver: Option<&dyn Format>) -> Result<bool, Stop> {
+    let tables = driver.map_or(&[][..], |driver| driver.create_options());
+    let mut options = Options::merged(&[tables, FILE_CREATE_OPTIONS]);
+    options.parse(args.options.as_deref().unwrap_or_default())?;
+    Ok(args.backing_format.is_some() || options.is_given("backing_fmt"))
 }
 
 /// What this run made, to be emptied if the copy fails: no file is left that looks complete.
@@ -626,7 +648,9 @@ fn copy(
     conversion.progress = diskimage::Progress::new(&report);
     conversion.run()?;
     image.flush()?;
-    progress.complete();
+    if !conversion.is_empty() {
+        progress.complete();
+    }
     Ok(())
 }
 

@@ -100,16 +100,10 @@ fn text(data: &[u8]) -> String {
     String::from_utf8_lossy(data.split(|byte| *byte == 0).next().unwrap_or(&[])).into_owned()
 }
 
+/// The last entry may be cut short behind its name.
 fn feature_names(data: &[u8]) -> Vec<FeatureName> {
-    let (entries, _) = data.as_chunks::<NAME_ENTRY_LEN>();
-    entries
-        .iter()
-        .map(|entry| FeatureName {
-            kind: entry[0],
-            bit: entry[1],
-            name: text(&entry[2..]),
-        })
-        .collect()
+    let names = data.chunks(NAME_ENTRY_LEN).filter_map(|entry| entry.split_at_checked(2));
+    names.map(|(place, name)| FeatureName { kind: place[0], bit: place[1], name: text(name) }).collect()
 }
 
 fn bitmaps(data: &[u8]) -> Result<BitmapsExtension> {

@@ -128,6 +128,8 @@ struct State {
     in_flight: Vec<ByteRange>,
     /// Host bytes given up. Counted down only after the tables that no longer refer to them are durable.
     freed: Vec<ByteRange>,
+    /// Storage of what is given up is given back to the file system, too.
+    punch: bool,
     /// The file ends in a compressed cluster that is not padded to a sector.
     padding: bool,
     /// The incompatible features as they stand in the file.
@@ -174,6 +176,7 @@ impl Qcow2 {
             },
             in_flight: Vec::new(),
             freed: Vec::new(),
+            punch: false,
             padding: false,
             incompatible: header.features.incompatible.0,
         };
@@ -248,14 +251,34 @@ impl Qcow2 {
         state.tables.write_back()?;
         if !state.freed.is_empty() {
             state.tables.sync()?;
-            for range in std::mem::take(&mut state.freed) {
-                state
-                    .refcounts
-                    .release(&mut state.tables, range.start(), range.len())?;
+            let mut freed = std::mem::take(&mut state.freed);
+            for range in &freed {
+                state.refcounts.release(&mut state.tables, range.start(), range.len())?;
             }
             state.tables.write_back()?;
+            if state.punch {
+                freed.sort_unstable_by_key(|range| range.start());
+                self.punch_holes(state, &freed)?;
+            }
         }
         Ok(())
+    }
+
+    /// Gives the storage of clusters that are no longer in use back to the file system. `freed` is in order.
+    fn punch_holes(&self, state: &mut State, freed: &[ByteRange]) -> Result<()> {
+        let size = self.header.geometry.cluster_size();
+        let mut hole = ByteRange::new(0, 0);
+        for cluster in freed.iter().flat_map(|range| range.start() / size..range.end() / size) {
+            if state.refcounts.count(&mut state.tables, cluster)? > 0 {
+                continue;
+            }
+            if hole.end() != cluster * size {
+                self.file.discard(hole)?;
+                hole = ByteRange::at(cluster * size, 0);
+            }
+            hole = ByteRange::new(hole.start(), (cluster + 1) * size);
+        }
+        self.file.discard(hole)
     }
 
     /// Gives up host bytes once nothing refers to them any more.

@@ -142,6 +142,27 @@ pub(super) const CREATE: &[OptionDef] = &[
 /// Extended L2 entries need subclusters of at least a sector.
 pub(super) const MIN_EXTENDED_L2_CLUSTER: u64 = 512 * limit::SUBCLUSTERS;
 
+/// The formats that an image may name for the one below, whether this program has them or not.
+const KNOWN_FORMATS: &[&str] = &[
+    "bochs",
+    "cloop",
+    "dmg",
+    "luks",
+    "nbd",
+    "parallels",
+    "qcow",
+    "qcow2",
+    "qed",
+    "raw",
+    "vdi",
+    "vhdx",
+    "vmdk",
+    "vpc",
+    "vvfat",
+    "file",
+    "host_device",
+];
+
 /// Whose words are used about a value that makes no sense: the original checks options of `create` as parameters of a
 /// command of its own, those of `measure` as options.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -221,6 +242,10 @@ impl Wanted {
                 )));
             }
         }
+        let backing_format = options.text("backing_fmt");
+        if let Some(name) = backing_format.filter(|name| !KNOWN_FORMATS.contains(name)) {
+            return Err(wording.not_accepted("backing-fmt", name));
+        }
         let wanted = Self {
             version,
             geometry: Geometry {
@@ -235,7 +260,7 @@ impl Wanted {
                 .text("backing_file")
                 .filter(|name| !name.is_empty())
                 .map(str::to_owned),
-            backing_format: options.text("backing_fmt").map(str::to_owned),
+            backing_format: backing_format.map(str::to_owned),
             data_file: options.text("data_file").map(str::to_owned),
             data_file_raw: options.flag("data_file_raw").unwrap_or(false),
         };

@@ -56,7 +56,9 @@ impl Qcow2 {
             } else {
                 request.preallocation
             };
-            self.preallocate(ByteRange::new(old, request.len), mode)?;
+            // The rest of a cluster that the disk ended in shares it with what was there before.
+            let start = old.next_multiple_of(geometry.cluster_size());
+            self.preallocate(ByteRange::new(start, request.len), mode)?;
         }
         self.set_size(request.len)
     }
@@ -117,6 +119,8 @@ impl Qcow2 {
         }
         let geometry = self.header.geometry;
         let old = self.lock().size;
+        // What is cut off is given back to the file system, not only to the image.
+        self.lock().punch = true;
         let beyond = ByteRange::new(request.len.next_multiple_of(geometry.cluster_size()), old);
         if !beyond.is_empty() {
             self.replace_entries(beyond, |_| Some(L2Entry::UNALLOCATED))?;
@@ -137,6 +141,7 @@ impl Qcow2 {
         if self.has_data_file() {
             self.data.resize(request.len, Preallocation::Off)?;
         }
+        self.lock().punch = false;
         self.cut_file()
     }
 

@@ -160,6 +160,7 @@ impl Qcow2 {
             },
             in_flight: Vec::new(),
             freed: Vec::new(),
+            punch: false,
             padding: false,
             incompatible: self.header.features.incompatible.0,
         };
