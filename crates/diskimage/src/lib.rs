@@ -27,8 +27,10 @@
 //! a program can pass one of its own that knows better. The numbers in an image can claim only the memory that a
 //! [`Budget`] has.
 
+mod compare;
 mod convert;
 mod create;
+mod cursor;
 mod gate;
 mod guess;
 mod map;
@@ -36,7 +38,10 @@ mod open;
 mod probe;
 mod resize;
 mod snapshot;
+#[cfg(test)]
+mod testing;
 
+pub use compare::{CompareError, Comparison, Difference, Verdict};
 pub use convert::{Conversion, DEFAULT_SPARSE, MAX_SPARSE, total_len};
 pub use create::{Creation, Prepared};
 pub use diskimage_core::*;

@@ -18,7 +18,7 @@ pub struct MappedExtent {
 }
 
 impl MappedExtent {
-    fn new(start: u64, extent: Extent) -> Self {
+    pub(crate) fn new(start: u64, extent: Extent) -> Self {
         Self {
             range: ByteRange::at(start, extent.len),
             kind: extent.kind,
@@ -28,7 +28,7 @@ impl MappedExtent {
     }
 
     /// Whether `next`, which follows, is more of the same.
-    fn continues_in(&self, next: &Self) -> bool {
+    pub(crate) fn continues_in(&self, next: &Self) -> bool {
         let hosts_follow = match (&self.host, &next.host) {
             (None, None) => true,
             (Some((device, offset)), Some((other, next_offset))) => {

@@ -13,7 +13,6 @@
 //! threads. Memory is bounded by workers times segment, whatever the images say of themselves. The first error, in guest
 //! order, ends the conversion and is the one reported; removing what was written so far is the caller's affair.
 
-mod cursor;
 mod pieces;
 mod rate;
 mod source;
@@ -26,7 +25,7 @@ use std::thread;
 
 use diskimage_core::{Device, Error, Image, Progress, Result, align_up};
 
-use cursor::Cursor;
+use crate::cursor::Cursor;
 use rate::RateLimit;
 use source::Sources;
 use worker::Worker;
@@ -130,7 +129,9 @@ impl<'a> Conversion<'a> {
                 scope.spawn(move || Worker::new(job, encoder).run());
             }
         });
-        job.cursor.finish()?;
+        if let Some(error) = job.cursor.finish() {
+            return Err(error);
+        }
         self.progress.set(job.sources.len(), job.sources.len());
         Ok(())
     }
@@ -200,7 +201,7 @@ pub fn total_len(sources: &[Arc<Image>]) -> u64 {
 struct Job<'a> {
     conversion: &'a Conversion<'a>,
     sources: Sources<'a>,
-    cursor: Cursor,
+    cursor: Cursor<Error>,
     /// Bytes that a worker takes on at once.
     segment: u64,
     /// Cleared once the storage turned out not to copy by itself.

@@ -140,7 +140,7 @@ impl<'a> Sources<'a> {
             return Err(error).context(|| format!("error while reading at byte {offset}"));
         }
         let mut at = offset;
-        for sector in buf.chunks_mut(SECTOR as usize) {
+        for sector in buf.chunks_mut(SECTOR_BYTES) {
             if let Err(error) = image.read_padded(sector, at - part.start) {
                 sector.fill(0);
                 if let Some(tell) = self.on_lost {
@@ -152,6 +152,9 @@ impl<'a> Sources<'a> {
         Ok(())
     }
 }
+
+/// [`SECTOR`], to count bytes in memory with.
+const SECTOR_BYTES: usize = 512;
 
 /// How far a status that cannot be had is taken to be data when salvaging.
 const SALVAGE_STEP: u64 = 64 << 10;

@@ -6,12 +6,13 @@ use std::sync::atomic::Ordering;
 use std::thread;
 
 use diskimage_core::{
-    ByteRange, Device, Encoder, Error, Image, PendingWrite, Result, ResultExt, ZeroMode, align_down, align_up,
+    ByteRange, Device, Encoder, Error, Image, PendingWrite, Result, ResultExt, Want, ZeroMode, align_down,
+    align_up,
 };
 
 use super::Job;
-use super::cursor::{Cursor, Segment, Stopped};
 use super::pieces::{Kind, Piece, ZeroTest, push, round_to_units};
+use crate::cursor::{Cursor, Segment, Stopped};
 
 /// The state of one worker; its buffers live as long as it does.
 pub(super) struct Worker<'a> {
@@ -103,7 +104,7 @@ impl<'a> Worker<'a> {
     fn convert(&mut self, segment: Segment) -> std::result::Result<u64, End> {
         self.scan(segment.range)?;
         let end = self.take_zeroes_along(segment.range.end())?;
-        self.decide(segment.range);
+        self.decide(segment.range)?;
         self.clear_stale(segment.range.start());
         let data = self.actions.iter().filter(|action| action.kind == Kind::Data);
         self.job.rate.take(data.map(|action| action.range.len()).sum());
@@ -204,7 +205,7 @@ impl<'a> Worker<'a> {
     }
 
     /// Turns what the segment consists of into what has to be done.
-    fn decide(&mut self, segment: ByteRange) {
+    fn decide(&mut self, segment: ByteRange) -> Result<()> {
         let unit = if self.encoder.is_some() {
             self.target.layer().granularity()
         } else {
@@ -215,7 +216,7 @@ impl<'a> Worker<'a> {
             .pieces
             .last()
             .map_or(segment, |last| ByteRange::new(segment.start(), last.range.end()));
-        if unit > 1 && self.hosts.is_empty() {
+        if unit > 1 && self.hosts.is_empty() && (self.encoder.is_some() || !self.is_in_place(segment)?) {
             round_to_units(&self.pieces, all, unit, &mut self.actions);
         } else {
             self.actions.extend_from_slice(&self.pieces);
@@ -234,6 +235,18 @@ impl<'a> Worker<'a> {
             }
             action.kind != Kind::Below && !action.range.is_empty()
         });
+        Ok(())
+    }
+
+    /// Whether the target has storage for the segment already: then only what is data is written, and the rest may
+    /// stay a hole of the file. Only the segment's start is looked at, where nobody else writes.
+    fn is_in_place(&self, segment: ByteRange) -> Result<bool> {
+        let start = segment.intersect(ByteRange::new(0, self.target.len()));
+        if start.is_empty() {
+            return Ok(false);
+        }
+        let extent = self.target.status(start.first(1), Want::Allocation)?;
+        Ok(extent.depth == 0 && extent.host.is_some())
     }
 
     /// Puts zeroes into the parts of data actions that were never read.
@@ -419,7 +432,7 @@ fn slice_mut(buf: &mut [u8], range: ByteRange, start: u64) -> Result<&mut [u8]> 
 }
 
 /// Keeps the other workers from waiting for a turn that never comes.
-struct StopOnPanic<'a>(&'a Cursor);
+struct StopOnPanic<'a>(&'a Cursor<Error>);
 
 impl Drop for StopOnPanic<'_> {
     fn drop(&mut self) {

@@ -3,19 +3,19 @@
 use std::collections::BTreeSet;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
-use diskimage_core::{ByteRange, Error, Result};
+use diskimage_core::ByteRange;
 
-/// Hands out segments, and turns in the order of the segments.
+/// Hands out segments, and turns in the order of the segments. `F` is what a worker can fail with.
 #[derive(Debug)]
-pub(super) struct Cursor {
+pub(crate) struct Cursor<F> {
     len: u64,
     segment: u64,
-    state: Mutex<State>,
+    state: Mutex<State<F>>,
     moved: Condvar,
 }
 
-#[derive(Debug, Default)]
-struct State {
+#[derive(Debug)]
+struct State<F> {
     /// Where the next segment starts.
     position: u64,
     /// The number of the next segment.
@@ -25,7 +25,7 @@ struct State {
     /// Later segments that need no turn.
     passed: BTreeSet<u64>,
     /// The first segment in guest order that failed, and why.
-    failure: Option<(u64, Error)>,
+    failure: Option<(u64, F)>,
 }
 
 /// How many segments may have passed before their turn came; what bounds the memory for them.
@@ -33,32 +33,38 @@ const MAX_PASSED: usize = 1024;
 
 /// A segment to work on.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Segment {
-    pub(super) number: u64,
-    pub(super) range: ByteRange,
+pub(crate) struct Segment {
+    pub(crate) number: u64,
+    pub(crate) range: ByteRange,
 }
 
 /// What a worker ends with when another has failed.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Stopped;
+pub(crate) struct Stopped;
 
-impl Cursor {
+impl<F> Cursor<F> {
     /// Hands out `len` bytes in segments of `segment`.
-    pub(super) fn new(len: u64, segment: u64) -> Self {
+    pub(crate) fn new(len: u64, segment: u64) -> Self {
         Self {
             len,
             segment,
-            state: Mutex::default(),
+            state: Mutex::new(State {
+                position: 0,
+                next: 0,
+                turn: 0,
+                passed: BTreeSet::new(),
+                failure: None,
+            }),
             moved: Condvar::new(),
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, State<F>> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The next segment, if there is one and nothing has failed.
-    pub(super) fn claim(&self) -> Option<Segment> {
+    pub(crate) fn claim(&self) -> Option<Segment> {
         let mut state = self.lock();
         if state.failure.is_some() || state.position >= self.len {
             return None;
@@ -72,7 +78,7 @@ impl Cursor {
 
     /// Makes a segment that ends at `from` longer by whole segments, up to `to` at most, if nobody took what follows.
     /// Where it ends now.
-    pub(super) fn extend(&self, from: u64, to: u64) -> u64 {
+    pub(crate) fn extend(&self, from: u64, to: u64) -> u64 {
         let mut state = self.lock();
         let to = if to >= self.len {
             self.len
@@ -87,7 +93,7 @@ impl Cursor {
     }
 
     /// Waits until all segments before `number` are through.
-    pub(super) fn wait(&self, number: u64) -> std::result::Result<Turn<'_>, Stopped> {
+    pub(crate) fn wait(&self, number: u64) -> Result<Turn<'_, F>, Stopped> {
         let mut state = self.lock();
         loop {
             if state.failure.as_ref().is_some_and(|(failed, _)| *failed < number) {
@@ -101,7 +107,7 @@ impl Cursor {
     }
 
     /// Says that segment `number` needs no turn.
-    pub(super) fn pass(&self, number: u64) -> std::result::Result<(), Stopped> {
+    pub(crate) fn pass(&self, number: u64) -> Result<(), Stopped> {
         let mut state = self.lock();
         if state.turn != number && state.passed.len() < MAX_PASSED {
             state.passed.insert(number);
@@ -124,35 +130,32 @@ impl Cursor {
         self.moved.notify_all();
     }
 
-    /// Ends the conversion: no more segments, and no turn for any after `number`. Those before go on, so that the
-    /// error that is reported in the end is the first in guest order.
-    pub(super) fn fail(&self, number: u64, error: Error) {
+    /// Ends the work: no more segments, and no turn for any after `number`. Those before go on, so that the failure
+    /// that is reported in the end is the first in guest order.
+    pub(crate) fn fail(&self, number: u64, failure: F) {
         let mut state = self.lock();
         if state.failure.as_ref().is_none_or(|(failed, _)| number < *failed) {
-            state.failure = Some((number, error));
+            state.failure = Some((number, failure));
         }
         drop(state);
         self.moved.notify_all();
     }
 
-    /// The outcome, once all workers are done.
-    pub(super) fn finish(self: &Cursor) -> Result<()> {
-        match self.lock().failure.take() {
-            Some((_, error)) => Err(error),
-            None => Ok(()),
-        }
+    /// The first failure in guest order, once all workers are done.
+    pub(crate) fn finish(&self) -> Option<F> {
+        self.lock().failure.take().map(|(_, failure)| failure)
     }
 }
 
 /// The time in which a segment's places are given out; the next one's begins when it is dropped.
 #[derive(Debug)]
 #[must_use]
-pub(super) struct Turn<'a> {
-    cursor: &'a Cursor,
+pub(crate) struct Turn<'a, F> {
+    cursor: &'a Cursor<F>,
     number: u64,
 }
 
-impl Drop for Turn<'_> {
+impl<F> Drop for Turn<'_, F> {
     fn drop(&mut self) {
         self.cursor.advance(self.number);
     }
@@ -164,7 +167,7 @@ mod tests {
 
     #[test]
     fn segments_that_pass_early_are_skipped_in_turn() {
-        let cursor = Cursor::new(100, 10);
+        let cursor = Cursor::<&str>::new(100, 10);
         let numbers: Vec<u64> = std::iter::from_fn(|| cursor.claim()).map(|s| s.number).collect();
         assert_eq!(numbers, (0..10).collect::<Vec<_>>());
         cursor.pass(1).unwrap();
@@ -175,7 +178,7 @@ mod tests {
 
     #[test]
     fn only_the_worker_before_a_gap_extends_over_it() {
-        let cursor = Cursor::new(105, 10);
+        let cursor = Cursor::<&str>::new(105, 10);
         assert_eq!(cursor.claim().map(|s| s.range), Some(ByteRange::new(0, 10)));
         assert_eq!(cursor.extend(10, 39), 30);
         assert_eq!(cursor.extend(10, 80), 10);
@@ -186,12 +189,12 @@ mod tests {
 
     #[test]
     fn the_first_failure_in_guest_order_wins() {
-        let cursor = Cursor::new(100, 10);
-        cursor.fail(5, Error::invalid("five"));
-        cursor.fail(3, Error::invalid("three"));
-        cursor.fail(4, Error::invalid("four"));
+        let cursor = Cursor::<&str>::new(100, 10);
+        cursor.fail(5, "five");
+        cursor.fail(3, "three");
+        cursor.fail(4, "four");
         assert!(cursor.claim().is_none());
         assert!(cursor.wait(4).is_err());
-        assert_eq!(cursor.finish().map_err(|e| e.chain()), Err("three".to_owned()));
+        assert_eq!(cursor.finish(), Some("three"));
     }
 }

@@ -1,0 +1,303 @@
+//! Whether two images have the same contents.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
+
+use diskimage_core::{ByteRange, Device, Error, Image, Progress, ResultExt, Want, is_zero};
+
+use crate::cursor::{Cursor, Segment};
+use crate::map::MappedExtent;
+
+/// Two images to compare.
+#[derive(Debug)]
+pub struct Comparison<'a> {
+    /// One image.
+    pub first: &'a Image,
+    /// The other.
+    pub second: &'a Image,
+    /// Whether sizes and what is allocated have to be the same, too.
+    pub strict: bool,
+    /// Told how many bytes of how many are done.
+    pub progress: Progress<'a>,
+}
+
+/// The outcome of a comparison.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Verdict {
+    /// The common part is the same but one image is longer; if nothing differs, it has only zeroes there.
+    pub sizes_differ: bool,
+    /// The first difference.
+    pub difference: Option<Difference>,
+}
+
+/// How images differ.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Difference {
+    /// In the contents of the sector at this offset.
+    Content(u64),
+    /// In what is allocated from this offset on, in strict mode.
+    Status(u64),
+    /// In size, in strict mode.
+    Size,
+}
+
+/// Why images could not be compared.
+#[derive(Debug)]
+pub enum CompareError {
+    /// What they have allocated could not be found out.
+    Status(Error),
+    /// They could not be read.
+    Read(Error),
+}
+
+/// The unit in which differences are told.
+const SECTOR: usize = 512;
+
+/// How much a worker takes on at once.
+const SEGMENT: u64 = 1 << 20;
+
+/// More threads than this only take memory.
+const MAX_WORKERS: usize = 16;
+
+/// What ends the work of all.
+enum Found {
+    Difference(Difference),
+    Error(CompareError),
+}
+
+impl From<CompareError> for Found {
+    fn from(error: CompareError) -> Self {
+        Self::Error(error)
+    }
+}
+
+impl Comparison<'_> {
+    /// Compares.
+    ///
+    /// # Errors
+    /// The first failure in guest order, unless something differs before it.
+    pub fn run(&self) -> Result<Verdict, CompareError> {
+        let (first, second) = (self.first.len(), self.second.len());
+        let differ = |difference, sizes_differ| {
+            Ok(Verdict {
+                sizes_differ,
+                difference,
+            })
+        };
+        if self.strict && first != second {
+            return differ(Some(Difference::Size), false);
+        }
+        let common = first.min(second);
+        let len = first.max(second);
+        // Where extents end matters in strict mode, so one worker walks along all of them.
+        let segment = if self.strict { len.max(1) } else { SEGMENT };
+        let cursor = Cursor::new(len, segment);
+        let done = AtomicU64::new(0);
+        self.progress.set(0, len);
+        let processors = thread::available_parallelism().map_or(1, usize::from);
+        let segments = usize::try_from(len.div_ceil(segment)).unwrap_or(usize::MAX);
+        thread::scope(|scope| {
+            for _ in 0..processors.min(segments).min(MAX_WORKERS) {
+                scope.spawn(|| self.work(&cursor, &done));
+            }
+        });
+        match cursor.finish() {
+            None => differ(None, first != second),
+            Some(Found::Difference(difference)) => {
+                let in_tail = matches!(difference, Difference::Content(at) if at >= common);
+                differ(Some(difference), in_tail)
+            }
+            Some(Found::Error(error)) => Err(error),
+        }
+    }
+
+    fn work(&self, cursor: &Cursor<Found>, done: &AtomicU64) {
+        let mut worker = Worker {
+            comparison: self,
+            first: Side::new(self.first, self.strict),
+            second: Side::new(self.second, self.strict),
+        };
+        while let Some(segment) = cursor.claim() {
+            match worker.compare(cursor, segment) {
+                Ok(end) => {
+                    let bytes = end - segment.range.start();
+                    let done = done.fetch_add(bytes, Ordering::Relaxed) + bytes;
+                    self.progress.set(done, self.first.len().max(self.second.len()));
+                }
+                Err(found) => return cursor.fail(segment.number, found),
+            }
+        }
+    }
+}
+
+/// One worker.
+struct Worker<'a> {
+    comparison: &'a Comparison<'a>,
+    first: Side<'a>,
+    second: Side<'a>,
+}
+
+impl Worker<'_> {
+    /// Compares one segment, and what follows it as long as that needs no reading. Where it ended.
+    fn compare(&mut self, cursor: &Cursor<Found>, segment: Segment) -> Result<u64, Found> {
+        let mut at = segment.range.start();
+        let mut end = segment.range.end();
+        loop {
+            let (len, zero) = self.step(at, end)?;
+            let part = ByteRange::at(at, len).intersect(ByteRange::new(at, end));
+            if !zero {
+                self.contents(part)?;
+            }
+            at = part.end();
+            if at < end {
+                continue;
+            }
+            if !zero || end >= self.first.image.len().max(self.second.image.len()) {
+                return Ok(end);
+            }
+            // Of what nobody has to read, as much as possible at once.
+            end = match self.step(at, u64::MAX)? {
+                (len, true) => cursor.extend(end, end.saturating_add(len)),
+                (_, false) => end,
+            };
+            if at == end {
+                return Ok(end);
+            }
+        }
+    }
+
+    /// How far the same holds from `at` on in both images, and whether it all is known to be zero.
+    fn step(&mut self, at: u64, ask_to: u64) -> Result<(u64, bool), Found> {
+        let first = self.first.entry(at, ask_to)?;
+        let second = self.second.entry(at, ask_to)?;
+        let (first, second) = match (first, second) {
+            (Some(first), Some(second)) => (first, second),
+            // One is longer: the rest has to be zero.
+            (Some(one), None) | (None, Some(one)) => return Ok((one.range.len(), one.kind.is_zero())),
+            (None, None) => return Ok((u64::MAX - at, true)),
+        };
+        // To the original, an extent that is the last of its image is another kind of thing than one that is not.
+        let kind = |side: &Side<'_>, entry: &MappedExtent| {
+            let is_last = entry.range.end() == side.image.len();
+            (entry.kind, entry.host.is_some(), is_last)
+        };
+        let same = kind(&self.first, &first) == kind(&self.second, &second);
+        if self.comparison.strict && !same {
+            return Err(Found::Difference(Difference::Status(at)));
+        }
+        Ok((
+            first.range.len().min(second.range.len()),
+            first.kind.is_zero() && second.kind.is_zero(),
+        ))
+    }
+
+    /// Compares the bytes of `range`, of which a part may lie beyond the end of one image.
+    fn contents(&mut self, range: ByteRange) -> Result<(), Found> {
+        let mut rest = range;
+        while !rest.is_empty() {
+            let part = rest.first(CHUNK);
+            rest = rest.skip(part.len());
+            let first = self.first.read(part)?;
+            let second = self.second.read(part)?;
+            let differs = match (first.is_empty(), second.is_empty()) {
+                (false, false) if first == second => None,
+                (false, false) => {
+                    let mut pairs = first.chunks(SECTOR).zip(second.chunks(SECTOR));
+                    pairs.position(|(one, other)| one != other)
+                }
+                (false, true) => first.chunks(SECTOR).position(|sector| !is_zero(sector)),
+                (true, _) => second.chunks(SECTOR).position(|sector| !is_zero(sector)),
+            };
+            if let Some(sector) = differs {
+                let at = part.start() + (sector * SECTOR) as u64;
+                return Err(Found::Difference(Difference::Content(at)));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Pieces that stay in the processor's caches until they have been compared.
+const CHUNK: u64 = 256 << 10;
+
+/// One of the two images, as one worker sees it.
+struct Side<'a> {
+    image: &'a Image,
+    /// Whether extents are to be as long as they can be.
+    whole: bool,
+    entry: Option<MappedExtent>,
+    buf: Vec<u8>,
+}
+
+impl<'a> Side<'a> {
+    fn new(image: &'a Image, whole: bool) -> Self {
+        Self {
+            image,
+            whole,
+            entry: None,
+            buf: Vec::new(),
+        }
+    }
+
+    /// What the bytes from `at` on are; `None` beyond the image's end.
+    fn entry(&mut self, at: u64, ask_to: u64) -> Result<Option<MappedExtent>, CompareError> {
+        if !self.whole {
+            return self.status(ByteRange::new(at, ask_to.min(self.image.len())));
+        }
+        if self.entry.as_ref().is_none_or(|entry| entry.range.end() <= at) {
+            self.entry = self.longest(at)?;
+        }
+        Ok(self.entry.as_ref().map(|entry| MappedExtent {
+            range: ByteRange::new(at, entry.range.end()),
+            ..entry.clone()
+        }))
+    }
+
+    /// The entry at `at` with all that continues it.
+    fn longest(&self, at: u64) -> Result<Option<MappedExtent>, CompareError> {
+        let Some(mut entry) = self.status(ByteRange::new(at, self.image.len()))? else {
+            return Ok(None);
+        };
+        while let Some(next) = self.status(ByteRange::new(entry.range.end(), self.image.len()))?
+            && entry.continues_in(&next)
+        {
+            entry.range = ByteRange::new(entry.range.start(), next.range.end());
+        }
+        Ok(Some(entry))
+    }
+
+    fn status(&self, range: ByteRange) -> Result<Option<MappedExtent>, CompareError> {
+        if range.is_empty() {
+            return Ok(None);
+        }
+        let extent = self
+            .image
+            .status(range, Want::Zeroes)
+            .context(|| format!("Sector allocation test failed for {}", self.image.name()))
+            .map_err(CompareError::Status)?;
+        Ok(Some(MappedExtent::new(range.start(), extent)))
+    }
+
+    /// The bytes of `range`, padded with zeroes; none if the image ends before them.
+    fn read(&mut self, range: ByteRange) -> Result<&[u8], CompareError> {
+        self.buf.clear();
+        if range.start() < self.image.len() {
+            self.buf.resize(usize::try_from(range.len()).unwrap_or(0), 0);
+            let device: &dyn Device = self.image;
+            device
+                .read_padded(&mut self.buf, range.start())
+                .context(|| {
+                    format!(
+                        "Error while reading offset {} of {}",
+                        range.start(),
+                        self.image.name()
+                    )
+                })
+                .map_err(CompareError::Read)?;
+        }
+        Ok(&self.buf)
+    }
+}
+
+#[cfg(test)]
+mod tests;
