@@ -1,10 +1,10 @@
 //! `compare`: tells whether two images have the same contents.
 
-use super::unavailable;
-use diskimage::CacheMode;
+use diskimage::{CacheMode, CompareError, Comparison, Difference, OpenOptions, Verdict};
 
 use crate::objects::Objects;
 use crate::out::Console;
+use crate::source::open_source;
 use crate::words::{Command, Flag, Operand, Parser, Source, Stop, source_cache, text};
 
 /// The table of `compare`.
@@ -142,8 +142,46 @@ fn in_trouble(stop: Stop) -> Stop {
 /// Reads the words of `compare` and does it.
 ///
 /// # Errors
-/// What is wrong with the words.
-pub fn run(words: Parser, _console: &Console) -> Result<u8, Stop> {
-    Args::parse(words)?;
-    Err(unavailable(&COMMAND).with_status(2))
+/// What is wrong with the words, and images that cannot be opened or read.
+pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
+    let args = Args::parse(words)?;
+    let progress = crate::progress::Progress::new(args.progress, console);
+    let open = |source| {
+        let options = OpenOptions::new().cache(args.cache).force_share(args.force_share);
+        open_source(source, options, console).map_err(in_trouble)
+    };
+    let (first, second) = (open(&args.first)?, open(&args.second)?);
+    let report = |done, total| progress.set(done, total);
+    let comparison = Comparison {
+        first: &first,
+        second: &second,
+        strict: args.strict,
+        progress: diskimage::Progress::new(&report),
+    };
+    let verdict = comparison.run().map_err(|error| match error {
+        CompareError::Status(error) => Stop::from(error).with_status(3),
+        CompareError::Read(error) => Stop::from(error).with_status(4),
+    })?;
+    if verdict.difference.is_none() {
+        progress.complete();
+    }
+    if !args.quiet {
+        progress.suspend(|| console.print(&shown(&verdict)));
+    }
+    Ok(u8::from(verdict.difference.is_some()))
+}
+
+fn shown(verdict: &Verdict) -> String {
+    let warning = if verdict.sizes_differ {
+        "Warning: Image size mismatch!\n"
+    } else {
+        ""
+    };
+    let outcome = match verdict.difference {
+        None => "Images are identical.".to_owned(),
+        Some(Difference::Content(offset)) => format!("Content mismatch at offset {offset}!"),
+        Some(Difference::Status(offset)) => format!("Strict mode: Offset {offset} block status mismatch!"),
+        Some(Difference::Size) => "Strict mode: Image size mismatch!".to_owned(),
+    };
+    format!("{warning}{outcome}\n")
 }

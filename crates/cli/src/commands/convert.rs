@@ -9,9 +9,8 @@ use std::sync::Arc;
 
 use diskimage::options::Options;
 use diskimage::{
-    FILE_CREATE_OPTIONS, Format,
-    CacheMode, Conversion, Creation, DEFAULT_SPARSE, Device, Image, OpenOptions, SnapshotSelector,
-    format_by_name, open_snapshot, total_len,
+    CacheMode, Conversion, Creation, DEFAULT_SPARSE, Device, FILE_CREATE_OPTIONS, Format, Image, OpenOptions,
+    SnapshotSelector, format_by_name, open_snapshot, total_len,
 };
 
 use crate::objects::Objects;

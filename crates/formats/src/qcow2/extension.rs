@@ -102,8 +102,16 @@ fn text(data: &[u8]) -> String {
 
 /// The last entry may be cut short behind its name.
 fn feature_names(data: &[u8]) -> Vec<FeatureName> {
-    let names = data.chunks(NAME_ENTRY_LEN).filter_map(|entry| entry.split_at_checked(2));
-    names.map(|(place, name)| FeatureName { kind: place[0], bit: place[1], name: text(name) }).collect()
+    let names = data
+        .chunks(NAME_ENTRY_LEN)
+        .filter_map(|entry| entry.split_at_checked(2));
+    names
+        .map(|(place, name)| FeatureName {
+            kind: place[0],
+            bit: place[1],
+            name: text(name),
+        })
+        .collect()
 }
 
 fn bitmaps(data: &[u8]) -> Result<BitmapsExtension> {

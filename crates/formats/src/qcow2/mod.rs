@@ -253,7 +253,9 @@ impl Qcow2 {
             state.tables.sync()?;
             let mut freed = std::mem::take(&mut state.freed);
             for range in &freed {
-                state.refcounts.release(&mut state.tables, range.start(), range.len())?;
+                state
+                    .refcounts
+                    .release(&mut state.tables, range.start(), range.len())?;
             }
             state.tables.write_back()?;
             if state.punch {
@@ -268,7 +270,10 @@ impl Qcow2 {
     fn punch_holes(&self, state: &mut State, freed: &[ByteRange]) -> Result<()> {
         let size = self.header.geometry.cluster_size();
         let mut hole = ByteRange::new(0, 0);
-        for cluster in freed.iter().flat_map(|range| range.start() / size..range.end() / size) {
+        for cluster in freed
+            .iter()
+            .flat_map(|range| range.start() / size..range.end() / size)
+        {
             if state.refcounts.count(&mut state.tables, cluster)? > 0 {
                 continue;
             }
