@@ -11,6 +11,7 @@
 //!
 //! A request only ever goes down: `Image` → `Layer` → `Device`.
 
+mod aligned;
 mod budget;
 mod check;
 mod device;
@@ -27,6 +28,7 @@ mod range;
 pub mod size;
 mod zero;
 
+pub use aligned::AlignedBuf;
 pub use budget::{Budget, Reservation};
 pub use check::{CheckReport, Repair};
 pub use device::{Device, Extent, ExtentKind, Limits, Preallocation, Want, ZeroMode};

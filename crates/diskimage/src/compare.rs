@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 
-use diskimage_core::{ByteRange, Device, Error, Image, Progress, ResultExt, Want, is_zero};
+use diskimage_core::{AlignedBuf, ByteRange, Device, Error, Image, Progress, ResultExt, Want, is_zero};
 
 use crate::cursor::{Cursor, Segment};
 use crate::map::MappedExtent;
@@ -195,7 +195,7 @@ impl Worker<'_> {
     fn contents(&mut self, range: ByteRange) -> Result<(), Found> {
         let mut rest = range;
         while !rest.is_empty() {
-            let part = rest.first(CHUNK);
+            let part = rest.first(CHUNK as u64);
             rest = rest.skip(part.len());
             let first = self.first.read(part)?;
             let second = self.second.read(part)?;
@@ -218,7 +218,7 @@ impl Worker<'_> {
 }
 
 /// Pieces that stay in the processor's caches until they have been compared.
-const CHUNK: u64 = 256 << 10;
+const CHUNK: usize = 256 << 10;
 
 /// One of the two images, as one worker sees it.
 struct Side<'a> {
@@ -226,7 +226,7 @@ struct Side<'a> {
     /// Whether extents are to be as long as they can be.
     whole: bool,
     entry: Option<MappedExtent>,
-    buf: Vec<u8>,
+    buf: AlignedBuf,
 }
 
 impl<'a> Side<'a> {
@@ -235,7 +235,7 @@ impl<'a> Side<'a> {
             image,
             whole,
             entry: None,
-            buf: Vec::new(),
+            buf: AlignedBuf::new(CHUNK),
         }
     }
 
@@ -278,26 +278,28 @@ impl<'a> Side<'a> {
         Ok(Some(MappedExtent::new(range.start(), extent)))
     }
 
-    /// The bytes of `range`, padded with zeroes; none if the image ends before them.
+    /// The bytes of `range`, no more than a chunk, padded with zeroes; none if the image ends before them.
     fn read(&mut self, range: ByteRange) -> Result<&[u8], CompareError> {
-        self.buf.clear();
-        if range.start() < self.image.len() {
-            self.buf.resize(usize::try_from(range.len()).unwrap_or(0), 0);
-            let device: &dyn Device = self.image;
-            device
-                .read_padded(&mut self.buf, range.start())
-                .context(|| {
-                    format!(
-                        "Error while reading offset {} of {}",
-                        range.start(),
-                        self.image.name()
-                    )
-                })
-                .map_err(CompareError::Read)?;
+        if range.start() >= self.image.len() {
+            return Ok(&[]);
         }
-        Ok(&self.buf)
+        let len = usize::try_from(range.len())
+            .unwrap_or(usize::MAX)
+            .min(self.buf.len());
+        let buf = &mut self.buf[..len];
+        let device: &dyn Device = self.image;
+        device
+            .read_padded(buf, range.start())
+            .context(|| {
+                format!(
+                    "Error while reading offset {} of {}",
+                    range.start(),
+                    self.image.name()
+                )
+            })
+            .map_err(CompareError::Read)?;
+        Ok(buf)
     }
 }
-
 #[cfg(test)]
 mod tests;

@@ -22,7 +22,7 @@ pub struct Creation {
     name: String,
     format: String,
     size: Option<u64>,
-    default_size: Option<u64>,
+    exact_size: Option<u64>,
     options: Vec<String>,
     backing_file: Option<String>,
     backing_format: Option<String>,
@@ -38,7 +38,7 @@ impl Creation {
             name: name.into(),
             format: format.into(),
             size: None,
-            default_size: None,
+            exact_size: None,
             options: Vec::new(),
             backing_file: None,
             backing_format: None,
@@ -55,10 +55,10 @@ impl Creation {
         self
     }
 
-    /// The disk's size in bytes unless the options have one.
+    /// The disk's size in bytes, whatever the options say.
     #[must_use]
-    pub fn default_size(mut self, size: u64) -> Self {
-        self.default_size = Some(size);
+    pub fn exact_size(mut self, size: u64) -> Self {
+        self.exact_size = Some(size);
         self
     }
 
@@ -165,7 +165,7 @@ impl Creation {
         let given = options.is_given("size").then(|| options.size("size")).flatten();
         let asked = match (given, self.size) {
             (Some(_), Some(_)) => return Err(Error::invalid("The image size must be specified only once")),
-            (given, size) => given.or(size).or(self.default_size),
+            (given, size) => self.exact_size.or(given).or(size),
         };
         let below = match options.text("backing_file") {
             Some(backing) => self.check_backing(backing, options.text("backing_fmt"))?,

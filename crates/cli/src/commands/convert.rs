@@ -520,7 +520,7 @@ impl Target {
         };
         let Some(driver) = driver else { return Ok(target) };
         if !args.no_create {
-            let mut creation = Creation::new(&target.name, driver.name()).default_size(total_len(sources));
+            let mut creation = Creation::new(&target.name, driver.name()).exact_size(total_len(sources));
             if let Some(options) = &args.options {
                 creation = creation.options(options.as_str());
             }
@@ -550,11 +550,12 @@ impl Target {
         let failed = |error: diskimage::Error| {
             Stop::from(error.context(format!("{}: error while converting {format}", self.name)))
         };
-        let prepared = creation
-            .clone()
-            .cache(args.target_cache)
-            .prepare()
-            .map_err(failed)?;
+        let prepared = creation.clone().cache(args.target_cache).prepare()?;
+        if args.compress && prepared.option("preallocation").is_some_and(|mode| mode != "off") {
+            return Err(Stop::wrong(
+                "Compression and preallocation not supported at the same time",
+            ));
+        }
         prepared.create().map_err(failed)?;
         Ok(made)
     }

@@ -6,8 +6,8 @@ use std::sync::atomic::Ordering;
 use std::thread;
 
 use diskimage_core::{
-    ByteRange, Device, Encoder, Error, Image, PendingWrite, Result, ResultExt, Want, ZeroMode, align_down,
-    align_up,
+    AlignedBuf, ByteRange, Device, Encoder, Error, Image, PendingWrite, Result, ResultExt, Want, ZeroMode,
+    align_down, align_up,
 };
 
 use super::Job;
@@ -21,7 +21,7 @@ pub(super) struct Worker<'a> {
     encoder: Option<Box<dyn Encoder>>,
     zero_test: Option<ZeroTest>,
     /// The bytes of the segment at hand.
-    buf: Vec<u8>,
+    buf: AlignedBuf,
     /// Parts of the segment that `buf` does not have: their status said enough.
     stale: Vec<ByteRange>,
     pieces: Vec<Piece>,
@@ -77,7 +77,7 @@ impl<'a> Worker<'a> {
             target: conversion.target,
             encoder,
             zero_test,
-            buf: vec![0; usize::try_from(job.segment).unwrap_or(0)],
+            buf: AlignedBuf::new(usize::try_from(job.segment).unwrap_or(0)),
             stale: Vec::new(),
             pieces: Vec::new(),
             actions: Vec::new(),

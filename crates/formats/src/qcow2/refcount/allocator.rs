@@ -73,7 +73,7 @@ impl Refcounts {
             if at >= end {
                 return Err(Error::new(ErrorKind::NoSpace, "File too large"));
             }
-            let (free, len) = self.run(tables, at)?;
+            let (free, len) = self.run(tables, at, count)?;
             if free {
                 at += len.min(count - (at - start));
             } else {
@@ -84,8 +84,9 @@ impl Refcounts {
         Ok((start, at))
     }
 
-    /// Whether `cluster` is free, and how many after it certainly are alike, itself included.
-    fn run(&self, tables: &mut Tables, cluster: u64) -> Result<(bool, u64)> {
+    /// Whether `cluster` is free, and how many after it certainly are alike, itself included. No more than `most` are
+    /// looked at if it is.
+    fn run(&self, tables: &mut Tables, cluster: u64, most: u64) -> Result<(bool, u64)> {
         let per_block = self.entries_per_block();
         let index = cluster % per_block;
         let Some(table) = self.block(tables, cluster)? else {
@@ -100,7 +101,12 @@ impl Refcounts {
             block::read(bytes.get(skip..)?, next, order)
         };
         let free = count(0) == Some(0);
-        let len = (1..per_block - index)
+        let end = if free {
+            most.min(per_block - index)
+        } else {
+            per_block - index
+        };
+        let len = (1..end)
             .take_while(|i| count(*i).is_some_and(|n| (n == 0) == free))
             .count();
         Ok((free, 1 + len as u64))

@@ -1,0 +1,52 @@
+//! Memory that starts on a page.
+
+use std::ops::{Deref, DerefMut};
+
+/// A buffer that starts on a page. The kernel copies to and from such memory at twice the speed of memory that starts
+/// sixteen bytes into a page, where an allocator puts large buffers; and `O_DIRECT` needs it.
+#[derive(Debug, Default)]
+pub struct AlignedBuf {
+    bytes: Vec<u8>,
+    start: usize,
+    len: usize,
+}
+
+impl AlignedBuf {
+    /// `len` zero bytes.
+    pub fn new(len: usize) -> Self {
+        let bytes = vec![0; len + PAGE];
+        let start = bytes.as_ptr().align_offset(PAGE).min(PAGE);
+        Self { bytes, start, len }
+    }
+}
+
+impl Deref for AlignedBuf {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.bytes[self.start..self.start + self.len]
+    }
+}
+
+impl DerefMut for AlignedBuf {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        &mut self.bytes[self.start..self.start + self.len]
+    }
+}
+
+const PAGE: usize = 4096;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn it_starts_on_a_page_and_has_its_length() {
+        for len in [0, 1, 4096, 2 << 20] {
+            let mut buf = AlignedBuf::new(len);
+            assert_eq!((buf.len(), buf.as_ptr().addr() % PAGE), (len, 0));
+            buf.fill(1);
+        }
+        assert!(AlignedBuf::default().is_empty());
+    }
+}
