@@ -42,7 +42,7 @@ mod snapshot;
 mod testing;
 
 pub use compare::{CompareError, Comparison, Difference, Verdict};
-pub use convert::{Conversion, DEFAULT_SPARSE, MAX_SPARSE, total_len};
+pub use convert::{Conversion, DEFAULT_SPARSE, MAX_SPARSE, OnLost, total_len};
 pub use create::{Creation, Prepared};
 pub use diskimage_core::*;
 pub use diskimage_formats::{FORMATS, format_by_name};

@@ -56,10 +56,13 @@ pub struct Conversion<'a> {
     /// Whether the target reads as zero so far, but for what shows from the image below.
     pub target_is_zero: bool,
     /// Told about each sector that could not be read, with `salvage`.
-    pub on_lost: Option<&'a (dyn Fn(u64, &Error) + Sync)>,
+    pub on_lost: Option<OnLost<'a>>,
     /// Told how many bytes of how many are done.
     pub progress: Progress<'a>,
 }
+
+/// Takes the offset of an unreadable sector and why it is.
+pub type OnLost<'a> = &'a (dyn Fn(u64, &Error) + Sync);
 
 /// The original's default for [`Conversion::sparse`].
 pub const DEFAULT_SPARSE: u64 = 4096;
@@ -74,7 +77,7 @@ const SECTOR: u64 = 512;
 const SEGMENT: u64 = 2 << 20;
 
 /// The same when compressing, where the work on a segment takes much longer than taking it.
-const COMPRESS_SEGMENT: u64 = 512 << 10;
+const COMPRESS_SEGMENT: u64 = 256 << 10;
 
 /// More threads than this only take memory.
 const MAX_WORKERS: usize = 16;

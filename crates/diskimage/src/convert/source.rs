@@ -5,7 +5,7 @@ use std::sync::Arc;
 use diskimage_core::{ByteRange, Device, Error, Extent, Image, Result, ResultExt, Want, align_up};
 
 use super::pieces::Kind;
-use super::{Conversion, SECTOR};
+use super::{Conversion, OnLost, SECTOR};
 
 /// Images one after the other, each filling whole sectors.
 pub(super) struct Sources<'a> {
@@ -16,7 +16,7 @@ pub(super) struct Sources<'a> {
     /// Zeroes are data.
     dense: bool,
     salvage: bool,
-    on_lost: Option<&'a (dyn Fn(u64, &Error) + Sync)>,
+    on_lost: Option<OnLost<'a>>,
 }
 
 struct Part<'a> {

@@ -72,19 +72,21 @@ impl<'a> Worker<'a> {
             (_, Some(_)) => Some(ZeroTest::clusters(conversion.target.layer().granularity())),
             (sparse, None) => Some(ZeroTest::sparse(sparse)),
         };
+        let segment = usize::try_from(job.segment).unwrap_or(0);
         Self {
             job,
             target: conversion.target,
-            encoder,
             zero_test,
-            buf: AlignedBuf::new(usize::try_from(job.segment).unwrap_or(0)),
+            buf: AlignedBuf::new(segment),
             stale: Vec::new(),
             pieces: Vec::new(),
             actions: Vec::new(),
             hosts: Vec::new(),
             steps: Vec::new(),
-            encoded: Vec::new(),
+            // All at once: a buffer that grows step by step leaves its former selves behind.
+            encoded: Vec::with_capacity(if encoder.is_some() { segment } else { 0 }),
             cluster: Vec::new(),
+            encoder,
         }
     }
 

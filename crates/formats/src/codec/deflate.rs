@@ -56,21 +56,20 @@ struct ClusterDeflate;
 impl Encoder for ClusterDeflate {
     fn encode(&mut self, cluster: &[u8], out: &mut Vec<u8>) -> Result<bool> {
         out.clear();
-        out.resize(cluster.len().saturating_sub(1), 0);
+        // Room for every stream, also one that is longer than the cluster. What does not fit stays in the context:
+        // zlib-rs 0.6.8 does not take it out on reset, and panics once its buffer is full.
+        out.resize(cluster.len() + cluster.len() / 4 + 1024, 0);
         DEFLATE.with_borrow_mut(|deflate| {
             deflate.reset();
             let status = deflate.compress(cluster, out, DeflateFlush::Finish);
             out.truncate(usize::try_from(deflate.total_out()).unwrap_or(usize::MAX));
-            if status == Ok(Status::StreamEnd) {
-                return Ok(true);
-            }
-            // What did not fit stays in the context: zlib-rs 0.6.8 does not take it out on reset, and panics once its
-            // buffer is full.
-            *deflate = new_context();
             match status {
-                // No room left: it would not be smaller.
-                Ok(_) => Ok(false),
-                Err(error) => Err(Error::invalid(format!("Cannot compress: {}", error.as_str()))),
+                Ok(Status::StreamEnd) => Ok(out.len() < cluster.len()),
+                failure => {
+                    *deflate = new_context();
+                    let why = failure.map_or_else(|error| error.as_str(), |_| "the stream has no end");
+                    Err(Error::invalid(format!("Cannot compress: {why}")))
+                }
             }
         })
     }
