@@ -159,12 +159,16 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
         progress: diskimage::Progress::new(&report),
     };
     let verdict = comparison.run().map_err(|error| match error {
-        CompareError::Status(error) => Stop::from(error).with_status(3),
+        CompareError::Status(error) => {
+            // As there, without the reason.
+            let mut stop = Stop::wrong(error.to_string()).with_status(3);
+            if let (Stop::Wrong(wrong), Some(notice)) = (&mut stop, error.notice_line()) {
+                wrong.notice = Some(notice.to_owned());
+            }
+            stop
+        }
         CompareError::Read(error) => Stop::from(error).with_status(4),
     })?;
-    if verdict.difference.is_none() {
-        progress.complete();
-    }
     if !args.quiet {
         progress.suspend(|| console.print(&shown(&verdict)));
     }

@@ -620,9 +620,12 @@ fn copy(
     console: &Console,
 ) -> Result<(), Stop> {
     let report = |done, total| progress.set(done, total);
-    let lost = |offset: u64, error: &diskimage::Error| {
+    let lost = |error: &diskimage::Error| {
+        if let Some(notice) = error.notice_line() {
+            console.print_error(&format!("{notice}\n"));
+        }
         if !args.quiet {
-            console.warning(&format!("error while reading offset {offset}: {}", error.root()));
+            console.warning(&error.chain());
         }
     };
     let mut conversion = Conversion::new(sources, image);
@@ -646,9 +649,9 @@ fn copy(
     };
     conversion.on_lost = Some(&lost);
     conversion.progress = diskimage::Progress::new(&report);
-    conversion.run()?;
+    let copied = conversion.run()?;
     image.flush()?;
-    if !conversion.is_empty() {
+    if copied > 0 {
         progress.complete();
     }
     Ok(())

@@ -62,7 +62,7 @@ pub struct Conversion<'a> {
 }
 
 /// Takes the offset of an unreadable sector and why it is.
-pub type OnLost<'a> = &'a (dyn Fn(u64, &Error) + Sync);
+pub type OnLost<'a> = &'a (dyn Fn(&Error) + Sync);
 
 /// The original's default for [`Conversion::sparse`].
 pub const DEFAULT_SPARSE: u64 = 4096;
@@ -112,12 +112,12 @@ impl<'a> Conversion<'a> {
         self.len() == 0
     }
 
-    /// Copies.
+    /// Copies. How many bytes were data.
     ///
     /// # Errors
     /// Options that do not go together, a target that is too small, and the first failure to read or write in guest
     /// order.
-    pub fn run(&self) -> Result<()> {
+    pub fn run(&self) -> Result<u64> {
         self.check()?;
         let job = Job::new(self)?;
         self.progress.set(0, job.sources.len());
@@ -136,7 +136,7 @@ impl<'a> Conversion<'a> {
             return Err(error);
         }
         self.progress.set(job.sources.len(), job.sources.len());
-        Ok(())
+        Ok(job.copied.into_inner())
     }
 
     fn check(&self) -> Result<()> {
@@ -158,6 +158,10 @@ impl<'a> Conversion<'a> {
     }
 
     fn workers(&self) -> usize {
+        if self.salvage {
+            // What was lost is told in order.
+            return 1;
+        }
         let processors = thread::available_parallelism().map_or(1, usize::from);
         // Whoever waits for its turn does nothing: some more than there are processors keep all of them busy.
         let wanted = if self.compress {
@@ -211,6 +215,8 @@ struct Job<'a> {
     offload: AtomicBool,
     rate: RateLimit,
     done: AtomicU64,
+    /// Bytes of data among them.
+    copied: AtomicU64,
 }
 
 impl<'a> Job<'a> {
@@ -233,6 +239,7 @@ impl<'a> Job<'a> {
             offload: AtomicBool::new(conversion.copy_offload),
             rate: RateLimit::new(conversion.rate),
             done: AtomicU64::new(0),
+            copied: AtomicU64::new(0),
         })
     }
 

@@ -86,16 +86,21 @@ impl<'a> Sources<'a> {
         }
         match part.image.status(there, Want::Zeroes) {
             Ok(extent) => Ok(self.judge(extent, inside.len())),
-            // Reading tells which sectors are lost.
-            Err(_) if self.salvage => Ok(Status {
-                len: there.len().min(SALVAGE_STEP),
-                kind: Kind::Data,
-                host: None,
-            }),
-            Err(error) => Err(error.context(format!(
-                "error while reading block status at offset {}",
-                range.start()
-            ))),
+            Err(error) => {
+                let error = error.context(format!(
+                    "error while reading block status at offset {}",
+                    range.start()
+                ));
+                if !self.salvage {
+                    return Err(error);
+                }
+                self.lose(&error);
+                Ok(Status {
+                    len: there.len().min(SECTOR),
+                    kind: Kind::Zero,
+                    host: None,
+                })
+            }
         }
     }
 
@@ -131,6 +136,12 @@ impl<'a> Sources<'a> {
         Ok(())
     }
 
+    fn lose(&self, error: &Error) {
+        if let Some(tell) = self.on_lost {
+            tell(error);
+        }
+    }
+
     fn read_part(&self, part: &Part<'_>, buf: &mut [u8], offset: u64) -> Result<()> {
         let image: &dyn Device = &**part.image;
         let Err(error) = image.read_padded(buf, offset - part.start) else {
@@ -143,9 +154,7 @@ impl<'a> Sources<'a> {
         for sector in buf.chunks_mut(SECTOR_BYTES) {
             if let Err(error) = image.read_padded(sector, at - part.start) {
                 sector.fill(0);
-                if let Some(tell) = self.on_lost {
-                    tell(at, &error);
-                }
+                self.lose(&error.context(format!("error while reading offset {at}")));
             }
             at += sector.len() as u64;
         }
@@ -155,6 +164,3 @@ impl<'a> Sources<'a> {
 
 /// [`SECTOR`], to count bytes in memory with.
 const SECTOR_BYTES: usize = 512;
-
-/// How far a status that cannot be had is taken to be data when salvaging.
-const SALVAGE_STEP: u64 = 64 << 10;

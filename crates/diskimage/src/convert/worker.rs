@@ -109,7 +109,9 @@ impl<'a> Worker<'a> {
         self.decide(segment.range)?;
         self.clear_stale(segment.range.start());
         let data = self.actions.iter().filter(|action| action.kind == Kind::Data);
-        self.job.rate.take(data.map(|action| action.range.len()).sum());
+        let bytes = data.map(|action| action.range.len()).sum();
+        self.job.rate.take(bytes);
+        self.job.copied.fetch_add(bytes, Ordering::Relaxed);
         if self.encoder.is_some() {
             self.encode(segment.range)?;
             self.put_encoded(segment)?;
