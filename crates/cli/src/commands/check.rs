@@ -147,14 +147,14 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
             console.error("This image format does not support checks");
             return Ok(NOT_SUPPORTED);
         }
-        other => other.map_err(failed)?,
+        other => other.map_err(|error| failed(&error))?,
     };
     let fixed = (report.leaks_fixed, report.corruptions_fixed);
     if fixed != (0, 0) {
         if args.output == OutputFormat::Human && !args.quiet {
             console.print(&report::repaired(&report));
         }
-        report = check_once(&image, Repair::No, console).map_err(failed)?;
+        report = check_once(&image, Repair::No, console).map_err(|error| failed(&error))?;
         (report.leaks_fixed, report.corruptions_fixed) = fixed;
     }
     report::print(&args, image.layer().format(), &report, console);
@@ -173,7 +173,7 @@ fn check_once(image: &Image, repair: Repair, console: &Console) -> diskimage::Re
     image.layer().check(repair, &Progress::none().with_notes(&tell))
 }
 
-fn failed(error: diskimage::Error) -> Stop {
+fn failed(error: &diskimage::Error) -> Stop {
     Stop::wrong(format!("Check failed: {}", error.root()))
 }
 

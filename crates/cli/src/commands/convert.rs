@@ -503,7 +503,13 @@ impl Target {
         if let (Some(format), None) = (&format, driver) {
             return Err(Stop::wrong(format!("Unknown file format '{format}'")));
         }
-        if args.backing.is_some() && !args.no_create && !has_backing_format(args, driver)? {
+        let below = Below::read(args, driver)?;
+        if sources.len() > 1 && below.is_named {
+            return Err(Stop::wrong(
+                "Having a backing file for the target makes no sense when concatenating multiple input images",
+            ));
+        }
+        if below.is_named && !below.has_format && !args.no_create {
             return Err(Stop::wrong(
                 "Use of backing file requires explicit backing format",
             ));
@@ -573,12 +579,22 @@ impl Target {
     }
 }
 
-/// Whether the format of the image below is said, in one way or the other.
-fn has_backing_format(args: &Args, driver: Option<&dyn Format>) -> Result<bool, Stop> {
-    let tables = driver.map_or(&[][..], |driver| driver.create_options());
-    let mut options = Options::merged(&[tables, FILE_CREATE_OPTIONS]);
-    options.parse(args.options.as_deref().unwrap_or_default())?;
-    Ok(args.backing_format.is_some() || options.is_given("backing_fmt"))
+/// What is said about the image below the target, in one way or the other.
+struct Below {
+    is_named: bool,
+    has_format: bool,
+}
+
+impl Below {
+    fn read(args: &Args, driver: Option<&dyn Format>) -> Result<Self, Stop> {
+        let tables = driver.map_or(&[][..], |driver| driver.create_options());
+        let mut options = Options::merged(&[tables, FILE_CREATE_OPTIONS]);
+        options.parse(args.options.as_deref().unwrap_or_default())?;
+        Ok(Self {
+            is_named: args.backing.is_some() || options.is_given("backing_file"),
+            has_format: args.backing_format.is_some() || options.is_given("backing_fmt"),
+        })
+    }
 }
 
 /// What this run made, to be emptied if the copy fails: no file is left that looks complete.

@@ -106,9 +106,6 @@ pub static ALL: &[Entry] = &[
     },
 ];
 
-/// The formats and protocols that the help text lists.
-pub const FORMATS: &[&str] = &["file", "host_device", "qcow2", "raw"];
-
 /// The largest size and offset of a disk image.
 const LARGEST: u64 = i64::MAX.unsigned_abs();
 

@@ -2,6 +2,8 @@
 
 use std::fmt::Write;
 
+use diskimage::ProtocolKind;
+
 use super::Command;
 use crate::commands;
 
@@ -57,7 +59,11 @@ Recognized commands (run qemu-img COMMAND --help for command-specific help):
         let _ = writeln!(text, "  {} - {}", entry.command.name, entry.command.summary);
     }
     text.push_str("\nSupported image formats:\n\n");
-    text.push_str(&filled(commands::FORMATS));
+    let protocols = [ProtocolKind::File, ProtocolKind::HostDevice].map(ProtocolKind::name);
+    let formats = diskimage::FORMATS.iter().map(|format| format.name());
+    let mut names: Vec<_> = protocols.into_iter().chain(formats).collect();
+    names.sort_unstable();
+    text.push_str(&filled(&names));
     let _ = writeln!(
         text,
         "\nSee <{}> for the source and how to report bugs.",

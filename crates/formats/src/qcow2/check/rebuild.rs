@@ -38,10 +38,10 @@ impl Check<'_> {
         self.say("Rebuilding refcount structure");
         self.protect_old_blocks()?;
         let plan = self.plan()?;
-        self.write_structures(&plan).map_err(|error| {
+        if let Err(error) = self.write_structures(&plan) {
             self.tell(format!("ERROR writing refblock: {}", error.root()), true);
-            error
-        })?;
+            return Err(error);
+        }
         self.file.flush()?;
         let mut location = [0; 12];
         let clusters = u32::try_from(plan.clusters).map_err(|_| Error::from_errno(EFBIG))?;
