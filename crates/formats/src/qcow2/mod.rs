@@ -180,7 +180,7 @@ impl Qcow2 {
             padding: false,
             incompatible: header.features.incompatible.0,
         };
-        let layer = Self {
+        let mut layer = Self {
             header,
             file: request.file,
             data,
@@ -210,14 +210,17 @@ impl Qcow2 {
     }
 
     /// Clears what a writer must clear, and mends an image that was not closed.
-    fn begin_writing(&self, for_check: bool) -> Result<()> {
+    fn begin_writing(&mut self, for_check: bool) -> Result<()> {
         let autoclear = self.header.features.autoclear.0;
         if autoclear & !Autoclear::KNOWN != 0 {
             self.file
                 .write_at(&(autoclear & Autoclear::KNOWN).to_be_bytes(), field::AUTOCLEAR)?;
         }
         if self.header.features.incompatible.has(Incompatible::DIRTY) && !for_check {
-            self.run_check(Repair::All, &Progress::none())?;
+            self.mend_dirty()
+                .map_err(|error| error.context("Could not repair dirty image"))?;
+            // A repair may have moved tables.
+            self.header = read_header(&self.file, false)?;
         }
         Ok(())
     }

@@ -12,7 +12,7 @@ use proptest::prelude::*;
 use super::Qcow2Format;
 
 /// Hands out one device in memory for every name.
-struct OneFile(Arc<MemoryDevice>);
+pub(super) struct OneFile(pub(super) Arc<MemoryDevice>);
 
 impl Gate for OneFile {
     fn open(&self, _: &Reference<'_>) -> Result<Arc<dyn Device>> {
@@ -20,7 +20,7 @@ impl Gate for OneFile {
     }
 }
 
-struct Closed;
+pub(super) struct Closed;
 
 impl Gate for Closed {
     fn open(&self, _: &Reference<'_>) -> Result<Arc<dyn Device>> {
@@ -34,7 +34,7 @@ fn options(text: &str) -> Options {
     options
 }
 
-fn create(options_text: &str, size: u64, gate: &dyn Gate) -> Arc<MemoryDevice> {
+pub(super) fn create(options_text: &str, size: u64, gate: &dyn Gate) -> Arc<MemoryDevice> {
     let file = Arc::new(MemoryDevice::default());
     let device: Arc<dyn Device> = Arc::<MemoryDevice>::clone(&file);
     let options = options(options_text);
@@ -50,7 +50,7 @@ fn create(options_text: &str, size: u64, gate: &dyn Gate) -> Arc<MemoryDevice> {
     file
 }
 
-fn open(
+pub(super) fn open(
     file: &Arc<MemoryDevice>,
     write: bool,
     gate: &dyn Gate,
@@ -70,14 +70,14 @@ fn open(
     Ok(Image::new(layer, backing, "test", write))
 }
 
-fn read_all(image: &Image) -> Vec<u8> {
+pub(super) fn read_all(image: &Image) -> Vec<u8> {
     let mut bytes = vec![0xee; usize::try_from(image.len()).expect("small")];
     image.read_at(&mut bytes, 0).expect("readable");
     bytes
 }
 
 #[derive(Clone, Debug)]
-enum Op {
+pub(super) enum Op {
     Write(u64, u64, u8),
     Zero(u64, u64, bool),
     Discard(u64, u64),
@@ -85,9 +85,9 @@ enum Op {
     Reopen,
 }
 
-const SIZE: u64 = 200_704;
+pub(super) const SIZE: u64 = 200_704;
 
-fn op() -> impl Strategy<Value = Op> {
+pub(super) fn op() -> impl Strategy<Value = Op> {
     let place = (0..SIZE, 1..40_000u64);
     prop_oneof![
         5 => (place.clone(), 1..=255u8).prop_map(|((at, len), byte)| Op::Write(at, len, byte)),
@@ -182,7 +182,7 @@ fn check_model(options_text: &str, with_backing: bool, ops: &[Op]) {
     }
 }
 
-const FORMS: [&str; 8] = [
+pub(super) const FORMS: [&str; 8] = [
     "cluster_size=512",
     "cluster_size=512,compat=0.10",
     "cluster_size=4096,refcount_bits=1",

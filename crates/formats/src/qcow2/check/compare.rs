@@ -1,6 +1,6 @@
 //! Counted uses against stored refcounts, block by block.
 
-use diskimage_core::{Repair, Result};
+use diskimage_core::{ByteRange, Repair, Result};
 
 use super::super::State;
 use super::counts::PAGE;
@@ -13,12 +13,20 @@ struct Compare {
     repair: Repair,
     /// The stored counts replace the counted ones, for the check of the COPIED flags.
     keep: bool,
+    /// Storage of clusters that are given up is given back. Not where something else is wrong with the image: then a
+    /// leaked cluster may be all that is left of somebody's data.
+    discard: bool,
 }
 
 impl Check<'_> {
     /// Compares all counts and mends what `repair` allows. With `keep`, what is stored in the end replaces what was
     /// counted.
     pub(super) fn compare(&mut self, state: &mut State, repair: Repair, keep: bool) -> Result<()> {
+        let how = Compare {
+            repair,
+            keep,
+            discard: self.report.corruptions == 0,
+        };
         let per_block = self.geometry.refcount_block_entries();
         let end = self.file_len.div_ceil(self.geometry.cluster_size());
         // Beyond these there is nothing counted and nothing stored.
@@ -46,18 +54,13 @@ impl Check<'_> {
                     }
                 }
                 Place::None => {
-                    self.compare_block(clusters, None, Compare { repair, keep }, &mut highest)?;
+                    self.compare_block(clusters, None, how, &mut highest)?;
                 }
                 Place::At(offset) => {
                     let Some(mut bytes) = self.stored.take_block(self.file, index)? else {
                         continue;
                     };
-                    let changed = self.compare_block(
-                        clusters,
-                        Some(&mut bytes),
-                        Compare { repair, keep },
-                        &mut highest,
-                    );
+                    let changed = self.compare_block(clusters, Some(&mut bytes), how, &mut highest);
                     if let Ok(true) = changed {
                         self.file.write_at(&bytes, offset)?;
                     }
@@ -81,6 +84,7 @@ impl Check<'_> {
         let per_block = self.geometry.refcount_block_entries();
         let order = self.geometry.refcount_order;
         let mut changed = false;
+        let mut freed = ByteRange::new(0, 0);
         let mut at = clusters.start;
         while at < clusters.end {
             let stop = (at / PAGE as u64 + 1) * PAGE as u64;
@@ -106,6 +110,9 @@ impl Check<'_> {
                         stored::write(bytes, index, order, counted)?;
                         now = counted;
                         changed = true;
+                        if how.discard && now == 0 {
+                            freed = self.give_up(freed, cluster)?;
+                        }
                     }
                     if how.keep && now != counted {
                         self.counts.set(cluster, now)?;
@@ -116,7 +123,24 @@ impl Check<'_> {
                 }
             }
         }
+        if !freed.is_empty() {
+            self.file.discard(freed)?;
+        }
         Ok(changed)
+    }
+
+    /// Adds `cluster` to the bytes `freed`, which are given back first if it does not follow them.
+    fn give_up(&self, freed: ByteRange, cluster: u64) -> Result<ByteRange> {
+        let bits = self.geometry.cluster_bits;
+        let range = ByteRange::new(cluster << bits, (cluster + 1) << bits);
+        let range = range.intersect(ByteRange::new(0, self.file_len));
+        if freed.end() == range.start() && !freed.is_empty() {
+            return Ok(ByteRange::new(freed.start(), range.end()));
+        }
+        if !freed.is_empty() {
+            self.file.discard(freed)?;
+        }
+        Ok(range)
     }
 
     /// Reports a difference; whether it is to be mended.

@@ -21,6 +21,7 @@ impl Check<'_> {
             Repair::Leaks => sound,
             Repair::All => true,
         };
+        let fix_l1 = fix && self.protected.may_change_l1();
         let entries = u64::from(self.header.l1_size);
         let mut seen = HashMap::new();
         let mut chunk = vec![0; CHUNK];
@@ -33,7 +34,7 @@ impl Check<'_> {
             if !is_zero(&chunk[..len]) {
                 for (slot, word) in chunk[..len].as_chunks_mut::<8>().0.iter_mut().enumerate() {
                     let entry = u64::from_be_bytes(*word);
-                    let right = self.check_l1_entry(entry, done + slot as u64, fix)?;
+                    let right = self.check_l1_entry(entry, done + slot as u64, fix_l1)?;
                     changed |= right != entry;
                     *word = right.to_be_bytes();
                     self.check_l2(entry & OFFSET_MASK, fix, &mut seen)?;
@@ -79,6 +80,7 @@ impl Check<'_> {
         let Some(mut table) = self.take_l2(offset)? else {
             return Ok(());
         };
+        let fix = fix && self.protected.may_change_l2(offset);
         let changed = self.check_entries(&mut table, fix);
         if let Ok(true) = changed {
             self.file.write_at(&table, offset)?;

@@ -12,6 +12,8 @@ const RESERVED: u64 = 0x3f00_0000_0000_01fe;
 /// How a table is walked.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Walk {
+    /// Where the table is.
+    pub(super) table: u64,
     /// References that it stands for.
     pub(super) times: u64,
     /// Whether its clusters are in the statistics.
@@ -63,9 +65,9 @@ impl Check<'_> {
         Ok(Some(table))
     }
 
-    /// Counts what the L2 table at `offset` refers to.
-    pub(super) fn count_l2(&mut self, offset: u64, walk: &Walk) -> Result<()> {
-        let Some(table) = self.take_l2(offset)? else {
+    /// Counts what an L2 table refers to.
+    pub(super) fn count_l2(&mut self, walk: &Walk) -> Result<()> {
+        let Some(table) = self.take_l2(walk.table)? else {
             return Ok(());
         };
         let said = self.said;
@@ -73,7 +75,7 @@ impl Check<'_> {
             // Beyond the limit of lines nothing is said.
             self.said = super::MAX_NOTES + 1;
         }
-        let outcome = self.count_entries(&table, offset, walk);
+        let outcome = self.count_entries(&table, walk);
         if walk.silent {
             self.said = said;
         }
@@ -81,12 +83,11 @@ impl Check<'_> {
         outcome
     }
 
-    fn count_entries(&mut self, table: &[u8], offset: u64, walk: &Walk) -> Result<()> {
+    fn count_entries(&mut self, table: &[u8], walk: &Walk) -> Result<()> {
         // Where the next cluster would follow the one before.
         let mut next = 0;
-        let entry_size = self.geometry.l2_entry_size();
         let (words, _) = table.as_chunks::<8>();
-        let step = usize::try_from(entry_size / 8).unwrap_or(1);
+        let step = usize::try_from(self.geometry.l2_entry_size() / 8).unwrap_or(1);
         // Nearly all entries of nearly all images: a whole cluster of data in this file.
         let plain = !self.geometry.extended_l2 && !self.has_data_file() && walk.times == 1;
         let odd = !(OFFSET_MASK | COPIED) | (self.geometry.cluster_size() - 1);
@@ -105,8 +106,7 @@ impl Check<'_> {
                 }
                 self.in_use(host, walk, &mut next);
             } else {
-                let at = offset + index as u64 * entry_size;
-                self.count_entry(index, at, [word, bitmap], walk, &mut next)?;
+                self.count_entry(index, [word, bitmap], walk, &mut next)?;
             }
         }
         Ok(())
@@ -127,7 +127,6 @@ impl Check<'_> {
     fn count_entry(
         &mut self,
         index: usize,
-        at: u64,
         [word, bitmap]: [u64; 2],
         walk: &Walk,
         next: &mut u64,
@@ -155,7 +154,7 @@ impl Check<'_> {
         if !host.is_multiple_of(self.geometry.cluster_size()) {
             let preallocated = kind == Kind::Preallocated;
             let noun = if preallocated { "Preallocated" } else { "Data" };
-            let fix = preallocated && self.repair == Repair::All;
+            let fix = preallocated && self.repair == Repair::All && self.protected.may_change_l2(walk.table);
             self.corruption_or_fix(
                 fix,
                 &format!("offset={host:x}: {noun} cluster is not properly aligned; L2 entry corrupted."),
@@ -163,7 +162,8 @@ impl Check<'_> {
             if fix {
                 // It reads as zero, or as what is below, as before; only the place set aside is given up.
                 let plain = if self.geometry.extended_l2 { 0 } else { ZERO };
-                return self.file.write_at(&plain.to_be_bytes(), at);
+                let at = index as u64 * self.geometry.l2_entry_size();
+                return self.file.write_at(&plain.to_be_bytes(), walk.table + at);
             }
         }
         self.in_use(host, walk, next);

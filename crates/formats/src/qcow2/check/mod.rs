@@ -17,6 +17,7 @@ mod compare;
 mod copied;
 mod counts;
 mod entries;
+mod protected;
 mod rebuild;
 mod references;
 mod snapshots;
@@ -31,6 +32,7 @@ use std::ops::Range;
 use diskimage_core::{CheckReport, Device, Error, ErrorKind, Note, Progress, Repair, Result};
 
 use self::counts::Counts;
+use self::protected::Protected;
 use self::snapshots::SnapshotTable;
 use self::stored::Stored;
 use super::feature::Incompatible;
@@ -59,6 +61,19 @@ impl Qcow2 {
             return outcome.and_then(|report| forgotten.map(|()| report));
         }
         outcome
+    }
+
+    /// Mends an image that was not closed. Damage that cannot be mended keeps it from being opened only if it kept the
+    /// check from looking everywhere.
+    ///
+    /// # Errors
+    /// As [`Qcow2::run_check`].
+    pub(super) fn mend_dirty(&self) -> Result<()> {
+        let report = self.run_check(Repair::All, &Progress::none())?;
+        if report.check_errors > 0 {
+            return Err(Error::from_errno(EIO));
+        }
+        Ok(())
     }
 
     /// Starts over with what the file says.
@@ -96,6 +111,8 @@ struct Check<'a> {
     again: HashMap<u64, u64>,
     /// Clusters whose stored counts cannot be had.
     unreadable: Vec<Range<u64>>,
+    /// Where tables must not be mended.
+    protected: Protected,
     /// The refcount structures are beyond mending in place.
     rebuild: bool,
     /// The image has been said to be corrupt.
@@ -130,6 +147,7 @@ impl<'a> Check<'a> {
             snapshots: SnapshotTable::default(),
             again: HashMap::new(),
             unreadable: Vec::new(),
+            protected: Protected::default(),
             rebuild: false,
             marked: false,
             said: 0,

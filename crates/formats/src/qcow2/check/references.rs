@@ -4,7 +4,7 @@
 //! references, as the original walks them for all; the references beyond that are counted in one last silent walk, so
 //! that the time taken follows the length of the file.
 
-use diskimage_core::{Error, Result, is_zero};
+use diskimage_core::{Error, Preallocation, Repair, Result, is_zero};
 
 use super::super::entry::OFFSET_MASK;
 use super::Check;
@@ -26,6 +26,7 @@ impl Check<'_> {
     pub(super) fn count_references(&mut self) -> Result<()> {
         self.counts = super::Counts::new(self.geometry.max_refcount(), self.image.budget.clone());
         self.again.clear();
+        self.protected = self.protect();
         self.report.total_clusters = self.header.size.div_ceil(self.geometry.cluster_size());
         self.region(0, self.geometry.cluster_size(), 1)?;
         let mut unaligned = 0;
@@ -123,14 +124,12 @@ impl Check<'_> {
                 return Ok(());
             }
         }
-        self.count_l2(
-            l2,
-            &Walk {
-                times: 1,
-                active,
-                silent: false,
-            },
-        )
+        self.count_l2(&Walk {
+            table: l2,
+            times: 1,
+            active,
+            silent: false,
+        })
     }
 
     fn count_snapshots(&mut self, unaligned: &mut u64) -> Result<()> {
@@ -173,14 +172,12 @@ impl Check<'_> {
             .collect();
         tables.sort_unstable();
         for (cluster, times) in tables {
-            self.count_l2(
-                cluster << self.geometry.cluster_bits,
-                &Walk {
-                    times,
-                    active: false,
-                    silent: true,
-                },
-            )?;
+            self.count_l2(&Walk {
+                table: cluster << self.geometry.cluster_bits,
+                times,
+                active: false,
+                silent: true,
+            })?;
         }
         Ok(())
     }
@@ -255,9 +252,8 @@ impl Check<'_> {
             return Ok(());
         }
         if offset >= self.file_len.next_multiple_of(cluster_size) {
-            let fix = self.repair == super::Repair::All;
             let what = format!("refcount block {index} is outside image");
-            if !fix {
+            if self.repair != Repair::All {
                 self.corruption(format!("ERROR {what}"));
                 return Ok(());
             }
@@ -284,7 +280,9 @@ impl Check<'_> {
             .checked_add(self.geometry.cluster_size())
             .filter(|end| i64::try_from(*end).is_ok())
             .ok_or_else(|| Error::from_errno(EINVAL))?;
-        self.file.resize(end, diskimage_core::Preallocation::Off)?;
+        self.file.resize(end, Preallocation::Off).inspect_err(|error| {
+            self.tell(format!("Could not resize file: {}", error.root()), true);
+        })?;
         self.file_len = end;
         Ok(())
     }

@@ -1,7 +1,7 @@
 //! The snapshot table as a check reads it: whatever is there, and what has to be cut.
 
 use diskimage_core::{Error, Repair, Result};
-use zerocopy::byteorder::big_endian::{U32, U64};
+use zerocopy::byteorder::big_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::super::State;
@@ -226,6 +226,11 @@ impl Check<'_> {
                     extra.extend_from_slice(&value.to_be_bytes());
                 }
             }
+            // What was read first holds: a table that lies on other metadata has changed with it.
+            raw.l1_table_offset = U64::new(entry.l1_offset);
+            raw.l1_size = U32::new(entry.l1_size);
+            raw.id_len = U16::new(entry.id_len);
+            raw.name_len = U16::new(entry.name_len);
             raw.extra_data_size = U32::new(u32::try_from(extra.len()).unwrap_or(0));
             let mut names = vec![0; usize::from(entry.id_len) + usize::from(entry.name_len)];
             let names_at = entry.at + MIN_ENTRY_LEN + u64::from(entry.extra_len);
