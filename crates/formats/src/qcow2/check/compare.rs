@@ -28,7 +28,7 @@ impl Check<'_> {
             discard: self.report.corruptions == 0,
         };
         let per_block = self.geometry.refcount_block_entries();
-        let end = self.file_len.div_ceil(self.geometry.cluster_size());
+        let end = self.clusters;
         // Beyond these there is nothing counted and nothing stored.
         let blocks = (self.stored.table.len() as u64).max(self.counts.end().div_ceil(per_block));
         let mut highest = 0;
@@ -174,7 +174,7 @@ impl Check<'_> {
     /// The stored refcount of a cluster after [`Check::compare`] with `keep`; none if it cannot be had.
     #[inline]
     pub(super) fn refcount(&mut self, cluster: u64) -> Result<Option<u64>> {
-        if cluster < self.file_len.div_ceil(self.geometry.cluster_size()) {
+        if cluster < self.clusters {
             if self.unreadable.iter().any(|range| range.contains(&cluster)) {
                 return Ok(None);
             }

@@ -101,6 +101,8 @@ struct Check<'a> {
     header: Header,
     geometry: Geometry,
     file_len: u64,
+    /// Clusters that are compared: those of the file, and the one that a table at its end reaches into.
+    clusters: u64,
     repair: Repair,
     progress: &'a Progress<'a>,
     report: CheckReport,
@@ -139,6 +141,7 @@ impl<'a> Check<'a> {
             image,
             file,
             file_len: file.len(),
+            clusters: 0,
             header,
             geometry,
             repair,

@@ -27,6 +27,7 @@ impl Check<'_> {
         self.counts = super::Counts::new(self.geometry.max_refcount(), self.image.budget.clone());
         self.again.clear();
         self.protected = self.protect();
+        self.clusters = self.file_len.div_ceil(self.geometry.cluster_size());
         self.report.total_clusters = self.header.size.div_ceil(self.geometry.cluster_size());
         self.region(0, self.geometry.cluster_size(), 1)?;
         let mut unaligned = 0;
@@ -62,6 +63,7 @@ impl Check<'_> {
             return Ok(());
         };
         let bits = self.geometry.cluster_bits;
+        self.clusters = self.clusters.max(end.div_ceil(cluster_size));
         for cluster in (offset >> bits)..end.div_ceil(cluster_size) {
             let over = self.counts.add(cluster, times)?;
             if over > 0 {
@@ -284,6 +286,7 @@ impl Check<'_> {
             self.tell(format!("Could not resize file: {}", error.root()), true);
         })?;
         self.file_len = end;
+        self.clusters = self.clusters.max(end.div_ceil(self.geometry.cluster_size()));
         Ok(())
     }
 }

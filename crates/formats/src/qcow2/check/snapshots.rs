@@ -82,6 +82,8 @@ impl Check<'_> {
         let fix = self.repair == Repair::All;
         let start = self.header.snapshots_offset;
         let mut at = start;
+        // How long the table is once it is cut; that is what the limit is for.
+        let mut kept: u64 = 0;
         for index in 0..count {
             let mut fixed = [0; size_of::<RawSnapshot>()];
             self.file.read_padded(&mut fixed, at)?;
@@ -110,7 +112,9 @@ impl Check<'_> {
                 self.snapshots.changed = true;
             }
             let end = at + entry.len();
-            if end - start > MAX_TABLE {
+            let cut = u64::from(entry.extra_len).saturating_sub(MAX_EXTRA);
+            kept = kept.next_multiple_of(8) + entry.len() - cut;
+            if kept > MAX_TABLE {
                 let over = count - index;
                 if !fix {
                     let text = format!(
