@@ -267,10 +267,12 @@ impl Check<'_> {
             }
             self.report.corruptions_fixed += 1;
         }
+        let cluster = offset >> self.geometry.cluster_bits;
+        // A block that is something else as well must not be written to. Narrow counts cannot tell that by themselves.
+        self.rebuild |= self.counts.of(cluster) > 0;
         self.region(offset, cluster_size, 1)?;
-        let count = self.counts.of(offset >> self.geometry.cluster_bits);
+        let count = self.counts.of(cluster);
         if count > 1 {
-            self.rebuild = true;
             self.corruption(format!("ERROR refcount block {index} refcount={count}"));
         }
         Ok(())

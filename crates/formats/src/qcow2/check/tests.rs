@@ -147,6 +147,21 @@ fn a_table_used_twice_is_counted_twice_and_loses_its_flags() {
 }
 
 #[test]
+fn a_block_that_is_guest_data_too_is_not_written_to_even_if_counts_have_one_bit() {
+    let file = create("cluster_size=4096,refcount_bits=1", 1 << 20, &Closed);
+    let image = open(&file, true, &Closed, None).expect("opens");
+    image.write_at(&[0xff; 4096], 0).expect("writes");
+    image.flush().expect("flushes");
+    let bytes = read_all(&image);
+    // The second block is the data cluster, which says that everything there leaks.
+    poke(&file, 0x1008, 0x5000);
+    file.resize(40_000 * 4096, Preallocation::Off).expect("grows");
+    check(&file, Repair::All).report.expect("checks");
+    assert!(read_all(&open(&file, false, &Closed, None).expect("opens")) == bytes);
+    clean(&file);
+}
+
+#[test]
 fn a_table_used_everywhere_takes_no_longer() {
     let file = create("cluster_size=65536", 1 << 50, &Closed);
     // An L1 table of a million entries, each for the same L2 table, each entry of which is the same cluster.
@@ -296,7 +311,7 @@ proptest! {
         let gate = OneFile(Arc::new(MemoryDevice::default()));
         let (file, _) = used(FORMS[form], &ops, &gate);
         let cluster = 1u64 << file.contents()[23];
-        for (at, byte) in headers {
+        for &(at, byte) in &headers {
             file.write_at(&[byte], at).expect("pokes");
         }
         for (table, at, byte) in pokes {
@@ -306,7 +321,9 @@ proptest! {
         if check(&file, Repair::All).report.is_ok() {
             let found = check(&file, Repair::No);
             let report = found.report.expect("checks");
-            prop_assert_eq!((report.leaks, report.check_errors), (0, 0), "{:?}", found.lines);
+            prop_assert_eq!(report.check_errors, 0, "{:?}", found.lines);
+            // A snapshot table that lies on other metadata reads differently once that is mended.
+            prop_assert!(!headers.is_empty() || report.leaks == 0, "{:?}", found.lines);
         }
     }
 }
