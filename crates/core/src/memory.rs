@@ -33,7 +33,7 @@ impl MemoryDevice {
 }
 
 /// The most a memory device grows to; tests and images made on the fly are smaller.
-const MAX_LEN: u64 = 1 << 30;
+const MAX_LEN: u64 = 192 << 20;
 
 fn index(offset: u64) -> Result<usize> {
     usize::try_from(offset)
