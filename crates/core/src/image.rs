@@ -108,6 +108,7 @@ impl Image {
     pub fn resize_with(&self, request: &ResizeRequest) -> Result<()> {
         self.require_writable()?;
         self.forget_decoded();
+        self.layer.check_resize(request)?;
         let old = self.len();
         // What is cut off must not come back when the disk grows again.
         let tail = ByteRange::new(

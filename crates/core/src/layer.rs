@@ -3,7 +3,9 @@
 use std::fmt::Debug;
 use std::sync::Arc;
 
-use crate::{ByteRange, CheckReport, Device, Error, Info, Preallocation, Progress, Repair, Result, ZeroMode};
+use crate::{
+    Bitmaps, ByteRange, CheckReport, Device, Error, Info, Preallocation, Progress, Repair, Result, ZeroMode,
+};
 
 /// One opened image without its backing chain.
 ///
@@ -101,6 +103,11 @@ pub trait Layer: Debug + Send + Sync {
         Ok(None)
     }
 
+    /// Its persistent bitmaps; `None` if the format or this version of it has none.
+    fn bitmaps(&self) -> Option<&dyn Bitmaps> {
+        None
+    }
+
     /// How many bytes its persistent bitmaps take in a copy with clusters of `cluster_size`; `None` if the format or
     /// this version of it has none.
     ///
@@ -116,6 +123,14 @@ pub trait Layer: Debug + Send + Sync {
     /// [`ErrorKind::Unsupported`](crate::ErrorKind::Unsupported) if the format has no check; errors that end it.
     fn check(&self, _repair: Repair, _progress: &Progress<'_>) -> Result<CheckReport> {
         Err(Error::unsupported("This image format does not support checks"))
+    }
+
+    /// Refuses what [`Layer::resize`] would refuse, before anything has changed.
+    ///
+    /// # Errors
+    /// As [`Layer::resize`].
+    fn check_resize(&self, _request: &ResizeRequest) -> Result<()> {
+        Ok(())
     }
 
     /// Changes the disk's size.

@@ -12,6 +12,7 @@
 //! A request only ever goes down: `Image` → `Layer` → `Device`.
 
 mod aligned;
+mod bitmaps;
 mod budget;
 mod check;
 mod device;
@@ -29,6 +30,7 @@ pub mod size;
 mod zero;
 
 pub use aligned::AlignedBuf;
+pub use bitmaps::{BitmapInfo, Bitmaps, NewBitmap};
 pub use budget::{Budget, Reservation};
 pub use check::{CheckReport, Repair};
 pub use device::{Device, Extent, ExtentKind, Limits, Preallocation, Want, ZeroMode};

@@ -27,6 +27,7 @@
 //! a program can pass one of its own that knows better. The numbers in an image can claim only the memory that a
 //! [`Budget`] has.
 
+mod bitmaps;
 mod compare;
 mod convert;
 mod create;
@@ -41,6 +42,7 @@ mod snapshot;
 #[cfg(test)]
 mod testing;
 
+pub use bitmaps::{check_bitmaps, copy_bitmaps};
 pub use compare::{CompareError, Comparison, Difference, Verdict};
 pub use convert::{Conversion, DEFAULT_SPARSE, MAX_SPARSE, OnLost, total_len};
 pub use create::{Creation, Prepared};

@@ -9,8 +9,8 @@ use std::sync::Arc;
 
 use diskimage::options::Options;
 use diskimage::{
-    CacheMode, Conversion, Creation, DEFAULT_SPARSE, Device, FILE_CREATE_OPTIONS, Format, Image, OpenOptions,
-    SnapshotSelector, format_by_name, open_snapshot, total_len,
+    CacheMode, Conversion, Creation, DEFAULT_SPARSE, Device, FILE_CREATE_OPTIONS, Format, Image, Layer,
+    OpenOptions, SnapshotSelector, check_bitmaps, copy_bitmaps, format_by_name, open_snapshot, total_len,
 };
 
 use crate::objects::Objects;
@@ -451,25 +451,33 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
         }
         Request::Convert(args) => args,
     };
-    if args.bitmaps {
-        return Err(Stop::wrong(
-            "Copying bitmaps (--bitmaps) is not available in this build",
-        ));
-    }
     let progress = crate::progress::Progress::new(args.progress, console);
-    let sources = open_sources(&args, console)?;
+    let (sources, marked) = open_sources(&args, console)?;
     let target = Target::prepare(&args, &sources)?;
     let made = target.make(&args)?;
-    let outcome = target
-        .open(&args, console)
-        .and_then(|image| copy(&args, &sources, &target, &image, &progress, console));
+    let outcome = target.open(&args, console).and_then(|image| {
+        if marked.is_some() && image.layer().bitmaps().is_none() {
+            return Err(Stop::wrong(format!(
+                "Format driver '{}' does not support bitmaps",
+                image.layer().format()
+            )));
+        }
+        copy(&args, &sources, &target, &image, &progress, console)?;
+        match &marked {
+            Some(source) => copy_marks(&args, &**source, &image, console),
+            None => Ok(()),
+        }
+    });
     if outcome.is_err() {
         made.undo();
     }
     outcome.map(|()| 0)
 }
 
-fn open_sources(args: &Args, console: &Console) -> Result<Vec<Arc<Image>>, Stop> {
+/// The images to copy, and the one whose bitmaps are to be copied, too. Snapshots have none of their own.
+type Sources = (Vec<Arc<Image>>, Option<Arc<dyn Layer>>);
+
+fn open_sources(args: &Args, console: &Console) -> Result<Sources, Stop> {
     let options = || {
         OpenOptions::new()
             .cache(args.source_cache)
@@ -478,13 +486,36 @@ fn open_sources(args: &Args, console: &Console) -> Result<Vec<Arc<Image>>, Stop>
     };
     let open = |source| open_source(source, options(), console);
     let mut sources: Vec<_> = args.sources.iter().map(open).collect::<Result<_, _>>()?;
+    let marked = match &sources[..] {
+        _ if !args.bitmaps => None,
+        [image] => Some(Arc::clone(image.layer())),
+        _ => {
+            return Err(Stop::wrong("Copying bitmaps only possible with single source"));
+        }
+    };
+    if let Some(layer) = &marked {
+        check_bitmaps(&**layer, args.skip_broken_bitmaps)?;
+    }
     if let Some(snapshot) = &args.snapshot {
         let [image] = &mut sources[..] else {
             return Err(Stop::wrong("No support for concatenating multiple snapshot"));
         };
         *image = open_snapshot(image, snapshot)?;
     }
-    Ok(sources)
+    Ok((sources, marked))
+}
+
+/// Copies the bitmaps once the data is there: writing it would mark everything.
+fn copy_marks(args: &Args, source: &dyn Layer, target: &Image, console: &Console) -> Result<(), Stop> {
+    let skipped = |name: &str| {
+        if !args.quiet {
+            console.warning(&format!(
+                "Skipping inconsistent bitmap '{}'",
+                crate::printable::printable(name)
+            ));
+        }
+    };
+    Ok(copy_bitmaps(source, &**target.layer(), &skipped)?)
 }
 
 /// Where the copy goes.

@@ -96,6 +96,32 @@ pub(super) fn parse(area: &[u8]) -> Result<Extensions> {
     Ok(found)
 }
 
+/// The extensions in `area`, end marker included, with `bitmaps` in the place of the bitmaps extension that it has; at
+/// the end if it has none.
+pub(super) fn with_bitmaps(area: &[u8], bitmaps: Option<&BitmapsExtension>) -> Vec<u8> {
+    let mut new = Vec::new();
+    let mut left = bitmaps;
+    let mut rest = area;
+    while let Some((head, tail)) = rest.split_at_checked(8) {
+        let word = |at: usize| U32::read_from_bytes(&head[at..at + 4]).map_or(0, U32::get);
+        let len = usize::try_from(word(4)).unwrap_or(usize::MAX);
+        let Some(data) = tail.get(..len).filter(|_| word(0) != kind::END) else {
+            break;
+        };
+        if word(0) != kind::BITMAPS {
+            put(&mut new, word(0), data);
+        } else if let Some(bitmaps) = left.take() {
+            put(&mut new, kind::BITMAPS, bitmaps.as_bytes());
+        }
+        rest = tail.get(len.next_multiple_of(8)..).unwrap_or(&[]);
+    }
+    if let Some(bitmaps) = left {
+        put(&mut new, kind::BITMAPS, bitmaps.as_bytes());
+    }
+    put(&mut new, kind::END, &[]);
+    new
+}
+
 fn text(data: &[u8]) -> String {
     String::from_utf8_lossy(data.split(|byte| *byte == 0).next().unwrap_or(&[])).into_owned()
 }
@@ -168,6 +194,23 @@ mod tests {
     }
 
     #[test]
+    fn the_bitmaps_extension_is_put_in_replaced_and_taken_out() {
+        let bitmaps = |count| BitmapsExtension {
+            nb_bitmaps: U32::new(count),
+            reserved: U32::ZERO,
+            directory_size: U64::new(32),
+            directory_offset: U64::new(65536),
+        };
+        let area = write(true, Some("raw"), None);
+        let one = with_bitmaps(&area, Some(&bitmaps(1)));
+        assert_eq!(parse(&one).expect("valid").bitmaps, Some(bitmaps(1)));
+        let two = with_bitmaps(&one, Some(&bitmaps(2)));
+        assert_eq!(parse(&two).expect("valid").bitmaps, Some(bitmaps(2)));
+        assert_eq!(two.len(), one.len());
+        assert_eq!(with_bitmaps(&two, None), area);
+    }
+
+    #[test]
     fn an_extension_past_its_area_is_refused() {
         let mut area = write(false, Some("raw"), None);
         area[7] = 200;
@@ -182,6 +225,7 @@ mod tests {
                 .map(|i| i.wrapping_mul(seed).wrapping_add(seed >> 3))
                 .collect();
             let _ = parse(&area);
+            let _ = with_bitmaps(&area, None);
         }
     }
 }

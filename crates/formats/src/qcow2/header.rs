@@ -13,7 +13,7 @@ use diskimage_core::{Backing, Error, ErrorKind, Result};
 use zerocopy::byteorder::big_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use super::extension::{self, Extensions};
+use super::extension::{self, BitmapsExtension, Extensions};
 use super::feature::{Autoclear, Compatible, Features, Incompatible};
 
 /// The first bytes of every qcow2 image.
@@ -303,6 +303,49 @@ impl Header {
         })
     }
 }
+
+impl Header {
+    /// Where the bitmaps are, if there are any that can be relied on.
+    pub(super) fn bitmaps(&self) -> Option<BitmapsExtension> {
+        self.extensions
+            .bitmaps
+            .filter(|bitmaps| bitmaps.nb_bitmaps.get() > 0 && self.features.autoclear.has(Autoclear::BITMAPS))
+    }
+
+    /// The first cluster of an image with another bitmaps extension, or none. The name of the backing file follows the
+    /// extensions, wherever it was before.
+    ///
+    /// # Errors
+    /// No room in the cluster.
+    pub(super) fn with_bitmaps(cluster: &[u8], bitmaps: Option<&BitmapsExtension>) -> Result<Vec<u8>> {
+        let raw = raw(cluster)?;
+        let start = usize::try_from(raw.header_length.get()).unwrap_or(usize::MAX);
+        let backing = usize::try_from(raw.backing_file_offset.get()).unwrap_or(usize::MAX);
+        let end = if backing == 0 { cluster.len() } else { backing };
+        let cut = || Error::corrupt("Could not read qcow2 header");
+        let area = cluster.get(start..end).ok_or_else(cut)?;
+        let mut new = cluster.get(..start).ok_or_else(cut)?.to_vec();
+        new.append(&mut extension::with_bitmaps(area, bitmaps));
+        if backing != 0 {
+            let len = usize::try_from(raw.backing_file_size.get()).unwrap_or(usize::MAX);
+            let name = cluster[end..].get(..len).ok_or_else(cut)?;
+            let place = new.len() as u64;
+            new[BACKING_FILE_OFFSET..BACKING_FILE_OFFSET + 8].copy_from_slice(&place.to_be_bytes());
+            new.extend_from_slice(name);
+        }
+        if new.len() > cluster.len() {
+            return Err(Error::from_errno(ENOSPC));
+        }
+        new.resize(cluster.len(), 0);
+        Ok(new)
+    }
+}
+
+/// Where the offset of the backing file's name is.
+const BACKING_FILE_OFFSET: usize = 8;
+
+/// `No space left on device`.
+const ENOSPC: i32 = 28;
 
 /// The fields of a header, zeroes for what a shorter file lacks.
 fn raw(bytes: &[u8]) -> Result<RawHeader> {

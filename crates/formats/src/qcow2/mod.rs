@@ -41,9 +41,9 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use diskimage_core::options::{OptionDef, Options};
 use diskimage_core::{
-    Backing, Budget, ByteRange, CheckReport, CreateRequest, Device, Encoded, Encoder, Error, ErrorKind,
-    Format, Gate, Info, Layer, Measure, MeasureSource, OpenRequest, Permissions, Preallocation, Probe,
-    Progress, Reference, Repair, ResizeRequest, Result, Role, Run, Score, WritePlan, ZeroMode,
+    Backing, Bitmaps, Budget, ByteRange, CheckReport, CreateRequest, Device, Encoded, Encoder, Error,
+    ErrorKind, Format, Gate, Info, Layer, Measure, MeasureSource, OpenRequest, Permissions, Preallocation,
+    Probe, Progress, Reference, Repair, ResizeRequest, Result, Role, Run, Score, WritePlan, ZeroMode,
 };
 
 use self::feature::{Autoclear, Compatible, Incompatible};
@@ -134,6 +134,8 @@ struct State {
     padding: bool,
     /// The incompatible features as they stand in the file.
     incompatible: u64,
+    /// What is known of the persistent bitmaps.
+    bitmaps: bitmap::Tracker,
 }
 
 /// How many ranges of given-up clusters are collected before they are counted down.
@@ -179,6 +181,7 @@ impl Qcow2 {
             punch: false,
             padding: false,
             incompatible: header.features.incompatible.0,
+            bitmaps: bitmap::Tracker::new(&header),
         };
         let mut layer = Self {
             header,
@@ -221,6 +224,9 @@ impl Qcow2 {
                 .map_err(|error| error.context("Could not repair dirty image"))?;
             // A repair may have moved tables.
             self.header = read_header(&self.file, false)?;
+        }
+        if !for_check {
+            self.begin_tracking()?;
         }
         Ok(())
     }
@@ -364,12 +370,20 @@ impl Layer for Qcow2 {
             .map(|layer| Some(layer as Arc<dyn Layer>))
     }
 
+    fn bitmaps(&self) -> Option<&dyn Bitmaps> {
+        (self.header.version >= 3).then_some(self)
+    }
+
     fn bitmap_bytes(&self, cluster_size: u64) -> Result<Option<u64>> {
         self.measure_bitmaps(cluster_size)
     }
 
     fn check(&self, repair: Repair, progress: &Progress<'_>) -> Result<CheckReport> {
         self.run_check(repair, progress)
+    }
+
+    fn check_resize(&self, request: &ResizeRequest) -> Result<()> {
+        self.check_size(request)
     }
 
     fn resize(&self, request: &ResizeRequest) -> Result<()> {
@@ -384,6 +398,7 @@ impl Layer for Qcow2 {
         }
         self.write_back(&mut state)?;
         state.tables.sync()?;
+        self.store_bitmaps(&mut state)?;
         self.set_incompatible(&mut state, Incompatible::DIRTY, false)
     }
 

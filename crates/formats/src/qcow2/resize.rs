@@ -12,24 +12,34 @@ use super::tables::{Class, Table};
 use super::{Qcow2, State};
 
 impl Qcow2 {
-    /// Grows or shrinks the disk.
-    pub(super) fn change_size(&self, request: &ResizeRequest) -> Result<()> {
+    /// Refuses what cannot be done, before anything has changed.
+    pub(super) fn check_size(&self, request: &ResizeRequest) -> Result<()> {
         if !request.len.is_multiple_of(512) {
             return Err(Error::invalid("The new size must be a multiple of 512"));
         }
         if self.header.nb_snapshots > 0 && self.header.version < 3 {
             return Err(Error::unsupported("Can't resize a v2 image which has snapshots"));
         }
-        if self.has_bitmaps() {
-            return Err(Error::unsupported(
-                "Cannot resize qcow2 files with persistent bitmaps yet",
-            ));
+        self.bitmaps_can_follow(&self.lock(), request.len)
+    }
+
+    /// Grows or shrinks the disk.
+    pub(super) fn change_size(&self, request: &ResizeRequest) -> Result<()> {
+        self.check_size(request)?;
+        let mut state = self.lock();
+        let old = state.size;
+        if request.len != old {
+            self.begin_resize(&mut state)?;
         }
-        if request.len < self.lock().size {
+        drop(state);
+        let outcome = if request.len < old {
             self.shrink_to(request)
         } else {
             self.grow_to(request)
-        }
+        };
+        // Also after a failure: the bitmaps still fit the size that the disk has then.
+        let stored = self.finish_resize(&mut self.lock(), old);
+        outcome.and(stored)
     }
 
     /// Makes the disk larger; what is new is unallocated unless preallocation is asked for.

@@ -13,6 +13,7 @@ use diskimage_core::{Error, ErrorKind, Result, SnapshotInfo};
 use zerocopy::byteorder::big_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
+use super::bitmap::Tracker;
 use super::header::limit;
 use super::refcount::Refcounts;
 use super::tables::{Class, Table, Tables};
@@ -163,6 +164,7 @@ impl Qcow2 {
             punch: false,
             padding: false,
             incompatible: self.header.features.incompatible.0,
+            bitmaps: Tracker::new(&self.header),
         };
         Ok(Arc::new(Self {
             header: self.header.clone(),

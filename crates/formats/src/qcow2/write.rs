@@ -63,6 +63,7 @@ impl<'a> Plan<'a> {
             state = image.settled.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
         image.mark_dirty(&mut state)?;
+        image.note_write(&mut state, range)?;
         state.in_flight.push(cover);
         Ok((
             Self {

@@ -6,6 +6,7 @@
 
 use diskimage_core::{Error, Preallocation, Repair, Result, is_zero};
 
+use super::super::bitmap::Bitmap;
 use super::super::entry::OFFSET_MASK;
 use super::Check;
 use super::entries::Walk;
@@ -185,16 +186,13 @@ impl Check<'_> {
     }
 
     fn count_bitmaps(&mut self) -> Result<()> {
-        let bitmaps = self.image.read_bitmaps()?;
-        let Some(extension) = self.header.extensions.bitmaps.filter(|_| !bitmaps.is_empty()) else {
+        let Some(extension) = self.header.bitmaps() else {
             return Ok(());
         };
+        let directory = self.image.read_directory(Some(extension))?;
         let mut room = self.file_len;
-        for bitmap in &bitmaps {
-            let (offset, len) = (
-                bitmap.raw.table_offset.get(),
-                u64::from(bitmap.raw.table_size.get()) * 8,
-            );
+        for table in directory.bitmaps.iter().map(Bitmap::table_range) {
+            let (offset, len) = (table.start(), table.len());
             self.region(offset, len, 1)?;
             if offset.saturating_add(len) > self.file_len {
                 continue;

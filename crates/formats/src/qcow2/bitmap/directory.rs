@@ -1,0 +1,467 @@
+//! The directory of persistent bitmaps, as bytes and as types.
+//!
+//! ```text
+//!   0 bitmap_table_offset   8 bitmap_table_size   12 flags   16 type   17 granularity_bits
+//!  18 name_size            20 extra_data_size     24 extra data, name, padding to 8
+//! ```
+
+use std::borrow::Cow;
+
+use diskimage_core::{Budget, ByteRange, Device, Error, ErrorKind, Reservation, Result};
+use zerocopy::byteorder::big_endian::{U16, U32, U64};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+use super::super::extension::BitmapsExtension;
+use super::super::header::Geometry;
+
+/// The fixed part of a directory entry.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub(in super::super) struct RawBitmap {
+    /// Where its table starts.
+    pub(in super::super) table_offset: U64,
+    /// Entries of that table.
+    pub(in super::super) table_size: U32,
+    /// In use, auto.
+    pub(in super::super) flags: U32,
+    /// 1, a dirty bitmap.
+    pub(in super::super) kind: u8,
+    /// One bit stands for 1 shifted by this bytes.
+    pub(in super::super) granularity_bits: u8,
+    /// Bytes of the name.
+    pub(in super::super) name_size: U16,
+    /// Bytes of extra data.
+    pub(in super::super) extra_data_size: U32,
+}
+
+const _: () = assert!(size_of::<RawBitmap>() == 24);
+
+/// Where the flags are in an entry.
+const FLAGS_AT: u64 = 12;
+
+/// A bitmap of the directory.
+#[derive(Clone, Debug)]
+pub(in super::super) struct Bitmap {
+    pub(in super::super) raw: RawBitmap,
+    /// Kept as it is.
+    extra: Vec<u8>,
+    name: Vec<u8>,
+}
+
+pub(super) mod flag {
+    /// Not stored properly.
+    pub(in super::super) const IN_USE: u32 = 1 << 0;
+    /// Writes are marked in it.
+    pub(in super::super) const AUTO: u32 = 1 << 1;
+    /// It may be used by those who do not know its extra data.
+    pub(in super::super) const EXTRA_DATA_COMPATIBLE: u32 = 1 << 2;
+    pub(in super::super) const KNOWN: u32 = IN_USE | AUTO | EXTRA_DATA_COMPATIBLE;
+}
+
+/// The type of dirty bitmaps, the only one there is.
+const DIRTY_TRACKING: u8 = 1;
+
+/// Limits of the original.
+pub(super) mod limit {
+    pub(in super::super) const BITMAPS: usize = 65535;
+    /// Bytes of the directory.
+    pub(in super::super) const DIRECTORY: u64 = 64 << 20;
+    pub(in super::super) const NAME: usize = 1023;
+    pub(in super::super) const GRANULARITY_BITS: std::ops::RangeInclusive<u8> = 9..=31;
+    /// Bytes of the bits of one bitmap.
+    pub(in super::super) const BITS: u64 = 512 << 20;
+}
+
+impl Bitmap {
+    /// A new one, without a table.
+    pub(super) fn new(name: &str, granularity_bits: u8, flags: u32) -> Result<Self> {
+        if name.is_empty() {
+            return Err(Error::invalid("Bitmap name cannot be empty"));
+        }
+        let name_size = u16::try_from(name.len())
+            .ok()
+            .filter(|len| usize::from(*len) <= limit::NAME)
+            .ok_or_else(|| {
+                Error::invalid(format!(
+                    "Name length exceeds maximum ({} characters)",
+                    limit::NAME
+                ))
+            })?;
+        Ok(Self {
+            raw: RawBitmap {
+                table_offset: U64::ZERO,
+                table_size: U32::ZERO,
+                flags: U32::new(flags),
+                kind: DIRTY_TRACKING,
+                granularity_bits,
+                name_size: U16::new(name_size),
+                extra_data_size: U32::ZERO,
+            },
+            extra: Vec::new(),
+            name: name.as_bytes().to_vec(),
+        })
+    }
+
+    pub(in super::super) fn name(&self) -> Cow<'_, str> {
+        String::from_utf8_lossy(&self.name)
+    }
+
+    pub(super) fn has(&self, flag: u32) -> bool {
+        self.raw.flags.get() & flag != 0
+    }
+
+    pub(super) fn set(&mut self, flag: u32, on: bool) {
+        let flags = self.raw.flags.get();
+        self.raw.flags = U32::new(if on { flags | flag } else { flags & !flag });
+    }
+
+    /// Where its table is.
+    pub(in super::super) fn table_range(&self) -> ByteRange {
+        ByteRange::at(
+            self.raw.table_offset.get(),
+            u64::from(self.raw.table_size.get()) * 8,
+        )
+    }
+
+    /// Bytes of its entry.
+    pub(super) fn entry_len(&self) -> usize {
+        (size_of::<RawBitmap>() + self.extra.len() + self.name.len()).next_multiple_of(8)
+    }
+
+    /// The sizes of a bitmap like this for a disk of `len` bytes.
+    pub(super) fn shape(&self, geometry: Geometry, len: u64) -> Shape {
+        Shape {
+            granularity_bits: u32::from(self.raw.granularity_bits),
+            cluster_size: geometry.cluster_size(),
+            len,
+        }
+    }
+
+    /// Checks that its table is that of a bitmap of this shape.
+    ///
+    /// # Errors
+    /// It has another size.
+    pub(super) fn require_shape(&self, shape: Shape) -> Result<()> {
+        if u64::from(self.raw.table_size.get()) == shape.entries() && shape.fits() {
+            return Ok(());
+        }
+        Err(Error::corrupt("Invalid argument")
+            .context(format!("Could not read bitmap '{}' from image", self.name())))
+    }
+
+    /// Says that it is too large.
+    pub(super) fn too_large() -> Error {
+        Error::invalid("Too much space will be occupied by the bitmap. Use larger granularity")
+    }
+
+    pub(super) fn inconsistent(&self) -> Error {
+        Error::invalid(format!(
+            "Bitmap '{}' is inconsistent and cannot be used",
+            self.name()
+        ))
+        .hint("Try block-dirty-bitmap-remove to delete this bitmap from disk")
+    }
+
+    fn unfit(&self) -> Error {
+        Error::corrupt(format!(
+            "Bitmap '{}' doesn't satisfy the constraints",
+            self.name()
+        ))
+    }
+
+    /// The entry at the start of `bytes`.
+    fn parse(bytes: &[u8], geometry: Geometry) -> Result<Self> {
+        let cut = || Error::corrupt("Broken bitmap directory");
+        let (raw, rest) = RawBitmap::read_from_prefix(bytes).map_err(|_| cut())?;
+        let extra_len = usize::try_from(raw.extra_data_size.get()).map_err(|_| cut())?;
+        let (extra, rest) = rest.split_at_checked(extra_len).ok_or_else(cut)?;
+        let name = rest.get(..usize::from(raw.name_size.get())).ok_or_else(cut)?;
+        let bitmap = Self {
+            raw,
+            extra: extra.to_vec(),
+            name: name.to_vec(),
+        };
+        let table_len = u64::from(raw.table_size.get()) * 8;
+        let placed = raw.table_offset.get().is_multiple_of(geometry.cluster_size())
+            && raw
+                .table_offset
+                .get()
+                .checked_add(table_len)
+                .is_some_and(|end| end <= super::super::header::limit::HOST_OFFSET);
+        let unknown_extra = extra_len > 0 && !bitmap.has(flag::EXTRA_DATA_COMPATIBLE);
+        if raw.kind != DIRTY_TRACKING
+            || !limit::GRANULARITY_BITS.contains(&raw.granularity_bits)
+            || raw.flags.get() & !flag::KNOWN != 0
+            || unknown_extra
+            || !placed
+            || name.is_empty()
+            || name.len() > limit::NAME
+        {
+            return Err(bitmap.unfit());
+        }
+        Ok(bitmap)
+    }
+
+    fn append_to(&self, bytes: &mut Vec<u8>) {
+        let start = bytes.len();
+        bytes.extend_from_slice(self.raw.as_bytes());
+        bytes.extend_from_slice(&self.extra);
+        bytes.extend_from_slice(&self.name);
+        bytes.resize(start + self.entry_len(), 0);
+    }
+}
+
+/// The sizes of a bitmap for a disk of a given length.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Shape {
+    granularity_bits: u32,
+    cluster_size: u64,
+    len: u64,
+}
+
+impl Shape {
+    /// Bytes of the disk.
+    pub(super) fn len(self) -> u64 {
+        self.len
+    }
+
+    /// Bits, one for each granule of the disk.
+    pub(super) fn bits(self) -> u64 {
+        self.len.div_ceil(1 << self.granularity_bits)
+    }
+
+    /// Entries of its table.
+    pub(super) fn entries(self) -> u64 {
+        self.bits().div_ceil(self.chunk_bits())
+    }
+
+    /// Bits in one cluster.
+    pub(super) fn chunk_bits(self) -> u64 {
+        self.cluster_size * 8
+    }
+
+    pub(super) fn fits(self) -> bool {
+        self.bits().div_ceil(8) <= limit::BITS
+    }
+
+    /// The bits that the bytes of a part of the disk touch, as first and end.
+    pub(super) fn touched(self, start: u64, end: u64) -> (u64, u64) {
+        let end = end.min(self.len);
+        if start >= end {
+            return (0, 0);
+        }
+        (
+            start >> self.granularity_bits,
+            ((end - 1) >> self.granularity_bits) + 1,
+        )
+    }
+
+    /// The bytes of the disk that bits stand for.
+    pub(super) fn guest(self, first: u64, end: u64) -> ByteRange {
+        let byte = |bit: u64| bit.saturating_mul(1 << self.granularity_bits).min(self.len);
+        ByteRange::new(byte(first), byte(end))
+    }
+}
+
+/// The bitmaps of an image in memory.
+#[derive(Debug)]
+pub(in super::super) struct Directory {
+    pub(in super::super) bitmaps: Vec<Bitmap>,
+    _memory: Reservation,
+}
+
+impl Directory {
+    /// Reads the directory that `extension` tells of.
+    ///
+    /// # Errors
+    /// One that is too large or does not hold together.
+    pub(super) fn read(
+        file: &dyn Device,
+        extension: &BitmapsExtension,
+        geometry: Geometry,
+        budget: &Budget,
+    ) -> Result<Self> {
+        let len = extension.directory_size.get();
+        let count = usize::try_from(extension.nb_bitmaps.get()).unwrap_or(usize::MAX);
+        if count > limit::BITMAPS || len > limit::DIRECTORY {
+            return Err(Error::new(ErrorKind::Limit, "Too many bitmaps"));
+        }
+        // The bytes, and at most as much again for what is parsed from them, but for what every entry costs.
+        let memory = budget.take(2 * len + (count * size_of::<Bitmap>()) as u64)?;
+        let offset = extension.directory_offset.get();
+        file.require(offset, len)?;
+        let mut bytes = vec![0; usize::try_from(len).unwrap_or(0)];
+        file.read_at(&mut bytes, offset)?;
+        let mut bitmaps = Vec::new();
+        let mut rest = bytes.as_slice();
+        while !rest.is_empty() {
+            if bitmaps.len() == count {
+                return Err(Error::corrupt(
+                    "More bitmaps found than specified in header extension",
+                ));
+            }
+            let bitmap = Bitmap::parse(rest, geometry)?;
+            rest = rest.get(bitmap.entry_len()..).unwrap_or(&[]);
+            bitmaps.push(bitmap);
+        }
+        if bitmaps.len() < count {
+            return Err(Error::corrupt(
+                "Less bitmaps found than specified in header extension",
+            ));
+        }
+        Ok(Self {
+            bitmaps,
+            _memory: memory,
+        })
+    }
+
+    /// No bitmaps.
+    pub(super) fn empty(budget: &Budget) -> Result<Self> {
+        Ok(Self {
+            bitmaps: Vec::new(),
+            _memory: budget.take(0)?,
+        })
+    }
+
+    /// The directory as it is stored.
+    pub(super) fn to_bytes(&self) -> Result<Vec<u8>> {
+        let len: usize = self.bitmaps.iter().map(Bitmap::entry_len).sum();
+        if self.bitmaps.len() > limit::BITMAPS || len as u64 > limit::DIRECTORY {
+            return Err(Error::new(ErrorKind::Limit, "Too many bitmaps"));
+        }
+        let mut bytes = Vec::with_capacity(len);
+        for bitmap in &self.bitmaps {
+            bitmap.append_to(&mut bytes);
+        }
+        Ok(bytes)
+    }
+
+    /// The bitmaps, each with where its flags are in the stored directory.
+    pub(super) fn with_flag_places(&mut self) -> impl Iterator<Item = (u64, &mut Bitmap)> {
+        self.bitmaps.iter_mut().scan(FLAGS_AT, |next, bitmap| {
+            let place = *next;
+            *next += bitmap.entry_len() as u64;
+            Some((place, bitmap))
+        })
+    }
+
+    /// The bitmap of this name.
+    ///
+    /// # Errors
+    /// There is none.
+    pub(super) fn find(&self, name: &str) -> Result<usize> {
+        self.bitmaps
+            .iter()
+            .position(|bitmap| bitmap.name() == name)
+            .ok_or_else(|| Error::new(ErrorKind::NotFound, format!("Dirty bitmap '{name}' not found")))
+    }
+
+    /// [`Directory::find`], for what needs a bitmap that can be relied on.
+    pub(super) fn find_consistent(&self, name: &str) -> Result<usize> {
+        let index = self.find(name)?;
+        match &self.bitmaps[index] {
+            bitmap if bitmap.has(flag::IN_USE) => Err(bitmap.inconsistent()),
+            _ => Ok(index),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use diskimage_core::MemoryDevice;
+
+    use super::*;
+
+    const GEOMETRY: Geometry = Geometry {
+        cluster_bits: 16,
+        refcount_order: 4,
+        extended_l2: false,
+    };
+
+    fn read(bytes: Vec<u8>, count: u32) -> Result<Directory> {
+        let extension = BitmapsExtension {
+            nb_bitmaps: U32::new(count),
+            reserved: U32::ZERO,
+            directory_size: U64::new(bytes.len() as u64),
+            directory_offset: U64::ZERO,
+        };
+        Directory::read(
+            &MemoryDevice::new(bytes),
+            &extension,
+            GEOMETRY,
+            &Budget::default(),
+        )
+    }
+
+    fn two() -> Directory {
+        let mut directory = Directory::empty(&Budget::default()).expect("no memory");
+        for name in ["b0", "a longer name"] {
+            directory
+                .bitmaps
+                .push(Bitmap::new(name, 16, flag::AUTO).expect("valid"));
+        }
+        directory
+    }
+
+    #[test]
+    fn what_is_written_is_read() {
+        let bytes = two().to_bytes().expect("small");
+        let mut back = read(bytes.clone(), 2).expect("valid");
+        assert_eq!(back.to_bytes().expect("small"), bytes);
+        assert_eq!(back.find("a longer name").expect("there"), 1);
+        assert_eq!(
+            back.with_flag_places()
+                .map(|(place, _)| place)
+                .collect::<Vec<_>>(),
+            [12, 44]
+        );
+        for (count, words) in [
+            (1, "More bitmaps found than specified in header extension"),
+            (3, "Less bitmaps found than specified in header extension"),
+        ] {
+            assert_eq!(
+                read(bytes.clone(), count).map(drop).map_err(|e| e.chain()),
+                Err(words.into())
+            );
+        }
+    }
+
+    #[test]
+    fn entries_that_nobody_writes_are_refused_by_name() {
+        for (at, value) in [(15, 8), (16, 2), (17, 8), (17, 32), (6, 1), (12, 0x80)] {
+            let mut bytes = two().to_bytes().expect("small");
+            bytes[at] = value;
+            assert_eq!(
+                read(bytes, 2).map(drop).map_err(|e| e.chain()),
+                Err("Bitmap 'b0' doesn't satisfy the constraints".to_owned()),
+                "byte {at}"
+            );
+        }
+    }
+
+    #[test]
+    fn any_bytes_are_survived() {
+        for seed in 0..=255u8 {
+            let mut bytes = two().to_bytes().expect("small");
+            for i in 0..bytes.len() {
+                let old = bytes[i];
+                bytes[i] = seed;
+                let _ = read(bytes.clone(), 2);
+                bytes[i] = old;
+            }
+        }
+        assert!(read(Vec::new(), u32::MAX).is_err());
+    }
+
+    #[test]
+    fn sizes_follow_the_disk() {
+        let shape = |len| Bitmap::new("b", 9, 0).expect("valid").shape(GEOMETRY, len);
+        assert_eq!((shape(0).bits(), shape(0).entries()), (0, 0));
+        assert_eq!((shape(513).bits(), shape(513).entries()), (2, 1));
+        assert_eq!(shape((65536 * 8 + 1) * 512).entries(), 2);
+        assert!(shape(2 << 40).fits() && !shape((2 << 40) + 1).fits());
+        assert_eq!(shape(2000).touched(511, 5000), (0, 4));
+        assert_eq!(shape(2000).touched(2000, 5000), (0, 0));
+        assert_eq!(shape(2000).guest(3, 4), ByteRange::new(1536, 2000));
+    }
+}

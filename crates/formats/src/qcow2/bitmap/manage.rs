@@ -1,0 +1,125 @@
+//! Adding, removing, changing and reading bitmaps.
+
+use diskimage_core::{BitmapInfo, Bitmaps, ByteRange, Error, ErrorKind, NewBitmap, Result};
+
+use super::super::{Qcow2, State};
+use super::directory::{Bitmap, Directory, flag, limit};
+use super::table::BitmapTable;
+
+/// Granularities that bitmaps get by themselves: the cluster size, but not less or more than this.
+const DEFAULT_GRANULARITY: (u64, u64) = (4096, 65536);
+
+impl Bitmaps for Qcow2 {
+    fn list(&self) -> Result<Vec<BitmapInfo>> {
+        let state = self.lock();
+        let directory = self.directory(&state)?;
+        let info = |(index, bitmap): (usize, &Bitmap)| BitmapInfo {
+            name: bitmap.name().into_owned(),
+            granularity: 1 << bitmap.raw.granularity_bits,
+            enabled: bitmap.has(flag::AUTO),
+            inconsistent: bitmap.has(flag::IN_USE) && !state.bitmaps.holds(index),
+        };
+        Ok(directory.bitmaps.iter().enumerate().map(info).collect())
+    }
+
+    fn add(&self, bitmap: &NewBitmap<'_>) -> Result<()> {
+        let default = || {
+            let (least, most) = DEFAULT_GRANULARITY;
+            self.header.geometry.cluster_size().clamp(least, most)
+        };
+        let bits = granularity_bits(bitmap.granularity.unwrap_or_else(default))?;
+        let flags = if bitmap.enabled { flag::AUTO } else { 0 };
+        let mut new = Bitmap::new(bitmap.name, bits, flags)?;
+        self.change(|state, directory, gone| {
+            if directory.find(bitmap.name).is_ok() {
+                return Err(Error::invalid(format!("Bitmap already exists: {}", bitmap.name)));
+            }
+            let shape = new.shape(self.header.geometry, state.size);
+            if !shape.fits() {
+                return Err(Bitmap::too_large());
+            }
+            self.edit_bits(state, &mut new, 0, gone, |edit| edit.resize(shape))?;
+            directory.bitmaps.push(new);
+            Ok(())
+        })
+    }
+
+    fn remove(&self, name: &str) -> Result<()> {
+        self.change(|state, directory, gone| {
+            let bitmap = directory.bitmaps.remove(directory.find(name)?);
+            let shape = bitmap.shape(self.header.geometry, state.size);
+            // The table of an inconsistent bitmap can be nonsense: better leaked than believed.
+            if let Ok(table) = BitmapTable::read(self, &bitmap, shape) {
+                gone.extend(table.clusters(self.header.geometry.cluster_size()));
+                gone.push(bitmap.table_range());
+            }
+            Ok(())
+        })
+    }
+
+    fn clear(&self, name: &str) -> Result<()> {
+        self.change(|state, directory, gone| {
+            let index = directory.find_consistent(name)?;
+            let len = state.size;
+            self.edit_bits(state, &mut directory.bitmaps[index], len, gone, |edit| {
+                edit.clear();
+                Ok(())
+            })
+        })
+    }
+
+    fn set_enabled(&self, name: &str, enabled: bool) -> Result<()> {
+        self.change(|_, directory, _| {
+            let index = directory.find_consistent(name)?;
+            directory.bitmaps[index].set(flag::AUTO, enabled);
+            Ok(())
+        })
+    }
+
+    fn mark(&self, name: &str, ranges: &[ByteRange]) -> Result<()> {
+        self.change(|state, directory, gone| {
+            let index = directory.find_consistent(name)?;
+            let len = state.size;
+            self.edit_bits(state, &mut directory.bitmaps[index], len, gone, |edit| {
+                ranges.iter().try_for_each(|range| edit.mark(*range))
+            })
+        })
+    }
+
+    fn marked(&self, name: &str, visit: &mut dyn FnMut(ByteRange) -> Result<()>) -> Result<()> {
+        let mut state = self.lock();
+        self.store_bitmaps(&mut state)?;
+        let directory = self.directory(&state)?;
+        let bitmap = &directory.bitmaps[directory.find_consistent(name)?];
+        let shape = bitmap.shape(self.header.geometry, state.size);
+        let table = BitmapTable::read(self, bitmap, shape)?;
+        // The caller may go on with this very image.
+        drop(state);
+        table.visit(self, shape, visit)
+    }
+}
+
+impl Qcow2 {
+    /// Changes the directory and stores it.
+    fn change(
+        &self,
+        change: impl FnOnce(&mut State, &mut Directory, &mut Vec<ByteRange>) -> Result<()>,
+    ) -> Result<()> {
+        if !self.write {
+            return Err(Error::new(ErrorKind::Permission, "Image is read-only"));
+        }
+        let mut state = self.lock();
+        self.store_bitmaps(&mut state)?;
+        let mut directory = self.directory(&state)?;
+        let mut gone = Vec::new();
+        change(&mut state, &mut directory, &mut gone)?;
+        self.replace_directory(&mut state, &directory, gone)
+    }
+}
+
+fn granularity_bits(granularity: u64) -> Result<u8> {
+    u8::try_from(granularity.trailing_zeros())
+        .ok()
+        .filter(|bits| granularity.is_power_of_two() && limit::GRANULARITY_BITS.contains(bits))
+        .ok_or_else(|| Error::invalid("Granularity must be power of 2 and at least 512"))
+}

@@ -1,0 +1,294 @@
+//! Bitmaps of images in memory.
+
+use std::sync::Arc;
+
+use diskimage_core::{
+    BitmapInfo, Bitmaps, Budget, ByteRange, Device, Image, MemoryDevice, NewBitmap, Repair,
+};
+use diskimage_core::{OpenRequest, Preallocation, Progress, ResizeRequest, Result, ZeroMode};
+
+use super::super::Qcow2;
+use super::super::tests::{Closed, create};
+
+fn open(file: &Arc<MemoryDevice>, write: bool) -> Result<(Arc<Qcow2>, Image)> {
+    let device: Arc<dyn Device> = Arc::<MemoryDevice>::clone(file);
+    let layer = Qcow2::open(OpenRequest {
+        file: device,
+        name: "test",
+        write,
+        for_check: false,
+        no_data: false,
+        force_share: false,
+        gate: &Closed,
+        budget: Budget::default(),
+    })?;
+    let image = Image::new(Arc::<Qcow2>::clone(&layer), None, "test", write);
+    Ok((layer, image))
+}
+
+fn add(layer: &Qcow2, name: &str, granularity: u64, enabled: bool) {
+    layer
+        .add(&NewBitmap {
+            name,
+            granularity: Some(granularity),
+            enabled,
+        })
+        .expect("added");
+}
+
+/// The marked parts, neighbours joined.
+fn marked(layer: &Qcow2, name: &str) -> Vec<(u64, u64)> {
+    let mut found: Vec<(u64, u64)> = Vec::new();
+    layer
+        .marked(name, &mut |range| {
+            match found.last_mut() {
+                Some(last) if last.1 == range.start() => last.1 = range.end(),
+                _ => found.push((range.start(), range.end())),
+            }
+            Ok(())
+        })
+        .expect("readable");
+    found
+}
+
+fn list(file: &Arc<MemoryDevice>) -> Vec<BitmapInfo> {
+    open(file, false).expect("opens").0.list().expect("readable")
+}
+
+fn check(file: &Arc<MemoryDevice>) {
+    let (layer, _) = open(file, false).expect("opens");
+    let report = layer.run_check(Repair::No, &Progress::none()).expect("checks");
+    assert_eq!((report.corruptions, report.leaks), (0, 0));
+}
+
+fn resize(image: &Image, len: u64) -> Result<()> {
+    image.resize_with(&ResizeRequest {
+        len,
+        preallocation: Preallocation::Off,
+    })
+}
+
+#[test]
+fn writes_are_marked_in_enabled_bitmaps_alone() {
+    let file = create("cluster_size=4096", 1 << 20, &Closed);
+    let (layer, image) = open(&file, true).expect("opens");
+    add(&layer, "on", 512, true);
+    add(&layer, "off", 512, false);
+    image.write_at(&[1; 1000], 5000).expect("writes");
+    image
+        .write_zeroes(ByteRange::new(8192, 16384), ZeroMode::Unmap)
+        .expect("zeroes");
+    image.discard(ByteRange::new(1 << 19, 1 << 20)).expect("discards");
+    let in_use: Vec<bool> = list(&file).iter().map(|bitmap| bitmap.inconsistent).collect();
+    assert_eq!(in_use, [true, false], "what a crash would leave");
+    image.flush().expect("flushes");
+    check(&file);
+    let (layer, _) = open(&file, false).expect("opens");
+    assert!(
+        layer
+            .list()
+            .expect("readable")
+            .iter()
+            .all(|bitmap| !bitmap.inconsistent)
+    );
+    assert_eq!(
+        marked(&layer, "on"),
+        [(4608, 6144), (8192, 16384), (1 << 19, 1 << 20)]
+    );
+    assert_eq!(marked(&layer, "off"), []);
+}
+
+#[test]
+fn opening_without_writing_leaves_the_file_alone() {
+    let file = create("", 1 << 20, &Closed);
+    let (layer, image) = open(&file, true).expect("opens");
+    add(&layer, "b", 65536, true);
+    drop((layer, image));
+    let before = file.contents();
+    let (_, image) = open(&file, true).expect("opens");
+    image.flush().expect("flushes");
+    assert!(file.contents() == before);
+}
+
+#[test]
+fn bits_follow_the_size_of_the_disk() {
+    // Clusters of 512 bytes hold the bits of 2 MiB.
+    let file = create("cluster_size=512", 8 << 20, &Closed);
+    let (layer, image) = open(&file, true).expect("opens");
+    add(&layer, "b", 512, false);
+    layer
+        .mark("b", &[ByteRange::new(100, 101), ByteRange::new(1 << 20, 7 << 20)])
+        .expect("marks");
+    resize(&image, (3 << 20) + 512).expect("shrinks");
+    assert_eq!(marked(&layer, "b"), [(0, 512), (1 << 20, (3 << 20) + 512)]);
+    resize(&image, 64 << 20).expect("grows");
+    image.flush().expect("flushes");
+    check(&file);
+    let (layer, _) = open(&file, false).expect("opens");
+    assert_eq!(marked(&layer, "b"), [(0, 512), (1 << 20, (3 << 20) + 512)]);
+}
+
+#[test]
+fn inconsistent_bitmaps_forbid_resizing_and_change_nothing() {
+    let file = create("", 1 << 20, &Closed);
+    let (layer, image) = open(&file, true).expect("opens");
+    add(&layer, "b", 65536, true);
+    image.write_at(&[1; 1 << 20], 0).expect("writes");
+    // Not flushed: a crash.
+    drop((layer, image));
+    let (layer, image) = open(&file, true).expect("opens");
+    let before = file.contents();
+    let error = resize(&image, 1000 * 512).expect_err("refused");
+    assert_eq!(error.chain(), "Bitmap 'b' is inconsistent and cannot be used");
+    assert_eq!(
+        error.hint_line(),
+        Some("Try block-dirty-bitmap-remove to delete this bitmap from disk")
+    );
+    assert!(file.contents() == before);
+    layer.remove("b").expect("removed");
+    resize(&image, 1000 * 512).expect("shrinks");
+}
+
+#[test]
+fn a_bitmap_that_would_be_too_large_forbids_growing() {
+    let file = create("", 1 << 20, &Closed);
+    let (layer, image) = open(&file, true).expect("opens");
+    add(&layer, "b", 512, true);
+    let error = resize(&image, (2 << 40) + 512).expect_err("refused");
+    assert_eq!(
+        error.chain(),
+        "Bitmap 'b' doesn't satisfy the constraints: Too much space will be occupied by the bitmap. Use larger granularity"
+    );
+    assert_eq!(image.len(), 1 << 20);
+}
+
+#[test]
+fn bitmaps_are_added_changed_and_removed() {
+    let file = create("", 1 << 20, &Closed);
+    let (layer, image) = open(&file, true).expect("opens");
+    let new = |name, granularity| NewBitmap {
+        name,
+        granularity,
+        enabled: true,
+    };
+    let long = "n".repeat(1024);
+    for (bitmap, words) in [
+        (new("", None), "Bitmap name cannot be empty"),
+        (
+            new("b", Some(256)),
+            "Granularity must be power of 2 and at least 512",
+        ),
+        (
+            new("b", Some(1000)),
+            "Granularity must be power of 2 and at least 512",
+        ),
+        (
+            new("b", Some(0)),
+            "Granularity must be power of 2 and at least 512",
+        ),
+        (new(&long, None), "Name length exceeds maximum (1023 characters)"),
+    ] {
+        assert_eq!(layer.add(&bitmap).map_err(|e| e.chain()), Err(words.to_owned()));
+    }
+    layer.add(&new("a", None)).expect("added");
+    add(&layer, "b", 512, false);
+    assert_eq!(
+        layer.add(&new("a", None)).map_err(|e| e.chain()),
+        Err("Bitmap already exists: a".to_owned())
+    );
+    layer.set_enabled("b", true).expect("there");
+    image.write_at(&[1], 70000).expect("writes");
+    assert_eq!(marked(&layer, "a"), [(65536, 131072)]);
+    assert_eq!(marked(&layer, "b"), [(69632, 70144)]);
+    layer.clear("a").expect("there");
+    assert_eq!(marked(&layer, "a"), []);
+    layer.remove("a").expect("there");
+    assert_eq!(
+        layer.remove("a").map_err(|e| e.chain()),
+        Err("Dirty bitmap 'a' not found".to_owned())
+    );
+    assert_eq!(
+        list(&file).iter().map(|b| b.name.as_str()).collect::<Vec<_>>(),
+        ["b"]
+    );
+    layer.remove("b").expect("there");
+    assert_eq!(list(&file), []);
+    image.flush().expect("flushes");
+    check(&file);
+}
+
+#[test]
+fn whole_clusters_of_set_bits_need_no_storage() {
+    let file = create("cluster_size=512", 64 << 20, &Closed);
+    let (layer, _) = open(&file, true).expect("opens");
+    add(&layer, "b", 512, false);
+    let before = file.len();
+    layer
+        .mark("b", &[ByteRange::new(2 << 20, 60 << 20)])
+        .expect("marks");
+    assert_eq!(marked(&layer, "b"), [(2 << 20, 60 << 20)]);
+    assert!(file.len() - before < 4096);
+    layer.mark("b", &[ByteRange::new(0, 64 << 20)]).expect("marks");
+    assert_eq!(marked(&layer, "b"), [(0, 64 << 20)]);
+    check(&file);
+}
+
+#[test]
+fn more_writes_than_are_remembered_are_all_marked() {
+    let file = create("cluster_size=65536", 256 << 20, &Closed);
+    let (layer, image) = open(&file, true).expect("opens");
+    add(&layer, "b", 512, true);
+    let mut state = layer.lock();
+    for i in 0..super::written::MAX_RANGES as u64 * 3 / 2 {
+        layer
+            .note_write(&mut state, ByteRange::at(i * 2048, 1))
+            .expect("noted");
+    }
+    assert!(state.bitmaps.extension().is_some());
+    drop(state);
+    image.flush().expect("flushes");
+    assert_eq!(marked(&layer, "b").len(), super::written::MAX_RANGES * 3 / 2);
+    check(&file);
+}
+
+#[test]
+fn the_name_of_the_backing_file_survives_new_bitmaps() {
+    let file = create("backing_file=below.raw,backing_fmt=raw", 1 << 20, &Closed);
+    let (layer, _) = open(&file, true).expect("opens");
+    add(&layer, "b", 65536, true);
+    let (layer, _) = open(&file, false).expect("opens");
+    let backing = diskimage_core::Layer::backing(&*layer).expect("there");
+    assert_eq!(
+        (backing.name.as_str(), backing.format.as_deref()),
+        ("below.raw", Some("raw"))
+    );
+    check(&file);
+}
+
+#[test]
+fn damaged_structures_are_survived() {
+    let file = create("cluster_size=512", 1 << 20, &Closed);
+    let (layer, image) = open(&file, true).expect("opens");
+    add(&layer, "b", 512, true);
+    layer.mark("b", &[ByteRange::new(0, 5000)]).expect("marks");
+    drop((layer, image));
+    let sound = file.contents();
+    let start = sound.len().saturating_sub(2048);
+    for at in start..sound.len() {
+        for value in [0, 1, 0x7f, 0xff] {
+            let mut bytes = sound.clone();
+            bytes[at] = value;
+            let damaged = Arc::new(MemoryDevice::new(bytes));
+            // Errors are fine, panics are not.
+            let Ok((layer, image)) = open(&damaged, true) else {
+                continue;
+            };
+            let _ = layer.marked("b", &mut |_| Ok(()));
+            let _ = image.write_at(&[1; 512], 0);
+            let _ = image.flush();
+            let _ = resize(&image, 3 << 20);
+            let _ = layer.clear("b");
+            let _ = layer.remove("b");
+        }
+    }
+}
