@@ -120,21 +120,32 @@ impl Image {
         }
         self.layer.resize(request)?;
         // What the disk grew over may be in a larger image below.
-        let uncovered = ByteRange::new(
-            old,
-            request
-                .len
-                .min(self.backing.as_ref().map_or(0, |below| below.len())),
-        );
-        let mode = match request.preallocation {
-            Preallocation::Off => ZeroMode::Unmap,
-            _ => ZeroMode::KeepAllocated,
-        };
+        let below = self.backing.as_ref().map_or(0, |below| below.len());
+        let uncovered = ByteRange::new(old, request.len.min(below));
         if uncovered.is_empty() {
-            Ok(())
-        } else {
-            self.write_zeroes(uncovered, mode)
+            return Ok(());
         }
+        match request.preallocation {
+            Preallocation::Off => self.write_zeroes(uncovered, ZeroMode::Unmap),
+            // As there: the tables that were made say of all that is new that it is zero.
+            Preallocation::Metadata => {
+                self.write_zeroes(ByteRange::new(old, request.len), ZeroMode::KeepAllocated)
+            }
+            Preallocation::Falloc | Preallocation::Full => self.hide_below(uncovered),
+        }
+    }
+
+    /// Makes zero what shows from the image below in `range`; what is there already stays.
+    fn hide_below(&self, range: ByteRange) -> Result<()> {
+        let mut rest = range;
+        while !rest.is_empty() {
+            let run = self.layer.map(rest)?;
+            if let RunKind::Unallocated { .. } = run.kind {
+                self.write_zeroes(rest.first(run.len), ZeroMode::KeepAllocated)?;
+            }
+            rest = rest.skip(run.len);
+        }
+        Ok(())
     }
 
     fn require_writable(&self) -> Result<()> {
@@ -160,7 +171,7 @@ impl Image {
                 "{}: bad run {run:?}",
                 image.layer.format()
             );
-            let (RunKind::Unallocated, Some(below)) = (&run.kind, &image.backing) else {
+            let (RunKind::Unallocated { .. }, Some(below)) = (&run.kind, &image.backing) else {
                 return Ok((image, depth, run));
             };
             let there = range.first(run.len).intersect(ByteRange::new(0, below.len()));
@@ -181,7 +192,7 @@ impl Image {
     /// Reads a run of this image's own layer into `buf`, which is as long as the run.
     fn read_run(&self, run: &Run, guest: u64, buf: &mut [u8]) -> Result<()> {
         match &run.kind {
-            RunKind::Zero { .. } | RunKind::Unallocated => buf.fill(0),
+            RunKind::Zero { .. } | RunKind::Unallocated { .. } => buf.fill(0),
             RunKind::Data { device, offset, .. } => {
                 // The last cluster of a file need not be padded, but a cluster wholly beyond its end was never there.
                 if align_down(*offset, self.layer.granularity()) >= device.len() {
@@ -257,6 +268,33 @@ impl Image {
             rest = rest.skip(len);
         }
         Ok(())
+    }
+
+    /// The first part of `range` that is made zero in one way, and whether the layer can do that.
+    fn zeroing_step(&self, range: ByteRange) -> (ByteRange, bool) {
+        let (unit, piece) = (self.layer.granularity(), self.layer.write_unit());
+        // What ends the disk ends its unit, too.
+        let end = |unit| {
+            if range.end() == self.len() {
+                range.end()
+            } else {
+                align_down(range.end(), unit)
+            }
+        };
+        let until = |end: u64| range.first(end.saturating_sub(range.start()));
+        if !range.start().is_multiple_of(piece) {
+            return (until(align_up(range.start(), piece)), false);
+        }
+        let units = until(end(unit));
+        if range.start().is_multiple_of(unit) && !units.is_empty() {
+            return (units, true);
+        }
+        let pieces = until(end(piece).min(align_down(range.start(), unit).saturating_add(unit)));
+        if pieces.is_empty() {
+            (range, false)
+        } else {
+            (pieces, true)
+        }
     }
 
     /// Whether tables alone say that `range` reads as zero.
@@ -368,34 +406,22 @@ impl Device for Image {
         self.require_writable()?;
         let range = self.check_bounds(range.start(), range.len())?;
         self.forget_decoded();
-        let unit = self.layer.granularity();
-        let end = if range.end() == self.len() {
-            range.end()
-        } else {
-            align_down(range.end(), unit)
-        };
-        let middle = ByteRange::new(range.align_in(unit).start(), end);
-        if middle.is_empty() {
-            return if self.is_known_zero(range)? {
-                Ok(())
-            } else {
-                self.write_zero_bytes(range)
-            };
-        }
-        for side in [
-            ByteRange::new(range.start(), middle.start()),
-            ByteRange::new(middle.end(), range.end()),
-        ] {
-            if !side.is_empty() && !self.is_known_zero(side)? {
-                self.write_zero_bytes(side)?;
+        let mut rest = range;
+        while !rest.is_empty() {
+            let (part, by_layer) = self.zeroing_step(rest);
+            rest = rest.skip(part.len());
+            if by_layer {
+                match self.layer.write_zeroes(part, mode) {
+                    Err(error) if error.kind() == ErrorKind::Unsupported && mode != ZeroMode::FastOnly => {
+                        self.write_zero_bytes(part)?;
+                    }
+                    other => other?,
+                }
+            } else if !self.is_known_zero(part)? {
+                self.write_zero_bytes(part)?;
             }
         }
-        match self.layer.write_zeroes(middle, mode) {
-            Err(error) if error.kind() == ErrorKind::Unsupported && mode != ZeroMode::FastOnly => {
-                self.write_zero_bytes(middle)
-            }
-            other => other,
-        }
+        Ok(())
     }
 
     fn discard(&self, range: ByteRange) -> Result<()> {
@@ -426,7 +452,7 @@ impl Device for Image {
         };
         Ok(match run.kind {
             RunKind::Zero { host } => extent(run.len, ExtentKind::Zero, host),
-            RunKind::Unallocated => extent(run.len, ExtentKind::Unallocated, None),
+            RunKind::Unallocated { host } => extent(run.len, ExtentKind::Unallocated, host),
             RunKind::Encoded(_) => extent(run.len, ExtentKind::Compressed, None),
             RunKind::Data {
                 device,

@@ -23,11 +23,11 @@ pub trait Layer: Debug + Send + Sync {
         self.len() == 0
     }
 
-    /// The unit of allocation: zeroing, discarding and compressed writes work on multiples of it. 1 if there is none.
+    /// The unit of allocation: discarding and compressed writes work on multiples of it. 1 if there is none.
     fn granularity(&self) -> u64;
 
-    /// The smallest piece that gets storage of its own when it is written: [`Layer::granularity`], or less if its
-    /// units are divided.
+    /// The smallest piece that gets storage of its own when it is written, and that can be made zero:
+    /// [`Layer::granularity`], or less if its units are divided.
     fn write_unit(&self) -> u64 {
         self.granularity()
     }
@@ -57,14 +57,14 @@ pub trait Layer: Debug + Send + Sync {
     /// Damage, read-only images, a full disk.
     fn plan_write(&self, range: ByteRange) -> Result<Box<dyn WritePlan + '_>>;
 
-    /// Makes `range`, aligned to [`Layer::granularity`] or ending at the end of the disk, read as zeroes without
-    /// writing them.
+    /// Makes `range` read as zeroes without writing them. It is aligned to [`Layer::granularity`] or ends at the end of
+    /// the disk, or it lies inside one such unit and is aligned to [`Layer::write_unit`].
     ///
     /// # Errors
     /// [`ErrorKind::Unsupported`](crate::ErrorKind::Unsupported) if the format has no way; the caller writes then.
     fn write_zeroes(&self, range: ByteRange, mode: ZeroMode) -> Result<()>;
 
-    /// Gives back the storage of `range`, aligned as for [`Layer::write_zeroes`].
+    /// Gives back the storage of `range`, aligned to [`Layer::granularity`] or ending at the end of the disk.
     ///
     /// # Errors
     /// As for writing.
@@ -194,8 +194,11 @@ pub enum RunKind {
         /// The storage set aside.
         host: Option<(Arc<dyn Device>, u64)>,
     },
-    /// The image below has them, or nobody.
-    Unallocated,
+    /// The image below has them, or nobody; storage may be set aside all the same.
+    Unallocated {
+        /// The storage set aside.
+        host: Option<(Arc<dyn Device>, u64)>,
+    },
     /// In encoded form; the run lies inside the cluster named.
     Encoded(Encoded),
 }

@@ -305,11 +305,10 @@ impl Prepared {
 
 /// Makes the file, or opens the device, that an image goes into.
 fn make_file(name: &str, creation: &FileCreation, cache: CacheMode) -> Result<File> {
-    let target = if name.is_empty() {
+    let target = match name {
         // The system's own word on it.
-        Target::plain("")
-    } else {
-        Target::parse(name)?
+        "" | "file:" => Target::plain(""),
+        _ => Target::parse(name)?,
     };
     let is_device = match target.protocol {
         Some(protocol) => protocol == ProtocolKind::HostDevice,

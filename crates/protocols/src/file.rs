@@ -187,7 +187,10 @@ impl File {
 
     /// Notes that bytes up to `end` are there now, and that holes may have gone.
     pub(crate) fn note_change(&self, end: u64) {
-        self.known_len.fetch_max(end, Ordering::AcqRel);
+        // A device has the length that it has, however much it swallows.
+        if !self.kind.is_device() {
+            self.known_len.fetch_max(end, Ordering::AcqRel);
+        }
         self.holes.forget();
     }
 

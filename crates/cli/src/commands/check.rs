@@ -158,6 +158,9 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
         (report.leaks_fixed, report.corruptions_fixed) = fixed;
     }
     report::print(&args, image.layer().format(), &report, console);
+    if report.check_errors > 0 {
+        console.error("Check failed");
+    }
     Ok(report::status(&report))
 }
 

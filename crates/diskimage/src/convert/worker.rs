@@ -6,8 +6,8 @@ use std::sync::atomic::Ordering;
 use std::thread;
 
 use diskimage_core::{
-    AlignedBuf, ByteRange, Device, Encoder, Error, Image, PendingWrite, Result, ResultExt, Want, ZeroMode,
-    align_down, align_up,
+    AlignedBuf, ByteRange, Device, Encoder, Error, ExtentKind, Image, PendingWrite, Result, ResultExt, Want,
+    ZeroMode, align_down, align_up,
 };
 
 use super::Job;
@@ -250,7 +250,7 @@ impl<'a> Worker<'a> {
             return Ok(false);
         }
         let extent = self.target.status(start.first(1), Want::Allocation)?;
-        Ok(extent.depth == 0 && extent.host.is_some())
+        Ok(extent.depth == 0 && extent.host.is_some() && extent.kind != ExtentKind::Unallocated)
     }
 
     /// Puts zeroes into the parts of data actions that were never read.

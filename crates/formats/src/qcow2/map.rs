@@ -13,7 +13,7 @@ use super::tables::{Class, Table, Tables};
 /// What a stretch of guest bytes is, to be joined with what follows if that is alike.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Piece {
-    Unallocated,
+    Unallocated(Option<u64>),
     Zero(Option<u64>),
     Data(u64),
     Compressed { offset: u64, stored: u64, guest: u64 },
@@ -23,10 +23,10 @@ impl Piece {
     /// Whether `next`, `len` bytes further on, continues this one.
     fn continues(self, next: Self, len: u64) -> bool {
         match (self, next) {
-            (Self::Unallocated, Self::Unallocated) | (Self::Zero(None), Self::Zero(None)) => true,
-            (Self::Zero(Some(at)), Self::Zero(Some(other))) | (Self::Data(at), Self::Data(other)) => {
-                at + len == other
-            }
+            (Self::Unallocated(None), Self::Unallocated(None)) | (Self::Zero(None), Self::Zero(None)) => true,
+            (Self::Unallocated(Some(at)), Self::Unallocated(Some(other)))
+            | (Self::Zero(Some(at)), Self::Zero(Some(other)))
+            | (Self::Data(at), Self::Data(other)) => at + len == other,
             _ => false,
         }
     }
@@ -42,10 +42,10 @@ impl Qcow2 {
             // One L2 table at a time, one cluster of it at a time, one subcluster of that at a time.
             let table_end = (at / geometry.l2_coverage() + 1).saturating_mul(geometry.l2_coverage());
             let Some(l2) = self.l2_table(tables, l1, at)? else {
-                if found.is_some_and(|piece| piece != Piece::Unallocated) {
+                if found.is_some_and(|piece| piece != Piece::Unallocated(None)) {
                     break;
                 }
-                found = Some(Piece::Unallocated);
+                found = Some(Piece::Unallocated(None));
                 at = table_end;
                 continue;
             };
@@ -59,7 +59,7 @@ impl Qcow2 {
         let len = at.min(range.end()) - range.start();
         Ok(Run {
             len,
-            kind: self.run_kind(found.unwrap_or(Piece::Unallocated)),
+            kind: self.run_kind(found.unwrap_or(Piece::Unallocated(None))),
         })
     }
 
@@ -111,7 +111,9 @@ impl Qcow2 {
 
     fn run_kind(&self, piece: Piece) -> RunKind {
         match piece {
-            Piece::Unallocated => RunKind::Unallocated,
+            Piece::Unallocated(host) => RunKind::Unallocated {
+                host: host.map(|offset| (self.data_device(), offset)),
+            },
             Piece::Zero(host) => RunKind::Zero {
                 host: host.map(|offset| (self.data_device(), offset)),
             },
@@ -249,7 +251,8 @@ fn piece_at(entry: L2Entry, guest: u64, at: u64, subcluster: u64) -> Piece {
         Cluster::Host(offset) if entry.sub.zero & bit != 0 => Piece::Zero(Some(offset + (at - guest))),
         Cluster::Host(offset) if entry.sub.allocated & bit != 0 => Piece::Data(offset + (at - guest)),
         Cluster::None if entry.sub.zero & bit != 0 => Piece::Zero(None),
-        Cluster::None | Cluster::Host(_) => Piece::Unallocated,
+        Cluster::Host(offset) => Piece::Unallocated(Some(offset + (at - guest))),
+        Cluster::None => Piece::Unallocated(None),
     }
 }
 

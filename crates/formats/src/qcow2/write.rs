@@ -3,14 +3,16 @@
 //! A plan takes clusters under the lock, the caller writes guest data into them with no lock held, and `commit` makes
 //! the L2 entries point there. Until then nothing refers to the clusters: a crash leaks them at worst.
 
+use std::cell::Cell;
 use std::sync::{MutexGuard, PoisonError};
 
 use diskimage_core::{
-    ByteRange, Device, Error, ErrorKind, Preallocation, Result, WritePlan, WriteRun, ZeroMode,
+    ByteRange, Device, Error, ErrorKind, Preallocation, Result, WritePlan, WriteRun, ZeroMode, align_down,
 };
 
 use super::entry::{COPIED, Cluster, L2Entry, Subclusters};
 use super::feature::Autoclear;
+use super::header::Geometry;
 use super::tables::Table;
 use super::{Class, Qcow2, State};
 
@@ -179,14 +181,7 @@ impl<'a> Plan<'a> {
     }
 
     fn mask(&self, covered: ByteRange, guest: u64) -> u32 {
-        let geometry = self.image.header.geometry;
-        if !geometry.extended_l2 {
-            return u32::MAX;
-        }
-        let sub = geometry.subcluster_size();
-        let first = (covered.start() - guest) / sub;
-        let end = (covered.end() - guest).div_ceil(sub);
-        (first..end).fold(0, |mask, i| mask | bit(i))
+        subcluster_mask(self.image.header.geometry, covered, guest)
     }
 
     fn add_run(&mut self, guest: ByteRange, offset: u64) {
@@ -341,6 +336,12 @@ impl Qcow2 {
         if self.header.version < 3 && self.header.backing.is_some() {
             return Err(Error::unsupported("Version 2 images have no zero clusters"));
         }
+        if !range.start().is_multiple_of(self.header.geometry.cluster_size())
+            || (!range.end().is_multiple_of(self.header.geometry.cluster_size())
+                && range.end() != self.lock().size)
+        {
+            return self.zero_subclusters(range);
+        }
         let v3 = self.header.version >= 3;
         self.replace_entries(range, |old| {
             let keep = mode == ZeroMode::KeepAllocated && matches!(old.kind, Cluster::Host(_));
@@ -356,6 +357,26 @@ impl Qcow2 {
                 (false, _) => Some(L2Entry::UNALLOCATED),
             }
         })
+    }
+
+    /// Makes subclusters of one cluster read as zero. Its storage stays: the other subclusters may be there.
+    fn zero_subclusters(&self, range: ByteRange) -> Result<()> {
+        let geometry = self.header.geometry;
+        let guest = align_down(range.start(), geometry.cluster_size());
+        let mask = subcluster_mask(geometry, range, guest);
+        let compressed = Cell::new(false);
+        self.replace_entries(range, |old| {
+            compressed.set(matches!(old.kind, Cluster::Compressed { .. }));
+            let sub = Subclusters {
+                allocated: old.sub.allocated & !mask,
+                zero: old.sub.zero | mask,
+            };
+            (!compressed.get()).then_some(L2Entry { sub, ..old })
+        })?;
+        if compressed.get() {
+            return Err(Error::unsupported("Compressed clusters have no subclusters"));
+        }
+        Ok(())
     }
 
     /// Gives back storage; afterwards the clusters read as zero.
@@ -464,6 +485,17 @@ fn writable_in_place(entry: L2Entry) -> Option<u64> {
         Cluster::Host(offset) if entry.copied => Some(offset),
         _ => None,
     }
+}
+
+/// The subclusters of the cluster at `guest` that `range`, which lies inside it, has a part of.
+fn subcluster_mask(geometry: Geometry, range: ByteRange, guest: u64) -> u32 {
+    if !geometry.extended_l2 {
+        return u32::MAX;
+    }
+    let sub = geometry.subcluster_size();
+    let first = (range.start() - guest) / sub;
+    let end = (range.end() - guest).div_ceil(sub);
+    (first..end).fold(0, |mask, i| mask | bit(i))
 }
 
 fn write_zero_bytes(device: &dyn Device, range: ByteRange) -> Result<()> {
