@@ -23,7 +23,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 
-use diskimage_core::{Device, Error, Image, Progress, Result, align_up};
+use diskimage_core::{Device, Encoder, Error, Image, Progress, Result, align_up};
 
 use crate::cursor::Cursor;
 use rate::RateLimit;
@@ -120,6 +120,9 @@ impl<'a> Conversion<'a> {
     pub fn run(&self) -> Result<u64> {
         self.check()?;
         let job = Job::new(self)?;
+        if self.salvage {
+            job.sources.survey()?;
+        }
         self.progress.set(0, job.sources.len());
         let segments = job.sources.len().div_ceil(job.segment);
         let workers = usize::try_from(segments)
@@ -175,18 +178,31 @@ impl<'a> Conversion<'a> {
         wanted.min(most).clamp(1, MAX_WORKERS)
     }
 
-    fn encoder(&self) -> Result<Option<Box<dyn diskimage_core::Encoder>>> {
+    fn encoder(&self) -> Result<Option<Box<dyn Encoder>>> {
         if !self.compress {
             return Ok(None);
         }
         match self.target.layer().encoder()? {
             Some(encoder) => Ok(Some(encoder)),
+            None if self.target.layer().granularity() > 1 => Ok(Some(Box::new(NoEncoder))),
             None => Err(Error::unsupported(
                 "Compression not supported for this file format",
             )),
         }
     }
 }
+
+/// For images that hold no compressed clusters, although others of their format do: refuses the first one.
+struct NoEncoder;
+
+impl Encoder for NoEncoder {
+    fn encode(&mut self, _cluster: &[u8], _out: &mut Vec<u8>) -> Result<bool> {
+        Err(Error::from_errno(EOPNOTSUPP))
+    }
+}
+
+/// `Operation not supported`.
+const EOPNOTSUPP: i32 = 95;
 
 impl std::fmt::Debug for Conversion<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {

@@ -95,13 +95,23 @@ impl<'a> Sources<'a> {
                     return Err(error);
                 }
                 self.lose(&error);
+                // Reading may still work.
                 Ok(Status {
                     len: there.len().min(SECTOR),
-                    kind: Kind::Zero,
+                    kind: Kind::Data,
                     host: None,
                 })
             }
         }
+    }
+
+    /// Tells what of the status of all is lost, as the original does before it begins to copy.
+    pub(super) fn survey(&self) -> Result<()> {
+        let mut rest = ByteRange::new(0, self.len);
+        while !rest.is_empty() {
+            rest = rest.skip(self.status(rest)?.len);
+        }
+        Ok(())
     }
 
     fn judge(&self, extent: Extent, most: u64) -> Status {

@@ -188,6 +188,10 @@ impl<'a> Worker<'a> {
 
     /// Makes the segment longer while what follows needs no reading: a disk of nothing takes no time.
     fn take_zeroes_along(&mut self, end: u64) -> Result<u64> {
+        if self.job.conversion.salvage {
+            // What is lost is told once by whoever takes it on.
+            return Ok(end);
+        }
         let mut end = end;
         let len = self.job.sources.len();
         while let Some(last) = self.pieces.last().copied()
@@ -342,7 +346,10 @@ impl<'a> Worker<'a> {
                 )?
                 .fill(0);
                 let bytes = slice_mut(&mut self.buf, whole, segment.start())?;
-                if encoder.encode(bytes, &mut self.cluster)? {
+                if encoder
+                    .encode(bytes, &mut self.cluster)
+                    .context(|| write_error(part))?
+                {
                     let from = self.encoded.len();
                     self.encoded.extend_from_slice(&self.cluster);
                     self.steps.push(Step::Encoded {
