@@ -112,9 +112,7 @@ impl Creation {
     pub fn prepare(self) -> Result<Prepared> {
         let format = format_by_name(&self.format)
             .ok_or_else(|| Error::invalid(format!("Unknown file format '{}'", self.format)))?;
-        if !self.name.is_empty() {
-            Target::parse(&self.name)?;
-        }
+        target_of(&self.name)?;
         let options = self.all_options(format)?;
         let size = self.size_with(&options)?;
         let mut options = options;
@@ -303,13 +301,17 @@ impl Prepared {
     }
 }
 
+/// The name of a new image taken apart. That there is none without a name is for the system to say.
+fn target_of(name: &str) -> Result<Target> {
+    match name {
+        "" | "file:" => Ok(Target::plain("")),
+        _ => Target::parse(name),
+    }
+}
+
 /// Makes the file, or opens the device, that an image goes into.
 fn make_file(name: &str, creation: &FileCreation, cache: CacheMode) -> Result<File> {
-    let target = match name {
-        // The system's own word on it.
-        "" | "file:" => Target::plain(""),
-        _ => Target::parse(name)?,
-    };
+    let target = target_of(name)?;
     let is_device = match target.protocol {
         Some(protocol) => protocol == ProtocolKind::HostDevice,
         None => fs::metadata(&target.path).is_ok_and(|metadata| {

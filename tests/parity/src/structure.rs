@@ -163,9 +163,17 @@ fn without_members(json: &str, members: &[&str]) -> String {
             .and_then(|rest| rest.split_once('"'));
         member.is_some_and(|(name, _)| members.contains(&name))
     };
-    json.lines()
-        .filter(|line| !is_dropped(line))
-        .fold(String::new(), |text, line| text + line + "\n")
+    let kept: Vec<&str> = json.lines().filter(|line| !is_dropped(line)).collect();
+    let mut text = String::new();
+    for (at, line) in kept.iter().enumerate() {
+        let is_last = kept
+            .get(at + 1)
+            .is_some_and(|next| next.trim_start().starts_with(['}', ']']));
+        // The comma of the member that is the last one now would tell of one dropped after it.
+        text += if is_last { line.trim_end_matches(',') } else { line };
+        text.push('\n');
+    }
+    text
 }
 
 /// Drops the virtual size of protocol nodes: it is the length of the file.
@@ -264,6 +272,10 @@ mod tests {
     fn members_are_dropped_by_name() {
         assert_eq!(
             without_members("{\n  \"a\": 1,\n  \"ab\": 2\n}", &["a"]),
+            "{\n  \"ab\": 2\n}\n"
+        );
+        assert_eq!(
+            without_members("{\n  \"ab\": 2,\n  \"a\": 1\n}", &["a"]),
             "{\n  \"ab\": 2\n}\n"
         );
     }
