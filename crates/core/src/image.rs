@@ -109,7 +109,17 @@ impl Image {
         self.require_writable()?;
         self.forget_decoded();
         self.layer.check_resize(request)?;
-        let old = self.len();
+        let mut old = self.len();
+        let below = self.backing.as_ref().map_or(0, |below| below.len());
+        // The rest of the unit that the disk ends in is never set aside in advance: what is below shows there.
+        let rest = request.len.min(align_up(old, self.layer.granularity()));
+        if request.preallocation != Preallocation::Off && old < rest && old < below {
+            self.resize_with(&ResizeRequest {
+                len: rest,
+                preallocation: Preallocation::Off,
+            })?;
+            old = rest;
+        }
         // What is cut off must not come back when the disk grows again.
         let tail = ByteRange::new(
             request.len,
@@ -120,7 +130,6 @@ impl Image {
         }
         self.layer.resize(request)?;
         // What the disk grew over may be in a larger image below.
-        let below = self.backing.as_ref().map_or(0, |below| below.len());
         let uncovered = ByteRange::new(old, request.len.min(below));
         if uncovered.is_empty() {
             return Ok(());

@@ -182,8 +182,8 @@ fn lost_sectors_become_zeroes_when_salvaging() {
     let device = Arc::new(Failing::new(vec![5; 4096]));
     let below: Arc<dyn Device> = Arc::<Failing>::clone(&device);
     let source = open(&below, "raw", None);
-    // The status succeeds, the read and the three sectors after it do not.
-    device.fail_after(1);
+    // The status succeeds twice, the read and the three sectors after it do not.
+    device.fail_after(2);
     let (target, file) = image("raw", "", 4096);
     let lost = Mutex::new(Vec::new());
     let tell = |error: &Error| {
