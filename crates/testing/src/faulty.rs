@@ -2,7 +2,9 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use diskimage_core::{ByteRange, Device, Error, Extent, Limits, Preallocation, Result, Want, ZeroMode};
+use diskimage_core::{
+    ByteRange, Device, Error, Extent, Limits, Preallocation, Result, Want, ZeroMode, align_down,
+};
 
 /// Which requests are counted, and may fail.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,7 +24,7 @@ pub struct Fault {
     pub after: u64,
     /// Whether all that follow fail as well.
     pub lasting: bool,
-    /// Whether a write that fails has written its first half.
+    /// Whether a write that fails has written about half of its sectors.
     pub torn: bool,
 }
 
@@ -45,7 +47,7 @@ impl Fault {
         }
     }
 
-    /// The same fault, in writes that leave half of their bytes behind.
+    /// The same fault, in writes that leave about half of their sectors behind.
     #[must_use]
     pub fn torn(self) -> Self {
         Self { torn: true, ..self }
@@ -74,6 +76,8 @@ struct State {
     limit: Option<u64>,
 }
 
+/// The unit that a disk writes whole or not at all.
+const SECTOR: u64 = 512;
 /// `Input/output error`.
 const EIO: i32 = 5;
 /// `No space left on device`.
@@ -159,7 +163,9 @@ impl Device for Faulty {
     fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
         if let Some(fault) = self.count(true) {
             if fault.torn {
-                self.below.write_at(&buf[..buf.len() / 2], offset)?;
+                let half = align_down(offset + buf.len() as u64 / 2, SECTOR).saturating_sub(offset);
+                self.below
+                    .write_at(&buf[..usize::try_from(half).unwrap_or(0)], offset)?;
             }
             return Err(Error::from_errno(EIO));
         }
@@ -229,13 +235,11 @@ mod tests {
         let (memory, device) = device();
         device.arm(Fault::once(0).torn().counting(Requests::Writes));
         device.flush().expect("not counted");
-        assert!(device.write_at(b"abcd", 0).is_err());
-        assert_eq!(memory.contents(), b"ab");
-        device.fill_up(3);
-        let error = device.write_at(b"xyz", 1).expect_err("too long");
-        assert_eq!(
-            (error.errno(), memory.contents()),
-            (Some(ENOSPC), b"axy".to_vec())
-        );
+        assert!(device.write_at(&[1; 1024], 0).is_err());
+        assert_eq!(memory.contents(), [1; 512]);
+        device.fill_up(514);
+        let error = device.write_at(b"xyz", 512).expect_err("too long");
+        assert_eq!(error.errno(), Some(ENOSPC));
+        assert_eq!(&memory.contents()[512..], b"xy");
     }
 }
