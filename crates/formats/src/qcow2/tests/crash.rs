@@ -53,7 +53,6 @@ fn crash_everywhere(scenario: &Scenario, memory: usize) -> usize {
 fn crash_in_all_scenarios(memory: usize) {
     for scenario in scenarios::all() {
         let count = crash_everywhere(&scenario, memory);
-        eprintln!("CRASH {memory} {}: {count} crashes", scenario.name);
         assert!(count > 100, "{}: {count} crashes", scenario.name);
     }
 }

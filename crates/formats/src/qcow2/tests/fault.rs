@@ -150,15 +150,17 @@ fn expect_ours(error: &diskimage_core::Error) -> Result<(), String> {
     }
 }
 
+/// Makes the fault that hits the n-th request.
+type Kind = fn(u64) -> Fault;
+
 /// How many faults were met, and the first complaints.
-fn fail_everywhere(scenario: &Scenario, memory: usize) -> (u32, Vec<String>) {
+fn fail_everywhere(scenario: &Scenario, memory: usize, kinds: &[Kind]) -> (u32, Vec<String>) {
     let (files, model) = scenario.prepare();
     let snapshot = scenario
         .snapshot
         .then(|| read_all(&open_on(&in_memory(&files), false).expect("opens")));
     let mut count = 0;
     let mut complaints = Vec::new();
-    let kinds: [fn(u64) -> Fault; 3] = [Fault::once, Fault::from, |n| Fault::once(n).torn()];
     for failing in 0..files.len() {
         for kind in kinds {
             for n in 0.. {
@@ -185,11 +187,10 @@ fn fail_everywhere(scenario: &Scenario, memory: usize) -> (u32, Vec<String>) {
     (count, complaints)
 }
 
-fn fail_in_all_scenarios(memory: usize) {
+fn fail_in_all_scenarios(memory: usize, kinds: &[Kind]) {
     let mut all = Vec::new();
     for scenario in scenarios::all() {
-        let (count, complaints) = fail_everywhere(&scenario, memory);
-        eprintln!("FAULT {memory} {}: {count} faults", scenario.name);
+        let (count, complaints) = fail_everywhere(&scenario, memory, kinds);
         assert!(count > 30, "{}: {count} faults", scenario.name);
         all.extend(
             complaints
@@ -202,10 +203,11 @@ fn fail_in_all_scenarios(memory: usize) {
 
 #[test]
 fn a_failed_request_is_reported_and_harms_nothing() {
-    fail_in_all_scenarios(PLENTY);
+    fail_in_all_scenarios(PLENTY, &[Fault::once, Fault::from, |n| Fault::once(n).torn()]);
 }
 
 #[test]
 fn a_failed_request_while_tables_leave_memory_is_reported_and_harms_nothing() {
-    fail_in_all_scenarios(SCARCE);
+    // Many requests: the kind that the rest of the scenario goes on after is the one that finds most.
+    fail_in_all_scenarios(SCARCE, &[Fault::once]);
 }
