@@ -6,7 +6,7 @@ use diskimage_core::Device;
 use diskimage_testing::{Journal, Recorder};
 
 use super::scenario::{Model, PLENTY, SCARCE, Scenario, find_fault, in_memory, open_on, open_with_memory};
-use super::{read_all, scenarios};
+use super::{Closed, create, read_all, scenarios};
 
 const SAMPLES: usize = 12;
 
@@ -65,4 +65,21 @@ fn a_crash_leaves_leaked_clusters_at_worst() {
 #[test]
 fn a_crash_while_tables_leave_memory_leaves_leaked_clusters_at_worst() {
     crash_in_all_scenarios(SCARCE);
+}
+
+#[test]
+fn unknown_features_are_disclaimed_before_anything_changes() {
+    const AUTOCLEAR: usize = 88;
+    let mut file = create("cluster_size=4096", 1 << 16, &Closed).contents();
+    // Bit 63, which nobody has given a meaning.
+    file[AUTOCLEAR] = 0x80;
+    let journal: Arc<Journal> = Arc::default();
+    let device: Arc<dyn Device> = Arc::new(Recorder::new(file.clone(), 0, &journal));
+    let image = open_on(&[device], true).expect("opens");
+    image.write_at(&[1; 4096], 0).expect("writes");
+    image.flush().expect("flushes");
+    journal.crashes(&[file.clone()], SAMPLES, 0x5eed, |crash| {
+        let left = &crash.files[0];
+        assert!(*left == file || left[AUTOCLEAR] == 0, "at {}", crash.position);
+    });
 }
