@@ -229,6 +229,11 @@ impl Prepared {
         self.options.text(name)
     }
 
+    /// Whether the format has this option.
+    pub fn has_option(&self, name: &str) -> bool {
+        self.options.has(name)
+    }
+
     /// The format and all options, `fmt=qcow2 cluster_size=65536 ...`.
     pub fn summary(&self) -> String {
         format!("fmt={} {}", self.format.name(), self.options.summary())
@@ -251,18 +256,7 @@ impl Prepared {
                 let _ = fs::remove_file(Target::plain(data_file).path);
             }
         }
-        outcome.map_err(|error| match error.errno() {
-            Some(EFBIG) => Error::unsupported(format!(
-                "The image size is too large for file format '{}'{}",
-                self.format.name(),
-                if self.options.has("cluster_size") {
-                    " (try using a larger cluster size)"
-                } else {
-                    ""
-                }
-            )),
-            _ => error,
-        })
+        outcome
     }
 
     /// Where the format leaves preallocation to the file, a mode that is none is found before the file is emptied.
@@ -327,6 +321,3 @@ fn make_file(name: &str, creation: &FileCreation, cache: CacheMode) -> Result<Fi
 const NO_NEW_DEVICES: &str = "Protocol driver 'host_device' does not support creating new images, so an existing \
                               image must be selected as the target; however, opening the given target as an existing \
                               image failed";
-
-/// `File too large`.
-const EFBIG: i32 = 27;

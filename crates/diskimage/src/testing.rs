@@ -1,14 +1,14 @@
-//! Images in memory for the tests of operations, and devices that fail.
+//! Images in memory for the tests of operations.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use diskimage_core::options::Options;
 use diskimage_core::{
-    Budget, ByteRange, CreateRequest, Device, Error, ErrorKind, Extent, Gate, Image, Limits, MemoryDevice,
-    OpenRequest, Preallocation, Reference, Result, Want, ZeroMode,
+    Budget, CreateRequest, Device, Error, ErrorKind, Gate, Image, MemoryDevice, OpenRequest, Reference,
+    Result,
 };
 use diskimage_formats::format_by_name;
+use diskimage_testing::Faulty;
 
 /// Refuses every file.
 struct Closed;
@@ -73,64 +73,8 @@ pub(crate) fn contents(image: &Image) -> Vec<u8> {
     bytes
 }
 
-/// Fails every request from the n-th on that reads, writes or asks for status.
-#[derive(Debug)]
-pub(crate) struct Failing {
-    below: MemoryDevice,
-    left: AtomicU64,
-}
-
-impl Failing {
-    pub(crate) fn new(bytes: Vec<u8>) -> Self {
-        Self {
-            below: MemoryDevice::new(bytes),
-            left: AtomicU64::new(u64::MAX),
-        }
-    }
-
-    /// Lets `requests` more through.
-    pub(crate) fn fail_after(&self, requests: u64) {
-        self.left.store(requests, Ordering::Relaxed);
-    }
-
-    fn count(&self) -> Result<()> {
-        self.left
-            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1))
-            .map(drop)
-            .map_err(|_| Error::from_errno(5))
-    }
-}
-
-impl Device for Failing {
-    fn len(&self) -> u64 {
-        self.below.len()
-    }
-    fn limits(&self) -> &Limits {
-        self.below.limits()
-    }
-    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
-        self.count()?;
-        self.below.read_at(buf, offset)
-    }
-    fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
-        self.count()?;
-        self.below.write_at(buf, offset)
-    }
-    fn write_zeroes(&self, range: ByteRange, mode: ZeroMode) -> Result<()> {
-        self.count()?;
-        self.below.write_zeroes(range, mode)
-    }
-    fn discard(&self, range: ByteRange) -> Result<()> {
-        self.below.discard(range)
-    }
-    fn status(&self, range: ByteRange, want: Want) -> Result<Extent> {
-        self.count()?;
-        self.below.status(range, want)
-    }
-    fn flush(&self) -> Result<()> {
-        self.below.flush()
-    }
-    fn resize(&self, len: u64, preallocation: Preallocation) -> Result<()> {
-        self.below.resize(len, preallocation)
-    }
+/// A device that fails on demand, and the bytes it holds.
+pub(crate) fn faulty(bytes: Vec<u8>) -> (Arc<Faulty>, Arc<MemoryDevice>) {
+    let memory = Arc::new(MemoryDevice::new(bytes));
+    (Arc::new(Faulty::new(Arc::<MemoryDevice>::clone(&memory))), memory)
 }

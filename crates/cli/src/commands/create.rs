@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 
 use diskimage::options::{create_help, create_help_with_protocol};
-use diskimage::{Creation, FILE_CREATE_OPTIONS};
+use diskimage::{Creation, FILE_CREATE_OPTIONS, Prepared};
 
 use super::LARGEST;
 use crate::objects::Objects;
@@ -203,9 +203,27 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
         let line = format!("Formatting '{name}', {}", prepared.summary());
         console.print(&format!("{}\n", printable(line.trim_end())));
     }
-    prepared.create().map_err(image)?;
+    prepared.create().map_err(|error| match error.errno() {
+        Some(EFBIG) => image(too_large(&args.format, &prepared)),
+        _ => image(error),
+    })?;
     Ok(0)
 }
+
+/// Whatever was too large for whom, this is what the original says here.
+fn too_large(format: &str, prepared: &Prepared) -> diskimage::Error {
+    let hint = if prepared.has_option("cluster_size") {
+        " (try using a larger cluster size)"
+    } else {
+        ""
+    };
+    diskimage::Error::unsupported(format!(
+        "The image size is too large for file format '{format}'{hint}"
+    ))
+}
+
+/// `File too large`.
+const EFBIG: i32 = 27;
 
 /// What `-o help` prints: the options of the format, and those of the file below if a file is named.
 ///

@@ -3,11 +3,14 @@
 use std::num::NonZeroU32;
 use std::sync::{Arc, Mutex};
 
-use diskimage_core::{ByteRange, Device, ErrorKind, ExtentKind, Want, ZeroMode};
+use diskimage_core::{ByteRange, Device, ExtentKind, Want, ZeroMode};
+use diskimage_testing::{Fault, Faulty};
 use proptest::prelude::*;
 
 use super::*;
-use crate::testing::{Failing, contents, create, image, open, raw};
+use crate::testing::{contents, create, faulty, image, open, raw};
+
+mod fault;
 
 const KIB: u64 = 1024;
 
@@ -179,18 +182,18 @@ fn an_empty_disk_of_any_size_takes_no_time() {
 
 #[test]
 fn lost_sectors_become_zeroes_when_salvaging() {
-    let device = Arc::new(Failing::new(vec![5; 4096]));
-    let below: Arc<dyn Device> = Arc::<Failing>::clone(&device);
+    let (device, _) = faulty(vec![5; 4096]);
+    let below: Arc<dyn Device> = Arc::<Faulty>::clone(&device);
     let source = open(&below, "raw", None);
     // The status succeeds twice, the read and the three sectors after it do not.
-    device.fail_after(2);
+    device.arm(Fault::from(2));
     let (target, file) = image("raw", "", 4096);
     let lost = Mutex::new(Vec::new());
     let tell = |error: &Error| {
         let mut lost = lost.lock().unwrap();
         lost.push(error.to_string());
         if lost.len() == 3 {
-            device.fail_after(u64::MAX);
+            device.heal();
         }
     };
     let sources = [source];
@@ -204,43 +207,6 @@ fn lost_sectors_become_zeroes_when_salvaging() {
     assert_eq!(file.contents(), expected);
     let words = [0, 512, 1024].map(|offset| format!("error while reading offset {offset}"));
     assert_eq!(*lost.lock().unwrap(), words);
-}
-
-#[test]
-fn any_failure_ends_the_conversion_and_is_reported() {
-    let bytes = pattern(6 << 20, 3);
-    for compress in [false, true] {
-        for after in [0, 1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144] {
-            let source_device = Arc::new(Failing::new(bytes.clone()));
-            let below: Arc<dyn Device> = Arc::<Failing>::clone(&source_device);
-            let source = open(&below, "raw", None);
-            source_device.fail_after(after.min(5));
-            let (target, _) = image("qcow2", "", bytes.len() as u64);
-            let error = run(&[source], &target, |conversion| {
-                conversion.compress = compress;
-                conversion.parallel = threads(4);
-            })
-            .unwrap_err();
-            assert_eq!(
-                (error.kind(), error.root()),
-                (ErrorKind::Io, "Input/output error")
-            );
-
-            let target_device = Arc::new(Failing::new(Vec::new()));
-            let below: Arc<dyn Device> = Arc::<Failing>::clone(&target_device);
-            create(&below, "qcow2", "cluster_size=4k", bytes.len() as u64);
-            let target = open(&below, "qcow2", None);
-            target_device.fail_after(after);
-            let result = run(&[raw(bytes.clone())], &target, |conversion| {
-                conversion.compress = compress;
-                conversion.parallel = threads(4);
-            });
-            match result {
-                Ok(()) => assert!(after > 5, "more requests than that are needed"),
-                Err(error) => assert_eq!(error.root(), "Input/output error"),
-            }
-        }
-    }
 }
 
 #[test]

@@ -218,6 +218,8 @@ impl Qcow2 {
         if autoclear & !Autoclear::KNOWN != 0 {
             self.file
                 .write_at(&(autoclear & Autoclear::KNOWN).to_be_bytes(), field::AUTOCLEAR)?;
+            // Before anything that would belie them.
+            self.file.flush()?;
         }
         if self.header.features.incompatible.has(Incompatible::DIRTY) && !for_check {
             self.mend_dirty()

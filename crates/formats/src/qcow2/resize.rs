@@ -110,8 +110,9 @@ impl Qcow2 {
         location[..4].copy_from_slice(U32::new(count).as_bytes());
         location[4..].copy_from_slice(U64::new(offset).as_bytes());
         self.file.write_at(&location, field::L1_SIZE)?;
-        state.tables.sync()?;
+        // From here on it is the new table that a reader finds.
         state.l1 = table;
+        state.tables.sync()?;
         if old.len > 0 {
             state.tables.forget(old);
             self.free_later(state, old.offset, old.len)?;

@@ -43,6 +43,8 @@ pub(super) struct Tables {
     /// Offsets in the order of the second-chance scan.
     clock: VecDeque<u64>,
     bytes: usize,
+    /// How many bytes of windows are kept.
+    capacity: usize,
     dirty: [usize; CLASSES.len()],
 }
 
@@ -69,8 +71,15 @@ impl Tables {
             windows: HashMap::new(),
             clock: VecDeque::new(),
             bytes: 0,
+            capacity: CAPACITY,
             dirty: [0; CLASSES.len()],
         }
+    }
+
+    /// Keeps only so many bytes of windows.
+    #[cfg(test)]
+    pub(super) fn limit_memory(&mut self, capacity: usize) {
+        self.capacity = capacity;
     }
 
     /// The bytes of `table` from `at` to the end of the window that holds it.
@@ -190,7 +199,7 @@ impl Tables {
     }
 
     fn insert(&mut self, offset: u64, class: Class, bytes: Box<[u8]>, dirty: bool) -> Result<()> {
-        while self.bytes + bytes.len() > CAPACITY && !self.windows.is_empty() {
+        while self.bytes + bytes.len() > self.capacity && !self.windows.is_empty() {
             self.evict()?;
         }
         self.bytes += bytes.len();

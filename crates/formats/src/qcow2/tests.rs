@@ -11,6 +11,12 @@ use proptest::prelude::*;
 
 use super::Qcow2Format;
 
+mod crash;
+mod fault;
+mod repair;
+mod scenario;
+mod scenarios;
+
 /// Hands out one device in memory for every name.
 pub(super) struct OneFile(pub(super) Arc<MemoryDevice>);
 

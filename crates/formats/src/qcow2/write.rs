@@ -414,10 +414,7 @@ impl Qcow2 {
             for run in &plan.runs {
                 let host = ByteRange::at(run.offset, run.guest.len());
                 match mode {
-                    Preallocation::Off | Preallocation::Metadata if self.data.len() < host.end() => {
-                        self.data.resize(host.end(), Preallocation::Off)?;
-                    }
-                    Preallocation::Off | Preallocation::Metadata => {}
+                    Preallocation::Off | Preallocation::Metadata => self.reserve(host)?,
                     Preallocation::Falloc => self.data.write_zeroes(host, ZeroMode::KeepAllocated)?,
                     Preallocation::Full => write_zero_bytes(&*self.data, host)?,
                 }
@@ -430,6 +427,20 @@ impl Qcow2 {
             }
             Box::new(plan).commit()?;
             rest = rest.skip(part.len());
+        }
+        Ok(())
+    }
+
+    /// Makes the file reach to the end of `host`, whose clusters read as zero afterwards.
+    fn reserve(&self, host: ByteRange) -> Result<()> {
+        let len = self.data.len();
+        let used_before = host.intersect(ByteRange::new(0, len));
+        // Clusters that were in use once still hold what they held then. A data file's contents are the guest's.
+        if !self.has_data_file() && !used_before.is_empty() {
+            self.data.write_zeroes(used_before, ZeroMode::Unmap)?;
+        }
+        if len < host.end() {
+            self.data.resize(host.end(), Preallocation::Off)?;
         }
         Ok(())
     }

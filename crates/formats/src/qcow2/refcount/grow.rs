@@ -1,11 +1,13 @@
 //! New refcount blocks, and a larger refcount table when they no longer fit.
 
+use std::ops::Range;
+
 use diskimage_core::{Error, ErrorKind, Result};
 use zerocopy::IntoBytes;
 use zerocopy::byteorder::big_endian::{U32, U64};
 
 use super::super::header::{field, limit};
-use super::super::tables::{Class, Table, Tables};
+use super::super::tables::Tables;
 use super::Refcounts;
 
 impl Refcounts {
@@ -72,11 +74,32 @@ impl Refcounts {
         {
             return Err(Error::new(ErrorKind::NoSpace, "File too large"));
         }
-        let table = Table {
-            class: Class::RefcountTable,
-            offset: (start + blocks) << bits,
-            len: clusters << bits,
+        let grown = Self {
+            table_offset: (start + blocks) << bits,
+            table_clusters: clusters,
+            ..*self
         };
+        let first_blocks = start..start + blocks;
+        if let Err(error) = self.publish(tables, &grown, first_blocks.clone()) {
+            // The header leads to the old table: what was begun must not be written over what comes there next.
+            tables.forget(grown.table());
+            for cluster in first_blocks {
+                tables.forget(self.block_at(cluster << bits));
+            }
+            return Err(error);
+        }
+        // From here on it is the new table that a reader finds.
+        let old = std::mem::replace(self, grown);
+        tables.sync()?;
+        tables.forget(old.table());
+        self.release(tables, old.table_offset, old.table().len)
+    }
+
+    /// Writes the table of `grown` with all blocks there are and those at the clusters `first_blocks`, and has the
+    /// header point to it.
+    fn publish(&self, tables: &mut Tables, grown: &Self, first_blocks: Range<u64>) -> Result<()> {
+        let bits = self.geometry.cluster_bits;
+        let table = grown.table();
         tables.fresh(table)?;
         for at in (0..self.table().len).step_by(8) {
             let entry = tables.number(self.table(), at)?;
@@ -84,30 +107,21 @@ impl Refcounts {
                 tables.set_number(table, at, entry)?;
             }
         }
-        for index in 0..blocks {
-            let block = self.block_at((start + index) << bits);
+        let index = first_blocks.start / self.entries_per_block();
+        for (index, cluster) in (index..).zip(first_blocks.clone()) {
+            let block = self.block_at(cluster << bits);
             tables.fresh(block)?;
-            tables.set_number(table, (start / per_block + index) * 8, block.offset)?;
+            tables.set_number(table, index * 8, block.offset)?;
         }
-        let old = std::mem::replace(
-            self,
-            Self {
-                table_offset: table.offset,
-                table_clusters: clusters,
-                ..*self
-            },
-        );
-        self.increment(tables, start << bits, (blocks + clusters) << bits)?;
+        let start = first_blocks.start << bits;
+        grown.increment(tables, start, table.offset + table.len - start)?;
         tables.write_back()?;
         tables.sync()?;
         let mut location = [0; 12];
         location[..8].copy_from_slice(U64::new(table.offset).as_bytes());
-        let clusters =
-            u32::try_from(clusters).map_err(|_| Error::corrupt("Reference count table too large"))?;
+        let clusters = u32::try_from(grown.table_clusters)
+            .map_err(|_| Error::corrupt("Reference count table too large"))?;
         location[8..].copy_from_slice(U32::new(clusters).as_bytes());
-        tables.device().write_at(&location, field::REFCOUNT_TABLE)?;
-        tables.sync()?;
-        tables.forget(old.table());
-        self.release(tables, old.table_offset, old.table().len)
+        tables.device().write_at(&location, field::REFCOUNT_TABLE)
     }
 }

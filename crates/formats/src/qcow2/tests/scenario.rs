@@ -1,0 +1,348 @@
+//! What is done to an image in the tests of crashes and faults, and what it may read as afterwards.
+
+use std::sync::Arc;
+
+use diskimage_core::{
+    Budget, ByteRange, CheckReport, Device, Gate, Image, Layer, MemoryDevice, OpenRequest, Preallocation,
+    Progress, Reference, Repair, ResizeRequest, Result, ZeroMode,
+};
+
+use super::super::Qcow2;
+use super::{Closed, OneFile, create, read_all};
+
+/// One thing done to an image. Clusters are filled with one value below 8.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Step {
+    Write(u64, u64, u8),
+    Zero(u64, u64, ZeroMode),
+    Discard(u64, u64),
+    /// The cluster at this offset, compressed.
+    Compressed(u64, u8),
+    Resize(u64, Preallocation),
+    Flush,
+}
+
+/// A way to do things to an image.
+#[derive(Debug)]
+pub(super) struct Scenario {
+    pub(super) name: &'static str,
+    /// For creating it.
+    pub(super) options: &'static str,
+    pub(super) size: u64,
+    /// What is done first, and made durable.
+    pub(super) setup: Vec<Step>,
+    /// Puts the disk as it is after that into a snapshot.
+    pub(super) snapshot: bool,
+    /// What is watched.
+    pub(super) steps: Vec<Step>,
+}
+
+/// The contents of the files of an image: the image itself, and its data file if it has one.
+pub(super) type Files = Vec<Vec<u8>>;
+
+impl Scenario {
+    /// The files and what the disk reads as when the watching begins.
+    pub(super) fn prepare(&self) -> (Files, Model) {
+        let data = Arc::new(MemoryDevice::default());
+        let file = create(self.options, self.size, &OneFile(Arc::clone(&data)));
+        let devices: Vec<Arc<dyn Device>> = vec![
+            Arc::<MemoryDevice>::clone(&file),
+            Arc::<MemoryDevice>::clone(&data),
+        ];
+        let mut model = Model::new(self.size);
+        let image = open_on(&devices, true).expect("opens");
+        for step in self.setup.iter().chain(&[Step::Flush]) {
+            model.begin(step);
+            step.apply(&image).expect("nothing fails yet");
+            model.done(step);
+        }
+        drop(image);
+        let mut files = vec![file.contents(), data.contents()];
+        if self.snapshot {
+            take_snapshot(&mut files[0]);
+        }
+        (files, model)
+    }
+}
+
+impl Step {
+    pub(super) fn apply(&self, image: &Image) -> Result<()> {
+        match *self {
+            Self::Write(at, len, value) => image.write_at(&filled(len, value), at),
+            Self::Zero(at, len, mode) => image.write_zeroes(ByteRange::at(at, len), mode),
+            Self::Discard(at, len) => image.discard(ByteRange::at(at, len)),
+            Self::Compressed(at, value) => {
+                let mut encoder = image.layer().encoder()?.expect("qcow2 compresses");
+                let mut encoded = Vec::new();
+                assert!(encoder.encode(&filled(image.layer().granularity(), value), &mut encoded)?);
+                image.write_encoded(at, &encoded)
+            }
+            Self::Resize(len, preallocation) => image.resize_with(&ResizeRequest { len, preallocation }),
+            Self::Flush => image.flush(),
+        }
+    }
+}
+
+fn filled(len: u64, value: u8) -> Vec<u8> {
+    vec![value; usize::try_from(len).expect("small")]
+}
+
+/// Hands out one device for every name.
+struct OneDevice(Arc<dyn Device>);
+
+impl Gate for OneDevice {
+    fn open(&self, _: &Reference<'_>) -> Result<Arc<dyn Device>> {
+        Ok(Arc::clone(&self.0))
+    }
+}
+
+/// Opens the image on the first device, with the second as its data file.
+pub(super) fn open_on(devices: &[Arc<dyn Device>], write: bool) -> Result<Image> {
+    open_layer(devices, write, false).map(|layer| Image::new(layer, None, "test", write))
+}
+
+/// The same for writing, with windows of tables in memory that take up `memory` bytes at most.
+pub(super) fn open_with_memory(devices: &[Arc<dyn Device>], memory: usize) -> Result<Image> {
+    let layer = open_layer(devices, true, false)?;
+    layer.lock().tables.limit_memory(memory);
+    Ok(Image::new(layer, None, "test", true))
+}
+
+pub(super) fn open_layer(devices: &[Arc<dyn Device>], write: bool, for_check: bool) -> Result<Arc<Qcow2>> {
+    let data = devices.get(1).map(|data| OneDevice(Arc::clone(data)));
+    Qcow2::open(OpenRequest {
+        file: Arc::clone(&devices[0]),
+        name: "test",
+        write,
+        for_check,
+        no_data: false,
+        force_share: false,
+        gate: data.as_ref().map_or(&Closed as &dyn Gate, |data| data),
+        budget: Budget::default(),
+    })
+}
+
+/// Memory for windows of tables in which all of a scenario's tables fit.
+pub(super) const PLENTY: usize = 1 << 20;
+
+/// Memory for few windows: tables are written and read again all the time, in the middle of things.
+pub(super) const SCARCE: usize = 4096;
+
+pub(super) fn in_memory(files: &[Vec<u8>]) -> Vec<Arc<dyn Device>> {
+    let device = |bytes: &Vec<u8>| Arc::new(MemoryDevice::new(bytes.clone())) as Arc<dyn Device>;
+    files.iter().map(device).collect()
+}
+
+/// What the disk may read as: for each byte the values that it may have, one bit for each.
+#[derive(Clone, Debug)]
+pub(super) struct Model {
+    /// While the image stays open.
+    pub(super) now: State,
+    /// After a crash.
+    pub(super) crashed: State,
+}
+
+#[derive(Clone, Debug)]
+pub(super) struct State {
+    lens: Vec<u64>,
+    bytes: Vec<u8>,
+}
+
+const ZERO: u8 = 1;
+
+impl Model {
+    fn new(len: u64) -> Self {
+        let state = State {
+            lens: vec![len],
+            bytes: filled(len, ZERO),
+        };
+        Self {
+            now: state.clone(),
+            crashed: state,
+        }
+    }
+
+    /// The step may have taken place, wholly or in part.
+    pub(super) fn begin(&mut self, step: &Step) {
+        self.now.allow(step);
+        self.crashed.allow(step);
+    }
+
+    /// The step has taken place.
+    pub(super) fn done(&mut self, step: &Step) {
+        match *step {
+            Step::Flush => self.crashed = self.now.clone(),
+            Step::Resize(len, _) => {
+                self.now.bytes.resize(index(len), ZERO);
+                self.now.lens = vec![len];
+                // A change of size is durable when it ends.
+                self.crashed.lens = vec![len];
+            }
+            // It may leave what was there.
+            Step::Discard(..) => {}
+            _ => {
+                if let Some((range, value)) = self.now.fill(step) {
+                    self.now.bytes[range].fill(1 << value);
+                }
+            }
+        }
+    }
+}
+
+impl State {
+    /// The bytes that a step fills, and with what.
+    fn fill(&self, step: &Step) -> Option<(std::ops::Range<usize>, u8)> {
+        let (at, len, value) = match *step {
+            Step::Write(at, len, value) => (at, len, value),
+            Step::Zero(at, len, _) | Step::Discard(at, len) => (at, len, 0),
+            Step::Compressed(at, value) => (at, CLUSTER, value),
+            Step::Resize(..) | Step::Flush => return None,
+        };
+        let end = index(at + len).min(self.bytes.len());
+        Some((index(at).min(end)..end, value))
+    }
+
+    fn allow(&mut self, step: &Step) {
+        if let Step::Resize(len, _) = *step {
+            self.lens.push(len);
+            if index(len) > self.bytes.len() {
+                self.bytes.resize(index(len), ZERO);
+            }
+            for byte in &mut self.bytes[index(len)..] {
+                *byte |= ZERO;
+            }
+        } else if let Some((range, value)) = self.fill(step) {
+            for byte in &mut self.bytes[range] {
+                *byte |= 1 << value;
+            }
+        }
+    }
+
+    /// What is wrong with these contents of the disk, if anything.
+    pub(super) fn refuse(&self, disk: &[u8]) -> Option<String> {
+        if !self.lens.contains(&(disk.len() as u64)) {
+            return Some(format!("length {} is none of {:?}", disk.len(), self.lens));
+        }
+        // Most sectors hold one value everywhere, and that is quickly seen.
+        let even = |bytes: &[u8]| {
+            bytes
+                .split_first()
+                .is_none_or(|(_, rest)| rest == &bytes[..rest.len()])
+        };
+        let wrong = |(byte, allowed): (&u8, &u8)| {
+            1u8.checked_shl(u32::from(*byte))
+                .is_none_or(|bit| bit & allowed == 0)
+        };
+        let sectors = disk.chunks(512).zip(self.bytes.chunks(512)).enumerate();
+        let mut suspects = sectors.filter(|(_, (disk, allowed))| {
+            !(even(disk) && even(allowed)) || disk.iter().zip(*allowed).take(1).any(wrong)
+        });
+        let at = suspects.find_map(|(sector, (disk, allowed))| {
+            let at = disk.iter().zip(allowed).position(wrong)?;
+            Some(sector * 512 + at)
+        })?;
+        Some(format!(
+            "byte {at:#x} is {:#x}, allowed is {:#010b}",
+            disk[at], self.bytes[at]
+        ))
+    }
+}
+
+/// The cluster size of scenarios that write compressed clusters.
+pub(super) const CLUSTER: u64 = 4096;
+
+fn index(offset: u64) -> usize {
+    usize::try_from(offset).expect("small")
+}
+
+pub(super) fn report(layer: &dyn Layer, repair: Repair) -> CheckReport {
+    layer.check(repair, &Progress::none()).expect("can be checked")
+}
+
+/// Says what is wrong with an image that nothing but leaked clusters may be wrong with.
+pub(super) fn find_fault(files: &[Vec<u8>], disk: &State, snapshot: Option<&[u8]>) -> Option<String> {
+    let devices = in_memory(files);
+    let image = match open_on(&devices, false) {
+        Ok(image) => image,
+        Err(error) => return Some(format!("does not open: {}", error.chain())),
+    };
+    let found = report(&**image.layer(), Repair::No);
+    if found.corruptions > 0 || found.check_errors > 0 {
+        return Some(format!("{found:?}"));
+    }
+    let mut bytes = filled(image.len(), 0xee);
+    if let Err(error) = image.read_at(&mut bytes, 0) {
+        return Some(format!("does not read: {}", error.chain()));
+    }
+    if let Some(wrong) = disk.refuse(&bytes) {
+        return Some(wrong);
+    }
+    if let Some(before) = snapshot {
+        let layer = image.layer().snapshot(None, Some("s")).expect("readable");
+        let kept = Image::new(layer.expect("has snapshots"), None, "snapshot", false);
+        if read_all(&kept) != before {
+            return Some("the snapshot has changed".to_owned());
+        }
+    }
+    if found.leaks > 0 {
+        let layer = open_layer(&devices, true, true).expect("opens for repair");
+        let mended = report(&*layer, Repair::Leaks);
+        drop(layer);
+        let again = report(&**open_on(&devices, false).expect("opens").layer(), Repair::No);
+        if (mended.leaks_fixed, again.leaks, again.corruptions) != (found.leaks, 0, 0) {
+            return Some(format!("leaks cannot be mended: {found:?} {mended:?} {again:?}"));
+        }
+    }
+    None
+}
+
+/// Puts a snapshot named "s" into an image with one refcount block of 16-bit counts, by hand: nothing of what is tested
+/// takes part.
+fn take_snapshot(file: &mut Vec<u8>) {
+    let number = |file: &[u8], at: usize, len: usize| {
+        file[at..at + len]
+            .iter()
+            .fold(0u64, |n, byte| n << 8 | u64::from(*byte))
+    };
+    let cluster = 1usize << number(file, 20, 4);
+    let entries = number(file, 36, 4);
+    let l1 = index(number(file, 40, 8));
+    let block = index(number(file, index(number(file, 48, 8)), 8));
+    let size = number(file, 24, 8);
+    let count = |file: &mut Vec<u8>, offset: u64, count: u8| {
+        let at = block + index(offset) / cluster * 2;
+        file[at..at + 2].copy_from_slice(&[0, count]);
+    };
+    let shared = |file: &mut Vec<u8>, at: usize| -> usize {
+        let offset = number(file, at, 8) & 0x00ff_ffff_ffff_fe00;
+        if offset != 0 {
+            file[at] &= 0x7f;
+            count(file, offset, 2);
+        }
+        index(offset)
+    };
+    for entry in 0..index(entries) {
+        let l2 = shared(file, l1 + entry * 8);
+        for at in (l2..l2 + if l2 > 0 { cluster } else { 0 }).step_by(8) {
+            shared(file, at);
+        }
+    }
+    file.resize(file.len().next_multiple_of(cluster), 0);
+    let (copy, table) = (file.len(), file.len() + cluster);
+    file.extend_from_within(l1..l1 + cluster);
+    let mut snapshot = Vec::new();
+    snapshot.extend_from_slice(&(copy as u64).to_be_bytes());
+    snapshot.extend_from_slice(&file[36..40]);
+    snapshot.extend_from_slice(&[0, 1, 0, 1]);
+    snapshot.extend_from_slice(&[0; 20]);
+    snapshot.extend_from_slice(&16u32.to_be_bytes());
+    snapshot.extend_from_slice(&[0; 8]);
+    snapshot.extend_from_slice(&size.to_be_bytes());
+    snapshot.extend_from_slice(b"1s");
+    snapshot.resize(cluster, 0);
+    file.extend_from_slice(&snapshot);
+    count(file, copy as u64, 1);
+    count(file, table as u64, 1);
+    file[60..64].copy_from_slice(&1u32.to_be_bytes());
+    file[64..72].copy_from_slice(&(table as u64).to_be_bytes());
+}

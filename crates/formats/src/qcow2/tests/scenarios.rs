@@ -1,0 +1,206 @@
+//! The things done to images that crashes and faults are tried on.
+
+use diskimage_core::{Preallocation as P, ZeroMode};
+
+use super::scenario::Step::{Compressed, Discard, Flush, Resize, Write, Zero};
+use super::scenario::{Scenario, Step};
+
+const KIB: u64 = 1024;
+const KEEP: ZeroMode = ZeroMode::KeepAllocated;
+const UNMAP: ZeroMode = ZeroMode::Unmap;
+
+/// Writes, overwrites, zeroes and discards all over a disk of 256 KiB whose first half holds data.
+fn everything() -> Vec<Step> {
+    vec![
+        Write(0, 5000, 2),
+        Write(140_000, 9000, 3),
+        Flush,
+        Write(139_000, 2000, 4),
+        Zero(8192, 16384, UNMAP),
+        Zero(32768, 8192, KEEP),
+        Flush,
+        Write(9000, 10, 5),
+        Write(33_000, 4096, 5),
+        Write(200_000, 4096, 5),
+        Flush,
+        Discard(40_960, 32_768),
+        Write(49_152, 4096, 6),
+        Write(250_000, 3000, 6),
+        Flush,
+        // What was given up is used again.
+        Write(150_000, 40_000, 7),
+        Write(0, 4096, 7),
+        Flush,
+    ]
+}
+
+fn scenario(name: &'static str, options: &'static str, steps: Vec<Step>) -> Scenario {
+    Scenario {
+        name,
+        options,
+        size: 256 * KIB,
+        setup: vec![Write(0, 128 * KIB, 1)],
+        snapshot: false,
+        steps,
+    }
+}
+
+pub(super) fn all() -> Vec<Scenario> {
+    let mut all = vec![
+        scenario("clusters of 4 KiB", "cluster_size=4096", everything()),
+        scenario("clusters of 512 bytes", "cluster_size=512", everything()),
+        scenario("version 2", "cluster_size=512,compat=0.10", everything()),
+        scenario(
+            "one-bit refcounts",
+            "cluster_size=4096,refcount_bits=1",
+            everything(),
+        ),
+        scenario("subclusters", "cluster_size=16384,extended_l2=on", everything()),
+        scenario(
+            "lazy refcounts",
+            "cluster_size=4096,lazy_refcounts=on",
+            everything(),
+        ),
+        scenario("a data file", "cluster_size=4096,data_file=data", everything()),
+        scenario(
+            "a raw data file",
+            "cluster_size=4096,data_file=data,data_file_raw=on",
+            everything(),
+        ),
+        Scenario {
+            snapshot: true,
+            ..scenario(
+                "clusters that a snapshot shares",
+                "cluster_size=4096",
+                everything(),
+            )
+        },
+    ];
+    all.extend([
+        compressed(),
+        shrinking(),
+        shrinking_small(),
+        below_snapshot(),
+        table_growth(),
+    ]);
+    all.extend(growing());
+    all
+}
+
+fn compressed() -> Scenario {
+    let steps = vec![
+        Compressed(0, 2),
+        Compressed(4096, 3),
+        Compressed(128 * KIB, 4),
+        Flush,
+        Compressed(0, 5),
+        Write(4096, 100, 6),
+        Compressed(8192, 2),
+        Flush,
+        Discard(0, 4096),
+        Compressed(12_288, 3),
+        Zero(8192, 4096, UNMAP),
+        Flush,
+        Compressed(16_384, 4),
+        Write(132 * KIB, 4096, 5),
+        Write(128 * KIB, 4096, 7),
+        Flush,
+    ];
+    scenario("compressed clusters", "cluster_size=4096", steps)
+}
+
+fn shrinking() -> Scenario {
+    let steps = vec![
+        Write(180_000, 20_000, 2),
+        Resize(190_464, P::Off),
+        Write(0, 5000, 3),
+        Resize(100 * KIB, P::Off),
+        Flush,
+        Resize(256 * KIB, P::Off),
+        Write(110 * KIB, 9000, 4),
+        Flush,
+    ];
+    scenario("shrinking", "cluster_size=4096", steps)
+}
+
+fn shrinking_small() -> Scenario {
+    let steps = vec![
+        Resize(60_928, P::Off),
+        Write(20_000, 10_000, 3),
+        Flush,
+        Resize(512, P::Off),
+        Write(0, 512, 4),
+        Flush,
+        Resize(64 * KIB, P::Off),
+        Write(40_000, 10_000, 5),
+        Flush,
+    ];
+    scenario("shrinking with small clusters", "cluster_size=512", steps)
+}
+
+fn below_snapshot() -> Scenario {
+    let steps = vec![
+        Resize(150_016, P::Off),
+        Write(60_000, 512, 2),
+        Resize(40 * KIB, P::Off),
+        Flush,
+        Resize(400 * KIB, P::Metadata),
+        Write(0, 10_000, 3),
+        Flush,
+    ];
+    Scenario {
+        snapshot: true,
+        ..scenario("a new size above a snapshot", "cluster_size=4096", steps)
+    }
+}
+
+/// A refcount table that has no room left, with tables of L2 entries to be made at the same time.
+fn table_growth() -> Scenario {
+    let steps = vec![
+        Write(1900 * KIB, 60 * KIB, 2),
+        Flush,
+        Write(1960 * KIB, 100 * KIB, 3),
+        Write(0, 4096, 4),
+        Flush,
+        Write(2500 * KIB, 10 * KIB, 5),
+        Discard(64 * KIB, 64 * KIB),
+        Flush,
+        Write(2600 * KIB, 20 * KIB, 6),
+        Flush,
+    ];
+    Scenario {
+        size: 3 << 20,
+        setup: vec![Write(0, 1890 * KIB, 1)],
+        ..scenario(
+            "a larger refcount table",
+            "cluster_size=512,refcount_bits=64",
+            steps,
+        )
+    }
+}
+
+fn growing() -> impl Iterator<Item = Scenario> {
+    let modes = [
+        ("growing", P::Off),
+        ("growing with tables", P::Metadata),
+        ("growing with storage", P::Falloc),
+        ("growing with zeroes", P::Full),
+    ];
+    modes.into_iter().map(|(name, mode)| {
+        let steps = vec![
+            Write(130 * KIB, 1000, 2),
+            Resize(300_032, mode),
+            Write(260 * KIB, 4096, 3),
+            Resize(400 * KIB, mode),
+            Write(0, 3000, 4),
+            Flush,
+            Write(390 * KIB, 3000, 5),
+            Discard(0, 16_384),
+            Flush,
+            Resize(450 * KIB, mode),
+            Write(440 * KIB, 3000, 6),
+            Flush,
+        ];
+        scenario(name, "cluster_size=512", steps)
+    })
+}

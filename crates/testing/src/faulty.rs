@@ -1,0 +1,245 @@
+//! A device that fails on demand.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use diskimage_core::{
+    ByteRange, Device, Error, Extent, Limits, Preallocation, Result, Want, ZeroMode, align_down,
+};
+
+/// Which requests are counted, and may fail.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Requests {
+    /// All.
+    Any,
+    /// Those that change the device: writes, zeroes and changes of size.
+    Writes,
+}
+
+/// What goes wrong.
+#[derive(Clone, Copy, Debug)]
+pub struct Fault {
+    /// Which requests are counted.
+    pub requests: Requests,
+    /// How many of them succeed first.
+    pub after: u64,
+    /// Whether all that follow fail as well.
+    pub lasting: bool,
+    /// Whether a write that fails has written about half of its sectors.
+    pub torn: bool,
+}
+
+impl Fault {
+    /// Every request from the n-th on fails.
+    pub fn from(after: u64) -> Self {
+        Self {
+            requests: Requests::Any,
+            after,
+            lasting: true,
+            torn: false,
+        }
+    }
+
+    /// Only the n-th request fails.
+    pub fn once(after: u64) -> Self {
+        Self {
+            lasting: false,
+            ..Self::from(after)
+        }
+    }
+
+    /// The same fault, in writes that leave about half of their sectors behind.
+    #[must_use]
+    pub fn torn(self) -> Self {
+        Self { torn: true, ..self }
+    }
+
+    /// The same fault, counting only `requests`.
+    #[must_use]
+    pub fn counting(self, requests: Requests) -> Self {
+        Self { requests, ..self }
+    }
+}
+
+/// A device that passes requests on until it is told to fail some: with `Input/output error`, or with `No space left
+/// on device` where a limit of bytes was set.
+#[derive(Debug)]
+pub struct Faulty {
+    below: Arc<dyn Device>,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    fault: Option<Fault>,
+    seen: u64,
+    failed: u64,
+    limit: Option<u64>,
+}
+
+/// The unit that a disk writes whole or not at all.
+const SECTOR: u64 = 512;
+/// `Input/output error`.
+const EIO: i32 = 5;
+/// `No space left on device`.
+const ENOSPC: i32 = 28;
+
+impl Faulty {
+    /// A device that fails nothing yet.
+    pub fn new(below: Arc<dyn Device>) -> Self {
+        Self {
+            below,
+            state: Mutex::default(),
+        }
+    }
+
+    /// Sets what goes wrong from now on.
+    pub fn arm(&self, fault: Fault) {
+        *self.lock() = State {
+            fault: Some(fault),
+            ..State::default()
+        };
+    }
+
+    /// Nothing beyond the first `bytes` can be written from now on.
+    pub fn fill_up(&self, bytes: u64) {
+        *self.lock() = State {
+            limit: Some(bytes),
+            ..State::default()
+        };
+    }
+
+    /// Lets everything through again. How many requests have failed.
+    pub fn heal(&self) -> u64 {
+        std::mem::take(&mut *self.lock()).failed
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Counts a request; the fault that it meets.
+    fn count(&self, change: bool) -> Option<Fault> {
+        let mut state = self.lock();
+        let fault = state
+            .fault
+            .filter(|fault| change || fault.requests == Requests::Any)?;
+        let number = state.seen;
+        state.seen += 1;
+        let hit = number == fault.after || (fault.lasting && number > fault.after);
+        state.failed += u64::from(hit);
+        hit.then_some(fault)
+    }
+
+    fn pass(&self, change: bool) -> Result<()> {
+        match self.count(change) {
+            Some(_) => Err(Error::from_errno(EIO)),
+            None => Ok(()),
+        }
+    }
+
+    /// Refuses what ends beyond the limit.
+    fn fit(&self, end: u64) -> Result<()> {
+        let mut state = self.lock();
+        let full = state.limit.is_some_and(|limit| end > limit);
+        state.failed += u64::from(full);
+        if full {
+            return Err(Error::from_errno(ENOSPC));
+        }
+        Ok(())
+    }
+}
+
+impl Device for Faulty {
+    fn len(&self) -> u64 {
+        self.below.len()
+    }
+    fn limits(&self) -> &Limits {
+        self.below.limits()
+    }
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        self.pass(false)?;
+        self.below.read_at(buf, offset)
+    }
+    fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
+        if let Some(fault) = self.count(true) {
+            if fault.torn {
+                let half = align_down(offset + buf.len() as u64 / 2, SECTOR).saturating_sub(offset);
+                self.below
+                    .write_at(&buf[..usize::try_from(half).unwrap_or(0)], offset)?;
+            }
+            return Err(Error::from_errno(EIO));
+        }
+        if let Err(error) = self.fit(offset + buf.len() as u64) {
+            let limit = self.lock().limit.unwrap_or(0);
+            let room = usize::try_from(limit.saturating_sub(offset)).unwrap_or(0);
+            self.below.write_at(&buf[..room.min(buf.len())], offset)?;
+            return Err(error);
+        }
+        self.below.write_at(buf, offset)
+    }
+    fn write_zeroes(&self, range: ByteRange, mode: ZeroMode) -> Result<()> {
+        self.pass(true)?;
+        self.fit(range.end())?;
+        self.below.write_zeroes(range, mode)
+    }
+    fn discard(&self, range: ByteRange) -> Result<()> {
+        self.pass(false)?;
+        self.below.discard(range)
+    }
+    fn status(&self, range: ByteRange, want: Want) -> Result<Extent> {
+        self.pass(false)?;
+        self.below.status(range, want)
+    }
+    fn flush(&self) -> Result<()> {
+        self.pass(false)?;
+        self.below.flush()
+    }
+    fn resize(&self, len: u64, preallocation: Preallocation) -> Result<()> {
+        self.pass(true)?;
+        if preallocation != Preallocation::Off {
+            self.fit(len)?;
+        }
+        self.below.resize(len, preallocation)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use diskimage_core::MemoryDevice;
+
+    use super::*;
+
+    fn device() -> (Arc<MemoryDevice>, Faulty) {
+        let memory = Arc::new(MemoryDevice::default());
+        let below: Arc<dyn Device> = Arc::<MemoryDevice>::clone(&memory);
+        (memory, Faulty::new(below))
+    }
+
+    #[test]
+    fn only_the_chosen_request_fails_or_all_from_it_on() {
+        for (fault, outcomes) in [
+            (Fault::once(1), [true, false, true]),
+            (Fault::from(1), [true, false, false]),
+        ] {
+            let (_, device) = device();
+            device.arm(fault);
+            let got = [device.flush(), device.write_at(b"a", 0), device.flush()].map(|result| result.is_ok());
+            assert_eq!(got, outcomes);
+            assert_eq!(device.heal(), outcomes.iter().filter(|ok| !**ok).count() as u64);
+            assert!(device.flush().is_ok());
+        }
+    }
+
+    #[test]
+    fn torn_writes_and_full_disks_keep_a_part() {
+        let (memory, device) = device();
+        device.arm(Fault::once(0).torn().counting(Requests::Writes));
+        device.flush().expect("not counted");
+        assert!(device.write_at(&[1; 1024], 0).is_err());
+        assert_eq!(memory.contents(), [1; 512]);
+        device.fill_up(514);
+        let error = device.write_at(b"xyz", 512).expect_err("too long");
+        assert_eq!(error.errno(), Some(ENOSPC));
+        assert_eq!(&memory.contents()[512..], b"xy");
+    }
+}

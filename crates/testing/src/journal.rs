@@ -1,0 +1,307 @@
+//! Devices that remember what was done to them, and what a crash may leave of it.
+//!
+//! What was done before a completed flush is there after a crash. Of what was done since, anything may be: in the order
+//! it was done up to some request, or any of it without the rest, and of a write any of its sectors.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use diskimage_core::{
+    ByteRange, Device, Extent, Limits, MemoryDevice, Preallocation, Result, Want, ZeroMode,
+};
+
+/// What was done to some devices, in order.
+#[derive(Debug, Default)]
+pub struct Journal {
+    entries: Mutex<Vec<Entry>>,
+}
+
+/// One thing done to one of the devices.
+#[derive(Clone, Debug)]
+struct Entry {
+    device: usize,
+    change: Change,
+}
+
+#[derive(Clone, Debug)]
+enum Change {
+    Write(u64, Vec<u8>),
+    Zeroes(ByteRange),
+    Discard(ByteRange),
+    Resize(u64),
+    Flush,
+}
+
+/// What a crash left.
+#[derive(Debug)]
+pub struct Crash<'a> {
+    /// How many journal entries had happened.
+    pub position: usize,
+    /// The contents of the devices, in the order in which they were recorded.
+    pub files: &'a [Vec<u8>],
+    /// Which of the unflushed requests are in them, in words.
+    pub kept: &'a str,
+}
+
+/// What becomes of one unflushed request.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Fate {
+    Kept,
+    Lost,
+    Torn,
+}
+
+/// The unit that a disk writes whole or not at all.
+const SECTOR: u64 = 512;
+
+/// What is left where something was discarded: nobody may rely on zeroes there.
+const DISCARDED: u8 = 0xa5;
+
+impl Journal {
+    /// How many entries there are.
+    pub fn len(&self) -> usize {
+        self.lock().len()
+    }
+
+    /// Whether nothing has been done yet.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<Entry>> {
+        self.entries.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Shows `check` what a crash may leave, for devices that held `before` when recording began: after each entry,
+    /// what was done in order; at each flush also all but one request, one request alone, and `samples` random choices,
+    /// torn ones among them. How many crashes that were.
+    pub fn crashes(
+        &self,
+        before: &[Vec<u8>],
+        samples: usize,
+        seed: u64,
+        mut check: impl FnMut(&Crash<'_>),
+    ) -> usize {
+        let entries = self.lock().clone();
+        let mut random = Random(seed | 1);
+        let mut settled = before.to_vec();
+        let mut pending: Vec<&Entry> = Vec::new();
+        let mut count = 0;
+        for position in 0..=entries.len() {
+            let mut crash = |fates: &[Fate], kept: &str, random: &mut Random| {
+                let mut files = settled.clone();
+                for (entry, fate) in pending.iter().zip(fates) {
+                    apply(&mut files[entry.device], &entry.change, *fate, random);
+                }
+                count += 1;
+                check(&Crash {
+                    position,
+                    files: &files,
+                    kept,
+                });
+            };
+            let all = vec![Fate::Kept; pending.len()];
+            crash(&all, "all in order", &mut random);
+            let next = entries.get(position);
+            let settles = next.is_none_or(|entry| matches!(entry.change, Change::Flush));
+            if settles && !pending.is_empty() {
+                for one in 0..pending.len() {
+                    let mut fates = all.clone();
+                    fates[one] = Fate::Lost;
+                    crash(
+                        &fates,
+                        &format!("all but {one} of {}", pending.len()),
+                        &mut random,
+                    );
+                    let mut fates = vec![Fate::Lost; pending.len()];
+                    fates[one] = Fate::Kept;
+                    crash(&fates, &format!("only {one} of {}", pending.len()), &mut random);
+                }
+                for sample in 0..samples {
+                    let fates: Vec<Fate> = pending.iter().map(|_| random.fate()).collect();
+                    crash(&fates, &format!("sample {sample}"), &mut random);
+                }
+            }
+            match next {
+                Some(entry) if matches!(entry.change, Change::Flush) => {
+                    for done in pending.iter().filter(|done| done.device == entry.device) {
+                        apply(&mut settled[done.device], &done.change, Fate::Kept, &mut random);
+                    }
+                    pending.retain(|done| done.device != entry.device);
+                }
+                Some(entry) => pending.push(entry),
+                None => {}
+            }
+        }
+        count
+    }
+}
+
+fn apply(file: &mut Vec<u8>, change: &Change, fate: Fate, random: &mut Random) {
+    if fate == Fate::Lost {
+        return;
+    }
+    match change {
+        Change::Write(offset, bytes) => {
+            let whole = ByteRange::at(*offset, bytes.len() as u64);
+            let mut rest = whole;
+            while !rest.is_empty() {
+                let part = rest.first(SECTOR - rest.start() % SECTOR);
+                rest = rest.skip(part.len());
+                if fate == Fate::Kept || random.next() & 1 == 0 {
+                    let from = index(part.start() - whole.start());
+                    put(file, part, |into| {
+                        into.copy_from_slice(&bytes[from..from + into.len()]);
+                    });
+                }
+            }
+        }
+        Change::Zeroes(range) => put(file, *range, |into| into.fill(0)),
+        Change::Discard(range) => {
+            let inside = range.intersect(ByteRange::new(0, file.len() as u64));
+            file[index(inside.start())..index(inside.end())].fill(DISCARDED);
+        }
+        Change::Resize(len) => file.resize(index(*len), 0),
+        Change::Flush => {}
+    }
+}
+
+/// Changes the bytes of `range`, making the file longer if need be.
+fn put(file: &mut Vec<u8>, range: ByteRange, change: impl FnOnce(&mut [u8])) {
+    let (start, end) = (index(range.start()), index(range.end()));
+    if file.len() < end {
+        file.resize(end, 0);
+    }
+    change(&mut file[start..end]);
+}
+
+fn index(offset: u64) -> usize {
+    usize::try_from(offset).expect("devices in memory are small")
+}
+
+/// Numbers that look random and are the same each time.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 >> 11
+    }
+
+    fn fate(&mut self) -> Fate {
+        match self.next() % 8 {
+            0..4 => Fate::Kept,
+            4..6 => Fate::Lost,
+            _ => Fate::Torn,
+        }
+    }
+}
+
+/// A device in memory that remembers what is done to it.
+#[derive(Debug)]
+pub struct Recorder {
+    below: MemoryDevice,
+    device: usize,
+    journal: Arc<Journal>,
+}
+
+impl Recorder {
+    /// A device with these bytes, the `device`-th of those that `journal` is for.
+    pub fn new(bytes: Vec<u8>, device: usize, journal: &Arc<Journal>) -> Self {
+        Self {
+            below: MemoryDevice::new(bytes),
+            device,
+            journal: Arc::clone(journal),
+        }
+    }
+
+    fn note(&self, change: Change) {
+        let device = self.device;
+        self.journal.lock().push(Entry { device, change });
+    }
+}
+
+impl Device for Recorder {
+    fn len(&self) -> u64 {
+        self.below.len()
+    }
+    fn limits(&self) -> &Limits {
+        self.below.limits()
+    }
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        self.below.read_at(buf, offset)
+    }
+    fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
+        self.note(Change::Write(offset, buf.to_vec()));
+        self.below.write_at(buf, offset)
+    }
+    fn write_zeroes(&self, range: ByteRange, mode: ZeroMode) -> Result<()> {
+        self.note(Change::Zeroes(range));
+        self.below.write_zeroes(range, mode)
+    }
+    fn discard(&self, range: ByteRange) -> Result<()> {
+        self.note(Change::Discard(range));
+        let inside = range.intersect(ByteRange::new(0, self.len()));
+        self.below
+            .write_at(&vec![DISCARDED; index(inside.len())], inside.start())
+    }
+    fn status(&self, range: ByteRange, want: Want) -> Result<Extent> {
+        self.below.status(range, want)
+    }
+    fn flush(&self) -> Result<()> {
+        self.note(Change::Flush);
+        self.below.flush()
+    }
+    fn resize(&self, len: u64, preallocation: Preallocation) -> Result<()> {
+        self.note(Change::Resize(len));
+        self.below.resize(len, preallocation)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn what_was_flushed_is_always_there_and_the_rest_may_be() {
+        let journal = Arc::default();
+        let device = Recorder::new(vec![0; 1], 0, &journal);
+        device.write_at(b"a", 0).expect("memory");
+        device.flush().expect("memory");
+        device.write_at(b"b", 0).expect("memory");
+        device.write_at(b"c", 1).expect("memory");
+        let mut seen = BTreeSet::new();
+        journal.crashes(&[vec![0]], 20, 1, |crash| {
+            seen.insert((crash.position, crash.files[0].clone()));
+        });
+        let at = |position| -> Vec<Vec<u8>> {
+            let here = seen.iter().filter(|(at, _)| *at == position);
+            here.map(|(_, file)| file.clone()).collect()
+        };
+        assert_eq!(at(0), [b"\0"]);
+        assert_eq!(at(1), [b"\0", b"a"]);
+        assert_eq!(at(2), [b"a"]);
+        assert_eq!(at(3), [b"b"]);
+        assert_eq!(at(4), [&b"a"[..], b"ac", b"b", b"bc"]);
+    }
+
+    #[test]
+    fn writes_are_torn_between_sectors_only() {
+        let journal = Arc::default();
+        let device = Recorder::new(vec![0; 2048], 0, &journal);
+        device.write_at(&[1; 1000], 300).expect("memory");
+        let mut seen = BTreeSet::new();
+        journal.crashes(&[vec![0; 2048]], 100, 1, |crash| {
+            let sectors = [300..512, 512..1024, 1024..1300].map(|part| {
+                let part = &crash.files[0][part];
+                assert!(part.iter().all(|byte| *byte == part[0]));
+                part[0]
+            });
+            seen.insert(sectors);
+        });
+        assert_eq!(seen.len(), 8);
+    }
+}
