@@ -5,17 +5,16 @@ use std::sync::Arc;
 use diskimage_core::Device;
 use diskimage_testing::{Journal, Recorder};
 
-use super::scenario::{Model, PLENTY, SCARCE, Scenario, find_fault, in_memory, open_on, open_with_memory};
-use super::{Closed, create, read_all, scenarios};
+use super::scenario::{
+    Model, PLENTY, SCARCE, Scenario, find_fault, has_sound_bitmap, open_on, open_with_memory,
+};
+use super::{Closed, create, scenarios};
 
 const SAMPLES: usize = 12;
 
 /// How many crashes were tried.
 fn crash_everywhere(scenario: &Scenario, memory: usize) -> usize {
-    let (files, mut model) = scenario.prepare();
-    let snapshot = scenario
-        .snapshot
-        .then(|| read_all(&open_on(&in_memory(&files), false).expect("opens")));
+    let (files, before, mut model) = scenario.prepare();
     let journal: Arc<Journal> = Arc::default();
     let devices: Vec<Arc<dyn Device>> = files
         .iter()
@@ -32,11 +31,12 @@ fn crash_everywhere(scenario: &Scenario, memory: usize) -> usize {
         model.done(step);
         models.push((journal.len(), model.clone()));
     }
+    assert!(!scenario.bitmap || has_sound_bitmap(&image), "{}", scenario.name);
     let mut faults = Vec::new();
     let count = journal.crashes(&files, SAMPLES, 0x5eed, |crash| {
         let known = models.partition_point(|(position, _)| *position <= crash.position);
         let (_, model) = &models[known - 1];
-        if let Some(fault) = find_fault(crash.files, &model.crashed, snapshot.as_deref()) {
+        if let Some(fault) = find_fault(crash.files, &model.crashed, &before) {
             faults.push(format!("at {} ({}): {fault}", crash.position, crash.kept));
         }
     });

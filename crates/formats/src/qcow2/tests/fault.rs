@@ -5,9 +5,7 @@ use std::sync::Arc;
 use diskimage_core::{Device, Image, MemoryDevice};
 use diskimage_testing::{Fault, Faulty};
 
-use super::scenario::{
-    Files, Model, PLENTY, SCARCE, Scenario, Step, find_fault, in_memory, open_on, open_with_memory,
-};
+use super::scenario::{Before, Files, Model, PLENTY, SCARCE, Scenario, Step, find_fault, open_with_memory};
 use super::{read_all, scenarios};
 
 /// Devices in memory that fail, and what they hold.
@@ -51,7 +49,7 @@ struct Outcome {
 struct Attempt<'a> {
     scenario: &'a Scenario,
     model: Model,
-    snapshot: Option<&'a [u8]>,
+    before: &'a Before,
     disks: Disks,
     /// The device that fails.
     failing: usize,
@@ -135,7 +133,7 @@ impl Attempt<'_> {
     }
 
     fn judge(&self, state: &super::scenario::State, when: &str) -> Result<(), String> {
-        match find_fault(&self.disks.contents(), state, self.snapshot) {
+        match find_fault(&self.disks.contents(), state, self.before) {
             Some(fault) => Err(format!("{when}: {fault}")),
             None => Ok(()),
         }
@@ -155,10 +153,7 @@ type Kind = fn(u64) -> Fault;
 
 /// How many faults were met, and the first complaints.
 fn fail_everywhere(scenario: &Scenario, memory: usize, kinds: &[Kind]) -> (u32, Vec<String>) {
-    let (files, model) = scenario.prepare();
-    let snapshot = scenario
-        .snapshot
-        .then(|| read_all(&open_on(&in_memory(&files), false).expect("opens")));
+    let (files, before, model) = scenario.prepare();
     let mut count = 0;
     let mut complaints = Vec::new();
     for failing in 0..files.len() {
@@ -167,7 +162,7 @@ fn fail_everywhere(scenario: &Scenario, memory: usize, kinds: &[Kind]) -> (u32, 
                 let attempt = Attempt {
                     scenario,
                     model: model.clone(),
-                    snapshot: snapshot.as_deref(),
+                    before: &before,
                     disks: Disks::new(&files),
                     failing,
                     memory,

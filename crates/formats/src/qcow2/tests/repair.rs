@@ -52,7 +52,7 @@ fn set_count(file: &mut [u8], offset: usize, count: u8) {
 }
 
 /// Clusters in use that count as free: the refcount structures are made anew.
-fn uncount(file: &mut Vec<u8>) {
+fn uncount(file: &mut [u8]) {
     for cluster in [0, 3, 9] {
         let offset = data(file, cluster);
         set_count(file, offset, 0);
@@ -73,7 +73,7 @@ fn leak(file: &mut Vec<u8>) {
     }
 }
 
-fn dirty(file: &mut Vec<u8>) {
+fn dirty(file: &mut [u8]) {
     file[79] |= 1;
 }
 
@@ -93,8 +93,10 @@ fn damages() -> Vec<Damage> {
             set_count(file, offset, 3);
         }),
         damage("leaks and all", false, all, leak),
-        damage("clusters that count as free", false, all, uncount),
-        damage("clusters of a snapshot that count as free", true, all, uncount),
+        damage("clusters that count as free", false, all, |file| uncount(file)),
+        damage("clusters of a snapshot that count as free", true, all, |file| {
+            uncount(file)
+        }),
         damage("low counts", true, all, |file| {
             for cluster in 0..12 {
                 let offset = data(file, cluster);
@@ -151,9 +153,10 @@ impl Damage {
                 Write(2_500_000, 5000, 3),
             ],
             snapshot: self.snapshot,
+            bitmap: false,
             steps: Vec::new(),
         };
-        let (mut files, _) = scenario.prepare();
+        let (mut files, _, _) = scenario.prepare();
         (self.harm)(&mut files[0]);
         files
     }

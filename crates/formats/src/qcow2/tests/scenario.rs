@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use diskimage_core::{
-    Budget, ByteRange, CheckReport, Device, Gate, Image, Layer, MemoryDevice, OpenRequest, Preallocation,
-    Progress, Reference, Repair, ResizeRequest, Result, ZeroMode,
+    Budget, ByteRange, CheckReport, Device, Gate, Image, Layer, MemoryDevice, NewBitmap, OpenRequest,
+    Preallocation, Progress, Reference, Repair, ResizeRequest, Result, ZeroMode,
 };
 
 use super::super::Qcow2;
@@ -33,16 +33,34 @@ pub(super) struct Scenario {
     pub(super) setup: Vec<Step>,
     /// Puts the disk as it is after that into a snapshot.
     pub(super) snapshot: bool,
+    /// Has a bitmap record what is written after that.
+    pub(super) bitmap: bool,
     /// What is watched.
     pub(super) steps: Vec<Step>,
 }
+
+/// What is known of an image before things are done to it.
+#[derive(Debug)]
+pub(super) struct Before {
+    /// What the disk reads as.
+    disk: Vec<u8>,
+    /// Whether there is a snapshot of that.
+    snapshot: bool,
+    /// Whether a bitmap records what is written.
+    bitmap: bool,
+}
+
+const BITMAP: &str = "b";
+
+/// How much of the disk one bit of the bitmap stands for.
+const GRANULE: u64 = 4096;
 
 /// The contents of the files of an image: the image itself, and its data file if it has one.
 pub(super) type Files = Vec<Vec<u8>>;
 
 impl Scenario {
-    /// The files and what the disk reads as when the watching begins.
-    pub(super) fn prepare(&self) -> (Files, Model) {
+    /// The files, what is known of them, and what the disk may read as, when the watching begins.
+    pub(super) fn prepare(&self) -> (Files, Before, Model) {
         let data = Arc::new(MemoryDevice::default());
         let file = create(self.options, self.size, &OneFile(Arc::clone(&data)));
         let devices: Vec<Arc<dyn Device>> = vec![
@@ -56,12 +74,27 @@ impl Scenario {
             step.apply(&image).expect("nothing fails yet");
             model.done(step);
         }
+        if self.bitmap {
+            let bitmaps = image.layer().bitmaps().expect("version 3 has bitmaps");
+            let bitmap = NewBitmap {
+                name: BITMAP,
+                granularity: Some(GRANULE),
+                enabled: true,
+            };
+            bitmaps.add(&bitmap).expect("nothing fails yet");
+            image.flush().expect("nothing fails yet");
+        }
+        let before = Before {
+            disk: read_all(&image),
+            snapshot: self.snapshot,
+            bitmap: self.bitmap,
+        };
         drop(image);
         let mut files = vec![file.contents(), data.contents()];
         if self.snapshot {
             take_snapshot(&mut files[0]);
         }
-        (files, model)
+        (files, before, model)
     }
 }
 
@@ -260,7 +293,7 @@ pub(super) fn report(layer: &dyn Layer, repair: Repair) -> CheckReport {
 }
 
 /// Says what is wrong with an image that nothing but leaked clusters may be wrong with.
-pub(super) fn find_fault(files: &[Vec<u8>], disk: &State, snapshot: Option<&[u8]>) -> Option<String> {
+pub(super) fn find_fault(files: &[Vec<u8>], disk: &State, before: &Before) -> Option<String> {
     let devices = in_memory(files);
     let image = match open_on(&devices, false) {
         Ok(image) => image,
@@ -277,12 +310,17 @@ pub(super) fn find_fault(files: &[Vec<u8>], disk: &State, snapshot: Option<&[u8]
     if let Some(wrong) = disk.refuse(&bytes) {
         return Some(wrong);
     }
-    if let Some(before) = snapshot {
+    if before.snapshot {
         let layer = image.layer().snapshot(None, Some("s")).expect("readable");
         let kept = Image::new(layer.expect("has snapshots"), None, "snapshot", false);
-        if read_all(&kept) != before {
+        if read_all(&kept) != before.disk {
             return Some("the snapshot has changed".to_owned());
         }
+    }
+    if before.bitmap
+        && let Some(fault) = find_unrecorded(&image, &bytes, before)
+    {
+        return Some(fault);
     }
     if found.leaks > 0 {
         let layer = open_layer(&devices, true, true).expect("opens for repair");
@@ -294,6 +332,42 @@ pub(super) fn find_fault(files: &[Vec<u8>], disk: &State, snapshot: Option<&[u8]
         }
     }
     None
+}
+
+/// Says what differs from before although a bitmap that can be relied on does not say so.
+fn find_unrecorded(image: &Image, disk: &[u8], before: &Before) -> Option<String> {
+    if !has_sound_bitmap(image) {
+        return None;
+    }
+    let mut recorded = vec![false; disk.len().div_ceil(index(GRANULE))];
+    let bitmaps = image.layer().bitmaps()?;
+    let outcome = bitmaps.marked(BITMAP, &mut |range| {
+        let granules = range.align_out(GRANULE);
+        recorded[index(granules.start() / GRANULE)..index(granules.end() / GRANULE)].fill(true);
+        Ok(())
+    });
+    if let Err(error) = outcome {
+        return Some(format!("the bitmap cannot be read: {}", error.chain()));
+    }
+    let old = |at: usize| before.disk.get(at).copied().unwrap_or(0);
+    let changed = |(granule, bytes): &(usize, &[u8])| {
+        let start = granule * index(GRANULE);
+        (start..).zip(*bytes).any(|(at, byte)| *byte != old(at))
+    };
+    let mut granules = disk.chunks(index(GRANULE)).enumerate();
+    let (at, _) = granules.find(|granule| !recorded[granule.0] && changed(granule))?;
+    Some(format!(
+        "the bitmap lacks the granule at {:#x}",
+        at * index(GRANULE)
+    ))
+}
+
+/// Whether the bitmap is there and can be relied on.
+pub(super) fn has_sound_bitmap(image: &Image) -> bool {
+    let bitmaps = image.layer().bitmaps().expect("version 3 has bitmaps");
+    let list = bitmaps.list().expect("readable");
+    list.iter()
+        .any(|bitmap| bitmap.name == BITMAP && !bitmap.inconsistent)
 }
 
 /// Puts a snapshot named "s" into an image with one refcount block of 16-bit counts, by hand: nothing of what is tested

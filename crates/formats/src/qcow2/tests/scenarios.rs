@@ -41,6 +41,7 @@ fn scenario(name: &'static str, options: &'static str, steps: Vec<Step>) -> Scen
         size: 256 * KIB,
         setup: vec![Write(0, 128 * KIB, 1)],
         snapshot: false,
+        bitmap: false,
         steps,
     }
 }
