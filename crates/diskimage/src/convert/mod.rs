@@ -19,8 +19,8 @@ mod source;
 mod worker;
 
 use std::num::NonZeroU32;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::thread;
 
 use diskimage_core::{Device, Encoder, Error, Image, Progress, Result, align_up};
@@ -220,6 +220,14 @@ pub fn total_len(sources: &[Arc<Image>]) -> u64 {
         .fold(0, |sum, image| sum.saturating_add(align_up(image.len(), SECTOR)))
 }
 
+/// Whether the target is a plain file behind the system's cache. Its file system copies one write at a time.
+fn takes_one_write(target: &Image) -> bool {
+    let layer = target.layer();
+    let device = layer.data_file().unwrap_or_else(|| layer.file());
+    let is_file = |file: &std::fs::File| file.metadata().is_ok_and(|metadata| metadata.is_file());
+    device.limits().alignment == 1 && device.as_file().is_some_and(is_file)
+}
+
 /// What the workers share.
 struct Job<'a> {
     conversion: &'a Conversion<'a>,
@@ -230,6 +238,9 @@ struct Job<'a> {
     /// Cleared once the storage turned out not to copy by itself.
     offload: AtomicBool,
     rate: RateLimit,
+    /// Held to write to a file that takes one write at a time anyway: the others wait without turning on the spot, and
+    /// read and decode meanwhile.
+    writing: Option<Mutex<()>>,
     done: AtomicU64,
     /// Bytes of data among them.
     copied: AtomicU64,
@@ -254,6 +265,7 @@ impl<'a> Job<'a> {
             segment,
             offload: AtomicBool::new(conversion.copy_offload),
             rate: RateLimit::new(conversion.rate),
+            writing: takes_one_write(conversion.target).then(Mutex::default),
             done: AtomicU64::new(0),
             copied: AtomicU64::new(0),
         })

@@ -1,8 +1,8 @@
 //! One worker: takes segments until there are no more.
 
 use std::ops::Range;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
 use std::thread;
 
 use diskimage_core::{
@@ -394,6 +394,10 @@ impl<'a> Worker<'a> {
 
 /// Writes the bytes of `place` from `buf`, whose first byte is the one at `start`, or has the storage copy them.
 fn finish(job: &Job<'_>, hosts: &[Host], buf: &mut [u8], start: u64, place: PendingWrite<'_>) -> Result<()> {
+    let _writing = job
+        .writing
+        .as_ref()
+        .map(|one| one.lock().unwrap_or_else(PoisonError::into_inner));
     let range = place.range();
     let index = hosts.partition_point(|host| host.range.end() <= range.start());
     let host = hosts
