@@ -184,8 +184,12 @@ impl Qcow2 {
                 state.bitmaps.recording = false;
             }
             Ok(()) => {}
-            // They stay marked as in use, and what was written is not forgotten.
-            Err(_) => state.bitmaps.written = written,
+            // What was written is not forgotten. How far it got nobody knows: before more is written, those that the
+            // file does not have marked as in use are marked again.
+            Err(_) => {
+                state.bitmaps.written = written;
+                state.bitmaps.recording = false;
+            }
         }
         stored
     }
@@ -267,8 +271,8 @@ impl Qcow2 {
             directory_size: U64::new(bytes.len() as u64),
             directory_offset: U64::new(offset),
         });
+        let old = state.bitmaps.extension;
         self.write_extension(state, new)?;
-        let old = std::mem::replace(&mut state.bitmaps.extension, new);
         state.bitmaps.records = directory.bitmaps.iter().enumerate().any(|(index, bitmap)| {
             bitmap.has(flag::AUTO) && (!bitmap.has(flag::IN_USE) || state.bitmaps.held.contains(&index))
         });
@@ -282,9 +286,9 @@ impl Qcow2 {
         self.write_back(state)
     }
 
-    /// Changes the header's extension. If that takes more than one word, readers are told meanwhile that there are no
-    /// bitmaps to rely on.
-    fn write_extension(&self, state: &State, new: Option<BitmapsExtension>) -> Result<()> {
+    /// Changes the header's extension, and goes by it from then on. If that takes more than one word, readers are told
+    /// meanwhile that there are no bitmaps to rely on.
+    fn write_extension(&self, state: &mut State, new: Option<BitmapsExtension>) -> Result<()> {
         let mut old_bytes = vec![0; usize::try_from(self.header.geometry.cluster_size()).unwrap_or(0)];
         self.file.read_padded(&mut old_bytes, 0)?;
         let new_bytes = Header::with_bitmaps(&old_bytes, new.as_ref())?;
@@ -293,15 +297,19 @@ impl Qcow2 {
             (0..new_bytes.len()).find(differs),
             (0..new_bytes.len()).rev().find(differs),
         ) else {
+            state.bitmaps.extension = new;
             return Ok(());
         };
         let (start, end) = (first / 8 * 8, (last / 8 + 1) * 8);
         let changes = new_bytes.get(start..end).unwrap_or(&[]);
-        let one_word = end - start == 8 && state.bitmaps.extension.is_some() && new.is_some();
+        let trusted = Header::parse(&old_bytes, true)?.bitmaps().is_some();
+        let one_word = end - start == 8 && trusted && new.is_some();
         if !one_word {
             self.write_autoclear(false)?;
         }
         self.file.write_at(changes, start as u64)?;
+        // From here on it is the new one that a reader finds.
+        state.bitmaps.extension = new;
         self.file.flush()?;
         if !one_word && new.is_some() {
             self.write_autoclear(true)?;

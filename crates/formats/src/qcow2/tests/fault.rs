@@ -80,10 +80,16 @@ impl Attempt<'_> {
                 return Ok(true);
             }
         };
+        // As if the process had ended after the step that follows the failure, or here.
+        let mut watch = false;
         for step in &self.scenario.steps {
-            errors += u32::from(self.step(&image, step)?);
+            let failed = self.step(&image, step)?;
+            if watch {
+                self.judge(&self.model.crashed, "one step later")?;
+            }
+            watch = failed && errors == 0;
+            errors += u32::from(failed);
         }
-        // As if the process had ended here.
         self.judge(&self.model.crashed, "before healing")?;
         let failed = self.disks.faulty[self.failing].heal();
         if failed == 0 {

@@ -76,6 +76,18 @@ pub(super) fn all() -> Vec<Scenario> {
                 everything(),
             )
         },
+        Scenario {
+            bitmap: true,
+            ..scenario("a bitmap", "cluster_size=4096", everything())
+        },
+        Scenario {
+            bitmap: true,
+            ..scenario("a bitmap and writes in place", "cluster_size=4096", in_place())
+        },
+        Scenario {
+            bitmap: true,
+            ..scenario("a bitmap in small clusters", "cluster_size=512", in_place())
+        },
     ];
     all.extend([
         compressed(),
@@ -86,6 +98,27 @@ pub(super) fn all() -> Vec<Scenario> {
     ]);
     all.extend(growing());
     all
+}
+
+/// Writes to clusters that are there already, each right after a flush, and changes of size between them.
+fn in_place() -> Vec<Step> {
+    vec![
+        Write(0, 5000, 2),
+        Flush,
+        Write(100_000, 4096, 3),
+        Flush,
+        Write(60_000, 100, 4),
+        Flush,
+        Resize(300 * KIB, P::Off),
+        Write(80_000, 5000, 5),
+        Flush,
+        Write(290 * KIB, 4096, 6),
+        Flush,
+        Write(30_000, 5000, 7),
+        Resize(200 * KIB, P::Off),
+        Write(115_000, 5000, 7),
+        Flush,
+    ]
 }
 
 fn compressed() -> Scenario {
