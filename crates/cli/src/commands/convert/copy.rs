@@ -1,0 +1,280 @@
+//! What `convert` does once its words are read: opens the sources, makes the target, copies.
+
+use std::num::NonZeroU32;
+use std::sync::Arc;
+
+use diskimage::options::Options;
+use diskimage::{
+    Conversion, Creation, DEFAULT_SPARSE, Device, FILE_CREATE_OPTIONS, Format, Image, Layer, OpenOptions,
+    check_bitmaps, copy_bitmaps, format_by_name, open_snapshot, total_len,
+};
+
+use super::super::create::option_help;
+use super::{Args, Request};
+use crate::out::Console;
+use crate::source::{open_source, plain_name};
+use crate::words::{Parser, Source, Stop, text};
+
+/// Reads the words of `convert` and does it.
+///
+/// # Errors
+/// What is wrong with the words, and everything that can fail on the way.
+pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
+    let args = match Request::parse(words)? {
+        Request::OptionHelp { format, name } => {
+            return Err(Stop::Text(option_help(&format, name.as_deref())?));
+        }
+        Request::Convert(args) => args,
+    };
+    let progress = crate::progress::Progress::new(args.progress, console);
+    let (sources, marked) = open_sources(&args, console)?;
+    let target = Target::prepare(&args, &sources)?;
+    let made = target.make(&args)?;
+    let outcome = target.open(&args, console).and_then(|image| {
+        if marked.is_some() && image.layer().bitmaps().is_none() {
+            return Err(Stop::wrong(format!(
+                "Format driver '{}' does not support bitmaps",
+                image.layer().format()
+            )));
+        }
+        copy(&args, &sources, &target, &image, &progress, console)?;
+        match &marked {
+            Some(source) => copy_marks(&args, &**source, &image, console),
+            None => Ok(()),
+        }
+    });
+    if outcome.is_err() {
+        made.undo();
+    }
+    outcome.map(|()| 0)
+}
+
+/// The images to copy, and the one whose bitmaps are to be copied, too. Snapshots have none of their own.
+type Sources = (Vec<Arc<Image>>, Option<Arc<dyn Layer>>);
+
+fn open_sources(args: &Args, console: &Console) -> Result<Sources, Stop> {
+    let options = || {
+        OpenOptions::new()
+            .cache(args.source_cache)
+            .force_share(args.force_share)
+            .exclusive(!args.force_share)
+    };
+    let open = |source| open_source(source, options(), console);
+    let mut sources: Vec<_> = args.sources.iter().map(open).collect::<Result<_, _>>()?;
+    let marked = match &sources[..] {
+        _ if !args.bitmaps => None,
+        [image] => Some(Arc::clone(image.layer())),
+        _ => {
+            return Err(Stop::wrong("Copying bitmaps only possible with single source"));
+        }
+    };
+    if let Some(layer) = &marked {
+        check_bitmaps(&**layer, args.skip_broken_bitmaps)?;
+    }
+    if let Some(snapshot) = &args.snapshot {
+        let [image] = &mut sources[..] else {
+            return Err(Stop::wrong("No support for concatenating multiple snapshot"));
+        };
+        *image = open_snapshot(image, snapshot)?;
+    }
+    Ok((sources, marked))
+}
+
+/// Copies the bitmaps once the data is there: writing it would mark everything.
+fn copy_marks(args: &Args, source: &dyn Layer, target: &Image, console: &Console) -> Result<(), Stop> {
+    let skipped = |name: &str| {
+        if !args.quiet {
+            console.warning(&format!(
+                "Skipping inconsistent bitmap '{}'",
+                crate::printable::printable(name)
+            ));
+        }
+    };
+    Ok(copy_bitmaps(source, &**target.layer(), &skipped)?)
+}
+
+/// Where the copy goes.
+struct Target {
+    name: String,
+    format: Option<String>,
+    creation: Option<Creation>,
+}
+
+impl Target {
+    /// Checks what can be checked before anything is made.
+    fn prepare(args: &Args, sources: &[Arc<Image>]) -> Result<Self, Stop> {
+        let name = plain_name(&args.target.name)?;
+        let format = args.target.format.clone();
+        let driver = format.as_deref().and_then(format_by_name);
+        if let (Some(format), None) = (&format, driver) {
+            return Err(Stop::wrong(format!("Unknown file format '{format}'")));
+        }
+        let below = Below::read(args, driver)?;
+        if sources.len() > 1 && below.is_named {
+            return Err(Stop::wrong(
+                "Having a backing file for the target makes no sense when concatenating multiple input images",
+            ));
+        }
+        if below.is_named && !below.has_format && !args.no_create {
+            return Err(Stop::wrong(
+                "Use of backing file requires explicit backing format",
+            ));
+        }
+        if args.backing.is_some() && args.target_is_zero {
+            return Err(Stop::wrong(
+                "Cannot use --target-is-zero when the destination image has a backing file",
+            ));
+        }
+        let mut target = Self {
+            name,
+            format,
+            creation: None,
+        };
+        let Some(driver) = driver else { return Ok(target) };
+        if !args.no_create {
+            let mut creation = Creation::new(&target.name, driver.name()).exact_size(total_len(sources));
+            if let Some(options) = &args.options {
+                creation = creation.options(options.as_str());
+            }
+            if let Some(backing) = &args.backing {
+                creation = creation.backing_file(text(backing.clone())?);
+            }
+            // What is below is opened with the target.
+            creation = creation.trust_backing(true);
+            if let Some(format) = &args.backing_format {
+                creation = creation.backing_format(format);
+            }
+            target.creation = Some(creation);
+        }
+        if args.compress && !driver.has_compression() {
+            return Err(Stop::wrong("Compression not supported for this file format"));
+        }
+        Ok(target)
+    }
+
+    /// Makes the new image, unless it is there already.
+    fn make(&self, args: &Args) -> Result<Made, Stop> {
+        let Some(creation) = &self.creation else {
+            return Ok(Made::nothing());
+        };
+        let made = Made::of(&self.name);
+        let format = self.format.as_deref().unwrap_or_default();
+        let failed = |error: diskimage::Error| {
+            Stop::from(error.context(format!("{}: error while converting {format}", self.name)))
+        };
+        let prepared = creation.clone().cache(args.target_cache).prepare()?;
+        if args.compress && prepared.option("preallocation").is_some_and(|mode| mode != "off") {
+            return Err(Stop::wrong(
+                "Compression and preallocation not supported at the same time",
+            ));
+        }
+        prepared.create().map_err(failed)?;
+        Ok(made)
+    }
+
+    fn open(&self, args: &Args, console: &Console) -> Result<Arc<Image>, Stop> {
+        let source = Source {
+            name: args.target.name.clone(),
+            format: self.format.clone(),
+        };
+        let options = OpenOptions::new()
+            .write(true)
+            .resize(!args.no_create)
+            .cache(args.target_cache);
+        open_source(&source, options, console)
+    }
+}
+
+/// What is said about the image below the target, in one way or the other.
+struct Below {
+    is_named: bool,
+    has_format: bool,
+}
+
+impl Below {
+    fn read(args: &Args, driver: Option<&dyn Format>) -> Result<Self, Stop> {
+        let tables = driver.map_or(&[][..], |driver| driver.create_options());
+        let mut options = Options::merged(&[tables, FILE_CREATE_OPTIONS]);
+        options.parse(args.options.as_deref().unwrap_or_default())?;
+        Ok(Self {
+            is_named: args.backing.is_some() || options.is_given("backing_file"),
+            has_format: args.backing_format.is_some() || options.is_given("backing_fmt"),
+        })
+    }
+}
+
+/// What this run made, to be emptied if the copy fails: no file is left that looks complete.
+struct Made {
+    name: Option<String>,
+}
+
+impl Made {
+    fn nothing() -> Self {
+        Self { name: None }
+    }
+
+    fn of(name: &str) -> Self {
+        Self {
+            name: diskimage::Target::parse(name).ok().map(|target| target.path),
+        }
+    }
+
+    /// Empties it, if it is a plain file. It stays where it is, as with the original: it may have been there before,
+    /// with an owner and permissions that somebody chose.
+    fn undo(self) {
+        let file = self
+            .name
+            .filter(|name| std::fs::metadata(name).is_ok_and(|metadata| metadata.is_file()));
+        let file = file.and_then(|name| std::fs::OpenOptions::new().write(true).open(name).ok());
+        if let Some(file) = file {
+            // The failure that led here is the one to report.
+            let _ = file.set_len(0);
+        }
+    }
+}
+
+fn copy(
+    args: &Args,
+    sources: &[Arc<Image>],
+    target: &Target,
+    image: &Image,
+    progress: &crate::progress::Progress<'_>,
+    console: &Console,
+) -> Result<(), Stop> {
+    let report = |done, total| progress.set(done, total);
+    let lost = |error: &diskimage::Error| {
+        if let Some(notice) = error.notice_line() {
+            console.print_error(&format!("{notice}\n"));
+        }
+        if !args.quiet {
+            console.warning(&error.chain());
+        }
+    };
+    let mut conversion = Conversion::new(sources, image);
+    conversion.sparse = args.sparse_size.unwrap_or(DEFAULT_SPARSE);
+    conversion.compress = args.compress;
+    conversion.out_of_order = args.out_of_order;
+    conversion.parallel = args
+        .parallel
+        .and_then(|most| u32::try_from(most).ok())
+        .and_then(NonZeroU32::new);
+    conversion.rate = Some(args.rate).filter(|rate| *rate > 0);
+    conversion.copy_offload = args.copy_range;
+    conversion.salvage = args.salvage;
+    if target.creation.is_some() || args.backing.is_some() {
+        conversion.backing_len = image.backing().map(|below| below.len());
+    }
+    conversion.target_is_zero = if args.no_create {
+        args.target_is_zero
+    } else {
+        conversion.target_is_zero
+    };
+    conversion.on_lost = Some(&lost);
+    conversion.progress = diskimage::Progress::new(&report);
+    let copied = conversion.run()?;
+    image.flush()?;
+    if copied > 0 {
+        progress.complete();
+    }
+    Ok(())
+}
