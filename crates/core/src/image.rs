@@ -12,6 +12,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
+use crate::errno;
 use crate::{
     ByteRange, Device, Encoded, Error, ErrorKind, Extent, ExtentKind, Holes, Layer, Limits, Preallocation,
     ResizeRequest, Result, Run, RunKind, Want, WritePlan, WriteRun, ZeroMode, align_down, align_up, is_zero,
@@ -194,7 +195,7 @@ impl Image {
     fn check_bounds(&self, offset: u64, len: u64) -> Result<ByteRange> {
         match offset.checked_add(len) {
             Some(end) if end <= self.len() => Ok(ByteRange::new(offset, end)),
-            _ => Err(Error::from_errno(EIO)),
+            _ => Err(Error::from_errno(errno::EIO)),
         }
     }
 
@@ -376,9 +377,6 @@ impl std::fmt::Debug for PendingWrite<'_> {
             .finish_non_exhaustive()
     }
 }
-
-/// `Input/output error`, which the original answers to requests outside an image.
-const EIO: i32 = 5;
 
 impl Device for Image {
     fn len(&self) -> u64 {

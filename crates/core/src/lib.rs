@@ -16,6 +16,7 @@ mod bitmaps;
 mod budget;
 mod check;
 mod device;
+pub mod errno;
 mod error;
 mod format;
 mod gate;

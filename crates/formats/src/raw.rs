@@ -7,6 +7,7 @@
 
 use std::sync::Arc;
 
+use diskimage_core::errno;
 use diskimage_core::options::{OptionDef, OptionKind, Options};
 use diskimage_core::{
     ByteRange, CreateRequest, Device, Error, Format, Holes, Info, Layer, Measure, MeasureSource, OpenRequest,
@@ -48,7 +49,7 @@ impl Format for Raw {
 
     fn open(&self, request: OpenRequest<'_>) -> Result<Arc<dyn Layer>> {
         if request.file.len() > MAX_LEN {
-            return Err(Error::from_errno(EFBIG).context("Could not refresh total sector count"));
+            return Err(Error::from_errno(errno::EFBIG).context("Could not refresh total sector count"));
         }
         Ok(Arc::new(RawLayer { file: request.file }))
     }
@@ -102,19 +103,13 @@ fn preallocation(options: &Options) -> Result<Preallocation> {
 fn disk_size(size: u64) -> Result<u64> {
     let rounded = align_up(size, SECTOR);
     if rounded < size || i64::try_from(rounded).is_err() {
-        return Err(Error::from_errno(EINVAL).context("Could not resize file"));
+        return Err(Error::from_errno(errno::EINVAL).context("Could not resize file"));
     }
     Ok(rounded)
 }
 
 /// The longest disk of the original: whole gibibytes below 2^63.
 const MAX_LEN: u64 = (1 << 63) - (1 << 30);
-
-/// `File too large`.
-const EFBIG: i32 = 27;
-
-/// `Invalid argument`, which file systems answer to lengths that are no lengths.
-const EINVAL: i32 = 22;
 
 /// An opened raw image.
 #[derive(Debug)]

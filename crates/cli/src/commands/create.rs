@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 
+use diskimage::errno;
 use diskimage::options::{create_help, create_help_with_protocol};
 use diskimage::{Creation, FILE_CREATE_OPTIONS, Prepared};
 
@@ -204,7 +205,7 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
         console.print(&format!("{}\n", printable(line.trim_end())));
     }
     prepared.create().map_err(|error| match error.errno() {
-        Some(EFBIG) => image(too_large(&args.format, &prepared)),
+        Some(errno::EFBIG) => image(too_large(&args.format, &prepared)),
         _ => image(error),
     })?;
     Ok(0)
@@ -221,9 +222,6 @@ fn too_large(format: &str, prepared: &Prepared) -> diskimage::Error {
         "The image size is too large for file format '{format}'{hint}"
     ))
 }
-
-/// `File too large`.
-const EFBIG: i32 = 27;
 
 /// What `-o help` prints: the options of the format, and those of the file below if a file is named.
 ///

@@ -1,5 +1,6 @@
 //! Compressed clusters: decoding, encoding and where they go.
 
+use diskimage_core::errno;
 use diskimage_core::{Encoded, Encoder, Error, Result};
 
 use super::Qcow2;
@@ -21,7 +22,7 @@ impl Qcow2 {
             Compression::Zstd => codec::zstd::decode(&bytes, buf),
         };
         // One word for all that can be wrong with a stream, the original's.
-        decoded.map_err(|_| Error::from_errno(EIO))
+        decoded.map_err(|_| Error::from_errno(errno::EIO))
     }
 
     /// A new encoder.
@@ -39,6 +40,3 @@ fn beyond_end(encoded: &Encoded) -> Error {
         encoded.offset
     ))
 }
-
-/// `Input/output error`.
-const EIO: i32 = 5;

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use diskimage_core::errno;
 use diskimage_core::{ByteRange, Device, Error, Holes, Result, Run, RunKind};
 
 use super::Qcow2;
@@ -150,7 +151,7 @@ impl Qcow2 {
     /// The error of a request that met damaged tables. What is wrong is told the first time only: one damaged table can
     /// fail any number of requests.
     fn corruption(&self, what: &str) -> Error {
-        let error = Error::from_errno(EIO);
+        let error = Error::from_errno(errno::EIO);
         if self.corruption_told.swap(true, Ordering::Relaxed) {
             return error;
         }
@@ -257,13 +258,10 @@ fn piece_at(entry: L2Entry, guest: u64, at: u64, subcluster: u64) -> Piece {
 }
 
 /// A number as C prints it with `%#x`.
-fn hex(number: u64) -> String {
+pub(super) fn hex(number: u64) -> String {
     if number == 0 {
         "0".to_owned()
     } else {
         format!("{number:#x}")
     }
 }
-
-/// `Input/output error`.
-const EIO: i32 = 5;

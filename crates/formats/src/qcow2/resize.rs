@@ -2,6 +2,7 @@
 
 use std::sync::PoisonError;
 
+use diskimage_core::errno;
 use diskimage_core::{ByteRange, Error, Preallocation, ResizeRequest, Result};
 use zerocopy::IntoBytes;
 use zerocopy::byteorder::big_endian::{U32, U64};
@@ -47,7 +48,7 @@ impl Qcow2 {
         let geometry = self.header.geometry;
         let entries = geometry.l1_entries(request.len);
         if entries * 8 > limit::L1_BYTES || i64::try_from(request.len).is_err() {
-            return Err(Error::from_errno(EFBIG).context("Failed to grow the L1 table"));
+            return Err(Error::from_errno(errno::EFBIG).context("Failed to grow the L1 table"));
         }
         let mut state = self.lock();
         let old = state.size;
@@ -174,6 +175,3 @@ impl Qcow2 {
         }
     }
 }
-
-/// `File too large`.
-const EFBIG: i32 = 27;

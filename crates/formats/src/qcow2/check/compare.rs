@@ -1,11 +1,13 @@
 //! Counted uses against stored refcounts, block by block.
 
+use diskimage_core::errno;
 use diskimage_core::{ByteRange, Repair, Result};
 
 use super::super::State;
+use super::super::map::hex;
+use super::Check;
 use super::counts::PAGE;
 use super::stored::{self, Place};
-use super::{Check, EIO};
 
 /// What is done about a cluster whose counts differ.
 #[derive(Clone, Copy, Debug)]
@@ -46,7 +48,7 @@ impl Check<'_> {
                         if self.said > super::MAX_NOTES {
                             break;
                         }
-                        let reason = diskimage_core::Error::from_errno(EIO);
+                        let reason = diskimage_core::Error::from_errno(errno::EIO);
                         self.say(format!("Can't get refcount for cluster {cluster}: {reason}"));
                     }
                     if keep {
@@ -190,13 +192,4 @@ fn is_part_zero(bytes: &[u8], index: u64, count: u64, order: u32) -> bool {
     bytes
         .get(byte(index)..byte(index + count + 7).min(bytes.len()))
         .is_some_and(diskimage_core::is_zero)
-}
-
-/// As C prints `%#x`: without the prefix for zero.
-fn hex(value: u64) -> String {
-    if value == 0 {
-        "0".to_owned()
-    } else {
-        format!("{value:#x}")
-    }
 }

@@ -29,6 +29,7 @@ mod tests;
 use std::collections::HashMap;
 use std::ops::Range;
 
+use diskimage_core::errno;
 use diskimage_core::{CheckReport, Device, Error, ErrorKind, Note, Progress, Repair, Result};
 
 use self::counts::Counts;
@@ -71,7 +72,7 @@ impl Qcow2 {
     pub(super) fn mend_dirty(&self) -> Result<()> {
         let report = self.run_check(Repair::All, &Progress::none())?;
         if report.check_errors > 0 {
-            return Err(Error::from_errno(EIO));
+            return Err(Error::from_errno(errno::EIO));
         }
         Ok(())
     }
@@ -127,9 +128,6 @@ struct Check<'a> {
 /// Lines told at most; the rest is only counted. Our own limit: the original prints all.
 const MAX_NOTES: u64 = 1 << 20;
 
-/// `Input/output error`.
-const EIO: i32 = 5;
-
 impl<'a> Check<'a> {
     fn new(image: &'a Qcow2, repair: Repair, progress: &'a Progress<'a>) -> Result<Self> {
         let header = read_header(&image.file, true)?;
@@ -168,7 +166,7 @@ impl<'a> Check<'a> {
             match self.rebuild {
                 true if self.repair == Repair::Leaks => {
                     self.say("ERROR need to rebuild refcount structures");
-                    return Err(Error::from_errno(EIO));
+                    return Err(Error::from_errno(errno::EIO));
                 }
                 true => self.start_over(state, &found)?,
                 false => {

@@ -10,6 +10,7 @@
 
 use std::collections::BTreeMap;
 
+use diskimage_core::errno;
 use diskimage_core::{Error, Result};
 use zerocopy::IntoBytes;
 use zerocopy::byteorder::big_endian::{U32, U64};
@@ -19,9 +20,6 @@ use super::{Check, stored};
 
 /// Rounds of finding a place for the table; each makes the blocks more, so few are ever needed.
 const MAX_ROUNDS: u32 = 64;
-
-/// `File too large`.
-const EFBIG: i32 = 27;
 
 /// Where the new structures go.
 #[derive(Debug, Default)]
@@ -44,7 +42,7 @@ impl Check<'_> {
         }
         self.file.flush()?;
         let mut location = [0; 12];
-        let clusters = u32::try_from(plan.clusters).map_err(|_| Error::from_errno(EFBIG))?;
+        let clusters = u32::try_from(plan.clusters).map_err(|_| Error::from_errno(errno::EFBIG))?;
         location[..8].copy_from_slice(U64::new(plan.table).as_bytes());
         location[8..].copy_from_slice(U32::new(clusters).as_bytes());
         self.file.write_at(&location, field::REFCOUNT_TABLE)?;
@@ -82,7 +80,7 @@ impl Check<'_> {
             let entries = plan.blocks.last_key_value().map_or(1, |(index, _)| index + 1);
             let clusters = (entries * 8).div_ceil(self.geometry.cluster_size());
             if clusters > limit::REFCOUNT_TABLE_BYTES >> self.geometry.cluster_bits {
-                return Err(Error::from_errno(EFBIG));
+                return Err(Error::from_errno(errno::EFBIG));
             }
             let first = self.counts.first_free(0, clusters);
             for cluster in first..first + clusters {
@@ -100,7 +98,7 @@ impl Check<'_> {
                 self.counts.set(cluster, 0)?;
             }
         }
-        Err(Error::from_errno(EFBIG))
+        Err(Error::from_errno(errno::EFBIG))
     }
 
     /// Finds places for the blocks that are missing.
@@ -112,7 +110,7 @@ impl Check<'_> {
             if let std::collections::btree_map::Entry::Vacant(slot) = plan.blocks.entry(index) {
                 let place = self.counts.first_free(index * per_block, 1);
                 if place >= limit::HOST_OFFSET >> self.geometry.cluster_bits {
-                    return Err(Error::from_errno(EFBIG));
+                    return Err(Error::from_errno(errno::EFBIG));
                 }
                 self.counts.add(place, 1)?;
                 slot.insert(place << self.geometry.cluster_bits);
@@ -147,7 +145,7 @@ impl Check<'_> {
             let slot = usize::try_from(*index)
                 .ok()
                 .and_then(|i| table.as_chunks_mut::<8>().0.get_mut(i));
-            *slot.ok_or_else(|| Error::from_errno(EFBIG))? = offset.to_be_bytes();
+            *slot.ok_or_else(|| Error::from_errno(errno::EFBIG))? = offset.to_be_bytes();
         }
         self.file.write_at(&table, plan.table)
     }

@@ -4,6 +4,7 @@
 //! references, as the original walks them for all; the references beyond that are counted in one last silent walk, so
 //! that the time taken follows the length of the file.
 
+use diskimage_core::errno;
 use diskimage_core::{Error, Preallocation, Repair, Result, is_zero};
 
 use super::super::bitmap::Bitmap;
@@ -281,7 +282,7 @@ impl Check<'_> {
         let end = offset
             .checked_add(self.geometry.cluster_size())
             .filter(|end| i64::try_from(*end).is_ok())
-            .ok_or_else(|| Error::from_errno(EINVAL))?;
+            .ok_or_else(|| Error::from_errno(errno::EINVAL))?;
         self.file.resize(end, Preallocation::Off).inspect_err(|error| {
             self.tell(format!("Could not resize file: {}", error.root()), true);
         })?;
@@ -290,6 +291,3 @@ impl Check<'_> {
         Ok(())
     }
 }
-
-/// `Invalid argument`.
-const EINVAL: i32 = 22;

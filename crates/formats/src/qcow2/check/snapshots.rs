@@ -1,5 +1,6 @@
 //! The snapshot table as a check reads it: whatever is there, and what has to be cut.
 
+use diskimage_core::errno;
 use diskimage_core::{Error, Repair, Result};
 use zerocopy::byteorder::big_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, IntoBytes};
@@ -38,11 +39,6 @@ const KNOWN_EXTRA: usize = 24;
 /// Bytes of a name that are shown.
 const MAX_SHOWN: u64 = 1024;
 
-/// `File too large`.
-const EFBIG: i32 = 27;
-/// `Invalid argument`.
-const EINVAL: i32 = 22;
-
 impl Check<'_> {
     /// Reads the table. Entries that are too many or too long are dropped or cut if all may be mended, else they end
     /// the check.
@@ -53,7 +49,7 @@ impl Check<'_> {
             let over = count - limit::SNAPSHOTS;
             if !fix {
                 let text = format!("ERROR snapshot table too large\n{}", remove_all(over));
-                return self.unusable(text, EFBIG);
+                return self.unusable(text, errno::EFBIG);
             }
             self.say(format!("Discarding {over} overhanging snapshots"));
             self.report.corruptions_fixed += u64::from(over);
@@ -65,7 +61,7 @@ impl Check<'_> {
             && (!start.is_multiple_of(self.geometry.cluster_size())
                 || end.is_none_or(|end| i64::try_from(end).is_err()))
         {
-            return self.unusable("ERROR snapshot table offset invalid".to_owned(), EINVAL);
+            return self.unusable("ERROR snapshot table offset invalid".to_owned(), errno::EINVAL);
         }
         self.read_snapshot_entries(count)?;
         let kept = u32::try_from(self.snapshots.entries.len()).unwrap_or(count);
@@ -87,7 +83,7 @@ impl Check<'_> {
         for index in 0..count {
             let mut fixed = [0; size_of::<RawSnapshot>()];
             self.file.read_padded(&mut fixed, at)?;
-            let raw = RawSnapshot::read_from_bytes(&fixed).map_err(|_| Error::from_errno(EINVAL))?;
+            let raw = RawSnapshot::read_from_bytes(&fixed).map_err(|_| Error::from_errno(errno::EINVAL))?;
             let entry = SnapshotEntry {
                 l1_offset: raw.l1_table_offset.get(),
                 l1_size: raw.l1_size.get(),
@@ -102,7 +98,7 @@ impl Check<'_> {
                         "ERROR failed to read the snapshot table: Too much extra metadata in snapshot table entry \
                          {index}\nYou can force-remove this extra metadata with qemu-img check -r all"
                     );
-                    return self.unusable(text, EFBIG);
+                    return self.unusable(text, errno::EFBIG);
                 }
                 self.say(format!(
                     "Discarding too much extra metadata in snapshot table entry {index} ({} > {MAX_EXTRA})",
@@ -121,7 +117,7 @@ impl Check<'_> {
                         "ERROR failed to read the snapshot table: Snapshot table is too big\n{}",
                         remove_all(over)
                     );
-                    return self.unusable(text, EFBIG);
+                    return self.unusable(text, errno::EFBIG);
                 }
                 self.say(format!(
                     "Discarding {over} overhanging snapshots (snapshot table is too big)"
@@ -189,7 +185,8 @@ impl Check<'_> {
         tables.write_back()?;
         tables.sync()?;
         let mut location = [0; 12];
-        let count = u32::try_from(self.snapshots.entries.len()).map_err(|_| Error::from_errno(EFBIG))?;
+        let count =
+            u32::try_from(self.snapshots.entries.len()).map_err(|_| Error::from_errno(errno::EFBIG))?;
         location[..4].copy_from_slice(U32::new(count).as_bytes());
         location[4..].copy_from_slice(U64::new(offset).as_bytes());
         self.file.write_at(&location, field::NB_SNAPSHOTS)?;
@@ -213,7 +210,8 @@ impl Check<'_> {
             table.resize(table.len().next_multiple_of(8), 0);
             let mut fixed = [0; size_of::<RawSnapshot>()];
             self.file.read_padded(&mut fixed, entry.at)?;
-            let mut raw = RawSnapshot::read_from_bytes(&fixed).map_err(|_| Error::from_errno(EINVAL))?;
+            let mut raw =
+                RawSnapshot::read_from_bytes(&fixed).map_err(|_| Error::from_errno(errno::EINVAL))?;
             let there = u64::from(entry.extra_len).min(MAX_EXTRA);
             let mut extra = vec![0; usize::try_from(there).unwrap_or(0)];
             self.file.read_padded(&mut extra, entry.at + MIN_ENTRY_LEN)?;
