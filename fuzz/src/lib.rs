@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use diskimage_core::{
-    Budget, ByteRange, Device, Error, ErrorKind, Format, Gate, Image, Layer, MemoryDevice, OpenRequest, Preallocation,
+    Budget, ByteRange, Device, Error, ErrorKind, Format, Gate, Image, Layer, MemoryDevice, NodeOptions, OpenRequest, Preallocation,
     Progress, Reference, Repair, ResizeRequest, Result, Want, ZeroMode,
 };
 
@@ -31,6 +31,8 @@ pub fn exercise(format: &dyn Format, bytes: &[u8]) {
             for_check,
             no_data: false,
             force_share: false,
+            options: &mut NodeOptions::new(),
+            objects: &Arc::default(),
             gate: &Closed,
             budget: Budget::new(64 << 20),
         })

@@ -7,9 +7,9 @@ use diskimage::{Detail, DetailValue, Device, Image, Info, SnapshotInfo, Target};
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
 
-use crate::json::Value;
 use crate::printable::printable;
 use crate::words::Stop;
+use diskimage::json::Value;
 
 /// All that is known of an image.
 pub(crate) struct Facts<'a> {

@@ -10,7 +10,6 @@
 
 pub mod commands;
 mod facts;
-pub mod json;
 pub mod objects;
 pub mod out;
 pub mod printable;

@@ -1,123 +1,85 @@
 //! `--object`: secrets for images that are encrypted.
 
 use std::ffi::OsString;
-use std::fmt;
 use std::fs::File;
 use std::io::Read;
 
+use diskimage::{Object, Objects, Secret};
+
 use crate::words::{Stop, text};
 
-/// The secrets that were defined on the command line.
-#[derive(Clone, Debug, Default)]
-pub struct Objects {
-    secrets: Vec<Secret>,
+/// Adds the object that the value of one `--object` defines.
+///
+/// # Errors
+/// A type that does not exist or is not available, parameters that do not fit, a file that cannot be read; and
+/// [`Stop::Text`] where help is asked for.
+pub fn define(objects: &mut Objects, value: OsString) -> Result<(), Stop> {
+    let (id, object) = read(&text(value)?)?;
+    Ok(objects.add(id, object)?)
 }
 
-/// A password or key under a name.
-#[derive(Clone)]
-pub struct Secret {
-    /// What options like `encrypt.key-secret` refer to it by.
-    pub id: String,
-    /// Its bytes.
-    pub bytes: Vec<u8>,
-}
-
-impl fmt::Debug for Secret {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Secret")
-            .field("id", &self.id)
-            .finish_non_exhaustive()
+fn read(text: &str) -> Result<(String, Object), Stop> {
+    if text.starts_with('{') {
+        return Err(Stop::wrong(
+            "Objects in JSON form are not available in this build",
+        ));
     }
-}
-
-impl Objects {
-    /// Adds the object that the value of one `--object` defines.
-    ///
-    /// # Errors
-    /// A type that does not exist or is not available, parameters that do not fit, a file that cannot be read; and
-    /// [`Stop::Text`] where help is asked for.
-    pub fn add(&mut self, value: OsString) -> Result<(), Stop> {
-        let secret = Secret::read(&text(value)?)?;
-        if self.secret(&secret.id).is_some() {
+    let mut parameters = Parameters::read(text)?;
+    match parameters.take("qom-type").as_deref() {
+        Some("help" | "?") => {
+            return Err(Stop::Text(
+                "List of user creatable objects:\n  secret\n".to_owned(),
+            ));
+        }
+        Some("secret") => (),
+        Some(other) if OTHER_TYPES.contains(&other) => {
             return Err(Stop::wrong(format!(
-                "attempt to add duplicate property '{}' to object (type 'container')",
-                secret.id
+                "Objects of type '{other}' are not available in this build"
             )));
         }
-        self.secrets.push(secret);
-        Ok(())
+        Some(other) => {
+            return Err(Stop::wrong(format!(
+                "Parameter 'qom-type' does not accept value '{other}'"
+            )));
+        }
+        None => return Err(Stop::wrong("Parameter 'qom-type' is missing")),
     }
-
-    /// The secret of this name.
-    pub fn secret(&self, id: &str) -> Option<&Secret> {
-        self.secrets.iter().find(|secret| secret.id == id)
+    if parameters.wants_help {
+        return Err(Stop::Text(SECRET_HELP.to_owned()));
     }
-}
-
-impl Secret {
-    fn read(text: &str) -> Result<Self, Stop> {
-        if text.starts_with('{') {
-            return Err(Stop::wrong(
-                "Objects in JSON form are not available in this build",
-            ));
-        }
-        let mut parameters = Parameters::read(text)?;
-        match parameters.take("qom-type").as_deref() {
-            Some("help" | "?") => {
-                return Err(Stop::Text(
-                    "List of user creatable objects:\n  secret\n".to_owned(),
-                ));
-            }
-            Some("secret") => (),
-            Some(other) if OTHER_TYPES.contains(&other) => {
-                return Err(Stop::wrong(format!(
-                    "Objects of type '{other}' are not available in this build"
-                )));
-            }
-            Some(other) => {
-                return Err(Stop::wrong(format!(
-                    "Parameter 'qom-type' does not accept value '{other}'"
-                )));
-            }
-            None => return Err(Stop::wrong("Parameter 'qom-type' is missing")),
-        }
-        if parameters.wants_help {
-            return Err(Stop::Text(SECRET_HELP.to_owned()));
-        }
-        let id = parameters
-            .take("id")
-            .ok_or_else(|| Stop::wrong("Parameter 'id' is missing"))?;
-        check_id(&id)?;
-        let (data, file) = (parameters.take("data"), parameters.take("file"));
-        let (format, keyid) = (parameters.take("format"), parameters.take("keyid"));
-        let iv = parameters.take("iv");
-        if let Some((name, _)) = parameters.given.first() {
-            return Err(Stop::wrong(format!("Parameter '{name}' is unexpected")));
-        }
-        if keyid.is_some() || iv.is_some() {
-            return Err(Stop::wrong(
-                "Secrets encrypted with another secret are not available in this build",
-            ));
-        }
-        let bytes = match (data, file) {
-            (Some(_), Some(_)) => return Err(Stop::wrong("'file' and 'data' are mutually exclusive")),
-            (None, None) => return Err(Stop::wrong("Either 'file' or 'data' must be provided")),
-            (Some(data), None) => data.into_bytes(),
-            (None, Some(file)) => read_file(&file)?,
-        };
-        let bytes = match format.as_deref() {
-            None | Some("raw") => bytes,
-            Some("base64") => {
-                base64(&bytes).ok_or_else(|| Stop::wrong(format!("Secret '{id}' is not valid base64")))?
-            }
-            Some(other) => {
-                return Err(Stop::wrong(format!(
-                    "Parameter 'format' does not accept value '{other}'"
-                )));
-            }
-        };
-        Ok(Self { id, bytes })
+    let id = parameters
+        .take("id")
+        .ok_or_else(|| Stop::wrong("Parameter 'id' is missing"))?;
+    check_id(&id)?;
+    let (data, file) = (parameters.take("data"), parameters.take("file"));
+    let (format, keyid) = (parameters.take("format"), parameters.take("keyid"));
+    let iv = parameters.take("iv");
+    if let Some((name, _)) = parameters.given.first() {
+        return Err(Stop::wrong(format!("Parameter '{name}' is unexpected")));
     }
+    if keyid.is_some() || iv.is_some() {
+        return Err(Stop::wrong(
+            "Secrets encrypted with another secret are not available in this build",
+        ));
+    }
+    let bytes = match (data, file) {
+        (Some(_), Some(_)) => return Err(Stop::wrong("'file' and 'data' are mutually exclusive")),
+        (None, None) => return Err(Stop::wrong("Either 'file' or 'data' must be provided")),
+        (Some(data), None) => data.into_bytes(),
+        (None, Some(file)) => read_file(&file)?,
+    };
+    let bytes = match format.as_deref() {
+        None | Some("raw") => bytes,
+        Some("base64") => {
+            base64(&bytes).ok_or_else(|| Stop::wrong(format!("Secret '{id}' is not valid base64")))?
+        }
+        Some(other) => {
+            return Err(Stop::wrong(format!(
+                "Parameter 'format' does not accept value '{other}'"
+            )));
+        }
+    };
+    Ok((id, Object::Secret(Secret::new(bytes))))
 }
 
 /// `TYPE,name=value,...`
@@ -245,8 +207,8 @@ mod tests {
 
     fn bytes(text: &str) -> Vec<u8> {
         let mut objects = Objects::default();
-        objects.add(text.into()).unwrap();
-        objects.secret("a").unwrap().bytes.clone()
+        define(&mut objects, text.into()).unwrap();
+        objects.secret("a").unwrap().bytes().to_vec()
     }
 
     #[test]
@@ -282,7 +244,7 @@ mod tests {
             ),
         ] {
             assert_eq!(
-                Objects::default().add(text.into()),
+                define(&mut Objects::new(), text.into()),
                 Err(Stop::wrong(message)),
                 "{text}"
             );
@@ -292,9 +254,9 @@ mod tests {
     #[test]
     fn an_identifier_is_defined_once() {
         let mut objects = Objects::default();
-        objects.add("secret,id=a,data=x".into()).unwrap();
+        define(&mut objects, "secret,id=a,data=x".into()).unwrap();
         assert_eq!(
-            objects.add("secret,id=a,data=y".into()),
+            define(&mut objects, "secret,id=a,data=y".into()),
             Err(Stop::wrong(
                 "attempt to add duplicate property 'a' to object (type 'container')"
             ))

@@ -5,9 +5,9 @@ use std::fmt::Write;
 use diskimage::CheckReport;
 
 use crate::commands::check::Args;
-use crate::json::Value;
 use crate::out::Console;
 use crate::words::OutputFormat;
+use diskimage::json::Value;
 
 /// The exit status of a check.
 pub(crate) fn status(report: &CheckReport) -> u8 {

@@ -4,7 +4,7 @@ use std::fmt::Debug;
 use std::sync::Arc;
 
 use crate::options::{OptionDef, Options};
-use crate::{Budget, Device, Error, Gate, Layer, Permissions, Result};
+use crate::{Budget, Device, Error, Gate, Layer, NodeOptions, Objects, Permissions, Result};
 
 /// How sure a format is that an image is one of its own: 0 is not at all, 1 is raw's "anything could be".
 pub type Score = u32;
@@ -87,6 +87,10 @@ pub struct OpenRequest<'a> {
     pub no_data: bool,
     /// Take no locks that others could mind, as `-U` asks for.
     pub force_share: bool,
+    /// The options of its node; the format takes those that it knows.
+    pub options: &'a mut NodeOptions,
+    /// What options refer to by name.
+    pub objects: &'a Arc<Objects>,
     /// Opens what the image refers to.
     pub gate: &'a dyn Gate,
     /// Memory for tables.
@@ -110,6 +114,8 @@ pub struct CreateRequest<'a> {
     pub size: u64,
     /// What the user asked for.
     pub options: &'a Options,
+    /// What options refer to by name.
+    pub objects: &'a Arc<Objects>,
     /// Opens a data file that the options name; it exists.
     pub gate: &'a dyn Gate,
 }

@@ -106,21 +106,8 @@ impl Options {
     /// # Errors
     /// The first name that is not in the table or value that its option does not take.
     pub fn parse(&mut self, text: &str) -> Result<(), OptionError> {
-        let mut rest = text;
-        while !rest.is_empty() {
-            let end = rest.find(['=', ',']).unwrap_or(rest.len());
-            let (name, after) = rest.split_at(end);
-            if let Some(after) = after.strip_prefix('=') {
-                let (value, after) = split_value(after);
-                self.set(name, &value)?;
-                rest = after;
-            } else {
-                match name.strip_prefix("no") {
-                    Some(name) => self.set(name, "off")?,
-                    None => self.set(name, "on")?,
-                }
-                rest = after.strip_prefix(',').unwrap_or(after);
-            }
+        for (name, value) in split_list(text, None) {
+            self.set(&name, &value)?;
         }
         Ok(())
     }
@@ -300,6 +287,35 @@ pub fn create_help_with_protocol(format: &'static [OptionDef], protocol: &'stati
 /// The text of `amend -f NAME -o help`.
 pub fn amend_help(format: &str, table: &'static [OptionDef]) -> String {
     format!("Amend options for '{format}':\n{}", help_lines(&[table]))
+}
+
+/// Takes a list `a=b,c=d` apart.
+///
+/// A comma inside a value is doubled; a bare `name` means `on` and a bare `noname` means `off`, but where the first item
+/// is bare and `implied` says what it is, it is that option's value.
+pub fn split_list(text: &str, implied: Option<&str>) -> Vec<(String, String)> {
+    let mut items = Vec::new();
+    let mut rest = text;
+    while !rest.is_empty() {
+        let end = rest.find(['=', ',']).unwrap_or(rest.len());
+        let (name, after) = rest.split_at(end);
+        if let Some(after) = after.strip_prefix('=') {
+            let (value, after) = split_value(after);
+            items.push((name.to_owned(), value));
+            rest = after;
+        } else if let Some(implied) = implied.filter(|_| items.is_empty()) {
+            let (value, after) = split_value(rest);
+            items.push((implied.to_owned(), value));
+            rest = after;
+        } else {
+            items.push(match name.strip_prefix("no") {
+                Some(name) => (name.to_owned(), "off".to_owned()),
+                None => (name.to_owned(), "on".to_owned()),
+            });
+            rest = after.strip_prefix(',').unwrap_or(after);
+        }
+    }
+    items
 }
 
 fn help_lines(tables: &[&'static [OptionDef]]) -> String {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use diskimage_core::options::Options;
 use diskimage_core::{
-    CreateRequest, Device, Error, Format, Gate, Permissions, Preallocation, Result, ResultExt,
+    CreateRequest, Device, Error, Format, Gate, Objects, Permissions, Preallocation, Result, ResultExt,
 };
 use diskimage_formats::format_by_name;
 use diskimage_protocols::{
@@ -28,6 +28,7 @@ pub struct Creation {
     backing_format: Option<String>,
     trust_backing: bool,
     cache: CacheMode,
+    objects: Arc<Objects>,
     gate: Option<Arc<dyn Gate>>,
 }
 
@@ -44,6 +45,7 @@ impl Creation {
             backing_format: None,
             trust_backing: false,
             cache: CacheMode::WRITEBACK,
+            objects: Arc::default(),
             gate: None,
         }
     }
@@ -97,6 +99,13 @@ impl Creation {
         self
     }
 
+    /// What the options refer to by name: secrets and the like.
+    #[must_use]
+    pub fn objects(mut self, objects: Arc<Objects>) -> Self {
+        self.objects = objects;
+        self
+    }
+
     /// Who opens the files that images refer to; [`FileGate`] if nobody is named.
     #[must_use]
     pub fn gate(mut self, gate: Arc<dyn Gate>) -> Self {
@@ -122,6 +131,7 @@ impl Creation {
             size,
             options,
             cache: self.cache,
+            objects: self.objects,
             gate: self.gate.unwrap_or_else(|| {
                 Arc::new(FileGate {
                     cache: self.cache,
@@ -192,7 +202,10 @@ impl Creation {
                 Err(no_format())
             };
         }
-        let mut options = OpenOptions::new().no_data(true).force_share(true);
+        let mut options = OpenOptions::new()
+            .no_data(true)
+            .force_share(true)
+            .objects(Arc::clone(&self.objects));
         if let Some(format) = format {
             options = options.format(format);
         }
@@ -215,6 +228,7 @@ pub struct Prepared {
     size: u64,
     options: Options,
     cache: CacheMode,
+    objects: Arc<Objects>,
     gate: Arc<dyn Gate>,
 }
 
@@ -290,6 +304,7 @@ impl Prepared {
             name: &file.name(),
             size: self.size,
             options: &self.options,
+            objects: &self.objects,
             gate: &*self.gate,
         })
     }

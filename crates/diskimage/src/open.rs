@@ -4,8 +4,8 @@ use std::fmt;
 use std::sync::Arc;
 
 use diskimage_core::{
-    Budget, Device, Error, ErrorKind, Format, Gate, Image, Layer, OpenRequest, Permissions, Reference,
-    Result, ResultExt, Role,
+    Budget, Device, Error, ErrorKind, Format, Gate, Image, Layer, NodeOptions, Objects, OpenRequest,
+    Permissions, Reference, Result, ResultExt, Role,
 };
 use diskimage_formats::format_by_name;
 use diskimage_protocols::{CacheMode, File, Target};
@@ -26,6 +26,7 @@ pub struct OpenOptions {
     no_backing: bool,
     no_data: bool,
     for_check: bool,
+    objects: Arc<Objects>,
     budget: Budget,
     gate: Option<Arc<dyn Gate>>,
     on_warning: Option<Arc<OnWarning>>,
@@ -100,6 +101,13 @@ impl OpenOptions {
     #[must_use]
     pub fn for_check(mut self, for_check: bool) -> Self {
         self.for_check = for_check;
+        self
+    }
+
+    /// What the options of images refer to by name: secrets and the like.
+    #[must_use]
+    pub fn objects(mut self, objects: Arc<Objects>) -> Self {
+        self.objects = objects;
         self
     }
 
@@ -316,6 +324,8 @@ fn open_link(
         for_check: options.for_check,
         no_data: options.no_data,
         force_share: options.force_share,
+        options: &mut NodeOptions::new(),
+        objects: &options.objects,
         gate,
         budget: options.budget.clone(),
     })?;

@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use diskimage_core::options::Options;
 use diskimage_core::{
-    Budget, CreateRequest, Device, Error, ErrorKind, Gate, Image, MemoryDevice, OpenRequest, Reference,
-    Result,
+    Budget, CreateRequest, Device, Error, ErrorKind, Gate, Image, MemoryDevice, NodeOptions, OpenRequest,
+    Reference, Result,
 };
 use diskimage_formats::format_by_name;
 use diskimage_testing::Faulty;
@@ -30,6 +30,7 @@ pub(crate) fn create(device: &Arc<dyn Device>, format: &str, options: &str, size
             name: "test",
             size,
             options: &parsed,
+            objects: &Arc::default(),
             gate: &Closed,
         })
         .expect("created");
@@ -46,6 +47,8 @@ pub(crate) fn open(device: &Arc<dyn Device>, format: &str, backing: Option<Arc<I
             for_check: false,
             no_data: false,
             force_share: false,
+            options: &mut NodeOptions::new(),
+            objects: &Arc::default(),
             gate: &Closed,
             budget: Budget::default(),
         })

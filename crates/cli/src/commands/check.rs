@@ -1,10 +1,12 @@
 //! `check`: finds and repairs damage.
 
-use diskimage::{CacheMode, CheckReport, ErrorKind, Image, Note, OpenOptions, Progress, Repair};
+use std::sync::Arc;
+
+use diskimage::{CacheMode, CheckReport, ErrorKind, Image, Note, Objects, OpenOptions, Progress, Repair};
 
 use super::only_image;
 
-use crate::objects::Objects;
+use crate::objects::define;
 use crate::out::Console;
 use crate::report;
 use crate::source::open_source;
@@ -79,7 +81,7 @@ pub struct Args {
     /// Take no locks that others could mind.
     pub force_share: bool,
     /// Secrets.
-    pub objects: Objects,
+    pub objects: Arc<Objects>,
 }
 
 impl Args {
@@ -101,7 +103,7 @@ impl Args {
                 "force-share" => force_share = true,
                 "output" => output = OutputFormat::read(&value)?,
                 "repair" => repair = read_repair(&value.to_string_lossy())?,
-                "object" => objects.add(value)?,
+                "object" => define(&mut objects, value)?,
                 _ => unreachable!("every option of the table is listed"),
             }
         }
@@ -115,7 +117,7 @@ impl Args {
             output,
             quiet,
             force_share,
-            objects,
+            objects: objects.into(),
         })
     }
 }
@@ -137,6 +139,7 @@ fn read_repair(value: &str) -> Result<Repair, Stop> {
 pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     let args = Args::parse(words)?;
     let options = OpenOptions::new()
+        .objects(Arc::clone(&args.objects))
         .for_check(true)
         .write(args.repair != Repair::No)
         .cache(args.cache)

@@ -1,8 +1,10 @@
 //! `compare`: tells whether two images have the same contents.
 
-use diskimage::{CacheMode, CompareError, Comparison, Difference, OpenOptions, Verdict};
+use std::sync::Arc;
 
-use crate::objects::Objects;
+use diskimage::{CacheMode, CompareError, Comparison, Difference, Objects, OpenOptions, Verdict};
+
+use crate::objects::define;
 use crate::out::Console;
 use crate::source::open_source;
 use crate::words::{Command, Flag, Operand, Parser, Source, Stop, source_cache, text};
@@ -90,7 +92,7 @@ pub struct Args {
     /// Take no locks that others could mind.
     pub force_share: bool,
     /// Secrets.
-    pub objects: Objects,
+    pub objects: Arc<Objects>,
 }
 
 impl Args {
@@ -113,7 +115,7 @@ impl Args {
                 "strict" => strict = true,
                 "cache" => cache = Some(value),
                 "force-share" => force_share = true,
-                "object" => objects.add(value).map_err(in_trouble)?,
+                "object" => define(&mut objects, value).map_err(in_trouble)?,
                 _ => unreachable!("every option of the table is listed"),
             }
         }
@@ -129,7 +131,7 @@ impl Args {
             quiet,
             progress: progress && !quiet,
             force_share,
-            objects,
+            objects: objects.into(),
         })
     }
 }
@@ -147,7 +149,10 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     let args = Args::parse(words)?;
     let progress = crate::progress::Progress::new(args.progress, console);
     let open = |source| {
-        let options = OpenOptions::new().cache(args.cache).force_share(args.force_share);
+        let options = OpenOptions::new()
+            .objects(Arc::clone(&args.objects))
+            .cache(args.cache)
+            .force_share(args.force_share);
         open_source(source, options, console).map_err(in_trouble)
     };
     let (first, second) = (open(&args.first)?, open(&args.second)?);

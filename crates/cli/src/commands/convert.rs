@@ -3,12 +3,13 @@
 mod copy;
 
 use std::ffi::{OsStr, OsString};
+use std::sync::Arc;
 
-use diskimage::{CacheMode, SnapshotSelector};
+use diskimage::{CacheMode, Objects, SnapshotSelector};
 
 pub use self::copy::run;
 use super::LARGEST;
-use crate::objects::Objects;
+use crate::objects::define;
 use crate::words::{
     Command, CreateOptions, Flag, Operand, Parser, Source, Stop, count, size, snapshot_selector,
     source_cache, target_cache, text,
@@ -257,7 +258,7 @@ pub struct Args {
     /// Show progress.
     pub progress: bool,
     /// Secrets.
-    pub objects: Objects,
+    pub objects: Arc<Objects>,
 }
 
 /// The words before they are checked against each other.
@@ -332,7 +333,7 @@ impl Given {
             "copy-range-offloading" => self.copy_range = true,
             "salvage" => self.salvage = true,
             "oob-writes" => self.out_of_order = true,
-            "object" => self.objects.add(value)?,
+            "object" => define(&mut self.objects, value)?,
             _ => unreachable!("every option of the table is listed"),
         }
         Ok(())
@@ -416,7 +417,7 @@ impl Given {
             out_of_order: self.out_of_order,
             quiet: self.quiet,
             progress: self.progress && !self.quiet,
-            objects: self.objects,
+            objects: self.objects.into(),
         })))
     }
 }

@@ -1,13 +1,14 @@
 //! `create`: makes an image.
 
 use std::ffi::OsString;
+use std::sync::Arc;
 
 use diskimage::errno;
 use diskimage::options::{create_help, create_help_with_protocol};
-use diskimage::{Creation, FILE_CREATE_OPTIONS, Prepared};
+use diskimage::{Creation, FILE_CREATE_OPTIONS, Objects, Prepared};
 
 use super::LARGEST;
-use crate::objects::Objects;
+use crate::objects::define;
 use crate::out::Console;
 use crate::printable::printable;
 use crate::words::{Command, CreateOptions, Flag, Operand, Parser, Stop, size, text};
@@ -116,7 +117,7 @@ pub struct Args {
     /// Print only errors.
     pub quiet: bool,
     /// Secrets.
-    pub objects: Objects,
+    pub objects: Arc<Objects>,
 }
 
 impl Request {
@@ -138,7 +139,7 @@ impl Request {
                 "backing" => backing = Some(value),
                 "backing-format" => backing_format = Some(text(value)?),
                 "backing-unsafe" => backing_unsafe = true,
-                "object" => objects.add(value)?,
+                "object" => define(&mut objects, value)?,
                 _ => unreachable!("every option of the table is listed"),
             }
         }
@@ -168,7 +169,7 @@ impl Request {
             backing_format,
             backing_unsafe,
             quiet,
-            objects,
+            objects: objects.into(),
         }))
     }
 }
@@ -186,7 +187,9 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     };
     let name = text(args.name)?;
     let image = |error: diskimage::Error| Stop::from(error.context(name.clone()));
-    let mut creation = Creation::new(&name, &args.format).trust_backing(args.backing_unsafe);
+    let mut creation = Creation::new(&name, &args.format)
+        .objects(args.objects)
+        .trust_backing(args.backing_unsafe);
     if let Some(size) = args.size {
         creation = creation.size(size);
     }

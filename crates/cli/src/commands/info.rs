@@ -3,15 +3,15 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 
-use diskimage::{Device, Image, OpenOptions, Target};
+use diskimage::{Device, Image, Objects, OpenOptions, Target};
 
 use super::only_image;
 use crate::facts::Facts;
-use crate::json::Value;
-use crate::objects::Objects;
+use crate::objects::define;
 use crate::out::Console;
 use crate::source::open_source;
 use crate::words::{Command, Flag, ImageName, Operand, OutputFormat, Parser, Source, Stop, text};
+use diskimage::json::Value;
 
 /// The table of `info`.
 pub static COMMAND: Command = Command {
@@ -63,7 +63,7 @@ pub struct Args {
     /// How.
     pub output: OutputFormat,
     /// Secrets.
-    pub objects: Objects,
+    pub objects: Arc<Objects>,
 }
 
 impl Args {
@@ -83,7 +83,7 @@ impl Args {
                 "backing-chain" => backing_chain = true,
                 "force-share" => force_share = true,
                 "output" => output = OutputFormat::read(&value)?,
-                "object" => objects.add(value)?,
+                "object" => define(&mut objects, value)?,
                 _ => unreachable!("every option of the table is listed"),
             }
         }
@@ -93,7 +93,7 @@ impl Args {
             backing_chain,
             force_share,
             output,
-            objects,
+            objects: objects.into(),
         })
     }
 }
@@ -139,6 +139,7 @@ fn open_each(args: &Args, console: &Console) -> Result<Vec<Arc<Image>>, Stop> {
             )));
         }
         let options = OpenOptions::new()
+            .objects(Arc::clone(&args.objects))
             .no_data(true)
             .no_backing(true)
             .force_share(args.force_share);

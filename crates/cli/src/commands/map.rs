@@ -1,9 +1,11 @@
 //! `map`: shows where the bytes of an image are.
 
-use diskimage::{ByteRange, Error, ExtentKind, Image, MappedExtent, OpenOptions, map};
+use std::sync::Arc;
+
+use diskimage::{ByteRange, Error, ExtentKind, Image, MappedExtent, Objects, OpenOptions, map};
 
 use super::{LARGEST, only_image};
-use crate::objects::Objects;
+use crate::objects::define;
 use crate::out::Console;
 use crate::printable::printable;
 use crate::source::open_source;
@@ -66,7 +68,7 @@ pub struct Args {
     /// Take no locks that others could mind.
     pub force_share: bool,
     /// Secrets.
-    pub objects: Objects,
+    pub objects: Arc<Objects>,
 }
 
 impl Args {
@@ -87,7 +89,7 @@ impl Args {
                 "max-length" => max_length = Some(size("max length", &value, 0, LARGEST)?),
                 "output" => output = OutputFormat::read(&value)?,
                 "force-share" => force_share = true,
-                "object" => objects.add(value)?,
+                "object" => define(&mut objects, value)?,
                 _ => unreachable!("every option of the table is listed"),
             }
         }
@@ -98,7 +100,7 @@ impl Args {
             max_length,
             output,
             force_share,
-            objects,
+            objects: objects.into(),
         })
     }
 }
@@ -111,7 +113,9 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     let args = Args::parse(words)?;
     let image = open_source(
         &args.image,
-        OpenOptions::new().force_share(args.force_share),
+        OpenOptions::new()
+            .objects(Arc::clone(&args.objects))
+            .force_share(args.force_share),
         console,
     )?;
     let range = ByteRange::at(args.start_offset, args.max_length.unwrap_or(u64::MAX));

@@ -1,18 +1,21 @@
 //! `measure`: tells how large an image would be.
 
+use std::sync::Arc;
+
 use diskimage::options::Options;
 use diskimage::{
-    FILE_CREATE_OPTIONS, Measure, MeasureSource, OpenOptions, SnapshotSelector, format_by_name, open_snapshot,
+    FILE_CREATE_OPTIONS, Measure, MeasureSource, Objects, OpenOptions, SnapshotSelector, format_by_name,
+    open_snapshot,
 };
 
 use super::LARGEST;
-use crate::json::Value;
-use crate::objects::Objects;
+use crate::objects::define;
 use crate::out::Console;
 use crate::source::open_source;
 use crate::words::{
     Command, CreateOptions, Flag, Operand, OutputFormat, Parser, Source, Stop, size, snapshot_selector, text,
 };
+use diskimage::json::Value;
 
 /// The table of `measure`.
 pub static COMMAND: Command = Command {
@@ -91,7 +94,7 @@ pub struct Args {
     /// Take no locks that others could mind.
     pub force_share: bool,
     /// Secrets.
-    pub objects: Objects,
+    pub objects: Arc<Objects>,
 }
 
 /// What an image would be made from.
@@ -129,7 +132,7 @@ impl Args {
                 "snapshot" => snapshot = Some(snapshot_selector(value)?),
                 "output" => output = OutputFormat::read(&value)?,
                 "force-share" => force_share = true,
-                "object" => objects.add(value)?,
+                "object" => define(&mut objects, value)?,
                 _ => unreachable!("every option of the table is listed"),
             }
         }
@@ -160,7 +163,7 @@ impl Args {
             options: options.list,
             output,
             force_share,
-            objects,
+            objects: objects.into(),
         })
     }
 }
@@ -174,7 +177,13 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     let source = match &args.contents {
         Contents::Empty(_) => None,
         Contents::Image { image, snapshot } => {
-            let image = open_source(image, OpenOptions::new().force_share(args.force_share), console)?;
+            let image = open_source(
+                image,
+                OpenOptions::new()
+                    .objects(Arc::clone(&args.objects))
+                    .force_share(args.force_share),
+                console,
+            )?;
             Some(match snapshot {
                 Some(snapshot) => open_snapshot(&image, snapshot)?,
                 None => image,

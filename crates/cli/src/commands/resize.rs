@@ -1,12 +1,13 @@
 //! `resize`: changes the size of an image.
 
 use std::ffi::OsStr;
+use std::sync::Arc;
 
 use diskimage::options::read_size;
 
-use diskimage::{Device, OpenOptions, Preallocation, ShrinkPolicy, resize};
+use diskimage::{Device, Objects, OpenOptions, Preallocation, ShrinkPolicy, resize};
 
-use crate::objects::Objects;
+use crate::objects::define;
 use crate::out::Console;
 use crate::source::open_source;
 use crate::words::{Command, Flag, Operand, Parser, Source, Stop, text};
@@ -79,7 +80,7 @@ pub struct Args {
     /// Print only errors.
     pub quiet: bool,
     /// Secrets.
-    pub objects: Objects,
+    pub objects: Arc<Objects>,
 }
 
 /// A size, or a difference to the present one, in bytes.
@@ -131,7 +132,7 @@ impl Args {
                 "image-opts" => image_opts = true,
                 "shrink" => shrink = true,
                 "preallocation" => preallocation = read_preallocation(&value.to_string_lossy())?,
-                "object" => objects.add(value)?,
+                "object" => define(&mut objects, value)?,
                 _ => unreachable!("every option of the table is listed"),
             }
         }
@@ -150,7 +151,7 @@ impl Args {
             preallocation,
             shrink,
             quiet,
-            objects,
+            objects: objects.into(),
         })
     }
 }
@@ -166,7 +167,14 @@ fn read_preallocation(value: &str) -> Result<Preallocation, Stop> {
 /// What is wrong with the words, and what keeps the image from its new size.
 pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     let args = Args::parse(words)?;
-    let image = open_source(&args.image, OpenOptions::new().write(true).resize(true), console)?;
+    let image = open_source(
+        &args.image,
+        OpenOptions::new()
+            .objects(Arc::clone(&args.objects))
+            .write(true)
+            .resize(true),
+        console,
+    )?;
     let present = image.len();
     let Some(size) = args.size.apply(present) else {
         return Err(Stop::wrong("New image size must be positive"));

@@ -9,7 +9,7 @@
 use std::sync::Arc;
 
 use diskimage_core::{
-    Budget, ByteRange, CreateRequest, Device, Error, Extent, Limits, OpenRequest, Preallocation,
+    Budget, ByteRange, CreateRequest, Device, Error, Extent, Limits, NodeOptions, OpenRequest, Preallocation,
     ResizeRequest, Result, Want, ZeroMode,
 };
 use zerocopy::IntoBytes;
@@ -37,6 +37,8 @@ pub(super) fn create(request: &CreateRequest<'_>) -> Result<()> {
         for_check: false,
         no_data: false,
         force_share: false,
+        options: &mut NodeOptions::new(),
+        objects: request.objects,
         gate: request.gate,
         budget: Budget::default(),
     })?;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use diskimage_core::options::Options;
 use diskimage_core::{
     Budget, ByteRange, CreateRequest, Device, Error, ErrorKind, Format, Gate, Image, MemoryDevice,
-    OpenRequest, Preallocation, Reference, ResizeRequest, Result, Want, ZeroMode,
+    NodeOptions, OpenRequest, Preallocation, Reference, ResizeRequest, Result, Want, ZeroMode,
 };
 use proptest::prelude::*;
 
@@ -50,6 +50,7 @@ pub(super) fn create(options_text: &str, size: u64, gate: &dyn Gate) -> Arc<Memo
             name: "test",
             size,
             options: &options,
+            objects: &Arc::default(),
             gate,
         })
         .expect("created");
@@ -70,6 +71,8 @@ pub(super) fn open(
         for_check: false,
         no_data: false,
         force_share: false,
+        options: &mut NodeOptions::new(),
+        objects: &Arc::default(),
         gate,
         budget: Budget::default(),
     })?;

@@ -55,6 +55,7 @@ type Sources = (Vec<Arc<Image>>, Option<Arc<dyn Layer>>);
 fn open_sources(args: &Args, console: &Console) -> Result<Sources, Stop> {
     let options = || {
         OpenOptions::new()
+            .objects(Arc::clone(&args.objects))
             .cache(args.source_cache)
             .force_share(args.force_share)
             .exclusive(!args.force_share)
@@ -132,7 +133,9 @@ impl Target {
         };
         let Some(driver) = driver else { return Ok(target) };
         if !args.no_create {
-            let mut creation = Creation::new(&target.name, driver.name()).exact_size(total_len(sources));
+            let mut creation = Creation::new(&target.name, driver.name())
+                .objects(Arc::clone(&args.objects))
+                .exact_size(total_len(sources));
             if let Some(options) = &args.options {
                 creation = creation.options(options.as_str());
             }
@@ -178,6 +181,7 @@ impl Target {
             format: self.format.clone(),
         };
         let options = OpenOptions::new()
+            .objects(Arc::clone(&args.objects))
             .write(true)
             .resize(!args.no_create)
             .cache(args.target_cache);

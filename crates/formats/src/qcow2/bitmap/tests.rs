@@ -5,7 +5,7 @@ use std::sync::Arc;
 use diskimage_core::{
     BitmapInfo, Bitmaps, Budget, ByteRange, Device, Image, MemoryDevice, NewBitmap, Repair,
 };
-use diskimage_core::{OpenRequest, Preallocation, Progress, ResizeRequest, Result, ZeroMode};
+use diskimage_core::{NodeOptions, OpenRequest, Preallocation, Progress, ResizeRequest, Result, ZeroMode};
 
 use super::super::Qcow2;
 use super::super::tests::{Closed, create};
@@ -19,6 +19,8 @@ fn open(file: &Arc<MemoryDevice>, write: bool) -> Result<(Arc<Qcow2>, Image)> {
         for_check: false,
         no_data: false,
         force_share: false,
+        options: &mut NodeOptions::new(),
+        objects: &Arc::default(),
         gate: &Closed,
         budget: Budget::default(),
     })?;

@@ -3,8 +3,8 @@
 use std::sync::{Arc, Mutex};
 
 use diskimage_core::{
-    Budget, ByteRange, CheckReport, Device, Extent, Format, Image, Limits, MemoryDevice, Note, OpenRequest,
-    Preallocation, Progress, Repair, Result, Want, ZeroMode,
+    Budget, ByteRange, CheckReport, Device, Extent, Format, Image, Limits, MemoryDevice, NodeOptions, Note,
+    OpenRequest, Preallocation, Progress, Repair, Result, Want, ZeroMode,
 };
 use proptest::prelude::*;
 
@@ -29,6 +29,8 @@ fn check_device(device: Arc<dyn Device>, repair: Repair) -> Found {
         for_check: true,
         no_data: false,
         force_share: false,
+        options: &mut NodeOptions::new(),
+        objects: &Arc::default(),
         gate: &gate,
         budget: Budget::default(),
     });

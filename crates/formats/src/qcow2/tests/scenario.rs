@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use diskimage_core::{
-    Budget, ByteRange, CheckReport, Device, Gate, Image, Layer, MemoryDevice, NewBitmap, OpenRequest,
-    Preallocation, Progress, Reference, Repair, ResizeRequest, Result, ZeroMode,
+    Budget, ByteRange, CheckReport, Device, Gate, Image, Layer, MemoryDevice, NewBitmap, NodeOptions,
+    OpenRequest, Preallocation, Progress, Reference, Repair, ResizeRequest, Result, ZeroMode,
 };
 
 use super::super::Qcow2;
@@ -150,6 +150,8 @@ pub(super) fn open_layer(devices: &[Arc<dyn Device>], write: bool, for_check: bo
         for_check,
         no_data: false,
         force_share: false,
+        options: &mut NodeOptions::new(),
+        objects: &Arc::default(),
         gate: data.as_ref().map_or(&Closed as &dyn Gate, |data| data),
         budget: Budget::default(),
     })

@@ -1,7 +1,12 @@
-//! JSON as the original prints it: four spaces of indent, members in the order given, ASCII only.
+//! JSON as the original reads and prints it: four spaces of indent, ASCII only, strings in single quotes too.
+
+mod order;
+mod parse;
 
 use std::borrow::Cow;
 use std::fmt::Write;
+
+pub use parse::parse;
 
 /// A JSON value.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -12,6 +17,8 @@ pub enum Value {
     Bool(bool),
     /// A whole number.
     Int(i128),
+    /// Any other number, as it was written.
+    Real(String),
     /// Text.
     Text(String),
     /// A list.
@@ -29,6 +36,21 @@ impl Value {
                 .map(|(name, value)| (name.into(), value))
                 .collect(),
         )
+    }
+
+    /// The same value with the members of every object in the order in which the original prints them where no schema
+    /// fixes it.
+    #[must_use]
+    pub fn in_table_order(self) -> Self {
+        match self {
+            Self::List(values) => Self::List(values.into_iter().map(Self::in_table_order).collect()),
+            Self::Object(mut members) => {
+                members.sort_by_key(|(name, _)| order::bucket(name));
+                let member = |(name, value): (_, Self)| (name, value.in_table_order());
+                Self::Object(members.into_iter().map(member).collect())
+            }
+            other => other,
+        }
     }
 
     /// On several lines, with a newline at the end. An empty list or object takes two lines.
@@ -52,6 +74,7 @@ impl Value {
             Self::Bool(value) => text.push_str(if *value { "true" } else { "false" }),
             // Writing to a string does not fail.
             Self::Int(value) => drop(write!(text, "{value}")),
+            Self::Real(value) => text.push_str(value),
             Self::Text(value) => quote(text, value),
             Self::List(values) => {
                 text.push('[');

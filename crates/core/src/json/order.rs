@@ -1,0 +1,49 @@
+//! The order in which the original prints the members of objects that no schema describes.
+//!
+//! It keeps them in a hash table with 512 buckets and prints bucket by bucket; scripts compare such output as text, so
+//! the order is part of what is printed.
+
+const BUCKETS: u32 = 512;
+
+/// The bucket that `name` falls into.
+pub(super) fn bucket(name: &str) -> u32 {
+    let len = u32::try_from(name.len()).unwrap_or(u32::MAX);
+    let shifts = (0u32..).map(|at| at.wrapping_mul(5) % 24);
+    let sum = name
+        .bytes()
+        .zip(shifts)
+        .fold(len.wrapping_mul(0x238f_13af), |sum, (byte, shift)| {
+            sum.wrapping_add(u32::from(byte) << shift)
+        });
+    sum.wrapping_mul(1_103_515_243).wrapping_add(12_345) % BUCKETS
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn observed_orders_hold() {
+        for names in [
+            &["offset", "driver", "size", "file"][..],
+            &["driver", "filename"],
+            &[
+                "children",
+                "virtual-size",
+                "filename",
+                "cluster-size",
+                "format",
+                "actual-size",
+            ],
+            &[
+                "compat",
+                "compression-type",
+                "lazy-refcounts",
+                "refcount-bits",
+                "corrupt",
+            ],
+        ] {
+            assert!(names.is_sorted_by_key(|name| bucket(name)), "{names:?}");
+        }
+    }
+}

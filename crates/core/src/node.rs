@@ -1,0 +1,288 @@
+//! The options of a node of the block graph, as they were given.
+//!
+//! A node is a driver with its options and, under names of their own, the nodes below it. Users write it as
+//! `driver=qcow2,file.driver=file,file.filename=x`, as `json:{"driver": "qcow2", "file": {...}}`, or leave most of it to
+//! a plain file name. All forms become the same flat list of dotted names:
+//!
+//! ```text
+//!   driver         qcow2
+//!   file.driver    file
+//!   file.filename  x
+//! ```
+//!
+//! Whoever knows an option takes it out. What is left when a driver has opened is an option that nobody knows.
+
+use std::collections::BTreeMap;
+
+use crate::json::Value;
+use crate::options::{OptionDef, Options, split_list};
+use crate::{Error, Result};
+
+/// The options of a node and of those below it, by dotted name.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct NodeOptions {
+    /// Scalars, and lists and objects that are empty.
+    entries: BTreeMap<String, Value>,
+}
+
+impl NodeOptions {
+    /// No options.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// The options of a list `driver=qcow2,file.filename=x`, as it stands after `--image-opts`.
+    pub fn from_list(text: &str) -> Self {
+        let mut options = Self::new();
+        for (name, value) in split_list(text, Some("file")) {
+            // What the list itself is called is of no use to anybody here.
+            if name != "id" {
+                options.set(&name, value);
+            }
+        }
+        options
+    }
+
+    /// The options of an object in JSON.
+    ///
+    /// # Errors
+    /// Any other value.
+    pub fn from_json(value: Value) -> Result<Self> {
+        let Value::Object(_) = value else {
+            return Err(Error::invalid("Invalid JSON object given"));
+        };
+        let mut options = Self::new();
+        options.flatten("", value);
+        Ok(options)
+    }
+
+    fn flatten(&mut self, name: &str, value: Value) {
+        let below = |key: &str| {
+            if name.is_empty() {
+                key.to_owned()
+            } else {
+                format!("{name}.{key}")
+            }
+        };
+        match value {
+            Value::Object(members) if name.is_empty() || !members.is_empty() => {
+                // What is nested counts where a dotted name says otherwise.
+                let (nested, flat): (Vec<_>, Vec<_>) = members
+                    .into_iter()
+                    .partition(|(_, value)| matches!(value, Value::Object(_) | Value::List(_)));
+                for (key, value) in flat.into_iter().chain(nested) {
+                    self.flatten(&below(&key), value);
+                }
+            }
+            Value::List(values) if !values.is_empty() => {
+                for (at, value) in values.into_iter().enumerate() {
+                    self.flatten(&below(&at.to_string()), value);
+                }
+            }
+            value => {
+                self.entries.insert(name.to_owned(), value);
+            }
+        }
+    }
+
+    /// Sets an option.
+    pub fn set(&mut self, name: &str, value: impl Into<Value>) {
+        self.entries.insert(name.to_owned(), value.into());
+    }
+
+    /// Gives the node below called `child` these options, on top of those that it has.
+    pub fn set_node(&mut self, child: &str, options: Self) {
+        for (name, value) in options.entries {
+            self.entries.insert(format!("{child}.{name}"), value);
+        }
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
+    /// Whether the option itself, not one of a node of this name, is given.
+    pub fn has(&self, name: &str) -> bool {
+        self.entries.contains_key(name)
+    }
+
+    /// Whether options of a node below called `child` are given.
+    pub fn has_node(&self, child: &str) -> bool {
+        self.entries.keys().any(|name| name_below(name, child).is_some())
+    }
+
+    /// The text of an option; `None` also if it is no text.
+    pub fn text(&self, name: &str) -> Option<&str> {
+        match self.entries.get(name) {
+            Some(Value::Text(text)) => Some(text),
+            _ => None,
+        }
+    }
+
+    /// Takes an option as it was written.
+    pub fn take(&mut self, name: &str) -> Option<Value> {
+        self.entries.remove(name)
+    }
+
+    /// Takes an option as text: numbers as they were written, `on` and `off` for what is true and false.
+    pub fn take_text(&mut self, name: &str) -> Option<String> {
+        self.take(name).map(|value| shown(&value))
+    }
+
+    /// Takes all options of the node below called `child`.
+    pub fn take_node(&mut self, child: &str) -> Self {
+        let mut node = Self::new();
+        self.entries.retain(|name, value| match name_below(name, child) {
+            Some(below) => {
+                node.entries
+                    .insert(below.to_owned(), std::mem::replace(value, Value::Null));
+                false
+            }
+            None => true,
+        });
+        node
+    }
+
+    /// The options of the node below called `child`.
+    pub fn node(&self, child: &str) -> Self {
+        self.clone().take_node(child)
+    }
+
+    /// Takes the options that `table` has, each checked to be of its kind.
+    ///
+    /// # Errors
+    /// A value that its option does not take.
+    pub fn absorb(&mut self, table: &'static [OptionDef]) -> Result<Options> {
+        let mut options = Options::new(table);
+        for def in table {
+            if let Some(text) = self.take_text(def.name) {
+                options.set(def.name, &text)?;
+            }
+        }
+        Ok(options)
+    }
+
+    /// The name of an option that is left: the one that the original would come upon first.
+    pub fn left_over(&self) -> Option<&str> {
+        let members = self.entries.keys().map(|name| (name.clone(), Value::Null));
+        let Value::Object(members) = Value::object(members).in_table_order() else {
+            return None;
+        };
+        let first = members.first()?;
+        self.entries
+            .get_key_value(&*first.0)
+            .map(|(name, _)| name.as_str())
+    }
+
+    /// The options as a JSON object with the nodes below nested, in the order in which the original prints them.
+    pub fn to_json(&self) -> Value {
+        let mut root = Value::Object(Vec::new());
+        for (name, value) in &self.entries {
+            insert(&mut root, name, value.clone());
+        }
+        root.in_table_order()
+    }
+}
+
+/// What follows `child.` in a name.
+fn name_below<'a>(name: &'a str, child: &str) -> Option<&'a str> {
+    name.strip_prefix(child)?.strip_prefix('.')
+}
+
+fn insert(into: &mut Value, name: &str, value: Value) {
+    let mut at = into;
+    let mut rest = name;
+    loop {
+        let Value::Object(members) = at else {
+            // A name that is both an option and a node: the option stays.
+            return;
+        };
+        let (head, tail) = match rest.split_once('.') {
+            Some((head, tail)) => (head, Some(tail)),
+            None => (rest, None),
+        };
+        let position = members.iter().position(|(name, _)| name == head);
+        let position = position.unwrap_or_else(|| {
+            members.push((head.to_owned().into(), Value::Object(Vec::new())));
+            members.len() - 1
+        });
+        match tail {
+            Some(tail) => {
+                at = &mut members[position].1;
+                rest = tail;
+            }
+            None => {
+                members[position].1 = value;
+                return;
+            }
+        }
+    }
+}
+
+fn shown(value: &Value) -> String {
+    match value {
+        Value::Bool(true) => "on".to_owned(),
+        Value::Bool(false) => "off".to_owned(),
+        Value::Text(text) => text.clone(),
+        other => other.compact(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::json;
+    use crate::options::OptionKind;
+
+    fn from_json(text: &str) -> NodeOptions {
+        NodeOptions::from_json(json::parse(text).expect("JSON")).expect("an object")
+    }
+
+    #[test]
+    fn lists_and_objects_say_the_same() {
+        let list = NodeOptions::from_list("driver=raw,file.driver=file,file.filename=a,,b");
+        let object = from_json("{'driver':'raw','file':{'driver':'file','filename':'a,b'}}");
+        assert_eq!(list, object);
+        assert_eq!(
+            list.to_json().compact(),
+            r#"{"driver": "raw", "file": {"driver": "file", "filename": "a,b"}}"#
+        );
+        assert_eq!(NodeOptions::from_list("a.raw").text("file"), Some("a.raw"));
+    }
+
+    #[test]
+    fn members_of_lists_are_numbered() {
+        let mut options = from_json("{'children':[{'driver':'raw'},{'driver':'qcow2'}],'empty':[]}");
+        assert_eq!(options.take_node("children.1").text("driver"), Some("qcow2"));
+        assert_eq!(options.take("empty"), Some(Value::List(Vec::new())));
+        assert_eq!(options.left_over(), Some("children.0.driver"));
+    }
+
+    #[test]
+    fn drivers_take_what_they_know() {
+        const TABLE: &[OptionDef] = &[
+            OptionDef {
+                name: "size",
+                kind: OptionKind::Size,
+                help: "The size",
+                default: None,
+            },
+            OptionDef {
+                name: "lazy",
+                kind: OptionKind::Flag,
+                help: "Be lazy",
+                default: Some("off"),
+            },
+        ];
+        let mut options = from_json("{'size':4096,'lazy':true,'filename':'x'}");
+        let taken = options.absorb(TABLE).expect("right kinds");
+        assert_eq!((taken.size("size"), taken.flag("lazy")), (Some(4096), Some(true)));
+        assert_eq!(options.left_over(), Some("filename"));
+        let wrong = NodeOptions::from_list("lazy=maybe").absorb(TABLE);
+        assert_eq!(
+            wrong.map(|_| ()).map_err(|error| error.chain()),
+            Err("Parameter 'lazy' expects 'on' or 'off'".to_owned())
+        );
+    }
+}
