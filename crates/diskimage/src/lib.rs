@@ -43,7 +43,7 @@ mod snapshot;
 #[cfg(test)]
 mod testing;
 
-pub use bitmaps::{check_bitmaps, copy_bitmaps};
+pub use bitmaps::{check_bitmaps, copy_bitmaps, merge_bitmap};
 pub use compare::{CompareError, Comparison, Difference, Verdict};
 pub use convert::{Conversion, DEFAULT_SPARSE, MAX_SPARSE, OnLost, total_len};
 pub use create::{Creation, Prepared};
