@@ -102,11 +102,7 @@ impl Facts {
             }
         }
         if !self.info.snapshots.is_empty() {
-            line("Snapshot list:");
-            line(SNAPSHOT_HEAD);
-            for snapshot in &self.info.snapshots {
-                line(&snapshot_line(snapshot));
-            }
+            snapshot_lines(&self.info.snapshots).iter().for_each(|words| line(words));
         }
         if let Some(details) = self.info.specific.as_ref().filter(|details| !details.is_empty()) {
             line("Format specific information:");
@@ -177,6 +173,14 @@ fn disk_size(bytes: Option<u64>) -> String {
 /// The head of the table of snapshots.
 const SNAPSHOT_HEAD: &str =
     "ID      TAG               VM_SIZE                DATE        VM_CLOCK     ICOUNT";
+
+/// The table of snapshots, line by line.
+pub(crate) fn snapshot_lines(snapshots: &[SnapshotInfo]) -> Vec<String> {
+    let head = ["Snapshot list:", SNAPSHOT_HEAD].map(str::to_owned);
+    head.into_iter()
+        .chain(snapshots.iter().map(snapshot_line))
+        .collect()
+}
 
 fn snapshot_line(snapshot: &SnapshotInfo) -> String {
     let seconds = snapshot.vm_clock_nsec / NANOS;

@@ -1,8 +1,12 @@
 //! The error numbers of Linux that are answered or looked for by name.
 
+/// `No such file or directory`.
+pub const ENOENT: i32 = 2;
 /// `Input/output error`: what the original answers to requests outside an image and to damaged tables.
 pub const EIO: i32 = 5;
 /// `Invalid argument`: what file systems answer to lengths that are no lengths.
 pub const EINVAL: i32 = 22;
 /// `File too large`.
 pub const EFBIG: i32 = 27;
+/// `Operation not supported`.
+pub const ENOTSUP: i32 = 95;

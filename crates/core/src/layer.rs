@@ -4,7 +4,7 @@ use std::fmt::Debug;
 use std::sync::Arc;
 
 use crate::{
-    Bitmaps, ByteRange, CheckReport, Device, Error, Info, Preallocation, Progress, Repair, Result, ZeroMode,
+    Bitmaps, ByteRange, CheckReport, Device, Error, Info, Preallocation, Progress, Repair, Result, Snapshots, ZeroMode,
 };
 
 /// One opened image without its backing chain.
@@ -101,6 +101,11 @@ pub trait Layer: Debug + Send + Sync {
     /// [`ErrorKind::NotFound`](crate::ErrorKind::NotFound) if there is no such snapshot.
     fn snapshot(&self, _id: Option<&str>, _name: Option<&str>) -> Result<Option<Arc<dyn Layer>>> {
         Ok(None)
+    }
+
+    /// Its internal snapshots, to be changed; `None` if the format has none.
+    fn snapshots(&self) -> Option<&dyn Snapshots> {
+        None
     }
 
     /// Its persistent bitmaps; `None` if the format or this version of it has none.

@@ -31,6 +31,7 @@ pub mod options;
 mod progress;
 mod range;
 pub mod size;
+mod snapshots;
 mod zero;
 
 pub use aligned::AlignedBuf;
@@ -49,4 +50,5 @@ pub use node::{NodeOptions, is_identifier};
 pub use objects::{Object, Objects, Secret, ThrottleGroup, TlsCreds, TlsKind};
 pub use progress::{Note, Progress};
 pub use range::{ByteRange, align_down, align_up, div_ceil};
+pub use snapshots::{NewSnapshot, Snapshots};
 pub use zero::{is_zero, leading};

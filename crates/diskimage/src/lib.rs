@@ -58,4 +58,7 @@ pub use map::{MappedExtent, map};
 pub use open::{OpenOptions, open, open_device, open_node};
 pub use probe::probe;
 pub use resize::{ShrinkPolicy, resize};
-pub use snapshot::{SnapshotSelector, open_snapshot};
+pub use snapshot::{
+    MAX_SNAPSHOT_NAME, SnapshotSelector, apply_snapshot, create_snapshot, delete_snapshot, list_snapshots,
+    open_snapshot,
+};

@@ -1,8 +1,11 @@
-//! The states that an image kept.
+//! The states that an image keeps.
 
 use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
 
-use diskimage_core::{Error, ErrorKind, Image, Result};
+use diskimage_core::{
+    Error, ErrorKind, Image, NewSnapshot, Result, ResultExt, SnapshotInfo, Snapshots, errno,
+};
 
 /// Which internal snapshot is meant.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -48,3 +51,72 @@ pub fn open_snapshot(image: &Image, selector: &SnapshotSelector) -> Result<Arc<I
         false,
     )))
 }
+
+/// The internal snapshots of an image, in the order in which they are stored; none if its format has none.
+///
+/// # Errors
+/// Damage in their table.
+pub fn list_snapshots(image: &Image) -> Result<Vec<SnapshotInfo>> {
+    image.layer().snapshots().map_or(Ok(Vec::new()), |snapshots| snapshots.list())
+}
+
+/// Keeps the disk of `image` as it is now under `name`, which need not be the only one of that name. `now` is the time
+/// noted with it. Of a longer name the first [`MAX_SNAPSHOT_NAME`] bytes count.
+///
+/// # Errors
+/// An image that has no snapshots, and failures to change it.
+pub fn create_snapshot(image: &Image, name: &str, now: SystemTime) -> Result<()> {
+    let snapshots = image.layer().snapshots();
+    let snapshots = snapshots.ok_or_else(|| Error::from_errno(errno::ENOTSUP))?;
+    let age = now.duration_since(UNIX_EPOCH).unwrap_or_default();
+    snapshots.create(&NewSnapshot {
+        name: &name[..name.floor_char_boundary(MAX_SNAPSHOT_NAME)],
+        // The format's clock ends in 2106.
+        date_sec: u32::try_from(age.as_secs()).unwrap_or(u32::MAX),
+        date_nsec: age.subsec_nanos(),
+    })
+}
+
+/// Makes the disk of `image` what it was when the snapshot with identifier `word` was taken, or else the first one called
+/// so.
+///
+/// # Errors
+/// No such snapshot, an image with bitmaps, which could not follow, and failures to change it.
+pub fn apply_snapshot(image: &Image, word: &str) -> Result<()> {
+    let layer = image.layer();
+    if let Some(bitmaps) = layer.bitmaps()
+        && !bitmaps.list()?.is_empty()
+    {
+        return Err(Error::unsupported("Device has active dirty bitmaps"));
+    }
+    let snapshots = layer
+        .snapshots()
+        .ok_or_else(|| Error::unsupported("Block driver does not support snapshots"))?;
+    apply_found(snapshots, word).context(|| "Failed to load snapshot")
+}
+
+fn apply_found(snapshots: &dyn Snapshots, word: &str) -> Result<()> {
+    snapshots.check_support()?;
+    let list = snapshots.list()?;
+    let index = list
+        .iter()
+        .position(|snapshot| snapshot.id == word)
+        .or_else(|| list.iter().position(|snapshot| snapshot.name == word))
+        .ok_or_else(|| Error::from_errno(errno::ENOENT))?;
+    snapshots.apply(index)
+}
+
+/// Takes the first snapshot called `name` away.
+///
+/// # Errors
+/// No such snapshot, and failures to change the image.
+pub fn delete_snapshot(image: &Image, name: &str) -> Result<()> {
+    let not_found = || Error::new(ErrorKind::NotFound, "snapshot not found");
+    let snapshots = image.layer().snapshots().ok_or_else(not_found)?;
+    let list = snapshots.list()?;
+    let index = list.iter().position(|snapshot| snapshot.name == name);
+    snapshots.delete(index.ok_or_else(not_found)?)
+}
+
+/// Bytes of a snapshot's name, as with the original.
+pub const MAX_SNAPSHOT_NAME: usize = 255;

@@ -32,6 +32,7 @@ mod resize;
 mod runtime;
 mod snapshot;
 mod tables;
+mod tree;
 mod write;
 
 #[cfg(test)]
@@ -44,13 +45,14 @@ use diskimage_core::options::{OptionDef, Options};
 use diskimage_core::{
     Backing, Bitmaps, Budget, ByteRange, CheckReport, CreateRequest, Device, Encoded, Encoder, Error,
     ErrorKind, Format, Gate, Info, Layer, Measure, MeasureSource, NodeOptions, OpenRequest, Permissions,
-    Preallocation, Probe, Progress, Reference, Repair, ResizeRequest, Result, Role, Run, Score, WritePlan,
+    Preallocation, Probe, Progress, Reference, Repair, ResizeRequest, Result, Role, Run, Score, Snapshots, WritePlan,
     ZeroMode,
 };
 
 use self::feature::{Autoclear, Compatible, Incompatible};
 use self::header::{CryptMethod, Header, field};
 use self::refcount::Refcounts;
+use self::snapshot::SnapshotTable;
 use self::tables::{Class, Table, Tables};
 
 /// The table entry.
@@ -130,6 +132,7 @@ struct State {
     refcounts: Refcounts,
     size: u64,
     l1: Table,
+    snapshots: SnapshotTable,
     /// Guest clusters that plans for writes are about to change.
     in_flight: Vec<ByteRange>,
     /// Host bytes given up. Counted down only after the tables that no longer refer to them are durable.
@@ -182,6 +185,10 @@ impl Qcow2 {
                 class: Class::L1,
                 offset: header.l1_table_offset,
                 len: u64::from(header.l1_size) * 8,
+            },
+            snapshots: SnapshotTable {
+                offset: header.snapshots_offset,
+                count: header.nb_snapshots,
             },
             in_flight: Vec::new(),
             freed: Vec::new(),
@@ -377,6 +384,10 @@ impl Layer for Qcow2 {
     fn snapshot(&self, id: Option<&str>, name: Option<&str>) -> Result<Option<Arc<dyn Layer>>> {
         self.open_snapshot(id, name)
             .map(|layer| Some(layer as Arc<dyn Layer>))
+    }
+
+    fn snapshots(&self) -> Option<&dyn Snapshots> {
+        Some(self)
     }
 
     fn bitmaps(&self) -> Option<&dyn Bitmaps> {

@@ -18,7 +18,7 @@ impl Qcow2 {
         if !request.len.is_multiple_of(512) {
             return Err(Error::invalid("The new size must be a multiple of 512"));
         }
-        if self.header.nb_snapshots > 0 && self.header.version < 3 {
+        if self.lock().snapshots.count > 0 && self.header.version < 3 {
             return Err(Error::unsupported("Can't resize a v2 image which has snapshots"));
         }
         self.bitmaps_can_follow(&self.lock(), request.len)

@@ -6,6 +6,8 @@
 //!  40 extra data: vm_state_size (64 bits), disk_size, icount; then id, name, padding to 8
 //! ```
 
+mod change;
+
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Condvar, Mutex, OnceLock};
 
@@ -63,22 +65,35 @@ pub(super) struct Snapshot {
     pub(super) entry: (u64, u64),
 }
 
+/// Where the table of an open image is.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct SnapshotTable {
+    pub(super) offset: u64,
+    /// How many entries it has.
+    pub(super) count: u32,
+}
+
 impl Qcow2 {
     /// All snapshots of the image, in the order of the table.
     ///
     /// # Errors
     /// Entries that reach past the file or are larger than any program writes.
     pub(super) fn read_snapshots(&self) -> Result<Vec<Snapshot>> {
+        let table = self.lock().snapshots;
+        self.read_snapshots_of(table)
+    }
+
+    fn read_snapshots_of(&self, table: SnapshotTable) -> Result<Vec<Snapshot>> {
         let mut found = Vec::new();
-        let mut at = self.header.snapshots_offset;
+        let mut at = table.offset;
         let _memory = self
             .budget
-            .take(u64::from(self.header.nb_snapshots) * size_of::<Snapshot>() as u64)?;
-        for _ in 0..self.header.nb_snapshots {
+            .take(u64::from(table.count) * size_of::<Snapshot>() as u64)?;
+        for _ in 0..table.count {
             at = at.next_multiple_of(8);
             let snapshot = self.read_snapshot(at)?;
             at += snapshot.entry.1;
-            if at - self.header.snapshots_offset > MAX_TABLE {
+            if at - table.offset > MAX_TABLE {
                 return Err(Error::new(ErrorKind::Limit, "Snapshot table is too big"));
             }
             found.push(snapshot);
@@ -128,6 +143,27 @@ impl Qcow2 {
         })
     }
 
+    /// The L1 table of a snapshot.
+    ///
+    /// # Errors
+    /// One that cannot be right.
+    fn snapshot_l1(&self, snapshot: &Snapshot) -> Result<Table> {
+        let geometry = self.header.geometry;
+        let len = u64::from(snapshot.l1_size) * 8;
+        if len > limit::L1_BYTES {
+            return Err(Error::new(ErrorKind::Limit, "Snapshot L1 table too large"));
+        }
+        let offset = snapshot.l1_table_offset;
+        if !offset.is_multiple_of(geometry.cluster_size()) || offset >= limit::HOST_OFFSET {
+            return Err(Error::corrupt("Snapshot L1 table offset invalid"));
+        }
+        if u64::from(snapshot.l1_size) < geometry.l1_entries(snapshot.info.disk_size) {
+            return Err(Error::corrupt("Snapshot L1 table is too small"));
+        }
+        let class = Class::L1;
+        Ok(Table { class, offset, len })
+    }
+
     /// The disk that a snapshot kept. Only one of `id` and `name` is given, or both have to fit.
     ///
     /// # Errors
@@ -139,26 +175,13 @@ impl Qcow2 {
         let snapshots = self.read_snapshots()?;
         let snapshot = snapshots.into_iter().find(fits);
         let snapshot = snapshot.ok_or_else(|| Error::new(ErrorKind::NotFound, "Can't find snapshot"))?;
-        let geometry = self.header.geometry;
-        let len = u64::from(snapshot.l1_size) * 8;
-        if len > limit::L1_BYTES {
-            return Err(Error::new(ErrorKind::Limit, "Snapshot L1 table too large"));
-        }
-        if !snapshot.l1_table_offset.is_multiple_of(geometry.cluster_size()) {
-            return Err(Error::corrupt("Snapshot L1 table offset invalid"));
-        }
-        if u64::from(snapshot.l1_size) < geometry.l1_entries(snapshot.info.disk_size) {
-            return Err(Error::corrupt("Snapshot L1 table is too small"));
-        }
+        let l1 = self.snapshot_l1(&snapshot)?;
         let state = State {
             tables: Tables::new(Arc::clone(&self.file), Arc::clone(&self.data)),
-            refcounts: Refcounts::new(geometry, 0, 0),
+            refcounts: Refcounts::new(self.header.geometry, 0, 0),
             size: snapshot.info.disk_size,
-            l1: Table {
-                class: Class::L1,
-                offset: snapshot.l1_table_offset,
-                len,
-            },
+            l1,
+            snapshots: SnapshotTable { offset: 0, count: 0 },
             in_flight: Vec::new(),
             freed: Vec::new(),
             punch: false,
@@ -178,6 +201,10 @@ impl Qcow2 {
             settled: Condvar::new(),
         }))
     }
+}
+
+fn index_of(value: u64) -> usize {
+    usize::try_from(value).unwrap_or(usize::MAX)
 }
 
 fn unreadable(error: Error) -> Error {

@@ -159,6 +159,15 @@ impl Tables {
         Ok(())
     }
 
+    /// Writes all changes and forgets everything: tables are about to be changed in the file itself.
+    pub(super) fn clear(&mut self) -> Result<()> {
+        self.write_back()?;
+        self.windows.clear();
+        self.clock.clear();
+        self.bytes = 0;
+        Ok(())
+    }
+
     /// Makes durable what has been written.
     pub(super) fn sync(&self) -> Result<()> {
         if !Arc::ptr_eq(&self.device, &self.data) {

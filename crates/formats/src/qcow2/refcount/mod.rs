@@ -9,9 +9,11 @@
 mod allocator;
 pub(super) mod block;
 mod grow;
+mod run;
 
 use diskimage_core::{Error, Result};
 
+pub(super) use self::run::Change;
 use super::header::{Geometry, limit};
 use super::tables::{Class, Table, Tables};
 

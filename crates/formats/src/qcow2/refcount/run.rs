@@ -1,0 +1,123 @@
+//! Counting many clusters at once: one look-up for each window of a refcount block, not one for each cluster.
+
+use diskimage_core::{Error, ErrorKind, Result};
+
+use super::super::tables::{Class, Table, Tables};
+use super::{Refcounts, block};
+
+/// What happens to counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in super::super) enum Change {
+    /// One more use.
+    Up,
+    /// One less.
+    Down,
+}
+
+impl Refcounts {
+    /// Checks that `count` clusters from `first` on are counted, and have room for one more use if that is the change.
+    ///
+    /// # Errors
+    /// Those that are not, and have not.
+    pub(in super::super) fn check_run(
+        &self,
+        tables: &mut Tables,
+        first: u64,
+        count: u64,
+        change: Change,
+    ) -> Result<()> {
+        let (order, max) = (self.geometry.refcount_order, self.geometry.max_refcount());
+        let mut at = first;
+        while at < first + count {
+            let (table, place, len) = self.piece(tables, at, first + count - at)?;
+            let bytes = tables.bytes(table, place.byte)?;
+            for i in 0..len {
+                let (skip, place) = self.place_in(at + i, place);
+                let used = bytes.get(skip..).and_then(|bytes| block::read(bytes, place, order));
+                changed(used.unwrap_or(0), change, max, at + i)?;
+            }
+            at += len;
+        }
+        Ok(())
+    }
+
+    /// Changes the counts of `count` clusters from `first` on; `freed` is told which are free then, in order.
+    ///
+    /// # Errors
+    /// As [`Refcounts::check_run`]; the clusters before the one that is wrong are changed.
+    pub(in super::super) fn change_run(
+        &mut self,
+        tables: &mut Tables,
+        first: u64,
+        count: u64,
+        change: Change,
+        mut freed: impl FnMut(u64),
+    ) -> Result<()> {
+        let (order, max) = (self.geometry.refcount_order, self.geometry.max_refcount());
+        let bits = self.geometry.cluster_bits;
+        let mut gone = Vec::new();
+        let mut at = first;
+        while at < first + count {
+            let (table, place, len) = self.piece(tables, at, first + count - at)?;
+            let bytes = tables.bytes_mut(table, place.byte)?;
+            for i in 0..len {
+                let (skip, place) = self.place_in(at + i, place);
+                let bytes = bytes.get_mut(skip..).unwrap_or(&mut []);
+                let used = block::read(bytes, place, order).unwrap_or(0);
+                let new = changed(used, change, max, at + i)?;
+                block::write(bytes, place, order, new)
+                    .ok_or_else(|| Error::corrupt("Refcount block too short"))?;
+                if new == 0 {
+                    gone.push(at + i);
+                }
+            }
+            for cluster in gone.drain(..) {
+                self.first_free = self.first_free.min(cluster);
+                if self.byte_offset.is_some_and(|at| at >> bits == cluster) {
+                    self.byte_offset = None;
+                }
+                tables.forget(Table {
+                    class: Class::L2,
+                    offset: cluster << bits,
+                    len: self.geometry.cluster_size(),
+                });
+                freed(cluster);
+            }
+            at += len;
+        }
+        Ok(())
+    }
+
+    /// The block and place that count `cluster`, and how many of `most` clusters from there on its window counts.
+    fn piece(&self, tables: &mut Tables, cluster: u64, most: u64) -> Result<(Table, block::Place, u64)> {
+        let table = self.block(tables, cluster)?.ok_or_else(|| not_counted(cluster))?;
+        let index = cluster % self.entries_per_block();
+        let order = self.geometry.refcount_order;
+        let place = block::Place::new(index, order);
+        let bytes = tables.bytes(table, place.byte)?.len() as u64;
+        // From the first entry of that byte on, which need not be this one.
+        let entries = (bytes * 8) >> order;
+        let before = index - ((place.byte * 8) >> order);
+        Ok((table, place, most.min(entries.saturating_sub(before)).max(1)))
+    }
+
+    /// Where the count of `cluster` is in bytes that begin at the byte of `start`, a place in the same block.
+    fn place_in(&self, cluster: u64, start: block::Place) -> (usize, block::Place) {
+        let place = block::Place::new(cluster % self.entries_per_block(), self.geometry.refcount_order);
+        (usize::try_from(place.byte - start.byte).unwrap_or(usize::MAX), place)
+    }
+}
+
+fn changed(used: u64, change: Change, max: u64, cluster: u64) -> Result<u64> {
+    match change {
+        _ if used == 0 => Err(not_counted(cluster)),
+        // The words with which the original ends here.
+        Change::Up if used >= max => Err(Error::new(ErrorKind::Invalid, "Invalid argument")),
+        Change::Up => Ok(used + 1),
+        Change::Down => Ok(used - 1),
+    }
+}
+
+fn not_counted(cluster: u64) -> Error {
+    Error::corrupt(format!("Cluster {cluster:#x} is in use but not counted"))
+}
