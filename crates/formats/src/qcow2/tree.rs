@@ -71,10 +71,11 @@ impl Qcow2 {
         check(state, &mut batch)
     }
 
-    /// Counts everything below `l1` once more, and says in its L2 tables that none of it may be written in place.
+    /// Counts everything below `l1` once more, and says in it and its L2 tables that none of it may be written in place.
     ///
     /// The flags are durable before the counts: a writer that finds one without the other copies needlessly.
     pub(super) fn share_tree(&self, state: &mut State, l1: Table) -> Result<()> {
+        self.visit_l1(l1, |_, entry| Ok(entry & !COPIED))?;
         let mut batch = Batch::default();
         let raise = |state: &mut State, batch: &mut Batch| {
             self.file.flush()?;

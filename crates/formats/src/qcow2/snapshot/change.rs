@@ -101,7 +101,6 @@ impl Qcow2 {
     fn create_in(&self, state: &mut State, new: &NewSnapshot<'_>, there: &[Snapshot]) -> Result<()> {
         let l1 = state.l1;
         self.share_tree(state, l1)?;
-        self.visit_l1(l1, |_, entry| Ok(entry & !COPIED))?;
         let copy = self.copy_l1(state, l1, l1.len)?;
         let id = there.iter().filter_map(|snapshot| snapshot.info.id.parse().ok());
         let id = id.max().unwrap_or(0u64) + 1;

@@ -2,7 +2,7 @@
 
 use diskimage_core::{Preallocation as P, ZeroMode};
 
-use super::scenario::Step::{Compressed, Discard, Flush, Resize, Write, Zero};
+use super::scenario::Step::{Apply, Compressed, Discard, Drop, Flush, Resize, Take, Write, Zero};
 use super::scenario::{Scenario, Step};
 
 const KIB: u64 = 1024;
@@ -97,6 +97,7 @@ pub(super) fn all() -> Vec<Scenario> {
         table_growth(),
     ]);
     all.extend(growing());
+    all.extend(snapshots());
     all
 }
 
@@ -237,4 +238,59 @@ fn growing() -> impl Iterator<Item = Scenario> {
         ];
         scenario(name, "cluster_size=512", steps)
     })
+}
+
+/// Snapshots are taken, gone back to and dropped, with writes in between.
+fn snapshots() -> Vec<Scenario> {
+    let steps = || {
+        vec![
+            Write(5000, 20_000, 2),
+            Take,
+            Write(0, 8192, 3),
+            Write(200_000, 5000, 3),
+            Flush,
+            Apply("t"),
+            Write(4096, 4096, 4),
+            Flush,
+            Drop,
+            Write(16_384, 30_000, 5),
+            Take,
+            Drop,
+            Write(0, 4096, 6),
+            Flush,
+        ]
+    };
+    let back = vec![
+        Write(0, 60_000, 2),
+        Flush,
+        Take,
+        Write(30_000, 60_000, 3),
+        Apply("s"),
+        Write(20_000, 4096, 4),
+        Apply("t"),
+        Drop,
+        Write(100_000, 4096, 5),
+        Flush,
+    ];
+    let sizes = vec![
+        Take,
+        Resize(400 * KIB, P::Off),
+        Write(300 * KIB, 8192, 2),
+        Apply("t"),
+        Write(10_000, 4096, 3),
+        Flush,
+        Drop,
+    ];
+    vec![
+        scenario("snapshots", "cluster_size=4096", steps()),
+        scenario("snapshots in small clusters", "cluster_size=512", steps()),
+        scenario("snapshots of version 2", "cluster_size=4096,compat=0.10", steps()),
+        scenario("snapshots of subclusters", "cluster_size=16384,extended_l2=on", steps()),
+        scenario("snapshots and narrow counts", "cluster_size=4096,refcount_bits=4", steps()),
+        Scenario {
+            snapshot: true,
+            ..scenario("snapshots below and above", "cluster_size=4096", back)
+        },
+        scenario("snapshots and sizes", "cluster_size=4096", sizes),
+    ]
 }
