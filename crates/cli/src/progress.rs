@@ -76,6 +76,13 @@ impl<'a> Progress<'a> {
         }
     }
 
+    /// Has the next report shown whatever was shown before.
+    pub fn restart(&self) {
+        if let Display::Lines(shown) = &self.display {
+            *lock(shown) = None;
+        }
+    }
+
     /// Tells that everything is done; the original always shows 100 % here, even if it did before.
     pub fn complete(&self) {
         match &self.display {

@@ -8,5 +8,7 @@ pub const EIO: i32 = 5;
 pub const EINVAL: i32 = 22;
 /// `File too large`.
 pub const EFBIG: i32 = 27;
+/// `No space left on device`.
+pub const ENOSPC: i32 = 28;
 /// `Operation not supported`.
 pub const ENOTSUP: i32 = 95;

@@ -54,6 +54,11 @@ pub trait Format: Debug + Sync {
     /// The options of `create`: parsing, `-o help` and documentation come from this slice.
     fn create_options(&self) -> &'static [OptionDef];
 
+    /// The options of `amend`; `None` if images of this format cannot be amended.
+    fn amend_options(&self) -> Option<&'static [OptionDef]> {
+        None
+    }
+
     /// Whether images of this format can have a backing file.
     fn has_backing(&self) -> bool {
         false

@@ -3,8 +3,9 @@
 use std::fmt::Debug;
 use std::sync::Arc;
 
+use crate::options::Options;
 use crate::{
-    Bitmaps, ByteRange, CheckReport, Device, Error, Info, Preallocation, Progress, Repair, Result, Snapshots, ZeroMode,
+    Bitmaps, ByteRange, CheckReport, Device, Error, Info, Objects, Preallocation, Progress, Repair, Result, Snapshots, ZeroMode,
 };
 
 /// One opened image without its backing chain.
@@ -144,6 +145,18 @@ pub trait Layer: Debug + Send + Sync {
     /// What the format cannot do, each in words of its own.
     fn resize(&self, request: &ResizeRequest) -> Result<()>;
 
+    /// Changes options that the image was created with. Afterwards the layer refuses to write: the image has to be opened
+    /// again.
+    ///
+    /// # Errors
+    /// What the format cannot change, each in words of its own.
+    fn amend(&self, _request: &AmendRequest<'_>) -> Result<()> {
+        Err(Error::unsupported(format!(
+            "Format driver '{}' does not support option amendment",
+            self.format()
+        )))
+    }
+
     /// Whether a new image of this kind reads as zero everywhere.
     fn is_zero_when_new(&self) -> bool {
         true
@@ -268,6 +281,19 @@ pub trait Encoder: Send {
     /// # Errors
     /// A failure of the codec.
     fn encode(&mut self, cluster: &[u8], out: &mut Vec<u8>) -> Result<bool>;
+}
+
+/// A change of options.
+#[derive(Debug)]
+pub struct AmendRequest<'a> {
+    /// Values for the options in [`Format::amend_options`](crate::Format::amend_options).
+    pub options: &'a Options,
+    /// What would lock the user out, or is unsafe otherwise, is done as well.
+    pub force: bool,
+    /// What options refer to by name.
+    pub objects: &'a Arc<Objects>,
+    /// Told how far it is.
+    pub progress: &'a Progress<'a>,
 }
 
 /// A change of size.

@@ -1,8 +1,15 @@
 //! `amend`: changes options of an image.
 
-use super::refuse;
+use std::sync::Arc;
+
+use diskimage::options::{OptionDef, OptionError, Options, amend_help};
+use diskimage::{AmendRequest, CacheMode, Format, Objects, OpenOptions, format_by_name};
+
+use crate::objects::define;
 use crate::out::Console;
-use crate::words::{Command, Flag, Operand, Parser, Stop};
+use crate::progress::Progress;
+use crate::source::open_source;
+use crate::words::{Command, CreateOptions, Flag, Operand, Parser, Source, Stop, target_cache, text};
 
 /// The table of `amend`.
 pub static COMMAND: Command = Command {
@@ -54,10 +61,138 @@ pub static COMMAND: Command = Command {
     negative_operand: None,
 };
 
-/// Reads the words of `amend`, which cannot be done yet.
+/// What to change.
+#[derive(Debug)]
+pub struct Args {
+    /// The image.
+    pub image: Source,
+    /// The options, and what they shall be.
+    pub options: String,
+    /// Also what is unsafe.
+    pub force: bool,
+    /// How the image is written.
+    pub cache: CacheMode,
+    /// Show how far it is.
+    pub progress: bool,
+    /// Secrets.
+    pub objects: Arc<Objects>,
+}
+
+/// What the words ask for.
+#[derive(Debug)]
+pub enum Request {
+    /// To change options.
+    Amend(Args),
+    /// To list the options of the format, or of the image's format if none is given.
+    Help(Args, Option<String>),
+}
+
+impl Request {
+    /// Reads the words.
+    ///
+    /// # Errors
+    /// What is wrong with them.
+    pub fn parse(mut words: Parser) -> Result<Self, Stop> {
+        let (mut format, mut image_opts, mut force) = (None, false, false);
+        let (mut quiet, mut progress, mut cache) = (false, false, None);
+        let mut options = CreateOptions::default();
+        let mut objects = Objects::default();
+        while let Some((flag, value)) = words.next_flag()? {
+            match flag {
+                "quiet" => quiet = true,
+                "progress" => progress = true,
+                "format" => format = Some(text(value)?),
+                "image-opts" => image_opts = true,
+                "cache" => cache = Some(value),
+                "force" => force = true,
+                "options" => options.add(value)?,
+                "object" => define(&mut objects, value)?,
+                _ => unreachable!("every option of the table is listed"),
+            }
+        }
+        let Some(list) = options.list else {
+            return Err(Stop::misused("Must specify options (-o)"));
+        };
+        let mut operands = words.operands().into_iter();
+        let (Some(image), None) = (operands.next(), operands.next()) else {
+            return Err(Stop::wrong("Expecting one image file name"));
+        };
+        let args = Args {
+            image: Source::new(image, format.clone(), image_opts)?,
+            options: list,
+            force,
+            cache: target_cache(cache.as_deref(), CacheMode::WRITEBACK)?,
+            progress: progress && !quiet,
+            objects: objects.into(),
+        };
+        Ok(if options.wants_help {
+            Self::Help(args, format)
+        } else {
+            Self::Amend(args)
+        })
+    }
+}
+
+/// Reads the words of `amend` and does it.
 ///
 /// # Errors
-/// What is wrong with the words, or that.
-pub fn run(words: Parser, _console: &Console) -> Result<u8, Stop> {
-    refuse(words, &COMMAND)
+/// What is wrong with the words, images that cannot be opened, and what cannot be changed.
+pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
+    let (args, help) = match Request::parse(words)? {
+        Request::Help(_, Some(format)) => {
+            let found = format_by_name(&format)
+                .ok_or_else(|| Stop::wrong(format!("Unknown file format '{format}'")))?;
+            return Err(Stop::Text(amend_help(&format, amend_table(found)?)));
+        }
+        Request::Help(args, None) => (args, true),
+        Request::Amend(args) => (args, false),
+    };
+    let progress = Progress::new(args.progress, console);
+    let options = OpenOptions::new()
+        .objects(Arc::clone(&args.objects))
+        .cache(args.cache)
+        .write(true);
+    let image = open_source(&args.image, options, console)?;
+    let format = format_by_name(image.layer().format());
+    let format = format.ok_or_else(|| not_amended(image.layer().format()))?;
+    let table = amend_table(format)?;
+    if help {
+        return Err(Stop::Text(amend_help(format.name(), table)));
+    }
+    let mut options = Options::new(table);
+    options
+        .parse(&args.options)
+        .map_err(|error| only_when_created(&error, &args.options, format))?;
+    progress.set(0, 1);
+    progress.restart();
+    let report = |done, total| progress.set(done, total);
+    let outcome = image.layer().amend(&AmendRequest {
+        options: &options,
+        force: args.force,
+        objects: &args.objects,
+        progress: &diskimage::Progress::new(&report),
+    });
+    // After a failure as well, as the original does.
+    progress.complete();
+    outcome?;
+    Ok(0)
+}
+
+fn amend_table(format: &'static dyn Format) -> Result<&'static [OptionDef], Stop> {
+    format.amend_options().ok_or_else(|| not_amended(format.name()))
+}
+
+fn not_amended(format: &str) -> Stop {
+    Stop::wrong(format!("Format driver '{format}' does not support option amendment"))
+}
+
+/// Says so where the options are those of creating an image, of which fewer can be amended.
+fn only_when_created(error: &OptionError, list: &str, format: &dyn Format) -> Stop {
+    match Options::new(format.create_options()).parse(list) {
+        Ok(()) => Stop::wrong(format!(
+            "{}\nThis option is only supported for image creation",
+            error.message()
+        )),
+        Err(_) => Stop::from(error.clone()),
+    }
 }

@@ -146,7 +146,7 @@ fn header_cluster(wanted: &Wanted) -> Result<Vec<u8>> {
 }
 
 /// Images with smaller clusters carry no feature names, as with the original: the header has to fit into one.
-const MIN_CLUSTER_FOR_NAMES: u64 = 8192;
+pub(super) const MIN_CLUSTER_FOR_NAMES: u64 = 8192;
 
 /// A device whose flush waits: a new image holds nothing that order could protect, so it is made durable once, at the
 /// end.

@@ -99,8 +99,22 @@ pub(super) fn parse(area: &[u8]) -> Result<Extensions> {
 /// The extensions in `area`, end marker included, with `bitmaps` in the place of the bitmaps extension that it has; at
 /// the end if it has none.
 pub(super) fn with_bitmaps(area: &[u8], bitmaps: Option<&BitmapsExtension>) -> Vec<u8> {
+    with(area, kind::BITMAPS, bitmaps.map(IntoBytes::as_bytes))
+}
+
+/// The same for the name of the data file.
+pub(super) fn with_data_file(area: &[u8], name: &str) -> Vec<u8> {
+    with(area, kind::DATA_FILE, Some(name.as_bytes()))
+}
+
+/// The same for the names of features: those that new images carry, or none.
+pub(super) fn with_names(area: &[u8], wanted: bool) -> Vec<u8> {
+    with(area, kind::FEATURE_NAMES, wanted.then(name_table).as_deref())
+}
+
+fn with(area: &[u8], wanted: u32, contents: Option<&[u8]>) -> Vec<u8> {
     let mut new = Vec::new();
-    let mut left = bitmaps;
+    let mut left = contents;
     let mut rest = area;
     while let Some((head, tail)) = rest.split_at_checked(8) {
         let word = |at: usize| U32::read_from_bytes(&head[at..at + 4]).map_or(0, U32::get);
@@ -108,15 +122,17 @@ pub(super) fn with_bitmaps(area: &[u8], bitmaps: Option<&BitmapsExtension>) -> V
         let Some(data) = tail.get(..len).filter(|_| word(0) != kind::END) else {
             break;
         };
-        if word(0) != kind::BITMAPS {
+        if word(0) == wanted {
+            if let Some(contents) = left.take() {
+                put(&mut new, wanted, contents);
+            }
+        } else {
             put(&mut new, word(0), data);
-        } else if let Some(bitmaps) = left.take() {
-            put(&mut new, kind::BITMAPS, bitmaps.as_bytes());
         }
         rest = tail.get(len.next_multiple_of(8)..).unwrap_or(&[]);
     }
-    if let Some(bitmaps) = left {
-        put(&mut new, kind::BITMAPS, bitmaps.as_bytes());
+    if let Some(contents) = left {
+        put(&mut new, wanted, contents);
     }
     put(&mut new, kind::END, &[]);
     new
@@ -160,18 +176,22 @@ pub(super) fn write(with_names: bool, backing_format: Option<&str>, data_file: O
         put(&mut area, kind::DATA_FILE, name.as_bytes());
     }
     if with_names {
-        let mut table = Vec::new();
-        for (kind, bit, name) in NAMES {
-            let mut entry = [0; NAME_ENTRY_LEN];
-            entry[0] = kind as u8;
-            entry[1] = bit;
-            entry[2..2 + name.len()].copy_from_slice(name.as_bytes());
-            table.extend_from_slice(&entry);
-        }
-        put(&mut area, kind::FEATURE_NAMES, &table);
+        put(&mut area, kind::FEATURE_NAMES, &name_table());
     }
     put(&mut area, kind::END, &[]);
     area
+}
+
+fn name_table() -> Vec<u8> {
+    let mut table = Vec::new();
+    for (kind, bit, name) in NAMES {
+        let mut entry = [0; NAME_ENTRY_LEN];
+        entry[0] = kind as u8;
+        entry[1] = bit;
+        entry[2..2 + name.len()].copy_from_slice(name.as_bytes());
+        table.extend_from_slice(&entry);
+    }
+    table
 }
 
 fn put(area: &mut Vec<u8>, kind: u32, data: &[u8]) {

@@ -9,7 +9,7 @@
 //!  100 header_length        104 compression_type  105 padding to 112, then header extensions
 //! ```
 
-use diskimage_core::{Backing, Error, ErrorKind, Result};
+use diskimage_core::{Backing, Error, ErrorKind, Result, errno};
 use zerocopy::byteorder::big_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -70,7 +70,7 @@ const _: () = assert!(size_of::<RawHeader>() == HEADER_LEN);
 /// Bytes of the header that this program writes.
 pub(super) const HEADER_LEN: usize = 112;
 /// Bytes of a version 2 header.
-const V2_LEN: usize = 72;
+pub(super) const V2_LEN: usize = 72;
 /// The shortest version 3 header.
 const V3_MIN_LEN: usize = 104;
 
@@ -81,6 +81,7 @@ pub(super) mod field {
     pub(in super::super) const REFCOUNT_TABLE: u64 = 48;
     pub(in super::super) const NB_SNAPSHOTS: u64 = 60;
     pub(in super::super) const INCOMPATIBLE: u64 = 72;
+    pub(in super::super) const COMPATIBLE: u64 = 80;
     pub(in super::super) const AUTOCLEAR: u64 = 88;
 }
 
@@ -312,6 +313,25 @@ impl Header {
             .filter(|bitmaps| bitmaps.nb_bitmaps.get() > 0 && self.features.autoclear.has(Autoclear::BITMAPS))
     }
 
+    /// Where the parts of a header cluster are.
+    ///
+    /// # Errors
+    /// What is no header.
+    pub(super) fn places(cluster: &[u8]) -> Result<Places> {
+        let raw = raw(cluster)?;
+        let index = |value: u64| usize::try_from(value).unwrap_or(usize::MAX);
+        let header_len = match raw.version.get() {
+            2 => V2_LEN,
+            _ => index(raw.header_length.get().into()),
+        };
+        let start = index(raw.backing_file_offset.get());
+        let len = if start == 0 { 0 } else { index(raw.backing_file_size.get().into()) };
+        Ok(Places {
+            header_len,
+            backing: start..start.saturating_add(len),
+        })
+    }
+
     /// The first cluster of an image with another bitmaps extension, or none. The name of the backing file follows the
     /// extensions, wherever it was before.
     ///
@@ -334,18 +354,24 @@ impl Header {
             new.extend_from_slice(name);
         }
         if new.len() > cluster.len() {
-            return Err(Error::from_errno(ENOSPC));
+            return Err(Error::from_errno(errno::ENOSPC));
         }
         new.resize(cluster.len(), 0);
         Ok(new)
     }
 }
 
+/// Where the parts of a header cluster are.
+#[derive(Clone, Debug)]
+pub(super) struct Places {
+    /// Bytes of the fields; extensions follow.
+    pub(super) header_len: usize,
+    /// The backing file's name; 0 to 0 if there is none.
+    pub(super) backing: std::ops::Range<usize>,
+}
+
 /// Where the offset of the backing file's name is.
 const BACKING_FILE_OFFSET: usize = 8;
-
-/// `No space left on device`.
-const ENOSPC: i32 = 28;
 
 /// The fields of a header, zeroes for what a shorter file lacks.
 fn raw(bytes: &[u8]) -> Result<RawHeader> {

@@ -15,6 +15,7 @@
 //! * `map`, `write`, `compress`: guest bytes to host bytes, and new places for them;
 //! * `create`, `resize`, `measure`, `check`, `snapshot`, `bitmap`, `info`: operations.
 
+mod amend;
 mod bitmap;
 mod check;
 mod compress;
@@ -38,12 +39,12 @@ mod write;
 #[cfg(test)]
 mod tests;
 
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use diskimage_core::options::{OptionDef, Options};
 use diskimage_core::{
-    Backing, Bitmaps, Budget, ByteRange, CheckReport, CreateRequest, Device, Encoded, Encoder, Error,
+    AmendRequest, Backing, Bitmaps, Budget, ByteRange, CheckReport, CreateRequest, Device, Encoded, Encoder, Error,
     ErrorKind, Format, Gate, Info, Layer, Measure, MeasureSource, NodeOptions, OpenRequest, Permissions,
     Preallocation, Probe, Progress, Reference, Repair, ResizeRequest, Result, Role, Run, Score, Snapshots, WritePlan,
     ZeroMode,
@@ -88,6 +89,10 @@ impl Format for Qcow2Format {
         options::CREATE
     }
 
+    fn amend_options(&self) -> Option<&'static [OptionDef]> {
+        Some(amend::AMEND)
+    }
+
     fn has_backing(&self) -> bool {
         true
     }
@@ -114,7 +119,8 @@ pub(crate) struct Qcow2 {
     file: Arc<dyn Device>,
     /// Guest data lives here; the same device as `file` unless there is an external data file.
     data: Arc<dyn Device>,
-    write: bool,
+    /// Whether it may be changed; no longer once it was amended.
+    write: AtomicBool,
     budget: Budget,
     /// Whether the file has far less storage than its tables say; see `map`.
     sparse: OnceLock<bool>,
@@ -147,6 +153,36 @@ struct State {
     bitmaps: bitmap::Tracker,
 }
 
+impl State {
+    /// What is known from the header alone.
+    fn new(header: &Header, file: &Arc<dyn Device>, data: &Arc<dyn Device>) -> Self {
+        Self {
+            tables: Tables::new(Arc::clone(file), Arc::clone(data)),
+            refcounts: Refcounts::new(
+                header.geometry,
+                header.refcount_table_offset,
+                u64::from(header.refcount_table_clusters),
+            ),
+            size: header.size,
+            l1: Table {
+                class: Class::L1,
+                offset: header.l1_table_offset,
+                len: u64::from(header.l1_size) * 8,
+            },
+            snapshots: SnapshotTable {
+                offset: header.snapshots_offset,
+                count: header.nb_snapshots,
+            },
+            in_flight: Vec::new(),
+            freed: Vec::new(),
+            punch: false,
+            padding: false,
+            incompatible: header.features.incompatible.0,
+            bitmaps: bitmap::Tracker::new(header),
+        }
+    }
+}
+
 /// How many ranges of given-up clusters are collected before they are counted down.
 const MAX_FREED: usize = 4096;
 
@@ -173,42 +209,19 @@ impl Qcow2 {
             Some(data) => data,
             None => Arc::clone(&request.file),
         };
-        let state = State {
-            tables: Tables::new(Arc::clone(&request.file), Arc::clone(&data)),
-            refcounts: Refcounts::new(
-                header.geometry,
-                header.refcount_table_offset,
-                u64::from(header.refcount_table_clusters),
-            ),
-            size: header.size,
-            l1: Table {
-                class: Class::L1,
-                offset: header.l1_table_offset,
-                len: u64::from(header.l1_size) * 8,
-            },
-            snapshots: SnapshotTable {
-                offset: header.snapshots_offset,
-                count: header.nb_snapshots,
-            },
-            in_flight: Vec::new(),
-            freed: Vec::new(),
-            punch: false,
-            padding: false,
-            incompatible: header.features.incompatible.0,
-            bitmaps: bitmap::Tracker::new(&header),
-        };
+        let state = State::new(&header, &request.file, &data);
         let mut layer = Self {
             header,
             file: request.file,
             data,
-            write: request.write,
+            write: AtomicBool::new(request.write),
             budget: request.budget,
             sparse: OnceLock::new(),
             corruption_told: AtomicBool::new(false),
             state: Mutex::new(state),
             settled: Condvar::new(),
         };
-        if layer.write {
+        if layer.may_write() {
             layer.begin_writing(request.for_check)?;
         }
         Ok(Arc::new(layer))
@@ -216,6 +229,10 @@ impl Qcow2 {
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn may_write(&self) -> bool {
+        self.write.load(Ordering::Relaxed)
     }
 
     fn has_data_file(&self) -> bool {
@@ -408,6 +425,10 @@ impl Layer for Qcow2 {
 
     fn resize(&self, request: &ResizeRequest) -> Result<()> {
         self.change_size(request)
+    }
+
+    fn amend(&self, request: &AmendRequest<'_>) -> Result<()> {
+        self.amend_options(request)
     }
 
     fn flush(&self) -> Result<()> {

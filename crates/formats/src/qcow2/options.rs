@@ -5,7 +5,7 @@ use diskimage_core::{Error, Preallocation, Result};
 
 use super::header::{Compression, Geometry, limit};
 
-const fn option(
+pub(super) const fn option(
     name: &'static str,
     kind: OptionKind,
     help: &'static str,

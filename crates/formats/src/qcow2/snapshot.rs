@@ -15,10 +15,9 @@ use diskimage_core::{Error, ErrorKind, Result, SnapshotInfo};
 use zerocopy::byteorder::big_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use super::bitmap::Tracker;
 use super::header::limit;
 use super::refcount::Refcounts;
-use super::tables::{Class, Table, Tables};
+use super::tables::{Class, Table};
 use super::{Qcow2, State};
 
 /// The fixed part of an entry of the snapshot table.
@@ -147,7 +146,7 @@ impl Qcow2 {
     ///
     /// # Errors
     /// One that cannot be right.
-    fn snapshot_l1(&self, snapshot: &Snapshot) -> Result<Table> {
+    pub(super) fn snapshot_l1(&self, snapshot: &Snapshot) -> Result<Table> {
         let geometry = self.header.geometry;
         let len = u64::from(snapshot.l1_size) * 8;
         if len > limit::L1_BYTES {
@@ -177,23 +176,17 @@ impl Qcow2 {
         let snapshot = snapshot.ok_or_else(|| Error::new(ErrorKind::NotFound, "Can't find snapshot"))?;
         let l1 = self.snapshot_l1(&snapshot)?;
         let state = State {
-            tables: Tables::new(Arc::clone(&self.file), Arc::clone(&self.data)),
             refcounts: Refcounts::new(self.header.geometry, 0, 0),
             size: snapshot.info.disk_size,
             l1,
             snapshots: SnapshotTable { offset: 0, count: 0 },
-            in_flight: Vec::new(),
-            freed: Vec::new(),
-            punch: false,
-            padding: false,
-            incompatible: self.header.features.incompatible.0,
-            bitmaps: Tracker::new(&self.header),
+            ..State::new(&self.header, &self.file, &self.data)
         };
         Ok(Arc::new(Self {
             header: self.header.clone(),
             file: Arc::clone(&self.file),
             data: Arc::clone(&self.data),
-            write: false,
+            write: AtomicBool::new(false),
             budget: self.budget.clone(),
             sparse: OnceLock::new(),
             corruption_told: AtomicBool::new(false),

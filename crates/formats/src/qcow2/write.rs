@@ -56,7 +56,7 @@ impl<'a> Plan<'a> {
     /// Waits until no plan covers any cluster of `range`, and claims them for an empty plan. The plan comes first: its
     /// drop takes the lock, so the guard has to go before it.
     fn claim(image: &'a Qcow2, range: ByteRange) -> Result<(Self, MutexGuard<'a, State>)> {
-        if !image.write {
+        if !image.may_write() {
             return Err(Error::new(ErrorKind::Permission, "Image is read-only"));
         }
         let cover = range.align_out(image.header.geometry.cluster_size());

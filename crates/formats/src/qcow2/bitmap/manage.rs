@@ -105,7 +105,7 @@ impl Qcow2 {
         &self,
         change: impl FnOnce(&mut State, &mut Directory, &mut Vec<ByteRange>) -> Result<()>,
     ) -> Result<()> {
-        if !self.write {
+        if !self.may_write() {
             return Err(Error::new(ErrorKind::Permission, "Image is read-only"));
         }
         let mut state = self.lock();

@@ -49,7 +49,7 @@ impl Qcow2 {
     /// What ends the check: failures of the file, a snapshot table that cannot be used, refcounts that would have to be
     /// rebuilt when only leaks may be mended, a memory budget that is used up.
     pub(super) fn run_check(&self, repair: Repair, progress: &Progress<'_>) -> Result<CheckReport> {
-        if repair != Repair::No && !self.write {
+        if repair != Repair::No && !self.may_write() {
             return Err(Error::new(ErrorKind::Permission, "Image is read-only"));
         }
         let mut state = self.lock();

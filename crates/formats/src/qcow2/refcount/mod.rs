@@ -10,6 +10,7 @@ mod allocator;
 pub(super) mod block;
 mod grow;
 mod run;
+mod width;
 
 use diskimage_core::{Error, Result};
 

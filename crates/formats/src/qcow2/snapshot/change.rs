@@ -84,7 +84,7 @@ impl Snapshots for Qcow2 {
 impl Qcow2 {
     /// Waits for writes that are under way, and leaves nothing in memory that is not in the file.
     fn settle(&self) -> Result<MutexGuard<'_, State>> {
-        if !self.write {
+        if !self.may_write() {
             return Err(Error::new(ErrorKind::Permission, "Image is read-only"));
         }
         self.check_support()?;

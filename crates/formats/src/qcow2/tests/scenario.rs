@@ -21,12 +21,12 @@ pub(super) enum Step {
     /// The cluster at this offset, compressed.
     Compressed(u64, u8),
     Resize(u64, Preallocation),
-    /// Takes a snapshot called "t"; there is one at a time.
-    Take,
-    /// Goes back to the first snapshot of this name.
+    /// Takes a snapshot of this name, which no other has had.
+    Take(&'static str),
+    /// Goes back to that snapshot.
     Apply(&'static str),
-    /// Takes the snapshot called "t" away.
-    Drop,
+    /// Takes it away.
+    Drop(&'static str),
     Flush,
 }
 
@@ -121,20 +121,17 @@ impl Step {
                 image.write_encoded(at, &encoded)
             }
             Self::Resize(len, preallocation) => image.resize_with(&ResizeRequest { len, preallocation }),
-            Self::Take => snapshots(image).create(&NewSnapshot {
-                name: TAKEN,
+            Self::Take(name) => snapshots(image).create(&NewSnapshot {
+                name,
                 date_sec: 0,
                 date_nsec: 0,
             }),
             Self::Apply(name) => snapshots(image).apply(find_snapshot(image, name)?),
-            Self::Drop => snapshots(image).delete(find_snapshot(image, TAKEN)?),
+            Self::Drop(name) => snapshots(image).delete(find_snapshot(image, name)?),
             Self::Flush => image.flush(),
         }
     }
 }
-
-/// The snapshot that steps take.
-const TAKEN: &str = "t";
 
 /// The snapshot that was there before.
 const KEPT: &str = "s";
@@ -253,12 +250,12 @@ impl Model {
     pub(super) fn done(&mut self, step: &Step) {
         match *step {
             Step::Flush => self.crashed = self.now.clone(),
-            Step::Take => {
-                self.now.keep(TAKEN, true);
+            Step::Take(name) => {
+                self.now.keep(name, true);
                 self.crashed = self.now.clone();
             }
-            Step::Drop => {
-                self.now.kept.retain(|kept| kept.name != TAKEN);
+            Step::Drop(name) => {
+                self.now.kept.retain(|kept| kept.name != name);
                 self.crashed = self.now.clone();
             }
             Step::Apply(name) => {
@@ -292,7 +289,9 @@ impl State {
             Step::Write(at, len, value) => (at, len, value),
             Step::Zero(at, len, _) | Step::Discard(at, len) => (at, len, 0),
             Step::Compressed(at, value) => (at, CLUSTER, value),
-            Step::Resize(..) | Step::Flush | Step::Take | Step::Apply(_) | Step::Drop => return None,
+            Step::Resize(..) | Step::Flush | Step::Take(_) | Step::Apply(_) | Step::Drop(_) => {
+                return None;
+            }
         };
         let end = index(at + len).min(self.bytes.len());
         Some((index(at).min(end)..end, value))
@@ -332,8 +331,12 @@ impl State {
 
     fn allow(&mut self, step: &Step) {
         match step {
-            Step::Take => self.keep(TAKEN, false),
-            Step::Drop => self.kept.iter_mut().for_each(|kept| kept.sure &= kept.name != TAKEN),
+            Step::Take(name) => self.keep(name, false),
+            Step::Drop(name) => {
+                self.kept
+                    .iter_mut()
+                    .for_each(|kept| kept.sure &= kept.name != *name);
+            }
             Step::Apply(name) => {
                 let Some(disk) = self.kept_disk(name) else { return };
                 self.lens.extend(&disk.lens);

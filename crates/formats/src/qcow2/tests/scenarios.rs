@@ -245,17 +245,17 @@ fn snapshots() -> Vec<Scenario> {
     let steps = || {
         vec![
             Write(5000, 20_000, 2),
-            Take,
+            Take("t"),
             Write(0, 8192, 3),
             Write(200_000, 5000, 3),
             Flush,
             Apply("t"),
             Write(4096, 4096, 4),
             Flush,
-            Drop,
+            Drop("t"),
             Write(16_384, 30_000, 5),
-            Take,
-            Drop,
+            Take("u"),
+            Drop("u"),
             Write(0, 4096, 6),
             Flush,
         ]
@@ -263,23 +263,23 @@ fn snapshots() -> Vec<Scenario> {
     let back = vec![
         Write(0, 60_000, 2),
         Flush,
-        Take,
+        Take("t"),
         Write(30_000, 60_000, 3),
         Apply("s"),
         Write(20_000, 4096, 4),
         Apply("t"),
-        Drop,
+        Drop("t"),
         Write(100_000, 4096, 5),
         Flush,
     ];
     let sizes = vec![
-        Take,
+        Take("t"),
         Resize(400 * KIB, P::Off),
         Write(300 * KIB, 8192, 2),
         Apply("t"),
         Write(10_000, 4096, 3),
         Flush,
-        Drop,
+        Drop("t"),
     ];
     vec![
         scenario("snapshots", "cluster_size=4096", steps()),

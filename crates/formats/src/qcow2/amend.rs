@@ -1,0 +1,311 @@
+//! Changing what an image was created with.
+//!
+//! What makes no sense is refused before anything changes. Then one thing after the other is changed, each published by
+//! one write to the first sector of the header and durable before the next, and each on the image as it then is.
+
+mod version;
+mod zero;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Condvar, Mutex, OnceLock};
+
+use diskimage_core::options::{OptionDef, OptionKind};
+use diskimage_core::{AmendRequest, Error, Layer, Preallocation, Progress, ResizeRequest, Result};
+
+use super::feature::{Autoclear, Compatible, Incompatible};
+use super::header::{Header, field};
+use super::options::option;
+use super::{Qcow2, State, read_header};
+
+/// The options of `amend`, in the order in which the original lists them.
+pub(super) const AMEND: &[OptionDef] = &[
+    option("backing_file", OptionKind::Text, "File name of a base image", None),
+    option("backing_fmt", OptionKind::Text, "Image format of the base image", None),
+    option(
+        "compat",
+        OptionKind::Text,
+        "Compatibility level (v2 [0.10] or v3 [1.1])",
+        None,
+    ),
+    option("data_file", OptionKind::Text, "File name of an external data file", None),
+    option(
+        "data_file_raw",
+        OptionKind::Flag,
+        "The external data file must stay valid as a raw image",
+        None,
+    ),
+    option(
+        "encrypt.iter-time",
+        OptionKind::Number,
+        "Time to spend in PBKDF in milliseconds",
+        None,
+    ),
+    option(
+        "encrypt.keyslot",
+        OptionKind::Number,
+        "Select a single keyslot to modify explicitly",
+        None,
+    ),
+    option(
+        "encrypt.new-secret",
+        OptionKind::Text,
+        "New secret to set in the matching keyslots. Empty string to erase",
+        None,
+    ),
+    option(
+        "encrypt.old-secret",
+        OptionKind::Text,
+        "Select all keyslots that match this password",
+        None,
+    ),
+    option(
+        "encrypt.state",
+        OptionKind::Text,
+        "Select new state of affected keyslots (active/inactive)",
+        None,
+    ),
+    option("lazy_refcounts", OptionKind::Flag, "Postpone refcount updates", None),
+    option(
+        "refcount_bits",
+        OptionKind::Number,
+        "Width of a reference count entry in bits",
+        None,
+    ),
+    option("size", OptionKind::Size, "Virtual disk size", None),
+];
+
+/// What will be changed; `None` stays as it is.
+#[derive(Clone, Debug, Default)]
+struct Changes {
+    version: Option<u32>,
+    refcount_order: Option<u32>,
+    lazy_refcounts: Option<bool>,
+    data_file: Option<String>,
+    data_file_raw: Option<bool>,
+    size: Option<u64>,
+}
+
+impl Changes {
+    /// Checks the options against each other and the image, in the original's order and words.
+    fn parse(request: &AmendRequest<'_>, header: &Header) -> Result<Self> {
+        let options = request.options;
+        let version = match options.text("compat") {
+            None => header.version,
+            Some("0.10" | "v2") => 2,
+            Some("1.1" | "v3") => 3,
+            Some(other) => return Err(Error::invalid(format!("Unknown compatibility level {other}"))),
+        };
+        check_backing(request, header)?;
+        if AMEND.iter().any(|def| def.name.starts_with("encrypt.") && options.is_given(def.name)) {
+            return Err(Error::invalid(
+                "Can't amend encryption options - encryption not present",
+            ));
+        }
+        let data_file = options.text("data_file").map(str::to_owned);
+        let has_data_file = header.features.incompatible.has(Incompatible::DATA_FILE);
+        if data_file.is_some() && !has_data_file {
+            return Err(Error::invalid(
+                "data-file can only be set for images that use an external data file",
+            ));
+        }
+        let raw = header.features.autoclear.has(Autoclear::DATA_FILE_RAW);
+        let data_file_raw = options.flag("data_file_raw").filter(|wanted| *wanted != raw);
+        if data_file_raw == Some(true) {
+            return Err(Error::invalid("data-file-raw cannot be set on existing images"));
+        }
+        let order = refcount_order(options.number("refcount_bits"), version, header)?;
+        let lazy = options.flag("lazy_refcounts");
+        // The original looks at the version that the image has before.
+        if lazy == Some(true) && (version < 3 || header.version < 3 && version < 3) {
+            return Err(Error::invalid(
+                "Lazy refcounts only supported with compatibility level 1.1 and above (use compat=1.1 or greater)",
+            ));
+        }
+        if version < header.version {
+            check_downgrade(header)?;
+        }
+        let is_lazy = header.features.compatible.has(Compatible::LAZY_REFCOUNTS);
+        Ok(Self {
+            version: Some(version).filter(|version| *version != header.version),
+            refcount_order: Some(order).filter(|order| *order != header.geometry.refcount_order),
+            lazy_refcounts: lazy.filter(|lazy| *lazy != is_lazy && version >= 3),
+            data_file,
+            data_file_raw,
+            size: options.size("size"),
+        })
+    }
+}
+
+/// The name and format of the backing file can be given, but only as they are.
+fn check_backing(request: &AmendRequest<'_>, header: &Header) -> Result<()> {
+    let (file, format) = (request.options.text("backing_file"), request.options.text("backing_fmt"));
+    if file.is_none() && format.is_none() {
+        return Ok(());
+    }
+    match &header.backing {
+        Some(backing) if file == Some(&backing.name) && format == backing.format.as_deref() => Ok(()),
+        _ => Err(Error::unsupported("Cannot amend the backing file").hint("You can use 'qemu-img rebase' instead.")),
+    }
+}
+
+fn refcount_order(bits: Option<u64>, version: u32, header: &Header) -> Result<u32> {
+    let bits = bits.unwrap_or(1 << header.geometry.refcount_order);
+    if !bits.is_power_of_two() || bits > 64 {
+        return Err(Error::invalid(
+            "Refcount width must be a power of two and may not exceed 64 bits",
+        ));
+    }
+    if version < 3 && bits != 16 {
+        return Err(Error::invalid(if header.version < 3 {
+            "Refcount widths other than 16 bits require compatibility level 1.1 or above (use compat=1.1 or greater)"
+        } else {
+            "compat=0.10 requires refcount_bits=16"
+        }));
+    }
+    Ok(bits.trailing_zeros())
+}
+
+fn check_downgrade(header: &Header) -> Result<()> {
+    let incompatible = header.features.incompatible;
+    if incompatible.has(Incompatible::DATA_FILE) {
+        return Err(Error::unsupported("Cannot downgrade an image with a data file"));
+    }
+    match incompatible.0 & !(Incompatible::DIRTY | Incompatible::CORRUPT) {
+        0 => Ok(()),
+        bits => Err(Error::unsupported(format!(
+            "Cannot downgrade an image with incompatible features {bits:#x} set"
+        ))),
+    }
+}
+
+impl Qcow2 {
+    /// Changes what the options say. Afterwards this layer refuses to write: the image is another one now.
+    pub(super) fn amend_options(&self, request: &AmendRequest<'_>) -> Result<()> {
+        let changes = Changes::parse(request, &self.header)?;
+        let resize = |len| ResizeRequest {
+            len,
+            preallocation: Preallocation::Off,
+        };
+        self.flush()?;
+        self.write.store(false, Ordering::Relaxed);
+        let image = self.reopen()?;
+        if let Some(len) = changes.size {
+            image.check_size(&resize(len))?;
+        }
+        let steps = Steps {
+            all: u64::from(changes.version.is_some()) + u64::from(changes.refcount_order.is_some()),
+            progress: request.progress,
+        };
+        let mut done = 0;
+        let upgrade = changes.version == Some(3);
+        if upgrade {
+            steps.report(done, 0, 2);
+            image.rewrite_header(3)?;
+            steps.report(done, 1, 2);
+            done += 1;
+            steps.report(done, 0, 2);
+        }
+        if let Some(order) = changes.refcount_order {
+            self.reopen()?.change_width(order, &|part, whole| steps.report(done, part, whole))?;
+            done += 1;
+            steps.report(done, 0, 1);
+        }
+        self.reopen()?.change_features(&changes)?;
+        if let Some(len) = changes.size {
+            let image = self.reopen()?;
+            image.change_size(&resize(len))?;
+            image.flush()?;
+        }
+        if changes.version == Some(2) {
+            let image = self.reopen()?;
+            image.expand_zero_clusters(&|part, whole| steps.report(done, part, whole))?;
+            image.rewrite_header(2)?;
+        }
+        Ok(())
+    }
+
+    /// The image as its header says it is now.
+    fn reopen(&self) -> Result<Arc<Self>> {
+        let header = read_header(&self.file, false)?;
+        let state = State::new(&header, &self.file, &self.data);
+        let mut image = Self {
+            header,
+            file: Arc::clone(&self.file),
+            data: Arc::clone(&self.data),
+            write: AtomicBool::new(true),
+            budget: self.budget.clone(),
+            sparse: OnceLock::new(),
+            corruption_told: AtomicBool::new(false),
+            state: Mutex::new(state),
+            settled: Condvar::new(),
+        };
+        image.begin_writing(false)?;
+        Ok(Arc::new(image))
+    }
+
+    fn change_width(&self, order: u32, report: &dyn Fn(u64, u64)) -> Result<()> {
+        let mut state = self.lock();
+        let State { tables, refcounts, .. } = &mut *state;
+        tables.clear()?;
+        let new = refcounts.rewrite(tables, &*self.file, order, report)?;
+        self.patch_header(|head| {
+            head[WIDTH_AT..WIDTH_AT + 4].copy_from_slice(&order.to_be_bytes());
+            let at = TABLE_AT;
+            head[at..at + 8].copy_from_slice(&new.table_offset.to_be_bytes());
+            head[at + 8..at + 12].copy_from_slice(&new.table_clusters.to_be_bytes());
+        })?;
+        let image = self.reopen()?;
+        let mut now = image.lock();
+        let State { tables, refcounts: counts, .. } = &mut *now;
+        counts.give_up(tables, refcounts)?;
+        tables.write_back()?;
+        tables.sync()
+    }
+
+    fn change_features(&self, changes: &Changes) -> Result<()> {
+        if let Some(lazy) = changes.lazy_refcounts {
+            let features = self.header.features.compatible.0 & !Compatible::LAZY_REFCOUNTS;
+            let bit = if lazy { Compatible::LAZY_REFCOUNTS } else { 0 };
+            self.file.write_at(&(features | bit).to_be_bytes(), field::COMPATIBLE)?;
+        }
+        if changes.data_file_raw == Some(false) {
+            let features = self.header.features.autoclear.0 & !Autoclear::DATA_FILE_RAW;
+            self.file.write_at(&features.to_be_bytes(), field::AUTOCLEAR)?;
+        }
+        self.file.flush()?;
+        match &changes.data_file {
+            Some(name) => self.rename_data_file(name),
+            None => Ok(()),
+        }
+    }
+
+    /// Changes the first bytes of the header, which lie in one sector, with one write.
+    fn patch_header(&self, change: impl FnOnce(&mut [u8; FIXED])) -> Result<()> {
+        let mut head = [0; FIXED];
+        self.file.read_at(&mut head, 0)?;
+        change(&mut head);
+        self.file.write_at(&head, 0)?;
+        self.file.flush()
+    }
+}
+
+/// Bytes of the header up to the width of refcounts.
+const FIXED: usize = 100;
+const WIDTH_AT: usize = 96;
+const TABLE_AT: usize = 48;
+
+const _: () = assert!(TABLE_AT as u64 == field::REFCOUNT_TABLE);
+
+/// Shares of the progress, as the original has them: equal ones for each large change.
+struct Steps<'a> {
+    all: u64,
+    progress: &'a Progress<'a>,
+}
+
+impl Steps<'_> {
+    fn report(&self, done: u64, part: u64, whole: u64) {
+        let whole = whole.max(1);
+        self.progress.set(done * whole + part, self.all.max(1) * whole);
+    }
+}

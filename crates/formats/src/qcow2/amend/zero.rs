@@ -1,0 +1,95 @@
+//! Version 2 has no clusters that read as zero: they become unallocated, or get storage that holds zeroes.
+
+use diskimage_core::{Result, ZeroMode, ByteRange};
+
+use super::super::entry::{Cluster, L2Entry, OFFSET_MASK, Subclusters};
+use super::super::refcount::Change;
+use super::super::tables::Table;
+use super::super::{Qcow2, State};
+
+impl Qcow2 {
+    /// Replaces the zero clusters of the disk and of all snapshots.
+    pub(super) fn expand_zero_clusters(&self, report: &dyn Fn(u64, u64)) -> Result<()> {
+        let snapshots = self.read_snapshots()?;
+        let mut trees = vec![self.lock().l1];
+        for snapshot in &snapshots {
+            trees.push(self.snapshot_l1(snapshot)?);
+        }
+        let mut state = self.lock();
+        let all: u64 = trees.iter().map(|l1| l1.len / 8).sum();
+        let mut done = 0;
+        for l1 in trees {
+            for index in 0..l1.len / 8 {
+                let entry = state.tables.number(l1, index * 8)?;
+                if let Some(l2) = self.l2_at(entry & OFFSET_MASK, index)? {
+                    self.expand_table(&mut state, l2)?;
+                }
+                done += 1;
+                report(done, all);
+            }
+        }
+        self.write_back(&mut state)?;
+        state.tables.sync()
+    }
+
+    fn expand_table(&self, state: &mut State, l2: Table) -> Result<()> {
+        let geometry = self.header.geometry;
+        let mut users = None;
+        for index in 0..geometry.l2_entries() {
+            let old = self.read_entry(&mut state.tables, l2, index)?;
+            if old.sub != Subclusters::ZERO {
+                continue;
+            }
+            let users = match users {
+                Some(users) => users,
+                None => *users.insert(self.count_at(state, l2.offset)?),
+            };
+            let new = self.without_zero(state, old, users)?;
+            self.write_entry(&mut state.tables, l2, index, new)?;
+            if new.kind != old.kind
+                && let Some((offset, len)) = old.host_clusters(geometry)
+            {
+                // Each tree that has this table counts the cluster.
+                for _ in 0..users {
+                    self.free_later(state, offset, len)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// What the entry becomes in a table that `users` trees have.
+    fn without_zero(&self, state: &mut State, old: L2Entry, users: u64) -> Result<L2Entry> {
+        let size = self.header.geometry.cluster_size();
+        let own = match old.kind {
+            // Storage that no other table refers to.
+            Cluster::Host(offset) if self.count_at(state, offset)? == users => Some(offset),
+            _ => None,
+        };
+        if own.is_none() && self.header.backing.is_none() {
+            return Ok(L2Entry::UNALLOCATED);
+        }
+        let offset = match own {
+            Some(offset) => offset,
+            None => {
+                let State { tables, refcounts, .. } = &mut *state;
+                let offset = refcounts.allocate(tables, 1)?;
+                for _ in 1..users {
+                    let cluster = offset / size;
+                    refcounts.change_run(tables, cluster, 1, Change::Up, |_| ())?;
+                }
+                offset
+            }
+        };
+        self.file.write_zeroes(ByteRange::at(offset, size), ZeroMode::KeepAllocated)?;
+        Ok(L2Entry {
+            copied: users == 1,
+            ..L2Entry::data(offset, Subclusters::ALLOCATED)
+        })
+    }
+
+    fn count_at(&self, state: &mut State, offset: u64) -> Result<u64> {
+        let State { tables, refcounts, .. } = &mut *state;
+        refcounts.count(tables, offset >> self.header.geometry.cluster_bits)
+    }
+}

@@ -1,0 +1,192 @@
+//! Another width for all refcounts: a whole new structure behind everything, which one write to the header publishes.
+//!
+//! ```text
+//!   ... everything in use | new blocks | new table |     counted in the new structure only, until it is the one
+//! ```
+
+use diskimage_core::{Device, Error, Result};
+
+use super::super::header::{Geometry, limit};
+use super::super::tables::Tables;
+use super::{Refcounts, block};
+
+/// A structure of another width, written but not yet published.
+#[derive(Debug)]
+pub(in super::super) struct Widened {
+    pub(in super::super) table_offset: u64,
+    pub(in super::super) table_clusters: u32,
+}
+
+impl Refcounts {
+    /// Writes the counts there are once more, `order` being the binary logarithm of their new width, behind the end of
+    /// `file` and all clusters in use. `report` is told how far that is.
+    ///
+    /// # Errors
+    /// Counts that do not fit, a structure that would be too large, and failures to read or write.
+    pub(in super::super) fn rewrite(
+        &self,
+        tables: &mut Tables,
+        file: &dyn Device,
+        order: u32,
+        report: &dyn Fn(u64, u64),
+    ) -> Result<Widened> {
+        let new = Geometry {
+            refcount_order: order,
+            ..self.geometry
+        };
+        let bits = new.cluster_bits;
+        let per_block = new.refcount_block_entries();
+        let (mut indices, end) = self.used_blocks(tables, new, report)?;
+        let start = end.max(file.len().div_ceil(new.cluster_size()));
+        // The new blocks and the table count themselves: until their number no longer changes.
+        let old = indices.len();
+        let mut clusters = 1;
+        loop {
+            indices.truncate(old);
+            let known = indices.last().map_or(0, |last| last + 1);
+            let end = start + clusters;
+            indices.extend((start / per_block).max(known)..end.div_ceil(per_block));
+            let entries = indices.last().map_or(1, |last| last + 1);
+            let table = (entries * 8).div_ceil(new.cluster_size());
+            if table << bits > limit::REFCOUNT_TABLE_BYTES || end > limit::HOST_OFFSET >> bits {
+                return Err(Error::invalid("Refcount table would be too large"));
+            }
+            let wanted = indices.len() as u64 + table;
+            if wanted <= clusters {
+                break;
+            }
+            clusters = wanted;
+        }
+        let place = Place { start, clusters };
+        self.write_structure(tables, file, new, &indices, place, report)
+    }
+
+    /// Which blocks of the new width have a count above zero, and the cluster behind the last that is in use.
+    fn used_blocks(
+        &self,
+        tables: &mut Tables,
+        new: Geometry,
+        report: &dyn Fn(u64, u64),
+    ) -> Result<(Vec<u64>, u64)> {
+        let (mut indices, mut end) = (Vec::new(), 0);
+        let per_block = new.refcount_block_entries();
+        let entries = self.table().len / 8;
+        for entry in 0..entries {
+            report(entry, 2 * entries);
+            self.each_count(tables, entry, |cluster, count| {
+                if count > new.max_refcount() {
+                    return Err(Error::invalid(format!(
+                        "Cannot decrease refcount entry width to {} bits: Cluster at offset {:#x} has a refcount of \
+                         {count}",
+                        1u64 << new.refcount_order,
+                        cluster << new.cluster_bits
+                    )));
+                }
+                if count > 0 {
+                    end = cluster + 1;
+                    let index = cluster / per_block;
+                    if indices.last() != Some(&index) {
+                        indices.push(index);
+                    }
+                }
+                Ok(())
+            })?;
+        }
+        Ok((indices, end))
+    }
+
+    fn write_structure(
+        &self,
+        tables: &mut Tables,
+        file: &dyn Device,
+        new: Geometry,
+        indices: &[u64],
+        place: Place,
+        report: &dyn Fn(u64, u64),
+    ) -> Result<Widened> {
+        let size = new.cluster_size();
+        let bits = new.cluster_bits;
+        let per_block = new.refcount_block_entries();
+        let mut bytes = vec![0; index_of(size)];
+        for (at, index) in (0..).zip(indices) {
+            report(indices.len() as u64 + at, 2 * indices.len() as u64);
+            bytes.fill(0);
+            for cluster in index * per_block..(index + 1) * per_block {
+                let count = match place.holds(cluster) {
+                    true => 1,
+                    false => self.count(tables, cluster)?,
+                };
+                let slot = block::Place::new(cluster % per_block, new.refcount_order);
+                bytes
+                    .get_mut(index_of(slot.byte)..)
+                    .and_then(|bytes| block::write(bytes, slot, new.refcount_order, count))
+                    .ok_or_else(|| Error::corrupt("Refcount block too short"))?;
+            }
+            file.write_at(&bytes, (place.start + at) << bits)?;
+        }
+        let blocks = indices.len() as u64;
+        let mut table = vec![0; index_of((place.clusters - blocks) << bits)];
+        for (at, index) in (0..).zip(indices) {
+            let entry = table.get_mut(index_of(index * 8)..).and_then(<[u8]>::first_chunk_mut);
+            *entry.ok_or_else(|| Error::corrupt("Refcount table too short"))? =
+                ((place.start + at) << bits).to_be_bytes();
+        }
+        let table_offset = (place.start + blocks) << bits;
+        file.write_at(&table, table_offset)?;
+        file.flush()?;
+        Ok(Widened {
+            table_offset,
+            table_clusters: u32::try_from(place.clusters - blocks).unwrap_or(u32::MAX),
+        })
+    }
+
+    /// Gives up the structure of `old`, which nothing refers to any more.
+    ///
+    /// # Errors
+    /// A failure to read or write: what is left leaks.
+    pub(in super::super) fn give_up(&mut self, tables: &mut Tables, old: &Self) -> Result<()> {
+        let table = old.table();
+        for at in (0..table.len).step_by(8) {
+            let offset = tables.number(table, at)? & super::TABLE_OFFSET_MASK;
+            if offset != 0 {
+                self.release(tables, offset, self.geometry.cluster_size())?;
+            }
+        }
+        tables.forget(table);
+        self.release(tables, table.offset, table.len)
+    }
+
+    /// Hands each count of the block in entry `entry` of the table to `visit`.
+    fn each_count(
+        &self,
+        tables: &mut Tables,
+        entry: u64,
+        mut visit: impl FnMut(u64, u64) -> Result<()>,
+    ) -> Result<()> {
+        let per_block = self.entries_per_block();
+        if self.block(tables, entry * per_block)?.is_none() {
+            return Ok(());
+        }
+        (entry * per_block..(entry + 1) * per_block)
+            .try_for_each(|cluster| visit(cluster, self.count(tables, cluster)?))
+    }
+}
+
+/// Where the new structure goes: blocks first.
+#[derive(Clone, Copy, Debug)]
+struct Place {
+    start: u64,
+    clusters: u64,
+}
+
+impl Place {
+    fn holds(self, cluster: u64) -> bool {
+        cluster
+            .checked_sub(self.start)
+            .is_some_and(|at| at < self.clusters)
+    }
+}
+
+fn index_of(value: u64) -> usize {
+    usize::try_from(value).unwrap_or(usize::MAX)
+}
