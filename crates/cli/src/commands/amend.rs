@@ -83,8 +83,10 @@ pub struct Args {
 pub enum Request {
     /// To change options.
     Amend(Args),
-    /// To list the options of the format, or of the image's format if none is given.
-    Help(Args, Option<String>),
+    /// To list the options of the image's format.
+    HelpFor(Args),
+    /// To list the options of this format.
+    Help(String),
 }
 
 impl Request {
@@ -113,12 +115,15 @@ impl Request {
         let Some(list) = options.list else {
             return Err(Stop::misused("Must specify options (-o)"));
         };
+        if let Some(format) = format.as_ref().filter(|_| options.wants_help && !image_opts) {
+            return Ok(Self::Help(format.clone()));
+        }
         let mut operands = words.operands().into_iter();
         let (Some(image), None) = (operands.next(), operands.next()) else {
             return Err(Stop::wrong("Expecting one image file name"));
         };
         let args = Args {
-            image: Source::new(image, format.clone(), image_opts)?,
+            image: Source::new(image, format, image_opts)?,
             options: list,
             force,
             cache: target_cache(cache.as_deref(), CacheMode::WRITEBACK)?,
@@ -126,7 +131,7 @@ impl Request {
             objects: objects.into(),
         };
         Ok(if options.wants_help {
-            Self::Help(args, format)
+            Self::HelpFor(args)
         } else {
             Self::Amend(args)
         })
@@ -139,12 +144,12 @@ impl Request {
 /// What is wrong with the words, images that cannot be opened, and what cannot be changed.
 pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     let (args, help) = match Request::parse(words)? {
-        Request::Help(_, Some(format)) => {
+        Request::Help(format) => {
             let found = format_by_name(&format)
                 .ok_or_else(|| Stop::wrong(format!("Unknown file format '{format}'")))?;
             return Err(Stop::Text(amend_help(&format, amend_table(found)?)));
         }
-        Request::Help(args, None) => (args, true),
+        Request::HelpFor(args) => (args, true),
         Request::Amend(args) => (args, false),
     };
     let progress = Progress::new(args.progress, console);

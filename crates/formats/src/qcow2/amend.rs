@@ -116,8 +116,7 @@ impl Changes {
         }
         let order = refcount_order(options.number("refcount_bits"), version, header)?;
         let lazy = options.flag("lazy_refcounts");
-        // The original looks at the version that the image has before.
-        if lazy == Some(true) && (version < 3 || header.version < 3 && version < 3) {
+        if lazy == Some(true) && version < 3 {
             return Err(Error::invalid(
                 "Lazy refcounts only supported with compatibility level 1.1 and above (use compat=1.1 or greater)",
             ));
@@ -132,7 +131,8 @@ impl Changes {
             lazy_refcounts: lazy.filter(|lazy| *lazy != is_lazy && version >= 3),
             data_file,
             data_file_raw,
-            size: options.size("size"),
+            // Nothing is what the original takes for no wish.
+            size: options.size("size").filter(|size| *size > 0),
         })
     }
 }
@@ -156,8 +156,9 @@ fn refcount_order(bits: Option<u64>, version: u32, header: &Header) -> Result<u3
             "Refcount width must be a power of two and may not exceed 64 bits",
         ));
     }
+    let present = 1 << header.geometry.refcount_order;
     if version < 3 && bits != 16 {
-        return Err(Error::invalid(if header.version < 3 {
+        return Err(Error::invalid(if bits != present {
             "Refcount widths other than 16 bits require compatibility level 1.1 or above (use compat=1.1 or greater)"
         } else {
             "compat=0.10 requires refcount_bits=16"
@@ -190,7 +191,8 @@ impl Qcow2 {
         self.flush()?;
         self.write.store(false, Ordering::Relaxed);
         let image = self.reopen()?;
-        if let Some(len) = changes.size {
+        // Version 3 is checked for what it can do once it is one.
+        if let Some(len) = changes.size.filter(|_| changes.version != Some(3)) {
             image.check_size(&resize(len))?;
         }
         let steps = Steps {

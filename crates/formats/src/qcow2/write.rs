@@ -509,7 +509,7 @@ fn subcluster_mask(geometry: Geometry, range: ByteRange, guest: u64) -> u32 {
     (first..end).fold(0, |mask, i| mask | bit(i))
 }
 
-fn write_zero_bytes(device: &dyn Device, range: ByteRange) -> Result<()> {
+pub(super) fn write_zero_bytes(device: &dyn Device, range: ByteRange) -> Result<()> {
     const CHUNK: u64 = 1 << 20;
     let zeroes = vec![0; usize::try_from(range.len().min(CHUNK)).unwrap_or(0)];
     let mut rest = range;

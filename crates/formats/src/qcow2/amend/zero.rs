@@ -5,6 +5,7 @@ use diskimage_core::{Result, ZeroMode, ByteRange};
 use super::super::entry::{Cluster, L2Entry, OFFSET_MASK, Subclusters};
 use super::super::refcount::Change;
 use super::super::tables::Table;
+use super::super::write::write_zero_bytes;
 use super::super::{Qcow2, State};
 
 impl Qcow2 {
@@ -70,7 +71,10 @@ impl Qcow2 {
             return Ok(L2Entry::UNALLOCATED);
         }
         let offset = match own {
-            Some(offset) => offset,
+            Some(offset) => {
+                write_zero_bytes(&*self.file, ByteRange::at(offset, size))?;
+                offset
+            }
             None => {
                 let State { tables, refcounts, .. } = &mut *state;
                 let offset = refcounts.allocate(tables, 1)?;
@@ -78,10 +82,11 @@ impl Qcow2 {
                     let cluster = offset / size;
                     refcounts.change_run(tables, cluster, 1, Change::Up, |_| ())?;
                 }
+                self.file
+                    .write_zeroes(ByteRange::at(offset, size), ZeroMode::KeepAllocated)?;
                 offset
             }
         };
-        self.file.write_zeroes(ByteRange::at(offset, size), ZeroMode::KeepAllocated)?;
         Ok(L2Entry {
             copied: users == 1,
             ..L2Entry::data(offset, Subclusters::ALLOCATED)

@@ -108,8 +108,13 @@ impl Refcounts {
         let bits = new.cluster_bits;
         let per_block = new.refcount_block_entries();
         let mut bytes = vec![0; index_of(size)];
+        // Told in entries of the old table, as the first half of the work was.
+        let entries = self.table().len / 8;
+        let mut reported = entries;
         for (at, index) in (0..).zip(indices) {
-            report(indices.len() as u64 + at, 2 * indices.len() as u64);
+            let reached = (index * per_block / self.entries_per_block()).min(entries);
+            (reported..=entries + reached).for_each(|part| report(part, 2 * entries));
+            reported = reported.max(entries + reached + 1);
             bytes.fill(0);
             for cluster in index * per_block..(index + 1) * per_block {
                 let count = match place.holds(cluster) {
@@ -124,6 +129,7 @@ impl Refcounts {
             }
             file.write_at(&bytes, (place.start + at) << bits)?;
         }
+        (reported..2 * entries).for_each(|part| report(part, 2 * entries));
         let blocks = indices.len() as u64;
         let mut table = vec![0; index_of((place.clusters - blocks) << bits)];
         for (at, index) in (0..).zip(indices) {

@@ -71,7 +71,7 @@ impl Attempt<'_> {
     /// Whether the fault was met; what is wrong afterwards.
     fn go(&mut self) -> Result<bool, String> {
         let mut errors = 0;
-        let image = match open_with_memory(&self.disks.devices(), self.memory) {
+        let mut image = match open_with_memory(&self.disks.devices(), self.memory) {
             Ok(image) => image,
             Err(error) => {
                 expect_ours(&error)?;
@@ -97,6 +97,11 @@ impl Attempt<'_> {
         }
         if errors == 0 {
             return Err(format!("{failed} requests failed and nobody said so"));
+        }
+        if self.scenario.steps.iter().any(|step| matches!(step, Step::Amend(_))) {
+            // It is another image now, at least as far as that had got.
+            image = open_with_memory(&self.disks.devices(), self.memory)
+                .map_err(|error| format!("does not open again: {}", error.chain()))?;
         }
         // It goes on working, and what is written now does not end up in places that are in use.
         let part = image.len() / 8 / 512 * 512;

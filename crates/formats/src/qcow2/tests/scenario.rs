@@ -3,13 +3,14 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use diskimage_core::options::Options;
 use diskimage_core::{
-    Budget, ByteRange, CheckReport, Device, Error, Gate, Image, Layer, MemoryDevice, NewBitmap, NewSnapshot,
+    AmendRequest, Budget, ByteRange, CheckReport, Device, Error, Format, Gate, Image, Layer, MemoryDevice, NewBitmap, NewSnapshot,
     NodeOptions, Note, OpenRequest, Preallocation, Progress, Reference, Repair, ResizeRequest, Result, Snapshots,
     ZeroMode, errno,
 };
 
-use super::super::Qcow2;
+use super::super::{Qcow2, Qcow2Format};
 use super::{Closed, OneFile, create, read_all};
 
 /// One thing done to an image. Clusters are filled with one value below 8.
@@ -27,6 +28,8 @@ pub(super) enum Step {
     Apply(&'static str),
     /// Takes it away.
     Drop(&'static str),
+    /// Changes what the image was created with; it has to be opened again.
+    Amend(&'static str),
     Flush,
 }
 
@@ -128,6 +131,7 @@ impl Step {
             }),
             Self::Apply(name) => snapshots(image).apply(find_snapshot(image, name)?),
             Self::Drop(name) => snapshots(image).delete(find_snapshot(image, name)?),
+            Self::Amend(list) => amend(image, list),
             Self::Flush => image.flush(),
         }
     }
@@ -135,6 +139,17 @@ impl Step {
 
 /// The snapshot that was there before.
 const KEPT: &str = "s";
+
+fn amend(image: &Image, list: &str) -> Result<()> {
+    let mut options = Options::new(Qcow2Format.amend_options().expect("can be amended"));
+    options.parse(list).expect("valid");
+    image.layer().amend(&AmendRequest {
+        options: &options,
+        force: false,
+        objects: &Arc::default(),
+        progress: &Progress::none(),
+    })
+}
 
 fn snapshots(image: &Image) -> &dyn Snapshots {
     image.layer().snapshots().expect("qcow2 has snapshots")
@@ -249,7 +264,7 @@ impl Model {
     /// The step has taken place.
     pub(super) fn done(&mut self, step: &Step) {
         match *step {
-            Step::Flush => self.crashed = self.now.clone(),
+            Step::Flush | Step::Amend(_) => self.crashed = self.now.clone(),
             Step::Take(name) => {
                 self.now.keep(name, true);
                 self.crashed = self.now.clone();
@@ -289,7 +304,7 @@ impl State {
             Step::Write(at, len, value) => (at, len, value),
             Step::Zero(at, len, _) | Step::Discard(at, len) => (at, len, 0),
             Step::Compressed(at, value) => (at, CLUSTER, value),
-            Step::Resize(..) | Step::Flush | Step::Take(_) | Step::Apply(_) | Step::Drop(_) => {
+            Step::Resize(..) | Step::Flush | Step::Amend(_) | Step::Take(_) | Step::Apply(_) | Step::Drop(_) => {
                 return None;
             }
         };

@@ -2,7 +2,7 @@
 
 use diskimage_core::{Preallocation as P, ZeroMode};
 
-use super::scenario::Step::{Apply, Compressed, Discard, Drop, Flush, Resize, Take, Write, Zero};
+use super::scenario::Step::{Amend, Apply, Compressed, Discard, Drop, Flush, Resize, Take, Write, Zero};
 use super::scenario::{Scenario, Step};
 
 const KIB: u64 = 1024;
@@ -98,6 +98,7 @@ pub(super) fn all() -> Vec<Scenario> {
     ]);
     all.extend(growing());
     all.extend(snapshots());
+    all.extend(amends());
     all
 }
 
@@ -292,5 +293,41 @@ fn snapshots() -> Vec<Scenario> {
             ..scenario("snapshots below and above", "cluster_size=4096", back)
         },
         scenario("snapshots and sizes", "cluster_size=4096", sizes),
+    ]
+}
+
+/// An image with data, zero clusters and, in some, a snapshot becomes another one.
+fn amends() -> Vec<Scenario> {
+    let one = |name, options, amend| Scenario {
+        setup: vec![
+            Write(0, 128 * KIB, 1),
+            Zero(8192, 16_384, UNMAP),
+            Zero(49_152, 16_384, KEEP),
+            Zero(200 * KIB, 16_384, UNMAP),
+        ],
+        ..scenario(name, options, vec![Amend(amend)])
+    };
+    let old = |name, options, amend| Scenario {
+        setup: vec![Write(0, 128 * KIB, 1)],
+        ..one(name, options, amend)
+    };
+    vec![
+        one("a lower version", "cluster_size=4096", "compat=0.10"),
+        one("a lower version in small clusters", "cluster_size=512", "compat=0.10"),
+        Scenario {
+            snapshot: true,
+            ..one("a lower version with a snapshot", "cluster_size=4096", "compat=0.10")
+        },
+        old("a higher version", "cluster_size=4096,compat=0.10", "compat=1.1,lazy_refcounts=on"),
+        old("a higher version with names", "cluster_size=16384,compat=0.10", "compat=1.1"),
+        one("wider refcounts", "cluster_size=4096", "refcount_bits=64"),
+        one("wider refcounts in small clusters", "cluster_size=512", "refcount_bits=64"),
+        one("narrower refcounts", "cluster_size=512", "refcount_bits=1"),
+        Scenario {
+            snapshot: true,
+            ..one("narrower refcounts with a snapshot", "cluster_size=4096", "refcount_bits=2,lazy_refcounts=on")
+        },
+        one("everything", "cluster_size=4096,refcount_bits=8", "compat=0.10,refcount_bits=16"),
+        one("the name of the data file", "cluster_size=4096,data_file=data", "data_file=moved"),
     ]
 }
