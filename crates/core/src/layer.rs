@@ -125,6 +125,14 @@ pub trait Layer: Debug + Send + Sync {
         Err(Error::unsupported("This image format does not support checks"))
     }
 
+    /// Gives up all data, so that the image below shows everywhere.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`](crate::ErrorKind::Unsupported) if the format has no way.
+    fn make_empty(&self) -> Result<()> {
+        Err(Error::unsupported("This image format cannot be emptied"))
+    }
+
     /// Refuses what [`Layer::resize`] would refuse, before anything has changed.
     ///
     /// # Errors

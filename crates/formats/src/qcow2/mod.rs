@@ -391,6 +391,10 @@ impl Layer for Qcow2 {
         self.run_check(repair, progress)
     }
 
+    fn make_empty(&self) -> Result<()> {
+        self.give_up_all()
+    }
+
     fn check_resize(&self, request: &ResizeRequest) -> Result<()> {
         self.check_size(request)
     }
