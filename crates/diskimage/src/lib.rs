@@ -39,6 +39,7 @@ mod guess;
 mod map;
 mod open;
 mod probe;
+mod rebase;
 mod resize;
 mod snapshot;
 #[cfg(test)]
@@ -55,9 +56,10 @@ pub use diskimage_protocols::{
     CREATE_OPTIONS as FILE_CREATE_OPTIONS, CacheMode, FILTERS, File, FileCreation, PROTOCOLS, Target,
 };
 pub use gate::FileGate;
-pub use graph::full_backing_name;
+pub use graph::{full_backing_name, is_driver, node_of_name};
 pub use map::{MappedExtent, map};
 pub use open::{OpenOptions, open, open_device, open_node};
 pub use probe::probe;
+pub use rebase::{Rebase, check_backing, set_backing};
 pub use resize::{ShrinkPolicy, resize};
 pub use snapshot::{SnapshotSelector, open_snapshot};
