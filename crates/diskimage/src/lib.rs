@@ -28,35 +28,41 @@
 //! [`Budget`] has.
 
 mod bitmaps;
+mod commit;
 mod compare;
 mod convert;
 mod create;
 mod cursor;
+mod dd;
 mod gate;
 mod graph;
 mod guess;
 mod map;
 mod open;
 mod probe;
+mod rebase;
 mod resize;
 mod snapshot;
 #[cfg(test)]
 mod testing;
 
 pub use bitmaps::{check_bitmaps, copy_bitmaps, merge_bitmap};
+pub use commit::{Commit, depth_of};
 pub use compare::{CompareError, Comparison, Difference, Verdict};
 pub use convert::{Conversion, DEFAULT_SPARSE, MAX_SPARSE, OnLost, total_len};
 pub use create::{Creation, Prepared};
+pub use dd::{Blocks, dd};
 pub use diskimage_core::*;
 pub use diskimage_formats::{FORMATS, format_by_name};
 pub use diskimage_protocols::{
     CREATE_OPTIONS as FILE_CREATE_OPTIONS, CacheMode, FILTERS, File, FileCreation, PROTOCOLS, Target,
 };
 pub use gate::FileGate;
-pub use graph::full_backing_name;
+pub use graph::{full_backing_name, is_driver, node_of_name};
 pub use map::{MappedExtent, map};
 pub use open::{OpenOptions, open, open_device, open_node};
 pub use probe::probe;
+pub use rebase::{Rebase, check_backing, set_backing};
 pub use resize::{ShrinkPolicy, resize};
 pub use snapshot::{
     MAX_SNAPSHOT_NAME, SnapshotSelector, apply_snapshot, create_snapshot, delete_snapshot, list_snapshots,

@@ -6,13 +6,13 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::feature::{FeatureName, NAME_ENTRY_LEN, NAMES};
 
-mod kind {
-    pub(super) const END: u32 = 0;
-    pub(super) const BACKING_FORMAT: u32 = 0xe279_2aca;
-    pub(super) const FEATURE_NAMES: u32 = 0x6803_f857;
-    pub(super) const BITMAPS: u32 = 0x2385_2875;
-    pub(super) const CRYPTO: u32 = 0x0537_be77;
-    pub(super) const DATA_FILE: u32 = 0x4441_5441;
+pub(super) mod kind {
+    pub(in super::super) const END: u32 = 0;
+    pub(in super::super) const BACKING_FORMAT: u32 = 0xe279_2aca;
+    pub(in super::super) const FEATURE_NAMES: u32 = 0x6803_f857;
+    pub(in super::super) const BITMAPS: u32 = 0x2385_2875;
+    pub(in super::super) const CRYPTO: u32 = 0x0537_be77;
+    pub(in super::super) const DATA_FILE: u32 = 0x4441_5441;
 }
 
 /// What the extensions say. Unknown ones stay where they are, since the header is only ever changed field by field.
@@ -96,46 +96,45 @@ pub(super) fn parse(area: &[u8]) -> Result<Extensions> {
     Ok(found)
 }
 
-/// The extensions in `area`, end marker included, with `bitmaps` in the place of the bitmaps extension that it has; at
-/// the end if it has none.
-pub(super) fn with_bitmaps(area: &[u8], bitmaps: Option<&BitmapsExtension>) -> Vec<u8> {
-    with(area, kind::BITMAPS, bitmaps.map(IntoBytes::as_bytes))
+/// An extension as it stands in the file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Extension {
+    pub(super) kind: u32,
+    pub(super) data: Vec<u8>,
 }
 
-/// The same for the name of the data file.
-pub(super) fn with_data_file(area: &[u8], name: &str) -> Vec<u8> {
-    with(area, kind::DATA_FILE, Some(name.as_bytes()))
-}
+impl Extension {
+    /// Bytes of the end marker.
+    pub(super) const END: usize = 8;
 
-/// The same for the names of features: those that new images carry, or none.
-pub(super) fn with_names(area: &[u8], wanted: bool) -> Vec<u8> {
-    with(area, kind::FEATURE_NAMES, wanted.then(name_table).as_deref())
-}
-
-fn with(area: &[u8], wanted: u32, contents: Option<&[u8]>) -> Vec<u8> {
-    let mut new = Vec::new();
-    let mut left = contents;
-    let mut rest = area;
-    while let Some((head, tail)) = rest.split_at_checked(8) {
-        let word = |at: usize| U32::read_from_bytes(&head[at..at + 4]).map_or(0, U32::get);
-        let len = usize::try_from(word(4)).unwrap_or(usize::MAX);
-        let Some(data) = tail.get(..len).filter(|_| word(0) != kind::END) else {
-            break;
-        };
-        if word(0) == wanted {
-            if let Some(contents) = left.take() {
-                put(&mut new, wanted, contents);
-            }
-        } else {
-            put(&mut new, word(0), data);
+    /// The extensions in `area` up to the end marker, or to one that reaches past the area.
+    pub(super) fn list(area: &[u8]) -> Vec<Self> {
+        let mut list = Vec::new();
+        let mut rest = area;
+        while let Some((head, tail)) = rest.split_at_checked(8) {
+            let word = |at: usize| U32::read_from_bytes(&head[at..at + 4]).map_or(0, U32::get);
+            let (kind, len) = (word(0), usize::try_from(word(4)).unwrap_or(usize::MAX));
+            let Some(data) = tail.get(..len).filter(|_| kind != kind::END) else {
+                break;
+            };
+            list.push(Self {
+                kind,
+                data: data.to_vec(),
+            });
+            rest = tail.get(len.next_multiple_of(8)..).unwrap_or(&[]);
         }
-        rest = tail.get(len.next_multiple_of(8)..).unwrap_or(&[]);
+        list
     }
-    if let Some(contents) = left {
-        put(&mut new, wanted, contents);
+
+    /// How many bytes it takes.
+    pub(super) fn len(&self) -> usize {
+        8 + self.data.len().next_multiple_of(8)
     }
-    put(&mut new, kind::END, &[]);
-    new
+
+    /// Appends it.
+    pub(super) fn put(&self, area: &mut Vec<u8>) {
+        put(area, self.kind, &self.data);
+    }
 }
 
 fn text(data: &[u8]) -> String {
@@ -182,7 +181,7 @@ pub(super) fn write(with_names: bool, backing_format: Option<&str>, data_file: O
     area
 }
 
-fn name_table() -> Vec<u8> {
+pub(super) fn name_table() -> Vec<u8> {
     let mut table = Vec::new();
     for (kind, bit, name) in NAMES {
         let mut entry = [0; NAME_ENTRY_LEN];
@@ -214,23 +213,6 @@ mod tests {
     }
 
     #[test]
-    fn the_bitmaps_extension_is_put_in_replaced_and_taken_out() {
-        let bitmaps = |count| BitmapsExtension {
-            nb_bitmaps: U32::new(count),
-            reserved: U32::ZERO,
-            directory_size: U64::new(32),
-            directory_offset: U64::new(65536),
-        };
-        let area = write(true, Some("raw"), None);
-        let one = with_bitmaps(&area, Some(&bitmaps(1)));
-        assert_eq!(parse(&one).expect("valid").bitmaps, Some(bitmaps(1)));
-        let two = with_bitmaps(&one, Some(&bitmaps(2)));
-        assert_eq!(parse(&two).expect("valid").bitmaps, Some(bitmaps(2)));
-        assert_eq!(two.len(), one.len());
-        assert_eq!(with_bitmaps(&two, None), area);
-    }
-
-    #[test]
     fn an_extension_past_its_area_is_refused() {
         let mut area = write(false, Some("raw"), None);
         area[7] = 200;
@@ -245,7 +227,7 @@ mod tests {
                 .map(|i| i.wrapping_mul(seed).wrapping_add(seed >> 3))
                 .collect();
             let _ = parse(&area);
-            let _ = with_bitmaps(&area, None);
+            let _ = Extension::list(&area);
         }
     }
 }

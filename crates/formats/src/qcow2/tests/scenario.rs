@@ -5,9 +5,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use diskimage_core::options::Options;
 use diskimage_core::{
-    AmendRequest, Budget, ByteRange, CheckReport, Device, Error, Format, Gate, Image, Layer, MemoryDevice, NewBitmap, NewSnapshot,
-    NodeOptions, Note, OpenRequest, Preallocation, Progress, Reference, Repair, ResizeRequest, Result, Snapshots,
-    ZeroMode, errno,
+    AmendRequest, Backing, Budget, ByteRange, CheckReport, Device, Error, Format, Gate, Image, Layer,
+    MemoryDevice, NewBitmap, NewSnapshot, NodeOptions, Note, OpenRequest, Preallocation, Progress, Reference, Repair,
+    ResizeRequest, Result, Snapshots, ZeroMode, errno,
 };
 
 use super::super::{Qcow2, Qcow2Format};
@@ -30,6 +30,10 @@ pub(super) enum Step {
     Drop(&'static str),
     /// Changes what the image was created with; it has to be opened again.
     Amend(&'static str),
+    /// Gives up all data.
+    Empty,
+    /// Names another image below, with its format.
+    Backing(&'static str, &'static str),
     Flush,
 }
 
@@ -59,6 +63,8 @@ pub(super) struct Before {
     snapshot: bool,
     /// Whether a bitmap records what is written.
     bitmap: bool,
+    /// What may be named as the image below.
+    backings: Vec<Option<Backing>>,
 }
 
 const BITMAP: &str = "b";
@@ -99,6 +105,9 @@ impl Scenario {
             disk: read_all(&image),
             snapshot: self.snapshot,
             bitmap: self.bitmap,
+            backings: std::iter::once(image.layer().backing())
+                .chain(self.steps.iter().filter_map(Step::backing))
+                .collect(),
         };
         drop(image);
         let mut files = vec![file.contents(), data.contents()];
@@ -132,7 +141,20 @@ impl Step {
             Self::Apply(name) => snapshots(image).apply(find_snapshot(image, name)?),
             Self::Drop(name) => snapshots(image).delete(find_snapshot(image, name)?),
             Self::Amend(list) => amend(image, list),
+            Self::Empty => image.make_empty(),
+            Self::Backing(..) => image.layer().set_backing(self.backing().flatten().as_ref()),
             Self::Flush => image.flush(),
+        }
+    }
+
+    /// The image below that the step names, or that it names none; with an empty name.
+    fn backing(&self) -> Option<Option<Backing>> {
+        match *self {
+            Self::Backing(name, format) => Some((!name.is_empty()).then(|| Backing {
+                name: name.to_owned(),
+                format: (!format.is_empty()).then(|| format.to_owned()),
+            })),
+            _ => None,
         }
     }
 }
@@ -288,6 +310,11 @@ impl Model {
             }
             // It may leave what was there.
             Step::Discard(..) => {}
+            // Nothing is left before the step ends.
+            Step::Empty => {
+                self.now.bytes.fill(ZERO);
+                self.crashed.bytes.fill(ZERO);
+            }
             _ => {
                 if let Some((range, value)) = self.now.fill(step) {
                     self.now.bytes[range].fill(1 << value);
@@ -304,9 +331,14 @@ impl State {
             Step::Write(at, len, value) => (at, len, value),
             Step::Zero(at, len, _) | Step::Discard(at, len) => (at, len, 0),
             Step::Compressed(at, value) => (at, CLUSTER, value),
-            Step::Resize(..) | Step::Flush | Step::Amend(_) | Step::Take(_) | Step::Apply(_) | Step::Drop(_) => {
-                return None;
-            }
+            Step::Empty => (0, self.bytes.len() as u64, 0),
+            Step::Resize(..)
+            | Step::Backing(..)
+            | Step::Flush
+            | Step::Amend(_)
+            | Step::Take(_)
+            | Step::Apply(_)
+            | Step::Drop(_) => return None,
         };
         let end = index(at + len).min(self.bytes.len());
         Some((index(at).min(end)..end, value))
@@ -446,6 +478,10 @@ pub(super) fn find_fault(files: &[Vec<u8>], disk: &State, before: &Before) -> Op
     let found = report_sparing_flags(&**image.layer());
     if found.corruptions > 0 || found.check_errors > 0 {
         return Some(format!("{found:?}"));
+    }
+    let backing = image.layer().backing();
+    if !before.backings.contains(&backing) {
+        return Some(format!("is based on {backing:?}"));
     }
     let mut bytes = filled(image.len(), 0xee);
     if let Err(error) = image.read_at(&mut bytes, 0) {
