@@ -102,7 +102,9 @@ impl Facts {
             }
         }
         if !self.info.snapshots.is_empty() {
-            snapshot_lines(&self.info.snapshots).iter().for_each(|words| line(words));
+            snapshot_lines(&self.info.snapshots)
+                .iter()
+                .for_each(|words| line(words));
         }
         if let Some(details) = self.info.specific.as_ref().filter(|details| !details.is_empty()) {
             line("Format specific information:");

@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use crate::options::Options;
 use crate::{
-    Bitmaps, ByteRange, CheckReport, Device, Error, Info, Objects, Preallocation, Progress, Repair, Result, Snapshots, ZeroMode,
+    Bitmaps, ByteRange, CheckReport, Device, Error, Info, Objects, Preallocation, Progress, Repair, Result,
+    Snapshots, ZeroMode,
 };
 
 /// One opened image without its backing chain.

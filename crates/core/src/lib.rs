@@ -44,7 +44,9 @@ pub use format::{CreateRequest, Format, Measure, MeasureSource, OpenRequest, Pro
 pub use gate::{Gate, Permissions, Reference, Role};
 pub use image::{Image, PendingWrite, ZeroDetection};
 pub use info::{Detail, DetailValue, Info, SnapshotInfo};
-pub use layer::{AmendRequest, Backing, Encoded, Encoder, Holes, Layer, ResizeRequest, Run, RunKind, WritePlan, WriteRun};
+pub use layer::{
+    AmendRequest, Backing, Encoded, Encoder, Holes, Layer, ResizeRequest, Run, RunKind, WritePlan, WriteRun,
+};
 pub use memory::MemoryDevice;
 pub use node::{NodeOptions, is_identifier};
 pub use objects::{Object, Objects, Secret, ThrottleGroup, TlsCreds, TlsKind};

@@ -57,7 +57,10 @@ pub fn open_snapshot(image: &Image, selector: &SnapshotSelector) -> Result<Arc<I
 /// # Errors
 /// Damage in their table.
 pub fn list_snapshots(image: &Image) -> Result<Vec<SnapshotInfo>> {
-    image.layer().snapshots().map_or(Ok(Vec::new()), |snapshots| snapshots.list())
+    image
+        .layer()
+        .snapshots()
+        .map_or(Ok(Vec::new()), |snapshots| snapshots.list())
 }
 
 /// Keeps the disk of `image` as it is now under `name`, which need not be the only one of that name. `now` is the time

@@ -188,7 +188,9 @@ fn amend_table(format: &'static dyn Format) -> Result<&'static [OptionDef], Stop
 }
 
 fn not_amended(format: &str) -> Stop {
-    Stop::wrong(format!("Format driver '{format}' does not support option amendment"))
+    Stop::wrong(format!(
+        "Format driver '{format}' does not support option amendment"
+    ))
 }
 
 /// Says so where the options are those of creating an image, of which fewer can be amended.

@@ -151,7 +151,8 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
             }
         }
         Action::Create(name) => {
-            create_snapshot(&image, name, SystemTime::now()).map_err(|error| failed("create", name, error))?;
+            create_snapshot(&image, name, SystemTime::now())
+                .map_err(|error| failed("create", name, error))?;
         }
         Action::Apply(word) => {
             apply_snapshot(&image, word).map_err(|error| failed("apply", word, error))?;
@@ -181,7 +182,10 @@ mod tests {
         assert_eq!(action(&["x"]), Ok(Action::List));
         assert_eq!(action(&["x", "-c", "s"]), Ok(Action::Create("s".to_owned())));
         for words in [["-l", "-l", "x"], ["-ca", "-db", "x"]] {
-            assert_eq!(action(&words), Err(Stop::misused("Cannot mix '-l', '-a', '-c', '-d'")));
+            assert_eq!(
+                action(&words),
+                Err(Stop::misused("Cannot mix '-l', '-a', '-c', '-d'"))
+            );
         }
     }
 }

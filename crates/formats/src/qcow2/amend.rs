@@ -20,15 +20,30 @@ use super::{Qcow2, State, read_header};
 
 /// The options of `amend`, in the order in which the original lists them.
 pub(super) const AMEND: &[OptionDef] = &[
-    option("backing_file", OptionKind::Text, "File name of a base image", None),
-    option("backing_fmt", OptionKind::Text, "Image format of the base image", None),
+    option(
+        "backing_file",
+        OptionKind::Text,
+        "File name of a base image",
+        None,
+    ),
+    option(
+        "backing_fmt",
+        OptionKind::Text,
+        "Image format of the base image",
+        None,
+    ),
     option(
         "compat",
         OptionKind::Text,
         "Compatibility level (v2 [0.10] or v3 [1.1])",
         None,
     ),
-    option("data_file", OptionKind::Text, "File name of an external data file", None),
+    option(
+        "data_file",
+        OptionKind::Text,
+        "File name of an external data file",
+        None,
+    ),
     option(
         "data_file_raw",
         OptionKind::Flag,
@@ -65,7 +80,12 @@ pub(super) const AMEND: &[OptionDef] = &[
         "Select new state of affected keyslots (active/inactive)",
         None,
     ),
-    option("lazy_refcounts", OptionKind::Flag, "Postpone refcount updates", None),
+    option(
+        "lazy_refcounts",
+        OptionKind::Flag,
+        "Postpone refcount updates",
+        None,
+    ),
     option(
         "refcount_bits",
         OptionKind::Number,
@@ -97,7 +117,10 @@ impl Changes {
             Some(other) => return Err(Error::invalid(format!("Unknown compatibility level {other}"))),
         };
         check_backing(request, header)?;
-        if AMEND.iter().any(|def| def.name.starts_with("encrypt.") && options.is_given(def.name)) {
+        if AMEND
+            .iter()
+            .any(|def| def.name.starts_with("encrypt.") && options.is_given(def.name))
+        {
             return Err(Error::invalid(
                 "Can't amend encryption options - encryption not present",
             ));
@@ -139,13 +162,17 @@ impl Changes {
 
 /// The name and format of the backing file can be given, but only as they are.
 fn check_backing(request: &AmendRequest<'_>, header: &Header) -> Result<()> {
-    let (file, format) = (request.options.text("backing_file"), request.options.text("backing_fmt"));
+    let (file, format) = (
+        request.options.text("backing_file"),
+        request.options.text("backing_fmt"),
+    );
     if file.is_none() && format.is_none() {
         return Ok(());
     }
     match &header.backing {
         Some(backing) if file == Some(&backing.name) && format == backing.format.as_deref() => Ok(()),
-        _ => Err(Error::unsupported("Cannot amend the backing file").hint("You can use 'qemu-img rebase' instead.")),
+        _ => Err(Error::unsupported("Cannot amend the backing file")
+            .hint("You can use 'qemu-img rebase' instead.")),
     }
 }
 
@@ -209,7 +236,8 @@ impl Qcow2 {
             steps.report(done, 0, 2);
         }
         if let Some(order) = changes.refcount_order {
-            self.reopen()?.change_width(order, &|part, whole| steps.report(done, part, whole))?;
+            self.reopen()?
+                .change_width(order, &|part, whole| steps.report(done, part, whole))?;
             done += 1;
             steps.report(done, 0, 1);
         }
@@ -248,7 +276,9 @@ impl Qcow2 {
 
     fn change_width(&self, order: u32, report: &dyn Fn(u64, u64)) -> Result<()> {
         let mut state = self.lock();
-        let State { tables, refcounts, .. } = &mut *state;
+        let State {
+            tables, refcounts, ..
+        } = &mut *state;
         tables.clear()?;
         let new = refcounts.rewrite(tables, &*self.file, order, report)?;
         self.patch_header(|head| {
@@ -259,7 +289,11 @@ impl Qcow2 {
         })?;
         let image = self.reopen()?;
         let mut now = image.lock();
-        let State { tables, refcounts: counts, .. } = &mut *now;
+        let State {
+            tables,
+            refcounts: counts,
+            ..
+        } = &mut *now;
         counts.give_up(tables, refcounts)?;
         tables.write_back()?;
         tables.sync()
@@ -269,7 +303,8 @@ impl Qcow2 {
         if let Some(lazy) = changes.lazy_refcounts {
             let features = self.header.features.compatible.0 & !Compatible::LAZY_REFCOUNTS;
             let bit = if lazy { Compatible::LAZY_REFCOUNTS } else { 0 };
-            self.file.write_at(&(features | bit).to_be_bytes(), field::COMPATIBLE)?;
+            self.file
+                .write_at(&(features | bit).to_be_bytes(), field::COMPATIBLE)?;
         }
         if changes.data_file_raw == Some(false) {
             let features = self.header.features.autoclear.0 & !Autoclear::DATA_FILE_RAW;

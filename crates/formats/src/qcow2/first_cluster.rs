@@ -88,10 +88,18 @@ impl FirstCluster {
     /// Makes it the first cluster of an image of `version` without optional features, with refcounts as wide as `order`
     /// says and, if wanted, the names of features.
     pub(super) fn set_version(&mut self, version: u32, order: u32, names: bool) {
-        let len = if version >= 3 { header::HEADER_LEN } else { header::V2_LEN };
+        let len = if version >= 3 {
+            header::HEADER_LEN
+        } else {
+            header::V2_LEN
+        };
         self.header.resize(len, 0);
         self.header[4..8].copy_from_slice(&version.to_be_bytes());
-        if let Some(rest) = self.header.get_mut(header::V2_LEN..).filter(|rest| !rest.is_empty()) {
+        if let Some(rest) = self
+            .header
+            .get_mut(header::V2_LEN..)
+            .filter(|rest| !rest.is_empty())
+        {
             rest.fill(0);
             let (order, len) = (order.to_be_bytes(), u32::try_from(len).unwrap_or(0).to_be_bytes());
             rest[24..28].copy_from_slice(&order);

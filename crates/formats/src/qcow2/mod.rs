@@ -45,10 +45,10 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use diskimage_core::options::{OptionDef, Options};
 use diskimage_core::{
-    AmendRequest, Backing, Bitmaps, Budget, ByteRange, CheckReport, CreateRequest, Device, Encoded, Encoder, Error,
-    ErrorKind, Format, Gate, Info, Layer, Measure, MeasureSource, NodeOptions, OpenRequest, Permissions,
-    Preallocation, Probe, Progress, Reference, Repair, ResizeRequest, Result, Role, Run, Score, Snapshots, WritePlan,
-    ZeroMode,
+    AmendRequest, Backing, Bitmaps, Budget, ByteRange, CheckReport, CreateRequest, Device, Encoded, Encoder,
+    Error, ErrorKind, Format, Gate, Info, Layer, Measure, MeasureSource, NodeOptions, OpenRequest,
+    Permissions, Preallocation, Probe, Progress, Reference, Repair, ResizeRequest, Result, Role, Run, Score,
+    Snapshots, WritePlan, ZeroMode,
 };
 
 use self::feature::{Autoclear, Compatible, Incompatible};

@@ -57,7 +57,9 @@ impl Qcow2 {
         let mut batch = Batch::default();
         let check = |state: &mut State, batch: &mut Batch| {
             batch.take_sorted().into_iter().try_for_each(|(first, count)| {
-                let State { tables, refcounts, .. } = &mut *state;
+                let State {
+                    tables, refcounts, ..
+                } = &mut *state;
                 refcounts.check_run(tables, first, count, change)
             })
         };
@@ -119,10 +121,14 @@ impl Qcow2 {
         state.tables.clear()?;
         state.tables.sync()?;
         let once = |state: &mut State, offset: u64| {
-            let State { tables, refcounts, .. } = &mut *state;
+            let State {
+                tables, refcounts, ..
+            } = &mut *state;
             refcounts.count(tables, offset >> bits).map(|count| count == 1)
         };
-        self.visit_tables(l1, |_, table| self.mark_entries(table, |offset| once(state, offset)))?;
+        self.visit_tables(l1, |_, table| {
+            self.mark_entries(table, |offset| once(state, offset))
+        })?;
         self.file.flush()?;
         self.visit_l1(l1, |_, entry| {
             Ok(match entry & OFFSET_MASK {
@@ -136,11 +142,7 @@ impl Qcow2 {
     }
 
     /// Replaces the entries of `l1` by what `change` makes of each index and entry, directly in the file.
-    pub(super) fn visit_l1(
-        &self,
-        l1: Table,
-        mut change: impl FnMut(u64, u64) -> Result<u64>,
-    ) -> Result<()> {
+    pub(super) fn visit_l1(&self, l1: Table, mut change: impl FnMut(u64, u64) -> Result<u64>) -> Result<()> {
         let mut done = 0;
         while done < l1.len {
             let len = (l1.len - done).min(L1_CHUNK);
@@ -161,11 +163,7 @@ impl Qcow2 {
     }
 
     /// Hands the offset and bytes of each L2 table of `l1` to `visit`, and writes those back that it has changed.
-    fn visit_tables(
-        &self,
-        l1: Table,
-        mut visit: impl FnMut(u64, &mut [u8]) -> Result<bool>,
-    ) -> Result<()> {
+    fn visit_tables(&self, l1: Table, mut visit: impl FnMut(u64, &mut [u8]) -> Result<bool>) -> Result<()> {
         let size = self.header.geometry.cluster_size();
         let mut table = vec![0; usize::try_from(size).unwrap_or(0)];
         // Each table is a cluster of its own: a damaged image cannot keep this busy for longer than its length allows.
@@ -229,7 +227,11 @@ impl Qcow2 {
             }
             if let Cluster::Host(offset) = self.parse_words(words)?.kind {
                 let old = u64::from_be_bytes(words[0]);
-                let new = if copied(offset)? { old | COPIED } else { old & !COPIED };
+                let new = if copied(offset)? {
+                    old | COPIED
+                } else {
+                    old & !COPIED
+                };
                 changed |= new != old;
                 words[0] = new.to_be_bytes();
             }
@@ -242,11 +244,15 @@ impl Qcow2 {
         let bits = self.header.geometry.cluster_bits;
         let mut freed: Vec<ByteRange> = Vec::new();
         for (first, count) in batch.take_sorted() {
-            let State { tables, refcounts, .. } = &mut *state;
+            let State {
+                tables, refcounts, ..
+            } = &mut *state;
             refcounts.change_run(tables, first, count, change, |cluster| {
                 let start = cluster << bits;
                 match freed.last_mut() {
-                    Some(last) if last.end() == start => *last = ByteRange::new(last.start(), start + (1 << bits)),
+                    Some(last) if last.end() == start => {
+                        *last = ByteRange::new(last.start(), start + (1 << bits))
+                    }
                     _ => freed.push(ByteRange::at(start, 1 << bits)),
                 }
             })?;

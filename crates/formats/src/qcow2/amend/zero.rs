@@ -1,6 +1,6 @@
 //! Version 2 has no clusters that read as zero: they become unallocated, or get storage that holds zeroes.
 
-use diskimage_core::{Result, ZeroMode, ByteRange};
+use diskimage_core::{ByteRange, Result, ZeroMode};
 
 use super::super::entry::{Cluster, L2Entry, OFFSET_MASK, Subclusters};
 use super::super::refcount::Change;
@@ -76,7 +76,9 @@ impl Qcow2 {
                 offset
             }
             None => {
-                let State { tables, refcounts, .. } = &mut *state;
+                let State {
+                    tables, refcounts, ..
+                } = &mut *state;
                 let offset = refcounts.allocate(tables, 1)?;
                 for _ in 1..users {
                     let cluster = offset / size;
@@ -94,7 +96,9 @@ impl Qcow2 {
     }
 
     fn count_at(&self, state: &mut State, offset: u64) -> Result<u64> {
-        let State { tables, refcounts, .. } = &mut *state;
+        let State {
+            tables, refcounts, ..
+        } = &mut *state;
         refcounts.count(tables, offset >> self.header.geometry.cluster_bits)
     }
 }

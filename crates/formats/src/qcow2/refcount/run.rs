@@ -33,7 +33,9 @@ impl Refcounts {
             let bytes = tables.bytes(table, place.byte)?;
             for i in 0..len {
                 let (skip, place) = self.place_in(at + i, place);
-                let used = bytes.get(skip..).and_then(|bytes| block::read(bytes, place, order));
+                let used = bytes
+                    .get(skip..)
+                    .and_then(|bytes| block::read(bytes, place, order));
                 changed(used.unwrap_or(0), change, max, at + i)?;
             }
             at += len;
@@ -104,7 +106,10 @@ impl Refcounts {
     /// Where the count of `cluster` is in bytes that begin at the byte of `start`, a place in the same block.
     fn place_in(&self, cluster: u64, start: block::Place) -> (usize, block::Place) {
         let place = block::Place::new(cluster % self.entries_per_block(), self.geometry.refcount_order);
-        (usize::try_from(place.byte - start.byte).unwrap_or(usize::MAX), place)
+        (
+            usize::try_from(place.byte - start.byte).unwrap_or(usize::MAX),
+            place,
+        )
     }
 }
 

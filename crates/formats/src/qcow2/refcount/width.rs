@@ -133,7 +133,9 @@ impl Refcounts {
         let blocks = indices.len() as u64;
         let mut table = vec![0; index_of((place.clusters - blocks) << bits)];
         for (at, index) in (0..).zip(indices) {
-            let entry = table.get_mut(index_of(index * 8)..).and_then(<[u8]>::first_chunk_mut);
+            let entry = table
+                .get_mut(index_of(index * 8)..)
+                .and_then(<[u8]>::first_chunk_mut);
             *entry.ok_or_else(|| Error::corrupt("Refcount table too short"))? =
                 ((place.start + at) << bits).to_be_bytes();
         }

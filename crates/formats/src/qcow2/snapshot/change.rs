@@ -117,7 +117,8 @@ impl Qcow2 {
         let mut fields = [0; HEADER_FIELDS];
         self.file.read_at(&mut fields, field::SIZE)?;
         let at = index_of(field::L1_SIZE - field::SIZE);
-        let entries = u32::try_from(table.len / 8).map_err(|_| Error::corrupt("Snapshot L1 table too large"))?;
+        let entries =
+            u32::try_from(table.len / 8).map_err(|_| Error::corrupt("Snapshot L1 table too large"))?;
         fields[..8].copy_from_slice(&snapshot.info.disk_size.to_be_bytes());
         fields[at..at + 4].copy_from_slice(&entries.to_be_bytes());
         fields[at + 4..].copy_from_slice(&table.offset.to_be_bytes());
@@ -208,7 +209,9 @@ impl Qcow2 {
 
 /// Bytes of a table with these entries.
 fn entries_len(entries: &[Snapshot]) -> u64 {
-    entries.iter().fold(0, |end: u64, snapshot| end.next_multiple_of(8) + snapshot.entry.1)
+    entries
+        .iter()
+        .fold(0, |end: u64, snapshot| end.next_multiple_of(8) + snapshot.entry.1)
 }
 
 /// The entry of a new snapshot, whose L1 table is `l1`.

@@ -98,7 +98,12 @@ impl Attempt<'_> {
         if errors == 0 {
             return Err(format!("{failed} requests failed and nobody said so"));
         }
-        if self.scenario.steps.iter().any(|step| matches!(step, Step::Amend(_))) {
+        if self
+            .scenario
+            .steps
+            .iter()
+            .any(|step| matches!(step, Step::Amend(_)))
+        {
             // It is another image now, at least as far as that had got.
             image = open_with_memory(&self.disks.devices(), self.memory)
                 .map_err(|error| format!("does not open again: {}", error.chain()))?;

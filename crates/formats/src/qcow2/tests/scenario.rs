@@ -6,8 +6,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use diskimage_core::options::Options;
 use diskimage_core::{
     AmendRequest, Backing, Budget, ByteRange, CheckReport, Device, Error, Format, Gate, Image, Layer,
-    MemoryDevice, NewBitmap, NewSnapshot, NodeOptions, Note, OpenRequest, Preallocation, Progress, Reference, Repair,
-    ResizeRequest, Result, Snapshots, ZeroMode, errno,
+    MemoryDevice, NewBitmap, NewSnapshot, NodeOptions, Note, OpenRequest, Preallocation, Progress, Reference,
+    Repair, ResizeRequest, Result, Snapshots, ZeroMode, errno,
 };
 
 use super::super::{Qcow2, Qcow2Format};
@@ -456,7 +456,10 @@ pub(super) fn report(layer: &dyn Layer, repair: Repair) -> CheckReport {
 fn report_sparing_flags(layer: &dyn Layer) -> CheckReport {
     let harmless = AtomicU64::new(0);
     let notes = |note: &Note| {
-        let flag_off = note.text.split(['=', ' ']).filter_map(|word| u64::from_str_radix(word, 16).ok());
+        let flag_off = note
+            .text
+            .split(['=', ' '])
+            .filter_map(|word| u64::from_str_radix(word, 16).ok());
         let off = flag_off.max().is_some_and(|entry| entry >> 63 == 0);
         if note.text.contains("OFLAG_COPIED") && note.text.ends_with("refcount=1") && off {
             harmless.fetch_add(1, Ordering::Relaxed);

@@ -290,8 +290,16 @@ fn snapshots() -> Vec<Scenario> {
         scenario("snapshots", "cluster_size=4096", steps()),
         scenario("snapshots in small clusters", "cluster_size=512", steps()),
         scenario("snapshots of version 2", "cluster_size=4096,compat=0.10", steps()),
-        scenario("snapshots of subclusters", "cluster_size=16384,extended_l2=on", steps()),
-        scenario("snapshots and narrow counts", "cluster_size=4096,refcount_bits=4", steps()),
+        scenario(
+            "snapshots of subclusters",
+            "cluster_size=16384,extended_l2=on",
+            steps(),
+        ),
+        scenario(
+            "snapshots and narrow counts",
+            "cluster_size=4096,refcount_bits=4",
+            steps(),
+        ),
         Scenario {
             snapshot: true,
             ..scenario("snapshots below and above", "cluster_size=4096", back)
@@ -317,22 +325,54 @@ fn amends() -> Vec<Scenario> {
     };
     vec![
         one("a lower version", "cluster_size=4096", "compat=0.10"),
-        one("a lower version in small clusters", "cluster_size=512", "compat=0.10"),
+        one(
+            "a lower version in small clusters",
+            "cluster_size=512",
+            "compat=0.10",
+        ),
         Scenario {
             snapshot: true,
-            ..one("a lower version with a snapshot", "cluster_size=4096", "compat=0.10")
+            ..one(
+                "a lower version with a snapshot",
+                "cluster_size=4096",
+                "compat=0.10",
+            )
         },
-        old("a higher version", "cluster_size=4096,compat=0.10", "compat=1.1,lazy_refcounts=on"),
-        old("a higher version with names", "cluster_size=16384,compat=0.10", "compat=1.1"),
+        old(
+            "a higher version",
+            "cluster_size=4096,compat=0.10",
+            "compat=1.1,lazy_refcounts=on",
+        ),
+        old(
+            "a higher version with names",
+            "cluster_size=16384,compat=0.10",
+            "compat=1.1",
+        ),
         one("wider refcounts", "cluster_size=4096", "refcount_bits=64"),
-        one("wider refcounts in small clusters", "cluster_size=512", "refcount_bits=64"),
+        one(
+            "wider refcounts in small clusters",
+            "cluster_size=512",
+            "refcount_bits=64",
+        ),
         one("narrower refcounts", "cluster_size=512", "refcount_bits=1"),
         Scenario {
             snapshot: true,
-            ..one("narrower refcounts with a snapshot", "cluster_size=4096", "refcount_bits=2,lazy_refcounts=on")
+            ..one(
+                "narrower refcounts with a snapshot",
+                "cluster_size=4096",
+                "refcount_bits=2,lazy_refcounts=on",
+            )
         },
-        one("everything", "cluster_size=4096,refcount_bits=8", "compat=0.10,refcount_bits=16"),
-        one("the name of the data file", "cluster_size=4096,data_file=data", "data_file=moved"),
+        one(
+            "everything",
+            "cluster_size=4096,refcount_bits=8",
+            "compat=0.10,refcount_bits=16",
+        ),
+        one(
+            "the name of the data file",
+            "cluster_size=4096,data_file=data",
+            "data_file=moved",
+        ),
     ]
 }
 
