@@ -249,10 +249,26 @@ impl Qcow2 {
         }
         if changes.version == Some(2) {
             let image = self.reopen()?;
+            image.check_snapshot_sizes()?;
             image.expand_zero_clusters(&|part, whole| steps.report(done, part, whole))?;
             image.rewrite_header(2)?;
         }
         Ok(())
+    }
+
+    /// Snapshots of version 2 have the size of the disk.
+    fn check_snapshot_sizes(&self) -> Result<()> {
+        let snapshots = self.read_snapshots()?;
+        if snapshots
+            .iter()
+            .all(|snapshot| snapshot.info.disk_size == self.header.size)
+        {
+            Ok(())
+        } else {
+            Err(Error::unsupported(
+                "Internal snapshots prevent downgrade of image",
+            ))
+        }
     }
 
     /// The image as its header says it is now.

@@ -30,10 +30,8 @@ impl Qcow2 {
         ));
         if v3 {
             if self.has_data_file() {
-                facts.push(Detail::text(
-                    "data-file",
-                    header.extensions.data_file.clone().unwrap_or_default(),
-                ));
+                let name = header.extensions.data_file.as_deref();
+                facts.extend(name.map(|name| Detail::text("data-file", name)));
                 facts.push(Detail::flag(
                     "data-file-raw",
                     header.features.autoclear.has(Autoclear::DATA_FILE_RAW),
