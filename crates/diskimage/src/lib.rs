@@ -33,6 +33,7 @@ mod convert;
 mod create;
 mod cursor;
 mod gate;
+mod graph;
 mod guess;
 mod map;
 mod open;
@@ -49,11 +50,12 @@ pub use create::{Creation, Prepared};
 pub use diskimage_core::*;
 pub use diskimage_formats::{FORMATS, format_by_name};
 pub use diskimage_protocols::{
-    CREATE_OPTIONS as FILE_CREATE_OPTIONS, CacheMode, File, FileCreation, ProtocolKind, Target,
+    CREATE_OPTIONS as FILE_CREATE_OPTIONS, CacheMode, FILTERS, File, FileCreation, PROTOCOLS, Target,
 };
 pub use gate::FileGate;
+pub use graph::full_backing_name;
 pub use map::{MappedExtent, map};
-pub use open::{OpenOptions, open, open_device};
+pub use open::{OpenOptions, open, open_device, open_node};
 pub use probe::probe;
 pub use resize::{ShrinkPolicy, resize};
 pub use snapshot::{SnapshotSelector, open_snapshot};
