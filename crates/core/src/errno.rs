@@ -6,3 +6,5 @@ pub const EIO: i32 = 5;
 pub const EINVAL: i32 = 22;
 /// `File too large`.
 pub const EFBIG: i32 = 27;
+/// `Numerical result out of range`: what the original answers to counts that its fields do not hold.
+pub const ERANGE: i32 = 34;

@@ -35,6 +35,17 @@ impl IvAlg {
     }
 }
 
+/// Checks that vectors can be made for data encrypted with `cipher`.
+///
+/// # Errors
+/// The original's words for what does not go together.
+pub(crate) fn check(alg: IvAlg, hash: Option<HashAlg>, cipher: CipherAlg) -> Result<()> {
+    match alg {
+        IvAlg::Plain | IvAlg::Plain64 => Ok(()),
+        IvAlg::Essiv => essiv_cipher(cipher, essiv_hash(hash)?).map(|_| ()),
+    }
+}
+
 /// A generator of initialisation vectors.
 pub(crate) enum IvGenerator {
     Plain,
@@ -49,7 +60,7 @@ impl IvGenerator {
             IvAlg::Plain => Self::Plain,
             IvAlg::Plain64 => Self::Plain64,
             IvAlg::Essiv => {
-                let hash = hash.ok_or_else(|| Error::invalid("A hash is needed for essiv"))?;
+                let hash = essiv_hash(hash)?;
                 let essiv = essiv_cipher(cipher, hash)?;
                 let salt = hash.digest(&[key]);
                 Self::Essiv(keyed(essiv, &salt[..essiv.key_len()])?)
@@ -72,6 +83,10 @@ impl IvGenerator {
             cipher.encrypt(vectors);
         }
     }
+}
+
+fn essiv_hash(hash: Option<HashAlg>) -> Result<HashAlg> {
+    hash.ok_or_else(|| Error::invalid("Missing IV generator hash specification"))
 }
 
 /// The cipher that `essiv` encrypts numbers with: of the family of that of the data, with a key as long as the hash.

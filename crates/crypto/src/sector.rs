@@ -6,7 +6,7 @@ use diskimage_core::{Error, Result};
 use zeroize::{Zeroize, Zeroizing};
 
 use crate::block::{BlockCipher, keyed};
-use crate::iv::IvGenerator;
+use crate::iv::{self, IvGenerator};
 use crate::mode::{self, BATCH, MAX_BLOCK};
 use crate::{CipherAlg, CipherMode, HashAlg, IvAlg};
 
@@ -31,6 +31,26 @@ impl CipherSpec {
     pub fn key_len(&self) -> usize {
         self.cipher.key_len() * self.mode.keys()
     }
+
+    /// Checks that cipher, mode and initialisation vectors go together.
+    ///
+    /// # Errors
+    /// The original's words for what does not.
+    pub fn check(&self) -> Result<()> {
+        self.check_vectors()?;
+        if self.mode == CipherMode::Xts && self.cipher.block_len() != MAX_BLOCK {
+            return Err(Error::unsupported("Unsupported cipher mode xts"));
+        }
+        Ok(())
+    }
+
+    /// Checks that the initialisation vectors can be made with this cipher.
+    ///
+    /// # Errors
+    /// The original's words for what does not go together.
+    pub fn check_vectors(&self) -> Result<()> {
+        iv::check(self.iv, self.iv_hash, self.cipher)
+    }
 }
 
 /// Encrypts and decrypts runs of sectors. Many threads may use it at once. The keys are wiped from memory when it goes.
@@ -48,9 +68,7 @@ impl SectorCipher {
     /// # Errors
     /// A key of the wrong length, and parts that do not go together.
     pub fn new(spec: CipherSpec, key: &[u8]) -> Result<Self> {
-        if spec.mode == CipherMode::Xts && spec.cipher.block_len() != MAX_BLOCK {
-            return Err(Error::unsupported("Unsupported cipher mode xts"));
-        }
+        spec.check()?;
         if key.len() != spec.key_len() {
             return Err(Error::invalid(format!(
                 "Cipher key length {} should be {}",
