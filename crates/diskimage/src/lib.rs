@@ -28,6 +28,7 @@
 //! [`Budget`] has.
 
 mod bitmaps;
+mod commit;
 mod compare;
 mod convert;
 mod create;
@@ -38,12 +39,14 @@ mod guess;
 mod map;
 mod open;
 mod probe;
+mod rebase;
 mod resize;
 mod snapshot;
 #[cfg(test)]
 mod testing;
 
-pub use bitmaps::{check_bitmaps, copy_bitmaps};
+pub use bitmaps::{check_bitmaps, copy_bitmaps, merge_bitmap};
+pub use commit::{Commit, depth_of};
 pub use compare::{CompareError, Comparison, Difference, Verdict};
 pub use convert::{Conversion, DEFAULT_SPARSE, MAX_SPARSE, OnLost, total_len};
 pub use create::{Creation, Prepared};
@@ -53,9 +56,10 @@ pub use diskimage_protocols::{
     CREATE_OPTIONS as FILE_CREATE_OPTIONS, CacheMode, FILTERS, File, FileCreation, PROTOCOLS, Target,
 };
 pub use gate::FileGate;
-pub use graph::full_backing_name;
+pub use graph::{full_backing_name, is_driver, node_of_name};
 pub use map::{MappedExtent, map};
 pub use open::{OpenOptions, open, open_device, open_node};
 pub use probe::probe;
+pub use rebase::{Rebase, check_backing, set_backing};
 pub use resize::{ShrinkPolicy, resize};
 pub use snapshot::{SnapshotSelector, open_snapshot};
