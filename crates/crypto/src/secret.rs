@@ -6,45 +6,51 @@ use zeroize::Zeroizing;
 use crate::CipherAlg;
 use crate::block::keyed;
 
-/// Decrypts `bytes`, in place and padding gone.
+/// Decrypts `bytes` and takes the padding off.
 ///
 /// # Errors
 /// A key that has not 32 bytes, an initialisation vector that has not 16, and bytes that are not whole blocks or not
 /// padded as they should be.
 pub fn decrypt_secret(key: &[u8], iv: &[u8], bytes: &[u8]) -> Result<Zeroizing<Vec<u8>>> {
-    const BLOCK: usize = 16;
-    let cipher = keyed(CipherAlg::Aes256, key)?;
-    let mut plain = Zeroizing::new(bytes.to_vec());
-    let blocks = plain.as_chunks_mut::<BLOCK>();
-    if !blocks.1.is_empty() {
+    if key.len() != CipherAlg::Aes256.key_len() {
+        return Err(Error::invalid("Key should be 32 bytes in length"));
+    }
+    if iv.len() != BLOCK {
         return Err(Error::invalid(format!(
-            "Ciphertext length {} is not a multiple of block size {BLOCK}",
+            "IV should be {BLOCK} bytes in length not {}",
+            iv.len()
+        )));
+    }
+    if !bytes.len().is_multiple_of(BLOCK) {
+        return Err(Error::invalid(format!(
+            "Length {} must be a multiple of block size {BLOCK}",
             bytes.len()
         )));
     }
-    cipher.decrypt(&mut plain);
-    for (at, byte) in plain.iter_mut().enumerate() {
-        // The vector stands where the block before the first would.
-        *byte ^= match at.checked_sub(BLOCK) {
-            Some(before) => bytes[before],
-            None => *iv.get(at).unwrap_or(&0),
-        };
+    let mut plain = Zeroizing::new(bytes.to_vec());
+    keyed(CipherAlg::Aes256, key)?.decrypt(&mut plain);
+    // The vector stands where the block before the first would.
+    for (byte, before) in plain.iter_mut().zip(iv.iter().chain(bytes)) {
+        *byte ^= before;
     }
-    let padding = usize::from(plain.last().copied().unwrap_or(0));
+    let padding = plain.last().copied().unwrap_or(0);
+    let count = usize::from(padding);
     let kept = plain
         .len()
-        .checked_sub(padding)
-        .filter(|_| (1..=BLOCK).contains(&padding));
+        .checked_sub(count)
+        .filter(|_| (1..=BLOCK).contains(&count));
     match kept {
-        Some(kept) if plain[kept..].iter().all(|byte| usize::from(*byte) == padding) => {
+        Some(kept) if plain[kept..].iter().all(|byte| *byte == padding) => {
             plain.truncate(kept);
             Ok(plain)
         }
-        _ => Err(Error::invalid(
-            "Incorrect number of padding bytes found on decrypted data",
-        )),
+        _ => Err(Error::invalid(format!(
+            "Incorrect number of padding bytes ({padding}) found on decrypted data"
+        ))),
     }
 }
+
+const BLOCK: usize = 16;
 
 #[cfg(test)]
 mod tests {
