@@ -33,6 +33,7 @@ mod compare;
 mod convert;
 mod create;
 mod cursor;
+mod dd;
 mod gate;
 mod graph;
 mod guess;
@@ -50,6 +51,7 @@ pub use commit::{Commit, depth_of};
 pub use compare::{CompareError, Comparison, Difference, Verdict};
 pub use convert::{Conversion, DEFAULT_SPARSE, MAX_SPARSE, OnLost, total_len};
 pub use create::{Creation, Prepared};
+pub use dd::{Blocks, dd};
 pub use diskimage_core::*;
 pub use diskimage_formats::{FORMATS, format_by_name};
 pub use diskimage_protocols::{
