@@ -4,7 +4,11 @@ use std::ffi::OsString;
 use std::fs::File;
 use std::io::Read;
 
+use base64::engine::{GeneralPurpose, GeneralPurposeConfig};
+use base64::{Engine, alphabet};
+use diskimage::json::{self, Value};
 use diskimage::{Object, Objects, Secret, is_identifier};
+use diskimage_crypto::{Zeroizing, decrypt_secret};
 
 use crate::words::{Stop, text};
 
@@ -14,16 +18,11 @@ use crate::words::{Stop, text};
 /// A type that does not exist or is not available, parameters that do not fit, a file that cannot be read; and
 /// [`Stop::Text`] where help is asked for.
 pub fn define(objects: &mut Objects, value: OsString) -> Result<(), Stop> {
-    let (id, object) = read(&text(value)?)?;
+    let (id, object) = read(&text(value)?, objects)?;
     Ok(objects.add(id, object)?)
 }
 
-fn read(text: &str) -> Result<(String, Object), Stop> {
-    if text.starts_with('{') {
-        return Err(Stop::wrong(
-            "Objects in JSON form are not available in this build",
-        ));
-    }
+fn read(text: &str, objects: &Objects) -> Result<(String, Object), Stop> {
     let mut parameters = Parameters::read(text)?;
     match parameters.take("qom-type").as_deref() {
         Some("help" | "?") => {
@@ -51,38 +50,76 @@ fn read(text: &str) -> Result<(String, Object), Stop> {
         .take("id")
         .ok_or_else(|| Stop::wrong("Parameter 'id' is missing"))?;
     check_id(&id)?;
-    let (data, file) = (parameters.take("data"), parameters.take("file"));
-    let (format, keyid) = (parameters.take("format"), parameters.take("keyid"));
-    let iv = parameters.take("iv");
+    let secret = SecretWords {
+        data: parameters.take("data"),
+        file: parameters.take("file"),
+        format: parameters.take("format"),
+        keyid: parameters.take("keyid"),
+        iv: parameters.take("iv"),
+    };
     if let Some((name, _)) = parameters.given.first() {
         return Err(Stop::wrong(format!("Parameter '{name}' is unexpected")));
     }
-    if keyid.is_some() || iv.is_some() {
-        return Err(Stop::wrong(
-            "Secrets encrypted with another secret are not available in this build",
-        ));
-    }
-    let bytes = match (data, file) {
-        (Some(_), Some(_)) => return Err(Stop::wrong("'file' and 'data' are mutually exclusive")),
-        (None, None) => return Err(Stop::wrong("Either 'file' or 'data' must be provided")),
-        (Some(data), None) => data.into_bytes(),
-        (None, Some(file)) => read_file(&file)?,
-    };
-    let bytes = match format.as_deref() {
-        None | Some("raw") => bytes,
-        Some("base64") => {
-            base64(&bytes).ok_or_else(|| Stop::wrong(format!("Secret '{id}' is not valid base64")))?
-        }
-        Some(other) => {
-            return Err(Stop::wrong(format!(
-                "Parameter 'format' does not accept value '{other}'"
-            )));
-        }
-    };
-    Ok((id, Object::Secret(Secret::new(bytes))))
+    Ok((id, Object::Secret(secret.load(objects)?)))
 }
 
-/// `TYPE,name=value,...`
+/// What the parameters of a secret say.
+struct SecretWords {
+    data: Option<String>,
+    file: Option<String>,
+    format: Option<String>,
+    keyid: Option<String>,
+    iv: Option<String>,
+}
+
+impl SecretWords {
+    /// The secret itself; one that is encrypted is decrypted with another that was defined before.
+    fn load(self, objects: &Objects) -> Result<Secret, Stop> {
+        let is_base64 = match self.format.as_deref() {
+            None | Some("raw") => false,
+            Some("base64") => true,
+            Some(other) => {
+                return Err(Stop::wrong(format!(
+                    "Parameter 'format' does not accept value '{other}'"
+                )));
+            }
+        };
+        let bytes = match (self.data, self.file) {
+            (Some(_), Some(_)) => return Err(Stop::wrong("'file' and 'data' are mutually exclusive")),
+            (None, None) => return Err(Stop::wrong("Either 'file' or 'data' must be provided")),
+            (Some(data), None) => Zeroizing::new(data.into_bytes()),
+            (None, Some(file)) => Zeroizing::new(read_file(&file)?),
+        };
+        let Some(keyid) = self.keyid else {
+            return Ok(Secret::new(if is_base64 {
+                base64(&bytes)?
+            } else {
+                bytes.to_vec()
+            }));
+        };
+        let key = objects.secret(&keyid)?.bytes();
+        if key.len() != SECRET_KEY_LEN {
+            return Err(Stop::wrong(format!(
+                "Key should be {SECRET_KEY_LEN} bytes in length"
+            )));
+        }
+        let iv = self
+            .iv
+            .ok_or_else(|| Stop::wrong("IV is required to decrypt secret"))?;
+        let iv = base64(iv.as_bytes())?;
+        let bytes = if is_base64 {
+            Zeroizing::new(base64(&bytes)?)
+        } else {
+            bytes
+        };
+        Ok(Secret::new(decrypt_secret(key, &iv, &bytes)?.to_vec()))
+    }
+}
+
+/// The key of a secret that decrypts another.
+const SECRET_KEY_LEN: usize = 32;
+
+/// `TYPE,name=value,...` or `{"qom-type": "TYPE", "name": "value"}`.
 struct Parameters {
     given: Vec<(String, String)>,
     wants_help: bool,
@@ -90,6 +127,9 @@ struct Parameters {
 
 impl Parameters {
     fn read(text: &str) -> Result<Self, Stop> {
+        if text.starts_with('{') {
+            return Self::from_json(text);
+        }
         let mut given: Vec<(String, String)> = Vec::new();
         let mut wants_help = false;
         // A doubled comma stands for one; no parameter holds the byte that takes its place meanwhile.
@@ -110,11 +150,31 @@ impl Parameters {
         Ok(Self { given, wants_help })
     }
 
+    fn from_json(text: &str) -> Result<Self, Stop> {
+        let Value::Object(members) = json::parse(text)? else {
+            return Err(Stop::wrong("Invalid parameter type, expected: object"));
+        };
+        let given = members.into_iter().map(|(name, value)| match value {
+            Value::Text(value) => Ok((name.into_owned(), value)),
+            _ if KNOWN.contains(&&*name) => Err(Stop::wrong(format!(
+                "Invalid parameter type for '{name}', expected: string"
+            ))),
+            other => Ok((name.into_owned(), other.compact())),
+        });
+        Ok(Self {
+            given: given.collect::<Result<_, _>>()?,
+            wants_help: false,
+        })
+    }
+
     fn take(&mut self, name: &str) -> Option<String> {
         let at = self.given.iter().position(|(other, _)| other == name)?;
         Some(self.given.remove(at).1)
     }
 }
+
+/// Parameters that are text in JSON, too.
+const KNOWN: [&str; 7] = ["qom-type", "id", "data", "file", "format", "keyid", "iv"];
 
 const OTHER_TYPES: [&str; 11] = [
     "authz-list",
@@ -134,21 +194,27 @@ const SECRET_HELP: &str = "secret options:
   data=<string>
   file=<string>
   format=<QCryptoSecretFormat>
+  iv=<string>
+  keyid=<string>
 ";
 
 /// Longer than any password or key; keeps a device file from being read for ever.
 const LARGEST_SECRET: u64 = 1 << 20;
 
 fn read_file(name: &str) -> Result<Vec<u8>, Stop> {
-    let failed = |error: std::io::Error| {
-        let error = diskimage_core::Error::from(error);
-        Stop::wrong(format!(
-            "Unable to read {name}: Failed to open file \u{201c}{name}\u{201d}: {error}"
-        ))
+    let failed = |what: &'static str| {
+        move |error: std::io::Error| {
+            let error = diskimage_core::Error::from(error);
+            Stop::wrong(format!(
+                "Unable to read {name}: {what} file \u{201c}{name}\u{201d}: {error}"
+            ))
+        }
     };
     let mut bytes = Vec::new();
-    let mut file = File::open(name).map_err(failed)?.take(LARGEST_SECRET + 1);
-    file.read_to_end(&mut bytes).map_err(failed)?;
+    let mut file = File::open(name)
+        .map_err(failed("Failed to open"))?
+        .take(LARGEST_SECRET + 1);
+    file.read_to_end(&mut bytes).map_err(failed("Error reading"))?;
     if bytes.len() as u64 > LARGEST_SECRET {
         return Err(Stop::wrong(format!(
             "Unable to read {name}: Larger than {LARGEST_SECRET} bytes"
@@ -166,37 +232,27 @@ fn check_id(id: &str) -> Result<(), Stop> {
     ))
 }
 
-/// Decodes base64; white space between digits is skipped.
-fn base64(text: &[u8]) -> Option<Vec<u8>> {
-    let mut digits: Vec<u8> = text
-        .iter()
-        .copied()
-        .filter(|byte| !byte.is_ascii_whitespace())
-        .collect();
-    for _ in 0..2 {
-        if digits.last() == Some(&b'=') {
-            digits.pop();
-        }
+/// Decodes base64. Line ends are skipped; digits at the end that make no whole group of four are left out, as the
+/// original leaves them out.
+fn base64(text: &[u8]) -> Result<Vec<u8>, Stop> {
+    if text.contains(&0) {
+        return Err(Stop::wrong("Base64 data contains embedded NUL characters"));
     }
-    let mut bytes = Vec::with_capacity(digits.len() / 4 * 3 + 2);
-    let (mut window, mut bits) = (0u32, 0);
-    for digit in digits {
-        let value = match digit {
-            b'A'..=b'Z' => digit - b'A',
-            b'a'..=b'z' => digit - b'a' + 26,
-            b'0'..=b'9' => digit - b'0' + 52,
-            b'+' => 62,
-            b'/' => 63,
-            _ => return None,
-        };
-        window = (window << 6 | u32::from(value)) & 0xffff;
-        bits += 6;
-        if bits >= 8 {
-            bits -= 8;
-            bytes.push(((window >> bits) & 0xff) as u8);
-        }
+    let mut digits: Zeroizing<Vec<u8>> =
+        Zeroizing::new(text.iter().copied().filter(|byte| *byte != b'\n').collect());
+    let whole = digits.len() / 4 * 4;
+    let engine = GeneralPurpose::new(
+        &alphabet::STANDARD,
+        GeneralPurposeConfig::new().with_decode_allow_trailing_bits(true),
+    );
+    // Also what is left out has to be of the alphabet.
+    let is_digit = |byte: &u8| byte.is_ascii_alphanumeric() || b"+/=".contains(byte);
+    let invalid = || Stop::wrong("Base64 data contains invalid characters");
+    if !digits.iter().all(is_digit) {
+        return Err(invalid());
     }
-    Some(bytes)
+    digits.truncate(whole);
+    engine.decode(&*digits).map_err(|_| invalid())
 }
 
 #[cfg(test)]

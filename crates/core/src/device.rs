@@ -95,6 +95,11 @@ pub trait Device: Debug + Send + Sync {
         true
     }
 
+    /// Whether its bytes are made on their way and stored nowhere as they are.
+    fn is_view(&self) -> bool {
+        false
+    }
+
     /// Bytes taken on the storage below, where that is known.
     fn allocated_bytes(&self) -> Option<u64> {
         None

@@ -12,3 +12,5 @@ pub const ENOSPC: i32 = 28;
 pub const ENOTSUP: i32 = 95;
 /// `File too large`.
 pub const EFBIG: i32 = 27;
+/// `Numerical result out of range`: what the original answers to counts that its fields do not hold.
+pub const ERANGE: i32 = 34;

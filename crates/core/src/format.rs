@@ -79,7 +79,7 @@ pub trait Format: Debug + Sync {
     ///
     /// # Errors
     /// Options that make no sense, and reading the source's tables.
-    fn measure(&self, _options: &Options, _source: MeasureSource<'_>) -> Result<Measure> {
+    fn measure(&self, _options: &Options, _source: MeasureSource<'_>, _objects: &Objects) -> Result<Measure> {
         Err(Error::unsupported(format!(
             "Block driver '{}' does not support size measurement",
             self.name()

@@ -518,6 +518,9 @@ impl Device for Image {
                 offset,
                 holes,
             } => {
+                if device.is_view() {
+                    return Ok(extent(run.len, ExtentKind::Data, None));
+                }
                 let inside = ByteRange::at(offset, run.len).intersect(ByteRange::new(0, device.len()));
                 if want == Want::Zeroes && holes != Holes::Ignored && !inside.is_empty() {
                     let below = device.status(inside, want)?;

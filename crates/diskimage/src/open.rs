@@ -26,6 +26,7 @@ pub struct OpenOptions {
     pub(crate) no_data: bool,
     pub(crate) for_check: bool,
     pub(crate) objects: Arc<Objects>,
+    pub(crate) node_options: NodeOptions,
     pub(crate) budget: Budget,
     gate: Option<Arc<dyn Gate>>,
     pub(crate) on_warning: Option<Arc<OnWarning>>,
@@ -114,6 +115,13 @@ impl OpenOptions {
     #[must_use]
     pub fn objects(mut self, objects: Arc<Objects>) -> Self {
         self.objects = objects;
+        self
+    }
+
+    /// Options of the image's own node, on top of what its name says.
+    #[must_use]
+    pub fn node_options(mut self, options: NodeOptions) -> Self {
+        self.node_options = options;
         self
     }
 
@@ -212,14 +220,15 @@ pub fn open(name: &str, options: &OpenOptions) -> Result<Arc<Image>> {
 ///
 /// # Errors
 /// As [`open`], without the topmost words.
-pub fn open_node(node: NodeOptions, options: &OpenOptions) -> Result<Arc<Image>> {
+pub fn open_node(mut node: NodeOptions, options: &OpenOptions) -> Result<Arc<Image>> {
+    node.overlay(options.node_options.clone());
     open_chain(node, options)
 }
 
 /// [`open`], with no word about which image it is.
 pub(crate) fn open_bare(name: &str, options: &OpenOptions) -> Result<Arc<Image>> {
     let format = options.format.as_deref();
-    open_chain(node_of_name(name, format)?, options)
+    open_node(node_of_name(name, format)?, options)
 }
 
 /// Opens the image on a device. `name` is where relative names in the image start.

@@ -4,7 +4,7 @@ use std::fs;
 use std::sync::{Arc, Mutex};
 
 use diskimage::{
-    ByteRange, CacheMode, Creation, Device, ErrorKind, ExtentKind, MeasureSource, OpenOptions, Want,
+    ByteRange, CacheMode, Creation, Device, ErrorKind, ExtentKind, MeasureSource, Objects, OpenOptions, Want,
     ZeroMode, format_by_name, open, options::Options,
 };
 
@@ -259,7 +259,7 @@ fn measuring_rounds_up() {
     let format = format_by_name("raw").expect("is in the table");
     let options = Options::merged(&[format.create_options()]);
     let measure = format
-        .measure(&options, MeasureSource::Size(1000))
+        .measure(&options, MeasureSource::Size(1000), &Objects::new())
         .expect("is known");
     assert_eq!((measure.required, measure.fully_allocated), (1024, 1024));
 }

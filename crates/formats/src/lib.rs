@@ -1,16 +1,18 @@
 //! Disk image formats: how bytes are arranged.
 
 mod codec;
+mod luks;
 mod qcow2;
 mod raw;
 
 use diskimage_core::Format;
 
+pub use luks::Luks;
 pub use qcow2::Qcow2Format;
 pub use raw::{Raw, bare_layer, window_layer};
 
 /// Every format, in the order in which they are tried and listed.
-pub static FORMATS: &[&dyn Format] = &[&Raw, &Qcow2Format];
+pub static FORMATS: &[&dyn Format] = &[&Raw, &Qcow2Format, &Luks];
 
 /// The format of this name.
 pub fn format_by_name(name: &str) -> Option<&'static dyn Format> {

@@ -15,8 +15,8 @@ use diskimage_core::errno;
 use diskimage_core::options::{OptionDef, OptionKind, Options};
 use diskimage_core::{
     ByteRange, CreateRequest, Device, Error, Format, Holes, Info, Layer, Measure, MeasureSource, NodeOptions,
-    OpenRequest, Permissions, Preallocation, Probe, ResizeRequest, Result, Run, RunKind, Score, WritePlan,
-    WriteRun, ZeroMode, align_up,
+    Objects, OpenRequest, Permissions, Preallocation, Probe, ResizeRequest, Result, Run, RunKind, Score,
+    WritePlan, WriteRun, ZeroMode, align_up,
 };
 
 /// The format's entry in the table.
@@ -94,7 +94,7 @@ impl Format for Raw {
         request.file.write_zeroes(head, ZeroMode::KeepAllocated)
     }
 
-    fn measure(&self, options: &Options, source: MeasureSource<'_>) -> Result<Measure> {
+    fn measure(&self, options: &Options, source: MeasureSource<'_>, _objects: &Objects) -> Result<Measure> {
         preallocation(options)?;
         let size = align_up(source.len(), SECTOR);
         Ok(Measure {

@@ -206,7 +206,7 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
         (None, Contents::Empty(size)) => MeasureSource::Size(*size),
         (None, Contents::Image { .. }) => unreachable!("an image is opened above"),
     };
-    let measured = format.measure(&options, source)?;
+    let measured = format.measure(&options, source, &args.objects)?;
     console.print(&match args.output {
         OutputFormat::Human => human(&measured),
         OutputFormat::Json => json(&measured).pretty(),

@@ -46,7 +46,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use diskimage_core::options::{OptionDef, Options};
 use diskimage_core::{
     AmendRequest, Backing, Bitmaps, Budget, ByteRange, CheckReport, CreateRequest, Device, Encoded, Encoder,
-    Error, ErrorKind, Format, Gate, Info, Layer, Measure, MeasureSource, NodeOptions, OpenRequest,
+    Error, ErrorKind, Format, Gate, Info, Layer, Measure, MeasureSource, NodeOptions, Objects, OpenRequest,
     Permissions, Preallocation, Probe, Progress, Reference, Repair, ResizeRequest, Result, Role, Run, Score,
     Snapshots, WritePlan, ZeroMode,
 };
@@ -106,7 +106,7 @@ impl Format for Qcow2Format {
         create::create(&request)
     }
 
-    fn measure(&self, options: &Options, source: MeasureSource<'_>) -> Result<Measure> {
+    fn measure(&self, options: &Options, source: MeasureSource<'_>, _objects: &Objects) -> Result<Measure> {
         measure::measure(options, source)
     }
 }

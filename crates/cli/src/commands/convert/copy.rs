@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use diskimage::options::Options;
 use diskimage::{
-    Conversion, Creation, DEFAULT_SPARSE, Device, FILE_CREATE_OPTIONS, Format, Image, Layer, OpenOptions,
-    check_bitmaps, copy_bitmaps, format_by_name, open_snapshot, total_len,
+    Conversion, Creation, DEFAULT_SPARSE, Device, FILE_CREATE_OPTIONS, Format, Image, Layer, NodeOptions,
+    OpenOptions, check_bitmaps, copy_bitmaps, format_by_name, open_snapshot, total_len,
 };
 
 use super::super::create::option_help;
@@ -99,6 +99,8 @@ struct Target {
     name: String,
     format: Option<String>,
     creation: Option<Creation>,
+    /// The options for making it that it takes to open it as well.
+    keys: NodeOptions,
 }
 
 impl Target {
@@ -130,6 +132,7 @@ impl Target {
             name,
             format,
             creation: None,
+            keys: NodeOptions::new(),
         };
         let Some(driver) = driver else { return Ok(target) };
         if !args.no_create {
@@ -148,6 +151,7 @@ impl Target {
                 creation = creation.backing_format(format);
             }
             target.creation = Some(creation);
+            target.keys = below.keys;
         }
         if args.compress && !driver.has_compression() {
             return Err(Stop::wrong("Compression not supported for this file format"));
@@ -184,15 +188,17 @@ impl Target {
             .objects(Arc::clone(&args.objects))
             .write(true)
             .resize(!args.no_create)
+            .node_options(self.keys.clone())
             .cache(args.target_cache);
         open_source(&source, options, console)
     }
 }
 
-/// What is said about the image below the target, in one way or the other.
+/// What the options of the target say that matters before it is made.
 struct Below {
     is_named: bool,
     has_format: bool,
+    keys: NodeOptions,
 }
 
 impl Below {
@@ -203,8 +209,20 @@ impl Below {
         Ok(Self {
             is_named: args.backing.is_some() || options.is_given("backing_file"),
             has_format: args.backing_format.is_some() || options.is_given("backing_fmt"),
+            keys: keys(&options),
         })
     }
+}
+
+/// Who makes an encrypted image can also open it: the options for that are among those for making it.
+fn keys(options: &Options) -> NodeOptions {
+    let mut keys = NodeOptions::new();
+    for name in ["key-secret", "encrypt.format", "encrypt.key-secret"] {
+        if let Some(value) = options.text(name) {
+            keys.set(name, value.to_owned());
+        }
+    }
+    keys
 }
 
 /// What this run made, to be emptied if the copy fails: no file is left that looks complete.

@@ -1,0 +1,61 @@
+//! Block ciphers with a key, behind one trait whose unit is a batch of blocks: what is called through it is called so
+//! seldom that it costs nothing, and the ciphers see enough blocks at once to keep the processor's units busy.
+
+use cipher::array::Array;
+use cipher::{BlockCipherDecrypt, BlockCipherEncrypt, BlockSizeUser, KeyInit};
+use diskimage_core::{Error, Result};
+
+use crate::CipherAlg;
+
+/// A block cipher with its key, which is wiped from memory when it goes.
+pub(crate) trait BlockCipher: Send + Sync {
+    /// Encrypts every block of `bytes`, which are whole blocks, on its own.
+    fn encrypt(&self, bytes: &mut [u8]);
+
+    /// Decrypts every block of `bytes`, which are whole blocks, on its own.
+    fn decrypt(&self, bytes: &mut [u8]);
+}
+
+/// The cipher `alg` with `key`, which has to be of its length.
+pub(crate) fn keyed(alg: CipherAlg, key: &[u8]) -> Result<Box<dyn BlockCipher>> {
+    match alg {
+        CipherAlg::Aes128 => boxed::<aes::Aes128>(key),
+        CipherAlg::Aes192 => boxed::<aes::Aes192>(key),
+        CipherAlg::Aes256 => boxed::<aes::Aes256>(key),
+        CipherAlg::Cast5 => boxed::<cast5::Cast5>(key),
+        CipherAlg::Serpent128 | CipherAlg::Serpent192 | CipherAlg::Serpent256 => {
+            boxed::<serpent::Serpent>(key)
+        }
+        CipherAlg::Twofish128 | CipherAlg::Twofish192 | CipherAlg::Twofish256 => {
+            boxed::<twofish::Twofish>(key)
+        }
+    }
+}
+
+fn boxed<C>(key: &[u8]) -> Result<Box<dyn BlockCipher>>
+where
+    C: KeyInit + BlockCipherEncrypt + BlockCipherDecrypt + Send + Sync + 'static,
+{
+    let cipher = C::new_from_slice(key)
+        .map_err(|_| Error::invalid(format!("Key of {} bytes does not fit its cipher", key.len())))?;
+    Ok(Box::new(Keyed(cipher)))
+}
+
+struct Keyed<C>(C);
+
+impl<C> BlockCipher for Keyed<C>
+where
+    C: BlockSizeUser + BlockCipherEncrypt + BlockCipherDecrypt + Send + Sync,
+{
+    fn encrypt(&self, bytes: &mut [u8]) {
+        let (blocks, rest) = Array::slice_as_chunks_mut(bytes);
+        debug_assert!(rest.is_empty(), "part of a block");
+        self.0.encrypt_blocks(blocks);
+    }
+
+    fn decrypt(&self, bytes: &mut [u8]) {
+        let (blocks, rest) = Array::slice_as_chunks_mut(bytes);
+        debug_assert!(rest.is_empty(), "part of a block");
+        self.0.decrypt_blocks(blocks);
+    }
+}

@@ -1,0 +1,246 @@
+//! LUKS, version 1: an encrypted disk behind a header with eight slots for passphrases.
+//!
+//! ```text
+//!   file   |header|slots|-------------- payload --------------|
+//!   disk                |-------- decrypted payload ----------|
+//! ```
+//!
+//! [`Volume`] is the header with its slots, wherever it lies; qcow2 has one, too. [`Decrypted`] is the payload as the
+//! guest sees it.
+
+#[cfg_attr(
+    not(test),
+    expect(dead_code, reason = "the command that changes key slots is not there yet")
+)]
+mod amend;
+mod header;
+mod info;
+mod options;
+#[cfg(test)]
+mod tests;
+mod view;
+mod volume;
+
+use std::sync::Arc;
+
+use diskimage_core::options::{OptionDef, OptionKind, Options};
+use diskimage_core::{
+    ByteRange, CreateRequest, Device, Error, ErrorKind, Format, Holes, Info, Layer, Measure, MeasureSource,
+    Objects, OpenRequest, Preallocation, Probe, ResizeRequest, Result, Run, RunKind, Score, WritePlan,
+    WriteRun, ZeroMode, align_up, errno,
+};
+use diskimage_crypto::SECTOR;
+
+use options::{Algorithms, CREATE_OPTIONS, Choice, option, passphrase};
+use view::Decrypted;
+use volume::{Place, Volume};
+
+/// The format's entry in the table.
+#[derive(Debug)]
+pub struct Luks;
+
+/// The options of a node.
+const NODE_OPTIONS: &[OptionDef] = &[option(
+    "key-secret",
+    OptionKind::Text,
+    "ID of the secret that provides the passphrase",
+)];
+
+impl Format for Luks {
+    fn name(&self) -> &'static str {
+        "luks"
+    }
+
+    fn probe(&self, probe: &Probe<'_>) -> Score {
+        if header::is_luks(probe.head) { 100 } else { 0 }
+    }
+
+    fn children(&self) -> &'static [&'static str] {
+        &["header"]
+    }
+
+    fn strong_options(&self) -> &'static [&'static str] {
+        &["key-secret"]
+    }
+
+    fn open(&self, mut request: OpenRequest<'_>) -> Result<Arc<dyn Layer>> {
+        let separate = request.take_child("header");
+        let options = request.options.absorb(NODE_OPTIONS)?;
+        let passphrase = match options.text("key-secret") {
+            _ if request.no_data => None,
+            id => Some(passphrase(request.objects, id, "key-secret")?),
+        };
+        let place = Place {
+            detached: separate.is_some(),
+            device: separate.unwrap_or_else(|| Arc::clone(&request.file)),
+            offset: 0,
+        };
+        let volume = Volume::open(place, passphrase)?;
+        let start = volume.payload_offset();
+        if align_up(request.file.len(), SECTOR as u64) < start {
+            return Err(Error::from_errno(errno::EIO).context("Could not refresh total sector count"));
+        }
+        let payload = volume.cipher().map(|cipher| {
+            let view = Decrypted::new(Arc::clone(&request.file), start, Arc::clone(cipher));
+            Arc::new(view) as Arc<dyn Device>
+        });
+        Ok(Arc::new(LuksLayer {
+            file: request.file,
+            volume,
+            payload,
+        }))
+    }
+
+    fn create_options(&self) -> &'static [OptionDef] {
+        CREATE_OPTIONS
+    }
+
+    fn create(&self, request: CreateRequest<'_>) -> Result<()> {
+        let (algorithms, passphrase) = wanted(request.options, request.objects)?;
+        let len = Volume::header_len(&algorithms)
+            .checked_add(request.size)
+            .filter(|len| i64::try_from(*len).is_ok())
+            .ok_or_else(|| Error::new(ErrorKind::Limit, "The requested file size is too large"))?;
+        if request.file.is_zero_when_new() {
+            let word = request.options.text("preallocation").unwrap_or("off");
+            let preallocation = match Preallocation::from_name(word) {
+                // There are no tables besides the header.
+                Some(Preallocation::Metadata) => Preallocation::Off,
+                Some(preallocation) => preallocation,
+                None => return Err(Error::invalid(format!("invalid parameter value: {word}"))),
+            };
+            request.file.resize(len, preallocation)?;
+        } else if len > request.file.len() {
+            return Err(Error::unsupported("Cannot grow device files"));
+        }
+        let place = Place {
+            device: request.file,
+            offset: 0,
+            detached: false,
+        };
+        Volume::create(place, &algorithms, passphrase).map(|_| ())
+    }
+
+    fn measure(&self, options: &Options, source: MeasureSource<'_>, objects: &Objects) -> Result<Measure> {
+        let (algorithms, _) = wanted(options, objects)?;
+        let len = Volume::header_len(&algorithms)
+            .checked_add(source.len())
+            .ok_or_else(|| Error::from_errno(errno::EFBIG))?;
+        Ok(Measure {
+            required: len,
+            fully_allocated: len,
+            bitmaps: None,
+        })
+    }
+}
+
+/// What a new volume is like and the passphrase for it.
+fn wanted<'a>(options: &Options, objects: &'a Objects) -> Result<(Algorithms, &'a [u8])> {
+    let choice = Choice::read(options, "")?;
+    // As there: the option is listed, but only managers of virtual machines can use it.
+    if options.is_given("detached-header") {
+        return Err(Error::invalid("Parameter 'detached-header' is unexpected"));
+    }
+    let passphrase = passphrase(objects, options.text("key-secret"), "key-secret")?;
+    Ok((choice.algorithms()?, passphrase))
+}
+
+/// An opened image.
+#[derive(Debug)]
+struct LuksLayer {
+    file: Arc<dyn Device>,
+    volume: Volume,
+    /// The payload, if the volume is unlocked.
+    payload: Option<Arc<dyn Device>>,
+}
+
+impl LuksLayer {
+    fn payload(&self) -> Result<Arc<dyn Device>> {
+        self.payload
+            .clone()
+            .ok_or_else(|| Error::invalid("Parameter 'key-secret' is required for cipher"))
+    }
+}
+
+impl Layer for LuksLayer {
+    fn format(&self) -> &'static str {
+        "luks"
+    }
+
+    fn len(&self) -> u64 {
+        align_up(self.file.len(), SECTOR as u64).saturating_sub(self.volume.payload_offset())
+    }
+
+    fn granularity(&self) -> u64 {
+        1
+    }
+
+    fn map(&self, range: ByteRange) -> Result<Run> {
+        Ok(Run {
+            len: range.len(),
+            kind: RunKind::Data {
+                device: self.payload()?,
+                offset: range.start(),
+                holes: Holes::Ignored,
+            },
+        })
+    }
+
+    fn plan_write(&self, range: ByteRange) -> Result<Box<dyn WritePlan + '_>> {
+        Ok(Box::new(Straight([WriteRun {
+            guest: range,
+            device: self.payload()?,
+            offset: range.start(),
+        }])))
+    }
+
+    fn write_zeroes(&self, _range: ByteRange, _mode: ZeroMode) -> Result<()> {
+        Err(Error::unsupported("Zeroes have to be encrypted"))
+    }
+
+    fn info(&self) -> Result<Info> {
+        Ok(Info {
+            encrypted: true,
+            specific: Some(self.volume.details()),
+            ..Info::default()
+        })
+    }
+
+    fn resize(&self, request: &ResizeRequest) -> Result<()> {
+        let len = self
+            .volume
+            .payload_offset()
+            .checked_add(request.len)
+            .filter(|len| i64::try_from(*len).is_ok())
+            .ok_or_else(|| Error::new(ErrorKind::Limit, "The requested file size is too large"))?;
+        if request.preallocation == Preallocation::Metadata {
+            return Err(Error::unsupported("Unsupported preallocation mode: metadata"));
+        }
+        self.file.resize(len, request.preallocation)
+    }
+
+    fn is_zero_when_new(&self) -> bool {
+        false
+    }
+
+    fn flush(&self) -> Result<()> {
+        self.file.flush()
+    }
+
+    fn file(&self) -> &Arc<dyn Device> {
+        &self.file
+    }
+}
+
+/// A write that goes where the guest says.
+struct Straight([WriteRun; 1]);
+
+impl WritePlan for Straight {
+    fn runs(&self) -> &[WriteRun] {
+        &self.0
+    }
+
+    fn commit(self: Box<Self>) -> Result<()> {
+        Ok(())
+    }
+}

@@ -1,0 +1,162 @@
+//! What a new volume is like: the options of `create`, which qcow2 has too, with a prefix.
+
+use diskimage_core::options::{OptionDef, OptionKind, Options};
+use diskimage_core::{Error, ErrorKind, Objects, Result};
+use diskimage_crypto::{CipherAlg, CipherMode, CipherSpec, HashAlg, IvAlg};
+
+/// The options of `create`.
+pub(super) const CREATE_OPTIONS: &[OptionDef] = &[
+    option("size", OptionKind::Size, "Virtual disk size"),
+    option(
+        "key-secret",
+        OptionKind::Text,
+        "ID of the secret that provides the keyslot passphrase",
+    ),
+    option(
+        "cipher-alg",
+        OptionKind::Text,
+        "Name of encryption cipher algorithm",
+    ),
+    option("cipher-mode", OptionKind::Text, "Name of encryption cipher mode"),
+    option("ivgen-alg", OptionKind::Text, "Name of IV generator algorithm"),
+    option(
+        "ivgen-hash-alg",
+        OptionKind::Text,
+        "Name of IV generator hash algorithm",
+    ),
+    option("hash-alg", OptionKind::Text, "Name of encryption hash algorithm"),
+    option(
+        "iter-time",
+        OptionKind::Number,
+        "Time to spend in PBKDF in milliseconds",
+    ),
+    option(
+        "detached-header",
+        OptionKind::Flag,
+        "Create a detached LUKS header",
+    ),
+];
+
+pub(super) const fn option(name: &'static str, kind: OptionKind, help: &'static str) -> OptionDef {
+    OptionDef {
+        name,
+        kind,
+        help,
+        default: None,
+    }
+}
+
+/// The algorithms of a new volume.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Algorithms {
+    /// How the payload is encrypted.
+    pub(crate) spec: CipherSpec,
+    /// The hash of key derivation.
+    pub(crate) hash: HashAlg,
+    /// How many milliseconds deriving a key should take.
+    pub(crate) iter_time: u64,
+}
+
+/// What deriving a key takes if nobody says, in milliseconds.
+pub(super) const DEFAULT_ITER_TIME: u64 = 2000;
+
+/// What the options of a new volume say, before it is known whether there is such a thing.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Choice<'a> {
+    cipher: &'a str,
+    mode: CipherMode,
+    iv: IvAlg,
+    iv_hash: Option<HashAlg>,
+    hash: HashAlg,
+    iter_time: u64,
+}
+
+impl<'a> Choice<'a> {
+    /// Reads the options whose names start with `prefix`: none for LUKS itself, `encrypt.` for qcow2.
+    ///
+    /// # Errors
+    /// Words that an option does not take.
+    pub(crate) fn read(options: &'a Options, prefix: &str) -> Result<Self> {
+        let word = |name: &str| options.text(&format!("{prefix}{name}"));
+        let cipher = word("cipher-alg").unwrap_or("aes-256");
+        if CipherAlg::from_name(cipher).is_none() && !NOT_THERE.contains(&cipher) {
+            return Err(not_accepted("cipher-alg", cipher));
+        }
+        let mode = one_of(word("cipher-mode"), "cipher-mode", CipherMode::from_name)?;
+        let iv = one_of(word("ivgen-alg"), "ivgen-alg", IvAlg::from_name)?;
+        let iv_hash = one_of(word("ivgen-hash-alg"), "ivgen-hash-alg", HashAlg::from_name)?;
+        let hash = one_of(word("hash-alg"), "hash-alg", HashAlg::from_name)?;
+        let iter_time = options.number(&format!("{prefix}iter-time"));
+        Ok(Self {
+            cipher,
+            mode: mode.unwrap_or(CipherMode::Xts),
+            iv: iv.unwrap_or(IvAlg::Plain64),
+            iv_hash,
+            hash: hash.unwrap_or(HashAlg::Sha256),
+            iter_time: iter_time.unwrap_or(DEFAULT_ITER_TIME),
+        })
+    }
+
+    /// The algorithms.
+    ///
+    /// # Errors
+    /// Ciphers that there is no place for in LUKS, and algorithms that do not go together.
+    pub(crate) fn algorithms(self) -> Result<Algorithms> {
+        let cipher = CipherAlg::from_name(self.cipher)
+            .ok_or_else(|| Error::unsupported(format!("Algorithm '{}' not supported", self.cipher)))?;
+        let spec = CipherSpec {
+            cipher,
+            mode: self.mode,
+            iv: self.iv,
+            iv_hash: match self.iv {
+                IvAlg::Essiv => self.iv_hash.or(Some(HashAlg::Sha256)),
+                _ => self.iv_hash,
+            },
+        };
+        spec.check()?;
+        Ok(Algorithms {
+            spec,
+            hash: self.hash,
+            iter_time: self.iter_time,
+        })
+    }
+}
+
+fn one_of<T>(given: Option<&str>, option: &str, find: impl Fn(&str) -> Option<T>) -> Result<Option<T>> {
+    given
+        .map(|name| find(name).ok_or_else(|| not_accepted(option, name)))
+        .transpose()
+}
+
+fn not_accepted(option: &str, word: &str) -> Error {
+    Error::invalid(format!("Parameter '{option}' does not accept value '{word}'"))
+}
+
+/// Ciphers that have a name but no place in LUKS.
+const NOT_THERE: [&str; 3] = ["des", "3des", "sm4"];
+
+/// The passphrase: the secret that the option `key-secret` names, which may have a prefix.
+///
+/// # Errors
+/// No such secret, and no name at all.
+pub(crate) fn passphrase<'a>(
+    objects: &'a Objects,
+    key_secret: Option<&str>,
+    option: &str,
+) -> Result<&'a [u8]> {
+    match key_secret {
+        Some(id) => {
+            let bytes = objects.secret(id)?.bytes();
+            match std::str::from_utf8(bytes) {
+                Ok(_) => Ok(bytes),
+                Err(_) => Err(Error::invalid(format!(
+                    "Data from secret {id} is not valid UTF-8"
+                ))),
+            }
+        }
+        None => Err(Error::new(
+            ErrorKind::Invalid,
+            format!("Parameter '{option}' is required for cipher"),
+        )),
+    }
+}

@@ -1,0 +1,303 @@
+//! A LUKS volume: the header and the key slots, wherever they lie.
+//!
+//! ```text
+//!   offset                                            payload offset (or in another file)
+//!   |header|  |slot 0|  |slot 1|  ...  |slot 7|       |-------------- payload --------------|
+//! ```
+//!
+//! A slot has the master key, split and encrypted with a key that comes from a passphrase. Slots change one at a time,
+//! and what is in the header about one slot is written on its own, so that no failure touches another slot:
+//!
+//! ```text
+//!   adding    material, flush, slot becomes active, flush
+//!   erasing   material overwritten, flush, slot becomes inactive, flush
+//! ```
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use diskimage_core::{Device, Error, ErrorKind, Result, errno};
+use diskimage_crypto::{SectorCipher, Zeroizing, derive, iterations_per_second, merge, split};
+
+use super::header::{
+    DIGEST_LEN, HEADER_LEN, Header, MAX_ITERATIONS, SALT_LEN, SLOTS, STRIPES, Slot, material_len,
+    material_offset, slot_offset,
+};
+use super::options::Algorithms;
+
+/// An opened volume.
+#[derive(Debug)]
+pub(crate) struct Volume {
+    device: Arc<dyn Device>,
+    /// Where the header starts on the device.
+    offset: u64,
+    /// Whether the payload is on another device.
+    detached: bool,
+    header: Mutex<Header>,
+    unlocked: Option<Unlocked>,
+}
+
+/// What a passphrase leads to.
+struct Unlocked {
+    master_key: Zeroizing<Vec<u8>>,
+    cipher: Arc<SectorCipher>,
+}
+
+impl std::fmt::Debug for Unlocked {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Unlocked").finish_non_exhaustive()
+    }
+}
+
+/// Where a volume lies.
+#[derive(Clone, Debug)]
+pub(crate) struct Place {
+    /// The device with the header.
+    pub(crate) device: Arc<dyn Device>,
+    /// Where the header starts there.
+    pub(crate) offset: u64,
+    /// Whether the payload is on another device.
+    pub(crate) detached: bool,
+}
+
+/// Fewer rounds are never done.
+const MIN_ITERATIONS: u64 = 1000;
+/// The digest of the master key gets a part of the time that a slot gets.
+const DIGEST_SHARE: u64 = 8;
+
+impl Volume {
+    /// Opens a volume; without a passphrase only to tell what it is.
+    ///
+    /// # Errors
+    /// What is wrong with the header, and a passphrase that opens no slot.
+    pub(crate) fn open(place: Place, passphrase: Option<&[u8]>) -> Result<Self> {
+        let mut bytes = [0; HEADER_LEN];
+        place.device.read_padded(&mut bytes, place.offset)?;
+        let header = Header::parse(&bytes, place.detached)?;
+        let mut volume = Self {
+            device: place.device,
+            offset: place.offset,
+            detached: place.detached,
+            header: Mutex::new(header),
+            unlocked: None,
+        };
+        if let Some(passphrase) = passphrase {
+            volume.unlock(passphrase)?;
+        }
+        Ok(volume)
+    }
+
+    /// How many bytes the header and the slots take: where the payload of a new volume starts.
+    pub(crate) fn header_len(algorithms: &Algorithms) -> u64 {
+        material_offset(algorithms.spec.key_len(), SLOTS)
+    }
+
+    /// Makes a volume with a new master key, which `passphrase` unlocks.
+    ///
+    /// # Errors
+    /// Algorithms that do not go together, iteration times out of range, failures to write.
+    pub(crate) fn create(place: Place, algorithms: &Algorithms, passphrase: &[u8]) -> Result<Self> {
+        let spec = algorithms.spec;
+        let key_len = spec.key_len();
+        let mut master_key = Zeroizing::new(vec![0; key_len]);
+        fill_random(&mut master_key)?;
+        let cipher = Arc::new(SectorCipher::new(spec, &master_key)?);
+        let mut digest_salt = [0; SALT_LEN];
+        fill_random(&mut digest_salt)?;
+        let digest_iterations = iterations(algorithms, DIGEST_LEN, algorithms.iter_time, DIGEST_SHARE)?;
+        let digest = derive(
+            algorithms.hash,
+            &master_key,
+            &digest_salt,
+            digest_iterations,
+            DIGEST_LEN,
+        );
+        let header = Header {
+            spec,
+            hash: algorithms.hash,
+            payload_offset: if place.detached {
+                0
+            } else {
+                Self::header_len(algorithms)
+            },
+            digest: digest[..]
+                .try_into()
+                .map_err(|_| Error::invalid("Digest has another length"))?,
+            digest_salt,
+            digest_iterations,
+            uuid: new_uuid()?,
+            slots: std::array::from_fn(|number| Slot {
+                active: false,
+                iterations: 0,
+                salt: [0; SALT_LEN],
+                material: material_offset(key_len, number),
+            }),
+        };
+        place.device.write_at(&header.to_bytes(), place.offset)?;
+        let volume = Self {
+            device: place.device,
+            offset: place.offset,
+            detached: place.detached,
+            header: Mutex::new(header),
+            unlocked: Some(Unlocked { master_key, cipher }),
+        };
+        volume.fill_slot(0, passphrase, algorithms.iter_time)?;
+        Ok(volume)
+    }
+
+    /// The cipher of the payload, if the volume is unlocked.
+    pub(crate) fn cipher(&self) -> Option<&Arc<SectorCipher>> {
+        self.unlocked.as_ref().map(|unlocked| &unlocked.cipher)
+    }
+
+    /// Where the payload starts, counted from the header; 0 if it is on another device.
+    pub(crate) fn payload_offset(&self) -> u64 {
+        self.header().payload_offset
+    }
+
+    /// Whether the payload is on another device.
+    pub(super) fn is_detached(&self) -> bool {
+        self.detached
+    }
+
+    /// What the header says now.
+    pub(super) fn header(&self) -> MutexGuard<'_, Header> {
+        self.header.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn unlock(&mut self, passphrase: &[u8]) -> Result<()> {
+        for number in 0..SLOTS {
+            if let Some(master_key) = self.open_slot(number, passphrase)? {
+                let cipher = Arc::new(SectorCipher::new(self.header().spec, &master_key)?);
+                self.unlocked = Some(Unlocked { master_key, cipher });
+                return Ok(());
+            }
+        }
+        Err(Error::new(
+            ErrorKind::Permission,
+            "Invalid password, cannot unlock any keyslot",
+        ))
+    }
+
+    /// The master key, if the slot is active and `passphrase` is its own.
+    ///
+    /// # Errors
+    /// Failures to read, and a cipher that there is not.
+    pub(super) fn open_slot(&self, number: usize, passphrase: &[u8]) -> Result<Option<Zeroizing<Vec<u8>>>> {
+        let header = self.header().clone();
+        let slot = header.slots[number];
+        if !slot.active {
+            return Ok(None);
+        }
+        let key_len = header.spec.key_len();
+        let key = derive(header.hash, passphrase, &slot.salt, slot.iterations, key_len);
+        let cipher = SectorCipher::new(header.spec, &key)?;
+        let mut material = Zeroizing::new(vec![0; material_len(key_len)]);
+        self.device
+            .read_padded(&mut material, self.offset + slot.material)?;
+        cipher.decrypt(0, &mut material);
+        let master_key = merge(header.hash, &material[..key_len * STRIPES as usize], key_len);
+        let digest = derive(
+            header.hash,
+            &master_key,
+            &header.digest_salt,
+            header.digest_iterations,
+            DIGEST_LEN,
+        );
+        Ok((digest[..] == header.digest).then_some(master_key))
+    }
+
+    /// Puts the master key into a slot, for `passphrase`. `iter_time` is how many milliseconds the derivation of its key
+    /// should take.
+    ///
+    /// # Errors
+    /// A volume that is not unlocked, times out of range, failures to write.
+    pub(super) fn fill_slot(&self, number: usize, passphrase: &[u8], iter_time: u64) -> Result<()> {
+        let Some(unlocked) = &self.unlocked else {
+            return Err(Error::invalid("The volume is locked"));
+        };
+        let header = self.header().clone();
+        let key_len = header.spec.key_len();
+        let algorithms = Algorithms {
+            spec: header.spec,
+            hash: header.hash,
+            iter_time,
+        };
+        let mut slot = Slot {
+            active: true,
+            iterations: iterations(&algorithms, key_len, iter_time, 1)?,
+            ..header.slots[number]
+        };
+        fill_random(&mut slot.salt)?;
+        let key = derive(header.hash, passphrase, &slot.salt, slot.iterations, key_len);
+        let cipher = SectorCipher::new(header.spec, &key)?;
+        let mut random = Zeroizing::new(vec![0; key_len * (STRIPES as usize - 1)]);
+        fill_random(&mut random)?;
+        let mut material = split(header.hash, &unlocked.master_key, &random);
+        let mut padded = Zeroizing::new(vec![0; material_len(key_len)]);
+        padded[..material.len()].copy_from_slice(&material);
+        material.clear();
+        cipher.encrypt(0, &mut padded);
+        self.device.write_at(&padded, self.offset + slot.material)?;
+        self.device.flush()?;
+        self.write_slot(number, slot)
+    }
+
+    /// Destroys the key in a slot.
+    ///
+    /// # Errors
+    /// Failures to write.
+    pub(super) fn erase_slot(&self, number: usize) -> Result<()> {
+        let (slot, key_len) = {
+            let header = self.header();
+            (header.slots[number], header.spec.key_len())
+        };
+        let mut garbage = vec![0; material_len(key_len)];
+        fill_random(&mut garbage)?;
+        self.device.write_at(&garbage, self.offset + slot.material)?;
+        self.device.flush()?;
+        self.write_slot(number, slot.erased())
+    }
+
+    fn write_slot(&self, number: usize, slot: Slot) -> Result<()> {
+        self.device
+            .write_at(&slot.to_bytes(), self.offset + slot_offset(number))?;
+        self.device.flush()?;
+        self.header().slots[number] = slot;
+        Ok(())
+    }
+}
+
+/// How many rounds take `milliseconds` on this machine, divided by `share`.
+fn iterations(algorithms: &Algorithms, len: usize, milliseconds: u64, share: u64) -> Result<u32> {
+    let rate = iterations_per_second(algorithms.hash, len);
+    let out_of_range = |message: String| Err(Error::from_errno(errno::ERANGE).context(message));
+    let Some(total) = rate.checked_mul(milliseconds) else {
+        return out_of_range(format!("PBKDF iterations {rate} too large to scale"));
+    };
+    let count = (total / 1000 / share).max(MIN_ITERATIONS);
+    match u32::try_from(count) {
+        Ok(count) if count <= MAX_ITERATIONS => Ok(count),
+        _ => out_of_range(format!("PBKDF iterations {count} larger than {MAX_ITERATIONS}")),
+    }
+}
+
+fn fill_random(bytes: &mut [u8]) -> Result<()> {
+    getrandom::fill(bytes).map_err(|error| Error::unsupported(format!("No random bytes to be had: {error}")))
+}
+
+/// A random UUID (RFC 9562, version 4).
+fn new_uuid() -> Result<String> {
+    let mut bytes = [0; 16];
+    fill_random(&mut bytes)?;
+    let number = u128::from_be_bytes(bytes);
+    let number = number & !(0xf << 76) & !(0x3 << 62) | 0x4 << 76 | 0x2 << 62;
+    let hex = format!("{number:032x}");
+    Ok(format!(
+        "{}-{}-{}-{}-{}",
+        &hex[..8],
+        &hex[8..12],
+        &hex[12..16],
+        &hex[16..20],
+        &hex[20..]
+    ))
+}
