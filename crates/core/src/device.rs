@@ -171,6 +171,10 @@ pub enum ExtentKind {
     Zero,
     /// A hole of the storage below: allocated as far as the format is concerned, reads as zero.
     Hole,
+    /// Written with zeroes as far as the storage below knows: takes room, reads as zero.
+    Blank,
+    /// Takes no room on the storage below, and what it reads as is not known without reading.
+    Absent,
     /// No image of the chain has it; reads as zero.
     Unallocated,
 }
@@ -178,7 +182,7 @@ pub enum ExtentKind {
 impl ExtentKind {
     /// Whether the bytes are known to be zero.
     pub fn is_zero(self) -> bool {
-        matches!(self, Self::Zero | Self::Hole | Self::Unallocated)
+        matches!(self, Self::Zero | Self::Hole | Self::Blank | Self::Unallocated)
     }
 }
 

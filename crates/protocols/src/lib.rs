@@ -12,6 +12,7 @@ mod grow;
 mod holes;
 mod lock;
 mod name;
+mod nbd;
 mod sys;
 mod zero;
 
@@ -19,3 +20,4 @@ pub use cache::CacheMode;
 pub use file::File;
 pub use grow::{CREATE_OPTIONS, FileCreation};
 pub use name::{ProtocolKind, Target};
+pub use nbd::{Nbd, parse_nbd_name};
