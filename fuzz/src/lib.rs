@@ -31,6 +31,7 @@ pub fn exercise(format: &dyn Format, bytes: &[u8]) {
             for_check,
             no_data: false,
             force_share: false,
+            children: Vec::new(),
             options: &mut NodeOptions::new(),
             objects: &Arc::default(),
             gate: &Closed,

@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use diskimage::size::human_size;
-use diskimage::{Detail, DetailValue, Device, Image, Info, SnapshotInfo, Target};
+use diskimage::{Backing, Detail, DetailValue, Device, Image, Info, Node, SnapshotInfo, full_backing_name};
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
 
@@ -11,157 +11,171 @@ use crate::printable::printable;
 use crate::words::Stop;
 use diskimage::json::Value;
 
-/// All that is known of an image.
-pub(crate) struct Facts<'a> {
-    image: &'a Image,
+/// All that is known of a node and of those below it.
+pub(crate) struct Facts {
+    /// The names of the nodes on the way to it, `/file/file`; empty for the topmost.
+    path: String,
+    node: Node,
     info: Info,
+    len: u64,
+    allocated: Option<u64>,
+    children: Vec<(String, Facts)>,
 }
 
-impl<'a> Facts<'a> {
+impl Facts {
     /// Collects them.
     ///
     /// # Errors
     /// Damage in the tables that hold them.
-    pub(crate) fn of(image: &'a Image) -> Result<Self, Stop> {
+    pub(crate) fn of(image: &Image) -> Result<Self, Stop> {
+        Self::collect(image, String::new())
+    }
+
+    fn collect(device: &dyn Device, path: String) -> Result<Self, Stop> {
+        let node = device.node();
+        let children: Result<_, Stop> = node
+            .children
+            .iter()
+            .map(|(name, child)| Ok((name.clone(), Self::collect(&**child, format!("{path}/{name}"))?)))
+            .collect();
         Ok(Self {
-            image,
-            info: image.layer().info()?,
+            path,
+            info: device.info()?,
+            // In whole sectors, as the original counts.
+            len: device.len().next_multiple_of(512),
+            allocated: device.allocated_bytes(),
+            children: children?,
+            node,
         })
     }
 
+    /// Whether it is shown as a place where bytes are and not as an image.
+    fn is_protocol(&self) -> bool {
+        !self.path.is_empty() && self.children.is_empty()
+    }
+
+    /// Whether there is more to know of it than its length, as far as the original is concerned.
+    fn has_details(&self) -> bool {
+        match (self.node.driver, self.children.first()) {
+            ("nbd", _) => false,
+            ("raw", Some((_, file))) => file.has_details(),
+            _ => true,
+        }
+    }
+
     /// The names of the image below: as it stands in the image, and where that is.
-    fn backing(&self) -> Option<(String, String, Option<String>)> {
-        let backing = self.image.layer().backing()?;
-        let full = Target::resolve(&self.image.name(), &backing.name);
-        Some((backing.name, full, backing.format))
+    fn backing(&self) -> Option<(&Backing, String)> {
+        let backing = self.info.backing.as_ref()?;
+        Some((backing, full_backing_name(&self.node.base_name(), &backing.name)))
     }
 
     pub(crate) fn text(&self) -> String {
         let mut text = String::new();
-        let mut line = |words: String| {
-            text.push_str(&words);
-            text.push('\n');
+        self.print(&mut text, 0);
+        text
+    }
+
+    fn print(&self, text: &mut String, indent: usize) {
+        // Writing to a string does not fail.
+        let mut line = |words: &str| {
+            let _ = writeln!(text, "{:indent$}{words}", "");
         };
-        line(format!("image: {}", printable(&self.image.name())));
-        line(format!("file format: {}", self.image.layer().format()));
-        line(format!(
-            "virtual size: {} ({} bytes)",
-            human_size(self.image.len()),
-            self.image.len()
-        ));
-        line(disk_size(self.image.allocated_bytes()));
+        let name = self.node.shown_name();
+        let (kinds, size) = if self.is_protocol() {
+            (["filename", "protocol type"], "file length")
+        } else {
+            (["image", "file format"], "virtual size")
+        };
+        line(&format!("{}: {}", kinds[0], printable(&name)));
+        line(&format!("{}: {}", kinds[1], self.node.driver));
+        line(&format!("{size}: {} ({} bytes)", human_size(self.len), self.len));
+        line(&disk_size(self.allocated));
         if self.info.encrypted {
-            line("encrypted: yes".to_owned());
+            line("encrypted: yes");
         }
         if let Some(size) = self.info.cluster_size {
-            line(format!("cluster_size: {size}"));
+            line(&format!("cluster_size: {size}"));
         }
         if self.info.dirty {
-            line("cleanly shut down: no".to_owned());
+            line("cleanly shut down: no");
         }
-        if let Some((name, full, format)) = self.backing() {
-            let place = if full == name {
+        if let Some((Backing { name, format }, full)) = self.backing() {
+            let place = if full == *name {
                 String::new()
             } else {
                 format!(" (actual path: {})", printable(&full))
             };
-            line(format!("backing file: {}{place}", printable(&name)));
+            line(&format!("backing file: {}{place}", printable(name)));
             if let Some(format) = format {
-                line(format!("backing file format: {}", printable(&format)));
+                line(&format!("backing file format: {}", printable(format)));
             }
         }
         if !self.info.snapshots.is_empty() {
-            line("Snapshot list:".to_owned());
-            line(SNAPSHOT_HEAD.to_owned());
+            line("Snapshot list:");
+            line(SNAPSHOT_HEAD);
             for snapshot in &self.info.snapshots {
-                line(snapshot_line(snapshot));
+                line(&snapshot_line(snapshot));
             }
         }
-        if let Some(details) = &self.info.specific {
-            line("Format specific information:".to_owned());
-            details_text(&mut text, details, 4);
+        if let Some(details) = self.info.specific.as_ref().filter(|details| !details.is_empty()) {
+            line("Format specific information:");
+            details_text(text, details, indent + 4);
         }
-        let file = self.image.layer().file();
-        // Writing to a string does not fail.
-        let _ = write!(
-            text,
-            "Child node '/file':\n    filename: {}\n    protocol type: {}\n    file length: {} ({} bytes)\n    {}\n",
-            printable(&file.name()),
-            protocol(&**file),
-            human_size(file_length(&**file)),
-            file_length(&**file),
-            disk_size(file.allocated_bytes()),
-        );
-        text
+        for (_, child) in &self.children {
+            let _ = writeln!(text, "{:indent$}Child node '{}':", "", child.path);
+            child.print(text, indent + 4);
+        }
     }
 
     pub(crate) fn json(&self) -> Value {
-        let file = self.image.layer().file();
-        let node = Value::object(vec![
-            ("children", Value::List(Vec::new())),
-            ("virtual-size", file_length(&**file).into()),
-            ("filename", file.name().into()),
-            ("format", protocol(&**file).into()),
-            ("actual-size", file.allocated_bytes().unwrap_or(0).into()),
-            (
-                "format-specific",
-                Value::object(vec![
-                    ("type", protocol(&**file).into()),
-                    ("data", Value::Object(Vec::new())),
-                ]),
-            ),
-            ("dirty-flag", false.into()),
-        ]);
-        let child = Value::object(vec![("name", "file".into()), ("info", node)]);
-        let mut members: Vec<(&'static str, Value)> = vec![("children", Value::List(vec![child]))];
-        let backing = self.backing();
-        if let Some((_, _, Some(format))) = &backing {
-            members.push(("backing-filename-format", format.as_str().into()));
+        let children = self.children.iter().map(|(name, child)| {
+            Value::object([("name", Value::from(name.as_str())), ("info", child.json())])
+        });
+        let mut members: Vec<(&'static str, Value)> = vec![
+            ("children", Value::List(children.collect())),
+            ("virtual-size", self.len.into()),
+            ("filename", self.node.shown_name().into()),
+            ("format", self.node.driver.into()),
+        ];
+        if self.has_details() {
+            members.push(("dirty-flag", self.info.dirty.into()));
+        }
+        if let Some((Backing { name, format }, full)) = self.backing() {
+            members.push(("backing-filename", name.as_str().into()));
+            members.push(("full-backing-filename", full.into()));
+            if let Some(format) = format {
+                members.push(("backing-filename-format", format.as_str().into()));
+            }
         }
         if !self.info.snapshots.is_empty() {
-            members.push((
-                "snapshots",
-                Value::List(self.info.snapshots.iter().map(snapshot_json).collect()),
-            ));
+            let snapshots = self.info.snapshots.iter().map(snapshot_json);
+            members.push(("snapshots", Value::List(snapshots.collect())));
         }
-        members.push(("virtual-size", self.image.len().into()));
-        members.push(("filename", self.image.name().into()));
         if let Some(size) = self.info.cluster_size {
             members.push(("cluster-size", size.into()));
         }
-        members.push(("format", self.image.layer().format().into()));
-        if let Some(bytes) = self.image.allocated_bytes() {
+        if let Some(bytes) = self.allocated {
             members.push(("actual-size", bytes.into()));
         }
         if let Some(details) = &self.info.specific {
-            let kind = self.image.layer().format().into();
-            members.push((
-                "format-specific",
-                Value::object(vec![("type", kind), ("data", details_json(details))]),
-            ));
-        }
-        if let Some((name, full, _)) = backing {
-            members.push(("full-backing-filename", full.into()));
-            members.push(("backing-filename", name.into()));
+            let kind = match self.node.driver {
+                // One kind of driver to the original.
+                "host_device" | "host_cdrom" => "file".into(),
+                driver => driver.into(),
+            };
+            let specific = Value::object([("type", kind), ("data", details_json(details))]);
+            members.push(("format-specific", specific));
         }
         if self.info.encrypted {
             members.push(("encrypted", true.into()));
         }
-        members.push(("dirty-flag", self.info.dirty.into()));
-        Value::object(members)
+        in_table_order(members)
     }
 }
 
-/// The length of a file in whole sectors, as the original counts them.
-fn file_length(file: &dyn Device) -> u64 {
-    file.len().next_multiple_of(512)
-}
-
-fn protocol(file: &dyn Device) -> &'static str {
-    match file.as_file().and_then(|file| file.metadata().ok()) {
-        Some(metadata) if !metadata.is_file() => "host_device",
-        _ => "file",
-    }
+/// Members of one object in the order in which the original prints them.
+fn in_table_order(members: Vec<(&'static str, Value)>) -> Value {
+    Value::object(members).in_table_order()
 }
 
 fn disk_size(bytes: Option<u64>) -> String {

@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::fs::File;
 use std::io::Read;
 
-use diskimage::{Object, Objects, Secret};
+use diskimage::{Object, Objects, Secret, is_identifier};
 
 use crate::words::{Stop, text};
 
@@ -158,9 +158,7 @@ fn read_file(name: &str) -> Result<Vec<u8>, Stop> {
 }
 
 fn check_id(id: &str) -> Result<(), Stop> {
-    let mut chars = id.chars();
-    let first = chars.next().is_some_and(|c| c.is_ascii_alphabetic());
-    if first && chars.all(|c| c.is_ascii_alphanumeric() || "-._".contains(c)) {
+    if is_identifier(id) {
         return Ok(());
     }
     Err(Stop::wrong(

@@ -2,7 +2,8 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use diskimage::{Image, OpenOptions, open};
+use diskimage::options::short_forms;
+use diskimage::{Image, NodeOptions, OpenOptions, open, open_node};
 
 use crate::out::Console;
 use crate::words::{ImageName, Source, Stop, text};
@@ -10,40 +11,46 @@ use crate::words::{ImageName, Source, Stop, text};
 /// Opens an image. What the user ought to know of it is printed at once.
 ///
 /// # Errors
-/// An image that cannot be opened, and names that are not available yet.
+/// An image that cannot be opened, and names that are not text.
 pub(crate) fn open_source(
     source: &Source,
     options: OpenOptions,
     console: &Console,
 ) -> Result<Arc<Image>, Stop> {
-    let name = plain_name(&source.name)?;
     let options = match &source.format {
         Some(format) => options.format(format),
         None => options,
     };
-    let warnings = Arc::new(Mutex::new(String::new()));
+    let warnings = Arc::new(Mutex::new(Vec::new()));
     let collected = Arc::clone(&warnings);
-    let outcome = open(
-        &name,
-        &options.on_warning(Arc::new(move |warning: &str| {
-            let mut text = collected.lock().unwrap_or_else(PoisonError::into_inner);
-            text.push_str(warning);
-            text.push('\n');
-        })),
-    );
-    console.print_error(&warnings.lock().unwrap_or_else(PoisonError::into_inner));
+    let options = options.on_warning(Arc::new(move |warning: &str| {
+        let mut warnings = collected.lock().unwrap_or_else(PoisonError::into_inner);
+        warnings.push(warning.to_owned());
+    }));
+    let outcome = match &source.name {
+        ImageName::File(name) => open(&text(name.clone())?, &options),
+        ImageName::Options(list) => {
+            warn_of_short_forms(list, console);
+            open_node(NodeOptions::from_list(list)?, &options)
+                .map_err(|error| error.context(format!("Could not open '{list}'")))
+        }
+    };
+    for warning in &*warnings.lock().unwrap_or_else(PoisonError::into_inner) {
+        // The one about guessed formats shouts by itself.
+        if warning.starts_with("WARNING:") {
+            console.print_error(&format!("{warning}\n"));
+        } else {
+            console.warning(warning);
+        }
+    }
     Ok(outcome?)
 }
 
-/// The file that a name stands for.
-///
-/// # Errors
-/// Specifications of another kind, and names that are not text.
-pub(crate) fn plain_name(name: &ImageName) -> Result<String, Stop> {
-    match name {
-        ImageName::File(name) => text(name.clone()),
-        ImageName::Options(_) => Err(Stop::wrong(
-            "Image specifications (--image-opts) are not available in this build",
-        )),
+/// Options without a value are on their way out.
+fn warn_of_short_forms(list: &str, console: &Console) {
+    for (name, value) in short_forms(list) {
+        console.warning(&format!("short-form boolean option '{name}' deprecated"));
+        let name = name.strip_prefix("no").unwrap_or(&name);
+        console.print_error(&format!("Please use {name}={value} instead\n"));
     }
 }

@@ -3,7 +3,7 @@
 use std::fmt::Debug;
 use std::sync::Arc;
 
-use crate::{ByteRange, Error, ErrorKind, Permissions, Result};
+use crate::{ByteRange, Error, ErrorKind, Info, NodeOptions, Permissions, Result};
 
 /// A flat array of bytes: a file, a network export, a decrypted view, an opened image.
 ///
@@ -103,6 +103,68 @@ pub trait Device: Debug + Send + Sync {
     /// The name to show for it.
     fn name(&self) -> String {
         String::new()
+    }
+
+    /// How it stands in the block graph.
+    fn node(&self) -> Node {
+        Node {
+            name: Some(self.name()),
+            ..Node::default()
+        }
+    }
+
+    /// What it says of itself.
+    ///
+    /// # Errors
+    /// Damage in the tables that it reads for this.
+    fn info(&self) -> Result<Info> {
+        Ok(Info::default())
+    }
+}
+
+/// How a device stands in the block graph.
+#[derive(Clone, Debug, Default)]
+pub struct Node {
+    /// The driver's name.
+    pub driver: &'static str,
+    /// The options without which it would be another device, but for the driver and the nodes below.
+    pub options: NodeOptions,
+    /// A plain name that says it all, if there is one.
+    pub name: Option<String>,
+    /// The nodes below, by their names among the options.
+    pub children: Vec<(String, Arc<dyn Device>)>,
+}
+
+impl Node {
+    /// All options that it takes to open it again.
+    pub fn to_options(&self) -> NodeOptions {
+        let mut all = self.options.clone();
+        all.set("driver", self.driver);
+        for (name, child) in &self.children {
+            all.set_node(name, child.node().to_options());
+        }
+        all
+    }
+
+    /// The name that relative names inside it start from: the plain one, or that of the file below.
+    pub fn base_name(&self) -> String {
+        match &self.name {
+            Some(name) => name.clone(),
+            None => self
+                .children
+                .iter()
+                .find(|(name, _)| name == "file")
+                .map(|(_, file)| file.node().base_name())
+                .unwrap_or_default(),
+        }
+    }
+
+    /// The name to show: the plain one, or `json:` and all options.
+    pub fn shown_name(&self) -> String {
+        match &self.name {
+            Some(name) => name.clone(),
+            None => format!("json:{}", self.to_options().to_json().compact()),
+        }
     }
 }
 

@@ -35,6 +35,16 @@ pub trait Format: Debug + Sync {
         }
     }
 
+    /// The nodes below that a user can give besides the file that the image is in.
+    fn children(&self) -> &'static [&'static str] {
+        &[]
+    }
+
+    /// The options without which an image that is open would be another one.
+    fn strong_options(&self) -> &'static [&'static str] {
+        &[]
+    }
+
     /// Opens the image on a device.
     ///
     /// # Errors
@@ -87,6 +97,8 @@ pub struct OpenRequest<'a> {
     pub no_data: bool,
     /// Take no locks that others could mind, as `-U` asks for.
     pub force_share: bool,
+    /// The nodes below that the user gave, of those in [`Format::children`].
+    pub children: Vec<(&'static str, Arc<dyn Device>)>,
     /// The options of its node; the format takes those that it knows.
     pub options: &'a mut NodeOptions,
     /// What options refer to by name.
@@ -95,6 +107,14 @@ pub struct OpenRequest<'a> {
     pub gate: &'a dyn Gate,
     /// Memory for tables.
     pub budget: Budget,
+}
+
+impl OpenRequest<'_> {
+    /// Takes the node below called `name`, if the user gave one.
+    pub fn take_child(&mut self, name: &str) -> Option<Arc<dyn Device>> {
+        let at = self.children.iter().position(|(other, _)| *other == name)?;
+        Some(self.children.swap_remove(at).1)
+    }
 }
 
 impl Debug for dyn Gate + '_ {

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::{Device, Result};
+use crate::{Device, NodeOptions, Result};
 
 /// Opens the files that an image refers to, or refuses. Nothing else in the library opens a name found in an image.
 pub trait Gate: Send + Sync {
@@ -16,9 +16,10 @@ pub trait Gate: Send + Sync {
 /// A name found inside an image.
 #[derive(Clone, Debug)]
 pub struct Reference<'a> {
-    /// The name as it stands in the image; relative names are relative to the image's own directory.
-    pub name: &'a str,
-    /// The image that says so.
+    /// The protocol's options: `driver`, and what that driver needs (`filename` for files). No `driver` means a local
+    /// file of whatever kind. Relative names are relative to the current directory.
+    pub options: &'a NodeOptions,
+    /// The name of the image that says so.
     pub from: &'a str,
     /// What it is for.
     pub role: Role,

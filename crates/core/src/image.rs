@@ -14,8 +14,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::errno;
 use crate::{
-    ByteRange, Device, Encoded, Error, ErrorKind, Extent, ExtentKind, Holes, Layer, Limits, Preallocation,
-    ResizeRequest, Result, Run, RunKind, Want, WritePlan, WriteRun, ZeroMode, align_down, align_up, is_zero,
+    ByteRange, Device, Encoded, Error, ErrorKind, Extent, ExtentKind, Holes, Info, Layer, Limits, Node,
+    NodeOptions, Preallocation, ResizeRequest, Result, Run, RunKind, Want, WritePlan, WriteRun, ZeroMode,
+    align_down, align_up, is_zero,
 };
 
 /// An opened image and its backing chain.
@@ -26,6 +27,8 @@ pub struct Image {
     name: String,
     write: bool,
     limits: Limits,
+    node: Node,
+    zeroes: ZeroDetection,
     /// The cluster decoded last: small reads of compressed images come one after the other.
     decoded: Mutex<Option<(Encoded, Arc<[u8]>)>>,
 }
@@ -41,6 +44,13 @@ impl Image {
         name: impl Into<String>,
         write: bool,
     ) -> Self {
+        let name = name.into();
+        let node = Node {
+            driver: layer.format(),
+            options: NodeOptions::new(),
+            name: Some(name.clone()),
+            children: vec![("file".to_owned(), Arc::clone(layer.file()))],
+        };
         let limits = Limits {
             alignment: 1,
             ..layer.file().limits().clone()
@@ -48,16 +58,39 @@ impl Image {
         Self {
             layer,
             backing,
-            name: name.into(),
+            name,
             write,
             limits,
+            node,
+            zeroes: ZeroDetection::Off,
             decoded: Mutex::new(None),
         }
+    }
+
+    /// The same image with its place in the block graph, which also says what it is called.
+    #[must_use]
+    pub fn with_node(self, node: Node) -> Self {
+        Self {
+            name: node.shown_name(),
+            node,
+            ..self
+        }
+    }
+
+    /// The same image, which looks for zeroes in what is written to it.
+    #[must_use]
+    pub fn with_zero_detection(self, zeroes: ZeroDetection) -> Self {
+        Self { zeroes, ..self }
     }
 
     /// The layer on top.
     pub fn layer(&self) -> &Arc<dyn Layer> {
         &self.layer
+    }
+
+    /// The name that relative names in the image start from: its own, or that of the file it is in.
+    pub fn base_name(&self) -> String {
+        self.node().base_name()
     }
 
     /// The image below.
@@ -266,14 +299,18 @@ impl Image {
         Ok(())
     }
 
+    fn write_data(&self, buf: &[u8], range: ByteRange) -> Result<()> {
+        self.begin_write(range)?.finish(buf)
+    }
+
     fn write_zero_bytes(&self, range: ByteRange) -> Result<()> {
         let zeroes = vec![0; usize::try_from(range.len()).unwrap_or(ZERO_CHUNK).min(ZERO_CHUNK)];
         let mut rest = range;
         while !rest.is_empty() {
             let len = rest.len().min(zeroes.len() as u64);
-            self.write_at(
+            self.write_data(
                 &zeroes[..usize::try_from(len).unwrap_or(ZERO_CHUNK)],
-                rest.start(),
+                rest.first(len),
             )?;
             rest = rest.skip(len);
         }
@@ -406,7 +443,12 @@ impl Device for Image {
         if request.is_empty() {
             return self.require_writable();
         }
-        self.begin_write(request)?.finish(buf)
+        if let Some(mode) = self.zeroes.mode()
+            && is_zero(buf)
+        {
+            return self.write_zeroes(request, mode);
+        }
+        self.write_data(buf, request)
     }
 
     fn write_zeroes(&self, range: ByteRange, mode: ZeroMode) -> Result<()> {
@@ -500,5 +542,42 @@ impl Device for Image {
 
     fn name(&self) -> String {
         self.name.clone()
+    }
+
+    fn node(&self) -> Node {
+        if self.layer.is_bare() {
+            self.layer.file().node()
+        } else {
+            self.node.clone()
+        }
+    }
+
+    fn info(&self) -> Result<Info> {
+        Ok(Info {
+            backing: self.layer.backing(),
+            ..self.layer.info()?
+        })
+    }
+}
+
+/// Whether zeroes in what is written take no storage.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ZeroDetection {
+    /// They are written like all else.
+    #[default]
+    Off,
+    /// They are made zeroes, with storage.
+    On,
+    /// They are made zeroes, without storage where there is a way.
+    Unmap,
+}
+
+impl ZeroDetection {
+    fn mode(self) -> Option<ZeroMode> {
+        match self {
+            Self::Off => None,
+            Self::On => Some(ZeroMode::KeepAllocated),
+            Self::Unmap => Some(ZeroMode::Unmap),
+        }
     }
 }

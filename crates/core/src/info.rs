@@ -1,5 +1,7 @@
 //! What an image says of itself.
 
+use crate::Backing;
+
 /// What is known about one opened image from its own tables.
 #[derive(Clone, Debug, Default)]
 pub struct Info {
@@ -13,6 +15,8 @@ pub struct Info {
     pub dirty: bool,
     /// Internal snapshots.
     pub snapshots: Vec<SnapshotInfo>,
+    /// The image below, as the image names it; filled in for whole images.
+    pub backing: Option<Backing>,
     /// The format's own facts in the order in which they are printed; `None` if the format has none.
     pub specific: Option<Vec<Detail>>,
 }

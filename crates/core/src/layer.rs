@@ -153,6 +153,11 @@ pub trait Layer: Debug + Send + Sync {
     /// The device that the format lies on.
     fn file(&self) -> &Arc<dyn Device>;
 
+    /// Whether the image is nothing but the bytes of [`Layer::file`], a protocol or filter used without a format.
+    fn is_bare(&self) -> bool {
+        false
+    }
+
     /// The device that holds the guest's data, if it is another one.
     fn data_file(&self) -> Option<&Arc<dyn Device>> {
         None

@@ -32,15 +32,19 @@ impl NodeOptions {
     }
 
     /// The options of a list `driver=qcow2,file.filename=x`, as it stands after `--image-opts`.
-    pub fn from_list(text: &str) -> Self {
+    ///
+    /// # Errors
+    /// An `id` that is no identifier.
+    pub fn from_list(text: &str) -> Result<Self> {
         let mut options = Self::new();
         for (name, value) in split_list(text, Some("file")) {
-            // What the list itself is called is of no use to anybody here.
-            if name != "id" {
-                options.set(&name, value);
+            if name == "id" && !is_identifier(&value) {
+                return Err(Error::invalid("Parameter 'id' expects an identifier")
+                    .hint("Identifiers consist of letters, digits, '-', '.', '_', starting with a letter."));
             }
+            options.set(&name, value);
         }
-        options
+        Ok(options)
     }
 
     /// The options of an object in JSON.
@@ -95,6 +99,16 @@ impl NodeOptions {
         for (name, value) in options.entries {
             self.entries.insert(format!("{child}.{name}"), value);
         }
+    }
+
+    /// Sets these options on top of those that there are.
+    pub fn overlay(&mut self, options: Self) {
+        self.entries.extend(options.entries);
+    }
+
+    /// Keeps the options whose names `keep` agrees to.
+    pub fn retain(&mut self, mut keep: impl FnMut(&str) -> bool) {
+        self.entries.retain(|name, _| keep(name));
     }
 
     /// Whether there are none.
@@ -185,6 +199,13 @@ impl NodeOptions {
     }
 }
 
+/// Whether `text` can be what an object or node is called.
+pub fn is_identifier(text: &str) -> bool {
+    let mut chars = text.chars();
+    chars.next().is_some_and(|c| c.is_ascii_alphabetic())
+        && chars.all(|c| c.is_ascii_alphanumeric() || "-._".contains(c))
+}
+
 /// What follows `child.` in a name.
 fn name_below<'a>(name: &'a str, child: &str) -> Option<&'a str> {
     name.strip_prefix(child)?.strip_prefix('.')
@@ -241,14 +262,17 @@ mod tests {
 
     #[test]
     fn lists_and_objects_say_the_same() {
-        let list = NodeOptions::from_list("driver=raw,file.driver=file,file.filename=a,,b");
+        let list = NodeOptions::from_list("driver=raw,file.driver=file,file.filename=a,,b").expect("options");
         let object = from_json("{'driver':'raw','file':{'driver':'file','filename':'a,b'}}");
         assert_eq!(list, object);
         assert_eq!(
             list.to_json().compact(),
             r#"{"driver": "raw", "file": {"driver": "file", "filename": "a,b"}}"#
         );
-        assert_eq!(NodeOptions::from_list("a.raw").text("file"), Some("a.raw"));
+        assert_eq!(
+            NodeOptions::from_list("a.raw").expect("options").text("file"),
+            Some("a.raw")
+        );
     }
 
     #[test]
@@ -279,7 +303,9 @@ mod tests {
         let taken = options.absorb(TABLE).expect("right kinds");
         assert_eq!((taken.size("size"), taken.flag("lazy")), (Some(4096), Some(true)));
         assert_eq!(options.left_over(), Some("filename"));
-        let wrong = NodeOptions::from_list("lazy=maybe").absorb(TABLE);
+        let wrong = NodeOptions::from_list("lazy=maybe")
+            .expect("options")
+            .absorb(TABLE);
         assert_eq!(
             wrong.map(|_| ()).map_err(|error| error.chain()),
             Err("Parameter 'lazy' expects 'on' or 'off'".to_owned())

@@ -289,6 +289,29 @@ pub fn amend_help(format: &str, table: &'static [OptionDef]) -> String {
     format!("Amend options for '{format}':\n{}", help_lines(&[table]))
 }
 
+/// The items of a list that have no value, but for the first, as they were written; and the values they stand for.
+pub fn short_forms(text: &str) -> Vec<(String, &'static str)> {
+    let mut forms = Vec::new();
+    let mut rest = text;
+    let mut is_first = true;
+    while !rest.is_empty() {
+        let end = rest.find(['=', ',']).unwrap_or(rest.len());
+        let (name, after) = rest.split_at(end);
+        rest = match after.strip_prefix('=') {
+            Some(value) => split_value(value).1,
+            None => {
+                if !is_first {
+                    let value = if name.starts_with("no") { "off" } else { "on" };
+                    forms.push((name.to_owned(), value));
+                }
+                after.strip_prefix(',').unwrap_or(after)
+            }
+        };
+        is_first = false;
+    }
+    forms
+}
+
 /// Takes a list `a=b,c=d` apart.
 ///
 /// A comma inside a value is doubled; a bare `name` means `on` and a bare `noname` means `off`, but where the first item

@@ -1,6 +1,6 @@
 //! Copying persistent bitmaps from one image to another.
 
-use diskimage_core::{Bitmaps, Error, Layer, NewBitmap, Result, ResultExt};
+use diskimage_core::{Bitmaps, Error, ErrorKind, Layer, NewBitmap, Result, ResultExt};
 
 /// Checks, before anything is made, that the bitmaps of `source` can be copied. Inconsistent ones cannot; with
 /// `skip_broken` they are left out.
@@ -36,11 +36,7 @@ pub fn copy_bitmaps(source: &dyn Layer, target: &dyn Layer, on_skip: &dyn Fn(&st
             return Err(error.context(format!("Failed to create bitmap {}", bitmap.name)));
         }
         if source.len() != target.len() {
-            let error = Error::invalid(format!(
-                "Bitmaps are of different sizes (destination size is {}, source size is {}) and can't be merged",
-                target.len(),
-                source.len()
-            ));
+            let error = different_sizes(source, target);
             return Err(error.context(format!("Failed to populate bitmap {}", bitmap.name)));
         }
     }
@@ -51,18 +47,53 @@ pub fn copy_bitmaps(source: &dyn Layer, target: &dyn Layer, on_skip: &dyn Fn(&st
             enabled: bitmap.enabled,
         })
         .context(|| format!("Failed to create bitmap {}", bitmap.name))?;
-        copy_marks(from, to, &bitmap.name)
+        copy_marks(from, &bitmap.name, to, &bitmap.name)
             .context(|| format!("Failed to populate bitmap {}", bitmap.name))?;
     }
     Ok(())
 }
 
+/// Marks in the bitmap `to` of `target` what is marked in the bitmap `from` of `source`, which may be the same image.
+///
+/// # Errors
+/// Bitmaps that there are none of or that are inconsistent, disks of different sizes, and failures to read or write.
+pub fn merge_bitmap(source: &dyn Layer, from: &str, target: &dyn Layer, to: &str) -> Result<()> {
+    let target_bitmaps = named_bitmap(target, to)?;
+    let source_bitmaps = named_bitmap(source, from)?;
+    if source.len() != target.len() {
+        return Err(different_sizes(source, target));
+    }
+    copy_marks(source_bitmaps, from, target_bitmaps, to)
+}
+
+/// The bitmaps of `layer`, which has one called `name`.
+fn named_bitmap<'a>(layer: &'a dyn Layer, name: &str) -> Result<&'a dyn Bitmaps> {
+    let bitmaps = layer.bitmaps().ok_or_else(|| no_bitmap(name))?;
+    if bitmaps.list()?.iter().any(|bitmap| bitmap.name == name) {
+        Ok(bitmaps)
+    } else {
+        Err(no_bitmap(name))
+    }
+}
+
+fn no_bitmap(name: &str) -> Error {
+    Error::new(ErrorKind::NotFound, format!("Dirty bitmap '{name}' not found"))
+}
+
+fn different_sizes(source: &dyn Layer, target: &dyn Layer) -> Error {
+    Error::invalid(format!(
+        "Bitmaps are of different sizes (destination size is {}, source size is {}) and can't be merged",
+        target.len(),
+        source.len()
+    ))
+}
+
 /// Parts of the disk that are marked in one go.
 const BATCH: usize = 1 << 16;
 
-fn copy_marks(from: &dyn Bitmaps, to: &dyn Bitmaps, name: &str) -> Result<()> {
+fn copy_marks(from: &dyn Bitmaps, from_name: &str, to: &dyn Bitmaps, name: &str) -> Result<()> {
     let mut batch = Vec::new();
-    from.marked(name, &mut |range| {
+    from.marked(from_name, &mut |range| {
         batch.push(range);
         if batch.len() == BATCH {
             to.mark(name, &batch)?;

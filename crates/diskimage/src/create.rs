@@ -1,19 +1,21 @@
 //! Making new images.
 
 use std::fs;
-use std::os::unix::fs::FileTypeExt;
 use std::sync::Arc;
 
 use diskimage_core::options::Options;
 use diskimage_core::{
-    CreateRequest, Device, Error, Format, Gate, Objects, Permissions, Preallocation, Result, ResultExt,
+    CreateRequest, Device, Error, Format, Gate, NodeOptions, Objects, Permissions, Preallocation, Result,
+    ResultExt,
 };
 use diskimage_formats::format_by_name;
 use diskimage_protocols::{
-    CREATE_OPTIONS as FILE_CREATE_OPTIONS, CacheMode, File, FileCreation, ProtocolKind, Target,
+    CREATE_OPTIONS as FILE_CREATE_OPTIONS, CacheMode, File, FileCreation, Local, Protocol, ProtocolRequest,
+    Target, parse_name, protocol_by_name,
 };
 
 use crate::gate::FileGate;
+use crate::graph::full_backing_name;
 use crate::open::{OpenOptions, open_bare};
 
 /// What a new image is to be like.
@@ -131,13 +133,14 @@ impl Creation {
             size,
             options,
             cache: self.cache,
-            objects: self.objects,
             gate: self.gate.unwrap_or_else(|| {
                 Arc::new(FileGate {
                     cache: self.cache,
+                    objects: Arc::clone(&self.objects),
                     ..FileGate::default()
                 })
             }),
+            objects: self.objects,
             name: self.name,
         })
     }
@@ -212,7 +215,7 @@ impl Creation {
         if let Some(gate) = &self.gate {
             options = options.gate(Arc::clone(gate));
         }
-        let image = open_bare(&Target::resolve(&self.name, backing), &options)
+        let image = open_bare(&full_backing_name(&self.name, backing), &options)
             .map_err(|error| error.hint("Could not open backing image."))?;
         match format {
             Some(_) => Ok(Some(image.len())),
@@ -260,17 +263,52 @@ impl Prepared {
     pub fn create(&self) -> Result<()> {
         let creation = FileCreation::from_options(&self.options)?;
         self.check_preallocation()?;
-        let file = Arc::new(make_file(&self.name, &creation, self.cache)?);
-        let outcome = self.fill(&file, &creation);
+        let place = self.place(&creation)?;
+        let outcome = self.fill(&place.device, &creation);
         // Without a header the file is still a raw image of its length, whatever that may be.
-        if outcome.is_err() && !file.is_device() && self.format.name() != "raw" {
+        if outcome.is_err() && place.is_new && self.format.name() != "raw" {
             // The failure that led here is the one to report.
-            let _ = fs::remove_file(file.name());
+            let _ = fs::remove_file(place.device.name());
             if let Some(data_file) = self.options.text("data_file") {
                 let _ = fs::remove_file(Target::plain(data_file).path);
             }
         }
         outcome
+    }
+
+    /// Makes the file, or opens what is there, that the image goes into.
+    fn place(&self, creation: &FileCreation) -> Result<Place> {
+        let mut node = target_of(&self.name)?;
+        let path = node.text("filename").unwrap_or_default();
+        let protocol: &dyn Protocol = match node.text("driver").map(protocol_by_name) {
+            Some(protocol) => protocol.ok_or_else(|| no_creation(node.text("driver").unwrap_or_default()))?,
+            None => Local::serving(path),
+        };
+        if protocol.can_create() {
+            let file = File::create(&Target::plain(path), creation, self.cache)?;
+            return Ok(Place {
+                is_new: !file.is_device(),
+                device: Arc::new(file),
+            });
+        }
+        node.take("driver");
+        let opened = protocol.open(ProtocolRequest {
+            options: &mut node,
+            write: true,
+            cache: self.cache,
+            objects: &self.objects,
+        });
+        let device = opened.context(|| {
+            format!(
+                "Protocol driver '{}' does not support creating new images, so an existing image must be selected as \
+                 the target; however, opening the given target as an existing image failed",
+                protocol.name()
+            )
+        })?;
+        Ok(Place {
+            device,
+            is_new: false,
+        })
     }
 
     /// Where the format leaves preallocation to the file, a mode that is none is found before the file is emptied.
@@ -289,10 +327,10 @@ impl Prepared {
         }
     }
 
-    fn fill(&self, file: &Arc<File>, creation: &FileCreation) -> Result<()> {
+    fn fill(&self, file: &Arc<dyn Device>, creation: &FileCreation) -> Result<()> {
         if let Some(data_file) = self.options.text("data_file") {
             // Relative to the current directory, as it is opened.
-            make_file(&Target::plain(data_file).path, creation, self.cache)?;
+            File::create(&Target::plain(data_file), creation, self.cache)?;
         }
         let permissions = Permissions {
             resize: true,
@@ -300,7 +338,7 @@ impl Prepared {
         };
         file.lock(permissions)?;
         self.format.create(CreateRequest {
-            file: Arc::clone(file) as Arc<dyn Device>,
+            file: Arc::clone(file),
             name: &file.name(),
             size: self.size,
             options: &self.options,
@@ -310,29 +348,33 @@ impl Prepared {
     }
 }
 
-/// The name of a new image taken apart. That there is none without a name is for the system to say.
-fn target_of(name: &str) -> Result<Target> {
-    match name {
-        "" | "file:" => Ok(Target::plain("")),
-        _ => Target::parse(name),
-    }
+/// Where a new image goes.
+struct Place {
+    device: Arc<dyn Device>,
+    /// Whether it is a file that would not be there otherwise.
+    is_new: bool,
 }
 
-/// Makes the file, or opens the device, that an image goes into.
-fn make_file(name: &str, creation: &FileCreation, cache: CacheMode) -> Result<File> {
-    let target = target_of(name)?;
-    let is_device = match target.protocol {
-        Some(protocol) => protocol == ProtocolKind::HostDevice,
-        None => fs::metadata(&target.path).is_ok_and(|metadata| {
-            metadata.file_type().is_block_device() || metadata.file_type().is_char_device()
-        }),
+/// The options that the name of a new image stands for. That there is none without a name is for the system to say.
+fn target_of(name: &str) -> Result<NodeOptions> {
+    let node = match name {
+        "" | "file:" => {
+            let mut node = NodeOptions::new();
+            node.set("filename", "");
+            node
+        }
+        _ => parse_name(name)?,
     };
-    if is_device {
-        return File::open(&target, true, cache).context(|| NO_NEW_DEVICES);
+    let driver = node.text("driver");
+    match driver.map(|driver| (driver, protocol_by_name(driver))) {
+        Some((_, Some(protocol))) if !protocol.takes_images() => Err(no_creation(protocol.name())),
+        Some((driver, None)) => Err(no_creation(driver)),
+        _ => Ok(node),
     }
-    File::create(&target, creation, cache)
 }
 
-const NO_NEW_DEVICES: &str = "Protocol driver 'host_device' does not support creating new images, so an existing \
-                              image must be selected as the target; however, opening the given target as an existing \
-                              image failed";
+fn no_creation(driver: &str) -> Error {
+    Error::unsupported(format!(
+        "Protocol driver '{driver}' does not support image creation"
+    ))
+}

@@ -2,12 +2,14 @@
 
 use std::sync::Arc;
 
-use diskimage_core::{Device, Gate, Permissions, Reference, Result, Role};
-use diskimage_protocols::{CacheMode, File, Target};
+use diskimage_core::{Device, Error, Gate, Objects, Permissions, Reference, Result, Role};
+use diskimage_protocols::{CacheMode, Local, Protocol, ProtocolRequest, Target, protocol_by_name};
 
-/// Opens what images refer to as files: backing files by path or with `file:` or `host_device:` in front, data files
-/// only by path.
-#[derive(Clone, Copy, Debug, Default)]
+use crate::graph::require_all_taken;
+
+/// Opens whatever images refer to: backing files by any protocol, data files only by path, which is all that images can
+/// ask for.
+#[derive(Clone, Debug, Default)]
 pub struct FileGate {
     /// How writes to data files reach the disk.
     pub cache: CacheMode,
@@ -15,18 +17,34 @@ pub struct FileGate {
     pub force_share: bool,
     /// Let nobody write to data files meanwhile.
     pub exclusive: bool,
+    /// What options refer to by name.
+    pub objects: Arc<Objects>,
 }
 
 impl Gate for FileGate {
     fn open(&self, reference: &Reference<'_>) -> Result<Arc<dyn Device>> {
-        let target = match reference.role {
-            Role::Backing => Target::parse(&Target::resolve(reference.from, reference.name))?,
-            // As there: a data file's name is relative to the current directory, not to the image's.
-            Role::Data => Target::plain(reference.name),
+        let mut options = reference.options.clone();
+        if reference.role == Role::Data {
+            // Never a protocol and its argument, whatever it looks like.
+            let path = options.take_text("filename").unwrap_or_default();
+            options.set("filename", Target::plain(&path).path);
+        }
+        let driver = options.take_text("driver");
+        let protocol: &dyn Protocol = match driver.as_deref() {
+            Some(name) => {
+                protocol_by_name(name).ok_or_else(|| Error::invalid(format!("Unknown driver '{name}'")))?
+            }
+            None => Local::serving(options.text("filename").unwrap_or_default()),
         };
-        let file = File::open(&target, reference.permissions.write, self.cache)?;
-        file.lock(self.locked_for(reference))?;
-        Ok(Arc::new(file))
+        let device = protocol.open(ProtocolRequest {
+            options: &mut options,
+            write: reference.permissions.write,
+            cache: self.cache,
+            objects: &self.objects,
+        })?;
+        require_all_taken(protocol.name(), &options)?;
+        device.lock(self.locked_for(reference))?;
+        Ok(device)
     }
 }
 

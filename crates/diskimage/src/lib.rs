@@ -33,6 +33,7 @@ mod convert;
 mod create;
 mod cursor;
 mod gate;
+mod graph;
 mod guess;
 mod map;
 mod open;
@@ -42,18 +43,19 @@ mod snapshot;
 #[cfg(test)]
 mod testing;
 
-pub use bitmaps::{check_bitmaps, copy_bitmaps};
+pub use bitmaps::{check_bitmaps, copy_bitmaps, merge_bitmap};
 pub use compare::{CompareError, Comparison, Difference, Verdict};
 pub use convert::{Conversion, DEFAULT_SPARSE, MAX_SPARSE, OnLost, total_len};
 pub use create::{Creation, Prepared};
 pub use diskimage_core::*;
 pub use diskimage_formats::{FORMATS, format_by_name};
 pub use diskimage_protocols::{
-    CREATE_OPTIONS as FILE_CREATE_OPTIONS, CacheMode, File, FileCreation, ProtocolKind, Target,
+    CREATE_OPTIONS as FILE_CREATE_OPTIONS, CacheMode, FILTERS, File, FileCreation, PROTOCOLS, Target,
 };
 pub use gate::FileGate;
+pub use graph::full_backing_name;
 pub use map::{MappedExtent, map};
-pub use open::{OpenOptions, open, open_device};
+pub use open::{OpenOptions, open, open_device, open_node};
 pub use probe::probe;
 pub use resize::{ShrinkPolicy, resize};
 pub use snapshot::{SnapshotSelector, open_snapshot};

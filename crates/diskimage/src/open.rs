@@ -4,32 +4,30 @@ use std::fmt;
 use std::sync::Arc;
 
 use diskimage_core::{
-    Budget, Device, Error, ErrorKind, Format, Gate, Image, Layer, NodeOptions, Objects, OpenRequest,
-    Permissions, Reference, Result, ResultExt, Role,
+    Budget, Device, Format, Gate, Image, NodeOptions, Objects, Permissions, Result, ResultExt,
 };
-use diskimage_formats::format_by_name;
-use diskimage_protocols::{CacheMode, File, Target};
+use diskimage_formats::Raw;
+use diskimage_protocols::CacheMode;
 
 use crate::gate::FileGate;
-use crate::guess::GuessedRaw;
-use crate::probe::probe;
+use crate::graph::{Mode, node_of_name, open_chain, open_device_chain};
 
 /// How an image is opened: for reading, with its backing chain and as its bytes tell, unless said otherwise.
 #[derive(Clone, Default)]
 pub struct OpenOptions {
-    format: Option<String>,
+    pub(crate) format: Option<String>,
     write: bool,
-    resize: bool,
+    pub(crate) resize: bool,
     cache: CacheMode,
     force_share: bool,
     exclusive: bool,
-    no_backing: bool,
-    no_data: bool,
-    for_check: bool,
-    objects: Arc<Objects>,
-    budget: Budget,
+    pub(crate) no_backing: bool,
+    pub(crate) no_data: bool,
+    pub(crate) for_check: bool,
+    pub(crate) objects: Arc<Objects>,
+    pub(crate) budget: Budget,
     gate: Option<Arc<dyn Gate>>,
-    on_warning: Option<Arc<OnWarning>>,
+    pub(crate) on_warning: Option<Arc<OnWarning>>,
 }
 
 /// Takes a message for the user, which may have several lines.
@@ -133,13 +131,14 @@ impl OpenOptions {
     }
 
     /// What a file is locked for whose image is of `format`.
-    fn permissions(&self, format: &dyn Format, write: bool) -> Permissions {
-        let mut permissions = format.permissions(write);
-        permissions.resize |= write && self.resize;
-        if self.no_data && !write {
+    pub(crate) fn permissions(&self, format: Option<&dyn Format>, mode: Mode) -> Permissions {
+        // What has no format has no tables that another writer could spoil, as raw has none.
+        let mut permissions = format.unwrap_or(&Raw).permissions(mode.write);
+        permissions.resize |= mode.write && self.resize;
+        if self.no_data && !mode.write {
             permissions.read = false;
         }
-        if self.force_share {
+        if mode.force_share {
             permissions.share_write = true;
             permissions.share_resize = true;
         }
@@ -147,21 +146,31 @@ impl OpenOptions {
     }
 
     /// What it is locked for once the whole chain is open.
-    fn final_permissions(&self, format: &dyn Format, write: bool) -> Permissions {
-        let mut permissions = self.permissions(format, write);
-        if self.exclusive && !write && !self.force_share {
+    pub(crate) fn final_permissions(&self, format: Option<&dyn Format>, mode: Mode) -> Permissions {
+        let mut permissions = self.permissions(format, mode);
+        if self.exclusive && !mode.write && !mode.force_share {
             permissions.share_write = false;
             permissions.share_resize = false;
         }
         permissions
     }
 
-    fn gate_or_default(&self) -> Arc<dyn Gate> {
+    /// How the topmost node is opened.
+    pub(crate) fn mode(&self) -> Mode {
+        Mode {
+            write: self.write,
+            cache: self.cache,
+            force_share: self.force_share,
+        }
+    }
+
+    pub(crate) fn gate_or_default(&self) -> Arc<dyn Gate> {
         self.gate.clone().unwrap_or_else(|| {
             Arc::new(FileGate {
                 cache: self.cache,
                 force_share: self.force_share,
                 exclusive: self.exclusive,
+                objects: Arc::clone(&self.objects),
             })
         })
     }
@@ -181,10 +190,8 @@ impl fmt::Debug for OpenOptions {
     }
 }
 
-/// How many images a chain may have: more than anybody has, fewer than there are file descriptors.
-const MAX_CHAIN: usize = 200;
-
-/// Opens the image that `name` names.
+/// Opens the image that `name` names: a file, what a protocol has under that name, or with `json:` in front the options
+/// of a node.
 ///
 /// # Errors
 /// `Could not open 'NAME'` and below it everything that can be wrong with the file, the image, and the images that it
@@ -193,17 +200,18 @@ pub fn open(name: &str, options: &OpenOptions) -> Result<Arc<Image>> {
     open_bare(name, options).context(|| format!("Could not open '{name}'"))
 }
 
+/// Opens the image that the options of a node describe, `driver` first of all.
+///
+/// # Errors
+/// As [`open`], without the topmost words.
+pub fn open_node(node: NodeOptions, options: &OpenOptions) -> Result<Arc<Image>> {
+    open_chain(node, options)
+}
+
 /// [`open`], with no word about which image it is.
 pub(crate) fn open_bare(name: &str, options: &OpenOptions) -> Result<Arc<Image>> {
-    let format = options.format.as_deref().map(known).transpose()?;
-    let target = Target::parse(name)?;
-    if options.force_share && options.write {
-        return Err(Error::invalid(
-            "force-share=on can only be used with read-only images",
-        ));
-    }
-    let file = Arc::new(File::open(&target, options.write, options.cache)?);
-    open_chain(file, &target.path, format, options)
+    let format = options.format.as_deref();
+    open_chain(node_of_name(name, format)?, options)
 }
 
 /// Opens the image on a device. `name` is where relative names in the image start.
@@ -211,129 +219,5 @@ pub(crate) fn open_bare(name: &str, options: &OpenOptions) -> Result<Arc<Image>>
 /// # Errors
 /// As [`open`], without the topmost words.
 pub fn open_device(device: Arc<dyn Device>, name: &str, options: &OpenOptions) -> Result<Arc<Image>> {
-    let format = options.format.as_deref().map(known).transpose()?;
-    open_chain(device, name, format, options)
-}
-
-fn known(format: &str) -> Result<&'static dyn Format> {
-    format_by_name(format).ok_or_else(|| Error::invalid(format!("Unknown driver '{format}'")))
-}
-
-/// An image of the chain, before those below it are known.
-struct Link {
-    layer: Arc<dyn Layer>,
-    name: String,
-    write: bool,
-    format: &'static dyn Format,
-    identity: Option<(u64, u64)>,
-}
-
-fn open_chain(
-    device: Arc<dyn Device>,
-    name: &str,
-    format: Option<&'static dyn Format>,
-    options: &OpenOptions,
-) -> Result<Arc<Image>> {
-    let gate = options.gate_or_default();
-    let mut links = vec![open_link(device, name, format, options.write, &*gate, options)?];
-    while !options.no_backing
-        && let Some(last) = links.last()
-        && let Some(backing) = last.layer.backing()
-    {
-        let next = open_below(&links, &backing.name, backing.format.as_deref(), &*gate, options);
-        // Every image on the way down has a word to say about it.
-        let link = next.map_err(|error| {
-            links
-                .iter()
-                .fold(error, |error, _| error.context("Could not open backing file"))
-        })?;
-        links.push(link);
-    }
-    for link in &links {
-        let permissions = options.final_permissions(link.format, link.write);
-        link.layer.file().lock(permissions)?;
-    }
-    let chain = links.into_iter().rev().fold(None, |below, link| {
-        Some(Arc::new(Image::new(link.layer, below, link.name, link.write)))
-    });
-    chain.ok_or_else(|| Error::invalid("No image"))
-}
-
-/// Opens the image that the last of `links` is based on.
-fn open_below(
-    links: &[Link],
-    backing: &str,
-    format: Option<&str>,
-    gate: &dyn Gate,
-    options: &OpenOptions,
-) -> Result<Link> {
-    let from = links.last().map_or("", |link| link.name.as_str());
-    if links.len() >= MAX_CHAIN {
-        return Err(Error::new(
-            ErrorKind::Limit,
-            format!("More than {MAX_CHAIN} images in a chain"),
-        ));
-    }
-    let format = format.map(known).transpose()?;
-    let device = gate.open(&Reference {
-        name: backing,
-        from,
-        role: Role::Backing,
-        // What to lock it for is known when its format is.
-        permissions: Permissions::FORCE_SHARE,
-    })?;
-    let name = device.name();
-    let link = open_link(device, &name, format, false, gate, options)?;
-    let again = |other: &Link| other.identity == link.identity && other.format.name() == link.format.name();
-    if link.identity.is_some() && links.iter().any(again) {
-        return Err(Error::corrupt(format!(
-            "Backing file '{name}' creates an infinite loop"
-        )));
-    }
-    Ok(link)
-}
-
-fn open_link(
-    device: Arc<dyn Device>,
-    name: &str,
-    format: Option<&'static dyn Format>,
-    write: bool,
-    gate: &dyn Gate,
-    options: &OpenOptions,
-) -> Result<Link> {
-    let mut file = device;
-    let chosen = match format {
-        Some(format) => format,
-        None => {
-            let format = probe(&*file, name)?;
-            if format.name() == "raw" && write {
-                if let Some(warn) = &options.on_warning {
-                    warn(&GuessedRaw::warning(name));
-                }
-                file = Arc::new(GuessedRaw::new(file, name));
-            }
-            format
-        }
-    };
-    file.lock(options.permissions(chosen, write))?;
-    let identity = file.identity();
-    let layer = chosen.open(OpenRequest {
-        file,
-        name,
-        write,
-        for_check: options.for_check,
-        no_data: options.no_data,
-        force_share: options.force_share,
-        options: &mut NodeOptions::new(),
-        objects: &options.objects,
-        gate,
-        budget: options.budget.clone(),
-    })?;
-    Ok(Link {
-        layer,
-        name: name.to_owned(),
-        write,
-        format: chosen,
-        identity,
-    })
+    open_device_chain(device, name, options)
 }

@@ -47,6 +47,7 @@ pub(crate) fn open(device: &Arc<dyn Device>, format: &str, backing: Option<Arc<I
             for_check: false,
             no_data: false,
             force_share: false,
+            children: Vec::new(),
             options: &mut NodeOptions::new(),
             objects: &Arc::default(),
             gate: &Closed,

@@ -227,7 +227,7 @@ impl Gate for Doorkeeper {
         self.0
             .lock()
             .expect("is not poisoned")
-            .push(reference.name.to_owned());
+            .push(reference.options.text("filename").unwrap_or_default().to_owned());
         match reference.role {
             Role::Backing => FileGate::default().open(reference),
             Role::Data => Err(Error::new(ErrorKind::Denied, "No data files here")),
@@ -243,7 +243,10 @@ fn nothing_is_opened_past_the_gate() {
     scratch.overlay("a", "none", "raw");
     scratch.overlay("b", "a", "qcow2");
     assert!(open(&scratch.path("b"), &options).is_err());
-    assert_eq!(*gate.0.lock().expect("is not poisoned"), ["a", "none"]);
+    assert_eq!(
+        *gate.0.lock().expect("is not poisoned"),
+        [scratch.path("a"), scratch.path("none")]
+    );
 
     let path = scratch.path("c");
     let data = scratch.path("data");

@@ -3,6 +3,10 @@
 //! ```text
 //!   file   |---------------------- bytes ---------------------|
 //!   disk   |---------------------- bytes ---------------------|00|     up to the next multiple of 512
+//!
+//!   with offset and size:
+//!   file   |-- offset --|----- size -----|--------------------|
+//!   disk                |---- bytes -----|
 //! ```
 
 use std::sync::Arc;
@@ -10,9 +14,9 @@ use std::sync::Arc;
 use diskimage_core::errno;
 use diskimage_core::options::{OptionDef, OptionKind, Options};
 use diskimage_core::{
-    ByteRange, CreateRequest, Device, Error, Format, Holes, Info, Layer, Measure, MeasureSource, OpenRequest,
-    Permissions, Preallocation, Probe, ResizeRequest, Result, Run, RunKind, Score, WritePlan, WriteRun,
-    ZeroMode, align_up,
+    ByteRange, CreateRequest, Device, Error, Format, Holes, Info, Layer, Measure, MeasureSource, NodeOptions,
+    OpenRequest, Permissions, Preallocation, Probe, ResizeRequest, Result, Run, RunKind, Score, WritePlan,
+    WriteRun, ZeroMode, align_up,
 };
 
 /// The format's entry in the table.
@@ -51,7 +55,17 @@ impl Format for Raw {
         if request.file.len() > MAX_LEN {
             return Err(Error::from_errno(errno::EFBIG).context("Could not refresh total sector count"));
         }
-        Ok(Arc::new(RawLayer { file: request.file }))
+        let window = Window::take(request.options)?;
+        window.check(request.file.len())?;
+        Ok(Arc::new(RawLayer {
+            file: request.file,
+            bare: None,
+            window,
+        }))
+    }
+
+    fn strong_options(&self) -> &'static [&'static str] {
+        &["offset", "size"]
     }
 
     fn create_options(&self) -> &'static [OptionDef] {
@@ -111,10 +125,88 @@ fn disk_size(size: u64) -> Result<u64> {
 /// The longest disk of the original: whole gibibytes below 2^63.
 const MAX_LEN: u64 = (1 << 63) - (1 << 30);
 
+/// The bytes of a protocol or filter, called `driver`, as an image.
+pub fn bare_layer(device: Arc<dyn Device>, driver: &'static str) -> Arc<dyn Layer> {
+    Arc::new(RawLayer {
+        file: device,
+        bare: Some(driver),
+        window: Window::default(),
+    })
+}
+
+/// The part of the file that is the disk.
+#[derive(Clone, Copy, Debug, Default)]
+struct Window {
+    offset: u64,
+    /// All that follows if not given.
+    size: Option<u64>,
+}
+
+const WINDOW_OPTIONS: &[OptionDef] = &[
+    OptionDef {
+        name: "offset",
+        kind: OptionKind::Size,
+        help: "Where the disk starts in the file",
+        default: None,
+    },
+    OptionDef {
+        name: "size",
+        kind: OptionKind::Size,
+        help: "How long the disk is",
+        default: None,
+    },
+];
+
+impl Window {
+    fn take(node: &mut NodeOptions) -> Result<Self> {
+        let options = node.absorb(WINDOW_OPTIONS)?;
+        Ok(Self {
+            offset: options.size("offset").unwrap_or(0),
+            size: options.size("size"),
+        })
+    }
+
+    /// Checks that it is inside a file of `len` bytes.
+    fn check(self, len: u64) -> Result<()> {
+        let (offset, len) = (self.offset, align_up(len, SECTOR));
+        if offset > len {
+            return Err(Error::invalid(format!(
+                "Offset ({offset}) cannot be greater than size of the containing file ({len})"
+            )));
+        }
+        match self.size {
+            Some(size) if size > len - offset => Err(Error::invalid(format!(
+                "The sum of offset ({offset}) and size ({size}) has to be smaller or equal to the  actual size of the \
+                 containing file ({len})"
+            ))),
+            Some(size) if !size.is_multiple_of(SECTOR) => {
+                Err(Error::invalid("Specified size is not multiple of 512"))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn len(self, file_len: u64) -> u64 {
+        let rest = align_up(file_len, SECTOR).saturating_sub(self.offset);
+        self.size.unwrap_or(align_up(rest, SECTOR))
+    }
+
+    /// Where in the file guest bytes are.
+    fn host(self, guest: ByteRange) -> Result<ByteRange> {
+        self.offset
+            .checked_add(guest.end())
+            .map(|end| ByteRange::new(self.offset + guest.start(), end))
+            .ok_or_else(|| Error::from_errno(errno::EFBIG))
+    }
+}
+
 /// An opened raw image.
 #[derive(Debug)]
 struct RawLayer {
     file: Arc<dyn Device>,
+    /// The driver whose bytes these are, if there is no format at all.
+    bare: Option<&'static str>,
+    window: Window,
 }
 
 impl RawLayer {
@@ -125,11 +217,15 @@ impl RawLayer {
 
 impl Layer for RawLayer {
     fn format(&self) -> &'static str {
-        "raw"
+        self.bare.unwrap_or("raw")
+    }
+
+    fn is_bare(&self) -> bool {
+        self.bare.is_some()
     }
 
     fn len(&self) -> u64 {
-        align_up(self.file.len(), SECTOR)
+        self.window.len(self.file.len())
     }
 
     fn granularity(&self) -> u64 {
@@ -137,13 +233,14 @@ impl Layer for RawLayer {
     }
 
     fn map(&self, range: ByteRange) -> Result<Run> {
-        let there = range.intersect(ByteRange::new(0, self.file.len()));
+        let host = self.window.host(range)?;
+        let there = host.intersect(ByteRange::new(0, self.file.len()));
         Ok(if there.is_empty() {
             // The rest of the last sector.
             Run {
                 len: range.len(),
                 kind: RunKind::Zero {
-                    host: Some((self.device(), range.start())),
+                    host: Some((self.device(), host.start())),
                 },
             }
         } else {
@@ -151,7 +248,7 @@ impl Layer for RawLayer {
                 len: there.len(),
                 kind: RunKind::Data {
                     device: self.device(),
-                    offset: range.start(),
+                    offset: host.start(),
                     holes: Holes::Zero,
                 },
             }
@@ -162,27 +259,39 @@ impl Layer for RawLayer {
         Ok(Box::new(Straight([WriteRun {
             guest: range,
             device: self.device(),
-            offset: range.start(),
+            offset: self.window.host(range)?.start(),
         }])))
     }
 
     fn write_zeroes(&self, range: ByteRange, mode: ZeroMode) -> Result<()> {
-        self.file.write_zeroes(range, mode)
+        self.file.write_zeroes(self.window.host(range)?, mode)
     }
 
     fn discard(&self, range: ByteRange) -> Result<()> {
-        self.file.discard(range)
+        self.file.discard(self.window.host(range)?)
     }
 
     fn info(&self) -> Result<Info> {
-        Ok(Info::default())
+        let below = self.file.info()?;
+        Ok(if self.is_bare() {
+            below
+        } else {
+            Info {
+                cluster_size: below.cluster_size,
+                ..Info::default()
+            }
+        })
     }
 
     fn resize(&self, request: &ResizeRequest) -> Result<()> {
+        if self.window.size.is_some() {
+            return Err(Error::unsupported("Cannot resize fixed-size raw disks"));
+        }
         if request.preallocation == Preallocation::Metadata {
             return Err(Error::unsupported("Unsupported preallocation mode: metadata"));
         }
-        self.file.resize(request.len, request.preallocation)
+        let len = self.window.host(ByteRange::new(0, request.len))?.end();
+        self.file.resize(len, request.preallocation)
     }
 
     fn is_zero_when_new(&self) -> bool {

@@ -1,13 +1,15 @@
 //! An open file or block device.
 
+mod driver;
+
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError, RwLock};
 
 use diskimage_core::{
-    ByteRange, Device, Error, ErrorKind, Extent, Limits, Permissions, Preallocation, Result, ResultExt, Want,
-    ZeroMode,
+    ByteRange, Device, Error, ErrorKind, Extent, Info, Limits, Node, NodeOptions, Permissions, Preallocation,
+    Result, ResultExt, Want, ZeroMode,
 };
 use rustix::fs::{FallocateFlags, OFlags, SeekFrom};
 
@@ -17,12 +19,16 @@ use crate::holes::Holes;
 use crate::lock::Held;
 use crate::name::{ProtocolKind, Target};
 
+pub use driver::Local;
+pub(crate) use driver::{FILE, HOST_CDROM, HOST_DEVICE};
+
 /// An open file or block device.
 #[derive(Debug)]
 pub struct File {
     pub(crate) file: fs::File,
     pub(crate) name: String,
     pub(crate) kind: Kind,
+    protocol: ProtocolKind,
     pub(crate) cache: CacheMode,
     pub(crate) write: bool,
     pub(crate) direct: Option<Direct>,
@@ -36,6 +42,8 @@ pub struct File {
     pub(crate) lent: AtomicBool,
     /// The kernel reports a failed write-back once; what it lost stays lost.
     flush_failed: AtomicBool,
+    /// Whether it takes locks at all.
+    locking: bool,
     locks: Mutex<Held>,
     limits: Limits,
     /// Device and inode.
@@ -51,6 +59,20 @@ pub(crate) enum Kind {
 }
 
 impl Kind {
+    /// `None` for what bytes cannot be read from at any offset.
+    pub(crate) fn of(metadata: &fs::Metadata) -> Option<Self> {
+        let file_type = metadata.file_type();
+        if file_type.is_file() {
+            Some(Self::Regular)
+        } else if file_type.is_block_device() {
+            Some(Self::Block)
+        } else if file_type.is_char_device() {
+            Some(Self::Character)
+        } else {
+            None
+        }
+    }
+
     pub(crate) fn is_device(self) -> bool {
         self != Self::Regular
     }
@@ -99,6 +121,10 @@ impl File {
             file,
             name: name.clone(),
             kind,
+            protocol: target.protocol.unwrap_or(match kind {
+                Kind::Regular => ProtocolKind::File,
+                Kind::Block | Kind::Character => ProtocolKind::HostDevice,
+            }),
             cache,
             write,
             direct,
@@ -107,6 +133,7 @@ impl File {
             growth: RwLock::new(()),
             lent: AtomicBool::new(false),
             flush_failed: AtomicBool::new(false),
+            locking: true,
             locks: Mutex::default(),
             limits,
             identity: (metadata.dev(), metadata.ino()),
@@ -115,13 +142,16 @@ impl File {
         Ok(this)
     }
 
+    /// The same file, without any locks from now on.
+    #[must_use]
+    pub(crate) fn without_locks(mut self) -> Self {
+        self.locking = false;
+        self
+    }
+
     /// The protocol that serves it.
     pub fn protocol(&self) -> ProtocolKind {
-        if self.kind.is_device() {
-            ProtocolKind::HostDevice
-        } else {
-            ProtocolKind::File
-        }
+        self.protocol
     }
 
     /// Whether it is a device, which has the length that it has.
@@ -310,6 +340,9 @@ impl Device for File {
     }
 
     fn lock(&self, permissions: Permissions) -> Result<()> {
+        if !self.locking {
+            return Ok(());
+        }
         let mut held = self.locks.lock().unwrap_or_else(PoisonError::into_inner);
         let wanted = Held::from(permissions);
         held.change_to(wanted, &self.file, &self.name)?;
@@ -332,6 +365,25 @@ impl Device for File {
     fn name(&self) -> String {
         self.name.clone()
     }
+
+    fn info(&self) -> Result<Info> {
+        // None, but a place for them: so the original shows it.
+        Ok(Info {
+            specific: Some(Vec::new()),
+            ..Info::default()
+        })
+    }
+
+    fn node(&self) -> Node {
+        let mut options = NodeOptions::new();
+        options.set("filename", self.name.as_str());
+        Node {
+            driver: self.protocol().name(),
+            options,
+            name: Some(self.name.clone()),
+            children: Vec::new(),
+        }
+    }
 }
 
 impl File {
@@ -347,23 +399,18 @@ impl File {
 
 /// Which kind of file it is, if the protocol takes that kind.
 fn kind_of(metadata: &fs::Metadata, target: &Target) -> Result<Kind> {
-    let file_type = metadata.file_type();
     let path = &target.path;
-    let kind = if file_type.is_file() {
-        Some(Kind::Regular)
-    } else if file_type.is_block_device() {
-        Some(Kind::Block)
-    } else if file_type.is_char_device() {
-        Some(Kind::Character)
-    } else {
-        None
-    };
-    match (target.protocol, kind) {
+    match (target.protocol, Kind::of(metadata)) {
         (None | Some(ProtocolKind::File), Some(Kind::Regular)) => Ok(Kind::Regular),
-        (None | Some(ProtocolKind::HostDevice), Some(kind)) if kind.is_device() => Ok(kind),
-        (Some(ProtocolKind::HostDevice), _) => Err(Error::new(
+        (None | Some(ProtocolKind::HostDevice | ProtocolKind::HostCdrom), Some(kind)) if kind.is_device() => {
+            Ok(kind)
+        }
+        (Some(protocol @ (ProtocolKind::HostDevice | ProtocolKind::HostCdrom)), _) => Err(Error::new(
             ErrorKind::Invalid,
-            format!("'host_device' driver requires '{path}' to be either a character or block device"),
+            format!(
+                "'{}' driver requires '{path}' to be either a character or block device",
+                protocol.name()
+            ),
         )),
         _ => Err(Error::new(
             ErrorKind::Invalid,

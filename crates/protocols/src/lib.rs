@@ -1,23 +1,26 @@
 //! Where the bytes of disk images live: files and block devices.
 //!
-//! [`Target`] reads a name as a user writes it, [`File`] is the open file behind it, and [`CacheMode`] says how its
-//! writes reach the disk. Locks are taken with [`lock`](File), in the bytes that every other user of disk images on
+//! [`parse_name`] reads a name as a user writes it, [`PROTOCOLS`] and [`FILTERS`] are the drivers that options name,
+//! [`File`] is an open file, and [`CacheMode`] says how its writes reach the disk. Locks are taken with [`lock`](File), in the bytes that every other user of disk images on
 //! the machine looks at, so that two of them do not change one image at the same time.
 
 mod cache;
 mod copy;
 mod direct;
 mod file;
+mod filter;
 mod grow;
 mod holes;
 mod lock;
 mod name;
 mod nbd;
+mod protocol;
 mod sys;
 mod zero;
 
 pub use cache::CacheMode;
-pub use file::File;
+pub use file::{File, Local};
+pub use filter::{Below, FILTERS, Filter, FilterChild, FilterRequest, filter_by_name};
 pub use grow::{CREATE_OPTIONS, FileCreation};
 pub use name::{ProtocolKind, Target};
-pub use nbd::{Nbd, parse_nbd_name};
+pub use protocol::{PROTOCOLS, Protocol, ProtocolRequest, parse_name, protocol_by_name};

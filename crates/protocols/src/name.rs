@@ -9,6 +9,8 @@ pub enum ProtocolKind {
     File,
     /// Block devices, and character devices as far as they behave like one.
     HostDevice,
+    /// Optical drives.
+    HostCdrom,
 }
 
 impl ProtocolKind {
@@ -17,6 +19,7 @@ impl ProtocolKind {
         match self {
             Self::File => "file",
             Self::HostDevice => "host_device",
+            Self::HostCdrom => "host_cdrom",
         }
     }
 }
@@ -44,6 +47,9 @@ impl Target {
             Some("file") => Self::with_protocol(None, &name["file:".len()..]).only(ProtocolKind::File),
             Some("host_device") => {
                 Self::with_protocol(None, &name["host_device:".len()..]).only(ProtocolKind::HostDevice)
+            }
+            Some("host_cdrom") => {
+                Self::with_protocol(None, &name["host_cdrom:".len()..]).only(ProtocolKind::HostCdrom)
             }
             Some(other) => return Err(Error::invalid(format!("Unknown protocol '{other}'"))),
         };
@@ -93,7 +99,7 @@ impl Target {
 }
 
 /// What stands before a colon that no slash comes before.
-fn protocol_prefix(name: &str) -> Option<&str> {
+pub(crate) fn protocol_prefix(name: &str) -> Option<&str> {
     let at = name.find([':', '/'])?;
     name[at..].starts_with(':').then_some(&name[..at])
 }

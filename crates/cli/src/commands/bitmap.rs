@@ -1,8 +1,15 @@
 //! `bitmap`: changes persistent bitmaps.
 
-use super::refuse;
+use std::sync::Arc;
+
+use diskimage::{Device, Error, Image, NewBitmap, Objects, OpenOptions, merge_bitmap};
+
+use super::LARGEST;
+use crate::objects::define;
 use crate::out::Console;
-use crate::words::{Command, Flag, Operand, Parser, Stop};
+use crate::printable::printable;
+use crate::source::open_source;
+use crate::words::{Command, Flag, Operand, Parser, Source, Stop, size, text};
 
 /// The table of `bitmap`.
 pub static COMMAND: Command = Command {
@@ -83,10 +90,158 @@ pub static COMMAND: Command = Command {
     negative_operand: None,
 };
 
-/// Reads the words of `bitmap`, which cannot be done yet.
+/// What to do to the bitmap.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Make it.
+    Add,
+    /// Take it away.
+    Remove,
+    /// Unmark everything.
+    Clear,
+    /// Mark what is written from now on.
+    Enable,
+    /// Mark it no longer.
+    Disable,
+    /// Mark what is marked in the bitmap of this name.
+    Merge(String),
+}
+
+impl Action {
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Add => "add",
+            Self::Remove => "remove",
+            Self::Clear => "clear",
+            Self::Enable => "enable",
+            Self::Disable => "disable",
+            Self::Merge(_) => "merge",
+        }
+    }
+}
+
+/// What to do.
+#[derive(Debug)]
+pub struct Args {
+    /// The image.
+    pub image: Source,
+    /// The bitmap's name.
+    pub bitmap: String,
+    /// In the order given.
+    pub actions: Vec<Action>,
+    /// How many bytes one bit of a new bitmap stands for.
+    pub granularity: Option<u64>,
+    /// The image to merge from, if it is another one.
+    pub merge_source: Option<Source>,
+    /// Secrets.
+    pub objects: Arc<Objects>,
+}
+
+impl Args {
+    /// Reads the words.
+    ///
+    /// # Errors
+    /// What is wrong with them.
+    pub fn parse(mut words: Parser) -> Result<Self, Stop> {
+        let (mut format, mut image_opts) = (None, false);
+        let (mut source, mut source_format) = (None, None);
+        let (mut actions, mut granularity) = (Vec::new(), None);
+        let mut objects = Objects::default();
+        while let Some((flag, value)) = words.next_flag()? {
+            match flag {
+                "format" => format = Some(text(value)?),
+                "image-opts" => image_opts = true,
+                "add" => actions.push(Action::Add),
+                "remove" => actions.push(Action::Remove),
+                "clear" => actions.push(Action::Clear),
+                "enable" => actions.push(Action::Enable),
+                "disable" => actions.push(Action::Disable),
+                "merge" => actions.push(Action::Merge(text(value)?)),
+                "granularity" => granularity = Some(size("granularity", &value, 0, LARGEST)?).filter(|size| *size > 0),
+                "source-file" => source = Some(value),
+                "source-format" => source_format = Some(text(value)?),
+                "object" => define(&mut objects, value)?,
+                _ => unreachable!("every option of the table is listed"),
+            }
+        }
+        let mut operands = words.operands().into_iter();
+        let (Some(image), Some(bitmap), None) = (operands.next(), operands.next(), operands.next()) else {
+            return Err(Stop::wrong("Expecting filename and bitmap name"));
+        };
+        if actions.is_empty() {
+            return Err(Stop::wrong(
+                "Need at least one of --add, --remove, --clear, --enable, --disable, or --merge",
+            ));
+        }
+        if granularity.is_some() && !actions.contains(&Action::Add) {
+            return Err(Stop::wrong("granularity only supported with --add"));
+        }
+        if source_format.is_some() && source.is_none() {
+            return Err(Stop::wrong("-F only supported with -b"));
+        }
+        if source.is_some() && !actions.iter().any(|action| matches!(action, Action::Merge(_))) {
+            return Err(Stop::wrong(
+                "Merge bitmap source file only supported with --merge",
+            ));
+        }
+        Ok(Self {
+            image: Source::new(image, format, image_opts)?,
+            bitmap: text(bitmap)?,
+            actions,
+            granularity,
+            merge_source: source
+                .map(|source| Source::new(source, source_format, false))
+                .transpose()?,
+            objects: objects.into(),
+        })
+    }
+}
+
+/// Reads the words of `bitmap` and does it.
 ///
 /// # Errors
-/// What is wrong with the words, or that.
-pub fn run(words: Parser, _console: &Console) -> Result<u8, Stop> {
-    refuse(words, &COMMAND)
+/// What is wrong with the words, images that cannot be opened, and actions that fail; those before stay done.
+pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
+    let args = Args::parse(words)?;
+    let options = || OpenOptions::new().objects(Arc::clone(&args.objects));
+    let image = open_source(&args.image, options().write(true).no_backing(true), console)?;
+    let merge_source = match &args.merge_source {
+        Some(source) => open_source(source, options(), console)?,
+        None => Arc::clone(&image),
+    };
+    for action in &args.actions {
+        act(action, &args, &image, &merge_source).map_err(|error| {
+            let shown = printable(&args.bitmap);
+            error.context(format!("Operation {} on bitmap {shown} failed", action.name()))
+        })?;
+    }
+    image.flush()?;
+    Ok(0)
+}
+
+fn act(action: &Action, args: &Args, image: &Image, merge_source: &Image) -> diskimage::Result<()> {
+    let name = &args.bitmap;
+    let layer = &**image.layer();
+    let Some(bitmaps) = layer.bitmaps() else {
+        return Err(match action {
+            Action::Add => Error::unsupported(format!(
+                "Can't store persistent bitmaps to {}: Operation not supported",
+                image.name()
+            )),
+            Action::Merge(source) => return merge_bitmap(&**merge_source.layer(), source, layer, name),
+            _ => Error::invalid(format!("Dirty bitmap '{name}' not found")),
+        });
+    };
+    match action {
+        Action::Add => bitmaps.add(&NewBitmap {
+            name,
+            granularity: args.granularity,
+            enabled: true,
+        }),
+        Action::Remove => bitmaps.remove(name),
+        Action::Clear => bitmaps.clear(name),
+        Action::Enable => bitmaps.set_enabled(name, true),
+        Action::Disable => bitmaps.set_enabled(name, false),
+        Action::Merge(source) => merge_bitmap(&**merge_source.layer(), source, layer, name),
+    }
 }

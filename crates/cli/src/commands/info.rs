@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 
-use diskimage::{Device, Image, Objects, OpenOptions, Target};
+use diskimage::{Image, Objects, OpenOptions, full_backing_name};
 
 use super::only_image;
 use crate::facts::Facts;
@@ -146,7 +146,7 @@ fn open_each(args: &Args, console: &Console) -> Result<Vec<Arc<Image>>, Stop> {
         let image = open_source(&source, options, console)?;
         let below = image.layer().backing().filter(|_| args.backing_chain);
         let next = below.map(|backing| Source {
-            name: ImageName::File(Target::resolve(&image.name(), &backing.name).into()),
+            name: ImageName::File(full_backing_name(&image.base_name(), &backing.name).into()),
             format: backing.format,
         });
         chain.push(image);

@@ -2,8 +2,6 @@
 
 use std::fmt::Write;
 
-use diskimage::ProtocolKind;
-
 use super::Command;
 use crate::commands;
 
@@ -59,9 +57,10 @@ Recognized commands (run qemu-img COMMAND --help for command-specific help):
         let _ = writeln!(text, "  {} - {}", entry.command.name, entry.command.summary);
     }
     text.push_str("\nSupported image formats:\n\n");
-    let protocols = [ProtocolKind::File, ProtocolKind::HostDevice].map(ProtocolKind::name);
+    let protocols = diskimage::PROTOCOLS.iter().map(|protocol| protocol.name());
+    let filters = diskimage::FILTERS.iter().map(|filter| filter.name());
     let formats = diskimage::FORMATS.iter().map(|format| format.name());
-    let mut names: Vec<_> = protocols.into_iter().chain(formats).collect();
+    let mut names: Vec<_> = protocols.chain(filters).chain(formats).collect();
     names.sort_unstable();
     text.push_str(&filled(&names));
     let _ = writeln!(

@@ -141,7 +141,7 @@ impl Parser<'_> {
                         text.push(simple_escape(escaped)?);
                         continue;
                     }
-                    let (decoded, len) = unicode_escape(&whole[at..])?;
+                    let (decoded, len) = unicode_escape(&whole[at..], quote)?;
                     text.push(decoded);
                     // `\u` has been consumed; all digits are one byte long.
                     for _ in 2..len {
@@ -149,7 +149,7 @@ impl Parser<'_> {
                     }
                 }
                 c if c.is_control() && c.is_ascii() => {
-                    return Err(wrong(&format!("stray '{}'", &whole[..at])));
+                    return Err(wrong(&format!("stray '{}'", &whole[..=at])));
                 }
                 c => text.push(c),
             }
@@ -230,7 +230,7 @@ fn simple_escape(escaped: char) -> Result<char> {
 }
 
 /// Decodes the `\uXXXX`, or two of them for a surrogate pair, at the start of `text`; also how long it is.
-fn unicode_escape(text: &str) -> Result<(char, usize)> {
+fn unicode_escape(text: &str, quote: char) -> Result<(char, usize)> {
     let unit = |at: usize| {
         let digits = text
             .get(at..)
@@ -250,7 +250,11 @@ fn unicode_escape(text: &str) -> Result<(char, usize)> {
         None => None,
     };
     decoded.ok_or_else(|| {
-        let shown = text.char_indices().nth(6).map_or(text, |(end, _)| &text[..end]);
+        // Up to six characters of the string, its end included.
+        let mut shown = text.split_inclusive(quote).next().unwrap_or(text);
+        if let Some((end, _)) = shown.char_indices().nth(6) {
+            shown = &shown[..end];
+        }
         wrong(&format!("{shown} is not a valid Unicode character"))
     })
 }

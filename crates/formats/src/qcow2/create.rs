@@ -37,6 +37,7 @@ pub(super) fn create(request: &CreateRequest<'_>) -> Result<()> {
         for_check: false,
         no_data: false,
         force_share: false,
+        children: Vec::new(),
         options: &mut NodeOptions::new(),
         objects: request.objects,
         gate: request.gate,

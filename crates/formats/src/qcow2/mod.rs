@@ -29,6 +29,7 @@ mod measure;
 mod options;
 mod refcount;
 mod resize;
+mod runtime;
 mod snapshot;
 mod tables;
 mod write;
@@ -42,8 +43,9 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use diskimage_core::options::{OptionDef, Options};
 use diskimage_core::{
     Backing, Bitmaps, Budget, ByteRange, CheckReport, CreateRequest, Device, Encoded, Encoder, Error,
-    ErrorKind, Format, Gate, Info, Layer, Measure, MeasureSource, OpenRequest, Permissions, Preallocation,
-    Probe, Progress, Reference, Repair, ResizeRequest, Result, Role, Run, Score, WritePlan, ZeroMode,
+    ErrorKind, Format, Gate, Info, Layer, Measure, MeasureSource, NodeOptions, OpenRequest, Permissions,
+    Preallocation, Probe, Progress, Reference, Repair, ResizeRequest, Result, Role, Run, Score, WritePlan,
+    ZeroMode,
 };
 
 use self::feature::{Autoclear, Compatible, Incompatible};
@@ -70,6 +72,10 @@ impl Format for Qcow2Format {
         } else {
             0
         }
+    }
+
+    fn children(&self) -> &'static [&'static str] {
+        &["data-file"]
     }
 
     fn open(&self, request: OpenRequest<'_>) -> Result<Arc<dyn Layer>> {
@@ -146,8 +152,9 @@ impl Qcow2 {
     ///
     /// # Errors
     /// What is wrong with the header, and a data file that cannot be had.
-    pub(crate) fn open(request: OpenRequest<'_>) -> Result<Arc<Self>> {
+    pub(crate) fn open(mut request: OpenRequest<'_>) -> Result<Arc<Self>> {
         let header = read_header(&request.file, request.for_check)?;
+        runtime::check(request.options, header.geometry)?;
         if header.features.incompatible.has(Incompatible::CORRUPT) && request.write && !request.for_check {
             return Err(Error::new(
                 ErrorKind::Corrupt,
@@ -159,7 +166,7 @@ impl Qcow2 {
                 "Encrypted qcow2 images cannot be read or written yet",
             ));
         }
-        let data = match data_file(&header, &request)? {
+        let data = match data_file(&header, &mut request)? {
             Some(data) => data,
             None => Arc::clone(&request.file),
         };
@@ -422,8 +429,14 @@ fn read_header(file: &Arc<dyn Device>, for_check: bool) -> Result<Header> {
 }
 
 /// Opens the external data file, if the image has one and it is wanted.
-fn data_file(header: &Header, request: &OpenRequest<'_>) -> Result<Option<Arc<dyn Device>>> {
+fn data_file(header: &Header, request: &mut OpenRequest<'_>) -> Result<Option<Arc<dyn Device>>> {
+    let given = request.take_child("data-file");
     if !header.features.incompatible.has(Incompatible::DATA_FILE) {
+        if given.is_some() {
+            return Err(Error::invalid(
+                "'data-file' can only be set for images with an external data file",
+            ));
+        }
         return match header.features.autoclear.has(Autoclear::DATA_FILE_RAW) && request.write {
             true => Err(Error::corrupt(
                 "data-file-raw is set, but there is no external data file",
@@ -431,8 +444,8 @@ fn data_file(header: &Header, request: &OpenRequest<'_>) -> Result<Option<Arc<dy
             false => Ok(None),
         };
     }
-    if request.no_data {
-        return Ok(None);
+    if given.is_some() || request.no_data {
+        return Ok(given);
     }
     let name = header.extensions.data_file.as_deref();
     let name = name.ok_or_else(|| Error::corrupt("'data-file' is required for this image"))?;
@@ -463,8 +476,11 @@ fn open_data_file(
     from: &str,
     permissions: Permissions,
 ) -> Result<Arc<dyn Device>> {
+    // As there: a data file's name is relative to the current directory, not to the image's.
+    let mut options = NodeOptions::new();
+    options.set("filename", name);
     gate.open(&Reference {
-        name,
+        options: &options,
         from,
         role: Role::Data,
         permissions,

@@ -71,6 +71,7 @@ pub(super) fn open(
         for_check: false,
         no_data: false,
         force_share: false,
+        children: Vec::new(),
         options: &mut NodeOptions::new(),
         objects: &Arc::default(),
         gate,

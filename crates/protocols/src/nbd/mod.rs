@@ -30,10 +30,11 @@ mod wire;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use diskimage_core::{
-    ByteRange, Device, Error, ErrorKind, Extent, Limits, NodeOptions, Objects, Preallocation, Result,
+    ByteRange, Device, Error, ErrorKind, Extent, Limits, Node, NodeOptions, Objects, Preallocation, Result,
     ResultExt, Want, ZeroMode, align_down, errno,
 };
 
+use crate::protocol::{Protocol, ProtocolRequest};
 use connection::Connection;
 use lines::Lines;
 use negotiate::{Export, Style};
@@ -44,22 +45,39 @@ use request::{Command, MAX_SHORT_LEN};
 use status::{StatusCache, kind_of};
 use wire::export;
 
-/// The options that a name `nbd:...` or `nbd://...` stands for.
-///
-/// # Errors
-/// Names of neither form.
-pub fn parse_nbd_name(name: &str) -> Result<NodeOptions> {
-    uri::parse(name)
+/// The protocol's entry in the table.
+#[derive(Debug)]
+pub(crate) struct NbdProtocol;
+
+/// Exports of NBD servers.
+pub(crate) static NBD: NbdProtocol = NbdProtocol;
+
+impl Protocol for NbdProtocol {
+    fn name(&self) -> &'static str {
+        "nbd"
+    }
+
+    fn prefixes(&self) -> &'static [&'static str] {
+        &["nbd", "nbd+tcp", "nbd+unix"]
+    }
+
+    fn parse(&self, name: &str) -> Result<NodeOptions> {
+        uri::parse(name)
+    }
+
+    fn open(&self, request: ProtocolRequest<'_>) -> Result<Arc<dyn Device>> {
+        Ok(Arc::new(Nbd::open(request.options, request.write, request.objects)?))
+    }
 }
 
 /// An export of an NBD server.
 #[derive(Debug)]
-pub struct Nbd {
+struct Nbd {
     lines: Lines,
     export: Export,
     limits: Limits,
     write: bool,
-    name: String,
+    node: Node,
     statuses: StatusCache,
     /// Held while a block is read, changed in part and written again.
     partial: Mutex<()>,
@@ -75,10 +93,10 @@ impl Nbd {
     ///
     /// # Errors
     /// Options that make no sense, no server, servers that refuse, and an export that is read-only but should not be.
-    pub fn open(options: &mut NodeOptions, write: bool, objects: &Objects) -> Result<Self> {
+    fn open(options: &mut NodeOptions, write: bool, objects: &Objects) -> Result<Self> {
         let options = NbdOptions::take(options)?;
         let remote = Remote::new(&options, objects)?;
-        let name = uri::show(&options.address, &options.export);
+        let node = options.node();
         let line = remote.connect_within(options.open_timeout)?;
         let export = line.export().clone();
         if options.context.is_some() && export.context.is_none() {
@@ -97,7 +115,7 @@ impl Nbd {
             export,
             limits,
             write,
-            name,
+            node,
             statuses: StatusCache::default(),
             partial: Mutex::new(()),
         })
@@ -378,7 +396,11 @@ impl Device for Nbd {
     }
 
     fn name(&self) -> String {
-        self.name.clone()
+        self.node.shown_name()
+    }
+
+    fn node(&self) -> Node {
+        self.node.clone()
     }
 }
 

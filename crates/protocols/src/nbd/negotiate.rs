@@ -87,7 +87,9 @@ const MAX_REPLIES: u32 = 1024;
 /// The longest request if the server names no limit, and the longest that a reply is accepted for.
 pub(super) const MAX_REQUEST: u32 = 32 << 20;
 /// The largest unit of requests.
-const MAX_MIN_BLOCK: u32 = 64 << 10;
+const MAX_MIN_BLOCK: u32 = MAX_REQUEST;
+/// A server that takes no whole sector is of no use.
+const SECTOR: u32 = 512;
 /// The longest name of an export or context.
 pub(super) const MAX_NAME: usize = 4096;
 
@@ -410,14 +412,13 @@ impl Handshake {
                 "server minimum block size {min} is larger than {MAX_MIN_BLOCK}"
             )));
         }
-        let max = max.min(MAX_REQUEST);
-        let max = max - max % min;
-        if max == 0 || max < min.max(512) {
+        let fitting = max.min(MAX_REQUEST) / min * min;
+        if fitting < min.max(SECTOR) {
             return Err(Error::corrupt(format!(
                 "server maximum block size {max} is not valid"
             )));
         }
-        (self.export.min_block, self.export.max_block) = (min, max);
+        (self.export.min_block, self.export.max_block) = (min, fitting);
         Ok(())
     }
 

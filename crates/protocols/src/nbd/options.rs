@@ -3,11 +3,11 @@
 use std::time::Duration;
 
 use diskimage_core::options::{OptionDef, OptionKind};
-use diskimage_core::{Error, NodeOptions, Result};
+use diskimage_core::{Error, Node, NodeOptions, Result};
 
 use super::address::{Address, Inet};
 use super::negotiate::MAX_NAME;
-use super::uri::DEFAULT_PORT;
+use super::uri::{DEFAULT_PORT, show};
 
 /// What an export is opened with.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -24,6 +24,8 @@ pub(super) struct NbdOptions {
     pub(super) reconnect_delay: Duration,
     /// For how long opening tries again.
     pub(super) open_timeout: Duration,
+    /// Those among the options that say which bytes these are, as they were given.
+    given: NodeOptions,
 }
 
 const TABLE: &[OptionDef] = &[
@@ -37,6 +39,9 @@ const TABLE: &[OptionDef] = &[
     number("reconnect-delay", "Seconds that requests wait for a lost connection"),
     number("open-timeout", "Seconds for which opening is tried again"),
 ];
+
+/// The options without which it would be another export.
+const STRONG: &[&str] = &["host", "port", "path", "export", "tls-creds", "tls-hostname"];
 
 const SERVER_INET: &[OptionDef] = &[
     text("host", "The server's host"),
@@ -79,6 +84,8 @@ impl NbdOptions {
     /// # Errors
     /// Values that make no sense, and no server or two.
     pub(super) fn take(options: &mut NodeOptions) -> Result<Self> {
+        let mut given = options.clone();
+        given.retain(|name| STRONG.contains(&name) || name.starts_with("server."));
         let server = options.take_node("server");
         let own = options.absorb(TABLE)?;
         let (host, port, path) = (own.text("host"), own.text("port"), own.text("path"));
@@ -121,7 +128,20 @@ impl NbdOptions {
             context,
             reconnect_delay: seconds("reconnect-delay"),
             open_timeout: seconds("open-timeout"),
+            given,
         })
+    }
+}
+
+impl NbdOptions {
+    /// How the export stands in the block graph.
+    pub(super) fn node(&self) -> Node {
+        Node {
+            driver: "nbd",
+            options: self.given.clone(),
+            name: Some(show(&self.address, &self.export)),
+            children: Vec::new(),
+        }
     }
 }
 

@@ -12,7 +12,7 @@ use diskimage::{
 use super::super::create::option_help;
 use super::{Args, Request};
 use crate::out::Console;
-use crate::source::{open_source, plain_name};
+use crate::source::open_source;
 use crate::words::{Parser, Source, Stop, text};
 
 /// Reads the words of `convert` and does it.
@@ -104,7 +104,7 @@ struct Target {
 impl Target {
     /// Checks what can be checked before anything is made.
     fn prepare(args: &Args, sources: &[Arc<Image>]) -> Result<Self, Stop> {
-        let name = plain_name(&args.target.name)?;
+        let name = args.target.name.shown();
         let format = args.target.format.clone();
         let driver = format.as_deref().and_then(format_by_name);
         if let (Some(format), None) = (&format, driver) {

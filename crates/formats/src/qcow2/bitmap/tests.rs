@@ -19,6 +19,7 @@ fn open(file: &Arc<MemoryDevice>, write: bool) -> Result<(Arc<Qcow2>, Image)> {
         for_check: false,
         no_data: false,
         force_share: false,
+        children: Vec::new(),
         options: &mut NodeOptions::new(),
         objects: &Arc::default(),
         gate: &Closed,

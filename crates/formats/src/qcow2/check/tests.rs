@@ -29,6 +29,7 @@ fn check_device(device: Arc<dyn Device>, repair: Repair) -> Found {
         for_check: true,
         no_data: false,
         force_share: false,
+        children: Vec::new(),
         options: &mut NodeOptions::new(),
         objects: &Arc::default(),
         gate: &gate,

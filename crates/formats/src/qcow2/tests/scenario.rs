@@ -150,6 +150,7 @@ pub(super) fn open_layer(devices: &[Arc<dyn Device>], write: bool, for_check: bo
         for_check,
         no_data: false,
         force_share: false,
+        children: Vec::new(),
         options: &mut NodeOptions::new(),
         objects: &Arc::default(),
         gate: data.as_ref().map_or(&Closed as &dyn Gate, |data| data),

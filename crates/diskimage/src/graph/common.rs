@@ -1,0 +1,100 @@
+//! The options that every node has, whatever its driver.
+
+use diskimage_core::options::{OptionDef, OptionKind};
+use diskimage_core::{Error, NodeOptions, Result, ZeroDetection, is_identifier};
+
+use super::Mode;
+
+/// The common options of one node.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Common {
+    pub(crate) mode: Mode,
+    pub(crate) zeroes: ZeroDetection,
+}
+
+const fn option(name: &'static str, kind: OptionKind, help: &'static str) -> OptionDef {
+    OptionDef {
+        name,
+        kind,
+        help,
+        default: None,
+    }
+}
+
+const OPTIONS: &[OptionDef] = &[
+    option("node-name", OptionKind::Text, "Name of the node"),
+    option("read-only", OptionKind::Flag, "Never write to it"),
+    option(
+        "auto-read-only",
+        OptionKind::Flag,
+        "Do not write to it if it cannot be written to",
+    ),
+    option("force-share", OptionKind::Flag, "Do not mind other users"),
+    option("cache.direct", OptionKind::Flag, "Past the system's cache"),
+    option("cache.no-flush", OptionKind::Flag, "Flushing does nothing"),
+    option(
+        "discard",
+        OptionKind::Text,
+        "Whether discarding gives storage back",
+    ),
+    option(
+        "detect-zeroes",
+        OptionKind::Text,
+        "Whether zeroes that are written take storage",
+    ),
+];
+
+impl Common {
+    /// Takes the common options out of a node's; what is not given is as `above`, the node above, has it.
+    ///
+    /// # Errors
+    /// Values that an option does not take, and writing to what is only to be read.
+    pub(crate) fn take(node: &mut NodeOptions, above: Mode) -> Result<Self> {
+        let options = node.absorb(OPTIONS)?;
+        let mode = Mode {
+            force_share: options.flag("force-share").unwrap_or(above.force_share),
+            cache: diskimage_protocols::CacheMode {
+                direct: options.flag("cache.direct").unwrap_or(above.cache.direct),
+                no_flush: options.flag("cache.no-flush").unwrap_or(above.cache.no_flush),
+                ..above.cache
+            },
+            ..above
+        };
+        let unmap = match options.text("discard") {
+            Some("unmap" | "on") => true,
+            Some("ignore" | "off") | None => false,
+            Some(_) => return Err(Error::invalid("Invalid discard option")),
+        };
+        let zeroes = match options.text("detect-zeroes") {
+            None | Some("off") => ZeroDetection::Off,
+            Some("on") => ZeroDetection::On,
+            Some("unmap") if unmap => ZeroDetection::Unmap,
+            Some("unmap") => {
+                return Err(Error::invalid(
+                    "setting detect-zeroes to unmap is not allowed without setting discard operation to unmap",
+                ));
+            }
+            Some(other) => return Err(Error::invalid(format!("invalid parameter value: {other}"))),
+        };
+        if let Some(name) = options.text("node-name")
+            && !(is_identifier(name) && name.len() < MAX_NODE_NAME)
+        {
+            return Err(Error::invalid(format!("Invalid node-name: '{name}'")));
+        }
+        if mode.write
+            && options.flag("read-only") == Some(true)
+            && options.flag("auto-read-only") != Some(true)
+        {
+            return Err(Error::invalid("Block node is read-only"));
+        }
+        if mode.force_share && mode.write {
+            return Err(Error::invalid(
+                "force-share=on can only be used with read-only images",
+            ));
+        }
+        Ok(Self { mode, zeroes })
+    }
+}
+
+/// The original keeps names in 32 bytes, one of which ends them.
+const MAX_NODE_NAME: usize = 32;

@@ -1,0 +1,492 @@
+//! The block graph: from the options of a node to the opened node, with everything below it.
+//!
+//! A node is a format on a file, a filter on other nodes, or a protocol. Which it is follows from `driver`:
+//!
+//! ```text
+//!   driver=qcow2   file ─────────▶ driver=throttle   file ──▶ driver=file   filename=x
+//!                  backing ──▶ ...
+//! ```
+//!
+//! [`Opener`] opens single nodes and what they stand on; [`chain`] adds the images below.
+
+mod chain;
+mod common;
+mod names;
+
+use std::sync::Arc;
+
+use diskimage_core::json::Value;
+use diskimage_core::{
+    Device, Error, ErrorKind, Format, Gate, Image, Layer, Node, NodeOptions, OpenRequest, Permissions,
+    Reference, Result, Role, ZeroDetection,
+};
+use diskimage_formats::{bare_layer, format_by_name};
+use diskimage_protocols::{
+    Below, CacheMode, Filter, FilterChild, FilterRequest, Local, Protocol, ProtocolRequest, filter_by_name,
+    protocol_by_name,
+};
+
+use crate::guess::GuessedRaw;
+use crate::open::OpenOptions;
+use crate::probe::probe;
+use common::Common;
+
+pub(crate) use chain::{open_chain, open_device_chain};
+pub use names::full_backing_name;
+pub(crate) use names::node_of_name;
+
+/// What a driver is.
+enum Driver {
+    Format(&'static dyn Format),
+    Filter(&'static dyn Filter),
+    Protocol(&'static dyn Protocol),
+}
+
+impl Driver {
+    fn of(name: &str) -> Result<Self> {
+        if let Some(format) = format_by_name(name) {
+            Ok(Self::Format(format))
+        } else if let Some(filter) = filter_by_name(name) {
+            Ok(Self::Filter(filter))
+        } else if let Some(protocol) = protocol_by_name(name) {
+            Ok(Self::Protocol(protocol))
+        } else {
+            Err(Error::invalid(format!("Unknown driver '{name}'")))
+        }
+    }
+}
+
+/// The format of this name.
+///
+/// # Errors
+/// There is none.
+pub(crate) fn known_format(name: &str) -> Result<&'static dyn Format> {
+    format_by_name(name).ok_or_else(|| Error::invalid(format!("Unknown driver '{name}'")))
+}
+
+/// Opens nodes for one image and those that it refers to.
+#[derive(Clone)]
+pub(crate) struct Opener<'a> {
+    options: &'a OpenOptions,
+    gate: Arc<dyn Gate>,
+    /// The image whose words are followed; none for those of the user.
+    from: Option<&'a str>,
+    /// How many nodes stand on this one.
+    nesting: u32,
+}
+
+/// How many nodes may stand on each other: each takes some of this program's stack.
+const MAX_NESTING: u32 = 32;
+
+/// How a node is opened.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Mode {
+    pub(crate) write: bool,
+    pub(crate) cache: CacheMode,
+    pub(crate) force_share: bool,
+}
+
+/// An image of a chain, before those below it are known.
+pub(crate) struct Link {
+    pub(crate) layer: Arc<dyn Layer>,
+    /// `None` for what has no format.
+    pub(crate) format: Option<&'static dyn Format>,
+    pub(crate) mode: Mode,
+    pub(crate) node: Node,
+    pub(crate) zeroes: ZeroDetection,
+    /// What the node's options say about the image below: nothing, that there is none, or more.
+    pub(crate) backing: Option<NodeOptions>,
+    pub(crate) no_backing: bool,
+    pub(crate) identity: Option<(u64, u64)>,
+}
+
+impl Link {
+    /// The name that names inside the image are relative to.
+    pub(crate) fn base_name(&self) -> String {
+        self.node.base_name()
+    }
+
+    pub(crate) fn into_image(self, below: Option<Arc<Image>>) -> Arc<Image> {
+        let image = Image::new(self.layer, below, String::new(), self.mode.write);
+        let image = if image.layer().is_bare() {
+            let node = image.layer().file().node();
+            image.with_node(node)
+        } else {
+            image.with_node(self.node)
+        };
+        Arc::new(image.with_zero_detection(self.zeroes))
+    }
+}
+
+impl<'a> Opener<'a> {
+    pub(crate) fn new(options: &'a OpenOptions) -> Self {
+        Self {
+            options,
+            gate: options.gate_or_default(),
+            from: None,
+            nesting: 0,
+        }
+    }
+
+    /// For a node below.
+    fn deeper(&self) -> Result<Self> {
+        if self.nesting >= MAX_NESTING {
+            return Err(Error::new(
+                ErrorKind::Limit,
+                format!("More than {MAX_NESTING} nodes on top of each other"),
+            ));
+        }
+        Ok(Self {
+            nesting: self.nesting + 1,
+            ..self.clone()
+        })
+    }
+
+    /// Opens the node that the options describe as an image without the one below.
+    pub(crate) fn open_link(&self, mut node: NodeOptions, mode: Mode) -> Result<Link> {
+        let driver = self.take_driver(&mut node)?;
+        let common = Common::take(&mut node, mode)?;
+        match driver {
+            Some(Driver::Format(format)) => {
+                let file = self.open_file_of(&mut node, &common)?;
+                let name = file.node().name;
+                self.open_format(file, name, Some(format), node, common)
+            }
+            Some(driver) => {
+                let (device, name) = self.open_device_node(&driver, node, &common)?;
+                Ok(Link {
+                    identity: device.identity(),
+                    node: device.node(),
+                    layer: bare_layer(device, name),
+                    format: None,
+                    mode: common.mode,
+                    zeroes: common.zeroes,
+                    backing: None,
+                    no_backing: false,
+                })
+            }
+            None if node.has("file") || node.has_node("file") => {
+                let file = self.open_file_of(&mut node, &common)?;
+                let name = file.node().name;
+                self.open_format(file, name, None, node, common)
+            }
+            None => Err(Error::invalid("Must specify either driver or file")),
+        }
+    }
+
+    fn take_driver(&self, node: &mut NodeOptions) -> Result<Option<Driver>> {
+        match node.text("driver").map(Driver::of).transpose()? {
+            Some(driver) => {
+                node.take("driver");
+                Ok(Some(driver))
+            }
+            None => Ok(None),
+        }
+    }
+
+    /// Puts a format on `file`, the one that its bytes tell if none is given.
+    pub(crate) fn open_format(
+        &self,
+        file: Arc<dyn Device>,
+        plain_name: Option<String>,
+        format: Option<&'static dyn Format>,
+        mut node: NodeOptions,
+        common: Common,
+    ) -> Result<Link> {
+        let Common { mode, zeroes } = common;
+        let mut device = Arc::clone(&file);
+        let format = match format {
+            Some(format) => format,
+            None => {
+                let name = plain_name.clone().unwrap_or_else(|| file.node().base_name());
+                let format = probe(&*file, &name)?;
+                if format.name() == "raw" && mode.write {
+                    if let Some(warn) = &self.options.on_warning {
+                        warn(&GuessedRaw::warning(&name));
+                    }
+                    device = Arc::new(GuessedRaw::new(Arc::clone(&file), &name));
+                }
+                format
+            }
+        };
+        device.lock(self.options.permissions(Some(format), mode))?;
+        let backing = self.backing_options(format, &mut node)?;
+        let strong = strong_options(format, &node);
+        let mut children = Vec::new();
+        let file_driver = file.node().driver;
+        let mut given = vec![("file".to_owned(), file)];
+        for name in format.children() {
+            if node.has(name) || node.has_node(name) {
+                let child = self.open_child(name, &mut node, &common, false)?.device;
+                given.push(((*name).to_owned(), Arc::clone(&child)));
+                children.push((*name, child));
+            }
+        }
+        // The name of an image inside another would be taken for that of the file.
+        let on_image = format_by_name(file_driver).is_some();
+        let is_plain = strong.is_empty() && given.len() == 1 && !backing.is_given() && !on_image;
+        let shown = plain_name.filter(|_| is_plain);
+        let base_name = Node {
+            name: shown.clone(),
+            children: given.clone(),
+            ..Node::default()
+        }
+        .base_name();
+        let layer = format.open(OpenRequest {
+            file: device,
+            name: &base_name,
+            write: mode.write,
+            for_check: self.options.for_check,
+            no_data: self.options.no_data,
+            force_share: mode.force_share,
+            children,
+            options: &mut node,
+            objects: &self.options.objects,
+            gate: &*self.gate,
+            budget: self.options.budget.clone(),
+        })?;
+        if let Some(name) = node.left_over() {
+            return Err(Error::invalid(format!(
+                "Block format '{}' does not support the option '{name}'",
+                format.name()
+            )));
+        }
+        let (backing, no_backing) = backing.split();
+        Ok(Link {
+            identity: layer.file().identity(),
+            node: Node {
+                driver: format.name(),
+                options: strong,
+                name: shown,
+                children: given,
+            },
+            layer,
+            format: Some(format),
+            mode,
+            zeroes,
+            backing,
+            no_backing,
+        })
+    }
+
+    /// What the options say of the image below, unless that is left alone.
+    fn backing_options(&self, format: &dyn Format, node: &mut NodeOptions) -> Result<BackingWords> {
+        if !format.has_backing() {
+            return Ok(BackingWords::default());
+        }
+        let whole = match node.take("backing") {
+            None => None,
+            Some(Value::Null) => return Ok(BackingWords::none()),
+            Some(Value::Text(text)) if text.is_empty() => {
+                if let Some(warn) = &self.options.on_warning {
+                    warn("Use of \"backing\": \"\" is deprecated; use \"backing\": null instead");
+                }
+                return Ok(BackingWords::none());
+            }
+            Some(other) => Some(other),
+        };
+        if self.options.no_backing {
+            return Ok(BackingWords::default());
+        }
+        let mut below = node.take_node("backing");
+        if let Some(reference) = whole {
+            below.set("", reference);
+        }
+        Ok(BackingWords {
+            below: Some(below).filter(|below| !below.is_empty()),
+            no_backing: false,
+        })
+    }
+
+    /// Opens the node that a format lies on.
+    fn open_file_of(&self, node: &mut NodeOptions, common: &Common) -> Result<Arc<dyn Device>> {
+        Ok(self.open_child("file", node, common, false)?.device)
+    }
+
+    /// Opens the node below called `name`; where no driver is given, as plain bytes or, if `probed`, as an image of the
+    /// format that its bytes tell.
+    fn open_child(&self, name: &str, node: &mut NodeOptions, common: &Common, probed: bool) -> Result<Below> {
+        let missing = || Error::invalid(format!("A block device must be specified for \"{name}\""));
+        match node.take(name) {
+            Some(Value::Null) => return Err(missing()),
+            Some(reference) => {
+                let reference = match reference {
+                    Value::Text(text) => text,
+                    other => other.compact(),
+                };
+                return Err(no_such_node(&reference));
+            }
+            None => {}
+        }
+        let mut child = node.take_node(name);
+        if child.is_empty() {
+            return Err(missing());
+        }
+        let below = |device, image| Below {
+            name: name.to_owned(),
+            device,
+            image,
+        };
+        match self.take_driver(&mut child)? {
+            None if probed && !child.has("filename") => {
+                let image = self.deeper()?.open_image(child, common.mode)?;
+                Ok(below(Arc::clone(&image) as Arc<dyn Device>, Some(image)))
+            }
+            None => {
+                let own = Common::take(&mut child, common.mode)?;
+                if !child.has("filename") {
+                    return Err(Error::invalid("Must specify either driver or file"));
+                }
+                if probed {
+                    let mut node = NodeOptions::new();
+                    node.set_node("file", child);
+                    let image = self.deeper()?.open_image(node, own.mode)?;
+                    return Ok(below(Arc::clone(&image) as Arc<dyn Device>, Some(image)));
+                }
+                Ok(below(self.open_plain(child, &own)?, None))
+            }
+            Some(Driver::Format(format)) => {
+                child.set("driver", format.name());
+                let image = self.deeper()?.open_image(child, common.mode)?;
+                Ok(below(Arc::clone(&image) as Arc<dyn Device>, Some(image)))
+            }
+            Some(driver) => {
+                let own = Common::take(&mut child, common.mode)?;
+                Ok(below(
+                    self.deeper()?.open_device_node(&driver, child, &own)?.0,
+                    None,
+                ))
+            }
+        }
+    }
+
+    /// A local file of whatever kind.
+    fn open_plain(&self, mut node: NodeOptions, common: &Common) -> Result<Arc<dyn Device>> {
+        let driver = Local::serving(node.text("filename").unwrap_or_default());
+        let device = self.open_protocol(driver, &mut node, common.mode)?;
+        require_all_taken(driver.name(), &node)?;
+        Ok(device)
+    }
+
+    /// Opens a protocol or a filter; also the driver's name.
+    fn open_device_node(
+        &self,
+        driver: &Driver,
+        mut node: NodeOptions,
+        common: &Common,
+    ) -> Result<(Arc<dyn Device>, &'static str)> {
+        let (device, name) = match driver {
+            Driver::Protocol(protocol) => {
+                let device = self.open_protocol(*protocol, &mut node, common.mode)?;
+                (device, protocol.name())
+            }
+            Driver::Filter(filter) => (self.open_filter(*filter, &mut node, common)?, filter.name()),
+            Driver::Format(_) => return Err(Error::invalid("A format needs a file")),
+        };
+        require_all_taken(name, &node)?;
+        Ok((device, name))
+    }
+
+    fn open_filter(
+        &self,
+        filter: &dyn Filter,
+        node: &mut NodeOptions,
+        common: &Common,
+    ) -> Result<Arc<dyn Device>> {
+        let mut children = Vec::new();
+        for FilterChild { name, probed, write } in filter.children(node) {
+            let mode = Mode {
+                write: common.mode.write || write,
+                ..common.mode
+            };
+            let common = Common { mode, ..*common };
+            children.push(self.open_child(&name, node, &common, probed)?);
+        }
+        filter.open(FilterRequest {
+            options: node,
+            children,
+            write: common.mode.write,
+            objects: &self.options.objects,
+        })
+    }
+
+    /// Opens a leaf of the graph: what an image names, through the gate only.
+    fn open_protocol(
+        &self,
+        protocol: &dyn Protocol,
+        node: &mut NodeOptions,
+        mode: Mode,
+    ) -> Result<Arc<dyn Device>> {
+        let Some(from) = self.from else {
+            return protocol.open(ProtocolRequest {
+                options: node,
+                write: mode.write,
+                cache: mode.cache,
+                objects: &self.options.objects,
+            });
+        };
+        let mut options = std::mem::take(node);
+        options.set("driver", protocol.name());
+        self.gate.open(&Reference {
+            options: &options,
+            from,
+            role: Role::Backing,
+            // What to lock it for is known when its format is.
+            permissions: Permissions {
+                write: mode.write,
+                ..Permissions::FORCE_SHARE
+            },
+        })
+    }
+}
+
+/// What a node's options say of the image below it.
+#[derive(Default)]
+struct BackingWords {
+    below: Option<NodeOptions>,
+    no_backing: bool,
+}
+
+impl BackingWords {
+    fn none() -> Self {
+        Self {
+            below: None,
+            no_backing: true,
+        }
+    }
+
+    fn is_given(&self) -> bool {
+        self.below.is_some()
+    }
+
+    fn split(self) -> (Option<NodeOptions>, bool) {
+        (self.below, self.no_backing)
+    }
+}
+
+/// The options among `node`'s that make an image of `format` what it is.
+fn strong_options(format: &dyn Format, node: &NodeOptions) -> NodeOptions {
+    let mut strong = node.clone();
+    strong.retain(|name| {
+        format.strong_options().iter().any(|option| {
+            name == *option
+                || name
+                    .strip_prefix(option)
+                    .is_some_and(|rest| rest.starts_with('.'))
+        })
+    });
+    strong
+}
+
+pub(crate) fn require_all_taken(driver: &str, node: &NodeOptions) -> Result<()> {
+    match node.left_over() {
+        Some(name) => Err(Error::invalid(format!(
+            "Block protocol '{driver}' doesn't support the option '{name}'"
+        ))),
+        None => Ok(()),
+    }
+}
+
+fn no_such_node(name: &str) -> Error {
+    Error::invalid(format!("Cannot find device='{name}' nor node-name='{name}'"))
+}

@@ -1,0 +1,163 @@
+//! The options that an image is opened with, as the original checks them.
+//!
+//! Sizes of caches, and which structures are guarded against being written over, change nothing here, nor does when discarded
+//! storage is given back: tables are read in windows of a fixed size, and every place to write to is taken from the reference counts, which are always checked.
+
+use diskimage_core::options::{OptionDef, OptionKind, Options};
+use diskimage_core::{Error, NodeOptions, Result};
+
+use super::header::Geometry;
+
+const fn option(name: &'static str, kind: OptionKind, help: &'static str) -> OptionDef {
+    OptionDef {
+        name,
+        kind,
+        help,
+        default: None,
+    }
+}
+
+const OPTIONS: &[OptionDef] = &[
+    option("lazy-refcounts", OptionKind::Flag, "Postpone refcount updates"),
+    option(
+        "pass-discard-request",
+        OptionKind::Flag,
+        "Pass guest discard requests to the layer below",
+    ),
+    option(
+        "pass-discard-snapshot",
+        OptionKind::Flag,
+        "Discard what deleting a snapshot frees",
+    ),
+    option(
+        "pass-discard-other",
+        OptionKind::Flag,
+        "Discard other clusters that become free",
+    ),
+    option(
+        "discard-no-unref",
+        OptionKind::Flag,
+        "Do not give up discarded clusters",
+    ),
+    option(
+        "overlap-check",
+        OptionKind::Text,
+        "Which overlap checks to perform",
+    ),
+    option(
+        "overlap-check.template",
+        OptionKind::Text,
+        "Which overlap checks to perform",
+    ),
+    option(
+        "overlap-check.main-header",
+        OptionKind::Flag,
+        "Check for the header",
+    ),
+    option(
+        "overlap-check.active-l1",
+        OptionKind::Flag,
+        "Check for the active L1 table",
+    ),
+    option(
+        "overlap-check.active-l2",
+        OptionKind::Flag,
+        "Check for active L2 tables",
+    ),
+    option(
+        "overlap-check.refcount-table",
+        OptionKind::Flag,
+        "Check for the refcount table",
+    ),
+    option(
+        "overlap-check.refcount-block",
+        OptionKind::Flag,
+        "Check for refcount blocks",
+    ),
+    option(
+        "overlap-check.snapshot-table",
+        OptionKind::Flag,
+        "Check for the snapshot table",
+    ),
+    option(
+        "overlap-check.inactive-l1",
+        OptionKind::Flag,
+        "Check for L1 tables of snapshots",
+    ),
+    option(
+        "overlap-check.inactive-l2",
+        OptionKind::Flag,
+        "Check for L2 tables of snapshots",
+    ),
+    option(
+        "overlap-check.bitmap-directory",
+        OptionKind::Flag,
+        "Check for the bitmap directory",
+    ),
+    option("cache-size", OptionKind::Size, "Size of both caches"),
+    option("l2-cache-size", OptionKind::Size, "Size of the L2 table cache"),
+    option(
+        "l2-cache-entry-size",
+        OptionKind::Size,
+        "Size of an entry of that cache",
+    ),
+    option(
+        "refcount-cache-size",
+        OptionKind::Size,
+        "Size of the refcount block cache",
+    ),
+    option(
+        "cache-clean-interval",
+        OptionKind::Number,
+        "Seconds after which unused entries go",
+    ),
+];
+
+/// Takes the options out of the node's.
+///
+/// # Errors
+/// Values that an option does not take, and options that do not go together.
+pub(super) fn check(node: &mut NodeOptions, geometry: Geometry) -> Result<()> {
+    let options = node.absorb(OPTIONS)?;
+    for name in ["overlap-check", "overlap-check.template"] {
+        if let Some(value) = options.text(name)
+            && !["none", "constant", "cached", "all"].contains(&value)
+        {
+            return Err(Error::invalid(format!(
+                "Unsupported value '{value}' for qcow2 option 'overlap-check'. Allowed are any of the following: \
+                 none, constant, cached, all"
+            )));
+        }
+    }
+    check_caches(&options, geometry)
+}
+
+fn check_caches(options: &Options, geometry: Geometry) -> Result<()> {
+    let given = |name| options.size(name).filter(|_| options.is_given(name));
+    let (both, l2, refcount) = (
+        given("cache-size"),
+        given("l2-cache-size"),
+        given("refcount-cache-size"),
+    );
+    if let Some(both) = both {
+        if l2.is_some() && refcount.is_some() {
+            return Err(Error::invalid(
+                "cache-size, l2-cache-size and refcount-cache-size may not be set at the same time",
+            ));
+        }
+        for (name, part) in [("l2-cache-size", l2), ("refcount-cache-size", refcount)] {
+            if part.is_some_and(|part| part > both) {
+                return Err(Error::invalid(format!("{name} may not exceed cache-size")));
+            }
+        }
+    }
+    let cluster = geometry.cluster_size();
+    if let Some(entry) = given("l2-cache-entry-size")
+        && !(entry.is_power_of_two() && (512..=cluster).contains(&entry))
+    {
+        return Err(Error::invalid(format!(
+            "L2 cache entry size must be a power of two between 512 and the cluster size ({cluster})"
+        )));
+    }
+    Ok(())
+}

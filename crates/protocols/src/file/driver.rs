@@ -1,0 +1,103 @@
+//! The drivers `file`, `host_device` and `host_cdrom`: entries of the protocol table.
+
+use std::fs;
+use std::sync::Arc;
+
+use diskimage_core::options::{OptionDef, OptionKind};
+use diskimage_core::{Device, Error, NodeOptions, Result};
+
+use super::{File, Kind};
+use crate::name::{ProtocolKind, Target};
+use crate::protocol::{Protocol, ProtocolRequest};
+
+/// A driver for local files.
+#[derive(Debug)]
+pub struct Local {
+    kind: ProtocolKind,
+    prefixes: &'static [&'static str],
+}
+
+/// Regular files.
+pub(crate) static FILE: Local = Local {
+    kind: ProtocolKind::File,
+    prefixes: &["file"],
+};
+
+/// Block devices, and character devices as far as they behave like one.
+pub(crate) static HOST_DEVICE: Local = Local {
+    kind: ProtocolKind::HostDevice,
+    prefixes: &["host_device"],
+};
+
+/// Optical drives.
+pub(crate) static HOST_CDROM: Local = Local {
+    kind: ProtocolKind::HostCdrom,
+    prefixes: &["host_cdrom"],
+};
+
+impl Local {
+    /// The driver that serves the file at `path`.
+    pub fn serving(path: &str) -> &'static Self {
+        match fs::metadata(path).map(|metadata| Kind::of(&metadata)) {
+            Ok(Some(kind)) if kind.is_device() => &HOST_DEVICE,
+            _ => &FILE,
+        }
+    }
+}
+
+const OPTIONS: &[OptionDef] = &[
+    OptionDef {
+        name: "filename",
+        kind: OptionKind::Text,
+        help: "File name of the image",
+        default: None,
+    },
+    OptionDef {
+        name: "locking",
+        kind: OptionKind::Text,
+        help: "Whether to lock the file (on, off, auto)",
+        default: Some("auto"),
+    },
+];
+
+impl Protocol for Local {
+    fn name(&self) -> &'static str {
+        self.kind.name()
+    }
+
+    fn prefixes(&self) -> &'static [&'static str] {
+        self.prefixes
+    }
+
+    fn parse(&self, name: &str) -> Result<NodeOptions> {
+        let target = Target::parse(name)?;
+        let mut options = NodeOptions::new();
+        options.set("filename", target.path);
+        Ok(options)
+    }
+
+    fn open(&self, request: ProtocolRequest<'_>) -> Result<Arc<dyn Device>> {
+        let options = request.options.absorb(OPTIONS)?;
+        let locking = match options.text("locking") {
+            Some("auto" | "on") | None => true,
+            Some("off") => false,
+            Some(other) => return Err(Error::invalid(format!("invalid parameter value: {other}"))),
+        };
+        let path = options
+            .text("filename")
+            .filter(|path| !path.is_empty())
+            .ok_or_else(|| {
+                Error::invalid(format!("The '{}' block driver requires a file name", self.name()))
+            })?;
+        let target = Target {
+            protocol: Some(self.kind),
+            path: path.to_owned(),
+        };
+        let file = File::open(&target, request.write, request.cache)?;
+        Ok(Arc::new(if locking { file } else { file.without_locks() }))
+    }
+
+    fn can_create(&self) -> bool {
+        self.kind == ProtocolKind::File
+    }
+}

@@ -1,0 +1,86 @@
+//! The entries of the protocol table.
+
+use std::fmt::Debug;
+use std::sync::Arc;
+
+use diskimage_core::{Device, Error, NodeOptions, Objects, Result};
+
+use crate::cache::CacheMode;
+use crate::file::{FILE, HOST_CDROM, HOST_DEVICE};
+use crate::filter::filter_by_prefix;
+use crate::name::protocol_prefix;
+use crate::nbd::NBD;
+
+/// A protocol: where bytes live. A unit struct listed once in [`PROTOCOLS`].
+pub trait Protocol: Debug + Sync {
+    /// The driver's name.
+    fn name(&self) -> &'static str;
+
+    /// What names of this protocol have before their first colon; none if it has no such names.
+    fn prefixes(&self) -> &'static [&'static str];
+
+    /// The options that a name stands for, prefix included, as [`Protocol::open`] takes them.
+    ///
+    /// # Errors
+    /// What is wrong with the name.
+    fn parse(&self, name: &str) -> Result<NodeOptions>;
+
+    /// Opens what the options name, taking those that it knows.
+    ///
+    /// # Errors
+    /// Options that make no sense, and why it could not be opened.
+    fn open(&self, request: ProtocolRequest<'_>) -> Result<Arc<dyn Device>>;
+
+    /// Whether there is a way to make a new image with the protocol alone.
+    fn can_create(&self) -> bool {
+        false
+    }
+
+    /// Whether a new image can go into something that is there.
+    fn takes_images(&self) -> bool {
+        true
+    }
+}
+
+/// What a protocol opens with.
+#[derive(Debug)]
+pub struct ProtocolRequest<'a> {
+    /// The options of the node.
+    pub options: &'a mut NodeOptions,
+    /// Whether it will be changed.
+    pub write: bool,
+    /// How requests reach the disk.
+    pub cache: CacheMode,
+    /// What options refer to by name.
+    pub objects: &'a Arc<Objects>,
+}
+
+/// Every protocol.
+pub static PROTOCOLS: &[&dyn Protocol] = &[&FILE, &HOST_DEVICE, &HOST_CDROM, &NBD];
+
+/// The protocol of this name.
+pub fn protocol_by_name(name: &str) -> Option<&'static dyn Protocol> {
+    PROTOCOLS.iter().copied().find(|protocol| protocol.name() == name)
+}
+
+/// The options that a name stands for as a user writes it: a path, or a protocol or filter and what it needs.
+///
+/// # Errors
+/// Protocols that there are none of, and what is wrong with the rest.
+pub fn parse_name(name: &str) -> Result<NodeOptions> {
+    let Some(prefix) = protocol_prefix(name) else {
+        let mut options = NodeOptions::new();
+        options.set("filename", name);
+        return Ok(options);
+    };
+    let known = PROTOCOLS
+        .iter()
+        .find(|protocol| protocol.prefixes().contains(&prefix));
+    let (driver, mut options) = match (known, filter_by_prefix(prefix)) {
+        (Some(protocol), _) => (protocol.name(), protocol.parse(name)?),
+        (None, Some(filter)) => (filter.name(), filter.parse(name)?),
+        (None, None) => return Err(Error::invalid(format!("Unknown protocol '{prefix}'"))),
+    };
+    options.set("driver", driver);
+    Ok(options)
+}
