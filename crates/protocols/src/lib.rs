@@ -23,4 +23,5 @@ pub use file::{File, Local};
 pub use filter::{Below, FILTERS, Filter, FilterChild, FilterRequest, filter_by_name};
 pub use grow::{CREATE_OPTIONS, FileCreation};
 pub use name::{ProtocolKind, Target};
+pub use nbd::check_tls_creds;
 pub use protocol::{PROTOCOLS, Protocol, ProtocolRequest, parse_name, protocol_by_name};

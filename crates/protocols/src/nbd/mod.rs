@@ -31,6 +31,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use diskimage_core::{
     ByteRange, Device, Error, ErrorKind, Extent, Limits, Node, NodeOptions, Objects, Preallocation, Result,
+    TlsCreds, TlsKind,
     ResultExt, Want, ZeroMode, align_down, errno,
 };
 
@@ -68,6 +69,22 @@ impl Protocol for NbdProtocol {
     fn open(&self, request: ProtocolRequest<'_>) -> Result<Arc<dyn Device>> {
         Ok(Arc::new(Nbd::open(request.options, request.write, request.objects)?))
     }
+}
+
+/// Checks credentials and the files that they name before anybody connects with them.
+///
+/// # Errors
+/// Files that are missing or that hold something else.
+pub fn check_tls_creds(creds: &TlsCreds) -> Result<()> {
+    if creds.kind != TlsKind::Anon && creds.dir.is_none() {
+        return Err(Error::invalid("Missing 'dir' property value"));
+    }
+    // The files of a server are its own matter.
+    #[cfg(feature = "tls")]
+    if matches!(creds.kind, TlsKind::X509 { .. }) && !creds.is_server {
+        tls::Credentials::load(creds)?;
+    }
+    Ok(())
 }
 
 /// An export of an NBD server.

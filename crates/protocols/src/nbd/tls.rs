@@ -5,7 +5,7 @@
 
 use std::fs;
 use std::io::{self, Read, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use diskimage_core::{Error, ErrorKind, Result, ResultExt, TlsCreds, TlsKind};
@@ -36,19 +36,18 @@ impl Credentials {
     /// Credentials of a server, kinds that there is no support for, and files that cannot be read.
     pub(super) fn load(creds: &TlsCreds) -> Result<Self> {
         if creds.is_server {
-            return Err(Error::invalid("Expecting TLS credentials with a client endpoint"));
+            return Err(Error::invalid("Expected TLS credentials for a client endpoint"));
         }
-        match &creds.kind {
-            TlsKind::X509 { .. } => {}
-            TlsKind::Psk { .. } => {
-                return Err(Error::unsupported("TLS with pre-shared keys is not available in this build"));
-            }
-            TlsKind::Anon => {
-                return Err(Error::unsupported("TLS with anonymous credentials is not available in this build"));
-            }
+        let password_id = match &creds.kind {
+            TlsKind::X509 { password_id } => password_id,
+            TlsKind::Psk { .. } => return Err(unavailable("TLS with pre-shared keys is")),
+            TlsKind::Anon => return Err(unavailable("TLS with anonymous credentials is")),
+        };
+        if password_id.is_some() {
+            return Err(unavailable("Encrypted keys for TLS are"));
         }
         if creds.priority.is_some() {
-            return Err(Error::unsupported("TLS priority strings are not available in this build"));
+            return Err(unavailable("Priority strings for TLS are"));
         }
         let dir = creds
             .dir
@@ -98,14 +97,20 @@ impl Credentials {
     }
 }
 
+fn unavailable(what: &str) -> Error {
+    Error::unsupported(format!("{what} not available in this build"))
+}
+
 fn configure(dir: &Path, verify_peer: bool) -> Result<ClientConfig> {
     let provider = Arc::new(ring::default_provider());
     let ca = dir.join("ca-cert.pem");
     let mut roots = RootCertStore::empty();
+    let bad_list = || Error::corrupt(format!("Unable to import CA certificate list {}", ca.display()));
     for certificate in certificates(&ca, &require(&ca)?)? {
-        roots
-            .add(certificate)
-            .map_err(|error| Error::corrupt(format!("Unable to import CA certificate {}: {error}", ca.display())))?;
+        roots.add(certificate).map_err(|_| bad_list())?;
+    }
+    if roots.is_empty() {
+        return Err(bad_list());
     }
     let builder = ClientConfig::builder_with_provider(Arc::clone(&provider))
         .with_safe_default_protocol_versions()
@@ -131,9 +136,8 @@ fn configure(dir: &Path, verify_peer: bool) -> Result<ClientConfig> {
     };
     let (cert, key) = (dir.join("client-cert.pem"), dir.join("client-key.pem"));
     match (read(&cert)?, read(&key)?) {
-        (None, None) => Ok(builder.with_no_client_auth()),
-        (Some(_), None) => Err(missing(&key)),
-        (None, Some(_)) => Err(missing(&cert)),
+        // As there: one without the other is of no use.
+        (None, _) | (_, None) => Ok(builder.with_no_client_auth()),
         (Some(certificate), Some(private)) => {
             let chain = certificates(&cert, &certificate)?;
             let private = PrivateKeyDer::from_pem_slice(&private).map_err(|error| bad_file(&key, &error))?;
@@ -155,10 +159,10 @@ fn certificates(path: &Path, pem: &[u8]) -> Result<Vec<CertificateDer<'static>>>
 }
 
 fn bad_file(path: &Path, error: &rustls::pki_types::pem::Error) -> Error {
-    Error::corrupt(format!("Unable to import {}: {error}", path.display()))
+    Error::corrupt(format!("Unable to import CA certificate list {}: {error}", path.display()))
 }
 
-fn require(path: &PathBuf) -> Result<Vec<u8>> {
+fn require(path: &Path) -> Result<Vec<u8>> {
     read(path)?.ok_or_else(|| missing(path))
 }
 
