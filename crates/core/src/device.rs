@@ -63,6 +63,11 @@ pub trait Device: Debug + Send + Sync {
     /// What the operating system says, and modes that the device does not offer.
     fn resize(&self, len: u64, preallocation: Preallocation) -> Result<()>;
 
+    /// The words for that a new image does not fit, where the length is what it is.
+    fn too_short(&self) -> &'static str {
+        "Cannot grow device files"
+    }
+
     /// Moves `len` bytes from `offset` here to `target_offset` of `target` without passing them through this
     /// process, if the two devices know a way. `Ok(false)` means nothing was done and the caller copies.
     ///

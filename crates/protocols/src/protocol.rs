@@ -63,6 +63,15 @@ pub fn protocol_by_name(name: &str) -> Option<&'static dyn Protocol> {
     PROTOCOLS.iter().copied().find(|protocol| protocol.name() == name)
 }
 
+/// The protocol that a name is of, if it says so.
+pub fn protocol_of_name(name: &str) -> Option<&'static dyn Protocol> {
+    let prefix = protocol_prefix(name)?;
+    PROTOCOLS
+        .iter()
+        .copied()
+        .find(|protocol| protocol.prefixes().contains(&prefix))
+}
+
 /// The options that a name stands for as a user writes it: a path, or a protocol or filter and what it needs.
 ///
 /// # Errors
@@ -73,10 +82,7 @@ pub fn parse_name(name: &str) -> Result<NodeOptions> {
         options.set("filename", name);
         return Ok(options);
     };
-    let known = PROTOCOLS
-        .iter()
-        .find(|protocol| protocol.prefixes().contains(&prefix));
-    let (driver, mut options) = match (known, filter_by_prefix(prefix)) {
+    let (driver, mut options) = match (protocol_of_name(name), filter_by_prefix(prefix)) {
         (Some(protocol), _) => (protocol.name(), protocol.parse(name)?),
         (None, Some(filter)) => (filter.name(), filter.parse(name)?),
         (None, None) => return Err(Error::invalid(format!("Unknown protocol '{prefix}'"))),

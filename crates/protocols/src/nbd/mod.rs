@@ -408,6 +408,10 @@ impl Device for Nbd {
         }
     }
 
+    fn too_short(&self) -> &'static str {
+        "Cannot grow NBD nodes"
+    }
+
     fn is_zero_when_new(&self) -> bool {
         false
     }

@@ -140,6 +140,15 @@ impl Handshake {
         std::mem::take(&mut self.output)
     }
 
+    /// What to send to a server that did not do as it was asked, before the connection is given up.
+    pub(super) fn abort(&mut self) -> Vec<u8> {
+        self.output.clear();
+        if matches!(self.state, State::Reply(_) | State::Body(..)) {
+            self.put_option(option::ABORT, &[]);
+        }
+        self.output()
+    }
+
     /// What was agreed on, after [`Next::Done`].
     pub(super) fn finish(self) -> Export {
         self.export
@@ -492,7 +501,7 @@ fn no_starttls() -> Error {
 fn option_name(option: u32) -> &'static str {
     match option {
         option::EXPORT_NAME => "export name",
-        2 => "abort",
+        option::ABORT => "abort",
         3 => "list",
         4 => "peek export",
         option::STARTTLS => "starttls",

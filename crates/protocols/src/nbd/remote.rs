@@ -92,7 +92,10 @@ impl Remote {
                 .reader
                 .read_exact(&mut bytes)
                 .map_err(|error| unread(handshake.awaited(), &error, handshake.is_encrypted()))?;
-            let next = handshake.take(&bytes)?;
+            let next = handshake.take(&bytes).inspect_err(|_| {
+                // Politeness, which need not arrive.
+                let _ = send(&mut channel, &handshake.abort());
+            })?;
             send(&mut channel, &handshake.output())?;
             match next {
                 Next::Read => {}

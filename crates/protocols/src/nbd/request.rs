@@ -29,8 +29,9 @@ pub(super) enum Command {
     BlockStatus,
 }
 
-/// Without extended headers a length has 32 bits.
-pub(super) const MAX_SHORT_LEN: u64 = u32::MAX as u64;
+/// The longest range of a request without extended headers. There are 32 bits for it, but servers are known that fail
+/// just below their end.
+pub(super) const MAX_SHORT_LEN: u64 = 1 << 31;
 
 const NO_HOLE: u16 = 1 << 1;
 const FAST_ZERO: u16 = 1 << 4;
@@ -61,7 +62,7 @@ impl Command {
     }
 }
 
-/// The head of a request. Without extended headers its range is shorter than [`MAX_SHORT_LEN`].
+/// The head of a request. Without extended headers its range is no longer than [`MAX_SHORT_LEN`].
 pub(super) fn encode(style: Style, command: Command, cookie: u64, range: ByteRange) -> Vec<u8> {
     let mut head = Vec::with_capacity(32);
     let magic = match style {
