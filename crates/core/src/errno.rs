@@ -4,5 +4,9 @@
 pub const EIO: i32 = 5;
 /// `Invalid argument`: what file systems answer to lengths that are no lengths.
 pub const EINVAL: i32 = 22;
+/// `No space left on device`: no room for what an image should say.
+pub const ENOSPC: i32 = 28;
+/// `Operation not supported`.
+pub const ENOTSUP: i32 = 95;
 /// `File too large`.
 pub const EFBIG: i32 = 27;

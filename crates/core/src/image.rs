@@ -135,6 +135,16 @@ impl Image {
         self.layer.write_encoded(offset, bytes)
     }
 
+    /// Gives up all data, so that the image below shows everywhere.
+    ///
+    /// # Errors
+    /// What the format cannot do.
+    pub fn make_empty(&self) -> Result<()> {
+        self.require_writable()?;
+        self.forget_decoded();
+        self.layer.make_empty()
+    }
+
     /// Changes the size of the disk.
     ///
     /// # Errors

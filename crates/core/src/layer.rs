@@ -125,6 +125,23 @@ pub trait Layer: Debug + Send + Sync {
         Err(Error::unsupported("This image format does not support checks"))
     }
 
+    /// Names another image below, or none; what was written so far is durable before. The layer itself goes on with what
+    /// it was opened on.
+    ///
+    /// # Errors
+    /// `Operation not supported` if the format has no images below; names that are too long.
+    fn set_backing(&self, _backing: Option<&Backing>) -> Result<()> {
+        Err(Error::from_errno(crate::errno::ENOTSUP))
+    }
+
+    /// Gives up all data, so that the image below shows everywhere.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`](crate::ErrorKind::Unsupported) if the format has no way.
+    fn make_empty(&self) -> Result<()> {
+        Err(Error::unsupported("This image format cannot be emptied"))
+    }
+
     /// Refuses what [`Layer::resize`] would refuse, before anything has changed.
     ///
     /// # Errors

@@ -101,11 +101,8 @@ fn copy_marks(from: &dyn Bitmaps, from_name: &str, to: &dyn Bitmaps, name: &str)
         }
         Ok(())
     })?;
-    if batch.is_empty() {
-        Ok(())
-    } else {
-        to.mark(name, &batch)
-    }
+    // Also without a mark: whether there may be any is checked.
+    to.mark(name, &batch)
 }
 
 fn bitmaps_of(layer: &dyn Layer) -> Result<&dyn Bitmaps> {

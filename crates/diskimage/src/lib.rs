@@ -28,6 +28,7 @@
 //! [`Budget`] has.
 
 mod bitmaps;
+mod commit;
 mod compare;
 mod convert;
 mod create;
@@ -44,6 +45,7 @@ mod snapshot;
 mod testing;
 
 pub use bitmaps::{check_bitmaps, copy_bitmaps, merge_bitmap};
+pub use commit::{Commit, depth_of};
 pub use compare::{CompareError, Comparison, Difference, Verdict};
 pub use convert::{Conversion, DEFAULT_SPARSE, MAX_SPARSE, OnLost, total_len};
 pub use create::{Creation, Prepared};

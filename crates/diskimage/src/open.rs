@@ -22,6 +22,7 @@ pub struct OpenOptions {
     force_share: bool,
     exclusive: bool,
     pub(crate) no_backing: bool,
+    pub(crate) write_below: Option<usize>,
     pub(crate) no_data: bool,
     pub(crate) for_check: bool,
     pub(crate) objects: Arc<Objects>,
@@ -78,6 +79,13 @@ impl OpenOptions {
     #[must_use]
     pub fn exclusive(mut self, exclusive: bool) -> Self {
         self.exclusive = exclusive;
+        self
+    }
+
+    /// Which of the images below will be changed as well, 1 being the one right below.
+    #[must_use]
+    pub fn write_below(mut self, depth: usize) -> Self {
+        self.write_below = Some(depth);
         self
     }
 

@@ -65,6 +65,13 @@ pub(crate) fn image(format: &str, options: &str, size: u64) -> (Arc<Image>, Arc<
     (open(&device, format, None), memory)
 }
 
+/// A new image in memory on top of another.
+pub(crate) fn image_on(format: &str, options: &str, size: u64, backing: Option<&Arc<Image>>) -> Arc<Image> {
+    let device: Arc<dyn Device> = Arc::new(MemoryDevice::default());
+    create(&device, format, options, size);
+    open(&device, format, backing.cloned())
+}
+
 /// A raw image with these bytes.
 pub(crate) fn raw(bytes: Vec<u8>) -> Arc<Image> {
     let device: Arc<dyn Device> = Arc::new(MemoryDevice::new(bytes));

@@ -157,7 +157,9 @@ impl Args {
                 "enable" => actions.push(Action::Enable),
                 "disable" => actions.push(Action::Disable),
                 "merge" => actions.push(Action::Merge(text(value)?)),
-                "granularity" => granularity = Some(size("granularity", &value, 0, LARGEST)?).filter(|size| *size > 0),
+                "granularity" => {
+                    granularity = Some(size("granularity", &value, 0, LARGEST)?).filter(|size| *size > 0)
+                }
                 "source-file" => source = Some(value),
                 "source-format" => source_format = Some(text(value)?),
                 "object" => define(&mut objects, value)?,

@@ -1,8 +1,15 @@
 //! `commit`: writes the changes of an image to its backing file.
 
-use super::refuse;
+use std::sync::Arc;
+
+use diskimage::{CacheMode, Commit, Device, Objects, OpenOptions, depth_of};
+
+use super::{LARGEST, only_image};
+use crate::objects::define;
 use crate::out::Console;
-use crate::words::{Command, Flag, Operand, Parser, Stop};
+use crate::printable::printable;
+use crate::source::open_source;
+use crate::words::{Command, Flag, Operand, Parser, Source, Stop, size, target_cache, text};
 
 /// The table of `commit`.
 pub static COMMAND: Command = Command {
@@ -59,10 +66,115 @@ pub static COMMAND: Command = Command {
     negative_operand: None,
 };
 
-/// Reads the words of `commit`, which cannot be done yet.
+/// What to commit.
+#[derive(Debug)]
+pub struct Args {
+    /// The image.
+    pub image: Source,
+    /// The image of its chain that gets the data; the one right below if not given.
+    pub base: Option<String>,
+    /// Leave the image as it is.
+    pub keep: bool,
+    /// How requests reach the disk.
+    pub cache: CacheMode,
+    /// The most bytes per second; 0 is no limit.
+    pub rate: u64,
+    /// Print only errors.
+    pub quiet: bool,
+    /// Show progress.
+    pub progress: bool,
+    /// Secrets.
+    pub objects: Arc<Objects>,
+}
+
+impl Args {
+    /// Reads the words.
+    ///
+    /// # Errors
+    /// What is wrong with them.
+    pub fn parse(mut words: Parser) -> Result<Self, Stop> {
+        let (mut format, mut image_opts, mut cache) = (None, false, None);
+        let (mut base, mut keep, mut rate) = (None, false, 0);
+        let (mut quiet, mut progress) = (false, false);
+        let mut objects = Objects::default();
+        while let Some((flag, value)) = words.next_flag()? {
+            match flag {
+                "quiet" => quiet = true,
+                "progress" => progress = true,
+                "format" => format = Some(text(value)?),
+                "image-opts" => image_opts = true,
+                "cache" => cache = Some(value),
+                "drop" => keep = true,
+                "base" => {
+                    base = Some(text(value)?);
+                    // What is between would not go with the emptied image.
+                    keep = true;
+                }
+                "rate" => rate = size("rate limit", &value, 0, LARGEST)?,
+                "object" => define(&mut objects, value)?,
+                _ => unreachable!("every option of the table is listed"),
+            }
+        }
+        let image = only_image(words)?;
+        let cache = target_cache(cache.as_deref(), CacheMode::WRITEBACK)?;
+        Ok(Self {
+            image: Source::new(image, format, image_opts)?,
+            base,
+            keep,
+            cache,
+            rate,
+            quiet,
+            progress: progress && !quiet,
+            objects: objects.into(),
+        })
+    }
+}
+
+/// Reads the words of `commit` and does it.
 ///
 /// # Errors
-/// What is wrong with the words, or that.
-pub fn run(words: Parser, _console: &Console) -> Result<u8, Stop> {
-    refuse(words, &COMMAND)
+/// What is wrong with the words, images that cannot be opened, and failures to read or write.
+pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
+    let args = Args::parse(words)?;
+    let progress = crate::progress::Progress::new(args.progress, console);
+    let options = || {
+        OpenOptions::new()
+            .objects(Arc::clone(&args.objects))
+            .cache(args.cache)
+    };
+    let depth = match &args.base {
+        None => 1,
+        Some(base) => {
+            let image = open_source(&args.image, options().write(true), console)?;
+            depth_of(&image, base).ok_or_else(|| {
+                let shown = args.image.name.shown();
+                Stop::wrong(format!(
+                    "Did not find '{}' in the backing chain of '{}'",
+                    printable(base),
+                    printable(&shown)
+                ))
+            })?
+        }
+    };
+    let writing = options().write(true).resize(true).write_below(depth);
+    let image = open_source(&args.image, writing, console)?;
+    let report = |done, total| progress.set(done, total);
+    let commit = Commit {
+        top: &image,
+        depth,
+        rate: Some(args.rate).filter(|rate| *rate > 0),
+        progress: diskimage::Progress::new(&report),
+    };
+    commit.run()?;
+    if !args.keep {
+        image.make_empty().map_err(|error| {
+            error.context(format!("Could not empty {}", printable(&args.image.name.shown())))
+        })?;
+        image.flush()?;
+    }
+    progress.complete();
+    if !args.quiet {
+        console.print("Image committed.\n");
+    }
+    Ok(0)
 }

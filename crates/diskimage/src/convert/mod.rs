@@ -51,8 +51,12 @@ pub struct Conversion<'a> {
     /// Whether to go on with zeroes where the source cannot be read.
     pub salvage: bool,
     /// Set if the target has an image below it with the contents of the images below the source: the length of that
-    /// image. Only what the topmost source image has itself is copied then.
+    /// image. Only what the topmost [`Conversion::layers`] images of the source have themselves is copied then.
     pub backing_len: Option<u64>,
+    /// How many images of the source's chain are copied from, with [`Conversion::backing_len`].
+    pub layers: u32,
+    /// Whether zeroes in what is data according to tables are looked for.
+    pub detect_zeroes: bool,
     /// Whether the target reads as zero so far, but for what shows from the image below.
     pub target_is_zero: bool,
     /// Told about each sector that could not be read, with `salvage`.
@@ -96,6 +100,8 @@ impl<'a> Conversion<'a> {
             copy_offload: false,
             salvage: false,
             backing_len: None,
+            layers: 1,
+            detect_zeroes: true,
             target_is_zero: target.layer().is_zero_when_new(),
             on_lost: None,
             progress: Progress::none(),

@@ -11,8 +11,8 @@ use super::{Conversion, OnLost, SECTOR};
 pub(super) struct Sources<'a> {
     parts: Vec<Part<'a>>,
     len: u64,
-    /// Only what the topmost image has itself is of interest.
-    top_only: bool,
+    /// Only what so many images from the top have themselves is of interest.
+    layers: Option<u32>,
     /// Zeroes are data.
     dense: bool,
     salvage: bool,
@@ -52,7 +52,7 @@ impl<'a> Sources<'a> {
         Self {
             parts,
             len,
-            top_only: conversion.backing_len.is_some(),
+            layers: conversion.backing_len.map(|_| conversion.layers),
             dense: conversion.sparse == 0,
             salvage: conversion.salvage,
             on_lost: conversion.on_lost,
@@ -115,7 +115,7 @@ impl<'a> Sources<'a> {
     }
 
     fn judge(&self, extent: Extent, most: u64) -> Status {
-        let kind = if self.top_only && extent.depth > 0 {
+        let kind = if self.layers.is_some_and(|layers| extent.depth >= layers) {
             Kind::Below
         } else if extent.kind.is_zero() && !self.dense {
             Kind::Zero

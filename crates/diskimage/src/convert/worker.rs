@@ -69,6 +69,7 @@ impl<'a> Worker<'a> {
         let conversion = job.conversion;
         let zero_test = match (conversion.sparse, &encoder) {
             (0, _) => None,
+            _ if !conversion.detect_zeroes => None,
             (_, Some(_)) => Some(ZeroTest::clusters(conversion.target.layer().granularity())),
             (sparse, None) => Some(ZeroTest::sparse(sparse)),
         };

@@ -83,7 +83,7 @@ impl Opener<'_> {
         }
         let from = last.base_name();
         let mode = Mode {
-            write: false,
+            write: self.options.write_below == Some(depth),
             ..last.mode
         };
         let open = || {

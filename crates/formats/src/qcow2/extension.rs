@@ -6,13 +6,13 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::feature::{FeatureName, NAME_ENTRY_LEN, NAMES};
 
-mod kind {
-    pub(super) const END: u32 = 0;
-    pub(super) const BACKING_FORMAT: u32 = 0xe279_2aca;
-    pub(super) const FEATURE_NAMES: u32 = 0x6803_f857;
-    pub(super) const BITMAPS: u32 = 0x2385_2875;
-    pub(super) const CRYPTO: u32 = 0x0537_be77;
-    pub(super) const DATA_FILE: u32 = 0x4441_5441;
+pub(super) mod kind {
+    pub(in super::super) const END: u32 = 0;
+    pub(in super::super) const BACKING_FORMAT: u32 = 0xe279_2aca;
+    pub(in super::super) const FEATURE_NAMES: u32 = 0x6803_f857;
+    pub(in super::super) const BITMAPS: u32 = 0x2385_2875;
+    pub(in super::super) const CRYPTO: u32 = 0x0537_be77;
+    pub(in super::super) const DATA_FILE: u32 = 0x4441_5441;
 }
 
 /// What the extensions say. Unknown ones stay where they are, since the header is only ever changed field by field.
@@ -96,30 +96,45 @@ pub(super) fn parse(area: &[u8]) -> Result<Extensions> {
     Ok(found)
 }
 
-/// The extensions in `area`, end marker included, with `bitmaps` in the place of the bitmaps extension that it has; at
-/// the end if it has none.
-pub(super) fn with_bitmaps(area: &[u8], bitmaps: Option<&BitmapsExtension>) -> Vec<u8> {
-    let mut new = Vec::new();
-    let mut left = bitmaps;
-    let mut rest = area;
-    while let Some((head, tail)) = rest.split_at_checked(8) {
-        let word = |at: usize| U32::read_from_bytes(&head[at..at + 4]).map_or(0, U32::get);
-        let len = usize::try_from(word(4)).unwrap_or(usize::MAX);
-        let Some(data) = tail.get(..len).filter(|_| word(0) != kind::END) else {
-            break;
-        };
-        if word(0) != kind::BITMAPS {
-            put(&mut new, word(0), data);
-        } else if let Some(bitmaps) = left.take() {
-            put(&mut new, kind::BITMAPS, bitmaps.as_bytes());
+/// An extension as it stands in the file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Extension {
+    pub(super) kind: u32,
+    pub(super) data: Vec<u8>,
+}
+
+impl Extension {
+    /// Bytes of the end marker.
+    pub(super) const END: usize = 8;
+
+    /// The extensions in `area` up to the end marker, or to one that reaches past the area.
+    pub(super) fn list(area: &[u8]) -> Vec<Self> {
+        let mut list = Vec::new();
+        let mut rest = area;
+        while let Some((head, tail)) = rest.split_at_checked(8) {
+            let word = |at: usize| U32::read_from_bytes(&head[at..at + 4]).map_or(0, U32::get);
+            let (kind, len) = (word(0), usize::try_from(word(4)).unwrap_or(usize::MAX));
+            let Some(data) = tail.get(..len).filter(|_| kind != kind::END) else {
+                break;
+            };
+            list.push(Self {
+                kind,
+                data: data.to_vec(),
+            });
+            rest = tail.get(len.next_multiple_of(8)..).unwrap_or(&[]);
         }
-        rest = tail.get(len.next_multiple_of(8)..).unwrap_or(&[]);
+        list
     }
-    if let Some(bitmaps) = left {
-        put(&mut new, kind::BITMAPS, bitmaps.as_bytes());
+
+    /// How many bytes it takes.
+    pub(super) fn len(&self) -> usize {
+        8 + self.data.len().next_multiple_of(8)
     }
-    put(&mut new, kind::END, &[]);
-    new
+
+    /// Appends it.
+    pub(super) fn put(&self, area: &mut Vec<u8>) {
+        put(area, self.kind, &self.data);
+    }
 }
 
 fn text(data: &[u8]) -> String {
@@ -194,23 +209,6 @@ mod tests {
     }
 
     #[test]
-    fn the_bitmaps_extension_is_put_in_replaced_and_taken_out() {
-        let bitmaps = |count| BitmapsExtension {
-            nb_bitmaps: U32::new(count),
-            reserved: U32::ZERO,
-            directory_size: U64::new(32),
-            directory_offset: U64::new(65536),
-        };
-        let area = write(true, Some("raw"), None);
-        let one = with_bitmaps(&area, Some(&bitmaps(1)));
-        assert_eq!(parse(&one).expect("valid").bitmaps, Some(bitmaps(1)));
-        let two = with_bitmaps(&one, Some(&bitmaps(2)));
-        assert_eq!(parse(&two).expect("valid").bitmaps, Some(bitmaps(2)));
-        assert_eq!(two.len(), one.len());
-        assert_eq!(with_bitmaps(&two, None), area);
-    }
-
-    #[test]
     fn an_extension_past_its_area_is_refused() {
         let mut area = write(false, Some("raw"), None);
         area[7] = 200;
@@ -225,7 +223,7 @@ mod tests {
                 .map(|i| i.wrapping_mul(seed).wrapping_add(seed >> 3))
                 .collect();
             let _ = parse(&area);
-            let _ = with_bitmaps(&area, None);
+            let _ = Extension::list(&area);
         }
     }
 }

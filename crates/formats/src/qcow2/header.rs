@@ -76,6 +76,8 @@ const V3_MIN_LEN: usize = 104;
 
 /// Offsets of fields that are changed in place.
 pub(super) mod field {
+    pub(in super::super) const BACKING_FILE_OFFSET: usize = 8;
+    pub(in super::super) const BACKING_FILE_SIZE: usize = 16;
     pub(in super::super) const SIZE: u64 = 24;
     pub(in super::super) const L1_SIZE: u64 = 36;
     pub(in super::super) const REFCOUNT_TABLE: u64 = 48;
@@ -218,15 +220,13 @@ impl Header {
         let mut raw = raw(cluster)?;
         let cluster_bits = cluster_bits(&raw)?;
         let cluster_size = 1u64 << cluster_bits;
-        let header_length = if raw.version.get() == 2 {
+        if raw.version.get() == 2 {
             raw.incompatible_features = U64::ZERO;
             raw.compatible_features = U64::ZERO;
             raw.autoclear_features = U64::ZERO;
             raw.refcount_order = U32::new(4);
-            V2_LEN
-        } else {
-            usize::try_from(raw.header_length.get()).unwrap_or(usize::MAX)
-        };
+        }
+        let header_length = raw.len();
         if raw.version.get() > 2 && header_length < V3_MIN_LEN {
             return Err(Error::corrupt("qcow2 header too short"));
         }
@@ -311,44 +311,10 @@ impl Header {
             .bitmaps
             .filter(|bitmaps| bitmaps.nb_bitmaps.get() > 0 && self.features.autoclear.has(Autoclear::BITMAPS))
     }
-
-    /// The first cluster of an image with another bitmaps extension, or none. The name of the backing file follows the
-    /// extensions, wherever it was before.
-    ///
-    /// # Errors
-    /// No room in the cluster.
-    pub(super) fn with_bitmaps(cluster: &[u8], bitmaps: Option<&BitmapsExtension>) -> Result<Vec<u8>> {
-        let raw = raw(cluster)?;
-        let start = usize::try_from(raw.header_length.get()).unwrap_or(usize::MAX);
-        let backing = usize::try_from(raw.backing_file_offset.get()).unwrap_or(usize::MAX);
-        let end = if backing == 0 { cluster.len() } else { backing };
-        let cut = || Error::corrupt("Could not read qcow2 header");
-        let area = cluster.get(start..end).ok_or_else(cut)?;
-        let mut new = cluster.get(..start).ok_or_else(cut)?.to_vec();
-        new.append(&mut extension::with_bitmaps(area, bitmaps));
-        if backing != 0 {
-            let len = usize::try_from(raw.backing_file_size.get()).unwrap_or(usize::MAX);
-            let name = cluster[end..].get(..len).ok_or_else(cut)?;
-            let place = new.len() as u64;
-            new[BACKING_FILE_OFFSET..BACKING_FILE_OFFSET + 8].copy_from_slice(&place.to_be_bytes());
-            new.extend_from_slice(name);
-        }
-        if new.len() > cluster.len() {
-            return Err(Error::from_errno(ENOSPC));
-        }
-        new.resize(cluster.len(), 0);
-        Ok(new)
-    }
 }
 
-/// Where the offset of the backing file's name is.
-const BACKING_FILE_OFFSET: usize = 8;
-
-/// `No space left on device`.
-const ENOSPC: i32 = 28;
-
 /// The fields of a header, zeroes for what a shorter file lacks.
-fn raw(bytes: &[u8]) -> Result<RawHeader> {
+pub(super) fn raw(bytes: &[u8]) -> Result<RawHeader> {
     let mut padded = [0; HEADER_LEN];
     let there = bytes.len().min(HEADER_LEN);
     padded[..there].copy_from_slice(&bytes[..there]);
@@ -364,6 +330,17 @@ fn raw(bytes: &[u8]) -> Result<RawHeader> {
         )));
     }
     Ok(raw)
+}
+
+impl RawHeader {
+    /// How many bytes it has in the file.
+    pub(super) fn len(&self) -> usize {
+        if self.version.get() == 2 {
+            V2_LEN
+        } else {
+            usize::try_from(self.header_length.get()).unwrap_or(usize::MAX)
+        }
+    }
 }
 
 fn cluster_bits(raw: &RawHeader) -> Result<u32> {

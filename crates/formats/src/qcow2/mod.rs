@@ -22,6 +22,7 @@ mod create;
 mod entry;
 mod extension;
 mod feature;
+mod first_cluster;
 mod header;
 mod info;
 mod map;
@@ -389,6 +390,14 @@ impl Layer for Qcow2 {
 
     fn check(&self, repair: Repair, progress: &Progress<'_>) -> Result<CheckReport> {
         self.run_check(repair, progress)
+    }
+
+    fn set_backing(&self, backing: Option<&Backing>) -> Result<()> {
+        self.name_backing(backing)
+    }
+
+    fn make_empty(&self) -> Result<()> {
+        self.give_up_all()
     }
 
     fn check_resize(&self, request: &ResizeRequest) -> Result<()> {

@@ -1,5 +1,6 @@
 //! Changes of size.
 
+use std::ops::Range;
 use std::sync::PoisonError;
 
 use diskimage_core::errno;
@@ -137,23 +138,46 @@ impl Qcow2 {
         if !beyond.is_empty() {
             self.replace_entries(beyond, |_| Some(L2Entry::UNALLOCATED))?;
         }
-        let mut state = self.lock();
-        while !state.in_flight.is_empty() {
-            state = self.settled.wait(state).unwrap_or_else(PoisonError::into_inner);
-        }
-        for index in geometry.l1_entries(request.len)..geometry.l1_entries(old) {
-            let l1 = state.l1;
-            if let Some(l2) = self.l2_table(&mut state.tables, l1, index * geometry.l2_coverage())? {
-                state.tables.set_number(l1, index * 8, 0)?;
-                self.free_later(&mut state, l2.offset, l2.len)?;
-            }
-        }
-        drop(state);
+        self.give_up_l2_tables(geometry.l1_entries(request.len)..geometry.l1_entries(old))?;
         self.set_size(request.len)?;
         if self.has_data_file() {
             self.data.resize(request.len, Preallocation::Off)?;
         }
         self.lock().punch = false;
+        self.cut_file()
+    }
+
+    /// Gives up the L2 tables of these entries of the L1 table, in which nothing is left.
+    fn give_up_l2_tables(&self, entries: Range<u64>) -> Result<()> {
+        let mut state = self.lock();
+        while !state.in_flight.is_empty() {
+            state = self.settled.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        for index in entries {
+            let l1 = state.l1;
+            let guest = index * self.header.geometry.l2_coverage();
+            if let Some(l2) = self.l2_table(&mut state.tables, l1, guest)? {
+                state.tables.set_number(l1, index * 8, 0)?;
+                self.free_later(&mut state, l2.offset, l2.len)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives up all clusters and the tables that refer to them: afterwards the image below shows everywhere.
+    pub(super) fn give_up_all(&self) -> Result<()> {
+        let geometry = self.header.geometry;
+        let size = self.lock().size;
+        self.lock().punch = true;
+        if size > 0 {
+            self.replace_entries(ByteRange::new(0, size), |_| Some(L2Entry::UNALLOCATED))?;
+        }
+        self.give_up_l2_tables(0..geometry.l1_entries(size))?;
+        let mut state = self.lock();
+        self.write_back(&mut state)?;
+        state.tables.sync()?;
+        state.punch = false;
+        drop(state);
         self.cut_file()
     }
 

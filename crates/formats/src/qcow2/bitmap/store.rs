@@ -6,8 +6,9 @@ use diskimage_core::{ByteRange, Error, Result};
 use zerocopy::IntoBytes;
 use zerocopy::byteorder::big_endian::{U32, U64};
 
-use super::super::extension::BitmapsExtension;
+use super::super::extension::{BitmapsExtension, kind};
 use super::super::feature::Autoclear;
+use super::super::first_cluster::FirstCluster;
 use super::super::header::{Header, field};
 use super::super::{Qcow2, State};
 use super::directory::{Bitmap, Directory, flag};
@@ -289,29 +290,34 @@ impl Qcow2 {
     /// Changes the header's extension, and goes by it from then on. If that takes more than one word, readers are told
     /// meanwhile that there are no bitmaps to rely on.
     fn write_extension(&self, state: &mut State, new: Option<BitmapsExtension>) -> Result<()> {
-        let mut old_bytes = vec![0; usize::try_from(self.header.geometry.cluster_size()).unwrap_or(0)];
-        self.file.read_padded(&mut old_bytes, 0)?;
-        let new_bytes = Header::with_bitmaps(&old_bytes, new.as_ref())?;
-        let differs = |at: &usize| old_bytes[*at] != new_bytes[*at];
+        let with_new = |old: &[u8]| {
+            let mut cluster = FirstCluster::read(old)?;
+            cluster.set_extension(kind::BITMAPS, new.as_ref().map(IntoBytes::as_bytes));
+            cluster.to_bytes()
+        };
+        let old = self.first_cluster()?;
+        let bytes = with_new(&old)?;
+        let differs = |at: &usize| old[*at] != bytes[*at];
         let (Some(first), Some(last)) = (
-            (0..new_bytes.len()).find(differs),
-            (0..new_bytes.len()).rev().find(differs),
+            (0..bytes.len()).find(differs),
+            (0..bytes.len()).rev().find(differs),
         ) else {
             state.bitmaps.extension = new;
             return Ok(());
         };
-        let (start, end) = (first / 8 * 8, (last / 8 + 1) * 8);
-        let changes = new_bytes.get(start..end).unwrap_or(&[]);
-        let trusted = Header::parse(&old_bytes, true)?.bitmaps().is_some();
-        let one_word = end - start == 8 && trusted && new.is_some();
-        if !one_word {
-            self.write_autoclear(false)?;
+        let trusted = Header::parse(&old, true)?.bitmaps().is_some();
+        if first / 8 == last / 8 && trusted && new.is_some() {
+            let word = first / 8 * 8..first / 8 * 8 + 8;
+            self.file.write_at(&bytes[word.clone()], word.start as u64)?;
+            // From here on it is the new one that a reader finds.
+            state.bitmaps.extension = new;
+            return self.file.flush();
         }
-        self.file.write_at(changes, start as u64)?;
-        // From here on it is the new one that a reader finds.
+        self.write_autoclear(false)?;
+        let old = self.first_cluster()?;
+        self.write_first_cluster(&old, &with_new(&old)?)?;
         state.bitmaps.extension = new;
-        self.file.flush()?;
-        if !one_word && new.is_some() {
+        if new.is_some() {
             self.write_autoclear(true)?;
         }
         Ok(())

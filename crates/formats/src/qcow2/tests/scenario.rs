@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use diskimage_core::{
-    Budget, ByteRange, CheckReport, Device, Gate, Image, Layer, MemoryDevice, NewBitmap, NodeOptions,
-    OpenRequest, Preallocation, Progress, Reference, Repair, ResizeRequest, Result, ZeroMode,
+    Backing, Budget, ByteRange, CheckReport, Device, Gate, Image, Layer, MemoryDevice, NewBitmap,
+    NodeOptions, OpenRequest, Preallocation, Progress, Reference, Repair, ResizeRequest, Result, ZeroMode,
 };
 
 use super::super::Qcow2;
@@ -19,6 +19,10 @@ pub(super) enum Step {
     /// The cluster at this offset, compressed.
     Compressed(u64, u8),
     Resize(u64, Preallocation),
+    /// Gives up all data.
+    Empty,
+    /// Names another image below, with its format.
+    Backing(&'static str, &'static str),
     Flush,
 }
 
@@ -48,6 +52,8 @@ pub(super) struct Before {
     snapshot: bool,
     /// Whether a bitmap records what is written.
     bitmap: bool,
+    /// What may be named as the image below.
+    backings: Vec<Option<Backing>>,
 }
 
 const BITMAP: &str = "b";
@@ -88,6 +94,9 @@ impl Scenario {
             disk: read_all(&image),
             snapshot: self.snapshot,
             bitmap: self.bitmap,
+            backings: std::iter::once(image.layer().backing())
+                .chain(self.steps.iter().filter_map(Step::backing))
+                .collect(),
         };
         drop(image);
         let mut files = vec![file.contents(), data.contents()];
@@ -111,7 +120,20 @@ impl Step {
                 image.write_encoded(at, &encoded)
             }
             Self::Resize(len, preallocation) => image.resize_with(&ResizeRequest { len, preallocation }),
+            Self::Empty => image.make_empty(),
+            Self::Backing(..) => image.layer().set_backing(self.backing().flatten().as_ref()),
             Self::Flush => image.flush(),
+        }
+    }
+
+    /// The image below that the step names, or that it names none; with an empty name.
+    fn backing(&self) -> Option<Option<Backing>> {
+        match *self {
+            Self::Backing(name, format) => Some((!name.is_empty()).then(|| Backing {
+                name: name.to_owned(),
+                format: (!format.is_empty()).then(|| format.to_owned()),
+            })),
+            _ => None,
         }
     }
 }
@@ -216,6 +238,11 @@ impl Model {
             }
             // It may leave what was there.
             Step::Discard(..) => {}
+            // Nothing is left before the step ends.
+            Step::Empty => {
+                self.now.bytes.fill(ZERO);
+                self.crashed.bytes.fill(ZERO);
+            }
             _ => {
                 if let Some((range, value)) = self.now.fill(step) {
                     self.now.bytes[range].fill(1 << value);
@@ -232,7 +259,8 @@ impl State {
             Step::Write(at, len, value) => (at, len, value),
             Step::Zero(at, len, _) | Step::Discard(at, len) => (at, len, 0),
             Step::Compressed(at, value) => (at, CLUSTER, value),
-            Step::Resize(..) | Step::Flush => return None,
+            Step::Empty => (0, self.bytes.len() as u64, 0),
+            Step::Resize(..) | Step::Backing(..) | Step::Flush => return None,
         };
         let end = index(at + len).min(self.bytes.len());
         Some((index(at).min(end)..end, value))
@@ -305,6 +333,10 @@ pub(super) fn find_fault(files: &[Vec<u8>], disk: &State, before: &Before) -> Op
     let found = report(&**image.layer(), Repair::No);
     if found.corruptions > 0 || found.check_errors > 0 {
         return Some(format!("{found:?}"));
+    }
+    let backing = image.layer().backing();
+    if !before.backings.contains(&backing) {
+        return Some(format!("is based on {backing:?}"));
     }
     let mut bytes = filled(image.len(), 0xee);
     if let Err(error) = image.read_at(&mut bytes, 0) {

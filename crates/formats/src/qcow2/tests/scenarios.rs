@@ -2,7 +2,7 @@
 
 use diskimage_core::{Preallocation as P, ZeroMode};
 
-use super::scenario::Step::{Compressed, Discard, Flush, Resize, Write, Zero};
+use super::scenario::Step::{Backing, Compressed, Discard, Empty, Flush, Resize, Write, Zero};
 use super::scenario::{Scenario, Step};
 
 const KIB: u64 = 1024;
@@ -97,6 +97,8 @@ pub(super) fn all() -> Vec<Scenario> {
         table_growth(),
     ]);
     all.extend(growing());
+    all.extend(emptying());
+    all.extend(naming());
     all
 }
 
@@ -236,5 +238,66 @@ fn growing() -> impl Iterator<Item = Scenario> {
             Flush,
         ];
         scenario(name, "cluster_size=512", steps)
+    })
+}
+
+fn emptying() -> impl Iterator<Item = Scenario> {
+    let forms = [
+        ("emptying", "cluster_size=4096", false),
+        ("emptying small clusters", "cluster_size=512", false),
+        ("emptying version 2", "cluster_size=4096,compat=0.10", false),
+        ("emptying above a snapshot", "cluster_size=4096", true),
+    ];
+    forms.into_iter().map(|(name, options, snapshot)| {
+        let steps = vec![
+            Write(0, 5000, 2),
+            Compressed(128 * KIB, 4),
+            Flush,
+            Empty,
+            Write(100_000, 9000, 3),
+            Flush,
+            Empty,
+        ];
+        let steps = if options.contains("=4096") {
+            steps
+        } else {
+            steps
+                .into_iter()
+                .filter(|step| !matches!(step, Compressed(..)))
+                .collect()
+        };
+        Scenario {
+            snapshot,
+            ..scenario(name, options, steps)
+        }
+    })
+}
+
+/// Other images below: names and formats that are longer, shorter, and not there.
+fn naming() -> impl Iterator<Item = Scenario> {
+    let forms = [
+        ("another image below", "cluster_size=4096"),
+        ("another image below a small cluster", "cluster_size=512"),
+        ("another image below one of 1 KiB", "cluster_size=1024"),
+        ("another image below large clusters", "cluster_size=65536"),
+        ("another image below version 2", "cluster_size=4096,compat=0.10"),
+        (
+            "another image below one with a data file",
+            "cluster_size=65536,data_file=data",
+        ),
+    ];
+    forms.into_iter().map(|(name, options)| {
+        let steps = vec![
+            Write(0, 5000, 2),
+            Backing("base", "raw"),
+            Write(8000, 500, 3),
+            Backing("another/base.qcow2", "qcow2"),
+            Backing("x", "raw"),
+            Backing("", ""),
+            Backing("a-name-that-is-a-little-longer-than-the-others", "raw"),
+            Backing("b", ""),
+            Flush,
+        ];
+        scenario(name, options, steps)
     })
 }

@@ -1,0 +1,129 @@
+//! Putting what an image has into one of those below it.
+
+use std::sync::Arc;
+
+use diskimage_core::{Device, Error, Image, Preallocation, Progress, ResizeRequest, Result};
+
+use crate::convert::Conversion;
+
+/// A commit. The chain is opened with [`OpenOptions::write_below`](crate::OpenOptions::write_below) for the base.
+#[derive(Debug)]
+pub struct Commit<'a> {
+    /// The image on top.
+    pub top: &'a Arc<Image>,
+    /// Which of the images below gets the data, 1 being the one right below.
+    pub depth: usize,
+    /// The most bytes to write per second.
+    pub rate: Option<u64>,
+    /// Told how many bytes of how many are done.
+    pub progress: Progress<'a>,
+}
+
+impl Commit<'_> {
+    /// Writes what the images above the base have into it, makes it durable, and grows it first if the top is larger.
+    /// Afterwards the base alone reads as the top does; the images above it are as before.
+    ///
+    /// # Errors
+    /// No such image below, a base that cannot grow, and failures to read or write.
+    pub fn run(&self) -> Result<()> {
+        let base = image_below(self.top, self.depth)
+            .ok_or_else(|| Error::invalid("Image does not have a backing file"))?;
+        let old = base.len();
+        if old < self.top.len() {
+            base.resize_with(&ResizeRequest {
+                len: self.top.len(),
+                preallocation: Preallocation::Off,
+            })?;
+        }
+        let sources = [Arc::clone(self.top)];
+        let conversion = Conversion {
+            // What lies beyond the base's old end is zero already.
+            target_is_zero: true,
+            backing_len: Some(old),
+            layers: u32::try_from(self.depth).unwrap_or(u32::MAX),
+            detect_zeroes: false,
+            rate: self.rate,
+            progress: self.progress,
+            ..Conversion::new(&sources, &base)
+        };
+        conversion.run()?;
+        base.flush()
+    }
+}
+
+/// The image `depth` below `top`.
+fn image_below(top: &Arc<Image>, depth: usize) -> Option<Arc<Image>> {
+    let mut image = Arc::clone(top);
+    for _ in 0..depth {
+        image = Arc::clone(image.backing()?);
+    }
+    Some(image)
+}
+
+/// How far below `top` the image is that a user calls `name`: by the name in the image above it, or by its own.
+pub fn depth_of(top: &Arc<Image>, name: &str) -> Option<usize> {
+    let mut above = Arc::clone(top);
+    let mut depth = 0;
+    loop {
+        let below = Arc::clone(above.backing()?);
+        depth += 1;
+        let is_named = above
+            .layer()
+            .backing()
+            .is_some_and(|backing| backing.name == name);
+        if is_named || below.name() == name || is_same_file(&below.name(), name) {
+            return Some(depth);
+        }
+        above = below;
+    }
+}
+
+fn is_same_file(one: &str, other: &str) -> bool {
+    matches!(
+        (std::fs::canonicalize(one), std::fs::canonicalize(other)),
+        (Ok(one), Ok(other)) if one == other
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use diskimage_core::{ByteRange, RunKind, ZeroMode};
+
+    use super::*;
+    use crate::testing::{contents, image_on};
+
+    /// A chain of three images of different sizes; the second and the third are shorter than the first.
+    #[test]
+    fn the_base_alone_reads_as_the_top_did() {
+        for depth in [1, 2] {
+            let bottom = image_on("qcow2", "cluster_size=4k", 256 << 10, None);
+            bottom.write_at(&[1; 256 << 10], 0).expect("writes");
+            let middle = image_on("qcow2", "cluster_size=512", 128 << 10, Some(&bottom));
+            middle.write_at(&[2; 5000], 3000).expect("writes");
+            let top = image_on("qcow2", "extended_l2=on", 300 << 10, Some(&middle));
+            top.write_at(&[3; 700], 100_000).expect("writes");
+            let hole = ByteRange::new(8192, 65536);
+            top.write_zeroes(hole, ZeroMode::Unmap).expect("zeroes");
+            let before = contents(&top);
+            let commit = Commit {
+                top: &top,
+                depth,
+                rate: None,
+                progress: Progress::none(),
+            };
+            commit.run().expect("commits");
+            let base = if depth == 1 { &middle } else { &bottom };
+            assert!(contents(base) == before, "depth {depth}");
+            if depth == 1 {
+                top.make_empty().expect("empties");
+                assert!(contents(&top) == before);
+                let all = ByteRange::new(0, top.len());
+                let run = top.layer().map(all).expect("maps");
+                assert!(
+                    matches!(run.kind, RunKind::Unallocated { .. }) && run.len == top.len(),
+                    "{run:?}"
+                );
+            }
+        }
+    }
+}

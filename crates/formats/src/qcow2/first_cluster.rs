@@ -1,0 +1,312 @@
+//! The first cluster: header, extensions, and the name of the backing file. What has to be moved in it is moved so that a
+//! crash leaves the old or the new state.
+//!
+//! ```text
+//!   0        header_length          ...                                                     cluster size
+//!   | header | extensions, end marker | name of the backing file | zeroes                              |
+//! ```
+//!
+//! A sector is written whole or not at all, several need not be. So a change that concerns more than the first sector
+//! takes a detour over a state that fits into it: without the names of features, and with the old backing file's name at
+//! the cluster's end, out of the way of everything new.
+
+use std::ops::Range;
+
+use diskimage_core::errno;
+use diskimage_core::{Backing, Error, Result};
+
+use super::Qcow2;
+use super::extension::{Extension, kind};
+use super::feature::Autoclear;
+use super::header::{self, field, limit};
+
+/// The first cluster taken apart.
+#[derive(Clone, Debug)]
+pub(super) struct FirstCluster {
+    header: Vec<u8>,
+    extensions: Vec<Extension>,
+    backing: Option<Vec<u8>>,
+    size: usize,
+}
+
+const SECTOR: usize = 512;
+
+impl FirstCluster {
+    /// Takes the bytes of a cluster apart.
+    ///
+    /// # Errors
+    /// A header, or a name, that reaches past the cluster.
+    pub(super) fn read(cluster: &[u8]) -> Result<Self> {
+        let cut = || Error::corrupt("Could not read qcow2 header");
+        let raw = header::raw(cluster)?;
+        let start = raw.len();
+        let place = usize::try_from(raw.backing_file_offset.get()).unwrap_or(usize::MAX);
+        let end = if place == 0 { cluster.len() } else { place };
+        let area = cluster.get(start..end).ok_or_else(cut)?;
+        let backing = match place {
+            0 => None,
+            _ => {
+                let len = usize::try_from(raw.backing_file_size.get()).unwrap_or(usize::MAX);
+                let name = cluster.get(place..).and_then(|rest| rest.get(..len));
+                Some(name.ok_or_else(cut)?.to_vec())
+            }
+        };
+        Ok(Self {
+            header: cluster.get(..start).ok_or_else(cut)?.to_vec(),
+            extensions: Extension::list(area),
+            backing,
+            size: cluster.len(),
+        })
+    }
+
+    /// Sets or takes away an extension; a new one comes last, but the backing file's format first.
+    pub(super) fn set_extension(&mut self, kind: u32, data: Option<&[u8]>) {
+        let at = self
+            .extensions
+            .iter()
+            .position(|extension| extension.kind == kind);
+        match (at, data) {
+            (Some(at), Some(data)) => self.extensions[at].data = data.to_vec(),
+            (Some(at), None) => drop(self.extensions.remove(at)),
+            (None, Some(data)) => {
+                let place = match kind {
+                    kind::BACKING_FORMAT => 0,
+                    _ => self.extensions.len(),
+                };
+                self.extensions.insert(
+                    place,
+                    Extension {
+                        kind,
+                        data: data.to_vec(),
+                    },
+                );
+            }
+            (None, None) => {}
+        }
+    }
+
+    /// Names another backing file, or none.
+    ///
+    /// # Errors
+    /// A name that is too long.
+    pub(super) fn set_backing(&mut self, backing: Option<&Backing>) -> Result<()> {
+        let name = backing.map(|backing| backing.name.as_bytes());
+        if name.is_some_and(|name| name.len() as u64 > u64::from(limit::BACKING_NAME)) {
+            return Err(Error::from_errno(errno::EINVAL));
+        }
+        let format = backing.and_then(|backing| backing.format.as_deref());
+        self.set_extension(kind::BACKING_FORMAT, format.map(str::as_bytes));
+        self.backing = name.map(<[u8]>::to_vec);
+        Ok(())
+    }
+
+    /// The bytes of the cluster, the name right behind the extensions.
+    ///
+    /// # Errors
+    /// No room for all of it.
+    pub(super) fn to_bytes(&self) -> Result<Vec<u8>> {
+        let place =
+            self.header.len() + self.extensions.iter().map(Extension::len).sum::<usize>() + Extension::END;
+        self.with_name_at(place)
+    }
+
+    fn with_name_at(&self, place: usize) -> Result<Vec<u8>> {
+        let mut bytes = self.header.clone();
+        for extension in &self.extensions {
+            extension.put(&mut bytes);
+        }
+        bytes.resize(bytes.len() + Extension::END, 0);
+        let full = || Error::from_errno(errno::ENOSPC);
+        if bytes.len() > self.size || bytes.len() > place {
+            return Err(full());
+        }
+        bytes.resize(self.size, 0);
+        let name = self.backing.as_deref().unwrap_or_default();
+        let (offset, len) = match &self.backing {
+            Some(name) => (place as u64, u32::try_from(name.len()).unwrap_or(u32::MAX)),
+            None => (0, 0),
+        };
+        bytes
+            .get_mut(place..)
+            .and_then(|rest| rest.get_mut(..name.len()))
+            .ok_or_else(full)?
+            .copy_from_slice(name);
+        for (field, value) in [
+            (field::BACKING_FILE_OFFSET, &offset.to_be_bytes()[..]),
+            (field::BACKING_FILE_SIZE, &len.to_be_bytes()),
+        ] {
+            bytes
+                .get_mut(field..field + value.len())
+                .ok_or_else(full)?
+                .copy_from_slice(value);
+        }
+        Ok(bytes)
+    }
+
+    /// The same in a form of which everything but the name is in the first sector, and the name at the cluster's end.
+    fn compact(&self) -> Option<Vec<u8>> {
+        let mut compact = self.clone();
+        compact.set_extension(kind::FEATURE_NAMES, None);
+        let name = self.backing.as_ref().map_or(0, Vec::len);
+        let place = self.size.checked_sub(name)?;
+        let bytes = compact.with_name_at(place).ok()?;
+        let used = compact.header.len()
+            + compact.extensions.iter().map(Extension::len).sum::<usize>()
+            + Extension::END;
+        (used <= SECTOR && (name == 0 || place >= SECTOR)).then_some(bytes)
+    }
+}
+
+impl Qcow2 {
+    /// The first cluster as it is in the file.
+    ///
+    /// # Errors
+    /// As reading the file.
+    pub(super) fn first_cluster(&self) -> Result<Vec<u8>> {
+        let mut cluster = vec![0; usize::try_from(self.header.geometry.cluster_size()).unwrap_or(0)];
+        self.file.read_padded(&mut cluster, 0)?;
+        Ok(cluster)
+    }
+
+    /// Names another backing file, or none.
+    ///
+    /// # Errors
+    /// A name without a format or with one that is too long, no room in the first cluster.
+    pub(super) fn name_backing(&self, backing: Option<&Backing>) -> Result<()> {
+        let mut state = self.lock();
+        self.write_back(&mut state)?;
+        // What is said of the image below relies on what was written to this one.
+        state.tables.sync()?;
+        if self.header.features.autoclear.has(Autoclear::DATA_FILE_RAW) && backing.is_some() {
+            return Err(Error::from_errno(errno::EINVAL));
+        }
+        let old = self.first_cluster()?;
+        let mut cluster = FirstCluster::read(&old)?;
+        cluster.set_backing(backing)?;
+        self.write_first_cluster(&old, &cluster.to_bytes()?)
+    }
+
+    /// Writes a new first cluster, durably. A crash leaves what `old`, the present one, says or what `new` says.
+    ///
+    /// # Errors
+    /// As writing the file.
+    pub(super) fn write_first_cluster(&self, old: &[u8], new: &[u8]) -> Result<()> {
+        let file = &*self.file;
+        let (head, tail) = new.split_at(SECTOR.min(new.len()));
+        let write_tail = |range: Range<usize>| match tail.get(range.clone()) {
+            Some(bytes)
+                if !bytes.is_empty() && old.get(SECTOR + range.start..SECTOR + range.end) != Some(bytes) =>
+            {
+                file.write_at(bytes, (SECTOR + range.start) as u64)?;
+                file.flush()
+            }
+            _ => Ok(()),
+        };
+        if old.get(SECTOR..) == Some(tail) {
+            file.write_at(head, 0)?;
+            return file.flush();
+        }
+        match Detour::between(old, new)? {
+            Some(Detour { bytes, name }) => {
+                file.write_at(&bytes[name..], name as u64)?;
+                file.flush()?;
+                file.write_at(&bytes[..SECTOR], 0)?;
+                file.flush()?;
+                write_tail(0..name - SECTOR)?;
+                file.write_at(head, 0)?;
+                file.flush()?;
+                // Only to leave nothing behind.
+                file.write_at(&new[name..], name as u64)
+            }
+            None => {
+                write_tail(0..tail.len())?;
+                file.write_at(head, 0)?;
+                file.flush()
+            }
+        }
+    }
+}
+
+/// What stands in the first cluster between the old state and the new one.
+struct Detour {
+    bytes: Vec<u8>,
+    /// Where the old name is meanwhile.
+    name: usize,
+}
+
+impl Detour {
+    /// `None` if there is no room for it.
+    fn between(old: &[u8], new: &[u8]) -> Result<Option<Self>> {
+        let cluster = FirstCluster::read(old)?;
+        let Some(bytes) = cluster.compact() else {
+            return Ok(None);
+        };
+        let name = bytes.len() - cluster.backing.as_ref().map_or(0, Vec::len);
+        // In whole sectors, so that nothing beside it is torn.
+        let name = name / SECTOR * SECTOR;
+        let is_free = |bytes: &[u8]| {
+            bytes
+                .get(name..)
+                .is_some_and(|rest| rest.iter().all(|byte| *byte == 0))
+        };
+        Ok((is_free(old) && is_free(new)).then_some(Self { bytes, name }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::qcow2::extension;
+
+    /// The first cluster of an image on top of another.
+    fn cluster(size: usize) -> FirstCluster {
+        let mut header = vec![0; header::HEADER_LEN];
+        header[..4].copy_from_slice(&header::MAGIC.to_be_bytes());
+        header[7] = 3;
+        header[103] = 112;
+        FirstCluster {
+            header,
+            extensions: Extension::list(&extension::write(true, Some("raw"), None)),
+            backing: Some(b"below".to_vec()),
+            size,
+        }
+    }
+
+    #[test]
+    fn what_is_written_is_read() {
+        let bytes = cluster(4096).to_bytes().expect("fits");
+        let read = FirstCluster::read(&bytes).expect("readable");
+        assert_eq!(read.backing.as_deref(), Some(&b"below"[..]));
+        assert_eq!(read.extensions, cluster(4096).extensions);
+        assert_eq!(read.to_bytes().expect("fits"), bytes);
+    }
+
+    #[test]
+    fn a_new_format_comes_first_and_an_extension_is_replaced_where_it_is() {
+        let mut cluster = cluster(4096);
+        cluster.set_extension(kind::BITMAPS, Some(&[1; 24]));
+        cluster.set_backing(None).expect("no name");
+        let kinds = |cluster: &FirstCluster| cluster.extensions.iter().map(|e| e.kind).collect::<Vec<_>>();
+        assert_eq!(kinds(&cluster), [kind::FEATURE_NAMES, kind::BITMAPS]);
+        let backing = Backing {
+            name: "x".to_owned(),
+            format: Some("qcow2".to_owned()),
+        };
+        cluster.set_backing(Some(&backing)).expect("a short name");
+        cluster.set_extension(kind::FEATURE_NAMES, Some(&[]));
+        assert_eq!(
+            kinds(&cluster),
+            [kind::BACKING_FORMAT, kind::FEATURE_NAMES, kind::BITMAPS]
+        );
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused() {
+        assert!(cluster(512).to_bytes().is_err());
+        let long = Backing {
+            name: "x".repeat(1024),
+            format: None,
+        };
+        assert!(cluster(4096).set_backing(Some(&long)).is_err());
+    }
+}
