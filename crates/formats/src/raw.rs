@@ -114,8 +114,7 @@ fn preallocation(options: &Options) -> Result<Preallocation> {
 
 fn preallocation_mode(options: &Options) -> Result<Preallocation> {
     let name = options.text("preallocation").unwrap_or("off");
-    Preallocation::from_name(name)
-        .ok_or_else(|| Error::invalid(format!("invalid parameter value: {name}")))
+    Preallocation::from_name(name).ok_or_else(|| Error::invalid(format!("invalid parameter value: {name}")))
 }
 
 fn disk_size(size: u64) -> Result<u64> {

@@ -153,8 +153,12 @@ impl RunningServer {
     pub fn start(server: Server, socket: &str, args: &[String], directory: &Path) -> Result<Self, String> {
         let mut command = Command::new(server.name());
         match server {
-            Server::QemuNbd => command.args(["--persistent", "--socket"]).arg(directory.join(socket)),
-            Server::Nbdkit => command.args(["--foreground", "--unix"]).arg(directory.join(socket)),
+            Server::QemuNbd => command
+                .args(["--persistent", "--socket"])
+                .arg(directory.join(socket)),
+            Server::Nbdkit => command
+                .args(["--foreground", "--unix"])
+                .arg(directory.join(socket)),
         };
         let child = command
             .args(args)

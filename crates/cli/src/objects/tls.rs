@@ -106,7 +106,10 @@ mod tests {
                 "Parameter 'verify-peer' expects 'on' or 'off'",
             ),
             ("tls-creds-anon,id=t,bogus=1", "Parameter 'bogus' is unexpected"),
-            ("tls-creds-x509,id=t,endpoint=client", "Missing 'dir' property value"),
+            (
+                "tls-creds-x509,id=t,endpoint=client",
+                "Missing 'dir' property value",
+            ),
             (
                 "tls-creds-x509,id=t,endpoint=client,dir=/nonexistent",
                 "Unable to access credentials /nonexistent/ca-cert.pem: No such file or directory",

@@ -54,10 +54,8 @@ impl Address {
 
 fn connect_unix(path: &str) -> Result<Socket> {
     if path.len() > UNIX_PATH_MAX {
-        return Err(
-            Error::invalid(format!("UNIX socket path '{path}' is too long"))
-                .hint(format!("Path must be less than {UNIX_PATH_MAX} bytes")),
-        );
+        return Err(Error::invalid(format!("UNIX socket path '{path}' is too long"))
+            .hint(format!("Path must be less than {UNIX_PATH_MAX} bytes")));
     }
     let outcome = if path.is_empty() {
         // The address without a name, at which nobody listens.
@@ -94,7 +92,10 @@ impl Inet {
         let failed = |reason: &str| {
             Error::new(
                 ErrorKind::NotFound,
-                format!("address resolution failed for {}:{}: {reason}", self.host, self.port),
+                format!(
+                    "address resolution failed for {}:{}: {reason}",
+                    self.host, self.port
+                ),
             )
         };
         if self.ipv4 == Some(false) && self.ipv6 == Some(false) {

@@ -246,7 +246,9 @@ impl Reader {
             Err(error) => {
                 if error.errno().is_none() {
                     // A server that breaks the protocol; the connection says which end it was.
-                    let _ = request.answer.send(Outcome::Broken(errno::EINVAL, error.to_string()));
+                    let _ = request
+                        .answer
+                        .send(Outcome::Broken(errno::EINVAL, error.to_string()));
                 }
                 return Err(error);
             }

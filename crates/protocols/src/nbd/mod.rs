@@ -31,8 +31,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use diskimage_core::{
     ByteRange, Device, Error, ErrorKind, Extent, Limits, Node, NodeOptions, Objects, Preallocation, Result,
-    TlsCreds, TlsKind,
-    ResultExt, Want, ZeroMode, align_down, errno,
+    ResultExt, TlsCreds, TlsKind, Want, ZeroMode, align_down, errno,
 };
 
 use crate::protocol::{Protocol, ProtocolRequest};
@@ -67,7 +66,11 @@ impl Protocol for NbdProtocol {
     }
 
     fn open(&self, request: ProtocolRequest<'_>) -> Result<Arc<dyn Device>> {
-        Ok(Arc::new(Nbd::open(request.options, request.write, request.objects)?))
+        Ok(Arc::new(Nbd::open(
+            request.options,
+            request.write,
+            request.objects,
+        )?))
     }
 }
 
@@ -185,7 +188,9 @@ impl Nbd {
 
     /// [`Nbd::call`] for what there is nothing to tell about.
     fn order(&self, command: Command, range: ByteRange, payload: &[u8]) -> Result<()> {
-        self.call(command, range, payload, |outcome| (*outcome == Outcome::Done).then_some(()))
+        self.call(command, range, payload, |outcome| {
+            (*outcome == Outcome::Done).then_some(())
+        })
     }
 
     /// Reads whole blocks, no more than fit a request.
@@ -337,12 +342,12 @@ impl Device for Nbd {
         let can = self.can(export::WRITE_ZEROES) && (!fast || self.can(export::FAST_ZERO));
         if !can {
             if fast {
-                return Err(unsupported(Error::from_errno(libc::ENOTSUP)));
+                return Err(not_fast());
             }
             return self.write_zero_bytes(range);
         }
         if fast && middle != range {
-            return Err(unsupported(Error::from_errno(libc::ENOTSUP)));
+            return Err(not_fast());
         }
         self.statuses.forget();
         let command = Command::WriteZeroes {
@@ -352,7 +357,7 @@ impl Device for Nbd {
         let outcome = self.order_long(command, middle);
         self.statuses.forget();
         match outcome {
-            Err(error) if fast && error.errno() == Some(libc::ENOTSUP) => return Err(unsupported(error)),
+            Err(error) if fast && error.errno() == Some(libc::ENOTSUP) => return Err(not_fast()),
             other => other?,
         }
         if middle.is_empty() {
@@ -442,8 +447,12 @@ fn length(range: ByteRange) -> Result<usize> {
     usize::try_from(range.len()).map_err(|_| Error::from_errno(libc::ENOMEM))
 }
 
-fn unsupported(error: Error) -> Error {
-    Error::new(ErrorKind::Unsupported, error.to_string())
+/// The refusal of zeroes that would be no faster than writing them.
+fn not_fast() -> Error {
+    Error::new(
+        ErrorKind::Unsupported,
+        Error::from_errno(libc::ENOTSUP).to_string(),
+    )
 }
 
 const OPEN: &str = "Could not open image";

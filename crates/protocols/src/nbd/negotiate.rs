@@ -14,7 +14,8 @@
 use diskimage_core::{Error, ErrorKind, Result};
 
 use super::wire::{
-    INIT_MAGIC, OLDSTYLE_MAGIC, OPTION_MAGIC, OPTION_REPLY_MAGIC, Wire, answer, export, handshake, info, option,
+    INIT_MAGIC, OLDSTYLE_MAGIC, OPTION_MAGIC, OPTION_REPLY_MAGIC, Wire, answer, export, handshake, info,
+    option,
 };
 
 /// What a client wants of a server.
@@ -204,9 +205,9 @@ impl Handshake {
         match wire.u64()? {
             OPTION_MAGIC => Ok(self.want(State::Flags, 2)),
             OLDSTYLE_MAGIC if self.wish.tls => Err(no_starttls()),
-            OLDSTYLE_MAGIC if !self.wish.export.is_empty() => {
-                Err(Error::unsupported("Server does not support non-empty export names"))
-            }
+            OLDSTYLE_MAGIC if !self.wish.export.is_empty() => Err(Error::unsupported(
+                "Server does not support non-empty export names",
+            )),
             OLDSTYLE_MAGIC => Ok(self.want(State::Oldstyle, 8 + 4 + 124)),
             other => Err(Error::corrupt(format!(
                 "Bad server magic received: {other:#018x}"
@@ -296,7 +297,9 @@ impl Handshake {
         }
         self.replies += 1;
         if self.replies > MAX_REPLIES {
-            return Err(Error::corrupt("The server does not come to an end with its options"));
+            return Err(Error::corrupt(
+                "The server does not come to an end with its options",
+            ));
         }
         if kind == answer::ACK && len != 0 {
             return Err(Error::corrupt(format!(
@@ -305,9 +308,7 @@ impl Handshake {
             )));
         }
         if len > MAX_REPLY {
-            return Err(Error::corrupt(format!(
-                "option reply of {len} bytes is too long"
-            )));
+            return Err(Error::corrupt(format!("option reply of {len} bytes is too long")));
         }
         if len == 0 {
             return self.body(option, kind, Wire(&[]));

@@ -34,9 +34,15 @@ const TABLE: &[OptionDef] = &[
     text("path", "The server's socket in the file system"),
     text("export", "The name of the export"),
     text("tls-creds", "The identifier of the credentials for encryption"),
-    text("tls-hostname", "The name that the server's certificate should have"),
+    text(
+        "tls-hostname",
+        "The name that the server's certificate should have",
+    ),
     text("x-dirty-bitmap", "A context to take block status from"),
-    number("reconnect-delay", "Seconds that requests wait for a lost connection"),
+    number(
+        "reconnect-delay",
+        "Seconds that requests wait for a lost connection",
+    ),
     number("open-timeout", "Seconds for which opening is tried again"),
 ];
 
@@ -50,7 +56,10 @@ const SERVER_INET: &[OptionDef] = &[
     flag("numeric", "Whether the host is a number"),
     flag("ipv4", "Whether addresses of version 4 are taken"),
     flag("ipv6", "Whether addresses of version 6 are taken"),
-    flag("keep-alive", "Whether the system looks if the server is still there"),
+    flag(
+        "keep-alive",
+        "Whether the system looks if the server is still there",
+    ),
 ];
 
 const SERVER_UNIX: &[OptionDef] = &[text("path", "The server's socket in the file system")];
@@ -91,7 +100,9 @@ impl NbdOptions {
         let (host, port, path) = (own.text("host"), own.text("port"), own.text("path"));
         let address = if !server.is_empty() {
             if host.or(port).or(path).is_some() {
-                return Err(Error::invalid("Cannot use 'server' and path/host/port at the same time"));
+                return Err(Error::invalid(
+                    "Cannot use 'server' and path/host/port at the same time",
+                ));
             }
             take_server(server)?
         } else {

@@ -76,7 +76,9 @@ impl Remote {
         let start = Instant::now();
         loop {
             match self.connect(&Mutex::new(None)) {
-                Err(error) if error.errno().is_some() && start.elapsed() + PAUSE < patience => thread::sleep(PAUSE),
+                Err(error) if error.errno().is_some() && start.elapsed() + PAUSE < patience => {
+                    thread::sleep(PAUSE)
+                }
                 other => return other,
             }
         }
@@ -85,9 +87,9 @@ impl Remote {
     fn agree(&self, socket: Socket) -> Result<Connection> {
         let mut channel = plain(socket)?;
         let mut handshake = Handshake::new(self.wish.clone());
-        let mut bytes = Vec::new();
         loop {
-            bytes.resize(handshake.wanted(), 0);
+            // The handshake wants no more at once than its longest reply.
+            let mut bytes = vec![0; handshake.wanted()];
             channel
                 .reader
                 .read_exact(&mut bytes)
@@ -136,7 +138,11 @@ fn send(channel: &mut Channel, bytes: &[u8]) -> Result<()> {
     if bytes.is_empty() {
         return Ok(());
     }
-    match channel.writer.write_all(bytes).and_then(|()| channel.writer.flush()) {
+    match channel
+        .writer
+        .write_all(bytes)
+        .and_then(|()| channel.writer.flush())
+    {
         Ok(()) => Ok(()),
         Err(error) => Err(Error::from(error).context("Failed to send option request")),
     }
@@ -144,7 +150,9 @@ fn send(channel: &mut Channel, bytes: &[u8]) -> Result<()> {
 
 fn unread(what: &str, error: &io::Error, encrypted: bool) -> Error {
     let reason = match error.kind() {
-        io::ErrorKind::UnexpectedEof if !encrypted => "Unexpected end-of-file before all data were read".to_owned(),
+        io::ErrorKind::UnexpectedEof if !encrypted => {
+            "Unexpected end-of-file before all data were read".to_owned()
+        }
         #[cfg(feature = "tls")]
         io::ErrorKind::UnexpectedEof => format!("Cannot read from TLS channel: {UNCLEAN_END}"),
         _ => {

@@ -103,14 +103,24 @@ pub(super) enum Step {
     /// Nothing follows; whether the reply is complete.
     Nothing { done: bool },
     /// The next bytes are data for [`Assembly::place`], which begin with their offset unless the reply is simple.
-    Data { len: u64, offset_first: bool, done: bool },
+    Data {
+        len: u64,
+        offset_first: bool,
+        done: bool,
+    },
     /// The next bytes are for [`Assembly::chunk`].
     Chunk { kind: u16, len: usize, done: bool },
 }
 
 impl Assembly {
     /// Nothing of a reply to `command`. `data` is as long as what will be read.
-    pub(super) fn new(command: Command, range: ByteRange, style: Style, context: Option<u32>, data: Vec<u8>) -> Self {
+    pub(super) fn new(
+        command: Command,
+        range: ByteRange,
+        style: Style,
+        context: Option<u32>,
+        data: Vec<u8>,
+    ) -> Self {
         Self {
             command,
             range,
@@ -133,7 +143,9 @@ impl Assembly {
         match kind {
             HeadKind::Simple { error: 0 } if self.command == Command::Read => {
                 if self.style != Style::Simple {
-                    return Err(Error::corrupt("Protocol error: simple reply when structured reply chunk was expected"));
+                    return Err(Error::corrupt(
+                        "Protocol error: simple reply when structured reply chunk was expected",
+                    ));
                 }
                 Ok(Step::Data {
                     len: self.range.len(),
@@ -162,7 +174,8 @@ impl Assembly {
             } => {
                 let data = len.checked_sub(8).filter(|data| *data > 0);
                 let data = data.filter(|data| self.command == Command::Read && *data <= self.range.len());
-                let len = data.ok_or_else(|| Error::corrupt("Protocol error: data that was not asked for"))?;
+                let len =
+                    data.ok_or_else(|| Error::corrupt("Protocol error: data that was not asked for"))?;
                 Ok(Step::Data {
                     len,
                     offset_first: true,
@@ -198,10 +211,17 @@ impl Assembly {
         if self.pieces.get(at).is_some_and(|next| next.overlaps(range)) {
             return Err(Error::corrupt("Protocol error: data that came twice"));
         }
-        let before = at.checked_sub(1).filter(|before| self.pieces[*before].end() == range.start());
-        let after = self.pieces.get(at).is_some_and(|next| next.start() == range.end());
+        let before = at
+            .checked_sub(1)
+            .filter(|before| self.pieces[*before].end() == range.start());
+        let after = self
+            .pieces
+            .get(at)
+            .is_some_and(|next| next.start() == range.end());
         match (before, after) {
-            (Some(before), false) => self.pieces[before] = ByteRange::new(self.pieces[before].start(), range.end()),
+            (Some(before), false) => {
+                self.pieces[before] = ByteRange::new(self.pieces[before].start(), range.end())
+            }
             (None, true) => self.pieces[at] = ByteRange::new(range.start(), self.pieces[at].end()),
             (Some(before), true) => {
                 self.pieces[before] = ByteRange::new(self.pieces[before].start(), self.pieces[at].end());
@@ -232,18 +252,24 @@ impl Assembly {
                 let (error, text) = (wire.u32()?, wire.u16()?);
                 wire.take(text.into())?;
                 if error == 0 {
-                    return Err(Error::corrupt("Protocol error: server sent structured error chunk with error = 0"));
+                    return Err(Error::corrupt(
+                        "Protocol error: server sent structured error chunk with error = 0",
+                    ));
                 }
                 self.note_error(error);
                 Ok(())
             }
-            _ => Err(Error::corrupt(format!("Protocol error: unexpected chunk of type {kind}"))),
+            _ => Err(Error::corrupt(format!(
+                "Protocol error: unexpected chunk of type {kind}"
+            ))),
         }
     }
 
     fn block_status(&mut self, mut wire: Wire<'_>) -> Result<()> {
         if Some(wire.u32()?) != self.context {
-            return Err(Error::corrupt("Protocol error: unexpected context id for a block status chunk"));
+            return Err(Error::corrupt(
+                "Protocol error: unexpected context id for a block status chunk",
+            ));
         }
         let wide = self.style == Style::Extended;
         if wide {
@@ -269,7 +295,9 @@ impl Assembly {
             runs.push(Status { len, flags });
         }
         if runs.is_empty() || self.status.replace(runs).is_some() {
-            return Err(Error::corrupt("Protocol error: block status of another form than asked for"));
+            return Err(Error::corrupt(
+                "Protocol error: block status of another form than asked for",
+            ));
         }
         Ok(())
     }

@@ -44,7 +44,11 @@ impl StatusCache {
         let mut answer = self.answer.lock().unwrap_or_else(PoisonError::into_inner);
         let changes = self.changes.load(Ordering::Acquire);
         let good = |answer: &Answer| answer.changes == changes && answer.when.elapsed() < FRESH;
-        if let Some(found) = answer.as_ref().filter(|answer| good(answer)).and_then(|answer| answer.at(range)) {
+        if let Some(found) = answer
+            .as_ref()
+            .filter(|answer| good(answer))
+            .and_then(|answer| answer.at(range))
+        {
             return Ok(found);
         }
         let when = Instant::now();

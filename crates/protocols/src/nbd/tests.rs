@@ -1,1 +1,6 @@
-//! Tests of the client.
+//! Tests of the client: the codec on byte strings, then the whole against a small server in this process.
+
+mod client;
+mod codec;
+mod misbehaviour;
+mod server;

@@ -14,7 +14,9 @@ use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, Server
 use rustls::crypto::{CryptoProvider, ring, verify_tls12_signature, verify_tls13_signature};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer, ServerName, UnixTime};
-use rustls::{CertificateError, ClientConfig, ClientConnection, DigitallySignedStruct, RootCertStore, SignatureScheme};
+use rustls::{
+    CertificateError, ClientConfig, ClientConnection, DigitallySignedStruct, RootCertStore, SignatureScheme,
+};
 
 use super::address::Socket;
 use super::connection::Channel;
@@ -72,8 +74,8 @@ impl Credentials {
         let host = host.unwrap_or("127.0.0.1");
         let name = ServerName::try_from(host.to_owned())
             .map_err(|_| Error::invalid(format!("Certificate does not match the hostname {host}")))?;
-        let session = ClientConnection::new(Arc::clone(&self.config), name)
-            .map_err(|error| failed(&error, host))?;
+        let session =
+            ClientConnection::new(Arc::clone(&self.config), name).map_err(|error| failed(&error, host))?;
         let session = Arc::new(Mutex::new(session));
         shake_hands(&session, &socket, host)?;
         let mut lines = [socket.try_clone()?, socket.try_clone()?].into_iter();
@@ -159,7 +161,10 @@ fn certificates(path: &Path, pem: &[u8]) -> Result<Vec<CertificateDer<'static>>>
 }
 
 fn bad_file(path: &Path, error: &rustls::pki_types::pem::Error) -> Error {
-    Error::corrupt(format!("Unable to import CA certificate list {}: {error}", path.display()))
+    Error::corrupt(format!(
+        "Unable to import CA certificate list {}: {error}",
+        path.display()
+    ))
 }
 
 fn require(path: &Path) -> Result<Vec<u8>> {

@@ -39,8 +39,8 @@ fn parse_old(rest: &str) -> Result<NodeOptions> {
     if let Some(path) = place.strip_prefix("unix:") {
         options.set("path", path);
     } else if !place.is_empty() {
-        let (host, port) = split_port(place)
-            .ok_or_else(|| Error::invalid(format!("error parsing address '{place}'")))?;
+        let (host, port) =
+            split_port(place).ok_or_else(|| Error::invalid(format!("error parsing address '{place}'")))?;
         options.set("host", host);
         options.set("port", port);
     }
@@ -136,7 +136,9 @@ fn decode(text: &str) -> Option<String> {
         let (digits, tail) = rest.split_at_checked(2)?;
         let digits = std::str::from_utf8(digits).ok()?;
         // A sign is no digit.
-        let byte = u8::from_str_radix(digits, 16).ok().filter(|_| !digits.starts_with('+'))?;
+        let byte = u8::from_str_radix(digits, 16)
+            .ok()
+            .filter(|_| !digits.starts_with('+'))?;
         if byte == 0 {
             return None;
         }
