@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use diskimage::options::short_forms;
-use diskimage::{Image, NodeOptions, OpenOptions, open, open_node};
+use diskimage::{Image, NodeOptions, OpenOptions, node_of_name, open_node};
 
 use crate::out::Console;
 use crate::words::{ImageName, Source, Stop, text};
@@ -17,10 +17,22 @@ pub(crate) fn open_source(
     options: OpenOptions,
     console: &Console,
 ) -> Result<Arc<Image>, Stop> {
-    let options = match &source.format {
-        Some(format) => options.format(format),
-        None => options,
-    };
+    if let ImageName::Options(list) = &source.name {
+        warn_of_short_forms(list, console);
+    }
+    let opened = open_bare(source, options, console)?;
+    Ok(opened.map_err(|error| error.context(format!("Could not open '{}'", source.name.shown())))?)
+}
+
+/// The same, with an error that does not say which image it is about.
+///
+/// # Errors
+/// Names that are not text.
+pub(crate) fn open_bare(
+    source: &Source,
+    options: OpenOptions,
+    console: &Console,
+) -> Result<diskimage::Result<Arc<Image>>, Stop> {
     let warnings = Arc::new(Mutex::new(Vec::new()));
     let collected = Arc::clone(&warnings);
     let options = options.on_warning(Arc::new(move |warning: &str| {
@@ -28,12 +40,9 @@ pub(crate) fn open_source(
         warnings.push(warning.to_owned());
     }));
     let outcome = match &source.name {
-        ImageName::File(name) => open(&text(name.clone())?, &options),
-        ImageName::Options(list) => {
-            warn_of_short_forms(list, console);
-            open_node(NodeOptions::from_list(list)?, &options)
-                .map_err(|error| error.context(format!("Could not open '{list}'")))
-        }
+        ImageName::File(name) => node_of_name(&text(name.clone())?, source.format.as_deref())
+            .and_then(|node| open_node(node, &options)),
+        ImageName::Options(list) => open_node(NodeOptions::from_list(list)?, &options),
     };
     for warning in &*warnings.lock().unwrap_or_else(PoisonError::into_inner) {
         // The one about guessed formats shouts by itself.
@@ -43,7 +52,7 @@ pub(crate) fn open_source(
             console.warning(warning);
         }
     }
-    Ok(outcome?)
+    Ok(outcome)
 }
 
 /// Options without a value are on their way out.

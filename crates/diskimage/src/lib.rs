@@ -33,12 +33,14 @@ mod compare;
 mod convert;
 mod create;
 mod cursor;
+mod dd;
 mod gate;
 mod graph;
 mod guess;
 mod map;
 mod open;
 mod probe;
+mod rebase;
 mod resize;
 mod snapshot;
 #[cfg(test)]
@@ -49,6 +51,7 @@ pub use commit::{Commit, depth_of};
 pub use compare::{CompareError, Comparison, Difference, Verdict};
 pub use convert::{Conversion, DEFAULT_SPARSE, MAX_SPARSE, OnLost, total_len};
 pub use create::{Creation, Prepared};
+pub use dd::{Blocks, dd};
 pub use diskimage_core::*;
 pub use diskimage_formats::{FORMATS, format_by_name};
 pub use diskimage_protocols::{
@@ -56,9 +59,10 @@ pub use diskimage_protocols::{
     check_tls_creds,
 };
 pub use gate::FileGate;
-pub use graph::full_backing_name;
+pub use graph::{full_backing_name, is_driver, node_of_name};
 pub use map::{MappedExtent, map};
 pub use open::{OpenOptions, open, open_device, open_node};
 pub use probe::probe;
+pub use rebase::{Rebase, check_backing, set_backing};
 pub use resize::{ShrinkPolicy, resize};
 pub use snapshot::{SnapshotSelector, open_snapshot};

@@ -7,7 +7,7 @@ mod raw;
 use diskimage_core::Format;
 
 pub use qcow2::Qcow2Format;
-pub use raw::{Raw, bare_layer};
+pub use raw::{Raw, bare_layer, window_layer};
 
 /// Every format, in the order in which they are tried and listed.
 pub static FORMATS: &[&dyn Format] = &[&Raw, &Qcow2Format];

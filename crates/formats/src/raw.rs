@@ -137,6 +137,18 @@ pub fn bare_layer(device: Arc<dyn Device>, driver: &'static str) -> Arc<dyn Laye
     })
 }
 
+/// The `size` bytes from `offset` of a device on as an image.
+pub fn window_layer(device: Arc<dyn Device>, offset: u64, size: u64) -> Arc<dyn Layer> {
+    Arc::new(RawLayer {
+        file: device,
+        bare: None,
+        window: Window {
+            offset,
+            size: Some(size),
+        },
+    })
+}
+
 /// The part of the file that is the disk.
 #[derive(Clone, Copy, Debug, Default)]
 struct Window {

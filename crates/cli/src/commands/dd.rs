@@ -1,8 +1,16 @@
 //! `dd`: copies blocks of one image to another.
 
-use super::refuse;
+use std::ffi::OsStr;
+use std::sync::Arc;
+
+use diskimage::{Blocks, Creation, Device, Objects, OpenOptions, dd, format_by_name};
+
+use super::LARGEST;
+use crate::objects::define;
 use crate::out::Console;
-use crate::words::{Command, Flag, Operand, Parser, Stop};
+use crate::printable::printable;
+use crate::source::open_source;
+use crate::words::{Command, Flag, ImageName, Operand, Parser, Source, Stop, count, size, text};
 
 /// The table of `dd`.
 pub static COMMAND: Command = Command {
@@ -68,10 +76,153 @@ pub static COMMAND: Command = Command {
     negative_operand: None,
 };
 
-/// Reads the words of `dd`, which cannot be done yet.
+/// What to copy.
+#[derive(Debug)]
+pub struct Args {
+    /// The image to read.
+    pub input: Source,
+    /// The image to make.
+    pub output: String,
+    /// Its format.
+    pub output_format: String,
+    /// Which part.
+    pub blocks: Blocks,
+    /// Take no locks that others could mind.
+    pub force_share: bool,
+    /// Secrets.
+    pub objects: Arc<Objects>,
+}
+
+impl Args {
+    /// Reads the words.
+    ///
+    /// # Errors
+    /// What is wrong with them.
+    pub fn parse(mut words: Parser) -> Result<Self, Stop> {
+        let (mut format, mut image_opts, mut force_share) = (None, false, false);
+        let mut output_format = "raw".to_owned();
+        let mut objects = Objects::default();
+        while let Some((flag, value)) = words.next_flag()? {
+            match flag {
+                "format" => format = Some(text(value)?),
+                "output-format" => output_format = text(value)?,
+                "image-opts" => image_opts = true,
+                "force-share" => force_share = true,
+                "object" => define(&mut objects, value)?,
+                _ => unreachable!("every option of the table is listed"),
+            }
+        }
+        let mut blocks = Blocks {
+            size: 512,
+            count: None,
+            skip: 0,
+        };
+        let (mut input, mut output) = (None, None);
+        for word in words.operands() {
+            let word = text(word)?;
+            let (name, value) = word.split_once('=').unwrap_or((&word, ""));
+            let number = OsStr::new(value);
+            match name {
+                "bs" => blocks.size = size("bs", number, 1, LARGEST_BLOCK)?,
+                "count" => blocks.count = Some(count("count", number, 0, LARGEST)?),
+                "skip" => blocks.skip = count("skip", number, 0, LARGEST)?,
+                "if" => input = Some(value.to_owned()),
+                "of" => output = Some(value.to_owned()),
+                other => return Err(Stop::wrong(format!("unrecognized operand {other}"))),
+            }
+        }
+        let (Some(input), Some(output)) = (input, output) else {
+            return Err(Stop::wrong("Must specify both input and output files"));
+        };
+        Ok(Self {
+            input: Source::new(input.into(), format, image_opts)?,
+            output,
+            output_format,
+            blocks,
+            force_share,
+            objects: objects.into(),
+        })
+    }
+}
+
+const LARGEST_BLOCK: u64 = i32::MAX.unsigned_abs() as u64;
+
+/// Reads the words of `dd` and does it.
 ///
 /// # Errors
-/// What is wrong with the words, or that.
-pub fn run(words: Parser, _console: &Console) -> Result<u8, Stop> {
-    refuse(words, &COMMAND)
+/// What is wrong with the words, and everything that can fail on the way.
+pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
+    let args = Args::parse(words)?;
+    let options = || OpenOptions::new().objects(Arc::clone(&args.objects));
+    let source = open_source(&args.input, options().force_share(args.force_share), console)?;
+    if format_by_name(&args.output_format).is_none() {
+        return Err(Stop::wrong("Unknown file format"));
+    }
+    let part = args.blocks.of(source.len());
+    if part.is_none() {
+        let message = format!(
+            "{}: cannot skip to specified offset",
+            printable(&args.input.name.shown())
+        );
+        console.error(&message);
+    }
+    let part = part.unwrap_or((source.len(), 0));
+    Creation::new(&args.output, &args.output_format)
+        .objects(Arc::clone(&args.objects))
+        .exact_size(part.1)
+        .prepare()
+        .and_then(|prepared| prepared.create())
+        .map_err(|error| {
+            let output = printable(&args.output);
+            error.context(format!("{output}: error while creating output image"))
+        })?;
+    let target = Source {
+        name: ImageName::File(args.output.into()),
+        format: Some(args.output_format),
+    };
+    let target = open_source(&target, options().write(true).resize(true), console)?;
+    dd(&source, part, &target)?;
+    Ok(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(words: &str) -> Result<Args, Stop> {
+        let words = words.split_whitespace().map(Into::into).collect();
+        Args::parse(Parser::new(&COMMAND, words, false))
+    }
+
+    #[test]
+    fn operands_are_names_and_values() {
+        let args = parse("bs=1M count=3 -O qcow2 skip=0x10 if=a=b of=c").expect("right");
+        assert_eq!(
+            args.blocks,
+            Blocks {
+                size: 1 << 20,
+                count: Some(3),
+                skip: 16
+            }
+        );
+        assert_eq!(
+            (args.input.name.shown().as_str(), args.output.as_str()),
+            ("a=b", "c")
+        );
+    }
+
+    #[test]
+    fn wrong_operands_are_refused() {
+        for (words, message) in [
+            ("if=a", "Must specify both input and output files"),
+            ("isize=1 if=a of=b", "unrecognized operand isize"),
+            ("bs= if=a of=b", "Invalid bs specified: ''."),
+            (
+                "bs=2G if=a of=b",
+                "Invalid bs specified. Must be between 1 and 2147483647.",
+            ),
+        ] {
+            assert_eq!(parse(words).map(|_| ()), Err(Stop::wrong(message)), "{words}");
+        }
+    }
 }

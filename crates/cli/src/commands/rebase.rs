@@ -1,8 +1,20 @@
 //! `rebase`: gives an image another backing file.
 
-use super::refuse;
+use std::sync::Arc;
+
+use diskimage::{
+    Backing, CacheMode, Image, Objects, OpenOptions, Rebase, ResultExt, check_backing, full_backing_name,
+    is_driver, set_backing,
+};
+
+use super::only_image;
+use crate::objects::define;
 use crate::out::Console;
-use crate::words::{Command, Flag, Operand, Parser, Stop};
+use crate::printable::printable;
+use crate::source::{open_bare, open_source};
+use crate::words::{
+    Command, Flag, ImageName, Operand, Parser, Source, Stop, source_cache, target_cache, text,
+};
 
 /// The table of `rebase`.
 pub static COMMAND: Command = Command {
@@ -82,10 +94,136 @@ Rebases FILENAME on top of BACKING_FILENAME or no backing file",
     negative_operand: None,
 };
 
-/// Reads the words of `rebase`, which cannot be done yet.
+/// What to change.
+#[derive(Debug)]
+pub struct Args {
+    /// The image.
+    pub image: Source,
+    /// What is to be below: the name, or nothing.
+    pub backing: Option<String>,
+    /// Its format.
+    pub backing_format: Option<String>,
+    /// How requests to the image reach the disk.
+    pub cache: CacheMode,
+    /// The same for the images below.
+    pub backing_cache: CacheMode,
+    /// Only name the image below, whatever it holds.
+    pub only_name: bool,
+    /// Compress what is written.
+    pub compress: bool,
+    /// Take no locks on the images below that others could mind.
+    pub force_share: bool,
+    /// Show progress.
+    pub progress: bool,
+    /// Secrets.
+    pub objects: Arc<Objects>,
+}
+
+impl Args {
+    /// Reads the words.
+    ///
+    /// # Errors
+    /// What is wrong with them.
+    pub fn parse(mut words: Parser) -> Result<Self, Stop> {
+        let (mut format, mut image_opts, mut cache, mut backing_cache) = (None, false, None, None);
+        let (mut backing, mut backing_format) = (None, None);
+        let (mut only_name, mut compress, mut force_share) = (false, false, false);
+        let (mut quiet, mut progress) = (false, false);
+        let mut objects = Objects::default();
+        while let Some((flag, value)) = words.next_flag()? {
+            match flag {
+                "quiet" => quiet = true,
+                "progress" => progress = true,
+                "format" => format = Some(text(value)?),
+                "image-opts" => image_opts = true,
+                "cache" => cache = Some(value),
+                "backing" => backing = Some(text(value)?),
+                "backing-format" => backing_format = Some(text(value)?),
+                "backing-cache" => backing_cache = Some(value),
+                "backing-unsafe" => only_name = true,
+                "compress" => compress = true,
+                "force-share" => force_share = true,
+                "object" => define(&mut objects, value)?,
+                _ => unreachable!("every option of the table is listed"),
+            }
+        }
+        let image = only_image(words)?;
+        if backing.is_none() && !only_name {
+            return Err(Stop::misused(
+                "Must specify backing file (-b) or use unsafe mode (-u)",
+            ));
+        }
+        Ok(Self {
+            cache: target_cache(cache.as_deref(), CacheMode::WRITEBACK)?,
+            backing_cache: source_cache(backing_cache.as_deref())?,
+            image: Source::new(image, format, image_opts)?,
+            backing: backing.filter(|backing| !backing.is_empty()),
+            backing_format,
+            only_name,
+            compress,
+            force_share,
+            progress: progress && !quiet,
+            objects: objects.into(),
+        })
+    }
+}
+
+/// Reads the words of `rebase` and does it.
 ///
 /// # Errors
-/// What is wrong with the words, or that.
-pub fn run(words: Parser, _console: &Console) -> Result<u8, Stop> {
-    refuse(words, &COMMAND)
+/// What is wrong with the words, images that cannot be opened, and failures to read or write.
+pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
+    let args = Args::parse(words)?;
+    let progress = crate::progress::Progress::new(args.progress, console);
+    let options = || OpenOptions::new().objects(Arc::clone(&args.objects));
+    let image = open_source(
+        &args.image,
+        options().cache(args.cache).write(true).no_backing(args.only_name),
+        console,
+    )?;
+    if let Some(format) = args.backing_format.as_deref().filter(|format| !is_driver(format)) {
+        return Err(Stop::wrong(format!("Invalid format name: '{format}'")));
+    }
+    let backing = args.backing.as_ref().map(|name| Backing {
+        name: name.clone(),
+        format: args.backing_format.clone(),
+    });
+    if !args.only_name {
+        if args.compress && image.layer().encoder()?.is_none() {
+            return Err(Stop::wrong("Compression not supported for this file format"));
+        }
+        let new = match &backing {
+            Some(backing) => Some(open_new(&args, &image, backing, options(), console)?),
+            None => None,
+        };
+        check_backing(&image, backing.as_ref())?;
+        let report = |done, total| progress.set(done, total);
+        let rebase = Rebase {
+            image: &image,
+            new: new.as_ref(),
+            compress: args.compress,
+            progress: diskimage::Progress::new(&report),
+        };
+        rebase.run()?;
+    }
+    set_backing(&image, backing.as_ref())?;
+    progress.complete();
+    Ok(0)
+}
+
+/// Opens what is to be below. Its name starts from the image, as it will once it stands in it.
+fn open_new(
+    args: &Args,
+    image: &Image,
+    backing: &Backing,
+    options: OpenOptions,
+    console: &Console,
+) -> Result<Arc<Image>, Stop> {
+    let source = Source {
+        name: ImageName::File(full_backing_name(&image.base_name(), &backing.name).into()),
+        format: backing.format.clone(),
+    };
+    let options = options.cache(args.backing_cache).force_share(args.force_share);
+    let opened = open_bare(&source, options, console)?;
+    Ok(opened.context(|| format!("Could not open new backing file '{}'", printable(&backing.name)))?)
 }

@@ -32,8 +32,8 @@ use crate::probe::probe;
 use common::Common;
 
 pub(crate) use chain::{open_chain, open_device_chain};
-pub use names::full_backing_name;
-pub(crate) use names::node_of_name;
+
+pub use names::{full_backing_name, is_driver, node_of_name};
 
 /// What a driver is.
 enum Driver {

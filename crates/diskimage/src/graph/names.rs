@@ -2,6 +2,7 @@
 
 use diskimage_core::json;
 use diskimage_core::{NodeOptions, Result, ResultExt};
+use diskimage_formats::format_by_name;
 use diskimage_protocols::{Target, filter_by_name, parse_name, protocol_by_name};
 
 /// What marks a name that is a node's options.
@@ -11,7 +12,7 @@ const JSON: &str = "json:";
 ///
 /// # Errors
 /// What is wrong with the name.
-pub(crate) fn node_of_name(name: &str, format: Option<&str>) -> Result<NodeOptions> {
+pub fn node_of_name(name: &str, format: Option<&str>) -> Result<NodeOptions> {
     if let Some(text) = name.strip_prefix(JSON) {
         let value = json::parse(text).context(|| "Could not parse the JSON options")?;
         let mut node = NodeOptions::from_json(value)?;
@@ -32,6 +33,11 @@ pub(crate) fn node_of_name(name: &str, format: Option<&str>) -> Result<NodeOptio
         node.set("driver", format);
     }
     Ok(node)
+}
+
+/// Whether there is a driver of this name: a format, a protocol or a filter.
+pub fn is_driver(name: &str) -> bool {
+    format_by_name(name).is_some() || protocol_by_name(name).is_some() || filter_by_name(name).is_some()
 }
 
 /// The name to open `backing` by, which the image called `image` refers to.

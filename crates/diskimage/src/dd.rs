@@ -1,0 +1,82 @@
+//! Copying a part of a disk that is counted in blocks.
+
+use std::sync::Arc;
+
+use diskimage_core::{Device, Image, Result};
+use diskimage_formats::window_layer;
+
+use crate::convert::Conversion;
+
+/// Which part of a disk is copied, as `dd` counts it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Blocks {
+    /// Bytes of a block.
+    pub size: u64,
+    /// How many blocks from the start of the disk are looked at, those skipped included; all if not given.
+    pub count: Option<u64>,
+    /// How many of them are left out at the start.
+    pub skip: u64,
+}
+
+impl Blocks {
+    /// Where the part of a disk of `len` bytes starts, and how long it is; `None` if it would start behind
+    /// the disk's end, or the last block's.
+    pub fn of(self, len: u64) -> Option<(u64, u64)> {
+        let end = self
+            .count
+            .map_or(len, |count| count.saturating_mul(self.size).min(len));
+        let start = self.skip.saturating_mul(self.size);
+        if start > end {
+            return None;
+        }
+        Some((start, end - start))
+    }
+}
+
+/// Copies `len` bytes from `start` of `source` on to the start of `target`, zeroes as data. Blocks are only a way to count:
+/// bytes move in large pieces.
+///
+/// # Errors
+/// A target that is too small, and the first failure to read or write.
+pub fn dd(source: &Arc<Image>, (start, len): (u64, u64), target: &Image) -> Result<()> {
+    let device: Arc<dyn Device> = Arc::<Image>::clone(source);
+    let part = Image::new(window_layer(device, start, len), None, source.name(), false);
+    let sources = [Arc::new(part)];
+    let conversion = Conversion {
+        sparse: 0,
+        ..Conversion::new(&sources, target)
+    };
+    conversion.run()?;
+    target.flush()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{contents, image_on, raw};
+
+    #[test]
+    fn blocks_are_counted_from_the_start_of_the_disk() {
+        let part = |size, count, skip| Blocks { size, count, skip }.of(1000);
+        assert_eq!(part(512, None, 0), Some((0, 1000)));
+        assert_eq!(part(100, Some(3), 1), Some((100, 200)));
+        assert_eq!(part(100, Some(5), 5), Some((500, 0)));
+        assert_eq!(part(100, Some(1), 5), None);
+        assert_eq!(part(100, None, 10), Some((1000, 0)));
+        assert_eq!(part(100, None, 11), None);
+        assert_eq!(part(u64::MAX, Some(u64::MAX), 0), Some((0, 1000)));
+    }
+
+    #[test]
+    fn the_part_is_copied_whatever_the_blocks() {
+        let bytes: Vec<u8> = (0..100_000u32).map(|i| (i % 251) as u8).collect();
+        let source = raw(bytes.clone());
+        for (start, len) in [(0, 100_000), (7, 5000), (99_999, 1), (500, 0)] {
+            let target = image_on("qcow2", "", 100 << 10, None);
+            dd(&source, (start, len), &target).expect("copies");
+            let from = usize::try_from(start).expect("small");
+            let expected = &bytes[from..from + usize::try_from(len).expect("small")];
+            assert!(contents(&target).starts_with(expected), "{start} {len}");
+        }
+    }
+}
