@@ -24,4 +24,6 @@ pub use filter::{Below, FILTERS, Filter, FilterChild, FilterRequest, filter_by_n
 pub use grow::{CREATE_OPTIONS, FileCreation};
 pub use name::{ProtocolKind, Target};
 pub use nbd::check_tls_creds;
+#[cfg(feature = "fuzzing")]
+pub use nbd::fuzzing;
 pub use protocol::{PROTOCOLS, Protocol, ProtocolRequest, parse_name, protocol_by_name, protocol_of_name};

@@ -13,6 +13,8 @@
 
 mod address;
 mod connection;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 mod lines;
 mod negotiate;
 mod options;

@@ -21,6 +21,7 @@ pub(super) struct Remote {
     pub(super) wish: Wish,
     #[cfg(feature = "tls")]
     credentials: Option<Credentials>,
+    #[cfg(feature = "tls")]
     hostname: Option<String>,
 }
 
@@ -50,6 +51,7 @@ impl Remote {
             },
             #[cfg(feature = "tls")]
             credentials,
+            #[cfg(feature = "tls")]
             hostname: options
                 .tls_hostname
                 .clone()

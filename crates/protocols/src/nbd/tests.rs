@@ -4,3 +4,5 @@ mod client;
 mod codec;
 mod misbehaviour;
 mod server;
+#[cfg(feature = "tls")]
+mod tls;
