@@ -287,7 +287,10 @@ pub(super) const UNCLEAN_END: &str = "The TLS connection was non-properly termin
 fn failed(error: &rustls::Error, host: &str) -> Error {
     let words = match error {
         rustls::Error::InvalidCertificate(certificate) => match certificate {
-            CertificateError::UnknownIssuer => "The certificate hasn't got a known issuer".to_owned(),
+            // An issuer of the same name with another key is another issuer.
+            CertificateError::UnknownIssuer | CertificateError::BadSignature => {
+                "The certificate hasn't got a known issuer".to_owned()
+            }
             CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. } => {
                 format!("Certificate does not match the hostname {host}")
             }

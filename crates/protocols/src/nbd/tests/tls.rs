@@ -38,7 +38,7 @@ fn certificates(dir: &Path, name: &str) -> bool {
     );
     write(
         "end.tmpl",
-        "cn = end\ndns_name = localhost\ntls_www_server\ntls_www_client\nsigning_key\nexpiration_days = 10\n",
+        "cn = end\ndns_name = localhost\ntls_www_server\ntls_www_client\nsigning_key\nencryption_key\nexpiration_days = 10\n",
     );
     let (key, cert) = (format!("{name}-key.pem"), format!("{name}-cert.pem"));
     let new_key = |out: &str| {
@@ -46,7 +46,7 @@ fn certificates(dir: &Path, name: &str) -> bool {
             dir,
             &[
                 "--generate-privkey",
-                "--key-type=ecdsa",
+                "--key-type=rsa",
                 "--no-text",
                 "--outfile",
                 out,
