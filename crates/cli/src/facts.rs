@@ -54,6 +54,15 @@ impl Facts {
         !self.path.is_empty() && self.children.is_empty()
     }
 
+    /// Whether there is more to know of it than its length, as far as the original is concerned.
+    fn has_details(&self) -> bool {
+        match (self.node.driver, self.children.first()) {
+            ("nbd", _) => false,
+            ("raw", Some((_, file))) => file.has_details(),
+            _ => true,
+        }
+    }
+
     /// The names of the image below: as it stands in the image, and where that is.
     fn backing(&self) -> Option<(&Backing, String)> {
         let backing = self.info.backing.as_ref()?;
@@ -125,8 +134,10 @@ impl Facts {
             ("virtual-size", self.len.into()),
             ("filename", self.node.shown_name().into()),
             ("format", self.node.driver.into()),
-            ("dirty-flag", self.info.dirty.into()),
         ];
+        if self.has_details() {
+            members.push(("dirty-flag", self.info.dirty.into()));
+        }
         if let Some((Backing { name, format }, full)) = self.backing() {
             members.push(("backing-filename", name.as_str().into()));
             members.push(("full-backing-filename", full.into()));

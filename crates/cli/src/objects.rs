@@ -1,4 +1,6 @@
-//! `--object`: secrets for images that are encrypted.
+//! `--object`: secrets for images that are encrypted, credentials for connections that are.
+
+mod tls;
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -31,6 +33,7 @@ fn read(text: &str, objects: &Objects) -> Result<(String, Object), Stop> {
             ));
         }
         Some("secret") => (),
+        Some(kind) if tls::TYPES.contains(&kind) => return tls::read(kind, parameters),
         Some(other) if OTHER_TYPES.contains(&other) => {
             return Err(Stop::wrong(format!(
                 "Objects of type '{other}' are not available in this build"
@@ -176,7 +179,7 @@ impl Parameters {
 /// Parameters that are text in JSON, too.
 const KNOWN: [&str; 7] = ["qom-type", "id", "data", "file", "format", "keyid", "iv"];
 
-const OTHER_TYPES: [&str; 11] = [
+const OTHER_TYPES: [&str; 8] = [
     "authz-list",
     "authz-list-file",
     "authz-simple",
@@ -185,9 +188,6 @@ const OTHER_TYPES: [&str; 11] = [
     "secret_keyring",
     "thread-context",
     "throttle-group",
-    "tls-creds-anon",
-    "tls-creds-psk",
-    "tls-creds-x509",
 ];
 
 const SECRET_HELP: &str = "secret options:
@@ -293,8 +293,8 @@ mod tests {
                 "Parameter 'format' does not accept value 'foo'",
             ),
             (
-                "tls-creds-psk,id=a",
-                "Objects of type 'tls-creds-psk' are not available in this build",
+                "throttle-group,id=a",
+                "Objects of type 'throttle-group' are not available in this build",
             ),
         ] {
             assert_eq!(

@@ -63,6 +63,11 @@ pub trait Device: Debug + Send + Sync {
     /// What the operating system says, and modes that the device does not offer.
     fn resize(&self, len: u64, preallocation: Preallocation) -> Result<()>;
 
+    /// The words for that a new image does not fit, where the length is what it is.
+    fn too_short(&self) -> &'static str {
+        "Cannot grow device files"
+    }
+
     /// Moves `len` bytes from `offset` here to `target_offset` of `target` without passing them through this
     /// process, if the two devices know a way. `Ok(false)` means nothing was done and the caller copies.
     ///
@@ -238,6 +243,10 @@ pub enum ExtentKind {
     Zero,
     /// A hole of the storage below: allocated as far as the format is concerned, reads as zero.
     Hole,
+    /// Written with zeroes as far as the storage below knows: takes room, reads as zero.
+    Blank,
+    /// Takes no room on the storage below, and what it reads as is not known without reading.
+    Absent,
     /// No image of the chain has it; reads as zero.
     Unallocated,
 }
@@ -245,7 +254,7 @@ pub enum ExtentKind {
 impl ExtentKind {
     /// Whether the bytes are known to be zero.
     pub fn is_zero(self) -> bool {
-        matches!(self, Self::Zero | Self::Hole | Self::Unallocated)
+        matches!(self, Self::Zero | Self::Hole | Self::Blank | Self::Unallocated)
     }
 }
 

@@ -524,10 +524,14 @@ impl Device for Image {
                 let inside = ByteRange::at(offset, run.len).intersect(ByteRange::new(0, device.len()));
                 if want == Want::Zeroes && holes != Holes::Ignored && !inside.is_empty() {
                     let below = device.status(inside, want)?;
-                    let kind = match (below.kind.is_zero(), holes) {
-                        (false, _) => ExtentKind::Data,
-                        (true, Holes::Zero) => ExtentKind::Zero,
-                        (true, _) => ExtentKind::Hole,
+                    let kind = match (below.kind, holes) {
+                        (ExtentKind::Absent, Holes::Zero) => {
+                            return Ok(extent(below.len.min(run.len), ExtentKind::Absent, None));
+                        }
+                        (kind, _) if !kind.is_zero() => ExtentKind::Data,
+                        (ExtentKind::Blank, Holes::Zero) => ExtentKind::Blank,
+                        (_, Holes::Zero) => ExtentKind::Zero,
+                        (_, _) => ExtentKind::Hole,
                     };
                     extent(below.len.min(run.len), kind, Some((device, offset)))
                 } else {

@@ -6,12 +6,11 @@ use std::sync::Arc;
 use diskimage_core::options::Options;
 use diskimage_core::{
     CreateRequest, Device, Error, Format, Gate, NodeOptions, Objects, Permissions, Preallocation, Result,
-    ResultExt,
 };
 use diskimage_formats::format_by_name;
 use diskimage_protocols::{
     CREATE_OPTIONS as FILE_CREATE_OPTIONS, CacheMode, File, FileCreation, Local, Protocol, ProtocolRequest,
-    Target, parse_name, protocol_by_name,
+    Target, parse_name, protocol_by_name, protocol_of_name,
 };
 
 use crate::gate::FileGate;
@@ -123,7 +122,9 @@ impl Creation {
     pub fn prepare(self) -> Result<Prepared> {
         let format = format_by_name(&self.format)
             .ok_or_else(|| Error::invalid(format!("Unknown file format '{}'", self.format)))?;
-        target_of(&self.name)?;
+        if existing_only(&self.name).is_none() {
+            target_of(&self.name)?;
+        }
         let options = self.all_options(format)?;
         let size = self.size_with(&options)?;
         let mut options = options;
@@ -278,7 +279,16 @@ impl Prepared {
 
     /// Makes the file, or opens what is there, that the image goes into.
     fn place(&self, creation: &FileCreation) -> Result<Place> {
-        let mut node = target_of(&self.name)?;
+        let no_making = |error: Error, driver: &str| {
+            error.context(format!(
+                "Protocol driver '{driver}' does not support creating new images, so an existing image must be selected \
+                 as the target; however, opening the given target as an existing image failed"
+            ))
+        };
+        let mut node = match (target_of(&self.name), existing_only(&self.name)) {
+            (Err(error), Some(protocol)) => return Err(no_making(error, protocol.name())),
+            (node, _) => node?,
+        };
         let path = node.text("filename").unwrap_or_default();
         let protocol: &dyn Protocol = match node.text("driver").map(protocol_by_name) {
             Some(protocol) => protocol.ok_or_else(|| no_creation(node.text("driver").unwrap_or_default()))?,
@@ -298,13 +308,7 @@ impl Prepared {
             cache: self.cache,
             objects: &self.objects,
         });
-        let device = opened.context(|| {
-            format!(
-                "Protocol driver '{}' does not support creating new images, so an existing image must be selected as \
-                 the target; however, opening the given target as an existing image failed",
-                protocol.name()
-            )
-        })?;
+        let device = opened.map_err(|error| no_making(error, protocol.name()))?;
         Ok(Place {
             device,
             is_new: false,
@@ -371,6 +375,11 @@ fn target_of(name: &str) -> Result<NodeOptions> {
         Some((driver, None)) => Err(no_creation(driver)),
         _ => Ok(node),
     }
+}
+
+/// The protocol of `name`, if new images only go into what is there by that name.
+fn existing_only(name: &str) -> Option<&'static dyn Protocol> {
+    protocol_of_name(name).filter(|protocol| protocol.takes_images() && !protocol.can_create())
 }
 
 fn no_creation(driver: &str) -> Error {

@@ -56,6 +56,7 @@ pub use diskimage_core::*;
 pub use diskimage_formats::{FORMATS, format_by_name};
 pub use diskimage_protocols::{
     CREATE_OPTIONS as FILE_CREATE_OPTIONS, CacheMode, FILTERS, File, FileCreation, PROTOCOLS, Target,
+    check_tls_creds,
 };
 pub use gate::FileGate;
 pub use graph::{full_backing_name, is_driver, node_of_name};

@@ -73,21 +73,21 @@ impl Format for Raw {
     }
 
     fn create(&self, request: CreateRequest<'_>) -> Result<()> {
-        let preallocation = preallocation(request.options)?;
         let size = disk_size(request.size)?;
         if request.file.is_zero_when_new() {
-            return request.file.resize(size, preallocation);
+            return request.file.resize(size, preallocation(request.options)?);
         }
         // A device, which has the storage that it has.
-        if preallocation != Preallocation::Off {
+        let mode = preallocation_mode(request.options)?;
+        if mode != Preallocation::Off {
             return Err(Error::unsupported(format!(
                 "Unsupported preallocation mode '{}'",
-                preallocation.name()
+                mode.name()
             )));
         }
         let there = request.file.len();
         if size > there {
-            return Err(Error::unsupported("Cannot grow device files"));
+            return Err(Error::unsupported(request.file.too_short()));
         }
         // What the device held before should not be taken for an image's header.
         let head = ByteRange::new(0, SECTOR.min(there));
@@ -106,12 +106,15 @@ impl Format for Raw {
 }
 
 fn preallocation(options: &Options) -> Result<Preallocation> {
-    let name = options.text("preallocation").unwrap_or("off");
-    match Preallocation::from_name(name) {
-        Some(Preallocation::Metadata) => Err(Error::unsupported("Unsupported preallocation mode: metadata")),
-        Some(mode) => Ok(mode),
-        None => Err(Error::invalid(format!("invalid parameter value: {name}"))),
+    match preallocation_mode(options)? {
+        Preallocation::Metadata => Err(Error::unsupported("Unsupported preallocation mode: metadata")),
+        mode => Ok(mode),
     }
+}
+
+fn preallocation_mode(options: &Options) -> Result<Preallocation> {
+    let name = options.text("preallocation").unwrap_or("off");
+    Preallocation::from_name(name).ok_or_else(|| Error::invalid(format!("invalid parameter value: {name}")))
 }
 
 fn disk_size(size: u64) -> Result<u64> {

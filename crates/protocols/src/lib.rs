@@ -13,6 +13,7 @@ mod grow;
 mod holes;
 mod lock;
 mod name;
+mod nbd;
 mod protocol;
 mod sys;
 mod zero;
@@ -22,4 +23,7 @@ pub use file::{File, Local};
 pub use filter::{Below, FILTERS, Filter, FilterChild, FilterRequest, filter_by_name};
 pub use grow::{CREATE_OPTIONS, FileCreation};
 pub use name::{ProtocolKind, Target};
-pub use protocol::{PROTOCOLS, Protocol, ProtocolRequest, parse_name, protocol_by_name};
+pub use nbd::check_tls_creds;
+#[cfg(feature = "fuzzing")]
+pub use nbd::fuzzing;
+pub use protocol::{PROTOCOLS, Protocol, ProtocolRequest, parse_name, protocol_by_name, protocol_of_name};

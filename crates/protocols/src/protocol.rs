@@ -9,6 +9,7 @@ use crate::cache::CacheMode;
 use crate::file::{FILE, HOST_CDROM, HOST_DEVICE};
 use crate::filter::filter_by_prefix;
 use crate::name::protocol_prefix;
+use crate::nbd::NBD;
 
 /// A protocol: where bytes live. A unit struct listed once in [`PROTOCOLS`].
 pub trait Protocol: Debug + Sync {
@@ -55,11 +56,20 @@ pub struct ProtocolRequest<'a> {
 }
 
 /// Every protocol.
-pub static PROTOCOLS: &[&dyn Protocol] = &[&FILE, &HOST_DEVICE, &HOST_CDROM];
+pub static PROTOCOLS: &[&dyn Protocol] = &[&FILE, &HOST_DEVICE, &HOST_CDROM, &NBD];
 
 /// The protocol of this name.
 pub fn protocol_by_name(name: &str) -> Option<&'static dyn Protocol> {
     PROTOCOLS.iter().copied().find(|protocol| protocol.name() == name)
+}
+
+/// The protocol that a name is of, if it says so.
+pub fn protocol_of_name(name: &str) -> Option<&'static dyn Protocol> {
+    let prefix = protocol_prefix(name)?;
+    PROTOCOLS
+        .iter()
+        .copied()
+        .find(|protocol| protocol.prefixes().contains(&prefix))
 }
 
 /// The options that a name stands for as a user writes it: a path, or a protocol or filter and what it needs.
@@ -72,10 +82,7 @@ pub fn parse_name(name: &str) -> Result<NodeOptions> {
         options.set("filename", name);
         return Ok(options);
     };
-    let known = PROTOCOLS
-        .iter()
-        .find(|protocol| protocol.prefixes().contains(&prefix));
-    let (driver, mut options) = match (known, filter_by_prefix(prefix)) {
+    let (driver, mut options) = match (protocol_of_name(name), filter_by_prefix(prefix)) {
         (Some(protocol), _) => (protocol.name(), protocol.parse(name)?),
         (None, Some(filter)) => (filter.name(), filter.parse(name)?),
         (None, None) => return Err(Error::invalid(format!("Unknown protocol '{prefix}'"))),

@@ -7,7 +7,7 @@ use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::script::StockTool;
+use crate::script::{Server, StockTool};
 
 /// Where the programs are.
 #[derive(Debug, Clone)]
@@ -137,6 +137,71 @@ impl Drop for Holder {
     }
 }
 
+/// A server that listens on a socket until this is dropped.
+#[derive(Debug)]
+pub struct RunningServer {
+    child: Child,
+    socket: String,
+    path: PathBuf,
+}
+
+impl RunningServer {
+    /// Starts it and waits until the socket is there.
+    ///
+    /// # Errors
+    /// When it does not start.
+    pub fn start(server: Server, socket: &str, args: &[String], directory: &Path) -> Result<Self, String> {
+        let mut command = Command::new(server.name());
+        match server {
+            Server::QemuNbd => command
+                .args(["--persistent", "--socket"])
+                .arg(directory.join(socket)),
+            Server::Nbdkit => command
+                .args(["--foreground", "--unix"])
+                .arg(directory.join(socket)),
+        };
+        let child = command
+            .args(args)
+            .current_dir(directory)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .map_err(|error| format!("{}: {error}", server.name()))?;
+        let mut this = Self {
+            child,
+            socket: socket.to_owned(),
+            path: directory.join(socket),
+        };
+        let start = Instant::now();
+        while !this.path.exists() {
+            let ended = this.child.try_wait().map_err(|error| error.to_string())?;
+            if ended.is_some() || start.elapsed() > START_LIMIT {
+                return Err(format!("{} does not start", server.name()));
+            }
+            thread::sleep(Duration::from_millis(5));
+        }
+        Ok(this)
+    }
+
+    /// The name of its socket.
+    pub fn socket(&self) -> &str {
+        &self.socket
+    }
+}
+
+impl Drop for RunningServer {
+    fn drop(&mut self) {
+        // A signal that lets it write what it still holds.
+        let signalled = Command::new("kill").arg(self.child.id().to_string()).status();
+        if !signalled.is_ok_and(|status| status.success()) {
+            self.child.kill().ok();
+        }
+        wait(&mut self.child);
+        std::fs::remove_file(&self.path).ok();
+    }
+}
+
 fn command(program: &Path, tool: StockTool, directory: &Path) -> Command {
     let mut command = Command::new(program);
     command
@@ -184,6 +249,8 @@ fn wait(child: &mut Child) -> String {
     }
 }
 
+/// How long a server may take until it listens.
+const START_LIMIT: Duration = Duration::from_secs(20);
 const SUCCESS: &str = "exit code 0";
 /// Every case is small; whatever takes this long hangs.
 const TIME_LIMIT: Duration = Duration::from_secs(60);

@@ -12,7 +12,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use crate::process::{self, Holder, Outcome, Tools};
+use crate::process::{self, Holder, Outcome, RunningServer, Tools};
 use crate::script::{Case, Step, StockTool};
 use crate::structure;
 use crate::verdict;
@@ -106,6 +106,7 @@ fn perform<'a>(
 ) -> Result<Vec<Performed<'a>>, String> {
     let mut performed = Vec::new();
     let mut holders: Vec<(&str, Holder)> = Vec::new();
+    let mut servers: Vec<RunningServer> = Vec::new();
     for step in steps {
         match step {
             Step::UnderTest(args) => {
@@ -137,6 +138,12 @@ fn perform<'a>(
                     image,
                     Holder::start(tools, image, *read_only, options, directory)?,
                 ));
+            }
+            Step::Serve { server, socket, args } => {
+                servers.push(RunningServer::start(*server, socket, args, directory)?);
+            }
+            Step::Release(name) if servers.iter().any(|server| server.socket() == name) => {
+                servers.retain(|server| server.socket() != name);
             }
             Step::Release(image) => {
                 let at = holders.iter().position(|(held, _)| held == image);

@@ -37,6 +37,15 @@ pub enum Step {
     },
     /// `release IMAGE`: ends a `hold` before the end of the case.
     Release(String),
+    /// `serve PROGRAM SOCKET ...`: a server listens there from here on.
+    Serve {
+        /// Which.
+        server: Server,
+        /// The socket's name, by which `release` refers to it.
+        socket: String,
+        /// Its own arguments.
+        args: Vec<String>,
+    },
     /// A change of files done by the harness itself.
     File(FileOperation),
 }
@@ -55,8 +64,34 @@ impl Step {
             Step::Observe(tool, args) => format!("observe {}", join_command(tool.name(), args)),
             Step::Hold { image, .. } => format!("hold {image}"),
             Step::Release(image) => format!("release {image}"),
+            Step::Serve { server, socket, .. } => format!("serve {} {socket}", server.name()),
             Step::File(operation) => format!("{operation:?}"),
         }
+    }
+}
+
+/// The servers of network block devices a case may start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Server {
+    /// `qemu-nbd`, which stays when a client goes.
+    QemuNbd,
+    /// `nbdkit`.
+    Nbdkit,
+}
+
+impl Server {
+    /// The program's name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Server::QemuNbd => "qemu-nbd",
+            Server::Nbdkit => "nbdkit",
+        }
+    }
+
+    fn parse(word: &str) -> Option<Self> {
+        [Server::QemuNbd, Server::Nbdkit]
+            .into_iter()
+            .find(|server| server.name() == word)
     }
 }
 
@@ -174,6 +209,16 @@ pub fn parse(stem: &str, text: &str) -> Result<Vec<Case>, String> {
     Ok(cases)
 }
 
+impl Case {
+    /// The servers that it starts.
+    pub fn servers(&self) -> impl Iterator<Item = Server> {
+        self.steps.iter().filter_map(|step| match step {
+            Step::Serve { server, .. } => Some(*server),
+            _ => None,
+        })
+    }
+}
+
 fn parse_line(case: &mut Case, words: &[String]) -> Result<(), String> {
     let (directive, rest) = words.split_first().ok_or("an empty line")?;
     let reason = || {
@@ -193,6 +238,16 @@ fn parse_line(case: &mut Case, words: &[String]) -> Result<(), String> {
             });
         }
         "hold" => case.steps.push(parse_hold(rest)?),
+        "serve" => {
+            let [server, socket, args @ ..] = rest else {
+                return Err("serve PROGRAM SOCKET [ARGS]".to_owned());
+            };
+            case.steps.push(Step::Serve {
+                server: Server::parse(server).ok_or_else(|| format!("no server called {server}"))?,
+                socket: socket.clone(),
+                args: args.to_vec(),
+            });
+        }
         "release" => {
             let [image] = rest else {
                 return Err("release IMAGE".to_owned());
@@ -333,13 +388,13 @@ mod tests {
     #[test]
     fn every_directive_becomes_its_step() {
         let text = "case one\n# comment\n file a zero 1M\n qemu-io -c 'write 0 1' a\n hold a ro -U\n \
-                    qemu-img info a\n release a\n images raw:a b\n same-bytes c@512\n expect-fail not yet\n";
+                    qemu-img info a\n release a\n serve qemu-nbd s -f raw a\n images raw:a b\n same-bytes c@512\n expect-fail not yet\n";
         let cases = parse("x", text).unwrap();
         let [case] = cases.as_slice() else {
             panic!("one case expected")
         };
         assert_eq!(case.name, "x::one");
-        assert_eq!(case.steps.len(), 5);
+        assert_eq!(case.steps.len(), 6);
         assert_eq!(case.steps.iter().take_while(|s| s.is_preparation()).count(), 2);
         assert_eq!(
             case.steps[2],

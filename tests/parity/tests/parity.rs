@@ -170,6 +170,18 @@ fn run_all(cases: &[&Case], tools: &Tools, threads: usize) -> Tally {
         for _ in 0..threads {
             scope.spawn(|| {
                 while let Some(case) = cases.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    let missing = case
+                        .servers()
+                        .find(|server| find_program(server.name()).is_none());
+                    if let Some(server) = missing {
+                        tally.lock().expect("no thread panics while it counts").ignored += 1;
+                        say(&format!(
+                            "test {} ... ignored, {} is not installed\n",
+                            case.name,
+                            server.name()
+                        ));
+                        continue;
+                    }
                     let verdict = run_case(case, tools, keep);
                     let mut tally = tally.lock().expect("no thread panics while it counts");
                     match verdict {

@@ -18,7 +18,7 @@ use std::sync::Arc;
 use diskimage_core::json::Value;
 use diskimage_core::{
     Device, Error, ErrorKind, Format, Gate, Image, Layer, Node, NodeOptions, OpenRequest, Permissions,
-    Reference, Result, Role, ZeroDetection,
+    Reference, Result, ResultExt, Role, ZeroDetection,
 };
 use diskimage_formats::{bare_layer, format_by_name};
 use diskimage_protocols::{
@@ -199,7 +199,8 @@ impl<'a> Opener<'a> {
             Some(format) => format,
             None => {
                 let name = plain_name.clone().unwrap_or_else(|| file.node().base_name());
-                let format = probe(&*file, &name)?;
+                let format =
+                    probe(&*file, &name).context(|| "Could not read image for determining its format")?;
                 if format.name() == "raw" && mode.write {
                     if let Some(warn) = &self.options.on_warning {
                         warn(&GuessedRaw::warning(&name));

@@ -8,10 +8,6 @@
 //! [`Volume`] is the header with its slots, wherever it lies; qcow2 has one, too. [`Decrypted`] is the payload as the
 //! guest sees it.
 
-#[cfg_attr(
-    not(test),
-    expect(dead_code, reason = "the command that changes key slots is not there yet")
-)]
 mod amend;
 mod header;
 mod info;
@@ -25,9 +21,9 @@ use std::sync::Arc;
 
 use diskimage_core::options::{OptionDef, OptionKind, Options};
 use diskimage_core::{
-    ByteRange, CreateRequest, Device, Error, ErrorKind, Format, Holes, Info, Layer, Measure, MeasureSource,
-    Objects, OpenRequest, Preallocation, Probe, ResizeRequest, Result, Run, RunKind, Score, WritePlan,
-    WriteRun, ZeroMode, align_up, errno,
+    AmendRequest, ByteRange, CreateRequest, Device, Error, ErrorKind, Format, Holes, Info, Layer, Measure,
+    MeasureSource, Objects, OpenRequest, Preallocation, Probe, ResizeRequest, Result, Run, RunKind, Score,
+    WritePlan, WriteRun, ZeroMode, align_up, errno,
 };
 use diskimage_crypto::SECTOR;
 
@@ -93,6 +89,10 @@ impl Format for Luks {
 
     fn create_options(&self) -> &'static [OptionDef] {
         CREATE_OPTIONS
+    }
+
+    fn amend_options(&self) -> Option<&'static [OptionDef]> {
+        Some(amend::AMEND_OPTIONS)
     }
 
     fn create(&self, request: CreateRequest<'_>) -> Result<()> {
@@ -217,6 +217,16 @@ impl Layer for LuksLayer {
             return Err(Error::unsupported("Unsupported preallocation mode: metadata"));
         }
         self.file.resize(len, request.preallocation)
+    }
+
+    fn amend(&self, request: &AmendRequest<'_>) -> Result<()> {
+        let change = amend::SlotChange {
+            options: request.options,
+            prefix: "",
+            objects: request.objects,
+            force: request.force,
+        };
+        change.apply(&self.volume)
     }
 
     fn is_zero_when_new(&self) -> bool {

@@ -1,0 +1,133 @@
+//! `--object tls-creds-x509` and its kin: credentials for encrypted connections.
+
+use diskimage::{Object, TlsCreds, TlsKind, check_tls_creds};
+
+use super::{Parameters, check_id};
+use crate::words::Stop;
+
+/// The types of objects that are read here.
+pub(super) const TYPES: [&str; 3] = [X509, PSK, ANON];
+
+const X509: &str = "tls-creds-x509";
+const PSK: &str = "tls-creds-psk";
+const ANON: &str = "tls-creds-anon";
+
+/// Reads the parameters of credentials of the type called `kind`, and the files that they name.
+///
+/// # Errors
+/// Parameters that do not fit, and files that cannot be used; [`Stop::Text`] where help is asked for.
+pub(super) fn read(kind: &str, mut parameters: Parameters) -> Result<(String, Object), Stop> {
+    if parameters.wants_help {
+        return Err(Stop::Text(help(kind)));
+    }
+    let id = parameters
+        .take("id")
+        .ok_or_else(|| Stop::wrong("Parameter 'id' is missing"))?;
+    check_id(&id)?;
+    let is_server = match parameters.take("endpoint").as_deref() {
+        None | Some("server") => true,
+        Some("client") => false,
+        Some(other) => {
+            return Err(Stop::wrong(format!(
+                "Parameter 'endpoint' does not accept value '{other}'"
+            )));
+        }
+    };
+    let verify_peer = flag(&mut parameters, "verify-peer")?;
+    let kind = match kind {
+        X509 => {
+            // Whether the files of this side are looked at closely; the TLS library looks in any case.
+            flag(&mut parameters, "sanity-check")?;
+            TlsKind::X509 {
+                password_id: parameters.take("passwordid"),
+            }
+        }
+        PSK => TlsKind::Psk {
+            username: parameters.take("username"),
+        },
+        _ => TlsKind::Anon,
+    };
+    let creds = TlsCreds {
+        kind,
+        dir: parameters.take("dir"),
+        is_server,
+        verify_peer,
+        priority: parameters.take("priority"),
+    };
+    if let Some((name, _)) = parameters.given.first() {
+        return Err(Stop::wrong(format!("Parameter '{name}' is unexpected")));
+    }
+    check_tls_creds(&creds)?;
+    Ok((id, Object::TlsCreds(creds)))
+}
+
+/// A flag that is on if nothing is said.
+fn flag(parameters: &mut Parameters, name: &str) -> Result<bool, Stop> {
+    match parameters.take(name).as_deref() {
+        None | Some("on" | "yes" | "true" | "y") => Ok(true),
+        Some("off" | "no" | "false" | "n") => Ok(false),
+        Some(_) => Err(Stop::wrong(format!("Parameter '{name}' expects 'on' or 'off'"))),
+    }
+}
+
+fn help(kind: &str) -> String {
+    let own: &[&str] = match kind {
+        X509 => &["passwordid=<string>", "priority=<string>", "sanity-check=<bool>"],
+        PSK => &["priority=<string>", "username=<string>"],
+        _ => &["priority=<string>"],
+    };
+    let mut text = format!("{kind} options:\n  dir=<string>\n  endpoint=<QCryptoTLSCredsEndpoint>\n");
+    for line in own.iter().chain(&["verify-peer=<bool>"]) {
+        text.push_str(&format!("  {line}\n"));
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read_text(text: &str) -> Result<(String, Object), Stop> {
+        let mut parameters = Parameters::read(text)?;
+        let kind = parameters.take("qom-type").expect("a type");
+        read(&kind, parameters)
+    }
+
+    #[test]
+    fn parameters_that_do_not_fit_are_refused_in_the_originals_words() {
+        for (text, message) in [
+            ("tls-creds-anon", "Parameter 'id' is missing"),
+            (
+                "tls-creds-anon,id=t,endpoint=foo",
+                "Parameter 'endpoint' does not accept value 'foo'",
+            ),
+            (
+                "tls-creds-x509,id=t,verify-peer=x",
+                "Parameter 'verify-peer' expects 'on' or 'off'",
+            ),
+            ("tls-creds-anon,id=t,bogus=1", "Parameter 'bogus' is unexpected"),
+            (
+                "tls-creds-x509,id=t,endpoint=client",
+                "Missing 'dir' property value",
+            ),
+            (
+                "tls-creds-x509,id=t,endpoint=client,dir=/nonexistent",
+                "Unable to access credentials /nonexistent/ca-cert.pem: No such file or directory",
+            ),
+        ] {
+            assert_eq!(read_text(text).map(|_| ()), Err(Stop::wrong(message)), "{text}");
+        }
+    }
+
+    #[test]
+    fn help_lists_the_parameters() {
+        let Err(Stop::Text(text)) = read_text("tls-creds-psk,help") else {
+            panic!("help expected");
+        };
+        assert_eq!(
+            text,
+            "tls-creds-psk options:\n  dir=<string>\n  endpoint=<QCryptoTLSCredsEndpoint>\n  priority=<string>\n  \
+             username=<string>\n  verify-peer=<bool>\n"
+        );
+    }
+}

@@ -1,0 +1,291 @@
+//! A connection to an export: requests from many threads, replies in any order.
+//!
+//! ```text
+//!   callers --- one lock around the sending side ---> server
+//!   callers <-- a channel each <-- one thread that reads all replies <--- server
+//! ```
+//!
+//! A request waits under its cookie until its reply is complete. A reply that makes no sense, or the end of the
+//! connection, ends all that wait. No lock is held while anybody waits for the server's replies.
+
+use std::collections::HashMap;
+use std::io::{self, BufReader, IoSlice, Read, Write};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+
+use diskimage_core::{ByteRange, Error, Result, errno};
+
+use super::address::Socket;
+use super::negotiate::{Export, Style};
+use super::reply::{Assembly, Head, LONGEST_HEAD, Outcome, SHORTEST_HEAD, Step};
+use super::request::{Command, encode};
+
+/// Both directions of a connection.
+pub(super) struct Channel {
+    /// To end it.
+    pub(super) socket: Socket,
+    pub(super) reader: Box<dyn Read + Send>,
+    pub(super) writer: Box<dyn Write + Send>,
+}
+
+/// The connection is gone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Lost;
+
+/// A connection on which an export was agreed on.
+pub(super) struct Connection {
+    export: Export,
+    socket: Socket,
+    writer: Mutex<Box<dyn Write + Send>>,
+    shared: Arc<Shared>,
+    in_flight: AtomicUsize,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// What the callers and the reading thread share.
+#[derive(Debug, Default)]
+struct Shared {
+    waiting: Mutex<Waiting>,
+}
+
+#[derive(Debug, Default)]
+struct Waiting {
+    next_cookie: u64,
+    requests: HashMap<u64, Request>,
+    lost: bool,
+    /// Memory of earlier replies.
+    spare: Vec<Vec<u8>>,
+}
+
+#[derive(Debug)]
+struct Request {
+    assembly: Assembly,
+    answer: SyncSender<Outcome>,
+}
+
+/// How much memory of earlier replies is kept.
+const MAX_SPARE: usize = 8;
+/// How much is read at once, heads above all.
+const READ_AHEAD: usize = 64 << 10;
+
+impl Shared {
+    fn waiting(&self) -> MutexGuard<'_, Waiting> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Ends all that wait, and all that comes.
+    fn lose(&self) {
+        let mut waiting = self.waiting();
+        waiting.lost = true;
+        waiting.requests.clear();
+    }
+}
+
+impl Connection {
+    /// Takes over a channel after the handshake.
+    pub(super) fn start(channel: Channel, export: Export) -> Result<Self> {
+        let shared = Arc::new(Shared::default());
+        let reader = Reader {
+            from: BufReader::with_capacity(READ_AHEAD, channel.reader),
+            socket: channel.socket.try_clone()?,
+            shared: Arc::clone(&shared),
+            style: export.style,
+        };
+        let thread = thread::Builder::new()
+            .name("nbd".to_owned())
+            .spawn(move || reader.run())?;
+        Ok(Self {
+            export,
+            socket: channel.socket,
+            writer: Mutex::new(channel.writer),
+            shared,
+            in_flight: AtomicUsize::new(0),
+            thread: Some(thread),
+        })
+    }
+
+    /// What was agreed on.
+    pub(super) fn export(&self) -> &Export {
+        &self.export
+    }
+
+    /// How many requests wait for their replies.
+    pub(super) fn in_flight(&self) -> usize {
+        self.in_flight.load(Ordering::Relaxed)
+    }
+
+    /// Whether it is of no more use.
+    pub(super) fn is_lost(&self) -> bool {
+        self.shared.waiting().lost
+    }
+
+    /// Has the server do `command` with `range`; `payload` is what a write writes. Waits for the reply.
+    pub(super) fn call(
+        &self,
+        command: Command,
+        range: ByteRange,
+        payload: &[u8],
+    ) -> std::result::Result<Outcome, Lost> {
+        self.in_flight.fetch_add(1, Ordering::Relaxed);
+        let outcome = self.exchange(command, range, payload);
+        self.in_flight.fetch_sub(1, Ordering::Relaxed);
+        outcome
+    }
+
+    fn exchange(
+        &self,
+        command: Command,
+        range: ByteRange,
+        payload: &[u8],
+    ) -> std::result::Result<Outcome, Lost> {
+        let (answer, outcome) = sync_channel(1);
+        let cookie = {
+            let mut waiting = self.shared.waiting();
+            if waiting.lost {
+                return Err(Lost);
+            }
+            let mut data = Vec::new();
+            if command == Command::Read {
+                data = waiting.spare.pop().unwrap_or_default();
+                data.resize(usize::try_from(range.len()).unwrap_or(0), 0);
+            }
+            let assembly = Assembly::new(command, range, self.export.style, self.export.context, data);
+            let cookie = waiting.next_cookie;
+            waiting.next_cookie += 1;
+            waiting.requests.insert(cookie, Request { assembly, answer });
+            cookie
+        };
+        let head = encode(self.export.style, command, cookie, range);
+        let sent = {
+            let mut writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
+            write_both(&mut **writer, &head, payload)
+        };
+        if sent.is_err() {
+            // The reading thread wakes up and ends the others.
+            self.socket.shut_down();
+            self.shared.lose();
+            return Err(Lost);
+        }
+        outcome.recv().map_err(|_| Lost)
+    }
+
+    /// Takes back the memory of what was read.
+    pub(super) fn give_back(&self, data: Vec<u8>) {
+        let mut waiting = self.shared.waiting();
+        if waiting.spare.len() < MAX_SPARE {
+            waiting.spare.push(data);
+        }
+    }
+}
+
+impl std::fmt::Debug for Connection {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Connection")
+            .field("export", &self.export)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        let good_bye = encode(self.export.style, Command::Disconnect, 0, ByteRange::new(0, 0));
+        let writer = self.writer.get_mut().unwrap_or_else(PoisonError::into_inner);
+        // A server that has gone needs no good bye.
+        let _ = writer.write_all(&good_bye);
+        self.socket.shut_down();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Sends a head and what follows it, without copying them together.
+fn write_both(writer: &mut dyn Write, head: &[u8], payload: &[u8]) -> io::Result<()> {
+    let mut parts = [IoSlice::new(head), IoSlice::new(payload)];
+    let mut parts = &mut parts[..];
+    IoSlice::advance_slices(&mut parts, 0);
+    while !parts.is_empty() {
+        match writer.write_vectored(parts) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(len) => IoSlice::advance_slices(&mut parts, len),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    writer.flush()
+}
+
+/// The thread that reads all replies.
+struct Reader {
+    from: BufReader<Box<dyn Read + Send>>,
+    socket: Socket,
+    shared: Arc<Shared>,
+    style: Style,
+}
+
+impl Reader {
+    fn run(mut self) {
+        while self.reply().is_ok() {}
+        self.socket.shut_down();
+        self.shared.lose();
+    }
+
+    /// Reads one reply or chunk. An error is the end of the connection.
+    fn reply(&mut self) -> Result<()> {
+        let mut head = [0; LONGEST_HEAD];
+        self.from.read_exact(&mut head[..SHORTEST_HEAD])?;
+        let len = Head::len_of(&head[..SHORTEST_HEAD], self.style)?;
+        self.from.read_exact(&mut head[SHORTEST_HEAD..len])?;
+        let head = Head::parse(&head[..len])?;
+        let request = self.shared.waiting().requests.remove(&head.cookie);
+        let mut request = request.ok_or_else(|| Error::corrupt("Protocol error: a reply to no request"))?;
+        let done = match self.chunk(&mut request.assembly, head) {
+            Ok(done) => done,
+            Err(error) => {
+                if error.errno().is_none() {
+                    // A server that breaks the protocol; the connection says which end it was.
+                    let _ = request
+                        .answer
+                        .send(Outcome::Broken(errno::EINVAL, error.to_string()));
+                }
+                return Err(error);
+            }
+        };
+        if done {
+            // Nobody waits in vain: the caller keeps its side until there is an answer.
+            let _ = request.answer.send(request.assembly.finish());
+        } else {
+            self.shared.waiting().requests.insert(head.cookie, request);
+        }
+        Ok(())
+    }
+
+    /// Reads what follows a head; whether the reply is complete.
+    fn chunk(&mut self, assembly: &mut Assembly, head: Head) -> Result<bool> {
+        match assembly.step(head.kind)? {
+            Step::Nothing { done } => Ok(done),
+            Step::Data {
+                len,
+                offset_first,
+                done,
+            } => {
+                let mut offset = assembly.range().start();
+                if offset_first {
+                    let mut bytes = [0; 8];
+                    self.from.read_exact(&mut bytes)?;
+                    offset = u64::from_be_bytes(bytes);
+                }
+                self.from.read_exact(assembly.place(offset, len)?)?;
+                Ok(done)
+            }
+            Step::Chunk { kind, len, done } => {
+                let mut payload = vec![0; len];
+                self.from.read_exact(&mut payload)?;
+                assembly.chunk(kind, &payload)?;
+                Ok(done)
+            }
+        }
+    }
+}

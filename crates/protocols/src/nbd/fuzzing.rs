@@ -1,0 +1,88 @@
+//! The codec fed with arbitrary bytes, for the fuzz targets. Nothing may panic, hang, or take memory in proportion to a
+//! number that a server sent.
+
+use diskimage_core::ByteRange;
+
+use super::negotiate::{Handshake, Next, Style, Wish};
+use super::reply::{Assembly, Head, SHORTEST_HEAD, Step};
+use super::request::Command;
+
+/// `bytes` as all that a server says up to the choice of the export; the first one says what the client wants.
+pub fn negotiate(bytes: &[u8]) {
+    let Some((first, mut rest)) = bytes.split_first() else {
+        return;
+    };
+    let mut handshake = Handshake::new(Wish {
+        export: "x".repeat(usize::from(first >> 7)),
+        tls: first & 1 != 0,
+        context: "base:allocation".to_owned(),
+    });
+    while let Some((head, tail)) = rest.split_at_checked(handshake.wanted()) {
+        rest = tail;
+        match handshake.take(head) {
+            Ok(Next::Read) => {}
+            Ok(Next::StartTls) => handshake.secured(),
+            Ok(Next::Done) => {
+                handshake.finish();
+                return;
+            }
+            Err(_) => {
+                handshake.abort();
+                return;
+            }
+        }
+        handshake.output();
+    }
+}
+
+/// `bytes` as the replies to one request; the first one says which.
+pub fn replies(bytes: &[u8]) {
+    let Some((first, rest)) = bytes.split_first() else {
+        return;
+    };
+    let style = [Style::Simple, Style::Structured, Style::Extended][usize::from(first % 3)];
+    let command = [Command::Read, Command::BlockStatus, Command::Write][usize::from(first / 3 % 3)];
+    let len = if command == Command::Read { 4096 } else { 0 };
+    let assembly = Assembly::new(command, ByteRange::at(512, 4096), style, Some(0), vec![0; len]);
+    feed(assembly, style, rest);
+}
+
+/// Feeds one reply as a connection does; ends where the connection would.
+fn feed(mut assembly: Assembly, style: Style, bytes: &[u8]) -> Option<()> {
+    let mut rest = bytes;
+    let mut take = |len: usize| {
+        let (head, tail) = rest.split_at_checked(len)?;
+        rest = tail;
+        Some(head)
+    };
+    loop {
+        let mut head = take(SHORTEST_HEAD)?.to_vec();
+        let len = Head::len_of(&head, style).ok()?;
+        head.extend_from_slice(take(len.checked_sub(SHORTEST_HEAD)?)?);
+        let head = Head::parse(&head).ok()?;
+        let done = match assembly.step(head.kind).ok()? {
+            Step::Nothing { done } => done,
+            Step::Data {
+                len,
+                offset_first,
+                done,
+            } => {
+                let mut offset = assembly.range().start();
+                if offset_first {
+                    offset = u64::from_be_bytes(take(8)?.try_into().ok()?);
+                }
+                let data = take(usize::try_from(len).ok()?)?;
+                assembly.place(offset, len).ok()?.copy_from_slice(data);
+                done
+            }
+            Step::Chunk { kind, len, done } => {
+                assembly.chunk(kind, take(len)?).ok()?;
+                done
+            }
+        };
+        if done {
+            assembly.finish();
+            return Some(());
+        }
+    }
+}

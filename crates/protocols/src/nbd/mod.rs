@@ -1,0 +1,460 @@
+//! Exports of NBD servers (network block devices).
+//!
+//! ```text
+//!   Nbd            a Device: splits and aligns requests, keeps what is known of the allocation
+//!    └ Lines       one connection, or several
+//!       └ Connection   requests from many threads, one thread that reads the replies
+//!          ├ request, reply    what they look like; no input or output
+//!          └ Remote            connects: address, then negotiate (no input or output), then tls
+//! ```
+//!
+//! Nothing that a server says is believed: lengths are checked before they are used, texts are made fit to be printed,
+//! and a server that breaks the protocol loses the connection.
+
+mod address;
+mod connection;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
+mod lines;
+mod negotiate;
+mod options;
+mod remote;
+mod reply;
+mod request;
+mod status;
+#[cfg(test)]
+mod tests;
+#[cfg(feature = "tls")]
+mod tls;
+mod uri;
+mod wire;
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use diskimage_core::{
+    ByteRange, Device, Error, ErrorKind, Extent, Limits, Node, NodeOptions, Objects, Preallocation, Result,
+    ResultExt, TlsCreds, TlsKind, Want, ZeroMode, align_down, errno,
+};
+
+use crate::protocol::{Protocol, ProtocolRequest};
+use connection::Connection;
+use lines::Lines;
+use negotiate::{Export, Style};
+use options::NbdOptions;
+use remote::Remote;
+use reply::Outcome;
+use request::{Command, MAX_SHORT_LEN};
+use status::{StatusCache, kind_of};
+use wire::export;
+
+/// The protocol's entry in the table.
+#[derive(Debug)]
+pub(crate) struct NbdProtocol;
+
+/// Exports of NBD servers.
+pub(crate) static NBD: NbdProtocol = NbdProtocol;
+
+impl Protocol for NbdProtocol {
+    fn name(&self) -> &'static str {
+        "nbd"
+    }
+
+    fn prefixes(&self) -> &'static [&'static str] {
+        &["nbd", "nbd+tcp", "nbd+unix"]
+    }
+
+    fn parse(&self, name: &str) -> Result<NodeOptions> {
+        uri::parse(name)
+    }
+
+    fn open(&self, request: ProtocolRequest<'_>) -> Result<Arc<dyn Device>> {
+        Ok(Arc::new(Nbd::open(
+            request.options,
+            request.write,
+            request.objects,
+        )?))
+    }
+}
+
+/// Checks credentials and the files that they name before anybody connects with them.
+///
+/// # Errors
+/// Files that are missing or that hold something else.
+pub fn check_tls_creds(creds: &TlsCreds) -> Result<()> {
+    if creds.kind != TlsKind::Anon && creds.dir.is_none() {
+        return Err(Error::invalid("Missing 'dir' property value"));
+    }
+    // The files of a server are its own matter.
+    #[cfg(feature = "tls")]
+    if matches!(creds.kind, TlsKind::X509 { .. }) && !creds.is_server {
+        tls::Credentials::load(creds)?;
+    }
+    Ok(())
+}
+
+/// An export of an NBD server.
+#[derive(Debug)]
+struct Nbd {
+    lines: Lines,
+    export: Export,
+    limits: Limits,
+    write: bool,
+    node: Node,
+    statuses: StatusCache,
+    /// Held while a block is read, changed in part and written again.
+    partial: Mutex<()>,
+}
+
+/// How many requests are worth having in flight.
+const PARALLELISM: u32 = 16;
+/// How much zeroing, trimming or status is asked of a server at once where lengths have 64 bits.
+const MAX_LONG_LEN: u64 = 1 << 40;
+
+impl Nbd {
+    /// Connects to the export that `options` name, taking the options that the driver knows.
+    ///
+    /// # Errors
+    /// Options that make no sense, no server, servers that refuse, and an export that is read-only but should not be.
+    fn open(options: &mut NodeOptions, write: bool, objects: &Objects) -> Result<Self> {
+        let options = NbdOptions::take(options)?;
+        let remote = Remote::new(&options, objects)?;
+        let node = options.node();
+        let line = remote.connect_within(options.open_timeout)?;
+        let export = line.export().clone();
+        if options.context.is_some() && export.context.is_none() {
+            return Err(Error::from_errno(errno::EINVAL)).context(|| OPEN);
+        }
+        if write && export.flags & export::READ_ONLY != 0 {
+            return Err(Error::from_errno(libc::EACCES)).context(|| OPEN);
+        }
+        let limits = Limits {
+            alignment: export.min_block,
+            max_transfer: export.max_block,
+            parallelism: PARALLELISM,
+        };
+        Ok(Self {
+            lines: Lines::new(remote, line, options.reconnect_delay),
+            export,
+            limits,
+            write,
+            node,
+            statuses: StatusCache::default(),
+            partial: Mutex::new(()),
+        })
+    }
+
+    fn unit(&self) -> u64 {
+        self.export.min_block.into()
+    }
+
+    /// Has the server do it, over another connection if one is lost and that is wanted; what it came to goes through
+    /// `take`.
+    fn call<T>(
+        &self,
+        command: Command,
+        range: ByteRange,
+        payload: &[u8],
+        take: impl FnOnce(&Outcome) -> Option<T>,
+    ) -> Result<T> {
+        loop {
+            let Some(line) = self.lines.pick() else {
+                self.reconnect(None)?;
+                continue;
+            };
+            let Ok(outcome) = line.call(command, range, payload) else {
+                self.reconnect(Some(&line))?;
+                continue;
+            };
+            let error = match &outcome {
+                Outcome::Refused(number) => Error::from_errno(*number),
+                Outcome::Broken(number, reason) => Error::from_errno(*number).hint(reason.clone()),
+                good => {
+                    let taken = take(good);
+                    if let Outcome::Data(data) = outcome {
+                        line.give_back(data);
+                    }
+                    return taken.ok_or_else(|| Error::from_errno(errno::EIO));
+                }
+            };
+            return Err(error);
+        }
+    }
+
+    fn reconnect(&self, lost: Option<&Arc<Connection>>) -> Result<()> {
+        if self.lines.replace(lost) {
+            Ok(())
+        } else {
+            Err(Error::from_errno(errno::EIO))
+        }
+    }
+
+    /// [`Nbd::call`] for what there is nothing to tell about.
+    fn order(&self, command: Command, range: ByteRange, payload: &[u8]) -> Result<()> {
+        self.call(command, range, payload, |outcome| {
+            (*outcome == Outcome::Done).then_some(())
+        })
+    }
+
+    /// Reads whole blocks, no more than fit a request.
+    fn read_piece(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        let range = ByteRange::at(offset, buf.len() as u64);
+        self.call(Command::Read, range, &[], |outcome| match outcome {
+            Outcome::Data(data) if data.len() == buf.len() => {
+                buf.copy_from_slice(data);
+                Some(())
+            }
+            _ => None,
+        })
+    }
+
+    fn read_blocks(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        let mut at = offset;
+        for piece in buf.chunks_mut(self.piece()) {
+            self.read_piece(piece, at)?;
+            at += piece.len() as u64;
+        }
+        Ok(())
+    }
+
+    fn write_blocks(&self, buf: &[u8], offset: u64) -> Result<()> {
+        let mut at = offset;
+        for piece in buf.chunks(self.piece()) {
+            self.order(Command::Write, ByteRange::at(at, piece.len() as u64), piece)?;
+            at += piece.len() as u64;
+        }
+        Ok(())
+    }
+
+    /// The longest request that carries data; a multiple of the unit.
+    fn piece(&self) -> usize {
+        usize::try_from(self.export.max_block).unwrap_or(1 << 20)
+    }
+
+    /// Writes part of a block, or of several, by writing the whole.
+    fn write_partly(&self, buf: &[u8], range: ByteRange) -> Result<()> {
+        let _alone = self.partial.lock().unwrap_or_else(PoisonError::into_inner);
+        let whole = range.align_out(self.unit());
+        let mut bytes = vec![0; length(whole)?];
+        self.read_blocks(&mut bytes, whole.start())?;
+        let from = length(ByteRange::new(whole.start(), range.start()))?;
+        bytes[from..from + buf.len()].copy_from_slice(buf);
+        self.write_blocks(&bytes, whole.start())
+    }
+
+    /// Orders `command` for the blocks of `range`, in pieces that the server takes.
+    fn order_long(&self, command: Command, range: ByteRange) -> Result<()> {
+        let mut rest = range;
+        while !rest.is_empty() {
+            let piece = rest.first(self.longest());
+            self.order(command, piece, &[])?;
+            rest = rest.skip(piece.len());
+        }
+        Ok(())
+    }
+
+    /// The longest request that carries no data.
+    fn longest(&self) -> u64 {
+        match self.export.style {
+            Style::Extended => MAX_LONG_LEN,
+            Style::Simple | Style::Structured => align_down(MAX_SHORT_LEN, self.unit()),
+        }
+    }
+
+    /// Writes zeroes as bytes.
+    fn write_zero_bytes(&self, range: ByteRange) -> Result<()> {
+        let zeroes = vec![0; ZERO_CHUNK.min(length(range).unwrap_or(ZERO_CHUNK))];
+        let mut rest = range;
+        while !rest.is_empty() {
+            let piece = rest.first(zeroes.len() as u64);
+            self.write_at(&zeroes[..length(piece)?], piece.start())?;
+            rest = rest.skip(piece.len());
+        }
+        Ok(())
+    }
+
+    fn require_writable(&self) -> Result<()> {
+        if self.write {
+            Ok(())
+        } else {
+            Err(Error::from_errno(libc::EBADF))
+        }
+    }
+
+    /// `len` bytes from `offset` on, if they lie inside the export.
+    fn require(&self, offset: u64, len: u64) -> Result<ByteRange> {
+        match offset.checked_add(len) {
+            Some(end) if end <= self.len() => Ok(ByteRange::new(offset, end)),
+            _ => Err(Error::from_errno(errno::EIO)),
+        }
+    }
+
+    fn can(&self, flag: u16) -> bool {
+        self.export.flags & flag != 0
+    }
+}
+
+impl Device for Nbd {
+    fn len(&self) -> u64 {
+        // What is left of the last block cannot be asked for.
+        align_down(self.export.len, self.unit())
+    }
+
+    fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        let range = self.require(offset, buf.len() as u64)?;
+        if range.is_empty() {
+            return Ok(());
+        }
+        let whole = range.align_out(self.unit());
+        if whole == range {
+            return self.read_blocks(buf, offset);
+        }
+        let mut bytes = vec![0; length(whole)?];
+        self.read_blocks(&mut bytes, whole.start())?;
+        let from = length(ByteRange::new(whole.start(), range.start()))?;
+        buf.copy_from_slice(&bytes[from..from + buf.len()]);
+        Ok(())
+    }
+
+    fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
+        self.require_writable()?;
+        let range = self.require(offset, buf.len() as u64)?;
+        if range.is_empty() {
+            return Ok(());
+        }
+        self.statuses.forget();
+        let middle = range.align_in(self.unit());
+        let outcome = if middle == range {
+            self.write_blocks(buf, offset)
+        } else {
+            self.write_partly(buf, range)
+        };
+        self.statuses.forget();
+        outcome
+    }
+
+    fn write_zeroes(&self, range: ByteRange, mode: ZeroMode) -> Result<()> {
+        self.require_writable()?;
+        let range = self.require(range.start(), range.len())?;
+        let fast = mode == ZeroMode::FastOnly;
+        let middle = range.align_in(self.unit());
+        let can = self.can(export::WRITE_ZEROES) && (!fast || self.can(export::FAST_ZERO));
+        if !can {
+            if fast {
+                return Err(not_fast());
+            }
+            return self.write_zero_bytes(range);
+        }
+        if fast && middle != range {
+            return Err(not_fast());
+        }
+        self.statuses.forget();
+        let command = Command::WriteZeroes {
+            no_hole: mode == ZeroMode::KeepAllocated,
+            fast,
+        };
+        let outcome = self.order_long(command, middle);
+        self.statuses.forget();
+        match outcome {
+            Err(error) if fast && error.errno() == Some(libc::ENOTSUP) => return Err(not_fast()),
+            other => other?,
+        }
+        if middle.is_empty() {
+            return self.write_zero_bytes(range);
+        }
+        self.write_zero_bytes(ByteRange::new(range.start(), middle.start()))?;
+        self.write_zero_bytes(ByteRange::new(middle.end(), range.end()))
+    }
+
+    fn discard(&self, range: ByteRange) -> Result<()> {
+        self.require_writable()?;
+        let range = self.require(range.start(), range.len())?.align_in(self.unit());
+        if !self.can(export::TRIM) {
+            return Ok(());
+        }
+        self.statuses.forget();
+        let outcome = self.order_long(Command::Trim, range);
+        self.statuses.forget();
+        outcome
+    }
+
+    fn status(&self, range: ByteRange, _: Want) -> Result<Extent> {
+        if self.export.context.is_none() {
+            return Ok(extent(range.len(), 0));
+        }
+        let asked = range.align_out(self.unit());
+        let (len, flags) = self.statuses.find(asked, || {
+            // The whole rest: the next questions will be about what follows.
+            let rest = ByteRange::new(asked.start(), self.len()).first(self.longest());
+            self.call(Command::BlockStatus, rest, &[], |outcome| match outcome {
+                Outcome::Status(runs) => Some(runs.clone()),
+                _ => None,
+            })
+        })?;
+        let end = asked.start().saturating_add(len).min(range.end());
+        // A server that divides its smallest block is told apart no further.
+        let end = if end > range.start() { end } else { range.end() };
+        Ok(extent(end - range.start(), flags))
+    }
+
+    fn flush(&self) -> Result<()> {
+        if !self.write || !self.can(export::FLUSH) {
+            return Ok(());
+        }
+        self.order(Command::Flush, ByteRange::new(0, 0), &[])
+    }
+
+    fn resize(&self, len: u64, _: Preallocation) -> Result<()> {
+        if len == self.len() {
+            Ok(())
+        } else {
+            Err(Error::unsupported("Cannot resize NBD nodes"))
+        }
+    }
+
+    fn too_short(&self) -> &'static str {
+        "Cannot grow NBD nodes"
+    }
+
+    fn is_zero_when_new(&self) -> bool {
+        false
+    }
+
+    fn name(&self) -> String {
+        self.node.shown_name()
+    }
+
+    fn node(&self) -> Node {
+        self.node.clone()
+    }
+}
+
+fn extent(len: u64, flags: u64) -> Extent {
+    Extent {
+        len,
+        kind: kind_of(flags),
+        depth: 0,
+        host: None,
+    }
+}
+
+/// How many zeroes are sent at once.
+const ZERO_CHUNK: usize = 1 << 20;
+
+/// The length of what fits into memory.
+fn length(range: ByteRange) -> Result<usize> {
+    usize::try_from(range.len()).map_err(|_| Error::from_errno(libc::ENOMEM))
+}
+
+/// The refusal of zeroes that would be no faster than writing them.
+fn not_fast() -> Error {
+    Error::new(
+        ErrorKind::Unsupported,
+        Error::from_errno(libc::ENOTSUP).to_string(),
+    )
+}
+
+const OPEN: &str = "Could not open image";

@@ -1,0 +1,517 @@
+//! Agreeing with a server on an export, without input or output.
+//!
+//! [`Handshake`] says how many bytes it needs next ([`Handshake::wanted`]), takes exactly those ([`Handshake::take`]), and
+//! collects what is to be sent ([`Handshake::output`]). So it never reads into what belongs to encryption or to the
+//! first reply.
+//!
+//! ```text
+//!   hello -> flags -> [STARTTLS ~ encryption] -> EXTENDED_HEADERS -> [STRUCTURED_REPLY] -> [SET_META_CONTEXT] -> GO
+//!      |        |                                                                                        no GO |
+//!      |        +-- a server that does not haggle ------------------------------------------------> EXPORT_NAME
+//!      +-- an old server: one export, and that is it
+//! ```
+
+use diskimage_core::{Error, ErrorKind, Result};
+
+use super::wire::{
+    INIT_MAGIC, OLDSTYLE_MAGIC, OPTION_MAGIC, OPTION_REPLY_MAGIC, Wire, answer, export, handshake, info,
+    option,
+};
+
+/// What a client wants of a server.
+#[derive(Clone, Debug)]
+pub(super) struct Wish {
+    /// The export's name; empty for the default one.
+    pub(super) export: String,
+    /// Whether the connection must be encrypted.
+    pub(super) tls: bool,
+    /// The context of block status to ask for.
+    pub(super) context: String,
+}
+
+/// The form of requests and replies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Style {
+    /// Replies are a number and what was read.
+    Simple,
+    /// Replies are made of chunks.
+    Structured,
+    /// And all lengths have 64 bits.
+    Extended,
+}
+
+/// What a server said of an export.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Export {
+    /// Its length in bytes.
+    pub(super) len: u64,
+    /// What it can do: [`export`].
+    pub(super) flags: u16,
+    /// Offsets and lengths of requests are multiples of this power of two.
+    pub(super) min_block: u32,
+    /// The longest request, in bytes.
+    pub(super) max_block: u32,
+    /// The form of replies.
+    pub(super) style: Style,
+    /// The server's number for the context that was asked for.
+    pub(super) context: Option<u32>,
+}
+
+/// What to do after [`Handshake::take`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Next {
+    /// Send what there is and read on.
+    Read,
+    /// Begin to encrypt, then call [`Handshake::secured`].
+    StartTls,
+    /// The export is agreed on.
+    Done,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    Hello,
+    Oldstyle,
+    Flags,
+    /// The head of a reply to this option.
+    Reply(u32),
+    /// What follows the head: the option, the kind and the length.
+    Body(u32, u32),
+    ExportName,
+    Done,
+}
+
+/// Longest reply to an option; the protocol limits its texts to 4096 bytes.
+const MAX_REPLY: u32 = 1 << 16;
+/// Most replies to the options of one connection.
+const MAX_REPLIES: u32 = 1024;
+/// The longest request if the server names no limit, and the longest that a reply is accepted for.
+pub(super) const MAX_REQUEST: u32 = 32 << 20;
+/// The largest unit of requests.
+const MAX_MIN_BLOCK: u32 = MAX_REQUEST;
+/// A server that takes no whole sector is of no use.
+const SECTOR: u32 = 512;
+/// The longest name of an export or context.
+pub(super) const MAX_NAME: usize = 4096;
+
+/// A conversation up to the choice of the export.
+#[derive(Debug)]
+pub(super) struct Handshake {
+    wish: Wish,
+    state: State,
+    wanted: usize,
+    output: Vec<u8>,
+    replies: u32,
+    no_zeroes: bool,
+    encrypted: bool,
+    /// The server told the length.
+    has_export: bool,
+    export: Export,
+}
+
+impl Handshake {
+    pub(super) fn new(wish: Wish) -> Self {
+        Self {
+            wish,
+            state: State::Hello,
+            wanted: 16,
+            output: Vec::new(),
+            replies: 0,
+            no_zeroes: false,
+            encrypted: false,
+            has_export: false,
+            export: Export {
+                len: 0,
+                flags: 0,
+                min_block: 1,
+                max_block: MAX_REQUEST,
+                style: Style::Simple,
+                context: None,
+            },
+        }
+    }
+
+    /// How many bytes [`Handshake::take`] takes next.
+    pub(super) fn wanted(&self) -> usize {
+        self.wanted
+    }
+
+    /// What to send before reading on.
+    pub(super) fn output(&mut self) -> Vec<u8> {
+        std::mem::take(&mut self.output)
+    }
+
+    /// What to send to a server that did not do as it was asked, before the connection is given up.
+    pub(super) fn abort(&mut self) -> Vec<u8> {
+        self.output.clear();
+        if matches!(self.state, State::Reply(_) | State::Body(..)) {
+            self.put_option(option::ABORT, &[]);
+        }
+        self.output()
+    }
+
+    /// What was agreed on, after [`Next::Done`].
+    pub(super) fn finish(self) -> Export {
+        self.export
+    }
+
+    /// Whether the connection is encrypted by now.
+    pub(super) fn is_encrypted(&self) -> bool {
+        self.encrypted
+    }
+
+    /// What is being read, for the message that it did not come.
+    pub(super) fn awaited(&self) -> &'static str {
+        match self.state {
+            State::Hello => "Failed to read initial magic",
+            State::Flags => "Failed to read server flags",
+            State::Oldstyle | State::ExportName => "Failed to read export length",
+            State::Reply(_) | State::Body(..) | State::Done => "Failed to read option reply",
+        }
+    }
+
+    /// Takes the bytes that were wanted.
+    pub(super) fn take(&mut self, bytes: &[u8]) -> Result<Next> {
+        let wire = Wire(bytes);
+        match self.state {
+            State::Hello => self.hello(wire),
+            State::Oldstyle => self.oldstyle(wire),
+            State::Flags => self.flags(wire),
+            State::Reply(option) => self.reply(option, wire),
+            State::Body(option, kind) => self.body(option, kind, wire),
+            State::ExportName => self.export_name(wire),
+            State::Done => Ok(Next::Done),
+        }
+    }
+
+    /// The connection is encrypted now.
+    pub(super) fn secured(&mut self) {
+        self.encrypted = true;
+        self.ask(option::EXTENDED_HEADERS, &[]);
+    }
+
+    fn want(&mut self, state: State, wanted: usize) -> Next {
+        (self.state, self.wanted) = (state, wanted);
+        if wanted == 0 { Next::Done } else { Next::Read }
+    }
+
+    fn hello(&mut self, mut wire: Wire<'_>) -> Result<Next> {
+        let magic = wire.u64()?;
+        if magic != INIT_MAGIC {
+            return Err(Error::corrupt(format!(
+                "Bad initial magic received: {magic:#018x}"
+            )));
+        }
+        match wire.u64()? {
+            OPTION_MAGIC => Ok(self.want(State::Flags, 2)),
+            OLDSTYLE_MAGIC if self.wish.tls => Err(no_starttls()),
+            OLDSTYLE_MAGIC if !self.wish.export.is_empty() => Err(Error::unsupported(
+                "Server does not support non-empty export names",
+            )),
+            OLDSTYLE_MAGIC => Ok(self.want(State::Oldstyle, 8 + 4 + 124)),
+            other => Err(Error::corrupt(format!(
+                "Bad server magic received: {other:#018x}"
+            ))),
+        }
+    }
+
+    fn oldstyle(&mut self, mut wire: Wire<'_>) -> Result<Next> {
+        let len = wire.u64()?;
+        // Two halves; the upper one is reserved.
+        let (_, flags) = (wire.u16()?, wire.u16()?);
+        self.set_export(len, flags)?;
+        Ok(self.want(State::Done, 0))
+    }
+
+    fn flags(&mut self, mut wire: Wire<'_>) -> Result<Next> {
+        let flags = wire.u16()?;
+        let fixed = flags & handshake::FIXED_NEWSTYLE;
+        let no_zeroes = flags & handshake::NO_ZEROES;
+        self.no_zeroes = no_zeroes != 0;
+        self.output
+            .extend_from_slice(&u32::from(fixed | no_zeroes).to_be_bytes());
+        if fixed == 0 {
+            if self.wish.tls {
+                return Err(no_starttls());
+            }
+            return Ok(self.name_export());
+        }
+        let first = if self.wish.tls {
+            option::STARTTLS
+        } else {
+            option::EXTENDED_HEADERS
+        };
+        Ok(self.ask(first, &[]))
+    }
+
+    fn ask(&mut self, option: u32, data: &[u8]) -> Next {
+        self.put_option(option, data);
+        self.want(State::Reply(option), 20)
+    }
+
+    fn put_option(&mut self, option: u32, data: &[u8]) {
+        // Names are limited to `MAX_NAME` bytes.
+        let len = u32::try_from(data.len()).unwrap_or(u32::MAX);
+        self.output.extend_from_slice(&OPTION_MAGIC.to_be_bytes());
+        self.output.extend_from_slice(&option.to_be_bytes());
+        self.output.extend_from_slice(&len.to_be_bytes());
+        self.output.extend_from_slice(data);
+    }
+
+    /// Chooses the export the old way, to which there is no answer but the export.
+    fn name_export(&mut self) -> Next {
+        let name = self.wish.export.clone();
+        self.put_option(option::EXPORT_NAME, name.as_bytes());
+        let zeroes = if self.no_zeroes { 0 } else { 124 };
+        self.want(State::ExportName, 8 + 2 + zeroes)
+    }
+
+    fn export_name(&mut self, mut wire: Wire<'_>) -> Result<Next> {
+        let (len, flags) = (wire.u64()?, wire.u16()?);
+        self.set_export(len, flags)?;
+        Ok(self.want(State::Done, 0))
+    }
+
+    fn set_export(&mut self, len: u64, flags: u16) -> Result<()> {
+        if i64::try_from(len).is_err() {
+            return Err(Error::corrupt(format!("export length {len:#x} is too large")));
+        }
+        // Flags without the first one are none.
+        let flags = if flags & export::HAS_FLAGS == 0 { 0 } else { flags };
+        (self.export.len, self.export.flags) = (len, flags);
+        self.has_export = true;
+        Ok(())
+    }
+
+    fn reply(&mut self, option: u32, mut wire: Wire<'_>) -> Result<Next> {
+        if wire.u64()? != OPTION_REPLY_MAGIC {
+            return Err(Error::corrupt("Unexpected option reply magic"));
+        }
+        let (about, kind, len) = (wire.u32()?, wire.u32()?, wire.u32()?);
+        if about != option {
+            return Err(Error::corrupt(format!(
+                "Unexpected option type {about} ({}), expected {option} ({})",
+                option_name(about),
+                option_name(option),
+            )));
+        }
+        self.replies += 1;
+        if self.replies > MAX_REPLIES {
+            return Err(Error::corrupt(
+                "The server does not come to an end with its options",
+            ));
+        }
+        if kind == answer::ACK && len != 0 {
+            return Err(Error::corrupt(format!(
+                "Option {option} ('{}') response length is {len} (it should be zero)",
+                option_name(option)
+            )));
+        }
+        if len > MAX_REPLY {
+            return Err(Error::corrupt(format!("option reply of {len} bytes is too long")));
+        }
+        if len == 0 {
+            return self.body(option, kind, Wire(&[]));
+        }
+        // At most 64 KiB.
+        let len = usize::try_from(len).unwrap_or(0);
+        Ok(self.want(State::Body(option, kind), len))
+    }
+
+    fn body(&mut self, option: u32, kind: u32, wire: Wire<'_>) -> Result<Next> {
+        if kind & answer::ERROR != 0 {
+            return self.refused(option, kind, wire);
+        }
+        match (option, kind) {
+            (option::STARTTLS, answer::ACK) => Ok(Next::StartTls),
+            (option::EXTENDED_HEADERS, answer::ACK) => {
+                self.export.style = Style::Extended;
+                Ok(self.ask_context())
+            }
+            (option::STRUCTURED_REPLY, answer::ACK) => {
+                self.export.style = Style::Structured;
+                Ok(self.ask_context())
+            }
+            (option::SET_META_CONTEXT, answer::META_CONTEXT) => {
+                self.context(wire)?;
+                Ok(self.want(State::Reply(option), 20))
+            }
+            (option::SET_META_CONTEXT, answer::ACK) => Ok(self.go()),
+            (option::GO, answer::INFO) => {
+                self.info(wire)?;
+                Ok(self.want(State::Reply(option), 20))
+            }
+            (option::GO, answer::ACK) if self.has_export => Ok(self.want(State::Done, 0)),
+            (option::GO, answer::ACK) => Err(Error::corrupt("broken server omitted NBD_INFO_EXPORT")),
+            _ => Err(Error::corrupt(format!("Unexpected reply type {kind:#x}"))),
+        }
+    }
+
+    fn ask_context(&mut self) -> Next {
+        let mut data = Vec::new();
+        put_text(&mut data, &self.wish.export);
+        data.extend_from_slice(&1_u32.to_be_bytes());
+        put_text(&mut data, &self.wish.context);
+        self.ask(option::SET_META_CONTEXT, &data)
+    }
+
+    fn context(&mut self, mut wire: Wire<'_>) -> Result<()> {
+        let wish = &self.wish.context;
+        if wire.0.len() <= 4 {
+            return Err(Error::corrupt(format!(
+                "Failed to negotiate meta context, server answered with unexpected length {}",
+                wire.0.len()
+            )));
+        }
+        let number = wire.u32()?;
+        if wire.0 != wish.as_bytes() {
+            return Err(Error::corrupt(format!(
+                "Failed to negotiate meta context '{wish}', server answered with different context '{}'",
+                String::from_utf8_lossy(wire.0)
+            )));
+        }
+        if self.export.context.replace(number).is_some() {
+            return Err(Error::corrupt("Server answered with more than one context"));
+        }
+        Ok(())
+    }
+
+    fn go(&mut self) -> Next {
+        let mut data = Vec::new();
+        put_text(&mut data, &self.wish.export);
+        data.extend_from_slice(&1_u16.to_be_bytes());
+        data.extend_from_slice(&info::BLOCK_SIZE.to_be_bytes());
+        self.ask(option::GO, &data)
+    }
+
+    fn info(&mut self, mut wire: Wire<'_>) -> Result<()> {
+        let len = wire.0.len();
+        if len < 2 {
+            return Err(Error::corrupt(format!("NBD_REP_INFO length {len} is too short")));
+        }
+        let kind = wire.u16()?;
+        let rest = len - 2;
+        match kind {
+            info::EXPORT if rest != 10 => Err(Error::corrupt(format!(
+                "remaining export info len {rest} is unexpected size"
+            ))),
+            info::EXPORT => {
+                let (len, flags) = (wire.u64()?, wire.u16()?);
+                self.set_export(len, flags)
+            }
+            info::BLOCK_SIZE if rest != 12 => Err(Error::corrupt(format!(
+                "remaining export info len {rest} is unexpected size"
+            ))),
+            info::BLOCK_SIZE => {
+                let (min, _preferred, max) = (wire.u32()?, wire.u32()?, wire.u32()?);
+                self.block_sizes(min, max)
+            }
+            // Names and descriptions that nobody asked for.
+            _ => Ok(()),
+        }
+    }
+
+    fn block_sizes(&mut self, min: u32, max: u32) -> Result<()> {
+        if !min.is_power_of_two() {
+            return Err(Error::corrupt(format!(
+                "server minimum block size {min} is not a power of two"
+            )));
+        }
+        if min > MAX_MIN_BLOCK {
+            return Err(Error::corrupt(format!(
+                "server minimum block size {min} is larger than {MAX_MIN_BLOCK}"
+            )));
+        }
+        let fitting = max.min(MAX_REQUEST) / min * min;
+        if fitting < min.max(SECTOR) {
+            return Err(Error::corrupt(format!(
+                "server maximum block size {max} is not valid"
+            )));
+        }
+        (self.export.min_block, self.export.max_block) = (min, fitting);
+        Ok(())
+    }
+
+    /// The server does not want to.
+    fn refused(&mut self, option: u32, kind: u32, wire: Wire<'_>) -> Result<Next> {
+        match option {
+            option::EXTENDED_HEADERS => return Ok(self.ask(option::STRUCTURED_REPLY, &[])),
+            // Without structure there is no block status, and without block status everything is data.
+            option::STRUCTURED_REPLY | option::SET_META_CONTEXT => {
+                self.export.context = None;
+                return Ok(self.go());
+            }
+            option::GO if kind == answer::ERR_UNSUP => return Ok(self.name_export()),
+            option::STARTTLS if kind == answer::ERR_UNSUP => {
+                return Err(Error::unsupported("Server don't support STARTTLS option"));
+            }
+            _ => {}
+        }
+        let which = format!("option {option} ({})", option_name(option));
+        let words = match kind {
+            answer::ERR_UNSUP => format!("Unsupported {which}"),
+            answer::ERR_POLICY => format!("Denied by server for {which}"),
+            answer::ERR_INVALID => format!("Invalid parameters for {which}"),
+            answer::ERR_PLATFORM => format!("Server lacks support for {which}"),
+            answer::ERR_TLS_REQD => format!("TLS negotiation required before {which}"),
+            answer::ERR_UNKNOWN => "Requested export not available".to_owned(),
+            answer::ERR_SHUTDOWN => format!("Server shutting down before {which}"),
+            answer::ERR_BLOCK_SIZE_REQD => format!("Server requires INFO_BLOCK_SIZE for {which}"),
+            _ => format!("Unknown error code when asking for {which}"),
+        };
+        let mut hints = Vec::new();
+        if kind == answer::ERR_TLS_REQD {
+            hints.push("Did you forget a valid tls-creds?".to_owned());
+        }
+        if !wire.0.is_empty() {
+            hints.push(format!("server reported: {}", shown(wire.0)));
+        }
+        let category = match kind {
+            answer::ERR_UNKNOWN => ErrorKind::NotFound,
+            answer::ERR_POLICY | answer::ERR_TLS_REQD => ErrorKind::Permission,
+            _ => ErrorKind::Unsupported,
+        };
+        let error = Error::new(category, words);
+        Err(if hints.is_empty() {
+            error
+        } else {
+            error.hint(hints.join("\n"))
+        })
+    }
+}
+
+fn put_text(data: &mut Vec<u8>, text: &str) {
+    // Names are limited to `MAX_NAME` bytes.
+    let len = u32::try_from(text.len()).unwrap_or(u32::MAX);
+    data.extend_from_slice(&len.to_be_bytes());
+    data.extend_from_slice(text.as_bytes());
+}
+
+/// Words of a server, fit to be printed.
+fn shown(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes)
+        .chars()
+        .map(|c| if c.is_control() { '?' } else { c })
+        .collect()
+}
+
+fn no_starttls() -> Error {
+    Error::unsupported("Server does not support STARTTLS")
+}
+
+fn option_name(option: u32) -> &'static str {
+    match option {
+        option::EXPORT_NAME => "export name",
+        option::ABORT => "abort",
+        3 => "list",
+        4 => "peek export",
+        option::STARTTLS => "starttls",
+        6 => "info",
+        option::GO => "go",
+        option::STRUCTURED_REPLY => "structured reply",
+        9 => "list meta context",
+        option::SET_META_CONTEXT => "set meta context",
+        option::EXTENDED_HEADERS => "extended headers",
+        _ => "<unknown>",
+    }
+}

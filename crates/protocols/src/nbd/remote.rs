@@ -1,0 +1,189 @@
+//! A server and what is wanted of it: everything that it takes to connect, and to connect again.
+
+use std::io::{self, Read, Write};
+use std::sync::Mutex;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use diskimage_core::{Error, ErrorKind, Objects, Result};
+
+use super::address::{Address, Socket};
+use super::connection::{Channel, Connection};
+use super::negotiate::{Handshake, Next, Wish};
+use super::options::NbdOptions;
+#[cfg(feature = "tls")]
+use super::tls::{Credentials, UNCLEAN_END};
+
+/// A server and what is wanted of it.
+#[derive(Debug)]
+pub(super) struct Remote {
+    pub(super) address: Address,
+    pub(super) wish: Wish,
+    #[cfg(feature = "tls")]
+    credentials: Option<Credentials>,
+    #[cfg(feature = "tls")]
+    hostname: Option<String>,
+}
+
+/// What block status is taken from if nothing else is said.
+const ALLOCATION: &str = "base:allocation";
+/// How long to wait between two attempts to connect.
+const PAUSE: Duration = Duration::from_millis(200);
+
+impl Remote {
+    pub(super) fn new(options: &NbdOptions, objects: &Objects) -> Result<Self> {
+        #[cfg(feature = "tls")]
+        let credentials = match &options.tls_creds {
+            Some(id) => Some(Credentials::load(objects.tls_creds(id)?)?),
+            None => None,
+        };
+        #[cfg(not(feature = "tls"))]
+        if let Some(id) = &options.tls_creds {
+            objects.tls_creds(id)?;
+            return Err(Error::unsupported("TLS is not available in this build"));
+        }
+        Ok(Self {
+            address: options.address.clone(),
+            wish: Wish {
+                export: options.export.clone(),
+                tls: options.tls_creds.is_some(),
+                context: options.context.clone().unwrap_or_else(|| ALLOCATION.to_owned()),
+            },
+            #[cfg(feature = "tls")]
+            credentials,
+            #[cfg(feature = "tls")]
+            hostname: options
+                .tls_hostname
+                .clone()
+                .or_else(|| options.address.host().map(str::to_owned)),
+        })
+    }
+
+    /// Connects and agrees on the export. While it waits for the server, `socket` has a handle to end that.
+    ///
+    /// # Errors
+    /// No server, and everything that can be wrong with one.
+    pub(super) fn connect(&self, handle: &Mutex<Option<Socket>>) -> Result<Connection> {
+        let socket = self.address.connect()?;
+        let hold = |socket| *handle.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = socket;
+        hold(Some(socket.try_clone()?));
+        let outcome = self.agree(socket);
+        hold(None);
+        outcome
+    }
+
+    /// [`Remote::connect`], again and again for as long as `patience` lasts. An export that there is none of does not
+    /// come to be by waiting.
+    pub(super) fn connect_within(&self, patience: Duration) -> Result<Connection> {
+        let start = Instant::now();
+        loop {
+            match self.connect(&Mutex::new(None)) {
+                Err(error) if error.errno().is_some() && start.elapsed() + PAUSE < patience => {
+                    thread::sleep(PAUSE)
+                }
+                other => return other,
+            }
+        }
+    }
+
+    fn agree(&self, socket: Socket) -> Result<Connection> {
+        let mut channel = plain(socket)?;
+        let mut handshake = Handshake::new(self.wish.clone());
+        loop {
+            // The handshake wants no more at once than its longest reply.
+            let mut bytes = vec![0; handshake.wanted()];
+            channel
+                .reader
+                .read_exact(&mut bytes)
+                .map_err(|error| unread(handshake.awaited(), &error, handshake.is_encrypted()))?;
+            let next = handshake.take(&bytes).inspect_err(|_| {
+                // Politeness, which need not arrive.
+                let _ = send(&mut channel, &handshake.abort());
+            })?;
+            send(&mut channel, &handshake.output())?;
+            match next {
+                Next::Read => {}
+                Next::StartTls => {
+                    channel = self.secure(channel)?;
+                    handshake.secured();
+                    send(&mut channel, &handshake.output())?;
+                }
+                Next::Done => return Connection::start(channel, handshake.finish()),
+            }
+        }
+    }
+
+    #[cfg(feature = "tls")]
+    fn secure(&self, channel: Channel) -> Result<Channel> {
+        match &self.credentials {
+            Some(credentials) => credentials.secure(channel.socket, self.hostname.as_deref()),
+            None => Err(Error::unsupported("TLS without credentials")),
+        }
+    }
+
+    #[cfg(not(feature = "tls"))]
+    fn secure(&self, _: Channel) -> Result<Channel> {
+        Err(Error::unsupported("TLS is not available in this build"))
+    }
+}
+
+/// A channel without encryption, and without any reading ahead: what follows the last plain byte may be encrypted.
+fn plain(socket: Socket) -> Result<Channel> {
+    Ok(Channel {
+        reader: Box::new(Whole(socket.try_clone()?)),
+        writer: Box::new(Whole(socket.try_clone()?)),
+        socket,
+    })
+}
+
+fn send(channel: &mut Channel, bytes: &[u8]) -> Result<()> {
+    if bytes.is_empty() {
+        return Ok(());
+    }
+    match channel
+        .writer
+        .write_all(bytes)
+        .and_then(|()| channel.writer.flush())
+    {
+        Ok(()) => Ok(()),
+        Err(error) => Err(Error::from(error).context("Failed to send option request")),
+    }
+}
+
+fn unread(what: &str, error: &io::Error, encrypted: bool) -> Error {
+    let reason = match error.kind() {
+        io::ErrorKind::UnexpectedEof if !encrypted => {
+            "Unexpected end-of-file before all data were read".to_owned()
+        }
+        #[cfg(feature = "tls")]
+        io::ErrorKind::UnexpectedEof => format!("Cannot read from TLS channel: {UNCLEAN_END}"),
+        _ => {
+            let error = io::Error::new(error.kind(), error.to_string());
+            format!("Unable to read from socket: {}", Error::from(error))
+        }
+    };
+    Error::new(ErrorKind::Io, reason).context(what)
+}
+
+/// A socket that is read and written by its owner.
+struct Whole(Socket);
+
+impl Read for Whole {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        (&self.0).read(buf)
+    }
+}
+
+impl Write for Whole {
+    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        (&self.0).write(buf)
+    }
+
+    fn write_vectored(&mut self, bufs: &[io::IoSlice<'_>]) -> io::Result<usize> {
+        (&self.0).write_vectored(bufs)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}

@@ -1,0 +1,353 @@
+//! Replies, put together from their chunks without input or output.
+//!
+//! A reply begins with a [`Head`], which says what follows. [`Assembly`] is what has come of one reply so far: where data
+//! goes, and whether it is complete. Nothing is believed: every length is checked against what was asked for.
+
+use diskimage_core::{ByteRange, Error, Result};
+
+use super::negotiate::Style;
+use super::request::Command;
+use super::wire::{CHUNK_MAGIC, EXTENDED_CHUNK_MAGIC, SIMPLE_REPLY_MAGIC, Wire, chunk};
+
+/// The beginning of every head, long enough to tell how long it is.
+pub(super) const SHORTEST_HEAD: usize = 16;
+/// The longest head.
+pub(super) const LONGEST_HEAD: usize = 32;
+
+/// The head of a reply, or of one of its chunks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Head {
+    /// Which request it answers.
+    pub(super) cookie: u64,
+    pub(super) kind: HeadKind,
+}
+
+/// What follows a [`Head`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum HeadKind {
+    /// What was read, if the error number is 0.
+    Simple { error: u32 },
+    /// `len` bytes of this kind of chunk.
+    Chunk { done: bool, kind: u16, len: u64 },
+}
+
+impl Head {
+    /// How long the head is that begins with these [`SHORTEST_HEAD`] bytes.
+    pub(super) fn len_of(start: &[u8], style: Style) -> Result<usize> {
+        let magic = Wire(start).u32()?;
+        match (style, magic) {
+            (Style::Simple | Style::Structured, SIMPLE_REPLY_MAGIC) => Ok(16),
+            (Style::Structured, CHUNK_MAGIC) => Ok(20),
+            (Style::Extended, EXTENDED_CHUNK_MAGIC) => Ok(LONGEST_HEAD),
+            _ => Err(Error::corrupt(format!("invalid magic of a reply: {magic:#x}"))),
+        }
+    }
+
+    /// Reads a whole head.
+    pub(super) fn parse(bytes: &[u8]) -> Result<Self> {
+        let mut wire = Wire(bytes);
+        if wire.u32()? == SIMPLE_REPLY_MAGIC {
+            let error = wire.u32()?;
+            let cookie = wire.u64()?;
+            return Ok(Self {
+                cookie,
+                kind: HeadKind::Simple { error },
+            });
+        }
+        let (flags, kind, cookie) = (wire.u16()?, wire.u16()?, wire.u64()?);
+        let len = if bytes.len() == LONGEST_HEAD {
+            // The request's offset, which the cookie says as well.
+            wire.u64()?;
+            wire.u64()?
+        } else {
+            u64::from(wire.u32()?)
+        };
+        let done = flags & chunk::DONE != 0;
+        Ok(Self {
+            cookie,
+            kind: HeadKind::Chunk { done, kind, len },
+        })
+    }
+}
+
+/// A run of bytes of the same status.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Status {
+    pub(super) len: u64,
+    pub(super) flags: u64,
+}
+
+/// How long a chunk other than data may be: the status of 128 Ki runs in the longer form, and room for a text.
+const MAX_CHUNK: u64 = (2 << 20) + (64 << 10);
+/// How many pieces of a read may be waiting for those before them.
+const MAX_PIECES: usize = 4096;
+
+/// What has come of the reply to a request.
+#[derive(Debug)]
+pub(super) struct Assembly {
+    command: Command,
+    range: ByteRange,
+    style: Style,
+    context: Option<u32>,
+    /// The bytes that were read.
+    pub(super) data: Vec<u8>,
+    /// Which of them have come, in order and not touching each other.
+    pieces: Vec<ByteRange>,
+    status: Option<Vec<Status>>,
+    error: Option<u32>,
+}
+
+/// What to do with what follows a head.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Step {
+    /// Nothing follows; whether the reply is complete.
+    Nothing { done: bool },
+    /// The next bytes are data for [`Assembly::place`], which begin with their offset unless the reply is simple.
+    Data {
+        len: u64,
+        offset_first: bool,
+        done: bool,
+    },
+    /// The next bytes are for [`Assembly::chunk`].
+    Chunk { kind: u16, len: usize, done: bool },
+}
+
+impl Assembly {
+    /// Nothing of a reply to `command`. `data` is as long as what will be read.
+    pub(super) fn new(
+        command: Command,
+        range: ByteRange,
+        style: Style,
+        context: Option<u32>,
+        data: Vec<u8>,
+    ) -> Self {
+        Self {
+            command,
+            range,
+            style,
+            context,
+            data,
+            pieces: Vec::new(),
+            status: None,
+            error: None,
+        }
+    }
+
+    /// What was asked for.
+    pub(super) fn range(&self) -> ByteRange {
+        self.range
+    }
+
+    /// What to do with what follows `kind`.
+    pub(super) fn step(&mut self, kind: HeadKind) -> Result<Step> {
+        match kind {
+            HeadKind::Simple { error: 0 } if self.command == Command::Read => {
+                if self.style != Style::Simple {
+                    return Err(Error::corrupt(
+                        "Protocol error: simple reply when structured reply chunk was expected",
+                    ));
+                }
+                Ok(Step::Data {
+                    len: self.range.len(),
+                    offset_first: false,
+                    done: true,
+                })
+            }
+            HeadKind::Simple { error } => {
+                self.note_error(error);
+                Ok(Step::Nothing { done: true })
+            }
+            HeadKind::Chunk {
+                done,
+                kind: chunk::NONE,
+                len,
+            } => {
+                if !done || len != 0 {
+                    return Err(Error::corrupt("Protocol error: an empty chunk that is not"));
+                }
+                Ok(Step::Nothing { done })
+            }
+            HeadKind::Chunk {
+                done,
+                kind: chunk::OFFSET_DATA,
+                len,
+            } => {
+                let data = len.checked_sub(8).filter(|data| *data > 0);
+                let data = data.filter(|data| self.command == Command::Read && *data <= self.range.len());
+                let len =
+                    data.ok_or_else(|| Error::corrupt("Protocol error: data that was not asked for"))?;
+                Ok(Step::Data {
+                    len,
+                    offset_first: true,
+                    done,
+                })
+            }
+            HeadKind::Chunk { done, kind, len } => {
+                let len = usize::try_from(len)
+                    .ok()
+                    .filter(|_| len <= MAX_CHUNK)
+                    .ok_or_else(|| Error::corrupt("Protocol error: a chunk that is too long"))?;
+                Ok(Step::Chunk { kind, len, done })
+            }
+        }
+    }
+
+    /// Where the `len` bytes from `offset` of the export on go.
+    pub(super) fn place(&mut self, offset: u64, len: u64) -> Result<&mut [u8]> {
+        let range = ByteRange::at(offset, len);
+        if range.is_empty() || range.len() != len || range.intersect(self.range) != range {
+            return Err(Error::corrupt("Protocol error: data outside what was asked for"));
+        }
+        self.note_piece(range)?;
+        let from = usize::try_from(offset - self.range.start()).ok();
+        let len = usize::try_from(len).ok();
+        from.zip(len)
+            .and_then(|(from, len)| self.data.get_mut(from..)?.get_mut(..len))
+            .ok_or_else(|| Error::corrupt("Protocol error: data outside what was asked for"))
+    }
+
+    fn note_piece(&mut self, range: ByteRange) -> Result<()> {
+        let at = self.pieces.partition_point(|piece| piece.end() <= range.start());
+        if self.pieces.get(at).is_some_and(|next| next.overlaps(range)) {
+            return Err(Error::corrupt("Protocol error: data that came twice"));
+        }
+        let before = at
+            .checked_sub(1)
+            .filter(|before| self.pieces[*before].end() == range.start());
+        let after = self
+            .pieces
+            .get(at)
+            .is_some_and(|next| next.start() == range.end());
+        match (before, after) {
+            (Some(before), false) => {
+                self.pieces[before] = ByteRange::new(self.pieces[before].start(), range.end())
+            }
+            (None, true) => self.pieces[at] = ByteRange::new(range.start(), self.pieces[at].end()),
+            (Some(before), true) => {
+                self.pieces[before] = ByteRange::new(self.pieces[before].start(), self.pieces[at].end());
+                self.pieces.remove(at);
+            }
+            (None, false) if self.pieces.len() < MAX_PIECES => self.pieces.insert(at, range),
+            (None, false) => return Err(Error::corrupt("Protocol error: data in too many pieces")),
+        }
+        Ok(())
+    }
+
+    /// Takes what follows the head of a chunk that is not data.
+    pub(super) fn chunk(&mut self, kind: u16, payload: &[u8]) -> Result<()> {
+        let mut wire = Wire(payload);
+        match kind {
+            chunk::OFFSET_HOLE if self.command == Command::Read => {
+                let (offset, len) = (wire.u64()?, wire.u32()?);
+                self.place(offset, len.into())?.fill(0);
+                Ok(())
+            }
+            chunk::BLOCK_STATUS | chunk::BLOCK_STATUS_EXT if self.command == Command::BlockStatus => {
+                if (kind == chunk::BLOCK_STATUS_EXT) != (self.style == Style::Extended) {
+                    return Err(Error::corrupt("Protocol error: block status in the wrong form"));
+                }
+                self.block_status(wire)
+            }
+            _ if kind & chunk::ERROR != 0 => {
+                let (error, text) = (wire.u32()?, wire.u16()?);
+                wire.take(text.into())?;
+                if error == 0 {
+                    return Err(Error::corrupt(
+                        "Protocol error: server sent structured error chunk with error = 0",
+                    ));
+                }
+                self.note_error(error);
+                Ok(())
+            }
+            _ => Err(Error::corrupt(format!(
+                "Protocol error: unexpected chunk of type {kind}"
+            ))),
+        }
+    }
+
+    fn block_status(&mut self, mut wire: Wire<'_>) -> Result<()> {
+        if Some(wire.u32()?) != self.context {
+            return Err(Error::corrupt(
+                "Protocol error: unexpected context id for a block status chunk",
+            ));
+        }
+        let wide = self.style == Style::Extended;
+        if wide {
+            let (count, there) = (wire.u32()?, wire.0.len() / 16);
+            if u64::from(count) != there as u64 {
+                return Err(Error::corrupt("Protocol error: block status with a wrong count"));
+            }
+        }
+        let mut runs = Vec::new();
+        let mut left = self.range.len();
+        while !wire.0.is_empty() && left > 0 {
+            let (len, flags) = if wide {
+                (wire.u64()?, wire.u64()?)
+            } else {
+                (wire.u32()?.into(), wire.u32()?.into())
+            };
+            if len == 0 {
+                return Err(Error::corrupt("Protocol error: server sent chunk of zero length"));
+            }
+            // Servers may know more than they were asked.
+            let len = len.min(left);
+            left -= len;
+            runs.push(Status { len, flags });
+        }
+        if runs.is_empty() || self.status.replace(runs).is_some() {
+            return Err(Error::corrupt(
+                "Protocol error: block status of another form than asked for",
+            ));
+        }
+        Ok(())
+    }
+
+    fn note_error(&mut self, error: u32) {
+        if error != 0 {
+            self.error.get_or_insert(error);
+        }
+    }
+
+    /// What the request came to, now that the reply is complete.
+    pub(super) fn finish(self) -> Outcome {
+        if let Some(error) = self.error {
+            return Outcome::Refused(system_error(error));
+        }
+        match self.command {
+            Command::Read if self.pieces != [self.range] => broken("Protocol error: data is missing"),
+            Command::Read => Outcome::Data(self.data),
+            Command::BlockStatus => match self.status {
+                Some(status) => Outcome::Status(status),
+                None => broken("Protocol error: server did not reply with any status extents"),
+            },
+            _ => Outcome::Done,
+        }
+    }
+}
+
+/// What a request came to.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Outcome {
+    /// It was done.
+    Done,
+    /// What was read.
+    Data(Vec<u8>),
+    /// What the bytes at the start of the range are.
+    Status(Vec<Status>),
+    /// The server could not; an error number of the system.
+    Refused(i32),
+    /// The reply is none: an error number to answer, and what is wrong with it.
+    Broken(i32, String),
+}
+
+fn broken(words: &str) -> Outcome {
+    Outcome::Broken(diskimage_core::errno::EIO, words.to_owned())
+}
+
+/// The system's number for an error number of the protocol, which are the same as far as the protocol has any.
+fn system_error(error: u32) -> i32 {
+    match error {
+        1 | 5 | 12 | 22 | 28 | 75 | 95 | 108 => error.cast_signed(),
+        _ => diskimage_core::errno::EINVAL,
+    }
+}

@@ -1,0 +1,85 @@
+//! Requests, as they are sent once an export is agreed on.
+
+use diskimage_core::ByteRange;
+
+use super::negotiate::Style;
+use super::wire::{EXTENDED_REQUEST_MAGIC, REQUEST_MAGIC};
+
+/// What to do with a range of an export.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Command {
+    /// Send its bytes.
+    Read,
+    /// Take the bytes that follow.
+    Write,
+    /// Good bye; there is no reply.
+    Disconnect,
+    /// Make what was written durable.
+    Flush,
+    /// Its bytes are not needed any more.
+    Trim,
+    /// It reads as zero from now on.
+    WriteZeroes {
+        /// Storage stays allocated.
+        no_hole: bool,
+        /// Refuse if that is no faster than writing.
+        fast: bool,
+    },
+    /// Tell what its bytes are.
+    BlockStatus,
+}
+
+/// The longest range of a request without extended headers. There are 32 bits for it, but servers are known that fail
+/// just below their end.
+pub(super) const MAX_SHORT_LEN: u64 = 1 << 31;
+
+const NO_HOLE: u16 = 1 << 1;
+const FAST_ZERO: u16 = 1 << 4;
+/// What follows a request of a client with extended headers is counted by its length.
+const PAYLOAD_LEN: u16 = 1 << 5;
+
+impl Command {
+    fn number(self) -> u16 {
+        match self {
+            Self::Read => 0,
+            Self::Write => 1,
+            Self::Disconnect => 2,
+            Self::Flush => 3,
+            Self::Trim => 4,
+            Self::WriteZeroes { .. } => 6,
+            Self::BlockStatus => 7,
+        }
+    }
+
+    fn flags(self, style: Style) -> u16 {
+        match self {
+            Self::Write if style == Style::Extended => PAYLOAD_LEN,
+            Self::WriteZeroes { no_hole, fast } => {
+                (if no_hole { NO_HOLE } else { 0 }) | (if fast { FAST_ZERO } else { 0 })
+            }
+            _ => 0,
+        }
+    }
+}
+
+/// The head of a request. Without extended headers its range is no longer than [`MAX_SHORT_LEN`].
+pub(super) fn encode(style: Style, command: Command, cookie: u64, range: ByteRange) -> Vec<u8> {
+    let mut head = Vec::with_capacity(32);
+    let magic = match style {
+        Style::Extended => EXTENDED_REQUEST_MAGIC,
+        Style::Simple | Style::Structured => REQUEST_MAGIC,
+    };
+    head.extend_from_slice(&magic.to_be_bytes());
+    head.extend_from_slice(&command.flags(style).to_be_bytes());
+    head.extend_from_slice(&command.number().to_be_bytes());
+    head.extend_from_slice(&cookie.to_be_bytes());
+    head.extend_from_slice(&range.start().to_be_bytes());
+    match style {
+        Style::Extended => head.extend_from_slice(&range.len().to_be_bytes()),
+        Style::Simple | Style::Structured => {
+            let len = u32::try_from(range.len()).unwrap_or(u32::MAX);
+            head.extend_from_slice(&len.to_be_bytes());
+        }
+    }
+    head
+}
