@@ -1,7 +1,7 @@
 //! What encrypted disk images need of cryptography. Pure functions: nothing here reads or writes a file.
 //!
 //! * [`SectorCipher`] encrypts and decrypts runs of sectors of 512 bytes, each with an initialisation vector of its own;
-//! * [`HashAlg`] names the hashes, of which [`derive`] makes keys from passphrases and [`split`] and [`merge`] spread a
+//! * [`HashAlg`] names the hashes, of which [`derive()`] makes keys from passphrases and [`split`] and [`merge`] spread a
 //!   key over so many bytes that erasing some of them erases it;
 //! * [`decrypt_secret`] reads a secret that is encrypted with another one.
 //!
