@@ -3,6 +3,7 @@
 use std::fmt::Debug;
 use std::sync::Arc;
 
+use crate::json::Value;
 use crate::{ByteRange, Error, ErrorKind, Info, NodeOptions, Permissions, Result};
 
 /// A flat array of bytes: a file, a network export, a decrypted view, an opened image.
@@ -146,14 +147,19 @@ pub struct Node {
 }
 
 impl Node {
-    /// All options that it takes to open it again.
-    pub fn to_options(&self) -> NodeOptions {
-        let mut all = self.options.clone();
-        all.set("driver", self.driver);
-        for (name, child) in &self.children {
-            all.set_node(name, child.node().to_options());
-        }
-        all
+    /// All options that it takes to open it again, with the nodes below nested, in the order in which the original
+    /// prints them.
+    pub fn to_json(&self) -> Value {
+        let own = self
+            .options
+            .iter()
+            .map(|(name, value)| (name.to_owned(), value.clone()));
+        let driver = ("driver".to_owned(), Value::from(self.driver));
+        let children = self
+            .children
+            .iter()
+            .map(|(name, child)| (name.clone(), child.node().to_json()));
+        Value::object(own.chain([driver]).chain(children)).in_table_order()
     }
 
     /// The name that relative names inside it start from: the plain one, or that of the file below.
@@ -173,7 +179,7 @@ impl Node {
     pub fn shown_name(&self) -> String {
         match &self.name {
             Some(name) => name.clone(),
-            None => format!("json:{}", self.to_options().to_json().compact()),
+            None => format!("json:{}", self.to_json().compact()),
         }
     }
 }

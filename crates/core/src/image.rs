@@ -288,7 +288,7 @@ impl Image {
     /// Writes the part of `run` that lies outside `request` with what the disk holds there.
     fn fill_around(&self, run: &WriteRun, request: ByteRange) -> Result<()> {
         // Storage beyond the end of the file was never written: zeroes there need no writing.
-        let fresh = run.offset >= run.device.len();
+        let fresh = run.offset >= run.device.len() && !run.device.is_view();
         let sides = [
             ByteRange::new(run.guest.start(), request.start()),
             ByteRange::new(request.end(), run.guest.end()),

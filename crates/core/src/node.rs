@@ -189,13 +189,9 @@ impl NodeOptions {
             .map(|(name, _)| name.as_str())
     }
 
-    /// The options as a JSON object with the nodes below nested, in the order in which the original prints them.
-    pub fn to_json(&self) -> Value {
-        let mut root = Value::Object(Vec::new());
-        for (name, value) in &self.entries {
-            insert(&mut root, name, value.clone());
-        }
-        root.in_table_order()
+    /// The options by dotted name.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &Value)> {
+        self.entries.iter().map(|(name, value)| (name.as_str(), value))
     }
 }
 
@@ -209,36 +205,6 @@ pub fn is_identifier(text: &str) -> bool {
 /// What follows `child.` in a name.
 fn name_below<'a>(name: &'a str, child: &str) -> Option<&'a str> {
     name.strip_prefix(child)?.strip_prefix('.')
-}
-
-fn insert(into: &mut Value, name: &str, value: Value) {
-    let mut at = into;
-    let mut rest = name;
-    loop {
-        let Value::Object(members) = at else {
-            // A name that is both an option and a node: the option stays.
-            return;
-        };
-        let (head, tail) = match rest.split_once('.') {
-            Some((head, tail)) => (head, Some(tail)),
-            None => (rest, None),
-        };
-        let position = members.iter().position(|(name, _)| name == head);
-        let position = position.unwrap_or_else(|| {
-            members.push((head.to_owned().into(), Value::Object(Vec::new())));
-            members.len() - 1
-        });
-        match tail {
-            Some(tail) => {
-                at = &mut members[position].1;
-                rest = tail;
-            }
-            None => {
-                members[position].1 = value;
-                return;
-            }
-        }
-    }
 }
 
 fn shown(value: &Value) -> String {
@@ -265,10 +231,6 @@ mod tests {
         let list = NodeOptions::from_list("driver=raw,file.driver=file,file.filename=a,,b").expect("options");
         let object = from_json("{'driver':'raw','file':{'driver':'file','filename':'a,b'}}");
         assert_eq!(list, object);
-        assert_eq!(
-            list.to_json().compact(),
-            r#"{"driver": "raw", "file": {"driver": "file", "filename": "a,b"}}"#
-        );
         assert_eq!(
             NodeOptions::from_list("a.raw").expect("options").text("file"),
             Some("a.raw")

@@ -247,6 +247,11 @@ impl Prepared {
         self.options.text(name)
     }
 
+    /// The value of an option that is on or off, or its default.
+    pub fn flag(&self, name: &str) -> Option<bool> {
+        self.options.flag(name)
+    }
+
     /// Whether the format has this option.
     pub fn has_option(&self, name: &str) -> bool {
         self.options.has(name)

@@ -8,14 +8,14 @@
 //! [`Volume`] is the header with its slots, wherever it lies; qcow2 has one, too. [`Decrypted`] is the payload as the
 //! guest sees it.
 
-mod amend;
+pub(crate) mod amend;
 mod header;
 mod info;
-mod options;
+pub(crate) mod options;
 #[cfg(test)]
 mod tests;
-mod view;
-mod volume;
+pub(crate) mod view;
+pub(crate) mod volume;
 
 use std::sync::Arc;
 

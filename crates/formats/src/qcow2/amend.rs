@@ -10,13 +10,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, OnceLock};
 
-use diskimage_core::options::{OptionDef, OptionKind};
+use diskimage_core::options::{OptionDef, OptionKind, Options};
 use diskimage_core::{AmendRequest, Error, Layer, Preallocation, Progress, ResizeRequest, Result};
 
 use super::feature::{Autoclear, Compatible, Incompatible};
-use super::header::{Header, field};
+use super::header::{CryptMethod, Header, field};
 use super::options::option;
 use super::{Qcow2, State, read_header};
+use crate::luks::amend::SlotChange;
 
 /// The options of `amend`, in the order in which the original lists them.
 pub(super) const AMEND: &[OptionDef] = &[
@@ -106,6 +107,12 @@ struct Changes {
     size: Option<u64>,
 }
 
+fn names_key_slots(options: &Options) -> bool {
+    AMEND
+        .iter()
+        .any(|def| def.name.starts_with("encrypt.") && options.is_given(def.name))
+}
+
 impl Changes {
     /// Checks the options against each other and the image, in the original's order and words.
     fn parse(request: &AmendRequest<'_>, header: &Header) -> Result<Self> {
@@ -117,10 +124,7 @@ impl Changes {
             Some(other) => return Err(Error::invalid(format!("Unknown compatibility level {other}"))),
         };
         check_backing(request, header)?;
-        if AMEND
-            .iter()
-            .any(|def| def.name.starts_with("encrypt.") && options.is_given(def.name))
-        {
+        if header.crypt == CryptMethod::None && names_key_slots(options) {
             return Err(Error::invalid(
                 "Can't amend encryption options - encryption not present",
             ));
@@ -211,6 +215,7 @@ impl Qcow2 {
     /// Changes what the options say. Afterwards this layer refuses to write: the image is another one now.
     pub(super) fn amend_options(&self, request: &AmendRequest<'_>) -> Result<()> {
         let changes = Changes::parse(request, &self.header)?;
+        self.change_key_slots(request)?;
         let resize = |len| ResizeRequest {
             len,
             preallocation: Preallocation::Off,
@@ -272,6 +277,25 @@ impl Qcow2 {
     }
 
     /// The image as its header says it is now.
+    /// Changes the passphrases of the image's encryption, if the options say how.
+    fn change_key_slots(&self, request: &AmendRequest<'_>) -> Result<()> {
+        if !names_key_slots(request.options) {
+            return Ok(());
+        }
+        let volume = self.volume.as_ref().ok_or_else(|| {
+            Error::unsupported(
+                "Only LUKS encryption options can be amended for qcow2 with 'encrypt.format=luks'",
+            )
+        })?;
+        let change = SlotChange {
+            options: request.options,
+            prefix: "encrypt.",
+            objects: request.objects,
+            force: request.force,
+        };
+        change.apply(volume)
+    }
+
     fn reopen(&self) -> Result<Arc<Self>> {
         let header = read_header(&self.file, false)?;
         let state = State::new(&header, &self.file, &self.data);
@@ -279,6 +303,7 @@ impl Qcow2 {
             header,
             file: Arc::clone(&self.file),
             data: Arc::clone(&self.data),
+            volume: self.volume.clone(),
             write: AtomicBool::new(true),
             budget: self.budget.clone(),
             sparse: OnceLock::new(),

@@ -30,19 +30,30 @@ pub(super) fn create(request: &CreateRequest<'_>) -> Result<()> {
     }
     let file: Arc<dyn Device> = Arc::new(Unsynced(Arc::clone(&request.file)));
     write_minimal(&*file, &wanted)?;
-    let image = Qcow2::open(OpenRequest {
-        file,
-        name: request.name,
-        write: true,
-        for_check: false,
-        no_data: false,
-        force_share: false,
-        children: Vec::new(),
-        options: &mut NodeOptions::new(),
-        objects: request.objects,
-        gate: request.gate,
-        budget: Budget::default(),
-    })?;
+    let open = |node: &mut NodeOptions| {
+        Qcow2::open(OpenRequest {
+            file: Arc::clone(&file),
+            name: request.name,
+            write: true,
+            for_check: false,
+            no_data: false,
+            force_share: false,
+            children: Vec::new(),
+            options: node,
+            objects: request.objects,
+            gate: request.gate,
+            budget: Budget::default(),
+        })
+    };
+    let mut node = NodeOptions::new();
+    let mut image = open(&mut node)?;
+    if let Some(encryption) = &wanted.encryption {
+        image.encrypt(encryption, request)?;
+        if let Some(id) = request.options.text("encrypt.key-secret") {
+            node.set("encrypt.key-secret", id);
+        }
+        image = open(&mut node)?;
+    }
     let preallocation = match (wanted.preallocation, wanted.data_file_raw) {
         // The tables of a raw data file must say that all of it is data.
         (Preallocation::Off, true) => Preallocation::Metadata,

@@ -59,6 +59,13 @@ impl FirstCluster {
         })
     }
 
+    /// Sets how guest data is encrypted.
+    pub(super) fn set_crypt_method(&mut self, method: u32) {
+        if let Some(word) = self.header.get_mut(field::CRYPT_METHOD..field::CRYPT_METHOD + 4) {
+            word.copy_from_slice(&method.to_be_bytes());
+        }
+    }
+
     /// Sets or takes away an extension; a new one comes last, but the backing file's format first.
     pub(super) fn set_extension(&mut self, kind: u32, data: Option<&[u8]>) {
         let at = self

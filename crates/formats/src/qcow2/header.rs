@@ -79,6 +79,7 @@ pub(super) mod field {
     pub(in super::super) const BACKING_FILE_OFFSET: usize = 8;
     pub(in super::super) const BACKING_FILE_SIZE: usize = 16;
     pub(in super::super) const SIZE: u64 = 24;
+    pub(in super::super) const CRYPT_METHOD: usize = 32;
     pub(in super::super) const L1_SIZE: u64 = 36;
     pub(in super::super) const REFCOUNT_TABLE: u64 = 48;
     pub(in super::super) const NB_SNAPSHOTS: u64 = 60;

@@ -28,6 +28,7 @@ impl Qcow2 {
             "refcount-bits",
             1 << header.geometry.refcount_order,
         ));
+        facts.extend(self.encryption_details());
         if v3 {
             if self.has_data_file() {
                 let name = header.extensions.data_file.as_deref();

@@ -20,7 +20,8 @@ pub(super) fn measure(options: &Options, source: MeasureSource<'_>) -> Result<Me
             "The image size is too large (try using a larger cluster size)",
         ));
     }
-    let metadata = metadata_clusters(geometry, size) * cluster;
+    let encryption = wanted.encryption.map_or(0, |encryption| encryption.header_len());
+    let metadata = metadata_clusters(geometry, size) * cluster + encryption.next_multiple_of(cluster);
     let (data, bitmaps) = match source {
         MeasureSource::Size(_) => (0, None),
         MeasureSource::Image(image) => (data_bytes(image, cluster)?, image.layer().bitmap_bytes(cluster)?),

@@ -20,6 +20,7 @@ mod bitmap;
 mod check;
 mod compress;
 mod create;
+mod encrypt;
 mod entry;
 mod extension;
 mod feature;
@@ -52,10 +53,11 @@ use diskimage_core::{
 };
 
 use self::feature::{Autoclear, Compatible, Incompatible};
-use self::header::{CryptMethod, Header, field};
+use self::header::{Header, field};
 use self::refcount::Refcounts;
 use self::snapshot::SnapshotTable;
 use self::tables::{Class, Table, Tables};
+use crate::luks::volume::Volume;
 
 /// The table entry.
 #[derive(Debug)]
@@ -80,6 +82,10 @@ impl Format for Qcow2Format {
 
     fn children(&self) -> &'static [&'static str] {
         &["data-file"]
+    }
+
+    fn strong_options(&self) -> &'static [&'static str] {
+        &["encrypt"]
     }
 
     fn open(&self, request: OpenRequest<'_>) -> Result<Arc<dyn Layer>> {
@@ -120,6 +126,8 @@ pub(crate) struct Qcow2 {
     file: Arc<dyn Device>,
     /// Guest data lives here; the same device as `file` unless there is an external data file.
     data: Arc<dyn Device>,
+    /// What encrypts guest data, if anything does.
+    volume: Option<Arc<Volume>>,
     /// Whether it may be changed; no longer once it was amended.
     write: AtomicBool,
     budget: Budget,
@@ -201,20 +209,18 @@ impl Qcow2 {
                 "qcow2: Image is corrupt; cannot be opened read/write",
             ));
         }
-        if header.crypt != CryptMethod::None && !request.no_data {
-            return Err(Error::unsupported(
-                "Encrypted qcow2 images cannot be read or written yet",
-            ));
-        }
+        let volume = encrypt::open(&header, &mut request)?;
         let data = match data_file(&header, &mut request)? {
             Some(data) => data,
             None => Arc::clone(&request.file),
         };
+        let data = encrypt::view(data, volume.as_ref());
         let state = State::new(&header, &request.file, &data);
         let mut layer = Self {
             header,
             file: request.file,
             data,
+            volume: volume.map(Arc::new),
             write: AtomicBool::new(request.write),
             budget: request.budget,
             sparse: OnceLock::new(),
@@ -434,6 +440,11 @@ impl Layer for Qcow2 {
 
     fn resize(&self, request: &ResizeRequest) -> Result<()> {
         self.change_size(request)
+    }
+
+    fn is_zero_when_new(&self) -> bool {
+        // Clusters that were set aside and not written are zeroes to decrypt, not decrypted zeroes.
+        self.volume.is_none() || !self.has_tables()
     }
 
     fn amend(&self, request: &AmendRequest<'_>) -> Result<()> {

@@ -3,6 +3,7 @@
 use diskimage_core::options::{OptionDef, OptionKind, Options};
 use diskimage_core::{Error, Preallocation, Result};
 
+use super::encrypt::Encryption;
 use super::header::{Compression, Geometry, limit};
 
 pub(super) const fn option(
@@ -200,6 +201,7 @@ pub(super) struct Wanted {
     pub(super) backing_format: Option<String>,
     pub(super) data_file: Option<String>,
     pub(super) data_file_raw: bool,
+    pub(super) encryption: Option<Encryption>,
 }
 
 impl Wanted {
@@ -208,7 +210,7 @@ impl Wanted {
     /// # Errors
     /// The first that does not fit.
     pub(super) fn parse(options: &Options, wording: Wording) -> Result<Self> {
-        refuse_encryption(options, wording)?;
+        let encryption = Encryption::read(options, |name, word| wording.not_accepted(name, word))?;
         let version = match options.text("compat") {
             Some("0.10" | "v2") => 2,
             None | Some("1.1" | "v3") => 3,
@@ -263,6 +265,7 @@ impl Wanted {
             backing_format: backing_format.map(str::to_owned),
             data_file: options.text("data_file").map(str::to_owned),
             data_file_raw: options.flag("data_file_raw").unwrap_or(false),
+            encryption,
         };
         wanted.check_together()?;
         Ok(wanted)
@@ -319,22 +322,6 @@ fn refcount_order(options: &Options, version: u32, wording: Wording) -> Result<u
         )));
     }
     Ok(bits.trailing_zeros())
-}
-
-/// Encryption is refused before anything is written: an image that looks encrypted but is not would be worse than none.
-fn refuse_encryption(options: &Options, wording: Wording) -> Result<()> {
-    match options.text("encrypt.format") {
-        Some("aes" | "luks") => {}
-        Some(other) => return Err(wording.not_accepted("format", other)),
-        None if options.flag("encryption") == Some(true) => {}
-        None => return Ok(()),
-    }
-    if options.text("encrypt.key-secret").is_none() {
-        return Err(Error::invalid(
-            "Parameter 'encrypt.key-secret' is required for cipher",
-        ));
-    }
-    Err(Error::unsupported("Encrypted qcow2 images cannot be created yet"))
 }
 
 fn require_v3(version: u32, what: &str) -> Result<()> {

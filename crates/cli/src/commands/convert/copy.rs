@@ -170,6 +170,13 @@ impl Target {
             Stop::from(error.context(format!("{}: error while converting {format}", self.name)))
         };
         let prepared = creation.clone().cache(args.target_cache).prepare()?;
+        let is_encrypted =
+            prepared.option("encrypt.format").is_some() || prepared.flag("encryption") == Some(true);
+        if args.compress && is_encrypted {
+            return Err(Stop::wrong(
+                "Compression and encryption not supported at the same time",
+            ));
+        }
         if args.compress && prepared.option("preallocation").is_some_and(|mode| mode != "off") {
             return Err(Stop::wrong(
                 "Compression and preallocation not supported at the same time",
