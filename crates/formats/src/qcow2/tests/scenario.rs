@@ -76,6 +76,12 @@ const GRANULE: u64 = 4096;
 pub(super) type Files = Vec<Vec<u8>>;
 
 impl Scenario {
+    /// Whether nothing but options changes: few requests, few moments to crash at.
+    pub(super) fn only_amends(&self) -> bool {
+        let amends = |step: &Step| matches!(step, Step::Amend(..) | Step::Flush);
+        self.steps.iter().all(amends)
+    }
+
     /// The files, what is known of them, and what the disk may read as, when the watching begins.
     pub(super) fn prepare(&self) -> (Files, Before, Model) {
         let data = Arc::new(MemoryDevice::default());
