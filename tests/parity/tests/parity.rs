@@ -45,7 +45,7 @@ fn run() -> Result<bool, String> {
     let filtered = all.len() - cases.len();
     let (stock_img, stock_io) = (find_program("qemu-img"), find_program("qemu-io"));
     let (Some(stock_img), Some(stock_io)) = (stock_img, stock_io) else {
-        if env::var_os("REQUIRE_STOCK_TOOLS").is_some_and(|value| value == "1") {
+        if tools_are_required() {
             return Err(
                 "qemu-img and qemu-io are required (REQUIRE_STOCK_TOOLS=1) and not installed".to_owned(),
             );
@@ -63,6 +63,14 @@ fn run() -> Result<bool, String> {
         ));
         return Ok(true);
     };
+    let mut servers = cases.iter().flat_map(|case| case.servers());
+    if let Some(server) = servers.find(|server| tools_are_required() && find_program(server.name()).is_none())
+    {
+        return Err(format!(
+            "{} is required (REQUIRE_STOCK_TOOLS=1) and not installed",
+            server.name()
+        ));
+    }
     let tools = Tools {
         stock_img,
         stock_io,
@@ -77,6 +85,11 @@ fn run() -> Result<bool, String> {
     let tally = run_all(&cases, &tools, arguments.threads);
     let seconds = start.elapsed().as_secs_f64();
     Ok(tally.report(filtered, seconds))
+}
+
+/// Whether nothing may be skipped for want of the tools that are compared with.
+fn tools_are_required() -> bool {
+    env::var_os("REQUIRE_STOCK_TOOLS").is_some_and(|value| value == "1")
 }
 
 struct Arguments {
