@@ -7,8 +7,8 @@
 //! ```
 //!
 //! A sector is written whole or not at all, several need not be. So a change that concerns more than the first sector
-//! takes a detour over a state that fits into it: without the names of features, and with the old backing file's name at
-//! the cluster's end, out of the way of everything new.
+//! takes a detour over a state that fits into it, if there is room: without the names of features, and with the old
+//! backing file's name at the cluster's end, out of the way of everything new.
 
 use std::ops::Range;
 
@@ -217,7 +217,8 @@ impl Qcow2 {
         self.write_first_cluster(&old, &cluster.to_bytes()?)
     }
 
-    /// Writes a new first cluster, durably. A crash leaves what `old`, the present one, says or what `new` says.
+    /// Writes a new first cluster, durably. A crash leaves what `old`, the present one, says or what `new` says; where the
+    /// cluster has no room for the detour, names may be torn.
     ///
     /// # Errors
     /// As writing the file.
