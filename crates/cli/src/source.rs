@@ -57,9 +57,8 @@ pub(crate) fn open_bare(
 
 /// Options without a value are on their way out.
 fn warn_of_short_forms(list: &str, console: &Console) {
-    for (name, value) in short_forms(list) {
-        console.warning(&format!("short-form boolean option '{name}' deprecated"));
-        let name = name.strip_prefix("no").unwrap_or(&name);
+    for (word, name, value) in short_forms(list) {
+        console.warning(&format!("short-form boolean option '{word}' deprecated"));
         console.print_error(&format!("Please use {name}={value} instead\n"));
     }
 }

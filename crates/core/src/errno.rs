@@ -6,11 +6,11 @@ pub const ENOENT: i32 = 2;
 pub const EIO: i32 = 5;
 /// `Invalid argument`: what file systems answer to lengths that are no lengths.
 pub const EINVAL: i32 = 22;
-/// `No space left on device`: no room for what an image should say.
-pub const ENOSPC: i32 = 28;
-/// `Operation not supported`.
-pub const ENOTSUP: i32 = 95;
 /// `File too large`.
 pub const EFBIG: i32 = 27;
+/// `No space left on device`: no room for what an image should say.
+pub const ENOSPC: i32 = 28;
 /// `Numerical result out of range`: what the original answers to counts that its fields do not hold.
 pub const ERANGE: i32 = 34;
+/// `Operation not supported`.
+pub const ENOTSUP: i32 = 95;

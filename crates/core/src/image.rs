@@ -24,7 +24,6 @@ use crate::{
 pub struct Image {
     layer: Arc<dyn Layer>,
     backing: Option<Arc<Image>>,
-    name: String,
     write: bool,
     limits: Limits,
     node: Node,
@@ -44,11 +43,10 @@ impl Image {
         name: impl Into<String>,
         write: bool,
     ) -> Self {
-        let name = name.into();
         let node = Node {
             driver: layer.format(),
             options: NodeOptions::new(),
-            name: Some(name.clone()),
+            name: Some(name.into()),
             children: vec![("file".to_owned(), Arc::clone(layer.file()))],
         };
         let limits = Limits {
@@ -58,7 +56,6 @@ impl Image {
         Self {
             layer,
             backing,
-            name,
             write,
             limits,
             node,
@@ -70,11 +67,7 @@ impl Image {
     /// The same image with its place in the block graph, which also says what it is called.
     #[must_use]
     pub fn with_node(self, node: Node) -> Self {
-        Self {
-            name: node.shown_name(),
-            node,
-            ..self
-        }
+        Self { node, ..self }
     }
 
     /// The same image, which looks for zeroes in what is written to it.
@@ -106,7 +99,9 @@ impl Image {
     /// The same image without what is below: reads see only what this layer has itself.
     #[must_use]
     pub fn without_backing(&self) -> Self {
-        Self::new(Arc::clone(&self.layer), None, self.name.clone(), self.write)
+        Self::new(Arc::clone(&self.layer), None, "", self.write)
+            .with_node(self.node.clone())
+            .with_zero_detection(self.zeroes)
     }
 
     /// Sets aside where the bytes of `range`, which is not empty, will go. Places are given out in the order of these
@@ -554,7 +549,7 @@ impl Device for Image {
     }
 
     fn name(&self) -> String {
-        self.name.clone()
+        self.node.shown_name()
     }
 
     fn node(&self) -> Node {

@@ -49,7 +49,7 @@ pub use layer::{
 };
 pub use memory::MemoryDevice;
 pub use node::{NodeOptions, is_identifier};
-pub use objects::{Object, Objects, Secret, ThrottleGroup, TlsCreds, TlsKind};
+pub use objects::{Object, Objects, Secret, TlsCreds, TlsKind};
 pub use progress::{Note, Progress};
 pub use range::{ByteRange, align_down, align_up, div_ceil};
 pub use snapshots::{NewSnapshot, Snapshots};

@@ -1,4 +1,4 @@
-//! What options refer to by name: secrets, credentials, limits shared by several images.
+//! What options refer to by name: secrets and credentials.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -18,10 +18,6 @@ pub enum Object {
     Secret(Secret),
     /// Who we are, and whom we believe, on encrypted connections.
     TlsCreds(TlsCreds),
-    /// Limits for requests, shared by all that name the group.
-    ThrottleGroup(ThrottleGroup),
-    /// An object that nothing here refers to; its type.
-    Other(&'static str),
 }
 
 /// A password or key. Its bytes are wiped from memory when the last copy goes.
@@ -82,13 +78,6 @@ pub enum TlsKind {
     Anon,
 }
 
-/// Limits for requests, as the options of the object give them (`x-iops-total` and so on).
-#[derive(Clone, Debug, Default)]
-pub struct ThrottleGroup {
-    /// Limits by name without `x-`.
-    pub limits: BTreeMap<String, u64>,
-}
-
 impl Objects {
     /// No objects.
     pub fn new() -> Self {
@@ -143,20 +132,6 @@ impl Objects {
             None => Err(Error::new(
                 ErrorKind::NotFound,
                 format!("No TLS credentials with id '{id}'"),
-            )),
-        }
-    }
-
-    /// The limits of this identifier.
-    ///
-    /// # Errors
-    /// None of this identifier, or an object of another kind.
-    pub fn throttle_group(&self, id: &str) -> Result<&ThrottleGroup> {
-        match self.find(id) {
-            Some(Object::ThrottleGroup(group)) => Ok(group),
-            _ => Err(Error::new(
-                ErrorKind::NotFound,
-                format!("Throttle group '{id}' does not exist"),
             )),
         }
     }

@@ -58,6 +58,27 @@ pub struct OptionDef {
     pub default: Option<&'static str>,
 }
 
+impl OptionDef {
+    /// An option without a default.
+    pub const fn new(name: &'static str, kind: OptionKind, help: &'static str) -> Self {
+        Self {
+            name,
+            kind,
+            help,
+            default: None,
+        }
+    }
+
+    /// The same with a default.
+    #[must_use]
+    pub const fn or(self, default: &'static str) -> Self {
+        Self {
+            default: Some(default),
+            ..self
+        }
+    }
+}
+
 /// Values for a table of options.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -289,27 +310,56 @@ pub fn amend_help(format: &str, table: &'static [OptionDef]) -> String {
     format!("Amend options for '{format}':\n{}", help_lines(&[table]))
 }
 
-/// The items of a list that have no value, but for the first, as they were written; and the values they stand for.
-pub fn short_forms(text: &str) -> Vec<(String, &'static str)> {
-    let mut forms = Vec::new();
+/// An item of a list `a=b,c`.
+struct Item<'a> {
+    word: &'a str,
+    /// What follows `=`; `None` for a bare word.
+    value: Option<String>,
+    /// The rest of the list from this item on.
+    text: &'a str,
+}
+
+/// The items of a list. A comma inside a value is doubled.
+fn items(text: &str) -> impl Iterator<Item = Item<'_>> {
     let mut rest = text;
-    let mut is_first = true;
-    while !rest.is_empty() {
+    std::iter::from_fn(move || {
+        if rest.is_empty() {
+            return None;
+        }
+        let text = rest;
         let end = rest.find(['=', ',']).unwrap_or(rest.len());
-        let (name, after) = rest.split_at(end);
-        rest = match after.strip_prefix('=') {
-            Some(value) => split_value(value).1,
+        let (word, after) = rest.split_at(end);
+        let value = match after.strip_prefix('=') {
+            Some(after) => {
+                let (value, after) = split_value(after);
+                rest = after;
+                Some(value)
+            }
             None => {
-                if !is_first {
-                    let value = if name.starts_with("no") { "off" } else { "on" };
-                    forms.push((name.to_owned(), value));
-                }
-                after.strip_prefix(',').unwrap_or(after)
+                rest = after.strip_prefix(',').unwrap_or(after);
+                None
             }
         };
-        is_first = false;
+        Some(Item { word, value, text })
+    })
+}
+
+/// What a bare word stands for: `name` for on, `noname` for off.
+fn switch(word: &str) -> (&str, &'static str) {
+    match word.strip_prefix("no") {
+        Some(name) => (name, "off"),
+        None => (word, "on"),
     }
-    forms
+}
+
+/// The bare words of a list but for the first, each with the name and the value that it stands for.
+pub fn short_forms(text: &str) -> Vec<(&str, &str, &'static str)> {
+    let bare = items(text).skip(1).filter(|item| item.value.is_none());
+    bare.map(|item| {
+        let (name, value) = switch(item.word);
+        (item.word, name, value)
+    })
+    .collect()
 }
 
 /// Takes a list `a=b,c=d` apart.
@@ -317,28 +367,21 @@ pub fn short_forms(text: &str) -> Vec<(String, &'static str)> {
 /// A comma inside a value is doubled; a bare `name` means `on` and a bare `noname` means `off`, but where the first item
 /// is bare and `implied` says what it is, it is that option's value.
 pub fn split_list(text: &str, implied: Option<&str>) -> Vec<(String, String)> {
-    let mut items = Vec::new();
-    let mut rest = text;
-    while !rest.is_empty() {
-        let end = rest.find(['=', ',']).unwrap_or(rest.len());
-        let (name, after) = rest.split_at(end);
-        if let Some(after) = after.strip_prefix('=') {
-            let (value, after) = split_value(after);
-            items.push((name.to_owned(), value));
-            rest = after;
-        } else if let Some(implied) = implied.filter(|_| items.is_empty()) {
-            let (value, after) = split_value(rest);
-            items.push((implied.to_owned(), value));
-            rest = after;
-        } else {
-            items.push(match name.strip_prefix("no") {
-                Some(name) => (name.to_owned(), "off".to_owned()),
-                None => (name.to_owned(), "on".to_owned()),
-            });
-            rest = after.strip_prefix(',').unwrap_or(after);
+    let (first, rest) = match implied.zip(items(text).next().filter(|item| item.value.is_none())) {
+        Some((implied, item)) => {
+            let (value, rest) = split_value(item.text);
+            (Some((implied.to_owned(), value)), rest)
         }
-    }
-    items
+        None => (None, text),
+    };
+    let others = items(rest).map(|item| match item.value {
+        Some(value) => (item.word.to_owned(), value),
+        None => {
+            let (name, value) = switch(item.word);
+            (name.to_owned(), value.to_owned())
+        }
+    });
+    first.into_iter().chain(others).collect()
 }
 
 fn help_lines(tables: &[&'static [OptionDef]]) -> String {

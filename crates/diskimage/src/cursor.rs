@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
-use diskimage_core::ByteRange;
+use diskimage_core::{ByteRange, Error};
 
 /// Hands out segments, and turns in the order of the segments. `F` is what a worker can fail with.
 #[derive(Debug)]
@@ -41,6 +41,25 @@ pub(crate) struct Segment {
 /// What a worker ends with when another has failed.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Stopped;
+
+/// Why a worker ends early.
+#[derive(Debug)]
+pub(crate) enum End {
+    Failed(Error),
+    Stopped,
+}
+
+impl From<Error> for End {
+    fn from(error: Error) -> Self {
+        Self::Failed(error)
+    }
+}
+
+impl From<Stopped> for End {
+    fn from(_: Stopped) -> Self {
+        Self::Stopped
+    }
+}
 
 impl<F> Cursor<F> {
     /// Hands out `len` bytes in segments of `segment`.

@@ -20,7 +20,7 @@ use diskimage_core::{
 };
 use diskimage_formats::format_by_name;
 
-use crate::cursor::{Cursor, Segment, Stopped};
+use crate::cursor::{Cursor, End, Segment};
 
 /// A change of the image below that leaves the disk as it is.
 #[derive(Debug)]
@@ -149,24 +149,6 @@ pub fn check_backing(image: &Image, backing: Option<&Backing>) -> Result<()> {
 fn could_not(backing: Option<&Backing>) -> String {
     let name = backing.map(|backing| backing.name.as_str()).unwrap_or_default();
     format!("Could not change the backing file to '{name}'")
-}
-
-/// Why a worker ends early.
-enum End {
-    Failed(Error),
-    Stopped,
-}
-
-impl From<Error> for End {
-    fn from(error: Error) -> Self {
-        Self::Failed(error)
-    }
-}
-
-impl From<Stopped> for End {
-    fn from(_: Stopped) -> Self {
-        Self::Stopped
-    }
 }
 
 struct Worker<'a> {

@@ -4,6 +4,7 @@ mod codec;
 mod luks;
 mod qcow2;
 mod raw;
+mod straight;
 
 use diskimage_core::Format;
 

@@ -16,8 +16,10 @@ use diskimage_core::options::{OptionDef, OptionKind, Options};
 use diskimage_core::{
     ByteRange, CreateRequest, Device, Error, Format, Holes, Info, Layer, Measure, MeasureSource, NodeOptions,
     Objects, OpenRequest, Permissions, Preallocation, Probe, ResizeRequest, Result, Run, RunKind, Score,
-    WritePlan, WriteRun, ZeroMode, align_up,
+    WritePlan, ZeroMode, align_up,
 };
+
+use crate::straight::Straight;
 
 /// The format's entry in the table.
 #[derive(Debug)]
@@ -271,11 +273,11 @@ impl Layer for RawLayer {
     }
 
     fn plan_write(&self, range: ByteRange) -> Result<Box<dyn WritePlan + '_>> {
-        Ok(Box::new(Straight([WriteRun {
-            guest: range,
-            device: self.device(),
-            offset: self.window.host(range)?.start(),
-        }])))
+        Ok(Box::new(Straight::new(
+            range,
+            self.device(),
+            self.window.host(range)?.start(),
+        )))
     }
 
     fn write_zeroes(&self, range: ByteRange, mode: ZeroMode) -> Result<()> {
@@ -319,18 +321,5 @@ impl Layer for RawLayer {
 
     fn file(&self) -> &Arc<dyn Device> {
         &self.file
-    }
-}
-
-/// A write that goes where the guest says.
-struct Straight([WriteRun; 1]);
-
-impl WritePlan for Straight {
-    fn runs(&self) -> &[WriteRun] {
-        &self.0
-    }
-
-    fn commit(self: Box<Self>) -> Result<()> {
-        Ok(())
     }
 }

@@ -23,7 +23,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
 
-use diskimage_core::{Device, Encoder, Error, Image, Progress, Result, align_up};
+use diskimage_core::{Device, Encoder, Error, Image, Progress, Result, align_up, errno};
 
 use crate::cursor::Cursor;
 use rate::RateLimit;
@@ -203,12 +203,9 @@ struct NoEncoder;
 
 impl Encoder for NoEncoder {
     fn encode(&mut self, _cluster: &[u8], _out: &mut Vec<u8>) -> Result<bool> {
-        Err(Error::from_errno(EOPNOTSUPP))
+        Err(Error::from_errno(errno::ENOTSUP))
     }
 }
-
-/// `Operation not supported`.
-const EOPNOTSUPP: i32 = 95;
 
 impl std::fmt::Debug for Conversion<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {

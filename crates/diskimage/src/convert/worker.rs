@@ -12,7 +12,7 @@ use diskimage_core::{
 
 use super::Job;
 use super::pieces::{Kind, Piece, ZeroTest, push, round_to_units};
-use crate::cursor::{Cursor, Segment, Stopped};
+use crate::cursor::{Cursor, End, Segment};
 
 /// The state of one worker; its buffers live as long as it does.
 pub(super) struct Worker<'a> {
@@ -44,24 +44,6 @@ enum Step {
     Zero(ByteRange),
     Plain(ByteRange),
     Encoded { offset: u64, bytes: Range<usize> },
-}
-
-/// Why a worker ends early.
-enum End {
-    Failed(Error),
-    Stopped,
-}
-
-impl From<Error> for End {
-    fn from(error: Error) -> Self {
-        Self::Failed(error)
-    }
-}
-
-impl From<Stopped> for End {
-    fn from(_: Stopped) -> Self {
-        Self::Stopped
-    }
 }
 
 impl<'a> Worker<'a> {

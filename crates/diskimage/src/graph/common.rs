@@ -12,32 +12,23 @@ pub(crate) struct Common {
     pub(crate) zeroes: ZeroDetection,
 }
 
-const fn option(name: &'static str, kind: OptionKind, help: &'static str) -> OptionDef {
-    OptionDef {
-        name,
-        kind,
-        help,
-        default: None,
-    }
-}
-
 const OPTIONS: &[OptionDef] = &[
-    option("node-name", OptionKind::Text, "Name of the node"),
-    option("read-only", OptionKind::Flag, "Never write to it"),
-    option(
+    OptionDef::new("node-name", OptionKind::Text, "Name of the node"),
+    OptionDef::new("read-only", OptionKind::Flag, "Never write to it"),
+    OptionDef::new(
         "auto-read-only",
         OptionKind::Flag,
         "Do not write to it if it cannot be written to",
     ),
-    option("force-share", OptionKind::Flag, "Do not mind other users"),
-    option("cache.direct", OptionKind::Flag, "Past the system's cache"),
-    option("cache.no-flush", OptionKind::Flag, "Flushing does nothing"),
-    option(
+    OptionDef::new("force-share", OptionKind::Flag, "Do not mind other users"),
+    OptionDef::new("cache.direct", OptionKind::Flag, "Past the system's cache"),
+    OptionDef::new("cache.no-flush", OptionKind::Flag, "Flushing does nothing"),
+    OptionDef::new(
         "discard",
         OptionKind::Text,
         "Whether discarding gives storage back",
     ),
-    option(
+    OptionDef::new(
         "detect-zeroes",
         OptionKind::Text,
         "Whether zeroes that are written take storage",

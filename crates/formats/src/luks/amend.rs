@@ -4,32 +4,32 @@ use diskimage_core::options::{OptionDef, OptionKind, Options};
 use diskimage_core::{Error, Objects, Result};
 
 use super::header::SLOTS;
-use super::options::{DEFAULT_ITER_TIME, option, passphrase};
+use super::options::{DEFAULT_ITER_TIME, passphrase};
 use super::volume::Volume;
 
 /// The options of `amend`.
 pub(crate) const AMEND_OPTIONS: &[OptionDef] = &[
-    option(
+    OptionDef::new(
         "state",
         OptionKind::Text,
         "Select new state of affected keyslots (active/inactive)",
     ),
-    option(
+    OptionDef::new(
         "keyslot",
         OptionKind::Number,
         "Select a single keyslot to modify explicitly",
     ),
-    option(
+    OptionDef::new(
         "old-secret",
         OptionKind::Text,
         "Select all keyslots that match this password",
     ),
-    option(
+    OptionDef::new(
         "new-secret",
         OptionKind::Text,
         "New secret to set in the matching keyslots. Empty string to erase",
     ),
-    option(
+    OptionDef::new(
         "iter-time",
         OptionKind::Number,
         "Time to spend in PBKDF in milliseconds",

@@ -23,11 +23,12 @@ use diskimage_core::options::{OptionDef, OptionKind, Options};
 use diskimage_core::{
     AmendRequest, ByteRange, CreateRequest, Device, Error, ErrorKind, Format, Holes, Info, Layer, Measure,
     MeasureSource, Objects, OpenRequest, Preallocation, Probe, ResizeRequest, Result, Run, RunKind, Score,
-    WritePlan, WriteRun, ZeroMode, align_up, errno,
+    WritePlan, ZeroMode, align_up, errno,
 };
 use diskimage_crypto::SECTOR;
 
-use options::{Algorithms, CREATE_OPTIONS, Choice, option, passphrase};
+use crate::straight::Straight;
+use options::{Algorithms, CREATE_OPTIONS, Choice, passphrase};
 use view::Decrypted;
 use volume::{Place, Volume};
 
@@ -36,7 +37,7 @@ use volume::{Place, Volume};
 pub struct Luks;
 
 /// The options of a node.
-const NODE_OPTIONS: &[OptionDef] = &[option(
+const NODE_OPTIONS: &[OptionDef] = &[OptionDef::new(
     "key-secret",
     OptionKind::Text,
     "ID of the secret that provides the passphrase",
@@ -187,15 +188,11 @@ impl Layer for LuksLayer {
     }
 
     fn plan_write(&self, range: ByteRange) -> Result<Box<dyn WritePlan + '_>> {
-        Ok(Box::new(Straight([WriteRun {
-            guest: range,
-            device: self.payload()?,
-            offset: range.start(),
-        }])))
+        Ok(Box::new(Straight::new(range, self.payload()?, range.start())))
     }
 
-    fn write_zeroes(&self, _range: ByteRange, _mode: ZeroMode) -> Result<()> {
-        Err(Error::unsupported("Zeroes have to be encrypted"))
+    fn write_zeroes(&self, range: ByteRange, mode: ZeroMode) -> Result<()> {
+        self.payload()?.write_zeroes(range, mode)
     }
 
     fn info(&self) -> Result<Info> {
@@ -239,18 +236,5 @@ impl Layer for LuksLayer {
 
     fn file(&self) -> &Arc<dyn Device> {
         &self.file
-    }
-}
-
-/// A write that goes where the guest says.
-struct Straight([WriteRun; 1]);
-
-impl WritePlan for Straight {
-    fn runs(&self) -> &[WriteRun] {
-        &self.0
-    }
-
-    fn commit(self: Box<Self>) -> Result<()> {
-        Ok(())
     }
 }

@@ -6,45 +6,36 @@ use diskimage_crypto::{CipherAlg, CipherMode, CipherSpec, HashAlg, IvAlg};
 
 /// The options of `create`.
 pub(super) const CREATE_OPTIONS: &[OptionDef] = &[
-    option("size", OptionKind::Size, "Virtual disk size"),
-    option(
+    OptionDef::new("size", OptionKind::Size, "Virtual disk size"),
+    OptionDef::new(
         "key-secret",
         OptionKind::Text,
         "ID of the secret that provides the keyslot passphrase",
     ),
-    option(
+    OptionDef::new(
         "cipher-alg",
         OptionKind::Text,
         "Name of encryption cipher algorithm",
     ),
-    option("cipher-mode", OptionKind::Text, "Name of encryption cipher mode"),
-    option("ivgen-alg", OptionKind::Text, "Name of IV generator algorithm"),
-    option(
+    OptionDef::new("cipher-mode", OptionKind::Text, "Name of encryption cipher mode"),
+    OptionDef::new("ivgen-alg", OptionKind::Text, "Name of IV generator algorithm"),
+    OptionDef::new(
         "ivgen-hash-alg",
         OptionKind::Text,
         "Name of IV generator hash algorithm",
     ),
-    option("hash-alg", OptionKind::Text, "Name of encryption hash algorithm"),
-    option(
+    OptionDef::new("hash-alg", OptionKind::Text, "Name of encryption hash algorithm"),
+    OptionDef::new(
         "iter-time",
         OptionKind::Number,
         "Time to spend in PBKDF in milliseconds",
     ),
-    option(
+    OptionDef::new(
         "detached-header",
         OptionKind::Flag,
         "Create a detached LUKS header",
     ),
 ];
-
-pub(super) const fn option(name: &'static str, kind: OptionKind, help: &'static str) -> OptionDef {
-    OptionDef {
-        name,
-        kind,
-        help,
-        default: None,
-    }
-}
 
 /// The algorithms of a new volume.
 #[derive(Clone, Copy, Debug)]

@@ -15,85 +15,60 @@ use diskimage_core::{AmendRequest, Error, Layer, Preallocation, Progress, Resize
 
 use super::feature::{Autoclear, Compatible, Incompatible};
 use super::header::{CryptMethod, Header, field};
-use super::options::option;
 use super::{Qcow2, State, read_header};
 use crate::luks::amend::SlotChange;
 
 /// The options of `amend`, in the order in which the original lists them.
 pub(super) const AMEND: &[OptionDef] = &[
-    option(
-        "backing_file",
-        OptionKind::Text,
-        "File name of a base image",
-        None,
-    ),
-    option(
-        "backing_fmt",
-        OptionKind::Text,
-        "Image format of the base image",
-        None,
-    ),
-    option(
+    OptionDef::new("backing_file", OptionKind::Text, "File name of a base image"),
+    OptionDef::new("backing_fmt", OptionKind::Text, "Image format of the base image"),
+    OptionDef::new(
         "compat",
         OptionKind::Text,
         "Compatibility level (v2 [0.10] or v3 [1.1])",
-        None,
     ),
-    option(
+    OptionDef::new(
         "data_file",
         OptionKind::Text,
         "File name of an external data file",
-        None,
     ),
-    option(
+    OptionDef::new(
         "data_file_raw",
         OptionKind::Flag,
         "The external data file must stay valid as a raw image",
-        None,
     ),
-    option(
+    OptionDef::new(
         "encrypt.iter-time",
         OptionKind::Number,
         "Time to spend in PBKDF in milliseconds",
-        None,
     ),
-    option(
+    OptionDef::new(
         "encrypt.keyslot",
         OptionKind::Number,
         "Select a single keyslot to modify explicitly",
-        None,
     ),
-    option(
+    OptionDef::new(
         "encrypt.new-secret",
         OptionKind::Text,
         "New secret to set in the matching keyslots. Empty string to erase",
-        None,
     ),
-    option(
+    OptionDef::new(
         "encrypt.old-secret",
         OptionKind::Text,
         "Select all keyslots that match this password",
-        None,
     ),
-    option(
+    OptionDef::new(
         "encrypt.state",
         OptionKind::Text,
         "Select new state of affected keyslots (active/inactive)",
-        None,
     ),
-    option(
-        "lazy_refcounts",
-        OptionKind::Flag,
-        "Postpone refcount updates",
-        None,
-    ),
-    option(
+    OptionDef::new("lazy_refcounts", OptionKind::Flag, "Postpone refcount updates"),
+    OptionDef::new(
         "refcount_bits",
         OptionKind::Number,
         "Width of a reference count entry in bits",
-        None,
     ),
-    option("size", OptionKind::Size, "Virtual disk size", None),
+    OptionDef::new("size", OptionKind::Size, "Virtual disk size"),
 ];
 
 /// What will be changed; `None` stays as it is.
@@ -276,7 +251,6 @@ impl Qcow2 {
         }
     }
 
-    /// The image as its header says it is now.
     /// Changes the passphrases of the image's encryption, if the options say how.
     fn change_key_slots(&self, request: &AmendRequest<'_>) -> Result<()> {
         if !names_key_slots(request.options) {
@@ -296,6 +270,7 @@ impl Qcow2 {
         change.apply(volume)
     }
 
+    /// The image as its header says it is now.
     fn reopen(&self) -> Result<Arc<Self>> {
         let header = read_header(&self.file, false)?;
         let state = State::new(&header, &self.file, &self.data);

@@ -6,138 +6,91 @@ use diskimage_core::{Error, Preallocation, Result};
 use super::encrypt::Encryption;
 use super::header::{Compression, Geometry, limit};
 
-pub(super) const fn option(
-    name: &'static str,
-    kind: OptionKind,
-    help: &'static str,
-    default: Option<&'static str>,
-) -> OptionDef {
-    OptionDef {
-        name,
-        kind,
-        help,
-        default,
-    }
-}
-
 /// The options of `create`, in the order in which the original prints their values.
 pub(super) const CREATE: &[OptionDef] = &[
-    option(
+    OptionDef::new(
         "encryption",
         OptionKind::Flag,
         "Encrypt the image with format 'aes'. (Deprecated in favor of encrypt.format=aes)",
-        None,
     ),
-    option(
+    OptionDef::new(
         "encrypt.format",
         OptionKind::Text,
         "Encrypt the image, format choices: 'aes', 'luks'",
-        None,
     ),
-    option(
+    OptionDef::new(
         "encrypt.key-secret",
         OptionKind::Text,
         "ID of secret providing qcow AES key or LUKS passphrase",
-        None,
     ),
-    option(
+    OptionDef::new(
         "encrypt.cipher-alg",
         OptionKind::Text,
         "Name of encryption cipher algorithm",
-        None,
     ),
-    option(
+    OptionDef::new(
         "encrypt.cipher-mode",
         OptionKind::Text,
         "Name of encryption cipher mode",
-        None,
     ),
-    option(
+    OptionDef::new(
         "encrypt.ivgen-alg",
         OptionKind::Text,
         "Name of IV generator algorithm",
-        None,
     ),
-    option(
+    OptionDef::new(
         "encrypt.ivgen-hash-alg",
         OptionKind::Text,
         "Name of IV generator hash algorithm",
-        None,
     ),
-    option(
+    OptionDef::new(
         "encrypt.hash-alg",
         OptionKind::Text,
         "Name of encryption hash algorithm",
-        None,
     ),
-    option(
+    OptionDef::new(
         "encrypt.iter-time",
         OptionKind::Number,
         "Time to spend in PBKDF in milliseconds",
-        None,
     ),
-    option(
-        "cluster_size",
-        OptionKind::Size,
-        "qcow2 cluster size",
-        Some("65536"),
-    ),
-    option("extended_l2", OptionKind::Flag, "Extended L2 tables", Some("off")),
-    option(
+    OptionDef::new("cluster_size", OptionKind::Size, "qcow2 cluster size").or("65536"),
+    OptionDef::new("extended_l2", OptionKind::Flag, "Extended L2 tables").or("off"),
+    OptionDef::new(
         "preallocation",
         OptionKind::Text,
         "Preallocation mode (allowed values: off, metadata, falloc, full)",
-        None,
     ),
-    option(
+    OptionDef::new(
         "compression_type",
         OptionKind::Text,
         "Compression method used for image cluster compression",
-        Some("zlib"),
-    ),
-    option("size", OptionKind::Size, "Virtual disk size", None),
-    option(
+    )
+    .or("zlib"),
+    OptionDef::new("size", OptionKind::Size, "Virtual disk size"),
+    OptionDef::new(
         "compat",
         OptionKind::Text,
         "Compatibility level (v2 [0.10] or v3 [1.1])",
-        None,
     ),
-    option(
-        "backing_file",
-        OptionKind::Text,
-        "File name of a base image",
-        None,
-    ),
-    option(
-        "backing_fmt",
-        OptionKind::Text,
-        "Image format of the base image",
-        None,
-    ),
-    option(
+    OptionDef::new("backing_file", OptionKind::Text, "File name of a base image"),
+    OptionDef::new("backing_fmt", OptionKind::Text, "Image format of the base image"),
+    OptionDef::new(
         "data_file",
         OptionKind::Text,
         "File name of an external data file",
-        None,
     ),
-    option(
+    OptionDef::new(
         "data_file_raw",
         OptionKind::Flag,
         "The external data file must stay valid as a raw image",
-        None,
     ),
-    option(
-        "lazy_refcounts",
-        OptionKind::Flag,
-        "Postpone refcount updates",
-        Some("off"),
-    ),
-    option(
+    OptionDef::new("lazy_refcounts", OptionKind::Flag, "Postpone refcount updates").or("off"),
+    OptionDef::new(
         "refcount_bits",
         OptionKind::Number,
         "Width of a reference count entry in bits",
-        Some("16"),
-    ),
+    )
+    .or("16"),
 ];
 
 /// Extended L2 entries need subclusters of at least a sector.

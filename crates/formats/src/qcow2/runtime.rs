@@ -8,105 +8,96 @@ use diskimage_core::{Error, NodeOptions, Result};
 
 use super::header::Geometry;
 
-const fn option(name: &'static str, kind: OptionKind, help: &'static str) -> OptionDef {
-    OptionDef {
-        name,
-        kind,
-        help,
-        default: None,
-    }
-}
-
 const OPTIONS: &[OptionDef] = &[
-    option("lazy-refcounts", OptionKind::Flag, "Postpone refcount updates"),
-    option(
+    OptionDef::new("lazy-refcounts", OptionKind::Flag, "Postpone refcount updates"),
+    OptionDef::new(
         "pass-discard-request",
         OptionKind::Flag,
         "Pass guest discard requests to the layer below",
     ),
-    option(
+    OptionDef::new(
         "pass-discard-snapshot",
         OptionKind::Flag,
         "Discard what deleting a snapshot frees",
     ),
-    option(
+    OptionDef::new(
         "pass-discard-other",
         OptionKind::Flag,
         "Discard other clusters that become free",
     ),
-    option(
+    OptionDef::new(
         "discard-no-unref",
         OptionKind::Flag,
         "Do not give up discarded clusters",
     ),
-    option(
+    OptionDef::new(
         "overlap-check",
         OptionKind::Text,
         "Which overlap checks to perform",
     ),
-    option(
+    OptionDef::new(
         "overlap-check.template",
         OptionKind::Text,
         "Which overlap checks to perform",
     ),
-    option(
+    OptionDef::new(
         "overlap-check.main-header",
         OptionKind::Flag,
         "Check for the header",
     ),
-    option(
+    OptionDef::new(
         "overlap-check.active-l1",
         OptionKind::Flag,
         "Check for the active L1 table",
     ),
-    option(
+    OptionDef::new(
         "overlap-check.active-l2",
         OptionKind::Flag,
         "Check for active L2 tables",
     ),
-    option(
+    OptionDef::new(
         "overlap-check.refcount-table",
         OptionKind::Flag,
         "Check for the refcount table",
     ),
-    option(
+    OptionDef::new(
         "overlap-check.refcount-block",
         OptionKind::Flag,
         "Check for refcount blocks",
     ),
-    option(
+    OptionDef::new(
         "overlap-check.snapshot-table",
         OptionKind::Flag,
         "Check for the snapshot table",
     ),
-    option(
+    OptionDef::new(
         "overlap-check.inactive-l1",
         OptionKind::Flag,
         "Check for L1 tables of snapshots",
     ),
-    option(
+    OptionDef::new(
         "overlap-check.inactive-l2",
         OptionKind::Flag,
         "Check for L2 tables of snapshots",
     ),
-    option(
+    OptionDef::new(
         "overlap-check.bitmap-directory",
         OptionKind::Flag,
         "Check for the bitmap directory",
     ),
-    option("cache-size", OptionKind::Size, "Size of both caches"),
-    option("l2-cache-size", OptionKind::Size, "Size of the L2 table cache"),
-    option(
+    OptionDef::new("cache-size", OptionKind::Size, "Size of both caches"),
+    OptionDef::new("l2-cache-size", OptionKind::Size, "Size of the L2 table cache"),
+    OptionDef::new(
         "l2-cache-entry-size",
         OptionKind::Size,
         "Size of an entry of that cache",
     ),
-    option(
+    OptionDef::new(
         "refcount-cache-size",
         OptionKind::Size,
         "Size of the refcount block cache",
     ),
-    option(
+    OptionDef::new(
         "cache-clean-interval",
         OptionKind::Number,
         "Seconds after which unused entries go",

@@ -415,7 +415,7 @@ impl Qcow2 {
                 let host = ByteRange::at(run.offset, run.guest.len());
                 match mode {
                     Preallocation::Off | Preallocation::Metadata => self.reserve(host)?,
-                    Preallocation::Falloc => self.zero_data(host, ZeroMode::KeepAllocated)?,
+                    Preallocation::Falloc => self.data.write_zeroes(host, ZeroMode::KeepAllocated)?,
                     Preallocation::Full => write_zero_bytes(&*self.data, host)?,
                 }
             }
@@ -437,7 +437,7 @@ impl Qcow2 {
         let used_before = host.intersect(ByteRange::new(0, len));
         // Clusters that were in use once still hold what they held then. A data file's contents are the guest's.
         if !self.has_data_file() && !used_before.is_empty() {
-            self.zero_data(used_before, ZeroMode::Unmap)?;
+            self.data.write_zeroes(used_before, ZeroMode::Unmap)?;
         }
         if len < host.end() {
             self.data.resize(host.end(), Preallocation::Off)?;
@@ -445,20 +445,12 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// Makes host bytes read as zero. What is encrypted has to be written for that.
-    fn zero_data(&self, host: ByteRange, mode: ZeroMode) -> Result<()> {
-        if self.data.is_view() {
-            write_zero_bytes(&*self.data, host)
-        } else {
-            self.data.write_zeroes(host, mode)
-        }
-    }
-
     /// A raw data file has to hold the zeroes itself.
     fn zero_raw_data(&self, range: ByteRange, mode: ZeroMode) -> Result<()> {
         let plan = Plan::new(self, range)?;
         for run in &plan.runs {
-            self.zero_data(ByteRange::at(run.offset, run.guest.len()), mode)?;
+            self.data
+                .write_zeroes(ByteRange::at(run.offset, run.guest.len()), mode)?;
         }
         Box::new(plan).commit()
     }

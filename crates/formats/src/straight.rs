@@ -1,0 +1,30 @@
+//! Writes of formats that set nothing aside: guest bytes have their place.
+
+use std::sync::Arc;
+
+use diskimage_core::{ByteRange, Device, Result, WritePlan, WriteRun};
+
+/// A write that goes where the guest says.
+#[derive(Debug)]
+pub(crate) struct Straight([WriteRun; 1]);
+
+impl Straight {
+    /// Writes `guest` to `offset` of `device`.
+    pub(crate) fn new(guest: ByteRange, device: Arc<dyn Device>, offset: u64) -> Self {
+        Self([WriteRun {
+            guest,
+            device,
+            offset,
+        }])
+    }
+}
+
+impl WritePlan for Straight {
+    fn runs(&self) -> &[WriteRun] {
+        &self.0
+    }
+
+    fn commit(self: Box<Self>) -> Result<()> {
+        Ok(())
+    }
+}
