@@ -205,8 +205,13 @@ impl Args {
 /// What is wrong with the words, images that cannot be opened, and actions that fail; those before stay done.
 pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     let args = Args::parse(words)?;
-    let options = || OpenOptions::new().objects(Arc::clone(&args.objects));
-    let image = open_source(&args.image, options().write(true).no_backing(true), console)?;
+    // Bitmaps are each image's own: what is below may be the very image that is changed.
+    let options = || {
+        OpenOptions::new()
+            .objects(Arc::clone(&args.objects))
+            .no_backing(true)
+    };
+    let image = open_source(&args.image, options().write(true), console)?;
     let merge_source = match &args.merge_source {
         Some(source) => open_source(source, options(), console)?,
         None => Arc::clone(&image),
