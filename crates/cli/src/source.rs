@@ -45,9 +45,12 @@ pub(crate) fn open_bare(
         ImageName::Options(list) => open_node(NodeOptions::from_list(list)?, &options),
     };
     for warning in &*warnings.lock().unwrap_or_else(PoisonError::into_inner) {
-        // The one about guessed formats shouts by itself.
         if warning.starts_with("WARNING:") {
+            // The one about guessed formats shouts by itself.
             console.print_error(&format!("{warning}\n"));
+        } else if warning.starts_with("Unable to use ") {
+            // The one about interfaces that the kernel does not offer has no such word there.
+            console.error(warning);
         } else {
             console.warning(warning);
         }

@@ -10,7 +10,7 @@ use diskimage_core::{
 use diskimage_formats::format_by_name;
 use diskimage_protocols::{
     CREATE_OPTIONS as FILE_CREATE_OPTIONS, CacheMode, File, FileCreation, Local, Protocol, ProtocolRequest,
-    Target, parse_name, protocol_by_name, protocol_of_name,
+    Target, Warn, parse_name, protocol_by_name, protocol_of_name,
 };
 
 use crate::gate::FileGate;
@@ -312,6 +312,7 @@ impl Prepared {
             write: true,
             cache: self.cache,
             objects: &self.objects,
+            warn: Warn::nobody(),
         });
         let device = opened.map_err(|error| no_making(error, protocol.name()))?;
         Ok(Place {

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use diskimage_core::{Device, Error, Gate, Objects, Permissions, Reference, Result, Role};
-use diskimage_protocols::{CacheMode, Local, Protocol, ProtocolRequest, Target, protocol_by_name};
+use diskimage_protocols::{CacheMode, Local, Protocol, ProtocolRequest, Target, Warn, protocol_by_name};
 
 use crate::graph::require_all_taken;
 
@@ -41,6 +41,7 @@ impl Gate for FileGate {
             write: reference.permissions.write,
             cache: self.cache,
             objects: &self.objects,
+            warn: Warn::nobody(),
         })?;
         require_all_taken(protocol.name(), &options)?;
         device.lock(self.locked_for(reference))?;

@@ -27,6 +27,7 @@
 //! a program can pass one of its own that knows better. The numbers in an image can claim only the memory that a
 //! [`Budget`] has.
 
+mod bench;
 mod bitmaps;
 mod commit;
 mod compare;
@@ -46,6 +47,7 @@ mod snapshot;
 #[cfg(test)]
 mod testing;
 
+pub use bench::{Bench, Requests};
 pub use bitmaps::{check_bitmaps, copy_bitmaps, merge_bitmap};
 pub use commit::{Commit, depth_of};
 pub use compare::{CompareError, Comparison, Difference, Verdict};
@@ -55,7 +57,7 @@ pub use dd::{Blocks, dd};
 pub use diskimage_core::*;
 pub use diskimage_formats::{FORMATS, format_by_name};
 pub use diskimage_protocols::{
-    CREATE_OPTIONS as FILE_CREATE_OPTIONS, CacheMode, FILTERS, File, FileCreation, PROTOCOLS, Target,
+    Aio, CREATE_OPTIONS as FILE_CREATE_OPTIONS, CacheMode, FILTERS, File, FileCreation, PROTOCOLS, Target,
     check_tls_creds,
 };
 pub use gate::FileGate;

@@ -1,5 +1,7 @@
 //! How writes reach the disk.
 
+use crate::aio::Aio;
+
 /// How writes reach the disk: the names are the original's, and each means what it says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct CacheMode {
@@ -9,6 +11,8 @@ pub struct CacheMode {
     pub writethrough: bool,
     /// Flushing does nothing: for images that are made anew after a crash.
     pub no_flush: bool,
+    /// By which of the kernel's interfaces.
+    pub aio: Aio,
 }
 
 impl CacheMode {
@@ -17,6 +21,7 @@ impl CacheMode {
         direct: false,
         writethrough: false,
         no_flush: false,
+        aio: Aio::Threads,
     };
     /// Through the system's cache, and never waiting for the disk.
     pub const UNSAFE: Self = Self {
@@ -36,8 +41,7 @@ impl CacheMode {
     /// Past the system's cache, and on the disk at once.
     pub const DIRECTSYNC: Self = Self {
         direct: true,
-        writethrough: true,
-        no_flush: false,
+        ..Self::WRITETHROUGH
     };
 
     /// The flags to open a file with. `O_NONBLOCK` because opening a pipe would wait for its other end.

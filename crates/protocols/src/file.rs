@@ -13,6 +13,7 @@ use diskimage_core::{
 };
 use rustix::fs::{FallocateFlags, OFlags, SeekFrom};
 
+use crate::aio::{Aio, Engine};
 use crate::cache::CacheMode;
 use crate::direct::Direct;
 use crate::holes::Holes;
@@ -30,6 +31,9 @@ pub struct File {
     pub(crate) kind: Kind,
     protocol: ProtocolKind,
     pub(crate) cache: CacheMode,
+    engine: Engine,
+    /// What the user ought to know: the kernel does not offer the interface that was asked for.
+    fell_back: Option<String>,
     pub(crate) write: bool,
     pub(crate) direct: Option<Direct>,
     pub(crate) holes: Holes,
@@ -85,6 +89,11 @@ impl File {
     /// `Could not open 'NAME': REASON`, and kinds of files that the protocol is not for.
     pub fn open(target: &Target, write: bool, cache: CacheMode) -> Result<Self> {
         let name = &target.path;
+        if cache.aio == Aio::Native && !cache.direct {
+            return Err(Error::invalid(
+                "aio=native was specified, but it requires cache.direct=on, which was not specified.",
+            ));
+        }
         if let Ok(metadata) = fs::metadata(name) {
             // Before opening: opening some kinds of files has effects.
             kind_of(&metadata, target)?;
@@ -117,6 +126,7 @@ impl File {
             alignment: direct.as_ref().map_or(1, Direct::alignment),
             ..Limits::default()
         };
+        let (engine, fell_back) = Engine::new(cache.aio);
         let this = Self {
             file,
             name: name.clone(),
@@ -126,6 +136,8 @@ impl File {
                 Kind::Block | Kind::Character => ProtocolKind::HostDevice,
             }),
             cache,
+            engine,
+            fell_back,
             write,
             direct,
             holes: Holes::default(),
@@ -147,6 +159,11 @@ impl File {
     pub(crate) fn without_locks(mut self) -> Self {
         self.locking = false;
         self
+    }
+
+    /// That the kernel does not offer the interface that was asked for, in words for the user.
+    pub(crate) fn fell_back(&self) -> Option<&str> {
+        self.fell_back.as_deref()
     }
 
     /// The protocol that serves it.
@@ -175,11 +192,12 @@ impl File {
     pub(crate) fn read_until_end(&self, buf: &mut [u8], offset: u64) -> Result<usize> {
         let mut done = 0;
         while done < buf.len() {
-            match rustix::io::pread(&self.file, &mut buf[done..], offset.saturating_add(done as u64)) {
+            let at = offset.saturating_add(done as u64);
+            match self.engine.read(&self.file, &mut buf[done..], at) {
                 Ok(0) => break,
                 Ok(n) => done += n,
-                Err(rustix::io::Errno::INTR) => {}
-                Err(error) => return Err(std::io::Error::from(error).into()),
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error.into()),
             }
             if self
                 .direct
@@ -197,11 +215,12 @@ impl File {
     pub(crate) fn write_out(&self, buf: &[u8], offset: u64) -> Result<()> {
         let mut done = 0;
         while done < buf.len() {
-            match rustix::io::pwrite(&self.file, &buf[done..], offset.saturating_add(done as u64)) {
+            let at = offset.saturating_add(done as u64);
+            match self.engine.write(&self.file, &buf[done..], at) {
                 Ok(0) => return Err(Error::from_errno(libc::ENOSPC)),
                 Ok(n) => done += n,
-                Err(rustix::io::Errno::INTR) => {}
-                Err(error) => return Err(std::io::Error::from(error).into()),
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error.into()),
             }
         }
         Ok(())
@@ -309,13 +328,15 @@ impl Device for File {
         if self.flush_failed.load(Ordering::Acquire) {
             return Err(Error::from_errno(libc::EIO));
         }
-        match rustix::fs::fdatasync(&self.file) {
+        match self.engine.sync(&self.file) {
             Ok(()) => Ok(()),
             // Pipes and some devices have nothing to flush.
-            Err(rustix::io::Errno::INVAL) if self.kind == Kind::Character => Ok(()),
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) && self.kind == Kind::Character => {
+                Ok(())
+            }
             Err(error) => {
                 self.flush_failed.store(true, Ordering::Release);
-                Err(std::io::Error::from(error).into())
+                Err(error.into())
             }
         }
     }

@@ -4,6 +4,7 @@
 //! [`File`] is an open file, and [`CacheMode`] says how its writes reach the disk. Locks are taken with [`lock`](File), in the bytes that every other user of disk images on
 //! the machine looks at, so that two of them do not change one image at the same time.
 
+mod aio;
 mod cache;
 mod copy;
 mod direct;
@@ -18,6 +19,7 @@ mod protocol;
 mod sys;
 mod zero;
 
+pub use aio::Aio;
 pub use cache::CacheMode;
 pub use file::{File, Local};
 pub use filter::{Below, FILTERS, Filter, FilterChild, FilterRequest, filter_by_name};
@@ -26,4 +28,6 @@ pub use name::{ProtocolKind, Target};
 pub use nbd::check_tls_creds;
 #[cfg(feature = "fuzzing")]
 pub use nbd::fuzzing;
-pub use protocol::{PROTOCOLS, Protocol, ProtocolRequest, parse_name, protocol_by_name, protocol_of_name};
+pub use protocol::{
+    PROTOCOLS, Protocol, ProtocolRequest, Warn, parse_name, protocol_by_name, protocol_of_name,
+};

@@ -53,6 +53,37 @@ pub struct ProtocolRequest<'a> {
     pub cache: CacheMode,
     /// What options refer to by name.
     pub objects: &'a Arc<Objects>,
+    /// Who is told what the user ought to know.
+    pub warn: Warn<'a>,
+}
+
+/// Takes a message for the user.
+#[derive(Clone, Copy)]
+pub struct Warn<'a>(Option<&'a dyn Fn(&str)>);
+
+impl<'a> Warn<'a> {
+    /// Tells `warn`.
+    pub fn to(warn: &'a dyn Fn(&str)) -> Self {
+        Self(Some(warn))
+    }
+
+    /// Tells nobody.
+    pub fn nobody() -> Self {
+        Self(None)
+    }
+
+    /// Tells it.
+    pub fn tell(self, message: &str) {
+        if let Some(warn) = self.0 {
+            warn(message);
+        }
+    }
+}
+
+impl Debug for Warn<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Warn")
+    }
 }
 
 /// Every protocol.

@@ -1,5 +1,9 @@
-//! The system calls that no safe crate wraps: byte locks of open file descriptions and requests to block devices.
-#![expect(unsafe_code, reason = "fcntl and ioctl take pointers that the kernel fills")]
+//! The system calls that no safe crate wraps: byte locks of open file descriptions, requests to block devices, and
+//! requests that the kernel takes from a queue.
+#![expect(unsafe_code, reason = "the kernel reads and fills what pointers point to")]
+
+pub(crate) mod native;
+pub(crate) mod uring;
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};

@@ -237,15 +237,25 @@ mod tests {
     }
 
     #[test]
-    fn only_the_version_line_is_normalised() {
+    fn only_versions_and_durations_are_normalised() {
         let scripts = Scripts::new();
         let case = "case a\nqemu-img --version\n";
+        for (one, other) in [
+            ("qemu-img version 1 (x)", "qemu-img version 2 (y)"),
+            (
+                "Run completed in 0.123 seconds.",
+                "Run completed in 10.000 seconds.",
+            ),
+        ] {
+            let verdict = scripts.verdict(case, &format!("echo '{one}'"), &format!("echo '{other}'"));
+            assert_eq!(verdict, Verdict::Passed);
+        }
         let verdict = scripts.verdict(
             case,
-            "echo 'qemu-img version 1 (x)'",
-            "echo 'qemu-img version 2 (y)'",
+            "echo 'Run completed in 0.123 seconds.'",
+            "echo 'Run completed in 0.1 seconds.'",
         );
-        assert_eq!(verdict, Verdict::Passed);
+        assert_ne!(verdict, Verdict::Passed);
     }
 
     #[test]

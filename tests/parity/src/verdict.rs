@@ -62,7 +62,7 @@ fn output(title: &str, expected: &[u8], actual: &[u8]) -> String {
     lines(title, &normalise(expected), &normalise(actual))
 }
 
-/// The version line is the one thing that two programs cannot have in common.
+/// The version line, and how long something took, are the things that two programs cannot have in common.
 fn normalise(bytes: &[u8]) -> String {
     let text = bytes
         .escape_ascii()
@@ -75,12 +75,27 @@ fn normalise(bytes: &[u8]) -> String {
         .map(|line| {
             if line.starts_with("qemu-img version ") {
                 "qemu-img version (any)"
+            } else if is_duration(line) {
+                "Run completed in (any) seconds."
             } else {
                 line
             }
         })
         .collect::<Vec<_>>()
         .join("\n")
+}
+
+/// What `bench` prints last, with three decimals.
+fn is_duration(line: &str) -> bool {
+    let seconds = line
+        .strip_prefix("Run completed in ")
+        .and_then(|rest| rest.strip_suffix(" seconds."));
+    seconds
+        .and_then(|seconds| seconds.split_once('.'))
+        .is_some_and(|(whole, part)| {
+            let digits = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+            digits(whole) && digits(part) && part.len() == 3
+        })
 }
 
 /// Like `str::lines`, but a missing newline at the end stays visible as a missing empty last line.

@@ -1,8 +1,11 @@
 //! `bench`: measures how fast requests to an image are.
 
-use super::refuse;
+use diskimage::{Aio, Bench, CacheMode, OpenOptions, Requests};
+
+use super::{LARGEST, only_image};
 use crate::out::Console;
-use crate::words::{Command, Flag, Operand, Parser, Stop};
+use crate::source::open_source;
+use crate::words::{Command, Flag, Operand, Parser, Source, Stop, count, size, text};
 
 /// The table of `bench`.
 pub static COMMAND: Command = Command {
@@ -110,10 +113,186 @@ pub static COMMAND: Command = Command {
     negative_operand: None,
 };
 
-/// Reads the words of `bench`, which cannot be done yet.
+/// What to measure.
+#[derive(Debug)]
+pub struct Args {
+    /// The image.
+    pub image: Source,
+    /// How it is cached.
+    pub cache: CacheMode,
+    /// Take no locks that others could mind.
+    pub force_share: bool,
+    /// The requests.
+    pub bench: Bench,
+}
+
+impl Args {
+    /// Reads the words.
+    ///
+    /// # Errors
+    /// What is wrong with them.
+    pub fn parse(mut words: Parser) -> Result<Self, Stop> {
+        let (mut format, mut image_opts, mut force_share) = (None, false, false);
+        let (mut cache, mut aio, mut native) = (CacheMode::WRITEBACK, Aio::Threads, false);
+        let (mut requests, mut depth, mut buffer, mut step, mut offset) = (75_000, 64, 4096, 0, 0);
+        let (mut write, mut pattern, mut flush_interval, mut drain) = (false, 0, 0, true);
+        while let Some((flag, value)) = words.next_flag()? {
+            match flag {
+                // As there: what this command prints is what it is for.
+                "quiet" => {}
+                "format" => format = Some(text(value)?),
+                "image-opts" => image_opts = true,
+                "cache" => {
+                    cache = CacheMode::from_name(&value.to_string_lossy())
+                        .ok_or_else(|| Stop::wrong("Invalid cache mode"))?;
+                }
+                "count" => requests = count("request count", &value, 1, LARGEST_NUMBER)?,
+                "depth" => depth = count("queue depth", &value, 1, LARGEST_NUMBER)?,
+                "buffer-size" => buffer = size("buffer size", &value, 1, LARGEST_NUMBER)?,
+                "step-size" => step = size("step size", &value, 0, LARGEST_NUMBER)?,
+                "offset" => offset = size("offset", &value, 0, LARGEST)?,
+                "aio" => {
+                    aio = Aio::from_name(&value.to_string_lossy()).ok_or_else(|| {
+                        Stop::wrong(format!("Invalid aio option: {}", value.to_string_lossy()))
+                    })?;
+                }
+                "native" => native = true,
+                "write" => write = true,
+                "pattern" => pattern = count("pattern byte", &value, 0, u8::MAX.into())?,
+                "flush-interval" => flush_interval = count("flush interval", &value, 0, LARGEST_NUMBER)?,
+                "no-drain" => drain = false,
+                "force-share" => force_share = true,
+                _ => unreachable!("every option of the table is listed"),
+            }
+        }
+        let image = Source::new(only_image(words)?, format, image_opts)?;
+        if !write && flush_interval > 0 {
+            return Err(Stop::wrong("--flush-interval is only available in write tests"));
+        }
+        if flush_interval > 0 && flush_interval < depth {
+            return Err(Stop::wrong("Flush interval can't be smaller than depth"));
+        }
+        cache.aio = if native { Aio::Native } else { aio };
+        Ok(Self {
+            image,
+            cache,
+            force_share,
+            bench: Bench {
+                requests: if write {
+                    Requests::Write {
+                        pattern: u8::try_from(pattern).unwrap_or(0),
+                        flush_interval,
+                        drain,
+                    }
+                } else {
+                    Requests::Read
+                },
+                count: requests,
+                depth,
+                size: buffer,
+                offset,
+                step: if step == 0 { buffer } else { step },
+            },
+        })
+    }
+}
+
+/// The largest number of a C `int`.
+const LARGEST_NUMBER: u64 = i32::MAX.unsigned_abs() as u64;
+
+/// Reads the words of `bench` and does it.
 ///
 /// # Errors
-/// What is wrong with the words, or that.
-pub fn run(words: Parser, _console: &Console) -> Result<u8, Stop> {
-    refuse(words, &COMMAND)
+/// What is wrong with the words, an image that cannot be opened, and the first request that failed.
+pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
+    let Args {
+        image,
+        cache,
+        force_share,
+        bench,
+    } = Args::parse(words)?;
+    let (kind, flush_interval) = match bench.requests {
+        Requests::Read => ("read", 0),
+        Requests::Write { flush_interval, .. } => ("write", flush_interval),
+    };
+    let options = OpenOptions::new()
+        .write(kind == "write")
+        .cache(cache)
+        .force_share(force_share);
+    let image = open_source(&image, options, console)?;
+    console.print(&format!(
+        "Sending {} {kind} requests, {} bytes each, {} in parallel (starting at offset {}, step size {})\n",
+        bench.count, bench.size, bench.depth, bench.offset, bench.step
+    ));
+    if flush_interval > 0 {
+        console.print(&format!("Sending flush every {flush_interval} requests\n"));
+    }
+    let took = bench
+        .run(&image)
+        .map_err(|error| error.context("Failed request"))?;
+    console.print(&format!("Run completed in {:.3} seconds.\n", took.as_secs_f64()));
+    Ok(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(words: &str) -> Result<Args, Stop> {
+        let words = words.split_whitespace().map(Into::into).collect();
+        Args::parse(Parser::new(&COMMAND, words, false))
+    }
+
+    #[test]
+    fn words_become_requests() {
+        let args =
+            parse("-w --pattern 0x41 -s 1.5k -c 0x10 -i io_uring -t none --no-drain x").expect("right");
+        assert_eq!(
+            (args.bench.count, args.bench.size, args.bench.step),
+            (16, 1536, 1536)
+        );
+        assert_eq!(
+            args.cache,
+            CacheMode {
+                aio: Aio::Uring,
+                ..CacheMode::NONE
+            }
+        );
+        let expected = Requests::Write {
+            pattern: 0x41,
+            flush_interval: 0,
+            drain: false,
+        };
+        assert_eq!(args.bench.requests, expected);
+        assert_eq!(
+            parse("-i threads -n x").map(|args| args.cache.aio),
+            Ok(Aio::Native)
+        );
+    }
+
+    #[test]
+    fn wrong_words_are_refused() {
+        for (words, message) in [
+            ("-t foo -i bar x", "Invalid cache mode"),
+            ("-i bar x", "Invalid aio option: bar"),
+            (
+                "--flush-interval 64 x",
+                "--flush-interval is only available in write tests",
+            ),
+            (
+                "-w --flush-interval 63 x",
+                "Flush interval can't be smaller than depth",
+            ),
+            (
+                "-c 0 x",
+                "Invalid request count specified. Must be between 1 and 2147483647.",
+            ),
+            (
+                "--pattern 256 x",
+                "Invalid pattern byte specified. Must be between 0 and 255.",
+            ),
+        ] {
+            assert_eq!(parse(words).map(|_| ()), Err(Stop::wrong(message)), "{words}");
+        }
+    }
 }

@@ -109,19 +109,6 @@ pub static ALL: &[Entry] = &[
 /// The largest size and offset of a disk image.
 const LARGEST: u64 = i64::MAX.unsigned_abs();
 
-/// Reads the words of a command that cannot be run yet, so that its help and mistakes in its options are shown.
-fn refuse(mut words: Parser, command: &Command) -> Result<u8, Stop> {
-    while words.next_flag()?.is_some() {}
-    Err(unavailable(command))
-}
-
-fn unavailable(command: &Command) -> Stop {
-    Stop::wrong(format!(
-        "The command '{}' is not available in this build",
-        command.name
-    ))
-}
-
 /// The one operand of a command that takes a single image.
 fn only_image(words: Parser) -> Result<OsString, Stop> {
     let mut operands = words.operands().into_iter();

@@ -22,8 +22,8 @@ use diskimage_core::{
 };
 use diskimage_formats::{bare_layer, format_by_name};
 use diskimage_protocols::{
-    Below, CacheMode, Filter, FilterChild, FilterRequest, Local, Protocol, ProtocolRequest, filter_by_name,
-    protocol_by_name,
+    Below, CacheMode, Filter, FilterChild, FilterRequest, Local, Protocol, ProtocolRequest, Warn,
+    filter_by_name, protocol_by_name,
 };
 
 use crate::guess::GuessedRaw;
@@ -419,11 +419,14 @@ impl<'a> Opener<'a> {
         mode: Mode,
     ) -> Result<Arc<dyn Device>> {
         let Some(from) = self.from else {
+            let on_warning = self.options.on_warning.as_deref();
+            let tell = |message: &str| on_warning.into_iter().for_each(|warn| warn(message));
             return protocol.open(ProtocolRequest {
                 options: node,
                 write: mode.write,
                 cache: mode.cache,
                 objects: &self.options.objects,
+                warn: Warn::to(&tell),
             });
         };
         let mut options = std::mem::take(node);

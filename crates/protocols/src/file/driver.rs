@@ -7,6 +7,7 @@ use diskimage_core::options::{OptionDef, OptionKind};
 use diskimage_core::{Device, Error, NodeOptions, Result};
 
 use super::{File, Kind};
+use crate::aio::Aio;
 use crate::name::{ProtocolKind, Target};
 use crate::protocol::{Protocol, ProtocolRequest};
 
@@ -58,6 +59,12 @@ const OPTIONS: &[OptionDef] = &[
         help: "Whether to lock the file (on, off, auto)",
         default: Some("auto"),
     },
+    OptionDef {
+        name: "aio",
+        kind: OptionKind::Text,
+        help: "How the kernel is asked (threads, native, io_uring)",
+        default: None,
+    },
 ];
 
 impl Protocol for Local {
@@ -83,6 +90,11 @@ impl Protocol for Local {
             Some("off") => false,
             Some(other) => return Err(Error::invalid(format!("invalid parameter value: {other}"))),
         };
+        let mut cache = request.cache;
+        if let Some(name) = options.text("aio") {
+            cache.aio = Aio::from_name(name)
+                .ok_or_else(|| Error::invalid(format!("invalid parameter value: {name}")))?;
+        }
         let path = options
             .text("filename")
             .filter(|path| !path.is_empty())
@@ -93,7 +105,10 @@ impl Protocol for Local {
             protocol: Some(self.kind),
             path: path.to_owned(),
         };
-        let file = File::open(&target, request.write, request.cache)?;
+        let file = File::open(&target, request.write, cache)?;
+        if let Some(message) = file.fell_back() {
+            request.warn.tell(message);
+        }
         Ok(Arc::new(if locking { file } else { file.without_locks() }))
     }
 

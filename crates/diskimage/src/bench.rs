@@ -1,0 +1,314 @@
+//! Requests of one size one after the other, to see how fast they are.
+
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use diskimage_core::{AlignedBuf, Device, Error, Image, Result, errno};
+
+/// What is sent to an image to measure it.
+#[derive(Clone, Copy, Debug)]
+pub struct Bench {
+    /// What the requests do.
+    pub requests: Requests,
+    /// How many there are.
+    pub count: u64,
+    /// How many are under way at once, as far as threads and memory allow.
+    pub depth: u64,
+    /// How many bytes each is about.
+    pub size: u64,
+    /// Where the first one starts.
+    pub offset: u64,
+    /// How much further on each following one starts; behind the end it goes on at the start.
+    pub step: u64,
+}
+
+/// What the requests do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Requests {
+    /// They read.
+    Read,
+    /// They write.
+    Write {
+        /// This byte over and over.
+        pattern: u8,
+        /// A flush is sent whenever the requests that are left are a multiple of this; 0 for none.
+        flush_interval: u64,
+        /// Whether it is sent when the requests before it are done, and those after it when it is done itself.
+        drain: bool,
+    },
+}
+
+/// More threads than this only take memory.
+const MAX_THREADS: u64 = 256;
+
+/// All buffers together take no more memory than this, or than one of them.
+const MAX_BUFFERS: u64 = 1 << 30;
+
+impl Bench {
+    /// Sends the requests; how long they took.
+    ///
+    /// # Errors
+    /// The first request that failed, and no memory for a buffer.
+    pub fn run(&self, image: &Image) -> Result<Duration> {
+        let threads = self
+            .depth
+            .min(self.count)
+            .min(MAX_THREADS)
+            .min((MAX_BUFFERS / self.size.max(1)).max(1));
+        let size = usize::try_from(self.size).map_err(|_| Error::invalid("Buffer too large"))?;
+        let mut buffers = Vec::new();
+        let pattern = match self.requests {
+            Requests::Read => {
+                for _ in 0..threads {
+                    buffers.push(buffer(size)?);
+                }
+                AlignedBuf::default()
+            }
+            Requests::Write { pattern, .. } => {
+                buffers.resize_with(usize::try_from(threads).unwrap_or(1), AlignedBuf::default);
+                let mut buf = buffer(size)?;
+                buf.fill(pattern);
+                buf
+            }
+        };
+        let queue = Queue {
+            bench: self,
+            image,
+            pattern,
+            state: Mutex::new(State {
+                offset: self.offset,
+                ..State::default()
+            }),
+            drained: Condvar::new(),
+        };
+        let start = Instant::now();
+        thread::scope(|scope| {
+            for buf in buffers {
+                let queue = &queue;
+                scope.spawn(move || queue.work(buf));
+            }
+        });
+        let state = queue.state.into_inner();
+        if let Some(failure) = state.unwrap_or_else(PoisonError::into_inner).failure {
+            return Err(failure);
+        }
+        if let Requests::Write { .. } = self.requests {
+            image.flush()?;
+        }
+        Ok(start.elapsed())
+    }
+
+    /// Whether a flush follows once `issued` requests have been sent.
+    fn flushes_after(&self, issued: u64) -> Option<Flush> {
+        match self.requests {
+            Requests::Write {
+                flush_interval,
+                drain,
+                ..
+            } if flush_interval > 0
+                && issued >= self.depth
+                && (self.count - issued).is_multiple_of(flush_interval) =>
+            {
+                Some(Flush { drain })
+            }
+            _ => None,
+        }
+    }
+}
+
+fn buffer(size: usize) -> Result<AlignedBuf> {
+    // The operating system says no here, where the buffer itself would end the program.
+    let mut probe = Vec::<u8>::new();
+    probe
+        .try_reserve_exact(size.saturating_add(PAGE))
+        .map_err(|_| Error::from_errno(errno::ENOMEM))?;
+    drop(probe);
+    Ok(AlignedBuf::new(size))
+}
+
+const PAGE: usize = 4096;
+
+struct Flush {
+    drain: bool,
+}
+
+/// What the threads share.
+struct Queue<'a> {
+    bench: &'a Bench,
+    image: &'a Image,
+    /// What is written.
+    pattern: AlignedBuf,
+    state: Mutex<State>,
+    /// Signalled when the last request that is under way is done, and when a flush is.
+    drained: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    issued: u64,
+    /// Where the next request starts.
+    offset: u64,
+    under_way: u64,
+    /// Nothing is sent until a flush is done.
+    flushing: bool,
+    failure: Option<Error>,
+}
+
+impl Queue<'_> {
+    fn work(&self, mut buf: AlignedBuf) {
+        while let Some((offset, flush)) = self.claim() {
+            let outcome = match self.bench.requests {
+                Requests::Read => self.image.read_at(&mut buf, offset),
+                Requests::Write { .. } => self.image.write_at(&self.pattern, offset),
+            };
+            self.done(outcome);
+            if let Some(flush) = flush {
+                self.flush(&flush);
+            }
+        }
+    }
+
+    /// Where the next request starts, and whether a flush follows it.
+    fn claim(&self) -> Option<(u64, Option<Flush>)> {
+        let mut state = self.lock();
+        while state.flushing && state.failure.is_none() {
+            state = self.drained.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        if state.issued >= self.bench.count || state.failure.is_some() {
+            return None;
+        }
+        let offset = state.offset;
+        state.issued += 1;
+        state.under_way += 1;
+        let next = u128::from(offset) + u128::from(self.bench.step);
+        state.offset = match u128::from(self.image.len()) {
+            0 => offset,
+            len => u64::try_from(next % len).unwrap_or(offset),
+        };
+        let flush = self.bench.flushes_after(state.issued);
+        state.flushing = flush.as_ref().is_some_and(|flush| flush.drain);
+        Some((offset, flush))
+    }
+
+    fn done(&self, outcome: Result<()>) {
+        let mut state = self.lock();
+        state.under_way -= 1;
+        if let Err(error) = outcome {
+            state.failure.get_or_insert(error);
+        }
+        if state.under_way == 0 || state.failure.is_some() {
+            self.drained.notify_all();
+        }
+    }
+
+    fn flush(&self, flush: &Flush) {
+        if flush.drain {
+            let mut state = self.lock();
+            while state.under_way > 0 {
+                state = self.drained.wait(state).unwrap_or_else(PoisonError::into_inner);
+            }
+        }
+        let outcome = self.image.flush();
+        let mut state = self.lock();
+        if let Err(error) = outcome {
+            state.failure.get_or_insert(error);
+        }
+        if flush.drain {
+            state.flushing = false;
+        }
+        drop(state);
+        self.drained.notify_all();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{contents, raw};
+
+    fn bench(requests: Requests) -> Bench {
+        Bench {
+            requests,
+            count: 10,
+            depth: 3,
+            size: 16,
+            offset: 0,
+            step: 16,
+        }
+    }
+
+    fn writing(flush_interval: u64, drain: bool) -> Requests {
+        Requests::Write {
+            pattern: 7,
+            flush_interval,
+            drain,
+        }
+    }
+
+    #[test]
+    fn requests_go_on_at_the_start_behind_the_end() {
+        let image = raw(vec![0; 1024]);
+        let bench = Bench {
+            count: 3,
+            size: 8,
+            offset: 600,
+            step: 600,
+            ..bench(writing(0, true))
+        };
+        bench.run(&image).expect("writes");
+        let written: Vec<_> = (0..1024).filter(|at| contents(&image)[*at] == 7).collect();
+        let expected: Vec<_> = (176..184).chain(600..608).chain(776..784).collect();
+        assert_eq!(written, expected);
+    }
+
+    #[test]
+    fn a_request_over_the_end_fails() {
+        let reading = Bench {
+            size: 500,
+            step: 500,
+            ..bench(Requests::Read)
+        };
+        let run = |len| reading.run(&raw(vec![0; len]));
+        let message = |len| run(len).map(drop).map_err(|error| error.chain());
+        assert_eq!(message(1024), Err("Input/output error".to_owned()));
+        assert_eq!(message(0), Err("Input/output error".to_owned()));
+        assert!(run(5120).is_ok());
+    }
+
+    #[test]
+    fn flushes_come_when_the_rest_is_a_multiple() {
+        let flushes = |count, depth, interval| -> Vec<u64> {
+            let bench = Bench {
+                count,
+                depth,
+                ..bench(writing(interval, true))
+            };
+            (1..=count)
+                .filter(|at| bench.flushes_after(*at).is_some())
+                .collect()
+        };
+        assert_eq!(flushes(7, 2, 2), [3, 5, 7]);
+        assert_eq!(flushes(7, 2, 3), [4, 7]);
+        assert_eq!(flushes(8, 2, 2), [2, 4, 6, 8]);
+        assert_eq!(flushes(8, 3, 4), [4, 8]);
+        assert!(flushes(8, 3, 0).is_empty());
+    }
+
+    #[test]
+    fn flushing_with_and_without_waiting_ends() {
+        for drain in [true, false] {
+            let image = raw(vec![0; 1536]);
+            let bench = Bench {
+                count: 96,
+                ..bench(writing(3, drain))
+            };
+            bench.run(&image).expect("writes");
+            assert!(contents(&image).iter().all(|byte| *byte == 7));
+        }
+    }
+}

@@ -1,0 +1,89 @@
+//! Requests by io_uring: a ring of the caller's own, one request at a time.
+//!
+//! The kernel reads and writes the caller's memory while a request is under way, so no method returns before the
+//! request is done or was never taken.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+
+use io_uring::{IoUring, opcode, squeue, types::Fd, types::FsyncFlags};
+
+/// A ring.
+pub(crate) struct Ring(IoUring);
+
+impl std::fmt::Debug for Ring {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Ring")
+    }
+}
+
+impl Ring {
+    /// Asks the kernel for a ring, which it may refuse: it is old, or the system's rules forbid it.
+    pub(crate) fn new() -> io::Result<Self> {
+        IoUring::new(ENTRIES).map(Self)
+    }
+
+    /// `pread`.
+    pub(crate) fn read(&mut self, fd: impl AsFd, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+        let read = opcode::Read::new(number(&fd), buf.as_mut_ptr(), len_of(buf));
+        // SAFETY: `buf` is borrowed until `run` returns, and the length is its own or less.
+        unsafe { self.run(&read.offset(offset).build()) }
+    }
+
+    /// `pwrite`.
+    pub(crate) fn write(&mut self, fd: impl AsFd, buf: &[u8], offset: u64) -> io::Result<usize> {
+        let write = opcode::Write::new(number(&fd), buf.as_ptr(), len_of(buf));
+        // SAFETY: as for reading.
+        unsafe { self.run(&write.offset(offset).build()) }
+    }
+
+    /// `fdatasync`.
+    pub(crate) fn sync(&mut self, fd: impl AsFd) -> io::Result<()> {
+        let sync = opcode::Fsync::new(number(&fd)).flags(FsyncFlags::DATASYNC);
+        // SAFETY: no memory is involved.
+        unsafe { self.run(&sync.build()) }.map(drop)
+    }
+
+    /// Has the kernel carry out one request, and waits for it.
+    ///
+    /// # Safety
+    /// The memory that `entry` points to is the caller's, exclusively where the kernel writes to it, until this returns.
+    unsafe fn run(&mut self, entry: &squeue::Entry) -> io::Result<usize> {
+        // SAFETY: the caller's promise.
+        unsafe { self.0.submission().push(entry) }.map_err(|_| io::Error::from_raw_os_error(libc::EBUSY))?;
+        loop {
+            let outcome = self.0.submit_and_wait(1);
+            if let Some(done) = self.0.completion().next() {
+                return usize::try_from(done.result())
+                    .map_err(|_| io::Error::from_raw_os_error(-done.result()));
+            }
+            match outcome {
+                Err(error) if error.raw_os_error() != Some(libc::EINTR) => {
+                    if !self.0.submission().is_empty() {
+                        // Not taken; with a new ring in place of this one it never will be.
+                        if let Ok(ring) = IoUring::new(ENTRIES) {
+                            self.0 = ring;
+                            return Err(error);
+                        }
+                    }
+                    // Taken: the memory is the kernel's until it says that it is done.
+                    std::thread::yield_now();
+                }
+                _ => {}
+            }
+        }
+    }
+}
+
+/// One request at a time, and room for the kernel's taste.
+const ENTRIES: u32 = 2;
+
+fn number(fd: &impl AsFd) -> Fd {
+    Fd(fd.as_fd().as_raw_fd())
+}
+
+/// The kernel moves less than 2 GiB at once; callers go on where it stopped, in whole blocks.
+fn len_of(buf: &[u8]) -> u32 {
+    const MOST: u32 = 1 << 30;
+    u32::try_from(buf.len()).unwrap_or(MOST).min(MOST)
+}
