@@ -3,7 +3,9 @@
 use std::fmt::Write;
 
 use diskimage::size::human_size;
-use diskimage::{Backing, Detail, DetailValue, Device, Image, Info, Node, SnapshotInfo, full_backing_name};
+use diskimage::{
+    Backing, Detail, DetailValue, Device, Image, Info, Node, SnapshotInfo, format_by_name, full_backing_name,
+};
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
 
@@ -33,9 +35,11 @@ impl Facts {
 
     fn collect(device: &dyn Device, path: String) -> Result<Self, Stop> {
         let node = device.node();
+        // The one attached last comes first, as there.
         let children: Result<_, Stop> = node
             .children
             .iter()
+            .rev()
             .map(|(name, child)| Ok((name.clone(), Self::collect(&**child, format!("{path}/{name}"))?)))
             .collect();
         Ok(Self {
@@ -56,9 +60,10 @@ impl Facts {
 
     /// Whether there is more to know of it than its length, as far as the original is concerned.
     fn has_details(&self) -> bool {
-        match (self.node.driver, self.children.first()) {
-            ("nbd", _) => false,
-            ("raw", Some((_, file))) => file.has_details(),
+        let is_format = format_by_name(self.node.driver).is_some();
+        match (self.node.driver, self.children.last()) {
+            ("nbd" | "null-co" | "null-aio" | "quorum", _) => false,
+            (driver, Some((_, below))) if driver == "raw" || !is_format => below.has_details(),
             _ => true,
         }
     }

@@ -4,7 +4,7 @@ use std::fmt::Debug;
 use std::sync::Arc;
 
 use crate::json::Value;
-use crate::{ByteRange, Error, ErrorKind, Info, NodeOptions, Permissions, Result};
+use crate::{ByteRange, Error, ErrorKind, Event, Info, NodeOptions, Permissions, Result};
 
 /// A flat array of bytes: a file, a network export, a decrypted view, an opened image.
 ///
@@ -83,6 +83,9 @@ pub trait Device: Debug + Send + Sync {
         None
     }
 
+    /// Learns what is about to be done with it.
+    fn event(&self, _event: Event) {}
+
     /// Changes what the storage below is locked for. Devices that nobody else can open have nothing to do.
     ///
     /// # Errors
@@ -140,6 +143,8 @@ pub struct Node {
     pub driver: &'static str,
     /// The options without which it would be another device, but for the driver and the nodes below.
     pub options: NodeOptions,
+    /// What the user calls the node (`node-name`).
+    pub label: Option<String>,
     /// A plain name that says it all, if there is one.
     pub name: Option<String>,
     /// The nodes below, by their names among the options.
@@ -155,23 +160,34 @@ impl Node {
             .iter()
             .map(|(name, value)| (name.to_owned(), value.clone()));
         let driver = ("driver".to_owned(), Value::from(self.driver));
-        let children = self
-            .children
-            .iter()
-            .map(|(name, child)| (name.clone(), child.node().to_json()));
+        let (mut children, mut listed) = (Vec::new(), Vec::<(String, Vec<Value>)>::new());
+        for (name, child) in &self.children {
+            let value = child.node().to_json();
+            // Nodes called `children.0`, `children.1`, ... are a list.
+            match name.rsplit_once('.') {
+                None => children.push((name.clone(), value)),
+                Some((list, _)) => match listed.iter_mut().find(|(name, _)| name == list) {
+                    Some((_, members)) => members.push(value),
+                    None => listed.push((list.to_owned(), vec![value])),
+                },
+            }
+        }
+        children.extend(
+            listed
+                .into_iter()
+                .map(|(name, members)| (name, Value::List(members))),
+        );
         Value::object(own.chain([driver]).chain(children)).in_table_order()
     }
 
-    /// The name that relative names inside it start from: the plain one, or that of the file below.
+    /// The name that relative names inside it start from: that of the file it ends in, whatever is between.
     pub fn base_name(&self) -> String {
-        match &self.name {
-            Some(name) => name.clone(),
-            None => self
-                .children
-                .iter()
-                .find(|(name, _)| name == "file")
-                .map(|(_, file)| file.node().base_name())
-                .unwrap_or_default(),
+        let below = BASES
+            .iter()
+            .find_map(|base| self.children.iter().find(|(name, _)| name == base));
+        match below {
+            Some((_, file)) => file.node().base_name(),
+            None => self.name.clone().unwrap_or_default(),
         }
     }
 
@@ -183,6 +199,9 @@ impl Node {
         }
     }
 }
+
+/// What nodes call the one below that they are in.
+const BASES: [&str; 3] = ["file", "image", "raw"];
 
 /// What requests suit a device.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -14,9 +14,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::errno;
 use crate::{
-    ByteRange, Device, Encoded, Error, ErrorKind, Extent, ExtentKind, Holes, Info, Layer, Limits, Node,
-    NodeOptions, Preallocation, ResizeRequest, Result, Run, RunKind, Want, WritePlan, WriteRun, ZeroMode,
-    align_down, align_up, is_zero,
+    ByteRange, Device, Encoded, Error, ErrorKind, Event, Extent, ExtentKind, Holes, Info, Layer, Limits,
+    Node, NodeOptions, Preallocation, ResizeRequest, Result, Run, RunKind, Want, WritePlan, WriteRun,
+    ZeroMode, align_down, align_up, is_zero,
 };
 
 /// An opened image and its backing chain.
@@ -46,6 +46,7 @@ impl Image {
         let node = Node {
             driver: layer.format(),
             options: NodeOptions::new(),
+            label: None,
             name: Some(name.into()),
             children: vec![("file".to_owned(), Arc::clone(layer.file()))],
         };
@@ -246,6 +247,7 @@ impl Image {
                 if align_down(*offset, self.layer.granularity()) >= device.len() {
                     device.require(*offset, buf.len() as u64)?;
                 }
+                device.event(Event::READ_AIO);
                 device.read_padded(buf, *offset)?;
             }
             RunKind::Encoded(encoded) if encoded.cluster == ByteRange::at(guest, buf.len() as u64) => {
@@ -294,9 +296,11 @@ impl Image {
             let inside = side.intersect(ByteRange::new(0, self.len()));
             if !inside.is_empty() {
                 let there = usize::try_from(inside.len()).unwrap_or(buf.len());
+                run.device.event(Event::COW_READ);
                 self.read_at(&mut buf[..there], inside.start())?;
             }
             if !(fresh && is_zero(&buf)) {
+                run.device.event(Event::COW_WRITE);
                 run.device
                     .write_at(&buf, run.offset + (side.start() - run.guest.start()))?;
             }
@@ -406,6 +410,7 @@ impl PendingWrite<'_> {
         for run in self.plan.runs() {
             let ours = run.guest.intersect(self.range);
             self.image.fill_around(run, self.range)?;
+            run.device.event(Event::WRITE_AIO);
             fill(&run.device, run.offset + (ours.start() - run.guest.start()), ours)?;
         }
         self.plan.commit()
@@ -513,31 +518,45 @@ impl Device for Image {
                 offset,
                 holes,
             } => {
-                if device.is_view() {
-                    return Ok(extent(run.len, ExtentKind::Data, None));
-                }
                 let inside = ByteRange::at(offset, run.len).intersect(ByteRange::new(0, device.len()));
                 if want == Want::Zeroes && holes != Holes::Ignored && !inside.is_empty() {
                     let below = device.status(inside, want)?;
+                    let len = below.len.min(run.len);
+                    if holes == Holes::Zero && self.layer.is_bare() && is_of_image(&below) {
+                        return Ok(Extent { len, ..below });
+                    }
                     let kind = match (below.kind, holes) {
-                        (ExtentKind::Absent, Holes::Zero) => {
-                            return Ok(extent(below.len.min(run.len), ExtentKind::Absent, None));
-                        }
+                        (ExtentKind::Absent, Holes::Zero) => ExtentKind::Absent,
+                        // To the original, an image below that has nothing of its own there says nothing of it.
+                        (_, Holes::Zero) if below.depth > 0 => ExtentKind::Absent,
                         (kind, _) if !kind.is_zero() => ExtentKind::Data,
                         (ExtentKind::Blank, Holes::Zero) => ExtentKind::Blank,
                         (_, Holes::Zero) => ExtentKind::Zero,
                         (_, _) => ExtentKind::Hole,
                     };
-                    extent(below.len.min(run.len), kind, Some((device, offset)))
+                    let host = match kind {
+                        ExtentKind::Absent => None,
+                        _ if device.is_view() => None,
+                        _ => below
+                            .host
+                            .filter(|_| holes == Holes::Zero)
+                            .or(Some((device, offset))),
+                    };
+                    extent(len, kind, host)
                 } else {
-                    extent(run.len, ExtentKind::Data, Some((device, offset)))
+                    let host = (!device.is_view()).then_some((device, offset));
+                    extent(run.len, ExtentKind::Data, host)
                 }
             }
         })
     }
 
     fn flush(&self) -> Result<()> {
-        if self.write { self.layer.flush() } else { Ok(()) }
+        if !self.write {
+            return Ok(());
+        }
+        self.layer.file().event(Event::FLUSH_TO_OS);
+        self.layer.flush()
     }
 
     fn resize(&self, len: u64, preallocation: Preallocation) -> Result<()> {
@@ -566,6 +585,11 @@ impl Device for Image {
             ..self.layer.info()?
         })
     }
+}
+
+/// Whether the answer of a device comes from the tables of an image that it shows as it is.
+fn is_of_image(extent: &Extent) -> bool {
+    extent.host.is_some() || extent.depth > 0 || extent.kind == ExtentKind::Unallocated
 }
 
 /// Whether zeroes in what is written take no storage.

@@ -2,8 +2,9 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::sync::Arc;
 
-use crate::{Error, ErrorKind, Result};
+use crate::{Error, ErrorKind, Result, ThrottleGroup};
 
 /// The objects that a user defined, by identifier.
 #[derive(Clone, Debug, Default)]
@@ -18,6 +19,8 @@ pub enum Object {
     Secret(Secret),
     /// Who we are, and whom we believe, on encrypted connections.
     TlsCreds(TlsCreds),
+    /// Limits that nodes share.
+    ThrottleGroup(Arc<ThrottleGroup>),
 }
 
 /// A password or key. Its bytes are wiped from memory when the last copy goes.
@@ -115,6 +118,20 @@ impl Objects {
             None => Err(Error::new(
                 ErrorKind::NotFound,
                 format!("No secret with id '{id}'"),
+            )),
+        }
+    }
+
+    /// The group of this identifier.
+    ///
+    /// # Errors
+    /// None of this identifier.
+    pub fn throttle_group(&self, id: &str) -> Result<&Arc<ThrottleGroup>> {
+        match self.find(id) {
+            Some(Object::ThrottleGroup(group)) => Ok(group),
+            _ => Err(Error::new(
+                ErrorKind::NotFound,
+                format!("Throttle group '{id}' does not exist"),
             )),
         }
     }

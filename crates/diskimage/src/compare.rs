@@ -15,6 +15,8 @@ pub struct Comparison<'a> {
     pub first: &'a Image,
     /// The other.
     pub second: &'a Image,
+    /// What errors call them.
+    pub names: [&'a str; 2],
     /// Whether sizes and what is allocated have to be the same, too.
     pub strict: bool,
     /// Told how many bytes of how many are done.
@@ -114,8 +116,8 @@ impl Comparison<'_> {
     fn work(&self, cursor: &Cursor<Found>, done: &AtomicU64) {
         let mut worker = Worker {
             comparison: self,
-            first: Side::new(self.first, self.strict),
-            second: Side::new(self.second, self.strict),
+            first: Side::new(self.first, self.names[0], self.strict),
+            second: Side::new(self.second, self.names[1], self.strict),
         };
         while let Some(segment) = cursor.claim() {
             match worker.compare(cursor, segment) {
@@ -223,6 +225,7 @@ const CHUNK: usize = 256 << 10;
 /// One of the two images, as one worker sees it.
 struct Side<'a> {
     image: &'a Image,
+    name: &'a str,
     /// Whether extents are to be as long as they can be.
     whole: bool,
     entry: Option<MappedExtent>,
@@ -230,9 +233,10 @@ struct Side<'a> {
 }
 
 impl<'a> Side<'a> {
-    fn new(image: &'a Image, whole: bool) -> Self {
+    fn new(image: &'a Image, name: &'a str, whole: bool) -> Self {
         Self {
             image,
+            name,
             whole,
             entry: None,
             buf: AlignedBuf::new(CHUNK),
@@ -273,7 +277,7 @@ impl<'a> Side<'a> {
         let extent = self
             .image
             .status(range, Want::Zeroes)
-            .context(|| format!("Sector allocation test failed for {}", self.image.name()))
+            .context(|| format!("Sector allocation test failed for {}", self.name))
             .map_err(CompareError::Status)?;
         Ok(Some(MappedExtent::new(range.start(), extent)))
     }
@@ -290,13 +294,7 @@ impl<'a> Side<'a> {
         let device: &dyn Device = self.image;
         device
             .read_padded(buf, range.start())
-            .context(|| {
-                format!(
-                    "Error while reading offset {} of {}",
-                    range.start(),
-                    self.image.name()
-                )
-            })
+            .context(|| format!("Error while reading offset {} of {}", range.start(), self.name))
             .map_err(CompareError::Read)?;
         Ok(buf)
     }

@@ -3,12 +3,9 @@
 //! A guest that writes another format's header into the first block of its raw disk would have that disk taken for such
 //! an image the next time, with a backing file of the guest's choice. So writes that would change the guess are refused.
 
-use std::fs;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use diskimage_core::{
-    ByteRange, Device, Error, Extent, Limits, Permissions, Preallocation, Result, Want, ZeroMode,
-};
+use diskimage_core::{ByteRange, Device, Error, Result, Wrapper};
 
 use crate::probe::{HEAD, guess, head};
 
@@ -41,17 +38,9 @@ impl GuessedRaw {
     }
 }
 
-impl Device for GuessedRaw {
-    fn len(&self) -> u64 {
-        self.device.len()
-    }
-
-    fn limits(&self) -> &Limits {
-        self.device.limits()
-    }
-
-    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
-        self.device.read_at(buf, offset)
+impl Wrapper for GuessedRaw {
+    fn below(&self) -> &Arc<dyn Device> {
+        &self.device
     }
 
     fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
@@ -70,53 +59,9 @@ impl Device for GuessedRaw {
         }
     }
 
-    fn write_zeroes(&self, range: ByteRange, mode: ZeroMode) -> Result<()> {
-        self.device.write_zeroes(range, mode)
-    }
-
-    fn discard(&self, range: ByteRange) -> Result<()> {
-        self.device.discard(range)
-    }
-
-    fn status(&self, range: ByteRange, want: Want) -> Result<Extent> {
-        self.device.status(range, want)
-    }
-
-    fn flush(&self) -> Result<()> {
-        self.device.flush()
-    }
-
-    fn resize(&self, len: u64, preallocation: Preallocation) -> Result<()> {
-        self.device.resize(len, preallocation)
-    }
-
     fn copy_to(&self, range: ByteRange, target: &dyn Device, target_offset: u64) -> Result<bool> {
+        // Out of it; copies into it would not be looked at.
         self.device.copy_to(range, target, target_offset)
-    }
-
-    fn as_file(&self) -> Option<&fs::File> {
-        // Copies into the file would not be looked at.
-        None
-    }
-
-    fn lock(&self, permissions: Permissions) -> Result<()> {
-        self.device.lock(permissions)
-    }
-
-    fn identity(&self) -> Option<(u64, u64)> {
-        self.device.identity()
-    }
-
-    fn is_zero_when_new(&self) -> bool {
-        self.device.is_zero_when_new()
-    }
-
-    fn allocated_bytes(&self) -> Option<u64> {
-        self.device.allocated_bytes()
-    }
-
-    fn name(&self) -> String {
-        self.device.name()
     }
 }
 

@@ -14,9 +14,9 @@ use std::sync::Arc;
 use diskimage_core::errno;
 use diskimage_core::options::{OptionDef, OptionKind, Options};
 use diskimage_core::{
-    ByteRange, CreateRequest, Device, Error, Format, Holes, Info, Layer, Measure, MeasureSource, NodeOptions,
-    Objects, OpenRequest, Permissions, Preallocation, Probe, ResizeRequest, Result, Run, RunKind, Score,
-    WritePlan, ZeroMode, align_up,
+    ByteRange, CreateRequest, Device, Error, Event, Format, Holes, Info, Layer, Measure, MeasureSource,
+    NodeOptions, Objects, OpenRequest, Permissions, Preallocation, Probe, ResizeRequest, Result, Run,
+    RunKind, Score, WritePlan, ZeroMode, align_up,
 };
 
 use crate::straight::Straight;
@@ -316,6 +316,7 @@ impl Layer for RawLayer {
     }
 
     fn flush(&self) -> Result<()> {
+        self.file.event(Event::FLUSH_TO_DISK);
         self.file.flush()
     }
 

@@ -401,6 +401,7 @@ impl Device for File {
         Node {
             driver: self.protocol().name(),
             options,
+            label: None,
             name: Some(self.name.clone()),
             children: Vec::new(),
         }

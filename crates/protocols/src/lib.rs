@@ -1,4 +1,4 @@
-//! Where the bytes of disk images live: files and block devices.
+//! Where the bytes of disk images live: files, block devices, exports of servers, and filters on top of them.
 //!
 //! [`parse_name`] reads a name as a user writes it, [`PROTOCOLS`] and [`FILTERS`] are the drivers that options name,
 //! [`File`] is an open file, and [`CacheMode`] says how its writes reach the disk. Locks are taken with [`lock`](File), in the bytes that every other user of disk images on
@@ -15,6 +15,7 @@ mod holes;
 mod lock;
 mod name;
 mod nbd;
+mod null;
 mod protocol;
 mod sys;
 mod zero;
@@ -22,7 +23,7 @@ mod zero;
 pub use aio::Aio;
 pub use cache::CacheMode;
 pub use file::{File, Local};
-pub use filter::{Below, FILTERS, Filter, FilterChild, FilterRequest, filter_by_name};
+pub use filter::{Below, ChildKind, FILTERS, Filter, FilterChild, FilterRequest, filter_by_name};
 pub use grow::{CREATE_OPTIONS, FileCreation};
 pub use name::{ProtocolKind, Target};
 pub use nbd::check_tls_creds;

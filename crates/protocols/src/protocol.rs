@@ -10,6 +10,7 @@ use crate::file::{FILE, HOST_CDROM, HOST_DEVICE};
 use crate::filter::filter_by_prefix;
 use crate::name::protocol_prefix;
 use crate::nbd::NBD;
+use crate::null::{NULL_AIO, NULL_CO};
 
 /// A protocol: where bytes live. A unit struct listed once in [`PROTOCOLS`].
 pub trait Protocol: Debug + Sync {
@@ -87,7 +88,7 @@ impl Debug for Warn<'_> {
 }
 
 /// Every protocol.
-pub static PROTOCOLS: &[&dyn Protocol] = &[&FILE, &HOST_DEVICE, &HOST_CDROM, &NBD];
+pub static PROTOCOLS: &[&dyn Protocol] = &[&FILE, &HOST_DEVICE, &HOST_CDROM, &NBD, &NULL_CO, &NULL_AIO];
 
 /// The protocol of this name.
 pub fn protocol_by_name(name: &str) -> Option<&'static dyn Protocol> {

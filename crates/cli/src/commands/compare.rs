@@ -160,6 +160,7 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     let comparison = Comparison {
         first: &first,
         second: &second,
+        names: [&args.first.name.shown(), &args.second.name.shown()],
         strict: args.strict,
         progress: diskimage::Progress::new(&report),
     };

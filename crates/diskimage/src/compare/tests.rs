@@ -7,6 +7,7 @@ fn compare(first: &Image, second: &Image, strict: bool) -> Verdict {
     Comparison {
         first,
         second,
+        names: ["first", "second"],
         strict,
         progress: Progress::none(),
     }

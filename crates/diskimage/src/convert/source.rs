@@ -23,6 +23,28 @@ struct Part<'a> {
     image: &'a Arc<Image>,
     start: u64,
     end: u64,
+    /// What the images of the chain lie in.
+    files: Vec<Arc<dyn Device>>,
+}
+
+impl Part<'_> {
+    /// Whether bytes there may be copied past the image: where a filter is in between, it has a say.
+    fn is_direct(&self, device: &Arc<dyn Device>) -> bool {
+        self.files.iter().any(|file| Arc::ptr_eq(file, device))
+    }
+}
+
+fn files_of(image: &Arc<Image>) -> Vec<Arc<dyn Device>> {
+    let chain = std::iter::successors(Some(image), |image| image.backing());
+    chain
+        .flat_map(|image| {
+            let layer = image.layer();
+            [Some(layer.file()), layer.data_file()]
+                .into_iter()
+                .flatten()
+                .cloned()
+        })
+        .collect()
 }
 
 /// What the bytes of a run are.
@@ -46,6 +68,7 @@ impl<'a> Sources<'a> {
                     image,
                     start,
                     end: len,
+                    files: files_of(image),
                 }
             })
             .collect();
@@ -85,7 +108,7 @@ impl<'a> Sources<'a> {
             });
         }
         match part.image.status(there, Want::Zeroes) {
-            Ok(extent) => Ok(self.judge(extent, inside.len())),
+            Ok(extent) => Ok(self.judge(extent, inside.len(), part)),
             Err(error) => {
                 let error = error.context(format!(
                     "error while reading block status at offset {}",
@@ -114,7 +137,7 @@ impl<'a> Sources<'a> {
         Ok(())
     }
 
-    fn judge(&self, extent: Extent, most: u64) -> Status {
+    fn judge(&self, extent: Extent, most: u64, part: &Part<'_>) -> Status {
         let kind = if self.layers.is_some_and(|layers| extent.depth >= layers) {
             Kind::Below
         } else if extent.kind.is_zero() && !self.dense {
@@ -125,7 +148,9 @@ impl<'a> Sources<'a> {
         Status {
             len: extent.len.min(most),
             kind,
-            host: extent.host.filter(|_| !extent.kind.is_zero()),
+            host: extent
+                .host
+                .filter(|(device, _)| !extent.kind.is_zero() && part.is_direct(device)),
         }
     }
 

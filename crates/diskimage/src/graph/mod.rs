@@ -18,11 +18,11 @@ use std::sync::Arc;
 use diskimage_core::json::Value;
 use diskimage_core::{
     Device, Error, ErrorKind, Format, Gate, Image, Layer, Node, NodeOptions, OpenRequest, Permissions,
-    Reference, Result, ResultExt, Role, ZeroDetection,
+    Reference, Result, ResultExt, Role, Wrapped, ZeroDetection,
 };
 use diskimage_formats::{bare_layer, format_by_name};
 use diskimage_protocols::{
-    Below, CacheMode, Filter, FilterChild, FilterRequest, Local, Protocol, ProtocolRequest, Warn,
+    Below, CacheMode, ChildKind, Filter, FilterChild, FilterRequest, Local, Protocol, ProtocolRequest, Warn,
     filter_by_name, protocol_by_name,
 };
 
@@ -145,7 +145,14 @@ impl<'a> Opener<'a> {
     /// Opens the node that the options describe as an image without the one below.
     pub(crate) fn open_link(&self, mut node: NodeOptions, mode: Mode) -> Result<Link> {
         let driver = self.take_driver(&mut node)?;
+        let label = node.text("node-name").map(str::to_owned);
         let common = Common::take(&mut node, mode)?;
+        let mut link = self.open_link_as(driver, node, common)?;
+        link.node.label = label;
+        Ok(link)
+    }
+
+    fn open_link_as(&self, driver: Option<Driver>, mut node: NodeOptions, common: Common) -> Result<Link> {
         match driver {
             Some(Driver::Format(format)) => {
                 let file = self.open_file_of(&mut node, &common)?;
@@ -205,7 +212,7 @@ impl<'a> Opener<'a> {
                     if let Some(warn) = &self.options.on_warning {
                         warn(&GuessedRaw::warning(&name));
                     }
-                    device = Arc::new(GuessedRaw::new(Arc::clone(&file), &name));
+                    device = Arc::new(Wrapped(GuessedRaw::new(Arc::clone(&file), &name)));
                 }
                 format
             }
@@ -218,7 +225,9 @@ impl<'a> Opener<'a> {
         let mut given = vec![("file".to_owned(), file)];
         for name in format.children() {
             if node.has(name) || node.has_node(name) {
-                let child = self.open_child(name, &mut node, &common, false)?.device;
+                let child = self
+                    .open_child(name, ChildKind::Bytes, &mut node, &common)?
+                    .device;
                 given.push(((*name).to_owned(), Arc::clone(&child)));
                 children.push((*name, child));
             }
@@ -247,10 +256,7 @@ impl<'a> Opener<'a> {
             budget: self.options.budget.clone(),
         })?;
         if let Some(name) = node.left_over() {
-            return Err(Error::invalid(format!(
-                "Block format '{}' does not support the option '{name}'",
-                format.name()
-            )));
+            return Err(unknown_option(format.name(), name));
         }
         let (backing, no_backing) = backing.split();
         Ok(Link {
@@ -258,6 +264,7 @@ impl<'a> Opener<'a> {
             node: Node {
                 driver: format.name(),
                 options: strong,
+                label: None,
                 name: shown,
                 children: given,
             },
@@ -301,12 +308,17 @@ impl<'a> Opener<'a> {
 
     /// Opens the node that a format lies on.
     fn open_file_of(&self, node: &mut NodeOptions, common: &Common) -> Result<Arc<dyn Device>> {
-        Ok(self.open_child("file", node, common, false)?.device)
+        Ok(self.open_child("file", ChildKind::Bytes, node, common)?.device)
     }
 
-    /// Opens the node below called `name`; where no driver is given, as plain bytes or, if `probed`, as an image of the
-    /// format that its bytes tell.
-    fn open_child(&self, name: &str, node: &mut NodeOptions, common: &Common, probed: bool) -> Result<Below> {
+    /// Opens the node below called `name`, which is of this kind where no driver is given.
+    fn open_child(
+        &self,
+        name: &str,
+        kind: ChildKind,
+        node: &mut NodeOptions,
+        common: &Common,
+    ) -> Result<Below> {
         let missing = || Error::invalid(format!("A block device must be specified for \"{name}\""));
         match node.take(name) {
             Some(Value::Null) => return Err(missing()),
@@ -328,35 +340,29 @@ impl<'a> Opener<'a> {
             device,
             image,
         };
-        match self.take_driver(&mut child)? {
-            None if probed && !child.has("filename") => {
-                let image = self.deeper()?.open_image(child, common.mode)?;
-                Ok(below(Arc::clone(&image) as Arc<dyn Device>, Some(image)))
+        let open_image = |node| {
+            let image = self.deeper()?.open_image(node, common.mode)?;
+            Ok(below(Arc::clone(&image) as Arc<dyn Device>, Some(image)))
+        };
+        match (child.text("driver").map(Driver::of).transpose()?, kind) {
+            (Some(Driver::Format(_)), _) | (None, ChildKind::Image) => open_image(child),
+            (_, ChildKind::ImageFile) => {
+                let mut image = NodeOptions::new();
+                image.set_node("file", child);
+                open_image(image)
             }
-            None => {
+            (Some(driver), ChildKind::Bytes | ChildKind::Image) => {
+                child.take("driver");
+                let own = Common::take(&mut child, common.mode)?;
+                let (device, _) = self.deeper()?.open_device_node(&driver, child, &own)?;
+                Ok(below(device, None))
+            }
+            (None, ChildKind::Bytes) => {
                 let own = Common::take(&mut child, common.mode)?;
                 if !child.has("filename") {
                     return Err(Error::invalid("Must specify either driver or file"));
                 }
-                if probed {
-                    let mut node = NodeOptions::new();
-                    node.set_node("file", child);
-                    let image = self.deeper()?.open_image(node, own.mode)?;
-                    return Ok(below(Arc::clone(&image) as Arc<dyn Device>, Some(image)));
-                }
                 Ok(below(self.open_plain(child, &own)?, None))
-            }
-            Some(Driver::Format(format)) => {
-                child.set("driver", format.name());
-                let image = self.deeper()?.open_image(child, common.mode)?;
-                Ok(below(Arc::clone(&image) as Arc<dyn Device>, Some(image)))
-            }
-            Some(driver) => {
-                let own = Common::take(&mut child, common.mode)?;
-                Ok(below(
-                    self.deeper()?.open_device_node(&driver, child, &own)?.0,
-                    None,
-                ))
             }
         }
     }
@@ -381,7 +387,15 @@ impl<'a> Opener<'a> {
                 let device = self.open_protocol(*protocol, &mut node, common.mode)?;
                 (device, protocol.name())
             }
-            Driver::Filter(filter) => (self.open_filter(*filter, &mut node, common)?, filter.name()),
+            Driver::Filter(filter) => {
+                let device = self.open_filter(*filter, &mut node, common)?;
+                if filter.prefixes().is_empty()
+                    && let Some(left) = node.left_over()
+                {
+                    return Err(unknown_option(filter.name(), left));
+                }
+                (device, filter.name())
+            }
             Driver::Format(_) => return Err(Error::invalid("A format needs a file")),
         };
         require_all_taken(name, &node)?;
@@ -395,19 +409,24 @@ impl<'a> Opener<'a> {
         common: &Common,
     ) -> Result<Arc<dyn Device>> {
         let mut children = Vec::new();
-        for FilterChild { name, probed, write } in filter.children(node) {
+        for FilterChild { name, kind } in filter.children(node)? {
+            children.push(self.open_child(&name, kind, node, common)?);
+        }
+        let open_file = |name: &str| {
+            let mut options = NodeOptions::new();
+            options.set("filename", name);
             let mode = Mode {
-                write: common.mode.write || write,
+                write: false,
                 ..common.mode
             };
-            let common = Common { mode, ..*common };
-            children.push(self.open_child(&name, node, &common, probed)?);
-        }
+            self.open_protocol(Local::serving(name), &mut options, mode)
+        };
         filter.open(FilterRequest {
             options: node,
             children,
             write: common.mode.write,
             objects: &self.options.objects,
+            open_file: &open_file,
         })
     }
 
@@ -489,6 +508,12 @@ pub(crate) fn require_all_taken(driver: &str, node: &NodeOptions) -> Result<()> 
         ))),
         None => Ok(()),
     }
+}
+
+fn unknown_option(format: &str, option: &str) -> Error {
+    Error::invalid(format!(
+        "Block format '{format}' does not support the option '{option}'"
+    ))
 }
 
 fn no_such_node(name: &str) -> Error {

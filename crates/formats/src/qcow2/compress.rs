@@ -1,7 +1,7 @@
 //! Compressed clusters: decoding, encoding and where they go.
 
 use diskimage_core::errno;
-use diskimage_core::{Encoded, Encoder, Error, Result};
+use diskimage_core::{Encoded, Encoder, Error, Event, Result};
 
 use super::Qcow2;
 use super::header::Compression;
@@ -16,6 +16,7 @@ impl Qcow2 {
         // The entry's field for sectors holds no more than two clusters.
         let mut bytes = vec![0; usize::try_from(encoded.stored).map_err(|_| beyond_end(encoded))?];
         // The last compressed cluster of a file is not padded to a sector.
+        self.file.event(Event::READ_COMPRESSED);
         self.file.read_padded(&mut bytes, encoded.offset)?;
         let decoded = match self.header.compression {
             Compression::Zlib => codec::deflate::decode(&bytes, buf),

@@ -9,8 +9,8 @@
 use std::sync::Arc;
 
 use diskimage_core::{
-    Budget, ByteRange, CreateRequest, Device, Error, Extent, Limits, NodeOptions, OpenRequest, Preallocation,
-    ResizeRequest, Result, Want, ZeroMode,
+    Budget, CreateRequest, Device, Error, NodeOptions, OpenRequest, Preallocation, ResizeRequest, Result,
+    Wrapped, Wrapper,
 };
 use zerocopy::IntoBytes;
 use zerocopy::byteorder::big_endian::{U32, U64};
@@ -28,7 +28,7 @@ pub(super) fn create(request: &CreateRequest<'_>) -> Result<()> {
         // Its length is set when the image grows to its size.
         open_data_file(request.gate, name, request.name, data_permissions(true))?;
     }
-    let file: Arc<dyn Device> = Arc::new(Unsynced(Arc::clone(&request.file)));
+    let file: Arc<dyn Device> = Arc::new(Wrapped(Unsynced(Arc::clone(&request.file))));
     write_minimal(&*file, &wanted)?;
     let open = |node: &mut NodeOptions| {
         Qcow2::open(OpenRequest {
@@ -164,32 +164,12 @@ pub(super) const MIN_CLUSTER_FOR_NAMES: u64 = 8192;
 #[derive(Debug)]
 struct Unsynced(Arc<dyn Device>);
 
-impl Device for Unsynced {
-    fn len(&self) -> u64 {
-        self.0.len()
+impl Wrapper for Unsynced {
+    fn below(&self) -> &Arc<dyn Device> {
+        &self.0
     }
-    fn limits(&self) -> &Limits {
-        self.0.limits()
-    }
-    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
-        self.0.read_at(buf, offset)
-    }
-    fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
-        self.0.write_at(buf, offset)
-    }
-    fn write_zeroes(&self, range: ByteRange, mode: ZeroMode) -> Result<()> {
-        self.0.write_zeroes(range, mode)
-    }
-    fn discard(&self, range: ByteRange) -> Result<()> {
-        self.0.discard(range)
-    }
-    fn status(&self, range: ByteRange, want: Want) -> Result<Extent> {
-        self.0.status(range, want)
-    }
+
     fn flush(&self) -> Result<()> {
         Ok(())
-    }
-    fn resize(&self, len: u64, preallocation: Preallocation) -> Result<()> {
-        self.0.resize(len, preallocation)
     }
 }

@@ -2,7 +2,8 @@
 
 use diskimage_core::options::Options;
 use diskimage_core::{
-    ByteRange, Device, Error, ErrorKind, Image, Measure, MeasureSource, Preallocation, Result, Want,
+    ByteRange, Device, Error, ErrorKind, ExtentKind, Image, Measure, MeasureSource, Preallocation, Result,
+    Want,
 };
 
 use super::header::{Geometry, limit};
@@ -65,7 +66,7 @@ fn data_bytes(image: &Image, cluster: u64) -> Result<u64> {
     while !rest.is_empty() {
         let extent = image.status(rest, Want::Zeroes)?;
         let mut len = extent.len;
-        if !extent.kind.is_zero() {
+        if !extent.kind.is_zero() && extent.kind != ExtentKind::Absent {
             // The clusters that it touches count as a whole, and the next search starts behind them.
             let touched = ByteRange::at(rest.start(), len).align_out(cluster);
             total += touched.len();

@@ -47,9 +47,9 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use diskimage_core::options::{OptionDef, Options};
 use diskimage_core::{
     AmendRequest, Backing, Bitmaps, Budget, ByteRange, CheckReport, CreateRequest, Device, Encoded, Encoder,
-    Error, ErrorKind, Format, Gate, Info, Layer, Measure, MeasureSource, NodeOptions, Objects, OpenRequest,
-    Permissions, Preallocation, Probe, Progress, Reference, Repair, ResizeRequest, Result, Role, Run, Score,
-    Snapshots, WritePlan, ZeroMode,
+    Error, ErrorKind, Event, Format, Gate, Info, Layer, Measure, MeasureSource, NodeOptions, Objects,
+    OpenRequest, Permissions, Preallocation, Probe, Progress, Reference, Repair, ResizeRequest, Result,
+    ResultExt, Role, Run, Score, Snapshots, WritePlan, ZeroMode,
 };
 
 use self::feature::{Autoclear, Compatible, Incompatible};
@@ -458,6 +458,7 @@ impl Layer for Qcow2 {
                 .resize(self.file.len().next_multiple_of(512), Preallocation::Off)?;
         }
         self.write_back(&mut state)?;
+        self.file.event(Event::FLUSH_TO_DISK);
         state.tables.sync()?;
         self.store_bitmaps(&mut state)?;
         self.set_incompatible(&mut state, Incompatible::DIRTY, false)
@@ -474,9 +475,10 @@ impl Layer for Qcow2 {
 
 fn read_header(file: &Arc<dyn Device>, for_check: bool) -> Result<Header> {
     let mut start = [0; header::HEADER_LEN];
-    file.read_padded(&mut start, 0)?;
+    let unreadable = || "Could not read qcow2 header";
+    file.read_padded(&mut start, 0).context(unreadable)?;
     let mut cluster = vec![0; Header::bytes_needed(&start)?];
-    file.read_padded(&mut cluster, 0)?;
+    file.read_padded(&mut cluster, 0).context(unreadable)?;
     Header::parse(&cluster, for_check)
 }
 

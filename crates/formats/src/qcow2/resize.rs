@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::PoisonError;
 
 use diskimage_core::errno;
-use diskimage_core::{ByteRange, Error, Preallocation, ResizeRequest, Result};
+use diskimage_core::{ByteRange, Error, Event, Preallocation, ResizeRequest, Result};
 use zerocopy::IntoBytes;
 use zerocopy::byteorder::big_endian::{U32, U64};
 
@@ -105,12 +105,14 @@ impl Qcow2 {
                 state.tables.set_number(table, at, entry)?;
             }
         }
+        self.file.event(Event::L1_GROW_WRITE_TABLE);
         state.tables.write_back()?;
         state.tables.sync()?;
         let mut location = [0; 12];
         let count = u32::try_from(entries).map_err(|_| Error::invalid("Active L1 table too large"))?;
         location[..4].copy_from_slice(U32::new(count).as_bytes());
         location[4..].copy_from_slice(U64::new(offset).as_bytes());
+        self.file.event(Event::L1_GROW_ACTIVATE_TABLE);
         self.file.write_at(&location, field::L1_SIZE)?;
         // From here on it is the new table that a reader finds.
         state.l1 = table;
@@ -138,6 +140,7 @@ impl Qcow2 {
         if !beyond.is_empty() {
             self.replace_entries(beyond, |_| Some(L2Entry::UNALLOCATED))?;
         }
+        self.file.event(Event::L1_SHRINK_WRITE_TABLE);
         self.give_up_l2_tables(geometry.l1_entries(request.len)..geometry.l1_entries(old))?;
         self.set_size(request.len)?;
         if self.has_data_file() {
@@ -166,6 +169,7 @@ impl Qcow2 {
 
     /// Gives up all clusters and the tables that refer to them: afterwards the image below shows everywhere.
     pub(super) fn give_up_all(&self) -> Result<()> {
+        self.file.event(Event::EMPTY_IMAGE_PREPARE);
         let geometry = self.header.geometry;
         let size = self.lock().size;
         self.lock().punch = true;

@@ -12,7 +12,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
-use diskimage_core::{Device, Error, Result};
+use diskimage_core::{Device, Error, Event, Result};
 
 /// What a table is for; the order is the order of writing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -21,6 +21,28 @@ pub(super) enum Class {
     RefcountTable,
     L2,
     L1,
+}
+
+impl Class {
+    /// What is told to the device before a part of such a table is read.
+    fn load_event(self) -> Option<Event> {
+        match self {
+            Self::RefcountBlock => Some(Event::REFBLOCK_LOAD),
+            Self::RefcountTable => Some(Event::REFTABLE_LOAD),
+            Self::L2 => Some(Event::L2_LOAD),
+            Self::L1 => None,
+        }
+    }
+
+    /// What is told to the device before a part of such a table is written.
+    fn update_event(self) -> Event {
+        match self {
+            Self::RefcountBlock => Event::REFBLOCK_UPDATE,
+            Self::RefcountTable => Event::REFTABLE_UPDATE,
+            Self::L2 => Event::L2_UPDATE,
+            Self::L1 => Event::L1_UPDATE,
+        }
+    }
 }
 
 const CLASSES: [Class; 4] = [Class::RefcountBlock, Class::RefcountTable, Class::L2, Class::L1];
@@ -196,6 +218,9 @@ impl Tables {
                 self.forget_at(offset);
             }
             let mut bytes = vec![0; index((table.len - start).min(WINDOW))];
+            if let Some(event) = table.class.load_event() {
+                self.device.event(event);
+            }
             self.device.read_padded(&mut bytes, offset)?;
             self.insert(offset, table.class, bytes.into(), false)?;
         }
@@ -284,6 +309,7 @@ impl Tables {
                 run.extend_from_slice(&window.bytes);
                 count += 1;
             }
+            self.device.event(class.update_event());
             self.device.write_at(&run, *first)?;
             let (written, later) = rest.split_at(count);
             for offset in written {

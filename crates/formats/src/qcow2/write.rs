@@ -7,7 +7,8 @@ use std::cell::Cell;
 use std::sync::{MutexGuard, PoisonError};
 
 use diskimage_core::{
-    ByteRange, Device, Error, ErrorKind, Preallocation, Result, WritePlan, WriteRun, ZeroMode, align_down,
+    ByteRange, Device, Error, ErrorKind, Event, Preallocation, Result, WritePlan, WriteRun, ZeroMode,
+    align_down,
 };
 
 use super::entry::{COPIED, Cluster, L2Entry, Subclusters};
@@ -324,6 +325,7 @@ impl Qcow2 {
         claim.changes.push(Change { l2, index, old, new });
         state.padding = true;
         drop(state);
+        self.file.event(Event::WRITE_COMPRESSED);
         self.file.write_at(bytes, offset)?;
         Box::new(claim).commit()
     }

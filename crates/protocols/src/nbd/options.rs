@@ -150,6 +150,7 @@ impl NbdOptions {
         Node {
             driver: "nbd",
             options: self.given.clone(),
+            label: None,
             name: Some(show(&self.address, &self.export)),
             children: Vec::new(),
         }

@@ -3,7 +3,7 @@
 //! Clusters are taken in ascending order, each request in one piece, and a missing refcount block is put right behind
 //! the clusters that it is needed for: the layout that the original makes.
 
-use diskimage_core::{Error, ErrorKind, Result};
+use diskimage_core::{Error, ErrorKind, Event, Result};
 
 use super::super::header::limit;
 use super::super::tables::Tables;
@@ -15,6 +15,7 @@ impl Refcounts {
     /// # Errors
     /// A file that cannot grow any more, and damage.
     pub(in super::super) fn allocate(&mut self, tables: &mut Tables, count: u64) -> Result<u64> {
+        tables.device().event(Event::CLUSTER_ALLOC);
         loop {
             let (start, next) = self.find_free(tables, self.first_free, count)?;
             self.first_free = next;
@@ -34,6 +35,7 @@ impl Refcounts {
     /// # Errors
     /// As [`Refcounts::allocate`].
     pub(in super::super) fn allocate_bytes(&mut self, tables: &mut Tables, len: u64) -> Result<u64> {
+        tables.device().event(Event::CLUSTER_ALLOC_BYTES);
         let size = self.geometry.cluster_size();
         let bits = self.geometry.cluster_bits;
         if let Some(at) = self.byte_offset {

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use diskimage_core::{Error, ErrorKind, Result};
+use diskimage_core::{Error, ErrorKind, Event, Result};
 use zerocopy::IntoBytes;
 use zerocopy::byteorder::big_endian::{U32, U64};
 
@@ -25,6 +25,7 @@ impl Refcounts {
     }
 
     fn add_block(&mut self, tables: &mut Tables, index: u64) -> Result<()> {
+        tables.device().event(Event::REFBLOCK_ALLOC);
         let per_block = self.entries_per_block();
         let (cluster, next) = self.find_free(tables, self.first_free, 1)?;
         if index * 8 >= self.table().len {
@@ -122,6 +123,7 @@ impl Refcounts {
         let clusters = u32::try_from(grown.table_clusters)
             .map_err(|_| Error::corrupt("Reference count table too large"))?;
         location[8..].copy_from_slice(U32::new(clusters).as_bytes());
+        tables.device().event(Event::REFTABLE_UPDATE);
         tables.device().write_at(&location, field::REFCOUNT_TABLE)
     }
 }

@@ -12,7 +12,7 @@ mod grow;
 mod run;
 mod width;
 
-use diskimage_core::{Error, Result};
+use diskimage_core::{Error, Event, Result};
 
 pub(super) use self::run::Change;
 use super::header::{Geometry, limit};
@@ -124,6 +124,7 @@ impl Refcounts {
     /// # Errors
     /// A count that is zero already: the image is damaged.
     pub(super) fn release(&mut self, tables: &mut Tables, offset: u64, len: u64) -> Result<()> {
+        tables.device().event(Event::CLUSTER_FREE);
         for cluster in self.clusters(offset, len) {
             let count = self.count(tables, cluster)?;
             let block = self.block(tables, cluster)?;

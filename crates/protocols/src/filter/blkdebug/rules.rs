@@ -1,0 +1,364 @@
+//! Rules: which request fails, and when.
+//!
+//! Drivers tell what they are about to do; rules for that event and the current state become the active ones in place of
+//! those before. The first active rule that a request matches has it fail. `set-state` rules change the state after all
+//! rules have been looked at. Rules for `none` are active from the start.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use diskimage_core::options::{OptionDef, OptionKind};
+use diskimage_core::{ByteRange, Error, NodeOptions, Result, errno};
+
+/// The sections and options that hold rules.
+pub(super) const SECTIONS: [&str; 2] = [INJECT_ERROR, SET_STATE];
+
+const INJECT_ERROR: &str = "inject-error";
+const SET_STATE: &str = "set-state";
+
+/// Every event that a driver of the original can tell; rules for those that no driver here tells never come to be active.
+const EVENTS: &[&str] = &[
+    "l1_update",
+    "l1_grow_alloc_table",
+    "l1_grow_write_table",
+    "l1_grow_activate_table",
+    "l2_load",
+    "l2_update",
+    "l2_update_compressed",
+    "l2_alloc_cow_read",
+    "l2_alloc_write",
+    "read_aio",
+    "read_backing_aio",
+    "read_compressed",
+    "write_aio",
+    "write_compressed",
+    "vmstate_load",
+    "vmstate_save",
+    "cow_read",
+    "cow_write",
+    "reftable_load",
+    "reftable_grow",
+    "reftable_update",
+    "refblock_load",
+    "refblock_update",
+    "refblock_update_part",
+    "refblock_alloc",
+    "refblock_alloc_hookup",
+    "refblock_alloc_write",
+    "refblock_alloc_write_blocks",
+    "refblock_alloc_write_table",
+    "refblock_alloc_switch_table",
+    "cluster_alloc",
+    "cluster_alloc_bytes",
+    "cluster_free",
+    "flush_to_os",
+    "flush_to_disk",
+    "pwritev_rmw_head",
+    "pwritev_rmw_after_head",
+    "pwritev_rmw_tail",
+    "pwritev_rmw_after_tail",
+    "pwritev",
+    "pwritev_zero",
+    "pwritev_done",
+    "empty_image_prepare",
+    "l1_shrink_write_table",
+    "l1_shrink_free_l2_clusters",
+    "cor_write",
+    "cluster_alloc_space",
+    NONE,
+];
+
+/// The event of rules that are active from the start.
+const NONE: &str = "none";
+
+/// Kinds of requests.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Request {
+    Read,
+    Write,
+    WriteZeroes,
+    Discard,
+    Flush,
+    BlockStatus,
+}
+
+impl Request {
+    fn from_name(name: &str) -> Result<Self> {
+        Ok(match name {
+            "read" => Self::Read,
+            "write" => Self::Write,
+            "write-zeroes" => Self::WriteZeroes,
+            "discard" => Self::Discard,
+            "flush" => Self::Flush,
+            "block-status" => Self::BlockStatus,
+            other => return Err(Error::invalid(format!("invalid parameter value: {other}"))),
+        })
+    }
+}
+
+const INJECT_OPTIONS: &[OptionDef] = &[
+    OptionDef::new("event", OptionKind::Text, "When"),
+    OptionDef::new("state", OptionKind::Number, "In which state; 0 for any").or("0"),
+    OptionDef::new("iotype", OptionKind::Text, "Which requests"),
+    OptionDef::new("errno", OptionKind::Number, "With which error").or("5"),
+    OptionDef::new("sector", OptionKind::Number, "About which sector"),
+    OptionDef::new("once", OptionKind::Flag, "Only the first of them").or("off"),
+    OptionDef::new("immediately", OptionKind::Flag, "Before the request is begun").or("off"),
+];
+
+const STATE_OPTIONS: &[OptionDef] = &[
+    OptionDef::new("event", OptionKind::Text, "When"),
+    OptionDef::new("state", OptionKind::Number, "In which state; 0 for any").or("0"),
+    OptionDef::new("new_state", OptionKind::Number, "The state afterwards").or("0"),
+];
+
+#[derive(Clone, Debug)]
+struct Rule {
+    event: &'static str,
+    /// 0 for any.
+    state: u64,
+    action: Action,
+}
+
+#[derive(Clone, Debug)]
+enum Action {
+    Fail {
+        /// All but questions about status if not given.
+        request: Option<Request>,
+        errno: i32,
+        sector: Option<u64>,
+        once: bool,
+    },
+    Become(u64),
+}
+
+/// The rules of a node, and where it stands with them.
+#[derive(Debug)]
+pub(super) struct Rules(Mutex<Engine>);
+
+#[derive(Debug)]
+struct Engine {
+    rules: Vec<Rule>,
+    /// Those that requests are held against, by their places in `rules`.
+    active: Vec<usize>,
+    /// Those that were for once and have been used.
+    spent: Vec<usize>,
+    state: u64,
+}
+
+impl Rules {
+    pub(super) fn new() -> Self {
+        Self(Mutex::new(Engine {
+            rules: Vec::new(),
+            active: Vec::new(),
+            spent: Vec::new(),
+            state: 1,
+        }))
+    }
+
+    fn engine(&self) -> MutexGuard<'_, Engine> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes the rules out of a node's options: `inject-error.0.event` and so on.
+    ///
+    /// # Errors
+    /// Rules that make no sense.
+    pub(super) fn take(&self, options: &mut NodeOptions) -> Result<()> {
+        for section in SECTIONS {
+            let mut list = options.take_node(section);
+            for index in 0.. {
+                let mut rule = list.take_node(&index.to_string());
+                if rule.is_empty() {
+                    break;
+                }
+                self.add(section, &mut rule, |name| {
+                    Error::invalid(format!("[{section}] section doesn't support the option '{name}'"))
+                })?;
+            }
+            if let Some(name) = list.left_over() {
+                return Err(Error::invalid(format!("Unused option '{name}' for [{section}]")));
+            }
+        }
+        Ok(())
+    }
+
+    /// Adds a rule of `section` with these options; `unknown` makes the error for one that no rule has.
+    ///
+    /// # Errors
+    /// A rule that makes no sense.
+    pub(super) fn add(
+        &self,
+        section: &str,
+        options: &mut NodeOptions,
+        unknown: impl Fn(&str) -> Error,
+    ) -> Result<()> {
+        let injects = section == INJECT_ERROR;
+        let table = if injects { INJECT_OPTIONS } else { STATE_OPTIONS };
+        let values = options.absorb(table)?;
+        if let Some(name) = options.left_over() {
+            return Err(unknown(name));
+        }
+        let event = values
+            .text("event")
+            .ok_or_else(|| Error::invalid("Missing event name for rule"))?;
+        let known = EVENTS.iter().find(|known| **known == event);
+        let event = known.ok_or_else(|| Error::invalid(format!("invalid parameter value: {event}")))?;
+        let number = |name: &str| values.number(name).unwrap_or(0);
+        let action = if injects {
+            Action::Fail {
+                request: values.text("iotype").map(Request::from_name).transpose()?,
+                errno: i32::try_from(number("errno")).unwrap_or(errno::EIO),
+                // Counted down from 2^64 it stands for any.
+                sector: values
+                    .number("sector")
+                    .filter(|sector| i64::try_from(*sector).is_ok()),
+                once: values.flag("once") == Some(true),
+            }
+        } else {
+            Action::Become(number("new_state"))
+        };
+        self.engine().rules.push(Rule {
+            event,
+            state: number("state"),
+            action,
+        });
+        Ok(())
+    }
+
+    /// Lets the rules be active that are from the start.
+    pub(super) fn start(&self) {
+        self.process(NONE);
+    }
+
+    /// Learns what a driver is about to do.
+    pub(super) fn process(&self, event: &str) {
+        let mut engine = self.engine();
+        let engine = &mut *engine;
+        let mut state = engine.state;
+        let mut active = Vec::new();
+        for (at, rule) in engine.rules.iter().enumerate() {
+            if rule.event != event || (rule.state != 0 && rule.state != engine.state) {
+                continue;
+            }
+            match rule.action {
+                Action::Become(other) => state = other,
+                Action::Fail { .. } if engine.spent.contains(&at) => {}
+                Action::Fail { .. } => active.push(at),
+            }
+        }
+        if !active.is_empty() {
+            engine.active = active;
+        }
+        engine.state = state;
+    }
+
+    /// Has a request about `range` fail if a rule says so.
+    ///
+    /// # Errors
+    /// The rule's.
+    pub(super) fn judge(&self, kind: Request, range: ByteRange) -> Result<()> {
+        let mut engine = self.engine();
+        let matching = engine.active.iter().copied().find(|at| {
+            let Some(Rule {
+                action: Action::Fail { request, sector, .. },
+                ..
+            }) = engine.rules.get(*at)
+            else {
+                return false;
+            };
+            request.map_or(kind != Request::BlockStatus, |request| request == kind)
+                && sector.is_none_or(|sector| overlaps(range, sector))
+        });
+        let rule = matching.and_then(|at| engine.rules.get(at).map(|rule| (at, rule.action.clone())));
+        let Some((at, Action::Fail { errno, once, .. })) = rule else {
+            return Ok(());
+        };
+        if once {
+            engine.active.retain(|other| *other != at);
+            engine.spent.push(at);
+        }
+        if errno == 0 {
+            Ok(())
+        } else {
+            Err(Error::from_errno(errno))
+        }
+    }
+}
+
+fn overlaps(range: ByteRange, sector: u64) -> bool {
+    let start = sector.saturating_mul(512);
+    range.overlaps(ByteRange::new(start, start.saturating_add(512)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rules(list: &str) -> Rules {
+        let rules = Rules::new();
+        let mut options = NodeOptions::from_list(list).expect("options");
+        rules.take(&mut options).expect("rules");
+        rules.start();
+        rules
+    }
+
+    fn read(rules: &Rules, sector: u64) -> Option<i32> {
+        let outcome = rules.judge(Request::Read, ByteRange::at(sector * 512, 512));
+        outcome.err().map(|error| match error.chain().as_str() {
+            "Input/output error" => errno::EIO,
+            "No space left on device" => errno::ENOSPC,
+            other => panic!("{other}"),
+        })
+    }
+
+    #[test]
+    fn rules_stay_active_until_others_take_their_place() {
+        let rules = rules(
+            "inject-error.0.event=l2_load,inject-error.0.sector=7,inject-error.1.event=cow_read,inject-error.1.sector=9",
+        );
+        assert_eq!(read(&rules, 7), None);
+        rules.process("l2_load");
+        assert_eq!(read(&rules, 8), None);
+        rules.process("read_aio");
+        assert_eq!(
+            (read(&rules, 7), read(&rules, 7)),
+            (Some(errno::EIO), Some(errno::EIO))
+        );
+        rules.process("cow_read");
+        assert_eq!((read(&rules, 7), read(&rules, 9)), (None, Some(errno::EIO)));
+    }
+
+    #[test]
+    fn rules_for_once_are_spent() {
+        let rules = rules(
+            "inject-error.0.event=read_aio,inject-error.0.sector=1,\
+             inject-error.1.event=read_aio,inject-error.1.errno=28,inject-error.1.once=on",
+        );
+        rules.process("read_aio");
+        assert_eq!(read(&rules, 1), Some(errno::EIO));
+        assert_eq!(read(&rules, 2), Some(errno::ENOSPC));
+        rules.process("read_aio");
+        assert_eq!(read(&rules, 2), None);
+    }
+
+    #[test]
+    fn states_change_after_the_rules_were_looked_at() {
+        let rules = rules(
+            "inject-error.0.event=read_aio,inject-error.0.state=2,set-state.0.event=read_aio,set-state.0.new_state=2",
+        );
+        rules.process("read_aio");
+        assert_eq!(read(&rules, 0), None);
+        rules.process("read_aio");
+        assert_eq!(read(&rules, 0), Some(errno::EIO));
+    }
+
+    #[test]
+    fn status_fails_only_where_it_is_named() {
+        let any = rules("inject-error.0.event=none");
+        assert!(any.judge(Request::BlockStatus, ByteRange::at(0, 512)).is_ok());
+        assert!(any.judge(Request::Flush, ByteRange::at(0, 0)).is_err());
+        let status = rules("inject-error.0.event=none,inject-error.0.iotype=block-status");
+        assert!(status.judge(Request::BlockStatus, ByteRange::at(0, 512)).is_err());
+        assert_eq!(read(&status, 0), None);
+    }
+}

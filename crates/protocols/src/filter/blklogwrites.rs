@@ -1,0 +1,333 @@
+//! `blklogwrites`: what is written is written to a log as well, in the format of the kernel's `dm-log-writes`, whose
+//! tools replay it.
+//!
+//! ```text
+//!   super   magic, version, entries, sector size                  one sector
+//!   entry   sector, sectors, flags, length of data                one sector, then the data
+//!   entry   ...
+//! ```
+//!
+//! All numbers are little-endian. Source: `Documentation/admin-guide/device-mapper/log-writes.rst` of Linux.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use diskimage_core::options::{OptionDef, OptionKind, Options};
+use diskimage_core::{
+    ByteRange, Device, Error, Limits, Node, NodeOptions, Result, Wrapped, Wrapper, ZeroMode,
+};
+use zerocopy::byteorder::little_endian::{U32, U64};
+use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+use super::{ChildKind, Filter, FilterChild, FilterRequest, child, missing};
+
+#[derive(Debug)]
+pub(super) struct BlkLogWrites;
+
+const OPTIONS: &[OptionDef] = &[
+    OptionDef::new("log-append", OptionKind::Flag, "Whether an existing log goes on").or("off"),
+    OptionDef::new("log-sector-size", OptionKind::Size, "The unit of the log"),
+    OptionDef::new(
+        "log-super-update-interval",
+        OptionKind::Number,
+        "After so many requests the number of entries is written",
+    )
+    .or("4096"),
+];
+
+const MAGIC: u64 = 0x006a_7366_7773_6872;
+const VERSION: u64 = 1;
+
+const FLUSH: u64 = 1 << 0;
+const DISCARD: u64 = 1 << 2;
+
+#[derive(Clone, Copy, FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned)]
+#[repr(C)]
+struct Super {
+    magic: U64,
+    version: U64,
+    entries: U64,
+    sector_size: U32,
+}
+
+#[derive(Clone, Copy, FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned)]
+#[repr(C)]
+struct Entry {
+    sector: U64,
+    sectors: U64,
+    flags: U64,
+    data_len: U64,
+}
+
+/// The size of sectors where neither an option nor a log says otherwise.
+const SECTOR: u64 = 512;
+/// Sectors are smaller than this.
+const MAX_SECTOR: u64 = 1 << 23;
+
+impl Filter for BlkLogWrites {
+    fn name(&self) -> &'static str {
+        "blklogwrites"
+    }
+
+    fn children(&self, _options: &mut NodeOptions) -> Result<Vec<FilterChild>> {
+        Ok(vec![
+            child("file", ChildKind::Bytes),
+            child("log", ChildKind::Bytes),
+        ])
+    }
+
+    fn open(&self, request: FilterRequest<'_>) -> Result<Arc<dyn Device>> {
+        let node = request.node(self.name(), |_| false);
+        let options = request.options.absorb(OPTIONS)?;
+        let [file, log] = &request.children[..] else {
+            return Err(missing("log"));
+        };
+        let log = Log::open(Arc::clone(&log.device), &options)?;
+        let limits = Limits {
+            alignment: u32::try_from(log.sector).unwrap_or(1),
+            ..file.device.limits().clone()
+        };
+        Ok(Arc::new(Wrapped(Logging {
+            file: Arc::clone(&file.device),
+            log: Mutex::new(log),
+            limits,
+            node,
+        })))
+    }
+}
+
+#[derive(Debug)]
+struct Log {
+    device: Arc<dyn Device>,
+    sector: u64,
+    entries: u64,
+    /// Where the next entry goes, in sectors.
+    next: u64,
+    /// The number of entries is written after so many.
+    interval: u64,
+}
+
+impl Log {
+    fn open(device: Arc<dyn Device>, options: &Options) -> Result<Self> {
+        let interval = options.number("log-super-update-interval").unwrap_or(0);
+        let given = options.size("log-sector-size");
+        let mut log = Self {
+            device,
+            sector: given.unwrap_or(SECTOR),
+            entries: 0,
+            next: 1,
+            interval,
+        };
+        if options.flag("log-append") == Some(true) {
+            if given.is_some() {
+                return Err(Error::invalid(
+                    "log-append and log-sector-size are mutually exclusive",
+                ));
+            }
+            log.go_on()?;
+        } else if !(log.sector.is_power_of_two()
+            && log.sector >= size_of::<Super>() as u64
+            && log.sector < MAX_SECTOR)
+        {
+            return Err(Error::invalid(format!("Invalid log sector size {}", log.sector)));
+        }
+        if interval == 0 {
+            return Err(Error::invalid(format!(
+                "Invalid log superblock update interval {interval}"
+            )));
+        }
+        Ok(log)
+    }
+
+    /// Finds the end of an existing log; an empty one is begun.
+    fn go_on(&mut self) -> Result<()> {
+        let mut start = Super::new_zeroed();
+        let device = &*self.device;
+        device
+            .read_padded(start.as_mut_bytes(), 0)
+            .map_err(|error| error.context("Could not read log superblock"))?;
+        if start.entries.get() == 0 && start.magic.get() == 0 && device.is_empty() {
+            return Ok(());
+        }
+        if start.magic.get() != MAGIC {
+            return Err(Error::invalid("Invalid log superblock magic"));
+        }
+        if start.version.get() != VERSION {
+            return Err(Error::unsupported(format!(
+                "Unsupported log version {}",
+                start.version.get()
+            )));
+        }
+        let sector = u64::from(start.sector_size.get());
+        if !(sector.is_power_of_two() && sector >= size_of::<Super>() as u64 && sector < MAX_SECTOR) {
+            return Err(Error::invalid(format!("Invalid log sector size {sector}")));
+        }
+        (self.sector, self.entries) = (sector, start.entries.get());
+        for _ in 0..self.entries {
+            let mut entry = Entry::new_zeroed();
+            let at = self.next.checked_mul(sector).filter(|at| *at < device.len());
+            let at = at.ok_or_else(|| Error::corrupt("Log ends before its last entry"))?;
+            device
+                .read_padded(entry.as_mut_bytes(), at)
+                .map_err(|error| error.context("Failed to read log entry"))?;
+            let data = if entry.flags.get() & DISCARD == 0 {
+                entry.sectors.get()
+            } else {
+                0
+            };
+            self.next = self
+                .next
+                .checked_add(1 + data)
+                .ok_or_else(|| Error::corrupt("Log entry too long"))?;
+        }
+        Ok(())
+    }
+
+    /// Writes down a request about `range`, with what was written if anything was.
+    fn note(&mut self, range: ByteRange, flags: u64, data: Data<'_>) -> Result<()> {
+        let start = self.next * self.sector;
+        let sectors = range.len().div_ceil(self.sector);
+        let stored = match data {
+            Data::None => 0,
+            _ => sectors,
+        };
+        let entry = Entry {
+            sector: U64::new(range.start() / self.sector),
+            sectors: U64::new(sectors),
+            flags: U64::new(flags),
+            data_len: U64::new(stored * self.sector),
+        };
+        let mut head = vec![0; usize::try_from(self.sector).unwrap_or(0)];
+        head[..size_of::<Entry>()].copy_from_slice(entry.as_bytes());
+        self.device.write_at(&head, start)?;
+        let body = ByteRange::at(start + self.sector, stored * self.sector);
+        match data {
+            Data::None => {}
+            Data::Bytes(bytes) => {
+                self.device.write_at(bytes, body.start())?;
+                let rest = body.skip(bytes.len() as u64);
+                if !rest.is_empty() {
+                    self.device.write_zeroes(rest, ZeroMode::Unmap)?;
+                }
+            }
+            Data::Zeroes => self.device.write_zeroes(body, ZeroMode::Unmap)?,
+        }
+        self.next += 1 + stored;
+        self.entries += 1;
+        if flags & FLUSH != 0 || self.entries.is_multiple_of(self.interval) {
+            self.write_super()?;
+        }
+        Ok(())
+    }
+
+    fn write_super(&self) -> Result<()> {
+        let start = Super {
+            magic: U64::new(MAGIC),
+            version: U64::new(VERSION),
+            entries: U64::new(self.entries),
+            sector_size: U32::new(u32::try_from(self.sector).unwrap_or(0)),
+        };
+        let mut sector = vec![0; usize::try_from(self.sector).unwrap_or(0)];
+        sector[..size_of::<Super>()].copy_from_slice(start.as_bytes());
+        self.device.write_at(&sector, 0)?;
+        self.device.flush()
+    }
+}
+
+/// What an entry carries.
+#[derive(Clone, Copy)]
+enum Data<'a> {
+    None,
+    Bytes(&'a [u8]),
+    Zeroes,
+}
+
+#[derive(Debug)]
+struct Logging {
+    file: Arc<dyn Device>,
+    log: Mutex<Log>,
+    limits: Limits,
+    node: Node,
+}
+
+impl Logging {
+    /// Does `task` and writes it down; the order of the log is that of the tasks.
+    fn logged(
+        &self,
+        range: ByteRange,
+        flags: u64,
+        data: Data<'_>,
+        task: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
+        let mut log = self.log.lock().unwrap_or_else(PoisonError::into_inner);
+        task()?;
+        log.note(range, flags, data)
+    }
+
+    /// Whole sectors around `range`, as they read once it is written.
+    fn whole_sectors(&self, range: ByteRange) -> (ByteRange, bool) {
+        let sector = u64::from(self.limits.alignment.max(1));
+        let whole = range.align_out(sector);
+        (whole, whole == range)
+    }
+}
+
+impl Wrapper for Logging {
+    fn below(&self) -> &Arc<dyn Device> {
+        &self.file
+    }
+
+    fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
+    fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
+        let (whole, aligned) = self.whole_sectors(ByteRange::at(offset, buf.len() as u64));
+        if aligned {
+            return self.logged(whole, 0, Data::Bytes(buf), || self.file.write_at(buf, offset));
+        }
+        // The log knows sectors only: what is around the bytes is logged with them.
+        let mut log = self.log.lock().unwrap_or_else(PoisonError::into_inner);
+        let len = usize::try_from(whole.len()).map_err(|_| Error::invalid("Request too large"))?;
+        let mut bytes = vec![0; len];
+        (&*self.file as &dyn Device).read_padded(&mut bytes, whole.start())?;
+        let skip = usize::try_from(offset - whole.start()).unwrap_or(0);
+        bytes[skip..skip + buf.len()].copy_from_slice(buf);
+        self.file.write_at(buf, offset)?;
+        log.note(whole, 0, Data::Bytes(&bytes))
+    }
+
+    fn write_zeroes(&self, range: ByteRange, mode: ZeroMode) -> Result<()> {
+        let (whole, aligned) = self.whole_sectors(range);
+        if aligned {
+            return self.logged(whole, 0, Data::Zeroes, || self.file.write_zeroes(range, mode));
+        }
+        if mode == ZeroMode::FastOnly {
+            return Err(Error::unsupported("Not whole sectors"));
+        }
+        const CHUNK: u64 = 1 << 20;
+        let mut rest = range;
+        while !rest.is_empty() {
+            let part = rest.first(CHUNK - rest.start() % CHUNK);
+            let zeroes = vec![0; usize::try_from(part.len()).unwrap_or(0)];
+            self.write_at(&zeroes, part.start())?;
+            rest = rest.skip(part.len());
+        }
+        Ok(())
+    }
+
+    fn discard(&self, range: ByteRange) -> Result<()> {
+        let whole = range.align_in(u64::from(self.limits.alignment.max(1)));
+        if whole.is_empty() {
+            return Ok(());
+        }
+        self.logged(whole, DISCARD, Data::None, || self.file.discard(whole))
+    }
+
+    fn flush(&self) -> Result<()> {
+        self.logged(ByteRange::at(0, 0), FLUSH, Data::None, || self.file.flush())
+    }
+
+    fn node(&self) -> Node {
+        self.node.clone()
+    }
+}

@@ -1,0 +1,127 @@
+//! `compress`: what is written to the image below is compressed.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use diskimage_core::{
+    ByteRange, Device, Encoder, Error, ErrorKind, Image, Limits, Node, Result, Want, Wrapped, Wrapper,
+    align_down, align_up,
+};
+
+use super::{Filter, FilterChild, FilterRequest, file_child, missing};
+
+#[derive(Debug)]
+pub(super) struct Compress;
+
+impl Filter for Compress {
+    fn name(&self) -> &'static str {
+        "compress"
+    }
+
+    fn children(&self, _options: &mut diskimage_core::NodeOptions) -> Result<Vec<FilterChild>> {
+        Ok(file_child())
+    }
+
+    fn open(&self, request: FilterRequest<'_>) -> Result<Arc<dyn Device>> {
+        let node = request.node(self.name(), |_| false);
+        let below = request
+            .children
+            .into_iter()
+            .next()
+            .ok_or_else(|| missing("file"))?;
+        let encodes = match &below.image {
+            Some(image) => image.layer().encoder()?.is_some(),
+            None => false,
+        };
+        let Some(image) = below.image.filter(|_| encodes) else {
+            return Err(Error::unsupported(format!(
+                "Compression is not supported for underlying format: {}",
+                below.device.node().driver
+            )));
+        };
+        let unit = image.layer().granularity();
+        Ok(Arc::new(Wrapped(Compressing {
+            limits: Limits {
+                alignment: u32::try_from(unit).unwrap_or(1),
+                ..image.limits().clone()
+            },
+            device: below.device,
+            image,
+            unit,
+            node,
+            joining: Mutex::new(()),
+        })))
+    }
+}
+
+#[derive(Debug)]
+struct Compressing {
+    device: Arc<dyn Device>,
+    /// The same.
+    image: Arc<Image>,
+    /// Bytes that are compressed together.
+    unit: u64,
+    limits: Limits,
+    node: Node,
+    /// Held while a cluster is put together from what it was and what is written to a part of it.
+    joining: Mutex<()>,
+}
+
+impl Compressing {
+    /// Writes a part of one cluster, in compressed form if the cluster has no place yet.
+    fn write_in_cluster(&self, encoder: &mut dyn Encoder, buf: &[u8], offset: u64) -> Result<()> {
+        let start = align_down(offset, self.unit);
+        let cluster = ByteRange::new(start, align_up(offset + 1, self.unit).min(self.image.len()));
+        let whole = ByteRange::at(offset, buf.len() as u64) == cluster;
+        let _alone = (!whole).then(|| self.joining.lock().unwrap_or_else(PoisonError::into_inner));
+        let extent = self.image.status(cluster, Want::Allocation)?;
+        if extent.depth == 0 && !extent.kind.is_zero() {
+            // A second form of the same cluster would only take more room.
+            return self.image.write_at(buf, offset);
+        }
+        let too_large = |_| Error::new(ErrorKind::Limit, "Cluster too large");
+        // The last cluster is compressed whole, past the end of the disk.
+        let mut bytes = vec![0; usize::try_from(self.unit).map_err(too_large)?];
+        let there = usize::try_from(cluster.len()).map_err(too_large)?;
+        if !whole {
+            self.image.read_at(&mut bytes[..there], start)?;
+        }
+        let skip = usize::try_from(offset - start).map_err(too_large)?;
+        bytes[skip..skip + buf.len()].copy_from_slice(buf);
+        let mut encoded = Vec::new();
+        if encoder.encode(&bytes, &mut encoded)? {
+            self.image.write_encoded(start, &encoded)
+        } else {
+            self.image.write_at(&bytes[..there], start)
+        }
+    }
+}
+
+impl Wrapper for Compressing {
+    fn below(&self) -> &Arc<dyn Device> {
+        &self.device
+    }
+
+    fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
+    fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
+        let Some(mut encoder) = self.image.layer().encoder()? else {
+            return self.image.write_at(buf, offset);
+        };
+        let (mut rest, mut at) = (buf, offset);
+        while !rest.is_empty() {
+            let room = self.unit - at % self.unit;
+            let len = usize::try_from(room).unwrap_or(usize::MAX).min(rest.len());
+            let (head, tail) = rest.split_at(len);
+            self.write_in_cluster(&mut *encoder, head, at)?;
+            at += len as u64;
+            rest = tail;
+        }
+        Ok(())
+    }
+
+    fn node(&self) -> Node {
+        self.node.clone()
+    }
+}

@@ -1,0 +1,153 @@
+//! `preallocate`: files grow in large steps, which the file system can lay out in one piece, and are cut to what was
+//! written when they are closed.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use diskimage_core::options::{OptionDef, OptionKind};
+use diskimage_core::{
+    ByteRange, Device, Error, Extent, Node, NodeOptions, Preallocation, Result, Want, Wrapped, Wrapper,
+    ZeroMode, align_up,
+};
+
+use super::{Filter, FilterChild, FilterRequest, file_child};
+
+#[derive(Debug)]
+pub(super) struct Preallocate;
+
+const OPTIONS: &[OptionDef] = &[
+    OptionDef::new(
+        "prealloc-align",
+        OptionKind::Size,
+        "The file ends on multiples of this meanwhile",
+    )
+    .or("1M"),
+    OptionDef::new("prealloc-size", OptionKind::Size, "How much is set aside at once").or("128M"),
+];
+
+/// What `prealloc-align` is a multiple of.
+const SECTOR: u64 = 512;
+
+impl Filter for Preallocate {
+    fn name(&self) -> &'static str {
+        "preallocate"
+    }
+
+    fn children(&self, _options: &mut NodeOptions) -> Result<Vec<FilterChild>> {
+        Ok(file_child())
+    }
+
+    fn open(&self, request: FilterRequest<'_>) -> Result<Arc<dyn Device>> {
+        let node = request.node(self.name(), |_| false);
+        let options = request.options.absorb(OPTIONS)?;
+        let align = options.size("prealloc-align").unwrap_or(0);
+        if !align.is_multiple_of(SECTOR) {
+            return Err(Error::invalid(format!(
+                "prealloc-align parameter of preallocate filter is not aligned to {SECTOR}"
+            )));
+        }
+        let device = Arc::clone(&request.only_child()?.device);
+        let len = device.len();
+        Ok(Arc::new(Wrapped(Growing {
+            align: align.max(1),
+            step: options.size("prealloc-size").unwrap_or(0),
+            ends: Mutex::new(Ends { data: len, file: len }),
+            write: request.write,
+            device,
+            node,
+        })))
+    }
+}
+
+#[derive(Debug)]
+struct Growing {
+    device: Arc<dyn Device>,
+    align: u64,
+    step: u64,
+    ends: Mutex<Ends>,
+    write: bool,
+    node: Node,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Ends {
+    /// Where what was written ends: the length that everybody above sees.
+    data: u64,
+    /// Where the file ends.
+    file: u64,
+}
+
+impl Growing {
+    fn ends(&self) -> MutexGuard<'_, Ends> {
+        self.ends.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Sets room aside for a write that ends at `end`, and notes that the data reaches there.
+    fn make_room(&self, end: u64) {
+        let mut ends = self.ends();
+        ends.data = ends.data.max(end);
+        if end > ends.file {
+            let wanted = align_up(end.saturating_add(self.step), self.align);
+            let fresh = ByteRange::new(ends.file, wanted);
+            // Where storage cannot be had in advance the write itself finds its own.
+            ends.file = match self.device.resize(wanted, Preallocation::Falloc) {
+                Ok(()) => fresh.end(),
+                Err(_) => self.device.len().max(end),
+            };
+        }
+    }
+
+    /// Cuts off what was set aside and not used.
+    fn cut(&self, ends: &mut Ends) -> Result<()> {
+        if ends.file > ends.data {
+            self.device.resize(ends.data, Preallocation::Off)?;
+            ends.file = ends.data;
+        }
+        Ok(())
+    }
+}
+
+impl Wrapper for Growing {
+    fn below(&self) -> &Arc<dyn Device> {
+        &self.device
+    }
+
+    fn len(&self) -> u64 {
+        self.ends().data
+    }
+
+    fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
+        self.make_room(offset.saturating_add(buf.len() as u64));
+        self.device.write_at(buf, offset)
+    }
+
+    fn write_zeroes(&self, range: ByteRange, mode: ZeroMode) -> Result<()> {
+        self.make_room(range.end());
+        self.device.write_zeroes(range, mode)
+    }
+
+    fn status(&self, range: ByteRange, want: Want) -> Result<Extent> {
+        self.device.status(range, want)
+    }
+
+    fn resize(&self, len: u64, preallocation: Preallocation) -> Result<()> {
+        let mut ends = self.ends();
+        self.cut(&mut ends)?;
+        self.device.resize(len, preallocation)?;
+        *ends = Ends { data: len, file: len };
+        Ok(())
+    }
+
+    fn node(&self) -> Node {
+        self.node.clone()
+    }
+}
+
+impl Drop for Growing {
+    fn drop(&mut self) {
+        if self.write {
+            let mut ends = *self.ends();
+            // A file that stays too long is whole all the same.
+            let _ = self.cut(&mut ends);
+        }
+    }
+}

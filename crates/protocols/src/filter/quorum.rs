@@ -1,0 +1,318 @@
+//! `quorum`: several devices that should hold the same; what enough of them say counts.
+
+use std::sync::Arc;
+
+use diskimage_core::options::{OptionDef, OptionKind, Options};
+use diskimage_core::{
+    ByteRange, Device, Error, ErrorKind, Event, Extent, ExtentKind, Info, Limits, Node, NodeOptions,
+    Permissions, Preallocation, Result, Want, ZeroMode, errno,
+};
+
+use super::{ChildKind, Filter, FilterChild, FilterRequest, child, read_only};
+
+#[derive(Debug)]
+pub(super) struct Quorum;
+
+const OPTIONS: &[OptionDef] = &[
+    OptionDef::new("vote-threshold", OptionKind::Number, "So many have to agree"),
+    OptionDef::new("blkverify", OptionKind::Flag, "Both have to agree, or it ends").or("off"),
+    OptionDef::new(
+        "rewrite-corrupted",
+        OptionKind::Flag,
+        "Whoever disagrees gets what the others hold",
+    )
+    .or("off"),
+    OptionDef::new(
+        "read-pattern",
+        OptionKind::Text,
+        "Whether all are read, or the next if one fails (quorum, fifo)",
+    )
+    .or("quorum"),
+];
+
+/// More than anybody has: each one more is read as often.
+const MAX_CHILDREN: usize = 32;
+
+impl Filter for Quorum {
+    fn name(&self) -> &'static str {
+        "quorum"
+    }
+
+    fn children(&self, options: &mut NodeOptions) -> Result<Vec<FilterChild>> {
+        let given = options.node("children");
+        let mut count = 0;
+        while given.has(&count.to_string()) || given.has_node(&count.to_string()) {
+            count += 1;
+        }
+        let is_child = |name: &str| {
+            let index = name
+                .split('.')
+                .next()
+                .and_then(|index| index.parse::<usize>().ok());
+            index.is_some_and(|index| index < count)
+        };
+        if given.iter().any(|(name, _)| !is_child(name)) {
+            return Err(Error::invalid("Option children is not a valid array"));
+        }
+        if count == 0 {
+            return Err(Error::invalid("Number of provided children must be 1 or more"));
+        }
+        if count > MAX_CHILDREN {
+            return Err(Error::new(
+                ErrorKind::Limit,
+                format!("More than {MAX_CHILDREN} children"),
+            ));
+        }
+        // Before anything is opened, as there.
+        threshold(&options.clone().absorb(OPTIONS)?, count)?;
+        Ok((0..count)
+            .map(|index| child(&format!("children.{index}"), ChildKind::Image))
+            .collect())
+    }
+
+    fn open(&self, request: FilterRequest<'_>) -> Result<Arc<dyn Device>> {
+        let node = request.node(self.name(), |name| OPTIONS.iter().any(|def| def.name == name));
+        let options = request.options.absorb(OPTIONS)?;
+        let children: Vec<_> = request
+            .children
+            .iter()
+            .map(|below| Arc::clone(&below.device))
+            .collect();
+        let threshold = threshold(&options, children.len())?;
+        let pattern = match options.text("read-pattern") {
+            Some("fifo") => Pattern::Fifo,
+            Some("quorum") | None if options.flag("blkverify") == Some(true) => {
+                if children.len() != 2 || threshold != 2 {
+                    return Err(Error::invalid(
+                        "blkverify=on can only be set if there are exactly two files and vote-threshold is 2",
+                    ));
+                }
+                Pattern::Verify
+            }
+            Some("quorum") | None if options.flag("rewrite-corrupted") == Some(true) => {
+                if !request.write {
+                    return Err(read_only());
+                }
+                Pattern::Vote { mend: true }
+            }
+            Some("quorum") | None => Pattern::Vote { mend: false },
+            Some(_) => return Err(Error::invalid("Please set read-pattern as fifo or quorum")),
+        };
+        let len = children.first().map_or(0, |first| first.len());
+        if children.iter().any(|other| other.len() != len) {
+            return Err(Error::from_errno(errno::EIO).context("Could not refresh total sector count"));
+        }
+        Ok(Arc::new(Voting {
+            children,
+            threshold,
+            pattern,
+            len,
+            limits: Limits::default(),
+            node,
+        }))
+    }
+}
+
+fn threshold(options: &Options, children: usize) -> Result<usize> {
+    let threshold = options.number("vote-threshold").unwrap_or(0);
+    if threshold < 1 {
+        return Err(Error::invalid("Parameter 'vote-threshold' expects a value >= 1"));
+    }
+    usize::try_from(threshold)
+        .ok()
+        .filter(|threshold| *threshold <= children)
+        .ok_or_else(|| Error::invalid("threshold may not exceed children count"))
+}
+
+/// Who is asked when something is read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Pattern {
+    /// One after the other until one answers.
+    Fifo,
+    /// All, and enough have to agree.
+    Vote {
+        /// The others get what was agreed on.
+        mend: bool,
+    },
+    /// Both, and any disagreement ends it.
+    Verify,
+}
+
+#[derive(Debug)]
+struct Voting {
+    children: Vec<Arc<dyn Device>>,
+    threshold: usize,
+    pattern: Pattern,
+    len: u64,
+    limits: Limits,
+    node: Node,
+}
+
+impl Voting {
+    /// Has every child do something; enough have to succeed.
+    fn all(&self, mut task: impl FnMut(&Arc<dyn Device>) -> Result<()>) -> Result<()> {
+        let mut failures = Vec::new();
+        for child in &self.children {
+            failures.extend(task(child).err());
+        }
+        let succeeded = self.children.len() - failures.len();
+        match failures.into_iter().next() {
+            Some(first) if succeeded < self.threshold => Err(first),
+            _ => Ok(()),
+        }
+    }
+
+    fn read_first(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        let mut outcome = Ok(());
+        for child in &self.children {
+            outcome = child.read_at(buf, offset);
+            if outcome.is_ok() {
+                break;
+            }
+        }
+        outcome
+    }
+
+    fn read_agreed(&self, buf: &mut [u8], offset: u64, mend: bool) -> Result<()> {
+        let mut answers = Vec::new();
+        let mut failure = None;
+        for child in &self.children {
+            let mut answer = vec![0; buf.len()];
+            match child.read_at(&mut answer, offset) {
+                Ok(()) => answers.push((child, answer)),
+                Err(error) => failure = failure.or(Some(error)),
+            }
+        }
+        if answers.len() < self.threshold {
+            return Err(failure.unwrap_or_else(|| Error::from_errno(errno::EIO)));
+        }
+        let votes = |answer: &[u8]| answers.iter().filter(|(_, other)| *other == answer).count();
+        // Of several with as many votes, the first.
+        let winner = answers
+            .iter()
+            .map(|(_, answer)| answer)
+            .rev()
+            .max_by_key(|answer| votes(answer));
+        let Some(winner) = winner.filter(|winner| votes(winner) >= self.threshold) else {
+            return Err(Error::from_errno(errno::EIO));
+        };
+        buf.copy_from_slice(winner);
+        if mend {
+            for (child, _) in answers.iter().filter(|(_, answer)| answer != winner) {
+                child.write_at(winner, offset)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn read_verified(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        let mut answers = self.children.iter().map(|child| {
+            let mut answer = vec![0; buf.len()];
+            child.read_at(&mut answer, offset).map(|()| answer)
+        });
+        let (Some(one), Some(other)) = (answers.next(), answers.next()) else {
+            return Err(Error::from_errno(errno::EIO));
+        };
+        let (one, other) = (one?, other?);
+        if let Some(at) = one.iter().zip(&other).position(|(one, other)| one != other) {
+            return Err(Error::new(
+                ErrorKind::Corrupt,
+                format!(
+                    "quorum: offset={offset} bytes={} contents mismatch at offset {}",
+                    one.len(),
+                    offset + at as u64
+                ),
+            ));
+        }
+        buf.copy_from_slice(&one);
+        Ok(())
+    }
+}
+
+impl Device for Voting {
+    fn len(&self) -> u64 {
+        self.len
+    }
+
+    fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        match self.pattern {
+            Pattern::Fifo => self.read_first(buf, offset),
+            Pattern::Vote { mend } => self.read_agreed(buf, offset, mend),
+            Pattern::Verify => self.read_verified(buf, offset),
+        }
+    }
+
+    fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
+        self.all(|child| child.write_at(buf, offset))
+    }
+
+    fn write_zeroes(&self, range: ByteRange, mode: ZeroMode) -> Result<()> {
+        self.all(|child| child.write_zeroes(range, mode))
+    }
+
+    /// What each reads as after discarding is its own matter, and they would no longer agree.
+    fn discard(&self, _range: ByteRange) -> Result<()> {
+        Ok(())
+    }
+
+    /// Zeroes where enough say so, as far as all have the same to say.
+    fn status(&self, range: ByteRange, want: Want) -> Result<Extent> {
+        let (mut len, mut zeroes) = (range.len(), 0);
+        for child in &self.children {
+            if let Ok(extent) = child.status(range, want) {
+                len = len.min(extent.len);
+                zeroes += usize::from(extent.kind.is_zero());
+            }
+        }
+        Ok(Extent {
+            len,
+            kind: if zeroes >= self.threshold {
+                ExtentKind::Zero
+            } else {
+                ExtentKind::Data
+            },
+            depth: 0,
+            host: None,
+        })
+    }
+
+    fn flush(&self) -> Result<()> {
+        self.all(|child| child.flush())
+    }
+
+    fn resize(&self, _len: u64, _preallocation: Preallocation) -> Result<()> {
+        Err(Error::unsupported("Image format driver does not support resize"))
+    }
+
+    fn event(&self, event: Event) {
+        self.children.iter().for_each(|child| child.event(event));
+    }
+
+    fn lock(&self, permissions: Permissions) -> Result<()> {
+        self.children.iter().try_for_each(|child| child.lock(permissions))
+    }
+
+    fn is_view(&self) -> bool {
+        true
+    }
+
+    fn allocated_bytes(&self) -> Option<u64> {
+        self.children.iter().map(|child| child.allocated_bytes()).sum()
+    }
+
+    fn name(&self) -> String {
+        self.node.shown_name()
+    }
+
+    fn node(&self) -> Node {
+        self.node.clone()
+    }
+
+    fn info(&self) -> Result<Info> {
+        Ok(Info::default())
+    }
+}
