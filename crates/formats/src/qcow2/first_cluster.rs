@@ -59,6 +59,14 @@ impl FirstCluster {
         })
     }
 
+    /// Sets the features that writers who do not know them have to disclaim. Version 2 has none.
+    pub(super) fn set_autoclear(&mut self, features: u64) {
+        let at = usize::try_from(field::AUTOCLEAR).unwrap_or(usize::MAX);
+        if let Some(word) = self.header.get_mut(at..at + 8) {
+            word.copy_from_slice(&features.to_be_bytes());
+        }
+    }
+
     /// Sets how guest data is encrypted.
     pub(super) fn set_crypt_method(&mut self, method: u32) {
         if let Some(word) = self.header.get_mut(field::CRYPT_METHOD..field::CRYPT_METHOD + 4) {
@@ -217,13 +225,17 @@ impl Qcow2 {
         self.write_first_cluster(&old, &cluster.to_bytes()?)
     }
 
-    /// Writes a new first cluster, durably. A crash leaves what `old`, the present one, says or what `new` says; where the
-    /// cluster has no room for the detour, names may be torn.
+    /// Writes a new first cluster, durably. A crash leaves what `old`, the present one, says or what `new` says if
+    /// [`is_replaced_at_once`] does; otherwise what stands behind the first sector may be torn.
     ///
     /// # Errors
     /// As writing the file.
     pub(super) fn write_first_cluster(&self, old: &[u8], new: &[u8]) -> Result<()> {
         let file = &*self.file;
+        if let Some(sector) = only_sector(old, new) {
+            file.write_at(&new[sector.clone()], sector.start as u64)?;
+            return file.flush();
+        }
         let (head, tail) = new.split_at(SECTOR.min(new.len()));
         let write_tail = |range: Range<usize>| match tail.get(range.clone()) {
             Some(bytes)
@@ -234,10 +246,6 @@ impl Qcow2 {
             }
             _ => Ok(()),
         };
-        if old.get(SECTOR..) == Some(tail) {
-            file.write_at(head, 0)?;
-            return file.flush();
-        }
         match Detour::between(old, new)? {
             Some(Detour { bytes, name }) => {
                 file.write_at(&bytes[name..], name as u64)?;
@@ -257,6 +265,26 @@ impl Qcow2 {
             }
         }
     }
+}
+
+/// Whether [`Qcow2::write_first_cluster`] leaves nothing between `old` and `new` to a crash.
+///
+/// # Errors
+/// An old state that does not hold together.
+pub(super) fn is_replaced_at_once(old: &[u8], new: &[u8]) -> Result<bool> {
+    Ok(only_sector(old, new).is_some() || Detour::between(old, new)?.is_some())
+}
+
+/// The sector in which alone the two differ; the first one if they are the same.
+fn only_sector(old: &[u8], new: &[u8]) -> Option<Range<usize>> {
+    let sectors = old.chunks(SECTOR).zip(new.chunks(SECTOR)).enumerate();
+    let mut differing = sectors.filter(|(_, (old, new))| old != new);
+    let sector = differing.next().map_or(0, |(sector, _)| sector);
+    let start = sector * SECTOR;
+    differing
+        .next()
+        .is_none()
+        .then(|| start..(start + SECTOR).min(new.len()))
 }
 
 /// What stands in the first cluster between the old state and the new one.

@@ -7,7 +7,8 @@
 //! While guest data is being written, the bitmaps that record it are marked as in use in the file: after a crash nobody
 //! relies on them. What was written is collected in memory and becomes bits when the image is flushed. Nothing that a
 //! directory refers to is ever changed in place. Clusters of bits, tables and directory go to new places, first to last,
-//! and then the header's extension says where: at any moment the file has either the old bitmaps or the new ones.
+//! and then the header's extension says where: at any moment the file has either the old bitmaps or the new ones. Only where
+//! the extension stands across sectors of a first cluster that is too full to move things, it has none meanwhile.
 //!
 //! * `directory`, `table`: structures, as bytes and as types;
 //! * `written`: what was written since;

@@ -8,7 +8,7 @@ use zerocopy::byteorder::big_endian::{U32, U64};
 
 use super::super::extension::{BitmapsExtension, kind};
 use super::super::feature::Autoclear;
-use super::super::first_cluster::FirstCluster;
+use super::super::first_cluster::{FirstCluster, is_replaced_at_once};
 use super::super::header::{Header, field};
 use super::super::{Qcow2, State};
 use super::directory::{Bitmap, Directory, flag};
@@ -287,49 +287,46 @@ impl Qcow2 {
         self.write_back(state)
     }
 
-    /// Changes the header's extension, and goes by it from then on. If that takes more than one word, readers are told
-    /// meanwhile that there are no bitmaps to rely on.
+    /// Changes the header's extension, and goes by it from then on. Where that cannot be done at once, because the
+    /// extension stands across sectors and there is no room for a detour, readers are told meanwhile that there are no
+    /// bitmaps to rely on.
     fn write_extension(&self, state: &mut State, new: Option<BitmapsExtension>) -> Result<()> {
-        let with_new = |old: &[u8]| {
+        let with_new = |old: &[u8], features: u64| {
             let mut cluster = FirstCluster::read(old)?;
             cluster.set_extension(kind::BITMAPS, new.as_ref().map(IntoBytes::as_bytes));
+            cluster.set_autoclear(features);
             cluster.to_bytes()
         };
-        let old = self.first_cluster()?;
-        let bytes = with_new(&old)?;
-        let differs = |at: &usize| old[*at] != bytes[*at];
-        let (Some(first), Some(last)) = (
-            (0..bytes.len()).find(differs),
-            (0..bytes.len()).rev().find(differs),
-        ) else {
-            state.bitmaps.extension = new;
-            return Ok(());
-        };
-        let trusted = Header::parse(&old, true)?.bitmaps().is_some();
-        if first / 8 == last / 8 && trusted && new.is_some() {
-            let word = first / 8 * 8..first / 8 * 8 + 8;
-            self.file.write_at(&bytes[word.clone()], word.start as u64)?;
-            // From here on it is the new one that a reader finds.
-            state.bitmaps.extension = new;
-            return self.file.flush();
+        let others = self.header.features.autoclear.0 & Autoclear::KNOWN & !Autoclear::BITMAPS;
+        let all = others | new.map_or(0, |_| Autoclear::BITMAPS);
+        let mut old = self.first_cluster()?;
+        let detached = !is_replaced_at_once(&old, &with_new(&old, all)?)?;
+        if detached {
+            self.write_autoclear(others)?;
+            old = self.first_cluster()?;
         }
-        self.write_autoclear(false)?;
-        let old = self.first_cluster()?;
-        self.write_first_cluster(&old, &with_new(&old)?)?;
-        state.bitmaps.extension = new;
-        if new.is_some() {
-            self.write_autoclear(true)?;
+        let features = if detached { others } else { all };
+        let outcome = self.write_first_cluster(&old, &with_new(&old, features)?);
+        match &outcome {
+            Ok(()) => state.bitmaps.extension = new,
+            // Go by the one that a reader finds. Where none is to be relied on, the old one is still there.
+            Err(_) if detached => {}
+            Err(_) => {
+                let found = self.first_cluster().and_then(|now| Header::parse(&now, true));
+                if let Ok(header) = found {
+                    state.bitmaps.extension = header.bitmaps();
+                }
+            }
         }
-        Ok(())
+        outcome?;
+        if features == all {
+            Ok(())
+        } else {
+            self.write_autoclear(all)
+        }
     }
 
-    fn write_autoclear(&self, bitmaps: bool) -> Result<()> {
-        let others = self.header.features.autoclear.0 & Autoclear::KNOWN & !Autoclear::BITMAPS;
-        let features = if bitmaps {
-            others | Autoclear::BITMAPS
-        } else {
-            others
-        };
+    fn write_autoclear(&self, features: u64) -> Result<()> {
         self.file.write_at(&features.to_be_bytes(), field::AUTOCLEAR)?;
         self.file.flush()
     }

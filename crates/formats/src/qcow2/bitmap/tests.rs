@@ -6,12 +6,16 @@ use diskimage_core::{
     BitmapInfo, Bitmaps, Budget, ByteRange, Device, Image, MemoryDevice, NewBitmap, Repair,
 };
 use diskimage_core::{NodeOptions, OpenRequest, Preallocation, Progress, ResizeRequest, Result, ZeroMode};
+use diskimage_testing::{Journal, Recorder};
 
 use super::super::Qcow2;
 use super::super::tests::{Closed, create};
 
 fn open(file: &Arc<MemoryDevice>, write: bool) -> Result<(Arc<Qcow2>, Image)> {
-    let device: Arc<dyn Device> = Arc::<MemoryDevice>::clone(file);
+    open_on(Arc::<MemoryDevice>::clone(file), write)
+}
+
+fn open_on(device: Arc<dyn Device>, write: bool) -> Result<(Arc<Qcow2>, Image)> {
     let layer = Qcow2::open(OpenRequest {
         file: device,
         name: "test",
@@ -266,6 +270,43 @@ fn the_name_of_the_backing_file_survives_new_bitmaps() {
         ("below.raw", Some("raw"))
     );
     check(&file);
+}
+
+/// With the bitmap "a" from before, and names that leave the header's extension in the first sector, or move what is
+/// behind it from sector to sector.
+#[test]
+fn a_crash_leaves_the_bitmaps_from_before_or_after() {
+    let long = format!("backing_file={},backing_fmt=raw", "below".repeat(100));
+    for options in [
+        "cluster_size=512",
+        "",
+        "backing_file=below,backing_fmt=raw",
+        &long,
+    ] {
+        let file = create(options, 1 << 20, &Closed);
+        add(&open(&file, true).expect("opens").0, "a", 65536, true);
+        let changes: [fn(&Qcow2); 2] = [
+            |layer| add(layer, "b", 65536, true),
+            |layer| layer.set_enabled("a", false).expect("there"),
+        ];
+        for change in changes {
+            let before = file.contents();
+            let journal: Arc<Journal> = Arc::default();
+            let recorder: Arc<dyn Device> = Arc::new(Recorder::new(before.clone(), 0, &journal));
+            change(&open_on(recorder, true).expect("opens").0);
+            let mut known = vec![list(&file)];
+            let after = Arc::new(MemoryDevice::new(before.clone()));
+            change(&open(&after, true).expect("opens").0);
+            known.push(list(&after));
+            assert_ne!(known[0], known[1]);
+            journal.crashes(&[before], 12, 0x5eed, |crash| {
+                let left = Arc::new(MemoryDevice::new(crash.files[0].clone()));
+                let found = list(&left);
+                let place = (crash.position, crash.kept);
+                assert!(known.contains(&found), "{options}: {place:?}: {found:?}");
+            });
+        }
+    }
 }
 
 #[test]
