@@ -39,6 +39,8 @@ mod gate;
 mod graph;
 mod guess;
 mod map;
+#[cfg(test)]
+mod mishap;
 mod open;
 mod probe;
 mod rebase;

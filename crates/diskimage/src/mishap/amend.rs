@@ -1,0 +1,90 @@
+//! `amend`: the disk is the same in another version of the format.
+
+use std::sync::Arc;
+
+use diskimage_core::options::Options;
+use diskimage_core::{AmendRequest, Progress, Result};
+use diskimage_formats::format_by_name;
+
+use super::disks::{Disks, Plan, make};
+use super::{Command, try_all};
+use crate::OpenOptions;
+
+const KIB: u64 = 1024;
+
+/// The whole command with these options.
+fn amend(list: &'static str) -> impl Fn(&Disks) -> Result<()> {
+    move |disks| {
+        let image = disks.open("top", OpenOptions::new().write(true))?;
+        let format = format_by_name(image.layer().format()).expect("known");
+        let mut options = Options::new(format.amend_options().expect("can be amended"));
+        options.parse(list).expect("valid");
+        image.layer().amend(&AmendRequest {
+            options: &options,
+            force: false,
+            objects: &Arc::default(),
+            progress: &Progress::none(),
+        })
+    }
+}
+
+fn plan(options: &'static str) -> Plan {
+    Plan::qcow2(options, 96 * KIB)
+        .data(0, 40_000, 1)
+        .zeroes(8192, 4096)
+}
+
+#[test]
+fn an_amended_disk_stays_as_it_is() {
+    let command = |name, options, list| Command::new(name, make(&[plan(options)]), amend(list));
+    let above = || {
+        make(&[
+            plan("cluster_size=4k,backing_file=base,backing_fmt=qcow2"),
+            Plan::qcow2("cluster_size=4k", 128 * KIB).data(0, 128 * KIB, 5),
+        ])
+    };
+    let snapshot = || make(&[plan("cluster_size=4k").snapshot("old").data(30_000, 20_000, 2)]);
+    let commands = [
+        command("down", "cluster_size=4k", "compat=0.10"),
+        command("down in small clusters", "cluster_size=512", "compat=0.10"),
+        command(
+            "down with lazy refcounts",
+            "cluster_size=4k,lazy_refcounts=on",
+            "compat=0.10",
+        ),
+        Command::new("down above another", above(), amend("compat=0.10")),
+        Command::new("down with a snapshot", snapshot(), amend("compat=0.10")),
+        command("up", "cluster_size=4k,compat=0.10", "compat=1.1"),
+        command(
+            "up and lazy",
+            "cluster_size=4k,compat=0.10",
+            "compat=1.1,lazy_refcounts=on",
+        ),
+        command("wider counts", "cluster_size=512", "refcount_bits=64"),
+        command("narrower counts", "cluster_size=4k", "refcount_bits=1"),
+        Command::new(
+            "narrower counts with a snapshot",
+            snapshot(),
+            amend("refcount_bits=2"),
+        ),
+        command(
+            "up and wider counts",
+            "cluster_size=4k,compat=0.10",
+            "compat=1.1,refcount_bits=32",
+        ),
+        command("lazy refcounts", "cluster_size=4k", "lazy_refcounts=on"),
+        command(
+            "no lazy refcounts",
+            "cluster_size=4k,lazy_refcounts=on",
+            "lazy_refcounts=off",
+        ),
+        command("larger", "cluster_size=512", "size=160k"),
+        command("smaller", "cluster_size=512", "size=24k").gradual(),
+        command(
+            "everything",
+            "cluster_size=512,compat=0.10",
+            "compat=1.1,refcount_bits=8,size=160k",
+        ),
+    ];
+    try_all("amend", &commands, (300, 300));
+}

@@ -1,0 +1,89 @@
+//! `rebase`: the disk is the same on the old chain and on the new one.
+
+use diskimage_core::{Backing, Progress, Result};
+
+use super::disks::{Disks, Files, Plan, make};
+use super::{Command, try_all};
+use crate::{OpenOptions, Rebase, check_backing, set_backing};
+
+const KIB: u64 = 1024;
+
+fn named(name: &str) -> Backing {
+    Backing {
+        name: name.to_owned(),
+        format: Some("qcow2".to_owned()),
+    }
+}
+
+/// The whole command.
+fn rebase(new: Option<&'static str>, compress: bool) -> impl Fn(&Disks) -> Result<()> {
+    move |disks| {
+        let image = disks.open("top", OpenOptions::new().write(true))?;
+        let below = new.map(|name| disks.open(name, OpenOptions::new())).transpose()?;
+        let backing = new.map(named);
+        check_backing(&image, backing.as_ref())?;
+        Rebase {
+            image: &image,
+            new: below.as_ref(),
+            compress,
+            progress: Progress::none(),
+        }
+        .run()?;
+        set_backing(&image, backing.as_ref())
+    }
+}
+
+/// The command with `-u`.
+fn rename(new: Option<&'static str>) -> impl Fn(&Disks) -> Result<()> {
+    move |disks| {
+        let options = OpenOptions::new().write(true).no_backing(true);
+        set_backing(&*disks.open("top", options)?, new.map(named).as_ref())
+    }
+}
+
+fn files(options: &'static str) -> Files {
+    make(&[
+        Plan::qcow2(options, 96 * KIB)
+            .data(3000, 6000, 2)
+            .zeroes(16 * KIB, 8 * KIB),
+        Plan::qcow2("cluster_size=4k", 96 * KIB)
+            .data(0, 70_000, 1)
+            .data(80_000, 512, 4),
+        Plan::qcow2("cluster_size=4k", 64 * KIB)
+            .data(0, 30_000, 1)
+            .data(40_000, 9000, 3),
+    ])
+}
+
+#[test]
+fn the_disk_stays_as_it_is_on_another_image() {
+    let plain = "cluster_size=4k,backing_file=base,backing_fmt=qcow2";
+    let small = "cluster_size=512,backing_file=base,backing_fmt=qcow2";
+    let subclusters = "cluster_size=16k,extended_l2=on,backing_file=base,backing_fmt=qcow2";
+    let old = "cluster_size=4k,compat=0.10,backing_file=base,backing_fmt=qcow2";
+    let commands = [
+        Command::new("onto another", files(plain), rebase(Some("new"), false)),
+        Command::new(
+            "onto another, small clusters",
+            files(small),
+            rebase(Some("new"), false),
+        ),
+        Command::new(
+            "onto another, subclusters",
+            files(subclusters),
+            rebase(Some("new"), false),
+        ),
+        Command::new("onto another, version 2", files(old), rebase(Some("new"), false)),
+        Command::new(
+            "onto another, compressed",
+            files(plain),
+            rebase(Some("new"), true),
+        ),
+        Command::new("onto nothing", files(plain), rebase(None, false)),
+        Command::new("onto nothing, compressed", files(small), rebase(None, true)),
+        Command::new("another name", files(plain), rename(Some("new"))),
+        Command::new("another name, small clusters", files(small), rename(Some("new"))),
+        Command::new("no name", files(plain), rename(None)),
+    ];
+    try_all("rebase", &commands, (500, 500));
+}

@@ -1,0 +1,66 @@
+//! `resize`: what is added is zero, and what stays is as it was.
+
+use diskimage_core::{Preallocation, Result};
+
+use super::disks::{Disks, Files, Plan, make};
+use super::{Command, try_all};
+use crate::{OpenOptions, ShrinkPolicy};
+
+const KIB: u64 = 1024;
+
+/// The whole command.
+fn resize(len: u64, preallocation: Preallocation) -> impl Fn(&Disks) -> Result<()> {
+    move |disks| {
+        let image = disks.open("top", OpenOptions::new().write(true).resize(true))?;
+        crate::resize(&image, len, preallocation, ShrinkPolicy::Allow)
+    }
+}
+
+fn files(options: &'static str) -> Files {
+    make(&[Plan::qcow2(options, 62 * KIB)
+        .data(0, 20_000, 1)
+        .data(40_000, 23_000, 2)])
+}
+
+/// Above an image that reaches farther.
+fn above(options: &'static str) -> Files {
+    make(&[
+        Plan::qcow2(options, 62 * KIB).data(0, 20_000, 1),
+        Plan::qcow2("cluster_size=4k", 128 * KIB).data(0, 128 * KIB, 5),
+    ])
+}
+
+#[test]
+fn a_disk_has_the_old_size_or_the_new_one() {
+    let (plain, small) = ("cluster_size=4k", "cluster_size=512");
+    let backed = "cluster_size=4k,backing_file=base,backing_fmt=qcow2";
+    let raw = || make(&[Plan::raw(62 * KIB).data(0, 62 * KIB, 1)]);
+    let snapshot = make(&[Plan::qcow2(plain, 62 * KIB).data(0, 60_000, 1).snapshot("old")]);
+    let (off, large) = (Preallocation::Off, 120 * KIB);
+    let commands = [
+        Command::new("grow", files(plain), resize(large, off)),
+        Command::new("grow small clusters", files(small), resize(300 * KIB, off)),
+        Command::new(
+            "grow with tables",
+            files(small),
+            resize(large, Preallocation::Metadata),
+        ),
+        Command::new(
+            "grow with storage",
+            files(plain),
+            resize(large, Preallocation::Falloc),
+        ),
+        Command::new(
+            "grow with zeroes",
+            files(plain),
+            resize(large, Preallocation::Full),
+        ),
+        Command::new("grow raw", raw(), resize(large, off)),
+        Command::new("shrink", files(plain), resize(30 * KIB, off)).gradual(),
+        Command::new("shrink small clusters", files(small), resize(512, off)).gradual(),
+        Command::new("shrink above another", above(backed), resize(30 * KIB, off)).gradual(),
+        Command::new("shrink above a snapshot", snapshot, resize(30 * KIB, off)).gradual(),
+        Command::new("shrink raw", raw(), resize(30 * KIB, off)),
+    ];
+    try_all("resize", &commands, (400, 400));
+}
