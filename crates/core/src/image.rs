@@ -14,8 +14,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::errno;
 use crate::{
-    ByteRange, Device, Encoded, Error, ErrorKind, Event, Extent, ExtentKind, Holes, Info, Layer, Limits,
-    Node, NodeOptions, Preallocation, ResizeRequest, Result, Run, RunKind, Want, WritePlan, WriteRun,
+    AmendRequest, ByteRange, Device, Encoded, Error, ErrorKind, Event, Extent, ExtentKind, Holes, Info, Layer,
+    Limits, Node, NodeOptions, Preallocation, ResizeRequest, Result, Run, RunKind, Want, WritePlan, WriteRun,
     ZeroMode, align_down, align_up, is_zero,
 };
 
@@ -149,17 +149,7 @@ impl Image {
         self.require_writable()?;
         self.forget_decoded();
         self.layer.check_resize(request)?;
-        let mut old = self.len();
-        let below = self.backing.as_ref().map_or(0, |below| below.len());
-        // The rest of the unit that the disk ends in is never set aside in advance: what is below shows there.
-        let rest = request.len.min(align_up(old, self.layer.granularity()));
-        if request.preallocation != Preallocation::Off && old < rest && old < below {
-            self.resize_with(&ResizeRequest {
-                len: rest,
-                preallocation: Preallocation::Off,
-            })?;
-            old = rest;
-        }
+        let old = self.len();
         // What is cut off must not come back when the disk grows again.
         let tail = ByteRange::new(
             request.len,
@@ -168,33 +158,48 @@ impl Image {
         if !tail.is_empty() && !self.is_known_zero(tail)? {
             self.write_zero_bytes(tail)?;
         }
-        self.layer.resize(request)?;
-        // What the disk grew over may be in a larger image below.
-        let uncovered = ByteRange::new(old, request.len.min(below));
-        if uncovered.is_empty() {
-            return Ok(());
+        if request.len > old {
+            self.detach_end()?;
         }
-        match request.preallocation {
-            Preallocation::Off => self.write_zeroes(uncovered, ZeroMode::Unmap),
-            // As there: the tables that were made say of all that is new that it is zero.
-            Preallocation::Metadata => {
-                self.write_zeroes(ByteRange::new(old, request.len), ZeroMode::KeepAllocated)
-            }
-            Preallocation::Falloc | Preallocation::Full => self.hide_below(uncovered),
-        }
+        self.layer.resize(request, self.below_len())
     }
 
-    /// Makes zero what shows from the image below in `range`; what is there already stays.
-    fn hide_below(&self, range: ByteRange) -> Result<()> {
-        let mut rest = range;
-        while !rest.is_empty() {
-            let run = self.layer.map(rest)?;
-            if let RunKind::Unallocated { .. } = run.kind {
-                self.write_zeroes(rest.first(run.len), ZeroMode::KeepAllocated)?;
-            }
-            rest = rest.skip(run.len);
+    /// Changes options that the image was created with. It has to be opened again afterwards.
+    ///
+    /// # Errors
+    /// What the format cannot change.
+    pub fn amend(&self, request: &AmendRequest<'_>) -> Result<()> {
+        self.require_writable()?;
+        self.forget_decoded();
+        if request.options.size("size").is_some_and(|len| len > self.len()) {
+            self.detach_end()?;
         }
-        Ok(())
+        self.layer.amend(request, self.below_len())
+    }
+
+    fn below_len(&self) -> u64 {
+        self.backing.as_ref().map_or(0, |below| below.len())
+    }
+
+    /// Has the layer hold the unit that the disk ends in, if the rest of that unit would show the image below once the
+    /// disk grows. The disk reads as before.
+    fn detach_end(&self) -> Result<()> {
+        let Some(below) = &self.backing else { return Ok(()) };
+        let (end, unit) = (self.len(), self.layer.write_unit());
+        let last = ByteRange::new(align_down(end, unit), end);
+        let hidden = ByteRange::new(end, align_up(end, unit)).intersect(ByteRange::new(0, below.len()));
+        if last.is_empty() || hidden.is_empty() || below.is_known_zero(hidden)? {
+            return Ok(());
+        }
+        let RunKind::Unallocated { .. } = self.layer.map(last)?.kind else {
+            return Ok(());
+        };
+        // Zeroes up to the end of the unit are written as well, as the original does.
+        let mut bytes = vec![0; usize::try_from(unit).map_err(|_| Error::corrupt("Cluster too large"))?];
+        let inside = usize::try_from(last.len()).unwrap_or(bytes.len());
+        self.read_at(&mut bytes[..inside], last.start())?;
+        self.begin_write(last)?
+            .finish_with(|device, offset, _| device.write_at(&bytes, offset))
     }
 
     fn require_writable(&self) -> Result<()> {

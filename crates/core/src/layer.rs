@@ -157,18 +157,19 @@ pub trait Layer: Debug + Send + Sync {
         Ok(())
     }
 
-    /// Changes the disk's size.
+    /// Changes the disk's size. The image below reaches to `below`, 0 if there is none: of what is added, nothing may show
+    /// it at any moment.
     ///
     /// # Errors
     /// What the format cannot do, each in words of its own.
-    fn resize(&self, request: &ResizeRequest) -> Result<()>;
+    fn resize(&self, request: &ResizeRequest, below: u64) -> Result<()>;
 
     /// Changes options that the image was created with. Afterwards the layer refuses to write: the image has to be opened
-    /// again.
+    /// again. `below` is as for [`Layer::resize`].
     ///
     /// # Errors
     /// What the format cannot change, each in words of its own.
-    fn amend(&self, _request: &AmendRequest<'_>) -> Result<()> {
+    fn amend(&self, _request: &AmendRequest<'_>, _below: u64) -> Result<()> {
         Err(Error::unsupported(format!(
             "Format driver '{}' does not support option amendment",
             self.format()

@@ -300,7 +300,7 @@ impl Layer for RawLayer {
         })
     }
 
-    fn resize(&self, request: &ResizeRequest) -> Result<()> {
+    fn resize(&self, request: &ResizeRequest, _below: u64) -> Result<()> {
         if self.window.size.is_some() {
             return Err(Error::unsupported("Cannot resize fixed-size raw disks"));
         }

@@ -171,7 +171,7 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     progress.set(0, 1);
     progress.restart();
     let report = |done, total| progress.set(done, total);
-    let outcome = image.layer().amend(&AmendRequest {
+    let outcome = image.amend(&AmendRequest {
         options: &options,
         force: args.force,
         objects: &args.objects,

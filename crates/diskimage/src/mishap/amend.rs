@@ -19,7 +19,7 @@ fn amend(list: &'static str) -> impl Fn(&Disks) -> Result<()> {
         let format = format_by_name(image.layer().format()).expect("known");
         let mut options = Options::new(format.amend_options().expect("can be amended"));
         options.parse(list).expect("valid");
-        image.layer().amend(&AmendRequest {
+        image.amend(&AmendRequest {
             options: &options,
             force: false,
             objects: &Arc::default(),
@@ -43,6 +43,10 @@ fn an_amended_disk_stays_as_it_is() {
             Plan::qcow2("cluster_size=4k", 128 * KIB).data(0, 128 * KIB, 5),
         ])
     };
+    let end_inside_a_cluster = make(&[
+        Plan::qcow2("cluster_size=4k,backing_file=base,backing_fmt=qcow2", 62 * KIB).data(0, 10_000, 1),
+        Plan::qcow2("cluster_size=4k", 128 * KIB).data(0, 128 * KIB, 5),
+    ]);
     let snapshot = || make(&[plan("cluster_size=4k").snapshot("old").data(30_000, 20_000, 2)]);
     let commands = [
         command("down", "cluster_size=4k", "compat=0.10"),
@@ -79,6 +83,7 @@ fn an_amended_disk_stays_as_it_is() {
             "lazy_refcounts=off",
         ),
         command("larger", "cluster_size=512", "size=160k"),
+        Command::new("larger above another", end_inside_a_cluster, amend("size=160k")),
         command("smaller", "cluster_size=512", "size=24k").gradual(),
         command(
             "everything",

@@ -34,6 +34,9 @@ fn above(options: &'static str) -> Files {
 fn a_disk_has_the_old_size_or_the_new_one() {
     let (plain, small) = ("cluster_size=4k", "cluster_size=512");
     let backed = "cluster_size=4k,backing_file=base,backing_fmt=qcow2";
+    let backed_small = "cluster_size=512,backing_file=base,backing_fmt=qcow2";
+    let backed_sub = "cluster_size=32k,extended_l2=on,backing_file=base,backing_fmt=qcow2";
+    let backed_old = "cluster_size=4k,compat=0.10,backing_file=base,backing_fmt=qcow2";
     let raw = || make(&[Plan::raw(62 * KIB).data(0, 62 * KIB, 1)]);
     let snapshot = make(&[Plan::qcow2(plain, 62 * KIB).data(0, 60_000, 1).snapshot("old")]);
     let (off, large) = (Preallocation::Off, 120 * KIB);
@@ -55,6 +58,42 @@ fn a_disk_has_the_old_size_or_the_new_one() {
             files(plain),
             resize(large, Preallocation::Full),
         ),
+        Command::new("grow above another", above(backed), resize(large, off)),
+        Command::new(
+            "grow small clusters above another",
+            above(backed_small),
+            resize(large, off),
+        ),
+        Command::new(
+            "grow with tables above another",
+            above(backed),
+            resize(large, Preallocation::Metadata),
+        ),
+        Command::new(
+            "grow with zeroes above another",
+            above(backed),
+            resize(large, Preallocation::Full),
+        ),
+        Command::new(
+            "grow subclusters above another",
+            above(backed_sub),
+            resize(large, off),
+        ),
+        Command::new(
+            "grow subclusters with storage above another",
+            above(backed_sub),
+            resize(large, Preallocation::Falloc),
+        ),
+        Command::new(
+            "grow version 2 above another",
+            above(backed_old),
+            resize(large, off),
+        ),
+        Command::new(
+            "grow version 2 with tables above another",
+            above(backed_old),
+            resize(large, Preallocation::Metadata),
+        ),
         Command::new("grow raw", raw(), resize(large, off)),
         Command::new("shrink", files(plain), resize(30 * KIB, off)).gradual(),
         Command::new("shrink small clusters", files(small), resize(512, off)).gradual(),
@@ -62,5 +101,5 @@ fn a_disk_has_the_old_size_or_the_new_one() {
         Command::new("shrink above a snapshot", snapshot, resize(30 * KIB, off)).gradual(),
         Command::new("shrink raw", raw(), resize(30 * KIB, off)),
     ];
-    try_all("resize", &commands, (400, 400));
+    try_all("resize", &commands, (500, 500));
 }

@@ -203,7 +203,7 @@ impl Layer for LuksLayer {
         })
     }
 
-    fn resize(&self, request: &ResizeRequest) -> Result<()> {
+    fn resize(&self, request: &ResizeRequest, _below: u64) -> Result<()> {
         let len = self
             .volume
             .payload_offset()
@@ -216,7 +216,7 @@ impl Layer for LuksLayer {
         self.file.resize(len, request.preallocation)
     }
 
-    fn amend(&self, request: &AmendRequest<'_>) -> Result<()> {
+    fn amend(&self, request: &AmendRequest<'_>, _below: u64) -> Result<()> {
         let change = amend::SlotChange {
             options: request.options,
             prefix: "",

@@ -188,7 +188,7 @@ fn check_downgrade(header: &Header) -> Result<()> {
 
 impl Qcow2 {
     /// Changes what the options say. Afterwards this layer refuses to write: the image is another one now.
-    pub(super) fn amend_options(&self, request: &AmendRequest<'_>) -> Result<()> {
+    pub(super) fn amend_options(&self, request: &AmendRequest<'_>, below: u64) -> Result<()> {
         let changes = Changes::parse(request, &self.header)?;
         self.change_key_slots(request)?;
         let resize = |len| ResizeRequest {
@@ -224,7 +224,7 @@ impl Qcow2 {
         self.reopen()?.change_features(&changes)?;
         if let Some(len) = changes.size {
             let image = self.reopen()?;
-            image.change_size(&resize(len))?;
+            image.change_size(&resize(len), below)?;
             image.flush()?;
         }
         if changes.version == Some(2) {

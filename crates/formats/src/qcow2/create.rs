@@ -59,10 +59,12 @@ pub(super) fn create(request: &CreateRequest<'_>) -> Result<()> {
         (Preallocation::Off, true) => Preallocation::Metadata,
         (mode, _) => mode,
     };
-    image.grow_to(&ResizeRequest {
+    let size = ResizeRequest {
         len: request.size.next_multiple_of(512),
         preallocation,
-    })?;
+    };
+    // The image below shows everywhere.
+    image.grow_to(&size, 0)?;
     diskimage_core::Layer::flush(&*image)?;
     request.file.flush()
 }

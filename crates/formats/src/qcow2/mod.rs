@@ -438,8 +438,8 @@ impl Layer for Qcow2 {
         self.check_size(request)
     }
 
-    fn resize(&self, request: &ResizeRequest) -> Result<()> {
-        self.change_size(request)
+    fn resize(&self, request: &ResizeRequest, below: u64) -> Result<()> {
+        self.change_size(request, below)
     }
 
     fn is_zero_when_new(&self) -> bool {
@@ -447,8 +447,8 @@ impl Layer for Qcow2 {
         self.volume.is_none() || !self.has_tables()
     }
 
-    fn amend(&self, request: &AmendRequest<'_>) -> Result<()> {
-        self.amend_options(request)
+    fn amend(&self, request: &AmendRequest<'_>, below: u64) -> Result<()> {
+        self.amend_options(request, below)
     }
 
     fn flush(&self) -> Result<()> {

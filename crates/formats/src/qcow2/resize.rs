@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::PoisonError;
 
 use diskimage_core::errno;
-use diskimage_core::{ByteRange, Error, Event, Preallocation, ResizeRequest, Result};
+use diskimage_core::{ByteRange, Error, ErrorKind, Event, Preallocation, ResizeRequest, Result, ZeroMode};
 use zerocopy::IntoBytes;
 use zerocopy::byteorder::big_endian::{U32, U64};
 
@@ -25,8 +25,8 @@ impl Qcow2 {
         self.bitmaps_can_follow(&self.lock(), request.len)
     }
 
-    /// Grows or shrinks the disk.
-    pub(super) fn change_size(&self, request: &ResizeRequest) -> Result<()> {
+    /// Grows or shrinks the disk, on an image below that reaches to `below`.
+    pub(super) fn change_size(&self, request: &ResizeRequest, below: u64) -> Result<()> {
         self.check_size(request)?;
         let mut state = self.lock();
         let old = state.size;
@@ -37,15 +37,16 @@ impl Qcow2 {
         let outcome = if request.len < old {
             self.shrink_to(request)
         } else {
-            self.grow_to(request)
+            self.grow_to(request, below)
         };
         // Also after a failure: the bitmaps still fit the size that the disk has then.
         let stored = self.finish_resize(&mut self.lock(), old);
         outcome.and(stored)
     }
 
-    /// Makes the disk larger; what is new is unallocated unless preallocation is asked for.
-    pub(super) fn grow_to(&self, request: &ResizeRequest) -> Result<()> {
+    /// Makes the disk larger; what is new is unallocated unless preallocation is asked for, or zero where the image below
+    /// would show, which reaches to `below`.
+    pub(super) fn grow_to(&self, request: &ResizeRequest, below: u64) -> Result<()> {
         let geometry = self.header.geometry;
         let entries = geometry.l1_entries(request.len);
         if entries * 8 > limit::L1_BYTES || i64::try_from(request.len).is_err() {
@@ -72,7 +73,38 @@ impl Qcow2 {
             let start = old.next_multiple_of(geometry.cluster_size());
             self.preallocate(ByteRange::new(start, request.len), mode)?;
         }
+        if old < below {
+            self.hide_below(old, request, below)?;
+        }
         self.set_size(request.len)
+    }
+
+    /// Makes what is added to a disk of `old` bytes zero where it would show the image below, before the disk has it.
+    fn hide_below(&self, old: u64, request: &ResizeRequest, below: u64) -> Result<()> {
+        let geometry = self.header.geometry;
+        let start = old.next_multiple_of(geometry.cluster_size());
+        let rest = ByteRange::new(old.next_multiple_of(geometry.subcluster_size()), start);
+        if !rest.is_empty() {
+            // A compressed cluster has nothing that would show.
+            sparing_unsupported(self.zero_clusters(rest, ZeroMode::KeepAllocated))?;
+        }
+        let (end, mode) = match request.preallocation {
+            Preallocation::Off => (request.len.min(below), ZeroMode::Unmap),
+            // The tables that were made say of all that is new that it is zero.
+            Preallocation::Metadata => (request.len, ZeroMode::KeepAllocated),
+            // Clusters that are set aside hide what is below, but not if they are divided.
+            _ if geometry.extended_l2 => (request.len, ZeroMode::KeepAllocated),
+            _ => return Ok(()),
+        };
+        let added = ByteRange::new(start, end.next_multiple_of(geometry.cluster_size()).max(start));
+        if added.is_empty() {
+            return Ok(());
+        }
+        let zeroed = self.zero_clusters(added, mode);
+        if request.preallocation == Preallocation::Off && !is_supported(&zeroed) {
+            return self.preallocate(added, Preallocation::Full);
+        }
+        sparing_unsupported(zeroed)
     }
 
     fn set_size(&self, len: u64) -> Result<()> {
@@ -202,4 +234,13 @@ impl Qcow2 {
             Ok(())
         }
     }
+}
+
+/// Whether an operation is one that the version of the format has.
+fn is_supported(outcome: &Result<()>) -> bool {
+    !matches!(outcome, Err(error) if error.kind() == ErrorKind::Unsupported)
+}
+
+fn sparing_unsupported(outcome: Result<()>) -> Result<()> {
+    if is_supported(&outcome) { outcome } else { Ok(()) }
 }

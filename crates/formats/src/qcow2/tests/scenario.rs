@@ -171,7 +171,7 @@ const KEPT: &str = "s";
 fn amend(image: &Image, list: &str) -> Result<()> {
     let mut options = Options::new(Qcow2Format.amend_options().expect("can be amended"));
     options.parse(list).expect("valid");
-    image.layer().amend(&AmendRequest {
+    image.amend(&AmendRequest {
         options: &options,
         force: false,
         objects: &Arc::default(),
