@@ -33,6 +33,8 @@ struct Command {
     run: Box<Run>,
     /// How its disks change.
     change: Change,
+    /// Whether the disk on top stays as it is all the time.
+    keeps_disk: bool,
     /// Whether the files are damaged before, and the command mends them.
     damaged: bool,
 }
@@ -55,7 +57,15 @@ impl Command {
             files,
             run: Box::new(run),
             change: Change::Whole,
+            keeps_disk: false,
             damaged: false,
+        }
+    }
+
+    fn keeping_disk(self) -> Self {
+        Self {
+            keeps_disk: true,
+            ..self
         }
     }
 
@@ -73,6 +83,11 @@ impl Command {
         (self.run)(&disks).expect(self.name);
         let after = View::of(&disks.contents()).expect("readable");
         assert!(self.damaged || before != after, "{} does nothing", self.name);
+        assert!(
+            !self.keeps_disk || before.top() == after.top(),
+            "{} changes the disk",
+            self.name
+        );
         Expected {
             before,
             after,

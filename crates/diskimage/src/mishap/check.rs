@@ -92,5 +92,5 @@ fn a_repair_can_be_done_again() {
             Repair::All,
         ),
     ];
-    try_all("check", &commands, (60, 200));
+    try_all("check", &commands.map(Command::keeping_disk), (100, 400));
 }

@@ -45,6 +45,11 @@ impl View {
             names.map(|name| Seen::of(&disks, name)).collect::<Result<_>>()?,
         ))
     }
+
+    /// What the disk on top reads as.
+    pub(super) fn top(&self) -> &[u8] {
+        &self.0[0].disk
+    }
 }
 
 impl Seen {

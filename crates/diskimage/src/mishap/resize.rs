@@ -101,5 +101,5 @@ fn a_disk_has_the_old_size_or_the_new_one() {
         Command::new("shrink above a snapshot", snapshot, resize(30 * KIB, off)).gradual(),
         Command::new("shrink raw", raw(), resize(30 * KIB, off)),
     ];
-    try_all("resize", &commands, (500, 500));
+    try_all("resize", &commands, (700, 900));
 }

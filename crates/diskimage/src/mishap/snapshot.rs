@@ -59,5 +59,5 @@ fn snapshots_are_there_or_not() {
         Command::new("delete in small clusters", files(small), delete),
         Command::new("delete of a smaller disk", resized(), delete),
     ];
-    try_all("snapshot", &commands, (500, 500));
+    try_all("snapshot", &commands, (500, 900));
 }
