@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use diskimage_core::{
-    Budget, ByteRange, Device, Error, ErrorKind, Format, Gate, Image, Layer, MemoryDevice, NodeOptions, OpenRequest, Preallocation,
+    Budget, ByteRange, Device, Error, ErrorKind, Format, Gate, Image, Layer, MemoryDevice, NodeOptions, Objects, OpenRequest, Preallocation,
     Progress, Reference, Repair, ResizeRequest, Result, Want, ZeroMode,
 };
 
@@ -22,22 +22,31 @@ const EXTENTS: usize = 200;
 
 /// Opens `bytes` as an image of `format` and exercises it.
 pub fn exercise(format: &dyn Format, bytes: &[u8]) {
-    let open = |write: bool, for_check: bool| {
+    exercise_with(format, bytes, &NodeOptions::new(), &Arc::default());
+}
+
+/// Opens `bytes` as an image of `format`, with options, and exercises it.
+pub fn exercise_with(format: &dyn Format, bytes: &[u8], options: &NodeOptions, objects: &Arc<Objects>) {
+    let open_for = |write: bool, for_check: bool, no_data: bool| {
         let file: Arc<dyn Device> = Arc::new(MemoryDevice::new(bytes.to_vec()));
         format.open(OpenRequest {
             file,
             name: "fuzz",
             write,
             for_check,
-            no_data: false,
+            no_data,
             force_share: false,
             children: Vec::new(),
-            options: &mut NodeOptions::new(),
-            objects: &Arc::default(),
+            options: &mut options.clone(),
+            objects,
             gate: &Closed,
             budget: Budget::new(64 << 20),
         })
     };
+    let open = |write, for_check| open_for(write, for_check, false);
+    if let Ok(layer) = open_for(false, false, true) {
+        let _ = layer.info();
+    }
     if let Ok(layer) = open(false, false) {
         read(&layer);
     }
