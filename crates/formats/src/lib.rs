@@ -1,6 +1,7 @@
 //! Disk image formats: how bytes are arranged.
 
 mod codec;
+mod decrypted;
 mod luks;
 mod qcow2;
 mod raw;

@@ -14,7 +14,6 @@ mod info;
 pub(crate) mod options;
 #[cfg(test)]
 mod tests;
-pub(crate) mod view;
 pub(crate) mod volume;
 
 use std::sync::Arc;
@@ -27,9 +26,9 @@ use diskimage_core::{
 };
 use diskimage_crypto::SECTOR;
 
+use crate::decrypted::Decrypted;
 use crate::straight::Straight;
 use options::{Algorithms, CREATE_OPTIONS, Choice, passphrase};
-use view::Decrypted;
 use volume::{Place, Volume};
 
 /// The format's entry in the table.

@@ -9,8 +9,8 @@ use diskimage_testing::{Fault, Faulty, Journal, Recorder};
 
 use super::amend::{AMEND_OPTIONS, SlotChange};
 use super::options::Algorithms;
-use super::view::Decrypted;
 use super::volume::{Place, Volume};
+use crate::decrypted::Decrypted;
 
 const SMALL: Algorithms = Algorithms {
     spec: CipherSpec {

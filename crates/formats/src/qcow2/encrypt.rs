@@ -19,8 +19,8 @@ use super::Qcow2;
 use super::extension::{CryptoExtension, kind};
 use super::first_cluster::FirstCluster;
 use super::header::{CryptMethod, Header};
+use crate::decrypted::Decrypted;
 use crate::luks::options::{Algorithms, Choice, passphrase};
-use crate::luks::view::Decrypted;
 use crate::luks::volume::{Place, Volume};
 
 /// The options of a node.
