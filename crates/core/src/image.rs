@@ -508,11 +508,12 @@ impl Device for Image {
 
     fn status(&self, range: ByteRange, want: Want) -> Result<Extent> {
         let (_, depth, run) = self.resolve(range)?;
-        let extent = |len, kind, host| Extent {
+        let extent = |len, kind, host: Option<(Arc<dyn Device>, u64)>| Extent {
             len,
             kind,
             depth,
-            host,
+            // Bytes that are made on their way lie nowhere.
+            host: host.filter(|(device, _)| !device.is_view()),
         };
         Ok(match run.kind {
             RunKind::Zero { host } => extent(run.len, ExtentKind::Zero, host),
