@@ -139,8 +139,8 @@ pub(crate) fn passphrase<'a>(
         Some(id) => {
             let bytes = objects.secret(id)?.bytes();
             match std::str::from_utf8(bytes) {
-                Ok(_) => Ok(bytes),
-                Err(_) => Err(Error::invalid(format!(
+                Ok(text) if !text.contains('\0') => Ok(bytes),
+                _ => Err(Error::invalid(format!(
                     "Data from secret {id} is not valid UTF-8"
                 ))),
             }
