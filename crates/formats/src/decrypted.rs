@@ -1,6 +1,6 @@
 //! A decrypted view of a device: what is read is decrypted, what is written is encrypted on its way.
 //!
-//! Sectors are numbered from where the view starts. A write that covers part of a sector reads the rest of it first, one
+//! Each format numbers sectors by a rule of its own: it says which number the view's first sector has. A write that covers part of a sector reads the rest of it first, one
 //! such write at a time.
 
 use std::sync::{Arc, Mutex, PoisonError};
@@ -17,6 +17,8 @@ pub(crate) struct Decrypted {
     below: Arc<dyn Device>,
     /// Where on the device the view starts.
     start: u64,
+    /// The number of the sector that the view starts with.
+    first_sector: u64,
     cipher: Arc<SectorCipher>,
     /// Held by writes of parts of sectors.
     partial: Mutex<()>,
@@ -28,11 +30,18 @@ const CHUNK: usize = 1 << 20;
 const UNIT: u64 = SECTOR as u64;
 
 impl Decrypted {
-    /// The view of what follows byte `start` of `below`.
-    pub(crate) fn new(below: Arc<dyn Device>, start: u64, cipher: Arc<SectorCipher>) -> Self {
+    /// The view of what follows byte `start` of `below`, where sector `first_sector` is. Numbers go round: the first may
+    /// be one that only later sectors turn into their own.
+    pub(crate) fn new(
+        below: Arc<dyn Device>,
+        start: u64,
+        first_sector: u64,
+        cipher: Arc<SectorCipher>,
+    ) -> Self {
         Self {
             below,
             start,
+            first_sector,
             cipher,
             partial: Mutex::new(()),
         }
@@ -44,17 +53,22 @@ impl Decrypted {
             .ok_or_else(|| Error::from_errno(diskimage_core::errno::EFBIG))
     }
 
+    /// The number of the sector at `offset`.
+    fn sector(&self, offset: u64) -> u64 {
+        self.first_sector.wrapping_add(offset / UNIT)
+    }
+
     /// Reads whole sectors.
     fn read_sectors(&self, buf: &mut [u8], offset: u64) -> Result<()> {
         // The last sector of a file need not be whole.
         self.below.read_padded(buf, self.place(offset)?)?;
-        self.cipher.decrypt(offset / UNIT, buf);
+        self.cipher.decrypt(self.sector(offset), buf);
         Ok(())
     }
 
     /// Encrypts `buf`, which are whole sectors, and writes them.
     fn write_sectors(&self, buf: &mut [u8], offset: u64) -> Result<()> {
-        self.cipher.encrypt(offset / UNIT, buf);
+        self.cipher.encrypt(self.sector(offset), buf);
         self.below.write_at(buf, self.place(offset)?)
     }
 

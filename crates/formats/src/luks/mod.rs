@@ -77,7 +77,7 @@ impl Format for Luks {
             return Err(Error::from_errno(errno::EIO).context("Could not refresh total sector count"));
         }
         let payload = volume.cipher().map(|cipher| {
-            let view = Decrypted::new(Arc::clone(&request.file), start, Arc::clone(cipher));
+            let view = Decrypted::new(Arc::clone(&request.file), start, 0, Arc::clone(cipher));
             Arc::new(view) as Arc<dyn Device>
         });
         Ok(Arc::new(LuksLayer {

@@ -13,10 +13,12 @@ use std::sync::{Condvar, Mutex, OnceLock};
 use diskimage_core::options::{OptionDef, OptionKind, Options};
 use diskimage_core::{AmendRequest, Error, Layer, Preallocation, Progress, ResizeRequest, Result};
 
+use super::encrypt::Encrypted;
 use super::feature::{Autoclear, Compatible, Incompatible};
-use super::header::{CryptMethod, Header, field};
+use super::header::{Header, field};
 use super::{Qcow2, State, read_header};
 use crate::luks::amend::SlotChange;
+use crate::luks::volume::Volume;
 
 /// The options of `amend`, in the order in which the original lists them.
 pub(super) const AMEND: &[OptionDef] = &[
@@ -88,6 +90,16 @@ fn names_key_slots(options: &Options) -> bool {
         .any(|def| def.name.starts_with("encrypt.") && options.is_given(def.name))
 }
 
+fn change_key_slots(volume: &Volume, request: &AmendRequest<'_>) -> Result<()> {
+    let change = SlotChange {
+        options: request.options,
+        prefix: "encrypt.",
+        objects: request.objects,
+        force: request.force,
+    };
+    change.apply(volume)
+}
+
 impl Changes {
     /// Checks the options against each other and the image, in the original's order and words.
     fn parse(request: &AmendRequest<'_>, header: &Header) -> Result<Self> {
@@ -99,11 +111,6 @@ impl Changes {
             Some(other) => return Err(Error::invalid(format!("Unknown compatibility level {other}"))),
         };
         check_backing(request, header)?;
-        if header.crypt == CryptMethod::None && names_key_slots(options) {
-            return Err(Error::invalid(
-                "Can't amend encryption options - encryption not present",
-            ));
-        }
         let data_file = options.text("data_file").map(str::to_owned);
         let has_data_file = header.features.incompatible.has(Incompatible::DATA_FILE);
         if data_file.is_some() && !has_data_file {
@@ -189,8 +196,11 @@ fn check_downgrade(header: &Header) -> Result<()> {
 impl Qcow2 {
     /// Changes what the options say. Afterwards this layer refuses to write: the image is another one now.
     pub(super) fn amend_options(&self, request: &AmendRequest<'_>, below: u64) -> Result<()> {
+        let volume = self.volume_to_change(request.options)?;
         let changes = Changes::parse(request, &self.header)?;
-        self.change_key_slots(request)?;
+        if let Some(volume) = volume {
+            change_key_slots(volume, request)?;
+        }
         let resize = |len| ResizeRequest {
             len,
             preallocation: Preallocation::Off,
@@ -251,23 +261,18 @@ impl Qcow2 {
         }
     }
 
-    /// Changes the passphrases of the image's encryption, if the options say how.
-    fn change_key_slots(&self, request: &AmendRequest<'_>) -> Result<()> {
-        if !names_key_slots(request.options) {
-            return Ok(());
+    /// The volume whose passphrases are to be changed, if any are.
+    fn volume_to_change(&self, options: &Options) -> Result<Option<&Volume>> {
+        if !names_key_slots(options) {
+            return Ok(None);
         }
-        let volume = self.volume.as_ref().ok_or_else(|| {
-            Error::unsupported(
-                "Only LUKS encryption options can be amended for qcow2 with 'encrypt.format=luks'",
-            )
-        })?;
-        let change = SlotChange {
-            options: request.options,
-            prefix: "encrypt.",
-            objects: request.objects,
-            force: request.force,
-        };
-        change.apply(volume)
+        match &self.encrypted {
+            Some(Encrypted::Luks(volume)) => Ok(Some(volume)),
+            Some(Encrypted::Aes(_)) => Err(Error::unsupported("Only LUKS encryption options can be amended")),
+            None => Err(Error::invalid(
+                "Can't amend encryption options - encryption not present",
+            )),
+        }
     }
 
     /// The image as its header says it is now.
@@ -278,7 +283,7 @@ impl Qcow2 {
             header,
             file: Arc::clone(&self.file),
             data: Arc::clone(&self.data),
-            volume: self.volume.clone(),
+            encrypted: self.encrypted.clone(),
             write: AtomicBool::new(true),
             budget: self.budget.clone(),
             sparse: OnceLock::new(),

@@ -9,12 +9,12 @@
 use std::sync::Arc;
 
 use diskimage_core::{
-    Budget, CreateRequest, Device, Error, NodeOptions, OpenRequest, Preallocation, ResizeRequest, Result,
-    Wrapped, Wrapper,
+    Budget, CreateRequest, Device, Error, OpenRequest, Preallocation, ResizeRequest, Result, Wrapped, Wrapper,
 };
 use zerocopy::IntoBytes;
 use zerocopy::byteorder::big_endian::{U32, U64};
 
+use super::encrypt::Encryption;
 use super::feature::{Autoclear, Compatible, Incompatible};
 use super::header::{Compression, HEADER_LEN, MAGIC, RawHeader, limit};
 use super::options::{Wanted, Wording};
@@ -30,7 +30,7 @@ pub(super) fn create(request: &CreateRequest<'_>) -> Result<()> {
     }
     let file: Arc<dyn Device> = Arc::new(Wrapped(Unsynced(Arc::clone(&request.file))));
     write_minimal(&*file, &wanted)?;
-    let open = |node: &mut NodeOptions| {
+    let open = || {
         Qcow2::open(OpenRequest {
             file: Arc::clone(&file),
             name: request.name,
@@ -39,21 +39,16 @@ pub(super) fn create(request: &CreateRequest<'_>) -> Result<()> {
             no_data: false,
             force_share: false,
             children: Vec::new(),
-            options: node,
+            options: &mut Encryption::node(request.options),
             objects: request.objects,
             gate: request.gate,
             budget: Budget::default(),
         })
     };
-    let mut node = NodeOptions::new();
-    let mut image = open(&mut node)?;
-    if let Some(encryption) = &wanted.encryption {
-        image.encrypt(encryption, request)?;
-        if let Some(id) = request.options.text("encrypt.key-secret") {
-            node.set("encrypt.key-secret", id);
-        }
-        image = open(&mut node)?;
+    if let Some(Encryption::Luks(algorithms)) = &wanted.encryption {
+        open()?.make_volume(algorithms, request)?;
     }
+    let image = open()?;
     let preallocation = match (wanted.preallocation, wanted.data_file_raw) {
         // The tables of a raw data file must say that all of it is data.
         (Preallocation::Off, true) => Preallocation::Metadata,
@@ -137,7 +132,7 @@ fn header_cluster(wanted: &Wanted) -> Result<Vec<u8>> {
         backing_file_size: U32::new(u32::try_from(backing.len()).unwrap_or(0)),
         cluster_bits: U32::new(wanted.geometry.cluster_bits),
         size: U64::ZERO,
-        crypt_method: U32::ZERO,
+        crypt_method: U32::new(Encryption::first_crypt_method(wanted.encryption.as_ref())),
         l1_size: U32::ZERO,
         l1_table_offset: U64::ZERO,
         refcount_table_offset: U64::new(size),

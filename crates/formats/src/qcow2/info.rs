@@ -3,6 +3,7 @@
 use diskimage_core::{Detail, Info, Result};
 
 use super::Qcow2;
+use super::encrypt::Encrypted;
 use super::feature::{Autoclear, Incompatible};
 use super::header::CryptMethod;
 
@@ -28,7 +29,7 @@ impl Qcow2 {
             "refcount-bits",
             1 << header.geometry.refcount_order,
         ));
-        facts.extend(self.encryption_details());
+        facts.extend(self.encrypted.as_ref().map(Encrypted::details));
         if v3 {
             if self.has_data_file() {
                 let name = header.extensions.data_file.as_deref();

@@ -60,7 +60,7 @@ impl Qcow2 {
         let len = at.min(range.end()) - range.start();
         Ok(Run {
             len,
-            kind: self.run_kind(found.unwrap_or(Piece::Unallocated(None))),
+            kind: self.run_kind(range.start(), found.unwrap_or(Piece::Unallocated(None))),
         })
     }
 
@@ -110,17 +110,18 @@ impl Qcow2 {
         Ok(at)
     }
 
-    fn run_kind(&self, piece: Piece) -> RunKind {
+    fn run_kind(&self, start: u64, piece: Piece) -> RunKind {
+        let place = |offset| (self.data_at(start, offset), offset);
         match piece {
             Piece::Unallocated(host) => RunKind::Unallocated {
-                host: host.map(|offset| (self.data_device(), offset)),
+                host: host.map(place),
             },
             Piece::Zero(host) => RunKind::Zero {
-                host: host.map(|offset| (self.data_device(), offset)),
+                host: host.map(place),
             },
             // Clusters that were set aside but never written are holes of the file; its tables cannot know.
             Piece::Data(offset) => RunKind::Data {
-                device: self.data_device(),
+                device: self.data_at(start, offset),
                 offset,
                 holes: if self.is_sparse() {
                     Holes::ZeroData
@@ -160,8 +161,12 @@ impl Qcow2 {
         ))
     }
 
-    pub(super) fn data_device(&self) -> Arc<dyn Device> {
-        Arc::clone(&self.data)
+    /// The device with guest data as the guest sees it. The byte at `guest` of the disk is at `host` there.
+    pub(super) fn data_at(&self, guest: u64, host: u64) -> Arc<dyn Device> {
+        self.encrypted
+            .as_ref()
+            .and_then(|encrypted| encrypted.view(&self.data, guest, host))
+            .unwrap_or_else(|| Arc::clone(&self.data))
     }
 
     /// The L2 table for guest offset `guest`, if there is one.

@@ -6,12 +6,14 @@ use diskimage_core::{
     Want,
 };
 
+use super::encrypt::Encryption;
 use super::header::{Geometry, limit};
 use super::options::{Wanted, Wording};
 
 /// The size of an image with these options.
 pub(super) fn measure(options: &Options, source: MeasureSource<'_>) -> Result<Measure> {
     let wanted = Wanted::parse(options, Wording::Options)?;
+    let encryption = Encryption::measure(options)?;
     let geometry = wanted.geometry;
     let cluster = geometry.cluster_size();
     let size = source.len().next_multiple_of(cluster);
@@ -21,7 +23,6 @@ pub(super) fn measure(options: &Options, source: MeasureSource<'_>) -> Result<Me
             "The image size is too large (try using a larger cluster size)",
         ));
     }
-    let encryption = wanted.encryption.map_or(0, |encryption| encryption.header_len());
     let metadata = metadata_clusters(geometry, size) * cluster + encryption.next_multiple_of(cluster);
     let (data, bitmaps) = match source {
         MeasureSource::Size(_) => (0, None),

@@ -52,12 +52,12 @@ use diskimage_core::{
     ResultExt, Role, Run, Score, Snapshots, WritePlan, ZeroMode,
 };
 
+use self::encrypt::Encrypted;
 use self::feature::{Autoclear, Compatible, Incompatible};
 use self::header::{Header, field};
 use self::refcount::Refcounts;
 use self::snapshot::SnapshotTable;
 use self::tables::{Class, Table, Tables};
-use crate::luks::volume::Volume;
 
 /// The table entry.
 #[derive(Debug)]
@@ -85,7 +85,7 @@ impl Format for Qcow2Format {
     }
 
     fn strong_options(&self) -> &'static [&'static str] {
-        &["encrypt"]
+        &["encrypt.key-secret"]
     }
 
     fn open(&self, request: OpenRequest<'_>) -> Result<Arc<dyn Layer>> {
@@ -124,10 +124,10 @@ impl Format for Qcow2Format {
 pub(crate) struct Qcow2 {
     header: Header,
     file: Arc<dyn Device>,
-    /// Guest data lives here; the same device as `file` unless there is an external data file.
+    /// Guest data lives here, as it is stored; the same device as `file` unless there is an external data file.
     data: Arc<dyn Device>,
     /// What encrypts guest data, if anything does.
-    volume: Option<Arc<Volume>>,
+    encrypted: Option<Encrypted>,
     /// Whether it may be changed; no longer once it was amended.
     write: AtomicBool,
     budget: Budget,
@@ -209,18 +209,17 @@ impl Qcow2 {
                 "qcow2: Image is corrupt; cannot be opened read/write",
             ));
         }
-        let volume = encrypt::open(&header, &mut request)?;
+        let encrypted = Encrypted::open(&header, &mut request)?;
         let data = match data_file(&header, &mut request)? {
             Some(data) => data,
             None => Arc::clone(&request.file),
         };
-        let data = encrypt::view(data, volume.as_ref());
         let state = State::new(&header, &request.file, &data);
         let mut layer = Self {
             header,
             file: request.file,
             data,
-            volume: volume.map(Arc::new),
+            encrypted,
             write: AtomicBool::new(request.write),
             budget: request.budget,
             sparse: OnceLock::new(),
@@ -444,7 +443,7 @@ impl Layer for Qcow2 {
 
     fn is_zero_when_new(&self) -> bool {
         // Clusters that were set aside and not written are zeroes to decrypt, not decrypted zeroes.
-        self.volume.is_none() || !self.has_tables()
+        self.encrypted.is_none() || !self.has_tables()
     }
 
     fn amend(&self, request: &AmendRequest<'_>, below: u64) -> Result<()> {

@@ -163,11 +163,22 @@ impl Wanted {
     /// # Errors
     /// The first that does not fit.
     pub(super) fn parse(options: &Options, wording: Wording) -> Result<Self> {
-        let encryption = Encryption::read(options, |name, word| wording.not_accepted(name, word))?;
+        // How an image that is only measured is encrypted matters for the room it takes, and for nothing else.
+        let is_made = wording == Wording::Parameters;
+        let encryption_format = if is_made {
+            Encryption::format(options)?
+        } else {
+            None
+        };
         let version = match options.text("compat") {
             Some("0.10" | "v2") => 2,
             None | Some("1.1" | "v3") => 3,
             Some(other) => return Err(wording.not_accepted("version", other)),
+        };
+        let encryption = if is_made {
+            Encryption::read(encryption_format, options)?
+        } else {
+            None
         };
         let preallocation = match options.text("preallocation") {
             None => Preallocation::Off,

@@ -186,7 +186,7 @@ impl Qcow2 {
             header: self.header.clone(),
             file: Arc::clone(&self.file),
             data: Arc::clone(&self.data),
-            volume: self.volume.clone(),
+            encrypted: self.encrypted.clone(),
             write: AtomicBool::new(false),
             budget: self.budget.clone(),
             sparse: OnceLock::new(),

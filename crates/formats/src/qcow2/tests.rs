@@ -5,13 +5,15 @@ use std::sync::Arc;
 use diskimage_core::options::Options;
 use diskimage_core::{
     Budget, ByteRange, CreateRequest, Device, Error, ErrorKind, Format, Gate, Image, MemoryDevice,
-    NodeOptions, OpenRequest, Preallocation, Reference, ResizeRequest, Result, Want, ZeroMode,
+    NodeOptions, Object, Objects, OpenRequest, Preallocation, Reference, ResizeRequest, Result, Secret, Want,
+    ZeroMode,
 };
 use proptest::prelude::*;
 
 use super::Qcow2Format;
 
 mod crash;
+mod encrypted;
 mod fault;
 mod repair;
 mod scenario;
@@ -34,6 +36,22 @@ impl Gate for Closed {
     }
 }
 
+/// What encrypted images are opened with; the others do not ask for it.
+pub(super) fn with_key() -> NodeOptions {
+    let mut node = NodeOptions::new();
+    node.set("encrypt.key-secret", "s");
+    node
+}
+
+pub(super) fn secrets(passphrase: &str) -> Arc<Objects> {
+    let mut objects = Objects::new();
+    let secret = Secret::new(passphrase.as_bytes().to_vec());
+    objects
+        .add("s", Object::Secret(secret))
+        .expect("a new identifier");
+    Arc::new(objects)
+}
+
 fn options(text: &str) -> Options {
     let mut options = Options::new(Qcow2Format.create_options());
     options.parse(text).expect("valid options");
@@ -50,7 +68,7 @@ pub(super) fn create(options_text: &str, size: u64, gate: &dyn Gate) -> Arc<Memo
             name: "test",
             size,
             options: &options,
-            objects: &Arc::default(),
+            objects: &secrets("secret"),
             gate,
         })
         .expect("created");
@@ -72,8 +90,8 @@ pub(super) fn open(
         no_data: false,
         force_share: false,
         children: Vec::new(),
-        options: &mut NodeOptions::new(),
-        objects: &Arc::default(),
+        options: &mut with_key(),
+        objects: &secrets("secret"),
         gate,
         budget: Budget::default(),
     })?;
@@ -192,7 +210,7 @@ fn check_model(options_text: &str, with_backing: bool, ops: &[Op]) {
     }
 }
 
-pub(super) const FORMS: [&str; 8] = [
+pub(super) const FORMS: [&str; 13] = [
     "cluster_size=512",
     "cluster_size=512,compat=0.10",
     "cluster_size=4096,refcount_bits=1",
@@ -201,6 +219,11 @@ pub(super) const FORMS: [&str; 8] = [
     "cluster_size=65536",
     "cluster_size=4096,data_file=data",
     "cluster_size=4096,data_file=data,data_file_raw=on",
+    "cluster_size=512,encrypt.format=aes,encrypt.key-secret=s",
+    "cluster_size=4096,compat=0.10,encryption=on,encrypt.key-secret=s",
+    "cluster_size=16384,extended_l2=on,encrypt.format=aes,encrypt.key-secret=s",
+    "cluster_size=4096,data_file=data,encrypt.format=aes,encrypt.key-secret=s",
+    "cluster_size=4096,encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=0",
 ];
 
 proptest! {

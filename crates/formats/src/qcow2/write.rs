@@ -195,7 +195,7 @@ impl<'a> Plan<'a> {
         }
         self.runs.push(WriteRun {
             guest,
-            device: self.image.data_device(),
+            device: self.image.data_at(guest.start(), offset),
             offset,
         });
     }
@@ -416,16 +416,16 @@ impl Qcow2 {
             for run in &plan.runs {
                 let host = ByteRange::at(run.offset, run.guest.len());
                 match mode {
-                    Preallocation::Off | Preallocation::Metadata => self.reserve(host)?,
-                    Preallocation::Falloc => self.data.write_zeroes(host, ZeroMode::KeepAllocated)?,
-                    Preallocation::Full => write_zero_bytes(&*self.data, host)?,
+                    Preallocation::Off | Preallocation::Metadata => self.reserve(&*run.device, host)?,
+                    Preallocation::Falloc => run.device.write_zeroes(host, ZeroMode::KeepAllocated)?,
+                    Preallocation::Full => write_zero_bytes(&*run.device, host)?,
                 }
             }
             let past_end = ByteRange::new(part.end(), plan.cover.end());
             if let Some(run) = plan.runs.last().filter(|_| !past_end.is_empty()) {
                 // The last cluster is written to its end, as with the original.
                 let host = ByteRange::at(run.offset + (part.end() - run.guest.start()), past_end.len());
-                write_zero_bytes(&*self.data, host)?;
+                write_zero_bytes(&*run.device, host)?;
             }
             Box::new(plan).commit()?;
             rest = rest.skip(part.len());
@@ -434,15 +434,15 @@ impl Qcow2 {
     }
 
     /// Makes the file reach to the end of `host`, whose clusters read as zero afterwards.
-    fn reserve(&self, host: ByteRange) -> Result<()> {
-        let len = self.data.len();
+    fn reserve(&self, device: &dyn Device, host: ByteRange) -> Result<()> {
+        let len = device.len();
         let used_before = host.intersect(ByteRange::new(0, len));
         // Clusters that were in use once still hold what they held then. A data file's contents are the guest's.
         if !self.has_data_file() && !used_before.is_empty() {
-            self.data.write_zeroes(used_before, ZeroMode::Unmap)?;
+            device.write_zeroes(used_before, ZeroMode::Unmap)?;
         }
         if len < host.end() {
-            self.data.resize(host.end(), Preallocation::Off)?;
+            device.resize(host.end(), Preallocation::Off)?;
         }
         Ok(())
     }
@@ -451,7 +451,7 @@ impl Qcow2 {
     fn zero_raw_data(&self, range: ByteRange, mode: ZeroMode) -> Result<()> {
         let plan = Plan::new(self, range)?;
         for run in &plan.runs {
-            self.data
+            run.device
                 .write_zeroes(ByteRange::at(run.offset, run.guest.len()), mode)?;
         }
         Box::new(plan).commit()

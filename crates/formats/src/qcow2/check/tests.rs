@@ -3,13 +3,13 @@
 use std::sync::{Arc, Mutex};
 
 use diskimage_core::{
-    Budget, ByteRange, CheckReport, Device, Extent, Format, Image, Limits, MemoryDevice, NodeOptions, Note,
-    OpenRequest, Preallocation, Progress, Repair, Result, Want, ZeroMode,
+    Budget, ByteRange, CheckReport, Device, Extent, Format, Image, Limits, MemoryDevice, Note, OpenRequest,
+    Preallocation, Progress, Repair, Result, Want, ZeroMode,
 };
 use proptest::prelude::*;
 
 use super::super::Qcow2Format;
-use super::super::tests::{Closed, FORMS, OneFile, Op, SIZE, create, op, open, read_all};
+use super::super::tests::{Closed, FORMS, OneFile, Op, SIZE, create, op, open, read_all, secrets, with_key};
 
 /// What a check found, and the lines it told.
 #[derive(Debug)]
@@ -30,8 +30,8 @@ fn check_device(device: Arc<dyn Device>, repair: Repair) -> Found {
         no_data: false,
         force_share: false,
         children: Vec::new(),
-        options: &mut NodeOptions::new(),
-        objects: &Arc::default(),
+        options: &mut with_key(),
+        objects: &secrets("secret"),
         gate: &gate,
         budget: Budget::default(),
     });

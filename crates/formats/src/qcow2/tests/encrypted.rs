@@ -1,0 +1,140 @@
+//! Images whose guest data is encrypted with the passphrase itself.
+
+use std::sync::Arc;
+
+use diskimage_core::{
+    Budget, ByteRange, Device, Format, Image, MemoryDevice, NewSnapshot, OpenRequest, Result, RunKind, Want,
+    ZeroMode,
+};
+use diskimage_crypto::{CipherAlg, CipherMode, CipherSpec, IvAlg, SECTOR, SectorCipher};
+use proptest::prelude::*;
+
+use super::{Closed, create, open, read_all, secrets, with_key};
+use crate::Qcow2Format;
+
+const AES: &str = "cluster_size=4096,encrypt.format=aes,encrypt.key-secret=s";
+
+fn open_with(file: &Arc<MemoryDevice>, passphrase: &str) -> Image {
+    let device: Arc<dyn Device> = Arc::<MemoryDevice>::clone(file);
+    let layer = Qcow2Format.open(OpenRequest {
+        file: device,
+        name: "test",
+        write: false,
+        for_check: false,
+        no_data: false,
+        force_share: false,
+        children: Vec::new(),
+        options: &mut with_key(),
+        objects: &secrets(passphrase),
+        gate: &Closed,
+        budget: Budget::default(),
+    });
+    Image::new(layer.expect("opens"), None, "test", false)
+}
+
+fn host_of(image: &Image, guest: u64) -> u64 {
+    match image.layer().map(ByteRange::at(guest, 1)).expect("maps").kind {
+        RunKind::Data { offset, .. } => offset,
+        other => panic!("no data: {other:?}"),
+    }
+}
+
+#[test]
+fn sectors_are_numbered_by_where_they_are_on_the_disk() {
+    let file = create(AES, 1 << 20, &Closed);
+    let image = open(&file, true, &Closed, None).expect("opens");
+    // The later part of the disk comes first in the file.
+    for guest in [0x80000, 0x1000] {
+        image.write_at(&[0x5a; 4096], guest).expect("writes");
+    }
+    image.flush().expect("flushes");
+    let spec = CipherSpec {
+        cipher: CipherAlg::Aes128,
+        mode: CipherMode::Cbc,
+        iv: IvAlg::Plain64,
+        iv_hash: None,
+    };
+    let cipher = SectorCipher::new(spec, b"secret\0\0\0\0\0\0\0\0\0\0").expect("a key of 16 bytes");
+    for guest in [0x80000, 0x1000 + 3 * SECTOR as u64] {
+        let mut sector = [0; SECTOR];
+        file.read_at(&mut sector, host_of(&image, guest)).expect("reads");
+        assert_ne!(sector, [0x5a; SECTOR]);
+        cipher.decrypt(guest / SECTOR as u64, &mut sector);
+        assert_eq!(sector, [0x5a; SECTOR], "at {guest:#x}");
+    }
+}
+
+#[test]
+fn the_first_sixteen_bytes_of_a_passphrase_count() {
+    let file = create(AES, 1 << 16, &Closed);
+    let image = open(&file, true, &Closed, None).expect("opens");
+    image.write_at(&[7; 1000], 100).expect("writes");
+    image.flush().expect("flushes");
+    let plain = read_all(&image);
+    assert!(read_all(&open_with(&file, "secret")) == plain);
+    assert!(read_all(&open_with(&file, "secret2")) != plain);
+    let read = |passphrase| read_all(&open_with(&file, passphrase));
+    assert!(read("0123456789abcdef") == read("0123456789abcdefg"));
+    assert!(read("0123456789abcdef") != read("0123456789abcde"));
+}
+
+#[test]
+fn encrypted_bytes_lie_nowhere_as_they_are() {
+    let file = create(AES, 1 << 16, &Closed);
+    let image = open(&file, true, &Closed, None).expect("opens");
+    image.write_at(&[7; 8192], 0).expect("writes");
+    image
+        .write_zeroes(ByteRange::new(0, 4096), ZeroMode::KeepAllocated)
+        .expect("zeroes");
+    for guest in [0, 4096] {
+        let extent = image
+            .status(ByteRange::at(guest, 4096), Want::Zeroes)
+            .expect("maps");
+        assert!(extent.host.is_none(), "{extent:?}");
+    }
+}
+
+/// An image with data in several clusters, one of which a snapshot has, too.
+fn with_data() -> Vec<u8> {
+    let file = create(AES, 1 << 18, &Closed);
+    let image = open(&file, true, &Closed, None).expect("opens");
+    image.write_at(&[1; 20_000], 3000).expect("writes");
+    let snapshots = image.layer().snapshots().expect("has snapshots");
+    snapshots
+        .create(&NewSnapshot {
+            name: "x",
+            date_sec: 0,
+            date_nsec: 0,
+        })
+        .expect("is taken");
+    image.write_at(&[2; 5000], 10_000).expect("writes");
+    image.flush().expect("flushes");
+    file.contents()
+}
+
+fn use_all(file: &Arc<MemoryDevice>) -> Result<()> {
+    let image = open(file, true, &Closed, None)?;
+    let mut bytes = vec![0; usize::try_from(image.len().min(1 << 18)).unwrap_or(0)];
+    let read = image.read_at(&mut bytes, 0);
+    image.write_at(&bytes[..bytes.len() / 2], 0)?;
+    image.flush()?;
+    read
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 64, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn damage_is_an_error_at_worst(
+        pokes in prop::collection::vec((any::<prop::sample::Index>(), any::<u64>()), 1..6),
+    ) {
+        let bytes = with_data();
+        let file = Arc::new(MemoryDevice::new(bytes.clone()));
+        for (place, value) in pokes {
+            // Tables and header fields are aligned words.
+            let at = place.index(bytes.len() / 8) * 8;
+            file.write_at(&value.to_be_bytes(), at as u64).expect("pokes");
+        }
+        let _ = use_all(&file);
+    }
+}
