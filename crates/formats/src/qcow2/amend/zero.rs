@@ -23,7 +23,8 @@ impl Qcow2 {
             for index in 0..l1.len / 8 {
                 let entry = state.tables.number(l1, index * 8)?;
                 if let Some(l2) = self.l2_at(entry & OFFSET_MASK, index)? {
-                    self.expand_table(&mut state, l2)?;
+                    let guest = index * self.header.geometry.l2_coverage();
+                    self.expand_table(&mut state, l2, guest)?;
                 }
                 done += 1;
                 report(done, all);
@@ -33,7 +34,8 @@ impl Qcow2 {
         state.tables.sync()
     }
 
-    fn expand_table(&self, state: &mut State, l2: Table) -> Result<()> {
+    /// Replaces those of one L2 table, whose first cluster is at `guest` of the disk.
+    fn expand_table(&self, state: &mut State, l2: Table, guest: u64) -> Result<()> {
         let geometry = self.header.geometry;
         let mut users = None;
         for index in 0..geometry.l2_entries() {
@@ -45,7 +47,8 @@ impl Qcow2 {
                 Some(users) => users,
                 None => *users.insert(self.count_at(state, l2.offset)?),
             };
-            let new = self.without_zero(state, old, users)?;
+            let cluster = guest + index * geometry.cluster_size();
+            let new = self.without_zero(state, old, users, cluster)?;
             self.write_entry(&mut state.tables, l2, index, new)?;
             if new.kind != old.kind
                 && let Some((offset, len)) = old.host_clusters(geometry)
@@ -59,8 +62,8 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// What the entry becomes in a table that `users` trees have.
-    fn without_zero(&self, state: &mut State, old: L2Entry, users: u64) -> Result<L2Entry> {
+    /// What the entry becomes in a table that `users` trees have. Its cluster is at `guest` of the disk.
+    fn without_zero(&self, state: &mut State, old: L2Entry, users: u64, guest: u64) -> Result<L2Entry> {
         let size = self.header.geometry.cluster_size();
         let own = match old.kind {
             // Storage that no other table refers to.
@@ -72,7 +75,7 @@ impl Qcow2 {
         }
         let offset = match own {
             Some(offset) => {
-                write_zero_bytes(&*self.file, ByteRange::at(offset, size))?;
+                write_zero_bytes(&*self.data_at(guest, offset), ByteRange::at(offset, size))?;
                 offset
             }
             None => {
@@ -84,7 +87,7 @@ impl Qcow2 {
                     let cluster = offset / size;
                     refcounts.change_run(tables, cluster, 1, Change::Up, |_| ())?;
                 }
-                self.file
+                self.data_at(guest, offset)
                     .write_zeroes(ByteRange::at(offset, size), ZeroMode::KeepAllocated)?;
                 offset
             }

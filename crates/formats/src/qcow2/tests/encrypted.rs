@@ -2,9 +2,10 @@
 
 use std::sync::Arc;
 
+use diskimage_core::options::Options;
 use diskimage_core::{
-    Budget, ByteRange, Device, Format, Image, MemoryDevice, NewSnapshot, OpenRequest, Result, RunKind, Want,
-    ZeroMode,
+    AmendRequest, Budget, ByteRange, Device, Format, Image, MemoryDevice, NewSnapshot, OpenRequest, Progress,
+    Result, RunKind, Want, ZeroMode,
 };
 use diskimage_crypto::{CipherAlg, CipherMode, CipherSpec, IvAlg, SECTOR, SectorCipher};
 use proptest::prelude::*;
@@ -91,6 +92,39 @@ fn encrypted_bytes_lie_nowhere_as_they_are() {
             .status(ByteRange::at(guest, 4096), Want::Zeroes)
             .expect("maps");
         assert!(extent.host.is_none(), "{extent:?}");
+    }
+}
+
+#[test]
+fn zero_clusters_still_read_as_zero_in_version_2() {
+    for form in [
+        AES,
+        "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=0",
+    ] {
+        let below = create("", 1 << 20, &Closed);
+        let below = Arc::new(open(&below, true, &Closed, None).expect("opens"));
+        below.write_at(&[9; 1 << 20], 0).expect("writes");
+        let file = create(&format!("{form},backing_file=below"), 1 << 20, &Closed);
+        let image = open(&file, true, &Closed, Some(Arc::clone(&below))).expect("opens");
+        image.write_at(&[7; 200_000], 0).expect("writes");
+        for (start, mode) in [(0, ZeroMode::KeepAllocated), (0x80000, ZeroMode::Unmap)] {
+            image
+                .write_zeroes(ByteRange::at(start, 0x10000), mode)
+                .expect("zeroes");
+        }
+        let before = read_all(&image);
+        let mut options = Options::new(Qcow2Format.amend_options().expect("has some"));
+        options.parse("compat=0.10").expect("valid options");
+        let amended = image.layer().amend(&AmendRequest {
+            options: &options,
+            force: false,
+            objects: &secrets("secret"),
+            progress: &Progress::none(),
+        });
+        amended.expect("amends");
+        drop(image);
+        let image = open(&file, false, &Closed, Some(below)).expect("opens");
+        assert!(read_all(&image) == before, "{form}");
     }
 }
 
