@@ -29,11 +29,13 @@ impl Qcow2 {
             "refcount-bits",
             1 << header.geometry.refcount_order,
         ));
+        if self.has_data_file() {
+            let name = header.extensions.data_file.as_deref();
+            facts.extend(name.map(|name| Detail::text("data-file", name)));
+        }
         facts.extend(self.encrypted.as_ref().map(Encrypted::details));
         if v3 {
             if self.has_data_file() {
-                let name = header.extensions.data_file.as_deref();
-                facts.extend(name.map(|name| Detail::text("data-file", name)));
                 facts.push(Detail::flag(
                     "data-file-raw",
                     header.features.autoclear.has(Autoclear::DATA_FILE_RAW),
