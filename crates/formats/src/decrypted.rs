@@ -30,8 +30,8 @@ const CHUNK: usize = 1 << 20;
 const UNIT: u64 = SECTOR as u64;
 
 impl Decrypted {
-    /// The view of what follows byte `start` of `below`, where sector `first_sector` is. Numbers go round: the first may
-    /// be one that only later sectors turn into their own.
+    /// The view of what follows byte `start` of `below`, where sector `first_sector` is. Numbers wrap around: where only
+    /// a part of the view is used, it may start at one below zero.
     pub(crate) fn new(
         below: Arc<dyn Device>,
         start: u64,
