@@ -542,7 +542,6 @@ impl Device for Image {
                     };
                     let host = match kind {
                         ExtentKind::Absent => None,
-                        _ if device.is_view() => None,
                         _ => below
                             .host
                             .filter(|_| holes == Holes::Zero)
@@ -550,8 +549,7 @@ impl Device for Image {
                     };
                     extent(len, kind, host)
                 } else {
-                    let host = (!device.is_view()).then_some((device, offset));
-                    extent(run.len, ExtentKind::Data, host)
+                    extent(run.len, ExtentKind::Data, Some((device, offset)))
                 }
             }
         })

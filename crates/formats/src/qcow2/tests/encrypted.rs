@@ -115,7 +115,7 @@ fn zero_clusters_still_read_as_zero_in_version_2() {
         let before = read_all(&image);
         let mut options = Options::new(Qcow2Format.amend_options().expect("has some"));
         options.parse("compat=0.10").expect("valid options");
-        let amended = image.layer().amend(&AmendRequest {
+        let amended = image.amend(&AmendRequest {
             options: &options,
             force: false,
             objects: &secrets("secret"),
