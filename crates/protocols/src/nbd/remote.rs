@@ -95,7 +95,7 @@ impl Remote {
             channel
                 .reader
                 .read_exact(&mut bytes)
-                .map_err(|error| unread(handshake.awaited(), &error, handshake.is_encrypted()))?;
+                .map_err(|error| unread(handshake.awaited(), error, handshake.is_encrypted()))?;
             let next = handshake.take(&bytes).inspect_err(|_| {
                 // Politeness, which need not arrive.
                 let _ = send(&mut channel, &handshake.abort());
@@ -106,7 +106,11 @@ impl Remote {
                 Next::StartTls => {
                     channel = self.secure(channel)?;
                     handshake.secured();
-                    send(&mut channel, &handshake.output())?;
+                    match send(&mut channel, &handshake.output()) {
+                        // A server that does not believe us hangs up about now. Reading tells it, as the original does.
+                        Err(error) if matches!(error.errno(), Some(libc::EPIPE | libc::ECONNRESET)) => {}
+                        other => other?,
+                    }
                 }
                 Next::Done => return Connection::start(channel, handshake.finish()),
             }
@@ -150,17 +154,16 @@ fn send(channel: &mut Channel, bytes: &[u8]) -> Result<()> {
     }
 }
 
-fn unread(what: &str, error: &io::Error, encrypted: bool) -> Error {
+fn unread(what: &str, error: io::Error, encrypted: bool) -> Error {
     let reason = match error.kind() {
         io::ErrorKind::UnexpectedEof if !encrypted => {
             "Unexpected end-of-file before all data were read".to_owned()
         }
         #[cfg(feature = "tls")]
-        io::ErrorKind::UnexpectedEof => format!("Cannot read from TLS channel: {UNCLEAN_END}"),
-        _ => {
-            let error = io::Error::new(error.kind(), error.to_string());
-            format!("Unable to read from socket: {}", Error::from(error))
+        io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset if encrypted => {
+            format!("Cannot read from TLS channel: {UNCLEAN_END}")
         }
+        _ => format!("Unable to read from socket: {}", Error::from(error)),
     };
     Error::new(ErrorKind::Io, reason).context(what)
 }
