@@ -26,10 +26,10 @@ pub fn define(objects: &mut Objects, value: OsString) -> Result<(), Stop> {
 
 fn read(text: &str, objects: &Objects) -> Result<(String, Object), Stop> {
     let mut parameters = Parameters::read(text)?;
-    match parameters.take("qom-type").as_deref() {
+    match parameters.take_text("qom-type")?.as_deref() {
         Some("help" | "?") => {
             return Err(Stop::Text(
-                "List of user creatable objects:\n  secret\n".to_owned(),
+                "List of user creatable objects:\n  secret\n  tls-creds-anon\n  tls-creds-psk\n  tls-creds-x509\n".to_owned(),
             ));
         }
         Some("secret") => (),
@@ -39,54 +39,44 @@ fn read(text: &str, objects: &Objects) -> Result<(String, Object), Stop> {
                 "Objects of type '{other}' are not available in this build"
             )));
         }
-        Some(other) => {
-            return Err(Stop::wrong(format!(
-                "Parameter 'qom-type' does not accept value '{other}'"
-            )));
-        }
+        Some(other) => return Err(not_accepted("qom-type", other)),
         None => return Err(Stop::wrong("Parameter 'qom-type' is missing")),
     }
     if parameters.wants_help {
         return Err(Stop::Text(SECRET_HELP.to_owned()));
     }
-    let id = parameters
-        .take("id")
-        .ok_or_else(|| Stop::wrong("Parameter 'id' is missing"))?;
-    check_id(&id)?;
+    let id = parameters.take_id()?;
     let secret = SecretWords {
-        data: parameters.take("data"),
-        file: parameters.take("file"),
-        format: parameters.take("format"),
-        keyid: parameters.take("keyid"),
-        iv: parameters.take("iv"),
+        is_base64: match parameters.take_text("format")?.as_deref() {
+            None | Some("raw") => false,
+            Some("base64") => true,
+            Some(other) => return Err(not_accepted("format", other)),
+        },
+        keyid: parameters.take_text("keyid")?,
+        iv: parameters.take_text("iv")?,
+        data: parameters.take_text("data")?,
+        file: parameters.take_text("file")?,
     };
-    if let Some((name, _)) = parameters.given.first() {
-        return Err(Stop::wrong(format!("Parameter '{name}' is unexpected")));
-    }
+    parameters.finish(&id)?;
     Ok((id, Object::Secret(secret.load(objects)?)))
+}
+
+fn not_accepted(name: &str, value: &str) -> Stop {
+    Stop::wrong(format!("Parameter '{name}' does not accept value '{value}'"))
 }
 
 /// What the parameters of a secret say.
 struct SecretWords {
-    data: Option<String>,
-    file: Option<String>,
-    format: Option<String>,
+    is_base64: bool,
     keyid: Option<String>,
     iv: Option<String>,
+    data: Option<String>,
+    file: Option<String>,
 }
 
 impl SecretWords {
     /// The secret itself; one that is encrypted is decrypted with another that was defined before.
     fn load(self, objects: &Objects) -> Result<Secret, Stop> {
-        let is_base64 = match self.format.as_deref() {
-            None | Some("raw") => false,
-            Some("base64") => true,
-            Some(other) => {
-                return Err(Stop::wrong(format!(
-                    "Parameter 'format' does not accept value '{other}'"
-                )));
-            }
-        };
         let bytes = match (self.data, self.file) {
             (Some(_), Some(_)) => return Err(Stop::wrong("'file' and 'data' are mutually exclusive")),
             (None, None) => return Err(Stop::wrong("Either 'file' or 'data' must be provided")),
@@ -94,7 +84,7 @@ impl SecretWords {
             (None, Some(file)) => Zeroizing::new(read_file(&file)?),
         };
         let Some(keyid) = self.keyid else {
-            return Ok(Secret::new(if is_base64 {
+            return Ok(Secret::new(if self.is_base64 {
                 base64(&bytes)?
             } else {
                 bytes.to_vec()
@@ -110,7 +100,7 @@ impl SecretWords {
             .iv
             .ok_or_else(|| Stop::wrong("IV is required to decrypt secret"))?;
         let iv = base64(iv.as_bytes())?;
-        let bytes = if is_base64 {
+        let bytes = if self.is_base64 {
             Zeroizing::new(base64(&bytes)?)
         } else {
             bytes
@@ -123,9 +113,20 @@ impl SecretWords {
 const SECRET_KEY_LEN: usize = 32;
 
 /// `TYPE,name=value,...` or `{"qom-type": "TYPE", "name": "value"}`.
+///
+/// Of several mistakes the first one in the order in which parameters are taken is told, then names that nobody knows,
+/// and then an identifier that is none.
 struct Parameters {
-    given: Vec<(String, String)>,
+    given: Vec<(String, Given)>,
     wants_help: bool,
+}
+
+/// The value of a parameter.
+enum Given {
+    /// As `name=value` has it: any type can be said so.
+    Word(String),
+    /// As JSON has it: with a type.
+    Typed(Value),
 }
 
 impl Parameters {
@@ -133,7 +134,7 @@ impl Parameters {
         if text.starts_with('{') {
             return Self::from_json(text);
         }
-        let mut given: Vec<(String, String)> = Vec::new();
+        let mut given: Vec<(String, Given)> = Vec::new();
         let mut wants_help = false;
         // A doubled comma stands for one; no parameter holds the byte that takes its place meanwhile.
         let text = text.replace(",,", "\0");
@@ -142,10 +143,10 @@ impl Parameters {
             match item.split_once('=') {
                 Some((name, value)) => {
                     given.retain(|(other, _)| other != name);
-                    given.push((name.to_owned(), value.to_owned()));
+                    given.push((name.to_owned(), Given::Word(value.to_owned())));
                 }
                 None if item.is_empty() => (),
-                None if at == 0 => given.push(("qom-type".to_owned(), item)),
+                None if at == 0 => given.push(("qom-type".to_owned(), Given::Word(item))),
                 None if matches!(item.as_str(), "help" | "?") => wants_help = true,
                 None => return Err(Stop::wrong(format!("Expected '=' after parameter '{item}'"))),
             }
@@ -157,27 +158,65 @@ impl Parameters {
         let Value::Object(members) = json::parse(text)? else {
             return Err(Stop::wrong("Invalid parameter type, expected: object"));
         };
-        let given = members.into_iter().map(|(name, value)| match value {
-            Value::Text(value) => Ok((name.into_owned(), value)),
-            _ if KNOWN.contains(&&*name) => Err(Stop::wrong(format!(
-                "Invalid parameter type for '{name}', expected: string"
-            ))),
-            other => Ok((name.into_owned(), other.compact())),
-        });
+        let given = members
+            .into_iter()
+            .map(|(name, value)| (name.into_owned(), Given::Typed(value)));
         Ok(Self {
-            given: given.collect::<Result<_, _>>()?,
+            given: given.collect(),
             wants_help: false,
         })
     }
 
-    fn take(&mut self, name: &str) -> Option<String> {
+    fn take(&mut self, name: &str) -> Option<Given> {
         let at = self.given.iter().position(|(other, _)| other == name)?;
         Some(self.given.remove(at).1)
     }
+
+    fn take_text(&mut self, name: &str) -> Result<Option<String>, Stop> {
+        match self.take(name) {
+            None => Ok(None),
+            Some(Given::Word(text) | Given::Typed(Value::Text(text))) => Ok(Some(text)),
+            Some(Given::Typed(_)) => Err(wrong_type(name, "string")),
+        }
+    }
+
+    fn take_flag(&mut self, name: &str) -> Result<Option<bool>, Stop> {
+        match self.take(name) {
+            None => Ok(None),
+            Some(Given::Word(word)) => match word.as_str() {
+                "on" | "yes" | "true" | "y" => Ok(Some(true)),
+                "off" | "no" | "false" | "n" => Ok(Some(false)),
+                _ => Err(Stop::wrong(format!("Parameter '{name}' expects 'on' or 'off'"))),
+            },
+            Some(Given::Typed(Value::Bool(flag))) => Ok(Some(flag)),
+            Some(Given::Typed(_)) => Err(wrong_type(name, "boolean")),
+        }
+    }
+
+    fn take_id(&mut self) -> Result<String, Stop> {
+        self.take_text("id")?
+            .ok_or_else(|| Stop::wrong("Parameter 'id' is missing"))
+    }
+
+    /// Refuses what nobody took, and an identifier that is none.
+    fn finish(&self, id: &str) -> Result<(), Stop> {
+        if let Some((name, _)) = self.given.first() {
+            return Err(Stop::wrong(format!("Parameter '{name}' is unexpected")));
+        }
+        if is_identifier(id) {
+            return Ok(());
+        }
+        Err(Stop::wrong(
+            "Parameter 'id' expects an identifier\nIdentifiers consist of letters, digits, '-', '.', '_', starting with a letter.",
+        ))
+    }
 }
 
-/// Parameters that are text in JSON, too.
-const KNOWN: [&str; 7] = ["qom-type", "id", "data", "file", "format", "keyid", "iv"];
+fn wrong_type(name: &str, expected: &str) -> Stop {
+    Stop::wrong(format!(
+        "Invalid parameter type for '{name}', expected: {expected}"
+    ))
+}
 
 const OTHER_TYPES: [&str; 8] = [
     "authz-list",
@@ -221,15 +260,6 @@ fn read_file(name: &str) -> Result<Vec<u8>, Stop> {
         )));
     }
     Ok(bytes)
-}
-
-fn check_id(id: &str) -> Result<(), Stop> {
-    if is_identifier(id) {
-        return Ok(());
-    }
-    Err(Stop::wrong(
-        "Parameter 'id' expects an identifier\nIdentifiers consist of letters, digits, '-', '.', '_', starting with a letter.",
-    ))
 }
 
 /// Decodes base64. Line ends are skipped; digits at the end that make no whole group of four are left out, as the

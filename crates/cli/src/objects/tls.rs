@@ -2,7 +2,7 @@
 
 use diskimage::{Object, TlsCreds, TlsKind, check_tls_creds};
 
-use super::{Parameters, check_id};
+use super::{Parameters, not_accepted};
 use crate::words::Stop;
 
 /// The types of objects that are read here.
@@ -20,54 +20,38 @@ pub(super) fn read(kind: &str, mut parameters: Parameters) -> Result<(String, Ob
     if parameters.wants_help {
         return Err(Stop::Text(help(kind)));
     }
-    let id = parameters
-        .take("id")
-        .ok_or_else(|| Stop::wrong("Parameter 'id' is missing"))?;
-    check_id(&id)?;
-    let is_server = match parameters.take("endpoint").as_deref() {
-        None | Some("server") => true,
-        Some("client") => false,
-        Some(other) => {
-            return Err(Stop::wrong(format!(
-                "Parameter 'endpoint' does not accept value '{other}'"
-            )));
-        }
+    let id = parameters.take_id()?;
+    let verify_peer = parameters.take_flag("verify-peer")?.unwrap_or(true);
+    let dir = parameters.take_text("dir")?;
+    let is_server = match parameters.take_text("endpoint")?.as_deref() {
+        None | Some("client") => false,
+        Some("server") => true,
+        Some(other) => return Err(not_accepted("endpoint", other)),
     };
-    let verify_peer = flag(&mut parameters, "verify-peer")?;
+    let priority = parameters.take_text("priority")?;
     let kind = match kind {
         X509 => {
             // Whether the files of this side are looked at closely; the TLS library looks in any case.
-            flag(&mut parameters, "sanity-check")?;
+            parameters.take_flag("sanity-check")?;
             TlsKind::X509 {
-                password_id: parameters.take("passwordid"),
+                password_id: parameters.take_text("passwordid")?,
             }
         }
         PSK => TlsKind::Psk {
-            username: parameters.take("username"),
+            username: parameters.take_text("username")?,
         },
         _ => TlsKind::Anon,
     };
+    parameters.finish(&id)?;
     let creds = TlsCreds {
         kind,
-        dir: parameters.take("dir"),
+        dir,
         is_server,
         verify_peer,
-        priority: parameters.take("priority"),
+        priority,
     };
-    if let Some((name, _)) = parameters.given.first() {
-        return Err(Stop::wrong(format!("Parameter '{name}' is unexpected")));
-    }
     check_tls_creds(&creds)?;
     Ok((id, Object::TlsCreds(creds)))
-}
-
-/// A flag that is on if nothing is said.
-fn flag(parameters: &mut Parameters, name: &str) -> Result<bool, Stop> {
-    match parameters.take(name).as_deref() {
-        None | Some("on" | "yes" | "true" | "y") => Ok(true),
-        Some("off" | "no" | "false" | "n") => Ok(false),
-        Some(_) => Err(Stop::wrong(format!("Parameter '{name}' expects 'on' or 'off'"))),
-    }
 }
 
 fn help(kind: &str) -> String {
@@ -89,7 +73,7 @@ mod tests {
 
     fn read_text(text: &str) -> Result<(String, Object), Stop> {
         let mut parameters = Parameters::read(text)?;
-        let kind = parameters.take("qom-type").expect("a type");
+        let kind = parameters.take_text("qom-type")?.expect("a type");
         read(&kind, parameters)
     }
 
