@@ -33,7 +33,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use diskimage_core::{
     ByteRange, Device, Error, ErrorKind, Extent, Limits, Node, NodeOptions, Objects, Preallocation, Result,
-    ResultExt, TlsCreds, TlsKind, Want, ZeroMode, align_down, errno,
+    ResultExt, Want, ZeroMode, align_down, errno,
 };
 
 use crate::protocol::{Protocol, ProtocolRequest};
@@ -45,6 +45,8 @@ use remote::Remote;
 use reply::Outcome;
 use request::{Command, MAX_SHORT_LEN};
 use status::{StatusCache, kind_of};
+#[cfg(feature = "tls")]
+pub use tls::check_tls_creds;
 use wire::export;
 
 /// The protocol's entry in the table.
@@ -79,17 +81,10 @@ impl Protocol for NbdProtocol {
 /// Checks credentials and the files that they name before anybody connects with them.
 ///
 /// # Errors
-/// Files that are missing or that hold something else.
-pub fn check_tls_creds(creds: &TlsCreds) -> Result<()> {
-    if creds.kind != TlsKind::Anon && creds.dir.is_none() {
-        return Err(Error::invalid("Missing 'dir' property value"));
-    }
-    // The files of a server are its own matter.
-    #[cfg(feature = "tls")]
-    if matches!(creds.kind, TlsKind::X509 { .. }) && !creds.is_server {
-        tls::Credentials::load(creds)?;
-    }
-    Ok(())
+/// Always: nobody can connect with them.
+#[cfg(not(feature = "tls"))]
+pub fn check_tls_creds(_: &diskimage_core::TlsCreds) -> Result<()> {
+    Err(Error::unsupported("TLS is not available in this build"))
 }
 
 /// An export of an NBD server.

@@ -1,0 +1,189 @@
+//! A connection over a session of a TLS library, which itself neither reads nor writes the socket.
+//!
+//! ```text
+//!   bytes ── write ──► Session ── drain ──► socket
+//!   bytes ◄── read ─── Session ◄── feed ─── socket
+//! ```
+//!
+//! The lock around the session is never held while anybody waits for the socket.
+
+use std::io::{self, Read, Write};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use diskimage_core::{Error, ErrorKind, Result};
+
+use super::super::address::Socket;
+use super::super::connection::Channel;
+
+/// One side of an encrypted connection.
+pub(super) trait Session: Send + 'static {
+    /// Whether the two sides have not agreed yet.
+    fn is_handshaking(&self) -> bool;
+
+    /// Takes encrypted bytes of the other side, as many as there is room for, and says how many.
+    ///
+    /// # Errors
+    /// What the other side should not have said; there may be an answer to it to drain.
+    fn feed(&mut self, raw: &[u8]) -> Result<usize>;
+
+    /// Gives bytes of the other side.
+    ///
+    /// # Errors
+    /// `WouldBlock` until more is fed.
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize>;
+
+    /// Takes bytes for the other side, and says how many.
+    ///
+    /// # Errors
+    /// A session that has ended.
+    fn write(&mut self, buf: &[u8]) -> io::Result<usize>;
+
+    /// Gives what the other side is to be sent.
+    ///
+    /// # Errors
+    /// None but those of memory.
+    fn drain(&mut self, out: &mut Vec<u8>) -> io::Result<()>;
+}
+
+/// Agrees with the other side of `socket` on keys.
+///
+/// # Errors
+/// `TLS handshake failed`, and what `session` says.
+pub(super) fn secure(socket: Socket, mut session: impl Session) -> Result<Channel> {
+    shake_hands(&mut session, &socket)?;
+    let session = Arc::new(Mutex::new(session));
+    let (reading, writing) = (socket.try_clone()?, socket.try_clone()?);
+    Ok(Channel {
+        socket,
+        reader: Box::new(TlsReader {
+            session: Arc::clone(&session),
+            socket: reading,
+            raw: vec![0; RAW],
+            there: 0..0,
+        }),
+        writer: Box::new(TlsWriter {
+            session,
+            socket: writing,
+            raw: Vec::new(),
+        }),
+    })
+}
+
+/// How many encrypted bytes are read at once.
+const RAW: usize = 64 << 10;
+
+fn shake_hands(session: &mut impl Session, mut line: &Socket) -> Result<()> {
+    let mut raw = vec![0; RAW];
+    let mut out = Vec::new();
+    let mut was_answered = false;
+    loop {
+        out.clear();
+        session.drain(&mut out)?;
+        line.write_all(&out)
+            .map_err(|error| broken_off(&error, was_answered))?;
+        if !session.is_handshaking() {
+            return Ok(());
+        }
+        let len = line
+            .read(&mut raw)
+            .map_err(|error| broken_off(&error, was_answered))?;
+        if len == 0 {
+            return Err(broken_off(&io::ErrorKind::UnexpectedEof.into(), was_answered));
+        }
+        was_answered = true;
+        let mut rest = &raw[..len];
+        while !rest.is_empty() {
+            match session.feed(rest) {
+                Ok(taken) => rest = &rest[taken..],
+                Err(error) => {
+                    // The other side is told why.
+                    out.clear();
+                    session.drain(&mut out)?;
+                    let _ = line.write_all(&out);
+                    return Err(error);
+                }
+            }
+        }
+    }
+}
+
+/// The end of a connection in the middle of the handshake. The original answers the server's first message at once, so
+/// from then on it is the sending that fails.
+fn broken_off(error: &io::Error, was_answered: bool) -> Error {
+    let reason = match error.kind() {
+        io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe => {
+            if was_answered { UNCLEAN_PUSH } else { UNCLEAN_END }.to_owned()
+        }
+        _ => error.to_string(),
+    };
+    Error::new(ErrorKind::Io, format!("TLS handshake failed: {reason}"))
+}
+
+/// What the original says of a connection that ends without farewell.
+pub(in super::super) const UNCLEAN_END: &str = "The TLS connection was non-properly terminated.";
+const UNCLEAN_PUSH: &str = "Error in the push function.: Unable to write to socket: Broken pipe";
+
+fn lock<S>(session: &Mutex<S>) -> MutexGuard<'_, S> {
+    session.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The receiving side.
+struct TlsReader<S> {
+    session: Arc<Mutex<S>>,
+    socket: Socket,
+    raw: Vec<u8>,
+    /// What of `raw` has not been decrypted yet.
+    there: std::ops::Range<usize>,
+}
+
+impl<S: Session> Read for TlsReader<S> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        loop {
+            {
+                let mut session = lock(&self.session);
+                match session.read(buf) {
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                    other => return other,
+                }
+                if !self.there.is_empty() {
+                    let taken = session
+                        .feed(&self.raw[self.there.clone()])
+                        .map_err(|error| io::Error::other(error.chain()))?;
+                    self.there.start += taken;
+                    continue;
+                }
+            }
+            // Waiting for the server with nothing locked.
+            let len = (&self.socket).read(&mut self.raw)?;
+            if len == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            self.there = 0..len;
+        }
+    }
+}
+
+/// The sending side. What the session has to say of itself, new keys for one, goes out with the next request.
+struct TlsWriter<S> {
+    session: Arc<Mutex<S>>,
+    socket: Socket,
+    raw: Vec<u8>,
+}
+
+impl<S: Session> Write for TlsWriter<S> {
+    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        self.raw.clear();
+        let taken = {
+            let mut session = lock(&self.session);
+            let taken = session.write(buf)?;
+            session.drain(&mut self.raw)?;
+            taken
+        };
+        (&self.socket).write_all(&self.raw)?;
+        Ok(taken)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}

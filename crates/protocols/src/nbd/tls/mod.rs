@@ -1,0 +1,139 @@
+//! Encryption of connections.
+//!
+//! ```text
+//!   Credentials ── secure ──► Channel over a Session
+//!    └ x509          certificates: sessions of rustls
+//! ```
+//!
+//! The files of credentials are those of QEMU's documentation, in one directory.
+
+mod channel;
+mod x509;
+
+use std::fs;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use diskimage_core::{Error, ErrorKind, Result, ResultExt, TlsCreds, TlsKind};
+
+use zeroize::Zeroizing;
+
+use super::address::Socket;
+use super::connection::Channel;
+pub(super) use channel::UNCLEAN_END;
+use x509::Certificates;
+
+/// Who we are and whom we believe, read from the files.
+#[derive(Clone, Debug)]
+pub(super) struct Credentials(Kind);
+
+#[derive(Clone, Debug)]
+enum Kind {
+    Certificates(Certificates),
+}
+
+/// Larger than any file of credentials.
+const MAX_FILE: u64 = 4 << 20;
+
+/// Checks credentials and the files that they name before anybody connects with them.
+///
+/// # Errors
+/// Credentials that contradict themselves, and files that are missing or that hold something else.
+pub fn check_tls_creds(creds: &TlsCreds) -> Result<()> {
+    let files: &[&str] = match &creds.kind {
+        TlsKind::Psk { username: Some(_) } if creds.is_server => {
+            return Err(Error::invalid("username should not be set when endpoint=server"));
+        }
+        _ if !creds.is_server => return Credentials::load(creds).map(|_| ()),
+        TlsKind::X509 { .. } => &["ca-cert.pem", "server-cert.pem", "server-key.pem"],
+        TlsKind::Psk { .. } => &["keys.psk"],
+        TlsKind::Anon => return Ok(()),
+    };
+    // What is in the files of a server is its own matter.
+    let dir = Directory::of(creds)?;
+    files.iter().try_for_each(|file| accessible(&dir.file(file)))
+}
+
+impl Credentials {
+    /// Reads the files that the credentials of a client name.
+    ///
+    /// # Errors
+    /// Kinds that there is no support for, and files that cannot be read.
+    pub(super) fn load(creds: &TlsCreds) -> Result<Self> {
+        if creds.is_server {
+            return Err(Error::invalid("Expected TLS credentials for a client endpoint"));
+        }
+        if creds.priority.is_some() {
+            return Err(unavailable("Priority strings for TLS are"));
+        }
+        let kind = match &creds.kind {
+            TlsKind::X509 { password_id: Some(_) } => return Err(unavailable("Encrypted keys for TLS are")),
+            TlsKind::X509 { password_id: None } => {
+                Kind::Certificates(Certificates::load(Directory::of(creds)?, creds.verify_peer)?)
+            }
+            TlsKind::Psk { .. } => return Err(unavailable("TLS with pre-shared keys is")),
+            TlsKind::Anon => return Err(unavailable("TLS with anonymous credentials is")),
+        };
+        Ok(Self(kind))
+    }
+
+    /// Encrypts a connection. `host` is who the other side should be, where certificates say so.
+    ///
+    /// # Errors
+    /// `TLS handshake failed`, and what is wrong with the other side's certificate.
+    pub(super) fn secure(&self, socket: Socket, host: Option<&str>) -> Result<Channel> {
+        match &self.0 {
+            Kind::Certificates(certificates) => channel::secure(socket, certificates.session(host)?),
+        }
+    }
+}
+
+fn unavailable(what: &str) -> Error {
+    Error::unsupported(format!("{what} not available in this build"))
+}
+
+/// The files of credentials of one kind. Their names are put together as the original does, for messages show them.
+#[derive(Clone, Copy)]
+struct Directory<'a>(&'a str);
+
+impl<'a> Directory<'a> {
+    fn of(creds: &'a TlsCreds) -> Result<Self> {
+        creds
+            .dir
+            .as_deref()
+            .map(Self)
+            .ok_or_else(|| Error::invalid("Missing 'dir' property value"))
+    }
+
+    fn file(self, name: &str) -> PathBuf {
+        PathBuf::from(format!("{}/{name}", self.0))
+    }
+}
+
+fn accessible(path: &Path) -> Result<()> {
+    fs::metadata(path)
+        .map(|_| ())
+        .context(|| format!("Unable to access credentials {}", path.display()))
+}
+
+/// The file's bytes.
+///
+/// # Errors
+/// What the original says of a file that it cannot read, and one that is larger than any file of credentials.
+fn read(path: &Path) -> Result<Zeroizing<Vec<u8>>> {
+    let shown = path.display();
+    let file = fs::File::open(path).context(|| format!("Failed to open file \u{201c}{shown}\u{201d}"))?;
+    let failed = || format!("Error reading file \u{201c}{shown}\u{201d}");
+    let len = file.metadata().context(failed)?.len().min(MAX_FILE);
+    // Large enough from the start: memory that a growing vector leaves behind would not be wiped.
+    let mut bytes = Zeroizing::new(Vec::with_capacity(usize::try_from(len).unwrap_or(0) + 1));
+    file.take(MAX_FILE + 1).read_to_end(&mut bytes).context(failed)?;
+    if bytes.len() as u64 > MAX_FILE {
+        return Err(Error::invalid(format!("Larger than {MAX_FILE} bytes")).context(failed()));
+    }
+    Ok(bytes)
+}
+
+fn handshake_failed(reason: &str) -> Error {
+    Error::new(ErrorKind::Permission, format!("TLS handshake failed: {reason}"))
+}
