@@ -146,7 +146,7 @@ pub struct RunningServer {
 }
 
 impl RunningServer {
-    /// Starts it and waits until the socket is there.
+    /// Starts it and waits until the socket is there. [`HERE`] in its arguments becomes the directory.
     ///
     /// # Errors
     /// When it does not start.
@@ -160,8 +160,9 @@ impl RunningServer {
                 .args(["--foreground", "--unix"])
                 .arg(directory.join(socket)),
         };
+        let here = directory.to_str().ok_or("a directory whose name is no text")?;
         let child = command
-            .args(args)
+            .args(args.iter().map(|arg| arg.replace(HERE, here)))
             .current_dir(directory)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -249,6 +250,8 @@ fn wait(child: &mut Child) -> String {
     }
 }
 
+/// Stands for the directory of the case.
+const HERE: &str = "{here}";
 /// How long a server may take until it listens.
 const START_LIMIT: Duration = Duration::from_secs(20);
 const SUCCESS: &str = "exit code 0";

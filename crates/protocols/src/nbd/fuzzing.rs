@@ -35,6 +35,12 @@ pub fn negotiate(bytes: &[u8]) {
     }
 }
 
+/// `bytes` as a file of pre-shared keys.
+#[cfg(feature = "tls-psk")]
+pub fn keys(bytes: &[u8]) {
+    let _ = super::tls::find_key(bytes, "qemu");
+}
+
 /// `bytes` as the replies to one request; the first one says which.
 pub fn replies(bytes: &[u8]) {
     let Some((first, rest)) = bytes.split_first() else {

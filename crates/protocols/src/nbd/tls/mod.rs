@@ -2,12 +2,17 @@
 //!
 //! ```text
 //!   Credentials ── secure ──► Channel over a Session
-//!    └ x509          certificates: sessions of rustls
+//!    ├ x509          certificates: sessions of rustls
+//!    └ uncertified   keys of both sides (psk), or anybody: sessions of OpenSSL, for rustls has neither
 //! ```
 //!
 //! The files of credentials are those of QEMU's documentation, in one directory.
 
 mod channel;
+#[cfg(feature = "tls-psk")]
+mod psk;
+#[cfg(feature = "tls-psk")]
+mod uncertified;
 mod x509;
 
 use std::fs;
@@ -21,6 +26,10 @@ use zeroize::Zeroizing;
 use super::address::Socket;
 use super::connection::Channel;
 pub(super) use channel::UNCLEAN_END;
+#[cfg(all(feature = "tls-psk", feature = "fuzzing"))]
+pub(super) use psk::find_key;
+#[cfg(feature = "tls-psk")]
+use uncertified::Uncertified;
 use x509::Certificates;
 
 /// Who we are and whom we believe, read from the files.
@@ -30,6 +39,8 @@ pub(super) struct Credentials(Kind);
 #[derive(Clone, Debug)]
 enum Kind {
     Certificates(Certificates),
+    #[cfg(feature = "tls-psk")]
+    Uncertified(Uncertified),
 }
 
 /// Larger than any file of credentials.
@@ -71,7 +82,16 @@ impl Credentials {
             TlsKind::X509 { password_id: None } => {
                 Kind::Certificates(Certificates::load(Directory::of(creds)?, creds.verify_peer)?)
             }
+            #[cfg(feature = "tls-psk")]
+            TlsKind::Psk { username } => {
+                let key = psk::load(Directory::of(creds)?, username.as_deref())?;
+                Kind::Uncertified(Uncertified::with_key(key)?)
+            }
+            #[cfg(feature = "tls-psk")]
+            TlsKind::Anon => Kind::Uncertified(Uncertified::anonymous()?),
+            #[cfg(not(feature = "tls-psk"))]
             TlsKind::Psk { .. } => return Err(unavailable("TLS with pre-shared keys is")),
+            #[cfg(not(feature = "tls-psk"))]
             TlsKind::Anon => return Err(unavailable("TLS with anonymous credentials is")),
         };
         Ok(Self(kind))
@@ -84,6 +104,8 @@ impl Credentials {
     pub(super) fn secure(&self, socket: Socket, host: Option<&str>) -> Result<Channel> {
         match &self.0 {
             Kind::Certificates(certificates) => channel::secure(socket, certificates.session(host)?),
+            #[cfg(feature = "tls-psk")]
+            Kind::Uncertified(uncertified) => channel::secure(socket, uncertified.session()?),
         }
     }
 }

@@ -1,0 +1,124 @@
+//! Keys that both sides have: the file `keys.psk`, as `psktool` makes it.
+//!
+//! A line has a name, a colon and the key in hexadecimal digits. The first line of a name counts.
+
+use diskimage_core::{Error, ErrorKind, Result, ResultExt};
+use zeroize::Zeroizing;
+
+use super::{Directory, accessible, read};
+
+/// A key, and the name that it goes by.
+pub(super) struct NamedKey {
+    pub(super) name: String,
+    pub(super) bytes: Zeroizing<Vec<u8>>,
+}
+
+/// The name that is taken if none is said.
+const DEFAULT_NAME: &str = "qemu";
+/// The original's library takes no shorter key.
+const MIN_KEY: usize = 4;
+
+/// Reads the key of `name` from the file in `dir`.
+///
+/// # Errors
+/// A file that cannot be read, a name that is not in it, and a key that is none.
+pub(super) fn load(dir: Directory<'_>, name: Option<&str>) -> Result<NamedKey> {
+    let path = dir.file("keys.psk");
+    accessible(&path)?;
+    let text = read(&path).context(|| format!("Cannot read PSK file {}", path.display()))?;
+    let name = name.unwrap_or(DEFAULT_NAME);
+    let bytes = find_key(&text, name)?.ok_or_else(|| {
+        Error::new(
+            ErrorKind::NotFound,
+            format!("Username {name} not found in PSK file {}", path.display()),
+        )
+    })?;
+    Ok(NamedKey {
+        name: name.to_owned(),
+        bytes,
+    })
+}
+
+/// The key of `name` in the text of a file, up to the first NUL if there is one.
+///
+/// # Errors
+/// A key that is too short or not of hexadecimal digits.
+pub(in super::super) fn find_key(text: &[u8], name: &str) -> Result<Option<Zeroizing<Vec<u8>>>> {
+    let text = text.split(|byte| *byte == 0).next().unwrap_or_default();
+    let digits = text
+        .split(|byte| *byte == b'\n')
+        .find_map(|line| line.strip_prefix(name.as_bytes())?.strip_prefix(b":"));
+    let Some(digits) = digits else {
+        return Ok(None);
+    };
+    let unusable = |why| Error::invalid(format!("Cannot set PSK client credentials: {why}"));
+    let key = decode_hex(digits).ok_or_else(|| unusable("Error in parsing."))?;
+    if key.len() < MIN_KEY {
+        return Err(unusable("The request is invalid."));
+    }
+    Ok(Some(key))
+}
+
+fn decode_hex(digits: &[u8]) -> Option<Zeroizing<Vec<u8>>> {
+    let (pairs, []) = digits.as_chunks::<2>() else {
+        return None;
+    };
+    // Collected into what is large enough from the start: memory that is left behind would not be wiped.
+    let mut bytes = Zeroizing::new(Vec::with_capacity(pairs.len()));
+    for [high, low] in pairs {
+        let digit = |byte: u8| {
+            char::from(byte)
+                .to_digit(16)
+                .and_then(|digit| u8::try_from(digit).ok())
+        };
+        bytes.push(digit(*high)? << 4 | digit(*low)?);
+    }
+    Some(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn key(text: &[u8]) -> std::result::Result<Option<Vec<u8>>, String> {
+        match find_key(text, "qemu") {
+            Ok(key) => Ok(key.map(|key| key.to_vec())),
+            Err(error) => Err(error.chain()),
+        }
+    }
+
+    #[test]
+    fn the_first_line_of_a_name_has_its_key() {
+        let bytes = Ok(Some(vec![0, 0x1a, 0xB2, 0xff]));
+        assert_eq!(key(b"qemu:001aB2fF"), bytes);
+        assert_eq!(
+            key(b"#qemu\n\xff\nqemux:1\n\nqemu:001ab2ff\nqemu:0011223344\n"),
+            bytes
+        );
+        assert_eq!(key(b"qemu:001ab2ff\0\nx"), bytes);
+        assert_eq!(key(b" qemu:001ab2ff\nqemu\n"), Ok(None));
+        assert_eq!(key(b"x:\0\nqemu:001ab2ff\n"), Ok(None));
+        assert_eq!(key(b""), Ok(None));
+    }
+
+    #[test]
+    fn what_is_no_key_is_refused() {
+        let unusable = |why: &str| Err(format!("Cannot set PSK client credentials: {why}"));
+        for text in [
+            "qemu:a",
+            "qemu:0011223g",
+            "qemu:00112233\r",
+            "qemu: 00112233",
+            "qemu:00112233:44",
+        ] {
+            assert_eq!(key(text.as_bytes()), unusable("Error in parsing."), "{text}");
+        }
+        for text in ["qemu:", "qemu:001122", "qemu:aa\nqemu:00112233"] {
+            assert_eq!(
+                key(text.as_bytes()),
+                unusable("The request is invalid."),
+                "{text}"
+            );
+        }
+    }
+}

@@ -1,0 +1,203 @@
+//! Encryption without certificates: with a key that both sides have, or with anybody.
+//!
+//! A session stands between two pieces of memory: what the other side sent, and what it is to be sent.
+
+use std::collections::VecDeque;
+use std::io::{self, Read, Write};
+
+use diskimage_core::{Error, Result};
+use openssl::error::ErrorStack;
+use openssl::ssl::{
+    self, ErrorCode, Ssl, SslContext, SslContextBuilder, SslMethod, SslOptions, SslStream, SslVerifyMode,
+    SslVersion,
+};
+use openssl::x509::X509VerifyResult;
+
+use super::channel::Session;
+use super::handshake_failed;
+use super::psk::NamedKey;
+
+/// What sessions are made of.
+#[derive(Clone, Debug)]
+pub(super) struct Uncertified(SslContext);
+
+/// Ciphers of TLS 1.2 whose keys come from the common key alone, with a Diffie-Hellman exchange or without.
+const WITH_KEY: &str = "kDHEPSK:kECDHEPSK:kPSK:!eNULL:!3DES:!RC4";
+/// Ciphers of TLS 1.2 without any check of who the other side is. The library has them only at its lowest level.
+const ANONYMOUS: &str = "ADH:AECDH:!eNULL:!3DES:!RC4:@SECLEVEL=0";
+/// The library's limits: `PSK_MAX_PSK_LEN`, and `PSK_MAX_IDENTITY_LEN` with the byte that ends it.
+const MAX_KEY: usize = 512;
+const MAX_NAME: usize = 255;
+
+impl Uncertified {
+    /// Sessions with whoever has the same key.
+    ///
+    /// # Errors
+    /// A name or a key that is longer than the library's limit.
+    pub(super) fn with_key(key: NamedKey) -> Result<Self> {
+        if key.bytes.len() > MAX_KEY {
+            return Err(Error::unsupported(format!(
+                "Cannot set PSK client credentials: The key is longer than {MAX_KEY} bytes"
+            )));
+        }
+        if key.name.len() > MAX_NAME || key.name.contains('\0') {
+            return Err(Error::unsupported(format!(
+                "Cannot set PSK client credentials: The name is longer than {MAX_NAME} bytes or has a NUL in it"
+            )));
+        }
+        Self::new(WITH_KEY, |context| {
+            context.set_psk_client_callback(move |_, _, name, bytes| {
+                // Without a length there is no key, and no session.
+                Ok(show_key(&key, name, bytes).unwrap_or(0))
+            });
+            Ok(())
+        })
+    }
+
+    /// Sessions with anybody.
+    ///
+    /// # Errors
+    /// A library that has no such ciphers.
+    pub(super) fn anonymous() -> Result<Self> {
+        Self::new(ANONYMOUS, |context| {
+            // Later versions have no such ciphers.
+            context.set_max_proto_version(Some(SslVersion::TLS1_2))
+        })
+    }
+
+    fn new(
+        ciphers: &str,
+        configure: impl FnOnce(&mut SslContextBuilder) -> std::result::Result<(), ErrorStack>,
+    ) -> Result<Self> {
+        let build = || {
+            let mut context = SslContextBuilder::new(SslMethod::tls_client())?;
+            context.set_min_proto_version(Some(SslVersion::TLS1_2))?;
+            context.set_cipher_list(ciphers)?;
+            // A server that shows a certificate instead of the key is refused, whatever the system's configuration of
+            // the library says.
+            context.set_verify_callback(SslVerifyMode::PEER, |_, chain| {
+                chain.set_error(X509VerifyResult::APPLICATION_VERIFICATION);
+                false
+            });
+            context.set_options(SslOptions::NO_RENEGOTIATION);
+            configure(&mut context)?;
+            Ok(Self(context.build()))
+        };
+        build().map_err(|error| unusable(&error))
+    }
+
+    /// Begins a session.
+    ///
+    /// # Errors
+    /// Those of the library's memory.
+    pub(super) fn session(&self) -> Result<UncertifiedSession> {
+        let ssl = Ssl::new(&self.0).map_err(|error| unusable(&error))?;
+        let stream = SslStream::new(ssl, Pipe::default()).map_err(|error| unusable(&error))?;
+        let mut session = UncertifiedSession {
+            stream,
+            is_handshaking: true,
+        };
+        session.shake_hands()?;
+        Ok(session)
+    }
+}
+
+fn unusable(error: &ErrorStack) -> Error {
+    Error::unsupported(format!("Cannot use TLS: {}", reason(error)))
+}
+
+/// Writes the key and its name, which ends with a NUL, to where the library wants them, if there is room, and says how
+/// long the key is.
+fn show_key(key: &NamedKey, name: &mut [u8], bytes: &mut [u8]) -> Option<usize> {
+    let (end, name) = name.get_mut(..=key.name.len())?.split_last_mut()?;
+    name.copy_from_slice(key.name.as_bytes());
+    *end = 0;
+    bytes.get_mut(..key.bytes.len())?.copy_from_slice(&key.bytes);
+    Some(key.bytes.len())
+}
+
+/// A session of the library.
+pub(super) struct UncertifiedSession {
+    stream: SslStream<Pipe>,
+    is_handshaking: bool,
+}
+
+impl UncertifiedSession {
+    fn shake_hands(&mut self) -> Result<()> {
+        match self.stream.connect() {
+            Ok(()) => self.is_handshaking = false,
+            Err(error) if error.code() == ErrorCode::WANT_READ => {}
+            Err(error) => return Err(self.failed(&error)),
+        }
+        Ok(())
+    }
+
+    fn failed(&self, error: &ssl::Error) -> Error {
+        if self.stream.ssl().verify_result() != X509VerifyResult::OK {
+            return handshake_failed("Insufficient credentials for that request.");
+        }
+        match error.ssl_error() {
+            Some(errors) => handshake_failed(reason(errors)),
+            None => handshake_failed("The other side does not follow the protocol"),
+        }
+    }
+}
+
+fn reason(errors: &ErrorStack) -> &str {
+    let first = errors.errors().first();
+    first.and_then(|error| error.reason()).unwrap_or("unknown reason")
+}
+
+impl Session for UncertifiedSession {
+    fn is_handshaking(&self) -> bool {
+        self.is_handshaking
+    }
+
+    fn feed(&mut self, raw: &[u8]) -> Result<usize> {
+        self.stream.get_mut().incoming.extend(raw);
+        if self.is_handshaking {
+            self.shake_hands()?;
+        }
+        Ok(raw.len())
+    }
+
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        self.stream.read(buf)
+    }
+
+    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        self.stream.write(buf)
+    }
+
+    fn drain(&mut self, out: &mut Vec<u8>) -> io::Result<()> {
+        out.append(&mut self.stream.get_mut().outgoing);
+        Ok(())
+    }
+}
+
+/// The library's idea of a connection. More is put in only once the library has taken everything, so it holds no more
+/// than is read from the socket at once.
+#[derive(Debug, Default)]
+struct Pipe {
+    incoming: VecDeque<u8>,
+    outgoing: Vec<u8>,
+}
+
+impl Read for Pipe {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        if self.incoming.is_empty() {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        self.incoming.read(buf)
+    }
+}
+
+impl Write for Pipe {
+    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        self.outgoing.write(buf)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
