@@ -83,19 +83,26 @@ fn certificates(dir: &Path, name: &str) -> bool {
 }
 
 fn open(socket: &Path, creds: &Path, verify_peer: bool, hostname: Option<&str>) -> Result<Nbd> {
+    let kind = TlsKind::X509 { password_id: None };
+    open_as(kind, socket, creds, verify_peer, hostname)
+}
+
+fn open_as(
+    kind: TlsKind,
+    socket: &Path,
+    creds: &Path,
+    verify_peer: bool,
+    hostname: Option<&str>,
+) -> Result<Nbd> {
     let mut objects = Objects::new();
-    objects
-        .add(
-            "t",
-            Object::TlsCreds(TlsCreds {
-                kind: TlsKind::X509 { password_id: None },
-                dir: creds.to_str().map(str::to_owned),
-                is_server: false,
-                verify_peer,
-                priority: None,
-            }),
-        )
-        .unwrap();
+    let creds = TlsCreds {
+        kind,
+        dir: creds.to_str().map(str::to_owned),
+        is_server: false,
+        verify_peer,
+        priority: None,
+    };
+    objects.add("t", Object::TlsCreds(creds)).unwrap();
     let mut options = NodeOptions::new();
     options.set("path", socket.to_str().unwrap());
     options.set("tls-creds", "t");
@@ -189,5 +196,22 @@ fn bytes_go_encrypted_to_whom_the_certificates_name() {
         refused(open(&socket, &theirs, false, None)),
         "Failed to read option reply: Cannot read from TLS channel: The TLS connection was non-properly terminated."
     );
+    #[cfg(feature = "tls-psk")]
+    {
+        fs::write(ours.join("keys.psk"), "qemu:00112233445566778899aabbccddeeff\n").unwrap();
+        for (kind, why) in [
+            // It shows a certificate instead of a key, which not even verify-peer=off makes good.
+            (
+                TlsKind::Psk { username: None },
+                "Insufficient credentials for that request.",
+            ),
+            (TlsKind::Anon, "The TLS connection was non-properly terminated."),
+        ] {
+            assert_eq!(
+                refused(open_as(kind, &socket, &ours, false, None)),
+                format!("TLS handshake failed: {why}")
+            );
+        }
+    }
     drop(server);
 }

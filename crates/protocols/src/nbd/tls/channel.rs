@@ -10,10 +10,11 @@
 use std::io::{self, Read, Write};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use diskimage_core::{Error, ErrorKind, Result};
+use diskimage_core::{Error, Result};
 
 use super::super::address::Socket;
 use super::super::connection::Channel;
+use super::words::{UNCLEAN_END, UNCLEAN_PUSH, handshake_failed};
 
 /// One side of an encrypted connection.
 pub(super) trait Session: Send + 'static {
@@ -110,18 +111,13 @@ fn shake_hands(session: &mut impl Session, mut line: &Socket) -> Result<()> {
 /// The end of a connection in the middle of the handshake. The original answers the server's first message at once, so
 /// from then on it is the sending that fails.
 fn broken_off(error: &io::Error, was_answered: bool) -> Error {
-    let reason = match error.kind() {
+    match error.kind() {
         io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe => {
-            if was_answered { UNCLEAN_PUSH } else { UNCLEAN_END }.to_owned()
+            handshake_failed(if was_answered { UNCLEAN_PUSH } else { UNCLEAN_END })
         }
-        _ => error.to_string(),
-    };
-    Error::new(ErrorKind::Io, format!("TLS handshake failed: {reason}"))
+        _ => handshake_failed(&error.to_string()),
+    }
 }
-
-/// What the original says of a connection that ends without farewell.
-pub(in super::super) const UNCLEAN_END: &str = "The TLS connection was non-properly terminated.";
-const UNCLEAN_PUSH: &str = "Error in the push function.: Unable to write to socket: Broken pipe";
 
 fn lock<S>(session: &Mutex<S>) -> MutexGuard<'_, S> {
     session.lock().unwrap_or_else(PoisonError::into_inner)

@@ -13,23 +13,24 @@ mod channel;
 mod psk;
 #[cfg(feature = "tls-psk")]
 mod uncertified;
+mod words;
 mod x509;
 
 use std::fs;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use diskimage_core::{Error, ErrorKind, Result, ResultExt, TlsCreds, TlsKind};
+use diskimage_core::{Error, Result, ResultExt, TlsCreds, TlsKind};
 
 use zeroize::Zeroizing;
 
 use super::address::Socket;
 use super::connection::Channel;
-pub(super) use channel::UNCLEAN_END;
 #[cfg(all(feature = "tls-psk", feature = "fuzzing"))]
 pub(super) use psk::find_key;
 #[cfg(feature = "tls-psk")]
 use uncertified::Uncertified;
+pub(super) use words::UNCLEAN_END;
 use x509::Certificates;
 
 /// Who we are and whom we believe, read from the files.
@@ -154,8 +155,4 @@ fn read(path: &Path) -> Result<Zeroizing<Vec<u8>>> {
         return Err(Error::invalid(format!("Larger than {MAX_FILE} bytes")).context(failed()));
     }
     Ok(bytes)
-}
-
-fn handshake_failed(reason: &str) -> Error {
-    Error::new(ErrorKind::Permission, format!("TLS handshake failed: {reason}"))
 }

@@ -14,8 +14,8 @@ use openssl::ssl::{
 use openssl::x509::X509VerifyResult;
 
 use super::channel::Session;
-use super::handshake_failed;
 use super::psk::NamedKey;
+use super::words::{ALERT, FAREWELL, INSUFFICIENT, LENGTH, UNDECODABLE, UNEXPECTED, handshake_failed};
 
 /// What sessions are made of.
 #[derive(Clone, Debug)]
@@ -134,14 +134,27 @@ impl UncertifiedSession {
 
     fn failed(&self, error: &ssl::Error) -> Error {
         if self.stream.ssl().verify_result() != X509VerifyResult::OK {
-            return handshake_failed("Insufficient credentials for that request.");
+            return handshake_failed(INSUFFICIENT);
         }
-        match error.ssl_error() {
-            Some(errors) => handshake_failed(reason(errors)),
-            None => handshake_failed("The other side does not follow the protocol"),
-        }
+        let Some(errors) = error.ssl_error() else {
+            return handshake_failed(FAREWELL);
+        };
+        let is_alert = errors
+            .errors()
+            .first()
+            .is_some_and(|error| error.reason_code() >= FIRST_ALERT);
+        handshake_failed(match reason(errors) {
+            _ if is_alert => ALERT,
+            "wrong version number" | "unexpected message" | "unexpected record" => UNEXPECTED,
+            "length mismatch" | "length too short" => UNDECODABLE,
+            "packet length too long" => LENGTH,
+            other => other,
+        })
     }
 }
+
+/// `SSL_AD_REASON_OFFSET`: from here on, reasons are alerts of the other side.
+const FIRST_ALERT: i32 = 1000;
 
 fn reason(errors: &ErrorStack) -> &str {
     let first = errors.errors().first();
@@ -199,5 +212,23 @@ impl Write for Pipe {
 
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_server_says_instead_of_a_handshake_is_told_in_the_originals_words() {
+        let farewell: (&[u8], _) = (b"\x15\x03\x03\0\x02\x01\0", FAREWELL);
+        for (bytes, words) in super::super::words::tests::INSTEAD_OF_A_HANDSHAKE
+            .iter()
+            .chain(&[farewell])
+        {
+            let mut session = Uncertified::anonymous().and_then(|it| it.session()).unwrap();
+            let error = session.feed(bytes).unwrap_err();
+            assert_eq!(error.chain(), format!("TLS handshake failed: {words}"));
+        }
     }
 }

@@ -15,12 +15,14 @@ use rustls::crypto::{CryptoProvider, ring, verify_tls12_signature, verify_tls13_
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::{
-    CertificateError, ClientConfig, ClientConnection, DigitallySignedStruct, RootCertStore, SignatureScheme,
+    CertificateError, ClientConfig, ClientConnection, DigitallySignedStruct, InvalidMessage, RootCertStore,
+    SignatureScheme,
 };
 use zeroize::Zeroizing;
 
 use super::channel::Session;
-use super::{Directory, accessible, handshake_failed, read};
+use super::words::{ALERT, LENGTH, UNDECODABLE, UNEXPECTED, handshake_failed};
+use super::{Directory, accessible, read};
 
 /// Who we are and whom we believe.
 #[derive(Clone, Debug)]
@@ -195,6 +197,14 @@ fn failed(error: &rustls::Error, host: &str) -> Error {
             CertificateError::Revoked => "The certificate has been revoked".to_owned(),
             other => format!("The certificate is not trusted: {other:?}"),
         },
+        rustls::Error::AlertReceived(_) => return handshake_failed(ALERT),
+        rustls::Error::InappropriateMessage { .. }
+        | rustls::Error::InappropriateHandshakeMessage { .. }
+        | rustls::Error::InvalidMessage(InvalidMessage::InvalidContentType) => {
+            return handshake_failed(UNEXPECTED);
+        }
+        rustls::Error::InvalidMessage(InvalidMessage::MessageTooLarge) => return handshake_failed(LENGTH),
+        rustls::Error::InvalidMessage(_) => return handshake_failed(UNDECODABLE),
         other => return handshake_failed(&other.to_string()),
     };
     Error::new(ErrorKind::Permission, words)
@@ -232,5 +242,29 @@ impl Session for CertifiedSession {
             self.connection.write_tls(out)?;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_server_says_instead_of_a_handshake_is_told_in_the_originals_words() {
+        let provider = Arc::new(ring::default_provider());
+        let config = ClientConfig::builder_with_provider(Arc::clone(&provider))
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .dangerous()
+            .with_custom_certificate_verifier(Arc::new(Anybody(provider)))
+            .with_no_client_auth();
+        let certificates = Certificates {
+            config: Arc::new(config),
+            verify_peer: false,
+        };
+        for (bytes, words) in super::super::words::tests::INSTEAD_OF_A_HANDSHAKE {
+            let error = certificates.session(None).unwrap().feed(bytes).unwrap_err();
+            assert_eq!(error.chain(), format!("TLS handshake failed: {words}"));
+        }
     }
 }
