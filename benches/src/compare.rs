@@ -1,12 +1,14 @@
 //! Runs both sides of a workload in turn.
 
-use std::path::Path;
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use crate::error::Result;
+use crate::error::{Context, Result};
 use crate::fixture::Fixtures;
 use crate::measure::{Sample, Tool, remove};
-use crate::workload::{NOISE, Workload, fixtures_of};
+use crate::sparse_copy;
+use crate::workload::{NOISE, Step, Workload};
 
 /// What came out of one workload.
 #[derive(Debug)]
@@ -100,30 +102,36 @@ pub(crate) fn compare(
     scratch: &Path,
     runs: u32,
 ) -> Result<Comparison> {
-    for name in fixtures_of(workload.command) {
+    for name in workload.fixtures() {
         fixtures.path(name)?;
     }
     // What making the inputs left to be written must not be written while the clock runs.
     rustix::fs::sync();
 
-    let mut sides = Sides {
-        stock: Figures::default(),
-        ours: Figures::default(),
+    let bench = Bench {
+        workload,
+        stock,
+        fixtures,
+        files: Files::new(scratch),
     };
-    let mut one_round = |keep: bool| {
-        for (tool, figures) in [(stock, &mut sides.stock), (ours, &mut sides.ours)] {
-            let sample = run_one(workload, tool, stock, fixtures, scratch)?;
-            if keep {
-                figures.samples.push(sample);
+    let outcome = bench.warm_up(ours).and_then(|()| {
+        let mut sides = Sides {
+            stock: Figures::default(),
+            ours: Figures::default(),
+        };
+        for _ in 0..runs {
+            for (tool, figures) in [(stock, &mut sides.stock), (ours, &mut sides.ours)] {
+                figures.samples.push(bench.run(tool)?);
+                // Removed now, not before the next run: the kernel then has no reason to write it to the disk.
+                bench.files.remove()?;
             }
         }
-        Ok::<(), crate::error::Error>(())
-    };
-    let outcome = one_round(false).and_then(|()| (0..runs).try_for_each(|_| one_round(true)));
+        Ok(sides)
+    });
     Ok(Comparison {
         name: workload.name,
         repeat: workload.repeat,
-        outcome: outcome.map(|()| sides).map_err(|error| error.to_string()),
+        outcome: outcome.map_err(|error| error.to_string()),
     })
 }
 
@@ -144,32 +152,96 @@ pub(crate) fn compare_with_itself(
     )
 }
 
-fn run_one(
-    workload: &Workload,
-    tool: &Tool,
-    stock: &Tool,
-    fixtures: &Fixtures<'_>,
-    scratch: &Path,
-) -> Result<Sample> {
-    let out = scratch.join("out.img");
-    let errors = scratch.join("errors.txt");
-    let arguments = fixtures.arguments(workload.command, &out)?;
-    let before = workload
-        .before
-        .map(|command| fixtures.arguments(command, &out))
-        .transpose()?;
+/// One workload, and what a run of it needs.
+struct Bench<'a> {
+    workload: &'a Workload,
+    stock: &'a Tool,
+    fixtures: &'a Fixtures<'a>,
+    files: Files,
+}
 
-    let mut total = Sample::default();
-    for _ in 0..workload.repeat {
-        remove(&out)?;
-        if let Some(before) = &before {
-            stock.run_untimed(before)?;
+impl Bench<'_> {
+    /// Runs both sides once for nothing but the caches, and has what they made compared.
+    fn warm_up(&self, ours: &Tool) -> Result<()> {
+        self.run(self.stock)?;
+        if self.workload.verify.is_some() {
+            fs::rename(&self.files.out, &self.files.stock)
+                .with_context(|| self.files.out.display().to_string())?;
         }
-        total = total.then(tool.run(&arguments, &out, &errors)?);
+        self.run(ours)?;
+        if let Some(command) = self.workload.verify {
+            self.stock.run_untimed(&self.arguments(command)?)?;
+        }
+        self.files.remove()
     }
-    // Removed now, not before the next run: the kernel then has no reason to write it to the disk.
-    remove(&out)?;
-    Ok(total)
+
+    /// Prepares and runs the command as often as the workload says, and leaves the files of the last run.
+    fn run(&self, tool: &Tool) -> Result<Sample> {
+        let errors = &self.files.errors;
+        let arguments = self.arguments(self.workload.command)?;
+        let mut total = Sample::default();
+        for _ in 0..self.workload.repeat {
+            self.files.remove_of_run()?;
+            self.prepare()?;
+            total = total.then(tool.run(&arguments, &self.files.out, errors)?);
+        }
+        Ok(total)
+    }
+
+    fn prepare(&self) -> Result<()> {
+        self.workload.before.iter().try_for_each(|step| match step {
+            Step::Stock(command) => self.stock.run_untimed(&self.arguments(command)?),
+            Step::Copy(fixture, to) => {
+                let from = self.fixtures.path(fixture)?;
+                let to = if *to == "top" {
+                    &self.files.top
+                } else {
+                    &self.files.out
+                };
+                sparse_copy::copy(&from, to).with_context(|| to.display().to_string())
+            }
+        })
+    }
+
+    fn arguments(&self, command: &str) -> Result<Vec<std::ffi::OsString>> {
+        let files = &self.files;
+        self.fixtures.arguments(
+            command,
+            &[("out", &files.out), ("top", &files.top), ("stock", &files.stock)],
+        )
+    }
+}
+
+/// The files that runs make.
+struct Files {
+    out: PathBuf,
+    top: PathBuf,
+    /// What the stock program made, while ours is compared with it.
+    stock: PathBuf,
+    errors: PathBuf,
+}
+
+impl Files {
+    fn new(scratch: &Path) -> Self {
+        let [out, top, stock, errors] =
+            ["out.img", "top.img", "stock.img", "errors.txt"].map(|name| scratch.join(name));
+        Self {
+            out,
+            top,
+            stock,
+            errors,
+        }
+    }
+
+    fn remove_of_run(&self) -> Result<()> {
+        remove(&self.out)?;
+        remove(&self.top)
+    }
+
+    fn remove(&self) -> Result<()> {
+        self.remove_of_run()?;
+        remove(&self.stock)
+    }
 }
 
 fn ratio(numerator: Duration, denominator: Duration) -> f64 {

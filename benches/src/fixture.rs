@@ -2,14 +2,15 @@
 
 use std::ffi::OsString;
 use std::fs::{self, File};
+use std::io::{Read, Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use crate::error::{Context, Result};
+use crate::error::{Context, Error, Result};
 use crate::filesystem_image;
 use crate::measure::Tool;
 use crate::units::KIB;
-use crate::workload::{fixtures_of, placeholder};
+use crate::workload::{Piece, fixtures_of, pieces};
 
 /// One input file and how it comes about.
 #[derive(Debug)]
@@ -24,8 +25,12 @@ enum Recipe {
     FilesystemImage,
     /// A sparse file with a small run of data in every 64 KiB, four times as long as the other inputs.
     Fragments,
-    /// A command of the stock program; `{this}` is the file it makes.
-    Stock(&'static str),
+    /// The sixteenth of the file system that begins at its middle: for commands that take long for little data.
+    Part,
+    /// A passphrase.
+    Passphrase,
+    /// Commands of the stock program; `{this}` is the file they make.
+    Stock(&'static [&'static str]),
 }
 
 pub(crate) const FIXTURES: &[Fixture] = &[
@@ -35,24 +40,24 @@ pub(crate) const FIXTURES: &[Fixture] = &[
     },
     Fixture {
         name: "qcow2",
-        recipe: Recipe::Stock("convert -f raw -O qcow2 {raw} {this}"),
+        recipe: Recipe::Stock(&["convert -f raw -O qcow2 {raw} {this}"]),
     },
     Fixture {
         name: "second",
-        recipe: Recipe::Stock("convert -f qcow2 -O qcow2 {qcow2} {this}"),
+        recipe: Recipe::Stock(&["convert -f qcow2 -O qcow2 {qcow2} {this}"]),
     },
     Fixture {
         name: "zlib",
-        recipe: Recipe::Stock("convert -f raw -O qcow2 -c {raw} {this}"),
+        recipe: Recipe::Stock(&["convert -f raw -O qcow2 -c {raw} {this}"]),
     },
     Fixture {
         name: "zstd",
-        recipe: Recipe::Stock("convert -f raw -O qcow2 -c -o compression_type=zstd {raw} {this}"),
+        recipe: Recipe::Stock(&["convert -f raw -O qcow2 -c -o compression_type=zstd {raw} {this}"]),
     },
     // All clusters allocated, none written: 32 MiB of L2 tables and 8 MiB of refcounts to walk in a sparse file.
     Fixture {
         name: "large",
-        recipe: Recipe::Stock("create -q -f qcow2 -o preallocation=metadata {this} 256G"),
+        recipe: Recipe::Stock(&["create -q -f qcow2 -o preallocation=metadata {this} 256G"]),
     },
     Fixture {
         name: "fragments",
@@ -60,7 +65,55 @@ pub(crate) const FIXTURES: &[Fixture] = &[
     },
     Fixture {
         name: "fragmented",
-        recipe: Recipe::Stock("convert -f raw -O qcow2 -o cluster_size=4k -S 4k {fragments} {this}"),
+        recipe: Recipe::Stock(&["convert -f raw -O qcow2 -o cluster_size=4k -S 4k {fragments} {this}"]),
+    },
+    // 128 MiB of L2 tables and 32 MiB of refcounts if the input is 1 GiB.
+    Fixture {
+        name: "metadata",
+        recipe: Recipe::Stock(&["create -q -f qcow2 -o preallocation=metadata {this} {x1024}"]),
+    },
+    // Has a cluster of data or zeroes for each of its base's.
+    Fixture {
+        name: "overlay",
+        recipe: Recipe::Stock(&["convert -f raw -O qcow2 -B {qcow2} -F qcow2 {raw} {this}"]),
+    },
+    Fixture {
+        name: "empty-overlay",
+        recipe: Recipe::Stock(&["create -q -f qcow2 -b {qcow2} -F qcow2 {this}"]),
+    },
+    Fixture {
+        name: "blank",
+        recipe: Recipe::Stock(&["create -q -f qcow2 {this} {x1024}"]),
+    },
+    Fixture {
+        name: "part",
+        recipe: Recipe::Part,
+    },
+    // Bits all over the first quarter of two bitmaps of 4 MiB if the input is 1 GiB.
+    Fixture {
+        name: "bitmaps",
+        recipe: Recipe::Stock(&[
+            "create -q -f qcow2 {this} {x16}",
+            "bitmap --add -g 512 -f qcow2 {this} first",
+            "bitmap --add -g 512 -f qcow2 {this} second",
+            "convert -n -f raw -O qcow2 {fragments} {this}",
+        ]),
+    },
+    Fixture {
+        name: "key",
+        recipe: Recipe::Passphrase,
+    },
+    // Little time for the key: what is measured is the data.
+    Fixture {
+        name: "luks",
+        recipe: Recipe::Stock(&[
+            "convert -f raw -O luks --object secret,id=key,file={key} -o key-secret=key,iter-time=10 {raw} {this}",
+        ]),
+    },
+    Fixture {
+        name: "qcow2-luks",
+        recipe: Recipe::Stock(&["convert -f raw -O qcow2 --object secret,id=key,file={key} \
+             -o encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=10 {raw} {this}"]),
     },
 ];
 
@@ -95,7 +148,7 @@ impl<'a> Fixtures<'a> {
         let fixture = FIXTURES
             .iter()
             .find(|fixture| fixture.name == name)
-            .ok_or_else(|| crate::error::Error::new(format!("no input file is called '{name}'")))?;
+            .ok_or_else(|| Error::new(format!("no input file is called '{name}'")))?;
         // Under another name until it is whole: an interrupted run must not leave half a file to be measured.
         let partial = self.directory.join(format!("{name}.partial"));
         self.make(fixture, &partial)?;
@@ -103,16 +156,38 @@ impl<'a> Fixtures<'a> {
         Ok(path)
     }
 
-    /// A command's words with the names of files in the place of `{…}`; `special` is what `{out}` or `{this}` is.
-    pub(crate) fn arguments(&self, command: &str, special: &Path) -> Result<Vec<OsString>> {
+    /// A command's words with what the names in braces stand for; `files` are those that are no fixtures.
+    pub(crate) fn arguments(&self, command: &str, files: &[(&str, &Path)]) -> Result<Vec<OsString>> {
         command
             .split(' ')
-            .map(|word| match placeholder(word) {
-                Some("out" | "this") => Ok(special.into()),
-                Some(name) => Ok(self.path(name)?.into()),
-                None => Ok(word.into()),
+            .map(|word| {
+                // The one word that cannot be written down between two spaces.
+                if word == "''" {
+                    return Ok(OsString::new());
+                }
+                let mut argument = OsString::new();
+                for piece in pieces(word) {
+                    match piece {
+                        Piece::Text(text) => argument.push(text),
+                        Piece::Name(name) => argument.push(self.named(name, files)?),
+                    }
+                }
+                Ok(argument)
             })
             .collect()
+    }
+
+    fn named(&self, name: &str, files: &[(&str, &Path)]) -> Result<OsString> {
+        if let Some((_, path)) = files.iter().find(|(file, _)| *file == name) {
+            return Ok(path.into());
+        }
+        match name
+            .strip_prefix('x')
+            .and_then(|factor| factor.parse::<u64>().ok())
+        {
+            Some(factor) => Ok((self.size * factor).to_string().into()),
+            None => Ok(self.path(name)?.into()),
+        }
     }
 
     fn make(&self, fixture: &Fixture, path: &Path) -> Result<()> {
@@ -121,14 +196,28 @@ impl<'a> Fixtures<'a> {
             Recipe::Fragments => {
                 make_fragments(path, self.size * 4).with_context(|| path.display().to_string())
             }
-            Recipe::Stock(command) => {
+            Recipe::Part => {
+                make_part(&self.path("raw")?, path, self.size).with_context(|| path.display().to_string())
+            }
+            Recipe::Passphrase => {
+                fs::write(path, "correct horse").with_context(|| path.display().to_string())
+            }
+            Recipe::Stock(commands) => commands.iter().try_for_each(|command| {
                 for name in fixtures_of(command) {
                     self.path(name)?;
                 }
-                self.stock.run_untimed(&self.arguments(command, path)?)
-            }
+                self.stock
+                    .run_untimed(&self.arguments(command, &[("this", path)])?)
+            }),
         }
     }
+}
+
+fn make_part(raw: &Path, path: &Path, size: u64) -> std::io::Result<()> {
+    let mut source = File::open(raw)?;
+    source.seek(SeekFrom::Start(size / 2))?;
+    std::io::copy(&mut source.take(size / 16), &mut File::create(path)?)?;
+    Ok(())
 }
 
 fn make_fragments(path: &Path, len: u64) -> std::io::Result<()> {

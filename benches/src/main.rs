@@ -5,6 +5,8 @@
 //! spread beside it says how far to trust it, and the first line compares the stock program with itself, which shows
 //! the ratio that noise alone produces.
 //!
+//! After the warm-up the stock program checks, where a workload says how, that both made the same.
+//!
 //! What is run is data: the workloads are a table in [`workload`], their input files one in [`fixture`].
 
 mod compare;
@@ -16,6 +18,7 @@ mod machine;
 mod measure;
 mod options;
 mod report;
+mod sparse_copy;
 mod units;
 mod workload;
 
@@ -67,6 +70,8 @@ fn run(options: &Options) -> Result<bool> {
     let fixtures = Fixtures::new(&options.work, options.size, &stock)?;
     let scratch = options.work.join(format!("scratch-{}", std::process::id()));
     fs::create_dir_all(&scratch).with_context(|| scratch.display().to_string())?;
+    // An overlay finds a base with a relative name beside itself, not in the directory of this program.
+    let scratch = fs::canonicalize(&scratch).with_context(|| scratch.display().to_string())?;
 
     let outcome = run_table(options, &stock, &ours, &fixtures, &scratch);
     // What is left behind must not hide the outcome; the next run makes a directory of its own.

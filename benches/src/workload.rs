@@ -2,17 +2,30 @@
 
 /// One command that both programs run on the same files.
 ///
-/// Words in braces are files: a fixture's name is that input, `{out}` the output file of the side that runs.
+/// Names in braces are files: a fixture's name is that input; `{out}` and `{top}` are files of the side that runs, and
+/// only `{out}` is compared and shown as output.
 #[derive(Debug)]
 pub(crate) struct Workload {
     pub(crate) name: &'static str,
-    /// Run by the stock program before each run, outside the clock: it makes the file that `command` changes.
-    pub(crate) before: Option<&'static str>,
+    /// Done before each run, outside the clock: makes the files that `command` changes.
+    pub(crate) before: &'static [Step],
     /// What is timed.
     pub(crate) command: &'static str,
     /// How often it is run for one measurement; a command of a few milliseconds is run many times in a row, and the
     /// times shown are their sum.
     pub(crate) repeat: u32,
+    /// A command of the stock program that fails if ours made something wrong of `{out}`; `{stock}` is what the stock
+    /// program made.
+    pub(crate) verify: Option<&'static str>,
+}
+
+/// One preparation of a run.
+#[derive(Debug)]
+pub(crate) enum Step {
+    /// A copy of an input, under the name of a file of the run.
+    Copy(&'static str, &'static str),
+    /// A command of the stock program.
+    Stock(&'static str),
 }
 
 impl Workload {
@@ -23,19 +36,41 @@ impl Workload {
     const fn repeated(name: &'static str, repeat: u32, command: &'static str) -> Self {
         Self {
             name,
-            before: None,
+            before: &[],
             command,
             repeat,
+            verify: None,
         }
     }
 
-    const fn changing(name: &'static str, repeat: u32, before: &'static str, command: &'static str) -> Self {
+    /// A command that changes what `before` makes.
+    const fn changing(name: &'static str, before: &'static [Step], command: &'static str) -> Self {
         Self {
-            name,
-            before: Some(before),
-            command,
-            repeat,
+            before,
+            ..Self::once(name, command)
         }
+    }
+
+    const fn times(self, repeat: u32) -> Self {
+        Self { repeat, ..self }
+    }
+
+    const fn verified(self, command: &'static str) -> Self {
+        Self {
+            verify: Some(command),
+            ..self
+        }
+    }
+
+    /// The fixtures that a run needs, by name.
+    pub(crate) fn fixtures(&self) -> impl Iterator<Item = &'static str> {
+        let prepared = self.before.iter().flat_map(|step| match step {
+            Step::Copy(from, _) => vec![*from],
+            Step::Stock(command) => fixtures_of(command).collect(),
+        });
+        prepared
+            .chain(fixtures_of(self.command))
+            .chain(self.verify.into_iter().flat_map(fixtures_of))
     }
 }
 
@@ -43,17 +78,38 @@ impl Workload {
 pub(crate) const NOISE: Workload =
     Workload::once("noise: stock and stock", "convert -f raw -O qcow2 {raw} {out}");
 
+const SAME_RAW: &str = "compare -q -f raw -F raw {stock} {out}";
+const SAME_QCOW2: &str = "compare -q -f qcow2 -F qcow2 {stock} {out}";
+const CLEAN: &str = "check -q -f qcow2 {out}";
+
+/// A file with metadata for a terabyte, and what a snapshot has of it.
+const METADATA: &[Step] = &[Step::Copy("metadata", "out")];
+const SNAPSHOT: &[Step] = &[
+    Step::Copy("metadata", "out"),
+    Step::Stock("snapshot -q -c first {out}"),
+];
+const OVERLAY: &[Step] = &[Step::Copy("overlay", "out")];
+const EMPTY_OVERLAY: &[Step] = &[Step::Copy("empty-overlay", "out")];
+/// An overlay of a base that may be changed.
+const BASE_AND_TOP: &[Step] = &[
+    Step::Copy("qcow2", "out"),
+    Step::Copy("overlay", "top"),
+    Step::Stock("rebase -u -f qcow2 -b {out} -F qcow2 {top}"),
+];
+const BITMAPS: &[Step] = &[Step::Copy("bitmaps", "out")];
+
 pub(crate) const WORKLOADS: &[Workload] = &[
-    Workload::once("raw-qcow2", "convert -f raw -O qcow2 {raw} {out}"),
-    Workload::once("qcow2-raw", "convert -f qcow2 -O raw {qcow2} {out}"),
-    Workload::once("qcow2-qcow2", "convert -f qcow2 -O qcow2 {qcow2} {out}"),
-    Workload::once("raw-zlib", "convert -f raw -O qcow2 -c {raw} {out}"),
+    Workload::once("raw-qcow2", "convert -f raw -O qcow2 {raw} {out}").verified(SAME_QCOW2),
+    Workload::once("qcow2-raw", "convert -f qcow2 -O raw {qcow2} {out}").verified(SAME_RAW),
+    Workload::once("qcow2-qcow2", "convert -f qcow2 -O qcow2 {qcow2} {out}").verified(SAME_QCOW2),
+    Workload::once("raw-zlib", "convert -f raw -O qcow2 -c {raw} {out}").verified(SAME_QCOW2),
     Workload::once(
         "raw-zstd",
         "convert -f raw -O qcow2 -c -o compression_type=zstd {raw} {out}",
-    ),
-    Workload::once("zlib-raw", "convert -f qcow2 -O raw {zlib} {out}"),
-    Workload::once("zstd-raw", "convert -f qcow2 -O raw {zstd} {out}"),
+    )
+    .verified(SAME_QCOW2),
+    Workload::once("zlib-raw", "convert -f qcow2 -O raw {zlib} {out}").verified(SAME_RAW),
+    Workload::once("zstd-raw", "convert -f qcow2 -O raw {zstd} {out}").verified(SAME_RAW),
     Workload::repeated("create-small", 50, "create -q -f qcow2 {out} 64M"),
     Workload::repeated("create-1T", 50, "create -q -f qcow2 {out} 1T"),
     Workload::repeated("info", 50, "info {qcow2}"),
@@ -71,23 +127,123 @@ pub(crate) const WORKLOADS: &[Workload] = &[
     Workload::repeated("measure-fragmented", 5, "measure -f qcow2 -O qcow2 {fragmented}"),
     Workload::changing(
         "resize",
-        20,
-        "create -q -f qcow2 {out} 1G",
+        &[Step::Stock("create -q -f qcow2 {out} 1G")],
         "resize -q -f qcow2 {out} 4T",
+    )
+    .times(20),
+    Workload::changing("snapshot-create", METADATA, "snapshot -q -c first {out}").verified(CLEAN),
+    Workload::changing("snapshot-apply", SNAPSHOT, "snapshot -q -a first {out}").verified(CLEAN),
+    Workload::changing("snapshot-delete", SNAPSHOT, "snapshot -q -d first {out}").verified(CLEAN),
+    Workload::changing("commit", BASE_AND_TOP, "commit -q -f qcow2 {top}").verified(SAME_QCOW2),
+    Workload::changing("commit-keep", BASE_AND_TOP, "commit -q -d -f qcow2 {top}").verified(SAME_QCOW2),
+    Workload::changing(
+        "rebase-same",
+        EMPTY_OVERLAY,
+        "rebase -q -f qcow2 -b {second} -F qcow2 {out}",
+    )
+    .verified(SAME_QCOW2),
+    Workload::changing(
+        "rebase-other",
+        EMPTY_OVERLAY,
+        "rebase -q -f qcow2 -b {blank} -F qcow2 {out}",
+    )
+    .verified(SAME_QCOW2),
+    Workload::changing("rebase-none", EMPTY_OVERLAY, "rebase -q -f qcow2 -b '' {out}").verified(SAME_QCOW2),
+    Workload::changing(
+        "rebase-unsafe",
+        EMPTY_OVERLAY,
+        "rebase -q -u -f qcow2 -b {second} -F qcow2 {out}",
+    )
+    .times(20)
+    .verified(SAME_QCOW2),
+    Workload::changing("amend-down", OVERLAY, "amend -q -f qcow2 -o compat=0.10 {out}").verified(SAME_QCOW2),
+    Workload::changing(
+        "amend-up",
+        &[
+            Step::Copy("large", "out"),
+            Step::Stock("amend -q -f qcow2 -o compat=0.10 {out}"),
+        ],
+        "amend -q -f qcow2 -o compat=1.1 {out}",
+    )
+    .times(5)
+    .verified(CLEAN),
+    Workload::changing(
+        "amend-refcount-bits",
+        &[Step::Copy("large", "out")],
+        "amend -q -f qcow2 -o refcount_bits=64 {out}",
+    )
+    .verified(CLEAN),
+    Workload::once("dd-512", "dd -f raw -O raw if={part} of={out}").verified(SAME_RAW),
+    Workload::once("dd-512-qcow2", "dd -f raw -O qcow2 if={part} of={out}").verified(SAME_QCOW2),
+    Workload::once("dd-64k", "dd -f raw -O raw bs=64k if={raw} of={out}").verified(SAME_RAW),
+    Workload::once("dd-64k-qcow2", "dd -f raw -O qcow2 bs=64k if={raw} of={out}").verified(SAME_QCOW2),
+    Workload::once("dd-1M", "dd -f raw -O raw bs=1M if={raw} of={out}").verified(SAME_RAW),
+    Workload::once("dd-1M-qcow2", "dd -f raw -O qcow2 bs=1M if={raw} of={out}").verified(SAME_QCOW2),
+    Workload::changing("bitmap-add", BITMAPS, "bitmap --add -g 512 -f qcow2 {out} third")
+        .times(5)
+        .verified(CLEAN),
+    Workload::changing("bitmap-merge", BITMAPS, "bitmap --merge first -f qcow2 {out} second")
+        .times(5)
+        .verified(CLEAN),
+    Workload::once(
+        "raw-luks",
+        "convert -f raw -O luks --object secret,id=key,file={key} -o key-secret=key,iter-time=10 {raw} {out}",
+    )
+    .verified(
+        "compare -q --object secret,id=key,file={key} --image-opts driver=luks,key-secret=key,file.filename={stock} \
+         driver=luks,key-secret=key,file.filename={out}",
     ),
+    Workload::once(
+        "luks-raw",
+        "convert -O raw --object secret,id=key,file={key} \
+         --image-opts driver=luks,key-secret=key,file.filename={luks} {out}",
+    )
+    .verified(SAME_RAW),
+    Workload::once(
+        "raw-qcow2-luks",
+        "convert -f raw -O qcow2 --object secret,id=key,file={key} \
+         -o encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=10 {raw} {out}",
+    )
+    .verified(
+        "compare -q --object secret,id=key,file={key} \
+         --image-opts driver=qcow2,encrypt.key-secret=key,file.filename={stock} \
+         driver=qcow2,encrypt.key-secret=key,file.filename={out}",
+    ),
+    Workload::once(
+        "qcow2-luks-raw",
+        "convert -O raw --object secret,id=key,file={key} \
+         --image-opts driver=qcow2,encrypt.key-secret=key,file.filename={qcow2-luks} {out}",
+    )
+    .verified(SAME_RAW),
 ];
+
+/// Names in braces that are no fixtures: files of a run, the fixture being made, and lengths.
+const NOT_FIXTURES: &[&str] = &["out", "top", "stock", "this", "x16", "x1024"];
 
 /// The fixtures a command reads, by name.
 pub(crate) fn fixtures_of(command: &str) -> impl Iterator<Item = &str> {
-    command
-        .split(' ')
-        .filter_map(placeholder)
-        .filter(|name| *name != "out" && *name != "this")
+    pieces(command).filter_map(|piece| match piece {
+        Piece::Name(name) if !NOT_FIXTURES.contains(&name) => Some(name),
+        _ => None,
+    })
 }
 
-/// The name between the braces, if this word stands for a file.
-pub(crate) fn placeholder(word: &str) -> Option<&str> {
-    word.strip_prefix('{')?.strip_suffix('}')
+/// A part of a command: as it stands, or a name to be replaced.
+#[derive(Debug, PartialEq)]
+pub(crate) enum Piece<'a> {
+    Text(&'a str),
+    Name(&'a str),
+}
+
+/// Takes a command or a word of it apart at the braces.
+pub(crate) fn pieces(text: &str) -> impl Iterator<Item = Piece<'_>> {
+    text.split_inclusive('}').flat_map(|part| {
+        let (text, name) = match part.strip_suffix('}').and_then(|part| part.split_once('{')) {
+            Some((text, name)) => (text, Some(Piece::Name(name))),
+            None => (part, None),
+        };
+        std::iter::once(Piece::Text(text)).chain(name)
+    })
 }
 
 #[cfg(test)]
@@ -109,7 +265,7 @@ mod tests {
     #[test]
     fn every_file_read_is_a_fixture() {
         for workload in WORKLOADS.iter().chain([&NOISE]) {
-            for name in fixtures_of(workload.command) {
+            for name in workload.fixtures() {
                 assert!(
                     FIXTURES.iter().any(|fixture| fixture.name == name),
                     "{}: {name}",
@@ -120,9 +276,11 @@ mod tests {
     }
 
     #[test]
-    fn a_word_in_braces_is_a_file() {
-        assert_eq!(placeholder("{raw}"), Some("raw"));
-        assert_eq!(placeholder("raw"), None);
-        assert_eq!(fixtures_of("convert {raw} {out}").collect::<Vec<_>>(), ["raw"]);
+    fn names_in_braces_are_found_within_words() {
+        assert_eq!(
+            pieces("if={raw},x").collect::<Vec<_>>(),
+            [Piece::Text("if="), Piece::Name("raw"), Piece::Text(",x")]
+        );
+        assert_eq!(fixtures_of("dd if={raw} of={out}").collect::<Vec<_>>(), ["raw"]);
     }
 }
