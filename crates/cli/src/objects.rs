@@ -1,5 +1,6 @@
-//! `--object`: secrets for images that are encrypted, credentials for connections that are.
+//! `--object`: secrets for images that are encrypted, credentials for connections that are, limits of nodes.
 
+mod throttle;
 mod tls;
 
 use std::ffi::OsString;
@@ -9,6 +10,7 @@ use std::io::Read;
 use base64::engine::{GeneralPurpose, GeneralPurposeConfig};
 use base64::{Engine, alphabet};
 use diskimage::json::{self, Value};
+use diskimage::size::parse_number;
 use diskimage::{Object, Objects, Secret, is_identifier};
 use diskimage_crypto::{Zeroizing, decrypt_secret};
 
@@ -29,10 +31,11 @@ fn read(text: &str, objects: &Objects) -> Result<(String, Object), Stop> {
     match parameters.take_text("qom-type")?.as_deref() {
         Some("help" | "?") => {
             return Err(Stop::Text(
-                "List of user creatable objects:\n  secret\n  tls-creds-anon\n  tls-creds-psk\n  tls-creds-x509\n".to_owned(),
+                "List of user creatable objects:\n  secret\n  throttle-group\n  tls-creds-anon\n  tls-creds-psk\n  tls-creds-x509\n".to_owned(),
             ));
         }
         Some("secret") => (),
+        Some(throttle::TYPE) => return throttle::read(parameters),
         Some(kind) if tls::TYPES.contains(&kind) => return tls::read(kind, parameters),
         Some(other) if OTHER_TYPES.contains(&other) => {
             return Err(Stop::wrong(format!(
@@ -158,13 +161,24 @@ impl Parameters {
         let Value::Object(members) = json::parse(text)? else {
             return Err(Stop::wrong("Invalid parameter type, expected: object"));
         };
-        let given = members
-            .into_iter()
-            .map(|(name, value)| (name.into_owned(), Given::Typed(value)));
+        let mut given = Vec::new();
+        for (name, value) in members {
+            match value {
+                Value::Object(members) if name == "limits" => {
+                    let inside = |(member, value)| (format!("{name}.{member}"), Given::Typed(value));
+                    given.extend(members.into_iter().map(inside));
+                }
+                value => given.push((name.into_owned(), Given::Typed(value))),
+            }
+        }
         Ok(Self {
-            given: given.collect(),
+            given,
             wants_help: false,
         })
+    }
+
+    fn has(&self, name: &str) -> bool {
+        self.given.iter().any(|(other, _)| other == name)
     }
 
     fn take(&mut self, name: &str) -> Option<Given> {
@@ -193,6 +207,19 @@ impl Parameters {
         }
     }
 
+    fn take_integer(&mut self, name: &str) -> Result<Option<i64>, Stop> {
+        let number = match self.take(name) {
+            None => return Ok(None),
+            Some(Given::Word(word)) => parse_number(&word).ok(),
+            Some(Given::Typed(Value::Int(number))) => Some(number),
+            Some(Given::Typed(_)) => return Err(wrong_type(name, "integer")),
+        };
+        let number = number.and_then(|number| i64::try_from(number).ok());
+        number
+            .map(Some)
+            .ok_or_else(|| Stop::wrong(format!("Parameter '{name}' expects integer")))
+    }
+
     fn take_id(&mut self) -> Result<String, Stop> {
         self.take_text("id")?
             .ok_or_else(|| Stop::wrong("Parameter 'id' is missing"))
@@ -218,7 +245,7 @@ fn wrong_type(name: &str, expected: &str) -> Stop {
     ))
 }
 
-const OTHER_TYPES: [&str; 8] = [
+const OTHER_TYPES: [&str; 7] = [
     "authz-list",
     "authz-list-file",
     "authz-simple",
@@ -226,7 +253,6 @@ const OTHER_TYPES: [&str; 8] = [
     "pr-manager-helper",
     "secret_keyring",
     "thread-context",
-    "throttle-group",
 ];
 
 const SECRET_HELP: &str = "secret options:
@@ -323,8 +349,8 @@ mod tests {
                 "Parameter 'format' does not accept value 'foo'",
             ),
             (
-                "throttle-group,id=a",
-                "Objects of type 'throttle-group' are not available in this build",
+                "main-loop,id=a",
+                "Objects of type 'main-loop' are not available in this build",
             ),
         ] {
             assert_eq!(

@@ -14,9 +14,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::errno;
 use crate::{
-    AmendRequest, ByteRange, Device, Encoded, Error, ErrorKind, Event, Extent, ExtentKind, Holes, Info, Layer,
-    Limits, Node, NodeOptions, Preallocation, ResizeRequest, Result, Run, RunKind, Want, WritePlan, WriteRun,
-    ZeroMode, align_down, align_up, is_zero,
+    AmendRequest, ByteRange, Device, Encoded, Error, ErrorKind, Event, Extent, ExtentKind, Holes, Info,
+    Layer, Limits, Node, NodeOptions, Preallocation, ResizeRequest, Result, Run, RunKind, Want, WritePlan,
+    WriteRun, ZeroMode, align_down, align_up, is_zero,
 };
 
 /// An opened image and its backing chain.

@@ -58,5 +58,5 @@ pub use progress::{Note, Progress};
 pub use range::{ByteRange, align_down, align_up, div_ceil};
 pub use snapshots::{NewSnapshot, Snapshots};
 pub use throttle::{Direction, Limitation, Rate, ThrottleGroup};
-pub use wrapper::{Wrapped, Wrapper};
+pub use wrapper::{Wrapped, Wrapper, status_below};
 pub use zero::{is_zero, leading};

@@ -48,17 +48,7 @@ pub trait Wrapper: Debug + Send + Sync {
     }
 
     fn status(&self, range: ByteRange, want: Want) -> Result<Extent> {
-        let extent = self.below().status(range, want)?;
-        // What lies nowhere deeper lies in the device below.
-        let host = match extent.kind {
-            ExtentKind::Data | ExtentKind::Zero | ExtentKind::Hole | ExtentKind::Blank
-                if extent.host.is_none() && !self.below().is_view() =>
-            {
-                Some((Arc::clone(self.below()), range.start()))
-            }
-            _ => extent.host,
-        };
-        Ok(Extent { host, ..extent })
+        status_below(self.below(), range, want)
     }
 
     fn flush(&self) -> Result<()> {
@@ -96,6 +86,23 @@ pub trait Wrapper: Debug + Send + Sync {
             ..Info::default()
         })
     }
+}
+
+/// What a device below says of its bytes; those that lie nowhere deeper lie in it.
+///
+/// # Errors
+/// As [`Device::status`].
+pub fn status_below(below: &Arc<dyn Device>, range: ByteRange, want: Want) -> Result<Extent> {
+    let extent = below.status(range, want)?;
+    let host = match extent.kind {
+        ExtentKind::Data | ExtentKind::Zero | ExtentKind::Hole | ExtentKind::Blank
+            if extent.host.is_none() && !below.is_view() =>
+        {
+            Some((Arc::clone(below), range.start()))
+        }
+        _ => extent.host,
+    };
+    Ok(Extent { host, ..extent })
 }
 
 /// A [`Wrapper`] as the device that it makes of the one below.

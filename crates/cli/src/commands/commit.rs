@@ -168,7 +168,8 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     commit.run()?;
     if !args.keep {
         image.make_empty().map_err(|error| {
-            error.context(format!("Could not empty {}", printable(&args.image.name.shown())))
+            let file = image.layer().file().node().shown_name();
+            error.context(format!("Failed to empty {}", printable(&file)))
         })?;
         image.flush()?;
     }

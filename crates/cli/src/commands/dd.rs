@@ -170,8 +170,8 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     Creation::new(&args.output, &args.output_format)
         .objects(Arc::clone(&args.objects))
         .exact_size(part.1)
-        .prepare()
-        .and_then(|prepared| prepared.create())
+        .prepare()?
+        .create()
         .map_err(|error| {
             let output = printable(&args.output);
             error.context(format!("{output}: error while creating output image"))

@@ -67,10 +67,13 @@ impl Common {
             }
             Some(other) => return Err(Error::invalid(format!("invalid parameter value: {other}"))),
         };
-        if let Some(name) = options.text("node-name")
-            && !(is_identifier(name) && name.len() < MAX_NODE_NAME)
-        {
-            return Err(Error::invalid(format!("Invalid node-name: '{name}'")));
+        if let Some(name) = options.text("node-name") {
+            if !is_identifier(name) {
+                return Err(Error::invalid(format!("Invalid node-name: '{name}'")));
+            }
+            if name.len() >= MAX_NODE_NAME {
+                return Err(Error::invalid("Node name too long"));
+            }
         }
         if mode.write
             && options.flag("read-only") == Some(true)

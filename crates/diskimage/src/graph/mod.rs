@@ -182,12 +182,10 @@ impl<'a> Opener<'a> {
     }
 
     fn take_driver(&self, node: &mut NodeOptions) -> Result<Option<Driver>> {
-        match node.text("driver").map(Driver::of).transpose()? {
-            Some(driver) => {
-                node.take("driver");
-                Ok(Some(driver))
-            }
-            None => Ok(None),
+        match node.take("driver") {
+            Some(Value::Text(name)) => Driver::of(&name).map(Some),
+            // As there, what is no text names nothing.
+            _ => Ok(None),
         }
     }
 
@@ -294,6 +292,10 @@ impl<'a> Opener<'a> {
             Some(other) => Some(other),
         };
         if self.options.no_backing {
+            if let Some(reference) = whole {
+                // Nobody looks for it, so it is an option that nobody knows.
+                node.set("backing", reference);
+            }
             return Ok(BackingWords::default());
         }
         let mut below = node.take_node("backing");

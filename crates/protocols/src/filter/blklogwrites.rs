@@ -194,7 +194,8 @@ impl Log {
             sector: U64::new(range.start() / self.sector),
             sectors: U64::new(sectors),
             flags: U64::new(flags),
-            data_len: U64::new(stored * self.sector),
+            // Only for marks, which nobody sets here.
+            data_len: U64::ZERO,
         };
         let mut head = vec![0; usize::try_from(self.sector).unwrap_or(0)];
         head[..size_of::<Entry>()].copy_from_slice(entry.as_bytes());

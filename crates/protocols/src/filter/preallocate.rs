@@ -5,8 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use diskimage_core::options::{OptionDef, OptionKind};
 use diskimage_core::{
-    ByteRange, Device, Error, Extent, Node, NodeOptions, Preallocation, Result, Want, Wrapped, Wrapper,
-    ZeroMode, align_up,
+    ByteRange, Device, Error, Node, NodeOptions, Preallocation, Result, Wrapped, Wrapper, ZeroMode, align_up,
 };
 
 use super::{Filter, FilterChild, FilterRequest, file_child};
@@ -123,10 +122,6 @@ impl Wrapper for Growing {
     fn write_zeroes(&self, range: ByteRange, mode: ZeroMode) -> Result<()> {
         self.make_room(range.end());
         self.device.write_zeroes(range, mode)
-    }
-
-    fn status(&self, range: ByteRange, want: Want) -> Result<Extent> {
-        self.device.status(range, want)
     }
 
     fn resize(&self, len: u64, preallocation: Preallocation) -> Result<()> {

@@ -259,25 +259,23 @@ impl Device for Voting {
         Ok(())
     }
 
-    /// Zeroes where enough say so, as far as all have the same to say.
+    /// Zeroes where all say so; else what the first says that does not.
     fn status(&self, range: ByteRange, want: Want) -> Result<Extent> {
-        let (mut len, mut zeroes) = (range.len(), 0);
-        for child in &self.children {
-            if let Ok(extent) = child.status(range, want) {
-                len = len.min(extent.len);
-                zeroes += usize::from(extent.kind.is_zero());
-            }
-        }
-        Ok(Extent {
+        let extent = |len, kind| Extent {
             len,
-            kind: if zeroes >= self.threshold {
-                ExtentKind::Zero
-            } else {
-                ExtentKind::Data
-            },
+            kind,
             depth: 0,
             host: None,
-        })
+        };
+        let mut len = range.len();
+        for child in &self.children {
+            let below = child.status(range, want)?;
+            if !below.kind.is_zero() {
+                return Ok(extent(below.len, ExtentKind::Data));
+            }
+            len = len.min(below.len);
+        }
+        Ok(extent(len, ExtentKind::Zero))
     }
 
     fn flush(&self) -> Result<()> {

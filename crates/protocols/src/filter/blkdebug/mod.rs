@@ -10,7 +10,7 @@ use std::sync::Arc;
 use diskimage_core::options::{OptionDef, OptionKind, Options};
 use diskimage_core::{
     ByteRange, Device, Error, Event, Extent, Limits, Node, NodeOptions, Permissions, Result, Want, Wrapped,
-    Wrapper, ZeroMode, align_up,
+    Wrapper, ZeroMode, align_up, status_below,
 };
 
 use self::rules::{Request, Rules};
@@ -183,7 +183,9 @@ impl Claims {
                 break;
             };
             let at = PERMISSIONS.iter().position(|known| *known == word);
-            let at = at.ok_or_else(|| Error::invalid(format!("invalid parameter value: {word}")))?;
+            let at = at.ok_or_else(|| {
+                Error::invalid(format!("Parameter '{name}' does not accept value '{word}'"))
+            })?;
             claimed[at] = true;
         }
         Ok(claimed)
@@ -283,7 +285,7 @@ impl Wrapper for Debugged {
 
     fn status(&self, range: ByteRange, want: Want) -> Result<Extent> {
         self.rules.judge(Request::BlockStatus, range)?;
-        self.below.status(range, want)
+        status_below(&self.below, range, want)
     }
 
     fn flush(&self) -> Result<()> {
