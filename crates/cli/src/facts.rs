@@ -5,6 +5,7 @@ use std::fmt::Write;
 use diskimage::size::human_size;
 use diskimage::{
     Backing, Detail, DetailValue, Device, Image, Info, Node, SnapshotInfo, format_by_name, full_backing_name,
+    is_relative,
 };
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
@@ -68,10 +69,14 @@ impl Facts {
         }
     }
 
-    /// The names of the image below: as it stands in the image, and where that is.
-    fn backing(&self) -> Option<(&Backing, String)> {
+    /// The names of the image below: as it stands in the image, and where that is if there is one place to start from.
+    fn backing(&self) -> Option<(&Backing, Option<String>)> {
         let backing = self.info.backing.as_ref()?;
-        Some((backing, full_backing_name(&self.node.base_name(), &backing.name)))
+        let full = full_backing_name(&self.node.base_name(), &backing.name);
+        Some((
+            backing,
+            (!self.node.is_scattered() || !is_relative(&backing.name)).then_some(full),
+        ))
     }
 
     pub(crate) fn text(&self) -> String {
@@ -105,10 +110,10 @@ impl Facts {
             line("cleanly shut down: no");
         }
         if let Some((Backing { name, format }, full)) = self.backing() {
-            let place = if full == *name {
-                String::new()
-            } else {
-                format!(" (actual path: {})", printable(&full))
+            let place = match full {
+                None => " (cannot determine actual path)".to_owned(),
+                Some(full) if full == *name => String::new(),
+                Some(full) => format!(" (actual path: {})", printable(&full)),
             };
             line(&format!("backing file: {}{place}", printable(name)));
             if let Some(format) = format {
@@ -145,7 +150,9 @@ impl Facts {
         }
         if let Some((Backing { name, format }, full)) = self.backing() {
             members.push(("backing-filename", name.as_str().into()));
-            members.push(("full-backing-filename", full.into()));
+            if let Some(full) = full {
+                members.push(("full-backing-filename", full.into()));
+            }
             if let Some(format) = format {
                 members.push(("backing-filename-format", format.as_str().into()));
             }

@@ -182,13 +182,24 @@ impl Node {
 
     /// The name that relative names inside it start from: that of the file it ends in, whatever is between.
     pub fn base_name(&self) -> String {
-        let below = BASES
-            .iter()
-            .find_map(|base| self.children.iter().find(|(name, _)| name == base));
-        match below {
-            Some((_, file)) => file.node().base_name(),
+        match self.base() {
+            Some(file) => file.node().base_name(),
             None => self.name.clone().unwrap_or_default(),
         }
+    }
+
+    /// Whether it ends in several files at once, so that there is no one place that relative names could start from.
+    pub fn is_scattered(&self) -> bool {
+        match self.base() {
+            Some(file) => file.node().is_scattered(),
+            None => !self.children.is_empty(),
+        }
+    }
+
+    fn base(&self) -> Option<&Arc<dyn Device>> {
+        let children = &self.children;
+        let named = |base: &&str| children.iter().find(|(name, _)| name == base);
+        BASES.iter().find_map(named).map(|(_, file)| file)
     }
 
     /// The name to show: the plain one, or `json:` and all options.

@@ -40,6 +40,11 @@ pub trait Format: Debug + Sync {
         &[]
     }
 
+    /// Those of them that an image finds by itself: giving one makes no other image of it.
+    fn found_children(&self) -> &'static [&'static str] {
+        &[]
+    }
+
     /// The options without which an image that is open would be another one.
     fn strong_options(&self) -> &'static [&'static str] {
         &[]

@@ -281,8 +281,9 @@ const SIZE_HINT: &str = "Optional suffix k, M, G, T, P or E means kilo-, mega-, 
 
 /// Whether a list as it follows `-o` asks for help: one of its items is `help` or `?`.
 pub fn wants_help(list: &str) -> bool {
-    // A doubled comma separates here too; the original does not look closer either.
-    list.split(',').any(|item| matches!(item, "help" | "?"))
+    // A doubled comma separates nothing: `backing_file=a,,help` is a name.
+    let items = list.replace(",,", "\0");
+    items.split(',').any(|item| matches!(item, "help" | "?"))
 }
 
 /// Whether a list can be joined to others with a comma: not empty, no comma in front and no single one at the end.
@@ -619,8 +620,8 @@ Specify the target filename to include those options.
 
     #[test]
     fn help_and_lists_are_recognised() {
-        assert!(wants_help("a=b,help") && wants_help("?") && wants_help("a,,help"));
-        assert!(!wants_help("help=1") && !wants_help("helpx"));
+        assert!(wants_help("a=b,help") && wants_help("?") && wants_help("a,,,help"));
+        assert!(!wants_help("a=b,,help") && !wants_help("help=1") && !wants_help("helpx"));
         for list in ["", ",", ",,", ",a", "a=b,", "a ,"] {
             assert!(!is_list(list), "{list}");
         }

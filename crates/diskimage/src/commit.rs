@@ -5,6 +5,7 @@ use std::sync::Arc;
 use diskimage_core::{Device, Error, Image, Preallocation, Progress, ResizeRequest, Result};
 
 use crate::convert::Conversion;
+use crate::graph::full_backing_name;
 
 /// A commit. The chain is opened with [`OpenOptions::write_below`](crate::OpenOptions::write_below) for the base.
 #[derive(Debug)]
@@ -60,7 +61,8 @@ fn image_below(top: &Arc<Image>, depth: usize) -> Option<Arc<Image>> {
     Some(image)
 }
 
-/// How far below `top` the image is that a user calls `name`: by the name in the image above it, or by its own.
+/// How far below `top` the image is that a user calls `name`: by the name in the image above it, or by one that starts
+/// where that starts.
 pub fn depth_of(top: &Arc<Image>, name: &str) -> Option<usize> {
     let mut above = Arc::clone(top);
     let mut depth = 0;
@@ -71,7 +73,8 @@ pub fn depth_of(top: &Arc<Image>, name: &str) -> Option<usize> {
             .layer()
             .backing()
             .is_some_and(|backing| backing.name == name);
-        if is_named || below.name() == name || is_same_file(&below.name(), name) {
+        let full = full_backing_name(&above.base_name(), name);
+        if is_named || below.name() == full || is_same_file(&below.base_name(), &full) {
             return Some(depth);
         }
         above = below;

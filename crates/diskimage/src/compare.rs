@@ -47,9 +47,18 @@ pub enum Difference {
 #[derive(Debug)]
 pub enum CompareError {
     /// What they have allocated could not be found out.
-    Status(Error),
+    Status(Failure),
     /// They could not be read.
-    Read(Error),
+    Read(Failure),
+}
+
+/// Where a comparison ended, and why.
+#[derive(Debug)]
+pub struct Failure {
+    /// Why.
+    pub error: Error,
+    /// Whether all that both images have is the same, and it was in the rest of the longer one.
+    pub in_rest: bool,
 }
 
 /// The unit in which differences are told.
@@ -116,8 +125,8 @@ impl Comparison<'_> {
     fn work(&self, cursor: &Cursor<Found>, done: &AtomicU64) {
         let mut worker = Worker {
             comparison: self,
-            first: Side::new(self.first, self.names[0], self.strict),
-            second: Side::new(self.second, self.names[1], self.strict),
+            first: Side::new(self.first, self.names[0], self),
+            second: Side::new(self.second, self.names[1], self),
         };
         while let Some(segment) = cursor.claim() {
             match worker.compare(cursor, segment) {
@@ -228,16 +237,19 @@ struct Side<'a> {
     name: &'a str,
     /// Whether extents are to be as long as they can be.
     whole: bool,
+    /// So many bytes both images have.
+    common: u64,
     entry: Option<MappedExtent>,
     buf: AlignedBuf,
 }
 
 impl<'a> Side<'a> {
-    fn new(image: &'a Image, name: &'a str, whole: bool) -> Self {
+    fn new(image: &'a Image, name: &'a str, comparison: &Comparison<'_>) -> Self {
         Self {
             image,
             name,
-            whole,
+            whole: comparison.strict,
+            common: comparison.first.len().min(comparison.second.len()),
             entry: None,
             buf: AlignedBuf::new(CHUNK),
         }
@@ -274,11 +286,12 @@ impl<'a> Side<'a> {
         if range.is_empty() {
             return Ok(None);
         }
+        let in_rest = range.start() >= self.common;
         let extent = self
             .image
             .status(range, Want::Zeroes)
             .context(|| format!("Sector allocation test failed for {}", self.name))
-            .map_err(CompareError::Status)?;
+            .map_err(|error| CompareError::Status(Failure { error, in_rest }))?;
         Ok(Some(MappedExtent::new(range.start(), extent)))
     }
 
@@ -287,6 +300,7 @@ impl<'a> Side<'a> {
         if range.start() >= self.image.len() {
             return Ok(&[]);
         }
+        let in_rest = range.start() >= self.common;
         let len = usize::try_from(range.len())
             .unwrap_or(usize::MAX)
             .min(self.buf.len());
@@ -295,7 +309,7 @@ impl<'a> Side<'a> {
         device
             .read_padded(buf, range.start())
             .context(|| format!("Error while reading offset {} of {}", range.start(), self.name))
-            .map_err(CompareError::Read)?;
+            .map_err(|error| CompareError::Read(Failure { error, in_rest }))?;
         Ok(buf)
     }
 }

@@ -52,7 +52,7 @@ mod testing;
 pub use bench::{Bench, Requests};
 pub use bitmaps::{check_bitmaps, copy_bitmaps, merge_bitmap};
 pub use commit::{Commit, depth_of};
-pub use compare::{CompareError, Comparison, Difference, Verdict};
+pub use compare::{CompareError, Comparison, Difference, Failure, Verdict};
 pub use convert::{Conversion, DEFAULT_SPARSE, MAX_SPARSE, OnLost, total_len};
 pub use create::{Creation, Prepared};
 pub use dd::{Blocks, dd};
@@ -63,7 +63,7 @@ pub use diskimage_protocols::{
     check_tls_creds,
 };
 pub use gate::FileGate;
-pub use graph::{full_backing_name, is_driver, node_of_name};
+pub use graph::{full_backing_name, is_driver, is_relative, node_of_name};
 pub use map::{MappedExtent, map};
 pub use open::{OpenOptions, open, open_device, open_node};
 pub use probe::probe;

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use diskimage::{CacheMode, Commit, Device, Objects, OpenOptions, depth_of};
+use diskimage::{CacheMode, Commit, Device, Error, Objects, OpenOptions, depth_of};
 
 use super::{LARGEST, only_image};
 use crate::objects::define;
@@ -165,7 +165,11 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
         rate: Some(args.rate).filter(|rate| *rate > 0),
         progress: diskimage::Progress::new(&report),
     };
-    commit.run()?;
+    commit.run().map_err(|error| match error.errno() {
+        // As there, without the place.
+        Some(errno) => Error::from_errno(errno).context("Block job failed"),
+        None => error,
+    })?;
     if !args.keep {
         image.make_empty().map_err(|error| {
             let file = image.layer().file().node().shown_name();

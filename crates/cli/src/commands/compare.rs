@@ -164,16 +164,23 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
         strict: args.strict,
         progress: diskimage::Progress::new(&report),
     };
-    let verdict = comparison.run().map_err(|error| match error {
-        CompareError::Status(error) => {
-            // As there, without the reason.
-            let mut stop = Stop::wrong(error.to_string()).with_status(3);
-            if let (Stop::Wrong(wrong), Some(notice)) = (&mut stop, error.notice_line()) {
-                wrong.notice = Some(notice.to_owned());
-            }
-            stop
+    let verdict = comparison.run().map_err(|error| {
+        let (failure, status) = match error {
+            CompareError::Status(failure) => (failure, 3),
+            CompareError::Read(failure) => (failure, 4),
+        };
+        if failure.in_rest && !args.quiet {
+            progress.suspend(|| console.print(SIZES_DIFFER));
         }
-        CompareError::Read(error) => Stop::from(error).with_status(4),
+        if status == 4 {
+            return Stop::from(failure.error).with_status(status);
+        }
+        // As there, without the reason.
+        let mut stop = Stop::wrong(failure.error.to_string()).with_status(status);
+        if let (Stop::Wrong(wrong), Some(notice)) = (&mut stop, failure.error.notice_line()) {
+            wrong.notice = Some(notice.to_owned());
+        }
+        stop
     })?;
     if !args.quiet {
         progress.suspend(|| console.print(&shown(&verdict)));
@@ -181,12 +188,11 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     Ok(u8::from(verdict.difference.is_some()))
 }
 
+/// Said before anything about the rest of the longer image.
+const SIZES_DIFFER: &str = "Warning: Image size mismatch!\n";
+
 fn shown(verdict: &Verdict) -> String {
-    let warning = if verdict.sizes_differ {
-        "Warning: Image size mismatch!\n"
-    } else {
-        ""
-    };
+    let warning = if verdict.sizes_differ { SIZES_DIFFER } else { "" };
     let outcome = match verdict.difference {
         None => "Images are identical.".to_owned(),
         Some(Difference::Content(offset)) => format!("Content mismatch at offset {offset}!"),

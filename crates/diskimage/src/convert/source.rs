@@ -107,7 +107,14 @@ impl<'a> Sources<'a> {
                 host: None,
             });
         }
-        match part.image.status(there, Want::Zeroes) {
+        let mut outcome = part.image.status(there, Want::Zeroes);
+        let mut asked = there;
+        while outcome.is_err() && self.salvage && asked.len() > SECTOR {
+            // What is known of the bytes before the damage is not lost.
+            asked = asked.first(align_up(asked.len() / 4, SECTOR));
+            outcome = part.image.status(asked, Want::Zeroes);
+        }
+        match outcome {
             Ok(extent) => Ok(self.judge(extent, inside.len(), part)),
             Err(error) => {
                 let error = error.context(format!(

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use diskimage_core::{Device, Error, ErrorKind, Image, NodeOptions, Result};
 
 use super::common::Common;
-use super::names::{full_backing_name, node_of_name};
+use super::names::{full_backing_name, is_relative, node_of_name};
 use super::{Link, Mode, Opener, known_format, no_such_node};
 use crate::open::OpenOptions;
 
@@ -47,6 +47,7 @@ impl Opener<'_> {
     /// Opens the images below `top`, and locks all for good.
     fn complete(&self, top: Link) -> Result<Arc<Image>> {
         let mut links = vec![top];
+        self.require_place(&links)?;
         while !self.options.no_backing
             && let Some(below) = self.open_below(&mut links)
         {
@@ -67,6 +68,18 @@ impl Opener<'_> {
             .rev()
             .fold(None, |below, link| Some(link.into_image(below)));
         chain.ok_or_else(|| Error::invalid("No image"))
+    }
+
+    /// Refuses a relative name of an image below where there is no one place that it could start from.
+    fn require_place(&self, links: &[Link]) -> Result<()> {
+        let scattered = links.last().filter(|link| link.node.is_scattered());
+        let named = scattered.and_then(|link| link.layer.backing());
+        match named {
+            Some(backing) if !self.options.no_backing && is_relative(&backing.name) => Err(
+                Error::unsupported("Cannot generate a base directory for quorum nodes"),
+            ),
+            _ => Ok(()),
+        }
     }
 
     /// Opens the image that the last of `links` is based on, if it is.

@@ -33,7 +33,7 @@ use common::Common;
 
 pub(crate) use chain::{open_chain, open_device_chain};
 
-pub use names::{full_backing_name, is_driver, node_of_name};
+pub use names::{full_backing_name, is_driver, is_relative, node_of_name};
 
 /// What a driver is.
 enum Driver {
@@ -226,13 +226,19 @@ impl<'a> Opener<'a> {
                 let child = self
                     .open_child(name, ChildKind::Bytes, &mut node, &common)?
                     .device;
-                given.push(((*name).to_owned(), Arc::clone(&child)));
+                // Where nobody reads data, the original does not look for what holds it.
+                if !(self.options.no_data && format.found_children().contains(name)) {
+                    given.push(((*name).to_owned(), Arc::clone(&child)));
+                }
                 children.push((*name, child));
             }
         }
         // The name of an image inside another would be taken for that of the file.
         let on_image = format_by_name(file_driver).is_some();
-        let is_plain = strong.is_empty() && given.len() == 1 && !backing.is_given() && !on_image;
+        let no_others = given
+            .iter()
+            .all(|(name, _)| name == "file" || format.found_children().contains(&name.as_str()));
+        let is_plain = strong.is_empty() && no_others && !backing.is_given() && !on_image;
         let shown = plain_name.filter(|_| is_plain);
         let base_name = Node {
             name: shown.clone(),

@@ -49,6 +49,11 @@ pub fn full_backing_name(image: &str, backing: &str) -> String {
     }
 }
 
+/// Whether the name that an image has for the one below depends on where that image is.
+pub fn is_relative(backing: &str) -> bool {
+    full_backing_name("/", backing) != backing
+}
+
 /// Whether `name` is the options of a node and no plain name.
 fn is_json(name: &str) -> bool {
     name.starts_with(JSON)

@@ -74,12 +74,16 @@ impl FirstCluster {
         }
     }
 
-    /// Sets or takes away an extension; a new one comes last, but the backing file's format first.
+    /// Sets or takes away an extension; a new one comes last, but the backing file's format first. Of several of a kind,
+    /// which readers tell apart by their order at best, one stays.
     pub(super) fn set_extension(&mut self, kind: u32, data: Option<&[u8]>) {
         let at = self
             .extensions
             .iter()
             .position(|extension| extension.kind == kind);
+        let mut found = false;
+        self.extensions
+            .retain(|extension| extension.kind != kind || !std::mem::replace(&mut found, true));
         match (at, data) {
             (Some(at), Some(data)) => self.extensions[at].data = data.to_vec(),
             (Some(at), None) => drop(self.extensions.remove(at)),
@@ -339,6 +343,22 @@ mod tests {
         assert_eq!(read.backing.as_deref(), Some(&b"below"[..]));
         assert_eq!(read.extensions, cluster(4096).extensions);
         assert_eq!(read.to_bytes().expect("fits"), bytes);
+    }
+
+    #[test]
+    fn of_several_extensions_of_a_kind_one_stays() {
+        let mut cluster = cluster(4096);
+        cluster.extensions.push(Extension {
+            kind: kind::BACKING_FORMAT,
+            data: b"foo".to_vec(),
+        });
+        cluster.set_extension(kind::BACKING_FORMAT, Some(b"qcow2"));
+        let formats = cluster.extensions.iter();
+        let formats: Vec<_> = formats
+            .filter(|other| other.kind == kind::BACKING_FORMAT)
+            .collect();
+        assert_eq!(formats.len(), 1);
+        assert_eq!(formats[0].data, b"qcow2");
     }
 
     #[test]

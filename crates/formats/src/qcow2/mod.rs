@@ -84,6 +84,10 @@ impl Format for Qcow2Format {
         &["data-file"]
     }
 
+    fn found_children(&self) -> &'static [&'static str] {
+        self.children()
+    }
+
     fn strong_options(&self) -> &'static [&'static str] {
         &["encrypt.key-secret"]
     }
