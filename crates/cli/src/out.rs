@@ -2,10 +2,13 @@
 //!
 //! A reader that goes away (`qemu-img ... | head`) is no failure of the operation and never a panic. Any other failure
 //! to write what was asked for, a full disk for instance, is remembered and turns the exit status into 1.
+//!
+//! As in C, what goes to a pipe or file is collected and written when there is much of it, when progress is shown and at the
+//! end. So where both outputs go to one place, errors come before what was printed shortly before them, as scripts know it.
 
 use std::ffi::OsStr;
-use std::io::{self, Write};
-use std::sync::Mutex;
+use std::io::{self, IsTerminal, Write};
+use std::sync::{Mutex, PoisonError};
 
 use crate::words::{Command, Prefix, Stop, help};
 
@@ -13,14 +16,20 @@ use crate::words::{Command, Prefix, Stop, help};
 #[derive(Debug)]
 pub struct Console {
     path: String,
+    /// What is not written yet; `None` where lines are written at once.
+    pending: Option<Mutex<Vec<u8>>>,
     failure: Mutex<Option<io::Error>>,
 }
+
+/// So much is collected.
+const BUFFER: usize = 4096;
 
 impl Console {
     /// For a program called as `path`, the first word of its command line.
     pub fn new(path: &OsStr) -> Self {
         Self {
             path: path.to_string_lossy().into_owned(),
+            pending: (!io::stdout().is_terminal()).then(Mutex::default),
             failure: Mutex::new(None),
         }
     }
@@ -32,8 +41,27 @@ impl Console {
 
     /// Writes `text` to standard output as it is.
     pub fn print(&self, text: &str) {
+        let Some(pending) = &self.pending else {
+            return self.write_out(text.as_bytes());
+        };
+        let mut pending = pending.lock().unwrap_or_else(PoisonError::into_inner);
+        pending.extend_from_slice(text.as_bytes());
+        if pending.len() >= BUFFER {
+            self.write_out(&std::mem::take(&mut *pending));
+        }
+    }
+
+    /// Writes what is still collected.
+    pub fn flush(&self) {
+        if let Some(pending) = &self.pending {
+            let mut pending = pending.lock().unwrap_or_else(PoisonError::into_inner);
+            self.write_out(&std::mem::take(&mut *pending));
+        }
+    }
+
+    fn write_out(&self, bytes: &[u8]) {
         let mut stdout = io::stdout().lock();
-        let result = stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush());
+        let result = stdout.write_all(bytes).and_then(|()| stdout.flush());
         if let Err(error) = result {
             self.remember(error);
         }
@@ -99,6 +127,7 @@ impl Console {
 
     /// The exit status, once everything is written, of a program that would exit with `status`.
     pub fn finish(self, status: u8) -> u8 {
+        self.flush();
         let failure = self.failure.lock().ok().and_then(|mut failure| failure.take());
         match failure {
             Some(error) if error.kind() != io::ErrorKind::BrokenPipe => {

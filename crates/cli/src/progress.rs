@@ -67,6 +67,7 @@ impl<'a> Progress<'a> {
                 if is_worth_showing(*shown, percent) {
                     *shown = Some(percent);
                     self.console.print(&line(percent));
+                    self.console.flush();
                 }
             }
             Display::Bar(bar) => {
@@ -90,6 +91,7 @@ impl<'a> Progress<'a> {
             Display::Lines(shown) => {
                 *lock(shown) = Some(100.0);
                 self.console.print(&line(100.0));
+                self.console.flush();
             }
             Display::Bar(bar) => bar.finish(),
         }

@@ -206,6 +206,8 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     if !args.quiet {
         let line = format!("Formatting '{name}', {}", prepared.summary());
         console.print(&format!("{}\n", printable(line.trim_end())));
+        // As there: what comes next may take long, or fail.
+        console.flush();
     }
     prepared.create().map_err(|error| match error.errno() {
         Some(errno::EFBIG) => image(too_large(&args.format, &prepared)),
