@@ -146,7 +146,7 @@ pub struct RunningServer {
 }
 
 impl RunningServer {
-    /// Starts it and waits until the socket is there. [`HERE`] in its arguments becomes the directory.
+    /// Starts it and waits until it listens. [`HERE`] in its arguments becomes the directory.
     ///
     /// # Errors
     /// When it does not start.
@@ -175,7 +175,7 @@ impl RunningServer {
             path: directory.join(socket),
         };
         let start = Instant::now();
-        while !this.path.exists() {
+        while !is_listening(&this.path)? {
             let ended = this.child.try_wait().map_err(|error| error.to_string())?;
             if ended.is_some() || start.elapsed() > START_LIMIT {
                 return Err(format!("{} does not start", server.name()));
@@ -201,6 +201,20 @@ impl Drop for RunningServer {
         wait(&mut self.child);
         std::fs::remove_file(&self.path).ok();
     }
+}
+
+/// Whether somebody takes connections at `socket`, without making one: some servers serve a single one.
+fn is_listening(socket: &Path) -> Result<bool, String> {
+    /// `__SO_ACCEPTCON` of the kernel, as the table shows it.
+    const LISTENS: &str = "00010000";
+    let table = std::fs::read_to_string("/proc/net/unix").map_err(|error| error.to_string())?;
+    let path = socket.to_str().unwrap_or_default();
+    // Num RefCount Protocol Flags Type St Inode Path
+    let is_it = |line: &str| {
+        let words: Vec<_> = line.split_whitespace().collect();
+        words.get(3) == Some(&LISTENS) && line.ends_with(&format!(" {path}"))
+    };
+    Ok(table.lines().any(is_it))
 }
 
 fn command(program: &Path, tool: StockTool, directory: &Path) -> Command {

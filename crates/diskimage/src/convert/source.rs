@@ -109,7 +109,12 @@ impl<'a> Sources<'a> {
         }
         let mut outcome = part.image.status(there, Want::Zeroes);
         let mut asked = there;
-        while outcome.is_err() && self.salvage && asked.len() > SECTOR {
+        while let Err(error) = &outcome
+            && self.salvage
+            && asked.len() > SECTOR
+            // What tables say wrong they say of the first byte.
+            && error.notice_line().is_none()
+        {
             // What is known of the bytes before the damage is not lost.
             asked = asked.first(align_up(asked.len() / 4, SECTOR));
             outcome = part.image.status(asked, Want::Zeroes);
