@@ -332,3 +332,98 @@ impl Wrapper for Logging {
         self.node.clone()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use diskimage_core::MemoryDevice;
+
+    use super::*;
+
+    fn log_of(device: &Arc<MemoryDevice>, list: &str) -> Log {
+        let mut node = NodeOptions::from_list(list).expect("options");
+        let options = node.absorb(OPTIONS).expect("right kinds");
+        Log::open(Arc::<MemoryDevice>::clone(device), &options).expect("opens")
+    }
+
+    /// Does what a log says to the bytes from before.
+    fn replay(log: &[u8], mut bytes: Vec<u8>) -> (Vec<u8>, u64) {
+        let (start, _) = Super::read_from_prefix(log).expect("long enough");
+        let sector = usize::try_from(start.sector_size.get()).expect("small");
+        let (mut at, mut flushes) = (sector, 0);
+        for _ in 0..start.entries.get() {
+            let (entry, _) = Entry::read_from_prefix(&log[at..]).expect("long enough");
+            at += sector;
+            flushes += entry.flags.get() & FLUSH;
+            let to = usize::try_from(entry.sector.get()).expect("small") * sector;
+            let len = usize::try_from(entry.sectors.get()).expect("small") * sector;
+            if entry.flags.get() & DISCARD == 0 {
+                bytes[to..to + len].copy_from_slice(&log[at..at + len]);
+                at += len;
+            }
+        }
+        (bytes, flushes)
+    }
+
+    #[test]
+    fn a_log_leads_from_the_bytes_before_to_those_after() {
+        let before: Vec<u8> = (0..16384_u32).map(|at| at.to_le_bytes()[0]).collect();
+        for list in ["", "log-sector-size=4096"] {
+            let file = Arc::new(MemoryDevice::new(before.clone()));
+            let log = Arc::new(MemoryDevice::default());
+            for append in [list, "log-append=on"] {
+                let open = log_of(&log, append);
+                let limits = Limits {
+                    alignment: u32::try_from(open.sector).expect("small"),
+                    ..Limits::default()
+                };
+                let device = Wrapped(Logging {
+                    file: Arc::<MemoryDevice>::clone(&file),
+                    log: Mutex::new(open),
+                    limits,
+                    node: Node::default(),
+                });
+                device.write_at(&[1; 4096], 4096).expect("writes");
+                device.write_at(&[2; 700], 4000).expect("writes");
+                device
+                    .write_zeroes(ByteRange::at(8192, 4096), ZeroMode::Unmap)
+                    .expect("zeroes");
+                device
+                    .write_zeroes(ByteRange::at(100, 50), ZeroMode::KeepAllocated)
+                    .expect("zeroes");
+                device.discard(ByteRange::at(0, 4096)).expect("discards");
+                device.flush().expect("flushes");
+            }
+            assert_eq!(
+                replay(&log.contents(), before.clone()),
+                (file.contents(), 2),
+                "{list}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_log_that_is_none_is_not_gone_on_with() {
+        let appended = |bytes: Vec<u8>| {
+            let mut node = NodeOptions::from_list("log-append=on").expect("options");
+            let options = node.absorb(OPTIONS).expect("right kinds");
+            Log::open(Arc::new(MemoryDevice::new(bytes)), &options).map_err(|error| error.chain())
+        };
+        assert!(appended(Vec::new()).is_ok());
+        assert_eq!(
+            appended(vec![0; 512]).map(drop),
+            Err("Invalid log superblock magic".to_owned())
+        );
+        let mut endless = vec![0; 512];
+        let start = Super {
+            magic: U64::new(MAGIC),
+            version: U64::new(VERSION),
+            entries: U64::new(u64::MAX),
+            sector_size: U32::new(512),
+        };
+        endless[..size_of::<Super>()].copy_from_slice(start.as_bytes());
+        assert_eq!(
+            appended(endless).map(drop),
+            Err("Log ends before its last entry".to_owned())
+        );
+    }
+}

@@ -127,3 +127,29 @@ impl Wrapper for Verifying {
         self.node.clone()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use diskimage_core::MemoryDevice;
+
+    use super::*;
+
+    #[test]
+    fn both_get_what_is_written_and_have_to_read_the_same() {
+        let raw = Arc::new(MemoryDevice::new(vec![0; 8]));
+        let test = Arc::new(MemoryDevice::new(vec![0; 8]));
+        let device = Wrapped(Verifying {
+            raw: Arc::<MemoryDevice>::clone(&raw),
+            test: Arc::<MemoryDevice>::clone(&test),
+            node: Node::default(),
+        });
+        device.write_at(b"abc", 2).expect("writes");
+        let mut buf = [0; 8];
+        device.read_at(&mut buf, 0).expect("they agree");
+        assert_eq!((buf, raw.contents()), (*b"\0\0abc\0\0\0", test.contents()));
+        raw.write_at(b"x", 3).expect("writes");
+        let error = device.read_at(&mut buf[..4], 1).map_err(|error| error.chain());
+        let message = "blkverify: read offset=1 bytes=4 contents mismatch at offset 3";
+        assert_eq!(error, Err(message.to_owned()));
+    }
+}

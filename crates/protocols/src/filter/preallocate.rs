@@ -146,3 +146,37 @@ impl Drop for Growing {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use diskimage_core::MemoryDevice;
+
+    use super::*;
+
+    #[test]
+    fn the_file_is_longer_only_as_long_as_it_is_written() {
+        let file = Arc::new(MemoryDevice::new(vec![1; 100]));
+        let growing = Wrapped(Growing {
+            device: Arc::<MemoryDevice>::clone(&file),
+            align: 512,
+            step: 4096,
+            ends: Mutex::new(Ends { data: 100, file: 100 }),
+            write: true,
+            node: Node::default(),
+        });
+        growing.write_at(&[2; 50], 50).expect("writes");
+        assert_eq!((growing.len(), file.contents().len()), (100, 100));
+        growing.write_at(&[3; 50], 100).expect("writes");
+        assert_eq!((growing.len(), file.contents().len()), (150, 4608));
+        growing
+            .write_zeroes(ByteRange::at(150, 10), ZeroMode::Unmap)
+            .expect("writes");
+        assert_eq!((growing.len(), file.contents().len()), (160, 4608));
+        growing.resize(155, Preallocation::Off).expect("shrinks");
+        assert_eq!((growing.len(), file.contents().len()), (155, 155));
+        growing.write_at(&[4; 5], 155).expect("writes");
+        drop(growing);
+        let expected = [vec![1; 50], vec![2; 50], vec![3; 50], vec![0; 5], vec![4; 5]].concat();
+        assert_eq!(file.contents(), expected);
+    }
+}

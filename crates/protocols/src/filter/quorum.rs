@@ -314,3 +314,98 @@ impl Device for Voting {
         Ok(Info::default())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use diskimage_core::MemoryDevice;
+
+    use super::*;
+
+    fn voting(contents: &[&[u8]], threshold: usize, pattern: Pattern) -> (Voting, Vec<Arc<MemoryDevice>>) {
+        let devices: Vec<_> = contents
+            .iter()
+            .map(|bytes| Arc::new(MemoryDevice::new(bytes.to_vec())))
+            .collect();
+        let children: Vec<Arc<dyn Device>> = devices
+            .iter()
+            .map(|device| Arc::<MemoryDevice>::clone(device) as Arc<dyn Device>)
+            .collect();
+        let voting = Voting {
+            len: children[0].len(),
+            children,
+            threshold,
+            pattern,
+            limits: Limits::default(),
+            node: Node::default(),
+        };
+        (voting, devices)
+    }
+
+    fn read(voting: &Voting) -> Option<Vec<u8>> {
+        let mut buf = vec![0xff; 2];
+        voting.read_at(&mut buf, 1).ok().map(|()| buf)
+    }
+
+    #[test]
+    fn what_enough_say_counts() {
+        let vote = Pattern::Vote { mend: false };
+        assert_eq!(
+            read(&voting(&[b"abcd", b"axcd", b"abcd"], 2, vote).0),
+            Some(b"bc".to_vec())
+        );
+        assert_eq!(read(&voting(&[b"axcd", b"abcd", b"aycd"], 2, vote).0), None);
+        // Of several with as many votes, the first.
+        assert_eq!(
+            read(&voting(&[b"axcd", b"abcd"], 1, vote).0),
+            Some(b"xc".to_vec())
+        );
+        // One that cannot be read has no vote.
+        assert_eq!(
+            read(&voting(&[b"a", b"abcd", b"abcd"], 2, vote).0),
+            Some(b"bc".to_vec())
+        );
+        assert_eq!(read(&voting(&[b"a", b"abcd", b"abcd"], 3, vote).0), None);
+    }
+
+    #[test]
+    fn who_disagrees_is_mended() {
+        let (voting, devices) = voting(&[b"abcd", b"axcd", b"abcd"], 2, Pattern::Vote { mend: true });
+        assert_eq!(read(&voting), Some(b"bc".to_vec()));
+        assert_eq!(devices[1].contents(), b"abcd");
+    }
+
+    #[test]
+    fn the_next_is_read_where_one_fails_and_two_are_held_against_each_other() {
+        assert_eq!(
+            read(&voting(&[b"a", b"axcd", b"abcd"], 2, Pattern::Fifo).0),
+            Some(b"xc".to_vec())
+        );
+        assert_eq!(
+            read(&voting(&[b"abcd", b"abcx"], 2, Pattern::Verify).0),
+            Some(b"bc".to_vec())
+        );
+        let (voting, _) = voting(&[b"abcd", b"abxd"], 2, Pattern::Verify);
+        let error = voting.read_at(&mut [0; 2], 1).map_err(|error| error.chain());
+        assert_eq!(
+            error,
+            Err("quorum: offset=1 bytes=2 contents mismatch at offset 2".to_owned())
+        );
+    }
+
+    #[test]
+    fn writes_reach_all_and_enough_have_to_succeed() {
+        let (voting, devices) = voting(&[b"abcd", b"abcd"], 2, Pattern::Fifo);
+        voting.write_at(b"xy", 1).expect("writes");
+        assert!(devices.iter().all(|device| device.contents() == b"axyd"));
+        let mut calls = 0;
+        let once = |_: &Arc<dyn Device>| {
+            calls += 1;
+            if calls == 1 {
+                Err(Error::from_errno(errno::EIO))
+            } else {
+                Ok(())
+            }
+        };
+        assert!(voting.all(once).is_err());
+    }
+}
