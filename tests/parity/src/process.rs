@@ -146,7 +146,7 @@ pub struct RunningServer {
 }
 
 impl RunningServer {
-    /// Starts it and waits until it listens. [`HERE`] in its arguments becomes the directory.
+    /// Starts it and waits until it listens. `{here}` in its arguments becomes the directory.
     ///
     /// # Errors
     /// When it does not start.
