@@ -6,6 +6,7 @@ mod luks;
 mod qcow2;
 mod raw;
 mod straight;
+mod tables;
 
 use diskimage_core::Format;
 

@@ -9,7 +9,7 @@ use diskimage_core::{ByteRange, Device, Error, Holes, Result, Run, RunKind};
 use super::Qcow2;
 use super::entry::{Cluster, L2Entry, OFFSET_MASK, Subclusters, encoded};
 use super::header::limit;
-use super::tables::{Class, Table, Tables};
+use crate::tables::{Class, Table, Tables};
 
 /// What a stretch of guest bytes is, to be joined with what follows if that is alike.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -11,7 +11,6 @@
 //! thing done to an image:
 //!
 //! * `header`, `feature`, `extension`, `entry`, `refcount`: structures, as bytes and as types;
-//! * `tables`: the windows of tables that are in memory, and the order in which they are written;
 //! * `map`, `write`, `compress`: guest bytes to host bytes, and new places for them;
 //! * `create`, `resize`, `measure`, `check`, `snapshot`, `bitmap`, `info`: operations.
 
@@ -34,7 +33,6 @@ mod refcount;
 mod resize;
 mod runtime;
 mod snapshot;
-mod tables;
 mod tree;
 mod write;
 
@@ -57,7 +55,7 @@ use self::feature::{Autoclear, Compatible, Incompatible};
 use self::header::{Header, field};
 use self::refcount::Refcounts;
 use self::snapshot::SnapshotTable;
-use self::tables::{Class, Table, Tables};
+use crate::tables::{Class, Table, Tables};
 
 /// The table entry.
 #[derive(Debug)]

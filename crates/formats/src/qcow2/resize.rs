@@ -10,8 +10,8 @@ use zerocopy::byteorder::big_endian::{U32, U64};
 
 use super::entry::L2Entry;
 use super::header::{field, limit};
-use super::tables::{Class, Table};
 use super::{Qcow2, State};
+use crate::tables::{Class, Table};
 
 impl Qcow2 {
     /// Refuses what cannot be done, before anything has changed.

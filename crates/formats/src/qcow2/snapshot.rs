@@ -17,8 +17,8 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::header::limit;
 use super::refcount::Refcounts;
-use super::tables::{Class, Table};
 use super::{Qcow2, State};
+use crate::tables::{Class, Table};
 
 /// The fixed part of an entry of the snapshot table.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]

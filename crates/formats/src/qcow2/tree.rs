@@ -11,8 +11,8 @@ use diskimage_core::{ByteRange, Error, Result};
 
 use super::entry::{COPIED, Cluster, L2Entry, OFFSET_MASK};
 use super::refcount::Change;
-use super::tables::Table;
 use super::{Qcow2, State};
+use crate::tables::Table;
 
 /// Runs of clusters that are collected before they are counted; 4 MiB of memory.
 const MAX_RUNS: usize = 1 << 18;

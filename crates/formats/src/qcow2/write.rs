@@ -14,8 +14,8 @@ use diskimage_core::{
 use super::entry::{COPIED, Cluster, L2Entry, Subclusters};
 use super::feature::Autoclear;
 use super::header::Geometry;
-use super::tables::Table;
 use super::{Class, Qcow2, State};
+use crate::tables::Table;
 
 /// Sets aside where the bytes of `range` go.
 pub(super) fn plan(image: &Qcow2, range: ByteRange) -> Result<Box<dyn WritePlan + '_>> {

@@ -4,9 +4,9 @@ use diskimage_core::{ByteRange, Result, ZeroMode};
 
 use super::super::entry::{Cluster, L2Entry, OFFSET_MASK, Subclusters};
 use super::super::refcount::Change;
-use super::super::tables::Table;
 use super::super::write::write_zero_bytes;
 use super::super::{Qcow2, State};
+use crate::tables::Table;
 
 impl Qcow2 {
     /// Replaces the zero clusters of the disk and of all snapshots.

@@ -39,8 +39,8 @@ use self::stored::Stored;
 use super::feature::Incompatible;
 use super::header::{Geometry, Header};
 use super::refcount::Refcounts;
-use super::tables::Tables;
 use super::{Qcow2, State, read_header};
+use crate::tables::Tables;
 
 impl Qcow2 {
     /// Checks the image and mends what `repair` allows.

@@ -6,8 +6,8 @@
 use diskimage_core::{Error, ErrorKind, Event, Result};
 
 use super::super::header::limit;
-use super::super::tables::Tables;
 use super::{Refcounts, block};
+use crate::tables::Tables;
 
 impl Refcounts {
     /// Takes `count` clusters in one piece; the offset of the first.

@@ -7,8 +7,8 @@ use zerocopy::IntoBytes;
 use zerocopy::byteorder::big_endian::{U32, U64};
 
 use super::super::header::{field, limit};
-use super::super::tables::Tables;
 use super::Refcounts;
+use crate::tables::Tables;
 
 impl Refcounts {
     /// Sees to it that blocks exist for `count` clusters from `start` on. True if one had to be made, in which case the

@@ -16,7 +16,7 @@ use diskimage_core::{Error, Event, Result};
 
 pub(super) use self::run::Change;
 use super::header::{Geometry, limit};
-use super::tables::{Class, Table, Tables};
+use crate::tables::{Class, Table, Tables};
 
 /// The refcount structure of an open image.
 #[derive(Debug)]

@@ -2,8 +2,8 @@
 
 use diskimage_core::{Error, ErrorKind, Result};
 
-use super::super::tables::{Class, Table, Tables};
 use super::{Refcounts, block};
+use crate::tables::{Class, Table, Tables};
 
 /// What happens to counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -7,8 +7,8 @@
 use diskimage_core::{Device, Error, Result};
 
 use super::super::header::{Geometry, limit};
-use super::super::tables::Tables;
 use super::{Refcounts, block};
+use crate::tables::Tables;
 
 /// A structure of another width, written but not yet published.
 #[derive(Debug)]

@@ -20,9 +20,9 @@ use zerocopy::byteorder::big_endian::{U16, U32, U64};
 use super::super::entry::COPIED;
 use super::super::header::{field, limit};
 use super::super::refcount::Change;
-use super::super::tables::{Class, Table};
 use super::super::{Qcow2, State};
 use super::{MAX_TABLE, RawSnapshot, Snapshot, SnapshotTable, index_of};
+use crate::tables::{Class, Table};
 
 impl Snapshots for Qcow2 {
     fn check_support(&self) -> Result<()> {

@@ -16,7 +16,7 @@ use diskimage_core::{Device, Error, Event, Result};
 
 /// What a table is for; the order is the order of writing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub(super) enum Class {
+pub(crate) enum Class {
     RefcountBlock,
     RefcountTable,
     L2,
@@ -49,15 +49,15 @@ const CLASSES: [Class; 4] = [Class::RefcountBlock, Class::RefcountTable, Class::
 
 /// Where a table lies and how long it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Table {
-    pub(super) class: Class,
-    pub(super) offset: u64,
-    pub(super) len: u64,
+pub(crate) struct Table {
+    pub(crate) class: Class,
+    pub(crate) offset: u64,
+    pub(crate) len: u64,
 }
 
 /// The windows of tables that are in memory.
 #[derive(Debug)]
-pub(super) struct Tables {
+pub(crate) struct Tables {
     device: Arc<dyn Device>,
     /// Guest data lives here; it must be durable before tables refer to it.
     data: Arc<dyn Device>,
@@ -86,7 +86,7 @@ const CAPACITY: usize = 6 << 20;
 const MAX_WRITE: usize = 1 << 20;
 
 impl Tables {
-    pub(super) fn new(device: Arc<dyn Device>, data: Arc<dyn Device>) -> Self {
+    pub(crate) fn new(device: Arc<dyn Device>, data: Arc<dyn Device>) -> Self {
         Self {
             device,
             data,
@@ -100,19 +100,19 @@ impl Tables {
 
     /// Keeps only so many bytes of windows.
     #[cfg(test)]
-    pub(super) fn limit_memory(&mut self, capacity: usize) {
+    pub(crate) fn limit_memory(&mut self, capacity: usize) {
         self.capacity = capacity;
     }
 
     /// The bytes of `table` from `at` to the end of the window that holds it.
-    pub(super) fn bytes(&mut self, table: Table, at: u64) -> Result<&[u8]> {
+    pub(crate) fn bytes(&mut self, table: Table, at: u64) -> Result<&[u8]> {
         let skip = index(at % WINDOW);
         let window = self.window(table, at)?;
         Ok(window.bytes.get(skip..).unwrap_or(&[]))
     }
 
     /// As [`Tables::bytes`], to be changed.
-    pub(super) fn bytes_mut(&mut self, table: Table, at: u64) -> Result<&mut [u8]> {
+    pub(crate) fn bytes_mut(&mut self, table: Table, at: u64) -> Result<&mut [u8]> {
         let skip = index(at % WINDOW);
         let window = self.window(table, at)?;
         let newly = !std::mem::replace(&mut window.dirty, true);
@@ -132,7 +132,7 @@ impl Tables {
     }
 
     /// The big-endian number at byte `at` of `table`.
-    pub(super) fn number(&mut self, table: Table, at: u64) -> Result<u64> {
+    pub(crate) fn number(&mut self, table: Table, at: u64) -> Result<u64> {
         let bytes = self.bytes(table, at)?;
         bytes
             .first_chunk()
@@ -141,14 +141,14 @@ impl Tables {
     }
 
     /// Changes the big-endian number at byte `at` of `table`.
-    pub(super) fn set_number(&mut self, table: Table, at: u64, value: u64) -> Result<()> {
+    pub(crate) fn set_number(&mut self, table: Table, at: u64, value: u64) -> Result<()> {
         let bytes = self.bytes_mut(table, at)?;
         *bytes.first_chunk_mut().ok_or_else(|| out_of_table(table, at))? = value.to_be_bytes();
         Ok(())
     }
 
     /// Starts `table` as zeroes without reading what lies there.
-    pub(super) fn fresh(&mut self, table: Table) -> Result<()> {
+    pub(crate) fn fresh(&mut self, table: Table) -> Result<()> {
         let mut at = 0;
         while at < table.len {
             let len = (table.len - at).min(WINDOW);
@@ -160,14 +160,14 @@ impl Tables {
     }
 
     /// Drops what is remembered of `table`, changes included: its clusters have been given up.
-    pub(super) fn forget(&mut self, table: Table) {
+    pub(crate) fn forget(&mut self, table: Table) {
         for at in (0..table.len).step_by(index(WINDOW)) {
             self.forget_at(table.offset + at);
         }
     }
 
     /// Writes all changes, in order, each class durable before the next.
-    pub(super) fn write_back(&mut self) -> Result<()> {
+    pub(crate) fn write_back(&mut self) -> Result<()> {
         for class in CLASSES {
             if self.dirty[class as usize] == 0 {
                 continue;
@@ -182,7 +182,7 @@ impl Tables {
     }
 
     /// Writes all changes and forgets everything: tables are about to be changed in the file itself.
-    pub(super) fn clear(&mut self) -> Result<()> {
+    pub(crate) fn clear(&mut self) -> Result<()> {
         self.write_back()?;
         self.windows.clear();
         self.clock.clear();
@@ -191,14 +191,14 @@ impl Tables {
     }
 
     /// Makes durable what has been written.
-    pub(super) fn sync(&self) -> Result<()> {
+    pub(crate) fn sync(&self) -> Result<()> {
         if !Arc::ptr_eq(&self.device, &self.data) {
             self.data.flush()?;
         }
         self.device.flush()
     }
 
-    pub(super) fn device(&self) -> &Arc<dyn Device> {
+    pub(crate) fn device(&self) -> &Arc<dyn Device> {
         &self.device
     }
 
