@@ -74,10 +74,15 @@ pub trait Format: Debug + Sync {
         false
     }
 
-    /// Checks what needs no file to check, before one is made.
+    /// Whether a file that did not become an image stays, empty: the original's drivers differ in that.
+    fn keeps_failed_file(&self) -> bool {
+        false
+    }
+
+    /// Writes a new image.
     ///
     /// # Errors
-    /// Options that do not fit together.
+    /// Options that do not fit together, and what the operating system says.
     fn create(&self, request: CreateRequest<'_>) -> Result<()>;
 
     /// How large a file would be.

@@ -131,10 +131,10 @@ impl Image {
         self.layer.write_encoded(offset, bytes)
     }
 
-    /// Gives up all data, so that the image below shows everywhere.
+    /// Gives up all data, so that the image below shows everywhere, if the format has a way.
     ///
     /// # Errors
-    /// What the format cannot do.
+    /// As [`Device::write_at`].
     pub fn make_empty(&self) -> Result<()> {
         self.require_writable()?;
         self.forget_decoded();

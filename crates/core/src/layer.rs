@@ -141,12 +141,13 @@ pub trait Layer: Debug + Send + Sync {
         Err(Error::from_errno(crate::errno::ENOTSUP))
     }
 
-    /// Gives up all data, so that the image below shows everywhere.
+    /// Gives up all data, so that the image below shows everywhere. A format that has no way keeps it, as the original
+    /// does: what it hides is the same.
     ///
     /// # Errors
-    /// [`ErrorKind::Unsupported`](crate::ErrorKind::Unsupported) if the format has no way.
+    /// As for writing.
     fn make_empty(&self) -> Result<()> {
-        Err(Error::unsupported("This image format cannot be emptied"))
+        Ok(())
     }
 
     /// Refuses what [`Layer::resize`] would refuse, before anything has changed.

@@ -271,8 +271,7 @@ impl Prepared {
         self.check_preallocation()?;
         let place = self.place(&creation)?;
         let outcome = self.fill(&place.device, &creation);
-        // Without a header the file is still a raw image of its length, whatever that may be.
-        if outcome.is_err() && place.is_new && self.format.name() != "raw" {
+        if outcome.is_err() && place.is_new && !self.format.keeps_failed_file() {
             // The failure that led here is the one to report.
             let _ = fs::remove_file(place.device.name());
             if let Some(data_file) = self.options.text("data_file") {

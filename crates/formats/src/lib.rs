@@ -4,18 +4,22 @@ mod codec;
 mod decrypted;
 mod luks;
 mod qcow2;
+mod qed;
 mod raw;
 mod straight;
 mod tables;
+mod tree;
+mod used;
 
 use diskimage_core::Format;
 
 pub use luks::Luks;
 pub use qcow2::Qcow2Format;
+pub use qed::QedFormat;
 pub use raw::{Raw, bare_layer, window_layer};
 
 /// Every format, in the order in which they are tried and listed.
-pub static FORMATS: &[&dyn Format] = &[&Raw, &Qcow2Format, &Luks];
+pub static FORMATS: &[&dyn Format] = &[&Raw, &Qcow2Format, &QedFormat, &Luks];
 
 /// The format of this name.
 pub fn format_by_name(name: &str) -> Option<&'static dyn Format> {

@@ -74,6 +74,11 @@ impl Format for Raw {
         CREATE_OPTIONS
     }
 
+    fn keeps_failed_file(&self) -> bool {
+        // Without a header the file is still a raw image of its length, whatever that may be.
+        true
+    }
+
     fn create(&self, request: CreateRequest<'_>) -> Result<()> {
         let size = disk_size(request.size)?;
         if request.file.is_zero_when_new() {

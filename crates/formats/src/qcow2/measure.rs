@@ -1,14 +1,12 @@
 //! How large a file would be.
 
 use diskimage_core::options::Options;
-use diskimage_core::{
-    ByteRange, Device, Error, ErrorKind, ExtentKind, Image, Measure, MeasureSource, Preallocation, Result,
-    Want,
-};
+use diskimage_core::{Error, ErrorKind, Image, Measure, MeasureSource, Preallocation, Result};
 
 use super::encrypt::Encryption;
 use super::header::{Geometry, limit};
 use super::options::{Wanted, Wording};
+use crate::used::for_each_used;
 
 /// The size of an image with these options.
 pub(super) fn measure(options: &Options, source: MeasureSource<'_>) -> Result<Measure> {
@@ -63,17 +61,6 @@ fn metadata_clusters(geometry: Geometry, size: u64) -> u64 {
 /// Bytes of clusters that hold data which is not known to be zero.
 fn data_bytes(image: &Image, cluster: u64) -> Result<u64> {
     let mut total = 0;
-    let mut rest = ByteRange::new(0, image.len());
-    while !rest.is_empty() {
-        let extent = image.status(rest, Want::Zeroes)?;
-        let mut len = extent.len;
-        if !extent.kind.is_zero() && extent.kind != ExtentKind::Absent {
-            // The clusters that it touches count as a whole, and the next search starts behind them.
-            let touched = ByteRange::at(rest.start(), len).align_out(cluster);
-            total += touched.len();
-            len = touched.end() - rest.start();
-        }
-        rest = rest.skip(len);
-    }
+    for_each_used(image, cluster, |touched| total += touched.len())?;
     Ok(total)
 }

@@ -1,0 +1,168 @@
+//! Looking after the tables.
+//!
+//! Every cluster has at most one user: the header, a table, or the disk. Entries that lead to where no cluster can be are
+//! cleared; two users of a cluster are told of and left alone, as nobody can say whose it is. Clusters without a user are
+//! leaks, which cannot be mended: storage is never given up.
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+
+use diskimage_core::{Budget, CheckReport, Layer, Repair, Reservation, Result};
+
+use super::{Entries, Qed};
+use crate::tables::Table;
+use crate::tree::{Cluster, Scheme, Walk};
+
+/// Looks at all tables; any kind of `repair` mends what can be.
+pub(super) fn check(image: &Qed, repair: Repair) -> Result<CheckReport> {
+    let entries = image.tree.scheme();
+    image.tree.walk(|walk| {
+        let mut check = Check {
+            entries,
+            size: image.geometry.cluster_size,
+            mends: repair != Repair::No && image.write,
+            used: Used::new(&image.budget),
+            report: CheckReport {
+                total_clusters: image.len().div_ceil(image.geometry.cluster_size),
+                ..CheckReport::default()
+            },
+        };
+        check.l1(walk)?;
+        // No entry can lead into the header.
+        let there = (walk.end() - entries.first.min(walk.end())) / check.size;
+        check.report.leaks = there.saturating_sub(check.used.count);
+        Ok(check.report)
+    })
+}
+
+struct Check<'a> {
+    entries: &'a Entries,
+    /// Bytes of a cluster.
+    size: u64,
+    mends: bool,
+    used: Used<'a>,
+    report: CheckReport,
+}
+
+impl Check<'_> {
+    fn l1(&mut self, walk: &mut Walk<'_, Entries>) -> Result<()> {
+        let l1 = walk.l1();
+        self.take(l1)?;
+        let mut next = 0;
+        while next < l1.len {
+            let (words, after) = walk.window(l1, next)?;
+            next = after;
+            for (at, word) in words {
+                match self.entries.l2_table(word, walk.end()) {
+                    Ok(Some(offset)) => {
+                        let l2 = walk.l2(offset);
+                        // A table that others use too has been looked at or is none.
+                        if self.take(l2)? {
+                            self.l2(walk, l2)?;
+                        }
+                    }
+                    Ok(None) => {}
+                    Err(_) => self.invalid(walk, l1, at)?,
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn l2(&mut self, walk: &mut Walk<'_, Entries>, l2: Table) -> Result<()> {
+        let (mut next, mut follows) = (0, None);
+        while next < l2.len {
+            let (words, after) = walk.window(l2, next)?;
+            next = after;
+            for (at, word) in words {
+                let cluster = self.entries.cluster(word, walk.end());
+                if let Ok(Cluster::None | Cluster::Zero) = cluster {
+                    continue;
+                }
+                self.report.allocated_clusters += 1;
+                self.report.fragmented_clusters += u64::from(follows.is_some_and(|offset| offset != word));
+                follows = Some(word.wrapping_add(self.size));
+                match cluster {
+                    Ok(_) => {
+                        let twice = self.used.take(word / self.size, 1)?;
+                        self.report.corruptions += twice;
+                    }
+                    Err(_) => self.invalid(walk, l2, at)?,
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Counts the clusters of `table`; whether it is their only user.
+    fn take(&mut self, table: Table) -> Result<bool> {
+        let twice = self.used.take(table.offset / self.size, table.len / self.size)?;
+        self.report.corruptions += twice;
+        Ok(twice == 0)
+    }
+
+    /// An entry that leads to where nothing can be.
+    fn invalid(&mut self, walk: &mut Walk<'_, Entries>, table: Table, at: u64) -> Result<()> {
+        if self.mends {
+            walk.clear(table, at)?;
+            self.report.corruptions_fixed += 1;
+        } else {
+            self.report.corruptions += 1;
+        }
+        Ok(())
+    }
+}
+
+/// Clusters that have a user, in pieces of a map of bits: memory goes with what is in use, not with the file's length.
+struct Used<'a> {
+    budget: &'a Budget,
+    pieces: HashMap<u64, Piece>,
+    count: u64,
+}
+
+struct Piece {
+    bits: Box<[u64; WORDS]>,
+    /// Held as long as the bits are.
+    _memory: Reservation,
+}
+
+/// Words of a piece.
+const WORDS: usize = 512;
+const WORD_BITS: u64 = 64;
+const PIECE_BITS: u64 = WORDS as u64 * WORD_BITS;
+
+impl<'a> Used<'a> {
+    fn new(budget: &'a Budget) -> Self {
+        Self {
+            budget,
+            pieces: HashMap::new(),
+            count: 0,
+        }
+    }
+
+    /// Marks `count` clusters; how many were marked already.
+    fn take(&mut self, first: u64, count: u64) -> Result<u64> {
+        let mut twice = 0;
+        for cluster in first..first + count {
+            let piece = match self.pieces.entry(cluster / PIECE_BITS) {
+                Entry::Occupied(piece) => piece.into_mut(),
+                Entry::Vacant(place) => place.insert(Piece {
+                    _memory: self.budget.take(size_of::<[u64; WORDS]>() as u64)?,
+                    bits: Box::new([0; WORDS]),
+                }),
+            };
+            let bit = cluster % PIECE_BITS;
+            let word = usize::try_from(bit / WORD_BITS)
+                .ok()
+                .and_then(|word| piece.bits.get_mut(word));
+            if let Some(word) = word {
+                let mask = 1 << (bit % WORD_BITS);
+                let known = *word & mask != 0;
+                *word |= mask;
+                twice += u64::from(known);
+                self.count += u64::from(!known);
+            }
+        }
+        Ok(twice)
+    }
+}

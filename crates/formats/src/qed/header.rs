@@ -1,0 +1,321 @@
+//! The header.
+//!
+//! ```text
+//!    0 magic "QED\0"        4 cluster size         8 table size (clusters)   12 header size (clusters)
+//!   16 features            24 compatible features 32 autoclear features
+//!   40 L1 table offset     48 image size          56 backing file offset     60 its length
+//! ```
+
+use diskimage_core::{Backing, Device, Error, Result, align_down, align_up, errno};
+use zerocopy::byteorder::little_endian::{U32, U64};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+/// `QED` and a zero.
+pub(super) const MAGIC: u32 = 0x0044_4551;
+
+/// The unit of the disk's size, and what is written to the file at once or not at all.
+pub(super) const SECTOR: u64 = 512;
+
+/// Bits of the features.
+pub(super) mod feature {
+    /// There is an image below.
+    pub(in super::super) const BACKING_FILE: u64 = 1;
+    /// The image has to be checked before it is used.
+    pub(in super::super) const NEED_CHECK: u64 = 2;
+    /// The image below is raw, whatever it looks like.
+    pub(in super::super) const BACKING_FORMAT_NO_PROBE: u64 = 4;
+    pub(super) const KNOWN: u64 = BACKING_FILE | NEED_CHECK | BACKING_FORMAT_NO_PROBE;
+}
+
+/// The header as it is in the file.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct RawHeader {
+    magic: U32,
+    cluster_size: U32,
+    /// Clusters of every table.
+    table_size: U32,
+    /// Clusters of the header.
+    header_size: U32,
+    /// Who does not know one of them cannot use the image.
+    features: U64,
+    /// Who does not know one of them does no harm.
+    compat_features: U64,
+    /// Who does not know one of them clears it before writing.
+    autoclear_features: U64,
+    l1_table_offset: U64,
+    image_size: U64,
+    /// Where the backing file's name is.
+    backing_filename_offset: U32,
+    /// Bytes of it.
+    backing_filename_size: U32,
+}
+
+const HEADER_LEN: usize = 64;
+const _: () = assert!(size_of::<RawHeader>() == HEADER_LEN);
+
+/// The header's place for what follows it, as [`u32`].
+const NAME_OFFSET: u32 = 64;
+
+/// Sizes that are checked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Geometry {
+    pub(super) cluster_size: u64,
+    /// Clusters of a table.
+    pub(super) table_size: u64,
+}
+
+/// Limits of the specification.
+mod limit {
+    pub(super) const MIN_CLUSTER_SIZE: u64 = 4 << 10;
+    pub(super) const MAX_CLUSTER_SIZE: u64 = 64 << 20;
+    pub(super) const MAX_TABLE_SIZE: u64 = 16;
+}
+
+impl Geometry {
+    /// The sizes of a new image.
+    pub(super) fn for_new(cluster_size: u64, table_size: u64) -> Result<Self> {
+        if !is_cluster_size(cluster_size) {
+            return Err(Error::invalid(format!(
+                "QED cluster size must be within range [{}, {}] and power of 2",
+                limit::MIN_CLUSTER_SIZE,
+                limit::MAX_CLUSTER_SIZE
+            )));
+        }
+        if !is_table_size(table_size) {
+            return Err(Error::invalid(format!(
+                "QED table size must be within range [1, {}] and power of 2",
+                limit::MAX_TABLE_SIZE
+            )));
+        }
+        Ok(Self {
+            cluster_size,
+            table_size,
+        })
+    }
+
+    /// Bytes of a table.
+    pub(super) fn table_len(self) -> u64 {
+        self.cluster_size * self.table_size
+    }
+
+    /// Bytes of the disk that one L2 table is for.
+    pub(super) fn coverage(self) -> u64 {
+        self.table_len() / 8 * self.cluster_size
+    }
+
+    /// The size of the largest disk. As in the original, 0 where it would not fit into 64 bits.
+    pub(super) fn max_size(self) -> u64 {
+        self.coverage().wrapping_mul(self.table_len() / 8)
+    }
+
+    /// Whether a disk can have this size.
+    pub(super) fn fits(self, size: u64) -> bool {
+        size.is_multiple_of(SECTOR) && size <= self.max_size()
+    }
+}
+
+fn is_cluster_size(size: u64) -> bool {
+    (limit::MIN_CLUSTER_SIZE..=limit::MAX_CLUSTER_SIZE).contains(&size) && size.is_power_of_two()
+}
+
+fn is_table_size(size: u64) -> bool {
+    (1..=limit::MAX_TABLE_SIZE).contains(&size) && size.is_power_of_two()
+}
+
+/// A header that is checked.
+#[derive(Clone, Debug)]
+pub(super) struct Header {
+    pub(super) geometry: Geometry,
+    /// Clusters of the header.
+    header_size: u32,
+    pub(super) features: u64,
+    compat: u64,
+    pub(super) autoclear: u64,
+    pub(super) l1_offset: u64,
+    pub(super) image_size: u64,
+    /// Where the backing file's name is and how long.
+    name: (u32, u32),
+    pub(super) backing: Option<Backing>,
+}
+
+/// Reads the header at the start of `file`.
+pub(super) fn read(file: &dyn Device) -> Result<Header> {
+    let mut bytes = [0; HEADER_LEN];
+    file.read_padded(&mut bytes, 0)?;
+    let mut header = parse(&bytes, file.len())?;
+    let (offset, len) = header.name;
+    if header.features & feature::BACKING_FILE != 0 {
+        if u64::from(offset) + u64::from(len) > header.first_host() {
+            return Err(Error::invalid("QED backing filename offset is invalid"));
+        }
+        // No file system takes a name that is longer.
+        let mut name = vec![0; usize::try_from(len).unwrap_or(usize::MAX).min(MAX_NAME)];
+        file.read_padded(&mut name, u64::from(offset))?;
+        let name = name.split(|byte| *byte == 0).next().unwrap_or(&[]);
+        let raw = header.features & feature::BACKING_FORMAT_NO_PROBE != 0;
+        header.backing = (!name.is_empty()).then(|| Backing {
+            name: String::from_utf8_lossy(name).into_owned(),
+            format: raw.then(|| "raw".to_owned()),
+        });
+    }
+    Ok(header)
+}
+
+/// Bytes of the backing file's name that are read.
+const MAX_NAME: usize = 4096;
+
+/// Where the whole clusters of a file end: what lies behind was never referred to. The file has whole sectors.
+pub(super) fn end_of(file_len: u64, cluster_size: u64) -> u64 {
+    align_down(align_up(file_len, SECTOR), cluster_size)
+}
+
+/// Checks a header of a file that is `file_len` bytes long.
+fn parse(bytes: &[u8; HEADER_LEN], file_len: u64) -> Result<Header> {
+    let raw: RawHeader = zerocopy::transmute!(*bytes);
+    if raw.magic.get() != MAGIC {
+        return Err(Error::invalid("Image not in QED format"));
+    }
+    let unknown = raw.features.get() & !feature::KNOWN;
+    if unknown != 0 {
+        return Err(Error::unsupported(format!(
+            "Unsupported QED features: {unknown:x}"
+        )));
+    }
+    let cluster_size = u64::from(raw.cluster_size.get());
+    if !is_cluster_size(cluster_size) {
+        return Err(Error::invalid("QED cluster size is invalid"));
+    }
+    let table_size = u64::from(raw.table_size.get());
+    if !is_table_size(table_size) {
+        return Err(Error::invalid("QED table size is invalid"));
+    }
+    let geometry = Geometry {
+        cluster_size,
+        table_size,
+    };
+    if !geometry.fits(raw.image_size.get()) {
+        return Err(Error::invalid("QED image size is invalid"));
+    }
+    let header = Header {
+        geometry,
+        header_size: raw.header_size.get(),
+        features: raw.features.get(),
+        compat: raw.compat_features.get(),
+        autoclear: raw.autoclear_features.get(),
+        l1_offset: raw.l1_table_offset.get(),
+        image_size: raw.image_size.get(),
+        name: (raw.backing_filename_offset.get(), raw.backing_filename_size.get()),
+        backing: None,
+    };
+    let l1_end = header.l1_offset.checked_add(geometry.table_len());
+    let l1_is_there = l1_end.is_some_and(|end| end <= end_of(file_len, cluster_size));
+    if !l1_is_there
+        || header.l1_offset < header.first_host()
+        || !header.l1_offset.is_multiple_of(cluster_size)
+    {
+        return Err(Error::invalid("QED table offset is invalid"));
+    }
+    Ok(header)
+}
+
+impl Header {
+    /// The header of a new image.
+    pub(super) fn new(geometry: Geometry, image_size: u64) -> Self {
+        Self {
+            geometry,
+            header_size: 1,
+            features: 0,
+            compat: 0,
+            autoclear: 0,
+            l1_offset: geometry.cluster_size,
+            image_size,
+            name: (0, 0),
+            backing: None,
+        }
+    }
+
+    /// The first offset behind the header.
+    pub(super) fn first_host(&self) -> u64 {
+        u64::from(self.header_size) * self.geometry.cluster_size
+    }
+
+    pub(super) fn set_feature(&mut self, bit: u64, on: bool) {
+        self.features = if on {
+            self.features | bit
+        } else {
+            self.features & !bit
+        };
+    }
+
+    /// Names the image below, behind the header.
+    ///
+    /// # Errors
+    /// Names that do not fit into it.
+    pub(super) fn set_backing(&mut self, backing: Option<&Backing>) -> Result<()> {
+        let len = backing.map_or(0, |backing| backing.name.len());
+        if (HEADER_LEN + len) as u64 > self.first_host() || len > MAX_NAME {
+            return Err(Error::from_errno(errno::ENOSPC));
+        }
+        let raw = backing.is_some_and(|backing| backing.format.as_deref() == Some("raw"));
+        self.set_feature(feature::BACKING_FILE, backing.is_some());
+        self.set_feature(feature::BACKING_FORMAT_NO_PROBE, raw);
+        // Where there is no name any more the original leaves the place.
+        let offset = if len > 0 { self.room_for(len) } else { self.name.0 };
+        self.name = (offset, u32::try_from(len).unwrap_or(0));
+        self.backing = backing.cloned();
+        Ok(())
+    }
+
+    /// Where a name goes: behind the fields if it can be written at once with them or there is none yet, else beside the
+    /// present one where there is room, so that a crash leaves one of the two.
+    fn room_for(&self, len: usize) -> u32 {
+        let len = u64::try_from(len).unwrap_or(u64::MAX);
+        let (old, old_len) = (u64::from(self.name.0), u64::from(self.name.1));
+        let (start, behind) = (u64::from(NAME_OFFSET), old + old_len);
+        let fits_behind = behind.saturating_add(len) <= self.first_host();
+        if old_len == 0 || start + len <= SECTOR || start + len <= old || !fits_behind {
+            NAME_OFFSET
+        } else {
+            u32::try_from(behind).unwrap_or(NAME_OFFSET)
+        }
+    }
+
+    /// Writes the fields, and the backing file's name if it is new; durably.
+    ///
+    /// # Errors
+    /// What the operating system says.
+    pub(super) fn write(&self, file: &dyn Device, with_name: bool) -> Result<()> {
+        let mut bytes = self.to_bytes().to_vec();
+        if let Some(backing) = self.backing.as_ref().filter(|_| with_name) {
+            let (name, offset) = (backing.name.as_bytes(), u64::from(self.name.0));
+            if self.name.0 == NAME_OFFSET && offset + name.len() as u64 <= SECTOR {
+                bytes.extend_from_slice(name);
+            } else {
+                file.write_at(name, offset)?;
+                file.flush()?;
+            }
+        }
+        file.write_at(&bytes, 0)?;
+        file.flush()
+    }
+
+    /// The fields.
+    fn to_bytes(&self) -> [u8; HEADER_LEN] {
+        let word = |number: u64| U32::new(u32::try_from(number).unwrap_or(u32::MAX));
+        let raw = RawHeader {
+            magic: U32::new(MAGIC),
+            cluster_size: word(self.geometry.cluster_size),
+            table_size: word(self.geometry.table_size),
+            header_size: U32::new(self.header_size),
+            features: U64::new(self.features),
+            compat_features: U64::new(self.compat),
+            autoclear_features: U64::new(self.autoclear),
+            l1_table_offset: U64::new(self.l1_offset),
+            image_size: U64::new(self.image_size),
+            backing_filename_offset: U32::new(self.name.0),
+            backing_filename_size: U32::new(self.name.1),
+        };
+        zerocopy::transmute!(raw)
+    }
+}

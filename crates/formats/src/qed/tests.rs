@@ -1,0 +1,331 @@
+//! The format on devices in memory.
+
+use std::sync::Arc;
+
+use diskimage_core::options::Options;
+use diskimage_core::{
+    Backing, Budget, ByteRange, CreateRequest, Device, Error, ErrorKind, Format, Gate, Image, Layer,
+    MemoryDevice, NodeOptions, Objects, OpenRequest, Preallocation, Progress, Reference, Repair,
+    ResizeRequest, Result, ZeroMode,
+};
+use diskimage_testing::{Fault, Faulty, Journal, Recorder};
+use proptest::prelude::*;
+
+use super::QedFormat;
+
+struct Closed;
+
+impl Gate for Closed {
+    fn open(&self, _: &Reference<'_>) -> Result<Arc<dyn Device>> {
+        Err(Error::new(ErrorKind::Denied, "no files"))
+    }
+}
+
+fn create(text: &str, size: u64) -> Arc<MemoryDevice> {
+    let file = Arc::new(MemoryDevice::default());
+    let mut options = Options::new(QedFormat.create_options());
+    options.parse(text).expect("valid options");
+    let request = CreateRequest {
+        file: Arc::<MemoryDevice>::clone(&file),
+        name: "test",
+        size,
+        options: &options,
+        objects: &Arc::default(),
+        gate: &Closed,
+    };
+    QedFormat.create(request).expect("creates");
+    file
+}
+
+fn open_layer(file: Arc<dyn Device>, write: bool, for_check: bool) -> Result<Arc<dyn Layer>> {
+    QedFormat.open(OpenRequest {
+        file,
+        name: "test",
+        write,
+        for_check,
+        no_data: false,
+        force_share: false,
+        children: Vec::new(),
+        options: &mut NodeOptions::new(),
+        objects: &Arc::new(Objects::new()),
+        gate: &Closed,
+        budget: Budget::default(),
+    })
+}
+
+fn open_on(file: Arc<dyn Device>, below: Option<&Arc<Image>>) -> Image {
+    let layer = open_layer(file, true, false).expect("opens");
+    Image::new(layer, below.cloned(), "test", true)
+}
+
+fn memory(bytes: &[u8]) -> Arc<dyn Device> {
+    Arc::new(MemoryDevice::new(bytes.to_vec()))
+}
+
+fn contents(image: &Image) -> Vec<u8> {
+    let mut bytes = vec![0; usize::try_from(image.len()).expect("small")];
+    image.read_at(&mut bytes, 0).expect("reads");
+    bytes
+}
+
+const SMALL: &str = "cluster_size=4k,table_size=1";
+/// Two L2 tables' worth of disk.
+const SIZE: u64 = 3 << 20;
+
+#[derive(Clone, Debug)]
+enum Step {
+    Write(u64, usize, u8),
+    Zero(u64, u64, bool),
+    Reopen,
+    Grow(u64),
+}
+
+fn steps() -> impl Strategy<Value = Vec<Step>> {
+    let at = prop_oneof![
+        0..SIZE,
+        Just(2 << 20),
+        (0..700u64).prop_map(|cluster| cluster * 4096)
+    ];
+    let step = prop_oneof![
+        5 => (at.clone(), 1..20_000usize, 1..255u8).prop_map(|(at, len, byte)| Step::Write(at, len, byte)),
+        3 => (at, 1..50_000u64, any::<bool>()).prop_map(|(at, len, unmap)| Step::Zero(at, len, unmap)),
+        1 => Just(Step::Reopen),
+        1 => (1..400u64).prop_map(|sectors| Step::Grow(sectors * 512)),
+    ];
+    prop::collection::vec(step, 1..25)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
+
+    #[test]
+    fn an_image_is_a_vector_of_bytes(steps in steps(), backed in any::<bool>()) {
+        let below = backed.then(|| {
+            let image = open_on(create(SMALL, SIZE + (512 << 10)), None);
+            image.write_at(&vec![0xbb; 3_500_000], 0).expect("writes");
+            Arc::new(image)
+        });
+        let file = create(SMALL, SIZE);
+        let mut model = vec![if backed { 0xbb } else { 0 }; usize::try_from(SIZE).expect("small")];
+        let mut image = open_on(file.clone(), below.as_ref());
+        for step in steps {
+            match step {
+                Step::Write(at, len, byte) => {
+                    let at = usize::try_from(at).expect("small");
+                    let end = (at + len).min(model.len());
+                    model[at..end].fill(byte);
+                    image.write_at(&model[at..end], at as u64).expect("writes");
+                }
+                Step::Zero(at, len, unmap) => {
+                    let range = ByteRange::at(at, len).intersect(ByteRange::new(0, image.len()));
+                    let mode = if unmap { ZeroMode::Unmap } else { ZeroMode::KeepAllocated };
+                    image.write_zeroes(range, mode).expect("zeroes");
+                    model[usize::try_from(range.start()).expect("small")..][..usize::try_from(range.len()).expect("small")].fill(0);
+                }
+                Step::Reopen => {
+                    image.flush().expect("flushes");
+                    image = open_on(file.clone(), below.as_ref());
+                }
+                Step::Grow(more) => {
+                    let len = image.len() + more;
+                    image.resize(len, Preallocation::Off).expect("grows");
+                    model.resize(usize::try_from(len).expect("small"), 0);
+                }
+            }
+        }
+        prop_assert!(contents(&image) == model);
+        image.flush().expect("flushes");
+        prop_assert!(contents(&open_on(file.clone(), below.as_ref())) == model);
+        let report = image.layer().check(Repair::No, &Progress::none()).expect("checks");
+        prop_assert_eq!((report.corruptions, report.leaks), (0, 0));
+        prop_assert_eq!(file.contents()[16], 0);
+    }
+
+    #[test]
+    fn damage_is_no_panic(at in 0..20_000usize, bytes in prop::collection::vec(any::<u8>(), 1..12)) {
+        let file = create("cluster_size=4k,table_size=2", SIZE);
+        let image = open_on(file.clone(), None);
+        image.write_at(&[7; 9000], 1000).expect("writes");
+        image.flush().expect("flushes");
+        let mut damaged = file.contents();
+        // Mostly the header and the heads of tables.
+        let at = [at % 64, 4096 + at % 64, 12_288 + at % 128, 24_576 + at % 64, at][at % 5];
+        let end = (at + bytes.len()).min(damaged.len());
+        damaged[at..end].copy_from_slice(&bytes[..end - at]);
+        for repair in [Repair::No, Repair::All] {
+            if let Ok(layer) = open_layer(memory(&damaged), true, true) {
+                let found = layer.check(repair, &Progress::none()).expect("checks");
+                let again = layer.check(Repair::No, &Progress::none()).expect("checks");
+                prop_assert!(again.corruptions <= found.corruptions);
+                let image = Image::new(layer, None, "test", true);
+                let len = image.len().min(1 << 20);
+                let mut buf = vec![0; usize::try_from(len).expect("small")];
+                let _ = image.read_at(&mut buf, 0);
+                let _ = image.write_at(&buf, 0);
+                let _ = image.flush();
+            }
+        }
+    }
+}
+
+/// What the disk may hold: for each step, the bytes after it.
+fn story(image: &Image, mut seen: impl FnMut(Vec<u8>)) {
+    let mut model = contents(image);
+    let steps: [(usize, usize, u8); 6] = [
+        (1000, 3000, 1),
+        (2_097_152, 9000, 2),
+        (500, 100, 3),
+        (100_000, 4096, 4),
+        (2_600_000, 4096, 0),
+        (101_000, 10_000, 5),
+    ];
+    for (at, len, byte) in steps {
+        model[at..at + len].fill(byte);
+        if byte == 0 {
+            let range = ByteRange::at(at as u64, len as u64);
+            image.write_zeroes(range, ZeroMode::Unmap).expect("zeroes");
+        } else {
+            image.write_at(&model[at..at + len], at as u64).expect("writes");
+        }
+        seen(model.clone());
+        image.flush().expect("flushes");
+    }
+}
+
+#[test]
+fn a_crash_leaves_leaked_clusters_at_worst() {
+    let start = create(SMALL, SIZE).contents();
+    let journal: Arc<Journal> = Arc::default();
+    let image = open_on(Arc::new(Recorder::new(start.clone(), 0, &journal)), None);
+    let mut states = vec![(0, contents(&image))];
+    story(&image, |state| states.push((journal.len(), state)));
+    let (mut marked, mut leaking) = (0, 0);
+    let count = journal.crashes(&[start], 12, 0x5eed, |crash| {
+        let bytes = &crash.files[0];
+        let layer = open_layer(memory(bytes), false, false).expect("opens");
+        let report = layer.check(Repair::No, &Progress::none()).expect("checks");
+        assert_eq!(report.corruptions, 0, "at {} ({})", crash.position, crash.kept);
+        let needs_check = bytes[16] & 2 != 0;
+        assert!(report.leaks == 0 || needs_check, "leaks at {}", crash.position);
+        marked += u32::from(needs_check);
+        leaking += u32::from(report.leaks > 0);
+        // Every byte is what it was after one of the steps around.
+        let now = contents(&Image::new(layer, None, "test", false));
+        let known = states.partition_point(|(position, _)| *position <= crash.position);
+        let around = &states[known.saturating_sub(2)..(known + 1).min(states.len())];
+        let strange = now
+            .iter()
+            .enumerate()
+            .find(|(i, byte)| around.iter().all(|(_, state)| state[*i] != **byte));
+        assert!(
+            strange.is_none(),
+            "{strange:?} at {} ({})",
+            crash.position,
+            crash.kept
+        );
+    });
+    assert!(count > 50 && marked > 10 && leaking > 0, "{count} crashes");
+}
+
+#[test]
+fn a_failed_write_leaves_what_was_there() {
+    for after in 0..12 {
+        let below = create(SMALL, SIZE);
+        let faulty = Arc::new(Faulty::new(Arc::<MemoryDevice>::clone(&below)));
+        let image = open_on(Arc::<Faulty>::clone(&faulty), None);
+        image.write_at(&[1; 8192], 0).expect("writes");
+        image.flush().expect("flushes");
+        faulty.arm(Fault::once(after));
+        let failed = image.write_at(&[2; 8192], 2 << 20).is_err() | image.flush().is_err();
+        faulty.heal();
+        image.write_at(&[3; 4096], 4096).expect("writes again");
+        image.flush().expect("flushes again");
+        let now = contents(&open_on(below, None));
+        assert_eq!((now[0], now[4096]), (1, 3));
+        let later = &now[2 << 20..(2 << 20) + 8192];
+        assert!(
+            later == [2; 8192] || failed && later.iter().all(|byte| matches!(byte, 0 | 2)),
+            "{after}"
+        );
+    }
+}
+
+#[test]
+fn names_of_the_image_below_change_at_once() {
+    let long = |byte: &str, len| Backing {
+        name: byte.repeat(len),
+        format: None,
+    };
+    let names = [
+        long("a", 40),
+        long("b", 300),
+        long("c", 900),
+        long("d", 1500),
+        long("e", 20),
+        long("f", 1200),
+    ];
+    let mut start = create(SMALL, SIZE).contents();
+    let mut old = None;
+    for new in names.into_iter().map(Some).chain([None]) {
+        let journal: Arc<Journal> = Arc::default();
+        let device: Arc<dyn Device> = Arc::new(Recorder::new(start.clone(), 0, &journal));
+        let layer = open_layer(Arc::clone(&device), true, false).expect("opens");
+        layer.set_backing(new.as_ref()).expect("there is room");
+        journal.crashes(&[start.clone()], 8, 1, |crash| {
+            let found = open_layer(memory(&crash.files[0]), false, false)
+                .expect("opens")
+                .backing();
+            assert!(found == old || found == new, "{found:?}");
+        });
+        start = vec![0; start.len()];
+        device.read_at(&mut start, 0).expect("reads");
+        let found = open_layer(memory(&start), false, false).expect("opens").backing();
+        assert_eq!(found, new);
+        old = new;
+    }
+    let error = open_layer(memory(&start), true, false)
+        .expect("opens")
+        .set_backing(Some(&long("g", 4033)));
+    assert_eq!(error.map_err(|error| error.kind()), Err(ErrorKind::NoSpace));
+}
+
+#[test]
+fn tables_that_cannot_be_are_refused() {
+    let good = create("cluster_size=4k,table_size=2", SIZE).contents();
+    for (at, bytes) in [
+        (4, &[0, 8, 0, 0][..]),
+        (8, &[17]),
+        (12, &[0xff, 0xff, 0xff, 0xff]),
+        (16, &[8]),
+        (40, &[1]),
+        (47, &[0x80]),
+        (48, &[1]),
+        (55, &[0x7f]),
+    ] {
+        let mut bad = good.clone();
+        bad[at..at + bytes.len()].copy_from_slice(bytes);
+        assert!(open_layer(memory(&bad), false, false).is_err(), "at {at}");
+    }
+}
+
+#[test]
+fn disks_only_grow_within_what_their_tables_are_for() {
+    let layer = open_layer(create(SMALL, SIZE), true, false).expect("opens");
+    let resize = |len| {
+        let request = ResizeRequest {
+            len,
+            preallocation: Preallocation::Off,
+        };
+        layer.resize(&request, 0).map_err(|error| error.to_string())
+    };
+    assert_eq!(
+        resize((1 << 30) + 512),
+        Err("Invalid image size specified".to_owned())
+    );
+    assert_eq!(
+        resize(SIZE - 512),
+        Err("Shrinking images is currently not supported".to_owned())
+    );
+    assert_eq!(resize(1 << 30), Ok(()));
+    assert_eq!(layer.len(), 1 << 30);
+}

@@ -1,0 +1,497 @@
+//! Two levels of tables over clusters that are only ever added: what qed and version 1 of qcow have in common.
+//!
+//! ```text
+//!   L1 table ──► L2 tables ──► clusters                 guest offset → host offset
+//!
+//!   | header | L1 table | cluster | L2 table | cluster | cluster | ...   new ones go to the end
+//! ```
+//!
+//! Nothing is ever given up, so nothing is counted: a crash leaves behind clusters that no table refers to, never the
+//! other way round. [`Tables`] has the order of writing, a [`Scheme`] has what the formats differ in.
+
+use std::fmt::Debug;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+
+use diskimage_core::{
+    ByteRange, Device, Error, Event, Holes, Preallocation, Result, Run, RunKind, WritePlan, WriteRun,
+    ZeroMode, errno,
+};
+
+use crate::tables::{Class, Table, Tables};
+
+/// What an L2 entry says of a cluster.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Cluster {
+    /// The image below has it, or nobody.
+    None,
+    /// It reads as zero.
+    Zero,
+    /// Its bytes are at this offset.
+    Host(u64),
+}
+
+/// What a format's tables look like.
+pub(crate) trait Scheme: Debug + Send + Sync {
+    /// The L2 table that an L1 entry leads to, if there is one. What can be referred to lies below `end`.
+    ///
+    /// # Errors
+    /// Entries that lead to where no table can be.
+    fn l2_table(&self, word: u64, end: u64) -> Result<Option<u64>>;
+
+    /// What an L2 entry says.
+    ///
+    /// # Errors
+    /// Entries that lead to where no cluster can be.
+    fn cluster(&self, word: u64, end: u64) -> Result<Cluster>;
+
+    /// The L2 entry that says so.
+    fn word(&self, cluster: Cluster) -> u64;
+
+    /// Told before anything is added to the file; a flag can be set that [`Scheme::settled`] clears.
+    ///
+    /// # Errors
+    /// What the operating system says.
+    fn unsettled(&self) -> Result<()>;
+
+    /// Told when everything has been made durable.
+    ///
+    /// # Errors
+    /// What the operating system says.
+    fn settled(&self) -> Result<()>;
+}
+
+/// The sizes that follow from a header.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Shape {
+    pub(crate) cluster_size: u64,
+    pub(crate) l1: Table,
+    /// Bytes of an L2 table.
+    pub(crate) l2_len: u64,
+    /// Where what is allocated ends. Rounded down: a cluster that is only partly there was never referred to.
+    pub(crate) end: u64,
+}
+
+impl Shape {
+    /// Bytes of the disk that one L2 table is for.
+    fn coverage(&self) -> u64 {
+        (self.l2_len / ENTRY).saturating_mul(self.cluster_size)
+    }
+}
+
+/// Bytes of an entry in either table.
+const ENTRY: u64 = 8;
+
+/// The tables of an open image.
+///
+/// `state` is the only lock. It is held while tables are read and written, never while guest data moves.
+#[derive(Debug)]
+pub(crate) struct Tree<S> {
+    file: Arc<dyn Device>,
+    shape: Shape,
+    scheme: S,
+    state: Mutex<State>,
+    /// Told when a plan for a write ends.
+    settled: Condvar,
+}
+
+#[derive(Debug)]
+struct State {
+    tables: Tables,
+    /// Where the next cluster goes.
+    end: u64,
+    /// Guest clusters that plans for writes are about to change.
+    in_flight: Vec<ByteRange>,
+}
+
+impl<S: Scheme> Tree<S> {
+    /// The tables in `file`.
+    pub(crate) fn new(file: Arc<dyn Device>, shape: Shape, scheme: S) -> Self {
+        let tables = Tables::new(Arc::clone(&file), Arc::clone(&file));
+        Self {
+            file,
+            scheme,
+            state: Mutex::new(State {
+                tables,
+                end: shape.end,
+                in_flight: Vec::new(),
+            }),
+            shape,
+            settled: Condvar::new(),
+        }
+    }
+
+    pub(crate) fn scheme(&self) -> &S {
+        &self.scheme
+    }
+
+    pub(crate) fn file(&self) -> &Arc<dyn Device> {
+        &self.file
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Where the bytes at the start of `range` live.
+    pub(crate) fn map(&self, range: ByteRange) -> Result<Run> {
+        let mut state = self.lock();
+        let mut found: Option<(Cluster, u64)> = None;
+        let mut at = range.start();
+        while at < range.end() {
+            let step = match self.entry(&mut state, at) {
+                Ok(step) => step,
+                // What is wrong with a later entry is told when it is asked for.
+                Err(_) if found.is_some() => break,
+                Err(error) => return Err(error),
+            };
+            match found {
+                None => found = Some((step.cluster, at)),
+                Some((cluster, start)) if step.continues(cluster, at - start) => {}
+                Some(_) => break,
+            }
+            at = step.until.min(range.end());
+        }
+        let kind = match found.map_or(Cluster::None, |(cluster, _)| cluster) {
+            Cluster::None => RunKind::Unallocated { host: None },
+            Cluster::Zero => RunKind::Zero { host: None },
+            Cluster::Host(offset) => RunKind::Data {
+                device: Arc::clone(&self.file),
+                offset,
+                holes: Holes::Ignored,
+            },
+        };
+        Ok(Run {
+            len: at - range.start(),
+            kind,
+        })
+    }
+
+    /// What the tables say of the byte at `guest`, and up to where.
+    fn entry(&self, state: &mut State, guest: u64) -> Result<Step> {
+        let size = self.shape.cluster_size;
+        let Some(l2) = self.l2(state, guest)? else {
+            let coverage = self.shape.coverage();
+            return Ok(Step {
+                cluster: Cluster::None,
+                until: (guest / coverage + 1).saturating_mul(coverage),
+            });
+        };
+        let word = read(&mut state.tables, l2, self.l2_at(guest))?;
+        let cluster = match self.scheme.cluster(word, state.end)? {
+            Cluster::Host(offset) => Cluster::Host(offset + guest % size),
+            other => other,
+        };
+        Ok(Step {
+            cluster,
+            until: (guest / size + 1).saturating_mul(size),
+        })
+    }
+
+    fn l1_at(&self, guest: u64) -> u64 {
+        guest / self.shape.coverage() * ENTRY
+    }
+
+    fn l2_at(&self, guest: u64) -> u64 {
+        guest % self.shape.coverage() / self.shape.cluster_size * ENTRY
+    }
+
+    fn l2(&self, state: &mut State, guest: u64) -> Result<Option<Table>> {
+        let word = read(&mut state.tables, self.shape.l1, self.l1_at(guest))?;
+        let offset = self.scheme.l2_table(word, state.end)?;
+        Ok(offset.map(|offset| self.l2_table(offset)))
+    }
+
+    fn l2_table(&self, offset: u64) -> Table {
+        Table {
+            class: Class::L2,
+            offset,
+            len: self.shape.l2_len,
+        }
+    }
+
+    /// The L2 table for `guest`, made if there is none.
+    fn ensure_l2(&self, state: &mut State, guest: u64) -> Result<Table> {
+        if let Some(table) = self.l2(state, guest)? {
+            return Ok(table);
+        }
+        let table = self.l2_table(self.take(state, self.shape.l2_len)?);
+        state.tables.fresh(table)?;
+        write(&mut state.tables, self.shape.l1, self.l1_at(guest), table.offset)?;
+        Ok(table)
+    }
+
+    fn set(&self, state: &mut State, guest: u64, cluster: Cluster) -> Result<()> {
+        let l2 = self.ensure_l2(state, guest)?;
+        write(
+            &mut state.tables,
+            l2,
+            self.l2_at(guest),
+            self.scheme.word(cluster),
+        )
+    }
+
+    /// Storage for `len` bytes. The file reaches to its end from then on: what is referred to has to be there.
+    fn take(&self, state: &mut State, len: u64) -> Result<u64> {
+        let end = state
+            .end
+            .checked_add(len)
+            .filter(|end| i64::try_from(*end).is_ok());
+        let end = end.ok_or_else(|| Error::from_errno(errno::EFBIG))?;
+        self.scheme.unsettled()?;
+        if self.file.len() < end {
+            self.file.resize(end, Preallocation::Off)?;
+        }
+        Ok(std::mem::replace(&mut state.end, end))
+    }
+
+    /// Sets aside where the bytes of `range` go.
+    pub(crate) fn plan_write(&self, range: ByteRange) -> Result<Box<dyn WritePlan + '_>> {
+        let (mut plan, mut state) = Plan::claim(self, range);
+        // On failure the plan's drop gives back what it took, after the lock is gone.
+        plan.draft(&mut state, range)?;
+        drop(state);
+        Ok(Box::new(plan))
+    }
+
+    /// Makes whole clusters read as zero. Those that have storage keep it: there is no way to give it up.
+    pub(crate) fn zero_clusters(&self, range: ByteRange, mode: ZeroMode) -> Result<()> {
+        let (claim, state) = Plan::claim(self, range);
+        drop(state);
+        let mut rest = claim.cover;
+        while !rest.is_empty() {
+            let coverage = self.shape.coverage();
+            let part = rest.first((rest.start() / coverage + 1).saturating_mul(coverage) - rest.start());
+            rest = rest.skip(part.len());
+            for stored in self.zero_entries(part)? {
+                self.file.write_zeroes(stored, mode)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes clusters of one L2 table zero that have no storage, and tells the storage of the others.
+    fn zero_entries(&self, range: ByteRange) -> Result<Vec<ByteRange>> {
+        let mut state = self.lock();
+        let mut stored: Vec<ByteRange> = Vec::new();
+        let mut at = range.start();
+        while at < range.end() {
+            match self.entry(&mut state, at)?.cluster {
+                Cluster::Zero => {}
+                Cluster::None => {
+                    self.scheme.unsettled()?;
+                    self.set(&mut state, at, Cluster::Zero)?;
+                }
+                Cluster::Host(offset) => match stored.last_mut() {
+                    Some(last) if last.end() == offset => {
+                        *last = ByteRange::at(last.start(), last.len() + self.shape.cluster_size);
+                    }
+                    _ => stored.push(ByteRange::at(offset, self.shape.cluster_size)),
+                },
+            }
+            at += self.shape.cluster_size;
+        }
+        Ok(stored)
+    }
+
+    /// Writes all changes and makes them durable.
+    pub(crate) fn flush(&self) -> Result<()> {
+        let mut state = self.lock();
+        state.tables.write_back()?;
+        self.file.event(Event::FLUSH_TO_DISK);
+        state.tables.sync()?;
+        self.scheme.settled()
+    }
+
+    /// Walks the tables with nobody else about.
+    pub(crate) fn walk<T>(&self, walk: impl FnOnce(&mut Walk<'_, S>) -> Result<T>) -> Result<T> {
+        let mut state = self.lock();
+        walk(&mut Walk {
+            tree: self,
+            state: &mut state,
+        })
+    }
+}
+
+/// The tables, entry by entry.
+pub(crate) struct Walk<'a, S> {
+    tree: &'a Tree<S>,
+    state: &'a mut State,
+}
+
+impl<S: Scheme> Walk<'_, S> {
+    /// The L1 table.
+    pub(crate) fn l1(&self) -> Table {
+        self.tree.shape.l1
+    }
+
+    /// The L2 table at `offset`.
+    pub(crate) fn l2(&self, offset: u64) -> Table {
+        self.tree.l2_table(offset)
+    }
+
+    /// Where what is allocated ends.
+    pub(crate) fn end(&self) -> u64 {
+        self.state.end
+    }
+
+    /// The entries that are not zero in the window of `table` that byte `at` is in, as pairs of byte and entry, and where
+    /// the next window starts.
+    ///
+    /// # Errors
+    /// What the operating system says.
+    pub(crate) fn window(&mut self, table: Table, at: u64) -> Result<(Vec<(u64, u64)>, u64)> {
+        let bytes = self.state.tables.bytes(table, at)?;
+        let words = bytes.chunks_exact(8).zip((at..).step_by(8));
+        let used = words.filter_map(|(word, at)| {
+            let word = u64::from_le_bytes(word.try_into().ok()?);
+            (word != 0).then_some((at, word))
+        });
+        Ok((used.collect(), at + bytes.len() as u64))
+    }
+
+    /// Makes the entry at byte `at` of `table` say that there is nothing.
+    ///
+    /// # Errors
+    /// What the operating system says.
+    pub(crate) fn clear(&mut self, table: Table, at: u64) -> Result<()> {
+        write(&mut self.state.tables, table, at, 0)
+    }
+}
+
+/// What the tables say of some bytes that follow each other, and up to where.
+#[derive(Clone, Copy, Debug)]
+struct Step {
+    cluster: Cluster,
+    until: u64,
+}
+
+impl Step {
+    /// Whether it goes on with `before`, which started `len` bytes earlier.
+    fn continues(&self, before: Cluster, len: u64) -> bool {
+        match (before, self.cluster) {
+            (Cluster::Host(at), Cluster::Host(next)) => at.checked_add(len) == Some(next),
+            (before, next) => before == next,
+        }
+    }
+}
+
+/// Both formats' numbers, little-endian as qed has them.
+fn read(tables: &mut Tables, table: Table, at: u64) -> Result<u64> {
+    tables.number(table, at).map(u64::swap_bytes)
+}
+
+fn write(tables: &mut Tables, table: Table, at: u64, word: u64) -> Result<()> {
+    tables.set_number(table, at, word.swap_bytes())
+}
+
+/// A write that is under way.
+struct Plan<'a, S: Scheme> {
+    tree: &'a Tree<S>,
+    cover: ByteRange,
+    runs: Vec<WriteRun>,
+    /// Guest clusters and the storage that they get.
+    changes: Vec<(u64, u64)>,
+    /// What was taken from the end of the file.
+    taken: ByteRange,
+}
+
+impl<'a, S: Scheme> Plan<'a, S> {
+    /// Waits until no plan covers any cluster of `range`, and claims them for an empty plan. The plan comes first: its
+    /// drop takes the lock, so the guard has to go before it.
+    fn claim(tree: &'a Tree<S>, range: ByteRange) -> (Self, MutexGuard<'a, State>) {
+        let cover = range.align_out(tree.shape.cluster_size);
+        let mut state = tree.lock();
+        while state.in_flight.iter().any(|other| other.overlaps(cover)) {
+            state = tree.settled.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        state.in_flight.push(cover);
+        let plan = Self {
+            tree,
+            cover,
+            runs: Vec::new(),
+            changes: Vec::new(),
+            taken: ByteRange::new(0, 0),
+        };
+        (plan, state)
+    }
+
+    fn draft(&mut self, state: &mut State, range: ByteRange) -> Result<()> {
+        let size = self.tree.shape.cluster_size;
+        let step = usize::try_from(size).unwrap_or(usize::MAX);
+        let cover = self.cover;
+        let starts = || (cover.start()..cover.end()).step_by(step);
+        let mut present = Vec::new();
+        for at in starts() {
+            present.push(match self.tree.entry(state, at)?.cluster {
+                Cluster::Host(offset) => Some(offset),
+                Cluster::None | Cluster::Zero => None,
+            });
+        }
+        let missing = present.iter().filter(|offset| offset.is_none()).count() as u64;
+        if missing > 0 {
+            let offset = self.tree.take(state, missing * size)?;
+            self.taken = ByteRange::at(offset, missing * size);
+        }
+        let mut fresh = self.taken.start();
+        for (at, offset) in starts().zip(present) {
+            let cluster = ByteRange::at(at, size);
+            if let Some(offset) = offset {
+                let part = cluster.intersect(range);
+                self.add_run(part, offset + (part.start() - at));
+            } else {
+                self.changes.push((at, fresh));
+                self.add_run(cluster, fresh);
+                fresh += size;
+            }
+        }
+        Ok(())
+    }
+
+    fn add_run(&mut self, guest: ByteRange, offset: u64) {
+        match self.runs.last_mut() {
+            Some(last) if last.guest.end() == guest.start() && last.offset + last.guest.len() == offset => {
+                last.guest = ByteRange::new(last.guest.start(), guest.end());
+            }
+            _ => self.runs.push(WriteRun {
+                guest,
+                device: Arc::clone(&self.tree.file),
+                offset,
+            }),
+        }
+    }
+}
+
+impl<S: Scheme> WritePlan for Plan<'_, S> {
+    fn runs(&self) -> &[WriteRun] {
+        &self.runs
+    }
+
+    fn commit(mut self: Box<Self>) -> Result<()> {
+        // From here on tables may refer to it.
+        self.taken = ByteRange::new(0, 0);
+        let mut state = self.tree.lock();
+        for (guest, offset) in &self.changes {
+            self.tree.scheme.unsettled()?;
+            self.tree.set(&mut state, *guest, Cluster::Host(*offset))?;
+        }
+        Ok(())
+    }
+}
+
+impl<S: Scheme> Drop for Plan<'_, S> {
+    /// Gives back what was taken if nothing was since, and lets others at the guest clusters.
+    fn drop(&mut self) {
+        let mut state = self.tree.lock();
+        if !self.taken.is_empty() && self.taken.end() == state.end {
+            // A file that stays longer has leaks, which harm nothing.
+            let _ = self.tree.file.resize(self.taken.start(), Preallocation::Off);
+            state.end = self.taken.start();
+        }
+        let mine = state.in_flight.iter().position(|range| *range == self.cover);
+        if let Some(mine) = mine {
+            state.in_flight.swap_remove(mine);
+        }
+        drop(state);
+        self.tree.settled.notify_all();
+    }
+}
