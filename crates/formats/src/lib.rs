@@ -10,6 +10,8 @@ mod straight;
 mod tables;
 mod tree;
 mod used;
+mod vdi;
+mod windows;
 
 use diskimage_core::Format;
 
@@ -17,9 +19,10 @@ pub use luks::Luks;
 pub use qcow2::Qcow2Format;
 pub use qed::QedFormat;
 pub use raw::{Raw, bare_layer, window_layer};
+pub use vdi::Vdi;
 
 /// Every format, in the order in which they are tried and listed.
-pub static FORMATS: &[&dyn Format] = &[&Raw, &Qcow2Format, &QedFormat, &Luks];
+pub static FORMATS: &[&dyn Format] = &[&Raw, &Qcow2Format, &QedFormat, &Luks, &Vdi];
 
 /// The format of this name.
 pub fn format_by_name(name: &str) -> Option<&'static dyn Format> {

@@ -19,6 +19,13 @@ pub(crate) fn for_each_used(image: &Image, cluster: u64, mut found: impl FnMut(B
     Ok(())
 }
 
+/// Bytes of clusters that hold data which is not known to be zero.
+pub(crate) fn data_bytes(image: &Image, cluster: u64) -> Result<u64> {
+    let mut total = 0;
+    for_each_used(image, cluster, |touched| total += touched.len())?;
+    Ok(total)
+}
+
 /// How many clusters a copy takes and how many tables, each of which is for `coverage` bytes of the disk. What is in
 /// the image below, if the copy is `backed`, and need not be copied is not known.
 pub(crate) fn clusters(

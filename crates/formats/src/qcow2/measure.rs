@@ -1,12 +1,12 @@
 //! How large a file would be.
 
 use diskimage_core::options::Options;
-use diskimage_core::{Error, ErrorKind, Image, Measure, MeasureSource, Preallocation, Result};
+use diskimage_core::{Error, ErrorKind, Measure, MeasureSource, Preallocation, Result};
 
 use super::encrypt::Encryption;
 use super::header::{Geometry, limit};
 use super::options::{Wanted, Wording};
-use crate::used::for_each_used;
+use crate::used::data_bytes;
 
 /// The size of an image with these options.
 pub(super) fn measure(options: &Options, source: MeasureSource<'_>) -> Result<Measure> {
@@ -56,11 +56,4 @@ fn metadata_clusters(geometry: Geometry, size: u64) -> u64 {
         }
         (blocks, table) = (more_blocks, more_table);
     }
-}
-
-/// Bytes of clusters that hold data which is not known to be zero.
-fn data_bytes(image: &Image, cluster: u64) -> Result<u64> {
-    let mut total = 0;
-    for_each_used(image, cluster, |touched| total += touched.len())?;
-    Ok(total)
 }

@@ -1,0 +1,72 @@
+//! Looking for damage in the block map.
+
+use diskimage_core::{CheckReport, Note, Progress, Result};
+
+use super::{VdiLayer, place};
+use crate::windows::Windows;
+
+/// Findings beyond these are only counted.
+const MAX_LINES: u64 = 1_000_000;
+
+impl VdiLayer {
+    /// Looks for blocks that share a place, that lie too far out, and that the header does not count.
+    pub(super) fn check_map(&self, progress: &Progress<'_>) -> Result<CheckReport> {
+        let mut state = self.lock();
+        let (blocks, counted) = (state.header.blocks, state.header.allocated());
+        let words = (blocks as usize).div_ceil(64);
+        let _memory = self.budget.take(words as u64 * 8)?;
+        let mut seen = vec![0_u64; words];
+        let mut findings = Findings { progress, count: 0 };
+        let mut allocated = 0;
+        for_each_place(&mut state.map, blocks, |block, place| {
+            match seen.get_mut(place as usize / 64) {
+                Some(word) if place < blocks => {
+                    allocated += 1;
+                    if *word >> (place % 64) & 1 == 1 {
+                        findings.add(format!("ERROR: block index {place} also used by {place}"));
+                    }
+                    *word |= 1 << (place % 64);
+                }
+                _ => findings.add(format!("ERROR: block index {block} too large, is {place}")),
+            }
+        })?;
+        if allocated != u64::from(counted) {
+            findings.add(format!(
+                "ERROR: allocated blocks mismatch, is {allocated}, should be {counted}"
+            ));
+        }
+        Ok(CheckReport {
+            corruptions: findings.count,
+            ..CheckReport::default()
+        })
+    }
+}
+
+/// Calls `visit` with every block of the disk that has a place, and the place.
+fn for_each_place(map: &mut Windows, blocks: u32, mut visit: impl FnMut(u64, u32)) -> Result<()> {
+    let mut block = 0;
+    while block < u64::from(blocks) {
+        let entries = map.entries(block)?;
+        for entry in entries {
+            if let Some(place) = place(*entry) {
+                visit(block, place);
+            }
+            block += 1;
+        }
+    }
+    Ok(())
+}
+
+struct Findings<'a> {
+    progress: &'a Progress<'a>,
+    count: u64,
+}
+
+impl Findings<'_> {
+    fn add(&mut self, text: String) {
+        self.count += 1;
+        if self.count <= MAX_LINES {
+            self.progress.tell(&Note { text, named: false });
+        }
+    }
+}

@@ -1,0 +1,313 @@
+//! VDI, the format of VirtualBox: a disk in blocks of 1 MiB, and a map that says where each of them is.
+//!
+//! ```text
+//!   file   |header|block map      |block|block|block|block|
+//!             512  2 - 0 1          0     1     2     3       "-" no block: reads as zero
+//!
+//!   disk   |  2  |     |  0  |  1  |
+//! ```
+//!
+//! Static images have all blocks from the start. Images on other images (differencing ones) are refused, as in the
+//! original.
+//!
+//! # What a crash leaves
+//!
+//! Blocks are written first, then the header's count of them, then the map; what came before is made durable in between.
+//! So a block is never in the map without its bytes, nor outside the count, by which the original decides where the next
+//! one goes. A crash leaks blocks at worst, which are used again.
+
+mod blocks;
+mod check;
+mod header;
+mod resize;
+#[cfg(test)]
+mod tests;
+mod write;
+
+use std::collections::HashSet;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+
+use diskimage_core::options::{OptionDef, OptionKind, Options};
+use diskimage_core::{
+    Budget, ByteRange, CheckReport, CreateRequest, Device, Error, Format, Holes, Info, Layer, Measure,
+    MeasureSource, Objects, OpenRequest, Preallocation, Probe, Progress, Repair, ResizeRequest, Result, Run,
+    RunKind, Score, WritePlan, ZeroMode,
+};
+
+use crate::used::data_bytes;
+use crate::windows::{Entry, Windows};
+use blocks::Places;
+use header::{BLOCK, Header, map_bytes};
+
+/// The format's entry in the table.
+#[derive(Debug)]
+pub struct Vdi;
+
+const CREATE_OPTIONS: &[OptionDef] = &[
+    OptionDef::new("size", OptionKind::Size, "Virtual disk size"),
+    OptionDef::new("static", OptionKind::Flag, "VDI static (pre-allocated) image").or("off"),
+];
+
+impl Format for Vdi {
+    fn name(&self) -> &'static str {
+        "vdi"
+    }
+
+    fn probe(&self, probe: &Probe<'_>) -> Score {
+        if header::is_vdi(probe.head) { 100 } else { 0 }
+    }
+
+    fn open(&self, request: OpenRequest<'_>) -> Result<Arc<dyn Layer>> {
+        let mut sector = [0; 512];
+        request.file.read_padded(&mut sector, 0)?;
+        let header = Header::parse(&sector)?;
+        Ok(Arc::new(VdiLayer {
+            is_static: header.is_static(),
+            state: Mutex::new(State {
+                map: Windows::new(Arc::clone(&request.file), header.map_offset, header.blocks.into()),
+                header,
+                places: None,
+                in_flight: HashSet::new(),
+            }),
+            settled: Condvar::new(),
+            file: request.file,
+            budget: request.budget,
+        }))
+    }
+
+    fn create_options(&self) -> &'static [OptionDef] {
+        CREATE_OPTIONS
+    }
+
+    fn create(&self, request: CreateRequest<'_>) -> Result<()> {
+        let is_static = request.options.flag("static").unwrap_or(false);
+        check_preallocation(request.options)?;
+        let header = Header::new(request.size, is_static)?;
+        let file = request.file;
+        let end = header.host(header.allocated());
+        if file.is_zero_when_new() {
+            file.resize(end, Preallocation::Off)?;
+        } else if end > file.len() {
+            return Err(Error::unsupported(file.too_short()));
+        }
+        write_new_map(&*file, &header, is_static)?;
+        file.write_at(&header.to_bytes()?, 0)
+    }
+
+    fn measure(&self, options: &Options, source: MeasureSource<'_>, _objects: &Objects) -> Result<Measure> {
+        check_preallocation(options)?;
+        let header = Header::new(source.len(), false)?;
+        let fully_allocated = header.host(header.blocks);
+        let required = match source {
+            _ if options.flag("static").unwrap_or(false) => fully_allocated,
+            MeasureSource::Size(_) => header.data_offset,
+            MeasureSource::Image(image) => header.data_offset + data_bytes(image, BLOCK)?,
+        };
+        Ok(Measure {
+            required,
+            fully_allocated,
+            bitmaps: None,
+        })
+    }
+}
+
+/// Refuses what the file below cannot do. As in the original that is all: the file is empty when it is made.
+fn check_preallocation(options: &Options) -> Result<()> {
+    let name = options.text("preallocation").unwrap_or("off");
+    match Preallocation::from_name(name) {
+        Some(Preallocation::Metadata) => Err(Error::unsupported("Unsupported preallocation mode: metadata")),
+        Some(_) => Ok(()),
+        None => Err(Error::invalid(format!("invalid parameter value: {name}"))),
+    }
+}
+
+/// Writes the map of a new image, piece by piece; what is left of its last sector is zero.
+fn write_new_map(file: &dyn Device, header: &Header, is_static: bool) -> Result<()> {
+    const PIECE: usize = 64 << 10;
+    let mut bytes = Vec::with_capacity(PIECE);
+    let mut offset = header.map_offset;
+    for block in 0..header.blocks {
+        bytes.extend(if is_static { block.to_le_bytes() } else { NO_BLOCK });
+        if bytes.len() == PIECE {
+            file.write_at(&bytes, offset)?;
+            offset += bytes.len() as u64;
+            bytes.clear();
+        }
+    }
+    let end = header.map_offset + map_bytes(header.blocks);
+    bytes.resize(usize::try_from(end - offset).unwrap_or(bytes.len()), 0);
+    if bytes.is_empty() {
+        return Ok(());
+    }
+    file.write_at(&bytes, offset)
+}
+
+/// The entry of a block that reads as zero.
+const NO_BLOCK: Entry = u32::MAX.to_le_bytes();
+/// The smallest entry without a block: one that the guest has discarded, or that never had one.
+const DISCARDED: u32 = u32::MAX - 1;
+
+/// The place that an entry of the map names.
+fn place(entry: Entry) -> Option<u32> {
+    Some(u32::from_le_bytes(entry)).filter(|place| *place < DISCARDED)
+}
+
+/// An opened image.
+#[derive(Debug)]
+struct VdiLayer {
+    file: Arc<dyn Device>,
+    is_static: bool,
+    state: Mutex<State>,
+    /// Woken when blocks leave [`State::in_flight`].
+    settled: Condvar,
+    budget: Budget,
+}
+
+/// What changes while an image is open. Its lock is never held while guest data moves.
+#[derive(Debug)]
+struct State {
+    header: Header,
+    map: Windows,
+    /// Which places are taken; known from the first new block on.
+    places: Option<Places>,
+    /// Blocks that are being written for the first time.
+    in_flight: HashSet<u64>,
+}
+
+impl VdiLayer {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    /// Where block `block` of the disk is stored.
+    fn place(&mut self, block: u64) -> Result<Option<u32>> {
+        Ok(self.map.entries(block)?.first().copied().and_then(place))
+    }
+
+    /// Publishes the blocks written so far.
+    fn publish(&mut self, file: &Arc<dyn Device>) -> Result<()> {
+        let end = match &self.places {
+            Some(places) => places.end(),
+            None => return Ok(()),
+        };
+        // A file without the rest of its last block looks damaged to others.
+        if self.header.host(end) > file.len() {
+            file.resize(self.header.host(end), Preallocation::Off)?;
+        }
+        let counted = self.header.allocated();
+        if end > counted {
+            self.write_count(end, file)?;
+        }
+        if self.map.is_changed() {
+            file.flush()?;
+            self.map.write_back()?;
+        }
+        if end < counted && self.in_flight.is_empty() {
+            file.flush()?;
+            self.write_count(end, file)?;
+        }
+        Ok(())
+    }
+
+    fn write_count(&mut self, allocated: u32, file: &Arc<dyn Device>) -> Result<()> {
+        let mut header = self.header.clone();
+        header.set_allocated(allocated);
+        file.write_at(&header.to_bytes()?, 0)?;
+        self.header = header;
+        Ok(())
+    }
+}
+
+impl Layer for VdiLayer {
+    fn format(&self) -> &'static str {
+        "vdi"
+    }
+
+    fn len(&self) -> u64 {
+        self.lock().header.size
+    }
+
+    fn granularity(&self) -> u64 {
+        BLOCK
+    }
+
+    fn map(&self, range: ByteRange) -> Result<Run> {
+        let mut state = self.lock();
+        let first = state.place(range.start() / BLOCK)?;
+        let mut len = BLOCK - range.start() % BLOCK;
+        let mut expected = first;
+        // Neighbours in the file, or without storage, are one run.
+        'run: while len < range.len() {
+            let before = len;
+            for entry in state.map.entries((range.start() + len) / BLOCK)? {
+                expected = expected.map(|place| place.saturating_add(1));
+                if place(*entry) != expected || len >= range.len() {
+                    break 'run;
+                }
+                len += BLOCK;
+            }
+            debug_assert!(len > before, "a window has entries");
+        }
+        let kind = match first {
+            None => RunKind::Zero { host: None },
+            Some(place) => RunKind::Data {
+                device: Arc::clone(&self.file),
+                offset: state.header.host(place) + range.start() % BLOCK,
+                holes: if self.is_static {
+                    Holes::ZeroData
+                } else {
+                    Holes::Ignored
+                },
+            },
+        };
+        Ok(Run {
+            len: len.min(range.len()),
+            kind,
+        })
+    }
+
+    fn plan_write(&self, range: ByteRange) -> Result<Box<dyn WritePlan + '_>> {
+        self.plan(range)
+    }
+
+    fn write_zeroes(&self, range: ByteRange, mode: ZeroMode) -> Result<()> {
+        self.zero(range, mode)
+    }
+
+    fn info(&self) -> Result<Info> {
+        Ok(Info {
+            cluster_size: Some(BLOCK),
+            ..Info::default()
+        })
+    }
+
+    fn check(&self, repair: Repair, progress: &Progress<'_>) -> Result<CheckReport> {
+        if repair != Repair::No {
+            return Err(Error::unsupported("This image format does not support checks"));
+        }
+        self.check_map(progress)
+    }
+
+    fn check_resize(&self, request: &ResizeRequest) -> Result<()> {
+        self.check_size(request)
+    }
+
+    fn resize(&self, request: &ResizeRequest, _below: u64) -> Result<()> {
+        self.grow(request.len)
+    }
+
+    fn is_zero_when_new(&self) -> bool {
+        !self.is_static || self.file.is_zero_when_new()
+    }
+
+    fn flush(&self) -> Result<()> {
+        self.lock().publish(&self.file)?;
+        self.file.flush()
+    }
+
+    fn file(&self) -> &Arc<dyn Device> {
+        &self.file
+    }
+}

@@ -1,0 +1,383 @@
+//! Models, damage, crashes and faults, on images in memory.
+
+use std::sync::Arc;
+
+use diskimage_core::options::Options;
+use diskimage_core::{
+    Budget, ByteRange, CheckReport, CreateRequest, Device, Error, ErrorKind, Format, Gate, Image,
+    MemoryDevice, NodeOptions, OpenRequest, Preallocation, Progress, Reference, Repair, ResizeRequest,
+    Result, Want, ZeroMode,
+};
+use diskimage_testing::{Fault, Faulty, Journal, Recorder};
+use proptest::prelude::*;
+
+use super::header::BLOCK;
+use super::{NO_BLOCK, Vdi};
+
+struct Closed;
+
+impl Gate for Closed {
+    fn open(&self, _: &Reference<'_>) -> Result<Arc<dyn Device>> {
+        Err(Error::new(ErrorKind::Denied, "no files"))
+    }
+}
+
+fn create(options: &str, size: u64) -> Vec<u8> {
+    let file = Arc::new(MemoryDevice::default());
+    let mut parsed = Options::new(Vdi.create_options());
+    parsed.parse(options).expect("valid options");
+    Vdi.create(CreateRequest {
+        file: Arc::<MemoryDevice>::clone(&file),
+        name: "test",
+        size,
+        options: &parsed,
+        objects: &Arc::default(),
+        gate: &Closed,
+    })
+    .expect("created");
+    file.contents()
+}
+
+fn open(file: Arc<dyn Device>) -> Result<Image> {
+    let layer = Vdi.open(OpenRequest {
+        file,
+        name: "test",
+        write: true,
+        for_check: false,
+        no_data: false,
+        force_share: false,
+        children: Vec::new(),
+        options: &mut NodeOptions::new(),
+        objects: &Arc::default(),
+        gate: &Closed,
+        budget: Budget::default(),
+    })?;
+    Ok(Image::new(layer, None, "test", true))
+}
+
+fn open_bytes(bytes: &[u8]) -> Result<Image> {
+    open(Arc::new(MemoryDevice::new(bytes.to_vec())))
+}
+
+fn read_all(image: &Image) -> Vec<u8> {
+    let mut bytes = vec![0xee; usize::try_from(image.len()).expect("small")];
+    image.read_at(&mut bytes, 0).expect("readable");
+    bytes
+}
+
+fn check(image: &Image) -> CheckReport {
+    let report = image.layer().check(Repair::No, &Progress::none());
+    report.expect("checks")
+}
+
+fn grow(image: &Image, len: u64) -> Result<()> {
+    image.resize_with(&ResizeRequest {
+        len,
+        preallocation: Preallocation::Off,
+    })
+}
+
+/// A file whose map has no room to grow: that of 128 blocks takes a sector, and so it does here.
+const FULL_MAP: u64 = 128 * BLOCK;
+
+#[derive(Clone, Debug)]
+enum Op {
+    Write(u64, u64, u8),
+    Zero(u64, u64),
+    Grow(u64),
+    Reopen,
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    let place = (0..6 * BLOCK, 1..BLOCK + 5000);
+    prop_oneof![
+        4 => (place.clone(), 1..=255_u8).prop_map(|((at, len), byte)| Op::Write(at, len, byte)),
+        2 => place.prop_map(|(at, len)| Op::Zero(at, len)),
+        1 => (0..300_u64).prop_map(|sectors| Op::Grow(sectors * 3000 * 512)),
+        1 => Just(Op::Reopen),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 40, ..ProptestConfig::default() })]
+
+    #[test]
+    fn an_image_behaves_like_a_vector(is_static: bool, ops in prop::collection::vec(op(), 1..25)) {
+        let options = if is_static { "static=on" } else { "" };
+        let size = 4 * BLOCK + 1536;
+        let file = Arc::new(MemoryDevice::new(create(options, size)));
+        let mut image = open(Arc::<MemoryDevice>::clone(&file)).expect("opens");
+        let mut model = vec![0; usize::try_from(size).expect("small")];
+        for op in ops {
+            match op {
+                Op::Write(at, len, byte) => {
+                    let range = ByteRange::at(at.min(image.len()), len).intersect(ByteRange::new(0, image.len()));
+                    let range = index(range);
+                    model[range.clone()].fill(byte);
+                    image.write_at(&model[range.clone()], range.start as u64).expect("writes");
+                }
+                Op::Zero(at, len) => {
+                    let range = ByteRange::at(at.min(image.len()), len).intersect(ByteRange::new(0, image.len()));
+                    model[index(range)].fill(0);
+                    if !range.is_empty() {
+                        image.write_zeroes(range, ZeroMode::Unmap).expect("zeroes");
+                    }
+                }
+                Op::Grow(by) => {
+                    // No further than the smallest map reaches, or once beyond.
+                    let len = (image.len() + by).min(130 * BLOCK);
+                    let len = if is_static { len.min(image.len() + BLOCK) } else { len };
+                    if len >= image.len() {
+                        grow(&image, len).expect("grows");
+                        model.resize(usize::try_from(len).expect("small"), 0);
+                    }
+                }
+                Op::Reopen => {
+                    image.flush().expect("flushes");
+                    image = open(Arc::<MemoryDevice>::clone(&file)).expect("opens");
+                }
+            }
+            let some = model.len().min(8 << 20);
+            let mut bytes = vec![0xee; some];
+            image.read_at(&mut bytes, 0).expect("reads");
+            prop_assert!(bytes == model[..some]);
+        }
+        image.flush().expect("flushes");
+        let again = open(file).expect("opens");
+        prop_assert_eq!(check(&again), CheckReport::default());
+        prop_assert!(read_all(&again) == model);
+    }
+}
+
+fn index(range: ByteRange) -> std::ops::Range<usize> {
+    usize::try_from(range.start()).expect("small")..usize::try_from(range.end()).expect("small")
+}
+
+#[test]
+fn a_map_without_room_moves_the_first_blocks_away() {
+    let file = Arc::new(MemoryDevice::new(create("", FULL_MAP)));
+    let image = open(Arc::<MemoryDevice>::clone(&file)).expect("opens");
+    for block in [5, 0, 127] {
+        let byte = u8::try_from(block + 1).expect("small");
+        image.write_at(&[byte; 512], block * BLOCK).expect("writes");
+    }
+    grow(&image, FULL_MAP + 512).expect("grows");
+    image.write_at(&[9; 512], FULL_MAP).expect("writes");
+    image.flush().expect("flushes");
+    let again = open(file).expect("opens");
+    assert_eq!(check(&again), CheckReport::default());
+    assert_eq!(again.len(), FULL_MAP + 512);
+    for (at, byte) in [(5 * BLOCK, 6), (0, 1), (127 * BLOCK, 128), (FULL_MAP, 9)] {
+        let mut sector = [0; 512];
+        again.read_at(&mut sector, at).expect("reads");
+        assert_eq!(sector, [byte; 512], "at {at:#x}");
+    }
+}
+
+#[test]
+fn growing_clears_what_lay_behind_the_disk() {
+    let mut bytes = create("static=on", 512);
+    let start = bytes.len() - usize::try_from(BLOCK).expect("small");
+    bytes[start..].fill(7);
+    let image = open_bytes(&bytes).expect("opens");
+    grow(&image, 2 * BLOCK).expect("grows");
+    let content = read_all(&image);
+    assert!(content[..512].iter().all(|byte| *byte == 7) && content[512..].iter().all(|byte| *byte == 0));
+}
+
+#[test]
+fn an_empty_disk_is_one_run_however_large() {
+    let image = open_bytes(&create("", 2 << 40)).expect("opens");
+    let whole = ByteRange::new(0, image.len());
+    let extent = image.status(whole, Want::Zeroes).expect("a status");
+    assert_eq!((extent.len, extent.kind.is_zero()), (2 << 40, true));
+    image
+        .write_zeroes(whole, ZeroMode::KeepAllocated)
+        .expect("nothing to do");
+    assert_eq!(image.status(whole, Want::Zeroes).expect("a status").len, 2 << 40);
+}
+
+/// Where things are in the header.
+const MAP: usize = 512;
+const ALLOCATED: usize = 0x184;
+
+#[test]
+fn what_was_leaked_is_used_again_and_nothing_is_overwritten() {
+    let file = Arc::new(MemoryDevice::new(create("", 8 * BLOCK)));
+    let image = open(Arc::<MemoryDevice>::clone(&file)).expect("opens");
+    image.write_at(&[1; 3 << 20], 0).expect("writes");
+    image.flush().expect("flushes");
+    let mut bytes = file.contents();
+    // The block at place 1 is lost, and the header counts too few.
+    bytes[MAP + 4..MAP + 8].copy_from_slice(&NO_BLOCK);
+    bytes[ALLOCATED] = 1;
+    let file = Arc::new(MemoryDevice::new(bytes));
+    let image = open(Arc::<MemoryDevice>::clone(&file)).expect("opens");
+    assert_eq!(check(&image).corruptions, 1);
+    image.write_at(&[2; 512], 5 * BLOCK).expect("writes");
+    image.flush().expect("flushes");
+    let again = open_bytes(&file.contents()).expect("opens");
+    assert_eq!(check(&again), CheckReport::default());
+    let content = read_all(&again);
+    let mut expected = vec![0; content.len()];
+    let block = usize::try_from(BLOCK).expect("small");
+    expected[..block].fill(1);
+    expected[2 * block..3 * block].fill(1);
+    expected[5 * block..5 * block + 512].fill(2);
+    assert!(content == expected);
+}
+
+#[test]
+fn damaged_headers_are_refused() {
+    let good = create("", 4 * BLOCK);
+    for (offset, bytes, message) in [
+        (0x40, &[0][..], "Image not in VDI format (bad signature beda1000)"),
+        (0x44, &[2], "unsupported VDI image (version 1.2)"),
+        (
+            0x154,
+            &[1],
+            "unsupported VDI image (unaligned block map offset 0x201)",
+        ),
+        (0x158, &[1], "unsupported VDI image (unaligned data offset 0x401)"),
+        (0x168, &[1], "unsupported VDI image (sector size 513 is not 512)"),
+        (
+            0x178,
+            &[1],
+            "unsupported VDI image (block size 1048577 is not 1048576)",
+        ),
+        (
+            0x170,
+            &[0xff; 8],
+            "Unsupported VDI image size (size is 0xffffffffffffffff, max supported is 0x1fffff8000000)",
+        ),
+        (
+            0x180,
+            &[3],
+            "unsupported VDI image (disk size 4194304, image bitmap has room for 3145728)",
+        ),
+        (
+            0x180,
+            &[0xff; 4],
+            "unsupported VDI image (too many blocks 4294967295, max is 536870784)",
+        ),
+        (0x1a8, &[1], "unsupported VDI image (non-NULL link UUID)"),
+        (0x1b8, &[1], "unsupported VDI image (non-NULL parent UUID)"),
+    ] {
+        let mut bad = good.clone();
+        bad[offset..offset + bytes.len()].copy_from_slice(bytes);
+        let error = open_bytes(&bad).expect_err("refused");
+        assert_eq!(error.to_string(), message);
+    }
+}
+
+#[test]
+fn a_map_beyond_the_end_of_the_file_can_be_told_of_but_not_used() {
+    let mut bytes = create("", 0);
+    // The largest disk there is.
+    bytes[0x170..0x178].copy_from_slice(&0x1_ffff_f800_0000_u64.to_le_bytes());
+    bytes[0x180..0x184].copy_from_slice(&0x1fff_ff80_u32.to_le_bytes());
+    let image = open_bytes(&bytes).expect("opens");
+    assert_eq!(image.len(), 0x1_ffff_f800_0000);
+    assert!(image.read_at(&mut [0; 512], 0).is_err() && image.write_at(&[0; 512], 0).is_err());
+    assert!(image.layer().check(Repair::No, &Progress::none()).is_err());
+    assert!(grow(&image, image.len()).is_err());
+}
+
+#[test]
+fn blocks_beyond_the_end_of_the_file_cannot_be_read_or_moved_onto() {
+    let mut bytes = create("", 4 * BLOCK);
+    bytes[MAP] = 77;
+    bytes[MAP + 1..MAP + 4].fill(0);
+    let image = open_bytes(&bytes).expect("opens");
+    assert!(image.read_at(&mut [0; 512], 0).is_err());
+    assert_eq!(check(&image).corruptions, 1);
+}
+
+/// Writes and growth, with what the disk may hold at each moment of the journal.
+#[test]
+fn a_crash_leaves_what_was_flushed_and_no_damage() {
+    let size = 127 * BLOCK;
+    let before = {
+        let file = Arc::new(MemoryDevice::new(create("", size)));
+        let image = open(Arc::<MemoryDevice>::clone(&file)).expect("opens");
+        image.write_at(&[1; 4096], 0).expect("writes");
+        image.write_at(&[2; 4096], 3 * BLOCK).expect("writes");
+        image.flush().expect("flushes");
+        file.contents()
+    };
+    let journal: Arc<Journal> = Arc::default();
+    let image = open(Arc::new(Recorder::new(before.clone(), 0, &journal))).expect("opens");
+    image.write_at(&[3; 4096], 5 * BLOCK).expect("writes");
+    image.flush().expect("flushes");
+    let flushed = journal.len();
+    grow(&image, 128 * BLOCK).expect("grows in place");
+    grow(&image, 140 * BLOCK).expect("grows with a longer map");
+    image.write_at(&[4; 4096], 139 * BLOCK).expect("writes");
+    image.flush().expect("flushes");
+    let done = journal.len();
+    let mut sizes = std::collections::BTreeSet::new();
+    let count = journal.crashes(&[before], 4, 0x5eed, |crash| {
+        let moment = format!("at {} ({})", crash.position, crash.kept);
+        let image = open_bytes(&crash.files[0]).expect(&moment);
+        let sector = |at: u64| {
+            let mut sector = [0; 512];
+            image.read_at(&mut sector, at).expect("reads");
+            assert!(
+                sector.iter().all(|byte| *byte == sector[0]),
+                "{moment}: {at:#x} {sector:?}"
+            );
+            sector[0]
+        };
+        assert_eq!((sector(0), sector(3 * BLOCK)), (1, 2), "{moment}");
+        let new = sector(5 * BLOCK);
+        assert!(new == 3 || (new == 0 && crash.position < flushed), "{moment}");
+        if image.len() == 140 * BLOCK {
+            let last = sector(139 * BLOCK);
+            assert!(last == 4 || (last == 0 && crash.position < done), "{moment}");
+        }
+        // The header counts too many blocks at worst, and no two blocks share a place.
+        assert!(check(&image).corruptions <= 1, "{moment}");
+        let counted = u32::from_le_bytes(*crash.files[0][ALLOCATED..].first_chunk().expect("a header"));
+        assert!(counted >= 2, "{moment}");
+        sizes.insert(image.len() / BLOCK);
+    });
+    assert!(count > 40, "{count} crashes");
+    assert_eq!(sizes.into_iter().collect::<Vec<_>>(), [127, 128, 140]);
+}
+
+#[test]
+fn a_failed_request_leaves_the_image_as_it_was_or_done() {
+    let before = create("", 128 * BLOCK);
+    for after in 0.. {
+        let file = Arc::new(MemoryDevice::new(before.clone()));
+        let below: Arc<dyn Device> = Arc::<MemoryDevice>::clone(&file);
+        let faulty = Arc::new(Faulty::new(below));
+        let image = open(Arc::<Faulty>::clone(&faulty)).expect("opens");
+        image.write_at(&[1; 4096], 0).expect("writes");
+        image.flush().expect("flushes");
+        faulty.arm(Fault::once(after));
+        let outcomes = [
+            image.write_at(&[2; 4096], 2 * BLOCK),
+            grow(&image, 129 * BLOCK),
+            image.write_at(&[3; 4096], 4 * BLOCK),
+        ];
+        let failed = faulty.heal();
+        image.flush().expect("flushes");
+        let again = open_bytes(&file.contents()).expect("opens");
+        assert_eq!(check(&again).corruptions, 0, "after {after}");
+        assert_eq!(again.len(), image.len(), "after {after}");
+        assert!(image.len() > 128 * BLOCK || outcomes[1].is_err(), "after {after}");
+        for (at, byte, outcome) in [(0, 1, &Ok(())), (2, 2, &outcomes[0]), (4, 3, &outcomes[2])] {
+            let mut sector = [0; 512];
+            again.read_at(&mut sector, at * BLOCK).expect("reads");
+            assert!(
+                sector == [byte; 512] || outcome.is_err(),
+                "after {after}: block {at}"
+            );
+        }
+        if failed == 0 {
+            assert!(after > 10 && outcomes.iter().all(Result::is_ok));
+            break;
+        }
+    }
+}
