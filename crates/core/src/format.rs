@@ -56,6 +56,26 @@ pub trait Format: Debug + Sync {
     /// Everything that is wrong with it, and files that the gate refused.
     fn open(&self, request: OpenRequest<'_>) -> Result<Arc<dyn Layer>>;
 
+    /// Whether there is a way to make images of this format; others are only read.
+    fn can_create(&self) -> bool {
+        true
+    }
+
+    /// Refuses formats that are only read.
+    ///
+    /// # Errors
+    /// There is no way to make images of this format.
+    fn require_creation(&self) -> Result<()> {
+        if self.can_create() {
+            Ok(())
+        } else {
+            Err(Error::unsupported(format!(
+                "Format driver '{}' does not support image creation",
+                self.name()
+            )))
+        }
+    }
+
     /// The options of `create`: parsing, `-o help` and documentation come from this slice.
     fn create_options(&self) -> &'static [OptionDef];
 

@@ -122,6 +122,7 @@ impl Creation {
     pub fn prepare(self) -> Result<Prepared> {
         let format = format_by_name(&self.format)
             .ok_or_else(|| Error::invalid(format!("Unknown file format '{}'", self.format)))?;
+        format.require_creation()?;
         if existing_only(&self.name).is_none() {
             target_of(&self.name)?;
         }

@@ -1,20 +1,29 @@
 //! Disk image formats: how bytes are arranged.
 
+mod bochs;
+mod cloop;
 mod codec;
 mod decrypted;
+mod last_block;
 mod luks;
 mod qcow2;
 mod qed;
 mod raw;
+mod read_only;
 mod straight;
 mod tables;
+#[cfg(test)]
+mod testing;
 mod tree;
 mod used;
 mod vdi;
+mod window;
 mod windows;
 
 use diskimage_core::Format;
 
+pub use bochs::Bochs;
+pub use cloop::Cloop;
 pub use luks::Luks;
 pub use qcow2::Qcow2Format;
 pub use qed::QedFormat;
@@ -22,7 +31,7 @@ pub use raw::{Raw, bare_layer, window_layer};
 pub use vdi::Vdi;
 
 /// Every format, in the order in which they are tried and listed.
-pub static FORMATS: &[&dyn Format] = &[&Raw, &Qcow2Format, &QedFormat, &Luks, &Vdi];
+pub static FORMATS: &[&dyn Format] = &[&Raw, &Qcow2Format, &QedFormat, &Luks, &Vdi, &Bochs, &Cloop];
 
 /// The format of this name.
 pub fn format_by_name(name: &str) -> Option<&'static dyn Format> {

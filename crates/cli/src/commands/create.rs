@@ -235,6 +235,7 @@ fn too_large(format: &str, prepared: &Prepared) -> diskimage::Error {
 pub(super) fn option_help(format: &str, name: Option<&std::ffi::OsStr>) -> Result<String, Stop> {
     let found = diskimage::format_by_name(format)
         .ok_or_else(|| Stop::wrong(format!("Unknown file format '{format}'")))?;
+    found.require_creation()?;
     Ok(match name {
         Some(_) => create_help_with_protocol(found.create_options(), FILE_CREATE_OPTIONS),
         None => create_help(format, found.create_options()),

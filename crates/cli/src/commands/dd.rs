@@ -155,9 +155,10 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     let args = Args::parse(words)?;
     let options = || OpenOptions::new().objects(Arc::clone(&args.objects));
     let source = open_source(&args.input, options().force_share(args.force_share), console)?;
-    if format_by_name(&args.output_format).is_none() {
+    let Some(format) = format_by_name(&args.output_format) else {
         return Err(Stop::wrong("Unknown file format"));
-    }
+    };
+    format.require_creation()?;
     let part = args.blocks.of(source.len());
     if part.is_none() {
         let message = format!(

@@ -192,6 +192,7 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     };
     let format = format_by_name(&args.target_format)
         .ok_or_else(|| Stop::wrong(format!("Unknown file format '{}'", args.target_format)))?;
+    format.require_creation()?;
     let mut options = Options::merged(&[format.create_options(), FILE_CREATE_OPTIONS]);
     if let Some(list) = &args.options {
         options.parse(list).map_err(|error| {

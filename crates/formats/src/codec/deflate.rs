@@ -1,4 +1,4 @@
-//! Raw deflate.
+//! Deflate, raw and inside zlib streams.
 
 use std::cell::RefCell;
 
@@ -42,6 +42,28 @@ pub(crate) fn decode(bytes: &[u8], cluster: &mut [u8]) -> Result<()> {
             _ => Err(damaged()),
         }
     })
+}
+
+/// Fills `block` from the zlib stream at the start of `bytes`, which ends with the block and with the right checksum.
+pub(crate) fn decode_zlib(bytes: &[u8], block: &mut [u8]) -> Result<()> {
+    INFLATE.with_borrow_mut(|inflate| {
+        inflate.reset(true);
+        match inflate.decompress(bytes, block, InflateFlush::Finish) {
+            Ok(Status::StreamEnd) if inflate.total_out() == block.len() as u64 => Ok(()),
+            _ => Err(damaged()),
+        }
+    })
+}
+
+/// `block` as a zlib stream.
+#[cfg(test)]
+pub(crate) fn encode_zlib(block: &[u8]) -> Vec<u8> {
+    let mut bytes = vec![0; block.len() * 2 + 1024];
+    let mut deflate = Deflate::new(6, true, 15);
+    let status = deflate.compress(block, &mut bytes, DeflateFlush::Finish);
+    assert_eq!(status, Ok(Status::StreamEnd));
+    bytes.truncate(usize::try_from(deflate.total_out()).expect("small"));
+    bytes
 }
 
 /// An encoder of clusters.

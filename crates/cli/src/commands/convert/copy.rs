@@ -112,6 +112,9 @@ impl Target {
         if let (Some(format), None) = (&format, driver) {
             return Err(Stop::wrong(format!("Unknown file format '{format}'")));
         }
+        if let Some(driver) = driver.filter(|_| !args.no_create) {
+            driver.require_creation()?;
+        }
         let below = Below::read(args, driver)?;
         if sources.len() > 1 && below.is_named {
             return Err(Stop::wrong(

@@ -1,0 +1,368 @@
+//! Bochs "growing" redologs, which are only ever read.
+//!
+//! ```text
+//!   file     |header|catalog|---- extent 0 ----|---- extent 1 ----|...
+//!   extent   |bitmap|---------- sectors ----------|       both in whole sectors
+//! ```
+//!
+//! Entry *n* of the catalog says which extent has the *n*-th piece of the disk; the extent's bitmap says which sectors of
+//! it were written. All others read as zero.
+
+use std::sync::Arc;
+
+use diskimage_core::options::OptionDef;
+use diskimage_core::{
+    CreateRequest, Device, Error, Format, Layer, OpenRequest, Probe, Result, Score, align_down, errno,
+};
+
+use crate::read_only::{self, Disk};
+use crate::window::TableWindow;
+
+/// The format's entry in the table.
+#[derive(Debug)]
+pub struct Bochs;
+
+const NAME: &str = "bochs";
+const SECTOR: u64 = 512;
+/// How much of the header has a meaning.
+const HEADER: usize = 96;
+/// Limits of the original.
+const MAX_CATALOG: u32 = 0x10_0000;
+const MAX_EXTENT: u32 = 0x80_0000;
+/// The catalog's entry for a piece that was never written.
+const UNALLOCATED: u32 = u32::MAX;
+
+impl Format for Bochs {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn probe(&self, probe: &Probe<'_>) -> Score {
+        if is_growing(probe.head) { 100 } else { 0 }
+    }
+
+    fn open(&self, request: OpenRequest<'_>) -> Result<Arc<dyn Layer>> {
+        read_only::refuse_writing(&request)?;
+        let mut header = [0; HEADER];
+        request.file.read_padded(&mut header, 0)?;
+        let geometry = Geometry::parse(&header)?;
+        Ok(read_only::layer(Growing {
+            catalog: TableWindow::new(Arc::clone(&request.file), geometry.catalog),
+            file: request.file,
+            geometry,
+        }))
+    }
+
+    fn can_create(&self) -> bool {
+        false
+    }
+
+    fn create_options(&self) -> &'static [OptionDef] {
+        &[]
+    }
+
+    fn create(&self, _request: CreateRequest<'_>) -> Result<()> {
+        self.require_creation()
+    }
+}
+
+/// Whether the bytes begin with a header that can be read.
+fn is_growing(head: &[u8]) -> bool {
+    let word = |at: usize, word: &[u8]| {
+        head.get(at..)
+            .and_then(|rest| rest.strip_prefix(word))
+            .is_some_and(|rest| rest.first() == Some(&0))
+    };
+    word(0, b"Bochs Virtual HD Image")
+        && word(32, b"Redolog")
+        && word(48, b"Growing")
+        && version(head).is_some()
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Version {
+    V1,
+    V2,
+}
+
+fn version(head: &[u8]) -> Option<Version> {
+    match u32_at(head, 64)? {
+        0x1_0000 => Some(Version::V1),
+        0x2_0000 => Some(Version::V2),
+        _ => None,
+    }
+}
+
+fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
+    bytes
+        .get(at..)?
+        .first_chunk()
+        .map(|bytes| u32::from_le_bytes(*bytes))
+}
+
+fn u64_at(bytes: &[u8], at: usize) -> Option<u64> {
+    bytes
+        .get(at..)?
+        .first_chunk()
+        .map(|bytes| u64::from_le_bytes(*bytes))
+}
+
+/// Where everything is.
+#[derive(Clone, Copy, Debug)]
+struct Geometry {
+    /// The disk's size in bytes.
+    len: u64,
+    /// Where the catalog starts.
+    catalog: u64,
+    /// Where the first extent starts.
+    extents: u64,
+    /// Bytes of the disk in an extent, a power of two.
+    extent_size: u64,
+    /// Bytes of an extent's bitmap in the file.
+    bitmap_size: u64,
+}
+
+impl Geometry {
+    fn parse(header: &[u8; HEADER]) -> Result<Self> {
+        if !is_growing(header) {
+            return Err(not_bochs());
+        }
+        let size_at = match version(header) {
+            Some(Version::V1) => 84,
+            Some(Version::V2) => 88,
+            None => return Err(not_bochs()),
+        };
+        let number = |at| u32_at(header, at).ok_or_else(not_bochs);
+        let (header_size, entries, bitmap, extent) = (number(68)?, number(72)?, number(76)?, number(80)?);
+        let sectors = u64_at(header, size_at).ok_or_else(not_bochs)? / SECTOR;
+        if entries > MAX_CATALOG {
+            return Err(Error::invalid("Catalog size is too large"));
+        }
+        if u64::from(extent) < SECTOR {
+            return Err(Error::invalid("Extent size must be at least 512"));
+        }
+        if !extent.is_power_of_two() {
+            return Err(Error::invalid(format!(
+                "Extent size {extent} is not a power of two"
+            )));
+        }
+        if extent > MAX_EXTENT {
+            return Err(Error::invalid(format!("Extent size {extent} is too large")));
+        }
+        let extent_size = u64::from(extent);
+        if u64::from(entries) < sectors.div_ceil(extent_size / SECTOR) {
+            return Err(Error::invalid("Catalog size is too small for this disk size"));
+        }
+        let catalog = u64::from(header_size);
+        Ok(Self {
+            len: sectors * SECTOR,
+            catalog,
+            extents: catalog + u64::from(entries) * 4,
+            extent_size,
+            // An empty bitmap wraps around, as it does in the original.
+            bitmap_size: (u64::from(bitmap.wrapping_sub(1)) / SECTOR + 1) * SECTOR,
+        })
+    }
+
+    /// Where extent `number` starts in the file.
+    fn extent(self, number: u32) -> u64 {
+        // Below 2^32 * (2^32 + 2^23): the product does not fit only where the bitmap is as large as can be.
+        u64::from(number)
+            .saturating_mul(self.bitmap_size + self.extent_size)
+            .saturating_add(self.extents)
+    }
+}
+
+fn not_bochs() -> Error {
+    Error::invalid("Image not in Bochs format")
+}
+
+#[derive(Debug)]
+struct Growing {
+    file: Arc<dyn Device>,
+    geometry: Geometry,
+    catalog: TableWindow<4>,
+}
+
+impl Growing {
+    /// Reads from one extent; `at` is the offset inside it.
+    fn read_extent(&self, number: u32, buf: &mut [u8], at: u64) -> Result<()> {
+        let start = self.geometry.extent(number);
+        let end = at + buf.len() as u64;
+        let data = start
+            .checked_add(self.geometry.bitmap_size)
+            .filter(|data| data.checked_add(self.geometry.extent_size).is_some())
+            .ok_or_else(|| Error::from_errno(errno::EFBIG))?;
+        self.file.require(start, 1)?;
+        let first = at / SECTOR / 8;
+        let bytes = (end.div_ceil(SECTOR).div_ceil(8) - first).min(MAX_BITMAP);
+        let mut bitmap = vec![0; usize::try_from(bytes).unwrap_or_default()];
+        self.file.read_padded(&mut bitmap, start + first)?;
+        let written = |sector: u64| {
+            let byte = usize::try_from(sector / 8 - first).unwrap_or(usize::MAX);
+            bitmap.get(byte).is_some_and(|byte| byte >> (sector % 8) & 1 != 0)
+        };
+        // Sectors that are alike are read together.
+        let (mut buf, mut at) = (buf, at);
+        while at < end {
+            let kind = written(at / SECTOR);
+            let mut stop = align_down(at, SECTOR) + SECTOR;
+            while stop < end && written(stop / SECTOR) == kind {
+                stop += SECTOR;
+            }
+            let len = usize::try_from(stop.min(end) - at).unwrap_or(buf.len());
+            let (head, tail) = buf.split_at_mut(len);
+            if kind {
+                // The last sector of a file need not be whole.
+                self.file.require(align_down(data + at, SECTOR), 1)?;
+                self.file.read_padded(head, data + at)?;
+            } else {
+                head.fill(0);
+            }
+            (buf, at) = (tail, stop);
+        }
+        Ok(())
+    }
+}
+
+/// Bytes of the bitmap of the largest extent.
+const MAX_BITMAP: u64 = MAX_EXTENT as u64 / SECTOR / 8;
+
+impl Disk for Growing {
+    const FORMAT: &'static str = NAME;
+
+    fn len(&self) -> u64 {
+        self.geometry.len
+    }
+
+    fn file(&self) -> &Arc<dyn Device> {
+        &self.file
+    }
+
+    fn read(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        let unit = self.geometry.extent_size;
+        let (mut buf, mut offset) = (buf, offset);
+        while !buf.is_empty() {
+            let at = offset % unit;
+            let len = usize::try_from(unit - at).unwrap_or(usize::MAX).min(buf.len());
+            let (head, tail) = buf.split_at_mut(len);
+            match u32::from_le_bytes(self.catalog.entry(offset / unit)?) {
+                UNALLOCATED => head.fill(0),
+                number => self.read_extent(number, head, at)?,
+            }
+            (buf, offset) = (tail, offset + len as u64);
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use diskimage_core::{ErrorKind, Image, MemoryDevice};
+
+    use super::*;
+    use crate::testing::open;
+
+    /// A disk of 16 KiB in extents of 2 KiB: the second piece in extent 1, the last in extent 0.
+    fn image(version: Version) -> Vec<u8> {
+        let mut bytes = vec![0; 512];
+        bytes[..22].copy_from_slice(b"Bochs Virtual HD Image");
+        bytes[32..39].copy_from_slice(b"Redolog");
+        bytes[48..55].copy_from_slice(b"Growing");
+        let (number, size_at) = match version {
+            Version::V1 => (0x1_0000_u32, 84),
+            Version::V2 => (0x2_0000, 88),
+        };
+        for (at, value) in [(64, number), (68, 512), (72, 8), (76, 1), (80, 2048)] {
+            bytes[at..at + 4].copy_from_slice(&value.to_le_bytes());
+        }
+        bytes[size_at..size_at + 8].copy_from_slice(&16384_u64.to_le_bytes());
+        for piece in 0..8 {
+            let entry = match piece {
+                1 => 1,
+                7 => 0,
+                _ => UNALLOCATED,
+            };
+            bytes.extend(entry.to_le_bytes());
+        }
+        for (bits, fill) in [(0b1111, 0x11), (0b0110, 0x22)] {
+            let mut bitmap = [0; 512];
+            bitmap[0] = bits;
+            bytes.extend(bitmap);
+            bytes.extend([fill; 2048]);
+        }
+        bytes
+    }
+
+    fn opened(bytes: Vec<u8>) -> Result<Image> {
+        open(&Bochs, Arc::new(MemoryDevice::new(bytes)), false)
+    }
+
+    #[test]
+    fn written_sectors_are_data_and_all_else_is_zero() {
+        for version in [Version::V1, Version::V2] {
+            let image = opened(image(version)).unwrap();
+            let mut expected = vec![0; 16384];
+            expected[2048 + 512..2048 + 1536].fill(0x22);
+            expected[14336..].fill(0x11);
+            let mut disk = vec![0xff; 16384];
+            image.read_at(&mut disk, 0).unwrap();
+            assert_eq!(disk, expected);
+            for (offset, len) in [(2047, 600), (2560 + 1, 510), (3583, 2), (14000, 2384), (0, 1)] {
+                let mut part = vec![0xff; len];
+                image.read_at(&mut part, offset as u64).unwrap();
+                assert_eq!(part, expected[offset..offset + len], "{offset} {len}");
+            }
+        }
+    }
+
+    #[test]
+    fn data_beyond_the_end_of_the_file_is_an_error() {
+        let mut bytes = image(Version::V2);
+        bytes[512 + 4 * 2..512 + 4 * 3].copy_from_slice(&77_u32.to_le_bytes());
+        let image = opened(bytes).unwrap();
+        let mut sector = [0; 512];
+        assert_eq!(
+            image.read_at(&mut sector, 4096).unwrap_err().kind(),
+            ErrorKind::Corrupt
+        );
+        image.read_at(&mut sector, 2048).unwrap();
+    }
+
+    #[test]
+    fn a_last_sector_that_is_cut_off_is_filled_up() {
+        let mut bytes = image(Version::V2);
+        // The last sectors of the last extent were never written: cut into the third.
+        bytes.truncate(bytes.len() - 700);
+        let mut sectors = [0xff; 1024];
+        opened(bytes).unwrap().read_at(&mut sectors, 2560).unwrap();
+        assert_eq!(sectors[..836], [0x22; 836]);
+        assert_eq!(sectors[836..], [0; 188]);
+    }
+
+    #[test]
+    fn any_header_opens_or_is_refused_and_reads_without_a_panic() {
+        let intact = image(Version::V2);
+        for at in 64..96 {
+            for value in [0, 1, 2, 0x7f, 0x80, 0xff] {
+                let mut bytes = intact.clone();
+                bytes[at] = value;
+                if let Ok(image) = opened(bytes) {
+                    let len = image.len();
+                    let mut sector = [0; 512];
+                    for offset in [0, len / 2, len.saturating_sub(512)] {
+                        // Whether it can be read is the image's matter.
+                        drop(image.read_at(&mut sector, offset));
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn nobody_writes_to_it() {
+        let device = Arc::new(MemoryDevice::new(image(Version::V2)));
+        let error = open(&Bochs, device, true).unwrap_err();
+        assert_eq!(error.to_string(), "Image is read-only");
+    }
+}

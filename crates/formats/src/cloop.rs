@@ -1,0 +1,282 @@
+//! Compressed loop images, version 2.0, which are only ever read.
+//!
+//! ```text
+//!   file     |shell script, 128 bytes|block size|number of blocks|offsets|-- block 0 --|-- block 1 --|...
+//! ```
+//!
+//! Numbers are big-endian. There is one offset more than there are blocks: a block reaches from its offset to the next. Each
+//! is a zlib stream.
+
+use std::sync::Arc;
+
+use diskimage_core::options::OptionDef;
+use diskimage_core::{CreateRequest, Device, Error, Format, Layer, OpenRequest, Probe, Result, Score, errno};
+
+use crate::codec::deflate;
+use crate::last_block::LastBlock;
+use crate::read_only::{self, Disk};
+use crate::window::TableWindow;
+
+/// The format's entry in the table.
+#[derive(Debug)]
+pub struct Cloop;
+
+const NAME: &str = "cloop";
+const MAGIC: &[u8] =
+    b"#!/bin/sh\n#V2.0 Format\nmodprobe cloop file=$0 && mount -r -t iso9660 /dev/cloop $1\n";
+const BLOCK_SIZE_AT: u64 = 128;
+const OFFSETS_AT: u64 = 136;
+const SECTOR: u32 = 512;
+/// Limits of the original: bytes of a block, its compressed form, and all offsets.
+const MAX_BLOCK: u32 = 64 << 20;
+const MAX_STORED: u64 = 2 * MAX_BLOCK as u64;
+const MAX_BLOCKS: u32 = u32::MAX / 8;
+const MAX_OFFSETS: u64 = 512 << 20;
+
+impl Format for Cloop {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn probe(&self, probe: &Probe<'_>) -> Score {
+        if probe.head.starts_with(MAGIC) { 2 } else { 0 }
+    }
+
+    fn open(&self, request: OpenRequest<'_>) -> Result<Arc<dyn Layer>> {
+        read_only::refuse_writing(&request)?;
+        let mut numbers = [0; 8];
+        request.file.read_padded(&mut numbers, BLOCK_SIZE_AT)?;
+        let [block_size, blocks] = [0, 4].map(|at| {
+            let bytes = numbers.get(at..).and_then(|rest| rest.first_chunk());
+            bytes.map_or(0, |bytes| u32::from_be_bytes(*bytes))
+        });
+        check_sizes(block_size, blocks)?;
+        let disk = Compressed {
+            offsets: TableWindow::new(Arc::clone(&request.file), OFFSETS_AT),
+            file: request.file,
+            block_size: u64::from(block_size),
+            blocks: u64::from(blocks),
+            last: LastBlock::new(),
+        };
+        disk.check_offsets()?;
+        Ok(read_only::layer(disk))
+    }
+
+    fn can_create(&self) -> bool {
+        false
+    }
+
+    fn create_options(&self) -> &'static [OptionDef] {
+        &[]
+    }
+
+    fn create(&self, _request: CreateRequest<'_>) -> Result<()> {
+        self.require_creation()
+    }
+}
+
+fn check_sizes(block_size: u32, blocks: u32) -> Result<()> {
+    if block_size == 0 {
+        return Err(Error::invalid("block_size cannot be zero"));
+    }
+    if !block_size.is_multiple_of(SECTOR) {
+        return Err(Error::invalid(format!(
+            "block_size {block_size} must be a multiple of 512"
+        )));
+    }
+    if block_size > MAX_BLOCK {
+        return Err(Error::invalid(format!(
+            "block_size {block_size} must be 64 MB or less"
+        )));
+    }
+    if blocks > MAX_BLOCKS {
+        return Err(Error::invalid(format!(
+            "n_blocks {blocks} must be {MAX_BLOCKS} or less"
+        )));
+    }
+    if (u64::from(blocks) + 1) * 8 > MAX_OFFSETS {
+        return Err(Error::invalid(
+            "image requires too many offsets, try increasing block size",
+        ));
+    }
+    Ok(())
+}
+
+#[derive(Debug)]
+struct Compressed {
+    file: Arc<dyn Device>,
+    block_size: u64,
+    blocks: u64,
+    offsets: TableWindow<8>,
+    last: LastBlock<u64>,
+}
+
+impl Compressed {
+    fn offset(&self, index: u64) -> Result<u64> {
+        self.offsets.entry(index).map(u64::from_be_bytes)
+    }
+
+    /// Walks the offsets, as the original does before it shows anything of the image.
+    fn check_offsets(&self) -> Result<()> {
+        // What lies beyond the end of the file is all zeroes: the first two there speak for all.
+        let stored = self.file.len().saturating_sub(OFFSETS_AT) / 8;
+        let mut before = self.offset(0)?;
+        for index in 1..=self.blocks.min(stored + 2) {
+            let offset = self.offset(index)?;
+            let corrupt =
+                |what: &str| Error::invalid(format!("{what} at index {index}, image file is corrupt"));
+            let stored = offset
+                .checked_sub(before)
+                .ok_or_else(|| corrupt("offsets not monotonically increasing"))?;
+            if stored > MAX_STORED {
+                return Err(corrupt("invalid compressed block size"));
+            }
+            before = offset;
+        }
+        Ok(())
+    }
+
+    fn decode(&self, index: u64, block: &mut Vec<u8>) -> Result<()> {
+        let damaged = || Error::from_errno(errno::EIO);
+        let start = self.offset(index)?;
+        let stored = self.offset(index + 1)?.checked_sub(start).ok_or_else(damaged)?;
+        // The file may have changed since it was opened; and no more is read than there is.
+        if stored > MAX_STORED || self.file.require(start, stored).is_err() {
+            return Err(damaged());
+        }
+        let mut bytes = vec![0; usize::try_from(stored).map_err(|_| damaged())?];
+        self.file.read_at(&mut bytes, start)?;
+        block.resize(usize::try_from(self.block_size).map_err(|_| damaged())?, 0);
+        deflate::decode_zlib(&bytes, block).map_err(|_| damaged())
+    }
+}
+
+impl Disk for Compressed {
+    const FORMAT: &'static str = NAME;
+
+    fn len(&self) -> u64 {
+        self.block_size * self.blocks
+    }
+
+    fn file(&self) -> &Arc<dyn Device> {
+        &self.file
+    }
+
+    fn read(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        let (mut buf, mut offset) = (buf, offset);
+        while !buf.is_empty() {
+            let (index, at) = (offset / self.block_size, offset % self.block_size);
+            let len = usize::try_from(self.block_size - at)
+                .unwrap_or(usize::MAX)
+                .min(buf.len());
+            let (head, tail) = buf.split_at_mut(len);
+            let at = usize::try_from(at).unwrap_or(usize::MAX);
+            self.last.with(
+                index,
+                |block| self.decode(index, block),
+                |block| head.copy_from_slice(&block[at..at + len]),
+            )?;
+            (buf, offset) = (tail, offset + len as u64);
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use diskimage_core::{Image, MemoryDevice};
+
+    use super::*;
+    use crate::testing::open;
+
+    const BLOCK: usize = 1024;
+
+    fn content() -> Vec<u8> {
+        (0..5 * BLOCK).map(|at| (at * at / 97).to_le_bytes()[0]).collect()
+    }
+
+    fn image() -> Vec<u8> {
+        let blocks: Vec<Vec<u8>> = content().chunks(BLOCK).map(deflate::encode_zlib).collect();
+        let mut bytes = MAGIC.to_vec();
+        bytes.resize(128, 0);
+        bytes.extend(1024_u32.to_be_bytes());
+        bytes.extend(5_u32.to_be_bytes());
+        let mut offset = bytes.len() + 8 * (blocks.len() + 1);
+        bytes.extend((offset as u64).to_be_bytes());
+        for block in &blocks {
+            offset += block.len();
+            bytes.extend((offset as u64).to_be_bytes());
+        }
+        bytes.extend(blocks.concat());
+        bytes
+    }
+
+    fn opened(bytes: Vec<u8>) -> Result<Image> {
+        open(&Cloop, Arc::new(MemoryDevice::new(bytes)), false)
+    }
+
+    fn message(bytes: Vec<u8>) -> String {
+        opened(bytes).expect_err("it is damaged").to_string()
+    }
+
+    #[test]
+    fn blocks_are_put_together() {
+        let (image, expected) = (opened(image()).unwrap(), content());
+        assert_eq!(image.len(), expected.len() as u64);
+        for (offset, len) in [(0, 5 * BLOCK), (1000, 100), (4096, 1024), (5119, 1), (1023, 2050)] {
+            let mut part = vec![0; len];
+            image.read_at(&mut part, offset as u64).unwrap();
+            assert_eq!(part, expected[offset..offset + len]);
+        }
+    }
+
+    #[test]
+    fn a_damaged_block_is_an_error_and_the_others_are_read() {
+        let mut bytes = image();
+        let last = bytes.len() - 1;
+        bytes[last] ^= 1;
+        let image = opened(bytes).unwrap();
+        let mut block = [0; BLOCK];
+        assert_eq!(
+            image.read_at(&mut block, 4096).unwrap_err().errno(),
+            Some(errno::EIO)
+        );
+        image.read_at(&mut block, 3072).unwrap();
+        assert_eq!(block, content()[3072..4096]);
+    }
+
+    #[test]
+    fn a_block_beyond_the_end_of_the_file_is_an_error() {
+        let mut bytes = image();
+        bytes.pop();
+        let image = opened(bytes).unwrap();
+        assert!(image.read_at(&mut [0; 1], 4096).is_err());
+    }
+
+    #[test]
+    fn offsets_that_go_back_or_too_far_are_refused() {
+        let at = |index: usize| 136 + 8 * index;
+        let mut bytes = image();
+        bytes[at(2)..at(3)].fill(0);
+        assert_eq!(
+            message(bytes),
+            "offsets not monotonically increasing at index 2, image file is corrupt"
+        );
+        let mut bytes = image();
+        bytes[at(5)] = 0x7f;
+        assert_eq!(
+            message(bytes),
+            "invalid compressed block size at index 5, image file is corrupt"
+        );
+    }
+
+    #[test]
+    fn as_many_offsets_as_there_can_be_cost_nothing_where_the_file_ends() {
+        let mut bytes = image();
+        bytes.truncate(136);
+        bytes[132..136].copy_from_slice(&0x3ff_ffff_u32.to_be_bytes());
+        let image = opened(bytes).unwrap();
+        assert_eq!(image.len(), 0x3ff_ffff * 1024);
+        assert!(image.read_at(&mut [0; 1], 0).is_err());
+    }
+}

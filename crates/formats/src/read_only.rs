@@ -1,0 +1,156 @@
+//! Layers of formats that are only ever read.
+//!
+//! To the original, all of such a disk is data that lies nowhere as it is: its tables are not asked where bytes are. So
+//! the disk is one view of the file below, and the layer has a single run.
+
+use std::sync::Arc;
+
+use diskimage_core::{
+    ByteRange, Device, Error, ErrorKind, Extent, ExtentKind, Holes, Info, Layer, Limits, OpenRequest,
+    Preallocation, ResizeRequest, Result, Run, RunKind, Want, WritePlan, ZeroMode,
+};
+
+/// The disk of one image.
+pub(crate) trait Disk: std::fmt::Debug + Send + Sync + 'static {
+    /// The format's name.
+    const FORMAT: &'static str;
+
+    /// The disk's size in bytes.
+    fn len(&self) -> u64;
+
+    /// Where the image is.
+    fn file(&self) -> &Arc<dyn Device>;
+
+    /// Fills `buf` with the bytes from `offset` on, which are inside the disk.
+    fn read(&self, buf: &mut [u8], offset: u64) -> Result<()>;
+}
+
+/// Refuses to open an image for writing.
+pub(crate) fn refuse_writing(request: &OpenRequest<'_>) -> Result<()> {
+    if request.write {
+        Err(is_read_only())
+    } else {
+        Ok(())
+    }
+}
+
+/// The layer of a disk.
+pub(crate) fn layer(disk: impl Disk) -> Arc<dyn Layer> {
+    let limits = Limits {
+        alignment: 1,
+        ..disk.file().limits().clone()
+    };
+    Arc::new(ReadOnly(Arc::new(View { disk, limits })))
+}
+
+fn is_read_only() -> Error {
+    Error::new(ErrorKind::Permission, "Image is read-only")
+}
+
+#[derive(Debug)]
+struct ReadOnly<D>(Arc<View<D>>);
+
+impl<D: Disk> Layer for ReadOnly<D> {
+    fn format(&self) -> &'static str {
+        D::FORMAT
+    }
+
+    fn len(&self) -> u64 {
+        self.0.disk.len()
+    }
+
+    fn granularity(&self) -> u64 {
+        1
+    }
+
+    fn map(&self, range: ByteRange) -> Result<Run> {
+        Ok(Run {
+            len: range.len(),
+            kind: RunKind::Data {
+                device: Arc::clone(&self.0) as Arc<dyn Device>,
+                offset: range.start(),
+                holes: Holes::Ignored,
+            },
+        })
+    }
+
+    fn plan_write(&self, _range: ByteRange) -> Result<Box<dyn WritePlan + '_>> {
+        Err(is_read_only())
+    }
+
+    fn write_zeroes(&self, _range: ByteRange, _mode: ZeroMode) -> Result<()> {
+        Err(is_read_only())
+    }
+
+    fn info(&self) -> Result<Info> {
+        Ok(Info::default())
+    }
+
+    fn resize(&self, _request: &ResizeRequest, _below: u64) -> Result<()> {
+        Err(is_read_only())
+    }
+
+    fn flush(&self) -> Result<()> {
+        Ok(())
+    }
+
+    fn file(&self) -> &Arc<dyn Device> {
+        self.0.disk.file()
+    }
+}
+
+#[derive(Debug)]
+struct View<D> {
+    disk: D,
+    limits: Limits,
+}
+
+impl<D: Disk> Device for View<D> {
+    fn len(&self) -> u64 {
+        self.disk.len()
+    }
+
+    fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        match offset.checked_add(buf.len() as u64) {
+            Some(end) if end <= self.disk.len() => self.disk.read(buf, offset),
+            _ => Err(Error::corrupt(format!("Read beyond the end at {offset:#x}"))),
+        }
+    }
+
+    fn write_at(&self, _buf: &[u8], _offset: u64) -> Result<()> {
+        Err(is_read_only())
+    }
+
+    fn write_zeroes(&self, _range: ByteRange, _mode: ZeroMode) -> Result<()> {
+        Err(is_read_only())
+    }
+
+    fn discard(&self, _range: ByteRange) -> Result<()> {
+        Err(is_read_only())
+    }
+
+    fn status(&self, range: ByteRange, _want: Want) -> Result<Extent> {
+        Ok(Extent {
+            len: range.len(),
+            kind: ExtentKind::Data,
+            depth: 0,
+            host: None,
+        })
+    }
+
+    fn flush(&self) -> Result<()> {
+        Ok(())
+    }
+
+    fn resize(&self, _len: u64, _preallocation: Preallocation) -> Result<()> {
+        Err(is_read_only())
+    }
+
+    fn is_view(&self) -> bool {
+        true
+    }
+}

@@ -1,0 +1,6 @@
+//! Arbitrary bytes as a bochs image.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
+    diskimage_fuzz::exercise(&diskimage_formats::Bochs, bytes);
+});
