@@ -25,6 +25,11 @@ pub trait Layer: Debug + Send + Sync {
         self.len() == 0
     }
 
+    /// What to tell whoever opens the image.
+    fn warning(&self) -> Option<&str> {
+        None
+    }
+
     /// The unit of allocation: discarding and compressed writes work on multiples of it. 1 if there is none.
     fn granularity(&self) -> u64;
 

@@ -4,6 +4,7 @@ mod bochs;
 mod cloop;
 mod codec;
 mod decrypted;
+mod dmg;
 mod last_block;
 mod luks;
 mod qcow2;
@@ -24,6 +25,7 @@ use diskimage_core::Format;
 
 pub use bochs::Bochs;
 pub use cloop::Cloop;
+pub use dmg::Dmg;
 pub use luks::Luks;
 pub use qcow2::Qcow2Format;
 pub use qed::QedFormat;
@@ -31,7 +33,7 @@ pub use raw::{Raw, bare_layer, window_layer};
 pub use vdi::Vdi;
 
 /// Every format, in the order in which they are tried and listed.
-pub static FORMATS: &[&dyn Format] = &[&Raw, &Qcow2Format, &QedFormat, &Luks, &Vdi, &Bochs, &Cloop];
+pub static FORMATS: &[&dyn Format] = &[&Raw, &Qcow2Format, &QedFormat, &Luks, &Vdi, &Bochs, &Cloop, &Dmg];
 
 /// The format of this name.
 pub fn format_by_name(name: &str) -> Option<&'static dyn Format> {

@@ -21,6 +21,11 @@ pub(crate) trait Disk: std::fmt::Debug + Send + Sync + 'static {
     /// Where the image is.
     fn file(&self) -> &Arc<dyn Device>;
 
+    /// What to tell whoever opens the image.
+    fn warning(&self) -> Option<&str> {
+        None
+    }
+
     /// Fills `buf` with the bytes from `offset` on, which are inside the disk.
     fn read(&self, buf: &mut [u8], offset: u64) -> Result<()>;
 }
@@ -57,6 +62,10 @@ impl<D: Disk> Layer for ReadOnly<D> {
 
     fn len(&self) -> u64 {
         self.0.disk.len()
+    }
+
+    fn warning(&self) -> Option<&str> {
+        self.0.disk.warning()
     }
 
     fn granularity(&self) -> u64 {

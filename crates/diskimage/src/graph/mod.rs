@@ -259,6 +259,9 @@ impl<'a> Opener<'a> {
             gate: &*self.gate,
             budget: self.options.budget.clone(),
         })?;
+        if let (Some(warn), Some(warning)) = (&self.options.on_warning, layer.warning()) {
+            warn(warning);
+        }
         if let Some(name) = node.left_over() {
             return Err(unknown_option(format.name(), name));
         }

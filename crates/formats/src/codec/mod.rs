@@ -4,11 +4,15 @@
 //! and bytes after its end are of no interest (formats store a length rounded up to sectors). An encoder gives up on a
 //! cluster that does not get smaller. Contexts are expensive to make, so each thread keeps its own.
 
+pub(crate) mod bzip2;
 pub(crate) mod deflate;
+pub(crate) mod lzfse;
 #[cfg(feature = "zstd")]
 pub(crate) mod zstd;
 
-use diskimage_core::Error;
+use std::io::Read;
+
+use diskimage_core::{Error, Result};
 
 /// Stands in for the codec in builds without it.
 #[cfg(not(feature = "zstd"))]
@@ -25,6 +29,15 @@ pub(crate) mod zstd {
 
     fn missing() -> Error {
         Error::unsupported("This build cannot handle clusters compressed with zstd")
+    }
+}
+
+/// Fills `block` from `stream`, which ends there.
+fn fill(mut stream: impl Read, block: &mut [u8]) -> Result<()> {
+    stream.read_exact(block).map_err(|_| damaged())?;
+    match stream.read(&mut [0]) {
+        Ok(0) => Ok(()),
+        _ => Err(damaged()),
     }
 }
 

@@ -1,0 +1,169 @@
+//! The chunks of the disk, from the `mish` blocks.
+
+use diskimage_core::{Budget, Error, Reservation, Result};
+
+pub(super) const SECTOR: u64 = 512;
+
+/// A run of sectors of the disk.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Chunk {
+    pub(super) kind: Kind,
+    /// The first sector.
+    pub(super) sector: u64,
+    /// How many, never zero.
+    pub(super) sectors: u64,
+    /// Where its bytes are in the file.
+    pub(super) offset: u64,
+    /// How many bytes.
+    pub(super) stored: u64,
+}
+
+/// What a chunk's bytes are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    Zero,
+    Raw,
+    Encoded(Codec),
+}
+
+/// How they are compressed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Codec {
+    Zlib,
+    Bzip2,
+    Lzfse,
+}
+
+/// All chunks of an image.
+#[derive(Debug)]
+pub(super) struct Chunks {
+    data_offset: u64,
+    list: Vec<Chunk>,
+    /// The first type that nobody knows.
+    unknown: Option<u32>,
+    budget: Budget,
+    taken: Vec<Reservation>,
+}
+
+const MISH: &[u8] = b"mish";
+const HEADER: usize = 204;
+const ENTRY: usize = 40;
+const COMMENT: u32 = 0x7fff_fffe;
+const TERMINATOR: u32 = 0xffff_ffff;
+/// Limits of the original for chunks that have bytes.
+const MAX_SECTORS: u64 = 131_072;
+const MAX_STORED: u64 = 64 << 20;
+
+impl Chunks {
+    /// None yet, of an image whose data fork starts at `data_offset`.
+    pub(super) fn new(data_offset: u64, budget: Budget) -> Self {
+        Self {
+            data_offset,
+            list: Vec::new(),
+            unknown: None,
+            budget,
+            taken: Vec::new(),
+        }
+    }
+
+    /// Adds the chunks of a `mish` block. What is none, such as other resources, is passed over.
+    pub(super) fn add(&mut self, block: &[u8]) -> Result<()> {
+        let Some((header, entries)) = block.split_at_checked(HEADER) else {
+            return Ok(());
+        };
+        if !header.starts_with(MISH) {
+            return Ok(());
+        }
+        let (first, data_offset) = (number(header, 8), number(header, 24));
+        self.taken.push(self.budget.take(entries.len() as u64 * 3)?);
+        // How many there are is told by the length, as in the original; the header's number is not asked.
+        for (index, entry) in entries.chunks_exact(ENTRY).enumerate() {
+            let Some(kind) = self.kind(number_32(entry, 0)) else {
+                continue;
+            };
+            let (sectors, stored) = (number(entry, 16), number(entry, 32));
+            if kind != Kind::Zero {
+                check("sector count", sectors, MAX_SECTORS, index)?;
+                check("length", stored, MAX_STORED, index)?;
+            }
+            let chunk = || {
+                let sector = first.checked_add(number(entry, 8))?;
+                let offset = self
+                    .data_offset
+                    .checked_add(data_offset)?
+                    .checked_add(number(entry, 24))?;
+                // Neither end may be out of reach for the arithmetic of reading.
+                offset.checked_add(stored)?.checked_add(MAX_SECTORS * SECTOR)?;
+                sector.checked_add(sectors)?;
+                (sectors > 0).then_some(Chunk {
+                    kind,
+                    sector,
+                    sectors,
+                    offset: if kind == Kind::Zero { 0 } else { offset },
+                    stored,
+                })
+            };
+            self.list.extend(chunk());
+        }
+        Ok(())
+    }
+
+    /// What the type of a chunk stands for, if it is part of the disk and known.
+    fn kind(&mut self, code: u32) -> Option<Kind> {
+        match code {
+            0 | 2 => Some(Kind::Zero),
+            1 => Some(Kind::Raw),
+            0x8000_0005 => Some(Kind::Encoded(Codec::Zlib)),
+            0x8000_0006 => Some(Kind::Encoded(Codec::Bzip2)),
+            0x8000_0007 => Some(Kind::Encoded(Codec::Lzfse)),
+            COMMENT | TERMINATOR => None,
+            unknown => {
+                self.unknown.get_or_insert(unknown);
+                None
+            }
+        }
+    }
+
+    /// What the user should know of chunks that were passed over.
+    pub(super) fn warning(&self) -> Option<String> {
+        self.unknown.map(|code| {
+            format!(
+                "Image contains chunks of unknown type {code:x}, accessing them will result in I/O errors"
+            )
+        })
+    }
+
+    /// The same chunks in the order of their sectors.
+    pub(super) fn sorted(mut self) -> Self {
+        self.list.sort_by_key(|chunk| chunk.sector);
+        self.list.shrink_to_fit();
+        self
+    }
+
+    /// The chunk that has `sector`.
+    pub(super) fn at(&self, sector: u64) -> Option<&Chunk> {
+        let after = self.list.partition_point(|chunk| chunk.sector <= sector);
+        let chunk = self.list.get(after.checked_sub(1)?)?;
+        (sector - chunk.sector < chunk.sectors).then_some(chunk)
+    }
+}
+
+fn check(what: &str, value: u64, max: u64, index: usize) -> Result<()> {
+    if value > max {
+        return Err(Error::invalid(format!(
+            "{what} {value} for chunk {index} is larger than max ({max})"
+        )));
+    }
+    Ok(())
+}
+
+/// The number at `at`, which is inside.
+fn number(bytes: &[u8], at: usize) -> u64 {
+    let field = bytes.get(at..).and_then(|rest| rest.first_chunk());
+    field.map_or(0, |bytes| u64::from_be_bytes(*bytes))
+}
+
+fn number_32(bytes: &[u8], at: usize) -> u32 {
+    let field = bytes.get(at..).and_then(|rest| rest.first_chunk());
+    field.map_or(0, |bytes| u32::from_be_bytes(*bytes))
+}

@@ -1,0 +1,69 @@
+//! The trailer, `koly`.
+
+use diskimage_core::{ByteRange, Device, Error, Result, align_up, errno};
+
+use super::chunk::SECTOR;
+use super::invalid;
+
+/// Where the parts of the file are; all of them end before the trailer.
+#[derive(Debug)]
+pub(super) struct Trailer {
+    /// Where the data fork starts.
+    pub(super) data_offset: u64,
+    /// The resource fork; empty if there is none.
+    pub(super) resources: ByteRange,
+    /// The property list; empty if there is none.
+    pub(super) list: ByteRange,
+    /// Sectors of the disk.
+    sectors: u64,
+}
+
+const MAGIC: &[u8] = b"koly";
+const LEN: usize = 512;
+/// The longest disk of the original: whole gibibytes below 2^63.
+const MAX_LEN: u64 = (1 << 63) - (1 << 30);
+
+impl Trailer {
+    /// Looks for the trailer where it ends in the last sector of the file or the one before.
+    pub(super) fn find(file: &dyn Device, name: &str) -> Result<Self> {
+        let start = align_up(file.len(), SECTOR).saturating_sub(2 * LEN as u64 - 1);
+        let mut end = [0; LEN + MAGIC.len() - 1];
+        file.read_padded(&mut end, start)?;
+        let at = end
+            .windows(MAGIC.len())
+            .position(|window| window == MAGIC)
+            .ok_or_else(|| Error::invalid("Could not locate UDIF trailer in dmg file"))?;
+        let offset = start + at as u64;
+        let mut trailer = [0; LEN];
+        file.read_padded(&mut trailer, offset)?;
+        Self::parse(&trailer, offset).ok_or_else(|| invalid(name))
+    }
+
+    fn parse(bytes: &[u8; LEN], offset: u64) -> Option<Self> {
+        let number = |at: usize| {
+            bytes
+                .get(at..)?
+                .first_chunk()
+                .map(|bytes| u64::from_be_bytes(*bytes))
+        };
+        let part = |at: usize| {
+            let (start, len) = (number(at)?, number(at + 8)?);
+            let end = start.checked_add(len).filter(|end| *end <= offset)?;
+            Some(ByteRange::new(start, end))
+        };
+        Some(Self {
+            data_offset: part(0x18)?.start(),
+            resources: part(0x28)?,
+            list: part(0xd8)?,
+            sectors: number(0x1ec).filter(|sectors| i64::try_from(*sectors).is_ok())?,
+        })
+    }
+
+    /// The disk's size in bytes.
+    pub(super) fn len(&self) -> Result<u64> {
+        self.sectors
+            .checked_mul(SECTOR)
+            .filter(|len| *len <= MAX_LEN)
+            .ok_or_else(|| Error::from_errno(errno::EFBIG).context("Could not refresh total sector count"))
+    }
+}

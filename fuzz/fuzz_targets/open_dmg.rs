@@ -1,0 +1,6 @@
+//! Arbitrary bytes as a disk image of macOS.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
+    diskimage_fuzz::exercise(&diskimage_formats::Dmg, bytes);
+});
