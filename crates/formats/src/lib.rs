@@ -7,6 +7,7 @@ mod decrypted;
 mod dmg;
 mod last_block;
 mod luks;
+mod preallocation;
 mod qcow2;
 mod qed;
 mod raw;
@@ -18,6 +19,7 @@ mod testing;
 mod tree;
 mod used;
 mod vdi;
+mod vpc;
 mod window;
 mod windows;
 
@@ -31,9 +33,20 @@ pub use qcow2::Qcow2Format;
 pub use qed::QedFormat;
 pub use raw::{Raw, bare_layer, window_layer};
 pub use vdi::Vdi;
+pub use vpc::Vpc;
 
 /// Every format, in the order in which they are tried and listed.
-pub static FORMATS: &[&dyn Format] = &[&Raw, &Qcow2Format, &QedFormat, &Luks, &Vdi, &Bochs, &Cloop, &Dmg];
+pub static FORMATS: &[&dyn Format] = &[
+    &Raw,
+    &Qcow2Format,
+    &QedFormat,
+    &Luks,
+    &Vdi,
+    &Bochs,
+    &Cloop,
+    &Dmg,
+    &Vpc,
+];
 
 /// The format of this name.
 pub fn format_by_name(name: &str) -> Option<&'static dyn Format> {

@@ -34,6 +34,7 @@ use diskimage_core::{
     RunKind, Score, WritePlan, ZeroMode,
 };
 
+use crate::preallocation;
 use crate::used::data_bytes;
 use crate::windows::{Entry, Windows};
 use blocks::Places;
@@ -81,7 +82,7 @@ impl Format for Vdi {
 
     fn create(&self, request: CreateRequest<'_>) -> Result<()> {
         let is_static = request.options.flag("static").unwrap_or(false);
-        check_preallocation(request.options)?;
+        preallocation::check(request.options)?;
         let header = Header::new(request.size, is_static)?;
         let file = request.file;
         let end = header.host(header.allocated());
@@ -95,7 +96,7 @@ impl Format for Vdi {
     }
 
     fn measure(&self, options: &Options, source: MeasureSource<'_>, _objects: &Objects) -> Result<Measure> {
-        check_preallocation(options)?;
+        preallocation::check(options)?;
         let header = Header::new(source.len(), false)?;
         let fully_allocated = header.host(header.blocks);
         let required = match source {
@@ -108,16 +109,6 @@ impl Format for Vdi {
             fully_allocated,
             bitmaps: None,
         })
-    }
-}
-
-/// Refuses what the file below cannot do. As in the original that is all: the file is empty when it is made.
-fn check_preallocation(options: &Options) -> Result<()> {
-    let name = options.text("preallocation").unwrap_or("off");
-    match Preallocation::from_name(name) {
-        Some(Preallocation::Metadata) => Err(Error::unsupported("Unsupported preallocation mode: metadata")),
-        Some(_) => Ok(()),
-        None => Err(Error::invalid(format!("invalid parameter value: {name}"))),
     }
 }
 

@@ -1,0 +1,429 @@
+//! The footer, the header of dynamic disks, and how large a disk is by its geometry.
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use diskimage_core::{Device, Error, ErrorKind, Result, align_up};
+use zerocopy::byteorder::big_endian::{U16, U32, U64};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+/// Marks a footer.
+const COOKIE: [u8; 8] = *b"conectix";
+/// Marks the header of a dynamic disk.
+const DYNAMIC_COOKIE: [u8; 8] = *b"cxsparse";
+/// Version 1.0 of both.
+const VERSION: u32 = 0x0001_0000;
+/// The original, where the geometry says how large the disk is.
+const QEMU: [u8; 4] = *b"qemu";
+/// The original, where the size does.
+const QEM2: [u8; 4] = *b"qem2";
+/// Virtual PC, which goes by the geometry.
+const VIRTUAL_PC: [u8; 4] = *b"vpc ";
+/// Seconds from 1970 to 2000, when dates of this format begin.
+const EPOCH: u64 = 946_684_800;
+
+/// Bytes of a sector and of a footer.
+pub(super) const SECTOR: u64 = 512;
+/// Bytes of a block of new disks.
+pub(super) const BLOCK: u32 = 2 << 20;
+/// Bytes of the largest disk.
+const MAX_SIZE: u64 = 2040 << 30;
+/// Entries of the largest table.
+const MAX_ENTRIES: u32 = u32::MAX >> 3;
+/// Where the header of a new dynamic disk is.
+pub(super) const HEADER_OFFSET: u64 = SECTOR;
+/// And where its block allocation table is.
+pub(super) const TABLE_OFFSET: u64 = HEADER_OFFSET + 1024;
+/// No offset.
+const NOWHERE: u64 = u64::MAX;
+
+/// "Hard Disk Footer Format".
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub(super) struct Footer {
+    /// [`COOKIE`].
+    cookie: [u8; 8],
+    /// 2, a bit that is always set.
+    features: U32,
+    /// [`VERSION`].
+    version: U32,
+    /// Where the header of a dynamic disk is.
+    data_offset: U64,
+    /// Seconds since 2000.
+    time_stamp: U32,
+    /// What made the disk.
+    creator_application: [u8; 4],
+    /// And which version of it.
+    creator_version: U32,
+    /// On which system.
+    creator_host_os: [u8; 4],
+    /// The disk's size when it was made.
+    original_size: U64,
+    /// The disk's size.
+    current_size: U64,
+    /// The disk's geometry.
+    geometry: Geometry,
+    /// 2 fixed, 3 dynamic, 4 differencing.
+    disk_type: U32,
+    /// The ones' complement of the sum of all other bytes.
+    checksum: U32,
+    /// The disk.
+    unique_id: [u8; 16],
+    /// Whether a machine was saved with it.
+    saved_state: u8,
+    /// Zeroes.
+    reserved: [u8; 427],
+}
+
+const _: () = assert!(size_of::<Footer>() == 512);
+
+/// "Dynamic Disk Header Format".
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub(super) struct DynamicHeader {
+    /// [`DYNAMIC_COOKIE`].
+    cookie: [u8; 8],
+    /// Not used.
+    data_offset: U64,
+    /// Where the block allocation table is.
+    table_offset: U64,
+    /// [`VERSION`].
+    header_version: U32,
+    /// How many entries it has.
+    max_table_entries: U32,
+    /// Bytes of a block, without its bitmap.
+    block_size: U32,
+    /// As in the footer.
+    checksum: U32,
+    /// The disk below: its identifier, date, name and where it may be.
+    parent: [u8; 24 + 512 + 8 * 24],
+    /// Zeroes.
+    reserved: [u8; 256],
+}
+
+const _: () = assert!(size_of::<DynamicHeader>() == 1024);
+
+/// Cylinders, heads and sectors of a track.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned,
+)]
+#[repr(C)]
+pub(super) struct Geometry {
+    cylinders: U16,
+    heads: u8,
+    sectors: u8,
+}
+
+/// What the user says about which size counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum SizeBy {
+    /// What the creator of the disk went by.
+    Creator,
+    /// The size in the footer.
+    CurrentSize,
+    /// The geometry.
+    Geometry,
+}
+
+/// Whether a disk is stored whole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// It is.
+    Fixed,
+    /// In blocks that are there when they have been written.
+    Dynamic,
+}
+
+const FIXED: u32 = 2;
+const DYNAMIC: u32 = 3;
+const DIFFERENCING: u32 = 4;
+
+/// Whether a file begins like a disk that is not stored whole.
+pub(super) fn is_vpc(head: &[u8]) -> bool {
+    head.starts_with(&COOKIE)
+}
+
+impl Footer {
+    /// The footer of a new disk for at least `size` bytes, or exactly so many sectors if `exact`.
+    pub(super) fn new(size: u64, kind: Kind, exact: bool) -> Result<Self> {
+        let sectors = checked_size(size)?.div_ceil(SECTOR);
+        let (sectors, geometry) = match Geometry::holding(sectors) {
+            _ if exact => (sectors, Geometry::LARGEST),
+            Some(geometry) => (geometry.len(), geometry),
+            None => (sectors, Geometry::LARGEST),
+        };
+        let mut unique_id = [0; 16];
+        getrandom::fill(&mut unique_id)
+            .map_err(|error| Error::unsupported(format!("No random bytes to be had: {error}")))?;
+        unique_id[6] = unique_id[6] & 0x0f | 0x40;
+        unique_id[8] = unique_id[8] & 0x3f | 0x80;
+        let now = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .map_or(0, |time| time.as_secs());
+        let footer = Self {
+            cookie: COOKIE,
+            features: U32::new(2),
+            version: U32::new(VERSION),
+            data_offset: U64::new(match kind {
+                Kind::Fixed => NOWHERE,
+                Kind::Dynamic => HEADER_OFFSET,
+            }),
+            time_stamp: U32::new(u32::try_from(now.saturating_sub(EPOCH)).unwrap_or(u32::MAX)),
+            creator_application: if exact { QEM2 } else { QEMU },
+            creator_version: U32::new(0x0005_0003),
+            creator_host_os: *b"Wi2k",
+            original_size: U64::new(sectors * SECTOR),
+            current_size: U64::new(sectors * SECTOR),
+            geometry,
+            disk_type: U32::new(match kind {
+                Kind::Fixed => FIXED,
+                Kind::Dynamic => DYNAMIC,
+            }),
+            checksum: U32::ZERO,
+            unique_id,
+            saved_state: 0,
+            reserved: [0; 427],
+        };
+        Ok(footer.summed())
+    }
+
+    /// Reads the footer of an image: the copy in front, or the last sector, which is all that fixed disks have. Also
+    /// whether it is the copy.
+    pub(super) fn read(file: &dyn Device) -> Result<(Self, bool)> {
+        let invalid = || Error::invalid("invalid VPC image");
+        let len = align_up(file.len(), SECTOR);
+        if len < SECTOR {
+            return Err(Error::invalid("File too small for a VHD header"));
+        }
+        let mut footer = Self::read_at(file, 0)?;
+        let in_front = footer.cookie == COOKIE;
+        if !in_front {
+            footer = Self::read_at(file, len - SECTOR)?;
+            if footer.cookie != COOKIE || footer.disk_type.get() != FIXED {
+                return Err(invalid());
+            }
+        }
+        if footer.checksum != footer.summed().checksum {
+            return Err(Error::invalid("Incorrect header checksum"));
+        }
+        if footer.disk_type.get() == DIFFERENCING {
+            return Err(Error::unsupported(
+                "Differencing VHD images, which need the image below them, are not supported",
+            ));
+        }
+        Ok((footer, in_front))
+    }
+
+    fn read_at(file: &dyn Device, offset: u64) -> Result<Self> {
+        let mut bytes = [0; size_of::<Self>()];
+        file.read_padded(&mut bytes, offset)?;
+        Self::read_from_bytes(&bytes).map_err(|_| Error::invalid("invalid VPC image"))
+    }
+
+    /// Whether the disk is stored whole.
+    pub(super) fn kind(&self) -> Kind {
+        match self.disk_type.get() {
+            FIXED => Kind::Fixed,
+            // The original takes all others for dynamic ones.
+            _ => Kind::Dynamic,
+        }
+    }
+
+    /// The disk's size in bytes.
+    pub(super) fn size(&self, by: SizeBy) -> Result<u64> {
+        let by_geometry = match by {
+            SizeBy::Geometry => true,
+            SizeBy::CurrentSize => false,
+            SizeBy::Creator => matches!(self.creator_application, QEMU | VIRTUAL_PC),
+        };
+        // A disk with the largest geometry may be larger than that.
+        let by_geometry = by_geometry && self.geometry != Geometry::LARGEST;
+        let sectors = if by_geometry {
+            self.geometry.len()
+        } else {
+            self.current_size.get() / SECTOR
+        };
+        if sectors > MAX_SIZE / SECTOR {
+            return Err(Error::from_errno(diskimage_core::errno::EFBIG));
+        }
+        Ok(sectors * SECTOR)
+    }
+
+    /// Where the header of a dynamic disk is.
+    pub(super) fn header_offset(&self) -> u64 {
+        self.data_offset.get()
+    }
+
+    /// The footer of the same disk with exactly `size` bytes, whole sectors.
+    pub(super) fn resized(&self, size: u64) -> Result<Self> {
+        let sectors = checked_size(size)? / SECTOR;
+        let footer = Self {
+            // The geometry cannot say every size, so it must not count.
+            creator_application: QEM2,
+            current_size: U64::new(size),
+            geometry: Geometry::near(sectors),
+            ..*self
+        };
+        Ok(footer.summed())
+    }
+
+    /// The footer with the right sum.
+    fn summed(&self) -> Self {
+        let mut footer = Self {
+            checksum: U32::ZERO,
+            ..*self
+        };
+        footer.checksum = checksum(footer.as_bytes());
+        footer
+    }
+}
+
+impl DynamicHeader {
+    /// The header of a new disk.
+    pub(super) fn new(size: u64) -> Result<Self> {
+        let header = Self {
+            cookie: DYNAMIC_COOKIE,
+            data_offset: U64::new(NOWHERE),
+            table_offset: U64::new(TABLE_OFFSET),
+            header_version: U32::new(VERSION),
+            max_table_entries: U32::ZERO,
+            block_size: U32::new(BLOCK),
+            checksum: U32::ZERO,
+            parent: [0; 728],
+            reserved: [0; 256],
+        };
+        header.with_table(TABLE_OFFSET, size.div_ceil(BLOCK.into()))
+    }
+
+    /// Reads the header of a disk of `size` bytes.
+    pub(super) fn read(file: &dyn Device, offset: u64, size: u64) -> Result<Self> {
+        if i64::try_from(offset).is_err() {
+            return Err(Error::invalid("Error reading dynamic VHD header"));
+        }
+        let mut bytes = [0; size_of::<Self>()];
+        file.read_padded(&mut bytes, offset)?;
+        let header = Self::read_from_bytes(&bytes).map_err(|_| Error::invalid("Invalid header magic"))?;
+        if header.cookie != DYNAMIC_COOKIE {
+            return Err(Error::invalid("Invalid header magic"));
+        }
+        let (block, entries) = (header.block_size.get(), header.max_table_entries.get());
+        if !block.is_power_of_two() || u64::from(block) < SECTOR {
+            return Err(Error::invalid(format!("Invalid block size {block}")));
+        }
+        if entries > MAX_ENTRIES {
+            return Err(Error::invalid(format!(
+                "Max Table Entries too large ({})",
+                entries.cast_signed()
+            )));
+        }
+        if u64::from(entries) * u64::from(block) < size {
+            return Err(Error::invalid("Page table too small"));
+        }
+        Ok(header)
+    }
+
+    /// Where the block allocation table is.
+    pub(super) fn table_offset(&self) -> u64 {
+        self.table_offset.get()
+    }
+
+    /// How many entries it has.
+    pub(super) fn entries(&self) -> u32 {
+        self.max_table_entries.get()
+    }
+
+    /// Where it ends, on a sector.
+    pub(super) fn table_end(&self) -> u64 {
+        let bytes = u64::from(self.entries()) * 4;
+        align_up(self.table_offset().saturating_add(bytes), SECTOR)
+    }
+
+    /// Bytes of a block.
+    pub(super) fn block(&self) -> u64 {
+        self.block_size.get().into()
+    }
+
+    /// Bytes of the bitmap in front of each block.
+    pub(super) fn bitmap(&self) -> u64 {
+        align_up(self.block() / SECTOR / 8, SECTOR).max(SECTOR)
+    }
+
+    /// The same header with a table of so many entries at `offset`.
+    pub(super) fn with_table(&self, offset: u64, entries: u64) -> Result<Self> {
+        let entries = u32::try_from(entries)
+            .ok()
+            .filter(|entries| *entries <= MAX_ENTRIES);
+        let mut header = Self {
+            table_offset: U64::new(offset),
+            max_table_entries: U32::new(entries.ok_or_else(too_large)?),
+            checksum: U32::ZERO,
+            ..*self
+        };
+        header.checksum = checksum(header.as_bytes());
+        Ok(header)
+    }
+}
+
+impl Geometry {
+    /// The largest there is.
+    const LARGEST: Self = Self {
+        cylinders: U16::MAX_VALUE,
+        heads: 16,
+        sectors: 255,
+    };
+
+    /// How many sectors there are.
+    fn len(self) -> u64 {
+        u64::from(self.cylinders.get()) * u64::from(self.heads) * u64::from(self.sectors)
+    }
+
+    /// What the specification's appendix "CHS Calculation" gives for so many sectors, or a few less.
+    fn near(sectors: u64) -> Self {
+        let sectors = sectors.min(Self::LARGEST.len());
+        let (track, heads) = if sectors >= 65535 * 16 * 63 {
+            (255, 16)
+        } else {
+            let heads = (sectors / 17).div_ceil(1024).max(4);
+            if sectors / 17 < heads * 1024 && heads <= 16 {
+                (17, heads)
+            } else if sectors / 31 < 16 * 1024 {
+                (31, 16)
+            } else {
+                (63, 16)
+            }
+        };
+        Self {
+            cylinders: U16::new(u16::try_from(sectors / track / heads).unwrap_or(u16::MAX)),
+            heads: u8::try_from(heads).unwrap_or(16),
+            sectors: u8::try_from(track).unwrap_or(255),
+        }
+    }
+
+    /// The first geometry with room for so many sectors; `None` if there are more than any has.
+    fn holding(sectors: u64) -> Option<Self> {
+        if sectors == 0 {
+            return Some(Self::default());
+        }
+        let candidates = (sectors..=Self::LARGEST.len()).map(Self::near);
+        candidates.into_iter().find(|geometry| geometry.len() >= sectors)
+    }
+}
+
+fn checked_size(size: u64) -> Result<u64> {
+    if size > MAX_SIZE {
+        Err(too_large())
+    } else {
+        Ok(size)
+    }
+}
+
+fn too_large() -> Error {
+    Error::new(
+        ErrorKind::Limit,
+        "The image size is too large for file format 'vpc'",
+    )
+}
+
+/// The ones' complement of the sum of bytes.
+fn checksum(bytes: &[u8]) -> U32 {
+    U32::new(!bytes.iter().map(|byte| u32::from(*byte)).sum::<u32>())
+}

@@ -1,0 +1,410 @@
+//! VHD, the format of Virtual PC and old Hyper-V: a disk stored whole with a footer behind it, or in blocks that a table
+//! finds.
+//!
+//! ```text
+//!   fixed     |------------------- disk --------------------|footer|
+//!
+//!   dynamic   |copy of footer|header|block allocation table |bitmap|block|bitmap|block|footer|
+//!                                      -  3  -  1            (offsets in sectors; "-" reads as zero)
+//! ```
+//!
+//! As specified in Microsoft's "Virtual Hard Disk Image Format Specification" 1.0. The bitmap in front of a block says
+//! which of its sectors were written; without a disk below they all count, and all its bits are set. Differencing disks
+//! are refused.
+//!
+//! # Which size counts
+//!
+//! Virtual PC goes by the geometry, others by the size in the footer; who made the disk decides, or the node option
+//! `force_size_calc`.
+//!
+//! # What a crash leaves
+//!
+//! New blocks go over the footer at the end. The copy in front is what is read first, so the disk can be read at any
+//! moment. Blocks and the new footer are durable before the table refers to them.
+
+mod footer;
+mod resize;
+#[cfg(test)]
+mod tests;
+mod write;
+
+use std::collections::HashSet;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+
+use diskimage_core::options::{OptionDef, OptionKind, Options};
+use diskimage_core::{
+    ByteRange, CreateRequest, Device, Error, Format, Holes, Info, Layer, Measure, MeasureSource, Objects,
+    OpenRequest, Preallocation, Probe, ResizeRequest, Result, Run, RunKind, Score, WritePlan, ZeroMode,
+};
+use zerocopy::IntoBytes;
+
+use crate::preallocation;
+use crate::straight::Straight;
+use crate::used::data_bytes;
+use crate::windows::{Entry, Windows};
+use footer::{BLOCK, DynamicHeader, Footer, HEADER_OFFSET, Kind, SECTOR, SizeBy};
+
+/// The format's entry in the table.
+#[derive(Debug)]
+pub struct Vpc;
+
+const CREATE_OPTIONS: &[OptionDef] = &[
+    OptionDef::new("size", OptionKind::Size, "Virtual disk size"),
+    OptionDef::new(
+        "subformat",
+        OptionKind::Text,
+        "Type of virtual hard disk format. Supported formats are {dynamic (default) | fixed} ",
+    ),
+    OptionDef::new(
+        "force_size",
+        OptionKind::Flag,
+        "Force disk size calculation to use the actual size specified, rather than using the nearest CHS-based \
+         calculation",
+    ),
+];
+
+const NODE_OPTIONS: &[OptionDef] = &[OptionDef::new(
+    "force_size_calc",
+    OptionKind::Text,
+    "Which size counts: current_size or chs",
+)];
+
+impl Format for Vpc {
+    fn name(&self) -> &'static str {
+        "vpc"
+    }
+
+    fn probe(&self, probe: &Probe<'_>) -> Score {
+        if footer::is_vpc(probe.head) { 100 } else { 0 }
+    }
+
+    fn open(&self, request: OpenRequest<'_>) -> Result<Arc<dyn Layer>> {
+        let options = request.options.absorb(NODE_OPTIONS)?;
+        let by = match options.text("force_size_calc") {
+            None => SizeBy::Creator,
+            Some("current_size") => SizeBy::CurrentSize,
+            Some("chs") => SizeBy::Geometry,
+            Some(other) => {
+                return Err(Error::invalid(format!(
+                    "Invalid size calculation mode: '{other}'"
+                )));
+            }
+        };
+        let (footer, in_front) = Footer::read(&*request.file)?;
+        let size = footer
+            .size(by)
+            .map_err(|error| error.context(format!("Could not open '{}'", request.name)))?;
+        let blocks = if in_front {
+            // As in the original, whatever kind of disk the footer names.
+            let blocks = Blocks::open(&request.file, footer.header_offset(), size)?;
+            Some(blocks).filter(|_| footer.kind() == Kind::Dynamic)
+        } else {
+            None
+        };
+        Ok(Arc::new(VpcLayer {
+            granularity: blocks.as_ref().map(|blocks| blocks.header.block()),
+            state: Mutex::new(State { footer, size, blocks }),
+            settled: Condvar::new(),
+            file: request.file,
+        }))
+    }
+
+    fn strong_options(&self) -> &'static [&'static str] {
+        &["force_size_calc"]
+    }
+
+    fn create_options(&self) -> &'static [OptionDef] {
+        CREATE_OPTIONS
+    }
+
+    fn create(&self, request: CreateRequest<'_>) -> Result<()> {
+        preallocation::check(request.options)?;
+        let footer = wanted(request.options, request.size)?;
+        let (file, size) = (request.file, footer.size(SizeBy::CurrentSize)?);
+        let (header, end) = match footer.kind() {
+            Kind::Fixed => (None, size),
+            Kind::Dynamic => {
+                let header = DynamicHeader::new(size)?;
+                (Some(header), header.table_end())
+            }
+        };
+        if file.is_zero_when_new() {
+            file.resize(end + SECTOR, Preallocation::Off)?;
+        } else if end + SECTOR > file.len() {
+            return Err(Error::unsupported(file.too_short()));
+        }
+        if let Some(header) = header {
+            fill(&*file, ByteRange::new(header.table_offset(), end), u8::MAX)?;
+            file.write_at(header.as_bytes(), HEADER_OFFSET)?;
+            file.write_at(footer.as_bytes(), 0)?;
+        }
+        file.write_at(footer.as_bytes(), end)
+    }
+
+    fn measure(&self, options: &Options, source: MeasureSource<'_>, _objects: &Objects) -> Result<Measure> {
+        preallocation::check(options)?;
+        let footer = wanted(options, source.len())?;
+        let size = footer.size(SizeBy::CurrentSize)?;
+        let (empty, data, fully) = match footer.kind() {
+            Kind::Fixed => (size, 0, 0),
+            Kind::Dynamic => {
+                let header = DynamicHeader::new(size)?;
+                let stored = |bytes: u64| bytes / header.block() * (header.bitmap() + header.block());
+                let data = match source {
+                    MeasureSource::Size(_) => 0,
+                    MeasureSource::Image(image) => stored(data_bytes(image, BLOCK.into())?),
+                };
+                let fully = stored(u64::from(header.entries()) * header.block());
+                (header.table_end(), data, fully)
+            }
+        };
+        Ok(Measure {
+            required: empty + data + SECTOR,
+            fully_allocated: empty + fully + SECTOR,
+            bitmaps: None,
+        })
+    }
+}
+
+/// The footer of the disk that the options describe.
+fn wanted(options: &Options, size: u64) -> Result<Footer> {
+    let kind = match options.text("subformat") {
+        None | Some("dynamic") => Kind::Dynamic,
+        Some("fixed") => Kind::Fixed,
+        Some(other) => {
+            return Err(Error::invalid(format!(
+                "Parameter 'subformat' does not accept value '{other}'"
+            )));
+        }
+    };
+    Footer::new(size, kind, options.flag("force_size").unwrap_or(false))
+}
+
+/// Writes `byte` all over `range`, piece by piece.
+fn fill(file: &dyn Device, range: ByteRange, byte: u8) -> Result<()> {
+    const PIECE: usize = 64 << 10;
+    let mut rest = range;
+    let bytes = vec![byte; usize::try_from(range.len()).unwrap_or(PIECE).min(PIECE)];
+    while !rest.is_empty() {
+        let piece = usize::try_from(rest.len()).unwrap_or(PIECE).min(bytes.len());
+        file.write_at(&bytes[..piece], rest.start())?;
+        rest = rest.skip(piece as u64);
+    }
+    Ok(())
+}
+
+/// The entry of a block that reads as zero.
+const NO_BLOCK: Entry = u32::MAX.to_be_bytes();
+
+/// Where an entry of the table says that a block's bitmap is.
+fn place(entry: Entry) -> Option<u64> {
+    (entry != NO_BLOCK).then(|| u64::from(u32::from_be_bytes(entry)) * SECTOR)
+}
+
+/// An opened image.
+#[derive(Debug)]
+struct VpcLayer {
+    file: Arc<dyn Device>,
+    /// Bytes of a block of dynamic disks.
+    granularity: Option<u64>,
+    state: Mutex<State>,
+    /// Woken when blocks leave [`Blocks::in_flight`].
+    settled: Condvar,
+}
+
+/// What changes while an image is open. Its lock is never held while guest data moves.
+#[derive(Debug)]
+struct State {
+    footer: Footer,
+    /// The disk's size in bytes.
+    size: u64,
+    /// The blocks of dynamic disks.
+    blocks: Option<Blocks>,
+}
+
+/// The blocks of a dynamic disk.
+#[derive(Debug)]
+struct Blocks {
+    header: DynamicHeader,
+    /// Where the header is.
+    header_offset: u64,
+    table: Windows,
+    /// The first byte that belongs to a block.
+    first: u64,
+    /// Where blocks and tables end and the footer is.
+    end: u64,
+    /// Places before the end that no block has.
+    free: Vec<u64>,
+    /// Blocks that are being written for the first time.
+    in_flight: HashSet<u64>,
+    /// Whether the footer has to be written at the end.
+    moved: bool,
+}
+
+impl Blocks {
+    /// Reads the header, and where the blocks are.
+    fn open(file: &Arc<dyn Device>, header_offset: u64, size: u64) -> Result<Self> {
+        let header = DynamicHeader::read(&**file, header_offset, size)?;
+        let truncated = || {
+            Error::corrupt(
+                "block-vpc: free_data_block_offset points after the end of file. The image has been truncated.",
+            )
+        };
+        let entries = header.entries().into();
+        let mut table = Windows::new(Arc::clone(file), header.table_offset(), entries);
+        let (mut first, mut end) = (u64::MAX, header.table_end());
+        let file_end = file.len().next_multiple_of(SECTOR);
+        if end > file_end {
+            return Err(truncated());
+        }
+        let mut block = 0;
+        while block < entries {
+            let some = table.entries(block)?;
+            block += some.len() as u64;
+            for place in some.iter().filter_map(|entry| place(*entry)) {
+                first = first.min(place);
+                end = end.max(place + header.bitmap() + header.block());
+            }
+        }
+        if end > file_end {
+            return Err(truncated());
+        }
+        Ok(Self {
+            header,
+            header_offset,
+            table,
+            first,
+            end,
+            free: Vec::new(),
+            in_flight: HashSet::new(),
+            moved: false,
+        })
+    }
+
+    /// Where block `block` of the disk is stored.
+    fn host(&mut self, block: u64) -> Result<Option<u64>> {
+        let bitmap = self.header.bitmap();
+        let entry = self.table.entries(block)?.first().copied();
+        Ok(entry.and_then(place).map(|place| place + bitmap))
+    }
+
+    /// Publishes the blocks written so far.
+    fn publish(&mut self, footer: &Footer, file: &dyn Device) -> Result<()> {
+        if self.moved {
+            file.write_at(footer.as_bytes(), self.end)?;
+            self.moved = false;
+        }
+        if self.table.is_changed() {
+            file.flush()?;
+            self.table.write_back()?;
+        }
+        Ok(())
+    }
+}
+
+impl VpcLayer {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Layer for VpcLayer {
+    fn format(&self) -> &'static str {
+        "vpc"
+    }
+
+    fn len(&self) -> u64 {
+        self.lock().size
+    }
+
+    fn granularity(&self) -> u64 {
+        self.granularity.unwrap_or(1)
+    }
+
+    fn map(&self, range: ByteRange) -> Result<Run> {
+        let data = |offset, holes| RunKind::Data {
+            device: Arc::clone(&self.file),
+            offset,
+            holes,
+        };
+        let mut state = self.lock();
+        let Some(blocks) = &mut state.blocks else {
+            return Ok(Run {
+                len: range.len(),
+                kind: data(range.start(), Holes::ZeroData),
+            });
+        };
+        let unit = blocks.header.block();
+        let mut len = unit - range.start() % unit;
+        let kind = match blocks.host(range.start() / unit)? {
+            Some(host) => data(host + range.start() % unit, Holes::Ignored),
+            None => {
+                // Neighbours without storage are one run; blocks never touch, as there are bitmaps between.
+                'run: while len < range.len() {
+                    for entry in blocks.table.entries((range.start() + len) / unit)? {
+                        if *entry != NO_BLOCK || len >= range.len() {
+                            break 'run;
+                        }
+                        len += unit;
+                    }
+                }
+                RunKind::Zero { host: None }
+            }
+        };
+        Ok(Run {
+            len: len.min(range.len()),
+            kind,
+        })
+    }
+
+    fn plan_write(&self, range: ByteRange) -> Result<Box<dyn WritePlan + '_>> {
+        if self.granularity.is_some() {
+            return self.plan(range);
+        }
+        Ok(Box::new(Straight::new(
+            range,
+            Arc::clone(&self.file),
+            range.start(),
+        )))
+    }
+
+    fn write_zeroes(&self, range: ByteRange, mode: ZeroMode) -> Result<()> {
+        for bytes in self.stored(range)? {
+            self.file.write_zeroes(bytes, mode)?;
+        }
+        Ok(())
+    }
+
+    fn info(&self) -> Result<Info> {
+        Ok(Info {
+            cluster_size: self.granularity,
+            ..Info::default()
+        })
+    }
+
+    fn check_resize(&self, request: &ResizeRequest) -> Result<()> {
+        self.check_size(request)
+    }
+
+    fn resize(&self, request: &ResizeRequest, _below: u64) -> Result<()> {
+        self.grow(request.len)
+    }
+
+    fn is_zero_when_new(&self) -> bool {
+        self.granularity.is_some() || self.file.is_zero_when_new()
+    }
+
+    fn flush(&self) -> Result<()> {
+        let mut state = self.lock();
+        let State { footer, blocks, .. } = &mut *state;
+        if let Some(blocks) = blocks {
+            blocks.publish(footer, &*self.file)?;
+        }
+        drop(state);
+        self.file.flush()
+    }
+
+    fn file(&self) -> &Arc<dyn Device> {
+        &self.file
+    }
+}

@@ -1,0 +1,138 @@
+//! Growing, which the original cannot.
+//!
+//! The disk grows when the footer says so that is read first, one sector. A table that has no room where it is goes to the
+//! end, and the header's first sector says where:
+//!
+//! ```text
+//!   before   |copy|header|table|block|block|footer|
+//!   after    |copy|header|     |block|block|  table  |footer|
+//! ```
+
+use std::sync::Arc;
+
+use diskimage_core::{ByteRange, Device, Error, Preallocation, ResizeRequest, Result, ZeroMode};
+use zerocopy::IntoBytes;
+
+use super::footer::{Footer, SECTOR};
+use super::{Blocks, NO_BLOCK, State, VpcLayer};
+use crate::windows::Windows;
+
+impl VpcLayer {
+    /// Refuses what cannot be done, before anything has changed.
+    pub(super) fn check_size(&self, request: &ResizeRequest) -> Result<()> {
+        let state = self.lock();
+        if request.len < state.size {
+            return Err(Error::unsupported("Images of this format can only grow"));
+        }
+        if !request.len.is_multiple_of(SECTOR) {
+            return Err(Error::invalid("The new size must be a multiple of 512"));
+        }
+        if request.preallocation != Preallocation::Off {
+            return Err(Error::unsupported(format!(
+                "Unsupported preallocation mode '{}'",
+                request.preallocation.name()
+            )));
+        }
+        state.footer.resized(request.len).map(|_| ())
+    }
+
+    /// Makes the disk `len` bytes long.
+    pub(super) fn grow(&self, len: u64) -> Result<()> {
+        let mut state = self.lock();
+        if len == state.size {
+            return Ok(());
+        }
+        let footer = state.footer.resized(len)?;
+        let State {
+            footer: old,
+            size,
+            blocks,
+        } = &mut *state;
+        match blocks {
+            Some(blocks) => self.grow_dynamic(blocks, old, &footer, *size, len)?,
+            None => self.grow_fixed(&footer, *size, len)?,
+        }
+        (state.footer, state.size) = (footer, len);
+        drop(state);
+        self.file.flush()
+    }
+
+    /// The new footer comes first, as without one there is no disk.
+    fn grow_fixed(&self, footer: &Footer, size: u64, len: u64) -> Result<()> {
+        self.file.write_at(footer.as_bytes(), len)?;
+        self.file.flush()?;
+        // The old footer, and whatever lay behind the disk.
+        self.file
+            .write_zeroes(ByteRange::new(size, len), ZeroMode::KeepAllocated)
+    }
+
+    fn grow_dynamic(
+        &self,
+        blocks: &mut Blocks,
+        old: &Footer,
+        new: &Footer,
+        size: u64,
+        len: u64,
+    ) -> Result<()> {
+        let file = &*self.file;
+        blocks.publish(old, file)?;
+        blocks.clear_rest(file, size)?;
+        let entries = len.div_ceil(blocks.header.block());
+        if entries > u64::from(blocks.header.entries()) {
+            blocks.grow_table(&self.file, entries)?;
+        }
+        blocks.moved = true;
+        blocks.publish(new, file)?;
+        file.flush()?;
+        file.write_at(new.as_bytes(), 0)
+    }
+}
+
+impl Blocks {
+    /// Makes the rest of the last block zero, which becomes part of the disk.
+    fn clear_rest(&mut self, file: &dyn Device, size: u64) -> Result<()> {
+        let used = size % self.header.block();
+        if used == 0 {
+            return Ok(());
+        }
+        let Some(host) = self.host_to_change(size / self.header.block())? else {
+            return Ok(());
+        };
+        let rest = ByteRange::at(host, self.header.block()).skip(used);
+        file.write_zeroes(rest, ZeroMode::KeepAllocated)
+    }
+
+    /// Gives the table so many entries, where it is or at the end.
+    fn grow_table(&mut self, file: &Arc<dyn Device>, entries: u64) -> Result<()> {
+        let old = u64::from(self.header.entries());
+        let mut header = self.header.with_table(self.header.table_offset(), entries)?;
+        let header_end = self.header_offset.saturating_add(size_of_val(&header) as u64);
+        let in_place = header_end <= header.table_offset() && header.table_end() <= self.first;
+        if !in_place {
+            header = header.with_table(self.end, entries)?;
+        }
+        let end = self.end.max(header.table_end());
+        // Behind the blocks is the old footer, which a table of less than a sector would leave.
+        if file.len() < end + SECTOR {
+            file.resize(end + SECTOR, Preallocation::Off)?;
+        }
+        let mut table = Windows::new(Arc::clone(file), header.table_offset(), entries);
+        if !in_place {
+            let mut block = 0;
+            while block < old {
+                for entry in self.table.entries(block)? {
+                    table.set(block, *entry)?;
+                    block += 1;
+                }
+            }
+        }
+        for block in old..entries {
+            table.set(block, NO_BLOCK)?;
+        }
+        table.write_back()?;
+        file.flush()?;
+        file.write_at(&header.as_bytes()[..512], self.header_offset)?;
+        (self.header, self.table, self.end) = (header, table, end);
+        file.flush()
+    }
+}

@@ -1,0 +1,348 @@
+//! Models, damage, crashes and faults, on images in memory.
+
+use std::sync::Arc;
+
+use diskimage_core::options::Options;
+use diskimage_core::{
+    Budget, ByteRange, CreateRequest, Device, Error, ErrorKind, Format, Gate, Image, MemoryDevice,
+    NodeOptions, OpenRequest, Preallocation, Reference, ResizeRequest, Result, Want, ZeroMode,
+};
+use diskimage_testing::{Fault, Faulty, Journal, Recorder};
+use proptest::prelude::*;
+
+use super::Vpc;
+use super::footer::{BLOCK as BLOCK_SIZE, Footer, Kind};
+
+struct Closed;
+
+impl Gate for Closed {
+    fn open(&self, _: &Reference<'_>) -> Result<Arc<dyn Device>> {
+        Err(Error::new(ErrorKind::Denied, "no files"))
+    }
+}
+
+fn create(options: &str, size: u64) -> Vec<u8> {
+    let file = Arc::new(MemoryDevice::default());
+    let mut parsed = Options::new(Vpc.create_options());
+    parsed.parse(options).expect("valid options");
+    Vpc.create(CreateRequest {
+        file: Arc::<MemoryDevice>::clone(&file),
+        name: "test",
+        size,
+        options: &parsed,
+        objects: &Arc::default(),
+        gate: &Closed,
+    })
+    .expect("created");
+    file.contents()
+}
+
+fn open(file: Arc<dyn Device>) -> Result<Image> {
+    let layer = Vpc.open(OpenRequest {
+        file,
+        name: "test",
+        write: true,
+        for_check: false,
+        no_data: false,
+        force_share: false,
+        children: Vec::new(),
+        options: &mut NodeOptions::new(),
+        objects: &Arc::default(),
+        gate: &Closed,
+        budget: Budget::default(),
+    })?;
+    Ok(Image::new(layer, None, "test", true))
+}
+
+fn open_bytes(bytes: &[u8]) -> Result<Image> {
+    open(Arc::new(MemoryDevice::new(bytes.to_vec())))
+}
+
+fn read_all(image: &Image) -> Vec<u8> {
+    let mut bytes = vec![0xee; usize::try_from(image.len()).expect("small")];
+    image.read_at(&mut bytes, 0).expect("readable");
+    bytes
+}
+
+const BLOCK: u64 = BLOCK_SIZE as u64;
+
+fn grow(image: &Image, len: u64) -> Result<()> {
+    image.resize_with(&ResizeRequest {
+        len,
+        preallocation: Preallocation::Off,
+    })
+}
+
+#[derive(Clone, Debug)]
+enum Op {
+    Write(u64, u64, u8),
+    Zero(u64, u64),
+    Grow(u64),
+    Reopen,
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    let place = (0..6 * BLOCK, 1..BLOCK + 5000);
+    prop_oneof![
+        4 => (place.clone(), 1..=255_u8).prop_map(|((at, len), byte)| Op::Write(at, len, byte)),
+        2 => place.prop_map(|(at, len)| Op::Zero(at, len)),
+        1 => (0..300_u64).prop_map(|sectors| Op::Grow(sectors * 3000 * 512)),
+        1 => Just(Op::Reopen),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
+
+    #[test]
+    fn an_image_behaves_like_a_vector(is_fixed: bool, ops in prop::collection::vec(op(), 1..25)) {
+        let options = if is_fixed { "subformat=fixed,force_size=on" } else { "force_size=on" };
+        let size = 4 * BLOCK + 1536;
+        let file = Arc::new(MemoryDevice::new(create(options, size)));
+        let mut image = open(Arc::<MemoryDevice>::clone(&file)).expect("opens");
+        let mut model = vec![0; usize::try_from(size).expect("small")];
+        for op in ops {
+            match op {
+                Op::Write(at, len, byte) => {
+                    let range = ByteRange::at(at.min(image.len()), len).intersect(ByteRange::new(0, image.len()));
+                    let range = index(range);
+                    model[range.clone()].fill(byte);
+                    image.write_at(&model[range.clone()], range.start as u64).expect("writes");
+                }
+                Op::Zero(at, len) => {
+                    let range = ByteRange::at(at.min(image.len()), len).intersect(ByteRange::new(0, image.len()));
+                    model[index(range)].fill(0);
+                    if !range.is_empty() {
+                        image.write_zeroes(range, ZeroMode::Unmap).expect("zeroes");
+                    }
+                }
+                Op::Grow(by) => {
+                    let len = (image.len() + by).min(40 * BLOCK);
+                    if len >= image.len() {
+                        grow(&image, len).expect("grows");
+                        model.resize(usize::try_from(len).expect("small"), 0);
+                    }
+                }
+                Op::Reopen => {
+                    image.flush().expect("flushes");
+                    image = open(Arc::<MemoryDevice>::clone(&file)).expect("opens");
+                    let mut bytes = vec![0xee; model.len().min(8 << 20)];
+                    image.read_at(&mut bytes, 0).expect("reads");
+                    prop_assert!(bytes == model[..bytes.len()]);
+                }
+            }
+        }
+        image.flush().expect("flushes");
+        let again = open(file).expect("opens");
+        prop_assert!(read_all(&again) == model);
+    }
+}
+
+fn index(range: ByteRange) -> std::ops::Range<usize> {
+    usize::try_from(range.start()).expect("small")..usize::try_from(range.end()).expect("small")
+}
+
+#[test]
+fn geometries_are_those_of_the_specification() {
+    for (size, sectors, exact) in [
+        (0, 0, false),
+        (1, 68, false),
+        (10 << 20, 20_536, false),
+        (504 << 20, 1_032_192, false),
+        (1 << 30, 2_097_648, false),
+        (16 << 30, 33_555_312, false),
+        (127 << 30, 266_338_320, false),
+        (128 << 30, 268_435_456, false),
+        (2040 << 30, 4_278_190_080, false),
+        (10 << 20, 20_480, true),
+    ] {
+        let footer = Footer::new(size, Kind::Fixed, exact).expect("small enough");
+        let len = footer.size(super::SizeBy::CurrentSize).expect("small enough");
+        assert_eq!(len, sectors * 512, "{size:#x}");
+        assert_eq!(footer.size(super::SizeBy::Creator).expect("small enough"), len);
+    }
+    assert!(Footer::new((2040 << 30) + 1, Kind::Fixed, false).is_err());
+}
+
+#[test]
+fn a_table_without_room_moves_to_the_end() {
+    let file = Arc::new(MemoryDevice::new(create("force_size=on", 3 * BLOCK)));
+    let image = open(Arc::<MemoryDevice>::clone(&file)).expect("opens");
+    image.write_at(&[1; 512], 2 * BLOCK).expect("writes");
+    image.write_at(&[2; 512], 0).expect("writes");
+    grow(&image, 1000 * BLOCK + 512).expect("grows");
+    image.write_at(&[3; 512], 1000 * BLOCK).expect("writes");
+    image.flush().expect("flushes");
+    let again = open_bytes(&file.contents()).expect("opens");
+    assert_eq!(again.len(), 1000 * BLOCK + 512);
+    for (at, byte) in [(2 * BLOCK, 1), (0, 2), (1000 * BLOCK, 3), (500 * BLOCK, 0)] {
+        let mut sector = [0; 512];
+        again.read_at(&mut sector, at).expect("reads");
+        assert_eq!(sector, [byte; 512], "at {at:#x}");
+    }
+    // Both footers are the same.
+    let bytes = file.contents();
+    assert_eq!(bytes[..512], bytes[bytes.len() - 512..]);
+}
+
+#[test]
+fn an_empty_disk_is_one_run_however_large() {
+    let image = open_bytes(&create("", 2040 << 30)).expect("opens");
+    let whole = ByteRange::new(0, image.len());
+    let extent = image.status(whole, Want::Zeroes).expect("a status");
+    assert_eq!((extent.len, extent.kind.is_zero()), (2040 << 30, true));
+    image
+        .write_zeroes(whole, ZeroMode::KeepAllocated)
+        .expect("nothing to do");
+    assert_eq!(
+        image.status(whole, Want::Zeroes).expect("a status").len,
+        2040 << 30
+    );
+}
+
+/// Puts right the sum of a footer (512 bytes, at 64) or header (1024 bytes, at 36).
+fn sum(bytes: &mut [u8], at: usize) {
+    bytes[at..at + 4].fill(0);
+    let sum: u32 = bytes.iter().map(|byte| u32::from(*byte)).sum();
+    bytes[at..at + 4].copy_from_slice(&(!sum).to_be_bytes());
+}
+
+#[test]
+fn damaged_headers_are_refused() {
+    let good = create("force_size=on", 4 * BLOCK);
+    let truncated =
+        "block-vpc: free_data_block_offset points after the end of file. The image has been truncated.";
+    for (offset, bytes, message) in [
+        (0, &[0][..], "invalid VPC image"),
+        (64, &[0], "Incorrect header checksum"),
+        (16, &[0xff], "Error reading dynamic VHD header"),
+        (22, &[4], "Invalid header magic"),
+        (
+            60,
+            &[0, 0, 0, 4],
+            "Differencing VHD images, which need the image below them, are not supported",
+        ),
+        (0x32, &[0xff, 0xff], "File too large"),
+        (512, &[0], "Invalid header magic"),
+        (512 + 0x1c, &[0, 0, 0, 3], "Page table too small"),
+        (512 + 0x1c, &[0xff; 4], "Max Table Entries too large (-1)"),
+        (512 + 0x1c, &[0x0f], truncated),
+        (512 + 0x20, &[0, 0x30, 0, 0], "Invalid block size 3145728"),
+        (512 + 0x20, &[0, 0, 1, 0], "Invalid block size 256"),
+        (512 + 0x10, &[0xff], truncated),
+        (0x600, &[0, 1, 0, 0], truncated),
+    ] {
+        let mut bad = good.clone();
+        bad[offset..offset + bytes.len()].copy_from_slice(bytes);
+        if offset < 512 && offset != 64 {
+            sum(&mut bad[..512], 64);
+        }
+        let error = open_bytes(&bad).expect_err("refused");
+        let innermost = std::iter::successors(Some(&error as &dyn std::error::Error), |error| error.source());
+        assert_eq!(
+            innermost.last().map(ToString::to_string).as_deref(),
+            Some(message)
+        );
+    }
+    assert!(open_bytes(&[]).is_err() && open_bytes(&good[..400]).is_err());
+}
+
+#[test]
+fn blocks_in_the_tables_cannot_be_written() {
+    let file = Arc::new(MemoryDevice::new(create("force_size=on", 4 * BLOCK)));
+    let image = open(Arc::<MemoryDevice>::clone(&file)).expect("opens");
+    image.write_at(&[1; 512], 0).expect("writes");
+    image.flush().expect("flushes");
+    let mut bytes = file.contents();
+    bytes[0x604..0x608].copy_from_slice(&1_u32.to_be_bytes());
+    let image = open_bytes(&bytes).expect("opens");
+    assert_eq!(
+        image.write_at(&[1; 512], BLOCK).expect_err("refused").to_string(),
+        "The block at 0x200 lies in the tables of the image"
+    );
+    image.write_at(&[1; 512], 0).expect("another block");
+}
+
+#[test]
+fn a_crash_leaves_what_was_flushed() {
+    for options in ["force_size=on", "force_size=on,subformat=fixed"] {
+        let before = {
+            let file = Arc::new(MemoryDevice::new(create(options, 2 * BLOCK)));
+            let image = open(Arc::<MemoryDevice>::clone(&file)).expect("opens");
+            image.write_at(&[1; 4096], BLOCK).expect("writes");
+            image.flush().expect("flushes");
+            file.contents()
+        };
+        let journal: Arc<Journal> = Arc::default();
+        let image = open(Arc::new(Recorder::new(before.clone(), 0, &journal))).expect("opens");
+        image.write_at(&[3; 4096], 0).expect("writes");
+        image.flush().expect("flushes");
+        let flushed = journal.len();
+        grow(&image, 3 * BLOCK).expect("grows");
+        let far = if options.ends_with("fixed") {
+            4 * BLOCK
+        } else {
+            300 * BLOCK
+        };
+        grow(&image, far).expect("grows");
+        image.write_at(&[4; 4096], far - 4096).expect("writes");
+        image.flush().expect("flushes");
+        let done = journal.len();
+        let mut sizes = std::collections::BTreeSet::new();
+        journal.crashes(&[before], 2, 0x5eed, |crash| {
+            let moment = format!("{options} at {} ({})", crash.position, crash.kept);
+            let image = open_bytes(&crash.files[0]).unwrap_or_else(|error| panic!("{moment}: {error}"));
+            let sector = |at: u64| {
+                let mut sector = [0; 512];
+                image.read_at(&mut sector, at).expect("reads");
+                assert!(sector.iter().all(|byte| *byte == sector[0]), "{moment}: {at:#x}");
+                sector[0]
+            };
+            assert_eq!(sector(BLOCK), 1, "{moment}");
+            let new = sector(0);
+            assert!(new == 3 || (new == 0 && crash.position < flushed), "{moment}");
+            if image.len() == far {
+                let last = sector(far - 512);
+                assert!(last == 4 || (last == 0 && crash.position < done), "{moment}");
+            }
+            sizes.insert(image.len() / BLOCK);
+        });
+        assert_eq!(sizes.into_iter().collect::<Vec<_>>(), [2, 3, far / BLOCK]);
+    }
+}
+
+#[test]
+fn a_failed_request_leaves_the_image_as_it_was_or_done() {
+    let before = create("force_size=on", 3 * BLOCK);
+    for after in 0.. {
+        let file = Arc::new(MemoryDevice::new(before.clone()));
+        let below: Arc<dyn Device> = Arc::<MemoryDevice>::clone(&file);
+        let faulty = Arc::new(Faulty::new(below));
+        let image = open(Arc::<Faulty>::clone(&faulty)).expect("opens");
+        image.write_at(&[1; 4096], 0).expect("writes");
+        image.flush().expect("flushes");
+        faulty.arm(Fault::once(after));
+        let outcomes = [
+            image.write_at(&[2; 4096], 2 * BLOCK),
+            grow(&image, 200 * BLOCK),
+            image.write_at(&[3; 4096], BLOCK),
+        ];
+        let failed = faulty.heal();
+        image.flush().expect("flushes");
+        let again = open_bytes(&file.contents()).expect("opens");
+        assert_eq!(again.len(), image.len(), "after {after}");
+        assert!(image.len() > 3 * BLOCK || outcomes[1].is_err(), "after {after}");
+        for (at, byte, outcome) in [(0, 1, &Ok(())), (2, 2, &outcomes[0]), (1, 3, &outcomes[2])] {
+            let mut sector = [0; 512];
+            again.read_at(&mut sector, at * BLOCK).expect("reads");
+            assert!(
+                sector == [byte; 512] || outcome.is_err(),
+                "after {after}: block {at}"
+            );
+        }
+        if failed == 0 {
+            assert!(after > 8 && outcomes.iter().all(Result::is_ok));
+            break;
+        }
+    }
+}
