@@ -17,6 +17,15 @@ impl Gate for Closed {
     }
 }
 
+/// Opens the same file, whatever it is called.
+struct OneFile<'a>(&'a [u8]);
+
+impl Gate for OneFile<'_> {
+    fn open(&self, _: &Reference<'_>) -> Result<Arc<dyn Device>> {
+        Ok(Arc::new(MemoryDevice::new(self.0.to_vec())))
+    }
+}
+
 /// Extents looked at, so that a disk of exabytes ends.
 const EXTENTS: usize = 200;
 
@@ -25,8 +34,23 @@ pub fn exercise(format: &dyn Format, bytes: &[u8]) {
     exercise_with(format, bytes, &NodeOptions::new(), &Arc::default());
 }
 
+/// Opens `bytes` as an image of `format` that refers to a file with the bytes `part`, and exercises it.
+pub fn exercise_in_parts(format: &dyn Format, bytes: &[u8], part: &[u8]) {
+    exercise_through(format, bytes, &NodeOptions::new(), &Arc::default(), &OneFile(part));
+}
+
 /// Opens `bytes` as an image of `format`, with options, and exercises it.
 pub fn exercise_with(format: &dyn Format, bytes: &[u8], options: &NodeOptions, objects: &Arc<Objects>) {
+    exercise_through(format, bytes, options, objects, &Closed);
+}
+
+fn exercise_through(
+    format: &dyn Format,
+    bytes: &[u8],
+    options: &NodeOptions,
+    objects: &Arc<Objects>,
+    gate: &dyn Gate,
+) {
     let open_for = |write: bool, for_check: bool, no_data: bool| {
         let file: Arc<dyn Device> = Arc::new(MemoryDevice::new(bytes.to_vec()));
         format.open(OpenRequest {
@@ -39,7 +63,7 @@ pub fn exercise_with(format: &dyn Format, bytes: &[u8], options: &NodeOptions, o
             children: Vec::new(),
             options: &mut options.clone(),
             objects,
-            gate: &Closed,
+            gate,
             budget: Budget::new(64 << 20),
         })
     };

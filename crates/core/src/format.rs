@@ -84,6 +84,14 @@ pub trait Format: Debug + Sync {
         None
     }
 
+    /// The files besides the one called `name` that [`Format::create`] opens through the gate: they are made before.
+    ///
+    /// # Errors
+    /// Options that do not fit together.
+    fn new_parts(&self, _name: &str, _size: u64, _options: &Options) -> Result<Vec<String>> {
+        Ok(Vec::new())
+    }
+
     /// Whether images of this format can have a backing file.
     fn has_backing(&self) -> bool {
         false
@@ -171,7 +179,7 @@ pub struct CreateRequest<'a> {
     pub options: &'a Options,
     /// What options refer to by name.
     pub objects: &'a Arc<Objects>,
-    /// Opens a data file that the options name; it exists.
+    /// Opens the files of [`Format::new_parts`], which exist, and images below.
     pub gate: &'a dyn Gate,
 }
 

@@ -24,6 +24,8 @@ use crate::{
 pub struct Image {
     layer: Arc<dyn Layer>,
     backing: Option<Arc<Image>>,
+    /// The image below is no longer the one that this one was made on.
+    misfit: bool,
     write: bool,
     limits: Limits,
     node: Node,
@@ -54,9 +56,13 @@ impl Image {
             alignment: 1,
             ..layer.file().limits().clone()
         };
+        let misfit = backing
+            .as_ref()
+            .is_some_and(|below| !layer.fits_on(&**below.layer()));
         Self {
             layer,
             backing,
+            misfit,
             write,
             limits,
             node,
@@ -112,6 +118,7 @@ impl Image {
     /// As [`Device::write_at`].
     pub fn begin_write(&self, range: ByteRange) -> Result<PendingWrite<'_>> {
         self.require_writable()?;
+        self.require_fit()?;
         let range = self.check_bounds(range.start(), range.len())?;
         self.forget_decoded();
         Ok(PendingWrite {
@@ -207,6 +214,25 @@ impl Image {
             Ok(())
         } else {
             Err(Error::new(ErrorKind::Permission, "Image is read-only"))
+        }
+    }
+
+    /// Checks the images above the one that is `depth` images down.
+    fn require_fit_down_to(&self, depth: u32) -> Result<()> {
+        let mut image = self;
+        for _ in 0..depth.max(1) {
+            image.require_fit()?;
+            let Some(below) = &image.backing else { break };
+            image = below;
+        }
+        Ok(())
+    }
+
+    fn require_fit(&self) -> Result<()> {
+        if self.misfit {
+            Err(Error::from_errno(errno::EINVAL))
+        } else {
+            Ok(())
         }
     }
 
@@ -443,7 +469,10 @@ impl Device for Image {
         let mut rest = self.check_bounds(offset, buf.len() as u64)?;
         let mut buf = buf;
         while !rest.is_empty() {
-            let (image, _, run) = self.resolve(rest)?;
+            let (image, depth, run) = self.resolve(rest)?;
+            if depth > 0 || matches!(run.kind, RunKind::Unallocated { .. }) {
+                self.require_fit_down_to(depth)?;
+            }
             let len = usize::try_from(run.len.min(rest.len())).unwrap_or(buf.len());
             let (head, tail) = buf.split_at_mut(len);
             image.read_run(&run, rest.start(), head)?;
@@ -568,7 +597,11 @@ impl Device for Image {
     }
 
     fn allocated_bytes(&self) -> Option<u64> {
-        self.layer.file().allocated_bytes()
+        let own = self.layer.file().allocated_bytes()?;
+        let parts = self.layer.parts();
+        parts.iter().try_fold(own, |sum, (_, part)| {
+            Some(sum.saturating_add(part.allocated_bytes()?))
+        })
     }
 
     fn name(&self) -> String {

@@ -205,6 +205,28 @@ pub trait Layer: Debug + Send + Sync {
     fn data_file(&self) -> Option<&Arc<dyn Device>> {
         None
     }
+
+    /// The files that make up the image besides [`Layer::file`], by their names in the block graph.
+    fn parts(&self) -> Vec<(String, Arc<dyn Device>)> {
+        Vec::new()
+    }
+
+    /// What names the present contents of the disk, where the format keeps such a number: it is another one after the
+    /// disk was changed.
+    fn content_id(&self) -> Option<u32> {
+        None
+    }
+
+    /// Whether `below` still has the contents that this image was made on. If not, what it does not have itself cannot be
+    /// read.
+    fn fits_on(&self, _below: &dyn Layer) -> bool {
+        true
+    }
+
+    /// Whether the disk can be written only as the encoded form of whole clusters.
+    fn needs_encoding(&self) -> bool {
+        false
+    }
 }
 
 /// The image below, as an image names it.
@@ -301,7 +323,7 @@ pub struct WriteRun {
 
 /// Compresses clusters.
 pub trait Encoder: Send {
-    /// Puts the encoded form of `cluster` into `out`, emptied first. `Ok(false)` if it would not be smaller.
+    /// Puts the encoded form of `cluster` into `out`, emptied first. `Ok(false)` if the cluster is better stored as it is.
     ///
     /// # Errors
     /// A failure of the codec.

@@ -275,8 +275,8 @@ impl Prepared {
         if outcome.is_err() && place.is_new && !self.format.keeps_failed_file() {
             // The failure that led here is the one to report.
             let _ = fs::remove_file(place.device.name());
-            if let Some(data_file) = self.options.text("data_file") {
-                let _ = fs::remove_file(Target::plain(data_file).path);
+            for part in self.parts(&place.device).unwrap_or_default() {
+                let _ = fs::remove_file(Target::plain(&part).path);
             }
         }
         outcome
@@ -337,10 +337,14 @@ impl Prepared {
         }
     }
 
+    /// The other files of the image.
+    fn parts(&self, file: &Arc<dyn Device>) -> Result<Vec<String>> {
+        self.format.new_parts(&file.name(), self.size, &self.options)
+    }
+
     fn fill(&self, file: &Arc<dyn Device>, creation: &FileCreation) -> Result<()> {
-        if let Some(data_file) = self.options.text("data_file") {
-            // Relative to the current directory, as it is opened.
-            File::create(&Target::plain(data_file), creation, self.cache)?;
+        for part in self.parts(file)? {
+            File::create(&Target::plain(&part), creation, self.cache)?;
         }
         let permissions = Permissions {
             resize: true,

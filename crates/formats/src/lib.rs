@@ -19,6 +19,7 @@ mod testing;
 mod tree;
 mod used;
 mod vdi;
+mod vmdk;
 mod vpc;
 mod window;
 mod windows;
@@ -33,6 +34,7 @@ pub use qcow2::Qcow2Format;
 pub use qed::QedFormat;
 pub use raw::{Raw, bare_layer, window_layer};
 pub use vdi::Vdi;
+pub use vmdk::Vmdk;
 pub use vpc::Vpc;
 
 /// Every format, in the order in which they are tried and listed.
@@ -46,6 +48,7 @@ pub static FORMATS: &[&dyn Format] = &[
     &Cloop,
     &Dmg,
     &Vpc,
+    &Vmdk,
 ];
 
 /// The format of this name.

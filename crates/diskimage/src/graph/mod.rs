@@ -265,6 +265,7 @@ impl<'a> Opener<'a> {
         if let Some(name) = node.left_over() {
             return Err(unknown_option(format.name(), name));
         }
+        given.extend(layer.parts());
         let (backing, no_backing) = backing.split();
         Ok(Link {
             identity: layer.file().identity(),

@@ -55,15 +55,65 @@ pub(crate) fn decode_zlib(bytes: &[u8], block: &mut [u8]) -> Result<()> {
     })
 }
 
+/// Fills `cluster` from the start of a zlib stream, which may end before or go on behind it: how many bytes there were.
+pub(crate) fn decode_stream(bytes: &[u8], cluster: &mut [u8]) -> Result<usize> {
+    INFLATE.with_borrow_mut(|inflate| {
+        inflate.reset(true);
+        match inflate.decompress(bytes, cluster, InflateFlush::Finish) {
+            Ok(_) => usize::try_from(inflate.total_out()).map_err(|_| damaged()),
+            Err(_) => Err(damaged()),
+        }
+    })
+}
+
 /// `block` as a zlib stream.
 #[cfg(test)]
 pub(crate) fn encode_zlib(block: &[u8]) -> Vec<u8> {
-    let mut bytes = vec![0; block.len() * 2 + 1024];
-    let mut deflate = Deflate::new(6, true, 15);
-    let status = deflate.compress(block, &mut bytes, DeflateFlush::Finish);
-    assert_eq!(status, Ok(Status::StreamEnd));
-    bytes.truncate(usize::try_from(deflate.total_out()).expect("small"));
+    let mut bytes = Vec::new();
+    StreamEncoder::new().encode(block, &mut bytes).expect("encodes");
     bytes
+}
+
+/// Encodes clusters as streams in the format of zlib, with the full window; also those that get longer.
+pub(crate) struct StreamEncoder {
+    deflate: Deflate,
+}
+
+impl StreamEncoder {
+    pub(crate) fn new() -> Self {
+        Self {
+            deflate: Deflate::new_with_config(DeflateConfig {
+                level: STREAM_LEVEL,
+                ..DeflateConfig::default()
+            }),
+        }
+    }
+}
+
+/// The default of zlib, which the original uses.
+const STREAM_LEVEL: i32 = 6;
+
+impl Encoder for StreamEncoder {
+    fn encode(&mut self, cluster: &[u8], out: &mut Vec<u8>) -> Result<bool> {
+        encode_whole(&mut self.deflate, cluster, out).inspect_err(|_| *self = Self::new())?;
+        Ok(true)
+    }
+}
+
+/// Encodes all of `cluster`.
+fn encode_whole(deflate: &mut Deflate, cluster: &[u8], out: &mut Vec<u8>) -> Result<()> {
+    out.clear();
+    // Room for every stream, also one that is longer than the cluster. What does not fit stays in the context:
+    // zlib-rs 0.6.8 does not take it out on reset, and panics once its buffer is full.
+    out.resize(cluster.len() + cluster.len() / 4 + 1024, 0);
+    deflate.reset();
+    let status = deflate.compress(cluster, out, DeflateFlush::Finish);
+    out.truncate(usize::try_from(deflate.total_out()).unwrap_or(usize::MAX));
+    match status {
+        Ok(Status::StreamEnd) => Ok(()),
+        Ok(_) => Err(Error::invalid("Cannot compress: the stream has no end")),
+        Err(error) => Err(Error::invalid(format!("Cannot compress: {}", error.as_str()))),
+    }
 }
 
 /// An encoder of clusters.
@@ -77,22 +127,9 @@ struct ClusterDeflate;
 
 impl Encoder for ClusterDeflate {
     fn encode(&mut self, cluster: &[u8], out: &mut Vec<u8>) -> Result<bool> {
-        out.clear();
-        // Room for every stream, also one that is longer than the cluster. What does not fit stays in the context:
-        // zlib-rs 0.6.8 does not take it out on reset, and panics once its buffer is full.
-        out.resize(cluster.len() + cluster.len() / 4 + 1024, 0);
         DEFLATE.with_borrow_mut(|deflate| {
-            deflate.reset();
-            let status = deflate.compress(cluster, out, DeflateFlush::Finish);
-            out.truncate(usize::try_from(deflate.total_out()).unwrap_or(usize::MAX));
-            match status {
-                Ok(Status::StreamEnd) => Ok(out.len() < cluster.len()),
-                failure => {
-                    *deflate = new_context();
-                    let why = failure.map_or_else(|error| error.as_str(), |_| "the stream has no end");
-                    Err(Error::invalid(format!("Cannot compress: {why}")))
-                }
-            }
+            encode_whole(deflate, cluster, out).inspect_err(|_| *deflate = new_context())?;
+            Ok(out.len() < cluster.len())
         })
     }
 }

@@ -102,6 +102,11 @@ impl Format for Qcow2Format {
         Some(amend::AMEND)
     }
 
+    fn new_parts(&self, _name: &str, _size: u64, options: &Options) -> Result<Vec<String>> {
+        // Relative to the current directory, as it is opened.
+        Ok(options.text("data_file").map(str::to_owned).into_iter().collect())
+    }
+
     fn has_backing(&self) -> bool {
         true
     }

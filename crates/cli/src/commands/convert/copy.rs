@@ -284,7 +284,7 @@ fn copy(
     };
     let mut conversion = Conversion::new(sources, image);
     conversion.sparse = args.sparse_size.unwrap_or(DEFAULT_SPARSE);
-    conversion.compress = args.compress;
+    conversion.compress = args.compress || image.layer().needs_encoding();
     conversion.out_of_order = args.out_of_order;
     conversion.parallel = args
         .parallel

@@ -1,0 +1,369 @@
+//! New images.
+//!
+//! ```text
+//!   sector 0 header   1 descriptor   21 redundant directory, its tables   directory, its tables   first grain
+//! ```
+//!
+//! All grain tables are there from the beginning, empty.
+
+use std::sync::Arc;
+
+use diskimage_core::options::{OptionDef, OptionKind, Options};
+use diskimage_core::{CreateRequest, Device, Error, Permissions, Preallocation, Result, Role, errno};
+use zerocopy::IntoBytes;
+use zerocopy::byteorder::little_endian::{U16, U32, U64};
+
+use super::descriptor::{Descriptor, NO_PARENT, NewDescriptor};
+use super::extent::{beside, open_file};
+use super::header::{DEFLATE, HOSTED_MAGIC, Hosted, HostedHeader, LINE_ENDS, SECTOR, flag};
+use super::{ByteRange, header, new_cid, read_descriptor};
+
+/// The options of `create`, in the order in which the original prints their values.
+pub(super) const OPTIONS: &[OptionDef] = &[
+    OptionDef::new("size", OptionKind::Size, "Virtual disk size"),
+    OptionDef::new(
+        "adapter_type",
+        OptionKind::Text,
+        "Virtual adapter type, can be one of ide (default), lsilogic, buslogic or legacyESX",
+    ),
+    OptionDef::new("backing_file", OptionKind::Text, "File name of a base image"),
+    OptionDef::new("backing_fmt", OptionKind::Text, "Must be 'vmdk' if present"),
+    OptionDef::new("compat6", OptionKind::Flag, "VMDK version 6 image").or("off"),
+    OptionDef::new("hwversion", OptionKind::Text, "VMDK hardware version").or("undefined"),
+    OptionDef::new("toolsversion", OptionKind::Text, "VMware guest tools version"),
+    OptionDef::new(
+        "subformat",
+        OptionKind::Text,
+        "VMDK flat extent format, can be one of {monolithicSparse (default) | monolithicFlat | \
+         twoGbMaxExtentSparse | twoGbMaxExtentFlat | streamOptimized} ",
+    ),
+    OptionDef::new(
+        "zeroed_grain",
+        OptionKind::Flag,
+        "Enable efficient zero writes using the zeroed-grain GTE feature",
+    ),
+];
+
+/// The kinds of images that are made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Subformat {
+    MonolithicSparse,
+    MonolithicFlat,
+    TwoGbMaxExtentSparse,
+    TwoGbMaxExtentFlat,
+    StreamOptimized,
+}
+
+impl Subformat {
+    fn of(options: &Options) -> Result<Self> {
+        let name = options.text("subformat").unwrap_or("monolithicSparse");
+        [
+            Self::MonolithicSparse,
+            Self::MonolithicFlat,
+            Self::TwoGbMaxExtentSparse,
+            Self::TwoGbMaxExtentFlat,
+            Self::StreamOptimized,
+        ]
+        .into_iter()
+        .find(|subformat| subformat.name() == name)
+        .ok_or_else(|| invalid_value(name))
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::MonolithicSparse => "monolithicSparse",
+            Self::MonolithicFlat => "monolithicFlat",
+            Self::TwoGbMaxExtentSparse => "twoGbMaxExtentSparse",
+            Self::TwoGbMaxExtentFlat => "twoGbMaxExtentFlat",
+            Self::StreamOptimized => "streamOptimized",
+        }
+    }
+
+    fn is_flat(self) -> bool {
+        matches!(self, Self::MonolithicFlat | Self::TwoGbMaxExtentFlat)
+    }
+
+    /// What the names of extents have behind that of the image; `None` if all is in one file.
+    fn extent_suffix(self, number: u64) -> Option<String> {
+        match self {
+            Self::MonolithicSparse | Self::StreamOptimized => None,
+            Self::MonolithicFlat => Some("-flat".to_owned()),
+            Self::TwoGbMaxExtentFlat => Some(format!("-f{number:03}")),
+            Self::TwoGbMaxExtentSparse => Some(format!("-s{number:03}")),
+        }
+    }
+
+    /// The most sectors that an extent has.
+    fn extent_sectors(self) -> u64 {
+        match self {
+            Self::TwoGbMaxExtentFlat | Self::TwoGbMaxExtentSparse => (2 << 30) / SECTOR,
+            _ => u64::MAX,
+        }
+    }
+}
+
+/// What was asked for, checked.
+struct Wanted<'a> {
+    subformat: Subformat,
+    backing: Option<&'a str>,
+    zeroed_grain: bool,
+    adapter_type: &'a str,
+    hardware_version: &'a str,
+    tools_version: &'a str,
+}
+
+impl<'a> Wanted<'a> {
+    fn parse(options: &'a Options) -> Result<Self> {
+        let adapter_type = options.text("adapter_type").unwrap_or(ADAPTERS[0]);
+        let subformat = Subformat::of(options)?;
+        if !ADAPTERS.contains(&adapter_type) {
+            return Err(invalid_value(adapter_type));
+        }
+        let compat6 = options.flag("compat6") == Some(true);
+        let hardware_version = match options.text("hwversion") {
+            None | Some("undefined") if compat6 => "6",
+            None | Some("undefined") => "4",
+            Some(_) if compat6 => {
+                return Err(Error::invalid("compat6 cannot be enabled with hwversion set"));
+            }
+            Some(version) => version,
+        };
+        let backing = options.text("backing_file");
+        if options.text("backing_fmt").is_some_and(|format| format != "vmdk") {
+            return Err(Error::invalid("backing_file must be a vmdk image"));
+        }
+        if subformat.is_flat() && backing.is_some() {
+            return Err(Error::unsupported("Flat image can't have backing file"));
+        }
+        let zeroed_grain = options.flag("zeroed_grain") == Some(true);
+        if subformat.is_flat() && zeroed_grain {
+            return Err(Error::unsupported("Flat image can't enable zeroed grain"));
+        }
+        Ok(Self {
+            subformat,
+            backing,
+            zeroed_grain,
+            adapter_type,
+            hardware_version,
+            tools_version: options.text("toolsversion").unwrap_or("2147483647"),
+        })
+    }
+}
+
+fn invalid_value(value: &str) -> Error {
+    Error::invalid(format!("invalid parameter value: {value}"))
+}
+
+/// The adapters that a guest may be given, the default first.
+const ADAPTERS: &[&str] = &["ide", "buslogic", "lsilogic", "legacyESX"];
+
+/// The paths of the extents that an image called `name` has besides its own file.
+pub(super) fn parts(name: &str, size: u64, options: &Options) -> Result<Vec<String>> {
+    let wanted = Wanted::parse(options)?;
+    extents(wanted.subformat, name, size)?
+        .into_iter()
+        .filter_map(|extent| extent.name)
+        .map(|part| beside(name, &part))
+        .collect()
+}
+
+/// An extent of a new image.
+struct NewExtent {
+    sectors: u64,
+    /// The file's name without directory; `None` for the image's own file.
+    name: Option<String>,
+}
+
+fn extents(subformat: Subformat, name: &str, size: u64) -> Result<Vec<NewExtent>> {
+    let own = name.rsplit('/').next().unwrap_or(name);
+    let (stem, ending) = own.rfind('.').map_or((own, ""), |dot| own.split_at(dot));
+    let mut left = size.div_ceil(SECTOR);
+    let mut extents = Vec::new();
+    // A disk of no bytes has no extents beside it.
+    while left > 0 || (extents.is_empty() && subformat.extent_suffix(1).is_none()) {
+        let sectors = left.min(subformat.extent_sectors());
+        let number = extents.len() as u64 + 1;
+        if number > MAX_EXTENTS {
+            return Err(Error::from_errno(errno::EFBIG));
+        }
+        extents.push(NewExtent {
+            sectors,
+            name: subformat
+                .extent_suffix(number)
+                .map(|suffix| format!("{stem}{suffix}{ending}")),
+        });
+        left -= sectors;
+    }
+    Ok(extents)
+}
+
+/// As many as are opened.
+const MAX_EXTENTS: u64 = 4096;
+
+/// Writes a new image.
+pub(super) fn create(request: &CreateRequest<'_>) -> Result<()> {
+    let wanted = Wanted::parse(request.options)?;
+    let parent_cid = match wanted.backing {
+        None => NO_PARENT,
+        Some(name) => cid_of(request, name)?,
+    };
+    let own = request.name.rsplit('/').next().unwrap_or(request.name);
+    let extents = extents(wanted.subformat, request.name, request.size)?;
+    let mut lines = Vec::new();
+    for extent in &extents {
+        let separate = match &extent.name {
+            None => None,
+            Some(part) => Some(open_part(request, part)?),
+        };
+        let device = separate.as_ref().unwrap_or(&request.file);
+        let (kind, offset) = if wanted.subformat.is_flat() {
+            device.resize(extent.sectors * SECTOR, preallocation(request.options)?)?;
+            ("FLAT", " 0")
+        } else {
+            write_sparse(&**device, extent.sectors, &wanted)?;
+            ("SPARSE", "")
+        };
+        if let Some(device) = separate {
+            device.flush()?;
+        }
+        let name = extent.name.as_deref().unwrap_or(own);
+        lines.push(format!("RW {} {kind} \"{name}\"{offset}", extent.sectors));
+    }
+    let descriptor = NewDescriptor {
+        cid: new_cid()?,
+        parent_cid,
+        create_type: wanted.subformat.name(),
+        parent: wanted.backing,
+        extents: &lines,
+        hardware_version: wanted.hardware_version,
+        adapter_type: wanted.adapter_type,
+        tools_version: wanted.tools_version,
+        sectors: request.size.div_ceil(SECTOR),
+    };
+    let text = descriptor.text();
+    let embedded = wanted.subformat.extent_suffix(1).is_none();
+    let offset = if embedded { DESCRIPTOR_SECTOR * SECTOR } else { 0 };
+    if embedded && text.len() as u64 > DESCRIPTOR_SECTORS * SECTOR {
+        return Err(Error::from_errno(errno::ENOSPC));
+    }
+    request.file.write_at(text.as_bytes(), offset)?;
+    request.file.flush()
+}
+
+fn open_part(request: &CreateRequest<'_>, name: &str) -> Result<Arc<dyn Device>> {
+    let path = beside(request.name, name)?;
+    open_file(request.gate, &path, request.name, Role::Data, Permissions::WRITE)
+}
+
+fn preallocation(options: &Options) -> Result<Preallocation> {
+    match options.text("preallocation").map(Preallocation::from_name) {
+        None => Ok(Preallocation::Off),
+        Some(Some(Preallocation::Metadata)) => {
+            Err(Error::unsupported("Unsupported preallocation mode: metadata"))
+        }
+        // As in the original, extents are never preallocated.
+        Some(_) => Ok(Preallocation::Off),
+    }
+}
+
+/// The CID of the image that the new one is based on.
+fn cid_of(request: &CreateRequest<'_>, name: &str) -> Result<u32> {
+    let path = beside(request.name, name)?;
+    let file = open_file(
+        request.gate,
+        &path,
+        request.name,
+        Role::Backing,
+        Permissions::FORCE_SHARE,
+    )?;
+    let mut magic = [0; 4];
+    file.read_padded(&mut magic, 0)?;
+    let (offset, len) = if magic == header::HOSTED_MAGIC {
+        Hosted::read(&*file)?.descriptor.unwrap_or_default()
+    } else {
+        (0, file.len())
+    };
+    let descriptor = Descriptor::parse(&read_descriptor(&file, ByteRange::at(offset, len))?);
+    Ok(descriptor
+        .map_err(|_| Error::invalid("backing_file must be a vmdk image"))?
+        .cid)
+}
+
+/// Where the descriptor is in a sparse extent, and how much room it has.
+const DESCRIPTOR_SECTOR: u64 = 1;
+const DESCRIPTOR_SECTORS: u64 = 20;
+
+/// Sectors of a grain.
+const GRAIN: u64 = 128;
+/// Entries of a grain table.
+const GTES: u64 = 512;
+/// Sectors of a grain table.
+const TABLE: u64 = GTES * 4 / SECTOR;
+
+/// Header and empty tables of a sparse extent.
+fn write_sparse(device: &dyn Device, sectors: u64, wanted: &Wanted<'_>) -> Result<()> {
+    let tables = sectors.div_ceil(GRAIN * GTES);
+    let directory = (tables * 4).div_ceil(SECTOR);
+    let redundant_at = DESCRIPTOR_SECTOR + DESCRIPTOR_SECTORS;
+    let directory_at = redundant_at + directory + tables * TABLE;
+    let over_head = (directory_at + directory + tables * TABLE).next_multiple_of(GRAIN);
+    if u32::try_from(over_head).is_err() {
+        return Err(Error::from_errno(errno::EFBIG));
+    }
+    let compressed = wanted.subformat == Subformat::StreamOptimized;
+    let mut flags = flag::LINE_ENDS | flag::REDUNDANT;
+    if wanted.zeroed_grain {
+        flags |= flag::ZEROED_GRAIN;
+    }
+    if compressed {
+        flags |= flag::COMPRESSED | flag::MARKERS;
+    }
+    let version = match (compressed, wanted.zeroed_grain) {
+        (true, _) => 3,
+        (false, true) => 2,
+        (false, false) => 1,
+    };
+    let header = HostedHeader {
+        magic: HOSTED_MAGIC,
+        version: U32::new(version),
+        flags: U32::new(flags),
+        capacity: U64::new(sectors),
+        grain_size: U64::new(GRAIN),
+        descriptor_offset: U64::new(DESCRIPTOR_SECTOR),
+        descriptor_size: U64::new(DESCRIPTOR_SECTORS),
+        num_gtes_per_gt: U32::new(512),
+        rgd_offset: U64::new(redundant_at),
+        gd_offset: U64::new(directory_at),
+        over_head: U64::new(over_head),
+        unclean_shutdown: 0,
+        line_ends: LINE_ENDS,
+        compress_algorithm: U16::new(if compressed { DEFLATE } else { 0 }),
+        pad: [0; 433],
+    };
+    device.write_at(header.as_bytes(), 0)?;
+    device.resize(over_head * SECTOR, Preallocation::Off)?;
+    for at in [redundant_at, directory_at] {
+        write_directory(device, at, tables, at + directory)?;
+    }
+    Ok(())
+}
+
+/// A directory of `tables` tables that follow one another from sector `first` on. It is written in pieces.
+fn write_directory(device: &dyn Device, at: u64, tables: u64, first: u64) -> Result<()> {
+    let mut done = 0;
+    while done < tables {
+        let count = (tables - done).min(PIECE);
+        let mut bytes = Vec::new();
+        for nth in done..done + count {
+            // The end of all tables fits.
+            let sector = u32::try_from(first + nth * TABLE).map_err(|_| Error::from_errno(errno::EFBIG))?;
+            bytes.extend_from_slice(&sector.to_le_bytes());
+        }
+        device.write_at(&bytes, at * SECTOR + done * 4)?;
+        done += count;
+    }
+    Ok(())
+}
+
+/// Entries of a directory that are written at once.
+const PIECE: u64 = 16384;

@@ -1,0 +1,338 @@
+//! The descriptor: the text that says what the disk is made of.
+//!
+//! ```text
+//!   # Disk DescriptorFile
+//!   version=1
+//!   CID=4c46164f                          changes whenever the disk has been written
+//!   parentCID=ffffffff                    the CID of the image below when this one was made
+//!   createType="monolithicFlat"
+//!   parentFileNameHint="base.vmdk"
+//!
+//!   # Extent description
+//!   RW 10485760 FLAT "disk-flat.vmdk" 0   access, sectors, kind, file, sector there
+//!
+//!   # The Disk Data Base
+//!   ddb.adapterType = "ide"
+//! ```
+
+use diskimage_core::{Error, Result, errno};
+
+/// What a descriptor says, as far as it matters here.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Descriptor {
+    pub(super) cid: u32,
+    pub(super) parent_cid: u32,
+    /// `None` where the descriptor inside an extent does not say.
+    pub(super) create_type: Option<String>,
+    /// The image below.
+    pub(super) parent: Option<String>,
+    pub(super) extents: Vec<ExtentLine>,
+}
+
+/// A line of the extent description.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct ExtentLine {
+    pub(super) sectors: u64,
+    pub(super) kind: ExtentKind,
+    pub(super) name: String,
+    /// The sector of the file that the extent starts at; only flat ones have one.
+    pub(super) offset: u64,
+}
+
+/// How an extent's file is arranged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum ExtentKind {
+    /// The bytes as they are.
+    Flat,
+    /// The same, on a file system of ESX.
+    Vmfs,
+    /// A hosted sparse extent.
+    Sparse,
+    /// A sparse extent of ESX before 6.5.
+    VmfsSparse,
+    /// A sparse extent of ESX 6.5 and later.
+    SeSparse,
+}
+
+impl ExtentKind {
+    /// The word in the extent's line.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Flat => "FLAT",
+            Self::Vmfs => "VMFS",
+            Self::Sparse => "SPARSE",
+            Self::VmfsSparse => "VMFSSPARSE",
+            Self::SeSparse => "SESPARSE",
+        }
+    }
+
+    fn of(word: &str) -> Option<Self> {
+        [
+            Self::Flat,
+            Self::Vmfs,
+            Self::Sparse,
+            Self::VmfsSparse,
+            Self::SeSparse,
+        ]
+        .into_iter()
+        .find(|kind| kind.name() == word)
+    }
+}
+
+/// A CID that says that there is no image below.
+pub(super) const NO_PARENT: u32 = u32::MAX;
+
+/// The longest descriptor that is read: some thousand extents.
+pub(super) const MAX_LEN: u64 = 1 << 20;
+
+/// More extents than a descriptor of 2 TiB in pieces of 2 GiB has; each keeps a file open.
+const MAX_EXTENTS: usize = 4096;
+
+impl Descriptor {
+    /// Reads a descriptor. What follows a byte of zero is padding.
+    ///
+    /// # Errors
+    /// Extent lines that make no sense, and a descriptor without a CID.
+    pub(super) fn parse(bytes: &[u8]) -> Result<Self> {
+        let text = text_of(bytes);
+        let cid = |name| value_of(&text, name).and_then(|word| u32::from_str_radix(word, 16).ok());
+        let missing = || Error::from_errno(errno::EINVAL);
+        let mut extents = Vec::new();
+        for line in text.lines() {
+            extents.extend(ExtentLine::parse(line)?);
+            if extents.len() > MAX_EXTENTS {
+                return Err(Error::corrupt(format!("More than {MAX_EXTENTS} extents")));
+            }
+        }
+        Ok(Self {
+            cid: cid("CID").ok_or_else(missing)?,
+            parent_cid: cid("parentCID").ok_or_else(missing)?,
+            create_type: value_of(&text, "createType").map(str::to_owned),
+            parent: value_of(&text, "parentFileNameHint")
+                .filter(|name| !name.is_empty())
+                .map(str::to_owned),
+            extents,
+        })
+    }
+
+    /// What kind of image a descriptor is of, whatever else it says.
+    pub(super) fn create_type(bytes: &[u8]) -> Option<String> {
+        value_of(&text_of(bytes), "createType").map(str::to_owned)
+    }
+
+    /// The descriptor in `bytes` with another CID.
+    pub(super) fn with_cid(bytes: &[u8], cid: u32) -> String {
+        let text = text_of(bytes);
+        let mut out = String::with_capacity(text.len());
+        for line in text.split_inclusive('\n') {
+            if key_and_value(line).is_some_and(|(key, _)| key == "CID") {
+                let end = &line[line.trim_end().len()..];
+                out.push_str(&format!("CID={cid:08x}{end}"));
+            } else {
+                out.push_str(line);
+            }
+        }
+        out
+    }
+}
+
+impl ExtentLine {
+    /// Reads a line: nothing if it is not one of an extent that can be read and written, as far as the original is
+    /// concerned.
+    fn parse(line: &str) -> Result<Option<Self>> {
+        let invalid = || Error::corrupt(format!("Invalid extent line: {}", line.trim_end_matches('\r')));
+        let mut rest = line.trim_start();
+        let mut word = || {
+            let end = rest.find(char::is_whitespace).unwrap_or(rest.len());
+            let (word, after) = rest.split_at(end);
+            rest = after.trim_start();
+            word
+        };
+        if word() != "RW" {
+            return Ok(None);
+        }
+        let (sectors, kind) = (word(), word());
+        // A size that is none is no line of an extent either.
+        let Some(sectors) = sectors.parse::<u64>().ok().filter(|sectors| *sectors > 0) else {
+            return Ok(None);
+        };
+        let Some((name, after)) = rest.strip_prefix('"').and_then(|rest| rest.split_once('"')) else {
+            return Ok(None);
+        };
+        let kind = ExtentKind::of(kind).ok_or_else(invalid)?;
+        let offset = after.split_whitespace().next().map(str::parse::<u64>);
+        let offset = match (kind, offset) {
+            (ExtentKind::Flat | ExtentKind::Vmfs, Some(offset)) => offset.map_err(|_| invalid())?,
+            (ExtentKind::Flat, None) => return Err(invalid()),
+            (_, None) => 0,
+            (_, Some(_)) => return Err(invalid()),
+        };
+        Ok(Some(Self {
+            sectors,
+            kind,
+            name: name.to_owned(),
+            offset,
+        }))
+    }
+}
+
+/// The text in `bytes`, up to its padding.
+fn text_of(bytes: &[u8]) -> String {
+    let end = bytes.iter().position(|byte| *byte == 0).unwrap_or(bytes.len());
+    String::from_utf8_lossy(&bytes[..end]).into_owned()
+}
+
+/// The value of the first line that gives `key` one.
+fn value_of<'a>(text: &'a str, key: &str) -> Option<&'a str> {
+    text.lines()
+        .filter_map(key_and_value)
+        .find_map(|(found, value)| (found == key).then_some(value))
+}
+
+/// The parts of a line `key=value`, without quotes.
+fn key_and_value(line: &str) -> Option<(&str, &str)> {
+    let (key, value) = line.split_once('=')?;
+    let value = value.trim();
+    let value = value
+        .strip_prefix('"')
+        .map_or(value, |rest| rest.split('"').next().unwrap_or(rest));
+    Some((key.trim(), value))
+}
+
+/// Whether a file starts like a descriptor: comments and empty lines, and then the version.
+pub(super) fn is_descriptor(head: &[u8]) -> bool {
+    for line in head.split_inclusive(|byte| *byte == b'\n') {
+        let Some(line) = line.strip_suffix(b"\n") else {
+            return false;
+        };
+        let line = line.strip_suffix(b"\r").unwrap_or(line);
+        if line.starts_with(b"#") || line.iter().all(|byte| *byte == b' ') {
+            continue;
+        }
+        return [&b"version=1"[..], b"version=2", b"version=3"].contains(&line);
+    }
+    false
+}
+
+/// What a new descriptor says.
+#[derive(Debug)]
+pub(super) struct NewDescriptor<'a> {
+    pub(super) cid: u32,
+    pub(super) parent_cid: u32,
+    pub(super) create_type: &'a str,
+    pub(super) parent: Option<&'a str>,
+    /// The lines of the extents.
+    pub(super) extents: &'a [String],
+    pub(super) hardware_version: &'a str,
+    pub(super) adapter_type: &'a str,
+    pub(super) tools_version: &'a str,
+    /// The disk's size in sectors.
+    pub(super) sectors: u64,
+}
+
+impl NewDescriptor<'_> {
+    /// The text.
+    pub(super) fn text(&self) -> String {
+        let parent = self
+            .parent
+            .map(|name| format!("parentFileNameHint=\"{name}\"\n"))
+            .unwrap_or_default();
+        let heads = if self.adapter_type == "ide" { 16 } else { 255 };
+        let extents: String = self.extents.iter().map(|line| format!("{line}\n")).collect();
+        let cylinders = self.sectors / (heads * SECTORS_PER_TRACK);
+        format!(
+            "# Disk DescriptorFile\nversion=1\nCID={:08x}\nparentCID={:08x}\ncreateType=\"{}\"\n{parent}\n\
+             # Extent description\n{extents}\n\
+             # The Disk Data Base\n#DDB\n\n\
+             ddb.virtualHWVersion = \"{}\"\n\
+             ddb.geometry.cylinders = \"{cylinders}\"\n\
+             ddb.geometry.heads = \"{heads}\"\n\
+             ddb.geometry.sectors = \"{SECTORS_PER_TRACK}\"\n\
+             ddb.adapterType = \"{}\"\n\
+             ddb.toolsVersion = \"{}\"\n",
+            self.cid,
+            self.parent_cid,
+            self.create_type,
+            self.hardware_version,
+            self.adapter_type,
+            self.tools_version,
+        )
+    }
+}
+
+/// Of the geometry that a guest's firmware is told.
+const SECTORS_PER_TRACK: u64 = 63;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TEXT: &str = "# Disk DescriptorFile\nversion=1\nCID=1234abcd\nparentCID=ffffffff\n\
+                        createType=\"twoGbMaxExtentSparse\"\n\n# Extent description\n\
+                        RW 4194304 SPARSE \"a b-s001.vmdk\"\r\nRW 100 FLAT \"x\" 7\nRDONLY 5 ZERO\n\
+                        RW 8 VMFS \"y\"\n\nddb.adapterType = \"ide\"\n\0\0RW 1 FLAT \"no\" 0\n";
+
+    #[test]
+    fn what_it_says_is_read() {
+        let descriptor = Descriptor::parse(TEXT.as_bytes()).expect("is one");
+        assert_eq!((descriptor.cid, descriptor.parent_cid), (0x1234_abcd, NO_PARENT));
+        assert_eq!(descriptor.create_type.as_deref(), Some("twoGbMaxExtentSparse"));
+        let lines: Vec<_> = descriptor
+            .extents
+            .iter()
+            .map(|line| (line.sectors, line.kind, line.name.as_str(), line.offset))
+            .collect();
+        assert_eq!(
+            lines,
+            [
+                (4_194_304, ExtentKind::Sparse, "a b-s001.vmdk", 0),
+                (100, ExtentKind::Flat, "x", 7),
+                (8, ExtentKind::Vmfs, "y", 0),
+            ]
+        );
+    }
+
+    #[test]
+    fn only_the_cid_changes() {
+        let changed = Descriptor::with_cid(TEXT.as_bytes(), 5);
+        assert_eq!(
+            changed,
+            TEXT.split('\0')
+                .next()
+                .expect("text")
+                .replace("1234abcd", "00000005")
+        );
+    }
+
+    #[test]
+    fn lines_that_make_no_sense_are_told() {
+        for line in [
+            "RW 5 FLAT \"x\"",
+            "RW 5 FLAT \"x\" -1",
+            "RW 5 FOO \"x\" 0",
+            "RW 5 SPARSE \"x\" 0",
+        ] {
+            let text = format!("CID=1\nparentCID=2\n{line}\n");
+            let error = Descriptor::parse(text.as_bytes()).expect_err("makes no sense");
+            assert_eq!(error.chain(), format!("Invalid extent line: {line}"));
+        }
+        assert!(Descriptor::parse(b"createType=\"vmfs\"\n").is_err(), "no CID");
+    }
+
+    #[test]
+    fn a_descriptor_is_known_by_its_version() {
+        for (text, expected) in [
+            ("# Disk DescriptorFile\nversion=1\n", true),
+            ("#\r\n   \r\nversion=3\r\n", true),
+            ("version=2\n", true),
+            ("version=1", false),
+            ("# a\nversion=4\n", false),
+            ("# a\n version=1\n", false),
+            ("\tversion=1\n", false),
+            ("foo\nversion=1\n", false),
+            ("", false),
+        ] {
+            assert_eq!(is_descriptor(text.as_bytes()), expected, "{text:?}");
+        }
+    }
+}

@@ -1,0 +1,174 @@
+//! The extents of a disk: which files they are in, and how those are arranged.
+
+use std::sync::Arc;
+
+use diskimage_core::{
+    Device, Error, Gate, NodeOptions, OpenRequest, Permissions, Reference, Result, Role, errno,
+};
+
+use super::descriptor::{Descriptor, ExtentKind, ExtentLine};
+use super::header::{self, Geometry, Hosted, SECTOR};
+
+/// A part of the disk.
+#[derive(Debug)]
+pub(super) struct Extent {
+    /// Where it starts on the disk.
+    pub(super) start: u64,
+    pub(super) len: u64,
+    pub(super) device: Arc<dyn Device>,
+    /// Its file's name, for whoever asks.
+    pub(super) name: String,
+    /// What the descriptor calls it; `None` if the descriptor is inside the extent.
+    pub(super) kind: Option<ExtentKind>,
+    pub(super) place: Place,
+}
+
+/// How an extent's bytes are arranged in its file.
+#[derive(Debug)]
+pub(super) enum Place {
+    /// As they are, from this offset on.
+    Flat { offset: u64 },
+    /// By grains.
+    Sparse(Geometry),
+}
+
+impl Extent {
+    pub(super) fn end(&self) -> u64 {
+        self.start.saturating_add(self.len)
+    }
+
+    pub(super) fn geometry(&self) -> Option<&Geometry> {
+        match &self.place {
+            Place::Flat { .. } => None,
+            Place::Sparse(geometry) => Some(geometry),
+        }
+    }
+
+    /// Bytes from the extent's start up to the disk's offset `guest`.
+    pub(super) fn within(&self, guest: u64) -> u64 {
+        guest.saturating_sub(self.start)
+    }
+}
+
+/// The image's own file as the only extent.
+pub(super) fn embedded(file: &Arc<dyn Device>, name: &str, hosted: &Hosted) -> Extent {
+    Extent {
+        start: 0,
+        len: hosted.geometry.capacity,
+        device: Arc::clone(file),
+        name: name.to_owned(),
+        kind: None,
+        place: Place::Sparse(hosted.geometry),
+    }
+}
+
+/// Opens the extents that a descriptor names.
+pub(super) fn open_all(descriptor: &Descriptor, request: &OpenRequest<'_>) -> Result<Vec<Extent>> {
+    let mut extents = Vec::new();
+    let mut start: u64 = 0;
+    for line in &descriptor.extents {
+        let extent = open(line, start, request)?;
+        start = start.checked_add(extent.len).ok_or_else(too_large)?;
+        extents.push(extent);
+    }
+    Ok(extents)
+}
+
+/// The error of a disk that is longer than any.
+pub(super) fn too_large() -> Error {
+    Error::from_errno(errno::EFBIG).context("Could not refresh total sector count")
+}
+
+fn open(line: &ExtentLine, start: u64, request: &OpenRequest<'_>) -> Result<Extent> {
+    let name = beside(request.name, &line.name)?;
+    if request.write {
+        match line.kind {
+            ExtentKind::VmfsSparse | ExtentKind::SeSparse => {
+                let kind = if line.kind == ExtentKind::SeSparse {
+                    "seSparse"
+                } else {
+                    "vmfsSparse"
+                };
+                return Err(Error::unsupported(format!(
+                    "No write support for {kind} images available"
+                )));
+            }
+            ExtentKind::Flat | ExtentKind::Vmfs | ExtentKind::Sparse => {}
+        }
+    }
+    let permissions = match (request.force_share, request.write) {
+        (true, _) => Permissions::FORCE_SHARE,
+        (_, true) => Permissions::WRITE,
+        (_, false) => Permissions::READ,
+    };
+    let device = open_file(request.gate, &name, request.name, Role::Data, permissions)?;
+    let len = line.sectors.checked_mul(SECTOR).ok_or_else(too_large)?;
+    let (len, place) = match line.kind {
+        ExtentKind::Flat | ExtentKind::Vmfs => {
+            let offset = line.offset.checked_mul(SECTOR).ok_or_else(too_large)?;
+            offset.checked_add(len).ok_or_else(too_large)?;
+            (len, Place::Flat { offset })
+        }
+        ExtentKind::Sparse => sparse(Hosted::read(&*device)?.geometry),
+        ExtentKind::VmfsSparse => sparse(header::read_cowd(&*device)?),
+        ExtentKind::SeSparse => sparse(header::read_sesparse(&*device)?),
+    };
+    if request.write
+        && let Place::Sparse(geometry) = &place
+    {
+        geometry.require_handled()?;
+    }
+    Ok(Extent {
+        start,
+        len,
+        device,
+        name,
+        kind: Some(line.kind),
+        place,
+    })
+}
+
+/// A sparse extent is as long as its own header says.
+fn sparse(geometry: Geometry) -> (u64, Place) {
+    (geometry.capacity, Place::Sparse(geometry))
+}
+
+/// Opens a file that an image names, through the gate only.
+pub(super) fn open_file(
+    gate: &dyn Gate,
+    name: &str,
+    from: &str,
+    role: Role,
+    permissions: Permissions,
+) -> Result<Arc<dyn Device>> {
+    let mut options = NodeOptions::new();
+    options.set("filename", name);
+    gate.open(&Reference {
+        options: &options,
+        from,
+        role,
+        permissions,
+    })
+}
+
+/// The path that `name` means in the image called `image`: relative to that image's directory.
+///
+/// # Errors
+/// A relative name where the image has no directory.
+pub(super) fn beside(image: &str, name: &str) -> Result<String> {
+    if name.starts_with('/') {
+        return Ok(name.to_owned());
+    }
+    let protocol = image
+        .find([':', '/'])
+        .is_some_and(|at| image[at..].starts_with(':'));
+    if protocol || image.is_empty() {
+        return Err(Error::invalid(format!(
+            "Cannot use relative extent paths with VMDK descriptor file '{image}'"
+        )));
+    }
+    Ok(match image.rfind('/') {
+        Some(slash) => format!("{}{name}", &image[..=slash]),
+        None => name.to_owned(),
+    })
+}

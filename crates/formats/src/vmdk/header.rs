@@ -1,0 +1,405 @@
+//! The headers of sparse extents, as bytes and as what follows from them.
+//!
+//! All numbers are little-endian, places and lengths are in sectors of 512 bytes.
+
+use diskimage_core::{Device, Error, Result};
+use zerocopy::byteorder::little_endian::{U16, U32, U64};
+use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+/// The unit of places in headers and tables.
+pub(super) const SECTOR: u64 = SECTOR_BYTES as u64;
+/// The same, for slices.
+pub(super) const SECTOR_BYTES: usize = 512;
+
+/// The header of a hosted sparse extent.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub(super) struct HostedHeader {
+    pub(super) magic: [u8; 4],
+    pub(super) version: U32,
+    pub(super) flags: U32,
+    /// Length of the extent.
+    pub(super) capacity: U64,
+    pub(super) grain_size: U64,
+    pub(super) descriptor_offset: U64,
+    pub(super) descriptor_size: U64,
+    pub(super) num_gtes_per_gt: U32,
+    /// The redundant grain directory.
+    pub(super) rgd_offset: U64,
+    /// The grain directory, or [`GD_AT_END`].
+    pub(super) gd_offset: U64,
+    /// Length of all in front of the first grain.
+    pub(super) over_head: U64,
+    pub(super) unclean_shutdown: u8,
+    /// Line ends, which a transfer as text would damage.
+    pub(super) line_ends: [u8; 4],
+    pub(super) compress_algorithm: U16,
+    pub(super) pad: [u8; 433],
+}
+
+const _: () = assert!(size_of::<HostedHeader>() == 512);
+
+/// What a hosted sparse extent starts with.
+pub(super) const HOSTED_MAGIC: [u8; 4] = *b"KDMV";
+/// What a sparse extent of ESX starts with.
+pub(super) const COWD_MAGIC: [u8; 4] = *b"COWD";
+/// See [`HostedHeader::line_ends`].
+pub(super) const LINE_ENDS: [u8; 4] = *b"\n \r\n";
+
+/// The grain directory is found by the footer: the stream had not known where it would be.
+const GD_AT_END: u64 = u64::MAX;
+
+/// Bits of [`HostedHeader::flags`].
+pub(super) mod flag {
+    pub(in super::super) const LINE_ENDS: u32 = 1;
+    /// There is a redundant grain directory.
+    pub(in super::super) const REDUNDANT: u32 = 1 << 1;
+    /// An entry of 1 in a grain table stands for zeroes.
+    pub(in super::super) const ZEROED_GRAIN: u32 = 1 << 2;
+    pub(in super::super) const COMPRESSED: u32 = 1 << 16;
+    pub(in super::super) const MARKERS: u32 = 1 << 17;
+}
+
+/// Deflate, the only compression.
+pub(super) const DEFLATE: u16 = 1;
+
+/// The largest version that is understood.
+const MAX_VERSION: u32 = 3;
+
+/// The most entries of a grain table of a hosted extent.
+const MAX_GTES: u32 = 512;
+
+/// Grain tables of an extent: those of a petabyte in the usual form. All are looked at to find out what a disk holds.
+const MAX_TABLES: u64 = 32 << 20;
+
+/// Compressed grains are decoded as a whole, and grains that are partly written are filled in memory.
+const MAX_HANDLED_GRAIN: u64 = 16 << 20;
+
+/// The form of a sparse extent's tables.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Form {
+    /// Entries of 32 bits, sectors of the file.
+    Hosted {
+        /// An entry of 1 stands for zeroes.
+        zeroed_grain: bool,
+    },
+    /// The same, ESX before 6.5.
+    Cowd,
+    /// Entries of 64 bits.
+    SeSparse {
+        /// Where grain tables are, in bytes.
+        tables: u64,
+        /// Where grains are.
+        grains: u64,
+    },
+}
+
+/// Where a sparse extent's tables are, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Geometry {
+    pub(super) form: Form,
+    /// Length of the extent.
+    pub(super) capacity: u64,
+    /// Length of a grain.
+    pub(super) grain: u64,
+    /// Entries in a grain table.
+    pub(super) entries: u64,
+    pub(super) directory: u64,
+    pub(super) redundant: Option<u64>,
+    /// Grains are deflated and have a marker in front.
+    pub(super) compressed: bool,
+}
+
+/// An extent's header.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Hosted {
+    pub(super) geometry: Geometry,
+    /// The descriptor's place in bytes, if the extent has one.
+    pub(super) descriptor: Option<(u64, u64)>,
+}
+
+impl Geometry {
+    /// Bytes of an entry of a table.
+    pub(super) fn entry_size(&self) -> u64 {
+        match self.form {
+            Form::SeSparse { .. } => 8,
+            _ => 4,
+        }
+    }
+
+    /// Refuses directories that nobody has.
+    fn require_directory(&self) -> Result<()> {
+        if self.capacity / self.grain / self.entries > MAX_TABLES {
+            return Err(Error::corrupt("L1 size too big"));
+        }
+        Ok(())
+    }
+
+    /// Refuses grains that would have to be in memory and do not fit there.
+    pub(super) fn require_handled(&self) -> Result<()> {
+        if self.grain > MAX_HANDLED_GRAIN {
+            return Err(Error::unsupported(format!(
+                "Grains of more than {MAX_HANDLED_GRAIN} bytes can only be read, and not compressed"
+            )));
+        }
+        Ok(())
+    }
+}
+
+impl Hosted {
+    /// Reads the header of a hosted sparse extent, and the footer if that has the directory's place.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub(super) fn read(file: &dyn Device) -> Result<Self> {
+        let mut header = read_at(file, 0)?;
+        if header.magic != HOSTED_MAGIC {
+            return Err(Error::corrupt("Image not in VMDK format"));
+        }
+        if header.gd_offset.get() == GD_AT_END {
+            header = read_footer(file)?;
+        }
+        if header.version.get() > MAX_VERSION {
+            return Err(Error::unsupported(format!(
+                "Unsupported VMDK version {}",
+                header.version
+            )));
+        }
+        let entries = header.num_gtes_per_gt.get();
+        if entries > MAX_GTES {
+            return Err(Error::corrupt("L2 table size too big"));
+        }
+        let grain = header.grain_size.get();
+        let covered = grain.checked_mul(entries.into()).filter(|sectors| *sectors > 0);
+        if covered.is_none_or(|sectors| sectors > u64::from(u32::MAX)) {
+            return Err(Error::corrupt("L1 entry size is invalid"));
+        }
+        let flags = header.flags.get();
+        let compressed = flags & flag::COMPRESSED != 0;
+        let end = bytes(header.over_head);
+        if file.len() < end && !compressed {
+            return Err(Error::corrupt(format!(
+                "File truncated, expecting at least {end} bytes"
+            )));
+        }
+        if compressed && (flags & flag::MARKERS == 0 || header.compress_algorithm.get() != DEFLATE) {
+            return Err(Error::unsupported("Unsupported compression of grains"));
+        }
+        let redundant = flags & flag::REDUNDANT != 0 && header.rgd_offset.get() > 0;
+        let geometry = Geometry {
+            form: Form::Hosted {
+                zeroed_grain: flags & flag::ZEROED_GRAIN != 0,
+            },
+            capacity: bytes(header.capacity),
+            grain: grain * SECTOR,
+            entries: entries.into(),
+            directory: bytes(header.gd_offset),
+            redundant: redundant.then(|| bytes(header.rgd_offset)),
+            compressed,
+        };
+        geometry.require_directory()?;
+        if compressed {
+            geometry.require_handled()?;
+        }
+        let descriptor = (bytes(header.descriptor_offset), bytes(header.descriptor_size));
+        Ok(Self {
+            geometry,
+            descriptor: Some(descriptor).filter(|(offset, size)| *offset > 0 && *size > 0),
+        })
+    }
+}
+
+fn bytes(sectors: U64) -> u64 {
+    sectors.get().saturating_mul(SECTOR)
+}
+
+fn read_at(file: &dyn Device, offset: u64) -> Result<HostedHeader> {
+    let mut header = HostedHeader::new_zeroed();
+    file.read_padded(header.as_mut_bytes(), offset)?;
+    Ok(header)
+}
+
+/// The footer is a copy of the header between two markers at the end of the file.
+fn read_footer(file: &dyn Device) -> Result<HostedHeader> {
+    let invalid = || Error::corrupt("Invalid footer");
+    let start = file.len().checked_sub(3 * SECTOR).ok_or_else(invalid)?;
+    let mut markers = [0; 2 * SECTOR_BYTES];
+    file.read_at(&mut markers[..512], start)?;
+    file.read_at(&mut markers[512..], start + 2 * SECTOR)?;
+    let footer = read_at(file, start + SECTOR)?;
+    let is_marker = |marker: &[u8], sectors: u64, kind: u32| {
+        marker[..8] == sectors.to_le_bytes()
+            && marker[8..12] == [0; 4]
+            && marker[12..16] == kind.to_le_bytes()
+    };
+    let framed = is_marker(&markers[..512], 1, MARKER_FOOTER) && is_marker(&markers[512..], 0, MARKER_EOS);
+    if !framed || footer.magic != HOSTED_MAGIC || footer.gd_offset.get() == GD_AT_END {
+        return Err(invalid());
+    }
+    Ok(footer)
+}
+
+const MARKER_EOS: u32 = 0;
+const MARKER_FOOTER: u32 = 3;
+
+/// The header of a sparse extent of ESX; what follows is of no interest here.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct CowdHeader {
+    magic: [u8; 4],
+    version: U32,
+    flags: U32,
+    num_sectors: U32,
+    grain_size: U32,
+    gd_offset: U32,
+    num_gd_entries: U32,
+    free_sector: U32,
+}
+
+/// Entries of a grain table of these extents.
+const COWD_GTES: u64 = 4096;
+
+/// Reads the header of a sparse extent of ESX before 6.5.
+///
+/// # Errors
+/// What is wrong with it.
+pub(super) fn read_cowd(file: &dyn Device) -> Result<Geometry> {
+    let mut header = CowdHeader::new_zeroed();
+    file.read_padded(header.as_mut_bytes(), 0)?;
+    if header.magic != COWD_MAGIC {
+        return Err(Error::corrupt("Image not in VMDK format"));
+    }
+    let in_bytes = |sectors: U32| u64::from(sectors.get()) * SECTOR;
+    if header.grain_size.get() == 0 {
+        return Err(Error::corrupt("L1 entry size is invalid"));
+    }
+    Ok(Geometry {
+        form: Form::Cowd,
+        capacity: in_bytes(header.num_sectors),
+        grain: in_bytes(header.grain_size),
+        entries: COWD_GTES,
+        directory: in_bytes(header.gd_offset),
+        redundant: None,
+        compressed: false,
+    })
+}
+
+/// The constant header of a sparse extent of ESX 6.5 and later.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct SeSparseHeader {
+    magic: U64,
+    version: U64,
+    capacity: U64,
+    grain_size: U64,
+    grain_table_size: U64,
+    flags: U64,
+    reserved: [U64; 4],
+    volatile_header_offset: U64,
+    volatile_header_size: U64,
+    journal_header_offset: U64,
+    journal_header_size: U64,
+    journal_offset: U64,
+    journal_size: U64,
+    grain_dir_offset: U64,
+    grain_dir_size: U64,
+    grain_tables_offset: U64,
+    grain_tables_size: U64,
+    free_bitmap_offset: U64,
+    free_bitmap_size: U64,
+    backmap_offset: U64,
+    backmap_size: U64,
+    grains_offset: U64,
+    grains_size: U64,
+}
+
+/// The header of what changes.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct SeSparseVolatile {
+    magic: U64,
+    free_gt_number: U64,
+    next_txn_seq_number: U64,
+    replay_journal: U64,
+}
+
+const SESPARSE_MAGIC: u64 = 0xcafe_babe;
+const SESPARSE_VERSION: u64 = 0x0000_0002_0000_0001;
+const SESPARSE_VOLATILE_MAGIC: u64 = 0xcafe_cafe;
+
+/// Reads the headers of a sparse extent of ESX 6.5 and later.
+///
+/// # Errors
+/// What is wrong with them, and a journal that would have to be replayed.
+pub(super) fn read_sesparse(file: &dyn Device) -> Result<Geometry> {
+    let mut header = SeSparseHeader::new_zeroed();
+    file.read_padded(header.as_mut_bytes(), 0)?;
+    if header.magic.get() != SESPARSE_MAGIC {
+        return Err(Error::corrupt(format!(
+            "Bad const header magic: {:#018x}",
+            header.magic.get()
+        )));
+    }
+    if header.version.get() != SESPARSE_VERSION {
+        return Err(Error::unsupported(format!(
+            "Unsupported version: {:#018x}",
+            header.version.get()
+        )));
+    }
+    if header.grain_size.get() != SESPARSE_GRAIN {
+        return Err(Error::unsupported(format!(
+            "Unsupported grain size: {}",
+            header.grain_size
+        )));
+    }
+    if header.grain_table_size.get() != SESPARSE_TABLE {
+        return Err(Error::unsupported(format!(
+            "Unsupported grain table size: {}",
+            header.grain_table_size
+        )));
+    }
+    if header.flags.get() != 0 {
+        return Err(Error::unsupported(format!(
+            "Unsupported flags: {:#018x}",
+            header.flags.get()
+        )));
+    }
+    if header.reserved.iter().any(|word| word.get() != 0) {
+        let words = header.reserved.map(|word| format!(" {:#018x}", word.get()));
+        return Err(Error::unsupported(format!(
+            "Unsupported reserved bits:{}",
+            words.concat()
+        )));
+    }
+    let mut volatile = SeSparseVolatile::new_zeroed();
+    file.read_padded(volatile.as_mut_bytes(), bytes(header.volatile_header_offset))?;
+    if volatile.magic.get() != SESPARSE_VOLATILE_MAGIC {
+        return Err(Error::corrupt(format!(
+            "Bad volatile header magic: {:#018x}",
+            volatile.magic.get()
+        )));
+    }
+    if volatile.replay_journal.get() != 0 {
+        return Err(Error::unsupported(
+            "Image is dirty, Replaying journal not supported",
+        ));
+    }
+    let geometry = Geometry {
+        form: Form::SeSparse {
+            tables: bytes(header.grain_tables_offset),
+            grains: bytes(header.grains_offset),
+        },
+        capacity: bytes(header.capacity),
+        grain: SESPARSE_GRAIN * SECTOR,
+        entries: SESPARSE_TABLE * SECTOR / 8,
+        directory: bytes(header.grain_dir_offset),
+        redundant: None,
+        compressed: false,
+    };
+    geometry.require_directory()?;
+    Ok(geometry)
+}
+
+/// The only length of grains and of grain tables that occurs.
+const SESPARSE_GRAIN: u64 = 8;
+const SESPARSE_TABLE: u64 = 64;

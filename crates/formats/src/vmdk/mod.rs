@@ -1,0 +1,455 @@
+//! VMDK, VMware's virtual disks: version 5.0 of its "Virtual Disk Format", and the sparse extents of ESX.
+//!
+//! ```text
+//!   monolithicSparse, streamOptimized          one file
+//!   |header|descriptor|directory, tables|directory, tables|grains ...
+//!
+//!   monolithicFlat, twoGbMaxExtent..., vmfs..., seSparse          a descriptor, and files that it names
+//!   |descriptor| ──► |extent| |extent| ...       as bytes, or |header|directory, tables|grains ...
+//!
+//!   grain directory ──► grain tables ──► grains (64 KiB), deflated with a marker in front in streamOptimized:
+//!                                        |sector of the disk: 8|length: 4|zlib stream|padding to a sector|
+//! ```
+//!
+//! * `descriptor`, `header`: what stands in files, as bytes and as types;
+//! * `extent`: the files of the disk, opened through the gate;
+//! * `tables`: windows of directories and tables in memory, and the order in which they are written;
+//! * `write`, `stream`: new places for guest bytes;
+//! * `create`, `check`, `info`: operations.
+
+mod check;
+mod create;
+mod descriptor;
+mod extent;
+mod header;
+mod info;
+mod stream;
+mod tables;
+#[cfg(test)]
+mod tests;
+mod write;
+
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+
+use diskimage_core::options::{OptionDef, Options};
+use diskimage_core::{
+    Backing, ByteRange, CheckReport, CreateRequest, Device, Encoded, Encoder, Error, Event, Format, Holes,
+    Info, Layer, OpenRequest, Preallocation, Probe, Progress, Repair, ResizeRequest, Result, Run, RunKind,
+    Score, WritePlan, ZeroMode, errno,
+};
+
+use self::descriptor::{Descriptor, NO_PARENT};
+use self::extent::{Extent, Place};
+use self::header::{Geometry, Hosted};
+use self::tables::{Grain, Tables};
+
+/// The table entry.
+#[derive(Debug)]
+pub struct Vmdk;
+
+impl Format for Vmdk {
+    fn name(&self) -> &'static str {
+        "vmdk"
+    }
+
+    fn probe(&self, probe: &Probe<'_>) -> Score {
+        let sparse = [header::HOSTED_MAGIC, header::COWD_MAGIC];
+        if sparse.iter().any(|magic| probe.head.starts_with(magic)) || descriptor::is_descriptor(probe.head) {
+            100
+        } else {
+            0
+        }
+    }
+
+    fn open(&self, request: OpenRequest<'_>) -> Result<Arc<dyn Layer>> {
+        Ok(Arc::new(VmdkLayer::open(&request)?))
+    }
+
+    fn create_options(&self) -> &'static [OptionDef] {
+        create::OPTIONS
+    }
+
+    fn new_parts(&self, name: &str, size: u64, options: &Options) -> Result<Vec<String>> {
+        create::parts(name, size, options)
+    }
+
+    fn has_backing(&self) -> bool {
+        true
+    }
+
+    fn has_compression(&self) -> bool {
+        true
+    }
+
+    fn create(&self, request: CreateRequest<'_>) -> Result<()> {
+        create::create(&request)
+    }
+}
+
+/// An open image.
+///
+/// `state` is the only lock. It is held while tables are read and written, never while guest data moves, but for
+/// compressed grains, whose places follow from their lengths.
+#[derive(Debug)]
+struct VmdkLayer {
+    file: Arc<dyn Device>,
+    /// Where the descriptor is in `file`, in bytes.
+    descriptor_range: ByteRange,
+    descriptor: Descriptor,
+    /// In the order of the disk, without gaps.
+    extents: Vec<Extent>,
+    len: u64,
+    /// The length of a grain, 1 if there are none.
+    grain: u64,
+    /// Grains are deflated.
+    compressed: bool,
+    state: Mutex<State>,
+    /// Told when a plan for a write ends.
+    settled: Condvar,
+}
+
+/// What changes while an image is open.
+#[derive(Debug)]
+struct State {
+    tables: Tables,
+    /// Where the next grain of each extent goes.
+    free: Vec<u64>,
+    /// Guest grains that plans for writes are about to change.
+    in_flight: Vec<ByteRange>,
+    cid: u32,
+    /// Whether the file says already that the disk is changed.
+    marked: bool,
+}
+
+/// The longest disk of the original: whole gibibytes below 2^63.
+const MAX_LEN: u64 = (1 << 63) - (1 << 30);
+
+impl VmdkLayer {
+    fn open(request: &OpenRequest<'_>) -> Result<Self> {
+        let mut magic = [0; 4];
+        request.file.read_padded(&mut magic, 0)?;
+        if magic == header::HOSTED_MAGIC {
+            let hosted = Hosted::read(&*request.file)?;
+            let (offset, len) = hosted.descriptor.unwrap_or_default();
+            let place = ByteRange::at(offset, len);
+            if hosted.geometry.capacity > 0 {
+                if request.write {
+                    hosted.geometry.require_handled()?;
+                }
+                let descriptor = parse(request, &read_descriptor(&request.file, place)?)?;
+                let extents = vec![extent::embedded(&request.file, request.name, &hosted)];
+                return Self::new(request, place, descriptor, extents);
+            }
+            return Self::open_described(request, place);
+        }
+        Self::open_described(request, ByteRange::new(0, request.file.len()))
+    }
+
+    /// Opens an image whose extents are in files of their own.
+    fn open_described(request: &OpenRequest<'_>, place: ByteRange) -> Result<Self> {
+        let bytes = read_descriptor(&request.file, place)?;
+        let Some(create_type) = Descriptor::create_type(&bytes) else {
+            return Err(Error::corrupt("invalid VMDK image descriptor"));
+        };
+        if !SEPARATE.contains(&create_type.as_str()) {
+            return Err(Error::unsupported(format!(
+                "Unsupported image type '{create_type}'"
+            )));
+        }
+        let descriptor = parse(request, &bytes)?;
+        let extents = extent::open_all(&descriptor, request)?;
+        Self::new(request, place, descriptor, extents)
+    }
+
+    fn new(
+        request: &OpenRequest<'_>,
+        descriptor_range: ByteRange,
+        descriptor: Descriptor,
+        extents: Vec<Extent>,
+    ) -> Result<Self> {
+        let len = extents.last().map_or(0, Extent::end);
+        if len > MAX_LEN {
+            return Err(extent::too_large());
+        }
+        let mut geometries = extents.iter().filter_map(Extent::geometry);
+        let grain = geometries.clone().next().map_or(1, |geometry| geometry.grain);
+        let compressed = geometries.any(|geometry| geometry.compressed);
+        if compressed && request.write && extents.len() > 1 {
+            return Err(Error::unsupported(
+                "Compressed extents can only be written where they are the only one",
+            ));
+        }
+        let unit = |extent: &Extent| match extent.geometry() {
+            Some(geometry) if !geometry.compressed => geometry.grain,
+            _ => header::SECTOR,
+        };
+        let state = State {
+            tables: Tables::default(),
+            free: extents
+                .iter()
+                .map(|extent| extent.device.len().next_multiple_of(unit(extent)))
+                .collect(),
+            in_flight: Vec::new(),
+            cid: descriptor.cid,
+            marked: false,
+        };
+        Ok(Self {
+            file: Arc::clone(&request.file),
+            descriptor_range,
+            descriptor,
+            extents,
+            len,
+            grain,
+            compressed,
+            state: Mutex::new(state),
+            settled: Condvar::new(),
+        })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The extent with the disk's offset `guest`.
+    fn extent_at(&self, guest: u64) -> Result<(usize, &Extent)> {
+        let index = self.extents.partition_point(|extent| extent.end() <= guest);
+        let extent = self.extents.get(index);
+        extent
+            .map(|extent| (index, extent))
+            .ok_or_else(|| Error::from_errno(errno::EIO))
+    }
+
+    /// The pieces of `range` that lie in one extent each.
+    fn pieces(&self, range: ByteRange) -> impl Iterator<Item = Result<(usize, &Extent, ByteRange)>> {
+        let mut rest = range;
+        std::iter::from_fn(move || {
+            if rest.is_empty() {
+                return None;
+            }
+            let piece = self.extent_at(rest.start()).map(|(index, extent)| {
+                let piece = rest.intersect(ByteRange::new(extent.start, extent.end()));
+                rest = rest.skip(piece.len());
+                (index, extent, piece)
+            });
+            if piece.is_err() {
+                rest = rest.skip(u64::MAX);
+            }
+            Some(piece)
+        })
+    }
+
+    /// The grains of `extent` that `range`, which lies in it, touches.
+    fn grains(extent: &Extent, geometry: &Geometry, range: ByteRange) -> ByteRange {
+        let (start, end) = (extent.within(range.start()), extent.within(range.end()));
+        ByteRange::new(start / geometry.grain, end.div_ceil(geometry.grain))
+    }
+
+    fn map_sparse(
+        &self,
+        index: usize,
+        extent: &Extent,
+        geometry: &Geometry,
+        range: ByteRange,
+    ) -> Result<Run> {
+        let grains = Self::grains(extent, geometry, range);
+        let (grain, count) = self.lock().tables.scan(&self.extents, index, geometry, grains)?;
+        let first = extent.start + grains.start() * geometry.grain;
+        let into = range.start() - first;
+        let len = (count * geometry.grain).saturating_sub(into).min(range.len());
+        let kind = match grain {
+            Grain::Unallocated => RunKind::Unallocated { host: None },
+            Grain::Zero => RunKind::Zero { host: None },
+            Grain::At(offset) if geometry.compressed => RunKind::Encoded(Encoded {
+                offset,
+                stored: stream::most_stored(geometry),
+                cluster: ByteRange::at(first, geometry.grain),
+            }),
+            Grain::At(offset) => {
+                extent.device.require(offset, 1)?;
+                RunKind::Data {
+                    device: Arc::clone(&extent.device),
+                    offset: offset.saturating_add(into),
+                    holes: Holes::Ignored,
+                }
+            }
+        };
+        Ok(Run { len, kind })
+    }
+
+    /// Says in the file that the disk has other contents now, once.
+    fn mark_changed(&self, state: &mut State) -> Result<()> {
+        if state.marked {
+            return Ok(());
+        }
+        let cid = new_cid()?;
+        let old = read_descriptor(&self.file, self.descriptor_range)?;
+        let text = Descriptor::with_cid(&old, cid);
+        let mut bytes = text.into_bytes();
+        let room = usize::try_from(self.descriptor_range.len()).unwrap_or(usize::MAX);
+        if bytes.len() > room && self.descriptor_range.start() > 0 {
+            return Err(Error::from_errno(errno::ENOSPC));
+        }
+        bytes.resize(bytes.len().max(old.len()), 0);
+        self.file.write_at(&bytes, self.descriptor_range.start())?;
+        // Before any of the new contents: an image on top of this one must not take them for the old.
+        self.file.flush()?;
+        state.cid = cid;
+        state.marked = true;
+        Ok(())
+    }
+}
+
+/// The kinds of images whose descriptor is in a file of its own.
+const SEPARATE: &[&str] = &[
+    "monolithicFlat",
+    "vmfs",
+    "vmfsSparse",
+    "seSparse",
+    "twoGbMaxExtentSparse",
+    "twoGbMaxExtentFlat",
+];
+
+fn parse(request: &OpenRequest<'_>, bytes: &[u8]) -> Result<Descriptor> {
+    Descriptor::parse(bytes).map_err(|error| match error.errno() {
+        Some(_) => error.context(format!("Could not open '{}'", request.name)),
+        None => error,
+    })
+}
+
+fn read_descriptor(file: &Arc<dyn Device>, place: ByteRange) -> Result<Vec<u8>> {
+    let len = place.len().min(descriptor::MAX_LEN);
+    let mut bytes = vec![0; usize::try_from(len).unwrap_or(0)];
+    file.read_padded(&mut bytes, place.start())?;
+    Ok(bytes)
+}
+
+/// A number that says that contents are others than before.
+fn new_cid() -> Result<u32> {
+    let mut bytes = [0; 4];
+    getrandom::fill(&mut bytes)
+        .map_err(|error| Error::unsupported(format!("No random bytes to be had: {error}")))?;
+    // The highest number says that there is none.
+    Ok(u32::from_le_bytes(bytes).min(NO_PARENT - 1))
+}
+
+impl Layer for VmdkLayer {
+    fn format(&self) -> &'static str {
+        "vmdk"
+    }
+
+    fn len(&self) -> u64 {
+        self.len
+    }
+
+    fn granularity(&self) -> u64 {
+        self.grain
+    }
+
+    fn backing(&self) -> Option<Backing> {
+        let name = self.descriptor.parent.clone()?;
+        Some(Backing {
+            name,
+            format: Some("vmdk".to_owned()),
+        })
+    }
+
+    fn map(&self, range: ByteRange) -> Result<Run> {
+        let (index, extent) = self.extent_at(range.start())?;
+        let range = range.intersect(ByteRange::new(extent.start, extent.end()));
+        match &extent.place {
+            Place::Flat { offset } => Ok(Run {
+                len: range.len(),
+                kind: RunKind::Data {
+                    device: Arc::clone(&extent.device),
+                    offset: offset + extent.within(range.start()),
+                    holes: Holes::ZeroData,
+                },
+            }),
+            Place::Sparse(geometry) => self.map_sparse(index, extent, geometry, range),
+        }
+    }
+
+    fn decode(&self, encoded: &Encoded, buf: &mut [u8]) -> Result<()> {
+        self.decode_grain(encoded, buf)
+    }
+
+    fn plan_write(&self, range: ByteRange) -> Result<Box<dyn WritePlan + '_>> {
+        write::plan(self, range)
+    }
+
+    fn write_zeroes(&self, range: ByteRange, mode: ZeroMode) -> Result<()> {
+        self.zero(range, mode)
+    }
+
+    fn encoder(&self) -> Result<Option<Box<dyn Encoder>>> {
+        stream::encoder(self).map(Some)
+    }
+
+    fn write_encoded(&self, offset: u64, bytes: &[u8]) -> Result<()> {
+        self.append_grain(offset, bytes)
+    }
+
+    fn needs_encoding(&self) -> bool {
+        self.compressed
+    }
+
+    fn info(&self) -> Result<Info> {
+        Ok(self.collect_info())
+    }
+
+    fn check(&self, _repair: Repair, progress: &Progress<'_>) -> Result<CheckReport> {
+        self.run_check(progress)
+    }
+
+    fn resize(&self, _request: &ResizeRequest, _below: u64) -> Result<()> {
+        Err(Error::unsupported("Image format driver does not support resize"))
+    }
+
+    fn check_resize(&self, request: &ResizeRequest) -> Result<()> {
+        self.resize(request, 0)
+    }
+
+    fn is_zero_when_new(&self) -> bool {
+        self.extents
+            .iter()
+            .all(|extent| extent.geometry().is_some() || extent.device.is_zero_when_new())
+    }
+
+    fn flush(&self) -> Result<()> {
+        let mut state = self.lock();
+        for (extent, free) in self.extents.iter().zip(&state.free) {
+            // The last grain has its full length.
+            if state.marked && extent.geometry().is_some() && extent.device.len() < *free {
+                extent.device.resize(*free, Preallocation::Off)?;
+            }
+        }
+        state.tables.write_back(&self.extents)?;
+        self.file.event(Event::FLUSH_TO_DISK);
+        for (_, part) in self.parts() {
+            part.flush()?;
+        }
+        self.file.flush()
+    }
+
+    fn file(&self) -> &Arc<dyn Device> {
+        &self.file
+    }
+
+    fn parts(&self) -> Vec<(String, Arc<dyn Device>)> {
+        let separate = self.extents.iter().filter(|extent| extent.kind.is_some());
+        separate
+            .zip(0..)
+            .map(|(extent, nth): (_, usize)| (format!("extents.{nth}"), Arc::clone(&extent.device)))
+            .collect()
+    }
+
+    fn content_id(&self) -> Option<u32> {
+        Some(self.lock().cid)
+    }
+
+    fn fits_on(&self, below: &dyn Layer) -> bool {
+        below
+            .content_id()
+            .is_none_or(|cid| cid == self.descriptor.parent_cid)
+    }
+}

@@ -1,0 +1,249 @@
+//! New places for guest bytes.
+//!
+//! Flat extents have a place for everything. A grain of a sparse one that is not there yet goes to the end of its file:
+//! the caller writes it, and `commit` puts it into the tables.
+
+use std::sync::{Arc, MutexGuard, PoisonError};
+
+use diskimage_core::{ByteRange, Error, Result, WritePlan, WriteRun, ZeroMode, errno};
+
+use super::header::{Form, Geometry, SECTOR};
+use super::tables::Grain;
+use super::{Extent, Place, State, VmdkLayer};
+
+/// Sets aside where the bytes of `range` go.
+pub(super) fn plan(image: &VmdkLayer, range: ByteRange) -> Result<Box<dyn WritePlan + '_>> {
+    if image.compressed {
+        // Only whole grains in their encoded form have a place.
+        return Err(Error::from_errno(errno::EINVAL));
+    }
+    let (mut plan, mut state) = Plan::claim(image, range)?;
+    for piece in image.pieces(range) {
+        let (index, extent, piece) = piece?;
+        match &extent.place {
+            Place::Flat { offset } => plan.runs.push(WriteRun {
+                guest: piece,
+                device: Arc::clone(&extent.device),
+                offset: offset + extent.within(piece.start()),
+            }),
+            Place::Sparse(geometry) => plan.draft(&mut state, index, extent, geometry, piece)?,
+        }
+    }
+    drop(state);
+    Ok(Box::new(plan))
+}
+
+/// A write under way.
+struct Plan<'a> {
+    image: &'a VmdkLayer,
+    /// All grains that it touches.
+    cover: ByteRange,
+    runs: Vec<WriteRun>,
+    new: Vec<NewGrains>,
+}
+
+/// Grains that get a place.
+struct NewGrains {
+    extent: usize,
+    first: u64,
+    count: u64,
+    offset: u64,
+}
+
+impl<'a> Plan<'a> {
+    /// Waits until no other plan covers the same grains.
+    fn claim(image: &'a VmdkLayer, range: ByteRange) -> Result<(Self, MutexGuard<'a, State>)> {
+        let cover = cover(image, range)?;
+        let mut state = image.lock();
+        while state.in_flight.iter().any(|other| other.overlaps(cover)) {
+            state = image.settled.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        image.mark_changed(&mut state)?;
+        state.in_flight.push(cover);
+        let plan = Self {
+            image,
+            cover,
+            runs: Vec::new(),
+            new: Vec::new(),
+        };
+        Ok((plan, state))
+    }
+
+    /// Finds places for `range`, which lies in `extent`.
+    fn draft(
+        &mut self,
+        state: &mut State,
+        index: usize,
+        extent: &Extent,
+        geometry: &Geometry,
+        range: ByteRange,
+    ) -> Result<()> {
+        let mut grains = VmdkLayer::grains(extent, geometry, range);
+        while !grains.is_empty() {
+            let (found, count) = state.tables.scan(&self.image.extents, index, geometry, grains)?;
+            let first = extent.start + grains.start() * geometry.grain;
+            let whole = ByteRange::at(first, count * geometry.grain);
+            match found {
+                Grain::At(offset) => {
+                    extent.device.require(offset, 1)?;
+                    let guest = whole.intersect(range);
+                    self.runs.push(WriteRun {
+                        guest,
+                        device: Arc::clone(&extent.device),
+                        offset: offset.saturating_add(guest.start() - first),
+                    });
+                }
+                Grain::Unallocated | Grain::Zero => {
+                    let offset = self.take(state, index, geometry, grains.start(), count)?;
+                    self.runs.push(WriteRun {
+                        guest: whole,
+                        device: Arc::clone(&extent.device),
+                        offset,
+                    });
+                }
+            }
+            grains = grains.skip(count);
+        }
+        Ok(())
+    }
+
+    /// Takes places for `count` grains.
+    fn take(
+        &mut self,
+        state: &mut State,
+        index: usize,
+        geometry: &Geometry,
+        first: u64,
+        count: u64,
+    ) -> Result<u64> {
+        for table in first / geometry.entries..=(first + count - 1) / geometry.entries {
+            state
+                .tables
+                .require_table(&self.image.extents, index, geometry, table * geometry.entries)?;
+        }
+        let no_room = || Error::from_errno(errno::EFBIG);
+        let free = state.free.get_mut(index).ok_or_else(no_room)?;
+        let offset = *free;
+        let end = count
+            .checked_mul(geometry.grain)
+            .and_then(|len| offset.checked_add(len))
+            .filter(|end| u32::try_from(end / SECTOR).is_ok());
+        *free = end.ok_or_else(no_room)?;
+        self.new.push(NewGrains {
+            extent: index,
+            first,
+            count,
+            offset,
+        });
+        Ok(offset)
+    }
+}
+
+/// The grains that `range` touches, as bytes of the disk.
+fn cover(image: &VmdkLayer, range: ByteRange) -> Result<ByteRange> {
+    let round = |guest: u64, up: bool| -> Result<u64> {
+        let (_, extent) = image.extent_at(guest)?;
+        let Some(geometry) = extent.geometry() else {
+            return Ok(if up { guest + 1 } else { guest });
+        };
+        let grain = extent.within(guest) / geometry.grain;
+        Ok(extent.start + (grain + u64::from(up)) * geometry.grain)
+    };
+    Ok(ByteRange::new(
+        round(range.start(), false)?,
+        round(range.end() - 1, true)?,
+    ))
+}
+
+impl WritePlan for Plan<'_> {
+    fn runs(&self) -> &[WriteRun] {
+        &self.runs
+    }
+
+    fn commit(mut self: Box<Self>) -> Result<()> {
+        let new = std::mem::take(&mut self.new);
+        if new.is_empty() {
+            return Ok(());
+        }
+        let mut state = self.image.lock();
+        for grains in new {
+            let extents = &self.image.extents;
+            let geometry = extents.get(grains.extent).and_then(Extent::geometry);
+            let geometry = geometry.ok_or_else(|| Error::from_errno(errno::EIO))?;
+            for nth in 0..grains.count {
+                let sector = (grains.offset + nth * geometry.grain) / SECTOR;
+                let entry = u32::try_from(sector).map_err(|_| Error::from_errno(errno::EFBIG))?;
+                state
+                    .tables
+                    .set(extents, grains.extent, geometry, grains.first + nth, entry)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Plan<'_> {
+    fn drop(&mut self) {
+        let mut state = self.image.lock();
+        // What was not written is given back, where nothing came after it.
+        for grains in self.new.iter().rev() {
+            let geometry = self.image.extents.get(grains.extent).and_then(Extent::geometry);
+            if let (Some(geometry), Some(free)) = (geometry, state.free.get_mut(grains.extent))
+                && grains.offset + grains.count * geometry.grain == *free
+            {
+                *free = grains.offset;
+            }
+        }
+        if let Some(at) = state.in_flight.iter().position(|range| *range == self.cover) {
+            state.in_flight.swap_remove(at);
+        }
+        drop(state);
+        self.image.settled.notify_all();
+    }
+}
+
+impl VmdkLayer {
+    /// Makes `range` zero where tables or the storage below have a way.
+    pub(super) fn zero(&self, range: ByteRange, mode: ZeroMode) -> Result<()> {
+        if self.compressed {
+            return self.zero_grains_encoded(range);
+        }
+        for piece in self.pieces(range) {
+            let (_, extent, piece) = piece?;
+            if let Some(geometry) = extent.geometry()
+                && !is_zeroable(extent, geometry, piece)
+            {
+                return Err(Error::unsupported("No zeroes without writing them"));
+            }
+        }
+        let (_plan, mut state) = Plan::claim(self, range)?;
+        for piece in self.pieces(range) {
+            let (index, extent, piece) = piece?;
+            match &extent.place {
+                Place::Flat { offset } => {
+                    let host = ByteRange::at(offset + extent.within(piece.start()), piece.len());
+                    extent.device.write_zeroes(host, mode)?;
+                }
+                Place::Sparse(geometry) => {
+                    let grains = Self::grains(extent, geometry, piece);
+                    for grain in grains.start()..grains.end() {
+                        state.tables.set(&self.extents, index, geometry, grain, ZEROED)?;
+                    }
+                }
+            }
+        }
+        drop(state);
+        Ok(())
+    }
+}
+
+/// The entry of a grain that reads as zero.
+const ZEROED: u32 = 1;
+
+/// Whether tables can say that `range`, which lies in `extent`, is zero.
+fn is_zeroable(extent: &Extent, geometry: &Geometry, range: ByteRange) -> bool {
+    let whole = |at: u64| at.is_multiple_of(geometry.grain);
+    geometry.form == (Form::Hosted { zeroed_grain: true })
+        && whole(extent.within(range.start()))
+        && (whole(extent.within(range.end())) || range.end() == extent.end())
+}
