@@ -270,6 +270,12 @@ impl Prepared {
     pub fn create(&self) -> Result<()> {
         let creation = FileCreation::from_options(&self.options)?;
         self.check_preallocation()?;
+        // What is wrong with the options is found before the file is emptied.
+        let name = target_of(&self.name)
+            .ok()
+            .and_then(|mut node| node.take_text("filename"));
+        let name = name.as_deref().unwrap_or(&self.name);
+        self.format.new_parts(name, self.size, &self.options)?;
         let place = self.place(&creation)?;
         let outcome = self.fill(&place.device, &creation);
         if outcome.is_err() && place.is_new && !self.format.keeps_failed_file() {

@@ -397,7 +397,10 @@ impl Layer for VmdkLayer {
         Ok(self.collect_info())
     }
 
-    fn check(&self, _repair: Repair, progress: &Progress<'_>) -> Result<CheckReport> {
+    fn check(&self, repair: Repair, progress: &Progress<'_>) -> Result<CheckReport> {
+        if repair != Repair::No {
+            return Err(Error::unsupported("This image format does not support checks"));
+        }
         self.run_check(progress)
     }
 

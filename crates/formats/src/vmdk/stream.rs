@@ -81,7 +81,7 @@ impl VmdkLayer {
         let (found, _) = state.tables.scan(&self.extents, index, geometry, only)?;
         if found != Grain::Unallocated {
             return Err(Error::from_errno(errno::EIO)
-                .notice("Could not write to allocated cluster for streamOptimized"));
+                .context("Could not write to allocated cluster for streamOptimized"));
         }
         state
             .tables
