@@ -97,6 +97,11 @@ pub trait Format: Debug + Sync {
         false
     }
 
+    /// Whether a new image says what the contents of the one below are.
+    fn names_contents_below(&self) -> bool {
+        false
+    }
+
     /// Whether clusters can be compressed.
     fn has_compression(&self) -> bool {
         false
@@ -179,8 +184,10 @@ pub struct CreateRequest<'a> {
     pub options: &'a Options,
     /// What options refer to by name.
     pub objects: &'a Arc<Objects>,
-    /// Opens the files of [`Format::new_parts`], which exist, and images below.
+    /// Opens the files of [`Format::new_parts`], which exist.
     pub gate: &'a dyn Gate,
+    /// The [`Layer::content_id`] of the image below, where [`Format::names_contents_below`].
+    pub id_below: Option<u32>,
 }
 
 /// What `measure` measures for.

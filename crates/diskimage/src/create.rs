@@ -364,7 +364,24 @@ impl Prepared {
             options: &self.options,
             objects: &self.objects,
             gate: &*self.gate,
+            id_below: self.id_below(file)?,
         })
+    }
+
+    /// What names the contents of the image below, if the format wants to know.
+    fn id_below(&self, file: &Arc<dyn Device>) -> Result<Option<u32>> {
+        let Some(backing) = self.options.text("backing_file") else {
+            return Ok(None);
+        };
+        if !self.format.names_contents_below() {
+            return Ok(None);
+        }
+        let options = OpenOptions::new()
+            .force_share(true)
+            .objects(Arc::clone(&self.objects))
+            .gate(Arc::clone(&self.gate));
+        let image = open_bare(&full_backing_name(&file.name(), backing), &options)?;
+        Ok(image.layer().content_id())
     }
 }
 

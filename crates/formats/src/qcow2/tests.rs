@@ -70,6 +70,7 @@ pub(super) fn create(options_text: &str, size: u64, gate: &dyn Gate) -> Arc<Memo
             options: &options,
             objects: &secrets("secret"),
             gate,
+            id_below: None,
         })
         .expect("created");
     file

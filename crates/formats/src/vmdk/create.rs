@@ -9,14 +9,14 @@
 use std::sync::Arc;
 
 use diskimage_core::options::{OptionDef, OptionKind, Options};
-use diskimage_core::{CreateRequest, Device, Error, Permissions, Preallocation, Result, Role, errno};
+use diskimage_core::{CreateRequest, Device, Error, Permissions, Preallocation, Result, errno};
 use zerocopy::IntoBytes;
 use zerocopy::byteorder::little_endian::{U16, U32, U64};
 
-use super::descriptor::{Descriptor, NO_PARENT, NewDescriptor};
+use super::descriptor::{NO_PARENT, NewDescriptor};
 use super::extent::{beside, open_file};
-use super::header::{DEFLATE, HOSTED_MAGIC, Hosted, HostedHeader, LINE_ENDS, SECTOR, flag};
-use super::{ByteRange, header, new_cid, read_descriptor};
+use super::header::{DEFLATE, HOSTED_MAGIC, HostedHeader, LINE_ENDS, SECTOR, flag};
+use super::new_cid;
 
 /// The options of `create`, in the order in which the original prints their values.
 pub(super) const OPTIONS: &[OptionDef] = &[
@@ -205,7 +205,9 @@ pub(super) fn create(request: &CreateRequest<'_>) -> Result<()> {
     let wanted = Wanted::parse(request.options)?;
     let parent_cid = match wanted.backing {
         None => NO_PARENT,
-        Some(name) => cid_of(request, name)?,
+        Some(_) => request
+            .id_below
+            .ok_or_else(|| Error::invalid("backing_file must be a vmdk image"))?,
     };
     let own = request.name.rsplit('/').next().unwrap_or(request.name);
     let extents = extents(wanted.subformat, request.name, request.size)?;
@@ -252,7 +254,7 @@ pub(super) fn create(request: &CreateRequest<'_>) -> Result<()> {
 
 fn open_part(request: &CreateRequest<'_>, name: &str) -> Result<Arc<dyn Device>> {
     let path = beside(request.name, name)?;
-    open_file(request.gate, &path, request.name, Role::Data, Permissions::WRITE)
+    open_file(request.gate, &path, request.name, Permissions::WRITE)
 }
 
 fn preallocation(options: &Options) -> Result<Preallocation> {
@@ -264,29 +266,6 @@ fn preallocation(options: &Options) -> Result<Preallocation> {
         // As in the original, extents are never preallocated.
         Some(_) => Ok(Preallocation::Off),
     }
-}
-
-/// The CID of the image that the new one is based on.
-fn cid_of(request: &CreateRequest<'_>, name: &str) -> Result<u32> {
-    let path = beside(request.name, name)?;
-    let file = open_file(
-        request.gate,
-        &path,
-        request.name,
-        Role::Backing,
-        Permissions::FORCE_SHARE,
-    )?;
-    let mut magic = [0; 4];
-    file.read_padded(&mut magic, 0)?;
-    let (offset, len) = if magic == header::HOSTED_MAGIC {
-        Hosted::read(&*file)?.descriptor.unwrap_or_default()
-    } else {
-        (0, file.len())
-    };
-    let descriptor = Descriptor::parse(&read_descriptor(&file, ByteRange::at(offset, len))?);
-    Ok(descriptor
-        .map_err(|_| Error::invalid("backing_file must be a vmdk image"))?
-        .cid)
 }
 
 /// Where the descriptor is in a sparse extent, and how much room it has.

@@ -162,7 +162,7 @@ impl ExtentLine {
         let kind = ExtentKind::of(kind).ok_or_else(invalid)?;
         let offset = after.split_whitespace().next().map(str::parse::<u64>);
         let offset = match (kind, offset) {
-            (ExtentKind::Flat | ExtentKind::Vmfs, Some(offset)) => offset.map_err(|_| invalid())?,
+            (ExtentKind::Flat, Some(offset)) => offset.map_err(|_| invalid())?,
             (ExtentKind::Flat, None) => return Err(invalid()),
             (_, None) => 0,
             (_, Some(_)) => return Err(invalid()),
@@ -311,6 +311,7 @@ mod tests {
             "RW 5 FLAT \"x\" -1",
             "RW 5 FOO \"x\" 0",
             "RW 5 SPARSE \"x\" 0",
+            "RW 5 VMFS \"x\" 1",
         ] {
             let text = format!("CID=1\nparentCID=2\n{line}\n");
             let error = Descriptor::parse(text.as_bytes()).expect_err("makes no sense");

@@ -80,7 +80,15 @@ pub(super) fn too_large() -> Error {
 }
 
 fn open(line: &ExtentLine, start: u64, request: &OpenRequest<'_>) -> Result<Extent> {
-    let name = beside(request.name, &line.name)?;
+    let name = if request.name.is_empty() && !line.name.starts_with('/') {
+        let node = request.file.node();
+        return Err(no_directory(
+            &node.shown_name(),
+            &format!("Cannot generate a base directory for {} nodes", node.driver),
+        ));
+    } else {
+        beside(request.name, &line.name)?
+    };
     if request.write {
         match line.kind {
             ExtentKind::VmfsSparse | ExtentKind::SeSparse => {
@@ -101,7 +109,7 @@ fn open(line: &ExtentLine, start: u64, request: &OpenRequest<'_>) -> Result<Exte
         (_, true) => Permissions::WRITE,
         (_, false) => Permissions::READ,
     };
-    let device = open_file(request.gate, &name, request.name, Role::Data, permissions)?;
+    let device = open_file(request.gate, &name, request.name, permissions)?;
     let len = line.sectors.checked_mul(SECTOR).ok_or_else(too_large)?;
     let (len, place) = match line.kind {
         ExtentKind::Flat | ExtentKind::Vmfs => {
@@ -138,7 +146,6 @@ pub(super) fn open_file(
     gate: &dyn Gate,
     name: &str,
     from: &str,
-    role: Role,
     permissions: Permissions,
 ) -> Result<Arc<dyn Device>> {
     let mut options = NodeOptions::new();
@@ -146,7 +153,7 @@ pub(super) fn open_file(
     gate.open(&Reference {
         options: &options,
         from,
-        role,
+        role: Role::Data,
         permissions,
     })
 }
@@ -163,12 +170,16 @@ pub(super) fn beside(image: &str, name: &str) -> Result<String> {
         .find([':', '/'])
         .is_some_and(|at| image[at..].starts_with(':'));
     if protocol || image.is_empty() {
-        return Err(Error::invalid(format!(
-            "Cannot use relative extent paths with VMDK descriptor file '{image}'"
-        )));
+        return Err(no_directory(image, "Its name is no path"));
     }
     Ok(match image.rfind('/') {
         Some(slash) => format!("{}{name}", &image[..=slash]),
         None => name.to_owned(),
     })
+}
+
+fn no_directory(image: &str, why: &str) -> Error {
+    Error::invalid(why).context(format!(
+        "Cannot use relative paths with VMDK descriptor file '{image}'"
+    ))
 }

@@ -165,9 +165,6 @@ impl Hosted {
                 header.version
             )));
         }
-        if bytes(header.capacity) > super::MAX_LEN {
-            return Err(super::extent::too_large());
-        }
         let entries = header.num_gtes_per_gt.get();
         if entries > MAX_GTES {
             return Err(Error::corrupt("L2 table size too big"));

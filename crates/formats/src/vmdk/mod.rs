@@ -77,6 +77,10 @@ impl Format for Vmdk {
         true
     }
 
+    fn names_contents_below(&self) -> bool {
+        true
+    }
+
     fn has_compression(&self) -> bool {
         true
     }

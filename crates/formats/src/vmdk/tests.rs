@@ -37,6 +37,7 @@ impl Files {
             options: &values,
             objects: &Arc::default(),
             gate: self,
+            id_below: None,
         })
     }
 
