@@ -26,6 +26,7 @@ fn create(text: &str, size: u64) -> Arc<MemoryDevice> {
     let mut options = Options::new(QedFormat.create_options());
     options.parse(text).expect("valid options");
     let request = CreateRequest {
+        id_below: None,
         file: Arc::<MemoryDevice>::clone(&file),
         name: "test",
         size,

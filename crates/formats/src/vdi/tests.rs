@@ -27,6 +27,7 @@ fn create(options: &str, size: u64) -> Vec<u8> {
     let mut parsed = Options::new(Vdi.create_options());
     parsed.parse(options).expect("valid options");
     Vdi.create(CreateRequest {
+        id_below: None,
         file: Arc::<MemoryDevice>::clone(&file),
         name: "test",
         size,

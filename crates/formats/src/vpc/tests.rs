@@ -26,6 +26,7 @@ fn create(options: &str, size: u64) -> Vec<u8> {
     let mut parsed = Options::new(Vpc.create_options());
     parsed.parse(options).expect("valid options");
     Vpc.create(CreateRequest {
+        id_below: None,
         file: Arc::<MemoryDevice>::clone(&file),
         name: "test",
         size,
