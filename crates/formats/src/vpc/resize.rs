@@ -59,11 +59,14 @@ impl VpcLayer {
 
     /// The new footer comes first, as without one there is no disk.
     fn grow_fixed(&self, footer: &Footer, size: u64, len: u64) -> Result<()> {
+        // The old footer, and whatever lies behind the disk.
+        let behind = ByteRange::new(size, self.file.len().min(len));
         self.file.write_at(footer.as_bytes(), len)?;
         self.file.flush()?;
-        // The old footer, and whatever lay behind the disk.
-        self.file
-            .write_zeroes(ByteRange::new(size, len), ZeroMode::KeepAllocated)
+        if behind.is_empty() {
+            return Ok(());
+        }
+        self.file.write_zeroes(behind, ZeroMode::KeepAllocated)
     }
 
     fn grow_dynamic(
