@@ -425,9 +425,15 @@ impl Layer for VmdkLayer {
     fn flush(&self) -> Result<()> {
         let mut state = self.lock();
         for (extent, free) in self.extents.iter().zip(&state.free) {
-            // The last grain has its full length.
-            if state.marked && extent.geometry().is_some() && extent.device.len() < *free {
-                extent.device.resize(*free, Preallocation::Off)?;
+            let end = match extent.geometry() {
+                None => continue,
+                // A marker of zeroes ends the stream.
+                Some(geometry) if geometry.compressed => *free + header::SECTOR,
+                // The last grain has its full length.
+                Some(_) => *free,
+            };
+            if state.marked && extent.device.len() < end {
+                extent.device.resize(end, Preallocation::Off)?;
             }
         }
         state.tables.write_back(&self.extents)?;

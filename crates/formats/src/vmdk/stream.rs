@@ -4,7 +4,9 @@
 //!   |sector of the disk: 8|length: 4|zlib stream|padding to a sector|
 //! ```
 //!
-//! A grain is written once, after all others; the tables in front of the grains lead to it.
+//! A grain is written once, after all others; the tables in front of the grains lead to it. A sector of zeroes, the
+//! end-of-stream marker, comes last. With the directory in front there is no footer; images that others made with the
+//! directory behind the grains are read by their footer.
 
 use diskimage_core::{ByteRange, Encoded, Encoder, Error, Result, errno};
 

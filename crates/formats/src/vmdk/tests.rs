@@ -243,6 +243,15 @@ fn compressed_grains_are_written_once() {
     );
     assert!(image.write_at(&[1; 512], 0).is_err(), "no part of a grain");
     image.flush().expect("flushes");
+    let file = files.file("disk.vmdk").contents();
+    // What reads the file as a stream finds the grains in the disk's order, and the end.
+    let mut at = 65536;
+    for sector in [128_u64, 384] {
+        assert_eq!(file[at..at + 8], sector.to_le_bytes());
+        let len = u32::from_le_bytes(file[at + 8..at + 12].try_into().expect("four"));
+        at = (at + 12 + usize::try_from(len).expect("short")).next_multiple_of(512);
+    }
+    assert_eq!(file[at..], [0; 512], "the marker of the end");
     let mut model = vec![0; SIZE];
     model[65536..131_072].copy_from_slice(&grain);
     model[3 * 65536..].copy_from_slice(&grain[..SIZE - 3 * 65536]);
