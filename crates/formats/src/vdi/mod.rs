@@ -80,6 +80,10 @@ impl Format for Vdi {
         CREATE_OPTIONS
     }
 
+    fn keeps_failed_file(&self) -> bool {
+        true
+    }
+
     fn create(&self, request: CreateRequest<'_>) -> Result<()> {
         let is_static = request.options.flag("static").unwrap_or(false);
         preallocation::check(request.options)?;

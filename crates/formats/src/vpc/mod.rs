@@ -117,6 +117,10 @@ impl Format for Vpc {
         CREATE_OPTIONS
     }
 
+    fn keeps_failed_file(&self) -> bool {
+        true
+    }
+
     fn create(&self, request: CreateRequest<'_>) -> Result<()> {
         preallocation::check(request.options)?;
         let footer = wanted(request.options, request.size)?;
