@@ -176,10 +176,20 @@ impl Qcow2 {
         self.give_up_l2_tables(geometry.l1_entries(request.len)..geometry.l1_entries(old))?;
         self.set_size(request.len)?;
         if self.has_data_file() {
-            self.data.resize(request.len, Preallocation::Off)?;
+            self.data.resize(self.data_end(request.len), Preallocation::Off)?;
         }
         self.lock().punch = false;
         self.cut_file()
+    }
+
+    /// Where the data file of a disk of `len` bytes is cut. Zeroes behind the end of an encrypted disk have been encrypted:
+    /// were they cut off, others would come back as the disk grows, which do not decrypt to zeroes.
+    fn data_end(&self, len: u64) -> u64 {
+        if self.encrypted.is_some() {
+            len.next_multiple_of(self.header.geometry.cluster_size())
+        } else {
+            len
+        }
     }
 
     /// Gives up the L2 tables of these entries of the L1 table, in which nothing is left.

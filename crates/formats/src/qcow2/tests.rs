@@ -243,6 +243,12 @@ proptest! {
 }
 
 #[test]
+fn an_encrypted_disk_that_shrank_grows_with_zeroes() {
+    let form = "cluster_size=4096,data_file=data,encrypt.format=aes,encrypt.key-secret=s";
+    check_model(form, true, &[Op::Resize(8704), Op::Resize(9216)]);
+}
+
+#[test]
 fn writes_from_many_threads_do_not_lose_each_other() {
     let file = create("cluster_size=65536", 8 << 20, &Closed);
     let image = open(&file, true, &Closed, None).expect("opens");
