@@ -114,13 +114,12 @@ impl Rebase<'_> {
     }
 }
 
-/// Has the image name `backing` below it from now on, after all that was written is durable.
+/// Has the image name `backing` below it from now on; the layer makes durable what was written before.
 ///
 /// # Errors
 /// `Could not change the backing file to 'NAME'`, and why.
 pub fn set_backing(image: &Image, backing: Option<&Backing>) -> Result<()> {
     check_backing(image, backing)?;
-    image.flush()?;
     let outcome = image
         .layer()
         .set_backing(backing)

@@ -6,9 +6,10 @@
 //!   | header | extensions, end marker | name of the backing file | zeroes                              |
 //! ```
 //!
-//! A sector is written whole or not at all, several need not be. So a change that concerns more than the first sector
-//! takes a detour over a state that fits into it, if there is room: without the names of features, and with the old
-//! backing file's name at the cluster's end, out of the way of everything new.
+//! A sector is written whole or not at all, several need not be. So where another name is all that changes behind the
+//! first sector, it is written beside the old one, and the first sector then leads to it. Any other change that concerns
+//! more than the first sector takes a detour over a state that fits into it, if there is room: without the names of
+//! features, and with the old backing file's name at the cluster's end, out of the way of everything new.
 
 use std::ops::Range;
 
@@ -40,7 +41,7 @@ impl FirstCluster {
         let cut = || Error::corrupt("Could not read qcow2 header");
         let raw = header::raw(cluster)?;
         let start = raw.len();
-        let place = usize::try_from(raw.backing_file_offset.get()).unwrap_or(usize::MAX);
+        let place = name_offset(&raw);
         let end = if place == 0 { cluster.len() } else { place };
         let area = cluster.get(start..end).ok_or_else(cut)?;
         let backing = match place {
@@ -148,9 +149,17 @@ impl FirstCluster {
     /// # Errors
     /// No room for all of it.
     pub(super) fn to_bytes(&self) -> Result<Vec<u8>> {
-        let place =
-            self.header.len() + self.extensions.iter().map(Extension::len).sum::<usize>() + Extension::END;
-        self.with_name_at(place)
+        self.with_name_at(self.place())
+    }
+
+    /// Where extensions end, and the name belongs.
+    fn place(&self) -> usize {
+        self.header.len() + self.extensions.iter().map(Extension::len).sum::<usize>() + Extension::END
+    }
+
+    /// Where the name is in the bytes of a cluster that has it at `place`.
+    fn name_at(&self, place: usize) -> Range<usize> {
+        place..place + self.backing.as_ref().map_or(0, Vec::len)
     }
 
     fn with_name_at(&self, place: usize) -> Result<Vec<u8>> {
@@ -193,10 +202,7 @@ impl FirstCluster {
         let name = self.backing.as_ref().map_or(0, Vec::len);
         let place = self.size.checked_sub(name)?;
         let bytes = compact.with_name_at(place).ok()?;
-        let used = compact.header.len()
-            + compact.extensions.iter().map(Extension::len).sum::<usize>()
-            + Extension::END;
-        (used <= SECTOR && (name == 0 || place >= SECTOR)).then_some(bytes)
+        (compact.place() <= SECTOR && (name == 0 || place >= SECTOR)).then_some(bytes)
     }
 }
 
@@ -226,7 +232,26 @@ impl Qcow2 {
         let old = self.first_cluster()?;
         let mut cluster = FirstCluster::read(&old)?;
         cluster.set_backing(backing)?;
-        self.write_first_cluster(&old, &cluster.to_bytes()?)
+        let new = cluster.to_bytes()?;
+        match Ahead::between(&old, &cluster)? {
+            Some(ahead) if only_sector(&old, &new).is_none() => self.write_ahead(&ahead),
+            _ => self.write_first_cluster(&old, &new),
+        }
+    }
+
+    /// Writes the name, durably, before the header that leads to it.
+    fn write_ahead(&self, ahead: &Ahead) -> Result<()> {
+        let Ahead { between, new, .. } = ahead;
+        let write = |bytes: &[u8], range: Range<usize>| {
+            let bytes = bytes.get(range.clone()).unwrap_or_default();
+            self.file.write_at(bytes, range.start as u64)
+        };
+        write(between, ahead.name.clone())?;
+        self.file.flush()?;
+        write(new, 0..SECTOR)?;
+        self.file.flush()?;
+        // Only to leave nothing behind.
+        write(new, ahead.old_name.clone())
     }
 
     /// Writes a new first cluster, durably. A crash leaves what `old`, the present one, says or what `new` says if
@@ -289,6 +314,54 @@ fn only_sector(old: &[u8], new: &[u8]) -> Option<Range<usize>> {
         .next()
         .is_none()
         .then(|| start..(start + SECTOR).min(new.len()))
+}
+
+/// A change of the name alone: the new one stands beside the old one before the header leads to it.
+struct Ahead {
+    /// The old state, and the new name in it.
+    between: Vec<u8>,
+    new: Vec<u8>,
+    /// The whole sectors that the new name is in, and those that the old one was in.
+    name: Range<usize>,
+    old_name: Range<usize>,
+}
+
+impl Ahead {
+    /// `None` if more than the name changes behind the first sector, or if there is no room beside the old name.
+    fn between(old: &[u8], cluster: &FirstCluster) -> Result<Option<Self>> {
+        let old_name = FirstCluster::read(old)?.name_at(name_offset(&header::raw(old)?));
+        let canonical = cluster.place();
+        Ok([canonical, old_name.end.next_multiple_of(8)]
+            .into_iter()
+            .find_map(|place| {
+                let name = cluster.name_at(place);
+                let new = cluster.with_name_at(place).ok()?;
+                let mut between = old.to_vec();
+                let free = between.get_mut(name.clone())?;
+                if name.start < SECTOR || free.iter().any(|byte| *byte != 0) {
+                    return None;
+                }
+                free.copy_from_slice(&new[name.clone()]);
+                let mut reached = between.clone();
+                reached[..SECTOR].copy_from_slice(&new[..SECTOR]);
+                reached[SECTOR.min(old_name.end).max(old_name.start)..old_name.end].fill(0);
+                (reached == new).then(|| Self {
+                    between,
+                    new,
+                    name: whole_sectors(&name),
+                    old_name: whole_sectors(&old_name),
+                })
+            }))
+    }
+}
+
+fn whole_sectors(range: &Range<usize>) -> Range<usize> {
+    range.start / SECTOR * SECTOR..range.end.next_multiple_of(SECTOR)
+}
+
+/// Where a header says that the name is.
+fn name_offset(header: &header::RawHeader) -> usize {
+    usize::try_from(header.backing_file_offset.get()).unwrap_or(usize::MAX)
 }
 
 /// What stands in the first cluster between the old state and the new one.
@@ -378,6 +451,50 @@ mod tests {
             kinds(&cluster),
             [kind::BACKING_FORMAT, kind::FEATURE_NAMES, kind::BITMAPS]
         );
+    }
+
+    fn renamed(old: &[u8], name: &str, format: &str) -> FirstCluster {
+        let mut cluster = FirstCluster::read(old).expect("readable");
+        let backing = Backing {
+            name: name.to_owned(),
+            format: Some(format.to_owned()),
+        };
+        cluster.set_backing(Some(&backing)).expect("a short name");
+        cluster
+    }
+
+    #[test]
+    fn another_name_goes_beside_the_old_one_and_back() {
+        let old = cluster(4096).to_bytes().expect("fits");
+        let new = renamed(&old, "elsewhere", "qcow2");
+        let ahead = Ahead::between(&old, &new).expect("readable").expect("has room");
+        let read = |bytes: &[u8]| FirstCluster::read(bytes).expect("readable").backing;
+        assert_eq!(read(&ahead.between).as_deref(), Some(&b"below"[..]));
+        assert_eq!(read(&ahead.new).as_deref(), Some(&b"elsewhere"[..]));
+        let again = Ahead::between(&ahead.new, &renamed(&ahead.new, "below", "raw"));
+        let again = again.expect("readable").expect("has room");
+        assert_eq!(again.new, old, "the old state, in every byte");
+    }
+
+    #[test]
+    fn a_header_never_leads_to_half_a_name() {
+        let old = cluster(4096).to_bytes().expect("fits");
+        let new = renamed(&old, "elsewhere", "qcow2");
+        let ahead = Ahead::between(&old, &new).expect("readable").expect("has room");
+        // Whatever of the sectors with the old name is wiped, the new header finds the new one.
+        let mut torn = ahead.between.clone();
+        torn[..SECTOR].copy_from_slice(&ahead.new[..SECTOR]);
+        assert_eq!(
+            FirstCluster::read(&torn).expect("readable").backing.as_deref(),
+            Some(&b"elsewhere"[..])
+        );
+    }
+
+    #[test]
+    fn a_name_with_extensions_that_move_does_not_go_ahead() {
+        let old = cluster(4096).to_bytes().expect("fits");
+        let new = renamed(&old, "elsewhere", &"x".repeat(100));
+        assert!(Ahead::between(&old, &new).expect("readable").is_none());
     }
 
     #[test]
