@@ -85,13 +85,7 @@ impl Format for Raw {
             return request.file.resize(size, preallocation(request.options)?);
         }
         // A device, which has the storage that it has.
-        let mode = preallocation_mode(request.options)?;
-        if mode != Preallocation::Off {
-            return Err(Error::unsupported(format!(
-                "Unsupported preallocation mode '{}'",
-                mode.name()
-            )));
-        }
+        crate::preallocation::require_off(preallocation_mode(request.options)?)?;
         let there = request.file.len();
         if size > there {
             return Err(Error::unsupported(request.file.too_short()));

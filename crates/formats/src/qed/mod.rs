@@ -31,6 +31,7 @@ use diskimage_core::{
 };
 
 use self::header::{Geometry, Header, MAGIC, feature};
+use crate::preallocation;
 use crate::tables::{Class, Table};
 use crate::tree::{Cluster, Scheme, Shape, Tree};
 use crate::used;
@@ -276,13 +277,7 @@ impl Layer for Qed {
     }
 
     fn check_resize(&self, request: &ResizeRequest) -> Result<()> {
-        let mode = request.preallocation;
-        if mode != Preallocation::Off {
-            return Err(Error::unsupported(format!(
-                "Unsupported preallocation mode '{}'",
-                mode.name()
-            )));
-        }
+        preallocation::require_off(request.preallocation)?;
         if !self.geometry.fits(request.len) {
             return Err(Error::invalid("Invalid image size specified"));
         }

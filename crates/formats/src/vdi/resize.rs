@@ -19,6 +19,7 @@ use diskimage_core::{ByteRange, Device, Error, Preallocation, ResizeRequest, Res
 use super::blocks::Places;
 use super::header::{BLOCK, Header, SECTOR, map_bytes};
 use super::{NO_BLOCK, State, VdiLayer, place};
+use crate::preallocation;
 use crate::windows::Windows;
 
 impl VdiLayer {
@@ -31,12 +32,7 @@ impl VdiLayer {
         if !request.len.is_multiple_of(SECTOR) {
             return Err(Error::invalid("The new size must be a multiple of 512"));
         }
-        if request.preallocation != Preallocation::Off {
-            return Err(Error::unsupported(format!(
-                "Unsupported preallocation mode '{}'",
-                request.preallocation.name()
-            )));
-        }
+        preallocation::require_off(request.preallocation)?;
         grown(&state.header, request.len).map(|_| ())
     }
 

@@ -14,9 +14,9 @@ impl VmdkLayer {
                 continue;
             };
             let len = extent.device.len();
-            let mut grains = ByteRange::new(0, extent.len.div_ceil(geometry.grain));
+            let mut grains = ByteRange::new(0, extent.len().div_ceil(geometry.grain));
             while !grains.is_empty() {
-                let (found, count) = self.lock().tables.scan(&self.extents, index, geometry, grains)?;
+                let (found, count) = self.lock().tables.scan(&self.extents, index, &geometry, grains)?;
                 if let Grain::At(offset) = found {
                     // How many of the run start inside the file.
                     let inside = len.saturating_sub(offset).div_ceil(geometry.grain);

@@ -9,7 +9,9 @@
 use std::sync::Arc;
 
 use diskimage_core::options::{OptionDef, OptionKind, Options};
-use diskimage_core::{CreateRequest, Device, Error, Permissions, Preallocation, Result, errno};
+use diskimage_core::{
+    CreateRequest, Device, Error, Measure, MeasureSource, Permissions, Preallocation, Result, errno,
+};
 use zerocopy::IntoBytes;
 use zerocopy::byteorder::little_endian::{U16, U32, U64};
 
@@ -17,6 +19,7 @@ use super::descriptor::{NO_PARENT, NewDescriptor};
 use super::extent::{beside, open_file};
 use super::header::{DEFLATE, HOSTED_MAGIC, HostedHeader, LINE_ENDS, SECTOR, flag};
 use super::new_cid;
+use crate::used::data_bytes;
 
 /// The options of `create`, in the order in which the original prints their values.
 pub(super) const OPTIONS: &[OptionDef] = &[
@@ -57,6 +60,10 @@ enum Subformat {
 impl Subformat {
     fn of(options: &Options) -> Result<Self> {
         let name = options.text("subformat").unwrap_or("monolithicSparse");
+        Self::by_name(name).ok_or_else(|| invalid_value(name))
+    }
+
+    fn by_name(name: &str) -> Option<Self> {
         [
             Self::MonolithicSparse,
             Self::MonolithicFlat,
@@ -66,7 +73,6 @@ impl Subformat {
         ]
         .into_iter()
         .find(|subformat| subformat.name() == name)
-        .ok_or_else(|| invalid_value(name))
     }
 
     fn name(self) -> &'static str {
@@ -81,6 +87,11 @@ impl Subformat {
 
     fn is_flat(self) -> bool {
         matches!(self, Self::MonolithicFlat | Self::TwoGbMaxExtentFlat)
+    }
+
+    /// Whether the descriptor is in a file of its own.
+    fn is_separate(self) -> bool {
+        self.extent_suffix(1).is_some()
     }
 
     /// What the names of extents have behind that of the image; `None` if all is in one file.
@@ -148,6 +159,22 @@ impl<'a> Wanted<'a> {
             tools_version: options.text("toolsversion").unwrap_or("2147483647"),
         })
     }
+
+    /// The descriptor of a disk of `size` bytes with these lines of extents.
+    fn descriptor(&self, cid: u32, parent_cid: u32, extents: &[String], size: u64) -> String {
+        let descriptor = NewDescriptor {
+            cid,
+            parent_cid,
+            create_type: self.subformat.name(),
+            parent: self.backing,
+            extents,
+            hardware_version: self.hardware_version,
+            adapter_type: self.adapter_type,
+            tools_version: self.tools_version,
+            sectors: size.div_ceil(SECTOR),
+        };
+        descriptor.text()
+    }
 }
 
 fn invalid_value(value: &str) -> Error {
@@ -180,7 +207,7 @@ fn extents(subformat: Subformat, name: &str, size: u64) -> Result<Vec<NewExtent>
     let mut left = size.div_ceil(SECTOR);
     let mut extents = Vec::new();
     // A disk of no bytes has no extents beside it.
-    while left > 0 || (extents.is_empty() && subformat.extent_suffix(1).is_none()) {
+    while left > 0 || (extents.is_empty() && !subformat.is_separate()) {
         let sectors = left.min(subformat.extent_sectors());
         let number = extents.len() as u64 + 1;
         if number > MAX_EXTENTS {
@@ -195,6 +222,13 @@ fn extents(subformat: Subformat, name: &str, size: u64) -> Result<Vec<NewExtent>
         left -= sectors;
     }
     Ok(extents)
+}
+
+/// The most bytes that an extent has in an image of this kind; `None` if it is not limited.
+pub(super) fn extent_limit(create_type: &str) -> Option<u64> {
+    Subformat::by_name(create_type)?
+        .extent_sectors()
+        .checked_mul(SECTOR)
 }
 
 /// As many as are opened.
@@ -231,19 +265,8 @@ pub(super) fn create(request: &CreateRequest<'_>) -> Result<()> {
         let name = extent.name.as_deref().unwrap_or(own);
         lines.push(format!("RW {} {kind} \"{name}\"{offset}", extent.sectors));
     }
-    let descriptor = NewDescriptor {
-        cid: new_cid()?,
-        parent_cid,
-        create_type: wanted.subformat.name(),
-        parent: wanted.backing,
-        extents: &lines,
-        hardware_version: wanted.hardware_version,
-        adapter_type: wanted.adapter_type,
-        tools_version: wanted.tools_version,
-        sectors: request.size.div_ceil(SECTOR),
-    };
-    let text = descriptor.text();
-    let embedded = wanted.subformat.extent_suffix(1).is_none();
+    let text = wanted.descriptor(new_cid()?, parent_cid, &lines, request.size);
+    let embedded = !wanted.subformat.is_separate();
     let offset = if embedded { DESCRIPTOR_SECTOR * SECTOR } else { 0 };
     if embedded && text.len() as u64 > DESCRIPTOR_SECTORS * SECTOR {
         return Err(Error::from_errno(errno::ENOSPC));
@@ -268,6 +291,52 @@ fn preallocation(options: &Options) -> Result<Preallocation> {
     }
 }
 
+/// How much a new image takes, all its files together.
+pub(super) fn measure(options: &Options, source: MeasureSource<'_>) -> Result<Measure> {
+    let wanted = Wanted::parse(options)?;
+    preallocation(options)?;
+    let mut lines = Vec::new();
+    let (mut metadata, mut grains) = (0, 0);
+    for extent in extents(wanted.subformat, MEASURED, source.len())? {
+        if !wanted.subformat.is_flat() {
+            metadata += Overhead::of(extent.sectors)?.end() * SECTOR;
+            grains += extent.sectors.div_ceil(GRAIN);
+        }
+        lines.push(format!(
+            "RW {} SPARSE \"{}\"",
+            extent.sectors,
+            extent.name.unwrap_or_default()
+        ));
+    }
+    if wanted.subformat.is_separate() {
+        metadata += wanted.descriptor(0, NO_PARENT, &lines, source.len()).len() as u64;
+    }
+    let grain = match wanted.subformat {
+        // How far grains compress is not known beforehand; what does not compress grows a little.
+        Subformat::StreamOptimized => (GRAIN + STREAM_OVERHEAD) * SECTOR,
+        _ => GRAIN * SECTOR,
+    };
+    let data = if wanted.subformat.is_flat() {
+        source.len().next_multiple_of(SECTOR)
+    } else {
+        grains * grain
+    };
+    let used = match source {
+        _ if wanted.subformat.is_flat() => data,
+        MeasureSource::Size(_) => 0,
+        MeasureSource::Image(_) if wanted.backing.is_some() => data,
+        MeasureSource::Image(image) => data_bytes(image, GRAIN * SECTOR)? / (GRAIN * SECTOR) * grain,
+    };
+    Ok(Measure {
+        required: metadata + used,
+        fully_allocated: metadata + data,
+        bitmaps: None,
+    })
+}
+
+/// The name of an image that is only measured.
+const MEASURED: &str = "disk.vmdk";
+
 /// Where the descriptor is in a sparse extent, and how much room it has.
 const DESCRIPTOR_SECTOR: u64 = 1;
 const DESCRIPTOR_SECTORS: u64 = 20;
@@ -279,16 +348,45 @@ const GTES: u64 = 512;
 /// Sectors of a grain table.
 const TABLE: u64 = GTES * 4 / SECTOR;
 
+/// Sectors that a grain takes more when it does not compress: the marker in front, the zlib stream's own bytes, and what
+/// fills the last one.
+const STREAM_OVERHEAD: u64 = 1;
+
+/// What is in front of the grains of a sparse extent, in sectors.
+struct Overhead {
+    tables: u64,
+    /// Length of a directory.
+    directory: u64,
+}
+
+impl Overhead {
+    const REDUNDANT_AT: u64 = DESCRIPTOR_SECTOR + DESCRIPTOR_SECTORS;
+
+    fn of(sectors: u64) -> Result<Self> {
+        let tables = sectors.div_ceil(GRAIN * GTES);
+        let overhead = Self {
+            tables,
+            directory: (tables * 4).div_ceil(SECTOR),
+        };
+        match u32::try_from(overhead.end()) {
+            Ok(_) => Ok(overhead),
+            Err(_) => Err(Error::from_errno(errno::EFBIG)),
+        }
+    }
+
+    fn directory_at(&self) -> u64 {
+        Self::REDUNDANT_AT + self.directory + self.tables * TABLE
+    }
+
+    fn end(&self) -> u64 {
+        (self.directory_at() + self.directory + self.tables * TABLE).next_multiple_of(GRAIN)
+    }
+}
+
 /// Header and empty tables of a sparse extent.
 fn write_sparse(device: &dyn Device, sectors: u64, wanted: &Wanted<'_>) -> Result<()> {
-    let tables = sectors.div_ceil(GRAIN * GTES);
-    let directory = (tables * 4).div_ceil(SECTOR);
-    let redundant_at = DESCRIPTOR_SECTOR + DESCRIPTOR_SECTORS;
-    let directory_at = redundant_at + directory + tables * TABLE;
-    let over_head = (directory_at + directory + tables * TABLE).next_multiple_of(GRAIN);
-    if u32::try_from(over_head).is_err() {
-        return Err(Error::from_errno(errno::EFBIG));
-    }
+    let overhead = Overhead::of(sectors)?;
+    let (over_head, directory_at) = (overhead.end(), overhead.directory_at());
     let compressed = wanted.subformat == Subformat::StreamOptimized;
     let mut flags = flag::LINE_ENDS | flag::REDUNDANT;
     if wanted.zeroed_grain {
@@ -311,7 +409,7 @@ fn write_sparse(device: &dyn Device, sectors: u64, wanted: &Wanted<'_>) -> Resul
         descriptor_offset: U64::new(DESCRIPTOR_SECTOR),
         descriptor_size: U64::new(DESCRIPTOR_SECTORS),
         num_gtes_per_gt: U32::new(512),
-        rgd_offset: U64::new(redundant_at),
+        rgd_offset: U64::new(Overhead::REDUNDANT_AT),
         gd_offset: U64::new(directory_at),
         over_head: U64::new(over_head),
         unclean_shutdown: 0,
@@ -321,8 +419,8 @@ fn write_sparse(device: &dyn Device, sectors: u64, wanted: &Wanted<'_>) -> Resul
     };
     device.write_at(header.as_bytes(), 0)?;
     device.resize(over_head * SECTOR, Preallocation::Off)?;
-    for at in [redundant_at, directory_at] {
-        write_directory(device, at, tables, at + directory)?;
+    for at in [Overhead::REDUNDANT_AT, directory_at] {
+        write_directory(device, at, overhead.tables, at + overhead.directory)?;
     }
     Ok(())
 }

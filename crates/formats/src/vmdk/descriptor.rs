@@ -136,6 +136,37 @@ impl Descriptor {
     }
 }
 
+impl Descriptor {
+    /// The descriptor in `bytes` once the last extent has `sectors` and with it the disk `disk`.
+    pub(super) fn grown(bytes: &[u8], sectors: u64, disk: u64) -> String {
+        let text = text_of(bytes);
+        let is_extent = |line: &str| ExtentLine::parse(line).is_ok_and(|extent| extent.is_some());
+        let last = text.lines().filter(|line| is_extent(line)).count();
+        let number = |key| value_of(&text, key).and_then(|value| value.parse::<u64>().ok());
+        let heads = number("ddb.geometry.heads");
+        let cylinder = heads.zip(number("ddb.geometry.sectors"));
+        let cylinder = cylinder.and_then(|(heads, sectors)| heads.checked_mul(sectors));
+        let cylinders = cylinder.and_then(|cylinder| disk.checked_div(cylinder));
+        let mut out = String::with_capacity(text.len());
+        let mut extents = 0;
+        for line in text.split_inclusive('\n') {
+            let is_cylinders = || key_and_value(line).is_some_and(|(key, _)| key == "ddb.geometry.cylinders");
+            extents += usize::from(is_extent(line));
+            match (line.split_whitespace().nth(1), cylinders) {
+                (Some(old), _) if is_extent(line) && extents == last => {
+                    out.push_str(&line.replacen(old, &sectors.to_string(), 1));
+                }
+                (_, Some(cylinders)) if is_cylinders() => {
+                    let end = &line[line.trim_end().len()..];
+                    out.push_str(&format!("ddb.geometry.cylinders = \"{cylinders}\"{end}"));
+                }
+                _ => out.push_str(line),
+            }
+        }
+        out
+    }
+}
+
 impl ExtentLine {
     /// Reads a line: nothing if it is not one of an extent that can be read and written, as far as the original is
     /// concerned.
@@ -302,6 +333,27 @@ mod tests {
                 .expect("text")
                 .replace("1234abcd", "00000005")
         );
+    }
+
+    #[test]
+    fn a_disk_that_grows_has_another_last_extent_and_more_cylinders() {
+        let text = NewDescriptor {
+            cid: 1,
+            parent_cid: NO_PARENT,
+            create_type: "twoGbMaxExtentFlat",
+            parent: None,
+            extents: &["RW 4194304 FLAT \"a-f001\" 0", "RW 22 FLAT \"a-f002\" 0"].map(str::to_owned),
+            hardware_version: "4",
+            adapter_type: "ide",
+            tools_version: "1",
+            sectors: 4_194_326,
+        }
+        .text();
+        let expected = text
+            .replace("RW 22 ", "RW 1000000 ")
+            .replace("cylinders = \"4161\"", "cylinders = \"5153\"");
+        assert_ne!(text, expected);
+        assert_eq!(Descriptor::grown(text.as_bytes(), 1_000_000, 5_194_304), expected);
     }
 
     #[test]

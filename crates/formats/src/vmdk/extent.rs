@@ -1,6 +1,6 @@
 //! The extents of a disk: which files they are in, and how those are arranged.
 
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 
 use diskimage_core::{
     Device, Error, Gate, NodeOptions, OpenRequest, Permissions, Reference, Result, Role, errno,
@@ -14,17 +14,24 @@ use super::header::{self, Geometry, Hosted, SECTOR};
 pub(super) struct Extent {
     /// Where it starts on the disk.
     pub(super) start: u64,
-    pub(super) len: u64,
+    /// What changes as it grows.
+    shape: RwLock<Shape>,
     pub(super) device: Arc<dyn Device>,
     /// Its file's name, for whoever asks.
     pub(super) name: String,
     /// What the descriptor calls it; `None` if the descriptor is inside the extent.
     pub(super) kind: Option<ExtentKind>,
+}
+
+/// How long an extent is, and where its bytes are.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Shape {
+    pub(super) len: u64,
     pub(super) place: Place,
 }
 
 /// How an extent's bytes are arranged in its file.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 pub(super) enum Place {
     /// As they are, from this offset on.
     Flat { offset: u64 },
@@ -33,15 +40,32 @@ pub(super) enum Place {
 }
 
 impl Extent {
-    pub(super) fn end(&self) -> u64 {
-        self.start.saturating_add(self.len)
+    pub(super) fn len(&self) -> u64 {
+        self.shape().len
     }
 
-    pub(super) fn geometry(&self) -> Option<&Geometry> {
-        match &self.place {
+    pub(super) fn end(&self) -> u64 {
+        self.start.saturating_add(self.len())
+    }
+
+    pub(super) fn place(&self) -> Place {
+        self.shape().place
+    }
+
+    pub(super) fn geometry(&self) -> Option<Geometry> {
+        match self.place() {
             Place::Flat { .. } => None,
             Place::Sparse(geometry) => Some(geometry),
         }
+    }
+
+    fn shape(&self) -> Shape {
+        *self.shape.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What is true of it once it has grown.
+    pub(super) fn set_shape(&self, shape: Shape) {
+        *self.shape.write().unwrap_or_else(PoisonError::into_inner) = shape;
     }
 
     /// Bytes from the extent's start up to the disk's offset `guest`.
@@ -54,11 +78,10 @@ impl Extent {
 pub(super) fn embedded(file: &Arc<dyn Device>, name: &str, hosted: &Hosted) -> Extent {
     Extent {
         start: 0,
-        len: hosted.geometry.capacity,
+        shape: RwLock::new(sparse(hosted.geometry)),
         device: Arc::clone(file),
         name: name.to_owned(),
         kind: None,
-        place: Place::Sparse(hosted.geometry),
     }
 }
 
@@ -68,7 +91,7 @@ pub(super) fn open_all(descriptor: &Descriptor, request: &OpenRequest<'_>) -> Re
     let mut start: u64 = 0;
     for line in &descriptor.extents {
         let extent = open(line, start, request)?;
-        start = start.checked_add(extent.len).ok_or_else(too_large)?;
+        start = start.checked_add(extent.len()).ok_or_else(too_large)?;
         extents.push(extent);
     }
     Ok(extents)
@@ -111,34 +134,39 @@ fn open(line: &ExtentLine, start: u64, request: &OpenRequest<'_>) -> Result<Exte
     };
     let device = open_file(request.gate, &name, request.name, permissions)?;
     let len = line.sectors.checked_mul(SECTOR).ok_or_else(too_large)?;
-    let (len, place) = match line.kind {
+    let shape = match line.kind {
         ExtentKind::Flat | ExtentKind::Vmfs => {
             let offset = line.offset.checked_mul(SECTOR).ok_or_else(too_large)?;
             offset.checked_add(len).ok_or_else(too_large)?;
-            (len, Place::Flat { offset })
+            Shape {
+                len,
+                place: Place::Flat { offset },
+            }
         }
         ExtentKind::Sparse => sparse(Hosted::read(&*device)?.geometry),
         ExtentKind::VmfsSparse => sparse(header::read_cowd(&*device)?),
         ExtentKind::SeSparse => sparse(header::read_sesparse(&*device)?),
     };
     if request.write
-        && let Place::Sparse(geometry) = &place
+        && let Place::Sparse(geometry) = &shape.place
     {
         geometry.require_handled()?;
     }
     Ok(Extent {
         start,
-        len,
+        shape: RwLock::new(shape),
         device,
         name,
         kind: Some(line.kind),
-        place,
     })
 }
 
 /// A sparse extent is as long as its own header says.
-fn sparse(geometry: Geometry) -> (u64, Place) {
-    (geometry.capacity, Place::Sparse(geometry))
+fn sparse(geometry: Geometry) -> Shape {
+    Shape {
+        len: geometry.capacity,
+        place: Place::Sparse(geometry),
+    }
 }
 
 /// Opens a file that an image names, through the gate only.

@@ -128,7 +128,7 @@ impl Geometry {
     }
 
     /// Refuses directories that nobody has.
-    fn require_directory(&self) -> Result<()> {
+    pub(super) fn require_directory(&self) -> Result<()> {
         if self.capacity / self.grain / self.entries > MAX_TABLES {
             return Err(Error::corrupt("L1 size too big"));
         }
@@ -213,7 +213,11 @@ fn bytes(sectors: U64) -> u64 {
     sectors.get().saturating_mul(SECTOR)
 }
 
-fn read_at(file: &dyn Device, offset: u64) -> Result<HostedHeader> {
+/// The header at byte `offset`.
+///
+/// # Errors
+/// As reading the file.
+pub(super) fn read_at(file: &dyn Device, offset: u64) -> Result<HostedHeader> {
     let mut header = HostedHeader::new_zeroed();
     file.read_padded(header.as_mut_bytes(), offset)?;
     Ok(header)

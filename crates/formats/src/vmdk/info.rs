@@ -35,7 +35,7 @@ fn details(extent: &Extent) -> Vec<Detail> {
     if geometry.is_some_and(|geometry| geometry.compressed) {
         details.push(Detail::flag("compressed", true));
     }
-    details.push(Detail::number("virtual-size", extent.len));
+    details.push(Detail::number("virtual-size", extent.len()));
     details.push(Detail::text("filename", extent.name.as_str()));
     if let Some(geometry) = geometry {
         details.push(Detail::number("cluster-size", geometry.grain));

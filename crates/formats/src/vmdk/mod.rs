@@ -15,7 +15,7 @@
 //! * `extent`: the files of the disk, opened through the gate;
 //! * `tables`: windows of directories and tables in memory, and the order in which they are written;
 //! * `write`, `stream`: new places for guest bytes;
-//! * `create`, `check`, `info`: operations.
+//! * `create`, `check`, `info`, `resize`: operations.
 
 mod check;
 mod create;
@@ -23,6 +23,7 @@ mod descriptor;
 mod extent;
 mod header;
 mod info;
+mod resize;
 mod stream;
 mod tables;
 #[cfg(test)]
@@ -34,8 +35,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use diskimage_core::options::{OptionDef, Options};
 use diskimage_core::{
     Backing, ByteRange, CheckReport, CreateRequest, Device, Encoded, Encoder, Error, Event, Format, Holes,
-    Info, Layer, OpenRequest, Preallocation, Probe, Progress, Repair, ResizeRequest, Result, Run, RunKind,
-    Score, WritePlan, ZeroMode, errno,
+    Info, Layer, Measure, MeasureSource, Objects, OpenRequest, Preallocation, Probe, Progress, Repair,
+    ResizeRequest, Result, Run, RunKind, Score, WritePlan, ZeroMode, errno,
 };
 
 use self::descriptor::{Descriptor, NO_PARENT};
@@ -88,6 +89,10 @@ impl Format for Vmdk {
     fn create(&self, request: CreateRequest<'_>) -> Result<()> {
         create::create(&request)
     }
+
+    fn measure(&self, options: &Options, source: MeasureSource<'_>, _objects: &Objects) -> Result<Measure> {
+        create::measure(options, source)
+    }
 }
 
 /// An open image.
@@ -102,7 +107,6 @@ struct VmdkLayer {
     descriptor: Descriptor,
     /// In the order of the disk, without gaps.
     extents: Vec<Extent>,
-    len: u64,
     /// The length of a grain, 1 if there are none.
     grain: u64,
     /// Grains are deflated.
@@ -202,7 +206,6 @@ impl VmdkLayer {
             descriptor_range,
             descriptor,
             extents,
-            len,
             grain,
             compressed,
             state: Mutex::new(state),
@@ -286,20 +289,24 @@ impl VmdkLayer {
             return Ok(());
         }
         let cid = new_cid()?;
-        let old = read_descriptor(&self.file, self.descriptor_range)?;
-        let text = Descriptor::with_cid(&old, cid);
-        let mut bytes = text.into_bytes();
-        let room = usize::try_from(self.descriptor_range.len()).unwrap_or(usize::MAX);
-        if bytes.len() > room && self.descriptor_range.start() > 0 {
-            return Err(Error::from_errno(errno::ENOSPC));
-        }
-        bytes.resize(bytes.len().max(old.len()), 0);
-        self.file.write_at(&bytes, self.descriptor_range.start())?;
+        self.change_descriptor(|old| Descriptor::with_cid(old, cid))?;
         // Before any of the new contents: an image on top of this one must not take them for the old.
         self.file.flush()?;
         state.cid = cid;
         state.marked = true;
         Ok(())
+    }
+
+    /// Puts another text where the descriptor is.
+    fn change_descriptor(&self, change: impl FnOnce(&[u8]) -> String) -> Result<()> {
+        let old = read_descriptor(&self.file, self.descriptor_range)?;
+        let mut bytes = change(&old).into_bytes();
+        let room = usize::try_from(self.descriptor_range.len()).unwrap_or(usize::MAX);
+        if bytes.len() > room && self.descriptor_range.start() > 0 {
+            return Err(Error::from_errno(errno::ENOSPC));
+        }
+        bytes.resize(bytes.len().max(old.len()), 0);
+        self.file.write_at(&bytes, self.descriptor_range.start())
     }
 }
 
@@ -342,7 +349,7 @@ impl Layer for VmdkLayer {
     }
 
     fn len(&self) -> u64 {
-        self.len
+        self.extents.last().map_or(0, Extent::end)
     }
 
     fn granularity(&self) -> u64 {
@@ -360,7 +367,7 @@ impl Layer for VmdkLayer {
     fn map(&self, range: ByteRange) -> Result<Run> {
         let (index, extent) = self.extent_at(range.start())?;
         let range = range.intersect(ByteRange::new(extent.start, extent.end()));
-        match &extent.place {
+        match extent.place() {
             Place::Flat { offset } => Ok(Run {
                 len: range.len(),
                 kind: RunKind::Data {
@@ -369,7 +376,7 @@ impl Layer for VmdkLayer {
                     holes: Holes::ZeroData,
                 },
             }),
-            Place::Sparse(geometry) => self.map_sparse(index, extent, geometry, range),
+            Place::Sparse(geometry) => self.map_sparse(index, extent, &geometry, range),
         }
     }
 
@@ -408,12 +415,12 @@ impl Layer for VmdkLayer {
         self.run_check(progress)
     }
 
-    fn resize(&self, _request: &ResizeRequest, _below: u64) -> Result<()> {
-        Err(Error::unsupported("Image format driver does not support resize"))
+    fn resize(&self, request: &ResizeRequest, below: u64) -> Result<()> {
+        self.grow(request, below)
     }
 
     fn check_resize(&self, request: &ResizeRequest) -> Result<()> {
-        self.resize(request, 0)
+        self.check_size(request)
     }
 
     fn is_zero_when_new(&self) -> bool {

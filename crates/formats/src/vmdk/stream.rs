@@ -80,14 +80,14 @@ impl VmdkLayer {
         let grain = guest / geometry.grain;
         let mut state = self.lock();
         let only = ByteRange::at(grain, 1);
-        let (found, _) = state.tables.scan(&self.extents, index, geometry, only)?;
+        let (found, _) = state.tables.scan(&self.extents, index, &geometry, only)?;
         if found != Grain::Unallocated {
             return Err(Error::from_errno(errno::EIO)
                 .context("Could not write to allocated cluster for streamOptimized"));
         }
         state
             .tables
-            .require_table(&self.extents, index, geometry, grain)?;
+            .require_table(&self.extents, index, &geometry, grain)?;
         self.mark_changed(&mut state)?;
         let no_room = || Error::from_errno(errno::EFBIG);
         let offset = *state.free.get(index).ok_or_else(no_room)?;
@@ -101,14 +101,14 @@ impl VmdkLayer {
         if let Some(free) = state.free.get_mut(index) {
             *free = offset + stored.len() as u64;
         }
-        state.tables.set(&self.extents, index, geometry, grain, entry)
+        state.tables.set(&self.extents, index, &geometry, grain, entry)
     }
 
     /// Makes grains zero: those that are not there read as zero if no image below has them.
     pub(super) fn zero_grains_encoded(&self, range: ByteRange) -> Result<()> {
         let (index, extent, geometry) = self.only_extent()?;
-        let grains = Self::grains(extent, geometry, range);
-        let (found, count) = self.lock().tables.scan(&self.extents, index, geometry, grains)?;
+        let grains = Self::grains(extent, &geometry, range);
+        let (found, count) = self.lock().tables.scan(&self.extents, index, &geometry, grains)?;
         let nothing_below = self.descriptor.parent.is_none();
         if nothing_below && found == Grain::Unallocated && count == grains.len() {
             return Ok(());
@@ -123,7 +123,7 @@ impl VmdkLayer {
     }
 
     /// The extent of an image with compressed grains.
-    fn only_extent(&self) -> Result<(usize, &Extent, &Geometry)> {
+    fn only_extent(&self) -> Result<(usize, &Extent, Geometry)> {
         let extent = self.extents.first();
         extent
             .and_then(|extent| {

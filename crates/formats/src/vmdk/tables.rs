@@ -231,8 +231,14 @@ impl Tables {
         Ok(&window.bytes[from..end])
     }
 
+    /// The entry of four bytes at `offset`.
+    pub(super) fn word(&mut self, extents: &[Extent], index: usize, offset: u64) -> Result<u32> {
+        let bytes = self.bytes(extents, index, offset, 4)?;
+        u32::try_from(number(bytes)).map_err(|_| Error::from_errno(errno::EIO))
+    }
+
     /// Changes the entry of four bytes at `offset`.
-    fn write(&mut self, extents: &[Extent], index: usize, offset: u64, entry: u32) -> Result<()> {
+    pub(super) fn write(&mut self, extents: &[Extent], index: usize, offset: u64, entry: u32) -> Result<()> {
         let (window, from) = self.window(extents, index, offset)?;
         window.bytes[from..from + 4].copy_from_slice(&entry.to_le_bytes());
         window.dirty |= 1 << (from / SECTOR_BYTES);

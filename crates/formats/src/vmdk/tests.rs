@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use diskimage_core::options::Options;
 use diskimage_core::{
     Budget, ByteRange, CreateRequest, Device, Error, ErrorKind, Format, Gate, Image, MemoryDevice,
-    NodeOptions, Objects, OpenRequest, Progress, Reference, Repair, Result, Want, ZeroMode,
+    NodeOptions, Objects, OpenRequest, Preallocation, Progress, Reference, Repair, Result, Want, ZeroMode,
 };
 use diskimage_testing::{Journal, Recorder};
 use proptest::prelude::*;
@@ -94,6 +94,8 @@ const WRITABLE: &[&str] = &[
 enum Step {
     Write(usize, usize, u8),
     Zero(usize, usize),
+    /// By so many sectors.
+    Grow(usize),
     Reopen,
 }
 
@@ -102,6 +104,8 @@ fn step() -> impl Strategy<Value = Step> {
     prop_oneof![
         (range.clone(), 1..255_u8).prop_map(|((at, len), byte)| Step::Write(at, len, byte)),
         range.prop_map(|(at, len)| Step::Zero(at, len)),
+        // Some need another grain table.
+        prop_oneof![0..300_usize, 65_000..70_000_usize].prop_map(Step::Grow),
         Just(Step::Reopen),
     ]
 }
@@ -121,12 +125,16 @@ proptest! {
         for step in steps {
             match step {
                 Step::Write(at, len, byte) => {
-                    let end = (at + len).min(SIZE);
+                    let end = (at + len).min(model.len());
                     model[at..end].fill(byte);
                     image.write_at(&model[at..end], at as u64).expect("writes");
                 }
+                Step::Grow(sectors) => {
+                    model.resize(model.len() + sectors * 512, 0);
+                    image.resize(model.len() as u64, Preallocation::Off).expect("grows");
+                }
                 Step::Zero(at, len) => {
-                    let end = (at + len).min(SIZE);
+                    let end = (at + len).min(model.len());
                     model[at..end].fill(0);
                     image
                         .write_zeroes(ByteRange::new(at as u64, end as u64), ZeroMode::Unmap)
@@ -217,6 +225,118 @@ fn what_was_flushed_survives_crashes() {
         });
         assert!(count > 20, "{count} crashes");
     }
+}
+
+#[test]
+fn a_disk_that_grows_survives_crashes() {
+    for (options, name) in [
+        ("", "disk.vmdk"),
+        ("subformat=twoGbMaxExtentSparse", "disk-s001.vmdk"),
+        ("subformat=monolithicFlat", "disk-flat.vmdk"),
+    ] {
+        let files = Files::default();
+        let old_len = (31 << 20) - 512;
+        files.create(options, old_len).expect("creates");
+        let image = files.open(true).expect("opens");
+        image.write_at(&[7; 70_000], 30_000).expect("writes");
+        image.write_at(&[8; 1000], old_len - 1000).expect("writes");
+        image.flush().expect("flushes");
+        let mut names = vec!["disk.vmdk"];
+        names.extend((name != "disk.vmdk").then_some(name));
+        let before: Vec<Vec<u8>> = names.iter().map(|name| files.file(name).contents()).collect();
+        let journal: Arc<Journal> = Arc::default();
+        let devices = before
+            .iter()
+            .enumerate()
+            .map(|(nth, bytes)| -> Arc<dyn Device> { Arc::new(Recorder::new(bytes.clone(), nth, &journal)) });
+        let recorded = Present::new(&names, devices);
+        let image = open_on(Arc::clone(&recorded.0["disk.vmdk"]), &recorded, true).expect("opens");
+        image.resize(40 << 20, Preallocation::Off).expect("grows");
+        image.flush().expect("flushes");
+        let mut lens = std::collections::BTreeSet::new();
+        journal.crashes(&before, 12, 0x5eed, |crash| {
+            let devices = crash
+                .files
+                .iter()
+                .map(|bytes| -> Arc<dyn Device> { Arc::new(MemoryDevice::new(bytes.clone())) });
+            let left = Present::new(&names, devices);
+            let image = open_on(Arc::clone(&left.0["disk.vmdk"]), &left, false).expect("opens");
+            let mut buf = vec![0; 70_000];
+            image.read_at(&mut buf, 30_000).expect("reads");
+            assert!(buf == [7; 70_000], "{options}: {}", crash.position);
+            image.read_at(&mut buf[..1000], old_len - 1000).expect("reads");
+            assert!(buf[..1000] == [8; 1000], "{options}: {}", crash.position);
+            let added = image.len() - old_len;
+            let mut buf = vec![1; usize::try_from(added.min(1 << 20)).expect("small")];
+            image.read_at(&mut buf, old_len).expect("reads");
+            assert!(buf.iter().all(|byte| *byte == 0), "{options}: {}", crash.position);
+            lens.insert(image.len());
+        });
+        assert_eq!(
+            lens.into_iter().collect::<Vec<_>>(),
+            [old_len, 40 << 20],
+            "{options}"
+        );
+    }
+}
+
+/// Files that are there already.
+struct Present(HashMap<String, Arc<dyn Device>>);
+
+impl Present {
+    fn new(names: &[&str], files: impl Iterator<Item = Arc<dyn Device>>) -> Self {
+        Self(names.iter().map(|name| (*name).to_owned()).zip(files).collect())
+    }
+}
+
+impl Gate for Present {
+    fn open(&self, reference: &Reference<'_>) -> Result<Arc<dyn Device>> {
+        let name = reference.options.text("filename").unwrap_or_default();
+        Ok(Arc::clone(&self.0[name]))
+    }
+}
+
+#[test]
+fn what_cannot_grow_says_why() {
+    for (options, len, why) in [
+        (
+            "subformat=streamOptimized",
+            2 << 20,
+            "The tables of a stream stand in front of it and have no room to grow",
+        ),
+        (
+            "subformat=twoGbMaxExtentSparse",
+            3 << 30,
+            "The last extent can grow up to 2147483648 bytes of the disk, and no further one is added",
+        ),
+        ("", 65536, "Images of this format can only grow"),
+        ("", (1 << 20) + 1, "The new size must be a multiple of 512"),
+    ] {
+        let files = Files::default();
+        files.create(options, 1 << 20).expect("creates");
+        let image = files.open(true).expect("opens");
+        let before = files.file("disk.vmdk").contents();
+        let error = image.resize(len, Preallocation::Off).expect_err("cannot grow");
+        assert_eq!(error.chain(), why);
+        assert!(files.file("disk.vmdk").contents() == before, "{options}");
+    }
+}
+
+#[test]
+fn what_a_flat_file_has_behind_the_disk_does_not_show() {
+    let files = Files::default();
+    files
+        .create("subformat=monolithicFlat", 1 << 20)
+        .expect("creates");
+    files
+        .file("disk-flat.vmdk")
+        .write_at(&[9; 4096], 1 << 20)
+        .expect("writes");
+    let image = files.open(true).expect("opens");
+    image.resize(2 << 20, Preallocation::Off).expect("grows");
+    let image = files.open(false).expect("opens");
+    assert_eq!(image.len(), 2 << 20);
+    assert!(contents(&image).iter().all(|byte| *byte == 0));
 }
 
 #[test]

@@ -20,13 +20,13 @@ pub(super) fn plan(image: &VmdkLayer, range: ByteRange) -> Result<Box<dyn WriteP
     let (mut plan, mut state) = Plan::claim(image, range)?;
     for piece in image.pieces(range) {
         let (index, extent, piece) = piece?;
-        match &extent.place {
+        match extent.place() {
             Place::Flat { offset } => plan.runs.push(WriteRun {
                 guest: piece,
                 device: Arc::clone(&extent.device),
                 offset: offset + extent.within(piece.start()),
             }),
-            Place::Sparse(geometry) => plan.draft(&mut state, index, extent, geometry, piece)?,
+            Place::Sparse(geometry) => plan.draft(&mut state, index, extent, &geometry, piece)?,
         }
     }
     drop(state);
@@ -175,7 +175,7 @@ impl WritePlan for Plan<'_> {
                 let entry = u32::try_from(sector).map_err(|_| Error::from_errno(errno::EFBIG))?;
                 state
                     .tables
-                    .set(extents, grains.extent, geometry, grains.first + nth, entry)?;
+                    .set(extents, grains.extent, &geometry, grains.first + nth, entry)?;
             }
         }
         Ok(())
@@ -211,7 +211,7 @@ impl VmdkLayer {
         for piece in self.pieces(range) {
             let (_, extent, piece) = piece?;
             if let Some(geometry) = extent.geometry()
-                && !is_zeroable(extent, geometry, piece)
+                && !is_zeroable(extent, &geometry, piece)
             {
                 return Err(Error::unsupported("No zeroes without writing them"));
             }
@@ -219,15 +219,15 @@ impl VmdkLayer {
         let (_plan, mut state) = Plan::claim(self, range)?;
         for piece in self.pieces(range) {
             let (index, extent, piece) = piece?;
-            match &extent.place {
+            match extent.place() {
                 Place::Flat { offset } => {
                     let host = ByteRange::at(offset + extent.within(piece.start()), piece.len());
                     extent.device.write_zeroes(host, mode)?;
                 }
                 Place::Sparse(geometry) => {
-                    let grains = Self::grains(extent, geometry, piece);
+                    let grains = Self::grains(extent, &geometry, piece);
                     for grain in grains.start()..grains.end() {
-                        state.tables.set(&self.extents, index, geometry, grain, ZEROED)?;
+                        state.tables.set(&self.extents, index, &geometry, grain, ZEROED)?;
                     }
                 }
             }

@@ -15,6 +15,7 @@ use zerocopy::IntoBytes;
 
 use super::footer::{Footer, SECTOR};
 use super::{Blocks, NO_BLOCK, State, VpcLayer};
+use crate::preallocation;
 use crate::windows::Windows;
 
 impl VpcLayer {
@@ -27,12 +28,7 @@ impl VpcLayer {
         if !request.len.is_multiple_of(SECTOR) {
             return Err(Error::invalid("The new size must be a multiple of 512"));
         }
-        if request.preallocation != Preallocation::Off {
-            return Err(Error::unsupported(format!(
-                "Unsupported preallocation mode '{}'",
-                request.preallocation.name()
-            )));
-        }
+        preallocation::require_off(request.preallocation)?;
         state.footer.resized(request.len).map(|_| ())
     }
 
