@@ -7,6 +7,7 @@
 pub(crate) mod bzip2;
 pub(crate) mod deflate;
 pub(crate) mod lzfse;
+pub(crate) mod xz;
 #[cfg(feature = "zstd")]
 pub(crate) mod zstd;
 

@@ -32,6 +32,7 @@ pub(super) enum Codec {
     Zlib,
     Bzip2,
     Lzfse,
+    Lzma,
 }
 
 /// All chunks of an image.
@@ -116,6 +117,7 @@ impl Chunks {
             0x8000_0005 => Some(Kind::Encoded(Codec::Zlib)),
             0x8000_0006 => Some(Kind::Encoded(Codec::Bzip2)),
             0x8000_0007 => Some(Kind::Encoded(Codec::Lzfse)),
+            0x8000_0008 => Some(Kind::Encoded(Codec::Lzma)),
             COMMENT | TERMINATOR => None,
             unknown => {
                 self.unknown.get_or_insert(unknown);

@@ -20,7 +20,7 @@ use std::sync::Arc;
 use diskimage_core::options::OptionDef;
 use diskimage_core::{CreateRequest, Device, Error, Format, Layer, OpenRequest, Probe, Result, Score, errno};
 
-use crate::codec::{bzip2, deflate, lzfse};
+use crate::codec::{bzip2, deflate, lzfse, xz};
 use crate::last_block::LastBlock;
 use crate::read_only::{self, Disk};
 use chunk::{Chunk, Chunks, Codec, Kind, SECTOR};
@@ -127,6 +127,7 @@ impl Udif {
             Codec::Zlib => deflate::decode_zlib(&bytes, block),
             Codec::Bzip2 => bzip2::decode(&bytes, block),
             Codec::Lzfse => lzfse::decode(&bytes, block),
+            Codec::Lzma => xz::decode(&bytes, block),
         }
         .map_err(|_| damaged())
     }

@@ -15,6 +15,7 @@ type Entry = (u32, u64, u64, u64, u64);
 const ZLIB: u32 = 0x8000_0005;
 const BZIP2: u32 = 0x8000_0006;
 const LZFSE: u32 = 0x8000_0007;
+const LZMA: u32 = 0x8000_0008;
 const TERMINATOR: Entry = (0xffff_ffff, 0, 0, 0, 0);
 
 fn mish(first: u64, entries: &[Entry]) -> Vec<u8> {
@@ -109,6 +110,13 @@ fn lzfse(bytes: &[u8]) -> Vec<u8> {
     out
 }
 
+fn lzma(bytes: &[u8]) -> Vec<u8> {
+    let options = lzma_rust2::XzOptions::with_preset(6);
+    let mut encoder = lzma_rust2::XzWriter::new(Vec::new(), options).unwrap();
+    encoder.write_all(bytes).unwrap();
+    encoder.finish().unwrap()
+}
+
 #[test]
 fn chunks_of_every_kind_are_read() {
     let content = content();
@@ -116,11 +124,13 @@ fn chunks_of_every_kind_are_read() {
         (ZLIB, deflate::encode_zlib(&content[..2048])),
         (BZIP2, bzip2(&content[2048..4096])),
         (LZFSE, lzfse(&content[4096..6144])),
-        (1, content[6144..].to_vec()),
+        (LZMA, lzma(&content[6144..7168])),
+        (1, content[7168..].to_vec()),
     ];
     let (mut data, mut entries) = (Vec::new(), Vec::new());
-    for (index, (code, bytes)) in (0..).zip(&parts) {
-        entries.push((*code, index * 4, 4, data.len() as u64, bytes.len() as u64));
+    let places = [(0, 4), (4, 4), (8, 4), (12, 2), (14, 2)];
+    for ((first, sectors), (code, bytes)) in places.into_iter().zip(&parts) {
+        entries.push((*code, first, sectors, data.len() as u64, bytes.len() as u64));
         data.extend(bytes);
     }
     entries.extend([(0, 16, 1, 0, 0), (2, 17, 1, 0, 0), TERMINATOR]);
@@ -156,11 +166,12 @@ fn partitions_are_put_in_order() {
 
 #[test]
 fn streams_of_another_length_and_gaps_are_errors() {
-    for encode in [deflate::encode_zlib, bzip2, lzfse] {
+    for encode in [deflate::encode_zlib, bzip2, lzfse, lzma] {
         let data = encode(&content()[..2048]);
         let code = match encode(b"x").first() {
             Some(b'B') => BZIP2,
             Some(b'b') => LZFSE,
+            Some(0xfd) => LZMA,
             _ => ZLIB,
         };
         for sectors in [3, 5] {
