@@ -54,6 +54,42 @@ pub(crate) const FIXTURES: &[Fixture] = &[
         name: "zstd",
         recipe: Recipe::Stock(&["convert -f raw -O qcow2 -c -o compression_type=zstd {raw} {this}"]),
     },
+    Fixture {
+        name: "vmdk",
+        recipe: Recipe::Stock(&["convert -f raw -O vmdk {raw} {this}"]),
+    },
+    Fixture {
+        name: "stream",
+        recipe: Recipe::Stock(&["convert -f raw -O vmdk -o subformat=streamOptimized {raw} {this}"]),
+    },
+    Fixture {
+        name: "vdi",
+        recipe: Recipe::Stock(&["convert -f raw -O vdi {raw} {this}"]),
+    },
+    Fixture {
+        name: "vpc",
+        recipe: Recipe::Stock(&["convert -f raw -O vpc -o force_size=on {raw} {this}"]),
+    },
+    Fixture {
+        name: "vhdx",
+        recipe: Recipe::Stock(&["convert -f raw -O vhdx {raw} {this}"]),
+    },
+    Fixture {
+        name: "qed",
+        recipe: Recipe::Stock(&["convert -f raw -O qed {raw} {this}"]),
+    },
+    Fixture {
+        name: "qcow",
+        recipe: Recipe::Stock(&["convert -f raw -O qcow {raw} {this}"]),
+    },
+    Fixture {
+        name: "qcow-zlib",
+        recipe: Recipe::Stock(&["convert -f raw -O qcow -c {raw} {this}"]),
+    },
+    Fixture {
+        name: "parallels",
+        recipe: Recipe::Stock(&["convert -f raw -O parallels {raw} {this}"]),
+    },
     // All clusters allocated, none written: 32 MiB of L2 tables and 8 MiB of refcounts to walk in a sparse file.
     Fixture {
         name: "large",

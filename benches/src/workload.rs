@@ -110,6 +110,33 @@ pub(crate) const WORKLOADS: &[Workload] = &[
     .verified(SAME_QCOW2),
     Workload::once("zlib-raw", "convert -f qcow2 -O raw {zlib} {out}").verified(SAME_RAW),
     Workload::once("zstd-raw", "convert -f qcow2 -O raw {zstd} {out}").verified(SAME_RAW),
+    Workload::once("raw-vmdk", "convert -f raw -O vmdk {raw} {out}")
+        .verified("compare -q -f vmdk -F vmdk {stock} {out}"),
+    Workload::once("vmdk-raw", "convert -f vmdk -O raw {vmdk} {out}").verified(SAME_RAW),
+    Workload::once("raw-stream", "convert -f raw -O vmdk -o subformat=streamOptimized {raw} {out}")
+        .verified("compare -q -f vmdk -F vmdk {stock} {out}"),
+    Workload::once("stream-raw", "convert -f vmdk -O raw {stream} {out}").verified(SAME_RAW),
+    Workload::once("raw-vdi", "convert -f raw -O vdi {raw} {out}")
+        .verified("compare -q -f vdi -F vdi {stock} {out}"),
+    Workload::once("vdi-raw", "convert -f vdi -O raw {vdi} {out}").verified(SAME_RAW),
+    Workload::once("raw-vpc", "convert -f raw -O vpc -o force_size=on {raw} {out}")
+        .verified("compare -q -f vpc -F vpc {stock} {out}"),
+    Workload::once("vpc-raw", "convert -f vpc -O raw {vpc} {out}").verified(SAME_RAW),
+    Workload::once("raw-vhdx", "convert -f raw -O vhdx {raw} {out}")
+        .verified("compare -q -f vhdx -F vhdx {stock} {out}"),
+    Workload::once("vhdx-raw", "convert -f vhdx -O raw {vhdx} {out}").verified(SAME_RAW),
+    Workload::once("raw-qed", "convert -f raw -O qed {raw} {out}")
+        .verified("compare -q -f qed -F qed {stock} {out}"),
+    Workload::once("qed-raw", "convert -f qed -O raw {qed} {out}").verified(SAME_RAW),
+    Workload::once("raw-qcow", "convert -f raw -O qcow {raw} {out}")
+        .verified("compare -q -f qcow -F qcow {stock} {out}"),
+    Workload::once("qcow-raw", "convert -f qcow -O raw {qcow} {out}").verified(SAME_RAW),
+    Workload::once("raw-qcow-zlib", "convert -f raw -O qcow -c {raw} {out}")
+        .verified("compare -q -f qcow -F qcow {stock} {out}"),
+    Workload::once("qcow-zlib-raw", "convert -f qcow -O raw {qcow-zlib} {out}").verified(SAME_RAW),
+    Workload::once("raw-parallels", "convert -f raw -O parallels {raw} {out}")
+        .verified("compare -q -f parallels -F parallels {stock} {out}"),
+    Workload::once("parallels-raw", "convert -f parallels -O raw {parallels} {out}").verified(SAME_RAW),
     Workload::repeated("create-small", 50, "create -q -f qcow2 {out} 64M"),
     Workload::repeated("create-1T", 50, "create -q -f qcow2 {out} 1T"),
     Workload::repeated("info", 50, "info {qcow2}"),
