@@ -24,46 +24,11 @@ data_file             |    |
 data_file_raw         |    | data_file_raw=on
 backing               |    |
 '
-# Where the files of the image come from; it takes them in the order of their names until it is 70 % full.
-readonly SOURCE=/usr
-
-die() {
-    printf 'roundtrip: %s\n' "$*" >&2
-    exit 2
-}
+# shellcheck source=tests/real_image.sh
+source "$(dirname "${BASH_SOURCE[0]}")/real_image.sh"
 
 usage() {
     sed -n 's/^# \{0,1\}//; 2,8p' "$0"
-}
-
-# Every command of either program goes through here: its output is shown only when it fails.
-run() {
-    if ! "$@" >"$work/log" 2>&1; then
-        printf '  failed: %s\n' "$*"
-        sed 's/^/    /; 5q' "$work/log"
-        return 1
-    fi
-}
-
-# The files to put into the image, one a line and relative to the root: as many as fit into the number of bytes given.
-choose_files() {
-    LC_ALL=C find "$SOURCE" -xdev -type f -readable -printf '%p\t%s\n' | LC_ALL=C sort |
-        LC_ALL=C awk -F '\t' -v budget="$1" '
-            { need = int(($2 + 4095) / 4096) * 4096 + 512 }
-            NF == 2 && need <= budget { budget -= need; print substr($1, 2) }'
-}
-
-make_file_system() {
-    local image=$1 size=$2 staging=$work/files
-    mkdir "$staging"
-    choose_files $((size * 7 / 10)) >"$work/list"
-    tar -C / -cf - --verbatim-files-from -T "$work/list" | tar -C "$staging" -xf -
-    local inodes
-    inodes=$(find "$staging" | wc -l)
-    truncate -s "$size" "$image"
-    mke2fs -q -F -t ext4 -b 4096 -m 0 -N $((inodes + inodes / 8 + 64)) -d "$staging" "$image" ||
-        die "mke2fs could not make the image"
-    rm -rf "$staging"
 }
 
 # The image's first half, and other content where the image has its second half.
@@ -140,8 +105,7 @@ PATH=$PATH:/usr/sbin:/sbin
 command -v mke2fs >/dev/null || die "mke2fs is not installed (package e2fsprogs)"
 ours=$(command -v "$1") || die "cannot run '$1'"
 stock=$(command -v "$2") || die "cannot run '$2'"
-bytes=$(numfmt --from=iec "$size") || die "invalid size '$size'"
-((bytes >= 32 << 20 && bytes % (1 << 20) == 0)) || die "the size is in whole MiB, 32M or more"
+bytes=$(bytes_of "$size")
 
 work=$(mktemp -d "$parent/roundtrip.XXXXXX")
 trap 'rm -rf "$work"' EXIT
