@@ -13,6 +13,24 @@ pub trait Gate: Send + Sync {
     fn open(&self, reference: &Reference<'_>) -> Result<Arc<dyn Device>>;
 }
 
+impl dyn Gate + '_ {
+    /// Opens the file called `name`, which the image called `from` keeps a guest's data in. A relative name is relative
+    /// to the current directory.
+    ///
+    /// # Errors
+    /// As [`Gate::open`].
+    pub fn open_data(&self, name: &str, from: &str, permissions: Permissions) -> Result<Arc<dyn Device>> {
+        let mut options = NodeOptions::new();
+        options.set("filename", name);
+        self.open(&Reference {
+            options: &options,
+            from,
+            role: Role::Data,
+            permissions,
+        })
+    }
+}
+
 /// A name found inside an image.
 #[derive(Clone, Debug)]
 pub struct Reference<'a> {

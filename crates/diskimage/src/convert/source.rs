@@ -39,10 +39,12 @@ fn files_of(image: &Arc<Image>) -> Vec<Arc<dyn Device>> {
     chain
         .flat_map(|image| {
             let layer = image.layer();
+            let parts = layer.parts().into_iter().map(|(_, part)| part);
             [Some(layer.file()), layer.data_file()]
                 .into_iter()
                 .flatten()
                 .cloned()
+                .chain(parts)
         })
         .collect()
 }

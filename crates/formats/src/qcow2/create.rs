@@ -19,14 +19,16 @@ use super::feature::{Autoclear, Compatible, Incompatible};
 use super::header::{Compression, HEADER_LEN, MAGIC, RawHeader, limit};
 use super::options::{Wanted, Wording};
 use super::refcount::block;
-use super::{Qcow2, data_permissions, extension, open_data_file};
+use super::{Qcow2, data_permissions, extension};
 
 /// Writes a new image to `request.file`.
 pub(super) fn create(request: &CreateRequest<'_>) -> Result<()> {
     let wanted = Wanted::parse(request.options, Wording::Parameters)?;
     if let Some(name) = &wanted.data_file {
         // Its length is set when the image grows to its size.
-        open_data_file(request.gate, name, request.name, data_permissions(true))?;
+        request
+            .gate
+            .open_data(name, request.name, data_permissions(true))?;
     }
     let file: Arc<dyn Device> = Arc::new(Wrapped(Unsynced(Arc::clone(&request.file))));
     write_minimal(&*file, &wanted)?;

@@ -45,9 +45,9 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use diskimage_core::options::{OptionDef, Options};
 use diskimage_core::{
     AmendRequest, Backing, Bitmaps, Budget, ByteRange, CheckReport, CreateRequest, Device, Encoded, Encoder,
-    Error, ErrorKind, Event, Format, Gate, Info, Layer, Measure, MeasureSource, NodeOptions, Objects,
-    OpenRequest, Permissions, Preallocation, Probe, Progress, Reference, Repair, ResizeRequest, Result,
-    ResultExt, Role, Run, Score, Snapshots, WritePlan, ZeroMode,
+    Error, ErrorKind, Event, Format, Info, Layer, Measure, MeasureSource, Objects, OpenRequest, Permissions,
+    Preallocation, Probe, Progress, Repair, ResizeRequest, Result, ResultExt, Run, Score, Snapshots,
+    WritePlan, ZeroMode,
 };
 
 use self::encrypt::Encrypted;
@@ -514,7 +514,8 @@ fn data_file(header: &Header, request: &mut OpenRequest<'_>) -> Result<Option<Ar
     } else {
         data_permissions(request.write)
     };
-    open_data_file(request.gate, name, request.name, permissions).map(Some)
+    // As there: the name is relative to the current directory, not to the image's.
+    request.gate.open_data(name, request.name, permissions).map(Some)
 }
 
 /// What a data file is locked for: its bytes may change under a reader, as those of a raw image may.
@@ -528,21 +529,4 @@ fn data_permissions(write: bool) -> Permissions {
         share_write: true,
         ..permissions
     }
-}
-
-fn open_data_file(
-    gate: &dyn Gate,
-    name: &str,
-    from: &str,
-    permissions: Permissions,
-) -> Result<Arc<dyn Device>> {
-    // As there: a data file's name is relative to the current directory, not to the image's.
-    let mut options = NodeOptions::new();
-    options.set("filename", name);
-    gate.open(&Reference {
-        options: &options,
-        from,
-        role: Role::Data,
-        permissions,
-    })
 }

@@ -16,7 +16,7 @@ use zerocopy::IntoBytes;
 use zerocopy::byteorder::little_endian::{U16, U32, U64};
 
 use super::descriptor::{NO_PARENT, NewDescriptor};
-use super::extent::{beside, open_file};
+use super::extent::beside;
 use super::header::{DEFLATE, HOSTED_MAGIC, HostedHeader, LINE_ENDS, SECTOR, flag};
 use super::new_cid;
 use crate::used::data_bytes;
@@ -277,7 +277,7 @@ pub(super) fn create(request: &CreateRequest<'_>) -> Result<()> {
 
 fn open_part(request: &CreateRequest<'_>, name: &str) -> Result<Arc<dyn Device>> {
     let path = beside(request.name, name)?;
-    open_file(request.gate, &path, request.name, Permissions::WRITE)
+    request.gate.open_data(&path, request.name, Permissions::WRITE)
 }
 
 fn preallocation(options: &Options) -> Result<Preallocation> {

@@ -2,9 +2,7 @@
 
 use std::sync::{Arc, PoisonError, RwLock};
 
-use diskimage_core::{
-    Device, Error, Gate, NodeOptions, OpenRequest, Permissions, Reference, Result, Role, errno,
-};
+use diskimage_core::{Device, Error, OpenRequest, Permissions, Result, errno};
 
 use super::descriptor::{Descriptor, ExtentKind, ExtentLine};
 use super::header::{self, Geometry, Hosted, SECTOR};
@@ -132,7 +130,7 @@ fn open(line: &ExtentLine, start: u64, request: &OpenRequest<'_>) -> Result<Exte
         (_, true) => Permissions::WRITE,
         (_, false) => Permissions::READ,
     };
-    let device = open_file(request.gate, &name, request.name, permissions)?;
+    let device = request.gate.open_data(&name, request.name, permissions)?;
     let len = line.sectors.checked_mul(SECTOR).ok_or_else(too_large)?;
     let shape = match line.kind {
         ExtentKind::Flat | ExtentKind::Vmfs => {
@@ -167,23 +165,6 @@ fn sparse(geometry: Geometry) -> Shape {
         len: geometry.capacity,
         place: Place::Sparse(geometry),
     }
-}
-
-/// Opens a file that an image names, through the gate only.
-pub(super) fn open_file(
-    gate: &dyn Gate,
-    name: &str,
-    from: &str,
-    permissions: Permissions,
-) -> Result<Arc<dyn Device>> {
-    let mut options = NodeOptions::new();
-    options.set("filename", name);
-    gate.open(&Reference {
-        options: &options,
-        from,
-        role: Role::Data,
-        permissions,
-    })
 }
 
 /// The path that `name` means in the image called `image`: relative to that image's directory.
