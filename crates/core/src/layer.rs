@@ -201,6 +201,12 @@ pub trait Layer: Debug + Send + Sync {
         false
     }
 
+    /// Whether `map` tells what tables say. Of a format whose tables the original does not ask, it says as there that all
+    /// is data, and not where.
+    fn maps_places(&self) -> bool {
+        true
+    }
+
     /// The device that holds the guest's data, if it is another one.
     fn data_file(&self) -> Option<&Arc<dyn Device>> {
         None

@@ -49,6 +49,14 @@ impl MappedExtent {
 /// Damage found in tables, and the first error of `found`.
 pub fn map(image: &Image, range: ByteRange, mut found: impl FnMut(MappedExtent) -> Result<()>) -> Result<()> {
     let mut rest = range.intersect(ByteRange::new(0, image.len()));
+    if !image.layer().maps_places() && !rest.is_empty() {
+        return found(MappedExtent {
+            range: rest,
+            kind: ExtentKind::Data,
+            depth: 0,
+            host: None,
+        });
+    }
     let mut pending: Option<MappedExtent> = None;
     while !rest.is_empty() {
         let extent = image

@@ -19,6 +19,7 @@ mod testing;
 mod tree;
 mod used;
 mod vdi;
+mod vhdx;
 mod vmdk;
 mod vpc;
 mod window;
@@ -34,6 +35,7 @@ pub use qcow2::Qcow2Format;
 pub use qed::QedFormat;
 pub use raw::{Raw, bare_layer, window_layer};
 pub use vdi::Vdi;
+pub use vhdx::Vhdx;
 pub use vmdk::Vmdk;
 pub use vpc::Vpc;
 
@@ -49,6 +51,7 @@ pub static FORMATS: &[&dyn Format] = &[
     &Dmg,
     &Vpc,
     &Vmdk,
+    &Vhdx,
 ];
 
 /// The format of this name.

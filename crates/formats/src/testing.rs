@@ -6,7 +6,8 @@ use diskimage_core::{
     Budget, Device, Error, ErrorKind, Format, Gate, Image, NodeOptions, OpenRequest, Reference, Result,
 };
 
-struct Closed;
+/// Opens nothing.
+pub(crate) struct Closed;
 
 impl Gate for Closed {
     fn open(&self, _: &Reference<'_>) -> Result<Arc<dyn Device>> {

@@ -1,0 +1,84 @@
+//! Looking for blocks that are not in the file, or in each other's place.
+
+use diskimage_core::{ByteRange, CheckReport, Note, Progress, Repair, Result};
+
+use super::VhdxLayer;
+use super::bat::{Payload, entry_of};
+use super::header::MIB;
+
+/// Findings beyond these are only counted.
+const MAX_LINES: u64 = 1_000_000;
+
+impl VhdxLayer {
+    /// Walks the block allocation table. What a log had was put into the file when the image was opened.
+    pub(super) fn check_bat(&self, repair: Repair, progress: &Progress<'_>) -> Result<CheckReport> {
+        let mut report = CheckReport::default();
+        if repair != Repair::No && self.was_replayed {
+            report.corruptions_fixed = 1;
+        }
+        let mut state = self.lock();
+        let len = self.file.len();
+        let mut tell = |text: String| {
+            if report.corruptions < MAX_LINES {
+                progress.tell(&Note { text, named: true });
+            }
+            report.corruptions += 1;
+        };
+        // A bit for each mebibyte of the file that a block has.
+        let words = usize::try_from(len.div_ceil(MIB).div_ceil(64)).unwrap_or(usize::MAX);
+        let _memory = self.budget.take(words as u64 * 8)?;
+        let mut taken = vec![0_u64; words];
+        let tables = state.tables();
+        for block in 0..state.metadata.disk_size.div_ceil(self.block_size) {
+            let index = entry_of(block, self.block_size);
+            let entry = state.bat.entry(index)?;
+            let Ok(payload) = Payload::of(entry) else {
+                tell(format!(
+                    "VHDX BAT entry {index} has the unknown state {}",
+                    entry & 7
+                ));
+                continue;
+            };
+            let Payload::At(offset) = payload else { continue };
+            let place = ByteRange::at(offset, self.block_size);
+            let truncated = |what: &str, at: u64| {
+                format!(
+                    "VHDX BAT entry {index} {what} offset {at} points after end of file ({len}). Image has probably \
+                     been truncated."
+                )
+            };
+            if offset >= len {
+                tell(truncated("start", offset));
+                continue;
+            }
+            if place.end() > len {
+                tell(truncated("end", place.end() - 1));
+                continue;
+            }
+            if let Some((_, table)) = tables.iter().find(|(_, table)| table.overlaps(place)) {
+                tell(format!(
+                    "VHDX region {}-{} overlaps with region {}-{}",
+                    place.start(),
+                    place.end(),
+                    table.start(),
+                    table.end()
+                ));
+                continue;
+            }
+            let mut shared = false;
+            for part in place.start() / MIB..place.end() / MIB {
+                let (word, bit) = (usize::try_from(part / 64).unwrap_or(usize::MAX), part % 64);
+                if let Some(word) = taken.get_mut(word) {
+                    shared |= *word >> bit & 1 == 1;
+                    *word |= 1 << bit;
+                }
+            }
+            if shared {
+                tell(format!(
+                    "VHDX BAT entry {index} shares its place with another one"
+                ));
+            }
+        }
+        Ok(report)
+    }
+}

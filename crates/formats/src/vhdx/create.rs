@@ -1,0 +1,204 @@
+//! New images.
+//!
+//! ```text
+//!   |headers: 1 MiB|log|block allocation table|metadata: 1 MiB|4 MiB left free|blocks, all of them if it is fixed
+//! ```
+
+use diskimage_core::options::{OptionDef, OptionKind, Options};
+use diskimage_core::{
+    ByteRange, CreateRequest, Device, Error, Measure, MeasureSource, Preallocation, Result, ZeroMode,
+};
+
+use super::bat::{ENTRY, absent, entries, entry_of, present};
+use super::header::{FILE_SIGNATURE, Guid, Header, MIB, Regions, new_guid};
+use super::metadata::{MAX_BLOCK, MAX_DISK, MIN_BLOCK, Metadata};
+use crate::preallocation;
+use crate::used::data_bytes;
+
+/// The options of `create`, in the order in which the original prints their values.
+pub(super) const OPTIONS: &[OptionDef] = &[
+    OptionDef::new("size", OptionKind::Size, "Virtual disk size; max of 64TB."),
+    OptionDef::new("log_size", OptionKind::Size, "Log size; min 1MB.").or("1048576"),
+    OptionDef::new(
+        "block_size",
+        OptionKind::Size,
+        "Block Size; min 1MB, max 256MB. 0 means auto-calculate based on image size.",
+    )
+    .or("0"),
+    OptionDef::new(
+        "subformat",
+        OptionKind::Text,
+        "VHDX format type, can be either 'dynamic' or 'fixed'. Default is 'dynamic'.",
+    ),
+    OptionDef::new(
+        "block_state_zero",
+        OptionKind::Flag,
+        "Force use of payload blocks of type 'ZERO'. Non-standard, but default.  Do not set to 'off' when using \
+         'qemu-img convert' with subformat=dynamic.",
+    ),
+];
+
+/// What was asked for, checked, and where it goes.
+struct Plan {
+    disk_size: u64,
+    block_size: u64,
+    is_fixed: bool,
+    /// Blocks without storage say that they are zero.
+    says_zero: bool,
+    log: ByteRange,
+    regions: Regions,
+    /// Where blocks start.
+    data: u64,
+}
+
+impl Plan {
+    fn new(options: &Options, disk_size: u64) -> Result<Self> {
+        if disk_size > MAX_DISK {
+            return Err(Error::invalid("Image size too large; max of 64TB"));
+        }
+        let log_size = options.size("log_size").unwrap_or(MIB).max(MIB);
+        let disk_size = disk_size.next_multiple_of(512);
+        if log_size >= 4 << 30 {
+            return Err(Error::invalid("Log size must be smaller than 4 GB"));
+        }
+        let block_size = match options.size("block_size").unwrap_or(0) {
+            0 => usual_block_size(disk_size),
+            size => size.clamp(MIN_BLOCK, MAX_BLOCK),
+        };
+        if !block_size.is_power_of_two() {
+            return Err(Error::invalid("Block size must be a power of two"));
+        }
+        let is_fixed = match options.text("subformat") {
+            None | Some("dynamic") => false,
+            Some("fixed") => true,
+            Some(other) => {
+                return Err(Error::invalid(format!(
+                    "Parameter 'subformat' does not accept value '{other}'"
+                )));
+            }
+        };
+        preallocation::check(options)?;
+        let log = ByteRange::at(MIB, log_size.next_multiple_of(MIB));
+        let bat_len = (entries(disk_size, block_size) * ENTRY).next_multiple_of(MIB);
+        let bat = ByteRange::at(log.end(), bat_len.max(MIB));
+        let metadata = ByteRange::at(bat.end(), MIB);
+        Ok(Self {
+            disk_size,
+            block_size,
+            is_fixed,
+            says_zero: options.flag("block_state_zero") != Some(false),
+            log,
+            regions: Regions { bat, metadata },
+            data: metadata.end() + FREE,
+        })
+    }
+
+    fn blocks(&self) -> u64 {
+        self.disk_size.div_ceil(self.block_size)
+    }
+
+    fn end(&self) -> u64 {
+        let blocks = if self.is_fixed { self.blocks() } else { 0 };
+        self.data + blocks * self.block_size
+    }
+
+    /// Writes the table, in pieces.
+    fn write_bat(&self, file: &dyn Device) -> Result<()> {
+        const PIECE: usize = 64 << 10;
+        let mut bytes = Vec::with_capacity(PIECE);
+        let mut offset = self.regions.bat.start();
+        let mut index = 0;
+        for block in 0..self.blocks() {
+            let entry = if self.is_fixed {
+                present(self.data + block * self.block_size)
+            } else {
+                absent(self.says_zero)
+            };
+            let at = entry_of(block, self.block_size);
+            // A sector bitmap in between is not there.
+            for _ in index..at {
+                bytes.extend_from_slice(&[0; 8]);
+            }
+            bytes.extend_from_slice(&entry.to_le_bytes());
+            index = at + 1;
+            if bytes.len() >= PIECE {
+                file.write_at(&bytes, offset)?;
+                offset += bytes.len() as u64;
+                bytes.clear();
+            }
+        }
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        file.write_at(&bytes, offset)
+    }
+}
+
+/// What the original leaves free behind the metadata.
+const FREE: u64 = 4 * MIB;
+
+/// The size of blocks that the original takes for a disk of this size.
+fn usual_block_size(disk_size: u64) -> u64 {
+    match disk_size {
+        size if size > 32 << 40 => 64 * MIB,
+        size if size > 100 << 30 => 32 * MIB,
+        size if size > 1 << 30 => 16 * MIB,
+        _ => 8 * MIB,
+    }
+}
+
+/// Writes a new image.
+pub(super) fn create(request: &CreateRequest<'_>) -> Result<()> {
+    let plan = Plan::new(request.options, request.size)?;
+    let file = &*request.file;
+    if file.is_zero_when_new() {
+        file.resize(plan.end(), Preallocation::Off)?;
+    } else if plan.end() > file.len() {
+        return Err(Error::unsupported(file.too_short()));
+    }
+    let mut start = vec![0; 64 << 10];
+    start[..8].copy_from_slice(FILE_SIGNATURE);
+    for (at, unit) in CREATOR.encode_utf16().enumerate() {
+        start[8 + at * 2..10 + at * 2].copy_from_slice(&unit.to_le_bytes());
+    }
+    file.write_at(&start, 0)?;
+    let mut number = [0; 4];
+    number.copy_from_slice(&new_guid()?[..4]);
+    let mut header = Header {
+        sequence: u32::from_le_bytes(number).into(),
+        file_write: new_guid()?,
+        data_write: new_guid()?,
+        log_guid: Guid::default(),
+        log: plan.log,
+    };
+    header.write(file, 0)?;
+    header.sequence += 1;
+    header.write(file, 1)?;
+    if !file.is_zero_when_new() {
+        let tables = ByteRange::new(plan.log.start(), plan.data);
+        file.write_zeroes(tables, ZeroMode::KeepAllocated)?;
+    }
+    plan.write_bat(file)?;
+    let metadata = Metadata::to_bytes(plan.block_size, plan.disk_size)?;
+    file.write_at(&metadata, plan.regions.metadata.start())?;
+    plan.regions.write(file)
+}
+
+/// Who made the file, in the field for that.
+const CREATOR: &str = "qemu-img-rs";
+
+/// How much a new image takes.
+pub(super) fn measure(options: &Options, source: MeasureSource<'_>) -> Result<Measure> {
+    let plan = Plan::new(options, source.len())?;
+    let fully_allocated = plan.data + plan.blocks() * plan.block_size;
+    let required = match source {
+        _ if plan.is_fixed => fully_allocated,
+        MeasureSource::Size(_) => plan.data,
+        MeasureSource::Image(image) => plan.data + data_bytes(image, plan.block_size)?,
+    };
+    Ok(Measure {
+        required,
+        fully_allocated,
+        bitmaps: None,
+    })
+}

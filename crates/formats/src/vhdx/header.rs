@@ -1,0 +1,283 @@
+//! The headers and region tables: where the log, the block allocation table and the metadata are.
+//!
+//! All numbers of the format are little-endian. Of each structure there are two; the newer header counts, and the first
+//! region table that is whole.
+
+use diskimage_core::{ByteRange, Device, Error, Result, errno};
+use zerocopy::byteorder::little_endian::{U16, U32, U64};
+use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+/// A GUID as it is stored.
+pub(super) type Guid = [u8; 16];
+
+/// Offsets and lengths of regions are multiples of it.
+pub(super) const MIB: u64 = 1 << 20;
+
+/// What a file starts with.
+pub(super) const FILE_SIGNATURE: &[u8; 8] = b"vhdxfile";
+
+/// Where the two headers are.
+pub(super) const HEADERS: [u64; 2] = [64 << 10, 128 << 10];
+/// Where the two region tables are, and how long each is.
+pub(super) const REGION_TABLES: [u64; 2] = [192 << 10, 256 << 10];
+pub(super) const REGION_TABLE_LEN: usize = 64 << 10;
+
+/// A header on the disk; the rest of its 4 KiB is zero.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct RawHeader {
+    signature: [u8; 4],
+    /// CRC-32C of all 4 KiB with this field zero.
+    checksum: U32,
+    sequence: U64,
+    file_write: Guid,
+    data_write: Guid,
+    log: Guid,
+    log_version: U16,
+    version: U16,
+    log_len: U32,
+    log_offset: U64,
+}
+
+const _: () = assert!(size_of::<RawHeader>() == 80);
+
+const HEADER_LEN: usize = 4096;
+const HEADER_SIGNATURE: [u8; 4] = *b"head";
+
+/// What a header says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Header {
+    /// The header with the higher number counts.
+    pub(super) sequence: u64,
+    /// Another one whenever the file is about to change.
+    pub(super) file_write: Guid,
+    /// Another one whenever the guest's data is about to change.
+    pub(super) data_write: Guid,
+    /// The entries of the log that have this GUID are to be replayed; none if it is zero.
+    pub(super) log_guid: Guid,
+    pub(super) log: ByteRange,
+}
+
+impl Header {
+    /// Reads the two headers: the one that counts, and which it is.
+    ///
+    /// # Errors
+    /// No header that is whole.
+    pub(super) fn read(file: &dyn Device) -> Result<(Self, usize)> {
+        let mut found: Option<(Self, usize)> = None;
+        for (slot, offset) in HEADERS.into_iter().enumerate() {
+            let mut bytes = [0; HEADER_LEN];
+            file.read_padded(&mut bytes, offset)?;
+            if let Some(header) = Self::parse(&bytes)
+                && found
+                    .as_ref()
+                    .is_none_or(|(other, _)| other.sequence < header.sequence)
+            {
+                found = Some((header, slot));
+            }
+        }
+        found.ok_or_else(|| Error::corrupt("No valid VHDX header found"))
+    }
+
+    fn parse(bytes: &[u8; HEADER_LEN]) -> Option<Self> {
+        let (raw, _) = RawHeader::read_from_prefix(bytes).ok()?;
+        let whole = raw.signature == HEADER_SIGNATURE && checksum_fits(bytes, raw.checksum);
+        let known = raw.version.get() == 1 && raw.log_version.get() == 0;
+        let (offset, len) = (raw.log_offset.get(), u64::from(raw.log_len.get()));
+        let log = ByteRange::at(offset, len);
+        let placed = offset >= MIB && is_in_mib(offset) && is_in_mib(len) && log.len() == len;
+        (whole && known && placed).then_some(Self {
+            sequence: raw.sequence.get(),
+            file_write: raw.file_write,
+            data_write: raw.data_write,
+            log_guid: raw.log,
+            log,
+        })
+    }
+
+    /// Makes it the header that counts, in place of the one in `slot`, and says where it is then.
+    ///
+    /// # Errors
+    /// As writing the file.
+    pub(super) fn replace(&mut self, file: &dyn Device, slot: usize) -> Result<usize> {
+        let other = 1 - slot.min(1);
+        self.sequence = self.sequence.wrapping_add(1);
+        self.write(file, other)?;
+        file.flush()?;
+        Ok(other)
+    }
+
+    /// Writes the header into a slot.
+    ///
+    /// # Errors
+    /// As writing the file.
+    pub(super) fn write(&self, file: &dyn Device, slot: usize) -> Result<()> {
+        let len = u32::try_from(self.log.len()).map_err(|_| Error::from_errno(errno::EFBIG))?;
+        let raw = RawHeader {
+            signature: HEADER_SIGNATURE,
+            checksum: U32::new(0),
+            sequence: U64::new(self.sequence),
+            file_write: self.file_write,
+            data_write: self.data_write,
+            log: self.log_guid,
+            log_version: U16::new(0),
+            version: U16::new(1),
+            log_len: U32::new(len),
+            log_offset: U64::new(self.log.start()),
+        };
+        let mut bytes = [0; HEADER_LEN];
+        bytes[..size_of::<RawHeader>()].copy_from_slice(raw.as_bytes());
+        set_checksum(&mut bytes);
+        file.write_at(&bytes, HEADERS[slot])
+    }
+}
+
+/// An entry of a region table.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct RawRegion {
+    guid: Guid,
+    offset: U64,
+    len: U32,
+    /// Bit 0: who does not know the region cannot open the file.
+    flags: U32,
+}
+
+const REGION_SIGNATURE: [u8; 4] = *b"regi";
+const MAX_REGIONS: usize = 2047;
+const REQUIRED: u32 = 1;
+
+/// 2DC27766-F623-4200-9D64-115E9BFD4A08
+const BAT: Guid = [
+    0x66, 0x77, 0xc2, 0x2d, 0x23, 0xf6, 0x00, 0x42, 0x9d, 0x64, 0x11, 0x5e, 0x9b, 0xfd, 0x4a, 0x08,
+];
+/// 8B7CA206-4790-4B9A-B8FE-575F050F886E
+const METADATA: Guid = [
+    0x06, 0xa2, 0x7c, 0x8b, 0x90, 0x47, 0x9a, 0x4b, 0xb8, 0xfe, 0x57, 0x5f, 0x05, 0x0f, 0x88, 0x6e,
+];
+
+/// Where the regions are that are needed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Regions {
+    pub(super) bat: ByteRange,
+    pub(super) metadata: ByteRange,
+}
+
+impl Regions {
+    /// Reads the first region table that is whole.
+    ///
+    /// # Errors
+    /// No table, regions that overlap, that are missing, or that have to be known and are not.
+    pub(super) fn read(file: &dyn Device, log: ByteRange) -> Result<Self> {
+        let invalid = || Error::from_errno(errno::EINVAL);
+        let mut bytes = vec![0; REGION_TABLE_LEN];
+        for offset in REGION_TABLES {
+            file.read_padded(&mut bytes, offset)?;
+            let checksum = U32::read_from_bytes(&bytes[4..8]).map_err(|_| invalid())?;
+            if bytes[..4] == REGION_SIGNATURE && checksum_fits(&bytes, checksum) {
+                return Self::parse(&bytes, log);
+            }
+        }
+        Err(invalid())
+    }
+
+    fn parse(bytes: &[u8], log: ByteRange) -> Result<Self> {
+        let invalid = || Error::from_errno(errno::EINVAL);
+        let count = U32::read_from_bytes(&bytes[8..12]).map_err(|_| invalid())?;
+        let count = usize::try_from(count.get()).unwrap_or(usize::MAX);
+        if count > MAX_REGIONS {
+            return Err(invalid());
+        }
+        let (mut bat, mut metadata) = (None, None);
+        let mut taken = vec![ByteRange::new(0, MIB), log];
+        for entry in bytes[16..].chunks_exact(size_of::<RawRegion>()).take(count) {
+            let raw = RawRegion::read_from_bytes(entry).map_err(|_| invalid())?;
+            let (offset, len) = (raw.offset.get(), u64::from(raw.len.get()));
+            let range = ByteRange::at(offset, len);
+            let placed = is_in_mib(offset) && is_in_mib(len) && len > 0 && range.len() == len;
+            if !placed || taken.iter().any(|other| other.overlaps(range)) {
+                return Err(invalid());
+            }
+            taken.push(range);
+            let place = match raw.guid {
+                BAT => &mut bat,
+                METADATA => &mut metadata,
+                _ if raw.flags.get() & REQUIRED != 0 => return Err(Error::from_errno(errno::ENOTSUP)),
+                _ => continue,
+            };
+            if place.replace(range).is_some() {
+                return Err(invalid());
+            }
+        }
+        Ok(Self {
+            bat: bat.ok_or_else(invalid)?,
+            metadata: metadata.ok_or_else(invalid)?,
+        })
+    }
+
+    /// Writes both tables, one after the other: one of them is whole at any moment. All that changes in a table is in
+    /// its first sector.
+    ///
+    /// # Errors
+    /// As writing the file.
+    pub(super) fn write(&self, file: &dyn Device) -> Result<()> {
+        let mut bytes = vec![0; REGION_TABLE_LEN];
+        bytes[..4].copy_from_slice(&REGION_SIGNATURE);
+        bytes[8] = 2;
+        for (nth, (guid, range)) in [(BAT, self.bat), (METADATA, self.metadata)].iter().enumerate() {
+            let len = u32::try_from(range.len()).map_err(|_| Error::from_errno(errno::EFBIG))?;
+            let raw = RawRegion {
+                guid: *guid,
+                offset: U64::new(range.start()),
+                len: U32::new(len),
+                flags: U32::new(REQUIRED),
+            };
+            let at = 16 + nth * size_of::<RawRegion>();
+            bytes[at..at + size_of::<RawRegion>()].copy_from_slice(raw.as_bytes());
+        }
+        set_checksum(&mut bytes);
+        for offset in REGION_TABLES {
+            file.write_at(&bytes, offset)?;
+            file.flush()?;
+        }
+        Ok(())
+    }
+}
+
+/// Whether a number is a multiple of a mebibyte.
+pub(super) fn is_in_mib(number: u64) -> bool {
+    number.is_multiple_of(MIB)
+}
+
+/// Whether `checksum`, which stands at byte 4 of a structure, is that of the rest.
+pub(super) fn checksum_fits(bytes: &[u8], checksum: U32) -> bool {
+    checksum_of(bytes) == checksum.get()
+}
+
+/// Puts the checksum of a structure to its byte 4.
+pub(super) fn set_checksum(bytes: &mut [u8]) {
+    let checksum = checksum_of(bytes);
+    bytes[4..8].copy_from_slice(&checksum.to_le_bytes());
+}
+
+/// The CRC-32C of a structure, whose bytes 4 to 7 count as zero.
+fn checksum_of(bytes: &[u8]) -> u32 {
+    let (head, rest) = bytes.split_at(bytes.len().min(8));
+    let mut start = [0; 8];
+    start[..head.len().min(4)].copy_from_slice(&head[..head.len().min(4)]);
+    crc32c::crc32c_append(crc32c::crc32c(&start), rest)
+}
+
+/// A GUID that nobody has.
+///
+/// # Errors
+/// No random bytes.
+pub(super) fn new_guid() -> Result<Guid> {
+    let mut guid = Guid::new_zeroed();
+    getrandom::fill(&mut guid)
+        .map_err(|error| Error::unsupported(format!("No random bytes to be had: {error}")))?;
+    // Version 4 of RFC 4122, made of random numbers; the third field is little-endian.
+    guid[7] = guid[7] & 0x0f | 0x40;
+    guid[8] = guid[8] & 0x3f | 0x80;
+    Ok(guid)
+}

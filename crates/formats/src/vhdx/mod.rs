@@ -1,0 +1,353 @@
+//! VHDX, the format of Hyper-V: a disk in payload blocks, and a table that says where each of them is.
+//!
+//! ```text
+//!   0         64 KiB   192 KiB        1 MiB
+//!   |"vhdxfile"|header x2|region table x2|log|block allocation table|metadata| payload blocks, from 1 MiB to 256 MiB ...
+//! ```
+//!
+//! * `header`: the two headers and the two region tables;
+//! * `metadata`: how large the disk and its blocks are;
+//! * `bat`: windows of the block allocation table;
+//! * `log`: changes of tables that are done as a whole or not at all, and what a crash has left of them;
+//! * `write`, `create`, `check`, `resize`: operations.
+//!
+//! # What a crash leaves
+//!
+//! Blocks are written and made durable first. The table's new entries go into the log, the header names the log's entry,
+//! the table is written, and the header no longer names it: each step is durable before the next. Whoever finds a header
+//! that names entries does what they say again. An image that is opened for reading is read as if that had been done.
+
+mod bat;
+mod check;
+mod create;
+mod header;
+mod log;
+mod metadata;
+mod resize;
+#[cfg(test)]
+mod tests;
+mod write;
+
+use std::collections::HashSet;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+
+use diskimage_core::options::{OptionDef, Options};
+use diskimage_core::{
+    Budget, ByteRange, CheckReport, CreateRequest, Device, Error, Format, Holes, Info, Layer, Measure,
+    MeasureSource, Objects, OpenRequest, Probe, Progress, Repair, ResizeRequest, Result, Run, RunKind, Score,
+    WritePlan, ZeroMode, errno,
+};
+
+use self::bat::{Bat, Payload, entry_of, left_in_chunk};
+use self::header::{FILE_SIGNATURE, Guid, Header, Regions, new_guid};
+use self::log::{Changes, Replayed};
+use self::metadata::Metadata;
+
+/// Any part of a block can be written by itself: the rest of a new one is zero.
+const SECTOR: u64 = 512;
+
+/// The format's entry in the table.
+#[derive(Debug)]
+pub struct Vhdx;
+
+impl Format for Vhdx {
+    fn name(&self) -> &'static str {
+        "vhdx"
+    }
+
+    fn probe(&self, probe: &Probe<'_>) -> Score {
+        if probe.head.starts_with(FILE_SIGNATURE) {
+            100
+        } else {
+            0
+        }
+    }
+
+    fn open(&self, request: OpenRequest<'_>) -> Result<Arc<dyn Layer>> {
+        let name = request.name;
+        let layer = VhdxLayer::open(request).map_err(|error| match error.errno() {
+            Some(_) => error.context(format!("Could not open '{name}'")),
+            None => error,
+        });
+        Ok(Arc::new(layer?))
+    }
+
+    fn create_options(&self) -> &'static [OptionDef] {
+        create::OPTIONS
+    }
+
+    fn keeps_failed_file(&self) -> bool {
+        true
+    }
+
+    fn create(&self, request: CreateRequest<'_>) -> Result<()> {
+        create::create(&request)
+    }
+
+    fn measure(&self, options: &Options, source: MeasureSource<'_>, _objects: &Objects) -> Result<Measure> {
+        create::measure(options, source)
+    }
+}
+
+/// An opened image.
+#[derive(Debug)]
+struct VhdxLayer {
+    file: Arc<dyn Device>,
+    block_size: u64,
+    /// The log had changes that were not in the file.
+    was_replayed: bool,
+    state: Mutex<State>,
+    /// Woken when blocks leave [`State::in_flight`].
+    settled: Condvar,
+    budget: Budget,
+}
+
+/// What changes while an image is open. Its lock is never held while guest data moves.
+#[derive(Debug)]
+struct State {
+    header: Header,
+    /// Which of the two headers that is.
+    slot: usize,
+    regions: Regions,
+    metadata: Metadata,
+    bat: Bat,
+    /// Where the next block goes.
+    end: u64,
+    /// Blocks that are being written for the first time.
+    in_flight: HashSet<u64>,
+    /// Whether the header says already that the disk is changed.
+    marked: bool,
+    /// The number of the log's last entry.
+    sequence: u64,
+}
+
+impl VhdxLayer {
+    fn open(request: OpenRequest<'_>) -> Result<Self> {
+        let mut file = request.file;
+        let mut signature = [0; 8];
+        file.read_padded(&mut signature, 0)?;
+        if signature != *FILE_SIGNATURE {
+            return Err(Error::from_errno(errno::EINVAL));
+        }
+        let (mut header, mut slot) = Header::read(&*file)?;
+        let was_replayed = header.log_guid != Guid::default();
+        if was_replayed {
+            let changes = Changes::read(&*file, header.log, header.log_guid, &request.budget)?;
+            if request.write {
+                changes.apply(&*file)?;
+                header.log_guid = Guid::default();
+                slot = header.replace(&*file, slot)?;
+            } else if request.for_check {
+                return Err(Error::unsupported(format!(
+                    "VHDX image file '{0}' opened read-only, but contains a log that needs to be replayed\n\
+                     To replay the log, run:\nqemu-img check -r all '{0}'",
+                    request.name
+                )));
+            } else {
+                file = Arc::new(Replayed::new(file, changes));
+            }
+        }
+        let regions = Regions::read(&*file, header.log)?;
+        let metadata = Metadata::read(&*file, regions.metadata)?;
+        let entries = bat::entries(metadata.disk_size, metadata.block_size);
+        if entries.saturating_mul(bat::ENTRY) > regions.bat.len() {
+            return Err(Error::from_errno(errno::EINVAL));
+        }
+        let state = State {
+            bat: Bat::new(Arc::clone(&file), regions.bat),
+            end: file.len().next_multiple_of(header::MIB),
+            header,
+            slot,
+            regions,
+            metadata,
+            in_flight: HashSet::new(),
+            marked: false,
+            sequence: 0,
+        };
+        Ok(Self {
+            file,
+            block_size: metadata.block_size,
+            was_replayed,
+            state: Mutex::new(state),
+            settled: Condvar::new(),
+            budget: request.budget,
+        })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Where a block is.
+    fn payload(&self, state: &mut State, block: u64) -> Result<Payload> {
+        Payload::of(state.bat.entry(entry_of(block, self.block_size))?)
+    }
+}
+
+impl State {
+    /// Says in the header that the disk has other contents now, once.
+    fn mark_changed(&mut self, file: &dyn Device) -> Result<()> {
+        if self.marked {
+            return Ok(());
+        }
+        let mut header = self.header.clone();
+        (header.file_write, header.data_write) = (new_guid()?, new_guid()?);
+        self.slot = header.replace(file, self.slot)?;
+        self.header = header;
+        self.marked = true;
+        Ok(())
+    }
+
+    /// Writes the entries of the table that have changed. What they lead to has been written.
+    fn publish(&mut self, file: &dyn Device) -> Result<()> {
+        let units = self.bat.changed();
+        if units.is_empty() {
+            return Ok(());
+        }
+        file.flush()?;
+        self.write_logged(file, &units)?;
+        self.bat.settle();
+        Ok(())
+    }
+
+    /// Writes units of 4 KiB by way of the log, and makes them durable.
+    fn write_logged(&mut self, file: &dyn Device, units: &[(u64, Box<[u8; bat::UNIT]>)]) -> Result<()> {
+        if self.header.log_guid != Guid::default() {
+            // An entry that failed half-way: what the header names must not be written over.
+            let budget = Budget::default();
+            Changes::read(file, self.header.log, self.header.log_guid, &budget)?.apply(file)?;
+            self.name_log(file, Guid::default())?;
+        }
+        for units in units.chunks(log::room(self.header.log.len()).max(1)) {
+            let guid = new_guid()?;
+            self.sequence += 1;
+            let entry = log::entry(guid, self.sequence, units, file.len())?;
+            file.write_at(&entry, self.header.log.start())?;
+            file.flush()?;
+            self.name_log(file, guid)?;
+            for (offset, bytes) in units {
+                file.write_at(&bytes[..], *offset)?;
+            }
+            file.flush()?;
+            self.name_log(file, Guid::default())?;
+        }
+        Ok(())
+    }
+
+    /// Has the header say which entries of the log are to be replayed.
+    fn name_log(&mut self, file: &dyn Device, guid: Guid) -> Result<()> {
+        let mut header = self.header.clone();
+        header.log_guid = guid;
+        match header.replace(file, self.slot) {
+            Ok(slot) => {
+                (self.header, self.slot) = (header, slot);
+                Ok(())
+            }
+            Err(error) => {
+                // It may name it or not.
+                if guid != Guid::default() {
+                    self.header.log_guid = guid;
+                }
+                Err(error)
+            }
+        }
+    }
+}
+
+impl Layer for VhdxLayer {
+    fn format(&self) -> &'static str {
+        "vhdx"
+    }
+
+    fn len(&self) -> u64 {
+        self.lock().metadata.disk_size
+    }
+
+    fn granularity(&self) -> u64 {
+        self.block_size
+    }
+
+    fn write_unit(&self) -> u64 {
+        SECTOR
+    }
+
+    fn map(&self, range: ByteRange) -> Result<Run> {
+        let size = self.block_size;
+        let mut state = self.lock();
+        let block = range.start() / size;
+        let first = self.payload(&mut state, block)?;
+        let mut len = size - range.start() % size;
+        let mut next = block + 1;
+        // Neighbours in the file, or without storage, are one run.
+        'run: while len < range.len() {
+            let in_chunk = usize::try_from(left_in_chunk(next, size)).unwrap_or(usize::MAX);
+            for entry in state.bat.entries(entry_of(next, size))?.take(in_chunk) {
+                let expected = match first {
+                    Payload::Zero => Payload::Zero,
+                    Payload::At(offset) => Payload::At(offset.saturating_add((next - block) * size)),
+                };
+                if len >= range.len() || Payload::of(entry).ok() != Some(expected) {
+                    break 'run;
+                }
+                len += size;
+                next += 1;
+            }
+        }
+        let kind = match first {
+            Payload::Zero => RunKind::Zero { host: None },
+            Payload::At(offset) => {
+                self.file.require(offset, 1)?;
+                RunKind::Data {
+                    device: Arc::clone(&self.file),
+                    offset: offset.saturating_add(range.start() % size),
+                    // A block that was given its place is as long as the file has been written.
+                    holes: Holes::ZeroData,
+                }
+            }
+        };
+        Ok(Run {
+            len: len.min(range.len()),
+            kind,
+        })
+    }
+
+    fn plan_write(&self, range: ByteRange) -> Result<Box<dyn WritePlan + '_>> {
+        self.plan(range)
+    }
+
+    fn write_zeroes(&self, range: ByteRange, mode: ZeroMode) -> Result<()> {
+        self.zero(range, mode)
+    }
+
+    fn maps_places(&self) -> bool {
+        false
+    }
+
+    fn info(&self) -> Result<Info> {
+        Ok(Info {
+            cluster_size: Some(self.block_size),
+            ..Info::default()
+        })
+    }
+
+    fn check(&self, repair: Repair, progress: &Progress<'_>) -> Result<CheckReport> {
+        self.check_bat(repair, progress)
+    }
+
+    fn check_resize(&self, request: &ResizeRequest) -> Result<()> {
+        self.check_size(request)
+    }
+
+    fn resize(&self, request: &ResizeRequest, _below: u64) -> Result<()> {
+        self.grow(request)
+    }
+
+    fn flush(&self) -> Result<()> {
+        self.lock().publish(&*self.file)?;
+        self.file.flush()
+    }
+
+    fn file(&self) -> &Arc<dyn Device> {
+        &self.file
+    }
+}

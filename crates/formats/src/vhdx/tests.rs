@@ -1,0 +1,329 @@
+//! Models, damage, crashes and faults, on images in memory.
+
+use std::sync::Arc;
+
+use diskimage_core::options::Options;
+use diskimage_core::{
+    ByteRange, CheckReport, CreateRequest, Device, Format, Image, MemoryDevice, Preallocation, Probe,
+    Progress, Repair, Result, Want, ZeroMode,
+};
+use diskimage_testing::{Fault, Faulty, Journal, Recorder};
+use proptest::prelude::*;
+
+use super::Vhdx;
+use super::header::{HEADERS, Header, MIB};
+use crate::testing::{Closed, open};
+
+const BLOCK: u64 = MIB;
+
+fn create(options: &str, size: u64) -> Vec<u8> {
+    let file = Arc::new(MemoryDevice::default());
+    let mut parsed = Options::new(Vhdx.create_options());
+    parsed.parse(options).expect("valid options");
+    Vhdx.create(CreateRequest {
+        id_below: None,
+        file: Arc::<MemoryDevice>::clone(&file),
+        name: "test",
+        size,
+        options: &parsed,
+        objects: &Arc::default(),
+        gate: &Closed,
+    })
+    .expect("created");
+    file.contents()
+}
+
+fn on(bytes: &[u8]) -> Arc<MemoryDevice> {
+    Arc::new(MemoryDevice::new(bytes.to_vec()))
+}
+
+fn open_on(file: &Arc<MemoryDevice>, write: bool) -> Result<Image> {
+    open(&Vhdx, Arc::<MemoryDevice>::clone(file), write)
+}
+
+fn check(image: &Image) -> CheckReport {
+    image
+        .layer()
+        .check(Repair::No, &Progress::none())
+        .expect("checks")
+}
+
+fn read_all(image: &Image) -> Vec<u8> {
+    let mut bytes = vec![0xee; usize::try_from(image.len()).expect("small")];
+    image.read_at(&mut bytes, 0).expect("readable");
+    bytes
+}
+
+fn index(range: ByteRange) -> std::ops::Range<usize> {
+    usize::try_from(range.start()).expect("small")..usize::try_from(range.end()).expect("small")
+}
+
+#[derive(Clone, Debug)]
+enum Op {
+    Write(u64, u64, u8),
+    Zero(u64, u64),
+    /// By so many sectors.
+    Grow(u64),
+    Reopen,
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    let place = (0..6 * BLOCK, 1..BLOCK + 5000);
+    prop_oneof![
+        4 => (place.clone(), 1..=255_u8).prop_map(|((at, len), byte)| Op::Write(at, len, byte)),
+        2 => place.prop_map(|(at, len)| Op::Zero(at, len)),
+        1 => (0..3000_u64).prop_map(Op::Grow),
+        1 => Just(Op::Reopen),
+    ]
+}
+
+const FORMS: [&str; 3] = [
+    "block_size=1M",
+    "block_size=1M,block_state_zero=off",
+    "block_size=1M,subformat=fixed",
+];
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
+
+    #[test]
+    fn an_image_behaves_like_a_vector(form in 0..FORMS.len(), ops in prop::collection::vec(op(), 1..20)) {
+        let size = 4 * BLOCK + 1536;
+        let file = on(&create(FORMS[form], size));
+        let mut image = open_on(&file, true).expect("opens");
+        let mut model = vec![0; usize::try_from(size).expect("small")];
+        for op in ops {
+            let disk = ByteRange::new(0, image.len());
+            match op {
+                Op::Write(at, len, byte) => {
+                    let range = index(ByteRange::at(at.min(image.len()), len).intersect(disk));
+                    model[range.clone()].fill(byte);
+                    image.write_at(&model[range.clone()], range.start as u64).expect("writes");
+                }
+                Op::Zero(at, len) => {
+                    let range = ByteRange::at(at.min(image.len()), len).intersect(disk);
+                    model[index(range)].fill(0);
+                    if !range.is_empty() {
+                        image.write_zeroes(range, ZeroMode::Unmap).expect("zeroes");
+                    }
+                }
+                Op::Grow(sectors) => {
+                    model.resize(model.len() + usize::try_from(sectors).expect("small") * 512, 0);
+                    image.resize(model.len() as u64, Preallocation::Off).expect("grows");
+                }
+                Op::Reopen => {
+                    image.flush().expect("flushes");
+                    image = open_on(&file, true).expect("opens");
+                    prop_assert!(read_all(&image) == model);
+                }
+            }
+        }
+        image.flush().expect("flushes");
+        let again = open_on(&file, false).expect("opens");
+        prop_assert_eq!(check(&again), CheckReport::default());
+        prop_assert!(read_all(&again) == model);
+    }
+
+    #[test]
+    fn damage_never_panics(
+        // Headers, region tables, log, table, metadata; the checksums are mended, so that what they cover is looked at.
+        at in prop_oneof![
+            0x10000..0x10060_usize, 0x30000..0x30060_usize, 0x200000..0x200040_usize, 0x300000..0x3000c0_usize,
+            0x310000..0x310030_usize,
+        ],
+        bytes in prop::collection::vec(any::<u8>(), 1..9),
+    ) {
+        let mut damaged = create("block_size=1M", 4 * BLOCK);
+        // The first header counts.
+        damaged[0x20000] = 0;
+        damaged[at..at + bytes.len()].copy_from_slice(&bytes);
+        super::header::set_checksum(&mut damaged[0x10000..0x11000]);
+        super::header::set_checksum(&mut damaged[0x30000..0x40000]);
+        for write in [false, true] {
+            // Any error will do.
+            let Ok(image) = open_on(&on(&damaged), write) else { continue };
+            let mut buf = vec![0; 4096];
+            let end = image.len();
+            for offset in [0, end / 2, end.saturating_sub(4096)] {
+                drop(image.read_at(&mut buf, offset));
+                if write {
+                    drop(image.write_at(&buf, offset));
+                }
+            }
+            if end > 0 {
+                drop(image.status(ByteRange::new(0, end), Want::Zeroes));
+            }
+            if end < 1 << 40 {
+                drop(image.layer().check(Repair::No, &Progress::none()));
+            }
+            drop(image.flush());
+        }
+    }
+}
+
+#[test]
+fn an_empty_disk_is_one_run_however_large() {
+    let image = open_on(&on(&create("", 2 << 40)), true).expect("opens");
+    let whole = ByteRange::new(0, image.len());
+    let extent = image.status(whole, Want::Zeroes).expect("a status");
+    assert_eq!((extent.len, extent.kind.is_zero()), (2 << 40, true));
+}
+
+#[test]
+fn what_is_made_is_recognised() {
+    let head = &create("", MIB)[..2048];
+    assert_eq!(Vhdx.probe(&Probe { head, name: "x" }), 100);
+}
+
+#[test]
+fn a_disk_on_another_one_is_refused_by_name() {
+    let mut bytes = create("", MIB);
+    bytes[0x31_0004] = 2;
+    let error = open_on(&on(&bytes), false).expect_err("has a parent");
+    assert_eq!(
+        error.chain(),
+        "Differencing VHDX images, which are on top of another one, are not supported"
+    );
+}
+
+#[test]
+fn blocks_in_tables_or_beyond_the_end_are_found_and_not_written() {
+    for (entry, written) in [
+        (6_u64, false),
+        (0x1000_0006, false),
+        (0x70_0006, false),
+        (0x80_0006, true),
+    ] {
+        let mut bytes = create("block_size=1M,subformat=fixed", 2 * BLOCK);
+        bytes[0x20_0000..0x20_0008].copy_from_slice(&entry.to_le_bytes());
+        let image = open_on(&on(&bytes), true).expect("opens");
+        // Between the metadata and the first block nothing is, and a block may be.
+        let is_sound = written || entry == 0x70_0006;
+        assert_eq!(check(&image).corruptions, u64::from(!is_sound), "{entry:#x}");
+        assert_eq!(image.write_at(&[1; 512], 0).is_ok(), is_sound, "{entry:#x}");
+    }
+}
+
+/// What a crash left in the log, as those who open it find it.
+fn log_left_by_a_crash() -> Vec<u8> {
+    let file = on(&create("block_size=1M", 4 * BLOCK));
+    let before = file.contents();
+    let image = open_on(&file, true).expect("opens");
+    image.write_at(&[5; 1000], 2 * BLOCK).expect("writes");
+    image.flush().expect("flushes");
+    let mut after = file.contents();
+    // The table is the old one, and the header still names the log's entry.
+    after[0x20_0000..0x20_1000].copy_from_slice(&before[0x20_0000..0x20_1000]);
+    let device = on(&after);
+    let (mut header, slot) = Header::read(&*device).expect("has one");
+    header.log_guid.copy_from_slice(&after[0x10_0020..0x10_0030]);
+    header.replace(&*device, slot).expect("writes");
+    device.contents()
+}
+
+#[test]
+fn a_log_is_replayed_in_memory_for_readers_and_in_the_file_for_writers() {
+    let left = log_left_by_a_crash();
+    let file = on(&left);
+    let mut expected = vec![0; 4 << 20];
+    expected[2 << 20..(2 << 20) + 1000].fill(5);
+    let image = open_on(&file, false).expect("opens");
+    assert!(read_all(&image) == expected);
+    assert!(file.contents() == left, "a reader writes nothing");
+    let image = open_on(&file, true).expect("opens");
+    assert!(read_all(&image) == expected);
+    let report = image
+        .layer()
+        .check(Repair::All, &Progress::none())
+        .expect("checks");
+    assert_eq!((report.corruptions, report.corruptions_fixed), (0, 1));
+    let (header, _) = Header::read(&*file).expect("has one");
+    assert_eq!(header.log_guid, [0; 16]);
+    assert!(read_all(&open_on(&file, false).expect("opens")) == expected);
+}
+
+#[test]
+fn a_log_without_its_entries_keeps_the_image_from_being_opened() {
+    let mut left = log_left_by_a_crash();
+    left[0x10_1000] ^= 1;
+    for write in [false, true] {
+        let error = open_on(&on(&left), write).expect_err("the entry is torn");
+        assert_eq!(error.chain(), "Could not open 'test': Invalid argument");
+    }
+}
+
+#[test]
+fn a_torn_header_leaves_the_other_one() {
+    let mut bytes = create("", MIB);
+    for offset in HEADERS {
+        let offset = usize::try_from(offset).expect("small");
+        bytes[offset + 100] = 1;
+        let whole = open_on(&on(&bytes), false).is_ok();
+        assert_eq!(whole, offset == 0x10000);
+    }
+}
+
+#[test]
+fn crashes_leave_what_was_flushed_and_no_damage() {
+    // A disk whose table has no room for what it grows by.
+    let size = 131_072 * BLOCK - 511 * BLOCK;
+    let file = on(&create("block_size=1M,block_state_zero=off", size));
+    let image = open_on(&file, true).expect("opens");
+    image.write_at(&[1; 4096], 0).expect("writes");
+    image.flush().expect("flushes");
+    let before = file.contents();
+    let journal: Arc<Journal> = Arc::default();
+    let recorded: Arc<dyn Device> = Arc::new(Recorder::new(before.clone(), 0, &journal));
+    let image = open(&Vhdx, recorded, true).expect("opens");
+    image.write_at(&[2; 4096], 5 * BLOCK).expect("writes");
+    image.flush().expect("flushes");
+    let flushed = journal.len();
+    let grown = size + 2048 * BLOCK;
+    image.resize(grown, Preallocation::Off).expect("grows");
+    let done = journal.len();
+    let mut sizes = std::collections::BTreeSet::new();
+    let count = journal.crashes(&[before], 4, 0x5eed, |crash| {
+        for write in [false, true] {
+            let image = open_on(&on(&crash.files[0]), write).expect("opens after a crash");
+            let first = |offset: u64| {
+                let mut sector = [0; 512];
+                image.read_at(&mut sector, offset).expect("reads");
+                sector[0]
+            };
+            assert_eq!(first(0), 1);
+            assert!(crash.position < flushed || first(5 * BLOCK) == 2);
+            assert!(image.len() == size || image.len() == grown);
+            assert!(crash.position < done || image.len() == grown);
+            sizes.insert(image.len());
+            assert_eq!(check(&image).corruptions, 0, "at {}", crash.position);
+        }
+    });
+    assert_eq!(sizes.len(), 2);
+    assert!(count > 50, "{count} crashes");
+}
+
+#[test]
+fn faults_are_errors_and_leave_a_sound_image() {
+    let before = create("block_size=1M", 4 * BLOCK);
+    let mut failed = 0;
+    for after in 0.. {
+        let memory = on(&before);
+        let below: Arc<dyn Device> = Arc::<MemoryDevice>::clone(&memory);
+        let faulty = Arc::new(Faulty::new(below));
+        let image = open(&Vhdx, Arc::<Faulty>::clone(&faulty), true).expect("opens");
+        faulty.arm(Fault::once(after));
+        let outcome = image
+            .write_at(&[1; 4096], BLOCK - 2048)
+            .and_then(|()| image.flush())
+            .and_then(|()| image.resize(6 * BLOCK, Preallocation::Off));
+        drop(image);
+        let image = open_on(&memory, true).expect("opens");
+        assert_eq!(check(&image).corruptions, 0, "fault {after}");
+        if outcome.is_ok() {
+            assert_eq!(image.len(), 6 * BLOCK);
+            break;
+        }
+        failed += 1;
+    }
+    assert!(failed > 20, "{failed} faults");
+}
