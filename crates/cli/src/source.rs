@@ -3,7 +3,9 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use diskimage::options::short_forms;
-use diskimage::{Image, NodeOptions, OpenOptions, node_of_name, open_node};
+use diskimage::{Image, LocalTime, NodeOptions, OpenOptions, node_of_name, open_node};
+use jiff::Timestamp;
+use jiff::tz::TimeZone;
 
 use crate::out::Console;
 use crate::words::{ImageName, Source, Stop, text};
@@ -35,10 +37,12 @@ pub(crate) fn open_bare(
 ) -> Result<diskimage::Result<Arc<Image>>, Stop> {
     let warnings = Arc::new(Mutex::new(Vec::new()));
     let collected = Arc::clone(&warnings);
-    let options = options.on_warning(Arc::new(move |warning: &str| {
-        let mut warnings = collected.lock().unwrap_or_else(PoisonError::into_inner);
-        warnings.push(warning.to_owned());
-    }));
+    let options = options
+        .local_time(local_time())
+        .on_warning(Arc::new(move |warning: &str| {
+            let mut warnings = collected.lock().unwrap_or_else(PoisonError::into_inner);
+            warnings.push(warning.to_owned());
+        }));
     let outcome = match &source.name {
         ImageName::File(name) => node_of_name(&text(name.clone())?, source.format.as_deref())
             .and_then(|node| open_node(node, &options)),
@@ -48,6 +52,9 @@ pub(crate) fn open_bare(
         if warning.starts_with("WARNING:") {
             // The one about guessed formats shouts by itself.
             console.print_error(&format!("{warning}\n"));
+        } else if warning.starts_with("vvfat: ") {
+            // Nor has the one about names that a directory has.
+            console.print_error(&format!("{warning}\n"));
         } else if warning.starts_with("Unable to use ") {
             // The one about interfaces that the kernel does not offer has no such word there.
             console.error(warning);
@@ -56,6 +63,13 @@ pub(crate) fn open_bare(
         }
     }
     Ok(outcome)
+}
+
+/// The time of the system's zone.
+fn local_time() -> LocalTime {
+    LocalTime::new(|seconds| {
+        Timestamp::from_second(seconds).map_or(0, |time| TimeZone::system().to_offset(time).seconds())
+    })
 }
 
 /// Options without a value are on their way out.

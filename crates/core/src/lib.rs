@@ -25,6 +25,7 @@ mod image;
 mod info;
 pub mod json;
 mod layer;
+mod local_time;
 mod memory;
 mod node;
 mod objects;
@@ -51,6 +52,7 @@ pub use info::{Detail, DetailValue, Info, SnapshotInfo};
 pub use layer::{
     AmendRequest, Backing, Encoded, Encoder, Holes, Layer, ResizeRequest, Run, RunKind, WritePlan, WriteRun,
 };
+pub use local_time::LocalTime;
 pub use memory::MemoryDevice;
 pub use node::{NodeOptions, is_identifier};
 pub use objects::{Object, Objects, Secret, TlsCreds, TlsKind};

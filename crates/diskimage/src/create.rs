@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use diskimage_core::options::Options;
 use diskimage_core::{
-    CreateRequest, Device, Error, Format, Gate, NodeOptions, Objects, Permissions, Preallocation, Result,
+    Budget, CreateRequest, Device, Error, Format, Gate, LocalTime, NodeOptions, Objects, Permissions,
+    Preallocation, Result,
 };
 use diskimage_formats::format_by_name;
 use diskimage_protocols::{
@@ -318,6 +319,9 @@ impl Prepared {
             write: true,
             cache: self.cache,
             objects: &self.objects,
+            gate: &self.gate,
+            budget: &Budget::default(),
+            local_time: &LocalTime::default(),
             warn: Warn::nobody(),
         });
         let device = opened.map_err(|error| no_making(error, protocol.name()))?;

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use diskimage_core::{Device, Error, Gate, Objects, Permissions, Reference, Result, Role};
+use diskimage_core::{Budget, Device, Error, Gate, LocalTime, Objects, Permissions, Reference, Result, Role};
 use diskimage_protocols::{CacheMode, Local, Protocol, ProtocolRequest, Target, Warn, protocol_by_name};
 
 use crate::graph::require_all_taken;
@@ -19,6 +19,10 @@ pub struct FileGate {
     pub exclusive: bool,
     /// What options refer to by name.
     pub objects: Arc<Objects>,
+    /// The memory that what is found in directories may claim.
+    pub budget: Budget,
+    /// What time it is where the user is.
+    pub local_time: LocalTime,
 }
 
 impl Gate for FileGate {
@@ -36,11 +40,15 @@ impl Gate for FileGate {
             }
             None => Local::serving(options.text("filename").unwrap_or_default()),
         };
+        let gate: Arc<dyn Gate> = Arc::new(self.clone());
         let device = protocol.open(ProtocolRequest {
             options: &mut options,
             write: reference.permissions.write,
             cache: self.cache,
             objects: &self.objects,
+            gate: &gate,
+            budget: &self.budget,
+            local_time: &self.local_time,
             warn: Warn::nobody(),
         })?;
         require_all_taken(protocol.name(), &options)?;

@@ -4,7 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use diskimage_core::{
-    Budget, Device, Format, Gate, Image, NodeOptions, Objects, Permissions, Result, ResultExt,
+    Budget, Device, Format, Gate, Image, LocalTime, NodeOptions, Objects, Permissions, Result, ResultExt,
 };
 use diskimage_formats::Raw;
 use diskimage_protocols::CacheMode;
@@ -28,6 +28,7 @@ pub struct OpenOptions {
     pub(crate) objects: Arc<Objects>,
     pub(crate) node_options: NodeOptions,
     pub(crate) budget: Budget,
+    pub(crate) local_time: LocalTime,
     gate: Option<Arc<dyn Gate>>,
     pub(crate) on_warning: Option<Arc<OnWarning>>,
 }
@@ -132,6 +133,13 @@ impl OpenOptions {
         self
     }
 
+    /// What time it is where the user is, for images that are made up of files with dates; UTC if nobody says.
+    #[must_use]
+    pub fn local_time(mut self, local_time: LocalTime) -> Self {
+        self.local_time = local_time;
+        self
+    }
+
     /// Who opens the files that the images refer to; [`FileGate`] if nobody is named.
     #[must_use]
     pub fn gate(mut self, gate: Arc<dyn Gate>) -> Self {
@@ -187,6 +195,8 @@ impl OpenOptions {
                 force_share: self.force_share,
                 exclusive: self.exclusive,
                 objects: Arc::clone(&self.objects),
+                budget: self.budget.clone(),
+                local_time: self.local_time.clone(),
             })
         })
     }

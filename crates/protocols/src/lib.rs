@@ -18,6 +18,7 @@ mod nbd;
 mod null;
 mod protocol;
 mod sys;
+mod vvfat;
 mod zero;
 
 pub use aio::Aio;

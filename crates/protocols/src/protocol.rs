@@ -3,7 +3,7 @@
 use std::fmt::Debug;
 use std::sync::Arc;
 
-use diskimage_core::{Device, Error, NodeOptions, Objects, Result};
+use diskimage_core::{Budget, Device, Error, Gate, LocalTime, NodeOptions, Objects, Result};
 
 use crate::cache::CacheMode;
 use crate::file::{FILE, HOST_CDROM, HOST_DEVICE};
@@ -11,6 +11,7 @@ use crate::filter::filter_by_prefix;
 use crate::name::protocol_prefix;
 use crate::nbd::NBD;
 use crate::null::{NULL_AIO, NULL_CO};
+use crate::vvfat::VVFAT;
 
 /// A protocol: where bytes live. A unit struct listed once in [`PROTOCOLS`].
 pub trait Protocol: Debug + Sync {
@@ -44,7 +45,6 @@ pub trait Protocol: Debug + Sync {
 }
 
 /// What a protocol opens with.
-#[derive(Debug)]
 pub struct ProtocolRequest<'a> {
     /// The options of the node.
     pub options: &'a mut NodeOptions,
@@ -54,8 +54,24 @@ pub struct ProtocolRequest<'a> {
     pub cache: CacheMode,
     /// What options refer to by name.
     pub objects: &'a Arc<Objects>,
+    /// Who opens what it finds in what it opens.
+    pub gate: &'a Arc<dyn Gate>,
+    /// The memory that what it finds may claim.
+    pub budget: &'a Budget,
+    /// What time it is where the user is.
+    pub local_time: &'a LocalTime,
     /// Who is told what the user ought to know.
     pub warn: Warn<'a>,
+}
+
+impl Debug for ProtocolRequest<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ProtocolRequest")
+            .field("options", &self.options)
+            .field("write", &self.write)
+            .field("cache", &self.cache)
+            .finish_non_exhaustive()
+    }
 }
 
 /// Takes a message for the user.
@@ -88,7 +104,15 @@ impl Debug for Warn<'_> {
 }
 
 /// Every protocol.
-pub static PROTOCOLS: &[&dyn Protocol] = &[&FILE, &HOST_DEVICE, &HOST_CDROM, &NBD, &NULL_CO, &NULL_AIO];
+pub static PROTOCOLS: &[&dyn Protocol] = &[
+    &FILE,
+    &HOST_DEVICE,
+    &HOST_CDROM,
+    &NBD,
+    &NULL_CO,
+    &NULL_AIO,
+    &VVFAT,
+];
 
 /// The protocol of this name.
 pub fn protocol_by_name(name: &str) -> Option<&'static dyn Protocol> {

@@ -457,6 +457,9 @@ impl<'a> Opener<'a> {
                 write: mode.write,
                 cache: mode.cache,
                 objects: &self.options.objects,
+                gate: &self.gate,
+                budget: &self.options.budget,
+                local_time: &self.options.local_time,
                 warn: Warn::to(&tell),
             });
         };

@@ -1,0 +1,254 @@
+//! The disk: which bytes are where.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use diskimage_core::{
+    ByteRange, Device, Error, ErrorKind, Extent, ExtentKind, Gate, Info, Limits, Node, NodeOptions,
+    Permissions, Preallocation, Reference, Result, ResultExt, Role, Want, ZeroMode,
+};
+
+use super::entry::Label;
+use super::geometry::{CLUSTER, FatType, SECTOR};
+use super::tree::{Content, Run, Tree};
+
+/// A directory as a disk.
+pub(super) struct Disk {
+    node: Node,
+    master_boot_record: [u8; SECTOR as usize],
+    boot_sector: [u8; SECTOR as usize],
+    tree: Tree,
+    gate: Arc<dyn Gate>,
+    files: OpenFiles,
+    limits: Limits,
+}
+
+impl fmt::Debug for Disk {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Disk")
+            .field("node", &self.node)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Disk {
+    #[expect(clippy::needless_pass_by_value, reason = "nobody needs the label afterwards")]
+    pub(super) fn new(node: Node, label: Label, tree: Tree, gate: Arc<dyn Gate>) -> Self {
+        Self {
+            node,
+            master_boot_record: tree.geometry.master_boot_record(),
+            boot_sector: tree.geometry.boot_sector_bytes(&label),
+            tree,
+            gate,
+            files: OpenFiles::default(),
+            limits: Limits::default(),
+        }
+    }
+
+    /// Fills the start of `buf` with what is at `offset`; how many bytes that was, never none of an offset inside.
+    fn read_some(&self, buf: &mut [u8], offset: u64) -> Result<usize> {
+        let geometry = &self.tree.geometry;
+        let (boot_sector, fats, root) = (geometry.boot_sector(), geometry.fats(), geometry.root());
+        if offset < boot_sector {
+            let len = room(buf, boot_sector - offset);
+            fill(&mut buf[..len], &self.master_boot_record, offset);
+            Ok(len)
+        } else if offset < fats {
+            let len = room(buf, fats - offset);
+            fill(&mut buf[..len], &self.boot_sector, offset - boot_sector);
+            Ok(len)
+        } else if offset < root {
+            let at = (offset - fats) % geometry.fat_len();
+            let len = room(buf, geometry.fat_len() - at);
+            for (at, byte) in (at..).zip(&mut buf[..len]) {
+                *byte = self.fat_byte(at);
+            }
+            Ok(len)
+        } else {
+            self.read_cluster(buf, offset - root)
+        }
+    }
+
+    /// The byte of a FAT at an offset.
+    fn fat_byte(&self, at: u64) -> u8 {
+        let entry = |index: u64| u32::try_from(index).map_or(0, |index| self.tree.fat_entry(index));
+        let pick = |value: u32, at: u64| value.to_le_bytes()[usize::try_from(at).unwrap_or(0)];
+        match self.tree.geometry.fat {
+            FatType::Fat12 => {
+                // Two entries in three bytes.
+                let pair = at / 3 * 2;
+                pick(entry(pair) | entry(pair + 1) << 12, at % 3)
+            }
+            FatType::Fat16 => pick(entry(at / 2), at % 2),
+            FatType::Fat32 => pick(entry(at / 4), at % 4),
+        }
+    }
+
+    /// The same as [`Disk::read_some`], from cluster 0 on.
+    fn read_cluster(&self, buf: &mut [u8], offset: u64) -> Result<usize> {
+        let cluster = u32::try_from(offset / CLUSTER).unwrap_or(u32::MAX);
+        let Some((index, run)) = self.tree.run(cluster) else {
+            buf.fill(0);
+            return Ok(buf.len());
+        };
+        let start = u64::from(run.begin) * CLUSTER;
+        let len = room(buf, u64::from(run.end) * CLUSTER - offset);
+        let (buf, at) = (&mut buf[..len], offset - start);
+        match &run.content {
+            Content::Directory(entries) => fill(buf, entries, at),
+            Content::File { len, .. } => {
+                let there = room(buf, u64::from(*len).saturating_sub(at));
+                let (bytes, rest) = buf.split_at_mut(there);
+                rest.fill(0);
+                if !bytes.is_empty() {
+                    self.file(index, run)?.read_at(bytes, at)?;
+                }
+            }
+        }
+        Ok(len)
+    }
+
+    /// The file of a run, opened unless it is open.
+    fn file(&self, index: usize, run: &Run) -> Result<Arc<dyn Device>> {
+        let Content::File { path, .. } = &run.content else {
+            return Err(Error::invalid("A directory is no file"));
+        };
+        if let Some(file) = self.files.find(index) {
+            return Ok(file);
+        }
+        let name = path
+            .to_str()
+            .ok_or_else(|| Error::unsupported(format!("The name of '{}' is not UTF-8", path.display())))?;
+        let mut options = NodeOptions::new();
+        options.set("filename", name);
+        let opened = self.gate.open(&Reference {
+            options: &options,
+            from: name,
+            role: Role::Data,
+            permissions: Permissions::FORCE_SHARE,
+        });
+        let file = opened.context(|| format!("Could not read '{name}'"))?;
+        self.files.keep(index, Arc::clone(&file));
+        Ok(file)
+    }
+}
+
+/// How many bytes of `buf` there are bytes for.
+fn room(buf: &[u8], bytes: u64) -> usize {
+    usize::try_from(bytes).map_or(buf.len(), |bytes| bytes.min(buf.len()))
+}
+
+/// Fills `buf` with the bytes of `from` at an offset, and with zeroes after their end.
+fn fill(buf: &mut [u8], from: &[u8], offset: u64) {
+    let there = usize::try_from(offset)
+        .ok()
+        .and_then(|at| from.get(at..))
+        .unwrap_or(&[]);
+    let len = there.len().min(buf.len());
+    buf[..len].copy_from_slice(&there[..len]);
+    buf[len..].fill(0);
+}
+
+/// The files that were read last, by their runs.
+#[derive(Debug, Default)]
+struct OpenFiles(Mutex<VecDeque<(usize, Arc<dyn Device>)>>);
+
+impl OpenFiles {
+    /// As many as there are workers.
+    const MOST: usize = 8;
+
+    fn find(&self, run: usize) -> Option<Arc<dyn Device>> {
+        let files = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let found = files.iter().find(|(index, _)| *index == run)?;
+        Some(Arc::clone(&found.1))
+    }
+
+    fn keep(&self, run: usize, file: Arc<dyn Device>) {
+        let mut files = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if files.len() >= Self::MOST {
+            files.pop_front();
+        }
+        files.push_back((run, file));
+    }
+}
+
+fn read_only() -> Error {
+    Error::new(ErrorKind::Permission, "Image is read-only")
+}
+
+impl Device for Disk {
+    fn len(&self) -> u64 {
+        self.tree.geometry.len()
+    }
+
+    fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        if offset
+            .checked_add(buf.len() as u64)
+            .is_none_or(|end| end > self.len())
+        {
+            return Err(Error::corrupt(format!(
+                "Read beyond the end of the disk at offset {offset:#x}"
+            )));
+        }
+        let mut done = 0;
+        while done < buf.len() {
+            done += self.read_some(&mut buf[done..], offset + done as u64)?;
+        }
+        Ok(())
+    }
+
+    fn write_at(&self, _buf: &[u8], _offset: u64) -> Result<()> {
+        Err(read_only())
+    }
+
+    fn write_zeroes(&self, _range: ByteRange, _mode: ZeroMode) -> Result<()> {
+        Err(read_only())
+    }
+
+    fn discard(&self, _range: ByteRange) -> Result<()> {
+        Err(read_only())
+    }
+
+    /// As there, all of it is data.
+    fn status(&self, range: ByteRange, _want: Want) -> Result<Extent> {
+        Ok(Extent {
+            len: range.len(),
+            kind: ExtentKind::Data,
+            depth: 0,
+            host: None,
+        })
+    }
+
+    fn flush(&self) -> Result<()> {
+        Ok(())
+    }
+
+    fn resize(&self, _len: u64, _preallocation: Preallocation) -> Result<()> {
+        Err(read_only())
+    }
+
+    fn is_zero_when_new(&self) -> bool {
+        false
+    }
+
+    fn is_view(&self) -> bool {
+        true
+    }
+
+    fn name(&self) -> String {
+        self.node.shown_name()
+    }
+
+    fn node(&self) -> Node {
+        self.node.clone()
+    }
+
+    fn info(&self) -> Result<Info> {
+        Ok(Info::default())
+    }
+}

@@ -1,0 +1,143 @@
+//! `vvfat`: a directory of the host as a disk with a FAT file system, made up while it is read.
+//!
+//! ```text
+//!   sector 0       63                                            (a floppy begins with the boot sector)
+//!   ├─────┬────────┼──────┬───────┬───────┬───────────┬────────────────┬────────────────
+//!   │ MBR │ zeroes │ boot │ FAT 1 │ FAT 2 │ root      │ cluster 2 ...  │ zeroes
+//!   └─────┴────────┴──────┴───────┴───────┴───────────┴────────────────┴────────────────
+//! ```
+//!
+//! Opening reads the directory and those below it, breadth first, and gives each of them and each file a run of
+//! clusters ([`tree`]). What is in memory is the entries of the directories, as the disk has them, and for each run where
+//! it begins; boot sector and FAT are computed, and the bytes of files are read when they are asked for ([`disk`]).
+//! Nothing is ever written. Structures are those of Microsoft's FAT specification (fatgen 1.03).
+
+mod disk;
+mod entry;
+mod geometry;
+mod name;
+mod tree;
+
+#[cfg(test)]
+mod tests;
+
+use std::path::Path;
+use std::sync::Arc;
+
+use diskimage_core::options::{OptionDef, OptionKind};
+use diskimage_core::{Device, Error, ErrorKind, Node, NodeOptions, Result};
+
+use crate::protocol::{Protocol, ProtocolRequest};
+use disk::Disk;
+use entry::Label;
+use geometry::{FatType, Geometry};
+use tree::{Tree, Walk};
+
+/// The driver.
+#[derive(Debug)]
+pub(crate) struct VvfatDriver;
+
+pub(crate) static VVFAT: VvfatDriver = VvfatDriver;
+
+const OPTIONS: &[OptionDef] = &[
+    OptionDef::new("dir", OptionKind::Text, "Host directory to be shown as a disk"),
+    OptionDef::new("fat-type", OptionKind::Number, "FAT type: 12, 16 or 32"),
+    OptionDef::new("floppy", OptionKind::Flag, "Show a floppy, not a hard disk"),
+    OptionDef::new("label", OptionKind::Text, "Volume label"),
+    OptionDef::new("rw", OptionKind::Flag, "Make it writable"),
+];
+
+impl Protocol for VvfatDriver {
+    fn name(&self) -> &'static str {
+        "vvfat"
+    }
+
+    fn prefixes(&self) -> &'static [&'static str] {
+        &["fat"]
+    }
+
+    /// The words in front of the directory count wherever they are, as there.
+    fn parse(&self, name: &str) -> Result<NodeOptions> {
+        let has = |word: &str| name.contains(word);
+        let fat_type: u32 = match () {
+            () if has(":32:") => 32,
+            () if has(":16:") => 16,
+            () if has(":12:") => 12,
+            () => 0,
+        };
+        let mut options = NodeOptions::new();
+        options.set("fat-type", fat_type);
+        options.set("floppy", has(":floppy:"));
+        options.set("rw", has(":rw:"));
+        options.set("dir", directory_of(name));
+        Ok(options)
+    }
+
+    fn takes_images(&self) -> bool {
+        false
+    }
+
+    fn open(&self, request: ProtocolRequest<'_>) -> Result<Arc<dyn Device>> {
+        let given = request.options.clone();
+        let options = request.options.absorb(OPTIONS)?;
+        let dir = options
+            .text("dir")
+            .ok_or_else(|| Error::invalid("vvfat block driver requires a 'dir' option"))?;
+        let label = Label::parse(options.text("label"))?;
+        let floppy = options.flag("floppy") == Some(true);
+        let geometry = match options.number("fat-type").unwrap_or(0) {
+            0 => Geometry::by_default(floppy),
+            12 => Geometry::new(FatType::Fat12, floppy),
+            16 => Geometry::new(FatType::Fat16, floppy),
+            32 => {
+                request
+                    .warn
+                    .tell("FAT32 has not been tested. You are welcome to do so!");
+                Geometry::new(FatType::Fat32, floppy)
+            }
+            _ => return Err(Error::invalid("Valid FAT types are only 12, 16 and 32")),
+        };
+        match (options.flag("rw") == Some(true), request.write) {
+            (true, false) => {
+                return Err(Error::invalid(
+                    "Unable to set VVFAT to 'rw' when drive is read-only",
+                ));
+            }
+            (false, true) => return Err(Error::new(ErrorKind::Permission, "Image is read-only")),
+            (true, true) => {
+                return Err(Error::unsupported(
+                    "Writing to a directory shown as a disk is not supported",
+                ));
+            }
+            (false, false) => {}
+        }
+        let tree = Tree::read(Walk {
+            dir: Path::new(dir),
+            geometry,
+            label: &label,
+            local_time: request.local_time,
+            budget: request.budget,
+            warn: request.warn,
+        })?;
+        let mut shown = given;
+        shown.retain(|name| OPTIONS.iter().any(|option| option.name == name));
+        let node = Node {
+            driver: self.name(),
+            options: shown,
+            label: None,
+            name: None,
+            children: Vec::new(),
+        };
+        Ok(Arc::new(Disk::new(node, label, tree, Arc::clone(request.gate))))
+    }
+}
+
+/// What follows the last colon; with the letter of a drive in front, if it looks like one.
+fn directory_of(name: &str) -> &str {
+    let Some(colon) = name.rfind(':') else {
+        return name;
+    };
+    let bytes = name.as_bytes();
+    let is_drive = colon >= 2 && bytes[colon - 2] == b':' && bytes[colon - 1].is_ascii_alphabetic();
+    &name[if is_drive { colon - 1 } else { colon + 1 }..]
+}

@@ -1,0 +1,273 @@
+//! The directories and files of the host, with the clusters that they are given.
+//!
+//! Directories are read breadth first, in the host's order; each gives its clusters to itself and then, in the order of
+//! its entries, to what it holds. What comes up later has higher clusters, so that runs are in order.
+
+use std::collections::VecDeque;
+use std::fs::{self, Metadata};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use diskimage_core::{Budget, Error, ErrorKind, LocalTime, Reservation, Result};
+
+use super::entry::{self, ENTRY, Label, Stamp, Times, long_name, set_cluster};
+use super::geometry::{CLUSTER, FatType, Geometry, ROOT_ENTRIES};
+use super::name::ShortNames;
+use crate::protocol::Warn;
+
+/// What is read, and into what.
+#[derive(Debug)]
+pub(super) struct Walk<'a> {
+    pub(super) dir: &'a Path,
+    pub(super) geometry: Geometry,
+    pub(super) label: &'a Label,
+    pub(super) local_time: &'a LocalTime,
+    pub(super) budget: &'a Budget,
+    pub(super) warn: Warn<'a>,
+}
+
+/// Everything that has clusters.
+#[derive(Debug)]
+pub(super) struct Tree {
+    pub(super) geometry: Geometry,
+    /// In the order of their clusters, with none left out between them.
+    runs: Vec<Run>,
+    /// The memory that they take.
+    _claimed: Vec<Reservation>,
+}
+
+/// Neighbouring clusters of one directory or file.
+#[derive(Debug)]
+pub(super) struct Run {
+    pub(super) begin: u32,
+    /// The first cluster behind it.
+    pub(super) end: u32,
+    pub(super) content: Content,
+}
+
+/// What is in a run; after its end, zeroes.
+#[derive(Debug)]
+pub(super) enum Content {
+    /// Entries.
+    Directory(Vec<u8>),
+    /// Bytes of a file of the host.
+    File { path: PathBuf, len: u32 },
+}
+
+/// What has been seen and has no clusters yet.
+struct Pending {
+    path: PathBuf,
+    /// The run of the directory that it is in, and where in it its entry is; none for the root.
+    place: Option<(usize, usize)>,
+    /// `None` for a directory.
+    len: Option<u32>,
+}
+
+/// The entries of a directory, and where in them the entries are of what will have clusters.
+struct Listing {
+    entries: Vec<u8>,
+    below: Vec<(usize, PathBuf, Option<u32>)>,
+}
+
+impl Tree {
+    /// Reads a directory and all below it.
+    ///
+    /// # Errors
+    /// Directories that cannot be read, more than the disk has room for, and more than there may be memory for.
+    pub(super) fn read(walk: Walk<'_>) -> Result<Self> {
+        let geometry = walk.geometry;
+        let mut claim = Claim::new(walk.budget);
+        let mut runs: Vec<Run> = Vec::new();
+        let mut queue = VecDeque::from([Pending {
+            path: walk.dir.to_owned(),
+            place: None,
+            len: None,
+        }]);
+        while let Some(Pending { path, place, len }) = queue.pop_front() {
+            let index = runs.len();
+            let begin = runs.last().map_or(0, |last| last.end);
+            let content = match len {
+                Some(len) => Content::File { path, len },
+                None => {
+                    let listing = walk.list(&path, place.is_none(), &mut claim)?;
+                    queue.extend(listing.below.into_iter().map(|(at, path, len)| Pending {
+                        path,
+                        place: Some((index, at)),
+                        len,
+                    }));
+                    Content::Directory(listing.entries)
+                }
+            };
+            let bytes = match &content {
+                Content::File { len, .. } => u64::from(*len),
+                // That of the root is of a fixed size, but on FAT32.
+                Content::Directory(_) if place.is_none() && geometry.fat != FatType::Fat32 => 2 * CLUSTER,
+                Content::Directory(entries) => entries.len() as u64,
+            };
+            let end = u32::try_from(bytes.div_ceil(CLUSTER))
+                .ok()
+                .and_then(|clusters| begin.checked_add(clusters))
+                .filter(|end| *end <= geometry.end_cluster())
+                .ok_or_else(|| Error::new(ErrorKind::NoSpace, geometry.does_not_fit()))?;
+            runs.push(Run { begin, end, content });
+            if let Some((parent, at)) = place {
+                link(&mut runs, index, parent, at);
+            }
+        }
+        Ok(Self {
+            geometry,
+            runs,
+            _claimed: claim.taken,
+        })
+    }
+
+    /// The run that a cluster is in.
+    pub(super) fn run(&self, cluster: u32) -> Option<(usize, &Run)> {
+        let index = self.runs.partition_point(|run| run.end <= cluster);
+        Some((index, self.runs.get(index)?))
+    }
+
+    /// The cluster that follows one, as the FAT has it.
+    pub(super) fn fat_entry(&self, cluster: u32) -> u32 {
+        if cluster == 0 {
+            return self.geometry.media_entry();
+        }
+        match self.run(cluster) {
+            Some((_, run)) if cluster + 1 == run.end => self.geometry.fat.end_of_chain(),
+            Some(_) => cluster + 1,
+            // The second entry ends a chain, whoever has that cluster.
+            None if cluster == 1 => self.geometry.fat.end_of_chain(),
+            None => 0,
+        }
+    }
+}
+
+/// Writes the first cluster of a run where it is spoken of: into its entry, and if it is a directory, into that itself.
+fn link(runs: &mut [Run], index: usize, parent: usize, at: usize) {
+    let begin = runs[index].begin;
+    let parent_begin = runs[parent].begin;
+    if let Content::Directory(entries) = &mut runs[parent].content {
+        set_cluster(&mut entries[at..at + ENTRY], begin);
+    }
+    if let Content::Directory(entries) = &mut runs[index].content {
+        let (itself, others) = entries.split_at_mut(ENTRY);
+        set_cluster(itself, begin);
+        set_cluster(&mut others[..ENTRY], parent_begin);
+    }
+}
+
+impl Walk<'_> {
+    /// Reads one directory.
+    fn list(&self, path: &Path, is_root: bool, claim: &mut Claim<'_>) -> Result<Listing> {
+        let unreadable = || format!("Could not read directory {}", path.display());
+        let opened = fs::read_dir(path).map_err(|_| Error::new(ErrorKind::NotFound, unreadable()))?;
+        let mut names = ShortNames::default();
+        let mut entries = Vec::new();
+        if is_root {
+            names = ShortNames::beside(self.label);
+            entries.extend(self.label.entry());
+        } else {
+            for dots in [".", ".."] {
+                // As there, one that cannot be looked at is written down nonetheless.
+                let times = fs::metadata(path.join(dots))
+                    .map_or_else(|_| self.times_of(None), |metadata| self.times_of(Some(&metadata)));
+                let mut name = [b' '; 11];
+                name[..dots.len()].copy_from_slice(dots.as_bytes());
+                entries.extend(entry::entry(name, &times, None));
+            }
+        }
+        let mut below = Vec::new();
+        for found in opened {
+            let found = found.map_err(|_| Error::new(ErrorKind::Io, unreadable()))?;
+            let name = found.file_name();
+            let file = path.join(&name);
+            // Links are followed. What leads nowhere, or is too deep, is left out.
+            let Ok(metadata) = fs::metadata(&file) else {
+                continue;
+            };
+            let is_directory = metadata.is_dir();
+            // Others than files have no bytes here, so that nobody ever waits for a pipe.
+            let len = if metadata.is_file() { metadata.len() } else { 0 };
+            let Some(len) = u32::try_from(len).ok().filter(|len| *len <= MAX_FILE) else {
+                return Err(Error::new(ErrorKind::NoSpace, unreadable())
+                    .notice(format!("File {} is larger than 2GB", file.display())));
+            };
+            claim.take(name.len() * 2 * ENTRY / 13 + PER_ENTRY + file.as_os_str().len())?;
+            let short = names.add(name.as_bytes())?;
+            match name.to_str() {
+                Some(name) => entries.extend(long_name(name, &short).concat()),
+                None => self
+                    .warn
+                    .tell(&format!("vvfat: invalid UTF-8 name: {}", name.display())),
+            }
+            let at = entries.len();
+            let times = self.times_of(Some(&metadata));
+            entries.extend(entry::entry(short, &times, (!is_directory).then_some(len)));
+            if is_root && entries.len() > usize::from(ROOT_ENTRIES) * ENTRY {
+                return Err(
+                    Error::new(ErrorKind::NoSpace, unreadable()).notice("Too many entries in root directory")
+                );
+            }
+            if entries.len() > MAX_DIRECTORY {
+                return Err(Error::new(ErrorKind::Limit, unreadable()).notice(format!(
+                    "More than {} entries in a directory",
+                    MAX_DIRECTORY / ENTRY
+                )));
+            }
+            if is_directory {
+                below.push((at, file, None));
+            } else if len > 0 {
+                below.push((at, file, Some(len)));
+            }
+        }
+        Ok(Listing { entries, below })
+    }
+
+    fn times_of(&self, metadata: Option<&Metadata>) -> Times {
+        let stamp = |seconds: Option<i64>| Stamp::new(self.local_time.at(seconds.unwrap_or(0)));
+        Times {
+            created: stamp(metadata.map(MetadataExt::ctime)),
+            accessed: stamp(metadata.map(MetadataExt::atime)),
+            written: stamp(metadata.map(MetadataExt::mtime)),
+        }
+    }
+}
+
+/// The largest file, which is the original's limit; a FAT could have twice as much.
+const MAX_FILE: u32 = 0x7fff_ffff;
+
+/// The most that the entries of one directory may take: as much as any disk that they could be on has.
+const MAX_DIRECTORY: usize = 504 << 20;
+
+/// What an entry takes beside its names: the entry itself, the short name noted twice, and its place in the queue.
+const PER_ENTRY: usize = 256;
+
+/// Memory for what is found in directories, taken in larger pieces than it is needed in.
+struct Claim<'a> {
+    budget: &'a Budget,
+    taken: Vec<Reservation>,
+    left: usize,
+}
+
+impl<'a> Claim<'a> {
+    const PIECE: usize = 1 << 20;
+
+    fn new(budget: &'a Budget) -> Self {
+        Self {
+            budget,
+            taken: Vec::new(),
+            left: 0,
+        }
+    }
+
+    fn take(&mut self, bytes: usize) -> Result<()> {
+        if self.left < bytes {
+            let piece = bytes.max(Self::PIECE);
+            self.taken.push(self.budget.take(piece as u64)?);
+            self.left = piece;
+        }
+        self.left -= bytes;
+        Ok(())
+    }
+}
