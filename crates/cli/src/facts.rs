@@ -63,7 +63,7 @@ impl Facts {
     fn has_details(&self) -> bool {
         let is_format = format_by_name(self.node.driver).is_some();
         match (self.node.driver, self.children.last()) {
-            ("nbd" | "null-co" | "null-aio" | "quorum" | "bochs" | "cloop" | "dmg", _) => false,
+            ("nbd" | "null-co" | "null-aio" | "vvfat" | "quorum" | "bochs" | "cloop" | "dmg", _) => false,
             (driver, Some((_, below))) if driver == "raw" || !is_format => below.has_details(),
             _ => true,
         }

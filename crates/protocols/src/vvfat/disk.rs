@@ -10,14 +10,14 @@ use diskimage_core::{
 };
 
 use super::entry::Label;
-use super::geometry::{CLUSTER, FatType, SECTOR};
+use super::geometry::{CLUSTER, FatType, Sector};
 use super::tree::{Content, Run, Tree};
 
 /// A directory as a disk.
 pub(super) struct Disk {
     node: Node,
-    master_boot_record: [u8; SECTOR as usize],
-    boot_sector: [u8; SECTOR as usize],
+    master_boot_record: Sector,
+    boot_sector: Sector,
     tree: Tree,
     gate: Arc<dyn Gate>,
     files: OpenFiles,
@@ -78,7 +78,7 @@ impl Disk {
             FatType::Fat12 => {
                 // Two entries in three bytes.
                 let pair = at / 3 * 2;
-                pick(entry(pair) | entry(pair + 1) << 12, at % 3)
+                pick(entry(pair) | (entry(pair + 1) << 12), at % 3)
             }
             FatType::Fat16 => pick(entry(at / 2), at % 2),
             FatType::Fat32 => pick(entry(at / 4), at % 4),

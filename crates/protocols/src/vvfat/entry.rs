@@ -56,8 +56,8 @@ impl Stamp {
         let (days, second) = (seconds.div_euclid(86400), seconds.rem_euclid(86400));
         let (year, month, day) = civil(days);
         Self {
-            date: low16((year - 1980) << 9 | month << 5 | day),
-            time: low16(second / 3600 << 11 | second / 60 % 60 << 5 | second % 60 / 2),
+            date: low16(((year - 1980) << 9) | (month << 5) | day),
+            time: low16(((second / 3600) << 11) | ((second / 60 % 60) << 5) | (second % 60 / 2)),
         }
     }
 }

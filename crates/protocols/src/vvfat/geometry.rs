@@ -4,6 +4,8 @@ use super::entry::Label;
 
 /// Bytes in a sector.
 pub(super) const SECTOR: u64 = 512;
+/// A sector in memory.
+pub(super) type Sector = [u8; 512];
 /// Sectors in a cluster, whatever the size of the disk.
 const SECTORS_PER_CLUSTER: u8 = 16;
 /// Bytes in a cluster.
@@ -160,8 +162,8 @@ impl Geometry {
     }
 
     /// The sector in front of a hard disk's partition.
-    pub(super) fn master_boot_record(&self) -> [u8; SECTOR as usize] {
-        let mut sector = [0; SECTOR as usize];
+    pub(super) fn master_boot_record(&self) -> Sector {
+        let mut sector = [0; 512];
         sector[0x1b8..0x1bc].copy_from_slice(&DISK_SIGNATURE.to_le_bytes());
         let last = self.cylinders - 1;
         let [cylinder, high] = last.to_le_bytes();
@@ -173,7 +175,12 @@ impl Geometry {
         let entry = &mut sector[0x1be..0x1ce];
         // Active, and begins in the second track.
         entry[..4].copy_from_slice(&[0x80, 1, 1, 0]);
-        entry[4..8].copy_from_slice(&[kind, self.heads - 1, self.sectors_per_track | high << 6, cylinder]);
+        entry[4..8].copy_from_slice(&[
+            kind,
+            self.heads - 1,
+            self.sectors_per_track | (high << 6),
+            cylinder,
+        ]);
         entry[8..12].copy_from_slice(&u32::from(HIDDEN_SECTORS).to_le_bytes());
         entry[12..].copy_from_slice(&self.partition_sectors_32().to_le_bytes());
         sector[0x1fe..].copy_from_slice(&BOOT_SIGNATURE);
@@ -185,8 +192,8 @@ impl Geometry {
     }
 
     /// The boot sector, which is that of FAT16 on FAT32 as well.
-    pub(super) fn boot_sector_bytes(&self, label: &Label) -> [u8; SECTOR as usize] {
-        let mut sector = [0; SECTOR as usize];
+    pub(super) fn boot_sector_bytes(&self, label: &Label) -> Sector {
+        let mut sector = [0; 512];
         let mut put = |at: usize, bytes: &[u8]| sector[at..at + bytes.len()].copy_from_slice(bytes);
         let total = self.partition_sectors_32();
         let (small, large) = match u16::try_from(total) {

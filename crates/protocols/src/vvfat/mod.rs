@@ -111,7 +111,7 @@ impl Protocol for VvfatDriver {
             }
             (false, false) => {}
         }
-        let tree = Tree::read(Walk {
+        let tree = Tree::read(&Walk {
             dir: Path::new(dir),
             geometry,
             label: &label,

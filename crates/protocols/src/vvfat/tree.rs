@@ -75,7 +75,7 @@ impl Tree {
     ///
     /// # Errors
     /// Directories that cannot be read, more than the disk has room for, and more than there may be memory for.
-    pub(super) fn read(walk: Walk<'_>) -> Result<Self> {
+    pub(super) fn read(walk: &Walk<'_>) -> Result<Self> {
         let geometry = walk.geometry;
         let mut claim = Claim::new(walk.budget);
         let mut runs: Vec<Run> = Vec::new();
@@ -105,10 +105,11 @@ impl Tree {
                 Content::Directory(_) if place.is_none() && geometry.fat != FatType::Fat32 => 2 * CLUSTER,
                 Content::Directory(entries) => entries.len() as u64,
             };
+            // What waits takes a cluster at least, so that no more waits than there is room for.
             let end = u32::try_from(bytes.div_ceil(CLUSTER))
                 .ok()
                 .and_then(|clusters| begin.checked_add(clusters))
-                .filter(|end| *end <= geometry.end_cluster())
+                .filter(|end| u64::from(*end) + queue.len() as u64 <= u64::from(geometry.end_cluster()))
                 .ok_or_else(|| Error::new(ErrorKind::NoSpace, geometry.does_not_fit()))?;
             runs.push(Run { begin, end, content });
             if let Some((parent, at)) = place {
@@ -130,14 +131,15 @@ impl Tree {
 
     /// The cluster that follows one, as the FAT has it.
     pub(super) fn fat_entry(&self, cluster: u32) -> u32 {
-        if cluster == 0 {
-            return self.geometry.media_entry();
+        match cluster {
+            0 => return self.geometry.media_entry(),
+            // On FAT32 this is a cluster that can have a next one, which the original forgets.
+            1 => return self.geometry.fat.end_of_chain(),
+            _ => {}
         }
         match self.run(cluster) {
             Some((_, run)) if cluster + 1 == run.end => self.geometry.fat.end_of_chain(),
             Some(_) => cluster + 1,
-            // The second entry ends a chain, whoever has that cluster.
-            None if cluster == 1 => self.geometry.fat.end_of_chain(),
             None => 0,
         }
     }
