@@ -6,6 +6,7 @@ mod codec;
 mod decrypted;
 mod dmg;
 mod last_block;
+mod legacy_aes;
 mod luks;
 mod preallocation;
 mod qcow2;

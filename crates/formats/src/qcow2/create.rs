@@ -20,6 +20,7 @@ use super::header::{Compression, HEADER_LEN, MAGIC, RawHeader, limit};
 use super::options::{Wanted, Wording};
 use super::refcount::block;
 use super::{Qcow2, data_permissions, extension};
+use crate::legacy_aes;
 
 /// Writes a new image to `request.file`.
 pub(super) fn create(request: &CreateRequest<'_>) -> Result<()> {
@@ -41,7 +42,7 @@ pub(super) fn create(request: &CreateRequest<'_>) -> Result<()> {
             no_data: false,
             force_share: false,
             children: Vec::new(),
-            options: &mut Encryption::node(request.options),
+            options: &mut legacy_aes::node(request.options),
             objects: request.objects,
             gate: request.gate,
             budget: Budget::default(),

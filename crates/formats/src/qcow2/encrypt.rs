@@ -10,14 +10,12 @@
 //! So guest data is read and written through a view of the file it is in, and nothing else needs to know of it. Tables and
 //! compressed clusters are not encrypted.
 //!
-//! AES is what images had before there was LUKS. Anybody who knows what some sector holds can try passphrases at the speed
-//! of the cipher, and nothing tells a wrong one: what is read with it is garbage.
+//! AES is what images had before there was LUKS; see `legacy_aes`.
 
 use std::sync::Arc;
 
-use diskimage_core::options::{OptionDef, OptionKind, Options};
-use diskimage_core::{CreateRequest, Detail, DetailValue, Device, Error, NodeOptions, OpenRequest, Result};
-use diskimage_crypto::{CipherAlg, CipherMode, CipherSpec, IvAlg, SECTOR, SectorCipher, Zeroizing};
+use diskimage_core::options::Options;
+use diskimage_core::{CreateRequest, Detail, DetailValue, Device, Error, OpenRequest, Result};
 use zerocopy::IntoBytes;
 use zerocopy::byteorder::big_endian::U64;
 
@@ -26,14 +24,15 @@ use super::extension::{CryptoExtension, kind};
 use super::first_cluster::FirstCluster;
 use super::header::{CryptMethod, Header};
 use crate::decrypted::Decrypted;
+use crate::legacy_aes::{KEY_SECRET, LegacyAes, no_format, passphrase_for, unexpected, unknown_format};
 use crate::luks::options::{Algorithms, Choice, passphrase};
 use crate::luks::volume::{Place, Volume};
 
 /// What encrypts the guest data of an open image.
 #[derive(Clone, Debug)]
 pub(super) enum Encrypted {
-    /// A key that is the passphrase; there is none where only facts are wanted.
-    Aes(Option<Arc<SectorCipher>>),
+    /// A key that is the passphrase.
+    Aes(LegacyAes),
     /// A volume, unlocked unless only facts are wanted.
     Luks(Arc<Volume>),
 }
@@ -44,33 +43,16 @@ impl Encrypted {
     /// # Errors
     /// Options that do not fit the image, a passphrase that opens nothing, damage in the volume's header.
     pub(super) fn open(header: &Header, request: &mut OpenRequest<'_>) -> Result<Option<Self>> {
-        let mut given = request.options.take_node("encrypt");
-        let options = given.absorb(OPTIONS)?;
         let found = match header.crypt {
-            CryptMethod::None => {
-                return match options.text("format") {
-                    Some(format) => Err(Error::invalid(format!(
-                        "No encryption in image header, but options specified format '{format}'"
-                    ))),
-                    None => Ok(None),
-                };
-            }
-            CryptMethod::Aes => "aes",
-            CryptMethod::Luks => "luks",
+            CryptMethod::None => None,
+            CryptMethod::Aes => Some("aes"),
+            CryptMethod::Luks => Some("luks"),
         };
-        if let Some(format) = options.text("format").filter(|format| *format != found) {
-            return Err(Error::invalid(format!(
-                "Header reported '{found}' encryption format but options specify '{format}'"
-            )));
-        }
-        refuse_others(&given)?;
-        let passphrase = match options.text("key-secret") {
-            _ if request.no_data => None,
-            id => Some(passphrase(request.objects, id, KEY_SECRET)?),
-        };
-        if header.crypt == CryptMethod::Aes {
-            let cipher = passphrase.map(aes).transpose()?;
-            return Ok(Some(Self::Aes(cipher.map(Arc::new))));
+        let passphrase = passphrase_for(found, request)?;
+        match header.crypt {
+            CryptMethod::None => return Ok(None),
+            CryptMethod::Aes => return LegacyAes::new(passphrase).map(|aes| Some(Self::Aes(aes))),
+            CryptMethod::Luks => {}
         }
         let place = header
             .extensions
@@ -87,13 +69,13 @@ impl Encrypted {
     /// `data` as the guest sees it around the byte that is at `guest` of the disk and at `host` of `data`; `None` if
     /// there is no key.
     pub(super) fn view(&self, data: &Arc<dyn Device>, guest: u64, host: u64) -> Option<Arc<dyn Device>> {
-        const UNIT: u64 = SECTOR as u64;
-        let (cipher, first_sector) = match self {
-            Self::Aes(cipher) => (cipher.as_ref()?, (guest / UNIT).wrapping_sub(host / UNIT)),
-            Self::Luks(volume) => (volume.cipher()?, 0),
-        };
-        let view = Decrypted::new(Arc::clone(data), 0, first_sector, Arc::clone(cipher));
-        Some(Arc::new(view))
+        match self {
+            Self::Aes(aes) => aes.view(data, guest, host),
+            Self::Luks(volume) => {
+                let cipher = Arc::clone(volume.cipher()?);
+                Some(Arc::new(Decrypted::new(Arc::clone(data), 0, 0, cipher)))
+            }
+        }
     }
 
     /// What `info` says of it.
@@ -114,48 +96,6 @@ impl Encrypted {
     }
 }
 
-/// The options of a node, below `encrypt`.
-const OPTIONS: &[OptionDef] = &[
-    OptionDef::new(
-        "format",
-        OptionKind::Text,
-        "Encryption that the image has to have",
-    ),
-    OptionDef::new(
-        "key-secret",
-        OptionKind::Text,
-        "ID of the secret that provides the passphrase",
-    ),
-];
-
-const KEY_SECRET: &str = "encrypt.key-secret";
-
-fn refuse_others(options: &NodeOptions) -> Result<()> {
-    match options.left_over() {
-        Some(name) => Err(unexpected(name)),
-        None => Ok(()),
-    }
-}
-
-fn unexpected(name: &str) -> Error {
-    Error::invalid(format!("Parameter '{name}' is unexpected"))
-}
-
-/// The cipher whose key is the passphrase: cut to the key's length, or filled up with zeroes.
-fn aes(passphrase: &[u8]) -> Result<SectorCipher> {
-    let spec = CipherSpec {
-        cipher: CipherAlg::Aes128,
-        mode: CipherMode::Cbc,
-        iv: IvAlg::Plain64,
-        iv_hash: None,
-    };
-    let mut key = Zeroizing::new(vec![0; spec.key_len()]);
-    for (byte, given) in key.iter_mut().zip(passphrase) {
-        *byte = *given;
-    }
-    SectorCipher::new(spec, &key)
-}
-
 /// How a new image is to be encrypted.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Encryption {
@@ -164,21 +104,6 @@ pub(super) enum Encryption {
 }
 
 impl Encryption {
-    /// What the format of the encryption is called in the options.
-    ///
-    /// # Errors
-    /// Two names for it at once.
-    pub(super) fn format(options: &Options) -> Result<Option<&str>> {
-        let format = options.text("encrypt.format");
-        match (options.flag("encryption"), format) {
-            (Some(true), Some(_)) => Err(Error::invalid(
-                "'encrypt.format' and its alias 'encryption' can't be used at the same time",
-            )),
-            (Some(true), None) => Ok(Some("aes")),
-            _ => Ok(format),
-        }
-    }
-
     /// Reads the options that go with `format`.
     ///
     /// # Errors
@@ -186,18 +111,14 @@ impl Encryption {
     pub(super) fn read(format: Option<&str>, options: &Options) -> Result<Option<Self>> {
         let of_luks = LUKS_ONLY.iter().find(|name| options.is_given(name));
         match format {
-            None if of_luks.is_some() || options.is_given(KEY_SECRET) => {
-                Err(Error::invalid("Parameter 'encrypt.format' is missing"))
-            }
+            None if of_luks.is_some() || options.is_given(KEY_SECRET) => Err(no_format()),
             None => Ok(None),
             Some("aes") => match of_luks {
                 Some(name) => Err(unexpected(name)),
                 None => Ok(Some(Self::Aes)),
             },
             Some("luks") => Ok(Some(Self::Luks(Choice::read(options, "encrypt.")?.algorithms()?))),
-            Some(other) => Err(Error::invalid(format!(
-                "Parameter 'format' does not accept value '{other}'"
-            ))),
+            Some(other) => Err(unknown_format(other)),
         }
     }
 
@@ -225,15 +146,6 @@ impl Encryption {
             Some(Self::Aes) => 1,
             Some(Self::Luks(_)) | None => 0,
         }
-    }
-
-    /// The options to open a new image with.
-    pub(super) fn node(options: &Options) -> NodeOptions {
-        let mut node = NodeOptions::new();
-        if let Some(id) = options.text(KEY_SECRET) {
-            node.set(KEY_SECRET, id);
-        }
-        node
     }
 }
 

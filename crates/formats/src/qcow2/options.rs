@@ -5,6 +5,7 @@ use diskimage_core::{Error, Preallocation, Result};
 
 use super::encrypt::Encryption;
 use super::header::{Compression, Geometry, limit};
+use crate::legacy_aes;
 
 /// The options of `create`, in the order in which the original prints their values.
 pub(super) const CREATE: &[OptionDef] = &[
@@ -166,7 +167,7 @@ impl Wanted {
         // How an image that is only measured is encrypted matters for the room it takes, and for nothing else.
         let is_made = wording == Wording::Parameters;
         let encryption_format = if is_made {
-            Encryption::format(options)?
+            legacy_aes::wanted_format(options)?
         } else {
             None
         };
