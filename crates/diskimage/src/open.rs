@@ -185,6 +185,7 @@ impl OpenOptions {
             write: self.write,
             cache: self.cache,
             force_share: self.force_share,
+            is_below: false,
         }
     }
 

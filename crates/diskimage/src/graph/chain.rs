@@ -97,6 +97,7 @@ impl Opener<'_> {
         let from = last.base_name();
         let mode = Mode {
             write: self.options.write_below == Some(depth),
+            is_below: true,
             ..last.mode
         };
         let open = || {

@@ -84,6 +84,8 @@ pub(crate) struct Mode {
     pub(crate) write: bool,
     pub(crate) cache: CacheMode,
     pub(crate) force_share: bool,
+    /// Another image is based on it.
+    pub(crate) is_below: bool,
 }
 
 /// An image of a chain, before those below it are known.
@@ -207,7 +209,9 @@ impl<'a> Opener<'a> {
                 let format =
                     probe(&*file, &name).context(|| "Could not read image for determining its format")?;
                 if format.name() == "raw" && mode.write {
-                    if let Some(warn) = &self.options.on_warning {
+                    // The original opens what is below to read, and what it makes of that later goes unsaid.
+                    let on_warning = self.options.on_warning.as_ref();
+                    if let Some(warn) = on_warning.filter(|_| !mode.is_below) {
                         warn(&GuessedRaw::warning(&name));
                     }
                     device = Arc::new(Wrapped(GuessedRaw::new(Arc::clone(&file), &name)));
