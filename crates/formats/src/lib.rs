@@ -9,6 +9,7 @@ mod last_block;
 mod legacy_aes;
 mod luks;
 mod preallocation;
+mod qcow;
 mod qcow2;
 mod qed;
 mod raw;
@@ -32,6 +33,7 @@ pub use bochs::Bochs;
 pub use cloop::Cloop;
 pub use dmg::Dmg;
 pub use luks::Luks;
+pub use qcow::QcowFormat;
 pub use qcow2::Qcow2Format;
 pub use qed::QedFormat;
 pub use raw::{Raw, bare_layer, window_layer};
@@ -43,6 +45,7 @@ pub use vpc::Vpc;
 /// Every format, in the order in which they are tried and listed.
 pub static FORMATS: &[&dyn Format] = &[
     &Raw,
+    &QcowFormat,
     &Qcow2Format,
     &QedFormat,
     &Luks,
@@ -53,6 +56,27 @@ pub static FORMATS: &[&dyn Format] = &[
     &Vpc,
     &Vmdk,
     &Vhdx,
+];
+
+/// The formats that an image may name for the one below, whether this program has them or not.
+pub(crate) const KNOWN_FORMATS: &[&str] = &[
+    "bochs",
+    "cloop",
+    "dmg",
+    "luks",
+    "nbd",
+    "parallels",
+    "qcow",
+    "qcow2",
+    "qed",
+    "raw",
+    "vdi",
+    "vhdx",
+    "vmdk",
+    "vpc",
+    "vvfat",
+    "file",
+    "host_device",
 ];
 
 /// The format of this name.

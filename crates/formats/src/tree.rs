@@ -13,8 +13,8 @@ use std::fmt::Debug;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use diskimage_core::{
-    ByteRange, Device, Error, Event, Holes, Preallocation, Result, Run, RunKind, WritePlan, WriteRun,
-    ZeroMode, errno,
+    ByteRange, Device, Encoded, Error, Event, Holes, Preallocation, Result, Run, RunKind, WritePlan,
+    WriteRun, ZeroMode, errno,
 };
 
 use crate::tables::{Class, Table, Tables};
@@ -28,10 +28,17 @@ pub(crate) enum Cluster {
     Zero,
     /// Its bytes are at this offset.
     Host(u64),
+    /// `stored` bytes at `offset` encode it.
+    Encoded { offset: u64, stored: u64 },
 }
 
 /// What a format's tables look like.
 pub(crate) trait Scheme: Debug + Send + Sync {
+    /// Whether numbers in tables are big-endian.
+    const BIG_ENDIAN: bool;
+    /// Whether a new L2 table goes before the clusters that it is made for, or behind them.
+    const TABLES_FIRST: bool;
+
     /// The L2 table that an L1 entry leads to, if there is one. What can be referred to lies below `end`.
     ///
     /// # Errors
@@ -47,17 +54,34 @@ pub(crate) trait Scheme: Debug + Send + Sync {
     /// The L2 entry that says so.
     fn word(&self, cluster: Cluster) -> u64;
 
+    /// What the entry of a cluster without storage says for it to read as zero, if there is a way.
+    fn zero(&self) -> Option<Cluster>;
+
+    /// What encoded clusters have to lie before for an entry to tell where.
+    fn encoded_end(&self) -> u64 {
+        0
+    }
+
+    /// `file` as the guest sees it around the byte that is at `guest` of the disk and at `host` of the file.
+    fn view(&self, file: &Arc<dyn Device>, _guest: u64, _host: u64) -> Arc<dyn Device> {
+        Arc::clone(file)
+    }
+
     /// Told before anything is added to the file; a flag can be set that [`Scheme::settled`] clears.
     ///
     /// # Errors
     /// What the operating system says.
-    fn unsettled(&self) -> Result<()>;
+    fn unsettled(&self) -> Result<()> {
+        Ok(())
+    }
 
     /// Told when everything has been made durable.
     ///
     /// # Errors
     /// What the operating system says.
-    fn settled(&self) -> Result<()>;
+    fn settled(&self) -> Result<()> {
+        Ok(())
+    }
 }
 
 /// The sizes that follow from a header.
@@ -67,7 +91,7 @@ pub(crate) struct Shape {
     pub(crate) l1: Table,
     /// Bytes of an L2 table.
     pub(crate) l2_len: u64,
-    /// Where what is allocated ends. Rounded down: a cluster that is only partly there was never referred to.
+    /// Where what is allocated ends.
     pub(crate) end: u64,
 }
 
@@ -80,6 +104,9 @@ impl Shape {
 
 /// Bytes of an entry in either table.
 const ENTRY: u64 = 8;
+
+/// What encoded clusters begin at a multiple of.
+const SECTOR: u64 = 512;
 
 /// The tables of an open image.
 ///
@@ -97,7 +124,7 @@ pub(crate) struct Tree<S> {
 #[derive(Debug)]
 struct State {
     tables: Tables,
-    /// Where the next cluster goes.
+    /// Behind all that is in use.
     end: u64,
     /// Guest clusters that plans for writes are about to change.
     in_flight: Vec<ByteRange>,
@@ -155,10 +182,15 @@ impl<S: Scheme> Tree<S> {
             Cluster::None => RunKind::Unallocated { host: None },
             Cluster::Zero => RunKind::Zero { host: None },
             Cluster::Host(offset) => RunKind::Data {
-                device: Arc::clone(&self.file),
+                device: self.scheme.view(&self.file, range.start(), offset),
                 offset,
                 holes: Holes::Ignored,
             },
+            Cluster::Encoded { offset, stored } => RunKind::Encoded(Encoded {
+                offset,
+                stored,
+                cluster: range.first(1).align_out(self.shape.cluster_size),
+            }),
         };
         Ok(Run {
             len: at - range.start(),
@@ -176,7 +208,7 @@ impl<S: Scheme> Tree<S> {
                 until: (guest / coverage + 1).saturating_mul(coverage),
             });
         };
-        let word = read(&mut state.tables, l2, self.l2_at(guest))?;
+        let word = Self::read(&mut state.tables, l2, self.l2_at(guest))?;
         let cluster = match self.scheme.cluster(word, state.end)? {
             Cluster::Host(offset) => Cluster::Host(offset + guest % size),
             other => other,
@@ -196,7 +228,7 @@ impl<S: Scheme> Tree<S> {
     }
 
     fn l2(&self, state: &mut State, guest: u64) -> Result<Option<Table>> {
-        let word = read(&mut state.tables, self.shape.l1, self.l1_at(guest))?;
+        let word = Self::read(&mut state.tables, self.shape.l1, self.l1_at(guest))?;
         let offset = self.scheme.l2_table(word, state.end)?;
         Ok(offset.map(|offset| self.l2_table(offset)))
     }
@@ -216,13 +248,13 @@ impl<S: Scheme> Tree<S> {
         }
         let table = self.l2_table(self.take(state, self.shape.l2_len)?);
         state.tables.fresh(table)?;
-        write(&mut state.tables, self.shape.l1, self.l1_at(guest), table.offset)?;
+        Self::write(&mut state.tables, self.shape.l1, self.l1_at(guest), table.offset)?;
         Ok(table)
     }
 
     fn set(&self, state: &mut State, guest: u64, cluster: Cluster) -> Result<()> {
         let l2 = self.ensure_l2(state, guest)?;
-        write(
+        Self::write(
             &mut state.tables,
             l2,
             self.l2_at(guest),
@@ -230,18 +262,26 @@ impl<S: Scheme> Tree<S> {
         )
     }
 
-    /// Storage for `len` bytes. The file reaches to its end from then on: what is referred to has to be there.
+    /// Whole clusters of storage, `len` bytes. The file reaches to its end from then on: what is referred to has to be
+    /// there.
     fn take(&self, state: &mut State, len: u64) -> Result<u64> {
-        let end = state
-            .end
-            .checked_add(len)
-            .filter(|end| i64::try_from(*end).is_ok());
-        let end = end.ok_or_else(|| Error::from_errno(errno::EFBIG))?;
-        self.scheme.unsettled()?;
-        if self.file.len() < end {
-            self.file.resize(end, Preallocation::Off)?;
+        let offset = self.take_at(state, self.shape.cluster_size, len)?;
+        if self.file.len() < state.end {
+            self.file.resize(state.end, Preallocation::Off)?;
         }
-        Ok(std::mem::replace(&mut state.end, end))
+        Ok(offset)
+    }
+
+    /// Storage for `len` bytes at a multiple of `unit`.
+    fn take_at(&self, state: &mut State, unit: u64, len: u64) -> Result<u64> {
+        let offset = state.end.checked_next_multiple_of(unit);
+        let end = offset.and_then(|offset| offset.checked_add(len));
+        let (Some(offset), Some(end)) = (offset, end.filter(|end| i64::try_from(*end).is_ok())) else {
+            return Err(Error::from_errno(errno::EFBIG));
+        };
+        self.scheme.unsettled()?;
+        state.end = end;
+        Ok(offset)
     }
 
     /// Sets aside where the bytes of `range` go.
@@ -253,8 +293,41 @@ impl<S: Scheme> Tree<S> {
         Ok(Box::new(plan))
     }
 
+    /// Stores the encoded form of the cluster at `guest`.
+    ///
+    /// # Errors
+    /// What the operating system says, and a file that is too long.
+    pub(crate) fn write_encoded(&self, guest: u64, bytes: &[u8]) -> Result<()> {
+        let stored = bytes.len() as u64;
+        let size = self.shape.cluster_size;
+        if stored == 0 || stored >= size || !guest.is_multiple_of(size) {
+            return Err(Error::invalid("Not the compressed form of one cluster"));
+        }
+        let (mut plan, mut state) = Plan::claim(self, ByteRange::at(guest, size));
+        if S::TABLES_FIRST {
+            self.ensure_l2(&mut state, guest)?;
+        }
+        let offset = self.take_at(&mut state, SECTOR, stored)?;
+        plan.taken = ByteRange::at(offset, stored);
+        drop(state);
+        if offset >= self.scheme.encoded_end() {
+            return Err(Error::from_errno(errno::EFBIG));
+        }
+        plan.changes.push((guest, Cluster::Encoded { offset, stored }));
+        self.file.event(Event::WRITE_COMPRESSED);
+        self.file.write_at(bytes, offset)?;
+        Box::new(plan).commit()
+    }
+
     /// Makes whole clusters read as zero. Those that have storage keep it: there is no way to give it up.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`](diskimage_core::ErrorKind::Unsupported) if entries cannot say so.
     pub(crate) fn zero_clusters(&self, range: ByteRange, mode: ZeroMode) -> Result<()> {
+        let zero = self
+            .scheme
+            .zero()
+            .ok_or_else(|| Error::unsupported("Clusters without storage show what is below"))?;
         let (claim, state) = Plan::claim(self, range);
         drop(state);
         let mut rest = claim.cover;
@@ -262,35 +335,55 @@ impl<S: Scheme> Tree<S> {
             let coverage = self.shape.coverage();
             let part = rest.first((rest.start() / coverage + 1).saturating_mul(coverage) - rest.start());
             rest = rest.skip(part.len());
-            for stored in self.zero_entries(part)? {
-                self.file.write_zeroes(stored, mode)?;
+            for (device, stored) in self.zero_entries(part, zero)? {
+                device.write_zeroes(stored, mode)?;
             }
         }
         Ok(())
     }
 
-    /// Makes clusters of one L2 table zero that have no storage, and tells the storage of the others.
-    fn zero_entries(&self, range: ByteRange) -> Result<Vec<ByteRange>> {
+    /// Makes clusters of one L2 table zero that have no storage of their own, and tells the storage of the others.
+    fn zero_entries(&self, range: ByteRange, zero: Cluster) -> Result<Vec<(Arc<dyn Device>, ByteRange)>> {
         let mut state = self.lock();
-        let mut stored: Vec<ByteRange> = Vec::new();
+        let mut stored: Vec<(Arc<dyn Device>, ByteRange)> = Vec::new();
         let mut at = range.start();
         while at < range.end() {
             match self.entry(&mut state, at)?.cluster {
-                Cluster::Zero => {}
-                Cluster::None => {
-                    self.scheme.unsettled()?;
-                    self.set(&mut state, at, Cluster::Zero)?;
-                }
                 Cluster::Host(offset) => match stored.last_mut() {
-                    Some(last) if last.end() == offset => {
+                    Some((_, last)) if last.end() == offset => {
                         *last = ByteRange::at(last.start(), last.len() + self.shape.cluster_size);
                     }
-                    _ => stored.push(ByteRange::at(offset, self.shape.cluster_size)),
+                    _ => {
+                        let device = self.scheme.view(&self.file, at, offset);
+                        stored.push((device, ByteRange::at(offset, self.shape.cluster_size)));
+                    }
                 },
+                other if other == zero => {}
+                _ => {
+                    self.scheme.unsettled()?;
+                    self.set(&mut state, at, zero)?;
+                }
             }
             at += self.shape.cluster_size;
         }
         Ok(stored)
+    }
+
+    /// Gives up all clusters: the file ends at `end`, behind the L1 table and whatever else is not theirs.
+    pub(crate) fn make_empty(&self, end: u64) -> Result<()> {
+        let (claim, mut state) = Plan::claim(self, ByteRange::new(0, i64::MAX.unsigned_abs()));
+        // What is forgotten is written first, so that it is not written later.
+        state.tables.clear()?;
+        let l1 = self.shape.l1;
+        self.file
+            .write_zeroes(ByteRange::at(l1.offset, l1.len), ZeroMode::KeepAllocated)?;
+        // Nothing may refer to what is no longer there.
+        self.file.flush()?;
+        self.file.resize(end, Preallocation::Off)?;
+        state.end = end;
+        drop(state);
+        drop(claim);
+        Ok(())
     }
 
     /// Writes all changes and makes them durable.
@@ -300,6 +393,23 @@ impl<S: Scheme> Tree<S> {
         self.file.event(Event::FLUSH_TO_DISK);
         state.tables.sync()?;
         self.scheme.settled()
+    }
+
+    fn read(tables: &mut Tables, table: Table, at: u64) -> Result<u64> {
+        tables.number(table, at).map(Self::word)
+    }
+
+    fn write(tables: &mut Tables, table: Table, at: u64, word: u64) -> Result<()> {
+        tables.set_number(table, at, Self::word(word))
+    }
+
+    /// A big-endian number as the format means it, and the other way round.
+    fn word(number: u64) -> u64 {
+        if S::BIG_ENDIAN {
+            number
+        } else {
+            number.swap_bytes()
+        }
     }
 
     /// Walks the tables with nobody else about.
@@ -343,7 +453,7 @@ impl<S: Scheme> Walk<'_, S> {
         let bytes = self.state.tables.bytes(table, at)?;
         let words = bytes.chunks_exact(8).zip((at..).step_by(8));
         let used = words.filter_map(|(word, at)| {
-            let word = u64::from_le_bytes(word.try_into().ok()?);
+            let word = Tree::<S>::word(u64::from_be_bytes(word.try_into().ok()?));
             (word != 0).then_some((at, word))
         });
         Ok((used.collect(), at + bytes.len() as u64))
@@ -354,7 +464,7 @@ impl<S: Scheme> Walk<'_, S> {
     /// # Errors
     /// What the operating system says.
     pub(crate) fn clear(&mut self, table: Table, at: u64) -> Result<()> {
-        write(&mut self.state.tables, table, at, 0)
+        Tree::<S>::write(&mut self.state.tables, table, at, 0)
     }
 }
 
@@ -370,18 +480,10 @@ impl Step {
     fn continues(&self, before: Cluster, len: u64) -> bool {
         match (before, self.cluster) {
             (Cluster::Host(at), Cluster::Host(next)) => at.checked_add(len) == Some(next),
+            (Cluster::Encoded { .. }, _) => false,
             (before, next) => before == next,
         }
     }
-}
-
-/// Both formats' numbers, little-endian as qed has them.
-fn read(tables: &mut Tables, table: Table, at: u64) -> Result<u64> {
-    tables.number(table, at).map(u64::swap_bytes)
-}
-
-fn write(tables: &mut Tables, table: Table, at: u64, word: u64) -> Result<()> {
-    tables.set_number(table, at, word.swap_bytes())
 }
 
 /// A write that is under way.
@@ -389,9 +491,9 @@ struct Plan<'a, S: Scheme> {
     tree: &'a Tree<S>,
     cover: ByteRange,
     runs: Vec<WriteRun>,
-    /// Guest clusters and the storage that they get.
-    changes: Vec<(u64, u64)>,
-    /// What was taken from the end of the file.
+    /// Guest clusters and what becomes of them.
+    changes: Vec<(u64, Cluster)>,
+    /// What was taken from the end of the file last.
     taken: ByteRange,
 }
 
@@ -416,15 +518,33 @@ impl<'a, S: Scheme> Plan<'a, S> {
     }
 
     fn draft(&mut self, state: &mut State, range: ByteRange) -> Result<()> {
+        let coverage = if S::TABLES_FIRST {
+            self.tree.shape.coverage()
+        } else {
+            u64::MAX
+        };
+        let mut rest = self.cover;
+        while !rest.is_empty() {
+            let part = rest.first((rest.start() / coverage + 1).saturating_mul(coverage) - rest.start());
+            rest = rest.skip(part.len());
+            if S::TABLES_FIRST {
+                self.tree.ensure_l2(state, part.start())?;
+            }
+            self.draft_clusters(state, part, range)?;
+        }
+        Ok(())
+    }
+
+    /// Sets storage aside for the clusters of `cover`.
+    fn draft_clusters(&mut self, state: &mut State, cover: ByteRange, range: ByteRange) -> Result<()> {
         let size = self.tree.shape.cluster_size;
         let step = usize::try_from(size).unwrap_or(usize::MAX);
-        let cover = self.cover;
         let starts = || (cover.start()..cover.end()).step_by(step);
         let mut present = Vec::new();
         for at in starts() {
             present.push(match self.tree.entry(state, at)?.cluster {
                 Cluster::Host(offset) => Some(offset),
-                Cluster::None | Cluster::Zero => None,
+                Cluster::None | Cluster::Zero | Cluster::Encoded { .. } => None,
             });
         }
         let missing = present.iter().filter(|offset| offset.is_none()).count() as u64;
@@ -439,7 +559,7 @@ impl<'a, S: Scheme> Plan<'a, S> {
                 let part = cluster.intersect(range);
                 self.add_run(part, offset + (part.start() - at));
             } else {
-                self.changes.push((at, fresh));
+                self.changes.push((at, Cluster::Host(fresh)));
                 self.add_run(cluster, fresh);
                 fresh += size;
             }
@@ -454,7 +574,7 @@ impl<'a, S: Scheme> Plan<'a, S> {
             }
             _ => self.runs.push(WriteRun {
                 guest,
-                device: Arc::clone(&self.tree.file),
+                device: self.tree.scheme.view(&self.tree.file, guest.start(), offset),
                 offset,
             }),
         }
@@ -470,9 +590,9 @@ impl<S: Scheme> WritePlan for Plan<'_, S> {
         // From here on tables may refer to it.
         self.taken = ByteRange::new(0, 0);
         let mut state = self.tree.lock();
-        for (guest, offset) in &self.changes {
+        for (guest, cluster) in &self.changes {
             self.tree.scheme.unsettled()?;
-            self.tree.set(&mut state, *guest, Cluster::Host(*offset))?;
+            self.tree.set(&mut state, *guest, *cluster)?;
         }
         Ok(())
     }

@@ -5,7 +5,7 @@ use diskimage_core::{Error, Preallocation, Result};
 
 use super::encrypt::Encryption;
 use super::header::{Compression, Geometry, limit};
-use crate::legacy_aes;
+use crate::{KNOWN_FORMATS, legacy_aes};
 
 /// The options of `create`, in the order in which the original prints their values.
 pub(super) const CREATE: &[OptionDef] = &[
@@ -96,27 +96,6 @@ pub(super) const CREATE: &[OptionDef] = &[
 
 /// Extended L2 entries need subclusters of at least a sector.
 pub(super) const MIN_EXTENDED_L2_CLUSTER: u64 = 512 * limit::SUBCLUSTERS;
-
-/// The formats that an image may name for the one below, whether this program has them or not.
-const KNOWN_FORMATS: &[&str] = &[
-    "bochs",
-    "cloop",
-    "dmg",
-    "luks",
-    "nbd",
-    "parallels",
-    "qcow",
-    "qcow2",
-    "qed",
-    "raw",
-    "vdi",
-    "vhdx",
-    "vmdk",
-    "vpc",
-    "vvfat",
-    "file",
-    "host_device",
-];
 
 /// Whose words are used about a value that makes no sense: the original checks options of `create` as parameters of a
 /// command of its own, those of `measure` as options.

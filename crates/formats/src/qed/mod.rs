@@ -185,6 +185,7 @@ impl Qed {
                 len: geometry.table_len(),
             },
             l2_len: geometry.table_len(),
+            // Rounded down: a cluster that is only partly there was never referred to.
             end: header::end_of(file.len(), geometry.cluster_size),
         };
         let entries = Entries {
@@ -368,6 +369,9 @@ impl Entries {
 }
 
 impl Scheme for Entries {
+    const BIG_ENDIAN: bool = false;
+    const TABLES_FIRST: bool = false;
+
     fn l2_table(&self, word: u64, end: u64) -> Result<Option<u64>> {
         match word {
             0 => Ok(None),
@@ -389,8 +393,12 @@ impl Scheme for Entries {
         match cluster {
             Cluster::None => 0,
             Cluster::Zero => ZERO,
-            Cluster::Host(offset) => offset,
+            Cluster::Host(offset) | Cluster::Encoded { offset, .. } => offset,
         }
+    }
+
+    fn zero(&self) -> Option<Cluster> {
+        Some(Cluster::Zero)
     }
 
     fn unsettled(&self) -> Result<()> {

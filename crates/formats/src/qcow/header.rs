@@ -1,0 +1,233 @@
+//! The header.
+//!
+//! ```text
+//!    0 magic "QFI\xfb"      4 version 1            8 backing file offset    16 its length
+//!   20 time                24 size                32 cluster bits          33 L2 bits
+//!   36 encryption          40 L1 table offset
+//! ```
+
+use diskimage_core::{Device, Error, Result, align_down, align_up, errno};
+use zerocopy::byteorder::big_endian::{U32, U64};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+/// `QFI` and a byte that is no letter.
+pub(super) const MAGIC: u32 = 0x5146_49fb;
+
+/// The version that this is; later ones are another format.
+pub(super) const VERSION: u32 = 1;
+
+/// The unit of the disk's size and of places in the file.
+pub(super) const SECTOR: u64 = 512;
+
+/// Bytes of an entry of a table.
+const ENTRY: u64 = 8;
+
+/// The header as it is in the file.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct RawHeader {
+    magic: U32,
+    version: U32,
+    /// Where the backing file's name is; 0 if there is none.
+    backing_file_offset: U64,
+    /// Bytes of it.
+    backing_file_size: U32,
+    /// When the backing file was last changed; nobody looks at it.
+    mtime: U32,
+    /// Bytes of the disk.
+    size: U64,
+    cluster_bits: u8,
+    /// How many entries an L2 table has, as a power of two.
+    l2_bits: u8,
+    padding: [u8; 2],
+    /// 0, or 1 for AES.
+    crypt_method: U32,
+    l1_table_offset: U64,
+}
+
+const HEADER_LEN: usize = 48;
+const _: () = assert!(size_of::<RawHeader>() == HEADER_LEN);
+
+/// Limits of the original.
+mod limit {
+    use std::ops::RangeInclusive;
+
+    pub(super) const CLUSTER_BITS: RangeInclusive<u8> = 9..=16;
+    /// L2 tables of 512 bytes to 64 KiB.
+    pub(super) const L2_BITS: RangeInclusive<u8> = 6..=13;
+    /// Entries of the L1 table, which is less than 2 GiB.
+    pub(super) const L1_SIZE: u64 = (1 << 28) - 1;
+    pub(super) const BACKING_NAME: usize = 1023;
+}
+
+/// A header that is checked.
+#[derive(Clone, Debug)]
+pub(super) struct Header {
+    /// Bytes of the disk, whole sectors.
+    pub(super) size: u64,
+    pub(super) cluster_bits: u8,
+    l2_bits: u8,
+    /// Whether guest data is encrypted.
+    pub(super) is_encrypted: bool,
+    pub(super) l1_offset: u64,
+    l1_size: u64,
+    /// The backing file's name, and where it is.
+    pub(super) backing: Option<String>,
+    backing_offset: u64,
+}
+
+/// Reads the header at the start of `file`, an image called `name`.
+pub(super) fn read(file: &dyn Device, name: &str) -> Result<Header> {
+    let mut bytes = [0; HEADER_LEN];
+    file.read_padded(&mut bytes, 0)?;
+    let (mut header, len) = parse(&bytes)?;
+    let ends = [
+        header.l1_offset.checked_add(header.l1_len()),
+        header.backing_offset.checked_add(len as u64),
+    ];
+    if ends
+        .iter()
+        .any(|end| end.is_none_or(|end| i64::try_from(end).is_err()))
+    {
+        return Err(Error::from_errno(errno::EIO).context(format!("Could not open '{name}'")));
+    }
+    let mut text = vec![0; len];
+    file.read_padded(&mut text, header.backing_offset)?;
+    let text = text.split(|byte| *byte == 0).next().unwrap_or(&[]);
+    header.backing = (!text.is_empty()).then(|| String::from_utf8_lossy(text).into_owned());
+    Ok(header)
+}
+
+/// Checks a header. The backing file's name, of which the length is told, is not there yet.
+fn parse(bytes: &[u8; HEADER_LEN]) -> Result<(Header, usize)> {
+    let raw: RawHeader = zerocopy::transmute!(*bytes);
+    if raw.magic.get() != MAGIC {
+        return Err(Error::invalid("Image not in qcow format"));
+    }
+    let version = raw.version.get();
+    if version != VERSION {
+        let error = Error::unsupported(format!("qcow (v1) does not support qcow version {version}"));
+        return Err(match version {
+            2 | 3 => error.hint("Try the 'qcow2' driver instead."),
+            _ => error,
+        });
+    }
+    if raw.size.get() <= 1 {
+        return Err(Error::invalid(
+            "Image size is too small (must be at least 2 bytes)",
+        ));
+    }
+    if !limit::CLUSTER_BITS.contains(&raw.cluster_bits) {
+        return Err(Error::invalid("Cluster size must be between 512 and 64k"));
+    }
+    if !limit::L2_BITS.contains(&raw.l2_bits) {
+        return Err(Error::invalid("L2 table size must be between 512 and 64k"));
+    }
+    let is_encrypted = match raw.crypt_method.get() {
+        0 => false,
+        1 => true,
+        _ => return Err(Error::invalid("invalid encryption method in qcow header")),
+    };
+    let l1_size = l1_size(raw.size.get(), raw.cluster_bits, raw.l2_bits)?;
+    let backing_offset = raw.backing_file_offset.get();
+    let name_len = match backing_offset {
+        0 => 0,
+        _ => usize::try_from(raw.backing_file_size.get()).unwrap_or(usize::MAX),
+    };
+    if name_len > limit::BACKING_NAME {
+        return Err(name_too_long());
+    }
+    let header = Header {
+        size: align_down(raw.size.get(), SECTOR),
+        cluster_bits: raw.cluster_bits,
+        l2_bits: raw.l2_bits,
+        is_encrypted,
+        l1_offset: raw.l1_table_offset.get(),
+        l1_size,
+        backing: None,
+        backing_offset,
+    };
+    Ok((header, name_len))
+}
+
+/// How many entries the L1 table for a disk has.
+fn l1_size(size: u64, cluster_bits: u8, l2_bits: u8) -> Result<u64> {
+    let entries = size.div_ceil(1 << (cluster_bits + l2_bits));
+    if entries > limit::L1_SIZE {
+        return Err(Error::invalid("Image too large"));
+    }
+    Ok(entries)
+}
+
+fn name_too_long() -> Error {
+    Error::invalid("Backing file name too long")
+}
+
+impl Header {
+    /// The header of a new image. As in the original, clusters are small where there is an image below, so that little of
+    /// it is copied.
+    ///
+    /// # Errors
+    /// Sizes that cannot be, and names that are too long.
+    pub(super) fn new(size: u64, backing: Option<&str>, is_encrypted: bool) -> Result<Self> {
+        let (cluster_bits, l2_bits) = if backing.is_some() { (9, 12) } else { (12, 9) };
+        let name_len = backing.map_or(0, str::len);
+        if name_len > limit::BACKING_NAME {
+            return Err(name_too_long());
+        }
+        let size = align_up(size, SECTOR);
+        Ok(Self {
+            size,
+            cluster_bits,
+            l2_bits,
+            is_encrypted,
+            l1_offset: align_up((HEADER_LEN + name_len) as u64, ENTRY),
+            l1_size: l1_size(size, cluster_bits, l2_bits)?,
+            backing: backing.map(str::to_owned),
+            backing_offset: if backing.is_some() { HEADER_LEN as u64 } else { 0 },
+        })
+    }
+
+    pub(super) fn cluster_size(&self) -> u64 {
+        1 << self.cluster_bits
+    }
+
+    /// Bytes of an L2 table.
+    pub(super) fn l2_len(&self) -> u64 {
+        ENTRY << self.l2_bits
+    }
+
+    /// Bytes of the L1 table.
+    pub(super) fn l1_len(&self) -> u64 {
+        self.l1_size * ENTRY
+    }
+
+    /// Behind all that is there in an image without data.
+    pub(super) fn end(&self) -> u64 {
+        let name = self.backing.as_ref().map_or(0, String::len) as u64;
+        (self.l1_offset + self.l1_len())
+            .max(self.backing_offset + name)
+            .max(HEADER_LEN as u64)
+    }
+
+    /// The header with the name behind it, up to the L1 table.
+    pub(super) fn to_bytes(&self) -> Vec<u8> {
+        let name = self.backing.as_deref().unwrap_or_default();
+        let raw = RawHeader {
+            magic: U32::new(MAGIC),
+            version: U32::new(VERSION),
+            backing_file_offset: U64::new(self.backing_offset),
+            backing_file_size: U32::new(u32::try_from(name.len()).unwrap_or(u32::MAX)),
+            mtime: U32::ZERO,
+            size: U64::new(self.size),
+            cluster_bits: self.cluster_bits,
+            l2_bits: self.l2_bits,
+            padding: [0; 2],
+            crypt_method: U32::new(u32::from(self.is_encrypted)),
+            l1_table_offset: U64::new(self.l1_offset),
+        };
+        let mut bytes = raw.as_bytes().to_vec();
+        bytes.extend_from_slice(name.as_bytes());
+        bytes
+    }
+}

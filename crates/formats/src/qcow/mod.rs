@@ -1,0 +1,369 @@
+//! qcow, version 1: QEMU's first format for disks that grow.
+//!
+//! ```text
+//!   | header, name | L1 table | L2 table | cluster | cluster | encoded | ...
+//!
+//!   header ──► L1 table ──► L2 tables ──► clusters          guest offset → host offset
+//! ```
+//!
+//! An entry is 0 where there is nothing, else an offset. In an L2 table bit 63 says that the cluster is compressed; its
+//! length is then below that bit, in as many bits as an offset inside a cluster has. All numbers are big-endian. Storage
+//! is never given up. Clusters may be encrypted (`legacy_aes`), which compressed ones never are.
+//!
+//! The format is described on the page "The QCOW Image Format". `header` has the header; the tables are those of `tree`.
+
+mod header;
+
+#[cfg(test)]
+mod tests;
+
+use std::sync::Arc;
+
+use diskimage_core::options::{OptionDef, OptionKind, Options};
+use diskimage_core::{
+    Backing, ByteRange, CreateRequest, Device, Encoded, Encoder, Error, ErrorKind, Event, Format, Info,
+    Layer, OpenRequest, Preallocation, Probe, ResizeRequest, Result, Run, Score, WritePlan, ZeroMode,
+    align_up, errno,
+};
+
+use self::header::{Header, SECTOR};
+use crate::legacy_aes::{self, LegacyAes};
+use crate::luks::options::passphrase;
+use crate::tables::{Class, Table};
+use crate::tree::{Cluster, Scheme, Shape, Tree};
+use crate::{KNOWN_FORMATS, codec};
+
+/// The format's entry in the table.
+#[derive(Debug)]
+pub struct QcowFormat;
+
+const CREATE_OPTIONS: &[OptionDef] = &[
+    OptionDef::new("size", OptionKind::Size, "Virtual disk size"),
+    OptionDef::new("backing_file", OptionKind::Text, "File name of a base image"),
+    OptionDef::new("backing_fmt", OptionKind::Text, "Format of the backing image"),
+    OptionDef::new(
+        "encryption",
+        OptionKind::Flag,
+        "Encrypt the image with format 'aes'. (Deprecated in favor of encrypt.format=aes)",
+    ),
+    OptionDef::new(
+        "encrypt.format",
+        OptionKind::Text,
+        "Encrypt the image, format choices: 'aes'",
+    ),
+    OptionDef::new(
+        "encrypt.key-secret",
+        OptionKind::Text,
+        "ID of the secret that provides the AES encryption key",
+    ),
+];
+
+impl Format for QcowFormat {
+    fn name(&self) -> &'static str {
+        "qcow"
+    }
+
+    fn probe(&self, probe: &Probe<'_>) -> Score {
+        let start = [header::MAGIC.to_be_bytes(), header::VERSION.to_be_bytes()].concat();
+        if probe.head.starts_with(&start) { 100 } else { 0 }
+    }
+
+    fn strong_options(&self) -> &'static [&'static str] {
+        &[legacy_aes::KEY_SECRET]
+    }
+
+    fn open(&self, request: OpenRequest<'_>) -> Result<Arc<dyn Layer>> {
+        Ok(Arc::new(Qcow::open(request)?))
+    }
+
+    fn create_options(&self) -> &'static [OptionDef] {
+        CREATE_OPTIONS
+    }
+
+    fn new_parts(&self, _name: &str, _size: u64, options: &Options) -> Result<Vec<String>> {
+        // The mistakes that the original finds before it makes a file.
+        match options.text("backing_fmt") {
+            Some(name) if !KNOWN_FORMATS.contains(&name) => {
+                Err(Error::invalid(format!("unrecognized backing format '{name}'")))
+            }
+            _ => legacy_aes::wanted_format(options).map(|_| Vec::new()),
+        }
+    }
+
+    fn has_backing(&self) -> bool {
+        true
+    }
+
+    fn has_compression(&self) -> bool {
+        true
+    }
+
+    fn keeps_failed_file(&self) -> bool {
+        true
+    }
+
+    fn create(&self, request: CreateRequest<'_>) -> Result<()> {
+        let header = new_header(&request)?;
+        let file = &*request.file;
+        let table = ByteRange::at(header.l1_offset, header.l1_len().next_multiple_of(SECTOR));
+        if file.is_zero_when_new() {
+            file.resize(table.end(), Preallocation::Off)?;
+        } else {
+            file.write_zeroes(table, ZeroMode::KeepAllocated)?;
+        }
+        file.write_at(&header.to_bytes(), 0)?;
+        file.flush()
+    }
+}
+
+/// The header of a new image.
+fn new_header(request: &CreateRequest<'_>) -> Result<Header> {
+    let options = request.options;
+    let encryption = legacy_aes::wanted_format(options)?;
+    match encryption {
+        None if options.is_given(legacy_aes::KEY_SECRET) => return Err(legacy_aes::no_format()),
+        None | Some("aes" | "luks") => {}
+        Some(other) => return Err(legacy_aes::unknown_format(other)),
+    }
+    if request.size == 0 {
+        return Err(Error::invalid("Image size is too small, cannot be zero length"));
+    }
+    match encryption {
+        None => {}
+        Some("aes") => {
+            let secret = options.text(legacy_aes::KEY_SECRET);
+            passphrase(request.objects, secret, legacy_aes::KEY_SECRET)?;
+        }
+        Some(_) => return Err(Error::invalid("Unsupported encryption format")),
+    }
+    let backing = options.text("backing_file").filter(|name| !name.is_empty());
+    Header::new(request.size, backing, encryption.is_some())
+}
+
+/// An open image.
+#[derive(Debug)]
+struct Qcow {
+    tree: Tree<Entries>,
+    header: Header,
+    write: bool,
+}
+
+impl Qcow {
+    fn open(mut request: OpenRequest<'_>) -> Result<Self> {
+        let header = header::read(&*request.file, request.name)?;
+        let found = header.is_encrypted.then_some("aes");
+        let passphrase = legacy_aes::passphrase_for(found, &mut request)?;
+        let aes = found.map(|_| LegacyAes::new(passphrase)).transpose()?;
+        let file = request.file;
+        let l1 = Table {
+            class: Class::L1,
+            offset: header.l1_offset,
+            len: header.l1_len(),
+        };
+        let shape = Shape {
+            cluster_size: header.cluster_size(),
+            l1,
+            l2_len: header.l2_len(),
+            end: file.len().max(header.end()),
+        };
+        let entries = Entries {
+            cluster_bits: header.cluster_bits,
+            l1: ByteRange::at(l1.offset, l1.len),
+            l2_len: header.l2_len(),
+            has_backing: header.backing.is_some(),
+            aes,
+        };
+        Ok(Self {
+            tree: Tree::new(file, shape, entries),
+            header,
+            write: request.write,
+        })
+    }
+
+    fn require_writable(&self) -> Result<()> {
+        if self.write {
+            Ok(())
+        } else {
+            Err(Error::new(ErrorKind::Permission, "Image is read-only"))
+        }
+    }
+}
+
+impl Layer for Qcow {
+    fn format(&self) -> &'static str {
+        "qcow"
+    }
+
+    fn len(&self) -> u64 {
+        self.header.size
+    }
+
+    fn granularity(&self) -> u64 {
+        self.header.cluster_size()
+    }
+
+    fn backing(&self) -> Option<Backing> {
+        self.header.backing.as_ref().map(|name| Backing {
+            name: name.clone(),
+            format: None,
+        })
+    }
+
+    fn map(&self, range: ByteRange) -> Result<Run> {
+        self.tree.map(range)
+    }
+
+    fn decode(&self, encoded: &Encoded, buf: &mut [u8]) -> Result<()> {
+        let file = self.tree.file();
+        // The field for the length holds less than a cluster.
+        let len = usize::try_from(encoded.stored).map_err(|_| damaged())?;
+        let mut bytes = vec![0; len];
+        file.event(Event::READ_COMPRESSED);
+        file.require(encoded.offset, encoded.stored)
+            .map_err(|_| damaged())?;
+        file.read_at(&mut bytes, encoded.offset)?;
+        codec::deflate::decode(&bytes, buf).map_err(|_| damaged())
+    }
+
+    fn plan_write(&self, range: ByteRange) -> Result<Box<dyn WritePlan + '_>> {
+        self.require_writable()?;
+        self.tree.plan_write(range)
+    }
+
+    fn write_zeroes(&self, range: ByteRange, mode: ZeroMode) -> Result<()> {
+        self.require_writable()?;
+        self.tree.zero_clusters(range, mode)
+    }
+
+    fn encoder(&self) -> Result<Option<Box<dyn Encoder>>> {
+        codec::deflate::encoder().map(Some)
+    }
+
+    fn write_encoded(&self, offset: u64, bytes: &[u8]) -> Result<()> {
+        self.require_writable()?;
+        self.tree.write_encoded(offset, bytes)
+    }
+
+    fn info(&self) -> Result<Info> {
+        Ok(Info {
+            cluster_size: Some(self.header.cluster_size()),
+            encrypted: self.header.is_encrypted,
+            ..Info::default()
+        })
+    }
+
+    fn make_empty(&self) -> Result<()> {
+        self.require_writable()?;
+        self.tree.make_empty(self.header.end())
+    }
+
+    fn check_resize(&self, _request: &ResizeRequest) -> Result<()> {
+        Err(Error::unsupported("Image format driver does not support resize"))
+    }
+
+    fn resize(&self, request: &ResizeRequest, _below: u64) -> Result<()> {
+        self.check_resize(request)
+    }
+
+    fn flush(&self) -> Result<()> {
+        self.tree.flush()
+    }
+
+    fn file(&self) -> &Arc<dyn Device> {
+        self.tree.file()
+    }
+}
+
+/// What the tables look like.
+#[derive(Debug)]
+struct Entries {
+    cluster_bits: u8,
+    /// Where the L1 table is: nothing else can be there.
+    l1: ByteRange,
+    /// Bytes of an L2 table.
+    l2_len: u64,
+    has_backing: bool,
+    /// What encrypts clusters, if anything does.
+    aes: Option<LegacyAes>,
+}
+
+/// The bit of a compressed cluster.
+const COMPRESSED: u64 = 1 << 63;
+
+impl Entries {
+    /// Where the length of a compressed cluster is in an L2 entry; below is its offset.
+    fn length_shift(&self) -> u32 {
+        63 - u32::from(self.cluster_bits)
+    }
+
+    /// Refuses `len` bytes at `offset` that are no place for anything in a file that ends at `end`. The original reads
+    /// zeroes beyond, and takes a disk that was cut off for an empty one.
+    fn require_place(&self, offset: u64, len: u64, end: u64) -> Result<()> {
+        let behind = offset.checked_add(len).filter(|behind| *behind <= end);
+        let is_free = |behind| !self.l1.overlaps(ByteRange::new(offset, behind));
+        if offset.is_multiple_of(SECTOR) && behind.is_some_and(is_free) {
+            Ok(())
+        } else {
+            Err(damaged())
+        }
+    }
+}
+
+/// The original's one word for everything that is wrong with tables and compressed clusters.
+fn damaged() -> Error {
+    Error::from_errno(errno::EIO)
+}
+
+impl Scheme for Entries {
+    const BIG_ENDIAN: bool = true;
+    const TABLES_FIRST: bool = true;
+
+    fn l2_table(&self, word: u64, end: u64) -> Result<Option<u64>> {
+        if word == 0 {
+            return Ok(None);
+        }
+        self.require_place(word, self.l2_len, align_up(end, SECTOR))?;
+        Ok(Some(word))
+    }
+
+    fn cluster(&self, word: u64, end: u64) -> Result<Cluster> {
+        if word == 0 {
+            Ok(Cluster::None)
+        } else if word & COMPRESSED != 0 {
+            let shift = self.length_shift();
+            Ok(Cluster::Encoded {
+                offset: word & ((1 << shift) - 1),
+                stored: (word & !COMPRESSED) >> shift,
+            })
+        } else {
+            // The last one need not be all there.
+            let size = 1 << self.cluster_bits;
+            self.require_place(word, size, align_up(end, size))?;
+            Ok(Cluster::Host(word))
+        }
+    }
+
+    fn word(&self, cluster: Cluster) -> u64 {
+        match cluster {
+            // Only said where nothing is below.
+            Cluster::None | Cluster::Zero => 0,
+            Cluster::Host(offset) => offset,
+            Cluster::Encoded { offset, stored } => COMPRESSED | stored << self.length_shift() | offset,
+        }
+    }
+
+    fn zero(&self) -> Option<Cluster> {
+        (!self.has_backing).then_some(Cluster::None)
+    }
+
+    fn encoded_end(&self) -> u64 {
+        1 << self.length_shift()
+    }
+
+    fn view(&self, file: &Arc<dyn Device>, guest: u64, host: u64) -> Arc<dyn Device> {
+        self.aes
+            .as_ref()
+            .and_then(|aes| aes.view(file, guest, host))
+            .unwrap_or_else(|| Arc::clone(file))
+    }
+}
