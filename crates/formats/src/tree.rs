@@ -176,7 +176,11 @@ impl<S: Scheme> Tree<S> {
                 Some((cluster, start)) if step.continues(cluster, at - start) => {}
                 Some(_) => break,
             }
-            at = step.until.min(range.end());
+            at = if step.has_table {
+                step.until.min(range.end())
+            } else {
+                self.tableless(&mut state, at)?.min(range.end())
+            };
         }
         let kind = match found.map_or(Cluster::None, |(cluster, _)| cluster) {
             Cluster::None => RunKind::Unallocated { host: None },
@@ -205,6 +209,7 @@ impl<S: Scheme> Tree<S> {
             let coverage = self.shape.coverage();
             return Ok(Step {
                 cluster: Cluster::None,
+                has_table: false,
                 until: (guest / coverage + 1).saturating_mul(coverage),
             });
         };
@@ -215,8 +220,19 @@ impl<S: Scheme> Tree<S> {
         };
         Ok(Step {
             cluster,
+            has_table: true,
             until: (guest / size + 1).saturating_mul(size),
         })
+    }
+
+    /// How far the part of the disk around `guest`, where there is no L2 table, goes on without one. Large disks of nothing
+    /// have millions of such entries.
+    fn tableless(&self, state: &mut State, guest: u64) -> Result<u64> {
+        let entries = state.tables.bytes(self.shape.l1, self.l1_at(guest))?;
+        let empty = entries.chunks_exact(8).take_while(|entry| *entry == [0; 8]);
+        let count = empty.count().max(1) as u64;
+        let coverage = self.shape.coverage();
+        Ok((guest / coverage + count).saturating_mul(coverage))
     }
 
     fn l1_at(&self, guest: u64) -> u64 {
@@ -472,6 +488,8 @@ impl<S: Scheme> Walk<'_, S> {
 #[derive(Clone, Copy, Debug)]
 struct Step {
     cluster: Cluster,
+    /// Whether an L2 table says so.
+    has_table: bool,
     until: u64,
 }
 
