@@ -29,6 +29,9 @@ impl Gate for OneFile<'_> {
 /// Extents looked at, so that a disk of exabytes ends.
 const EXTENTS: usize = 200;
 
+/// The largest cluster that is compressed.
+const MAX_ENCODED: u64 = 64 << 10;
+
 /// Opens `bytes` as an image of `format` and exercises it.
 pub fn exercise(format: &dyn Format, bytes: &[u8]) {
     exercise_with(format, bytes, &NodeOptions::new(), &Arc::default());
@@ -124,5 +127,14 @@ fn write(layer: Arc<dyn Layer>) {
     if image.resize_with(&grown).is_ok() {
         let _ = image.resize_with(&ResizeRequest { len: 512, ..grown });
     }
+    let _ = image.flush();
+    if unit <= MAX_ENCODED && let Ok(Some(mut encoder)) = image.layer().encoder() {
+        let mut encoded = Vec::new();
+        let cluster = vec![0x5a; usize::try_from(unit).unwrap_or(0)];
+        if let Ok(true) = encoder.encode(&cluster, &mut encoded) {
+            let _ = image.write_encoded(0, &encoded);
+        }
+    }
+    let _ = image.layer().make_empty();
     let _ = image.flush();
 }

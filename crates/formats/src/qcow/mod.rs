@@ -155,6 +155,10 @@ impl Qcow {
         let passphrase = legacy_aes::passphrase_for(found, &mut request)?;
         let aes = found.map(|_| LegacyAes::new(passphrase)).transpose()?;
         let file = request.file;
+        if request.write && header.end() > align_up(file.len(), SECTOR) {
+            // To be read it is a table of nothing, as in the original.
+            return Err(Error::corrupt("L1 table lies beyond the end of the file"));
+        }
         let l1 = Table {
             class: Class::L1,
             offset: header.l1_offset,

@@ -520,6 +520,13 @@ fn nothing_lies_in_the_table_or_beyond_the_end() {
         let image = open_on(Arc::new(bad), None);
         assert!(image.read_at(&mut [0; 100], 0).is_err(), "{word:#x} at {at}");
     }
+    let beyond = MemoryDevice::new(good.clone());
+    beyond
+        .write_at(&u64::to_be_bytes(1 << 40), 40)
+        .expect("memory");
+    let beyond: Arc<dyn Device> = Arc::new(beyond);
+    assert!(open_layer(Arc::clone(&beyond), true).is_err());
+    assert!(open_layer(beyond, false).is_ok());
     // A table that is moved to where a cluster is.
     let moved = MemoryDevice::new(good.clone());
     moved.write_at(&8192_u64.to_be_bytes(), 40).expect("memory");
