@@ -31,7 +31,7 @@ use crate::legacy_aes::{self, LegacyAes};
 use crate::luks::options::passphrase;
 use crate::tables::{Class, Table};
 use crate::tree::{Cluster, Scheme, Shape, Tree};
-use crate::{KNOWN_FORMATS, codec};
+use crate::{KNOWN_FORMATS, codec, preallocation};
 
 /// The format's entry in the table.
 #[derive(Debug)]
@@ -103,6 +103,7 @@ impl Format for QcowFormat {
     }
 
     fn create(&self, request: CreateRequest<'_>) -> Result<()> {
+        preallocation::check(request.options)?;
         let header = new_header(&request)?;
         let file = &*request.file;
         let table = ByteRange::at(header.l1_offset, header.l1_len().next_multiple_of(SECTOR));

@@ -521,9 +521,7 @@ fn nothing_lies_in_the_table_or_beyond_the_end() {
         assert!(image.read_at(&mut [0; 100], 0).is_err(), "{word:#x} at {at}");
     }
     let beyond = MemoryDevice::new(good.clone());
-    beyond
-        .write_at(&u64::to_be_bytes(1 << 40), 40)
-        .expect("memory");
+    beyond.write_at(&u64::to_be_bytes(1 << 40), 40).expect("memory");
     let beyond: Arc<dyn Device> = Arc::new(beyond);
     assert!(open_layer(Arc::clone(&beyond), true).is_err());
     assert!(open_layer(beyond, false).is_ok());

@@ -106,6 +106,7 @@ impl Format for QedFormat {
     }
 
     fn create(&self, request: CreateRequest<'_>) -> Result<()> {
+        preallocation::check(request.options)?;
         let header = new_header(request.options, request.size)?;
         let (file, geometry) = (&*request.file, header.geometry);
         let tables = ByteRange::at(header.l1_offset, geometry.table_len());
