@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use diskimage::{CacheMode, Commit, Device, Error, Objects, OpenOptions, depth_of};
+use diskimage::{CacheMode, Commit, Device, Error, ErrorKind, Objects, OpenOptions, depth_of, errno};
 
 use super::{LARGEST, only_image};
 use crate::objects::define;
@@ -165,10 +165,14 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
         rate: Some(args.rate).filter(|rate| *rate > 0),
         progress: diskimage::Progress::new(&report),
     };
-    commit.run().map_err(|error| match error.errno() {
-        // As there, without the place.
-        Some(errno) => Error::from_errno(errno).context("Block job failed"),
-        None => error,
+    commit.run().map_err(|error| {
+        // A base that cannot grow has words of its own, which the original does not get to see.
+        let unsupported = (error.kind() == ErrorKind::Unsupported).then_some(errno::ENOTSUP);
+        match error.errno().or(unsupported) {
+            // As there, without the place.
+            Some(errno) => Error::from_errno(errno).context("Block job failed"),
+            None => error,
+        }
     })?;
     if !args.keep {
         image.make_empty().map_err(|error| {
