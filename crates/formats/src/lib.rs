@@ -8,12 +8,14 @@ mod dmg;
 mod last_block;
 mod legacy_aes;
 mod luks;
+mod places;
 mod preallocation;
 mod qcow;
 mod qcow2;
 mod qed;
 mod raw;
 mod read_only;
+mod seen;
 mod straight;
 mod tables;
 #[cfg(test)]

@@ -4,12 +4,10 @@
 //! cleared; two users of a cluster are told of and left alone, as nobody can say whose it is. Clusters without a user are
 //! leaks, which cannot be mended: storage is never given up.
 
-use std::collections::HashMap;
-use std::collections::hash_map::Entry;
-
-use diskimage_core::{Budget, CheckReport, Layer, Repair, Reservation, Result};
+use diskimage_core::{CheckReport, Layer, Repair, Result};
 
 use super::{Entries, Qed};
+use crate::seen::Seen;
 use crate::tables::Table;
 use crate::tree::{Cluster, Scheme, Walk};
 
@@ -21,7 +19,7 @@ pub(super) fn check(image: &Qed, repair: Repair) -> Result<CheckReport> {
             entries,
             size: image.geometry.cluster_size,
             mends: repair != Repair::No && image.write,
-            used: Used::new(&image.budget),
+            used: Seen::new(&image.budget),
             report: CheckReport {
                 total_clusters: image.len().div_ceil(image.geometry.cluster_size),
                 ..CheckReport::default()
@@ -30,7 +28,7 @@ pub(super) fn check(image: &Qed, repair: Repair) -> Result<CheckReport> {
         check.l1(walk)?;
         // No entry can lead into the header.
         let there = (walk.end() - entries.first.min(walk.end())) / check.size;
-        check.report.leaks = there.saturating_sub(check.used.count);
+        check.report.leaks = there.saturating_sub(check.used.count());
         Ok(check.report)
     })
 }
@@ -40,7 +38,7 @@ struct Check<'a> {
     /// Bytes of a cluster.
     size: u64,
     mends: bool,
-    used: Used<'a>,
+    used: Seen<'a>,
     report: CheckReport,
 }
 
@@ -110,59 +108,5 @@ impl Check<'_> {
             self.report.corruptions += 1;
         }
         Ok(())
-    }
-}
-
-/// Clusters that have a user, in pieces of a map of bits: memory goes with what is in use, not with the file's length.
-struct Used<'a> {
-    budget: &'a Budget,
-    pieces: HashMap<u64, Piece>,
-    count: u64,
-}
-
-struct Piece {
-    bits: Box<[u64; WORDS]>,
-    /// Held as long as the bits are.
-    _memory: Reservation,
-}
-
-/// Words of a piece.
-const WORDS: usize = 512;
-const WORD_BITS: u64 = 64;
-const PIECE_BITS: u64 = WORDS as u64 * WORD_BITS;
-
-impl<'a> Used<'a> {
-    fn new(budget: &'a Budget) -> Self {
-        Self {
-            budget,
-            pieces: HashMap::new(),
-            count: 0,
-        }
-    }
-
-    /// Marks `count` clusters; how many were marked already.
-    fn take(&mut self, first: u64, count: u64) -> Result<u64> {
-        let mut twice = 0;
-        for cluster in first..first + count {
-            let piece = match self.pieces.entry(cluster / PIECE_BITS) {
-                Entry::Occupied(piece) => piece.into_mut(),
-                Entry::Vacant(place) => place.insert(Piece {
-                    _memory: self.budget.take(size_of::<[u64; WORDS]>() as u64)?,
-                    bits: Box::new([0; WORDS]),
-                }),
-            };
-            let bit = cluster % PIECE_BITS;
-            let word = usize::try_from(bit / WORD_BITS)
-                .ok()
-                .and_then(|word| piece.bits.get_mut(word));
-            if let Some(word) = word {
-                let mask = 1 << (bit % WORD_BITS);
-                let known = *word & mask != 0;
-                *word |= mask;
-                twice += u64::from(known);
-                self.count += u64::from(!known);
-            }
-        }
-        Ok(twice)
     }
 }

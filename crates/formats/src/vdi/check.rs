@@ -43,7 +43,7 @@ impl VdiLayer {
 }
 
 /// Calls `visit` with every block of the disk that has a place, and the place.
-fn for_each_place(map: &mut Windows, blocks: u32, mut visit: impl FnMut(u64, u32)) -> Result<()> {
+pub(super) fn for_each_place(map: &mut Windows, blocks: u32, mut visit: impl FnMut(u64, u32)) -> Result<()> {
     let mut block = 0;
     while block < u64::from(blocks) {
         let entries = map.entries(block)?;

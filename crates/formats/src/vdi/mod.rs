@@ -16,7 +16,6 @@
 //! So a block is never in the map without its bytes, nor outside the count, by which the original decides where the next
 //! one goes. A crash leaks blocks at worst, which are used again.
 
-mod blocks;
 mod check;
 mod header;
 mod resize;
@@ -34,10 +33,10 @@ use diskimage_core::{
     RunKind, Score, WritePlan, ZeroMode,
 };
 
+use crate::places::Places;
 use crate::preallocation;
 use crate::used::data_bytes;
 use crate::windows::{Entry, Windows};
-use blocks::Places;
 use header::{BLOCK, Header, map_bytes};
 
 /// The format's entry in the table.

@@ -16,8 +16,8 @@ use std::sync::Arc;
 
 use diskimage_core::{ByteRange, Device, Error, Preallocation, ResizeRequest, Result, ZeroMode};
 
-use super::blocks::Places;
 use super::header::{BLOCK, Header, SECTOR, map_bytes};
+use super::write::taken_places;
 use super::{NO_BLOCK, State, VdiLayer, place};
 use crate::preallocation;
 use crate::windows::Windows;
@@ -45,7 +45,7 @@ impl VdiLayer {
         let places = |state: &mut State| {
             state.places = None;
             let blocks = state.header.blocks;
-            Places::of(&mut state.map, blocks, room, &self.budget).map(|places| state.places = Some(places))
+            taken_places(&mut state.map, blocks, room, &self.budget).map(|places| state.places = Some(places))
         };
         places(&mut state)?;
         let outcome = self.grow_into(&mut state, header, shift);

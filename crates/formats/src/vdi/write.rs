@@ -3,11 +3,13 @@
 use std::ops::Range;
 use std::sync::{Arc, MutexGuard, PoisonError};
 
-use diskimage_core::{ByteRange, Result, WritePlan, WriteRun, ZeroMode};
+use diskimage_core::{Budget, ByteRange, Result, WritePlan, WriteRun, ZeroMode};
 
-use super::blocks::Places;
+use super::check::for_each_place;
 use super::header::BLOCK;
 use super::{State, VdiLayer};
+use crate::places::Places;
+use crate::windows::Windows;
 
 impl VdiLayer {
     /// Sets aside where `range` goes.
@@ -96,10 +98,17 @@ impl VdiLayer {
         } = state;
         let known = match places.take() {
             Some(known) => known,
-            None => Places::of(map, header.blocks, header.blocks, &self.budget)?,
+            None => taken_places(map, header.blocks, header.blocks, &self.budget)?,
         };
         Ok(places.insert(known))
     }
+}
+
+/// What the map of `blocks` entries says of the first `room` places. What leads further out is damage that takes none.
+pub(super) fn taken_places(map: &mut Windows, blocks: u32, room: u32, budget: &Budget) -> Result<Places> {
+    let mut places = Places::new(room, budget)?;
+    for_each_place(map, blocks, |_, place| places.take(place))?;
+    Ok(places)
 }
 
 /// The blocks that `range` touches.

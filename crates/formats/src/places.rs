@@ -1,15 +1,14 @@
-//! Which places for blocks are taken.
+//! Which places of a file that is divided into blocks are taken.
 
 use diskimage_core::{Budget, Error, Reservation, Result};
 
-use super::place;
-use crate::windows::Windows;
-
-/// The places in the file, one bit each: at least as many as the map has entries, so that one is free whenever a block
+/// The places in the file, one bit each: at least as many as the table has entries, so that one is free whenever a block
 /// of the disk has none.
 #[derive(Debug)]
-pub(super) struct Places {
+pub(crate) struct Places {
     taken: Vec<u64>,
+    /// How many there are.
+    room: u32,
     /// No place before is free.
     hint: usize,
     /// The place behind the last that is taken.
@@ -18,44 +17,36 @@ pub(super) struct Places {
 }
 
 impl Places {
-    /// What the map of `blocks` entries says of the first `room` places. What leads further out is damage that takes
-    /// none.
-    pub(super) fn of(map: &mut Windows, blocks: u32, room: u32, budget: &Budget) -> Result<Self> {
+    /// The first `room` places, all of them free.
+    pub(crate) fn new(room: u32, budget: &Budget) -> Result<Self> {
         let words = (room as usize).div_ceil(64);
         let memory = budget.take(words as u64 * 8)?;
-        let mut places = Self {
+        Ok(Self {
             taken: vec![0; words],
+            room,
             hint: 0,
             end: 0,
             _memory: memory,
-        };
-        let mut block = 0;
-        while block < u64::from(blocks) {
-            let entries = map.entries(block)?;
-            block += entries.len() as u64;
-            for taken in entries.iter().filter_map(|entry| place(*entry)) {
-                if taken < room {
-                    places.take(taken);
-                }
-            }
-        }
-        Ok(places)
+        })
     }
 
     /// The place behind the last that is taken.
-    pub(super) fn end(&self) -> u32 {
+    pub(crate) fn end(&self) -> u32 {
         self.end
     }
 
     /// Whether a block is at this place.
-    pub(super) fn is_taken(&self, place: u32) -> bool {
+    pub(crate) fn is_taken(&self, place: u32) -> bool {
         self.taken
             .get(place as usize / 64)
             .is_some_and(|word| word >> (place % 64) & 1 == 1)
     }
 
-    /// Takes this place.
-    pub(super) fn take(&mut self, place: u32) {
+    /// Takes this place. One that is further out than these is none of them.
+    pub(crate) fn take(&mut self, place: u32) {
+        if place >= self.room {
+            return;
+        }
         if let Some(word) = self.taken.get_mut(place as usize / 64) {
             *word |= 1 << (place % 64);
             self.end = self.end.max(place.saturating_add(1));
@@ -63,12 +54,12 @@ impl Places {
     }
 
     /// Takes the first place that is free.
-    pub(super) fn take_first(&mut self) -> Result<u32> {
+    pub(crate) fn take_first(&mut self) -> Result<u32> {
         self.take_first_from(0)
     }
 
     /// Takes the first place from `least` on that is free.
-    pub(super) fn take_first_from(&mut self, least: u32) -> Result<u32> {
+    pub(crate) fn take_first_from(&mut self, least: u32) -> Result<u32> {
         let full = |word: &u64| *word == u64::MAX;
         self.hint += self.taken[self.hint..]
             .iter()
@@ -86,13 +77,14 @@ impl Places {
         });
         let place = found
             .and_then(|place| u32::try_from(place).ok())
+            .filter(|place| *place < self.room)
             .ok_or_else(|| Error::corrupt("The image has no place for another block"))?;
         self.take(place);
         Ok(place)
     }
 
     /// Makes a place free again.
-    pub(super) fn free(&mut self, place: u32) {
+    pub(crate) fn free(&mut self, place: u32) {
         if let Some(word) = self.taken.get_mut(place as usize / 64) {
             *word &= !(1 << (place % 64));
             self.hint = self.hint.min(place as usize / 64);
