@@ -69,7 +69,7 @@ impl HashAlg {
     }
 
     /// The hash of the pieces one after the other.
-    pub(crate) fn digest(self, pieces: &[&[u8]]) -> Zeroizing<Vec<u8>> {
+    pub fn digest(self, pieces: &[&[u8]]) -> Zeroizing<Vec<u8>> {
         match self {
             Self::Md5 => digest_with::<md5::Md5>(pieces),
             Self::Sha1 => digest_with::<sha1::Sha1>(pieces),
