@@ -25,6 +25,14 @@ pub(crate) struct Facts {
     children: Vec<(String, Facts)>,
 }
 
+/// Whether the original's driver has nothing to say of its images but their length.
+pub(crate) fn says_nothing(driver: &str) -> bool {
+    matches!(
+        driver,
+        "nbd" | "null-co" | "null-aio" | "vvfat" | "quorum" | "bochs" | "cloop" | "dmg" | "parallels"
+    )
+}
+
 impl Facts {
     /// Collects them.
     ///
@@ -63,7 +71,7 @@ impl Facts {
     fn has_details(&self) -> bool {
         let is_format = format_by_name(self.node.driver).is_some();
         match (self.node.driver, self.children.last()) {
-            ("nbd" | "null-co" | "null-aio" | "vvfat" | "quorum" | "bochs" | "cloop" | "dmg", _) => false,
+            (driver, _) if says_nothing(driver) => false,
             (driver, Some((_, below))) if driver == "raw" || !is_format => below.has_details(),
             _ => true,
         }

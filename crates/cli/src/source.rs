@@ -49,8 +49,11 @@ pub(crate) fn open_bare(
         ImageName::Options(list) => open_node(NodeOptions::from_list(list)?, &options),
     };
     for warning in &*warnings.lock().unwrap_or_else(PoisonError::into_inner) {
-        if warning.starts_with("WARNING:") {
-            // The one about guessed formats shouts by itself.
+        if ["WARNING:", "Repairing ", "ERROR "]
+            .iter()
+            .any(|word| warning.starts_with(word))
+        {
+            // The one about guessed formats shouts by itself; what opening mends is told as a check does.
             console.print_error(&format!("{warning}\n"));
         } else if warning.starts_with("vvfat: ") {
             // Nor has the one about names that a directory has.

@@ -30,6 +30,11 @@ pub trait Layer: Debug + Send + Sync {
         None
     }
 
+    /// What opening has found and mended, in lines for whoever opens the image, as a check tells them.
+    fn told(&self) -> Option<&str> {
+        None
+    }
+
     /// The unit of allocation: discarding and compressed writes work on multiples of it. 1 if there is none.
     fn granularity(&self) -> u64;
 

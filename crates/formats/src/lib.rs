@@ -8,6 +8,7 @@ mod dmg;
 mod last_block;
 mod legacy_aes;
 mod luks;
+mod parallels;
 mod places;
 mod preallocation;
 mod qcow;
@@ -35,6 +36,7 @@ pub use bochs::Bochs;
 pub use cloop::Cloop;
 pub use dmg::Dmg;
 pub use luks::Luks;
+pub use parallels::Parallels;
 pub use qcow::QcowFormat;
 pub use qcow2::Qcow2Format;
 pub use qed::QedFormat;
@@ -58,6 +60,7 @@ pub static FORMATS: &[&dyn Format] = &[
     &Vpc,
     &Vmdk,
     &Vhdx,
+    &Parallels,
 ];
 
 /// The formats that an image may name for the one below, whether this program has them or not.

@@ -8,6 +8,7 @@ use diskimage::{
 };
 
 use super::only_image;
+use crate::facts::says_nothing;
 use crate::objects::define;
 use crate::out::Console;
 use crate::printable::printable;
@@ -183,6 +184,9 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     )?;
     if let Some(format) = args.backing_format.as_deref().filter(|format| !is_driver(format)) {
         return Err(Stop::wrong(format!("Invalid format name: '{format}'")));
+    }
+    if says_nothing(image.layer().format()) {
+        return Err(Stop::wrong("could not get block driver info"));
     }
     let backing = args.backing.as_ref().map(|name| Backing {
         name: name.clone(),

@@ -263,8 +263,12 @@ impl<'a> Opener<'a> {
             gate: &*self.gate,
             budget: self.options.budget.clone(),
         })?;
-        if let (Some(warn), Some(warning)) = (&self.options.on_warning, layer.warning()) {
-            warn(warning);
+        if let Some(warn) = &self.options.on_warning {
+            layer
+                .warning()
+                .into_iter()
+                .chain(layer.told())
+                .for_each(|text| warn(text));
         }
         if let Some(name) = node.left_over() {
             return Err(unknown_option(format.name(), name));

@@ -1,0 +1,291 @@
+//! The Format Extension: one cluster with dirty bitmaps, which say what parts of the disk were written since a backup.
+//!
+//! ```text
+//!   | magic | checksum | magic flags data_size | data ... | magic flags data_size | data ... | 0
+//!     8 B     16 B       a feature                          another
+//! ```
+
+use std::sync::Arc;
+
+use diskimage_core::{
+    BitmapInfo, Bitmaps, Budget, ByteRange, Device, Error, ErrorKind, NewBitmap, Reservation, Result, errno,
+};
+use diskimage_crypto::HashAlg;
+
+use super::header::{Header, SECTOR};
+
+/// What the cluster begins with.
+const MAGIC: u64 = 0xab23_4cef_23dc_ea87;
+/// Bytes of the magic and the checksum.
+const HEAD: usize = 24;
+/// Ends the features.
+const END: u64 = 0;
+/// A feature that is a dirty bitmap.
+const DIRTY_BITMAP: u64 = 0x2038_5fae_252c_b34a;
+/// Bytes in front of a feature's data.
+const FEATURE_HEAD: usize = 24;
+/// Bytes of a bitmap's fields, in front of its table.
+const BITMAP_HEAD: usize = 32;
+/// Sectors that a bit can stand for at most: the original knows no more than fit into 32 bits of bytes.
+const MAX_GRANULARITY: u32 = 1 << 22;
+/// Bytes of a bitmap that are read at once.
+const PIECE: usize = 64 << 10;
+
+/// The dirty bitmaps of an image that is open for reading.
+#[derive(Debug)]
+pub(super) struct Extension {
+    file: Arc<dyn Device>,
+    /// Bytes of the disk.
+    size: u64,
+    cluster: u64,
+    bitmaps: Vec<DirtyBitmap>,
+    _memory: Reservation,
+}
+
+#[derive(Debug)]
+struct DirtyBitmap {
+    name: String,
+    /// Bytes of the disk that a bit stands for.
+    granularity: u64,
+    /// For each cluster of the bitmap: 0 no bit is set, 1 all are, else where it is, in sectors.
+    table: Vec<u64>,
+}
+
+impl Extension {
+    /// Reads the cluster at `offset`.
+    pub(super) fn read(
+        file: &Arc<dyn Device>,
+        header: &Header,
+        offset: u64,
+        budget: &Budget,
+    ) -> Result<Self> {
+        // The tables take no more than the cluster that they come from.
+        let memory = budget.take(header.cluster.saturating_mul(2))?;
+        let mut bytes = vec![0; usize::try_from(header.cluster).unwrap_or(0)];
+        file.read_padded(&mut bytes, offset)?;
+        Ok(Self {
+            bitmaps: parse(&bytes, header)?,
+            file: Arc::clone(file),
+            size: header.size,
+            cluster: header.cluster,
+            _memory: memory,
+        })
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.bitmaps.is_empty()
+    }
+
+    fn bitmap(&self, name: &str) -> Result<&DirtyBitmap> {
+        let found = self.bitmaps.iter().find(|bitmap| bitmap.name == name);
+        found.ok_or_else(|| Error::new(ErrorKind::NotFound, format!("Dirty bitmap '{name}' not found")))
+    }
+}
+
+/// Reads the features.
+fn parse(bytes: &[u8], header: &Header) -> Result<Vec<DirtyBitmap>> {
+    let magic = number(bytes, 0)?;
+    if magic != MAGIC {
+        return Err(Error::invalid(format!(
+            "Wrong parallels Format Extension magic: {magic:#x}, expected: {MAGIC:#x}"
+        )));
+    }
+    let (head, mut rest) = bytes.split_at(HEAD);
+    if HashAlg::Md5.digest(&[rest])[..] != head[8..] {
+        return Err(Error::invalid(
+            "Wrong checksum in Format Extension header. Format extension is corrupted.",
+        ));
+    }
+    let mut bitmaps = Vec::new();
+    loop {
+        let Some((head, data)) = rest.split_at_checked(FEATURE_HEAD) else {
+            return Err(Error::invalid("Can't load feature header from Format Extension"));
+        };
+        let (magic, flags) = (number(head, 0)?, number(head, 8)?);
+        if magic == END {
+            return Ok(bitmaps);
+        }
+        if flags != 0 {
+            return Err(Error::invalid("Flags for extension feature are unsupported"));
+        }
+        let size = usize::try_from(word(head, 16)?).unwrap_or(usize::MAX);
+        let Some((data, behind)) = data.split_at_checked(size) else {
+            return Err(Error::invalid(
+                "Feature data_size exceedes Format Extension cluster",
+            ));
+        };
+        if magic != DIRTY_BITMAP {
+            return Err(Error::invalid(format!("Unknown feature: {magic:#x}")));
+        }
+        bitmaps.push(dirty_bitmap(data, header)?);
+        let padding = size.next_multiple_of(8) - size;
+        rest = behind.get(padding..).unwrap_or_default();
+    }
+}
+
+fn dirty_bitmap(data: &[u8], header: &Header) -> Result<DirtyBitmap> {
+    let Some((head, table)) = data.split_at_checked(BITMAP_HEAD) else {
+        return Err(Error::invalid(format!(
+            "Too small Bitmap Feature area in Parallels Format Extension: {} bytes, expected at least \
+             {BITMAP_HEAD} bytes",
+            data.len()
+        )));
+    };
+    let (size, sectors) = (number(head, 0)?, header.size / SECTOR);
+    if size != sectors {
+        return Err(Error::invalid(format!(
+            "Bitmap size (in sectors) {size} differs from disk size in sectors {sectors}"
+        )));
+    }
+    let granularity = word(head, 24)?;
+    if !granularity.is_power_of_two() || granularity > MAX_GRANULARITY {
+        return Err(Error::invalid(format!(
+            "Bitmap granularity (in sectors) {granularity} is no power of two up to {MAX_GRANULARITY}"
+        )));
+    }
+    let granularity = u64::from(granularity) * SECTOR;
+    let len = usize::try_from(word(head, 28)?).unwrap_or(usize::MAX);
+    let (table, _) = table.as_chunks();
+    let Some(table) = table.get(..len) else {
+        return Err(Error::invalid(
+            "Bitmaps feature corrupted: l1 table exceeds extension data_size",
+        ));
+    };
+    let needed = header
+        .size
+        .div_ceil(granularity)
+        .div_ceil(8)
+        .div_ceil(header.cluster);
+    if len as u64 != needed {
+        return Err(Error::invalid(format!(
+            "Bitmap table size {len} does not correspond to bitmap size and cluster size. Expected {needed}"
+        )));
+    }
+    Ok(DirtyBitmap {
+        name: uuid(&head[8..24]),
+        granularity,
+        table: table.iter().map(|entry| u64::from_le_bytes(*entry)).collect(),
+    })
+}
+
+/// The usual form of an identifier.
+fn uuid(bytes: &[u8]) -> String {
+    let mut text = String::new();
+    for (at, byte) in bytes.iter().enumerate() {
+        if matches!(at, 4 | 6 | 8 | 10) {
+            text.push('-');
+        }
+        text.push_str(&format!("{byte:02x}"));
+    }
+    text
+}
+
+fn number(bytes: &[u8], at: usize) -> Result<u64> {
+    let found = bytes.get(at..).and_then(|bytes| bytes.first_chunk());
+    found
+        .map(|bytes| u64::from_le_bytes(*bytes))
+        .ok_or_else(|| Error::invalid("Can't load feature header from Format Extension"))
+}
+
+fn word(bytes: &[u8], at: usize) -> Result<u32> {
+    let found = bytes.get(at..).and_then(|bytes| bytes.first_chunk());
+    found
+        .map(|bytes| u32::from_le_bytes(*bytes))
+        .ok_or_else(|| Error::invalid("Can't load feature header from Format Extension"))
+}
+
+/// Bitmaps are only read: an image that is open for writing has none.
+fn is_read_only<T>() -> Result<T> {
+    Err(Error::new(ErrorKind::Permission, "Image is read-only"))
+}
+
+impl Bitmaps for Extension {
+    fn list(&self) -> Result<Vec<BitmapInfo>> {
+        let info = |bitmap: &DirtyBitmap| BitmapInfo {
+            name: bitmap.name.clone(),
+            granularity: bitmap.granularity,
+            enabled: false,
+            inconsistent: false,
+        };
+        Ok(self.bitmaps.iter().map(info).collect())
+    }
+
+    fn add(&self, _bitmap: &NewBitmap<'_>) -> Result<()> {
+        is_read_only()
+    }
+
+    fn remove(&self, _name: &str) -> Result<()> {
+        is_read_only()
+    }
+
+    fn clear(&self, _name: &str) -> Result<()> {
+        is_read_only()
+    }
+
+    fn set_enabled(&self, _name: &str, _enabled: bool) -> Result<()> {
+        is_read_only()
+    }
+
+    fn mark(&self, _name: &str, _ranges: &[ByteRange]) -> Result<()> {
+        is_read_only()
+    }
+
+    fn marked(&self, name: &str, visit: &mut dyn FnMut(ByteRange) -> Result<()>) -> Result<()> {
+        let bitmap = self.bitmap(name)?;
+        let disk = ByteRange::new(0, self.size);
+        let granules = self.size.div_ceil(bitmap.granularity);
+        let mut marked = |from: u64, to: u64| {
+            let start = from.saturating_mul(bitmap.granularity);
+            let range =
+                ByteRange::new(start, to.saturating_mul(bitmap.granularity).max(start)).intersect(disk);
+            if range.is_empty() { Ok(()) } else { visit(range) }
+        };
+        // Bits of a cluster.
+        let bits = self.cluster.saturating_mul(8);
+        for (index, entry) in (0_u64..).zip(&bitmap.table) {
+            let first = index.saturating_mul(bits);
+            let end = first.saturating_add(bits).min(granules);
+            let offset = match entry {
+                0 => continue,
+                1 => {
+                    marked(first, end)?;
+                    continue;
+                }
+                sector => sector
+                    .checked_mul(SECTOR)
+                    .ok_or_else(|| Error::from_errno(errno::EINVAL))?,
+            };
+            let mut bytes = [0; PIECE];
+            let mut at = first;
+            while at < end {
+                let len = usize::try_from((end - at).div_ceil(8))
+                    .unwrap_or(PIECE)
+                    .min(PIECE);
+                let piece = &mut bytes[..len];
+                let from = offset
+                    .checked_add((at - first) / 8)
+                    .ok_or_else(|| Error::from_errno(errno::EINVAL))?;
+                self.file.read_at(piece, from)?;
+                let mut run = None;
+                let piece_end = at.saturating_add(len as u64 * 8).min(end);
+                for bit in at..piece_end {
+                    let of_piece = bit - at;
+                    let byte = piece[usize::try_from(of_piece / 8).unwrap_or(0)];
+                    match (byte >> (of_piece % 8) & 1, run) {
+                        (1, None) => run = Some(bit),
+                        (0, Some(start)) => {
+                            marked(start, bit)?;
+                            run = None;
+                        }
+                        _ => {}
+                    }
+                }
+                if let Some(start) = run {
+                    marked(start, piece_end)?;
+                }
+                at = piece_end;
+            }
+        }
+        Ok(())
+    }
+}

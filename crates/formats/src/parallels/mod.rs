@@ -1,0 +1,498 @@
+//! Parallels: expandable images of Parallels Desktop and Virtuozzo, a disk in clusters and a table that says where each
+//! of them is.
+//!
+//! ```text
+//!   | header | table of 32-bit entries |   | cluster | cluster | cluster | ...
+//!     64 B     bat_entries                 ^ data_off
+//!
+//!   entry 0: no cluster, reads as zero     else an offset, in clusters (WithouFreSpacExt) or sectors (WithoutFreeSpace)
+//! ```
+//!
+//! One more cluster can hold the Format Extension, which leads to dirty bitmaps. They are read; an image that is written to
+//! loses them, as they would not be true any more. The format is specified in QEMU's document "Parallels Expandable Image
+//! File Format".
+//!
+//! # What a crash leaves
+//!
+//! Clusters are written first, then the table; what came before is made durable in between. A cluster that was given up is
+//! used again only once the table that says so is durable. So a crash leaks clusters at worst, and `in_use` in the header,
+//! set from the first change until the next flush, tells that it did.
+
+mod check;
+mod extension;
+mod header;
+mod write;
+
+#[cfg(test)]
+mod tests;
+
+use std::collections::{HashMap, HashSet};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+
+use diskimage_core::options::{OptionDef, OptionKind, Options};
+use diskimage_core::{
+    Bitmaps, Budget, ByteRange, CheckReport, CreateRequest, Device, Error, Format, Holes, Info, Layer, Note,
+    OpenRequest, Preallocation, Probe, Progress, Repair, ResizeRequest, Result, Run, RunKind, Score,
+    WritePlan, ZeroMode,
+};
+
+use self::extension::Extension;
+use self::header::{HEADER_LEN, Header};
+use crate::places::Places;
+use crate::preallocation;
+use crate::windows::{Entry, Windows};
+
+/// The format's entry in the table.
+#[derive(Debug)]
+pub struct Parallels;
+
+const CREATE_OPTIONS: &[OptionDef] = &[
+    OptionDef::new("size", OptionKind::Size, "Virtual disk size"),
+    OptionDef {
+        name: "cluster_size",
+        kind: OptionKind::Size,
+        help: "Parallels image cluster size",
+        default: Some("1048576"),
+    },
+];
+
+/// Options of an image that is open.
+const OPEN_OPTIONS: &[OptionDef] = &[
+    OptionDef::new(
+        "prealloc-size",
+        OptionKind::Size,
+        "Preallocation size on image expansion",
+    ),
+    OptionDef::new(
+        "prealloc-mode",
+        OptionKind::Text,
+        "Preallocation mode on image expansion",
+    ),
+];
+
+/// Bytes of a cluster if nothing is said.
+const DEFAULT_CLUSTER: u64 = 1 << 20;
+
+impl Format for Parallels {
+    fn name(&self) -> &'static str {
+        "parallels"
+    }
+
+    fn probe(&self, probe: &Probe<'_>) -> Score {
+        if header::is_parallels(probe.head) { 100 } else { 0 }
+    }
+
+    fn open(&self, request: OpenRequest<'_>) -> Result<Arc<dyn Layer>> {
+        Ok(Arc::new(ParallelsLayer::open(request)?))
+    }
+
+    fn create_options(&self) -> &'static [OptionDef] {
+        CREATE_OPTIONS
+    }
+
+    fn keeps_failed_file(&self) -> bool {
+        true
+    }
+
+    fn create(&self, request: CreateRequest<'_>) -> Result<()> {
+        preallocation::check(request.options)?;
+        let cluster_size = request.options.size("cluster_size").unwrap_or(DEFAULT_CLUSTER);
+        let header = Header::new(request.size, cluster_size)?;
+        let (file, start) = (request.file, header.data_start(u64::MAX));
+        if file.is_zero_when_new() {
+            file.resize(start, Preallocation::Off)?;
+        } else if start > file.len() {
+            return Err(Error::unsupported(file.too_short()));
+        }
+        file.write_zeroes(ByteRange::new(0, start), ZeroMode::KeepAllocated)?;
+        file.write_at(&header.to_bytes(), 0)
+    }
+}
+
+/// An opened image.
+#[derive(Debug)]
+struct ParallelsLayer {
+    file: Arc<dyn Device>,
+    write: bool,
+    cluster: u64,
+    size: u64,
+    /// Dirty bitmaps, if it is open for reading.
+    extension: Option<Extension>,
+    /// What has been said of the extension.
+    warning: Option<&'static str>,
+    /// What opening has mended, line by line.
+    told: String,
+    state: Mutex<State>,
+    /// Woken when clusters leave [`State::in_flight`] and [`State::in_place`].
+    settled: Condvar,
+    budget: Budget,
+}
+
+/// What changes while an image is open. Its lock is never held while guest data moves.
+#[derive(Debug)]
+struct State {
+    header: Header,
+    table: Windows,
+    /// How many entries the file has room for; those beyond its end are 0.
+    entries_there: u64,
+    /// Where place 0 for a cluster is.
+    first_place: u64,
+    /// Where the file ends, once it is flushed: behind the last cluster that has been in use since it was opened.
+    data_end: u64,
+    /// Whether the header said where the data starts.
+    has_data_off: bool,
+    /// Whether the image was not closed, and nobody has looked after it since.
+    unclean: bool,
+    /// Whether the header in the file says that the image is in use because of us.
+    marked: bool,
+    /// Which places are taken; known from the first new cluster on.
+    places: Option<Places>,
+    /// Places that nothing uses any more; free once the table in the file says so.
+    given_up: Vec<u64>,
+    /// Clusters of the disk that are being written for the first time.
+    in_flight: HashSet<u64>,
+    /// Those that are being written where they are, and by how many.
+    in_place: HashMap<u64, u32>,
+    /// Whether all clusters are at places.
+    is_aligned: bool,
+    /// How the file grows, and by how much more than it has to.
+    growth: Option<(Preallocation, u64)>,
+}
+
+impl ParallelsLayer {
+    fn open(request: OpenRequest<'_>) -> Result<Self> {
+        let growth = growth(&request.options.absorb(OPEN_OPTIONS)?)?;
+        let (file, budget) = (request.file, request.budget);
+        let mut bytes = [0; HEADER_LEN];
+        file.read_padded(&mut bytes, 0)?;
+        let header = Header::parse(&bytes)?;
+        let file_len = file.len();
+        let start = header.data_start(file_len);
+        let has_data_off = header.has_data_off(file_len);
+        let (mut extension, mut warning) = (None, None);
+        match header.extension {
+            Some(_) if request.write => warning = Some("Format Extension ignored in RW mode"),
+            Some(offset) => extension = Some(Extension::read(&file, &header, offset, &budget)?),
+            None => {}
+        }
+        let mut layer = Self {
+            write: request.write,
+            cluster: header.cluster,
+            size: header.size,
+            extension,
+            warning,
+            told: String::new(),
+            state: Mutex::new(State {
+                table: Windows::new(Arc::clone(&file), HEADER_LEN as u64, header.entries.into()),
+                entries_there: file_len.saturating_sub(HEADER_LEN as u64) / 4,
+                first_place: header.first_place(start),
+                data_end: start,
+                has_data_off,
+                unclean: header.is_in_use(),
+                marked: false,
+                places: None,
+                given_up: Vec::new(),
+                in_flight: HashSet::new(),
+                in_place: HashMap::new(),
+                is_aligned: true,
+                growth,
+                header,
+            }),
+            settled: Condvar::new(),
+            file,
+            budget,
+        };
+        if request.write && !request.for_check {
+            layer.make_sound()?;
+        }
+        Ok(layer)
+    }
+
+    /// Mends what keeps the image from being written to.
+    fn make_sound(&mut self) -> Result<()> {
+        if self.is_sound()? {
+            return Ok(());
+        }
+        let told = Mutex::new(String::new());
+        let note = |note: &Note| {
+            let mut told = told.lock().unwrap_or_else(PoisonError::into_inner);
+            if told.len() < MAX_TOLD {
+                told.push_str(&note.text);
+                told.push('\n');
+            }
+        };
+        self.check_table(Repair::All, &Progress::none().with_notes(&note))?;
+        self.flush()?;
+        self.told = told.into_inner().unwrap_or_else(PoisonError::into_inner);
+        Ok(())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// How the file is to grow, where the user says it. If not, it does as it has to.
+fn growth(options: &Options) -> Result<Option<(Preallocation, u64)>> {
+    if !options.is_given("prealloc-mode") && !options.is_given("prealloc-size") {
+        return Ok(None);
+    }
+    let mode = match options.text("prealloc-mode").unwrap_or("falloc") {
+        "falloc" => Preallocation::Falloc,
+        "truncate" => Preallocation::Off,
+        other => return Err(Error::invalid(format!("invalid parameter value: {other}"))),
+    };
+    Ok(Some((
+        mode,
+        options.size("prealloc-size").unwrap_or(DEFAULT_GROWTH),
+    )))
+}
+
+/// By how many bytes more than it has to the original has a file grow if nothing is said.
+const DEFAULT_GROWTH: u64 = 128 << 20;
+
+/// Bytes of what is told at most.
+const MAX_TOLD: usize = 1 << 20;
+
+/// The entry of a cluster that reads as zero.
+const NO_CLUSTER: Entry = [0; 4];
+
+impl State {
+    /// The entries from entry `index` on that are in the same window; `None` where there are none any more, all clusters
+    /// from there on are zero.
+    fn entries(&mut self, index: u64) -> Result<Option<&[Entry]>> {
+        if index >= u64::from(self.header.entries).min(self.entries_there) {
+            return Ok(None);
+        }
+        self.table.entries(index).map(Some)
+    }
+
+    /// Where in the file cluster `index` of the disk is.
+    fn offset(&mut self, index: u64) -> Result<Option<u64>> {
+        let unit = self.header.unit;
+        let entry = self.entries(index)?.and_then(|entries| entries.first());
+        Ok(entry.and_then(|entry| offset_of(*entry, unit)))
+    }
+
+    /// The clusters of the disk that have a place, from `next` on, with their offsets: those of one window, behind which
+    /// `next` is moved.
+    fn batch(&mut self, next: &mut u64) -> Result<Option<Vec<(u64, u64)>>> {
+        let end = u64::from(self.header.entries).min(self.entries_there);
+        if *next >= end {
+            return Ok(None);
+        }
+        let unit = self.header.unit;
+        let entries = self.table.entries(*next)?;
+        let found = (*next..end).zip(entries);
+        let batch = found.filter_map(|(index, entry)| Some((index, offset_of(*entry, unit)?)));
+        let batch = batch.collect();
+        *next += entries.len() as u64;
+        Ok(Some(batch))
+    }
+
+    /// Marks the image as in use before anything in it changes.
+    fn begin(&mut self, file: &dyn Device) -> Result<()> {
+        if self.marked {
+            return Ok(());
+        }
+        // A file that was cut off here is made longer by nobody's number.
+        if file.len() < self.header.table_end() {
+            return Err(Error::corrupt("The table lies beyond the end of the file"));
+        }
+        let mut header = self.header.clone();
+        header.set_in_use(true);
+        // What the bitmaps say is not true any more.
+        header.drop_extension();
+        file.write_at(&header.to_bytes(), 0)?;
+        file.flush()?;
+        self.header = header;
+        self.marked = true;
+        Ok(())
+    }
+
+    /// Publishes the clusters written and given up so far, durably.
+    fn publish(&mut self, file: &dyn Device) -> Result<()> {
+        if !self.table.is_changed() {
+            return Ok(());
+        }
+        // A file without the rest of its last cluster looks damaged to others.
+        if file.len() < self.data_end {
+            file.resize(self.data_end, Preallocation::Off)?;
+        }
+        file.flush()?;
+        self.table.write_back()?;
+        file.flush()?;
+        let cluster = self.header.cluster;
+        for offset in std::mem::take(&mut self.given_up) {
+            // What is not where it should be may share bytes with something else.
+            if !self.is_aligned || offset < self.first_place {
+                continue;
+            }
+            let bytes = ByteRange::at(offset, cluster).intersect(ByteRange::new(0, file.len()));
+            if !bytes.is_empty() {
+                file.discard(bytes)?;
+            }
+            if let Ok(place) = u32::try_from((offset - self.first_place) / cluster)
+                && let Some(places) = &mut self.places
+            {
+                places.free(place);
+            }
+        }
+        Ok(())
+    }
+
+    /// Publishes everything and marks the image as closed, unless something is still being written.
+    fn settle(&mut self, file: &dyn Device) -> Result<()> {
+        self.publish(file)?;
+        if !self.marked || !self.in_flight.is_empty() || !self.in_place.is_empty() {
+            return Ok(());
+        }
+        if file.len() < self.data_end {
+            file.resize(self.data_end, Preallocation::Off)?;
+        } else if file.len() > self.data_end {
+            // A device that keeps its length has a tail that nobody minds.
+            let _ = file.resize(self.data_end, Preallocation::Off);
+        }
+        file.flush()?;
+        let mut header = self.header.clone();
+        header.set_in_use(false);
+        file.write_at(&header.to_bytes(), 0)?;
+        self.header = header;
+        self.marked = false;
+        Ok(())
+    }
+}
+
+/// Whether a cluster at `offset` is at a place.
+fn is_aligned(offset: u64, first_place: u64, cluster: u64) -> bool {
+    offset >= first_place && (offset - first_place).is_multiple_of(cluster)
+}
+
+/// The offset that an entry leads to.
+fn offset_of(entry: Entry, unit: u64) -> Option<u64> {
+    match u32::from_le_bytes(entry) {
+        0 => None,
+        entry => Some(u64::from(entry).saturating_mul(unit)),
+    }
+}
+
+impl Layer for ParallelsLayer {
+    fn format(&self) -> &'static str {
+        "parallels"
+    }
+
+    fn len(&self) -> u64 {
+        self.size
+    }
+
+    fn warning(&self) -> Option<&str> {
+        self.warning
+    }
+
+    fn told(&self) -> Option<&str> {
+        Some(self.told.trim_end()).filter(|told| !told.is_empty())
+    }
+
+    fn granularity(&self) -> u64 {
+        self.cluster
+    }
+
+    fn map(&self, range: ByteRange) -> Result<Run> {
+        let mut state = self.lock();
+        let (cluster, unit) = (self.cluster, state.header.unit);
+        let first = state.offset(range.start() / cluster)?;
+        let mut len = cluster - range.start() % cluster;
+        let mut expected = first;
+        // Neighbours in the file, or without storage, are one run.
+        'run: while len < range.len() {
+            let Some(entries) = state.entries((range.start() + len) / cluster)? else {
+                len = if first.is_none() { range.len() } else { len };
+                break;
+            };
+            for entry in entries {
+                expected = expected.map(|offset| offset.saturating_add(cluster));
+                if offset_of(*entry, unit) != expected || len >= range.len() {
+                    break 'run;
+                }
+                len += cluster;
+            }
+        }
+        let mut len = len.min(range.len());
+        let kind = match first {
+            None => RunKind::Unallocated { host: None },
+            Some(offset) => {
+                let offset = offset.saturating_add(range.start() % cluster);
+                let there = self.file.len().saturating_sub(offset);
+                if there == 0 {
+                    // As in the original, the file is zero beyond its end.
+                    RunKind::Zero {
+                        host: Some((Arc::clone(&self.file), offset)),
+                    }
+                } else {
+                    len = len.min(there);
+                    RunKind::Data {
+                        device: Arc::clone(&self.file),
+                        offset,
+                        holes: Holes::Ignored,
+                    }
+                }
+            }
+        };
+        Ok(Run { len, kind })
+    }
+
+    fn plan_write(&self, range: ByteRange) -> Result<Box<dyn WritePlan + '_>> {
+        self.plan(range)
+    }
+
+    fn write_zeroes(&self, range: ByteRange, _mode: ZeroMode) -> Result<()> {
+        self.give_up(range)
+    }
+
+    fn discard(&self, range: ByteRange) -> Result<()> {
+        self.give_up(range)
+    }
+
+    fn info(&self) -> Result<Info> {
+        // The original says nothing about the clusters.
+        Ok(Info::default())
+    }
+
+    fn bitmaps(&self) -> Option<&dyn Bitmaps> {
+        self.extension
+            .as_ref()
+            .filter(|extension| !extension.is_empty())
+            .map(|extension| extension as &dyn Bitmaps)
+    }
+
+    fn bitmap_bytes(&self, _cluster_size: u64) -> Result<Option<u64>> {
+        // The original does not count those that there are.
+        Ok(self.bitmaps().is_none().then_some(0))
+    }
+
+    fn check(&self, repair: Repair, progress: &Progress<'_>) -> Result<CheckReport> {
+        let repair = if self.write { repair } else { Repair::No };
+        let report = self.check_table(repair, progress)?;
+        if repair != Repair::No {
+            self.flush()?;
+        }
+        Ok(report)
+    }
+
+    fn check_resize(&self, _request: &ResizeRequest) -> Result<()> {
+        Err(Error::unsupported("Image format driver does not support resize"))
+    }
+
+    fn resize(&self, request: &ResizeRequest, _below: u64) -> Result<()> {
+        self.check_resize(request)
+    }
+
+    fn flush(&self) -> Result<()> {
+        self.lock().settle(&*self.file)?;
+        self.file.flush()
+    }
+
+    fn file(&self) -> &Arc<dyn Device> {
+        &self.file
+    }
+}
