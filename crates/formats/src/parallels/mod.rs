@@ -466,8 +466,8 @@ impl Layer for ParallelsLayer {
     }
 
     fn bitmap_bytes(&self, _cluster_size: u64) -> Result<Option<u64>> {
-        // The original does not count those that there are.
-        Ok(self.bitmaps().is_none().then_some(0))
+        // There could be some, and the original does not count those that there are.
+        Ok(Some(0))
     }
 
     fn check(&self, repair: Repair, progress: &Progress<'_>) -> Result<CheckReport> {
