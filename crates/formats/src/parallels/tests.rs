@@ -667,3 +667,46 @@ fn a_failed_request_leaves_the_image_as_it_was_or_done() {
         }
     }
 }
+
+#[test]
+fn threads_that_write_and_zero_do_not_get_into_each_others_places() {
+    const EACH: u64 = 8;
+    let file = memory(&create(SMALL, 4 * EACH * CLUSTER).expect("creates"));
+    let image = open(Arc::<MemoryDevice>::clone(&file));
+    std::thread::scope(|scope| {
+        for thread in 0..4_u8 {
+            let image = &image;
+            scope.spawn(move || {
+                let start = u64::from(thread) * EACH * CLUSTER;
+                for round in 0..60_u8 {
+                    let at = start + u64::from(round) * 5 % EACH * CLUSTER;
+                    if round % 3 == 2 {
+                        image
+                            .write_zeroes(ByteRange::at(at, CLUSTER), ZeroMode::Unmap)
+                            .expect("zeroes");
+                    } else {
+                        image.write_at(&[thread + 1; 4096], at).expect("writes");
+                        let mut bytes = [0; 4096];
+                        image.read_at(&mut bytes, at).expect("reads");
+                        assert_eq!(bytes, [thread + 1; 4096]);
+                    }
+                    if round % 7 == 0 {
+                        image.flush().expect("flushes");
+                    }
+                }
+            });
+        }
+    });
+    image.flush().expect("flushes");
+    let content = contents(&image);
+    for thread in 0..4 {
+        for cluster in 0..8 {
+            let at = (thread * 8 + cluster) * 4096;
+            let found = &content[at..at + 4096];
+            let byte = u8::try_from(thread + 1).expect("small");
+            assert!(found.iter().all(|other| *other == found[0]) && (found[0] == byte || found[0] == 0));
+        }
+    }
+    let report = check(&*read_only(&file.contents()).expect("opens"), Repair::No).0;
+    assert_eq!(report.corruptions, 0);
+}
