@@ -710,3 +710,43 @@ fn threads_that_write_and_zero_do_not_get_into_each_others_places() {
     let report = check(&*read_only(&file.contents()).expect("opens"), Repair::No).0;
     assert_eq!(report.corruptions, 0);
 }
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
+
+    #[test]
+    fn damage_ends_in_errors_or_answers(
+        kind in 0..3,
+        // Not the cluster size: the file in memory would be as large as one.
+        damage in prop::collection::vec((32..128_usize, any::<u8>()), 0..8),
+        further in prop::collection::vec((20_480..20_600_usize, any::<u8>()), 0..3),
+        cut in 0..30_000_usize,
+    ) {
+        let mut bytes = match kind {
+            0 => four(),
+            1 => old(9),
+            _ => with_bitmap(|_| ()),
+        };
+        for (at, byte) in damage.into_iter().chain(further) {
+            if let Some(place) = bytes.get_mut(at) {
+                *place = byte;
+            }
+        }
+        bytes.truncate(bytes.len().saturating_sub(cut / 2));
+        for write in [false, true] {
+            let Ok(image) = testing::open(&Parallels, memory(&bytes), write) else { continue };
+            let whole = ByteRange::new(0, image.len());
+            if !whole.is_empty() {
+                let _ = image.status(whole, Want::Zeroes);
+                let _ = image.read_at(&mut [0; 512], 0);
+                let _ = image.write_at(&[1; 512], image.len() - 512);
+                let _ = image.write_zeroes(whole.first(1 << 20), ZeroMode::Unmap);
+            }
+            let _ = image.flush();
+            let _ = image.layer().check(Repair::No, &Progress::none());
+        }
+        if let Ok(layer) = open_layer(memory(&bytes), true, true, &mut NodeOptions::new()) {
+            let _ = layer.check(Repair::All, &Progress::none());
+        }
+    }
+}
