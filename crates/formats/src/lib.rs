@@ -46,21 +46,22 @@ pub use vhdx::Vhdx;
 pub use vmdk::Vmdk;
 pub use vpc::Vpc;
 
-/// Every format, in the order in which they are tried and listed.
+/// Every format, in the order in which they are tried and listed: of two that take a file for theirs, the first has it, as
+/// in the original. The number by which VDI is known may stand in files that begin with another's.
 pub static FORMATS: &[&dyn Format] = &[
     &Raw,
-    &QcowFormat,
-    &Qcow2Format,
+    &Parallels,
     &QedFormat,
-    &Luks,
+    &Vhdx,
+    &Vmdk,
+    &Vpc,
     &Vdi,
+    &Qcow2Format,
+    &QcowFormat,
+    &Luks,
     &Bochs,
     &Cloop,
     &Dmg,
-    &Vpc,
-    &Vmdk,
-    &Vhdx,
-    &Parallels,
 ];
 
 /// The formats that an image may name for the one below, whether this program has them or not.
