@@ -5,7 +5,7 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use wait4::Wait4;
@@ -89,10 +89,7 @@ impl Tool {
             .command(arguments)
             .output()
             .with_context(|| self.path.display().to_string())?;
-        if output.status.success() {
-            return Ok(());
-        }
-        Err(self.failure(arguments, &String::from_utf8_lossy(&output.stderr)))
+        self.require_done(arguments, output.status, &String::from_utf8_lossy(&output.stderr))
     }
 
     /// Runs and measures a command; `errors` is a file for what it writes to standard error, as a pipe would have to
@@ -109,10 +106,8 @@ impl Tool {
             .with_context(|| self.path.display().to_string())?;
         let wall = start.elapsed();
 
-        if !finished.status.success() {
-            let message = fs::read_to_string(errors).unwrap_or_default();
-            return Err(self.failure(arguments, &message));
-        }
+        let message = fs::read_to_string(errors).unwrap_or_default();
+        self.require_done(arguments, finished.status, &message)?;
         Ok(Sample {
             wall,
             cpu: finished.rusage.utime + finished.rusage.stime,
@@ -125,6 +120,17 @@ impl Tool {
         let mut command = Command::new(&self.path);
         command.args(arguments).stdin(Stdio::null()).env("LC_ALL", "C");
         command
+    }
+
+    /// Whether a command has done its work. The original ends `convert -c -O qcow` with 1, and not a word, when it has:
+    /// that the image is whole is for whoever compares it to see.
+    fn require_done(&self, arguments: &[OsString], status: ExitStatus, message: &str) -> Result<()> {
+        let has = |word: &str| arguments.iter().any(|argument| argument == word);
+        let as_usual = status.code() == Some(1) && message.is_empty() && has("-c") && has("qcow");
+        if status.success() || as_usual {
+            return Ok(());
+        }
+        Err(self.failure(arguments, message))
     }
 
     fn failure(&self, arguments: &[OsString], message: &str) -> Error {
