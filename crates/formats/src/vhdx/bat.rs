@@ -61,6 +61,11 @@ fn chunk_ratio(block_size: u64) -> u64 {
     (512 << 23) / block_size
 }
 
+/// How many sector bitmaps so many payload blocks have.
+pub(super) fn chunks(blocks: u64, block_size: u64) -> u64 {
+    blocks.div_ceil(chunk_ratio(block_size))
+}
+
 /// Which entry is that of a payload block.
 pub(super) fn entry_of(block: u64, block_size: u64) -> u64 {
     block + block / chunk_ratio(block_size)

@@ -9,7 +9,7 @@ use diskimage_core::{
     ByteRange, CreateRequest, Device, Error, Measure, MeasureSource, Preallocation, Result, ZeroMode,
 };
 
-use super::bat::{ENTRY, absent, entries, entry_of, present};
+use super::bat::{ENTRY, absent, chunks, entries, entry_of, present};
 use super::header::{FILE_SIGNATURE, Guid, Header, MIB, Regions, new_guid};
 use super::metadata::{MAX_BLOCK, MAX_DISK, MIN_BLOCK, Metadata};
 use crate::preallocation;
@@ -56,14 +56,17 @@ impl Plan {
         if disk_size > MAX_DISK {
             return Err(Error::invalid("Image size too large; max of 64TB"));
         }
-        let log_size = options.size("log_size").unwrap_or(MIB).max(MIB);
+        let log_size = match options.size("log_size") {
+            Some(0) => return Err(Error::invalid("Log size must be a multiple of 1 MB")),
+            size => size.unwrap_or(MIB).max(MIB),
+        };
         let disk_size = disk_size.next_multiple_of(512);
         if log_size >= 4 << 30 {
             return Err(Error::invalid("Log size must be smaller than 4 GB"));
         }
         let block_size = match options.size("block_size").unwrap_or(0) {
             0 => usual_block_size(disk_size),
-            size => size.clamp(MIN_BLOCK, MAX_BLOCK),
+            size => size.clamp(MIN_BLOCK, MAX_BLOCK).next_multiple_of(MIB),
         };
         if !block_size.is_power_of_two() {
             return Err(Error::invalid("Block size must be a power of two"));
@@ -79,7 +82,11 @@ impl Plan {
         };
         preallocation::check(options)?;
         let log = ByteRange::at(MIB, log_size.next_multiple_of(MIB));
-        let bat_len = (entries(disk_size, block_size) * ENTRY).next_multiple_of(MIB);
+        let bat_len = match disk_size {
+            // The original counts the blocks of an empty disk as 2^32, and opens no image with a shorter table.
+            0 => (chunks(1 << 32, block_size) * ENTRY).next_multiple_of(MIB),
+            _ => (entries(disk_size, block_size) * ENTRY).next_multiple_of(MIB),
+        };
         let bat = ByteRange::at(log.end(), bat_len.max(MIB));
         let metadata = ByteRange::at(bat.end(), MIB);
         Ok(Self {

@@ -98,12 +98,23 @@ pub(super) struct Changes {
 impl Changes {
     /// Reads what is to be replayed of the log in `ring`, the entries of which have `guid`.
     ///
+    /// There can be no entry: the original names the log before it writes the first one, and a crash in between has
+    /// changed no table.
+    ///
     /// # Errors
-    /// A log beyond the end of the file, one without entries, one that leads to what the file has lost.
-    pub(super) fn read(file: &dyn Device, ring: ByteRange, guid: Guid, budget: &Budget) -> Result<Self> {
+    /// A log beyond the end of the file, entries that do not belong together, one that leads to what the file has lost.
+    pub(super) fn read(
+        file: &dyn Device,
+        ring: ByteRange,
+        guid: Guid,
+        budget: &Budget,
+    ) -> Result<Option<Self>> {
         let log = Ring { file, ring };
         file.require(ring.start(), ring.len())?;
         let entries = log.entries(guid)?;
+        if entries.is_empty() {
+            return Ok(None);
+        }
         let sequence = active(&entries, ring.len()).ok_or_else(|| Error::from_errno(errno::EINVAL))?;
         let mut changes = Self::default();
         for (at, entry) in sequence {
@@ -113,7 +124,7 @@ impl Changes {
             changes.len = changes.len.max(entry.last_len);
             changes.add(&log.read(at, entry.len)?, entry.sequence, budget)?;
         }
-        Ok(changes)
+        Ok(Some(changes))
     }
 
     /// Adds the descriptors of an entry.
@@ -197,7 +208,7 @@ impl Changes {
 /// that it belongs to.
 fn active(entries: &HashMap<u64, Found>, ring: u64) -> Option<Vec<(u64, &Found)>> {
     let mut heads: Vec<(&u64, &Found)> = entries.iter().collect();
-    heads.sort_unstable_by_key(|(_, entry)| std::cmp::Reverse(entry.sequence));
+    heads.sort_unstable_by_key(|(at, entry)| std::cmp::Reverse((entry.sequence, **at)));
     // The newest is the one; before it there can be some that were cut off. No more steps than that takes.
     let mut steps = entries.len() * 4 + 64;
     for (head, newest) in heads {

@@ -130,22 +130,27 @@ impl VhdxLayer {
             return Err(Error::from_errno(errno::EINVAL));
         }
         let (mut header, mut slot) = Header::read(&*file)?;
-        let was_replayed = header.log_guid != Guid::default();
-        if was_replayed {
-            let changes = Changes::read(&*file, header.log, header.log_guid, &request.budget)?;
-            if request.write {
+        let left = if header.log_guid == Guid::default() {
+            None
+        } else {
+            Changes::read(&*file, header.log, header.log_guid, &request.budget)?
+        };
+        let was_replayed = left.is_some();
+        if request.write && header.log_guid != Guid::default() {
+            if let Some(changes) = &left {
                 changes.apply(&*file)?;
-                header.log_guid = Guid::default();
-                slot = header.replace(&*file, slot)?;
-            } else if request.for_check {
+            }
+            header.log_guid = Guid::default();
+            slot = header.replace(&*file, slot)?;
+        } else if let Some(changes) = left {
+            if request.for_check {
                 return Err(Error::unsupported(format!(
                     "VHDX image file '{0}' opened read-only, but contains a log that needs to be replayed\n\
                      To replay the log, run:\nqemu-img check -r all '{0}'",
                     request.name
                 )));
-            } else {
-                file = Arc::new(Replayed::new(file, changes));
             }
+            file = Arc::new(Replayed::new(file, changes));
         }
         let regions = Regions::read(&*file, header.log)?;
         let metadata = Metadata::read(&*file, regions.metadata)?;
@@ -215,7 +220,9 @@ impl State {
         if self.header.log_guid != Guid::default() {
             // An entry that failed half-way: what the header names must not be written over.
             let budget = Budget::default();
-            Changes::read(file, self.header.log, self.header.log_guid, &budget)?.apply(file)?;
+            if let Some(changes) = Changes::read(file, self.header.log, self.header.log_guid, &budget)? {
+                changes.apply(file)?;
+            }
             self.name_log(file, Guid::default())?;
         }
         for units in units.chunks(log::room(self.header.log.len()).max(1)) {
