@@ -19,6 +19,7 @@ use super::descriptor::{NO_PARENT, NewDescriptor};
 use super::extent::beside;
 use super::header::{DEFLATE, HOSTED_MAGIC, HostedHeader, LINE_ENDS, SECTOR, flag};
 use super::new_cid;
+use crate::preallocation;
 use crate::used::data_bytes;
 
 /// The options of `create`, in the order in which the original prints their values.
@@ -150,6 +151,8 @@ impl<'a> Wanted<'a> {
         if subformat.is_flat() && zeroed_grain {
             return Err(Error::unsupported("Flat image can't enable zeroed grain"));
         }
+        // As in the original, extents are never preallocated.
+        preallocation::check(options)?;
         Ok(Self {
             subformat,
             backing,
@@ -253,7 +256,7 @@ pub(super) fn create(request: &CreateRequest<'_>) -> Result<()> {
         };
         let device = separate.as_ref().unwrap_or(&request.file);
         let (kind, offset) = if wanted.subformat.is_flat() {
-            device.resize(extent.sectors * SECTOR, preallocation(request.options)?)?;
+            device.resize(extent.sectors * SECTOR, Preallocation::Off)?;
             ("FLAT", " 0")
         } else {
             write_sparse(&**device, extent.sectors, &wanted)?;
@@ -280,21 +283,9 @@ fn open_part(request: &CreateRequest<'_>, name: &str) -> Result<Arc<dyn Device>>
     request.gate.open_data(&path, request.name, Permissions::WRITE)
 }
 
-fn preallocation(options: &Options) -> Result<Preallocation> {
-    match options.text("preallocation").map(Preallocation::from_name) {
-        None => Ok(Preallocation::Off),
-        Some(Some(Preallocation::Metadata)) => {
-            Err(Error::unsupported("Unsupported preallocation mode: metadata"))
-        }
-        // As in the original, extents are never preallocated.
-        Some(_) => Ok(Preallocation::Off),
-    }
-}
-
 /// How much a new image takes, all its files together.
 pub(super) fn measure(options: &Options, source: MeasureSource<'_>) -> Result<Measure> {
     let wanted = Wanted::parse(options)?;
-    preallocation(options)?;
     let mut lines = Vec::new();
     let (mut metadata, mut grains) = (0, 0);
     for extent in extents(wanted.subformat, MEASURED, source.len())? {
