@@ -2,26 +2,16 @@
 
 use std::sync::{Arc, Mutex};
 
-use diskimage_core::options::Options;
 use diskimage_core::{
-    Bitmaps, Budget, ByteRange, CheckReport, CreateRequest, Device, Error, ErrorKind, Format, Gate, Image,
-    Layer, MemoryDevice, NodeOptions, Note, OpenRequest, Progress, Reference, Repair, ResizeRequest, Result,
-    Want, ZeroMode,
+    Bitmaps, Budget, ByteRange, CheckReport, Device, Format, Image, Layer, MemoryDevice, NodeOptions, Note,
+    OpenRequest, Progress, Repair, ResizeRequest, Result, Want, ZeroMode,
 };
 use diskimage_crypto::HashAlg;
 use diskimage_testing::{Fault, Faulty, Journal, Recorder};
 use proptest::prelude::*;
 
 use super::Parallels;
-use crate::testing;
-
-struct Closed;
-
-impl Gate for Closed {
-    fn open(&self, _: &Reference<'_>) -> Result<Arc<dyn Device>> {
-        Err(Error::new(ErrorKind::Denied, "no files"))
-    }
-}
+use crate::testing::{self, Closed};
 
 const CLUSTER: u64 = 4096;
 const SMALL: &str = "cluster_size=4k";
@@ -32,19 +22,7 @@ const EXT_OFF: usize = 56;
 const TABLE: usize = 64;
 
 fn create(options: &str, size: u64) -> Result<Vec<u8>> {
-    let file = Arc::new(MemoryDevice::default());
-    let mut parsed = Options::new(Parallels.create_options());
-    parsed.parse(options).expect("valid options");
-    Parallels.create(CreateRequest {
-        id_below: None,
-        file: Arc::<MemoryDevice>::clone(&file),
-        name: "test",
-        size,
-        options: &parsed,
-        objects: &Arc::default(),
-        gate: &Closed,
-    })?;
-    Ok(file.contents())
+    Ok(testing::create(&Parallels, options, size)?.contents())
 }
 
 fn memory(bytes: &[u8]) -> Arc<MemoryDevice> {

@@ -2,40 +2,18 @@
 
 use std::sync::Arc;
 
-use diskimage_core::options::Options;
 use diskimage_core::{
-    Backing, Budget, ByteRange, CreateRequest, Device, Error, ErrorKind, Format, Gate, Image, Layer,
-    MemoryDevice, NodeOptions, Objects, OpenRequest, Preallocation, Progress, Reference, Repair,
-    ResizeRequest, Result, ZeroMode,
+    Backing, Budget, ByteRange, Device, ErrorKind, Format, Image, Layer, MemoryDevice, NodeOptions, Objects,
+    OpenRequest, Preallocation, Progress, Repair, ResizeRequest, Result, ZeroMode,
 };
 use diskimage_testing::{Fault, Faulty, Journal, Recorder};
 use proptest::prelude::*;
 
 use super::QedFormat;
-
-struct Closed;
-
-impl Gate for Closed {
-    fn open(&self, _: &Reference<'_>) -> Result<Arc<dyn Device>> {
-        Err(Error::new(ErrorKind::Denied, "no files"))
-    }
-}
+use crate::testing::{self, Closed, contents};
 
 fn create(text: &str, size: u64) -> Arc<MemoryDevice> {
-    let file = Arc::new(MemoryDevice::default());
-    let mut options = Options::new(QedFormat.create_options());
-    options.parse(text).expect("valid options");
-    let request = CreateRequest {
-        id_below: None,
-        file: Arc::<MemoryDevice>::clone(&file),
-        name: "test",
-        size,
-        options: &options,
-        objects: &Arc::default(),
-        gate: &Closed,
-    };
-    QedFormat.create(request).expect("creates");
-    file
+    testing::create(&QedFormat, text, size).expect("creates")
 }
 
 fn open_layer(file: Arc<dyn Device>, write: bool, for_check: bool) -> Result<Arc<dyn Layer>> {
@@ -61,12 +39,6 @@ fn open_on(file: Arc<dyn Device>, below: Option<&Arc<Image>>) -> Image {
 
 fn memory(bytes: &[u8]) -> Arc<dyn Device> {
     Arc::new(MemoryDevice::new(bytes.to_vec()))
-}
-
-fn contents(image: &Image) -> Vec<u8> {
-    let mut bytes = vec![0; usize::try_from(image.len()).expect("small")];
-    image.read_at(&mut bytes, 0).expect("reads");
-    bytes
 }
 
 const SMALL: &str = "cluster_size=4k,table_size=1";

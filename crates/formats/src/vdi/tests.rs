@@ -2,10 +2,8 @@
 
 use std::sync::Arc;
 
-use diskimage_core::options::Options;
 use diskimage_core::{
-    Budget, ByteRange, CheckReport, CreateRequest, Device, Error, ErrorKind, Format, Gate, Image,
-    MemoryDevice, NodeOptions, OpenRequest, Preallocation, Progress, Reference, Repair, ResizeRequest,
+    ByteRange, CheckReport, Device, Image, MemoryDevice, Preallocation, Progress, Repair, ResizeRequest,
     Result, Want, ZeroMode,
 };
 use diskimage_testing::{Fault, Faulty, Journal, Recorder};
@@ -13,57 +11,18 @@ use proptest::prelude::*;
 
 use super::header::BLOCK;
 use super::{NO_BLOCK, Vdi};
-
-struct Closed;
-
-impl Gate for Closed {
-    fn open(&self, _: &Reference<'_>) -> Result<Arc<dyn Device>> {
-        Err(Error::new(ErrorKind::Denied, "no files"))
-    }
-}
+use crate::testing::{self, contents};
 
 fn create(options: &str, size: u64) -> Vec<u8> {
-    let file = Arc::new(MemoryDevice::default());
-    let mut parsed = Options::new(Vdi.create_options());
-    parsed.parse(options).expect("valid options");
-    Vdi.create(CreateRequest {
-        id_below: None,
-        file: Arc::<MemoryDevice>::clone(&file),
-        name: "test",
-        size,
-        options: &parsed,
-        objects: &Arc::default(),
-        gate: &Closed,
-    })
-    .expect("created");
-    file.contents()
+    testing::create(&Vdi, options, size).expect("created").contents()
 }
 
 fn open(file: Arc<dyn Device>) -> Result<Image> {
-    let layer = Vdi.open(OpenRequest {
-        file,
-        name: "test",
-        write: true,
-        for_check: false,
-        no_data: false,
-        force_share: false,
-        children: Vec::new(),
-        options: &mut NodeOptions::new(),
-        objects: &Arc::default(),
-        gate: &Closed,
-        budget: Budget::default(),
-    })?;
-    Ok(Image::new(layer, None, "test", true))
+    testing::open(&Vdi, file, true)
 }
 
 fn open_bytes(bytes: &[u8]) -> Result<Image> {
     open(Arc::new(MemoryDevice::new(bytes.to_vec())))
-}
-
-fn read_all(image: &Image) -> Vec<u8> {
-    let mut bytes = vec![0xee; usize::try_from(image.len()).expect("small")];
-    image.read_at(&mut bytes, 0).expect("readable");
-    bytes
 }
 
 fn check(image: &Image) -> CheckReport {
@@ -145,7 +104,7 @@ proptest! {
         image.flush().expect("flushes");
         let again = open(file).expect("opens");
         prop_assert_eq!(check(&again), CheckReport::default());
-        prop_assert!(read_all(&again) == model);
+        prop_assert!(contents(&again) == model);
     }
 }
 
@@ -181,7 +140,7 @@ fn growing_clears_what_lay_behind_the_disk() {
     bytes[start..].fill(7);
     let image = open_bytes(&bytes).expect("opens");
     grow(&image, 2 * BLOCK).expect("grows");
-    let content = read_all(&image);
+    let content = contents(&image);
     assert!(content[..512].iter().all(|byte| *byte == 7) && content[512..].iter().all(|byte| *byte == 0));
 }
 
@@ -218,7 +177,7 @@ fn what_was_leaked_is_used_again_and_nothing_is_overwritten() {
     image.flush().expect("flushes");
     let again = open_bytes(&file.contents()).expect("opens");
     assert_eq!(check(&again), CheckReport::default());
-    let content = read_all(&again);
+    let content = contents(&again);
     let mut expected = vec![0; content.len()];
     let block = usize::try_from(BLOCK).expect("small");
     expected[..block].fill(1);

@@ -2,35 +2,21 @@
 
 use std::sync::Arc;
 
-use diskimage_core::options::Options;
 use diskimage_core::{
-    ByteRange, CheckReport, CreateRequest, Device, Format, Image, MemoryDevice, Preallocation, Probe,
-    Progress, Repair, Result, Want, ZeroMode,
+    ByteRange, CheckReport, Device, Format, Image, MemoryDevice, Preallocation, Probe, Progress, Repair,
+    Result, Want, ZeroMode,
 };
 use diskimage_testing::{Fault, Faulty, Journal, Recorder};
 use proptest::prelude::*;
 
 use super::Vhdx;
 use super::header::{HEADERS, Header, MIB};
-use crate::testing::{Closed, open};
+use crate::testing::{self, contents, open};
 
 const BLOCK: u64 = MIB;
 
 fn create(options: &str, size: u64) -> Vec<u8> {
-    let file = Arc::new(MemoryDevice::default());
-    let mut parsed = Options::new(Vhdx.create_options());
-    parsed.parse(options).expect("valid options");
-    Vhdx.create(CreateRequest {
-        id_below: None,
-        file: Arc::<MemoryDevice>::clone(&file),
-        name: "test",
-        size,
-        options: &parsed,
-        objects: &Arc::default(),
-        gate: &Closed,
-    })
-    .expect("created");
-    file.contents()
+    testing::create(&Vhdx, options, size).expect("created").contents()
 }
 
 fn on(bytes: &[u8]) -> Arc<MemoryDevice> {
@@ -46,12 +32,6 @@ fn check(image: &Image) -> CheckReport {
         .layer()
         .check(Repair::No, &Progress::none())
         .expect("checks")
-}
-
-fn read_all(image: &Image) -> Vec<u8> {
-    let mut bytes = vec![0xee; usize::try_from(image.len()).expect("small")];
-    image.read_at(&mut bytes, 0).expect("readable");
-    bytes
 }
 
 fn index(range: ByteRange) -> std::ops::Range<usize> {
@@ -114,14 +94,14 @@ proptest! {
                 Op::Reopen => {
                     image.flush().expect("flushes");
                     image = open_on(&file, true).expect("opens");
-                    prop_assert!(read_all(&image) == model);
+                    prop_assert!(contents(&image) == model);
                 }
             }
         }
         image.flush().expect("flushes");
         let again = open_on(&file, false).expect("opens");
         prop_assert_eq!(check(&again), CheckReport::default());
-        prop_assert!(read_all(&again) == model);
+        prop_assert!(contents(&again) == model);
     }
 
     #[test]
@@ -228,10 +208,10 @@ fn a_log_is_replayed_in_memory_for_readers_and_in_the_file_for_writers() {
     let mut expected = vec![0; 4 << 20];
     expected[2 << 20..(2 << 20) + 1000].fill(5);
     let image = open_on(&file, false).expect("opens");
-    assert!(read_all(&image) == expected);
+    assert!(contents(&image) == expected);
     assert!(file.contents() == left, "a reader writes nothing");
     let image = open_on(&file, true).expect("opens");
-    assert!(read_all(&image) == expected);
+    assert!(contents(&image) == expected);
     let report = image
         .layer()
         .check(Repair::All, &Progress::none())
@@ -239,7 +219,7 @@ fn a_log_is_replayed_in_memory_for_readers_and_in_the_file_for_writers() {
     assert_eq!((report.corruptions, report.corruptions_fixed), (0, 1));
     let (header, _) = Header::read(&*file).expect("has one");
     assert_eq!(header.log_guid, [0; 16]);
-    assert!(read_all(&open_on(&file, false).expect("opens")) == expected);
+    assert!(contents(&open_on(&file, false).expect("opens")) == expected);
 }
 
 #[test]
@@ -249,7 +229,7 @@ fn a_log_without_a_whole_entry_has_changed_nothing() {
     let file = on(&left);
     for (write, repair) in [(false, Repair::No), (true, Repair::All)] {
         let image = open_on(&file, write).expect("the torn entry is none");
-        assert!(read_all(&image).iter().all(|byte| *byte == 0));
+        assert!(contents(&image).iter().all(|byte| *byte == 0));
         let report = image.layer().check(repair, &Progress::none());
         assert_eq!(report.expect("checks"), CheckReport::default());
         let (header, _) = Header::read(&*file).expect("has one");

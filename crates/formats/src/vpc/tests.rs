@@ -2,67 +2,26 @@
 
 use std::sync::Arc;
 
-use diskimage_core::options::Options;
 use diskimage_core::{
-    Budget, ByteRange, CreateRequest, Device, Error, ErrorKind, Format, Gate, Image, MemoryDevice,
-    NodeOptions, OpenRequest, Preallocation, Reference, ResizeRequest, Result, Want, ZeroMode,
+    ByteRange, Device, Image, MemoryDevice, Preallocation, ResizeRequest, Result, Want, ZeroMode,
 };
 use diskimage_testing::{Fault, Faulty, Journal, Recorder};
 use proptest::prelude::*;
 
 use super::Vpc;
 use super::footer::{BLOCK as BLOCK_SIZE, Footer, Kind};
-
-struct Closed;
-
-impl Gate for Closed {
-    fn open(&self, _: &Reference<'_>) -> Result<Arc<dyn Device>> {
-        Err(Error::new(ErrorKind::Denied, "no files"))
-    }
-}
+use crate::testing::{self, contents};
 
 fn create(options: &str, size: u64) -> Vec<u8> {
-    let file = Arc::new(MemoryDevice::default());
-    let mut parsed = Options::new(Vpc.create_options());
-    parsed.parse(options).expect("valid options");
-    Vpc.create(CreateRequest {
-        id_below: None,
-        file: Arc::<MemoryDevice>::clone(&file),
-        name: "test",
-        size,
-        options: &parsed,
-        objects: &Arc::default(),
-        gate: &Closed,
-    })
-    .expect("created");
-    file.contents()
+    testing::create(&Vpc, options, size).expect("created").contents()
 }
 
 fn open(file: Arc<dyn Device>) -> Result<Image> {
-    let layer = Vpc.open(OpenRequest {
-        file,
-        name: "test",
-        write: true,
-        for_check: false,
-        no_data: false,
-        force_share: false,
-        children: Vec::new(),
-        options: &mut NodeOptions::new(),
-        objects: &Arc::default(),
-        gate: &Closed,
-        budget: Budget::default(),
-    })?;
-    Ok(Image::new(layer, None, "test", true))
+    testing::open(&Vpc, file, true)
 }
 
 fn open_bytes(bytes: &[u8]) -> Result<Image> {
     open(Arc::new(MemoryDevice::new(bytes.to_vec())))
-}
-
-fn read_all(image: &Image) -> Vec<u8> {
-    let mut bytes = vec![0xee; usize::try_from(image.len()).expect("small")];
-    image.read_at(&mut bytes, 0).expect("readable");
-    bytes
 }
 
 const BLOCK: u64 = BLOCK_SIZE as u64;
@@ -135,7 +94,7 @@ proptest! {
         }
         image.flush().expect("flushes");
         let again = open(file).expect("opens");
-        prop_assert!(read_all(&again) == model);
+        prop_assert!(contents(&again) == model);
     }
 }
 
