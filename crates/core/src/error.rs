@@ -73,6 +73,11 @@ impl Error {
         Self::new(ErrorKind::Corrupt, message)
     }
 
+    /// The error of whoever is asked to change what is only read.
+    pub fn read_only() -> Self {
+        Self::new(ErrorKind::Permission, "Image is read-only")
+    }
+
     /// Something valid that cannot be done here.
     pub fn unsupported(message: impl Into<String>) -> Self {
         Self::new(ErrorKind::Unsupported, message)

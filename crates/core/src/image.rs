@@ -213,7 +213,7 @@ impl Image {
         if self.write {
             Ok(())
         } else {
-            Err(Error::new(ErrorKind::Permission, "Image is read-only"))
+            Err(Error::read_only())
         }
     }
 

@@ -332,6 +332,22 @@ pub struct WriteRun {
     pub offset: u64,
 }
 
+impl WriteRun {
+    /// Appends it to `runs`, or makes the last one longer if it goes on where that one ends.
+    pub fn push_to(self, runs: &mut Vec<Self>) {
+        match runs.last_mut() {
+            Some(last)
+                if last.guest.end() == self.guest.start()
+                    && last.offset.checked_add(last.guest.len()) == Some(self.offset)
+                    && Arc::ptr_eq(&last.device, &self.device) =>
+            {
+                last.guest = ByteRange::new(last.guest.start(), self.guest.end());
+            }
+            _ => runs.push(self),
+        }
+    }
+}
+
 /// Compresses clusters.
 pub trait Encoder: Send {
     /// Puts the encoded form of `cluster` into `out`, emptied first. `Ok(false)` if the cluster is better stored as it is.
@@ -361,4 +377,35 @@ pub struct ResizeRequest {
     pub len: u64,
     /// How much of new space is set aside.
     pub preallocation: Preallocation,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::MemoryDevice;
+
+    #[test]
+    fn a_run_that_goes_on_makes_the_last_one_longer() {
+        let [one, other] = [0, 1].map(|_| -> Arc<dyn Device> { Arc::new(MemoryDevice::default()) });
+        let mut runs = Vec::new();
+        for (start, offset, device) in [
+            (0, 50, &one),
+            (10, 60, &one),
+            (20, 70, &other),
+            (30, 90, &other),
+            (41, 100, &other),
+        ] {
+            let run = WriteRun {
+                guest: ByteRange::at(start, 10),
+                device: Arc::clone(device),
+                offset,
+            };
+            run.push_to(&mut runs);
+        }
+        let runs: Vec<_> = runs
+            .iter()
+            .map(|run| (run.guest.start(), run.guest.len(), run.offset))
+            .collect();
+        assert_eq!(runs, [(0, 20, 50), (20, 10, 70), (30, 10, 90), (41, 10, 100)]);
+    }
 }

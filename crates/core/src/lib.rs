@@ -35,6 +35,7 @@ mod range;
 pub mod size;
 mod snapshots;
 mod throttle;
+mod view;
 mod wrapper;
 mod zero;
 
@@ -60,5 +61,6 @@ pub use progress::{Note, Progress};
 pub use range::{ByteRange, align_down, align_up, div_ceil};
 pub use snapshots::{NewSnapshot, Snapshots};
 pub use throttle::{Direction, Limitation, Rate, ThrottleGroup};
+pub use view::{ReadOnlyView, View};
 pub use wrapper::{Wrapped, Wrapper, status_below};
 pub use zero::{is_zero, leading};

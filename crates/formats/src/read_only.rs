@@ -6,8 +6,8 @@
 use std::sync::Arc;
 
 use diskimage_core::{
-    ByteRange, Device, Error, ErrorKind, Extent, ExtentKind, Holes, Info, Layer, Limits, OpenRequest,
-    Preallocation, ResizeRequest, Result, Run, RunKind, Want, WritePlan, ZeroMode,
+    ByteRange, Device, Error, Holes, Info, Layer, Limits, OpenRequest, ReadOnlyView, ResizeRequest, Result,
+    Run, RunKind, View, WritePlan, ZeroMode,
 };
 
 /// The disk of one image.
@@ -33,7 +33,7 @@ pub(crate) trait Disk: std::fmt::Debug + Send + Sync + 'static {
 /// Refuses to open an image for writing.
 pub(crate) fn refuse_writing(request: &OpenRequest<'_>) -> Result<()> {
     if request.write {
-        Err(is_read_only())
+        Err(Error::read_only())
     } else {
         Ok(())
     }
@@ -45,15 +45,11 @@ pub(crate) fn layer(disk: impl Disk) -> Arc<dyn Layer> {
         alignment: 1,
         ..disk.file().limits().clone()
     };
-    Arc::new(ReadOnly(Arc::new(View { disk, limits })))
-}
-
-fn is_read_only() -> Error {
-    Error::new(ErrorKind::Permission, "Image is read-only")
+    Arc::new(ReadOnly(Arc::new(ReadOnlyView(Bytes { disk, limits }))))
 }
 
 #[derive(Debug)]
-struct ReadOnly<D>(Arc<View<D>>);
+struct ReadOnly<D>(Arc<ReadOnlyView<Bytes<D>>>);
 
 impl<D: Disk> Layer for ReadOnly<D> {
     fn format(&self) -> &'static str {
@@ -61,11 +57,11 @@ impl<D: Disk> Layer for ReadOnly<D> {
     }
 
     fn len(&self) -> u64 {
-        self.0.disk.len()
+        self.0.0.disk.len()
     }
 
     fn warning(&self) -> Option<&str> {
-        self.0.disk.warning()
+        self.0.0.disk.warning()
     }
 
     fn granularity(&self) -> u64 {
@@ -84,11 +80,11 @@ impl<D: Disk> Layer for ReadOnly<D> {
     }
 
     fn plan_write(&self, _range: ByteRange) -> Result<Box<dyn WritePlan + '_>> {
-        Err(is_read_only())
+        Err(Error::read_only())
     }
 
     fn write_zeroes(&self, _range: ByteRange, _mode: ZeroMode) -> Result<()> {
-        Err(is_read_only())
+        Err(Error::read_only())
     }
 
     fn info(&self) -> Result<Info> {
@@ -96,7 +92,7 @@ impl<D: Disk> Layer for ReadOnly<D> {
     }
 
     fn resize(&self, _request: &ResizeRequest, _below: u64) -> Result<()> {
-        Err(is_read_only())
+        Err(Error::read_only())
     }
 
     fn flush(&self) -> Result<()> {
@@ -104,17 +100,17 @@ impl<D: Disk> Layer for ReadOnly<D> {
     }
 
     fn file(&self) -> &Arc<dyn Device> {
-        self.0.disk.file()
+        self.0.0.disk.file()
     }
 }
 
 #[derive(Debug)]
-struct View<D> {
+struct Bytes<D> {
     disk: D,
     limits: Limits,
 }
 
-impl<D: Disk> Device for View<D> {
+impl<D: Disk> View for Bytes<D> {
     fn len(&self) -> u64 {
         self.disk.len()
     }
@@ -123,43 +119,7 @@ impl<D: Disk> Device for View<D> {
         &self.limits
     }
 
-    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
-        match offset.checked_add(buf.len() as u64) {
-            Some(end) if end <= self.disk.len() => self.disk.read(buf, offset),
-            _ => Err(Error::corrupt(format!("Read beyond the end at {offset:#x}"))),
-        }
-    }
-
-    fn write_at(&self, _buf: &[u8], _offset: u64) -> Result<()> {
-        Err(is_read_only())
-    }
-
-    fn write_zeroes(&self, _range: ByteRange, _mode: ZeroMode) -> Result<()> {
-        Err(is_read_only())
-    }
-
-    fn discard(&self, _range: ByteRange) -> Result<()> {
-        Err(is_read_only())
-    }
-
-    fn status(&self, range: ByteRange, _want: Want) -> Result<Extent> {
-        Ok(Extent {
-            len: range.len(),
-            kind: ExtentKind::Data,
-            depth: 0,
-            host: None,
-        })
-    }
-
-    fn flush(&self) -> Result<()> {
-        Ok(())
-    }
-
-    fn resize(&self, _len: u64, _preallocation: Preallocation) -> Result<()> {
-        Err(is_read_only())
-    }
-
-    fn is_view(&self) -> bool {
-        true
+    fn read(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        self.disk.read(buf, offset)
     }
 }

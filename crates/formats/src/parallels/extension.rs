@@ -195,10 +195,6 @@ fn word(bytes: &[u8], at: usize) -> Result<u32> {
 }
 
 /// Bitmaps are only read: an image that is open for writing has none.
-fn is_read_only<T>() -> Result<T> {
-    Err(Error::new(ErrorKind::Permission, "Image is read-only"))
-}
-
 impl Bitmaps for Extension {
     fn list(&self) -> Result<Vec<BitmapInfo>> {
         let info = |bitmap: &DirtyBitmap| BitmapInfo {
@@ -211,23 +207,23 @@ impl Bitmaps for Extension {
     }
 
     fn add(&self, _bitmap: &NewBitmap<'_>) -> Result<()> {
-        is_read_only()
+        Err(Error::read_only())
     }
 
     fn remove(&self, _name: &str) -> Result<()> {
-        is_read_only()
+        Err(Error::read_only())
     }
 
     fn clear(&self, _name: &str) -> Result<()> {
-        is_read_only()
+        Err(Error::read_only())
     }
 
     fn set_enabled(&self, _name: &str, _enabled: bool) -> Result<()> {
-        is_read_only()
+        Err(Error::read_only())
     }
 
     fn mark(&self, _name: &str, _ranges: &[ByteRange]) -> Result<()> {
-        is_read_only()
+        Err(Error::read_only())
     }
 
     fn marked(&self, name: &str, visit: &mut dyn FnMut(ByteRange) -> Result<()>) -> Result<()> {

@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::{Arc, MutexGuard, PoisonError};
 
-use diskimage_core::{ByteRange, Error, ErrorKind, Result, WritePlan, WriteRun};
+use diskimage_core::{ByteRange, Error, Result, WritePlan, WriteRun};
 
 use super::{NO_CLUSTER, ParallelsLayer, State};
 use crate::places::Places;
@@ -50,18 +50,12 @@ impl ParallelsLayer {
                 }
             };
             let offset = offset + guest.start() % self.cluster;
-            match plan.runs.last_mut() {
-                Some(last)
-                    if last.guest.end() == guest.start() && last.offset + last.guest.len() == offset =>
-                {
-                    last.guest = ByteRange::new(last.guest.start(), guest.end());
-                }
-                _ => plan.runs.push(WriteRun {
-                    guest,
-                    device: Arc::clone(&self.file),
-                    offset,
-                }),
-            }
+            let run = WriteRun {
+                guest,
+                device: Arc::clone(&self.file),
+                offset,
+            };
+            run.push_to(&mut plan.runs);
         }
         self.grow(state, end);
         Ok(())
@@ -109,7 +103,7 @@ impl ParallelsLayer {
         if self.write {
             Ok(())
         } else {
-            Err(Error::new(ErrorKind::Permission, "Image is read-only"))
+            Err(Error::read_only())
         }
     }
 

@@ -21,9 +21,9 @@ use std::sync::Arc;
 
 use diskimage_core::options::{OptionDef, OptionKind, Options};
 use diskimage_core::{
-    Backing, ByteRange, CreateRequest, Device, Encoded, Encoder, Error, ErrorKind, Event, Format, Info,
-    Layer, OpenRequest, Preallocation, Probe, ResizeRequest, Result, Run, Score, WritePlan, ZeroMode,
-    align_up, errno,
+    Backing, ByteRange, CreateRequest, Device, Encoded, Encoder, Error, Event, Format, Info, Layer,
+    OpenRequest, Preallocation, Probe, ResizeRequest, Result, Run, Score, WritePlan, ZeroMode, align_up,
+    errno,
 };
 
 use self::header::{Header, SECTOR};
@@ -189,7 +189,7 @@ impl Qcow {
         if self.write {
             Ok(())
         } else {
-            Err(Error::new(ErrorKind::Permission, "Image is read-only"))
+            Err(Error::read_only())
         }
     }
 }

@@ -7,8 +7,7 @@ use std::cell::Cell;
 use std::sync::{MutexGuard, PoisonError};
 
 use diskimage_core::{
-    ByteRange, Device, Error, ErrorKind, Event, Preallocation, Result, WritePlan, WriteRun, ZeroMode,
-    align_down,
+    ByteRange, Device, Error, Event, Preallocation, Result, WritePlan, WriteRun, ZeroMode, align_down,
 };
 
 use super::entry::{COPIED, Cluster, L2Entry, Subclusters};
@@ -58,7 +57,7 @@ impl<'a> Plan<'a> {
     /// drop takes the lock, so the guard has to go before it.
     fn claim(image: &'a Qcow2, range: ByteRange) -> Result<(Self, MutexGuard<'a, State>)> {
         if !image.may_write() {
-            return Err(Error::new(ErrorKind::Permission, "Image is read-only"));
+            return Err(Error::read_only());
         }
         let cover = range.align_out(image.header.geometry.cluster_size());
         let mut state = image.lock();

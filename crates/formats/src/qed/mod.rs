@@ -25,9 +25,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use diskimage_core::options::{OptionDef, OptionKind, Options};
 use diskimage_core::{
-    Backing, Budget, ByteRange, CheckReport, CreateRequest, Device, Error, ErrorKind, Format, Info, Layer,
-    Measure, MeasureSource, Objects, OpenRequest, Preallocation, Probe, Progress, Repair, ResizeRequest,
-    Result, Run, Score, WritePlan, ZeroMode, errno,
+    Backing, Budget, ByteRange, CheckReport, CreateRequest, Device, Error, Format, Info, Layer, Measure,
+    MeasureSource, Objects, OpenRequest, Preallocation, Probe, Progress, Repair, ResizeRequest, Result, Run,
+    Score, WritePlan, ZeroMode, errno,
 };
 
 use self::header::{Geometry, Header, MAGIC, feature};
@@ -218,7 +218,7 @@ impl Qed {
         if self.write {
             Ok(())
         } else {
-            Err(Error::new(ErrorKind::Permission, "Image is read-only"))
+            Err(Error::read_only())
         }
     }
 }

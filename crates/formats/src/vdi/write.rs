@@ -38,18 +38,12 @@ impl VdiLayer {
                 },
             };
             let offset = state.header.host(place) + guest.start() % BLOCK;
-            match plan.runs.last_mut() {
-                Some(last)
-                    if last.guest.end() == guest.start() && last.offset + last.guest.len() == offset =>
-                {
-                    last.guest = ByteRange::new(last.guest.start(), guest.end());
-                }
-                _ => plan.runs.push(WriteRun {
-                    guest,
-                    device: Arc::clone(&self.file),
-                    offset,
-                }),
-            }
+            let run = WriteRun {
+                guest,
+                device: Arc::clone(&self.file),
+                offset,
+            };
+            run.push_to(&mut plan.runs);
         }
         drop(state);
         Ok(Box::new(plan))

@@ -12,8 +12,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use diskimage_core::{
-    Budget, ByteRange, Device, Error, ErrorKind, Extent, ExtentKind, Limits, Node, Preallocation,
-    Reservation, Result, Want, ZeroMode, errno,
+    Budget, ByteRange, Device, Error, Limits, Node, Preallocation, Reservation, Result, View, ZeroMode, errno,
 };
 use zerocopy::byteorder::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -371,10 +370,6 @@ pub(super) fn entry(
     Ok(bytes)
 }
 
-fn is_read_only() -> Error {
-    Error::new(ErrorKind::Permission, "Image is read-only")
-}
-
 /// A file as it will be once its log is replayed, for whoever must not write to it.
 #[derive(Debug)]
 pub(super) struct Replayed {
@@ -388,7 +383,7 @@ impl Replayed {
     }
 }
 
-impl Device for Replayed {
+impl View for Replayed {
     fn len(&self) -> u64 {
         self.file.len().max(self.changes.len)
     }
@@ -397,7 +392,7 @@ impl Device for Replayed {
         self.file.limits()
     }
 
-    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+    fn read(&self, buf: &mut [u8], offset: u64) -> Result<()> {
         let wanted = ByteRange::at(offset, buf.len() as u64);
         self.file.read_padded(buf, offset)?;
         let within = |part: ByteRange| {
@@ -420,45 +415,8 @@ impl Device for Replayed {
         Ok(())
     }
 
-    fn write_at(&self, _buf: &[u8], _offset: u64) -> Result<()> {
-        Err(is_read_only())
-    }
-
-    fn write_zeroes(&self, _range: ByteRange, _mode: ZeroMode) -> Result<()> {
-        Err(is_read_only())
-    }
-
-    fn discard(&self, _range: ByteRange) -> Result<()> {
-        Err(is_read_only())
-    }
-
-    fn status(&self, range: ByteRange, _want: Want) -> Result<Extent> {
-        Ok(Extent {
-            len: range.len(),
-            kind: ExtentKind::Data,
-            depth: 0,
-            host: None,
-        })
-    }
-
-    fn flush(&self) -> Result<()> {
-        Ok(())
-    }
-
-    fn resize(&self, _len: u64, _preallocation: Preallocation) -> Result<()> {
-        Err(is_read_only())
-    }
-
-    fn is_view(&self) -> bool {
-        true
-    }
-
     fn allocated_bytes(&self) -> Option<u64> {
         self.file.allocated_bytes()
-    }
-
-    fn name(&self) -> String {
-        self.file.name()
     }
 
     fn node(&self) -> Node {

@@ -34,8 +34,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use diskimage_core::options::{OptionDef, Options};
 use diskimage_core::{
     Budget, ByteRange, CheckReport, CreateRequest, Device, Error, Format, Holes, Info, Layer, Measure,
-    MeasureSource, Objects, OpenRequest, Probe, Progress, Repair, ResizeRequest, Result, Run, RunKind, Score,
-    WritePlan, ZeroMode, errno,
+    MeasureSource, Objects, OpenRequest, Probe, Progress, ReadOnlyView, Repair, ResizeRequest, Result, Run,
+    RunKind, Score, WritePlan, ZeroMode, errno,
 };
 
 use self::bat::{Bat, Payload, entry_of, left_in_chunk};
@@ -150,7 +150,7 @@ impl VhdxLayer {
                     request.name
                 )));
             }
-            file = Arc::new(Replayed::new(file, changes));
+            file = Arc::new(ReadOnlyView(Replayed::new(file, changes)));
         }
         let regions = Regions::read(&*file, header.log)?;
         let metadata = Metadata::read(&*file, regions.metadata)?;

@@ -41,18 +41,12 @@ impl VhdxLayer {
             // What the file was made longer by is zero: of a new block, too, only what was asked for is written.
             let guest = ByteRange::at(block * self.block_size, self.block_size).intersect(range);
             let offset = offset + guest.start() % self.block_size;
-            match plan.runs.last_mut() {
-                Some(last)
-                    if last.guest.end() == guest.start() && last.offset + last.guest.len() == offset =>
-                {
-                    last.guest = ByteRange::new(last.guest.start(), guest.end());
-                }
-                _ => plan.runs.push(WriteRun {
-                    guest,
-                    device: Arc::clone(&self.file),
-                    offset,
-                }),
-            }
+            let run = WriteRun {
+                guest,
+                device: Arc::clone(&self.file),
+                offset,
+            };
+            run.push_to(&mut plan.runs);
         }
         drop(state);
         Ok(Box::new(plan))

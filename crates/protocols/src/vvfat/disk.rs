@@ -4,10 +4,7 @@ use std::collections::VecDeque;
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use diskimage_core::{
-    ByteRange, Device, Error, ErrorKind, Extent, ExtentKind, Gate, Info, Limits, Node, NodeOptions,
-    Permissions, Preallocation, Reference, Result, ResultExt, Role, Want, ZeroMode,
-};
+use diskimage_core::{Device, Error, Gate, Limits, Node, Permissions, Result, ResultExt, View};
 
 use super::entry::Label;
 use super::geometry::{CLUSTER, FatType, Sector};
@@ -120,14 +117,7 @@ impl Disk {
         let name = path
             .to_str()
             .ok_or_else(|| Error::unsupported(format!("The name of '{}' is not UTF-8", path.display())))?;
-        let mut options = NodeOptions::new();
-        options.set("filename", name);
-        let opened = self.gate.open(&Reference {
-            options: &options,
-            from: name,
-            role: Role::Data,
-            permissions: Permissions::FORCE_SHARE,
-        });
+        let opened = self.gate.open_data(name, name, Permissions::FORCE_SHARE);
         let file = opened.context(|| format!("Could not read '{name}'"))?;
         self.files.keep(index, Arc::clone(&file));
         Ok(file)
@@ -173,11 +163,7 @@ impl OpenFiles {
     }
 }
 
-fn read_only() -> Error {
-    Error::new(ErrorKind::Permission, "Image is read-only")
-}
-
-impl Device for Disk {
+impl View for Disk {
     fn len(&self) -> u64 {
         self.tree.geometry.len()
     }
@@ -186,15 +172,7 @@ impl Device for Disk {
         &self.limits
     }
 
-    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
-        if offset
-            .checked_add(buf.len() as u64)
-            .is_none_or(|end| end > self.len())
-        {
-            return Err(Error::corrupt(format!(
-                "Read beyond the end of the disk at offset {offset:#x}"
-            )));
-        }
+    fn read(&self, buf: &mut [u8], offset: u64) -> Result<()> {
         let mut done = 0;
         while done < buf.len() {
             done += self.read_some(&mut buf[done..], offset + done as u64)?;
@@ -202,53 +180,7 @@ impl Device for Disk {
         Ok(())
     }
 
-    fn write_at(&self, _buf: &[u8], _offset: u64) -> Result<()> {
-        Err(read_only())
-    }
-
-    fn write_zeroes(&self, _range: ByteRange, _mode: ZeroMode) -> Result<()> {
-        Err(read_only())
-    }
-
-    fn discard(&self, _range: ByteRange) -> Result<()> {
-        Err(read_only())
-    }
-
-    /// As there, all of it is data.
-    fn status(&self, range: ByteRange, _want: Want) -> Result<Extent> {
-        Ok(Extent {
-            len: range.len(),
-            kind: ExtentKind::Data,
-            depth: 0,
-            host: None,
-        })
-    }
-
-    fn flush(&self) -> Result<()> {
-        Ok(())
-    }
-
-    fn resize(&self, _len: u64, _preallocation: Preallocation) -> Result<()> {
-        Err(read_only())
-    }
-
-    fn is_zero_when_new(&self) -> bool {
-        false
-    }
-
-    fn is_view(&self) -> bool {
-        true
-    }
-
-    fn name(&self) -> String {
-        self.node.shown_name()
-    }
-
     fn node(&self) -> Node {
         self.node.clone()
-    }
-
-    fn info(&self) -> Result<Info> {
-        Ok(Info::default())
     }
 }

@@ -25,7 +25,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use diskimage_core::options::{OptionDef, OptionKind};
-use diskimage_core::{Device, Error, ErrorKind, Node, NodeOptions, Result};
+use diskimage_core::{Device, Error, Node, NodeOptions, ReadOnlyView, Result};
 
 use crate::protocol::{Protocol, ProtocolRequest};
 use disk::Disk;
@@ -103,7 +103,7 @@ impl Protocol for VvfatDriver {
                     "Unable to set VVFAT to 'rw' when drive is read-only",
                 ));
             }
-            (false, true) => return Err(Error::new(ErrorKind::Permission, "Image is read-only")),
+            (false, true) => return Err(Error::read_only()),
             (true, true) => {
                 return Err(Error::unsupported(
                     "Writing to a directory shown as a disk is not supported",
@@ -128,7 +128,12 @@ impl Protocol for VvfatDriver {
             name: None,
             children: Vec::new(),
         };
-        Ok(Arc::new(Disk::new(node, label, tree, Arc::clone(request.gate))))
+        Ok(Arc::new(ReadOnlyView(Disk::new(
+            node,
+            label,
+            tree,
+            Arc::clone(request.gate),
+        ))))
     }
 }
 

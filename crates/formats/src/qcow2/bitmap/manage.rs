@@ -1,6 +1,6 @@
 //! Adding, removing, changing and reading bitmaps.
 
-use diskimage_core::{BitmapInfo, Bitmaps, ByteRange, Error, ErrorKind, NewBitmap, Result};
+use diskimage_core::{BitmapInfo, Bitmaps, ByteRange, Error, NewBitmap, Result};
 
 use super::super::{Qcow2, State};
 use super::directory::{Bitmap, Directory, flag, limit};
@@ -106,7 +106,7 @@ impl Qcow2 {
         change: impl FnOnce(&mut State, &mut Directory, &mut Vec<ByteRange>) -> Result<()>,
     ) -> Result<()> {
         if !self.may_write() {
-            return Err(Error::new(ErrorKind::Permission, "Image is read-only"));
+            return Err(Error::read_only());
         }
         let mut state = self.lock();
         self.store_bitmaps(&mut state)?;

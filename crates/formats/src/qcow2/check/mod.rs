@@ -30,7 +30,7 @@ use std::collections::HashMap;
 use std::ops::Range;
 
 use diskimage_core::errno;
-use diskimage_core::{CheckReport, Device, Error, ErrorKind, Note, Progress, Repair, Result};
+use diskimage_core::{CheckReport, Device, Error, Note, Progress, Repair, Result};
 
 use self::counts::Counts;
 use self::protected::Protected;
@@ -50,7 +50,7 @@ impl Qcow2 {
     /// rebuilt when only leaks may be mended, a memory budget that is used up.
     pub(super) fn run_check(&self, repair: Repair, progress: &Progress<'_>) -> Result<CheckReport> {
         if repair != Repair::No && !self.may_write() {
-            return Err(Error::new(ErrorKind::Permission, "Image is read-only"));
+            return Err(Error::read_only());
         }
         let mut state = self.lock();
         self.write_back(&mut state)?;

@@ -85,7 +85,7 @@ impl Qcow2 {
     /// Waits for writes that are under way, and leaves nothing in memory that is not in the file.
     fn settle(&self) -> Result<MutexGuard<'_, State>> {
         if !self.may_write() {
-            return Err(Error::new(ErrorKind::Permission, "Image is read-only"));
+            return Err(Error::read_only());
         }
         self.check_support()?;
         let mut state = self.lock();
