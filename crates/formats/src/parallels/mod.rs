@@ -31,15 +31,16 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use diskimage_core::options::{OptionDef, OptionKind, Options};
 use diskimage_core::{
-    Bitmaps, Budget, ByteRange, CheckReport, CreateRequest, Device, Error, Format, Holes, Info, Layer, Note,
-    OpenRequest, Preallocation, Probe, Progress, Repair, ResizeRequest, Result, Run, RunKind, Score,
-    WritePlan, ZeroMode,
+    Bitmaps, Budget, ByteRange, CheckReport, CreateRequest, Device, Error, Format, Holes, Info, Layer,
+    Measure, MeasureSource, Note, Objects, OpenRequest, Preallocation, Probe, Progress, Repair,
+    ResizeRequest, Result, Run, RunKind, Score, WritePlan, ZeroMode,
 };
 
 use self::extension::Extension;
 use self::header::{HEADER_LEN, Header};
 use crate::places::Places;
 use crate::preallocation;
+use crate::used::data_bytes;
 use crate::windows::{Entry, Windows};
 
 /// The format's entry in the table.
@@ -106,6 +107,24 @@ impl Format for Parallels {
         }
         file.write_zeroes(ByteRange::new(0, start), ZeroMode::KeepAllocated)?;
         file.write_at(&header.to_bytes(), 0)
+    }
+
+    fn measure(&self, options: &Options, source: MeasureSource<'_>, _objects: &Objects) -> Result<Measure> {
+        preallocation::check(options)?;
+        let header = Header::new(
+            source.len(),
+            options.size("cluster_size").unwrap_or(DEFAULT_CLUSTER),
+        )?;
+        let start = header.data_start(u64::MAX);
+        let used = match source {
+            MeasureSource::Size(_) => 0,
+            MeasureSource::Image(image) => data_bytes(image, header.cluster)?,
+        };
+        Ok(Measure {
+            required: start + used,
+            fully_allocated: start + u64::from(header.entries) * header.cluster,
+            bitmaps: None,
+        })
     }
 }
 

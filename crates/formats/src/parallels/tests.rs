@@ -2,9 +2,10 @@
 
 use std::sync::{Arc, Mutex};
 
+use diskimage_core::options::Options;
 use diskimage_core::{
-    Bitmaps, Budget, ByteRange, CheckReport, Device, Format, Image, Layer, MemoryDevice, NodeOptions, Note,
-    OpenRequest, Progress, Repair, ResizeRequest, Result, Want, ZeroMode,
+    Bitmaps, Budget, ByteRange, CheckReport, Device, Format, Image, Layer, MeasureSource, MemoryDevice,
+    NodeOptions, Note, Objects, OpenRequest, Progress, Repair, ResizeRequest, Result, Want, ZeroMode,
 };
 use diskimage_crypto::HashAlg;
 use diskimage_testing::{Fault, Faulty, Journal, Recorder};
@@ -727,4 +728,26 @@ proptest! {
             let _ = layer.check(Repair::All, &Progress::none());
         }
     }
+}
+
+#[test]
+fn a_file_is_as_long_as_was_measured() {
+    let mut options = Options::new(Parallels.create_options());
+    options.parse(SMALL).expect("valid options");
+    let measured = |source: MeasureSource<'_>| {
+        let measure = Parallels.measure(&options, source, &Objects::new());
+        measure.expect("measures")
+    };
+    let size = 10 * CLUSTER - 512;
+    let file = memory(&create(SMALL, size).expect("creates"));
+    let empty = measured(MeasureSource::Size(size));
+    assert_eq!(empty.required, file.len());
+    let image = open(Arc::<MemoryDevice>::clone(&file));
+    image.write_at(&[1; 5000], 3 * CLUSTER).expect("writes");
+    image.flush().expect("flushes");
+    assert_eq!(measured(MeasureSource::Image(&image)).required, file.len());
+    let all = vec![2; usize::try_from(size).expect("small")];
+    image.write_at(&all, 0).expect("writes");
+    image.flush().expect("flushes");
+    assert_eq!(empty.fully_allocated, file.len());
 }

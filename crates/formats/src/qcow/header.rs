@@ -197,6 +197,11 @@ impl Header {
         ENTRY << self.l2_bits
     }
 
+    /// Bytes of the disk that one L2 table is for.
+    pub(super) fn coverage(&self) -> u64 {
+        self.cluster_size() << self.l2_bits
+    }
+
     /// Bytes of the L1 table.
     pub(super) fn l1_len(&self) -> u64 {
         self.l1_size * ENTRY

@@ -21,9 +21,9 @@ use std::sync::Arc;
 
 use diskimage_core::options::{OptionDef, OptionKind, Options};
 use diskimage_core::{
-    Backing, ByteRange, CreateRequest, Device, Encoded, Encoder, Error, Event, Format, Info, Layer,
-    OpenRequest, Preallocation, Probe, ResizeRequest, Result, Run, Score, WritePlan, ZeroMode, align_up,
-    errno,
+    Backing, ByteRange, CreateRequest, Device, Encoded, Encoder, Error, Event, Format, Info, Layer, Measure,
+    MeasureSource, Objects, OpenRequest, Preallocation, Probe, ResizeRequest, Result, Run, Score, WritePlan,
+    ZeroMode, align_up, errno,
 };
 
 use self::header::{Header, SECTOR};
@@ -31,7 +31,7 @@ use crate::legacy_aes::{self, LegacyAes};
 use crate::luks::options::passphrase;
 use crate::tables::{Class, Table};
 use crate::tree::{Cluster, Scheme, Shape, Tree};
-use crate::{KNOWN_FORMATS, codec, preallocation};
+use crate::{KNOWN_FORMATS, codec, preallocation, used};
 
 /// The format's entry in the table.
 #[derive(Debug)]
@@ -104,7 +104,11 @@ impl Format for QcowFormat {
 
     fn create(&self, request: CreateRequest<'_>) -> Result<()> {
         preallocation::check(request.options)?;
-        let header = new_header(&request)?;
+        let header = new_header(request.options, request.size)?;
+        if header.is_encrypted {
+            let secret = request.options.text(legacy_aes::KEY_SECRET);
+            passphrase(request.objects, secret, legacy_aes::KEY_SECRET)?;
+        }
         let file = &*request.file;
         let table = ByteRange::at(header.l1_offset, header.l1_len().next_multiple_of(SECTOR));
         if file.is_zero_when_new() {
@@ -115,30 +119,42 @@ impl Format for QcowFormat {
         file.write_at(&header.to_bytes(), 0)?;
         file.flush()
     }
+
+    fn measure(&self, options: &Options, source: MeasureSource<'_>, _objects: &Objects) -> Result<Measure> {
+        preallocation::check(options)?;
+        let header = new_header(options, source.len())?;
+        let size = header.cluster_size();
+        let used = used::clusters(source, size, header.coverage(), header.backing.is_some())?;
+        let all = used::all_clusters(source.len(), size, header.coverage());
+        let empty = header.l1_offset + header.l1_len().next_multiple_of(SECTOR);
+        let bytes = |(clusters, tables): (u64, u64)| match clusters {
+            0 => empty,
+            _ => empty.next_multiple_of(size) + clusters * size + tables * header.l2_len(),
+        };
+        Ok(Measure {
+            required: bytes(used),
+            fully_allocated: bytes(all),
+            bitmaps: None,
+        })
+    }
 }
 
-/// The header of a new image.
-fn new_header(request: &CreateRequest<'_>) -> Result<Header> {
-    let options = request.options;
+/// The header of a new image of `size` bytes.
+fn new_header(options: &Options, size: u64) -> Result<Header> {
     let encryption = legacy_aes::wanted_format(options)?;
     match encryption {
         None if options.is_given(legacy_aes::KEY_SECRET) => return Err(legacy_aes::no_format()),
         None | Some("aes" | "luks") => {}
         Some(other) => return Err(legacy_aes::unknown_format(other)),
     }
-    if request.size == 0 {
+    if size == 0 {
         return Err(Error::invalid("Image size is too small, cannot be zero length"));
     }
-    match encryption {
-        None => {}
-        Some("aes") => {
-            let secret = options.text(legacy_aes::KEY_SECRET);
-            passphrase(request.objects, secret, legacy_aes::KEY_SECRET)?;
-        }
-        Some(_) => return Err(Error::invalid("Unsupported encryption format")),
+    if encryption.is_some_and(|format| format != "aes") {
+        return Err(Error::invalid("Unsupported encryption format"));
     }
     let backing = options.text("backing_file").filter(|name| !name.is_empty());
-    Header::new(request.size, backing, encryption.is_some())
+    Header::new(size, backing, encryption.is_some())
 }
 
 /// An open image.

@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use diskimage_core::options::Options;
 use diskimage_core::{
-    Backing, Budget, ByteRange, CreateRequest, Device, Format, Image, Layer, MemoryDevice, NodeOptions,
-    Object, Objects, OpenRequest, Preallocation, Result, RunKind, Secret, ZeroMode,
+    Backing, Budget, ByteRange, CreateRequest, Device, Format, Image, Layer, MeasureSource, MemoryDevice,
+    NodeOptions, Object, Objects, OpenRequest, Preallocation, Result, RunKind, Secret, ZeroMode,
 };
 use diskimage_testing::{Fault, Faulty, Journal, Recorder};
 use proptest::prelude::*;
@@ -39,6 +39,34 @@ fn try_create(text: &str, size: u64) -> Result<Arc<MemoryDevice>> {
         gate: &Closed,
     })?;
     Ok(file)
+}
+
+#[test]
+fn a_file_is_as_long_as_was_measured() {
+    for text in ["", "backing_file=below,backing_fmt=raw"] {
+        let mut options = Options::new(QcowFormat.create_options());
+        options.parse(text).expect("valid options");
+        let measured = |source: MeasureSource<'_>| {
+            let measure = QcowFormat.measure(&options, source, &Objects::new());
+            measure.expect("measures")
+        };
+        let file = create(text, SIZE);
+        let empty = measured(MeasureSource::Size(SIZE));
+        // What a copy on top of another image takes is not known.
+        assert!(empty.required == file.len() || !text.is_empty());
+        let below = open_on(create("", SIZE), None);
+        let image = open_on(file, (!text.is_empty()).then_some(&Arc::new(below)));
+        if text.is_empty() {
+            image.write_at(&[1; 5000], 1 << 20).expect("writes");
+            image.write_at(&[2; 1], 2 << 20).expect("writes");
+            image.flush().expect("flushes");
+            let used = measured(MeasureSource::Image(&image)).required;
+            assert_eq!(used, image.layer().file().len());
+        }
+        image.write_at(&vec![3; index(SIZE)], 0).expect("writes");
+        image.flush().expect("flushes");
+        assert_eq!(empty.fully_allocated, image.layer().file().len(), "{text}");
+    }
 }
 
 fn create(text: &str, size: u64) -> Arc<MemoryDevice> {
