@@ -69,6 +69,11 @@ impl ByteRange {
         Self::new(align_up(self.start, unit), align_down(self.end, unit))
     }
 
+    /// The numbers of the units of `unit` bytes that it touches. `unit` is not zero.
+    pub fn units(self, unit: u64) -> std::ops::Range<u64> {
+        self.start / unit..self.end.div_ceil(unit)
+    }
+
     /// The first `len` bytes, or all if there are fewer.
     #[must_use]
     pub fn first(self, len: u64) -> Self {

@@ -5,6 +5,7 @@ mod cloop;
 mod codec;
 mod decrypted;
 mod dmg;
+mod first_write;
 mod last_block;
 mod legacy_aes;
 mod luks;

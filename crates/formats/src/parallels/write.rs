@@ -129,7 +129,7 @@ impl ParallelsLayer {
 
     /// The clusters that `range` touches.
     fn clusters(&self, range: ByteRange) -> Range<u64> {
-        range.start() / self.cluster..range.end().div_ceil(self.cluster)
+        range.units(self.cluster)
     }
 
     /// A place for cluster `index` of the disk: its offset.

@@ -1,59 +1,46 @@
 //! Writing: blocks get their place when they are written for the first time.
 
-use std::ops::Range;
-use std::sync::{Arc, MutexGuard, PoisonError};
+use std::collections::HashSet;
+use std::sync::{Arc, Condvar, MutexGuard};
 
 use diskimage_core::{Budget, ByteRange, Result, WritePlan, WriteRun, ZeroMode};
 
 use super::check::for_each_place;
 use super::header::BLOCK;
 use super::{State, VdiLayer};
+use crate::first_write::{self, FirstWrites};
 use crate::places::Places;
 use crate::windows::Windows;
 
 impl VdiLayer {
     /// Sets aside where `range` goes.
     pub(super) fn plan(&self, range: ByteRange) -> Result<Box<dyn WritePlan + '_>> {
-        let mut state = self.when_settled(range);
-        let mut plan = Plan {
-            layer: self,
-            runs: Vec::new(),
-            new: Vec::new(),
-        };
-        for block in blocks(range) {
-            let whole = ByteRange::at(block * BLOCK, BLOCK);
-            let (guest, place) = match state.place(block)? {
-                Some(place) => (whole.intersect(range), place),
-                None => match self.take_place(&mut state) {
-                    Ok(place) => {
-                        state.in_flight.insert(block);
-                        plan.new.push((block, place));
+        first_write::plan(self, range.units(BLOCK), |state, plan| {
+            for block in range.units(BLOCK) {
+                let whole = ByteRange::at(block * BLOCK, BLOCK);
+                let (guest, place) = match state.place(block)? {
+                    Some(place) => (whole.intersect(range), place),
+                    None => {
+                        let place = self.take_place(state)?;
+                        plan.add_block(&mut state.in_flight, block, place);
                         (whole, place)
                     }
-                    Err(error) => {
-                        // Giving back what the plan has takes the lock.
-                        drop(state);
-                        return Err(error);
-                    }
-                },
-            };
-            let offset = state.header.host(place) + guest.start() % BLOCK;
-            let run = WriteRun {
-                guest,
-                device: Arc::clone(&self.file),
-                offset,
-            };
-            run.push_to(&mut plan.runs);
-        }
-        drop(state);
-        Ok(Box::new(plan))
+                };
+                plan.add_run(WriteRun {
+                    guest,
+                    device: Arc::clone(&self.file),
+                    offset: state.header.host(place) + guest.start() % BLOCK,
+                });
+            }
+            Ok(())
+        })
     }
 
     /// Makes `range` zero: blocks without storage are, the others are left to the file.
     pub(super) fn zero(&self, range: ByteRange, mode: ZeroMode) -> Result<()> {
-        let mut state = self.when_settled(range);
+        let mut state = self.when_settled(range.units(BLOCK));
         let mut stored = Vec::new();
-        for block in blocks(range) {
+        for block in range.units(BLOCK) {
             if let Some(place) = state.place(block)? {
                 let guest = ByteRange::at(block * BLOCK, BLOCK).intersect(range);
                 let offset = state.header.host(place) + guest.start() % BLOCK;
@@ -69,15 +56,6 @@ impl VdiLayer {
             }
         }
         Ok(())
-    }
-
-    /// The state once nobody writes a block of `range` for the first time.
-    fn when_settled(&self, range: ByteRange) -> MutexGuard<'_, State> {
-        let mut state = self.lock();
-        while !state.in_flight.is_empty() && blocks(range).any(|block| state.in_flight.contains(&block)) {
-            state = self.settled.wait(state).unwrap_or_else(PoisonError::into_inner);
-        }
-        state
     }
 
     /// A place for another block.
@@ -105,54 +83,36 @@ pub(super) fn taken_places(map: &mut Windows, blocks: u32, room: u32, budget: &B
     Ok(places)
 }
 
-/// The blocks that `range` touches.
-fn blocks(range: ByteRange) -> Range<u64> {
-    range.start() / BLOCK..range.end().div_ceil(BLOCK)
-}
+impl FirstWrites for VdiLayer {
+    type State = State;
+    type Place = u32;
 
-/// Storage set aside for one write.
-struct Plan<'a> {
-    layer: &'a VdiLayer,
-    runs: Vec<WriteRun>,
-    /// Blocks that have none yet, and the places taken for them.
-    new: Vec<(u64, u32)>,
-}
-
-impl WritePlan for Plan<'_> {
-    fn runs(&self) -> &[WriteRun] {
-        &self.runs
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.lock()
     }
 
-    fn commit(mut self: Box<Self>) -> Result<()> {
-        let mut state = self.layer.lock();
-        while let Some((block, place)) = self.new.pop() {
-            if let Err(error) = state.map.set(block, place.to_le_bytes()) {
-                self.new.push((block, place));
-                drop(state);
-                return Err(error);
-            }
-            state.in_flight.remove(&block);
-        }
-        self.layer.settled.notify_all();
+    fn settled(&self) -> &Condvar {
+        &self.settled
+    }
+
+    fn in_flight(state: &mut State) -> &mut HashSet<u64> {
+        &mut state.in_flight
+    }
+
+    fn enter(&self, state: &mut State, block: u64, place: u32) -> Result<()> {
+        state.map.set(block, place.to_le_bytes())
+    }
+
+    fn relieve(&self, state: &mut State) -> Result<()> {
         if state.map.is_crowded() {
-            state.publish(&self.layer.file)?;
+            state.publish(&self.file)?;
         }
         Ok(())
     }
-}
 
-impl Drop for Plan<'_> {
-    fn drop(&mut self) {
-        if self.new.is_empty() {
-            return;
+    fn give_back(state: &mut State, place: u32) {
+        if let Some(places) = &mut state.places {
+            places.free(place);
         }
-        let mut state = self.layer.lock();
-        for (block, place) in self.new.drain(..) {
-            state.in_flight.remove(&block);
-            if let Some(places) = &mut state.places {
-                places.free(place);
-            }
-        }
-        self.layer.settled.notify_all();
     }
 }

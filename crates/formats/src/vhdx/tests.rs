@@ -316,3 +316,21 @@ fn faults_are_errors_and_leave_a_sound_image() {
     }
     assert!(failed > 20, "{failed} faults");
 }
+
+#[test]
+fn a_write_that_comes_upon_damage_gives_back_what_it_took() {
+    let mut bytes = create("block_size=1M", 3 * BLOCK);
+    // Of the second block, a state that no block of such a disk has.
+    bytes[0x20_0008] = 4;
+    let image = open_on(&on(&bytes), true).expect("opens");
+    let error = image
+        .write_at(&vec![1; 4096], BLOCK - 2048)
+        .expect_err("reaches into it");
+    assert_eq!(error.chain(), "Input/output error");
+    image
+        .write_at(&[2; 512], 0)
+        .expect("nobody holds the first block");
+    let mut sector = [0; 512];
+    image.read_at(&mut sector, 0).expect("reads");
+    assert_eq!(sector, [2; 512]);
+}

@@ -103,7 +103,12 @@ impl Format for Vpc {
         };
         Ok(Arc::new(VpcLayer {
             granularity: blocks.as_ref().map(|blocks| blocks.header.block()),
-            state: Mutex::new(State { footer, size, blocks }),
+            state: Mutex::new(State {
+                footer,
+                size,
+                blocks,
+                in_flight: HashSet::new(),
+            }),
             settled: Condvar::new(),
             file: request.file,
         }))
@@ -212,7 +217,7 @@ struct VpcLayer {
     /// Bytes of a block of dynamic disks.
     granularity: Option<u64>,
     state: Mutex<State>,
-    /// Woken when blocks leave [`Blocks::in_flight`].
+    /// Woken when blocks leave [`State::in_flight`].
     settled: Condvar,
 }
 
@@ -224,6 +229,8 @@ struct State {
     size: u64,
     /// The blocks of dynamic disks.
     blocks: Option<Blocks>,
+    /// Those that are being written for the first time.
+    in_flight: HashSet<u64>,
 }
 
 /// The blocks of a dynamic disk.
@@ -239,8 +246,6 @@ struct Blocks {
     end: u64,
     /// Places before the end that no block has.
     free: Vec<u64>,
-    /// Blocks that are being written for the first time.
-    in_flight: HashSet<u64>,
     /// Whether the footer has to be written at the end.
     moved: bool,
 }
@@ -280,7 +285,6 @@ impl Blocks {
             first,
             end,
             free: Vec::new(),
-            in_flight: HashSet::new(),
             moved: false,
         })
     }

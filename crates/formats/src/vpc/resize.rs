@@ -43,6 +43,7 @@ impl VpcLayer {
             footer: old,
             size,
             blocks,
+            ..
         } = &mut *state;
         match blocks {
             Some(blocks) => self.grow_dynamic(blocks, old, &footer, *size, len)?,
