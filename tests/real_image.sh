@@ -47,3 +47,17 @@ bytes_of() {
     ((bytes >= 32 << 20 && bytes % (1 << 20) == 0)) || die "the size is in whole MiB, 32M or more"
     printf '%s\n' "$bytes"
 }
+
+# programs OURS STOCK: finds the programs, as `$ours` and `$stock`, and what making an image takes.
+programs() {
+    PATH=$PATH:/usr/sbin:/sbin
+    command -v mke2fs >/dev/null || die "mke2fs is not installed (package e2fsprogs)"
+    ours=$(command -v "$1") || die "cannot run '$1'"
+    stock=$(command -v "$2") || die "cannot run '$2'"
+}
+
+# The directory of this run, below the one given, as `$work`; it goes when the script ends.
+work_below() {
+    work=$(mktemp -d "$1/$(basename "$0" .sh).XXXXXX")
+    trap 'rm -rf "$work"' EXIT
+}

@@ -101,14 +101,9 @@ while [[ ${1:-} == --* ]]; do
 done
 [[ $# -eq 2 ]] || { usage >&2; exit 2; }
 
-PATH=$PATH:/usr/sbin:/sbin
-command -v mke2fs >/dev/null || die "mke2fs is not installed (package e2fsprogs)"
-ours=$(command -v "$1") || die "cannot run '$1'"
-stock=$(command -v "$2") || die "cannot run '$2'"
+programs "$1" "$2"
 bytes=$(bytes_of "$size")
-
-work=$(mktemp -d "$parent/roundtrip.XXXXXX")
-trap 'rm -rf "$work"' EXIT
+work_below "$parent"
 source=$work/source.raw
 image=$work/image.qcow2
 forms=0

@@ -11,7 +11,7 @@ use diskimage_testing::{Fault, Faulty, Journal, Recorder};
 use proptest::prelude::*;
 
 use super::QcowFormat;
-use crate::testing::Closed;
+use crate::testing::{Closed, contents};
 
 /// More than one L2 table's worth of disk in every geometry but the largest.
 const SIZE: u64 = 3 << 20;
@@ -115,12 +115,6 @@ fn memory(bytes: &[u8]) -> Arc<dyn Device> {
 
 fn index(value: u64) -> usize {
     usize::try_from(value).expect("small")
-}
-
-fn contents(image: &Image) -> Vec<u8> {
-    let mut bytes = vec![0; index(image.len())];
-    image.read_at(&mut bytes, 0).expect("reads");
-    bytes
 }
 
 /// Writes the cluster at `guest` in its encoded form, as a conversion does.

@@ -4,13 +4,13 @@ use std::sync::Arc;
 
 use diskimage_core::options::Options;
 use diskimage_core::{
-    Budget, ByteRange, CreateRequest, Device, Error, ErrorKind, Format, Gate, Image, MemoryDevice,
-    NodeOptions, Object, Objects, OpenRequest, Preallocation, Reference, ResizeRequest, Result, Secret, Want,
-    ZeroMode,
+    Budget, ByteRange, CreateRequest, Device, Format, Gate, Image, MemoryDevice, NodeOptions, Object,
+    Objects, OpenRequest, Preallocation, Reference, ResizeRequest, Result, Secret, Want, ZeroMode,
 };
 use proptest::prelude::*;
 
 use super::Qcow2Format;
+use crate::testing::{Closed, contents};
 
 mod crash;
 mod encrypted;
@@ -25,14 +25,6 @@ pub(super) struct OneFile(pub(super) Arc<MemoryDevice>);
 impl Gate for OneFile {
     fn open(&self, _: &Reference<'_>) -> Result<Arc<dyn Device>> {
         Ok(Arc::<MemoryDevice>::clone(&self.0))
-    }
-}
-
-pub(super) struct Closed;
-
-impl Gate for Closed {
-    fn open(&self, _: &Reference<'_>) -> Result<Arc<dyn Device>> {
-        Err(Error::new(ErrorKind::Denied, "no files"))
     }
 }
 
@@ -97,12 +89,6 @@ pub(super) fn open(
         budget: Budget::default(),
     })?;
     Ok(Image::new(layer, backing, "test", write))
-}
-
-pub(super) fn read_all(image: &Image) -> Vec<u8> {
-    let mut bytes = vec![0xee; usize::try_from(image.len()).expect("small")];
-    image.read_at(&mut bytes, 0).expect("readable");
-    bytes
 }
 
 #[derive(Clone, Debug)]
@@ -191,11 +177,11 @@ fn check_model(options_text: &str, with_backing: bool, ops: &[Op]) {
                 image = open(&file, true, &gate, backing.clone()).expect("opens");
             }
         }
-        assert!(read_all(&image) == model, "after {op:?}");
+        assert!(contents(&image) == model, "after {op:?}");
     }
     image.flush().expect("flushes");
     let again = open(&file, false, &gate, backing).expect("opens");
-    assert!(read_all(&again) == model, "after reopening");
+    assert!(contents(&again) == model, "after reopening");
     let mut rest = ByteRange::new(0, again.len());
     while !rest.is_empty() {
         let extent = again.status(rest, Want::Zeroes).expect("maps");
@@ -263,7 +249,7 @@ fn writes_from_many_threads_do_not_lose_each_other() {
             });
         }
     });
-    for (i, block) in read_all(&image).chunks(4096).enumerate() {
+    for (i, block) in contents(&image).chunks(4096).enumerate() {
         assert!(
             block.iter().all(|byte| usize::from(*byte) == i % 4 + 1),
             "block {i}"
@@ -280,7 +266,7 @@ fn preallocated_clusters_read_as_zero_and_are_data() {
             .status(ByteRange::new(0, 1 << 20), Want::Allocation)
             .expect("maps");
         assert_eq!(extent.host.map(|(_, offset)| offset), Some(0x50000), "{mode}");
-        assert!(read_all(&image).iter().all(|byte| *byte == 0));
+        assert!(contents(&image).iter().all(|byte| *byte == 0));
     }
 }
 

@@ -12,6 +12,7 @@ use diskimage_testing::{Journal, Recorder};
 use proptest::prelude::*;
 
 use super::Vmdk;
+use crate::testing::contents;
 
 /// Files by name; one that is asked for and not there is made.
 #[derive(Debug, Default)]
@@ -72,12 +73,6 @@ fn open_on(file: Arc<dyn Device>, gate: &dyn Gate, write: bool) -> Result<Image>
         budget: Budget::default(),
     })?;
     Ok(Image::new(layer, None, "disk.vmdk", write))
-}
-
-fn contents(image: &Image) -> Vec<u8> {
-    let mut bytes = vec![0; usize::try_from(image.len()).expect("small")];
-    image.read_at(&mut bytes, 0).expect("reads");
-    bytes
 }
 
 const SIZE: usize = 3 * 65536 + 512 * 7;

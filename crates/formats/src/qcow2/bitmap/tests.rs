@@ -9,7 +9,8 @@ use diskimage_core::{NodeOptions, OpenRequest, Preallocation, Progress, ResizeRe
 use diskimage_testing::{Journal, Recorder};
 
 use super::super::Qcow2;
-use super::super::tests::{Closed, create};
+use super::super::tests::create;
+use crate::testing::Closed;
 
 fn open(file: &Arc<MemoryDevice>, write: bool) -> Result<(Arc<Qcow2>, Image)> {
     open_on(Arc::<MemoryDevice>::clone(file), write)

@@ -9,7 +9,8 @@ use diskimage_core::{
 use proptest::prelude::*;
 
 use super::super::Qcow2Format;
-use super::super::tests::{Closed, FORMS, OneFile, Op, SIZE, create, op, open, read_all, secrets, with_key};
+use super::super::tests::{FORMS, OneFile, Op, SIZE, create, op, open, secrets, with_key};
+use crate::testing::{Closed, contents};
 
 /// What a check found, and the lines it told.
 #[derive(Debug)]
@@ -107,7 +108,7 @@ fn a_leak_is_freed() {
 #[test]
 fn a_cluster_that_is_not_counted_needs_new_structures() {
     let file = written();
-    let before = read_all(&open(&file, false, &Closed, None).expect("opens"));
+    let before = contents(&open(&file, false, &Closed, None).expect("opens"));
     file.write_at(&[0, 0], 0x2000a).expect("pokes the block");
     assert_eq!(
         check(&file, Repair::No).lines,
@@ -132,7 +133,7 @@ fn a_cluster_that_is_not_counted_needs_new_structures() {
     assert_eq!(found.report.expect("checks").corruptions_fixed, 1);
     clean(&file);
     assert_eq!(
-        read_all(&open(&file, false, &Closed, None).expect("opens")),
+        contents(&open(&file, false, &Closed, None).expect("opens")),
         before
     );
 }
@@ -155,12 +156,12 @@ fn a_block_that_is_guest_data_too_is_not_written_to_even_if_counts_have_one_bit(
     let image = open(&file, true, &Closed, None).expect("opens");
     image.write_at(&[0xff; 4096], 0).expect("writes");
     image.flush().expect("flushes");
-    let bytes = read_all(&image);
+    let bytes = contents(&image);
     // The second block is the data cluster, which says that everything there leaks.
     poke(&file, 0x1008, 0x5000);
     file.resize(40_000 * 4096, Preallocation::Off).expect("grows");
     check(&file, Repair::All).report.expect("checks");
-    assert!(read_all(&open(&file, false, &Closed, None).expect("opens")) == bytes);
+    assert!(contents(&open(&file, false, &Closed, None).expect("opens")) == bytes);
     clean(&file);
 }
 
@@ -262,7 +263,7 @@ fn used(form: &str, ops: &[Op], gate: &OneFile) -> (Arc<MemoryDevice>, Vec<u8>) 
         change(&image, op);
     }
     image.flush().expect("flushes");
-    let bytes = read_all(&image);
+    let bytes = contents(&image);
     (file, bytes)
 }
 
@@ -301,7 +302,7 @@ proptest! {
         prop_assume!(found.report.is_ok());
         clean(&file);
         let image = open(&file, false, &gate, None).expect("opens");
-        prop_assert_eq!(read_all(&image), bytes);
+        prop_assert_eq!(contents(&image), bytes);
     }
 
     #[test]
@@ -378,7 +379,7 @@ impl Device for Recorder {
 #[test]
 fn a_repair_that_is_cut_short_loses_nothing_and_can_be_done_again() {
     let file = written();
-    let bytes = read_all(&open(&file, false, &Closed, None).expect("opens"));
+    let bytes = contents(&open(&file, false, &Closed, None).expect("opens"));
     file.write_at(&[0, 0, 0, 5], 0x2000a).expect("pokes the block");
     let start = file.contents();
     let recorder = Arc::new(Recorder {
@@ -396,9 +397,9 @@ fn a_repair_that_is_cut_short_loses_nothing_and_can_be_done_again() {
             crashed.write_at(written, *offset).expect("grows");
         }
         let image = open(&crashed, false, &Closed, None).expect("opens");
-        assert!(read_all(&image) == bytes, "after {cut} writes");
+        assert!(contents(&image) == bytes, "after {cut} writes");
         check(&crashed, Repair::All).report.expect("checks");
         clean(&crashed);
-        assert!(read_all(&open(&crashed, false, &Closed, None).expect("opens")) == bytes);
+        assert!(contents(&open(&crashed, false, &Closed, None).expect("opens")) == bytes);
     }
 }

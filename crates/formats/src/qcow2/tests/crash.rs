@@ -8,7 +8,8 @@ use diskimage_testing::{Journal, Recorder};
 use super::scenario::{
     Model, PLENTY, SCARCE, Scenario, find_fault, has_sound_bitmap, open_on, open_with_memory,
 };
-use super::{Closed, create, scenarios};
+use super::{create, scenarios};
+use crate::testing::Closed;
 
 const SAMPLES: usize = 12;
 

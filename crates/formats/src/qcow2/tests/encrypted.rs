@@ -10,8 +10,9 @@ use diskimage_core::{
 use diskimage_crypto::{CipherAlg, CipherMode, CipherSpec, IvAlg, SECTOR, SectorCipher};
 use proptest::prelude::*;
 
-use super::{Closed, create, open, read_all, secrets, with_key};
+use super::{create, open, secrets, with_key};
 use crate::Qcow2Format;
+use crate::testing::{Closed, contents};
 
 const AES: &str = "cluster_size=4096,encrypt.format=aes,encrypt.key-secret=s";
 
@@ -71,10 +72,10 @@ fn the_first_sixteen_bytes_of_a_passphrase_count() {
     let image = open(&file, true, &Closed, None).expect("opens");
     image.write_at(&[7; 1000], 100).expect("writes");
     image.flush().expect("flushes");
-    let plain = read_all(&image);
-    assert!(read_all(&open_with(&file, "secret")) == plain);
-    assert!(read_all(&open_with(&file, "secret2")) != plain);
-    let read = |passphrase| read_all(&open_with(&file, passphrase));
+    let plain = contents(&image);
+    assert!(contents(&open_with(&file, "secret")) == plain);
+    assert!(contents(&open_with(&file, "secret2")) != plain);
+    let read = |passphrase| contents(&open_with(&file, passphrase));
     assert!(read("0123456789abcdef") == read("0123456789abcdefg"));
     assert!(read("0123456789abcdef") != read("0123456789abcde"));
 }
@@ -112,7 +113,7 @@ fn zero_clusters_still_read_as_zero_in_version_2() {
                 .write_zeroes(ByteRange::at(start, 0x10000), mode)
                 .expect("zeroes");
         }
-        let before = read_all(&image);
+        let before = contents(&image);
         let mut options = Options::new(Qcow2Format.amend_options().expect("has some"));
         options.parse("compat=0.10").expect("valid options");
         let amended = image.amend(&AmendRequest {
@@ -124,7 +125,7 @@ fn zero_clusters_still_read_as_zero_in_version_2() {
         amended.expect("amends");
         drop(image);
         let image = open(&file, false, &Closed, Some(below)).expect("opens");
-        assert!(read_all(&image) == before, "{form}");
+        assert!(contents(&image) == before, "{form}");
     }
 }
 

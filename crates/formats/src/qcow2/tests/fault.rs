@@ -6,7 +6,8 @@ use diskimage_core::{Device, Image, MemoryDevice};
 use diskimage_testing::{Fault, Faulty};
 
 use super::scenario::{Before, Files, Model, PLENTY, SCARCE, Scenario, Step, find_fault, open_with_memory};
-use super::{read_all, scenarios};
+use super::scenarios;
+use crate::testing::contents;
 
 /// Devices in memory that fail, and what they hold.
 struct Disks {
@@ -124,7 +125,7 @@ impl Attempt<'_> {
             }
             if matches!(step, Step::Flush) {
                 self.judge(&self.model.now, "after healing")?;
-                let disk = read_all(&image);
+                let disk = contents(&image);
                 if let Some(wrong) = self.model.now.refuse(&disk) {
                     return Err(format!("read through the image: {wrong}"));
                 }

@@ -5,9 +5,9 @@ use std::sync::Arc;
 use diskimage_core::{Device, Image, Layer, MemoryDevice, Progress, Repair};
 use diskimage_testing::{Fault, Faulty, Journal, Recorder};
 
-use super::read_all;
 use super::scenario::Step::{Resize, Write};
 use super::scenario::{Files, Scenario, in_memory, open_layer, open_on, report};
+use crate::testing::contents;
 
 /// A damaged image, and what mends it.
 struct Damage {
@@ -169,7 +169,7 @@ impl Damage {
 
     /// What is wrong with what an interrupted repair left, if anything.
     fn judge(&self, files: &[Vec<u8>], before: &[Vec<u8>]) -> Option<String> {
-        match contents(files, self.snapshot) {
+        match disks(files, self.snapshot) {
             Ok(now) if now == before => {}
             Ok(_) => return Some("the disk has changed".to_owned()),
             Err(error) => return Some(format!("cannot be read: {}", error.chain())),
@@ -187,7 +187,7 @@ impl Damage {
             }
         }
         let mended: Vec<Vec<u8>> = devices.iter().map(bytes_of).collect();
-        match contents(&mended, self.snapshot) {
+        match disks(&mended, self.snapshot) {
             Ok(now) if now == before => None,
             _ => Some("the disk has changed by mending".to_owned()),
         }
@@ -201,12 +201,12 @@ fn bytes_of(device: &Arc<dyn Device>) -> Vec<u8> {
 }
 
 /// What the disk reads as, and what its snapshot does.
-fn contents(files: &[Vec<u8>], snapshot: bool) -> diskimage_core::Result<Vec<Vec<u8>>> {
+fn disks(files: &[Vec<u8>], snapshot: bool) -> diskimage_core::Result<Vec<Vec<u8>>> {
     let image = open_on(&in_memory(files), false)?;
-    let mut all = vec![read_all(&image)];
+    let mut all = vec![contents(&image)];
     if snapshot {
         let layer = image.layer().snapshot(None, Some("s"))?.expect("has snapshots");
-        all.push(read_all(&Image::new(layer, None, "snapshot", false)));
+        all.push(contents(&Image::new(layer, None, "snapshot", false)));
     }
     Ok(all)
 }
@@ -215,7 +215,7 @@ fn contents(files: &[Vec<u8>], snapshot: bool) -> diskimage_core::Result<Vec<Vec
 fn a_crash_during_a_repair_leaves_what_the_next_one_mends() {
     for damage in damages() {
         let files = damage.files();
-        let before = contents(&files, damage.snapshot).expect("readable");
+        let before = disks(&files, damage.snapshot).expect("readable");
         let journal: Arc<Journal> = Arc::default();
         let recorder: Arc<dyn Device> = Arc::new(Recorder::new(files[0].clone(), 0, &journal));
         assert!(damage.mend(&[recorder]).expect("mends"), "{}", damage.name);
@@ -236,7 +236,7 @@ fn a_crash_during_a_repair_leaves_what_the_next_one_mends() {
 fn a_failed_request_during_a_repair_is_reported_and_the_next_one_mends() {
     for damage in damages() {
         let files = damage.files();
-        let before = contents(&files, damage.snapshot).expect("readable");
+        let before = disks(&files, damage.snapshot).expect("readable");
         let kinds: [fn(u64) -> Fault; 3] = [Fault::once, Fault::from, |n| Fault::once(n).torn()];
         let mut count = 0;
         for kind in kinds {

@@ -11,7 +11,8 @@ use diskimage_core::{
 };
 
 use super::super::{Qcow2, Qcow2Format};
-use super::{Closed, OneFile, create, read_all};
+use super::{OneFile, create};
+use crate::testing::{Closed, contents};
 
 /// One thing done to an image. Clusters are filled with one value below 8.
 #[derive(Clone, Copy, Debug)]
@@ -108,7 +109,7 @@ impl Scenario {
             image.flush().expect("nothing fails yet");
         }
         let before = Before {
-            disk: read_all(&image),
+            disk: contents(&image),
             snapshot: self.snapshot,
             bitmap: self.bitmap,
             backings: std::iter::once(image.layer().backing())
@@ -371,7 +372,7 @@ impl State {
             match image.layer().snapshot(None, Some(name)) {
                 Ok(Some(layer)) => {
                     let kept = Image::new(layer, None, "snapshot", false);
-                    if let Some(wrong) = disk.refuse(&read_all(&kept)) {
+                    if let Some(wrong) = disk.refuse(&contents(&kept)) {
                         return Some(format!("snapshot {name}: {wrong}"));
                     }
                 }
@@ -502,7 +503,7 @@ pub(super) fn find_fault(files: &[Vec<u8>], disk: &State, before: &Before) -> Op
     if before.snapshot {
         let layer = image.layer().snapshot(None, Some("s")).expect("readable");
         let kept = Image::new(layer.expect("has snapshots"), None, "snapshot", false);
-        if read_all(&kept) != before.disk {
+        if contents(&kept) != before.disk {
             return Some("the snapshot has changed".to_owned());
         }
     }
