@@ -4,9 +4,10 @@ use std::sync::Arc;
 
 use diskimage_core::options::Options;
 use diskimage_core::{
-    Budget, CreateRequest, Device, Error, ErrorKind, Format, Gate, Image, MemoryDevice, NodeOptions,
-    OpenRequest, Reference, Result,
+    Budget, ByteRange, CreateRequest, Device, Error, ErrorKind, Format, Gate, Image, MemoryDevice,
+    NodeOptions, OpenRequest, Preallocation, Reference, Result, ZeroMode,
 };
+use proptest::prelude::*;
 
 /// Opens nothing.
 pub(crate) struct Closed;
@@ -57,4 +58,77 @@ pub(crate) fn contents(image: &Image) -> Vec<u8> {
     let mut bytes = vec![0xee; usize::try_from(image.len()).expect("small")];
     image.read_at(&mut bytes, 0).expect("readable");
     bytes
+}
+
+/// A step of a random test of an image in blocks.
+#[derive(Clone, Debug)]
+pub(crate) enum Op {
+    Write(u64, u64, u8),
+    Zero(u64, u64),
+    /// By so many bytes.
+    Grow(u64),
+    Reopen,
+}
+
+/// Steps within the first six blocks; `growth` is in bytes.
+pub(crate) fn op(block: u64, growth: impl Strategy<Value = u64> + 'static) -> impl Strategy<Value = Op> {
+    let place = (0..6 * block, 1..block + 5000);
+    prop_oneof![
+        4 => (place.clone(), 1..=255_u8).prop_map(|((at, len), byte)| Op::Write(at, len, byte)),
+        2 => place.prop_map(|(at, len)| Op::Zero(at, len)),
+        1 => growth.prop_map(Op::Grow),
+        1 => Just(Op::Reopen),
+    ]
+}
+
+/// Does `ops` to the image of `format` in `file`, a new one, and to a vector, which it gives back: what the disk has to
+/// hold. `grown` says how long a disk of the first length is to become where it would be of the second.
+pub(crate) fn follow(
+    format: &dyn Format,
+    file: &Arc<MemoryDevice>,
+    ops: &[Op],
+    grown: impl Fn(u64, u64) -> u64,
+) -> Vec<u8> {
+    let reopen = || open(format, Arc::<MemoryDevice>::clone(file), true).expect("opens");
+    let mut image = reopen();
+    let mut model = vec![0; usize::try_from(image.len()).expect("small")];
+    for op in ops {
+        let len = image.len();
+        let inside = |at: u64, n: u64| ByteRange::at(at.min(len), n).intersect(ByteRange::new(0, len));
+        match *op {
+            Op::Write(at, n, byte) => {
+                let range = index(inside(at, n));
+                model[range.clone()].fill(byte);
+                image
+                    .write_at(&model[range.clone()], range.start as u64)
+                    .expect("writes");
+            }
+            Op::Zero(at, n) => {
+                let range = inside(at, n);
+                model[index(range)].fill(0);
+                if !range.is_empty() {
+                    image.write_zeroes(range, ZeroMode::Unmap).expect("zeroes");
+                }
+            }
+            Op::Grow(by) => {
+                let longer = grown(len, len + by);
+                if longer >= len {
+                    image.resize(longer, Preallocation::Off).expect("grows");
+                    model.resize(usize::try_from(longer).expect("small"), 0);
+                }
+            }
+            Op::Reopen => {
+                image.flush().expect("flushes");
+                image = reopen();
+                assert!(contents(&image) == model, "after reopening");
+            }
+        }
+    }
+    image.flush().expect("flushes");
+    model
+}
+
+/// A small range as one of a slice.
+pub(crate) fn index(range: ByteRange) -> std::ops::Range<usize> {
+    usize::try_from(range.start()).expect("small")..usize::try_from(range.end()).expect("small")
 }

@@ -4,14 +4,14 @@ use std::sync::Arc;
 
 use diskimage_core::{
     ByteRange, CheckReport, Device, Format, Image, MemoryDevice, Preallocation, Probe, Progress, Repair,
-    Result, Want, ZeroMode,
+    Result, Want,
 };
 use diskimage_testing::{Fault, Faulty, Journal, Recorder};
 use proptest::prelude::*;
 
 use super::Vhdx;
 use super::header::{HEADERS, Header, MIB};
-use crate::testing::{self, contents, open};
+use crate::testing::{self, contents, follow, op, open};
 
 const BLOCK: u64 = MIB;
 
@@ -34,29 +34,6 @@ fn check(image: &Image) -> CheckReport {
         .expect("checks")
 }
 
-fn index(range: ByteRange) -> std::ops::Range<usize> {
-    usize::try_from(range.start()).expect("small")..usize::try_from(range.end()).expect("small")
-}
-
-#[derive(Clone, Debug)]
-enum Op {
-    Write(u64, u64, u8),
-    Zero(u64, u64),
-    /// By so many sectors.
-    Grow(u64),
-    Reopen,
-}
-
-fn op() -> impl Strategy<Value = Op> {
-    let place = (0..6 * BLOCK, 1..BLOCK + 5000);
-    prop_oneof![
-        4 => (place.clone(), 1..=255_u8).prop_map(|((at, len), byte)| Op::Write(at, len, byte)),
-        2 => place.prop_map(|(at, len)| Op::Zero(at, len)),
-        1 => (0..3000_u64).prop_map(Op::Grow),
-        1 => Just(Op::Reopen),
-    ]
-}
-
 const FORMS: [&str; 3] = [
     "block_size=1M",
     "block_size=1M,block_state_zero=off",
@@ -67,38 +44,12 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
 
     #[test]
-    fn an_image_behaves_like_a_vector(form in 0..FORMS.len(), ops in prop::collection::vec(op(), 1..20)) {
-        let size = 4 * BLOCK + 1536;
-        let file = on(&create(FORMS[form], size));
-        let mut image = open_on(&file, true).expect("opens");
-        let mut model = vec![0; usize::try_from(size).expect("small")];
-        for op in ops {
-            let disk = ByteRange::new(0, image.len());
-            match op {
-                Op::Write(at, len, byte) => {
-                    let range = index(ByteRange::at(at.min(image.len()), len).intersect(disk));
-                    model[range.clone()].fill(byte);
-                    image.write_at(&model[range.clone()], range.start as u64).expect("writes");
-                }
-                Op::Zero(at, len) => {
-                    let range = ByteRange::at(at.min(image.len()), len).intersect(disk);
-                    model[index(range)].fill(0);
-                    if !range.is_empty() {
-                        image.write_zeroes(range, ZeroMode::Unmap).expect("zeroes");
-                    }
-                }
-                Op::Grow(sectors) => {
-                    model.resize(model.len() + usize::try_from(sectors).expect("small") * 512, 0);
-                    image.resize(model.len() as u64, Preallocation::Off).expect("grows");
-                }
-                Op::Reopen => {
-                    image.flush().expect("flushes");
-                    image = open_on(&file, true).expect("opens");
-                    prop_assert!(contents(&image) == model);
-                }
-            }
-        }
-        image.flush().expect("flushes");
+    fn an_image_behaves_like_a_vector(
+        form in 0..FORMS.len(),
+        ops in prop::collection::vec(op(BLOCK, (0..3000_u64).prop_map(|sectors| sectors * 512)), 1..20),
+    ) {
+        let file = on(&create(FORMS[form], 4 * BLOCK + 1536));
+        let model = follow(&Vhdx, &file, &ops, |_, longer| longer);
         let again = open_on(&file, false).expect("opens");
         prop_assert_eq!(check(&again), CheckReport::default());
         prop_assert!(contents(&again) == model);

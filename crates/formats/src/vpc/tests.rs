@@ -10,7 +10,7 @@ use proptest::prelude::*;
 
 use super::Vpc;
 use super::footer::{BLOCK as BLOCK_SIZE, Footer, Kind};
-use crate::testing::{self, contents};
+use crate::testing::{self, contents, follow, op};
 
 fn create(options: &str, size: u64) -> Vec<u8> {
     testing::create(&Vpc, options, size).expect("created").contents()
@@ -33,73 +33,20 @@ fn grow(image: &Image, len: u64) -> Result<()> {
     })
 }
 
-#[derive(Clone, Debug)]
-enum Op {
-    Write(u64, u64, u8),
-    Zero(u64, u64),
-    Grow(u64),
-    Reopen,
-}
-
-fn op() -> impl Strategy<Value = Op> {
-    let place = (0..6 * BLOCK, 1..BLOCK + 5000);
-    prop_oneof![
-        4 => (place.clone(), 1..=255_u8).prop_map(|((at, len), byte)| Op::Write(at, len, byte)),
-        2 => place.prop_map(|(at, len)| Op::Zero(at, len)),
-        1 => (0..300_u64).prop_map(|sectors| Op::Grow(sectors * 3000 * 512)),
-        1 => Just(Op::Reopen),
-    ]
-}
-
 proptest! {
     #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
 
     #[test]
-    fn an_image_behaves_like_a_vector(is_fixed: bool, ops in prop::collection::vec(op(), 1..25)) {
+    fn an_image_behaves_like_a_vector(
+        is_fixed: bool,
+        ops in prop::collection::vec(op(BLOCK, (0..300_u64).prop_map(|sectors| sectors * 3000 * 512)), 1..25),
+    ) {
         let options = if is_fixed { "subformat=fixed,force_size=on" } else { "force_size=on" };
-        let size = 4 * BLOCK + 1536;
-        let file = Arc::new(MemoryDevice::new(create(options, size)));
-        let mut image = open(Arc::<MemoryDevice>::clone(&file)).expect("opens");
-        let mut model = vec![0; usize::try_from(size).expect("small")];
-        for op in ops {
-            match op {
-                Op::Write(at, len, byte) => {
-                    let range = ByteRange::at(at.min(image.len()), len).intersect(ByteRange::new(0, image.len()));
-                    let range = index(range);
-                    model[range.clone()].fill(byte);
-                    image.write_at(&model[range.clone()], range.start as u64).expect("writes");
-                }
-                Op::Zero(at, len) => {
-                    let range = ByteRange::at(at.min(image.len()), len).intersect(ByteRange::new(0, image.len()));
-                    model[index(range)].fill(0);
-                    if !range.is_empty() {
-                        image.write_zeroes(range, ZeroMode::Unmap).expect("zeroes");
-                    }
-                }
-                Op::Grow(by) => {
-                    let len = (image.len() + by).min(40 * BLOCK);
-                    if len >= image.len() {
-                        grow(&image, len).expect("grows");
-                        model.resize(usize::try_from(len).expect("small"), 0);
-                    }
-                }
-                Op::Reopen => {
-                    image.flush().expect("flushes");
-                    image = open(Arc::<MemoryDevice>::clone(&file)).expect("opens");
-                    let mut bytes = vec![0xee; model.len().min(8 << 20)];
-                    image.read_at(&mut bytes, 0).expect("reads");
-                    prop_assert!(bytes == model[..bytes.len()]);
-                }
-            }
-        }
-        image.flush().expect("flushes");
+        let file = Arc::new(MemoryDevice::new(create(options, 4 * BLOCK + 1536)));
+        let model = follow(&Vpc, &file, &ops, |_, longer| longer.min(40 * BLOCK));
         let again = open(file).expect("opens");
         prop_assert!(contents(&again) == model);
     }
-}
-
-fn index(range: ByteRange) -> std::ops::Range<usize> {
-    usize::try_from(range.start()).expect("small")..usize::try_from(range.end()).expect("small")
 }
 
 #[test]
