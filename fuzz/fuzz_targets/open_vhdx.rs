@@ -1,4 +1,105 @@
-//! Arbitrary bytes as a VHDX image.
+//! A sound VHDX image with a log to replay, in which arbitrary bytes differ. The checksums are made to fit: no mutation
+//! would hit them, and the 4 MiB of the smallest image would be most of what is mutated.
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|bytes: &[u8]| diskimage_fuzz::exercise(&diskimage_formats::Vhdx, bytes));
+use std::sync::{Arc, OnceLock};
+
+use diskimage_core::options::Options;
+use diskimage_core::{Budget, CreateRequest, Device, Format, Image, NodeOptions, OpenRequest};
+use diskimage_formats::Vhdx;
+use diskimage_fuzz::{Closed, Pages};
+
+/// What the input differs in, one part after the other: where it is in the file and how long it is.
+const PARTS: [(u64, usize); 8] = [
+    (HEADERS[0], 80),
+    (REGION_TABLE, 16 + 3 * 32),
+    // The log's entry: its header, a descriptor, and the start and the end of a data sector.
+    (LOG, 64 + 2 * 32),
+    (LOG + 4096, 64),
+    (LOG + 2 * 4096 - 4, 4),
+    // The block allocation table, then the metadata: their table, and what it leads to.
+    (TABLE, 64),
+    (3 << 20, 32 + 5 * 32),
+    ((3 << 20) + (64 << 10), 64),
+];
+
+const HEADERS: [u64; 2] = [64 << 10, 128 << 10];
+const REGION_TABLE: u64 = 192 << 10;
+const LOG: u64 = 1 << 20;
+const TABLE: u64 = 2 << 20;
+
+libfuzzer_sys::fuzz_target!(|input: &[u8]| {
+    static SOUND: OnceLock<Arc<[u8]>> = OnceLock::new();
+    let file = Pages::new(Arc::clone(SOUND.get_or_init(sound)));
+    let mut input = input.iter();
+    for (at, len) in PARTS {
+        change(&file, at, len, |bytes| {
+            for (byte, different) in bytes.iter_mut().zip(input.by_ref().take(len)) {
+                *byte ^= different;
+            }
+        });
+    }
+    for (at, len) in [(HEADERS[0], 4096), (REGION_TABLE, 64 << 10), (LOG, 2 * 4096)] {
+        change(&file, at, len, mend);
+    }
+    diskimage_fuzz::exercise_file(&Vhdx, &file);
+});
+
+/// Changes `len` bytes of `file` from `at` on.
+fn change(file: &Pages, at: u64, len: usize, how: impl FnOnce(&mut [u8])) {
+    let mut bytes = vec![0; len];
+    file.read_at(&mut bytes, at).expect("inside");
+    how(&mut bytes);
+    file.write_at(&bytes, at).expect("has room");
+}
+
+/// Sets the CRC-32C that the fifth to eighth byte of a structure are.
+fn mend(structure: &mut [u8]) {
+    structure[4..8].fill(0);
+    let sum = crc32c::crc32c(structure);
+    structure[4..8].copy_from_slice(&sum.to_le_bytes());
+}
+
+/// A disk of four blocks of 1 MiB, one of which has its place only in the log.
+fn sound() -> Arc<[u8]> {
+    let file = Arc::new(Pages::new(Arc::default()));
+    let mut options = Options::new(Vhdx.create_options());
+    options.parse("block_size=1M").expect("valid");
+    Vhdx.create(CreateRequest {
+        file: Arc::<Pages>::clone(&file),
+        name: "fuzz",
+        size: 4 << 20,
+        options: &options,
+        objects: &Arc::default(),
+        gate: &Closed,
+        id_below: None,
+    })
+    .expect("makes it");
+    let mut table = vec![0; 4096];
+    file.read_at(&mut table, TABLE).expect("inside");
+    let layer = Vhdx
+        .open(OpenRequest {
+            file: Arc::<Pages>::clone(&file),
+            name: "fuzz",
+            write: true,
+            for_check: false,
+            no_data: false,
+            force_share: false,
+            children: Vec::new(),
+            options: &mut NodeOptions::new(),
+            objects: &Arc::default(),
+            gate: &Closed,
+            budget: Budget::default(),
+        })
+        .expect("opens it");
+    let image = Image::new(layer, None, "fuzz", true);
+    image.write_at(&[5; 1000], 2 << 20).expect("writes");
+    image.flush().expect("flushes");
+    // As after a crash: the table is the old one, and the header that counts names the entry of the log.
+    file.write_at(&table, TABLE).expect("has room");
+    let mut guid = [0; 16];
+    file.read_at(&mut guid, LOG + 32).expect("inside");
+    file.write_at(&guid, HEADERS[0] + 48).expect("has room");
+    file.write_at(&[0; 4], HEADERS[1]).expect("has room");
+    file.contents().into()
+}

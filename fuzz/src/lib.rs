@@ -1,15 +1,19 @@
 //! What the targets do with an image made of arbitrary bytes: everything that reads, then some that writes.
 //! Nothing may panic, hang, or take memory in proportion to a number in the image.
 
+mod pages;
+
 use std::sync::Arc;
 
 use diskimage_core::{
-    Budget, ByteRange, Device, Error, ErrorKind, Format, Gate, Image, Layer, MemoryDevice, NodeOptions, Objects, OpenRequest, Preallocation,
+    Budget, ByteRange, Device, Error, ErrorKind, Format, Gate, Image, Layer, NodeOptions, Objects, OpenRequest, Preallocation,
     Progress, Reference, Repair, ResizeRequest, Result, Want, ZeroMode,
 };
 
+pub use pages::Pages;
+
 /// Opens no file.
-struct Closed;
+pub struct Closed;
 
 impl Gate for Closed {
     fn open(&self, _: &Reference<'_>) -> Result<Arc<dyn Device>> {
@@ -18,11 +22,11 @@ impl Gate for Closed {
 }
 
 /// Opens the same file, whatever it is called.
-struct OneFile<'a>(&'a [u8]);
+struct OneFile(Arc<[u8]>);
 
-impl Gate for OneFile<'_> {
+impl Gate for OneFile {
     fn open(&self, _: &Reference<'_>) -> Result<Arc<dyn Device>> {
-        Ok(Arc::new(MemoryDevice::new(self.0.to_vec())))
+        Ok(Arc::new(Pages::new(Arc::clone(&self.0))))
     }
 }
 
@@ -34,28 +38,33 @@ const MAX_ENCODED: u64 = 64 << 10;
 
 /// Opens `bytes` as an image of `format` and exercises it.
 pub fn exercise(format: &dyn Format, bytes: &[u8]) {
-    exercise_with(format, bytes, &NodeOptions::new(), &Arc::default());
+    exercise_file(format, &Pages::new(bytes.into()));
+}
+
+/// Opens copies of `file` as an image of `format` and exercises it.
+pub fn exercise_file(format: &dyn Format, file: &Pages) {
+    exercise_through(format, file, &NodeOptions::new(), &Arc::default(), &Closed);
 }
 
 /// Opens `bytes` as an image of `format` that refers to a file with the bytes `part`, and exercises it.
 pub fn exercise_in_parts(format: &dyn Format, bytes: &[u8], part: &[u8]) {
-    exercise_through(format, bytes, &NodeOptions::new(), &Arc::default(), &OneFile(part));
+    exercise_through(format, &Pages::new(bytes.into()), &NodeOptions::new(), &Arc::default(), &OneFile(part.into()));
 }
 
 /// Opens `bytes` as an image of `format`, with options, and exercises it.
 pub fn exercise_with(format: &dyn Format, bytes: &[u8], options: &NodeOptions, objects: &Arc<Objects>) {
-    exercise_through(format, bytes, options, objects, &Closed);
+    exercise_through(format, &Pages::new(bytes.into()), options, objects, &Closed);
 }
 
 fn exercise_through(
     format: &dyn Format,
-    bytes: &[u8],
+    file: &Pages,
     options: &NodeOptions,
     objects: &Arc<Objects>,
     gate: &dyn Gate,
 ) {
     let open_for = |write: bool, for_check: bool, no_data: bool| {
-        let file: Arc<dyn Device> = Arc::new(MemoryDevice::new(bytes.to_vec()));
+        let file: Arc<dyn Device> = Arc::new(file.clone());
         format.open(OpenRequest {
             file,
             name: "fuzz",
