@@ -10,6 +10,8 @@ use std::ffi::OsStr;
 use std::io::{self, IsTerminal, Write};
 use std::sync::{Mutex, PoisonError};
 
+use diskimage_core::Notice;
+
 use crate::words::{Command, Prefix, Stop, help};
 
 /// Standard output and error, and the name under which the program was called.
@@ -83,8 +85,19 @@ impl Console {
         self.error(&format!("warning: {message}"));
     }
 
-    /// Prints an error of the library: its levels joined by `": "`, then its hint on a line of its own.
+    /// Prints what is shown before an error.
+    pub fn notice(&self, notice: &Notice) {
+        match notice {
+            Notice::Line(line) => self.print_error(&format!("{line}\n")),
+            Notice::Error(message) => self.error(message),
+        }
+    }
+
+    /// Prints an error of the library: what is shown before it, its levels joined by `": "`, then its hint on a line of its own.
     pub fn failure(&self, error: &diskimage_core::Error) {
+        if let Some(notice) = error.shown_before() {
+            self.notice(notice);
+        }
         self.error(&error.chain());
         if let Some(hint) = error.hint_line() {
             self.print_error(&format!("{hint}\n"));
@@ -109,7 +122,7 @@ impl Console {
             }
             Stop::Wrong(wrong) => {
                 if let Some(notice) = &wrong.notice {
-                    self.print_error(&format!("{notice}\n"));
+                    self.notice(notice);
                 }
                 for message in &wrong.messages {
                     match wrong.prefix {

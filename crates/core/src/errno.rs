@@ -4,6 +4,8 @@
 pub const ENOENT: i32 = 2;
 /// `Input/output error`: what the original answers to requests outside an image and to damaged tables.
 pub const EIO: i32 = 5;
+/// `Resource temporarily unavailable`.
+pub const EAGAIN: i32 = 11;
 /// `Cannot allocate memory`.
 pub const ENOMEM: i32 = 12;
 /// `Invalid argument`: what file systems answer to lengths that are no lengths.

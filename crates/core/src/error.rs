@@ -44,8 +44,17 @@ struct Inner {
     message: String,
     source: Option<Error>,
     hint: Option<String>,
-    notice: Option<String>,
+    notice: Option<Notice>,
     errno: Option<i32>,
+}
+
+/// What is shown before an error.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Notice {
+    /// A line as it is.
+    Line(String),
+    /// An error of its own: what happened, where the error itself only has the operating system's word for it.
+    Error(String),
 }
 
 impl Error {
@@ -114,13 +123,23 @@ impl Error {
     /// Adds a line to be shown before the error: what was found where the error itself only says that it failed.
     #[must_use]
     pub fn notice(mut self, notice: impl Into<String>) -> Self {
-        self.inner.notice = Some(notice.into());
+        self.inner.notice = Some(Notice::Line(notice.into()));
         self
     }
 
-    /// The line to be shown before the error, if any level has one.
-    pub fn notice_line(&self) -> Option<&str> {
-        self.levels().find_map(|level| level.inner.notice.as_deref())
+    /// The error number `errno`, before which this error is shown, as the original does where it reports the one and
+    /// hands on the other.
+    #[must_use]
+    pub fn then_errno(self, errno: i32) -> Self {
+        let mut result = Self::from_errno(errno);
+        result.inner.kind = self.kind();
+        result.inner.notice = Some(Notice::Error(self.chain()));
+        result
+    }
+
+    /// What is to be shown before the error, if any level has something.
+    pub fn shown_before(&self) -> Option<&Notice> {
+        self.levels().find_map(|level| level.inner.notice.as_ref())
     }
 
     /// What kind of failure this is.
@@ -231,6 +250,19 @@ mod tests {
         assert_eq!(error.chain(), "Outer: Could not write: No space left on device");
         assert_eq!((error.kind(), error.errno()), (ErrorKind::NoSpace, Some(28)));
         assert_eq!(error.root(), "No space left on device");
+    }
+
+    #[test]
+    fn an_error_that_is_told_first_leaves_its_kind() {
+        let error = Error::corrupt("Offset invalid")
+            .then_errno(22)
+            .context("Could not read");
+        assert_eq!(error.chain(), "Could not read: Invalid argument");
+        assert_eq!((error.kind(), error.errno()), (ErrorKind::Corrupt, Some(22)));
+        assert_eq!(
+            error.shown_before(),
+            Some(&Notice::Error("Offset invalid".to_owned()))
+        );
     }
 
     #[test]

@@ -177,8 +177,8 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
         }
         // As there, without the reason.
         let mut stop = Stop::wrong(failure.error.to_string()).with_status(status);
-        if let (Stop::Wrong(wrong), Some(notice)) = (&mut stop, failure.error.notice_line()) {
-            wrong.notice = Some(notice.to_owned());
+        if let Stop::Wrong(wrong) = &mut stop {
+            wrong.notice = failure.error.shown_before().cloned();
         }
         stop
     })?;

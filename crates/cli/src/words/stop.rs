@@ -1,5 +1,7 @@
 //! Why words did not become arguments.
 
+use diskimage_core::Notice;
+
 /// What ends the reading of words early.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Stop {
@@ -16,8 +18,8 @@ pub enum Stop {
 pub struct Wrong {
     /// Messages, each printed after the prefix. Further lines of a message are printed without it.
     pub messages: Vec<String>,
-    /// A line printed before the messages as it is.
-    pub notice: Option<String>,
+    /// What is printed before the messages.
+    pub notice: Option<Notice>,
     /// What stands in front of each message.
     pub prefix: Prefix,
     /// Whether a line follows that points to `--help`.
@@ -104,7 +106,7 @@ impl From<diskimage::Error> for Stop {
             None => Self::wrong(error.chain()),
         };
         if let Self::Wrong(wrong) = &mut stop {
-            wrong.notice = error.notice_line().map(str::to_owned);
+            wrong.notice = error.shown_before().cloned();
         }
         stop
     }

@@ -115,7 +115,7 @@ impl<'a> Sources<'a> {
             && self.salvage
             && asked.len() > SECTOR
             // What tables say wrong they say of the first byte.
-            && error.notice_line().is_none()
+            && error.shown_before().is_none()
         {
             // What is known of the bytes before the damage is not lost.
             asked = asked.first(align_up(asked.len() / 4, SECTOR));

@@ -1,6 +1,6 @@
 //! The chunks of the disk, from the `mish` blocks.
 
-use diskimage_core::{Budget, Error, Reservation, Result};
+use diskimage_core::{Budget, Error, Reservation, Result, errno};
 
 pub(super) const SECTOR: u64 = 512;
 
@@ -152,9 +152,8 @@ impl Chunks {
 
 fn check(what: &str, value: u64, max: u64, index: usize) -> Result<()> {
     if value > max {
-        return Err(Error::invalid(format!(
-            "{what} {value} for chunk {index} is larger than max ({max})"
-        )));
+        let what = format!("{what} {value} for chunk {index} is larger than max ({max})");
+        return Err(Error::invalid(what).then_errno(errno::EINVAL));
     }
     Ok(())
 }

@@ -3,7 +3,7 @@
 use std::io::Write as _;
 use std::sync::Arc;
 
-use diskimage_core::{Device, Image, MemoryDevice, Result, errno};
+use diskimage_core::{Device, Image, MemoryDevice, Notice, Result, errno};
 
 use super::Dmg;
 use crate::codec::deflate;
@@ -188,15 +188,20 @@ fn streams_of_another_length_and_gaps_are_errors() {
 fn chunks_that_are_too_large_are_refused() {
     let message = |entry| {
         let error = opened(with_list(&[], &[mish(0, &[entry])], 8)).unwrap_err();
-        error.to_string()
+        assert_eq!(error.to_string(), "Invalid argument");
+        error.shown_before().cloned()
     };
     assert_eq!(
         message((ZLIB, 0, 131_073, 0, 1)),
-        "sector count 131073 for chunk 0 is larger than max (131072)"
+        Some(Notice::Error(
+            "sector count 131073 for chunk 0 is larger than max (131072)".to_owned()
+        ))
     );
     assert_eq!(
         message((1, 0, 1, 0, (64 << 20) + 1)),
-        "length 67108865 for chunk 0 is larger than max (67108864)"
+        Some(Notice::Error(
+            "length 67108865 for chunk 0 is larger than max (67108864)".to_owned()
+        ))
     );
 }
 

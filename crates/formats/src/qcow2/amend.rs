@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, OnceLock};
 
 use diskimage_core::options::{OptionDef, OptionKind, Options};
-use diskimage_core::{AmendRequest, Error, Layer, Preallocation, Progress, ResizeRequest, Result};
+use diskimage_core::{AmendRequest, Error, Layer, Preallocation, Progress, ResizeRequest, Result, ResultExt};
 
 use super::encrypt::Encrypted;
 use super::feature::{Autoclear, Compatible, Incompatible};
@@ -240,7 +240,9 @@ impl Qcow2 {
         if changes.version == Some(2) {
             let image = self.reopen()?;
             image.check_snapshot_sizes()?;
-            image.expand_zero_clusters(&|part, whole| steps.report(done, part, whole))?;
+            image
+                .expand_zero_clusters(&|part, whole| steps.report(done, part, whole))
+                .context(|| "Failed to turn zero into data clusters")?;
             image.rewrite_header(2)?;
         }
         Ok(())

@@ -11,7 +11,7 @@ mod change;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Condvar, Mutex, OnceLock};
 
-use diskimage_core::{Error, ErrorKind, Result, SnapshotInfo};
+use diskimage_core::{Error, ErrorKind, Result, SnapshotInfo, errno};
 use zerocopy::byteorder::big_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -161,6 +161,19 @@ impl Qcow2 {
         }
         let class = Class::L1;
         Ok(Table { class, offset, len })
+    }
+
+    /// The L1 table of a snapshot, for those who only know the error number of what is wrong with it: the reason is shown
+    /// before that, as by the original.
+    pub(super) fn snapshot_l1_or_errno(&self, snapshot: &Snapshot) -> Result<Table> {
+        self.snapshot_l1(snapshot).map_err(|error| {
+            let errno = if error.kind() == ErrorKind::Limit {
+                errno::EFBIG
+            } else {
+                errno::EINVAL
+            };
+            error.then_errno(errno)
+        })
     }
 
     /// The disk that a snapshot kept. Only one of `id` and `name` is given, or both have to fit.

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use diskimage_core::{
-    Budget, Device, Error, ErrorKind, Gate, LocalTime, NodeOptions, Objects, Reference, Result,
+    Budget, Device, Error, ErrorKind, Gate, LocalTime, NodeOptions, Notice, Objects, Reference, Result,
 };
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -72,9 +72,9 @@ fn open(dir: &Path, given: &[(&str, &str)]) -> Result<Arc<dyn Device>> {
     open_with(dir, given, &opened_by(Doorkeeper::default()), 16 << 20)
 }
 
-fn refusal(dir: &Path, given: &[(&str, &str)]) -> (String, Option<String>) {
+fn refusal(dir: &Path, given: &[(&str, &str)]) -> (String, Option<Notice>) {
     let error = open(dir, given).expect_err("is refused");
-    (error.chain(), error.notice_line().map(str::to_owned))
+    (error.chain(), error.shown_before().cloned())
 }
 
 /// A FAT file system, read by its own boot sector alone.
@@ -306,7 +306,10 @@ fn what_does_not_fit_is_refused() {
         refusal(root.path(), &floppy),
         (
             unreadable.clone(),
-            Some(format!("File {} is larger than 2GB", file.display()))
+            Some(Notice::Line(format!(
+                "File {} is larger than 2GB",
+                file.display()
+            )))
         )
     );
     fs::remove_file(&file).expect("removes");
@@ -317,7 +320,10 @@ fn what_does_not_fit_is_refused() {
     fs::write(root.path().join("255"), "").expect("writes");
     assert_eq!(
         refusal(root.path(), &[]),
-        (unreadable, Some("Too many entries in root directory".to_owned()))
+        (
+            unreadable,
+            Some(Notice::Line("Too many entries in root directory".to_owned()))
+        )
     );
 }
 

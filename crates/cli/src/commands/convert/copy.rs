@@ -275,8 +275,8 @@ fn copy(
 ) -> Result<(), Stop> {
     let report = |done, total| progress.set(done, total);
     let lost = |error: &diskimage::Error| {
-        if let Some(notice) = error.notice_line() {
-            console.print_error(&format!("{notice}\n"));
+        if let Some(notice) = error.shown_before() {
+            console.notice(notice);
         }
         if !args.quiet {
             console.warning(&error.chain());

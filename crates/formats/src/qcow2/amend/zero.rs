@@ -14,7 +14,7 @@ impl Qcow2 {
         let snapshots = self.read_snapshots()?;
         let mut trees = vec![self.lock().l1];
         for snapshot in &snapshots {
-            trees.push(self.snapshot_l1(snapshot)?);
+            trees.push(self.snapshot_l1_or_errno(snapshot)?);
         }
         let mut state = self.lock();
         let all: u64 = trees.iter().map(|l1| l1.len / 8).sum();

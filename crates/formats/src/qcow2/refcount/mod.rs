@@ -129,9 +129,7 @@ impl Refcounts {
             let count = self.count(tables, cluster)?;
             let block = self.block(tables, cluster)?;
             let (Some(block), Some(less)) = (block, count.checked_sub(1)) else {
-                return Err(Error::corrupt(format!(
-                    "Cluster {cluster:#x} is in use but not counted"
-                )));
+                return Err(run::not_counted(cluster));
             };
             self.set_count(tables, block, cluster, less)?;
             if less == 0 {

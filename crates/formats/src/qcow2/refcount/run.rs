@@ -1,7 +1,8 @@
 //! Counting many clusters at once: one look-up for each window of a refcount block, not one for each cluster.
 
-use diskimage_core::{Error, ErrorKind, Result};
+use diskimage_core::{Error, ErrorKind, Result, errno};
 
+use super::super::header::limit;
 use super::{Refcounts, block};
 use crate::tables::{Class, Table, Tables};
 
@@ -92,7 +93,9 @@ impl Refcounts {
 
     /// The block and place that count `cluster`, and how many of `most` clusters from there on its window counts.
     fn piece(&self, tables: &mut Tables, cluster: u64, most: u64) -> Result<(Table, block::Place, u64)> {
-        let table = self.block(tables, cluster)?.ok_or_else(|| not_counted(cluster))?;
+        let table = self
+            .block(tables, cluster)?
+            .ok_or_else(|| self.no_block(cluster))?;
         let index = cluster % self.entries_per_block();
         let order = self.geometry.refcount_order;
         let place = block::Place::new(index, order);
@@ -101,6 +104,17 @@ impl Refcounts {
         let entries = (bytes * 8) >> order;
         let before = index - ((place.byte * 8) >> order);
         Ok((table, place, most.min(entries.saturating_sub(before)).max(1)))
+    }
+
+    /// The error for a cluster in use that no block counts, with the words in which the original ends: it makes the block
+    /// and says that the caller should come again, unless no table can lead to that block.
+    fn no_block(&self, cluster: u64) -> Error {
+        let entry = cluster / self.entries_per_block() * 8;
+        Error::from_errno(if entry < limit::REFCOUNT_TABLE_BYTES {
+            errno::EAGAIN
+        } else {
+            errno::EFBIG
+        })
     }
 
     /// Where the count of `cluster` is in bytes that begin at the byte of `start`, a place in the same block.
@@ -123,6 +137,6 @@ fn changed(used: u64, change: Change, max: u64, cluster: u64) -> Result<u64> {
     }
 }
 
-fn not_counted(cluster: u64) -> Error {
+pub(super) fn not_counted(cluster: u64) -> Error {
     Error::corrupt(format!("Cluster {cluster:#x} is in use but not counted"))
 }

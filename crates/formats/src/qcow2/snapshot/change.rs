@@ -13,7 +13,7 @@
 
 use std::sync::{MutexGuard, PoisonError};
 
-use diskimage_core::{Error, ErrorKind, NewSnapshot, Result, SnapshotInfo, Snapshots, errno};
+use diskimage_core::{Error, ErrorKind, NewSnapshot, Result, ResultExt, SnapshotInfo, Snapshots, errno};
 use zerocopy::IntoBytes;
 use zerocopy::byteorder::big_endian::{U16, U32, U64};
 
@@ -53,7 +53,7 @@ impl Snapshots for Qcow2 {
         let mut state = self.settle()?;
         let there = self.read_snapshots_of(state.snapshots)?;
         let snapshot = there.get(index).ok_or_else(no_snapshot)?;
-        let kept = self.snapshot_l1(snapshot)?;
+        let kept = self.snapshot_l1_or_errno(snapshot)?;
         self.check_tree(&mut state, kept, Change::Up)?;
         let old = state.l1;
         self.check_tree(&mut state, old, Change::Down)?;
@@ -73,7 +73,8 @@ impl Snapshots for Qcow2 {
         let old_len = entries_len(&left);
         let gone = left.remove(index);
         let kept = self.snapshot_l1(&gone)?;
-        self.check_tree(&mut state, kept, Change::Down)?;
+        self.check_tree(&mut state, kept, Change::Down)
+            .context(|| "Failed to free the cluster and L1 table")?;
         self.replace_table(&mut state, &left, None, old_len)?;
         self.release_tree(&mut state, kept)?;
         self.refresh_copied(&mut state)?;

@@ -158,7 +158,7 @@ impl Attempt<'_> {
 }
 
 fn expect_ours(error: &diskimage_core::Error) -> Result<(), String> {
-    if error.errno() == Some(5) && error.notice_line().is_none() {
+    if error.errno() == Some(5) && error.shown_before().is_none() {
         Ok(())
     } else {
         Err(format!("not the error of the device: {error:?}"))
