@@ -10,7 +10,7 @@ use std::ffi::OsStr;
 use std::io::{self, IsTerminal, Write};
 use std::sync::{Mutex, PoisonError};
 
-use diskimage_core::Notice;
+use diskimage_core::Note;
 
 use crate::words::{Command, Prefix, Stop, help};
 
@@ -85,18 +85,19 @@ impl Console {
         self.error(&format!("warning: {message}"));
     }
 
-    /// Prints what is shown before an error.
-    pub fn notice(&self, notice: &Notice) {
-        match notice {
-            Notice::Line(line) => self.print_error(&format!("{line}\n")),
-            Notice::Error(message) => self.error(message),
+    /// Prints what the library has to tell.
+    pub fn note(&self, note: &Note) {
+        match note {
+            Note::Line(line) => self.print_error(&format!("{line}\n")),
+            Note::Error(message) => self.error(message),
+            Note::Warning(message) => self.warning(message),
         }
     }
 
     /// Prints an error of the library: what is shown before it, its levels joined by `": "`, then its hint on a line of its own.
     pub fn failure(&self, error: &diskimage_core::Error) {
         if let Some(notice) = error.shown_before() {
-            self.notice(notice);
+            self.note(notice);
         }
         self.error(&error.chain());
         if let Some(hint) = error.hint_line() {
@@ -122,7 +123,7 @@ impl Console {
             }
             Stop::Wrong(wrong) => {
                 if let Some(notice) = &wrong.notice {
-                    self.notice(notice);
+                    self.note(notice);
                 }
                 for message in &wrong.messages {
                     match wrong.prefix {

@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use diskimage::options::short_forms;
-use diskimage::{Image, LocalTime, NodeOptions, OpenOptions, node_of_name, open_node};
+use diskimage::{Image, LocalTime, NodeOptions, Note, OpenOptions, node_of_name, open_node};
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
 
@@ -35,35 +35,21 @@ pub(crate) fn open_bare(
     options: OpenOptions,
     console: &Console,
 ) -> Result<diskimage::Result<Arc<Image>>, Stop> {
-    let warnings = Arc::new(Mutex::new(Vec::new()));
-    let collected = Arc::clone(&warnings);
+    let notes = Arc::new(Mutex::new(Vec::new()));
+    let collected = Arc::clone(&notes);
     let options = options
         .local_time(local_time())
-        .on_warning(Arc::new(move |warning: &str| {
-            let mut warnings = collected.lock().unwrap_or_else(PoisonError::into_inner);
-            warnings.push(warning.to_owned());
+        .on_note(Arc::new(move |note: &Note| {
+            let mut notes = collected.lock().unwrap_or_else(PoisonError::into_inner);
+            notes.push(note.clone());
         }));
     let outcome = match &source.name {
         ImageName::File(name) => node_of_name(&text(name.clone())?, source.format.as_deref())
             .and_then(|node| open_node(node, &options)),
         ImageName::Options(list) => open_node(NodeOptions::from_list(list)?, &options),
     };
-    for warning in &*warnings.lock().unwrap_or_else(PoisonError::into_inner) {
-        if ["WARNING:", "Repairing ", "ERROR "]
-            .iter()
-            .any(|word| warning.starts_with(word))
-        {
-            // The one about guessed formats shouts by itself; what opening mends is told as a check does.
-            console.print_error(&format!("{warning}\n"));
-        } else if warning.starts_with("vvfat: ") {
-            // Nor has the one about names that a directory has.
-            console.print_error(&format!("{warning}\n"));
-        } else if warning.starts_with("Unable to use ") {
-            // The one about interfaces that the kernel does not offer has no such word there.
-            console.error(warning);
-        } else {
-            console.warning(warning);
-        }
+    for note in &*notes.lock().unwrap_or_else(PoisonError::into_inner) {
+        console.note(note);
     }
     Ok(outcome)
 }

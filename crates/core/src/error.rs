@@ -3,6 +3,8 @@
 use std::fmt;
 use std::io;
 
+use crate::Note;
+
 /// A result whose error is [`Error`].
 pub type Result<T> = std::result::Result<T, Error>;
 
@@ -44,17 +46,8 @@ struct Inner {
     message: String,
     source: Option<Error>,
     hint: Option<String>,
-    notice: Option<Notice>,
+    notice: Option<Note>,
     errno: Option<i32>,
-}
-
-/// What is shown before an error.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Notice {
-    /// A line as it is.
-    Line(String),
-    /// An error of its own: what happened, where the error itself only has the operating system's word for it.
-    Error(String),
 }
 
 impl Error {
@@ -123,7 +116,7 @@ impl Error {
     /// Adds a line to be shown before the error: what was found where the error itself only says that it failed.
     #[must_use]
     pub fn notice(mut self, notice: impl Into<String>) -> Self {
-        self.inner.notice = Some(Notice::Line(notice.into()));
+        self.inner.notice = Some(Note::Line(notice.into()));
         self
     }
 
@@ -133,12 +126,12 @@ impl Error {
     pub fn then_errno(self, errno: i32) -> Self {
         let mut result = Self::from_errno(errno);
         result.inner.kind = self.kind();
-        result.inner.notice = Some(Notice::Error(self.chain()));
+        result.inner.notice = Some(Note::Error(self.chain()));
         result
     }
 
     /// What is to be shown before the error, if any level has something.
-    pub fn shown_before(&self) -> Option<&Notice> {
+    pub fn shown_before(&self) -> Option<&Note> {
         self.levels().find_map(|level| level.inner.notice.as_ref())
     }
 
@@ -261,7 +254,7 @@ mod tests {
         assert_eq!((error.kind(), error.errno()), (ErrorKind::Corrupt, Some(22)));
         assert_eq!(
             error.shown_before(),
-            Some(&Notice::Error("Offset invalid".to_owned()))
+            Some(&Note::Error("Offset invalid".to_owned()))
         );
     }
 

@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use crate::options::Options;
 use crate::{
-    Bitmaps, ByteRange, CheckReport, Device, Error, Info, Objects, Preallocation, Progress, Repair, Result,
-    Snapshots, ZeroMode,
+    Bitmaps, ByteRange, CheckReport, Device, Error, Info, Note, Objects, Preallocation, Progress, Repair,
+    Result, Snapshots, ZeroMode,
 };
 
 /// One opened image without its backing chain.
@@ -25,14 +25,10 @@ pub trait Layer: Debug + Send + Sync {
         self.len() == 0
     }
 
-    /// What to tell whoever opens the image.
-    fn warning(&self) -> Option<&str> {
-        None
-    }
-
-    /// What opening has found and mended, in lines for whoever opens the image, as a check tells them.
-    fn told(&self) -> Option<&str> {
-        None
+    /// What opening has come across, for whoever opens the image: warnings, and what was found and mended as a check tells
+    /// it.
+    fn notes(&self) -> &[Note] {
+        &[]
     }
 
     /// The unit of allocation: discarding and compressed writes work on multiples of it. 1 if there is none.

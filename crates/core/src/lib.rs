@@ -44,7 +44,7 @@ pub use bitmaps::{BitmapInfo, Bitmaps, NewBitmap};
 pub use budget::{Budget, Reservation};
 pub use check::{CheckReport, Repair};
 pub use device::{Device, Extent, ExtentKind, Limits, Node, Preallocation, Want, ZeroMode};
-pub use error::{Error, ErrorKind, Notice, Result, ResultExt};
+pub use error::{Error, ErrorKind, Result, ResultExt};
 pub use event::Event;
 pub use format::{CreateRequest, Format, Measure, MeasureSource, OpenRequest, Probe, Score};
 pub use gate::{Gate, Permissions, Reference, Role};

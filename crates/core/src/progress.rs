@@ -10,13 +10,25 @@ pub struct Progress<'a> {
     notes: Option<&'a (dyn Fn(&Note) + Sync)>,
 }
 
-/// A line to show, on the error stream as the original does.
+/// What is to be shown beside an answer, on the error stream as the original does. A line has no end; rarely there are
+/// several in one note.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Note {
-    /// The line, without its end; rarely several.
-    pub text: String,
-    /// Whether the original puts the program's name in front.
-    pub named: bool,
+pub enum Note {
+    /// A line as it is.
+    Line(String),
+    /// An error: the program's name stands in front.
+    Error(String),
+    /// A warning: the program's name and the word stand in front.
+    Warning(String),
+}
+
+impl Note {
+    /// What it says.
+    pub fn text(&self) -> &str {
+        match self {
+            Self::Line(text) | Self::Error(text) | Self::Warning(text) => text,
+        }
+    }
 }
 
 impl<'a> Progress<'a> {

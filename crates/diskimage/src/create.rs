@@ -6,12 +6,12 @@ use std::sync::Arc;
 use diskimage_core::options::Options;
 use diskimage_core::{
     Budget, CreateRequest, Device, Error, Format, Gate, LocalTime, NodeOptions, Objects, Permissions,
-    Preallocation, Result,
+    Preallocation, Progress, Result,
 };
 use diskimage_formats::format_by_name;
 use diskimage_protocols::{
     CREATE_OPTIONS as FILE_CREATE_OPTIONS, CacheMode, File, FileCreation, Local, Protocol, ProtocolRequest,
-    Target, Warn, parse_name, protocol_by_name, protocol_of_name,
+    Target, parse_name, protocol_by_name, protocol_of_name,
 };
 
 use crate::gate::FileGate;
@@ -322,7 +322,7 @@ impl Prepared {
             gate: &self.gate,
             budget: &Budget::default(),
             local_time: &LocalTime::default(),
-            warn: Warn::nobody(),
+            notes: Progress::none(),
         });
         let device = opened.map_err(|error| no_making(error, protocol.name()))?;
         Ok(Place {

@@ -2,8 +2,10 @@
 
 use std::sync::Arc;
 
-use diskimage_core::{Budget, Device, Error, Gate, LocalTime, Objects, Permissions, Reference, Result, Role};
-use diskimage_protocols::{CacheMode, Local, Protocol, ProtocolRequest, Target, Warn, protocol_by_name};
+use diskimage_core::{
+    Budget, Device, Error, Gate, LocalTime, Objects, Permissions, Progress, Reference, Result, Role,
+};
+use diskimage_protocols::{CacheMode, Local, Protocol, ProtocolRequest, Target, protocol_by_name};
 
 use crate::graph::require_all_taken;
 
@@ -49,7 +51,7 @@ impl Gate for FileGate {
             gate: &gate,
             budget: &self.budget,
             local_time: &self.local_time,
-            warn: Warn::nobody(),
+            notes: Progress::none(),
         })?;
         require_all_taken(protocol.name(), &options)?;
         device.lock(self.locked_for(reference))?;

@@ -5,7 +5,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use diskimage_core::{ByteRange, Device, Error, Result, Wrapper};
+use diskimage_core::{ByteRange, Device, Error, Note, Result, Wrapper};
 
 use crate::probe::{HEAD, guess, head};
 
@@ -28,13 +28,13 @@ impl GuessedRaw {
     }
 
     /// What is printed when such an image is opened for writing.
-    pub(crate) fn warning(name: &str) -> String {
-        format!(
+    pub(crate) fn warning(name: &str) -> Note {
+        Note::Line(format!(
             "WARNING: Image format was not specified for '{name}' and probing guessed raw.\n         \
              Automatically detecting the format is dangerous for raw images, write operations on block 0 will be \
              restricted.\n         \
              Specify the 'raw' format explicitly to remove the restrictions."
-        )
+        ))
     }
 }
 

@@ -4,7 +4,8 @@ use std::fmt;
 use std::sync::Arc;
 
 use diskimage_core::{
-    Budget, Device, Format, Gate, Image, LocalTime, NodeOptions, Objects, Permissions, Result, ResultExt,
+    Budget, Device, Format, Gate, Image, LocalTime, NodeOptions, Note, Objects, Permissions, Result,
+    ResultExt,
 };
 use diskimage_formats::Raw;
 use diskimage_protocols::CacheMode;
@@ -30,11 +31,11 @@ pub struct OpenOptions {
     pub(crate) budget: Budget,
     pub(crate) local_time: LocalTime,
     gate: Option<Arc<dyn Gate>>,
-    pub(crate) on_warning: Option<Arc<OnWarning>>,
+    pub(crate) on_note: Option<Arc<OnNote>>,
 }
 
 /// Takes a message for the user, which may have several lines.
-type OnWarning = dyn Fn(&str) + Send + Sync;
+type OnNote = dyn Fn(&Note) + Send + Sync;
 
 impl OpenOptions {
     /// The options that [`OpenOptions`] describes.
@@ -149,9 +150,15 @@ impl OpenOptions {
 
     /// Who is told what the user ought to know.
     #[must_use]
-    pub fn on_warning(mut self, on_warning: Arc<OnWarning>) -> Self {
-        self.on_warning = Some(on_warning);
+    pub fn on_note(mut self, on_note: Arc<OnNote>) -> Self {
+        self.on_note = Some(on_note);
         self
+    }
+
+    pub(crate) fn tell(&self, note: &Note) {
+        if let Some(on_note) = &self.on_note {
+            on_note(note);
+        }
     }
 
     /// What a file is locked for whose image is of `format`.

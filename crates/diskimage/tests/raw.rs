@@ -4,8 +4,8 @@ use std::fs;
 use std::sync::{Arc, Mutex};
 
 use diskimage::{
-    ByteRange, CacheMode, Creation, Device, ErrorKind, ExtentKind, MeasureSource, Objects, OpenOptions, Want,
-    ZeroMode, format_by_name, open, options::Options,
+    ByteRange, CacheMode, Creation, Device, ErrorKind, ExtentKind, MeasureSource, Note, Objects, OpenOptions,
+    Want, ZeroMode, format_by_name, open, options::Options,
 };
 
 struct Scratch(tempfile::TempDir);
@@ -154,8 +154,8 @@ fn a_guess_is_told_and_a_named_format_is_not() {
     scratch.create("a", 4096, "").expect("is made");
     let told = Arc::new(Mutex::new(Vec::new()));
     let sink = Arc::clone(&told);
-    let options = OpenOptions::new().on_warning(Arc::new(move |text| {
-        sink.lock().expect("is not poisoned").push(text.to_owned())
+    let options = OpenOptions::new().on_note(Arc::new(move |note: &Note| {
+        sink.lock().expect("is not poisoned").push(note.text().to_owned())
     }));
     drop(open(&path, &options).expect("opens"));
     drop(open(&path, &options.clone().format("raw").write(true)).expect("opens"));

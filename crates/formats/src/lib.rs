@@ -9,6 +9,7 @@ mod first_write;
 mod last_block;
 mod legacy_aes;
 mod luks;
+mod mended;
 mod parallels;
 mod places;
 mod preallocation;

@@ -6,8 +6,8 @@
 use std::sync::Arc;
 
 use diskimage_core::{
-    ByteRange, Device, Error, Holes, Info, Layer, Limits, OpenRequest, ReadOnlyView, ResizeRequest, Result,
-    Run, RunKind, View, WritePlan, ZeroMode,
+    ByteRange, Device, Error, Holes, Info, Layer, Limits, Note, OpenRequest, ReadOnlyView, ResizeRequest,
+    Result, Run, RunKind, View, WritePlan, ZeroMode,
 };
 
 /// The disk of one image.
@@ -21,9 +21,9 @@ pub(crate) trait Disk: std::fmt::Debug + Send + Sync + 'static {
     /// Where the image is.
     fn file(&self) -> &Arc<dyn Device>;
 
-    /// What to tell whoever opens the image.
-    fn warning(&self) -> Option<&str> {
-        None
+    /// What opening has come across.
+    fn notes(&self) -> &[Note] {
+        &[]
     }
 
     /// Fills `buf` with the bytes from `offset` on, which are inside the disk.
@@ -60,8 +60,8 @@ impl<D: Disk> Layer for ReadOnly<D> {
         self.0.0.disk.len()
     }
 
-    fn warning(&self) -> Option<&str> {
-        self.0.0.disk.warning()
+    fn notes(&self) -> &[Note] {
+        self.0.0.disk.notes()
     }
 
     fn granularity(&self) -> u64 {

@@ -30,6 +30,4 @@ pub use name::{ProtocolKind, Target};
 pub use nbd::check_tls_creds;
 #[cfg(feature = "fuzzing")]
 pub use nbd::fuzzing;
-pub use protocol::{
-    PROTOCOLS, Protocol, ProtocolRequest, Warn, parse_name, protocol_by_name, protocol_of_name,
-};
+pub use protocol::{PROTOCOLS, Protocol, ProtocolRequest, parse_name, protocol_by_name, protocol_of_name};

@@ -3,7 +3,7 @@
 use std::fmt::Debug;
 use std::sync::Arc;
 
-use diskimage_core::{Budget, Device, Error, Gate, LocalTime, NodeOptions, Objects, Result};
+use diskimage_core::{Budget, Device, Error, Gate, LocalTime, NodeOptions, Objects, Progress, Result};
 
 use crate::cache::CacheMode;
 use crate::file::{FILE, HOST_CDROM, HOST_DEVICE};
@@ -61,7 +61,7 @@ pub struct ProtocolRequest<'a> {
     /// What time it is where the user is.
     pub local_time: &'a LocalTime,
     /// Who is told what the user ought to know.
-    pub warn: Warn<'a>,
+    pub notes: Progress<'a>,
 }
 
 impl Debug for ProtocolRequest<'_> {
@@ -71,35 +71,6 @@ impl Debug for ProtocolRequest<'_> {
             .field("write", &self.write)
             .field("cache", &self.cache)
             .finish_non_exhaustive()
-    }
-}
-
-/// Takes a message for the user.
-#[derive(Clone, Copy)]
-pub struct Warn<'a>(Option<&'a dyn Fn(&str)>);
-
-impl<'a> Warn<'a> {
-    /// Tells `warn`.
-    pub fn to(warn: &'a dyn Fn(&str)) -> Self {
-        Self(Some(warn))
-    }
-
-    /// Tells nobody.
-    pub fn nobody() -> Self {
-        Self(None)
-    }
-
-    /// Tells it.
-    pub fn tell(self, message: &str) {
-        if let Some(warn) = self.0 {
-            warn(message);
-        }
-    }
-}
-
-impl Debug for Warn<'_> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Warn")
     }
 }
 

@@ -169,13 +169,7 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
 
 /// One pass over the image. What it finds is told on standard error.
 fn check_once(image: &Image, repair: Repair, console: &Console) -> diskimage::Result<CheckReport> {
-    let tell = |note: &Note| {
-        if note.named {
-            console.error(&note.text);
-        } else {
-            console.print_error(&format!("{}\n", note.text));
-        }
-    };
+    let tell = |note: &Note| console.note(note);
     image.layer().check(repair, &Progress::none().with_notes(&tell))
 }
 

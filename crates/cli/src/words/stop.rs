@@ -1,6 +1,6 @@
 //! Why words did not become arguments.
 
-use diskimage_core::Notice;
+use diskimage_core::Note;
 
 /// What ends the reading of words early.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -19,7 +19,7 @@ pub struct Wrong {
     /// Messages, each printed after the prefix. Further lines of a message are printed without it.
     pub messages: Vec<String>,
     /// What is printed before the messages.
-    pub notice: Option<Notice>,
+    pub notice: Option<Note>,
     /// What stands in front of each message.
     pub prefix: Prefix,
     /// Whether a line follows that points to `--help`.

@@ -17,12 +17,12 @@ use std::sync::Arc;
 
 use diskimage_core::json::Value;
 use diskimage_core::{
-    Device, Error, ErrorKind, Format, Gate, Image, Layer, Node, NodeOptions, OpenRequest, Permissions,
-    Reference, Result, ResultExt, Role, Wrapped, ZeroDetection,
+    Device, Error, ErrorKind, Format, Gate, Image, Layer, Node, NodeOptions, Note, OpenRequest, Permissions,
+    Progress, Reference, Result, ResultExt, Role, Wrapped, ZeroDetection,
 };
 use diskimage_formats::{bare_layer, format_by_name};
 use diskimage_protocols::{
-    Below, CacheMode, ChildKind, Filter, FilterChild, FilterRequest, Local, Protocol, ProtocolRequest, Warn,
+    Below, CacheMode, ChildKind, Filter, FilterChild, FilterRequest, Local, Protocol, ProtocolRequest,
     filter_by_name, protocol_by_name,
 };
 
@@ -210,9 +210,8 @@ impl<'a> Opener<'a> {
                     probe(&*file, &name).context(|| "Could not read image for determining its format")?;
                 if format.name() == "raw" && mode.write {
                     // The original opens what is below to read, and what it makes of that later goes unsaid.
-                    let on_warning = self.options.on_warning.as_ref();
-                    if let Some(warn) = on_warning.filter(|_| !mode.is_below) {
-                        warn(&GuessedRaw::warning(&name));
+                    if !mode.is_below {
+                        self.options.tell(&GuessedRaw::warning(&name));
                     }
                     device = Arc::new(Wrapped(GuessedRaw::new(Arc::clone(&file), &name)));
                 }
@@ -263,13 +262,7 @@ impl<'a> Opener<'a> {
             gate: &*self.gate,
             budget: self.options.budget.clone(),
         })?;
-        if let Some(warn) = &self.options.on_warning {
-            layer
-                .warning()
-                .into_iter()
-                .chain(layer.told())
-                .for_each(|text| warn(text));
-        }
+        layer.notes().iter().for_each(|note| self.options.tell(note));
         if let Some(name) = node.left_over() {
             return Err(unknown_option(format.name(), name));
         }
@@ -302,9 +295,8 @@ impl<'a> Opener<'a> {
             None => None,
             Some(Value::Null) => return Ok(BackingWords::none()),
             Some(Value::Text(text)) if text.is_empty() => {
-                if let Some(warn) = &self.options.on_warning {
-                    warn("Use of \"backing\": \"\" is deprecated; use \"backing\": null instead");
-                }
+                let text = "Use of \"backing\": \"\" is deprecated; use \"backing\": null instead";
+                self.options.tell(&Note::Warning(text.to_owned()));
                 return Ok(BackingWords::none());
             }
             Some(other) => Some(other),
@@ -458,8 +450,7 @@ impl<'a> Opener<'a> {
         mode: Mode,
     ) -> Result<Arc<dyn Device>> {
         let Some(from) = self.from else {
-            let on_warning = self.options.on_warning.as_deref();
-            let tell = |message: &str| on_warning.into_iter().for_each(|warn| warn(message));
+            let tell = |note: &Note| self.options.tell(note);
             return protocol.open(ProtocolRequest {
                 options: node,
                 write: mode.write,
@@ -468,7 +459,7 @@ impl<'a> Opener<'a> {
                 gate: &self.gate,
                 budget: &self.options.budget,
                 local_time: &self.options.local_time,
-                warn: Warn::to(&tell),
+                notes: Progress::none().with_notes(&tell),
             });
         };
         let mut options = std::mem::take(node);

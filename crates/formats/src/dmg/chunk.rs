@@ -1,6 +1,6 @@
 //! The chunks of the disk, from the `mish` blocks.
 
-use diskimage_core::{Budget, Error, Reservation, Result, errno};
+use diskimage_core::{Budget, Error, Note, Reservation, Result, errno};
 
 pub(super) const SECTOR: u64 = 512;
 
@@ -127,11 +127,11 @@ impl Chunks {
     }
 
     /// What the user should know of chunks that were passed over.
-    pub(super) fn warning(&self) -> Option<String> {
+    pub(super) fn warning(&self) -> Option<Note> {
         self.unknown.map(|code| {
-            format!(
+            Note::Warning(format!(
                 "Image contains chunks of unknown type {code:x}, accessing them will result in I/O errors"
-            )
+            ))
         })
     }
 

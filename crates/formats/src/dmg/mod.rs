@@ -18,7 +18,9 @@ mod trailer;
 use std::sync::Arc;
 
 use diskimage_core::options::OptionDef;
-use diskimage_core::{CreateRequest, Device, Error, Format, Layer, OpenRequest, Probe, Result, Score, errno};
+use diskimage_core::{
+    CreateRequest, Device, Error, Format, Layer, Note, OpenRequest, Probe, Result, Score, errno,
+};
 
 use crate::codec::{bzip2, deflate, lzfse, xz};
 use crate::last_block::LastBlock;
@@ -49,13 +51,13 @@ impl Format for Dmg {
         let trailer = Trailer::find(&*request.file, request.name)?;
         let mut chunks = Chunks::new(trailer.data_offset, request.budget);
         source::read(&*request.file, &trailer, request.name, &mut chunks)?;
-        let warning = chunks.warning();
+        let unknown = chunks.warning();
         let disk = Udif {
             file: request.file,
             len: trailer.len()?,
             chunks: chunks.sorted(),
             last: LastBlock::new(),
-            warning,
+            unknown,
         };
         Ok(read_only::layer(disk))
     }
@@ -84,7 +86,8 @@ struct Udif {
     len: u64,
     chunks: Chunks,
     last: LastBlock<u64>,
-    warning: Option<String>,
+    /// That there are chunks of a kind that nobody knows.
+    unknown: Option<Note>,
 }
 
 impl Udif {
@@ -144,8 +147,8 @@ impl Disk for Udif {
         &self.file
     }
 
-    fn warning(&self) -> Option<&str> {
-        self.warning.as_deref()
+    fn notes(&self) -> &[Note] {
+        self.unknown.as_slice()
     }
 
     fn read(&self, buf: &mut [u8], offset: u64) -> Result<()> {

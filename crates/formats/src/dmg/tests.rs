@@ -3,7 +3,7 @@
 use std::io::Write as _;
 use std::sync::Arc;
 
-use diskimage_core::{Device, Image, MemoryDevice, Notice, Result, errno};
+use diskimage_core::{Device, Image, MemoryDevice, Note, Result, errno};
 
 use super::Dmg;
 use crate::codec::deflate;
@@ -193,13 +193,13 @@ fn chunks_that_are_too_large_are_refused() {
     };
     assert_eq!(
         message((ZLIB, 0, 131_073, 0, 1)),
-        Some(Notice::Error(
+        Some(Note::Error(
             "sector count 131073 for chunk 0 is larger than max (131072)".to_owned()
         ))
     );
     assert_eq!(
         message((1, 0, 1, 0, (64 << 20) + 1)),
-        Some(Notice::Error(
+        Some(Note::Error(
             "length 67108865 for chunk 0 is larger than max (67108864)".to_owned()
         ))
     );

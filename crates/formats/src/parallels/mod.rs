@@ -38,6 +38,7 @@ use diskimage_core::{
 
 use self::extension::Extension;
 use self::header::{HEADER_LEN, Header};
+use crate::mended;
 use crate::places::Places;
 use crate::preallocation;
 use crate::used::data_bytes;
@@ -137,10 +138,8 @@ struct ParallelsLayer {
     size: u64,
     /// Dirty bitmaps, if it is open for reading.
     extension: Option<Extension>,
-    /// What has been said of the extension.
-    warning: Option<&'static str>,
-    /// What opening has mended, line by line.
-    told: String,
+    /// What has been said of the extension, and what opening has mended.
+    notes: Vec<Note>,
     state: Mutex<State>,
     /// Woken when clusters leave [`State::in_flight`] and [`State::in_place`].
     settled: Condvar,
@@ -188,9 +187,11 @@ impl ParallelsLayer {
         let file_len = file.len();
         let start = header.data_start(file_len);
         let has_data_off = header.has_data_off(file_len);
-        let (mut extension, mut warning) = (None, None);
+        let (mut extension, mut notes) = (None, Vec::new());
         match header.extension {
-            Some(_) if request.write => warning = Some("Format Extension ignored in RW mode"),
+            Some(_) if request.write => {
+                notes.push(Note::Warning("Format Extension ignored in RW mode".to_owned()));
+            }
             Some(offset) => extension = Some(Extension::read(&file, &header, offset, &budget)?),
             None => {}
         }
@@ -199,8 +200,7 @@ impl ParallelsLayer {
             cluster: header.cluster,
             size: header.size,
             extension,
-            warning,
-            told: String::new(),
+            notes,
             state: Mutex::new(State {
                 table: Windows::new(Arc::clone(&file), HEADER_LEN as u64, header.entries.into()),
                 entries_there: file_len.saturating_sub(HEADER_LEN as u64) / 4,
@@ -232,17 +232,11 @@ impl ParallelsLayer {
         if self.is_sound()? {
             return Ok(());
         }
-        let told = Mutex::new(String::new());
-        let note = |note: &Note| {
-            let mut told = told.lock().unwrap_or_else(PoisonError::into_inner);
-            if told.len() < MAX_TOLD {
-                told.push_str(&note.text);
-                told.push('\n');
-            }
-        };
-        self.check_table(Repair::All, &Progress::none().with_notes(&note))?;
-        self.flush()?;
-        self.told = told.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let notes = mended::mend(|progress| {
+            self.check_table(Repair::All, progress)?;
+            self.flush()
+        })?;
+        self.notes.extend(notes);
         Ok(())
     }
 
@@ -269,9 +263,6 @@ fn growth(options: &Options) -> Result<Option<(Preallocation, u64)>> {
 
 /// By how many bytes more than it has to the original has a file grow if nothing is said.
 const DEFAULT_GROWTH: u64 = 128 << 20;
-
-/// Bytes of what is told at most.
-const MAX_TOLD: usize = 1 << 20;
 
 /// The entry of a cluster that reads as zero.
 const NO_CLUSTER: Entry = [0; 4];
@@ -404,12 +395,8 @@ impl Layer for ParallelsLayer {
         self.size
     }
 
-    fn warning(&self) -> Option<&str> {
-        self.warning
-    }
-
-    fn told(&self) -> Option<&str> {
-        Some(self.told.trim_end()).filter(|told| !told.is_empty())
+    fn notes(&self) -> &[Note] {
+        &self.notes
     }
 
     fn granularity(&self) -> u64 {

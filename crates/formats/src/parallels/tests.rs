@@ -68,7 +68,7 @@ fn contents(image: &Image) -> Vec<u8> {
 /// What a check says, and its lines.
 fn check(layer: &dyn Layer, repair: Repair) -> (CheckReport, Vec<String>) {
     let lines = Mutex::new(Vec::new());
-    let note = |note: &Note| lines.lock().expect("one thread").push(note.text.clone());
+    let note = |note: &Note| lines.lock().expect("one thread").push(note.text().to_owned());
     let report = layer
         .check(repair, &Progress::none().with_notes(&note))
         .expect("checks");
@@ -341,8 +341,8 @@ fn everything_is_found_and_mended() {
     // The same happens when it is opened to be written to.
     let file = memory(&bytes);
     let image = open(Arc::<MemoryDevice>::clone(&file));
-    let told = findings.map(|finding| format!("Repairing {finding}")).join("\n");
-    assert_eq!(image.layer().told(), Some(&*told));
+    let told = findings.map(|finding| Note::Line(format!("Repairing {finding}")));
+    assert_eq!(image.layer().notes(), told);
     assert!(is_clean(&file.contents()));
 }
 
@@ -370,8 +370,8 @@ fn clusters_before_the_data_are_told_of_and_not_written_to() {
     let file = memory(&bytes);
     let image = open(Arc::<MemoryDevice>::clone(&file));
     assert_eq!(
-        image.layer().told(),
-        Some("ERROR cluster 0 lies before the data area")
+        image.layer().notes(),
+        [Note::Line("ERROR cluster 0 lies before the data area".to_owned())]
     );
     assert!(image.write_at(&[9; 512], 0).is_err());
     image.write_at(&[9; 512], CLUSTER).expect("writes");
@@ -536,8 +536,8 @@ fn an_image_that_is_written_to_loses_its_bitmaps() {
     let file = memory(&with_bitmap(|_| ()));
     let image = open(Arc::<MemoryDevice>::clone(&file));
     assert_eq!(
-        image.layer().warning(),
-        Some("Format Extension ignored in RW mode")
+        image.layer().notes(),
+        [Note::Warning("Format Extension ignored in RW mode".to_owned())]
     );
     assert!(image.layer().bitmaps().is_none());
     image.flush().expect("flushes");

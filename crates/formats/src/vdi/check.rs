@@ -66,7 +66,7 @@ impl Findings<'_> {
     fn add(&mut self, text: String) {
         self.count += 1;
         if self.count <= MAX_LINES {
-            self.progress.tell(&Note { text, named: false });
+            self.progress.tell(&Note::Line(text));
         }
     }
 }

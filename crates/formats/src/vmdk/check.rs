@@ -22,10 +22,9 @@ impl VmdkLayer {
                     let inside = len.saturating_sub(offset).div_ceil(geometry.grain);
                     if inside < count {
                         let sector = (extent.start + (grains.start() + inside) * geometry.grain) / SECTOR;
-                        progress.tell(&Note {
-                            text: format!("ERROR: cluster offset for sector {sector} points after EOF"),
-                            named: false,
-                        });
+                        progress.tell(&Note::Line(format!(
+                            "ERROR: cluster offset for sector {sector} points after EOF"
+                        )));
                         return Err(Error::from_errno(errno::EINVAL));
                     }
                 }

@@ -4,7 +4,7 @@ use std::fs;
 use std::sync::Arc;
 
 use diskimage_core::options::{OptionDef, OptionKind};
-use diskimage_core::{Device, Error, NodeOptions, Result};
+use diskimage_core::{Device, Error, NodeOptions, Note, Result};
 
 use super::{File, Kind};
 use crate::aio::Aio;
@@ -107,7 +107,7 @@ impl Protocol for Local {
         };
         let file = File::open(&target, request.write, cache)?;
         if let Some(message) = file.fell_back() {
-            request.warn.tell(message);
+            request.notes.tell(&Note::Error(message.to_owned()));
         }
         Ok(Arc::new(if locking { file } else { file.without_locks() }))
     }

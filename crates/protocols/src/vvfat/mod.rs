@@ -25,7 +25,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use diskimage_core::options::{OptionDef, OptionKind};
-use diskimage_core::{Device, Error, Node, NodeOptions, ReadOnlyView, Result};
+use diskimage_core::{Device, Error, Node, NodeOptions, Note, ReadOnlyView, Result};
 
 use crate::protocol::{Protocol, ProtocolRequest};
 use disk::Disk;
@@ -90,9 +90,8 @@ impl Protocol for VvfatDriver {
             12 => Geometry::new(FatType::Fat12, floppy),
             16 => Geometry::new(FatType::Fat16, floppy),
             32 => {
-                request
-                    .warn
-                    .tell("FAT32 has not been tested. You are welcome to do so!");
+                let text = "FAT32 has not been tested. You are welcome to do so!";
+                request.notes.tell(&Note::Warning(text.to_owned()));
                 Geometry::new(FatType::Fat32, floppy)
             }
             _ => return Err(Error::invalid("Valid FAT types are only 12, 16 and 32")),
@@ -117,7 +116,7 @@ impl Protocol for VvfatDriver {
             label: &label,
             local_time: request.local_time,
             budget: request.budget,
-            warn: request.warn,
+            notes: request.notes,
         })?;
         let mut shown = given;
         shown.retain(|name| OPTIONS.iter().any(|option| option.name == name));

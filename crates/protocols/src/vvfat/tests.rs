@@ -6,7 +6,8 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use diskimage_core::{
-    Budget, Device, Error, ErrorKind, Gate, LocalTime, NodeOptions, Notice, Objects, Reference, Result,
+    Budget, Device, Error, ErrorKind, Gate, LocalTime, NodeOptions, Note, Objects, Progress, Reference,
+    Result,
 };
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -16,7 +17,7 @@ use super::VVFAT;
 use crate::cache::CacheMode;
 use crate::file::File;
 use crate::name::Target;
-use crate::protocol::{Protocol, ProtocolRequest, Warn};
+use crate::protocol::{Protocol, ProtocolRequest};
 
 /// Opens files and remembers their names, or refuses.
 #[derive(Default)]
@@ -64,7 +65,7 @@ fn open_with(
         gate,
         budget: &Budget::new(budget),
         local_time: &LocalTime::default(),
-        warn: Warn::nobody(),
+        notes: Progress::none(),
     })
 }
 
@@ -72,7 +73,7 @@ fn open(dir: &Path, given: &[(&str, &str)]) -> Result<Arc<dyn Device>> {
     open_with(dir, given, &opened_by(Doorkeeper::default()), 16 << 20)
 }
 
-fn refusal(dir: &Path, given: &[(&str, &str)]) -> (String, Option<Notice>) {
+fn refusal(dir: &Path, given: &[(&str, &str)]) -> (String, Option<Note>) {
     let error = open(dir, given).expect_err("is refused");
     (error.chain(), error.shown_before().cloned())
 }
@@ -306,10 +307,7 @@ fn what_does_not_fit_is_refused() {
         refusal(root.path(), &floppy),
         (
             unreadable.clone(),
-            Some(Notice::Line(format!(
-                "File {} is larger than 2GB",
-                file.display()
-            )))
+            Some(Note::Line(format!("File {} is larger than 2GB", file.display())))
         )
     );
     fs::remove_file(&file).expect("removes");
@@ -322,7 +320,7 @@ fn what_does_not_fit_is_refused() {
         refusal(root.path(), &[]),
         (
             unreadable,
-            Some(Notice::Line("Too many entries in root directory".to_owned()))
+            Some(Note::Line("Too many entries in root directory".to_owned()))
         )
     );
 }

@@ -9,12 +9,11 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use diskimage_core::{Budget, Error, ErrorKind, LocalTime, Reservation, Result};
+use diskimage_core::{Budget, Error, ErrorKind, LocalTime, Note, Progress, Reservation, Result};
 
 use super::entry::{self, ENTRY, Label, Stamp, Times, long_name, set_cluster};
 use super::geometry::{CLUSTER, FatType, Geometry, ROOT_ENTRIES};
 use super::name::ShortNames;
-use crate::protocol::Warn;
 
 /// What is read, and into what.
 #[derive(Debug)]
@@ -24,7 +23,7 @@ pub(super) struct Walk<'a> {
     pub(super) label: &'a Label,
     pub(super) local_time: &'a LocalTime,
     pub(super) budget: &'a Budget,
-    pub(super) warn: Warn<'a>,
+    pub(super) notes: Progress<'a>,
 }
 
 /// Everything that has clusters.
@@ -199,9 +198,10 @@ impl Walk<'_> {
             let short = names.add(name.as_bytes())?;
             match name.to_str() {
                 Some(name) => entries.extend(long_name(name, &short).concat()),
-                None => self
-                    .warn
-                    .tell(&format!("vvfat: invalid UTF-8 name: {}", name.display())),
+                None => self.notes.tell(&Note::Line(format!(
+                    "vvfat: invalid UTF-8 name: {}",
+                    name.display()
+                ))),
             }
             let at = entries.len();
             let times = self.times_of(Some(&metadata));

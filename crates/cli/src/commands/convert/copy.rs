@@ -276,7 +276,7 @@ fn copy(
     let report = |done, total| progress.set(done, total);
     let lost = |error: &diskimage::Error| {
         if let Some(notice) = error.shown_before() {
-            console.notice(notice);
+            console.note(notice);
         }
         if !args.quiet {
             console.warning(&error.chain());

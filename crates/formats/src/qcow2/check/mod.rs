@@ -236,16 +236,16 @@ impl<'a> Check<'a> {
     }
 
     fn say(&mut self, text: impl Into<String>) {
-        self.tell(text.into(), false);
+        self.tell(&Note::Line(text.into()));
     }
 
-    fn tell(&mut self, text: String, named: bool) {
+    fn tell(&mut self, note: &Note) {
         self.said += 1;
         if self.said <= MAX_NOTES {
-            self.progress.tell(&Note { text, named });
+            self.progress.tell(note);
         } else if self.said == MAX_NOTES + 1 {
             let text = "Too many errors; further ones are only counted".to_owned();
-            self.progress.tell(&Note { text, named: false });
+            self.progress.tell(&Note::Line(text));
         }
     }
 

@@ -11,7 +11,7 @@
 use std::collections::BTreeMap;
 
 use diskimage_core::errno;
-use diskimage_core::{Error, Result};
+use diskimage_core::{Error, Note, Result};
 use zerocopy::IntoBytes;
 use zerocopy::byteorder::big_endian::{U32, U64};
 
@@ -37,7 +37,7 @@ impl Check<'_> {
         self.protect_old_blocks()?;
         let plan = self.plan()?;
         if let Err(error) = self.write_structures(&plan) {
-            self.tell(format!("ERROR writing refblock: {}", error.root()), true);
+            self.tell(&Note::Error(format!("ERROR writing refblock: {}", error.root())));
             return Err(error);
         }
         self.file.flush()?;

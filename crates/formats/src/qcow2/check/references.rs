@@ -5,7 +5,7 @@
 //! that the time taken follows the length of the file.
 
 use diskimage_core::errno;
-use diskimage_core::{Error, Preallocation, Repair, Result, is_zero};
+use diskimage_core::{Error, Note, Preallocation, Repair, Result, is_zero};
 
 use super::super::bitmap::Bitmap;
 use super::super::entry::OFFSET_MASK;
@@ -284,7 +284,7 @@ impl Check<'_> {
             .filter(|end| i64::try_from(*end).is_ok())
             .ok_or_else(|| Error::from_errno(errno::EINVAL))?;
         self.file.resize(end, Preallocation::Off).inspect_err(|error| {
-            self.tell(format!("Could not resize file: {}", error.root()), true);
+            self.tell(&Note::Error(format!("Could not resize file: {}", error.root())));
         })?;
         self.file_len = end;
         self.clusters = self.clusters.max(end.div_ceil(self.geometry.cluster_size()));

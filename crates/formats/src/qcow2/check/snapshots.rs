@@ -1,7 +1,7 @@
 //! The snapshot table as a check reads it: whatever is there, and what has to be cut.
 
 use diskimage_core::errno;
-use diskimage_core::{Error, Repair, Result};
+use diskimage_core::{Error, Note, Repair, Result};
 use zerocopy::byteorder::big_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -146,7 +146,7 @@ impl Check<'_> {
     }
 
     fn unusable(&mut self, text: String, errno: i32) -> Result<()> {
-        self.tell(text, true);
+        self.tell(&Note::Error(text));
         Err(Error::from_errno(errno))
     }
 

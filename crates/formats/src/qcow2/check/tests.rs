@@ -22,7 +22,7 @@ struct Found {
 fn check_device(device: Arc<dyn Device>, repair: Repair) -> Found {
     let gate = OneFile(Arc::new(MemoryDevice::default()));
     let lines = Mutex::new(Vec::new());
-    let note = |note: &Note| lines.lock().expect("one thread").push(note.text.clone());
+    let note = |note: &Note| lines.lock().expect("one thread").push(note.text().to_owned());
     let layer = Qcow2Format.open(OpenRequest {
         file: device,
         name: "test",

@@ -464,11 +464,11 @@ fn report_sparing_flags(layer: &dyn Layer) -> CheckReport {
     let harmless = AtomicU64::new(0);
     let notes = |note: &Note| {
         let flag_off = note
-            .text
+            .text()
             .split(['=', ' '])
             .filter_map(|word| u64::from_str_radix(word, 16).ok());
         let off = flag_off.max().is_some_and(|entry| entry >> 63 == 0);
-        if note.text.contains("OFLAG_COPIED") && note.text.ends_with("refcount=1") && off {
+        if note.text().contains("OFLAG_COPIED") && note.text().ends_with("refcount=1") && off {
             harmless.fetch_add(1, Ordering::Relaxed);
         }
     };

@@ -1,0 +1,66 @@
+//! What is mended when an image is opened.
+
+use std::sync::{Mutex, PoisonError};
+
+use diskimage_core::{Note, Progress, Result};
+
+/// Bytes of what is kept at most.
+const MOST: usize = 1 << 20;
+
+/// Mends an image that is being opened. What that tells is for whoever opens it; if it fails, it is shown before the
+/// error.
+///
+/// # Errors
+/// That of `repair`.
+pub(crate) fn mend(repair: impl FnOnce(&Progress<'_>) -> Result<()>) -> Result<Vec<Note>> {
+    let kept = Mutex::new((Vec::new(), 0));
+    let keep = |note: &Note| {
+        let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
+        kept.1 += note.text().len();
+        if kept.1 <= MOST {
+            kept.0.push(note.clone());
+        }
+    };
+    let outcome = repair(&Progress::none().with_notes(&keep));
+    let (notes, _) = kept.into_inner().unwrap_or_else(PoisonError::into_inner);
+    match outcome {
+        Ok(()) => Ok(notes),
+        Err(error) if notes.is_empty() => Err(error),
+        Err(error) => {
+            let lines: Vec<&str> = notes.iter().map(Note::text).collect();
+            Err(error.notice(lines.join("\n")))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use diskimage_core::Error;
+
+    #[test]
+    fn what_was_told_is_kept_or_shown_before_the_error() {
+        let line = |text: &str| Note::Line(text.to_owned());
+        let tell = |progress: &Progress<'_>| ["a", "b"].map(|text| progress.tell(&line(text)));
+        let kept = mend(|progress| {
+            tell(progress);
+            Ok(())
+        });
+        assert_eq!(kept.expect("is mended"), [line("a"), line("b")]);
+        let failed = mend(|progress| {
+            tell(progress);
+            Err(Error::corrupt("c"))
+        });
+        assert_eq!(failed.expect_err("is not").shown_before(), Some(&line("a\nb")));
+    }
+
+    #[test]
+    fn only_so_much_is_kept() {
+        let note = Note::Line("x".repeat(MOST / 2));
+        let kept = mend(|progress| {
+            (0..5).for_each(|_| progress.tell(&note));
+            Ok(())
+        });
+        assert_eq!(kept.expect("is mended").len(), 2);
+    }
+}
