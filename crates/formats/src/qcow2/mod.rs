@@ -45,9 +45,9 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use diskimage_core::options::{OptionDef, Options};
 use diskimage_core::{
     AmendRequest, Backing, Bitmaps, Budget, ByteRange, CheckReport, CreateRequest, Device, Encoded, Encoder,
-    Error, ErrorKind, Event, Format, Info, Layer, Measure, MeasureSource, Objects, OpenRequest, Permissions,
-    Preallocation, Probe, Progress, Repair, ResizeRequest, Result, ResultExt, Run, Score, Snapshots,
-    WritePlan, ZeroMode,
+    Error, ErrorKind, Event, Format, Info, Layer, Measure, MeasureSource, Note, Objects, OpenRequest,
+    Permissions, Preallocation, Probe, Progress, Repair, ResizeRequest, Result, ResultExt, Run, Score,
+    Snapshots, WritePlan, ZeroMode,
 };
 
 use self::encrypt::Encrypted;
@@ -55,6 +55,7 @@ use self::feature::{Autoclear, Compatible, Incompatible};
 use self::header::{Header, field};
 use self::refcount::Refcounts;
 use self::snapshot::SnapshotTable;
+use crate::mended;
 use crate::tables::{Class, Table, Tables};
 
 /// The table entry.
@@ -142,6 +143,8 @@ pub(crate) struct Qcow2 {
     sparse: OnceLock<bool>,
     /// Whether damage has been told of.
     corruption_told: AtomicBool,
+    /// What was mended when it was opened.
+    notes: Vec<Note>,
     state: Mutex<State>,
     /// Told when a plan for a write ends.
     settled: Condvar,
@@ -231,6 +234,7 @@ impl Qcow2 {
             budget: request.budget,
             sparse: OnceLock::new(),
             corruption_told: AtomicBool::new(false),
+            notes: Vec::new(),
             state: Mutex::new(state),
             settled: Condvar::new(),
         };
@@ -266,8 +270,8 @@ impl Qcow2 {
             self.file.flush()?;
         }
         if self.header.features.incompatible.has(Incompatible::DIRTY) && !for_check {
-            self.mend_dirty()
-                .map_err(|error| error.context("Could not repair dirty image"))?;
+            self.notes = mended::mend(|progress| self.mend_dirty(progress))
+                .context(|| "Could not repair dirty image")?;
             // A repair may have moved tables.
             self.header = read_header(&self.file, false)?;
         }
@@ -401,6 +405,10 @@ impl Layer for Qcow2 {
         } else {
             self.new_encoder().map(Some)
         }
+    }
+
+    fn notes(&self) -> &[Note] {
+        &self.notes
     }
 
     fn write_encoded(&self, offset: u64, bytes: &[u8]) -> Result<()> {

@@ -204,6 +204,7 @@ impl Qcow2 {
             budget: self.budget.clone(),
             sparse: OnceLock::new(),
             corruption_told: AtomicBool::new(false),
+            notes: Vec::new(),
             state: Mutex::new(state),
             settled: Condvar::new(),
         }))

@@ -69,8 +69,8 @@ impl Qcow2 {
     ///
     /// # Errors
     /// As [`Qcow2::run_check`].
-    pub(super) fn mend_dirty(&self) -> Result<()> {
-        let report = self.run_check(Repair::All, &Progress::none())?;
+    pub(super) fn mend_dirty(&self, progress: &Progress<'_>) -> Result<()> {
+        let report = self.run_check(Repair::All, progress)?;
         if report.check_errors > 0 {
             return Err(Error::from_errno(errno::EIO));
         }
