@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use diskimage_core::{
     Budget, ByteRange, Device, Error, ErrorKind, Format, Gate, Image, Layer, NodeOptions, Objects, OpenRequest, Preallocation,
-    Progress, Reference, Repair, ResizeRequest, Result, Want, ZeroMode,
+    Progress, Reference, Repair, Result, Want, ZeroMode,
 };
 
 pub use pages::Pages;
@@ -132,9 +132,9 @@ fn write(layer: Arc<dyn Layer>) {
         let _ = image.discard(range);
     }
     let _ = image.flush();
-    let grown = ResizeRequest { len: (len / 512).saturating_mul(512).saturating_add(1 << 20), preallocation: Preallocation::Off };
-    if image.resize_with(&grown).is_ok() {
-        let _ = image.resize_with(&ResizeRequest { len: 512, ..grown });
+    let more = (len / 512).saturating_mul(512).saturating_add(1 << 20);
+    if image.resize(more, Preallocation::Off).is_ok() {
+        let _ = image.resize(512, Preallocation::Off);
     }
     let _ = image.flush();
     if unit <= MAX_ENCODED && let Ok(Some(mut encoder)) = image.layer().encoder() {

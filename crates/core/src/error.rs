@@ -130,6 +130,14 @@ impl Error {
         result
     }
 
+    /// Only the error number `errno` of it, and what is shown before it.
+    #[must_use]
+    pub fn reduced_to(self, errno: i32) -> Self {
+        let mut result = Self::from_errno(errno);
+        result.inner.notice = self.shown_before().cloned();
+        result
+    }
+
     /// What is to be shown before the error, if any level has something.
     pub fn shown_before(&self) -> Option<&Note> {
         self.levels().find_map(|level| level.inner.notice.as_ref())

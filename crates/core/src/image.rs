@@ -593,7 +593,7 @@ impl Device for Image {
     }
 
     fn resize(&self, len: u64, preallocation: Preallocation) -> Result<()> {
-        self.resize_with(&ResizeRequest { len, preallocation })
+        self.resize_with(&ResizeRequest::new(len, preallocation))
     }
 
     fn allocated_bytes(&self) -> Option<u64> {

@@ -156,6 +156,15 @@ pub trait Layer: Debug + Send + Sync {
         Ok(())
     }
 
+    /// The paths of further files that [`Layer::resize`] needs for `request`, relative to the current directory if they
+    /// are not absolute. Whoever asked makes them, and passes them on in [`ResizeRequest::parts`].
+    ///
+    /// # Errors
+    /// As [`Layer::resize`].
+    fn new_parts(&self, _request: &ResizeRequest) -> Result<Vec<String>> {
+        Ok(Vec::new())
+    }
+
     /// Refuses what [`Layer::resize`] would refuse, before anything has changed.
     ///
     /// # Errors
@@ -367,12 +376,25 @@ pub struct AmendRequest<'a> {
 }
 
 /// A change of size.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct ResizeRequest {
     /// The new size in bytes.
     pub len: u64,
     /// How much of new space is set aside.
     pub preallocation: Preallocation,
+    /// The files of [`Layer::new_parts`], new and empty. After a failure those that are empty again belong to nobody.
+    pub parts: Vec<Arc<dyn Device>>,
+}
+
+impl ResizeRequest {
+    /// A change to `len` bytes in the files that there are.
+    pub fn new(len: u64, preallocation: Preallocation) -> Self {
+        Self {
+            len,
+            preallocation,
+            parts: Vec::new(),
+        }
+    }
 }
 
 #[cfg(test)]

@@ -31,10 +31,7 @@ impl Commit<'_> {
             .ok_or_else(|| Error::invalid("Image does not have a backing file"))?;
         let old = base.len();
         if old < self.top.len() {
-            base.resize_with(&ResizeRequest {
-                len: self.top.len(),
-                preallocation: Preallocation::Off,
-            })?;
+            base.resize_with(&ResizeRequest::new(self.top.len(), Preallocation::Off))?;
         }
         let sources = [Arc::clone(self.top)];
         let conversion = Conversion {

@@ -68,7 +68,7 @@ pub use map::{MappedExtent, map};
 pub use open::{OpenOptions, open, open_device, open_node};
 pub use probe::probe;
 pub use rebase::{Rebase, check_backing, set_backing};
-pub use resize::{ShrinkPolicy, resize};
+pub use resize::{Resize, ShrinkPolicy};
 pub use snapshot::{
     MAX_SNAPSHOT_NAME, SnapshotSelector, apply_snapshot, create_snapshot, delete_snapshot, list_snapshots,
     open_snapshot,

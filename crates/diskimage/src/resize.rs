@@ -1,32 +1,125 @@
 //! Changing the size of a disk.
 
-use diskimage_core::{Device, Error, Image, Preallocation, ResizeRequest, Result};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::{fs, io};
+
+use diskimage_core::{
+    Device, Error, Gate, Image, Permissions, Preallocation, ResizeRequest, Result, ResultExt,
+};
+use diskimage_protocols::Target;
+
+use crate::gate::FileGate;
 
 /// Whether a disk may become smaller.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum ShrinkPolicy {
     /// A smaller size is an error.
+    #[default]
     Refuse,
     /// What is beyond the new end is lost.
     Allow,
 }
 
-/// Gives the disk of `image` the size of `len` bytes.
-///
-/// # Errors
-/// A smaller size that `policy` refuses, preallocation of what is no growth, and what the format cannot do.
-pub fn resize(image: &Image, len: u64, preallocation: Preallocation, policy: ShrinkPolicy) -> Result<()> {
-    let present = image.len();
-    if len <= present && preallocation != Preallocation::Off {
-        return Err(Error::invalid(
-            "Preallocation can only be used for growing images",
-        ));
+/// A change of a disk's size.
+pub struct Resize {
+    len: u64,
+    preallocation: Preallocation,
+    policy: ShrinkPolicy,
+    gate: Arc<dyn Gate>,
+}
+
+impl Resize {
+    /// To `len` bytes.
+    pub fn new(len: u64) -> Self {
+        Self {
+            len,
+            preallocation: Preallocation::Off,
+            policy: ShrinkPolicy::Refuse,
+            gate: Arc::new(FileGate::default()),
+        }
     }
-    if len < present && policy == ShrinkPolicy::Refuse {
-        return Err(Error::invalid(
-            "Use the --shrink option to perform a shrink operation.",
-        ));
+
+    /// How much of what is added is set aside.
+    #[must_use]
+    pub fn preallocation(mut self, preallocation: Preallocation) -> Self {
+        self.preallocation = preallocation;
+        self
     }
-    image.resize_with(&ResizeRequest { len, preallocation })?;
-    image.flush()
+
+    /// Whether the disk may become smaller; if nothing is said, it may not.
+    #[must_use]
+    pub fn policy(mut self, policy: ShrinkPolicy) -> Self {
+        self.policy = policy;
+        self
+    }
+
+    /// What opens the files that are added to an image whose files have a greatest length; if nothing is said, whatever
+    /// their names are.
+    #[must_use]
+    pub fn gate(mut self, gate: Arc<dyn Gate>) -> Self {
+        self.gate = gate;
+        self
+    }
+
+    /// Gives the disk of `image` that size.
+    ///
+    /// # Errors
+    /// A smaller size that the policy refuses, preallocation of what is no growth, files to be added whose names others
+    /// have, and what the format cannot do.
+    pub fn run(&self, image: &Image) -> Result<()> {
+        let present = image.len();
+        if self.len <= present && self.preallocation != Preallocation::Off {
+            return Err(Error::invalid(
+                "Preallocation can only be used for growing images",
+            ));
+        }
+        if self.len < present && self.policy == ShrinkPolicy::Refuse {
+            return Err(Error::invalid(
+                "Use the --shrink option to perform a shrink operation.",
+            ));
+        }
+        let mut request = ResizeRequest::new(self.len, self.preallocation);
+        let paths = image.layer().new_parts(&request)?;
+        let mut made = Vec::new();
+        let outcome = self.grow_into(image, &paths, &mut request, &mut made);
+        if outcome.is_err() {
+            // Those that hold nothing are none of the image's; the failure that led here is the one to report.
+            for path in made.iter().filter(|path| is_empty_file(path)) {
+                let _ = fs::remove_file(path);
+            }
+        }
+        outcome?;
+        image.flush()
+    }
+
+    fn grow_into(
+        &self,
+        image: &Image,
+        paths: &[String],
+        request: &mut ResizeRequest,
+        made: &mut Vec<PathBuf>,
+    ) -> Result<()> {
+        for path in paths {
+            made.push(make_file(path).context(|| format!("Could not create '{path}'"))?);
+            let part = self.gate.open_data(path, &image.name(), Permissions::WRITE)?;
+            request.parts.push(part);
+        }
+        image.resize_with(request)
+    }
+}
+
+/// Makes a file that is not there yet, durably.
+fn make_file(path: &str) -> io::Result<PathBuf> {
+    let path = PathBuf::from(Target::plain(path).path);
+    fs::File::create_new(&path)?;
+    let directory = path
+        .parent()
+        .filter(|directory| !directory.as_os_str().is_empty());
+    fs::File::open(directory.unwrap_or(Path::new(".")))?.sync_all()?;
+    Ok(path)
+}
+
+fn is_empty_file(path: &Path) -> bool {
+    fs::metadata(path).is_ok_and(|metadata| metadata.len() == 0)
 }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use diskimage::{CacheMode, Commit, Device, Error, ErrorKind, Objects, OpenOptions, depth_of, errno};
+use diskimage::{CacheMode, Commit, Device, ErrorKind, Objects, OpenOptions, depth_of, errno};
 
 use super::{LARGEST, only_image};
 use crate::objects::define;
@@ -170,7 +170,7 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
         let unsupported = (error.kind() == ErrorKind::Unsupported).then_some(errno::ENOTSUP);
         match error.errno().or(unsupported) {
             // As there, without the place.
-            Some(errno) => Error::from_errno(errno).context("Block job failed"),
+            Some(errno) => error.reduced_to(errno).context("Block job failed"),
             None => error,
         }
     })?;

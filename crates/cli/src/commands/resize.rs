@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use diskimage::options::read_size;
 
-use diskimage::{Device, Objects, OpenOptions, Preallocation, ShrinkPolicy, resize};
+use diskimage::{Device, Objects, OpenOptions, Preallocation, Resize, ShrinkPolicy};
 
 use crate::objects::define;
 use crate::out::Console;
@@ -184,7 +184,8 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     } else {
         ShrinkPolicy::Refuse
     };
-    if let Err(error) = resize(&image, size, args.preallocation, policy) {
+    let resize = Resize::new(size).preallocation(args.preallocation).policy(policy);
+    if let Err(error) = resize.run(&image) {
         let stop = Stop::from(error);
         let refused = size < present && args.preallocation == Preallocation::Off && !args.shrink;
         return Err(if refused { stop.and(SHRINK_WARNING) } else { stop });

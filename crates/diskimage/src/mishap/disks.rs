@@ -136,9 +136,9 @@ impl Part {
             }
             Self::Zeroes(at, len) => image.write_zeroes(ByteRange::at(at, len), ZeroMode::Unmap),
             Self::Snapshot(name) => crate::create_snapshot(image, name, std::time::UNIX_EPOCH),
-            Self::Resize(len) => {
-                crate::resize(image, len, crate::Preallocation::Off, crate::ShrinkPolicy::Allow)
-            }
+            Self::Resize(len) => crate::Resize::new(len)
+                .policy(crate::ShrinkPolicy::Allow)
+                .run(image),
         }
     }
 }

@@ -12,7 +12,10 @@ const KIB: u64 = 1024;
 fn resize(len: u64, preallocation: Preallocation) -> impl Fn(&Disks) -> Result<()> {
     move |disks| {
         let image = disks.open("top", OpenOptions::new().write(true).resize(true))?;
-        crate::resize(&image, len, preallocation, ShrinkPolicy::Allow)
+        crate::Resize::new(len)
+            .preallocation(preallocation)
+            .policy(ShrinkPolicy::Allow)
+            .run(&image)
     }
 }
 

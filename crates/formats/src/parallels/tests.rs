@@ -421,10 +421,7 @@ fn the_file_grows_as_the_user_wants() {
 #[test]
 fn disks_do_not_change_their_size() {
     let image = open(memory(&four()));
-    let request = ResizeRequest {
-        len: 8 * CLUSTER,
-        preallocation: diskimage_core::Preallocation::Off,
-    };
+    let request = ResizeRequest::new(8 * CLUSTER, diskimage_core::Preallocation::Off);
     let error = image.resize_with(&request).expect_err("refused");
     assert_eq!(error.to_string(), "Image format driver does not support resize");
 }

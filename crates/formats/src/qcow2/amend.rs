@@ -201,10 +201,7 @@ impl Qcow2 {
         if let Some(volume) = volume {
             change_key_slots(volume, request)?;
         }
-        let resize = |len| ResizeRequest {
-            len,
-            preallocation: Preallocation::Off,
-        };
+        let resize = |len| ResizeRequest::new(len, Preallocation::Off);
         self.flush()?;
         self.write.store(false, Ordering::Relaxed);
         let image = self.reopen()?;

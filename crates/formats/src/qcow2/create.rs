@@ -57,10 +57,7 @@ pub(super) fn create(request: &CreateRequest<'_>) -> Result<()> {
         (Preallocation::Off, true) => Preallocation::Metadata,
         (mode, _) => mode,
     };
-    let size = ResizeRequest {
-        len: request.size.next_multiple_of(512),
-        preallocation,
-    };
+    let size = ResizeRequest::new(request.size.next_multiple_of(512), preallocation);
     // The image below shows everywhere.
     image.grow_to(&size, 0)?;
     diskimage_core::Layer::flush(&*image)?;

@@ -164,10 +164,7 @@ fn check_model(options_text: &str, with_backing: bool, ops: &[Op]) {
             }
             Op::Resize(size) => {
                 image
-                    .resize_with(&ResizeRequest {
-                        len: size,
-                        preallocation: Preallocation::Off,
-                    })
+                    .resize_with(&ResizeRequest::new(size, Preallocation::Off))
                     .expect("resizes");
                 model.resize(usize::try_from(size).expect("small"), 0);
             }

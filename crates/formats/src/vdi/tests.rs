@@ -31,10 +31,7 @@ fn check(image: &Image) -> CheckReport {
 }
 
 fn grow(image: &Image, len: u64) -> Result<()> {
-    image.resize_with(&ResizeRequest {
-        len,
-        preallocation: Preallocation::Off,
-    })
+    image.resize_with(&ResizeRequest::new(len, Preallocation::Off))
 }
 
 /// A file whose map has no room to grow: that of 128 blocks takes a sector, and so it does here.

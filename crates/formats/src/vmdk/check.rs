@@ -9,14 +9,15 @@ use super::tables::Grain;
 impl VmdkLayer {
     /// Walks all tables. The first grain that cannot be there ends it, as in the original.
     pub(super) fn run_check(&self, progress: &Progress<'_>) -> Result<CheckReport> {
-        for (index, extent) in self.extents.iter().enumerate() {
+        let extents = self.extents();
+        for (index, extent) in extents.iter().enumerate() {
             let Some(geometry) = extent.geometry() else {
                 continue;
             };
             let len = extent.device.len();
-            let mut grains = ByteRange::new(0, extent.len().div_ceil(geometry.grain));
+            let mut grains = ByteRange::new(0, extent.len.div_ceil(geometry.grain));
             while !grains.is_empty() {
-                let (found, count) = self.lock().tables.scan(&self.extents, index, &geometry, grains)?;
+                let (found, count) = self.lock().tables.scan(&extents, index, &geometry, grains)?;
                 if let Grain::At(offset) = found {
                     // How many of the run start inside the file.
                     let inside = len.saturating_sub(offset).div_ceil(geometry.grain);

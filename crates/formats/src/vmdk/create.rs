@@ -17,7 +17,7 @@ use zerocopy::byteorder::little_endian::{U16, U32, U64};
 
 use super::descriptor::{NO_PARENT, NewDescriptor};
 use super::extent::beside;
-use super::header::{DEFLATE, HOSTED_MAGIC, HostedHeader, LINE_ENDS, SECTOR, flag};
+use super::header::{DEFLATE, Geometry, HOSTED_MAGIC, HostedHeader, LINE_ENDS, SECTOR, flag};
 use super::new_cid;
 use crate::preallocation;
 use crate::used::data_bytes;
@@ -205,8 +205,7 @@ struct NewExtent {
 }
 
 fn extents(subformat: Subformat, name: &str, size: u64) -> Result<Vec<NewExtent>> {
-    let own = name.rsplit('/').next().unwrap_or(name);
-    let (stem, ending) = own.rfind('.').map_or((own, ""), |dot| own.split_at(dot));
+    let (stem, ending) = stem_and_ending(own_name(name));
     let mut left = size.div_ceil(SECTOR);
     let mut extents = Vec::new();
     // A disk of no bytes has no extents beside it.
@@ -234,8 +233,54 @@ pub(super) fn extent_limit(create_type: &str) -> Option<u64> {
         .checked_mul(SECTOR)
 }
 
+/// Whether a sparse extent's grains and tables are as long as in new ones.
+pub(super) fn is_usual(geometry: &Geometry) -> bool {
+    (geometry.grain, geometry.entries) == (GRAIN * SECTOR, GTES)
+}
+
+/// The line of an extent in the descriptor.
+pub(super) fn line(is_flat: bool, sectors: u64, name: &str) -> String {
+    if is_flat {
+        format!("RW {sectors} FLAT \"{name}\" 0")
+    } else {
+        format!("RW {sectors} SPARSE \"{name}\"")
+    }
+}
+
+/// What extent `number` of an image of this kind is called, after extent `before`, which is called `name`. The name of
+/// the image counts, `image`, if that one is called otherwise than here.
+pub(super) fn next_name(
+    create_type: &str,
+    image: &str,
+    (before, name): (u64, &str),
+    number: u64,
+) -> Option<String> {
+    let subformat = Subformat::by_name(create_type)?;
+    let suffix = subformat.extent_suffix(before)?;
+    let (stem, ending) = stem_and_ending(name);
+    let (stem, ending) = match stem.strip_suffix(&suffix) {
+        Some(stem) => (stem, ending),
+        None => stem_and_ending(own_name(image)),
+    };
+    Some(format!("{stem}{}{ending}", subformat.extent_suffix(number)?))
+}
+
+/// A path without its directory.
+fn own_name(path: &str) -> &str {
+    path.rsplit('/').next().unwrap_or(path)
+}
+
+/// A path, parted where the ending of its name begins.
+fn stem_and_ending(path: &str) -> (&str, &str) {
+    let start = path.len() - own_name(path).len();
+    match path[start..].rfind('.') {
+        Some(dot) => path.split_at(start + dot),
+        None => (path, ""),
+    }
+}
+
 /// As many as are opened.
-const MAX_EXTENTS: u64 = 4096;
+pub(super) const MAX_EXTENTS: u64 = 4096;
 
 /// Writes a new image.
 pub(super) fn create(request: &CreateRequest<'_>) -> Result<()> {
@@ -246,7 +291,7 @@ pub(super) fn create(request: &CreateRequest<'_>) -> Result<()> {
             .id_below
             .ok_or_else(|| Error::invalid("backing_file must be a vmdk image"))?,
     };
-    let own = request.name.rsplit('/').next().unwrap_or(request.name);
+    let own = own_name(request.name);
     let extents = extents(wanted.subformat, request.name, request.size)?;
     let mut lines = Vec::new();
     for extent in &extents {
@@ -255,18 +300,18 @@ pub(super) fn create(request: &CreateRequest<'_>) -> Result<()> {
             Some(part) => Some(open_part(request, part)?),
         };
         let device = separate.as_ref().unwrap_or(&request.file);
-        let (kind, offset) = if wanted.subformat.is_flat() {
+        let is_flat = wanted.subformat.is_flat();
+        if is_flat {
             device.resize(extent.sectors * SECTOR, Preallocation::Off)?;
-            ("FLAT", " 0")
         } else {
-            write_sparse(&**device, extent.sectors, &wanted)?;
-            ("SPARSE", "")
-        };
+            let compressed = wanted.subformat == Subformat::StreamOptimized;
+            write_sparse(&**device, extent.sectors, wanted.zeroed_grain, compressed)?;
+        }
         if let Some(device) = separate {
             device.flush()?;
         }
         let name = extent.name.as_deref().unwrap_or(own);
-        lines.push(format!("RW {} {kind} \"{name}\"{offset}", extent.sectors));
+        lines.push(line(is_flat, extent.sectors, name));
     }
     let text = wanted.descriptor(new_cid()?, parent_cid, &lines, request.size);
     let embedded = !wanted.subformat.is_separate();
@@ -293,10 +338,10 @@ pub(super) fn measure(options: &Options, source: MeasureSource<'_>) -> Result<Me
             metadata += Overhead::of(extent.sectors)?.end() * SECTOR;
             grains += extent.sectors.div_ceil(GRAIN);
         }
-        lines.push(format!(
-            "RW {} SPARSE \"{}\"",
+        lines.push(line(
+            wanted.subformat.is_flat(),
             extent.sectors,
-            extent.name.unwrap_or_default()
+            &extent.name.unwrap_or_default(),
         ));
     }
     if wanted.subformat.is_separate() {
@@ -375,18 +420,22 @@ impl Overhead {
 }
 
 /// Header and empty tables of a sparse extent.
-fn write_sparse(device: &dyn Device, sectors: u64, wanted: &Wanted<'_>) -> Result<()> {
+pub(super) fn write_sparse(
+    device: &dyn Device,
+    sectors: u64,
+    zeroed_grain: bool,
+    compressed: bool,
+) -> Result<()> {
     let overhead = Overhead::of(sectors)?;
     let (over_head, directory_at) = (overhead.end(), overhead.directory_at());
-    let compressed = wanted.subformat == Subformat::StreamOptimized;
     let mut flags = flag::LINE_ENDS | flag::REDUNDANT;
-    if wanted.zeroed_grain {
+    if zeroed_grain {
         flags |= flag::ZEROED_GRAIN;
     }
     if compressed {
         flags |= flag::COMPRESSED | flag::MARKERS;
     }
-    let version = match (compressed, wanted.zeroed_grain) {
+    let version = match (compressed, zeroed_grain) {
         (true, _) => 3,
         (false, true) => 2,
         (false, false) => 1,

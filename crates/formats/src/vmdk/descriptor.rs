@@ -137,8 +137,8 @@ impl Descriptor {
 }
 
 impl Descriptor {
-    /// The descriptor in `bytes` once the last extent has `sectors` and with it the disk `disk`.
-    pub(super) fn grown(bytes: &[u8], sectors: u64, disk: u64) -> String {
+    /// The descriptor in `bytes` once the last extent has `sectors`, those of `added` follow it, and the disk has `disk`.
+    pub(super) fn grown(bytes: &[u8], sectors: u64, added: &[String], disk: u64) -> String {
         let text = text_of(bytes);
         let is_extent = |line: &str| ExtentLine::parse(line).is_ok_and(|extent| extent.is_some());
         let last = text.lines().filter(|line| is_extent(line)).count();
@@ -155,6 +155,10 @@ impl Descriptor {
             match (line.split_whitespace().nth(1), cylinders) {
                 (Some(old), _) if is_extent(line) && extents == last => {
                     out.push_str(&line.replacen(old, &sectors.to_string(), 1));
+                    for line in added {
+                        out.push_str(line);
+                        out.push('\n');
+                    }
                 }
                 (_, Some(cylinders)) if is_cylinders() => {
                     let end = &line[line.trim_end().len()..];
@@ -353,7 +357,16 @@ mod tests {
             .replace("RW 22 ", "RW 1000000 ")
             .replace("cylinders = \"4161\"", "cylinders = \"5153\"");
         assert_ne!(text, expected);
-        assert_eq!(Descriptor::grown(text.as_bytes(), 1_000_000, 5_194_304), expected);
+        assert_eq!(
+            Descriptor::grown(text.as_bytes(), 1_000_000, &[], 5_194_304),
+            expected
+        );
+        let added = ["RW 7 FLAT \"a-f003\" 0".to_owned()];
+        let lines = format!("RW 1000000 FLAT \"a-f002\" 0\n{}\n", added[0]);
+        assert_eq!(
+            Descriptor::grown(text.as_bytes(), 1_000_000, &added, 5_194_304),
+            expected.replace("RW 1000000 FLAT \"a-f002\" 0\n", &lines)
+        );
     }
 
     #[test]

@@ -1,31 +1,24 @@
 //! The extents of a disk: which files they are in, and how those are arranged.
 
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::Arc;
 
-use diskimage_core::{Device, Error, OpenRequest, Permissions, Result, errno};
+use diskimage_core::{ByteRange, Device, Error, OpenRequest, Permissions, Result, errno};
 
 use super::descriptor::{Descriptor, ExtentKind, ExtentLine};
 use super::header::{self, Geometry, Hosted, SECTOR};
 
 /// A part of the disk.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Extent {
     /// Where it starts on the disk.
     pub(super) start: u64,
-    /// What changes as it grows.
-    shape: RwLock<Shape>,
+    pub(super) len: u64,
+    pub(super) place: Place,
     pub(super) device: Arc<dyn Device>,
     /// Its file's name, for whoever asks.
     pub(super) name: String,
     /// What the descriptor calls it; `None` if the descriptor is inside the extent.
     pub(super) kind: Option<ExtentKind>,
-}
-
-/// How long an extent is, and where its bytes are.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Shape {
-    pub(super) len: u64,
-    pub(super) place: Place,
 }
 
 /// How an extent's bytes are arranged in its file.
@@ -38,32 +31,28 @@ pub(super) enum Place {
 }
 
 impl Extent {
-    pub(super) fn len(&self) -> u64 {
-        self.shape().len
-    }
-
     pub(super) fn end(&self) -> u64 {
-        self.start.saturating_add(self.len())
-    }
-
-    pub(super) fn place(&self) -> Place {
-        self.shape().place
+        self.start.saturating_add(self.len)
     }
 
     pub(super) fn geometry(&self) -> Option<Geometry> {
-        match self.place() {
+        match self.place {
             Place::Flat { .. } => None,
             Place::Sparse(geometry) => Some(geometry),
         }
     }
 
-    fn shape(&self) -> Shape {
-        *self.shape.read().unwrap_or_else(PoisonError::into_inner)
+    /// What places for grains are multiples of.
+    pub(super) fn unit(&self) -> u64 {
+        match self.geometry() {
+            Some(geometry) if !geometry.compressed => geometry.grain,
+            _ => SECTOR,
+        }
     }
 
-    /// What is true of it once it has grown.
-    pub(super) fn set_shape(&self, shape: Shape) {
-        *self.shape.write().unwrap_or_else(PoisonError::into_inner) = shape;
+    /// Where the first place for a grain is behind all that the file has.
+    pub(super) fn end_of_file(&self) -> u64 {
+        self.device.len().next_multiple_of(self.unit())
     }
 
     /// Bytes from the extent's start up to the disk's offset `guest`.
@@ -72,11 +61,43 @@ impl Extent {
     }
 }
 
+/// The extent with the disk's offset `guest`, and which it is.
+pub(super) fn at(extents: &[Extent], guest: u64) -> Result<(usize, &Extent)> {
+    let index = extents.partition_point(|extent| extent.end() <= guest);
+    let extent = extents.get(index);
+    extent
+        .map(|extent| (index, extent))
+        .ok_or_else(|| Error::from_errno(errno::EIO))
+}
+
+/// The pieces of `range` that lie in one extent each.
+pub(super) fn pieces(
+    extents: &[Extent],
+    range: ByteRange,
+) -> impl Iterator<Item = Result<(usize, &Extent, ByteRange)>> {
+    let mut rest = range;
+    std::iter::from_fn(move || {
+        if rest.is_empty() {
+            return None;
+        }
+        let piece = at(extents, rest.start()).map(|(index, extent)| {
+            let piece = rest.intersect(ByteRange::new(extent.start, extent.end()));
+            rest = rest.skip(piece.len());
+            (index, extent, piece)
+        });
+        if piece.is_err() {
+            rest = rest.skip(u64::MAX);
+        }
+        Some(piece)
+    })
+}
+
 /// The image's own file as the only extent.
 pub(super) fn embedded(file: &Arc<dyn Device>, name: &str, hosted: &Hosted) -> Extent {
     Extent {
         start: 0,
-        shape: RwLock::new(sparse(hosted.geometry)),
+        len: hosted.geometry.capacity,
+        place: Place::Sparse(hosted.geometry),
         device: Arc::clone(file),
         name: name.to_owned(),
         kind: None,
@@ -89,7 +110,7 @@ pub(super) fn open_all(descriptor: &Descriptor, request: &OpenRequest<'_>) -> Re
     let mut start: u64 = 0;
     for line in &descriptor.extents {
         let extent = open(line, start, request)?;
-        start = start.checked_add(extent.len()).ok_or_else(too_large)?;
+        start = start.checked_add(extent.len).ok_or_else(too_large)?;
         extents.push(extent);
     }
     Ok(extents)
@@ -132,27 +153,25 @@ fn open(line: &ExtentLine, start: u64, request: &OpenRequest<'_>) -> Result<Exte
     };
     let device = request.gate.open_data(&name, request.name, permissions)?;
     let len = line.sectors.checked_mul(SECTOR).ok_or_else(too_large)?;
-    let shape = match line.kind {
+    let (len, place) = match line.kind {
         ExtentKind::Flat | ExtentKind::Vmfs => {
             let offset = line.offset.checked_mul(SECTOR).ok_or_else(too_large)?;
             offset.checked_add(len).ok_or_else(too_large)?;
-            Shape {
-                len,
-                place: Place::Flat { offset },
-            }
+            (len, Place::Flat { offset })
         }
         ExtentKind::Sparse => sparse(Hosted::read(&*device)?.geometry),
         ExtentKind::VmfsSparse => sparse(header::read_cowd(&*device)?),
         ExtentKind::SeSparse => sparse(header::read_sesparse(&*device)?),
     };
     if request.write
-        && let Place::Sparse(geometry) = &shape.place
+        && let Place::Sparse(geometry) = &place
     {
         geometry.require_handled()?;
     }
     Ok(Extent {
         start,
-        shape: RwLock::new(shape),
+        len,
+        place,
         device,
         name,
         kind: Some(line.kind),
@@ -160,11 +179,8 @@ fn open(line: &ExtentLine, start: u64, request: &OpenRequest<'_>) -> Result<Exte
 }
 
 /// A sparse extent is as long as its own header says.
-fn sparse(geometry: Geometry) -> Shape {
-    Shape {
-        len: geometry.capacity,
-        place: Place::Sparse(geometry),
-    }
+fn sparse(geometry: Geometry) -> (u64, Place) {
+    (geometry.capacity, Place::Sparse(geometry))
 }
 
 /// The path that `name` means in the image called `image`: relative to that image's directory.

@@ -47,7 +47,7 @@ pub(super) const COWD_MAGIC: [u8; 4] = *b"COWD";
 pub(super) const LINE_ENDS: [u8; 4] = *b"\n \r\n";
 
 /// The grain directory is found by the footer: the stream had not known where it would be.
-const GD_AT_END: u64 = u64::MAX;
+pub(super) const GD_AT_END: u64 = u64::MAX;
 
 /// Bits of [`HostedHeader::flags`].
 pub(super) mod flag {
@@ -224,9 +224,9 @@ pub(super) fn read_at(file: &dyn Device, offset: u64) -> Result<HostedHeader> {
 }
 
 /// The footer is a copy of the header between two markers at the end of the file.
-fn read_footer(file: &dyn Device) -> Result<HostedHeader> {
+pub(super) fn read_footer(file: &dyn Device) -> Result<HostedHeader> {
     let invalid = || Error::corrupt("Invalid footer");
-    let start = file.len().checked_sub(3 * SECTOR).ok_or_else(invalid)?;
+    let start = file.len().checked_sub(FOOTER_LEN).ok_or_else(invalid)?;
     let mut markers = [0; 2 * SECTOR_BYTES];
     file.read_at(&mut markers[..512], start)?;
     file.read_at(&mut markers[512..], start + 2 * SECTOR)?;
@@ -243,8 +243,28 @@ fn read_footer(file: &dyn Device) -> Result<HostedHeader> {
     Ok(footer)
 }
 
+/// Bytes of the footer with its two markers.
+pub(super) const FOOTER_LEN: u64 = 3 * SECTOR;
+
 const MARKER_EOS: u32 = 0;
 const MARKER_FOOTER: u32 = 3;
+
+/// What a stream has besides grains, as the marker in front of it says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Metadata {
+    GrainTables = 1,
+    GrainDirectory = 2,
+}
+
+impl Metadata {
+    /// The marker in front of `len` bytes.
+    pub(super) fn marker(self, len: u64) -> [u8; SECTOR_BYTES] {
+        let mut marker = [0; SECTOR_BYTES];
+        marker[..8].copy_from_slice(&len.div_ceil(SECTOR).to_le_bytes());
+        marker[12..16].copy_from_slice(&(self as u32).to_le_bytes());
+        marker
+    }
+}
 
 /// The header of a sparse extent of ESX; what follows is of no interest here.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]

@@ -9,10 +9,8 @@ impl VmdkLayer {
     /// The facts that `info` prints, in its order.
     pub(super) fn collect_info(&self) -> Info {
         let create_type = self.descriptor.create_type.clone().unwrap_or_default();
-        let extents = self
-            .extents
-            .iter()
-            .map(|extent| DetailValue::Group(details(extent)));
+        let extents = self.extents();
+        let extents = extents.iter().map(|extent| DetailValue::Group(details(extent)));
         Info {
             cluster_size: (self.grain > 1).then_some(self.grain),
             specific: Some(vec![
@@ -35,7 +33,7 @@ fn details(extent: &Extent) -> Vec<Detail> {
     if geometry.is_some_and(|geometry| geometry.compressed) {
         details.push(Detail::flag("compressed", true));
     }
-    details.push(Detail::number("virtual-size", extent.len()));
+    details.push(Detail::number("virtual-size", extent.len));
     details.push(Detail::text("filename", extent.name.as_str()));
     if let Some(geometry) = geometry {
         details.push(Detail::number("cluster-size", geometry.grain));

@@ -15,7 +15,7 @@
 //! * `extent`: the files of the disk, opened through the gate;
 //! * `tables`: windows of directories and tables in memory, and the order in which they are written;
 //! * `write`, `stream`: new places for guest bytes;
-//! * `create`, `check`, `info`, `resize`: operations.
+//! * `create`, `check`, `info`, `resize` with `layout`: operations.
 
 mod check;
 mod create;
@@ -23,6 +23,7 @@ mod descriptor;
 mod extent;
 mod header;
 mod info;
+mod layout;
 mod resize;
 mod stream;
 mod tables;
@@ -30,7 +31,7 @@ mod tables;
 mod tests;
 mod write;
 
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 
 use diskimage_core::options::{OptionDef, Options};
 use diskimage_core::{
@@ -102,11 +103,13 @@ impl Format for Vmdk {
 #[derive(Debug)]
 struct VmdkLayer {
     file: Arc<dyn Device>,
-    /// Where the descriptor is in `file`, in bytes.
-    descriptor_range: ByteRange,
+    /// The image's own, which those of extents are relative to.
+    name: String,
+    /// Where the descriptor is in `file`, in bytes; `None` if that is all there is in it.
+    descriptor_range: Option<ByteRange>,
     descriptor: Descriptor,
-    /// In the order of the disk, without gaps.
-    extents: Vec<Extent>,
+    /// In the order of the disk, without gaps. Others take their place when the disk grows.
+    extents: RwLock<Arc<[Extent]>>,
     /// The length of a grain, 1 if there are none.
     grain: u64,
     /// Grains are deflated.
@@ -144,17 +147,17 @@ impl VmdkLayer {
                 if request.write {
                     hosted.geometry.require_handled()?;
                 }
-                let descriptor = parse(request, &read_descriptor(&request.file, place)?)?;
+                let descriptor = parse(request, &read_descriptor(&request.file, Some(place))?)?;
                 let extents = vec![extent::embedded(&request.file, request.name, &hosted)];
-                return Self::new(request, place, descriptor, extents);
+                return Self::new(request, Some(place), descriptor, extents);
             }
-            return Self::open_described(request, place);
+            return Self::open_described(request, Some(place));
         }
-        Self::open_described(request, ByteRange::new(0, request.file.len()))
+        Self::open_described(request, None)
     }
 
     /// Opens an image whose extents are in files of their own.
-    fn open_described(request: &OpenRequest<'_>, place: ByteRange) -> Result<Self> {
+    fn open_described(request: &OpenRequest<'_>, place: Option<ByteRange>) -> Result<Self> {
         let bytes = read_descriptor(&request.file, place)?;
         let Some(create_type) = Descriptor::create_type(&bytes) else {
             return Err(Error::corrupt("invalid VMDK image descriptor"));
@@ -171,7 +174,7 @@ impl VmdkLayer {
 
     fn new(
         request: &OpenRequest<'_>,
-        descriptor_range: ByteRange,
+        descriptor_range: Option<ByteRange>,
         descriptor: Descriptor,
         extents: Vec<Extent>,
     ) -> Result<Self> {
@@ -187,25 +190,19 @@ impl VmdkLayer {
                 "Compressed extents can only be written where they are the only one",
             ));
         }
-        let unit = |extent: &Extent| match extent.geometry() {
-            Some(geometry) if !geometry.compressed => geometry.grain,
-            _ => header::SECTOR,
-        };
         let state = State {
             tables: Tables::default(),
-            free: extents
-                .iter()
-                .map(|extent| extent.device.len().next_multiple_of(unit(extent)))
-                .collect(),
+            free: extents.iter().map(Extent::end_of_file).collect(),
             in_flight: Vec::new(),
             cid: descriptor.cid,
             marked: false,
         };
         Ok(Self {
             file: Arc::clone(&request.file),
+            name: request.name.to_owned(),
             descriptor_range,
             descriptor,
-            extents,
+            extents: RwLock::new(extents.into()),
             grain,
             compressed,
             state: Mutex::new(state),
@@ -217,32 +214,8 @@ impl VmdkLayer {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The extent with the disk's offset `guest`.
-    fn extent_at(&self, guest: u64) -> Result<(usize, &Extent)> {
-        let index = self.extents.partition_point(|extent| extent.end() <= guest);
-        let extent = self.extents.get(index);
-        extent
-            .map(|extent| (index, extent))
-            .ok_or_else(|| Error::from_errno(errno::EIO))
-    }
-
-    /// The pieces of `range` that lie in one extent each.
-    fn pieces(&self, range: ByteRange) -> impl Iterator<Item = Result<(usize, &Extent, ByteRange)>> {
-        let mut rest = range;
-        std::iter::from_fn(move || {
-            if rest.is_empty() {
-                return None;
-            }
-            let piece = self.extent_at(rest.start()).map(|(index, extent)| {
-                let piece = rest.intersect(ByteRange::new(extent.start, extent.end()));
-                rest = rest.skip(piece.len());
-                (index, extent, piece)
-            });
-            if piece.is_err() {
-                rest = rest.skip(u64::MAX);
-            }
-            Some(piece)
-        })
+    fn extents(&self) -> Arc<[Extent]> {
+        Arc::clone(&self.extents.read().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// The grains of `extent` that `range`, which lies in it, touches.
@@ -253,13 +226,14 @@ impl VmdkLayer {
 
     fn map_sparse(
         &self,
+        extents: &[Extent],
         index: usize,
-        extent: &Extent,
         geometry: &Geometry,
         range: ByteRange,
     ) -> Result<Run> {
+        let extent = &extents[index];
         let grains = Self::grains(extent, geometry, range);
-        let (grain, count) = self.lock().tables.scan(&self.extents, index, geometry, grains)?;
+        let (grain, count) = self.lock().tables.scan(extents, index, geometry, grains)?;
         let first = extent.start + grains.start() * geometry.grain;
         let into = range.start() - first;
         let len = (count * geometry.grain).saturating_sub(into).min(range.len());
@@ -288,6 +262,9 @@ impl VmdkLayer {
         if state.marked {
             return Ok(());
         }
+        if self.compressed {
+            self.continue_stream(state)?;
+        }
         let cid = new_cid()?;
         self.change_descriptor(|old| Descriptor::with_cid(old, cid))?;
         // Before any of the new contents: an image on top of this one must not take them for the old.
@@ -299,14 +276,26 @@ impl VmdkLayer {
 
     /// Puts another text where the descriptor is.
     fn change_descriptor(&self, change: impl FnOnce(&[u8]) -> String) -> Result<()> {
-        let old = read_descriptor(&self.file, self.descriptor_range)?;
-        let mut bytes = change(&old).into_bytes();
-        let room = usize::try_from(self.descriptor_range.len()).unwrap_or(usize::MAX);
-        if bytes.len() > room && self.descriptor_range.start() > 0 {
+        let old = self.read_descriptor()?;
+        let text = change(&old);
+        self.require_room(&text)?;
+        let mut bytes = text.into_bytes();
+        bytes.resize(bytes.len().max(old.len()), 0);
+        let start = self.descriptor_range.map_or(0, ByteRange::start);
+        self.file.write_at(&bytes, start)
+    }
+
+    fn read_descriptor(&self) -> Result<Vec<u8>> {
+        read_descriptor(&self.file, self.descriptor_range)
+    }
+
+    /// Refuses a descriptor that would not fit where the old one is.
+    fn require_room(&self, text: &str) -> Result<()> {
+        let room = self.descriptor_range.map_or(descriptor::MAX_LEN, ByteRange::len);
+        if text.len() as u64 > room {
             return Err(Error::from_errno(errno::ENOSPC));
         }
-        bytes.resize(bytes.len().max(old.len()), 0);
-        self.file.write_at(&bytes, self.descriptor_range.start())
+        Ok(())
     }
 }
 
@@ -327,7 +316,9 @@ fn parse(request: &OpenRequest<'_>, bytes: &[u8]) -> Result<Descriptor> {
     })
 }
 
-fn read_descriptor(file: &Arc<dyn Device>, place: ByteRange) -> Result<Vec<u8>> {
+/// The descriptor in `file`: at `place`, or all of it.
+fn read_descriptor(file: &Arc<dyn Device>, place: Option<ByteRange>) -> Result<Vec<u8>> {
+    let place = place.unwrap_or(ByteRange::new(0, file.len()));
     let len = place.len().min(descriptor::MAX_LEN);
     let mut bytes = vec![0; usize::try_from(len).unwrap_or(0)];
     file.read_padded(&mut bytes, place.start())?;
@@ -349,7 +340,7 @@ impl Layer for VmdkLayer {
     }
 
     fn len(&self) -> u64 {
-        self.extents.last().map_or(0, Extent::end)
+        self.extents().last().map_or(0, Extent::end)
     }
 
     fn granularity(&self) -> u64 {
@@ -365,9 +356,10 @@ impl Layer for VmdkLayer {
     }
 
     fn map(&self, range: ByteRange) -> Result<Run> {
-        let (index, extent) = self.extent_at(range.start())?;
+        let extents = self.extents();
+        let (index, extent) = extent::at(&extents, range.start())?;
         let range = range.intersect(ByteRange::new(extent.start, extent.end()));
-        match extent.place() {
+        match extent.place {
             Place::Flat { offset } => Ok(Run {
                 len: range.len(),
                 kind: RunKind::Data {
@@ -376,7 +368,7 @@ impl Layer for VmdkLayer {
                     holes: Holes::ZeroData,
                 },
             }),
-            Place::Sparse(geometry) => self.map_sparse(index, extent, &geometry, range),
+            Place::Sparse(geometry) => self.map_sparse(&extents, index, &geometry, range),
         }
     }
 
@@ -419,19 +411,24 @@ impl Layer for VmdkLayer {
         self.grow(request, below)
     }
 
+    fn new_parts(&self, request: &ResizeRequest) -> Result<Vec<String>> {
+        self.added_parts(request)
+    }
+
     fn check_resize(&self, request: &ResizeRequest) -> Result<()> {
         self.check_size(request)
     }
 
     fn is_zero_when_new(&self) -> bool {
-        self.extents
+        self.extents()
             .iter()
             .all(|extent| extent.geometry().is_some() || extent.device.is_zero_when_new())
     }
 
     fn flush(&self) -> Result<()> {
         let mut state = self.lock();
-        for (extent, free) in self.extents.iter().zip(&state.free) {
+        let extents = self.extents();
+        for (extent, free) in extents.iter().zip(&state.free) {
             let end = match extent.geometry() {
                 None => continue,
                 // A marker of zeroes ends the stream.
@@ -443,7 +440,7 @@ impl Layer for VmdkLayer {
                 extent.device.resize(end, Preallocation::Off)?;
             }
         }
-        state.tables.write_back(&self.extents)?;
+        state.tables.write_back(&extents)?;
         self.file.event(Event::FLUSH_TO_DISK);
         for (_, part) in self.parts() {
             part.flush()?;
@@ -456,7 +453,8 @@ impl Layer for VmdkLayer {
     }
 
     fn parts(&self) -> Vec<(String, Arc<dyn Device>)> {
-        let separate = self.extents.iter().filter(|extent| extent.kind.is_some());
+        let extents = self.extents();
+        let separate = extents.iter().filter(|extent| extent.kind.is_some());
         separate
             .zip(0..)
             .map(|(extent, nth): (_, usize)| (format!("extents.{nth}"), Arc::clone(&extent.device)))

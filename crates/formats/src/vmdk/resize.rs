@@ -1,78 +1,71 @@
 //! Growing, which the original cannot.
 //!
-//! The last extent grows. A flat one gets a longer file. A sparse one that needs more grain tables gets new directories
-//! at the end of its file, which lead to the old tables and to new ones:
+//! The last extent grows as far as an extent of such an image goes: a flat one gets a longer file, a sparse one new
+//! directories (see `layout`). What is left goes to further extents, in new files.
 //!
-//! ```text
-//!   before   |header|directories, tables|grains|
-//!   after    |header|            tables|grains|redundant directory, its new tables|directory, its new tables|
-//! ```
-//!
-//! The header, one sector, says where they are once they are durable. The descriptor is changed last: of a sparse extent
-//! it is the header that counts, and a flat one whose line is still the old one is as long as before.
+//! The new files come first. Then the last extent grows; the descriptor is changed last. Of a sparse extent it is the header
+//! that counts, and a flat one whose line is still the old one is as long as before. So a crash leaves the old disk, one that
+//! ends with the last of its old files, or the new one.
 
 use std::ops::Range;
-use std::sync::PoisonError;
+use std::sync::{Arc, PoisonError};
 
 use diskimage_core::{ByteRange, Device, Error, Preallocation, ResizeRequest, Result, ZeroMode, errno};
-use zerocopy::IntoBytes;
-use zerocopy::byteorder::little_endian::U64;
 
-use super::create::extent_limit;
-use super::descriptor::Descriptor;
-use super::extent::{Extent, Place, Shape};
-use super::header::{self, Geometry, SECTOR};
-use super::tables::Grain;
+use super::create::{self, MAX_EXTENTS};
+use super::descriptor::{Descriptor, ExtentKind};
+use super::extent::{Extent, Place, beside};
+use super::header::{self, SECTOR};
+use super::layout::Layout;
 use super::{MAX_LEN, State, VmdkLayer};
 use crate::preallocation;
+
+/// What the extents become.
+struct Growth {
+    /// Which one grows.
+    index: usize,
+    /// How long it is then.
+    len: u64,
+    /// Those that follow it then.
+    added: Vec<Added>,
+}
+
+/// An extent that is added.
+struct Added {
+    len: u64,
+    /// Its name in the descriptor.
+    name: String,
+    path: String,
+}
 
 impl VmdkLayer {
     /// Refuses what cannot be done, before anything has changed.
     pub(super) fn check_size(&self, request: &ResizeRequest) -> Result<()> {
-        let (index, extent) = self.last_extent()?;
-        if request.len < extent.end() {
-            return Err(Error::unsupported("Images of this format can only grow"));
-        }
-        if !request.len.is_multiple_of(SECTOR) {
-            return Err(Error::invalid("The new size must be a multiple of 512"));
-        }
-        if request.len > MAX_LEN {
-            return Err(Error::from_errno(errno::EFBIG));
-        }
-        if self.compressed {
+        let growth = self.growth(request)?;
+        if growth.added.len() != request.parts.len() {
             return Err(Error::unsupported(
-                "The tables of a stream stand in front of it and have no room to grow",
+                "The disk would need further files, which are made only where its size is all that changes",
             ));
         }
-        let kind = self.descriptor.create_type.as_deref().unwrap_or_default();
-        let most = extent_limit(kind).map(|limit| extent.start.saturating_add(limit));
-        if let Some(most) = most.filter(|most| request.len > *most) {
-            return Err(Error::unsupported(format!(
-                "The last extent can grow up to {most} bytes of the disk, and no further one is added"
-            )));
-        }
-        match (extent.place(), request.preallocation) {
-            (Place::Flat { .. }, Preallocation::Metadata) => {
-                Err(preallocation::unsupported(request.preallocation))
-            }
-            (Place::Flat { .. }, _) => Ok(()),
-            (Place::Sparse(geometry), mode) => {
-                preallocation::require_off(mode)?;
-                let end = self.lock().end(index, extent)?;
-                Layout::of(&geometry, end, request.len - extent.start).map(drop)
-            }
-        }
+        Ok(())
+    }
+
+    /// The paths of the files that growing needs.
+    pub(super) fn added_parts(&self, request: &ResizeRequest) -> Result<Vec<String>> {
+        let added = self.growth(request)?.added.into_iter();
+        Ok(added.map(|extent| extent.path).collect())
     }
 
     /// Makes the disk larger, on an image below that reaches to `below`.
     pub(super) fn grow(&self, request: &ResizeRequest, below: u64) -> Result<()> {
         self.check_size(request)?;
-        let (index, extent) = self.last_extent()?;
-        let old = extent.end();
-        if request.len == old {
+        let extents = self.extents();
+        let growth = self.growth(request)?;
+        let last = last_of(&extents)?.1;
+        if request.len == last.end() {
             return Ok(());
         }
-        if below > old {
+        if below > last.end() {
             return Err(Error::unsupported(
                 "The image below is longer than this one, and would show in what is added",
             ));
@@ -81,183 +74,182 @@ impl VmdkLayer {
         while !state.in_flight.is_empty() {
             state = self.settled.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
-        self.mark_changed(&mut state)?;
-        let len = request.len - extent.start;
-        match extent.place() {
-            Place::Flat { offset } => grow_flat(extent, offset, len, request.preallocation)?,
-            Place::Sparse(geometry) => self.grow_sparse(&mut state, index, &geometry, len)?,
-        }
-        drop(state);
-        self.change_descriptor(|old| Descriptor::grown(old, len / SECTOR, request.len / SECTOR))?;
-        extent.device.flush()?;
-        self.file.flush()
-    }
-
-    fn last_extent(&self) -> Result<(usize, &Extent)> {
-        let last = self.extents.iter().enumerate().next_back();
-        last.ok_or_else(|| Error::unsupported("An image without extents cannot grow"))
-    }
-
-    fn grow_sparse(&self, state: &mut State, index: usize, old: &Geometry, len: u64) -> Result<()> {
-        let extents = &self.extents;
-        let extent = extents.get(index).ok_or_else(|| Error::from_errno(errno::EIO))?;
-        state.tables.write_back(extents)?;
-        self.clear_rest(state, index, old)?;
-        let layout = Layout::of(old, state.end(index, extent)?, len)?;
-        if let Some(end) = layout.end {
-            extent.device.resize(end, Preallocation::Off)?;
-            for (old_at, new) in &layout.directories {
-                self.write_directory(state, index, *old_at, new, &layout)?;
+        let prepared = make_added(&growth, last, request)
+            .and_then(|added| Ok((added, self.grow_last(&mut state, &extents, &growth, request)?)));
+        let (added, place) = prepared.inspect_err(|_| {
+            // Nothing leads to them yet.
+            for part in &request.parts {
+                // The failure that led here is the one to report.
+                let _ = part.resize(0, Preallocation::Off);
             }
-            state.tables.write_back(extents)?;
-            if let Some(free) = state.free.get_mut(index) {
-                *free = end.next_multiple_of(old.grain);
-            }
-        }
-        extent.device.flush()?;
-        let geometry = layout.geometry;
-        let mut header = header::read_at(&*extent.device, 0)?;
-        header.capacity = U64::new(geometry.capacity / SECTOR);
-        header.gd_offset = U64::new(geometry.directory / SECTOR);
-        if let Some(redundant) = geometry.redundant {
-            header.rgd_offset = U64::new(redundant / SECTOR);
-        }
-        extent.device.write_at(header.as_bytes(), 0)?;
-        extent.device.flush()?;
-        extent.set_shape(Shape {
-            len,
-            place: Place::Sparse(geometry),
+        })?;
+        self.change_descriptor(|old| growth.descriptor(old, request.len, last))?;
+        self.file.flush()?;
+        state.free.extend(added.iter().map(Extent::end_of_file));
+        let mut grown = extents[..growth.index].to_vec();
+        grown.push(Extent {
+            len: growth.len,
+            place,
+            ..last.clone()
         });
+        grown.extend(added);
+        *self.extents.write().unwrap_or_else(PoisonError::into_inner) = grown.into();
         Ok(())
     }
 
-    /// Writes what a new directory says: where the old tables are, and the new ones behind it.
-    fn write_directory(
+    /// Makes the last extent longer. Where its bytes are then.
+    fn grow_last(
         &self,
         state: &mut State,
-        index: usize,
-        old: u64,
-        new: &NewDirectory,
-        layout: &Layout,
-    ) -> Result<()> {
-        let entry_at = |directory: u64, nth: u64| directory + nth * ENTRY;
-        for nth in 0..layout.old_tables {
-            let entry = state.tables.word(&self.extents, index, entry_at(old, nth))?;
-            if entry != 0 {
-                state
-                    .tables
-                    .write(&self.extents, index, entry_at(new.at, nth), entry)?;
-            }
+        extents: &[Extent],
+        growth: &Growth,
+        request: &ResizeRequest,
+    ) -> Result<Place> {
+        self.mark_changed(state)?;
+        let (index, last) = last_of(extents)?;
+        match last.place {
+            Place::Flat { offset } => grow_flat(last, offset, growth.len, request.preallocation),
+            Place::Sparse(geometry) => self.grow_sparse(state, extents, index, &geometry, growth.len),
         }
-        for nth in layout.old_tables..layout.new_tables {
-            let sector = (new.tables + (nth - layout.old_tables) * layout.table_len) / SECTOR;
-            let entry = u32::try_from(sector).map_err(|_| Error::from_errno(errno::EFBIG))?;
-            state
-                .tables
-                .write(&self.extents, index, entry_at(new.at, nth), entry)?;
-        }
-        Ok(())
     }
 
-    /// Makes the rest of the last grain zero, which becomes part of the disk.
-    fn clear_rest(&self, state: &mut State, index: usize, geometry: &Geometry) -> Result<()> {
-        let used = geometry.capacity % geometry.grain;
-        if used == 0 {
-            return Ok(());
+    /// What has to grow, and how far.
+    fn growth(&self, request: &ResizeRequest) -> Result<Growth> {
+        let extents = self.extents();
+        let (index, last) = last_of(&extents)?;
+        if request.len < last.end() {
+            return Err(Error::unsupported("Images of this format can only grow"));
         }
-        let last = ByteRange::at(geometry.capacity / geometry.grain, 1);
-        let (Grain::At(offset), _) = state.tables.scan(&self.extents, index, geometry, last)? else {
-            return Ok(());
-        };
-        let extent = self
-            .extents
-            .get(index)
-            .ok_or_else(|| Error::from_errno(errno::EIO))?;
-        clear(
-            &*extent.device,
-            offset.saturating_add(used)..offset.saturating_add(geometry.grain),
-        )
+        if !request.len.is_multiple_of(SECTOR) {
+            return Err(Error::invalid("The new size must be a multiple of 512"));
+        }
+        if request.len > MAX_LEN {
+            return Err(Error::from_errno(errno::EFBIG));
+        }
+        let kind = self.descriptor.create_type.as_deref().unwrap_or_default();
+        let limit = create::extent_limit(kind).unwrap_or(u64::MAX).max(last.len);
+        let len = (request.len - last.start).min(limit);
+        match (last.place, request.preallocation) {
+            (Place::Flat { .. }, Preallocation::Metadata) => {
+                return Err(preallocation::unsupported(request.preallocation));
+            }
+            (Place::Flat { .. }, _) => {}
+            (Place::Sparse(geometry), mode) => {
+                preallocation::require_off(mode)?;
+                Layout::of(&geometry, self.lock().end(index, last)?, len)?;
+            }
+        }
+        let added = self.added(&extents, request.len - last.start - len)?;
+        let growth = Growth { index, len, added };
+        let old = self.read_descriptor()?;
+        self.require_room(&growth.descriptor(&old, request.len, last))?;
+        Ok(growth)
     }
+
+    /// The extents that take `len` bytes behind those there are.
+    fn added(&self, extents: &[Extent], len: u64) -> Result<Vec<Added>> {
+        let kind = self.descriptor.create_type.as_deref().unwrap_or_default();
+        let Some(limit) = create::extent_limit(kind).filter(|_| len > 0) else {
+            return Ok(Vec::new());
+        };
+        let (index, last) = last_of(extents)?;
+        if last
+            .geometry()
+            .is_some_and(|geometry| !create::is_usual(&geometry))
+        {
+            return Err(Error::unsupported(
+                "Further extents would have other grains than those there are",
+            ));
+        }
+        let before = index as u64 + 1;
+        if before + len.div_ceil(limit) > MAX_EXTENTS {
+            return Err(Error::from_errno(errno::EFBIG));
+        }
+        // As the descriptor has it, which the name of the open file need not show.
+        let lines = Descriptor::parse(&self.read_descriptor()?)?.extents;
+        let name = lines.last().map_or("", |line| line.name.as_str());
+        let mut left = len;
+        (before + 1..)
+            .map_while(|number| {
+                let len = left.min(limit);
+                left -= len;
+                (len > 0).then_some((number, len))
+            })
+            .map(|(number, len)| {
+                let name = create::next_name(kind, &self.name, (before, name), number)
+                    .ok_or_else(|| Error::from_errno(errno::EINVAL))?;
+                let path = beside(&self.name, &name)?;
+                Ok(Added { len, name, path })
+            })
+            .collect()
+    }
+}
+
+impl Growth {
+    /// The descriptor of a disk of `disk` bytes, the last extent of which was `last`.
+    fn descriptor(&self, old: &[u8], disk: u64, last: &Extent) -> String {
+        let is_flat = last.geometry().is_none();
+        let lines = self.added.iter();
+        let lines: Vec<String> = lines
+            .map(|added| create::line(is_flat, added.len / SECTOR, &added.name))
+            .collect();
+        Descriptor::grown(old, self.len / SECTOR, &lines, disk / SECTOR)
+    }
+}
+
+/// Writes the extents that follow `last` into the new files.
+fn make_added(growth: &Growth, last: &Extent, request: &ResizeRequest) -> Result<Vec<Extent>> {
+    let mut start = last.start + growth.len;
+    let mut extents = Vec::new();
+    for (added, device) in growth.added.iter().zip(&request.parts) {
+        let (kind, place) = match last.geometry() {
+            None => {
+                device.resize(added.len, request.preallocation)?;
+                (ExtentKind::Flat, Place::Flat { offset: 0 })
+            }
+            Some(geometry) => {
+                let zeroed_grain = geometry.form == header::Form::Hosted { zeroed_grain: true };
+                create::write_sparse(&**device, added.len / SECTOR, zeroed_grain, false)?;
+                let hosted = header::Hosted::read(&**device)?;
+                (ExtentKind::Sparse, Place::Sparse(hosted.geometry))
+            }
+        };
+        device.flush()?;
+        extents.push(Extent {
+            start,
+            len: added.len,
+            place,
+            device: Arc::clone(device),
+            name: added.path.clone(),
+            kind: Some(kind),
+        });
+        start += added.len;
+    }
+    Ok(extents)
+}
+
+fn last_of(extents: &[Extent]) -> Result<(usize, &Extent)> {
+    let last = extents.iter().enumerate().next_back();
+    last.ok_or_else(|| Error::unsupported("An image without extents cannot grow"))
 }
 
 impl State {
-    /// Where all that the file of an extent holds ends, or will end once it is written.
-    fn end(&self, index: usize, extent: &Extent) -> Result<u64> {
-        let free = self
-            .free
-            .get(index)
-            .ok_or_else(|| Error::from_errno(errno::EIO))?;
-        Ok(extent.device.len().max(*free))
+    /// Where all that the file of an extent holds ends, or will end once it is written. What ends a stream is not counted.
+    pub(super) fn end(&self, index: usize, extent: &Extent) -> Result<u64> {
+        let free = self.free.get(index);
+        let free = *free.ok_or_else(|| Error::from_errno(errno::EIO))?;
+        Ok(match extent.geometry() {
+            Some(geometry) if geometry.compressed => free,
+            _ => extent.device.len().max(free),
+        })
     }
 }
 
-/// Bytes of an entry of a directory.
-const ENTRY: u64 = 4;
-
-/// What a sparse extent looks like once it has grown.
-struct Layout {
-    geometry: Geometry,
-    old_tables: u64,
-    new_tables: u64,
-    /// Bytes of a grain table.
-    table_len: u64,
-    /// Where each of the directories is, and where it will be.
-    directories: Vec<(u64, NewDirectory)>,
-    /// Where what the file holds ends then; `None` if the tables suffice.
-    end: Option<u64>,
-}
-
-/// Where a directory goes, and the first of its new tables.
-struct NewDirectory {
-    at: u64,
-    tables: u64,
-}
-
-impl Layout {
-    fn of(old: &Geometry, file_end: u64, len: u64) -> Result<Self> {
-        let mut geometry = Geometry {
-            capacity: len,
-            ..*old
-        };
-        geometry.require_directory()?;
-        let coverage = old.grain.saturating_mul(old.entries);
-        let (old_tables, new_tables) = (old.capacity.div_ceil(coverage), len.div_ceil(coverage));
-        let table_len = (old.entries * ENTRY).next_multiple_of(SECTOR);
-        let mut layout = Self {
-            geometry,
-            old_tables,
-            new_tables,
-            table_len,
-            directories: Vec::new(),
-            end: None,
-        };
-        if new_tables == old_tables {
-            return Ok(layout);
-        }
-        let mut end = file_end.next_multiple_of(SECTOR);
-        let mut place = |old: u64| {
-            let at = end;
-            let tables = at + (new_tables * ENTRY).next_multiple_of(SECTOR);
-            end = tables + (new_tables - old_tables) * table_len;
-            layout.directories.push((old, NewDirectory { at, tables }));
-            at
-        };
-        geometry.redundant = old.redundant.map(&mut place);
-        geometry.directory = place(old.directory);
-        if u32::try_from(end / SECTOR).is_err() {
-            return Err(Error::from_errno(errno::EFBIG));
-        }
-        layout.geometry = geometry;
-        layout.end = Some(end);
-        Ok(layout)
-    }
-}
-
-fn grow_flat(extent: &Extent, offset: u64, len: u64, mode: Preallocation) -> Result<()> {
+fn grow_flat(extent: &Extent, offset: u64, len: u64, mode: Preallocation) -> Result<Place> {
     let end = offset
         .checked_add(len)
         .ok_or_else(|| Error::from_errno(errno::EFBIG))?;
-    let old_end = offset.saturating_add(extent.len());
+    let old_end = offset.saturating_add(extent.len);
     let there = extent.device.len();
     // What the file has behind the disk must not become part of it.
     clear(&*extent.device, old_end..end)?;
@@ -265,15 +257,11 @@ fn grow_flat(extent: &Extent, offset: u64, len: u64, mode: Preallocation) -> Res
         extent.device.resize(end, mode)?;
     }
     extent.device.flush()?;
-    extent.set_shape(Shape {
-        len,
-        place: Place::Flat { offset },
-    });
-    Ok(())
+    Ok(Place::Flat { offset })
 }
 
 /// Makes zero what the file has of these bytes.
-fn clear(device: &dyn Device, bytes: Range<u64>) -> Result<()> {
+pub(super) fn clear(device: &dyn Device, bytes: Range<u64>) -> Result<()> {
     let range = ByteRange::new(bytes.start, bytes.end).intersect(ByteRange::new(0, device.len()));
     if range.is_empty() {
         return Ok(());

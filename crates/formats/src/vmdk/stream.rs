@@ -6,13 +6,19 @@
 //!
 //! A grain is written once, after all others; the tables in front of the grains lead to it. A sector of zeroes, the
 //! end-of-stream marker, comes last. With the directory in front there is no footer; images that others made with the
-//! directory behind the grains are read by their footer.
+//! directory behind the grains are read by their footer, which the header replaces before they are written to.
 
-use diskimage_core::{ByteRange, Encoded, Encoder, Error, Result, errno};
+use std::sync::Arc;
 
-use super::header::{Geometry, SECTOR, SECTOR_BYTES};
+use diskimage_core::{
+    ByteRange, Device, Encoded, Encoder, Error, MemoryDevice, Preallocation, Result, WritePlan, WriteRun,
+    errno, is_zero,
+};
+use zerocopy::IntoBytes;
+
+use super::header::{self, Geometry, SECTOR, SECTOR_BYTES};
 use super::tables::Grain;
-use super::{Extent, VmdkLayer};
+use super::{Extent, State, VmdkLayer, extent};
 use crate::codec::deflate;
 
 /// Bytes in front of a grain.
@@ -50,7 +56,8 @@ impl VmdkLayer {
     /// Decodes one grain.
     pub(super) fn decode_grain(&self, encoded: &Encoded, buf: &mut [u8]) -> Result<()> {
         let damaged = || Error::from_errno(errno::EINVAL);
-        let (_, extent) = self.extent_at(encoded.cluster.start())?;
+        let extents = self.extents();
+        let (_, extent) = extent::at(&extents, encoded.cluster.start())?;
         let mut marker = [0; MARKER];
         extent.device.require(encoded.offset, MARKER as u64)?;
         extent.device.read_at(&mut marker, encoded.offset)?;
@@ -76,44 +83,67 @@ impl VmdkLayer {
 
     /// Stores the encoded form of the grain at `guest`.
     pub(super) fn append_grain(&self, guest: u64, bytes: &[u8]) -> Result<()> {
-        let (index, extent, geometry) = self.only_extent()?;
-        let grain = guest / geometry.grain;
         let mut state = self.lock();
+        let extents = self.extents();
+        let geometry = stream_of(&extents)?.1;
+        let grain = guest / geometry.grain;
         let only = ByteRange::at(grain, 1);
-        let (found, _) = state.tables.scan(&self.extents, index, &geometry, only)?;
+        let (found, _) = state.tables.scan(&extents, 0, &geometry, only)?;
         if found != Grain::Unallocated {
-            return Err(Error::from_errno(errno::EIO)
-                .context("Could not write to allocated cluster for streamOptimized"));
+            return Err(already_there());
         }
-        state
-            .tables
-            .require_table(&self.extents, index, &geometry, grain)?;
+        state.tables.require_table(&extents, 0, &geometry, grain)?;
         self.mark_changed(&mut state)?;
+        self.append(&mut state, grain, bytes)
+    }
+
+    /// Stores the last grain of a disk in another place, with zeroes behind the first `used` of its bytes.
+    pub(super) fn encode_again(&self, state: &mut State, grain: u64, offset: u64, used: u64) -> Result<()> {
+        let extents = self.extents();
+        let geometry = stream_of(&extents)?.1;
+        let mut bytes = vec![0; index(geometry.grain)];
+        let encoded = Encoded {
+            offset,
+            stored: most_stored(&geometry),
+            cluster: ByteRange::at(grain * geometry.grain, geometry.grain),
+        };
+        self.decode_grain(&encoded, &mut bytes)?;
+        bytes[index(used)..].fill(0);
+        let mut out = Vec::new();
+        deflate::StreamEncoder::new().encode(&bytes, &mut out)?;
+        self.append(state, grain, &out)
+    }
+
+    /// Stores the encoded form of a grain behind all others, and has the tables lead to it.
+    fn append(&self, state: &mut State, grain: u64, bytes: &[u8]) -> Result<()> {
+        let extents = self.extents();
+        let (extent, geometry) = stream_of(&extents)?;
         let no_room = || Error::from_errno(errno::EFBIG);
-        let offset = *state.free.get(index).ok_or_else(no_room)?;
+        let free = state.free.first_mut().ok_or_else(no_room)?;
+        let offset = *free;
         let entry = u32::try_from(offset / SECTOR).map_err(|_| no_room())?;
         let len = u32::try_from(bytes.len()).map_err(|_| no_room())?;
-        let mut stored = (guest / SECTOR).to_le_bytes().to_vec();
+        let mut stored = (grain * geometry.grain / SECTOR).to_le_bytes().to_vec();
         stored.extend_from_slice(&len.to_le_bytes());
         stored.extend_from_slice(bytes);
         stored.resize(stored.len().next_multiple_of(SECTOR_BYTES), 0);
         extent.device.write_at(&stored, offset)?;
-        if let Some(free) = state.free.get_mut(index) {
-            *free = offset + stored.len() as u64;
-        }
-        state.tables.set(&self.extents, index, &geometry, grain, entry)
+        *free = offset + stored.len() as u64;
+        state.tables.set(&extents, 0, &geometry, grain, entry)
     }
 
     /// Makes grains zero: those that are not there read as zero if no image below has them.
     pub(super) fn zero_grains_encoded(&self, range: ByteRange) -> Result<()> {
-        let (index, extent, geometry) = self.only_extent()?;
+        let extents = self.extents();
+        let (extent, geometry) = stream_of(&extents)?;
         let grains = Self::grains(extent, &geometry, range);
-        let (found, count) = self.lock().tables.scan(&self.extents, index, &geometry, grains)?;
+        let (found, count) = self.lock().tables.scan(&extents, 0, &geometry, grains)?;
         let nothing_below = self.descriptor.parent.is_none();
         if nothing_below && found == Grain::Unallocated && count == grains.len() {
             return Ok(());
         }
-        let zeroes = vec![0; usize::try_from(geometry.grain).unwrap_or(0)];
+        require_writable(self, extent, &geometry, range)?;
+        let zeroes = vec![0; index(geometry.grain)];
         let mut bytes = Vec::new();
         deflate::StreamEncoder::new().encode(&zeroes, &mut bytes)?;
         for grain in grains.start()..grains.end() {
@@ -122,17 +152,164 @@ impl VmdkLayer {
         Ok(())
     }
 
-    /// The extent of an image with compressed grains.
-    fn only_extent(&self) -> Result<(usize, &Extent, Geometry)> {
-        let extent = self.extents.first();
-        extent
-            .and_then(|extent| {
-                Some((
-                    0,
-                    extent,
-                    extent.geometry().filter(|geometry| geometry.compressed)?,
-                ))
-            })
-            .ok_or_else(|| Error::from_errno(errno::ENOTSUP))
+    /// Finds out where the next grain goes, before the first one is written: over what ends the stream.
+    ///
+    /// A directory behind the grains is found by the footer, at the end of the file, where it will not be any more. So
+    /// the header says from now on where the directory is.
+    pub(super) fn continue_stream(&self, state: &mut State) -> Result<()> {
+        let extents = self.extents();
+        let (extent, geometry) = stream_of(&extents)?;
+        let (file, len) = (&*extent.device, extent.device.len());
+        let header = header::read_at(file, 0)?;
+        let end = if header.gd_offset.get() == header::GD_AT_END {
+            let footer = header::read_footer(file)?;
+            let end = len - header::FOOTER_LEN;
+            file.write_at(footer.as_bytes(), 0)?;
+            file.flush()?;
+            file.resize(end, Preallocation::Off)?;
+            end
+        } else {
+            let over_head = header.over_head.get().saturating_mul(SECTOR);
+            let end = stream_end(state, &extents, &geometry)?.max(over_head);
+            let mut marker = [0; SECTOR_BYTES];
+            if end.checked_add(SECTOR) != Some(len) {
+                return Ok(());
+            }
+            file.read_at(&mut marker, end)?;
+            if !is_zero(&marker) {
+                return Ok(());
+            }
+            end
+        };
+        if let Some(free) = state.free.first_mut() {
+            *free = end;
+        }
+        Ok(())
     }
+}
+
+/// Where the last grain or table of a stream ends, if that can be told; what is not in the file does not count.
+fn stream_end(state: &mut State, extents: &[Extent], geometry: &Geometry) -> Result<u64> {
+    let (extent, _) = stream_of(extents)?;
+    let tables = geometry
+        .capacity
+        .div_ceil(geometry.grain.saturating_mul(geometry.entries));
+    let mut end = 0;
+    for directory in geometry.redundant.into_iter().chain([geometry.directory]) {
+        end = end.max(directory.saturating_add(tables * 4));
+        for nth in 0..tables {
+            let table = u64::from(state.tables.word(extents, 0, directory.saturating_add(nth * 4))?) * SECTOR;
+            if table > 0 {
+                end = end.max(table.saturating_add(geometry.entries * 4));
+            }
+        }
+    }
+    let mut last = 0;
+    let mut grains = ByteRange::new(0, geometry.capacity.div_ceil(geometry.grain));
+    while !grains.is_empty() {
+        let (found, count) = state.tables.scan(extents, 0, geometry, grains)?;
+        if let Grain::At(offset) = found {
+            last = last.max(offset);
+        }
+        grains = grains.skip(count);
+    }
+    if last > 0 {
+        let mut marker = [0; MARKER];
+        extent.device.read_padded(&mut marker, last)?;
+        let [.., a, b, c, d] = marker;
+        let len = u64::from(u32::from_le_bytes([a, b, c, d]));
+        end = end.max(last.saturating_add(MARKER as u64 + len));
+    }
+    Ok(end.checked_next_multiple_of(SECTOR).unwrap_or(u64::MAX))
+}
+
+/// Sets aside where the bytes of `range`, which has to be whole grains, go until they are encoded.
+pub(super) fn plan(image: &VmdkLayer, range: ByteRange) -> Result<Box<dyn WritePlan + '_>> {
+    let extents = image.extents();
+    let (extent, geometry) = stream_of(&extents)?;
+    require_writable(image, extent, &geometry, range)?;
+    let staged = Arc::new(MemoryDevice::new(vec![0; index(range.len())]));
+    let run = WriteRun {
+        guest: range,
+        device: Arc::<MemoryDevice>::clone(&staged),
+        offset: 0,
+    };
+    Ok(Box::new(Staged {
+        image,
+        geometry,
+        staged,
+        run: [run],
+    }))
+}
+
+/// Whole grains that are about to be encoded.
+struct Staged<'a> {
+    image: &'a VmdkLayer,
+    geometry: Geometry,
+    staged: Arc<MemoryDevice>,
+    run: [WriteRun; 1],
+}
+
+impl WritePlan for Staged<'_> {
+    fn runs(&self) -> &[WriteRun] {
+        &self.run
+    }
+
+    fn commit(self: Box<Self>) -> Result<()> {
+        let mut encoder = deflate::StreamEncoder::new();
+        let mut out = Vec::new();
+        let guest = self.run[0].guest;
+        let mut grain = vec![0; index(self.geometry.grain)];
+        let mut rest = guest;
+        while !rest.is_empty() {
+            // The last grain may end with the disk.
+            let piece = rest.first(self.geometry.grain);
+            grain.fill(0);
+            self.staged
+                .read_at(&mut grain[..index(piece.len())], piece.start() - guest.start())?;
+            encoder.encode(&grain, &mut out)?;
+            self.image.append_grain(piece.start(), &out)?;
+            rest = rest.skip(piece.len());
+        }
+        Ok(())
+    }
+}
+
+/// The error of grains that would be written twice.
+fn already_there() -> Error {
+    Error::invalid("Could not write to allocated cluster for streamOptimized").then_errno(errno::EIO)
+}
+
+/// Only whole grains that are not there yet have a place. The first one of `range` that has none decides what is wrong.
+fn require_writable(image: &VmdkLayer, extent: &Extent, geometry: &Geometry, range: ByteRange) -> Result<()> {
+    let in_part = || Error::from_errno(errno::EINVAL);
+    let whole = |at: u64| at.is_multiple_of(geometry.grain);
+    let grains = VmdkLayer::grains(extent, geometry, range);
+    let (found, count) = image.lock().tables.scan(&image.extents(), 0, geometry, grains)?;
+    if found != Grain::Unallocated {
+        return Err(already_there());
+    }
+    if !whole(range.start()) {
+        return Err(in_part());
+    }
+    if count < grains.len() {
+        return Err(already_there());
+    }
+    if !whole(range.end()) && range.end() != extent.end() {
+        return Err(in_part());
+    }
+    Ok(())
+}
+
+/// The extent of an image with compressed grains, which has no other if it is written to.
+fn stream_of(extents: &[Extent]) -> Result<(&Extent, Geometry)> {
+    let extent = extents.first();
+    extent
+        .and_then(|extent| Some((extent, extent.geometry().filter(|geometry| geometry.compressed)?)))
+        .ok_or_else(|| Error::from_errno(errno::ENOTSUP))
+}
+
+/// A length in memory.
+fn index(len: u64) -> usize {
+    usize::try_from(len).unwrap_or(0)
 }

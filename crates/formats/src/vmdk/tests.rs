@@ -6,7 +6,8 @@ use std::sync::{Arc, Mutex};
 use diskimage_core::options::Options;
 use diskimage_core::{
     Budget, ByteRange, CreateRequest, Device, Error, ErrorKind, Format, Gate, Image, MemoryDevice,
-    NodeOptions, Objects, OpenRequest, Preallocation, Progress, Reference, Repair, Result, Want, ZeroMode,
+    NodeOptions, Note, Objects, OpenRequest, Preallocation, Progress, Reference, Repair, ResizeRequest,
+    Result, Want, ZeroMode,
 };
 use diskimage_testing::{Journal, Recorder};
 use proptest::prelude::*;
@@ -44,6 +45,15 @@ impl Files {
 
     fn open(&self, write: bool) -> Result<Image> {
         open_on(self.file("disk.vmdk"), self, write)
+    }
+
+    /// Gives the disk more room, in further files if need be.
+    fn grow(&self, image: &Image, len: u64) -> Result<()> {
+        let mut request = ResizeRequest::new(len, Preallocation::Off);
+        for part in image.layer().new_parts(&request)? {
+            request.parts.push(self.file(&part));
+        }
+        image.resize_with(&request)
     }
 }
 
@@ -105,6 +115,74 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
+#[derive(Clone, Debug)]
+enum StreamStep {
+    /// So many grains from this one on.
+    Write(usize, usize, u8),
+    /// By so many sectors.
+    Grow(usize),
+    Reopen,
+}
+
+fn stream_step() -> impl Strategy<Value = StreamStep> {
+    prop_oneof![
+        3 => (0..12_usize, 1..4_usize, 1..255_u8)
+            .prop_map(|(first, count, byte)| StreamStep::Write(first, count, byte)),
+        1 => prop_oneof![0..300_usize, 65_000..70_000_usize].prop_map(StreamStep::Grow),
+        1 => Just(StreamStep::Reopen),
+    ]
+}
+
+/// Bytes of a grain.
+const GRAIN: usize = 65536;
+
+/// Puts a footer at the end of a stream that has none, by which its directory is found then.
+fn give_footer(file: &MemoryDevice) {
+    let mut header = [0; 512];
+    file.read_at(&mut header, 0).expect("has one");
+    if header[56..64] == [0xff; 8] {
+        return;
+    }
+    // In place of the marker of the end, if there is one yet.
+    let over_head = u64::from(header[64]) * 512;
+    let end = over_head.max(file.len() - 512);
+    let mut tail = [0; 3 * 512];
+    (tail[0], tail[12]) = (1, 3);
+    tail[512..1024].copy_from_slice(&header);
+    file.write_at(&tail, end).expect("has room");
+    header[56..64].fill(0xff);
+    file.write_at(&header, 0).expect("has one");
+}
+
+/// The disk as those find it who read the grains one after the other; nothing if no grain was ever written.
+fn read_as_stream(file: &[u8], len: usize) -> Option<Vec<u8>> {
+    let number = |at: usize, len: usize| {
+        let bytes = file[at..at + len].iter().rev();
+        bytes.fold(0_usize, |number, byte| number << 8 | usize::from(*byte))
+    };
+    let mut disk = vec![0; len.next_multiple_of(GRAIN)];
+    let mut at = number(64, 8) * 512;
+    if at == file.len() {
+        return None;
+    }
+    loop {
+        let (sectors, size) = (number(at, 8), number(at + 8, 4));
+        if size > 0 {
+            let grain = &mut disk[sectors * 512..][..GRAIN];
+            let done = crate::codec::deflate::decode_stream(&file[at + 12..at + 12 + size], grain);
+            assert_eq!(done.expect("is whole"), GRAIN);
+            at = (at + 12 + size).next_multiple_of(512);
+        } else if sectors > 0 {
+            assert!((1..=3).contains(&number(at + 12, 4)), "a kind of metadata");
+            at += 512 + sectors * 512;
+        } else {
+            assert_eq!(at + 512, file.len(), "nothing follows the marker of the end");
+            disk.truncate(len);
+            return Some(disk);
+        }
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(40))]
 
@@ -146,6 +224,53 @@ proptest! {
         let image = files.open(false).expect("opens");
         prop_assert!(contents(&image) == model);
         image.layer().check(Repair::No, &Progress::none()).expect("is sound");
+    }
+
+    #[test]
+    fn a_stream_holds_whole_grains_and_can_be_read_from_its_start(
+        steps in proptest::collection::vec(stream_step(), 1..10),
+        footer in any::<bool>(),
+    ) {
+        let files = Files::default();
+        files.create("subformat=streamOptimized", SIZE as u64).expect("creates");
+        let mut image = files.open(true).expect("opens");
+        let mut model = vec![0; SIZE];
+        let mut there = std::collections::HashSet::new();
+        for step in steps {
+            match step {
+                StreamStep::Write(first, count, byte) => {
+                    let range = first * GRAIN..((first + count) * GRAIN).min(model.len());
+                    if range.start >= range.end {
+                        continue;
+                    }
+                    let bytes = vec![byte; range.len()];
+                    let grains = first..range.end.div_ceil(GRAIN);
+                    let fits = grains.clone().all(|grain| !there.contains(&grain));
+                    prop_assert_eq!(image.write_at(&bytes, range.start as u64).is_ok(), fits);
+                    if fits {
+                        model[range].fill(byte);
+                        there.extend(grains);
+                    }
+                }
+                StreamStep::Grow(sectors) => {
+                    model.resize(model.len() + sectors * 512, 0);
+                    image.resize(model.len() as u64, Preallocation::Off).expect("grows");
+                }
+                StreamStep::Reopen => {
+                    image.flush().expect("flushes");
+                    drop(image);
+                    if footer {
+                        give_footer(&files.file("disk.vmdk"));
+                    }
+                    image = files.open(true).expect("opens again");
+                }
+            }
+            prop_assert!(contents(&image) == model);
+        }
+        image.flush().expect("flushes");
+        prop_assert!(contents(&files.open(false).expect("opens")) == model);
+        let streamed = read_as_stream(&files.file("disk.vmdk").contents(), model.len());
+        prop_assert!(streamed.is_none_or(|bytes| bytes == model));
     }
 
     #[test]
@@ -275,6 +400,99 @@ fn a_disk_that_grows_survives_crashes() {
     }
 }
 
+#[test]
+fn a_disk_in_pieces_goes_on_in_further_files() {
+    let files = Files::default();
+    files
+        .create("subformat=twoGbMaxExtentSparse,zeroed_grain=on", 1 << 20)
+        .expect("creates");
+    let image = files.open(true).expect("opens");
+    image.write_at(&[5; 1000], (1 << 20) - 1000).expect("writes");
+    files.grow(&image, 5 << 30).expect("grows");
+    image
+        .write_at(&[6; 1000], (4 << 30) - 500)
+        .expect("writes across two files");
+    files.grow(&image, 6 << 30).expect("fills the last file");
+    files.grow(&image, (6 << 30) + 512).expect("grows by a sector");
+    image.write_at(&[7; 512], 6 << 30).expect("writes");
+    image.flush().expect("flushes");
+    let text = files.file("disk.vmdk").contents();
+    let lines: Vec<String> = String::from_utf8_lossy(&text)
+        .lines()
+        .filter(|line| line.starts_with("RW"))
+        .map(str::to_owned)
+        .collect();
+    assert_eq!(
+        lines,
+        [
+            "RW 4194304 SPARSE \"disk-s001.vmdk\"",
+            "RW 4194304 SPARSE \"disk-s002.vmdk\"",
+            "RW 4194304 SPARSE \"disk-s003.vmdk\"",
+            "RW 1 SPARSE \"disk-s004.vmdk\"",
+        ]
+    );
+    let image = files.open(false).expect("opens");
+    assert_eq!(image.len(), (6 << 30) + 512);
+    for (offset, len, byte) in [
+        ((1 << 20) - 1000, 1000, 5),
+        (2 << 30, 1000, 0),
+        ((4 << 30) - 500, 1000, 6),
+        (6 << 30, 512, 7),
+    ] {
+        let mut buf = vec![1; len];
+        image.read_at(&mut buf, offset).expect("reads");
+        assert!(buf.iter().all(|found| *found == byte), "{offset:#x}");
+    }
+    image
+        .layer()
+        .check(Repair::No, &Progress::none())
+        .expect("is sound");
+}
+
+#[test]
+fn a_disk_in_pieces_that_grows_survives_crashes() {
+    let files = Files::default();
+    files
+        .create("subformat=twoGbMaxExtentSparse", 1 << 20)
+        .expect("creates");
+    let image = files.open(true).expect("opens");
+    image.write_at(&[7; 1000], 30_000).expect("writes");
+    image.flush().expect("flushes");
+    let names = ["disk.vmdk", "disk-s001.vmdk", "disk-s002.vmdk"];
+    let before = names.map(|name| files.file(name).contents());
+    let journal: Arc<Journal> = Arc::default();
+    let devices = before
+        .iter()
+        .enumerate()
+        .map(|(nth, bytes)| -> Arc<dyn Device> { Arc::new(Recorder::new(bytes.clone(), nth, &journal)) });
+    let recorded = Present::new(&names, devices);
+    let image = open_on(Arc::clone(&recorded.0["disk.vmdk"]), &recorded, true).expect("opens");
+    let mut request = ResizeRequest::new(3 << 30, Preallocation::Off);
+    request.parts.push(Arc::clone(&recorded.0["disk-s002.vmdk"]));
+    image.resize_with(&request).expect("grows");
+    image.flush().expect("flushes");
+    let mut lens = std::collections::BTreeSet::new();
+    journal.crashes(&before, 12, 0x5eed, |crash| {
+        let devices = crash
+            .files
+            .iter()
+            .map(|bytes| -> Arc<dyn Device> { Arc::new(MemoryDevice::new(bytes.clone())) });
+        let left = Present::new(&names, devices);
+        let image = open_on(Arc::clone(&left.0["disk.vmdk"]), &left, false).expect("opens");
+        let mut buf = vec![0; 1000];
+        image.read_at(&mut buf, 30_000).expect("reads");
+        assert!(buf == [7; 1000], "{}", crash.position);
+        let rest = ByteRange::new(1 << 20, image.len());
+        if !rest.is_empty() {
+            let extent = image.status(rest, Want::Zeroes).expect("a status");
+            assert!(extent.kind.is_zero(), "{}", crash.position);
+        }
+        lens.insert(image.len());
+    });
+    // The disk that there was, that up to the end of its file, the whole one.
+    assert_eq!(lens.into_iter().collect::<Vec<_>>(), [1 << 20, 2 << 30, 3 << 30]);
+}
+
 /// Files that are there already.
 struct Present(HashMap<String, Arc<dyn Device>>);
 
@@ -295,14 +513,9 @@ impl Gate for Present {
 fn what_cannot_grow_says_why() {
     for (options, len, why) in [
         (
-            "subformat=streamOptimized",
-            2 << 20,
-            "The tables of a stream stand in front of it and have no room to grow",
-        ),
-        (
             "subformat=twoGbMaxExtentSparse",
             3 << 30,
-            "The last extent can grow up to 2147483648 bytes of the disk, and no further one is added",
+            "The disk would need further files, which are made only where its size is all that changes",
         ),
         ("", 65536, "Images of this format can only grow"),
         ("", (1 << 20) + 1, "The new size must be a multiple of 512"),
@@ -352,9 +565,10 @@ fn compressed_grains_are_written_once() {
         image.write_encoded(offset, &bytes).expect("is new");
     }
     let again = image.write_encoded(65536, &bytes).expect_err("is there already");
+    let reason = "Could not write to allocated cluster for streamOptimized".to_owned();
     assert_eq!(
-        again.chain(),
-        "Could not write to allocated cluster for streamOptimized: Input/output error"
+        (again.chain(), again.shown_before()),
+        ("Input/output error".to_owned(), Some(&Note::Error(reason)))
     );
     assert!(image.write_at(&[1; 512], 0).is_err(), "no part of a grain");
     image.flush().expect("flushes");

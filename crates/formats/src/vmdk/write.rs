@@ -3,30 +3,31 @@
 //! Flat extents have a place for everything. A grain of a sparse one that is not there yet goes to the end of its file:
 //! the caller writes it, and `commit` puts it into the tables.
 
+use std::ops::Range;
 use std::sync::{Arc, MutexGuard, PoisonError};
 
 use diskimage_core::{ByteRange, Error, Result, WritePlan, WriteRun, ZeroMode, errno};
 
 use super::header::{Form, Geometry, SECTOR};
 use super::tables::Grain;
-use super::{Extent, Place, State, VmdkLayer};
+use super::{Extent, Place, State, VmdkLayer, extent, stream};
 
 /// Sets aside where the bytes of `range` go.
 pub(super) fn plan(image: &VmdkLayer, range: ByteRange) -> Result<Box<dyn WritePlan + '_>> {
     if image.compressed {
-        // Only whole grains in their encoded form have a place.
-        return Err(Error::from_errno(errno::EINVAL));
+        return stream::plan(image, range);
     }
     let (mut plan, mut state) = Plan::claim(image, range)?;
-    for piece in image.pieces(range) {
+    let extents = Arc::clone(&plan.extents);
+    for piece in extent::pieces(&extents, range) {
         let (index, extent, piece) = piece?;
-        match extent.place() {
+        match extent.place {
             Place::Flat { offset } => plan.runs.push(WriteRun {
                 guest: piece,
                 device: Arc::clone(&extent.device),
                 offset: offset + extent.within(piece.start()),
             }),
-            Place::Sparse(geometry) => plan.draft(&mut state, index, extent, &geometry, piece)?,
+            Place::Sparse(geometry) => plan.draft(&mut state, index, &geometry, piece)?,
         }
     }
     drop(state);
@@ -36,6 +37,7 @@ pub(super) fn plan(image: &VmdkLayer, range: ByteRange) -> Result<Box<dyn WriteP
 /// A write under way.
 struct Plan<'a> {
     image: &'a VmdkLayer,
+    extents: Arc<[Extent]>,
     /// All grains that it touches.
     cover: ByteRange,
     runs: Vec<WriteRun>,
@@ -53,15 +55,21 @@ struct NewGrains {
 impl<'a> Plan<'a> {
     /// Waits until no other plan covers the same grains.
     fn claim(image: &'a VmdkLayer, range: ByteRange) -> Result<(Self, MutexGuard<'a, State>)> {
-        let cover = cover(image, range)?;
         let mut state = image.lock();
-        while state.in_flight.iter().any(|other| other.overlaps(cover)) {
+        let (extents, cover) = loop {
+            // The disk may have grown meanwhile.
+            let extents = image.extents();
+            let cover = cover(&extents, range)?;
+            if !state.in_flight.iter().any(|other| other.overlaps(cover)) {
+                break (extents, cover);
+            }
             state = image.settled.wait(state).unwrap_or_else(PoisonError::into_inner);
-        }
+        };
         image.mark_changed(&mut state)?;
         state.in_flight.push(cover);
         let plan = Self {
             image,
+            extents,
             cover,
             runs: Vec::new(),
             new: Vec::new(),
@@ -74,13 +82,14 @@ impl<'a> Plan<'a> {
         &mut self,
         state: &mut State,
         index: usize,
-        extent: &Extent,
         geometry: &Geometry,
         range: ByteRange,
     ) -> Result<()> {
+        let extents = Arc::clone(&self.extents);
+        let extent = &extents[index];
         let mut grains = VmdkLayer::grains(extent, geometry, range);
         while !grains.is_empty() {
-            let (found, count) = state.tables.scan(&self.image.extents, index, geometry, grains)?;
+            let (found, count) = state.tables.scan(&extents, index, geometry, grains)?;
             let first = extent.start + grains.start() * geometry.grain;
             let whole = ByteRange::at(first, count * geometry.grain);
             match found {
@@ -94,7 +103,7 @@ impl<'a> Plan<'a> {
                     });
                 }
                 Grain::Unallocated | Grain::Zero => {
-                    let offset = self.take(state, index, geometry, grains.start(), count)?;
+                    let offset = self.take(state, index, geometry, grains.start()..grains.start() + count)?;
                     self.runs.push(WriteRun {
                         guest: whole,
                         device: Arc::clone(&extent.device),
@@ -113,13 +122,13 @@ impl<'a> Plan<'a> {
         state: &mut State,
         index: usize,
         geometry: &Geometry,
-        first: u64,
-        count: u64,
+        grains: Range<u64>,
     ) -> Result<u64> {
+        let (first, count) = (grains.start, grains.end - grains.start);
         for table in first / geometry.entries..=(first + count - 1) / geometry.entries {
             state
                 .tables
-                .require_table(&self.image.extents, index, geometry, table * geometry.entries)?;
+                .require_table(&self.extents, index, geometry, table * geometry.entries)?;
         }
         let no_room = || Error::from_errno(errno::EFBIG);
         let free = state.free.get_mut(index).ok_or_else(no_room)?;
@@ -140,9 +149,9 @@ impl<'a> Plan<'a> {
 }
 
 /// The grains that `range` touches, as bytes of the disk.
-fn cover(image: &VmdkLayer, range: ByteRange) -> Result<ByteRange> {
+fn cover(extents: &[Extent], range: ByteRange) -> Result<ByteRange> {
     let round = |guest: u64, up: bool| -> Result<u64> {
-        let (_, extent) = image.extent_at(guest)?;
+        let (_, extent) = extent::at(extents, guest)?;
         let Some(geometry) = extent.geometry() else {
             return Ok(if up { guest + 1 } else { guest });
         };
@@ -167,15 +176,14 @@ impl WritePlan for Plan<'_> {
         }
         let mut state = self.image.lock();
         for grains in new {
-            let extents = &self.image.extents;
-            let geometry = extents.get(grains.extent).and_then(Extent::geometry);
+            let geometry = self.extents.get(grains.extent).and_then(Extent::geometry);
             let geometry = geometry.ok_or_else(|| Error::from_errno(errno::EIO))?;
             for nth in 0..grains.count {
                 let sector = (grains.offset + nth * geometry.grain) / SECTOR;
                 let entry = u32::try_from(sector).map_err(|_| Error::from_errno(errno::EFBIG))?;
                 state
                     .tables
-                    .set(extents, grains.extent, &geometry, grains.first + nth, entry)?;
+                    .set(&self.extents, grains.extent, &geometry, grains.first + nth, entry)?;
             }
         }
         Ok(())
@@ -187,7 +195,7 @@ impl Drop for Plan<'_> {
         let mut state = self.image.lock();
         // What was not written is given back, where nothing came after it.
         for grains in self.new.iter().rev() {
-            let geometry = self.image.extents.get(grains.extent).and_then(Extent::geometry);
+            let geometry = self.extents.get(grains.extent).and_then(Extent::geometry);
             if let (Some(geometry), Some(free)) = (geometry, state.free.get_mut(grains.extent))
                 && grains.offset + grains.count * geometry.grain == *free
             {
@@ -208,7 +216,8 @@ impl VmdkLayer {
         if self.compressed {
             return self.zero_grains_encoded(range);
         }
-        for piece in self.pieces(range) {
+        let extents = self.extents();
+        for piece in extent::pieces(&extents, range) {
             let (_, extent, piece) = piece?;
             if let Some(geometry) = extent.geometry()
                 && !is_zeroable(extent, &geometry, piece)
@@ -216,10 +225,10 @@ impl VmdkLayer {
                 return Err(Error::unsupported("No zeroes without writing them"));
             }
         }
-        let (_plan, mut state) = Plan::claim(self, range)?;
-        for piece in self.pieces(range) {
+        let (plan, mut state) = Plan::claim(self, range)?;
+        for piece in extent::pieces(&plan.extents, range) {
             let (index, extent, piece) = piece?;
-            match extent.place() {
+            match extent.place {
                 Place::Flat { offset } => {
                     let host = ByteRange::at(offset + extent.within(piece.start()), piece.len());
                     extent.device.write_zeroes(host, mode)?;
@@ -227,7 +236,7 @@ impl VmdkLayer {
                 Place::Sparse(geometry) => {
                     let grains = Self::grains(extent, &geometry, piece);
                     for grain in grains.start()..grains.end() {
-                        state.tables.set(&self.extents, index, &geometry, grain, ZEROED)?;
+                        state.tables.set(&plan.extents, index, &geometry, grain, ZEROED)?;
                     }
                 }
             }

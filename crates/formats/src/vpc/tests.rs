@@ -27,10 +27,7 @@ fn open_bytes(bytes: &[u8]) -> Result<Image> {
 const BLOCK: u64 = BLOCK_SIZE as u64;
 
 fn grow(image: &Image, len: u64) -> Result<()> {
-    image.resize_with(&ResizeRequest {
-        len,
-        preallocation: Preallocation::Off,
-    })
+    image.resize_with(&ResizeRequest::new(len, Preallocation::Off))
 }
 
 proptest! {

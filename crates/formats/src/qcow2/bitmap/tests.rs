@@ -70,10 +70,7 @@ fn check(file: &Arc<MemoryDevice>) {
 }
 
 fn resize(image: &Image, len: u64) -> Result<()> {
-    image.resize_with(&ResizeRequest {
-        len,
-        preallocation: Preallocation::Off,
-    })
+    image.resize_with(&ResizeRequest::new(len, Preallocation::Off))
 }
 
 #[test]

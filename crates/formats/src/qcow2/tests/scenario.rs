@@ -139,7 +139,7 @@ impl Step {
                 assert!(encoder.encode(&filled(image.layer().granularity(), value), &mut encoded)?);
                 image.write_encoded(at, &encoded)
             }
-            Self::Resize(len, preallocation) => image.resize_with(&ResizeRequest { len, preallocation }),
+            Self::Resize(len, preallocation) => image.resize_with(&ResizeRequest::new(len, preallocation)),
             Self::Take(name) => snapshots(image).create(&NewSnapshot {
                 name,
                 date_sec: 0,
