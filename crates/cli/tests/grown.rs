@@ -97,3 +97,84 @@ fn the_original_reads_and_writes_what_has_grown() {
         fs::remove_file(dir.join("image")).expect("removed");
     }
 }
+
+const GIB: u64 = 1 << 30;
+
+/// A file of which `known` says where it has which byte, 64 KiB each; all else is a hole.
+fn sparse(path: &Path, len: u64, known: &[(u64, u8)]) {
+    use std::os::unix::fs::FileExt;
+    let file = fs::File::create(path).expect("made");
+    file.set_len(len).expect("as long as a hole makes it");
+    for (at, byte) in known {
+        file.write_all_at(&[*byte; 65536], *at).expect("written");
+    }
+}
+
+/// One tool grows the image, then both write into what is new, by turns, and judge all of it.
+fn grow_and_write_on(dir: &Path, options: &str, len: u64, places: [u64; 2]) {
+    let ours = env!("CARGO_BIN_EXE_qemu-img");
+    let judge = |known: &[(u64, u8)]| {
+        sparse(&dir.join("expected"), len, known);
+        for tool in [ours, "qemu-img"] {
+            succeed(tool, dir, "compare -q -f vmdk -F raw image expected");
+            succeed(tool, dir, "check -q -f vmdk image");
+        }
+    };
+    let mut known = vec![(0, 1), (MIB as u64, 2)];
+    sparse(&dir.join("source"), 3 * MIB as u64 + 512, &known);
+    succeed(
+        ours,
+        dir,
+        &format!("convert -f raw -O vmdk -o {options} source image"),
+    );
+    succeed(ours, dir, &format!("resize -q -f vmdk image {len}"));
+    judge(&known);
+    for (tool, at, byte) in [("qemu-img", places[0], 3), (ours, places[1], 4)] {
+        succeed(
+            tool,
+            dir,
+            &format!("bench -q -w -c 1 -s 64k -o {at} --pattern={byte} -f vmdk image"),
+        );
+        known.push((at, byte));
+        judge(&known);
+    }
+}
+
+#[test]
+fn disks_in_pieces_go_on_in_further_files() {
+    for subformat in ["twoGbMaxExtentSparse", "twoGbMaxExtentFlat"] {
+        let temporary = tempfile::tempdir().expect("a directory");
+        let dir = temporary.path();
+        if !has_stock(dir) {
+            return;
+        }
+        let options = format!("subformat={subformat}");
+        grow_and_write_on(dir, &options, 5 * GIB + 512, [2 * GIB, 4 * GIB]);
+        let ours = env!("CARGO_BIN_EXE_qemu-img");
+        let kind = if subformat.ends_with("Flat") { "f" } else { "s" };
+        // A file that is somebody else's stays, and what was made before it was met goes.
+        let taken = format!("image-{kind}005");
+        fs::write(dir.join(&taken), "mine").expect("written");
+        let output = run(ours, dir, "resize -f vmdk image 9G").expect("runs");
+        assert_eq!(
+            String::from_utf8_lossy(&output.stderr),
+            format!("qemu-img: Could not create '{taken}': File exists\n")
+        );
+        assert_eq!(fs::read(dir.join(&taken)).expect("is there"), b"mine");
+        assert!(!dir.join(format!("image-{kind}004")).exists());
+        succeed("qemu-img", dir, "compare -q -f vmdk -F raw image expected");
+    }
+}
+
+#[test]
+fn streams_grow_and_go_on() {
+    let temporary = tempfile::tempdir().expect("a directory");
+    let dir = temporary.path();
+    if has_stock(dir) {
+        // One that needs no further tables, and one that does.
+        for len in [30 << 20, 5 * GIB + 512] {
+            grow_and_write_on(dir, "subformat=streamOptimized", len, [10 << 20, 20 << 20]);
+            fs::remove_file(dir.join("image")).expect("removed");
+        }
+    }
+}
