@@ -8,7 +8,7 @@
 //! Entry *n* of the catalog says which extent has the *n*-th piece of the disk; the extent's bitmap says which sectors of
 //! it were written. All others read as zero.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use diskimage_core::options::OptionDef;
 use diskimage_core::{
@@ -16,7 +16,7 @@ use diskimage_core::{
 };
 
 use crate::read_only::{self, Disk};
-use crate::window::TableWindow;
+use crate::windows::Windows;
 
 /// The format's entry in the table.
 #[derive(Debug)]
@@ -47,7 +47,7 @@ impl Format for Bochs {
         request.file.read_padded(&mut header, 0)?;
         let geometry = Geometry::parse(&header)?;
         Ok(read_only::layer(Growing {
-            catalog: TableWindow::new(Arc::clone(&request.file), geometry.catalog),
+            catalog: Mutex::new(Windows::new(Arc::clone(&request.file), geometry.catalog, u64::MAX).padded()),
             file: request.file,
             geometry,
         }))
@@ -181,10 +181,16 @@ fn not_bochs() -> Error {
 struct Growing {
     file: Arc<dyn Device>,
     geometry: Geometry,
-    catalog: TableWindow<4>,
+    catalog: Mutex<Windows>,
 }
 
 impl Growing {
+    /// What the catalog says of an extent of the disk.
+    fn number(&self, extent: u64) -> Result<u32> {
+        let mut catalog = self.catalog.lock().unwrap_or_else(PoisonError::into_inner);
+        catalog.entry(extent).map(u32::from_le_bytes)
+    }
+
     /// Reads from one extent; `at` is the offset inside it.
     fn read_extent(&self, number: u32, buf: &mut [u8], at: u64) -> Result<()> {
         let start = self.geometry.extent(number);
@@ -246,7 +252,7 @@ impl Disk for Growing {
             let at = offset % unit;
             let len = usize::try_from(unit - at).unwrap_or(usize::MAX).min(buf.len());
             let (head, tail) = buf.split_at_mut(len);
-            match u32::from_le_bytes(self.catalog.entry(offset / unit)?) {
+            match self.number(offset / unit)? {
                 UNALLOCATED => head.fill(0),
                 number => self.read_extent(number, head, at)?,
             }

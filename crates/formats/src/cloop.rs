@@ -7,7 +7,7 @@
 //! Numbers are big-endian. There is one offset more than there are blocks: a block reaches from its offset to the next. Each
 //! is a zlib stream.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use diskimage_core::options::OptionDef;
 use diskimage_core::{CreateRequest, Device, Error, Format, Layer, OpenRequest, Probe, Result, Score, errno};
@@ -15,7 +15,7 @@ use diskimage_core::{CreateRequest, Device, Error, Format, Layer, OpenRequest, P
 use crate::codec::deflate;
 use crate::last_block::LastBlock;
 use crate::read_only::{self, Disk};
-use crate::window::TableWindow;
+use crate::windows::Windows;
 
 /// The format's entry in the table.
 #[derive(Debug)]
@@ -52,7 +52,7 @@ impl Format for Cloop {
         });
         check_sizes(block_size, blocks)?;
         let disk = Compressed {
-            offsets: TableWindow::new(Arc::clone(&request.file), OFFSETS_AT),
+            offsets: Mutex::new(Windows::new(Arc::clone(&request.file), OFFSETS_AT, u64::MAX).padded()),
             file: request.file,
             block_size: u64::from(block_size),
             blocks: u64::from(blocks),
@@ -107,13 +107,14 @@ struct Compressed {
     file: Arc<dyn Device>,
     block_size: u64,
     blocks: u64,
-    offsets: TableWindow<8>,
+    offsets: Mutex<Windows<8>>,
     last: LastBlock<u64>,
 }
 
 impl Compressed {
     fn offset(&self, index: u64) -> Result<u64> {
-        self.offsets.entry(index).map(u64::from_be_bytes)
+        let mut offsets = self.offsets.lock().unwrap_or_else(PoisonError::into_inner);
+        offsets.entry(index).map(u64::from_be_bytes)
     }
 
     /// Walks the offsets, as the original does before it shows anything of the image.

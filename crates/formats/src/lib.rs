@@ -29,7 +29,6 @@ mod vdi;
 mod vhdx;
 mod vmdk;
 mod vpc;
-mod window;
 mod windows;
 
 use diskimage_core::Format;

@@ -6,12 +6,12 @@
 //!
 //! Changed parts stay in memory until their owner has written them, by way of the log, in units of 4 KiB.
 
-use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
 use diskimage_core::{ByteRange, Device, Error, Result, errno};
 
 use super::header::MIB;
+use crate::windows::Windows;
 
 /// What an entry says of a payload block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -89,38 +89,19 @@ pub(super) const ENTRY: u64 = 8;
 
 /// What the log has in one data sector.
 pub(super) const UNIT: usize = 4096;
-/// Bytes of a window.
-const WINDOW: usize = 64 << 10;
-/// How many windows are kept.
-const KEPT: usize = 16;
-
 /// The windows of a table.
 #[derive(Debug)]
-pub(super) struct Bat {
-    device: Arc<dyn Device>,
-    region: ByteRange,
-    /// By their offset in the region.
-    windows: BTreeMap<u64, Window>,
-    /// Their offsets, the one that has been in memory longest first.
-    order: VecDeque<u64>,
-}
-
-#[derive(Debug)]
-struct Window {
-    bytes: Box<[u8]>,
-    /// A bit for each unit that has changed.
-    changed: u16,
-}
+pub(super) struct Bat(Windows<8>);
 
 impl Bat {
-    /// The table in `region`, a multiple of mebibytes.
+    /// The table in `region`, a multiple of mebibytes. A part of it behind the end of the file has no blocks to lead to.
     pub(super) fn new(device: Arc<dyn Device>, region: ByteRange) -> Self {
-        Self {
-            device,
-            region,
-            windows: BTreeMap::new(),
-            order: VecDeque::new(),
-        }
+        // What changes goes through the log.
+        Self(
+            Windows::new(device, region.start(), region.len() / ENTRY)
+                .padded()
+                .kept(),
+        )
     }
 
     /// The entries from entry `index` on that are in the same window; at least one.
@@ -128,9 +109,8 @@ impl Bat {
     /// # Errors
     /// An entry outside the region, and as reading the file.
     pub(super) fn entries(&mut self, index: u64) -> Result<impl Iterator<Item = u64>> {
-        let (window, skip) = self.window(index)?;
-        let (entries, _) = window.bytes[skip..].as_chunks();
-        Ok(entries.iter().map(|entry| u64::from_le_bytes(*entry)))
+        let entries = self.0.entries(index)?.iter();
+        Ok(entries.map(|entry| u64::from_le_bytes(*entry)))
     }
 
     /// Entry `index`.
@@ -138,7 +118,7 @@ impl Bat {
     /// # Errors
     /// As [`Bat::entries`].
     pub(super) fn entry(&mut self, index: u64) -> Result<u64> {
-        Ok(self.entries(index)?.next().unwrap_or(0))
+        self.0.entry(index).map(u64::from_le_bytes)
     }
 
     /// Changes entry `index`.
@@ -146,81 +126,30 @@ impl Bat {
     /// # Errors
     /// As [`Bat::entries`].
     pub(super) fn set(&mut self, index: u64, entry: u64) -> Result<()> {
-        let (window, skip) = self.window(index)?;
-        window.bytes[skip..skip + 8].copy_from_slice(&entry.to_le_bytes());
-        window.changed |= 1 << (skip / UNIT);
-        Ok(())
+        self.0.set(index, entry.to_le_bytes())
     }
 
     /// Whether no further change fits into memory before those that are there are written.
     pub(super) fn is_crowded(&self) -> bool {
-        let changed = self.windows.values().filter(|window| window.changed != 0);
-        changed.count() >= KEPT / 2
+        self.0.is_crowded()
     }
 
     /// The units that have changed, by their offset in the file.
     pub(super) fn changed(&self) -> Vec<(u64, Box<[u8; UNIT]>)> {
-        let mut units = Vec::new();
-        for (at, window) in &self.windows {
-            let (parts, _) = window.bytes.as_chunks::<UNIT>();
-            for (part, nth) in parts.iter().zip(0_u64..) {
-                if window.changed & (1 << nth) != 0 {
-                    let offset = self.region.start() + at + nth * UNIT as u64;
-                    units.push((offset, Box::new(*part)));
-                }
-            }
-        }
+        let units = self.0.changed(UNIT);
         units
+            .filter_map(|(offset, bytes)| Some((offset, Box::new(*bytes.first_chunk()?))))
+            .collect()
     }
 
     /// What has changed is written.
     pub(super) fn settle(&mut self) {
-        for window in self.windows.values_mut() {
-            window.changed = 0;
-        }
-    }
-
-    /// The window of entry `index`, and where in it the entry is.
-    fn window(&mut self, index: u64) -> Result<(&mut Window, usize)> {
-        let lost = || Error::corrupt(format!("Entry {index} lies outside the block allocation table"));
-        let at = index
-            .checked_mul(ENTRY)
-            .filter(|at| *at < self.region.len())
-            .ok_or_else(lost)?;
-        let skip = usize::try_from(at % WINDOW as u64).unwrap_or(0);
-        let at = at - skip as u64;
-        if !self.windows.contains_key(&at) {
-            self.make_room();
-            // A part of the table behind the end of the file has no blocks to lead to.
-            let mut bytes = vec![0; WINDOW].into_boxed_slice();
-            self.device
-                .read_padded(&mut bytes, self.region.start().saturating_add(at))?;
-            self.windows.insert(at, Window { bytes, changed: 0 });
-            self.order.push_back(at);
-        }
-        let window = self.windows.get_mut(&at).ok_or_else(lost)?;
-        Ok((window, skip))
-    }
-
-    /// Gives up the window that has been in memory longest. Changed ones stay: they have to go through the log, and their
-    /// owner keeps them few.
-    fn make_room(&mut self) {
-        if self.order.len() < KEPT {
-            return;
-        }
-        let unchanged = |at: &u64| self.windows.get(at).is_none_or(|window| window.changed == 0);
-        if let Some(leaves) = self.order.iter().position(unchanged)
-            && let Some(at) = self.order.remove(leaves)
-        {
-            self.windows.remove(&at);
-        }
+        self.0.settle();
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use diskimage_core::MemoryDevice;
-
     use super::*;
 
     #[test]
@@ -231,25 +160,5 @@ mod tests {
         for (disk, count) in [(0, 0), (1, 1), (128, 128), (129, 130), (256, 257), (257, 259)] {
             assert_eq!(entries(disk * block, block), count, "{disk}");
         }
-    }
-
-    #[test]
-    fn changes_are_told_in_units_until_they_are_written() {
-        let device = Arc::new(MemoryDevice::new(vec![0; 3 << 20]));
-        let mut bat = Bat::new(device, ByteRange::new(MIB, 2 * MIB));
-        bat.set(3, 7).expect("inside");
-        bat.set(513, 9).expect("inside");
-        for window in 0..20 {
-            bat.entry(window * 5000).expect("inside");
-        }
-        let changed = bat.changed();
-        assert_eq!(
-            changed.iter().map(|(at, _)| *at).collect::<Vec<_>>(),
-            [MIB, MIB + 4096]
-        );
-        assert_eq!((changed[0].1[24], changed[1].1[8]), (7, 9));
-        bat.settle();
-        assert!(bat.changed().is_empty());
-        assert!(bat.entry(MIB / 8).is_err() && bat.set(u64::MAX, 0).is_err());
     }
 }
