@@ -3,7 +3,7 @@
 use std::ffi::OsStr;
 use std::sync::Arc;
 
-use diskimage::{Blocks, Creation, Device, Objects, OpenOptions, dd, format_by_name};
+use diskimage::{Blocks, Creation, Device, Objects, OpenOptions, dd, format_of_new};
 
 use super::LARGEST;
 use crate::objects::define;
@@ -155,10 +155,9 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     let args = Args::parse(words)?;
     let options = || OpenOptions::new().objects(Arc::clone(&args.objects));
     let source = open_source(&args.input, options().force_share(args.force_share), console)?;
-    let Some(format) = format_by_name(&args.output_format) else {
+    if format_of_new(&args.output_format)?.is_none() {
         return Err(Stop::wrong("Unknown file format"));
-    };
-    format.require_creation()?;
+    }
     let part = args.blocks.of(source.len());
     if part.is_none() {
         let message = format!(
