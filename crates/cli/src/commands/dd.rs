@@ -159,17 +159,10 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
         return Err(Stop::wrong("Unknown file format"));
     }
     let part = args.blocks.of(source.len());
-    if part.is_none() {
-        let message = format!(
-            "{}: cannot skip to specified offset",
-            printable(&args.input.name.shown())
-        );
-        console.error(&message);
-    }
-    let part = part.unwrap_or((source.len(), 0));
+    let range = part.unwrap_or((source.len(), 0));
     Creation::new(&args.output, &args.output_format)
         .objects(Arc::clone(&args.objects))
-        .exact_size(part.1)
+        .exact_size(range.1)
         .prepare()?
         .create()
         .map_err(|error| {
@@ -181,7 +174,14 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
         format: Some(args.output_format),
     };
     let target = open_source(&target, options().write(true).resize(true), console)?;
-    dd(&source, part, &target)?;
+    if part.is_none() {
+        let message = format!(
+            "{}: cannot skip to specified offset",
+            printable(&args.input.name.shown())
+        );
+        console.error(&message);
+    }
+    dd(&source, range, &target)?;
     Ok(0)
 }
 
