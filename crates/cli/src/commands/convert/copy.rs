@@ -117,6 +117,16 @@ impl Target {
             return Err(Stop::wrong(format!("Unknown file format '{format}'")));
         }
         let below = Below::read(args, driver)?;
+        if let (Some(driver), Some(_), false) = (
+            driver,
+            &args.backing,
+            args.no_create || driver.is_some_and(|driver| driver.has_backing()),
+        ) {
+            return Err(Stop::wrong(format!(
+                "Backing file not supported for file format '{}'",
+                format.as_deref().unwrap_or(driver.name())
+            )));
+        }
         if sources.len() > 1 && below.is_named {
             return Err(Stop::wrong(
                 "Having a backing file for the target makes no sense when concatenating multiple input images",
