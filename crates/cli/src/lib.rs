@@ -21,12 +21,18 @@ pub mod words;
 
 use std::ffi::OsString;
 use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use out::Console;
+use signal_hook::consts::SIGXFSZ;
 use words::{Command, Flag, Parser, Stop, help};
 
 /// Runs the program with its command line, the name it was called by first.
 pub fn run(words: impl IntoIterator<Item = OsString>) -> ExitCode {
+    // A limit on the size of files (`ulimit -f`) is an error of the request, to be told, and not the end of the program.
+    // Where that cannot be had, the signal keeps its action.
+    let _ = signal_hook::flag::register(SIGXFSZ, Arc::new(AtomicBool::new(false)));
     let mut words = words.into_iter();
     let console = Console::new(&words.next().unwrap_or_default());
     let status = match standard_options(words.collect(), &console) {

@@ -11,7 +11,7 @@ use diskimage_core::{
 use diskimage_formats::format_by_name;
 use diskimage_protocols::{
     CREATE_OPTIONS as FILE_CREATE_OPTIONS, CacheMode, File, FileCreation, Local, Protocol, ProtocolRequest,
-    Target, parse_name, protocol_by_name, protocol_of_name,
+    Target, filter_by_name, parse_name, protocol_by_name, protocol_of_name,
 };
 
 use crate::gate::FileGate;
@@ -121,18 +121,19 @@ impl Creation {
     /// Formats, protocols and options that there are none of or that do not go together, and an image below that cannot
     /// be opened.
     pub fn prepare(self) -> Result<Prepared> {
-        let format = format_by_name(&self.format)
+        let format = format_of_new(&self.format)?
             .ok_or_else(|| Error::invalid(format!("Unknown file format '{}'", self.format)))?;
-        format.require_creation()?;
         if existing_only(&self.name).is_none() {
             target_of(&self.name)?;
         }
         let options = self.all_options(format)?;
+        let protocol = protocol_by_name(&self.format);
         let size = self.size_with(&options)?;
         let mut options = options;
         options.set("size", &size.to_string())?;
         Ok(Prepared {
             format,
+            protocol,
             size,
             options,
             cache: self.cache,
@@ -154,10 +155,7 @@ impl Creation {
             options.parse(list)?;
         }
         let unsupported = |what: &str| {
-            Error::unsupported(format!(
-                "{what} not supported for file format '{}'",
-                format.name()
-            ))
+            Error::unsupported(format!("{what} not supported for file format '{}'", self.format))
         };
         if let Some(backing) = &self.backing_file {
             if !options.has("backing_file") {
@@ -231,6 +229,8 @@ impl Creation {
 pub struct Prepared {
     name: String,
     format: &'static dyn Format,
+    /// The protocol that was named instead of a format.
+    protocol: Option<&'static dyn Protocol>,
     size: u64,
     options: Options,
     cache: CacheMode,
@@ -261,7 +261,10 @@ impl Prepared {
 
     /// The format and all options, `fmt=qcow2 cluster_size=65536 ...`.
     pub fn summary(&self) -> String {
-        format!("fmt={} {}", self.format.name(), self.options.summary())
+        let name = self
+            .protocol
+            .map_or_else(|| self.format.name(), |protocol| protocol.name());
+        format!("fmt={name} {}", self.options.summary())
     }
 
     /// Makes the image. What was in the file before is lost, and a file that did not become an image is removed.
@@ -301,13 +304,22 @@ impl Prepared {
             (Err(error), Some(protocol)) => return Err(no_making(error, protocol.name())),
             (node, _) => node?,
         };
-        let path = node.text("filename").unwrap_or_default();
-        let protocol: &dyn Protocol = match node.text("driver").map(protocol_by_name) {
-            Some(protocol) => protocol.ok_or_else(|| no_creation(node.text("driver").unwrap_or_default()))?,
-            None => Local::serving(path),
+        let protocol: &dyn Protocol = match (node.text("driver").map(protocol_by_name), self.protocol) {
+            (Some(protocol), _) => {
+                protocol.ok_or_else(|| no_creation(node.text("driver").unwrap_or_default()))?
+            }
+            // A path is none of its names, which says what is wrong; a protocol without names of its own takes paths.
+            (None, Some(protocol)) => {
+                node = protocol
+                    .parse(&self.name)
+                    .map_err(|error| no_making(error, protocol.name()))?;
+                protocol
+            }
+            (None, None) => Local::serving(node.text("filename").unwrap_or_default()),
         };
         if protocol.can_create() {
-            let file = File::create(&Target::plain(path), creation, self.cache)?;
+            let path = node.take_text("filename").unwrap_or_default();
+            let file = File::create(&Target::plain(&path), creation, self.cache)?;
             return Ok(Place {
                 is_new: !file.is_device(),
                 device: Arc::new(file),
@@ -386,6 +398,29 @@ impl Prepared {
             .gate(Arc::clone(&self.gate));
         let image = open_bare(&full_backing_name(&file.name(), backing), &options)?;
         Ok(image.layer().content_id())
+    }
+}
+
+/// The format of new images for which `name` stands, if there is one: a format's own name, or that of a protocol, which
+/// then has the image as it is, raw.
+///
+/// # Errors
+/// It names what images cannot be made with.
+pub fn format_of_new(name: &str) -> Result<Option<&'static dyn Format>> {
+    if let Some(format) = format_by_name(name) {
+        return format.require_creation().map(|()| Some(format));
+    }
+    let is_protocol = match protocol_by_name(name) {
+        Some(protocol) => protocol.takes_images(),
+        None if filter_by_name(name).is_none() => return Ok(None),
+        None => false,
+    };
+    if is_protocol {
+        Ok(format_by_name("raw"))
+    } else {
+        Err(Error::unsupported(format!(
+            "Format driver '{name}' does not support image creation"
+        )))
     }
 }
 

@@ -54,7 +54,7 @@ pub use bitmaps::{check_bitmaps, copy_bitmaps, merge_bitmap};
 pub use commit::{Commit, depth_of};
 pub use compare::{CompareError, Comparison, Difference, Failure, Verdict};
 pub use convert::{Conversion, DEFAULT_SPARSE, MAX_SPARSE, OnLost, total_len};
-pub use create::{Creation, Prepared};
+pub use create::{Creation, Prepared, format_of_new};
 pub use dd::{Blocks, dd};
 pub use diskimage_core::*;
 pub use diskimage_formats::{FORMATS, format_by_name};

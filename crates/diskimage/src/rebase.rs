@@ -135,12 +135,12 @@ pub fn set_backing(image: &Image, backing: Option<&Backing>) -> Result<()> {
 /// # Errors
 /// An image whose format has no images below, and one below without a format.
 pub fn check_backing(image: &Image, backing: Option<&Backing>) -> Result<()> {
+    if backing.is_some_and(|backing| backing.format.is_none()) {
+        return Err(Error::invalid("backing format must be specified").context(could_not(backing)));
+    }
     let format = format_by_name(image.layer().format());
     if !format.is_some_and(|format| format.has_backing()) {
         return Err(Error::from_errno(errno::ENOTSUP).context(could_not(backing)));
-    }
-    if backing.is_some_and(|backing| backing.format.is_none()) {
-        return Err(Error::invalid("backing format must be specified").context(could_not(backing)));
     }
     Ok(())
 }

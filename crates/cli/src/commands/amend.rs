@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use diskimage::options::{OptionDef, OptionError, Options, amend_help};
-use diskimage::{AmendRequest, CacheMode, Format, Objects, OpenOptions, format_by_name};
+use diskimage::{AmendRequest, CacheMode, Format, Objects, OpenOptions, format_by_name, is_driver};
 
 use crate::objects::define;
 use crate::out::Console;
@@ -145,8 +145,13 @@ impl Request {
 pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     let (args, help) = match Request::parse(words)? {
         Request::Help(format) => {
-            let found = format_by_name(&format)
-                .ok_or_else(|| Stop::wrong(format!("Unknown file format '{format}'")))?;
+            let found = format_by_name(&format).ok_or_else(|| {
+                if is_driver(&format) {
+                    not_amended(&format)
+                } else {
+                    Stop::wrong(format!("Unknown file format '{format}'"))
+                }
+            })?;
             return Err(Stop::Text(amend_help(&format, amend_table(found)?)));
         }
         Request::HelpFor(args) => (args, true),

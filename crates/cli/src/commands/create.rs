@@ -233,12 +233,17 @@ fn too_large(format: &str, prepared: &Prepared) -> diskimage::Error {
 /// # Errors
 /// An unknown format.
 pub(super) fn option_help(format: &str, name: Option<&std::ffi::OsStr>) -> Result<String, Stop> {
-    let found = diskimage::format_by_name(format)
+    let found = diskimage::format_of_new(format)?
         .ok_or_else(|| Stop::wrong(format!("Unknown file format '{format}'")))?;
-    found.require_creation()?;
+    // A protocol's own options are those of the file.
+    let own = if found.name() == format {
+        found.create_options()
+    } else {
+        FILE_CREATE_OPTIONS
+    };
     Ok(match name {
         Some(_) => create_help_with_protocol(found.create_options(), FILE_CREATE_OPTIONS),
-        None => create_help(format, found.create_options()),
+        None => create_help(format, own),
     })
 }
 

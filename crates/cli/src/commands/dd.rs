@@ -3,7 +3,7 @@
 use std::ffi::OsStr;
 use std::sync::Arc;
 
-use diskimage::{Blocks, Creation, Device, Objects, OpenOptions, dd, format_by_name};
+use diskimage::{Blocks, Creation, Device, Objects, OpenOptions, dd, format_of_new};
 
 use super::LARGEST;
 use crate::objects::define;
@@ -155,22 +155,14 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     let args = Args::parse(words)?;
     let options = || OpenOptions::new().objects(Arc::clone(&args.objects));
     let source = open_source(&args.input, options().force_share(args.force_share), console)?;
-    let Some(format) = format_by_name(&args.output_format) else {
+    if format_of_new(&args.output_format)?.is_none() {
         return Err(Stop::wrong("Unknown file format"));
-    };
-    format.require_creation()?;
-    let part = args.blocks.of(source.len());
-    if part.is_none() {
-        let message = format!(
-            "{}: cannot skip to specified offset",
-            printable(&args.input.name.shown())
-        );
-        console.error(&message);
     }
-    let part = part.unwrap_or((source.len(), 0));
+    let part = args.blocks.of(source.len());
+    let range = part.unwrap_or((source.len(), 0));
     Creation::new(&args.output, &args.output_format)
         .objects(Arc::clone(&args.objects))
-        .exact_size(part.1)
+        .exact_size(range.1)
         .prepare()?
         .create()
         .map_err(|error| {
@@ -182,7 +174,14 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
         format: Some(args.output_format),
     };
     let target = open_source(&target, options().write(true).resize(true), console)?;
-    dd(&source, part, &target)?;
+    if part.is_none() {
+        let message = format!(
+            "{}: cannot skip to specified offset",
+            printable(&args.input.name.shown())
+        );
+        console.error(&message);
+    }
+    dd(&source, range, &target)?;
     Ok(0)
 }
 

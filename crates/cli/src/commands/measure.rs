@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use diskimage::options::Options;
 use diskimage::{
-    FILE_CREATE_OPTIONS, Measure, MeasureSource, Objects, OpenOptions, SnapshotSelector, format_by_name,
+    FILE_CREATE_OPTIONS, Measure, MeasureSource, Objects, OpenOptions, SnapshotSelector, format_of_new,
     open_snapshot,
 };
 
@@ -190,9 +190,14 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
             })
         }
     };
-    let format = format_by_name(&args.target_format)
+    let format = format_of_new(&args.target_format)?
         .ok_or_else(|| Stop::wrong(format!("Unknown file format '{}'", args.target_format)))?;
-    format.require_creation()?;
+    if format.name() != args.target_format {
+        return Err(Stop::wrong(format!(
+            "Block driver '{}' does not support size measurement",
+            args.target_format
+        )));
+    }
     let mut options = Options::merged(&[format.create_options(), FILE_CREATE_OPTIONS]);
     if let Some(list) = &args.options {
         options.parse(list).map_err(|error| {

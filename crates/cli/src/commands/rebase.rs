@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use diskimage::{
-    Backing, CacheMode, Image, Objects, OpenOptions, Rebase, ResultExt, check_backing, full_backing_name,
-    is_driver, set_backing,
+    Backing, CacheMode, Image, Objects, OpenOptions, Rebase, ResultExt, check_backing, format_by_name,
+    full_backing_name, is_driver, set_backing,
 };
 
 use super::only_image;
@@ -182,6 +182,10 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
         options().cache(args.cache).write(true).no_backing(args.only_name),
         console,
     )?;
+    let format = format_by_name(image.layer().format());
+    if args.compress && !format.is_some_and(|format| format.has_compression()) {
+        return Err(no_compression());
+    }
     if let Some(format) = args.backing_format.as_deref().filter(|format| !is_driver(format)) {
         return Err(Stop::wrong(format!("Invalid format name: '{format}'")));
     }
@@ -194,7 +198,7 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     });
     if !args.only_name {
         if args.compress && image.layer().encoder()?.is_none() {
-            return Err(Stop::wrong("Compression not supported for this file format"));
+            return Err(no_compression());
         }
         let new = match &backing {
             Some(backing) => Some(open_new(&args, &image, backing, options(), console)?),
@@ -213,6 +217,10 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     set_backing(&image, backing.as_ref())?;
     progress.complete();
     Ok(0)
+}
+
+fn no_compression() -> Stop {
+    Stop::wrong("Compression not supported for this file format")
 }
 
 /// Opens what is to be below. Its name starts from the image, as it will once it stands in it.

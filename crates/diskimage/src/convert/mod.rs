@@ -231,6 +231,15 @@ fn takes_one_write(target: &Image) -> bool {
     device.limits().alignment == 1 && device.as_file().is_some_and(is_file)
 }
 
+/// Whether the storage can copy by itself. The drivers of the original that have no way to ask for it look for zeroes as
+/// usual, so that the copy takes no more room.
+fn can_offload(conversion: &Conversion<'_>) -> bool {
+    let takes_part = |image: &Image| OFFLOADING.contains(&image.layer().format());
+    takes_part(conversion.target) && conversion.sources.iter().all(|image| takes_part(image))
+}
+
+const OFFLOADING: &[&str] = &["raw", "qcow2", "file", "host_device"];
+
 /// What the workers share.
 struct Job<'a> {
     conversion: &'a Conversion<'a>,
@@ -266,7 +275,7 @@ impl<'a> Job<'a> {
             cursor: Cursor::new(sources.len(), segment),
             sources,
             segment,
-            offload: AtomicBool::new(conversion.copy_offload),
+            offload: AtomicBool::new(conversion.copy_offload && can_offload(conversion)),
             rate: RateLimit::new(conversion.rate),
             writing: takes_one_write(conversion.target).then(Mutex::default),
             done: AtomicU64::new(0),

@@ -288,11 +288,9 @@ impl<'a> Opener<'a> {
 
     /// What the options say of the image below, unless that is left alone.
     fn backing_options(&self, format: &dyn Format, node: &mut NodeOptions) -> Result<BackingWords> {
-        if !format.has_backing() {
-            return Ok(BackingWords::default());
-        }
         let whole = match node.take("backing") {
             None => None,
+            // That there is none can be said of every format.
             Some(Value::Null) => return Ok(BackingWords::none()),
             Some(Value::Text(text)) if text.is_empty() => {
                 let text = "Use of \"backing\": \"\" is deprecated; use \"backing\": null instead";
@@ -309,6 +307,9 @@ impl<'a> Opener<'a> {
             return Ok(BackingWords::default());
         }
         let mut below = node.take_node("backing");
+        if !format.has_backing() && (whole.is_some() || !below.is_empty()) {
+            return Err(Error::unsupported("Driver doesn't support backing files"));
+        }
         if let Some(reference) = whole {
             below.set("", reference);
         }

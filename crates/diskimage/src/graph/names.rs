@@ -23,10 +23,10 @@ pub fn node_of_name(name: &str, format: Option<&str>) -> Result<NodeOptions> {
     }
     let file = parse_name(name)?;
     let mut node = NodeOptions::new();
-    match format {
-        Some(format) if protocol_by_name(format).is_some() || filter_by_name(format).is_some() => {
-            node = file;
-        }
+    match format.map(|format| (protocol_by_name(format), filter_by_name(format))) {
+        // Its own names only, whatever a path is to others.
+        Some((Some(protocol), _)) if !file.has("driver") => node = protocol.parse(name)?,
+        Some((Some(_), _) | (_, Some(_))) => node = file,
         _ => node.set_node("file", file),
     }
     if let Some(format) = format {

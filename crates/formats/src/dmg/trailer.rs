@@ -26,6 +26,9 @@ const MAX_LEN: u64 = (1 << 63) - (1 << 30);
 impl Trailer {
     /// Looks for the trailer where it ends in the last sector of the file or the one before.
     pub(super) fn find(file: &dyn Device, name: &str) -> Result<Self> {
+        if file.is_empty() {
+            return Err(Error::invalid("dmg file must be at least 512 bytes long"));
+        }
         let start = align_up(file.len(), SECTOR).saturating_sub(2 * LEN as u64 - 1);
         let mut end = [0; LEN + MAGIC.len() - 1];
         file.read_padded(&mut end, start)?;

@@ -31,10 +31,10 @@ use diskimage_core::{
 };
 
 use self::header::{Geometry, Header, MAGIC, feature};
-use crate::preallocation;
 use crate::tables::{Class, Table};
 use crate::tree::{Cluster, Scheme, Shape, Tree};
 use crate::used;
+use crate::{KNOWN_FORMATS, preallocation};
 
 /// The format's entry in the table.
 #[derive(Debug)]
@@ -138,6 +138,12 @@ impl Format for QedFormat {
 
 /// The header of a new image.
 fn new_header(options: &Options, size: u64) -> Result<Header> {
+    let backing_format = options.text("backing_fmt");
+    if let Some(name) = backing_format.filter(|name| !KNOWN_FORMATS.contains(name)) {
+        return Err(Error::invalid(format!(
+            "Parameter 'backing-fmt' does not accept value '{name}'"
+        )));
+    }
     let cluster_size = options.size("cluster_size").unwrap_or(0);
     let table_size = options.size("table_size").unwrap_or(DEFAULT_TABLE_SIZE);
     let geometry = Geometry::for_new(cluster_size, table_size)?;
@@ -150,7 +156,7 @@ fn new_header(options: &Options, size: u64) -> Result<Header> {
     })?;
     let backing = options.text("backing_file").map(|name| Backing {
         name: name.to_owned(),
-        format: options.text("backing_fmt").map(str::to_owned),
+        format: backing_format.map(str::to_owned),
     });
     let mut header = Header::new(geometry, image_size);
     header.set_backing(backing.as_ref())?;

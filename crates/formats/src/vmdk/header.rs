@@ -170,6 +170,9 @@ impl Hosted {
             return Err(Error::corrupt("L2 table size too big"));
         }
         let grain = header.grain_size.get();
+        if grain > MAX_GRAIN {
+            return Err(Error::corrupt("Invalid granularity, image may be corrupt"));
+        }
         let covered = grain.checked_mul(entries.into()).filter(|sectors| *sectors > 0);
         if covered.is_none_or(|sectors| sectors > u64::from(u32::MAX)) {
             return Err(Error::corrupt("L1 entry size is invalid"));
@@ -177,7 +180,8 @@ impl Hosted {
         let flags = header.flags.get();
         let compressed = flags & flag::COMPRESSED != 0;
         let end = bytes(header.over_head);
-        if file.len() < end && !compressed {
+        // A file counts in whole sectors.
+        if file.len().next_multiple_of(SECTOR) < end && !compressed {
             return Err(Error::corrupt(format!(
                 "File truncated, expecting at least {end} bytes"
             )));
@@ -208,6 +212,9 @@ impl Hosted {
         })
     }
 }
+
+/// The largest grain of the original, in sectors.
+const MAX_GRAIN: u64 = 1 << 21;
 
 fn bytes(sectors: U64) -> u64 {
     sectors.get().saturating_mul(SECTOR)

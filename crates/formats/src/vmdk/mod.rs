@@ -137,6 +137,9 @@ const MAX_LEN: u64 = (1 << 63) - (1 << 30);
 
 impl VmdkLayer {
     fn open(request: &OpenRequest<'_>) -> Result<Self> {
+        if request.file.is_empty() {
+            return Err(Error::corrupt("File is too small, not a valid image"));
+        }
         let mut magic = [0; 4];
         request.file.read_padded(&mut magic, 0)?;
         if magic == header::HOSTED_MAGIC {

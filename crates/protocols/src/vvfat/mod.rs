@@ -58,6 +58,9 @@ impl Protocol for VvfatDriver {
 
     /// The words in front of the directory count wherever they are, as there.
     fn parse(&self, name: &str) -> Result<NodeOptions> {
+        if !name.starts_with("fat:") {
+            return Err(Error::invalid("File name string must start with 'fat:'"));
+        }
         let has = |word: &str| name.contains(word);
         let fat_type: u32 = match () {
             () if has(":32:") => 32,

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use diskimage::options::Options;
 use diskimage::{
     Conversion, Creation, DEFAULT_SPARSE, Device, FILE_CREATE_OPTIONS, Format, Image, Layer, NodeOptions,
-    OpenOptions, check_bitmaps, copy_bitmaps, format_by_name, open_snapshot, total_len,
+    OpenOptions, check_bitmaps, copy_bitmaps, format_by_name, format_of_new, open_snapshot, total_len,
 };
 
 use super::super::create::option_help;
@@ -108,14 +108,25 @@ impl Target {
     fn prepare(args: &Args, sources: &[Arc<Image>]) -> Result<Self, Stop> {
         let name = args.target.name.shown();
         let format = args.target.format.clone();
-        let driver = format.as_deref().and_then(format_by_name);
-        if let (Some(format), None) = (&format, driver) {
+        let driver = match format.as_deref() {
+            Some(name) if args.no_create => format_by_name(name),
+            Some(name) => format_of_new(name)?,
+            None => None,
+        };
+        if let (Some(format), None, false) = (&format, driver, args.no_create) {
             return Err(Stop::wrong(format!("Unknown file format '{format}'")));
         }
-        if let Some(driver) = driver.filter(|_| !args.no_create) {
-            driver.require_creation()?;
-        }
         let below = Below::read(args, driver)?;
+        if let (Some(driver), Some(_), false) = (
+            driver,
+            &args.backing,
+            args.no_create || driver.is_some_and(|driver| driver.has_backing()),
+        ) {
+            return Err(Stop::wrong(format!(
+                "Backing file not supported for file format '{}'",
+                format.as_deref().unwrap_or(driver.name())
+            )));
+        }
         if sources.len() > 1 && below.is_named {
             return Err(Stop::wrong(
                 "Having a backing file for the target makes no sense when concatenating multiple input images",
@@ -139,7 +150,8 @@ impl Target {
         };
         let Some(driver) = driver else { return Ok(target) };
         if !args.no_create {
-            let mut creation = Creation::new(&target.name, driver.name())
+            let name = target.format.as_deref().unwrap_or(driver.name());
+            let mut creation = Creation::new(&target.name, name)
                 .objects(Arc::clone(&args.objects))
                 .exact_size(total_len(sources));
             if let Some(options) = &args.options {
