@@ -150,6 +150,8 @@ impl Bat {
 
 #[cfg(test)]
 mod tests {
+    use diskimage_core::MemoryDevice;
+
     use super::*;
 
     #[test]
@@ -160,5 +162,25 @@ mod tests {
         for (disk, count) in [(0, 0), (1, 1), (128, 128), (129, 130), (256, 257), (257, 259)] {
             assert_eq!(entries(disk * block, block), count, "{disk}");
         }
+    }
+
+    #[test]
+    fn changes_are_told_in_units_until_they_are_written() {
+        let device = Arc::new(MemoryDevice::new(vec![0; 3 << 20]));
+        let mut bat = Bat::new(device, ByteRange::new(MIB, 2 * MIB));
+        bat.set(3, 7).expect("inside");
+        bat.set(513, 9).expect("inside");
+        for window in 0..20 {
+            bat.entry(window * 5000).expect("inside");
+        }
+        let changed = bat.changed();
+        assert_eq!(
+            changed.iter().map(|(at, _)| *at).collect::<Vec<_>>(),
+            [MIB, MIB + 4096]
+        );
+        assert_eq!((changed[0].1[24], changed[1].1[8]), (7, 9));
+        bat.settle();
+        assert!(bat.changed().is_empty());
+        assert!(bat.entry(MIB / 8).is_err() && bat.set(u64::MAX, 0).is_err());
     }
 }
