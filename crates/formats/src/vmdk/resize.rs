@@ -41,13 +41,18 @@ struct Added {
 impl VmdkLayer {
     /// Refuses what cannot be done, before anything has changed.
     pub(super) fn check_size(&self, request: &ResizeRequest) -> Result<()> {
+        self.growth_into_parts(request).map(drop)
+    }
+
+    /// What has to grow, with a file for each extent that is added.
+    fn growth_into_parts(&self, request: &ResizeRequest) -> Result<Growth> {
         let growth = self.growth(request)?;
         if growth.added.len() != request.parts.len() {
             return Err(Error::unsupported(
                 "The disk would need further files, which are made only where its size is all that changes",
             ));
         }
-        Ok(())
+        Ok(growth)
     }
 
     /// The paths of the files that growing needs.
@@ -58,9 +63,8 @@ impl VmdkLayer {
 
     /// Makes the disk larger, on an image below that reaches to `below`.
     pub(super) fn grow(&self, request: &ResizeRequest, below: u64) -> Result<()> {
-        self.check_size(request)?;
+        let growth = self.growth_into_parts(request)?;
         let extents = self.extents();
-        let growth = self.growth(request)?;
         let last = last_of(&extents)?.1;
         if request.len == last.end() {
             return Ok(());

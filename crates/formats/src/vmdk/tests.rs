@@ -365,22 +365,13 @@ fn a_disk_that_grows_survives_crashes() {
         names.extend((name != "disk.vmdk").then_some(name));
         let before: Vec<Vec<u8>> = names.iter().map(|name| files.file(name).contents()).collect();
         let journal: Arc<Journal> = Arc::default();
-        let devices = before
-            .iter()
-            .enumerate()
-            .map(|(nth, bytes)| -> Arc<dyn Device> { Arc::new(Recorder::new(bytes.clone(), nth, &journal)) });
-        let recorded = Present::new(&names, devices);
-        let image = open_on(Arc::clone(&recorded.0["disk.vmdk"]), &recorded, true).expect("opens");
+        let recorded = Present::recorded(&names, &before, &journal);
+        let image = recorded.open(true);
         image.resize(40 << 20, Preallocation::Off).expect("grows");
         image.flush().expect("flushes");
         let mut lens = std::collections::BTreeSet::new();
         journal.crashes(&before, 12, 0x5eed, |crash| {
-            let devices = crash
-                .files
-                .iter()
-                .map(|bytes| -> Arc<dyn Device> { Arc::new(MemoryDevice::new(bytes.clone())) });
-            let left = Present::new(&names, devices);
-            let image = open_on(Arc::clone(&left.0["disk.vmdk"]), &left, false).expect("opens");
+            let image = Present::left(&names, crash.files).open(false);
             let mut buf = vec![0; 70_000];
             image.read_at(&mut buf, 30_000).expect("reads");
             assert!(buf == [7; 70_000], "{options}: {}", crash.position);
@@ -461,24 +452,15 @@ fn a_disk_in_pieces_that_grows_survives_crashes() {
     let names = ["disk.vmdk", "disk-s001.vmdk", "disk-s002.vmdk"];
     let before = names.map(|name| files.file(name).contents());
     let journal: Arc<Journal> = Arc::default();
-    let devices = before
-        .iter()
-        .enumerate()
-        .map(|(nth, bytes)| -> Arc<dyn Device> { Arc::new(Recorder::new(bytes.clone(), nth, &journal)) });
-    let recorded = Present::new(&names, devices);
-    let image = open_on(Arc::clone(&recorded.0["disk.vmdk"]), &recorded, true).expect("opens");
+    let recorded = Present::recorded(&names, &before, &journal);
+    let image = recorded.open(true);
     let mut request = ResizeRequest::new(3 << 30, Preallocation::Off);
     request.parts.push(Arc::clone(&recorded.0["disk-s002.vmdk"]));
     image.resize_with(&request).expect("grows");
     image.flush().expect("flushes");
     let mut lens = std::collections::BTreeSet::new();
     journal.crashes(&before, 12, 0x5eed, |crash| {
-        let devices = crash
-            .files
-            .iter()
-            .map(|bytes| -> Arc<dyn Device> { Arc::new(MemoryDevice::new(bytes.clone())) });
-        let left = Present::new(&names, devices);
-        let image = open_on(Arc::clone(&left.0["disk.vmdk"]), &left, false).expect("opens");
+        let image = Present::left(&names, crash.files).open(false);
         let mut buf = vec![0; 1000];
         image.read_at(&mut buf, 30_000).expect("reads");
         assert!(buf == [7; 1000], "{}", crash.position);
@@ -499,6 +481,25 @@ struct Present(HashMap<String, Arc<dyn Device>>);
 impl Present {
     fn new(names: &[&str], files: impl Iterator<Item = Arc<dyn Device>>) -> Self {
         Self(names.iter().map(|name| (*name).to_owned()).zip(files).collect())
+    }
+
+    /// With these contents, and `journal` learns what is written.
+    fn recorded(names: &[&str], before: &[Vec<u8>], journal: &Arc<Journal>) -> Self {
+        let files = before.iter().enumerate();
+        let record = |(nth, bytes): (usize, &Vec<u8>)| {
+            Arc::new(Recorder::new(bytes.clone(), nth, journal)) as Arc<dyn Device>
+        };
+        Self::new(names, files.map(record))
+    }
+
+    /// As a crash has left them.
+    fn left(names: &[&str], files: &[Vec<u8>]) -> Self {
+        let file = |bytes: &Vec<u8>| Arc::new(MemoryDevice::new(bytes.clone())) as Arc<dyn Device>;
+        Self::new(names, files.iter().map(file))
+    }
+
+    fn open(&self, write: bool) -> Image {
+        open_on(Arc::clone(&self.0["disk.vmdk"]), self, write).expect("opens")
     }
 }
 
