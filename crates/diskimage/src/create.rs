@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use diskimage_core::options::Options;
 use diskimage_core::{
-    Budget, CreateRequest, Device, Error, Format, Gate, LocalTime, NodeOptions, Objects, Permissions,
-    Preallocation, Progress, Result,
+    Budget, CreateRequest, Device, Error, ErrorKind, Format, Gate, LocalTime, NodeOptions, Objects,
+    Permissions, Preallocation, Progress, Result,
 };
 use diskimage_formats::format_by_name;
 use diskimage_protocols::{
@@ -121,8 +121,7 @@ impl Creation {
     /// Formats, protocols and options that there are none of or that do not go together, and an image below that cannot
     /// be opened.
     pub fn prepare(self) -> Result<Prepared> {
-        let format = format_of_new(&self.format)?
-            .ok_or_else(|| Error::invalid(format!("Unknown file format '{}'", self.format)))?;
+        let format = format_of_new(&self.format)?;
         if existing_only(&self.name).is_none() {
             target_of(&self.name)?;
         }
@@ -401,26 +400,22 @@ impl Prepared {
     }
 }
 
-/// The format of new images for which `name` stands, if there is one: a format's own name, or that of a protocol, which
-/// then has the image as it is, raw.
+/// The format of new images for which `name` stands: a format's own name, or that of a protocol, which then has the image
+/// as it is, raw.
 ///
 /// # Errors
-/// It names what images cannot be made with.
-pub fn format_of_new(name: &str) -> Result<Option<&'static dyn Format>> {
+/// It names what images cannot be made with, or nothing at all ([`ErrorKind::NotFound`]).
+pub fn format_of_new(name: &str) -> Result<&'static dyn Format> {
+    let unknown = || Error::new(ErrorKind::NotFound, format!("Unknown file format '{name}'"));
     if let Some(format) = format_by_name(name) {
-        return format.require_creation().map(|()| Some(format));
+        return format.require_creation().map(|()| format);
     }
-    let is_protocol = match protocol_by_name(name) {
-        Some(protocol) => protocol.takes_images(),
-        None if filter_by_name(name).is_none() => return Ok(None),
-        None => false,
-    };
-    if is_protocol {
-        Ok(format_by_name("raw"))
-    } else {
-        Err(Error::unsupported(format!(
+    match protocol_by_name(name) {
+        Some(protocol) if protocol.takes_images() => format_by_name("raw").ok_or_else(unknown),
+        None if filter_by_name(name).is_none() => Err(unknown()),
+        _ => Err(Error::unsupported(format!(
             "Format driver '{name}' does not support image creation"
-        )))
+        ))),
     }
 }
 

@@ -233,8 +233,7 @@ fn too_large(format: &str, prepared: &Prepared) -> diskimage::Error {
 /// # Errors
 /// An unknown format.
 pub(super) fn option_help(format: &str, name: Option<&std::ffi::OsStr>) -> Result<String, Stop> {
-    let found = diskimage::format_of_new(format)?
-        .ok_or_else(|| Stop::wrong(format!("Unknown file format '{format}'")))?;
+    let found = diskimage::format_of_new(format)?;
     // A protocol's own options are those of the file.
     let own = if found.name() == format {
         found.create_options()

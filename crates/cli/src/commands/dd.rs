@@ -3,7 +3,7 @@
 use std::ffi::OsStr;
 use std::sync::Arc;
 
-use diskimage::{Blocks, Creation, Device, Objects, OpenOptions, dd, format_of_new};
+use diskimage::{Blocks, Creation, Device, ErrorKind, Objects, OpenOptions, dd, format_of_new};
 
 use super::LARGEST;
 use crate::objects::define;
@@ -155,9 +155,11 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     let args = Args::parse(words)?;
     let options = || OpenOptions::new().objects(Arc::clone(&args.objects));
     let source = open_source(&args.input, options().force_share(args.force_share), console)?;
-    if format_of_new(&args.output_format)?.is_none() {
-        return Err(Stop::wrong("Unknown file format"));
-    }
+    format_of_new(&args.output_format).map_err(|error| match error.kind() {
+        // As there, without the name.
+        ErrorKind::NotFound => Stop::wrong("Unknown file format"),
+        _ => error.into(),
+    })?;
     let part = args.blocks.of(source.len());
     let range = part.unwrap_or((source.len(), 0));
     Creation::new(&args.output, &args.output_format)

@@ -190,8 +190,7 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
             })
         }
     };
-    let format = format_of_new(&args.target_format)?
-        .ok_or_else(|| Stop::wrong(format!("Unknown file format '{}'", args.target_format)))?;
+    let format = format_of_new(&args.target_format)?;
     if format.name() != args.target_format {
         return Err(Stop::wrong(format!(
             "Block driver '{}' does not support size measurement",

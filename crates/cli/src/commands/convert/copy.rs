@@ -110,18 +110,12 @@ impl Target {
         let format = args.target.format.clone();
         let driver = match format.as_deref() {
             Some(name) if args.no_create => format_by_name(name),
-            Some(name) => format_of_new(name)?,
+            Some(name) => Some(format_of_new(name)?),
             None => None,
         };
-        if let (Some(format), None, false) = (&format, driver, args.no_create) {
-            return Err(Stop::wrong(format!("Unknown file format '{format}'")));
-        }
         let below = Below::read(args, driver)?;
-        if let (Some(driver), Some(_), false) = (
-            driver,
-            &args.backing,
-            args.no_create || driver.is_some_and(|driver| driver.has_backing()),
-        ) {
+        let is_based = args.backing.is_some() && !args.no_create;
+        if let Some(driver) = driver.filter(|driver| is_based && !driver.has_backing()) {
             return Err(Stop::wrong(format!(
                 "Backing file not supported for file format '{}'",
                 format.as_deref().unwrap_or(driver.name())
