@@ -5,7 +5,7 @@
 use std::sync::{Arc, OnceLock};
 
 use diskimage_core::options::Options;
-use diskimage_core::{Budget, CreateRequest, Device, Format, Image, NodeOptions, OpenRequest};
+use diskimage_core::{CreateRequest, Device, Format, Image, NodeOptions, OpenRequest};
 use diskimage_formats::Vhdx;
 use diskimage_fuzz::{Closed, Pages};
 
@@ -79,17 +79,8 @@ fn sound() -> Arc<[u8]> {
     file.read_at(&mut table, TABLE).expect("inside");
     let layer = Vhdx
         .open(OpenRequest {
-            file: Arc::<Pages>::clone(&file),
-            name: "fuzz",
             write: true,
-            for_check: false,
-            no_data: false,
-            force_share: false,
-            children: Vec::new(),
-            options: &mut NodeOptions::new(),
-            objects: &Arc::default(),
-            gate: &Closed,
-            budget: Budget::default(),
+            ..OpenRequest::new(Arc::<Pages>::clone(&file), "fuzz", &mut NodeOptions::new(), &Arc::default(), &Closed)
         })
         .expect("opens it");
     let image = Image::new(layer, None, "fuzz", true);

@@ -66,17 +66,11 @@ fn exercise_through(
     let open_for = |write: bool, for_check: bool, no_data: bool| {
         let file: Arc<dyn Device> = Arc::new(file.clone());
         format.open(OpenRequest {
-            file,
-            name: "fuzz",
             write,
             for_check,
             no_data,
-            force_share: false,
-            children: Vec::new(),
-            options: &mut options.clone(),
-            objects,
-            gate,
             budget: Budget::new(64 << 20),
+            ..OpenRequest::new(file, "fuzz", &mut options.clone(), objects, gate)
         })
     };
     let open = |write, for_check| open_for(write, for_check, false);

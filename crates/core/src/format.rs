@@ -157,7 +157,30 @@ pub struct OpenRequest<'a> {
     pub budget: Budget,
 }
 
-impl OpenRequest<'_> {
+impl<'a> OpenRequest<'a> {
+    /// To read the image called `name` in `file`, with nothing said but `options`.
+    pub fn new(
+        file: Arc<dyn Device>,
+        name: &'a str,
+        options: &'a mut NodeOptions,
+        objects: &'a Arc<Objects>,
+        gate: &'a dyn Gate,
+    ) -> Self {
+        Self {
+            file,
+            name,
+            write: false,
+            for_check: false,
+            no_data: false,
+            force_share: false,
+            children: Vec::new(),
+            options,
+            objects,
+            gate,
+            budget: Budget::default(),
+        }
+    }
+
     /// Takes the node below called `name`, if the user gave one.
     pub fn take_child(&mut self, name: &str) -> Option<Arc<dyn Device>> {
         let at = self.children.iter().position(|(other, _)| *other == name)?;

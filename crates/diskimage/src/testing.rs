@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use diskimage_core::options::Options;
 use diskimage_core::{
-    Budget, CreateRequest, Device, Error, ErrorKind, Gate, Image, MemoryDevice, NodeOptions, OpenRequest,
-    Reference, Result,
+    CreateRequest, Device, Error, ErrorKind, Gate, Image, MemoryDevice, NodeOptions, OpenRequest, Reference,
+    Result,
 };
 use diskimage_formats::format_by_name;
 use diskimage_testing::Faulty;
@@ -42,17 +42,14 @@ pub(crate) fn open(device: &Arc<dyn Device>, format: &str, backing: Option<Arc<I
     let layer = format_by_name(format)
         .expect("known")
         .open(OpenRequest {
-            file: Arc::clone(device),
-            name: "test",
             write: true,
-            for_check: false,
-            no_data: false,
-            force_share: false,
-            children: Vec::new(),
-            options: &mut NodeOptions::new(),
-            objects: &Arc::default(),
-            gate: &Closed,
-            budget: Budget::default(),
+            ..OpenRequest::new(
+                Arc::clone(device),
+                "test",
+                &mut NodeOptions::new(),
+                &Arc::default(),
+                &Closed,
+            )
         })
         .expect("opens");
     Arc::new(Image::new(layer, backing, "test", true))

@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use diskimage_core::options::Options;
 use diskimage_core::{
-    Budget, ByteRange, CreateRequest, Device, Error, ErrorKind, Format, Gate, Image, MemoryDevice,
-    NodeOptions, OpenRequest, Preallocation, Reference, Result, ZeroMode,
+    ByteRange, CreateRequest, Device, Error, ErrorKind, Format, Gate, Image, MemoryDevice, NodeOptions,
+    OpenRequest, Preallocation, Reference, Result, ZeroMode,
 };
 use proptest::prelude::*;
 
@@ -38,17 +38,8 @@ pub(crate) fn create(format: &dyn Format, options: &str, size: u64) -> Result<Ar
 /// Opens the image of `format` on `file`.
 pub(crate) fn open(format: &dyn Format, file: Arc<dyn Device>, write: bool) -> Result<Image> {
     let layer = format.open(OpenRequest {
-        file,
-        name: "test",
         write,
-        for_check: false,
-        no_data: false,
-        force_share: false,
-        children: Vec::new(),
-        options: &mut NodeOptions::new(),
-        objects: &Arc::default(),
-        gate: &Closed,
-        budget: Budget::default(),
+        ..OpenRequest::new(file, "test", &mut NodeOptions::new(), &Arc::default(), &Closed)
     })?;
     Ok(Image::new(layer, None, "test", write))
 }

@@ -4,8 +4,8 @@ use std::sync::{Arc, Mutex};
 
 use diskimage_core::options::Options;
 use diskimage_core::{
-    Bitmaps, Budget, ByteRange, CheckReport, Device, Format, Image, Layer, MeasureSource, MemoryDevice,
-    NodeOptions, Note, Objects, OpenRequest, Progress, Repair, ResizeRequest, Result, Want, ZeroMode,
+    Bitmaps, ByteRange, CheckReport, Device, Format, Image, Layer, MeasureSource, MemoryDevice, NodeOptions,
+    Note, Objects, OpenRequest, Progress, Repair, ResizeRequest, Result, Want, ZeroMode,
 };
 use diskimage_crypto::HashAlg;
 use diskimage_testing::{Fault, Faulty, Journal, Recorder};
@@ -41,17 +41,9 @@ fn open_layer(
     options: &mut NodeOptions,
 ) -> Result<Arc<dyn Layer>> {
     Parallels.open(OpenRequest {
-        file,
-        name: "test",
         write,
         for_check,
-        no_data: false,
-        force_share: false,
-        children: Vec::new(),
-        options,
-        objects: &Arc::default(),
-        gate: &Closed,
-        budget: Budget::default(),
+        ..OpenRequest::new(file, "test", options, &Arc::default(), &Closed)
     })
 }
 

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use diskimage_core::options::Options;
 use diskimage_core::{
-    Backing, Budget, ByteRange, CreateRequest, Device, Format, Image, Layer, MeasureSource, MemoryDevice,
+    Backing, ByteRange, CreateRequest, Device, Format, Image, Layer, MeasureSource, MemoryDevice,
     NodeOptions, Object, Objects, OpenRequest, Preallocation, Result, RunKind, Secret, ZeroMode,
 };
 use diskimage_testing::{Fault, Faulty, Journal, Recorder};
@@ -90,17 +90,8 @@ fn open_layer(file: Arc<dyn Device>, write: bool) -> Result<Arc<dyn Layer>> {
     let mut options = NodeOptions::new();
     options.set("encrypt.key-secret", "s");
     QcowFormat.open(OpenRequest {
-        file,
-        name: "test",
         write,
-        for_check: false,
-        no_data: false,
-        force_share: false,
-        children: Vec::new(),
-        options: &mut options,
-        objects: &secrets(),
-        gate: &Closed,
-        budget: Budget::default(),
+        ..OpenRequest::new(file, "test", &mut options, &secrets(), &Closed)
     })
 }
 

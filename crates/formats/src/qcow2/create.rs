@@ -9,7 +9,7 @@
 use std::sync::Arc;
 
 use diskimage_core::{
-    Budget, CreateRequest, Device, Error, OpenRequest, Preallocation, ResizeRequest, Result, Wrapped, Wrapper,
+    CreateRequest, Device, Error, OpenRequest, Preallocation, ResizeRequest, Result, Wrapped, Wrapper,
 };
 use zerocopy::IntoBytes;
 use zerocopy::byteorder::big_endian::{U32, U64};
@@ -35,17 +35,14 @@ pub(super) fn create(request: &CreateRequest<'_>) -> Result<()> {
     write_minimal(&*file, &wanted)?;
     let open = || {
         Qcow2::open(OpenRequest {
-            file: Arc::clone(&file),
-            name: request.name,
             write: true,
-            for_check: false,
-            no_data: false,
-            force_share: false,
-            children: Vec::new(),
-            options: &mut legacy_aes::node(request.options),
-            objects: request.objects,
-            gate: request.gate,
-            budget: Budget::default(),
+            ..OpenRequest::new(
+                Arc::clone(&file),
+                request.name,
+                &mut legacy_aes::node(request.options),
+                request.objects,
+                request.gate,
+            )
         })
     };
     if let Some(Encryption::Luks(algorithms)) = &wanted.encryption {

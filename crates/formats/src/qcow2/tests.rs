@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use diskimage_core::options::Options;
 use diskimage_core::{
-    Budget, ByteRange, CreateRequest, Device, Format, Gate, Image, MemoryDevice, NodeOptions, Object,
-    Objects, OpenRequest, Preallocation, Reference, ResizeRequest, Result, Secret, Want, ZeroMode,
+    ByteRange, CreateRequest, Device, Format, Gate, Image, MemoryDevice, NodeOptions, Object, Objects,
+    OpenRequest, Preallocation, Reference, ResizeRequest, Result, Secret, Want, ZeroMode,
 };
 use proptest::prelude::*;
 
@@ -76,17 +76,8 @@ pub(super) fn open(
 ) -> Result<Image> {
     let device: Arc<dyn Device> = Arc::<MemoryDevice>::clone(file);
     let layer = Qcow2Format.open(OpenRequest {
-        file: device,
-        name: "test",
         write,
-        for_check: false,
-        no_data: false,
-        force_share: false,
-        children: Vec::new(),
-        options: &mut with_key(),
-        objects: &secrets("secret"),
-        gate,
-        budget: Budget::default(),
+        ..OpenRequest::new(device, "test", &mut with_key(), &secrets("secret"), gate)
     })?;
     Ok(Image::new(layer, backing, "test", write))
 }

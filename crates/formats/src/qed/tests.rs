@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use diskimage_core::{
-    Backing, Budget, ByteRange, Device, ErrorKind, Format, Image, Layer, MemoryDevice, NodeOptions, Objects,
+    Backing, ByteRange, Device, ErrorKind, Format, Image, Layer, MemoryDevice, NodeOptions, Objects,
     OpenRequest, Preallocation, Progress, Repair, ResizeRequest, Result, ZeroMode,
 };
 use diskimage_testing::{Fault, Faulty, Journal, Recorder};
@@ -18,17 +18,15 @@ fn create(text: &str, size: u64) -> Arc<MemoryDevice> {
 
 fn open_layer(file: Arc<dyn Device>, write: bool, for_check: bool) -> Result<Arc<dyn Layer>> {
     QedFormat.open(OpenRequest {
-        file,
-        name: "test",
         write,
         for_check,
-        no_data: false,
-        force_share: false,
-        children: Vec::new(),
-        options: &mut NodeOptions::new(),
-        objects: &Arc::new(Objects::new()),
-        gate: &Closed,
-        budget: Budget::default(),
+        ..OpenRequest::new(
+            file,
+            "test",
+            &mut NodeOptions::new(),
+            &Arc::new(Objects::new()),
+            &Closed,
+        )
     })
 }
 

@@ -5,9 +5,8 @@ use std::sync::{Arc, Mutex};
 
 use diskimage_core::options::Options;
 use diskimage_core::{
-    Budget, ByteRange, CreateRequest, Device, Error, ErrorKind, Format, Gate, Image, MemoryDevice,
-    NodeOptions, Note, Objects, OpenRequest, Preallocation, Progress, Reference, Repair, ResizeRequest,
-    Result, Want, ZeroMode,
+    ByteRange, CreateRequest, Device, Error, ErrorKind, Format, Gate, Image, MemoryDevice, NodeOptions, Note,
+    Objects, OpenRequest, Preallocation, Progress, Reference, Repair, ResizeRequest, Result, Want, ZeroMode,
 };
 use diskimage_testing::{Journal, Recorder};
 use proptest::prelude::*;
@@ -70,17 +69,14 @@ impl Gate for Files {
 
 fn open_on(file: Arc<dyn Device>, gate: &dyn Gate, write: bool) -> Result<Image> {
     let layer = Vmdk.open(OpenRequest {
-        file,
-        name: "disk.vmdk",
         write,
-        for_check: false,
-        no_data: false,
-        force_share: false,
-        children: Vec::new(),
-        options: &mut NodeOptions::new(),
-        objects: &Arc::<Objects>::default(),
-        gate,
-        budget: Budget::default(),
+        ..OpenRequest::new(
+            file,
+            "disk.vmdk",
+            &mut NodeOptions::new(),
+            &Arc::<Objects>::default(),
+            gate,
+        )
     })?;
     Ok(Image::new(layer, None, "disk.vmdk", write))
 }

@@ -2,9 +2,7 @@
 
 use std::sync::Arc;
 
-use diskimage_core::{
-    BitmapInfo, Bitmaps, Budget, ByteRange, Device, Image, MemoryDevice, NewBitmap, Repair,
-};
+use diskimage_core::{BitmapInfo, Bitmaps, ByteRange, Device, Image, MemoryDevice, NewBitmap, Repair};
 use diskimage_core::{NodeOptions, OpenRequest, Preallocation, Progress, ResizeRequest, Result, ZeroMode};
 use diskimage_testing::{Journal, Recorder};
 
@@ -18,17 +16,8 @@ fn open(file: &Arc<MemoryDevice>, write: bool) -> Result<(Arc<Qcow2>, Image)> {
 
 fn open_on(device: Arc<dyn Device>, write: bool) -> Result<(Arc<Qcow2>, Image)> {
     let layer = Qcow2::open(OpenRequest {
-        file: device,
-        name: "test",
         write,
-        for_check: false,
-        no_data: false,
-        force_share: false,
-        children: Vec::new(),
-        options: &mut NodeOptions::new(),
-        objects: &Arc::default(),
-        gate: &Closed,
-        budget: Budget::default(),
+        ..OpenRequest::new(device, "test", &mut NodeOptions::new(), &Arc::default(), &Closed)
     })?;
     let image = Image::new(Arc::<Qcow2>::clone(&layer), None, "test", write);
     Ok((layer, image))

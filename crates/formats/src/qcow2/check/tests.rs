@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex};
 
 use diskimage_core::{
-    Budget, ByteRange, CheckReport, Device, Extent, Format, Image, Limits, MemoryDevice, Note, OpenRequest,
+    ByteRange, CheckReport, Device, Extent, Format, Image, Limits, MemoryDevice, Note, OpenRequest,
     Preallocation, Progress, Repair, Result, Want, ZeroMode,
 };
 use proptest::prelude::*;
@@ -24,17 +24,9 @@ fn check_device(device: Arc<dyn Device>, repair: Repair) -> Found {
     let lines = Mutex::new(Vec::new());
     let note = |note: &Note| lines.lock().expect("one thread").push(note.text().to_owned());
     let layer = Qcow2Format.open(OpenRequest {
-        file: device,
-        name: "test",
         write: repair != Repair::No,
         for_check: true,
-        no_data: false,
-        force_share: false,
-        children: Vec::new(),
-        options: &mut with_key(),
-        objects: &secrets("secret"),
-        gate: &gate,
-        budget: Budget::default(),
+        ..OpenRequest::new(device, "test", &mut with_key(), &secrets("secret"), &gate)
     });
     let report = layer.and_then(|layer| layer.check(repair, &Progress::none().with_notes(&note)));
     Found {

@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use diskimage_core::options::Options;
 use diskimage_core::{
-    AmendRequest, Budget, ByteRange, Device, Format, Image, MemoryDevice, NewSnapshot, OpenRequest, Progress,
-    Result, RunKind, Want, ZeroMode,
+    AmendRequest, ByteRange, Device, Format, Image, MemoryDevice, NewSnapshot, OpenRequest, Progress, Result,
+    RunKind, Want, ZeroMode,
 };
 use diskimage_crypto::{CipherAlg, CipherMode, CipherSpec, IvAlg, SECTOR, SectorCipher};
 use proptest::prelude::*;
@@ -18,19 +18,13 @@ const AES: &str = "cluster_size=4096,encrypt.format=aes,encrypt.key-secret=s";
 
 fn open_with(file: &Arc<MemoryDevice>, passphrase: &str) -> Image {
     let device: Arc<dyn Device> = Arc::<MemoryDevice>::clone(file);
-    let layer = Qcow2Format.open(OpenRequest {
-        file: device,
-        name: "test",
-        write: false,
-        for_check: false,
-        no_data: false,
-        force_share: false,
-        children: Vec::new(),
-        options: &mut with_key(),
-        objects: &secrets(passphrase),
-        gate: &Closed,
-        budget: Budget::default(),
-    });
+    let layer = Qcow2Format.open(OpenRequest::new(
+        device,
+        "test",
+        &mut with_key(),
+        &secrets(passphrase),
+        &Closed,
+    ));
     Image::new(layer.expect("opens"), None, "test", false)
 }
 

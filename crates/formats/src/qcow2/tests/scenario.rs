@@ -5,9 +5,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use diskimage_core::options::Options;
 use diskimage_core::{
-    AmendRequest, Backing, Budget, ByteRange, CheckReport, Device, Error, Format, Gate, Image, Layer,
-    MemoryDevice, NewBitmap, NewSnapshot, NodeOptions, Note, OpenRequest, Preallocation, Progress, Reference,
-    Repair, ResizeRequest, Result, Snapshots, ZeroMode, errno,
+    AmendRequest, Backing, ByteRange, CheckReport, Device, Error, Format, Gate, Image, Layer, MemoryDevice,
+    NewBitmap, NewSnapshot, NodeOptions, Note, OpenRequest, Preallocation, Progress, Reference, Repair,
+    ResizeRequest, Result, Snapshots, ZeroMode, errno,
 };
 
 use super::super::{Qcow2, Qcow2Format};
@@ -219,17 +219,15 @@ pub(super) fn open_with_memory(devices: &[Arc<dyn Device>], memory: usize) -> Re
 pub(super) fn open_layer(devices: &[Arc<dyn Device>], write: bool, for_check: bool) -> Result<Arc<Qcow2>> {
     let data = devices.get(1).map(|data| OneDevice(Arc::clone(data)));
     Qcow2::open(OpenRequest {
-        file: Arc::clone(&devices[0]),
-        name: "test",
         write,
         for_check,
-        no_data: false,
-        force_share: false,
-        children: Vec::new(),
-        options: &mut NodeOptions::new(),
-        objects: &Arc::default(),
-        gate: data.as_ref().map_or(&Closed as &dyn Gate, |data| data),
-        budget: Budget::default(),
+        ..OpenRequest::new(
+            Arc::clone(&devices[0]),
+            "test",
+            &mut NodeOptions::new(),
+            &Arc::default(),
+            data.as_ref().map_or(&Closed as &dyn Gate, |data| data),
+        )
     })
 }
 
