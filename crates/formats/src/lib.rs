@@ -10,6 +10,7 @@ mod last_block;
 mod legacy_aes;
 mod luks;
 mod mended;
+mod metadata_guard;
 mod parallels;
 mod places;
 mod preallocation;

@@ -8,11 +8,16 @@
 //! ```
 //!
 //! so that at any moment whatever can be reached is counted and written. A crash in between leaks clusters at worst.
+//!
+//! A window is shown to the [`MetadataGuard`], if the image has one, before it is changed for the first time. Once damage
+//! was met nothing is written any more.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
-use diskimage_core::{Device, Error, Event, Result};
+use diskimage_core::{ByteRange, Device, Error, Event, Result};
+
+use crate::metadata_guard::{Kind, Kinds, MetadataGuard};
 
 /// What a table is for; the order is the order of writing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -43,6 +48,16 @@ impl Class {
             Self::L1 => Event::L1_UPDATE,
         }
     }
+
+    /// The kinds of metadata that such a table is.
+    pub(crate) fn kinds(self) -> Kinds {
+        match self {
+            Self::RefcountBlock => Kinds::of(&[Kind::RefcountBlock]),
+            Self::RefcountTable => Kinds::of(&[Kind::RefcountTable]),
+            Self::L2 => Kinds::of(&[Kind::ActiveL2, Kind::InactiveL2]),
+            Self::L1 => Kinds::of(&[Kind::ActiveL1, Kind::InactiveL1]),
+        }
+    }
 }
 
 const CLASSES: [Class; 4] = [Class::RefcountBlock, Class::RefcountTable, Class::L2, Class::L1];
@@ -68,6 +83,8 @@ pub(crate) struct Tables {
     /// How many bytes of windows are kept.
     capacity: usize,
     dirty: [usize; CLASSES.len()],
+    /// Refuses writes to places that hold something else.
+    guard: Option<MetadataGuard>,
 }
 
 #[derive(Debug)]
@@ -95,6 +112,45 @@ impl Tables {
             bytes: 0,
             capacity: CAPACITY,
             dirty: [0; CLASSES.len()],
+            guard: None,
+        }
+    }
+
+    /// Has `guard` decide from now on what may be written where.
+    pub(crate) fn set_guard(&mut self, guard: MetadataGuard) {
+        self.guard = Some(guard);
+    }
+
+    /// Refuses a write to `range`, which is meant for metadata of the kinds `own`, where it would land on other metadata.
+    ///
+    /// # Errors
+    /// Such metadata, and damage that was met before.
+    pub(crate) fn admit(&self, range: ByteRange, own: Kinds) -> Result<()> {
+        self.guard
+            .as_ref()
+            .map_or(Ok(()), |guard| guard.admit(range, own))
+    }
+
+    /// Whether a write to `range` that is meant for `own` would be refused.
+    pub(crate) fn is_guarded(&self, range: ByteRange, own: Kinds) -> bool {
+        self.guard
+            .as_ref()
+            .is_some_and(|guard| guard.overlap(range, own).is_some())
+    }
+
+    /// Notes that `range` holds metadata of `kind` from now on.
+    ///
+    /// # Errors
+    /// The memory budget is used up.
+    pub(crate) fn guard_range(&mut self, kind: Kind, range: ByteRange) -> Result<()> {
+        self.guard.as_mut().map_or(Ok(()), |guard| guard.add(kind, range))
+    }
+
+    /// The error of a request that met damage: `what` is wrong.
+    pub(crate) fn damaged(&self, what: &str) -> Error {
+        match &self.guard {
+            Some(guard) => guard.report().met(what),
+            None => Error::corrupt(what),
         }
     }
 
@@ -114,17 +170,17 @@ impl Tables {
     /// As [`Tables::bytes`], to be changed.
     pub(crate) fn bytes_mut(&mut self, table: Table, at: u64) -> Result<&mut [u8]> {
         let skip = index(at % WINDOW);
-        let window = self.window(table, at)?;
-        let newly = !std::mem::replace(&mut window.dirty, true);
-        let class = window.class;
-        if newly {
-            self.dirty[class as usize] += 1;
-        }
         let offset = table.offset + at - at % WINDOW;
+        if !self.window(table, at)?.dirty {
+            let len = (table.len - (at - at % WINDOW)).min(WINDOW);
+            self.admit(ByteRange::at(offset, len), table.class.kinds())?;
+            self.dirty[table.class as usize] += 1;
+        }
         let window = self
             .windows
             .get_mut(&offset)
             .ok_or_else(|| out_of_table(table, at))?;
+        window.dirty = true;
         window
             .bytes
             .get_mut(skip..)
@@ -149,6 +205,7 @@ impl Tables {
 
     /// Starts `table` as zeroes without reading what lies there.
     pub(crate) fn fresh(&mut self, table: Table) -> Result<()> {
+        self.admit(ByteRange::at(table.offset, table.len), table.class.kinds())?;
         let mut at = 0;
         while at < table.len {
             let len = (table.len - at).min(WINDOW);
@@ -157,6 +214,18 @@ impl Tables {
             at += WINDOW;
         }
         Ok(())
+    }
+
+    /// Drops what is remembered of the clusters of `range`, which are free from now on.
+    pub(crate) fn forget_freed(&mut self, range: ByteRange) {
+        self.forget(Table {
+            class: Class::L2,
+            offset: range.start(),
+            len: range.len(),
+        });
+        if let Some(guard) = &mut self.guard {
+            guard.remove(range);
+        }
     }
 
     /// Drops what is remembered of `table`, changes included: its clusters have been given up.
@@ -168,6 +237,9 @@ impl Tables {
 
     /// Writes all changes, in order, each class durable before the next.
     pub(crate) fn write_back(&mut self) -> Result<()> {
+        if let Some(guard) = &self.guard {
+            guard.report().require_unmarked()?;
+        }
         for class in CLASSES {
             if self.dirty[class as usize] == 0 {
                 continue;

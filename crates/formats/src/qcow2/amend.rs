@@ -13,6 +13,7 @@ use std::sync::{Condvar, Mutex, OnceLock};
 use diskimage_core::options::{OptionDef, OptionKind, Options};
 use diskimage_core::{AmendRequest, Error, Layer, Preallocation, Progress, ResizeRequest, Result, ResultExt};
 
+use super::corruption::Corruption;
 use super::encrypt::Encrypted;
 use super::feature::{Autoclear, Compatible, Incompatible};
 use super::header::{Header, field};
@@ -278,6 +279,7 @@ impl Qcow2 {
     fn reopen(&self) -> Result<Arc<Self>> {
         let header = read_header(&self.file, false)?;
         let state = State::new(&header, &self.file, &self.data);
+        let corruption = Arc::new(Corruption::new(&header, &self.file, true));
         let mut image = Self {
             header,
             file: Arc::clone(&self.file),
@@ -286,7 +288,8 @@ impl Qcow2 {
             write: AtomicBool::new(true),
             budget: self.budget.clone(),
             sparse: OnceLock::new(),
-            corruption_told: AtomicBool::new(false),
+            corruption,
+            overlap_checks: self.overlap_checks,
             notes: Vec::new(),
             state: Mutex::new(state),
             settled: Condvar::new(),

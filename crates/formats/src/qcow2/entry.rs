@@ -97,6 +97,11 @@ impl L2Entry {
             let shift = 62 - (geometry.cluster_bits - 8);
             let offset = word & ((1 << shift) - 1) & (limit::HOST_OFFSET - 1);
             let sectors = ((word & (COMPRESSED - 1)) >> shift) + 1;
+            if offset < geometry.cluster_size() {
+                return Err(Error::corrupt(format!(
+                    "Compressed cluster offset {offset:#x} lies in the header"
+                )));
+            }
             let kind = Cluster::Compressed {
                 offset,
                 stored: sectors * 512 - offset % 512,
@@ -114,6 +119,11 @@ impl L2Entry {
             )));
         }
         let is_host = offset != 0 || (guest_data && copied);
+        if copied && !is_host {
+            return Err(Error::corrupt(
+                "Cluster allocation offset 0 with the flag of a cluster in use",
+            ));
+        }
         let kind = if is_host {
             Cluster::Host(offset)
         } else {
@@ -249,5 +259,8 @@ mod tests {
         assert!(L2Entry::parse([1, 0], PLAIN, 2, false).is_err());
         assert!(L2Entry::parse([0x50000, 0x1_0000_0001], EXTENDED, 3, false).is_err());
         assert!(L2Entry::parse([0, 1], EXTENDED, 3, false).is_err());
+        assert!(L2Entry::parse([COPIED, 0], PLAIN, 3, false).is_err());
+        assert!(L2Entry::parse([COPIED, 0], PLAIN, 3, true).is_ok());
+        assert!(L2Entry::parse([COMPRESSED | 0xffff, 0], PLAIN, 3, false).is_err());
     }
 }

@@ -1,14 +1,13 @@
 //! Guest offsets to host offsets.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
-use diskimage_core::errno;
-use diskimage_core::{ByteRange, Device, Error, Holes, Result, Run, RunKind};
+use diskimage_core::{ByteRange, Device, Holes, Result, Run, RunKind};
 
 use super::Qcow2;
-use super::entry::{Cluster, L2Entry, OFFSET_MASK, Subclusters, encoded};
+use super::entry::{COMPRESSED, COPIED, Cluster, L2Entry, OFFSET_MASK, Subclusters, ZERO, encoded};
 use super::header::limit;
+use crate::metadata_guard::DamageReport;
 use crate::tables::{Class, Table, Tables};
 
 /// What a stretch of guest bytes is, to be joined with what follows if that is alike.
@@ -149,18 +148,6 @@ impl Qcow2 {
         })
     }
 
-    /// The error of a request that met damaged tables. What is wrong is told the first time only: one damaged table can
-    /// fail any number of requests.
-    fn corruption(&self, what: &str) -> Error {
-        let error = Error::from_errno(errno::EIO);
-        if self.corruption_told.swap(true, Ordering::Relaxed) {
-            return error;
-        }
-        error.notice(format!(
-            "qcow2: Image is corrupt: {what}; further non-fatal corruption events will be suppressed"
-        ))
-    }
-
     /// The device with guest data as the guest sees it. The byte at `guest` of the disk is at `host` there.
     pub(super) fn data_at(&self, guest: u64, host: u64) -> Arc<dyn Device> {
         self.encrypted
@@ -188,7 +175,7 @@ impl Qcow2 {
                 hex(offset),
                 hex(index)
             );
-            return Err(self.corruption(&what));
+            return Err(self.corruption.met(&what));
         }
         Ok(Some(Table {
             class: Class::L2,
@@ -201,8 +188,33 @@ impl Qcow2 {
     pub(super) fn read_entry(&self, tables: &mut Tables, l2: Table, index: u64) -> Result<L2Entry> {
         self.parse_entry(tables, l2, index)?.map_err(|error| {
             let place = format!("(L2 offset: {}, L2 index: {})", hex(l2.offset), hex(index));
-            self.corruption(&format!("{error} {place}"))
+            self.corruption.met(&format!("{error} {place}"))
         })
+    }
+
+    /// As [`Qcow2::read_entry`], for a cluster at `guest` of the disk that is about to be written: an unaligned one that
+    /// would be written in place is told in the words that qemu-img has for that.
+    pub(super) fn read_entry_to_write(
+        &self,
+        tables: &mut Tables,
+        l2: Table,
+        index: u64,
+        guest: u64,
+    ) -> Result<L2Entry> {
+        let geometry = self.header.geometry;
+        let word = tables.number(l2, index * geometry.l2_entry_size())?;
+        let offset = word & OFFSET_MASK;
+        if word & (COPIED | COMPRESSED) == COPIED && !offset.is_multiple_of(geometry.cluster_size()) {
+            let noun = match word & ZERO {
+                ZERO if !geometry.extended_l2 => "Preallocated zero",
+                _ => "Data",
+            };
+            let guest = hex(guest);
+            return Err(self.corruption.met(&format!(
+                "{noun} cluster offset {offset:#x} unaligned (guest offset: {guest})"
+            )));
+        }
+        self.read_entry(tables, l2, index)
     }
 
     /// Entry `index` of an L2 table, or what is wrong with it.

@@ -18,6 +18,8 @@ mod amend;
 mod bitmap;
 mod check;
 mod compress;
+mod corruption;
+mod counts;
 mod create;
 mod encrypt;
 mod entry;
@@ -29,6 +31,7 @@ mod info;
 mod map;
 mod measure;
 mod options;
+mod protection;
 mod refcount;
 mod resize;
 mod runtime;
@@ -50,12 +53,14 @@ use diskimage_core::{
     Snapshots, WritePlan, ZeroMode,
 };
 
+use self::corruption::Corruption;
 use self::encrypt::Encrypted;
 use self::feature::{Autoclear, Compatible, Incompatible};
 use self::header::{Header, field};
 use self::refcount::Refcounts;
 use self::snapshot::SnapshotTable;
 use crate::mended;
+use crate::metadata_guard::Kinds;
 use crate::tables::{Class, Table, Tables};
 
 /// The table entry.
@@ -141,8 +146,10 @@ pub(crate) struct Qcow2 {
     budget: Budget,
     /// Whether the file has far less storage than its tables say; see `map`.
     sparse: OnceLock<bool>,
-    /// Whether damage has been told of.
-    corruption_told: AtomicBool,
+    /// What is done about damage.
+    corruption: Arc<Corruption>,
+    /// The metadata that no write may land on.
+    overlap_checks: Kinds,
     /// What was mended when it was opened.
     notes: Vec<Note>,
     state: Mutex<State>,
@@ -166,8 +173,8 @@ struct State {
     punch: bool,
     /// The file ends in a compressed cluster that is not padded to a sector.
     padding: bool,
-    /// The incompatible features as they stand in the file.
-    incompatible: u64,
+    /// Clusters that were allocated behind the end although there were free ones before it.
+    appended: u64,
     /// What is known of the persistent bitmaps.
     bitmaps: bitmap::Tracker,
 }
@@ -177,11 +184,7 @@ impl State {
     fn new(header: &Header, file: &Arc<dyn Device>, data: &Arc<dyn Device>) -> Self {
         Self {
             tables: Tables::new(Arc::clone(file), Arc::clone(data)),
-            refcounts: Refcounts::new(
-                header.geometry,
-                header.refcount_table_offset,
-                u64::from(header.refcount_table_clusters),
-            ),
+            refcounts: Refcounts::new(header, file.len()),
             size: header.size,
             l1: Table {
                 class: Class::L1,
@@ -196,7 +199,7 @@ impl State {
             freed: Vec::new(),
             punch: false,
             padding: false,
-            incompatible: header.features.incompatible.0,
+            appended: 0,
             bitmaps: bitmap::Tracker::new(header),
         }
     }
@@ -212,7 +215,7 @@ impl Qcow2 {
     /// What is wrong with the header, and a data file that cannot be had.
     pub(crate) fn open(mut request: OpenRequest<'_>) -> Result<Arc<Self>> {
         let header = read_header(&request.file, request.for_check)?;
-        runtime::check(request.options, header.geometry)?;
+        let overlap_checks = runtime::parse(request.options, header.geometry)?;
         if header.features.incompatible.has(Incompatible::CORRUPT) && request.write && !request.for_check {
             return Err(Error::new(
                 ErrorKind::Corrupt,
@@ -225,6 +228,8 @@ impl Qcow2 {
             None => Arc::clone(&request.file),
         };
         let state = State::new(&header, &request.file, &data);
+        let marks = request.write && !request.for_check;
+        let corruption = Arc::new(Corruption::new(&header, &request.file, marks));
         let mut layer = Self {
             header,
             file: request.file,
@@ -233,7 +238,8 @@ impl Qcow2 {
             write: AtomicBool::new(request.write),
             budget: request.budget,
             sparse: OnceLock::new(),
-            corruption_told: AtomicBool::new(false),
+            corruption,
+            overlap_checks,
             notes: Vec::new(),
             state: Mutex::new(state),
             settled: Condvar::new(),
@@ -275,31 +281,17 @@ impl Qcow2 {
             // A repair may have moved tables.
             self.header = read_header(&self.file, false)?;
         }
+        self.guard_metadata(&mut self.lock())?;
         if !for_check {
             self.begin_tracking()?;
         }
         Ok(())
     }
 
-    /// Sets or clears bits of the incompatible features in the file.
-    fn set_incompatible(&self, state: &mut State, bit: u64, on: bool) -> Result<()> {
-        let features = if on {
-            state.incompatible | bit
-        } else {
-            state.incompatible & !bit
-        };
-        if features != state.incompatible {
-            self.file.write_at(&features.to_be_bytes(), field::INCOMPATIBLE)?;
-            self.file.flush()?;
-            state.incompatible = features;
-        }
-        Ok(())
-    }
-
     /// Says that refcounts may be out of date from now on, where the image allows that.
-    fn mark_dirty(&self, state: &mut State) -> Result<()> {
+    fn mark_dirty(&self) -> Result<()> {
         if self.is_lazy() {
-            self.set_incompatible(state, Incompatible::DIRTY, true)
+            self.corruption.set_incompatible(Incompatible::DIRTY, true)
         } else {
             Ok(())
         }
@@ -309,6 +301,9 @@ impl Qcow2 {
     fn write_back(&self, state: &mut State) -> Result<()> {
         state.tables.write_back()?;
         if !state.freed.is_empty() {
+            if state.punch {
+                self.count_uses(state)?;
+            }
             state.tables.sync()?;
             let mut freed = std::mem::take(&mut state.freed);
             for range in &freed {
@@ -345,9 +340,14 @@ impl Qcow2 {
         self.file.discard(hole)
     }
 
-    /// Gives up host bytes once nothing refers to them any more.
-    fn free_later(&self, state: &mut State, offset: u64, len: u64) -> Result<()> {
-        state.freed.push(ByteRange::at(offset, len));
+    /// Gives up host bytes, which were metadata of the kinds `own`, once nothing refers to them any more. Those that are
+    /// other metadata as well, in a damaged image, stay counted.
+    fn free_later(&self, state: &mut State, offset: u64, len: u64, own: Kinds) -> Result<()> {
+        let range = ByteRange::at(offset, len);
+        if state.tables.is_guarded(range, own) {
+            return Ok(());
+        }
+        state.freed.push(range);
         if state.freed.len() >= MAX_FREED {
             self.write_back(state)
         } else {
@@ -475,7 +475,7 @@ impl Layer for Qcow2 {
         self.file.event(Event::FLUSH_TO_DISK);
         state.tables.sync()?;
         self.store_bitmaps(&mut state)?;
-        self.set_incompatible(&mut state, Incompatible::DIRTY, false)
+        self.corruption.set_incompatible(Incompatible::DIRTY, false)
     }
 
     fn file(&self) -> &Arc<dyn Device> {

@@ -11,6 +11,7 @@ use zerocopy::byteorder::big_endian::{U32, U64};
 use super::entry::L2Entry;
 use super::header::{field, limit};
 use super::{Qcow2, State};
+use crate::metadata_guard::Kind;
 use crate::tables::{Class, Table};
 
 impl Qcow2 {
@@ -124,7 +125,7 @@ impl Qcow2 {
             return Ok(());
         }
         let clusters = (entries * 8).div_ceil(self.header.geometry.cluster_size());
-        let offset = state.refcounts.allocate(&mut state.tables, clusters)?;
+        let offset = self.allocate(state, clusters, Some(Kind::ActiveL1))?;
         let table = Table {
             class: Class::L1,
             offset,
@@ -151,7 +152,7 @@ impl Qcow2 {
         state.tables.sync()?;
         if old.len > 0 {
             state.tables.forget(old);
-            self.free_later(state, old.offset, old.len)?;
+            self.free_later(state, old.offset, old.len, Class::L1.kinds())?;
         }
         Ok(())
     }
@@ -203,7 +204,7 @@ impl Qcow2 {
             let guest = index * self.header.geometry.l2_coverage();
             if let Some(l2) = self.l2_table(&mut state.tables, l1, guest)? {
                 state.tables.set_number(l1, index * 8, 0)?;
-                self.free_later(&mut state, l2.offset, l2.len)?;
+                self.free_later(&mut state, l2.offset, l2.len, Class::L2.kinds())?;
             }
         }
         Ok(())

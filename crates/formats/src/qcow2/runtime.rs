@@ -1,12 +1,57 @@
-//! The options that an image is opened with, as the original checks them.
+//! The options that an image is opened with, as qemu-img checks them.
 //!
-//! Sizes of caches, and which structures are guarded against being written over, change nothing here, nor does when discarded
-//! storage is given back: tables are read in windows of a fixed size, and every place to write to is taken from the reference counts, which are always checked.
+//! Sizes of caches change nothing here, nor does when discarded storage is given back: tables are read in windows of a
+//! fixed size.
 
 use diskimage_core::options::{OptionDef, OptionKind, Options};
 use diskimage_core::{Error, NodeOptions, Result};
 
 use super::header::Geometry;
+use crate::metadata_guard::{Kind, Kinds};
+
+/// The checks of writes that can be made in constant time, those that need nothing read from the file, and all.
+const TEMPLATES: [(&str, Kinds); 4] = [
+    ("none", Kinds::NONE),
+    (
+        "constant",
+        Kinds::of(&[
+            Kind::Header,
+            Kind::ActiveL1,
+            Kind::RefcountTable,
+            Kind::SnapshotTable,
+            Kind::BitmapDirectory,
+        ]),
+    ),
+    (
+        "cached",
+        Kinds::of(&[
+            Kind::Header,
+            Kind::ActiveL1,
+            Kind::ActiveL2,
+            Kind::RefcountTable,
+            Kind::RefcountBlock,
+            Kind::SnapshotTable,
+            Kind::InactiveL1,
+            Kind::BitmapDirectory,
+        ]),
+    ),
+    ("all", Kinds::of(&Kind::ALL)),
+];
+/// The template where none is given.
+const DEFAULT_TEMPLATE: &str = "cached";
+
+/// The options that turn single checks on or off.
+const SINGLE: [(&str, Kind); 9] = [
+    ("overlap-check.main-header", Kind::Header),
+    ("overlap-check.active-l1", Kind::ActiveL1),
+    ("overlap-check.active-l2", Kind::ActiveL2),
+    ("overlap-check.refcount-table", Kind::RefcountTable),
+    ("overlap-check.refcount-block", Kind::RefcountBlock),
+    ("overlap-check.snapshot-table", Kind::SnapshotTable),
+    ("overlap-check.inactive-l1", Kind::InactiveL1),
+    ("overlap-check.inactive-l2", Kind::InactiveL2),
+    ("overlap-check.bitmap-directory", Kind::BitmapDirectory),
+];
 
 const OPTIONS: &[OptionDef] = &[
     OptionDef::new("lazy-refcounts", OptionKind::Flag, "Postpone refcount updates"),
@@ -104,23 +149,38 @@ const OPTIONS: &[OptionDef] = &[
     ),
 ];
 
-/// Takes the options out of the node's.
+/// Takes the options out of the node's: the metadata that no write may land on.
 ///
 /// # Errors
 /// Values that an option does not take, and options that do not go together.
-pub(super) fn check(node: &mut NodeOptions, geometry: Geometry) -> Result<()> {
+pub(super) fn parse(node: &mut NodeOptions, geometry: Geometry) -> Result<Kinds> {
     let options = node.absorb(OPTIONS)?;
-    for name in ["overlap-check", "overlap-check.template"] {
-        if let Some(value) = options.text(name)
-            && !["none", "constant", "cached", "all"].contains(&value)
-        {
-            return Err(Error::invalid(format!(
-                "Unsupported value '{value}' for qcow2 option 'overlap-check'. Allowed are any of the following: \
-                 none, constant, cached, all"
-            )));
+    check_caches(&options, geometry)?;
+    let (short, long) = (
+        options.text("overlap-check"),
+        options.text("overlap-check.template"),
+    );
+    if let (Some(short), Some(long)) = (short, long)
+        && short != long
+    {
+        return Err(Error::invalid(format!(
+            "Conflicting values for qcow2 options 'overlap-check' ('{short}') and 'overlap-check.template' ('{long}')"
+        )));
+    }
+    let name = short.or(long).unwrap_or(DEFAULT_TEMPLATE);
+    let template = TEMPLATES.iter().find(|(template, _)| *template == name);
+    let Some(&(_, mut kinds)) = template else {
+        return Err(Error::invalid(format!(
+            "Unsupported value '{name}' for qcow2 option 'overlap-check'. Allowed are any of the following: none, \
+             constant, cached, all"
+        )));
+    };
+    for (option, kind) in SINGLE {
+        if let Some(on) = options.flag(option) {
+            kinds.set(kind, on);
         }
     }
-    check_caches(&options, geometry)
+    Ok(kinds)
 }
 
 fn check_caches(options: &Options, geometry: Geometry) -> Result<()> {

@@ -15,8 +15,8 @@ use diskimage_core::{Error, ErrorKind, Result, SnapshotInfo, errno};
 use zerocopy::byteorder::big_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
+use super::corruption::Corruption;
 use super::header::limit;
-use super::refcount::Refcounts;
 use super::{Qcow2, State};
 use crate::tables::{Class, Table};
 
@@ -82,7 +82,7 @@ impl Qcow2 {
         self.read_snapshots_of(table)
     }
 
-    fn read_snapshots_of(&self, table: SnapshotTable) -> Result<Vec<Snapshot>> {
+    pub(super) fn read_snapshots_of(&self, table: SnapshotTable) -> Result<Vec<Snapshot>> {
         let mut found = Vec::new();
         let mut at = table.offset;
         let _memory = self
@@ -189,7 +189,6 @@ impl Qcow2 {
         let snapshot = snapshot.ok_or_else(|| Error::new(ErrorKind::NotFound, "Can't find snapshot"))?;
         let l1 = self.snapshot_l1(&snapshot)?;
         let state = State {
-            refcounts: Refcounts::new(self.header.geometry, 0, 0),
             size: snapshot.info.disk_size,
             l1,
             snapshots: SnapshotTable { offset: 0, count: 0 },
@@ -203,7 +202,8 @@ impl Qcow2 {
             write: AtomicBool::new(false),
             budget: self.budget.clone(),
             sparse: OnceLock::new(),
-            corruption_told: AtomicBool::new(false),
+            corruption: Arc::new(Corruption::new(&self.header, &self.file, false)),
+            overlap_checks: self.overlap_checks,
             notes: Vec::new(),
             state: Mutex::new(state),
             settled: Condvar::new(),

@@ -12,7 +12,7 @@ use diskimage_core::{ByteRange, Error, Result};
 use super::entry::{COPIED, Cluster, L2Entry, OFFSET_MASK};
 use super::refcount::Change;
 use super::{Qcow2, State};
-use crate::tables::Table;
+use crate::tables::{Class, Table};
 
 /// Runs of clusters that are collected before they are counted; 4 MiB of memory.
 const MAX_RUNS: usize = 1 << 18;
@@ -63,7 +63,7 @@ impl Qcow2 {
                 refcounts.check_run(tables, first, count, change)
             })
         };
-        self.visit_tables(l1, |offset, table| {
+        self.visit_tables(state, l1, |state, offset, table| {
             self.collect(offset, table, &mut batch)?;
             if batch.is_full() {
                 check(state, &mut batch)?;
@@ -77,18 +77,18 @@ impl Qcow2 {
     ///
     /// The flags are durable before the counts: a writer that finds one without the other copies needlessly.
     pub(super) fn share_tree(&self, state: &mut State, l1: Table) -> Result<()> {
-        self.visit_l1(l1, |_, entry| Ok(entry & !COPIED))?;
+        self.visit_l1(state, l1, |_, _, entry| Ok(entry & !COPIED))?;
         let mut batch = Batch::default();
         let raise = |state: &mut State, batch: &mut Batch| {
             self.file.flush()?;
             self.count_batch(state, batch, Change::Up)
         };
-        self.visit_tables(l1, |offset, table| {
+        self.visit_tables(state, l1, |state, offset, table| {
             self.collect(offset, table, &mut batch)?;
             let changed = self.mark_entries(table, |_| Ok(false))?;
             if batch.is_full() {
                 if changed {
-                    self.file.write_at(table, offset)?;
+                    self.write_table(state, Class::L2, offset, table)?;
                 }
                 raise(state, &mut batch)?;
                 return Ok(false);
@@ -103,7 +103,7 @@ impl Qcow2 {
     pub(super) fn release_tree(&self, state: &mut State, l1: Table) -> Result<()> {
         let bits = self.header.geometry.cluster_bits;
         let mut batch = Batch::default();
-        self.visit_tables(l1, |offset, table| {
+        self.visit_tables(state, l1, |state, offset, table| {
             self.collect(offset, table, &mut batch)?;
             if batch.is_full() {
                 self.count_batch(state, &mut batch, Change::Down)?;
@@ -126,11 +126,11 @@ impl Qcow2 {
             } = &mut *state;
             refcounts.count(tables, offset >> bits).map(|count| count == 1)
         };
-        self.visit_tables(l1, |_, table| {
+        self.visit_tables(state, l1, |state, _, table| {
             self.mark_entries(table, |offset| once(state, offset))
         })?;
         self.file.flush()?;
-        self.visit_l1(l1, |_, entry| {
+        self.visit_l1(state, l1, |state, _, entry| {
             Ok(match entry & OFFSET_MASK {
                 0 => entry,
                 offset if once(state, offset)? => entry | COPIED,
@@ -142,7 +142,12 @@ impl Qcow2 {
     }
 
     /// Replaces the entries of `l1` by what `change` makes of each index and entry, directly in the file.
-    pub(super) fn visit_l1(&self, l1: Table, mut change: impl FnMut(u64, u64) -> Result<u64>) -> Result<()> {
+    pub(super) fn visit_l1(
+        &self,
+        state: &mut State,
+        l1: Table,
+        mut change: impl FnMut(&mut State, u64, u64) -> Result<u64>,
+    ) -> Result<()> {
         let mut done = 0;
         while done < l1.len {
             let len = (l1.len - done).min(L1_CHUNK);
@@ -150,12 +155,12 @@ impl Qcow2 {
             self.file.read_padded(&mut chunk, l1.offset + done)?;
             let mut changed = false;
             for (index, word) in (done / 8..).zip(chunk.as_chunks_mut::<8>().0) {
-                let new = change(index, u64::from_be_bytes(*word))?.to_be_bytes();
+                let new = change(state, index, u64::from_be_bytes(*word))?.to_be_bytes();
                 changed |= new != *word;
                 *word = new;
             }
             if changed {
-                self.file.write_at(&chunk, l1.offset + done)?;
+                self.write_table(state, Class::L1, l1.offset + done, &chunk)?;
             }
             done += len;
         }
@@ -163,12 +168,17 @@ impl Qcow2 {
     }
 
     /// Hands the offset and bytes of each L2 table of `l1` to `visit`, and writes those back that it has changed.
-    fn visit_tables(&self, l1: Table, mut visit: impl FnMut(u64, &mut [u8]) -> Result<bool>) -> Result<()> {
+    fn visit_tables(
+        &self,
+        state: &mut State,
+        l1: Table,
+        mut visit: impl FnMut(&mut State, u64, &mut [u8]) -> Result<bool>,
+    ) -> Result<()> {
         let size = self.header.geometry.cluster_size();
         let mut table = vec![0; usize::try_from(size).unwrap_or(0)];
         // Each table is a cluster of its own: a damaged image cannot keep this busy for longer than its length allows.
         let mut left = self.file.len().div_ceil(size);
-        self.visit_l1(l1, |index, entry| {
+        self.visit_l1(state, l1, |state, index, entry| {
             let Some(l2) = self.l2_at(entry & OFFSET_MASK, index)? else {
                 return Ok(entry);
             };
@@ -176,11 +186,18 @@ impl Qcow2 {
                 .checked_sub(1)
                 .ok_or_else(|| Error::corrupt("L1 table has more entries than the file has clusters"))?;
             self.file.read_padded(&mut table, l2.offset)?;
-            if visit(l2.offset, &mut table)? {
-                self.file.write_at(&table, l2.offset)?;
+            if visit(state, l2.offset, &mut table)? {
+                self.write_table(state, Class::L2, l2.offset, &table)?;
             }
             Ok(entry)
         })
+    }
+
+    /// Writes a table, or a part of one, past the windows of `tables`.
+    fn write_table(&self, state: &State, class: Class, offset: u64, bytes: &[u8]) -> Result<()> {
+        let range = ByteRange::at(offset, bytes.len() as u64);
+        state.tables.admit(range, class.kinds())?;
+        self.file.write_at(bytes, offset)
     }
 
     /// Adds the L2 table `table` at `offset` and the clusters that it refers to.

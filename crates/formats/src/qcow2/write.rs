@@ -14,6 +14,7 @@ use super::entry::{COPIED, Cluster, L2Entry, Subclusters};
 use super::feature::Autoclear;
 use super::header::Geometry;
 use super::{Class, Qcow2, State};
+use crate::metadata_guard::{DamageReport, Kind, Kinds};
 use crate::tables::Table;
 
 /// Sets aside where the bytes of `range` go.
@@ -64,7 +65,8 @@ impl<'a> Plan<'a> {
         while state.in_flight.iter().any(|other| other.overlaps(cover)) {
             state = image.settled.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
-        image.mark_dirty(&mut state)?;
+        image.corruption.require_unmarked()?;
+        image.mark_dirty()?;
         image.note_write(&mut state, range)?;
         state.in_flight.push(cover);
         Ok((
@@ -88,8 +90,8 @@ impl<'a> Plan<'a> {
             let stop = table_end.min(self.cover.end());
             while at < stop {
                 let index = (at % geometry.l2_coverage()) >> geometry.cluster_bits;
-                let old = self.image.read_entry(&mut state.tables, l2, index)?;
-                if let Some(offset) = writable_in_place(old) {
+                let old = self.image.read_entry_to_write(&mut state.tables, l2, index, at)?;
+                if let Some(offset) = self.image.writable_in_place(state, old)? {
                     self.add_in_place(range, l2, index, at, old, offset);
                     at += size;
                     continue;
@@ -97,8 +99,11 @@ impl<'a> Plan<'a> {
                 // Neighbours that need clusters too get them in one piece.
                 let mut olds = vec![old];
                 for next in index + 1..index + (stop - at) / size {
-                    let entry = self.image.read_entry(&mut state.tables, l2, next)?;
-                    if writable_in_place(entry).is_some() {
+                    let guest = at + (next - index) * size;
+                    let entry = self
+                        .image
+                        .read_entry_to_write(&mut state.tables, l2, next, guest)?;
+                    if self.image.writable_in_place(state, entry)?.is_some() {
                         break;
                     }
                     olds.push(entry);
@@ -243,7 +248,7 @@ impl Qcow2 {
         if self.has_data_file() {
             return Ok(guest);
         }
-        state.refcounts.allocate(&mut state.tables, count)
+        self.allocate(state, count, None)
     }
 
     /// Gives back clusters that were taken but that nothing refers to.
@@ -259,7 +264,7 @@ impl Qcow2 {
     /// Gives up the clusters of an entry that has been replaced.
     pub(super) fn give_up(&self, state: &mut State, entry: L2Entry) -> Result<()> {
         match entry.host_clusters(self.header.geometry) {
-            Some((offset, len)) if !self.has_data_file() => self.free_later(state, offset, len),
+            Some((offset, len)) if !self.has_data_file() => self.free_later(state, offset, len, Kinds::NONE),
             _ => Ok(()),
         }
     }
@@ -268,12 +273,15 @@ impl Qcow2 {
     pub(super) fn ensure_l2(&self, state: &mut State, guest: u64) -> Result<Table> {
         let at = guest / self.header.geometry.l2_coverage() * 8;
         let entry = state.tables.number(state.l1, at)?;
-        let shared = match self.l2_table(&mut state.tables, state.l1, guest)? {
-            Some(table) if entry & COPIED != 0 => return Ok(table),
-            other => other,
-        };
+        let shared = self.l2_table(&mut state.tables, state.l1, guest)?;
+        if let Some(table) = shared {
+            self.count_before_write(state, table.offset)?;
+            if entry & COPIED != 0 && self.is_used_once(state, table.offset) {
+                return Ok(table);
+            }
+        }
         let len = self.header.geometry.cluster_size();
-        let offset = state.refcounts.allocate(&mut state.tables, 1)?;
+        let offset = self.allocate(state, 1, Some(Kind::ActiveL2))?;
         let table = Table {
             class: Class::L2,
             offset,
@@ -290,9 +298,25 @@ impl Qcow2 {
         }
         state.tables.set_number(state.l1, at, offset | COPIED)?;
         if let Some(old) = shared {
-            self.free_later(state, old.offset, old.len)?;
+            self.free_later(state, old.offset, old.len, Class::L2.kinds())?;
         }
         Ok(table)
+    }
+
+    /// The host offset of a cluster that belongs to this image alone.
+    ///
+    /// # Errors
+    /// A cluster in which metadata lies.
+    fn writable_in_place(&self, state: &State, entry: L2Entry) -> Result<Option<u64>> {
+        match entry.kind {
+            Cluster::Host(offset) if entry.copied && self.has_data_file() => Ok(Some(offset)),
+            Cluster::Host(offset) if entry.copied => {
+                let cluster = ByteRange::at(offset, self.header.geometry.cluster_size());
+                state.tables.admit(cluster, Kinds::NONE)?;
+                Ok(self.is_used_once(state, offset).then_some(offset))
+            }
+            _ => Ok(None),
+        }
     }
 
     /// Stores the compressed form of the cluster at guest offset `guest`.
@@ -310,6 +334,7 @@ impl Qcow2 {
         let (mut claim, mut state) = Plan::claim(self, ByteRange::at(guest, geometry.cluster_size()))?;
         let l2 = self.ensure_l2(&mut state, guest)?;
         let index = (guest % geometry.l2_coverage()) >> geometry.cluster_bits;
+        self.count_before_reuse(&mut state, 1)?;
         let State {
             tables, refcounts, ..
         } = &mut *state;
@@ -488,14 +513,6 @@ impl Qcow2 {
             }
         }
         Ok(())
-    }
-}
-
-/// The host offset of a cluster that belongs to this image alone.
-fn writable_in_place(entry: L2Entry) -> Option<u64> {
-    match entry.kind {
-        Cluster::Host(offset) if entry.copied => Some(offset),
-        _ => None,
     }
 }
 

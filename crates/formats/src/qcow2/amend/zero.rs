@@ -6,6 +6,7 @@ use super::super::entry::{Cluster, L2Entry, OFFSET_MASK, Subclusters};
 use super::super::refcount::Change;
 use super::super::write::write_zero_bytes;
 use super::super::{Qcow2, State};
+use crate::metadata_guard::Kinds;
 use crate::tables::Table;
 
 impl Qcow2 {
@@ -55,7 +56,7 @@ impl Qcow2 {
             {
                 // Each tree that has this table counts the cluster.
                 for _ in 0..users {
-                    self.free_later(state, offset, len)?;
+                    self.free_later(state, offset, len, Kinds::NONE)?;
                 }
             }
         }
@@ -75,14 +76,15 @@ impl Qcow2 {
         }
         let offset = match own {
             Some(offset) => {
+                state.tables.admit(ByteRange::at(offset, size), Kinds::NONE)?;
                 write_zero_bytes(&*self.data_at(guest, offset), ByteRange::at(offset, size))?;
                 offset
             }
             None => {
+                let offset = self.allocate(state, 1, None)?;
                 let State {
                     tables, refcounts, ..
                 } = &mut *state;
-                let offset = refcounts.allocate(tables, 1)?;
                 for _ in 1..users {
                     let cluster = offset / size;
                     refcounts.change_run(tables, cluster, 1, Change::Up, |_| ())?;

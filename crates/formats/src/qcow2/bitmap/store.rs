@@ -14,6 +14,7 @@ use super::super::{Qcow2, State};
 use super::directory::{Bitmap, Directory, flag};
 use super::table::{BitmapTable, TableEdit};
 use super::written::{MAX_RANGES, Written};
+use crate::metadata_guard::{Kind, Kinds};
 
 /// What is known of the bitmaps while the image is open.
 #[derive(Debug)]
@@ -160,7 +161,7 @@ impl Qcow2 {
         for (index, (place, bitmap)) in directory.with_flag_places().enumerate() {
             if which(bitmap) {
                 bitmap.set(flag::IN_USE, true);
-                self.write_flags(extension, place, bitmap)?;
+                self.write_flags(state, extension, place, bitmap)?;
                 state.bitmaps.held.insert(index);
                 changed = true;
             }
@@ -168,8 +169,16 @@ impl Qcow2 {
         if changed { self.file.flush() } else { Ok(()) }
     }
 
-    fn write_flags(&self, extension: BitmapsExtension, place: u64, bitmap: &Bitmap) -> Result<()> {
+    fn write_flags(
+        &self,
+        state: &State,
+        extension: BitmapsExtension,
+        place: u64,
+        bitmap: &Bitmap,
+    ) -> Result<()> {
         let offset = extension.directory_offset.get() + place;
+        let range = ByteRange::at(offset, 4);
+        state.tables.admit(range, Kinds::of(&[Kind::BitmapDirectory]))?;
         self.file.write_at(bitmap.raw.flags.as_bytes(), offset)
     }
 
@@ -224,7 +233,7 @@ impl Qcow2 {
         } else if let Some(extension) = state.bitmaps.extension.filter(|_| after == After::Release) {
             for (index, (place, bitmap)) in directory.with_flag_places().enumerate() {
                 if held.contains(&index) {
-                    self.write_flags(extension, place, bitmap)?;
+                    self.write_flags(state, extension, place, bitmap)?;
                 }
             }
             self.file.flush()
@@ -262,7 +271,7 @@ impl Qcow2 {
         mut gone: Vec<ByteRange>,
     ) -> Result<()> {
         let bytes = directory.to_bytes()?;
-        let offset = self.store_new(state, &bytes)?;
+        let offset = self.store_new(state, &bytes, Some(Kind::BitmapDirectory))?;
         state.tables.write_back()?;
         state.tables.sync()?;
         let count = u32::try_from(directory.bitmaps.len()).unwrap_or(u32::MAX);

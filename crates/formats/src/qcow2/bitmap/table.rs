@@ -10,6 +10,7 @@ use diskimage_core::{ByteRange, Error, Reservation, Result, is_zero};
 
 use super::super::{Qcow2, State};
 use super::directory::{Bitmap, Shape};
+use crate::metadata_guard::Kind;
 
 /// The entry of a cluster whose bits are all set.
 const ALL_SET: u64 = 1;
@@ -202,7 +203,7 @@ impl<'a> TableEdit<'a> {
         for entry in &self.table.entries {
             bytes.extend_from_slice(&entry.to_be_bytes());
         }
-        let offset = self.image.store_new(self.state, &bytes)?;
+        let offset = self.image.store_new(self.state, &bytes, None)?;
         if !self.old.is_empty() {
             self.gone.push(self.old);
         }
@@ -248,7 +249,7 @@ impl<'a> TableEdit<'a> {
         let entry = if is_zero(&loaded.bytes) {
             0
         } else {
-            self.image.store_new(self.state, &loaded.bytes)?
+            self.image.store_new(self.state, &loaded.bytes, None)?
         };
         self.replace(loaded.index, entry);
         Ok(())
@@ -266,13 +267,14 @@ impl<'a> TableEdit<'a> {
 }
 
 impl Qcow2 {
-    /// Writes `bytes` to clusters of their own, to which nothing refers yet; their offset, 0 for no bytes.
-    pub(super) fn store_new(&self, state: &mut State, bytes: &[u8]) -> Result<u64> {
+    /// Writes `bytes`, guarded as metadata of the kind `kind`, to clusters of their own, to which nothing refers yet; their
+    /// offset, 0 for no bytes.
+    pub(super) fn store_new(&self, state: &mut State, bytes: &[u8], kind: Option<Kind>) -> Result<u64> {
         if bytes.is_empty() {
             return Ok(0);
         }
         let clusters = (bytes.len() as u64).div_ceil(self.header.geometry.cluster_size());
-        let offset = state.refcounts.allocate(&mut state.tables, clusters)?;
+        let offset = self.allocate(state, clusters, kind)?;
         self.file.write_at(bytes, offset)?;
         Ok(offset)
     }

@@ -3,10 +3,9 @@
 use diskimage_core::errno;
 use diskimage_core::{ByteRange, Repair, Result};
 
-use super::super::State;
+use super::super::counts::PAGE;
 use super::super::map::hex;
 use super::Check;
-use super::counts::PAGE;
 use super::stored::{self, Place};
 
 /// What is done about a cluster whose counts differ.
@@ -23,7 +22,7 @@ struct Compare {
 impl Check<'_> {
     /// Compares all counts and mends what `repair` allows. With `keep`, what is stored in the end replaces what was
     /// counted.
-    pub(super) fn compare(&mut self, state: &mut State, repair: Repair, keep: bool) -> Result<()> {
+    pub(super) fn compare(&mut self, repair: Repair, keep: bool) -> Result<()> {
         let how = Compare {
             repair,
             keep,
@@ -42,7 +41,7 @@ impl Check<'_> {
                         "Refblock offset {offset:#x} unaligned (reftable index: {})",
                         hex(index)
                     );
-                    self.mark_corrupt(state, &what)?;
+                    self.mark_corrupt(&what)?;
                     self.report.check_errors += clusters.end - clusters.start;
                     for cluster in clusters.clone() {
                         if self.said > super::MAX_NOTES {

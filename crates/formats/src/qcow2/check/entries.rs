@@ -141,6 +141,9 @@ impl Check<'_> {
         let (allocated, zero) = (bitmap & u64::from(u32::MAX), bitmap >> 32);
         let kind = self.kind(word, bitmap);
         if kind == Kind::None {
+            if word & COPIED != 0 {
+                self.corruption("ERROR offset=0: Data cluster lies in the header; L2 entry corrupted.");
+            }
             if allocated != 0 {
                 self.corruption("ERROR: Unallocated cluster has non-zero subcluster allocation map");
             }

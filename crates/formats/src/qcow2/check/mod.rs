@@ -15,7 +15,6 @@
 
 mod compare;
 mod copied;
-mod counts;
 mod entries;
 mod protected;
 mod rebuild;
@@ -32,10 +31,10 @@ use std::ops::Range;
 use diskimage_core::errno;
 use diskimage_core::{CheckReport, Device, Error, Note, Progress, Repair, Result};
 
-use self::counts::Counts;
 use self::protected::Protected;
 use self::snapshots::SnapshotTable;
 use self::stored::Stored;
+use super::counts::Counts;
 use super::feature::Incompatible;
 use super::header::{Geometry, Header};
 use super::refcount::Refcounts;
@@ -81,17 +80,23 @@ impl Qcow2 {
     fn forget_tables(&self, state: &mut State) -> Result<()> {
         let header = read_header(&self.file, true)?;
         state.tables = Tables::new(self.file.clone(), self.data.clone());
-        state.refcounts = refcounts(&header);
-        Ok(())
+        state.refcounts = Refcounts::new(&header, self.file.len());
+        self.guard_metadata(state)
     }
-}
 
-fn refcounts(header: &Header) -> Refcounts {
-    Refcounts::new(
-        header.geometry,
-        header.refcount_table_offset,
-        u64::from(header.refcount_table_clusters),
-    )
+    /// How many references lead to each cluster of the file, as a check counts them.
+    ///
+    /// # Errors
+    /// As [`Qcow2::run_check`].
+    pub(super) fn count_references(&self) -> Result<Counts> {
+        let progress = Progress::none();
+        let mut check = Check::new(self, Repair::No, &progress)?;
+        // A cluster that is used twice is, whatever the image can store.
+        check.most = u64::MAX;
+        check.read_snapshot_table()?;
+        check.count_references()?;
+        Ok(check.counts)
+    }
 }
 
 /// A check under way.
@@ -109,6 +114,8 @@ struct Check<'a> {
     report: CheckReport,
     snapshots: SnapshotTable,
     counts: Counts,
+    /// The largest count.
+    most: u64,
     stored: Stored,
     /// L2 tables that are referred to more than once, by cluster, and how often beyond the first time.
     again: HashMap<u64, u64>,
@@ -136,6 +143,7 @@ impl<'a> Check<'a> {
         Ok(Self {
             stored: Stored::read(file, &header, &image.budget)?,
             counts: Counts::new(geometry.max_refcount(), image.budget.clone()),
+            most: geometry.max_refcount(),
             image,
             file,
             file_len: file.len(),
@@ -160,7 +168,7 @@ impl<'a> Check<'a> {
         self.read_snapshot_table()?;
         self.count_references()?;
         let walked = self.report;
-        self.compare(state, Repair::No, self.repair == Repair::No)?;
+        self.compare(Repair::No, self.repair == Repair::No)?;
         let found = self.report;
         if self.repair != Repair::No {
             match self.rebuild {
@@ -168,10 +176,10 @@ impl<'a> Check<'a> {
                     self.say("ERROR need to rebuild refcount structures");
                     return Err(Error::from_errno(errno::EIO));
                 }
-                true => self.start_over(state, &found)?,
+                true => self.start_over(&found)?,
                 false => {
                     self.report = walked;
-                    self.compare(state, self.repair, true)?;
+                    self.compare(self.repair, true)?;
                     self.file.flush()?;
                 }
             }
@@ -183,11 +191,11 @@ impl<'a> Check<'a> {
         self.file.flush()?;
         self.image.forget_tables(state)?;
         self.write_snapshot_table(state)?;
-        self.absolve(state)
+        self.absolve()
     }
 
     /// Builds new refcount structures and checks again, now with them.
-    fn start_over(&mut self, state: &mut State, found: &CheckReport) -> Result<()> {
+    fn start_over(&mut self, found: &CheckReport) -> Result<()> {
         self.rebuild_refcounts()?;
         let fixed = (self.report.corruptions_fixed, self.report.leaks_fixed);
         self.header = read_header(&self.image.file, true)?;
@@ -197,7 +205,7 @@ impl<'a> Check<'a> {
         self.report = CheckReport::default();
         self.count_references()?;
         // What remains are the old structures, which nothing refers to any more.
-        self.compare(state, self.repair, true)?;
+        self.compare(self.repair, true)?;
         self.file.flush()?;
         self.report.corruptions_fixed = fixed.0 + found.corruptions.saturating_sub(self.report.corruptions);
         self.report.leaks_fixed = fixed.1 + found.leaks.saturating_sub(self.report.leaks);
@@ -205,18 +213,18 @@ impl<'a> Check<'a> {
     }
 
     /// Takes the marks of damage off an image that has none left.
-    fn absolve(&mut self, state: &mut State) -> Result<()> {
+    fn absolve(&mut self) -> Result<()> {
         if self.header.version < 3 || self.report.corruptions > 0 || self.report.check_errors > 0 {
             return Ok(());
         }
         for bit in [Incompatible::CORRUPT, Incompatible::DIRTY] {
-            self.image.set_incompatible(state, bit, false)?;
+            self.image.corruption.set_incompatible(bit, false)?;
         }
         Ok(())
     }
 
     /// Says, once, that the image cannot be trusted, and marks it so if it may be changed.
-    fn mark_corrupt(&mut self, state: &mut State, what: &str) -> Result<()> {
+    fn mark_corrupt(&mut self, what: &str) -> Result<()> {
         if std::mem::replace(&mut self.marked, true) {
             return Ok(());
         }
@@ -229,10 +237,9 @@ impl<'a> Check<'a> {
         self.say(format!(
             "qcow2: Marking image as corrupt: {what}; further corruption events will be suppressed"
         ));
-        if self.header.version < 3 {
-            return Ok(());
-        }
-        self.image.set_incompatible(state, Incompatible::CORRUPT, true)
+        self.image
+            .corruption
+            .set_incompatible(Incompatible::CORRUPT, true)
     }
 
     fn say(&mut self, text: impl Into<String>) {

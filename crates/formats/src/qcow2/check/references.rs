@@ -26,7 +26,7 @@ pub(super) const MAX_L1: u64 = (32 << 20) / 8;
 
 impl Check<'_> {
     pub(super) fn count_references(&mut self) -> Result<()> {
-        self.counts = super::Counts::new(self.geometry.max_refcount(), self.image.budget.clone());
+        self.counts = super::Counts::new(self.most, self.image.budget.clone());
         self.again.clear();
         self.protected = self.protect();
         self.clusters = self.file_len.div_ceil(self.geometry.cluster_size());

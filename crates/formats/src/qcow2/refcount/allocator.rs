@@ -3,18 +3,24 @@
 //! Clusters are taken in ascending order, each request in one piece, and a missing refcount block is put right behind
 //! the clusters that it is needed for: the layout that the original makes.
 
-use diskimage_core::{Error, ErrorKind, Event, Result};
+use diskimage_core::{ByteRange, Error, ErrorKind, Event, Result};
 
 use super::super::header::limit;
 use super::{Refcounts, block};
+use crate::metadata_guard::{Kind, Kinds};
 use crate::tables::Tables;
 
 impl Refcounts {
-    /// Takes `count` clusters in one piece; the offset of the first.
+    /// Takes `count` clusters in one piece, for metadata of the kind `kind` or for anything else; the offset of the first.
     ///
     /// # Errors
     /// A file that cannot grow any more, and damage.
-    pub(in super::super) fn allocate(&mut self, tables: &mut Tables, count: u64) -> Result<u64> {
+    pub(in super::super) fn allocate(
+        &mut self,
+        tables: &mut Tables,
+        count: u64,
+        kind: Option<Kind>,
+    ) -> Result<u64> {
         tables.device().event(Event::CLUSTER_ALLOC);
         loop {
             let (start, next) = self.find_free(tables, self.first_free, count)?;
@@ -24,9 +30,16 @@ impl Refcounts {
                 self.first_free = start;
                 continue;
             }
-            let offset = start << self.geometry.cluster_bits;
-            self.increment(tables, offset, count << self.geometry.cluster_bits)?;
-            return Ok(offset);
+            let range = ByteRange::at(
+                start << self.geometry.cluster_bits,
+                count << self.geometry.cluster_bits,
+            );
+            tables.admit(range, Kinds::NONE)?;
+            self.increment(tables, range.start(), range.len())?;
+            if let Some(kind) = kind {
+                tables.guard_range(kind, range)?;
+            }
+            return Ok(range.start());
         }
     }
 
@@ -51,7 +64,7 @@ impl Refcounts {
                 at
             }
             before => {
-                let fresh = self.allocate(tables, 1)?;
+                let fresh = self.allocate(tables, 1, None)?;
                 match before {
                     // The new cluster follows: the bytes may cross from one to the other.
                     Some(at) if at + room == fresh => {
@@ -86,9 +99,43 @@ impl Refcounts {
         Ok((start, at))
     }
 
-    /// Whether `cluster` is free, and how many after it certainly are alike, itself included. No more than `most` are
-    /// looked at if it is.
+    /// Whether a cluster that the file had when it was opened has a refcount of zero.
+    ///
+    /// # Errors
+    /// As [`Refcounts::allocate`].
+    pub(in super::super) fn has_free_before_end(&mut self, tables: &mut Tables) -> Result<bool> {
+        let end = self.end();
+        while self.first_free < end {
+            let (free, len) = self.uncounted_run(tables, self.first_free, 1)?;
+            if free {
+                return Ok(true);
+            }
+            self.first_free += len;
+        }
+        Ok(false)
+    }
+
+    /// Whether `cluster` can be allocated, and how many after it certainly are alike, itself included. No more than `most`
+    /// are looked at if it can. Free clusters in which metadata lies are not passed over: who takes one meets the guard.
     fn run(&self, tables: &mut Tables, cluster: u64, most: u64) -> Result<(bool, u64)> {
+        let (free, len) = self.uncounted_run(tables, cluster, most)?;
+        if !free || cluster >= self.end() {
+            return Ok((free, len));
+        }
+        let bits = self.geometry.cluster_bits;
+        let is_kept = |cluster: u64| {
+            self.uses.keeps(cluster)
+                && !tables.is_guarded(ByteRange::at(cluster << bits, 1 << bits), Kinds::NONE)
+        };
+        let kept = is_kept(cluster);
+        let alike = (cluster + 1..cluster + len.min(most))
+            .take_while(|next| is_kept(*next) == kept)
+            .count();
+        Ok((!kept, 1 + alike as u64))
+    }
+
+    /// As [`Refcounts::run`], by the refcounts alone.
+    fn uncounted_run(&self, tables: &mut Tables, cluster: u64, most: u64) -> Result<(bool, u64)> {
         let per_block = self.entries_per_block();
         let index = cluster % per_block;
         let Some(table) = self.block(tables, cluster)? else {

@@ -2,12 +2,14 @@
 
 use std::ops::Range;
 
-use diskimage_core::{Error, ErrorKind, Event, Result};
+use diskimage_core::{ByteRange, Error, ErrorKind, Event, Result};
 use zerocopy::IntoBytes;
 use zerocopy::byteorder::big_endian::{U32, U64};
 
 use super::super::header::{field, limit};
 use super::Refcounts;
+use super::uses::Uses;
+use crate::metadata_guard::Kind;
 use crate::tables::Tables;
 
 impl Refcounts {
@@ -31,6 +33,9 @@ impl Refcounts {
         if index * 8 >= self.table().len {
             return self.grow_table(tables, (index * per_block + 1).max(cluster));
         }
+        if cluster == 0 {
+            return Err(tables.damaged("Preventing invalid allocation of refcount block at offset 0"));
+        }
         self.first_free = next;
         let table = self.block_at(cluster << self.geometry.cluster_bits);
         if cluster / per_block == index {
@@ -47,6 +52,8 @@ impl Refcounts {
             self.set_count(tables, other, cluster, 1)?;
             tables.fresh(table)?;
         }
+        tables.guard_range(Kind::RefcountBlock, ByteRange::at(table.offset, table.len))?;
+        self.uses.add(cluster);
         tables.set_number(self.table(), index * 8, table.offset)
     }
 
@@ -75,13 +82,16 @@ impl Refcounts {
         {
             return Err(Error::new(ErrorKind::NoSpace, "File too large"));
         }
-        let grown = Self {
+        let mut grown = Self {
             table_offset: (start + blocks) << bits,
             table_clusters: clusters,
-            ..*self
+            geometry: self.geometry,
+            first_free: self.first_free,
+            byte_offset: self.byte_offset,
+            uses: Uses::new(0),
         };
         let first_blocks = start..start + blocks;
-        if let Err(error) = self.publish(tables, &grown, first_blocks.clone()) {
+        if let Err(error) = self.publish(tables, &mut grown, first_blocks.clone()) {
             // The header leads to the old table: what was begun must not be written over what comes there next.
             tables.forget(grown.table());
             for cluster in first_blocks {
@@ -90,15 +100,19 @@ impl Refcounts {
             return Err(error);
         }
         // From here on it is the new table that a reader finds.
-        let old = std::mem::replace(self, grown);
+        let old = self.table();
+        (self.table_offset, self.table_clusters) = (grown.table_offset, grown.table_clusters);
         tables.sync()?;
-        tables.forget(old.table());
-        self.release(tables, old.table_offset, old.table().len)
+        tables.forget(old);
+        self.release(tables, old.offset, old.len)?;
+        let new = self.table();
+        tables.guard_range(Kind::RefcountTable, ByteRange::at(new.offset, new.len))?;
+        tables.guard_range(Kind::RefcountBlock, ByteRange::at(start << bits, blocks << bits))
     }
 
     /// Writes the table of `grown` with all blocks there are and those at the clusters `first_blocks`, and has the
     /// header point to it.
-    fn publish(&self, tables: &mut Tables, grown: &Self, first_blocks: Range<u64>) -> Result<()> {
+    fn publish(&self, tables: &mut Tables, grown: &mut Self, first_blocks: Range<u64>) -> Result<()> {
         let bits = self.geometry.cluster_bits;
         let table = grown.table();
         tables.fresh(table)?;

@@ -10,12 +10,16 @@ mod allocator;
 pub(super) mod block;
 mod grow;
 mod run;
+mod uses;
 mod width;
 
-use diskimage_core::{Error, Event, Result};
+use diskimage_core::{ByteRange, Error, Event, Result};
 
 pub(super) use self::run::Change;
-use super::header::{Geometry, limit};
+use self::uses::Uses;
+use super::counts::Counts;
+use super::header::{Geometry, Header, limit};
+use super::map::hex;
 use crate::tables::{Class, Table, Tables};
 
 /// The refcount structure of an open image.
@@ -28,20 +32,45 @@ pub(super) struct Refcounts {
     first_free: u64,
     /// Where the next compressed cluster goes, if the one before left room behind it.
     byte_offset: Option<u64>,
+    uses: Uses,
 }
 
 /// The entries of the refcount table that hold an offset.
 const TABLE_OFFSET_MASK: u64 = !0x1ff;
 
 impl Refcounts {
-    pub(super) fn new(geometry: Geometry, table_offset: u64, table_clusters: u64) -> Self {
+    /// That of the image with this header, in a file of `file_len` bytes.
+    pub(super) fn new(header: &Header, file_len: u64) -> Self {
         Self {
-            geometry,
-            table_offset,
-            table_clusters,
+            geometry: header.geometry,
+            table_offset: header.refcount_table_offset,
+            table_clusters: u64::from(header.refcount_table_clusters),
             first_free: 0,
             byte_offset: None,
+            uses: Uses::new(file_len.div_ceil(header.geometry.cluster_size())),
         }
+    }
+
+    /// From now on `counts` says how many references lead to each cluster that the file had when it was opened.
+    pub(super) fn set_uses(&mut self, counts: Counts) {
+        self.uses.set(counts);
+        // What was passed over may be free.
+        self.first_free = 0;
+    }
+
+    /// Whether the references are counted.
+    pub(super) fn uses_are_counted(&self) -> bool {
+        self.uses.is_counted()
+    }
+
+    /// How many references lead to `cluster`, if they were counted and the file had it when it was opened.
+    pub(super) fn uses_of(&self, cluster: u64) -> Option<u64> {
+        self.uses.of(cluster)
+    }
+
+    /// The cluster behind those that the file had when it was opened.
+    pub(super) fn end(&self) -> u64 {
+        self.uses.end()
     }
 
     fn table(&self) -> Table {
@@ -76,9 +105,9 @@ impl Refcounts {
             return Ok(None);
         }
         if !offset.is_multiple_of(self.geometry.cluster_size()) || offset >= limit::HOST_OFFSET {
-            return Err(Error::corrupt(format!(
-                "Refblock offset {offset:#x} unaligned (reftable index: {:#x})",
-                at / 8
+            let index = hex(at / 8);
+            return Err(tables.damaged(&format!(
+                "Refblock offset {offset:#x} unaligned (reftable index: {index})"
             )));
         }
         Ok(Some(self.block_at(offset)))
@@ -103,7 +132,7 @@ impl Refcounts {
     }
 
     /// Uses each cluster that `len` bytes from `offset` on touch once more. Their blocks exist.
-    fn increment(&self, tables: &mut Tables, offset: u64, len: u64) -> Result<()> {
+    fn increment(&mut self, tables: &mut Tables, offset: u64, len: u64) -> Result<()> {
         for cluster in self.clusters(offset, len) {
             let count = self.count(tables, cluster)?;
             if count >= self.geometry.max_refcount() {
@@ -115,40 +144,42 @@ impl Refcounts {
                 .block(tables, cluster)?
                 .ok_or_else(|| Error::corrupt("No refcount block"))?;
             self.set_count(tables, block, cluster, count + 1)?;
+            self.uses.add(cluster);
         }
         Ok(())
     }
 
-    /// Uses each cluster that `len` bytes from `offset` on touch once less.
+    /// Uses each cluster that `len` bytes from `offset` on touch once less. One whose count is zero already, in a damaged
+    /// image, stays so; one that more references lead to than its count says keeps a count for them.
     ///
     /// # Errors
-    /// A count that is zero already: the image is damaged.
+    /// Failures to read or write.
     pub(super) fn release(&mut self, tables: &mut Tables, offset: u64, len: u64) -> Result<()> {
         tables.device().event(Event::CLUSTER_FREE);
         for cluster in self.clusters(offset, len) {
             let count = self.count(tables, cluster)?;
             let block = self.block(tables, cluster)?;
+            let left = self.uses.remove(cluster).unwrap_or(0);
             let (Some(block), Some(less)) = (block, count.checked_sub(1)) else {
-                return Err(run::not_counted(cluster));
+                continue;
             };
+            let less = less.max(left.min(count));
             self.set_count(tables, block, cluster, less)?;
             if less == 0 {
-                self.first_free = self.first_free.min(cluster);
-                let start = cluster << self.geometry.cluster_bits;
-                if self
-                    .byte_offset
-                    .is_some_and(|at| at >> self.geometry.cluster_bits == cluster)
-                {
-                    self.byte_offset = None;
-                }
-                tables.forget(Table {
-                    class: Class::L2,
-                    offset: start,
-                    len: self.geometry.cluster_size(),
-                });
+                self.note_free(tables, cluster);
             }
         }
         Ok(())
+    }
+
+    /// Forgets what is known of a cluster that has become free.
+    fn note_free(&mut self, tables: &mut Tables, cluster: u64) {
+        let bits = self.geometry.cluster_bits;
+        self.first_free = self.first_free.min(cluster);
+        if self.byte_offset.is_some_and(|at| at >> bits == cluster) {
+            self.byte_offset = None;
+        }
+        tables.forget_freed(ByteRange::at(cluster << bits, self.geometry.cluster_size()));
     }
 
     fn clusters(&self, offset: u64, len: u64) -> std::ops::Range<u64> {

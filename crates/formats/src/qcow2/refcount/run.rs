@@ -4,7 +4,7 @@ use diskimage_core::{Error, ErrorKind, Result, errno};
 
 use super::super::header::limit;
 use super::{Refcounts, block};
-use crate::tables::{Class, Table, Tables};
+use crate::tables::{Table, Tables};
 
 /// What happens to counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,7 +57,6 @@ impl Refcounts {
         mut freed: impl FnMut(u64),
     ) -> Result<()> {
         let (order, max) = (self.geometry.refcount_order, self.geometry.max_refcount());
-        let bits = self.geometry.cluster_bits;
         let mut gone = Vec::new();
         let mut at = first;
         while at < first + count {
@@ -67,7 +66,12 @@ impl Refcounts {
                 let (skip, place) = self.place_in(at + i, place);
                 let bytes = bytes.get_mut(skip..).unwrap_or(&mut []);
                 let used = block::read(bytes, place, order).unwrap_or(0);
-                let new = changed(used, change, max, at + i)?;
+                let mut new = changed(used, change, max, at + i)?;
+                match change {
+                    Change::Up => self.uses.add(at + i),
+                    // References that the count has left out keep it from becoming less than they are.
+                    Change::Down => new = new.max(self.uses.remove(at + i).unwrap_or(0).min(used)),
+                }
                 block::write(bytes, place, order, new)
                     .ok_or_else(|| Error::corrupt("Refcount block too short"))?;
                 if new == 0 {
@@ -75,15 +79,7 @@ impl Refcounts {
                 }
             }
             for cluster in gone.drain(..) {
-                self.first_free = self.first_free.min(cluster);
-                if self.byte_offset.is_some_and(|at| at >> bits == cluster) {
-                    self.byte_offset = None;
-                }
-                tables.forget(Table {
-                    class: Class::L2,
-                    offset: cluster << bits,
-                    len: self.geometry.cluster_size(),
-                });
+                self.note_free(tables, cluster);
                 freed(cluster);
             }
             at += len;
@@ -137,6 +133,6 @@ fn changed(used: u64, change: Change, max: u64, cluster: u64) -> Result<u64> {
     }
 }
 
-pub(super) fn not_counted(cluster: u64) -> Error {
+fn not_counted(cluster: u64) -> Error {
     Error::corrupt(format!("Cluster {cluster:#x} is in use but not counted"))
 }

@@ -22,6 +22,7 @@ use super::super::header::{field, limit};
 use super::super::refcount::Change;
 use super::super::{Qcow2, State};
 use super::{MAX_TABLE, RawSnapshot, Snapshot, SnapshotTable, index_of};
+use crate::metadata_guard::Kind;
 use crate::tables::{Class, Table};
 
 impl Snapshots for Qcow2 {
@@ -53,6 +54,7 @@ impl Snapshots for Qcow2 {
         let mut state = self.settle()?;
         let there = self.read_snapshots_of(state.snapshots)?;
         let snapshot = there.get(index).ok_or_else(no_snapshot)?;
+        self.count_uses(&mut state)?;
         let kept = self.snapshot_l1_or_errno(snapshot)?;
         self.check_tree(&mut state, kept, Change::Up)?;
         let old = state.l1;
@@ -70,6 +72,7 @@ impl Snapshots for Qcow2 {
         if index >= left.len() {
             return Err(no_snapshot());
         }
+        self.count_uses(&mut state)?;
         let old_len = entries_len(&left);
         let gone = left.remove(index);
         let kept = self.snapshot_l1(&gone)?;
@@ -133,7 +136,7 @@ impl Qcow2 {
     fn copy_l1(&self, state: &mut State, from: Table, len: u64) -> Result<Table> {
         let offset = match len.div_ceil(self.header.geometry.cluster_size()) {
             0 => 0,
-            clusters => state.refcounts.allocate(&mut state.tables, clusters)?,
+            clusters => self.allocate(state, clusters, Some(Kind::InactiveL1))?,
         };
         let class = Class::L1;
         let table = Table { class, offset, len };
@@ -160,7 +163,7 @@ impl Qcow2 {
         let mut offset = 0;
         if !bytes.is_empty() {
             let clusters = (bytes.len() as u64).div_ceil(self.header.geometry.cluster_size());
-            offset = state.refcounts.allocate(&mut state.tables, clusters)?;
+            offset = self.allocate(state, clusters, Some(Kind::SnapshotTable))?;
             self.file.write_at(&bytes, offset)?;
         }
         state.tables.write_back()?;
