@@ -27,10 +27,12 @@ pub(crate) enum Kind {
     InactiveL1,
     InactiveL2,
     BitmapDirectory,
+    /// Anything, where a table lies that has one reference in a sound image.
+    Shared,
 }
 
 impl Kind {
-    pub(crate) const ALL: [Self; 9] = [
+    pub(crate) const ALL: [Self; 10] = [
         Self::Header,
         Self::ActiveL1,
         Self::ActiveL2,
@@ -40,6 +42,7 @@ impl Kind {
         Self::InactiveL1,
         Self::InactiveL2,
         Self::BitmapDirectory,
+        Self::Shared,
     ];
 
     /// qemu-img's words for it.
@@ -54,6 +57,7 @@ impl Kind {
             Self::InactiveL1 => "inactive L1 table",
             Self::InactiveL2 => "inactive L2 table",
             Self::BitmapDirectory => "bitmap directory",
+            Self::Shared => "something else that refers to it",
         }
     }
 }
@@ -151,6 +155,24 @@ impl MetadataGuard {
             self.clusters.insert(cluster, Kinds::of(&[kind]));
         }
         Ok(())
+    }
+
+    /// Notes which clusters of tables that nothing shares in a sound image are shared all the same.
+    pub(crate) fn mark_shared(&mut self, is_shared: impl Fn(u64) -> bool) {
+        const ALONE: Kinds = Kinds::of(&[
+            Kind::Header,
+            Kind::ActiveL1,
+            Kind::RefcountTable,
+            Kind::RefcountBlock,
+            Kind::SnapshotTable,
+            Kind::InactiveL1,
+            Kind::BitmapDirectory,
+        ]);
+        for (cluster, kinds) in &mut self.clusters {
+            if kinds.0 & ALONE.0 != 0 && is_shared(*cluster) {
+                kinds.set(Kind::Shared, true);
+            }
+        }
     }
 
     /// Notes that the clusters of `range` are free.

@@ -146,6 +146,13 @@ impl Tables {
         self.guard.as_mut().map_or(Ok(()), |guard| guard.add(kind, range))
     }
 
+    /// Notes which clusters of metadata have more users than one, as `is_shared` has it.
+    pub(crate) fn mark_shared(&mut self, is_shared: impl Fn(u64) -> bool) {
+        if let Some(guard) = &mut self.guard {
+            guard.mark_shared(is_shared);
+        }
+    }
+
     /// The error of a request that met damage: `what` is wrong.
     pub(crate) fn damaged(&self, what: &str) -> Error {
         match &self.guard {

@@ -3,7 +3,7 @@
 //! ```text
 //!   where a write goes         what is asked                                             if not
 //!   allocated clusters         refcount 0, no metadata there, no reference leads there   metadata: refused; else passed over
-//!   tables, in place           no other metadata there                                   refused
+//!   tables, in place           nothing else there                                        refused
 //!   guest data, in place       no metadata there, no second reference leads there        refused; else copied elsewhere
 //! ```
 //!
@@ -114,20 +114,24 @@ impl Qcow2 {
     /// # Errors
     /// A file that cannot grow any more, and damage.
     pub(super) fn allocate(&self, state: &mut State, count: u64, kind: Option<Kind>) -> Result<u64> {
-        self.count_before_reuse(state, count)?;
+        self.count_before_allocating(state, count)?;
         state.refcounts.allocate(&mut state.tables, count, kind)
     }
 
-    /// Counts the references if `count` clusters would be allocated from those that the file had when it was opened.
-    pub(super) fn count_before_reuse(&self, state: &mut State, count: u64) -> Result<()> {
+    /// Counts the references before `count` clusters are allocated, if that does not take long, or if there are free ones
+    /// among those that the file had when it was opened, and enough has been allocated behind them instead.
+    pub(super) fn count_before_allocating(&self, state: &mut State, count: u64) -> Result<()> {
+        if state.refcounts.uses_are_counted() || self.is_small(state) {
+            return self.count_uses(state);
+        }
         let State {
             tables, refcounts, ..
         } = &mut *state;
-        if refcounts.uses_are_counted() || !refcounts.has_free_before_end(tables)? {
+        if !refcounts.has_free_before_end(tables)? {
             return Ok(());
         }
         state.appended = state.appended.saturating_add(count);
-        if self.is_small(state) || state.appended > state.refcounts.end() / MAX_APPENDED {
+        if state.appended > state.refcounts.end() / MAX_APPENDED {
             self.count_uses(state)
         } else {
             Ok(())
@@ -135,9 +139,8 @@ impl Qcow2 {
     }
 
     /// Counts the references before what they lead to is written in place, if that does not take long.
-    pub(super) fn count_before_write(&self, state: &mut State, offset: u64) -> Result<()> {
-        let is_old = offset >> self.header.geometry.cluster_bits < state.refcounts.end();
-        if is_old && !state.refcounts.uses_are_counted() && self.is_small(state) {
+    pub(super) fn count_before_write(&self, state: &mut State) -> Result<()> {
+        if self.is_small(state) {
             self.count_uses(state)
         } else {
             Ok(())
@@ -154,8 +157,8 @@ impl Qcow2 {
         }
         // What is counted is the file.
         state.tables.write_back()?;
-        let mut counts = match self.count_references() {
-            Ok(counts) => counts,
+        let mut references = match self.count_references() {
+            Ok(references) => references,
             Err(error) if error.kind() == ErrorKind::Limit => return Ok(()),
             // The request that needs the counts is what fails: the step at which they could not be had tells nothing.
             Err(error) => {
@@ -169,10 +172,13 @@ impl Qcow2 {
         let bits = self.header.geometry.cluster_bits;
         for range in &state.freed {
             for cluster in range.start() >> bits..range.end().div_ceil(1 << bits) {
-                counts.add(cluster, 1)?;
+                references.counts.add(cluster, 1)?;
             }
         }
-        state.refcounts.set_uses(counts);
+        state
+            .tables
+            .mark_shared(|cluster| references.counts.of(cluster) > 1);
+        state.refcounts.set_uses(references);
         Ok(())
     }
 

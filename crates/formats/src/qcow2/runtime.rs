@@ -20,6 +20,7 @@ const TEMPLATES: [(&str, Kinds); 4] = [
             Kind::RefcountTable,
             Kind::SnapshotTable,
             Kind::BitmapDirectory,
+            Kind::Shared,
         ]),
     ),
     (
@@ -33,6 +34,7 @@ const TEMPLATES: [(&str, Kinds); 4] = [
             Kind::SnapshotTable,
             Kind::InactiveL1,
             Kind::BitmapDirectory,
+            Kind::Shared,
         ]),
     ),
     ("all", Kinds::of(&Kind::ALL)),

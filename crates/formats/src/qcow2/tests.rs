@@ -13,6 +13,7 @@ use super::Qcow2Format;
 use crate::testing::{Closed, contents};
 
 mod crash;
+mod damage;
 mod encrypted;
 mod fault;
 mod repair;

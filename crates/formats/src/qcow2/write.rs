@@ -275,7 +275,7 @@ impl Qcow2 {
         let entry = state.tables.number(state.l1, at)?;
         let shared = self.l2_table(&mut state.tables, state.l1, guest)?;
         if let Some(table) = shared {
-            self.count_before_write(state, table.offset)?;
+            self.count_before_write(state)?;
             if entry & COPIED != 0 && self.is_used_once(state, table.offset) {
                 return Ok(table);
             }
@@ -334,7 +334,7 @@ impl Qcow2 {
         let (mut claim, mut state) = Plan::claim(self, ByteRange::at(guest, geometry.cluster_size()))?;
         let l2 = self.ensure_l2(&mut state, guest)?;
         let index = (guest % geometry.l2_coverage()) >> geometry.cluster_bits;
-        self.count_before_reuse(&mut state, 1)?;
+        self.count_before_allocating(&mut state, 1)?;
         let State {
             tables, refcounts, ..
         } = &mut *state;

@@ -80,7 +80,7 @@ impl Check<'_> {
         let Some(mut table) = self.take_l2(offset)? else {
             return Ok(());
         };
-        let fix = fix && self.protected.may_change_l2(offset);
+        let fix = fix && self.may_mend_l2(offset)?;
         let changed = self.check_entries(&mut table, fix);
         if let Ok(true) = changed {
             self.file.write_at(&table, offset)?;

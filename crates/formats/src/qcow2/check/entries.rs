@@ -157,7 +157,7 @@ impl Check<'_> {
         if !host.is_multiple_of(self.geometry.cluster_size()) {
             let preallocated = kind == Kind::Preallocated;
             let noun = if preallocated { "Preallocated" } else { "Data" };
-            let fix = preallocated && self.repair == Repair::All && self.protected.may_change_l2(walk.table);
+            let fix = preallocated && self.repair == Repair::All && self.may_mend_l2(walk.table)?;
             self.corruption_or_fix(
                 fix,
                 &format!("offset={host:x}: {noun} cluster is not properly aligned; L2 entry corrupted."),

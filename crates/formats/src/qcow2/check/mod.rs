@@ -25,7 +25,7 @@ mod stored;
 #[cfg(test)]
 mod tests;
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::ops::Range;
 
 use diskimage_core::errno;
@@ -37,7 +37,7 @@ use self::stored::Stored;
 use super::counts::Counts;
 use super::feature::Incompatible;
 use super::header::{Geometry, Header};
-use super::refcount::Refcounts;
+use super::refcount::{Refcounts, References};
 use super::{Qcow2, State, read_header};
 use crate::tables::Tables;
 
@@ -88,14 +88,21 @@ impl Qcow2 {
     ///
     /// # Errors
     /// As [`Qcow2::run_check`].
-    pub(super) fn count_references(&self) -> Result<Counts> {
+    pub(super) fn count_references(&self) -> Result<References> {
         let progress = Progress::none();
         let mut check = Check::new(self, Repair::No, &progress)?;
         // A cluster that is used twice is, whatever the image can store.
         check.most = u64::MAX;
         check.read_snapshot_table()?;
         check.count_references()?;
-        Ok(check.counts)
+        if check.dangling.len() >= MAX_DANGLING {
+            return Err(Error::corrupt("Too many references beyond the end of the file"));
+        }
+        Ok(References {
+            tables: check.again,
+            counts: check.counts,
+            dangling: check.dangling,
+        })
     }
 }
 
@@ -114,8 +121,12 @@ struct Check<'a> {
     report: CheckReport,
     snapshots: SnapshotTable,
     counts: Counts,
+    /// Whether all references were counted.
+    counted: bool,
     /// The largest count.
     most: u64,
+    /// Clusters behind the end of the file that something refers to.
+    dangling: BTreeSet<u64>,
     stored: Stored,
     /// L2 tables that are referred to more than once, by cluster, and how often beyond the first time.
     again: HashMap<u64, u64>,
@@ -123,6 +134,8 @@ struct Check<'a> {
     unreadable: Vec<Range<u64>>,
     /// Where tables must not be mended.
     protected: Protected,
+    /// All references, counted before the first entry of an L2 table was mended.
+    references: Option<References>,
     /// The refcount structures are beyond mending in place.
     rebuild: bool,
     /// The image has been said to be corrupt.
@@ -134,6 +147,8 @@ struct Check<'a> {
 
 /// Lines told at most; the rest is only counted. Our own limit: the original prints all.
 const MAX_NOTES: u64 = 1 << 20;
+/// Clusters behind the end of the file that are remembered; an image with references to more is not written to.
+const MAX_DANGLING: usize = 1 << 16;
 
 impl<'a> Check<'a> {
     fn new(image: &'a Qcow2, repair: Repair, progress: &'a Progress<'a>) -> Result<Self> {
@@ -143,7 +158,9 @@ impl<'a> Check<'a> {
         Ok(Self {
             stored: Stored::read(file, &header, &image.budget)?,
             counts: Counts::new(geometry.max_refcount(), image.budget.clone()),
+            counted: false,
             most: geometry.max_refcount(),
+            dangling: BTreeSet::new(),
             image,
             file,
             file_len: file.len(),
@@ -157,6 +174,7 @@ impl<'a> Check<'a> {
             again: HashMap::new(),
             unreadable: Vec::new(),
             protected: Protected::default(),
+            references: None,
             rebuild: false,
             marked: false,
             said: 0,

@@ -3,8 +3,11 @@
 //! A damaged L1 or L2 offset can lead anywhere. What is found there may look like an entry that wants mending, but to
 //! write there would damage the header or another table.
 
-use diskimage_core::ByteRange;
+use std::collections::HashMap;
 
+use diskimage_core::{ByteRange, Result};
+
+use super::super::counts::Counts;
 use super::Check;
 use super::stored;
 
@@ -42,6 +45,26 @@ impl Protected {
 }
 
 impl Check<'_> {
+    /// Whether entries of the L2 table at `offset` may be mended: nothing else is there, guest data included.
+    pub(super) fn may_mend_l2(&mut self, offset: u64) -> Result<bool> {
+        if !self.protected.may_change_l2(offset) {
+            return Ok(false);
+        }
+        let cluster = offset >> self.geometry.cluster_bits;
+        let alone = |counts: &Counts, again: &HashMap<u64, u64>| {
+            counts.of(cluster) <= again.get(&cluster).map_or(1, |more| more + 1)
+        };
+        // Narrow counts cannot tell.
+        if self.counted && self.most >= u64::from(u8::MAX) {
+            return Ok(alone(&self.counts, &self.again));
+        }
+        if self.references.is_none() {
+            self.references = Some(self.image.count_references()?);
+        }
+        let known = self.references.as_ref();
+        Ok(known.is_some_and(|known| alone(&known.counts, &known.tables)))
+    }
+
     /// The places as the header and the refcount table have them.
     pub(super) fn protect(&self) -> Protected {
         let offsets = self.stored.table.iter().map(|entry| entry & stored::OFFSET_MASK);

@@ -27,6 +27,7 @@ pub(super) const MAX_L1: u64 = (32 << 20) / 8;
 impl Check<'_> {
     pub(super) fn count_references(&mut self) -> Result<()> {
         self.counts = super::Counts::new(self.most, self.image.budget.clone());
+        self.counted = false;
         self.again.clear();
         self.protected = self.protect();
         self.clusters = self.file_len.div_ceil(self.geometry.cluster_size());
@@ -45,7 +46,9 @@ impl Check<'_> {
             self.region(crypto.offset.get(), crypto.length.get(), 1)?;
         }
         self.count_bitmaps()?;
-        self.count_refcount_structures()
+        self.count_refcount_structures()?;
+        self.counted = true;
+        Ok(())
     }
 
     /// Counts the clusters that `size` bytes from `offset` on touch.
@@ -57,6 +60,7 @@ impl Check<'_> {
         let end = offset.checked_add(size);
         // The last cluster of a file need not be complete.
         let Some(end) = end.filter(|end| *end < self.file_len.saturating_add(cluster_size)) else {
+            self.note_dangling(offset, size)?;
             self.report.corruptions += times - 1;
             self.corruption(format!(
                 "ERROR: counting reference for region exceeding the end of the file by one cluster or more: \
@@ -76,6 +80,20 @@ impl Check<'_> {
                     cluster << bits
                 ));
             }
+        }
+        Ok(())
+    }
+
+    /// Remembers the clusters of a region that reaches beyond the end of the file.
+    fn note_dangling(&mut self, offset: u64, size: u64) -> Result<()> {
+        let bits = self.geometry.cluster_bits;
+        let last = offset.saturating_add(size - 1) >> bits;
+        for cluster in (offset >> bits).max(self.clusters)..=last {
+            // Counting goes on for those who only look.
+            if self.dangling.len() >= super::MAX_DANGLING {
+                break;
+            }
+            self.dangling.insert(cluster);
         }
         Ok(())
     }

@@ -6,7 +6,6 @@ use zerocopy::byteorder::big_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::super::State;
-use super::super::counts::Counts;
 use super::super::header::{field, limit};
 use super::super::snapshot::{MAX_EXTRA, MAX_TABLE, MIN_ENTRY_LEN, RawSnapshot};
 use super::Check;
@@ -181,8 +180,7 @@ impl Check<'_> {
         let State {
             tables, refcounts, ..
         } = state;
-        let none = Counts::new(self.most, self.image.budget.clone());
-        refcounts.set_uses(std::mem::replace(&mut self.counts, none));
+        refcounts.set_uses(self.image.count_references()?);
         let clusters = (table.len() as u64).div_ceil(self.geometry.cluster_size());
         let offset = refcounts.allocate(tables, clusters, Some(Kind::SnapshotTable))?;
         self.file.write_at(&table, offset)?;

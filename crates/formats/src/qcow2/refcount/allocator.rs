@@ -119,7 +119,7 @@ impl Refcounts {
     /// are looked at if it can. Free clusters in which metadata lies are not passed over: who takes one meets the guard.
     fn run(&self, tables: &mut Tables, cluster: u64, most: u64) -> Result<(bool, u64)> {
         let (free, len) = self.uncounted_run(tables, cluster, most)?;
-        if !free || cluster >= self.end() {
+        if !free || cluster >= self.uses.known_end() {
             return Ok((free, len));
         }
         let bits = self.geometry.cluster_bits;

@@ -16,8 +16,8 @@ mod width;
 use diskimage_core::{ByteRange, Error, Event, Result};
 
 pub(super) use self::run::Change;
+pub(super) use self::uses::References;
 use self::uses::Uses;
-use super::counts::Counts;
 use super::header::{Geometry, Header, limit};
 use super::map::hex;
 use crate::tables::{Class, Table, Tables};
@@ -51,9 +51,9 @@ impl Refcounts {
         }
     }
 
-    /// From now on `counts` says how many references lead to each cluster that the file had when it was opened.
-    pub(super) fn set_uses(&mut self, counts: Counts) {
-        self.uses.set(counts);
+    /// From now on `references` says what leads to each cluster that the file had when it was opened.
+    pub(super) fn set_uses(&mut self, references: References) {
+        self.uses.set(references);
         // What was passed over may be free.
         self.first_free = 0;
     }

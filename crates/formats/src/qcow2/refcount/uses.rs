@@ -9,7 +9,19 @@
 //!             in the file when it was opened | allocated since: the refcounts are this program's own
 //! ```
 
+use std::collections::{BTreeSet, HashMap};
+
 use super::super::counts::Counts;
+
+/// How many references lead to each cluster of a file.
+#[derive(Debug)]
+pub(in super::super) struct References {
+    pub(in super::super) counts: Counts,
+    /// The L2 tables that more than one L1 entry leads to, by cluster, and how many more.
+    pub(in super::super) tables: HashMap<u64, u64>,
+    /// The clusters behind the end of the file that something refers to.
+    pub(in super::super) dangling: BTreeSet<u64>,
+}
 
 /// The references to the clusters that an image had when it was opened.
 #[derive(Debug)]
@@ -18,20 +30,34 @@ pub(super) struct Uses {
     end: u64,
     /// References to each of them, once they were counted.
     counted: Option<Counts>,
+    /// Clusters behind the end to which references of a damaged image lead.
+    dangling: BTreeSet<u64>,
 }
 
 impl Uses {
     /// Nothing counted yet in a file of `end` clusters.
     pub(super) fn new(end: u64) -> Self {
-        Self { end, counted: None }
+        Self {
+            end,
+            counted: None,
+            dangling: BTreeSet::new(),
+        }
     }
 
-    pub(super) fn set(&mut self, counts: Counts) {
-        self.counted = Some(counts);
+    pub(super) fn set(&mut self, references: References) {
+        self.counted = Some(references.counts);
+        self.dangling = references.dangling;
     }
 
     pub(super) fn is_counted(&self) -> bool {
         self.counted.is_some()
+    }
+
+    /// No cluster from here on was in the file when it was opened, nor does anything refer to one.
+    pub(super) fn known_end(&self) -> u64 {
+        self.dangling
+            .last()
+            .map_or(self.end, |last| self.end.max(last + 1))
     }
 
     /// No cluster from here on was in the file when it was opened.
@@ -47,7 +73,11 @@ impl Uses {
 
     /// Whether `cluster` must not be allocated though its refcount is zero.
     pub(super) fn keeps(&self, cluster: u64) -> bool {
-        cluster < self.end && self.of(cluster) != Some(0)
+        if cluster < self.end {
+            self.of(cluster) != Some(0)
+        } else {
+            self.dangling.contains(&cluster)
+        }
     }
 
     /// One more reference leads to `cluster`.
