@@ -218,6 +218,7 @@ impl Qcow2 {
         let upgrade = changes.version == Some(3);
         if upgrade {
             steps.report(done, 0, 2);
+            image.complete_snapshots()?;
             image.rewrite_header(3)?;
             steps.report(done, 1, 2);
             done += 1;

@@ -32,6 +32,7 @@ mod map;
 mod measure;
 mod options;
 mod protection;
+mod publish;
 mod refcount;
 mod resize;
 mod runtime;

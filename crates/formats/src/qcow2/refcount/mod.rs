@@ -8,6 +8,7 @@
 
 mod allocator;
 pub(super) mod block;
+mod copy;
 mod grow;
 mod run;
 mod uses;
@@ -73,7 +74,7 @@ impl Refcounts {
         self.uses.end()
     }
 
-    fn table(&self) -> Table {
+    pub(super) fn table(&self) -> Table {
         let len = self.table_clusters << self.geometry.cluster_bits;
         Table {
             class: Class::RefcountTable,
