@@ -15,6 +15,7 @@ use crate::testing::{Closed, contents};
 mod crash;
 mod encrypted;
 mod fault;
+mod full;
 mod repair;
 mod scenario;
 mod scenarios;

@@ -11,6 +11,7 @@ pub(super) mod block;
 mod copy;
 mod grow;
 mod run;
+mod shrink;
 mod uses;
 mod width;
 

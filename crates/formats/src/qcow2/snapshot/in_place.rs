@@ -31,7 +31,7 @@ impl Qcow2 {
         let table = match self.write_entries(state, there, Some(&entry)) {
             Ok(table) => table,
             Err(error) => {
-                self.take_back(state, copy);
+                state.take_back(copy);
                 return Err(error);
             }
         };
@@ -43,15 +43,6 @@ impl Qcow2 {
         self.publish_entries(state, table)?;
         self.release_entries(state, old, there)?;
         self.file.flush()
-    }
-
-    /// Gives back a new table that nothing refers to.
-    fn take_back(&self, state: &mut State, table: Table) {
-        state.tables.forget(table);
-        // What cannot be counted down leaks, which harms nothing.
-        let _ = state
-            .refcounts
-            .release(&mut state.tables, table.offset, table.len);
     }
 
     /// Makes the disk one of `size` bytes with the tables of a snapshot, whose L1 table is `kept`.
