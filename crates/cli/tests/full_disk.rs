@@ -105,3 +105,32 @@ fn a_target_that_was_there_stays_a_sound_image() {
     succeed(dir.path(), "convert -n -O qcow2 source.qcow2 target");
     succeed(dir.path(), "compare -q source.raw target");
 }
+
+#[test]
+fn snapshots_are_applied_and_deleted_without_room() {
+    let dir = sources();
+    let path = dir.path();
+    succeed(path, "convert -O qcow2 source.raw image");
+    succeed(path, "snapshot -c first image");
+    succeed(path, "bench -q -f qcow2 -w -c 16 -s 65536 --pattern=7 image");
+    succeed(path, "snapshot -c second image");
+    succeed(path, "bench -q -f qcow2 -w -c 32 -s 65536 --pattern=9 image");
+    let full = fs::metadata(path.join("image")).expect("there").len() / 512 * 512;
+    let said = fail(path, full, "snapshot -c third image");
+    assert_eq!(
+        said,
+        "qemu-img: Could not create snapshot 'third': File too large"
+    );
+    succeed(path, "check -q image");
+    for words in [
+        "snapshot -a first image",
+        "snapshot -d first image",
+        "snapshot -d second image",
+    ] {
+        let args: Vec<&str> = words.split(' ').collect();
+        let output = qemu_img(path, full, &args);
+        assert!(output.status.success(), "{words}: {output:?}");
+        succeed(path, "check -q image");
+        succeed(path, "compare -q source.raw image");
+    }
+}

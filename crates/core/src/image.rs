@@ -157,18 +157,19 @@ impl Image {
         self.forget_decoded();
         self.layer.check_resize(request)?;
         let old = self.len();
-        // What is cut off must not come back when the disk grows again.
-        let tail = ByteRange::new(
-            request.len,
-            align_up(request.len, self.layer.granularity()).min(old),
-        );
-        if !tail.is_empty() && !self.is_known_zero(tail)? {
-            self.write_zero_bytes(tail)?;
-        }
         if request.len > old {
+            self.clear_behind_end()?;
             self.detach_end()?;
         }
-        self.layer.resize(request, self.below_len())
+        self.layer.resize(request, self.below_len())?;
+        if request.len < old {
+            return match self.clear_behind_end() {
+                // It is cleared when the disk grows.
+                Err(error) if error.kind() == ErrorKind::NoSpace => Ok(()),
+                other => other,
+            };
+        }
+        Ok(())
     }
 
     /// Changes options that the image was created with. It has to be opened again afterwards.
@@ -179,6 +180,7 @@ impl Image {
         self.require_writable()?;
         self.forget_decoded();
         if request.options.size("size").is_some_and(|len| len > self.len()) {
+            self.clear_behind_end()?;
             self.detach_end()?;
         }
         self.layer.amend(request, self.below_len())
@@ -186,6 +188,40 @@ impl Image {
 
     fn below_len(&self) -> u64 {
         self.backing.as_ref().map_or(0, |below| below.len())
+    }
+
+    /// Makes zero what was cut off inside the unit that the disk ends in: it must not come back when the disk grows.
+    fn clear_behind_end(&self) -> Result<()> {
+        let Some(behind) = self.layer.behind_end() else {
+            return Ok(());
+        };
+        let len = usize::try_from(behind.len()).map_err(|_| Error::corrupt("Cluster too large"))?;
+        let mut bytes = vec![0; len];
+        self.read_own(behind, &mut bytes)?;
+        if is_zero(&bytes) {
+            return Ok(());
+        }
+        bytes.fill(0);
+        let write = PendingWrite {
+            image: self,
+            range: behind,
+            plan: self.layer.plan_write(behind)?,
+        };
+        write.finish(&bytes)
+    }
+
+    /// Reads what the layer itself has of `range`, which may lie behind the end of the disk.
+    fn read_own(&self, range: ByteRange, buf: &mut [u8]) -> Result<()> {
+        let (mut rest, mut buf) = (range, buf);
+        while !rest.is_empty() {
+            let run = self.layer.map(rest)?;
+            let len = usize::try_from(run.len.min(rest.len())).unwrap_or(buf.len());
+            let (head, tail) = buf.split_at_mut(len);
+            self.read_run(&run, rest.start(), head)?;
+            rest = rest.skip(run.len);
+            buf = tail;
+        }
+        Ok(())
     }
 
     /// Has the layer hold the unit that the disk ends in, if the rest of that unit would show the image below once the

@@ -180,6 +180,12 @@ pub trait Layer: Debug + Send + Sync {
     /// What the format cannot do, each in words of its own.
     fn resize(&self, request: &ResizeRequest, below: u64) -> Result<()>;
 
+    /// The bytes behind the end of the disk in the unit that it ends in, where those of a disk that became smaller stay.
+    /// They are mapped and written like the disk's own.
+    fn behind_end(&self) -> Option<ByteRange> {
+        None
+    }
+
     /// Changes options that the image was created with. Afterwards the layer refuses to write: the image has to be opened
     /// again. `below` is as for [`Layer::resize`].
     ///

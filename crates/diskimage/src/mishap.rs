@@ -1,8 +1,8 @@
 //! Crashes and failing requests in the middle of whole commands, on images in memory.
 //!
 //! A command is what the program does from opening the files to closing them. It is run once to see how things look
-//! before and after. Then it is cut short at every moment, as a power failure does to all files at once, and every
-//! request to every file fails in turn. Each time
+//! before and after. Then it is cut short at every moment, as a power failure does to all files at once, every request
+//! to every file fails in turn, and each file in turn cannot grow beyond some length, as on a full disk. Each time
 //!
 //! * all images open, and a check finds leaked clusters at worst, which can be mended;
 //! * every disk, snapshot and bitmap is as before or as after (`judge`);
@@ -15,6 +15,7 @@ mod commit;
 mod crash;
 mod disks;
 mod fault;
+mod full;
 mod judge;
 mod rebase;
 mod resize;
@@ -118,14 +119,15 @@ impl Command {
 
 /// Tries all crashes and all faults on some commands, and says how many there were.
 fn try_all(name: &str, commands: &[Command], least: (usize, usize)) {
-    let (mut crashes, mut faults, mut complaints) = (0, 0, Vec::new());
+    let (mut crashes, mut faults, mut full, mut complaints) = (0, 0, 0, Vec::new());
     for command in commands {
         let expected = command.expected();
         crashes += crash::everywhere(command, &expected, &mut complaints);
         faults += fault::everywhere(command, &expected, &mut complaints);
+        full += full::everywhere(command, &expected, &mut complaints);
     }
     println!(
-        "{name}: {} commands, {crashes} crashes, {faults} faults",
+        "{name}: {} commands, {crashes} crashes, {faults} faults, {full} full disks",
         commands.len()
     );
     let all = complaints.len();

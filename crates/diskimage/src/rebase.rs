@@ -192,7 +192,8 @@ impl Worker<'_> {
         let _turn = cursor.wait(segment.number)?;
         for index in 0..self.parts.len() {
             let (part, zero) = self.parts[index];
-            self.write(part, zero, segment.range.start())?;
+            self.write(part, zero, segment.range.start())
+                .context(|| "Error while writing to COW image")?;
         }
         Ok(end)
     }

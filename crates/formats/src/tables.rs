@@ -40,7 +40,7 @@ impl Class {
     }
 
     /// What is told to the device before a part of such a table is written.
-    fn update_event(self) -> Event {
+    pub(crate) fn update_event(self) -> Event {
         match self {
             Self::RefcountBlock => Event::REFBLOCK_UPDATE,
             Self::RefcountTable => Event::REFTABLE_UPDATE,
@@ -263,10 +263,16 @@ impl Tables {
     /// Writes all changes and forgets everything: tables are about to be changed in the file itself.
     pub(crate) fn clear(&mut self) -> Result<()> {
         self.write_back()?;
+        self.discard_changes();
+        Ok(())
+    }
+
+    /// Forgets everything, changes included: the file has what counts.
+    pub(crate) fn discard_changes(&mut self) {
         self.windows.clear();
         self.clock.clear();
         self.bytes = 0;
-        Ok(())
+        self.dirty = [0; CLASSES.len()];
     }
 
     /// Makes durable what has been written.

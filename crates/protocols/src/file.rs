@@ -243,6 +243,14 @@ impl File {
         self.holes.forget();
     }
 
+    /// Notes what has become of a change that reaches to `end`. After a failure part of it may be there.
+    pub(crate) fn note_outcome(&self, outcome: &Result<()>, end: u64) {
+        self.note_change(match outcome {
+            Ok(()) => end,
+            Err(_) => self.file.metadata().map_or(0, |metadata| metadata.len()),
+        });
+    }
+
     pub(crate) fn fallocate(&self, flags: FallocateFlags, range: ByteRange) -> rustix::io::Result<()> {
         loop {
             match rustix::fs::fallocate(&self.file, flags, range.start(), range.len()) {
@@ -300,8 +308,7 @@ impl Device for File {
         } else {
             self.write_out(buf, offset)
         };
-        // After a failure part of it may be there.
-        self.note_change(if outcome.is_ok() { end } else { 0 });
+        self.note_outcome(&outcome, end);
         outcome
     }
 

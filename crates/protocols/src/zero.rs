@@ -24,7 +24,7 @@ impl File {
             Kind::Block => self.zero_block(range, mode),
             Kind::Character => self.fall_back(range, mode),
         };
-        self.note_change(if outcome.is_ok() { range.end() } else { 0 });
+        self.note_outcome(&outcome, range.end());
         outcome
     }
 

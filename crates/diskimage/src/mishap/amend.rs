@@ -87,7 +87,7 @@ fn an_amended_disk_stays_as_it_is() {
     let resized = [
         command("larger", "cluster_size=512", "size=160k"),
         Command::new("larger above another", end_inside_a_cluster, amend("size=160k")),
-        command("smaller", "cluster_size=512", "size=24k").gradual(),
+        command("smaller", "cluster_size=512", "size=24k"),
         command(
             "everything",
             "cluster_size=512,compat=0.10",

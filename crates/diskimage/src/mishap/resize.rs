@@ -98,10 +98,10 @@ fn a_disk_has_the_old_size_or_the_new_one() {
             resize(large, Preallocation::Metadata),
         ),
         Command::new("grow raw", raw(), resize(large, off)),
-        Command::new("shrink", files(plain), resize(30 * KIB, off)).gradual(),
-        Command::new("shrink small clusters", files(small), resize(512, off)).gradual(),
-        Command::new("shrink above another", above(backed), resize(30 * KIB, off)).gradual(),
-        Command::new("shrink above a snapshot", snapshot, resize(30 * KIB, off)).gradual(),
+        Command::new("shrink", files(plain), resize(30 * KIB, off)),
+        Command::new("shrink small clusters", files(small), resize(512, off)),
+        Command::new("shrink above another", above(backed), resize(30 * KIB, off)),
+        Command::new("shrink above a snapshot", snapshot, resize(30 * KIB, off)),
         Command::new("shrink raw", raw(), resize(30 * KIB, off)),
     ];
     try_all("resize", &commands, (700, 900));

@@ -218,7 +218,10 @@ impl Qcow2 {
         let upgrade = changes.version == Some(3);
         if upgrade {
             steps.report(done, 0, 2);
-            image.rewrite_header(3)?;
+            image.complete_snapshots()?;
+            image
+                .rewrite_header(3)
+                .context(|| "Failed to update the image header")?;
             steps.report(done, 1, 2);
             done += 1;
             steps.report(done, 0, 2);
@@ -304,7 +307,13 @@ impl Qcow2 {
             tables, refcounts, ..
         } = &mut *state;
         tables.clear()?;
-        let new = refcounts.rewrite(tables, &*self.file, order, report)?;
+        let len = self.file.len();
+        let rewritten = refcounts.rewrite(tables, &*self.file, order, report);
+        if rewritten.is_err() {
+            // Nothing leads there. What cannot be cut off is not in use.
+            let _ = self.file.resize(len, Preallocation::Off);
+        }
+        let new = rewritten?;
         self.patch_header(|head| {
             head[WIDTH_AT..WIDTH_AT + 4].copy_from_slice(&order.to_be_bytes());
             let at = TABLE_AT;

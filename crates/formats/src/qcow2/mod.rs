@@ -32,6 +32,7 @@ mod map;
 mod measure;
 mod options;
 mod protection;
+mod publish;
 mod refcount;
 mod resize;
 mod runtime;
@@ -202,6 +203,16 @@ impl State {
             appended: 0,
             bitmaps: bitmap::Tracker::new(header),
         }
+    }
+}
+
+impl State {
+    /// Gives back a new table that nothing refers to.
+    fn take_back(&mut self, table: Table) {
+        self.tables.forget(table);
+        // What cannot be counted down leaks, which harms nothing.
+        let released = self.refcounts.release(&mut self.tables, table.offset, table.len);
+        let _ = released.and_then(|()| self.tables.write_back());
     }
 }
 
@@ -454,6 +465,10 @@ impl Layer for Qcow2 {
 
     fn resize(&self, request: &ResizeRequest, below: u64) -> Result<()> {
         self.change_size(request, below)
+    }
+
+    fn behind_end(&self) -> Option<ByteRange> {
+        Some(self.bytes_behind_end()).filter(|range| !range.is_empty())
     }
 
     fn is_zero_when_new(&self) -> bool {

@@ -4,7 +4,9 @@ use std::ops::Range;
 use std::sync::PoisonError;
 
 use diskimage_core::errno;
-use diskimage_core::{ByteRange, Error, ErrorKind, Event, Preallocation, ResizeRequest, Result, ZeroMode};
+use diskimage_core::{
+    ByteRange, Error, ErrorKind, Event, Preallocation, ResizeRequest, Result, ResultExt, RunKind, ZeroMode,
+};
 use zerocopy::IntoBytes;
 use zerocopy::byteorder::big_endian::{U32, U64};
 
@@ -15,6 +17,12 @@ use crate::metadata_guard::Kind;
 use crate::tables::{Class, Table};
 
 impl Qcow2 {
+    /// The bytes behind the end of the disk in the cluster that it ends in.
+    pub(super) fn bytes_behind_end(&self) -> ByteRange {
+        let len = self.lock().size;
+        ByteRange::new(len, len.next_multiple_of(self.header.geometry.cluster_size()))
+    }
+
     /// Refuses what cannot be done, before anything has changed.
     pub(super) fn check_size(&self, request: &ResizeRequest) -> Result<()> {
         if !request.len.is_multiple_of(512) {
@@ -53,10 +61,29 @@ impl Qcow2 {
         if entries * 8 > limit::L1_BYTES || i64::try_from(request.len).is_err() {
             return Err(Error::from_errno(errno::EFBIG).context("Failed to grow the L1 table"));
         }
-        let mut state = self.lock();
-        let old = state.size;
-        self.grow_l1(&mut state, entries)?;
-        drop(state);
+        let old = self.lock().size;
+        // What is there was left by a crash while the disk shrank.
+        self.give_up_beyond(old, self.reach())?;
+        self.grow_l1(&mut self.lock(), entries)
+            .context(|| "Failed to grow the L1 table")?;
+        let data_len = self.data.len();
+        let added = self.add_storage(request, old, below);
+        if added.is_err() {
+            self.take_back_storage(old, data_len);
+        }
+        added?;
+        self.set_size(request.len)
+            .context(|| "Failed to update the image size")
+    }
+
+    /// Where the disk would end that the L1 table has room for.
+    fn reach(&self) -> u64 {
+        self.lock().l1.len / 8 * self.header.geometry.l2_coverage()
+    }
+
+    /// Sets aside what is asked for behind a disk of `old` bytes, and hides what is below there, before the disk has it.
+    fn add_storage(&self, request: &ResizeRequest, old: u64, below: u64) -> Result<()> {
+        let geometry = self.header.geometry;
         if self.has_data_file() {
             let mode = match request.preallocation {
                 Preallocation::Metadata => Preallocation::Off,
@@ -72,12 +99,23 @@ impl Qcow2 {
             };
             // The rest of a cluster that the disk ended in shares it with what was there before.
             let start = old.next_multiple_of(geometry.cluster_size());
-            self.preallocate(ByteRange::new(start, request.len), mode)?;
+            self.preallocate(ByteRange::new(start, request.len), mode)
+                .context(|| preallocating(mode))?;
         }
         if old < below {
             self.hide_below(old, request, below)?;
         }
-        self.set_size(request.len)
+        Ok(())
+    }
+
+    /// After a failure, gives up what was set aside behind a disk of `old` bytes, whose data file had `data_len` bytes.
+    fn take_back_storage(&self, old: u64, data_len: u64) {
+        // The failure itself is what is told. What stays is given up when the disk grows.
+        let taken = self.giving_back_storage(|| self.give_up_beyond(old, self.reach()));
+        let _ = match self.has_data_file() {
+            true => taken.and_then(|()| self.data.resize(data_len, Preallocation::Off)),
+            false => taken.and_then(|()| self.cut_file()),
+        };
     }
 
     /// Makes what is added to a disk of `old` bytes zero where it would show the image below, before the disk has it.
@@ -124,6 +162,7 @@ impl Qcow2 {
         if entries * 8 <= old.len {
             return Ok(());
         }
+        let count = u32::try_from(entries).map_err(|_| Error::invalid("Active L1 table too large"))?;
         let clusters = (entries * 8).div_ceil(self.header.geometry.cluster_size());
         let offset = self.allocate(state, clusters, Some(Kind::ActiveL1))?;
         let table = Table {
@@ -131,18 +170,11 @@ impl Qcow2 {
             offset,
             len: entries * 8,
         };
-        state.tables.fresh(table)?;
-        for at in (0..old.len).step_by(8) {
-            let entry = state.tables.number(old, at)?;
-            if entry != 0 {
-                state.tables.set_number(table, at, entry)?;
-            }
+        if let Err(error) = self.write_grown_l1(state, old, table) {
+            state.take_back(table);
+            return Err(error);
         }
-        self.file.event(Event::L1_GROW_WRITE_TABLE);
-        state.tables.write_back()?;
-        state.tables.sync()?;
         let mut location = [0; 12];
-        let count = u32::try_from(entries).map_err(|_| Error::invalid("Active L1 table too large"))?;
         location[..4].copy_from_slice(U32::new(count).as_bytes());
         location[4..].copy_from_slice(U64::new(offset).as_bytes());
         self.file.event(Event::L1_GROW_ACTIVATE_TABLE);
@@ -157,8 +189,23 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// Makes the disk smaller: clusters and tables beyond the new end are given up, and the file is cut behind the last
-    /// cluster in use.
+    /// Writes the L1 table `table`, which begins as `old`.
+    fn write_grown_l1(&self, state: &mut State, old: Table, table: Table) -> Result<()> {
+        state.tables.fresh(table)?;
+        for at in (0..old.len).step_by(8) {
+            let entry = state.tables.number(old, at)?;
+            if entry != 0 {
+                state.tables.set_number(table, at, entry)?;
+            }
+        }
+        self.file.event(Event::L1_GROW_WRITE_TABLE);
+        state.tables.write_back()?;
+        state.tables.sync()
+    }
+
+    /// Makes the disk smaller, then gives up clusters and tables beyond the new end, and cuts the file behind the last
+    /// cluster in use. After a crash in between, the disk has the new size, and what is beyond its end is given up when it
+    /// grows.
     fn shrink_to(&self, request: &ResizeRequest) -> Result<()> {
         if request.preallocation != Preallocation::Off {
             return Err(Error::invalid(
@@ -167,20 +214,49 @@ impl Qcow2 {
         }
         let geometry = self.header.geometry;
         let old = self.lock().size;
-        // What is cut off is given back to the file system, not only to the image.
-        self.lock().punch = true;
-        let beyond = ByteRange::new(request.len.next_multiple_of(geometry.cluster_size()), old);
-        if !beyond.is_empty() {
-            self.replace_entries(beyond, |_| Some(L2Entry::UNALLOCATED))?;
-        }
-        self.file.event(Event::L1_SHRINK_WRITE_TABLE);
-        self.give_up_l2_tables(geometry.l1_entries(request.len)..geometry.l1_entries(old))?;
-        self.set_size(request.len)?;
+        // Nothing of what is cut off is given up while a crash would bring the old size back.
+        self.set_size(request.len)
+            .context(|| "Failed to update the image size")?;
+        self.giving_back_storage(|| {
+            self.give_up_beyond(request.len, old)
+                .context(|| "Failed to discard cropped clusters")?;
+            self.file.event(Event::L1_SHRINK_WRITE_TABLE);
+            self.give_up_l2_tables(geometry.l1_entries(request.len)..geometry.l1_entries(old))
+                .context(|| "Failed to reduce the number of L2 tables")
+        })?;
         if self.has_data_file() {
             self.data.resize(self.data_end(request.len), Preallocation::Off)?;
         }
-        self.lock().punch = false;
         self.cut_file()
+    }
+
+    /// Gives up the clusters behind the one that a disk of `len` bytes ends in, up to `end`.
+    fn give_up_beyond(&self, len: u64, end: u64) -> Result<()> {
+        let start = len.next_multiple_of(self.header.geometry.cluster_size());
+        let beyond = ByteRange::new(start, end.max(start));
+        if beyond.is_empty() || self.is_unallocated(beyond)? {
+            return Ok(());
+        }
+        self.replace_entries(beyond, |_| Some(L2Entry::UNALLOCATED))
+    }
+
+    fn is_unallocated(&self, range: ByteRange) -> Result<bool> {
+        let mut state = self.lock();
+        let State { tables, l1, .. } = &mut *state;
+        let run = self.map_in(tables, *l1, range)?;
+        Ok(run.len == range.len() && matches!(run.kind, RunKind::Unallocated { host: None }))
+    }
+
+    /// Does what gives up clusters, and gives their storage back to the file system once nothing durable refers to them.
+    fn giving_back_storage(&self, work: impl FnOnce() -> Result<()>) -> Result<()> {
+        self.lock().punch = true;
+        let outcome = work().and_then(|()| {
+            let mut state = self.lock();
+            self.write_back(&mut state)?;
+            state.tables.sync()
+        });
+        self.lock().punch = false;
+        outcome
     }
 
     /// Where the data file of a disk of `len` bytes is cut. Zeroes behind the end of an encrypted disk have been encrypted:
@@ -215,28 +291,31 @@ impl Qcow2 {
         self.file.event(Event::EMPTY_IMAGE_PREPARE);
         let geometry = self.header.geometry;
         let size = self.lock().size;
-        self.lock().punch = true;
-        if size > 0 {
-            self.replace_entries(ByteRange::new(0, size), |_| Some(L2Entry::UNALLOCATED))?;
-        }
-        self.give_up_l2_tables(0..geometry.l1_entries(size))?;
-        let mut state = self.lock();
-        self.write_back(&mut state)?;
-        state.tables.sync()?;
-        state.punch = false;
-        drop(state);
+        self.giving_back_storage(|| {
+            if size > 0 {
+                self.replace_entries(ByteRange::new(0, size), |_| Some(L2Entry::UNALLOCATED))?;
+            }
+            self.give_up_l2_tables(0..geometry.l1_entries(size))
+        })?;
         self.cut_file()
     }
 
-    /// Cuts the file behind the last cluster that is in use.
+    /// Gives up refcount blocks that count nothing any more, and cuts the file behind the last cluster that is in use.
     fn cut_file(&self) -> Result<()> {
         let mut state = self.lock();
         let bits = self.header.geometry.cluster_bits;
         let State {
             tables, refcounts, ..
         } = &mut *state;
+        refcounts
+            .drop_empty_blocks(tables)
+            .context(|| "Failed to discard unused refblocks")?;
         let mut end = self.file.len().div_ceil(1 << bits);
-        while end > 0 && refcounts.count(tables, end - 1)? == 0 {
+        // In a damaged image a count of zero need not be true.
+        while end > 0
+            && refcounts.count(tables, end - 1)? == 0
+            && refcounts.uses_of(end - 1).is_none_or(|uses| uses == 0)
+        {
             end -= 1;
         }
         if end << bits < self.file.len() {
@@ -244,6 +323,15 @@ impl Qcow2 {
         } else {
             Ok(())
         }
+    }
+}
+
+/// What fails while storage is set aside.
+fn preallocating(mode: Preallocation) -> &'static str {
+    match mode {
+        Preallocation::Off | Preallocation::Metadata => "Allocating clusters failed",
+        Preallocation::Falloc => "Failed to resize underlying file: Could not preallocate new data",
+        Preallocation::Full => "Failed to resize underlying file: Could not write zeros for preallocation",
     }
 }
 

@@ -7,6 +7,7 @@
 //! ```
 
 mod change;
+mod in_place;
 
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Condvar, Mutex, OnceLock};
@@ -51,6 +52,12 @@ const _: () = assert!(size_of::<RawSnapshot>() as u64 == MIN_ENTRY_LEN);
 
 /// Bytes of extra data that are read; more is refused, as by the original.
 pub(super) const MAX_EXTRA: u64 = 1024;
+/// Extra data that version 3 demands: 64 bits of machine state size, disk size.
+pub(super) const V3_EXTRA: u64 = 16;
+/// Extra data as it is written: those and the instruction count.
+pub(super) const KNOWN_EXTRA: usize = 24;
+/// An instruction count that is not known.
+const NO_ICOUNT: u64 = u64::MAX;
 /// Bytes of the whole table.
 pub(super) const MAX_TABLE: u64 = 64 << 20;
 
@@ -62,6 +69,8 @@ pub(super) struct Snapshot {
     pub(super) l1_size: u32,
     /// Where its entry starts and how long it is without padding.
     pub(super) entry: (u64, u64),
+    /// Bytes of its extra data.
+    extra_len: u64,
 }
 
 /// Where the table of an open image is.
@@ -131,7 +140,7 @@ impl Qcow2 {
             date_sec: raw.date_sec.get(),
             date_nsec: raw.date_nsec.get(),
             vm_clock_nsec: raw.vm_clock_nsec.get(),
-            icount: word(2).filter(|icount| *icount != u64::MAX),
+            icount: word(2).filter(|icount| *icount != NO_ICOUNT),
             disk_size: word(1).unwrap_or(self.header.size),
         };
         Ok(Snapshot {
@@ -139,6 +148,7 @@ impl Qcow2 {
             l1_table_offset: raw.l1_table_offset.get(),
             l1_size: raw.l1_size.get(),
             entry: (at, MIN_ENTRY_LEN + rest.len() as u64),
+            extra_len,
         })
     }
 
@@ -211,8 +221,23 @@ impl Qcow2 {
     }
 }
 
-fn index_of(value: u64) -> usize {
+pub(super) fn index_of(value: u64) -> usize {
     usize::try_from(value).unwrap_or(usize::MAX)
+}
+
+/// The extra data of an entry as it is written anew: what this version of the format demands, and what was known already,
+/// the data of other programs included. `disk_size` is the disk's.
+pub(super) fn completed(raw: &RawSnapshot, mut extra: Vec<u8>, disk_size: u64) -> Vec<u8> {
+    if extra.len() < KNOWN_EXTRA {
+        // Part of a number says nothing.
+        let whole = extra.len() / 8;
+        extra.truncate(whole * 8);
+        let defaults = [u64::from(raw.vm_state_size.get()), disk_size, NO_ICOUNT];
+        for value in &defaults[whole..] {
+            extra.extend_from_slice(&value.to_be_bytes());
+        }
+    }
+    extra
 }
 
 fn unreadable(error: Error) -> Error {

@@ -16,6 +16,7 @@ mod crash;
 mod damage;
 mod encrypted;
 mod fault;
+mod full;
 mod repair;
 mod scenario;
 mod scenarios;

@@ -7,11 +7,13 @@
 //! L2 tables are streamed past the windows of `tables`, one at a time, and the clusters found are counted up or down in
 //! sorted batches: each refcount block is touched a few times and not once for every cluster.
 
-use diskimage_core::{ByteRange, Error, Result};
+use diskimage_core::{ByteRange, Device, Error, Result};
 
 use super::entry::{COPIED, Cluster, L2Entry, OFFSET_MASK};
 use super::refcount::Change;
+use super::snapshot::index_of;
 use super::{Qcow2, State};
+use crate::metadata_guard::Kind;
 use crate::tables::{Class, Table};
 
 /// Runs of clusters that are collected before they are counted; 4 MiB of memory.
@@ -48,12 +50,32 @@ impl Batch {
     }
 }
 
+/// Where tables whose flags change are written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Rewrite {
+    /// Over what they are.
+    InPlace,
+    /// To new clusters, and the L1 table to this place: what is in use stays as it is.
+    To(Table),
+}
+
+impl Rewrite {
+    /// Where the L1 table `l1` is written.
+    fn l1(self, l1: Table) -> Table {
+        match self {
+            Self::InPlace => l1,
+            Self::To(table) => table,
+        }
+    }
+}
+
 impl Qcow2 {
     /// Checks that everything below `l1` can be counted `change`, before anything is.
     ///
     /// # Errors
     /// Damage, and counts that are at their limit.
     pub(super) fn check_tree(&self, state: &mut State, l1: Table, change: Change) -> Result<()> {
+        let bits = self.header.geometry.cluster_bits;
         let mut batch = Batch::default();
         let check = |state: &mut State, batch: &mut Batch| {
             batch.take_sorted().into_iter().try_for_each(|(first, count)| {
@@ -63,59 +85,106 @@ impl Qcow2 {
                 refcounts.check_run(tables, first, count, change)
             })
         };
-        self.visit_tables(state, l1, |state, offset, table| {
-            self.collect(offset, table, &mut batch)?;
+        self.visit_tables(state, &*self.file, l1, l1, |state, entry, table| {
+            batch.add((entry & OFFSET_MASK) >> bits, 1);
+            self.collect(table, &mut batch)?;
             if batch.is_full() {
                 check(state, &mut batch)?;
             }
-            Ok(false)
+            Ok(entry)
         })?;
         check(state, &mut batch)
     }
 
-    /// Counts everything below `l1` once more, and says in it and its L2 tables that none of it may be written in place.
+    /// Counts everything below `l1` once more, and says in its entries and its L2 tables that none of it may be written in
+    /// place. `users` trees refer to L2 tables that move.
     ///
-    /// The flags are durable before the counts: a writer that finds one without the other copies needlessly.
-    pub(super) fn share_tree(&self, state: &mut State, l1: Table) -> Result<()> {
-        self.visit_l1(state, l1, |_, _, entry| Ok(entry & !COPIED))?;
+    /// In place, the flags are durable before the counts: a writer that finds one without the other copies needlessly.
+    pub(super) fn share_tree(
+        &self,
+        state: &mut State,
+        l1: Table,
+        rewrite: Rewrite,
+        users: u64,
+    ) -> Result<()> {
+        if rewrite == Rewrite::InPlace {
+            self.visit_l1(state, &*self.file, l1, l1, |_, _, entry| Ok(entry & !COPIED))?;
+        }
+        let bits = self.header.geometry.cluster_bits;
         let mut batch = Batch::default();
         let raise = |state: &mut State, batch: &mut Batch| {
             self.file.flush()?;
             self.count_batch(state, batch, Change::Up)
         };
-        self.visit_tables(state, l1, |state, offset, table| {
-            self.collect(offset, table, &mut batch)?;
+        self.visit_tables(state, &*self.file, l1, rewrite.l1(l1), |state, entry, table| {
+            let old = entry & OFFSET_MASK;
             let changed = self.mark_entries(table, |_| Ok(false))?;
-            if batch.is_full() {
-                if changed {
-                    self.write_table(state, Class::L2, offset, table)?;
-                }
-                raise(state, &mut batch)?;
-                return Ok(false);
+            let new = self.rewrite_l2(state, rewrite, old, table, changed)?;
+            self.collect(table, &mut batch)?;
+            let mut entry = entry & !(OFFSET_MASK | COPIED) | new;
+            match new == old {
+                true => batch.add(old >> bits, 1),
+                // Allocated, so counted once.
+                false if users == 1 => entry |= COPIED,
+                false => (1..users).for_each(|_| batch.add(new >> bits, 1)),
             }
-            Ok(changed)
+            if batch.is_full() {
+                raise(state, &mut batch)?;
+            }
+            Ok(entry)
         })?;
         raise(state, &mut batch)
     }
 
-    /// Counts everything below `l1`, which nothing refers to any more, and the table itself once less. What is free
-    /// then is given back to the file system.
-    pub(super) fn release_tree(&self, state: &mut State, l1: Table) -> Result<()> {
+    /// Counts everything below an L1 table, which nothing refers to any more, once less. The table is read from `l1` of
+    /// `source`. What is free then is given back to the file system.
+    pub(super) fn release_tree(&self, state: &mut State, source: &dyn Device, l1: Table) -> Result<()> {
         let bits = self.header.geometry.cluster_bits;
         let mut batch = Batch::default();
-        self.visit_tables(state, l1, |state, offset, table| {
-            self.collect(offset, table, &mut batch)?;
+        self.visit_tables(state, source, l1, l1, |state, entry, table| {
+            batch.add((entry & OFFSET_MASK) >> bits, 1);
+            self.collect(table, &mut batch)?;
             if batch.is_full() {
                 self.count_batch(state, &mut batch, Change::Down)?;
             }
-            Ok(false)
+            Ok(entry)
         })?;
+        self.count_batch(state, &mut batch, Change::Down)
+    }
+
+    /// Counts the clusters of the table `l1` itself once less.
+    pub(super) fn release_table(&self, state: &mut State, l1: Table) -> Result<()> {
+        let bits = self.header.geometry.cluster_bits;
+        let mut batch = Batch::default();
         batch.add(l1.offset >> bits, l1.len.div_ceil(1 << bits));
         self.count_batch(state, &mut batch, Change::Down)
     }
 
-    /// Has the COPIED flags of the active tables say which clusters are used once. The counts are durable.
-    pub(super) fn refresh_copied(&self, state: &mut State) -> Result<()> {
+    /// Counts the L2 tables of the L1 table `old` that stand no longer in `new`, and `old` itself, once less.
+    pub(super) fn release_replaced(&self, state: &mut State, old: Table, new: Table) -> Result<()> {
+        let bits = self.header.geometry.cluster_bits;
+        let mut batch = Batch::default();
+        let mut chunk = Vec::new();
+        self.visit_l1(state, &*self.file, old, old, |_, index, entry| {
+            let (first, at) = (index * 8 - index * 8 % L1_CHUNK, index_of(index * 8 % L1_CHUNK));
+            if at == 0 {
+                chunk = vec![0; index_of(L1_CHUNK.min(new.len.saturating_sub(first)))];
+                self.file.read_padded(&mut chunk, new.offset + first)?;
+            }
+            let now = chunk.get(at..).and_then(<[u8]>::first_chunk);
+            let now = now.map_or(0, |word| u64::from_be_bytes(*word) & OFFSET_MASK);
+            if entry & OFFSET_MASK != now && entry & OFFSET_MASK != 0 {
+                batch.add((entry & OFFSET_MASK) >> bits, 1);
+            }
+            Ok(entry)
+        })?;
+        batch.add(old.offset >> bits, old.len.div_ceil(1 << bits));
+        self.count_batch(state, &mut batch, Change::Down)
+    }
+
+    /// Has the COPIED flags of the active tables say which clusters are used once. The counts are durable, or published
+    /// together with the tables.
+    pub(super) fn refresh_copied(&self, state: &mut State, rewrite: Rewrite) -> Result<()> {
         let bits = self.header.geometry.cluster_bits;
         let l1 = state.l1;
         state.tables.clear()?;
@@ -126,59 +195,89 @@ impl Qcow2 {
             } = &mut *state;
             refcounts.count(tables, offset >> bits).map(|count| count == 1)
         };
-        self.visit_tables(state, l1, |state, _, table| {
-            self.mark_entries(table, |offset| once(state, offset))
-        })?;
-        self.file.flush()?;
-        self.visit_l1(state, l1, |state, _, entry| {
-            Ok(match entry & OFFSET_MASK {
-                0 => entry,
-                offset if once(state, offset)? => entry | COPIED,
-                _ => entry & !COPIED,
-            })
+        self.visit_tables(state, &*self.file, l1, rewrite.l1(l1), |state, entry, table| {
+            let old = entry & OFFSET_MASK;
+            let changed = self.mark_entries(table, |offset| once(state, offset))?;
+            let new = self.rewrite_l2(state, rewrite, old, table, changed)?;
+            let flag = if once(state, new)? { COPIED } else { 0 };
+            Ok(entry & !(OFFSET_MASK | COPIED) | new | flag)
         })?;
         // The windows of the tables that were changed in the file.
         state.tables.clear()
     }
 
-    /// Replaces the entries of `l1` by what `change` makes of each index and entry, directly in the file.
-    pub(super) fn visit_l1(
+    /// Writes the L2 table that was read at `offset` if it `changed`; where it is then.
+    fn rewrite_l2(
         &self,
         state: &mut State,
-        l1: Table,
+        rewrite: Rewrite,
+        offset: u64,
+        table: &[u8],
+        changed: bool,
+    ) -> Result<u64> {
+        let place = match rewrite {
+            _ if !changed => return Ok(offset),
+            Rewrite::InPlace => offset,
+            Rewrite::To(_) => {
+                let kind = Some(Kind::ActiveL2);
+                state.refcounts.allocate(&mut state.tables, 1, kind)?
+            }
+        };
+        self.write_table(state, Class::L2, place, table)?;
+        Ok(place)
+    }
+
+    /// Writes a table, or a part of one, past the windows of `tables`.
+    pub(super) fn write_table(&self, state: &State, class: Class, offset: u64, bytes: &[u8]) -> Result<()> {
+        let range = ByteRange::at(offset, bytes.len() as u64);
+        state.tables.admit(range, class.kinds())?;
+        self.file.event(class.update_event());
+        self.file.write_at(bytes, offset)
+    }
+
+    /// Writes to the table `to` what `change` makes of each index and entry of the L1 table `from`, which is read from
+    /// `source`. Where both are the same, only what has changed is written.
+    fn visit_l1(
+        &self,
+        state: &mut State,
+        source: &dyn Device,
+        from: Table,
+        to: Table,
         mut change: impl FnMut(&mut State, u64, u64) -> Result<u64>,
     ) -> Result<()> {
         let mut done = 0;
-        while done < l1.len {
-            let len = (l1.len - done).min(L1_CHUNK);
-            let mut chunk = vec![0; usize::try_from(len).unwrap_or(0)];
-            self.file.read_padded(&mut chunk, l1.offset + done)?;
-            let mut changed = false;
+        while done < from.len {
+            let len = (from.len - done).min(L1_CHUNK);
+            let mut chunk = vec![0; index_of(len)];
+            source.read_padded(&mut chunk, from.offset + done)?;
+            let mut changed = from != to;
             for (index, word) in (done / 8..).zip(chunk.as_chunks_mut::<8>().0) {
                 let new = change(state, index, u64::from_be_bytes(*word))?.to_be_bytes();
                 changed |= new != *word;
                 *word = new;
             }
             if changed {
-                self.write_table(state, Class::L1, l1.offset + done, &chunk)?;
+                self.write_table(state, Class::L1, to.offset + done, &chunk)?;
             }
             done += len;
         }
         Ok(())
     }
 
-    /// Hands the offset and bytes of each L2 table of `l1` to `visit`, and writes those back that it has changed.
+    /// Hands the L1 entry and the bytes of each L2 table of `from` to `visit`, whose answer becomes the entry in `to`.
     fn visit_tables(
         &self,
         state: &mut State,
-        l1: Table,
-        mut visit: impl FnMut(&mut State, u64, &mut [u8]) -> Result<bool>,
+        source: &dyn Device,
+        from: Table,
+        to: Table,
+        mut visit: impl FnMut(&mut State, u64, &mut [u8]) -> Result<u64>,
     ) -> Result<()> {
         let size = self.header.geometry.cluster_size();
-        let mut table = vec![0; usize::try_from(size).unwrap_or(0)];
+        let mut table = vec![0; index_of(size)];
         // Each table is a cluster of its own: a damaged image cannot keep this busy for longer than its length allows.
         let mut left = self.file.len().div_ceil(size);
-        self.visit_l1(state, l1, |state, index, entry| {
+        self.visit_l1(state, source, from, to, |state, index, entry| {
             let Some(l2) = self.l2_at(entry & OFFSET_MASK, index)? else {
                 return Ok(entry);
             };
@@ -186,25 +285,14 @@ impl Qcow2 {
                 .checked_sub(1)
                 .ok_or_else(|| Error::corrupt("L1 table has more entries than the file has clusters"))?;
             self.file.read_padded(&mut table, l2.offset)?;
-            if visit(state, l2.offset, &mut table)? {
-                self.write_table(state, Class::L2, l2.offset, &table)?;
-            }
-            Ok(entry)
+            visit(state, entry, &mut table)
         })
     }
 
-    /// Writes a table, or a part of one, past the windows of `tables`.
-    fn write_table(&self, state: &State, class: Class, offset: u64, bytes: &[u8]) -> Result<()> {
-        let range = ByteRange::at(offset, bytes.len() as u64);
-        state.tables.admit(range, class.kinds())?;
-        self.file.write_at(bytes, offset)
-    }
-
-    /// Adds the L2 table `table` at `offset` and the clusters that it refers to.
-    fn collect(&self, offset: u64, table: &[u8], batch: &mut Batch) -> Result<()> {
+    /// Adds the clusters that the L2 table `table` refers to.
+    fn collect(&self, table: &[u8], batch: &mut Batch) -> Result<()> {
         let geometry = self.header.geometry;
         let bits = geometry.cluster_bits;
-        batch.add(offset >> bits, 1);
         if self.has_data_file() {
             return Ok(());
         }
@@ -256,7 +344,7 @@ impl Qcow2 {
         Ok(changed)
     }
 
-    /// Counts the clusters of `batch` and makes that durable.
+    /// Counts the clusters of `batch` and makes that durable, then gives back the storage of those that are free.
     fn count_batch(&self, state: &mut State, batch: &mut Batch, change: Change) -> Result<()> {
         let bits = self.header.geometry.cluster_bits;
         let mut freed: Vec<ByteRange> = Vec::new();

@@ -83,7 +83,9 @@ impl Qcow2 {
     /// # Errors
     /// A failure to mark the bitmaps as in use, or to store what was collected.
     pub(in super::super) fn note_write(&self, state: &mut State, range: ByteRange) -> Result<()> {
-        if !state.bitmaps.records {
+        // What lies behind the end of the disk is none of their business.
+        let range = range.intersect(ByteRange::new(0, state.size));
+        if !state.bitmaps.records || range.is_empty() {
             return Ok(());
         }
         if !state.bitmaps.recording {

@@ -7,7 +7,7 @@ use zerocopy::{FromBytes, IntoBytes};
 
 use super::super::State;
 use super::super::header::{field, limit};
-use super::super::snapshot::{MAX_EXTRA, MAX_TABLE, MIN_ENTRY_LEN, RawSnapshot};
+use super::super::snapshot::{MAX_EXTRA, MAX_TABLE, MIN_ENTRY_LEN, RawSnapshot, V3_EXTRA, completed};
 use super::Check;
 use crate::metadata_guard::Kind;
 
@@ -33,10 +33,6 @@ pub(super) struct SnapshotEntry {
     name_len: u16,
 }
 
-/// Extra data that version 3 asks for: 64 bits of machine state size, disk size.
-const V3_EXTRA: u32 = 16;
-/// Extra data as written: those and the instruction count.
-const KNOWN_EXTRA: usize = 24;
 /// Bytes of a name that are shown.
 const MAX_SHOWN: u64 = 1024;
 
@@ -139,7 +135,7 @@ impl Check<'_> {
             return;
         }
         for index in 0..self.snapshots.entries.len() {
-            if self.snapshots.entries[index].extra_len < V3_EXTRA {
+            if u64::from(self.snapshots.entries[index].extra_len) < V3_EXTRA {
                 self.corruption_or_fix(fix, &format!("snapshot table entry {index} is incomplete"));
                 self.snapshots.changed |= fix;
             }
@@ -217,19 +213,7 @@ impl Check<'_> {
             let there = u64::from(entry.extra_len).min(MAX_EXTRA);
             let mut extra = vec![0; usize::try_from(there).unwrap_or(0)];
             self.file.read_padded(&mut extra, entry.at + MIN_ENTRY_LEN)?;
-            if extra.len() < KNOWN_EXTRA {
-                let defaults = [
-                    u64::from(raw.vm_state_size.get()),
-                    self.header.size,
-                    // No instruction count.
-                    u64::MAX,
-                ];
-                let whole = extra.len() / 8 * 8;
-                extra.truncate(whole);
-                for value in &defaults[whole / 8..] {
-                    extra.extend_from_slice(&value.to_be_bytes());
-                }
-            }
+            let extra = completed(&raw, extra, self.header.size);
             // What was read first holds: a table that lies on other metadata has changed with it.
             raw.l1_table_offset = U64::new(entry.l1_offset);
             raw.l1_size = U32::new(entry.l1_size);

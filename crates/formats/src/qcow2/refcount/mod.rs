@@ -8,8 +8,10 @@
 
 mod allocator;
 pub(super) mod block;
+mod copy;
 mod grow;
 mod run;
+mod shrink;
 mod uses;
 mod width;
 
@@ -73,7 +75,7 @@ impl Refcounts {
         self.uses.end()
     }
 
-    fn table(&self) -> Table {
+    pub(super) fn table(&self) -> Table {
         let len = self.table_clusters << self.geometry.cluster_bits;
         Table {
             class: Class::RefcountTable,

@@ -4,7 +4,7 @@
 //!   ... everything in use | new blocks | new table |     counted in the new structure only, until it is the one
 //! ```
 
-use diskimage_core::{Device, Error, Result};
+use diskimage_core::{Device, Error, Result, ResultExt};
 
 use super::super::header::{Geometry, limit};
 use super::{Refcounts, block};
@@ -127,7 +127,8 @@ impl Refcounts {
                     .and_then(|bytes| block::write(bytes, slot, new.refcount_order, count))
                     .ok_or_else(|| Error::corrupt("Refcount block too short"))?;
             }
-            file.write_at(&bytes, (place.start + at) << bits)?;
+            file.write_at(&bytes, (place.start + at) << bits)
+                .context(|| "Failed to write refblock")?;
         }
         (reported..2 * entries).for_each(|part| report(part, 2 * entries));
         let blocks = indices.len() as u64;
@@ -140,7 +141,8 @@ impl Refcounts {
                 ((place.start + at) << bits).to_be_bytes();
         }
         let table_offset = (place.start + blocks) << bits;
-        file.write_at(&table, table_offset)?;
+        file.write_at(&table, table_offset)
+            .context(|| "Failed to write the new reftable")?;
         file.flush()?;
         Ok(Widened {
             table_offset,

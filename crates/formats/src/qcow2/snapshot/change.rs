@@ -1,27 +1,37 @@
 //! Taking, applying and deleting snapshots.
 //!
-//! All three count the clusters of a whole tree and replace one reference to it in the header. The order is such that
-//! whatever can be reached is counted at any moment:
+//! All three count the clusters of whole trees, set their COPIED flags by that, and replace what the header leads to. They do
+//! so on a copy of the refcounts and of the tables whose flags change, which one write to the header makes valid:
 //!
 //! ```text
-//!   create   COPIED flags off → counts up → L1 copy, new snapshot table → header
-//!   apply    COPIED flags off → counts up → new active L1 → header → counts of the old tree down → flags
-//!   delete   new snapshot table → header → counts down → flags
+//!   create   [ counts up, flags off, L1 copy, new snapshot table ]
+//!   apply    [ counts up, flags off, new active L1 ]               [ counts of the old tree down, flags on ]
+//!   delete   new snapshot table                                    [ counts down, flags on ]
 //! ```
 //!
-//! A crash in between leaks clusters, and may leave a flag off that could be on, which costs a copy and nothing else.
+//! What is in brackets happens at once (`publish`), so a crash leaks clusters at worst. Where there is no room for the copies
+//! it happens in place (`in_place`), in an order in which whatever can be reached is counted at any moment; a crash may then
+//! leave flags off that could be on, too, which costs copies and nothing else.
 
 use std::sync::{MutexGuard, PoisonError};
 
-use diskimage_core::{Error, ErrorKind, NewSnapshot, Result, ResultExt, SnapshotInfo, Snapshots, errno};
-use zerocopy::IntoBytes;
+use diskimage_core::{
+    ByteRange, Error, ErrorKind, NewSnapshot, Result, ResultExt, SnapshotInfo, Snapshots, errno,
+};
 use zerocopy::byteorder::big_endian::{U16, U32, U64};
+use zerocopy::{FromBytes, IntoBytes};
 
 use super::super::entry::COPIED;
 use super::super::header::{field, limit};
+use super::super::publish::{entries_of, lacks_room};
 use super::super::refcount::Change;
+use super::super::tree::Rewrite;
+use super::super::write::write_zero_bytes;
 use super::super::{Qcow2, State};
-use super::{MAX_TABLE, RawSnapshot, Snapshot, SnapshotTable, index_of};
+use super::{
+    KNOWN_EXTRA, MAX_TABLE, MIN_ENTRY_LEN, RawSnapshot, Snapshot, SnapshotTable, V3_EXTRA, completed,
+    index_of,
+};
 use crate::metadata_guard::Kind;
 use crate::tables::{Class, Table};
 
@@ -44,10 +54,19 @@ impl Snapshots for Qcow2 {
         if there.len() as u64 >= u64::from(limit::SNAPSHOTS) {
             return Err(Error::from_errno(errno::EFBIG));
         }
+        // Not in the middle of changes, which the file does not have yet.
+        self.count_before_reuse(&mut state, 1)?;
         let l1 = state.l1;
         self.check_tree(&mut state, l1, Change::Up)?;
-        let outcome = self.create_in(&mut state, snapshot, &there);
-        self.mend_flags_after(&mut state, outcome)
+        let published =
+            self.publish_at_once(&mut state, |state| self.create_beside(state, snapshot, &there))?;
+        let Some(old) = published else {
+            return self.create_in_place(&mut state, snapshot, &there);
+        };
+        let l1 = state.l1;
+        self.release_replaced(&mut state, old.l1, l1)?;
+        self.release_entries(&mut state, old.snapshots, &there)?;
+        self.file.flush()
     }
 
     fn apply(&self, index: usize) -> Result<()> {
@@ -59,10 +78,13 @@ impl Snapshots for Qcow2 {
         self.check_tree(&mut state, kept, Change::Up)?;
         let old = state.l1;
         self.check_tree(&mut state, old, Change::Down)?;
-        let outcome = self.apply_in(&mut state, snapshot, kept);
-        self.mend_flags_after(&mut state, outcome)?;
-        self.release_tree(&mut state, old)?;
-        self.refresh_copied(&mut state)?;
+        let size = snapshot.info.disk_size;
+        let published = self.publish_at_once(&mut state, |state| self.apply_beside(state, size, kept))?;
+        if published.is_none() {
+            return self.apply_in_place(&mut state, size, kept);
+        }
+        self.release(&mut state, old)?;
+        self.release_table(&mut state, old)?;
         self.file.flush()
     }
 
@@ -73,14 +95,23 @@ impl Snapshots for Qcow2 {
             return Err(no_snapshot());
         }
         self.count_uses(&mut state)?;
-        let old_len = entries_len(&left);
+        let there = left.clone();
         let gone = left.remove(index);
         let kept = self.snapshot_l1(&gone)?;
         self.check_tree(&mut state, kept, Change::Down)
             .context(|| "Failed to free the cluster and L1 table")?;
-        self.replace_table(&mut state, &left, None, old_len)?;
-        self.release_tree(&mut state, kept)?;
-        self.refresh_copied(&mut state)?;
+        let old = state.snapshots;
+        let unlisted = || "Failed to remove snapshot from snapshot list";
+        let table = match self.write_entries(&mut state, &left, None).context(unlisted) {
+            Err(error) if lacks_room(&error) => {
+                return self.delete_in_place(&mut state, index, &there, kept, error);
+            }
+            other => other?,
+        };
+        self.publish_entries(&mut state, table).context(unlisted)?;
+        self.release_entries(&mut state, old, &there)?;
+        self.release(&mut state, kept)?;
+        self.release_table(&mut state, kept)?;
         self.file.flush()
     }
 }
@@ -102,44 +133,61 @@ impl Qcow2 {
         Ok(state)
     }
 
-    fn create_in(&self, state: &mut State, new: &NewSnapshot<'_>, there: &[Snapshot]) -> Result<()> {
+    /// Makes the snapshot `new` in clusters of its own; the active tables whose flags change get new ones as well.
+    fn create_beside(&self, state: &mut State, new: &NewSnapshot<'_>, there: &[Snapshot]) -> Result<()> {
         let l1 = state.l1;
-        self.share_tree(state, l1)?;
-        let copy = self.copy_l1(state, l1, l1.len)?;
-        let id = there.iter().filter_map(|snapshot| snapshot.info.id.parse().ok());
-        let id = id.max().unwrap_or(0u64) + 1;
-        let entry = entry_bytes(new, id, copy, state.size)?;
-        self.replace_table(state, there, Some(&entry), entries_len(there))
+        let active = self.allocate_l1(state, l1.len, Kind::ActiveL1)?;
+        self.share_tree(state, l1, Rewrite::To(active), 2)?;
+        let copy = self.copy_l1(state, active, active.len)?;
+        let entry = self.new_entry(state, new, there, copy)?;
+        state.snapshots = self.write_entries(state, there, Some(&entry))?;
+        state.l1 = active;
+        Ok(())
     }
 
-    fn apply_in(&self, state: &mut State, snapshot: &Snapshot, kept: Table) -> Result<()> {
-        self.share_tree(state, kept)?;
-        let table = self.copy_l1(state, kept, kept.len.max(state.l1.len))?;
-        state.tables.write_back()?;
-        state.tables.sync()?;
-        // Size and place of the table lie in one sector of the header.
-        let mut fields = [0; HEADER_FIELDS];
-        self.file.read_at(&mut fields, field::SIZE)?;
-        let at = index_of(field::L1_SIZE - field::SIZE);
-        let entries =
-            u32::try_from(table.len / 8).map_err(|_| Error::corrupt("Snapshot L1 table too large"))?;
-        fields[..8].copy_from_slice(&snapshot.info.disk_size.to_be_bytes());
-        fields[at..at + 4].copy_from_slice(&entries.to_be_bytes());
-        fields[at + 4..].copy_from_slice(&table.offset.to_be_bytes());
-        self.file.write_at(&fields, field::SIZE)?;
-        state.l1 = table;
-        state.size = snapshot.info.disk_size;
-        self.file.flush()
+    /// Makes the disk that of the snapshot whose table is `kept`.
+    fn apply_beside(&self, state: &mut State, size: u64, kept: Table) -> Result<()> {
+        let active = self.allocate_l1(state, kept.len.max(state.l1.len), Kind::ActiveL1)?;
+        write_zero_bytes(&*self.file, ByteRange::at(active.offset, active.len))?;
+        self.share_tree(state, kept, Rewrite::To(active), 1)?;
+        state.l1 = active;
+        state.size = size;
+        Ok(())
+    }
+
+    /// Counts everything below `gone`, which nothing refers to any more, once less, and sets the flags by that.
+    fn release(&self, state: &mut State, gone: Table) -> Result<()> {
+        let published = self.publish_at_once(state, |state| {
+            self.release_tree(state, &*self.file, gone)?;
+            let active = self.allocate_l1(state, state.l1.len, Kind::ActiveL1)?;
+            self.refresh_copied(state, Rewrite::To(active))?;
+            state.l1 = active;
+            Ok(())
+        })?;
+        match published {
+            Some(old) => {
+                let l1 = state.l1;
+                self.release_replaced(state, old.l1, l1)
+            }
+            None => self.release_in_place(state, &*self.file, gone),
+        }
+    }
+
+    /// Clusters for an L1 table of `len` bytes.
+    fn allocate_l1(&self, state: &mut State, len: u64, kind: Kind) -> Result<Table> {
+        let offset = match len.div_ceil(self.header.geometry.cluster_size()) {
+            0 => 0,
+            clusters => state
+                .refcounts
+                .allocate(&mut state.tables, clusters, Some(kind))?,
+        };
+        let class = Class::L1;
+        Ok(Table { class, offset, len })
     }
 
     /// A copy of the L1 table `from` in a new place, `len` bytes long, no entry of which may be written in place.
-    fn copy_l1(&self, state: &mut State, from: Table, len: u64) -> Result<Table> {
-        let offset = match len.div_ceil(self.header.geometry.cluster_size()) {
-            0 => 0,
-            clusters => self.allocate(state, clusters, Some(Kind::InactiveL1))?,
-        };
-        let class = Class::L1;
-        let table = Table { class, offset, len };
+    pub(super) fn copy_l1(&self, state: &mut State, from: Table, len: u64) -> Result<Table> {
+        let table = self.allocate_l1(state, len, Kind::InactiveL1)?;
         state.tables.fresh(table)?;
         for at in (0..from.len).step_by(8) {
             let entry = state.tables.number(from, at)? & !COPIED;
@@ -150,64 +198,150 @@ impl Qcow2 {
         Ok(table)
     }
 
-    /// Writes a table with the entries of `there` and then `new`, has the header point to it, and gives up the old one,
-    /// which is `old_len` bytes long.
-    fn replace_table(
+    /// Writes a snapshot table with the entries of `there` and then `new` to new clusters, and all changed tables, durably.
+    pub(super) fn write_entries(
         &self,
         state: &mut State,
         there: &[Snapshot],
         new: Option<&[u8]>,
-        old_len: u64,
-    ) -> Result<()> {
-        let bytes = self.encode_table(there, new)?;
-        let mut offset = 0;
-        if !bytes.is_empty() {
-            let clusters = (bytes.len() as u64).div_ceil(self.header.geometry.cluster_size());
-            offset = self.allocate(state, clusters, Some(Kind::SnapshotTable))?;
-            self.file.write_at(&bytes, offset)?;
+    ) -> Result<SnapshotTable> {
+        let bytes = self.encode_entries(state, there, new)?;
+        let len = bytes.len() as u64;
+        let offset = match len.div_ceil(self.header.geometry.cluster_size()) {
+            0 => 0,
+            clusters => {
+                let kind = Some(Kind::SnapshotTable);
+                state.refcounts.allocate(&mut state.tables, clusters, kind)?
+            }
+        };
+        let written = self
+            .file
+            .write_at(&bytes, offset)
+            .and_then(|()| state.tables.write_back())
+            .and_then(|()| state.tables.sync());
+        if let Err(error) = written {
+            // What cannot be counted down leaks, which harms nothing.
+            let released = state.refcounts.release(&mut state.tables, offset, len);
+            let _ = released.and_then(|()| state.tables.write_back());
+            return Err(error);
         }
-        state.tables.write_back()?;
-        state.tables.sync()?;
         let count = u32::try_from(there.len() + usize::from(new.is_some())).unwrap_or(u32::MAX);
+        Ok(SnapshotTable { offset, count })
+    }
+
+    /// Has the header lead to a snapshot table that has been written.
+    pub(super) fn publish_entries(&self, state: &mut State, table: SnapshotTable) -> Result<()> {
         let mut location = [0; 12];
-        location[..4].copy_from_slice(&count.to_be_bytes());
-        location[4..].copy_from_slice(&offset.to_be_bytes());
+        location[..4].copy_from_slice(&table.count.to_be_bytes());
+        location[4..].copy_from_slice(&table.offset.to_be_bytes());
         self.file.write_at(&location, field::NB_SNAPSHOTS)?;
-        let old = std::mem::replace(&mut state.snapshots, SnapshotTable { offset, count });
-        self.file.flush()?;
-        state.refcounts.release(&mut state.tables, old.offset, old_len)?;
-        state.tables.write_back()
+        state.snapshots = table;
+        self.file.flush()
+    }
+
+    /// Gives up a snapshot table with the entries of `there`.
+    pub(super) fn release_entries(
+        &self,
+        state: &mut State,
+        table: SnapshotTable,
+        there: &[Snapshot],
+    ) -> Result<()> {
+        let len = entries_len(there);
+        state.refcounts.release(&mut state.tables, table.offset, len)?;
+        state.tables.write_back()?;
+        state.tables.sync()
     }
 
     /// The bytes of a table with the entries of `there`, unknown extra data and all, and then `new`.
-    fn encode_table(&self, there: &[Snapshot], new: Option<&[u8]>) -> Result<Vec<u8>> {
+    pub(super) fn encode_entries(
+        &self,
+        state: &State,
+        there: &[Snapshot],
+        new: Option<&[u8]>,
+    ) -> Result<Vec<u8>> {
         let new = new.unwrap_or(&[]);
+        // Entries grow by as much as the known extra data at most.
         let len = entries_len(there).next_multiple_of(8) + new.len() as u64;
-        if len > MAX_TABLE {
-            return Err(Error::from_errno(errno::EFBIG));
-        }
-        let _memory = self.budget.take(len)?;
-        let mut bytes = Vec::with_capacity(index_of(len));
+        let most = len + there.len() as u64 * KNOWN_EXTRA as u64;
+        let _memory = self.budget.take(most)?;
+        let mut bytes = Vec::new();
         for snapshot in there {
-            let (at, len) = snapshot.entry;
-            let start = bytes.len().next_multiple_of(8);
-            bytes.resize(start + index_of(len), 0);
-            self.file.read_padded(&mut bytes[start..], at)?;
+            bytes.resize(bytes.len().next_multiple_of(8), 0);
+            self.encode_entry(state, snapshot, &mut bytes)?;
         }
         if !new.is_empty() {
             bytes.resize(bytes.len().next_multiple_of(8), 0);
             bytes.extend_from_slice(new);
         }
+        if bytes.len() as u64 > MAX_TABLE {
+            return Err(Error::from_errno(errno::EFBIG));
+        }
         Ok(bytes)
     }
 
-    /// After a failure the flags are made to fit the counts, as far as that is possible.
-    fn mend_flags_after(&self, state: &mut State, outcome: Result<()>) -> Result<()> {
-        if outcome.is_err() {
-            // The failure itself is what is told.
-            let _ = self.refresh_copied(state);
+    /// Adds the entry of `snapshot` to `bytes`, with the extra data that version 3 demands.
+    fn encode_entry(&self, state: &State, snapshot: &Snapshot, bytes: &mut Vec<u8>) -> Result<()> {
+        let (at, len) = snapshot.entry;
+        let mut entry = vec![0; index_of(len)];
+        self.file.read_padded(&mut entry, at)?;
+        let unreadable = || Error::corrupt("Could not read snapshots");
+        let (mut raw, rest) = RawSnapshot::read_from_prefix(&entry).map_err(|_| unreadable())?;
+        let (extra, names) = rest
+            .split_at_checked(index_of(snapshot.extra_len))
+            .ok_or_else(unreadable)?;
+        let extra = completed(&raw, extra.to_vec(), state.size);
+        raw.extra_data_size = U32::new(u32::try_from(extra.len()).map_err(|_| unreadable())?);
+        bytes.extend_from_slice(raw.as_bytes());
+        bytes.extend_from_slice(&extra);
+        bytes.extend_from_slice(names);
+        Ok(())
+    }
+
+    /// Brings the entries of the snapshot table up to what version 3 demands, if any lacks that.
+    pub(in super::super) fn complete_snapshots(&self) -> Result<()> {
+        let mut state = self.settle()?;
+        let there = self.read_snapshots_of(state.snapshots)?;
+        if there.iter().all(|snapshot| snapshot.extra_len >= V3_EXTRA) {
+            return Ok(());
         }
-        outcome
+        self.count_before_reuse(&mut state, 1)?;
+        let old = state.snapshots;
+        let table = self.write_entries(&mut state, &there, None)?;
+        self.publish_entries(&mut state, table)?;
+        self.release_entries(&mut state, old, &there)?;
+        self.file.flush()
+    }
+
+    /// The entry of a new snapshot, whose L1 table is `l1`.
+    pub(super) fn new_entry(
+        &self,
+        state: &State,
+        new: &NewSnapshot<'_>,
+        there: &[Snapshot],
+        l1: Table,
+    ) -> Result<Vec<u8>> {
+        let id = there.iter().filter_map(|snapshot| snapshot.info.id.parse().ok());
+        let id = (id.max().unwrap_or(0u64) + 1).to_string();
+        let long = |_| Error::invalid("Snapshot name too long");
+        let raw = RawSnapshot {
+            l1_table_offset: U64::new(l1.offset),
+            l1_size: U32::new(entries_of(l1)?),
+            id_len: U16::new(u16::try_from(id.len()).map_err(long)?),
+            name_len: U16::new(u16::try_from(new.name.len()).map_err(long)?),
+            date_sec: U32::new(new.date_sec),
+            date_nsec: U32::new(new.date_nsec),
+            vm_clock_nsec: U64::ZERO,
+            vm_state_size: U32::ZERO,
+            extra_data_size: U32::new(EXTRA_LEN),
+        };
+        let mut bytes = raw.as_bytes().to_vec();
+        // No machine, so no state of one and no instructions that it has run.
+        for word in [0, state.size, 0] {
+            bytes.extend_from_slice(&word.to_be_bytes());
+        }
+        bytes.extend_from_slice(id.as_bytes());
+        bytes.extend_from_slice(new.name.as_bytes());
+        Ok(bytes)
     }
 }
 
@@ -218,38 +352,10 @@ fn entries_len(entries: &[Snapshot]) -> u64 {
         .fold(0, |end: u64, snapshot| end.next_multiple_of(8) + snapshot.entry.1)
 }
 
-/// The entry of a new snapshot, whose L1 table is `l1`.
-fn entry_bytes(new: &NewSnapshot<'_>, id: u64, l1: Table, disk_size: u64) -> Result<Vec<u8>> {
-    let id = id.to_string();
-    let long = |_| Error::invalid("Snapshot name too long");
-    let raw = RawSnapshot {
-        l1_table_offset: U64::new(l1.offset),
-        l1_size: U32::new(u32::try_from(l1.len / 8).map_err(|_| Error::corrupt("L1 table too large"))?),
-        id_len: U16::new(u16::try_from(id.len()).map_err(long)?),
-        name_len: U16::new(u16::try_from(new.name.len()).map_err(long)?),
-        date_sec: U32::new(new.date_sec),
-        date_nsec: U32::new(new.date_nsec),
-        vm_clock_nsec: U64::ZERO,
-        vm_state_size: U32::ZERO,
-        extra_data_size: U32::new(EXTRA_LEN),
-    };
-    let mut bytes = raw.as_bytes().to_vec();
-    // No machine, so no state of one and no instructions that it has run.
-    for word in [0, disk_size, 0] {
-        bytes.extend_from_slice(&word.to_be_bytes());
-    }
-    bytes.extend_from_slice(id.as_bytes());
-    bytes.extend_from_slice(new.name.as_bytes());
-    Ok(bytes)
-}
-
-/// Bytes of the header from the disk's size to the place of the L1 table.
-const HEADER_FIELDS: usize = 24;
-
-const _: () = assert!(field::SIZE + HEADER_FIELDS as u64 == field::L1_SIZE + 12);
-
-/// Bytes of the extra data that is known: VM state size, disk size, instruction count.
+/// Bytes of the extra data that is written: VM state size, disk size, instruction count.
 const EXTRA_LEN: u32 = 24;
+
+const _: () = assert!(EXTRA_LEN as usize == KNOWN_EXTRA && MIN_ENTRY_LEN == 40);
 
 fn no_snapshot() -> Error {
     Error::new(ErrorKind::NotFound, "Can't find snapshot")

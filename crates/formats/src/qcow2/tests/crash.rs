@@ -2,14 +2,15 @@
 
 use std::sync::Arc;
 
-use diskimage_core::Device;
+use diskimage_core::{Device, MemoryDevice, Preallocation, Repair};
 use diskimage_testing::{Journal, Recorder};
 
 use super::scenario::{
-    Model, PLENTY, SCARCE, Scenario, find_fault, has_sound_bitmap, open_on, open_with_memory,
+    Model, PLENTY, SCARCE, Scenario, find_fault, has_sound_bitmap, in_memory, open_on, open_with_memory,
+    report,
 };
 use super::{create, scenarios};
-use crate::testing::Closed;
+use crate::testing::{Closed, contents};
 
 const SAMPLES: usize = 12;
 
@@ -84,4 +85,60 @@ fn unknown_features_are_disclaimed_before_anything_changes() {
         let left = &crash.files[0];
         assert!(*left == file || left[AUTOCLEAR] == 0, "at {}", crash.position);
     });
+}
+
+#[test]
+fn what_a_crash_left_behind_the_end_does_not_come_back() {
+    const OLD: u64 = 256 << 10;
+    // Inside a cluster, of a disk that has more than one L2 table where clusters are small.
+    const NEW: u64 = 100 << 10 | 512;
+    for options in [
+        "cluster_size=4096",
+        "cluster_size=512",
+        "cluster_size=16384,extended_l2=on",
+        "cluster_size=4096,compat=0.10",
+    ] {
+        let memory = create(options, OLD, &Closed);
+        let image = open_on(&[Arc::<MemoryDevice>::clone(&memory) as Arc<dyn Device>], true).expect("opens");
+        image
+            .write_at(&vec![1; usize::try_from(OLD).expect("small")], 0)
+            .expect("writes");
+        image.flush().expect("flushes");
+        drop(image);
+        let file = memory.contents();
+        let journal: Arc<Journal> = Arc::default();
+        let device: Arc<dyn Device> = Arc::new(Recorder::new(file.clone(), 0, &journal));
+        let image = open_on(&[device], true).expect("opens");
+        image.resize(NEW, Preallocation::Off).expect("shrinks");
+        image.flush().expect("flushes");
+        let mut sizes = [0, 0];
+        journal.crashes(&[file], SAMPLES, 0x5eed, |crash| {
+            let devices = in_memory(crash.files);
+            let image = open_on(&devices, true).expect("opens");
+            let len = image.len();
+            sizes[usize::from(len == NEW)] += 1;
+            assert!(
+                [OLD, NEW].contains(&len),
+                "{options} at {}: {len}",
+                crash.position
+            );
+            image.resize(OLD + 512, Preallocation::Off).expect("grows");
+            let disk = contents(&image);
+            let (kept, added) = disk.split_at(usize::try_from(len).expect("small"));
+            assert!(
+                kept.iter().all(|byte| *byte == 1),
+                "{options} at {}",
+                crash.position
+            );
+            assert!(
+                added.iter().all(|byte| *byte == 0),
+                "{options} at {}",
+                crash.position
+            );
+            image.flush().expect("flushes");
+            let found = report(&**image.layer(), Repair::No);
+            assert_eq!(found.corruptions, 0, "{options} at {}", crash.position);
+        });
+        assert!(sizes[0] > 0 && sizes[1] > 5, "{options}: {sizes:?}");
+    }
 }

@@ -359,6 +359,14 @@ impl State {
         self.kept.push(Kept { name, sure, disk });
     }
 
+    /// The snapshot may have become one of an empty disk.
+    pub(super) fn may_be_empty(&mut self, name: &str) {
+        let kept = self.kept.iter_mut().find(|kept| kept.name == name);
+        if let Some(kept) = kept {
+            kept.disk.lens.push(0);
+        }
+    }
+
     fn kept_disk(&self, name: &str) -> Option<Self> {
         let kept = self.kept.iter().find(|kept| kept.name == name)?;
         Some(kept.disk.clone())
@@ -456,8 +464,8 @@ pub(super) fn report(layer: &dyn Layer, repair: Repair) -> CheckReport {
     layer.check(repair, &Progress::none()).expect("can be checked")
 }
 
-/// What a check finds, apart from clusters that are used once but that a flag forbids to write in place: a crash while
-/// snapshots change may leave that, and it costs a copy and nothing else.
+/// What a check finds, apart from clusters that are used once but that a flag forbids to write in place, which costs a copy
+/// and nothing else.
 fn report_sparing_flags(layer: &dyn Layer) -> CheckReport {
     let harmless = AtomicU64::new(0);
     let notes = |note: &Note| {
@@ -478,12 +486,26 @@ fn report_sparing_flags(layer: &dyn Layer) -> CheckReport {
 
 /// Says what is wrong with an image that nothing but leaked clusters may be wrong with.
 pub(super) fn find_fault(files: &[Vec<u8>], disk: &State, before: &Before) -> Option<String> {
+    find_fault_with(files, disk, before, |layer| report(layer, Repair::No))
+}
+
+/// As [`find_fault`], for snapshots that change in place, as on a full disk: a crash may leave flags off that could be on.
+pub(super) fn find_fault_sparing_flags(files: &[Vec<u8>], disk: &State, before: &Before) -> Option<String> {
+    find_fault_with(files, disk, before, report_sparing_flags)
+}
+
+fn find_fault_with(
+    files: &[Vec<u8>],
+    disk: &State,
+    before: &Before,
+    report_of: fn(&dyn Layer) -> CheckReport,
+) -> Option<String> {
     let devices = in_memory(files);
     let image = match open_on(&devices, false) {
         Ok(image) => image,
         Err(error) => return Some(format!("does not open: {}", error.chain())),
     };
-    let found = report_sparing_flags(&**image.layer());
+    let found = report_of(&**image.layer());
     if found.corruptions > 0 || found.check_errors > 0 {
         return Some(format!("{found:?}"));
     }

@@ -246,7 +246,7 @@ fn growing() -> impl Iterator<Item = Scenario> {
 }
 
 /// Snapshots are taken, gone back to and dropped, with writes in between.
-fn snapshots() -> Vec<Scenario> {
+pub(super) fn snapshots() -> Vec<Scenario> {
     let steps = || {
         vec![
             Write(5000, 20_000, 2),
@@ -306,6 +306,39 @@ fn snapshots() -> Vec<Scenario> {
         },
         scenario("snapshots and sizes", "cluster_size=4096", sizes),
     ]
+}
+
+/// Snapshots on a disk that is full: nothing is written by the guest while they change.
+pub(super) fn snapshots_without_room() -> Vec<Scenario> {
+    let forms = [
+        ("snapshots without room", "cluster_size=4096"),
+        ("snapshots in small clusters without room", "cluster_size=512"),
+        (
+            "snapshots of version 2 without room",
+            "cluster_size=4096,compat=0.10",
+        ),
+        (
+            "snapshots of subclusters without room",
+            "cluster_size=16384,extended_l2=on",
+        ),
+    ];
+    let one = |(name, options)| Scenario {
+        setup: vec![
+            Write(0, 128 * KIB, 1),
+            Take("t"),
+            Write(30_000, 60_000, 2),
+            Take("u"),
+            Write(0, 20_000, 3),
+            Take("v"),
+            Write(10_000, 60_000, 4),
+        ],
+        ..scenario(
+            name,
+            options,
+            vec![Apply("u"), Drop("u"), Apply("t"), Drop("t"), Drop("v")],
+        )
+    };
+    forms.map(one).into()
 }
 
 /// An image with data, zero clusters and, in some, a snapshot becomes another one.

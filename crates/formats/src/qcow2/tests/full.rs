@@ -1,0 +1,173 @@
+//! Full disks: the file cannot grow beyond some length.
+
+use std::sync::Arc;
+
+use diskimage_core::{Device, MemoryDevice, Repair, errno};
+use diskimage_testing::{Faulty, Journal, Recorder};
+
+use super::scenario::{
+    Model, PLENTY, Scenario, Step, find_fault, find_fault_sparing_flags, open_on, open_with_memory, report,
+};
+use super::scenarios;
+
+const SAMPLES: usize = 12;
+/// The unit that lengths are multiples of.
+const SECTOR: u64 = 512;
+/// Lengths that are tried.
+const STEPS: u64 = 100;
+
+/// What came of the steps of a scenario.
+struct Outcome {
+    /// Whether the limit was met.
+    met: bool,
+    /// How many snapshots could not be taken of an image that was sound and all in the file.
+    refused: u32,
+}
+
+/// Does the steps of `scenario` on a file of `limit` bytes at most.
+fn run_out_of_room(scenario: &Scenario, limit: u64) -> Result<Outcome, String> {
+    let (files, before, mut model) = scenario.prepare();
+    let memories: Vec<_> = files
+        .iter()
+        .map(|bytes| Arc::new(MemoryDevice::new(bytes.clone())))
+        .collect();
+    let faulty = Arc::new(Faulty::new(Arc::<MemoryDevice>::clone(&memories[0])));
+    let devices: Vec<Arc<dyn Device>> = vec![
+        Arc::<Faulty>::clone(&faulty),
+        Arc::<MemoryDevice>::clone(&memories[1]),
+    ];
+    let left = || {
+        memories
+            .iter()
+            .map(|memory| memory.contents())
+            .collect::<Vec<_>>()
+    };
+    let image = open_with_memory(&devices, PLENTY).map_err(|error| error.chain())?;
+    faulty.fill_up(limit);
+    let mut refused = 0;
+    for step in &scenario.steps {
+        let sound = matches!(step, Step::Take(_)) && image.flush().is_ok() && without_leaks(&left()).is_ok();
+        model.begin(step);
+        match step.apply(&image) {
+            Ok(()) => model.done(step),
+            // A snapshot that could not be taken cannot be applied either, in the words of these tests.
+            Err(error) if [Some(errno::ENOSPC), Some(errno::EIO)].contains(&error.errno()) => {
+                if sound {
+                    refused += 1;
+                    without_leaks(&left()).map_err(|wrong| format!("{step:?} failed: {wrong}"))?;
+                }
+            }
+            Err(error) => return Err(format!("{step:?}: {}", error.chain())),
+        }
+        if let Some(fault) = find_fault(&left(), &model.crashed, &before) {
+            return Err(format!("after {step:?}: {fault}"));
+        }
+    }
+    let met = faulty.heal() > 0;
+    image.flush().map_err(|error| error.chain())?;
+    match find_fault(&left(), &model.now, &before) {
+        Some(fault) => Err(format!("in the end: {fault}")),
+        None => Ok(Outcome { met, refused }),
+    }
+}
+
+fn without_leaks(files: &[Vec<u8>]) -> Result<(), String> {
+    let devices = super::scenario::in_memory(files);
+    let image = open_on(&devices, false).map_err(|error| error.chain())?;
+    match report(&**image.layer(), Repair::No).leaks {
+        0 => Ok(()),
+        leaks => Err(format!("{leaks} leaked clusters")),
+    }
+}
+
+fn run_out_of_room_everywhere(scenarios: &[Scenario]) {
+    for scenario in scenarios {
+        let (files, ..) = scenario.prepare();
+        let (mut count, mut refused) = (0, 0);
+        for limit in (0..STEPS).map(|n| files[0].len() as u64 + n * 2 * SECTOR) {
+            match run_out_of_room(scenario, limit) {
+                Ok(outcome) if !outcome.met => break,
+                Ok(outcome) => {
+                    count += 1;
+                    refused += outcome.refused;
+                }
+                Err(wrong) => panic!("{}, {limit} bytes: {wrong}", scenario.name),
+            }
+        }
+        println!("{}: full at {count} lengths, {refused} refused", scenario.name);
+        assert!(count > 5 && refused > 0, "{}: {count}, {refused}", scenario.name);
+    }
+}
+
+#[test]
+fn on_a_full_disk_a_snapshot_is_taken_or_the_image_stays_as_it_was() {
+    run_out_of_room_everywhere(&scenarios::snapshots());
+}
+
+#[test]
+fn on_a_full_disk_snapshots_are_applied_and_deleted() {
+    for scenario in scenarios::snapshots_without_room() {
+        let (files, before, mut model) = scenario.prepare();
+        let memory = Arc::new(MemoryDevice::new(files[0].clone()));
+        let faulty = Arc::new(Faulty::new(Arc::<MemoryDevice>::clone(&memory)));
+        faulty.fill_up(files[0].len() as u64);
+        let data: Arc<dyn Device> = Arc::new(MemoryDevice::new(files[1].clone()));
+        let image = open_on(&[Arc::<Faulty>::clone(&faulty) as Arc<dyn Device>, data], true).expect("opens");
+        for step in &scenario.steps {
+            model.begin(step);
+            let done = step.apply(&image);
+            assert!(done.is_ok(), "{}: {step:?}: {done:?}", scenario.name);
+            model.done(step);
+            let left = vec![memory.contents(), Vec::new()];
+            assert_eq!(find_fault(&left, &model.crashed, &before), None, "{step:?}");
+            assert_eq!(without_leaks(&left), Ok(()), "{}: {step:?}", scenario.name);
+        }
+    }
+}
+
+/// How many crashes were tried while snapshots changed in place.
+fn crash_without_room(scenario: &Scenario) -> usize {
+    let (files, before, mut model) = scenario.prepare();
+    let journal: Arc<Journal> = Arc::default();
+    let recorder = Arc::new(Recorder::new(files[0].clone(), 0, &journal));
+    let faulty = Arc::new(Faulty::new(recorder));
+    faulty.fill_up(files[0].len() as u64);
+    let data: Arc<dyn Device> = Arc::new(MemoryDevice::new(files[1].clone()));
+    let image = open_on(&[Arc::<Faulty>::clone(&faulty) as Arc<dyn Device>, data], true).expect("opens");
+    let mut models: Vec<(usize, Model)> = vec![(0, model.clone())];
+    for step in &scenario.steps {
+        model.begin(step);
+        if let Step::Drop(name) = step {
+            model.crashed.may_be_empty(name);
+        }
+        models.push((journal.len(), model.clone()));
+        step.apply(&image).expect("takes no room");
+        model.done(step);
+        models.push((journal.len(), model.clone()));
+    }
+    let mut faults = Vec::new();
+    let count = journal.crashes(&files, SAMPLES, 0x5eed, |crash| {
+        let known = models.partition_point(|(position, _)| *position <= crash.position);
+        let (_, model) = &models[known - 1];
+        if let Some(fault) = find_fault_sparing_flags(crash.files, &model.crashed, &before) {
+            faults.push(format!("at {} ({}): {fault}", crash.position, crash.kept));
+        }
+    });
+    let first = &faults[..faults.len().min(10)];
+    assert!(
+        faults.is_empty(),
+        "{}: {} of {count} crashes\n{}",
+        scenario.name,
+        faults.len(),
+        first.join("\n")
+    );
+    count
+}
+
+#[test]
+fn a_crash_on_a_full_disk_leaves_a_sound_image() {
+    for scenario in scenarios::snapshots_without_room() {
+        let count = crash_without_room(&scenario);
+        assert!(count > 100, "{}: {count} crashes", scenario.name);
+    }
+}
