@@ -21,6 +21,7 @@ mod error;
 mod event;
 mod format;
 mod gate;
+mod held;
 mod image;
 mod info;
 pub mod json;
@@ -48,6 +49,7 @@ pub use error::{Error, ErrorKind, Result, ResultExt};
 pub use event::Event;
 pub use format::{CreateRequest, Format, Measure, MeasureSource, OpenRequest, Probe, Score};
 pub use gate::{Gate, Permissions, Reference, Role};
+pub use held::OnLost;
 pub use image::{Image, PendingWrite, ZeroDetection};
 pub use info::{Detail, DetailValue, Info, SnapshotInfo};
 pub use layer::{

@@ -19,6 +19,7 @@ use crate::graph::full_backing_name;
 use crate::open::{OpenOptions, open_bare};
 
 /// What a new image is to be like.
+#[must_use = "nothing is made before `create`"]
 #[derive(Clone)]
 pub struct Creation {
     name: String,
@@ -53,63 +54,54 @@ impl Creation {
     }
 
     /// The disk's size in bytes. Without one the image is as large as the one below.
-    #[must_use]
     pub fn size(mut self, size: u64) -> Self {
         self.size = Some(size);
         self
     }
 
     /// The disk's size in bytes, whatever the options say.
-    #[must_use]
     pub fn exact_size(mut self, size: u64) -> Self {
         self.exact_size = Some(size);
         self
     }
 
     /// Options of the format and of the file below it, `name=value` with commas between.
-    #[must_use]
     pub fn options(mut self, list: impl Into<String>) -> Self {
         self.options.push(list.into());
         self
     }
 
     /// The image that the new one is based on.
-    #[must_use]
     pub fn backing_file(mut self, name: impl Into<String>) -> Self {
         self.backing_file = Some(name.into());
         self
     }
 
     /// The format of that image.
-    #[must_use]
     pub fn backing_format(mut self, format: impl Into<String>) -> Self {
         self.backing_format = Some(format.into());
         self
     }
 
     /// Whether to believe what is said about the image below and not to open it.
-    #[must_use]
     pub fn trust_backing(mut self, trust: bool) -> Self {
         self.trust_backing = trust;
         self
     }
 
     /// How the new image reaches the disk.
-    #[must_use]
     pub fn cache(mut self, cache: CacheMode) -> Self {
         self.cache = cache;
         self
     }
 
     /// What the options refer to by name: secrets and the like.
-    #[must_use]
     pub fn objects(mut self, objects: Arc<Objects>) -> Self {
         self.objects = objects;
         self
     }
 
     /// Who opens the files that images refer to; [`FileGate`] if nobody is named.
-    #[must_use]
     pub fn gate(mut self, gate: Arc<dyn Gate>) -> Self {
         self.gate = Some(gate);
         self
@@ -224,7 +216,8 @@ impl Creation {
     }
 }
 
-/// A new image about which nothing is wrong so far.
+/// A new image about which nothing is wrong so far. Nothing is made before [`Prepared::create`].
+#[must_use = "nothing is made before `create`"]
 pub struct Prepared {
     name: String,
     format: &'static dyn Format,

@@ -20,6 +20,34 @@
 //! let mut bytes = [0; 5];
 //! image.read_at(&mut bytes, 4096)?;
 //! assert_eq!(&bytes, b"hello");
+//! image.close()?;
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! What is written may be in memory only until [`Device::flush`] or [`Image::close`] has succeeded. An image that is dropped
+//! with such changes writes them back, as far as it can. A drop returns no error, so whoever needs to know closes, or
+//! names in [`OpenOptions::on_lost`] who is told:
+//!
+//! ```
+//! use std::sync::Arc;
+//!
+//! use diskimage::{Creation, Device, OpenOptions, open};
+//!
+//! let dir = tempfile::tempdir()?;
+//! let name = dir.path().join("disk.qcow2");
+//! let name = name.to_str().ok_or("not text")?;
+//! Creation::new(name, "qcow2").size(1 << 20).prepare()?.create()?;
+//!
+//! let options = OpenOptions::new()
+//!     .write(true)
+//!     .on_lost(Arc::new(|name, error| eprintln!("{name}: {}", error.chain())));
+//! let image = open(name, &options)?;
+//! image.write_at(b"hello", 4096)?;
+//! drop(image);
+//!
+//! let mut bytes = [0; 5];
+//! open(name, &OpenOptions::new())?.read_at(&mut bytes, 4096)?;
+//! assert_eq!(&bytes, b"hello");
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!

@@ -121,8 +121,7 @@ impl Rebase<'_> {
 pub fn set_backing(image: &Image, backing: Option<&Backing>) -> Result<()> {
     check_backing(image, backing)?;
     let outcome = image
-        .layer()
-        .set_backing(backing)
+        .durable_change(|| image.layer().set_backing(backing))
         .map_err(|error| match error.errno() {
             Some(errno::ENOSPC) => Error::invalid("No space left in the file header"),
             _ => error,

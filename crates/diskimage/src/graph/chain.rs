@@ -66,7 +66,7 @@ impl Opener<'_> {
         let chain = links
             .into_iter()
             .rev()
-            .fold(None, |below, link| Some(link.into_image(below)));
+            .fold(None, |below, link| Some(link.into_image(below, self.options)));
         chain.ok_or_else(|| Error::invalid("No image"))
     }
 
