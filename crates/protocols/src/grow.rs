@@ -154,7 +154,7 @@ impl File {
                 self.holes.forget();
                 return Err(error.context("Could not write zeros for preallocation"));
             }
-            rustix::fs::fsync(&self.file)
+            rustix::io::retry_on_intr(|| rustix::fs::fsync(&self.file))
                 .map_err(std::io::Error::from)
                 .context(|| "Could not flush file to disk")?;
         } else if old == 0 && len > 0 {
