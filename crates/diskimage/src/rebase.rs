@@ -145,7 +145,7 @@ pub fn check_backing(image: &Image, backing: Option<&Backing>) -> Result<()> {
 }
 
 fn could_not(backing: Option<&Backing>) -> String {
-    let name = backing.map(|backing| backing.name.as_str()).unwrap_or_default();
+    let name = backing.map(|backing| backing.name.shown()).unwrap_or_default();
     format!("Could not change the backing file to '{name}'")
 }
 

@@ -172,7 +172,7 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
             error.context(format!("{output}: error while creating output image"))
         })?;
     let target = Source {
-        name: ImageName::File(args.output.into()),
+        name: ImageName::File(args.output),
         format: Some(args.output_format),
     };
     let target = open_source(&target, options().write(true).resize(true), console)?;

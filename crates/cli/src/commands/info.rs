@@ -145,10 +145,13 @@ fn open_each(args: &Args, console: &Console) -> Result<Vec<Arc<Image>>, Stop> {
             .force_share(args.force_share);
         let image = open_source(&source, options, console)?;
         let below = image.layer().backing().filter(|_| args.backing_chain);
-        let next = below.map(|backing| Source {
-            name: ImageName::File(full_backing_name(&image.base_name(), &backing.name).into()),
-            format: backing.format,
-        });
+        let next = match below {
+            Some(backing) => Some(Source {
+                name: ImageName::File(full_backing_name(&image.base_name(), backing.name.exact()?)),
+                format: backing.format,
+            }),
+            None => None,
+        };
         chain.push(image);
         match next {
             Some(next) => source = next,
