@@ -1,10 +1,12 @@
-//! What would open another file than the one that is named is refused, and nothing is made or changed.
+//! What would destroy a file that is still needed, or open another file than the one that is named, is refused, and nothing
+//! is made or changed.
 #![cfg(target_os = "linux")]
 
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::fs::symlink;
 use std::path::Path;
 use std::process::{Command, Output};
 
@@ -43,7 +45,7 @@ fn refused(dir: &Path, words: impl AsRef<[u8]>, status: i32) -> String {
     String::from_utf8_lossy(&output.stderr).trim_end().to_owned()
 }
 
-/// Raw images, qcow2 images on top of each other (`c` on `b` on `a`).
+/// Raw images, qcow2 images on top of each other (`c` on `b` on `a`), and other names of some of them.
 fn images() -> tempfile::TempDir {
     let dir = tempfile::tempdir().expect("a directory");
     let path = dir.path();
@@ -58,7 +60,132 @@ fn images() -> tempfile::TempDir {
     ] {
         succeed(path, words);
     }
+    for name in ["raw", "c"] {
+        fs::hard_link(path.join(name), path.join(format!("hard-{name}"))).expect("made");
+        symlink(name, path.join(format!("soft-{name}"))).expect("made");
+    }
     dir
+}
+
+#[test]
+fn what_is_read_is_not_written_over() {
+    let dir = images();
+    let path = dir.path();
+    for words in [
+        "dd -f raw if=raw of=raw",
+        "dd -f raw if=raw of=hard-raw",
+        "dd -f raw if=raw of=soft-raw",
+        "dd -f raw if=raw of=./raw",
+        "dd -f raw if=soft-raw of=file:hard-raw",
+        "dd -U if=c of=c",
+        "dd -U if=c of=a -O qcow2",
+        "convert -U -f raw -O raw raw raw",
+        "convert -U -f raw -O qcow2 raw hard-raw",
+        "convert -U -O qcow2 c soft-c",
+        "convert -U -O qcow2 c b",
+        "convert -U -O raw top raw",
+        "convert -U -O raw split data",
+        "convert -U -O raw v.vmdk v-flat.vmdk",
+        "convert -U -O vmdk -o subformat=monolithicFlat v-flat.vmdk v.vmdk",
+        "convert -U -O qcow2 -o data_file=raw -f raw raw new",
+        "convert -U -O raw raw c a",
+        "convert -U --image-opts -O raw driver=raw,file.filename=raw hard-raw",
+        "convert -U --image-opts -O raw driver=throttle,throttle-group=g,file.driver=qcow2,file.file.filename=c a \
+         --object throttle-group,id=g",
+        "create -f qcow2 -b ./raw -F raw raw",
+        "create -f qcow2 -b hard-raw -F raw raw",
+        "create -f qcow2 -u -b soft-raw -F raw raw 1M",
+        "create -f qcow2 -b top -F qcow2 raw",
+        "create -f qcow2 -b c -F qcow2 a",
+        "create -f qcow2 -u -b c -F qcow2 a 1M",
+        "create -f qcow2 -o data_file=hard-raw -b raw -F raw new",
+        "create -f qed -b hard-raw -F raw raw",
+        "convert -O qcow2 -f raw -B c -F qcow2 raw b",
+    ] {
+        let said = refused(path, words, 1);
+        assert!(
+            said.ends_with("is needed for the new image and would be overwritten"),
+            "{words}: {said}"
+        );
+    }
+    for words in [
+        "convert -n -U -f raw -O raw raw hard-raw",
+        "convert -n -U -O qcow2 c b",
+        "convert -n -U -O raw top raw",
+        "convert -n -U -O raw split data",
+    ] {
+        let said = refused(path, words, 1);
+        assert_eq!(
+            said, "qemu-img: The target is one of the files that are copied",
+            "{words}"
+        );
+    }
+    for words in [
+        "create -f qcow2 -o data_file=new new 1M",
+        "create -f qcow2 -o data_file=hard-raw raw 1M",
+    ] {
+        let said = refused(path, words, 1);
+        assert!(
+            said.ends_with("cannot be two files of the new image"),
+            "{words}: {said}"
+        );
+    }
+}
+
+#[test]
+fn no_image_gets_below_itself() {
+    let dir = images();
+    let path = dir.path();
+    for words in [
+        "rebase -u -b a -F qcow2 a",
+        "rebase -u -b a -F raw a",
+        "rebase -u -b b -F qcow2 a",
+        "rebase -u -b c -F qcow2 a",
+        "rebase -u -b hard-c -F qcow2 a",
+        "rebase -u -b ./soft-c -F qcow2 a",
+        "rebase -u -b file:c -F qcow2 a",
+        "rebase -u -b hard-c -F qcow2 c",
+        "rebase -u -b soft-c -F qcow2 c",
+        "rebase -U -b c -F qcow2 a",
+        "rebase -u -b json:{\"driver\":\"qcow2\",\"file\":{\"driver\":\"file\",\"filename\":\"c\"}} -F qcow2 a",
+    ] {
+        let said = refused(path, words, 1);
+        assert!(said.ends_with("creates an infinite loop"), "{words}: {said}");
+    }
+    fs::remove_file(path.join("a")).expect("ours");
+    let said = refused(path, "create -f qcow2 -u -b c -F qcow2 a 1M", 1);
+    assert_eq!(said, "qemu-img: a: Backing file 'a' creates an infinite loop");
+}
+
+#[test]
+fn a_chain_without_end_is_told_of() {
+    let dir = images();
+    let path = dir.path();
+    // What others make: the name of what is below `a` is that of the image itself, or of one above.
+    for name in ["a", "./a", "c"] {
+        succeed(path, "create -q -f qcow2 -u -b x -F qcow2 a 1M");
+        let mut image = fs::read(path.join("a")).expect("readable");
+        let at = image[..65536]
+            .windows(2)
+            .rposition(|two| two == b"x\0")
+            .expect("its name");
+        image[at..at + name.len()].copy_from_slice(name.as_bytes());
+        image[19] = u8::try_from(name.len()).expect("short");
+        fs::write(path.join("a"), image).expect("written");
+        for words in [
+            "map a",
+            "check a",
+            "info --backing-chain a",
+            "convert -O raw c new",
+            "measure -O raw a",
+        ] {
+            let said = refused(path, words, 1);
+            assert!(
+                said.contains("' creates an infinite loop"),
+                "{name}, {words}: {said}"
+            );
+        }
+    }
 }
 
 /// What is no UTF-8 and what it could be taken for.

@@ -639,6 +639,10 @@ impl Device for Image {
         self.resize_with(&ResizeRequest::new(len, preallocation))
     }
 
+    fn as_image(&self) -> Option<&Image> {
+        Some(self)
+    }
+
     fn allocated_bytes(&self) -> Option<u64> {
         let own = self.layer().file().allocated_bytes()?;
         let parts = self.layer().parts();

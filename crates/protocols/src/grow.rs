@@ -82,6 +82,14 @@ impl FileCreation {
 }
 
 impl File {
+    /// Refuses a file that is there and that others hold, as [`File::create`] would, and leaves it as it is.
+    ///
+    /// # Errors
+    /// As [`File::create`].
+    pub fn require_free(target: &Target, cache: CacheMode) -> Result<()> {
+        Self::open(target, true, cache)?.lock(CREATING)
+    }
+
     /// Makes an empty file, or empties the one that is there, and keeps it open and locked for writing. Devices are
     /// not made: open them.
     ///

@@ -164,6 +164,7 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     let range = part.unwrap_or((source.len(), 0));
     Creation::new(&args.output, &args.output_format)
         .objects(Arc::clone(&args.objects))
+        .apart_from(std::slice::from_ref(&source))
         .exact_size(range.1)
         .prepare()?
         .create()
