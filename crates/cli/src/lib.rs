@@ -15,6 +15,7 @@ pub mod out;
 pub mod printable;
 pub mod progress;
 mod report;
+mod signals;
 mod source;
 mod trace;
 pub mod words;
@@ -30,6 +31,7 @@ use words::{Command, Flag, Parser, Stop, help};
 
 /// Runs the program with its command line, the name it was called by first.
 pub fn run(words: impl IntoIterator<Item = OsString>) -> ExitCode {
+    signals::block();
     // A limit on the size of files (`ulimit -f`) is an error of the request, to be told, and not the end of the program.
     // Where that cannot be had, the signal keeps its action.
     let _ = signal_hook::flag::register(SIGXFSZ, Arc::new(AtomicBool::new(false)));

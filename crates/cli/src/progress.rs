@@ -6,19 +6,19 @@
 
 use std::io::IsTerminal;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use signal_hook::consts::SIGUSR1;
 
 use crate::out::Console;
+use crate::signals;
 
 /// Shows progress from its making until it is dropped.
 #[derive(Debug)]
 pub struct Progress<'a> {
     console: &'a Console,
     display: Display,
-    asked: Arc<AtomicBool>,
+    asked: &'static AtomicBool,
 }
 
 #[derive(Debug)]
@@ -38,14 +38,10 @@ impl<'a> Progress<'a> {
             (true, true) => Display::Bar(bar()),
             (true, false) => Display::Lines(Mutex::new(None)),
         };
-        Self::with_display(display, console)
+        Self::with_display(display, signals::asked(), console)
     }
 
-    fn with_display(display: Display, console: &'a Console) -> Self {
-        let asked = Arc::new(AtomicBool::new(false));
-        // With a display too: the signal's default action would end the program. Where the handler cannot be set
-        // the signal keeps that action, which harms no image and is no reason to refuse the operation.
-        let _ = signal_hook::flag::register(SIGUSR1, Arc::clone(&asked));
+    fn with_display(display: Display, asked: &'static AtomicBool, console: &'a Console) -> Self {
         Self {
             console,
             display,
@@ -184,7 +180,9 @@ mod tests {
     #[test]
     fn progress_can_be_told_from_threads() {
         let console = Console::new("test".as_ref());
-        let progress = Progress::with_display(Display::Lines(Mutex::new(Some(100.0))), &console);
+        static ASKED: AtomicBool = AtomicBool::new(false);
+        let display = Display::Lines(Mutex::new(Some(100.0)));
+        let progress = Progress::with_display(display, &ASKED, &console);
         std::thread::scope(|scope| {
             for _ in 0..2 {
                 scope.spawn(|| progress.set(1, 2));

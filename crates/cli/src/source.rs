@@ -8,7 +8,7 @@ use jiff::Timestamp;
 use jiff::tz::TimeZone;
 
 use crate::out::Console;
-use crate::words::{ImageName, Source, Stop, text};
+use crate::words::{ImageName, Source, Stop};
 
 /// Opens an image. What the user ought to know of it is printed at once.
 ///
@@ -44,8 +44,9 @@ pub(crate) fn open_bare(
             notes.push(note.clone());
         }));
     let outcome = match &source.name {
-        ImageName::File(name) => node_of_name(&text(name.clone())?, source.format.as_deref())
-            .and_then(|node| open_node(node, &options)),
+        ImageName::File(name) => {
+            node_of_name(name, source.format.as_deref()).and_then(|node| open_node(node, &options))
+        }
         ImageName::Options(list) => open_node(NodeOptions::from_list(list)?, &options),
     };
     for note in &*notes.lock().unwrap_or_else(PoisonError::into_inner) {

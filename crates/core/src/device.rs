@@ -4,7 +4,7 @@ use std::fmt::Debug;
 use std::sync::Arc;
 
 use crate::json::Value;
-use crate::{ByteRange, Error, ErrorKind, Event, Info, NodeOptions, Permissions, Result};
+use crate::{ByteRange, Error, ErrorKind, Event, Image, Info, NodeOptions, Permissions, Result};
 
 /// A flat array of bytes: a file, a network export, a decrypted view, an opened image.
 ///
@@ -80,6 +80,11 @@ pub trait Device: Debug + Send + Sync {
 
     /// The file behind the device, for [`Device::copy_to`] between two of them.
     fn as_file(&self) -> Option<&std::fs::File> {
+        None
+    }
+
+    /// The image that the device is, for what has to be known of its chain.
+    fn as_image(&self) -> Option<&Image> {
         None
     }
 

@@ -13,16 +13,23 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::errno;
+use crate::held::Held;
 use crate::{
     AmendRequest, ByteRange, Device, Encoded, Error, ErrorKind, Event, Extent, ExtentKind, Holes, Info,
-    Layer, Limits, Node, NodeOptions, Preallocation, ResizeRequest, Result, Run, RunKind, Want, WritePlan,
-    WriteRun, ZeroMode, align_down, align_up, is_zero,
+    Layer, Limits, Node, NodeOptions, OnLost, Preallocation, ResizeRequest, Result, Run, RunKind, Want,
+    WritePlan, WriteRun, ZeroMode, align_down, align_up, is_zero,
 };
 
 /// An opened image and its backing chain.
+///
+/// What is written is partly kept in memory until [`Device::flush`] makes it durable. [`Image::close`] does that as well, and
+/// lets go of the image. So does dropping it where there are changes since the last flush; but since a drop has nobody to
+/// return an error to, changes can be lost there without a word unless [`Image::set_on_lost`] has named who is told. After a
+/// change that failed half way, a drop writes nothing: what is in memory may no longer fit what is stored.
 #[derive(Debug)]
 pub struct Image {
-    layer: Arc<dyn Layer>,
+    /// Dropped before what is below it.
+    held: Arc<Held>,
     backing: Option<Arc<Image>>,
     /// The image below is no longer the one that this one was made on.
     misfit: bool,
@@ -60,7 +67,7 @@ impl Image {
             .as_ref()
             .is_some_and(|below| !layer.fits_on(&**below.layer()));
         Self {
-            layer,
+            held: Arc::new(Held::new(layer)),
             backing,
             misfit,
             write,
@@ -85,7 +92,38 @@ impl Image {
 
     /// The layer on top.
     pub fn layer(&self) -> &Arc<dyn Layer> {
-        &self.layer
+        self.held.layer()
+    }
+
+    /// Names who is told if changes cannot be written back when the image is dropped, unless somebody is named already.
+    pub fn set_on_lost(&self, on_lost: Arc<OnLost>) {
+        self.held.set_on_lost(on_lost);
+    }
+
+    /// Makes all changes durable, those of images below that were opened for writing as well, and lets go of the image.
+    ///
+    /// # Errors
+    /// What the operating system says; an earlier change that failed half way, after which nothing more is written; and
+    /// [`ErrorKind::Invalid`] if others hold the image as well: all is durable then, but the image stays open.
+    pub fn close(self: Arc<Self>) -> Result<()> {
+        let chain = std::iter::successors(Some(&self), |image| image.backing.as_ref());
+        let written = chain.filter(|image| image.write);
+        // The others are written all the same.
+        let failures: Vec<_> = written.filter_map(|image| image.held.close().err()).collect();
+        match failures.into_iter().next() {
+            Some(error) => Err(error),
+            None if Arc::strong_count(&self) > 1 => Err(Error::invalid("Image is still in use")),
+            None => Ok(()),
+        }
+    }
+
+    /// Runs `change`, which changes the layer itself and is durable once it has succeeded, as all changes of snapshots,
+    /// bitmaps, and names of images below are. After one that fails half way a drop writes nothing.
+    ///
+    /// # Errors
+    /// Those of `change`.
+    pub fn durable_change<T>(&self, change: impl FnOnce() -> Result<T>) -> Result<T> {
+        self.held.durable_change(change)
     }
 
     /// The name that relative names in the image start from: its own, or that of the file it is in.
@@ -106,9 +144,13 @@ impl Image {
     /// The same image without what is below: reads see only what this layer has itself.
     #[must_use]
     pub fn without_backing(&self) -> Self {
-        Self::new(Arc::clone(&self.layer), None, "", self.write)
+        let image = Self::new(Arc::clone(self.layer()), None, "", self.write)
             .with_node(self.node.clone())
-            .with_zero_detection(self.zeroes)
+            .with_zero_detection(self.zeroes);
+        Self {
+            held: Arc::clone(&self.held),
+            ..image
+        }
     }
 
     /// Sets aside where the bytes of `range`, which is not empty, will go. Places are given out in the order of these
@@ -124,7 +166,7 @@ impl Image {
         Ok(PendingWrite {
             image: self,
             range,
-            plan: self.layer.plan_write(range)?,
+            plan: self.held.change(|| self.layer().plan_write(range))?,
         })
     }
 
@@ -135,7 +177,7 @@ impl Image {
     pub fn write_encoded(&self, offset: u64, bytes: &[u8]) -> Result<()> {
         self.require_writable()?;
         self.forget_decoded();
-        self.layer.write_encoded(offset, bytes)
+        self.held.change(|| self.layer().write_encoded(offset, bytes))
     }
 
     /// Gives up all data, so that the image below shows everywhere, if the format has a way.
@@ -145,7 +187,7 @@ impl Image {
     pub fn make_empty(&self) -> Result<()> {
         self.require_writable()?;
         self.forget_decoded();
-        self.layer.make_empty()
+        self.held.change(|| self.layer().make_empty())
     }
 
     /// Changes the size of the disk.
@@ -155,13 +197,14 @@ impl Image {
     pub fn resize_with(&self, request: &ResizeRequest) -> Result<()> {
         self.require_writable()?;
         self.forget_decoded();
-        self.layer.check_resize(request)?;
+        self.layer().check_resize(request)?;
         let old = self.len();
         if request.len > old {
             self.clear_behind_end()?;
             self.detach_end()?;
         }
-        self.layer.resize(request, self.below_len())?;
+        self.held
+            .change(|| self.layer().resize(request, self.below_len()))?;
         if request.len < old {
             return match self.clear_behind_end() {
                 // It is cleared when the disk grows.
@@ -183,7 +226,8 @@ impl Image {
             self.clear_behind_end()?;
             self.detach_end()?;
         }
-        self.layer.amend(request, self.below_len())
+        self.held
+            .last_change(|| self.layer().amend(request, self.below_len()))
     }
 
     fn below_len(&self) -> u64 {
@@ -192,7 +236,7 @@ impl Image {
 
     /// Makes zero what was cut off inside the unit that the disk ends in: it must not come back when the disk grows.
     fn clear_behind_end(&self) -> Result<()> {
-        let Some(behind) = self.layer.behind_end() else {
+        let Some(behind) = self.layer().behind_end() else {
             return Ok(());
         };
         let len = usize::try_from(behind.len()).map_err(|_| Error::corrupt("Cluster too large"))?;
@@ -205,7 +249,7 @@ impl Image {
         let write = PendingWrite {
             image: self,
             range: behind,
-            plan: self.layer.plan_write(behind)?,
+            plan: self.layer().plan_write(behind)?,
         };
         write.finish(&bytes)
     }
@@ -214,7 +258,7 @@ impl Image {
     fn read_own(&self, range: ByteRange, buf: &mut [u8]) -> Result<()> {
         let (mut rest, mut buf) = (range, buf);
         while !rest.is_empty() {
-            let run = self.layer.map(rest)?;
+            let run = self.layer().map(rest)?;
             let len = usize::try_from(run.len.min(rest.len())).unwrap_or(buf.len());
             let (head, tail) = buf.split_at_mut(len);
             self.read_run(&run, rest.start(), head)?;
@@ -228,13 +272,13 @@ impl Image {
     /// disk grows. The disk reads as before.
     fn detach_end(&self) -> Result<()> {
         let Some(below) = &self.backing else { return Ok(()) };
-        let (end, unit) = (self.len(), self.layer.write_unit());
+        let (end, unit) = (self.len(), self.layer().write_unit());
         let last = ByteRange::new(align_down(end, unit), end);
         let hidden = ByteRange::new(end, align_up(end, unit)).intersect(ByteRange::new(0, below.len()));
         if last.is_empty() || hidden.is_empty() || below.is_known_zero(hidden)? {
             return Ok(());
         }
-        let RunKind::Unallocated { .. } = self.layer.map(last)?.kind else {
+        let RunKind::Unallocated { .. } = self.layer().map(last)?.kind else {
             return Ok(());
         };
         // Zeroes up to the end of the unit are written as well, as the original does.
@@ -281,11 +325,11 @@ impl Image {
     fn resolve(&self, range: ByteRange) -> Result<(&Image, u32, Run)> {
         let (mut image, mut depth, mut range) = (self, 0, range);
         loop {
-            let run = image.layer.map(range)?;
+            let run = image.layer().map(range)?;
             debug_assert!(
                 run.len > 0 && run.len <= range.len(),
                 "{}: bad run {run:?}",
-                image.layer.format()
+                image.layer().format()
             );
             let (RunKind::Unallocated { .. }, Some(below)) = (&run.kind, &image.backing) else {
                 return Ok((image, depth, run));
@@ -311,14 +355,14 @@ impl Image {
             RunKind::Zero { .. } | RunKind::Unallocated { .. } => buf.fill(0),
             RunKind::Data { device, offset, .. } => {
                 // The last cluster of a file need not be padded, but a cluster wholly beyond its end was never there.
-                if align_down(*offset, self.layer.granularity()) >= device.len() {
+                if align_down(*offset, self.layer().granularity()) >= device.len() {
                     device.require(*offset, buf.len() as u64)?;
                 }
                 device.event(Event::READ_AIO);
                 device.read_padded(buf, *offset)?;
             }
             RunKind::Encoded(encoded) if encoded.cluster == ByteRange::at(guest, buf.len() as u64) => {
-                self.layer.decode(encoded, buf)?;
+                self.layer().decode(encoded, buf)?;
             }
             RunKind::Encoded(encoded) => {
                 let cluster = self.decode_cluster(encoded)?;
@@ -343,7 +387,7 @@ impl Image {
         }
         let len = usize::try_from(encoded.cluster.len()).map_err(|_| Error::corrupt("Cluster too large"))?;
         let mut cluster = vec![0; len];
-        self.layer.decode(encoded, &mut cluster)?;
+        self.layer().decode(encoded, &mut cluster)?;
         let cluster: Arc<[u8]> = cluster.into();
         *self.decoded.lock().unwrap_or_else(PoisonError::into_inner) = Some((*encoded, Arc::clone(&cluster)));
         Ok(cluster)
@@ -395,7 +439,7 @@ impl Image {
 
     /// The first part of `range` that is made zero in one way, and whether the layer can do that.
     fn zeroing_step(&self, range: ByteRange) -> (ByteRange, bool) {
-        let (unit, piece) = (self.layer.granularity(), self.layer.write_unit());
+        let (unit, piece) = (self.layer().granularity(), self.layer().write_unit());
         // What ends the disk ends its unit, too.
         let end = |unit| {
             if range.end() == self.len() {
@@ -480,7 +524,7 @@ impl PendingWrite<'_> {
             run.device.event(Event::WRITE_AIO);
             fill(&run.device, run.offset + (ours.start() - run.guest.start()), ours)?;
         }
-        self.plan.commit()
+        self.image.held.change(|| self.plan.commit())
     }
 }
 
@@ -494,7 +538,7 @@ impl std::fmt::Debug for PendingWrite<'_> {
 
 impl Device for Image {
     fn len(&self) -> u64 {
-        self.layer.len()
+        self.layer().len()
     }
 
     fn limits(&self) -> &Limits {
@@ -540,7 +584,7 @@ impl Device for Image {
             let (part, by_layer) = self.zeroing_step(rest);
             rest = rest.skip(part.len());
             if by_layer {
-                match self.layer.write_zeroes(part, mode) {
+                match self.held.change(|| self.layer().write_zeroes(part, mode)) {
                     Err(error) if error.kind() == ErrorKind::Unsupported && mode != ZeroMode::FastOnly => {
                         self.write_zero_bytes(part)?;
                     }
@@ -557,7 +601,7 @@ impl Device for Image {
         self.require_writable()?;
         let range = self.check_bounds(range.start(), range.len())?;
         self.forget_decoded();
-        let unit = self.layer.granularity();
+        let unit = self.layer().granularity();
         let end = if range.end() == self.len() {
             range.end()
         } else {
@@ -567,7 +611,7 @@ impl Device for Image {
         if middle.is_empty() {
             Ok(())
         } else {
-            self.layer.discard(middle)
+            self.held.change(|| self.layer().discard(middle))
         }
     }
 
@@ -593,7 +637,7 @@ impl Device for Image {
                 if want == Want::Zeroes && holes != Holes::Ignored && !inside.is_empty() {
                     let below = device.status(inside, want)?;
                     let len = below.len.min(run.len);
-                    if holes == Holes::Zero && self.layer.is_bare() && is_of_image(&below) {
+                    if holes == Holes::Zero && self.layer().is_bare() && is_of_image(&below) {
                         return Ok(Extent { len, ..below });
                     }
                     let kind = match (below.kind, holes) {
@@ -624,17 +668,20 @@ impl Device for Image {
         if !self.write {
             return Ok(());
         }
-        self.layer.file().event(Event::FLUSH_TO_OS);
-        self.layer.flush()
+        self.held.flush()
     }
 
     fn resize(&self, len: u64, preallocation: Preallocation) -> Result<()> {
         self.resize_with(&ResizeRequest::new(len, preallocation))
     }
 
+    fn as_image(&self) -> Option<&Image> {
+        Some(self)
+    }
+
     fn allocated_bytes(&self) -> Option<u64> {
-        let own = self.layer.file().allocated_bytes()?;
-        let parts = self.layer.parts();
+        let own = self.layer().file().allocated_bytes()?;
+        let parts = self.layer().parts();
         parts.iter().try_fold(own, |sum, (_, part)| {
             Some(sum.saturating_add(part.allocated_bytes()?))
         })
@@ -645,8 +692,8 @@ impl Device for Image {
     }
 
     fn node(&self) -> Node {
-        if self.layer.is_bare() {
-            self.layer.file().node()
+        if self.layer().is_bare() {
+            self.layer().file().node()
         } else {
             self.node.clone()
         }
@@ -654,8 +701,8 @@ impl Device for Image {
 
     fn info(&self) -> Result<Info> {
         Ok(Info {
-            backing: self.layer.backing(),
-            ..self.layer.info()?
+            backing: self.layer().backing(),
+            ..self.layer().info()?
         })
     }
 }

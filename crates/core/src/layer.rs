@@ -6,7 +6,7 @@ use std::sync::Arc;
 use crate::options::Options;
 use crate::{
     Bitmaps, ByteRange, CheckReport, Device, Error, Info, Note, Objects, Preallocation, Progress, Repair,
-    Result, Snapshots, ZeroMode,
+    Result, Snapshots, StoredName, ZeroMode,
 };
 
 /// One opened image without its backing chain.
@@ -255,7 +255,7 @@ pub trait Layer: Debug + Send + Sync {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Backing {
     /// The name, which may be relative to the image's own directory.
-    pub name: String,
+    pub name: StoredName,
     /// The format, if the image says which.
     pub format: Option<String>,
 }

@@ -69,7 +69,7 @@ pub fn depth_of(top: &Arc<Image>, name: &str) -> Option<usize> {
         let is_named = above
             .layer()
             .backing()
-            .is_some_and(|backing| backing.name == name);
+            .is_some_and(|backing| backing.name.exact().is_ok_and(|known| known == name));
         let full = full_backing_name(&above.base_name(), name);
         if is_named || below.name() == full || is_same_file(&below.base_name(), &full) {
             return Some(depth);

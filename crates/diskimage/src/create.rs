@@ -1,11 +1,12 @@
 //! Making new images.
 
+use std::collections::HashSet;
 use std::fs;
 use std::sync::Arc;
 
 use diskimage_core::options::Options;
 use diskimage_core::{
-    Budget, CreateRequest, Device, Error, ErrorKind, Format, Gate, LocalTime, NodeOptions, Objects,
+    Budget, CreateRequest, Device, Error, ErrorKind, Format, Gate, Image, LocalTime, NodeOptions, Objects,
     Permissions, Preallocation, Progress, Result,
 };
 use diskimage_formats::format_by_name;
@@ -14,11 +15,13 @@ use diskimage_protocols::{
     Target, filter_by_name, parse_name, protocol_by_name, protocol_of_name,
 };
 
+use crate::files::{Above, Follow, Identity, Location, files_of_chain};
 use crate::gate::FileGate;
 use crate::graph::full_backing_name;
 use crate::open::{OpenOptions, open_bare};
 
 /// What a new image is to be like.
+#[must_use = "nothing is made before `create`"]
 #[derive(Clone)]
 pub struct Creation {
     name: String,
@@ -29,6 +32,7 @@ pub struct Creation {
     backing_file: Option<String>,
     backing_format: Option<String>,
     trust_backing: bool,
+    needed: HashSet<Identity>,
     cache: CacheMode,
     objects: Arc<Objects>,
     gate: Option<Arc<dyn Gate>>,
@@ -46,6 +50,7 @@ impl Creation {
             backing_file: None,
             backing_format: None,
             trust_backing: false,
+            needed: HashSet::new(),
             cache: CacheMode::WRITEBACK,
             objects: Arc::default(),
             gate: None,
@@ -53,63 +58,63 @@ impl Creation {
     }
 
     /// The disk's size in bytes. Without one the image is as large as the one below.
-    #[must_use]
     pub fn size(mut self, size: u64) -> Self {
         self.size = Some(size);
         self
     }
 
     /// The disk's size in bytes, whatever the options say.
-    #[must_use]
     pub fn exact_size(mut self, size: u64) -> Self {
         self.exact_size = Some(size);
         self
     }
 
     /// Options of the format and of the file below it, `name=value` with commas between.
-    #[must_use]
     pub fn options(mut self, list: impl Into<String>) -> Self {
         self.options.push(list.into());
         self
     }
 
     /// The image that the new one is based on.
-    #[must_use]
     pub fn backing_file(mut self, name: impl Into<String>) -> Self {
         self.backing_file = Some(name.into());
         self
     }
 
     /// The format of that image.
-    #[must_use]
     pub fn backing_format(mut self, format: impl Into<String>) -> Self {
         self.backing_format = Some(format.into());
         self
     }
 
     /// Whether to believe what is said about the image below and not to open it.
-    #[must_use]
     pub fn trust_backing(mut self, trust: bool) -> Self {
         self.trust_backing = trust;
         self
     }
 
+    /// Images that are still needed once the new one is made, to be copied into it for one: no file that they or those below
+    /// them are in is made anew.
+    pub fn apart_from(mut self, images: &[Arc<Image>]) -> Self {
+        for image in images {
+            self.needed.extend(files_of_chain(image, usize::MAX));
+        }
+        self
+    }
+
     /// How the new image reaches the disk.
-    #[must_use]
     pub fn cache(mut self, cache: CacheMode) -> Self {
         self.cache = cache;
         self
     }
 
     /// What the options refer to by name: secrets and the like.
-    #[must_use]
     pub fn objects(mut self, objects: Arc<Objects>) -> Self {
         self.objects = objects;
         self
     }
 
     /// Who opens the files that images refer to; [`FileGate`] if nobody is named.
-    #[must_use]
     pub fn gate(mut self, gate: Arc<dyn Gate>) -> Self {
         self.gate = Some(gate);
         self
@@ -130,7 +135,9 @@ impl Creation {
         let size = self.size_with(&options)?;
         let mut options = options;
         options.set("size", &size.to_string())?;
+        let needed = self.needed_files(&options)?;
         Ok(Prepared {
+            needed,
             format,
             protocol,
             size,
@@ -169,6 +176,22 @@ impl Creation {
             options.set("backing_fmt", backing)?;
         }
         Ok(options)
+    }
+
+    /// The files that must not be made anew.
+    fn needed_files(&self, options: &Options) -> Result<HashSet<Identity>> {
+        let mut needed = self.needed.clone();
+        if let Some(backing) = options.text("backing_file") {
+            let follow = Follow {
+                objects: &self.objects,
+                gate: self.gate.as_ref(),
+            };
+            let name = full_backing_name(&self.name, backing);
+            let own = Target::parse(&self.name).map_or_else(|_| self.name.clone(), |target| target.path);
+            let own = Above::New(Location::at(&own));
+            needed.extend(follow.files_below(&name, options.text("backing_fmt"), &own)?);
+        }
+        Ok(needed)
     }
 
     /// The size that was asked for or that the image below has.
@@ -224,7 +247,8 @@ impl Creation {
     }
 }
 
-/// A new image about which nothing is wrong so far.
+/// A new image about which nothing is wrong so far. Nothing is made before [`Prepared::create`].
+#[must_use = "nothing is made before `create`"]
 pub struct Prepared {
     name: String,
     format: &'static dyn Format,
@@ -232,6 +256,8 @@ pub struct Prepared {
     protocol: Option<&'static dyn Protocol>,
     size: u64,
     options: Options,
+    /// The files that must not be made anew.
+    needed: HashSet<Identity>,
     cache: CacheMode,
     objects: Arc<Objects>,
     gate: Arc<dyn Gate>,
@@ -278,8 +304,8 @@ impl Prepared {
             .ok()
             .and_then(|mut node| node.take_text("filename"));
         let name = name.as_deref().unwrap_or(&self.name);
-        self.format.new_parts(name, self.size, &self.options)?;
-        let place = self.place(&creation)?;
+        let parts = self.format.new_parts(name, self.size, &self.options)?;
+        let place = self.place(&creation, &parts)?;
         let outcome = self.fill(&place.device, &creation);
         if outcome.is_err() && place.is_new && !self.format.keeps_failed_file() {
             // The failure that led here is the one to report.
@@ -291,8 +317,31 @@ impl Prepared {
         outcome
     }
 
+    /// Refuses to make a file anew that is needed, or two that are one.
+    fn require_apart(&self, name: &str, parts: &[String]) -> Result<()> {
+        let mut places = vec![Location::at(name)];
+        if places.iter().any(|place| place.is_among(&self.needed)) {
+            // Where somebody holds it, that is the reason.
+            File::require_free(&Target::plain(name), self.cache)?;
+            return Err(is_needed(name));
+        }
+        for part in parts {
+            let place = Location::at(part);
+            if place.is_among(&self.needed) {
+                return Err(is_needed(part));
+            }
+            if places.contains(&place) {
+                return Err(Error::invalid(format!(
+                    "'{part}' cannot be two files of the new image"
+                )));
+            }
+            places.push(place);
+        }
+        Ok(())
+    }
+
     /// Makes the file, or opens what is there, that the image goes into.
-    fn place(&self, creation: &FileCreation) -> Result<Place> {
+    fn place(&self, creation: &FileCreation, parts: &[String]) -> Result<Place> {
         let no_making = |error: Error, driver: &str| {
             error.context(format!(
                 "Protocol driver '{driver}' does not support creating new images, so an existing image must be selected \
@@ -318,6 +367,7 @@ impl Prepared {
         };
         if protocol.can_create() {
             let path = node.take_text("filename").unwrap_or_default();
+            self.require_apart(&path, parts)?;
             let file = File::create(&Target::plain(&path), creation, self.cache)?;
             return Ok(Place {
                 is_new: !file.is_device(),
@@ -336,6 +386,7 @@ impl Prepared {
             notes: Progress::none(),
         });
         let device = opened.map_err(|error| no_making(error, protocol.name()))?;
+        self.require_apart(&device.name(), parts)?;
         Ok(Place {
             device,
             is_new: false,
@@ -398,6 +449,12 @@ impl Prepared {
         let image = open_bare(&full_backing_name(&file.name(), backing), &options)?;
         Ok(image.layer().content_id())
     }
+}
+
+fn is_needed(name: &str) -> Error {
+    Error::invalid(format!(
+        "'{name}' is needed for the new image and would be overwritten"
+    ))
 }
 
 /// The format of new images for which `name` stands: a format's own name, or that of a protocol, which then has the image

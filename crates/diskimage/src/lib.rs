@@ -20,6 +20,34 @@
 //! let mut bytes = [0; 5];
 //! image.read_at(&mut bytes, 4096)?;
 //! assert_eq!(&bytes, b"hello");
+//! image.close()?;
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! What is written may be in memory only until [`Device::flush`] or [`Image::close`] has succeeded. An image that is dropped
+//! with such changes writes them back, as far as it can. A drop returns no error, so whoever needs to know closes, or
+//! names in [`OpenOptions::on_lost`] who is told:
+//!
+//! ```
+//! use std::sync::Arc;
+//!
+//! use diskimage::{Creation, Device, OpenOptions, open};
+//!
+//! let dir = tempfile::tempdir()?;
+//! let name = dir.path().join("disk.qcow2");
+//! let name = name.to_str().ok_or("not text")?;
+//! Creation::new(name, "qcow2").size(1 << 20).prepare()?.create()?;
+//!
+//! let options = OpenOptions::new()
+//!     .write(true)
+//!     .on_lost(Arc::new(|name, error| eprintln!("{name}: {}", error.chain())));
+//! let image = open(name, &options)?;
+//! image.write_at(b"hello", 4096)?;
+//! drop(image);
+//!
+//! let mut bytes = [0; 5];
+//! open(name, &OpenOptions::new())?.read_at(&mut bytes, 4096)?;
+//! assert_eq!(&bytes, b"hello");
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
@@ -35,6 +63,7 @@ mod convert;
 mod create;
 mod cursor;
 mod dd;
+mod files;
 mod gate;
 mod graph;
 mod guess;
@@ -62,6 +91,7 @@ pub use diskimage_protocols::{
     Aio, CREATE_OPTIONS as FILE_CREATE_OPTIONS, CacheMode, FILTERS, File, FileCreation, PROTOCOLS, Target,
     check_tls_creds,
 };
+pub use files::share_a_file;
 pub use gate::FileGate;
 pub use graph::{full_backing_name, is_driver, is_relative, node_of_name};
 pub use map::{MappedExtent, map};

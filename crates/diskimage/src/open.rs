@@ -4,7 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use diskimage_core::{
-    Budget, Device, Format, Gate, Image, LocalTime, NodeOptions, Note, Objects, Permissions, Result,
+    Budget, Device, Error, Format, Gate, Image, LocalTime, NodeOptions, Note, Objects, Permissions, Result,
     ResultExt,
 };
 use diskimage_formats::Raw;
@@ -14,6 +14,7 @@ use crate::gate::FileGate;
 use crate::graph::{Mode, node_of_name, open_chain, open_device_chain};
 
 /// How an image is opened: for reading, with its backing chain and as its bytes tell, unless said otherwise.
+#[must_use = "it only says how an image is opened"]
 #[derive(Clone, Default)]
 pub struct OpenOptions {
     pub(crate) format: Option<String>,
@@ -32,10 +33,14 @@ pub struct OpenOptions {
     pub(crate) local_time: LocalTime,
     gate: Option<Arc<dyn Gate>>,
     pub(crate) on_note: Option<Arc<OnNote>>,
+    pub(crate) on_lost: Option<Arc<OnImageLost>>,
 }
 
 /// Takes a message for the user, which may have several lines.
 type OnNote = dyn Fn(&Note) + Send + Sync;
+
+/// Takes the name of an image whose changes were lost when it was dropped, and why they were.
+type OnImageLost = dyn Fn(&str, &Error) + Send + Sync;
 
 impl OpenOptions {
     /// The options that [`OpenOptions`] describes.
@@ -44,114 +49,105 @@ impl OpenOptions {
     }
 
     /// The format to open it as, by name.
-    #[must_use]
     pub fn format(mut self, format: impl Into<String>) -> Self {
         self.format = Some(format.into());
         self
     }
 
     /// Whether it will be changed; the images below never are.
-    #[must_use]
     pub fn write(mut self, write: bool) -> Self {
         self.write = write;
         self
     }
 
     /// Whether its size will be changed, too.
-    #[must_use]
     pub fn resize(mut self, resize: bool) -> Self {
         self.resize = resize;
         self
     }
 
     /// How requests reach the disk.
-    #[must_use]
     pub fn cache(mut self, cache: CacheMode) -> Self {
         self.cache = cache;
         self
     }
 
     /// Whether to read it even though another process may be changing it.
-    #[must_use]
     pub fn force_share(mut self, force_share: bool) -> Self {
         self.force_share = force_share;
         self
     }
 
     /// Whether nobody may write to it meanwhile, raw images included: what is read will be relied on.
-    #[must_use]
     pub fn exclusive(mut self, exclusive: bool) -> Self {
         self.exclusive = exclusive;
         self
     }
 
     /// Which of the images below will be changed as well, 1 being the one right below.
-    #[must_use]
     pub fn write_below(mut self, depth: usize) -> Self {
         self.write_below = Some(depth);
         self
     }
 
     /// Whether to leave the images below alone.
-    #[must_use]
     pub fn no_backing(mut self, no_backing: bool) -> Self {
         self.no_backing = no_backing;
         self
     }
 
     /// Whether only facts are wanted and no bytes of the guest's.
-    #[must_use]
     pub fn no_data(mut self, no_data: bool) -> Self {
         self.no_data = no_data;
         self
     }
 
     /// Whether it is opened to be checked: damage that a check can mend is no reason to refuse it.
-    #[must_use]
     pub fn for_check(mut self, for_check: bool) -> Self {
         self.for_check = for_check;
         self
     }
 
     /// What the options of images refer to by name: secrets and the like.
-    #[must_use]
     pub fn objects(mut self, objects: Arc<Objects>) -> Self {
         self.objects = objects;
         self
     }
 
     /// Options of the image's own node, on top of what its name says.
-    #[must_use]
     pub fn node_options(mut self, options: NodeOptions) -> Self {
         self.node_options = options;
         self
     }
 
     /// The memory that the numbers in the images may claim.
-    #[must_use]
     pub fn budget(mut self, budget: Budget) -> Self {
         self.budget = budget;
         self
     }
 
     /// What time it is where the user is, for images that are made up of files with dates; UTC if nobody says.
-    #[must_use]
     pub fn local_time(mut self, local_time: LocalTime) -> Self {
         self.local_time = local_time;
         self
     }
 
     /// Who opens the files that the images refer to; [`FileGate`] if nobody is named.
-    #[must_use]
     pub fn gate(mut self, gate: Arc<dyn Gate>) -> Self {
         self.gate = Some(gate);
         self
     }
 
     /// Who is told what the user ought to know.
-    #[must_use]
     pub fn on_note(mut self, on_note: Arc<OnNote>) -> Self {
         self.on_note = Some(on_note);
+        self
+    }
+
+    /// Who is told the name of an image, and the error, if changes cannot be written back when the image is dropped: a
+    /// drop has nobody to return an error to.
+    pub fn on_lost(mut self, on_lost: Arc<OnImageLost>) -> Self {
+        self.on_lost = Some(on_lost);
         self
     }
 
@@ -226,6 +222,9 @@ impl fmt::Debug for OpenOptions {
 
 /// Opens the image that `name` names: a file, what a protocol has under that name, or with `json:` in front the options
 /// of a node.
+///
+/// An image that was opened for writing keeps some changes in memory until [`Device::flush`], [`Image::close`], or until the
+/// last [`Arc`] of it is dropped. See [`Image`] for what a drop cannot do, and [`OpenOptions::on_lost`] for how to be told.
 ///
 /// # Errors
 /// `Could not open 'NAME'` and below it everything that can be wrong with the file, the image, and the images that it

@@ -21,6 +21,8 @@ use diskimage_core::{
 use diskimage_formats::format_by_name;
 
 use crate::cursor::{Cursor, End, Segment};
+use crate::files::{Above, Follow, files_of};
+use crate::graph::full_backing_name;
 
 /// A change of the image below that leaves the disk as it is.
 #[derive(Debug)]
@@ -121,8 +123,7 @@ impl Rebase<'_> {
 pub fn set_backing(image: &Image, backing: Option<&Backing>) -> Result<()> {
     check_backing(image, backing)?;
     let outcome = image
-        .layer()
-        .set_backing(backing)
+        .durable_change(|| image.layer().set_backing(backing))
         .map_err(|error| match error.errno() {
             Some(errno::ENOSPC) => Error::invalid("No space left in the file header"),
             _ => error,
@@ -133,7 +134,7 @@ pub fn set_backing(image: &Image, backing: Option<&Backing>) -> Result<()> {
 /// Refuses what [`set_backing`] would refuse, before anything has changed.
 ///
 /// # Errors
-/// An image whose format has no images below, and one below without a format.
+/// An image whose format has no images below, one below without a format, and one that leads back to the image.
 pub fn check_backing(image: &Image, backing: Option<&Backing>) -> Result<()> {
     if backing.is_some_and(|backing| backing.format.is_none()) {
         return Err(Error::invalid("backing format must be specified").context(could_not(backing)));
@@ -142,11 +143,25 @@ pub fn check_backing(image: &Image, backing: Option<&Backing>) -> Result<()> {
     if !format.is_some_and(|format| format.has_backing()) {
         return Err(Error::from_errno(errno::ENOTSUP).context(could_not(backing)));
     }
-    Ok(())
+    refuse_loop(image, backing).context(|| could_not(backing))
+}
+
+/// Refuses an image below that is `image` itself, or leads back to it.
+fn refuse_loop(image: &Image, backing: Option<&Backing>) -> Result<()> {
+    let Some(backing) = backing else { return Ok(()) };
+    let name = full_backing_name(&image.base_name(), backing.name.exact()?);
+    let follow = Follow {
+        objects: &Arc::default(),
+        gate: None,
+    };
+    let format = backing.format.as_deref();
+    follow
+        .files_below(&name, format, &Above::Files(files_of(image)))
+        .map(drop)
 }
 
 fn could_not(backing: Option<&Backing>) -> String {
-    let name = backing.map(|backing| backing.name.as_str()).unwrap_or_default();
+    let name = backing.map(|backing| backing.name.shown()).unwrap_or_default();
     format!("Could not change the backing file to '{name}'")
 }
 

@@ -72,12 +72,13 @@ pub fn create_snapshot(image: &Image, name: &str, now: SystemTime) -> Result<()>
     let snapshots = image.layer().snapshots();
     let snapshots = snapshots.ok_or_else(|| Error::from_errno(errno::ENOTSUP))?;
     let age = now.duration_since(UNIX_EPOCH).unwrap_or_default();
-    snapshots.create(&NewSnapshot {
+    let snapshot = NewSnapshot {
         name: &name[..name.floor_char_boundary(MAX_SNAPSHOT_NAME)],
         // The format's clock ends in 2106.
         date_sec: u32::try_from(age.as_secs()).unwrap_or(u32::MAX),
         date_nsec: age.subsec_nanos(),
-    })
+    };
+    image.durable_change(|| snapshots.create(&snapshot))
 }
 
 /// Makes the disk of `image` what it was when the snapshot with identifier `word` was taken, or else the first one called
@@ -95,7 +96,9 @@ pub fn apply_snapshot(image: &Image, word: &str) -> Result<()> {
     let snapshots = layer
         .snapshots()
         .ok_or_else(|| Error::unsupported("Block driver does not support snapshots"))?;
-    apply_found(snapshots, word).context(|| "Failed to load snapshot")
+    image
+        .durable_change(|| apply_found(snapshots, word))
+        .context(|| "Failed to load snapshot")
 }
 
 fn apply_found(snapshots: &dyn Snapshots, word: &str) -> Result<()> {
@@ -118,7 +121,8 @@ pub fn delete_snapshot(image: &Image, name: &str) -> Result<()> {
     let snapshots = image.layer().snapshots().ok_or_else(not_found)?;
     let list = snapshots.list()?;
     let index = list.iter().position(|snapshot| snapshot.name == name);
-    snapshots.delete(index.ok_or_else(not_found)?)
+    let index = index.ok_or_else(not_found)?;
+    image.durable_change(|| snapshots.delete(index))
 }
 
 /// Bytes of a snapshot's name, as with the original.

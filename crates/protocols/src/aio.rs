@@ -123,7 +123,7 @@ fn plain_write(file: &fs::File, buf: &[u8], offset: u64) -> io::Result<usize> {
 }
 
 fn plain_sync(file: &fs::File) -> io::Result<()> {
-    Ok(rustix::fs::fdatasync(file)?)
+    Ok(rustix::io::retry_on_intr(|| rustix::fs::fdatasync(file))?)
 }
 
 /// Rings or contexts that nobody uses at the moment.

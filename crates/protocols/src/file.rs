@@ -50,8 +50,22 @@ pub struct File {
     locking: bool,
     locks: Mutex<Held>,
     limits: Limits,
-    /// Device and inode.
+    /// Device and inode, or which block device.
     identity: (u64, u64),
+}
+
+/// What makes a file the same as another. Block devices are, whatever the entries in the file system that lead to them.
+fn identity_of(metadata: &fs::Metadata) -> (u64, u64) {
+    match Kind::of(metadata) {
+        // No file has this inode.
+        Some(Kind::Block) => (metadata.rdev(), 0),
+        _ => (metadata.dev(), metadata.ino()),
+    }
+}
+
+/// What [`Device::identity`] would be of the file at `path`, if there is one.
+pub fn identity_of_path(path: &str) -> Option<(u64, u64)> {
+    fs::metadata(path).ok().map(|metadata| identity_of(&metadata))
 }
 
 /// What kind of file it is.
@@ -148,7 +162,7 @@ impl File {
             locking: true,
             locks: Mutex::default(),
             limits,
-            identity: (metadata.dev(), metadata.ino()),
+            identity: identity_of(&metadata),
         };
         this.refresh_len()?;
         Ok(this)

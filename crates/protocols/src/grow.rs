@@ -82,6 +82,14 @@ impl FileCreation {
 }
 
 impl File {
+    /// Refuses a file that is there and that others hold, as [`File::create`] would, and leaves it as it is.
+    ///
+    /// # Errors
+    /// As [`File::create`].
+    pub fn require_free(target: &Target, cache: CacheMode) -> Result<()> {
+        Self::open(target, true, cache)?.lock(CREATING)
+    }
+
     /// Makes an empty file, or empties the one that is there, and keeps it open and locked for writing. Devices are
     /// not made: open them.
     ///
@@ -154,7 +162,7 @@ impl File {
                 self.holes.forget();
                 return Err(error.context("Could not write zeros for preallocation"));
             }
-            rustix::fs::fsync(&self.file)
+            rustix::io::retry_on_intr(|| rustix::fs::fsync(&self.file))
                 .map_err(std::io::Error::from)
                 .context(|| "Could not flush file to disk")?;
         } else if old == 0 && len > 0 {

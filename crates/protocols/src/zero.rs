@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 
 use diskimage_core::{ByteRange, Device, Error, Result, ZeroMode};
 use rustix::fs::FallocateFlags;
-use rustix::io::Errno;
+use rustix::io::{Errno, retry_on_intr};
 
 use crate::file::{File, Kind};
 use crate::sys;
@@ -73,7 +73,7 @@ impl File {
         if range.end() > self.known_len.load(Ordering::Acquire) {
             let _alone = self.growth.write().unwrap_or_else(PoisonError::into_inner);
             if self.refresh_len().map_err(|_| Errno::IO)? < range.end() {
-                rustix::fs::ftruncate(&self.file, range.end())?;
+                retry_on_intr(|| rustix::fs::ftruncate(&self.file, range.end()))?;
             }
         }
         Ok(())

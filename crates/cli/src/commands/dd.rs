@@ -164,6 +164,7 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     let range = part.unwrap_or((source.len(), 0));
     Creation::new(&args.output, &args.output_format)
         .objects(Arc::clone(&args.objects))
+        .apart_from(std::slice::from_ref(&source))
         .exact_size(range.1)
         .prepare()?
         .create()
@@ -172,7 +173,7 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
             error.context(format!("{output}: error while creating output image"))
         })?;
     let target = Source {
-        name: ImageName::File(args.output.into()),
+        name: ImageName::File(args.output),
         format: Some(args.output_format),
     };
     let target = open_source(&target, options().write(true).resize(true), console)?;

@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 
-use diskimage::{Image, Objects, OpenOptions, full_backing_name};
+use diskimage::{Image, Objects, OpenOptions, full_backing_name, share_a_file};
 
 use super::only_image;
 use crate::facts::Facts;
@@ -133,10 +133,7 @@ fn open_each(args: &Args, console: &Console) -> Result<Vec<Arc<Image>>, Stop> {
     let mut seen = HashSet::new();
     loop {
         if !seen.insert(source.name.shown()) {
-            return Err(Stop::wrong(format!(
-                "Backing file '{}' creates an infinite loop.",
-                source.name.shown()
-            )));
+            return Err(endless(&source));
         }
         let options = OpenOptions::new()
             .objects(Arc::clone(&args.objects))
@@ -145,14 +142,30 @@ fn open_each(args: &Args, console: &Console) -> Result<Vec<Arc<Image>>, Stop> {
             .force_share(args.force_share);
         let image = open_source(&source, options, console)?;
         let below = image.layer().backing().filter(|_| args.backing_chain);
-        let next = below.map(|backing| Source {
-            name: ImageName::File(full_backing_name(&image.base_name(), &backing.name).into()),
-            format: backing.format,
-        });
+        let is_same = |other: &Arc<Image>| {
+            share_a_file(other, &image) && other.layer().format() == image.layer().format()
+        };
+        if chain.iter().any(is_same) {
+            return Err(endless(&source));
+        }
+        let next = match below {
+            Some(backing) => Some(Source {
+                name: ImageName::File(full_backing_name(&image.base_name(), backing.name.exact()?)),
+                format: backing.format,
+            }),
+            None => None,
+        };
         chain.push(image);
         match next {
             Some(next) => source = next,
             None => return Ok(chain),
         }
     }
+}
+
+fn endless(source: &Source) -> Stop {
+    Stop::wrong(format!(
+        "Backing file '{}' creates an infinite loop.",
+        source.name.shown()
+    ))
 }

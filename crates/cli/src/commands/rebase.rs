@@ -193,7 +193,7 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
         return Err(Stop::wrong("could not get block driver info"));
     }
     let backing = args.backing.as_ref().map(|name| Backing {
-        name: name.clone(),
+        name: name.as_str().into(),
         format: args.backing_format.clone(),
     });
     if !args.only_name {
@@ -232,10 +232,15 @@ fn open_new(
     console: &Console,
 ) -> Result<Arc<Image>, Stop> {
     let source = Source {
-        name: ImageName::File(full_backing_name(&image.base_name(), &backing.name).into()),
+        name: ImageName::File(full_backing_name(&image.base_name(), backing.name.exact()?)),
         format: backing.format.clone(),
     };
     let options = options.cache(args.backing_cache).force_share(args.force_share);
     let opened = open_bare(&source, options, console)?;
-    Ok(opened.context(|| format!("Could not open new backing file '{}'", printable(&backing.name)))?)
+    Ok(opened.context(|| {
+        format!(
+            "Could not open new backing file '{}'",
+            printable(backing.name.shown())
+        )
+    })?)
 }

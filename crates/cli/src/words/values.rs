@@ -8,7 +8,7 @@ use diskimage_core::size::{SizeError, parse_number, parse_size};
 
 use super::Stop;
 
-/// Text that must be UTF-8; file names need not be and stay [`OsString`].
+/// Text that must be UTF-8. So must file names: what is nearly one could be the name of another file.
 ///
 /// # Errors
 /// Any other bytes.
@@ -101,7 +101,7 @@ impl OutputFormat {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ImageName {
     /// A file name, or a protocol's URL or `json:` in place of one.
-    File(OsString),
+    File(String),
     /// A specification `driver=qcow2,file.filename=x`, after `--image-opts`.
     Options(String),
 }
@@ -110,20 +110,19 @@ impl ImageName {
     /// A word read as a file name or as a specification.
     ///
     /// # Errors
-    /// A specification that is not UTF-8.
+    /// A word that is not UTF-8: no other name stands in for it.
     pub fn new(word: OsString, image_opts: bool) -> Result<Self, Stop> {
         Ok(if image_opts {
             Self::Options(text(word)?)
         } else {
-            Self::File(word)
+            Self::File(text(word)?)
         })
     }
 
     /// The name as it is shown.
     pub fn shown(&self) -> String {
         match self {
-            Self::File(name) => name.to_string_lossy().into_owned(),
-            Self::Options(text) => text.clone(),
+            Self::File(text) | Self::Options(text) => text.clone(),
         }
     }
 }
@@ -141,7 +140,7 @@ impl Source {
     /// An image from the word that names it, the value of `-f`, and whether `--image-opts` was given.
     ///
     /// # Errors
-    /// A format together with a specification; a specification that is not UTF-8.
+    /// A format together with a specification; a word that is not UTF-8.
     pub fn new(word: OsString, format: Option<String>, image_opts: bool) -> Result<Self, Stop> {
         if image_opts && format.is_some() {
             return Err(Stop::wrong("--image-opts and --format are mutually exclusive"));

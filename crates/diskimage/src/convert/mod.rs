@@ -26,6 +26,7 @@ use std::thread;
 use diskimage_core::{Device, Encoder, Error, Image, Progress, Result, align_up, errno};
 
 use crate::cursor::Cursor;
+use crate::files::{files_of, files_of_chain};
 use rate::RateLimit;
 use source::Sources;
 use worker::Worker;
@@ -159,6 +160,15 @@ impl<'a> Conversion<'a> {
             return Err(Error::invalid(
                 "Having a backing file for the target makes no sense when concatenating multiple input images",
             ));
+        }
+        let layers = match self.backing_len {
+            Some(_) => usize::try_from(self.layers).unwrap_or(usize::MAX),
+            None => usize::MAX,
+        };
+        let target = files_of(self.target);
+        let is_read = |source: &Arc<Image>| !files_of_chain(source, layers).is_disjoint(&target);
+        if self.sources.iter().any(is_read) {
+            return Err(Error::invalid("The target is one of the files that are copied"));
         }
         if align_up(self.target.len(), SECTOR) < self.len() {
             return Err(Error::invalid("output file is smaller than input file"));

@@ -108,7 +108,8 @@ impl Link {
         self.node.base_name()
     }
 
-    pub(crate) fn into_image(self, below: Option<Arc<Image>>) -> Arc<Image> {
+    /// The image of the link; `options` say who is told of its losses.
+    pub(crate) fn into_image(self, below: Option<Arc<Image>>, options: &OpenOptions) -> Arc<Image> {
         let image = Image::new(self.layer, below, String::new(), self.mode.write);
         let image = if image.layer().is_bare() {
             let node = image.layer().file().node();
@@ -116,6 +117,10 @@ impl Link {
         } else {
             image.with_node(self.node)
         };
+        if let Some(on_lost) = options.on_lost.clone().filter(|_| self.mode.write) {
+            let name = image.name();
+            image.set_on_lost(Arc::new(move |error: &Error| on_lost(&name, error)));
+        }
         Arc::new(image.with_zero_detection(self.zeroes))
     }
 }

@@ -10,7 +10,7 @@ const KIB: u64 = 1024;
 
 fn named(name: &str) -> Backing {
     Backing {
-        name: name.to_owned(),
+        name: name.into(),
         format: Some("qcow2".to_owned()),
     }
 }

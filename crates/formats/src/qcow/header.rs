@@ -6,7 +6,7 @@
 //!   36 encryption          40 L1 table offset
 //! ```
 
-use diskimage_core::{Device, Error, Result, align_down, align_up, errno};
+use diskimage_core::{Device, Error, Result, StoredName, align_down, align_up, errno};
 use zerocopy::byteorder::big_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -72,7 +72,7 @@ pub(super) struct Header {
     pub(super) l1_offset: u64,
     l1_size: u64,
     /// The backing file's name, and where it is.
-    pub(super) backing: Option<String>,
+    pub(super) backing: Option<StoredName>,
     backing_offset: u64,
 }
 
@@ -94,7 +94,7 @@ pub(super) fn read(file: &dyn Device, name: &str) -> Result<Header> {
     let mut text = vec![0; len];
     file.read_padded(&mut text, header.backing_offset)?;
     let text = text.split(|byte| *byte == 0).next().unwrap_or(&[]);
-    header.backing = (!text.is_empty()).then(|| String::from_utf8_lossy(text).into_owned());
+    header.backing = (!text.is_empty()).then(|| StoredName::from_bytes(text));
     Ok(header)
 }
 
@@ -183,7 +183,7 @@ impl Header {
             is_encrypted,
             l1_offset: align_up((HEADER_LEN + name_len) as u64, ENTRY),
             l1_size: l1_size(size, cluster_bits, l2_bits)?,
-            backing: backing.map(str::to_owned),
+            backing: backing.map(StoredName::from),
             backing_offset: if backing.is_some() { HEADER_LEN as u64 } else { 0 },
         })
     }
@@ -209,7 +209,7 @@ impl Header {
 
     /// Behind all that is there in an image without data.
     pub(super) fn end(&self) -> u64 {
-        let name = self.backing.as_ref().map_or(0, String::len) as u64;
+        let name = self.backing.as_ref().map_or(0, |name| name.shown().len()) as u64;
         (self.l1_offset + self.l1_len())
             .max(self.backing_offset + name)
             .max(HEADER_LEN as u64)
@@ -217,7 +217,7 @@ impl Header {
 
     /// The header with the name behind it, up to the L1 table.
     pub(super) fn to_bytes(&self) -> Vec<u8> {
-        let name = self.backing.as_deref().unwrap_or_default();
+        let name = self.backing.as_ref().map(StoredName::shown).unwrap_or_default();
         let raw = RawHeader {
             magic: U32::new(MAGIC),
             version: U32::new(VERSION),

@@ -475,7 +475,7 @@ fn small_clusters_lie_over_other_images() {
         let layer = open_layer(file.clone(), true).expect("opens");
         assert_eq!(layer.granularity(), 512);
         let backing = Backing {
-            name: name.to_owned(),
+            name: name.into(),
             format: None,
         };
         assert_eq!(layer.backing(), Some(backing.clone()));

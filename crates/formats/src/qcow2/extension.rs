@@ -1,6 +1,6 @@
 //! Header extensions: type, length, data padded to 8 bytes, until a type of zero.
 
-use diskimage_core::{Error, Result};
+use diskimage_core::{Error, Result, StoredName};
 use zerocopy::byteorder::big_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -22,7 +22,7 @@ pub(super) struct Extensions {
     pub(super) feature_names: Vec<FeatureName>,
     pub(super) bitmaps: Option<BitmapsExtension>,
     pub(super) crypto: Option<CryptoExtension>,
-    pub(super) data_file: Option<String>,
+    pub(super) data_file: Option<StoredName>,
 }
 
 /// Where the persistent bitmaps are.
@@ -88,7 +88,7 @@ pub(super) fn parse(area: &[u8]) -> Result<Extensions> {
                 found.crypto =
                     Some(extension.map_err(|_| Error::corrupt("CRYPTO header extension size invalid"))?);
             }
-            kind::DATA_FILE => found.data_file = Some(text(data)),
+            kind::DATA_FILE => found.data_file = Some(StoredName::from_bytes(until_zero(data))),
             _ => {}
         }
         rest = tail.get(len.next_multiple_of(8)..).unwrap_or(&[]);
@@ -138,7 +138,11 @@ impl Extension {
 }
 
 fn text(data: &[u8]) -> String {
-    String::from_utf8_lossy(data.split(|byte| *byte == 0).next().unwrap_or(&[])).into_owned()
+    String::from_utf8_lossy(until_zero(data)).into_owned()
+}
+
+fn until_zero(data: &[u8]) -> &[u8] {
+    data.split(|byte| *byte == 0).next().unwrap_or(&[])
 }
 
 /// The last entry may be cut short behind its name.
@@ -208,7 +212,7 @@ mod tests {
     fn what_is_written_is_read() {
         let found = parse(&write(true, Some("raw"), Some("data"))).expect("valid");
         assert_eq!(found.backing_format.as_deref(), Some("raw"));
-        assert_eq!(found.data_file.as_deref(), Some("data"));
+        assert_eq!(found.data_file, Some("data".into()));
         assert_eq!(found.feature_names.len(), NAMES.len());
     }
 

@@ -134,7 +134,7 @@ impl FirstCluster {
     /// # Errors
     /// A name that is too long.
     pub(super) fn set_backing(&mut self, backing: Option<&Backing>) -> Result<()> {
-        let name = backing.map(|backing| backing.name.as_bytes());
+        let name = backing.map(|backing| backing.name.shown().as_bytes());
         if name.is_some_and(|name| name.len() as u64 > u64::from(limit::BACKING_NAME)) {
             return Err(Error::from_errno(errno::EINVAL));
         }
@@ -442,7 +442,7 @@ mod tests {
         let kinds = |cluster: &FirstCluster| cluster.extensions.iter().map(|e| e.kind).collect::<Vec<_>>();
         assert_eq!(kinds(&cluster), [kind::FEATURE_NAMES, kind::BITMAPS]);
         let backing = Backing {
-            name: "x".to_owned(),
+            name: "x".into(),
             format: Some("qcow2".to_owned()),
         };
         cluster.set_backing(Some(&backing)).expect("a short name");
@@ -456,7 +456,7 @@ mod tests {
     fn renamed(old: &[u8], name: &str, format: &str) -> FirstCluster {
         let mut cluster = FirstCluster::read(old).expect("readable");
         let backing = Backing {
-            name: name.to_owned(),
+            name: name.into(),
             format: Some(format.to_owned()),
         };
         cluster.set_backing(Some(&backing)).expect("a short name");
@@ -501,7 +501,7 @@ mod tests {
     fn what_does_not_fit_is_refused() {
         assert!(cluster(512).to_bytes().is_err());
         let long = Backing {
-            name: "x".repeat(1024),
+            name: "x".repeat(1024).into(),
             format: None,
         };
         assert!(cluster(4096).set_backing(Some(&long)).is_err());

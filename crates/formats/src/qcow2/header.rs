@@ -9,7 +9,7 @@
 //!  100 header_length        104 compression_type  105 padding to 112, then header extensions
 //! ```
 
-use diskimage_core::{Backing, Error, ErrorKind, Result};
+use diskimage_core::{Backing, Error, ErrorKind, Result, StoredName};
 use zerocopy::byteorder::big_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -448,7 +448,7 @@ fn parse_backing(raw: &RawHeader, cluster: &[u8], extensions: &Extensions) -> Re
         return Ok(None);
     }
     Ok(Some(Backing {
-        name: String::from_utf8_lossy(name).into_owned(),
+        name: StoredName::from_bytes(name),
         format: extensions.backing_format.clone(),
     }))
 }

@@ -30,8 +30,8 @@ impl Qcow2 {
             1 << header.geometry.refcount_order,
         ));
         if self.has_data_file() {
-            let name = header.extensions.data_file.as_deref();
-            facts.extend(name.map(|name| Detail::text("data-file", name)));
+            let name = header.extensions.data_file.as_ref();
+            facts.extend(name.map(|name| Detail::text("data-file", name.shown())));
         }
         facts.extend(self.encrypted.as_ref().map(Encrypted::details));
         if v3 {

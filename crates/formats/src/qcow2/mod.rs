@@ -530,7 +530,7 @@ fn data_file(header: &Header, request: &mut OpenRequest<'_>) -> Result<Option<Ar
     if given.is_some() || request.no_data {
         return Ok(given);
     }
-    let name = header.extensions.data_file.as_deref();
+    let name = header.extensions.data_file.as_ref();
     let name = name.ok_or_else(|| Error::corrupt("'data-file' is required for this image"))?;
     let permissions = if request.force_share {
         Permissions::FORCE_SHARE
@@ -538,7 +538,10 @@ fn data_file(header: &Header, request: &mut OpenRequest<'_>) -> Result<Option<Ar
         data_permissions(request.write)
     };
     // As there: the name is relative to the current directory, not to the image's.
-    request.gate.open_data(name, request.name, permissions).map(Some)
+    request
+        .gate
+        .open_data(name.exact()?, request.name, permissions)
+        .map(Some)
 }
 
 /// What a data file is locked for: its bytes may change under a reader, as those of a raw image may.

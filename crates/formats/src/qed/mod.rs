@@ -155,7 +155,7 @@ fn new_header(options: &Options, size: u64) -> Result<Header> {
         ))
     })?;
     let backing = options.text("backing_file").map(|name| Backing {
-        name: name.to_owned(),
+        name: name.into(),
         format: backing_format.map(str::to_owned),
     });
     let mut header = Header::new(geometry, image_size);

@@ -224,7 +224,7 @@ fn a_failed_write_leaves_what_was_there() {
 #[test]
 fn names_of_the_image_below_change_at_once() {
     let long = |byte: &str, len| Backing {
-        name: byte.repeat(len),
+        name: byte.repeat(len).into(),
         format: None,
     };
     let names = [

@@ -15,7 +15,7 @@
 //!   ddb.adapterType = "ide"
 //! ```
 
-use diskimage_core::{Error, Result, errno};
+use diskimage_core::{Error, Result, StoredName, errno};
 
 /// What a descriptor says, as far as it matters here.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -25,7 +25,7 @@ pub(super) struct Descriptor {
     /// `None` where the descriptor inside an extent does not say.
     pub(super) create_type: Option<String>,
     /// The image below.
-    pub(super) parent: Option<String>,
+    pub(super) parent: Option<StoredName>,
     pub(super) extents: Vec<ExtentLine>,
 }
 
@@ -98,8 +98,12 @@ impl Descriptor {
         let cid = |name| value_of(&text, name).and_then(|word| u32::from_str_radix(word, 16).ok());
         let missing = || Error::from_errno(errno::EINVAL);
         let mut extents = Vec::new();
-        for line in text.lines() {
-            extents.extend(ExtentLine::parse(line)?);
+        for line in lines_of(bytes) {
+            let text = String::from_utf8_lossy(line);
+            if let Some(extent) = ExtentLine::parse(text.trim_end_matches('\n'))? {
+                StoredName::within(line, &extent.name).exact()?;
+                extents.push(extent);
+            }
             if extents.len() > MAX_EXTENTS {
                 return Err(Error::corrupt(format!("More than {MAX_EXTENTS} extents")));
             }
@@ -108,9 +112,7 @@ impl Descriptor {
             cid: cid("CID").ok_or_else(missing)?,
             parent_cid: cid("parentCID").ok_or_else(missing)?,
             create_type: value_of(&text, "createType").map(str::to_owned),
-            parent: value_of(&text, "parentFileNameHint")
-                .filter(|name| !name.is_empty())
-                .map(str::to_owned),
+            parent: parent_of(bytes).filter(|name| !name.shown().is_empty()),
             extents,
         })
     }
@@ -121,15 +123,15 @@ impl Descriptor {
     }
 
     /// The descriptor in `bytes` with another CID.
-    pub(super) fn with_cid(bytes: &[u8], cid: u32) -> String {
-        let text = text_of(bytes);
-        let mut out = String::with_capacity(text.len());
-        for line in text.split_inclusive('\n') {
-            if key_and_value(line).is_some_and(|(key, _)| key == "CID") {
+    pub(super) fn with_cid(bytes: &[u8], cid: u32) -> Vec<u8> {
+        let mut out = Vec::with_capacity(bytes.len());
+        for raw in lines_of(bytes) {
+            let line = String::from_utf8_lossy(raw);
+            if key_and_value(&line).is_some_and(|(key, _)| key == "CID") {
                 let end = &line[line.trim_end().len()..];
-                out.push_str(&format!("CID={cid:08x}{end}"));
+                out.extend(format!("CID={cid:08x}{end}").into_bytes());
             } else {
-                out.push_str(line);
+                out.extend(raw);
             }
         }
         out
@@ -138,7 +140,7 @@ impl Descriptor {
 
 impl Descriptor {
     /// The descriptor in `bytes` once the last extent has `sectors`, those of `added` follow it, and the disk has `disk`.
-    pub(super) fn grown(bytes: &[u8], sectors: u64, added: &[String], disk: u64) -> String {
+    pub(super) fn grown(bytes: &[u8], sectors: u64, added: &[String], disk: u64) -> Vec<u8> {
         let text = text_of(bytes);
         let is_extent = |line: &str| ExtentLine::parse(line).is_ok_and(|extent| extent.is_some());
         let last = text.lines().filter(|line| is_extent(line)).count();
@@ -147,24 +149,25 @@ impl Descriptor {
         let cylinder = heads.zip(number("ddb.geometry.sectors"));
         let cylinder = cylinder.and_then(|(heads, sectors)| heads.checked_mul(sectors));
         let cylinders = cylinder.and_then(|cylinder| disk.checked_div(cylinder));
-        let mut out = String::with_capacity(text.len());
+        let mut out = Vec::with_capacity(text.len());
         let mut extents = 0;
-        for line in text.split_inclusive('\n') {
+        for raw in lines_of(bytes) {
+            let line = &*String::from_utf8_lossy(raw);
             let is_cylinders = || key_and_value(line).is_some_and(|(key, _)| key == "ddb.geometry.cylinders");
             extents += usize::from(is_extent(line));
             match (line.split_whitespace().nth(1), cylinders) {
                 (Some(old), _) if is_extent(line) && extents == last => {
-                    out.push_str(&line.replacen(old, &sectors.to_string(), 1));
+                    out.extend(line.replacen(old, &sectors.to_string(), 1).into_bytes());
                     for line in added {
-                        out.push_str(line);
-                        out.push('\n');
+                        out.extend(line.bytes());
+                        out.push(b'\n');
                     }
                 }
                 (_, Some(cylinders)) if is_cylinders() => {
                     let end = &line[line.trim_end().len()..];
-                    out.push_str(&format!("ddb.geometry.cylinders = \"{cylinders}\"{end}"));
+                    out.extend(format!("ddb.geometry.cylinders = \"{cylinders}\"{end}").into_bytes());
                 }
-                _ => out.push_str(line),
+                _ => out.extend(raw),
             }
         }
         out
@@ -211,10 +214,23 @@ impl ExtentLine {
     }
 }
 
+/// The lines in `bytes` with their ends, up to the padding. They need not be UTF-8.
+fn lines_of(bytes: &[u8]) -> impl Iterator<Item = &[u8]> {
+    let end = bytes.iter().position(|byte| *byte == 0).unwrap_or(bytes.len());
+    bytes[..end].split_inclusive(|byte| *byte == b'\n')
+}
+
 /// The text in `bytes`, up to its padding.
 fn text_of(bytes: &[u8]) -> String {
-    let end = bytes.iter().position(|byte| *byte == 0).unwrap_or(bytes.len());
-    String::from_utf8_lossy(&bytes[..end]).into_owned()
+    lines_of(bytes).map(String::from_utf8_lossy).collect()
+}
+
+/// The name of the image below.
+fn parent_of(bytes: &[u8]) -> Option<StoredName> {
+    lines_of(bytes).find_map(|line| {
+        let text = String::from_utf8_lossy(line);
+        value_of(&text, "parentFileNameHint").map(|name| StoredName::within(line, name))
+    })
 }
 
 /// The value of the first line that gives `key` one.
@@ -330,12 +346,12 @@ mod tests {
     #[test]
     fn only_the_cid_changes() {
         let changed = Descriptor::with_cid(TEXT.as_bytes(), 5);
+        let text = TEXT.split('\0').next().expect("text");
+        assert_eq!(changed, text.replace("1234abcd", "00000005").into_bytes());
+        let latin = b"CID=1\n# \xe9\r\nddb.comment = \"\xff\"";
         assert_eq!(
-            changed,
-            TEXT.split('\0')
-                .next()
-                .expect("text")
-                .replace("1234abcd", "00000005")
+            Descriptor::with_cid(latin, 5),
+            b"CID=00000005\n# \xe9\r\nddb.comment = \"\xff\""
         );
     }
 
@@ -359,14 +375,32 @@ mod tests {
         assert_ne!(text, expected);
         assert_eq!(
             Descriptor::grown(text.as_bytes(), 1_000_000, &[], 5_194_304),
-            expected
+            expected.as_bytes()
         );
         let added = ["RW 7 FLAT \"a-f003\" 0".to_owned()];
         let lines = format!("RW 1000000 FLAT \"a-f002\" 0\n{}\n", added[0]);
         assert_eq!(
             Descriptor::grown(text.as_bytes(), 1_000_000, &added, 5_194_304),
-            expected.replace("RW 1000000 FLAT \"a-f002\" 0\n", &lines)
+            expected
+                .replace("RW 1000000 FLAT \"a-f002\" 0\n", &lines)
+                .into_bytes()
         );
+    }
+
+    #[test]
+    fn names_that_are_not_utf8_are_not_taken_for_others() {
+        let image = |line: &[u8]| [b"CID=1\nparentCID=2\n", line, b"\n"].concat();
+        let extent = image(b"RW 5 FLAT \"o\xff\" 0");
+        let error = Descriptor::parse(&extent).expect_err("it cannot be opened");
+        assert_eq!(error.chain(), "The file name 'o\u{fffd}' is not UTF-8");
+        let comment = image(b"# \xff\nRW 5 FLAT \"o\" 0");
+        assert_eq!(
+            Descriptor::parse(&comment).expect("only a comment").extents.len(),
+            1
+        );
+        let parent = image(b"parentFileNameHint=\"o\xff\"");
+        let parent = Descriptor::parse(&parent).expect("it can be shown").parent;
+        assert!(parent.expect("it has one").exact().is_err());
     }
 
     #[test]

@@ -278,11 +278,10 @@ impl VmdkLayer {
     }
 
     /// Puts another text where the descriptor is.
-    fn change_descriptor(&self, change: impl FnOnce(&[u8]) -> String) -> Result<()> {
+    fn change_descriptor(&self, change: impl FnOnce(&[u8]) -> Vec<u8>) -> Result<()> {
         let old = self.read_descriptor()?;
-        let text = change(&old);
-        self.require_room(&text)?;
-        let mut bytes = text.into_bytes();
+        let mut bytes = change(&old);
+        self.require_room(&bytes)?;
         bytes.resize(bytes.len().max(old.len()), 0);
         let start = self.descriptor_range.map_or(0, ByteRange::start);
         self.file.write_at(&bytes, start)
@@ -293,7 +292,7 @@ impl VmdkLayer {
     }
 
     /// Refuses a descriptor that would not fit where the old one is.
-    fn require_room(&self, text: &str) -> Result<()> {
+    fn require_room(&self, text: &[u8]) -> Result<()> {
         let room = self.descriptor_range.map_or(descriptor::MAX_LEN, ByteRange::len);
         if text.len() as u64 > room {
             return Err(Error::from_errno(errno::ENOSPC));

@@ -191,7 +191,7 @@ impl VmdkLayer {
 
 impl Growth {
     /// The descriptor of a disk of `disk` bytes, the last extent of which was `last`.
-    fn descriptor(&self, old: &[u8], disk: u64, last: &Extent) -> String {
+    fn descriptor(&self, old: &[u8], disk: u64, last: &Extent) -> Vec<u8> {
         let is_flat = last.geometry().is_none();
         let lines = self.added.iter();
         let lines: Vec<String> = lines

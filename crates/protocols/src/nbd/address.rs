@@ -61,7 +61,7 @@ fn connect_unix(path: &str) -> Result<Socket> {
         // The address without a name, at which nobody listens.
         Err(io::Error::from_raw_os_error(libc::ECONNREFUSED))
     } else {
-        UnixStream::connect(path)
+        retry(|| UnixStream::connect(path))
     };
     outcome
         .map(Socket::Unix)
@@ -133,6 +133,16 @@ impl Inet {
     }
 }
 
+/// Does it again as long as signals interrupt it.
+fn retry<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    loop {
+        match call() {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            outcome => return outcome,
+        }
+    }
+}
+
 /// A connection to a server, as the system has it.
 #[derive(Debug)]
 pub(super) enum Socket {
@@ -163,10 +173,11 @@ impl Socket {
 
 impl io::Read for &Socket {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        match self {
+        // A signal does not end the waiting.
+        retry(|| match self {
             Socket::Tcp(stream) => (&mut &*stream).read(buf),
             Socket::Unix(stream) => (&mut &*stream).read(buf),
-        }
+        })
     }
 }
 

@@ -147,6 +147,7 @@ impl Target {
             let name = target.format.as_deref().unwrap_or(driver.name());
             let mut creation = Creation::new(&target.name, name)
                 .objects(Arc::clone(&args.objects))
+                .apart_from(sources)
                 .exact_size(total_len(sources));
             if let Some(options) = &args.options {
                 creation = creation.options(options.as_str());

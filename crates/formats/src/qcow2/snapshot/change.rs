@@ -55,7 +55,7 @@ impl Snapshots for Qcow2 {
             return Err(Error::from_errno(errno::EFBIG));
         }
         // Not in the middle of changes, which the file does not have yet.
-        self.count_before_reuse(&mut state, 1)?;
+        self.count_before_allocating(&mut state, 1)?;
         let l1 = state.l1;
         self.check_tree(&mut state, l1, Change::Up)?;
         let published =
@@ -304,7 +304,7 @@ impl Qcow2 {
         if there.iter().all(|snapshot| snapshot.extra_len >= V3_EXTRA) {
             return Ok(());
         }
-        self.count_before_reuse(&mut state, 1)?;
+        self.count_before_allocating(&mut state, 1)?;
         let old = state.snapshots;
         let table = self.write_entries(&mut state, &there, None)?;
         self.publish_entries(&mut state, table)?;

@@ -19,7 +19,7 @@ use crate::testing::Closed;
 /// Cases where nothing else is said.
 const CASES: u64 = 3000;
 /// How many cases are run instead.
-const CASES_VARIABLE: &str = "DAMAGE_CASES";
+const CASES_VARIABLE: &str = "DAMAGE_STEPS";
 
 const SIZE: u64 = 40 * CLUSTER;
 const CLUSTER: u64 = 4096;

@@ -158,7 +158,7 @@ impl Step {
     fn backing(&self) -> Option<Option<Backing>> {
         match *self {
             Self::Backing(name, format) => Some((!name.is_empty()).then(|| Backing {
-                name: name.to_owned(),
+                name: name.to_owned().into(),
                 format: (!format.is_empty()).then(|| format.to_owned()),
             })),
             _ => None,

@@ -1,0 +1,307 @@
+//! What would destroy a file that is still needed, or open another file than the one that is named, is refused, and nothing
+//! is made or changed.
+#![cfg(target_os = "linux")]
+
+use std::collections::BTreeMap;
+use std::ffi::{OsStr, OsString};
+use std::fs;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::fs::symlink;
+use std::path::Path;
+use std::process::{Command, Output};
+
+/// Runs `qemu-img` with these words, which blanks separate.
+fn qemu_img(dir: &Path, words: &[u8]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_qemu-img"))
+        .args(words.split(|byte| *byte == b' ').map(OsStr::from_bytes))
+        .current_dir(dir)
+        .output()
+        .expect("it runs")
+}
+
+fn succeed(dir: &Path, words: &str) -> String {
+    let output = qemu_img(dir, words.as_bytes());
+    assert!(output.status.success(), "{words}: {output:?}");
+    String::from_utf8(output.stdout).expect("text")
+}
+
+/// All files and what they hold.
+fn files(dir: &Path) -> BTreeMap<OsString, Vec<u8>> {
+    let entries = fs::read_dir(dir).expect("readable");
+    let names = entries.map(|entry| entry.expect("readable").file_name());
+    names
+        .map(|name| (name.clone(), fs::read(dir.join(&name)).expect("readable")))
+        .collect()
+}
+
+/// What it says when it is refused with this status and leaves all files as they are.
+fn refused(dir: &Path, words: impl AsRef<[u8]>, status: i32) -> String {
+    let words = words.as_ref();
+    let shown = String::from_utf8_lossy(words);
+    let before = files(dir);
+    let output = qemu_img(dir, words);
+    assert_eq!(output.status.code(), Some(status), "{shown}: {output:?}");
+    assert!(files(dir) == before, "{shown}: files have changed");
+    String::from_utf8_lossy(&output.stderr).trim_end().to_owned()
+}
+
+/// Raw images, qcow2 images on top of each other (`c` on `b` on `a`), and other names of some of them.
+fn images() -> tempfile::TempDir {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path();
+    fs::write(path.join("raw"), vec![7; 1 << 20]).expect("written");
+    for words in [
+        "create -q -f qcow2 a 1M",
+        "create -q -f qcow2 -b a -F qcow2 b",
+        "create -q -f qcow2 -b b -F qcow2 c",
+        "create -q -f qcow2 -b raw -F raw top",
+        "create -q -f qcow2 -o data_file=data split 1M",
+        "create -q -f vmdk -o subformat=monolithicFlat v.vmdk 1M",
+    ] {
+        succeed(path, words);
+    }
+    for name in ["raw", "c"] {
+        fs::hard_link(path.join(name), path.join(format!("hard-{name}"))).expect("made");
+        symlink(name, path.join(format!("soft-{name}"))).expect("made");
+    }
+    dir
+}
+
+#[test]
+fn what_is_read_is_not_written_over() {
+    let dir = images();
+    let path = dir.path();
+    for words in [
+        "dd -f raw if=raw of=raw",
+        "dd -f raw if=raw of=hard-raw",
+        "dd -f raw if=raw of=soft-raw",
+        "dd -f raw if=raw of=./raw",
+        "dd -f raw if=soft-raw of=file:hard-raw",
+        "dd -U if=c of=c",
+        "dd -U if=c of=a -O qcow2",
+        "convert -U -f raw -O raw raw raw",
+        "convert -U -f raw -O qcow2 raw hard-raw",
+        "convert -U -O qcow2 c soft-c",
+        "convert -U -O qcow2 c b",
+        "convert -U -O raw top raw",
+        "convert -U -O raw split data",
+        "convert -U -O raw v.vmdk v-flat.vmdk",
+        "convert -U -O vmdk -o subformat=monolithicFlat v-flat.vmdk v.vmdk",
+        "convert -U -O qcow2 -o data_file=raw -f raw raw new",
+        "convert -U -O raw raw c a",
+        "convert -U --image-opts -O raw driver=raw,file.filename=raw hard-raw",
+        "convert -U --image-opts -O raw driver=throttle,throttle-group=g,file.driver=qcow2,file.file.filename=c a \
+         --object throttle-group,id=g",
+        "create -f qcow2 -b ./raw -F raw raw",
+        "create -f qcow2 -b hard-raw -F raw raw",
+        "create -f qcow2 -u -b soft-raw -F raw raw 1M",
+        "create -f qcow2 -b top -F qcow2 raw",
+        "create -f qcow2 -b c -F qcow2 a",
+        "create -f qcow2 -u -b c -F qcow2 a 1M",
+        "create -f qcow2 -o data_file=hard-raw -b raw -F raw new",
+        "create -f qed -b hard-raw -F raw raw",
+        "convert -O qcow2 -f raw -B c -F qcow2 raw b",
+    ] {
+        let said = refused(path, words, 1);
+        assert!(
+            said.ends_with("is needed for the new image and would be overwritten"),
+            "{words}: {said}"
+        );
+    }
+    for words in [
+        "convert -n -U -f raw -O raw raw hard-raw",
+        "convert -n -U -O qcow2 c b",
+        "convert -n -U -O raw top raw",
+        "convert -n -U -O raw split data",
+    ] {
+        let said = refused(path, words, 1);
+        assert_eq!(
+            said, "qemu-img: The target is one of the files that are copied",
+            "{words}"
+        );
+    }
+    for words in [
+        "create -f qcow2 -o data_file=new new 1M",
+        "create -f qcow2 -o data_file=hard-raw raw 1M",
+    ] {
+        let said = refused(path, words, 1);
+        assert!(
+            said.ends_with("cannot be two files of the new image"),
+            "{words}: {said}"
+        );
+    }
+}
+
+#[test]
+fn no_image_gets_below_itself() {
+    let dir = images();
+    let path = dir.path();
+    for words in [
+        "rebase -u -b a -F qcow2 a",
+        "rebase -u -b a -F raw a",
+        "rebase -u -b b -F qcow2 a",
+        "rebase -u -b c -F qcow2 a",
+        "rebase -u -b hard-c -F qcow2 a",
+        "rebase -u -b ./soft-c -F qcow2 a",
+        "rebase -u -b file:c -F qcow2 a",
+        "rebase -u -b hard-c -F qcow2 c",
+        "rebase -u -b soft-c -F qcow2 c",
+        "rebase -U -b c -F qcow2 a",
+        "rebase -u -b json:{\"driver\":\"qcow2\",\"file\":{\"driver\":\"file\",\"filename\":\"c\"}} -F qcow2 a",
+    ] {
+        let said = refused(path, words, 1);
+        assert!(said.ends_with("creates an infinite loop"), "{words}: {said}");
+    }
+    fs::remove_file(path.join("a")).expect("ours");
+    let said = refused(path, "create -f qcow2 -u -b c -F qcow2 a 1M", 1);
+    assert_eq!(said, "qemu-img: a: Backing file 'a' creates an infinite loop");
+}
+
+#[test]
+fn a_chain_without_end_is_told_of() {
+    let dir = images();
+    let path = dir.path();
+    // What others make: the name of what is below `a` is that of the image itself, or of one above.
+    for name in ["a", "./a", "c"] {
+        succeed(path, "create -q -f qcow2 -u -b x -F qcow2 a 1M");
+        let mut image = fs::read(path.join("a")).expect("readable");
+        let at = image[..65536]
+            .windows(2)
+            .rposition(|two| two == b"x\0")
+            .expect("its name");
+        image[at..at + name.len()].copy_from_slice(name.as_bytes());
+        image[19] = u8::try_from(name.len()).expect("short");
+        fs::write(path.join("a"), image).expect("written");
+        for words in [
+            "map a",
+            "check a",
+            "info --backing-chain a",
+            "convert -O raw c new",
+            "measure -O raw a",
+        ] {
+            let said = refused(path, words, 1);
+            assert!(
+                said.contains("' creates an infinite loop"),
+                "{name}, {words}: {said}"
+            );
+        }
+    }
+}
+
+/// What is no UTF-8 and what it could be taken for.
+const NAME: &[u8] = b"o\xff";
+const DECOY: &str = "o\u{fffd}";
+
+#[test]
+fn a_word_that_is_not_utf8_is_no_other_name() {
+    let dir = images();
+    let path = dir.path();
+    for name in ["o\u{fffd}", "o\u{fffd}.raw"] {
+        fs::copy(path.join("a"), path.join(name)).expect("copied");
+    }
+    for words in [
+        "amend -o compat=0.10 NAME",
+        "bench -w -c 1 NAME",
+        "bitmap --add NAME b",
+        "bitmap --merge b -b NAME a b",
+        "check NAME",
+        "commit NAME",
+        "commit -b NAME c",
+        "convert -O raw a NAME",
+        "convert -O raw a NAME.raw",
+        "convert -n -O raw a NAME",
+        "convert -O raw NAME new",
+        "convert -O qcow2 -B NAME -F qcow2 a new",
+        "convert -O qcow2 -o backing_file=NAME,backing_fmt=qcow2 a new",
+        "convert -n --target-image-opts a driver=raw,file.filename=NAME",
+        "convert -O qcow2 -o data_file=NAME a new",
+        "create -f raw NAME 1M",
+        "create -f qcow2 -b NAME -F qcow2 new",
+        "create -f qcow2 -o data_file=NAME new 1M",
+        "dd if=a of=NAME",
+        "dd if=NAME of=new",
+        "info NAME",
+        "info --image-opts driver=qcow2,file.filename=NAME",
+        "info json:{\"driver\":\"raw\",\"file\":{\"driver\":\"file\",\"filename\":\"NAME\"}}",
+        "info --object secret,id=s,file=NAME a",
+        "info --object tls-creds-x509,id=t,dir=NAME a",
+        "info fat:NAME",
+        "map NAME",
+        "measure -O raw NAME",
+        "rebase -u -b NAME -F qcow2 a",
+        "rebase -b NAME -F qcow2 a",
+        "resize -f raw NAME 2M",
+        "snapshot -c s NAME",
+        "-T file=NAME info a",
+        "-T events=NAME info a",
+    ] {
+        let said = refused(path, with_name(words), 1);
+        assert!(
+            said.starts_with("qemu-img: Not valid UTF-8: '"),
+            "{words}: {said}"
+        );
+    }
+    refused(path, with_name("compare a NAME"), 2);
+    let surrogate = "info json:{\"driver\":\"raw\",\"file\":{\"driver\":\"file\",\"filename\":\"o\\udcff\"}}";
+    refused(path, surrogate, 1);
+}
+
+/// The words with the name that is not UTF-8.
+fn with_name(words: &str) -> Vec<u8> {
+    let parts: Vec<_> = words.split("NAME").map(str::as_bytes).collect();
+    parts.join(NAME)
+}
+
+#[test]
+fn a_name_in_an_image_that_is_not_utf8_is_no_other_name() {
+    for (make, file, is_below) in [
+        ("create -q -f qcow2 -u -b ox -F raw image 1M", "image", true),
+        ("create -q -f qed -u -b ox -F raw image 1M", "image", true),
+        ("create -q -f qcow -u -b ox image 1M -F raw", "image", true),
+        (
+            "create -q -f vmdk -o subformat=monolithicFlat ox.vmdk 1M",
+            "ox.vmdk",
+            false,
+        ),
+        ("create -q -f qcow2 -o data_file=ox image 1M", "image", false),
+    ] {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path();
+        succeed(path, make);
+        for decoy in [DECOY, "o\u{fffd}-flat.vmdk"] {
+            fs::write(path.join(decoy), vec![7; 1 << 20]).expect("written");
+        }
+        let mut bytes = fs::read(path.join(file)).expect("readable");
+        let mut places: Vec<_> = (0..bytes.len() - 1)
+            .filter(|at| bytes[*at..].starts_with(b"ox"))
+            .collect();
+        assert!(!places.is_empty(), "{make}");
+        for at in places.drain(..) {
+            bytes[at..at + NAME.len()].copy_from_slice(NAME);
+        }
+        fs::write(path.join("image"), bytes).expect("written");
+        for words in [
+            "map image",
+            "convert -O raw image new",
+            "bench -w -c 1 image",
+            "resize image 2M",
+        ] {
+            let said = refused(path, words, 1);
+            assert!(said.contains(" is not UTF-8"), "{make}, {words}: {said}");
+        }
+        if is_below {
+            assert!(succeed(path, "info image").contains(DECOY), "{make}");
+            refused(path, "info --backing-chain image", 1);
+        }
+    }
+}
+
+#[test]
+fn a_name_that_is_what_others_are_shown_as_can_be_used() {
+    let dir = images();
+    let path = dir.path();
+    let name = OsString::from_vec(DECOY.as_bytes().to_vec());
+    fs::rename(path.join("a"), path.join(&name)).expect("renamed");
+    succeed(path, &format!("create -q -f qcow2 -b {DECOY} -F qcow2 new"));
+    succeed(path, "map new");
+}

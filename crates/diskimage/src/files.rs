@@ -1,0 +1,193 @@
+//! Which files images are in, whatever they are called: the same one must not be read and made anew, and no image may end
+//! up below itself.
+
+use std::collections::HashSet;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use diskimage_core::json::Value;
+use diskimage_core::{Device, Error, Gate, Image, NodeOptions, Objects, Result};
+use diskimage_protocols::{Target, identity_of_path, protocol_by_name};
+
+use crate::graph::{full_backing_name, node_of_name};
+use crate::open::{OpenOptions, open_node};
+
+/// What makes a file the same as another.
+pub(crate) type Identity = (u64, u64);
+
+/// The files that the topmost `layers` images of a chain are in.
+pub(crate) fn files_of_chain(image: &Image, layers: usize) -> HashSet<Identity> {
+    let mut files = HashSet::new();
+    let chain = std::iter::successors(Some(image), |image| image.backing().map(|below| &**below));
+    for image in chain.take(layers) {
+        add_image(image, &mut files);
+    }
+    files
+}
+
+/// The files that an image is in, without those below it.
+pub(crate) fn files_of(image: &Image) -> HashSet<Identity> {
+    files_of_chain(image, 1)
+}
+
+/// Whether two images are in the same file, those below them left aside.
+pub fn share_a_file(one: &Image, other: &Image) -> bool {
+    !files_of(one).is_disjoint(&files_of(other))
+}
+
+fn add_image(image: &Image, files: &mut HashSet<Identity>) {
+    let layer = image.layer();
+    add_device(layer.file(), files);
+    if let Some(data) = layer.data_file() {
+        add_device(data, files);
+    }
+    for (_, part) in layer.parts() {
+        add_device(&part, files);
+    }
+}
+
+fn add_device(device: &Arc<dyn Device>, files: &mut HashSet<Identity>) {
+    if let Some(image) = device.as_image() {
+        // All of its chain shows in it.
+        files.extend(files_of_chain(image, usize::MAX));
+        return;
+    }
+    files.extend(device.identity());
+    for (_, below) in device.node().children {
+        add_device(&below, files);
+    }
+}
+
+/// A file, or where one would be.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Location {
+    File(Identity),
+    Nothing(PathBuf),
+}
+
+impl Location {
+    /// What is at `path`, which is no protocol's name.
+    pub(crate) fn at(path: &str) -> Self {
+        let path = Target::plain(path).path;
+        if let Some(identity) = identity_of_path(&path) {
+            return Self::File(identity);
+        }
+        let path = Path::new(&path);
+        let directory = path
+            .parent()
+            .and_then(|directory| match directory.as_os_str().is_empty() {
+                true => Path::new(".").canonicalize().ok(),
+                false => directory.canonicalize().ok(),
+            });
+        Self::Nothing(match (directory, path.file_name()) {
+            (Some(directory), Some(name)) => directory.join(name),
+            _ => path.to_owned(),
+        })
+    }
+
+    /// Whether it is one of `files`.
+    pub(crate) fn is_among(&self, files: &HashSet<Identity>) -> bool {
+        matches!(self, Self::File(identity) if files.contains(identity))
+    }
+}
+
+/// The file of an image called `name`, if that is a file's name.
+fn file_named(name: &str) -> Option<Identity> {
+    let target = Target::parse(name).ok()?;
+    identity_of_path(&target.path)
+}
+
+/// The image that others are to be below.
+pub(crate) enum Above {
+    /// One that is there, in these files.
+    Files(HashSet<Identity>),
+    /// One that is to be made there.
+    New(Location),
+}
+
+impl Above {
+    /// Whether the image called `name`, which is in `files`, is the one. A file that is to be made anew is another matter.
+    fn is_met(&self, files: &HashSet<Identity>, name: &str) -> bool {
+        match self {
+            Self::Files(own) => !own.is_disjoint(files),
+            Self::New(Location::File(_)) => false,
+            Self::New(own) => {
+                files.is_empty() && Target::parse(name).is_ok_and(|target| Location::at(&target.path) == *own)
+            }
+        }
+    }
+}
+
+/// How names in images are followed.
+pub(crate) struct Follow<'a> {
+    pub(crate) objects: &'a Arc<Objects>,
+    pub(crate) gate: Option<&'a Arc<dyn Gate>>,
+}
+
+impl Follow<'_> {
+    /// The files of the image called `name` and of those below it, as far as they are on this machine and can be opened.
+    ///
+    /// # Errors
+    /// A chain that leads to an image which it has already, or to `above`.
+    pub(crate) fn files_below(
+        &self,
+        name: &str,
+        format: Option<&str>,
+        above: &Above,
+    ) -> Result<HashSet<Identity>> {
+        let mut files = HashSet::new();
+        let (mut name, mut format) = (name.to_owned(), format.map(str::to_owned));
+        for _ in 0..MAX_STEPS {
+            let image = self.open(&name, format.as_deref());
+            let own = match &image {
+                Some(image) => files_of(image),
+                None => file_named(&name).into_iter().collect(),
+            };
+            if above.is_met(&own, &name) || !own.is_disjoint(&files) {
+                return Err(Error::invalid(format!(
+                    "Backing file '{name}' creates an infinite loop"
+                )));
+            }
+            files.extend(own);
+            let Some((image, below)) =
+                image.and_then(|image| Some((Arc::clone(&image), image.layer().backing()?)))
+            else {
+                break;
+            };
+            let Ok(next) = below.name.exact() else { break };
+            name = full_backing_name(&image.base_name(), next);
+            format = below.format;
+        }
+        Ok(files)
+    }
+
+    /// The image called `name` alone.
+    fn open(&self, name: &str, format: Option<&str>) -> Option<Arc<Image>> {
+        let node = node_of_name(name, format).ok().filter(is_local)?;
+        let mut options = OpenOptions::new()
+            .no_backing(true)
+            .no_data(true)
+            .force_share(true)
+            .objects(Arc::clone(self.objects));
+        if let Some(gate) = self.gate {
+            options = options.gate(Arc::clone(gate));
+        }
+        open_node(node, &options).ok()
+    }
+}
+
+/// As many images as a chain may have that can be opened.
+const MAX_STEPS: usize = 200;
+
+/// Whether nobody on the network is asked.
+fn is_local(node: &NodeOptions) -> bool {
+    node.iter().all(|(name, value)| match value {
+        Value::Text(driver) if name == "driver" || name.ends_with(".driver") => {
+            protocol_by_name(driver).is_none_or(|protocol| LOCAL.contains(&protocol.name()))
+        }
+        _ => true,
+    })
+}
+
+/// The protocols of this machine.
+const LOCAL: &[&str] = &["file", "host_device", "host_cdrom"];
