@@ -19,6 +19,7 @@ mod qcow2;
 mod qed;
 mod raw;
 mod read_only;
+mod reserved;
 mod seen;
 mod straight;
 mod tables;

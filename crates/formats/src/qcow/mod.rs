@@ -172,6 +172,8 @@ impl Qcow {
         let passphrase = legacy_aes::passphrase_for(found, &mut request)?;
         let aes = found.map(|_| LegacyAes::new(passphrase)).transpose()?;
         let file = request.file;
+        let reserved = header.reserved();
+        reserved.require_apart()?;
         if request.write && header.end() > align_up(file.len(), SECTOR) {
             // To be read it is a table of nothing, as in the original.
             return Err(Error::corrupt("L1 table lies beyond the end of the file"));
@@ -189,13 +191,12 @@ impl Qcow {
         };
         let entries = Entries {
             cluster_bits: header.cluster_bits,
-            l1: ByteRange::at(l1.offset, l1.len),
             l2_len: header.l2_len(),
             has_backing: header.backing.is_some(),
             aes,
         };
         Ok(Self {
-            tree: Tree::new(file, shape, entries),
+            tree: Tree::new(file, shape, entries, reserved, &request.budget),
             header,
             write: request.write,
         })
@@ -299,8 +300,6 @@ impl Layer for Qcow {
 #[derive(Debug)]
 struct Entries {
     cluster_bits: u8,
-    /// Where the L1 table is: nothing else can be there.
-    l1: ByteRange,
     /// Bytes of an L2 table.
     l2_len: u64,
     has_backing: bool,
@@ -319,10 +318,9 @@ impl Entries {
 
     /// Refuses `len` bytes at `offset` that are no place for anything in a file that ends at `end`. The original reads
     /// zeroes beyond, and takes a disk that was cut off for an empty one.
-    fn require_place(&self, offset: u64, len: u64, end: u64) -> Result<()> {
+    fn require_place(offset: u64, len: u64, end: u64) -> Result<()> {
         let behind = offset.checked_add(len).filter(|behind| *behind <= end);
-        let is_free = |behind| !self.l1.overlaps(ByteRange::new(offset, behind));
-        if offset.is_multiple_of(SECTOR) && behind.is_some_and(is_free) {
+        if offset.is_multiple_of(SECTOR) && behind.is_some() {
             Ok(())
         } else {
             Err(damaged())
@@ -343,7 +341,7 @@ impl Scheme for Entries {
         if word == 0 {
             return Ok(None);
         }
-        self.require_place(word, self.l2_len, align_up(end, SECTOR))?;
+        Self::require_place(word, self.l2_len, align_up(end, SECTOR))?;
         Ok(Some(word))
     }
 
@@ -359,7 +357,7 @@ impl Scheme for Entries {
         } else {
             // The last one need not be all there.
             let size = 1 << self.cluster_bits;
-            self.require_place(word, size, align_up(end, size))?;
+            Self::require_place(word, size, align_up(end, size))?;
             Ok(Cluster::Host(word))
         }
     }

@@ -162,7 +162,7 @@ fn blocks_in_the_tables_cannot_be_written() {
     let image = open_bytes(&bytes).expect("opens");
     assert_eq!(
         image.write_at(&[1; 512], BLOCK).expect_err("refused").to_string(),
-        "The block at 0x200 lies in the tables of the image"
+        "The block at 0x200 lies in the header of the image"
     );
     image.write_at(&[1; 512], 0).expect("another block");
 }
