@@ -24,7 +24,7 @@ use self::kinds::{Field, Kind};
 use self::pages::Pages;
 
 /// Steps for each kind of image if nothing else is said.
-const STEPS: u64 = 1500;
+const STEPS: u64 = 500;
 /// Sound images that are damaged in turn.
 const SOUND: u64 = 12;
 /// What commands write.

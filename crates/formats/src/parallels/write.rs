@@ -76,7 +76,9 @@ impl ParallelsLayer {
                 let mut next = 0;
                 while let Some(batch) = state.batch(&mut next)? {
                     for (_, offset) in batch {
-                        found.add(offset)?;
+                        if offset >= state.first_place {
+                            found.add(offset)?;
+                        }
                     }
                 }
                 found.sort()

@@ -29,6 +29,7 @@ use diskimage_core::{
 use self::header::{Header, SECTOR};
 use crate::legacy_aes::{self, LegacyAes};
 use crate::luks::options::passphrase;
+use crate::reserved::Reserved;
 use crate::tables::{Class, Table};
 use crate::tree::{Cluster, Scheme, Shape, Tree};
 use crate::{KNOWN_FORMATS, codec, preallocation, used};
@@ -162,6 +163,8 @@ fn new_header(options: &Options, size: u64) -> Result<Header> {
 struct Qcow {
     tree: Tree<Entries>,
     header: Header,
+    /// The header, the backing file's name and the L1 table.
+    reserved: Reserved,
     write: bool,
 }
 
@@ -173,7 +176,9 @@ impl Qcow {
         let aes = found.map(|_| LegacyAes::new(passphrase)).transpose()?;
         let file = request.file;
         let reserved = header.reserved();
-        reserved.require_apart()?;
+        if request.write {
+            reserved.require_apart()?;
+        }
         if request.write && header.end() > align_up(file.len(), SECTOR) {
             // To be read it is a table of nothing, as in the original.
             return Err(Error::corrupt("L1 table lies beyond the end of the file"));
@@ -196,7 +201,8 @@ impl Qcow {
             aes,
         };
         Ok(Self {
-            tree: Tree::new(file, shape, entries, reserved, &request.budget),
+            tree: Tree::new(file, shape, entries, reserved.clone(), &request.budget),
+            reserved,
             header,
             write: request.write,
         })
@@ -232,6 +238,7 @@ impl Layer for Qcow {
     }
 
     fn map(&self, range: ByteRange) -> Result<Run> {
+        self.reserved.require_apart()?;
         self.tree.map(range)
     }
 

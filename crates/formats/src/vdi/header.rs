@@ -184,15 +184,13 @@ impl Header {
                 "too many blocks {blocks}, max is {MAX_BLOCKS}"
             )));
         }
-        let header = Self {
+        Ok(Self {
             raw,
             size,
             map_offset: map_offset.into(),
             data_offset: data_offset.into(),
             blocks,
-        };
-        header.reserved().require_apart()?;
-        Ok(header)
+        })
     }
 
     /// Where nothing of the disk is written.

@@ -193,8 +193,9 @@ impl State {
     /// Publishes the blocks written so far.
     fn publish(&mut self, file: &Arc<dyn Device>) -> Result<()> {
         let end = match &self.places {
-            Some(places) => places.end(),
-            None => return Ok(()),
+            Some(places) if self.missing.is_none() => places.end(),
+            // Nothing is new, and what is missing must not seem to be there.
+            _ => return Ok(()),
         };
         // A file without the rest of its last block looks damaged to others.
         if self.header.host(end) > file.len() {
@@ -239,6 +240,7 @@ impl Layer for VdiLayer {
 
     fn map(&self, range: ByteRange) -> Result<Run> {
         let mut state = self.lock();
+        state.relied_on.require_apart()?;
         let first = state.place(range.start() / BLOCK)?;
         let range = match first {
             None => range,

@@ -95,6 +95,7 @@ impl State {
     /// What the map says of the first `room` places. What leads further out is damage that takes none. Where the header or
     /// the map is, no block can be.
     pub(super) fn taken_places(&mut self, room: u32, file_len: u64, budget: &Budget) -> Result<Places> {
+        self.reserved.require_apart()?;
         let Self { header, map, .. } = self;
         let mut places = Places::new(room, budget)?;
         let mut missing = None;

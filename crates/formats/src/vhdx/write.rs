@@ -118,9 +118,12 @@ impl VhdxLayer {
                     let Ok(Payload::At(offset)) = Payload::of(entry) else {
                         continue;
                     };
-                    blocks.add(offset)?;
-                    if offset.saturating_add(self.block_size) > file_len {
+                    let whole = ByteRange::at(offset, self.block_size);
+                    if whole.end() > file_len {
                         missing = Some(offset);
+                    } else if state.reserved.find(whole).is_none() {
+                        // One that lies in tables, or is missing, is never used.
+                        blocks.add(offset)?;
                     }
                 }
                 Stored {

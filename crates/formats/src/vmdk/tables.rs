@@ -188,6 +188,8 @@ impl Tables {
         grain: u64,
     ) -> Result<Option<u64>> {
         let size = geometry.entry_size();
+        let extent = extents.get(index).ok_or_else(|| Error::from_errno(errno::EIO))?;
+        extent.relied_on.require_apart()?;
         let offset = directory.saturating_add((grain / geometry.entries).saturating_mul(size));
         let entry = number(self.bytes(extents, index, offset, size)?);
         match geometry.form {
@@ -203,7 +205,6 @@ impl Tables {
             _ if entry == 0 => Ok(None),
             _ => {
                 let table = ByteRange::at(entry * SECTOR, geometry.table_len());
-                let extent = extents.get(index).ok_or_else(|| Error::from_errno(errno::EIO))?;
                 extent.relied_on.require_outside("grain table", table)?;
                 Ok(Some(table.start()))
             }

@@ -275,7 +275,6 @@ impl Blocks {
     fn open(file: &Arc<dyn Device>, header_offset: u64, size: u64) -> Result<Self> {
         let header = DynamicHeader::read(&**file, header_offset, size)?;
         let reserved = header.reserved(header_offset);
-        reserved.require_apart()?;
         let truncated = || {
             Error::corrupt(
                 "block-vpc: free_data_block_offset points after the end of file. The image has been truncated.",
@@ -317,8 +316,9 @@ impl Blocks {
     /// Where block `block` of the disk is stored.
     ///
     /// # Errors
-    /// A block that lies in the tables of a damaged image.
+    /// Tables that overlap, and a block that lies in them: the image is damaged.
     fn host(&mut self, block: u64) -> Result<Option<u64>> {
+        self.relied_on.require_apart()?;
         let entry = self.table.entries(block)?.first().copied();
         let Some(place) = entry.and_then(place) else {
             return Ok(None);

@@ -80,6 +80,7 @@ impl VpcLayer {
         len: u64,
     ) -> Result<()> {
         let file = &*self.file;
+        blocks.reserved.require_apart()?;
         blocks.publish(old, file)?;
         blocks.clear_rest(file, size, &self.budget)?;
         let entries = len.div_ceil(blocks.header.block());

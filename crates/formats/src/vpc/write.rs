@@ -88,7 +88,10 @@ impl Blocks {
                     let entries = self.table.entries(block)?;
                     block += entries.len() as u64;
                     for place in entries.iter().filter_map(|entry| place(*entry)) {
-                        found.add(place)?;
+                        // One that lies in tables is never used.
+                        if self.reserved.find(ByteRange::at(place, len)).is_none() {
+                            found.add(place)?;
+                        }
                     }
                 }
                 found.sort()
@@ -99,6 +102,7 @@ impl Blocks {
 
     /// A place for another block.
     fn take_place(&mut self) -> Result<u64> {
+        self.reserved.require_apart()?;
         if let Some(place) = self.free.pop() {
             return Ok(place);
         }
