@@ -3,6 +3,8 @@
 mod bochs;
 mod cloop;
 mod codec;
+#[cfg(test)]
+mod damage;
 mod decrypted;
 mod dmg;
 mod first_write;
@@ -19,6 +21,7 @@ mod qcow2;
 mod qed;
 mod raw;
 mod read_only;
+mod reserved;
 mod seen;
 mod straight;
 mod tables;

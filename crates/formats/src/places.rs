@@ -13,6 +13,8 @@ pub(crate) struct Places {
     hint: usize,
     /// The place behind the last that is taken.
     end: u32,
+    /// Those that several blocks are at, in order.
+    shared: Vec<u32>,
     _memory: Reservation,
 }
 
@@ -26,6 +28,7 @@ impl Places {
             room,
             hint: 0,
             end: 0,
+            shared: Vec::new(),
             _memory: memory,
         })
     }
@@ -51,6 +54,21 @@ impl Places {
             *word |= 1 << (place % 64);
             self.end = self.end.max(place.saturating_add(1));
         }
+    }
+
+    /// Takes this place for a block that an entry of the table leads to; others may have it already.
+    pub(crate) fn claim(&mut self, place: u32) {
+        if self.is_taken(place)
+            && let Err(at) = self.shared.binary_search(&place)
+        {
+            self.shared.insert(at, place);
+        }
+        self.take(place);
+    }
+
+    /// Whether several blocks are at this place.
+    pub(crate) fn is_shared(&self, place: u32) -> bool {
+        self.shared.binary_search(&place).is_ok()
     }
 
     /// Takes the first place that is free.

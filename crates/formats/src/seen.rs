@@ -38,6 +38,17 @@ impl<'a> Seen<'a> {
         self.count
     }
 
+    /// Whether any of `count` clusters was marked.
+    pub(crate) fn has_any(&self, first: u64, count: u64) -> bool {
+        (first..first.saturating_add(count)).any(|cluster| {
+            let piece = self.pieces.get(&(cluster / PIECE_BITS));
+            let bit = cluster % PIECE_BITS;
+            let word = usize::try_from(bit / WORD_BITS).ok();
+            let word = piece.zip(word).and_then(|(piece, word)| piece.bits.get(word));
+            word.is_some_and(|word| word >> (bit % WORD_BITS) & 1 == 1)
+        })
+    }
+
     /// Marks `count` clusters; how many were marked already.
     pub(crate) fn take(&mut self, first: u64, count: u64) -> Result<u64> {
         let mut twice = 0;

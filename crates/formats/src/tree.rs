@@ -8,15 +8,24 @@
 //!
 //! Nothing is ever given up, so nothing is counted: a crash leaves behind clusters that no table refers to, never the
 //! other way round. [`Tables`] has the order of writing, a [`Scheme`] has what the formats differ in.
+//!
+//! # Damaged entries
+//!
+//! An entry that leads to the header or the L1 table is an error wherever it is met. Nothing is written to a cluster that
+//! an L1 entry says is an L2 table, nor to a table that two L1 entries lead to, nor to one whose contents are none: then
+//! an L1 entry leads to a guest's cluster. Two L2 entries that lead to the same cluster can only be told by walking all
+//! tables, as a check does.
 
+use std::collections::HashSet;
 use std::fmt::Debug;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use diskimage_core::{
-    ByteRange, Device, Encoded, Error, Event, Holes, Preallocation, Result, Run, RunKind, WritePlan,
+    Budget, ByteRange, Device, Encoded, Error, Event, Holes, Preallocation, Result, Run, RunKind, WritePlan,
     WriteRun, ZeroMode, align_up, errno,
 };
 
+use crate::reserved::{Pieces, Reserved};
 use crate::tables::{Class, Table, Tables};
 
 /// What an L2 entry says of a cluster.
@@ -116,6 +125,9 @@ pub(crate) struct Tree<S> {
     file: Arc<dyn Device>,
     shape: Shape,
     scheme: S,
+    /// The header, the backing file's name and the L1 table.
+    reserved: Reserved,
+    budget: Budget,
     state: Mutex<State>,
     /// Told when a plan for a write ends.
     settled: Condvar,
@@ -128,19 +140,33 @@ struct State {
     end: u64,
     /// Guest clusters that plans for writes are about to change.
     in_flight: Vec<ByteRange>,
+    /// The L2 tables that L1 entries lead to; known from the first write on.
+    l2_tables: Option<Pieces>,
+    /// Those of them that were found to be tables, or made, since the image was opened.
+    sound: HashSet<u64>,
 }
 
 impl<S: Scheme> Tree<S> {
-    /// The tables in `file`.
-    pub(crate) fn new(file: Arc<dyn Device>, shape: Shape, scheme: S) -> Self {
+    /// The tables in `file`, where `reserved` is taken by other structures and the L1 table.
+    pub(crate) fn new(
+        file: Arc<dyn Device>,
+        shape: Shape,
+        scheme: S,
+        reserved: Reserved,
+        budget: &Budget,
+    ) -> Self {
         let tables = Tables::new(Arc::clone(&file), Arc::clone(&file));
         Self {
             file,
             scheme,
+            reserved,
+            budget: budget.clone(),
             state: Mutex::new(State {
                 tables,
                 end: shape.end,
                 in_flight: Vec::new(),
+                l2_tables: None,
+                sound: HashSet::new(),
             }),
             shape,
             settled: Condvar::new(),
@@ -215,7 +241,11 @@ impl<S: Scheme> Tree<S> {
         };
         let word = Self::read(&mut state.tables, l2, self.l2_at(guest))?;
         let cluster = match self.scheme.cluster(word, state.end)? {
-            Cluster::Host(offset) => Cluster::Host(offset + guest % size),
+            Cluster::Host(offset) => {
+                self.reserved
+                    .require_outside("cluster", ByteRange::at(offset, size))?;
+                Cluster::Host(offset + guest % size)
+            }
             other => other,
         };
         Ok(Step {
@@ -252,8 +282,12 @@ impl<S: Scheme> Tree<S> {
 
     fn l2(&self, state: &mut State, guest: u64) -> Result<Option<Table>> {
         let word = Self::read(&mut state.tables, self.shape.l1, self.l1_at(guest))?;
-        let offset = self.scheme.l2_table(word, state.end)?;
-        Ok(offset.map(|offset| self.l2_table(offset)))
+        let Some(offset) = self.scheme.l2_table(word, state.end)? else {
+            return Ok(None);
+        };
+        let table = ByteRange::at(offset, self.shape.l2_len);
+        self.reserved.require_outside("L2 table", table)?;
+        Ok(Some(self.l2_table(offset)))
     }
 
     fn l2_table(&self, offset: u64) -> Table {
@@ -267,12 +301,89 @@ impl<S: Scheme> Tree<S> {
     /// The L2 table for `guest`, made if there is none.
     fn ensure_l2(&self, state: &mut State, guest: u64) -> Result<Table> {
         if let Some(table) = self.l2(state, guest)? {
+            self.require_sound(state, table)?;
             return Ok(table);
         }
         let table = self.l2_table(self.take(state, self.shape.l2_len)?);
         state.tables.fresh(table)?;
         Self::write(&mut state.tables, self.shape.l1, self.l1_at(guest), table.offset)?;
+        self.l2_tables(state)?.insert(table.offset)?;
+        state.sound.insert(table.offset);
         Ok(table)
+    }
+
+    /// The L2 tables that L1 entries lead to. Those beyond the end of a file that was cut off count: no new cluster is to
+    /// be taken for one.
+    fn l2_tables<'a>(&self, state: &'a mut State) -> Result<&'a mut Pieces> {
+        let known = match state.l2_tables.take() {
+            Some(known) => known,
+            None => {
+                let (l1, len) = (self.shape.l1, self.shape.l2_len);
+                let mut found = Pieces::new("L2 table", len, &self.budget);
+                let mut at = 0;
+                while at < l1.len {
+                    let bytes = state.tables.bytes(l1, at)?;
+                    at += bytes.len() as u64;
+                    for word in words::<S>(bytes).filter(|word| *word != 0) {
+                        let is_there = self.scheme.l2_table(word, state.end).is_ok();
+                        let is_beyond = word.checked_add(len).is_some_and(|end| end > state.end);
+                        if is_there || is_beyond {
+                            found.add(word)?;
+                        }
+                    }
+                }
+                found.sort()
+            }
+        };
+        Ok(state.l2_tables.insert(known))
+    }
+
+    /// Refuses to change an L2 table that two L1 entries lead to, or that is none: where most entries make no sense, an L1
+    /// entry leads to guest data.
+    fn require_sound(&self, state: &mut State, table: Table) -> Result<()> {
+        if state.sound.contains(&table.offset) {
+            return Ok(());
+        }
+        self.l2_tables(state)?.require_unshared(table.offset)?;
+        let (mut sense, mut nonsense) = (0_u64, 0_u64);
+        let mut at = 0;
+        while at < table.len {
+            let bytes = state.tables.bytes(table, at)?;
+            at += bytes.len() as u64;
+            for word in words::<S>(bytes).filter(|word| *word != 0) {
+                if self.makes_sense(word, state.end) {
+                    sense += 1;
+                } else {
+                    nonsense += 1;
+                }
+            }
+        }
+        if nonsense > sense {
+            return Err(Error::corrupt(format!(
+                "What lies at {:#x} is no L2 table",
+                table.offset
+            )));
+        }
+        state.sound.insert(table.offset);
+        Ok(())
+    }
+
+    /// Whether an L2 entry leads to where a cluster can be.
+    fn makes_sense(&self, word: u64, end: u64) -> bool {
+        let size = self.shape.cluster_size;
+        let place = match self.scheme.cluster(word, end) {
+            Ok(Cluster::Host(offset)) => ByteRange::at(offset, size),
+            Ok(Cluster::Encoded { offset, stored }) => ByteRange::at(offset, stored),
+            Ok(Cluster::None | Cluster::Zero) => return true,
+            Err(_) => return false,
+        };
+        place.end() <= align_up(end, size) && self.reserved.find(place).is_none()
+    }
+
+    /// Refuses to change what the guest has at `offset`, `len` bytes, if an L2 table is there.
+    fn require_data(&self, state: &mut State, offset: u64, len: u64) -> Result<()> {
+        self.l2_tables(state)?
+            .require_outside("cluster", ByteRange::at(offset, len))
     }
 
     fn set(&self, state: &mut State, guest: u64, cluster: Cluster) -> Result<()> {
@@ -302,6 +413,9 @@ impl<S: Scheme> Tree<S> {
         let (Some(offset), Some(end)) = (offset, end.filter(|end| i64::try_from(*end).is_ok())) else {
             return Err(Error::from_errno(errno::EFBIG));
         };
+        let new = ByteRange::new(offset, end);
+        self.reserved.require_outside("new cluster", new)?;
+        self.l2_tables(state)?.require_outside("new cluster", new)?;
         self.scheme.unsettled()?;
         state.end = end;
         Ok(offset)
@@ -372,15 +486,18 @@ impl<S: Scheme> Tree<S> {
         let mut at = range.start();
         while at < range.end() {
             match self.entry(&mut state, at)?.cluster {
-                Cluster::Host(offset) => match stored.last_mut() {
-                    Some((_, last)) if last.end() == offset => {
-                        *last = ByteRange::at(last.start(), last.len() + self.shape.cluster_size);
+                Cluster::Host(offset) => {
+                    self.require_data(&mut state, offset, self.shape.cluster_size)?;
+                    match stored.last_mut() {
+                        Some((_, last)) if last.end() == offset => {
+                            *last = ByteRange::at(last.start(), last.len() + self.shape.cluster_size);
+                        }
+                        _ => {
+                            let device = self.scheme.view(&self.file, at, offset);
+                            stored.push((device, ByteRange::at(offset, self.shape.cluster_size)));
+                        }
                     }
-                    _ => {
-                        let device = self.scheme.view(&self.file, at, offset);
-                        stored.push((device, ByteRange::at(offset, self.shape.cluster_size)));
-                    }
-                },
+                }
                 other if other == zero => {}
                 _ => {
                     self.scheme.unsettled()?;
@@ -404,6 +521,7 @@ impl<S: Scheme> Tree<S> {
         self.file.flush()?;
         self.file.resize(end, Preallocation::Off)?;
         state.end = end;
+        state.forget_l2_tables();
         drop(state);
         drop(claim);
         Ok(())
@@ -438,11 +556,29 @@ impl<S: Scheme> Tree<S> {
     /// Walks the tables with nobody else about.
     pub(crate) fn walk<T>(&self, walk: impl FnOnce(&mut Walk<'_, S>) -> Result<T>) -> Result<T> {
         let mut state = self.lock();
+        // What is mended may be an entry that leads to a table.
+        state.forget_l2_tables();
         walk(&mut Walk {
             tree: self,
             state: &mut state,
         })
     }
+}
+
+impl State {
+    /// L1 entries are about to change, or have changed.
+    fn forget_l2_tables(&mut self) {
+        self.l2_tables = None;
+        self.sound.clear();
+    }
+}
+
+/// The entries in `bytes` of a table.
+fn words<S: Scheme>(bytes: &[u8]) -> impl Iterator<Item = u64> {
+    let (entries, _) = bytes.as_chunks();
+    entries
+        .iter()
+        .map(|entry| Tree::<S>::word(u64::from_be_bytes(*entry)))
 }
 
 /// The tables, entry by entry.
@@ -474,11 +610,8 @@ impl<S: Scheme> Walk<'_, S> {
     /// What the operating system says.
     pub(crate) fn window(&mut self, table: Table, at: u64) -> Result<(Vec<(u64, u64)>, u64)> {
         let bytes = self.state.tables.bytes(table, at)?;
-        let words = bytes.chunks_exact(8).zip((at..).step_by(8));
-        let used = words.filter_map(|(word, at)| {
-            let word = Tree::<S>::word(u64::from_be_bytes(word.try_into().ok()?));
-            (word != 0).then_some((at, word))
-        });
+        let words = (at..).step_by(8).zip(words::<S>(bytes));
+        let used = words.filter(|(_, word)| *word != 0);
         Ok((used.collect(), at + bytes.len() as u64))
     }
 
@@ -568,8 +701,17 @@ impl<'a, S: Scheme> Plan<'a, S> {
         let mut present = Vec::new();
         for at in starts() {
             present.push(match self.tree.entry(state, at)?.cluster {
-                Cluster::Host(offset) => Some(offset),
-                Cluster::None | Cluster::Zero | Cluster::Encoded { .. } => None,
+                Cluster::Host(offset) => {
+                    self.tree.require_data(state, offset, size)?;
+                    Some(offset)
+                }
+                Cluster::None | Cluster::Zero | Cluster::Encoded { .. } => {
+                    // Its entry will change: what cannot is told before anything is written.
+                    if let Some(table) = self.tree.l2(state, at)? {
+                        self.tree.require_sound(state, table)?;
+                    }
+                    None
+                }
             });
         }
         let missing = present.iter().filter(|offset| offset.is_none()).count() as u64;

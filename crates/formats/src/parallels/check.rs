@@ -118,12 +118,14 @@ impl Check<'_> {
             for (index, offset) in batch {
                 let end = offset.saturating_add(cluster);
                 if end > self.file_len {
-                    self.corruption(self.mends, &format!("cluster {index} is outside image"));
-                    if self.mends {
+                    // A table that is longer than the disk needs may be guest data there.
+                    let mends = self.mends && index < self.layer.size.div_ceil(cluster);
+                    self.corruption(mends, &format!("cluster {index} is outside image"));
+                    if mends {
                         state.begin(&*self.layer.file)?;
                         state.table.set(index, NO_CLUSTER)?;
                     }
-                    stays |= !self.mends;
+                    stays |= !mends;
                     continue;
                 }
                 if offset < state.first_place {

@@ -1,8 +1,10 @@
 //! The header, as bytes and as a type that cannot hold an illegal value.
 
-use diskimage_core::{Error, Result, align_down, align_up, errno};
+use diskimage_core::{ByteRange, Error, Result, align_down, align_up, errno};
 use zerocopy::byteorder::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+use crate::reserved::Reserved;
 
 /// Bytes of a sector, in which the header counts.
 pub(super) const SECTOR: u64 = 512;
@@ -167,6 +169,15 @@ impl Header {
     /// Where the table ends, in bytes.
     pub(super) fn table_end(&self) -> u64 {
         HEADER_LEN as u64 + u64::from(self.entries) * 4
+    }
+
+    /// Where no cluster can be: a damaged header may have a table that is too long, without which the disk can be read.
+    pub(super) fn relied_on(&self) -> Reserved {
+        let entries = u64::from(self.entries).min(self.size.div_ceil(self.cluster));
+        Reserved::new([
+            ("header", ByteRange::new(0, HEADER_LEN as u64)),
+            ("table", ByteRange::at(HEADER_LEN as u64, entries * 4)),
+        ])
     }
 
     /// Where the data starts at the earliest.

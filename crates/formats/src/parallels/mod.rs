@@ -41,6 +41,7 @@ use self::header::{HEADER_LEN, Header};
 use crate::mended;
 use crate::places::Places;
 use crate::preallocation;
+use crate::reserved::{Pieces, Reserved};
 use crate::used::data_bytes;
 use crate::windows::{Entry, Windows};
 
@@ -136,6 +137,8 @@ struct ParallelsLayer {
     write: bool,
     cluster: u64,
     size: u64,
+    /// The header and the table.
+    relied_on: Reserved,
     /// Dirty bitmaps, if it is open for reading.
     extension: Option<Extension>,
     /// What has been said of the extension, and what opening has mended.
@@ -173,6 +176,8 @@ struct State {
     in_place: HashMap<u64, u32>,
     /// Whether all clusters are at places.
     is_aligned: bool,
+    /// Where clusters are, if that is not at places; known from the first write on.
+    stored: Option<Pieces>,
     /// How the file grows, and by how much more than it has to.
     growth: Option<(Preallocation, u64)>,
 }
@@ -199,6 +204,7 @@ impl ParallelsLayer {
             write: request.write,
             cluster: header.cluster,
             size: header.size,
+            relied_on: header.relied_on(),
             extension,
             notes,
             state: Mutex::new(State {
@@ -214,6 +220,7 @@ impl ParallelsLayer {
                 in_flight: HashSet::new(),
                 in_place: HashMap::new(),
                 is_aligned: true,
+                stored: None,
                 growth,
                 header,
             }),
@@ -407,6 +414,15 @@ impl Layer for ParallelsLayer {
         let mut state = self.lock();
         let (cluster, unit) = (self.cluster, state.header.unit);
         let first = state.offset(range.start() / cluster)?;
+        let range = match first {
+            None => range,
+            Some(offset) => {
+                let whole = ByteRange::at(offset, cluster);
+                self.relied_on.require_outside("cluster", whole)?;
+                let host = offset.saturating_add(range.start() % cluster);
+                range.first(self.relied_on.room_at(host))
+            }
+        };
         let mut len = cluster - range.start() % cluster;
         let mut expected = first;
         // Neighbours in the file, or without storage, are one run.

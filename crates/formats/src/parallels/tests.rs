@@ -740,3 +740,32 @@ fn a_file_is_as_long_as_was_measured() {
     image.flush().expect("flushes");
     assert_eq!(empty.fully_allocated, file.len());
 }
+
+#[test]
+fn a_table_that_is_too_long_is_not_mended_in_guest_data() {
+    let mut bytes = four();
+    // Its entries reach into the clusters, whose bytes lead outside the image.
+    bytes[32..36].copy_from_slice(&2000_u32.to_le_bytes());
+    let before = read_only(&bytes).expect("opens");
+    let before = contents(&Image::new(before, None, "test", false));
+    let file = memory(&bytes);
+    let image = open(Arc::<MemoryDevice>::clone(&file));
+    assert!(image.write_at(&[9; 512], 0).is_err());
+    image.flush().expect("flushes");
+    drop(image);
+    let after = read_only(&file.contents()).expect("opens");
+    assert!(contents(&Image::new(after, None, "test", false)) == before);
+}
+
+#[test]
+fn clusters_in_the_table_are_not_read() {
+    let mut bytes = create(SMALL, 2000 * CLUSTER).expect("creates");
+    set_entry(&mut bytes, 0, 1);
+    let image = Image::new(read_only(&bytes).expect("opens"), None, "test", false);
+    let error = image.read_at(&mut [0; 512], 0).expect_err("no cluster");
+    assert_eq!(
+        error.chain(),
+        "The cluster at 0x1000 lies in the table of the image"
+    );
+    image.read_at(&mut [0; 512], CLUSTER).expect("another one");
+}

@@ -7,6 +7,7 @@ use diskimage_core::{ByteRange, Error, Result, WritePlan, WriteRun};
 
 use super::{NO_CLUSTER, ParallelsLayer, State};
 use crate::places::Places;
+use crate::reserved::Pieces;
 
 impl ParallelsLayer {
     /// Sets aside where `range` goes.
@@ -37,6 +38,7 @@ impl ParallelsLayer {
                     )));
                 }
                 Some(offset) => {
+                    self.require_unshared(state, offset)?;
                     *state.in_place.entry(index).or_default() += 1;
                     plan.old.push(index);
                     (whole.intersect(range), offset)
@@ -59,6 +61,30 @@ impl ParallelsLayer {
         }
         self.grow(state, end);
         Ok(())
+    }
+
+    /// Refuses a cluster that another one reaches into. Those that start in the same place were told apart when the image
+    /// was opened.
+    fn require_unshared(&self, state: &mut State, offset: u64) -> Result<()> {
+        if state.is_aligned {
+            return Ok(());
+        }
+        let known = match state.stored.take() {
+            Some(known) => known,
+            None => {
+                let mut found = Pieces::new("cluster", self.cluster, &self.budget);
+                let mut next = 0;
+                while let Some(batch) = state.batch(&mut next)? {
+                    for (_, offset) in batch {
+                        if offset >= state.first_place {
+                            found.add(offset)?;
+                        }
+                    }
+                }
+                found.sort()
+            }
+        };
+        state.stored.insert(known).require_unshared(offset)
     }
 
     /// Has the file reach to `end` and further, as the user wants it. What cannot be had is done without.

@@ -6,9 +6,11 @@
 //!   36 encryption          40 L1 table offset
 //! ```
 
-use diskimage_core::{Device, Error, Result, StoredName, align_down, align_up, errno};
+use diskimage_core::{ByteRange, Device, Error, Result, StoredName, align_down, align_up, errno};
 use zerocopy::byteorder::big_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+use crate::reserved::Reserved;
 
 /// `QFI` and a byte that is no letter.
 pub(super) const MAGIC: u32 = 0x5146_49fb;
@@ -74,6 +76,8 @@ pub(super) struct Header {
     /// The backing file's name, and where it is.
     pub(super) backing: Option<StoredName>,
     backing_offset: u64,
+    /// Bytes of it in the file.
+    backing_len: u64,
 }
 
 /// Reads the header at the start of `file`, an image called `name`.
@@ -94,6 +98,7 @@ pub(super) fn read(file: &dyn Device, name: &str) -> Result<Header> {
     let mut text = vec![0; len];
     file.read_padded(&mut text, header.backing_offset)?;
     let text = text.split(|byte| *byte == 0).next().unwrap_or(&[]);
+    header.backing_len = text.len() as u64;
     header.backing = (!text.is_empty()).then(|| StoredName::from_bytes(text));
     Ok(header)
 }
@@ -146,6 +151,7 @@ fn parse(bytes: &[u8; HEADER_LEN]) -> Result<(Header, usize)> {
         l1_size,
         backing: None,
         backing_offset,
+        backing_len: 0,
     };
     Ok((header, name_len))
 }
@@ -184,6 +190,7 @@ impl Header {
             l1_offset: align_up((HEADER_LEN + name_len) as u64, ENTRY),
             l1_size: l1_size(size, cluster_bits, l2_bits)?,
             backing: backing.map(StoredName::from),
+            backing_len: name_len as u64,
             backing_offset: if backing.is_some() { HEADER_LEN as u64 } else { 0 },
         })
     }
@@ -207,12 +214,19 @@ impl Header {
         self.l1_size * ENTRY
     }
 
+    /// Where no table and no cluster can be.
+    pub(super) fn reserved(&self) -> Reserved {
+        let name = ByteRange::at(self.backing_offset, self.backing_len);
+        Reserved::new([
+            ("header", ByteRange::new(0, HEADER_LEN as u64)),
+            ("backing file's name", name),
+            ("L1 table", ByteRange::at(self.l1_offset, self.l1_len())),
+        ])
+    }
+
     /// Behind all that is there in an image without data.
     pub(super) fn end(&self) -> u64 {
-        let name = self.backing.as_ref().map_or(0, |name| name.shown().len()) as u64;
-        (self.l1_offset + self.l1_len())
-            .max(self.backing_offset + name)
-            .max(HEADER_LEN as u64)
+        self.reserved().end()
     }
 
     /// The header with the name behind it, up to the L1 table.

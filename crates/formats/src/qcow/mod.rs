@@ -29,6 +29,7 @@ use diskimage_core::{
 use self::header::{Header, SECTOR};
 use crate::legacy_aes::{self, LegacyAes};
 use crate::luks::options::passphrase;
+use crate::reserved::Reserved;
 use crate::tables::{Class, Table};
 use crate::tree::{Cluster, Scheme, Shape, Tree};
 use crate::{KNOWN_FORMATS, codec, preallocation, used};
@@ -162,6 +163,8 @@ fn new_header(options: &Options, size: u64) -> Result<Header> {
 struct Qcow {
     tree: Tree<Entries>,
     header: Header,
+    /// The header, the backing file's name and the L1 table.
+    reserved: Reserved,
     write: bool,
 }
 
@@ -172,6 +175,10 @@ impl Qcow {
         let passphrase = legacy_aes::passphrase_for(found, &mut request)?;
         let aes = found.map(|_| LegacyAes::new(passphrase)).transpose()?;
         let file = request.file;
+        let reserved = header.reserved();
+        if request.write {
+            reserved.require_apart()?;
+        }
         if request.write && header.end() > align_up(file.len(), SECTOR) {
             // To be read it is a table of nothing, as in the original.
             return Err(Error::corrupt("L1 table lies beyond the end of the file"));
@@ -189,13 +196,13 @@ impl Qcow {
         };
         let entries = Entries {
             cluster_bits: header.cluster_bits,
-            l1: ByteRange::at(l1.offset, l1.len),
             l2_len: header.l2_len(),
             has_backing: header.backing.is_some(),
             aes,
         };
         Ok(Self {
-            tree: Tree::new(file, shape, entries),
+            tree: Tree::new(file, shape, entries, reserved.clone(), &request.budget),
+            reserved,
             header,
             write: request.write,
         })
@@ -231,6 +238,7 @@ impl Layer for Qcow {
     }
 
     fn map(&self, range: ByteRange) -> Result<Run> {
+        self.reserved.require_apart()?;
         self.tree.map(range)
     }
 
@@ -299,8 +307,6 @@ impl Layer for Qcow {
 #[derive(Debug)]
 struct Entries {
     cluster_bits: u8,
-    /// Where the L1 table is: nothing else can be there.
-    l1: ByteRange,
     /// Bytes of an L2 table.
     l2_len: u64,
     has_backing: bool,
@@ -319,10 +325,9 @@ impl Entries {
 
     /// Refuses `len` bytes at `offset` that are no place for anything in a file that ends at `end`. The original reads
     /// zeroes beyond, and takes a disk that was cut off for an empty one.
-    fn require_place(&self, offset: u64, len: u64, end: u64) -> Result<()> {
+    fn require_place(offset: u64, len: u64, end: u64) -> Result<()> {
         let behind = offset.checked_add(len).filter(|behind| *behind <= end);
-        let is_free = |behind| !self.l1.overlaps(ByteRange::new(offset, behind));
-        if offset.is_multiple_of(SECTOR) && behind.is_some_and(is_free) {
+        if offset.is_multiple_of(SECTOR) && behind.is_some() {
             Ok(())
         } else {
             Err(damaged())
@@ -343,7 +348,7 @@ impl Scheme for Entries {
         if word == 0 {
             return Ok(None);
         }
-        self.require_place(word, self.l2_len, align_up(end, SECTOR))?;
+        Self::require_place(word, self.l2_len, align_up(end, SECTOR))?;
         Ok(Some(word))
     }
 
@@ -359,7 +364,7 @@ impl Scheme for Entries {
         } else {
             // The last one need not be all there.
             let size = 1 << self.cluster_bits;
-            self.require_place(word, size, align_up(end, size))?;
+            Self::require_place(word, size, align_up(end, size))?;
             Ok(Cluster::Host(word))
         }
     }

@@ -546,3 +546,43 @@ fn nothing_lies_in_the_table_or_beyond_the_end() {
     assert!(image.read_at(&mut [0; 100], 0).is_err());
     assert!(image.read_at(&mut [0; 100], 4096).is_ok());
 }
+
+#[test]
+fn a_table_over_the_header_is_neither_read_nor_written() {
+    let file = create("", SIZE);
+    for at in [0_u64, 8, 40] {
+        file.write_at(&at.to_be_bytes(), 40).expect("memory");
+        assert!(open_layer(Arc::<MemoryDevice>::clone(&file) as Arc<dyn Device>, true).is_err());
+        let layer =
+            open_layer(Arc::<MemoryDevice>::clone(&file) as Arc<dyn Device>, false).expect("can be told of");
+        let image = Image::new(layer, None, "test", false);
+        let error = image.read_at(&mut [0; 512], 0).expect_err("no table");
+        assert_eq!(error.chain(), "The L1 table overlaps the header");
+    }
+}
+
+#[test]
+fn nothing_is_written_where_tables_are_or_seem_to_be() {
+    let file = create("", SIZE);
+    let image = open_on(file.clone(), None);
+    image.write_at(&[7; 4096], 0).expect("writes");
+    image.flush().expect("flushes");
+    let (good, l1, l2, cluster) = (file.contents(), 48, 4096, 8192_u64);
+    for (at, word, guest) in [
+        (l2, 4096_u64, 0),
+        (l2, 4096 + 512, 0),
+        (l2, 512, 0),
+        (l1, cluster, 8192),
+        (l1, cluster + 512, 8192),
+        // Another L1 entry has the table, too.
+        (l1 + 8, 4096, (2 << 20) + 8192),
+    ] {
+        let bad = Arc::new(MemoryDevice::new(good.clone()));
+        bad.write_at(&word.to_be_bytes(), at).expect("memory");
+        let before = bad.contents();
+        let image = open_on(bad.clone(), None);
+        assert!(image.write_at(&[1; 512], guest).is_err(), "{word:#x} at {at:#x}");
+        image.flush().expect("flushes");
+        assert!(bad.contents() == before, "{word:#x} at {at:#x}");
+    }
+}

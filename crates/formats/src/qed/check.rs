@@ -1,31 +1,42 @@
 //! Looking after the tables.
 //!
 //! Every cluster has at most one user: the header, a table, or the disk. Entries that lead to where no cluster can be are
-//! cleared; two users of a cluster are told of and left alone, as nobody can say whose it is. Clusters without a user are
-//! leaks, which cannot be mended: storage is never given up.
+//! cleared; two users of a cluster are told of and left alone, as nobody can say whose it is. So is what looks like an
+//! entry in a table that is also something else: it may be guest data. Clusters without a user are leaks, which cannot be
+//! mended: storage is never given up.
 
 use diskimage_core::{CheckReport, Layer, Repair, Result};
 
 use super::{Entries, Qed};
 use crate::seen::Seen;
-use crate::tables::Table;
+use crate::tables::{Class, Table};
 use crate::tree::{Cluster, Scheme, Walk};
 
 /// Looks at all tables; any kind of `repair` mends what can be.
 pub(super) fn check(image: &Qed, repair: Repair) -> Result<CheckReport> {
     let entries = image.tree.scheme();
+    let check = |mends, shared| Check {
+        entries,
+        size: image.geometry.cluster_size,
+        mends,
+        used: Seen::new(&image.budget),
+        shared,
+        report: CheckReport {
+            total_clusters: image.len().div_ceil(image.geometry.cluster_size),
+            ..CheckReport::default()
+        },
+    };
     image.tree.walk(|walk| {
-        let mut check = Check {
-            entries,
-            size: image.geometry.cluster_size,
-            mends: repair != Repair::No && image.write,
-            used: Seen::new(&image.budget),
-            report: CheckReport {
-                total_clusters: image.len().div_ceil(image.geometry.cluster_size),
-                ..CheckReport::default()
-            },
+        let mut found = check(false, Seen::new(&image.budget));
+        found.l1(walk)?;
+        let mut check = if repair != Repair::No && image.write {
+            let mut check = check(true, found.shared);
+            drop(found.used);
+            check.l1(walk)?;
+            check
+        } else {
+            found
         };
-        check.l1(walk)?;
         // No entry can lead into the header.
         let there = (walk.end() - entries.first.min(walk.end())) / check.size;
         check.report.leaks = there.saturating_sub(check.used.count());
@@ -39,6 +50,8 @@ struct Check<'a> {
     size: u64,
     mends: bool,
     used: Seen<'a>,
+    /// What has two users, where that was found out before.
+    shared: Seen<'a>,
     report: CheckReport,
 }
 
@@ -82,8 +95,7 @@ impl Check<'_> {
                 follows = Some(word.wrapping_add(self.size));
                 match cluster {
                     Ok(_) => {
-                        let twice = self.used.take(word / self.size, 1)?;
-                        self.report.corruptions += twice;
+                        self.count(word / self.size, 1)?;
                     }
                     Err(_) => self.invalid(walk, l2, at)?,
                 }
@@ -94,14 +106,24 @@ impl Check<'_> {
 
     /// Counts the clusters of `table`; whether it is their only user.
     fn take(&mut self, table: Table) -> Result<bool> {
-        let twice = self.used.take(table.offset / self.size, table.len / self.size)?;
-        self.report.corruptions += twice;
-        Ok(twice == 0)
+        Ok(self.count(table.offset / self.size, table.len / self.size)? == 0)
+    }
+
+    /// Counts a user of `count` clusters; how many of them have another one.
+    fn count(&mut self, first: u64, count: u64) -> Result<u64> {
+        let twice = self.used.take(first, count)?;
+        if twice > 0 {
+            self.report.corruptions += twice;
+            self.shared.take(first, count)?;
+        }
+        Ok(twice)
     }
 
     /// An entry that leads to where nothing can be.
     fn invalid(&mut self, walk: &mut Walk<'_, Entries>, table: Table, at: u64) -> Result<()> {
-        if self.mends {
+        let (first, count) = (table.offset / self.size, table.len / self.size);
+        let is_table = table.class == Class::L1 || !self.shared.has_any(first, count);
+        if self.mends && is_table {
             walk.clear(table, at)?;
             self.report.corruptions_fixed += 1;
         } else {

@@ -6,9 +6,11 @@
 //!   40 L1 table offset     48 image size          56 backing file offset     60 its length
 //! ```
 
-use diskimage_core::{Backing, Device, Error, Result, StoredName, align_down, align_up, errno};
+use diskimage_core::{Backing, ByteRange, Device, Error, Result, StoredName, align_down, align_up, errno};
 use zerocopy::byteorder::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+use crate::reserved::Reserved;
 
 /// `QED` and a zero.
 pub(super) const MAGIC: u32 = 0x0044_4551;
@@ -216,6 +218,11 @@ fn parse(bytes: &[u8; HEADER_LEN], file_len: u64) -> Result<Header> {
     {
         return Err(Error::invalid("QED table offset is invalid"));
     }
+    // A header of no clusters lets the table be there.
+    header
+        .reserved()
+        .require_apart()
+        .map_err(|_| Error::invalid("QED table offset is invalid"))?;
     Ok(header)
 }
 
@@ -238,6 +245,20 @@ impl Header {
     /// The first offset behind the header.
     pub(super) fn first_host(&self) -> u64 {
         u64::from(self.header_size) * self.geometry.cluster_size
+    }
+
+    /// Where no cluster can be.
+    pub(super) fn reserved(&self) -> Reserved {
+        Reserved::new([
+            (
+                "header",
+                ByteRange::new(0, self.first_host().max(HEADER_LEN as u64)),
+            ),
+            (
+                "L1 table",
+                ByteRange::at(self.l1_offset, self.geometry.table_len()),
+            ),
+        ])
     }
 
     pub(super) fn set_feature(&mut self, bit: u64, on: bool) {
@@ -272,7 +293,9 @@ impl Header {
     fn room_for(&self, len: usize) -> u32 {
         let len = u64::try_from(len).unwrap_or(u64::MAX);
         let (old, old_len) = (u64::from(self.name.0), u64::from(self.name.1));
-        let (start, behind) = (u64::from(NAME_OFFSET), old + old_len);
+        // A damaged header may say that the name is in its own fields.
+        let start = u64::from(NAME_OFFSET);
+        let behind = (old + old_len).max(start);
         let fits_behind = behind.saturating_add(len) <= self.first_host();
         if old_len == 0 || start + len <= SECTOR || start + len <= old || !fits_behind {
             NAME_OFFSET

@@ -203,8 +203,9 @@ impl Qed {
             header: Mutex::new(header),
         };
         let len = AtomicU64::new(entries.header().image_size);
+        let reserved = entries.header().reserved();
         let layer = Self {
-            tree: Tree::new(file, shape, entries),
+            tree: Tree::new(file, shape, entries, reserved, &request.budget),
             geometry,
             write: request.write,
             len,

@@ -297,3 +297,88 @@ fn disks_only_grow_within_what_their_tables_are_for() {
     assert_eq!(resize(1 << 30), Ok(()));
     assert_eq!(layer.len(), 1 << 30);
 }
+
+#[test]
+fn a_new_name_stays_clear_of_the_fields_of_a_damaged_header() {
+    let file = create("cluster_size=4k,table_size=1,backing_file=abc", SIZE);
+    // The name is where the header begins.
+    file.write_at(&[0; 4], 56).expect("memory");
+    let layer = open_layer(Arc::<MemoryDevice>::clone(&file), true, false).expect("opens");
+    let name = "n".repeat(500);
+    let backing = Backing {
+        name: name.as_str().into(),
+        format: None,
+    };
+    layer.set_backing(Some(&backing)).expect("has room");
+    drop(layer);
+    let layer = open_layer(file, false, false).expect("the header is whole");
+    assert_eq!(layer.backing().expect("has one").name, name.as_str().into());
+}
+
+/// Where the two L2 tables of [`two_tables`] are, and the first cluster.
+const TABLES: [u64; 2] = [0x3000, 0x5000];
+const CLUSTER: u64 = 0x2000;
+
+/// An image with a cluster before each of its L2 tables.
+fn two_tables() -> Arc<MemoryDevice> {
+    let file = create(SMALL, SIZE);
+    let image = open_on(Arc::<MemoryDevice>::clone(&file), None);
+    for at in [0, 2 << 20] {
+        image.write_at(&[7; 4096], at).expect("writes");
+        image.flush().expect("flushes");
+    }
+    let word = |at| {
+        let mut word = [0; 8];
+        file.read_at(&mut word, at).expect("inside");
+        u64::from_le_bytes(word)
+    };
+    assert_eq!([0x1000, 0x1008].map(word), TABLES);
+    assert_eq!(word(TABLES[0]), CLUSTER);
+    file
+}
+
+#[test]
+fn nothing_is_written_where_tables_are_or_seem_to_be() {
+    let good = two_tables().contents();
+    for (at, word, guest, is_read) in [
+        // A cluster that is the L1 table, an L2 table, the own one.
+        (TABLES[0], 0x1000, 0, false),
+        (TABLES[0], TABLES[1], 0, true),
+        (TABLES[0], TABLES[0], 0, true),
+        // An L2 table that is the L1 table, another one's, a cluster.
+        (0x1000, 0x1000, 0, false),
+        (0x1000, TABLES[1], 8192, true),
+        (0x1008, TABLES[0], (2 << 20) + 8192, true),
+        (0x1008, CLUSTER, (2 << 20) + 8192, false),
+    ] {
+        let bad = MemoryDevice::new(good.clone());
+        bad.write_at(&word.to_le_bytes(), at).expect("memory");
+        let bad = Arc::new(bad);
+        let before = bad.contents();
+        let image = open_on(Arc::<MemoryDevice>::clone(&bad), None);
+        assert_eq!(
+            image.read_at(&mut [0; 512], guest).is_ok(),
+            is_read,
+            "{word:#x} at {at:#x}"
+        );
+        assert!(image.write_at(&[1; 512], guest).is_err(), "{word:#x} at {at:#x}");
+        image
+            .write_zeroes(ByteRange::at(guest, 4096), ZeroMode::Unmap)
+            .expect_err("nor zeroed");
+        image.flush().expect("flushes");
+        assert!(bad.contents() == before, "{word:#x} at {at:#x}");
+    }
+}
+
+#[test]
+fn a_check_mends_nothing_in_what_may_be_guest_data() {
+    let file = two_tables();
+    // The second L2 table is the guest's first cluster.
+    file.write_at(&CLUSTER.to_le_bytes(), 0x1008).expect("memory");
+    let before = file.contents();
+    let layer = open_layer(Arc::<MemoryDevice>::clone(&file), true, true).expect("opens");
+    let report = layer.check(Repair::All, &Progress::none()).expect("checks");
+    assert!(report.corruptions > 0);
+    assert_eq!(report.corruptions_fixed, 0);
+    assert!(file.contents() == before);
+}

@@ -1,8 +1,10 @@
 //! The header, as bytes and as a type that cannot hold an illegal value.
 
-use diskimage_core::{Error, ErrorKind, Result, align_up};
+use diskimage_core::{ByteRange, Error, ErrorKind, Result, align_up};
 use zerocopy::byteorder::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+use crate::reserved::Reserved;
 
 /// Marks a VDI image, behind the text that it begins with.
 const SIGNATURE: u32 = 0xbeda_107f;
@@ -189,6 +191,27 @@ impl Header {
             data_offset: data_offset.into(),
             blocks,
         })
+    }
+
+    /// Where nothing of the disk is written.
+    pub(super) fn reserved(&self) -> Reserved {
+        self.with_map_of(self.blocks)
+    }
+
+    /// Where nothing of the disk can be: a damaged header may have a map that is too long, without which the disk can be
+    /// read.
+    pub(super) fn relied_on(&self) -> Reserved {
+        self.with_map_of(blocks_of(self.size))
+    }
+
+    fn with_map_of(&self, blocks: u32) -> Reserved {
+        let map = ByteRange::at(self.map_offset, u64::from(blocks) * 4);
+        Reserved::new([("header", ByteRange::new(0, SECTOR)), ("block map", map)])
+    }
+
+    /// The bytes of the block that is stored at place `index`.
+    pub(super) fn stored(&self, index: u32) -> ByteRange {
+        ByteRange::at(self.host(index), BLOCK)
     }
 
     /// The same image with a disk of `size` bytes.

@@ -35,6 +35,7 @@ use diskimage_core::{
 
 use crate::places::Places;
 use crate::preallocation;
+use crate::reserved::Reserved;
 use crate::used::data_bytes;
 use crate::windows::{Entry, Windows};
 use header::{BLOCK, Header, map_bytes};
@@ -65,8 +66,11 @@ impl Format for Vdi {
             is_static: header.is_static(),
             state: Mutex::new(State {
                 map: Windows::new(Arc::clone(&request.file), header.map_offset, header.blocks.into()),
+                reserved: header.reserved(),
+                relied_on: header.relied_on(),
                 header,
                 places: None,
+                missing: None,
                 in_flight: HashSet::new(),
             }),
             settled: Condvar::new(),
@@ -161,9 +165,15 @@ struct VdiLayer {
 #[derive(Debug)]
 struct State {
     header: Header,
+    /// The header and the map.
+    reserved: Reserved,
+    /// The same without what the disk does not need of the map.
+    relied_on: Reserved,
     map: Windows,
     /// Which places are taken; known from the first new block on.
     places: Option<Places>,
+    /// Where a block is said to be that the file has no bytes of; known with the places.
+    missing: Option<u32>,
     /// Blocks that are being written for the first time.
     in_flight: HashSet<u64>,
 }
@@ -183,8 +193,9 @@ impl State {
     /// Publishes the blocks written so far.
     fn publish(&mut self, file: &Arc<dyn Device>) -> Result<()> {
         let end = match &self.places {
-            Some(places) => places.end(),
-            None => return Ok(()),
+            Some(places) if self.missing.is_none() => places.end(),
+            // Nothing is new, and what is missing must not seem to be there.
+            _ => return Ok(()),
         };
         // A file without the rest of its last block looks damaged to others.
         if self.header.host(end) > file.len() {
@@ -229,7 +240,17 @@ impl Layer for VdiLayer {
 
     fn map(&self, range: ByteRange) -> Result<Run> {
         let mut state = self.lock();
+        state.relied_on.require_apart()?;
         let first = state.place(range.start() / BLOCK)?;
+        let range = match first {
+            None => range,
+            Some(place) => {
+                let stored = state.header.stored(place);
+                state.relied_on.require_outside("block", stored)?;
+                let host = stored.start() + range.start() % BLOCK;
+                range.first(state.relied_on.room_at(host))
+            }
+        };
         let mut len = BLOCK - range.start() % BLOCK;
         let mut expected = first;
         // Neighbours in the file, or without storage, are one run.

@@ -17,7 +17,6 @@ use std::sync::Arc;
 use diskimage_core::{ByteRange, Device, Error, Preallocation, ResizeRequest, Result, ZeroMode};
 
 use super::header::{BLOCK, Header, SECTOR, map_bytes};
-use super::write::taken_places;
 use super::{NO_BLOCK, State, VdiLayer, place};
 use crate::preallocation;
 use crate::windows::Windows;
@@ -44,10 +43,11 @@ impl VdiLayer {
         let room = header.blocks.saturating_add(shift);
         let places = |state: &mut State| {
             state.places = None;
-            let blocks = state.header.blocks;
-            taken_places(&mut state.map, blocks, room, &self.budget).map(|places| state.places = Some(places))
+            let known = state.taken_places(room, self.file.len(), &self.budget);
+            known.map(|places| state.places = Some(places))
         };
         places(&mut state)?;
+        state.require_whole()?;
         let outcome = self.grow_into(&mut state, header, shift);
         if outcome.is_err() && state.places.is_some() {
             // Places that were taken for what has failed; where that cannot be told either, the first error counts.
@@ -87,6 +87,7 @@ impl VdiLayer {
         self.file.flush()?;
         self.file.write_at(&header.to_bytes()?, 0)?;
         // From here on it is the new map that a reader finds.
+        (state.reserved, state.relied_on) = (header.reserved(), header.relied_on());
         (state.header, state.map, state.places) = (header, map, None);
         self.file.flush()
     }
@@ -98,10 +99,10 @@ impl VdiLayer {
         if used == 0 {
             return Ok(());
         }
-        let Some(place) = state.place(size / BLOCK)? else {
+        let Some(place) = self.place_to_change(state, size / BLOCK)? else {
             return Ok(());
         };
-        let rest = ByteRange::at(state.header.host(place), BLOCK).skip(used);
+        let rest = state.header.stored(place).skip(used);
         let rest = rest.intersect(ByteRange::new(0, self.file.len()));
         if rest.is_empty() {
             return Ok(());

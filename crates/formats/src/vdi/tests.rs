@@ -286,3 +286,80 @@ fn a_failed_request_leaves_the_image_as_it_was_or_done() {
         }
     }
 }
+
+#[test]
+fn nothing_is_written_where_something_else_is() {
+    let file = Arc::new(MemoryDevice::new(create("", 8 * BLOCK)));
+    let image = open(Arc::<MemoryDevice>::clone(&file)).expect("opens");
+    image.write_at(&[1; 2 << 20], 0).expect("writes");
+    image.flush().expect("flushes");
+    let good = file.contents();
+    // The map's place, the data's, an entry.
+    for (at, number, is_read) in [
+        (0x154, 0_u32, false),
+        (0x158, 0, false),
+        (0x158, 512, false),
+        (MAP, 1, true),
+        (MAP, 5, false),
+        (MAP, 0x00ff_ffff, false),
+    ] {
+        let mut bad = good.clone();
+        bad[at..at + 4].copy_from_slice(&number.to_le_bytes());
+        let file = Arc::new(MemoryDevice::new(bad.clone()));
+        let image = open(Arc::<MemoryDevice>::clone(&file)).expect("can be told of");
+        assert_eq!(
+            image.read_at(&mut [0; 512], 0).is_ok(),
+            is_read,
+            "{number} at {at:#x}"
+        );
+        assert!(image.write_at(&[2; 512], 0).is_err(), "{number} at {at:#x}");
+        let zeroed = image.write_zeroes(ByteRange::at(0, BLOCK), ZeroMode::Unmap);
+        assert!(zeroed.is_err(), "{number} at {at:#x}");
+        image.flush().expect("flushes");
+        assert!(file.contents() == bad, "{number} at {at:#x}");
+    }
+}
+
+#[test]
+fn a_file_that_was_cut_off_is_not_made_longer() {
+    let file = Arc::new(MemoryDevice::new(create("", 8 * BLOCK)));
+    let image = open(Arc::<MemoryDevice>::clone(&file)).expect("opens");
+    image.write_at(&[1; 3 << 20], 0).expect("writes");
+    image.flush().expect("flushes");
+    let mut bytes = file.contents();
+    bytes.truncate(1024 + (2 << 20));
+    let file = Arc::new(MemoryDevice::new(bytes.clone()));
+    let image = open(Arc::<MemoryDevice>::clone(&file)).expect("opens");
+    let errors = [image.write_at(&[2; 512], 5 * BLOCK), grow(&image, 1000 * BLOCK)];
+    for error in errors {
+        assert_eq!(
+            error.expect_err("refused").chain(),
+            "The block at 0x200400 lies beyond the end of the file, which looks cut off"
+        );
+    }
+    image
+        .write_at(&[1; 512], BLOCK)
+        .expect("what is there can be written");
+    image.flush().expect("flushes");
+    assert!(file.contents() == bytes);
+}
+
+#[test]
+fn new_blocks_stay_clear_of_a_map_behind_others() {
+    // The map of an image without data lies where the second block would be.
+    let mut bytes = create("", 4 * BLOCK);
+    let map = bytes[MAP..MAP + 512].to_vec();
+    let place = 1024 + (1 << 20) + 512;
+    bytes.resize(place + 512, 0);
+    bytes[place..].copy_from_slice(&map);
+    bytes[0x154..0x158].copy_from_slice(&u32::try_from(place).expect("small").to_le_bytes());
+    let file = Arc::new(MemoryDevice::new(bytes));
+    let image = open(Arc::<MemoryDevice>::clone(&file)).expect("opens");
+    image.write_at(&[9; 3 << 20], 0).expect("writes");
+    image
+        .write_at(&[9; 512], 3 * BLOCK)
+        .expect_err("the map has its place");
+    image.flush().expect("flushes");
+    let again = open_bytes(&file.contents()).expect("opens");
+    assert!(contents(&again)[..3 << 20] == [9; 3 << 20]);
+}

@@ -3,14 +3,13 @@
 use std::collections::HashSet;
 use std::sync::{Arc, Condvar, MutexGuard};
 
-use diskimage_core::{Budget, ByteRange, Result, WritePlan, WriteRun, ZeroMode};
+use diskimage_core::{Budget, ByteRange, Error, Result, WritePlan, WriteRun, ZeroMode};
 
 use super::check::for_each_place;
 use super::header::BLOCK;
 use super::{State, VdiLayer};
 use crate::first_write::{self, FirstWrites};
 use crate::places::Places;
-use crate::windows::Windows;
 
 impl VdiLayer {
     /// Sets aside where `range` goes.
@@ -18,7 +17,7 @@ impl VdiLayer {
         first_write::plan(self, range.units(BLOCK), |state, plan| {
             for block in range.units(BLOCK) {
                 let whole = ByteRange::at(block * BLOCK, BLOCK);
-                let (guest, place) = match state.place(block)? {
+                let (guest, place) = match self.place_to_change(state, block)? {
                     Some(place) => (whole.intersect(range), place),
                     None => {
                         let place = self.take_place(state)?;
@@ -41,7 +40,7 @@ impl VdiLayer {
         let mut state = self.when_settled(range.units(BLOCK));
         let mut stored = Vec::new();
         for block in range.units(BLOCK) {
-            if let Some(place) = state.place(block)? {
+            if let Some(place) = self.place_to_change(&mut state, block)? {
                 let guest = ByteRange::at(block * BLOCK, BLOCK).intersect(range);
                 let offset = state.header.host(place) + guest.start() % BLOCK;
                 stored.push(ByteRange::at(offset, guest.len()));
@@ -58,29 +57,73 @@ impl VdiLayer {
         Ok(())
     }
 
+    /// Where block `block` of the disk is stored, if nothing else is there.
+    pub(super) fn place_to_change(&self, state: &mut State, block: u64) -> Result<Option<u32>> {
+        let Some(place) = state.place(block)? else {
+            return Ok(None);
+        };
+        let stored = state.header.stored(place);
+        state.reserved.require_outside("block", stored)?;
+        self.file.require(stored.start(), 1)?;
+        if self.places(state)?.is_shared(place) {
+            return Err(Error::corrupt(format!(
+                "The block at {:#x} has more than one user",
+                stored.start()
+            )));
+        }
+        Ok(Some(place))
+    }
+
     /// A place for another block.
     fn take_place(&self, state: &mut State) -> Result<u32> {
+        self.places(state)?;
+        state.require_whole()?;
         self.places(state)?.take_first()
     }
 
     /// Which places are taken.
     pub(super) fn places<'a>(&self, state: &'a mut State) -> Result<&'a mut Places> {
-        let State {
-            map, places, header, ..
-        } = state;
-        let known = match places.take() {
+        let known = match state.places.take() {
             Some(known) => known,
-            None => taken_places(map, header.blocks, header.blocks, &self.budget)?,
+            None => state.taken_places(state.header.blocks, self.file.len(), &self.budget)?,
         };
-        Ok(places.insert(known))
+        Ok(state.places.insert(known))
     }
 }
 
-/// What the map of `blocks` entries says of the first `room` places. What leads further out is damage that takes none.
-pub(super) fn taken_places(map: &mut Windows, blocks: u32, room: u32, budget: &Budget) -> Result<Places> {
-    let mut places = Places::new(room, budget)?;
-    for_each_place(map, blocks, |_, place| places.take(place))?;
-    Ok(places)
+impl State {
+    /// What the map says of the first `room` places. What leads further out is damage that takes none. Where the header or
+    /// the map is, no block can be.
+    pub(super) fn taken_places(&mut self, room: u32, file_len: u64, budget: &Budget) -> Result<Places> {
+        self.reserved.require_apart()?;
+        let Self { header, map, .. } = self;
+        let mut places = Places::new(room, budget)?;
+        let mut missing = None;
+        for_each_place(map, header.blocks, |_, place| {
+            places.claim(place);
+            if place < room && header.host(place) >= file_len {
+                missing = Some(place);
+            }
+        })?;
+        for place in self.reserved.units(header.data_offset, BLOCK) {
+            if let Ok(place) = u32::try_from(place) {
+                places.take(place);
+            }
+        }
+        self.missing = missing;
+        Ok(places)
+    }
+
+    /// Refuses to make a file longer that was cut off: blocks that are missing would seem to be there.
+    pub(super) fn require_whole(&self) -> Result<()> {
+        let Some(place) = self.missing else {
+            return Ok(());
+        };
+        Err(Error::corrupt(format!(
+            "The block at {:#x} lies beyond the end of the file, which looks cut off",
+            self.header.host(place)
+        )))
+    }
 }
 
 impl FirstWrites for VdiLayer {

@@ -28,7 +28,7 @@ impl VhdxLayer {
         let words = usize::try_from(len.div_ceil(MIB).div_ceil(64)).unwrap_or(usize::MAX);
         let _memory = self.budget.take(words as u64 * 8)?;
         let mut taken = vec![0_u64; words];
-        let tables = state.tables();
+        let tables = state.reserved.clone();
         for block in 0..state.metadata.disk_size.div_ceil(self.block_size) {
             let index = entry_of(block, self.block_size);
             let entry = state.bat.entry(index)?;
@@ -55,7 +55,7 @@ impl VhdxLayer {
                 tell(truncated("end", place.end() - 1));
                 continue;
             }
-            if let Some((_, table)) = tables.iter().find(|(_, table)| table.overlaps(place)) {
+            if let Some((_, table)) = tables.find(place) {
                 tell(format!(
                     "VHDX region {}-{} overlaps with region {}-{}",
                     place.start(),

@@ -95,7 +95,11 @@ impl Plan {
             is_fixed,
             says_zero: options.flag("block_state_zero") != Some(false),
             log,
-            regions: Regions { bat, metadata },
+            regions: Regions {
+                bat,
+                metadata,
+                others: Vec::new(),
+            },
             data: metadata.end() + FREE,
         })
     }

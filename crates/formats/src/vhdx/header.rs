@@ -7,6 +7,8 @@ use diskimage_core::{ByteRange, Device, Error, Result, errno};
 use zerocopy::byteorder::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
 
+use crate::reserved::Reserved;
+
 /// A GUID as it is stored.
 pub(super) type Guid = [u8; 16];
 
@@ -156,12 +158,17 @@ const METADATA: Guid = [
     0x06, 0xa2, 0x7c, 0x8b, 0x90, 0x47, 0x9a, 0x4b, 0xb8, 0xfe, 0x57, 0x5f, 0x05, 0x0f, 0x88, 0x6e,
 ];
 
-/// Where the regions are that are needed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Where the regions are.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Regions {
     pub(super) bat: ByteRange,
     pub(super) metadata: ByteRange,
+    /// What somebody else knows and that can be done without, as it is stored.
+    pub(super) others: Vec<(ByteRange, [u8; REGION_LEN])>,
 }
+
+/// Bytes of an entry of a region table.
+const REGION_LEN: usize = size_of::<RawRegion>();
 
 impl Regions {
     /// Reads the first region table that is whole.
@@ -188,7 +195,7 @@ impl Regions {
         if count > MAX_REGIONS {
             return Err(invalid());
         }
-        let (mut bat, mut metadata) = (None, None);
+        let (mut bat, mut metadata, mut others) = (None, None, Vec::new());
         let mut taken = vec![ByteRange::new(0, MIB), log];
         for entry in bytes[16..].chunks_exact(size_of::<RawRegion>()).take(count) {
             let raw = RawRegion::read_from_bytes(entry).map_err(|_| invalid())?;
@@ -203,7 +210,10 @@ impl Regions {
                 BAT => &mut bat,
                 METADATA => &mut metadata,
                 _ if raw.flags.get() & REQUIRED != 0 => return Err(Error::from_errno(errno::ENOTSUP)),
-                _ => continue,
+                _ => {
+                    others.push((range, zerocopy::transmute!(raw)));
+                    continue;
+                }
             };
             if place.replace(range).is_some() {
                 return Err(invalid());
@@ -212,7 +222,20 @@ impl Regions {
         Ok(Self {
             bat: bat.ok_or_else(invalid)?,
             metadata: metadata.ok_or_else(invalid)?,
+            others,
         })
+    }
+
+    /// Where no block can be, if the log is at `log`.
+    pub(super) fn reserved(&self, log: ByteRange) -> Reserved {
+        let others = self.others.iter().map(|(range, _)| ("region", *range));
+        let known = [
+            ("headers", ByteRange::new(0, MIB)),
+            ("log", log),
+            ("metadata", self.metadata),
+            ("block allocation table", self.bat),
+        ];
+        Reserved::new(known.into_iter().chain(others))
     }
 
     /// Writes both tables, one after the other: one of them is whole at any moment. All that changes in a table is in
@@ -223,17 +246,21 @@ impl Regions {
     pub(super) fn write(&self, file: &dyn Device) -> Result<()> {
         let mut bytes = vec![0; REGION_TABLE_LEN];
         bytes[..4].copy_from_slice(&REGION_SIGNATURE);
-        bytes[8] = 2;
-        for (nth, (guid, range)) in [(BAT, self.bat), (METADATA, self.metadata)].iter().enumerate() {
+        let mut entries = Vec::new();
+        for (guid, range) in [(BAT, self.bat), (METADATA, self.metadata)] {
             let len = u32::try_from(range.len()).map_err(|_| Error::from_errno(errno::EFBIG))?;
-            let raw = RawRegion {
-                guid: *guid,
+            entries.push(zerocopy::transmute!(RawRegion {
+                guid,
                 offset: U64::new(range.start()),
                 len: U32::new(len),
                 flags: U32::new(REQUIRED),
-            };
-            let at = 16 + nth * size_of::<RawRegion>();
-            bytes[at..at + size_of::<RawRegion>()].copy_from_slice(raw.as_bytes());
+            }));
+        }
+        entries.extend(self.others.iter().map(|(_, entry)| *entry));
+        let count = u32::try_from(entries.len()).map_err(|_| Error::from_errno(errno::EFBIG))?;
+        bytes[8..12].copy_from_slice(&count.to_le_bytes());
+        for (place, entry) in bytes[16..].chunks_exact_mut(REGION_LEN).zip(entries) {
+            place.copy_from_slice(&entry);
         }
         set_checksum(&mut bytes);
         for offset in REGION_TABLES {

@@ -18,7 +18,8 @@ use zerocopy::byteorder::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::bat::UNIT;
-use super::header::{Guid, checksum_fits, set_checksum};
+use super::header::{Guid, REGION_TABLES, checksum_fits, set_checksum};
+use crate::reserved::Reserved;
 
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
@@ -116,18 +117,20 @@ impl Changes {
         }
         let sequence = active(&entries, ring.len()).ok_or_else(|| Error::from_errno(errno::EINVAL))?;
         let mut changes = Self::default();
+        // By the headers the log is found, so no change of theirs goes through it.
+        let kept = Reserved::new([("headers", ByteRange::new(0, REGION_TABLES[0])), ("log", ring)]);
         for (at, entry) in sequence {
             if entry.flushed_len > file.len() {
                 return Err(Error::corrupt("The file is shorter than its log says"));
             }
             changes.len = changes.len.max(entry.last_len);
-            changes.add(&log.read(at, entry.len)?, entry.sequence, budget)?;
+            changes.add(&log.read(at, entry.len)?, entry.sequence, &kept, budget)?;
         }
         Ok(Some(changes))
     }
 
-    /// Adds the descriptors of an entry.
-    fn add(&mut self, entry: &[u8], sequence: u64, budget: &Budget) -> Result<()> {
+    /// Adds the descriptors of an entry, none of which leads to what is `kept`.
+    fn add(&mut self, entry: &[u8], sequence: u64, kept: &Reserved, budget: &Budget) -> Result<()> {
         let invalid = || Error::from_errno(errno::EINVAL);
         let (header, _) = RawEntry::read_from_prefix(entry).map_err(|_| invalid())?;
         let count = usize::try_from(header.descriptors.get()).map_err(|_| invalid())?;
@@ -144,6 +147,7 @@ impl Changes {
             }
             match descriptor.signature {
                 DATA_DESCRIPTOR => {
+                    kept.require_outside("change", ByteRange::at(offset, UNIT as u64))?;
                     let sector = sectors.next().ok_or_else(invalid)?;
                     let sector = RawData::read_from_bytes(sector).map_err(|_| invalid())?;
                     let number =
@@ -165,6 +169,7 @@ impl Changes {
                         return Err(invalid());
                     }
                     let range = ByteRange::at(offset, len);
+                    kept.require_outside("change", range)?;
                     let gone: Vec<u64> = self
                         .data
                         .range(range.start()..range.end())
@@ -370,7 +375,7 @@ pub(super) fn entry(
     Ok(bytes)
 }
 
-/// A file as it will be once its log is replayed, for whoever must not write to it.
+/// A file as it will be once its log is replayed, for whoever must not write to it, or not yet.
 #[derive(Debug)]
 pub(super) struct Replayed {
     file: Arc<dyn Device>,
@@ -380,6 +385,14 @@ pub(super) struct Replayed {
 impl Replayed {
     pub(super) fn new(file: Arc<dyn Device>, changes: Changes) -> Self {
         Self { file, changes }
+    }
+
+    /// Makes the file like that, durably.
+    ///
+    /// # Errors
+    /// As writing the file.
+    pub(super) fn apply(&self) -> Result<()> {
+        self.changes.apply(&*self.file)
     }
 }
 

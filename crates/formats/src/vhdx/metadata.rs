@@ -5,6 +5,7 @@ use zerocopy::byteorder::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::header::{Guid, MIB, new_guid};
+use crate::reserved::Reserved;
 
 /// What the items say of the disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,6 +44,9 @@ struct RawItem {
 }
 
 const _: () = assert!(size_of::<RawTable>() == 32 && size_of::<RawItem>() == 32);
+
+/// Bytes of the items that are needed, in the order of [`Metadata::read`].
+const LENGTHS: [u64; 4] = [8, 8, 4, 4];
 
 const SIGNATURE: &[u8; 8] = b"metadata";
 const MAX_ITEMS: u16 = 2047;
@@ -116,6 +120,11 @@ impl Metadata {
             }
             places[nth] = Some(region.start() + offset);
         }
+        // One of them is changed when the disk grows.
+        let items = places.iter().zip(LENGTHS);
+        Reserved::new(items.filter_map(|(at, len)| Some(("item", ByteRange::at((*at)?, len)))))
+            .require_apart()
+            .map_err(|_| invalid())?;
         let [Some(parameters), Some(size), Some(logical), Some(_)] = places else {
             return Err(unsupported());
         };

@@ -42,6 +42,8 @@ use self::bat::{Bat, Payload, entry_of, left_in_chunk};
 use self::header::{FILE_SIGNATURE, Guid, Header, Regions, new_guid};
 use self::log::{Changes, Replayed};
 use self::metadata::Metadata;
+use self::write::Stored;
+use crate::reserved::Reserved;
 
 /// Any part of a block can be written by itself: the rest of a new one is zero.
 const SECTOR: u64 = 512;
@@ -111,6 +113,10 @@ struct State {
     regions: Regions,
     metadata: Metadata,
     bat: Bat,
+    /// What is in the file besides blocks.
+    reserved: Reserved,
+    /// Where blocks are; known from the first write on.
+    stored: Option<Stored>,
     /// Where the next block goes.
     end: u64,
     /// Blocks that are being written for the first time.
@@ -135,32 +141,41 @@ impl VhdxLayer {
         } else {
             Changes::read(&*file, header.log, header.log_guid, &request.budget)?
         };
-        let was_replayed = left.is_some();
-        if request.write && header.log_guid != Guid::default() {
-            if let Some(changes) = &left {
-                changes.apply(&*file)?;
-            }
-            header.log_guid = Guid::default();
-            slot = header.replace(&*file, slot)?;
-        } else if let Some(changes) = left {
-            if request.for_check {
-                return Err(Error::unsupported(format!(
-                    "VHDX image file '{0}' opened read-only, but contains a log that needs to be replayed\n\
-                     To replay the log, run:\nqemu-img check -r all '{0}'",
-                    request.name
-                )));
-            }
-            file = Arc::new(ReadOnlyView(Replayed::new(file, changes)));
+        let left = left.map(|changes| Arc::new(ReadOnlyView(Replayed::new(Arc::clone(&file), changes))));
+        if left.is_some() && request.for_check && !request.write {
+            return Err(Error::unsupported(format!(
+                "VHDX image file '{0}' opened read-only, but contains a log that needs to be replayed\n\
+                 To replay the log, run:\nqemu-img check -r all '{0}'",
+                request.name
+            )));
         }
-        let regions = Regions::read(&*file, header.log)?;
-        let metadata = Metadata::read(&*file, regions.metadata)?;
+        let seen = match &left {
+            Some(left) => Arc::<ReadOnlyView<Replayed>>::clone(left),
+            None => Arc::clone(&file),
+        };
+        let regions = Regions::read(&*seen, header.log)?;
+        let metadata = Metadata::read(&*seen, regions.metadata)?;
         let entries = bat::entries(metadata.disk_size, metadata.block_size);
         if entries.saturating_mul(bat::ENTRY) > regions.bat.len() {
             return Err(Error::from_errno(errno::EINVAL));
         }
+        let was_replayed = left.is_some();
+        if !request.write {
+            file = seen;
+        } else if header.log_guid != Guid::default() {
+            // Only now: what makes no sense once it is replayed is left as it is.
+            if let Some(left) = left {
+                left.0.apply()?;
+            }
+            header.log_guid = Guid::default();
+            slot = header.replace(&*file, slot)?;
+        }
+        let reserved = regions.reserved(header.log);
         let state = State {
             bat: Bat::new(Arc::clone(&file), regions.bat),
-            end: file.len().next_multiple_of(header::MIB),
+            end: file.len().next_multiple_of(header::MIB).max(reserved.end()),
+            reserved,
+            stored: None,
             header,
             slot,
             regions,
@@ -283,6 +298,16 @@ impl Layer for VhdxLayer {
         let mut state = self.lock();
         let block = range.start() / size;
         let first = self.payload(&mut state, block)?;
+        let range = match first {
+            Payload::Zero => range,
+            Payload::At(offset) => {
+                state
+                    .reserved
+                    .require_outside("block", ByteRange::at(offset, size))?;
+                let host = offset.saturating_add(range.start() % size);
+                range.first(state.reserved.room_at(host))
+            }
+        };
         let mut len = size - range.start() % size;
         let mut next = block + 1;
         // Neighbours in the file, or without storage, are one run.

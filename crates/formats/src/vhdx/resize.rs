@@ -39,6 +39,7 @@ impl VhdxLayer {
         if request.len == old {
             return Ok(());
         }
+        self.require_whole(&mut state)?;
         state.mark_changed(&*self.file)?;
         state.publish(&*self.file)?;
         let (is_fixed, says_zero) = self.kind(&mut state)?;
@@ -88,7 +89,7 @@ impl VhdxLayer {
         let Payload::At(offset) = self.payload(state, size / self.block_size)? else {
             return Ok(());
         };
-        state.require_payload(&*self.file, offset, self.block_size)?;
+        self.require_payload(state, offset)?;
         let rest = ByteRange::at(offset, self.block_size).skip(used);
         self.file.write_zeroes(rest, ZeroMode::KeepAllocated)
     }
@@ -110,9 +111,10 @@ impl VhdxLayer {
         file.flush()?;
         let regions = Regions {
             bat: region,
-            ..state.regions
+            ..state.regions.clone()
         };
         regions.write(file)?;
+        state.reserved = regions.reserved(state.header.log);
         state.regions = regions;
         state.bat = Bat::new(Arc::clone(&self.file), region);
         Ok(())

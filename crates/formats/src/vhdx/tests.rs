@@ -285,3 +285,112 @@ fn a_write_that_comes_upon_damage_gives_back_what_it_took() {
     image.read_at(&mut sector, 0).expect("reads");
     assert_eq!(sector, [2; 512]);
 }
+
+#[test]
+fn blocks_that_share_a_place_are_not_written_to() {
+    let mut bytes = create("block_size=2M,subformat=fixed", 6 << 20);
+    let first = u64::from_le_bytes(*bytes[0x20_0000..].first_chunk().expect("an entry"));
+    // The second block begins in the middle of the first one.
+    bytes[0x20_0008..0x20_0010].copy_from_slice(&(first + MIB).to_le_bytes());
+    let file = on(&bytes);
+    let image = open_on(&file, true).expect("opens");
+    for block in [0, 1] {
+        let error = image.write_at(&[1; 512], block * 2 * MIB).expect_err("shared");
+        assert!(error.chain().ends_with("has more than one user"), "{error}");
+    }
+    assert!(file.contents() == bytes);
+    image.write_at(&[1; 512], 4 * MIB).expect("another one");
+}
+
+#[test]
+fn a_file_that_was_cut_off_gets_no_new_blocks() {
+    let file = on(&create("block_size=1M", 4 * BLOCK));
+    let image = open_on(&file, true).expect("opens");
+    image.write_at(&[1; 2 << 20], 0).expect("writes");
+    image.flush().expect("flushes");
+    let mut bytes = file.contents();
+    bytes.truncate(bytes.len() - (1 << 20));
+    let file = on(&bytes);
+    let image = open_on(&file, true).expect("opens");
+    assert!(image.write_at(&[1; 512], 3 * BLOCK).is_err());
+    assert!(image.resize(8 * BLOCK, Preallocation::Off).is_err());
+    assert!(file.contents() == bytes);
+}
+
+/// Adds a region of a mebibyte at `offset` to both tables that nobody has to know.
+fn add_region(bytes: &mut [u8], offset: u64) {
+    for table in [192 << 10, 256 << 10] {
+        bytes[table + 8] = 3;
+        let entry = table + 16 + 2 * 32;
+        bytes[entry..entry + 16].fill(0xab);
+        bytes[entry + 16..entry + 24].copy_from_slice(&offset.to_le_bytes());
+        bytes[entry + 24..entry + 28].copy_from_slice(&(1_u32 << 20).to_le_bytes());
+        super::header::set_checksum(&mut bytes[table..table + (64 << 10)]);
+    }
+}
+
+#[test]
+fn regions_of_others_are_kept() {
+    let size = 131_072 * BLOCK - 511 * BLOCK;
+    let mut bytes = create("block_size=1M", size);
+    let region = bytes.len();
+    add_region(&mut bytes, region as u64);
+    bytes.resize(region + (1 << 20), 0x77);
+    // A block that lies there is not written to.
+    let mut bad = bytes.clone();
+    bad[0x20_0000..0x20_0008].copy_from_slice(&(region as u64 | 6).to_le_bytes());
+    let image = open_on(&on(&bad), true).expect("opens");
+    assert!(image.write_at(&[1; 512], 0).is_err());
+    let file = on(&bytes);
+    let image = open_on(&file, true).expect("opens");
+    image.write_at(&[1; 512], 0).expect("writes");
+    image
+        .resize(size + 2048 * BLOCK, Preallocation::Off)
+        .expect("the table moves");
+    drop(image);
+    let after = file.contents();
+    assert!(after[region..region + (1 << 20)].iter().all(|byte| *byte == 0x77));
+    let (header, _) = Header::read(&*file).expect("has one");
+    let regions = super::header::Regions::read(&*file, header.log).expect("has some");
+    let kept: Vec<_> = regions.others.iter().map(|(range, _)| *range).collect();
+    assert_eq!(kept, [ByteRange::at(region as u64, MIB)]);
+}
+
+#[test]
+fn a_log_that_leads_to_the_headers_or_itself_is_refused() {
+    let good = log_left_by_a_crash();
+    // The descriptor's offset, behind the entry's header.
+    let at = 0x10_0000 + 64 + 16;
+    for target in [0_u64, 0x1_0000, 0x2_0000, 0x10_0000, 0x1f_f000] {
+        let mut bad = good.clone();
+        bad[at..at + 8].copy_from_slice(&target.to_le_bytes());
+        let len = usize::try_from(u32::from_le_bytes(
+            *bad[0x10_0008..].first_chunk().expect("a length"),
+        ));
+        let len = len.expect("small");
+        super::header::set_checksum(&mut bad[0x10_0000..0x10_0000 + len]);
+        for write in [false, true] {
+            let file = on(&bad);
+            let error = open_on(&file, write).expect_err("refused").chain();
+            assert!(
+                error.starts_with(&format!("The change at {target:#x} lies in the")),
+                "{error}"
+            );
+            assert!(file.contents() == bad);
+        }
+    }
+}
+
+#[test]
+fn a_log_after_which_nothing_makes_sense_is_left_alone() {
+    let mut bad = log_left_by_a_crash();
+    // What it has for the table goes to the metadata.
+    let at = 0x10_0000 + 64 + 16;
+    bad[at..at + 8].copy_from_slice(&0x30_0000_u64.to_le_bytes());
+    let len = u32::from_le_bytes(*bad[0x10_0008..].first_chunk().expect("a length"));
+    let len = usize::try_from(len).expect("small");
+    super::header::set_checksum(&mut bad[0x10_0000..0x10_0000 + len]);
+    let file = on(&bad);
+    assert!(open_on(&file, true).is_err());
+    assert!(file.contents() == bad);
+}

@@ -3,26 +3,27 @@
 use std::collections::HashSet;
 use std::sync::{Arc, Condvar, MutexGuard};
 
-use diskimage_core::{ByteRange, Device, Error, Preallocation, Result, WritePlan, WriteRun, ZeroMode, errno};
+use diskimage_core::{ByteRange, Error, Preallocation, Result, WritePlan, WriteRun, ZeroMode, errno};
 
 use super::bat::{Payload, entry_of, present};
 use super::header::MIB;
 use super::{State, VhdxLayer};
 use crate::first_write::{self, FirstWrites};
+use crate::reserved::Pieces;
 
 impl VhdxLayer {
     /// Sets aside where `range` goes.
     pub(super) fn plan(&self, range: ByteRange) -> Result<Box<dyn WritePlan + '_>> {
         let size = self.block_size;
         first_write::plan(self, range.units(size), |state, plan| {
-            state.mark_changed(&*self.file)?;
             for block in range.units(size) {
                 let offset = match self.payload(state, block)? {
                     Payload::At(offset) => {
-                        state.require_payload(&*self.file, offset, size)?;
+                        self.require_payload(state, offset)?;
                         offset
                     }
                     Payload::Zero => {
+                        self.require_whole(state)?;
                         let offset = self.take_place(state)?;
                         plan.add_block(&mut state.in_flight, block, offset);
                         offset
@@ -36,7 +37,7 @@ impl VhdxLayer {
                     offset: offset + guest.start() % size,
                 });
             }
-            Ok(())
+            state.mark_changed(&*self.file)
         })
     }
 
@@ -46,7 +47,7 @@ impl VhdxLayer {
         let mut stored = Vec::new();
         for block in range.units(self.block_size) {
             if let Payload::At(offset) = self.payload(&mut state, block)? {
-                state.require_payload(&*self.file, offset, self.block_size)?;
+                self.require_payload(&mut state, offset)?;
                 let guest = ByteRange::at(block * self.block_size, self.block_size).intersect(range);
                 stored.push(ByteRange::at(
                     offset + guest.start() % self.block_size,
@@ -76,24 +77,62 @@ impl VhdxLayer {
     }
 }
 
-impl State {
-    /// Refuses blocks that lie in the image's own tables, or beyond the end of the file.
-    pub(super) fn require_payload(&self, file: &dyn Device, offset: u64, len: u64) -> Result<()> {
-        let block = ByteRange::at(offset, len);
-        if self.tables().iter().any(|(_, table)| table.overlaps(block)) {
-            return Err(Error::corrupt("A block lies in the image's own tables"));
-        }
-        file.require(offset, len)
+/// Where the table says that blocks are.
+#[derive(Debug)]
+pub(super) struct Stored {
+    blocks: Pieces,
+    /// One of which the file has no bytes.
+    missing: Option<u64>,
+}
+
+impl VhdxLayer {
+    /// Refuses a block that lies in the image's own tables, in another block, or beyond the end of the file.
+    pub(super) fn require_payload(&self, state: &mut State, offset: u64) -> Result<()> {
+        let block = ByteRange::at(offset, self.block_size);
+        state.reserved.require_outside("block", block)?;
+        self.stored(state)?.blocks.require_unshared(offset)?;
+        self.file.require(offset, self.block_size)
     }
 
-    /// What is in the file besides blocks.
-    pub(super) fn tables(&self) -> [(&'static str, ByteRange); 4] {
-        [
-            ("headers", ByteRange::new(0, MIB)),
-            ("log", self.header.log),
-            ("metadata", self.regions.metadata),
-            ("block allocation table", self.regions.bat),
-        ]
+    /// Refuses to make a file longer that was cut off: blocks that are missing would seem to be there, or would be where
+    /// new ones are.
+    pub(super) fn require_whole(&self, state: &mut State) -> Result<()> {
+        let Some(offset) = self.stored(state)?.missing else {
+            return Ok(());
+        };
+        Err(Error::corrupt(format!(
+            "The block at {offset:#x} lies beyond the end of the file, which looks cut off"
+        )))
+    }
+
+    fn stored<'a>(&self, state: &'a mut State) -> Result<&'a Stored> {
+        let known = match state.stored.take() {
+            Some(known) => known,
+            None => {
+                let file_len = self.file.len();
+                let mut blocks = Pieces::new("block", self.block_size, &self.budget);
+                let mut missing = None;
+                for block in 0..state.metadata.disk_size.div_ceil(self.block_size) {
+                    let entry = state.bat.entry(entry_of(block, self.block_size))?;
+                    // A state that is none leads nowhere.
+                    let Ok(Payload::At(offset)) = Payload::of(entry) else {
+                        continue;
+                    };
+                    let whole = ByteRange::at(offset, self.block_size);
+                    if whole.end() > file_len {
+                        missing = Some(offset);
+                    } else if state.reserved.find(whole).is_none() {
+                        // One that lies in tables, or is missing, is never used.
+                        blocks.add(offset)?;
+                    }
+                }
+                Stored {
+                    blocks: blocks.sort(),
+                    missing,
+                }
+            }
+        };
+        Ok(state.stored.insert(known))
     }
 }
 

@@ -6,6 +6,7 @@ use diskimage_core::{ByteRange, Device, Error, OpenRequest, Permissions, Result,
 
 use super::descriptor::{Descriptor, ExtentKind, ExtentLine};
 use super::header::{self, Geometry, Hosted, SECTOR};
+use crate::reserved::Reserved;
 
 /// A part of the disk.
 #[derive(Clone, Debug)]
@@ -14,6 +15,8 @@ pub(super) struct Extent {
     pub(super) start: u64,
     pub(super) len: u64,
     pub(super) place: Place,
+    /// Without what its bytes cannot be read.
+    pub(super) relied_on: Reserved,
     pub(super) device: Arc<dyn Device>,
     /// Its file's name, for whoever asks.
     pub(super) name: String,
@@ -28,6 +31,16 @@ pub(super) enum Place {
     Flat { offset: u64 },
     /// By grains.
     Sparse(Geometry),
+}
+
+impl Place {
+    /// Without what bytes that are arranged like this cannot be read.
+    pub(super) fn relied_on(&self) -> Reserved {
+        match self {
+            Self::Flat { .. } => Reserved::default(),
+            Self::Sparse(geometry) => geometry.relied_on(),
+        }
+    }
 }
 
 impl Extent {
@@ -98,6 +111,7 @@ pub(super) fn embedded(file: &Arc<dyn Device>, name: &str, hosted: &Hosted) -> E
         start: 0,
         len: hosted.geometry.capacity,
         place: Place::Sparse(hosted.geometry),
+        relied_on: hosted.geometry.relied_on(),
         device: Arc::clone(file),
         name: name.to_owned(),
         kind: None,
@@ -171,6 +185,7 @@ fn open(line: &ExtentLine, start: u64, request: &OpenRequest<'_>) -> Result<Exte
     Ok(Extent {
         start,
         len,
+        relied_on: place.relied_on(),
         place,
         device,
         name,

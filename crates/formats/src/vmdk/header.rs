@@ -2,7 +2,7 @@
 //!
 //! All numbers are little-endian, places and lengths are in sectors of 512 bytes.
 
-use diskimage_core::{Device, Error, Result};
+use diskimage_core::{ByteRange, Device, Error, Result};
 use zerocopy::byteorder::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -106,6 +106,8 @@ pub(super) struct Geometry {
     pub(super) entries: u64,
     pub(super) directory: u64,
     pub(super) redundant: Option<u64>,
+    /// The descriptor's place, empty if there is none.
+    pub(super) descriptor: ByteRange,
     /// Grains are deflated and have a marker in front.
     pub(super) compressed: bool,
 }
@@ -114,8 +116,6 @@ pub(super) struct Geometry {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Hosted {
     pub(super) geometry: Geometry,
-    /// The descriptor's place in bytes, if the extent has one.
-    pub(super) descriptor: Option<(u64, u64)>,
 }
 
 impl Geometry {
@@ -125,6 +125,11 @@ impl Geometry {
             Form::SeSparse { .. } => 8,
             _ => 4,
         }
+    }
+
+    /// Where the directories are; the one that is read comes last.
+    pub(super) fn directories(&self) -> impl Iterator<Item = u64> + use<> {
+        self.redundant.into_iter().chain([self.directory])
     }
 
     /// Refuses directories that nobody has.
@@ -190,7 +195,7 @@ impl Hosted {
             return Err(Error::unsupported("Unsupported compression of grains"));
         }
         let redundant = flags & flag::REDUNDANT != 0 && header.rgd_offset.get() > 0;
-        let geometry = Geometry {
+        let mut geometry = Geometry {
             form: Form::Hosted {
                 zeroed_grain: flags & flag::ZEROED_GRAIN != 0,
             },
@@ -198,18 +203,21 @@ impl Hosted {
             grain: grain * SECTOR,
             entries: entries.into(),
             directory: bytes(header.gd_offset),
-            redundant: redundant.then(|| bytes(header.rgd_offset)),
+            redundant: Some(bytes(header.rgd_offset)).filter(|_| redundant),
+            descriptor: ByteRange::new(0, 0),
             compressed,
         };
         geometry.require_directory()?;
         if compressed {
             geometry.require_handled()?;
         }
-        let descriptor = (bytes(header.descriptor_offset), bytes(header.descriptor_size));
-        Ok(Self {
-            geometry,
-            descriptor: Some(descriptor).filter(|(offset, size)| *offset > 0 && *size > 0),
-        })
+        // Two directories in one place are one.
+        geometry.redundant = geometry.redundant.filter(|at| *at != geometry.directory);
+        if header.descriptor_offset.get() > 0 {
+            geometry.descriptor =
+                ByteRange::at(bytes(header.descriptor_offset), bytes(header.descriptor_size));
+        }
+        Ok(Self { geometry })
     }
 }
 
@@ -311,6 +319,7 @@ pub(super) fn read_cowd(file: &dyn Device) -> Result<Geometry> {
         entries: COWD_GTES,
         directory: in_bytes(header.gd_offset),
         redundant: None,
+        descriptor: ByteRange::new(0, 0),
         compressed: false,
     })
 }
@@ -425,6 +434,7 @@ pub(super) fn read_sesparse(file: &dyn Device) -> Result<Geometry> {
         entries: SESPARSE_TABLE * SECTOR / 8,
         directory: bytes(header.grain_dir_offset),
         redundant: None,
+        descriptor: ByteRange::new(0, 0),
         compressed: false,
     };
     geometry.require_directory()?;

@@ -56,7 +56,7 @@ impl Layout {
             geometry,
             old_tables,
             new_tables,
-            table_len: (old.entries * ENTRY).next_multiple_of(SECTOR),
+            table_len: old.table_len(),
             directories: Vec::new(),
             end: None,
         };
@@ -117,6 +117,8 @@ impl VmdkLayer {
                 *free = end.next_multiple_of(extent.unit());
             }
         }
+        // Directories are in other places then.
+        state.occupied.remove(&index);
         extent.device.flush()?;
         let geometry = layout.geometry;
         let mut header = header::read_at(&*extent.device, 0)?;
@@ -151,6 +153,8 @@ impl VmdkLayer {
             return self.encode_again(state, last, offset, used);
         }
         let extent = extents.get(index).ok_or_else(|| Error::from_errno(errno::EIO))?;
+        let whole = ByteRange::at(offset, geometry.grain);
+        self.require_grains(state, extents, index, geometry, whole)?;
         clear(
             &*extent.device,
             offset.saturating_add(used)..offset.saturating_add(geometry.grain),

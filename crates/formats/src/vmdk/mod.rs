@@ -14,6 +14,7 @@
 //! * `descriptor`, `header`: what stands in files, as bytes and as types;
 //! * `extent`: the files of the disk, opened through the gate;
 //! * `tables`: windows of directories and tables in memory, and the order in which they are written;
+//! * `occupied`: what must not be written over;
 //! * `write`, `stream`: new places for guest bytes;
 //! * `create`, `check`, `info`, `resize` with `layout`: operations.
 
@@ -24,6 +25,7 @@ mod extent;
 mod header;
 mod info;
 mod layout;
+mod occupied;
 mod resize;
 mod stream;
 mod tables;
@@ -31,18 +33,20 @@ mod tables;
 mod tests;
 mod write;
 
+use std::collections::HashMap;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 
 use diskimage_core::options::{OptionDef, Options};
 use diskimage_core::{
-    Backing, ByteRange, CheckReport, CreateRequest, Device, Encoded, Encoder, Error, Event, Format, Holes,
-    Info, Layer, Measure, MeasureSource, Objects, OpenRequest, Preallocation, Probe, Progress, Repair,
-    ResizeRequest, Result, Run, RunKind, Score, WritePlan, ZeroMode, errno,
+    Backing, Budget, ByteRange, CheckReport, CreateRequest, Device, Encoded, Encoder, Error, Event, Format,
+    Holes, Info, Layer, Measure, MeasureSource, Objects, OpenRequest, Preallocation, Probe, Progress, Repair,
+    ResizeRequest, Result, Run, RunKind, Score, WritePlan, ZeroMode, errno, is_zero,
 };
 
 use self::descriptor::{Descriptor, NO_PARENT};
 use self::extent::{Extent, Place};
 use self::header::{Geometry, Hosted};
+use self::occupied::Occupied;
 use self::tables::{Grain, Tables};
 
 /// The table entry.
@@ -114,6 +118,7 @@ struct VmdkLayer {
     grain: u64,
     /// Grains are deflated.
     compressed: bool,
+    budget: Budget,
     state: Mutex<State>,
     /// Told when a plan for a write ends.
     settled: Condvar,
@@ -128,6 +133,8 @@ struct State {
     /// Guest grains that plans for writes are about to change.
     in_flight: Vec<ByteRange>,
     cid: u32,
+    /// What sparse extents have besides grains, by their index; known from the first write on.
+    occupied: HashMap<usize, Occupied>,
     /// Whether the file says already that the disk is changed.
     marked: bool,
 }
@@ -144,8 +151,7 @@ impl VmdkLayer {
         request.file.read_padded(&mut magic, 0)?;
         if magic == header::HOSTED_MAGIC {
             let hosted = Hosted::read(&*request.file)?;
-            let (offset, len) = hosted.descriptor.unwrap_or_default();
-            let place = ByteRange::at(offset, len);
+            let place = hosted.geometry.descriptor;
             if hosted.geometry.capacity > 0 {
                 if request.write {
                     hosted.geometry.require_handled()?;
@@ -198,6 +204,7 @@ impl VmdkLayer {
             free: extents.iter().map(Extent::end_of_file).collect(),
             in_flight: Vec::new(),
             cid: descriptor.cid,
+            occupied: HashMap::new(),
             marked: false,
         };
         Ok(Self {
@@ -208,6 +215,7 @@ impl VmdkLayer {
             extents: RwLock::new(extents.into()),
             grain,
             compressed,
+            budget: request.budget.clone(),
             state: Mutex::new(state),
             settled: Condvar::new(),
         })
@@ -239,7 +247,16 @@ impl VmdkLayer {
         let (grain, count) = self.lock().tables.scan(extents, index, geometry, grains)?;
         let first = extent.start + grains.start() * geometry.grain;
         let into = range.start() - first;
-        let len = (count * geometry.grain).saturating_sub(into).min(range.len());
+        let mut len = (count * geometry.grain).saturating_sub(into).min(range.len());
+        if let Grain::At(offset) = grain {
+            let relied_on = &extent.relied_on;
+            if geometry.compressed {
+                relied_on.require_outside("grain", ByteRange::at(offset, 1))?;
+            } else {
+                relied_on.require_outside("grain", ByteRange::at(offset, geometry.grain))?;
+                len = len.min(relied_on.room_at(offset).saturating_sub(into));
+            }
+        }
         let kind = match grain {
             Grain::Unallocated => RunKind::Unallocated { host: None },
             Grain::Zero => RunKind::Zero { host: None },
@@ -265,6 +282,7 @@ impl VmdkLayer {
         if state.marked {
             return Ok(());
         }
+        self.require_descriptor(state)?;
         if self.compressed {
             self.continue_stream(state)?;
         }
@@ -282,7 +300,13 @@ impl VmdkLayer {
         let old = self.read_descriptor()?;
         let mut bytes = change(&old);
         self.require_room(&bytes)?;
-        bytes.resize(bytes.len().max(old.len()), 0);
+        // Zeroes follow. What follows them, if the header makes too much room for it, is something else.
+        let old_len = old.iter().position(|byte| *byte == 0).unwrap_or(old.len());
+        bytes.resize(bytes.len().max(old_len), 0);
+        let added = old.get(old_len..bytes.len().min(old.len()));
+        if added.is_some_and(|added| !is_zero(added)) {
+            return Err(Error::from_errno(errno::ENOSPC));
+        }
         let start = self.descriptor_range.map_or(0, ByteRange::start);
         self.file.write_at(&bytes, start)
     }

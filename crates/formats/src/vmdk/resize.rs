@@ -93,6 +93,7 @@ impl VmdkLayer {
         let mut grown = extents[..growth.index].to_vec();
         grown.push(Extent {
             len: growth.len,
+            relied_on: place.relied_on(),
             place,
             ..last.clone()
         });
@@ -109,8 +110,11 @@ impl VmdkLayer {
         growth: &Growth,
         request: &ResizeRequest,
     ) -> Result<Place> {
-        self.mark_changed(state)?;
         let (index, last) = last_of(extents)?;
+        if let Place::Sparse(geometry) = last.place {
+            self.require_whole(state, extents, index, &geometry)?;
+        }
+        self.mark_changed(state)?;
         match last.place {
             Place::Flat { offset } => grow_flat(last, offset, growth.len, request.preallocation),
             Place::Sparse(geometry) => self.grow_sparse(state, extents, index, &geometry, growth.len),
@@ -222,6 +226,7 @@ fn make_added(growth: &Growth, last: &Extent, request: &ResizeRequest) -> Result
         extents.push(Extent {
             start,
             len: added.len,
+            relied_on: place.relied_on(),
             place,
             device: Arc::clone(device),
             name: added.path.clone(),

@@ -92,7 +92,8 @@ impl VmdkLayer {
         if found != Grain::Unallocated {
             return Err(already_there());
         }
-        state.tables.require_table(&extents, 0, &geometry, grain)?;
+        self.require_table(&mut state, &extents, 0, &geometry, grain)?;
+        self.require_whole(&mut state, &extents, 0, &geometry)?;
         self.mark_changed(&mut state)?;
         self.append(&mut state, grain, bytes)
     }
@@ -119,16 +120,19 @@ impl VmdkLayer {
         let extents = self.extents();
         let (extent, geometry) = stream_of(&extents)?;
         let no_room = || Error::from_errno(errno::EFBIG);
-        let free = state.free.first_mut().ok_or_else(no_room)?;
-        let offset = *free;
+        let offset = *state.free.first().ok_or_else(no_room)?;
         let entry = u32::try_from(offset / SECTOR).map_err(|_| no_room())?;
         let len = u32::try_from(bytes.len()).map_err(|_| no_room())?;
         let mut stored = (grain * geometry.grain / SECTOR).to_le_bytes().to_vec();
         stored.extend_from_slice(&len.to_le_bytes());
         stored.extend_from_slice(bytes);
         stored.resize(stored.len().next_multiple_of(SECTOR_BYTES), 0);
+        let end = offset + stored.len() as u64;
+        self.require_grains(state, &extents, 0, &geometry, ByteRange::new(offset, end))?;
         extent.device.write_at(&stored, offset)?;
-        *free = offset + stored.len() as u64;
+        if let Some(free) = state.free.first_mut() {
+            *free = end;
+        }
         state.tables.set(&extents, 0, &geometry, grain, entry)
     }
 
@@ -191,11 +195,9 @@ impl VmdkLayer {
 /// Where the last grain or table of a stream ends, if that can be told; what is not in the file does not count.
 fn stream_end(state: &mut State, extents: &[Extent], geometry: &Geometry) -> Result<u64> {
     let (extent, _) = stream_of(extents)?;
-    let tables = geometry
-        .capacity
-        .div_ceil(geometry.grain.saturating_mul(geometry.entries));
+    let tables = geometry.tables();
     let mut end = 0;
-    for directory in geometry.redundant.into_iter().chain([geometry.directory]) {
+    for directory in geometry.directories() {
         end = end.max(directory.saturating_add(tables * 4));
         for nth in 0..tables {
             let table = u64::from(state.tables.word(extents, 0, directory.saturating_add(nth * 4))?) * SECTOR;

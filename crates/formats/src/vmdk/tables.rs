@@ -122,28 +122,28 @@ impl Tables {
         grain: u64,
         entry: u32,
     ) -> Result<()> {
-        for directory in geometry.redundant.into_iter().chain([geometry.directory]) {
-            let table = self.table(extents, index, geometry, directory, grain)?;
-            let table = table.ok_or_else(|| Error::from_errno(errno::EINVAL))?;
+        for directory in geometry.directories() {
+            let table = self.require_table(extents, index, geometry, directory, grain)?;
             let offset = table.saturating_add(grain % geometry.entries * 4);
             self.write(extents, index, offset, entry)?;
         }
         Ok(())
     }
 
-    /// Whether there is a grain table for `grain` in every directory.
+    /// The offset of the grain table for `grain`.
+    ///
+    /// # Errors
+    /// There is none.
     pub(super) fn require_table(
         &mut self,
         extents: &[Extent],
         index: usize,
         geometry: &Geometry,
+        directory: u64,
         grain: u64,
-    ) -> Result<()> {
-        for directory in geometry.redundant.into_iter().chain([geometry.directory]) {
-            let table = self.table(extents, index, geometry, directory, grain)?;
-            table.ok_or_else(|| Error::from_errno(errno::EINVAL))?;
-        }
-        Ok(())
+    ) -> Result<u64> {
+        let table = self.table(extents, index, geometry, directory, grain)?;
+        table.ok_or_else(|| Error::from_errno(errno::EINVAL))
     }
 
     /// Writes what has changed, after making durable what it refers to.
@@ -188,6 +188,8 @@ impl Tables {
         grain: u64,
     ) -> Result<Option<u64>> {
         let size = geometry.entry_size();
+        let extent = extents.get(index).ok_or_else(|| Error::from_errno(errno::EIO))?;
+        extent.relied_on.require_apart()?;
         let offset = directory.saturating_add((grain / geometry.entries).saturating_mul(size));
         let entry = number(self.bytes(extents, index, offset, size)?);
         match geometry.form {
@@ -200,7 +202,12 @@ impl Tables {
                 let number = entry & u64::from(u32::MAX);
                 Ok(tables.checked_add(number * geometry.entries * size))
             }
-            _ => Ok((entry != 0).then_some(entry * SECTOR)),
+            _ if entry == 0 => Ok(None),
+            _ => {
+                let table = ByteRange::at(entry * SECTOR, geometry.table_len());
+                extent.relied_on.require_outside("grain table", table)?;
+                Ok(Some(table.start()))
+            }
         }
     }
 
@@ -235,6 +242,22 @@ impl Tables {
     pub(super) fn word(&mut self, extents: &[Extent], index: usize, offset: u64) -> Result<u32> {
         let bytes = self.bytes(extents, index, offset, 4)?;
         u32::try_from(number(bytes)).map_err(|_| Error::from_errno(errno::EIO))
+    }
+
+    /// Up to `count` entries of four bytes from `offset` on, at least one.
+    pub(super) fn words(
+        &mut self,
+        extents: &[Extent],
+        index: usize,
+        offset: u64,
+        count: u64,
+    ) -> Result<impl Iterator<Item = u32>> {
+        let bytes = self.bytes(extents, index, offset, count.saturating_mul(4))?;
+        let (words, _) = bytes.as_chunks();
+        if words.is_empty() {
+            return Err(Error::from_errno(errno::EIO));
+        }
+        Ok(words.iter().map(|word| u32::from_le_bytes(*word)))
     }
 
     /// Changes the entry of four bytes at `offset`.
@@ -306,7 +329,7 @@ fn number(entry: &[u8]) -> u64 {
 }
 
 /// What an entry of a grain table says.
-fn parse(entry: u64, geometry: &Geometry) -> Result<Grain> {
+pub(super) fn parse(entry: u64, geometry: &Geometry) -> Result<Grain> {
     match geometry.form {
         Form::Hosted { zeroed_grain: true } if entry == 1 => Ok(Grain::Zero),
         Form::Hosted { .. } | Form::Cowd => Ok(match entry {
@@ -330,7 +353,7 @@ fn parse(entry: u64, geometry: &Geometry) -> Result<Grain> {
     }
 }
 
-fn device_of(extents: &[Extent], index: usize) -> Result<&dyn Device> {
+pub(super) fn device_of(extents: &[Extent], index: usize) -> Result<&dyn Device> {
     let extent = extents.get(index).ok_or_else(|| Error::from_errno(errno::EIO))?;
     Ok(&*extent.device)
 }

@@ -676,3 +676,96 @@ fn what_is_made_is_recognised() {
         assert_eq!(score, 100, "{options}");
     }
 }
+
+/// The number of four bytes at `at`.
+fn word(bytes: &[u8], at: usize) -> u32 {
+    u32::from_le_bytes(*bytes[at..].first_chunk().expect("inside"))
+}
+
+/// A disk with the first two grains and one under the second table, and where its directories are.
+fn three_grains(options: &str) -> (Files, [usize; 2]) {
+    let files = Files::default();
+    files.create(options, 40 << 20).expect("creates");
+    let image = files.open(true).expect("opens");
+    for at in [0, GRAIN, 33 << 20] {
+        image.write_at(&vec![7; GRAIN], at as u64).expect("writes");
+    }
+    image.flush().expect("flushes");
+    let bytes = files.file("disk.vmdk").contents();
+    let directories = [48, 56].map(|at| usize::try_from(word(&bytes, at)).expect("small") * 512);
+    (files, directories)
+}
+
+#[test]
+fn nothing_is_written_where_tables_are_or_seem_to_be() {
+    for options in ["", "zeroed_grain=on"] {
+        let (files, [redundant, directory]) = three_grains(options);
+        let good = files.file("disk.vmdk").contents();
+        let table = |at: usize| usize::try_from(word(&good, at)).expect("small") * 512;
+        let (first, second) = (table(directory), table(directory + 4));
+        let grain = word(&good, first);
+        let sector = |at: usize| u32::try_from(at / 512).expect("small");
+        for (at, entry, guest) in [
+            // Grains: the descriptor, a directory, either table, the own one.
+            (first, 1, 0),
+            (first, 2, 0),
+            (first, sector(directory), 0),
+            (first, sector(redundant), 0),
+            (first, sector(first), 0),
+            (first, sector(second), 0),
+            (first, sector(table(redundant)), 0),
+            // Tables: the header, the directory, a grain, another one's table.
+            (directory, sector(directory), 3 * GRAIN),
+            (directory, grain, 3 * GRAIN),
+            (directory, sector(second), 3 * GRAIN),
+            (redundant, sector(second), 3 * GRAIN),
+            (redundant, 1, 3 * GRAIN),
+            (directory, 0x00ff_ffff, 3 * GRAIN),
+        ] {
+            let mut bad = good.clone();
+            bad[at..at + 4].copy_from_slice(&entry.to_le_bytes());
+            if options == "zeroed_grain=on" && entry == 1 && at == first {
+                continue;
+            }
+            let file = Arc::new(MemoryDevice::new(bad.clone()));
+            let image = open_on(Arc::<MemoryDevice>::clone(&file), &files, true).expect("opens");
+            let guest = guest as u64;
+            assert!(image.write_at(&[1; 512], guest).is_err(), "{entry} at {at:#x}");
+            assert!(
+                image.flush().is_ok() && file.contents() == bad,
+                "{entry} at {at:#x}"
+            );
+        }
+    }
+}
+
+#[test]
+fn a_descriptor_ends_where_its_text_does() {
+    let (files, _) = three_grains("");
+    let mut bytes = files.file("disk.vmdk").contents();
+    let len = bytes.len();
+    // The header has it reach into the directories, then to behind the first grain from where there is none.
+    for (offset, sectors) in [(1, 2000), (1, 21), (0, 20)] {
+        let mut bad = bytes.clone();
+        bad[28..36].copy_from_slice(&u64::to_le_bytes(offset));
+        bad[36..44].copy_from_slice(&u64::to_le_bytes(sectors));
+        let file = Arc::new(MemoryDevice::new(bad.clone()));
+        let image = open_on(Arc::<MemoryDevice>::clone(&file), &files, true);
+        let written = image.and_then(|image| image.write_at(&[1; 512], 0));
+        assert!(written.is_err(), "{sectors} sectors at {offset}");
+        assert!(file.contents() == bad, "{sectors} sectors at {offset}");
+    }
+    // A descriptor behind all else, with room over a grain behind it.
+    let text = bytes[512..21 * 512].to_vec();
+    bytes.extend_from_slice(&text);
+    bytes.extend_from_slice(&[0x66; 65536]);
+    bytes[28..36].copy_from_slice(&(len as u64 / 512).to_le_bytes());
+    bytes[36..44].copy_from_slice(&100_u64.to_le_bytes());
+    let file = Arc::new(MemoryDevice::new(bytes));
+    let image = open_on(Arc::<MemoryDevice>::clone(&file), &files, true).expect("opens");
+    image.write_at(&[1; 512], 0).expect("writes");
+    image.flush().expect("flushes");
+    let after = file.contents();
+    let behind = len + text.len();
+    assert!(after[behind..behind + 65536].iter().all(|byte| *byte == 0x66));
+}

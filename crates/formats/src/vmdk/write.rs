@@ -30,6 +30,7 @@ pub(super) fn plan(image: &VmdkLayer, range: ByteRange) -> Result<Box<dyn WriteP
             Place::Sparse(geometry) => plan.draft(&mut state, index, &geometry, piece)?,
         }
     }
+    image.mark_changed(&mut state)?;
     drop(state);
     Ok(Box::new(plan))
 }
@@ -65,7 +66,6 @@ impl<'a> Plan<'a> {
             }
             state = image.settled.wait(state).unwrap_or_else(PoisonError::into_inner);
         };
-        image.mark_changed(&mut state)?;
         state.in_flight.push(cover);
         let plan = Self {
             image,
@@ -95,6 +95,9 @@ impl<'a> Plan<'a> {
             match found {
                 Grain::At(offset) => {
                     extent.device.require(offset, 1)?;
+                    let stored = ByteRange::at(offset, whole.len());
+                    self.image
+                        .require_grains(state, &extents, index, geometry, stored)?;
                     let guest = whole.intersect(range);
                     self.runs.push(WriteRun {
                         guest,
@@ -125,19 +128,22 @@ impl<'a> Plan<'a> {
         grains: Range<u64>,
     ) -> Result<u64> {
         let (first, count) = (grains.start, grains.end - grains.start);
+        let (image, extents) = (self.image, Arc::clone(&self.extents));
         for table in first / geometry.entries..=(first + count - 1) / geometry.entries {
-            state
-                .tables
-                .require_table(&self.extents, index, geometry, table * geometry.entries)?;
+            image.require_table(state, &extents, index, geometry, table * geometry.entries)?;
         }
+        image.require_whole(state, &extents, index, geometry)?;
         let no_room = || Error::from_errno(errno::EFBIG);
-        let free = state.free.get_mut(index).ok_or_else(no_room)?;
-        let offset = *free;
+        let offset = *state.free.get(index).ok_or_else(no_room)?;
         let end = count
             .checked_mul(geometry.grain)
             .and_then(|len| offset.checked_add(len))
-            .filter(|end| u32::try_from(end / SECTOR).is_ok());
-        *free = end.ok_or_else(no_room)?;
+            .filter(|end| u32::try_from(end / SECTOR).is_ok())
+            .ok_or_else(no_room)?;
+        image.require_grains(state, &extents, index, geometry, ByteRange::new(offset, end))?;
+        if let Some(free) = state.free.get_mut(index) {
+            *free = end;
+        }
         self.new.push(NewGrains {
             extent: index,
             first,
@@ -226,6 +232,17 @@ impl VmdkLayer {
             }
         }
         let (plan, mut state) = Plan::claim(self, range)?;
+        for piece in extent::pieces(&plan.extents, range) {
+            let (index, extent, piece) = piece?;
+            if let Some(geometry) = extent.geometry() {
+                let grains = Self::grains(extent, &geometry, piece);
+                for table in grains.units(geometry.entries) {
+                    let first = table * geometry.entries;
+                    self.require_table(&mut state, &plan.extents, index, &geometry, first)?;
+                }
+            }
+        }
+        self.mark_changed(&mut state)?;
         for piece in extent::pieces(&plan.extents, range) {
             let (index, extent, piece) = piece?;
             match extent.place {

@@ -2,9 +2,11 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use diskimage_core::{Device, Error, ErrorKind, Result, align_up};
+use diskimage_core::{ByteRange, Device, Error, ErrorKind, Result, align_up};
 use zerocopy::byteorder::big_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+use crate::reserved::Reserved;
 
 /// Marks a footer.
 const COOKIE: [u8; 8] = *b"conectix";
@@ -335,6 +337,27 @@ impl DynamicHeader {
     pub(super) fn table_end(&self) -> u64 {
         let bytes = u64::from(self.entries()) * 4;
         align_up(self.table_offset().saturating_add(bytes), SECTOR)
+    }
+
+    /// Where nothing of the disk is written if this header is at `offset`.
+    pub(super) fn reserved(&self, offset: u64) -> Reserved {
+        self.reserved_up_to(offset, self.table_end())
+    }
+
+    /// Where nothing of a disk of `size` bytes can be: a damaged header may have a table that is too long, without which
+    /// the disk can be read.
+    pub(super) fn relied_on(&self, offset: u64, size: u64) -> Reserved {
+        let entries = size.div_ceil(self.block());
+        self.reserved_up_to(offset, self.table_offset().saturating_add(entries * 4))
+    }
+
+    fn reserved_up_to(&self, offset: u64, end: u64) -> Reserved {
+        let table = ByteRange::new(self.table_offset(), end);
+        Reserved::new([
+            ("copy of the footer", ByteRange::new(0, SECTOR)),
+            ("header", ByteRange::at(offset, size_of::<Self>() as u64)),
+            ("block allocation table", table),
+        ])
     }
 
     /// Bytes of a block.

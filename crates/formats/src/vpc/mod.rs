@@ -33,12 +33,14 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use diskimage_core::options::{OptionDef, OptionKind, Options};
 use diskimage_core::{
-    ByteRange, CreateRequest, Device, Error, Format, Holes, Info, Layer, Measure, MeasureSource, Objects,
-    OpenRequest, Preallocation, Probe, ResizeRequest, Result, Run, RunKind, Score, WritePlan, ZeroMode,
+    Budget, ByteRange, CreateRequest, Device, Error, Format, Holes, Info, Layer, Measure, MeasureSource,
+    Objects, OpenRequest, Preallocation, Probe, ResizeRequest, Result, Run, RunKind, Score, WritePlan,
+    ZeroMode,
 };
 use zerocopy::IntoBytes;
 
 use crate::preallocation;
+use crate::reserved::{Pieces, Reserved};
 use crate::straight::Straight;
 use crate::used::data_bytes;
 use crate::windows::{Entry, Windows};
@@ -94,12 +96,13 @@ impl Format for Vpc {
         let size = footer
             .size(by)
             .map_err(|error| error.context(format!("Could not open '{}'", request.name)))?;
-        let blocks = if in_front {
+        let (blocks, reserved) = if in_front {
             // As in the original, whatever kind of disk the footer names.
             let blocks = Blocks::open(&request.file, footer.header_offset(), size)?;
-            Some(blocks).filter(|_| footer.kind() == Kind::Dynamic)
+            let reserved = blocks.reserved.clone();
+            (Some(blocks).filter(|_| footer.kind() == Kind::Dynamic), reserved)
         } else {
-            None
+            (None, behind_footer(request.file.len()))
         };
         Ok(Arc::new(VpcLayer {
             granularity: blocks.as_ref().map(|blocks| blocks.header.block()),
@@ -107,10 +110,12 @@ impl Format for Vpc {
                 footer,
                 size,
                 blocks,
+                reserved,
                 in_flight: HashSet::new(),
             }),
             settled: Condvar::new(),
             file: request.file,
+            budget: request.budget,
         }))
     }
 
@@ -202,6 +207,12 @@ fn fill(file: &dyn Device, range: ByteRange, byte: u8) -> Result<()> {
     Ok(())
 }
 
+/// What no part of a fixed disk can be in a file of `len` bytes.
+fn behind_footer(len: u64) -> Reserved {
+    let end = len.next_multiple_of(SECTOR);
+    Reserved::new([("footer", ByteRange::new(end.saturating_sub(SECTOR), u64::MAX))])
+}
+
 /// The entry of a block that reads as zero.
 const NO_BLOCK: Entry = u32::MAX.to_be_bytes();
 
@@ -219,6 +230,7 @@ struct VpcLayer {
     state: Mutex<State>,
     /// Woken when blocks leave [`State::in_flight`].
     settled: Condvar,
+    budget: Budget,
 }
 
 /// What changes while an image is open. Its lock is never held while guest data moves.
@@ -229,6 +241,8 @@ struct State {
     size: u64,
     /// The blocks of dynamic disks.
     blocks: Option<Blocks>,
+    /// What is in the file of a fixed disk besides the disk.
+    reserved: Reserved,
     /// Those that are being written for the first time.
     in_flight: HashSet<u64>,
 }
@@ -240,6 +254,12 @@ struct Blocks {
     /// Where the header is.
     header_offset: u64,
     table: Windows,
+    /// The copy of the footer, the header and the table.
+    reserved: Reserved,
+    /// The same without what the disk does not need of the table.
+    relied_on: Reserved,
+    /// Where blocks are; known from the first write on.
+    stored: Option<Pieces>,
     /// The first byte that belongs to a block.
     first: u64,
     /// Where blocks and tables end and the footer is.
@@ -254,6 +274,7 @@ impl Blocks {
     /// Reads the header, and where the blocks are.
     fn open(file: &Arc<dyn Device>, header_offset: u64, size: u64) -> Result<Self> {
         let header = DynamicHeader::read(&**file, header_offset, size)?;
+        let reserved = header.reserved(header_offset);
         let truncated = || {
             Error::corrupt(
                 "block-vpc: free_data_block_offset points after the end of file. The image has been truncated.",
@@ -261,7 +282,7 @@ impl Blocks {
         };
         let entries = header.entries().into();
         let mut table = Windows::new(Arc::clone(file), header.table_offset(), entries);
-        let (mut first, mut end) = (u64::MAX, header.table_end());
+        let (mut first, mut end) = (u64::MAX, reserved.end());
         let file_end = file.len().next_multiple_of(SECTOR);
         if end > file_end {
             return Err(truncated());
@@ -282,6 +303,9 @@ impl Blocks {
             header,
             header_offset,
             table,
+            relied_on: header.relied_on(header_offset, size),
+            reserved,
+            stored: None,
             first,
             end,
             free: Vec::new(),
@@ -290,10 +314,22 @@ impl Blocks {
     }
 
     /// Where block `block` of the disk is stored.
+    ///
+    /// # Errors
+    /// Tables that overlap, and a block that lies in them: the image is damaged.
     fn host(&mut self, block: u64) -> Result<Option<u64>> {
-        let bitmap = self.header.bitmap();
+        self.relied_on.require_apart()?;
         let entry = self.table.entries(block)?.first().copied();
-        Ok(entry.and_then(place).map(|place| place + bitmap))
+        let Some(place) = entry.and_then(place) else {
+            return Ok(None);
+        };
+        self.relied_on.require_outside("block", self.whole(place))?;
+        Ok(Some(place + self.header.bitmap()))
+    }
+
+    /// The block at `place` with its bitmap.
+    fn whole(&self, place: u64) -> ByteRange {
+        ByteRange::at(place, self.header.bitmap() + self.header.block())
     }
 
     /// Publishes the blocks written so far.
@@ -336,9 +372,11 @@ impl Layer for VpcLayer {
             holes,
         };
         let mut state = self.lock();
-        let Some(blocks) = &mut state.blocks else {
+        let State { blocks, reserved, .. } = &mut *state;
+        let Some(blocks) = blocks else {
+            reserved.require_outside("sector", range.first(1))?;
             return Ok(Run {
-                len: range.len(),
+                len: range.len().min(reserved.room_at(range.start())),
                 kind: data(range.start(), Holes::ZeroData),
             });
         };
@@ -369,6 +407,7 @@ impl Layer for VpcLayer {
         if self.granularity.is_some() {
             return self.plan(range);
         }
+        self.lock().reserved.require_outside("range", range)?;
         Ok(Box::new(Straight::new(
             range,
             Arc::clone(&self.file),

@@ -10,11 +10,11 @@
 
 use std::sync::Arc;
 
-use diskimage_core::{ByteRange, Device, Error, Preallocation, ResizeRequest, Result, ZeroMode};
+use diskimage_core::{Budget, ByteRange, Device, Error, Preallocation, ResizeRequest, Result, ZeroMode};
 use zerocopy::IntoBytes;
 
 use super::footer::{Footer, SECTOR};
-use super::{Blocks, NO_BLOCK, State, VpcLayer};
+use super::{Blocks, NO_BLOCK, State, VpcLayer, behind_footer};
 use crate::preallocation;
 use crate::windows::Windows;
 
@@ -43,11 +43,16 @@ impl VpcLayer {
             footer: old,
             size,
             blocks,
+            reserved,
             ..
         } = &mut *state;
         match blocks {
             Some(blocks) => self.grow_dynamic(blocks, old, &footer, *size, len)?,
-            None => self.grow_fixed(&footer, *size, len)?,
+            None => {
+                reserved.require_outside("disk", ByteRange::new(0, *size))?;
+                self.grow_fixed(&footer, *size, len)?;
+                *reserved = behind_footer(self.file.len());
+            }
         }
         (state.footer, state.size) = (footer, len);
         drop(state);
@@ -75,12 +80,14 @@ impl VpcLayer {
         len: u64,
     ) -> Result<()> {
         let file = &*self.file;
+        blocks.reserved.require_apart()?;
         blocks.publish(old, file)?;
-        blocks.clear_rest(file, size)?;
+        blocks.clear_rest(file, size, &self.budget)?;
         let entries = len.div_ceil(blocks.header.block());
         if entries > u64::from(blocks.header.entries()) {
             blocks.grow_table(&self.file, entries)?;
         }
+        blocks.relied_on = blocks.header.relied_on(blocks.header_offset, len);
         blocks.moved = true;
         blocks.publish(new, file)?;
         file.flush()?;
@@ -90,12 +97,12 @@ impl VpcLayer {
 
 impl Blocks {
     /// Makes the rest of the last block zero, which becomes part of the disk.
-    fn clear_rest(&mut self, file: &dyn Device, size: u64) -> Result<()> {
+    fn clear_rest(&mut self, file: &dyn Device, size: u64, budget: &Budget) -> Result<()> {
         let used = size % self.header.block();
         if used == 0 {
             return Ok(());
         }
-        let Some(host) = self.host_to_change(size / self.header.block())? else {
+        let Some(host) = self.host_to_change(size / self.header.block(), budget)? else {
             return Ok(());
         };
         let rest = ByteRange::at(host, self.header.block()).skip(used);
@@ -132,6 +139,7 @@ impl Blocks {
         table.write_back()?;
         file.flush()?;
         file.write_at(&header.as_bytes()[..512], self.header_offset)?;
+        self.reserved = header.reserved(self.header_offset);
         (self.header, self.table, self.end) = (header, table, end);
         file.flush()
     }

@@ -162,7 +162,7 @@ fn blocks_in_the_tables_cannot_be_written() {
     let image = open_bytes(&bytes).expect("opens");
     assert_eq!(
         image.write_at(&[1; 512], BLOCK).expect_err("refused").to_string(),
-        "The block at 0x200 lies in the tables of the image"
+        "The block at 0x200 lies in the header of the image"
     );
     image.write_at(&[1; 512], 0).expect("another block");
 }
@@ -249,4 +249,64 @@ fn a_failed_request_leaves_the_image_as_it_was_or_done() {
             break;
         }
     }
+}
+
+#[test]
+fn new_blocks_stay_clear_of_a_header_behind_the_table() {
+    let mut bytes = create("force_size=on", 4 * BLOCK);
+    // The header moves behind all else, where the footer was.
+    let footer = bytes[..512].to_vec();
+    let at = bytes.len() - 512;
+    bytes.truncate(at);
+    bytes.extend_from_within(512..1536);
+    bytes.extend_from_slice(&footer);
+    bytes[16..24].copy_from_slice(&(at as u64).to_be_bytes());
+    sum(&mut bytes[..512], 64);
+    let file = Arc::new(MemoryDevice::new(bytes));
+    let image = open(Arc::<MemoryDevice>::clone(&file)).expect("opens");
+    image.write_at(&vec![5; 8 << 20], 0).expect("writes");
+    image.flush().expect("flushes");
+    let again = open_bytes(&file.contents()).expect("opens");
+    assert!(contents(&again).iter().all(|byte| *byte == 5));
+}
+
+#[test]
+fn blocks_that_overlap_are_not_written_to() {
+    let file = Arc::new(MemoryDevice::new(create("force_size=on", 4 * BLOCK)));
+    let image = open(Arc::<MemoryDevice>::clone(&file)).expect("opens");
+    image.write_at(&vec![1; 6 << 20], 0).expect("writes");
+    image.flush().expect("flushes");
+    let mut bytes = file.contents();
+    let second = u32::from_be_bytes([bytes[0x604], bytes[0x605], bytes[0x606], bytes[0x607]]);
+    bytes[0x600..0x604].copy_from_slice(&(second + 8).to_be_bytes());
+    let file = Arc::new(MemoryDevice::new(bytes.clone()));
+    let image = open(Arc::<MemoryDevice>::clone(&file)).expect("opens");
+    for block in [0, 1] {
+        assert!(image.write_at(&[2; 512], block * BLOCK).is_err(), "block {block}");
+    }
+    assert!(file.contents() == bytes);
+    // The second one reaches into the third one.
+    image.write_at(&[2; 512], 3 * BLOCK).expect("has no place yet");
+}
+
+#[test]
+fn a_fixed_disk_ends_before_its_footer() {
+    let mut bytes = create("force_size=on,subformat=fixed", 1 << 20);
+    let footer = bytes.len() - 512;
+    bytes[footer + 48..footer + 56].copy_from_slice(&(2_u64 << 20).to_be_bytes());
+    sum(&mut bytes[footer..], 64);
+    let file = Arc::new(MemoryDevice::new(bytes.clone()));
+    let image = open(Arc::<MemoryDevice>::clone(&file)).expect("opens");
+    image
+        .read_at(&mut [0; 512], (1 << 20) - 512)
+        .expect("the last sector");
+    assert!(image.read_at(&mut [0; 512], 1 << 20).is_err());
+    assert!(image.write_at(&[1; 1024], (1 << 20) - 512).is_err());
+    assert!(
+        image
+            .write_zeroes(ByteRange::at(0, 2 << 20), ZeroMode::KeepAllocated)
+            .is_err()
+    );
+    assert!(grow(&image, 3 << 20).is_err());
+    assert!(file.contents() == bytes);
 }

@@ -3,11 +3,12 @@
 use std::collections::HashSet;
 use std::sync::{Arc, Condvar, MutexGuard};
 
-use diskimage_core::{ByteRange, Device, Error, Layer, Result, WritePlan, WriteRun, ZeroMode, errno};
+use diskimage_core::{Budget, ByteRange, Device, Error, Layer, Result, WritePlan, WriteRun, ZeroMode, errno};
 
 use super::footer::SECTOR;
-use super::{Blocks, State, VpcLayer, fill};
+use super::{Blocks, State, VpcLayer, fill, place};
 use crate::first_write::{self, FirstWrites};
+use crate::reserved::Pieces;
 
 impl VpcLayer {
     /// Sets aside where `range` goes. What else is in new blocks is made zero here, so that the caller need not: blocks of
@@ -20,7 +21,7 @@ impl VpcLayer {
             let (unit, bitmap) = (blocks.header.block(), blocks.header.bitmap());
             for block in range.units(unit) {
                 let guest = ByteRange::at(block * unit, unit).intersect(range);
-                let host = match blocks.host_to_change(block)? {
+                let host = match blocks.host_to_change(block, &self.budget)? {
                     Some(host) => host,
                     None => {
                         let place = blocks.take_place()?;
@@ -46,13 +47,15 @@ impl VpcLayer {
     /// Where `range` is stored in the file.
     pub(super) fn stored(&self, range: ByteRange) -> Result<Vec<ByteRange>> {
         let mut state = self.when_settled(range.units(self.granularity()));
-        let Some(blocks) = &mut state.blocks else {
+        let State { blocks, reserved, .. } = &mut *state;
+        let Some(blocks) = blocks else {
+            reserved.require_outside("range", range)?;
             return Ok(vec![range]);
         };
         let unit = blocks.header.block();
         let mut stored = Vec::new();
         for block in range.units(unit) {
-            if let Some(host) = blocks.host_to_change(block)? {
+            if let Some(host) = blocks.host_to_change(block, &self.budget)? {
                 let guest = ByteRange::at(block * unit, unit).intersect(range);
                 stored.push(ByteRange::at(host + guest.start() % unit, guest.len()));
             }
@@ -62,28 +65,44 @@ impl VpcLayer {
 }
 
 impl Blocks {
-    /// Where block `block` of the disk is stored, if nothing of it lies in the tables of a damaged image.
-    pub(super) fn host_to_change(&mut self, block: u64) -> Result<Option<u64>> {
+    /// Where block `block` of the disk is stored, if nothing else is there.
+    pub(super) fn host_to_change(&mut self, block: u64, budget: &Budget) -> Result<Option<u64>> {
         let Some(host) = self.host(block)? else {
             return Ok(None);
         };
         let place = host - self.header.bitmap();
-        let whole = ByteRange::new(place, host + self.header.block());
-        let tables = [
-            ByteRange::at(0, SECTOR),
-            ByteRange::at(self.header_offset, size_of_val(&self.header) as u64),
-            ByteRange::new(self.header.table_offset(), self.header.table_end()),
-        ];
-        if tables.into_iter().any(|table| table.overlaps(whole)) {
-            return Err(Error::corrupt(format!(
-                "The block at {place:#x} lies in the tables of the image"
-            )));
-        }
+        self.reserved.require_outside("block", self.whole(place))?;
+        self.stored(budget)?.require_unshared(place)?;
         Ok(Some(host))
+    }
+
+    /// Where the blocks are that the table leads to.
+    fn stored(&mut self, budget: &Budget) -> Result<&Pieces> {
+        let known = match self.stored.take() {
+            Some(known) => known,
+            None => {
+                let len = self.header.bitmap() + self.header.block();
+                let mut found = Pieces::new("block", len, budget);
+                let mut block = 0;
+                while block < u64::from(self.header.entries()) {
+                    let entries = self.table.entries(block)?;
+                    block += entries.len() as u64;
+                    for place in entries.iter().filter_map(|entry| place(*entry)) {
+                        // One that lies in tables is never used.
+                        if self.reserved.find(ByteRange::at(place, len)).is_none() {
+                            found.add(place)?;
+                        }
+                    }
+                }
+                found.sort()
+            }
+        };
+        Ok(self.stored.insert(known))
     }
 
     /// A place for another block.
     fn take_place(&mut self) -> Result<u64> {
+        self.reserved.require_apart()?;
         if let Some(place) = self.free.pop() {
             return Ok(place);
         }

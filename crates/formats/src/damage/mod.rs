@@ -1,0 +1,435 @@
+//! One number of a sound image is damaged and one command done in place: what could be read before can be read afterwards,
+//! or is what was written.
+//!
+//! ```text
+//!   sound image ──► damaged ──► read ──► opened for writing, one command, flushed ──► read
+//!                                 \____________________ the same ____________________/
+//! ```
+//!
+//! `DAMAGE_STEPS=100000 cargo test -p diskimage-formats damage -- --nocapture` takes more steps than usual.
+
+mod kinds;
+mod pages;
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use diskimage_core::options::Options;
+use diskimage_core::{
+    ByteRange, CreateRequest, Device, Error, ErrorKind, Gate, Image, NodeOptions, OpenRequest, Preallocation,
+    Progress, Reference, Repair, ResizeRequest, Result, RunKind, ZeroMode,
+};
+
+use self::kinds::{Field, Kind};
+use self::pages::Pages;
+
+/// Steps for each kind of image if nothing else is said.
+const STEPS: u64 = 500;
+/// Sound images that are damaged in turn.
+const SOUND: u64 = 12;
+/// What commands write.
+const WRITTEN: u8 = 0xee;
+
+fn steps() -> u64 {
+    let wanted = std::env::var("DAMAGE_STEPS");
+    wanted.ok().and_then(|text| text.parse().ok()).unwrap_or(STEPS)
+}
+
+/// Numbers that follow from a seed (xorshift).
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, limit: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 >> 11) % limit.max(1)
+    }
+
+    fn one_of<T: Copy>(&mut self, values: &[T]) -> T {
+        values[usize::try_from(self.below(values.len() as u64)).expect("small")]
+    }
+
+    /// A range inside one of `parts`.
+    fn range(&mut self, kind: &Kind) -> ByteRange {
+        let part = self.one_of(kind.parts);
+        let at = part.start() + self.below(part.len());
+        let most = self.one_of(&[512, kind.unit, kind.unit * 3]);
+        let range = ByteRange::at(at, 1 + self.below(most));
+        let aligned = match self.below(3) {
+            _ if kind.is_stream => range.align_out(kind.unit),
+            0 => range.align_out(kind.unit),
+            1 => range.align_out(512),
+            _ => range,
+        };
+        aligned.intersect(part)
+    }
+}
+
+/// The files of an image.
+struct Files(HashMap<String, Arc<Pages>>);
+
+impl Files {
+    fn copy(&self) -> Self {
+        Self(
+            self.0
+                .iter()
+                .map(|(name, file)| (name.clone(), file.copy()))
+                .collect(),
+        )
+    }
+
+    fn open(&self, kind: &Kind, write: bool) -> Result<Image> {
+        let file: Arc<dyn Device> = Arc::<Pages>::clone(&self.0["disk"]);
+        let layer = kind.format.open(OpenRequest {
+            write,
+            ..OpenRequest::new(file, "disk.vmdk", &mut NodeOptions::new(), &Arc::default(), self)
+        })?;
+        Ok(Image::new(layer, None, "disk.vmdk", write))
+    }
+}
+
+impl Gate for Files {
+    fn open(&self, reference: &Reference<'_>) -> Result<Arc<dyn Device>> {
+        let name = reference.options.text("filename").unwrap_or_default();
+        match self.0.get(name) {
+            Some(file) => Ok(Arc::<Pages>::clone(file)),
+            None => Err(Error::new(ErrorKind::Denied, "no such file")),
+        }
+    }
+}
+
+/// A sound image, of which some clusters are written.
+fn sound(kind: &Kind, seed: u64) -> Files {
+    let mut random = Random(0x9e37_79b9_7f4a_7c15 ^ (seed + 1));
+    let mut options = Options::new(kind.format.create_options());
+    options.parse(kind.options).expect("valid options");
+    let mut files = Files(HashMap::from([("disk".to_owned(), Arc::default())]));
+    for part in kind
+        .format
+        .new_parts("disk.vmdk", kind.size, &options)
+        .expect("names")
+    {
+        files.0.insert(part, Arc::default());
+    }
+    kind.format
+        .create(CreateRequest {
+            id_below: None,
+            file: Arc::<Pages>::clone(&files.0["disk"]),
+            name: "disk.vmdk",
+            size: kind.size,
+            options: &options,
+            objects: &Arc::default(),
+            gate: &files,
+        })
+        .expect("creates");
+    let image = files.open(kind, true).expect("opens");
+    for _ in 0..4 + random.below(12) {
+        let mut range = random.range(kind);
+        if kind.format.name() == "vmdk" {
+            // Where a grain is zero for as long as a table, nobody can tell it from one.
+            let disk = ByteRange::new(0, kind.size);
+            range = range.align_out(kind.unit).intersect(disk);
+        }
+        let mut bytes = vec![0; usize::try_from(range.len()).expect("small")];
+        for sector in bytes.chunks_mut(512) {
+            sector.fill(u8::try_from(1 + random.below(200)).expect("small"));
+        }
+        // A stream takes each grain once.
+        let written = image.write_at(&bytes, range.start());
+        assert!(written.is_ok() || kind.is_stream, "{written:?}");
+    }
+    encode_some(kind, &image, &mut random);
+    image.flush().expect("flushes");
+    files
+}
+
+/// Stores some clusters in their encoded form, where there is one beside the other.
+fn encode_some(kind: &Kind, image: &Image, random: &mut Random) {
+    if kind.is_stream || kind.format.name() != "qcow" {
+        return;
+    }
+    let mut encoder = image.layer().encoder().expect("has one").expect("has one");
+    let mut out = Vec::new();
+    for _ in 0..random.below(4) {
+        let cluster = random.range(kind).first(1).align_out(kind.unit);
+        let bytes = vec![0x55; usize::try_from(kind.unit).expect("small")];
+        if encoder.encode(&bytes, &mut out).expect("encodes") {
+            image.write_encoded(cluster.start(), &out).expect("writes");
+        }
+    }
+}
+
+/// What of the disk can be read, sector by sector.
+type View = Vec<(u64, Option<Vec<u8>>)>;
+
+fn view(kind: &Kind, files: &Files) -> View {
+    let image = files.open(kind, false).ok();
+    let mut view = Vec::new();
+    for part in kind.parts {
+        let mut at = part.start();
+        while at < part.end() {
+            let sector = image.as_ref().and_then(|image| {
+                let mut sector = vec![0; 512];
+                image.read_at(&mut sector, at).ok().map(|()| sector)
+            });
+            view.push((at, sector));
+            at += kind.stride;
+        }
+    }
+    view
+}
+
+/// A number that somebody could have put there.
+fn damage(field: Field, fields: &[Field], file: &Pages, random: &mut Random) -> u64 {
+    let own = field.read(file);
+    let unit = field.unit;
+    let places = [
+        0,
+        512,
+        4096,
+        file.len(),
+        file.len() - file.len() % 512 + 512,
+        file.len() / 2,
+        1 << 40,
+        random.below(file.len()),
+        random.below(file.len()) / 512 * 512,
+        random.below(file.len()) / 4096 * 4096,
+        random.below(file.len()) >> 20 << 20,
+    ];
+    let place = (random.one_of(&places) / unit) | field.flags;
+    let other = random.one_of(fields).read(file);
+    // Where a table or a number of a header is.
+    let structure = (random.one_of(fields).at / 512 * 512 / unit) | field.flags;
+    let entry = {
+        let entries: Vec<Field> = fields.iter().copied().filter(|field| field.is_entry).collect();
+        random.one_of(&entries_or(&entries, field)).read(file)
+    };
+    let values = [
+        place,
+        place,
+        other,
+        entry,
+        entry,
+        structure,
+        structure,
+        own.wrapping_add(1),
+        own.wrapping_sub(1),
+        own ^ 1 << random.below(field.width as u64 * 8),
+        own.wrapping_add(8),
+        1,
+        u64::MAX,
+        random.below(16),
+    ];
+    random.one_of(&values) & field.all_ones()
+}
+
+fn entries_or(entries: &[Field], field: Field) -> Vec<Field> {
+    if entries.is_empty() {
+        vec![field]
+    } else {
+        entries.to_vec()
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Command {
+    Write(ByteRange),
+    Zero(ByteRange),
+    Discard(ByteRange),
+    Grow(u64),
+    Check,
+    Flush,
+}
+
+impl Command {
+    fn random(kind: &Kind, random: &mut Random) -> Self {
+        match random.below(12) {
+            0..6 => Self::Write(random.range(kind)),
+            6..8 => Self::Zero(random.range(kind)),
+            8 => Self::Discard(random.range(kind)),
+            9 => {
+                let by = random.one_of(&[512, kind.unit, kind.unit * 40, 64 << 20, 600 << 20]);
+                Self::Grow(by)
+            }
+            10 => Self::Check,
+            _ => Self::Flush,
+        }
+    }
+
+    fn run(self, image: &Image) -> Result<()> {
+        match self {
+            Self::Write(range) => {
+                let bytes = vec![WRITTEN; usize::try_from(range.len()).expect("small")];
+                image.write_at(&bytes, range.start())
+            }
+            Self::Zero(range) => image.write_zeroes(range, ZeroMode::Unmap),
+            Self::Discard(range) => image.discard(range),
+            Self::Grow(by) => {
+                let len = (image.len().saturating_add(by)) / 512 * 512;
+                let request = ResizeRequest::new(len, Preallocation::Off);
+                if image.layer().new_parts(&request)?.is_empty() {
+                    image.resize_with(&request)?;
+                }
+                Ok(())
+            }
+            Self::Check => image.layer().check(Repair::All, &Progress::none()).map(drop),
+            Self::Flush => Ok(()),
+        }
+    }
+
+    /// The bytes that may change, and what they may become.
+    fn effect(self) -> (ByteRange, u8) {
+        match self {
+            Self::Write(range) => (range, WRITTEN),
+            Self::Zero(range) | Self::Discard(range) => (range, 0),
+            Self::Grow(_) | Self::Check | Self::Flush => (ByteRange::new(0, 0), 0),
+        }
+    }
+}
+
+/// Parts of the disk that share bytes of the file with what is about to be written, or with tables, where nobody can tell.
+fn shared(kind: &Kind, files: &Files, written: ByteRange, fields: &[Field]) -> Vec<ByteRange> {
+    let Some(image) = files.open(kind, false).ok().filter(|_| kind.may_share) else {
+        return Vec::new();
+    };
+    let disk = ByteRange::new(0, image.len());
+    let place = |cluster: &ByteRange| match image.layer().map(cluster.intersect(disk)).ok()?.kind {
+        RunKind::Data { offset, .. } => Some(ByteRange::at(offset, kind.unit)),
+        RunKind::Encoded(encoded) => Some(ByteRange::at(encoded.offset, encoded.stored)),
+        RunKind::Zero { .. } | RunKind::Unallocated { .. } => None,
+    };
+    let clusters = |range: ByteRange| {
+        let inside = range.intersect(disk);
+        let units = if inside.is_empty() {
+            0..0
+        } else {
+            inside.units(kind.unit)
+        };
+        units.map(|unit| ByteRange::at(unit * kind.unit, kind.unit))
+    };
+    let mut targets: Vec<ByteRange> = clusters(written).filter_map(|cluster| place(&cluster)).collect();
+    targets.extend(fields.iter().map(|field| ByteRange::at(field.at, 1)));
+    let parts = kind.parts.iter().copied();
+    parts
+        .flat_map(clusters)
+        .filter(|cluster| {
+            let is_shared = |place: ByteRange| {
+                let others = targets.iter().filter(|target| target.overlaps(place));
+                // A cluster that is written is a target itself.
+                others.count() > usize::from(cluster.overlaps(written))
+            };
+            place(cluster).is_some_and(is_shared)
+        })
+        .collect()
+}
+
+/// How steps went, to see that they are not all refused.
+#[derive(Debug, Default)]
+struct Outcomes {
+    unreadable: u64,
+    not_opened: u64,
+    refused: u64,
+    done: u64,
+}
+
+fn step(kind: &Kind, sound: &Files, seed: u64, outcomes: &mut Outcomes) {
+    let mut random = Random((seed + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+    random.below(1);
+    let files = sound.copy();
+    let file = &files.0[kind.file];
+    let fields = (kind.fields)(file);
+    let is_entry = random.below(4) > 0;
+    let candidates: Vec<Field> = fields
+        .iter()
+        .copied()
+        .filter(|field| field.is_entry == is_entry)
+        .collect();
+    let field = random.one_of(&if candidates.is_empty() {
+        fields.clone()
+    } else {
+        candidates
+    });
+    let (old, new) = (field.read(file), damage(field, &fields, file, &mut random));
+    field.write(file, new);
+    (kind.seal)(file);
+    let command = Command::random(kind, &mut random);
+    let before = view(kind, &files);
+    if before.iter().all(|(_, sector)| sector.is_none()) {
+        outcomes.unreadable += 1;
+    }
+    let (range, byte) = command.effect();
+    let shared = shared(kind, &files, range, &fields);
+    let outcome = files.open(kind, true).map(|image| {
+        let outcome = command.run(&image);
+        outcome.and(image.flush())
+    });
+    match &outcome {
+        Err(_) => outcomes.not_opened += 1,
+        Ok(Err(_)) => outcomes.refused += 1,
+        Ok(Ok(())) => outcomes.done += 1,
+    }
+    let after = view(kind, &files);
+    let is_done = matches!(outcome, Ok(Ok(()))) && !matches!(command, Command::Discard(_));
+    for ((at, before), (_, after)) in before.iter().zip(&after) {
+        let Some(before) = before else { continue };
+        let sector = ByteRange::at(*at, 512);
+        if shared.iter().any(|part| part.overlaps(sector)) {
+            continue;
+        }
+        let told = || {
+            format!(
+                "{} {:?}, step {seed}: {old:#x} became {new:#x} in {field:?}; {command:?} gave {outcome:?}; at {at:#x}",
+                kind.format.name(),
+                kind.options,
+            )
+        };
+        let Some(after) = after else {
+            panic!("no longer readable: {}", told());
+        };
+        for (nth, (was, is)) in (*at..).zip(before.iter().zip(after)) {
+            let is_written = range.start() <= nth && nth < range.end() && *is == byte;
+            let may_stay = was == is && !(is_done && range.start() <= nth && nth < range.end());
+            assert!(is_written || may_stay, "was {was:#x}, is {is:#x}: {}", told());
+        }
+    }
+}
+
+fn try_steps(kind: &Kind) {
+    let images: Vec<Files> = (0..SOUND).map(|seed| sound(kind, seed)).collect();
+    let mut outcomes = Outcomes::default();
+    let steps = steps();
+    for (seed, image) in (0..steps).zip(images.iter().cycle()) {
+        step(kind, image, seed, &mut outcomes);
+    }
+    println!(
+        "{} {:?}: {steps} steps, {outcomes:?}",
+        kind.format.name(),
+        kind.options
+    );
+    assert!(outcomes.done > steps / 10 && outcomes.refused > 0);
+}
+
+macro_rules! kinds {
+    ($($test:ident: $kind:ident,)*) => {$(
+        #[test]
+        fn $test() {
+            try_steps(&kinds::$kind);
+        }
+    )*};
+}
+
+kinds! {
+    qed: QED,
+    qcow: QCOW,
+    vmdk_monolithic_sparse: VMDK_SPARSE,
+    vmdk_with_zeroed_grains: VMDK_ZEROED,
+    vmdk_in_parts: VMDK_PARTS,
+    vmdk_stream: VMDK_STREAM,
+    vdi_dynamic: VDI,
+    vdi_static: VDI_STATIC,
+    vpc_dynamic: VPC,
+    vpc_fixed: VPC_FIXED,
+    vhdx: VHDX,
+    parallels: PARALLELS,
+}
