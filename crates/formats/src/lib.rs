@@ -4,6 +4,8 @@ mod bochs;
 mod cloop;
 mod codec;
 #[cfg(test)]
+mod cut_off;
+#[cfg(test)]
 mod damage;
 mod decrypted;
 mod dmg;

@@ -195,6 +195,7 @@ impl Qcow {
             end: file.len().max(header.end()),
         };
         let entries = Entries {
+            file: Arc::clone(&file),
             cluster_bits: header.cluster_bits,
             l2_len: header.l2_len(),
             has_backing: header.backing.is_some(),
@@ -240,6 +241,10 @@ impl Layer for Qcow {
     fn map(&self, range: ByteRange) -> Result<Run> {
         self.reserved.require_apart()?;
         self.tree.map(range)
+    }
+
+    fn require_encoded(&self, encoded: &Encoded) -> Result<()> {
+        self.tree.file().require(encoded.offset, encoded.stored)
     }
 
     fn decode(&self, encoded: &Encoded, buf: &mut [u8]) -> Result<()> {
@@ -306,6 +311,7 @@ impl Layer for Qcow {
 /// What the tables look like.
 #[derive(Debug)]
 struct Entries {
+    file: Arc<dyn Device>,
     cluster_bits: u8,
     /// Bytes of an L2 table.
     l2_len: u64,
@@ -325,19 +331,21 @@ impl Entries {
 
     /// Refuses `len` bytes at `offset` that are no place for anything in a file that ends at `end`. The original reads
     /// zeroes beyond, and takes a disk that was cut off for an empty one.
-    fn require_place(offset: u64, len: u64, end: u64) -> Result<()> {
-        let behind = offset.checked_add(len).filter(|behind| *behind <= end);
-        if offset.is_multiple_of(SECTOR) && behind.is_some() {
-            Ok(())
-        } else {
-            Err(damaged())
+    fn require_place(&self, offset: u64, len: u64, end: u64) -> Result<()> {
+        let behind = offset.checked_add(len).ok_or_else(damaged)?;
+        if !offset.is_multiple_of(SECTOR) {
+            return Err(damaged());
         }
+        if behind > end {
+            self.file.require(offset, len)?;
+        }
+        Ok(())
     }
 }
 
 /// The original's one word for everything that is wrong with tables and compressed clusters.
 fn damaged() -> Error {
-    Error::from_errno(errno::EIO)
+    Error::damage(errno::EIO)
 }
 
 impl Scheme for Entries {
@@ -348,7 +356,7 @@ impl Scheme for Entries {
         if word == 0 {
             return Ok(None);
         }
-        Self::require_place(word, self.l2_len, align_up(end, SECTOR))?;
+        self.require_place(word, self.l2_len, align_up(end, SECTOR))?;
         Ok(Some(word))
     }
 
@@ -364,7 +372,7 @@ impl Scheme for Entries {
         } else {
             // The last one need not be all there.
             let size = 1 << self.cluster_bits;
-            Self::require_place(word, size, align_up(end, size))?;
+            self.require_place(word, size, align_up(end, size))?;
             Ok(Cluster::Host(word))
         }
     }

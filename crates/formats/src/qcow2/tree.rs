@@ -249,7 +249,7 @@ impl Qcow2 {
         while done < from.len {
             let len = (from.len - done).min(L1_CHUNK);
             let mut chunk = vec![0; index_of(len)];
-            source.read_padded(&mut chunk, from.offset + done)?;
+            source.read_whole(&mut chunk, from.offset + done)?;
             let mut changed = from != to;
             for (index, word) in (done / 8..).zip(chunk.as_chunks_mut::<8>().0) {
                 let new = change(state, index, u64::from_be_bytes(*word))?.to_be_bytes();
@@ -284,7 +284,7 @@ impl Qcow2 {
             left = left
                 .checked_sub(1)
                 .ok_or_else(|| Error::corrupt("L1 table has more entries than the file has clusters"))?;
-            self.file.read_padded(&mut table, l2.offset)?;
+            self.file.read_whole(&mut table, l2.offset)?;
             visit(state, entry, &mut table)
         })
     }

@@ -374,6 +374,13 @@ impl Entries {
             && offset >= self.first
             && offset.checked_add(len).is_some_and(|last| last <= end)
     }
+
+    /// What is wrong with an entry that leads to `len` bytes at `offset`.
+    fn invalid(&self, offset: u64, len: u64) -> Error {
+        let placed = offset.is_multiple_of(self.geometry.cluster_size) && offset >= self.first;
+        let missing = self.file.require(offset, len).err().filter(|_| placed);
+        missing.unwrap_or_else(|| Error::damage(errno::EINVAL))
+    }
 }
 
 impl Scheme for Entries {
@@ -384,7 +391,7 @@ impl Scheme for Entries {
         match word {
             0 => Ok(None),
             offset if self.is_valid(offset, self.geometry.table_len(), end) => Ok(Some(offset)),
-            _ => Err(Error::from_errno(errno::EINVAL)),
+            offset => Err(self.invalid(offset, self.geometry.table_len())),
         }
     }
 
@@ -393,7 +400,7 @@ impl Scheme for Entries {
             0 => Ok(Cluster::None),
             ZERO => Ok(Cluster::Zero),
             offset if self.is_valid(offset, self.geometry.cluster_size, end) => Ok(Cluster::Host(offset)),
-            _ => Err(Error::from_errno(errno::EINVAL)),
+            offset => Err(self.invalid(offset, self.geometry.cluster_size)),
         }
     }
 

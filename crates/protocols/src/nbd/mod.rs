@@ -142,6 +142,18 @@ impl Nbd {
         self.export.min_block.into()
     }
 
+    /// The blocks that `range` touches. The last one of an export ends with it: whether a server takes requests for less
+    /// than a block there is its own matter, and if not it says so.
+    fn blocks(&self, range: ByteRange) -> ByteRange {
+        let whole = range.align_out(self.unit());
+        whole.intersect(ByteRange::new(0, self.export.len))
+    }
+
+    /// Where the last whole block ends.
+    fn whole_end(&self) -> u64 {
+        align_down(self.export.len, self.unit())
+    }
+
     /// Has the server do it, over another connection if one is lost and that is wanted; what it came to goes through
     /// `take`.
     fn call<T>(
@@ -228,7 +240,7 @@ impl Nbd {
     /// Writes part of a block, or of several, by writing the whole.
     fn write_partly(&self, buf: &[u8], range: ByteRange) -> Result<()> {
         let _alone = self.partial.lock().unwrap_or_else(PoisonError::into_inner);
-        let whole = range.align_out(self.unit());
+        let whole = self.blocks(range);
         let mut bytes = vec![0; length(whole)?];
         self.read_blocks(&mut bytes, whole.start())?;
         let from = length(ByteRange::new(whole.start(), range.start()))?;
@@ -290,8 +302,7 @@ impl Nbd {
 
 impl Device for Nbd {
     fn len(&self) -> u64 {
-        // What is left of the last block cannot be asked for.
-        align_down(self.export.len, self.unit())
+        self.export.len
     }
 
     fn limits(&self) -> &Limits {
@@ -303,7 +314,7 @@ impl Device for Nbd {
         if range.is_empty() {
             return Ok(());
         }
-        let whole = range.align_out(self.unit());
+        let whole = self.blocks(range);
         if whole == range {
             return self.read_blocks(buf, offset);
         }
@@ -321,8 +332,7 @@ impl Device for Nbd {
             return Ok(());
         }
         self.statuses.forget();
-        let middle = range.align_in(self.unit());
-        let outcome = if middle == range {
+        let outcome = if self.blocks(range) == range {
             self.write_blocks(buf, offset)
         } else {
             self.write_partly(buf, range)
@@ -377,13 +387,16 @@ impl Device for Nbd {
     }
 
     fn status(&self, range: ByteRange, _: Want) -> Result<Extent> {
-        if self.export.context.is_none() {
+        let asked = range
+            .align_out(self.unit())
+            .intersect(ByteRange::new(0, self.whole_end()));
+        // Of less than a block nobody can be asked.
+        if self.export.context.is_none() || asked.is_empty() {
             return Ok(extent(range.len(), 0));
         }
-        let asked = range.align_out(self.unit());
         let (len, flags) = self.statuses.find(asked, || {
             // The whole rest: the next questions will be about what follows.
-            let rest = ByteRange::new(asked.start(), self.len()).first(self.longest());
+            let rest = ByteRange::new(asked.start(), self.whole_end()).first(self.longest());
             self.call(Command::BlockStatus, rest, &[], |outcome| match outcome {
                 Outcome::Status(runs) => Some(runs.clone()),
                 _ => None,
@@ -391,7 +404,11 @@ impl Device for Nbd {
         })?;
         let end = asked.start().saturating_add(len).min(range.end());
         // A server that divides its smallest block is told apart no further.
-        let end = if end > range.start() { end } else { range.end() };
+        let end = if end > range.start() {
+            end
+        } else {
+            range.end().min(asked.end())
+        };
         Ok(extent(end - range.start(), flags))
     }
 

@@ -283,7 +283,7 @@ impl Qcow2 {
     fn encode_entry(&self, state: &State, snapshot: &Snapshot, bytes: &mut Vec<u8>) -> Result<()> {
         let (at, len) = snapshot.entry;
         let mut entry = vec![0; index_of(len)];
-        self.file.read_padded(&mut entry, at)?;
+        self.file.read_whole(&mut entry, at)?;
         let unreadable = || Error::corrupt("Could not read snapshots");
         let (mut raw, rest) = RawSnapshot::read_from_prefix(&entry).map_err(|_| unreadable())?;
         let (extra, names) = rest

@@ -182,13 +182,52 @@ fn an_export_keeps_its_length_and_its_bounds() {
 }
 
 #[test]
-fn what_is_left_of_the_last_block_is_not_there() {
+fn what_is_left_of_the_last_block_is_read_and_written() {
+    for (len, min_block) in [(10_000, 512), (5000, 1 << 16), (5000, 4096), (100, 1 << 16)] {
+        let server = Server::start(Behaviour {
+            len,
+            min_block,
+            ..Behaviour::default()
+        });
+        let device = server.open().unwrap();
+        assert_eq!(device.len(), len);
+        let bytes: Vec<u8> = (0..len).map(|n| (n % 251).to_le_bytes()[0] + 1).collect();
+        device.write_at(&bytes, 0).unwrap();
+        assert!(server.bytes()[..bytes.len()] == bytes);
+        let mut back = vec![0; bytes.len()];
+        device.read_at(&mut back, 0).unwrap();
+        assert!(back == bytes);
+        let mut last = [0; 3];
+        device.read_at(&mut last, len - 3).unwrap();
+        assert_eq!(last, bytes[bytes.len() - 3..]);
+        device.write_at(&[7], len - 2).unwrap();
+        device
+            .write_zeroes(ByteRange::new(len - 1, len), ZeroMode::Unmap)
+            .unwrap();
+        assert_eq!(server.bytes()[bytes.len() - 3..bytes.len()], [last[0], 7, 0]);
+        device.discard(ByteRange::new(0, len)).unwrap();
+        let mut rest = ByteRange::new(0, len);
+        while !rest.is_empty() {
+            rest = rest.skip(device.status(rest, Want::Zeroes).unwrap().len);
+        }
+        device
+            .write_zeroes(ByteRange::new(0, len), ZeroMode::Unmap)
+            .unwrap();
+        assert!(server.bytes()[..bytes.len()].iter().all(|byte| *byte == 0));
+    }
+}
+
+#[test]
+fn a_server_that_does_not_read_the_rest_of_the_last_block_fails_the_request() {
     let server = Server::start(Behaviour {
-        len: 10_000,
-        min_block: 512,
+        len: 5000,
+        min_block: 4096,
+        rule: Some(Rule::FailAt(0, 22)),
         ..Behaviour::default()
     });
-    assert_eq!(server.open().unwrap().len(), 9728);
+    let device = server.open().unwrap();
+    let error = device.read_at(&mut [0; 5000], 0).unwrap_err();
+    assert_eq!(error.chain(), "Invalid argument");
 }
 
 #[test]
