@@ -173,6 +173,8 @@ struct State {
     freed: Vec<ByteRange>,
     /// Storage of what is given up is given back to the file system, too.
     punch: bool,
+    /// Bytes of L2 tables from which on snapshots change them in copies.
+    copied_from: u64,
     /// The file ends in a compressed cluster that is not padded to a sector.
     padding: bool,
     /// Clusters that were allocated behind the end although there were free ones before it.
@@ -200,6 +202,7 @@ impl State {
             in_flight: Vec::new(),
             freed: Vec::new(),
             punch: false,
+            copied_from: tree::COPIED_FROM,
             padding: false,
             appended: 0,
             bitmaps: bitmap::Tracker::new(header),

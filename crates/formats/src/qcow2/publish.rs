@@ -62,24 +62,25 @@ impl Qcow2 {
         work: impl FnOnce(&mut State) -> Result<()>,
     ) -> Result<Option<Roots>> {
         let len = self.file.len();
+        let counted = state.refcounts.uses_are_counted();
         let State {
             tables, refcounts, ..
         } = state;
         let copy = match refcounts.copied(tables) {
             Ok(copy) => copy,
-            Err(error) => return self.abandon(state, None, len, error),
+            Err(error) => return self.abandon(state, None, (len, counted), error),
         };
         let old = state.replace_refcounts(copy);
         let prepared = work(state)
             .and_then(|()| state.tables.write_back())
             .and_then(|()| state.tables.sync());
         if let Err(error) = prepared {
-            return self.abandon(state, Some(old), len, error);
+            return self.abandon(state, Some(old), (len, counted), error);
         }
         if let Err(error) = self.write_roots(state) {
             // The file may have them in spite of that, so nothing is cut off.
             let len = self.file.len();
-            let _ = self.abandon(state, Some(old), len, Error::read_only());
+            let _ = self.abandon(state, Some(old), (len, counted), Error::read_only());
             return Err(error);
         }
         // From here on it is the new roots that a reader finds.
@@ -92,12 +93,13 @@ impl Qcow2 {
         Ok(Some(old))
     }
 
-    /// Goes on with the roots that the file, which had `len` bytes, has. What `error` leaves to be done.
+    /// Goes on with the roots that the file has, which had `len` bytes, with the references `counted` or not. What `error`
+    /// leaves to be done.
     fn abandon(
         &self,
         state: &mut State,
         old: Option<Roots>,
-        len: u64,
+        (len, counted): (u64, bool),
         error: Error,
     ) -> Result<Option<Roots>> {
         state.tables.discard_changes();
@@ -106,7 +108,11 @@ impl Qcow2 {
         }
         // A part of a write that failed may have made it longer. What cannot be cut off is not in use.
         let _ = self.file.resize(len, Preallocation::Off);
-        if self.guard_metadata(state).is_err() {
+        let known = self.guard_metadata(state).and_then(|()| match counted {
+            true => self.count_uses(state),
+            false => Ok(()),
+        });
+        if known.is_err() {
             // Nobody knows any more what must not be written over.
             self.write.store(false, Ordering::Relaxed);
             return Err(error);

@@ -222,6 +222,7 @@ impl Qcow2 {
                 .context(|| "Failed to discard cropped clusters")?;
             self.file.event(Event::L1_SHRINK_WRITE_TABLE);
             self.give_up_l2_tables(geometry.l1_entries(request.len)..geometry.l1_entries(old))
+                .and_then(|()| self.write_back(&mut self.lock()))
                 .context(|| "Failed to reduce the number of L2 tables")
         })?;
         if self.has_data_file() {

@@ -50,6 +50,10 @@ impl Batch {
     }
 }
 
+/// Bytes of L2 tables from which on they change in copies, those of 4 GiB of data at the usual cluster size. Fewer are
+/// changed in place in a moment, and no room is taken for copies.
+pub(super) const COPIED_FROM: u64 = 512 << 10;
+
 /// Where tables whose flags change are written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Rewrite {
@@ -96,6 +100,16 @@ impl Qcow2 {
         check(state, &mut batch)
     }
 
+    /// Whether `l1` leads to so many L2 tables that they change in copies.
+    pub(super) fn has_many_tables(&self, state: &mut State, l1: Table) -> Result<bool> {
+        let mut count = 0u64;
+        self.visit_l1(state, &*self.file, l1, l1, |_, _, entry| {
+            count += u64::from(entry & OFFSET_MASK != 0);
+            Ok(entry)
+        })?;
+        Ok(count.saturating_mul(self.header.geometry.cluster_size()) >= state.copied_from)
+    }
+
     /// Counts everything below `l1` once more, and says in its entries and its L2 tables that none of it may be written in
     /// place. `users` trees refer to L2 tables that move.
     ///
@@ -108,6 +122,8 @@ impl Qcow2 {
         users: u64,
     ) -> Result<()> {
         if rewrite == Rewrite::InPlace {
+            // Windows of the tables that are about to change in the file.
+            state.tables.clear()?;
             self.visit_l1(state, &*self.file, l1, l1, |_, _, entry| Ok(entry & !COPIED))?;
         }
         let bits = self.header.geometry.cluster_bits;

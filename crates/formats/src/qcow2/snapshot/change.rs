@@ -9,9 +9,9 @@
 //!   delete   new snapshot table                                    [ counts down, flags on ]
 //! ```
 //!
-//! What is in brackets happens at once (`publish`), so a crash leaks clusters at worst. Where there is no room for the copies
-//! it happens in place (`in_place`), in an order in which whatever can be reached is counted at any moment; a crash may then
-//! leave flags off that could be on, too, which costs copies and nothing else.
+//! What is in brackets happens at once (`publish`), so a crash leaks clusters at worst. Where tables are few, or there is no
+//! room for the copies, it happens in place (`in_place`), in an order in which whatever can be reached is counted at any
+//! moment; a crash may then leave flags off that could be on, too, which costs copies and nothing else.
 
 use std::sync::{MutexGuard, PoisonError};
 
@@ -58,8 +58,10 @@ impl Snapshots for Qcow2 {
         self.count_before_allocating(&mut state, 1)?;
         let l1 = state.l1;
         self.check_tree(&mut state, l1, Change::Up)?;
-        let published =
-            self.publish_at_once(&mut state, |state| self.create_beside(state, snapshot, &there))?;
+        let published = match self.has_many_tables(&mut state, l1)? {
+            true => self.publish_at_once(&mut state, |state| self.create_beside(state, snapshot, &there))?,
+            false => None,
+        };
         let Some(old) = published else {
             return self.create_in_place(&mut state, snapshot, &there);
         };
@@ -79,7 +81,10 @@ impl Snapshots for Qcow2 {
         let old = state.l1;
         self.check_tree(&mut state, old, Change::Down)?;
         let size = snapshot.info.disk_size;
-        let published = self.publish_at_once(&mut state, |state| self.apply_beside(state, size, kept))?;
+        let published = match self.has_many_tables(&mut state, kept)? {
+            true => self.publish_at_once(&mut state, |state| self.apply_beside(state, size, kept))?,
+            false => None,
+        };
         if published.is_none() {
             return self.apply_in_place(&mut state, size, kept);
         }
@@ -157,6 +162,10 @@ impl Qcow2 {
 
     /// Counts everything below `gone`, which nothing refers to any more, once less, and sets the flags by that.
     fn release(&self, state: &mut State, gone: Table) -> Result<()> {
+        let active = state.l1;
+        if !self.has_many_tables(state, gone)? && !self.has_many_tables(state, active)? {
+            return self.release_in_place(state, &*self.file, gone);
+        }
         let published = self.publish_at_once(state, |state| {
             self.release_tree(state, &*self.file, gone)?;
             let active = self.allocate_l1(state, state.l1.len, Kind::ActiveL1)?;

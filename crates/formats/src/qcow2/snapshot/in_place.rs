@@ -1,17 +1,18 @@
-//! Taking, applying and deleting snapshots where there is no room for copies of tables, as on a full disk.
+//! Taking, applying and deleting snapshots of few tables, and where there is no room for copies, as on a full disk.
 //!
 //! ```text
 //!   create   L1 copy, new snapshot table → COPIED flags off → counts up → header
-//!   apply    COPIED flags off → counts up → over the active L1 → header → counts of the old tree down → flags on
+//!   apply    new active L1 → COPIED flags off → counts up → header → counts of the old tree down → flags on
 //!   delete   the entry gives up its disk → counts down → flags on → new snapshot table, over the L1 → header
 //! ```
 //!
-//! What takes room comes first, so that a full disk is met before anything has changed. Applying and deleting take none. The
-//! active L1 is written over with one request: a power failure in the middle of that leaves parts of the old disk and parts
-//! of the snapshot, and the snapshot itself, which can be applied again.
+//! What takes room comes first, so that a full disk is met before anything has changed. Applying and deleting can do without:
+//! then the active L1 is written over with one request. A power failure in the middle of that leaves parts of the old disk
+//! and parts of the snapshot, and the snapshot itself, which can be applied again.
 
-use diskimage_core::{ByteRange, Device, Error, MemoryDevice, NewSnapshot, Result, errno};
+use diskimage_core::{ByteRange, Device, Error, MemoryDevice, NewSnapshot, Result};
 
+use super::super::publish::lacks_room;
 use super::super::tree::Rewrite;
 use super::super::{Qcow2, State};
 use super::{Snapshot, SnapshotTable, V3_EXTRA, index_of};
@@ -45,12 +46,39 @@ impl Qcow2 {
         self.file.flush()
     }
 
-    /// Makes the disk one of `size` bytes with the tables of a snapshot, whose L1 table is `kept`.
+    /// Makes the disk one of `size` bytes with the tables of a snapshot, whose L1 table is `kept`. The active L1 table gets a
+    /// new place, or is written over where there is none.
     pub(super) fn apply_in_place(&self, state: &mut State, size: u64, kept: Table) -> Result<()> {
         let old = state.l1;
-        if kept.len > old.len.next_multiple_of(self.header.geometry.cluster_size()) {
-            return Err(Error::from_errno(errno::ENOSPC));
+        let len = kept.len.max(old.len);
+        let fits = kept.len <= old.len.next_multiple_of(self.header.geometry.cluster_size());
+        match self.written_copy(state, kept, len) {
+            Ok(table) => {
+                self.share_tree(state, kept, Rewrite::InPlace, 2)?;
+                (state.l1, state.size) = (table, size);
+                self.write_roots(state)?;
+                self.file.flush()?;
+                self.release_in_place(state, &*self.file, old)?;
+                self.release_table(state, old)
+            }
+            Err(error) if lacks_room(&error) && fits => self.write_over_l1(state, size, kept),
+            Err(error) => Err(error),
         }
+    }
+
+    /// A copy of the L1 table `from` in a new place, `len` bytes long, durable.
+    fn written_copy(&self, state: &mut State, from: Table, len: u64) -> Result<Table> {
+        let table = self.copy_l1(state, from, len)?;
+        let written = state.tables.write_back().and_then(|()| state.tables.sync());
+        if let Err(error) = written {
+            state.take_back(table);
+            return Err(error);
+        }
+        Ok(table)
+    }
+
+    fn write_over_l1(&self, state: &mut State, size: u64, kept: Table) -> Result<()> {
+        let old = state.l1;
         let len = kept.len.max(old.len);
         let _memory = self.budget.take(old.len + len)?;
         let mut before = vec![0; index_of(old.len)];
