@@ -1,9 +1,10 @@
 //! Counting many clusters at once: one look-up for each window of a refcount block, not one for each cluster.
 
-use diskimage_core::{Error, ErrorKind, Result, errno};
+use diskimage_core::{ByteRange, Error, ErrorKind, Result, errno};
 
 use super::super::header::limit;
 use super::{Refcounts, block};
+use crate::metadata_guard::Kinds;
 use crate::tables::{Table, Tables};
 
 /// What happens to counts.
@@ -36,8 +37,15 @@ impl Refcounts {
                 let (skip, place) = self.place_in(at + i, place);
                 let used = bytes
                     .get(skip..)
-                    .and_then(|bytes| block::read(bytes, place, order));
-                changed(used.unwrap_or(0), change, max, at + i)?;
+                    .and_then(|bytes| block::read(bytes, place, order))
+                    .unwrap_or(0);
+                if used == 0 {
+                    // Metadata would be allocated: the guard has the words for that.
+                    let start = (at + i) << self.geometry.cluster_bits;
+                    tables.admit(ByteRange::at(start, self.geometry.cluster_size()), Kinds::NONE)?;
+                    return Err(not_counted(at + i));
+                }
+                changed(used, change, max, at + i)?;
             }
             at += len;
         }
