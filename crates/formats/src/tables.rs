@@ -17,7 +17,7 @@ use std::sync::Arc;
 
 use diskimage_core::{ByteRange, Device, Error, Event, Result};
 
-use crate::metadata_guard::{Kind, Kinds, MetadataGuard};
+use crate::metadata_guard::{Clusters, Kind, Kinds, MetadataGuard};
 
 /// What a table is for; the order is the order of writing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -144,6 +144,18 @@ impl Tables {
     /// The memory budget is used up.
     pub(crate) fn guard_range(&mut self, kind: Kind, range: ByteRange) -> Result<()> {
         self.guard.as_mut().map_or(Ok(()), |guard| guard.add(kind, range))
+    }
+
+    /// What is guarded now.
+    pub(crate) fn guarded(&self) -> Option<Clusters> {
+        self.guard.as_ref().map(MetadataGuard::clusters)
+    }
+
+    /// Guards what was guarded before.
+    pub(crate) fn restore_guarded(&mut self, guarded: Option<Clusters>) {
+        if let (Some(guard), Some(clusters)) = (&mut self.guard, guarded) {
+            guard.restore(clusters);
+        }
     }
 
     /// The error of a request that met damage: `what` is wrong.
