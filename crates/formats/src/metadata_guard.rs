@@ -215,11 +215,27 @@ impl MetadataGuard {
         &*self.report
     }
 
+    /// What is guarded now.
+    pub(crate) fn clusters(&self) -> Clusters {
+        Clusters(self.clusters.clone())
+    }
+
+    /// Guards what was guarded before.
+    pub(crate) fn restore(&mut self, clusters: Clusters) {
+        self.clusters = clusters.0;
+        let room = (self.taken.len() as u64).saturating_mul(BATCH);
+        self.room = room.saturating_sub(self.clusters.len() as u64);
+    }
+
     fn clusters_of(&self, range: ByteRange) -> std::ops::Range<u64> {
         let first = range.start() >> self.cluster_bits;
         first..range.end().div_ceil(1 << self.cluster_bits).max(first)
     }
 }
+
+/// The clusters that were guarded at some moment.
+#[derive(Clone, Debug)]
+pub(crate) struct Clusters(BTreeMap<u64, Kinds>);
 
 #[cfg(test)]
 mod tests {

@@ -19,7 +19,7 @@ use std::sync::Arc;
 
 use diskimage_core::{ByteRange, Device, Error, Event, Result};
 
-use crate::metadata_guard::{Kind, Kinds, MetadataGuard};
+use crate::metadata_guard::{Clusters, Kind, Kinds, MetadataGuard};
 
 /// What a table is for; the order is the order of writing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -155,6 +155,18 @@ impl Tables {
     pub(crate) fn mark_shared(&mut self, is_shared: impl Fn(u64) -> bool) {
         if let Some(guard) = &mut self.guard {
             guard.mark_shared(is_shared);
+        }
+    }
+
+    /// What is guarded now.
+    pub(crate) fn guarded(&self) -> Option<Clusters> {
+        self.guard.as_ref().map(MetadataGuard::clusters)
+    }
+
+    /// Guards what was guarded before.
+    pub(crate) fn restore_guarded(&mut self, guarded: Option<Clusters>) {
+        if let (Some(guard), Some(clusters)) = (&mut self.guard, guarded) {
+            guard.restore(clusters);
         }
     }
 

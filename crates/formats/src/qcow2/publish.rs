@@ -10,14 +10,13 @@
 //! leaked cluster, or as it is afterwards; and where the work fails, a full disk being the usual reason, nothing has to be
 //! undone. What was replaced is counted down once the new header is durable.
 
-use std::sync::atomic::Ordering;
-
 use diskimage_core::{Error, ErrorKind, Preallocation, Result, errno};
 
 use super::header::field;
 use super::refcount::Refcounts;
 use super::snapshot::{SnapshotTable, index_of};
 use super::{Qcow2, State};
+use crate::metadata_guard::Clusters;
 use crate::tables::Table;
 
 /// What the header leads to.
@@ -27,6 +26,16 @@ pub(super) struct Roots {
     pub(super) l1: Table,
     refcounts: Refcounts,
     pub(super) snapshots: SnapshotTable,
+}
+
+/// What is as it was where nothing comes of it.
+struct Before {
+    /// Bytes of the file.
+    len: u64,
+    /// Whether the references to clusters were counted.
+    counted: bool,
+    /// The metadata that no write may land on.
+    guarded: Option<Clusters>,
 }
 
 impl State {
@@ -61,26 +70,29 @@ impl Qcow2 {
         state: &mut State,
         work: impl FnOnce(&mut State) -> Result<()>,
     ) -> Result<Option<Roots>> {
-        let len = self.file.len();
-        let counted = state.refcounts.uses_are_counted();
+        let mut before = Before {
+            len: self.file.len(),
+            counted: state.refcounts.uses_are_counted(),
+            guarded: state.tables.guarded(),
+        };
         let State {
             tables, refcounts, ..
         } = state;
         let copy = match refcounts.copied(tables) {
             Ok(copy) => copy,
-            Err(error) => return self.abandon(state, None, (len, counted), error),
+            Err(error) => return self.abandon(state, None, before, error),
         };
         let old = state.replace_refcounts(copy);
         let prepared = work(state)
             .and_then(|()| state.tables.write_back())
             .and_then(|()| state.tables.sync());
         if let Err(error) = prepared {
-            return self.abandon(state, Some(old), (len, counted), error);
+            return self.abandon(state, Some(old), before, error);
         }
         if let Err(error) = self.write_roots(state) {
             // The file may have them in spite of that, so nothing is cut off.
-            let len = self.file.len();
-            let _ = self.abandon(state, Some(old), (len, counted), Error::read_only());
+            before.len = self.file.len();
+            let _ = self.abandon(state, Some(old), before, Error::read_only());
             return Err(error);
         }
         // From here on it is the new roots that a reader finds.
@@ -93,13 +105,12 @@ impl Qcow2 {
         Ok(Some(old))
     }
 
-    /// Goes on with the roots that the file has, which had `len` bytes, with the references `counted` or not. What `error`
-    /// leaves to be done.
+    /// Goes on with the roots that the file has. What `error` leaves to be done.
     fn abandon(
         &self,
         state: &mut State,
         old: Option<Roots>,
-        (len, counted): (u64, bool),
+        before: Before,
         error: Error,
     ) -> Result<Option<Roots>> {
         state.tables.discard_changes();
@@ -107,15 +118,11 @@ impl Qcow2 {
             state.set_roots(old);
         }
         // A part of a write that failed may have made it longer. What cannot be cut off is not in use.
-        let _ = self.file.resize(len, Preallocation::Off);
-        let known = self.guard_metadata(state).and_then(|()| match counted {
-            true => self.count_uses(state),
-            false => Ok(()),
-        });
-        if known.is_err() {
-            // Nobody knows any more what must not be written over.
-            self.write.store(false, Ordering::Relaxed);
-            return Err(error);
+        let _ = self.file.resize(before.len, Preallocation::Off);
+        state.tables.restore_guarded(before.guarded);
+        if before.counted {
+            // Where that fails, they are counted when they are needed.
+            let _ = self.count_uses(state);
         }
         if lacks_room(&error) { Ok(None) } else { Err(error) }
     }
