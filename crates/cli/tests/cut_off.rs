@@ -409,6 +409,7 @@ fn try_form(form: &'static Form, size: usize, cuts: &[Cut]) -> (String, Vec<Stri
 }
 
 /// Tries all forms, a few at once.
+#[expect(clippy::print_stdout, reason = "the table, for who wants to see it")]
 fn try_all(size: usize, cuts: &[Cut]) {
     let next = AtomicUsize::new(0);
     let done = Mutex::new(BTreeMap::new());
@@ -470,10 +471,6 @@ fn a_snapshot_whose_end_is_missing_is_not_read_as_zeroes() {
             assert!(
                 !whole || fs::read(dir.join("target")).expect("readable") == *content,
                 "{name} {words}"
-            );
-            println!(
-                "snapshot {name:5} {words:5} {}",
-                if whole { "Whole" } else { "Error" }
             );
         }
         let before = Files::read(dir);

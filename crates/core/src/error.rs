@@ -131,9 +131,9 @@ impl Error {
     }
 
     /// Damage in tables that is told as the error number `errno`: no request has failed.
-    pub fn damage(errno: i32) -> Self {
+    pub fn damage(kind: ErrorKind, errno: i32) -> Self {
         let mut error = Self::from_errno(errno);
-        error.inner.kind = ErrorKind::Invalid;
+        error.inner.kind = kind;
         error
     }
 

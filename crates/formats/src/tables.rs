@@ -12,7 +12,8 @@
 //! A window is shown to the [`MetadataGuard`], if the image has one, before it is changed for the first time. Once damage
 //! was met nothing is written any more.
 //!
-//! What of a table lies beyond the end of the file was lost: an entry there is an error, and never a zero.
+//! What of a table lies beyond the end of the file was lost: an entry there is an error, and never a zero. Only refcount
+//! blocks count nothing there, as to the original; a cluster that is in use is not allocated for that.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
@@ -330,13 +331,18 @@ impl Tables {
                 self.write_back()?;
                 self.forget_at(offset);
             }
-            self.device.require(offset, 1)?;
-            let there = self.device.len().saturating_sub(offset).min(len);
+            let there = match table.class {
+                Class::RefcountBlock => len,
+                _ => {
+                    self.device.require(offset, 1)?;
+                    self.device.len().saturating_sub(offset).min(len)
+                }
+            };
             let mut bytes = vec![0; index(there)];
             if let Some(event) = table.class.load_event() {
                 self.device.event(event);
             }
-            self.device.read_at(&mut bytes, offset)?;
+            self.device.read_padded(&mut bytes, offset)?;
             self.insert(offset, table.class, bytes.into(), len, false)?;
         }
         match self.windows.get_mut(&offset) {

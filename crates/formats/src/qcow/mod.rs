@@ -21,9 +21,9 @@ use std::sync::Arc;
 
 use diskimage_core::options::{OptionDef, OptionKind, Options};
 use diskimage_core::{
-    Backing, ByteRange, CreateRequest, Device, Encoded, Encoder, Error, Event, Format, Info, Layer, Measure,
-    MeasureSource, Objects, OpenRequest, Preallocation, Probe, ResizeRequest, Result, Run, Score, WritePlan,
-    ZeroMode, align_up, errno,
+    Backing, ByteRange, CreateRequest, Device, Encoded, Encoder, Error, ErrorKind, Event, Format, Info,
+    Layer, Measure, MeasureSource, Objects, OpenRequest, Preallocation, Probe, ResizeRequest, Result, Run,
+    Score, WritePlan, ZeroMode, align_up, errno,
 };
 
 use self::header::{Header, SECTOR};
@@ -345,7 +345,7 @@ impl Entries {
 
 /// The original's one word for everything that is wrong with tables and compressed clusters.
 fn damaged() -> Error {
-    Error::damage(errno::EIO)
+    Error::damage(ErrorKind::Invalid, errno::EIO)
 }
 
 impl Scheme for Entries {
@@ -356,7 +356,9 @@ impl Scheme for Entries {
         if word == 0 {
             return Ok(None);
         }
-        self.require_place(word, self.l2_len, align_up(end, SECTOR))?;
+        // Of a table that is missing the original says no more than of any damage.
+        self.require_place(word, self.l2_len, align_up(end, SECTOR))
+            .map_err(|error| Error::damage(error.kind(), errno::EIO))?;
         Ok(Some(word))
     }
 

@@ -25,9 +25,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use diskimage_core::options::{OptionDef, OptionKind, Options};
 use diskimage_core::{
-    Backing, Budget, ByteRange, CheckReport, CreateRequest, Device, Error, Format, Info, Layer, Measure,
-    MeasureSource, Objects, OpenRequest, Preallocation, Probe, Progress, Repair, ResizeRequest, Result, Run,
-    Score, WritePlan, ZeroMode, errno,
+    Backing, Budget, ByteRange, CheckReport, CreateRequest, Device, Error, ErrorKind, Format, Info, Layer,
+    Measure, MeasureSource, Objects, OpenRequest, Preallocation, Probe, Progress, Repair, ResizeRequest,
+    Result, Run, Score, WritePlan, ZeroMode, errno,
 };
 
 use self::header::{Geometry, Header, MAGIC, feature};
@@ -379,7 +379,7 @@ impl Entries {
     fn invalid(&self, offset: u64, len: u64) -> Error {
         let placed = offset.is_multiple_of(self.geometry.cluster_size) && offset >= self.first;
         let missing = self.file.require(offset, len).err().filter(|_| placed);
-        missing.unwrap_or_else(|| Error::damage(errno::EINVAL))
+        missing.unwrap_or_else(|| Error::damage(ErrorKind::Invalid, errno::EINVAL))
     }
 }
 
@@ -391,7 +391,11 @@ impl Scheme for Entries {
         match word {
             0 => Ok(None),
             offset if self.is_valid(offset, self.geometry.table_len(), end) => Ok(Some(offset)),
-            offset => Err(self.invalid(offset, self.geometry.table_len())),
+            // Of a table that is missing the original says no more than of any damage.
+            offset => {
+                let error = self.invalid(offset, self.geometry.table_len());
+                Err(Error::damage(error.kind(), errno::EINVAL))
+            }
         }
     }
 

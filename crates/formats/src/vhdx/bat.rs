@@ -8,7 +8,7 @@
 
 use std::sync::Arc;
 
-use diskimage_core::{ByteRange, Device, Error, Result, errno};
+use diskimage_core::{ByteRange, Device, Error, ErrorKind, Result, errno};
 
 use super::header::MIB;
 use crate::windows::Windows;
@@ -38,7 +38,7 @@ impl Payload {
         match entry & 7 {
             NOT_PRESENT | UNDEFINED | ZERO | UNMAPPED => Ok(Self::Zero),
             FULLY_PRESENT => Ok(Self::At(entry / MIB * MIB)),
-            _ => Err(Error::damage(errno::EIO)),
+            _ => Err(Error::damage(ErrorKind::Invalid, errno::EIO)),
         }
     }
 }
