@@ -346,17 +346,38 @@ impl dyn Device + '_ {
         }
     }
 
-    /// Checks that `len` bytes from `offset` on lie inside the device.
+    /// Fills `buf` with the bytes from `offset` on, all of which the device has to have.
+    ///
+    /// # Errors
+    /// As [`Device::read_at`], and [`ErrorKind::Corrupt`] in the words of [`require`](Self::require).
+    pub fn read_whole(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        self.require(offset, buf.len() as u64)?;
+        self.read_at(buf, offset)
+    }
+
+    /// Checks that `len` bytes from `offset` on lie inside the device. What a table leads to and the device does not have
+    /// was lost: it must not be taken for zeroes.
     ///
     /// # Errors
     /// [`ErrorKind::Corrupt`] if they do not.
     pub fn require(&self, offset: u64, len: u64) -> Result<()> {
+        let there = self.len();
         match offset.checked_add(len) {
-            Some(end) if end <= self.len() => Ok(()),
-            _ => Err(Error::new(
-                ErrorKind::Corrupt,
-                format!("Bytes at offset {offset:#x} lie beyond the end of the file"),
-            )),
+            Some(end) if end <= there => Ok(()),
+            _ => Err(self.cut_off(offset.max(there), there)),
         }
+    }
+
+    /// The error of bytes from `missing` on that a device of `len` bytes should have.
+    #[cold]
+    fn cut_off(&self, missing: u64, len: u64) -> Error {
+        let name = match self.name() {
+            name if name.is_empty() => "the file".to_owned(),
+            name => format!("'{name}'"),
+        };
+        Error::new(
+            ErrorKind::Corrupt,
+            format!("Bytes at offset {missing:#x} are missing: {name} ends at {len:#x} and looks cut off"),
+        )
     }
 }

@@ -130,6 +130,13 @@ impl Error {
         result
     }
 
+    /// Damage in tables that is told as the error number `errno`: no request has failed.
+    pub fn damage(kind: ErrorKind, errno: i32) -> Self {
+        let mut error = Self::from_errno(errno);
+        error.inner.kind = kind;
+        error
+    }
+
     /// Only the error number `errno` of it, and what is shown before it.
     #[must_use]
     pub fn reduced_to(self, errno: i32) -> Self {

@@ -10,6 +10,7 @@
 //!   its backing                    [dat]
 //! ```
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::errno;
@@ -30,12 +31,18 @@ pub struct Image {
     limits: Limits,
     node: Node,
     zeroes: ZeroDetection,
+    /// Whether nothing of the file is known to be missing, as far as who writes has to know.
+    is_whole: AtomicBool,
+    /// Held while that is found out.
+    looking: Mutex<()>,
     /// The cluster decoded last: small reads of compressed images come one after the other.
     decoded: Mutex<Option<(Encoded, Arc<[u8]>)>>,
 }
 
 /// Zeroes are written in pieces of this size where nothing faster works.
 const ZERO_CHUNK: usize = 1 << 20;
+/// What a disk writes at least.
+const SECTOR: usize = 512;
 
 impl Image {
     /// Puts `layer` on top of `backing`. `name` is what the user called it.
@@ -67,6 +74,8 @@ impl Image {
             limits,
             node,
             zeroes: ZeroDetection::Off,
+            is_whole: AtomicBool::new(false),
+            looking: Mutex::new(()),
             decoded: Mutex::new(None),
         }
     }
@@ -167,6 +176,7 @@ impl Image {
         }
         if request.len > old {
             self.detach_end()?;
+            self.pad_end()?;
         }
         self.layer.resize(request, self.below_len())
     }
@@ -209,12 +219,39 @@ impl Image {
             .finish_with(|device, offset, _| device.write_at(&bytes, offset))
     }
 
-    fn require_writable(&self) -> Result<()> {
-        if self.write {
-            Ok(())
-        } else {
-            Err(Error::read_only())
+    /// Has the file reach to the end of the unit that the disk ends in: what of it lies behind is part of the disk once that
+    /// grows.
+    fn pad_end(&self) -> Result<()> {
+        let (end, unit) = (self.len(), self.layer.granularity());
+        let rest = align_up(end, unit) - end;
+        if end == 0 || rest == 0 {
+            return Ok(());
         }
+        let RunKind::Data { device, offset, .. } = self.layer.map(ByteRange::at(end - 1, 1))?.kind else {
+            return Ok(());
+        };
+        let rest = ByteRange::at(offset.saturating_add(1), rest);
+        match device.len() < rest.end() {
+            true => device.write_zeroes(rest, ZeroMode::KeepAllocated),
+            false => Ok(()),
+        }
+    }
+
+    fn require_writable(&self) -> Result<()> {
+        if !self.write {
+            return Err(Error::read_only());
+        }
+        if self.is_whole.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let _alone = self.looking.lock().unwrap_or_else(PoisonError::into_inner);
+        if !self.is_whole.load(Ordering::Acquire) {
+            if self.layer.needs_whole_file() {
+                self.layer.require_whole_file()?;
+            }
+            self.is_whole.store(true, Ordering::Release);
+        }
+        Ok(())
     }
 
     /// Checks the images above the one that is `depth` images down.
@@ -274,12 +311,10 @@ impl Image {
         match &run.kind {
             RunKind::Zero { .. } | RunKind::Unallocated { .. } => buf.fill(0),
             RunKind::Data { device, offset, .. } => {
-                // The last cluster of a file need not be padded, but a cluster wholly beyond its end was never there.
-                if align_down(*offset, self.layer.granularity()) >= device.len() {
-                    device.require(*offset, buf.len() as u64)?;
-                }
+                // What may lack of the last cluster in a file lies beyond the end of the disk, and is not read.
+                device.require(*offset, buf.len() as u64)?;
                 device.event(Event::READ_AIO);
-                device.read_padded(buf, *offset)?;
+                device.read_at(buf, *offset)?;
             }
             RunKind::Encoded(encoded) if encoded.cluster == ByteRange::at(guest, buf.len() as u64) => {
                 self.layer.decode(encoded, buf)?;
@@ -315,7 +350,8 @@ impl Image {
 
     /// Writes the part of `run` that lies outside `request` with what the disk holds there.
     fn fill_around(&self, run: &WriteRun, request: ByteRange) -> Result<()> {
-        // Storage beyond the end of the file was never written: zeroes there need no writing.
+        // Storage beyond the end of the file was never written: zeroes there need no writing, but for the last ones. What a
+        // file does not reach to looks cut off.
         let fresh = run.offset >= run.device.len() && !run.device.is_view();
         let sides = [
             ByteRange::new(run.guest.start(), request.start()),
@@ -330,11 +366,14 @@ impl Image {
                 run.device.event(Event::COW_READ);
                 self.read_at(&mut buf[..there], inside.start())?;
             }
-            if !(fresh && is_zero(&buf)) {
-                run.device.event(Event::COW_WRITE);
-                run.device
-                    .write_at(&buf, run.offset + (side.start() - run.guest.start()))?;
-            }
+            let skipped = match fresh && is_zero(&buf) {
+                false => 0,
+                true if side.end() < run.guest.end() => continue,
+                true => buf.len().saturating_sub(end_piece(&*run.device)),
+            };
+            let start = side.start() + skipped as u64 - run.guest.start();
+            run.device.event(Event::COW_WRITE);
+            run.device.write_at(&buf[skipped..], run.offset + start)?;
         }
         Ok(())
     }
@@ -622,6 +661,11 @@ impl Device for Image {
             ..self.layer.info()?
         })
     }
+}
+
+/// How many bytes are written to make a file longer: a sector, or what the device takes at once.
+fn end_piece(device: &dyn Device) -> usize {
+    usize::try_from(device.limits().alignment).map_or(SECTOR, |unit| unit.max(SECTOR))
 }
 
 /// Whether the answer of a device comes from the tables of an image that it shows as it is.

@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use crate::options::Options;
 use crate::{
-    Bitmaps, ByteRange, CheckReport, Device, Error, Info, Note, Objects, Preallocation, Progress, Repair,
-    Result, Snapshots, ZeroMode,
+    Bitmaps, ByteRange, CheckReport, Device, Error, ErrorKind, Info, Note, Objects, Preallocation, Progress,
+    Repair, Result, Snapshots, ZeroMode,
 };
 
 /// One opened image without its backing chain.
@@ -50,6 +50,20 @@ pub trait Layer: Debug + Send + Sync {
     /// # Errors
     /// Damage found in the tables.
     fn map(&self, range: ByteRange) -> Result<Run>;
+
+    /// Whether who writes has to know first that the file has all that tables lead to: new data would go where it was, or
+    /// make the file longer, and what was lost would read as zeroes from then on.
+    fn needs_whole_file(&self) -> bool {
+        true
+    }
+
+    /// Checks that the file has all bytes of what [`RunKind::Encoded`] names.
+    ///
+    /// # Errors
+    /// Bytes that are missing.
+    fn require_encoded(&self, _encoded: &Encoded) -> Result<()> {
+        Ok(())
+    }
 
     /// Decodes the cluster that [`RunKind::Encoded`] names; `buf` has the length of its cluster.
     ///
@@ -242,6 +256,39 @@ pub trait Layer: Debug + Send + Sync {
     /// Whether the disk can be written only as the encoded form of whole clusters.
     fn needs_encoding(&self) -> bool {
         false
+    }
+}
+
+/// How many damaged places are passed over in search of bytes that are missing.
+const MAX_DAMAGE: u32 = 1000;
+
+impl dyn Layer + '_ {
+    /// Checks that the file has all that tables lead to and the disk has. Other damage in the tables is left to the
+    /// requests that meet it.
+    ///
+    /// # Errors
+    /// Bytes that are missing, and failures to read tables.
+    pub fn require_whole_file(&self) -> Result<()> {
+        let mut rest = ByteRange::new(0, self.len());
+        let mut damage = 0;
+        while !rest.is_empty() && damage < MAX_DAMAGE {
+            let run = match self.map(rest) {
+                Ok(run) => run,
+                Err(error) if error.kind() == ErrorKind::Invalid => {
+                    damage += 1;
+                    rest = rest.skip(self.granularity() - rest.start() % self.granularity());
+                    continue;
+                }
+                Err(error) => return Err(error),
+            };
+            match &run.kind {
+                RunKind::Data { device, offset, .. } => device.require(*offset, run.len)?,
+                RunKind::Encoded(encoded) => self.require_encoded(encoded)?,
+                RunKind::Zero { .. } | RunKind::Unallocated { .. } => {}
+            }
+            rest = rest.skip(run.len);
+        }
+        Ok(())
     }
 }
 

@@ -47,7 +47,11 @@ impl Format for Bochs {
         request.file.read_padded(&mut header, 0)?;
         let geometry = Geometry::parse(&header)?;
         Ok(read_only::layer(Growing {
-            catalog: Mutex::new(Windows::new(Arc::clone(&request.file), geometry.catalog, u64::MAX).padded()),
+            catalog: Mutex::new(Windows::new(
+                Arc::clone(&request.file),
+                geometry.catalog,
+                u64::MAX,
+            )),
             file: request.file,
             geometry,
         }))
@@ -199,11 +203,10 @@ impl Growing {
             .checked_add(self.geometry.bitmap_size)
             .filter(|data| data.checked_add(self.geometry.extent_size).is_some())
             .ok_or_else(|| Error::from_errno(errno::EFBIG))?;
-        self.file.require(start, 1)?;
         let first = at / SECTOR / 8;
         let bytes = (end.div_ceil(SECTOR).div_ceil(8) - first).min(MAX_BITMAP);
         let mut bitmap = vec![0; usize::try_from(bytes).unwrap_or_default()];
-        self.file.read_padded(&mut bitmap, start + first)?;
+        self.file.read_whole(&mut bitmap, start + first)?;
         let written = |sector: u64| {
             let byte = usize::try_from(sector / 8 - first).unwrap_or(usize::MAX);
             bitmap.get(byte).is_some_and(|byte| byte >> (sector % 8) & 1 != 0)
@@ -219,9 +222,7 @@ impl Growing {
             let len = usize::try_from(stop.min(end) - at).unwrap_or(buf.len());
             let (head, tail) = buf.split_at_mut(len);
             if kind {
-                // The last sector of a file need not be whole.
-                self.file.require(align_down(data + at, SECTOR), 1)?;
-                self.file.read_padded(head, data + at)?;
+                self.file.read_whole(head, data + at)?;
             } else {
                 head.fill(0);
             }
@@ -336,14 +337,16 @@ mod tests {
     }
 
     #[test]
-    fn a_last_sector_that_is_cut_off_is_filled_up() {
+    fn a_last_sector_that_is_cut_off_is_an_error() {
         let mut bytes = image(Version::V2);
         // The last sectors of the last extent were never written: cut into the third.
         bytes.truncate(bytes.len() - 700);
-        let mut sectors = [0xff; 1024];
-        opened(bytes).unwrap().read_at(&mut sectors, 2560).unwrap();
-        assert_eq!(sectors[..836], [0x22; 836]);
-        assert_eq!(sectors[836..], [0; 188]);
+        let image = opened(bytes).unwrap();
+        let mut sector = [0xff; 512];
+        image.read_at(&mut sector, 2560).unwrap();
+        assert_eq!(sector, [0x22; 512]);
+        let error = image.read_at(&mut sector, 3072).unwrap_err();
+        assert!(error.chain().contains("looks cut off"), "{error}");
     }
 
     #[test]

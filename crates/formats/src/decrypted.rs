@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use diskimage_core::{
     ByteRange, Device, Error, Extent, ExtentKind, Limits, Preallocation, Result, Want, ZeroMode, align_down,
-    align_up,
+    align_up, is_zero,
 };
 use diskimage_crypto::{SECTOR, SectorCipher};
 
@@ -20,6 +20,8 @@ pub(crate) struct Decrypted {
     /// The number of the sector that the view starts with.
     first_sector: u64,
     cipher: Arc<SectorCipher>,
+    /// Whether a last sector that is not whole is filled up with zeroes, if what there is of it is zeroes, too.
+    padded: bool,
     /// Held by writes of parts of sectors.
     partial: Mutex<()>,
 }
@@ -43,8 +45,16 @@ impl Decrypted {
             start,
             first_sector,
             cipher,
+            padded: false,
             partial: Mutex::new(()),
         }
+    }
+
+    /// The same, where nothing but the length of `below` says how long the view is. So a last sector that is not whole has
+    /// never been written: a written one is whole, and never all zeroes.
+    pub(crate) fn padded(mut self) -> Self {
+        self.padded = true;
+        self
     }
 
     fn place(&self, offset: u64) -> Result<u64> {
@@ -60,8 +70,21 @@ impl Decrypted {
 
     /// Reads whole sectors.
     fn read_sectors(&self, buf: &mut [u8], offset: u64) -> Result<()> {
-        // The last sector of a file need not be whole.
-        self.below.read_padded(buf, self.place(offset)?)?;
+        let place = self.place(offset)?;
+        if let Err(error) = self.below.require(place, buf.len() as u64) {
+            // A part of a sector cannot be decrypted.
+            let whole = align_down(self.below.len(), UNIT);
+            let lacks = len_of(whole, place.saturating_add(buf.len() as u64));
+            if !self.padded || place > whole || lacks > SECTOR {
+                return Err(error);
+            }
+            self.below.read_padded(buf, place)?;
+            if !is_zero(&buf[buf.len() - SECTOR..]) {
+                return Err(error);
+            }
+        } else {
+            self.below.read_at(buf, place)?;
+        }
         self.cipher.decrypt(self.sector(offset), buf);
         Ok(())
     }
@@ -77,7 +100,10 @@ impl Decrypted {
         let _alone = self.partial.lock().unwrap_or_else(PoisonError::into_inner);
         let (start, end) = whole_sectors(offset, buf.len());
         let mut sectors = vec![0; len_of(start, end)];
-        self.read_sectors(&mut sectors, start)?;
+        // Sectors that a file has not got yet are about to be written.
+        if self.place(start)? < self.below.len() {
+            self.read_sectors(&mut sectors, start)?;
+        }
         let skip = len_of(start, offset);
         sectors[skip..skip + buf.len()].copy_from_slice(buf);
         self.write_sectors(&mut sectors, start)
@@ -95,7 +121,11 @@ fn len_of(start: u64, end: u64) -> usize {
 
 impl Device for Decrypted {
     fn len(&self) -> u64 {
-        align_up(self.below.len(), UNIT).saturating_sub(self.start)
+        let len = match self.padded {
+            true => align_up(self.below.len(), UNIT),
+            false => self.below.len(),
+        };
+        len.saturating_sub(self.start)
     }
 
     fn limits(&self) -> &Limits {

@@ -3,6 +3,8 @@
 mod bochs;
 mod cloop;
 mod codec;
+#[cfg(test)]
+mod cut_off;
 mod decrypted;
 mod dmg;
 mod first_write;

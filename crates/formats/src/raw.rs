@@ -271,6 +271,11 @@ impl Layer for RawLayer {
         })
     }
 
+    fn needs_whole_file(&self) -> bool {
+        // The disk is as long as the file.
+        false
+    }
+
     fn plan_write(&self, range: ByteRange) -> Result<Box<dyn WritePlan + '_>> {
         Ok(Box::new(Straight::new(
             range,

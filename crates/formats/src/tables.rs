@@ -11,6 +11,9 @@
 //!
 //! A window is shown to the [`MetadataGuard`], if the image has one, before it is changed for the first time. Once damage
 //! was met nothing is written any more.
+//!
+//! What of a table lies beyond the end of the file was lost: an entry there is an error, and never a zero. Only refcount
+//! blocks count nothing there, as to the original; a cluster that is in use is not allocated for that.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
@@ -90,7 +93,10 @@ pub(crate) struct Tables {
 #[derive(Debug)]
 struct Window {
     class: Class,
+    /// As many as the file has of those that there should be.
     bytes: Box<[u8]>,
+    /// How many there should be.
+    len: u64,
     dirty: bool,
     used: bool,
 }
@@ -190,16 +196,19 @@ impl Tables {
     /// The big-endian number at byte `at` of `table`.
     pub(crate) fn number(&mut self, table: Table, at: u64) -> Result<u64> {
         let bytes = self.bytes(table, at)?;
-        bytes
-            .first_chunk()
-            .map(|bytes| u64::from_be_bytes(*bytes))
-            .ok_or_else(|| out_of_table(table, at))
+        match bytes.first_chunk() {
+            Some(bytes) => Ok(u64::from_be_bytes(*bytes)),
+            None => Err(self.missing(table, at)),
+        }
     }
 
     /// Changes the big-endian number at byte `at` of `table`.
     pub(crate) fn set_number(&mut self, table: Table, at: u64, value: u64) -> Result<()> {
         let bytes = self.bytes_mut(table, at)?;
-        *bytes.first_chunk_mut().ok_or_else(|| out_of_table(table, at))? = value.to_be_bytes();
+        let Some(number) = bytes.first_chunk_mut() else {
+            return Err(self.missing(table, at));
+        };
+        *number = value.to_be_bytes();
         Ok(())
     }
 
@@ -210,7 +219,13 @@ impl Tables {
         while at < table.len {
             let len = (table.len - at).min(WINDOW);
             self.forget_at(table.offset + at);
-            self.insert(table.offset + at, table.class, vec![0; index(len)].into(), true)?;
+            self.insert(
+                table.offset + at,
+                table.class,
+                vec![0; index(len)].into(),
+                len,
+                true,
+            )?;
             at += WINDOW;
         }
         Ok(())
@@ -280,31 +295,46 @@ impl Tables {
         }
         let start = at - at % WINDOW;
         let offset = table.offset + start;
-        let known = self.windows.get(&offset).is_some_and(|window| {
-            window.class == table.class && window.bytes.len() as u64 == (table.len - start).min(WINDOW)
-        });
+        let len = (table.len - start).min(WINDOW);
+        let known = self
+            .windows
+            .get(&offset)
+            .is_some_and(|window| window.class == table.class && window.len == len);
         if !known {
             // The same bytes under another name: a damaged image. What was changed is written, what is there is read.
             if self.windows.contains_key(&offset) {
                 self.write_back()?;
                 self.forget_at(offset);
             }
-            let mut bytes = vec![0; index((table.len - start).min(WINDOW))];
+            let there = match table.class {
+                Class::RefcountBlock => len,
+                _ => {
+                    self.device.require(offset, 1)?;
+                    self.device.len().saturating_sub(offset).min(len)
+                }
+            };
+            let mut bytes = vec![0; index(there)];
             if let Some(event) = table.class.load_event() {
                 self.device.event(event);
             }
             self.device.read_padded(&mut bytes, offset)?;
-            self.insert(offset, table.class, bytes.into(), false)?;
+            self.insert(offset, table.class, bytes.into(), len, false)?;
         }
-        let window = self
-            .windows
-            .get_mut(&offset)
-            .ok_or_else(|| out_of_table(table, at))?;
-        window.used = true;
-        Ok(window)
+        match self.windows.get_mut(&offset) {
+            Some(window) if at - start < window.bytes.len() as u64 => {
+                window.used = true;
+                Ok(window)
+            }
+            _ => Err(missing(&*self.device, table, at)),
+        }
     }
 
-    fn insert(&mut self, offset: u64, class: Class, bytes: Box<[u8]>, dirty: bool) -> Result<()> {
+    /// The error of an entry at byte `at` of `table` that the file does not have.
+    fn missing(&self, table: Table, at: u64) -> Error {
+        missing(&*self.device, table, at)
+    }
+
+    fn insert(&mut self, offset: u64, class: Class, bytes: Box<[u8]>, len: u64, dirty: bool) -> Result<()> {
         while self.bytes + bytes.len() > self.capacity && !self.windows.is_empty() {
             self.evict()?;
         }
@@ -315,6 +345,7 @@ impl Tables {
             Window {
                 class,
                 bytes,
+                len,
                 dirty,
                 used: true,
             },
@@ -400,6 +431,13 @@ fn index(value: u64) -> usize {
     usize::try_from(value).unwrap_or(usize::MAX)
 }
 
+/// The error of an entry at byte `at` of `table` that `device` does not have.
+fn missing(device: &dyn Device, table: Table, at: u64) -> Error {
+    let offset = table.offset.saturating_add(at);
+    let beyond = device.require(offset, device.len().saturating_sub(offset).saturating_add(1));
+    beyond.err().unwrap_or_else(|| out_of_table(table, at))
+}
+
 fn out_of_table(table: Table, at: u64) -> Error {
     Error::corrupt(format!(
         "Entry at {at:#x} lies outside the table at {:#x}",
@@ -425,6 +463,7 @@ mod tests {
     fn changes_are_seen_before_and_after_they_are_written() {
         let device: Arc<dyn Device> = Arc::new(MemoryDevice::default());
         let mut tables = Tables::new(Arc::clone(&device), Arc::clone(&device));
+        tables.fresh(l2(0)).expect("memory");
         tables.set_number(l2(0), 8, 42).expect("in the table");
         assert_eq!(tables.number(l2(0), 8).expect("in the table"), 42);
         assert_eq!(device.len(), 0);
@@ -440,11 +479,29 @@ mod tests {
         let device: Arc<dyn Device> = Arc::new(MemoryDevice::default());
         let mut tables = Tables::new(Arc::clone(&device), Arc::clone(&device));
         for i in 0..300 {
+            tables.fresh(l2(i * WINDOW)).expect("memory");
             tables.set_number(l2(i * WINDOW), 16, i).expect("in the table");
             assert!(tables.bytes <= CAPACITY);
         }
         for i in 0..300 {
             assert_eq!(tables.number(l2(i * WINDOW), 16).expect("in the table"), i);
         }
+    }
+
+    #[test]
+    fn what_a_file_has_of_a_table_is_used_and_the_rest_is_an_error() {
+        let memory = Arc::new(MemoryDevice::new(vec![7; 100]));
+        let device: Arc<dyn Device> = Arc::<MemoryDevice>::clone(&memory);
+        let mut tables = Tables::new(Arc::clone(&device), Arc::clone(&device));
+        assert_eq!(tables.number(l2(0), 88).expect("there"), 0x0707_0707_0707_0707);
+        for at in [96, 104, WINDOW - 8] {
+            let error = tables.number(l2(0), at).expect_err("beyond the end");
+            assert!(error.chain().contains("looks cut off"), "{error}");
+            assert!(tables.set_number(l2(0), at, 1).is_err());
+        }
+        assert!(tables.number(l2(WINDOW), 0).is_err());
+        tables.set_number(l2(0), 80, 1).expect("there");
+        tables.write_back().expect("memory");
+        assert_eq!(memory.len(), 100, "what was lost is not made up");
     }
 }

@@ -14,7 +14,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use diskimage_core::{
     ByteRange, Device, Encoded, Error, Event, Holes, Preallocation, Result, Run, RunKind, WritePlan,
-    WriteRun, ZeroMode, align_up, errno,
+    WriteRun, ZeroMode, errno,
 };
 
 use crate::tables::{Class, Table, Tables};
@@ -229,15 +229,9 @@ impl<S: Scheme> Tree<S> {
     /// have millions of such entries.
     fn tableless(&self, state: &mut State, guest: u64) -> Result<u64> {
         let (l1, at) = (self.shape.l1, self.l1_at(guest));
-        let count = if l1.offset.saturating_add(at) >= align_up(self.file.len(), SECTOR) {
-            // A table that the file has no bytes for says nothing.
-            l1.len.saturating_sub(at) / ENTRY
-        } else {
-            let entries = state.tables.bytes(l1, at)?;
-            let empty = entries.chunks_exact(8).take_while(|entry| *entry == [0; 8]);
-            empty.count() as u64
-        };
-        let count = count.max(1);
+        let entries = state.tables.bytes(l1, at)?;
+        let empty = entries.chunks_exact(8).take_while(|entry| *entry == [0; 8]);
+        let count = (empty.count() as u64).max(1);
         let coverage = self.shape.coverage();
         Ok((guest / coverage + count).saturating_mul(coverage))
     }

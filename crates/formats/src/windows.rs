@@ -164,9 +164,11 @@ impl<const N: usize> Windows<N> {
         }
         match self.windows.get_mut(&at) {
             Some(window) if skip + N <= window.bytes.len() => Ok((window, skip)),
-            _ => Err(Error::corrupt(format!(
-                "Entry {index} of a table lies beyond the end of the file"
-            ))),
+            _ => {
+                let start = self.start.saturating_add(at).saturating_add(skip as u64);
+                self.device.require(start, N as u64)?;
+                Err(Error::corrupt(format!("Entry {index} lies outside the table")))
+            }
         }
     }
 

@@ -395,6 +395,7 @@ fn finish(job: &Job<'_>, hosts: &[Host], buf: &mut [u8], start: u64, place: Pend
         .finish_with(|device, offset, guest| {
             let from = ByteRange::at(host.offset + (guest.start() - host.range.start()), guest.len());
             if job.offload.load(Ordering::Relaxed) {
+                host.device.require(from.start(), from.len())?;
                 if host.device.copy_to(from, &**device, offset)? {
                     return Ok(());
                 }

@@ -96,13 +96,12 @@ impl Udif {
         match chunk.kind {
             Kind::Zero => buf.fill(0),
             Kind::Raw => {
-                // What is missing of a chunk is zeroes, unless all of it is.
+                // A chunk may be stored in part: the rest is zeroes.
                 let there = usize::try_from(chunk.stored.saturating_sub(at)).unwrap_or(usize::MAX);
                 let (head, tail) = buf.split_at_mut(there.min(buf.len()));
                 tail.fill(0);
                 if !head.is_empty() {
-                    self.file.require(chunk.offset, 1)?;
-                    self.file.read_padded(head, chunk.offset + at)?;
+                    self.file.read_whole(head, chunk.offset + at)?;
                 }
             }
             Kind::Encoded(codec) => {

@@ -78,7 +78,7 @@ impl Format for Luks {
         }
         let payload = volume.cipher().map(|cipher| {
             let view = Decrypted::new(Arc::clone(&request.file), start, 0, Arc::clone(cipher));
-            Arc::new(view) as Arc<dyn Device>
+            Arc::new(view.padded()) as Arc<dyn Device>
         });
         Ok(Arc::new(LuksLayer {
             file: request.file,
@@ -184,6 +184,11 @@ impl Layer for LuksLayer {
                 holes: Holes::Ignored,
             },
         })
+    }
+
+    fn needs_whole_file(&self) -> bool {
+        // The disk is as long as the file.
+        false
     }
 
     fn plan_write(&self, range: ByteRange) -> Result<Box<dyn WritePlan + '_>> {

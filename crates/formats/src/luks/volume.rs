@@ -193,7 +193,7 @@ impl Volume {
         let cipher = SectorCipher::new(header.spec, &key)?;
         let mut material = Zeroizing::new(vec![0; material_len(key_len)]);
         self.device
-            .read_padded(&mut material, self.offset + slot.material)?;
+            .read_whole(&mut material, self.offset + slot.material)?;
         cipher.decrypt(0, &mut material);
         let master_key = merge(header.hash, &material[..key_len * STRIPES as usize], key_len);
         let digest = derive(

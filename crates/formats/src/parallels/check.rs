@@ -1,7 +1,10 @@
 //! Looking after the header and the table, in the order and the words of the original.
 
-use diskimage_core::{ByteRange, CheckReport, Device, Note, Preallocation, Progress, Repair, Result};
+use diskimage_core::{
+    ByteRange, CheckReport, Device, Note, Preallocation, Progress, Repair, Result, align_up,
+};
 
+use super::header::SECTOR;
 use super::{NO_CLUSTER, ParallelsLayer, State, is_aligned};
 use crate::seen::Seen;
 
@@ -12,7 +15,7 @@ impl ParallelsLayer {
     /// Whether there is nothing that would keep the image from being written to. Finds out where it ends.
     pub(super) fn is_sound(&self) -> Result<bool> {
         let state = &mut *self.lock();
-        let file_len = self.file.len();
+        let file_len = align_up(self.file.len(), SECTOR);
         let mut seen = Seen::new(&self.budget);
         let mut is_sound = !state.unclean && state.has_data_off;
         let mut next = 0;
@@ -117,7 +120,8 @@ impl Check<'_> {
         while let Some(batch) = state.batch(&mut next)? {
             for (index, offset) in batch {
                 let end = offset.saturating_add(cluster);
-                if end > self.file_len {
+                // A file counts in whole sectors.
+                if end > align_up(self.file_len, SECTOR) {
                     self.corruption(self.mends, &format!("cluster {index} is outside image"));
                     if self.mends {
                         state.begin(&*self.layer.file)?;
@@ -125,6 +129,14 @@ impl Check<'_> {
                     }
                     stays |= !self.mends;
                     continue;
+                }
+                let guest = ByteRange::at(index.saturating_mul(cluster), cluster);
+                let needed = guest.intersect(ByteRange::new(0, self.layer.size)).len();
+                if offset.saturating_add(needed) > self.file_len {
+                    self.corruption(
+                        false,
+                        &format!("cluster {index} reaches beyond the end of the file"),
+                    );
                 }
                 if offset < state.first_place {
                     // It may be the start of the data that is wrong: nothing is given up for it.
@@ -163,7 +175,7 @@ impl Check<'_> {
         let mut next = 0;
         while let Some(batch) = state.batch(&mut next)? {
             for (index, offset) in batch {
-                let is_outside = offset.saturating_add(cluster) > self.file_len;
+                let is_outside = offset.saturating_add(cluster) > align_up(self.file_len, SECTOR);
                 if is_outside || offset < state.first_place {
                     continue;
                 }

@@ -151,7 +151,7 @@ struct ParallelsLayer {
 struct State {
     header: Header,
     table: Windows,
-    /// How many entries the file has room for; those beyond its end are 0.
+    /// How many entries the file has room for; those beyond its end were lost.
     entries_there: u64,
     /// Where place 0 for a cluster is.
     first_place: u64,
@@ -271,7 +271,7 @@ impl State {
     /// The entries from entry `index` on that are in the same window; `None` where there are none any more, all clusters
     /// from there on are zero.
     fn entries(&mut self, index: u64) -> Result<Option<&[Entry]>> {
-        if index >= u64::from(self.header.entries).min(self.entries_there) {
+        if index >= u64::from(self.header.entries) {
             return Ok(None);
         }
         self.table.entries(index).map(Some)
@@ -423,28 +423,18 @@ impl Layer for ParallelsLayer {
                 len += cluster;
             }
         }
-        let mut len = len.min(range.len());
         let kind = match first {
             None => RunKind::Unallocated { host: None },
-            Some(offset) => {
-                let offset = offset.saturating_add(range.start() % cluster);
-                let there = self.file.len().saturating_sub(offset);
-                if there == 0 {
-                    // As in the original, the file is zero beyond its end.
-                    RunKind::Zero {
-                        host: Some((Arc::clone(&self.file), offset)),
-                    }
-                } else {
-                    len = len.min(there);
-                    RunKind::Data {
-                        device: Arc::clone(&self.file),
-                        offset,
-                        holes: Holes::Ignored,
-                    }
-                }
-            }
+            Some(offset) => RunKind::Data {
+                device: Arc::clone(&self.file),
+                offset: offset.saturating_add(range.start() % cluster),
+                holes: Holes::Ignored,
+            },
         };
-        Ok(Run { len, kind })
+        Ok(Run {
+            len: len.min(range.len()),
+            kind,
+        })
     }
 
     fn plan_write(&self, range: ByteRange) -> Result<Box<dyn WritePlan + '_>> {

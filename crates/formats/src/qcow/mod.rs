@@ -21,9 +21,9 @@ use std::sync::Arc;
 
 use diskimage_core::options::{OptionDef, OptionKind, Options};
 use diskimage_core::{
-    Backing, ByteRange, CreateRequest, Device, Encoded, Encoder, Error, Event, Format, Info, Layer, Measure,
-    MeasureSource, Objects, OpenRequest, Preallocation, Probe, ResizeRequest, Result, Run, Score, WritePlan,
-    ZeroMode, align_up, errno,
+    Backing, ByteRange, CreateRequest, Device, Encoded, Encoder, Error, ErrorKind, Event, Format, Info,
+    Layer, Measure, MeasureSource, Objects, OpenRequest, Preallocation, Probe, ResizeRequest, Result, Run,
+    Score, WritePlan, ZeroMode, align_up, errno,
 };
 
 use self::header::{Header, SECTOR};
@@ -188,6 +188,7 @@ impl Qcow {
             end: file.len().max(header.end()),
         };
         let entries = Entries {
+            file: Arc::clone(&file),
             cluster_bits: header.cluster_bits,
             l1: ByteRange::at(l1.offset, l1.len),
             l2_len: header.l2_len(),
@@ -232,6 +233,10 @@ impl Layer for Qcow {
 
     fn map(&self, range: ByteRange) -> Result<Run> {
         self.tree.map(range)
+    }
+
+    fn require_encoded(&self, encoded: &Encoded) -> Result<()> {
+        self.tree.file().require(encoded.offset, encoded.stored)
     }
 
     fn decode(&self, encoded: &Encoded, buf: &mut [u8]) -> Result<()> {
@@ -298,6 +303,7 @@ impl Layer for Qcow {
 /// What the tables look like.
 #[derive(Debug)]
 struct Entries {
+    file: Arc<dyn Device>,
     cluster_bits: u8,
     /// Where the L1 table is: nothing else can be there.
     l1: ByteRange,
@@ -320,19 +326,20 @@ impl Entries {
     /// Refuses `len` bytes at `offset` that are no place for anything in a file that ends at `end`. The original reads
     /// zeroes beyond, and takes a disk that was cut off for an empty one.
     fn require_place(&self, offset: u64, len: u64, end: u64) -> Result<()> {
-        let behind = offset.checked_add(len).filter(|behind| *behind <= end);
-        let is_free = |behind| !self.l1.overlaps(ByteRange::new(offset, behind));
-        if offset.is_multiple_of(SECTOR) && behind.is_some_and(is_free) {
-            Ok(())
-        } else {
-            Err(damaged())
+        let behind = offset.checked_add(len).ok_or_else(damaged)?;
+        if !offset.is_multiple_of(SECTOR) || self.l1.overlaps(ByteRange::new(offset, behind)) {
+            return Err(damaged());
         }
+        if behind > end {
+            self.file.require(offset, len)?;
+        }
+        Ok(())
     }
 }
 
 /// The original's one word for everything that is wrong with tables and compressed clusters.
 fn damaged() -> Error {
-    Error::from_errno(errno::EIO)
+    Error::damage(ErrorKind::Invalid, errno::EIO)
 }
 
 impl Scheme for Entries {
@@ -343,7 +350,9 @@ impl Scheme for Entries {
         if word == 0 {
             return Ok(None);
         }
-        self.require_place(word, self.l2_len, align_up(end, SECTOR))?;
+        // Of a table that is missing the original says no more than of any damage.
+        self.require_place(word, self.l2_len, align_up(end, SECTOR))
+            .map_err(|error| Error::damage(error.kind(), errno::EIO))?;
         Ok(Some(word))
     }
 

@@ -10,20 +10,33 @@ use crate::codec;
 impl Qcow2 {
     /// Decodes one cluster.
     pub(super) fn decode_cluster(&self, encoded: &Encoded, buf: &mut [u8]) -> Result<()> {
-        if encoded.offset >= self.file.len() {
-            return Err(beyond_end(encoded));
-        }
+        let damaged = || Error::from_errno(errno::EIO);
+        // Of the last compressed cluster of a file the padding to a sector may lack. Whether more does, its stream tells.
+        let there = self.file.len().saturating_sub(encoded.offset).min(encoded.stored);
         // The entry's field for sectors holds no more than two clusters.
-        let mut bytes = vec![0; usize::try_from(encoded.stored).map_err(|_| beyond_end(encoded))?];
-        // The last compressed cluster of a file is not padded to a sector.
+        let mut bytes = vec![0; usize::try_from(there).map_err(|_| damaged())?];
         self.file.event(Event::READ_COMPRESSED);
-        self.file.read_padded(&mut bytes, encoded.offset)?;
+        if there > 0 {
+            self.file.read_at(&mut bytes, encoded.offset)?;
+        }
         let decoded = match self.header.compression {
             Compression::Zlib => codec::deflate::decode(&bytes, buf),
             Compression::Zstd => codec::zstd::decode(&bytes, buf),
         };
-        // One word for all that can be wrong with a stream, the original's.
-        decoded.map_err(|_| Error::from_errno(errno::EIO))
+        decoded.or_else(|_| {
+            self.file.require(encoded.offset, encoded.stored)?;
+            // One word for all that can be wrong with a stream, the original's.
+            Err(damaged())
+        })
+    }
+
+    /// Checks that the file has the `stored` bytes of an encoded cluster, but for the padding to a sector.
+    pub(super) fn require_stream(&self, offset: u64, stored: u64) -> Result<()> {
+        let there = self.file.len().next_multiple_of(512);
+        match offset.checked_add(stored) {
+            Some(end) if end <= there => Ok(()),
+            _ => self.file.require(offset, stored),
+        }
     }
 
     /// A new encoder.
@@ -33,11 +46,4 @@ impl Qcow2 {
             Compression::Zstd => codec::zstd::encoder(),
         }
     }
-}
-
-fn beyond_end(encoded: &Encoded) -> Error {
-    Error::corrupt(format!(
-        "Compressed data at offset {:#x} lies beyond the end of the file",
-        encoded.offset
-    ))
 }

@@ -21,6 +21,7 @@ mod compress;
 mod corruption;
 mod counts;
 mod create;
+mod cut_off;
 mod encrypt;
 mod entry;
 mod extension;
@@ -281,6 +282,9 @@ impl Qcow2 {
             // A repair may have moved tables.
             self.header = read_header(&self.file, false)?;
         }
+        if !for_check {
+            self.require_end()?;
+        }
         self.guard_metadata(&mut self.lock())?;
         if !for_check {
             self.begin_tracking()?;
@@ -381,6 +385,11 @@ impl Layer for Qcow2 {
         let mut state = self.lock();
         let State { tables, l1, .. } = &mut *state;
         self.map_in(tables, *l1, range)
+    }
+
+    fn needs_whole_file(&self) -> bool {
+        // What is counted decides where new data goes, and opening has looked at the end.
+        false
     }
 
     fn decode(&self, encoded: &Encoded, buf: &mut [u8]) -> Result<()> {

@@ -102,7 +102,7 @@ impl Qcow2 {
 
     fn read_snapshot(&self, at: u64) -> Result<Snapshot> {
         let mut fixed = [0; size_of::<RawSnapshot>()];
-        self.file.read_padded(&mut fixed, at).map_err(unreadable)?;
+        self.file.read_whole(&mut fixed, at).map_err(unreadable)?;
         let raw =
             RawSnapshot::read_from_bytes(&fixed).map_err(|_| Error::corrupt("Could not read snapshots"))?;
         let extra_len = u64::from(raw.extra_data_size.get());
@@ -115,7 +115,7 @@ impl Qcow2 {
         let names_len = u64::from(raw.id_len.get()) + u64::from(raw.name_len.get());
         let mut rest = vec![0; usize::try_from(extra_len + names_len).unwrap_or(0)];
         let start = at + MIN_ENTRY_LEN;
-        self.file.read_padded(&mut rest, start).map_err(unreadable)?;
+        self.file.read_whole(&mut rest, start).map_err(unreadable)?;
         let (extra, names) = rest.split_at(usize::try_from(extra_len).unwrap_or(0));
         let (id, name) = names.split_at(usize::from(raw.id_len.get()).min(names.len()));
         let word = |i: usize| {

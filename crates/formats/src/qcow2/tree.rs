@@ -152,7 +152,7 @@ impl Qcow2 {
         while done < l1.len {
             let len = (l1.len - done).min(L1_CHUNK);
             let mut chunk = vec![0; usize::try_from(len).unwrap_or(0)];
-            self.file.read_padded(&mut chunk, l1.offset + done)?;
+            self.file.read_whole(&mut chunk, l1.offset + done)?;
             let mut changed = false;
             for (index, word) in (done / 8..).zip(chunk.as_chunks_mut::<8>().0) {
                 let new = change(state, index, u64::from_be_bytes(*word))?.to_be_bytes();
@@ -185,7 +185,7 @@ impl Qcow2 {
             left = left
                 .checked_sub(1)
                 .ok_or_else(|| Error::corrupt("L1 table has more entries than the file has clusters"))?;
-            self.file.read_padded(&mut table, l2.offset)?;
+            self.file.read_whole(&mut table, l2.offset)?;
             if visit(state, l2.offset, &mut table)? {
                 self.write_table(state, Class::L2, l2.offset, &table)?;
             }

@@ -4,7 +4,7 @@
 //! cleared; two users of a cluster are told of and left alone, as nobody can say whose it is. Clusters without a user are
 //! leaks, which cannot be mended: storage is never given up.
 
-use diskimage_core::{CheckReport, Layer, Repair, Result};
+use diskimage_core::{ByteRange, CheckReport, Device, Layer, Repair, Result};
 
 use super::{Entries, Qed};
 use crate::seen::Seen;
@@ -17,6 +17,8 @@ pub(super) fn check(image: &Qed, repair: Repair) -> Result<CheckReport> {
     image.tree.walk(|walk| {
         let mut check = Check {
             entries,
+            file: &**image.file(),
+            disk: ByteRange::new(0, image.len()),
             size: image.geometry.cluster_size,
             mends: repair != Repair::No && image.write,
             used: Seen::new(&image.budget),
@@ -35,6 +37,8 @@ pub(super) fn check(image: &Qed, repair: Repair) -> Result<CheckReport> {
 
 struct Check<'a> {
     entries: &'a Entries,
+    file: &'a dyn Device,
+    disk: ByteRange,
     /// Bytes of a cluster.
     size: u64,
     mends: bool,
@@ -56,7 +60,8 @@ impl Check<'_> {
                         let l2 = walk.l2(offset);
                         // A table that others use too has been looked at or is none.
                         if self.take(l2)? {
-                            self.l2(walk, l2)?;
+                            let coverage = (l2.len / 8).saturating_mul(self.size);
+                            self.l2(walk, l2, (at / 8).saturating_mul(coverage))?;
                         }
                     }
                     Ok(None) => {}
@@ -67,7 +72,8 @@ impl Check<'_> {
         Ok(())
     }
 
-    fn l2(&mut self, walk: &mut Walk<'_, Entries>, l2: Table) -> Result<()> {
+    /// Looks at the table for the disk from byte `guest` on.
+    fn l2(&mut self, walk: &mut Walk<'_, Entries>, l2: Table, guest: u64) -> Result<()> {
         let (mut next, mut follows) = (0, None);
         while next < l2.len {
             let (words, after) = walk.window(l2, next)?;
@@ -84,6 +90,12 @@ impl Check<'_> {
                     Ok(_) => {
                         let twice = self.used.take(word / self.size, 1)?;
                         self.report.corruptions += twice;
+                        let guest = guest.saturating_add((at / 8).saturating_mul(self.size));
+                        // What lies beyond the end of the disk is padding.
+                        let needed = ByteRange::at(guest, self.size).intersect(self.disk).len();
+                        if self.file.require(word, needed).is_err() {
+                            self.report.corruptions += 1;
+                        }
                     }
                     Err(_) => self.invalid(walk, l2, at)?,
                 }

@@ -25,9 +25,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use diskimage_core::options::{OptionDef, OptionKind, Options};
 use diskimage_core::{
-    Backing, Budget, ByteRange, CheckReport, CreateRequest, Device, Error, Format, Info, Layer, Measure,
-    MeasureSource, Objects, OpenRequest, Preallocation, Probe, Progress, Repair, ResizeRequest, Result, Run,
-    Score, WritePlan, ZeroMode, errno,
+    Backing, Budget, ByteRange, CheckReport, CreateRequest, Device, Error, ErrorKind, Format, Info, Layer,
+    Measure, MeasureSource, Objects, OpenRequest, Preallocation, Probe, Progress, Repair, ResizeRequest,
+    Result, Run, Score, WritePlan, ZeroMode, errno,
 };
 
 use self::header::{Geometry, Header, MAGIC, feature};
@@ -373,6 +373,13 @@ impl Entries {
             && offset >= self.first
             && offset.checked_add(len).is_some_and(|last| last <= end)
     }
+
+    /// What is wrong with an entry that leads to `len` bytes at `offset`.
+    fn invalid(&self, offset: u64, len: u64) -> Error {
+        let placed = offset.is_multiple_of(self.geometry.cluster_size) && offset >= self.first;
+        let missing = self.file.require(offset, len).err().filter(|_| placed);
+        missing.unwrap_or_else(|| Error::damage(ErrorKind::Invalid, errno::EINVAL))
+    }
 }
 
 impl Scheme for Entries {
@@ -383,7 +390,11 @@ impl Scheme for Entries {
         match word {
             0 => Ok(None),
             offset if self.is_valid(offset, self.geometry.table_len(), end) => Ok(Some(offset)),
-            _ => Err(Error::from_errno(errno::EINVAL)),
+            // Of a table that is missing the original says no more than of any damage.
+            offset => {
+                let error = self.invalid(offset, self.geometry.table_len());
+                Err(Error::damage(error.kind(), errno::EINVAL))
+            }
         }
     }
 
@@ -392,7 +403,7 @@ impl Scheme for Entries {
             0 => Ok(Cluster::None),
             ZERO => Ok(Cluster::Zero),
             offset if self.is_valid(offset, self.geometry.cluster_size, end) => Ok(Cluster::Host(offset)),
-            _ => Err(Error::from_errno(errno::EINVAL)),
+            offset => Err(self.invalid(offset, self.geometry.cluster_size)),
         }
     }
 

@@ -2,7 +2,7 @@
 
 use diskimage_core::{CheckReport, Note, Progress, Result};
 
-use super::{VdiLayer, place};
+use super::{State, VdiLayer, place};
 use crate::windows::Windows;
 
 /// Findings beyond these are only counted.
@@ -18,7 +18,13 @@ impl VdiLayer {
         let mut seen = vec![0_u64; words];
         let mut findings = Findings { progress, count: 0 };
         let mut allocated = 0;
-        for_each_place(&mut state.map, blocks, |block, place| {
+        let State { map, header, .. } = &mut *state;
+        for_each_place(map, blocks, |block, place| {
+            if place < blocks && self.require_block(header, block, place).is_err() {
+                findings.add(format!(
+                    "ERROR: block index {block} reaches beyond the end of the file, is {place}"
+                ));
+            }
             match seen.get_mut(place as usize / 64) {
                 Some(word) if place < blocks => {
                     allocated += 1;

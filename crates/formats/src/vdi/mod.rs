@@ -169,6 +169,14 @@ struct State {
 }
 
 impl VdiLayer {
+    /// Checks that the file has what the disk has of block `block`, which is at `place`. Other programs may leave out what
+    /// of the last block lies beyond the end of the disk.
+    fn require_block(&self, header: &Header, block: u64, place: u32) -> Result<()> {
+        let needed =
+            ByteRange::at(block.saturating_mul(BLOCK), BLOCK).intersect(ByteRange::new(0, header.size));
+        self.file.require(header.host(place), needed.len())
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }

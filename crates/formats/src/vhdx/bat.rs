@@ -8,7 +8,7 @@
 
 use std::sync::Arc;
 
-use diskimage_core::{ByteRange, Device, Error, Result, errno};
+use diskimage_core::{ByteRange, Device, Error, ErrorKind, Result, errno};
 
 use super::header::MIB;
 use crate::windows::Windows;
@@ -38,7 +38,7 @@ impl Payload {
         match entry & 7 {
             NOT_PRESENT | UNDEFINED | ZERO | UNMAPPED => Ok(Self::Zero),
             FULLY_PRESENT => Ok(Self::At(entry / MIB * MIB)),
-            _ => Err(Error::from_errno(errno::EIO)),
+            _ => Err(Error::damage(ErrorKind::Invalid, errno::EIO)),
         }
     }
 }
@@ -94,14 +94,10 @@ pub(super) const UNIT: usize = 4096;
 pub(super) struct Bat(Windows<8>);
 
 impl Bat {
-    /// The table in `region`, a multiple of mebibytes. A part of it behind the end of the file has no blocks to lead to.
+    /// The table in `region`, a multiple of mebibytes.
     pub(super) fn new(device: Arc<dyn Device>, region: ByteRange) -> Self {
         // What changes goes through the log.
-        Self(
-            Windows::new(device, region.start(), region.len() / ENTRY)
-                .padded()
-                .kept(),
-        )
+        Self(Windows::new(device, region.start(), region.len() / ENTRY).kept())
     }
 
     /// The entries from entry `index` on that are in the same window; at least one.

@@ -51,8 +51,11 @@ impl VhdxLayer {
                 tell(truncated("start", offset));
                 continue;
             }
-            if place.end() > len {
-                tell(truncated("end", place.end() - 1));
+            // What lies beyond the end of the disk is padding.
+            let guest = ByteRange::at(block * self.block_size, self.block_size);
+            let needed = guest.intersect(ByteRange::new(0, state.metadata.disk_size)).len();
+            if offset + needed > len {
+                tell(truncated("end", offset + needed - 1));
                 continue;
             }
             if let Some((_, table)) = tables.iter().find(|(_, table)| table.overlaps(place)) {

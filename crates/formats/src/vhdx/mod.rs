@@ -302,15 +302,12 @@ impl Layer for VhdxLayer {
         }
         let kind = match first {
             Payload::Zero => RunKind::Zero { host: None },
-            Payload::At(offset) => {
-                self.file.require(offset, 1)?;
-                RunKind::Data {
-                    device: Arc::clone(&self.file),
-                    offset: offset.saturating_add(range.start() % size),
-                    // A block that was given its place is as long as the file has been written.
-                    holes: Holes::ZeroData,
-                }
-            }
+            Payload::At(offset) => RunKind::Data {
+                device: Arc::clone(&self.file),
+                offset: offset.saturating_add(range.start() % size),
+                // A block that was given its place is as long as the file has been written.
+                holes: Holes::ZeroData,
+            },
         };
         Ok(Run {
             len: len.min(range.len()),

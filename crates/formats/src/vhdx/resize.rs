@@ -103,7 +103,7 @@ impl VhdxLayer {
         let mut bytes = vec![0; usize::try_from(MIB).unwrap_or(0)];
         let mut done = 0;
         while done < state.regions.bat.len() {
-            file.read_padded(&mut bytes, state.regions.bat.start() + done)?;
+            file.read_whole(&mut bytes, state.regions.bat.start() + done)?;
             file.write_at(&bytes, start + done)?;
             done += MIB;
         }
@@ -123,7 +123,7 @@ impl VhdxLayer {
         let unit = at / UNIT as u64 * UNIT as u64;
         let from = usize::try_from(at - unit).unwrap_or(0);
         let mut bytes = Box::new([0; UNIT]);
-        self.file.read_padded(&mut bytes[..], unit)?;
+        self.file.read_whole(&mut bytes[..], unit)?;
         bytes
             .get_mut(from..from + 8)
             .ok_or_else(|| Error::from_errno(errno::EINVAL))?

@@ -2,31 +2,42 @@
 
 use diskimage_core::{ByteRange, CheckReport, Error, Note, Progress, Result, errno};
 
-use super::VmdkLayer;
+use super::extent::Place;
 use super::header::SECTOR;
 use super::tables::Grain;
+use super::{VmdkLayer, stream};
 
 impl VmdkLayer {
     /// Walks all tables. The first grain that cannot be there ends it, as in the original.
     pub(super) fn run_check(&self, progress: &Progress<'_>) -> Result<CheckReport> {
         let extents = self.extents();
         for (index, extent) in extents.iter().enumerate() {
+            let len = extent.device.len();
             let Some(geometry) = extent.geometry() else {
+                if let Place::Flat { offset } = extent.place
+                    && offset + extent.len > len
+                {
+                    return Err(beyond_end(progress, extent.start + len.saturating_sub(offset)));
+                }
                 continue;
             };
-            let len = extent.device.len();
             let mut grains = ByteRange::new(0, extent.len.div_ceil(geometry.grain));
             while !grains.is_empty() {
                 let (found, count) = self.lock().tables.scan(&extents, index, &geometry, grains)?;
                 if let Grain::At(offset) = found {
-                    // How many of the run start inside the file.
-                    let inside = len.saturating_sub(offset).div_ceil(geometry.grain);
-                    if inside < count {
-                        let sector = (extent.start + (grains.start() + inside) * geometry.grain) / SECTOR;
-                        progress.tell(&Note::Line(format!(
-                            "ERROR: cluster offset for sector {sector} points after EOF"
-                        )));
-                        return Err(Error::from_errno(errno::EINVAL));
+                    let guest = ByteRange::at(grains.start() * geometry.grain, count * geometry.grain);
+                    let there = len.saturating_sub(offset);
+                    let (needed, unit) = if geometry.compressed {
+                        let stored = stream::stored_len(&*extent.device, offset)?;
+                        (stored, stored)
+                    } else {
+                        // What lies beyond the end of the disk is padding.
+                        let needed = guest.intersect(ByteRange::new(0, extent.len)).len();
+                        (needed, geometry.grain)
+                    };
+                    if there < needed {
+                        let first = there / unit * geometry.grain;
+                        return Err(beyond_end(progress, extent.start + guest.start() + first));
                     }
                 }
                 grains = grains.skip(count);
@@ -34,4 +45,13 @@ impl VmdkLayer {
         }
         Ok(CheckReport::default())
     }
+}
+
+/// Tells of the grain at `guest` of the disk, which is not in its file as a whole.
+fn beyond_end(progress: &Progress<'_>, guest: u64) -> Error {
+    progress.tell(&Note::Line(format!(
+        "ERROR: cluster offset for sector {} points after EOF",
+        guest / SECTOR
+    )));
+    Error::from_errno(errno::EINVAL)
 }

@@ -248,14 +248,11 @@ impl VmdkLayer {
                 stored: stream::most_stored(geometry),
                 cluster: ByteRange::at(first, geometry.grain),
             }),
-            Grain::At(offset) => {
-                extent.device.require(offset, 1)?;
-                RunKind::Data {
-                    device: Arc::clone(&extent.device),
-                    offset: offset.saturating_add(into),
-                    holes: Holes::Ignored,
-                }
-            }
+            Grain::At(offset) => RunKind::Data {
+                device: Arc::clone(&extent.device),
+                offset: offset.saturating_add(into),
+                holes: Holes::Ignored,
+            },
         };
         Ok(Run { len, kind })
     }
@@ -373,6 +370,13 @@ impl Layer for VmdkLayer {
             }),
             Place::Sparse(geometry) => self.map_sparse(&extents, index, &geometry, range),
         }
+    }
+
+    fn require_encoded(&self, encoded: &Encoded) -> Result<()> {
+        let extents = self.extents();
+        let (_, extent) = extent::at(&extents, encoded.cluster.start())?;
+        let len = stream::stored_len(&*extent.device, encoded.offset)?;
+        extent.device.require(encoded.offset, len)
     }
 
     fn decode(&self, encoded: &Encoded, buf: &mut [u8]) -> Result<()> {

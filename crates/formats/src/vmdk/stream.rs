@@ -52,6 +52,14 @@ impl Encoder for AsItIs {
     }
 }
 
+/// How long the compressed grain at `offset` is with the marker in front, as that says.
+pub(super) fn stored_len(device: &dyn Device, offset: u64) -> Result<u64> {
+    let mut marker = [0; MARKER];
+    device.read_padded(&mut marker, offset)?;
+    let [.., a, b, c, d] = marker;
+    Ok(MARKER as u64 + u64::from(u32::from_le_bytes([a, b, c, d])))
+}
+
 impl VmdkLayer {
     /// Decodes one grain.
     pub(super) fn decode_grain(&self, encoded: &Encoded, buf: &mut [u8]) -> Result<()> {
@@ -214,11 +222,7 @@ fn stream_end(state: &mut State, extents: &[Extent], geometry: &Geometry) -> Res
         grains = grains.skip(count);
     }
     if last > 0 {
-        let mut marker = [0; MARKER];
-        extent.device.read_padded(&mut marker, last)?;
-        let [.., a, b, c, d] = marker;
-        let len = u64::from(u32::from_le_bytes([a, b, c, d]));
-        end = end.max(last.saturating_add(MARKER as u64 + len));
+        end = end.max(last.saturating_add(stored_len(&*extent.device, last)?));
     }
     Ok(end.checked_next_multiple_of(SECTOR).unwrap_or(u64::MAX))
 }

@@ -25,9 +25,35 @@ pub(super) struct Tables {
 #[derive(Debug)]
 struct Window {
     bytes: Box<[u8; WINDOW]>,
+    /// How many of them were read: no more than the file has. The rest of a table that is cut off was lost.
+    there: usize,
     /// A bit for each sector that has changed.
     dirty: u8,
     used: u64,
+}
+
+impl Default for Window {
+    fn default() -> Self {
+        Self {
+            bytes: Box::new([0; WINDOW]),
+            there: 0,
+            dirty: 0,
+            used: 0,
+        }
+    }
+}
+
+impl Window {
+    /// Reads what has not been read and what `device` has by now; the window starts at `start`.
+    fn load(&mut self, device: &dyn Device, start: u64) -> Result<()> {
+        let there = device.len().saturating_sub(start);
+        let there = usize::try_from(there).unwrap_or(WINDOW).min(WINDOW);
+        if let Some(rest) = self.bytes.get_mut(self.there..there) {
+            device.read_at(rest, start + self.there as u64)?;
+            self.there = there;
+        }
+        Ok(())
+    }
 }
 
 /// The length of a window, eight sectors.
@@ -88,7 +114,7 @@ impl Tables {
             };
             let size = geometry.entry_size();
             let offset = table.saturating_add(at % geometry.entries * size);
-            let entries = self.bytes(extents, index, offset, (end - at) * size)?;
+            let entries = self.bytes(extents, index, offset, size, (end - at) * size)?;
             let count = entries.len() as u64 / size;
             if found.is_none_or(|found| found == Grain::Unallocated) && is_zero(entries) {
                 found = Some(Grain::Unallocated);
@@ -189,7 +215,7 @@ impl Tables {
     ) -> Result<Option<u64>> {
         let size = geometry.entry_size();
         let offset = directory.saturating_add((grain / geometry.entries).saturating_mul(size));
-        let entry = number(self.bytes(extents, index, offset, size)?);
+        let entry = number(self.bytes(extents, index, offset, size, size)?);
         match geometry.form {
             Form::SeSparse { .. } if entry == 0 => Ok(None),
             Form::SeSparse { tables, .. } => {
@@ -216,7 +242,7 @@ impl Tables {
         let offset = geometry
             .directory
             .saturating_add((grain / geometry.entries).saturating_mul(size));
-        let entries = self.bytes(extents, index, offset, WINDOW as u64)?;
+        let entries = self.bytes(extents, index, offset, size, WINDOW as u64)?;
         Ok(if is_zero(entries) {
             entries.len() as u64 / size
         } else {
@@ -224,45 +250,43 @@ impl Tables {
         })
     }
 
-    /// Up to `len` bytes from `offset` on, as far as one window goes.
-    fn bytes(&mut self, extents: &[Extent], index: usize, offset: u64, len: u64) -> Result<&[u8]> {
-        let (window, from) = self.window(extents, index, offset)?;
-        let end = usize::try_from(len).unwrap_or(WINDOW).min(WINDOW - from) + from;
+    /// Up to `len` bytes from `offset` on, as far as one window goes; at least an entry of `size` bytes.
+    fn bytes(&mut self, extents: &[Extent], index: usize, offset: u64, size: u64, len: u64) -> Result<&[u8]> {
+        let (window, from) = self.window(extents, index, offset, size)?;
+        let end = usize::try_from(len).unwrap_or(WINDOW).min(window.there - from) + from;
         Ok(&window.bytes[from..end])
     }
 
     /// The entry of four bytes at `offset`.
     pub(super) fn word(&mut self, extents: &[Extent], index: usize, offset: u64) -> Result<u32> {
-        let bytes = self.bytes(extents, index, offset, 4)?;
+        let bytes = self.bytes(extents, index, offset, 4, 4)?;
         u32::try_from(number(bytes)).map_err(|_| Error::from_errno(errno::EIO))
     }
 
     /// Changes the entry of four bytes at `offset`.
     pub(super) fn write(&mut self, extents: &[Extent], index: usize, offset: u64, entry: u32) -> Result<()> {
-        let (window, from) = self.window(extents, index, offset)?;
+        let (window, from) = self.window(extents, index, offset, 4)?;
         window.bytes[from..from + 4].copy_from_slice(&entry.to_le_bytes());
         window.dirty |= 1 << (from / SECTOR_BYTES);
         Ok(())
     }
 
-    /// The window with the entry at `offset`, and where in it that is.
-    fn window(&mut self, extents: &[Extent], index: usize, offset: u64) -> Result<(&mut Window, usize)> {
+    /// The window with the entry of `size` bytes at `offset`, and where in it that is.
+    fn window(
+        &mut self,
+        extents: &[Extent],
+        index: usize,
+        offset: u64,
+        size: u64,
+    ) -> Result<(&mut Window, usize)> {
         let device = device_of(extents, index)?;
-        device.require(offset, 1)?;
+        device.require(offset, size)?;
         let number = offset / WINDOW as u64;
         let key = (index, number);
         self.uses += 1;
         if !self.windows.contains_key(&key) {
             self.make_room(extents)?;
-            let mut bytes = Box::new([0; WINDOW]);
-            device.event(Event::L2_LOAD);
-            device.read_padded(&mut *bytes, number * WINDOW as u64)?;
-            let window = Window {
-                bytes,
-                dirty: 0,
-                used: 0,
-            };
-            self.windows.insert(key, window);
+            self.windows.insert(key, Window::default());
         }
         let used = self.uses;
         let window = self
@@ -270,7 +294,12 @@ impl Tables {
             .get_mut(&key)
             .ok_or_else(|| Error::from_errno(errno::EIO))?;
         window.used = used;
-        Ok((window, usize::try_from(offset % WINDOW as u64).unwrap_or(0)))
+        let from = usize::try_from(offset % WINDOW as u64).unwrap_or(0);
+        if window.there < from.saturating_add(usize::try_from(size).unwrap_or(WINDOW)) {
+            device.event(Event::L2_LOAD);
+            window.load(device, number * WINDOW as u64)?;
+        }
+        Ok((window, from))
     }
 
     /// Gives up the window that was not used for longest.

@@ -101,6 +101,11 @@ impl Blocks {
     /// Makes the block at `place` one of the disk's.
     fn enter(&mut self, block: u64, place: u64, file: &dyn Device) -> Result<()> {
         fill(file, ByteRange::at(place, self.header.bitmap()), u8::MAX)?;
+        // What a file does not reach to looks cut off. Its last sector was not written, or the file would reach to it.
+        let end = place + self.header.bitmap() + self.header.block();
+        if file.len() < end {
+            fill(file, ByteRange::new(end - SECTOR, end), 0)?;
+        }
         let sector = u32::try_from(place / SECTOR).map_err(|_| Error::from_errno(errno::EFBIG))?;
         self.table.set(block, sector.to_be_bytes())
     }

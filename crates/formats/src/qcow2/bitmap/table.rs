@@ -37,9 +37,7 @@ impl BitmapTable {
         let count = shape.entries();
         let memory = image.budget.take(count * ENTRY_COST)?;
         let mut bytes = vec![0; usize::try_from(count * 8).unwrap_or(0)];
-        image
-            .file
-            .read_padded(&mut bytes, bitmap.raw.table_offset.get())?;
+        image.file.read_whole(&mut bytes, bitmap.raw.table_offset.get())?;
         let (words, _) = bytes.as_chunks();
         let entries: Vec<u64> = words.iter().map(|word| u64::from_be_bytes(*word)).collect();
         let is_sound = |entry: &u64| match *entry & OFFSET_MASK {
@@ -70,7 +68,7 @@ impl BitmapTable {
                 0 => {}
                 ALL_SET => visit(shape.guest(first, end))?,
                 offset => {
-                    image.file.read_padded(&mut bytes, offset)?;
+                    image.file.read_whole(&mut bytes, offset)?;
                     let mut at = 0;
                     while let Some((start, stop)) = next_run(&bytes, at, end - first) {
                         visit(shape.guest(first + start, first + stop))?;
@@ -226,7 +224,7 @@ impl<'a> TableEdit<'a> {
                 ALL_SET => (vec![0xff; len], true),
                 offset => {
                     let mut bytes = vec![0; len];
-                    self.image.file.read_padded(&mut bytes, offset)?;
+                    self.image.file.read_whole(&mut bytes, offset)?;
                     (bytes, false)
                 }
             };

@@ -1,6 +1,8 @@
 //! The entries of an L2 table: what they refer to, and what is wrong with them.
 
-use diskimage_core::{Repair, Result};
+use std::sync::Arc;
+
+use diskimage_core::{ByteRange, Encoded, Repair, Result};
 
 use super::super::entry::{COMPRESSED, COPIED, OFFSET_MASK, ZERO};
 use super::super::feature::Incompatible;
@@ -16,6 +18,8 @@ pub(super) struct Walk {
     pub(super) table: u64,
     /// References that it stands for.
     pub(super) times: u64,
+    /// The part of a disk that the table is for, as far as the disk goes.
+    pub(super) disk: ByteRange,
     /// Whether its clusters are in the statistics.
     pub(super) active: bool,
     /// Whether what is wrong was said before.
@@ -99,7 +103,8 @@ impl Check<'_> {
                 continue;
             }
             let host = word & OFFSET_MASK;
-            if plain && word & odd == 0 && host != 0 && host < self.file_len {
+            let is_inside = host.saturating_add(self.geometry.cluster_size()) <= self.file_len;
+            if plain && word & odd == 0 && host != 0 && is_inside {
                 if self.counts.add(host >> bits, 1)? > 0 {
                     // Counted nothing: say so.
                     self.region(host, 1 << bits, 1)?;
@@ -170,11 +175,35 @@ impl Check<'_> {
             }
         }
         self.in_use(host, walk, next);
+        let needed = self.needed(index, bitmap, walk);
         if self.has_data_file() {
-            Ok(())
-        } else {
-            self.region(host, self.geometry.cluster_size(), walk.times)
+            // A check need not have opened it.
+            let data = Some(&self.image.data).filter(|data| !Arc::ptr_eq(data, &self.image.file));
+            let is_short = data.is_some_and(|data| host.saturating_add(needed) > data.len());
+            if kind == Kind::Data && is_short {
+                self.corruption(format!(
+                    "ERROR: data cluster offset={host:#x} reaches beyond the end of the data file"
+                ));
+            }
+            return Ok(());
         }
+        if kind == Kind::Data {
+            self.require_whole("data cluster", host, needed);
+        }
+        self.region(host, self.geometry.cluster_size(), walk.times)
+    }
+
+    /// How many bytes of the cluster in entry `index` a disk has data in. The rest is padding, which a file may lack.
+    fn needed(&self, index: usize, bitmap: u64, walk: &Walk) -> u64 {
+        let size = self.geometry.cluster_size();
+        let start = walk.disk.start().saturating_add(index as u64 * size);
+        let inside = ByteRange::at(start, size).intersect(walk.disk).len();
+        if !self.geometry.extended_l2 {
+            return inside;
+        }
+        // Up to the last subcluster that is allocated.
+        let count = 32 - (bitmap & u64::from(u32::MAX)).leading_zeros().saturating_sub(32);
+        inside.min(u64::from(count) * self.geometry.subcluster_size())
     }
 
     fn count_compressed(&mut self, index: usize, [word, bitmap]: [u64; 2], walk: &Walk) -> Result<()> {
@@ -199,12 +228,36 @@ impl Check<'_> {
             return Ok(());
         }
         let sectors = ((entry & (COMPRESSED - 1)) >> shift) + 1;
-        self.region(offset, sectors * 512 - offset % 512, walk.times)?;
+        let stored = sectors * 512 - offset % 512;
+        self.region(offset, stored, walk.times)?;
+        self.require_stream(index, offset, stored, walk)?;
         if walk.active {
             self.report.allocated_clusters += 1;
             self.report.compressed_clusters += 1;
             // The original counts every compressed cluster as a fragment.
             self.report.fragmented_clusters += 1;
+        }
+        Ok(())
+    }
+
+    /// Tells of a compressed cluster at the end of the file that is not all there. What lacks may be padding: only the
+    /// stream knows.
+    fn require_stream(&mut self, index: usize, offset: u64, stored: u64, walk: &Walk) -> Result<()> {
+        let size = self.geometry.cluster_size();
+        let end = offset.saturating_add(stored);
+        // One that reaches further has been told of.
+        if end <= self.file_len || end >= self.file_len.saturating_add(size) {
+            return Ok(());
+        }
+        let _memory = self.image.budget.take(size)?;
+        let mut cluster = vec![0; usize::try_from(size).unwrap_or(0)];
+        let encoded = Encoded {
+            offset,
+            stored,
+            cluster: ByteRange::at(walk.disk.start().saturating_add(index as u64 * size), size),
+        };
+        if self.image.decode_cluster(&encoded, &mut cluster).is_err() {
+            self.beyond_end("compressed cluster", offset);
         }
         Ok(())
     }

@@ -5,7 +5,7 @@
 //! that the time taken follows the length of the file.
 
 use diskimage_core::errno;
-use diskimage_core::{Error, Note, Preallocation, Repair, Result, is_zero};
+use diskimage_core::{ByteRange, Error, Note, Preallocation, Repair, Result, is_zero};
 
 use super::super::bitmap::Bitmap;
 use super::super::entry::OFFSET_MASK;
@@ -24,6 +24,16 @@ const CHUNK: usize = 64 << 10;
 /// The largest L1 table that the original reads, in entries.
 pub(super) const MAX_L1: u64 = (32 << 20) / 8;
 
+/// An L1 table that is walked.
+struct L1 {
+    offset: u64,
+    entries: u64,
+    /// The length of the disk that it is for.
+    size: u64,
+    /// Whether it is the one in use.
+    active: bool,
+}
+
 impl Check<'_> {
     pub(super) fn count_references(&mut self) -> Result<()> {
         self.counts = super::Counts::new(self.most, self.image.budget.clone());
@@ -33,12 +43,13 @@ impl Check<'_> {
         self.report.total_clusters = self.header.size.div_ceil(self.geometry.cluster_size());
         self.region(0, self.geometry.cluster_size(), 1)?;
         let mut unaligned = 0;
-        self.count_l1(
-            self.header.l1_table_offset,
-            u64::from(self.header.l1_size),
-            true,
-            &mut unaligned,
-        )?;
+        let l1 = L1 {
+            offset: self.header.l1_table_offset,
+            entries: u64::from(self.header.l1_size),
+            size: self.header.size,
+            active: true,
+        };
+        self.count_l1(&l1, &mut unaligned)?;
         self.count_snapshots(&mut unaligned)?;
         self.count_again()?;
         if let Some(crypto) = self.header.extensions.crypto {
@@ -80,7 +91,28 @@ impl Check<'_> {
         Ok(())
     }
 
-    fn count_l1(&mut self, offset: u64, entries: u64, active: bool, unaligned: &mut u64) -> Result<()> {
+    /// Tells of `len` bytes at `offset`, which start inside the file and end outside: [`Check::region`] takes them for
+    /// the padding of a last cluster, and tells of what reaches further.
+    pub(super) fn require_whole(&mut self, what: &str, offset: u64, len: u64) {
+        if offset < self.file_len && offset.saturating_add(len) > self.file_len {
+            self.beyond_end(what, offset);
+        }
+    }
+
+    pub(super) fn beyond_end(&mut self, what: &str, offset: u64) {
+        self.corruption(format!(
+            "ERROR: {what} offset={offset:#x} reaches beyond the end of the file"
+        ));
+    }
+
+    fn count_l1(&mut self, l1: &L1, unaligned: &mut u64) -> Result<()> {
+        let L1 {
+            offset,
+            entries,
+            active,
+            ..
+        } = *l1;
+        self.require_whole("L1 table", offset, entries * 8);
         self.region(offset, entries * 8, 1)?;
         let mut chunk = vec![0; CHUNK];
         let mut done = 0;
@@ -93,8 +125,8 @@ impl Check<'_> {
             self.file.read_padded(chunk, offset + done * 8)?;
             let (words, _) = chunk.as_chunks::<8>();
             if !is_zero(chunk) {
-                for word in words {
-                    self.count_l1_entry(u64::from_be_bytes(*word), active, unaligned)?;
+                for (word, index) in words.iter().zip(done..) {
+                    self.count_l1_entry(u64::from_be_bytes(*word), l1, index, unaligned)?;
                 }
             }
             done += words.len() as u64;
@@ -102,7 +134,7 @@ impl Check<'_> {
         Ok(())
     }
 
-    fn count_l1_entry(&mut self, entry: u64, active: bool, unaligned: &mut u64) -> Result<()> {
+    fn count_l1_entry(&mut self, entry: u64, l1: &L1, index: u64, unaligned: &mut u64) -> Result<()> {
         if entry == 0 {
             return Ok(());
         }
@@ -112,6 +144,7 @@ impl Check<'_> {
         let l2 = entry & OFFSET_MASK;
         let cluster = l2 >> self.geometry.cluster_bits;
         let known = self.counts.of(cluster) > 0;
+        self.require_whole("L2 table", l2, self.geometry.cluster_size());
         self.region(l2, self.geometry.cluster_size(), 1)?;
         if !l2.is_multiple_of(self.geometry.cluster_size()) {
             self.corruption(format!(
@@ -128,10 +161,13 @@ impl Check<'_> {
                 return Ok(());
             }
         }
+        let coverage = self.geometry.l2_coverage();
+        let start = index.saturating_mul(coverage);
         self.count_l2(&Walk {
             table: l2,
             times: 1,
-            active,
+            disk: ByteRange::at(start, coverage).intersect(ByteRange::new(0, l1.size)),
+            active: l1.active,
             silent: false,
         })
     }
@@ -161,8 +197,15 @@ impl Check<'_> {
                 ));
                 continue;
             }
-            self.count_l1(entry.l1_offset, u64::from(entry.l1_size), false, unaligned)?;
+            let l1 = L1 {
+                offset: entry.l1_offset,
+                entries: u64::from(entry.l1_size),
+                size: self.snapshot_size(&entry)?,
+                active: false,
+            };
+            self.count_l1(&l1, unaligned)?;
         }
+        self.require_whole("snapshot table", self.header.snapshots_offset, self.snapshots.len);
         self.region(self.header.snapshots_offset, self.snapshots.len, 1)
     }
 
@@ -179,6 +222,8 @@ impl Check<'_> {
             self.count_l2(&Walk {
                 table: cluster << self.geometry.cluster_bits,
                 times,
+                // Each part of the disk that it is for was looked at before.
+                disk: ByteRange::new(0, 0),
                 active: false,
                 silent: true,
             })?;
@@ -194,6 +239,7 @@ impl Check<'_> {
         let mut room = self.file_len;
         for table in directory.bitmaps.iter().map(Bitmap::table_range) {
             let (offset, len) = (table.start(), table.len());
+            self.require_whole("bitmap table", offset, len);
             self.region(offset, len, 1)?;
             if offset.saturating_add(len) > self.file_len {
                 continue;
@@ -225,6 +271,7 @@ impl Check<'_> {
 
     fn count_refcount_structures(&mut self) -> Result<()> {
         let len = self.stored.table.len() as u64 * 8;
+        self.require_whole("refcount table", self.stored.table_offset, len);
         self.region(self.stored.table_offset, len, 1)?;
         for index in 0..self.stored.table.len() {
             let entry = self.stored.table[index];
@@ -269,6 +316,7 @@ impl Check<'_> {
         let cluster = offset >> self.geometry.cluster_bits;
         // A block that is something else as well must not be written to. Narrow counts cannot tell that by themselves.
         self.rebuild |= self.counts.of(cluster) > 0;
+        self.require_whole("refcount block", offset, cluster_size);
         self.region(offset, cluster_size, 1)?;
         let count = self.counts.of(cluster);
         if count > 1 {

@@ -84,7 +84,9 @@ impl Check<'_> {
         let mut kept: u64 = 0;
         for index in 0..count {
             let mut fixed = [0; size_of::<RawSnapshot>()];
-            self.file.read_padded(&mut fixed, at)?;
+            if let Err(error) = self.file.read_whole(&mut fixed, at) {
+                return self.unreadable(&error);
+            }
             let raw = RawSnapshot::read_from_bytes(&fixed).map_err(|_| Error::from_errno(errno::EINVAL))?;
             let entry = SnapshotEntry {
                 l1_offset: raw.l1_table_offset.get(),
@@ -108,6 +110,9 @@ impl Check<'_> {
                 ));
                 self.report.corruptions_fixed += 1;
                 self.snapshots.changed = true;
+            }
+            if let Err(error) = self.file.require(at, entry.len()) {
+                return self.unreadable(&error);
             }
             let end = at + entry.len();
             let cut = u64::from(entry.extra_len).saturating_sub(MAX_EXTRA);
@@ -147,9 +152,25 @@ impl Check<'_> {
         }
     }
 
+    /// Without its entries, what a snapshot keeps would count as leaked.
+    fn unreadable(&mut self, error: &Error) -> Result<()> {
+        let text = format!("ERROR failed to read the snapshot table: {error}");
+        self.unusable(text, errno::EIO)
+    }
+
     fn unusable(&mut self, text: String, errno: i32) -> Result<()> {
         self.tell(&Note::Error(text));
         Err(Error::from_errno(errno))
+    }
+
+    /// How long the disk was when the snapshot was made.
+    pub(super) fn snapshot_size(&self, entry: &SnapshotEntry) -> Result<u64> {
+        if entry.extra_len < V3_EXTRA {
+            return Ok(self.header.size);
+        }
+        let mut size = [0; 8];
+        self.file.read_padded(&mut size, entry.at + MIN_ENTRY_LEN + 8)?;
+        Ok(u64::from_be_bytes(size))
     }
 
     /// How messages name a snapshot: its identifier and its name.

@@ -13,7 +13,7 @@ mod run;
 mod uses;
 mod width;
 
-use diskimage_core::{ByteRange, Error, Event, Result};
+use diskimage_core::{ByteRange, Error, Event, Result, is_zero};
 
 pub(super) use self::run::Change;
 use self::uses::Uses;
@@ -122,6 +122,31 @@ impl Refcounts {
         let place = block::Place::new(cluster % self.entries_per_block(), order);
         let bytes = tables.bytes(block, place.byte)?;
         block::read(bytes, place, order).ok_or_else(|| Error::corrupt("Refcount block too short"))
+    }
+
+    /// Whether any cluster from `first` on is used, or there are blocks that could say so.
+    pub(super) fn counts_beyond(&self, tables: &mut Tables, first: u64) -> Result<bool> {
+        if let Some(block) = self.block(tables, first)? {
+            let place = block::Place::new(first % self.entries_per_block(), self.geometry.refcount_order);
+            let mut at = place.byte;
+            while at < block.len {
+                let bytes = tables.bytes(block, at)?;
+                if !is_zero(bytes) {
+                    return Ok(true);
+                }
+                at += bytes.len() as u64;
+            }
+        }
+        let table = self.table();
+        let mut at = (first / self.entries_per_block() + 1).saturating_mul(8);
+        while at < table.len {
+            let bytes = tables.bytes(table, at)?;
+            if !is_zero(bytes) {
+                return Ok(true);
+            }
+            at += bytes.len() as u64;
+        }
+        Ok(false)
     }
 
     fn set_count(&self, tables: &mut Tables, block: Table, cluster: u64, count: u64) -> Result<()> {

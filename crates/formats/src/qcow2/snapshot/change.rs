@@ -192,7 +192,7 @@ impl Qcow2 {
             let (at, len) = snapshot.entry;
             let start = bytes.len().next_multiple_of(8);
             bytes.resize(start + index_of(len), 0);
-            self.file.read_padded(&mut bytes[start..], at)?;
+            self.file.read_whole(&mut bytes[start..], at)?;
         }
         if !new.is_empty() {
             bytes.resize(bytes.len().next_multiple_of(8), 0);
