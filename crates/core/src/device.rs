@@ -364,7 +364,7 @@ impl dyn Device + '_ {
     /// was lost: it must not be taken for zeroes.
     ///
     /// # Errors
-    /// [`ErrorKind::Corrupt`] if they do not.
+    /// [`ErrorKind::CutOff`] if they do not.
     pub fn require(&self, offset: u64, len: u64) -> Result<()> {
         let there = self.len();
         match offset.checked_add(len) {
@@ -381,7 +381,7 @@ impl dyn Device + '_ {
             name => format!("'{name}'"),
         };
         Error::new(
-            ErrorKind::Corrupt,
+            ErrorKind::CutOff,
             format!("Bytes at offset {missing:#x} are missing: {name} ends at {len:#x} and looks cut off"),
         )
     }

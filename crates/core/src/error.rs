@@ -21,6 +21,8 @@ pub enum ErrorKind {
     Invalid,
     /// The bytes do not form an image that can be used.
     Corrupt,
+    /// The file lacks bytes that the image refers to: it looks cut off.
+    CutOff,
     /// Valid, but not something this program can do.
     Unsupported,
     /// The caller's [`Gate`](crate::Gate) refused a file.
@@ -175,6 +177,16 @@ impl Error {
     /// The hint closest to the top, if any level has one.
     pub fn hint_line(&self) -> Option<&str> {
         self.levels().find_map(|level| level.inner.hint.as_deref())
+    }
+
+    /// The level at the bottom of the chain.
+    #[must_use]
+    pub fn into_root(self) -> Self {
+        let mut level = self;
+        while let Some(source) = level.inner.source.take() {
+            level = source;
+        }
+        level
     }
 
     fn levels(&self) -> impl Iterator<Item = &Self> {

@@ -127,7 +127,11 @@ impl Held {
 /// before can be written back.
 fn is_breaking(error: &Error) -> bool {
     let is_refused = matches!(error.errno(), Some(errno::ENOTSUP | errno::EINVAL));
-    matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::Io) && !is_refused && !has_no_room(error)
+    matches!(
+        error.kind(),
+        ErrorKind::Corrupt | ErrorKind::CutOff | ErrorKind::Io
+    ) && !is_refused
+        && !has_no_room(error)
 }
 
 fn has_no_room(error: &Error) -> bool {

@@ -450,14 +450,17 @@ impl Image {
                 run.device.event(Event::COW_READ);
                 self.read_at(&mut buf[..there], inside.start())?;
             }
-            let skipped = match fresh && is_zero(&buf) {
-                false => 0,
-                true if side.end() < run.guest.end() => continue,
-                true => buf.len().saturating_sub(end_piece(&*run.device)),
-            };
-            let start = side.start() + skipped as u64 - run.guest.start();
+            let host = ByteRange::at(run.offset + (side.start() - run.guest.start()), side.len());
+            if fresh && is_zero(&buf) {
+                if side.end() == run.guest.end() {
+                    let piece = (end_piece(&*run.device) as u64).min(host.len());
+                    run.device
+                        .write_zeroes(host.skip(host.len() - piece), ZeroMode::KeepAllocated)?;
+                }
+                continue;
+            }
             run.device.event(Event::COW_WRITE);
-            run.device.write_at(&buf[skipped..], run.offset + start)?;
+            run.device.write_at(&buf, host.start())?;
         }
         Ok(())
     }

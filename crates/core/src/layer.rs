@@ -280,7 +280,7 @@ impl dyn Layer + '_ {
         while !rest.is_empty() && damage < MAX_DAMAGE {
             let run = match self.map(rest) {
                 Ok(run) => run,
-                Err(error) if error.kind() == ErrorKind::Invalid => {
+                Err(error) if matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::Invalid) => {
                     damage += 1;
                     rest = rest.skip(self.granularity() - rest.start() % self.granularity());
                     continue;

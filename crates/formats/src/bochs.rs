@@ -331,7 +331,7 @@ mod tests {
         let mut sector = [0; 512];
         assert_eq!(
             image.read_at(&mut sector, 4096).unwrap_err().kind(),
-            ErrorKind::Corrupt
+            ErrorKind::CutOff
         );
         image.read_at(&mut sector, 2048).unwrap();
     }

@@ -36,7 +36,7 @@ impl Qcow2 {
         }
         if beyond {
             let snapshots = match self.read_snapshots() {
-                Err(error) if error.kind() == ErrorKind::Corrupt => return Err(error),
+                Err(error) if matches!(error.kind(), ErrorKind::CutOff | ErrorKind::Io) => return Err(error),
                 other => other.unwrap_or_default(),
             };
             for snapshot in snapshots {

@@ -161,12 +161,7 @@ impl Qcow2 {
             Ok(references) => references,
             Err(error) if error.kind() == ErrorKind::Limit => return Ok(()),
             // The request that needs the counts is what fails: the step at which they could not be had tells nothing.
-            Err(error) => {
-                return Err(match error.errno() {
-                    Some(errno) => error.reduced_to(errno),
-                    None => error,
-                });
-            }
+            Err(error) => return Err(error.into_root()),
         };
         // Nothing refers to these any more, but they are counted down later.
         let bits = self.header.geometry.cluster_bits;

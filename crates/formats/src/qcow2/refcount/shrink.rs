@@ -7,6 +7,14 @@ use diskimage_core::{Error, Result, is_zero};
 use super::{Refcounts, block};
 use crate::tables::{Table, Tables};
 
+/// A block that was taken out of the refcount table.
+struct Dropped {
+    index: u64,
+    /// What the table had there.
+    entry: u64,
+    table: Table,
+}
+
 impl Refcounts {
     /// Gives up blocks that count nothing but blocks that are given up, themselves among these.
     ///
@@ -14,38 +22,57 @@ impl Refcounts {
     /// Damage, and failures to read or write.
     pub(in super::super) fn drop_empty_blocks(&mut self, tables: &mut Tables) -> Result<()> {
         let bits = self.geometry.cluster_bits;
-        let per_block = self.entries_per_block();
-        let mut dropped = HashSet::new();
-        let mut counted = Vec::new();
-        for index in (0..self.table().len / 8).rev() {
-            let Some(table) = self.block(tables, index * per_block)? else {
-                continue;
-            };
-            let own = table.offset >> bits;
-            let is_dropped = |cluster| cluster == own || dropped.contains(&cluster);
-            if self.counts_only(tables, table, index * per_block, is_dropped)? {
-                tables.set_number(self.table(), index * 8, 0)?;
-                tables.forget(table);
-                dropped.insert(own);
-                counted.push((own, own / per_block));
+        let mut dropped = Vec::new();
+        // Nothing refers to the blocks any more once that is durable.
+        let durable =
+            self.unlink_empty_blocks(tables, &mut dropped)
+                .and_then(|()| match dropped.is_empty() {
+                    true => Ok(()),
+                    false => tables.write_back().and_then(|()| tables.sync()),
+                });
+        if let Err(error) = durable {
+            // The file may still lead to them: they stay in use.
+            for block in dropped {
+                tables.set_number(self.table(), block.index * 8, block.entry)?;
             }
+            return Err(error);
         }
-        if dropped.is_empty() {
-            return Ok(());
-        }
-        // Nothing refers to them any more once that is durable.
-        tables.write_back()?;
-        tables.sync()?;
-        for (cluster, index) in counted {
+        for block in &dropped {
+            let cluster = block.table.offset >> bits;
+            tables.forget(block.table);
             // Where the block that counts it is gone as well, nothing is left to count down.
-            if self.block(tables, index * per_block)?.is_some() {
-                self.release(tables, cluster << bits, 1)?;
+            if self.block(tables, cluster)?.is_some() {
+                self.release(tables, block.table.offset, 1)?;
             } else {
                 self.uses.remove(cluster);
                 self.note_free(tables, cluster);
             }
         }
-        tables.write_back()
+        match dropped.is_empty() {
+            true => Ok(()),
+            false => tables.write_back(),
+        }
+    }
+
+    /// Takes the blocks that count nothing out of the refcount table, the last ones first.
+    fn unlink_empty_blocks(&self, tables: &mut Tables, dropped: &mut Vec<Dropped>) -> Result<()> {
+        let bits = self.geometry.cluster_bits;
+        let per_block = self.entries_per_block();
+        let mut clusters = HashSet::new();
+        for index in (0..self.table().len / 8).rev() {
+            let Some(table) = self.block(tables, index * per_block)? else {
+                continue;
+            };
+            let own = table.offset >> bits;
+            let is_dropped = |cluster| cluster == own || clusters.contains(&cluster);
+            if self.counts_only(tables, table, index * per_block, is_dropped)? {
+                let entry = tables.number(self.table(), index * 8)?;
+                tables.set_number(self.table(), index * 8, 0)?;
+                clusters.insert(own);
+                dropped.push(Dropped { index, entry, table });
+            }
+        }
+        Ok(())
     }
 
     /// Whether the block `table`, which counts clusters from `first` on, counts none but those that `is_dropped` picks.

@@ -161,7 +161,10 @@ fn expect_ours(error: &diskimage_core::Error) -> Result<(), String> {
     if error.errno() == Some(5) && error.shown_before().is_none() {
         Ok(())
     } else {
-        Err(format!("not the error of the device: {error:?}"))
+        Err(format!(
+            "not the error of the device: {error:?} after {:?}",
+            error.shown_before()
+        ))
     }
 }
 
