@@ -20,6 +20,7 @@ mod full;
 mod repair;
 mod scenario;
 mod scenarios;
+mod zeroes;
 
 /// Hands out one device in memory for every name.
 pub(super) struct OneFile(pub(super) Arc<MemoryDevice>);
