@@ -354,7 +354,7 @@ impl dyn Device + '_ {
     /// Fills `buf` with the bytes from `offset` on, all of which the device has to have.
     ///
     /// # Errors
-    /// As [`Device::read_at`], and [`ErrorKind::Corrupt`] in the words of [`require`](Self::require).
+    /// As [`Device::read_at`], and [`ErrorKind::CutOff`] in the words of `require`.
     pub fn read_whole(&self, buf: &mut [u8], offset: u64) -> Result<()> {
         self.require(offset, buf.len() as u64)?;
         self.read_at(buf, offset)
