@@ -50,10 +50,10 @@ impl Snapshots for Qcow2 {
 
     fn create(&self, snapshot: &NewSnapshot<'_>) -> Result<()> {
         let mut state = self.settle()?;
-        let there = self.read_snapshots_of(state.snapshots)?;
-        if there.len() as u64 >= u64::from(limit::SNAPSHOTS) {
+        if state.snapshots.count >= limit::SNAPSHOTS {
             return Err(Error::from_errno(errno::EFBIG));
         }
+        let there = self.read_snapshots_of(state.snapshots)?;
         // Not in the middle of changes, which the file does not have yet.
         self.count_before_allocating(&mut state, 1)?;
         let l1 = state.l1;
