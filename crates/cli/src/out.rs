@@ -10,7 +10,7 @@ use std::ffi::OsStr;
 use std::io::{self, IsTerminal, Write};
 use std::sync::{Mutex, PoisonError};
 
-use diskimage_core::Note;
+use diskimage::Note;
 
 use crate::words::{Command, Prefix, Stop, help};
 
@@ -95,7 +95,7 @@ impl Console {
     }
 
     /// Prints an error of the library: what is shown before it, its levels joined by `": "`, then its hint on a line of its own.
-    pub fn failure(&self, error: &diskimage_core::Error) {
+    pub fn failure(&self, error: &diskimage::Error) {
         if let Some(notice) = error.shown_before() {
             self.note(notice);
         }
@@ -145,7 +145,7 @@ impl Console {
         let failure = self.failure.lock().ok().and_then(|mut failure| failure.take());
         match failure {
             Some(error) if error.kind() != io::ErrorKind::BrokenPipe => {
-                let error = diskimage_core::Error::from(error);
+                let error = diskimage::Error::from(error);
                 self.error(&format!("Could not write to standard output: {error}"));
                 status.max(1)
             }

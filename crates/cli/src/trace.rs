@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::fs::File;
 use std::io::Read;
 
-use diskimage_core::Error;
+use diskimage::Error;
 
 use crate::out::Console;
 use crate::words::{Stop, text};

@@ -86,7 +86,7 @@ pub use convert::{Conversion, DEFAULT_SPARSE, MAX_SPARSE, OnLost, total_len};
 pub use create::{Creation, Prepared, format_of_new};
 pub use dd::{Blocks, dd};
 pub use diskimage_core::*;
-pub use diskimage_formats::{FORMATS, format_by_name};
+pub use diskimage_formats::{FORMATS, Zeroizing, decrypt_secret, format_by_name};
 pub use diskimage_protocols::{
     Aio, CREATE_OPTIONS as FILE_CREATE_OPTIONS, CacheMode, FILTERS, File, FileCreation, PROTOCOLS, Target,
     check_tls_creds,

@@ -7,41 +7,28 @@ mod codec;
 mod cut_off;
 #[cfg(test)]
 mod damage;
-mod decrypted;
 mod dmg;
-mod first_write;
-mod last_block;
-mod legacy_aes;
+mod encryption;
+mod layer_kit;
 mod luks;
-mod mended;
-mod metadata_guard;
 mod parallels;
-mod places;
-mod preallocation;
 mod qcow;
 mod qcow2;
 mod qed;
 mod raw;
-mod read_only;
-mod reserved;
-mod seen;
-mod straight;
-mod tables;
 #[cfg(test)]
 mod testing;
-mod tree;
-mod used;
 mod vdi;
 mod vhdx;
 mod vmdk;
 mod vpc;
-mod windows;
 
 use diskimage_core::Format;
 
 pub use bochs::Bochs;
 pub use cloop::Cloop;
 pub use dmg::Dmg;
+pub use encryption::{Zeroizing, decrypt_secret};
 pub use luks::Luks;
 pub use parallels::Parallels;
 pub use qcow::QcowFormat;

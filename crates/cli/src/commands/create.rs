@@ -106,7 +106,7 @@ pub struct Args {
     pub size: Option<u64>,
     /// Its format.
     pub format: String,
-    /// The list of options, for [`diskimage_core::options::Options::parse`].
+    /// The list of options, for [`diskimage::options::Options::parse`].
     pub options: Option<String>,
     /// Its backing file.
     pub backing: Option<OsString>,

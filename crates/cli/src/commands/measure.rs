@@ -87,7 +87,7 @@ pub struct Args {
     pub contents: Contents,
     /// Its format.
     pub target_format: String,
-    /// The list of its options, for [`diskimage_core::options::Options::parse`].
+    /// The list of its options, for [`diskimage::options::Options::parse`].
     pub options: Option<String>,
     /// How to report.
     pub output: OutputFormat,

@@ -1,6 +1,6 @@
 //! Why words did not become arguments.
 
-use diskimage_core::Note;
+use diskimage::Note;
 
 /// What ends the reading of words early.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -89,8 +89,8 @@ impl Stop {
     }
 }
 
-impl From<diskimage_core::options::OptionError> for Stop {
-    fn from(error: diskimage_core::options::OptionError) -> Self {
+impl From<diskimage::options::OptionError> for Stop {
+    fn from(error: diskimage::options::OptionError) -> Self {
         match error.hint() {
             Some(hint) => Self::wrong(format!("{}\n{hint}", error.message())),
             None => Self::wrong(error.message()),

@@ -2,9 +2,9 @@
 
 use std::ffi::{OsStr, OsString};
 
+use diskimage::options;
+use diskimage::size::{SizeError, parse_number, parse_size};
 use diskimage::{CacheMode, SnapshotSelector};
-use diskimage_core::options;
-use diskimage_core::size::{SizeError, parse_number, parse_size};
 
 use super::Stop;
 

@@ -23,8 +23,8 @@ use diskimage_core::{
 };
 
 use crate::codec::{bzip2, deflate, lzfse, xz};
-use crate::last_block::LastBlock;
-use crate::read_only::{self, Disk};
+use crate::layer_kit::decoded_cache::LastBlock;
+use crate::layer_kit::read_only_layer::{self, Disk};
 use chunk::{Chunk, Chunks, Codec, Kind, SECTOR};
 use trailer::Trailer;
 
@@ -47,7 +47,7 @@ impl Format for Dmg {
     }
 
     fn open(&self, request: OpenRequest<'_>) -> Result<Arc<dyn Layer>> {
-        read_only::refuse_writing(&request)?;
+        read_only_layer::refuse_writing(&request)?;
         let trailer = Trailer::find(&*request.file, request.name)?;
         let mut chunks = Chunks::new(trailer.data_offset, request.budget);
         source::read(&*request.file, &trailer, request.name, &mut chunks)?;
@@ -59,7 +59,7 @@ impl Format for Dmg {
             last: LastBlock::new(),
             unknown,
         };
-        Ok(read_only::layer(disk))
+        Ok(read_only_layer::layer(disk))
     }
 
     fn can_create(&self) -> bool {

@@ -17,8 +17,8 @@
 //! All numbers have their highest byte first. Parsing is a pure function; what it returns cannot place anything over
 //! anything else.
 
+use crate::encryption::{CipherAlg, CipherMode, CipherSpec, HashAlg, IvAlg, SECTOR};
 use diskimage_core::{ByteRange, Error, Result, align_up};
-use diskimage_crypto::{CipherAlg, CipherMode, CipherSpec, HashAlg, IvAlg, SECTOR};
 
 /// How many bytes the header has.
 pub(super) const HEADER_LEN: usize = 592;

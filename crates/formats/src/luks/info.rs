@@ -1,7 +1,7 @@
 //! What a volume says of itself.
 
+use crate::encryption::IvAlg;
 use diskimage_core::{Detail, DetailValue};
-use diskimage_crypto::IvAlg;
 
 use super::header::{STRIPES, Slot};
 use super::volume::Volume;

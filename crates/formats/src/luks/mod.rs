@@ -18,16 +18,16 @@ pub(crate) mod volume;
 
 use std::sync::Arc;
 
+use crate::encryption::SECTOR;
 use diskimage_core::options::{OptionDef, OptionKind, Options};
 use diskimage_core::{
     AmendRequest, ByteRange, CreateRequest, Device, Error, ErrorKind, Format, Holes, Info, Layer, Measure,
     MeasureSource, Objects, OpenRequest, Preallocation, Probe, ResizeRequest, Result, Run, RunKind, Score,
     WritePlan, ZeroMode, align_up, errno,
 };
-use diskimage_crypto::SECTOR;
 
-use crate::decrypted::Decrypted;
-use crate::straight::Straight;
+use crate::encryption::encrypted_device::Decrypted;
+use crate::layer_kit::in_place_write::Straight;
 use options::{Algorithms, CREATE_OPTIONS, Choice, passphrase};
 use volume::{Place, Volume};
 

@@ -1,8 +1,8 @@
 //! What a new volume is like: the options of `create`, which qcow2 has too, with a prefix.
 
+use crate::encryption::{CipherAlg, CipherMode, CipherSpec, HashAlg, IvAlg};
 use diskimage_core::options::{OptionDef, OptionKind, Options};
 use diskimage_core::{Error, ErrorKind, Objects, Result};
-use diskimage_crypto::{CipherAlg, CipherMode, CipherSpec, HashAlg, IvAlg};
 
 /// The options of `create`.
 pub(super) const CREATE_OPTIONS: &[OptionDef] = &[

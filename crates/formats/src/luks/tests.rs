@@ -2,15 +2,15 @@
 
 use std::sync::Arc;
 
+use crate::encryption::{CipherAlg, CipherMode, CipherSpec, HashAlg, IvAlg, SECTOR};
 use diskimage_core::options::Options;
 use diskimage_core::{Device, MemoryDevice, Object, Objects, Secret};
-use diskimage_crypto::{CipherAlg, CipherMode, CipherSpec, HashAlg, IvAlg, SECTOR};
 use diskimage_testing::{Fault, Faulty, Journal, Recorder};
 
 use super::amend::{AMEND_OPTIONS, SlotChange};
 use super::options::Algorithms;
 use super::volume::{Place, Volume};
-use crate::decrypted::Decrypted;
+use crate::encryption::encrypted_device::Decrypted;
 
 const SMALL: Algorithms = Algorithms {
     spec: CipherSpec {

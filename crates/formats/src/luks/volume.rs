@@ -15,8 +15,8 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use crate::encryption::{SectorCipher, Zeroizing, derive, iterations_per_second, merge, split};
 use diskimage_core::{Device, Error, ErrorKind, Result, errno};
-use diskimage_crypto::{SectorCipher, Zeroizing, derive, iterations_per_second, merge, split};
 
 use super::header::{
     DIGEST_LEN, HEADER_LEN, Header, MAX_ITERATIONS, SALT_LEN, SLOTS, STRIPES, Slot, material_len,

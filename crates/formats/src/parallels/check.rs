@@ -6,7 +6,7 @@ use diskimage_core::{
 
 use super::header::SECTOR;
 use super::{NO_CLUSTER, ParallelsLayer, State, is_aligned};
-use crate::seen::Seen;
+use crate::layer_kit::cluster_set::Seen;
 
 /// Bytes that are copied at once.
 const PIECE: u64 = 1 << 20;

@@ -7,10 +7,10 @@
 
 use std::sync::Arc;
 
+use crate::encryption::HashAlg;
 use diskimage_core::{
     BitmapInfo, Bitmaps, Budget, ByteRange, Device, Error, ErrorKind, NewBitmap, Reservation, Result, errno,
 };
-use diskimage_crypto::HashAlg;
 
 use super::header::{Header, SECTOR};
 

@@ -4,7 +4,7 @@ use diskimage_core::{ByteRange, Error, Result, align_down, align_up, errno};
 use zerocopy::byteorder::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use crate::reserved::Reserved;
+use crate::layer_kit::reserved::Reserved;
 
 /// Bytes of a sector, in which the header counts.
 pub(super) const SECTOR: u64 = 512;

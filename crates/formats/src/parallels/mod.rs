@@ -38,12 +38,12 @@ use diskimage_core::{
 
 use self::extension::Extension;
 use self::header::{HEADER_LEN, Header};
-use crate::mended;
-use crate::places::Places;
-use crate::preallocation;
-use crate::reserved::{Pieces, Reserved};
-use crate::used::data_bytes;
-use crate::windows::{Entry, Windows};
+use crate::layer_kit::count_used::data_bytes;
+use crate::layer_kit::paged_table::{Entry, Windows};
+use crate::layer_kit::preallocation;
+use crate::layer_kit::repair_on_open;
+use crate::layer_kit::reserved::{Pieces, Reserved};
+use crate::layer_kit::slot_bitmap::Places;
 
 /// The format's entry in the table.
 #[derive(Debug)]
@@ -239,7 +239,7 @@ impl ParallelsLayer {
         if self.is_sound()? {
             return Ok(());
         }
-        let notes = mended::mend(|progress| {
+        let notes = repair_on_open::run(|progress| {
             self.check_table(Repair::All, progress)?;
             self.flush()
         })?;

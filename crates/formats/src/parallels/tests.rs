@@ -2,12 +2,12 @@
 
 use std::sync::{Arc, Mutex};
 
+use crate::encryption::HashAlg;
 use diskimage_core::options::Options;
 use diskimage_core::{
     Bitmaps, ByteRange, CheckReport, Device, Format, Image, Layer, MeasureSource, MemoryDevice, NodeOptions,
     Note, Objects, OpenRequest, Progress, Repair, ResizeRequest, Result, Want, ZeroMode,
 };
-use diskimage_crypto::HashAlg;
 use diskimage_testing::{Fault, Faulty, Journal, Recorder};
 use proptest::prelude::*;
 

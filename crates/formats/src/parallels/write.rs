@@ -6,8 +6,8 @@ use std::sync::{Arc, MutexGuard, PoisonError};
 use diskimage_core::{ByteRange, Error, Result, WritePlan, WriteRun};
 
 use super::{NO_CLUSTER, ParallelsLayer, State};
-use crate::places::Places;
-use crate::reserved::Pieces;
+use crate::layer_kit::reserved::Pieces;
+use crate::layer_kit::slot_bitmap::Places;
 
 impl ParallelsLayer {
     /// Sets aside where `range` goes.

@@ -10,7 +10,7 @@ use diskimage_core::{ByteRange, Device, Error, Result, StoredName, align_down, a
 use zerocopy::byteorder::big_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use crate::reserved::Reserved;
+use crate::layer_kit::reserved::Reserved;
 
 /// `QFI` and a byte that is no letter.
 pub(super) const MAGIC: u32 = 0x5146_49fb;

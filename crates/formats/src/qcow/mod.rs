@@ -27,12 +27,13 @@ use diskimage_core::{
 };
 
 use self::header::{Header, SECTOR};
-use crate::legacy_aes::{self, LegacyAes};
+use crate::encryption::legacy_aes::{self, LegacyAes};
+use crate::layer_kit::metadata_cache::{Class, Table};
+use crate::layer_kit::reserved::Reserved;
+use crate::layer_kit::two_level_map::{Cluster, Scheme, Shape, Tree};
+use crate::layer_kit::{count_used, preallocation};
 use crate::luks::options::passphrase;
-use crate::reserved::Reserved;
-use crate::tables::{Class, Table};
-use crate::tree::{Cluster, Scheme, Shape, Tree};
-use crate::{KNOWN_FORMATS, codec, preallocation, used};
+use crate::{KNOWN_FORMATS, codec};
 
 /// The format's entry in the table.
 #[derive(Debug)]
@@ -125,8 +126,8 @@ impl Format for QcowFormat {
         preallocation::check(options)?;
         let header = new_header(options, source.len())?;
         let size = header.cluster_size();
-        let used = used::clusters(source, size, header.coverage(), header.backing.is_some())?;
-        let all = used::all_clusters(source.len(), size, header.coverage());
+        let used = count_used::clusters(source, size, header.coverage(), header.backing.is_some())?;
+        let all = count_used::all_clusters(source.len(), size, header.coverage());
         let empty = header.l1_offset + header.l1_len().next_multiple_of(SECTOR);
         let bytes = |(clusters, tables): (u64, u64)| match clusters {
             0 => empty,

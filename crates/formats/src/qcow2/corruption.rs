@@ -12,7 +12,7 @@ use diskimage_core::{Device, Error, Result};
 
 use super::feature::Incompatible;
 use super::header::{Header, field};
-use crate::metadata_guard::DamageReport;
+use crate::layer_kit::metadata_guard::DamageReport;
 
 /// The marks that an open image has in its header, and what was told of damage.
 #[derive(Debug)]

@@ -20,7 +20,7 @@ use super::header::{Compression, HEADER_LEN, MAGIC, RawHeader, limit};
 use super::options::{Wanted, Wording};
 use super::refcount::block;
 use super::{Qcow2, data_permissions, extension};
-use crate::legacy_aes;
+use crate::encryption::legacy_aes;
 
 /// Writes a new image to `request.file`.
 pub(super) fn create(request: &CreateRequest<'_>) -> Result<()> {

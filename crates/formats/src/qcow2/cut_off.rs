@@ -10,7 +10,7 @@ use diskimage_core::{ByteRange, ErrorKind, Result};
 
 use super::entry::{Cluster, L2Entry, OFFSET_MASK};
 use super::{Qcow2, State};
-use crate::tables::Table;
+use crate::layer_kit::metadata_cache::Table;
 
 /// Bytes of an L1 table that are read at once.
 const CHUNK: u64 = 64 << 10;

@@ -23,8 +23,10 @@ use super::Qcow2;
 use super::extension::{CryptoExtension, kind};
 use super::first_cluster::FirstCluster;
 use super::header::{CryptMethod, Header};
-use crate::decrypted::Decrypted;
-use crate::legacy_aes::{KEY_SECRET, LegacyAes, no_format, passphrase_for, unexpected, unknown_format};
+use crate::encryption::encrypted_device::Decrypted;
+use crate::encryption::legacy_aes::{
+    KEY_SECRET, LegacyAes, no_format, passphrase_for, unexpected, unknown_format,
+};
 use crate::luks::options::{Algorithms, Choice, passphrase};
 use crate::luks::volume::{Place, Volume};
 

@@ -7,8 +7,8 @@ use diskimage_core::{ByteRange, Device, Holes, Result, Run, RunKind};
 use super::Qcow2;
 use super::entry::{COMPRESSED, COPIED, Cluster, L2Entry, OFFSET_MASK, Subclusters, ZERO, encoded};
 use super::header::limit;
-use crate::metadata_guard::DamageReport;
-use crate::tables::{Class, Table, Tables};
+use crate::layer_kit::metadata_cache::{Class, Table, Tables};
+use crate::layer_kit::metadata_guard::DamageReport;
 
 /// What a stretch of guest bytes is, to be joined with what follows if that is alike.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

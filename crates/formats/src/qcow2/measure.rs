@@ -6,7 +6,7 @@ use diskimage_core::{Error, ErrorKind, Measure, MeasureSource, Preallocation, Re
 use super::encrypt::Encryption;
 use super::header::{Geometry, limit};
 use super::options::{Wanted, Wording};
-use crate::used::data_bytes;
+use crate::layer_kit::count_used::data_bytes;
 
 /// The size of an image with these options.
 pub(super) fn measure(options: &Options, source: MeasureSource<'_>) -> Result<Measure> {

@@ -61,9 +61,9 @@ use self::feature::{Autoclear, Compatible, Incompatible};
 use self::header::{Header, field};
 use self::refcount::Refcounts;
 use self::snapshot::SnapshotTable;
-use crate::mended;
-use crate::metadata_guard::Kinds;
-use crate::tables::{Class, Table, Tables};
+use crate::layer_kit::metadata_cache::{Class, Table, Tables};
+use crate::layer_kit::metadata_guard::Kinds;
+use crate::layer_kit::repair_on_open;
 
 /// The table entry.
 #[derive(Debug)]
@@ -291,7 +291,7 @@ impl Qcow2 {
             self.file.flush()?;
         }
         if self.header.features.incompatible.has(Incompatible::DIRTY) && !for_check {
-            self.notes = mended::mend(|progress| self.mend_dirty(progress))
+            self.notes = repair_on_open::run(|progress| self.mend_dirty(progress))
                 .context(|| "Could not repair dirty image")?;
             // A repair may have moved tables.
             self.header = read_header(&self.file, false)?;

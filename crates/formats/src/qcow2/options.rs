@@ -5,7 +5,8 @@ use diskimage_core::{Error, Preallocation, Result};
 
 use super::encrypt::Encryption;
 use super::header::{Compression, Geometry, limit};
-use crate::{KNOWN_FORMATS, legacy_aes};
+use crate::KNOWN_FORMATS;
+use crate::encryption::legacy_aes;
 
 /// The options of `create`, in the order in which the original prints their values.
 pub(super) const CREATE: &[OptionDef] = &[

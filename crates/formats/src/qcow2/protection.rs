@@ -18,7 +18,7 @@ use diskimage_core::{ByteRange, ErrorKind, Result};
 use super::entry::OFFSET_MASK;
 use super::header::Header;
 use super::{Qcow2, State};
-use crate::metadata_guard::{DamageReport, Kind, MetadataGuard};
+use crate::layer_kit::metadata_guard::{DamageReport, Kind, MetadataGuard};
 
 /// Bytes of L2 tables up to which references are counted only to find clusters that two entries share, and to allocate
 /// a few clusters: those of 512 GiB at the usual cluster size. More takes too long for one small write.

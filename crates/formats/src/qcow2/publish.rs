@@ -16,8 +16,8 @@ use super::header::field;
 use super::refcount::Refcounts;
 use super::snapshot::{SnapshotTable, index_of};
 use super::{Qcow2, State};
-use crate::metadata_guard::Clusters;
-use crate::tables::Table;
+use crate::layer_kit::metadata_cache::Table;
+use crate::layer_kit::metadata_guard::Clusters;
 
 /// What the header leads to.
 #[derive(Debug)]

@@ -13,8 +13,8 @@ use zerocopy::byteorder::big_endian::{U32, U64};
 use super::entry::L2Entry;
 use super::header::{field, limit};
 use super::{Qcow2, State};
-use crate::metadata_guard::Kind;
-use crate::tables::{Class, Table};
+use crate::layer_kit::metadata_cache::{Class, Table};
+use crate::layer_kit::metadata_guard::Kind;
 
 impl Qcow2 {
     /// The bytes behind the end of the disk in the cluster that it ends in.

@@ -7,7 +7,7 @@ use diskimage_core::options::{OptionDef, OptionKind, Options};
 use diskimage_core::{Error, NodeOptions, Result};
 
 use super::header::Geometry;
-use crate::metadata_guard::{Kind, Kinds};
+use crate::layer_kit::metadata_guard::{Kind, Kinds};
 
 /// The checks of writes that can be made in constant time, those that need nothing read from the file, and all.
 const TEMPLATES: [(&str, Kinds); 4] = [

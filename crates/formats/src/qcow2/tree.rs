@@ -13,8 +13,8 @@ use super::entry::{COPIED, Cluster, L2Entry, OFFSET_MASK};
 use super::refcount::Change;
 use super::snapshot::index_of;
 use super::{Qcow2, State};
-use crate::metadata_guard::Kind;
-use crate::tables::{Class, Table};
+use crate::layer_kit::metadata_cache::{Class, Table};
+use crate::layer_kit::metadata_guard::Kind;
 
 /// Runs of clusters that are collected before they are counted; 4 MiB of memory.
 const MAX_RUNS: usize = 1 << 18;

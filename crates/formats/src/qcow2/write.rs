@@ -14,8 +14,8 @@ use super::entry::{COPIED, Cluster, L2Entry, Subclusters};
 use super::feature::Autoclear;
 use super::header::Geometry;
 use super::{Class, Qcow2, State};
-use crate::metadata_guard::{DamageReport, Kind, Kinds};
-use crate::tables::Table;
+use crate::layer_kit::metadata_cache::Table;
+use crate::layer_kit::metadata_guard::{DamageReport, Kind, Kinds};
 
 /// Sets aside where the bytes of `range` go.
 pub(super) fn plan(image: &Qcow2, range: ByteRange) -> Result<Box<dyn WritePlan + '_>> {

@@ -8,9 +8,9 @@
 use diskimage_core::{ByteRange, CheckReport, Device, Layer, Repair, Result};
 
 use super::{Entries, Qed};
-use crate::seen::Seen;
-use crate::tables::{Class, Table};
-use crate::tree::{Cluster, Scheme, Walk};
+use crate::layer_kit::cluster_set::Seen;
+use crate::layer_kit::metadata_cache::{Class, Table};
+use crate::layer_kit::two_level_map::{Cluster, Scheme, Walk};
 
 /// Looks at all tables; any kind of `repair` mends what can be.
 pub(super) fn check(image: &Qed, repair: Repair) -> Result<CheckReport> {

@@ -10,7 +10,7 @@ use diskimage_core::{Backing, ByteRange, Device, Error, Result, StoredName, alig
 use zerocopy::byteorder::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use crate::reserved::Reserved;
+use crate::layer_kit::reserved::Reserved;
 
 /// `QED` and a zero.
 pub(super) const MAGIC: u32 = 0x0044_4551;

@@ -31,10 +31,11 @@ use diskimage_core::{
 };
 
 use self::header::{Geometry, Header, MAGIC, feature};
-use crate::tables::{Class, Table};
-use crate::tree::{Cluster, Scheme, Shape, Tree};
-use crate::used;
-use crate::{KNOWN_FORMATS, preallocation};
+use crate::KNOWN_FORMATS;
+use crate::layer_kit::count_used;
+use crate::layer_kit::metadata_cache::{Class, Table};
+use crate::layer_kit::preallocation;
+use crate::layer_kit::two_level_map::{Cluster, Scheme, Shape, Tree};
 
 /// The format's entry in the table.
 #[derive(Debug)]
@@ -122,8 +123,8 @@ impl Format for QedFormat {
         let header = new_header(options, source.len())?;
         let size = header.geometry.cluster_size;
         let backed = header.backing.is_some();
-        let used = used::clusters(source, size, header.geometry.coverage(), backed)?;
-        let all = used::all_clusters(source.len(), size, header.geometry.coverage());
+        let used = count_used::clusters(source, size, header.geometry.coverage(), backed)?;
+        let all = count_used::all_clusters(source.len(), size, header.geometry.coverage());
         let bytes = |(clusters, tables): (u64, u64)| {
             let start = header.l1_offset + header.geometry.table_len();
             start + clusters * size + tables * header.geometry.table_len()

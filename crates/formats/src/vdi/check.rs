@@ -3,7 +3,7 @@
 use diskimage_core::{CheckReport, Note, Progress, Result};
 
 use super::{State, VdiLayer, place};
-use crate::windows::Windows;
+use crate::layer_kit::paged_table::Windows;
 
 /// Findings beyond these are only counted.
 const MAX_LINES: u64 = 1_000_000;

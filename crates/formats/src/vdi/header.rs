@@ -4,7 +4,7 @@ use diskimage_core::{ByteRange, Error, ErrorKind, Result, align_up};
 use zerocopy::byteorder::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use crate::reserved::Reserved;
+use crate::layer_kit::reserved::Reserved;
 
 /// Marks a VDI image, behind the text that it begins with.
 const SIGNATURE: u32 = 0xbeda_107f;

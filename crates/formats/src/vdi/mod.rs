@@ -33,11 +33,11 @@ use diskimage_core::{
     RunKind, Score, WritePlan, ZeroMode,
 };
 
-use crate::places::Places;
-use crate::preallocation;
-use crate::reserved::Reserved;
-use crate::used::data_bytes;
-use crate::windows::{Entry, Windows};
+use crate::layer_kit::count_used::data_bytes;
+use crate::layer_kit::paged_table::{Entry, Windows};
+use crate::layer_kit::preallocation;
+use crate::layer_kit::reserved::Reserved;
+use crate::layer_kit::slot_bitmap::Places;
 use header::{BLOCK, Header, map_bytes};
 
 /// The format's entry in the table.

@@ -18,8 +18,8 @@ use diskimage_core::{ByteRange, Device, Error, Preallocation, ResizeRequest, Res
 
 use super::header::{BLOCK, Header, SECTOR, map_bytes};
 use super::{NO_BLOCK, State, VdiLayer, place};
-use crate::preallocation;
-use crate::windows::Windows;
+use crate::layer_kit::paged_table::Windows;
+use crate::layer_kit::preallocation;
 
 impl VdiLayer {
     /// Refuses what cannot be done, before anything has changed.

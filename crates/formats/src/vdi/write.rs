@@ -8,13 +8,13 @@ use diskimage_core::{Budget, ByteRange, Error, Result, WritePlan, WriteRun, Zero
 use super::check::for_each_place;
 use super::header::BLOCK;
 use super::{State, VdiLayer};
-use crate::first_write::{self, FirstWrites};
-use crate::places::Places;
+use crate::layer_kit::allocate_on_write::{self, FirstWrites};
+use crate::layer_kit::slot_bitmap::Places;
 
 impl VdiLayer {
     /// Sets aside where `range` goes.
     pub(super) fn plan(&self, range: ByteRange) -> Result<Box<dyn WritePlan + '_>> {
-        first_write::plan(self, range.units(BLOCK), |state, plan| {
+        allocate_on_write::plan(self, range.units(BLOCK), |state, plan| {
             for block in range.units(BLOCK) {
                 let whole = ByteRange::at(block * BLOCK, BLOCK);
                 let (guest, place) = match self.place_to_change(state, block)? {

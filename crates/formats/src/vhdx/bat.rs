@@ -11,7 +11,7 @@ use std::sync::Arc;
 use diskimage_core::{ByteRange, Device, Error, ErrorKind, Result, errno};
 
 use super::header::MIB;
-use crate::windows::Windows;
+use crate::layer_kit::paged_table::Windows;
 
 /// What an entry says of a payload block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -12,8 +12,8 @@ use diskimage_core::{
 use super::bat::{ENTRY, absent, chunks, entries, entry_of, present};
 use super::header::{FILE_SIGNATURE, Guid, Header, MIB, Regions, new_guid};
 use super::metadata::{MAX_BLOCK, MAX_DISK, MIN_BLOCK, Metadata};
-use crate::preallocation;
-use crate::used::data_bytes;
+use crate::layer_kit::count_used::data_bytes;
+use crate::layer_kit::preallocation;
 
 /// The options of `create`, in the order in which the original prints their values.
 pub(super) const OPTIONS: &[OptionDef] = &[

@@ -7,7 +7,7 @@ use diskimage_core::{ByteRange, Device, Error, Result, errno};
 use zerocopy::byteorder::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use crate::reserved::Reserved;
+use crate::layer_kit::reserved::Reserved;
 
 /// A GUID as it is stored.
 pub(super) type Guid = [u8; 16];

@@ -19,7 +19,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::bat::UNIT;
 use super::header::{Guid, REGION_TABLES, checksum_fits, set_checksum};
-use crate::reserved::Reserved;
+use crate::layer_kit::reserved::Reserved;
 
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]

@@ -5,7 +5,7 @@ use zerocopy::byteorder::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::header::{Guid, MIB, new_guid};
-use crate::reserved::Reserved;
+use crate::layer_kit::reserved::Reserved;
 
 /// What the items say of the disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

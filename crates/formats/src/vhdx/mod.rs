@@ -43,7 +43,7 @@ use self::header::{FILE_SIGNATURE, Guid, Header, Regions, new_guid};
 use self::log::{Changes, Replayed};
 use self::metadata::Metadata;
 use self::write::Stored;
-use crate::reserved::Reserved;
+use crate::layer_kit::reserved::Reserved;
 
 /// Any part of a block can be written by itself: the rest of a new one is zero.
 const SECTOR: u64 = 512;

@@ -11,7 +11,7 @@ use super::bat::{Bat, ENTRY, Payload, UNIT, absent, entries, entry_of, present};
 use super::header::{MIB, Regions};
 use super::metadata::MAX_DISK;
 use super::{State, VhdxLayer};
-use crate::preallocation;
+use crate::layer_kit::preallocation;
 
 impl VhdxLayer {
     /// Refuses what cannot be done, before anything has changed.

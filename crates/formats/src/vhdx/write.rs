@@ -8,14 +8,14 @@ use diskimage_core::{ByteRange, Error, Preallocation, Result, WritePlan, WriteRu
 use super::bat::{Payload, entry_of, present};
 use super::header::MIB;
 use super::{State, VhdxLayer};
-use crate::first_write::{self, FirstWrites};
-use crate::reserved::Pieces;
+use crate::layer_kit::allocate_on_write::{self, FirstWrites};
+use crate::layer_kit::reserved::Pieces;
 
 impl VhdxLayer {
     /// Sets aside where `range` goes.
     pub(super) fn plan(&self, range: ByteRange) -> Result<Box<dyn WritePlan + '_>> {
         let size = self.block_size;
-        first_write::plan(self, range.units(size), |state, plan| {
+        allocate_on_write::plan(self, range.units(size), |state, plan| {
             for block in range.units(size) {
                 let offset = match self.payload(state, block)? {
                     Payload::At(offset) => {

@@ -19,8 +19,8 @@ use super::descriptor::{NO_PARENT, NewDescriptor};
 use super::extent::beside;
 use super::header::{DEFLATE, Geometry, HOSTED_MAGIC, HostedHeader, LINE_ENDS, SECTOR, flag};
 use super::new_cid;
-use crate::preallocation;
-use crate::used::data_bytes;
+use crate::layer_kit::count_used::data_bytes;
+use crate::layer_kit::preallocation;
 
 /// The options of `create`, in the order in which the original prints their values.
 pub(super) const OPTIONS: &[OptionDef] = &[

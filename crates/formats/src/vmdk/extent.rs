@@ -6,7 +6,7 @@ use diskimage_core::{ByteRange, Device, Error, OpenRequest, Permissions, Result,
 
 use super::descriptor::{Descriptor, ExtentKind, ExtentLine};
 use super::header::{self, Geometry, Hosted, SECTOR};
-use crate::reserved::Reserved;
+use crate::layer_kit::reserved::Reserved;
 
 /// A part of the disk.
 #[derive(Clone, Debug)]

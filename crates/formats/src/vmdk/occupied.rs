@@ -15,7 +15,7 @@ use super::extent::Extent;
 use super::header::{Geometry, SECTOR};
 use super::tables::{Grain, Tables, parse};
 use super::{State, VmdkLayer};
-use crate::reserved::{Pieces, Reserved};
+use crate::layer_kit::reserved::{Pieces, Reserved};
 
 /// What a sparse extent that is written to has besides grains.
 #[derive(Debug)]

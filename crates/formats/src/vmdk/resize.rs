@@ -18,7 +18,7 @@ use super::extent::{Extent, Place, beside};
 use super::header::{self, SECTOR};
 use super::layout::Layout;
 use super::{MAX_LEN, State, VmdkLayer};
-use crate::preallocation;
+use crate::layer_kit::preallocation;
 
 /// What the extents become.
 struct Growth {

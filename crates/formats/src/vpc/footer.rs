@@ -6,7 +6,7 @@ use diskimage_core::{ByteRange, Device, Error, ErrorKind, Result, align_up};
 use zerocopy::byteorder::big_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use crate::reserved::Reserved;
+use crate::layer_kit::reserved::Reserved;
 
 /// Marks a footer.
 const COOKIE: [u8; 8] = *b"conectix";

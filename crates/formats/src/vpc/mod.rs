@@ -39,11 +39,11 @@ use diskimage_core::{
 };
 use zerocopy::IntoBytes;
 
-use crate::preallocation;
-use crate::reserved::{Pieces, Reserved};
-use crate::straight::Straight;
-use crate::used::data_bytes;
-use crate::windows::{Entry, Windows};
+use crate::layer_kit::count_used::data_bytes;
+use crate::layer_kit::in_place_write::Straight;
+use crate::layer_kit::paged_table::{Entry, Windows};
+use crate::layer_kit::preallocation;
+use crate::layer_kit::reserved::{Pieces, Reserved};
 use footer::{BLOCK, DynamicHeader, Footer, HEADER_OFFSET, Kind, SECTOR, SizeBy};
 
 /// The format's entry in the table.

@@ -15,8 +15,8 @@ use zerocopy::IntoBytes;
 
 use super::footer::{Footer, SECTOR};
 use super::{Blocks, NO_BLOCK, State, VpcLayer, behind_footer};
-use crate::preallocation;
-use crate::windows::Windows;
+use crate::layer_kit::paged_table::Windows;
+use crate::layer_kit::preallocation;
 
 impl VpcLayer {
     /// Refuses what cannot be done, before anything has changed.

@@ -7,14 +7,14 @@ use diskimage_core::{Budget, ByteRange, Device, Error, Layer, Result, WritePlan,
 
 use super::footer::SECTOR;
 use super::{Blocks, State, VpcLayer, fill, place};
-use crate::first_write::{self, FirstWrites};
-use crate::reserved::Pieces;
+use crate::layer_kit::allocate_on_write::{self, FirstWrites};
+use crate::layer_kit::reserved::Pieces;
 
 impl VpcLayer {
     /// Sets aside where `range` goes. What else is in new blocks is made zero here, so that the caller need not: blocks of
     /// foreign disks can be large.
     pub(super) fn plan(&self, range: ByteRange) -> Result<Box<dyn WritePlan + '_>> {
-        first_write::plan(self, range.units(self.granularity()), |state, plan| {
+        allocate_on_write::plan(self, range.units(self.granularity()), |state, plan| {
             let Some(blocks) = &mut state.blocks else {
                 return Ok(());
             };

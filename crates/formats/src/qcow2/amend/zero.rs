@@ -6,8 +6,8 @@ use super::super::entry::{Cluster, L2Entry, OFFSET_MASK, Subclusters};
 use super::super::refcount::Change;
 use super::super::write::write_zero_bytes;
 use super::super::{Qcow2, State};
-use crate::metadata_guard::Kinds;
-use crate::tables::Table;
+use crate::layer_kit::metadata_cache::Table;
+use crate::layer_kit::metadata_guard::Kinds;
 
 impl Qcow2 {
     /// Replaces the zero clusters of the disk and of all snapshots.

@@ -14,7 +14,7 @@ use super::super::{Qcow2, State};
 use super::directory::{Bitmap, Directory, flag};
 use super::table::{BitmapTable, TableEdit};
 use super::written::{MAX_RANGES, Written};
-use crate::metadata_guard::{Kind, Kinds};
+use crate::layer_kit::metadata_guard::{Kind, Kinds};
 
 /// What is known of the bitmaps while the image is open.
 #[derive(Debug)]

@@ -39,7 +39,7 @@ use super::feature::Incompatible;
 use super::header::{Geometry, Header};
 use super::refcount::{Refcounts, References};
 use super::{Qcow2, State, read_header};
-use crate::tables::Tables;
+use crate::layer_kit::metadata_cache::Tables;
 
 impl Qcow2 {
     /// Checks the image and mends what `repair` allows.

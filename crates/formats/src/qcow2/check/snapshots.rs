@@ -9,7 +9,7 @@ use super::super::State;
 use super::super::header::{field, limit};
 use super::super::snapshot::{MAX_EXTRA, MAX_TABLE, MIN_ENTRY_LEN, RawSnapshot, V3_EXTRA, completed};
 use super::Check;
-use crate::metadata_guard::Kind;
+use crate::layer_kit::metadata_guard::Kind;
 
 /// The snapshot table.
 #[derive(Debug, Default)]

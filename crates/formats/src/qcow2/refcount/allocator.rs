@@ -7,8 +7,8 @@ use diskimage_core::{ByteRange, Error, ErrorKind, Event, Result};
 
 use super::super::header::limit;
 use super::{Refcounts, block};
-use crate::metadata_guard::{Kind, Kinds};
-use crate::tables::Tables;
+use crate::layer_kit::metadata_cache::Tables;
+use crate::layer_kit::metadata_guard::{Kind, Kinds};
 
 impl Refcounts {
     /// Takes `count` clusters in one piece, for metadata of the kind `kind` or for anything else; the offset of the first.

@@ -5,8 +5,8 @@ use diskimage_core::{ByteRange, Error, ErrorKind, Event, Result};
 use super::super::header::limit;
 use super::uses::Uses;
 use super::{Refcounts, TABLE_OFFSET_MASK};
-use crate::metadata_guard::Kind;
-use crate::tables::{Table, Tables};
+use crate::layer_kit::metadata_cache::{Table, Tables};
+use crate::layer_kit::metadata_guard::Kind;
 
 impl Refcounts {
     /// A copy of the table and of all blocks. Only the copy counts the clusters that it lies in; what is in use does not

@@ -9,8 +9,8 @@ use zerocopy::byteorder::big_endian::{U32, U64};
 use super::super::header::{field, limit};
 use super::Refcounts;
 use super::uses::Uses;
-use crate::metadata_guard::Kind;
-use crate::tables::Tables;
+use crate::layer_kit::metadata_cache::Tables;
+use crate::layer_kit::metadata_guard::Kind;
 
 impl Refcounts {
     /// Sees to it that blocks exist for `count` clusters from `start` on. True if one had to be made, in which case the

@@ -22,7 +22,7 @@ pub(super) use self::uses::References;
 use self::uses::Uses;
 use super::header::{Geometry, Header, limit};
 use super::map::hex;
-use crate::tables::{Class, Table, Tables};
+use crate::layer_kit::metadata_cache::{Class, Table, Tables};
 
 /// The refcount structure of an open image.
 #[derive(Debug)]

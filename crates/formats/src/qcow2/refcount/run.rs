@@ -4,8 +4,8 @@ use diskimage_core::{ByteRange, Error, ErrorKind, Result, errno};
 
 use super::super::header::limit;
 use super::{Refcounts, block};
-use crate::metadata_guard::Kinds;
-use crate::tables::{Table, Tables};
+use crate::layer_kit::metadata_cache::{Table, Tables};
+use crate::layer_kit::metadata_guard::Kinds;
 
 /// What happens to counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -5,7 +5,7 @@ use std::collections::HashSet;
 use diskimage_core::{Error, Result, is_zero};
 
 use super::{Refcounts, block};
-use crate::tables::{Table, Tables};
+use crate::layer_kit::metadata_cache::{Table, Tables};
 
 /// A block that was taken out of the refcount table.
 struct Dropped {

@@ -8,7 +8,7 @@ use diskimage_core::{Device, Error, Result, ResultExt};
 
 use super::super::header::{Geometry, limit};
 use super::{Refcounts, block};
-use crate::tables::Tables;
+use crate::layer_kit::metadata_cache::Tables;
 
 /// A structure of another width, written but not yet published.
 #[derive(Debug)]

@@ -32,8 +32,8 @@ use super::{
     KNOWN_EXTRA, MAX_TABLE, MIN_ENTRY_LEN, RawSnapshot, Snapshot, SnapshotTable, V3_EXTRA, completed,
     index_of,
 };
-use crate::metadata_guard::Kind;
-use crate::tables::{Class, Table};
+use crate::layer_kit::metadata_cache::{Class, Table};
+use crate::layer_kit::metadata_guard::Kind;
 
 impl Snapshots for Qcow2 {
     fn check_support(&self) -> Result<()> {

@@ -16,8 +16,8 @@ use super::super::publish::lacks_room;
 use super::super::tree::Rewrite;
 use super::super::{Qcow2, State};
 use super::{Snapshot, SnapshotTable, V3_EXTRA, index_of};
-use crate::metadata_guard::Kind;
-use crate::tables::{Class, Table};
+use crate::layer_kit::metadata_cache::{Class, Table};
+use crate::layer_kit::metadata_guard::Kind;
 
 impl Qcow2 {
     pub(super) fn create_in_place(

@@ -2,12 +2,12 @@
 
 use std::sync::Arc;
 
+use crate::encryption::{CipherAlg, CipherMode, CipherSpec, IvAlg, SECTOR, SectorCipher};
 use diskimage_core::options::Options;
 use diskimage_core::{
     AmendRequest, ByteRange, Device, Format, Image, MemoryDevice, NewSnapshot, OpenRequest, Progress, Result,
     RunKind, Want, ZeroMode,
 };
-use diskimage_crypto::{CipherAlg, CipherMode, CipherSpec, IvAlg, SECTOR, SectorCipher};
 use proptest::prelude::*;
 
 use super::{create, open, secrets, with_key};

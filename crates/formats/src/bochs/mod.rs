@@ -15,8 +15,8 @@ use diskimage_core::{
     CreateRequest, Device, Error, Format, Layer, OpenRequest, Probe, Result, Score, align_down, errno,
 };
 
-use crate::read_only::{self, Disk};
-use crate::windows::Windows;
+use crate::layer_kit::paged_table::Windows;
+use crate::layer_kit::read_only_layer::{self, Disk};
 
 /// The format's entry in the table.
 #[derive(Debug)]
@@ -42,11 +42,11 @@ impl Format for Bochs {
     }
 
     fn open(&self, request: OpenRequest<'_>) -> Result<Arc<dyn Layer>> {
-        read_only::refuse_writing(&request)?;
+        read_only_layer::refuse_writing(&request)?;
         let mut header = [0; HEADER];
         request.file.read_padded(&mut header, 0)?;
         let geometry = Geometry::parse(&header)?;
-        Ok(read_only::layer(Growing {
+        Ok(read_only_layer::layer(Growing {
             catalog: Mutex::new(Windows::new(
                 Arc::clone(&request.file),
                 geometry.catalog,

@@ -6,8 +6,8 @@
 //!   bytes    [---- sector 0 ----][---- sector 1 ----][---- sector 2 ----] ...
 //! ```
 
-use crate::SECTOR;
-use crate::block::BlockCipher;
+use super::SECTOR;
+use super::block::BlockCipher;
 
 /// How many sectors are worked on at once: enough to fill the pipeline of the AES units, and little enough to stay in the
 /// first cache with the tweaks.

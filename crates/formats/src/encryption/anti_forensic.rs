@@ -3,11 +3,11 @@
 
 use zeroize::Zeroizing;
 
-use crate::HashAlg;
+use super::HashAlg;
 
 /// Splits `key` into as many stripes as there are, of which all but the last come in `random`, bytes that nobody can
 /// guess: a whole number of keys.
-pub fn split(hash: HashAlg, key: &[u8], random: &[u8]) -> Zeroizing<Vec<u8>> {
+pub(crate) fn split(hash: HashAlg, key: &[u8], random: &[u8]) -> Zeroizing<Vec<u8>> {
     debug_assert!(random.len().is_multiple_of(key.len()), "part of a stripe");
     let last = fold(hash, random, key.len());
     let mut stripes = Zeroizing::new(Vec::with_capacity(random.len() + key.len()));
@@ -17,7 +17,7 @@ pub fn split(hash: HashAlg, key: &[u8], random: &[u8]) -> Zeroizing<Vec<u8>> {
 }
 
 /// The key of `len` bytes that was split into `stripes`, a whole number of keys.
-pub fn merge(hash: HashAlg, stripes: &[u8], len: usize) -> Zeroizing<Vec<u8>> {
+pub(crate) fn merge(hash: HashAlg, stripes: &[u8], len: usize) -> Zeroizing<Vec<u8>> {
     let (front, last) = stripes.split_at(stripes.len().saturating_sub(len));
     let mut key = fold(hash, front, len);
     mix(&mut key, last);

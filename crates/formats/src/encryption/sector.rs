@@ -5,30 +5,30 @@ use std::fmt;
 use diskimage_core::{Error, Result};
 use zeroize::{Zeroize, Zeroizing};
 
-use crate::block::{BlockCipher, keyed};
-use crate::iv::{self, IvGenerator};
-use crate::mode::{self, BATCH, MAX_BLOCK};
-use crate::{CipherAlg, CipherMode, HashAlg, IvAlg};
+use super::block::{BlockCipher, keyed};
+use super::iv::{self, IvGenerator};
+use super::mode::{self, BATCH, MAX_BLOCK};
+use super::{CipherAlg, CipherMode, HashAlg, IvAlg};
 
 /// How many bytes have an initialisation vector of their own.
-pub const SECTOR: usize = 512;
+pub(crate) const SECTOR: usize = 512;
 
 /// Which cipher, in which mode, with which initialisation vectors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct CipherSpec {
+pub(crate) struct CipherSpec {
     /// The cipher.
-    pub cipher: CipherAlg,
+    pub(crate) cipher: CipherAlg,
     /// How the blocks of a sector hang together.
-    pub mode: CipherMode,
+    pub(crate) mode: CipherMode,
     /// Where initialisation vectors come from. `ecb` does not use them.
-    pub iv: IvAlg,
+    pub(crate) iv: IvAlg,
     /// The hash for [`IvAlg::Essiv`].
-    pub iv_hash: Option<HashAlg>,
+    pub(crate) iv_hash: Option<HashAlg>,
 }
 
 impl CipherSpec {
     /// How many bytes the key has.
-    pub fn key_len(&self) -> usize {
+    pub(crate) fn key_len(&self) -> usize {
         self.cipher.key_len() * self.mode.keys()
     }
 
@@ -36,7 +36,7 @@ impl CipherSpec {
     ///
     /// # Errors
     /// The original's words for what does not.
-    pub fn check(&self) -> Result<()> {
+    pub(crate) fn check(&self) -> Result<()> {
         self.check_vectors()?;
         if self.mode == CipherMode::Xts && self.cipher.block_len() != MAX_BLOCK {
             return Err(Error::unsupported("Unsupported cipher mode xts"));
@@ -48,13 +48,13 @@ impl CipherSpec {
     ///
     /// # Errors
     /// The original's words for what does not go together.
-    pub fn check_vectors(&self) -> Result<()> {
+    pub(crate) fn check_vectors(&self) -> Result<()> {
         iv::check(self.iv, self.iv_hash, self.cipher)
     }
 }
 
 /// Encrypts and decrypts runs of sectors. Many threads may use it at once. The keys are wiped from memory when it goes.
-pub struct SectorCipher {
+pub(crate) struct SectorCipher {
     spec: CipherSpec,
     data: Box<dyn BlockCipher>,
     /// What XTS makes its tweaks with.
@@ -67,7 +67,7 @@ impl SectorCipher {
     ///
     /// # Errors
     /// A key of the wrong length, and parts that do not go together.
-    pub fn new(spec: CipherSpec, key: &[u8]) -> Result<Self> {
+    pub(crate) fn new(spec: CipherSpec, key: &[u8]) -> Result<Self> {
         spec.check()?;
         if key.len() != spec.key_len() {
             return Err(Error::invalid(format!(
@@ -88,18 +88,13 @@ impl SectorCipher {
         })
     }
 
-    /// What it is.
-    pub fn spec(&self) -> CipherSpec {
-        self.spec
-    }
-
     /// Encrypts `buf`, whole sectors of which the first has the number `first_sector`.
-    pub fn encrypt(&self, first_sector: u64, buf: &mut [u8]) {
+    pub(crate) fn encrypt(&self, first_sector: u64, buf: &mut [u8]) {
         self.run(first_sector, buf, true);
     }
 
     /// Decrypts `buf`, whole sectors of which the first has the number `first_sector`.
-    pub fn decrypt(&self, first_sector: u64, buf: &mut [u8]) {
+    pub(crate) fn decrypt(&self, first_sector: u64, buf: &mut [u8]) {
         self.run(first_sector, buf, false);
     }
 

@@ -13,9 +13,9 @@ use diskimage_core::options::OptionDef;
 use diskimage_core::{CreateRequest, Device, Error, Format, Layer, OpenRequest, Probe, Result, Score, errno};
 
 use crate::codec::deflate;
-use crate::last_block::LastBlock;
-use crate::read_only::{self, Disk};
-use crate::windows::Windows;
+use crate::layer_kit::decoded_cache::LastBlock;
+use crate::layer_kit::paged_table::Windows;
+use crate::layer_kit::read_only_layer::{self, Disk};
 
 /// The format's entry in the table.
 #[derive(Debug)]
@@ -43,7 +43,7 @@ impl Format for Cloop {
     }
 
     fn open(&self, request: OpenRequest<'_>) -> Result<Arc<dyn Layer>> {
-        read_only::refuse_writing(&request)?;
+        read_only_layer::refuse_writing(&request)?;
         let mut numbers = [0; 8];
         request.file.read_padded(&mut numbers, BLOCK_SIZE_AT)?;
         let [block_size, blocks] = [0, 4].map(|at| {
@@ -59,7 +59,7 @@ impl Format for Cloop {
             last: LastBlock::new(),
         };
         disk.check_offsets()?;
-        Ok(read_only::layer(disk))
+        Ok(read_only_layer::layer(disk))
     }
 
     fn can_create(&self) -> bool {

@@ -229,7 +229,7 @@ pub struct Args {
     pub no_create: bool,
     /// Whether the target reads as zeroes; only if it is there already.
     pub target_is_zero: bool,
-    /// The list of its options, for [`diskimage_core::options::Options::parse`]; only if it is made.
+    /// The list of its options, for [`diskimage::options::Options::parse`]; only if it is made.
     pub options: Option<String>,
     /// Its backing file.
     pub backing: Option<OsString>,

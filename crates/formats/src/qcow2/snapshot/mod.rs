@@ -19,7 +19,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 use super::corruption::Corruption;
 use super::header::limit;
 use super::{Qcow2, State};
-use crate::tables::{Class, Table};
+use crate::layer_kit::metadata_cache::{Class, Table};
 
 /// The fixed part of an entry of the snapshot table.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]

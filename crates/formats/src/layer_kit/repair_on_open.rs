@@ -12,7 +12,7 @@ const MOST: usize = 1 << 20;
 ///
 /// # Errors
 /// That of `repair`.
-pub(crate) fn mend(repair: impl FnOnce(&Progress<'_>) -> Result<()>) -> Result<Vec<Note>> {
+pub(crate) fn run(repair: impl FnOnce(&Progress<'_>) -> Result<()>) -> Result<Vec<Note>> {
     let kept = Mutex::new((Vec::new(), 0));
     let keep = |note: &Note| {
         let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
@@ -42,12 +42,12 @@ mod tests {
     fn what_was_told_is_kept_or_shown_before_the_error() {
         let line = |text: &str| Note::Line(text.to_owned());
         let tell = |progress: &Progress<'_>| ["a", "b"].map(|text| progress.tell(&line(text)));
-        let kept = mend(|progress| {
+        let kept = run(|progress| {
             tell(progress);
             Ok(())
         });
         assert_eq!(kept.expect("is mended"), [line("a"), line("b")]);
-        let failed = mend(|progress| {
+        let failed = run(|progress| {
             tell(progress);
             Err(Error::corrupt("c"))
         });
@@ -57,7 +57,7 @@ mod tests {
     #[test]
     fn only_so_much_is_kept() {
         let note = Note::Line("x".repeat(MOST / 2));
-        let kept = mend(|progress| {
+        let kept = run(|progress| {
             (0..5).for_each(|_| progress.tell(&note));
             Ok(())
         });

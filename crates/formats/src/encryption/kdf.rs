@@ -5,10 +5,10 @@ use std::time::{Duration, Instant};
 use pbkdf2::pbkdf2_hmac;
 use zeroize::Zeroizing;
 
-use crate::HashAlg;
+use super::HashAlg;
 
 /// A key of `len` bytes, the outcome of `iterations` rounds.
-pub fn derive(
+pub(crate) fn derive(
     hash: HashAlg,
     passphrase: &[u8],
     salt: &[u8],
@@ -31,7 +31,7 @@ pub fn derive(
 
 /// How many iterations this machine does in a second for a key of `len` bytes, as far as a short trial tells. The
 /// passphrase and the salt do not matter.
-pub fn iterations_per_second(hash: HashAlg, len: usize) -> u64 {
+pub(crate) fn iterations_per_second(hash: HashAlg, len: usize) -> u64 {
     let mut iterations = 1 << 10;
     loop {
         let start = Instant::now();

@@ -5,7 +5,7 @@ use cipher::array::Array;
 use cipher::{BlockCipherDecrypt, BlockCipherEncrypt, BlockSizeUser, KeyInit};
 use diskimage_core::{Error, Result};
 
-use crate::CipherAlg;
+use super::CipherAlg;
 
 /// A block cipher with its key, which is wiped from memory when it goes.
 pub(crate) trait BlockCipher: Send + Sync {

@@ -5,11 +5,11 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
+use crate::encryption::{SECTOR, SectorCipher};
 use diskimage_core::{
     ByteRange, Device, Error, Extent, ExtentKind, Limits, Preallocation, Result, Want, ZeroMode, align_down,
     align_up, is_zero,
 };
-use diskimage_crypto::{SECTOR, SectorCipher};
 
 /// The view.
 #[derive(Debug)]

@@ -6,11 +6,11 @@
 
 use std::sync::Arc;
 
+use crate::encryption::{CipherAlg, CipherMode, CipherSpec, IvAlg, SECTOR, SectorCipher, Zeroizing};
 use diskimage_core::options::{OptionDef, OptionKind, Options};
 use diskimage_core::{Device, Error, NodeOptions, OpenRequest, Result};
-use diskimage_crypto::{CipherAlg, CipherMode, CipherSpec, IvAlg, SECTOR, SectorCipher, Zeroizing};
 
-use crate::decrypted::Decrypted;
+use crate::encryption::encrypted_device::Decrypted;
 use crate::luks::options::passphrase;
 
 /// The key of an open image; there is none where only facts are wanted.

@@ -5,7 +5,7 @@ use zeroize::Zeroizing;
 
 /// A hash.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum HashAlg {
+pub(crate) enum HashAlg {
     /// MD5.
     Md5,
     /// SHA-1.
@@ -26,7 +26,7 @@ pub enum HashAlg {
 
 impl HashAlg {
     /// All of them.
-    pub const ALL: [Self; 8] = [
+    pub(crate) const ALL: [Self; 8] = [
         Self::Md5,
         Self::Sha1,
         Self::Sha224,
@@ -38,7 +38,7 @@ impl HashAlg {
     ];
 
     /// Its name.
-    pub fn name(self) -> &'static str {
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Md5 => "md5",
             Self::Sha1 => "sha1",
@@ -52,12 +52,12 @@ impl HashAlg {
     }
 
     /// The hash of this name.
-    pub fn from_name(name: &str) -> Option<Self> {
+    pub(crate) fn from_name(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|alg| alg.name() == name)
     }
 
     /// How many bytes it gives.
-    pub fn digest_len(self) -> usize {
+    pub(crate) fn digest_len(self) -> usize {
         match self {
             Self::Md5 => 16,
             Self::Sha1 | Self::Ripemd160 => 20,
@@ -69,7 +69,7 @@ impl HashAlg {
     }
 
     /// The hash of the pieces one after the other.
-    pub fn digest(self, pieces: &[&[u8]]) -> Zeroizing<Vec<u8>> {
+    pub(crate) fn digest(self, pieces: &[&[u8]]) -> Zeroizing<Vec<u8>> {
         match self {
             Self::Md5 => digest_with::<md5::Md5>(pieces),
             Self::Sha1 => digest_with::<sha1::Sha1>(pieces),

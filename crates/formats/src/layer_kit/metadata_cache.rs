@@ -20,7 +20,7 @@ use std::sync::Arc;
 
 use diskimage_core::{ByteRange, Device, Error, Event, Result};
 
-use crate::metadata_guard::{Clusters, Kind, Kinds, MetadataGuard};
+use crate::layer_kit::metadata_guard::{Clusters, Kind, Kinds, MetadataGuard};
 
 /// What a table is for; the order is the order of writing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

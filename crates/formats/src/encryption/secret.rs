@@ -3,8 +3,8 @@
 use diskimage_core::{Error, Result};
 use zeroize::Zeroizing;
 
-use crate::CipherAlg;
-use crate::block::keyed;
+use super::CipherAlg;
+use super::block::keyed;
 
 /// Decrypts `bytes` and takes the padding off.
 ///

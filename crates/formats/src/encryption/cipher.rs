@@ -2,7 +2,7 @@
 
 /// A block cipher and the length of its key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum CipherAlg {
+pub(crate) enum CipherAlg {
     /// AES with a key of 16 bytes.
     Aes128,
     /// AES with a key of 24 bytes.
@@ -27,7 +27,7 @@ pub enum CipherAlg {
 
 impl CipherAlg {
     /// All of them.
-    pub const ALL: [Self; 10] = [
+    pub(crate) const ALL: [Self; 10] = [
         Self::Aes128,
         Self::Aes192,
         Self::Aes256,
@@ -41,7 +41,7 @@ impl CipherAlg {
     ];
 
     /// The name that has the length of the key in it: `aes-256`.
-    pub fn name(self) -> &'static str {
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Aes128 => "aes-128",
             Self::Aes192 => "aes-192",
@@ -57,12 +57,12 @@ impl CipherAlg {
     }
 
     /// The cipher of this name.
-    pub fn from_name(name: &str) -> Option<Self> {
+    pub(crate) fn from_name(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|alg| alg.name() == name)
     }
 
     /// The name without the length of the key: `aes`.
-    pub fn family(self) -> &'static str {
+    pub(crate) fn family(self) -> &'static str {
         let name = self.name();
         name.split_once('-').map_or(name, |(family, _)| family)
     }
@@ -78,14 +78,14 @@ impl CipherAlg {
     }
 
     /// The cipher of a family with a key of so many bytes.
-    pub fn from_family(family: &str, key_len: usize) -> Option<Self> {
+    pub(crate) fn from_family(family: &str, key_len: usize) -> Option<Self> {
         Self::ALL
             .into_iter()
             .find(|alg| alg.family() == family && alg.key_len() == key_len)
     }
 
     /// How many bytes its key has.
-    pub fn key_len(self) -> usize {
+    pub(crate) fn key_len(self) -> usize {
         match self {
             Self::Aes128 | Self::Cast5 | Self::Serpent128 | Self::Twofish128 => 16,
             Self::Aes192 | Self::Serpent192 | Self::Twofish192 => 24,
@@ -94,7 +94,7 @@ impl CipherAlg {
     }
 
     /// How many bytes a block has.
-    pub fn block_len(self) -> usize {
+    pub(crate) fn block_len(self) -> usize {
         match self {
             Self::Cast5 => 8,
             _ => 16,
@@ -104,7 +104,7 @@ impl CipherAlg {
 
 /// How the blocks of a sector hang together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum CipherMode {
+pub(crate) enum CipherMode {
     /// Not at all.
     Ecb,
     /// Each is mixed with the one before.
@@ -117,10 +117,10 @@ pub enum CipherMode {
 
 impl CipherMode {
     /// All of them.
-    pub const ALL: [Self; 4] = [Self::Ecb, Self::Cbc, Self::Xts, Self::Ctr];
+    pub(crate) const ALL: [Self; 4] = [Self::Ecb, Self::Cbc, Self::Xts, Self::Ctr];
 
     /// Its name.
-    pub fn name(self) -> &'static str {
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Ecb => "ecb",
             Self::Cbc => "cbc",
@@ -130,12 +130,12 @@ impl CipherMode {
     }
 
     /// The mode of this name.
-    pub fn from_name(name: &str) -> Option<Self> {
+    pub(crate) fn from_name(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|mode| mode.name() == name)
     }
 
     /// How many keys of the cipher it takes.
-    pub fn keys(self) -> usize {
+    pub(crate) fn keys(self) -> usize {
         match self {
             Self::Xts => 2,
             _ => 1,

@@ -1,4 +1,8 @@
-//! What encrypted disk images need of cryptography. Pure functions: nothing here reads or writes a file.
+//! Encryption of guest data: ciphers of sectors, keys from passphrases, and the device that decrypts what it reads.
+//!
+//! * [`encrypted_device`] is a file as the guest sees it; [`legacy_aes`] is the AES-CBC of qcow and qcow2;
+//!
+//! The rest are pure functions, which neither read nor write a file:
 //!
 //! * [`SectorCipher`] encrypts and decrypts runs of sectors of 512 bytes, each with an initialisation vector of its own;
 //! * [`HashAlg`] names the hashes, of which [`derive()`] makes keys from passphrases and [`split`] and [`merge`] spread a
@@ -12,18 +16,20 @@
 mod anti_forensic;
 mod block;
 mod cipher;
+pub(crate) mod encrypted_device;
 mod hash;
 mod iv;
 mod kdf;
+pub(crate) mod legacy_aes;
 mod mode;
 mod secret;
 mod sector;
 
-pub use anti_forensic::{merge, split};
-pub use cipher::{CipherAlg, CipherMode};
-pub use hash::HashAlg;
-pub use iv::IvAlg;
-pub use kdf::{derive, iterations_per_second};
+pub(crate) use anti_forensic::{merge, split};
+pub(crate) use cipher::{CipherAlg, CipherMode};
+pub(crate) use hash::HashAlg;
+pub(crate) use iv::IvAlg;
+pub(crate) use kdf::{derive, iterations_per_second};
 pub use secret::decrypt_secret;
-pub use sector::{CipherSpec, SECTOR, SectorCipher};
+pub(crate) use sector::{CipherSpec, SECTOR, SectorCipher};
 pub use zeroize::Zeroizing;

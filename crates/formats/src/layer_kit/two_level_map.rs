@@ -25,8 +25,8 @@ use diskimage_core::{
     WriteRun, ZeroMode, align_up, errno,
 };
 
-use crate::reserved::{Pieces, Reserved};
-use crate::tables::{Class, Table, Tables};
+use crate::layer_kit::metadata_cache::{Class, Table, Tables};
+use crate::layer_kit::reserved::{Pieces, Reserved};
 
 /// What an L2 entry says of a cluster.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

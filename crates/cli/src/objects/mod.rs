@@ -11,8 +11,7 @@ use base64::engine::{GeneralPurpose, GeneralPurposeConfig};
 use base64::{Engine, alphabet};
 use diskimage::json::{self, Value};
 use diskimage::size::parse_number;
-use diskimage::{Object, Objects, Secret, is_identifier};
-use diskimage_crypto::{Zeroizing, decrypt_secret};
+use diskimage::{Object, Objects, Secret, Zeroizing, decrypt_secret, is_identifier};
 
 use crate::words::{Stop, text};
 
@@ -269,7 +268,7 @@ const LARGEST_SECRET: u64 = 1 << 20;
 fn read_file(name: &str) -> Result<Vec<u8>, Stop> {
     let failed = |what: &'static str| {
         move |error: std::io::Error| {
-            let error = diskimage_core::Error::from(error);
+            let error = diskimage::Error::from(error);
             Stop::wrong(format!(
                 "Unable to read {name}: {what} file \u{201c}{name}\u{201d}: {error}"
             ))

@@ -2,12 +2,12 @@
 
 use diskimage_core::{Error, Result};
 
-use crate::block::{BlockCipher, keyed};
-use crate::{CipherAlg, HashAlg};
+use super::block::{BlockCipher, keyed};
+use super::{CipherAlg, HashAlg};
 
 /// How initialisation vectors come from the numbers of sectors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum IvAlg {
+pub(crate) enum IvAlg {
     /// The lower 32 bits of the number.
     Plain,
     /// The number.
@@ -18,10 +18,10 @@ pub enum IvAlg {
 
 impl IvAlg {
     /// All of them.
-    pub const ALL: [Self; 3] = [Self::Plain, Self::Plain64, Self::Essiv];
+    pub(crate) const ALL: [Self; 3] = [Self::Plain, Self::Plain64, Self::Essiv];
 
     /// Its name.
-    pub fn name(self) -> &'static str {
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Plain => "plain",
             Self::Plain64 => "plain64",
@@ -30,7 +30,7 @@ impl IvAlg {
     }
 
     /// The generator of this name.
-    pub fn from_name(name: &str) -> Option<Self> {
+    pub(crate) fn from_name(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|alg| alg.name() == name)
     }
 }

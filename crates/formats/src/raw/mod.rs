@@ -19,7 +19,7 @@ use diskimage_core::{
     RunKind, Score, WritePlan, ZeroMode, align_up,
 };
 
-use crate::straight::Straight;
+use crate::layer_kit::in_place_write::Straight;
 
 /// The format's entry in the table.
 #[derive(Debug)]
@@ -85,7 +85,7 @@ impl Format for Raw {
             return request.file.resize(size, preallocation(request.options)?);
         }
         // A device, which has the storage that it has.
-        crate::preallocation::require_off(preallocation_mode(request.options)?)?;
+        crate::layer_kit::preallocation::require_off(preallocation_mode(request.options)?)?;
         let there = request.file.len();
         if size > there {
             return Err(Error::unsupported(request.file.too_short()));

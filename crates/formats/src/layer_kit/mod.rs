@@ -1,0 +1,30 @@
+//! What formats build on: one idea a file.
+//!
+//! | module | for |
+//! |---|---|
+//! | [`metadata_cache`] | pages of tables anywhere in the file, written back in crash order |
+//! | [`paged_table`] | one table of fixed entries, cached in pages |
+//! | [`metadata_guard`], [`reserved`] | keeps writes off the format's own structures |
+//! | [`allocate_on_write`], [`in_place_write`] | write plans |
+//! | [`slot_bitmap`], [`cluster_set`] | which block slots, or clusters, of a file are in use |
+//! | [`two_level_map`] | L1 and L2 tables over clusters that are only ever added |
+//! | [`decoded_cache`] | the block that was decoded last |
+//! | [`read_only_layer`] | layers of formats that are only read |
+//! | [`repair_on_open`] | repairs made while an image is opened |
+//! | [`count_used`] | counts the clusters that a copy would allocate |
+//! | [`preallocation`] | preallocation modes that a format does not have |
+
+pub(crate) mod allocate_on_write;
+pub(crate) mod cluster_set;
+pub(crate) mod count_used;
+pub(crate) mod decoded_cache;
+pub(crate) mod in_place_write;
+pub(crate) mod metadata_cache;
+pub(crate) mod metadata_guard;
+pub(crate) mod paged_table;
+pub(crate) mod preallocation;
+pub(crate) mod read_only_layer;
+pub(crate) mod repair_on_open;
+pub(crate) mod reserved;
+pub(crate) mod slot_bitmap;
+pub(crate) mod two_level_map;
