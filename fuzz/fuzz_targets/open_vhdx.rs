@@ -72,7 +72,7 @@ fn sound() -> Arc<[u8]> {
         options: &options,
         objects: &Arc::default(),
         gate: &Closed,
-        id_below: None,
+        backing_cid: None,
     })
     .expect("makes it");
     let mut table = vec![0; 4096];

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use diskimage_core::{
     Budget, ByteRange, Device, Error, ErrorKind, Format, Gate, Image, Layer, NodeOptions, Objects, OpenRequest, Preallocation,
-    Progress, Reference, Repair, Result, Want, ZeroMode,
+    Progress, Reference, Repair, Result, StatusDetail, ZeroMode,
 };
 
 pub use pages::Pages;
@@ -105,7 +105,7 @@ fn read(layer: &Arc<dyn Layer>) {
         }
         let len = usize::try_from(rest.len()).map_or(buf.len(), |len| len.min(buf.len()));
         let _ = image.read_at(&mut buf[..len], rest.start());
-        match image.status(rest, Want::Zeroes) {
+        match image.status(rest, StatusDetail::Zeroes) {
             Ok(extent) => rest = rest.skip(extent.len),
             Err(_) => rest = rest.skip(image.layer().granularity()),
         }

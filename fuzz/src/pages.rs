@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use diskimage_core::{
-    ByteRange, Device, Error, ErrorKind, Extent, ExtentKind, Limits, Preallocation, Result, Want, ZeroMode,
+    ByteRange, Device, Error, ErrorKind, Extent, ExtentKind, Limits, Preallocation, Result, StatusDetail, ZeroMode,
 };
 
 const PAGE: usize = 4096;
@@ -163,7 +163,7 @@ impl Device for Pages {
         Ok(())
     }
 
-    fn status(&self, range: ByteRange, _want: Want) -> Result<Extent> {
+    fn status(&self, range: ByteRange, _want: StatusDetail) -> Result<Extent> {
         Ok(Extent {
             len: range.len(),
             kind: ExtentKind::Data,

@@ -96,7 +96,7 @@ impl Console {
 
     /// Prints an error of the library: what is shown before it, its levels joined by `": "`, then its hint on a line of its own.
     pub fn failure(&self, error: &diskimage::Error) {
-        if let Some(notice) = error.shown_before() {
+        if let Some(notice) = error.preceding_note() {
             self.note(notice);
         }
         self.error(&error.chain());

@@ -50,7 +50,7 @@ pub trait Device: Debug + Send + Sync {
     ///
     /// # Errors
     /// What the operating system says, and damage found in tables on the way.
-    fn status(&self, range: ByteRange, want: Want) -> Result<Extent>;
+    fn status(&self, range: ByteRange, want: StatusDetail) -> Result<Extent>;
 
     /// Makes everything written so far durable.
     ///
@@ -253,7 +253,7 @@ pub enum ZeroMode {
 
 /// How much trouble [`Device::status`] takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Want {
+pub enum StatusDetail {
     /// Which layer has the bytes is enough; holes of the storage below are not looked for.
     Allocation,
     /// Also whether they read as zero, where tables and the file system can tell without reading.
@@ -283,11 +283,11 @@ pub enum ExtentKind {
     /// Reads as zero; with [`Extent::host`] if storage is set aside for it.
     Zero,
     /// A hole of the storage below: allocated as far as the format is concerned, reads as zero.
-    Hole,
+    FileHole,
     /// Written with zeroes as far as the storage below knows: takes room, reads as zero.
-    Blank,
+    PreallocatedZero,
     /// Takes no room on the storage below, and what it reads as is not known without reading.
-    Absent,
+    UnknownHole,
     /// No image of the chain has it; reads as zero.
     Unallocated,
 }
@@ -295,7 +295,10 @@ pub enum ExtentKind {
 impl ExtentKind {
     /// Whether the bytes are known to be zero.
     pub fn is_zero(self) -> bool {
-        matches!(self, Self::Zero | Self::Hole | Self::Blank | Self::Unallocated)
+        matches!(
+            self,
+            Self::Zero | Self::FileHole | Self::PreallocatedZero | Self::Unallocated
+        )
     }
 }
 

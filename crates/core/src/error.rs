@@ -125,7 +125,7 @@ impl Error {
     /// The error number `errno`, before which this error is shown, as the original does where it reports the one and
     /// hands on the other.
     #[must_use]
-    pub fn then_errno(self, errno: i32) -> Self {
+    pub fn report_then(self, errno: i32) -> Self {
         let mut result = Self::from_errno(errno);
         result.inner.kind = self.kind();
         result.inner.notice = Some(Note::Error(self.chain()));
@@ -141,14 +141,14 @@ impl Error {
 
     /// Only the error number `errno` of it, and what is shown before it.
     #[must_use]
-    pub fn reduced_to(self, errno: i32) -> Self {
+    pub fn only_errno(self, errno: i32) -> Self {
         let mut result = Self::from_errno(errno);
-        result.inner.notice = self.shown_before().cloned();
+        result.inner.notice = self.preceding_note().cloned();
         result
     }
 
     /// What is to be shown before the error, if any level has something.
-    pub fn shown_before(&self) -> Option<&Note> {
+    pub fn preceding_note(&self) -> Option<&Note> {
         self.levels().find_map(|level| level.inner.notice.as_ref())
     }
 
@@ -275,12 +275,12 @@ mod tests {
     #[test]
     fn an_error_that_is_told_first_leaves_its_kind() {
         let error = Error::corrupt("Offset invalid")
-            .then_errno(22)
+            .report_then(22)
             .context("Could not read");
         assert_eq!(error.chain(), "Could not read: Invalid argument");
         assert_eq!((error.kind(), error.errno()), (ErrorKind::Corrupt, Some(22)));
         assert_eq!(
-            error.shown_before(),
+            error.preceding_note(),
             Some(&Note::Error("Offset invalid".to_owned()))
         );
     }

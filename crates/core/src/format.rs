@@ -41,7 +41,7 @@ pub trait Format: Debug + Sync {
     }
 
     /// Those of them that an image finds by itself: giving one makes no other image of it.
-    fn found_children(&self) -> &'static [&'static str] {
+    fn implicit_children(&self) -> &'static [&'static str] {
         &[]
     }
 
@@ -98,7 +98,7 @@ pub trait Format: Debug + Sync {
     }
 
     /// Whether a new image says what the contents of the one below are.
-    fn names_contents_below(&self) -> bool {
+    fn records_backing_cid(&self) -> bool {
         false
     }
 
@@ -209,8 +209,8 @@ pub struct CreateRequest<'a> {
     pub objects: &'a Arc<Objects>,
     /// Opens the files of [`Format::new_parts`], which exist.
     pub gate: &'a dyn Gate,
-    /// The [`Layer::content_id`] of the image below, where [`Format::names_contents_below`].
-    pub id_below: Option<u32>,
+    /// The [`Layer::cid`] of the image below, where [`Format::records_backing_cid`].
+    pub backing_cid: Option<u32>,
 }
 
 /// What `measure` measures for.

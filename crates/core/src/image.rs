@@ -16,9 +16,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use crate::errno;
 use crate::held::Held;
 use crate::{
-    AmendRequest, ByteRange, Device, Encoded, Error, ErrorKind, Event, Extent, ExtentKind, Holes, Info,
-    Layer, Limits, Node, NodeOptions, OnLost, Preallocation, ResizeRequest, Result, Run, RunKind, Want,
-    WritePlan, WriteRun, ZeroMode, align_down, align_up, is_zero,
+    AmendRequest, ByteRange, Device, Encoded, Error, ErrorKind, Event, Extent, ExtentKind, HoleMeaning, Info,
+    Layer, Limits, Node, NodeOptions, OnLost, Preallocation, ResizeRequest, Result, Run, RunKind,
+    StatusDetail, WritePlan, WriteRun, ZeroMode, align_down, align_up, is_zero,
 };
 
 /// An opened image and its backing chain.
@@ -33,7 +33,7 @@ pub struct Image {
     held: Arc<Held>,
     backing: Option<Arc<Image>>,
     /// The image below is no longer the one that this one was made on.
-    misfit: bool,
+    backing_changed: bool,
     write: bool,
     limits: Limits,
     node: Node,
@@ -70,13 +70,13 @@ impl Image {
             alignment: 1,
             ..layer.file().limits().clone()
         };
-        let misfit = backing
+        let backing_changed = backing
             .as_ref()
-            .is_some_and(|below| !layer.fits_on(&**below.layer()));
+            .is_some_and(|below| !layer.matches_backing(&**below.layer()));
         Self {
             held: Arc::new(Held::new(layer)),
             backing,
-            misfit,
+            backing_changed,
             write,
             limits,
             node,
@@ -169,7 +169,7 @@ impl Image {
     /// As [`Device::write_at`].
     pub fn begin_write(&self, range: ByteRange) -> Result<PendingWrite<'_>> {
         self.require_writable()?;
-        self.require_fit()?;
+        self.require_backing_unchanged()?;
         let range = self.check_bounds(range.start(), range.len())?;
         self.forget_decoded();
         Ok(PendingWrite {
@@ -342,15 +342,15 @@ impl Image {
     fn require_fit_down_to(&self, depth: u32) -> Result<()> {
         let mut image = self;
         for _ in 0..depth.max(1) {
-            image.require_fit()?;
+            image.require_backing_unchanged()?;
             let Some(below) = &image.backing else { break };
             image = below;
         }
         Ok(())
     }
 
-    fn require_fit(&self) -> Result<()> {
-        if self.misfit {
+    fn require_backing_unchanged(&self) -> Result<()> {
+        if self.backing_changed {
             Err(Error::from_errno(errno::EINVAL))
         } else {
             Ok(())
@@ -514,7 +514,7 @@ impl Image {
     fn is_known_zero(&self, range: ByteRange) -> Result<bool> {
         let mut rest = range;
         while !rest.is_empty() {
-            let extent = self.status(rest, Want::Allocation)?;
+            let extent = self.status(rest, StatusDetail::Allocation)?;
             if !extent.kind.is_zero() {
                 return Ok(false);
             }
@@ -661,7 +661,7 @@ impl Device for Image {
         }
     }
 
-    fn status(&self, range: ByteRange, want: Want) -> Result<Extent> {
+    fn status(&self, range: ByteRange, want: StatusDetail) -> Result<Extent> {
         let (_, depth, run) = self.resolve(range)?;
         let extent = |len, kind, host: Option<(Arc<dyn Device>, u64)>| Extent {
             len,
@@ -680,26 +680,26 @@ impl Device for Image {
                 holes,
             } => {
                 let inside = ByteRange::at(offset, run.len).intersect(ByteRange::new(0, device.len()));
-                if want == Want::Zeroes && holes != Holes::Ignored && !inside.is_empty() {
+                if want == StatusDetail::Zeroes && holes != HoleMeaning::Ignored && !inside.is_empty() {
                     let below = device.status(inside, want)?;
                     let len = below.len.min(run.len);
-                    if holes == Holes::Zero && self.layer().is_bare() && is_of_image(&below) {
+                    if holes == HoleMeaning::Zero && self.layer().is_bare() && is_of_image(&below) {
                         return Ok(Extent { len, ..below });
                     }
                     let kind = match (below.kind, holes) {
-                        (ExtentKind::Absent, Holes::Zero) => ExtentKind::Absent,
+                        (ExtentKind::UnknownHole, HoleMeaning::Zero) => ExtentKind::UnknownHole,
                         // To the original, an image below that has nothing of its own there says nothing of it.
-                        (_, Holes::Zero) if below.depth > 0 => ExtentKind::Absent,
+                        (_, HoleMeaning::Zero) if below.depth > 0 => ExtentKind::UnknownHole,
                         (kind, _) if !kind.is_zero() => ExtentKind::Data,
-                        (ExtentKind::Blank, Holes::Zero) => ExtentKind::Blank,
-                        (_, Holes::Zero) => ExtentKind::Zero,
-                        (_, _) => ExtentKind::Hole,
+                        (ExtentKind::PreallocatedZero, HoleMeaning::Zero) => ExtentKind::PreallocatedZero,
+                        (_, HoleMeaning::Zero) => ExtentKind::Zero,
+                        (_, _) => ExtentKind::FileHole,
                     };
                     let host = match kind {
-                        ExtentKind::Absent => None,
+                        ExtentKind::UnknownHole => None,
                         _ => below
                             .host
-                            .filter(|_| holes == Holes::Zero)
+                            .filter(|_| holes == HoleMeaning::Zero)
                             .or(Some((device, offset))),
                     };
                     extent(len, kind, host)

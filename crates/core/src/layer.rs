@@ -233,7 +233,7 @@ pub trait Layer: Debug + Send + Sync {
 
     /// Whether `map` tells what tables say. Of a format whose tables the original does not ask, it says as there that all
     /// is data, and not where.
-    fn maps_places(&self) -> bool {
+    fn reports_allocation(&self) -> bool {
         true
     }
 
@@ -249,13 +249,13 @@ pub trait Layer: Debug + Send + Sync {
 
     /// What names the present contents of the disk, where the format keeps such a number: it is another one after the
     /// disk was changed.
-    fn content_id(&self) -> Option<u32> {
+    fn cid(&self) -> Option<u32> {
         None
     }
 
     /// Whether `below` still has the contents that this image was made on. If not, what it does not have itself cannot be
     /// read.
-    fn fits_on(&self, _below: &dyn Layer) -> bool {
+    fn matches_backing(&self, _below: &dyn Layer) -> bool {
         true
     }
 
@@ -326,7 +326,7 @@ pub enum RunKind {
         /// The offset there.
         offset: u64,
         /// What a hole of `device` there means.
-        holes: Holes,
+        holes: HoleMeaning,
     },
     /// They read as zero, whatever is below; storage may be set aside.
     Zero {
@@ -344,7 +344,7 @@ pub enum RunKind {
 
 /// What it means for a run of data that the device has no storage for some of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Holes {
+pub enum HoleMeaning {
     /// Nothing that is worth asking for.
     Ignored,
     /// The bytes are zero; as far as the format is concerned they are data all the same.

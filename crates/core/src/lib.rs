@@ -19,6 +19,7 @@ mod device;
 pub mod errno;
 mod error;
 mod event;
+mod filter_device;
 mod format;
 mod gate;
 mod held;
@@ -38,23 +39,24 @@ mod snapshots;
 mod stored_name;
 mod throttle;
 mod view;
-mod wrapper;
 mod zero;
 
 pub use aligned::AlignedBuf;
 pub use bitmaps::{BitmapInfo, Bitmaps, NewBitmap};
 pub use budget::{Budget, Reservation};
 pub use check::{CheckReport, Repair};
-pub use device::{Device, Extent, ExtentKind, Limits, Node, Preallocation, Want, ZeroMode};
+pub use device::{Device, Extent, ExtentKind, Limits, Node, Preallocation, StatusDetail, ZeroMode};
 pub use error::{Error, ErrorKind, Result, ResultExt};
 pub use event::Event;
+pub use filter_device::{FilterDevice, Filtered, status_below};
 pub use format::{CreateRequest, Format, Measure, MeasureSource, OpenRequest, Probe, Score};
 pub use gate::{Gate, Permissions, Reference, Role};
 pub use held::OnLost;
 pub use image::{Image, PendingWrite, ZeroDetection};
 pub use info::{Detail, DetailValue, Info, SnapshotInfo};
 pub use layer::{
-    AmendRequest, Backing, Encoded, Encoder, Holes, Layer, ResizeRequest, Run, RunKind, WritePlan, WriteRun,
+    AmendRequest, Backing, Encoded, Encoder, HoleMeaning, Layer, ResizeRequest, Run, RunKind, WritePlan,
+    WriteRun,
 };
 pub use local_time::LocalTime;
 pub use memory::MemoryDevice;
@@ -64,7 +66,6 @@ pub use progress::{Note, Progress};
 pub use range::{ByteRange, align_down, align_up, div_ceil};
 pub use snapshots::{NewSnapshot, Snapshots};
 pub use stored_name::StoredName;
-pub use throttle::{Direction, Limitation, Rate, ThrottleGroup};
+pub use throttle::{Direction, Rate, ThrottleGroup, ThrottleLimits};
 pub use view::{ReadOnlyView, View};
-pub use wrapper::{Wrapped, Wrapper, status_below};
 pub use zero::{is_zero, leading};

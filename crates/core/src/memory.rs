@@ -3,7 +3,8 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::{
-    ByteRange, Device, Error, ErrorKind, Extent, ExtentKind, Limits, Preallocation, Result, Want, ZeroMode,
+    ByteRange, Device, Error, ErrorKind, Extent, ExtentKind, Limits, Preallocation, Result, StatusDetail,
+    ZeroMode,
 };
 
 /// A device whose bytes are in memory. It grows when written beyond its end.
@@ -85,7 +86,7 @@ impl Device for MemoryDevice {
         Ok(())
     }
 
-    fn status(&self, range: ByteRange, _want: Want) -> Result<Extent> {
+    fn status(&self, range: ByteRange, _want: StatusDetail) -> Result<Extent> {
         Ok(Extent {
             len: range.len(),
             kind: ExtentKind::Data,

@@ -46,7 +46,7 @@ impl Rate {
 
 /// Limits by kind.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Limitation {
+pub struct ThrottleLimits {
     /// Of all bytes, those read, those written.
     pub bytes: [Rate; 3],
     /// Of all requests, those that read, those that write.
@@ -58,7 +58,7 @@ pub struct Limitation {
 /// The largest limit.
 const MAX_RATE: u64 = 1_000_000_000_000_000;
 
-impl Limitation {
+impl ThrottleLimits {
     /// Refuses limits that contradict each other.
     ///
     /// # Errors
@@ -102,7 +102,7 @@ impl Limitation {
 /// Nodes that share limits.
 #[derive(Debug)]
 pub struct ThrottleGroup {
-    limits: Limitation,
+    limits: ThrottleLimits,
     buckets: Mutex<Buckets>,
 }
 
@@ -118,8 +118,8 @@ impl ThrottleGroup {
     /// A group in which these limits hold.
     ///
     /// # Errors
-    /// As [`Limitation::check`].
-    pub fn new(limits: Limitation) -> Result<Self> {
+    /// As [`ThrottleLimits::check`].
+    pub fn new(limits: ThrottleLimits) -> Result<Self> {
         limits.check()?;
         Ok(Self {
             limits,
@@ -202,7 +202,7 @@ mod tests {
 
     #[test]
     fn requests_wait_for_what_came_before_them() {
-        let limits = Limitation {
+        let limits = ThrottleLimits {
             bytes: [rate(1000), rate(0), rate(0)],
             requests: none(),
             request_size: 0,
@@ -219,7 +219,7 @@ mod tests {
 
     #[test]
     fn ways_and_large_requests_count_for_themselves() {
-        let limits = Limitation {
+        let limits = ThrottleLimits {
             bytes: none(),
             requests: [rate(0), rate(10), rate(0)],
             request_size: 100,
@@ -233,7 +233,7 @@ mod tests {
 
     #[test]
     fn bursts_are_let_through() {
-        let limits = Limitation {
+        let limits = ThrottleLimits {
             bytes: [
                 Rate {
                     average: 100,

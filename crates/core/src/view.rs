@@ -3,7 +3,8 @@
 use std::fmt::Debug;
 
 use crate::{
-    ByteRange, Device, Error, Extent, ExtentKind, Info, Limits, Node, Preallocation, Result, Want, ZeroMode,
+    ByteRange, Device, Error, Extent, ExtentKind, Info, Limits, Node, Preallocation, Result, StatusDetail,
+    ZeroMode,
 };
 
 /// Where the bytes of a [`ReadOnlyView`] come from.
@@ -79,7 +80,7 @@ impl<V: View> Device for ReadOnlyView<V> {
         Err(Error::read_only())
     }
 
-    fn status(&self, range: ByteRange, _want: Want) -> Result<Extent> {
+    fn status(&self, range: ByteRange, _want: StatusDetail) -> Result<Extent> {
         Ok(Extent {
             len: range.len(),
             kind: ExtentKind::Data,

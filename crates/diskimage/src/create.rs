@@ -430,16 +430,16 @@ impl Prepared {
             options: &self.options,
             objects: &self.objects,
             gate: &*self.gate,
-            id_below: self.id_below(file)?,
+            backing_cid: self.backing_cid(file)?,
         })
     }
 
     /// What names the contents of the image below, if the format wants to know.
-    fn id_below(&self, file: &Arc<dyn Device>) -> Result<Option<u32>> {
+    fn backing_cid(&self, file: &Arc<dyn Device>) -> Result<Option<u32>> {
         let Some(backing) = self.options.text("backing_file") else {
             return Ok(None);
         };
-        if !self.format.names_contents_below() {
+        if !self.format.records_backing_cid() {
             return Ok(None);
         }
         let options = OpenOptions::new()
@@ -447,7 +447,7 @@ impl Prepared {
             .objects(Arc::clone(&self.objects))
             .gate(Arc::clone(&self.gate));
         let image = open_bare(&full_backing_name(&file.name(), backing), &options)?;
-        Ok(image.layer().content_id())
+        Ok(image.layer().cid())
     }
 }
 

@@ -5,7 +5,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use diskimage_core::{ByteRange, Device, Error, Note, Result, Wrapper};
+use diskimage_core::{ByteRange, Device, Error, FilterDevice, Note, Result};
 
 use crate::probe::{HEAD, guess, head};
 
@@ -38,7 +38,7 @@ impl GuessedRaw {
     }
 }
 
-impl Wrapper for GuessedRaw {
+impl FilterDevice for GuessedRaw {
     fn below(&self) -> &Arc<dyn Device> {
         &self.device
     }

@@ -60,6 +60,8 @@ mod bitmaps;
 mod commit;
 mod compare;
 mod convert;
+#[cfg(test)]
+mod crash_tests;
 mod create;
 mod cursor;
 mod dd;
@@ -68,8 +70,6 @@ mod gate;
 mod graph;
 mod guess;
 mod map;
-#[cfg(test)]
-mod mishap;
 mod open;
 mod probe;
 mod rebase;

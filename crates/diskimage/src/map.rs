@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use diskimage_core::{ByteRange, Device, Extent, ExtentKind, Image, Result, ResultExt, Want};
+use diskimage_core::{ByteRange, Device, Extent, ExtentKind, Image, Result, ResultExt, StatusDetail};
 
 /// A run of bytes of the guest's disk that are alike.
 #[derive(Clone, Debug)]
@@ -49,7 +49,7 @@ impl MappedExtent {
 /// Damage found in tables, and the first error of `found`.
 pub fn map(image: &Image, range: ByteRange, mut found: impl FnMut(MappedExtent) -> Result<()>) -> Result<()> {
     let mut rest = range.intersect(ByteRange::new(0, image.len()));
-    if !image.layer().maps_places() && !rest.is_empty() {
+    if !image.layer().reports_allocation() && !rest.is_empty() {
         return found(MappedExtent {
             range: rest,
             kind: ExtentKind::Data,
@@ -60,7 +60,7 @@ pub fn map(image: &Image, range: ByteRange, mut found: impl FnMut(MappedExtent) 
     let mut pending: Option<MappedExtent> = None;
     while !rest.is_empty() {
         let extent = image
-            .status(rest, Want::Zeroes)
+            .status(rest, StatusDetail::Zeroes)
             .context(|| "Could not read file metadata")?;
         let next = MappedExtent::new(rest.start(), extent);
         rest = rest.skip(next.range.len());

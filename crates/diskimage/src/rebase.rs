@@ -16,7 +16,7 @@ use std::thread;
 use diskimage_core::errno;
 use diskimage_core::{
     AlignedBuf, Backing, ByteRange, Device, Encoder, Error, Image, Progress, Result, ResultExt, RunKind,
-    Want, ZeroMode, align_down, is_zero,
+    StatusDetail, ZeroMode, align_down, is_zero,
 };
 use diskimage_formats::format_by_name;
 
@@ -339,7 +339,7 @@ fn below(image: Option<&Arc<Image>>, range: ByteRange) -> Result<Known> {
             place: Place::Zero,
         });
     };
-    let extent = image.status(there, Want::Zeroes)?;
+    let extent = image.status(there, StatusDetail::Zeroes)?;
     let host = extent
         .host
         .and_then(|(device, offset)| device.identity().map(|identity| Place::Host(identity, offset)));

@@ -32,7 +32,7 @@ pub(crate) fn create(device: &Arc<dyn Device>, format: &str, options: &str, size
             options: &parsed,
             objects: &Arc::default(),
             gate: &Closed,
-            id_below: None,
+            backing_cid: None,
         })
         .expect("created");
 }

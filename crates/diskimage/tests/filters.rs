@@ -4,7 +4,8 @@ use std::fs;
 use std::sync::Arc;
 
 use diskimage::{
-    ByteRange, Creation, Device, ExtentKind, Image, NodeOptions, OpenOptions, Result, Want, open, open_node,
+    ByteRange, Creation, Device, ExtentKind, Image, NodeOptions, OpenOptions, Result, StatusDetail, open,
+    open_node,
 };
 
 struct Scratch(tempfile::TempDir);
@@ -54,7 +55,10 @@ fn depths(image: &Image) -> Vec<u32> {
     (0..16)
         .map(|cluster| {
             let range = ByteRange::at(cluster << 16, 1 << 16);
-            image.status(range, Want::Allocation).expect("readable").depth
+            image
+                .status(range, StatusDetail::Allocation)
+                .expect("readable")
+                .depth
         })
         .collect()
 }
@@ -102,6 +106,6 @@ fn threads_that_write_parts_of_one_cluster_lose_nothing_to_compression() {
     expected.resize(1 << 18, 7);
     expected.resize(1 << 20, 5);
     assert!(read(&image, ByteRange::new(0, 1 << 20)) == expected);
-    let status = image.status(ByteRange::at(1 << 17, 1 << 16), Want::Allocation);
+    let status = image.status(ByteRange::at(1 << 17, 1 << 16), StatusDetail::Allocation);
     assert_eq!(status.expect("readable").kind, ExtentKind::Compressed);
 }

@@ -5,10 +5,10 @@ use std::sync::{Arc, Mutex};
 use std::time::UNIX_EPOCH;
 
 use diskimage::{
-    ByteRange, Creation, Device, ErrorKind, Image, Limitation, MemoryDevice, NewBitmap, NodeOptions, Object,
-    Objects, OpenOptions, Preallocation, Progress, Rate, Repair, Secret, SnapshotSelector, ThrottleGroup,
-    ZeroMode, apply_snapshot, create_snapshot, delete_snapshot, list_snapshots, open, open_device, open_node,
-    open_snapshot,
+    ByteRange, Creation, Device, ErrorKind, Image, MemoryDevice, NewBitmap, NodeOptions, Object, Objects,
+    OpenOptions, Preallocation, Progress, Rate, Repair, Secret, SnapshotSelector, ThrottleGroup,
+    ThrottleLimits, ZeroMode, apply_snapshot, create_snapshot, delete_snapshot, list_snapshots, open,
+    open_device, open_node, open_snapshot,
 };
 use diskimage_testing::{Fault, Faulty, Requests};
 
@@ -305,7 +305,7 @@ fn no_limits() -> Object {
         max_length: 1,
         ..Rate::default()
     }; 3];
-    let group = ThrottleGroup::new(Limitation {
+    let group = ThrottleGroup::new(ThrottleLimits {
         bytes: rates,
         requests: rates,
         request_size: 0,

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use diskimage::{
     ByteRange, CacheMode, Creation, Device, ErrorKind, ExtentKind, MeasureSource, Note, Objects, OpenOptions,
-    Want, ZeroMode, format_by_name, open, options::Options,
+    StatusDetail, ZeroMode, format_by_name, open, options::Options,
 };
 
 struct Scratch(tempfile::TempDir);
@@ -59,11 +59,11 @@ fn the_rest_of_the_last_sector_reads_as_zero() {
     image.read_at(&mut bytes, 0).expect("reads");
     assert!(bytes[..1000].iter().all(|b| *b == 7) && diskimage::is_zero(&bytes[1000..]));
     let data = image
-        .status(ByteRange::new(0, 1024), Want::Zeroes)
+        .status(ByteRange::new(0, 1024), StatusDetail::Zeroes)
         .expect("is known");
     assert_eq!((data.len, data.kind), (1000, ExtentKind::Data));
     let rest = image
-        .status(ByteRange::new(1000, 1024), Want::Zeroes)
+        .status(ByteRange::new(1000, 1024), StatusDetail::Zeroes)
         .expect("is known");
     assert_eq!((rest.len, rest.kind), (24, ExtentKind::Zero));
     assert_eq!(rest.host.map(|(_, offset)| offset), Some(1000));

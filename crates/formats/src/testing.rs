@@ -24,7 +24,7 @@ pub(crate) fn create(format: &dyn Format, options: &str, size: u64) -> Result<Ar
     let mut parsed = Options::new(format.create_options());
     parsed.parse(options).expect("valid options");
     format.create(CreateRequest {
-        id_below: None,
+        backing_cid: None,
         file: Arc::<MemoryDevice>::clone(&file),
         name: "test",
         size,

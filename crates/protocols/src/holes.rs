@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-use diskimage_core::{ByteRange, Extent, ExtentKind, Result, Want};
+use diskimage_core::{ByteRange, Extent, ExtentKind, Result, StatusDetail};
 use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 
@@ -11,7 +11,7 @@ use crate::file::{File, Kind};
 
 /// The extent found last: a scan asks the kernel once an extent and not once a request.
 #[derive(Debug, Default)]
-pub(crate) struct Holes {
+pub(crate) struct HoleMeaning {
     /// Counts changes; an extent found before the last change is worth nothing. Writers only count, so that they do
     /// not wait for each other.
     changes: AtomicU64,
@@ -25,7 +25,7 @@ struct Found {
     hole: bool,
 }
 
-impl Holes {
+impl HoleMeaning {
     /// To be called after every change.
     pub(crate) fn forget(&self) {
         self.changes.fetch_add(1, Ordering::Release);
@@ -40,14 +40,14 @@ impl Holes {
 
 impl File {
     /// What is known about the start of `range`.
-    pub(crate) fn extent(&self, range: ByteRange, want: Want) -> Result<Extent> {
+    pub(crate) fn extent(&self, range: ByteRange, want: StatusDetail) -> Result<Extent> {
         let answer = |len, kind| Extent {
             len,
             kind,
             depth: 0,
             host: None,
         };
-        if want == Want::Allocation || self.kind != Kind::Regular {
+        if want == StatusDetail::Allocation || self.kind != Kind::Regular {
             return Ok(answer(range.len(), ExtentKind::Data));
         }
         let offset = range.start();
@@ -62,7 +62,7 @@ impl File {
             }
         };
         let kind = if found.hole {
-            ExtentKind::Hole
+            ExtentKind::FileHole
         } else {
             ExtentKind::Data
         };
@@ -104,8 +104,8 @@ mod tests {
         let mut rest = ByteRange::new(0, file.len());
         let mut found = Vec::new();
         while !rest.is_empty() {
-            let extent = file.status(rest, Want::Zeroes).expect("can be asked");
-            found.push((extent.len, extent.kind == ExtentKind::Hole));
+            let extent = file.status(rest, StatusDetail::Zeroes).expect("can be asked");
+            found.push((extent.len, extent.kind == ExtentKind::FileHole));
             rest = rest.skip(extent.len);
         }
         found
@@ -139,7 +139,7 @@ mod tests {
         let (_dir, file) = scratch(true);
         file.write_at(&[1; 65536], 0).expect("writes");
         let first = file
-            .status(ByteRange::new(0, 512), Want::Zeroes)
+            .status(ByteRange::new(0, 512), StatusDetail::Zeroes)
             .expect("can be asked");
         assert_eq!(first.len, 512);
         let remembered = file.holes.remembered(60000).expect("was remembered");

@@ -7,7 +7,7 @@ use std::time::Duration;
 use diskimage_core::options::{OptionDef, OptionKind};
 use diskimage_core::{
     ByteRange, Device, Error, Extent, ExtentKind, Info, Limits, Node, NodeOptions, Preallocation, Result,
-    Want, ZeroMode,
+    StatusDetail, ZeroMode,
 };
 
 use crate::protocol::{Protocol, ProtocolRequest};
@@ -146,13 +146,13 @@ impl Device for Null {
         Ok(())
     }
 
-    fn status(&self, range: ByteRange, _want: Want) -> Result<Extent> {
+    fn status(&self, range: ByteRange, _want: StatusDetail) -> Result<Extent> {
         Ok(Extent {
             len: range.len(),
             kind: if self.reads_zeroes {
                 ExtentKind::Zero
             } else {
-                ExtentKind::Absent
+                ExtentKind::UnknownHole
             },
             depth: 0,
             host: None,

@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use diskimage_core::{
-    ByteRange, Device, Error, Extent, Limits, Preallocation, Result, Want, ZeroMode, align_down,
+    ByteRange, Device, Error, Extent, Limits, Preallocation, Result, StatusDetail, ZeroMode, align_down,
 };
 
 /// Which requests are counted, and may fail.
@@ -186,7 +186,7 @@ impl Device for Faulty {
         self.pass(false)?;
         self.below.discard(range)
     }
-    fn status(&self, range: ByteRange, want: Want) -> Result<Extent> {
+    fn status(&self, range: ByteRange, want: StatusDetail) -> Result<Extent> {
         self.pass(false)?;
         self.below.status(range, want)
     }

@@ -6,7 +6,7 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use diskimage_core::{
-    ByteRange, Device, Extent, Limits, MemoryDevice, Preallocation, Result, Want, ZeroMode,
+    ByteRange, Device, Extent, Limits, MemoryDevice, Preallocation, Result, StatusDetail, ZeroMode,
 };
 
 /// What was done to some devices, in order.
@@ -246,7 +246,7 @@ impl Device for Recorder {
         self.below
             .write_at(&vec![DISCARDED; index(inside.len())], inside.start())
     }
-    fn status(&self, range: ByteRange, want: Want) -> Result<Extent> {
+    fn status(&self, range: ByteRange, want: StatusDetail) -> Result<Extent> {
         self.below.status(range, want)
     }
     fn flush(&self) -> Result<()> {

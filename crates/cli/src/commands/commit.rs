@@ -170,7 +170,7 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
         let unsupported = (error.kind() == ErrorKind::Unsupported).then_some(errno::ENOTSUP);
         match error.errno().or(unsupported) {
             // As there, without the place.
-            Some(errno) => error.reduced_to(errno).context("Block job failed"),
+            Some(errno) => error.only_errno(errno).context("Block job failed"),
             None => error,
         }
     })?;

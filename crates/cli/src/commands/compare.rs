@@ -178,7 +178,7 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
         // As there, without the reason.
         let mut stop = Stop::wrong(failure.error.to_string()).with_status(status);
         if let Stop::Wrong(wrong) = &mut stop {
-            wrong.notice = failure.error.shown_before().cloned();
+            wrong.notice = failure.error.preceding_note().cloned();
         }
         stop
     })?;

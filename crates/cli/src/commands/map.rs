@@ -209,7 +209,7 @@ fn json(image: &Image, range: ByteRange, text: &mut Buffered<'_>) -> Result<(), 
 }
 
 fn json_extent(extent: &MappedExtent) -> String {
-    use ExtentKind::{Absent, Blank, Compressed, Data, Hole, Unallocated};
+    use ExtentKind::{Compressed, Data, FileHole, PreallocatedZero, Unallocated, UnknownHole};
     let offset = extent
         .host
         .as_ref()
@@ -220,9 +220,9 @@ fn json_extent(extent: &MappedExtent) -> String {
         extent.range.start(),
         extent.range.len(),
         extent.depth,
-        !matches!(extent.kind, Absent | Unallocated),
+        !matches!(extent.kind, UnknownHole | Unallocated),
         extent.kind.is_zero(),
-        matches!(extent.kind, Data | Compressed | Hole | Blank),
+        matches!(extent.kind, Data | Compressed | FileHole | PreallocatedZero),
         extent.kind == Compressed,
     )
 }

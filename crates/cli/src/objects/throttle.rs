@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use diskimage::{Limitation, Object, Rate, ThrottleGroup};
+use diskimage::{Object, Rate, ThrottleGroup, ThrottleLimits};
 
 use super::{Parameters, wrong_type};
 use crate::words::Stop;
@@ -26,7 +26,7 @@ pub(super) fn read(mut parameters: Parameters) -> Result<(String, Object), Stop>
     if parameters.has("limits") {
         return Err(wrong_type("limits", "object"));
     }
-    let limits = Limitation {
+    let limits = ThrottleLimits {
         bytes: take_rates(&mut parameters, "bps")?,
         requests: take_rates(&mut parameters, "iops")?,
         request_size: take(&mut parameters, "iops-size")?.unwrap_or(0),

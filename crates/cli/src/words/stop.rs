@@ -106,7 +106,7 @@ impl From<diskimage::Error> for Stop {
             None => Self::wrong(error.chain()),
         };
         if let Self::Wrong(wrong) = &mut stop {
-            wrong.notice = error.shown_before().cloned();
+            wrong.notice = error.preceding_note().cloned();
         }
         stop
     }

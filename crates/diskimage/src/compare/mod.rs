@@ -3,7 +3,9 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 
-use diskimage_core::{AlignedBuf, ByteRange, Device, Error, Image, Progress, ResultExt, Want, is_zero};
+use diskimage_core::{
+    AlignedBuf, ByteRange, Device, Error, Image, Progress, ResultExt, StatusDetail, is_zero,
+};
 
 use crate::cursor::{Cursor, Segment};
 use crate::map::MappedExtent;
@@ -289,7 +291,7 @@ impl<'a> Side<'a> {
         let in_rest = range.start() >= self.common;
         let extent = self
             .image
-            .status(range, Want::Zeroes)
+            .status(range, StatusDetail::Zeroes)
             .context(|| format!("Sector allocation test failed for {}", self.name))
             .map_err(|error| CompareError::Status(Failure { error, in_rest }))?;
         Ok(Some(MappedExtent::new(range.start(), extent)))

@@ -128,7 +128,7 @@ impl<'a> Conversion<'a> {
         self.check()?;
         let job = Job::new(self)?;
         if self.salvage {
-            job.sources.survey()?;
+            job.sources.report_unreadable_status()?;
         }
         self.progress.set(0, job.sources.len());
         let segments = job.sources.len().div_ceil(job.segment);

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use diskimage_core::{ByteRange, Device, Error, Extent, Image, Result, ResultExt, Want, align_up};
+use diskimage_core::{ByteRange, Device, Error, Extent, Image, Result, ResultExt, StatusDetail, align_up};
 
 use super::pieces::Kind;
 use super::{Conversion, OnLost, SECTOR};
@@ -109,17 +109,17 @@ impl<'a> Sources<'a> {
                 host: None,
             });
         }
-        let mut outcome = part.image.status(there, Want::Zeroes);
+        let mut outcome = part.image.status(there, StatusDetail::Zeroes);
         let mut asked = there;
         while let Err(error) = &outcome
             && self.salvage
             && asked.len() > SECTOR
             // What tables say wrong they say of the first byte.
-            && error.shown_before().is_none()
+            && error.preceding_note().is_none()
         {
             // What is known of the bytes before the damage is not lost.
             asked = asked.first(align_up(asked.len() / 4, SECTOR));
-            outcome = part.image.status(asked, Want::Zeroes);
+            outcome = part.image.status(asked, StatusDetail::Zeroes);
         }
         match outcome {
             Ok(extent) => Ok(self.judge(extent, inside.len(), part)),
@@ -131,7 +131,7 @@ impl<'a> Sources<'a> {
                 if !self.salvage {
                     return Err(error);
                 }
-                self.lose(&error);
+                self.report_lost_sector(&error);
                 // Reading may still work.
                 Ok(Status {
                     len: there.len().min(SECTOR),
@@ -143,7 +143,7 @@ impl<'a> Sources<'a> {
     }
 
     /// Tells what of the status of all is lost, as the original does before it begins to copy.
-    pub(super) fn survey(&self) -> Result<()> {
+    pub(super) fn report_unreadable_status(&self) -> Result<()> {
         let mut rest = ByteRange::new(0, self.len);
         while !rest.is_empty() {
             rest = rest.skip(self.status(rest)?.len);
@@ -185,7 +185,7 @@ impl<'a> Sources<'a> {
         Ok(())
     }
 
-    fn lose(&self, error: &Error) {
+    fn report_lost_sector(&self, error: &Error) {
         if let Some(tell) = self.on_lost {
             tell(error);
         }
@@ -203,7 +203,7 @@ impl<'a> Sources<'a> {
         for sector in buf.chunks_mut(SECTOR_BYTES) {
             if let Err(error) = image.read_padded(sector, at - part.start) {
                 sector.fill(0);
-                self.lose(&error.context(format!("error while reading offset {at}")));
+                self.report_lost_sector(&error.context(format!("error while reading offset {at}")));
             }
             at += sector.len() as u64;
         }

@@ -6,8 +6,8 @@ use std::sync::{Arc, PoisonError};
 use std::thread;
 
 use diskimage_core::{
-    AlignedBuf, ByteRange, Device, Encoder, Error, ExtentKind, Image, PendingWrite, Result, ResultExt, Want,
-    ZeroMode, align_down, align_up,
+    AlignedBuf, ByteRange, Device, Encoder, Error, ExtentKind, Image, PendingWrite, Result, ResultExt,
+    StatusDetail, ZeroMode, align_down, align_up,
 };
 
 use super::Job;
@@ -88,7 +88,7 @@ impl<'a> Worker<'a> {
     /// Does all about one segment. Where it ended: zeroes after it may have been taken along.
     fn convert(&mut self, segment: Segment) -> std::result::Result<u64, End> {
         self.scan(segment.range)?;
-        let end = self.take_zeroes_along(segment.range.end())?;
+        let end = self.extend_over_zeroes(segment.range.end())?;
         self.decide(segment.range)?;
         self.clear_stale(segment.range.start());
         let data = self.actions.iter().filter(|action| action.kind == Kind::Data);
@@ -99,9 +99,9 @@ impl<'a> Worker<'a> {
             self.encode(segment.range)?;
             self.put_encoded(segment)?;
         } else if self.job.ordered() {
-            self.put_ordered(segment)?;
+            self.write_in_order(segment)?;
         } else {
-            self.put_straight(segment.range.start())?;
+            self.write_positional(segment.range.start())?;
         }
         Ok(end)
     }
@@ -170,7 +170,7 @@ impl<'a> Worker<'a> {
     }
 
     /// Makes the segment longer while what follows needs no reading: a disk of nothing takes no time.
-    fn take_zeroes_along(&mut self, end: u64) -> Result<u64> {
+    fn extend_over_zeroes(&mut self, end: u64) -> Result<u64> {
         if self.job.conversion.salvage {
             // What is lost is told once by whoever takes it on.
             return Ok(end);
@@ -236,7 +236,7 @@ impl<'a> Worker<'a> {
         if start.is_empty() {
             return Ok(false);
         }
-        let extent = self.target.status(start.first(1), Want::Allocation)?;
+        let extent = self.target.status(start.first(1), StatusDetail::Allocation)?;
         Ok(extent.depth == 0 && extent.host.is_some() && extent.kind != ExtentKind::Unallocated)
     }
 
@@ -255,7 +255,7 @@ impl<'a> Worker<'a> {
     }
 
     /// Writes where the guest says.
-    fn put_straight(&mut self, start: u64) -> Result<()> {
+    fn write_positional(&mut self, start: u64) -> Result<()> {
         for action in &self.actions {
             if action.kind == Kind::Zero {
                 write_zeroes(self.target, action.range)?;
@@ -269,7 +269,7 @@ impl<'a> Worker<'a> {
     }
 
     /// Has places given out in the segment's turn, and writes when it is over.
-    fn put_ordered(&mut self, segment: Segment) -> std::result::Result<(), End> {
+    fn write_in_order(&mut self, segment: Segment) -> std::result::Result<(), End> {
         let cursor = &self.job.cursor;
         if self.actions.is_empty() {
             return Ok(cursor.pass(segment.number)?);

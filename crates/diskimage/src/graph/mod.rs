@@ -17,8 +17,8 @@ use std::sync::Arc;
 
 use diskimage_core::json::Value;
 use diskimage_core::{
-    Device, Error, ErrorKind, Format, Gate, Image, Layer, Node, NodeOptions, Note, OpenRequest, Permissions,
-    Progress, Reference, Result, ResultExt, Role, Wrapped, ZeroDetection,
+    Device, Error, ErrorKind, Filtered, Format, Gate, Image, Layer, Node, NodeOptions, Note, OpenRequest,
+    Permissions, Progress, Reference, Result, ResultExt, Role, ZeroDetection,
 };
 use diskimage_formats::{bare_layer, format_by_name};
 use diskimage_protocols::{
@@ -218,7 +218,7 @@ impl<'a> Opener<'a> {
                     if !mode.is_below {
                         self.options.tell(&GuessedRaw::warning(&name));
                     }
-                    device = Arc::new(Wrapped(GuessedRaw::new(Arc::clone(&file), &name)));
+                    device = Arc::new(Filtered(GuessedRaw::new(Arc::clone(&file), &name)));
                 }
                 format
             }
@@ -235,7 +235,7 @@ impl<'a> Opener<'a> {
                     .open_child(name, ChildKind::Bytes, &mut node, &common)?
                     .device;
                 // Where nobody reads data, the original does not look for what holds it.
-                if !(self.options.no_data && format.found_children().contains(name)) {
+                if !(self.options.no_data && format.implicit_children().contains(name)) {
                     given.push(((*name).to_owned(), Arc::clone(&child)));
                 }
                 children.push((*name, child));
@@ -245,7 +245,7 @@ impl<'a> Opener<'a> {
         let on_image = format_by_name(file_driver).is_some();
         let no_others = given
             .iter()
-            .all(|(name, _)| name == "file" || format.found_children().contains(&name.as_str()));
+            .all(|(name, _)| name == "file" || format.implicit_children().contains(&name.as_str()));
         let is_plain = strong.is_empty() && no_others && !backing.is_given() && !on_image;
         let shown = plain_name.filter(|_| is_plain);
         let base_name = Node {

@@ -15,7 +15,7 @@ use diskimage_core::{
     CreateRequest, Device, Error, Format, Layer, OpenRequest, Probe, Result, Score, align_down, errno,
 };
 
-use crate::layer_kit::paged_table::Windows;
+use crate::layer_kit::paged_table::PagedTable;
 use crate::layer_kit::read_only_layer::{self, Disk};
 
 /// The format's entry in the table.
@@ -47,7 +47,7 @@ impl Format for Bochs {
         request.file.read_padded(&mut header, 0)?;
         let geometry = Geometry::parse(&header)?;
         Ok(read_only_layer::layer(Growing {
-            catalog: Mutex::new(Windows::new(
+            catalog: Mutex::new(PagedTable::new(
                 Arc::clone(&request.file),
                 geometry.catalog,
                 u64::MAX,
@@ -185,7 +185,7 @@ fn not_bochs() -> Error {
 struct Growing {
     file: Arc<dyn Device>,
     geometry: Geometry,
-    catalog: Mutex<Windows>,
+    catalog: Mutex<PagedTable>,
 }
 
 impl Growing {

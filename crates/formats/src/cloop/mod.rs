@@ -13,8 +13,8 @@ use diskimage_core::options::OptionDef;
 use diskimage_core::{CreateRequest, Device, Error, Format, Layer, OpenRequest, Probe, Result, Score, errno};
 
 use crate::codec::deflate;
-use crate::layer_kit::decoded_cache::LastBlock;
-use crate::layer_kit::paged_table::Windows;
+use crate::layer_kit::decoded_cache::DecodedBlockCache;
+use crate::layer_kit::paged_table::PagedTable;
 use crate::layer_kit::read_only_layer::{self, Disk};
 
 /// The format's entry in the table.
@@ -52,11 +52,11 @@ impl Format for Cloop {
         });
         check_sizes(block_size, blocks)?;
         let disk = Compressed {
-            offsets: Mutex::new(Windows::new(Arc::clone(&request.file), OFFSETS_AT, u64::MAX).padded()),
+            offsets: Mutex::new(PagedTable::new(Arc::clone(&request.file), OFFSETS_AT, u64::MAX).padded()),
             file: request.file,
             block_size: u64::from(block_size),
             blocks: u64::from(blocks),
-            last: LastBlock::new(),
+            last: DecodedBlockCache::new(),
         };
         disk.check_offsets()?;
         Ok(read_only_layer::layer(disk))
@@ -107,8 +107,8 @@ struct Compressed {
     file: Arc<dyn Device>,
     block_size: u64,
     blocks: u64,
-    offsets: Mutex<Windows<8>>,
-    last: LastBlock<u64>,
+    offsets: Mutex<PagedTable<8>>,
+    last: DecodedBlockCache<u64>,
 }
 
 impl Compressed {

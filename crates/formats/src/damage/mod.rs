@@ -114,7 +114,7 @@ fn sound(kind: &Kind, seed: u64) -> Files {
     }
     kind.format
         .create(CreateRequest {
-            id_below: None,
+            backing_cid: None,
             file: Arc::<Pages>::clone(&files.0["disk"]),
             name: "disk.vmdk",
             size: kind.size,

@@ -153,7 +153,7 @@ impl Chunks {
 fn check(what: &str, value: u64, max: u64, index: usize) -> Result<()> {
     if value > max {
         let what = format!("{what} {value} for chunk {index} is larger than max ({max})");
-        return Err(Error::invalid(what).then_errno(errno::EINVAL));
+        return Err(Error::invalid(what).report_then(errno::EINVAL));
     }
     Ok(())
 }

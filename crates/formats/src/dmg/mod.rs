@@ -23,7 +23,7 @@ use diskimage_core::{
 };
 
 use crate::codec::{bzip2, deflate, lzfse, xz};
-use crate::layer_kit::decoded_cache::LastBlock;
+use crate::layer_kit::decoded_cache::DecodedBlockCache;
 use crate::layer_kit::read_only_layer::{self, Disk};
 use chunk::{Chunk, Chunks, Codec, Kind, SECTOR};
 use trailer::Trailer;
@@ -56,7 +56,7 @@ impl Format for Dmg {
             file: request.file,
             len: trailer.len()?,
             chunks: chunks.sorted(),
-            last: LastBlock::new(),
+            last: DecodedBlockCache::new(),
             unknown,
         };
         Ok(read_only_layer::layer(disk))
@@ -85,7 +85,7 @@ struct Udif {
     file: Arc<dyn Device>,
     len: u64,
     chunks: Chunks,
-    last: LastBlock<u64>,
+    last: DecodedBlockCache<u64>,
     /// That there are chunks of a kind that nobody knows.
     unknown: Option<Note>,
 }

@@ -189,7 +189,7 @@ fn chunks_that_are_too_large_are_refused() {
     let message = |entry| {
         let error = opened(with_list(&[], &[mish(0, &[entry])], 8)).unwrap_err();
         assert_eq!(error.to_string(), "Invalid argument");
-        error.shown_before().cloned()
+        error.preceding_note().cloned()
     };
     assert_eq!(
         message((ZLIB, 0, 131_073, 0, 1)),

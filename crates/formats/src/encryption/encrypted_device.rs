@@ -7,13 +7,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::encryption::{SECTOR, SectorCipher};
 use diskimage_core::{
-    ByteRange, Device, Error, Extent, ExtentKind, Limits, Preallocation, Result, Want, ZeroMode, align_down,
-    align_up, is_zero,
+    ByteRange, Device, Error, Extent, ExtentKind, Limits, Preallocation, Result, StatusDetail, ZeroMode,
+    align_down, align_up, is_zero,
 };
 
 /// The view.
 #[derive(Debug)]
-pub(crate) struct Decrypted {
+pub(crate) struct EncryptedDevice {
     below: Arc<dyn Device>,
     /// Where on the device the view starts.
     start: u64,
@@ -31,7 +31,7 @@ const CHUNK: usize = 1 << 20;
 
 const UNIT: u64 = SECTOR as u64;
 
-impl Decrypted {
+impl EncryptedDevice {
     /// The view of what follows byte `start` of `below`, where sector `first_sector` is. Numbers wrap around: where only
     /// a part of the view is used, it may start at one below zero.
     pub(crate) fn new(
@@ -119,7 +119,7 @@ fn len_of(start: u64, end: u64) -> usize {
     usize::try_from(end - start).unwrap_or(usize::MAX)
 }
 
-impl Device for Decrypted {
+impl Device for EncryptedDevice {
     fn len(&self) -> u64 {
         let len = match self.padded {
             true => align_up(self.below.len(), UNIT),
@@ -189,7 +189,7 @@ impl Device for Decrypted {
         Ok(())
     }
 
-    fn status(&self, range: ByteRange, _want: Want) -> Result<Extent> {
+    fn status(&self, range: ByteRange, _want: StatusDetail) -> Result<Extent> {
         Ok(Extent {
             len: range.len(),
             kind: ExtentKind::Data,

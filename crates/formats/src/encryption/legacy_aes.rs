@@ -10,7 +10,7 @@ use crate::encryption::{CipherAlg, CipherMode, CipherSpec, IvAlg, SECTOR, Sector
 use diskimage_core::options::{OptionDef, OptionKind, Options};
 use diskimage_core::{Device, Error, NodeOptions, OpenRequest, Result};
 
-use crate::encryption::encrypted_device::Decrypted;
+use crate::encryption::encrypted_device::EncryptedDevice;
 use crate::luks::options::passphrase;
 
 /// The key of an open image; there is none where only facts are wanted.
@@ -45,7 +45,7 @@ impl LegacyAes {
         const UNIT: u64 = SECTOR as u64;
         let first_sector = (guest / UNIT).wrapping_sub(host / UNIT);
         let cipher = Arc::clone(self.0.as_ref()?);
-        Some(Arc::new(Decrypted::new(
+        Some(Arc::new(EncryptedDevice::new(
             Arc::clone(data),
             0,
             first_sector,

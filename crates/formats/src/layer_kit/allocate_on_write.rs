@@ -10,7 +10,7 @@ use std::sync::{Condvar, MutexGuard, PoisonError};
 use diskimage_core::{Result, WritePlan, WriteRun};
 
 /// An image whose blocks get places.
-pub(crate) trait FirstWrites: Send + Sync {
+pub(crate) trait AllocateOnWrite: Send + Sync {
     /// What changes while the image is open. Its lock is never held while guest data moves.
     type State;
     /// Where a block is, in the format's own unit.
@@ -18,7 +18,7 @@ pub(crate) trait FirstWrites: Send + Sync {
 
     fn lock(&self) -> MutexGuard<'_, Self::State>;
 
-    /// Woken when blocks leave [`FirstWrites::in_flight`].
+    /// Woken when blocks leave [`AllocateOnWrite::in_flight`].
     fn settled(&self) -> &Condvar;
 
     /// Blocks that are being written for the first time.
@@ -28,13 +28,13 @@ pub(crate) trait FirstWrites: Send + Sync {
     fn enter(&self, state: &mut Self::State, block: u64, place: Self::Place) -> Result<()>;
 
     /// Publishes what was entered if that is much.
-    fn relieve(&self, state: &mut Self::State) -> Result<()>;
+    fn write_back_if_needed(&self, state: &mut Self::State) -> Result<()>;
 
     /// A place that was set aside, and that no block has got.
     fn give_back(state: &mut Self::State, place: Self::Place);
 
     /// The state once none of these blocks is in flight.
-    fn when_settled(&self, blocks: Range<u64>) -> MutexGuard<'_, Self::State> {
+    fn wait_until_idle(&self, blocks: Range<u64>) -> MutexGuard<'_, Self::State> {
         let mut state = self.lock();
         while is_any_of(Self::in_flight(&mut state), blocks.clone()) {
             state = self.settled().wait(state).unwrap_or_else(PoisonError::into_inner);
@@ -48,7 +48,7 @@ fn is_any_of(in_flight: &HashSet<u64>, mut blocks: Range<u64>) -> bool {
 }
 
 /// Makes a plan for a write to `blocks`, for which `fill` finds places. If it fails, those that it took are given back.
-pub(crate) fn plan<'a, L: FirstWrites>(
+pub(crate) fn plan<'a, L: AllocateOnWrite>(
     layer: &'a L,
     blocks: Range<u64>,
     fill: impl FnOnce(&mut L::State, &mut Plan<'a, L>) -> Result<()>,
@@ -59,21 +59,21 @@ pub(crate) fn plan<'a, L: FirstWrites>(
         runs: Vec::new(),
         new: Vec::new(),
     };
-    let mut state = layer.when_settled(blocks);
+    let mut state = layer.wait_until_idle(blocks);
     fill(&mut state, &mut plan)?;
     drop(state);
     Ok(Box::new(plan))
 }
 
 /// Storage set aside for one write. It takes the lock when it is dropped.
-pub(crate) struct Plan<'a, L: FirstWrites> {
+pub(crate) struct Plan<'a, L: AllocateOnWrite> {
     layer: &'a L,
     runs: Vec<WriteRun>,
     /// Blocks that have none yet, and the places taken for them.
     new: Vec<(u64, L::Place)>,
 }
 
-impl<L: FirstWrites> Plan<'_, L> {
+impl<L: AllocateOnWrite> Plan<'_, L> {
     /// Puts a block in flight, for which `place` was taken.
     pub(crate) fn add_block(&mut self, in_flight: &mut HashSet<u64>, block: u64, place: L::Place) {
         in_flight.insert(block);
@@ -86,7 +86,7 @@ impl<L: FirstWrites> Plan<'_, L> {
     }
 }
 
-impl<L: FirstWrites> WritePlan for Plan<'_, L> {
+impl<L: AllocateOnWrite> WritePlan for Plan<'_, L> {
     fn runs(&self) -> &[WriteRun] {
         &self.runs
     }
@@ -104,11 +104,11 @@ impl<L: FirstWrites> WritePlan for Plan<'_, L> {
             L::in_flight(&mut state).remove(&block);
         }
         layer.settled().notify_all();
-        layer.relieve(&mut state)
+        layer.write_back_if_needed(&mut state)
     }
 }
 
-impl<L: FirstWrites> Drop for Plan<'_, L> {
+impl<L: AllocateOnWrite> Drop for Plan<'_, L> {
     fn drop(&mut self) {
         if self.new.is_empty() {
             return;

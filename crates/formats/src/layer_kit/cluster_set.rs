@@ -6,7 +6,7 @@ use std::collections::hash_map::Entry;
 use diskimage_core::{Budget, Reservation, Result};
 
 /// Clusters that have a user, in pieces of a map of bits: memory goes with what is in use, not with the file's length.
-pub(crate) struct Seen<'a> {
+pub(crate) struct ClusterSet<'a> {
     budget: &'a Budget,
     pieces: HashMap<u64, Piece>,
     count: u64,
@@ -23,7 +23,7 @@ const WORDS: usize = 512;
 const WORD_BITS: u64 = 64;
 const PIECE_BITS: u64 = WORDS as u64 * WORD_BITS;
 
-impl<'a> Seen<'a> {
+impl<'a> ClusterSet<'a> {
     /// Nothing seen so far.
     pub(crate) fn new(budget: &'a Budget) -> Self {
         Self {

@@ -1,14 +1,14 @@
 //! What of a source is there to be copied, in the clusters of a target: for measuring.
 
-use diskimage_core::{ByteRange, Device, ExtentKind, Image, MeasureSource, Result, Want};
+use diskimage_core::{ByteRange, Device, ExtentKind, Image, MeasureSource, Result, StatusDetail};
 
 /// Tells `found` of the clusters that hold data which is not known to be zero, each of them once and in order.
 pub(crate) fn for_each_used(image: &Image, cluster: u64, mut found: impl FnMut(ByteRange)) -> Result<()> {
     let mut rest = ByteRange::new(0, image.len());
     while !rest.is_empty() {
-        let extent = image.status(rest, Want::Zeroes)?;
+        let extent = image.status(rest, StatusDetail::Zeroes)?;
         let mut len = extent.len;
-        if !extent.kind.is_zero() && extent.kind != ExtentKind::Absent {
+        if !extent.kind.is_zero() && extent.kind != ExtentKind::UnknownHole {
             // The clusters that it touches count as a whole, and the next search starts behind them.
             let touched = ByteRange::at(rest.start(), len).align_out(cluster);
             found(touched);

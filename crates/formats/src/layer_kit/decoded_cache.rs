@@ -9,7 +9,7 @@ use diskimage_core::Result;
 
 /// The bytes of one block, known by its `K`.
 #[derive(Debug)]
-pub(crate) struct LastBlock<K>(Mutex<State<K>>);
+pub(crate) struct DecodedBlockCache<K>(Mutex<State<K>>);
 
 #[derive(Debug)]
 struct State<K> {
@@ -17,7 +17,7 @@ struct State<K> {
     bytes: Vec<u8>,
 }
 
-impl<K: PartialEq> LastBlock<K> {
+impl<K: PartialEq> DecodedBlockCache<K> {
     pub(crate) fn new() -> Self {
         Self(Mutex::new(State {
             key: None,
@@ -51,7 +51,7 @@ mod tests {
 
     #[test]
     fn a_block_is_decoded_once_and_never_left_half_done() {
-        let last = LastBlock::new();
+        let last = DecodedBlockCache::new();
         let put = |value: u8| {
             move |bytes: &mut Vec<u8>| {
                 *bytes = vec![value];

@@ -6,9 +6,9 @@ use diskimage_core::{ByteRange, Device, Result, WritePlan, WriteRun};
 
 /// A write that goes where the guest says.
 #[derive(Debug)]
-pub(crate) struct Straight([WriteRun; 1]);
+pub(crate) struct InPlaceWrite([WriteRun; 1]);
 
-impl Straight {
+impl InPlaceWrite {
     /// Writes `guest` to `offset` of `device`.
     pub(crate) fn new(guest: ByteRange, device: Arc<dyn Device>, offset: u64) -> Self {
         Self([WriteRun {
@@ -19,7 +19,7 @@ impl Straight {
     }
 }
 
-impl WritePlan for Straight {
+impl WritePlan for InPlaceWrite {
     fn runs(&self) -> &[WriteRun] {
         &self.0
     }

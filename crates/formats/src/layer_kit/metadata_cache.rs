@@ -1,6 +1,6 @@
 //! Metadata tables in memory: windows of them, never the whole, written back in the order that survives a crash.
 //!
-//! Changed windows stay here until [`Tables::write_back`] or until there are too many. They are written class by class,
+//! Changed windows stay here until [`MetadataCache::write_back`] or until there are too many. They are written class by class,
 //! with everything written before made durable in between:
 //!
 //! ```text
@@ -24,14 +24,14 @@ use crate::layer_kit::metadata_guard::{Clusters, Kind, Kinds, MetadataGuard};
 
 /// What a table is for; the order is the order of writing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub(crate) enum Class {
+pub(crate) enum WriteOrder {
     RefcountBlock,
     RefcountTable,
     L2,
     L1,
 }
 
-impl Class {
+impl WriteOrder {
     /// What is told to the device before a part of such a table is read.
     fn load_event(self) -> Option<Event> {
         match self {
@@ -63,23 +63,28 @@ impl Class {
     }
 }
 
-const CLASSES: [Class; 4] = [Class::RefcountBlock, Class::RefcountTable, Class::L2, Class::L1];
+const CLASSES: [WriteOrder; 4] = [
+    WriteOrder::RefcountBlock,
+    WriteOrder::RefcountTable,
+    WriteOrder::L2,
+    WriteOrder::L1,
+];
 
 /// Where a table lies and how long it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Table {
-    pub(crate) class: Class,
+    pub(crate) class: WriteOrder,
     pub(crate) offset: u64,
     pub(crate) len: u64,
 }
 
 /// The windows of tables that are in memory.
 #[derive(Debug)]
-pub(crate) struct Tables {
+pub(crate) struct MetadataCache {
     device: Arc<dyn Device>,
     /// Guest data lives here; it must be durable before tables refer to it.
     data: Arc<dyn Device>,
-    windows: HashMap<u64, Window>,
+    windows: HashMap<u64, Page>,
     /// Offsets in the order of the second-chance scan.
     clock: VecDeque<u64>,
     bytes: usize,
@@ -91,8 +96,8 @@ pub(crate) struct Tables {
 }
 
 #[derive(Debug)]
-struct Window {
-    class: Class,
+struct Page {
+    class: WriteOrder,
     /// As many as the file has of those that there should be.
     bytes: Box<[u8]>,
     /// How many there should be.
@@ -108,7 +113,7 @@ const CAPACITY: usize = 6 << 20;
 /// Neighbouring windows are written in one request up to this size.
 const MAX_WRITE: usize = 1 << 20;
 
-impl Tables {
+impl MetadataCache {
     pub(crate) fn new(device: Arc<dyn Device>, data: Arc<dyn Device>) -> Self {
         Self {
             device,
@@ -192,7 +197,7 @@ impl Tables {
         Ok(window.bytes.get(skip..).unwrap_or(&[]))
     }
 
-    /// As [`Tables::bytes`], to be changed.
+    /// As [`MetadataCache::bytes`], to be changed.
     pub(crate) fn bytes_mut(&mut self, table: Table, at: u64) -> Result<&mut [u8]> {
         let skip = index(at % WINDOW);
         let offset = table.offset + at - at % WINDOW;
@@ -253,7 +258,7 @@ impl Tables {
     /// Drops what is remembered of the clusters of `range`, which are free from now on.
     pub(crate) fn forget_freed(&mut self, range: ByteRange) {
         self.forget(Table {
-            class: Class::L2,
+            class: WriteOrder::L2,
             offset: range.start(),
             len: range.len(),
         });
@@ -279,7 +284,7 @@ impl Tables {
                 continue;
             }
             // What this class refers to: everything written before it, guest data included.
-            if class != Class::RefcountBlock {
+            if class != WriteOrder::RefcountBlock {
                 self.sync()?;
             }
             self.write_class(class)?;
@@ -314,7 +319,7 @@ impl Tables {
         &self.device
     }
 
-    fn window(&mut self, table: Table, at: u64) -> Result<&mut Window> {
+    fn window(&mut self, table: Table, at: u64) -> Result<&mut Page> {
         if at >= table.len {
             return Err(out_of_table(table, at));
         }
@@ -332,7 +337,7 @@ impl Tables {
                 self.forget_at(offset);
             }
             let there = match table.class {
-                Class::RefcountBlock => len,
+                WriteOrder::RefcountBlock => len,
                 _ => {
                     self.device.require(offset, 1)?;
                     self.device.len().saturating_sub(offset).min(len)
@@ -359,7 +364,14 @@ impl Tables {
         missing(&*self.device, table, at)
     }
 
-    fn insert(&mut self, offset: u64, class: Class, bytes: Box<[u8]>, len: u64, dirty: bool) -> Result<()> {
+    fn insert(
+        &mut self,
+        offset: u64,
+        class: WriteOrder,
+        bytes: Box<[u8]>,
+        len: u64,
+        dirty: bool,
+    ) -> Result<()> {
         while self.bytes + bytes.len() > self.capacity && !self.windows.is_empty() {
             self.evict()?;
         }
@@ -367,7 +379,7 @@ impl Tables {
         self.dirty[class as usize] += usize::from(dirty);
         self.windows.insert(
             offset,
-            Window {
+            Page {
                 class,
                 bytes,
                 len,
@@ -416,7 +428,7 @@ impl Tables {
         }
     }
 
-    fn write_class(&mut self, class: Class) -> Result<()> {
+    fn write_class(&mut self, class: WriteOrder) -> Result<()> {
         let changed = self
             .windows
             .iter()
@@ -478,7 +490,7 @@ mod tests {
 
     fn l2(offset: u64) -> Table {
         Table {
-            class: Class::L2,
+            class: WriteOrder::L2,
             offset,
             len: WINDOW,
         }
@@ -487,7 +499,7 @@ mod tests {
     #[test]
     fn changes_are_seen_before_and_after_they_are_written() {
         let device: Arc<dyn Device> = Arc::new(MemoryDevice::default());
-        let mut tables = Tables::new(Arc::clone(&device), Arc::clone(&device));
+        let mut tables = MetadataCache::new(Arc::clone(&device), Arc::clone(&device));
         tables.fresh(l2(0)).expect("memory");
         tables.set_number(l2(0), 8, 42).expect("in the table");
         assert_eq!(tables.number(l2(0), 8).expect("in the table"), 42);
@@ -502,7 +514,7 @@ mod tests {
     #[test]
     fn memory_stays_bounded_and_nothing_is_lost() {
         let device: Arc<dyn Device> = Arc::new(MemoryDevice::default());
-        let mut tables = Tables::new(Arc::clone(&device), Arc::clone(&device));
+        let mut tables = MetadataCache::new(Arc::clone(&device), Arc::clone(&device));
         for i in 0..300 {
             tables.fresh(l2(i * WINDOW)).expect("memory");
             tables.set_number(l2(i * WINDOW), 16, i).expect("in the table");
@@ -517,7 +529,7 @@ mod tests {
     fn what_a_file_has_of_a_table_is_used_and_the_rest_is_an_error() {
         let memory = Arc::new(MemoryDevice::new(vec![7; 100]));
         let device: Arc<dyn Device> = Arc::<MemoryDevice>::clone(&memory);
-        let mut tables = Tables::new(Arc::clone(&device), Arc::clone(&device));
+        let mut tables = MetadataCache::new(Arc::clone(&device), Arc::clone(&device));
         assert_eq!(tables.number(l2(0), 88).expect("there"), 0x0707_0707_0707_0707);
         for at in [96, 104, WINDOW - 8] {
             let error = tables.number(l2(0), at).expect_err("beyond the end");

@@ -5,9 +5,9 @@
 //!   memory                   \____________/                \________/
 //! ```
 //!
-//! Changed entries stay in memory until [`Windows::write_back`]. What they refer to has to be durable before. Their owner
-//! writes them when it is asked to flush, or sooner if [`Windows::is_crowded`]. Where it does not, a window that has to
-//! leave memory makes the device durable first. An owner with a way of its own to write takes [`Windows::changed`] instead.
+//! Changed entries stay in memory until [`PagedTable::write_back`]. What they refer to has to be durable before. Their owner
+//! writes them when it is asked to flush, or sooner if [`PagedTable::too_many_dirty`]. Where it does not, a window that has to
+//! leave memory makes the device durable first. An owner with a way of its own to write takes [`PagedTable::changed`] instead.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
@@ -16,7 +16,7 @@ use diskimage_core::{Device, Error, Result};
 
 /// The windows of one table of entries of `N` bytes, a divisor of 64 KiB, whose byte order is its owner's matter.
 #[derive(Debug)]
-pub(crate) struct Windows<const N: usize = 4> {
+pub(crate) struct PagedTable<const N: usize = 4> {
     device: Arc<dyn Device>,
     /// Where the table starts.
     start: u64,
@@ -27,13 +27,13 @@ pub(crate) struct Windows<const N: usize = 4> {
     /// Whether changes only go where their owner writes them.
     kept: bool,
     /// By the offset in the table.
-    windows: BTreeMap<u64, Window>,
+    windows: BTreeMap<u64, Page>,
     /// Their offsets, the one that has been in memory longest first.
     order: VecDeque<u64>,
 }
 
 #[derive(Debug)]
-struct Window {
+struct Page {
     bytes: Box<[u8]>,
     /// A bit for each sector that has been changed.
     changed: u128,
@@ -51,7 +51,7 @@ const SECTOR: usize = 512;
 
 const _: () = assert!(WINDOW / SECTOR == 128);
 
-impl<const N: usize> Windows<N> {
+impl<const N: usize> PagedTable<N> {
     /// The table of `entries` entries at offset `start`. Entries beyond the end of the device cannot be used.
     pub(crate) fn new(device: Arc<dyn Device>, start: u64, entries: u64) -> Self {
         Self {
@@ -104,7 +104,7 @@ impl<const N: usize> Windows<N> {
     }
 
     /// Whether so much has been changed that it should be written.
-    pub(crate) fn is_crowded(&self) -> bool {
+    pub(crate) fn too_many_dirty(&self) -> bool {
         let changed = self.windows.values().filter(|window| window.changed != 0);
         changed.count() >= KEPT / 2
     }
@@ -149,7 +149,7 @@ impl<const N: usize> Windows<N> {
     }
 
     /// The window of entry `index`, and where in it the entry is.
-    fn window(&mut self, index: u64) -> Result<(&mut Window, usize)> {
+    fn window(&mut self, index: u64) -> Result<(&mut Page, usize)> {
         let at = index
             .checked_mul(N as u64)
             .filter(|at| *at < self.len)
@@ -159,7 +159,7 @@ impl<const N: usize> Windows<N> {
         if !self.windows.contains_key(&at) {
             self.make_room()?;
             let bytes = self.read(at)?;
-            self.windows.insert(at, Window { bytes, changed: 0 });
+            self.windows.insert(at, Page { bytes, changed: 0 });
             self.order.push_back(at);
         }
         match self.windows.get_mut(&at) {
@@ -217,7 +217,7 @@ mod tests {
         const ENTRIES: u64 = 600_000;
         let len = usize::try_from(ENTRIES).expect("small") * 4 + 7;
         let device: Arc<dyn Device> = Arc::new(MemoryDevice::new(vec![0; len]));
-        let mut table = Windows::<4>::new(device, 7, ENTRIES);
+        let mut table = PagedTable::<4>::new(device, 7, ENTRIES);
         for index in (0..ENTRIES).step_by(999) {
             let number = u32::try_from(index).expect("small");
             table.set(index, number.to_le_bytes()).expect("an entry");
@@ -234,7 +234,7 @@ mod tests {
     fn only_sectors_with_changes_are_written() {
         let memory = Arc::new(MemoryDevice::new(vec![7; 4096]));
         let device: Arc<dyn Device> = Arc::<MemoryDevice>::clone(&memory);
-        let mut table = Windows::<4>::new(device, 0, 1024);
+        let mut table = PagedTable::<4>::new(device, 0, 1024);
         table.set(300, [1; 4]).expect("an entry");
         memory.write_at(&[8; 4096], 0).expect("memory");
         assert!(table.is_changed());
@@ -256,7 +256,7 @@ mod tests {
     #[test]
     fn entries_beyond_the_end_are_errors() {
         let device: Arc<dyn Device> = Arc::new(MemoryDevice::new(vec![0; 101]));
-        let mut table = Windows::<4>::new(device, 0, 1 << 40);
+        let mut table = PagedTable::<4>::new(device, 0, 1 << 40);
         assert_eq!(table.entries(3).expect("inside").len(), 22);
         for beyond in [25, 26, 1 << 20] {
             assert!(table.entries(beyond).is_err() && table.set(beyond, [0; 4]).is_err());
@@ -268,7 +268,7 @@ mod tests {
         let mut bytes = vec![0xee; 3];
         bytes.extend((0..40_000_u32).flat_map(u32::to_le_bytes));
         let device: Arc<dyn Device> = Arc::new(MemoryDevice::new(bytes));
-        let mut table = Windows::<4>::new(device, 3, u64::MAX).padded();
+        let mut table = PagedTable::<4>::new(device, 3, u64::MAX).padded();
         for index in [0, 39_999, 16_383, 16_384, 1, 32_768] {
             let entry = table.entry(index).expect("an entry");
             assert_eq!(u64::from(u32::from_le_bytes(entry)), index);
@@ -281,7 +281,7 @@ mod tests {
     fn changes_are_told_in_units_until_they_are_written() {
         let memory = Arc::new(MemoryDevice::new(vec![0; 3 << 20]));
         let device: Arc<dyn Device> = Arc::<MemoryDevice>::clone(&memory);
-        let mut table = Windows::<8>::new(device, 1 << 20, 2 << 17).kept();
+        let mut table = PagedTable::<8>::new(device, 1 << 20, 2 << 17).kept();
         table.set(3, [7; 8]).expect("inside");
         for window in 0..20 {
             table.set(window * 8192 + 513, [9; 8]).expect("inside");

@@ -6,8 +6,8 @@
 use std::sync::Arc;
 
 use diskimage_core::{
-    ByteRange, Device, Error, Holes, Info, Layer, Limits, Note, OpenRequest, ReadOnlyView, ResizeRequest,
-    Result, Run, RunKind, View, WritePlan, ZeroMode,
+    ByteRange, Device, Error, HoleMeaning, Info, Layer, Limits, Note, OpenRequest, ReadOnlyView,
+    ResizeRequest, Result, Run, RunKind, View, WritePlan, ZeroMode,
 };
 
 /// The disk of one image.
@@ -74,7 +74,7 @@ impl<D: Disk> Layer for ReadOnly<D> {
             kind: RunKind::Data {
                 device: Arc::clone(&self.0) as Arc<dyn Device>,
                 offset: range.start(),
-                holes: Holes::Ignored,
+                holes: HoleMeaning::Ignored,
             },
         })
     }

@@ -51,7 +51,7 @@ mod tests {
             tell(progress);
             Err(Error::corrupt("c"))
         });
-        assert_eq!(failed.expect_err("is not").shown_before(), Some(&line("a\nb")));
+        assert_eq!(failed.expect_err("is not").preceding_note(), Some(&line("a\nb")));
     }
 
     #[test]

@@ -5,7 +5,7 @@ use diskimage_core::{Budget, Error, Reservation, Result};
 /// The places in the file, one bit each: at least as many as the table has entries, so that one is free whenever a block
 /// of the disk has none.
 #[derive(Debug)]
-pub(crate) struct Places {
+pub(crate) struct SlotBitmap {
     taken: Vec<u64>,
     /// How many there are.
     room: u32,
@@ -18,7 +18,7 @@ pub(crate) struct Places {
     _memory: Reservation,
 }
 
-impl Places {
+impl SlotBitmap {
     /// The first `room` places, all of them free.
     pub(crate) fn new(room: u32, budget: &Budget) -> Result<Self> {
         let words = (room as usize).div_ceil(64);

@@ -7,7 +7,7 @@
 //! ```
 //!
 //! Nothing is ever given up, so nothing is counted: a crash leaves behind clusters that no table refers to, never the
-//! other way round. [`Tables`] has the order of writing, a [`Scheme`] has what the formats differ in.
+//! other way round. [`MetadataCache`] has the order of writing, a [`EntryCodec`] has what the formats differ in.
 //!
 //! # Damaged entries
 //!
@@ -21,11 +21,11 @@ use std::fmt::Debug;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use diskimage_core::{
-    Budget, ByteRange, Device, Encoded, Error, Event, Holes, Preallocation, Result, Run, RunKind, WritePlan,
-    WriteRun, ZeroMode, align_up, errno,
+    Budget, ByteRange, Device, Encoded, Error, Event, HoleMeaning, Preallocation, Result, Run, RunKind,
+    WritePlan, WriteRun, ZeroMode, align_up, errno,
 };
 
-use crate::layer_kit::metadata_cache::{Class, Table, Tables};
+use crate::layer_kit::metadata_cache::{MetadataCache, Table, WriteOrder};
 use crate::layer_kit::reserved::{Pieces, Reserved};
 
 /// What an L2 entry says of a cluster.
@@ -42,7 +42,7 @@ pub(crate) enum Cluster {
 }
 
 /// What a format's tables look like.
-pub(crate) trait Scheme: Debug + Send + Sync {
+pub(crate) trait EntryCodec: Debug + Send + Sync {
     /// Whether numbers in tables are big-endian.
     const BIG_ENDIAN: bool;
     /// Whether a new L2 table goes before the clusters that it is made for, or behind them.
@@ -76,11 +76,11 @@ pub(crate) trait Scheme: Debug + Send + Sync {
         Arc::clone(file)
     }
 
-    /// Told before anything is added to the file; a flag can be set that [`Scheme::settled`] clears.
+    /// Told before anything is added to the file; a flag can be set that [`EntryCodec::settled`] clears.
     ///
     /// # Errors
     /// What the operating system says.
-    fn unsettled(&self) -> Result<()> {
+    fn before_first_change(&self) -> Result<()> {
         Ok(())
     }
 
@@ -121,7 +121,7 @@ const SECTOR: u64 = 512;
 ///
 /// `state` is the only lock. It is held while tables are read and written, never while guest data moves.
 #[derive(Debug)]
-pub(crate) struct Tree<S> {
+pub(crate) struct TwoLevelMap<S> {
     file: Arc<dyn Device>,
     shape: Shape,
     scheme: S,
@@ -135,7 +135,7 @@ pub(crate) struct Tree<S> {
 
 #[derive(Debug)]
 struct State {
-    tables: Tables,
+    tables: MetadataCache,
     /// Behind all that is in use.
     end: u64,
     /// Guest clusters that plans for writes are about to change.
@@ -146,7 +146,7 @@ struct State {
     sound: HashSet<u64>,
 }
 
-impl<S: Scheme> Tree<S> {
+impl<S: EntryCodec> TwoLevelMap<S> {
     /// The tables in `file`, where `reserved` is taken by other structures and the L1 table.
     pub(crate) fn new(
         file: Arc<dyn Device>,
@@ -155,7 +155,7 @@ impl<S: Scheme> Tree<S> {
         reserved: Reserved,
         budget: &Budget,
     ) -> Self {
-        let tables = Tables::new(Arc::clone(&file), Arc::clone(&file));
+        let tables = MetadataCache::new(Arc::clone(&file), Arc::clone(&file));
         Self {
             file,
             scheme,
@@ -214,7 +214,7 @@ impl<S: Scheme> Tree<S> {
             Cluster::Host(offset) => RunKind::Data {
                 device: self.scheme.view(&self.file, range.start(), offset),
                 offset,
-                holes: Holes::Ignored,
+                holes: HoleMeaning::Ignored,
             },
             Cluster::Encoded { offset, stored } => RunKind::Encoded(Encoded {
                 offset,
@@ -286,7 +286,7 @@ impl<S: Scheme> Tree<S> {
 
     fn l2_table(&self, offset: u64) -> Table {
         Table {
-            class: Class::L2,
+            class: WriteOrder::L2,
             offset,
             len: self.shape.l2_len,
         }
@@ -410,7 +410,7 @@ impl<S: Scheme> Tree<S> {
         let new = ByteRange::new(offset, end);
         self.reserved.require_outside("new cluster", new)?;
         self.l2_tables(state)?.require_outside("new cluster", new)?;
-        self.scheme.unsettled()?;
+        self.scheme.before_first_change()?;
         state.end = end;
         Ok(offset)
     }
@@ -494,7 +494,7 @@ impl<S: Scheme> Tree<S> {
                 }
                 other if other == zero => {}
                 _ => {
-                    self.scheme.unsettled()?;
+                    self.scheme.before_first_change()?;
                     self.set(&mut state, at, zero)?;
                 }
             }
@@ -530,11 +530,11 @@ impl<S: Scheme> Tree<S> {
         self.scheme.settled()
     }
 
-    fn read(tables: &mut Tables, table: Table, at: u64) -> Result<u64> {
+    fn read(tables: &mut MetadataCache, table: Table, at: u64) -> Result<u64> {
         tables.number(table, at).map(Self::word)
     }
 
-    fn write(tables: &mut Tables, table: Table, at: u64, word: u64) -> Result<()> {
+    fn write(tables: &mut MetadataCache, table: Table, at: u64, word: u64) -> Result<()> {
         tables.set_number(table, at, Self::word(word))
     }
 
@@ -568,20 +568,20 @@ impl State {
 }
 
 /// The entries in `bytes` of a table.
-fn words<S: Scheme>(bytes: &[u8]) -> impl Iterator<Item = u64> {
+fn words<S: EntryCodec>(bytes: &[u8]) -> impl Iterator<Item = u64> {
     let (entries, _) = bytes.as_chunks();
     entries
         .iter()
-        .map(|entry| Tree::<S>::word(u64::from_be_bytes(*entry)))
+        .map(|entry| TwoLevelMap::<S>::word(u64::from_be_bytes(*entry)))
 }
 
 /// The tables, entry by entry.
 pub(crate) struct Walk<'a, S> {
-    tree: &'a Tree<S>,
+    tree: &'a TwoLevelMap<S>,
     state: &'a mut State,
 }
 
-impl<S: Scheme> Walk<'_, S> {
+impl<S: EntryCodec> Walk<'_, S> {
     /// The L1 table.
     pub(crate) fn l1(&self) -> Table {
         self.tree.shape.l1
@@ -614,7 +614,7 @@ impl<S: Scheme> Walk<'_, S> {
     /// # Errors
     /// What the operating system says.
     pub(crate) fn clear(&mut self, table: Table, at: u64) -> Result<()> {
-        Tree::<S>::write(&mut self.state.tables, table, at, 0)
+        TwoLevelMap::<S>::write(&mut self.state.tables, table, at, 0)
     }
 }
 
@@ -639,8 +639,8 @@ impl Step {
 }
 
 /// A write that is under way.
-struct Plan<'a, S: Scheme> {
-    tree: &'a Tree<S>,
+struct Plan<'a, S: EntryCodec> {
+    tree: &'a TwoLevelMap<S>,
     cover: ByteRange,
     runs: Vec<WriteRun>,
     /// Guest clusters and what becomes of them.
@@ -649,10 +649,10 @@ struct Plan<'a, S: Scheme> {
     taken: ByteRange,
 }
 
-impl<'a, S: Scheme> Plan<'a, S> {
+impl<'a, S: EntryCodec> Plan<'a, S> {
     /// Waits until no plan covers any cluster of `range`, and claims them for an empty plan. The plan comes first: its
     /// drop takes the lock, so the guard has to go before it.
-    fn claim(tree: &'a Tree<S>, range: ByteRange) -> (Self, MutexGuard<'a, State>) {
+    fn claim(tree: &'a TwoLevelMap<S>, range: ByteRange) -> (Self, MutexGuard<'a, State>) {
         let cover = range.align_out(tree.shape.cluster_size);
         let mut state = tree.lock();
         while state.in_flight.iter().any(|other| other.overlaps(cover)) {
@@ -742,7 +742,7 @@ impl<'a, S: Scheme> Plan<'a, S> {
     }
 }
 
-impl<S: Scheme> WritePlan for Plan<'_, S> {
+impl<S: EntryCodec> WritePlan for Plan<'_, S> {
     fn runs(&self) -> &[WriteRun] {
         &self.runs
     }
@@ -752,14 +752,14 @@ impl<S: Scheme> WritePlan for Plan<'_, S> {
         self.taken = ByteRange::new(0, 0);
         let mut state = self.tree.lock();
         for (guest, cluster) in &self.changes {
-            self.tree.scheme.unsettled()?;
+            self.tree.scheme.before_first_change()?;
             self.tree.set(&mut state, *guest, *cluster)?;
         }
         Ok(())
     }
 }
 
-impl<S: Scheme> Drop for Plan<'_, S> {
+impl<S: EntryCodec> Drop for Plan<'_, S> {
     /// Gives back what was taken if nothing was since, and lets others at the guest clusters.
     fn drop(&mut self) {
         let mut state = self.tree.lock();

@@ -5,7 +5,7 @@
 //!   disk                |-------- decrypted payload ----------|
 //! ```
 //!
-//! [`Volume`] is the header with its slots, wherever it lies; qcow2 has one, too. [`Decrypted`] is the payload as the
+//! [`Volume`] is the header with its slots, wherever it lies; qcow2 has one, too. [`EncryptedDevice`] is the payload as the
 //! guest sees it.
 
 pub(crate) mod amend;
@@ -21,13 +21,13 @@ use std::sync::Arc;
 use crate::encryption::SECTOR;
 use diskimage_core::options::{OptionDef, OptionKind, Options};
 use diskimage_core::{
-    AmendRequest, ByteRange, CreateRequest, Device, Error, ErrorKind, Format, Holes, Info, Layer, Measure,
-    MeasureSource, Objects, OpenRequest, Preallocation, Probe, ResizeRequest, Result, Run, RunKind, Score,
-    WritePlan, ZeroMode, align_up, errno,
+    AmendRequest, ByteRange, CreateRequest, Device, Error, ErrorKind, Format, HoleMeaning, Info, Layer,
+    Measure, MeasureSource, Objects, OpenRequest, Preallocation, Probe, ResizeRequest, Result, Run, RunKind,
+    Score, WritePlan, ZeroMode, align_up, errno,
 };
 
-use crate::encryption::encrypted_device::Decrypted;
-use crate::layer_kit::in_place_write::Straight;
+use crate::encryption::encrypted_device::EncryptedDevice;
+use crate::layer_kit::in_place_write::InPlaceWrite;
 use options::{Algorithms, CREATE_OPTIONS, Choice, passphrase};
 use volume::{Place, Volume};
 
@@ -77,7 +77,7 @@ impl Format for Luks {
             return Err(Error::from_errno(errno::EIO).context("Could not refresh total sector count"));
         }
         let payload = volume.cipher().map(|cipher| {
-            let view = Decrypted::new(Arc::clone(&request.file), start, 0, Arc::clone(cipher));
+            let view = EncryptedDevice::new(Arc::clone(&request.file), start, 0, Arc::clone(cipher));
             Arc::new(view.padded()) as Arc<dyn Device>
         });
         Ok(Arc::new(LuksLayer {
@@ -181,7 +181,7 @@ impl Layer for LuksLayer {
             kind: RunKind::Data {
                 device: self.payload()?,
                 offset: range.start(),
-                holes: Holes::Ignored,
+                holes: HoleMeaning::Ignored,
             },
         })
     }
@@ -192,7 +192,7 @@ impl Layer for LuksLayer {
     }
 
     fn plan_write(&self, range: ByteRange) -> Result<Box<dyn WritePlan + '_>> {
-        Ok(Box::new(Straight::new(range, self.payload()?, range.start())))
+        Ok(Box::new(InPlaceWrite::new(range, self.payload()?, range.start())))
     }
 
     fn write_zeroes(&self, range: ByteRange, mode: ZeroMode) -> Result<()> {

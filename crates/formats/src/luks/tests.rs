@@ -10,7 +10,7 @@ use diskimage_testing::{Fault, Faulty, Journal, Recorder};
 use super::amend::{AMEND_OPTIONS, SlotChange};
 use super::options::Algorithms;
 use super::volume::{Place, Volume};
-use crate::encryption::encrypted_device::Decrypted;
+use crate::encryption::encrypted_device::EncryptedDevice;
 
 const SMALL: Algorithms = Algorithms {
     spec: CipherSpec {
@@ -188,7 +188,7 @@ fn a_view_reads_what_was_written_at_any_offset() {
     let device: Arc<dyn Device> = Arc::new(MemoryDevice::new(new_volume()));
     let volume = Volume::open(at(Arc::clone(&device)), Some(b"old")).expect("unlocks");
     let cipher = Arc::clone(volume.cipher().expect("unlocked"));
-    let view = Decrypted::new(Arc::clone(&device), volume.payload_offset(), 0, cipher);
+    let view = EncryptedDevice::new(Arc::clone(&device), volume.payload_offset(), 0, cipher);
     let mut model = vec![0; 64 * SECTOR];
     view.write_at(&model, 0).expect("writes");
     for (offset, len, byte) in [

@@ -6,7 +6,7 @@ use diskimage_core::{
 
 use super::header::SECTOR;
 use super::{NO_CLUSTER, ParallelsLayer, State, is_aligned};
-use crate::layer_kit::cluster_set::Seen;
+use crate::layer_kit::cluster_set::ClusterSet;
 
 /// Bytes that are copied at once.
 const PIECE: u64 = 1 << 20;
@@ -16,7 +16,7 @@ impl ParallelsLayer {
     pub(super) fn is_sound(&self) -> Result<bool> {
         let state = &mut *self.lock();
         let file_len = align_up(self.file.len(), SECTOR);
-        let mut seen = Seen::new(&self.budget);
+        let mut seen = ClusterSet::new(&self.budget);
         let mut is_sound = !state.unclean && state.has_data_off;
         let mut next = 0;
         while let Some(batch) = state.batch(&mut next)? {
@@ -173,7 +173,7 @@ impl Check<'_> {
     /// Clusters of the disk that share one in the file: all but the first get a copy.
     fn duplicates(&mut self, state: &mut State) -> Result<()> {
         let (cluster, budget) = (self.layer.cluster, self.layer.budget.clone());
-        let mut seen = Seen::new(&budget);
+        let mut seen = ClusterSet::new(&budget);
         let mut next = 0;
         while let Some(batch) = state.batch(&mut next)? {
             for (index, offset) in batch {

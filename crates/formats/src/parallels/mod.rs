@@ -31,7 +31,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use diskimage_core::options::{OptionDef, OptionKind, Options};
 use diskimage_core::{
-    Bitmaps, Budget, ByteRange, CheckReport, CreateRequest, Device, Error, Format, Holes, Info, Layer,
+    Bitmaps, Budget, ByteRange, CheckReport, CreateRequest, Device, Error, Format, HoleMeaning, Info, Layer,
     Measure, MeasureSource, Note, Objects, OpenRequest, Preallocation, Probe, Progress, Repair,
     ResizeRequest, Result, Run, RunKind, Score, WritePlan, ZeroMode,
 };
@@ -39,11 +39,11 @@ use diskimage_core::{
 use self::extension::Extension;
 use self::header::{HEADER_LEN, Header};
 use crate::layer_kit::count_used::data_bytes;
-use crate::layer_kit::paged_table::{Entry, Windows};
+use crate::layer_kit::paged_table::{Entry, PagedTable};
 use crate::layer_kit::preallocation;
 use crate::layer_kit::repair_on_open;
 use crate::layer_kit::reserved::{Pieces, Reserved};
-use crate::layer_kit::slot_bitmap::Places;
+use crate::layer_kit::slot_bitmap::SlotBitmap;
 
 /// The format's entry in the table.
 #[derive(Debug)]
@@ -153,7 +153,7 @@ struct ParallelsLayer {
 #[derive(Debug)]
 struct State {
     header: Header,
-    table: Windows,
+    table: PagedTable,
     /// How many entries the file has room for; those beyond its end were lost.
     entries_there: u64,
     /// Where place 0 for a cluster is.
@@ -167,8 +167,8 @@ struct State {
     /// Whether the header in the file says that the image is in use because of us.
     marked: bool,
     /// Which places are taken; known from the first new cluster on.
-    places: Option<Places>,
-    /// Places that nothing uses any more; free once the table in the file says so.
+    places: Option<SlotBitmap>,
+    /// Slots that nothing uses any more; free once the table in the file says so.
     given_up: Vec<u64>,
     /// Clusters of the disk that are being written for the first time.
     in_flight: HashSet<u64>,
@@ -208,7 +208,7 @@ impl ParallelsLayer {
             extension,
             notes,
             state: Mutex::new(State {
-                table: Windows::new(Arc::clone(&file), HEADER_LEN as u64, header.entries.into()),
+                table: PagedTable::new(Arc::clone(&file), HEADER_LEN as u64, header.entries.into()),
                 entries_there: file_len.saturating_sub(HEADER_LEN as u64) / 4,
                 first_place: header.first_place(start),
                 data_end: start,
@@ -444,7 +444,7 @@ impl Layer for ParallelsLayer {
             Some(offset) => RunKind::Data {
                 device: Arc::clone(&self.file),
                 offset: offset.saturating_add(range.start() % cluster),
-                holes: Holes::Ignored,
+                holes: HoleMeaning::Ignored,
             },
         };
         Ok(Run {

@@ -6,7 +6,7 @@ use crate::encryption::HashAlg;
 use diskimage_core::options::Options;
 use diskimage_core::{
     Bitmaps, ByteRange, CheckReport, Device, Format, Image, Layer, MeasureSource, MemoryDevice, NodeOptions,
-    Note, Objects, OpenRequest, Progress, Repair, ResizeRequest, Result, Want, ZeroMode,
+    Note, Objects, OpenRequest, Progress, Repair, ResizeRequest, Result, StatusDetail, ZeroMode,
 };
 use diskimage_testing::{Fault, Faulty, Journal, Recorder};
 use proptest::prelude::*;
@@ -191,7 +191,7 @@ fn an_empty_disk_is_one_run_however_large() {
     let bytes = create("cluster_size=64k", 1 << 40).expect("creates");
     let image = open(memory(&bytes));
     let whole = ByteRange::new(0, image.len());
-    let extent = image.status(whole, Want::Zeroes).expect("a status");
+    let extent = image.status(whole, StatusDetail::Zeroes).expect("a status");
     assert_eq!((extent.len, extent.kind.is_zero()), (1 << 40, true));
     image.write_zeroes(whole, ZeroMode::Unmap).expect("nothing to do");
 }
@@ -709,7 +709,7 @@ proptest! {
             let Ok(image) = testing::open(&Parallels, memory(&bytes), write) else { continue };
             let whole = ByteRange::new(0, image.len());
             if !whole.is_empty() {
-                let _ = image.status(whole, Want::Zeroes);
+                let _ = image.status(whole, StatusDetail::Zeroes);
                 let _ = image.read_at(&mut [0; 512], 0);
                 let _ = image.write_at(&[1; 512], image.len() - 512);
                 let _ = image.write_zeroes(whole.first(1 << 20), ZeroMode::Unmap);

@@ -7,13 +7,13 @@ use diskimage_core::{ByteRange, Error, Result, WritePlan, WriteRun};
 
 use super::{NO_CLUSTER, ParallelsLayer, State};
 use crate::layer_kit::reserved::Pieces;
-use crate::layer_kit::slot_bitmap::Places;
+use crate::layer_kit::slot_bitmap::SlotBitmap;
 
 impl ParallelsLayer {
     /// Sets aside where `range` goes.
     pub(super) fn plan(&self, range: ByteRange) -> Result<Box<dyn WritePlan + '_>> {
         self.require_writable()?;
-        let mut state = self.when_settled(range);
+        let mut state = self.wait_until_idle(range);
         state.begin(&*self.file)?;
         let mut plan = Plan {
             layer: self,
@@ -102,7 +102,7 @@ impl ParallelsLayer {
     /// Makes `range` zero: the clusters that it covers give up their places. It ends with the disk or at the end of a cluster.
     pub(super) fn give_up(&self, range: ByteRange) -> Result<()> {
         self.require_writable()?;
-        let mut state = self.when_settled(range);
+        let mut state = self.wait_until_idle(range);
         // A place must not go to another cluster while somebody writes to it.
         while !state.in_place.is_empty()
             && self
@@ -110,7 +110,7 @@ impl ParallelsLayer {
                 .any(|index| state.in_place.contains_key(&index))
         {
             drop(self.settled.wait(state).unwrap_or_else(PoisonError::into_inner));
-            state = self.when_settled(range);
+            state = self.wait_until_idle(range);
         }
         for index in self.clusters(range) {
             if let Some(offset) = state.offset(index)? {
@@ -119,7 +119,7 @@ impl ParallelsLayer {
                 state.given_up.push(offset);
             }
         }
-        if state.table.is_crowded() {
+        if state.table.too_many_dirty() {
             state.publish(&*self.file)?;
         }
         Ok(())
@@ -134,7 +134,7 @@ impl ParallelsLayer {
     }
 
     /// The state once nobody writes a cluster of `range` for the first time.
-    fn when_settled(&self, range: ByteRange) -> MutexGuard<'_, State> {
+    fn wait_until_idle(&self, range: ByteRange) -> MutexGuard<'_, State> {
         let mut state = self.lock();
         while !state.in_flight.is_empty()
             && self.clusters(range).any(|index| state.in_flight.contains(&index))
@@ -177,12 +177,12 @@ impl ParallelsLayer {
     }
 
     /// Which places are taken.
-    fn places<'a>(&self, state: &'a mut State) -> Result<&'a mut Places> {
+    fn places<'a>(&self, state: &'a mut State) -> Result<&'a mut SlotBitmap> {
         let known = match state.places.take() {
             Some(known) => known,
             None => {
                 // Clusters in between two places take both.
-                let mut places = Places::new(state.header.entries.saturating_mul(2), &self.budget)?;
+                let mut places = SlotBitmap::new(state.header.entries.saturating_mul(2), &self.budget)?;
                 let mut taken = |range: Range<u64>| {
                     for place in range {
                         u32::try_from(place)
@@ -247,7 +247,7 @@ impl WritePlan for Plan<'_> {
             state.in_flight.remove(&index);
         }
         self.leave(&mut state);
-        if state.table.is_crowded() {
+        if state.table.too_many_dirty() {
             state.publish(&*self.layer.file)?;
         }
         Ok(())

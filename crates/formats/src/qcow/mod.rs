@@ -28,9 +28,9 @@ use diskimage_core::{
 
 use self::header::{Header, SECTOR};
 use crate::encryption::legacy_aes::{self, LegacyAes};
-use crate::layer_kit::metadata_cache::{Class, Table};
+use crate::layer_kit::metadata_cache::{Table, WriteOrder};
 use crate::layer_kit::reserved::Reserved;
-use crate::layer_kit::two_level_map::{Cluster, Scheme, Shape, Tree};
+use crate::layer_kit::two_level_map::{Cluster, EntryCodec, Shape, TwoLevelMap};
 use crate::layer_kit::{count_used, preallocation};
 use crate::luks::options::passphrase;
 use crate::{KNOWN_FORMATS, codec};
@@ -162,7 +162,7 @@ fn new_header(options: &Options, size: u64) -> Result<Header> {
 /// An open image.
 #[derive(Debug)]
 struct Qcow {
-    tree: Tree<Entries>,
+    tree: TwoLevelMap<Entries>,
     header: Header,
     /// The header, the backing file's name and the L1 table.
     reserved: Reserved,
@@ -185,7 +185,7 @@ impl Qcow {
             return Err(Error::corrupt("L1 table lies beyond the end of the file"));
         }
         let l1 = Table {
-            class: Class::L1,
+            class: WriteOrder::L1,
             offset: header.l1_offset,
             len: header.l1_len(),
         };
@@ -203,7 +203,7 @@ impl Qcow {
             aes,
         };
         Ok(Self {
-            tree: Tree::new(file, shape, entries, reserved.clone(), &request.budget),
+            tree: TwoLevelMap::new(file, shape, entries, reserved.clone(), &request.budget),
             reserved,
             header,
             write: request.write,
@@ -349,7 +349,7 @@ fn damaged() -> Error {
     Error::damage(ErrorKind::Invalid, errno::EIO)
 }
 
-impl Scheme for Entries {
+impl EntryCodec for Entries {
     const BIG_ENDIAN: bool = true;
     const TABLES_FIRST: bool = true;
 

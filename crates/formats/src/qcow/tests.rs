@@ -30,7 +30,7 @@ fn try_create(text: &str, size: u64) -> Result<Arc<MemoryDevice>> {
     let mut options = Options::new(QcowFormat.create_options());
     options.parse(text).expect("valid options");
     QcowFormat.create(CreateRequest {
-        id_below: None,
+        backing_cid: None,
         file: Arc::<MemoryDevice>::clone(&file),
         name: "test",
         size,

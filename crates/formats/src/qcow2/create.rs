@@ -9,7 +9,7 @@
 use std::sync::Arc;
 
 use diskimage_core::{
-    CreateRequest, Device, Error, OpenRequest, Preallocation, ResizeRequest, Result, Wrapped, Wrapper,
+    CreateRequest, Device, Error, FilterDevice, Filtered, OpenRequest, Preallocation, ResizeRequest, Result,
 };
 use zerocopy::IntoBytes;
 use zerocopy::byteorder::big_endian::{U32, U64};
@@ -31,7 +31,7 @@ pub(super) fn create(request: &CreateRequest<'_>) -> Result<()> {
             .gate
             .open_data(name, request.name, data_permissions(true))?;
     }
-    let file: Arc<dyn Device> = Arc::new(Wrapped(Unsynced(Arc::clone(&request.file))));
+    let file: Arc<dyn Device> = Arc::new(Filtered(Unsynced(Arc::clone(&request.file))));
     write_minimal(&*file, &wanted)?;
     let open = || {
         Qcow2::open(OpenRequest {
@@ -158,7 +158,7 @@ pub(super) const MIN_CLUSTER_FOR_NAMES: u64 = 8192;
 #[derive(Debug)]
 struct Unsynced(Arc<dyn Device>);
 
-impl Wrapper for Unsynced {
+impl FilterDevice for Unsynced {
     fn below(&self) -> &Arc<dyn Device> {
         &self.0
     }

@@ -23,7 +23,7 @@ use super::Qcow2;
 use super::extension::{CryptoExtension, kind};
 use super::first_cluster::FirstCluster;
 use super::header::{CryptMethod, Header};
-use crate::encryption::encrypted_device::Decrypted;
+use crate::encryption::encrypted_device::EncryptedDevice;
 use crate::encryption::legacy_aes::{
     KEY_SECRET, LegacyAes, no_format, passphrase_for, unexpected, unknown_format,
 };
@@ -75,7 +75,7 @@ impl Encrypted {
             Self::Aes(aes) => aes.view(data, guest, host),
             Self::Luks(volume) => {
                 let cipher = Arc::clone(volume.cipher()?);
-                Some(Arc::new(Decrypted::new(Arc::clone(data), 0, 0, cipher)))
+                Some(Arc::new(EncryptedDevice::new(Arc::clone(data), 0, 0, cipher)))
             }
         }
     }

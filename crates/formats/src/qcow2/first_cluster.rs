@@ -233,15 +233,15 @@ impl Qcow2 {
         let mut cluster = FirstCluster::read(&old)?;
         cluster.set_backing(backing)?;
         let new = cluster.to_bytes()?;
-        match Ahead::between(&old, &cluster)? {
+        match SideBySideRename::between(&old, &cluster)? {
             Some(ahead) if only_sector(&old, &new).is_none() => self.write_ahead(&ahead),
             _ => self.write_first_cluster(&old, &new),
         }
     }
 
     /// Writes the name, durably, before the header that leads to it.
-    fn write_ahead(&self, ahead: &Ahead) -> Result<()> {
-        let Ahead { between, new, .. } = ahead;
+    fn write_ahead(&self, ahead: &SideBySideRename) -> Result<()> {
+        let SideBySideRename { between, new, .. } = ahead;
         let write = |bytes: &[u8], range: Range<usize>| {
             let bytes = bytes.get(range.clone()).unwrap_or_default();
             self.file.write_at(bytes, range.start as u64)
@@ -275,8 +275,8 @@ impl Qcow2 {
             }
             _ => Ok(()),
         };
-        match Detour::between(old, new)? {
-            Some(Detour { bytes, name }) => {
+        match TwoStepRewrite::between(old, new)? {
+            Some(TwoStepRewrite { bytes, name }) => {
                 file.write_at(&bytes[name..], name as u64)?;
                 file.flush()?;
                 file.write_at(&bytes[..SECTOR], 0)?;
@@ -301,7 +301,7 @@ impl Qcow2 {
 /// # Errors
 /// An old state that does not hold together.
 pub(super) fn is_replaced_at_once(old: &[u8], new: &[u8]) -> Result<bool> {
-    Ok(only_sector(old, new).is_some() || Detour::between(old, new)?.is_some())
+    Ok(only_sector(old, new).is_some() || TwoStepRewrite::between(old, new)?.is_some())
 }
 
 /// The sector in which alone the two differ; the first one if they are the same.
@@ -317,7 +317,7 @@ fn only_sector(old: &[u8], new: &[u8]) -> Option<Range<usize>> {
 }
 
 /// A change of the name alone: the new one stands beside the old one before the header leads to it.
-struct Ahead {
+struct SideBySideRename {
     /// The old state, and the new name in it.
     between: Vec<u8>,
     new: Vec<u8>,
@@ -326,7 +326,7 @@ struct Ahead {
     old_name: Range<usize>,
 }
 
-impl Ahead {
+impl SideBySideRename {
     /// `None` if more than the name changes behind the first sector, or if there is no room beside the old name.
     fn between(old: &[u8], cluster: &FirstCluster) -> Result<Option<Self>> {
         let old_name = FirstCluster::read(old)?.name_at(name_offset(&header::raw(old)?));
@@ -365,13 +365,13 @@ fn name_offset(header: &header::RawHeader) -> usize {
 }
 
 /// What stands in the first cluster between the old state and the new one.
-struct Detour {
+struct TwoStepRewrite {
     bytes: Vec<u8>,
     /// Where the old name is meanwhile.
     name: usize,
 }
 
-impl Detour {
+impl TwoStepRewrite {
     /// `None` if there is no room for it.
     fn between(old: &[u8], new: &[u8]) -> Result<Option<Self>> {
         let cluster = FirstCluster::read(old)?;
@@ -467,11 +467,13 @@ mod tests {
     fn another_name_goes_beside_the_old_one_and_back() {
         let old = cluster(4096).to_bytes().expect("fits");
         let new = renamed(&old, "elsewhere", "qcow2");
-        let ahead = Ahead::between(&old, &new).expect("readable").expect("has room");
+        let ahead = SideBySideRename::between(&old, &new)
+            .expect("readable")
+            .expect("has room");
         let read = |bytes: &[u8]| FirstCluster::read(bytes).expect("readable").backing;
         assert_eq!(read(&ahead.between).as_deref(), Some(&b"below"[..]));
         assert_eq!(read(&ahead.new).as_deref(), Some(&b"elsewhere"[..]));
-        let again = Ahead::between(&ahead.new, &renamed(&ahead.new, "below", "raw"));
+        let again = SideBySideRename::between(&ahead.new, &renamed(&ahead.new, "below", "raw"));
         let again = again.expect("readable").expect("has room");
         assert_eq!(again.new, old, "the old state, in every byte");
     }
@@ -480,7 +482,9 @@ mod tests {
     fn a_header_never_leads_to_half_a_name() {
         let old = cluster(4096).to_bytes().expect("fits");
         let new = renamed(&old, "elsewhere", "qcow2");
-        let ahead = Ahead::between(&old, &new).expect("readable").expect("has room");
+        let ahead = SideBySideRename::between(&old, &new)
+            .expect("readable")
+            .expect("has room");
         // Whatever of the sectors with the old name is wiped, the new header finds the new one.
         let mut torn = ahead.between.clone();
         torn[..SECTOR].copy_from_slice(&ahead.new[..SECTOR]);
@@ -494,7 +498,7 @@ mod tests {
     fn a_name_with_extensions_that_move_does_not_go_ahead() {
         let old = cluster(4096).to_bytes().expect("fits");
         let new = renamed(&old, "elsewhere", &"x".repeat(100));
-        assert!(Ahead::between(&old, &new).expect("readable").is_none());
+        assert!(SideBySideRename::between(&old, &new).expect("readable").is_none());
     }
 
     #[test]

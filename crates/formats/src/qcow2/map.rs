@@ -2,12 +2,12 @@
 
 use std::sync::Arc;
 
-use diskimage_core::{ByteRange, Device, Holes, Result, Run, RunKind};
+use diskimage_core::{ByteRange, Device, HoleMeaning, Result, Run, RunKind};
 
 use super::Qcow2;
 use super::entry::{COMPRESSED, COPIED, Cluster, L2Entry, OFFSET_MASK, Subclusters, ZERO, encoded};
 use super::header::limit;
-use crate::layer_kit::metadata_cache::{Class, Table, Tables};
+use crate::layer_kit::metadata_cache::{MetadataCache, Table, WriteOrder};
 use crate::layer_kit::metadata_guard::DamageReport;
 
 /// What a stretch of guest bytes is, to be joined with what follows if that is alike.
@@ -34,7 +34,7 @@ impl Piece {
 
 impl Qcow2 {
     /// Where the bytes at the start of `range` live according to the L1 table `l1`.
-    pub(super) fn map_in(&self, tables: &mut Tables, l1: Table, range: ByteRange) -> Result<Run> {
+    pub(super) fn map_in(&self, tables: &mut MetadataCache, l1: Table, range: ByteRange) -> Result<Run> {
         let geometry = self.header.geometry;
         let mut found: Option<Piece> = None;
         let mut at = range.start();
@@ -66,7 +66,7 @@ impl Qcow2 {
     /// Extends `found`, which began at `start`, by what one L2 table says of `range`; where it stops.
     fn scan_l2(
         &self,
-        tables: &mut Tables,
+        tables: &mut MetadataCache,
         l2: Table,
         range: ByteRange,
         start: u64,
@@ -123,9 +123,9 @@ impl Qcow2 {
                 device: self.data_at(start, offset),
                 offset,
                 holes: if self.is_sparse() {
-                    Holes::ZeroData
+                    HoleMeaning::ZeroData
                 } else {
-                    Holes::Ignored
+                    HoleMeaning::Ignored
                 },
             },
             Piece::Compressed {
@@ -157,7 +157,12 @@ impl Qcow2 {
     }
 
     /// The L2 table for guest offset `guest`, if there is one.
-    pub(super) fn l2_table(&self, tables: &mut Tables, l1: Table, guest: u64) -> Result<Option<Table>> {
+    pub(super) fn l2_table(
+        &self,
+        tables: &mut MetadataCache,
+        l1: Table,
+        guest: u64,
+    ) -> Result<Option<Table>> {
         let index = guest / self.header.geometry.l2_coverage();
         let entry = tables.number(l1, index * 8)?;
         self.l2_at(entry & OFFSET_MASK, index)
@@ -178,14 +183,14 @@ impl Qcow2 {
             return Err(self.corruption.met(&what));
         }
         Ok(Some(Table {
-            class: Class::L2,
+            class: WriteOrder::L2,
             offset,
             len,
         }))
     }
 
     /// Entry `index` of an L2 table.
-    pub(super) fn read_entry(&self, tables: &mut Tables, l2: Table, index: u64) -> Result<L2Entry> {
+    pub(super) fn read_entry(&self, tables: &mut MetadataCache, l2: Table, index: u64) -> Result<L2Entry> {
         self.parse_entry(tables, l2, index)?.map_err(|error| {
             let place = format!("(L2 offset: {}, L2 index: {})", hex(l2.offset), hex(index));
             self.corruption.met(&format!("{error} {place}"))
@@ -196,7 +201,7 @@ impl Qcow2 {
     /// would be written in place is told in the words that qemu-img has for that.
     pub(super) fn read_entry_to_write(
         &self,
-        tables: &mut Tables,
+        tables: &mut MetadataCache,
         l2: Table,
         index: u64,
         guest: u64,
@@ -218,7 +223,7 @@ impl Qcow2 {
     }
 
     /// Entry `index` of an L2 table, or what is wrong with it.
-    fn parse_entry(&self, tables: &mut Tables, l2: Table, index: u64) -> Result<Result<L2Entry>> {
+    fn parse_entry(&self, tables: &mut MetadataCache, l2: Table, index: u64) -> Result<Result<L2Entry>> {
         let geometry = self.header.geometry;
         let at = index * geometry.l2_entry_size();
         let word = tables.number(l2, at)?;
@@ -238,7 +243,7 @@ impl Qcow2 {
     /// Changes entry `index` of an L2 table.
     pub(super) fn write_entry(
         &self,
-        tables: &mut Tables,
+        tables: &mut MetadataCache,
         l2: Table,
         index: u64,
         entry: L2Entry,

@@ -61,7 +61,7 @@ use self::feature::{Autoclear, Compatible, Incompatible};
 use self::header::{Header, field};
 use self::refcount::Refcounts;
 use self::snapshot::SnapshotTable;
-use crate::layer_kit::metadata_cache::{Class, Table, Tables};
+use crate::layer_kit::metadata_cache::{MetadataCache, Table, WriteOrder};
 use crate::layer_kit::metadata_guard::Kinds;
 use crate::layer_kit::repair_on_open;
 
@@ -90,7 +90,7 @@ impl Format for Qcow2Format {
         &["data-file"]
     }
 
-    fn found_children(&self) -> &'static [&'static str] {
+    fn implicit_children(&self) -> &'static [&'static str] {
         self.children()
     }
 
@@ -162,7 +162,7 @@ pub(crate) struct Qcow2 {
 /// What changes while an image is open.
 #[derive(Debug)]
 struct State {
-    tables: Tables,
+    tables: MetadataCache,
     refcounts: Refcounts,
     size: u64,
     l1: Table,
@@ -187,11 +187,11 @@ impl State {
     /// What is known from the header alone.
     fn new(header: &Header, file: &Arc<dyn Device>, data: &Arc<dyn Device>) -> Self {
         Self {
-            tables: Tables::new(Arc::clone(file), Arc::clone(data)),
+            tables: MetadataCache::new(Arc::clone(file), Arc::clone(data)),
             refcounts: Refcounts::new(header, file.len()),
             size: header.size,
             l1: Table {
-                class: Class::L1,
+                class: WriteOrder::L1,
                 offset: header.l1_table_offset,
                 len: u64::from(header.l1_size) * 8,
             },

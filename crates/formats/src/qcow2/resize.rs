@@ -13,7 +13,7 @@ use zerocopy::byteorder::big_endian::{U32, U64};
 use super::entry::L2Entry;
 use super::header::{field, limit};
 use super::{Qcow2, State};
-use crate::layer_kit::metadata_cache::{Class, Table};
+use crate::layer_kit::metadata_cache::{Table, WriteOrder};
 use crate::layer_kit::metadata_guard::Kind;
 
 impl Qcow2 {
@@ -166,7 +166,7 @@ impl Qcow2 {
         let clusters = (entries * 8).div_ceil(self.header.geometry.cluster_size());
         let offset = self.allocate(state, clusters, Some(Kind::ActiveL1))?;
         let table = Table {
-            class: Class::L1,
+            class: WriteOrder::L1,
             offset,
             len: entries * 8,
         };
@@ -184,7 +184,7 @@ impl Qcow2 {
         state.tables.sync()?;
         if old.len > 0 {
             state.tables.forget(old);
-            self.free_later(state, old.offset, old.len, Class::L1.kinds())?;
+            self.free_later(state, old.offset, old.len, WriteOrder::L1.kinds())?;
         }
         Ok(())
     }
@@ -281,7 +281,7 @@ impl Qcow2 {
             let guest = index * self.header.geometry.l2_coverage();
             if let Some(l2) = self.l2_table(&mut state.tables, l1, guest)? {
                 state.tables.set_number(l1, index * 8, 0)?;
-                self.free_later(&mut state, l2.offset, l2.len, Class::L2.kinds())?;
+                self.free_later(&mut state, l2.offset, l2.len, WriteOrder::L2.kinds())?;
             }
         }
         Ok(())

@@ -13,7 +13,7 @@ use super::entry::{COPIED, Cluster, L2Entry, OFFSET_MASK};
 use super::refcount::Change;
 use super::snapshot::index_of;
 use super::{Qcow2, State};
-use crate::layer_kit::metadata_cache::{Class, Table};
+use crate::layer_kit::metadata_cache::{Table, WriteOrder};
 use crate::layer_kit::metadata_guard::Kind;
 
 /// Runs of clusters that are collected before they are counted; 4 MiB of memory.
@@ -122,7 +122,7 @@ impl Qcow2 {
         users: u64,
     ) -> Result<()> {
         if rewrite == Rewrite::InPlace {
-            // Windows of the tables that are about to change in the file.
+            // Pages of the tables that are about to change in the file.
             state.tables.clear()?;
             self.visit_l1(state, &*self.file, l1, l1, |_, _, entry| Ok(entry & !COPIED))?;
         }
@@ -239,12 +239,18 @@ impl Qcow2 {
                 state.refcounts.allocate(&mut state.tables, 1, kind)?
             }
         };
-        self.write_table(state, Class::L2, place, table)?;
+        self.write_table(state, WriteOrder::L2, place, table)?;
         Ok(place)
     }
 
     /// Writes a table, or a part of one, past the windows of `tables`.
-    pub(super) fn write_table(&self, state: &State, class: Class, offset: u64, bytes: &[u8]) -> Result<()> {
+    pub(super) fn write_table(
+        &self,
+        state: &State,
+        class: WriteOrder,
+        offset: u64,
+        bytes: &[u8],
+    ) -> Result<()> {
         let range = ByteRange::at(offset, bytes.len() as u64);
         state.tables.admit(range, class.kinds())?;
         self.file.event(class.update_event());
@@ -273,7 +279,7 @@ impl Qcow2 {
                 *word = new;
             }
             if changed {
-                self.write_table(state, Class::L1, to.offset + done, &chunk)?;
+                self.write_table(state, WriteOrder::L1, to.offset + done, &chunk)?;
             }
             done += len;
         }

@@ -1,4 +1,4 @@
-//! Places for new data.
+//! Slots for new data.
 //!
 //! A plan takes clusters under the lock, the caller writes guest data into them with no lock held, and `commit` makes
 //! the L2 entries point there. Until then nothing refers to the clusters: a crash leaks them at worst.
@@ -13,7 +13,7 @@ use diskimage_core::{
 use super::entry::{COPIED, Cluster, L2Entry, Subclusters};
 use super::feature::Autoclear;
 use super::header::Geometry;
-use super::{Class, Qcow2, State};
+use super::{Qcow2, State, WriteOrder};
 use crate::layer_kit::metadata_cache::Table;
 use crate::layer_kit::metadata_guard::{DamageReport, Kind, Kinds};
 
@@ -283,7 +283,7 @@ impl Qcow2 {
         let len = self.header.geometry.cluster_size();
         let offset = self.allocate(state, 1, Some(Kind::ActiveL2))?;
         let table = Table {
-            class: Class::L2,
+            class: WriteOrder::L2,
             offset,
             len,
         };
@@ -298,7 +298,7 @@ impl Qcow2 {
         }
         state.tables.set_number(state.l1, at, offset | COPIED)?;
         if let Some(old) = shared {
-            self.free_later(state, old.offset, old.len, Class::L2.kinds())?;
+            self.free_later(state, old.offset, old.len, WriteOrder::L2.kinds())?;
         }
         Ok(table)
     }

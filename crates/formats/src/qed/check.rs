@@ -8,9 +8,9 @@
 use diskimage_core::{ByteRange, CheckReport, Device, Layer, Repair, Result};
 
 use super::{Entries, Qed};
-use crate::layer_kit::cluster_set::Seen;
-use crate::layer_kit::metadata_cache::{Class, Table};
-use crate::layer_kit::two_level_map::{Cluster, Scheme, Walk};
+use crate::layer_kit::cluster_set::ClusterSet;
+use crate::layer_kit::metadata_cache::{Table, WriteOrder};
+use crate::layer_kit::two_level_map::{Cluster, EntryCodec, Walk};
 
 /// Looks at all tables; any kind of `repair` mends what can be.
 pub(super) fn check(image: &Qed, repair: Repair) -> Result<CheckReport> {
@@ -21,7 +21,7 @@ pub(super) fn check(image: &Qed, repair: Repair) -> Result<CheckReport> {
         disk: ByteRange::new(0, image.len()),
         size: image.geometry.cluster_size,
         mends,
-        used: Seen::new(&image.budget),
+        used: ClusterSet::new(&image.budget),
         shared,
         report: CheckReport {
             total_clusters: image.len().div_ceil(image.geometry.cluster_size),
@@ -29,7 +29,7 @@ pub(super) fn check(image: &Qed, repair: Repair) -> Result<CheckReport> {
         },
     };
     image.tree.walk(|walk| {
-        let mut found = check(false, Seen::new(&image.budget));
+        let mut found = check(false, ClusterSet::new(&image.budget));
         found.l1(walk)?;
         let mut check = if repair != Repair::No && image.write {
             let mut check = check(true, found.shared);
@@ -53,9 +53,9 @@ struct Check<'a> {
     /// Bytes of a cluster.
     size: u64,
     mends: bool,
-    used: Seen<'a>,
+    used: ClusterSet<'a>,
     /// What has two users, where that was found out before.
-    shared: Seen<'a>,
+    shared: ClusterSet<'a>,
     report: CheckReport,
 }
 
@@ -134,7 +134,7 @@ impl Check<'_> {
     /// An entry that leads to where nothing can be.
     fn invalid(&mut self, walk: &mut Walk<'_, Entries>, table: Table, at: u64) -> Result<()> {
         let (first, count) = (table.offset / self.size, table.len / self.size);
-        let is_table = table.class == Class::L1 || !self.shared.has_any(first, count);
+        let is_table = table.class == WriteOrder::L1 || !self.shared.has_any(first, count);
         if self.mends && is_table {
             walk.clear(table, at)?;
             self.report.corruptions_fixed += 1;

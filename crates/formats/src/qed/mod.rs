@@ -33,9 +33,9 @@ use diskimage_core::{
 use self::header::{Geometry, Header, MAGIC, feature};
 use crate::KNOWN_FORMATS;
 use crate::layer_kit::count_used;
-use crate::layer_kit::metadata_cache::{Class, Table};
+use crate::layer_kit::metadata_cache::{Table, WriteOrder};
 use crate::layer_kit::preallocation;
-use crate::layer_kit::two_level_map::{Cluster, Scheme, Shape, Tree};
+use crate::layer_kit::two_level_map::{Cluster, EntryCodec, Shape, TwoLevelMap};
 
 /// The format's entry in the table.
 #[derive(Debug)]
@@ -167,7 +167,7 @@ fn new_header(options: &Options, size: u64) -> Result<Header> {
 /// An open image.
 #[derive(Debug)]
 struct Qed {
-    tree: Tree<Entries>,
+    tree: TwoLevelMap<Entries>,
     geometry: Geometry,
     write: bool,
     len: AtomicU64,
@@ -188,7 +188,7 @@ impl Qed {
         let shape = Shape {
             cluster_size: geometry.cluster_size,
             l1: Table {
-                class: Class::L1,
+                class: WriteOrder::L1,
                 offset: header.l1_offset,
                 len: geometry.table_len(),
             },
@@ -200,13 +200,13 @@ impl Qed {
             file: Arc::clone(&file),
             geometry,
             first: header.first_host(),
-            unsettled: AtomicBool::new(unchecked),
+            before_first_change: AtomicBool::new(unchecked),
             header: Mutex::new(header),
         };
         let len = AtomicU64::new(entries.header().image_size);
         let reserved = entries.header().reserved();
         let layer = Self {
-            tree: Tree::new(file, shape, entries, reserved, &request.budget),
+            tree: TwoLevelMap::new(file, shape, entries, reserved, &request.budget),
             geometry,
             write: request.write,
             len,
@@ -335,7 +335,7 @@ struct Entries {
     first: u64,
     header: Mutex<Header>,
     /// Whether the header says that the image has to be checked.
-    unsettled: AtomicBool,
+    before_first_change: AtomicBool,
 }
 
 /// The L2 entry of a cluster that reads as zero.
@@ -357,7 +357,7 @@ impl Entries {
     }
 
     fn mark(&self, need_check: bool) -> Result<()> {
-        if self.unsettled.load(Ordering::Relaxed) == need_check {
+        if self.before_first_change.load(Ordering::Relaxed) == need_check {
             return Ok(());
         }
         let mut header = self.header();
@@ -365,7 +365,7 @@ impl Entries {
         new.set_feature(feature::NEED_CHECK, need_check);
         new.write(&*self.file, false)?;
         *header = new;
-        self.unsettled.store(need_check, Ordering::Relaxed);
+        self.before_first_change.store(need_check, Ordering::Relaxed);
         Ok(())
     }
 
@@ -384,7 +384,7 @@ impl Entries {
     }
 }
 
-impl Scheme for Entries {
+impl EntryCodec for Entries {
     const BIG_ENDIAN: bool = false;
     const TABLES_FIRST: bool = false;
 
@@ -421,7 +421,7 @@ impl Scheme for Entries {
         Some(Cluster::Zero)
     }
 
-    fn unsettled(&self) -> Result<()> {
+    fn before_first_change(&self) -> Result<()> {
         self.mark(true)
     }
 

@@ -14,12 +14,12 @@ use std::sync::Arc;
 use diskimage_core::errno;
 use diskimage_core::options::{OptionDef, OptionKind, Options};
 use diskimage_core::{
-    ByteRange, CreateRequest, Device, Error, Event, Format, Holes, Info, Layer, Measure, MeasureSource,
+    ByteRange, CreateRequest, Device, Error, Event, Format, HoleMeaning, Info, Layer, Measure, MeasureSource,
     NodeOptions, Objects, OpenRequest, Permissions, Preallocation, Probe, ResizeRequest, Result, Run,
     RunKind, Score, WritePlan, ZeroMode, align_up,
 };
 
-use crate::layer_kit::in_place_write::Straight;
+use crate::layer_kit::in_place_write::InPlaceWrite;
 
 /// The format's entry in the table.
 #[derive(Debug)]
@@ -265,7 +265,7 @@ impl Layer for RawLayer {
                 kind: RunKind::Data {
                     device: self.device(),
                     offset: host.start(),
-                    holes: Holes::Zero,
+                    holes: HoleMeaning::Zero,
                 },
             }
         })
@@ -277,7 +277,7 @@ impl Layer for RawLayer {
     }
 
     fn plan_write(&self, range: ByteRange) -> Result<Box<dyn WritePlan + '_>> {
-        Ok(Box::new(Straight::new(
+        Ok(Box::new(InPlaceWrite::new(
             range,
             self.device(),
             self.window.host(range)?.start(),

@@ -3,7 +3,7 @@
 use diskimage_core::{CheckReport, Note, Progress, Result};
 
 use super::{State, VdiLayer, place};
-use crate::layer_kit::paged_table::Windows;
+use crate::layer_kit::paged_table::PagedTable;
 
 /// Findings beyond these are only counted.
 const MAX_LINES: u64 = 1_000_000;
@@ -49,7 +49,11 @@ impl VdiLayer {
 }
 
 /// Calls `visit` with every block of the disk that has a place, and the place.
-pub(super) fn for_each_place(map: &mut Windows, blocks: u32, mut visit: impl FnMut(u64, u32)) -> Result<()> {
+pub(super) fn for_each_place(
+    map: &mut PagedTable,
+    blocks: u32,
+    mut visit: impl FnMut(u64, u32),
+) -> Result<()> {
     let mut block = 0;
     while block < u64::from(blocks) {
         let entries = map.entries(block)?;

@@ -28,16 +28,16 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use diskimage_core::options::{OptionDef, OptionKind, Options};
 use diskimage_core::{
-    Budget, ByteRange, CheckReport, CreateRequest, Device, Error, Format, Holes, Info, Layer, Measure,
+    Budget, ByteRange, CheckReport, CreateRequest, Device, Error, Format, HoleMeaning, Info, Layer, Measure,
     MeasureSource, Objects, OpenRequest, Preallocation, Probe, Progress, Repair, ResizeRequest, Result, Run,
     RunKind, Score, WritePlan, ZeroMode,
 };
 
 use crate::layer_kit::count_used::data_bytes;
-use crate::layer_kit::paged_table::{Entry, Windows};
+use crate::layer_kit::paged_table::{Entry, PagedTable};
 use crate::layer_kit::preallocation;
 use crate::layer_kit::reserved::Reserved;
-use crate::layer_kit::slot_bitmap::Places;
+use crate::layer_kit::slot_bitmap::SlotBitmap;
 use header::{BLOCK, Header, map_bytes};
 
 /// The format's entry in the table.
@@ -65,7 +65,7 @@ impl Format for Vdi {
         Ok(Arc::new(VdiLayer {
             is_static: header.is_static(),
             state: Mutex::new(State {
-                map: Windows::new(Arc::clone(&request.file), header.map_offset, header.blocks.into()),
+                map: PagedTable::new(Arc::clone(&request.file), header.map_offset, header.blocks.into()),
                 reserved: header.reserved(),
                 relied_on: header.relied_on(),
                 header,
@@ -169,9 +169,9 @@ struct State {
     reserved: Reserved,
     /// The same without what the disk does not need of the map.
     relied_on: Reserved,
-    map: Windows,
+    map: PagedTable,
     /// Which places are taken; known from the first new block on.
-    places: Option<Places>,
+    places: Option<SlotBitmap>,
     /// Where a block is said to be that the file has no bytes of; known with the places.
     missing: Option<u32>,
     /// Blocks that are being written for the first time.
@@ -279,9 +279,9 @@ impl Layer for VdiLayer {
                 device: Arc::clone(&self.file),
                 offset: state.header.host(place) + range.start() % BLOCK,
                 holes: if self.is_static {
-                    Holes::ZeroData
+                    HoleMeaning::ZeroData
                 } else {
-                    Holes::Ignored
+                    HoleMeaning::Ignored
                 },
             },
         };

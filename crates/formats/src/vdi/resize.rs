@@ -18,7 +18,7 @@ use diskimage_core::{ByteRange, Device, Error, Preallocation, ResizeRequest, Res
 
 use super::header::{BLOCK, Header, SECTOR, map_bytes};
 use super::{NO_BLOCK, State, VdiLayer, place};
-use crate::layer_kit::paged_table::Windows;
+use crate::layer_kit::paged_table::PagedTable;
 use crate::layer_kit::preallocation;
 
 impl VdiLayer {
@@ -50,7 +50,7 @@ impl VdiLayer {
         state.require_whole()?;
         let outcome = self.grow_into(&mut state, header, shift);
         if outcome.is_err() && state.places.is_some() {
-            // Places that were taken for what has failed; where that cannot be told either, the first error counts.
+            // Slots that were taken for what has failed; where that cannot be told either, the first error counts.
             let _ = places(&mut state);
         }
         outcome
@@ -65,7 +65,7 @@ impl VdiLayer {
         if self.file.len() < map_end {
             self.file.resize(map_end, Preallocation::Off)?;
         }
-        let mut map = Windows::new(Arc::clone(&self.file), header.map_offset, header.blocks.into());
+        let mut map = PagedTable::new(Arc::clone(&self.file), header.map_offset, header.blocks.into());
         if shift > 0 {
             copy_map(&mut state.map, &mut map, old_blocks, shift)?;
         }
@@ -166,7 +166,7 @@ fn grown(old: &Header, len: u64) -> Result<(Header, u32)> {
 }
 
 /// Writes what `old` says of the first `blocks` blocks into `new`, where places are counted from `shift` on.
-fn copy_map(old: &mut Windows, new: &mut Windows, blocks: u32, shift: u32) -> Result<()> {
+fn copy_map(old: &mut PagedTable, new: &mut PagedTable, blocks: u32, shift: u32) -> Result<()> {
     let mut block = 0;
     while block < u64::from(blocks) {
         for entry in old.entries(block)? {

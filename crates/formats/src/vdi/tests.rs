@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use diskimage_core::{
     ByteRange, CheckReport, Device, Image, MemoryDevice, Preallocation, Progress, Repair, ResizeRequest,
-    Result, Want, ZeroMode,
+    Result, StatusDetail, ZeroMode,
 };
 use diskimage_testing::{Fault, Faulty, Journal, Recorder};
 use proptest::prelude::*;
@@ -94,12 +94,15 @@ fn growing_clears_what_lay_behind_the_disk() {
 fn an_empty_disk_is_one_run_however_large() {
     let image = open_bytes(&create("", 2 << 40)).expect("opens");
     let whole = ByteRange::new(0, image.len());
-    let extent = image.status(whole, Want::Zeroes).expect("a status");
+    let extent = image.status(whole, StatusDetail::Zeroes).expect("a status");
     assert_eq!((extent.len, extent.kind.is_zero()), (2 << 40, true));
     image
         .write_zeroes(whole, ZeroMode::KeepAllocated)
         .expect("nothing to do");
-    assert_eq!(image.status(whole, Want::Zeroes).expect("a status").len, 2 << 40);
+    assert_eq!(
+        image.status(whole, StatusDetail::Zeroes).expect("a status").len,
+        2 << 40
+    );
 }
 
 /// Where things are in the header.

@@ -8,8 +8,8 @@ use diskimage_core::{Budget, ByteRange, Error, Result, WritePlan, WriteRun, Zero
 use super::check::for_each_place;
 use super::header::BLOCK;
 use super::{State, VdiLayer};
-use crate::layer_kit::allocate_on_write::{self, FirstWrites};
-use crate::layer_kit::slot_bitmap::Places;
+use crate::layer_kit::allocate_on_write::{self, AllocateOnWrite};
+use crate::layer_kit::slot_bitmap::SlotBitmap;
 
 impl VdiLayer {
     /// Sets aside where `range` goes.
@@ -37,7 +37,7 @@ impl VdiLayer {
 
     /// Makes `range` zero: blocks without storage are, the others are left to the file.
     pub(super) fn zero(&self, range: ByteRange, mode: ZeroMode) -> Result<()> {
-        let mut state = self.when_settled(range.units(BLOCK));
+        let mut state = self.wait_until_idle(range.units(BLOCK));
         let mut stored = Vec::new();
         for block in range.units(BLOCK) {
             if let Some(place) = self.place_to_change(&mut state, block)? {
@@ -82,7 +82,7 @@ impl VdiLayer {
     }
 
     /// Which places are taken.
-    pub(super) fn places<'a>(&self, state: &'a mut State) -> Result<&'a mut Places> {
+    pub(super) fn places<'a>(&self, state: &'a mut State) -> Result<&'a mut SlotBitmap> {
         let known = match state.places.take() {
             Some(known) => known,
             None => state.taken_places(state.header.blocks, self.file.len(), &self.budget)?,
@@ -94,10 +94,10 @@ impl VdiLayer {
 impl State {
     /// What the map says of the first `room` places. What leads further out is damage that takes none. Where the header or
     /// the map is, no block can be.
-    pub(super) fn taken_places(&mut self, room: u32, file_len: u64, budget: &Budget) -> Result<Places> {
+    pub(super) fn taken_places(&mut self, room: u32, file_len: u64, budget: &Budget) -> Result<SlotBitmap> {
         self.reserved.require_apart()?;
         let Self { header, map, .. } = self;
-        let mut places = Places::new(room, budget)?;
+        let mut places = SlotBitmap::new(room, budget)?;
         let mut missing = None;
         for_each_place(map, header.blocks, |_, place| {
             places.claim(place);
@@ -126,7 +126,7 @@ impl State {
     }
 }
 
-impl FirstWrites for VdiLayer {
+impl AllocateOnWrite for VdiLayer {
     type State = State;
     type Place = u32;
 
@@ -146,8 +146,8 @@ impl FirstWrites for VdiLayer {
         state.map.set(block, place.to_le_bytes())
     }
 
-    fn relieve(&self, state: &mut State) -> Result<()> {
-        if state.map.is_crowded() {
+    fn write_back_if_needed(&self, state: &mut State) -> Result<()> {
+        if state.map.too_many_dirty() {
             state.publish(&self.file)?;
         }
         Ok(())

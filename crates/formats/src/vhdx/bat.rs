@@ -11,7 +11,7 @@ use std::sync::Arc;
 use diskimage_core::{ByteRange, Device, Error, ErrorKind, Result, errno};
 
 use super::header::MIB;
-use crate::layer_kit::paged_table::Windows;
+use crate::layer_kit::paged_table::PagedTable;
 
 /// What an entry says of a payload block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -91,13 +91,13 @@ pub(super) const ENTRY: u64 = 8;
 pub(super) const UNIT: usize = 4096;
 /// The windows of a table.
 #[derive(Debug)]
-pub(super) struct Bat(Windows<8>);
+pub(super) struct Bat(PagedTable<8>);
 
 impl Bat {
     /// The table in `region`, a multiple of mebibytes.
     pub(super) fn new(device: Arc<dyn Device>, region: ByteRange) -> Self {
         // What changes goes through the log.
-        Self(Windows::new(device, region.start(), region.len() / ENTRY).kept())
+        Self(PagedTable::new(device, region.start(), region.len() / ENTRY).kept())
     }
 
     /// The entries from entry `index` on that are in the same window; at least one.
@@ -126,8 +126,8 @@ impl Bat {
     }
 
     /// Whether no further change fits into memory before those that are there are written.
-    pub(super) fn is_crowded(&self) -> bool {
-        self.0.is_crowded()
+    pub(super) fn too_many_dirty(&self) -> bool {
+        self.0.too_many_dirty()
     }
 
     /// The units that have changed, by their offset in the file.

@@ -33,7 +33,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use diskimage_core::options::{OptionDef, Options};
 use diskimage_core::{
-    Budget, ByteRange, CheckReport, CreateRequest, Device, Error, Format, Holes, Info, Layer, Measure,
+    Budget, ByteRange, CheckReport, CreateRequest, Device, Error, Format, HoleMeaning, Info, Layer, Measure,
     MeasureSource, Objects, OpenRequest, Probe, Progress, ReadOnlyView, Repair, ResizeRequest, Result, Run,
     RunKind, Score, WritePlan, ZeroMode, errno,
 };
@@ -331,7 +331,7 @@ impl Layer for VhdxLayer {
                 device: Arc::clone(&self.file),
                 offset: offset.saturating_add(range.start() % size),
                 // A block that was given its place is as long as the file has been written.
-                holes: Holes::ZeroData,
+                holes: HoleMeaning::ZeroData,
             },
         };
         Ok(Run {
@@ -348,7 +348,7 @@ impl Layer for VhdxLayer {
         self.zero(range, mode)
     }
 
-    fn maps_places(&self) -> bool {
+    fn reports_allocation(&self) -> bool {
         false
     }
 

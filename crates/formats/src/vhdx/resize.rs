@@ -58,7 +58,7 @@ impl VhdxLayer {
             if state.bat.entry(index)? != entry {
                 state.bat.set(index, entry)?;
             }
-            if state.bat.is_crowded() {
+            if state.bat.too_many_dirty() {
                 state.publish(&*self.file)?;
             }
         }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use diskimage_core::{
     ByteRange, CheckReport, Device, Format, Image, MemoryDevice, Preallocation, Probe, Progress, Repair,
-    Result, Want,
+    Result, StatusDetail,
 };
 use diskimage_testing::{Fault, Faulty, Journal, Recorder};
 use proptest::prelude::*;
@@ -82,7 +82,7 @@ proptest! {
                 }
             }
             if end > 0 {
-                drop(image.status(ByteRange::new(0, end), Want::Zeroes));
+                drop(image.status(ByteRange::new(0, end), StatusDetail::Zeroes));
             }
             if end < 1 << 40 {
                 drop(image.layer().check(Repair::No, &Progress::none()));
@@ -96,7 +96,7 @@ proptest! {
 fn an_empty_disk_is_one_run_however_large() {
     let image = open_on(&on(&create("", 2 << 40)), true).expect("opens");
     let whole = ByteRange::new(0, image.len());
-    let extent = image.status(whole, Want::Zeroes).expect("a status");
+    let extent = image.status(whole, StatusDetail::Zeroes).expect("a status");
     assert_eq!((extent.len, extent.kind.is_zero()), (2 << 40, true));
 }
 

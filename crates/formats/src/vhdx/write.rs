@@ -8,7 +8,7 @@ use diskimage_core::{ByteRange, Error, Preallocation, Result, WritePlan, WriteRu
 use super::bat::{Payload, entry_of, present};
 use super::header::MIB;
 use super::{State, VhdxLayer};
-use crate::layer_kit::allocate_on_write::{self, FirstWrites};
+use crate::layer_kit::allocate_on_write::{self, AllocateOnWrite};
 use crate::layer_kit::reserved::Pieces;
 
 impl VhdxLayer {
@@ -43,7 +43,7 @@ impl VhdxLayer {
 
     /// Makes `range` zero: blocks without storage are, the others are left to the file.
     pub(super) fn zero(&self, range: ByteRange, mode: ZeroMode) -> Result<()> {
-        let mut state = self.when_settled(range.units(self.block_size));
+        let mut state = self.wait_until_idle(range.units(self.block_size));
         let mut stored = Vec::new();
         for block in range.units(self.block_size) {
             if let Payload::At(offset) = self.payload(&mut state, block)? {
@@ -136,7 +136,7 @@ impl VhdxLayer {
     }
 }
 
-impl FirstWrites for VhdxLayer {
+impl AllocateOnWrite for VhdxLayer {
     type State = State;
     type Place = u64;
 
@@ -156,8 +156,8 @@ impl FirstWrites for VhdxLayer {
         state.bat.set(entry_of(block, self.block_size), present(offset))
     }
 
-    fn relieve(&self, state: &mut State) -> Result<()> {
-        if state.bat.is_crowded() {
+    fn write_back_if_needed(&self, state: &mut State) -> Result<()> {
+        if state.bat.too_many_dirty() {
             state.publish(&*self.file)?;
         }
         Ok(())

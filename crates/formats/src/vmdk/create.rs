@@ -288,7 +288,7 @@ pub(super) fn create(request: &CreateRequest<'_>) -> Result<()> {
     let parent_cid = match wanted.backing {
         None => NO_PARENT,
         Some(_) => request
-            .id_below
+            .backing_cid
             .ok_or_else(|| Error::invalid("backing_file must be a vmdk image"))?,
     };
     let own = own_name(request.name);

@@ -267,7 +267,7 @@ const MARKER_FOOTER: u32 = 3;
 /// What a stream has besides grains, as the marker in front of it says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Metadata {
-    GrainTables = 1,
+    GrainTable = 1,
     GrainDirectory = 2,
 }
 

@@ -177,7 +177,7 @@ impl Layout {
             let extent = extents.get(index).ok_or_else(|| Error::from_errno(errno::EIO))?;
             for (at, what, len) in [
                 (new.at, Metadata::GrainDirectory, self.directory_len()),
-                (new.tables, Metadata::GrainTables, self.tables_len()),
+                (new.tables, Metadata::GrainTable, self.tables_len()),
             ] {
                 extent.device.write_at(&what.marker(len), at - SECTOR)?;
             }

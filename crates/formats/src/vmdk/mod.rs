@@ -39,15 +39,15 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use diskimage_core::options::{OptionDef, Options};
 use diskimage_core::{
     Backing, Budget, ByteRange, CheckReport, CreateRequest, Device, Encoded, Encoder, Error, Event, Format,
-    Holes, Info, Layer, Measure, MeasureSource, Objects, OpenRequest, Preallocation, Probe, Progress, Repair,
-    ResizeRequest, Result, Run, RunKind, Score, WritePlan, ZeroMode, errno, is_zero,
+    HoleMeaning, Info, Layer, Measure, MeasureSource, Objects, OpenRequest, Preallocation, Probe, Progress,
+    Repair, ResizeRequest, Result, Run, RunKind, Score, WritePlan, ZeroMode, errno, is_zero,
 };
 
 use self::descriptor::{Descriptor, NO_PARENT};
 use self::extent::{Extent, Place};
 use self::header::{Geometry, Hosted};
 use self::occupied::Occupied;
-use self::tables::{Grain, Tables};
+use self::tables::{Grain, GrainTables};
 
 /// The table entry.
 #[derive(Debug)]
@@ -83,7 +83,7 @@ impl Format for Vmdk {
         true
     }
 
-    fn names_contents_below(&self) -> bool {
+    fn records_backing_cid(&self) -> bool {
         true
     }
 
@@ -127,7 +127,7 @@ struct VmdkLayer {
 /// What changes while an image is open.
 #[derive(Debug)]
 struct State {
-    tables: Tables,
+    tables: GrainTables,
     /// Where the next grain of each extent goes.
     free: Vec<u64>,
     /// Guest grains that plans for writes are about to change.
@@ -200,7 +200,7 @@ impl VmdkLayer {
             ));
         }
         let state = State {
-            tables: Tables::default(),
+            tables: GrainTables::default(),
             free: extents.iter().map(Extent::end_of_file).collect(),
             in_flight: Vec::new(),
             cid: descriptor.cid,
@@ -268,7 +268,7 @@ impl VmdkLayer {
             Grain::At(offset) => RunKind::Data {
                 device: Arc::clone(&extent.device),
                 offset: offset.saturating_add(into),
-                holes: Holes::Ignored,
+                holes: HoleMeaning::Ignored,
             },
         };
         Ok(Run { len, kind })
@@ -388,7 +388,7 @@ impl Layer for VmdkLayer {
                 kind: RunKind::Data {
                     device: Arc::clone(&extent.device),
                     offset: offset + extent.within(range.start()),
-                    holes: Holes::ZeroData,
+                    holes: HoleMeaning::ZeroData,
                 },
             }),
             Place::Sparse(geometry) => self.map_sparse(&extents, index, &geometry, range),
@@ -491,13 +491,11 @@ impl Layer for VmdkLayer {
             .collect()
     }
 
-    fn content_id(&self) -> Option<u32> {
+    fn cid(&self) -> Option<u32> {
         Some(self.lock().cid)
     }
 
-    fn fits_on(&self, below: &dyn Layer) -> bool {
-        below
-            .content_id()
-            .is_none_or(|cid| cid == self.descriptor.parent_cid)
+    fn matches_backing(&self, below: &dyn Layer) -> bool {
+        below.cid().is_none_or(|cid| cid == self.descriptor.parent_cid)
     }
 }

@@ -13,7 +13,7 @@ use diskimage_core::{Budget, ByteRange, Error, Result};
 
 use super::extent::Extent;
 use super::header::{Geometry, SECTOR};
-use super::tables::{Grain, Tables, parse};
+use super::tables::{Grain, GrainTables, parse};
 use super::{State, VmdkLayer};
 use crate::layer_kit::reserved::{Pieces, Reserved};
 
@@ -71,7 +71,7 @@ impl Geometry {
 impl Occupied {
     /// What the directories of extent `index` say.
     fn read(
-        tables: &mut Tables,
+        tables: &mut GrainTables,
         extents: &[Extent],
         index: usize,
         geometry: &Geometry,
@@ -137,7 +137,7 @@ impl VmdkLayer {
         extents: &[Extent],
         index: usize,
         geometry: &Geometry,
-    ) -> Result<(&'a mut Occupied, &'a mut Tables)> {
+    ) -> Result<(&'a mut Occupied, &'a mut GrainTables)> {
         let State { tables, occupied, .. } = state;
         let known = match occupied.remove(&index) {
             Some(known) => known,
@@ -213,7 +213,7 @@ impl VmdkLayer {
 impl Occupied {
     fn require_sound(
         &self,
-        tables: &mut Tables,
+        tables: &mut GrainTables,
         extents: &[Extent],
         index: usize,
         geometry: &Geometry,
@@ -254,7 +254,7 @@ impl Occupied {
 /// Refuses two grain tables for the same grains that mostly say different things: one of them is something else. A crash may
 /// leave a few entries that are in one of them only.
 fn require_agreement(
-    tables: &mut Tables,
+    tables: &mut GrainTables,
     extents: &[Extent],
     index: usize,
     geometry: &Geometry,

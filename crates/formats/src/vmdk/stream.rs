@@ -283,7 +283,7 @@ impl WritePlan for Staged<'_> {
 
 /// The error of grains that would be written twice.
 fn already_there() -> Error {
-    Error::invalid("Could not write to allocated cluster for streamOptimized").then_errno(errno::EIO)
+    Error::invalid("Could not write to allocated cluster for streamOptimized").report_then(errno::EIO)
 }
 
 /// Only whole grains that are not there yet have a place. The first one of `range` that has none decides what is wrong.

@@ -4,7 +4,7 @@
 //!   grain directory ──► grain tables ──► grains
 //! ```
 //!
-//! What changes stays in memory until [`Tables::write_back`], which makes the grains durable first: a crash leaves what
+//! What changes stays in memory until [`GrainTables::write_back`], which makes the grains durable first: a crash leaves what
 //! tables said before, and at worst grains that nothing refers to. Only whole sectors are written, since a window may hold
 //! a guest's bytes next to a table.
 
@@ -17,13 +17,13 @@ use super::header::{Form, Geometry, SECTOR, SECTOR_BYTES};
 
 /// The windows of all extents' tables.
 #[derive(Debug, Default)]
-pub(super) struct Tables {
-    windows: HashMap<(usize, u64), Window>,
+pub(super) struct GrainTables {
+    windows: HashMap<(usize, u64), Page>,
     uses: u64,
 }
 
 #[derive(Debug)]
-struct Window {
+struct Page {
     bytes: Box<[u8; WINDOW]>,
     /// How many of them were read: no more than the file has. The rest of a table that is cut off was lost.
     there: usize,
@@ -32,7 +32,7 @@ struct Window {
     used: u64,
 }
 
-impl Default for Window {
+impl Default for Page {
     fn default() -> Self {
         Self {
             bytes: Box::new([0; WINDOW]),
@@ -43,7 +43,7 @@ impl Default for Window {
     }
 }
 
-impl Window {
+impl Page {
     /// Reads what has not been read and what `device` has by now; the window starts at `start`.
     fn load(&mut self, device: &dyn Device, start: u64) -> Result<()> {
         let there = device.len().saturating_sub(start);
@@ -85,7 +85,7 @@ impl Grain {
     }
 }
 
-impl Tables {
+impl GrainTables {
     /// What the tables of extent `index` say of the grains `grains.start()..grains.end()`: of the first, and of how many
     /// they say the same. Compressed grains come one by one.
     pub(super) fn scan(
@@ -301,7 +301,7 @@ impl Tables {
         index: usize,
         offset: u64,
         size: u64,
-    ) -> Result<(&mut Window, usize)> {
+    ) -> Result<(&mut Page, usize)> {
         let device = device_of(extents, index)?;
         device.require(offset, size)?;
         let number = offset / WINDOW as u64;
@@ -309,7 +309,7 @@ impl Tables {
         self.uses += 1;
         if !self.windows.contains_key(&key) {
             self.make_room(extents)?;
-            self.windows.insert(key, Window::default());
+            self.windows.insert(key, Page::default());
         }
         let used = self.uses;
         let window = self

@@ -6,7 +6,8 @@ use std::sync::{Arc, Mutex};
 use diskimage_core::options::Options;
 use diskimage_core::{
     ByteRange, CreateRequest, Device, Error, ErrorKind, Format, Gate, Image, MemoryDevice, NodeOptions, Note,
-    Objects, OpenRequest, Preallocation, Progress, Reference, Repair, ResizeRequest, Result, Want, ZeroMode,
+    Objects, OpenRequest, Preallocation, Progress, Reference, Repair, ResizeRequest, Result, StatusDetail,
+    ZeroMode,
 };
 use diskimage_testing::{Journal, Recorder};
 use proptest::prelude::*;
@@ -38,7 +39,7 @@ impl Files {
             options: &values,
             objects: &Arc::default(),
             gate: self,
-            id_below: None,
+            backing_cid: None,
         })
     }
 
@@ -296,7 +297,7 @@ proptest! {
                 }
             }
             if end > 0 {
-                drop(image.status(ByteRange::new(0, end), Want::Zeroes));
+                drop(image.status(ByteRange::new(0, end), StatusDetail::Zeroes));
             }
             drop(image.layer().check(Repair::No, &Progress::none()));
             drop(image.flush());
@@ -462,7 +463,7 @@ fn a_disk_in_pieces_that_grows_survives_crashes() {
         assert!(buf == [7; 1000], "{}", crash.position);
         let rest = ByteRange::new(1 << 20, image.len());
         if !rest.is_empty() {
-            let extent = image.status(rest, Want::Zeroes).expect("a status");
+            let extent = image.status(rest, StatusDetail::Zeroes).expect("a status");
             assert!(extent.kind.is_zero(), "{}", crash.position);
         }
         lens.insert(image.len());
@@ -564,7 +565,7 @@ fn compressed_grains_are_written_once() {
     let again = image.write_encoded(65536, &bytes).expect_err("is there already");
     let reason = "Could not write to allocated cluster for streamOptimized".to_owned();
     assert_eq!(
-        (again.chain(), again.shown_before()),
+        (again.chain(), again.preceding_note()),
         ("Input/output error".to_owned(), Some(&Note::Error(reason)))
     );
     assert!(image.write_at(&[1; 512], 0).is_err(), "no part of a grain");
@@ -634,7 +635,7 @@ fn an_empty_disk_of_a_petabyte_is_looked_at_quickly() {
     file.write_at(&vec![0; 8 << 20], file.len()).expect("writes");
     let image = files.open(false).expect("opens");
     let range = ByteRange::new(0, image.len());
-    let extent = image.status(range, Want::Zeroes).expect("is empty");
+    let extent = image.status(range, StatusDetail::Zeroes).expect("is empty");
     assert_eq!(extent.len, 1 << 45);
 }
 
@@ -643,7 +644,7 @@ fn an_image_whose_base_has_changed_is_not_read() {
     let files = Files::default();
     files.create("", 1 << 20).expect("creates");
     let base = files.open(true).expect("opens");
-    let cid = base.layer().content_id().expect("has one");
+    let cid = base.layer().cid().expect("has one");
     let below = Arc::new(files.open(false).expect("opens"));
     base.write_at(&[1; 512], 0).expect("writes");
     let changed = Arc::new(files.open(false).expect("opens"));

@@ -33,15 +33,15 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use diskimage_core::options::{OptionDef, OptionKind, Options};
 use diskimage_core::{
-    Budget, ByteRange, CreateRequest, Device, Error, Format, Holes, Info, Layer, Measure, MeasureSource,
-    Objects, OpenRequest, Preallocation, Probe, ResizeRequest, Result, Run, RunKind, Score, WritePlan,
-    ZeroMode,
+    Budget, ByteRange, CreateRequest, Device, Error, Format, HoleMeaning, Info, Layer, Measure,
+    MeasureSource, Objects, OpenRequest, Preallocation, Probe, ResizeRequest, Result, Run, RunKind, Score,
+    WritePlan, ZeroMode,
 };
 use zerocopy::IntoBytes;
 
 use crate::layer_kit::count_used::data_bytes;
-use crate::layer_kit::in_place_write::Straight;
-use crate::layer_kit::paged_table::{Entry, Windows};
+use crate::layer_kit::in_place_write::InPlaceWrite;
+use crate::layer_kit::paged_table::{Entry, PagedTable};
 use crate::layer_kit::preallocation;
 use crate::layer_kit::reserved::{Pieces, Reserved};
 use footer::{BLOCK, DynamicHeader, Footer, HEADER_OFFSET, Kind, SECTOR, SizeBy};
@@ -253,7 +253,7 @@ struct Blocks {
     header: DynamicHeader,
     /// Where the header is.
     header_offset: u64,
-    table: Windows,
+    table: PagedTable,
     /// The copy of the footer, the header and the table.
     reserved: Reserved,
     /// The same without what the disk does not need of the table.
@@ -264,7 +264,7 @@ struct Blocks {
     first: u64,
     /// Where blocks and tables end and the footer is.
     end: u64,
-    /// Places before the end that no block has.
+    /// Slots before the end that no block has.
     free: Vec<u64>,
     /// Whether the footer has to be written at the end.
     moved: bool,
@@ -281,7 +281,7 @@ impl Blocks {
             )
         };
         let entries = header.entries().into();
-        let mut table = Windows::new(Arc::clone(file), header.table_offset(), entries);
+        let mut table = PagedTable::new(Arc::clone(file), header.table_offset(), entries);
         let (mut first, mut end) = (u64::MAX, reserved.end());
         let file_end = file.len().next_multiple_of(SECTOR);
         if end > file_end {
@@ -377,13 +377,13 @@ impl Layer for VpcLayer {
             reserved.require_outside("sector", range.first(1))?;
             return Ok(Run {
                 len: range.len().min(reserved.room_at(range.start())),
-                kind: data(range.start(), Holes::ZeroData),
+                kind: data(range.start(), HoleMeaning::ZeroData),
             });
         };
         let unit = blocks.header.block();
         let mut len = unit - range.start() % unit;
         let kind = match blocks.host(range.start() / unit)? {
-            Some(host) => data(host + range.start() % unit, Holes::Ignored),
+            Some(host) => data(host + range.start() % unit, HoleMeaning::Ignored),
             None => {
                 // Neighbours without storage are one run; blocks never touch, as there are bitmaps between.
                 'run: while len < range.len() {
@@ -408,7 +408,7 @@ impl Layer for VpcLayer {
             return self.plan(range);
         }
         self.lock().reserved.require_outside("range", range)?;
-        Ok(Box::new(Straight::new(
+        Ok(Box::new(InPlaceWrite::new(
             range,
             Arc::clone(&self.file),
             range.start(),

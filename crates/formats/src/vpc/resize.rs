@@ -15,7 +15,7 @@ use zerocopy::IntoBytes;
 
 use super::footer::{Footer, SECTOR};
 use super::{Blocks, NO_BLOCK, State, VpcLayer, behind_footer};
-use crate::layer_kit::paged_table::Windows;
+use crate::layer_kit::paged_table::PagedTable;
 use crate::layer_kit::preallocation;
 
 impl VpcLayer {
@@ -123,7 +123,7 @@ impl Blocks {
         if file.len() < end + SECTOR {
             file.resize(end + SECTOR, Preallocation::Off)?;
         }
-        let mut table = Windows::new(Arc::clone(file), header.table_offset(), entries);
+        let mut table = PagedTable::new(Arc::clone(file), header.table_offset(), entries);
         if !in_place {
             let mut block = 0;
             while block < old {

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use diskimage_core::{
-    ByteRange, Device, Image, MemoryDevice, Preallocation, ResizeRequest, Result, Want, ZeroMode,
+    ByteRange, Device, Image, MemoryDevice, Preallocation, ResizeRequest, Result, StatusDetail, ZeroMode,
 };
 use diskimage_testing::{Fault, Faulty, Journal, Recorder};
 use proptest::prelude::*;
@@ -93,13 +93,13 @@ fn a_table_without_room_moves_to_the_end() {
 fn an_empty_disk_is_one_run_however_large() {
     let image = open_bytes(&create("", 2040 << 30)).expect("opens");
     let whole = ByteRange::new(0, image.len());
-    let extent = image.status(whole, Want::Zeroes).expect("a status");
+    let extent = image.status(whole, StatusDetail::Zeroes).expect("a status");
     assert_eq!((extent.len, extent.kind.is_zero()), (2040 << 30, true));
     image
         .write_zeroes(whole, ZeroMode::KeepAllocated)
         .expect("nothing to do");
     assert_eq!(
-        image.status(whole, Want::Zeroes).expect("a status").len,
+        image.status(whole, StatusDetail::Zeroes).expect("a status").len,
         2040 << 30
     );
 }

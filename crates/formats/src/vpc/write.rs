@@ -7,7 +7,7 @@ use diskimage_core::{Budget, ByteRange, Device, Error, Layer, Result, WritePlan,
 
 use super::footer::SECTOR;
 use super::{Blocks, State, VpcLayer, fill, place};
-use crate::layer_kit::allocate_on_write::{self, FirstWrites};
+use crate::layer_kit::allocate_on_write::{self, AllocateOnWrite};
 use crate::layer_kit::reserved::Pieces;
 
 impl VpcLayer {
@@ -46,7 +46,7 @@ impl VpcLayer {
 
     /// Where `range` is stored in the file.
     pub(super) fn stored(&self, range: ByteRange) -> Result<Vec<ByteRange>> {
-        let mut state = self.when_settled(range.units(self.granularity()));
+        let mut state = self.wait_until_idle(range.units(self.granularity()));
         let State { blocks, reserved, .. } = &mut *state;
         let Some(blocks) = blocks else {
             reserved.require_outside("range", range)?;
@@ -130,7 +130,7 @@ impl Blocks {
     }
 }
 
-impl FirstWrites for VpcLayer {
+impl AllocateOnWrite for VpcLayer {
     type State = State;
     type Place = u64;
 
@@ -153,9 +153,9 @@ impl FirstWrites for VpcLayer {
         }
     }
 
-    fn relieve(&self, state: &mut State) -> Result<()> {
+    fn write_back_if_needed(&self, state: &mut State) -> Result<()> {
         match &mut state.blocks {
-            Some(blocks) if blocks.table.is_crowded() => blocks.publish(&state.footer, &*self.file),
+            Some(blocks) if blocks.table.too_many_dirty() => blocks.publish(&state.footer, &*self.file),
             _ => Ok(()),
         }
     }

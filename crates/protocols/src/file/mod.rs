@@ -9,14 +9,14 @@ use std::sync::{Mutex, PoisonError, RwLock};
 
 use diskimage_core::{
     ByteRange, Device, Error, ErrorKind, Extent, Info, Limits, Node, NodeOptions, Permissions, Preallocation,
-    Result, ResultExt, Want, ZeroMode,
+    Result, ResultExt, StatusDetail, ZeroMode,
 };
 use rustix::fs::{FallocateFlags, OFlags, SeekFrom};
 
 use crate::aio::{Aio, Engine};
 use crate::cache::CacheMode;
 use crate::direct::Direct;
-use crate::holes::Holes;
+use crate::holes::HoleMeaning;
 use crate::lock::Held;
 use crate::name::{ProtocolKind, Target};
 
@@ -36,7 +36,7 @@ pub struct File {
     fell_back: Option<String>,
     pub(crate) write: bool,
     pub(crate) direct: Option<Direct>,
-    pub(crate) holes: Holes,
+    pub(crate) holes: HoleMeaning,
     /// The length as far as this object knows; others may make the file longer.
     pub(crate) known_len: AtomicU64,
     /// Writers that reach beyond the known length hold it shared; whoever sets the length holds it alone. So nobody
@@ -154,7 +154,7 @@ impl File {
             fell_back,
             write,
             direct,
-            holes: Holes::default(),
+            holes: HoleMeaning::default(),
             known_len: AtomicU64::new(0),
             growth: RwLock::new(()),
             lent: AtomicBool::new(false),
@@ -338,7 +338,7 @@ impl Device for File {
         self.after_layout_change()
     }
 
-    fn status(&self, range: ByteRange, want: Want) -> Result<Extent> {
+    fn status(&self, range: ByteRange, want: StatusDetail) -> Result<Extent> {
         self.extent(range, want)
     }
 

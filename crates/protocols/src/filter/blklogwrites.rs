@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use diskimage_core::options::{OptionDef, OptionKind, Options};
 use diskimage_core::{
-    ByteRange, Device, Error, Limits, Node, NodeOptions, Result, Wrapped, Wrapper, ZeroMode,
+    ByteRange, Device, Error, FilterDevice, Filtered, Limits, Node, NodeOptions, Result, ZeroMode,
 };
 use zerocopy::byteorder::little_endian::{U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -86,7 +86,7 @@ impl Filter for BlkLogWrites {
             alignment: u32::try_from(log.sector).unwrap_or(1),
             ..file.device.limits().clone()
         };
-        Ok(Arc::new(Wrapped(Logging {
+        Ok(Arc::new(Filtered(Logging {
             file: Arc::clone(&file.device),
             log: Mutex::new(log),
             limits,
@@ -272,7 +272,7 @@ impl Logging {
     }
 }
 
-impl Wrapper for Logging {
+impl FilterDevice for Logging {
     fn below(&self) -> &Arc<dyn Device> {
         &self.file
     }
@@ -376,7 +376,7 @@ mod tests {
                     alignment: u32::try_from(open.sector).expect("small"),
                     ..Limits::default()
                 };
-                let device = Wrapped(Logging {
+                let device = Filtered(Logging {
                     file: Arc::<MemoryDevice>::clone(&file),
                     log: Mutex::new(open),
                     limits,

@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use diskimage_core::{
-    ByteRange, Device, Error, ErrorKind, Node, NodeOptions, Preallocation, Result, Wrapped, Wrapper, ZeroMode,
+    ByteRange, Device, Error, ErrorKind, FilterDevice, Filtered, Node, NodeOptions, Preallocation, Result,
+    ZeroMode,
 };
 
 use super::{ChildKind, Filter, FilterChild, FilterRequest, child, missing, name_child};
@@ -53,7 +54,7 @@ impl Filter for Blkverify {
                 .map(|(raw, test)| format!("blkverify:{raw}:{test}")),
             ..request.node(self.name(), |_| false)
         };
-        Ok(Arc::new(Wrapped(Verifying {
+        Ok(Arc::new(Filtered(Verifying {
             raw: Arc::clone(&raw.device),
             test: Arc::clone(&test.device),
             node,
@@ -68,7 +69,7 @@ struct Verifying {
     node: Node,
 }
 
-impl Wrapper for Verifying {
+impl FilterDevice for Verifying {
     fn below(&self) -> &Arc<dyn Device> {
         &self.raw
     }
@@ -138,7 +139,7 @@ mod tests {
     fn both_get_what_is_written_and_have_to_read_the_same() {
         let raw = Arc::new(MemoryDevice::new(vec![0; 8]));
         let test = Arc::new(MemoryDevice::new(vec![0; 8]));
-        let device = Wrapped(Verifying {
+        let device = Filtered(Verifying {
             raw: Arc::<MemoryDevice>::clone(&raw),
             test: Arc::<MemoryDevice>::clone(&test),
             node: Node::default(),

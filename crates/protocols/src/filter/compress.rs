@@ -3,8 +3,8 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use diskimage_core::{
-    ByteRange, Device, Encoder, Error, ErrorKind, Image, Limits, Node, Result, Want, Wrapped, Wrapper,
-    align_down, align_up,
+    ByteRange, Device, Encoder, Error, ErrorKind, FilterDevice, Filtered, Image, Limits, Node, Result,
+    StatusDetail, align_down, align_up,
 };
 
 use super::{Filter, FilterChild, FilterRequest, file_child, missing};
@@ -39,7 +39,7 @@ impl Filter for Compress {
             )));
         };
         let unit = image.layer().granularity();
-        Ok(Arc::new(Wrapped(Compressing {
+        Ok(Arc::new(Filtered(Compressing {
             limits: Limits {
                 alignment: u32::try_from(unit).unwrap_or(1),
                 ..image.limits().clone()
@@ -73,7 +73,7 @@ impl Compressing {
         let cluster = ByteRange::new(start, align_up(offset + 1, self.unit).min(self.image.len()));
         let whole = ByteRange::at(offset, buf.len() as u64) == cluster;
         let _alone = (!whole).then(|| self.joining.lock().unwrap_or_else(PoisonError::into_inner));
-        let extent = self.image.status(cluster, Want::Allocation)?;
+        let extent = self.image.status(cluster, StatusDetail::Allocation)?;
         if extent.depth == 0 && !extent.kind.is_zero() {
             // A second form of the same cluster would only take more room.
             return self.image.write_at(buf, offset);
@@ -96,7 +96,7 @@ impl Compressing {
     }
 }
 
-impl Wrapper for Compressing {
+impl FilterDevice for Compressing {
     fn below(&self) -> &Arc<dyn Device> {
         &self.device
     }

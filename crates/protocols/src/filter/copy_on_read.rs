@@ -4,8 +4,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use diskimage_core::options::{OptionDef, OptionKind};
 use diskimage_core::{
-    ByteRange, Device, Error, Extent, Image, Node, NodeOptions, Result, Want, Wrapped, Wrapper, ZeroMode,
-    is_zero,
+    ByteRange, Device, Error, Extent, FilterDevice, Filtered, Image, Node, NodeOptions, Result, StatusDetail,
+    ZeroMode, is_zero,
 };
 
 use super::{Filter, FilterChild, FilterRequest, file_child, missing, read_only};
@@ -48,7 +48,7 @@ impl Filter for CopyOnRead {
                 .ok_or_else(|| Error::invalid(format!("Bottom node '{bottom}' not found")))?,
         };
         Ok(match below.image {
-            Some(image) => Arc::new(Wrapped(Copying {
+            Some(image) => Arc::new(Filtered(Copying {
                 device: below.device,
                 image,
                 deepest,
@@ -56,7 +56,7 @@ impl Filter for CopyOnRead {
                 node,
             })),
             // A file is the only one that has its bytes.
-            None => Arc::new(Wrapped(Alone {
+            None => Arc::new(Filtered(Alone {
                 device: below.device,
                 node,
             })),
@@ -97,7 +97,7 @@ impl Copying {
             .intersect(ByteRange::new(0, self.image.len()));
         let mut rest = all;
         while !rest.is_empty() {
-            let extent = self.image.status(rest, Want::Allocation)?;
+            let extent = self.image.status(rest, StatusDetail::Allocation)?;
             let part = rest.first(extent.len.min(CHUNK.max(unit)));
             if (1..=self.deepest).contains(&extent.depth) {
                 self.copy_part(part)?;
@@ -119,7 +119,7 @@ impl Copying {
     }
 }
 
-impl Wrapper for Copying {
+impl FilterDevice for Copying {
     fn below(&self) -> &Arc<dyn Device> {
         &self.device
     }
@@ -148,7 +148,7 @@ impl Wrapper for Copying {
         self.image.discard(range)
     }
 
-    fn status(&self, range: ByteRange, want: Want) -> Result<Extent> {
+    fn status(&self, range: ByteRange, want: StatusDetail) -> Result<Extent> {
         // Whoever reads from where the bytes lie would read past the filter.
         Ok(Extent {
             host: None,
@@ -168,7 +168,7 @@ struct Alone {
     node: Node,
 }
 
-impl Wrapper for Alone {
+impl FilterDevice for Alone {
     fn below(&self) -> &Arc<dyn Device> {
         &self.device
     }

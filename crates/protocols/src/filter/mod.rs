@@ -1,7 +1,7 @@
 //! Filters: devices on top of other devices that change what requests do.
 //!
 //! [`Filter`] is the entry of the table [`FILTERS`]; each filter is a module of its own. Most stand on one node below and
-//! are a [`Wrapper`](diskimage_core::Wrapper).
+//! are a [`FilterDevice`](diskimage_core::FilterDevice).
 
 mod blkdebug;
 mod blklogwrites;

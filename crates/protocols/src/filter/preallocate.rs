@@ -5,7 +5,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use diskimage_core::options::{OptionDef, OptionKind};
 use diskimage_core::{
-    ByteRange, Device, Error, Node, NodeOptions, Preallocation, Result, Wrapped, Wrapper, ZeroMode, align_up,
+    ByteRange, Device, Error, FilterDevice, Filtered, Node, NodeOptions, Preallocation, Result, ZeroMode,
+    align_up,
 };
 
 use super::{Filter, FilterChild, FilterRequest, file_child};
@@ -46,7 +47,7 @@ impl Filter for Preallocate {
         }
         let device = Arc::clone(&request.only_child()?.device);
         let len = device.len();
-        Ok(Arc::new(Wrapped(Growing {
+        Ok(Arc::new(Filtered(Growing {
             align: align.max(1),
             step: options.size("prealloc-size").unwrap_or(0),
             ends: Mutex::new(Ends { data: len, file: len }),
@@ -105,7 +106,7 @@ impl Growing {
     }
 }
 
-impl Wrapper for Growing {
+impl FilterDevice for Growing {
     fn below(&self) -> &Arc<dyn Device> {
         &self.device
     }
@@ -156,7 +157,7 @@ mod tests {
     #[test]
     fn the_file_is_longer_only_as_long_as_it_is_written() {
         let file = Arc::new(MemoryDevice::new(vec![1; 100]));
-        let growing = Wrapped(Growing {
+        let growing = Filtered(Growing {
             device: Arc::<MemoryDevice>::clone(&file),
             align: 512,
             step: 4096,

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use diskimage_core::options::{OptionDef, OptionKind, Options};
 use diskimage_core::{
     ByteRange, Device, Error, ErrorKind, Event, Extent, ExtentKind, Info, Limits, Node, NodeOptions,
-    Permissions, Preallocation, Result, Want, ZeroMode, errno,
+    Permissions, Preallocation, Result, StatusDetail, ZeroMode, errno,
 };
 
 use super::{ChildKind, Filter, FilterChild, FilterRequest, child, read_only};
@@ -260,7 +260,7 @@ impl Device for Voting {
     }
 
     /// Zeroes where all say so; else what the first says that does not.
-    fn status(&self, range: ByteRange, want: Want) -> Result<Extent> {
+    fn status(&self, range: ByteRange, want: StatusDetail) -> Result<Extent> {
         let extent = |len, kind| Extent {
             len,
             kind,

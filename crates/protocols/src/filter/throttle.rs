@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use diskimage_core::options::{OptionDef, OptionKind};
 use diskimage_core::{
-    ByteRange, Device, Direction, Error, Node, NodeOptions, Result, ThrottleGroup, Wrapped, Wrapper, ZeroMode,
+    ByteRange, Device, Direction, Error, FilterDevice, Filtered, Node, NodeOptions, Result, ThrottleGroup,
+    ZeroMode,
 };
 
 use super::{Filter, FilterChild, FilterRequest, file_child};
@@ -33,7 +34,7 @@ impl Filter for Throttle {
         let name = options
             .text("throttle-group")
             .ok_or_else(|| Error::invalid("Please specify a throttle group"))?;
-        Ok(Arc::new(Wrapped(Throttled {
+        Ok(Arc::new(Filtered(Throttled {
             device: Arc::clone(&request.only_child()?.device),
             group: Arc::clone(request.objects.throttle_group(name)?),
             node,
@@ -48,7 +49,7 @@ struct Throttled {
     node: Node,
 }
 
-impl Wrapper for Throttled {
+impl FilterDevice for Throttled {
     fn below(&self) -> &Arc<dyn Device> {
         &self.device
     }

@@ -18,7 +18,7 @@ use std::thread::{self, JoinHandle};
 use diskimage_core::{ByteRange, Error, Result, errno};
 
 use super::address::Socket;
-use super::negotiate::{Export, Style};
+use super::negotiate::{Export, ReplyMode};
 use super::reply::{Assembly, Head, LONGEST_HEAD, Outcome, SHORTEST_HEAD, Step};
 use super::request::{Command, encode};
 
@@ -222,7 +222,7 @@ struct Reader {
     from: BufReader<Box<dyn Read + Send>>,
     socket: Socket,
     shared: Arc<Shared>,
-    style: Style,
+    style: ReplyMode,
 }
 
 impl Reader {

@@ -3,7 +3,7 @@
 
 use diskimage_core::ByteRange;
 
-use super::negotiate::{Handshake, Next, Style, Wish};
+use super::negotiate::{ClientOptions, Handshake, Next, ReplyMode};
 use super::reply::{Assembly, Head, SHORTEST_HEAD, Step};
 use super::request::Command;
 
@@ -12,7 +12,7 @@ pub fn negotiate(bytes: &[u8]) {
     let Some((first, mut rest)) = bytes.split_first() else {
         return;
     };
-    let mut handshake = Handshake::new(Wish {
+    let mut handshake = Handshake::new(ClientOptions {
         export: "x".repeat(usize::from(first >> 7)),
         tls: first & 1 != 0,
         context: "base:allocation".to_owned(),
@@ -46,7 +46,7 @@ pub fn replies(bytes: &[u8]) {
     let Some((first, rest)) = bytes.split_first() else {
         return;
     };
-    let style = [Style::Simple, Style::Structured, Style::Extended][usize::from(first % 3)];
+    let style = [ReplyMode::Simple, ReplyMode::Structured, ReplyMode::Extended][usize::from(first % 3)];
     let command = [Command::Read, Command::BlockStatus, Command::Write][usize::from(first / 3 % 3)];
     let len = if command == Command::Read { 4096 } else { 0 };
     let assembly = Assembly::new(command, ByteRange::at(512, 4096), style, Some(0), vec![0; len]);
@@ -54,7 +54,7 @@ pub fn replies(bytes: &[u8]) {
 }
 
 /// Feeds one reply as a connection does; ends where the connection would.
-fn feed(mut assembly: Assembly, style: Style, bytes: &[u8]) -> Option<()> {
+fn feed(mut assembly: Assembly, style: ReplyMode, bytes: &[u8]) -> Option<()> {
     let mut rest = bytes;
     let mut take = |len: usize| {
         let (head, tail) = rest.split_at_checked(len)?;

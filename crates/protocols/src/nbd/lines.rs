@@ -16,7 +16,7 @@ use super::wire::export;
 
 /// The connections to an export.
 #[derive(Debug)]
-pub(super) struct Lines {
+pub(super) struct ConnectionPool {
     inner: Arc<Inner>,
     /// How long to wait for a connection that was lost to come back.
     patience: Duration,
@@ -48,7 +48,7 @@ const BUSY: usize = 3;
 /// How long to wait between two attempts to connect again.
 const PAUSE: Duration = Duration::from_millis(200);
 
-impl Lines {
+impl ConnectionPool {
     /// Starts with the first connection.
     pub(super) fn new(remote: Remote, first: Connection, patience: Duration) -> Self {
         let export = first.export().clone();
@@ -157,7 +157,7 @@ impl Inner {
     }
 }
 
-impl Drop for Lines {
+impl Drop for ConnectionPool {
     fn drop(&mut self) {
         self.inner.growing().closed = true;
         let handle = self.inner.handle.lock().unwrap_or_else(PoisonError::into_inner);

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   Nbd            a Device: splits and aligns requests, keeps what is known of the allocation
-//!    └ Lines       one connection, or several
+//!    └ ConnectionPool       one connection, or several
 //!       └ Connection   requests from many threads, one thread that reads the replies
 //!          ├ request, reply    what they look like; no input or output
 //!          └ Remote            connects: address, then negotiate (no input or output), then tls
@@ -33,13 +33,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use diskimage_core::{
     ByteRange, Device, Error, ErrorKind, Extent, Limits, Node, NodeOptions, Objects, Preallocation, Result,
-    ResultExt, Want, ZeroMode, align_down, errno,
+    ResultExt, StatusDetail, ZeroMode, align_down, errno,
 };
 
 use crate::protocol::{Protocol, ProtocolRequest};
 use connection::Connection;
-use lines::Lines;
-use negotiate::{Export, Style};
+use lines::ConnectionPool;
+use negotiate::{Export, ReplyMode};
 use options::NbdOptions;
 use remote::Remote;
 use reply::Outcome;
@@ -90,7 +90,7 @@ pub fn check_tls_creds(_: &diskimage_core::TlsCreds) -> Result<()> {
 /// An export of an NBD server.
 #[derive(Debug)]
 struct Nbd {
-    lines: Lines,
+    lines: ConnectionPool,
     export: Export,
     limits: Limits,
     write: bool,
@@ -128,7 +128,7 @@ impl Nbd {
             parallelism: PARALLELISM,
         };
         Ok(Self {
-            lines: Lines::new(remote, line, options.reconnect_delay),
+            lines: ConnectionPool::new(remote, line, options.reconnect_delay),
             export,
             limits,
             write,
@@ -262,8 +262,8 @@ impl Nbd {
     /// The longest request that carries no data.
     fn longest(&self) -> u64 {
         match self.export.style {
-            Style::Extended => MAX_LONG_LEN,
-            Style::Simple | Style::Structured => align_down(MAX_SHORT_LEN, self.unit()),
+            ReplyMode::Extended => MAX_LONG_LEN,
+            ReplyMode::Simple | ReplyMode::Structured => align_down(MAX_SHORT_LEN, self.unit()),
         }
     }
 
@@ -386,7 +386,7 @@ impl Device for Nbd {
         outcome
     }
 
-    fn status(&self, range: ByteRange, _: Want) -> Result<Extent> {
+    fn status(&self, range: ByteRange, _: StatusDetail) -> Result<Extent> {
         let asked = range
             .align_out(self.unit())
             .intersect(ByteRange::new(0, self.whole_end()));

@@ -20,7 +20,7 @@ use super::wire::{
 
 /// What a client wants of a server.
 #[derive(Clone, Debug)]
-pub(super) struct Wish {
+pub(super) struct ClientOptions {
     /// The export's name; empty for the default one.
     pub(super) export: String,
     /// Whether the connection must be encrypted.
@@ -31,7 +31,7 @@ pub(super) struct Wish {
 
 /// The form of requests and replies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Style {
+pub(super) enum ReplyMode {
     /// Replies are a number and what was read.
     Simple,
     /// Replies are made of chunks.
@@ -52,7 +52,7 @@ pub(super) struct Export {
     /// The longest request, in bytes.
     pub(super) max_block: u32,
     /// The form of replies.
-    pub(super) style: Style,
+    pub(super) style: ReplyMode,
     /// The server's number for the context that was asked for.
     pub(super) context: Option<u32>,
 }
@@ -97,7 +97,7 @@ pub(super) const MAX_NAME: usize = 4096;
 /// A conversation up to the choice of the export.
 #[derive(Debug)]
 pub(super) struct Handshake {
-    wish: Wish,
+    wish: ClientOptions,
     state: State,
     wanted: usize,
     output: Vec<u8>,
@@ -110,7 +110,7 @@ pub(super) struct Handshake {
 }
 
 impl Handshake {
-    pub(super) fn new(wish: Wish) -> Self {
+    pub(super) fn new(wish: ClientOptions) -> Self {
         Self {
             wish,
             state: State::Hello,
@@ -125,7 +125,7 @@ impl Handshake {
                 flags: 0,
                 min_block: 1,
                 max_block: MAX_REQUEST,
-                style: Style::Simple,
+                style: ReplyMode::Simple,
                 context: None,
             },
         }
@@ -325,11 +325,11 @@ impl Handshake {
         match (option, kind) {
             (option::STARTTLS, answer::ACK) => Ok(Next::StartTls),
             (option::EXTENDED_HEADERS, answer::ACK) => {
-                self.export.style = Style::Extended;
+                self.export.style = ReplyMode::Extended;
                 Ok(self.ask_context())
             }
             (option::STRUCTURED_REPLY, answer::ACK) => {
-                self.export.style = Style::Structured;
+                self.export.style = ReplyMode::Structured;
                 Ok(self.ask_context())
             }
             (option::SET_META_CONTEXT, answer::META_CONTEXT) => {

@@ -9,7 +9,7 @@ use diskimage_core::{Error, ErrorKind, Objects, Result};
 
 use super::address::{Address, Socket};
 use super::connection::{Channel, Connection};
-use super::negotiate::{Handshake, Next, Wish};
+use super::negotiate::{ClientOptions, Handshake, Next};
 use super::options::NbdOptions;
 #[cfg(feature = "tls")]
 use super::tls::{Credentials, UNCLEAN_END};
@@ -18,7 +18,7 @@ use super::tls::{Credentials, UNCLEAN_END};
 #[derive(Debug)]
 pub(super) struct Remote {
     pub(super) address: Address,
-    pub(super) wish: Wish,
+    pub(super) wish: ClientOptions,
     #[cfg(feature = "tls")]
     credentials: Option<Credentials>,
     #[cfg(feature = "tls")]
@@ -44,7 +44,7 @@ impl Remote {
         }
         Ok(Self {
             address: options.address.clone(),
-            wish: Wish {
+            wish: ClientOptions {
                 export: options.export.clone(),
                 tls: options.tls_creds.is_some(),
                 context: options.context.clone().unwrap_or_else(|| ALLOCATION.to_owned()),

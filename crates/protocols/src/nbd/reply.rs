@@ -5,7 +5,7 @@
 
 use diskimage_core::{ByteRange, Error, Result};
 
-use super::negotiate::Style;
+use super::negotiate::ReplyMode;
 use super::request::Command;
 use super::wire::{CHUNK_MAGIC, EXTENDED_CHUNK_MAGIC, SIMPLE_REPLY_MAGIC, Wire, chunk};
 
@@ -33,12 +33,12 @@ pub(super) enum HeadKind {
 
 impl Head {
     /// How long the head is that begins with these [`SHORTEST_HEAD`] bytes.
-    pub(super) fn len_of(start: &[u8], style: Style) -> Result<usize> {
+    pub(super) fn len_of(start: &[u8], style: ReplyMode) -> Result<usize> {
         let magic = Wire(start).u32()?;
         match (style, magic) {
-            (Style::Simple | Style::Structured, SIMPLE_REPLY_MAGIC) => Ok(16),
-            (Style::Structured, CHUNK_MAGIC) => Ok(20),
-            (Style::Extended, EXTENDED_CHUNK_MAGIC) => Ok(LONGEST_HEAD),
+            (ReplyMode::Simple | ReplyMode::Structured, SIMPLE_REPLY_MAGIC) => Ok(16),
+            (ReplyMode::Structured, CHUNK_MAGIC) => Ok(20),
+            (ReplyMode::Extended, EXTENDED_CHUNK_MAGIC) => Ok(LONGEST_HEAD),
             _ => Err(Error::corrupt(format!("invalid magic of a reply: {magic:#x}"))),
         }
     }
@@ -87,7 +87,7 @@ const MAX_PIECES: usize = 4096;
 pub(super) struct Assembly {
     command: Command,
     range: ByteRange,
-    style: Style,
+    style: ReplyMode,
     context: Option<u32>,
     /// The bytes that were read.
     pub(super) data: Vec<u8>,
@@ -117,7 +117,7 @@ impl Assembly {
     pub(super) fn new(
         command: Command,
         range: ByteRange,
-        style: Style,
+        style: ReplyMode,
         context: Option<u32>,
         data: Vec<u8>,
     ) -> Self {
@@ -142,7 +142,7 @@ impl Assembly {
     pub(super) fn step(&mut self, kind: HeadKind) -> Result<Step> {
         match kind {
             HeadKind::Simple { error: 0 } if self.command == Command::Read => {
-                if self.style != Style::Simple {
+                if self.style != ReplyMode::Simple {
                     return Err(Error::corrupt(
                         "Protocol error: simple reply when structured reply chunk was expected",
                     ));
@@ -243,7 +243,7 @@ impl Assembly {
                 Ok(())
             }
             chunk::BLOCK_STATUS | chunk::BLOCK_STATUS_EXT if self.command == Command::BlockStatus => {
-                if (kind == chunk::BLOCK_STATUS_EXT) != (self.style == Style::Extended) {
+                if (kind == chunk::BLOCK_STATUS_EXT) != (self.style == ReplyMode::Extended) {
                     return Err(Error::corrupt("Protocol error: block status in the wrong form"));
                 }
                 self.block_status(wire)
@@ -271,7 +271,7 @@ impl Assembly {
                 "Protocol error: unexpected context id for a block status chunk",
             ));
         }
-        let wide = self.style == Style::Extended;
+        let wide = self.style == ReplyMode::Extended;
         if wide {
             let (count, there) = (wire.u32()?, wire.0.len() / 16);
             if u64::from(count) != there as u64 {

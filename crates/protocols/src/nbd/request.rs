@@ -2,7 +2,7 @@
 
 use diskimage_core::ByteRange;
 
-use super::negotiate::Style;
+use super::negotiate::ReplyMode;
 use super::wire::{EXTENDED_REQUEST_MAGIC, REQUEST_MAGIC};
 
 /// What to do with a range of an export.
@@ -51,9 +51,9 @@ impl Command {
         }
     }
 
-    fn flags(self, style: Style) -> u16 {
+    fn flags(self, style: ReplyMode) -> u16 {
         match self {
-            Self::Write if style == Style::Extended => PAYLOAD_LEN,
+            Self::Write if style == ReplyMode::Extended => PAYLOAD_LEN,
             Self::WriteZeroes { no_hole, fast } => {
                 (if no_hole { NO_HOLE } else { 0 }) | (if fast { FAST_ZERO } else { 0 })
             }
@@ -63,11 +63,11 @@ impl Command {
 }
 
 /// The head of a request. Without extended headers its range is no longer than [`MAX_SHORT_LEN`].
-pub(super) fn encode(style: Style, command: Command, cookie: u64, range: ByteRange) -> Vec<u8> {
+pub(super) fn encode(style: ReplyMode, command: Command, cookie: u64, range: ByteRange) -> Vec<u8> {
     let mut head = Vec::with_capacity(32);
     let magic = match style {
-        Style::Extended => EXTENDED_REQUEST_MAGIC,
-        Style::Simple | Style::Structured => REQUEST_MAGIC,
+        ReplyMode::Extended => EXTENDED_REQUEST_MAGIC,
+        ReplyMode::Simple | ReplyMode::Structured => REQUEST_MAGIC,
     };
     head.extend_from_slice(&magic.to_be_bytes());
     head.extend_from_slice(&command.flags(style).to_be_bytes());
@@ -75,8 +75,8 @@ pub(super) fn encode(style: Style, command: Command, cookie: u64, range: ByteRan
     head.extend_from_slice(&cookie.to_be_bytes());
     head.extend_from_slice(&range.start().to_be_bytes());
     match style {
-        Style::Extended => head.extend_from_slice(&range.len().to_be_bytes()),
-        Style::Simple | Style::Structured => {
+        ReplyMode::Extended => head.extend_from_slice(&range.len().to_be_bytes()),
+        ReplyMode::Simple | ReplyMode::Structured => {
             let len = u32::try_from(range.len()).unwrap_or(u32::MAX);
             head.extend_from_slice(&len.to_be_bytes());
         }

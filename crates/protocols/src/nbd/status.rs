@@ -85,8 +85,8 @@ pub(super) fn kind_of(flags: u64) -> ExtentKind {
     const ZERO: u64 = 1 << 1;
     match (flags & HOLE != 0, flags & ZERO != 0) {
         (false, false) => ExtentKind::Data,
-        (false, true) => ExtentKind::Blank,
-        (true, false) => ExtentKind::Absent,
+        (false, true) => ExtentKind::PreallocatedZero,
+        (true, false) => ExtentKind::UnknownHole,
         (true, true) => ExtentKind::Zero,
     }
 }

@@ -75,7 +75,7 @@ fn open(dir: &Path, given: &[(&str, &str)]) -> Result<Arc<dyn Device>> {
 
 fn refusal(dir: &Path, given: &[(&str, &str)]) -> (String, Option<Note>) {
     let error = open(dir, given).expect_err("is refused");
-    (error.chain(), error.shown_before().cloned())
+    (error.chain(), error.preceding_note().cloned())
 }
 
 /// A FAT file system, read by its own boot sector alone.

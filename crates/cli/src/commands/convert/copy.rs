@@ -282,7 +282,7 @@ fn copy(
 ) -> Result<(), Stop> {
     let report = |done, total| progress.set(done, total);
     let lost = |error: &diskimage::Error| {
-        if let Some(notice) = error.shown_before() {
+        if let Some(notice) = error.preceding_note() {
             console.note(notice);
         }
         if !args.quiet {

@@ -3,7 +3,7 @@
 use std::num::NonZeroU32;
 use std::sync::{Arc, Mutex};
 
-use diskimage_core::{ByteRange, Device, ExtentKind, Want, ZeroMode};
+use diskimage_core::{ByteRange, Device, ExtentKind, StatusDetail, ZeroMode};
 use diskimage_testing::{Fault, Faulty};
 use proptest::prelude::*;
 
@@ -111,7 +111,7 @@ fn zeroes_are_left_out_unless_everything_is_to_be_written() {
         let mut allocated = 0;
         let mut rest = ByteRange::new(0, target.len());
         while !rest.is_empty() {
-            let extent = target.status(rest, Want::Allocation).unwrap();
+            let extent = target.status(rest, StatusDetail::Allocation).unwrap();
             if extent.kind == ExtentKind::Data {
                 allocated += extent.len;
             }
@@ -164,7 +164,7 @@ fn above_a_backing_image_only_what_the_top_has_is_copied() {
         assert!(contents(&target) == contents(&source));
         let at = |offset| {
             target
-                .status(ByteRange::at(offset, 512), Want::Allocation)
+                .status(ByteRange::at(offset, 512), StatusDetail::Allocation)
                 .unwrap()
         };
         assert_eq!(at(0).depth, 1);

@@ -39,7 +39,7 @@ use super::feature::Incompatible;
 use super::header::{Geometry, Header};
 use super::refcount::{Refcounts, References};
 use super::{Qcow2, State, read_header};
-use crate::layer_kit::metadata_cache::Tables;
+use crate::layer_kit::metadata_cache::MetadataCache;
 
 impl Qcow2 {
     /// Checks the image and mends what `repair` allows.
@@ -79,7 +79,7 @@ impl Qcow2 {
     /// Starts over with what the file says.
     fn forget_tables(&self, state: &mut State) -> Result<()> {
         let header = read_header(&self.file, true)?;
-        state.tables = Tables::new(self.file.clone(), self.data.clone());
+        state.tables = MetadataCache::new(self.file.clone(), self.data.clone());
         state.refcounts = Refcounts::new(&header, self.file.len());
         self.guard_metadata(state)
     }
@@ -209,7 +209,7 @@ impl<'a> Check<'a> {
         self.file.flush()?;
         self.image.forget_tables(state)?;
         self.write_snapshot_table(state)?;
-        self.absolve()
+        self.clear_corrupt_and_dirty()
     }
 
     /// Builds new refcount structures and checks again, now with them.
@@ -231,7 +231,7 @@ impl<'a> Check<'a> {
     }
 
     /// Takes the marks of damage off an image that has none left.
-    fn absolve(&mut self) -> Result<()> {
+    fn clear_corrupt_and_dirty(&mut self) -> Result<()> {
         if self.header.version < 3 || self.report.corruptions > 0 || self.report.check_errors > 0 {
             return Ok(());
         }

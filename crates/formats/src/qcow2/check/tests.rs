@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex};
 
 use diskimage_core::{
     ByteRange, CheckReport, Device, Extent, Format, Image, Limits, MemoryDevice, Note, OpenRequest,
-    Preallocation, Progress, Repair, Result, Want, ZeroMode,
+    Preallocation, Progress, Repair, Result, StatusDetail, ZeroMode,
 };
 use proptest::prelude::*;
 
@@ -361,7 +361,7 @@ impl Device for Recorder {
     fn discard(&self, range: ByteRange) -> Result<()> {
         self.write_zeroes(range, ZeroMode::Unmap)
     }
-    fn status(&self, range: ByteRange, want: Want) -> Result<Extent> {
+    fn status(&self, range: ByteRange, want: StatusDetail) -> Result<Extent> {
         self.inner.status(range, want)
     }
     fn flush(&self) -> Result<()> {

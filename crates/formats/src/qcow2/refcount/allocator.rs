@@ -7,7 +7,7 @@ use diskimage_core::{ByteRange, Error, ErrorKind, Event, Result};
 
 use super::super::header::limit;
 use super::{Refcounts, block};
-use crate::layer_kit::metadata_cache::Tables;
+use crate::layer_kit::metadata_cache::MetadataCache;
 use crate::layer_kit::metadata_guard::{Kind, Kinds};
 
 impl Refcounts {
@@ -17,7 +17,7 @@ impl Refcounts {
     /// A file that cannot grow any more, and damage.
     pub(in super::super) fn allocate(
         &mut self,
-        tables: &mut Tables,
+        tables: &mut MetadataCache,
         count: u64,
         kind: Option<Kind>,
     ) -> Result<u64> {
@@ -47,7 +47,7 @@ impl Refcounts {
     ///
     /// # Errors
     /// As [`Refcounts::allocate`].
-    pub(in super::super) fn allocate_bytes(&mut self, tables: &mut Tables, len: u64) -> Result<u64> {
+    pub(in super::super) fn allocate_bytes(&mut self, tables: &mut MetadataCache, len: u64) -> Result<u64> {
         tables.device().event(Event::CLUSTER_ALLOC_BYTES);
         let size = self.geometry.cluster_size();
         let bits = self.geometry.cluster_bits;
@@ -81,7 +81,7 @@ impl Refcounts {
     }
 
     /// The first `count` free clusters in one piece from `from` on, and the cluster behind them.
-    pub(super) fn find_free(&self, tables: &mut Tables, from: u64, count: u64) -> Result<(u64, u64)> {
+    pub(super) fn find_free(&self, tables: &mut MetadataCache, from: u64, count: u64) -> Result<(u64, u64)> {
         let (mut start, mut at) = (from, from);
         let end = limit::HOST_OFFSET >> self.geometry.cluster_bits;
         while at - start < count {
@@ -103,7 +103,7 @@ impl Refcounts {
     ///
     /// # Errors
     /// As [`Refcounts::allocate`].
-    pub(in super::super) fn has_free_before_end(&mut self, tables: &mut Tables) -> Result<bool> {
+    pub(in super::super) fn has_free_before_end(&mut self, tables: &mut MetadataCache) -> Result<bool> {
         let end = self.end();
         while self.first_free < end {
             let (free, len) = self.uncounted_run(tables, self.first_free, 1)?;
@@ -117,7 +117,7 @@ impl Refcounts {
 
     /// Whether `cluster` can be allocated, and how many after it certainly are alike, itself included. No more than `most`
     /// are looked at if it can. Free clusters in which metadata lies are not passed over: who takes one meets the guard.
-    fn run(&self, tables: &mut Tables, cluster: u64, most: u64) -> Result<(bool, u64)> {
+    fn run(&self, tables: &mut MetadataCache, cluster: u64, most: u64) -> Result<(bool, u64)> {
         let (free, len) = self.uncounted_run(tables, cluster, most)?;
         if !free || cluster >= self.uses.known_end() {
             return Ok((free, len));
@@ -135,7 +135,7 @@ impl Refcounts {
     }
 
     /// As [`Refcounts::run`], by the refcounts alone.
-    fn uncounted_run(&self, tables: &mut Tables, cluster: u64, most: u64) -> Result<(bool, u64)> {
+    fn uncounted_run(&self, tables: &mut MetadataCache, cluster: u64, most: u64) -> Result<(bool, u64)> {
         let per_block = self.entries_per_block();
         let index = cluster % per_block;
         let Some(table) = self.block(tables, cluster)? else {

@@ -5,7 +5,7 @@ use diskimage_core::{ByteRange, Error, ErrorKind, Event, Result};
 use super::super::header::limit;
 use super::uses::Uses;
 use super::{Refcounts, TABLE_OFFSET_MASK};
-use crate::layer_kit::metadata_cache::{Table, Tables};
+use crate::layer_kit::metadata_cache::{MetadataCache, Table};
 use crate::layer_kit::metadata_guard::Kind;
 
 impl Refcounts {
@@ -14,7 +14,7 @@ impl Refcounts {
     ///
     /// # Errors
     /// Damage, a structure that would be too large, and failures to read or write.
-    pub(in super::super) fn copied(&mut self, tables: &mut Tables) -> Result<Self> {
+    pub(in super::super) fn copied(&mut self, tables: &mut MetadataCache) -> Result<Self> {
         let bits = self.geometry.cluster_bits;
         let mut blocks = self.block_indices(tables)?;
         let place = self.find_place(tables, &mut blocks)?;
@@ -48,7 +48,7 @@ impl Refcounts {
     }
 
     /// The entries of the table that lead to a block.
-    fn block_indices(&self, tables: &mut Tables) -> Result<Vec<u64>> {
+    fn block_indices(&self, tables: &mut MetadataCache) -> Result<Vec<u64>> {
         let mut indices = Vec::new();
         for index in 0..self.table().len / 8 {
             if tables.number(self.table(), index * 8)? & TABLE_OFFSET_MASK != 0 {
@@ -60,7 +60,7 @@ impl Refcounts {
 
     /// Free clusters in one piece for the blocks in `indices` and the table, and for the blocks that it takes to count
     /// these clusters, which are added.
-    fn find_place(&self, tables: &mut Tables, indices: &mut Vec<u64>) -> Result<Place> {
+    fn find_place(&self, tables: &mut MetadataCache, indices: &mut Vec<u64>) -> Result<Place> {
         let bits = self.geometry.cluster_bits;
         let per_block = self.entries_per_block();
         let there = indices.len();
@@ -100,7 +100,7 @@ struct Place {
 }
 
 /// Has `new` hold the bytes of `old`, which is as long.
-pub(in super::super) fn copy_table(tables: &mut Tables, old: Table, new: Table) -> Result<()> {
+pub(in super::super) fn copy_table(tables: &mut MetadataCache, old: Table, new: Table) -> Result<()> {
     let mut at = 0;
     while at < old.len {
         let piece = tables.bytes(old, at)?.to_vec();

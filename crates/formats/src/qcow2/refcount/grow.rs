@@ -9,13 +9,18 @@ use zerocopy::byteorder::big_endian::{U32, U64};
 use super::super::header::{field, limit};
 use super::Refcounts;
 use super::uses::Uses;
-use crate::layer_kit::metadata_cache::Tables;
+use crate::layer_kit::metadata_cache::MetadataCache;
 use crate::layer_kit::metadata_guard::Kind;
 
 impl Refcounts {
     /// Sees to it that blocks exist for `count` clusters from `start` on. True if one had to be made, in which case the
     /// clusters have to be looked for again.
-    pub(super) fn ensure_blocks(&mut self, tables: &mut Tables, start: u64, count: u64) -> Result<bool> {
+    pub(super) fn ensure_blocks(
+        &mut self,
+        tables: &mut MetadataCache,
+        start: u64,
+        count: u64,
+    ) -> Result<bool> {
         let per_block = self.entries_per_block();
         for index in start / per_block..=(start + count - 1) / per_block {
             if self.block(tables, index * per_block)?.is_none() {
@@ -26,7 +31,7 @@ impl Refcounts {
         Ok(false)
     }
 
-    fn add_block(&mut self, tables: &mut Tables, index: u64) -> Result<()> {
+    fn add_block(&mut self, tables: &mut MetadataCache, index: u64) -> Result<()> {
         tables.device().event(Event::REFBLOCK_ALLOC);
         let per_block = self.entries_per_block();
         let (cluster, next) = self.find_free(tables, self.first_free, 1)?;
@@ -59,7 +64,7 @@ impl Refcounts {
 
     /// Moves the refcount table to a larger place behind everything, together with the blocks that count that place.
     /// `behind` is a cluster that the place must not come before.
-    fn grow_table(&mut self, tables: &mut Tables, behind: u64) -> Result<()> {
+    fn grow_table(&mut self, tables: &mut MetadataCache, behind: u64) -> Result<()> {
         let (bits, size) = (self.geometry.cluster_bits, self.geometry.cluster_size());
         let per_block = self.entries_per_block();
         let start = behind.next_multiple_of(per_block);
@@ -112,7 +117,7 @@ impl Refcounts {
 
     /// Writes the table of `grown` with all blocks there are and those at the clusters `first_blocks`, and has the
     /// header point to it.
-    fn publish(&self, tables: &mut Tables, grown: &mut Self, first_blocks: Range<u64>) -> Result<()> {
+    fn publish(&self, tables: &mut MetadataCache, grown: &mut Self, first_blocks: Range<u64>) -> Result<()> {
         let bits = self.geometry.cluster_bits;
         let table = grown.table();
         tables.fresh(table)?;

@@ -22,7 +22,7 @@ pub(super) use self::uses::References;
 use self::uses::Uses;
 use super::header::{Geometry, Header, limit};
 use super::map::hex;
-use crate::layer_kit::metadata_cache::{Class, Table, Tables};
+use crate::layer_kit::metadata_cache::{MetadataCache, Table, WriteOrder};
 
 /// The refcount structure of an open image.
 #[derive(Debug)]
@@ -78,7 +78,7 @@ impl Refcounts {
     pub(super) fn table(&self) -> Table {
         let len = self.table_clusters << self.geometry.cluster_bits;
         Table {
-            class: Class::RefcountTable,
+            class: WriteOrder::RefcountTable,
             offset: self.table_offset,
             len,
         }
@@ -86,7 +86,7 @@ impl Refcounts {
 
     fn block_at(&self, offset: u64) -> Table {
         Table {
-            class: Class::RefcountBlock,
+            class: WriteOrder::RefcountBlock,
             offset,
             len: self.geometry.cluster_size(),
         }
@@ -97,7 +97,7 @@ impl Refcounts {
     }
 
     /// The block that counts `cluster`, if there is one.
-    fn block(&self, tables: &mut Tables, cluster: u64) -> Result<Option<Table>> {
+    fn block(&self, tables: &mut MetadataCache, cluster: u64) -> Result<Option<Table>> {
         let at = cluster / self.entries_per_block() * 8;
         if at >= self.table().len {
             return Ok(None);
@@ -116,7 +116,7 @@ impl Refcounts {
     }
 
     /// How often `cluster` is used.
-    pub(super) fn count(&self, tables: &mut Tables, cluster: u64) -> Result<u64> {
+    pub(super) fn count(&self, tables: &mut MetadataCache, cluster: u64) -> Result<u64> {
         let Some(block) = self.block(tables, cluster)? else {
             return Ok(0);
         };
@@ -127,7 +127,7 @@ impl Refcounts {
     }
 
     /// Whether any cluster from `first` on is used, or there are blocks that could say so.
-    pub(super) fn counts_beyond(&self, tables: &mut Tables, first: u64) -> Result<bool> {
+    pub(super) fn counts_beyond(&self, tables: &mut MetadataCache, first: u64) -> Result<bool> {
         if let Some(block) = self.block(tables, first)? {
             let place = block::Place::new(first % self.entries_per_block(), self.geometry.refcount_order);
             let mut at = place.byte;
@@ -151,7 +151,7 @@ impl Refcounts {
         Ok(false)
     }
 
-    fn set_count(&self, tables: &mut Tables, block: Table, cluster: u64, count: u64) -> Result<()> {
+    fn set_count(&self, tables: &mut MetadataCache, block: Table, cluster: u64, count: u64) -> Result<()> {
         let order = self.geometry.refcount_order;
         let place = block::Place::new(cluster % self.entries_per_block(), order);
         let bytes = tables.bytes_mut(block, place.byte)?;
@@ -159,7 +159,7 @@ impl Refcounts {
     }
 
     /// Uses each cluster that `len` bytes from `offset` on touch once more. Their blocks exist.
-    fn increment(&mut self, tables: &mut Tables, offset: u64, len: u64) -> Result<()> {
+    fn increment(&mut self, tables: &mut MetadataCache, offset: u64, len: u64) -> Result<()> {
         for cluster in self.clusters(offset, len) {
             let count = self.count(tables, cluster)?;
             if count >= self.geometry.max_refcount() {
@@ -181,7 +181,7 @@ impl Refcounts {
     ///
     /// # Errors
     /// Failures to read or write.
-    pub(super) fn release(&mut self, tables: &mut Tables, offset: u64, len: u64) -> Result<()> {
+    pub(super) fn release(&mut self, tables: &mut MetadataCache, offset: u64, len: u64) -> Result<()> {
         tables.device().event(Event::CLUSTER_FREE);
         for cluster in self.clusters(offset, len) {
             let count = self.count(tables, cluster)?;
@@ -200,7 +200,7 @@ impl Refcounts {
     }
 
     /// Forgets what is known of a cluster that has become free.
-    fn note_free(&mut self, tables: &mut Tables, cluster: u64) {
+    fn note_free(&mut self, tables: &mut MetadataCache, cluster: u64) {
         let bits = self.geometry.cluster_bits;
         self.first_free = self.first_free.min(cluster);
         if self.byte_offset.is_some_and(|at| at >> bits == cluster) {

@@ -4,7 +4,7 @@ use diskimage_core::{ByteRange, Error, ErrorKind, Result, errno};
 
 use super::super::header::limit;
 use super::{Refcounts, block};
-use crate::layer_kit::metadata_cache::{Table, Tables};
+use crate::layer_kit::metadata_cache::{MetadataCache, Table};
 use crate::layer_kit::metadata_guard::Kinds;
 
 /// What happens to counts.
@@ -23,7 +23,7 @@ impl Refcounts {
     /// Those that are not, and have not.
     pub(in super::super) fn check_run(
         &self,
-        tables: &mut Tables,
+        tables: &mut MetadataCache,
         first: u64,
         count: u64,
         change: Change,
@@ -58,7 +58,7 @@ impl Refcounts {
     /// As [`Refcounts::check_run`]; the clusters before the one that is wrong are changed.
     pub(in super::super) fn change_run(
         &mut self,
-        tables: &mut Tables,
+        tables: &mut MetadataCache,
         first: u64,
         count: u64,
         change: Change,
@@ -96,7 +96,12 @@ impl Refcounts {
     }
 
     /// The block and place that count `cluster`, and how many of `most` clusters from there on its window counts.
-    fn piece(&self, tables: &mut Tables, cluster: u64, most: u64) -> Result<(Table, block::Place, u64)> {
+    fn piece(
+        &self,
+        tables: &mut MetadataCache,
+        cluster: u64,
+        most: u64,
+    ) -> Result<(Table, block::Place, u64)> {
         let table = self
             .block(tables, cluster)?
             .ok_or_else(|| self.no_block(cluster))?;

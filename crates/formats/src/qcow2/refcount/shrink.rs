@@ -5,7 +5,7 @@ use std::collections::HashSet;
 use diskimage_core::{Error, Result, is_zero};
 
 use super::{Refcounts, block};
-use crate::layer_kit::metadata_cache::{Table, Tables};
+use crate::layer_kit::metadata_cache::{MetadataCache, Table};
 
 /// A block that was taken out of the refcount table.
 struct Dropped {
@@ -20,7 +20,7 @@ impl Refcounts {
     ///
     /// # Errors
     /// Damage, and failures to read or write.
-    pub(in super::super) fn drop_empty_blocks(&mut self, tables: &mut Tables) -> Result<()> {
+    pub(in super::super) fn drop_empty_blocks(&mut self, tables: &mut MetadataCache) -> Result<()> {
         let bits = self.geometry.cluster_bits;
         let mut dropped = Vec::new();
         // Nothing refers to the blocks any more once that is durable.
@@ -55,7 +55,7 @@ impl Refcounts {
     }
 
     /// Takes the blocks that count nothing out of the refcount table, the last ones first.
-    fn unlink_empty_blocks(&self, tables: &mut Tables, dropped: &mut Vec<Dropped>) -> Result<()> {
+    fn unlink_empty_blocks(&self, tables: &mut MetadataCache, dropped: &mut Vec<Dropped>) -> Result<()> {
         let bits = self.geometry.cluster_bits;
         let per_block = self.entries_per_block();
         let mut clusters = HashSet::new();
@@ -78,7 +78,7 @@ impl Refcounts {
     /// Whether the block `table`, which counts clusters from `first` on, counts none but those that `is_dropped` picks.
     fn counts_only(
         &self,
-        tables: &mut Tables,
+        tables: &mut MetadataCache,
         table: Table,
         first: u64,
         is_dropped: impl Fn(u64) -> bool,

@@ -8,7 +8,7 @@ use diskimage_core::{Device, Error, Result, ResultExt};
 
 use super::super::header::{Geometry, limit};
 use super::{Refcounts, block};
-use crate::layer_kit::metadata_cache::Tables;
+use crate::layer_kit::metadata_cache::MetadataCache;
 
 /// A structure of another width, written but not yet published.
 #[derive(Debug)]
@@ -25,7 +25,7 @@ impl Refcounts {
     /// Counts that do not fit, a structure that would be too large, and failures to read or write.
     pub(in super::super) fn rewrite(
         &self,
-        tables: &mut Tables,
+        tables: &mut MetadataCache,
         file: &dyn Device,
         order: u32,
         report: &dyn Fn(u64, u64),
@@ -64,7 +64,7 @@ impl Refcounts {
     /// Which blocks of the new width have a count above zero, and the cluster behind the last that is in use.
     fn used_blocks(
         &self,
-        tables: &mut Tables,
+        tables: &mut MetadataCache,
         new: Geometry,
         report: &dyn Fn(u64, u64),
     ) -> Result<(Vec<u64>, u64)> {
@@ -97,7 +97,7 @@ impl Refcounts {
 
     fn write_structure(
         &self,
-        tables: &mut Tables,
+        tables: &mut MetadataCache,
         file: &dyn Device,
         new: Geometry,
         indices: &[u64],
@@ -154,7 +154,7 @@ impl Refcounts {
     ///
     /// # Errors
     /// A failure to read or write: what is left leaks.
-    pub(in super::super) fn give_up(&mut self, tables: &mut Tables, old: &Self) -> Result<()> {
+    pub(in super::super) fn give_up(&mut self, tables: &mut MetadataCache, old: &Self) -> Result<()> {
         let table = old.table();
         for at in (0..table.len).step_by(8) {
             let offset = tables.number(table, at)? & super::TABLE_OFFSET_MASK;
@@ -169,7 +169,7 @@ impl Refcounts {
     /// Hands each count of the block in entry `entry` of the table to `visit`.
     fn each_count(
         &self,
-        tables: &mut Tables,
+        tables: &mut MetadataCache,
         entry: u64,
         mut visit: impl FnMut(u64, u64) -> Result<()>,
     ) -> Result<()> {

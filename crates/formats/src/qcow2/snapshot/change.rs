@@ -32,7 +32,7 @@ use super::{
     KNOWN_EXTRA, MAX_TABLE, MIN_ENTRY_LEN, RawSnapshot, Snapshot, SnapshotTable, V3_EXTRA, completed,
     index_of,
 };
-use crate::layer_kit::metadata_cache::{Class, Table};
+use crate::layer_kit::metadata_cache::{Table, WriteOrder};
 use crate::layer_kit::metadata_guard::Kind;
 
 impl Snapshots for Qcow2 {
@@ -190,7 +190,7 @@ impl Qcow2 {
                 .refcounts
                 .allocate(&mut state.tables, clusters, Some(kind))?,
         };
-        let class = Class::L1;
+        let class = WriteOrder::L1;
         Ok(Table { class, offset, len })
     }
 

@@ -16,7 +16,7 @@ use super::super::publish::lacks_room;
 use super::super::tree::Rewrite;
 use super::super::{Qcow2, State};
 use super::{Snapshot, SnapshotTable, V3_EXTRA, index_of};
-use crate::layer_kit::metadata_cache::{Class, Table};
+use crate::layer_kit::metadata_cache::{Table, WriteOrder};
 use crate::layer_kit::metadata_guard::Kind;
 
 impl Qcow2 {
@@ -87,7 +87,7 @@ impl Qcow2 {
         let mut active = vec![0; index_of(len)];
         self.file
             .read_padded(&mut active[..index_of(kept.len)], kept.offset)?;
-        self.write_table(state, Class::L1, old.offset, &active)?;
+        self.write_table(state, WriteOrder::L1, old.offset, &active)?;
         self.file.flush()?;
         state.l1 = Table { len, ..old };
         state.size = size;

@@ -19,7 +19,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 use super::corruption::Corruption;
 use super::header::limit;
 use super::{Qcow2, State};
-use crate::layer_kit::metadata_cache::{Class, Table};
+use crate::layer_kit::metadata_cache::{Table, WriteOrder};
 
 /// The fixed part of an entry of the snapshot table.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
@@ -169,7 +169,7 @@ impl Qcow2 {
         if u64::from(snapshot.l1_size) < geometry.l1_entries(snapshot.info.disk_size) {
             return Err(Error::corrupt("Snapshot L1 table is too small"));
         }
-        let class = Class::L1;
+        let class = WriteOrder::L1;
         Ok(Table { class, offset, len })
     }
 
@@ -182,7 +182,7 @@ impl Qcow2 {
             } else {
                 errno::EINVAL
             };
-            error.then_errno(errno)
+            error.report_then(errno)
         })
     }
 

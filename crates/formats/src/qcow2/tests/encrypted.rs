@@ -6,7 +6,7 @@ use crate::encryption::{CipherAlg, CipherMode, CipherSpec, IvAlg, SECTOR, Sector
 use diskimage_core::options::Options;
 use diskimage_core::{
     AmendRequest, ByteRange, Device, Format, Image, MemoryDevice, NewSnapshot, OpenRequest, Progress, Result,
-    RunKind, Want, ZeroMode,
+    RunKind, StatusDetail, ZeroMode,
 };
 use proptest::prelude::*;
 
@@ -84,7 +84,7 @@ fn encrypted_bytes_lie_nowhere_as_they_are() {
         .expect("zeroes");
     for guest in [0, 4096] {
         let extent = image
-            .status(ByteRange::at(guest, 4096), Want::Zeroes)
+            .status(ByteRange::at(guest, 4096), StatusDetail::Zeroes)
             .expect("maps");
         assert!(extent.host.is_none(), "{extent:?}");
     }

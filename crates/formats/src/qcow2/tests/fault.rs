@@ -158,12 +158,12 @@ impl Attempt<'_> {
 }
 
 fn expect_ours(error: &diskimage_core::Error) -> Result<(), String> {
-    if error.errno() == Some(5) && error.shown_before().is_none() {
+    if error.errno() == Some(5) && error.preceding_note().is_none() {
         Ok(())
     } else {
         Err(format!(
             "not the error of the device: {error:?} after {:?}",
-            error.shown_before()
+            error.preceding_note()
         ))
     }
 }

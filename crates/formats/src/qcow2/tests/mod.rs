@@ -5,7 +5,7 @@ use std::sync::Arc;
 use diskimage_core::options::Options;
 use diskimage_core::{
     ByteRange, CreateRequest, Device, Format, Gate, Image, MemoryDevice, NodeOptions, Object, Objects,
-    OpenRequest, Preallocation, Reference, ResizeRequest, Result, Secret, Want, ZeroMode,
+    OpenRequest, Preallocation, Reference, ResizeRequest, Result, Secret, StatusDetail, ZeroMode,
 };
 use proptest::prelude::*;
 
@@ -65,7 +65,7 @@ pub(super) fn create(options_text: &str, size: u64, gate: &dyn Gate) -> Arc<Memo
             options: &options,
             objects: &secrets("secret"),
             gate,
-            id_below: None,
+            backing_cid: None,
         })
         .expect("created");
     file
@@ -175,7 +175,7 @@ fn check_model(options_text: &str, with_backing: bool, ops: &[Op]) {
     assert!(contents(&again) == model, "after reopening");
     let mut rest = ByteRange::new(0, again.len());
     while !rest.is_empty() {
-        let extent = again.status(rest, Want::Zeroes).expect("maps");
+        let extent = again.status(rest, StatusDetail::Zeroes).expect("maps");
         if extent.kind.is_zero() {
             let start = usize::try_from(rest.start()).expect("small");
             let end = start + usize::try_from(extent.len).expect("small");
@@ -254,7 +254,7 @@ fn preallocated_clusters_read_as_zero_and_are_data() {
         let file = create(&format!("preallocation={mode}"), 1 << 20, &Closed);
         let image = open(&file, false, &Closed, None).expect("opens");
         let extent = image
-            .status(ByteRange::new(0, 1 << 20), Want::Allocation)
+            .status(ByteRange::new(0, 1 << 20), StatusDetail::Allocation)
             .expect("maps");
         assert_eq!(extent.host.map(|(_, offset)| offset), Some(0x50000), "{mode}");
         assert!(contents(&image).iter().all(|byte| *byte == 0));

@@ -9,8 +9,8 @@ use std::sync::Arc;
 
 use diskimage_core::options::{OptionDef, OptionKind, Options};
 use diskimage_core::{
-    ByteRange, Device, Error, Event, Extent, Limits, Node, NodeOptions, Permissions, Result, Want, Wrapped,
-    Wrapper, ZeroMode, align_up, status_below,
+    ByteRange, Device, Error, Event, Extent, FilterDevice, Filtered, Limits, Node, NodeOptions, Permissions,
+    Result, StatusDetail, ZeroMode, align_up, status_below,
 };
 
 use self::rules::{Request, Rules};
@@ -92,7 +92,7 @@ impl Filter for Blkdebug {
         }
         let constraints = Constraints::new(&options, below.limits())?;
         rules.start();
-        Ok(Arc::new(Wrapped(Debugged {
+        Ok(Arc::new(Filtered(Debugged {
             below,
             rules,
             constraints,
@@ -230,7 +230,7 @@ impl Debugged {
     }
 }
 
-impl Wrapper for Debugged {
+impl FilterDevice for Debugged {
     fn below(&self) -> &Arc<dyn Device> {
         &self.below
     }
@@ -283,7 +283,7 @@ impl Wrapper for Debugged {
         Ok(())
     }
 
-    fn status(&self, range: ByteRange, want: Want) -> Result<Extent> {
+    fn status(&self, range: ByteRange, want: StatusDetail) -> Result<Extent> {
         self.rules.judge(Request::BlockStatus, range)?;
         status_below(&self.below, range, want)
     }

@@ -3,7 +3,7 @@
 use std::thread;
 use std::time::Duration;
 
-use diskimage_core::{ByteRange, Device, ExtentKind, Preallocation, Want, ZeroMode};
+use diskimage_core::{ByteRange, Device, ExtentKind, Preallocation, StatusDetail, ZeroMode};
 
 use super::server::{Behaviour, Rule, Server};
 
@@ -101,7 +101,7 @@ fn status_is_asked_for_once_and_forgotten_with_a_write() {
             let mut rest = ByteRange::new(0, device.len());
             let mut runs = Vec::new();
             while !rest.is_empty() {
-                let extent = device.status(rest, Want::Zeroes).unwrap();
+                let extent = device.status(rest, StatusDetail::Zeroes).unwrap();
                 runs.push((extent.len, extent.kind));
                 rest = rest.skip(extent.len);
             }
@@ -125,7 +125,9 @@ fn without_block_status_everything_is_data() {
     let [_, _, simple] = all_forms();
     let server = Server::start(simple);
     let device = server.open().unwrap();
-    let extent = device.status(ByteRange::new(512, 1 << 20), Want::Zeroes).unwrap();
+    let extent = device
+        .status(ByteRange::new(512, 1 << 20), StatusDetail::Zeroes)
+        .unwrap();
     assert_eq!((extent.len, extent.kind), ((1 << 20) - 512, ExtentKind::Data));
 }
 
@@ -208,7 +210,7 @@ fn what_is_left_of_the_last_block_is_read_and_written() {
         device.discard(ByteRange::new(0, len)).unwrap();
         let mut rest = ByteRange::new(0, len);
         while !rest.is_empty() {
-            rest = rest.skip(device.status(rest, Want::Zeroes).unwrap().len);
+            rest = rest.skip(device.status(rest, StatusDetail::Zeroes).unwrap().len);
         }
         device
             .write_zeroes(ByteRange::new(0, len), ZeroMode::Unmap)

@@ -3,7 +3,7 @@
 use diskimage_core::{ByteRange, NodeOptions};
 
 use super::super::address::{Address, Inet};
-use super::super::negotiate::{Export, Handshake, Next, Style, Wish};
+use super::super::negotiate::{ClientOptions, Export, Handshake, Next, ReplyMode};
 use super::super::reply::{Assembly, Head, HeadKind, Outcome, Status, Step};
 use super::super::request::{Command, encode};
 use super::super::uri;
@@ -20,8 +20,8 @@ fn bytes(text: &str) -> Vec<u8> {
 const HELLO: &str = "4e42444d41474943 49484156454f5054";
 const REPLY: &str = "0003e889045565a9";
 
-fn wish(export: &str) -> Wish {
-    Wish {
+fn wish(export: &str) -> ClientOptions {
+    ClientOptions {
         export: export.to_owned(),
         tls: false,
         context: "base:allocation".to_owned(),
@@ -29,7 +29,7 @@ fn wish(export: &str) -> Wish {
 }
 
 /// Feeds a server's words; all that the client said, and how it ended.
-fn talk(wish: Wish, server: &str) -> (Vec<u8>, Result<Option<Export>, String>) {
+fn talk(wish: ClientOptions, server: &str) -> (Vec<u8>, Result<Option<Export>, String>) {
     let mut handshake = Handshake::new(wish);
     let server = bytes(server);
     let mut rest = &server[..];
@@ -74,7 +74,7 @@ fn everything_that_a_server_offers_is_taken() {
             flags: 0x14d,
             min_block: 512,
             max_block: 32 << 20,
-            style: Style::Extended,
+            style: ReplyMode::Extended,
             context: Some(7),
         }))
     );
@@ -102,7 +102,7 @@ fn a_server_that_knows_only_names_is_asked_for_one() {
     let export = export.unwrap().unwrap();
     assert_eq!(
         (export.len, export.flags, export.style, export.context),
-        (512, 3, Style::Simple, None)
+        (512, 3, ReplyMode::Simple, None)
     );
 }
 
@@ -123,7 +123,7 @@ fn old_servers_have_one_export_without_a_name() {
 
 #[test]
 fn encryption_comes_first_or_not_at_all() {
-    let secret = Wish {
+    let secret = ClientOptions {
         tls: true,
         ..wish("")
     };
@@ -230,11 +230,11 @@ fn requests_have_two_forms() {
     let range = ByteRange::at(0x1000, 0x200);
     let request = |style, command| encode(style, command, 5, range);
     assert_eq!(
-        request(Style::Structured, Command::Read),
+        request(ReplyMode::Structured, Command::Read),
         bytes("25609513 0000 0000 0000000000000005 0000000000001000 00000200")
     );
     assert_eq!(
-        request(Style::Extended, Command::Write),
+        request(ReplyMode::Extended, Command::Write),
         bytes("21e41c71 0020 0001 0000000000000005 0000000000001000 0000000000000200")
     );
     let zeroes = Command::WriteZeroes {
@@ -242,7 +242,7 @@ fn requests_have_two_forms() {
         fast: true,
     };
     assert_eq!(
-        request(Style::Simple, zeroes),
+        request(ReplyMode::Simple, zeroes),
         bytes("25609513 0012 0006 0000000000000005 0000000000001000 00000200")
     );
 }
@@ -255,7 +255,7 @@ fn heads_are_read_in_all_forms() {
         Head::parse(&head).unwrap()
     };
     assert_eq!(
-        head(Style::Simple, "67446698 00000005 0000000000000007"),
+        head(ReplyMode::Simple, "67446698 00000005 0000000000000007"),
         Head {
             cookie: 7,
             kind: HeadKind::Simple { error: 5 }
@@ -270,20 +270,23 @@ fn heads_are_read_in_all_forms() {
         },
     };
     assert_eq!(
-        head(Style::Structured, "668e33ef 0001 0001 0000000000000007 00000208"),
+        head(
+            ReplyMode::Structured,
+            "668e33ef 0001 0001 0000000000000007 00000208"
+        ),
         chunk
     );
     assert_eq!(
         head(
-            Style::Extended,
+            ReplyMode::Extended,
             "6e8a278c 0001 0001 0000000000000007 0000000000001000 0000000000000208"
         ),
         chunk
     );
-    for style in [Style::Simple, Style::Structured] {
+    for style in [ReplyMode::Simple, ReplyMode::Structured] {
         assert!(Head::len_of(&bytes("6e8a278c 0001 0001 0000000000000007"), style).is_err());
     }
-    assert!(Head::len_of(&bytes("67446698 00000005 0000000000000007"), Style::Extended).is_err());
+    assert!(Head::len_of(&bytes("67446698 00000005 0000000000000007"), ReplyMode::Extended).is_err());
 }
 
 fn reading(len: u64) -> Assembly {
@@ -291,7 +294,7 @@ fn reading(len: u64) -> Assembly {
     Assembly::new(
         Command::Read,
         ByteRange::at(100, len),
-        Style::Structured,
+        ReplyMode::Structured,
         None,
         data,
     )
@@ -372,7 +375,7 @@ fn status_is_cut_off_at_what_was_asked_for() {
             Vec::new(),
         )
     };
-    let mut assembly = asking(Style::Structured);
+    let mut assembly = asking(ReplyMode::Structured);
     assembly
         .chunk(
             5,
@@ -381,7 +384,7 @@ fn status_is_cut_off_at_what_was_asked_for() {
         .unwrap();
     let runs = vec![Status { len: 500, flags: 0 }, Status { len: 500, flags: 3 }];
     assert_eq!(assembly.finish(), Outcome::Status(runs));
-    let mut assembly = asking(Style::Extended);
+    let mut assembly = asking(ReplyMode::Extended);
     assembly
         .chunk(6, &bytes("00000007 00000001 00000000000003e8 0000000000000003"))
         .unwrap();
@@ -390,25 +393,28 @@ fn status_is_cut_off_at_what_was_asked_for() {
         Outcome::Status(vec![Status { len: 1000, flags: 3 }])
     );
     for (style, kind, payload) in [
-        (Style::Structured, 5, "00000008 000001f4 00000000"),
-        (Style::Structured, 5, "00000007"),
-        (Style::Structured, 5, "00000007 00000000 00000000"),
-        (Style::Structured, 5, "00000007 000001"),
+        (ReplyMode::Structured, 5, "00000008 000001f4 00000000"),
+        (ReplyMode::Structured, 5, "00000007"),
+        (ReplyMode::Structured, 5, "00000007 00000000 00000000"),
+        (ReplyMode::Structured, 5, "00000007 000001"),
         (
-            Style::Structured,
+            ReplyMode::Structured,
             6,
             "00000007 00000001 00000000000003e8 0000000000000003",
         ),
-        (Style::Extended, 5, "00000007 000001f4 00000000"),
+        (ReplyMode::Extended, 5, "00000007 000001f4 00000000"),
         (
-            Style::Extended,
+            ReplyMode::Extended,
             6,
             "00000007 00000002 00000000000003e8 0000000000000003",
         ),
     ] {
         assert!(asking(style).chunk(kind, &bytes(payload)).is_err(), "{payload}");
     }
-    assert!(matches!(asking(Style::Structured).finish(), Outcome::Broken(..)));
+    assert!(matches!(
+        asking(ReplyMode::Structured).finish(),
+        Outcome::Broken(..)
+    ));
 }
 
 fn options(name: &str) -> Result<String, String> {

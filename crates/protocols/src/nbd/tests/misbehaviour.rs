@@ -4,7 +4,7 @@ use std::sync::mpsc::channel;
 use std::thread;
 use std::time::Duration;
 
-use diskimage_core::{ByteRange, Device, Result, Want, ZeroMode};
+use diskimage_core::{ByteRange, Device, Result, StatusDetail, ZeroMode};
 
 use super::server::{Behaviour, Rule, Server};
 
@@ -19,7 +19,7 @@ fn exercise(device: &dyn Device) -> usize {
         device.read_at(&mut buf, 0),
         device.write_zeroes(ByteRange::at(0, 4096), ZeroMode::Unmap),
         device
-            .status(ByteRange::new(0, 1 << 20), Want::Zeroes)
+            .status(ByteRange::new(0, 1 << 20), StatusDetail::Zeroes)
             .map(|_| ()),
         device.discard(ByteRange::at(0, 4096)),
         device.flush(),

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use crate::{
     ByteRange, Device, Event, Extent, ExtentKind, Info, Limits, Node, Permissions, Preallocation, Result,
-    Want, ZeroMode,
+    StatusDetail, ZeroMode,
 };
 
 /// What is different about a device below. Every method passes the request on unless it is written anew; they mean what
@@ -15,7 +15,7 @@ use crate::{
     clippy::missing_errors_doc,
     reason = "they mean what those of Device mean"
 )]
-pub trait Wrapper: Debug + Send + Sync {
+pub trait FilterDevice: Debug + Send + Sync {
     /// The device below.
     fn below(&self) -> &Arc<dyn Device>;
 
@@ -47,7 +47,7 @@ pub trait Wrapper: Debug + Send + Sync {
         self.below().discard(range)
     }
 
-    fn status(&self, range: ByteRange, want: Want) -> Result<Extent> {
+    fn status(&self, range: ByteRange, want: StatusDetail) -> Result<Extent> {
         status_below(self.below(), range, want)
     }
 
@@ -92,10 +92,10 @@ pub trait Wrapper: Debug + Send + Sync {
 ///
 /// # Errors
 /// As [`Device::status`].
-pub fn status_below(below: &Arc<dyn Device>, range: ByteRange, want: Want) -> Result<Extent> {
+pub fn status_below(below: &Arc<dyn Device>, range: ByteRange, want: StatusDetail) -> Result<Extent> {
     let extent = below.status(range, want)?;
     let host = match extent.kind {
-        ExtentKind::Data | ExtentKind::Zero | ExtentKind::Hole | ExtentKind::Blank
+        ExtentKind::Data | ExtentKind::Zero | ExtentKind::FileHole | ExtentKind::PreallocatedZero
             if extent.host.is_none() && !below.is_view() =>
         {
             Some((Arc::clone(below), range.start()))
@@ -105,11 +105,11 @@ pub fn status_below(below: &Arc<dyn Device>, range: ByteRange, want: Want) -> Re
     Ok(Extent { host, ..extent })
 }
 
-/// A [`Wrapper`] as the device that it makes of the one below.
+/// A [`FilterDevice`] as the device that it makes of the one below.
 #[derive(Debug)]
-pub struct Wrapped<W>(pub W);
+pub struct Filtered<W>(pub W);
 
-impl<W: Wrapper> Device for Wrapped<W> {
+impl<W: FilterDevice> Device for Filtered<W> {
     fn len(&self) -> u64 {
         self.0.len()
     }
@@ -134,7 +134,7 @@ impl<W: Wrapper> Device for Wrapped<W> {
         self.0.discard(range)
     }
 
-    fn status(&self, range: ByteRange, want: Want) -> Result<Extent> {
+    fn status(&self, range: ByteRange, want: StatusDetail) -> Result<Extent> {
         self.0.status(range, want)
     }
 

@@ -92,5 +92,5 @@ fn a_repair_can_be_done_again() {
             Repair::All,
         ),
     ];
-    try_all("check", &commands.map(Command::keeping_disk), (100, 400));
+    try_all("check", &commands.map(Command::guest_data_unchanged), (100, 400));
 }

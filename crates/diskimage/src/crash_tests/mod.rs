@@ -63,7 +63,7 @@ impl Command {
         }
     }
 
-    fn keeping_disk(self) -> Self {
+    fn guest_data_unchanged(self) -> Self {
         Self {
             keeps_disk: true,
             ..self

@@ -83,7 +83,7 @@ fn an_amended_disk_stays_as_it_is() {
             "lazy_refcounts=off",
         ),
     ]
-    .map(Command::keeping_disk);
+    .map(Command::guest_data_unchanged);
     let resized = [
         command("larger", "cluster_size=512", "size=160k"),
         Command::new("larger above another", end_inside_a_cluster, amend("size=160k")),

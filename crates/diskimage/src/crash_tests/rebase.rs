@@ -82,7 +82,7 @@ fn the_disk_stays_as_it_is_on_another_image() {
         Command::new("onto nothing", files(plain), rebase(None, false)),
         Command::new("onto nothing, compressed", files(small), rebase(None, true)),
     ]
-    .map(Command::keeping_disk);
+    .map(Command::guest_data_unchanged);
     let renamed = [
         Command::new("another name", files(plain), rename(Some("new"))),
         Command::new("another name, small clusters", files(small), rename(Some("new"))),

@@ -78,5 +78,9 @@ fn what_is_committed_is_on_top_or_below() {
         command("into the middle", make(&chain())),
         Command::new("into the bottom", make(&chain()), commit(2, true)).gradual(),
     ];
-    try_all("commit", &commands.map(Command::keeping_disk), (900, 1000));
+    try_all(
+        "commit",
+        &commands.map(Command::guest_data_unchanged),
+        (900, 1000),
+    );
 }
