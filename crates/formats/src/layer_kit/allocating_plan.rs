@@ -10,9 +10,9 @@
 //! Until a commit, no table leads to the storage: a crash leaks it at worst. Tables change in memory only; what makes guest
 //! data durable before them is up to whatever writes them back.
 
-use std::sync::MutexGuard;
+use std::sync::{Arc, MutexGuard};
 
-use diskimage_core::{ByteRange, Result, WritePlan, WriteRun};
+use diskimage_core::{ByteRange, Device, Result, WritePlan, WriteRun};
 
 use crate::layer_kit::range_claims::{Access, Claim, RangeClaims};
 
@@ -105,6 +105,13 @@ impl<'a, A: Allocator> AllocatingPlan<'a, A> {
         run.push_to(&mut self.runs);
     }
 
+    /// Has each run go through what `view` makes of its guest and host offsets, once all runs are added.
+    pub(crate) fn view_runs(&mut self, view: impl Fn(u64, u64) -> Arc<dyn Device>) {
+        for run in &mut self.runs {
+            run.device = view(run.guest.start(), run.offset);
+        }
+    }
+
     /// Adds storage that was allocated for `guest`, which from now on no other request uses.
     pub(crate) fn add_change(&mut self, guest: ByteRange, change: A::Change) {
         self.changes.push(change);
@@ -142,9 +149,9 @@ impl<A: Allocator> Drop for AllocatingPlan<'_, A> {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::{Arc, Mutex};
+    use std::sync::Mutex;
 
-    use diskimage_core::{Device, Error, MemoryDevice};
+    use diskimage_core::{Error, MemoryDevice};
 
     use super::*;
 
