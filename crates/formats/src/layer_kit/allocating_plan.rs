@@ -121,6 +121,11 @@ impl<'a, A: Allocator> AllocatingPlan<'a, A> {
             claim.make_exclusive(guest);
         }
     }
+
+    /// The storage that was allocated.
+    pub(crate) fn changes_mut(&mut self) -> &mut [A::Change] {
+        &mut self.changes
+    }
 }
 
 impl<A: Allocator> WritePlan for AllocatingPlan<'_, A> {
