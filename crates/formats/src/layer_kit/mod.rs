@@ -5,7 +5,8 @@
 //! | [`metadata_cache`] | pages of tables anywhere in the file, written back in crash order |
 //! | [`paged_table`] | one table of fixed entries, cached in pages |
 //! | [`metadata_guard`], [`reserved`] | keeps writes off the format's own structures |
-//! | [`allocate_on_write`], [`in_place_write`] | write plans |
+//! | [`allocating_plan`], [`in_place_write`] | write plans |
+//! | [`range_claims`] | claims on the guest ranges of requests in flight |
 //! | [`slot_bitmap`], [`cluster_set`] | which block slots, or clusters, of a file are in use |
 //! | [`two_level_map`] | L1 and L2 tables over clusters that are only ever added |
 //! | [`decoded_cache`] | the block that was decoded last |
@@ -14,7 +15,7 @@
 //! | [`count_used`] | counts the clusters that a copy would allocate |
 //! | [`preallocation`] | preallocation modes that a format does not have |
 
-pub(crate) mod allocate_on_write;
+pub(crate) mod allocating_plan;
 pub(crate) mod cluster_set;
 pub(crate) mod count_used;
 pub(crate) mod decoded_cache;
@@ -23,6 +24,7 @@ pub(crate) mod metadata_cache;
 pub(crate) mod metadata_guard;
 pub(crate) mod paged_table;
 pub(crate) mod preallocation;
+pub(crate) mod range_claims;
 pub(crate) mod read_only_layer;
 pub(crate) mod repair_on_open;
 pub(crate) mod reserved;

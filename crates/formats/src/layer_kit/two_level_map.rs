@@ -18,14 +18,16 @@
 
 use std::collections::HashSet;
 use std::fmt::Debug;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use diskimage_core::{
     Budget, ByteRange, Device, Encoded, Error, Event, HoleMeaning, Preallocation, Result, Run, RunKind,
     WritePlan, WriteRun, ZeroMode, align_up, errno,
 };
 
+use crate::layer_kit::allocating_plan::{AllocatingPlan, Allocator};
 use crate::layer_kit::metadata_cache::{MetadataCache, Table, WriteOrder};
+use crate::layer_kit::range_claims::{Access, RangeClaims};
 use crate::layer_kit::reserved::{Pieces, Reserved};
 
 /// What an L2 entry says of a cluster.
@@ -119,7 +121,8 @@ const SECTOR: u64 = 512;
 
 /// The tables of an open image.
 ///
-/// `state` is the only lock. It is held while tables are read and written, never while guest data moves.
+/// `state` is held while tables are read and written, never while guest data moves. Meanwhile `claims` keeps requests apart;
+/// see there for the order of the two locks.
 #[derive(Debug)]
 pub(crate) struct TwoLevelMap<S> {
     file: Arc<dyn Device>,
@@ -129,17 +132,16 @@ pub(crate) struct TwoLevelMap<S> {
     reserved: Reserved,
     budget: Budget,
     state: Mutex<State>,
-    /// Told when a plan for a write ends.
-    settled: Condvar,
+    /// Clusters that requests in flight are about to change.
+    claims: RangeClaims,
 }
 
+/// What changes while an image is open.
 #[derive(Debug)]
-struct State {
+pub(crate) struct State {
     tables: MetadataCache,
     /// Behind all that is in use.
     end: u64,
-    /// Guest clusters that plans for writes are about to change.
-    in_flight: Vec<ByteRange>,
     /// The L2 tables that L1 entries lead to; known from the first write on.
     l2_tables: Option<Pieces>,
     /// Those of them that were found to be tables, or made, since the image was opened.
@@ -164,12 +166,11 @@ impl<S: EntryCodec> TwoLevelMap<S> {
             state: Mutex::new(State {
                 tables,
                 end: shape.end,
-                in_flight: Vec::new(),
                 l2_tables: None,
                 sound: HashSet::new(),
             }),
             shape,
-            settled: Condvar::new(),
+            claims: RangeClaims::default(),
         }
     }
 
@@ -417,11 +418,87 @@ impl<S: EntryCodec> TwoLevelMap<S> {
 
     /// Sets aside where the bytes of `range` go.
     pub(crate) fn plan_write(&self, range: ByteRange) -> Result<Box<dyn WritePlan + '_>> {
-        let (mut plan, mut state) = Plan::claim(self, range);
-        // On failure the plan's drop gives back what it took, after the lock is gone.
-        plan.draft(&mut state, range)?;
-        drop(state);
+        let cover = range.align_out(self.shape.cluster_size);
+        let plan = AllocatingPlan::new(self, cover, |state, plan| self.draft(state, plan, range))?;
         Ok(Box::new(plan))
+    }
+
+    /// Finds or allocates storage for the clusters that `range` touches.
+    fn draft(&self, state: &mut State, plan: &mut AllocatingPlan<'_, Self>, range: ByteRange) -> Result<()> {
+        let coverage = if S::TABLES_FIRST {
+            self.shape.coverage()
+        } else {
+            u64::MAX
+        };
+        let mut rest = range.align_out(self.shape.cluster_size);
+        while !rest.is_empty() {
+            let part = rest.first((rest.start() / coverage + 1).saturating_mul(coverage) - rest.start());
+            rest = rest.skip(part.len());
+            if S::TABLES_FIRST {
+                self.ensure_l2(state, part.start())?;
+            }
+            self.draft_clusters(state, plan, part, range)?;
+        }
+        plan.view_runs(|guest, host| self.scheme.view(&self.file, guest, host));
+        Ok(())
+    }
+
+    /// The same for the clusters of `cover`. Those without storage get it in one piece.
+    fn draft_clusters(
+        &self,
+        state: &mut State,
+        plan: &mut AllocatingPlan<'_, Self>,
+        cover: ByteRange,
+        range: ByteRange,
+    ) -> Result<()> {
+        let size = self.shape.cluster_size;
+        let step = usize::try_from(size).unwrap_or(usize::MAX);
+        let starts = || (cover.start()..cover.end()).step_by(step);
+        let mut present = Vec::new();
+        for at in starts() {
+            present.push(match self.entry(state, at)?.cluster {
+                Cluster::Host(offset) => {
+                    self.require_data(state, offset, size)?;
+                    Some(offset)
+                }
+                Cluster::None | Cluster::Zero | Cluster::Encoded { .. } => {
+                    // Its entry will change: what cannot is told before anything is written.
+                    if let Some(table) = self.l2(state, at)? {
+                        self.require_sound(state, table)?;
+                    }
+                    None
+                }
+            });
+        }
+        let missing = present.iter().filter(|offset| offset.is_none()).count() as u64;
+        let mut new = NewClusters::default();
+        if missing > 0 {
+            new.storage = ByteRange::at(self.take(state, missing * size)?, missing * size);
+        }
+        let mut fresh = new.storage.start();
+        for (at, offset) in starts().zip(present) {
+            let cluster = ByteRange::at(at, size);
+            let (guest, offset) = match offset {
+                Some(offset) => {
+                    let part = cluster.intersect(range);
+                    (part, offset + (part.start() - at))
+                }
+                None => {
+                    new.entries.push((at, Cluster::Host(fresh)));
+                    fresh += size;
+                    (cluster, fresh - size)
+                }
+            };
+            plan.add_run(WriteRun {
+                guest,
+                device: Arc::clone(&self.file),
+                offset,
+            });
+        }
+        if missing > 0 {
+            plan.add_change(cover, new);
+        }
+        Ok(())
     }
 
     /// Stores the encoded form of the cluster at `guest`.
@@ -434,17 +511,23 @@ impl<S: EntryCodec> TwoLevelMap<S> {
         if stored == 0 || stored >= size || !guest.is_multiple_of(size) {
             return Err(Error::invalid("Not the compressed form of one cluster"));
         }
-        let (mut plan, mut state) = Plan::claim(self, ByteRange::at(guest, size));
-        if S::TABLES_FIRST {
-            self.ensure_l2(&mut state, guest)?;
-        }
-        let offset = self.take_at(&mut state, SECTOR, stored)?;
-        plan.taken = ByteRange::at(offset, stored);
-        drop(state);
+        let cover = ByteRange::at(guest, size);
+        let mut offset = 0;
+        let plan = AllocatingPlan::new(self, cover, |state, plan| {
+            if S::TABLES_FIRST {
+                self.ensure_l2(state, guest)?;
+            }
+            offset = self.take_at(state, SECTOR, stored)?;
+            let new = NewClusters {
+                storage: ByteRange::at(offset, stored),
+                entries: vec![(guest, Cluster::Encoded { offset, stored })],
+            };
+            plan.add_change(cover, new);
+            Ok(())
+        })?;
         if offset >= self.scheme.encoded_end() {
             return Err(Error::from_errno(errno::EFBIG));
         }
-        plan.changes.push((guest, Cluster::Encoded { offset, stored }));
         self.file.event(Event::WRITE_COMPRESSED);
         self.file.write_at(bytes, offset)?;
         Box::new(plan).commit()
@@ -459,9 +542,10 @@ impl<S: EntryCodec> TwoLevelMap<S> {
             .scheme
             .zero()
             .ok_or_else(|| Error::unsupported("Clusters without storage show what is below"))?;
-        let (claim, state) = Plan::claim(self, range);
+        let cover = range.align_out(self.shape.cluster_size);
+        let (_claim, state) = self.claims.claim(cover, Access::Exclusive, || self.lock());
         drop(state);
-        let mut rest = claim.cover;
+        let mut rest = cover;
         while !rest.is_empty() {
             let coverage = self.shape.coverage();
             let part = rest.first((rest.start() / coverage + 1).saturating_mul(coverage) - rest.start());
@@ -505,7 +589,7 @@ impl<S: EntryCodec> TwoLevelMap<S> {
 
     /// Gives up all clusters: the file ends at `end`, behind the L1 table and whatever else is not theirs.
     pub(crate) fn make_empty(&self, end: u64) -> Result<()> {
-        let (claim, mut state) = Plan::claim(self, ByteRange::new(0, i64::MAX.unsigned_abs()));
+        let mut state = self.claims.wait_idle(|| self.lock());
         // What is forgotten is written first, so that it is not written later.
         state.tables.clear()?;
         let l1 = self.shape.l1;
@@ -516,8 +600,6 @@ impl<S: EntryCodec> TwoLevelMap<S> {
         self.file.resize(end, Preallocation::Off)?;
         state.end = end;
         state.forget_l2_tables();
-        drop(state);
-        drop(claim);
         Ok(())
     }
 
@@ -638,141 +720,54 @@ impl Step {
     }
 }
 
-/// A write that is under way.
-struct Plan<'a, S: EntryCodec> {
-    tree: &'a TwoLevelMap<S>,
-    cover: ByteRange,
-    runs: Vec<WriteRun>,
-    /// Guest clusters and what becomes of them.
-    changes: Vec<(u64, Cluster)>,
-    /// What was taken from the end of the file last.
-    taken: ByteRange,
+/// Clusters for which storage was allocated.
+pub(crate) struct NewClusters {
+    /// The storage, in one piece.
+    storage: ByteRange,
+    /// Guest clusters, and what their entries are to say.
+    entries: Vec<(u64, Cluster)>,
 }
 
-impl<'a, S: EntryCodec> Plan<'a, S> {
-    /// Waits until no plan covers any cluster of `range`, and claims them for an empty plan. The plan comes first: its
-    /// drop takes the lock, so the guard has to go before it.
-    fn claim(tree: &'a TwoLevelMap<S>, range: ByteRange) -> (Self, MutexGuard<'a, State>) {
-        let cover = range.align_out(tree.shape.cluster_size);
-        let mut state = tree.lock();
-        while state.in_flight.iter().any(|other| other.overlaps(cover)) {
-            state = tree.settled.wait(state).unwrap_or_else(PoisonError::into_inner);
+impl Default for NewClusters {
+    fn default() -> Self {
+        Self {
+            storage: ByteRange::new(0, 0),
+            entries: Vec::new(),
         }
-        state.in_flight.push(cover);
-        let plan = Self {
-            tree,
-            cover,
-            runs: Vec::new(),
-            changes: Vec::new(),
-            taken: ByteRange::new(0, 0),
-        };
-        (plan, state)
+    }
+}
+
+impl<S: EntryCodec> Allocator for TwoLevelMap<S> {
+    type State = State;
+    type Change = NewClusters;
+    const ACCESS: Access = Access::Exclusive;
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.lock()
     }
 
-    fn draft(&mut self, state: &mut State, range: ByteRange) -> Result<()> {
-        let coverage = if S::TABLES_FIRST {
-            self.tree.shape.coverage()
-        } else {
-            u64::MAX
-        };
-        let mut rest = self.cover;
-        while !rest.is_empty() {
-            let part = rest.first((rest.start() / coverage + 1).saturating_mul(coverage) - rest.start());
-            rest = rest.skip(part.len());
-            if S::TABLES_FIRST {
-                self.tree.ensure_l2(state, part.start())?;
-            }
-            self.draft_clusters(state, part, range)?;
-        }
-        Ok(())
+    fn claims(&self) -> &RangeClaims {
+        &self.claims
     }
 
-    /// Sets storage aside for the clusters of `cover`.
-    fn draft_clusters(&mut self, state: &mut State, cover: ByteRange, range: ByteRange) -> Result<()> {
-        let size = self.tree.shape.cluster_size;
-        let step = usize::try_from(size).unwrap_or(usize::MAX);
-        let starts = || (cover.start()..cover.end()).step_by(step);
-        let mut present = Vec::new();
-        for at in starts() {
-            present.push(match self.tree.entry(state, at)?.cluster {
-                Cluster::Host(offset) => {
-                    self.tree.require_data(state, offset, size)?;
-                    Some(offset)
-                }
-                Cluster::None | Cluster::Zero | Cluster::Encoded { .. } => {
-                    // Its entry will change: what cannot is told before anything is written.
-                    if let Some(table) = self.tree.l2(state, at)? {
-                        self.tree.require_sound(state, table)?;
-                    }
-                    None
-                }
-            });
-        }
-        let missing = present.iter().filter(|offset| offset.is_none()).count() as u64;
-        if missing > 0 {
-            let offset = self.tree.take(state, missing * size)?;
-            self.taken = ByteRange::at(offset, missing * size);
-        }
-        let mut fresh = self.taken.start();
-        for (at, offset) in starts().zip(present) {
-            let cluster = ByteRange::at(at, size);
-            if let Some(offset) = offset {
-                let part = cluster.intersect(range);
-                self.add_run(part, offset + (part.start() - at));
-            } else {
-                self.changes.push((at, Cluster::Host(fresh)));
-                self.add_run(cluster, fresh);
-                fresh += size;
+    fn publish(&self, state: &mut State, changes: &mut Vec<NewClusters>) -> Result<()> {
+        // After a failure, tables may lead to any of them.
+        for new in std::mem::take(changes) {
+            for (guest, cluster) in new.entries {
+                self.scheme.before_first_change()?;
+                self.set(state, guest, cluster)?;
             }
         }
         Ok(())
     }
 
-    fn add_run(&mut self, guest: ByteRange, offset: u64) {
-        match self.runs.last_mut() {
-            Some(last) if last.guest.end() == guest.start() && last.offset + last.guest.len() == offset => {
-                last.guest = ByteRange::new(last.guest.start(), guest.end());
-            }
-            _ => self.runs.push(WriteRun {
-                guest,
-                device: self.tree.scheme.view(&self.tree.file, guest.start(), offset),
-                offset,
-            }),
-        }
-    }
-}
-
-impl<S: EntryCodec> WritePlan for Plan<'_, S> {
-    fn runs(&self) -> &[WriteRun] {
-        &self.runs
-    }
-
-    fn commit(mut self: Box<Self>) -> Result<()> {
-        // From here on tables may refer to it.
-        self.taken = ByteRange::new(0, 0);
-        let mut state = self.tree.lock();
-        for (guest, cluster) in &self.changes {
-            self.tree.scheme.before_first_change()?;
-            self.tree.set(&mut state, *guest, *cluster)?;
-        }
-        Ok(())
-    }
-}
-
-impl<S: EntryCodec> Drop for Plan<'_, S> {
-    /// Gives back what was taken if nothing was since, and lets others at the guest clusters.
-    fn drop(&mut self) {
-        let mut state = self.tree.lock();
-        if !self.taken.is_empty() && self.taken.end() == state.end {
+    /// Frees what was allocated last, if nothing was allocated behind it: the rest leaks.
+    fn free(&self, state: &mut State, mut changes: Vec<NewClusters>) {
+        let last = changes.pop().unwrap_or_default().storage;
+        if !last.is_empty() && last.end() == state.end {
             // A file that stays longer has leaks, which harm nothing.
-            let _ = self.tree.file.resize(self.taken.start(), Preallocation::Off);
-            state.end = self.taken.start();
+            let _ = self.file.resize(last.start(), Preallocation::Off);
+            state.end = last.start();
         }
-        let mine = state.in_flight.iter().position(|range| *range == self.cover);
-        if let Some(mine) = mine {
-            state.in_flight.swap_remove(mine);
-        }
-        drop(state);
-        self.tree.settled.notify_all();
     }
 }

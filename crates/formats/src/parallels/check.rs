@@ -36,7 +36,7 @@ impl ParallelsLayer {
 
     /// Looks at everything and mends what `repair` allows.
     pub(super) fn check_table(&self, repair: Repair, progress: &Progress<'_>) -> Result<CheckReport> {
-        let state = &mut *self.when_idle();
+        let state = &mut *self.claims.wait_idle(|| self.lock());
         let file_len = self.file.len();
         let mut check = Check {
             layer: self,

@@ -26,8 +26,7 @@ mod write;
 #[cfg(test)]
 mod tests;
 
-use std::collections::{HashMap, HashSet};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use diskimage_core::options::{OptionDef, OptionKind, Options};
 use diskimage_core::{
@@ -41,6 +40,7 @@ use self::header::{HEADER_LEN, Header};
 use crate::layer_kit::count_used::data_bytes;
 use crate::layer_kit::paged_table::{Entry, PagedTable};
 use crate::layer_kit::preallocation;
+use crate::layer_kit::range_claims::RangeClaims;
 use crate::layer_kit::repair_on_open;
 use crate::layer_kit::reserved::{Pieces, Reserved};
 use crate::layer_kit::slot_bitmap::SlotBitmap;
@@ -144,8 +144,8 @@ struct ParallelsLayer {
     /// What has been said of the extension, and what opening has mended.
     notes: Vec<Note>,
     state: Mutex<State>,
-    /// Woken when clusters leave [`State::in_flight`] and [`State::in_place`].
-    settled: Condvar,
+    /// Clusters that are being written, exclusive where they have no storage yet.
+    claims: RangeClaims,
     budget: Budget,
 }
 
@@ -170,10 +170,6 @@ struct State {
     places: Option<SlotBitmap>,
     /// Slots that nothing uses any more; free once the table in the file says so.
     given_up: Vec<u64>,
-    /// Clusters of the disk that are being written for the first time.
-    in_flight: HashSet<u64>,
-    /// Those that are being written where they are, and by how many.
-    in_place: HashMap<u64, u32>,
     /// Whether all clusters are at places.
     is_aligned: bool,
     /// Where clusters are, if that is not at places; known from the first write on.
@@ -217,14 +213,12 @@ impl ParallelsLayer {
                 marked: false,
                 places: None,
                 given_up: Vec::new(),
-                in_flight: HashSet::new(),
-                in_place: HashMap::new(),
                 is_aligned: true,
                 stored: None,
                 growth,
                 header,
             }),
-            settled: Condvar::new(),
+            claims: RangeClaims::default(),
             file,
             budget,
         };
@@ -249,6 +243,28 @@ impl ParallelsLayer {
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Publishes everything and marks the image as closed, unless a write is in flight.
+    fn mark_closed(&self, state: &mut State) -> Result<()> {
+        let file = &*self.file;
+        state.publish(file)?;
+        if !state.marked || !self.claims.is_idle() {
+            return Ok(());
+        }
+        if file.len() < state.data_end {
+            file.resize(state.data_end, Preallocation::Off)?;
+        } else if file.len() > state.data_end {
+            // A device that keeps its length has a tail that does no harm.
+            let _ = file.resize(state.data_end, Preallocation::Off);
+        }
+        file.flush()?;
+        let mut header = state.header.clone();
+        header.set_in_use(false);
+        file.write_at(&header.to_bytes(), 0)?;
+        state.header = header;
+        state.marked = false;
+        Ok(())
     }
 }
 
@@ -355,27 +371,6 @@ impl State {
                 places.free(place);
             }
         }
-        Ok(())
-    }
-
-    /// Publishes everything and marks the image as closed, unless something is still being written.
-    fn settle(&mut self, file: &dyn Device) -> Result<()> {
-        self.publish(file)?;
-        if !self.marked || !self.in_flight.is_empty() || !self.in_place.is_empty() {
-            return Ok(());
-        }
-        if file.len() < self.data_end {
-            file.resize(self.data_end, Preallocation::Off)?;
-        } else if file.len() > self.data_end {
-            // A device that keeps its length has a tail that nobody minds.
-            let _ = file.resize(self.data_end, Preallocation::Off);
-        }
-        file.flush()?;
-        let mut header = self.header.clone();
-        header.set_in_use(false);
-        file.write_at(&header.to_bytes(), 0)?;
-        self.header = header;
-        self.marked = false;
         Ok(())
     }
 }
@@ -500,7 +495,7 @@ impl Layer for ParallelsLayer {
     }
 
     fn flush(&self) -> Result<()> {
-        self.lock().settle(&*self.file)?;
+        self.mark_closed(&mut self.lock())?;
         self.file.flush()
     }
 

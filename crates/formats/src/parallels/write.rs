@@ -1,11 +1,13 @@
 //! Writing: clusters get their place when they are written for the first time, and lose it when they are zeroed.
 
 use std::ops::Range;
-use std::sync::{Arc, MutexGuard, PoisonError};
+use std::sync::{Arc, MutexGuard};
 
 use diskimage_core::{ByteRange, Error, Result, WritePlan, WriteRun};
 
 use super::{NO_CLUSTER, ParallelsLayer, State};
+use crate::layer_kit::allocating_plan::{AllocatingPlan, Allocator, publish_each};
+use crate::layer_kit::range_claims::{Access, RangeClaims};
 use crate::layer_kit::reserved::Pieces;
 use crate::layer_kit::slot_bitmap::SlotBitmap;
 
@@ -13,21 +15,14 @@ impl ParallelsLayer {
     /// Sets aside where `range` goes.
     pub(super) fn plan(&self, range: ByteRange) -> Result<Box<dyn WritePlan + '_>> {
         self.require_writable()?;
-        let mut state = self.wait_until_idle(range);
-        state.begin(&*self.file)?;
-        let mut plan = Plan {
-            layer: self,
-            runs: Vec::new(),
-            new: Vec::new(),
-            old: Vec::new(),
-        };
-        let outcome = self.plan_clusters(&mut state, &mut plan, range);
-        // Giving back what the plan has takes the lock.
-        drop(state);
-        outcome.map(|()| Box::new(plan) as Box<dyn WritePlan + '_>)
+        let plan = AllocatingPlan::new(self, range.align_out(self.cluster), |state, plan| {
+            state.begin(&*self.file)?;
+            self.draft(state, plan, range)
+        })?;
+        Ok(Box::new(plan))
     }
 
-    fn plan_clusters(&self, state: &mut State, plan: &mut Plan<'_>, range: ByteRange) -> Result<()> {
+    fn draft(&self, state: &mut State, plan: &mut AllocatingPlan<'_, Self>, range: ByteRange) -> Result<()> {
         let mut end = 0;
         for index in self.clusters(range) {
             let whole = ByteRange::at(index * self.cluster, self.cluster);
@@ -39,25 +34,20 @@ impl ParallelsLayer {
                 }
                 Some(offset) => {
                     self.require_unshared(state, offset)?;
-                    *state.in_place.entry(index).or_default() += 1;
-                    plan.old.push(index);
                     (whole.intersect(range), offset)
                 }
                 None => {
                     let offset = self.take_place(state, index)?;
-                    state.in_flight.insert(index);
-                    plan.new.push((index, offset));
+                    plan.add_change(whole, (index, offset));
                     end = end.max(offset + self.cluster);
                     (whole, offset)
                 }
             };
-            let offset = offset + guest.start() % self.cluster;
-            let run = WriteRun {
+            plan.add_run(WriteRun {
                 guest,
                 device: Arc::clone(&self.file),
-                offset,
-            };
-            run.push_to(&mut plan.runs);
+                offset: offset + guest.start() % self.cluster,
+            });
         }
         self.grow(state, end);
         Ok(())
@@ -102,16 +92,9 @@ impl ParallelsLayer {
     /// Makes `range` zero: the clusters that it covers give up their places. It ends with the disk or at the end of a cluster.
     pub(super) fn give_up(&self, range: ByteRange) -> Result<()> {
         self.require_writable()?;
-        let mut state = self.wait_until_idle(range);
-        // A place must not go to another cluster while somebody writes to it.
-        while !state.in_place.is_empty()
-            && self
-                .clusters(range)
-                .any(|index| state.in_place.contains_key(&index))
-        {
-            drop(self.settled.wait(state).unwrap_or_else(PoisonError::into_inner));
-            state = self.wait_until_idle(range);
-        }
+        // A slot must not go to another cluster while a write to it is in flight.
+        let cover = range.align_out(self.cluster);
+        let (_claim, mut state) = self.claims.claim(cover, Access::Exclusive, || self.lock());
         for index in self.clusters(range) {
             if let Some(offset) = state.offset(index)? {
                 state.begin(&*self.file)?;
@@ -131,26 +114,6 @@ impl ParallelsLayer {
         } else {
             Err(Error::read_only())
         }
-    }
-
-    /// The state once nobody writes a cluster of `range` for the first time.
-    fn wait_until_idle(&self, range: ByteRange) -> MutexGuard<'_, State> {
-        let mut state = self.lock();
-        while !state.in_flight.is_empty()
-            && self.clusters(range).any(|index| state.in_flight.contains(&index))
-        {
-            state = self.settled.wait(state).unwrap_or_else(PoisonError::into_inner);
-        }
-        state
-    }
-
-    /// The state once nobody writes anything.
-    pub(super) fn when_idle(&self) -> MutexGuard<'_, State> {
-        let mut state = self.lock();
-        while !state.in_flight.is_empty() || !state.in_place.is_empty() {
-            state = self.settled.wait(state).unwrap_or_else(PoisonError::into_inner);
-        }
-        state
     }
 
     /// The clusters that `range` touches.
@@ -221,68 +184,39 @@ pub(super) fn places_at(offset: u64, first_place: u64, cluster: u64) -> Range<u6
     behind(offset) / cluster..behind(offset.saturating_add(cluster)).div_ceil(cluster)
 }
 
-/// Storage set aside for one write.
-struct Plan<'a> {
-    layer: &'a ParallelsLayer,
-    runs: Vec<WriteRun>,
-    /// Clusters that have none yet, and the offsets taken for them.
-    new: Vec<(u64, u64)>,
-    /// Clusters that are written where they are.
-    old: Vec<u64>,
-}
+impl Allocator for ParallelsLayer {
+    type State = State;
+    /// A cluster of the disk, and the offset allocated for it.
+    type Change = (u64, u64);
+    const ACCESS: Access = Access::Shared;
 
-impl WritePlan for Plan<'_> {
-    fn runs(&self) -> &[WriteRun] {
-        &self.runs
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.lock()
     }
 
-    fn commit(mut self: Box<Self>) -> Result<()> {
-        let mut state = self.layer.lock();
-        while let Some((index, offset)) = self.new.pop() {
-            if let Err(error) = self.layer.set_offset(&mut state, index, offset) {
-                self.new.push((index, offset));
-                drop(state);
-                return Err(error);
-            }
-            state.in_flight.remove(&index);
-        }
-        self.leave(&mut state);
+    fn claims(&self) -> &RangeClaims {
+        &self.claims
+    }
+
+    fn publish(&self, state: &mut State, changes: &mut Vec<Self::Change>) -> Result<()> {
+        publish_each(changes, |(index, offset)| self.set_offset(state, index, offset))
+    }
+
+    fn write_back_if_needed(&self, state: &mut State) -> Result<()> {
         if state.table.too_many_dirty() {
-            state.publish(&*self.layer.file)?;
+            state.publish(&*self.file)?;
         }
         Ok(())
     }
-}
 
-impl Plan<'_> {
-    /// Nothing is being written any more where it is.
-    fn leave(&mut self, state: &mut State) {
-        for index in self.old.drain(..) {
-            match state.in_place.get_mut(&index) {
-                Some(count) if *count > 1 => *count -= 1,
-                _ => {
-                    state.in_place.remove(&index);
-                }
-            }
-        }
-        self.layer.settled.notify_all();
-    }
-}
-
-impl Drop for Plan<'_> {
-    fn drop(&mut self) {
-        if self.new.is_empty() && self.old.is_empty() {
-            return;
-        }
-        let mut state = self.layer.lock();
-        let (first, cluster) = (state.first_place, self.layer.cluster);
-        for (index, offset) in self.new.drain(..) {
-            state.in_flight.remove(&index);
-            if let (Some(places), Ok(place)) = (&mut state.places, u32::try_from((offset - first) / cluster))
+    fn free(&self, state: &mut State, changes: Vec<Self::Change>) {
+        let first = state.first_place;
+        for (_, offset) in changes {
+            if let (Some(places), Ok(place)) =
+                (&mut state.places, u32::try_from((offset - first) / self.cluster))
             {
                 places.free(place);
             }
         }
-        self.leave(&mut state);
     }
 }

@@ -45,7 +45,7 @@ mod write;
 mod tests;
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use diskimage_core::options::{OptionDef, Options};
 use diskimage_core::{
@@ -63,6 +63,7 @@ use self::refcount::Refcounts;
 use self::snapshot::SnapshotTable;
 use crate::layer_kit::metadata_cache::{MetadataCache, Table, WriteOrder};
 use crate::layer_kit::metadata_guard::Kinds;
+use crate::layer_kit::range_claims::RangeClaims;
 use crate::layer_kit::repair_on_open;
 
 /// The table entry.
@@ -134,7 +135,8 @@ impl Format for Qcow2Format {
 
 /// An open image.
 ///
-/// `state` is the only lock. It is held while tables are read and written, never while guest data moves.
+/// `state` is held while tables are read and written, never while guest data moves. Meanwhile `claims` keeps requests apart;
+/// see there for the order of the two locks.
 #[derive(Debug)]
 pub(crate) struct Qcow2 {
     header: Header,
@@ -155,20 +157,18 @@ pub(crate) struct Qcow2 {
     /// What was mended when it was opened.
     notes: Vec<Note>,
     state: Mutex<State>,
-    /// Told when a plan for a write ends.
-    settled: Condvar,
+    /// Clusters that requests in flight are about to change.
+    claims: RangeClaims,
 }
 
 /// What changes while an image is open.
 #[derive(Debug)]
-struct State {
+pub(crate) struct State {
     tables: MetadataCache,
     refcounts: Refcounts,
     size: u64,
     l1: Table,
     snapshots: SnapshotTable,
-    /// Guest clusters that plans for writes are about to change.
-    in_flight: Vec<ByteRange>,
     /// Host bytes given up. Counted down only after the tables that no longer refer to them are durable.
     freed: Vec<ByteRange>,
     /// Storage of what is given up is given back to the file system, too.
@@ -199,7 +199,6 @@ impl State {
                 offset: header.snapshots_offset,
                 count: header.nb_snapshots,
             },
-            in_flight: Vec::new(),
             freed: Vec::new(),
             punch: false,
             copied_from: tree::COPIED_FROM,
@@ -257,7 +256,7 @@ impl Qcow2 {
             overlap_checks,
             notes: Vec::new(),
             state: Mutex::new(state),
-            settled: Condvar::new(),
+            claims: RangeClaims::default(),
         };
         if layer.may_write() {
             layer.begin_writing(request.for_check)?;

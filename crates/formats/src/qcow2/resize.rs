@@ -1,7 +1,6 @@
 //! Changes of size.
 
 use std::ops::Range;
-use std::sync::PoisonError;
 
 use diskimage_core::errno;
 use diskimage_core::{
@@ -272,10 +271,7 @@ impl Qcow2 {
 
     /// Gives up the L2 tables of these entries of the L1 table, in which nothing is left.
     fn give_up_l2_tables(&self, entries: Range<u64>) -> Result<()> {
-        let mut state = self.lock();
-        while !state.in_flight.is_empty() {
-            state = self.settled.wait(state).unwrap_or_else(PoisonError::into_inner);
-        }
+        let mut state = self.claims.wait_idle(|| self.lock());
         for index in entries {
             let l1 = state.l1;
             let guest = index * self.header.geometry.l2_coverage();

@@ -4,7 +4,7 @@
 //! the L2 entries point there. Until then nothing refers to the clusters: a crash leaks them at worst.
 
 use std::cell::Cell;
-use std::sync::{MutexGuard, PoisonError};
+use std::sync::{Arc, MutexGuard};
 
 use diskimage_core::{
     ByteRange, Device, Error, Event, Preallocation, Result, WritePlan, WriteRun, ZeroMode, align_down,
@@ -14,24 +14,21 @@ use super::entry::{COPIED, Cluster, L2Entry, Subclusters};
 use super::feature::Autoclear;
 use super::header::Geometry;
 use super::{Qcow2, State, WriteOrder};
+use crate::layer_kit::allocating_plan::{AllocatingPlan, Allocator};
 use crate::layer_kit::metadata_cache::Table;
 use crate::layer_kit::metadata_guard::{DamageReport, Kind, Kinds};
+use crate::layer_kit::range_claims::{Access, RangeClaims};
 
 /// Sets aside where the bytes of `range` go.
 pub(super) fn plan(image: &Qcow2, range: ByteRange) -> Result<Box<dyn WritePlan + '_>> {
-    Ok(Box::new(Plan::new(image, range)?))
+    Ok(Box::new(image.draft(range)?))
 }
 
-struct Plan<'a> {
-    image: &'a Qcow2,
-    cover: ByteRange,
-    runs: Vec<WriteRun>,
-    changes: Vec<Change>,
-}
+type Plan<'a> = AllocatingPlan<'a, Qcow2>;
 
 /// An L2 entry that will change.
-#[derive(Debug)]
-struct Change {
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Change {
     l2: Table,
     index: u64,
     old: L2Entry,
@@ -39,60 +36,67 @@ struct Change {
 }
 
 impl Change {
-    /// Whether the plan took a cluster for it.
+    /// Whether a cluster was allocated for it.
     fn took_cluster(&self) -> bool {
         self.old.kind != self.new.kind
     }
 }
 
-impl<'a> Plan<'a> {
-    fn new(image: &'a Qcow2, range: ByteRange) -> Result<Self> {
-        let (mut plan, mut state) = Self::claim(image, range)?;
-        // On failure the plan's drop gives back what it took, after the lock is gone.
-        plan.draft(&mut state, range)?;
-        drop(state);
-        Ok(plan)
+impl Allocator for Qcow2 {
+    type State = State;
+    type Change = Change;
+    /// Every request of a cluster may change its entry, so none shares it.
+    const ACCESS: Access = Access::Exclusive;
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.lock()
     }
 
-    /// Waits until no plan covers any cluster of `range`, and claims them for an empty plan. The plan comes first: its
-    /// drop takes the lock, so the guard has to go before it.
-    fn claim(image: &'a Qcow2, range: ByteRange) -> Result<(Self, MutexGuard<'a, State>)> {
-        if !image.may_write() {
-            return Err(Error::read_only());
-        }
-        let cover = range.align_out(image.header.geometry.cluster_size());
-        let mut state = image.lock();
-        while state.in_flight.iter().any(|other| other.overlaps(cover)) {
-            state = image.settled.wait(state).unwrap_or_else(PoisonError::into_inner);
-        }
-        image.corruption.require_unmarked()?;
-        image.mark_dirty()?;
-        image.note_write(&mut state, range)?;
-        state.in_flight.push(cover);
-        Ok((
-            Self {
-                image,
-                cover,
-                runs: Vec::new(),
-                changes: Vec::new(),
-            },
-            state,
-        ))
+    fn claims(&self) -> &RangeClaims {
+        &self.claims
     }
 
-    fn draft(&mut self, state: &mut State, range: ByteRange) -> Result<()> {
+    fn publish(&self, state: &mut State, changes: &mut Vec<Change>) -> Result<()> {
+        while let Some(&change) = changes.last() {
+            self.write_entry(&mut state.tables, change.l2, change.index, change.new)?;
+            changes.pop();
+            if change.took_cluster() {
+                self.give_up(state, change.old)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn free(&self, state: &mut State, changes: Vec<Change>) {
+        for change in changes.into_iter().filter(Change::took_cluster) {
+            // What cannot be counted down leaks, which harms nothing.
+            let _ = self.give_back(state, change.new);
+        }
+    }
+}
+
+/// A plan in the making: finds or allocates the clusters that `range` touches.
+struct Draft<'a, 'p> {
+    image: &'a Qcow2,
+    range: ByteRange,
+    plan: &'p mut Plan<'a>,
+}
+
+impl Draft<'_, '_> {
+    fn add_clusters(&mut self, state: &mut State) -> Result<()> {
         let geometry = self.image.header.geometry;
         let size = geometry.cluster_size();
-        let mut at = self.cover.start();
-        while at < self.cover.end() {
+        let cover = self.range.align_out(size);
+        let mut at = cover.start();
+        while at < cover.end() {
             let table_end = (at / geometry.l2_coverage() + 1).saturating_mul(geometry.l2_coverage());
             let l2 = self.image.ensure_l2(state, at)?;
-            let stop = table_end.min(self.cover.end());
+            let stop = table_end.min(cover.end());
             while at < stop {
                 let index = (at % geometry.l2_coverage()) >> geometry.cluster_bits;
                 let old = self.image.read_entry_to_write(&mut state.tables, l2, index, at)?;
                 if let Some(offset) = self.image.writable_in_place(state, old)? {
-                    self.add_in_place(range, l2, index, at, old, offset);
+                    self.add_in_place(l2, index, at, old, offset);
                     at += size;
                     continue;
                 }
@@ -110,42 +114,31 @@ impl<'a> Plan<'a> {
                 }
                 let first = self.image.take_clusters(state, at, olds.len() as u64)?;
                 for (i, old) in (0..).zip(&olds) {
-                    self.add_new(range, l2, index + i, at + i * size, *old, first + i * size);
+                    self.add_new(l2, index + i, at + i * size, *old, first + i * size);
                 }
                 at += olds.len() as u64 * size;
             }
         }
+        self.plan.view_runs(|guest, host| self.image.data_at(guest, host));
         Ok(())
     }
 
     /// A cluster that is this image's own: written where it is, whole subclusters where they held no data yet.
-    fn add_in_place(
-        &mut self,
-        range: ByteRange,
-        l2: Table,
-        index: u64,
-        guest: u64,
-        old: L2Entry,
-        offset: u64,
-    ) {
-        let part = self.touched(range, guest);
+    fn add_in_place(&mut self, l2: Table, index: u64, guest: u64, old: L2Entry, offset: u64) {
+        let part = self.touched(guest);
         let covered = self.rounded(part, guest, old.sub.allocated);
         let sub = old.sub.with_data(self.mask(covered, guest));
         self.add_run(covered, offset + (covered.start() - guest));
         if sub != old.sub {
-            self.changes.push(Change {
-                l2,
-                index,
-                old,
-                new: L2Entry { sub, ..old },
-            });
+            let new = L2Entry { sub, ..old };
+            self.plan.add_change(covered, Change { l2, index, old, new });
         }
     }
 
     /// A cluster of its own for what had none, or one that others use too.
-    fn add_new(&mut self, range: ByteRange, l2: Table, index: u64, guest: u64, old: L2Entry, offset: u64) {
+    fn add_new(&mut self, l2: Table, index: u64, guest: u64, old: L2Entry, offset: u64) {
         let (covered, sub) = if old.sub.allocated == 0 {
-            let covered = self.rounded(self.touched(range, guest), guest, 0);
+            let covered = self.rounded(self.touched(guest), guest, 0);
             (covered, old.sub.with_data(self.mask(covered, guest)))
         } else {
             // Data moves here from elsewhere: all of the cluster.
@@ -155,16 +148,13 @@ impl<'a> Plan<'a> {
             )
         };
         self.add_run(covered, offset + (covered.start() - guest));
-        self.changes.push(Change {
-            l2,
-            index,
-            old,
-            new: L2Entry::data(offset, sub),
-        });
+        let new = L2Entry::data(offset, sub);
+        self.plan.add_change(covered, Change { l2, index, old, new });
     }
 
-    fn touched(&self, range: ByteRange, guest: u64) -> ByteRange {
-        range.intersect(ByteRange::at(guest, self.image.header.geometry.cluster_size()))
+    fn touched(&self, guest: u64) -> ByteRange {
+        self.range
+            .intersect(ByteRange::at(guest, self.image.header.geometry.cluster_size()))
     }
 
     /// `part` of the cluster at `guest`, each end moved to a subcluster's border unless that subcluster has data.
@@ -190,59 +180,46 @@ impl<'a> Plan<'a> {
     }
 
     fn add_run(&mut self, guest: ByteRange, offset: u64) {
-        if let Some(last) = self.runs.last_mut()
-            && last.guest.end() == guest.start()
-            && last.offset + last.guest.len() == offset
-        {
-            last.guest = ByteRange::new(last.guest.start(), guest.end());
-            return;
-        }
-        self.runs.push(WriteRun {
+        self.plan.add_run(WriteRun {
             guest,
-            device: self.image.data_at(guest.start(), offset),
+            device: Arc::clone(&self.image.data),
             offset,
         });
     }
 }
 
-impl WritePlan for Plan<'_> {
-    fn runs(&self) -> &[WriteRun] {
-        &self.runs
-    }
-
-    fn commit(mut self: Box<Self>) -> Result<()> {
-        let mut state = self.image.lock();
-        while let Some(change) = self.changes.pop() {
-            let entry = self
-                .image
-                .write_entry(&mut state.tables, change.l2, change.index, change.new);
-            if entry.is_err() {
-                self.changes.push(change);
-                return entry;
-            }
-            if change.took_cluster() {
-                self.image.give_up(&mut state, change.old)?;
-            }
-        }
-        Ok(())
-    }
-}
-
-impl Drop for Plan<'_> {
-    /// Gives back clusters that no entry refers to, and lets others at the guest clusters.
-    fn drop(&mut self) {
-        let mut state = self.image.lock();
-        for change in self.changes.drain(..).filter(Change::took_cluster) {
-            // What cannot be counted down leaks, which harms nothing.
-            let _ = self.image.give_back(&mut state, change.new);
-        }
-        state.in_flight.retain(|range| *range != self.cover);
-        drop(state);
-        self.image.settled.notify_all();
-    }
-}
-
 impl Qcow2 {
+    /// Finds or allocates the clusters of a write.
+    fn draft(&self, range: ByteRange) -> Result<Plan<'_>> {
+        self.plan_change(range, |state, plan| {
+            let image = self;
+            Draft { image, range, plan }.add_clusters(state)
+        })
+    }
+
+    /// A plan for a change to `range`, whose clusters nothing else changes until it ends.
+    fn plan_change<'a>(
+        &'a self,
+        range: ByteRange,
+        draft: impl FnOnce(&mut State, &mut Plan<'a>) -> Result<()>,
+    ) -> Result<Plan<'a>> {
+        if !self.may_write() {
+            return Err(Error::read_only());
+        }
+        let cover = range.align_out(self.header.geometry.cluster_size());
+        AllocatingPlan::new(self, cover, |state, plan| {
+            self.begin_change(state, range)?;
+            draft(state, plan)
+        })
+    }
+
+    /// Before `range` is changed: refuses a damaged image, and says that refcounts and bitmaps may be out of date.
+    fn begin_change(&self, state: &mut State, range: ByteRange) -> Result<()> {
+        self.corruption.require_unmarked()?;
+        self.mark_dirty()?;
+        self.note_write(state, range)
+    }
+
     /// `count` clusters for guest data in one piece; an external data file has a place for every guest cluster.
     fn take_clusters(&self, state: &mut State, guest: u64, count: u64) -> Result<u64> {
         if self.has_data_file() {
@@ -331,27 +308,30 @@ impl Qcow2 {
                 "Compressed clusters cannot be in an external data file",
             ));
         }
-        let (mut claim, mut state) = Plan::claim(self, ByteRange::at(guest, geometry.cluster_size()))?;
-        let l2 = self.ensure_l2(&mut state, guest)?;
-        let index = (guest % geometry.l2_coverage()) >> geometry.cluster_bits;
-        self.count_before_allocating(&mut state, 1)?;
-        let State {
-            tables, refcounts, ..
-        } = &mut *state;
-        let old = self.read_entry(tables, l2, index)?;
-        let offset = refcounts.allocate_bytes(tables, len)?;
-        let kind = Cluster::Compressed { offset, stored: len };
-        let new = L2Entry {
-            kind,
-            copied: false,
-            sub: Subclusters::ALLOCATED,
-        };
-        claim.changes.push(Change { l2, index, old, new });
-        state.padding = true;
-        drop(state);
+        let cluster = ByteRange::at(guest, geometry.cluster_size());
+        let mut offset = 0;
+        let plan = self.plan_change(cluster, |state, plan| {
+            let l2 = self.ensure_l2(state, guest)?;
+            let index = (guest % geometry.l2_coverage()) >> geometry.cluster_bits;
+            self.count_before_allocating(state, 1)?;
+            let State {
+                tables, refcounts, ..
+            } = state;
+            let old = self.read_entry(tables, l2, index)?;
+            offset = refcounts.allocate_bytes(tables, len)?;
+            let kind = Cluster::Compressed { offset, stored: len };
+            let new = L2Entry {
+                kind,
+                copied: false,
+                sub: Subclusters::ALLOCATED,
+            };
+            plan.add_change(cluster, Change { l2, index, old, new });
+            state.padding = true;
+            Ok(())
+        })?;
         self.file.event(Event::WRITE_COMPRESSED);
         self.file.write_at(bytes, offset)?;
-        Box::new(claim).commit()
+        Box::new(plan).commit()
     }
 
     /// Makes clusters read as zero by their entries alone.
@@ -424,20 +404,19 @@ impl Qcow2 {
 
     /// Takes clusters for all of `range`, whose contents stay zero.
     pub(super) fn preallocate(&self, range: ByteRange, mode: Preallocation) -> Result<()> {
-        let step = self.header.geometry.l2_coverage();
+        let geometry = self.header.geometry;
+        let step = geometry.l2_coverage();
         let mut rest = range;
         while !rest.is_empty() {
             let part = rest.first((rest.start() / step + 1).saturating_mul(step) - rest.start());
-            let mut plan = Plan::new(self, part)?;
-            for change in plan
-                .changes
-                .iter_mut()
-                .filter(|_| self.header.geometry.extended_l2)
-            {
-                // A cluster is there, but none of its subclusters: what is below stays visible.
-                change.new.sub = change.old.sub;
+            let mut plan = self.draft(part)?;
+            if geometry.extended_l2 {
+                for change in plan.changes_mut() {
+                    // A cluster is there, but none of its subclusters: what is below stays visible.
+                    change.new.sub = change.old.sub;
+                }
             }
-            for run in &plan.runs {
+            for run in plan.runs() {
                 let host = ByteRange::at(run.offset, run.guest.len());
                 match mode {
                     Preallocation::Off | Preallocation::Metadata => self.reserve(&*run.device, host)?,
@@ -445,8 +424,8 @@ impl Qcow2 {
                     Preallocation::Full => write_zero_bytes(&*run.device, host)?,
                 }
             }
-            let past_end = ByteRange::new(part.end(), plan.cover.end());
-            if let Some(run) = plan.runs.last().filter(|_| !past_end.is_empty()) {
+            let past_end = ByteRange::new(part.end(), part.align_out(geometry.cluster_size()).end());
+            if let Some(run) = plan.runs().last().filter(|_| !past_end.is_empty()) {
                 // The last cluster is written to its end, as with the original.
                 let host = ByteRange::at(run.offset + (part.end() - run.guest.start()), past_end.len());
                 write_zero_bytes(&*run.device, host)?;
@@ -473,8 +452,8 @@ impl Qcow2 {
 
     /// A raw data file has to hold the zeroes itself.
     fn zero_raw_data(&self, range: ByteRange, mode: ZeroMode) -> Result<()> {
-        let plan = Plan::new(self, range)?;
-        for run in &plan.runs {
+        let plan = self.draft(range)?;
+        for run in plan.runs() {
             run.device
                 .write_zeroes(ByteRange::at(run.offset, run.guest.len()), mode)?;
         }
@@ -488,8 +467,13 @@ impl Qcow2 {
         change: impl Fn(L2Entry) -> Option<L2Entry>,
     ) -> Result<()> {
         let geometry = self.header.geometry;
-        let (claim, mut state) = Plan::claim(self, range)?;
-        let mut rest = claim.cover;
+        if !self.may_write() {
+            return Err(Error::read_only());
+        }
+        let cover = range.align_out(geometry.cluster_size());
+        let (_claim, mut state) = self.claims.claim(cover, Access::Exclusive, || self.lock());
+        self.begin_change(&mut state, range)?;
+        let mut rest = cover;
         while !rest.is_empty() {
             let table_end =
                 (rest.start() / geometry.l2_coverage() + 1).saturating_mul(geometry.l2_coverage());

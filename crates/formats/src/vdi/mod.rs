@@ -23,8 +23,7 @@ mod resize;
 mod tests;
 mod write;
 
-use std::collections::HashSet;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use diskimage_core::options::{OptionDef, OptionKind, Options};
 use diskimage_core::{
@@ -36,6 +35,7 @@ use diskimage_core::{
 use crate::layer_kit::count_used::data_bytes;
 use crate::layer_kit::paged_table::{Entry, PagedTable};
 use crate::layer_kit::preallocation;
+use crate::layer_kit::range_claims::RangeClaims;
 use crate::layer_kit::reserved::Reserved;
 use crate::layer_kit::slot_bitmap::SlotBitmap;
 use header::{BLOCK, Header, map_bytes};
@@ -71,9 +71,8 @@ impl Format for Vdi {
                 header,
                 places: None,
                 missing: None,
-                in_flight: HashSet::new(),
             }),
-            settled: Condvar::new(),
+            claims: RangeClaims::default(),
             file: request.file,
             budget: request.budget,
         }))
@@ -156,8 +155,8 @@ struct VdiLayer {
     file: Arc<dyn Device>,
     is_static: bool,
     state: Mutex<State>,
-    /// Woken when blocks leave [`State::in_flight`].
-    settled: Condvar,
+    /// Blocks that are being written, exclusive where they have no storage yet.
+    claims: RangeClaims,
     budget: Budget,
 }
 
@@ -174,8 +173,6 @@ struct State {
     places: Option<SlotBitmap>,
     /// Where a block is said to be that the file has no bytes of; known with the places.
     missing: Option<u32>,
-    /// Blocks that are being written for the first time.
-    in_flight: HashSet<u64>,
 }
 
 impl VdiLayer {
@@ -190,38 +187,39 @@ impl VdiLayer {
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    /// Publishes the blocks written so far.
+    fn publish_blocks(&self, state: &mut State) -> Result<()> {
+        let end = match &state.places {
+            Some(places) if state.missing.is_none() => places.end(),
+            // Nothing is new, and what is missing must not seem to be there.
+            _ => return Ok(()),
+        };
+        let file = &self.file;
+        // A file without the rest of its last block looks damaged to others.
+        if state.header.host(end) > file.len() {
+            file.resize(state.header.host(end), Preallocation::Off)?;
+        }
+        let counted = state.header.allocated();
+        if end > counted {
+            state.write_count(end, file)?;
+        }
+        if state.map.is_changed() {
+            file.flush()?;
+            state.map.write_back()?;
+        }
+        if end < counted && self.claims.is_idle() {
+            file.flush()?;
+            state.write_count(end, file)?;
+        }
+        Ok(())
+    }
 }
 
 impl State {
     /// Where block `block` of the disk is stored.
     fn place(&mut self, block: u64) -> Result<Option<u32>> {
         Ok(self.map.entries(block)?.first().copied().and_then(place))
-    }
-
-    /// Publishes the blocks written so far.
-    fn publish(&mut self, file: &Arc<dyn Device>) -> Result<()> {
-        let end = match &self.places {
-            Some(places) if self.missing.is_none() => places.end(),
-            // Nothing is new, and what is missing must not seem to be there.
-            _ => return Ok(()),
-        };
-        // A file without the rest of its last block looks damaged to others.
-        if self.header.host(end) > file.len() {
-            file.resize(self.header.host(end), Preallocation::Off)?;
-        }
-        let counted = self.header.allocated();
-        if end > counted {
-            self.write_count(end, file)?;
-        }
-        if self.map.is_changed() {
-            file.flush()?;
-            self.map.write_back()?;
-        }
-        if end < counted && self.in_flight.is_empty() {
-            file.flush()?;
-            self.write_count(end, file)?;
-        }
-        Ok(())
     }
 
     fn write_count(&mut self, allocated: u32, file: &Arc<dyn Device>) -> Result<()> {
@@ -326,7 +324,7 @@ impl Layer for VdiLayer {
     }
 
     fn flush(&self) -> Result<()> {
-        self.lock().publish(&self.file)?;
+        self.publish_blocks(&mut self.lock())?;
         self.file.flush()
     }
 

@@ -39,7 +39,7 @@ impl VdiLayer {
     pub(super) fn grow(&self, len: u64) -> Result<()> {
         let mut state = self.lock();
         let (header, shift) = grown(&state.header, len)?;
-        state.publish(&self.file)?;
+        self.publish_blocks(&mut state)?;
         let room = header.blocks.saturating_add(shift);
         let places = |state: &mut State| {
             state.places = None;
@@ -138,7 +138,7 @@ impl VdiLayer {
             file.write_at(&bytes, state.header.host(target))?;
             state.map.set(block, target.to_le_bytes())?;
         }
-        state.publish(&self.file)?;
+        self.publish_blocks(state)?;
         // Something else is about to be written where the blocks were.
         self.file.flush()
     }

@@ -1,27 +1,27 @@
 //! Writing: blocks get their place when they are written for the first time.
 
-use std::collections::HashSet;
-use std::sync::{Arc, Condvar, MutexGuard};
+use std::sync::{Arc, MutexGuard};
 
 use diskimage_core::{Budget, ByteRange, Error, Result, WritePlan, WriteRun, ZeroMode};
 
 use super::check::for_each_place;
 use super::header::BLOCK;
 use super::{State, VdiLayer};
-use crate::layer_kit::allocate_on_write::{self, AllocateOnWrite};
+use crate::layer_kit::allocating_plan::{AllocatingPlan, Allocator, publish_each};
+use crate::layer_kit::range_claims::{Access, RangeClaims};
 use crate::layer_kit::slot_bitmap::SlotBitmap;
 
 impl VdiLayer {
     /// Sets aside where `range` goes.
     pub(super) fn plan(&self, range: ByteRange) -> Result<Box<dyn WritePlan + '_>> {
-        allocate_on_write::plan(self, range.units(BLOCK), |state, plan| {
+        let plan = AllocatingPlan::new(self, range.align_out(BLOCK), |state, plan| {
             for block in range.units(BLOCK) {
                 let whole = ByteRange::at(block * BLOCK, BLOCK);
                 let (guest, place) = match self.place_to_change(state, block)? {
                     Some(place) => (whole.intersect(range), place),
                     None => {
                         let place = self.take_place(state)?;
-                        plan.add_block(&mut state.in_flight, block, place);
+                        plan.add_change(whole, (block, place));
                         (whole, place)
                     }
                 };
@@ -32,12 +32,14 @@ impl VdiLayer {
                 });
             }
             Ok(())
-        })
+        })?;
+        Ok(Box::new(plan))
     }
 
     /// Makes `range` zero: blocks without storage are, the others are left to the file.
     pub(super) fn zero(&self, range: ByteRange, mode: ZeroMode) -> Result<()> {
-        let mut state = self.wait_until_idle(range.units(BLOCK));
+        let cover = range.align_out(BLOCK);
+        let (_claim, mut state) = self.claims.claim(cover, Access::Shared, || self.lock());
         let mut stored = Vec::new();
         for block in range.units(BLOCK) {
             if let Some(place) = self.place_to_change(&mut state, block)? {
@@ -126,36 +128,38 @@ impl State {
     }
 }
 
-impl AllocateOnWrite for VdiLayer {
+impl Allocator for VdiLayer {
     type State = State;
-    type Place = u32;
+    /// A block of the disk, and the place allocated for it.
+    type Change = (u64, u32);
+    const ACCESS: Access = Access::Shared;
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.lock()
     }
 
-    fn settled(&self) -> &Condvar {
-        &self.settled
+    fn claims(&self) -> &RangeClaims {
+        &self.claims
     }
 
-    fn in_flight(state: &mut State) -> &mut HashSet<u64> {
-        &mut state.in_flight
-    }
-
-    fn enter(&self, state: &mut State, block: u64, place: u32) -> Result<()> {
-        state.map.set(block, place.to_le_bytes())
+    fn publish(&self, state: &mut State, changes: &mut Vec<Self::Change>) -> Result<()> {
+        publish_each(changes, |(block, place)| {
+            state.map.set(block, place.to_le_bytes())
+        })
     }
 
     fn write_back_if_needed(&self, state: &mut State) -> Result<()> {
         if state.map.too_many_dirty() {
-            state.publish(&self.file)?;
+            self.publish_blocks(state)?;
         }
         Ok(())
     }
 
-    fn give_back(state: &mut State, place: u32) {
+    fn free(&self, state: &mut State, changes: Vec<Self::Change>) {
         if let Some(places) = &mut state.places {
-            places.free(place);
+            for (_, place) in changes {
+                places.free(place);
+            }
         }
     }
 }

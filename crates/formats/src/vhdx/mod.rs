@@ -28,8 +28,7 @@ mod resize;
 mod tests;
 mod write;
 
-use std::collections::HashSet;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use diskimage_core::options::{OptionDef, Options};
 use diskimage_core::{
@@ -43,6 +42,7 @@ use self::header::{FILE_SIGNATURE, Guid, Header, Regions, new_guid};
 use self::log::{Changes, Replayed};
 use self::metadata::Metadata;
 use self::write::Stored;
+use crate::layer_kit::range_claims::RangeClaims;
 use crate::layer_kit::reserved::Reserved;
 
 /// Any part of a block can be written by itself: the rest of a new one is zero.
@@ -99,8 +99,8 @@ struct VhdxLayer {
     /// The log had changes that were not in the file.
     was_replayed: bool,
     state: Mutex<State>,
-    /// Woken when blocks leave [`State::in_flight`].
-    settled: Condvar,
+    /// Blocks that are being written, exclusive where they have no storage yet.
+    claims: RangeClaims,
     budget: Budget,
 }
 
@@ -119,8 +119,6 @@ struct State {
     stored: Option<Stored>,
     /// Where the next block goes.
     end: u64,
-    /// Blocks that are being written for the first time.
-    in_flight: HashSet<u64>,
     /// Whether the header says already that the disk is changed.
     marked: bool,
     /// The number of the log's last entry.
@@ -180,7 +178,6 @@ impl VhdxLayer {
             slot,
             regions,
             metadata,
-            in_flight: HashSet::new(),
             marked: false,
             sequence: 0,
         };
@@ -189,7 +186,7 @@ impl VhdxLayer {
             block_size: metadata.block_size,
             was_replayed,
             state: Mutex::new(state),
-            settled: Condvar::new(),
+            claims: RangeClaims::default(),
             budget: request.budget,
         })
     }

@@ -3,7 +3,7 @@
 //! If the block allocation table has no room for more blocks, a longer one goes to the end of the file, and the region
 //! tables say where it is, one after the other. The disk's size changes last, by way of the log.
 
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 
 use diskimage_core::{ByteRange, Error, Preallocation, ResizeRequest, Result, ZeroMode, errno};
 
@@ -31,10 +31,7 @@ impl VhdxLayer {
     /// Makes the disk larger. If all blocks have storage, the new ones get it, too: the image is fixed.
     pub(super) fn grow(&self, request: &ResizeRequest) -> Result<()> {
         self.check_size(request)?;
-        let mut state = self.lock();
-        while !state.in_flight.is_empty() {
-            state = self.settled.wait(state).unwrap_or_else(PoisonError::into_inner);
-        }
+        let mut state = self.claims.wait_idle(|| self.lock());
         let old = state.metadata.disk_size;
         if request.len == old {
             return Ok(());

@@ -1,22 +1,23 @@
 //! Writing: blocks get their place, at the end of the file, when they are written for the first time.
 
-use std::collections::HashSet;
-use std::sync::{Arc, Condvar, MutexGuard};
+use std::sync::{Arc, MutexGuard};
 
 use diskimage_core::{ByteRange, Error, Preallocation, Result, WritePlan, WriteRun, ZeroMode, errno};
 
 use super::bat::{Payload, entry_of, present};
 use super::header::MIB;
 use super::{State, VhdxLayer};
-use crate::layer_kit::allocate_on_write::{self, AllocateOnWrite};
+use crate::layer_kit::allocating_plan::{AllocatingPlan, Allocator, publish_each};
+use crate::layer_kit::range_claims::{Access, RangeClaims};
 use crate::layer_kit::reserved::Pieces;
 
 impl VhdxLayer {
     /// Sets aside where `range` goes.
     pub(super) fn plan(&self, range: ByteRange) -> Result<Box<dyn WritePlan + '_>> {
         let size = self.block_size;
-        allocate_on_write::plan(self, range.units(size), |state, plan| {
+        let plan = AllocatingPlan::new(self, range.align_out(size), |state, plan| {
             for block in range.units(size) {
+                let whole = ByteRange::at(block * size, size);
                 let offset = match self.payload(state, block)? {
                     Payload::At(offset) => {
                         self.require_payload(state, offset)?;
@@ -25,12 +26,12 @@ impl VhdxLayer {
                     Payload::Zero => {
                         self.require_whole(state)?;
                         let offset = self.take_place(state)?;
-                        plan.add_block(&mut state.in_flight, block, offset);
+                        plan.add_change(whole, (block, offset));
                         offset
                     }
                 };
                 // What the file was made longer by is zero: of a new block, too, only what was asked for is written.
-                let guest = ByteRange::at(block * size, size).intersect(range);
+                let guest = whole.intersect(range);
                 plan.add_run(WriteRun {
                     guest,
                     device: Arc::clone(&self.file),
@@ -38,12 +39,14 @@ impl VhdxLayer {
                 });
             }
             state.mark_changed(&*self.file)
-        })
+        })?;
+        Ok(Box::new(plan))
     }
 
     /// Makes `range` zero: blocks without storage are, the others are left to the file.
     pub(super) fn zero(&self, range: ByteRange, mode: ZeroMode) -> Result<()> {
-        let mut state = self.wait_until_idle(range.units(self.block_size));
+        let cover = range.align_out(self.block_size);
+        let (_claim, mut state) = self.claims.claim(cover, Access::Shared, || self.lock());
         let mut stored = Vec::new();
         for block in range.units(self.block_size) {
             if let Payload::At(offset) = self.payload(&mut state, block)? {
@@ -136,24 +139,24 @@ impl VhdxLayer {
     }
 }
 
-impl AllocateOnWrite for VhdxLayer {
+impl Allocator for VhdxLayer {
     type State = State;
-    type Place = u64;
+    /// A block of the disk, and the offset allocated for it.
+    type Change = (u64, u64);
+    const ACCESS: Access = Access::Shared;
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.lock()
     }
 
-    fn settled(&self) -> &Condvar {
-        &self.settled
+    fn claims(&self) -> &RangeClaims {
+        &self.claims
     }
 
-    fn in_flight(state: &mut State) -> &mut HashSet<u64> {
-        &mut state.in_flight
-    }
-
-    fn enter(&self, state: &mut State, block: u64, offset: u64) -> Result<()> {
-        state.bat.set(entry_of(block, self.block_size), present(offset))
+    fn publish(&self, state: &mut State, changes: &mut Vec<Self::Change>) -> Result<()> {
+        publish_each(changes, |(block, offset)| {
+            state.bat.set(entry_of(block, self.block_size), present(offset))
+        })
     }
 
     fn write_back_if_needed(&self, state: &mut State) -> Result<()> {
@@ -163,6 +166,6 @@ impl AllocateOnWrite for VhdxLayer {
         Ok(())
     }
 
-    /// It may have been written to: it is leaked rather than handed out as zeroes.
-    fn give_back(_state: &mut State, _offset: u64) {}
+    /// Blocks may have been written to: they are leaked rather than allocated again as zeroes.
+    fn free(&self, _state: &mut State, _changes: Vec<Self::Change>) {}
 }

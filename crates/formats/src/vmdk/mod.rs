@@ -34,7 +34,7 @@ mod tests;
 mod write;
 
 use std::collections::HashMap;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use diskimage_core::options::{OptionDef, Options};
 use diskimage_core::{
@@ -48,6 +48,7 @@ use self::extent::{Extent, Place};
 use self::header::{Geometry, Hosted};
 use self::occupied::Occupied;
 use self::tables::{Grain, GrainTables};
+use crate::layer_kit::range_claims::RangeClaims;
 
 /// The table entry.
 #[derive(Debug)]
@@ -102,8 +103,9 @@ impl Format for Vmdk {
 
 /// An open image.
 ///
-/// `state` is the only lock. It is held while tables are read and written, never while guest data moves, but for
-/// compressed grains, whose places follow from their lengths.
+/// `state` is held while tables are read and written, never while guest data moves, but for compressed grains, whose places
+/// follow from their lengths. Meanwhile `claims` keeps requests apart; see there for the order of the two locks. `extents`
+/// is locked last.
 #[derive(Debug)]
 struct VmdkLayer {
     file: Arc<dyn Device>,
@@ -120,8 +122,8 @@ struct VmdkLayer {
     compressed: bool,
     budget: Budget,
     state: Mutex<State>,
-    /// Told when a plan for a write ends.
-    settled: Condvar,
+    /// Grains that requests in flight are about to change.
+    claims: RangeClaims,
 }
 
 /// What changes while an image is open.
@@ -130,8 +132,6 @@ struct State {
     tables: GrainTables,
     /// Where the next grain of each extent goes.
     free: Vec<u64>,
-    /// Guest grains that plans for writes are about to change.
-    in_flight: Vec<ByteRange>,
     cid: u32,
     /// What sparse extents have besides grains, by their index; known from the first write on.
     occupied: HashMap<usize, Occupied>,
@@ -202,7 +202,6 @@ impl VmdkLayer {
         let state = State {
             tables: GrainTables::default(),
             free: extents.iter().map(Extent::end_of_file).collect(),
-            in_flight: Vec::new(),
             cid: descriptor.cid,
             occupied: HashMap::new(),
             marked: false,
@@ -217,7 +216,7 @@ impl VmdkLayer {
             compressed,
             budget: request.budget.clone(),
             state: Mutex::new(state),
-            settled: Condvar::new(),
+            claims: RangeClaims::default(),
         })
     }
 

@@ -74,10 +74,7 @@ impl VmdkLayer {
                 "The image below is longer than this one, and would show in what is added",
             ));
         }
-        let mut state = self.lock();
-        while !state.in_flight.is_empty() {
-            state = self.settled.wait(state).unwrap_or_else(PoisonError::into_inner);
-        }
+        let mut state = self.claims.wait_idle(|| self.lock());
         let prepared = make_added(&growth, last, request)
             .and_then(|added| Ok((added, self.grow_last(&mut state, &extents, &growth, request)?)));
         let (added, place) = prepared.inspect_err(|_| {

@@ -249,6 +249,9 @@ pub(super) fn plan(image: &VmdkLayer, range: ByteRange) -> Result<Box<dyn WriteP
 }
 
 /// Whole grains that are about to be encoded.
+///
+/// No [`AllocatingPlan`](crate::layer_kit::allocating_plan::AllocatingPlan): where a grain goes follows from its encoded
+/// length, so it is allocated when it is committed, and nothing has to be claimed or freed before.
 struct Staged<'a> {
     image: &'a VmdkLayer,
     geometry: Geometry,

@@ -4,152 +4,129 @@
 //! the caller writes it, and `commit` puts it into the tables.
 
 use std::ops::Range;
-use std::sync::{Arc, MutexGuard, PoisonError};
+use std::sync::{Arc, MutexGuard};
 
 use diskimage_core::{ByteRange, Error, Result, WritePlan, WriteRun, ZeroMode, errno};
 
 use super::header::{Form, Geometry, SECTOR};
 use super::tables::Grain;
 use super::{Extent, Place, State, VmdkLayer, extent, stream};
+use crate::layer_kit::allocating_plan::{AllocatingPlan, Allocator};
+use crate::layer_kit::range_claims::{Access, RangeClaims};
 
 /// Sets aside where the bytes of `range` go.
 pub(super) fn plan(image: &VmdkLayer, range: ByteRange) -> Result<Box<dyn WritePlan + '_>> {
     if image.compressed {
         return stream::plan(image, range);
     }
-    let (mut plan, mut state) = Plan::claim(image, range)?;
-    let extents = Arc::clone(&plan.extents);
-    for piece in extent::pieces(&extents, range) {
-        let (index, extent, piece) = piece?;
-        match extent.place {
-            Place::Flat { offset } => plan.runs.push(WriteRun {
-                guest: piece,
-                device: Arc::clone(&extent.device),
-                offset: offset + extent.within(piece.start()),
-            }),
-            Place::Sparse(geometry) => plan.draft(&mut state, index, &geometry, piece)?,
+    let cover = cover(&image.extents(), range)?;
+    let plan = AllocatingPlan::new(image, cover, |state, plan| {
+        // With the claim: the disk may have grown while it was waited for.
+        let extents = image.extents();
+        for piece in extent::pieces(&extents, range) {
+            let (index, extent, piece) = piece?;
+            match extent.place {
+                Place::Flat { offset } => plan.add_run(WriteRun {
+                    guest: piece,
+                    device: Arc::clone(&extent.device),
+                    offset: offset + extent.within(piece.start()),
+                }),
+                Place::Sparse(geometry) => {
+                    let sparse = Sparse {
+                        image,
+                        extents: &extents,
+                        index,
+                        geometry,
+                    };
+                    sparse.draft(state, plan, piece)?;
+                }
+            }
         }
-    }
-    image.mark_changed(&mut state)?;
-    drop(state);
+        image.mark_changed(state)
+    })?;
     Ok(Box::new(plan))
 }
 
-/// A write under way.
-struct Plan<'a> {
-    image: &'a VmdkLayer,
-    extents: Arc<[Extent]>,
-    /// All grains that it touches.
-    cover: ByteRange,
-    runs: Vec<WriteRun>,
-    new: Vec<NewGrains>,
-}
-
-/// Grains that get a place.
-struct NewGrains {
+/// Grains for which storage was allocated.
+pub(super) struct NewGrains {
     extent: usize,
     first: u64,
     count: u64,
     offset: u64,
 }
 
-impl<'a> Plan<'a> {
-    /// Waits until no other plan covers the same grains.
-    fn claim(image: &'a VmdkLayer, range: ByteRange) -> Result<(Self, MutexGuard<'a, State>)> {
-        let mut state = image.lock();
-        let (extents, cover) = loop {
-            // The disk may have grown meanwhile.
-            let extents = image.extents();
-            let cover = cover(&extents, range)?;
-            if !state.in_flight.iter().any(|other| other.overlaps(cover)) {
-                break (extents, cover);
-            }
-            state = image.settled.wait(state).unwrap_or_else(PoisonError::into_inner);
-        };
-        state.in_flight.push(cover);
-        let plan = Self {
-            image,
-            extents,
-            cover,
-            runs: Vec::new(),
-            new: Vec::new(),
-        };
-        Ok((plan, state))
-    }
+/// The sparse extent that a part of a write goes to.
+struct Sparse<'a> {
+    image: &'a VmdkLayer,
+    extents: &'a [Extent],
+    index: usize,
+    geometry: Geometry,
+}
 
-    /// Finds places for `range`, which lies in `extent`.
+impl Sparse<'_> {
+    /// Finds or allocates storage for `range`, which lies in the extent.
     fn draft(
-        &mut self,
+        &self,
         state: &mut State,
-        index: usize,
-        geometry: &Geometry,
+        plan: &mut AllocatingPlan<'_, VmdkLayer>,
         range: ByteRange,
     ) -> Result<()> {
-        let extents = Arc::clone(&self.extents);
+        let (extents, index, geometry) = (self.extents, self.index, &self.geometry);
         let extent = &extents[index];
         let mut grains = VmdkLayer::grains(extent, geometry, range);
         while !grains.is_empty() {
-            let (found, count) = state.tables.scan(&extents, index, geometry, grains)?;
+            let (found, count) = state.tables.scan(extents, index, geometry, grains)?;
             let first = extent.start + grains.start() * geometry.grain;
             let whole = ByteRange::at(first, count * geometry.grain);
-            match found {
+            let (guest, offset) = match found {
                 Grain::At(offset) => {
                     extent.device.require(offset, 1)?;
                     let stored = ByteRange::at(offset, whole.len());
                     self.image
-                        .require_grains(state, &extents, index, geometry, stored)?;
+                        .require_grains(state, extents, index, geometry, stored)?;
                     let guest = whole.intersect(range);
-                    self.runs.push(WriteRun {
-                        guest,
-                        device: Arc::clone(&extent.device),
-                        offset: offset.saturating_add(guest.start() - first),
-                    });
+                    (guest, offset.saturating_add(guest.start() - first))
                 }
                 Grain::Unallocated | Grain::Zero => {
-                    let offset = self.take(state, index, geometry, grains.start()..grains.start() + count)?;
-                    self.runs.push(WriteRun {
-                        guest: whole,
-                        device: Arc::clone(&extent.device),
+                    let offset = self.allocate(state, grains.start()..grains.start() + count)?;
+                    let new = NewGrains {
+                        extent: index,
+                        first: grains.start(),
+                        count,
                         offset,
-                    });
+                    };
+                    plan.add_change(whole, new);
+                    (whole, offset)
                 }
-            }
+            };
+            plan.add_run(WriteRun {
+                guest,
+                device: Arc::clone(&extent.device),
+                offset,
+            });
             grains = grains.skip(count);
         }
         Ok(())
     }
 
-    /// Takes places for `count` grains.
-    fn take(
-        &mut self,
-        state: &mut State,
-        index: usize,
-        geometry: &Geometry,
-        grains: Range<u64>,
-    ) -> Result<u64> {
-        let (first, count) = (grains.start, grains.end - grains.start);
-        let (image, extents) = (self.image, Arc::clone(&self.extents));
-        for table in first / geometry.entries..=(first + count - 1) / geometry.entries {
-            image.require_table(state, &extents, index, geometry, table * geometry.entries)?;
+    /// Allocates storage in one piece for grains: its offset.
+    fn allocate(&self, state: &mut State, grains: Range<u64>) -> Result<u64> {
+        let (image, extents, index, geometry) = (self.image, self.extents, self.index, &self.geometry);
+        for table in grains.start / geometry.entries..=(grains.end - 1) / geometry.entries {
+            image.require_table(state, extents, index, geometry, table * geometry.entries)?;
         }
-        image.require_whole(state, &extents, index, geometry)?;
+        image.require_whole(state, extents, index, geometry)?;
         let no_room = || Error::from_errno(errno::EFBIG);
         let offset = *state.free.get(index).ok_or_else(no_room)?;
-        let end = count
+        let end = (grains.end - grains.start)
             .checked_mul(geometry.grain)
             .and_then(|len| offset.checked_add(len))
             .filter(|end| u32::try_from(end / SECTOR).is_ok())
             .ok_or_else(no_room)?;
-        image.require_grains(state, &extents, index, geometry, ByteRange::new(offset, end))?;
+        image.require_grains(state, extents, index, geometry, ByteRange::new(offset, end))?;
         if let Some(free) = state.free.get_mut(index) {
             *free = end;
         }
-        self.new.push(NewGrains {
-            extent: index,
-            first,
-            count,
-            offset,
-        });
         Ok(offset)
     }
 }
@@ -170,49 +147,47 @@ fn cover(extents: &[Extent], range: ByteRange) -> Result<ByteRange> {
     ))
 }
 
-impl WritePlan for Plan<'_> {
-    fn runs(&self) -> &[WriteRun] {
-        &self.runs
+impl Allocator for VmdkLayer {
+    type State = State;
+    type Change = NewGrains;
+    const ACCESS: Access = Access::Exclusive;
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.lock()
     }
 
-    fn commit(mut self: Box<Self>) -> Result<()> {
-        let new = std::mem::take(&mut self.new);
-        if new.is_empty() {
-            return Ok(());
-        }
-        let mut state = self.image.lock();
-        for grains in new {
-            let geometry = self.extents.get(grains.extent).and_then(Extent::geometry);
+    fn claims(&self) -> &RangeClaims {
+        &self.claims
+    }
+
+    fn publish(&self, state: &mut State, changes: &mut Vec<NewGrains>) -> Result<()> {
+        let extents = self.extents();
+        // After a failure, tables may lead to any of them.
+        for grains in std::mem::take(changes) {
+            let geometry = extents.get(grains.extent).and_then(Extent::geometry);
             let geometry = geometry.ok_or_else(|| Error::from_errno(errno::EIO))?;
             for nth in 0..grains.count {
                 let sector = (grains.offset + nth * geometry.grain) / SECTOR;
                 let entry = u32::try_from(sector).map_err(|_| Error::from_errno(errno::EFBIG))?;
                 state
                     .tables
-                    .set(&self.extents, grains.extent, &geometry, grains.first + nth, entry)?;
+                    .set(&extents, grains.extent, &geometry, grains.first + nth, entry)?;
             }
         }
         Ok(())
     }
-}
 
-impl Drop for Plan<'_> {
-    fn drop(&mut self) {
-        let mut state = self.image.lock();
-        // What was not written is given back, where nothing came after it.
-        for grains in self.new.iter().rev() {
-            let geometry = self.extents.get(grains.extent).and_then(Extent::geometry);
+    /// Frees what nothing was allocated behind: the rest leaks.
+    fn free(&self, state: &mut State, changes: Vec<NewGrains>) {
+        let extents = self.extents();
+        for grains in changes.iter().rev() {
+            let geometry = extents.get(grains.extent).and_then(Extent::geometry);
             if let (Some(geometry), Some(free)) = (geometry, state.free.get_mut(grains.extent))
                 && grains.offset + grains.count * geometry.grain == *free
             {
                 *free = grains.offset;
             }
         }
-        if let Some(at) = state.in_flight.iter().position(|range| *range == self.cover) {
-            state.in_flight.swap_remove(at);
-        }
-        drop(state);
-        self.image.settled.notify_all();
     }
 }
 
@@ -231,19 +206,22 @@ impl VmdkLayer {
                 return Err(Error::unsupported("No zeroes without writing them"));
             }
         }
-        let (plan, mut state) = Plan::claim(self, range)?;
-        for piece in extent::pieces(&plan.extents, range) {
+        let cover = cover(&extents, range)?;
+        let (_claim, mut state) = self.claims.claim(cover, Access::Exclusive, || self.lock());
+        // The disk may have grown meanwhile.
+        let extents = self.extents();
+        for piece in extent::pieces(&extents, range) {
             let (index, extent, piece) = piece?;
             if let Some(geometry) = extent.geometry() {
                 let grains = Self::grains(extent, &geometry, piece);
                 for table in grains.units(geometry.entries) {
                     let first = table * geometry.entries;
-                    self.require_table(&mut state, &plan.extents, index, &geometry, first)?;
+                    self.require_table(&mut state, &extents, index, &geometry, first)?;
                 }
             }
         }
         self.mark_changed(&mut state)?;
-        for piece in extent::pieces(&plan.extents, range) {
+        for piece in extent::pieces(&extents, range) {
             let (index, extent, piece) = piece?;
             match extent.place {
                 Place::Flat { offset } => {
@@ -253,12 +231,11 @@ impl VmdkLayer {
                 Place::Sparse(geometry) => {
                     let grains = Self::grains(extent, &geometry, piece);
                     for grain in grains.start()..grains.end() {
-                        state.tables.set(&plan.extents, index, &geometry, grain, ZEROED)?;
+                        state.tables.set(&extents, index, &geometry, grain, ZEROED)?;
                     }
                 }
             }
         }
-        drop(state);
         Ok(())
     }
 }

@@ -28,8 +28,7 @@ mod resize;
 mod tests;
 mod write;
 
-use std::collections::HashSet;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use diskimage_core::options::{OptionDef, OptionKind, Options};
 use diskimage_core::{
@@ -43,6 +42,7 @@ use crate::layer_kit::count_used::data_bytes;
 use crate::layer_kit::in_place_write::InPlaceWrite;
 use crate::layer_kit::paged_table::{Entry, PagedTable};
 use crate::layer_kit::preallocation;
+use crate::layer_kit::range_claims::RangeClaims;
 use crate::layer_kit::reserved::{Pieces, Reserved};
 use footer::{BLOCK, DynamicHeader, Footer, HEADER_OFFSET, Kind, SECTOR, SizeBy};
 
@@ -111,9 +111,8 @@ impl Format for Vpc {
                 size,
                 blocks,
                 reserved,
-                in_flight: HashSet::new(),
             }),
-            settled: Condvar::new(),
+            claims: RangeClaims::default(),
             file: request.file,
             budget: request.budget,
         }))
@@ -228,8 +227,8 @@ struct VpcLayer {
     /// Bytes of a block of dynamic disks.
     granularity: Option<u64>,
     state: Mutex<State>,
-    /// Woken when blocks leave [`State::in_flight`].
-    settled: Condvar,
+    /// Blocks that are being written, exclusive where they have no storage yet.
+    claims: RangeClaims,
     budget: Budget,
 }
 
@@ -243,8 +242,6 @@ struct State {
     blocks: Option<Blocks>,
     /// What is in the file of a fixed disk besides the disk.
     reserved: Reserved,
-    /// Those that are being written for the first time.
-    in_flight: HashSet<u64>,
 }
 
 /// The blocks of a dynamic disk.
@@ -416,7 +413,8 @@ impl Layer for VpcLayer {
     }
 
     fn write_zeroes(&self, range: ByteRange, mode: ZeroMode) -> Result<()> {
-        for bytes in self.stored(range)? {
+        let (_claim, stored) = self.stored(range)?;
+        for bytes in stored {
             self.file.write_zeroes(bytes, mode)?;
         }
         Ok(())

@@ -1,31 +1,33 @@
 //! Writing to dynamic disks: blocks get their place when they are written for the first time.
 
-use std::collections::HashSet;
-use std::sync::{Arc, Condvar, MutexGuard};
+use std::sync::{Arc, MutexGuard};
 
 use diskimage_core::{Budget, ByteRange, Device, Error, Layer, Result, WritePlan, WriteRun, ZeroMode, errno};
 
 use super::footer::SECTOR;
 use super::{Blocks, State, VpcLayer, fill, place};
-use crate::layer_kit::allocate_on_write::{self, AllocateOnWrite};
+use crate::layer_kit::allocating_plan::{AllocatingPlan, Allocator, publish_each};
+use crate::layer_kit::range_claims::{Access, Claim, RangeClaims};
 use crate::layer_kit::reserved::Pieces;
 
 impl VpcLayer {
     /// Sets aside where `range` goes. What else is in new blocks is made zero here, so that the caller need not: blocks of
     /// foreign disks can be large.
     pub(super) fn plan(&self, range: ByteRange) -> Result<Box<dyn WritePlan + '_>> {
-        allocate_on_write::plan(self, range.units(self.granularity()), |state, plan| {
+        let cover = range.align_out(self.granularity());
+        let plan = AllocatingPlan::new(self, cover, |state, plan| {
             let Some(blocks) = &mut state.blocks else {
                 return Ok(());
             };
             let (unit, bitmap) = (blocks.header.block(), blocks.header.bitmap());
             for block in range.units(unit) {
-                let guest = ByteRange::at(block * unit, unit).intersect(range);
+                let whole = ByteRange::at(block * unit, unit);
+                let guest = whole.intersect(range);
                 let host = match blocks.host_to_change(block, &self.budget)? {
                     Some(host) => host,
                     None => {
                         let place = blocks.take_place()?;
-                        plan.add_block(&mut state.in_flight, block, place);
+                        plan.add_change(whole, (block, place));
                         let there = ByteRange::at(place + bitmap, unit);
                         let there = there.intersect(ByteRange::new(0, self.file.len()));
                         if !there.is_empty() {
@@ -41,16 +43,18 @@ impl VpcLayer {
                 });
             }
             Ok(())
-        })
+        })?;
+        Ok(Box::new(plan))
     }
 
-    /// Where `range` is stored in the file.
-    pub(super) fn stored(&self, range: ByteRange) -> Result<Vec<ByteRange>> {
-        let mut state = self.wait_until_idle(range.units(self.granularity()));
+    /// Where `range` is stored in the file, and a claim on it.
+    pub(super) fn stored(&self, range: ByteRange) -> Result<(Claim<'_>, Vec<ByteRange>)> {
+        let cover = range.align_out(self.granularity());
+        let (claim, mut state) = self.claims.claim(cover, Access::Shared, || self.lock());
         let State { blocks, reserved, .. } = &mut *state;
         let Some(blocks) = blocks else {
             reserved.require_outside("range", range)?;
-            return Ok(vec![range]);
+            return Ok((claim, vec![range]));
         };
         let unit = blocks.header.block();
         let mut stored = Vec::new();
@@ -60,7 +64,7 @@ impl VpcLayer {
                 stored.push(ByteRange::at(host + guest.start() % unit, guest.len()));
             }
         }
-        Ok(stored)
+        Ok((claim, stored))
     }
 }
 
@@ -130,27 +134,25 @@ impl Blocks {
     }
 }
 
-impl AllocateOnWrite for VpcLayer {
+impl Allocator for VpcLayer {
     type State = State;
-    type Place = u64;
+    /// A block of the disk, and where the place allocated for it starts.
+    type Change = (u64, u64);
+    const ACCESS: Access = Access::Shared;
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.lock()
     }
 
-    fn settled(&self) -> &Condvar {
-        &self.settled
+    fn claims(&self) -> &RangeClaims {
+        &self.claims
     }
 
-    fn in_flight(state: &mut State) -> &mut HashSet<u64> {
-        &mut state.in_flight
-    }
-
-    fn enter(&self, state: &mut State, block: u64, place: u64) -> Result<()> {
-        match &mut state.blocks {
+    fn publish(&self, state: &mut State, changes: &mut Vec<Self::Change>) -> Result<()> {
+        publish_each(changes, |(block, place)| match &mut state.blocks {
             Some(blocks) => blocks.enter(block, place, &*self.file),
             None => Ok(()),
-        }
+        })
     }
 
     fn write_back_if_needed(&self, state: &mut State) -> Result<()> {
@@ -160,9 +162,9 @@ impl AllocateOnWrite for VpcLayer {
         }
     }
 
-    fn give_back(state: &mut State, place: u64) {
+    fn free(&self, state: &mut State, changes: Vec<Self::Change>) {
         if let Some(blocks) = &mut state.blocks {
-            blocks.free.push(place);
+            blocks.free.extend(changes.into_iter().map(|(_, place)| place));
         }
     }
 }

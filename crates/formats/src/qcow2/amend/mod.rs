@@ -8,7 +8,7 @@ mod zero;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Condvar, Mutex, OnceLock};
+use std::sync::{Mutex, OnceLock};
 
 use diskimage_core::options::{OptionDef, OptionKind, Options};
 use diskimage_core::{AmendRequest, Error, Layer, Preallocation, Progress, ResizeRequest, Result, ResultExt};
@@ -18,6 +18,7 @@ use super::encrypt::Encrypted;
 use super::feature::{Autoclear, Compatible, Incompatible};
 use super::header::{Header, field};
 use super::{Qcow2, State, read_header};
+use crate::layer_kit::range_claims::RangeClaims;
 use crate::luks::amend::SlotChange;
 use crate::luks::volume::Volume;
 
@@ -295,7 +296,7 @@ impl Qcow2 {
             overlap_checks: self.overlap_checks,
             notes: Vec::new(),
             state: Mutex::new(state),
-            settled: Condvar::new(),
+            claims: RangeClaims::default(),
         };
         image.begin_writing(false)?;
         Ok(Arc::new(image))

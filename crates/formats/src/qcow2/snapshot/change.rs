@@ -13,7 +13,7 @@
 //! room for the copies, it happens in place (`in_place`), in an order in which whatever can be reached is counted at any
 //! moment; a crash may then leave flags off that could be on, too, which costs copies and nothing else.
 
-use std::sync::{MutexGuard, PoisonError};
+use std::sync::MutexGuard;
 
 use diskimage_core::{
     ByteRange, Error, ErrorKind, NewSnapshot, Result, ResultExt, SnapshotInfo, Snapshots, errno,
@@ -128,10 +128,7 @@ impl Qcow2 {
             return Err(Error::read_only());
         }
         self.check_support()?;
-        let mut state = self.lock();
-        while !state.in_flight.is_empty() {
-            state = self.settled.wait(state).unwrap_or_else(PoisonError::into_inner);
-        }
+        let mut state = self.claims.wait_idle(|| self.lock());
         self.write_back(&mut state)?;
         state.tables.sync()?;
         state.tables.clear()?;

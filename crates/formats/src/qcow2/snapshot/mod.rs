@@ -10,7 +10,7 @@ mod change;
 mod in_place;
 
 use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, Condvar, Mutex, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use diskimage_core::{Error, ErrorKind, Result, SnapshotInfo, errno};
 use zerocopy::byteorder::big_endian::{U16, U32, U64};
@@ -20,6 +20,7 @@ use super::corruption::Corruption;
 use super::header::limit;
 use super::{Qcow2, State};
 use crate::layer_kit::metadata_cache::{Table, WriteOrder};
+use crate::layer_kit::range_claims::RangeClaims;
 
 /// The fixed part of an entry of the snapshot table.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
@@ -216,7 +217,7 @@ impl Qcow2 {
             overlap_checks: self.overlap_checks,
             notes: Vec::new(),
             state: Mutex::new(state),
-            settled: Condvar::new(),
+            claims: RangeClaims::default(),
         }))
     }
 }
