@@ -15,11 +15,12 @@ use zerocopy::IntoBytes;
 use zerocopy::byteorder::big_endian::{U32, U64};
 
 use super::encrypt::Encryption;
-use super::feature::{Autoclear, Compatible, Incompatible};
+use super::header::extension;
+use super::header::feature::{Autoclear, Compatible, Incompatible};
 use super::header::{Compression, HEADER_LEN, MAGIC, RawHeader, limit};
 use super::options::{Wanted, Wording};
 use super::refcount::block;
-use super::{Qcow2, data_permissions, extension};
+use super::{Qcow2, data_permissions};
 use crate::encryption::legacy_aes;
 
 /// Writes a new image to `request.file`.

@@ -20,8 +20,8 @@ use zerocopy::IntoBytes;
 use zerocopy::byteorder::big_endian::U64;
 
 use super::Qcow2;
-use super::extension::{CryptoExtension, kind};
-use super::first_cluster::FirstCluster;
+use super::header::extension::{CryptoExtension, kind};
+use super::header::rewrite::FirstCluster;
 use super::header::{CryptMethod, Header};
 use crate::encryption::encrypted_device::EncryptedDevice;
 use crate::encryption::legacy_aes::{
@@ -198,6 +198,6 @@ impl Qcow2 {
     pub(super) fn has_tables(&self) -> bool {
         let mut state = self.lock();
         let l1 = state.l1;
-        l1.len > 0 && state.tables.number(l1, 0).is_ok_and(|entry| entry != 0)
+        l1.len > 0 && state.metadata.cache.number(l1, 0).is_ok_and(|entry| entry != 0)
     }
 }

@@ -4,8 +4,8 @@ use diskimage_core::{Detail, Info, Result};
 
 use super::Qcow2;
 use super::encrypt::Encrypted;
-use super::feature::{Autoclear, Incompatible};
 use super::header::CryptMethod;
+use super::header::feature::{Autoclear, Incompatible};
 
 impl Qcow2 {
     /// The facts that `info` prints, in its order.

@@ -10,35 +10,28 @@
 //! The format is specified in QEMU's interoperability document "qcow2". One file here is one structure of it or one
 //! thing done to an image:
 //!
-//! * `header`, `feature`, `extension`, `entry`, `refcount`: structures, as bytes and as types;
-//! * `map`, `write`, `compress`: guest bytes to host bytes, and new places for them;
+//! * `header` (with features, extensions and how it is rewritten), `entry`, `refcount`: structures, as bytes and as types;
+//! * `metadata`: the cache of tables and the refcounts of an open image; `protection`: keeps writes off metadata;
+//! * `map`, `write`, `compress`: guest bytes to host bytes, and allocation for them;
 //! * `create`, `resize`, `measure`, `check`, `snapshot`, `bitmap`, `info`: operations.
 
 mod amend;
 mod bitmap;
 mod check;
 mod compress;
-mod corruption;
-mod counts;
 mod create;
-mod cut_off;
 mod encrypt;
 mod entry;
-mod extension;
-mod feature;
-mod first_cluster;
 mod header;
 mod info;
 mod map;
 mod measure;
+mod metadata;
 mod options;
 mod protection;
-mod publish;
 mod refcount;
 mod resize;
-mod runtime;
 mod snapshot;
-mod tree;
 mod write;
 
 #[cfg(test)]
@@ -55,13 +48,13 @@ use diskimage_core::{
     Snapshots, WritePlan, ZeroMode,
 };
 
-use self::corruption::Corruption;
 use self::encrypt::Encrypted;
-use self::feature::{Autoclear, Compatible, Incompatible};
+use self::header::feature::{Autoclear, Compatible, Incompatible};
 use self::header::{Header, field};
-use self::refcount::Refcounts;
+use self::metadata::Metadata;
+use self::protection::corruption::Corruption;
 use self::snapshot::SnapshotTable;
-use crate::layer_kit::metadata_cache::{MetadataCache, Table, WriteOrder};
+use crate::layer_kit::metadata_cache::{Table, WriteOrder};
 use crate::layer_kit::metadata_guard::Kinds;
 use crate::layer_kit::range_claims::RangeClaims;
 use crate::layer_kit::repair_on_open;
@@ -161,11 +154,20 @@ pub(crate) struct Qcow2 {
     claims: RangeClaims,
 }
 
+/// What an image is made of when it is opened.
+struct Parts {
+    header: Header,
+    file: Arc<dyn Device>,
+    data: Arc<dyn Device>,
+    encrypted: Option<Encrypted>,
+    budget: Budget,
+    overlap_checks: Kinds,
+}
+
 /// What changes while an image is open.
 #[derive(Debug)]
 pub(crate) struct State {
-    tables: MetadataCache,
-    refcounts: Refcounts,
+    metadata: Metadata,
     size: u64,
     l1: Table,
     snapshots: SnapshotTable,
@@ -187,8 +189,7 @@ impl State {
     /// What is known from the header alone.
     fn new(header: &Header, file: &Arc<dyn Device>, data: &Arc<dyn Device>) -> Self {
         Self {
-            tables: MetadataCache::new(Arc::clone(file), Arc::clone(data)),
-            refcounts: Refcounts::new(header, file.len()),
+            metadata: Metadata::new(header, file, data),
             size: header.size,
             l1: Table {
                 class: WriteOrder::L1,
@@ -201,21 +202,11 @@ impl State {
             },
             freed: Vec::new(),
             punch: false,
-            copied_from: tree::COPIED_FROM,
+            copied_from: refcount::recount::COPIED_FROM,
             padding: false,
             appended: 0,
             bitmaps: bitmap::Tracker::new(header),
         }
-    }
-}
-
-impl State {
-    /// Gives back a new table that nothing refers to.
-    fn take_back(&mut self, table: Table) {
-        self.tables.forget(table);
-        // What cannot be counted down leaks, which harms nothing.
-        let released = self.refcounts.release(&mut self.tables, table.offset, table.len);
-        let _ = released.and_then(|()| self.tables.write_back());
     }
 }
 
@@ -229,7 +220,7 @@ impl Qcow2 {
     /// What is wrong with the header, and a data file that cannot be had.
     pub(crate) fn open(mut request: OpenRequest<'_>) -> Result<Arc<Self>> {
         let header = read_header(&request.file, request.for_check)?;
-        let overlap_checks = runtime::parse(request.options, header.geometry)?;
+        let overlap_checks = protection::overlap_check::parse(request.options, header.geometry)?;
         if header.features.incompatible.has(Incompatible::CORRUPT) && request.write && !request.for_check {
             return Err(Error::new(
                 ErrorKind::Corrupt,
@@ -241,27 +232,50 @@ impl Qcow2 {
             Some(data) => data,
             None => Arc::clone(&request.file),
         };
-        let state = State::new(&header, &request.file, &data);
-        let marks = request.write && !request.for_check;
-        let corruption = Arc::new(Corruption::new(&header, &request.file, marks));
-        let mut layer = Self {
+        let parts = Parts {
             header,
             file: request.file,
             data,
             encrypted,
-            write: AtomicBool::new(request.write),
             budget: request.budget,
-            sparse: OnceLock::new(),
-            corruption,
             overlap_checks,
-            notes: Vec::new(),
-            state: Mutex::new(state),
-            claims: RangeClaims::default(),
         };
+        let mut layer = Self::assemble(parts, request.write, request.write && !request.for_check);
         if layer.may_write() {
             layer.begin_writing(request.for_check)?;
         }
         Ok(Arc::new(layer))
+    }
+
+    /// The image of `parts`, of which nothing is read yet. `write` says whether it may be changed, `mark_damage` whether
+    /// damage that a request meets sets the corrupt bit.
+    fn assemble(parts: Parts, write: bool, mark_damage: bool) -> Self {
+        Self {
+            state: Mutex::new(State::new(&parts.header, &parts.file, &parts.data)),
+            corruption: Arc::new(Corruption::new(&parts.header, &parts.file, mark_damage)),
+            header: parts.header,
+            file: parts.file,
+            data: parts.data,
+            encrypted: parts.encrypted,
+            write: AtomicBool::new(write),
+            budget: parts.budget,
+            sparse: OnceLock::new(),
+            overlap_checks: parts.overlap_checks,
+            notes: Vec::new(),
+            claims: RangeClaims::default(),
+        }
+    }
+
+    /// What another image of the same files is made of: one with this `header`.
+    fn parts(&self, header: Header) -> Parts {
+        Parts {
+            header,
+            file: Arc::clone(&self.file),
+            data: Arc::clone(&self.data),
+            encrypted: self.encrypted.clone(),
+            budget: self.budget.clone(),
+            overlap_checks: self.overlap_checks,
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -316,19 +330,17 @@ impl Qcow2 {
 
     /// Writes tables back and counts down what has been given up.
     fn write_back(&self, state: &mut State) -> Result<()> {
-        state.tables.write_back()?;
+        state.metadata.cache.write_back()?;
         if !state.freed.is_empty() {
             if state.punch {
                 self.count_uses(state)?;
             }
-            state.tables.sync()?;
+            state.metadata.cache.sync()?;
             let mut freed = std::mem::take(&mut state.freed);
             for range in &freed {
-                state
-                    .refcounts
-                    .release(&mut state.tables, range.start(), range.len())?;
+                state.metadata.release(range.start(), range.len())?;
             }
-            state.tables.write_back()?;
+            state.metadata.cache.write_back()?;
             if state.punch {
                 freed.sort_unstable_by_key(|range| range.start());
                 self.punch_holes(state, &freed)?;
@@ -345,7 +357,7 @@ impl Qcow2 {
             .iter()
             .flat_map(|range| range.start() / size..range.end() / size)
         {
-            if state.refcounts.count(&mut state.tables, cluster)? > 0 {
+            if state.metadata.count(cluster)? > 0 {
                 continue;
             }
             if hole.end() != cluster * size {
@@ -361,7 +373,7 @@ impl Qcow2 {
     /// other metadata as well, in a damaged image, stay counted.
     fn free_later(&self, state: &mut State, offset: u64, len: u64, own: Kinds) -> Result<()> {
         let range = ByteRange::at(offset, len);
-        if state.tables.is_guarded(range, own) {
+        if state.metadata.cache.is_guarded(range, own) {
             return Ok(());
         }
         state.freed.push(range);
@@ -396,8 +408,8 @@ impl Layer for Qcow2 {
 
     fn map(&self, range: ByteRange) -> Result<Run> {
         let mut state = self.lock();
-        let State { tables, l1, .. } = &mut *state;
-        self.map_in(tables, *l1, range)
+        let l1 = state.l1;
+        self.map_in(&mut state.metadata.cache, l1, range)
     }
 
     fn needs_whole_file(&self) -> bool {
@@ -499,7 +511,7 @@ impl Layer for Qcow2 {
         }
         self.write_back(&mut state)?;
         self.file.event(Event::FLUSH_TO_DISK);
-        state.tables.sync()?;
+        state.metadata.cache.sync()?;
         self.store_bitmaps(&mut state)?;
         self.corruption.set_incompatible(Incompatible::DIRTY, false)
     }

@@ -148,9 +148,9 @@ impl Qcow2 {
     fn set_size(&self, len: u64) -> Result<()> {
         let mut state = self.lock();
         self.write_back(&mut state)?;
-        state.tables.sync()?;
+        state.metadata.cache.sync()?;
         self.file.write_at(&len.to_be_bytes(), field::SIZE)?;
-        state.tables.sync()?;
+        state.metadata.cache.sync()?;
         state.size = len;
         Ok(())
     }
@@ -170,7 +170,7 @@ impl Qcow2 {
             len: entries * 8,
         };
         if let Err(error) = self.write_grown_l1(state, old, table) {
-            state.take_back(table);
+            state.metadata.release_new_table(table);
             return Err(error);
         }
         let mut location = [0; 12];
@@ -180,9 +180,9 @@ impl Qcow2 {
         self.file.write_at(&location, field::L1_SIZE)?;
         // From here on it is the new table that a reader finds.
         state.l1 = table;
-        state.tables.sync()?;
+        state.metadata.cache.sync()?;
         if old.len > 0 {
-            state.tables.forget(old);
+            state.metadata.cache.forget(old);
             self.free_later(state, old.offset, old.len, WriteOrder::L1.kinds())?;
         }
         Ok(())
@@ -190,16 +190,16 @@ impl Qcow2 {
 
     /// Writes the L1 table `table`, which begins as `old`.
     fn write_grown_l1(&self, state: &mut State, old: Table, table: Table) -> Result<()> {
-        state.tables.fresh(table)?;
+        state.metadata.cache.fresh(table)?;
         for at in (0..old.len).step_by(8) {
-            let entry = state.tables.number(old, at)?;
+            let entry = state.metadata.cache.number(old, at)?;
             if entry != 0 {
-                state.tables.set_number(table, at, entry)?;
+                state.metadata.cache.set_number(table, at, entry)?;
             }
         }
         self.file.event(Event::L1_GROW_WRITE_TABLE);
-        state.tables.write_back()?;
-        state.tables.sync()
+        state.metadata.cache.write_back()?;
+        state.metadata.cache.sync()
     }
 
     /// Makes the disk smaller, then gives up clusters and tables beyond the new end, and cuts the file behind the last
@@ -242,8 +242,8 @@ impl Qcow2 {
 
     fn is_unallocated(&self, range: ByteRange) -> Result<bool> {
         let mut state = self.lock();
-        let State { tables, l1, .. } = &mut *state;
-        let run = self.map_in(tables, *l1, range)?;
+        let l1 = state.l1;
+        let run = self.map_in(&mut state.metadata.cache, l1, range)?;
         Ok(run.len == range.len() && matches!(run.kind, RunKind::Unallocated { host: None }))
     }
 
@@ -253,7 +253,7 @@ impl Qcow2 {
         let outcome = work().and_then(|()| {
             let mut state = self.lock();
             self.write_back(&mut state)?;
-            state.tables.sync()
+            state.metadata.cache.sync()
         });
         self.lock().punch = false;
         outcome
@@ -275,8 +275,8 @@ impl Qcow2 {
         for index in entries {
             let l1 = state.l1;
             let guest = index * self.header.geometry.l2_coverage();
-            if let Some(l2) = self.l2_table(&mut state.tables, l1, guest)? {
-                state.tables.set_number(l1, index * 8, 0)?;
+            if let Some(l2) = self.l2_table(&mut state.metadata.cache, l1, guest)? {
+                state.metadata.cache.set_number(l1, index * 8, 0)?;
                 self.free_later(&mut state, l2.offset, l2.len, WriteOrder::L2.kinds())?;
             }
         }
@@ -301,17 +301,15 @@ impl Qcow2 {
     fn cut_file(&self) -> Result<()> {
         let mut state = self.lock();
         let bits = self.header.geometry.cluster_bits;
-        let State {
-            tables, refcounts, ..
-        } = &mut *state;
-        refcounts
-            .drop_empty_blocks(tables)
+        let metadata = &mut state.metadata;
+        metadata
+            .drop_empty_blocks()
             .context(|| "Failed to discard unused refblocks")?;
         let mut end = self.file.len().div_ceil(1 << bits);
         // In a damaged image a count of zero need not be true.
         while end > 0
-            && refcounts.count(tables, end - 1)? == 0
-            && refcounts.uses_of(end - 1).is_none_or(|uses| uses == 0)
+            && metadata.count(end - 1)? == 0
+            && metadata.refcounts.uses_of(end - 1).is_none_or(|uses| uses == 0)
         {
             end -= 1;
         }

@@ -11,8 +11,8 @@ use diskimage_core::{
 };
 
 use super::entry::{COPIED, Cluster, L2Entry, Subclusters};
-use super::feature::Autoclear;
 use super::header::Geometry;
+use super::header::feature::Autoclear;
 use super::{Qcow2, State, WriteOrder};
 use crate::layer_kit::allocating_plan::{AllocatingPlan, Allocator};
 use crate::layer_kit::metadata_cache::Table;
@@ -58,7 +58,7 @@ impl Allocator for Qcow2 {
 
     fn publish(&self, state: &mut State, changes: &mut Vec<Change>) -> Result<()> {
         while let Some(&change) = changes.last() {
-            self.write_entry(&mut state.tables, change.l2, change.index, change.new)?;
+            self.write_entry(&mut state.metadata.cache, change.l2, change.index, change.new)?;
             changes.pop();
             if change.took_cluster() {
                 self.give_up(state, change.old)?;
@@ -94,7 +94,9 @@ impl Draft<'_, '_> {
             let stop = table_end.min(cover.end());
             while at < stop {
                 let index = (at % geometry.l2_coverage()) >> geometry.cluster_bits;
-                let old = self.image.read_entry_to_write(&mut state.tables, l2, index, at)?;
+                let old = self
+                    .image
+                    .read_entry_to_write(&mut state.metadata.cache, l2, index, at)?;
                 if let Some(offset) = self.image.writable_in_place(state, old)? {
                     self.add_in_place(l2, index, at, old, offset);
                     at += size;
@@ -106,7 +108,7 @@ impl Draft<'_, '_> {
                     let guest = at + (next - index) * size;
                     let entry = self
                         .image
-                        .read_entry_to_write(&mut state.tables, l2, next, guest)?;
+                        .read_entry_to_write(&mut state.metadata.cache, l2, next, guest)?;
                     if self.image.writable_in_place(state, entry)?.is_some() {
                         break;
                     }
@@ -231,9 +233,7 @@ impl Qcow2 {
     /// Gives back clusters that were taken but that nothing refers to.
     fn give_back(&self, state: &mut State, entry: L2Entry) -> Result<()> {
         match entry.host_clusters(self.header.geometry) {
-            Some((offset, len)) if !self.has_data_file() => {
-                state.refcounts.release(&mut state.tables, offset, len)
-            }
+            Some((offset, len)) if !self.has_data_file() => state.metadata.release(offset, len),
             _ => Ok(()),
         }
     }
@@ -249,8 +249,8 @@ impl Qcow2 {
     /// The L2 table for guest offset `guest`: made if there is none, copied if a snapshot uses it too.
     pub(super) fn ensure_l2(&self, state: &mut State, guest: u64) -> Result<Table> {
         let at = guest / self.header.geometry.l2_coverage() * 8;
-        let entry = state.tables.number(state.l1, at)?;
-        let shared = self.l2_table(&mut state.tables, state.l1, guest)?;
+        let entry = state.metadata.cache.number(state.l1, at)?;
+        let shared = self.l2_table(&mut state.metadata.cache, state.l1, guest)?;
         if let Some(table) = shared {
             self.count_before_write(state)?;
             if entry & COPIED != 0 && self.is_used_once(state, table.offset) {
@@ -264,16 +264,16 @@ impl Qcow2 {
             offset,
             len,
         };
-        state.tables.fresh(table)?;
+        state.metadata.cache.fresh(table)?;
         if let Some(old) = shared {
             let mut at = 0;
             while at < len {
-                let piece = state.tables.bytes(old, at)?.to_vec();
-                state.tables.bytes_mut(table, at)?.copy_from_slice(&piece);
+                let piece = state.metadata.cache.bytes(old, at)?.to_vec();
+                state.metadata.cache.bytes_mut(table, at)?.copy_from_slice(&piece);
                 at += piece.len() as u64;
             }
         }
-        state.tables.set_number(state.l1, at, offset | COPIED)?;
+        state.metadata.cache.set_number(state.l1, at, offset | COPIED)?;
         if let Some(old) = shared {
             self.free_later(state, old.offset, old.len, WriteOrder::L2.kinds())?;
         }
@@ -289,7 +289,7 @@ impl Qcow2 {
             Cluster::Host(offset) if entry.copied && self.has_data_file() => Ok(Some(offset)),
             Cluster::Host(offset) if entry.copied => {
                 let cluster = ByteRange::at(offset, self.header.geometry.cluster_size());
-                state.tables.admit(cluster, Kinds::NONE)?;
+                state.metadata.cache.admit(cluster, Kinds::NONE)?;
                 Ok(self.is_used_once(state, offset).then_some(offset))
             }
             _ => Ok(None),
@@ -314,11 +314,8 @@ impl Qcow2 {
             let l2 = self.ensure_l2(state, guest)?;
             let index = (guest % geometry.l2_coverage()) >> geometry.cluster_bits;
             self.count_before_allocating(state, 1)?;
-            let State {
-                tables, refcounts, ..
-            } = state;
-            let old = self.read_entry(tables, l2, index)?;
-            offset = refcounts.allocate_bytes(tables, len)?;
+            let old = self.read_entry(&mut state.metadata.cache, l2, index)?;
+            offset = state.metadata.allocate_bytes(len)?;
             let kind = Cluster::Compressed { offset, stored: len };
             let new = L2Entry {
                 kind,
@@ -480,16 +477,18 @@ impl Qcow2 {
             let part = ByteRange::new(rest.start(), table_end.min(rest.end()));
             rest = rest.skip(part.len());
             let l1 = state.l1;
-            let missing = self.l2_table(&mut state.tables, l1, part.start())?.is_none();
+            let missing = self
+                .l2_table(&mut state.metadata.cache, l1, part.start())?
+                .is_none();
             if missing && change(L2Entry::UNALLOCATED).is_none_or(|new| new == L2Entry::UNALLOCATED) {
                 continue;
             }
             let l2 = self.ensure_l2(&mut state, part.start())?;
             let first = (part.start() % geometry.l2_coverage()) >> geometry.cluster_bits;
             for index in first..first + (part.len() >> geometry.cluster_bits) {
-                let old = self.read_entry(&mut state.tables, l2, index)?;
+                let old = self.read_entry(&mut state.metadata.cache, l2, index)?;
                 if let Some(new) = change(old).filter(|new| *new != old) {
-                    self.write_entry(&mut state.tables, l2, index, new)?;
+                    self.write_entry(&mut state.metadata.cache, l2, index, new)?;
                     if new.kind != old.kind {
                         self.give_up(&mut state, old)?;
                     }

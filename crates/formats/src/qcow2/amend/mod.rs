@@ -7,18 +7,16 @@ mod version;
 mod zero;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, OnceLock};
+use std::sync::atomic::Ordering;
 
 use diskimage_core::options::{OptionDef, OptionKind, Options};
 use diskimage_core::{AmendRequest, Error, Layer, Preallocation, Progress, ResizeRequest, Result, ResultExt};
 
-use super::corruption::Corruption;
 use super::encrypt::Encrypted;
-use super::feature::{Autoclear, Compatible, Incompatible};
+use super::header::feature::{Autoclear, Compatible, Incompatible};
 use super::header::{Header, field};
-use super::{Qcow2, State, read_header};
-use crate::layer_kit::range_claims::RangeClaims;
+use super::metadata::Metadata;
+use super::{Qcow2, read_header};
 use crate::luks::amend::SlotChange;
 use crate::luks::volume::Volume;
 
@@ -282,34 +280,17 @@ impl Qcow2 {
     /// The image as its header says it is now.
     fn reopen(&self) -> Result<Arc<Self>> {
         let header = read_header(&self.file, false)?;
-        let state = State::new(&header, &self.file, &self.data);
-        let corruption = Arc::new(Corruption::new(&header, &self.file, true));
-        let mut image = Self {
-            header,
-            file: Arc::clone(&self.file),
-            data: Arc::clone(&self.data),
-            encrypted: self.encrypted.clone(),
-            write: AtomicBool::new(true),
-            budget: self.budget.clone(),
-            sparse: OnceLock::new(),
-            corruption,
-            overlap_checks: self.overlap_checks,
-            notes: Vec::new(),
-            state: Mutex::new(state),
-            claims: RangeClaims::default(),
-        };
+        let mut image = Self::assemble(self.parts(header), true, true);
         image.begin_writing(false)?;
         Ok(Arc::new(image))
     }
 
     fn change_width(&self, order: u32, report: &dyn Fn(u64, u64)) -> Result<()> {
         let mut state = self.lock();
-        let State {
-            tables, refcounts, ..
-        } = &mut *state;
-        tables.clear()?;
+        let Metadata { cache, refcounts } = &mut state.metadata;
+        cache.clear()?;
         let len = self.file.len();
-        let rewritten = refcounts.rewrite(tables, &*self.file, order, report);
+        let rewritten = refcounts.rewrite(cache, &*self.file, order, report);
         if rewritten.is_err() {
             // Nothing leads there. What cannot be cut off is not in use.
             let _ = self.file.resize(len, Preallocation::Off);
@@ -323,14 +304,9 @@ impl Qcow2 {
         })?;
         let image = self.reopen()?;
         let mut now = image.lock();
-        let State {
-            tables,
-            refcounts: counts,
-            ..
-        } = &mut *now;
-        counts.give_up(tables, refcounts)?;
-        tables.write_back()?;
-        tables.sync()
+        now.metadata.release_structure(refcounts)?;
+        now.metadata.cache.write_back()?;
+        now.metadata.cache.sync()
     }
 
     fn change_features(&self, changes: &Changes) -> Result<()> {

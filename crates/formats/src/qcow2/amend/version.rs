@@ -2,10 +2,10 @@
 
 use diskimage_core::Result;
 
-use super::super::Qcow2;
-use super::super::create::MIN_CLUSTER_FOR_NAMES;
-use super::super::extension::kind;
-use super::super::first_cluster::FirstCluster;
+use crate::qcow2::Qcow2;
+use crate::qcow2::create::MIN_CLUSTER_FOR_NAMES;
+use crate::qcow2::header::extension::kind;
+use crate::qcow2::header::rewrite::FirstCluster;
 
 impl Qcow2 {
     /// Makes the image one of `version`, with the features that all images of it have.

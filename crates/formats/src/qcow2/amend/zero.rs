@@ -2,12 +2,12 @@
 
 use diskimage_core::{ByteRange, Result, ZeroMode};
 
-use super::super::entry::{Cluster, L2Entry, OFFSET_MASK, Subclusters};
-use super::super::refcount::Change;
-use super::super::write::write_zero_bytes;
-use super::super::{Qcow2, State};
 use crate::layer_kit::metadata_cache::Table;
 use crate::layer_kit::metadata_guard::Kinds;
+use crate::qcow2::entry::{Cluster, L2Entry, OFFSET_MASK, Subclusters};
+use crate::qcow2::refcount::Change;
+use crate::qcow2::write::write_zero_bytes;
+use crate::qcow2::{Qcow2, State};
 
 impl Qcow2 {
     /// Replaces the zero clusters of the disk and of all snapshots.
@@ -22,7 +22,7 @@ impl Qcow2 {
         let mut done = 0;
         for l1 in trees {
             for index in 0..l1.len / 8 {
-                let entry = state.tables.number(l1, index * 8)?;
+                let entry = state.metadata.cache.number(l1, index * 8)?;
                 if let Some(l2) = self.l2_at(entry & OFFSET_MASK, index)? {
                     let guest = index * self.header.geometry.l2_coverage();
                     self.expand_table(&mut state, l2, guest)?;
@@ -32,7 +32,7 @@ impl Qcow2 {
             }
         }
         self.write_back(&mut state)?;
-        state.tables.sync()
+        state.metadata.cache.sync()
     }
 
     /// Replaces those of one L2 table, whose first cluster is at `guest` of the disk.
@@ -40,7 +40,7 @@ impl Qcow2 {
         let geometry = self.header.geometry;
         let mut users = None;
         for index in 0..geometry.l2_entries() {
-            let old = self.read_entry(&mut state.tables, l2, index)?;
+            let old = self.read_entry(&mut state.metadata.cache, l2, index)?;
             if old.sub != Subclusters::ZERO {
                 continue;
             }
@@ -50,7 +50,7 @@ impl Qcow2 {
             };
             let cluster = guest + index * geometry.cluster_size();
             let new = self.without_zero(state, old, users, cluster)?;
-            self.write_entry(&mut state.tables, l2, index, new)?;
+            self.write_entry(&mut state.metadata.cache, l2, index, new)?;
             if new.kind != old.kind
                 && let Some((offset, len)) = old.host_clusters(geometry)
             {
@@ -76,18 +76,18 @@ impl Qcow2 {
         }
         let offset = match own {
             Some(offset) => {
-                state.tables.admit(ByteRange::at(offset, size), Kinds::NONE)?;
+                state
+                    .metadata
+                    .cache
+                    .admit(ByteRange::at(offset, size), Kinds::NONE)?;
                 write_zero_bytes(&*self.data_at(guest, offset), ByteRange::at(offset, size))?;
                 offset
             }
             None => {
                 let offset = self.allocate(state, 1, None)?;
-                let State {
-                    tables, refcounts, ..
-                } = &mut *state;
                 for _ in 1..users {
                     let cluster = offset / size;
-                    refcounts.change_run(tables, cluster, 1, Change::Up, |_| ())?;
+                    state.metadata.change_run(cluster, 1, Change::Up, |_| ())?;
                 }
                 self.data_at(guest, offset)
                     .write_zeroes(ByteRange::at(offset, size), ZeroMode::KeepAllocated)?;
@@ -101,9 +101,6 @@ impl Qcow2 {
     }
 
     fn count_at(&self, state: &mut State, offset: u64) -> Result<u64> {
-        let State {
-            tables, refcounts, ..
-        } = &mut *state;
-        refcounts.count(tables, offset >> self.header.geometry.cluster_bits)
+        state.metadata.count(offset >> self.header.geometry.cluster_bits)
     }
 }

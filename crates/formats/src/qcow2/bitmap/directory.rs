@@ -11,27 +11,27 @@ use diskimage_core::{Budget, ByteRange, Device, Error, ErrorKind, Reservation, R
 use zerocopy::byteorder::big_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use super::super::extension::BitmapsExtension;
-use super::super::header::Geometry;
+use crate::qcow2::header::Geometry;
+use crate::qcow2::header::extension::BitmapsExtension;
 
 /// The fixed part of a directory entry.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
-pub(in super::super) struct RawBitmap {
+pub(in crate::qcow2) struct RawBitmap {
     /// Where its table starts.
-    pub(in super::super) table_offset: U64,
+    pub(in crate::qcow2) table_offset: U64,
     /// Entries of that table.
-    pub(in super::super) table_size: U32,
+    pub(in crate::qcow2) table_size: U32,
     /// In use, auto.
-    pub(in super::super) flags: U32,
+    pub(in crate::qcow2) flags: U32,
     /// 1, a dirty bitmap.
-    pub(in super::super) kind: u8,
+    pub(in crate::qcow2) kind: u8,
     /// One bit stands for 1 shifted by this bytes.
-    pub(in super::super) granularity_bits: u8,
+    pub(in crate::qcow2) granularity_bits: u8,
     /// Bytes of the name.
-    pub(in super::super) name_size: U16,
+    pub(in crate::qcow2) name_size: U16,
     /// Bytes of extra data.
-    pub(in super::super) extra_data_size: U32,
+    pub(in crate::qcow2) extra_data_size: U32,
 }
 
 const _: () = assert!(size_of::<RawBitmap>() == 24);
@@ -41,8 +41,8 @@ const FLAGS_AT: u64 = 12;
 
 /// A bitmap of the directory.
 #[derive(Clone, Debug)]
-pub(in super::super) struct Bitmap {
-    pub(in super::super) raw: RawBitmap,
+pub(in crate::qcow2) struct Bitmap {
+    pub(in crate::qcow2) raw: RawBitmap,
     /// Kept as it is.
     extra: Vec<u8>,
     name: Vec<u8>,
@@ -50,12 +50,12 @@ pub(in super::super) struct Bitmap {
 
 pub(super) mod flag {
     /// Not stored properly.
-    pub(in super::super) const IN_USE: u32 = 1 << 0;
+    pub(in crate::qcow2) const IN_USE: u32 = 1 << 0;
     /// Writes are marked in it.
-    pub(in super::super) const AUTO: u32 = 1 << 1;
+    pub(in crate::qcow2) const AUTO: u32 = 1 << 1;
     /// It may be used by those who do not know its extra data.
-    pub(in super::super) const EXTRA_DATA_COMPATIBLE: u32 = 1 << 2;
-    pub(in super::super) const KNOWN: u32 = IN_USE | AUTO | EXTRA_DATA_COMPATIBLE;
+    pub(in crate::qcow2) const EXTRA_DATA_COMPATIBLE: u32 = 1 << 2;
+    pub(in crate::qcow2) const KNOWN: u32 = IN_USE | AUTO | EXTRA_DATA_COMPATIBLE;
 }
 
 /// The type of dirty bitmaps, the only one there is.
@@ -63,13 +63,13 @@ const DIRTY_TRACKING: u8 = 1;
 
 /// Limits of the original.
 pub(super) mod limit {
-    pub(in super::super) const BITMAPS: usize = 65535;
+    pub(in crate::qcow2) const BITMAPS: usize = 65535;
     /// Bytes of the directory.
-    pub(in super::super) const DIRECTORY: u64 = 64 << 20;
-    pub(in super::super) const NAME: usize = 1023;
-    pub(in super::super) const GRANULARITY_BITS: std::ops::RangeInclusive<u8> = 9..=31;
+    pub(in crate::qcow2) const DIRECTORY: u64 = 64 << 20;
+    pub(in crate::qcow2) const NAME: usize = 1023;
+    pub(in crate::qcow2) const GRANULARITY_BITS: std::ops::RangeInclusive<u8> = 9..=31;
     /// Bytes of the bits of one bitmap.
-    pub(in super::super) const BITS: u64 = 512 << 20;
+    pub(in crate::qcow2) const BITS: u64 = 512 << 20;
 }
 
 impl Bitmap {
@@ -102,7 +102,7 @@ impl Bitmap {
         })
     }
 
-    pub(in super::super) fn name(&self) -> Cow<'_, str> {
+    pub(in crate::qcow2) fn name(&self) -> Cow<'_, str> {
         String::from_utf8_lossy(&self.name)
     }
 
@@ -116,7 +116,7 @@ impl Bitmap {
     }
 
     /// Where its table is.
-    pub(in super::super) fn table_range(&self) -> ByteRange {
+    pub(in crate::qcow2) fn table_range(&self) -> ByteRange {
         ByteRange::at(
             self.raw.table_offset.get(),
             u64::from(self.raw.table_size.get()) * 8,
@@ -187,7 +187,7 @@ impl Bitmap {
                 .table_offset
                 .get()
                 .checked_add(table_len)
-                .is_some_and(|end| end <= super::super::header::limit::HOST_OFFSET);
+                .is_some_and(|end| end <= crate::qcow2::header::limit::HOST_OFFSET);
         let unknown_extra = extra_len > 0 && !bitmap.has(flag::EXTRA_DATA_COMPATIBLE);
         if raw.kind != DIRTY_TRACKING
             || !limit::GRANULARITY_BITS.contains(&raw.granularity_bits)
@@ -265,8 +265,8 @@ impl Shape {
 
 /// The bitmaps of an image in memory.
 #[derive(Debug)]
-pub(in super::super) struct Directory {
-    pub(in super::super) bitmaps: Vec<Bitmap>,
+pub(in crate::qcow2) struct Directory {
+    pub(in crate::qcow2) bitmaps: Vec<Bitmap>,
     _memory: Reservation,
 }
 

@@ -2,9 +2,9 @@
 
 use diskimage_core::{BitmapInfo, Bitmaps, ByteRange, Error, NewBitmap, Result};
 
-use super::super::{Qcow2, State};
 use super::directory::{Bitmap, Directory, flag, limit};
 use super::table::BitmapTable;
+use crate::qcow2::{Qcow2, State};
 
 /// Granularities that bitmaps get by themselves: the cluster size, but not less or more than this.
 const DEFAULT_GRANULARITY: (u64, u64) = (4096, 65536);

@@ -26,7 +26,7 @@ mod written;
 use diskimage_core::{Detail, DetailValue, Result};
 
 use self::directory::{Directory, flag};
-use super::extension::BitmapsExtension;
+use super::header::extension::BitmapsExtension;
 use super::{Qcow2, State};
 
 pub(super) use self::directory::Bitmap;

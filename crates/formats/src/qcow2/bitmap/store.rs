@@ -6,19 +6,19 @@ use diskimage_core::{ByteRange, Error, Result};
 use zerocopy::IntoBytes;
 use zerocopy::byteorder::big_endian::{U32, U64};
 
-use super::super::extension::{BitmapsExtension, kind};
-use super::super::feature::Autoclear;
-use super::super::first_cluster::{FirstCluster, is_replaced_at_once};
-use super::super::header::{Header, field};
-use super::super::{Qcow2, State};
 use super::directory::{Bitmap, Directory, flag};
 use super::table::{BitmapTable, TableEdit};
 use super::written::{MAX_RANGES, Written};
 use crate::layer_kit::metadata_guard::{Kind, Kinds};
+use crate::qcow2::header::extension::{BitmapsExtension, kind};
+use crate::qcow2::header::feature::Autoclear;
+use crate::qcow2::header::rewrite::{FirstCluster, is_replaced_at_once};
+use crate::qcow2::header::{Header, field};
+use crate::qcow2::{Qcow2, State};
 
 /// What is known of the bitmaps while the image is open.
 #[derive(Debug)]
-pub(in super::super) struct Tracker {
+pub(in crate::qcow2) struct Tracker {
     /// Where they are; nothing if there are none that can be relied on.
     extension: Option<BitmapsExtension>,
     /// Whether there is a bitmap that records writes.
@@ -32,7 +32,7 @@ pub(in super::super) struct Tracker {
 }
 
 impl Tracker {
-    pub(in super::super) fn new(header: &Header) -> Self {
+    pub(in crate::qcow2) fn new(header: &Header) -> Self {
         Self {
             extension: header.bitmaps(),
             records: false,
@@ -61,7 +61,7 @@ impl Qcow2 {
     ///
     /// # Errors
     /// A directory that does not hold together, and tables of the wrong size: bitmaps that cannot be kept true.
-    pub(in super::super) fn begin_tracking(&self) -> Result<()> {
+    pub(in crate::qcow2) fn begin_tracking(&self) -> Result<()> {
         let mut state = self.lock();
         let directory = self.directory(&state)?;
         let mut room = self.file.len();
@@ -82,7 +82,7 @@ impl Qcow2 {
     ///
     /// # Errors
     /// A failure to mark the bitmaps as in use, or to store what was collected.
-    pub(in super::super) fn note_write(&self, state: &mut State, range: ByteRange) -> Result<()> {
+    pub(in crate::qcow2) fn note_write(&self, state: &mut State, range: ByteRange) -> Result<()> {
         // What lies behind the end of the disk is none of their business.
         let range = range.intersect(ByteRange::new(0, state.size));
         if !state.bitmaps.records || range.is_empty() {
@@ -105,7 +105,7 @@ impl Qcow2 {
     ///
     /// # Errors
     /// A failure to read or write; the bitmaps stay marked as in use.
-    pub(in super::super) fn store_bitmaps(&self, state: &mut State) -> Result<()> {
+    pub(in crate::qcow2) fn store_bitmaps(&self, state: &mut State) -> Result<()> {
         let len = state.size;
         self.store_tracked(state, len, After::Release)
     }
@@ -114,7 +114,7 @@ impl Qcow2 {
     ///
     /// # Errors
     /// Bitmaps that are inconsistent, damaged or would become too large.
-    pub(in super::super) fn bitmaps_can_follow(&self, state: &State, len: u64) -> Result<()> {
+    pub(in crate::qcow2) fn bitmaps_can_follow(&self, state: &State, len: u64) -> Result<()> {
         let directory = self.directory(state)?;
         for (index, bitmap) in directory.bitmaps.iter().enumerate() {
             if bitmap.has(flag::IN_USE) && !state.bitmaps.held.contains(&index) {
@@ -136,7 +136,7 @@ impl Qcow2 {
     ///
     /// # Errors
     /// A failure to read or write.
-    pub(in super::super) fn begin_resize(&self, state: &mut State) -> Result<()> {
+    pub(in crate::qcow2) fn begin_resize(&self, state: &mut State) -> Result<()> {
         let mut directory = self.directory(state)?;
         self.hold(state, &mut directory, |bitmap| !bitmap.has(flag::IN_USE))
     }
@@ -145,7 +145,7 @@ impl Qcow2 {
     ///
     /// # Errors
     /// As [`Qcow2::store_bitmaps`].
-    pub(in super::super) fn finish_resize(&self, state: &mut State, old_len: u64) -> Result<()> {
+    pub(in crate::qcow2) fn finish_resize(&self, state: &mut State, old_len: u64) -> Result<()> {
         self.store_tracked(state, old_len, After::Release)
     }
 
@@ -180,7 +180,10 @@ impl Qcow2 {
     ) -> Result<()> {
         let offset = extension.directory_offset.get() + place;
         let range = ByteRange::at(offset, 4);
-        state.tables.admit(range, Kinds::of(&[Kind::BitmapDirectory]))?;
+        state
+            .metadata
+            .cache
+            .admit(range, Kinds::of(&[Kind::BitmapDirectory]))?;
         self.file.write_at(bitmap.raw.flags.as_bytes(), offset)
     }
 
@@ -209,7 +212,7 @@ impl Qcow2 {
     fn store_held(&self, state: &mut State, written: &Written, old_len: u64, after: After) -> Result<()> {
         // What the bits speak of comes first.
         self.write_back(state)?;
-        state.tables.sync()?;
+        state.metadata.cache.sync()?;
         let mut directory = self.directory(state)?;
         let (mut gone, mut moved) = (Vec::new(), false);
         let held = state.bitmaps.held.clone();
@@ -274,8 +277,8 @@ impl Qcow2 {
     ) -> Result<()> {
         let bytes = directory.to_bytes()?;
         let offset = self.store_new(state, &bytes, Some(Kind::BitmapDirectory))?;
-        state.tables.write_back()?;
-        state.tables.sync()?;
+        state.metadata.cache.write_back()?;
+        state.metadata.cache.sync()?;
         let count = u32::try_from(directory.bitmaps.len()).unwrap_or(u32::MAX);
         let new = (count > 0).then_some(BitmapsExtension {
             nb_bitmaps: U32::new(count),

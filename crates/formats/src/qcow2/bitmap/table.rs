@@ -8,9 +8,9 @@
 
 use diskimage_core::{ByteRange, Error, Reservation, Result, is_zero};
 
-use super::super::{Qcow2, State};
 use super::directory::{Bitmap, Shape};
 use crate::layer_kit::metadata_guard::Kind;
+use crate::qcow2::{Qcow2, State};
 
 /// The entry of a cluster whose bits are all set.
 const ALL_SET: u64 = 1;

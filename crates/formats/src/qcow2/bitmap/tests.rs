@@ -6,8 +6,8 @@ use diskimage_core::{BitmapInfo, Bitmaps, ByteRange, Device, Image, MemoryDevice
 use diskimage_core::{NodeOptions, OpenRequest, Preallocation, Progress, ResizeRequest, Result, ZeroMode};
 use diskimage_testing::{Journal, Recorder};
 
-use super::super::Qcow2;
-use super::super::tests::create;
+use crate::qcow2::Qcow2;
+use crate::qcow2::tests::create;
 use crate::testing::Closed;
 
 fn open(file: &Arc<MemoryDevice>, write: bool) -> Result<(Arc<Qcow2>, Image)> {

@@ -3,10 +3,10 @@
 use diskimage_core::errno;
 use diskimage_core::{ByteRange, Repair, Result};
 
-use super::super::counts::PAGE;
-use super::super::map::hex;
 use super::Check;
 use super::stored::{self, Place};
+use crate::qcow2::map::hex;
+use crate::qcow2::refcount::counts::PAGE;
 
 /// What is done about a cluster whose counts differ.
 #[derive(Clone, Copy, Debug)]

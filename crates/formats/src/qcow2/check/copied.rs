@@ -4,10 +4,10 @@ use std::collections::HashMap;
 
 use diskimage_core::{Repair, Result, is_zero};
 
-use super::super::entry::{COMPRESSED, COPIED, OFFSET_MASK};
 use super::Check;
 use super::entries::Kind;
 use super::references::MAX_VISITS;
+use crate::qcow2::entry::{COMPRESSED, COPIED, OFFSET_MASK};
 
 /// Bytes of the L1 table looked at at once.
 const CHUNK: usize = 64 << 10;

@@ -4,9 +4,9 @@ use std::sync::Arc;
 
 use diskimage_core::{ByteRange, Encoded, Repair, Result};
 
-use super::super::entry::{COMPRESSED, COPIED, OFFSET_MASK, ZERO};
-use super::super::feature::Incompatible;
 use super::Check;
+use crate::qcow2::entry::{COMPRESSED, COPIED, OFFSET_MASK, ZERO};
+use crate::qcow2::header::feature::Incompatible;
 
 /// Bits of a standard entry that are zero.
 const RESERVED: u64 = 0x3f00_0000_0000_01fe;

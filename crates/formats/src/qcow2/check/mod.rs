@@ -34,9 +34,9 @@ use diskimage_core::{CheckReport, Device, Error, Note, Progress, Repair, Result}
 use self::protected::Protected;
 use self::snapshots::SnapshotTable;
 use self::stored::Stored;
-use super::counts::Counts;
-use super::feature::Incompatible;
+use super::header::feature::Incompatible;
 use super::header::{Geometry, Header};
+use super::refcount::counts::Counts;
 use super::refcount::{Refcounts, References};
 use super::{Qcow2, State, read_header};
 use crate::layer_kit::metadata_cache::MetadataCache;
@@ -79,8 +79,8 @@ impl Qcow2 {
     /// Starts over with what the file says.
     fn forget_tables(&self, state: &mut State) -> Result<()> {
         let header = read_header(&self.file, true)?;
-        state.tables = MetadataCache::new(self.file.clone(), self.data.clone());
-        state.refcounts = Refcounts::new(&header, self.file.len());
+        state.metadata.cache = MetadataCache::new(self.file.clone(), self.data.clone());
+        state.metadata.refcounts = Refcounts::new(&header, self.file.len());
         self.guard_metadata(state)
     }
 

@@ -7,9 +7,9 @@ use std::collections::HashMap;
 
 use diskimage_core::{ByteRange, Result};
 
-use super::super::counts::Counts;
 use super::Check;
 use super::stored;
+use crate::qcow2::refcount::counts::Counts;
 
 /// The places of all metadata but L2 tables and inactive L1 tables.
 #[derive(Debug, Default)]

@@ -15,8 +15,8 @@ use diskimage_core::{Error, Note, Result};
 use zerocopy::IntoBytes;
 use zerocopy::byteorder::big_endian::{U32, U64};
 
-use super::super::header::{field, limit};
 use super::{Check, stored};
+use crate::qcow2::header::{field, limit};
 
 /// Rounds of finding a place for the table; each makes the blocks more, so few are ever needed.
 const MAX_ROUNDS: u32 = 64;

@@ -7,11 +7,11 @@
 use diskimage_core::errno;
 use diskimage_core::{ByteRange, Error, Note, Preallocation, Repair, Result, is_zero};
 
-use super::super::bitmap::Bitmap;
-use super::super::entry::OFFSET_MASK;
 use super::Check;
 use super::entries::Walk;
 use super::stored;
+use crate::qcow2::bitmap::Bitmap;
+use crate::qcow2::entry::OFFSET_MASK;
 
 /// Bits of an L1 entry that are zero.
 const L1_RESERVED: u64 = 0x7f00_0000_0000_01ff;

@@ -5,11 +5,11 @@ use diskimage_core::{Error, Note, Repair, Result};
 use zerocopy::byteorder::big_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, IntoBytes};
 
-use super::super::State;
-use super::super::header::{field, limit};
-use super::super::snapshot::{MAX_EXTRA, MAX_TABLE, MIN_ENTRY_LEN, RawSnapshot, V3_EXTRA, completed};
 use super::Check;
 use crate::layer_kit::metadata_guard::Kind;
+use crate::qcow2::State;
+use crate::qcow2::header::{field, limit};
+use crate::qcow2::snapshot::{MAX_EXTRA, MAX_TABLE, MIN_ENTRY_LEN, RawSnapshot, V3_EXTRA, completed};
 
 /// The snapshot table.
 #[derive(Debug, Default)]
@@ -194,33 +194,31 @@ impl Check<'_> {
         }
         let table = self.encode_snapshots()?;
         let bits = self.geometry.cluster_bits;
-        let State {
-            tables, refcounts, ..
-        } = state;
-        refcounts.set_uses(self.image.count_references()?);
+        let metadata = &mut state.metadata;
+        metadata.refcounts.set_uses(self.image.count_references()?);
         let clusters = (table.len() as u64).div_ceil(self.geometry.cluster_size());
-        let offset = refcounts.allocate(tables, clusters, Some(Kind::SnapshotTable))?;
+        let offset = metadata.allocate(clusters, Some(Kind::SnapshotTable))?;
         self.file.write_at(&table, offset)?;
-        tables.write_back()?;
-        tables.sync()?;
+        metadata.cache.write_back()?;
+        metadata.cache.sync()?;
         let mut location = [0; 12];
         let count =
             u32::try_from(self.snapshots.entries.len()).map_err(|_| Error::from_errno(errno::EFBIG))?;
         location[..4].copy_from_slice(U32::new(count).as_bytes());
         location[4..].copy_from_slice(U64::new(offset).as_bytes());
         self.file.write_at(&location, field::NB_SNAPSHOTS)?;
-        tables.sync()?;
+        metadata.cache.sync()?;
         let old = self.header.snapshots_offset;
         if old.saturating_add(self.snapshots.len) <= self.file_len {
             for cluster in (old >> bits)..(old + self.snapshots.len).div_ceil(1 << bits) {
                 // A damaged table may be counted less often than it is used.
-                if refcounts.count(tables, cluster)? > 0 {
-                    refcounts.release(tables, cluster << bits, 1)?;
+                if metadata.count(cluster)? > 0 {
+                    metadata.release(cluster << bits, 1)?;
                 }
             }
         }
-        tables.write_back()?;
-        tables.sync()
+        metadata.cache.write_back()?;
+        metadata.cache.sync()
     }
 
     fn encode_snapshots(&self) -> Result<Vec<u8>> {

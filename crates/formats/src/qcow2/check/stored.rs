@@ -2,8 +2,8 @@
 
 use diskimage_core::{Budget, Device, Error, Reservation, Result};
 
-use super::super::header::{Geometry, Header};
-use super::super::refcount::block;
+use crate::qcow2::header::{Geometry, Header};
+use crate::qcow2::refcount::block;
 
 /// Where a refcount block is, according to the refcount table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -8,8 +8,8 @@ use diskimage_core::{
 };
 use proptest::prelude::*;
 
-use super::super::Qcow2Format;
-use super::super::tests::{FORMS, OneFile, Op, SIZE, create, op, open, secrets, with_key};
+use crate::qcow2::Qcow2Format;
+use crate::qcow2::tests::{FORMS, OneFile, Op, SIZE, create, op, open, secrets, with_key};
 use crate::testing::{Closed, contents};
 
 /// What a check found, and the lines it told.

@@ -5,17 +5,17 @@
 
 use diskimage_core::{ByteRange, Error, ErrorKind, Event, Result};
 
-use super::super::header::limit;
 use super::{Refcounts, block};
 use crate::layer_kit::metadata_cache::MetadataCache;
 use crate::layer_kit::metadata_guard::{Kind, Kinds};
+use crate::qcow2::header::limit;
 
 impl Refcounts {
     /// Takes `count` clusters in one piece, for metadata of the kind `kind` or for anything else; the offset of the first.
     ///
     /// # Errors
     /// A file that cannot grow any more, and damage.
-    pub(in super::super) fn allocate(
+    pub(in crate::qcow2) fn allocate(
         &mut self,
         tables: &mut MetadataCache,
         count: u64,
@@ -47,7 +47,7 @@ impl Refcounts {
     ///
     /// # Errors
     /// As [`Refcounts::allocate`].
-    pub(in super::super) fn allocate_bytes(&mut self, tables: &mut MetadataCache, len: u64) -> Result<u64> {
+    pub(in crate::qcow2) fn allocate_bytes(&mut self, tables: &mut MetadataCache, len: u64) -> Result<u64> {
         tables.device().event(Event::CLUSTER_ALLOC_BYTES);
         let size = self.geometry.cluster_size();
         let bits = self.geometry.cluster_bits;
@@ -103,7 +103,7 @@ impl Refcounts {
     ///
     /// # Errors
     /// As [`Refcounts::allocate`].
-    pub(in super::super) fn has_free_before_end(&mut self, tables: &mut MetadataCache) -> Result<bool> {
+    pub(in crate::qcow2) fn has_free_before_end(&mut self, tables: &mut MetadataCache) -> Result<bool> {
         let end = self.end();
         while self.first_free < end {
             let (free, len) = self.uncounted_run(tables, self.first_free, 1)?;

@@ -2,16 +2,16 @@
 
 /// Where a refcount is in its block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in super::super) struct Place {
+pub(in crate::qcow2) struct Place {
     /// Its first byte.
-    pub(in super::super) byte: u64,
+    pub(in crate::qcow2) byte: u64,
     /// The bit in that byte, if it is narrower than one.
     shift: u32,
 }
 
 impl Place {
     /// The place of entry `index` in a block of counts that are `1 << order` bits wide.
-    pub(in super::super) fn new(index: u64, order: u32) -> Self {
+    pub(in crate::qcow2) fn new(index: u64, order: u32) -> Self {
         let bit = index << order;
         Self {
             byte: bit / 8,
@@ -21,7 +21,7 @@ impl Place {
 }
 
 /// The count at the start of `bytes`, which begin at the place's byte.
-pub(in super::super) fn read(bytes: &[u8], place: Place, order: u32) -> Option<u64> {
+pub(in crate::qcow2) fn read(bytes: &[u8], place: Place, order: u32) -> Option<u64> {
     if order < 3 {
         let mask = u8::MAX >> (8 - (1 << order));
         return bytes.first().map(|byte| u64::from((byte >> place.shift) & mask));
@@ -31,7 +31,7 @@ pub(in super::super) fn read(bytes: &[u8], place: Place, order: u32) -> Option<u
 }
 
 /// Changes the count at the start of `bytes`.
-pub(in super::super) fn write(bytes: &mut [u8], place: Place, order: u32, count: u64) -> Option<()> {
+pub(in crate::qcow2) fn write(bytes: &mut [u8], place: Place, order: u32, count: u64) -> Option<()> {
     let be = count.to_be_bytes();
     if order < 3 {
         let mask = (u8::MAX >> (8 - (1 << order))) << place.shift;

@@ -2,11 +2,11 @@
 
 use diskimage_core::{ByteRange, Error, ErrorKind, Event, Result};
 
-use super::super::header::limit;
 use super::uses::Uses;
 use super::{Refcounts, TABLE_OFFSET_MASK};
 use crate::layer_kit::metadata_cache::{MetadataCache, Table};
 use crate::layer_kit::metadata_guard::Kind;
+use crate::qcow2::header::limit;
 
 impl Refcounts {
     /// A copy of the table and of all blocks. Only the copy counts the clusters that it lies in; what is in use does not
@@ -14,7 +14,7 @@ impl Refcounts {
     ///
     /// # Errors
     /// Damage, a structure that would be too large, and failures to read or write.
-    pub(in super::super) fn copied(&mut self, tables: &mut MetadataCache) -> Result<Self> {
+    pub(in crate::qcow2) fn copied(&mut self, tables: &mut MetadataCache) -> Result<Self> {
         let bits = self.geometry.cluster_bits;
         let mut blocks = self.block_indices(tables)?;
         let place = self.find_place(tables, &mut blocks)?;
@@ -100,7 +100,7 @@ struct Place {
 }
 
 /// Has `new` hold the bytes of `old`, which is as long.
-pub(in super::super) fn copy_table(tables: &mut MetadataCache, old: Table, new: Table) -> Result<()> {
+pub(in crate::qcow2) fn copy_table(tables: &mut MetadataCache, old: Table, new: Table) -> Result<()> {
     let mut at = 0;
     while at < old.len {
         let piece = tables.bytes(old, at)?.to_vec();

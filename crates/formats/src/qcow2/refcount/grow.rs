@@ -6,11 +6,11 @@ use diskimage_core::{ByteRange, Error, ErrorKind, Event, Result};
 use zerocopy::IntoBytes;
 use zerocopy::byteorder::big_endian::{U32, U64};
 
-use super::super::header::{field, limit};
 use super::Refcounts;
 use super::uses::Uses;
 use crate::layer_kit::metadata_cache::MetadataCache;
 use crate::layer_kit::metadata_guard::Kind;
+use crate::qcow2::header::{field, limit};
 
 impl Refcounts {
     /// Sees to it that blocks exist for `count` clusters from `start` on. True if one had to be made, in which case the

@@ -9,7 +9,10 @@
 mod allocator;
 pub(super) mod block;
 mod copy;
+pub(super) mod counts;
 mod grow;
+pub(super) mod publish;
+pub(super) mod recount;
 mod run;
 mod shrink;
 mod uses;

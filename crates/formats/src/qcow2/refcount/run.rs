@@ -2,14 +2,14 @@
 
 use diskimage_core::{ByteRange, Error, ErrorKind, Result, errno};
 
-use super::super::header::limit;
 use super::{Refcounts, block};
 use crate::layer_kit::metadata_cache::{MetadataCache, Table};
 use crate::layer_kit::metadata_guard::Kinds;
+use crate::qcow2::header::limit;
 
 /// What happens to counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in super::super) enum Change {
+pub(in crate::qcow2) enum Change {
     /// One more use.
     Up,
     /// One less.
@@ -21,7 +21,7 @@ impl Refcounts {
     ///
     /// # Errors
     /// Those that are not, and have not.
-    pub(in super::super) fn check_run(
+    pub(in crate::qcow2) fn check_run(
         &self,
         tables: &mut MetadataCache,
         first: u64,
@@ -56,7 +56,7 @@ impl Refcounts {
     ///
     /// # Errors
     /// As [`Refcounts::check_run`]; the clusters before the one that is wrong are changed.
-    pub(in super::super) fn change_run(
+    pub(in crate::qcow2) fn change_run(
         &mut self,
         tables: &mut MetadataCache,
         first: u64,

@@ -20,7 +20,7 @@ impl Refcounts {
     ///
     /// # Errors
     /// Damage, and failures to read or write.
-    pub(in super::super) fn drop_empty_blocks(&mut self, tables: &mut MetadataCache) -> Result<()> {
+    pub(in crate::qcow2) fn drop_empty_blocks(&mut self, tables: &mut MetadataCache) -> Result<()> {
         let bits = self.geometry.cluster_bits;
         let mut dropped = Vec::new();
         // Nothing refers to the blocks any more once that is durable.

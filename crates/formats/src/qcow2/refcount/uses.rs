@@ -11,16 +11,16 @@
 
 use std::collections::{BTreeSet, HashMap};
 
-use super::super::counts::Counts;
+use super::counts::Counts;
 
 /// How many references lead to each cluster of a file.
 #[derive(Debug)]
-pub(in super::super) struct References {
-    pub(in super::super) counts: Counts,
+pub(in crate::qcow2) struct References {
+    pub(in crate::qcow2) counts: Counts,
     /// The L2 tables that more than one L1 entry leads to, by cluster, and how many more.
-    pub(in super::super) tables: HashMap<u64, u64>,
+    pub(in crate::qcow2) tables: HashMap<u64, u64>,
     /// The clusters behind the end of the file that something refers to.
-    pub(in super::super) dangling: BTreeSet<u64>,
+    pub(in crate::qcow2) dangling: BTreeSet<u64>,
 }
 
 /// The references to the clusters that an image had when it was opened.

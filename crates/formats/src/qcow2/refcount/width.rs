@@ -6,15 +6,15 @@
 
 use diskimage_core::{Device, Error, Result, ResultExt};
 
-use super::super::header::{Geometry, limit};
 use super::{Refcounts, block};
 use crate::layer_kit::metadata_cache::MetadataCache;
+use crate::qcow2::header::{Geometry, limit};
 
 /// A structure of another width, written but not yet published.
 #[derive(Debug)]
-pub(in super::super) struct Widened {
-    pub(in super::super) table_offset: u64,
-    pub(in super::super) table_clusters: u32,
+pub(in crate::qcow2) struct Widened {
+    pub(in crate::qcow2) table_offset: u64,
+    pub(in crate::qcow2) table_clusters: u32,
 }
 
 impl Refcounts {
@@ -23,7 +23,7 @@ impl Refcounts {
     ///
     /// # Errors
     /// Counts that do not fit, a structure that would be too large, and failures to read or write.
-    pub(in super::super) fn rewrite(
+    pub(in crate::qcow2) fn rewrite(
         &self,
         tables: &mut MetadataCache,
         file: &dyn Device,
@@ -150,11 +150,15 @@ impl Refcounts {
         })
     }
 
-    /// Gives up the structure of `old`, which nothing refers to any more.
+    /// Releases the structure of `old`, which nothing refers to any more.
     ///
     /// # Errors
     /// A failure to read or write: what is left leaks.
-    pub(in super::super) fn give_up(&mut self, tables: &mut MetadataCache, old: &Self) -> Result<()> {
+    pub(in crate::qcow2) fn release_structure(
+        &mut self,
+        tables: &mut MetadataCache,
+        old: &Self,
+    ) -> Result<()> {
         let table = old.table();
         for at in (0..table.len).step_by(8) {
             let offset = tables.number(table, at)? & super::TABLE_OFFSET_MASK;

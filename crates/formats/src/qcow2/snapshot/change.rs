@@ -21,19 +21,19 @@ use diskimage_core::{
 use zerocopy::byteorder::big_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, IntoBytes};
 
-use super::super::entry::COPIED;
-use super::super::header::{field, limit};
-use super::super::publish::{entries_of, lacks_room};
-use super::super::refcount::Change;
-use super::super::tree::Rewrite;
-use super::super::write::write_zero_bytes;
-use super::super::{Qcow2, State};
 use super::{
     KNOWN_EXTRA, MAX_TABLE, MIN_ENTRY_LEN, RawSnapshot, Snapshot, SnapshotTable, V3_EXTRA, completed,
     index_of,
 };
 use crate::layer_kit::metadata_cache::{Table, WriteOrder};
 use crate::layer_kit::metadata_guard::Kind;
+use crate::qcow2::entry::COPIED;
+use crate::qcow2::header::{field, limit};
+use crate::qcow2::refcount::Change;
+use crate::qcow2::refcount::publish::{entries_of, lacks_room};
+use crate::qcow2::refcount::recount::Rewrite;
+use crate::qcow2::write::write_zero_bytes;
+use crate::qcow2::{Qcow2, State};
 
 impl Snapshots for Qcow2 {
     fn check_support(&self) -> Result<()> {
@@ -130,8 +130,8 @@ impl Qcow2 {
         self.check_support()?;
         let mut state = self.claims.wait_idle(|| self.lock());
         self.write_back(&mut state)?;
-        state.tables.sync()?;
-        state.tables.clear()?;
+        state.metadata.cache.sync()?;
+        state.metadata.cache.clear()?;
         Ok(state)
     }
 
@@ -183,9 +183,7 @@ impl Qcow2 {
     fn allocate_l1(&self, state: &mut State, len: u64, kind: Kind) -> Result<Table> {
         let offset = match len.div_ceil(self.header.geometry.cluster_size()) {
             0 => 0,
-            clusters => state
-                .refcounts
-                .allocate(&mut state.tables, clusters, Some(kind))?,
+            clusters => state.metadata.allocate(clusters, Some(kind))?,
         };
         let class = WriteOrder::L1;
         Ok(Table { class, offset, len })
@@ -194,11 +192,11 @@ impl Qcow2 {
     /// A copy of the L1 table `from` in a new place, `len` bytes long, no entry of which may be written in place.
     pub(super) fn copy_l1(&self, state: &mut State, from: Table, len: u64) -> Result<Table> {
         let table = self.allocate_l1(state, len, Kind::InactiveL1)?;
-        state.tables.fresh(table)?;
+        state.metadata.cache.fresh(table)?;
         for at in (0..from.len).step_by(8) {
-            let entry = state.tables.number(from, at)? & !COPIED;
+            let entry = state.metadata.cache.number(from, at)? & !COPIED;
             if entry != 0 {
-                state.tables.set_number(table, at, entry)?;
+                state.metadata.cache.set_number(table, at, entry)?;
             }
         }
         Ok(table)
@@ -217,18 +215,18 @@ impl Qcow2 {
             0 => 0,
             clusters => {
                 let kind = Some(Kind::SnapshotTable);
-                state.refcounts.allocate(&mut state.tables, clusters, kind)?
+                state.metadata.allocate(clusters, kind)?
             }
         };
         let written = self
             .file
             .write_at(&bytes, offset)
-            .and_then(|()| state.tables.write_back())
-            .and_then(|()| state.tables.sync());
+            .and_then(|()| state.metadata.cache.write_back())
+            .and_then(|()| state.metadata.cache.sync());
         if let Err(error) = written {
             // What cannot be counted down leaks, which harms nothing.
-            let released = state.refcounts.release(&mut state.tables, offset, len);
-            let _ = released.and_then(|()| state.tables.write_back());
+            let released = state.metadata.release(offset, len);
+            let _ = released.and_then(|()| state.metadata.cache.write_back());
             return Err(error);
         }
         let count = u32::try_from(there.len() + usize::from(new.is_some())).unwrap_or(u32::MAX);
@@ -253,9 +251,9 @@ impl Qcow2 {
         there: &[Snapshot],
     ) -> Result<()> {
         let len = entries_len(there);
-        state.refcounts.release(&mut state.tables, table.offset, len)?;
-        state.tables.write_back()?;
-        state.tables.sync()
+        state.metadata.release(table.offset, len)?;
+        state.metadata.cache.write_back()?;
+        state.metadata.cache.sync()
     }
 
     /// The bytes of a table with the entries of `there`, unknown extra data and all, and then `new`.
@@ -304,7 +302,7 @@ impl Qcow2 {
     }
 
     /// Brings the entries of the snapshot table up to what version 3 demands, if any lacks that.
-    pub(in super::super) fn complete_snapshots(&self) -> Result<()> {
+    pub(in crate::qcow2) fn complete_snapshots(&self) -> Result<()> {
         let mut state = self.settle()?;
         let there = self.read_snapshots_of(state.snapshots)?;
         if there.iter().all(|snapshot| snapshot.extra_len >= V3_EXTRA) {

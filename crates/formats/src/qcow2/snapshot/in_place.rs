@@ -12,12 +12,12 @@
 
 use diskimage_core::{ByteRange, Device, Error, MemoryDevice, NewSnapshot, Result};
 
-use super::super::publish::lacks_room;
-use super::super::tree::Rewrite;
-use super::super::{Qcow2, State};
 use super::{Snapshot, SnapshotTable, V3_EXTRA, index_of};
 use crate::layer_kit::metadata_cache::{Table, WriteOrder};
 use crate::layer_kit::metadata_guard::Kind;
+use crate::qcow2::refcount::publish::lacks_room;
+use crate::qcow2::refcount::recount::Rewrite;
+use crate::qcow2::{Qcow2, State};
 
 impl Qcow2 {
     pub(super) fn create_in_place(
@@ -32,7 +32,7 @@ impl Qcow2 {
         let table = match self.write_entries(state, there, Some(&entry)) {
             Ok(table) => table,
             Err(error) => {
-                state.take_back(copy);
+                state.metadata.release_new_table(copy);
                 return Err(error);
             }
         };
@@ -69,9 +69,13 @@ impl Qcow2 {
     /// A copy of the L1 table `from` in a new place, `len` bytes long, durable.
     fn written_copy(&self, state: &mut State, from: Table, len: u64) -> Result<Table> {
         let table = self.copy_l1(state, from, len)?;
-        let written = state.tables.write_back().and_then(|()| state.tables.sync());
+        let written = state
+            .metadata
+            .cache
+            .write_back()
+            .and_then(|()| state.metadata.cache.sync());
         if let Err(error) = written {
-            state.take_back(table);
+            state.metadata.release_new_table(table);
             return Err(error);
         }
         Ok(table)
@@ -128,16 +132,17 @@ impl Qcow2 {
         }
         self.empty_entry(gone)?;
         self.release_in_place(state, &*self.file, kept)?;
-        state.tables.forget_freed(ByteRange::at(kept.offset, room));
+        state
+            .metadata
+            .cache
+            .forget_freed(ByteRange::at(kept.offset, room));
         let place = ByteRange::at(kept.offset, used);
-        state.tables.guard_range(Kind::SnapshotTable, place)?;
+        state.metadata.cache.guard_range(Kind::SnapshotTable, place)?;
         self.file.write_at(&bytes, kept.offset)?;
         let count = u32::try_from(left.len()).unwrap_or(u32::MAX);
         let offset = kept.offset;
         self.publish_entries(state, SnapshotTable { offset, count })?;
-        state
-            .refcounts
-            .release(&mut state.tables, offset + used, room - used)?;
+        state.metadata.release(offset + used, room - used)?;
         self.release_entries(state, old, there)?;
         self.file.flush()
     }

@@ -9,18 +9,15 @@
 mod change;
 mod in_place;
 
-use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::Arc;
 
 use diskimage_core::{Error, ErrorKind, Result, SnapshotInfo, errno};
 use zerocopy::byteorder::big_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use super::corruption::Corruption;
+use super::Qcow2;
 use super::header::limit;
-use super::{Qcow2, State};
 use crate::layer_kit::metadata_cache::{Table, WriteOrder};
-use crate::layer_kit::range_claims::RangeClaims;
 
 /// The fixed part of an entry of the snapshot table.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
@@ -199,26 +196,13 @@ impl Qcow2 {
         let snapshot = snapshots.into_iter().find(fits);
         let snapshot = snapshot.ok_or_else(|| Error::new(ErrorKind::NotFound, "Can't find snapshot"))?;
         let l1 = self.snapshot_l1(&snapshot)?;
-        let state = State {
-            size: snapshot.info.disk_size,
-            l1,
-            snapshots: SnapshotTable { offset: 0, count: 0 },
-            ..State::new(&self.header, &self.file, &self.data)
-        };
-        Ok(Arc::new(Self {
-            header: self.header.clone(),
-            file: Arc::clone(&self.file),
-            data: Arc::clone(&self.data),
-            encrypted: self.encrypted.clone(),
-            write: AtomicBool::new(false),
-            budget: self.budget.clone(),
-            sparse: OnceLock::new(),
-            corruption: Arc::new(Corruption::new(&self.header, &self.file, false)),
-            overlap_checks: self.overlap_checks,
-            notes: Vec::new(),
-            state: Mutex::new(state),
-            claims: RangeClaims::default(),
-        }))
+        let image = Self::assemble(self.parts(self.header.clone()), false, false);
+        let mut state = image.lock();
+        state.size = snapshot.info.disk_size;
+        state.l1 = l1;
+        state.snapshots = SnapshotTable { offset: 0, count: 0 };
+        drop(state);
+        Ok(Arc::new(image))
     }
 }
 

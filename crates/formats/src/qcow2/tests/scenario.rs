@@ -212,7 +212,7 @@ pub(super) fn open_on(devices: &[Arc<dyn Device>], write: bool) -> Result<Image>
 /// The same for writing, with windows of tables in memory that take up `memory` bytes at most.
 pub(super) fn open_with_memory(devices: &[Arc<dyn Device>], memory: usize) -> Result<Image> {
     let layer = open_layer(devices, true, false)?;
-    layer.lock().tables.limit_memory(memory);
+    layer.lock().metadata.cache.limit_memory(memory);
     // Tables of snapshots change in copies, however few they are.
     layer.lock().copied_from = 0;
     Ok(Image::new(layer, None, "test", true))

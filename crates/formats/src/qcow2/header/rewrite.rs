@@ -16,14 +16,14 @@ use std::ops::Range;
 use diskimage_core::errno;
 use diskimage_core::{Backing, Error, Result};
 
-use super::Qcow2;
 use super::extension::{self, Extension, kind};
 use super::feature::Autoclear;
-use super::header::{self, field, limit};
+use super::{field, limit};
+use crate::qcow2::Qcow2;
 
 /// The first cluster taken apart.
 #[derive(Clone, Debug)]
-pub(super) struct FirstCluster {
+pub(in crate::qcow2) struct FirstCluster {
     header: Vec<u8>,
     extensions: Vec<Extension>,
     backing: Option<Vec<u8>>,
@@ -37,9 +37,9 @@ impl FirstCluster {
     ///
     /// # Errors
     /// A header, or a name, that reaches past the cluster.
-    pub(super) fn read(cluster: &[u8]) -> Result<Self> {
+    pub(in crate::qcow2) fn read(cluster: &[u8]) -> Result<Self> {
         let cut = || Error::corrupt("Could not read qcow2 header");
-        let raw = header::raw(cluster)?;
+        let raw = super::raw(cluster)?;
         let start = raw.len();
         let place = name_offset(&raw);
         let end = if place == 0 { cluster.len() } else { place };
@@ -61,7 +61,7 @@ impl FirstCluster {
     }
 
     /// Sets the features that writers who do not know them have to disclaim. Version 2 has none.
-    pub(super) fn set_autoclear(&mut self, features: u64) {
+    pub(in crate::qcow2) fn set_autoclear(&mut self, features: u64) {
         let at = usize::try_from(field::AUTOCLEAR).unwrap_or(usize::MAX);
         if let Some(word) = self.header.get_mut(at..at + 8) {
             word.copy_from_slice(&features.to_be_bytes());
@@ -69,7 +69,7 @@ impl FirstCluster {
     }
 
     /// Sets how guest data is encrypted.
-    pub(super) fn set_crypt_method(&mut self, method: u32) {
+    pub(in crate::qcow2) fn set_crypt_method(&mut self, method: u32) {
         if let Some(word) = self.header.get_mut(field::CRYPT_METHOD..field::CRYPT_METHOD + 4) {
             word.copy_from_slice(&method.to_be_bytes());
         }
@@ -77,7 +77,7 @@ impl FirstCluster {
 
     /// Sets or takes away an extension; a new one comes last, but the backing file's format first. Of several of a kind,
     /// which readers tell apart by their order at best, one stays.
-    pub(super) fn set_extension(&mut self, kind: u32, data: Option<&[u8]>) {
+    pub(in crate::qcow2) fn set_extension(&mut self, kind: u32, data: Option<&[u8]>) {
         let at = self
             .extensions
             .iter()
@@ -107,17 +107,17 @@ impl FirstCluster {
 
     /// Makes it the first cluster of an image of `version` without optional features, with refcounts as wide as `order`
     /// says and, if wanted, the names of features.
-    pub(super) fn set_version(&mut self, version: u32, order: u32, names: bool) {
+    pub(in crate::qcow2) fn set_version(&mut self, version: u32, order: u32, names: bool) {
         let len = if version >= 3 {
-            header::HEADER_LEN
+            super::HEADER_LEN
         } else {
-            header::V2_LEN
+            super::V2_LEN
         };
         self.header.resize(len, 0);
         self.header[4..8].copy_from_slice(&version.to_be_bytes());
         if let Some(rest) = self
             .header
-            .get_mut(header::V2_LEN..)
+            .get_mut(super::V2_LEN..)
             .filter(|rest| !rest.is_empty())
         {
             rest.fill(0);
@@ -133,7 +133,7 @@ impl FirstCluster {
     ///
     /// # Errors
     /// A name that is too long.
-    pub(super) fn set_backing(&mut self, backing: Option<&Backing>) -> Result<()> {
+    pub(in crate::qcow2) fn set_backing(&mut self, backing: Option<&Backing>) -> Result<()> {
         let name = backing.map(|backing| backing.name.shown().as_bytes());
         if name.is_some_and(|name| name.len() as u64 > u64::from(limit::BACKING_NAME)) {
             return Err(Error::from_errno(errno::EINVAL));
@@ -148,7 +148,7 @@ impl FirstCluster {
     ///
     /// # Errors
     /// No room for all of it.
-    pub(super) fn to_bytes(&self) -> Result<Vec<u8>> {
+    pub(in crate::qcow2) fn to_bytes(&self) -> Result<Vec<u8>> {
         self.with_name_at(self.place())
     }
 
@@ -211,7 +211,7 @@ impl Qcow2 {
     ///
     /// # Errors
     /// As reading the file.
-    pub(super) fn first_cluster(&self) -> Result<Vec<u8>> {
+    pub(in crate::qcow2) fn first_cluster(&self) -> Result<Vec<u8>> {
         let mut cluster = vec![0; usize::try_from(self.header.geometry.cluster_size()).unwrap_or(0)];
         self.file.read_padded(&mut cluster, 0)?;
         Ok(cluster)
@@ -221,11 +221,11 @@ impl Qcow2 {
     ///
     /// # Errors
     /// A name without a format or with one that is too long, no room in the first cluster.
-    pub(super) fn name_backing(&self, backing: Option<&Backing>) -> Result<()> {
+    pub(in crate::qcow2) fn name_backing(&self, backing: Option<&Backing>) -> Result<()> {
         let mut state = self.lock();
         self.write_back(&mut state)?;
         // What is said of the image below relies on what was written to this one.
-        state.tables.sync()?;
+        state.metadata.cache.sync()?;
         if self.header.features.autoclear.has(Autoclear::DATA_FILE_RAW) && backing.is_some() {
             return Err(Error::from_errno(errno::EINVAL));
         }
@@ -259,7 +259,7 @@ impl Qcow2 {
     ///
     /// # Errors
     /// As writing the file.
-    pub(super) fn write_first_cluster(&self, old: &[u8], new: &[u8]) -> Result<()> {
+    pub(in crate::qcow2) fn write_first_cluster(&self, old: &[u8], new: &[u8]) -> Result<()> {
         let file = &*self.file;
         if let Some(sector) = only_sector(old, new) {
             file.write_at(&new[sector.clone()], sector.start as u64)?;
@@ -300,7 +300,7 @@ impl Qcow2 {
 ///
 /// # Errors
 /// An old state that does not hold together.
-pub(super) fn is_replaced_at_once(old: &[u8], new: &[u8]) -> Result<bool> {
+pub(in crate::qcow2) fn is_replaced_at_once(old: &[u8], new: &[u8]) -> Result<bool> {
     Ok(only_sector(old, new).is_some() || TwoStepRewrite::between(old, new)?.is_some())
 }
 
@@ -329,7 +329,7 @@ struct SideBySideRename {
 impl SideBySideRename {
     /// `None` if more than the name changes behind the first sector, or if there is no room beside the old name.
     fn between(old: &[u8], cluster: &FirstCluster) -> Result<Option<Self>> {
-        let old_name = FirstCluster::read(old)?.name_at(name_offset(&header::raw(old)?));
+        let old_name = FirstCluster::read(old)?.name_at(name_offset(&super::raw(old)?));
         let canonical = cluster.place();
         Ok([canonical, old_name.end.next_multiple_of(8)]
             .into_iter()
@@ -360,7 +360,7 @@ fn whole_sectors(range: &Range<usize>) -> Range<usize> {
 }
 
 /// Where a header says that the name is.
-fn name_offset(header: &header::RawHeader) -> usize {
+fn name_offset(header: &super::RawHeader) -> usize {
     usize::try_from(header.backing_file_offset.get()).unwrap_or(usize::MAX)
 }
 
@@ -392,13 +392,13 @@ impl TwoStepRewrite {
 
 #[cfg(test)]
 mod tests {
+    use super::extension;
     use super::*;
-    use crate::qcow2::extension;
 
     /// The first cluster of an image on top of another.
     fn cluster(size: usize) -> FirstCluster {
-        let mut header = vec![0; header::HEADER_LEN];
-        header[..4].copy_from_slice(&header::MAGIC.to_be_bytes());
+        let mut header = vec![0; crate::qcow2::header::HEADER_LEN];
+        header[..4].copy_from_slice(&crate::qcow2::header::MAGIC.to_be_bytes());
         header[7] = 3;
         header[103] = 112;
         FirstCluster {

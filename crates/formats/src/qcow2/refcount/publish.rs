@@ -12,20 +12,21 @@
 
 use diskimage_core::{Error, ErrorKind, Preallocation, Result, errno};
 
-use super::header::field;
-use super::refcount::Refcounts;
-use super::snapshot::{SnapshotTable, index_of};
-use super::{Qcow2, State};
+use super::Refcounts;
 use crate::layer_kit::metadata_cache::Table;
 use crate::layer_kit::metadata_guard::Clusters;
+use crate::qcow2::header::field;
+use crate::qcow2::metadata::Metadata;
+use crate::qcow2::snapshot::{SnapshotTable, index_of};
+use crate::qcow2::{Qcow2, State};
 
 /// What the header leads to.
 #[derive(Debug)]
-pub(super) struct Roots {
+pub(in crate::qcow2) struct Roots {
     size: u64,
-    pub(super) l1: Table,
+    pub(in crate::qcow2) l1: Table,
     refcounts: Refcounts,
-    pub(super) snapshots: SnapshotTable,
+    pub(in crate::qcow2) snapshots: SnapshotTable,
 }
 
 /// What is as it was where nothing comes of it.
@@ -44,7 +45,7 @@ impl State {
         Roots {
             size: self.size,
             l1: self.l1,
-            refcounts: std::mem::replace(&mut self.refcounts, refcounts),
+            refcounts: std::mem::replace(&mut self.metadata.refcounts, refcounts),
             snapshots: self.snapshots,
         }
     }
@@ -52,7 +53,7 @@ impl State {
     fn set_roots(&mut self, roots: Roots) {
         self.size = roots.size;
         self.l1 = roots.l1;
-        self.refcounts = roots.refcounts;
+        self.metadata.refcounts = roots.refcounts;
         self.snapshots = roots.snapshots;
     }
 }
@@ -65,27 +66,25 @@ impl Qcow2 {
     ///
     /// # Errors
     /// Those of `work`, after which the image is as it was, and failures to read or write.
-    pub(super) fn publish_at_once(
+    pub(in crate::qcow2) fn publish_at_once(
         &self,
         state: &mut State,
         work: impl FnOnce(&mut State) -> Result<()>,
     ) -> Result<Option<Roots>> {
         let mut before = Before {
             len: self.file.len(),
-            counted: state.refcounts.uses_are_counted(),
-            guarded: state.tables.guarded(),
+            counted: state.metadata.refcounts.uses_are_counted(),
+            guarded: state.metadata.cache.guarded(),
         };
-        let State {
-            tables, refcounts, ..
-        } = state;
-        let copy = match refcounts.copied(tables) {
+        let Metadata { cache, refcounts } = &mut state.metadata;
+        let copy = match refcounts.copied(cache) {
             Ok(copy) => copy,
             Err(error) => return self.abandon(state, None, before, error),
         };
         let old = state.replace_refcounts(copy);
         let prepared = work(state)
-            .and_then(|()| state.tables.write_back())
-            .and_then(|()| state.tables.sync());
+            .and_then(|()| state.metadata.cache.write_back())
+            .and_then(|()| state.metadata.cache.sync());
         if let Err(error) = prepared {
             return self.abandon(state, Some(old), before, error);
         }
@@ -97,11 +96,8 @@ impl Qcow2 {
         }
         // From here on it is the new roots that a reader finds.
         self.file.flush()?;
-        let State {
-            tables, refcounts, ..
-        } = state;
-        refcounts.give_up(tables, &old.refcounts)?;
-        tables.write_back()?;
+        state.metadata.release_structure(&old.refcounts)?;
+        state.metadata.cache.write_back()?;
         Ok(Some(old))
     }
 
@@ -113,13 +109,13 @@ impl Qcow2 {
         before: Before,
         error: Error,
     ) -> Result<Option<Roots>> {
-        state.tables.discard_changes();
+        state.metadata.cache.discard_changes();
         if let Some(old) = old {
             state.set_roots(old);
         }
         // A part of a write that failed may have made it longer. What cannot be cut off is not in use.
         let _ = self.file.resize(before.len, Preallocation::Off);
-        state.tables.restore_guarded(before.guarded);
+        state.metadata.cache.restore_guarded(before.guarded);
         if before.counted {
             // Where that fails, they are counted when they are needed.
             let _ = self.count_uses(state);
@@ -128,14 +124,14 @@ impl Qcow2 {
     }
 
     /// Writes the fields of the header that lead to all else. They lie in one sector.
-    pub(super) fn write_roots(&self, state: &State) -> Result<()> {
+    pub(in crate::qcow2) fn write_roots(&self, state: &State) -> Result<()> {
         let mut fields = [0; FIELDS];
         self.file.read_at(&mut fields, field::SIZE)?;
         let mut put = |at: u64, bytes: &[u8]| {
             let at = index_of(at - field::SIZE);
             fields[at..at + bytes.len()].copy_from_slice(bytes);
         };
-        let (l1, table) = (state.l1, state.refcounts.table());
+        let (l1, table) = (state.l1, state.metadata.refcounts.table());
         put(field::SIZE, &state.size.to_be_bytes());
         put(field::L1_SIZE, &entries_of(l1)?.to_be_bytes());
         put(field::L1_SIZE + 4, &l1.offset.to_be_bytes());
@@ -152,12 +148,12 @@ impl Qcow2 {
 }
 
 /// The entries of an L1 table, as the header has their number.
-pub(super) fn entries_of(l1: Table) -> Result<u32> {
+pub(in crate::qcow2) fn entries_of(l1: Table) -> Result<u32> {
     u32::try_from(l1.len / 8).map_err(|_| Error::corrupt("L1 table too large"))
 }
 
 /// Whether an operation failed for want of room, so that one that needs less may work.
-pub(super) fn lacks_room(error: &Error) -> bool {
+pub(in crate::qcow2) fn lacks_room(error: &Error) -> bool {
     error.kind() == ErrorKind::NoSpace || error.errno() == Some(errno::EFBIG)
 }
 

@@ -9,12 +9,16 @@
 //!  100 header_length        104 compression_type  105 padding to 112, then header extensions
 //! ```
 
+pub(in crate::qcow2) mod extension;
+pub(in crate::qcow2) mod feature;
+pub(in crate::qcow2) mod rewrite;
+
 use diskimage_core::{Backing, Error, ErrorKind, Result, StoredName};
 use zerocopy::byteorder::big_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use super::extension::{self, BitmapsExtension, Extensions};
-use super::feature::{Autoclear, Compatible, Features, Incompatible};
+use self::extension::{BitmapsExtension, Extensions};
+use self::feature::{Autoclear, Compatible, Features, Incompatible};
 
 /// The first bytes of every qcow2 image.
 pub(super) const MAGIC: u32 = 0x5146_49fb;
@@ -76,33 +80,33 @@ const V3_MIN_LEN: usize = 104;
 
 /// Offsets of fields that are changed in place.
 pub(super) mod field {
-    pub(in super::super) const BACKING_FILE_OFFSET: usize = 8;
-    pub(in super::super) const BACKING_FILE_SIZE: usize = 16;
-    pub(in super::super) const SIZE: u64 = 24;
-    pub(in super::super) const CRYPT_METHOD: usize = 32;
-    pub(in super::super) const L1_SIZE: u64 = 36;
-    pub(in super::super) const REFCOUNT_TABLE: u64 = 48;
-    pub(in super::super) const NB_SNAPSHOTS: u64 = 60;
-    pub(in super::super) const INCOMPATIBLE: u64 = 72;
-    pub(in super::super) const COMPATIBLE: u64 = 80;
-    pub(in super::super) const AUTOCLEAR: u64 = 88;
+    pub(in crate::qcow2) const BACKING_FILE_OFFSET: usize = 8;
+    pub(in crate::qcow2) const BACKING_FILE_SIZE: usize = 16;
+    pub(in crate::qcow2) const SIZE: u64 = 24;
+    pub(in crate::qcow2) const CRYPT_METHOD: usize = 32;
+    pub(in crate::qcow2) const L1_SIZE: u64 = 36;
+    pub(in crate::qcow2) const REFCOUNT_TABLE: u64 = 48;
+    pub(in crate::qcow2) const NB_SNAPSHOTS: u64 = 60;
+    pub(in crate::qcow2) const INCOMPATIBLE: u64 = 72;
+    pub(in crate::qcow2) const COMPATIBLE: u64 = 80;
+    pub(in crate::qcow2) const AUTOCLEAR: u64 = 88;
 }
 
 /// Limits of the specification and of the original, which refuses more.
 pub(super) mod limit {
-    pub(in super::super) const MIN_CLUSTER_BITS: u32 = 9;
-    pub(in super::super) const MAX_CLUSTER_BITS: u32 = 21;
+    pub(in crate::qcow2) const MIN_CLUSTER_BITS: u32 = 9;
+    pub(in crate::qcow2) const MAX_CLUSTER_BITS: u32 = 21;
     /// Bytes of an L1 table.
-    pub(in super::super) const L1_BYTES: u64 = 32 << 20;
+    pub(in crate::qcow2) const L1_BYTES: u64 = 32 << 20;
     /// Bytes of the refcount table.
-    pub(in super::super) const REFCOUNT_TABLE_BYTES: u64 = 8 << 20;
-    pub(in super::super) const SNAPSHOTS: u32 = 65536;
+    pub(in crate::qcow2) const REFCOUNT_TABLE_BYTES: u64 = 8 << 20;
+    pub(in crate::qcow2) const SNAPSHOTS: u32 = 65536;
     /// Bytes of the backing file's name.
-    pub(in super::super) const BACKING_NAME: u32 = 1023;
+    pub(in crate::qcow2) const BACKING_NAME: u32 = 1023;
     /// Host offsets have 56 bits in every table.
-    pub(in super::super) const HOST_OFFSET: u64 = 1 << 56;
+    pub(in crate::qcow2) const HOST_OFFSET: u64 = 1 << 56;
     /// Subclusters of an extended L2 entry.
-    pub(in super::super) const SUBCLUSTERS: u64 = 32;
+    pub(in crate::qcow2) const SUBCLUSTERS: u64 = 32;
 }
 
 /// How clusters are compressed.

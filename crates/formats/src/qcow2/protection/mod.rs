@@ -7,18 +7,22 @@
 //!   guest data, in place       no metadata there, no second reference leads there        refused; else copied elsewhere
 //! ```
 //!
-//! A refused write marks the image as corrupt (see [`super::corruption`]). The metadata is known from the header, the L1
+//! A refused write marks the image as corrupt (see [`crate::qcow2::protection::corruption`]). The metadata is known from the header, the L1
 //! and the refcount table when the image is opened to be written. References are counted, as a check counts them, before
 //! the first write that relies on them.
+
+pub(in crate::qcow2) mod corruption;
+mod cut_off;
+pub(in crate::qcow2) mod overlap_check;
 
 use std::sync::Arc;
 
 use diskimage_core::{ByteRange, ErrorKind, Result};
 
-use super::entry::OFFSET_MASK;
-use super::header::Header;
-use super::{Qcow2, State};
 use crate::layer_kit::metadata_guard::{DamageReport, Kind, MetadataGuard};
+use crate::qcow2::entry::OFFSET_MASK;
+use crate::qcow2::header::Header;
+use crate::qcow2::{Qcow2, State};
 
 /// Bytes of L2 tables up to which references are counted only to find clusters that two entries share, and to allocate
 /// a few clusters: those of 512 GiB at the usual cluster size. More takes too long for one small write.
@@ -34,7 +38,7 @@ impl Qcow2 {
     /// # Errors
     /// Failures to read, and a memory budget that is used up.
     pub(super) fn guard_metadata(&self, state: &mut State) -> Result<()> {
-        let header = &super::read_header(&self.file, true)?;
+        let header = &crate::qcow2::read_header(&self.file, true)?;
         let geometry = header.geometry;
         let (bits, report) = (geometry.cluster_bits, Arc::clone(&self.corruption));
         let report: Arc<dyn DamageReport> = report;
@@ -54,7 +58,7 @@ impl Qcow2 {
             let range = ByteRange::at(bitmaps.directory_offset.get(), bitmaps.directory_size.get());
             guard.add(Kind::BitmapDirectory, range)?;
         }
-        state.tables.set_guard(guard);
+        state.metadata.cache.set_guard(guard);
         Ok(())
     }
 
@@ -115,23 +119,20 @@ impl Qcow2 {
     /// A file that cannot grow any more, and damage.
     pub(super) fn allocate(&self, state: &mut State, count: u64, kind: Option<Kind>) -> Result<u64> {
         self.count_before_allocating(state, count)?;
-        state.refcounts.allocate(&mut state.tables, count, kind)
+        state.metadata.allocate(count, kind)
     }
 
     /// Counts the references before `count` clusters are allocated, if that does not take long, or if there are free ones
     /// among those that the file had when it was opened, and enough has been allocated behind them instead.
     pub(super) fn count_before_allocating(&self, state: &mut State, count: u64) -> Result<()> {
-        if state.refcounts.uses_are_counted() || self.is_small(state) {
+        if state.metadata.refcounts.uses_are_counted() || self.is_small(state) {
             return self.count_uses(state);
         }
-        let State {
-            tables, refcounts, ..
-        } = &mut *state;
-        if !refcounts.has_free_before_end(tables)? {
+        if !state.metadata.has_free_before_end()? {
             return Ok(());
         }
         state.appended = state.appended.saturating_add(count);
-        if state.appended > state.refcounts.end() / MAX_APPENDED {
+        if state.appended > state.metadata.refcounts.end() / MAX_APPENDED {
             self.count_uses(state)
         } else {
             Ok(())
@@ -152,11 +153,11 @@ impl Qcow2 {
     /// # Errors
     /// Failures to read or write. Where memory does not suffice nothing is known of the references.
     pub(super) fn count_uses(&self, state: &mut State) -> Result<()> {
-        if state.refcounts.uses_are_counted() {
+        if state.metadata.refcounts.uses_are_counted() {
             return Ok(());
         }
         // What is counted is the file.
-        state.tables.write_back()?;
+        state.metadata.cache.write_back()?;
         let mut references = match self.count_references() {
             Ok(references) => references,
             Err(error) if error.kind() == ErrorKind::Limit => return Ok(()),
@@ -171,9 +172,10 @@ impl Qcow2 {
             }
         }
         state
-            .tables
+            .metadata
+            .cache
             .mark_shared(|cluster| references.counts.of(cluster) > 1);
-        state.refcounts.set_uses(references);
+        state.metadata.refcounts.set_uses(references);
         Ok(())
     }
 
@@ -187,6 +189,7 @@ impl Qcow2 {
     /// other user.
     pub(super) fn is_used_once(&self, state: &State, offset: u64) -> bool {
         state
+            .metadata
             .refcounts
             .uses_of(offset >> self.header.geometry.cluster_bits)
             .is_none_or(|uses| uses <= 1)

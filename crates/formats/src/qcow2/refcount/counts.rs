@@ -4,12 +4,12 @@
 use diskimage_core::{Budget, Error, ErrorKind, Reservation, Result};
 
 /// Clusters of one page.
-pub(super) const PAGE: usize = 4096;
+pub(in crate::qcow2) const PAGE: usize = 4096;
 /// Memory is taken from the budget for this many bytes at once.
 const BATCH: u64 = 256 << 10;
 
 #[derive(Debug)]
-pub(super) struct Counts {
+pub(in crate::qcow2) struct Counts {
     pages: Vec<Page>,
     /// The largest count that the image can store.
     max: u64,
@@ -30,7 +30,7 @@ enum Page {
 }
 
 impl Counts {
-    pub(super) fn new(max: u64, budget: Budget) -> Self {
+    pub(in crate::qcow2) fn new(max: u64, budget: Budget) -> Self {
         Self {
             pages: Vec::new(),
             max,
@@ -41,13 +41,13 @@ impl Counts {
     }
 
     /// No cluster from here on is counted.
-    pub(super) fn end(&self) -> u64 {
+    pub(in crate::qcow2) fn end(&self) -> u64 {
         (self.pages.len() * PAGE) as u64
     }
 
     /// How often `cluster` is used.
     #[inline]
-    pub(super) fn of(&self, cluster: u64) -> u64 {
+    pub(in crate::qcow2) fn of(&self, cluster: u64) -> u64 {
         let (page, slot) = place(cluster);
         match self.pages.get(page) {
             None | Some(Page::Zero) => 0,
@@ -58,7 +58,7 @@ impl Counts {
     }
 
     /// Whether nothing is counted in the page that `cluster` is in.
-    pub(super) fn is_page_zero(&self, cluster: u64) -> bool {
+    pub(in crate::qcow2) fn is_page_zero(&self, cluster: u64) -> bool {
         matches!(self.pages.get(place(cluster).0), None | Some(Page::Zero))
     }
 
@@ -67,7 +67,7 @@ impl Counts {
     /// # Errors
     /// The memory budget is used up.
     #[inline]
-    pub(super) fn add(&mut self, cluster: u64, times: u64) -> Result<u64> {
+    pub(in crate::qcow2) fn add(&mut self, cluster: u64, times: u64) -> Result<u64> {
         let (page, slot) = place(cluster);
         if times == 1
             && self.max >= u64::from(u8::MAX)
@@ -87,7 +87,7 @@ impl Counts {
     ///
     /// # Errors
     /// The memory budget is used up.
-    pub(super) fn set(&mut self, cluster: u64, count: u64) -> Result<()> {
+    pub(in crate::qcow2) fn set(&mut self, cluster: u64, count: u64) -> Result<()> {
         let (page, slot) = place(cluster);
         if page >= self.pages.len() {
             if count == 0 {
@@ -151,7 +151,7 @@ impl Counts {
     }
 
     /// The first cluster from `from` on that is used.
-    pub(super) fn next_used(&self, from: u64) -> Option<u64> {
+    pub(in crate::qcow2) fn next_used(&self, from: u64) -> Option<u64> {
         let mut at = from;
         while at < self.end() {
             if self.is_page_zero(at) {
@@ -166,7 +166,7 @@ impl Counts {
     }
 
     /// The first `count` clusters in one piece from `from` on that are not used.
-    pub(super) fn first_free(&self, from: u64, count: u64) -> u64 {
+    pub(in crate::qcow2) fn first_free(&self, from: u64, count: u64) -> u64 {
         let (mut start, mut at) = (from, from);
         while at - start < count && at < self.end() {
             if self.is_page_zero(at) {

@@ -6,47 +6,47 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::feature::{FeatureName, NAME_ENTRY_LEN, NAMES};
 
-pub(super) mod kind {
-    pub(in super::super) const END: u32 = 0;
-    pub(in super::super) const BACKING_FORMAT: u32 = 0xe279_2aca;
-    pub(in super::super) const FEATURE_NAMES: u32 = 0x6803_f857;
-    pub(in super::super) const BITMAPS: u32 = 0x2385_2875;
-    pub(in super::super) const CRYPTO: u32 = 0x0537_be77;
-    pub(in super::super) const DATA_FILE: u32 = 0x4441_5441;
+pub(in crate::qcow2) mod kind {
+    pub(in crate::qcow2) const END: u32 = 0;
+    pub(in crate::qcow2) const BACKING_FORMAT: u32 = 0xe279_2aca;
+    pub(in crate::qcow2) const FEATURE_NAMES: u32 = 0x6803_f857;
+    pub(in crate::qcow2) const BITMAPS: u32 = 0x2385_2875;
+    pub(in crate::qcow2) const CRYPTO: u32 = 0x0537_be77;
+    pub(in crate::qcow2) const DATA_FILE: u32 = 0x4441_5441;
 }
 
 /// What the extensions say. Unknown ones stay where they are, since the header is only ever changed field by field.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Extensions {
-    pub(super) backing_format: Option<String>,
-    pub(super) feature_names: Vec<FeatureName>,
-    pub(super) bitmaps: Option<BitmapsExtension>,
-    pub(super) crypto: Option<CryptoExtension>,
-    pub(super) data_file: Option<StoredName>,
+pub(in crate::qcow2) struct Extensions {
+    pub(in crate::qcow2) backing_format: Option<String>,
+    pub(in crate::qcow2) feature_names: Vec<FeatureName>,
+    pub(in crate::qcow2) bitmaps: Option<BitmapsExtension>,
+    pub(in crate::qcow2) crypto: Option<CryptoExtension>,
+    pub(in crate::qcow2) data_file: Option<StoredName>,
 }
 
 /// Where the persistent bitmaps are.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned, PartialEq, Eq)]
 #[repr(C)]
-pub(super) struct BitmapsExtension {
+pub(in crate::qcow2) struct BitmapsExtension {
     /// How many there are.
-    pub(super) nb_bitmaps: U32,
+    pub(in crate::qcow2) nb_bitmaps: U32,
     /// Zero.
-    pub(super) reserved: U32,
+    pub(in crate::qcow2) reserved: U32,
     /// Bytes of their directory.
-    pub(super) directory_size: U64,
+    pub(in crate::qcow2) directory_size: U64,
     /// Where it starts.
-    pub(super) directory_offset: U64,
+    pub(in crate::qcow2) directory_offset: U64,
 }
 
 /// Where the encryption header is.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned, PartialEq, Eq)]
 #[repr(C)]
-pub(super) struct CryptoExtension {
+pub(in crate::qcow2) struct CryptoExtension {
     /// Where it starts.
-    pub(super) offset: U64,
+    pub(in crate::qcow2) offset: U64,
     /// How many bytes it has.
-    pub(super) length: U64,
+    pub(in crate::qcow2) length: U64,
 }
 
 const _: () = assert!(size_of::<BitmapsExtension>() == 24 && size_of::<CryptoExtension>() == 16);
@@ -58,7 +58,7 @@ const MAX_BACKING_FORMAT: usize = 15;
 ///
 /// # Errors
 /// An extension that reaches past the area, or one whose contents cannot be right.
-pub(super) fn parse(area: &[u8]) -> Result<Extensions> {
+pub(in crate::qcow2) fn parse(area: &[u8]) -> Result<Extensions> {
     let mut found = Extensions::default();
     let mut rest = area;
     while let Some((head, tail)) = rest.split_at_checked(8) {
@@ -98,17 +98,17 @@ pub(super) fn parse(area: &[u8]) -> Result<Extensions> {
 
 /// An extension as it stands in the file.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Extension {
-    pub(super) kind: u32,
-    pub(super) data: Vec<u8>,
+pub(in crate::qcow2) struct Extension {
+    pub(in crate::qcow2) kind: u32,
+    pub(in crate::qcow2) data: Vec<u8>,
 }
 
 impl Extension {
     /// Bytes of the end marker.
-    pub(super) const END: usize = 8;
+    pub(in crate::qcow2) const END: usize = 8;
 
     /// The extensions in `area` up to the end marker, or to one that reaches past the area.
-    pub(super) fn list(area: &[u8]) -> Vec<Self> {
+    pub(in crate::qcow2) fn list(area: &[u8]) -> Vec<Self> {
         let mut list = Vec::new();
         let mut rest = area;
         while let Some((head, tail)) = rest.split_at_checked(8) {
@@ -127,12 +127,12 @@ impl Extension {
     }
 
     /// How many bytes it takes.
-    pub(super) fn len(&self) -> usize {
+    pub(in crate::qcow2) fn len(&self) -> usize {
         8 + self.data.len().next_multiple_of(8)
     }
 
     /// Appends it.
-    pub(super) fn put(&self, area: &mut Vec<u8>) {
+    pub(in crate::qcow2) fn put(&self, area: &mut Vec<u8>) {
         put(area, self.kind, &self.data);
     }
 }
@@ -170,7 +170,11 @@ fn bitmaps(data: &[u8]) -> Result<BitmapsExtension> {
 
 /// The extensions of a new image, end marker included. The feature names are left out unless `with_names` is set: images
 /// with the smallest clusters, and those of version 2, do without them.
-pub(super) fn write(with_names: bool, backing_format: Option<&str>, data_file: Option<&str>) -> Vec<u8> {
+pub(in crate::qcow2) fn write(
+    with_names: bool,
+    backing_format: Option<&str>,
+    data_file: Option<&str>,
+) -> Vec<u8> {
     let mut area = Vec::new();
     if let Some(format) = backing_format {
         put(&mut area, kind::BACKING_FORMAT, format.as_bytes());
@@ -185,7 +189,7 @@ pub(super) fn write(with_names: bool, backing_format: Option<&str>, data_file: O
     area
 }
 
-pub(super) fn name_table() -> Vec<u8> {
+pub(in crate::qcow2) fn name_table() -> Vec<u8> {
     let mut table = Vec::new();
     for (kind, bit, name) in NAMES {
         let mut entry = [0; NAME_ENTRY_LEN];

@@ -9,12 +9,12 @@
 
 use diskimage_core::{ByteRange, Device, Error, Result};
 
-use super::entry::{COPIED, Cluster, L2Entry, OFFSET_MASK};
-use super::refcount::Change;
-use super::snapshot::index_of;
-use super::{Qcow2, State};
+use super::Change;
 use crate::layer_kit::metadata_cache::{Table, WriteOrder};
 use crate::layer_kit::metadata_guard::Kind;
+use crate::qcow2::entry::{COPIED, Cluster, L2Entry, OFFSET_MASK};
+use crate::qcow2::snapshot::index_of;
+use crate::qcow2::{Qcow2, State};
 
 /// Runs of clusters that are collected before they are counted; 4 MiB of memory.
 const MAX_RUNS: usize = 1 << 18;
@@ -52,11 +52,11 @@ impl Batch {
 
 /// Bytes of L2 tables from which on they change in copies, those of 4 GiB of data at the usual cluster size. Fewer are
 /// changed in place in a moment, and no room is taken for copies.
-pub(super) const COPIED_FROM: u64 = 512 << 10;
+pub(in crate::qcow2) const COPIED_FROM: u64 = 512 << 10;
 
 /// Where tables whose flags change are written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Rewrite {
+pub(in crate::qcow2) enum Rewrite {
     /// Over what they are.
     InPlace,
     /// To new clusters, and the L1 table to this place: what is in use stays as it is.
@@ -78,16 +78,14 @@ impl Qcow2 {
     ///
     /// # Errors
     /// Damage, and counts that are at their limit.
-    pub(super) fn check_tree(&self, state: &mut State, l1: Table, change: Change) -> Result<()> {
+    pub(in crate::qcow2) fn check_tree(&self, state: &mut State, l1: Table, change: Change) -> Result<()> {
         let bits = self.header.geometry.cluster_bits;
         let mut batch = Batch::default();
         let check = |state: &mut State, batch: &mut Batch| {
-            batch.take_sorted().into_iter().try_for_each(|(first, count)| {
-                let State {
-                    tables, refcounts, ..
-                } = &mut *state;
-                refcounts.check_run(tables, first, count, change)
-            })
+            batch
+                .take_sorted()
+                .into_iter()
+                .try_for_each(|(first, count)| state.metadata.check_run(first, count, change))
         };
         self.visit_tables(state, &*self.file, l1, l1, |state, entry, table| {
             batch.add((entry & OFFSET_MASK) >> bits, 1);
@@ -101,7 +99,7 @@ impl Qcow2 {
     }
 
     /// Whether `l1` leads to so many L2 tables that they change in copies.
-    pub(super) fn has_many_tables(&self, state: &mut State, l1: Table) -> Result<bool> {
+    pub(in crate::qcow2) fn has_many_tables(&self, state: &mut State, l1: Table) -> Result<bool> {
         let mut count = 0u64;
         self.visit_l1(state, &*self.file, l1, l1, |_, _, entry| {
             count += u64::from(entry & OFFSET_MASK != 0);
@@ -114,7 +112,7 @@ impl Qcow2 {
     /// place. `users` trees refer to L2 tables that move.
     ///
     /// In place, the flags are durable before the counts: a writer that finds one without the other copies needlessly.
-    pub(super) fn share_tree(
+    pub(in crate::qcow2) fn share_tree(
         &self,
         state: &mut State,
         l1: Table,
@@ -123,7 +121,7 @@ impl Qcow2 {
     ) -> Result<()> {
         if rewrite == Rewrite::InPlace {
             // Pages of the tables that are about to change in the file.
-            state.tables.clear()?;
+            state.metadata.cache.clear()?;
             self.visit_l1(state, &*self.file, l1, l1, |_, _, entry| Ok(entry & !COPIED))?;
         }
         let bits = self.header.geometry.cluster_bits;
@@ -154,7 +152,12 @@ impl Qcow2 {
 
     /// Counts everything below an L1 table, which nothing refers to any more, once less. The table is read from `l1` of
     /// `source`. What is free then is given back to the file system.
-    pub(super) fn release_tree(&self, state: &mut State, source: &dyn Device, l1: Table) -> Result<()> {
+    pub(in crate::qcow2) fn release_tree(
+        &self,
+        state: &mut State,
+        source: &dyn Device,
+        l1: Table,
+    ) -> Result<()> {
         let bits = self.header.geometry.cluster_bits;
         let mut batch = Batch::default();
         self.visit_tables(state, source, l1, l1, |state, entry, table| {
@@ -169,7 +172,7 @@ impl Qcow2 {
     }
 
     /// Counts the clusters of the table `l1` itself once less.
-    pub(super) fn release_table(&self, state: &mut State, l1: Table) -> Result<()> {
+    pub(in crate::qcow2) fn release_table(&self, state: &mut State, l1: Table) -> Result<()> {
         let bits = self.header.geometry.cluster_bits;
         let mut batch = Batch::default();
         batch.add(l1.offset >> bits, l1.len.div_ceil(1 << bits));
@@ -177,7 +180,7 @@ impl Qcow2 {
     }
 
     /// Counts the L2 tables of the L1 table `old` that stand no longer in `new`, and `old` itself, once less.
-    pub(super) fn release_replaced(&self, state: &mut State, old: Table, new: Table) -> Result<()> {
+    pub(in crate::qcow2) fn release_replaced(&self, state: &mut State, old: Table, new: Table) -> Result<()> {
         let bits = self.header.geometry.cluster_bits;
         let mut batch = Batch::default();
         let mut chunk = Vec::new();
@@ -200,17 +203,13 @@ impl Qcow2 {
 
     /// Has the COPIED flags of the active tables say which clusters are used once. The counts are durable, or published
     /// together with the tables.
-    pub(super) fn refresh_copied(&self, state: &mut State, rewrite: Rewrite) -> Result<()> {
+    pub(in crate::qcow2) fn refresh_copied(&self, state: &mut State, rewrite: Rewrite) -> Result<()> {
         let bits = self.header.geometry.cluster_bits;
         let l1 = state.l1;
-        state.tables.clear()?;
-        state.tables.sync()?;
-        let once = |state: &mut State, offset: u64| {
-            let State {
-                tables, refcounts, ..
-            } = &mut *state;
-            refcounts.count(tables, offset >> bits).map(|count| count == 1)
-        };
+        state.metadata.cache.clear()?;
+        state.metadata.cache.sync()?;
+        let once =
+            |state: &mut State, offset: u64| state.metadata.count(offset >> bits).map(|count| count == 1);
         self.visit_tables(state, &*self.file, l1, rewrite.l1(l1), |state, entry, table| {
             let old = entry & OFFSET_MASK;
             let changed = self.mark_entries(table, |offset| once(state, offset))?;
@@ -219,7 +218,7 @@ impl Qcow2 {
             Ok(entry & !(OFFSET_MASK | COPIED) | new | flag)
         })?;
         // The windows of the tables that were changed in the file.
-        state.tables.clear()
+        state.metadata.cache.clear()
     }
 
     /// Writes the L2 table that was read at `offset` if it `changed`; where it is then.
@@ -236,7 +235,7 @@ impl Qcow2 {
             Rewrite::InPlace => offset,
             Rewrite::To(_) => {
                 let kind = Some(Kind::ActiveL2);
-                state.refcounts.allocate(&mut state.tables, 1, kind)?
+                state.metadata.allocate(1, kind)?
             }
         };
         self.write_table(state, WriteOrder::L2, place, table)?;
@@ -244,7 +243,7 @@ impl Qcow2 {
     }
 
     /// Writes a table, or a part of one, past the windows of `tables`.
-    pub(super) fn write_table(
+    pub(in crate::qcow2) fn write_table(
         &self,
         state: &State,
         class: WriteOrder,
@@ -252,7 +251,7 @@ impl Qcow2 {
         bytes: &[u8],
     ) -> Result<()> {
         let range = ByteRange::at(offset, bytes.len() as u64);
-        state.tables.admit(range, class.kinds())?;
+        state.metadata.cache.admit(range, class.kinds())?;
         self.file.event(class.update_event());
         self.file.write_at(bytes, offset)
     }
@@ -371,10 +370,7 @@ impl Qcow2 {
         let bits = self.header.geometry.cluster_bits;
         let mut freed: Vec<ByteRange> = Vec::new();
         for (first, count) in batch.take_sorted() {
-            let State {
-                tables, refcounts, ..
-            } = &mut *state;
-            refcounts.change_run(tables, first, count, change, |cluster| {
+            state.metadata.change_run(first, count, change, |cluster| {
                 let start = cluster << bits;
                 match freed.last_mut() {
                     Some(last) if last.end() == start => {
@@ -384,8 +380,8 @@ impl Qcow2 {
                 }
             })?;
         }
-        state.tables.write_back()?;
-        state.tables.sync()?;
+        state.metadata.cache.write_back()?;
+        state.metadata.cache.sync()?;
         freed.into_iter().try_for_each(|range| self.file.discard(range))
     }
 }

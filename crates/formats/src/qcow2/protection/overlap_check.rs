@@ -6,8 +6,8 @@
 use diskimage_core::options::{OptionDef, OptionKind, Options};
 use diskimage_core::{Error, NodeOptions, Result};
 
-use super::header::Geometry;
 use crate::layer_kit::metadata_guard::{Kind, Kinds};
+use crate::qcow2::header::Geometry;
 
 /// The checks of writes that can be made in constant time, those that need nothing read from the file, and all.
 const TEMPLATES: [(&str, Kinds); 4] = [
@@ -155,7 +155,7 @@ const OPTIONS: &[OptionDef] = &[
 ///
 /// # Errors
 /// Values that an option does not take, and options that do not go together.
-pub(super) fn parse(node: &mut NodeOptions, geometry: Geometry) -> Result<Kinds> {
+pub(in crate::qcow2) fn parse(node: &mut NodeOptions, geometry: Geometry) -> Result<Kinds> {
     let options = node.absorb(OPTIONS)?;
     check_caches(&options, geometry)?;
     let (short, long) = (

@@ -10,13 +10,13 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use diskimage_core::errno;
 use diskimage_core::{Device, Error, Result};
 
-use super::feature::Incompatible;
-use super::header::{Header, field};
 use crate::layer_kit::metadata_guard::DamageReport;
+use crate::qcow2::header::feature::Incompatible;
+use crate::qcow2::header::{Header, field};
 
 /// The marks that an open image has in its header, and what was told of damage.
 #[derive(Debug)]
-pub(super) struct Corruption {
+pub(in crate::qcow2) struct Corruption {
     file: Arc<dyn Device>,
     /// The incompatible features as they stand in the file; version 2 has none.
     incompatible: Option<Mutex<u64>>,
@@ -30,7 +30,7 @@ pub(super) struct Corruption {
 
 impl Corruption {
     /// For an image that damage is marked in if `marks`.
-    pub(super) fn new(header: &Header, file: &Arc<dyn Device>, marks: bool) -> Self {
+    pub(in crate::qcow2) fn new(header: &Header, file: &Arc<dyn Device>, marks: bool) -> Self {
         let incompatible = (header.version >= 3).then(|| Mutex::new(header.features.incompatible.0));
         Self {
             file: Arc::clone(file),
@@ -45,7 +45,7 @@ impl Corruption {
     ///
     /// # Errors
     /// A failure to write.
-    pub(super) fn set_incompatible(&self, bits: u64, on: bool) -> Result<()> {
+    pub(in crate::qcow2) fn set_incompatible(&self, bits: u64, on: bool) -> Result<()> {
         let Some(features) = &self.incompatible else {
             return Ok(());
         };

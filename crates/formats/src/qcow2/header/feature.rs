@@ -4,35 +4,35 @@ use diskimage_core::{Error, Result};
 
 /// All feature bits of a header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Features {
-    pub(super) incompatible: Incompatible,
-    pub(super) compatible: Compatible,
-    pub(super) autoclear: Autoclear,
+pub(in crate::qcow2) struct Features {
+    pub(in crate::qcow2) incompatible: Incompatible,
+    pub(in crate::qcow2) compatible: Compatible,
+    pub(in crate::qcow2) autoclear: Autoclear,
 }
 
 /// Bits that must be known to open the image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Incompatible(pub(super) u64);
+pub(in crate::qcow2) struct Incompatible(pub(in crate::qcow2) u64);
 
 impl Incompatible {
     /// Refcounts may be out of date.
-    pub(super) const DIRTY: u64 = 1 << 0;
+    pub(in crate::qcow2) const DIRTY: u64 = 1 << 0;
     /// Something is known to be damaged.
-    pub(super) const CORRUPT: u64 = 1 << 1;
+    pub(in crate::qcow2) const CORRUPT: u64 = 1 << 1;
     /// Guest data lives in another file.
-    pub(super) const DATA_FILE: u64 = 1 << 2;
+    pub(in crate::qcow2) const DATA_FILE: u64 = 1 << 2;
     /// Clusters are not compressed by zlib.
-    pub(super) const COMPRESSION: u64 = 1 << 3;
+    pub(in crate::qcow2) const COMPRESSION: u64 = 1 << 3;
     /// L2 entries have a subcluster bitmap.
-    pub(super) const EXTENDED_L2: u64 = 1 << 4;
+    pub(in crate::qcow2) const EXTENDED_L2: u64 = 1 << 4;
     const KNOWN: u64 = Self::DIRTY | Self::CORRUPT | Self::DATA_FILE | Self::COMPRESSION | Self::EXTENDED_L2;
 
-    pub(super) fn has(self, bit: u64) -> bool {
+    pub(in crate::qcow2) fn has(self, bit: u64) -> bool {
         self.0 & bit != 0
     }
 
     /// Refuses bits that this program does not know, by the names that the image gives them.
-    pub(super) fn refuse_unknown(self, names: &[FeatureName]) -> Result<()> {
+    pub(in crate::qcow2) fn refuse_unknown(self, names: &[FeatureName]) -> Result<()> {
         let mut unknown = self.0 & !Self::KNOWN;
         if unknown == 0 {
             return Ok(());
@@ -60,30 +60,30 @@ impl Incompatible {
 
 /// Bits that may be ignored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Compatible(pub(super) u64);
+pub(in crate::qcow2) struct Compatible(pub(in crate::qcow2) u64);
 
 impl Compatible {
     /// Refcounts are updated late, under the protection of the dirty bit.
-    pub(super) const LAZY_REFCOUNTS: u64 = 1 << 0;
+    pub(in crate::qcow2) const LAZY_REFCOUNTS: u64 = 1 << 0;
 
-    pub(super) fn has(self, bit: u64) -> bool {
+    pub(in crate::qcow2) fn has(self, bit: u64) -> bool {
         self.0 & bit != 0
     }
 }
 
 /// Bits that a writer which does not know them must clear.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Autoclear(pub(super) u64);
+pub(in crate::qcow2) struct Autoclear(pub(in crate::qcow2) u64);
 
 impl Autoclear {
     /// The bitmaps extension is consistent with the data.
-    pub(super) const BITMAPS: u64 = 1 << 0;
+    pub(in crate::qcow2) const BITMAPS: u64 = 1 << 0;
     /// The data file reads as the disk does.
-    pub(super) const DATA_FILE_RAW: u64 = 1 << 1;
+    pub(in crate::qcow2) const DATA_FILE_RAW: u64 = 1 << 1;
     /// The bits that this program keeps when it writes.
-    pub(super) const KNOWN: u64 = Self::BITMAPS | Self::DATA_FILE_RAW;
+    pub(in crate::qcow2) const KNOWN: u64 = Self::BITMAPS | Self::DATA_FILE_RAW;
 
-    pub(super) fn has(self, bit: u64) -> bool {
+    pub(in crate::qcow2) fn has(self, bit: u64) -> bool {
         self.0 & bit != 0
     }
 }
@@ -91,7 +91,7 @@ impl Autoclear {
 /// Which field of the header a feature name belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
-pub(super) enum FeatureKind {
+pub(in crate::qcow2) enum FeatureKind {
     Incompatible = 0,
     Compatible = 1,
     Autoclear = 2,
@@ -99,17 +99,17 @@ pub(super) enum FeatureKind {
 
 /// An entry of the feature name table.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct FeatureName {
-    pub(super) kind: u8,
-    pub(super) bit: u8,
-    pub(super) name: String,
+pub(in crate::qcow2) struct FeatureName {
+    pub(in crate::qcow2) kind: u8,
+    pub(in crate::qcow2) bit: u8,
+    pub(in crate::qcow2) name: String,
 }
 
 /// Bytes of an entry of the feature name table: kind, bit, 46 bytes of name.
-pub(super) const NAME_ENTRY_LEN: usize = 48;
+pub(in crate::qcow2) const NAME_ENTRY_LEN: usize = 48;
 
 /// The names that new images carry, so that older programs can say what they lack.
-pub(super) const NAMES: [(FeatureKind, u8, &str); 8] = [
+pub(in crate::qcow2) const NAMES: [(FeatureKind, u8, &str); 8] = [
     (FeatureKind::Incompatible, 0, "dirty bit"),
     (FeatureKind::Incompatible, 1, "corrupt bit"),
     (FeatureKind::Incompatible, 2, "external data file"),

@@ -8,9 +8,9 @@ use std::sync::Arc;
 
 use diskimage_core::{ByteRange, ErrorKind, Result};
 
-use super::entry::{Cluster, L2Entry, OFFSET_MASK};
-use super::{Qcow2, State};
 use crate::layer_kit::metadata_cache::Table;
+use crate::qcow2::Qcow2;
+use crate::qcow2::entry::{Cluster, L2Entry, OFFSET_MASK};
 
 /// Bytes of an L1 table that are read at once.
 const CHUNK: u64 = 64 << 10;
@@ -21,7 +21,7 @@ impl Qcow2 {
     ///
     /// # Errors
     /// Bytes that are missing, and failures to read.
-    pub(super) fn require_end(&self) -> Result<()> {
+    pub(in crate::qcow2) fn require_end(&self) -> Result<()> {
         let (l1, size) = {
             let state = self.lock();
             (state.l1, state.size)
@@ -53,13 +53,10 @@ impl Qcow2 {
     fn counts_at_end(&self) -> Result<(bool, bool)> {
         let (size, len) = (self.header.geometry.cluster_size(), self.file.len());
         let mut state = self.lock();
-        let State {
-            tables, refcounts, ..
-        } = &mut *state;
-        let beyond = refcounts.counts_beyond(tables, len.div_ceil(size));
+        let beyond = state.metadata.counts_beyond(len.div_ceil(size));
         let partly = match len.is_multiple_of(size) {
             true => Ok(false),
-            false => refcounts.count(tables, len / size).map(|count| count > 0),
+            false => state.metadata.count(len / size).map(|count| count > 0),
         };
         let or_damaged = |known: Result<bool>| match known {
             Err(error) if error.kind() == ErrorKind::Io => Err(error),

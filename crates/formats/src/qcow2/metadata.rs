@@ -1,0 +1,130 @@
+//! The metadata of an open image: its tables in memory, and the refcounts that say which clusters are in use.
+//!
+//! ```text
+//!   Metadata ──► Refcounts        which clusters are free, how often each is used
+//!       │            │  reads and changes refcount blocks in
+//!       └────────────┴──► MetadataCache      pages of all tables, written back in crash order
+//! ```
+//!
+//! Refcounts are entries of tables, so each of their operations needs the cache. Whoever allocates or releases clusters goes
+//! through this type, which holds both.
+
+use std::sync::Arc;
+
+use diskimage_core::{Device, Result};
+
+use super::header::Header;
+use super::refcount::{Change, Refcounts};
+use crate::layer_kit::metadata_cache::{MetadataCache, Table};
+use crate::layer_kit::metadata_guard::Kind;
+
+/// The cache of tables and the refcounts in it.
+#[derive(Debug)]
+pub(super) struct Metadata {
+    pub(super) cache: MetadataCache,
+    pub(super) refcounts: Refcounts,
+}
+
+impl Metadata {
+    /// That of the image with this header in `file`; guest data is in `data`. Nothing is read.
+    pub(super) fn new(header: &Header, file: &Arc<dyn Device>, data: &Arc<dyn Device>) -> Self {
+        Self {
+            cache: MetadataCache::new(Arc::clone(file), Arc::clone(data)),
+            refcounts: Refcounts::new(header, file.len()),
+        }
+    }
+
+    /// Allocates `count` clusters in a row, for metadata of the kind `kind` or for guest data; the offset of the first.
+    ///
+    /// # Errors
+    /// A file that cannot grow any more, and damage.
+    pub(super) fn allocate(&mut self, count: u64, kind: Option<Kind>) -> Result<u64> {
+        self.refcounts.allocate(&mut self.cache, count, kind)
+    }
+
+    /// Allocates room for `len` bytes of a compressed cluster, behind the one before if that has room left.
+    ///
+    /// # Errors
+    /// As [`Metadata::allocate`].
+    pub(super) fn allocate_bytes(&mut self, len: u64) -> Result<u64> {
+        self.refcounts.allocate_bytes(&mut self.cache, len)
+    }
+
+    /// Counts each cluster that `len` bytes from `offset` on touch down by one. See [`Refcounts::release`].
+    ///
+    /// # Errors
+    /// Failures to read or write refcount blocks.
+    pub(super) fn release(&mut self, offset: u64, len: u64) -> Result<()> {
+        self.refcounts.release(&mut self.cache, offset, len)
+    }
+
+    /// Releases a new table that nothing refers to. What cannot be counted down leaks, which is harmless.
+    pub(super) fn release_new_table(&mut self, table: Table) {
+        self.cache.forget(table);
+        let released = self.release(table.offset, table.len);
+        let _ = released.and_then(|()| self.cache.write_back());
+    }
+
+    /// The refcount of `cluster`.
+    ///
+    /// # Errors
+    /// Failures to read, and damage in the refcount table.
+    pub(super) fn count(&mut self, cluster: u64) -> Result<u64> {
+        self.refcounts.count(&mut self.cache, cluster)
+    }
+
+    /// Checks that `count` clusters from `first` on can be counted `change`. See [`Refcounts::check_run`].
+    ///
+    /// # Errors
+    /// Clusters that are not counted, or counts at their limit.
+    pub(super) fn check_run(&mut self, first: u64, count: u64, change: Change) -> Result<()> {
+        self.refcounts.check_run(&mut self.cache, first, count, change)
+    }
+
+    /// Changes the refcounts of `count` clusters from `first` on, and calls `freed` for each that is free then, in order.
+    ///
+    /// # Errors
+    /// As [`Metadata::check_run`]; the clusters before the one that is wrong are changed.
+    pub(super) fn change_run(
+        &mut self,
+        first: u64,
+        count: u64,
+        change: Change,
+        freed: impl FnMut(u64),
+    ) -> Result<()> {
+        self.refcounts
+            .change_run(&mut self.cache, first, count, change, freed)
+    }
+
+    /// Whether any cluster from `first` on has a refcount above zero, or there are blocks that could hold one.
+    ///
+    /// # Errors
+    /// Failures to read, and damage in the refcount table.
+    pub(super) fn counts_beyond(&mut self, first: u64) -> Result<bool> {
+        self.refcounts.counts_beyond(&mut self.cache, first)
+    }
+
+    /// Whether a cluster that the file had when it was opened is free.
+    ///
+    /// # Errors
+    /// Failures to read, and damage in the refcount table.
+    pub(super) fn has_free_before_end(&mut self) -> Result<bool> {
+        self.refcounts.has_free_before_end(&mut self.cache)
+    }
+
+    /// Unlinks and releases the refcount blocks all of whose counts are zero.
+    ///
+    /// # Errors
+    /// Failures to read or write.
+    pub(super) fn drop_empty_blocks(&mut self) -> Result<()> {
+        self.refcounts.drop_empty_blocks(&mut self.cache)
+    }
+
+    /// Releases the refcount structure `old`, which nothing refers to any more.
+    ///
+    /// # Errors
+    /// Failures to read or write: what is left leaks.
+    pub(super) fn release_structure(&mut self, old: &Refcounts) -> Result<()> {
+        self.refcounts.release_structure(&mut self.cache, old)
+    }
+}
