@@ -94,7 +94,9 @@ fn read(layer: &Arc<dyn Layer>) {
     let _ = layer.info();
     let _ = layer.bitmap_bytes(65536);
     for index in 0..3 {
-        let _ = layer.snapshot(Some(&index.to_string()), None);
+        let _ = layer
+            .snapshots()
+            .map(|snapshots| snapshots.open(Some(&index.to_string()), None));
     }
     let image = Image::new(Arc::clone(layer), None, "fuzz", false);
     let mut rest = ByteRange::new(0, image.len());

@@ -14,6 +14,12 @@ pub trait Bitmaps: Debug + Send + Sync {
     /// Damage in their directory.
     fn list(&self) -> Result<Vec<BitmapInfo>>;
 
+    /// How many bytes they take in a copy of the image with clusters of `cluster_size`.
+    ///
+    /// # Errors
+    /// Damage in their directory.
+    fn bytes(&self, cluster_size: u64) -> Result<u64>;
+
     /// Makes a bitmap in which nothing is marked.
     ///
     /// # Errors

@@ -1,4 +1,17 @@
-//! What a check of an image found and mended.
+//! Checks of images, and what they find and mend.
+
+use std::fmt::Debug;
+
+use crate::{Progress, Result};
+
+/// A layer whose tables can be checked.
+pub trait Check: Debug + Send + Sync {
+    /// Looks for inconsistencies and mends what `repair` allows.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`](crate::ErrorKind::Unsupported) if the format cannot repair; errors that end the check.
+    fn check(&self, repair: Repair, progress: &Progress<'_>) -> Result<CheckReport>;
+}
 
 /// What a check may mend.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

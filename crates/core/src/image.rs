@@ -37,6 +37,8 @@ pub struct Image {
     write: bool,
     limits: Limits,
     node: Node,
+    /// The image is a protocol or filter used without a format: nothing but the bytes of the layer's file.
+    is_bare: bool,
     zeroes: ZeroDetection,
     /// Whether nothing of the file is known to be missing, as far as who writes has to know.
     is_whole: AtomicBool,
@@ -70,9 +72,10 @@ impl Image {
             alignment: 1,
             ..layer.file().limits().clone()
         };
-        let backing_changed = backing
-            .as_ref()
-            .is_some_and(|below| !layer.matches_backing(&**below.layer()));
+        let backing_changed = backing.as_ref().is_some_and(|below| {
+            let backed = layer.capabilities().backed;
+            backed.is_some_and(|backed| !backed.matches_backing(&**below.layer()))
+        });
         Self {
             held: Arc::new(Held::new(layer)),
             backing,
@@ -80,6 +83,7 @@ impl Image {
             write,
             limits,
             node,
+            is_bare: false,
             zeroes: ZeroDetection::Off,
             is_whole: AtomicBool::new(false),
             looking: Mutex::new(()),
@@ -91,6 +95,18 @@ impl Image {
     #[must_use]
     pub fn with_node(self, node: Node) -> Self {
         Self { node, ..self }
+    }
+
+    /// The same image as a protocol or filter that is used without a format: in the block graph it is the node of its file,
+    /// and what is known of the bytes is what that one knows.
+    #[must_use]
+    pub fn bare(self) -> Self {
+        let node = self.layer().file().node();
+        Self {
+            node,
+            is_bare: true,
+            ..self
+        }
     }
 
     /// The same image, which looks for zeroes in what is written to it.
@@ -158,6 +174,7 @@ impl Image {
             .with_zero_detection(self.zeroes);
         Self {
             held: Arc::clone(&self.held),
+            is_bare: self.is_bare,
             ..image
         }
     }
@@ -186,7 +203,8 @@ impl Image {
     pub fn write_encoded(&self, offset: u64, bytes: &[u8]) -> Result<()> {
         self.require_writable()?;
         self.forget_decoded();
-        self.held.change(|| self.layer().write_encoded(offset, bytes))
+        self.held
+            .change(|| self.layer().codec()?.write_encoded(offset, bytes))
     }
 
     /// Gives up all data, so that the image below shows everywhere, if the format has a way.
@@ -213,8 +231,11 @@ impl Image {
             self.detach_end()?;
             self.pad_end()?;
         }
-        self.held
-            .change(|| self.layer().resize(request, self.below_len()))?;
+        let request = &ResizeRequest {
+            backing_len: self.below_len(),
+            ..request.clone()
+        };
+        self.held.change(|| self.layer().resize(request))?;
         if request.len < old {
             return match self.clear_behind_end() {
                 // It is cleared when the disk grows.
@@ -236,8 +257,11 @@ impl Image {
             self.clear_behind_end()?;
             self.detach_end()?;
         }
-        self.held
-            .last_change(|| self.layer().amend(request, self.below_len()))
+        let request = AmendRequest {
+            backing_len: self.below_len(),
+            ..*request
+        };
+        self.held.last_change(|| self.layer().amend(&request))
     }
 
     fn below_len(&self) -> u64 {
@@ -246,9 +270,13 @@ impl Image {
 
     /// Makes zero what was cut off inside the unit that the disk ends in: it must not come back when the disk grows.
     fn clear_behind_end(&self) -> Result<()> {
-        let Some(behind) = self.layer().behind_end() else {
+        if !self.layer().capabilities().keeps_tail {
             return Ok(());
-        };
+        }
+        let behind = ByteRange::new(self.len(), align_up(self.len(), self.layer().granularity()));
+        if behind.is_empty() {
+            return Ok(());
+        }
         let len = usize::try_from(behind.len()).map_err(|_| Error::corrupt("Cluster too large"))?;
         let mut bytes = vec![0; len];
         self.read_own(behind, &mut bytes)?;
@@ -401,7 +429,7 @@ impl Image {
                 device.read_at(buf, *offset)?;
             }
             RunKind::Encoded(encoded) if encoded.cluster == ByteRange::at(guest, buf.len() as u64) => {
-                self.layer().decode(encoded, buf)?;
+                self.layer().codec()?.decode(encoded, buf)?;
             }
             RunKind::Encoded(encoded) => {
                 let cluster = self.decode_cluster(encoded)?;
@@ -426,7 +454,7 @@ impl Image {
         }
         let len = usize::try_from(encoded.cluster.len()).map_err(|_| Error::corrupt("Cluster too large"))?;
         let mut cluster = vec![0; len];
-        self.layer().decode(encoded, &mut cluster)?;
+        self.layer().codec()?.decode(encoded, &mut cluster)?;
         let cluster: Arc<[u8]> = cluster.into();
         *self.decoded.lock().unwrap_or_else(PoisonError::into_inner) = Some((*encoded, Arc::clone(&cluster)));
         Ok(cluster)
@@ -683,7 +711,7 @@ impl Device for Image {
                 if want == StatusDetail::Zeroes && holes != HoleMeaning::Ignored && !inside.is_empty() {
                     let below = device.status(inside, want)?;
                     let len = below.len.min(run.len);
-                    if holes == HoleMeaning::Zero && self.layer().is_bare() && is_of_image(&below) {
+                    if holes == HoleMeaning::Zero && self.is_bare && is_of_image(&below) {
                         return Ok(Extent { len, ..below });
                     }
                     let kind = match (below.kind, holes) {
@@ -738,7 +766,7 @@ impl Device for Image {
     }
 
     fn node(&self) -> Node {
-        if self.layer().is_bare() {
+        if self.is_bare {
             self.layer().file().node()
         } else {
             self.node.clone()

@@ -3,10 +3,8 @@
 use std::fmt::Debug;
 use std::sync::Arc;
 
-use crate::options::Options;
 use crate::{
-    Bitmaps, ByteRange, CheckReport, Device, Error, ErrorKind, Info, Note, Objects, Preallocation, Progress,
-    Repair, Result, Snapshots, StoredName, ZeroMode,
+    ByteRange, Capabilities, Device, Encoded, ErrorKind, Info, Note, Preallocation, Result, ZeroMode,
 };
 
 /// One opened image without its backing chain.
@@ -40,11 +38,6 @@ pub trait Layer: Debug + Send + Sync {
         self.granularity()
     }
 
-    /// The image below, as the image names it.
-    fn backing(&self) -> Option<Backing> {
-        None
-    }
-
     /// Where the bytes at the start of `range` live, and how far that holds.
     ///
     /// # Errors
@@ -55,22 +48,6 @@ pub trait Layer: Debug + Send + Sync {
     /// make the file longer, and what was lost would read as zeroes from then on.
     fn needs_whole_file(&self) -> bool {
         true
-    }
-
-    /// Checks that the file has all bytes of what [`RunKind::Encoded`] names.
-    ///
-    /// # Errors
-    /// Bytes that are missing.
-    fn require_encoded(&self, _encoded: &Encoded) -> Result<()> {
-        Ok(())
-    }
-
-    /// Decodes the cluster that [`RunKind::Encoded`] names; `buf` has the length of its cluster.
-    ///
-    /// # Errors
-    /// Damage in the encoded bytes.
-    fn decode(&self, _encoded: &Encoded, _buf: &mut [u8]) -> Result<()> {
-        Err(Error::unsupported("This format has no encoded clusters"))
     }
 
     /// Sets aside where the bytes of `range` will go. Waits while another plan covers some of the same clusters.
@@ -94,90 +71,11 @@ pub trait Layer: Debug + Send + Sync {
         Ok(())
     }
 
-    /// A new encoder for clusters, one for each worker; `None` if the format does not compress.
-    ///
-    /// # Errors
-    /// Compression that this build lacks.
-    fn encoder(&self) -> Result<Option<Box<dyn Encoder>>> {
-        Ok(None)
-    }
-
-    /// Stores the encoded bytes of the one cluster that starts at guest offset `offset`.
-    ///
-    /// # Errors
-    /// As for writing.
-    fn write_encoded(&self, _offset: u64, _bytes: &[u8]) -> Result<()> {
-        Err(Error::unsupported("This format has no encoded clusters"))
-    }
-
     /// What the image says of itself.
     ///
     /// # Errors
     /// Damage in the tables it reads for this.
     fn info(&self) -> Result<Info>;
-
-    /// The state that snapshot `name` (tried as identifier, then as name) kept, as a read-only layer; `None` if the
-    /// format has no snapshots.
-    ///
-    /// # Errors
-    /// [`ErrorKind::NotFound`](crate::ErrorKind::NotFound) if there is no such snapshot.
-    fn snapshot(&self, _id: Option<&str>, _name: Option<&str>) -> Result<Option<Arc<dyn Layer>>> {
-        Ok(None)
-    }
-
-    /// Its internal snapshots, to be changed; `None` if the format has none.
-    fn snapshots(&self) -> Option<&dyn Snapshots> {
-        None
-    }
-
-    /// Its persistent bitmaps; `None` if the format or this version of it has none.
-    fn bitmaps(&self) -> Option<&dyn Bitmaps> {
-        None
-    }
-
-    /// How many bytes its persistent bitmaps take in a copy with clusters of `cluster_size`; `None` if the format or
-    /// this version of it has none.
-    ///
-    /// # Errors
-    /// Damage in their directory.
-    fn bitmap_bytes(&self, _cluster_size: u64) -> Result<Option<u64>> {
-        Ok(None)
-    }
-
-    /// Looks for inconsistencies and mends what `repair` allows.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Unsupported`](crate::ErrorKind::Unsupported) if the format has no check; errors that end it.
-    fn check(&self, _repair: Repair, _progress: &Progress<'_>) -> Result<CheckReport> {
-        Err(Error::unsupported("This image format does not support checks"))
-    }
-
-    /// Names another image below, or none; what was written so far is durable before. The layer itself goes on with what
-    /// it was opened on.
-    ///
-    /// # Errors
-    /// `Operation not supported` if the format has no images below; names that are too long.
-    fn set_backing(&self, _backing: Option<&Backing>) -> Result<()> {
-        Err(Error::from_errno(crate::errno::ENOTSUP))
-    }
-
-    /// Gives up all data, so that the image below shows everywhere. A format that has no way keeps it, as the original
-    /// does: what it hides is the same.
-    ///
-    /// # Errors
-    /// As for writing.
-    fn make_empty(&self) -> Result<()> {
-        Ok(())
-    }
-
-    /// The paths of further files that [`Layer::resize`] needs for `request`, relative to the current directory if they
-    /// are not absolute. Whoever asked makes them, and passes them on in [`ResizeRequest::parts`].
-    ///
-    /// # Errors
-    /// As [`Layer::resize`].
-    fn new_parts(&self, _request: &ResizeRequest) -> Result<Vec<String>> {
-        Ok(Vec::new())
-    }
 
     /// Refuses what [`Layer::resize`] would refuse, before anything has changed.
     ///
@@ -187,30 +85,11 @@ pub trait Layer: Debug + Send + Sync {
         Ok(())
     }
 
-    /// Changes the disk's size. The image below reaches to `below`, 0 if there is none: of what is added, nothing may show
-    /// it at any moment.
+    /// Changes the disk's size. Of what is added, nothing may show the backing image at any moment.
     ///
     /// # Errors
     /// What the format cannot do, each in words of its own.
-    fn resize(&self, request: &ResizeRequest, below: u64) -> Result<()>;
-
-    /// The bytes behind the end of the disk in the unit that it ends in, where those of a disk that became smaller stay.
-    /// They are mapped and written like the disk's own.
-    fn behind_end(&self) -> Option<ByteRange> {
-        None
-    }
-
-    /// Changes options that the image was created with. Afterwards the layer refuses to write: the image has to be opened
-    /// again. `below` is as for [`Layer::resize`].
-    ///
-    /// # Errors
-    /// What the format cannot change, each in words of its own.
-    fn amend(&self, _request: &AmendRequest<'_>, _below: u64) -> Result<()> {
-        Err(Error::unsupported(format!(
-            "Format driver '{}' does not support option amendment",
-            self.format()
-        )))
-    }
+    fn resize(&self, request: &ResizeRequest) -> Result<()>;
 
     /// Whether a new image of this kind reads as zero everywhere.
     fn is_zero_when_new(&self) -> bool {
@@ -226,42 +105,9 @@ pub trait Layer: Debug + Send + Sync {
     /// The device that the format lies on.
     fn file(&self) -> &Arc<dyn Device>;
 
-    /// Whether the image is nothing but the bytes of [`Layer::file`], a protocol or filter used without a format.
-    fn is_bare(&self) -> bool {
-        false
-    }
-
-    /// Whether `map` tells what tables say. Of a format whose tables the original does not ask, it says as there that all
-    /// is data, and not where.
-    fn reports_allocation(&self) -> bool {
-        true
-    }
-
-    /// The device that holds the guest's data, if it is another one.
-    fn data_file(&self) -> Option<&Arc<dyn Device>> {
-        None
-    }
-
-    /// The files that make up the image besides [`Layer::file`], by their names in the block graph.
-    fn parts(&self) -> Vec<(String, Arc<dyn Device>)> {
-        Vec::new()
-    }
-
-    /// What names the present contents of the disk, where the format keeps such a number: it is another one after the
-    /// disk was changed.
-    fn cid(&self) -> Option<u32> {
-        None
-    }
-
-    /// Whether `below` still has the contents that this image was made on. If not, what it does not have itself cannot be
-    /// read.
-    fn matches_backing(&self, _below: &dyn Layer) -> bool {
-        true
-    }
-
-    /// Whether the disk can be written only as the encoded form of whole clusters.
-    fn needs_encoding(&self) -> bool {
-        false
+    /// What else the layer can do. It takes no lock.
+    fn capabilities(&self) -> Capabilities<'_> {
+        Capabilities::default()
     }
 }
 
@@ -289,22 +135,13 @@ impl dyn Layer + '_ {
             };
             match &run.kind {
                 RunKind::Data { device, offset, .. } => device.require(*offset, run.len)?,
-                RunKind::Encoded(encoded) => self.require_encoded(encoded)?,
+                RunKind::Encoded(encoded) => self.codec()?.require_encoded(encoded)?,
                 RunKind::Zero { .. } | RunKind::Unallocated { .. } => {}
             }
             rest = rest.skip(run.len);
         }
         Ok(())
     }
-}
-
-/// The image below, as an image names it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Backing {
-    /// The name, which may be relative to the image's own directory.
-    pub name: StoredName,
-    /// The format, if the image says which.
-    pub format: Option<String>,
 }
 
 /// A run of guest bytes and where they live.
@@ -353,17 +190,6 @@ pub enum HoleMeaning {
     Zero,
 }
 
-/// Where an encoded cluster is stored.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Encoded {
-    /// Offset of its bytes in the file.
-    pub offset: u64,
-    /// How many bytes at most.
-    pub stored: u64,
-    /// The guest bytes that it decodes to. The last cluster of a disk is decoded whole, past the disk's end.
-    pub cluster: ByteRange,
-}
-
 /// Storage set aside for one write. The caller writes every byte of every run and commits; dropping the plan gives the
 /// storage back and leaves the image as it was.
 #[must_use]
@@ -406,28 +232,6 @@ impl WriteRun {
     }
 }
 
-/// Compresses clusters.
-pub trait Encoder: Send {
-    /// Puts the encoded form of `cluster` into `out`, emptied first. `Ok(false)` if the cluster is better stored as it is.
-    ///
-    /// # Errors
-    /// A failure of the codec.
-    fn encode(&mut self, cluster: &[u8], out: &mut Vec<u8>) -> Result<bool>;
-}
-
-/// A change of options.
-#[derive(Debug)]
-pub struct AmendRequest<'a> {
-    /// Values for the options in [`Format::amend_options`](crate::Format::amend_options).
-    pub options: &'a Options,
-    /// What would lock the user out, or is unsafe otherwise, is done as well.
-    pub force: bool,
-    /// What options refer to by name.
-    pub objects: &'a Arc<Objects>,
-    /// Told how far it is.
-    pub progress: &'a Progress<'a>,
-}
-
 /// A change of size.
 #[derive(Clone, Debug)]
 pub struct ResizeRequest {
@@ -435,8 +239,11 @@ pub struct ResizeRequest {
     pub len: u64,
     /// How much of new space is set aside.
     pub preallocation: Preallocation,
-    /// The files of [`Layer::new_parts`], new and empty. After a failure those that are empty again belong to nobody.
+    /// The files of [`MultiFile::new_parts`](crate::MultiFile::new_parts), new and empty. After a failure those that are
+    /// empty again belong to nobody.
     pub parts: Vec<Arc<dyn Device>>,
+    /// The length of the backing image, 0 if there is none. [`Image::resize_with`](crate::Image::resize_with) sets it.
+    pub backing_len: u64,
 }
 
 impl ResizeRequest {
@@ -446,6 +253,7 @@ impl ResizeRequest {
             len,
             preallocation,
             parts: Vec::new(),
+            backing_len: 0,
         }
     }
 }

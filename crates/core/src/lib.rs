@@ -4,6 +4,7 @@
 //!
 //! * [`Device`]: a flat array of bytes, wherever they live;
 //! * [`Layer`]: one opened image *without* its backing chain. It says where bytes are, it never moves them;
+//! * [`Capabilities`]: what a layer has besides what all have: compression, snapshots, bitmaps, a check, ...
 //! * [`Image`]: a layer with its backing image, which is a device again and the only code that walks a chain;
 //! * [`Format`]: an entry of the table from which a program picks drivers;
 //! * [`Gate`]: the caller's word on which files an image may refer to;
@@ -14,7 +15,9 @@
 mod aligned;
 mod bitmaps;
 mod budget;
+mod capabilities;
 mod check;
+mod codec;
 mod device;
 pub mod errno;
 mod error;
@@ -44,7 +47,9 @@ mod zero;
 pub use aligned::AlignedBuf;
 pub use bitmaps::{BitmapInfo, Bitmaps, NewBitmap};
 pub use budget::{Budget, Reservation};
-pub use check::{CheckReport, Repair};
+pub use capabilities::{Amend, AmendRequest, Backed, Backing, Capabilities, MultiFile};
+pub use check::{Check, CheckReport, Repair};
+pub use codec::{Codec, Encoded, Encoder};
 pub use device::{Device, Extent, ExtentKind, Limits, Node, Preallocation, StatusDetail, ZeroMode};
 pub use error::{Error, ErrorKind, Result, ResultExt};
 pub use event::Event;
@@ -54,10 +59,7 @@ pub use gate::{Gate, Permissions, Reference, Role};
 pub use held::OnLost;
 pub use image::{Image, PendingWrite, ZeroDetection};
 pub use info::{Detail, DetailValue, Info, SnapshotInfo};
-pub use layer::{
-    AmendRequest, Backing, Encoded, Encoder, HoleMeaning, Layer, ResizeRequest, Run, RunKind, WritePlan,
-    WriteRun,
-};
+pub use layer::{HoleMeaning, Layer, ResizeRequest, Run, RunKind, WritePlan, WriteRun};
 pub use local_time::LocalTime;
 pub use memory::MemoryDevice;
 pub use node::{NodeOptions, is_identifier};

@@ -1,8 +1,9 @@
 //! Internal snapshots: earlier states of a disk that its image keeps.
 
 use std::fmt::Debug;
+use std::sync::Arc;
 
-use crate::{Result, SnapshotInfo};
+use crate::{Layer, Result, SnapshotInfo};
 
 /// The internal snapshots of one image, a capability that a [`Layer`](crate::Layer) may have.
 ///
@@ -20,6 +21,12 @@ pub trait Snapshots: Debug + Send + Sync {
     /// # Errors
     /// Damage in their table.
     fn list(&self) -> Result<Vec<SnapshotInfo>>;
+
+    /// The disk that a snapshot kept, as a read-only layer. Where both are given, identifier and name have to fit.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`](crate::ErrorKind::NotFound) if there is no such snapshot, and damage in its tables.
+    fn open(&self, id: Option<&str>, name: Option<&str>) -> Result<Arc<dyn Layer>>;
 
     /// Keeps the disk as it is now.
     ///

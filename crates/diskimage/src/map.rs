@@ -49,7 +49,7 @@ impl MappedExtent {
 /// Damage found in tables, and the first error of `found`.
 pub fn map(image: &Image, range: ByteRange, mut found: impl FnMut(MappedExtent) -> Result<()>) -> Result<()> {
     let mut rest = range.intersect(ByteRange::new(0, image.len()));
-    if !image.layer().reports_allocation() && !rest.is_empty() {
+    if image.layer().capabilities().hides_allocation && !rest.is_empty() {
         return found(MappedExtent {
             range: rest,
             kind: ExtentKind::Data,

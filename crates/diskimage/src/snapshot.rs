@@ -27,23 +27,20 @@ pub enum SnapshotSelector {
 /// `Failed to load snapshot` if there is no such snapshot or its tables cannot be right.
 pub fn open_snapshot(image: &Image, selector: &SnapshotSelector) -> Result<Arc<Image>> {
     let layer = image.layer();
+    let snapshots = layer.snapshots().ok_or_else(|| {
+        Error::unsupported(format!(
+            "Failed to load snapshot: Block format '{}' used by device '' does not support temporarily loading internal snapshots",
+            layer.format()
+        ))
+    })?;
     let found = match selector {
-        SnapshotSelector::Exact { id, name } => layer.snapshot(id.as_deref(), name.as_deref()),
-        SnapshotSelector::Either(word) => match layer.snapshot(Some(word), None) {
-            Err(error) if error.kind() == ErrorKind::NotFound => layer.snapshot(None, Some(word)),
+        SnapshotSelector::Exact { id, name } => snapshots.open(id.as_deref(), name.as_deref()),
+        SnapshotSelector::Either(word) => match snapshots.open(Some(word), None) {
+            Err(error) if error.kind() == ErrorKind::NotFound => snapshots.open(None, Some(word)),
             other => other,
         },
     };
-    let found = match found {
-        Ok(Some(layer)) => layer,
-        Ok(None) => {
-            return Err(Error::unsupported(format!(
-                "Failed to load snapshot: Block format '{}' used by device '' does not support temporarily loading internal snapshots",
-                layer.format()
-            )));
-        }
-        Err(error) => return Err(error.context("Failed to load snapshot")),
-    };
+    let found = found.context(|| "Failed to load snapshot")?;
     Ok(Arc::new(Image::new(
         found,
         image.backing().cloned(),

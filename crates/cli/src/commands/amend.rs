@@ -177,10 +177,8 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     progress.restart();
     let report = |done, total| progress.set(done, total);
     let outcome = image.amend(&AmendRequest {
-        options: &options,
         force: args.force,
-        objects: &args.objects,
-        progress: &diskimage::Progress::new(&report),
+        ..AmendRequest::new(&options, &args.objects, &diskimage::Progress::new(&report))
     });
     // After a failure as well, as the original does.
     progress.complete();

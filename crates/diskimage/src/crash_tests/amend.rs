@@ -19,12 +19,7 @@ fn amend(list: &'static str) -> impl Fn(&Disks) -> Result<()> {
         let format = format_by_name(image.layer().format()).expect("known");
         let mut options = Options::new(format.amend_options().expect("can be amended"));
         options.parse(list).expect("valid");
-        image.amend(&AmendRequest {
-            options: &options,
-            force: false,
-            objects: &Arc::default(),
-            progress: &Progress::none(),
-        })
+        image.amend(&AmendRequest::new(&options, &Arc::default(), &Progress::none()))
     }
 }
 

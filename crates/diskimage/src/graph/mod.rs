@@ -111,11 +111,9 @@ impl Link {
     /// The image of the link; `options` say who is told of its losses.
     pub(crate) fn into_image(self, below: Option<Arc<Image>>, options: &OpenOptions) -> Arc<Image> {
         let image = Image::new(self.layer, below, String::new(), self.mode.write);
-        let image = if image.layer().is_bare() {
-            let node = image.layer().file().node();
-            image.with_node(node)
-        } else {
-            image.with_node(self.node)
+        let image = match self.format {
+            Some(_) => image.with_node(self.node),
+            None => image.bare(),
         };
         if let Some(on_lost) = options.on_lost.clone().filter(|_| self.mode.write) {
             let name = image.name();

@@ -91,7 +91,7 @@ impl<D: Disk> Layer for ReadOnly<D> {
         Ok(Info::default())
     }
 
-    fn resize(&self, _request: &ResizeRequest, _below: u64) -> Result<()> {
+    fn resize(&self, _request: &ResizeRequest) -> Result<()> {
         Err(Error::read_only())
     }
 

@@ -21,9 +21,9 @@ use std::sync::Arc;
 use crate::encryption::SECTOR;
 use diskimage_core::options::{OptionDef, OptionKind, Options};
 use diskimage_core::{
-    AmendRequest, ByteRange, CreateRequest, Device, Error, ErrorKind, Format, HoleMeaning, Info, Layer,
-    Measure, MeasureSource, Objects, OpenRequest, Preallocation, Probe, ResizeRequest, Result, Run, RunKind,
-    Score, WritePlan, ZeroMode, align_up, errno,
+    Amend, AmendRequest, ByteRange, Capabilities, CreateRequest, Device, Error, ErrorKind, Format,
+    HoleMeaning, Info, Layer, Measure, MeasureSource, Objects, OpenRequest, Preallocation, Probe,
+    ResizeRequest, Result, Run, RunKind, Score, WritePlan, ZeroMode, align_up, errno,
 };
 
 use crate::encryption::encrypted_device::EncryptedDevice;
@@ -207,7 +207,7 @@ impl Layer for LuksLayer {
         })
     }
 
-    fn resize(&self, request: &ResizeRequest, _below: u64) -> Result<()> {
+    fn resize(&self, request: &ResizeRequest) -> Result<()> {
         let len = self
             .volume
             .payload_offset()
@@ -220,16 +220,6 @@ impl Layer for LuksLayer {
         self.file.resize(len, request.preallocation)
     }
 
-    fn amend(&self, request: &AmendRequest<'_>, _below: u64) -> Result<()> {
-        let change = amend::SlotChange {
-            options: request.options,
-            prefix: "",
-            objects: request.objects,
-            force: request.force,
-        };
-        change.apply(&self.volume)
-    }
-
     fn is_zero_when_new(&self) -> bool {
         false
     }
@@ -240,5 +230,24 @@ impl Layer for LuksLayer {
 
     fn file(&self) -> &Arc<dyn Device> {
         &self.file
+    }
+
+    fn capabilities(&self) -> Capabilities<'_> {
+        Capabilities {
+            amend: Some(self),
+            ..Capabilities::default()
+        }
+    }
+}
+
+impl Amend for LuksLayer {
+    fn amend(&self, request: &AmendRequest<'_>) -> Result<()> {
+        let change = amend::SlotChange {
+            options: request.options,
+            prefix: "",
+            objects: request.objects,
+            force: request.force,
+        };
+        change.apply(&self.volume)
     }
 }

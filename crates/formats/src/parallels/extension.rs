@@ -206,6 +206,11 @@ impl Bitmaps for Extension {
         Ok(self.bitmaps.iter().map(info).collect())
     }
 
+    fn bytes(&self, _cluster_size: u64) -> Result<u64> {
+        // qemu-img does not count them.
+        Ok(0)
+    }
+
     fn add(&self, _bitmap: &NewBitmap<'_>) -> Result<()> {
         Err(Error::read_only())
     }

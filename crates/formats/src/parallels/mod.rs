@@ -30,9 +30,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use diskimage_core::options::{OptionDef, OptionKind, Options};
 use diskimage_core::{
-    Bitmaps, Budget, ByteRange, CheckReport, CreateRequest, Device, Error, Format, HoleMeaning, Info, Layer,
-    Measure, MeasureSource, Note, Objects, OpenRequest, Preallocation, Probe, Progress, Repair,
-    ResizeRequest, Result, Run, RunKind, Score, WritePlan, ZeroMode,
+    Bitmaps, Budget, ByteRange, Capabilities, Check, CheckReport, CreateRequest, Device, Error, Format,
+    HoleMeaning, Info, Layer, Measure, MeasureSource, Note, Objects, OpenRequest, Preallocation, Probe,
+    Progress, Repair, ResizeRequest, Result, Run, RunKind, Score, WritePlan, ZeroMode,
 };
 
 use self::extension::Extension;
@@ -388,6 +388,16 @@ fn offset_of(entry: Entry, unit: u64) -> Option<u64> {
     }
 }
 
+impl ParallelsLayer {
+    /// Its bitmaps, if there are any: an extension may hold other things.
+    fn bitmaps(&self) -> Option<&dyn Bitmaps> {
+        self.extension
+            .as_ref()
+            .filter(|extension| !extension.is_empty())
+            .map(|extension| extension as &dyn Bitmaps)
+    }
+}
+
 impl Layer for ParallelsLayer {
     fn format(&self) -> &'static str {
         "parallels"
@@ -465,32 +475,11 @@ impl Layer for ParallelsLayer {
         Ok(Info::default())
     }
 
-    fn bitmaps(&self) -> Option<&dyn Bitmaps> {
-        self.extension
-            .as_ref()
-            .filter(|extension| !extension.is_empty())
-            .map(|extension| extension as &dyn Bitmaps)
-    }
-
-    fn bitmap_bytes(&self, _cluster_size: u64) -> Result<Option<u64>> {
-        // There could be some, and the original does not count those that there are.
-        Ok(Some(0))
-    }
-
-    fn check(&self, repair: Repair, progress: &Progress<'_>) -> Result<CheckReport> {
-        let repair = if self.write { repair } else { Repair::No };
-        let report = self.check_table(repair, progress)?;
-        if repair != Repair::No {
-            self.flush()?;
-        }
-        Ok(report)
-    }
-
     fn check_resize(&self, _request: &ResizeRequest) -> Result<()> {
         Err(Error::unsupported("Image format driver does not support resize"))
     }
 
-    fn resize(&self, request: &ResizeRequest, _below: u64) -> Result<()> {
+    fn resize(&self, request: &ResizeRequest) -> Result<()> {
         self.check_resize(request)
     }
 
@@ -501,5 +490,25 @@ impl Layer for ParallelsLayer {
 
     fn file(&self) -> &Arc<dyn Device> {
         &self.file
+    }
+
+    fn capabilities(&self) -> Capabilities<'_> {
+        Capabilities {
+            bitmaps: self.bitmaps(),
+            supports_bitmaps: true,
+            check: Some(self),
+            ..Capabilities::default()
+        }
+    }
+}
+
+impl Check for ParallelsLayer {
+    fn check(&self, repair: Repair, progress: &Progress<'_>) -> Result<CheckReport> {
+        let repair = if self.write { repair } else { Repair::No };
+        let report = self.check_table(repair, progress)?;
+        if repair != Repair::No {
+            self.flush()?;
+        }
+        Ok(report)
     }
 }

@@ -21,9 +21,9 @@ use std::sync::Arc;
 
 use diskimage_core::options::{OptionDef, OptionKind, Options};
 use diskimage_core::{
-    Backing, ByteRange, CreateRequest, Device, Encoded, Encoder, Error, ErrorKind, Event, Format, Info,
-    Layer, Measure, MeasureSource, Objects, OpenRequest, Preallocation, Probe, ResizeRequest, Result, Run,
-    Score, WritePlan, ZeroMode, align_up, errno,
+    Backed, Backing, ByteRange, Capabilities, Codec, CreateRequest, Device, Encoded, Encoder, Error,
+    ErrorKind, Event, Format, Info, Layer, Measure, MeasureSource, Objects, OpenRequest, Preallocation,
+    Probe, ResizeRequest, Result, Run, Score, WritePlan, ZeroMode, align_up, errno,
 };
 
 use self::header::{Header, SECTOR};
@@ -232,18 +232,55 @@ impl Layer for Qcow {
         self.header.cluster_size()
     }
 
-    fn backing(&self) -> Option<Backing> {
-        self.header.backing.as_ref().map(|name| Backing {
-            name: name.clone(),
-            format: None,
-        })
-    }
-
     fn map(&self, range: ByteRange) -> Result<Run> {
         self.reserved.require_apart()?;
         self.tree.map(range)
     }
 
+    fn plan_write(&self, range: ByteRange) -> Result<Box<dyn WritePlan + '_>> {
+        self.require_writable()?;
+        self.tree.plan_write(range)
+    }
+
+    fn write_zeroes(&self, range: ByteRange, mode: ZeroMode) -> Result<()> {
+        self.require_writable()?;
+        self.tree.zero_clusters(range, mode)
+    }
+
+    fn info(&self) -> Result<Info> {
+        Ok(Info {
+            cluster_size: Some(self.header.cluster_size()),
+            encrypted: self.header.is_encrypted,
+            ..Info::default()
+        })
+    }
+
+    fn check_resize(&self, _request: &ResizeRequest) -> Result<()> {
+        Err(Error::unsupported("Image format driver does not support resize"))
+    }
+
+    fn resize(&self, request: &ResizeRequest) -> Result<()> {
+        self.check_resize(request)
+    }
+
+    fn flush(&self) -> Result<()> {
+        self.tree.flush()
+    }
+
+    fn file(&self) -> &Arc<dyn Device> {
+        self.tree.file()
+    }
+
+    fn capabilities(&self) -> Capabilities<'_> {
+        Capabilities {
+            codec: Some(self),
+            backed: Some(self),
+            ..Capabilities::default()
+        }
+    }
+}
+
+impl Codec for Qcow {
     fn require_encoded(&self, encoded: &Encoded) -> Result<()> {
         self.tree.file().require(encoded.offset, encoded.stored)
     }
@@ -260,16 +297,6 @@ impl Layer for Qcow {
         codec::deflate::decode(&bytes, buf).map_err(|_| damaged())
     }
 
-    fn plan_write(&self, range: ByteRange) -> Result<Box<dyn WritePlan + '_>> {
-        self.require_writable()?;
-        self.tree.plan_write(range)
-    }
-
-    fn write_zeroes(&self, range: ByteRange, mode: ZeroMode) -> Result<()> {
-        self.require_writable()?;
-        self.tree.zero_clusters(range, mode)
-    }
-
     fn encoder(&self) -> Result<Option<Box<dyn Encoder>>> {
         codec::deflate::encoder().map(Some)
     }
@@ -278,34 +305,19 @@ impl Layer for Qcow {
         self.require_writable()?;
         self.tree.write_encoded(offset, bytes)
     }
+}
 
-    fn info(&self) -> Result<Info> {
-        Ok(Info {
-            cluster_size: Some(self.header.cluster_size()),
-            encrypted: self.header.is_encrypted,
-            ..Info::default()
+impl Backed for Qcow {
+    fn backing(&self) -> Option<Backing> {
+        self.header.backing.as_ref().map(|name| Backing {
+            name: name.clone(),
+            format: None,
         })
     }
 
     fn make_empty(&self) -> Result<()> {
         self.require_writable()?;
         self.tree.make_empty(self.header.end())
-    }
-
-    fn check_resize(&self, _request: &ResizeRequest) -> Result<()> {
-        Err(Error::unsupported("Image format driver does not support resize"))
-    }
-
-    fn resize(&self, request: &ResizeRequest, _below: u64) -> Result<()> {
-        self.check_resize(request)
-    }
-
-    fn flush(&self) -> Result<()> {
-        self.tree.flush()
-    }
-
-    fn file(&self) -> &Arc<dyn Device> {
-        self.tree.file()
     }
 }
 

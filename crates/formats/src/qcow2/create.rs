@@ -56,8 +56,8 @@ pub(super) fn create(request: &CreateRequest<'_>) -> Result<()> {
         (mode, _) => mode,
     };
     let size = ResizeRequest::new(request.size.next_multiple_of(512), preallocation);
-    // The image below shows everywhere.
-    image.grow_to(&size, 0)?;
+    // No `backing_len`: the backing image shows everywhere.
+    image.grow_to(&size)?;
     diskimage_core::Layer::flush(&*image)?;
     request.file.flush()
 }

@@ -42,10 +42,10 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use diskimage_core::options::{OptionDef, Options};
 use diskimage_core::{
-    AmendRequest, Backing, Bitmaps, Budget, ByteRange, CheckReport, CreateRequest, Device, Encoded, Encoder,
-    Error, ErrorKind, Event, Format, Info, Layer, Measure, MeasureSource, Note, Objects, OpenRequest,
-    Permissions, Preallocation, Probe, Progress, Repair, ResizeRequest, Result, ResultExt, Run, Score,
-    Snapshots, WritePlan, ZeroMode,
+    Amend, AmendRequest, Backed, Backing, Budget, ByteRange, Capabilities, Check, CheckReport, Codec,
+    CreateRequest, Device, Encoded, Encoder, Error, ErrorKind, Event, Format, Info, Layer, Measure,
+    MeasureSource, Note, Objects, OpenRequest, Permissions, Preallocation, Probe, Progress, Repair,
+    ResizeRequest, Result, ResultExt, Run, Score, WritePlan, ZeroMode,
 };
 
 use self::encrypt::Encrypted;
@@ -402,10 +402,6 @@ impl Layer for Qcow2 {
         self.header.geometry.subcluster_size()
     }
 
-    fn backing(&self) -> Option<Backing> {
-        self.header.backing.clone()
-    }
-
     fn map(&self, range: ByteRange) -> Result<Run> {
         let mut state = self.lock();
         let l1 = state.l1;
@@ -415,10 +411,6 @@ impl Layer for Qcow2 {
     fn needs_whole_file(&self) -> bool {
         // What is counted decides where new data goes, and opening has looked at the end.
         false
-    }
-
-    fn decode(&self, encoded: &Encoded, buf: &mut [u8]) -> Result<()> {
-        self.decode_cluster(encoded, buf)
     }
 
     fn plan_write(&self, range: ByteRange) -> Result<Box<dyn WritePlan + '_>> {
@@ -433,74 +425,25 @@ impl Layer for Qcow2 {
         self.discard_clusters(range)
     }
 
-    fn encoder(&self) -> Result<Option<Box<dyn Encoder>>> {
-        if self.has_data_file() {
-            Ok(None)
-        } else {
-            self.new_encoder().map(Some)
-        }
-    }
-
     fn notes(&self) -> &[Note] {
         &self.notes
-    }
-
-    fn write_encoded(&self, offset: u64, bytes: &[u8]) -> Result<()> {
-        self.write_compressed(offset, bytes)
     }
 
     fn info(&self) -> Result<Info> {
         self.collect_info()
     }
 
-    fn snapshot(&self, id: Option<&str>, name: Option<&str>) -> Result<Option<Arc<dyn Layer>>> {
-        self.open_snapshot(id, name)
-            .map(|layer| Some(layer as Arc<dyn Layer>))
-    }
-
-    fn snapshots(&self) -> Option<&dyn Snapshots> {
-        Some(self)
-    }
-
-    fn bitmaps(&self) -> Option<&dyn Bitmaps> {
-        (self.header.version >= 3).then_some(self)
-    }
-
-    fn bitmap_bytes(&self, cluster_size: u64) -> Result<Option<u64>> {
-        self.measure_bitmaps(cluster_size)
-    }
-
-    fn check(&self, repair: Repair, progress: &Progress<'_>) -> Result<CheckReport> {
-        self.run_check(repair, progress)
-    }
-
-    fn set_backing(&self, backing: Option<&Backing>) -> Result<()> {
-        self.name_backing(backing)
-    }
-
-    fn make_empty(&self) -> Result<()> {
-        self.give_up_all()
-    }
-
     fn check_resize(&self, request: &ResizeRequest) -> Result<()> {
         self.check_size(request)
     }
 
-    fn resize(&self, request: &ResizeRequest, below: u64) -> Result<()> {
-        self.change_size(request, below)
-    }
-
-    fn behind_end(&self) -> Option<ByteRange> {
-        Some(self.bytes_behind_end()).filter(|range| !range.is_empty())
+    fn resize(&self, request: &ResizeRequest) -> Result<()> {
+        self.change_size(request)
     }
 
     fn is_zero_when_new(&self) -> bool {
         // Clusters that were set aside and not written are zeroes to decrypt, not decrypted zeroes.
         self.encrypted.is_none() || !self.has_tables()
-    }
-
-    fn amend(&self, request: &AmendRequest<'_>, below: u64) -> Result<()> {
-        self.amend_options(request, below)
     }
 
     fn flush(&self) -> Result<()> {
@@ -520,8 +463,63 @@ impl Layer for Qcow2 {
         &self.file
     }
 
-    fn data_file(&self) -> Option<&Arc<dyn Device>> {
-        self.has_data_file().then_some(&self.data)
+    fn capabilities(&self) -> Capabilities<'_> {
+        Capabilities {
+            codec: Some(self),
+            backed: Some(self),
+            snapshots: Some(self),
+            bitmaps: (self.header.version >= 3).then_some(self),
+            supports_bitmaps: self.header.version >= 3,
+            check: Some(self),
+            amend: Some(self),
+            data_file: self.has_data_file().then_some(&self.data),
+            keeps_tail: true,
+            ..Capabilities::default()
+        }
+    }
+}
+
+impl Codec for Qcow2 {
+    fn decode(&self, encoded: &Encoded, buf: &mut [u8]) -> Result<()> {
+        self.decode_cluster(encoded, buf)
+    }
+
+    fn encoder(&self) -> Result<Option<Box<dyn Encoder>>> {
+        if self.has_data_file() {
+            Ok(None)
+        } else {
+            self.new_encoder().map(Some)
+        }
+    }
+
+    fn write_encoded(&self, offset: u64, bytes: &[u8]) -> Result<()> {
+        self.write_compressed(offset, bytes)
+    }
+}
+
+impl Backed for Qcow2 {
+    fn backing(&self) -> Option<Backing> {
+        self.header.backing.clone()
+    }
+
+    fn set_backing(&self, backing: Option<&Backing>) -> Result<()> {
+        self.name_backing(backing)
+    }
+
+    fn make_empty(&self) -> Result<()> {
+        self.give_up_all()
+    }
+}
+
+impl Check for Qcow2 {
+    fn check(&self, repair: Repair, progress: &Progress<'_>) -> Result<CheckReport> {
+        self.run_check(repair, progress)
+    }
+}
+
+impl Amend for Qcow2 {
+    fn amend(&self, request: &AmendRequest<'_>) -> Result<()> {
+        self.amend_options(request)
     }
 }
 

@@ -16,12 +16,6 @@ use crate::layer_kit::metadata_cache::{Table, WriteOrder};
 use crate::layer_kit::metadata_guard::Kind;
 
 impl Qcow2 {
-    /// The bytes behind the end of the disk in the cluster that it ends in.
-    pub(super) fn bytes_behind_end(&self) -> ByteRange {
-        let len = self.lock().size;
-        ByteRange::new(len, len.next_multiple_of(self.header.geometry.cluster_size()))
-    }
-
     /// Refuses what cannot be done, before anything has changed.
     pub(super) fn check_size(&self, request: &ResizeRequest) -> Result<()> {
         if !request.len.is_multiple_of(512) {
@@ -33,8 +27,8 @@ impl Qcow2 {
         self.bitmaps_can_follow(&self.lock(), request.len)
     }
 
-    /// Grows or shrinks the disk, on an image below that reaches to `below`.
-    pub(super) fn change_size(&self, request: &ResizeRequest, below: u64) -> Result<()> {
+    /// Grows or shrinks the disk.
+    pub(super) fn change_size(&self, request: &ResizeRequest) -> Result<()> {
         self.check_size(request)?;
         let mut state = self.lock();
         let old = state.size;
@@ -45,16 +39,16 @@ impl Qcow2 {
         let outcome = if request.len < old {
             self.shrink_to(request)
         } else {
-            self.grow_to(request, below)
+            self.grow_to(request)
         };
         // Also after a failure: the bitmaps still fit the size that the disk has then.
         let stored = self.finish_resize(&mut self.lock(), old);
         outcome.and(stored)
     }
 
-    /// Makes the disk larger; what is new is unallocated unless preallocation is asked for, or zero where the image below
-    /// would show, which reaches to `below`.
-    pub(super) fn grow_to(&self, request: &ResizeRequest, below: u64) -> Result<()> {
+    /// Makes the disk larger; what is new is unallocated unless preallocation is asked for, or zero where the backing image
+    /// would show.
+    pub(super) fn grow_to(&self, request: &ResizeRequest) -> Result<()> {
         let geometry = self.header.geometry;
         let entries = geometry.l1_entries(request.len);
         if entries * 8 > limit::L1_BYTES || i64::try_from(request.len).is_err() {
@@ -66,7 +60,7 @@ impl Qcow2 {
         self.grow_l1(&mut self.lock(), entries)
             .context(|| "Failed to grow the L1 table")?;
         let data_len = self.data.len();
-        let added = self.add_storage(request, old, below);
+        let added = self.add_storage(request, old);
         if added.is_err() {
             self.take_back_storage(old, data_len);
         }
@@ -81,7 +75,7 @@ impl Qcow2 {
     }
 
     /// Sets aside what is asked for behind a disk of `old` bytes, and hides what is below there, before the disk has it.
-    fn add_storage(&self, request: &ResizeRequest, old: u64, below: u64) -> Result<()> {
+    fn add_storage(&self, request: &ResizeRequest, old: u64) -> Result<()> {
         let geometry = self.header.geometry;
         if self.has_data_file() {
             let mode = match request.preallocation {
@@ -101,8 +95,8 @@ impl Qcow2 {
             self.preallocate(ByteRange::new(start, request.len), mode)
                 .context(|| preallocating(mode))?;
         }
-        if old < below {
-            self.hide_below(old, request, below)?;
+        if old < request.backing_len {
+            self.hide_below(old, request)?;
         }
         Ok(())
     }
@@ -118,7 +112,7 @@ impl Qcow2 {
     }
 
     /// Makes what is added to a disk of `old` bytes zero where it would show the image below, before the disk has it.
-    fn hide_below(&self, old: u64, request: &ResizeRequest, below: u64) -> Result<()> {
+    fn hide_below(&self, old: u64, request: &ResizeRequest) -> Result<()> {
         let geometry = self.header.geometry;
         let start = old.next_multiple_of(geometry.cluster_size());
         let rest = ByteRange::new(old.next_multiple_of(geometry.subcluster_size()), start);
@@ -127,7 +121,7 @@ impl Qcow2 {
             sparing_unsupported(self.zero_clusters(rest, ZeroMode::KeepAllocated))?;
         }
         let (end, mode) = match request.preallocation {
-            Preallocation::Off => (request.len.min(below), ZeroMode::Unmap),
+            Preallocation::Off => (request.len.min(request.backing_len), ZeroMode::Unmap),
             // The tables that were made say of all that is new that it is zero.
             Preallocation::Metadata => (request.len, ZeroMode::KeepAllocated),
             // Clusters that are set aside hide what is below, but not if they are divided.

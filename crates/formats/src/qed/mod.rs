@@ -25,9 +25,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use diskimage_core::options::{OptionDef, OptionKind, Options};
 use diskimage_core::{
-    Backing, Budget, ByteRange, CheckReport, CreateRequest, Device, Error, ErrorKind, Format, Info, Layer,
-    Measure, MeasureSource, Objects, OpenRequest, Preallocation, Probe, Progress, Repair, ResizeRequest,
-    Result, Run, Score, WritePlan, ZeroMode, errno,
+    Backed, Backing, Budget, ByteRange, Capabilities, Check, CheckReport, CreateRequest, Device, Error,
+    ErrorKind, Format, Info, Layer, Measure, MeasureSource, Objects, OpenRequest, Preallocation, Probe,
+    Progress, Repair, ResizeRequest, Result, Run, Score, WritePlan, ZeroMode, errno,
 };
 
 use self::header::{Geometry, Header, MAGIC, feature};
@@ -244,10 +244,6 @@ impl Layer for Qed {
         self.geometry.cluster_size
     }
 
-    fn backing(&self) -> Option<Backing> {
-        self.header().backing.clone()
-    }
-
     fn map(&self, range: ByteRange) -> Result<Run> {
         self.tree.map(range)
     }
@@ -269,23 +265,6 @@ impl Layer for Qed {
         })
     }
 
-    fn check(&self, repair: Repair, _progress: &Progress<'_>) -> Result<CheckReport> {
-        let report = check::check(self, repair)?;
-        if self.write && repair != Repair::No {
-            self.tree.flush()?;
-        }
-        Ok(report)
-    }
-
-    fn set_backing(&self, backing: Option<&Backing>) -> Result<()> {
-        self.require_writable()?;
-        // What is said of the image below relies on what was written to this one.
-        self.tree.flush()?;
-        self.tree
-            .scheme()
-            .change_header(|header| header.set_backing(backing))
-    }
-
     fn check_resize(&self, request: &ResizeRequest) -> Result<()> {
         preallocation::require_off(request.preallocation)?;
         if !self.geometry.fits(request.len) {
@@ -297,9 +276,10 @@ impl Layer for Qed {
         Ok(())
     }
 
-    fn resize(&self, request: &ResizeRequest, below: u64) -> Result<()> {
+    fn resize(&self, request: &ResizeRequest) -> Result<()> {
         self.check_resize(request)?;
-        let shown = ByteRange::new(self.len(), below.min(request.len)).align_out(self.geometry.cluster_size);
+        let shown = ByteRange::new(self.len(), request.backing_len.min(request.len))
+            .align_out(self.geometry.cluster_size);
         // The cluster that the disk ends in now is the image's own where it matters.
         let shown = ByteRange::new(
             self.len().next_multiple_of(self.geometry.cluster_size),
@@ -323,6 +303,39 @@ impl Layer for Qed {
 
     fn file(&self) -> &Arc<dyn Device> {
         self.tree.file()
+    }
+
+    fn capabilities(&self) -> Capabilities<'_> {
+        Capabilities {
+            backed: Some(self),
+            check: Some(self),
+            ..Capabilities::default()
+        }
+    }
+}
+
+impl Backed for Qed {
+    fn backing(&self) -> Option<Backing> {
+        self.header().backing.clone()
+    }
+
+    fn set_backing(&self, backing: Option<&Backing>) -> Result<()> {
+        self.require_writable()?;
+        // What is said of the image below relies on what was written to this one.
+        self.tree.flush()?;
+        self.tree
+            .scheme()
+            .change_header(|header| header.set_backing(backing))
+    }
+}
+
+impl Check for Qed {
+    fn check(&self, repair: Repair, _progress: &Progress<'_>) -> Result<CheckReport> {
+        let report = check::check(self, repair)?;
+        if self.write && repair != Repair::No {
+            self.tree.flush()?;
+        }
+        Ok(report)
     }
 }
 

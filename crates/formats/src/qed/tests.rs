@@ -284,7 +284,7 @@ fn disks_only_grow_within_what_their_tables_are_for() {
     let layer = open_layer(create(SMALL, SIZE), true, false).expect("opens");
     let resize = |len| {
         let request = ResizeRequest::new(len, Preallocation::Off);
-        layer.resize(&request, 0).map_err(|error| error.to_string())
+        layer.resize(&request).map_err(|error| error.to_string())
     };
     assert_eq!(
         resize((1 << 30) + 512),

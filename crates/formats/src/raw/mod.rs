@@ -236,10 +236,6 @@ impl Layer for RawLayer {
         self.bare.unwrap_or("raw")
     }
 
-    fn is_bare(&self) -> bool {
-        self.bare.is_some()
-    }
-
     fn len(&self) -> u64 {
         self.window.len(self.file.len())
     }
@@ -294,7 +290,7 @@ impl Layer for RawLayer {
 
     fn info(&self) -> Result<Info> {
         let below = self.file.info()?;
-        Ok(if self.is_bare() {
+        Ok(if self.bare.is_some() {
             below
         } else {
             Info {
@@ -304,7 +300,7 @@ impl Layer for RawLayer {
         })
     }
 
-    fn resize(&self, request: &ResizeRequest, _below: u64) -> Result<()> {
+    fn resize(&self, request: &ResizeRequest) -> Result<()> {
         if self.window.size.is_some() {
             return Err(Error::unsupported("Cannot resize fixed-size raw disks"));
         }

@@ -27,9 +27,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use diskimage_core::options::{OptionDef, OptionKind, Options};
 use diskimage_core::{
-    Budget, ByteRange, CheckReport, CreateRequest, Device, Error, Format, HoleMeaning, Info, Layer, Measure,
-    MeasureSource, Objects, OpenRequest, Preallocation, Probe, Progress, Repair, ResizeRequest, Result, Run,
-    RunKind, Score, WritePlan, ZeroMode,
+    Budget, ByteRange, Capabilities, Check, CheckReport, CreateRequest, Device, Error, Format, HoleMeaning,
+    Info, Layer, Measure, MeasureSource, Objects, OpenRequest, Preallocation, Probe, Progress, Repair,
+    ResizeRequest, Result, Run, RunKind, Score, WritePlan, ZeroMode,
 };
 
 use crate::layer_kit::count_used::data_bytes;
@@ -304,18 +304,11 @@ impl Layer for VdiLayer {
         })
     }
 
-    fn check(&self, repair: Repair, progress: &Progress<'_>) -> Result<CheckReport> {
-        if repair != Repair::No {
-            return Err(Error::unsupported("This image format does not support checks"));
-        }
-        self.check_map(progress)
-    }
-
     fn check_resize(&self, request: &ResizeRequest) -> Result<()> {
         self.check_size(request)
     }
 
-    fn resize(&self, request: &ResizeRequest, _below: u64) -> Result<()> {
+    fn resize(&self, request: &ResizeRequest) -> Result<()> {
         self.grow(request.len)
     }
 
@@ -330,5 +323,21 @@ impl Layer for VdiLayer {
 
     fn file(&self) -> &Arc<dyn Device> {
         &self.file
+    }
+
+    fn capabilities(&self) -> Capabilities<'_> {
+        Capabilities {
+            check: Some(self),
+            ..Capabilities::default()
+        }
+    }
+}
+
+impl Check for VdiLayer {
+    fn check(&self, repair: Repair, progress: &Progress<'_>) -> Result<CheckReport> {
+        if repair != Repair::No {
+            return Err(Error::unsupported("This image format does not support checks"));
+        }
+        self.check_map(progress)
     }
 }

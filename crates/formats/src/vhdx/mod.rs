@@ -32,9 +32,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use diskimage_core::options::{OptionDef, Options};
 use diskimage_core::{
-    Budget, ByteRange, CheckReport, CreateRequest, Device, Error, Format, HoleMeaning, Info, Layer, Measure,
-    MeasureSource, Objects, OpenRequest, Probe, Progress, ReadOnlyView, Repair, ResizeRequest, Result, Run,
-    RunKind, Score, WritePlan, ZeroMode, errno,
+    Budget, ByteRange, Capabilities, Check, CheckReport, CreateRequest, Device, Error, Format, HoleMeaning,
+    Info, Layer, Measure, MeasureSource, Objects, OpenRequest, Probe, Progress, ReadOnlyView, Repair,
+    ResizeRequest, Result, Run, RunKind, Score, WritePlan, ZeroMode, errno,
 };
 
 use self::bat::{Bat, Payload, entry_of, left_in_chunk};
@@ -345,10 +345,6 @@ impl Layer for VhdxLayer {
         self.zero(range, mode)
     }
 
-    fn reports_allocation(&self) -> bool {
-        false
-    }
-
     fn info(&self) -> Result<Info> {
         Ok(Info {
             cluster_size: Some(self.block_size),
@@ -356,15 +352,11 @@ impl Layer for VhdxLayer {
         })
     }
 
-    fn check(&self, repair: Repair, progress: &Progress<'_>) -> Result<CheckReport> {
-        self.check_bat(repair, progress)
-    }
-
     fn check_resize(&self, request: &ResizeRequest) -> Result<()> {
         self.check_size(request)
     }
 
-    fn resize(&self, request: &ResizeRequest, _below: u64) -> Result<()> {
+    fn resize(&self, request: &ResizeRequest) -> Result<()> {
         self.grow(request)
     }
 
@@ -375,5 +367,19 @@ impl Layer for VhdxLayer {
 
     fn file(&self) -> &Arc<dyn Device> {
         &self.file
+    }
+
+    fn capabilities(&self) -> Capabilities<'_> {
+        Capabilities {
+            check: Some(self),
+            hides_allocation: true,
+            ..Capabilities::default()
+        }
+    }
+}
+
+impl Check for VhdxLayer {
+    fn check(&self, repair: Repair, progress: &Progress<'_>) -> Result<CheckReport> {
+        self.check_bat(repair, progress)
     }
 }

@@ -38,9 +38,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use diskimage_core::options::{OptionDef, Options};
 use diskimage_core::{
-    Backing, Budget, ByteRange, CheckReport, CreateRequest, Device, Encoded, Encoder, Error, Event, Format,
-    HoleMeaning, Info, Layer, Measure, MeasureSource, Objects, OpenRequest, Preallocation, Probe, Progress,
-    Repair, ResizeRequest, Result, Run, RunKind, Score, WritePlan, ZeroMode, errno, is_zero,
+    Backed, Backing, Budget, ByteRange, Capabilities, Check, CheckReport, Codec, CreateRequest, Device,
+    Encoded, Encoder, Error, Event, Format, HoleMeaning, Info, Layer, Measure, MeasureSource, MultiFile,
+    Objects, OpenRequest, Preallocation, Probe, Progress, Repair, ResizeRequest, Result, Run, RunKind, Score,
+    WritePlan, ZeroMode, errno, is_zero,
 };
 
 use self::descriptor::{Descriptor, NO_PARENT};
@@ -369,14 +370,6 @@ impl Layer for VmdkLayer {
         self.grain
     }
 
-    fn backing(&self) -> Option<Backing> {
-        let name = self.descriptor.parent.clone()?;
-        Some(Backing {
-            name,
-            format: Some("vmdk".to_owned()),
-        })
-    }
-
     fn map(&self, range: ByteRange) -> Result<Run> {
         let extents = self.extents();
         let (index, extent) = extent::at(&extents, range.start())?;
@@ -394,17 +387,6 @@ impl Layer for VmdkLayer {
         }
     }
 
-    fn require_encoded(&self, encoded: &Encoded) -> Result<()> {
-        let extents = self.extents();
-        let (_, extent) = extent::at(&extents, encoded.cluster.start())?;
-        let len = stream::stored_len(&*extent.device, encoded.offset)?;
-        extent.device.require(encoded.offset, len)
-    }
-
-    fn decode(&self, encoded: &Encoded, buf: &mut [u8]) -> Result<()> {
-        self.decode_grain(encoded, buf)
-    }
-
     fn plan_write(&self, range: ByteRange) -> Result<Box<dyn WritePlan + '_>> {
         write::plan(self, range)
     }
@@ -413,35 +395,12 @@ impl Layer for VmdkLayer {
         self.zero(range, mode)
     }
 
-    fn encoder(&self) -> Result<Option<Box<dyn Encoder>>> {
-        stream::encoder(self).map(Some)
-    }
-
-    fn write_encoded(&self, offset: u64, bytes: &[u8]) -> Result<()> {
-        self.append_grain(offset, bytes)
-    }
-
-    fn needs_encoding(&self) -> bool {
-        self.compressed
-    }
-
     fn info(&self) -> Result<Info> {
         Ok(self.collect_info())
     }
 
-    fn check(&self, repair: Repair, progress: &Progress<'_>) -> Result<CheckReport> {
-        if repair != Repair::No {
-            return Err(Error::unsupported("This image format does not support checks"));
-        }
-        self.run_check(progress)
-    }
-
-    fn resize(&self, request: &ResizeRequest, below: u64) -> Result<()> {
-        self.grow(request, below)
-    }
-
-    fn new_parts(&self, request: &ResizeRequest) -> Result<Vec<String>> {
-        self.added_parts(request)
+    fn resize(&self, request: &ResizeRequest) -> Result<()> {
+        self.grow(request)
     }
 
     fn check_resize(&self, request: &ResizeRequest) -> Result<()> {
@@ -481,6 +440,70 @@ impl Layer for VmdkLayer {
         &self.file
     }
 
+    fn capabilities(&self) -> Capabilities<'_> {
+        Capabilities {
+            codec: Some(self),
+            backed: Some(self),
+            check: Some(self),
+            multi_file: Some(self),
+            ..Capabilities::default()
+        }
+    }
+}
+
+impl Codec for VmdkLayer {
+    fn require_encoded(&self, encoded: &Encoded) -> Result<()> {
+        let extents = self.extents();
+        let (_, extent) = extent::at(&extents, encoded.cluster.start())?;
+        let len = stream::stored_len(&*extent.device, encoded.offset)?;
+        extent.device.require(encoded.offset, len)
+    }
+
+    fn decode(&self, encoded: &Encoded, buf: &mut [u8]) -> Result<()> {
+        self.decode_grain(encoded, buf)
+    }
+
+    fn encoder(&self) -> Result<Option<Box<dyn Encoder>>> {
+        stream::encoder(self).map(Some)
+    }
+
+    fn write_encoded(&self, offset: u64, bytes: &[u8]) -> Result<()> {
+        self.append_grain(offset, bytes)
+    }
+
+    fn needs_encoding(&self) -> bool {
+        self.compressed
+    }
+}
+
+impl Backed for VmdkLayer {
+    fn backing(&self) -> Option<Backing> {
+        let name = self.descriptor.parent.clone()?;
+        Some(Backing {
+            name,
+            format: Some("vmdk".to_owned()),
+        })
+    }
+
+    fn cid(&self) -> Option<u32> {
+        Some(self.lock().cid)
+    }
+
+    fn matches_backing(&self, backing: &dyn Layer) -> bool {
+        backing.cid().is_none_or(|cid| cid == self.descriptor.parent_cid)
+    }
+}
+
+impl Check for VmdkLayer {
+    fn check(&self, repair: Repair, progress: &Progress<'_>) -> Result<CheckReport> {
+        if repair != Repair::No {
+            return Err(Error::unsupported("This image format does not support checks"));
+        }
+        self.run_check(progress)
+    }
+}
+
+impl MultiFile for VmdkLayer {
     fn parts(&self) -> Vec<(String, Arc<dyn Device>)> {
         let extents = self.extents();
         let separate = extents.iter().filter(|extent| extent.kind.is_some());
@@ -490,11 +513,7 @@ impl Layer for VmdkLayer {
             .collect()
     }
 
-    fn cid(&self) -> Option<u32> {
-        Some(self.lock().cid)
-    }
-
-    fn matches_backing(&self, below: &dyn Layer) -> bool {
-        below.cid().is_none_or(|cid| cid == self.descriptor.parent_cid)
+    fn new_parts(&self, request: &ResizeRequest) -> Result<Vec<String>> {
+        self.added_parts(request)
     }
 }

@@ -61,15 +61,15 @@ impl VmdkLayer {
         Ok(added.map(|extent| extent.path).collect())
     }
 
-    /// Makes the disk larger, on an image below that reaches to `below`.
-    pub(super) fn grow(&self, request: &ResizeRequest, below: u64) -> Result<()> {
+    /// Makes the disk larger.
+    pub(super) fn grow(&self, request: &ResizeRequest) -> Result<()> {
         let growth = self.growth_into_parts(request)?;
         let extents = self.extents();
         let last = last_of(&extents)?.1;
         if request.len == last.end() {
             return Ok(());
         }
-        if below > last.end() {
+        if request.backing_len > last.end() {
             return Err(Error::unsupported(
                 "The image below is longer than this one, and would show in what is added",
             ));

@@ -431,7 +431,7 @@ impl Layer for VpcLayer {
         self.check_size(request)
     }
 
-    fn resize(&self, request: &ResizeRequest, _below: u64) -> Result<()> {
+    fn resize(&self, request: &ResizeRequest) -> Result<()> {
         self.grow(request.len)
     }
 

@@ -195,13 +195,16 @@ fn check_downgrade(header: &Header) -> Result<()> {
 
 impl Qcow2 {
     /// Changes what the options say. Afterwards this layer refuses to write: the image is another one now.
-    pub(super) fn amend_options(&self, request: &AmendRequest<'_>, below: u64) -> Result<()> {
+    pub(super) fn amend_options(&self, request: &AmendRequest<'_>) -> Result<()> {
         let volume = self.volume_to_change(request.options)?;
         let changes = Changes::parse(request, &self.header)?;
         if let Some(volume) = volume {
             change_key_slots(volume, request)?;
         }
-        let resize = |len| ResizeRequest::new(len, Preallocation::Off);
+        let resize = |len| ResizeRequest {
+            backing_len: request.backing_len,
+            ..ResizeRequest::new(len, Preallocation::Off)
+        };
         self.flush()?;
         self.write.store(false, Ordering::Relaxed);
         let image = self.reopen()?;
@@ -234,7 +237,7 @@ impl Qcow2 {
         self.reopen()?.change_features(&changes)?;
         if let Some(len) = changes.size {
             let image = self.reopen()?;
-            image.change_size(&resize(len), below)?;
+            image.change_size(&resize(len))?;
             image.flush()?;
         }
         if changes.version == Some(2) {

@@ -22,6 +22,10 @@ impl Bitmaps for Qcow2 {
         Ok(directory.bitmaps.iter().enumerate().map(info).collect())
     }
 
+    fn bytes(&self, cluster_size: u64) -> Result<u64> {
+        self.measure_bitmaps(cluster_size)
+    }
+
     fn add(&self, bitmap: &NewBitmap<'_>) -> Result<()> {
         let default = || {
             let (least, most) = DEFAULT_GRANULARITY;

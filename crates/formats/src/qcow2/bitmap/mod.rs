@@ -72,11 +72,8 @@ impl Qcow2 {
         )))
     }
 
-    /// Bytes that the bitmaps take in a copy with clusters of `cluster_size`; `None` for a version without them.
-    pub(super) fn measure_bitmaps(&self, cluster_size: u64) -> Result<Option<u64>> {
-        if self.header.version < 3 {
-            return Ok(None);
-        }
+    /// Bytes that the bitmaps take in a copy with clusters of `cluster_size`.
+    pub(super) fn measure_bitmaps(&self, cluster_size: u64) -> Result<u64> {
         let state = self.lock();
         let size = state.size;
         let (mut clusters, mut entries) = (0, 0);
@@ -86,6 +83,6 @@ impl Qcow2 {
             clusters += data + (data * 8).div_ceil(cluster_size);
             entries += bitmap.entry_len() as u64;
         }
-        Ok(Some((clusters + entries.div_ceil(cluster_size)) * cluster_size))
+        Ok((clusters + entries.div_ceil(cluster_size)) * cluster_size)
     }
 }

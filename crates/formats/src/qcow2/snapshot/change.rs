@@ -13,10 +13,10 @@
 //! room for the copies, it happens in place (`in_place`), in an order in which whatever can be reached is counted at any
 //! moment; a crash may then leave flags off that could be on, too, which costs copies and nothing else.
 
-use std::sync::MutexGuard;
+use std::sync::{Arc, MutexGuard};
 
 use diskimage_core::{
-    ByteRange, Error, ErrorKind, NewSnapshot, Result, ResultExt, SnapshotInfo, Snapshots, errno,
+    ByteRange, Error, ErrorKind, Layer, NewSnapshot, Result, ResultExt, SnapshotInfo, Snapshots, errno,
 };
 use zerocopy::byteorder::big_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, IntoBytes};
@@ -46,6 +46,10 @@ impl Snapshots for Qcow2 {
     fn list(&self) -> Result<Vec<SnapshotInfo>> {
         let snapshots = self.read_snapshots()?.into_iter();
         Ok(snapshots.map(|snapshot| snapshot.info).collect())
+    }
+
+    fn open(&self, id: Option<&str>, name: Option<&str>) -> Result<Arc<dyn Layer>> {
+        Ok(self.open_snapshot(id, name)?)
     }
 
     fn create(&self, snapshot: &NewSnapshot<'_>) -> Result<()> {

@@ -79,10 +79,10 @@ struct Holdings {
 fn holdings(file: &[u8]) -> Result<Holdings> {
     let image = open_on(&in_memory(&[file.to_vec()]), false)?;
     let mut kept = Vec::new();
-    for info in image.layer().snapshots().expect("qcow2 has snapshots").list()? {
-        if let Some(layer) = image.layer().snapshot(Some(&info.id), None)? {
-            kept.push((info.name, disk(&Image::new(layer, None, "snapshot", false))));
-        }
+    let snapshots = image.layer().snapshots().expect("qcow2 has snapshots");
+    for info in snapshots.list()? {
+        let layer = snapshots.open(Some(&info.id), None)?;
+        kept.push((info.name, disk(&Image::new(layer, None, "snapshot", false))));
     }
     Ok(Holdings {
         disk: disk(&image),
@@ -314,7 +314,7 @@ fn apply(file: &Arc<MemoryDevice>, change: Change) -> Result<()> {
     let devices = [Arc::<MemoryDevice>::clone(file) as Arc<dyn Device>];
     if let Change::Check(repair) = change {
         let image = open_layer(&devices, true, true)?;
-        return diskimage_core::Layer::check(&*image, repair, &Progress::none()).map(|_| ());
+        return diskimage_core::Check::check(&*image, repair, &Progress::none()).map(|_| ());
     }
     let image = open_on(&devices, true)?;
     match change {

@@ -110,12 +110,11 @@ fn zero_clusters_still_read_as_zero_in_version_2() {
         let before = contents(&image);
         let mut options = Options::new(Qcow2Format.amend_options().expect("has some"));
         options.parse("compat=0.10").expect("valid options");
-        let amended = image.amend(&AmendRequest {
-            options: &options,
-            force: false,
-            objects: &secrets("secret"),
-            progress: &Progress::none(),
-        });
+        let amended = image.amend(&AmendRequest::new(
+            &options,
+            &secrets("secret"),
+            &Progress::none(),
+        ));
         amended.expect("amends");
         drop(image);
         let image = open(&file, false, &Closed, Some(below)).expect("opens");

@@ -2,11 +2,11 @@
 
 use std::sync::Arc;
 
-use diskimage_core::{Device, Image, Layer, MemoryDevice, Progress, Repair};
+use diskimage_core::{Check, Device, Image, MemoryDevice, Progress, Repair};
 use diskimage_testing::{Fault, Faulty, Journal, Recorder};
 
 use super::scenario::Step::{Resize, Write};
-use super::scenario::{Files, Scenario, in_memory, open_layer, open_on, report};
+use super::scenario::{Files, Scenario, in_memory, open_layer, open_on, report, snapshots};
 use crate::testing::contents;
 
 /// A damaged image, and what mends it.
@@ -205,7 +205,7 @@ fn disks(files: &[Vec<u8>], snapshot: bool) -> diskimage_core::Result<Vec<Vec<u8
     let image = open_on(&in_memory(files), false)?;
     let mut all = vec![contents(&image)];
     if snapshot {
-        let layer = image.layer().snapshot(None, Some("s"))?.expect("has snapshots");
+        let layer = snapshots(&image).open(None, Some("s"))?;
         all.push(contents(&Image::new(layer, None, "snapshot", false)));
     }
     Ok(all)

@@ -172,15 +172,10 @@ const KEPT: &str = "s";
 fn amend(image: &Image, list: &str) -> Result<()> {
     let mut options = Options::new(Qcow2Format.amend_options().expect("can be amended"));
     options.parse(list).expect("valid");
-    image.amend(&AmendRequest {
-        options: &options,
-        force: false,
-        objects: &Arc::default(),
-        progress: &Progress::none(),
-    })
+    image.amend(&AmendRequest::new(&options, &Arc::default(), &Progress::none()))
 }
 
-fn snapshots(image: &Image) -> &dyn Snapshots {
+pub(super) fn snapshots(image: &Image) -> &dyn Snapshots {
     image.layer().snapshots().expect("qcow2 has snapshots")
 }
 
@@ -377,8 +372,8 @@ impl State {
     /// What is wrong with the snapshots of an image, if anything.
     fn refuse_snapshots(&self, image: &Image) -> Option<String> {
         for Kept { name, sure, disk } in &self.kept {
-            match image.layer().snapshot(None, Some(name)) {
-                Ok(Some(layer)) => {
+            match snapshots(image).open(None, Some(name)) {
+                Ok(layer) => {
                     let kept = Image::new(layer, None, "snapshot", false);
                     if let Some(wrong) = disk.refuse(&contents(&kept)) {
                         return Some(format!("snapshot {name}: {wrong}"));
@@ -523,8 +518,8 @@ fn find_fault_with(
         return Some(wrong);
     }
     if before.snapshot {
-        let layer = image.layer().snapshot(None, Some("s")).expect("readable");
-        let kept = Image::new(layer.expect("has snapshots"), None, "snapshot", false);
+        let layer = snapshots(&image).open(None, Some("s")).expect("readable");
+        let kept = Image::new(layer, None, "snapshot", false);
         if contents(&kept) != before.disk {
             return Some("the snapshot has changed".to_owned());
         }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use diskimage_core::{ByteRange, Device, Image, MemoryDevice, Progress, Repair, ZeroDetection};
 
-use super::scenario::Step;
+use super::scenario::{Step, snapshots};
 use super::{OneFile, create, open};
 use crate::testing::{Closed, contents};
 
@@ -114,11 +114,7 @@ fn a_discard_waits_for_a_write_that_copies_the_cluster() {
             .check(Repair::No, &Progress::none())
             .expect("can be checked");
         assert_eq!((report.corruptions, report.leaks), (0, 0), "{form}");
-        let kept = image
-            .layer()
-            .snapshot(None, Some("s"))
-            .expect("opens")
-            .expect("is there");
+        let kept = snapshots(&image).open(None, Some("s")).expect("opens");
         let kept = Image::new(kept, None, "snapshot", false);
         assert!(contents(&kept)[..16384].iter().all(|byte| *byte == 1), "{form}");
     }
