@@ -4,7 +4,7 @@ use std::fmt::Debug;
 use std::sync::Arc;
 
 use crate::json::Value;
-use crate::{ByteRange, Error, ErrorKind, Event, Image, Info, NodeOptions, Permissions, Result};
+use crate::{ByteRange, Error, ErrorKind, Event, Image, Info, NodeOptions, Permissions, Result, to_index};
 
 /// A flat array of bytes: a file, a network export, a decrypted view, an opened image.
 ///
@@ -342,9 +342,7 @@ impl dyn Device + '_ {
     /// # Errors
     /// As [`Device::read_at`].
     pub fn read_padded(&self, buf: &mut [u8], offset: u64) -> Result<()> {
-        let there = usize::try_from(self.len().saturating_sub(offset))
-            .unwrap_or(usize::MAX)
-            .min(buf.len());
+        let there = to_index(self.len().saturating_sub(offset).min(buf.len() as u64))?;
         let (head, tail) = buf.split_at_mut(there);
         tail.fill(0);
         if head.is_empty() {

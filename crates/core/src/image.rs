@@ -18,7 +18,7 @@ use crate::held::Held;
 use crate::{
     AmendRequest, ByteRange, Device, Encoded, Error, ErrorKind, Event, Extent, ExtentKind, HoleMeaning, Info,
     Layer, Limits, Node, NodeOptions, OnLost, Preallocation, ResizeRequest, Result, Run, RunKind,
-    StatusDetail, WritePlan, WriteRun, ZeroMode, align_down, align_up, is_zero,
+    StatusDetail, WritePlan, WriteRun, ZeroMode, align_down, align_up, is_zero, to_index,
 };
 
 /// An opened image and its backing chain.
@@ -49,7 +49,7 @@ pub struct Image {
 }
 
 /// Zeroes are written in pieces of this size where nothing faster works.
-const ZERO_CHUNK: usize = 1 << 20;
+const ZERO_CHUNK: u64 = 1 << 20;
 /// What a disk writes at least.
 const SECTOR: usize = 512;
 
@@ -277,7 +277,7 @@ impl Image {
         if behind.is_empty() {
             return Ok(());
         }
-        let len = usize::try_from(behind.len()).map_err(|_| Error::corrupt("Cluster too large"))?;
+        let len = to_index(behind.len())?;
         let mut bytes = vec![0; len];
         self.read_own(behind, &mut bytes)?;
         if is_zero(&bytes) {
@@ -297,7 +297,7 @@ impl Image {
         let (mut rest, mut buf) = (range, buf);
         while !rest.is_empty() {
             let run = self.layer().map(rest)?;
-            let len = usize::try_from(run.len.min(rest.len())).unwrap_or(buf.len());
+            let len = to_index(run.len.min(rest.len()))?;
             let (head, tail) = buf.split_at_mut(len);
             match &run.kind {
                 // What lies behind the end of the disk may lack in the file.
@@ -324,8 +324,8 @@ impl Image {
             return Ok(());
         };
         // Zeroes up to the end of the unit are written as well, as the original does.
-        let mut bytes = vec![0; usize::try_from(unit).map_err(|_| Error::corrupt("Cluster too large"))?];
-        let inside = usize::try_from(last.len()).unwrap_or(bytes.len());
+        let mut bytes = vec![0; to_index(unit)?];
+        let inside = to_index(last.len())?;
         self.read_at(&mut bytes[..inside], last.start())?;
         self.begin_write(last)?
             .finish_with(|device, offset, _| device.write_at(&bytes, offset))
@@ -433,7 +433,7 @@ impl Image {
             }
             RunKind::Encoded(encoded) => {
                 let cluster = self.decode_cluster(encoded)?;
-                let skip = usize::try_from(guest - encoded.cluster.start()).unwrap_or(usize::MAX);
+                let skip = to_index(guest - encoded.cluster.start())?;
                 let part = cluster.get(skip..).and_then(|rest| rest.get(..buf.len()));
                 buf.copy_from_slice(part.ok_or_else(|| Error::corrupt("Run lies outside its cluster"))?);
             }
@@ -452,7 +452,7 @@ impl Image {
         {
             return Ok(cluster);
         }
-        let len = usize::try_from(encoded.cluster.len()).map_err(|_| Error::corrupt("Cluster too large"))?;
+        let len = to_index(encoded.cluster.len())?;
         let mut cluster = vec![0; len];
         self.layer().codec()?.decode(encoded, &mut cluster)?;
         let cluster: Arc<[u8]> = cluster.into();
@@ -470,11 +470,10 @@ impl Image {
             ByteRange::new(request.end(), run.guest.end()),
         ];
         for side in sides.into_iter().filter(|side| !side.is_empty()) {
-            let mut buf =
-                vec![0; usize::try_from(side.len()).map_err(|_| Error::corrupt("Cluster too large"))?];
+            let mut buf = vec![0; to_index(side.len())?];
             let inside = side.intersect(ByteRange::new(0, self.len()));
             if !inside.is_empty() {
-                let there = usize::try_from(inside.len()).unwrap_or(buf.len());
+                let there = to_index(inside.len())?;
                 run.device.event(Event::COW_READ);
                 self.read_at(&mut buf[..there], inside.start())?;
             }
@@ -498,15 +497,12 @@ impl Image {
     }
 
     fn write_zero_bytes(&self, range: ByteRange) -> Result<()> {
-        let zeroes = vec![0; usize::try_from(range.len()).unwrap_or(ZERO_CHUNK).min(ZERO_CHUNK)];
+        let zeroes = vec![0; to_index(range.len().min(ZERO_CHUNK))?];
         let mut rest = range;
         while !rest.is_empty() {
-            let len = rest.len().min(zeroes.len() as u64);
-            self.write_data(
-                &zeroes[..usize::try_from(len).unwrap_or(ZERO_CHUNK)],
-                rest.first(len),
-            )?;
-            rest = rest.skip(len);
+            let part = rest.first(ZERO_CHUNK);
+            self.write_data(&zeroes[..to_index(part.len())?], part)?;
+            rest = rest.skip(part.len());
         }
         Ok(())
     }
@@ -573,8 +569,8 @@ impl PendingWrite<'_> {
     pub fn finish(self, buf: &[u8]) -> Result<()> {
         let start = self.range.start();
         self.finish_with(|device, offset, guest| {
-            let from = usize::try_from(guest.start() - start).unwrap_or(usize::MAX);
-            let len = usize::try_from(guest.len()).unwrap_or(usize::MAX);
+            let from = to_index(guest.start() - start)?;
+            let len = to_index(guest.len())?;
             let part = buf.get(from..).and_then(|rest| rest.get(..len));
             device.write_at(
                 part.ok_or_else(|| Error::invalid("Too few bytes to write"))?,
@@ -627,7 +623,7 @@ impl Device for Image {
             if depth > 0 || matches!(run.kind, RunKind::Unallocated { .. }) {
                 self.require_fit_down_to(depth)?;
             }
-            let len = usize::try_from(run.len.min(rest.len())).unwrap_or(buf.len());
+            let len = to_index(run.len.min(rest.len()))?;
             let (head, tail) = buf.split_at_mut(len);
             image.read_run(&run, rest.start(), head)?;
             rest = rest.skip(run.len);

@@ -65,7 +65,7 @@ pub use memory::MemoryDevice;
 pub use node::{NodeOptions, is_identifier};
 pub use objects::{Object, Objects, Secret, TlsCreds, TlsKind};
 pub use progress::{Note, Progress};
-pub use range::{ByteRange, align_down, align_up, div_ceil};
+pub use range::{ByteRange, align_down, align_up, div_ceil, to_index};
 pub use snapshots::{NewSnapshot, Snapshots};
 pub use stored_name::StoredName;
 pub use throttle::{Direction, Rate, ThrottleGroup, ThrottleLimits};

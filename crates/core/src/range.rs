@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use crate::{Error, ErrorKind, Result};
+
 /// A half-open range of byte offsets, never inverted.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct ByteRange {
@@ -107,6 +109,14 @@ pub const fn align_up(value: u64, unit: u64) -> u64 {
             None => align_down(u64::MAX, unit),
         },
     }
+}
+
+/// `value`, a length in memory or an index into a slice, as `usize`.
+///
+/// # Errors
+/// [`ErrorKind::Limit`] if the address space is too small for it.
+pub fn to_index(value: u64) -> Result<usize> {
+    usize::try_from(value).map_err(|_| Error::new(ErrorKind::Limit, "Cannot allocate memory"))
 }
 
 /// `value / unit`, rounded up. `unit` is not zero.

@@ -1,6 +1,6 @@
 //! Copies inside the kernel.
 
-use diskimage_core::{ByteRange, Device, Error, Result};
+use diskimage_core::{ByteRange, Device, Error, Result, to_index};
 use rustix::io::Errno;
 
 use crate::file::{File, Kind};
@@ -22,9 +22,7 @@ impl File {
         };
         let (mut from_offset, mut to_offset) = (range.start(), target_offset);
         while from_offset < range.end() {
-            let len = usize::try_from(range.end() - from_offset)
-                .unwrap_or(MAX_PIECE)
-                .min(MAX_PIECE);
+            let len = to_index((range.end() - from_offset).min(MAX_CHUNK))?;
             let copied = rustix::fs::copy_file_range(
                 &self.file,
                 Some(&mut from_offset),
@@ -53,5 +51,5 @@ impl File {
     }
 }
 
-/// The most that is asked for at once.
-const MAX_PIECE: usize = 1 << 30;
+/// The most that one call copies.
+const MAX_CHUNK: u64 = 1 << 30;

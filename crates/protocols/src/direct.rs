@@ -11,7 +11,7 @@ use std::fs;
 use std::sync::atomic::Ordering;
 use std::sync::{Mutex, PoisonError};
 
-use diskimage_core::{Result, align_down, align_up};
+use diskimage_core::{Result, align_down, align_up, to_index};
 use rustix::fs::{AtFlags, StatxFlags};
 
 use crate::file::{File, Kind};
@@ -41,7 +41,7 @@ impl Direct {
             .unwrap_or((PAGE, PAGE));
         Self {
             block,
-            memory: usize::try_from(memory.max(PAGE)).unwrap_or(4096),
+            memory: memory.max(PAGE) as usize,
             partial: Mutex::new(()),
             spare: Mutex::default(),
         }
@@ -71,7 +71,7 @@ impl Direct {
         while done < buf.len() {
             let at = offset.saturating_add(done as u64);
             let start = align_down(at, u64::from(self.block));
-            let skip = usize::try_from(at - start).unwrap_or(0);
+            let skip = to_index(at - start)?;
             let want = (buf.len() - done).min(BOUNCE - skip);
             let block = bounce.blocks(self.memory, self.round_up(skip + want));
             let there = file.read_until_end(block, start)?.saturating_sub(skip).min(want);
@@ -118,11 +118,11 @@ impl Direct {
         while done < buf.len() {
             let at = offset.saturating_add(done as u64);
             let start = align_down(at, u64::from(self.block));
-            let skip = usize::try_from(at - start).unwrap_or(0);
+            let skip = to_index(at - start)?;
             let len = (buf.len() - done).min(BOUNCE - skip);
             let whole = self.round_up(skip + len);
             let blocks = bounce.blocks(self.memory, whole);
-            let unit = usize::try_from(self.block).unwrap_or(whole);
+            let unit = self.block as usize;
             if skip != 0 {
                 fill(file, &mut blocks[..unit], start)?;
             }
@@ -139,7 +139,7 @@ impl Direct {
     }
 
     fn round_up(&self, len: usize) -> usize {
-        len.next_multiple_of(usize::try_from(self.block).unwrap_or(1))
+        len.next_multiple_of(self.block as usize)
     }
 
     fn borrow(&self) -> Bounce {

@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use diskimage_core::{
     ByteRange, Device, Error, Extent, Limits, Preallocation, Result, StatusDetail, ZeroMode, align_down,
+    to_index,
 };
 
 /// Which requests are counted, and may fail.
@@ -164,14 +165,13 @@ impl Device for Faulty {
         if let Some(fault) = self.count(true) {
             if fault.torn {
                 let half = align_down(offset + buf.len() as u64 / 2, SECTOR).saturating_sub(offset);
-                self.below
-                    .write_at(&buf[..usize::try_from(half).unwrap_or(0)], offset)?;
+                self.below.write_at(&buf[..to_index(half)?], offset)?;
             }
             return Err(Error::from_errno(EIO));
         }
         if let Err(error) = self.fit(offset + buf.len() as u64) {
             let limit = self.lock().limit.unwrap_or(0);
-            let room = usize::try_from(limit.saturating_sub(offset)).unwrap_or(0);
+            let room = to_index(limit.saturating_sub(offset))?;
             self.below.write_at(&buf[..room.min(buf.len())], offset)?;
             return Err(error);
         }

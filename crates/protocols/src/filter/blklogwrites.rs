@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use diskimage_core::options::{OptionDef, OptionKind, Options};
 use diskimage_core::{
-    ByteRange, Device, Error, FilterDevice, Filtered, Limits, Node, NodeOptions, Result, ZeroMode,
+    ByteRange, Device, Error, FilterDevice, Filtered, Limits, Node, NodeOptions, Result, ZeroMode, to_index,
 };
 use zerocopy::byteorder::little_endian::{U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -197,7 +197,7 @@ impl Log {
             // Only for marks, which nobody sets here.
             data_len: U64::ZERO,
         };
-        let mut head = vec![0; usize::try_from(self.sector).unwrap_or(0)];
+        let mut head = vec![0; to_index(self.sector)?];
         head[..size_of::<Entry>()].copy_from_slice(entry.as_bytes());
         self.device.write_at(&head, start)?;
         let body = ByteRange::at(start + self.sector, stored * self.sector);
@@ -227,7 +227,7 @@ impl Log {
             entries: U64::new(self.entries),
             sector_size: U32::new(u32::try_from(self.sector).unwrap_or(0)),
         };
-        let mut sector = vec![0; usize::try_from(self.sector).unwrap_or(0)];
+        let mut sector = vec![0; to_index(self.sector)?];
         sector[..size_of::<Super>()].copy_from_slice(start.as_bytes());
         self.device.write_at(&sector, 0)?;
         self.device.flush()
@@ -288,10 +288,9 @@ impl FilterDevice for Logging {
         }
         // The log knows sectors only: what is around the bytes is logged with them.
         let mut log = self.log.lock().unwrap_or_else(PoisonError::into_inner);
-        let len = usize::try_from(whole.len()).map_err(|_| Error::invalid("Request too large"))?;
-        let mut bytes = vec![0; len];
+        let mut bytes = vec![0; to_index(whole.len())?];
         (&*self.file as &dyn Device).read_padded(&mut bytes, whole.start())?;
-        let skip = usize::try_from(offset - whole.start()).unwrap_or(0);
+        let skip = to_index(offset - whole.start())?;
         bytes[skip..skip + buf.len()].copy_from_slice(buf);
         self.file.write_at(buf, offset)?;
         log.note(whole, 0, Data::Bytes(&bytes))
@@ -309,7 +308,7 @@ impl FilterDevice for Logging {
         let mut rest = range;
         while !rest.is_empty() {
             let part = rest.first(CHUNK - rest.start() % CHUNK);
-            let zeroes = vec![0; usize::try_from(part.len()).unwrap_or(0)];
+            let zeroes = vec![0; to_index(part.len())?];
             self.write_at(&zeroes, part.start())?;
             rest = rest.skip(part.len());
         }

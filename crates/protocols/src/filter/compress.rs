@@ -3,8 +3,8 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use diskimage_core::{
-    ByteRange, Device, Encoder, Error, ErrorKind, FilterDevice, Filtered, Image, Limits, Node, Result,
-    StatusDetail, align_down, align_up,
+    ByteRange, Device, Encoder, Error, FilterDevice, Filtered, Image, Limits, Node, Result, StatusDetail,
+    align_down, align_up, to_index,
 };
 
 use super::{Filter, FilterChild, FilterRequest, file_child, missing};
@@ -78,14 +78,13 @@ impl Compressing {
             // A second form of the same cluster would only take more room.
             return self.image.write_at(buf, offset);
         }
-        let too_large = |_| Error::new(ErrorKind::Limit, "Cluster too large");
         // The last cluster is compressed whole, past the end of the disk.
-        let mut bytes = vec![0; usize::try_from(self.unit).map_err(too_large)?];
-        let there = usize::try_from(cluster.len()).map_err(too_large)?;
+        let mut bytes = vec![0; to_index(self.unit)?];
+        let there = to_index(cluster.len())?;
         if !whole {
             self.image.read_at(&mut bytes[..there], start)?;
         }
-        let skip = usize::try_from(offset - start).map_err(too_large)?;
+        let skip = to_index(offset - start)?;
         bytes[skip..skip + buf.len()].copy_from_slice(buf);
         let mut encoded = Vec::new();
         if encoder.encode(&bytes, &mut encoded)? {
@@ -112,7 +111,7 @@ impl FilterDevice for Compressing {
         let (mut rest, mut at) = (buf, offset);
         while !rest.is_empty() {
             let room = self.unit - at % self.unit;
-            let len = usize::try_from(room).unwrap_or(usize::MAX).min(rest.len());
+            let len = to_index(room.min(rest.len() as u64))?;
             let (head, tail) = rest.split_at(len);
             self.write_in_cluster(&mut *encoder, head, at)?;
             at += len as u64;

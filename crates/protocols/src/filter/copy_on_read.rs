@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use diskimage_core::options::{OptionDef, OptionKind};
 use diskimage_core::{
     ByteRange, Device, Error, Extent, FilterDevice, Filtered, Image, Node, NodeOptions, Result, StatusDetail,
-    ZeroMode, is_zero,
+    ZeroMode, is_zero, to_index,
 };
 
 use super::{Filter, FilterChild, FilterRequest, file_child, missing, read_only};
@@ -108,8 +108,7 @@ impl Copying {
     }
 
     fn copy_part(&self, part: ByteRange) -> Result<()> {
-        let len = usize::try_from(part.len()).map_err(|_| Error::invalid("Request too large"))?;
-        let mut bytes = vec![0; len];
+        let mut bytes = vec![0; to_index(part.len())?];
         self.image.read_at(&mut bytes, part.start())?;
         if is_zero(&bytes) {
             self.image.write_zeroes(part, ZeroMode::Unmap)

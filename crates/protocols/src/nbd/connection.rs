@@ -15,7 +15,7 @@ use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 
-use diskimage_core::{ByteRange, Error, Result, errno};
+use diskimage_core::{ByteRange, Error, Result, errno, to_index};
 
 use super::address::Socket;
 use super::negotiate::{Export, ReplyMode};
@@ -148,8 +148,11 @@ impl Connection {
             }
             let mut data = Vec::new();
             if command == Command::Read {
+                let Ok(len) = to_index(range.len()) else {
+                    return Ok(Outcome::Refused(errno::ENOMEM));
+                };
                 data = waiting.spare.pop().unwrap_or_default();
-                data.resize(usize::try_from(range.len()).unwrap_or(0), 0);
+                data.resize(len, 0);
             }
             let assembly = Assembly::new(command, range, self.export.style, self.export.context, data);
             let cookie = waiting.next_cookie;

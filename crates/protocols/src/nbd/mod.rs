@@ -33,7 +33,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use diskimage_core::{
     ByteRange, Device, Error, ErrorKind, Extent, Limits, Node, NodeOptions, Objects, Preallocation, Result,
-    ResultExt, StatusDetail, ZeroMode, align_down, errno,
+    ResultExt, StatusDetail, ZeroMode, align_down, errno, to_index,
 };
 
 use crate::protocol::{Protocol, ProtocolRequest};
@@ -234,16 +234,16 @@ impl Nbd {
 
     /// The longest request that carries data; a multiple of the unit.
     fn piece(&self) -> usize {
-        usize::try_from(self.export.max_block).unwrap_or(1 << 20)
+        self.export.max_block as usize
     }
 
     /// Writes part of a block, or of several, by writing the whole.
     fn write_partly(&self, buf: &[u8], range: ByteRange) -> Result<()> {
         let _alone = self.partial.lock().unwrap_or_else(PoisonError::into_inner);
         let whole = self.blocks(range);
-        let mut bytes = vec![0; length(whole)?];
+        let mut bytes = vec![0; to_index(whole.len())?];
         self.read_blocks(&mut bytes, whole.start())?;
-        let from = length(ByteRange::new(whole.start(), range.start()))?;
+        let from = to_index(range.start() - whole.start())?;
         bytes[from..from + buf.len()].copy_from_slice(buf);
         self.write_blocks(&bytes, whole.start())
     }
@@ -269,11 +269,11 @@ impl Nbd {
 
     /// Writes zeroes as bytes.
     fn write_zero_bytes(&self, range: ByteRange) -> Result<()> {
-        let zeroes = vec![0; ZERO_CHUNK.min(length(range).unwrap_or(ZERO_CHUNK))];
+        let zeroes = vec![0; to_index(range.len().min(ZERO_CHUNK))?];
         let mut rest = range;
         while !rest.is_empty() {
-            let piece = rest.first(zeroes.len() as u64);
-            self.write_at(&zeroes[..length(piece)?], piece.start())?;
+            let piece = rest.first(ZERO_CHUNK);
+            self.write_at(&zeroes[..to_index(piece.len())?], piece.start())?;
             rest = rest.skip(piece.len());
         }
         Ok(())
@@ -318,9 +318,9 @@ impl Device for Nbd {
         if whole == range {
             return self.read_blocks(buf, offset);
         }
-        let mut bytes = vec![0; length(whole)?];
+        let mut bytes = vec![0; to_index(whole.len())?];
         self.read_blocks(&mut bytes, whole.start())?;
-        let from = length(ByteRange::new(whole.start(), range.start()))?;
+        let from = to_index(range.start() - whole.start())?;
         buf.copy_from_slice(&bytes[from..from + buf.len()]);
         Ok(())
     }
@@ -454,12 +454,7 @@ fn extent(len: u64, flags: u64) -> Extent {
 }
 
 /// How many zeroes are sent at once.
-const ZERO_CHUNK: usize = 1 << 20;
-
-/// The length of what fits into memory.
-fn length(range: ByteRange) -> Result<usize> {
-    usize::try_from(range.len()).map_err(|_| Error::from_errno(libc::ENOMEM))
-}
+const ZERO_CHUNK: u64 = 1 << 20;
 
 /// The refusal of zeroes that would be no faster than writing them.
 fn not_fast() -> Error {

@@ -313,9 +313,7 @@ impl Handshake {
         if len == 0 {
             return self.body(option, kind, Wire(&[]));
         }
-        // At most 64 KiB.
-        let len = usize::try_from(len).unwrap_or(0);
-        Ok(self.want(State::Body(option, kind), len))
+        Ok(self.want(State::Body(option, kind), len as usize))
     }
 
     fn body(&mut self, option: u32, kind: u32, wire: Wire<'_>) -> Result<Next> {

@@ -70,7 +70,7 @@ impl Disk {
     /// The byte of a FAT at an offset.
     fn fat_byte(&self, at: u64) -> u8 {
         let entry = |index: u64| u32::try_from(index).map_or(0, |index| self.tree.fat_entry(index));
-        let pick = |value: u32, at: u64| value.to_le_bytes()[usize::try_from(at).unwrap_or(0)];
+        let pick = |value: u32, at: u64| (value >> (8 * at)).to_le_bytes()[0];
         match self.tree.geometry.fat {
             FatType::Fat12 => {
                 // Two entries in three bytes.

@@ -7,7 +7,7 @@
 //!   new_state = "2"
 //! ```
 
-use diskimage_core::{Device, Error, ErrorKind, NodeOptions, Result, ResultExt};
+use diskimage_core::{Device, Error, ErrorKind, NodeOptions, Result, ResultExt, to_index};
 
 use super::rules::{Rules, SECTIONS};
 
@@ -25,7 +25,7 @@ pub(super) fn read(file: &dyn Device, rules: &Rules) -> Result<()> {
             "Could not read blkdebug config file: too large",
         ));
     }
-    let mut bytes = vec![0; usize::try_from(file.len()).unwrap_or(0)];
+    let mut bytes = vec![0; to_index(file.len())?];
     file.read_at(&mut bytes, 0)
         .context(|| "Could not read blkdebug config file")?;
     parse(&String::from_utf8_lossy(&bytes), rules)

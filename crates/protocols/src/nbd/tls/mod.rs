@@ -20,7 +20,7 @@ use std::fs;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use diskimage_core::{Error, Result, ResultExt, TlsCreds, TlsKind};
+use diskimage_core::{Error, Result, ResultExt, TlsCreds, TlsKind, to_index};
 
 use zeroize::Zeroizing;
 
@@ -149,7 +149,7 @@ fn read(path: &Path) -> Result<Zeroizing<Vec<u8>>> {
     let failed = || format!("Error reading file \u{201c}{shown}\u{201d}");
     let len = file.metadata().context(failed)?.len().min(MAX_FILE);
     // Large enough from the start: memory that a growing vector leaves behind would not be wiped.
-    let mut bytes = Zeroizing::new(Vec::with_capacity(usize::try_from(len).unwrap_or(0) + 1));
+    let mut bytes = Zeroizing::new(Vec::with_capacity(to_index(len)? + 1));
     file.take(MAX_FILE + 1).read_to_end(&mut bytes).context(failed)?;
     if bytes.len() as u64 > MAX_FILE {
         return Err(Error::invalid(format!("Larger than {MAX_FILE} bytes")).context(failed()));
