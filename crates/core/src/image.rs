@@ -18,7 +18,7 @@ use crate::held::Held;
 use crate::{
     AmendRequest, ByteRange, Device, Encoded, Error, ErrorKind, Event, Extent, ExtentKind, HoleMeaning, Info,
     Layer, Limits, Node, NodeOptions, OnLost, Preallocation, ResizeRequest, Result, Run, RunKind,
-    StatusDetail, WritePlan, WriteRun, ZeroMode, align_down, align_up, is_zero, to_index,
+    StatusDetail, WritePlan, WriteRun, ZeroMode, align_down, align_up, is_zero, to_index, write_zero_chunks,
 };
 
 /// An opened image and its backing chain.
@@ -48,8 +48,6 @@ pub struct Image {
     decoded: Mutex<Option<(Encoded, Arc<[u8]>)>>,
 }
 
-/// Zeroes are written in pieces of this size where nothing faster works.
-const ZERO_CHUNK: u64 = 1 << 20;
 /// What a disk writes at least.
 const SECTOR: usize = 512;
 
@@ -497,14 +495,9 @@ impl Image {
     }
 
     fn write_zero_bytes(&self, range: ByteRange) -> Result<()> {
-        let zeroes = vec![0; to_index(range.len().min(ZERO_CHUNK))?];
-        let mut rest = range;
-        while !rest.is_empty() {
-            let part = rest.first(ZERO_CHUNK);
-            self.write_data(&zeroes[..to_index(part.len())?], part)?;
-            rest = rest.skip(part.len());
-        }
-        Ok(())
+        write_zero_chunks(range, |zeroes, offset| {
+            self.write_data(zeroes, ByteRange::at(offset, zeroes.len() as u64))
+        })
     }
 
     /// The first part of `range` that is made zero in one way, and whether the layer can do that.

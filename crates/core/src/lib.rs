@@ -70,4 +70,4 @@ pub use snapshots::{NewSnapshot, Snapshots};
 pub use stored_name::StoredName;
 pub use throttle::{Direction, Rate, ThrottleGroup, ThrottleLimits};
 pub use view::{ReadOnlyView, View};
-pub use zero::{is_zero, leading};
+pub use zero::{is_zero, leading, write_zero_chunks};

@@ -1,4 +1,6 @@
-//! The zero test, at memory speed in safe code.
+//! Zeroes: the test for them, at memory speed in safe code, and writing them where nothing faster works.
+
+use crate::{ByteRange, Device, Result, to_index};
 
 /// Whether every byte of `buf` is zero.
 ///
@@ -26,9 +28,61 @@ pub fn leading(buf: &[u8], unit: usize) -> (bool, usize) {
     (zero, first.len() + more)
 }
 
+/// The longest chunk of zeroes that is written at once.
+const CHUNK: u64 = 1 << 20;
+
+/// Calls `write` with zero bytes and an offset for each part of `range`, in ascending order. A part has at most 1 MiB and
+/// ends on a multiple of 1 MiB or at the end of `range`, so that all but the outer ones are aligned.
+///
+/// # Errors
+/// The first error of `write`.
+pub fn write_zero_chunks(range: ByteRange, mut write: impl FnMut(&[u8], u64) -> Result<()>) -> Result<()> {
+    let zeroes = vec![0; to_index(range.len().min(CHUNK))?];
+    let mut rest = range;
+    while !rest.is_empty() {
+        let part = rest.first(CHUNK - rest.start() % CHUNK);
+        write(&zeroes[..to_index(part.len())?], part.start())?;
+        rest = rest.skip(part.len());
+    }
+    Ok(())
+}
+
+impl dyn Device + '_ {
+    /// Writes zero bytes over `range` with [`Device::write_at`].
+    ///
+    /// # Errors
+    /// As [`Device::write_at`].
+    pub fn write_zero_bytes(&self, range: ByteRange) -> Result<()> {
+        write_zero_chunks(range, |zeroes, offset| self.write_at(zeroes, offset))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn zeroes_are_written_in_aligned_chunks() {
+        let mib = 1 << 20;
+        for (range, parts) in [
+            (ByteRange::new(5, 5), &[][..]),
+            (ByteRange::new(100, 300), &[(100, 200)]),
+            (
+                ByteRange::new(mib - 1, 3 * mib),
+                &[(mib - 1, 1), (mib, mib), (2 * mib, mib)],
+            ),
+            (ByteRange::new(mib, 2 * mib + 7), &[(mib, mib), (2 * mib, 7)]),
+        ] {
+            let mut written = Vec::new();
+            let outcome = write_zero_chunks(range, |zeroes, offset| {
+                assert!(is_zero(zeroes));
+                written.push((offset, zeroes.len() as u64));
+                Ok(())
+            });
+            outcome.expect("no write fails");
+            assert_eq!(written, parts, "{range:?}");
+        }
+    }
 
     #[test]
     fn one_byte_anywhere_is_seen() {

@@ -129,23 +129,13 @@ impl File {
 
     /// Writes zeroes byte by byte.
     pub(crate) fn write_zero_bytes(&self, range: ByteRange) -> Result<()> {
-        let zeroes = vec![0; usize::try_from(range.len()).unwrap_or(CHUNK).min(CHUNK)];
-        let mut rest = range;
-        while !rest.is_empty() {
-            // Pieces end on multiples of their size, so that only the outer ones can be uneven.
-            let step = (CHUNK as u64 - rest.start() % CHUNK as u64).min(zeroes.len() as u64);
-            let len = rest.len().min(step);
-            self.write_at(&zeroes[..usize::try_from(len).unwrap_or(CHUNK)], rest.start())?;
-            rest = rest.skip(len);
-        }
-        Ok(())
+        (self as &dyn Device).write_zero_bytes(range)
     }
 }
 
 type Attempt = rustix::io::Result<()>;
 
 const PUNCH: FallocateFlags = FallocateFlags::PUNCH_HOLE.union(FallocateFlags::KEEP_SIZE);
-const CHUNK: usize = 1 << 20;
 
 /// The answers of file systems and devices that cannot do it, rather than failed at it.
 fn is_unsupported(errno: Option<i32>) -> bool {

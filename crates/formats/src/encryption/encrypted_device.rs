@@ -175,14 +175,7 @@ impl Device for EncryptedDevice {
         if mode == ZeroMode::FastOnly {
             return Err(Error::unsupported("Zeroes have to be encrypted"));
         }
-        let zeroes = vec![0; usize::try_from(range.len()).unwrap_or(CHUNK).min(CHUNK)];
-        let mut rest = range;
-        while !rest.is_empty() {
-            let part = rest.first(zeroes.len() as u64);
-            self.write_at(&zeroes[..len_of(part.start(), part.end())], part.start())?;
-            rest = rest.skip(part.len());
-        }
-        Ok(())
+        (self as &dyn Device).write_zero_bytes(range)
     }
 
     fn discard(&self, _range: ByteRange) -> Result<()> {

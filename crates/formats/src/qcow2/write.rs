@@ -418,14 +418,14 @@ impl Qcow2 {
                 match mode {
                     Preallocation::Off | Preallocation::Metadata => self.reserve(&*run.device, host)?,
                     Preallocation::Falloc => run.device.write_zeroes(host, ZeroMode::KeepAllocated)?,
-                    Preallocation::Full => write_zero_bytes(&*run.device, host)?,
+                    Preallocation::Full => run.device.write_zero_bytes(host)?,
                 }
             }
             let past_end = ByteRange::new(part.end(), part.align_out(geometry.cluster_size()).end());
             if let Some(run) = plan.runs().last().filter(|_| !past_end.is_empty()) {
                 // The last cluster is written to its end, as with the original.
                 let host = ByteRange::at(run.offset + (part.end() - run.guest.start()), past_end.len());
-                write_zero_bytes(&*run.device, host)?;
+                run.device.write_zero_bytes(host)?;
             }
             Box::new(plan).commit()?;
             rest = rest.skip(part.len());
@@ -508,18 +508,6 @@ fn subcluster_mask(geometry: Geometry, range: ByteRange, guest: u64) -> u32 {
     let first = (range.start() - guest) / sub;
     let end = (range.end() - guest).div_ceil(sub);
     (first..end).fold(0, |mask, i| mask | bit(i))
-}
-
-pub(super) fn write_zero_bytes(device: &dyn Device, range: ByteRange) -> Result<()> {
-    const CHUNK: u64 = 1 << 20;
-    let zeroes = vec![0; usize::try_from(range.len().min(CHUNK)).unwrap_or(0)];
-    let mut rest = range;
-    while !rest.is_empty() {
-        let part = rest.first(zeroes.len() as u64);
-        device.write_at(&zeroes[..usize::try_from(part.len()).unwrap_or(0)], part.start())?;
-        rest = rest.skip(part.len());
-    }
-    Ok(())
 }
 
 fn bit(index: u64) -> u32 {

@@ -14,6 +14,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use diskimage_core::options::{OptionDef, OptionKind, Options};
 use diskimage_core::{
     ByteRange, Device, Error, FilterDevice, Filtered, Limits, Node, NodeOptions, Result, ZeroMode, to_index,
+    write_zero_chunks,
 };
 use zerocopy::byteorder::little_endian::{U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -304,15 +305,7 @@ impl FilterDevice for Logging {
         if mode == ZeroMode::FastOnly {
             return Err(Error::unsupported("Not whole sectors"));
         }
-        const CHUNK: u64 = 1 << 20;
-        let mut rest = range;
-        while !rest.is_empty() {
-            let part = rest.first(CHUNK - rest.start() % CHUNK);
-            let zeroes = vec![0; to_index(part.len())?];
-            self.write_at(&zeroes, part.start())?;
-            rest = rest.skip(part.len());
-        }
-        Ok(())
+        write_zero_chunks(range, |zeroes, offset| self.write_at(zeroes, offset))
     }
 
     fn discard(&self, range: ByteRange) -> Result<()> {

@@ -267,16 +267,9 @@ impl Nbd {
         }
     }
 
-    /// Writes zeroes as bytes.
+    /// Sends zeroes as bytes.
     fn write_zero_bytes(&self, range: ByteRange) -> Result<()> {
-        let zeroes = vec![0; to_index(range.len().min(ZERO_CHUNK))?];
-        let mut rest = range;
-        while !rest.is_empty() {
-            let piece = rest.first(ZERO_CHUNK);
-            self.write_at(&zeroes[..to_index(piece.len())?], piece.start())?;
-            rest = rest.skip(piece.len());
-        }
-        Ok(())
+        (self as &dyn Device).write_zero_bytes(range)
     }
 
     fn require_writable(&self) -> Result<()> {
@@ -452,9 +445,6 @@ fn extent(len: u64, flags: u64) -> Extent {
         host: None,
     }
 }
-
-/// How many zeroes are sent at once.
-const ZERO_CHUNK: u64 = 1 << 20;
 
 /// The refusal of zeroes that would be no faster than writing them.
 fn not_fast() -> Error {

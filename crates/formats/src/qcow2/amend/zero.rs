@@ -6,7 +6,6 @@ use crate::layer_kit::metadata_cache::Table;
 use crate::layer_kit::metadata_guard::Kinds;
 use crate::qcow2::entry::{Cluster, L2Entry, OFFSET_MASK, Subclusters};
 use crate::qcow2::refcount::Change;
-use crate::qcow2::write::write_zero_bytes;
 use crate::qcow2::{Qcow2, State};
 
 impl Qcow2 {
@@ -80,7 +79,8 @@ impl Qcow2 {
                     .metadata
                     .cache
                     .admit(ByteRange::at(offset, size), Kinds::NONE)?;
-                write_zero_bytes(&*self.data_at(guest, offset), ByteRange::at(offset, size))?;
+                self.data_at(guest, offset)
+                    .write_zero_bytes(ByteRange::at(offset, size))?;
                 offset
             }
             None => {

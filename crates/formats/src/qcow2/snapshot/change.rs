@@ -32,7 +32,6 @@ use crate::qcow2::header::{field, limit};
 use crate::qcow2::refcount::Change;
 use crate::qcow2::refcount::publish::{entries_of, lacks_room};
 use crate::qcow2::refcount::recount::Rewrite;
-use crate::qcow2::write::write_zero_bytes;
 use crate::qcow2::{Qcow2, State};
 
 impl Snapshots for Qcow2 {
@@ -154,7 +153,8 @@ impl Qcow2 {
     /// Makes the disk that of the snapshot whose table is `kept`.
     fn apply_beside(&self, state: &mut State, size: u64, kept: Table) -> Result<()> {
         let active = self.allocate_l1(state, kept.len.max(state.l1.len), Kind::ActiveL1)?;
-        write_zero_bytes(&*self.file, ByteRange::at(active.offset, active.len))?;
+        self.file
+            .write_zero_bytes(ByteRange::at(active.offset, active.len))?;
         self.share_tree(state, kept, Rewrite::To(active), 1)?;
         state.l1 = active;
         state.size = size;

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use diskimage_core::options::{OptionDef, OptionKind, Options};
 use diskimage_core::{
     ByteRange, Device, Error, Event, Extent, FilterDevice, Filtered, Limits, Node, NodeOptions, Permissions,
-    Result, StatusDetail, ZeroMode, align_up, status_below,
+    Result, StatusDetail, ZeroMode, align_up, status_below, write_zero_chunks,
 };
 
 use self::rules::{Request, Rules};
@@ -218,15 +218,7 @@ struct Debugged {
 
 impl Debugged {
     fn write_zero_bytes(&self, range: ByteRange) -> Result<()> {
-        const CHUNK: u64 = 1 << 20;
-        let mut rest = range;
-        while !rest.is_empty() {
-            let part = rest.first(CHUNK);
-            let zeroes = vec![0; usize::try_from(part.len()).unwrap_or(0)];
-            self.write_at(&zeroes, part.start())?;
-            rest = rest.skip(part.len());
-        }
-        Ok(())
+        write_zero_chunks(range, |zeroes, offset| self.write_at(zeroes, offset))
     }
 }
 
