@@ -68,6 +68,6 @@ pub use progress::{Note, Progress};
 pub use range::{ByteRange, align_down, align_up, div_ceil, to_index};
 pub use snapshots::{NewSnapshot, Snapshots};
 pub use stored_name::StoredName;
-pub use throttle::{Direction, Rate, ThrottleGroup, ThrottleLimits};
+pub use throttle::{BucketConfig, Direction, ThrottleGroup, ThrottleLimits};
 pub use view::{ReadOnlyView, View};
 pub use zero::{is_zero, leading, write_zero_chunks};

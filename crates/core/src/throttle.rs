@@ -25,7 +25,7 @@ pub enum Direction {
 
 /// The limits of one kind: bytes or requests, in all or one way.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Rate {
+pub struct BucketConfig {
     /// So many in a second; 0 for no limit.
     pub average: u64,
     /// So many in a second for a short time; 0 for none.
@@ -34,7 +34,7 @@ pub struct Rate {
     pub max_length: u64,
 }
 
-impl Rate {
+impl BucketConfig {
     fn capacity(&self) -> f64 {
         if self.max == 0 {
             number(self.average) / 10.0
@@ -48,9 +48,9 @@ impl Rate {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ThrottleLimits {
     /// Of all bytes, those read, those written.
-    pub bytes: [Rate; 3],
+    pub bytes: [BucketConfig; 3],
     /// Of all requests, those that read, those that write.
-    pub requests: [Rate; 3],
+    pub requests: [BucketConfig; 3],
     /// A request of more bytes than this counts as several; 0 if all count alike.
     pub request_size: u64,
 }
@@ -66,7 +66,8 @@ impl ThrottleLimits {
     pub fn check(&self) -> Result<()> {
         let refuse = |why: &str| Err(Error::invalid(why));
         for [total, reading, writing] in [self.bytes, self.requests] {
-            let clash = |of: fn(&Rate) -> u64| of(&total) != 0 && (of(&reading) != 0 || of(&writing) != 0);
+            let clash =
+                |of: fn(&BucketConfig) -> u64| of(&total) != 0 && (of(&reading) != 0 || of(&writing) != 0);
             if clash(|rate| rate.average) || clash(|rate| rate.max) {
                 return refuse(
                     "bps/iops/max total values and read/write values cannot be used at the same time",
@@ -188,15 +189,15 @@ fn number(value: u64) -> f64 {
 mod tests {
     use super::*;
 
-    fn rate(average: u64) -> Rate {
-        Rate {
+    fn rate(average: u64) -> BucketConfig {
+        BucketConfig {
             average,
             max: 0,
             max_length: 1,
         }
     }
 
-    fn none() -> [Rate; 3] {
+    fn none() -> [BucketConfig; 3] {
         [rate(0); 3]
     }
 
@@ -235,7 +236,7 @@ mod tests {
     fn bursts_are_let_through() {
         let limits = ThrottleLimits {
             bytes: [
-                Rate {
+                BucketConfig {
                     average: 100,
                     max: 1000,
                     max_length: 2,

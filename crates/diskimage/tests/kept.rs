@@ -5,8 +5,8 @@ use std::sync::{Arc, Mutex};
 use std::time::UNIX_EPOCH;
 
 use diskimage::{
-    ByteRange, Creation, Device, ErrorKind, Image, MemoryDevice, NewBitmap, NodeOptions, Object, Objects,
-    OpenOptions, Preallocation, Progress, Rate, Repair, Secret, SnapshotSelector, ThrottleGroup,
+    BucketConfig, ByteRange, Creation, Device, ErrorKind, Image, MemoryDevice, NewBitmap, NodeOptions,
+    Object, Objects, OpenOptions, Preallocation, Progress, Repair, Secret, SnapshotSelector, ThrottleGroup,
     ThrottleLimits, ZeroMode, apply_snapshot, create_snapshot, delete_snapshot, list_snapshots, open,
     open_device, open_node, open_snapshot,
 };
@@ -301,9 +301,9 @@ fn open_list(list: &str, scratch: &Scratch) -> Arc<Image> {
 }
 
 fn no_limits() -> Object {
-    let rates = [Rate {
+    let rates = [BucketConfig {
         max_length: 1,
-        ..Rate::default()
+        ..BucketConfig::default()
     }; 3];
     let group = ThrottleGroup::new(ThrottleLimits {
         bytes: rates,

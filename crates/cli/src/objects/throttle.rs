@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use diskimage::{Object, Rate, ThrottleGroup, ThrottleLimits};
+use diskimage::{BucketConfig, Object, ThrottleGroup, ThrottleLimits};
 
 use super::{Parameters, wrong_type};
 use crate::words::Stop;
@@ -35,11 +35,11 @@ pub(super) fn read(mut parameters: Parameters) -> Result<(String, Object), Stop>
     Ok((id, Object::ThrottleGroup(Arc::new(ThrottleGroup::new(limits)?))))
 }
 
-fn take_rates(parameters: &mut Parameters, unit: &str) -> Result<[Rate; 3], Stop> {
-    let mut rates = [Rate::default(); 3];
+fn take_rates(parameters: &mut Parameters, unit: &str) -> Result<[BucketConfig; 3], Stop> {
+    let mut rates = [BucketConfig::default(); 3];
     for (rate, kind) in rates.iter_mut().zip(KINDS) {
         let name = format!("{unit}-{kind}");
-        *rate = Rate {
+        *rate = BucketConfig {
             average: take(parameters, &name)?.unwrap_or(0),
             max: take(parameters, &format!("{name}-max"))?.unwrap_or(0),
             max_length: take_length(parameters, &format!("{name}-max-length"))?,
