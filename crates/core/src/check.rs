@@ -26,7 +26,7 @@ pub enum Repair {
 }
 
 /// The outcome of a check. Counters follow the original's report; what was found and done is told line by line on the
-/// way, see [`Progress::tell`](crate::Progress::tell).
+/// way, see [`Progress::note`](crate::Progress::note).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct CheckReport {
     /// Inconsistencies that can lose data.

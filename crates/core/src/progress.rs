@@ -65,7 +65,7 @@ impl<'a> Progress<'a> {
     }
 
     /// Shows a line.
-    pub fn tell(&self, note: &Note) {
+    pub fn note(&self, note: &Note) {
         if let Some(notes) = self.notes {
             notes(note);
         }

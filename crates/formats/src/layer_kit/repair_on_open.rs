@@ -41,7 +41,7 @@ mod tests {
     #[test]
     fn what_was_told_is_kept_or_shown_before_the_error() {
         let line = |text: &str| Note::Line(text.to_owned());
-        let tell = |progress: &Progress<'_>| ["a", "b"].map(|text| progress.tell(&line(text)));
+        let tell = |progress: &Progress<'_>| ["a", "b"].map(|text| progress.note(&line(text)));
         let kept = run(|progress| {
             tell(progress);
             Ok(())
@@ -58,7 +58,7 @@ mod tests {
     fn only_so_much_is_kept() {
         let note = Note::Line("x".repeat(MOST / 2));
         let kept = run(|progress| {
-            (0..5).for_each(|_| progress.tell(&note));
+            (0..5).for_each(|_| progress.note(&note));
             Ok(())
         });
         assert_eq!(kept.expect("is mended").len(), 2);

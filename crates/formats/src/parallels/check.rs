@@ -84,7 +84,7 @@ struct Check<'a> {
 impl Check<'_> {
     fn tell(&self, mended: bool, text: &str) {
         let word = if mended { "Repairing" } else { "ERROR" };
-        self.progress.tell(&Note::Line(format!("{word} {text}")));
+        self.progress.note(&Note::Line(format!("{word} {text}")));
     }
 
     fn corruption(&mut self, mended: bool, text: &str) {

@@ -76,7 +76,7 @@ impl Findings<'_> {
     fn add(&mut self, text: String) {
         self.count += 1;
         if self.count <= MAX_LINES {
-            self.progress.tell(&Note::Line(text));
+            self.progress.note(&Note::Line(text));
         }
     }
 }

@@ -20,7 +20,7 @@ impl VhdxLayer {
         let len = self.file.len();
         let mut tell = |text: String| {
             if report.corruptions < MAX_LINES {
-                progress.tell(&Note::Error(text));
+                progress.note(&Note::Error(text));
             }
             report.corruptions += 1;
         };

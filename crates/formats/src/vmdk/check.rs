@@ -49,7 +49,7 @@ impl VmdkLayer {
 
 /// Tells of the grain at `guest` of the disk, which is not in its file as a whole.
 fn beyond_end(progress: &Progress<'_>, guest: u64) -> Error {
-    progress.tell(&Note::Line(format!(
+    progress.note(&Note::Line(format!(
         "ERROR: cluster offset for sector {} points after EOF",
         guest / SECTOR
     )));

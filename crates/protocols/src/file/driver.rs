@@ -107,7 +107,7 @@ impl Protocol for Local {
         };
         let file = File::open(&target, request.write, cache)?;
         if let Some(message) = file.fell_back() {
-            request.notes.tell(&Note::Error(message.to_owned()));
+            request.notes.note(&Note::Error(message.to_owned()));
         }
         Ok(Arc::new(if locking { file } else { file.without_locks() }))
     }

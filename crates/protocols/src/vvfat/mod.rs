@@ -94,7 +94,7 @@ impl Protocol for VvfatDriver {
             16 => Geometry::new(FatType::Fat16, floppy),
             32 => {
                 let text = "FAT32 has not been tested. You are welcome to do so!";
-                request.notes.tell(&Note::Warning(text.to_owned()));
+                request.notes.note(&Note::Warning(text.to_owned()));
                 Geometry::new(FatType::Fat32, floppy)
             }
             _ => return Err(Error::invalid("Valid FAT types are only 12, 16 and 32")),

@@ -198,7 +198,7 @@ impl Walk<'_> {
             let short = names.add(name.as_bytes())?;
             match name.to_str() {
                 Some(name) => entries.extend(long_name(name, &short).concat()),
-                None => self.notes.tell(&Note::Line(format!(
+                None => self.notes.note(&Note::Line(format!(
                     "vvfat: invalid UTF-8 name: {}",
                     name.display()
                 ))),

@@ -267,10 +267,10 @@ impl<'a> Check<'a> {
     fn tell(&mut self, note: &Note) {
         self.said += 1;
         if self.said <= MAX_NOTES {
-            self.progress.tell(note);
+            self.progress.note(note);
         } else if self.said == MAX_NOTES + 1 {
             let text = "Too many errors; further ones are only counted".to_owned();
-            self.progress.tell(&Note::Line(text));
+            self.progress.note(&Note::Line(text));
         }
     }
 
