@@ -23,7 +23,7 @@ impl Budget {
     ///
     /// # Errors
     /// [`ErrorKind::Limit`] if less is left.
-    pub fn take(&self, bytes: u64) -> Result<Reservation> {
+    pub fn reserve(&self, bytes: u64) -> Result<Reservation> {
         self.left
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| {
                 left.checked_sub(bytes)
@@ -64,12 +64,12 @@ mod tests {
     #[test]
     fn what_is_taken_comes_back_on_drop() {
         let budget = Budget::new(100);
-        let first = budget.take(60).expect("enough is left");
+        let first = budget.reserve(60).expect("enough is left");
         assert_eq!(
-            budget.take(41).map(drop).map_err(|e| e.kind()),
+            budget.reserve(41).map(drop).map_err(|e| e.kind()),
             Err(ErrorKind::Limit)
         );
         drop(first);
-        assert!(budget.take(100).is_ok());
+        assert!(budget.reserve(100).is_ok());
     }
 }

@@ -76,7 +76,7 @@ impl Chunks {
             return Ok(());
         }
         let (first, data_offset) = (number(header, 8), number(header, 24));
-        self.taken.push(self.budget.take(entries.len() as u64 * 3)?);
+        self.taken.push(self.budget.reserve(entries.len() as u64 * 3)?);
         // How many there are is told by the length, as in the original; the header's number is not asked.
         for (index, entry) in entries.chunks_exact(ENTRY).enumerate() {
             let Some(kind) = self.kind(number_32(entry, 0)) else {

@@ -56,7 +56,7 @@ impl<'a> ClusterSet<'a> {
             let piece = match self.pieces.entry(cluster / PIECE_BITS) {
                 Entry::Occupied(piece) => piece.into_mut(),
                 Entry::Vacant(place) => place.insert(Piece {
-                    _memory: self.budget.take(size_of::<[u64; WORDS]>() as u64)?,
+                    _memory: self.budget.reserve(size_of::<[u64; WORDS]>() as u64)?,
                     bits: Box::new([0; WORDS]),
                 }),
             };

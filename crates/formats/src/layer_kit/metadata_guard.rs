@@ -148,7 +148,7 @@ impl MetadataGuard {
                 continue;
             }
             if self.room == 0 {
-                self.taken.push(self.budget.take(BATCH * CLUSTER_COST)?);
+                self.taken.push(self.budget.reserve(BATCH * CLUSTER_COST)?);
                 self.room = BATCH;
             }
             self.room -= 1;

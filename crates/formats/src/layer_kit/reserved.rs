@@ -127,7 +127,7 @@ impl Pieces {
     pub(crate) fn add(&mut self, start: u64) -> Result<()> {
         if self.starts.len() >= self.memory.len() * STEP {
             self.memory
-                .push(self.budget.take((STEP * size_of::<u64>()) as u64)?);
+                .push(self.budget.reserve((STEP * size_of::<u64>()) as u64)?);
             self.starts.reserve_exact(STEP);
         }
         self.starts.push(start);

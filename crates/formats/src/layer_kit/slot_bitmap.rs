@@ -22,7 +22,7 @@ impl SlotBitmap {
     /// The first `room` places, all of them free.
     pub(crate) fn new(room: u32, budget: &Budget) -> Result<Self> {
         let words = (room as usize).div_ceil(64);
-        let memory = budget.take(words as u64 * 8)?;
+        let memory = budget.reserve(words as u64 * 8)?;
         Ok(Self {
             taken: vec![0; words],
             room,

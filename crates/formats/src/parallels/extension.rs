@@ -60,7 +60,7 @@ impl Extension {
         budget: &Budget,
     ) -> Result<Self> {
         // The tables take no more than the cluster that they come from.
-        let memory = budget.take(header.cluster.saturating_mul(2))?;
+        let memory = budget.reserve(header.cluster.saturating_mul(2))?;
         let mut bytes = vec![0; usize::try_from(header.cluster).unwrap_or(0)];
         file.read_padded(&mut bytes, offset)?;
         Ok(Self {

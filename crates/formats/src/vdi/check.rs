@@ -14,7 +14,7 @@ impl VdiLayer {
         let mut state = self.lock();
         let (blocks, counted) = (state.header.blocks, state.header.allocated());
         let words = (blocks as usize).div_ceil(64);
-        let _memory = self.budget.take(words as u64 * 8)?;
+        let _memory = self.budget.reserve(words as u64 * 8)?;
         let mut seen = vec![0_u64; words];
         let mut findings = Findings { progress, count: 0 };
         let mut allocated = 0;

@@ -26,7 +26,7 @@ impl VhdxLayer {
         };
         // A bit for each mebibyte of the file that a block has.
         let words = usize::try_from(len.div_ceil(MIB).div_ceil(64)).unwrap_or(usize::MAX);
-        let _memory = self.budget.take(words as u64 * 8)?;
+        let _memory = self.budget.reserve(words as u64 * 8)?;
         let mut taken = vec![0_u64; words];
         let tables = state.reserved.clone();
         for block in 0..state.metadata.disk_size.div_ceil(self.block_size) {

@@ -160,7 +160,7 @@ impl Changes {
                     bytes[8..UNIT - 4].copy_from_slice(&sector.data);
                     bytes[UNIT - 4..].copy_from_slice(&descriptor.trailing);
                     if self.data.insert(offset, bytes).is_none() {
-                        self.taken.push(budget.take(UNIT as u64 + 64)?);
+                        self.taken.push(budget.reserve(UNIT as u64 + 64)?);
                     }
                 }
                 ZERO_DESCRIPTOR => {
@@ -178,7 +178,7 @@ impl Changes {
                     for at in gone {
                         self.data.remove(&at);
                     }
-                    self.taken.push(budget.take(64)?);
+                    self.taken.push(budget.reserve(64)?);
                     self.zeroes.push(range);
                 }
                 _ => return Err(invalid()),

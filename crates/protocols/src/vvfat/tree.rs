@@ -266,7 +266,7 @@ impl<'a> Claim<'a> {
     fn take(&mut self, bytes: usize) -> Result<()> {
         if self.left < bytes {
             let piece = bytes.max(Self::PIECE);
-            self.taken.push(self.budget.take(piece as u64)?);
+            self.taken.push(self.budget.reserve(piece as u64)?);
             self.left = piece;
         }
         self.left -= bytes;

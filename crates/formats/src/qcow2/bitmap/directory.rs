@@ -287,7 +287,7 @@ impl Directory {
             return Err(Error::new(ErrorKind::Limit, "Too many bitmaps"));
         }
         // The bytes, and at most as much again for what is parsed from them, but for what every entry costs.
-        let memory = budget.take(2 * len + (count * size_of::<Bitmap>()) as u64)?;
+        let memory = budget.reserve(2 * len + (count * size_of::<Bitmap>()) as u64)?;
         let offset = extension.directory_offset.get();
         file.require(offset, len)?;
         let mut bytes = vec![0; usize::try_from(len).unwrap_or(0)];
@@ -319,7 +319,7 @@ impl Directory {
     pub(super) fn empty(budget: &Budget) -> Result<Self> {
         Ok(Self {
             bitmaps: Vec::new(),
-            _memory: budget.take(0)?,
+            _memory: budget.reserve(0)?,
         })
     }
 

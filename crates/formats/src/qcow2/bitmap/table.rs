@@ -35,7 +35,7 @@ impl BitmapTable {
     pub(super) fn read(image: &Qcow2, bitmap: &Bitmap, shape: Shape) -> Result<Self> {
         bitmap.require_shape(shape)?;
         let count = shape.entries();
-        let memory = image.budget.take(count * ENTRY_COST)?;
+        let memory = image.budget.reserve(count * ENTRY_COST)?;
         let mut bytes = vec![0; usize::try_from(count * 8).unwrap_or(0)];
         image.file.read_whole(&mut bytes, bitmap.raw.table_offset.get())?;
         let (words, _) = bytes.as_chunks();
@@ -136,7 +136,7 @@ impl<'a> TableEdit<'a> {
         let keep = self.shape.bits().min(shape.bits());
         let entries = index(shape.entries());
         if entries > self.table.entries.len() {
-            self.table.memory = self.image.budget.take(shape.entries() * ENTRY_COST)?;
+            self.table.memory = self.image.budget.reserve(shape.entries() * ENTRY_COST)?;
         }
         for entry in self.table.entries.drain(entries.min(self.table.entries.len())..) {
             if entry > ALL_SET {

@@ -249,7 +249,7 @@ impl Check<'_> {
         if end <= self.file_len || end >= self.file_len.saturating_add(size) {
             return Ok(());
         }
-        let _memory = self.image.budget.take(size)?;
+        let _memory = self.image.budget.reserve(size)?;
         let mut cluster = vec![0; usize::try_from(size).unwrap_or(0)];
         let encoded = Encoded {
             offset,

@@ -36,7 +36,7 @@ impl Stored {
     pub(super) fn read(file: &dyn Device, header: &Header, budget: &Budget) -> Result<Self> {
         let geometry = header.geometry;
         let len = u64::from(header.refcount_table_clusters) << geometry.cluster_bits;
-        let memory = budget.take(2 * len + geometry.cluster_size())?;
+        let memory = budget.reserve(2 * len + geometry.cluster_size())?;
         let mut bytes = vec![0; usize::try_from(len).unwrap_or(0)];
         file.read_padded(&mut bytes, header.refcount_table_offset)?;
         let (words, _) = bytes.as_chunks();

@@ -142,7 +142,7 @@ impl Counts {
     fn take(&mut self, bytes: u64) -> Result<()> {
         if self.spare < bytes {
             let batch = (bytes - self.spare).next_multiple_of(BATCH);
-            let taken = self.budget.take(batch).map_err(|_| too_large())?;
+            let taken = self.budget.reserve(batch).map_err(|_| too_large())?;
             self.taken.push(taken);
             self.spare += batch;
         }

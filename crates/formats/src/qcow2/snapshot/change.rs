@@ -271,7 +271,7 @@ impl Qcow2 {
         // Entries grow by as much as the known extra data at most.
         let len = entries_len(there).next_multiple_of(8) + new.len() as u64;
         let most = len + there.len() as u64 * KNOWN_EXTRA as u64;
-        let _memory = self.budget.take(most)?;
+        let _memory = self.budget.reserve(most)?;
         let mut bytes = Vec::new();
         for snapshot in there {
             bytes.resize(bytes.len().next_multiple_of(8), 0);

@@ -84,7 +84,7 @@ impl Qcow2 {
     fn write_over_l1(&self, state: &mut State, size: u64, kept: Table) -> Result<()> {
         let old = state.l1;
         let len = kept.len.max(old.len);
-        let _memory = self.budget.take(old.len + len)?;
+        let _memory = self.budget.reserve(old.len + len)?;
         let mut before = vec![0; index_of(old.len)];
         self.file.read_padded(&mut before, old.offset)?;
         self.share_tree(state, kept, Rewrite::InPlace, 2)?;

@@ -94,7 +94,7 @@ impl Qcow2 {
         let mut at = table.offset;
         let _memory = self
             .budget
-            .take(u64::from(table.count) * size_of::<Snapshot>() as u64)?;
+            .reserve(u64::from(table.count) * size_of::<Snapshot>() as u64)?;
         for _ in 0..table.count {
             at = at.next_multiple_of(8);
             let snapshot = self.read_snapshot(at)?;
