@@ -65,7 +65,7 @@ pub trait Device: Debug + Send + Sync {
     fn resize(&self, len: u64, preallocation: Preallocation) -> Result<()>;
 
     /// The words for that a new image does not fit, where the length is what it is.
-    fn too_short(&self) -> &'static str {
+    fn fixed_len_message(&self) -> &'static str {
         "Cannot grow device files"
     }
 

@@ -146,8 +146,8 @@ impl<W: FilterDevice> Device for Filtered<W> {
         self.0.resize(len, preallocation)
     }
 
-    fn too_short(&self) -> &'static str {
-        self.0.below().too_short()
+    fn fixed_len_message(&self) -> &'static str {
+        self.0.below().fixed_len_message()
     }
 
     fn copy_to(&self, range: ByteRange, target: &dyn Device, target_offset: u64) -> Result<bool> {

@@ -70,4 +70,4 @@ pub use snapshots::{NewSnapshot, Snapshots};
 pub use stored_name::StoredName;
 pub use throttle::{BucketConfig, Direction, ThrottleGroup, ThrottleLimits};
 pub use view::{ReadOnlyView, View};
-pub use zero::{is_zero, leading, write_zero_chunks};
+pub use zero::{is_zero, leading_run, write_zero_chunks};

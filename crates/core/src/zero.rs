@@ -17,7 +17,7 @@ pub fn is_zero(buf: &[u8]) -> bool {
 
 /// Splits off the longest head of `buf` whose `unit`-sized blocks are all zero or all not: whether the head is zero, and
 /// its length. A last block may be shorter than `unit`. `buf` is not empty and `unit` not zero.
-pub fn leading(buf: &[u8], unit: usize) -> (bool, usize) {
+pub fn leading_run(buf: &[u8], unit: usize) -> (bool, usize) {
     let mut blocks = buf.chunks(unit);
     let first = blocks.next().map_or(&[][..], |block| block);
     let zero = is_zero(first);
@@ -101,8 +101,8 @@ mod tests {
     fn heads_end_where_the_kind_changes() {
         let mut buf = vec![0; 1000];
         buf[300] = 1;
-        assert_eq!(leading(&buf, 100), (true, 300));
-        assert_eq!(leading(&buf[300..], 100), (false, 100));
-        assert_eq!(leading(&buf[400..], 256), (true, 600));
+        assert_eq!(leading_run(&buf, 100), (true, 300));
+        assert_eq!(leading_run(&buf[300..], 100), (false, 100));
+        assert_eq!(leading_run(&buf[400..], 256), (true, 600));
     }
 }

@@ -105,7 +105,7 @@ impl Format for Parallels {
         if file.is_zero_when_new() {
             file.resize(start, Preallocation::Off)?;
         } else if start > file.len() {
-            return Err(Error::unsupported(file.too_short()));
+            return Err(Error::unsupported(file.fixed_len_message()));
         }
         file.write_zeroes(ByteRange::new(0, start), ZeroMode::KeepAllocated)?;
         file.write_at(&header.to_bytes(), 0)

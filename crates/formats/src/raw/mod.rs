@@ -88,7 +88,7 @@ impl Format for Raw {
         crate::layer_kit::preallocation::require_off(preallocation_mode(request.options)?)?;
         let there = request.file.len();
         if size > there {
-            return Err(Error::unsupported(request.file.too_short()));
+            return Err(Error::unsupported(request.file.fixed_len_message()));
         }
         // What the device held before should not be taken for an image's header.
         let head = ByteRange::new(0, SECTOR.min(there));

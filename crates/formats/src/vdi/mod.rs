@@ -95,7 +95,7 @@ impl Format for Vdi {
         if file.is_zero_when_new() {
             file.resize(end, Preallocation::Off)?;
         } else if end > file.len() {
-            return Err(Error::unsupported(file.too_short()));
+            return Err(Error::unsupported(file.fixed_len_message()));
         }
         write_new_map(&*file, &header, is_static)?;
         file.write_at(&header.to_bytes()?, 0)

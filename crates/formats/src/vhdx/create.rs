@@ -165,7 +165,7 @@ pub(super) fn create(request: &CreateRequest<'_>) -> Result<()> {
     if file.is_zero_when_new() {
         file.resize(plan.end(), Preallocation::Off)?;
     } else if plan.end() > file.len() {
-        return Err(Error::unsupported(file.too_short()));
+        return Err(Error::unsupported(file.fixed_len_message()));
     }
     let mut start = vec![0; 64 << 10];
     start[..8].copy_from_slice(FILE_SIGNATURE);

@@ -144,7 +144,7 @@ impl Format for Vpc {
         if file.is_zero_when_new() {
             file.resize(end + SECTOR, Preallocation::Off)?;
         } else if end + SECTOR > file.len() {
-            return Err(Error::unsupported(file.too_short()));
+            return Err(Error::unsupported(file.fixed_len_message()));
         }
         if let Some(header) = header {
             fill(&*file, ByteRange::new(header.table_offset(), end), u8::MAX)?;

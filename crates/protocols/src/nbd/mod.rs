@@ -420,7 +420,7 @@ impl Device for Nbd {
         }
     }
 
-    fn too_short(&self) -> &'static str {
+    fn fixed_len_message(&self) -> &'static str {
         "Cannot grow NBD nodes"
     }
 
