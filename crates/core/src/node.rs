@@ -167,7 +167,7 @@ impl NodeOptions {
     ///
     /// # Errors
     /// A value that its option does not take.
-    pub fn absorb(&mut self, table: &'static [OptionDef]) -> Result<Options> {
+    pub fn take_known(&mut self, table: &'static [OptionDef]) -> Result<Options> {
         let mut options = Options::new(table);
         for def in table {
             if let Some(text) = self.take_text(def.name) {
@@ -178,7 +178,7 @@ impl NodeOptions {
     }
 
     /// The name of an option that is left: the one that the original would come upon first.
-    pub fn left_over(&self) -> Option<&str> {
+    pub fn first_unused(&self) -> Option<&str> {
         let members = self.entries.keys().map(|name| (name.clone(), Value::Null));
         let Value::Object(members) = Value::object(members).in_table_order() else {
             return None;
@@ -242,7 +242,7 @@ mod tests {
         let mut options = from_json("{'children':[{'driver':'raw'},{'driver':'qcow2'}],'empty':[]}");
         assert_eq!(options.take_node("children.1").text("driver"), Some("qcow2"));
         assert_eq!(options.take("empty"), Some(Value::List(Vec::new())));
-        assert_eq!(options.left_over(), Some("children.0.driver"));
+        assert_eq!(options.first_unused(), Some("children.0.driver"));
     }
 
     #[test]
@@ -262,12 +262,12 @@ mod tests {
             },
         ];
         let mut options = from_json("{'size':4096,'lazy':true,'filename':'x'}");
-        let taken = options.absorb(TABLE).expect("right kinds");
+        let taken = options.take_known(TABLE).expect("right kinds");
         assert_eq!((taken.size("size"), taken.flag("lazy")), (Some(4096), Some(true)));
-        assert_eq!(options.left_over(), Some("filename"));
+        assert_eq!(options.first_unused(), Some("filename"));
         let wrong = NodeOptions::from_list("lazy=maybe")
             .expect("options")
-            .absorb(TABLE);
+            .take_known(TABLE);
         assert_eq!(
             wrong.map(|_| ()).map_err(|error| error.chain()),
             Err("Parameter 'lazy' expects 'on' or 'off'".to_owned())

@@ -76,7 +76,7 @@ impl Protocol for NullDriver {
     fn open(&self, request: ProtocolRequest<'_>) -> Result<Arc<dyn Device>> {
         let mut strong = request.options.clone();
         strong.retain(|name| STRONG_OPTIONS.contains(&name));
-        let options = request.options.absorb(OPTIONS)?;
+        let options = request.options.take_known(OPTIONS)?;
         let latency = options.number("latency-ns").unwrap_or(0);
         if i64::try_from(latency).is_err() {
             return Err(Error::invalid("latency-ns is invalid"));

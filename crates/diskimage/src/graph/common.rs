@@ -41,7 +41,7 @@ impl Common {
     /// # Errors
     /// Values that an option does not take, and writing to what is only to be read.
     pub(crate) fn take(node: &mut NodeOptions, above: Mode) -> Result<Self> {
-        let options = node.absorb(OPTIONS)?;
+        let options = node.take_known(OPTIONS)?;
         let mode = Mode {
             force_share: options.flag("force-share").unwrap_or(above.force_share),
             cache: diskimage_protocols::CacheMode {

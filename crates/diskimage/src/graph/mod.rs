@@ -266,7 +266,7 @@ impl<'a> Opener<'a> {
             budget: self.options.budget.clone(),
         })?;
         layer.notes().iter().for_each(|note| self.options.tell(note));
-        if let Some(name) = node.left_over() {
+        if let Some(name) = node.first_unused() {
             return Err(unknown_option(format.name(), name));
         }
         given.extend(layer.parts());
@@ -406,7 +406,7 @@ impl<'a> Opener<'a> {
             Driver::Filter(filter) => {
                 let device = self.open_filter(*filter, &mut node, common)?;
                 if filter.prefixes().is_empty()
-                    && let Some(left) = node.left_over()
+                    && let Some(left) = node.first_unused()
                 {
                     return Err(unknown_option(filter.name(), left));
                 }
@@ -520,7 +520,7 @@ fn strong_options(format: &dyn Format, node: &NodeOptions) -> NodeOptions {
 }
 
 pub(crate) fn require_all_taken(driver: &str, node: &NodeOptions) -> Result<()> {
-    match node.left_over() {
+    match node.first_unused() {
         Some(name) => Err(Error::invalid(format!(
             "Block protocol '{driver}' doesn't support the option '{name}'"
         ))),

@@ -81,7 +81,7 @@ pub(crate) fn passphrase_for<'a>(
     request: &mut OpenRequest<'a>,
 ) -> Result<Option<&'a [u8]>> {
     let mut given = request.options.take_node("encrypt");
-    let options = given.absorb(OPTIONS)?;
+    let options = given.take_known(OPTIONS)?;
     let format = options.text("format");
     let Some(found) = found else {
         return match format {
@@ -96,7 +96,7 @@ pub(crate) fn passphrase_for<'a>(
             "Header reported '{found}' encryption format but options specify '{format}'"
         )));
     }
-    if let Some(name) = given.left_over() {
+    if let Some(name) = given.first_unused() {
         return Err(unexpected(name));
     }
     if request.no_data {

@@ -61,7 +61,7 @@ impl Format for Luks {
 
     fn open(&self, mut request: OpenRequest<'_>) -> Result<Arc<dyn Layer>> {
         let separate = request.take_child("header");
-        let options = request.options.absorb(NODE_OPTIONS)?;
+        let options = request.options.take_known(NODE_OPTIONS)?;
         let passphrase = match options.text("key-secret") {
             _ if request.no_data => None,
             id => Some(passphrase(request.objects, id, "key-secret")?),

@@ -175,7 +175,7 @@ const WINDOW_OPTIONS: &[OptionDef] = &[
 
 impl Window {
     fn take(node: &mut NodeOptions) -> Result<Self> {
-        let options = node.absorb(WINDOW_OPTIONS)?;
+        let options = node.take_known(WINDOW_OPTIONS)?;
         Ok(Self {
             offset: options.size("offset").unwrap_or(0),
             size: options.size("size"),

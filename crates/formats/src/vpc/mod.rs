@@ -81,7 +81,7 @@ impl Format for Vpc {
     }
 
     fn open(&self, request: OpenRequest<'_>) -> Result<Arc<dyn Layer>> {
-        let options = request.options.absorb(NODE_OPTIONS)?;
+        let options = request.options.take_known(NODE_OPTIONS)?;
         let by = match options.text("force_size_calc") {
             None => SizeBy::Creator,
             Some("current_size") => SizeBy::CurrentSize,

@@ -84,7 +84,7 @@ impl Protocol for Local {
     }
 
     fn open(&self, request: ProtocolRequest<'_>) -> Result<Arc<dyn Device>> {
-        let options = request.options.absorb(OPTIONS)?;
+        let options = request.options.take_known(OPTIONS)?;
         let locking = match options.text("locking") {
             Some("auto" | "on") | None => true,
             Some("off") => false,

@@ -78,7 +78,7 @@ impl Filter for BlkLogWrites {
 
     fn open(&self, request: FilterRequest<'_>) -> Result<Arc<dyn Device>> {
         let node = request.node(self.name(), |_| false);
-        let options = request.options.absorb(OPTIONS)?;
+        let options = request.options.take_known(OPTIONS)?;
         let [file, log] = &request.children[..] else {
             return Err(missing("log"));
         };
@@ -333,7 +333,7 @@ mod tests {
 
     fn log_of(device: &Arc<MemoryDevice>, list: &str) -> Log {
         let mut node = NodeOptions::from_list(list).expect("options");
-        let options = node.absorb(OPTIONS).expect("right kinds");
+        let options = node.take_known(OPTIONS).expect("right kinds");
         Log::open(Arc::<MemoryDevice>::clone(device), &options).expect("opens")
     }
 
@@ -397,7 +397,7 @@ mod tests {
     fn a_log_that_is_none_is_not_gone_on_with() {
         let appended = |bytes: Vec<u8>| {
             let mut node = NodeOptions::from_list("log-append=on").expect("options");
-            let options = node.absorb(OPTIONS).expect("right kinds");
+            let options = node.take_known(OPTIONS).expect("right kinds");
             Log::open(Arc::new(MemoryDevice::new(bytes)), &options).map_err(|error| error.chain())
         };
         assert!(appended(Vec::new()).is_ok());

@@ -33,7 +33,7 @@ impl Filter for CopyOnRead {
             return Err(read_only());
         }
         let node = request.node(self.name(), |name| name == "bottom");
-        let options = request.options.absorb(OPTIONS)?;
+        let options = request.options.take_known(OPTIONS)?;
         let below = request
             .children
             .into_iter()

@@ -38,7 +38,7 @@ impl Filter for Preallocate {
 
     fn open(&self, request: FilterRequest<'_>) -> Result<Arc<dyn Device>> {
         let node = request.node(self.name(), |_| false);
-        let options = request.options.absorb(OPTIONS)?;
+        let options = request.options.take_known(OPTIONS)?;
         let align = options.size("prealloc-align").unwrap_or(0);
         if !align.is_multiple_of(SECTOR) {
             return Err(Error::invalid(format!(

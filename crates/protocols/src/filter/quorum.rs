@@ -64,7 +64,7 @@ impl Filter for Quorum {
             ));
         }
         // Before anything is opened, as there.
-        threshold(&options.clone().absorb(OPTIONS)?, count)?;
+        threshold(&options.clone().take_known(OPTIONS)?, count)?;
         Ok((0..count)
             .map(|index| child(&format!("children.{index}"), ChildKind::Image))
             .collect())
@@ -72,7 +72,7 @@ impl Filter for Quorum {
 
     fn open(&self, request: FilterRequest<'_>) -> Result<Arc<dyn Device>> {
         let node = request.node(self.name(), |name| OPTIONS.iter().any(|def| def.name == name));
-        let options = request.options.absorb(OPTIONS)?;
+        let options = request.options.take_known(OPTIONS)?;
         let children: Vec<_> = request
             .children
             .iter()

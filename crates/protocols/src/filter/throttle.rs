@@ -30,7 +30,7 @@ impl Filter for Throttle {
 
     fn open(&self, request: FilterRequest<'_>) -> Result<Arc<dyn Device>> {
         let node = request.node(self.name(), |name| name == "throttle-group");
-        let options = request.options.absorb(OPTIONS)?;
+        let options = request.options.take_known(OPTIONS)?;
         let name = options
             .text("throttle-group")
             .ok_or_else(|| Error::invalid("Please specify a throttle group"))?;

@@ -96,7 +96,7 @@ impl NbdOptions {
         let mut given = options.clone();
         given.retain(|name| STRONG.contains(&name) || name.starts_with("server."));
         let server = options.take_node("server");
-        let own = options.absorb(TABLE)?;
+        let own = options.take_known(TABLE)?;
         let (host, port, path) = (own.text("host"), own.text("port"), own.text("path"));
         let address = if !server.is_empty() {
             if host.or(port).or(path).is_some() {
@@ -165,11 +165,11 @@ fn take_server(mut server: NodeOptions) -> Result<Address> {
     let kind = server.take_text("type").ok_or_else(|| missing("type"))?;
     let address = match kind.as_str() {
         "unix" => {
-            let own = server.absorb(SERVER_UNIX)?;
+            let own = server.take_known(SERVER_UNIX)?;
             Address::Unix(own.text("path").ok_or_else(|| missing("path"))?.to_owned())
         }
         "inet" => {
-            let own = server.absorb(SERVER_INET)?;
+            let own = server.take_known(SERVER_INET)?;
             let required = |name| own.text(name).map(str::to_owned).ok_or_else(|| missing(name));
             Address::Inet(Inet {
                 host: required("host")?,
@@ -190,7 +190,7 @@ fn take_server(mut server: NodeOptions) -> Result<Address> {
             )));
         }
     };
-    match server.left_over() {
+    match server.first_unused() {
         Some(name) => Err(Error::invalid(format!("Parameter '{name}' is unexpected"))),
         None => Ok(address),
     }

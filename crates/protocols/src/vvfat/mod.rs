@@ -82,7 +82,7 @@ impl Protocol for VvfatDriver {
 
     fn open(&self, request: ProtocolRequest<'_>) -> Result<Arc<dyn Device>> {
         let given = request.options.clone();
-        let options = request.options.absorb(OPTIONS)?;
+        let options = request.options.take_known(OPTIONS)?;
         let dir = options
             .text("dir")
             .ok_or_else(|| Error::invalid("vvfat block driver requires a 'dir' option"))?;

@@ -156,7 +156,7 @@ const OPTIONS: &[OptionDef] = &[
 /// # Errors
 /// Values that an option does not take, and options that do not go together.
 pub(in crate::qcow2) fn parse(node: &mut NodeOptions, geometry: Geometry) -> Result<Kinds> {
-    let options = node.absorb(OPTIONS)?;
+    let options = node.take_known(OPTIONS)?;
     check_caches(&options, geometry)?;
     let (short, long) = (
         options.text("overlap-check"),

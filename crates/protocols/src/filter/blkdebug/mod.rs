@@ -70,7 +70,7 @@ impl Filter for Blkdebug {
         let below = Arc::clone(&request.only_child()?.device);
         let only_config = request.options.iter().all(|(name, _)| name == "config");
         let mut node = request.node(self.name(), |_| true);
-        let options = request.options.absorb(OPTIONS)?;
+        let options = request.options.take_known(OPTIONS)?;
         let config = options.text("config");
         if only_config {
             let image = below.node().name;

@@ -175,7 +175,7 @@ impl Rules {
                     Error::invalid(format!("[{section}] section doesn't support the option '{name}'"))
                 })?;
             }
-            if let Some(name) = list.left_over() {
+            if let Some(name) = list.first_unused() {
                 return Err(Error::invalid(format!("Unused option '{name}' for [{section}]")));
             }
         }
@@ -194,8 +194,8 @@ impl Rules {
     ) -> Result<()> {
         let injects = section == INJECT_ERROR;
         let table = if injects { INJECT_OPTIONS } else { STATE_OPTIONS };
-        let values = options.absorb(table)?;
-        if let Some(name) = options.left_over() {
+        let values = options.take_known(table)?;
+        if let Some(name) = options.first_unused() {
             return Err(unknown(name));
         }
         let event = values
