@@ -83,7 +83,7 @@ impl Facts {
         let full = full_backing_name(&self.node.base_name(), backing.name.shown());
         Some((
             backing,
-            (!self.node.is_scattered() || !is_relative(backing.name.shown())).then_some(full),
+            (!self.node.spans_several_files() || !is_relative(backing.name.shown())).then_some(full),
         ))
     }
 

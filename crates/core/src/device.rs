@@ -149,7 +149,7 @@ pub struct Node {
     /// The options without which it would be another device, but for the driver and the nodes below.
     pub options: NodeOptions,
     /// What the user calls the node (`node-name`).
-    pub label: Option<String>,
+    pub node_name: Option<String>,
     /// A plain name that says it all, if there is one.
     pub name: Option<String>,
     /// The nodes below, by their names among the options.
@@ -194,9 +194,9 @@ impl Node {
     }
 
     /// Whether it ends in several files at once, so that there is no one place that relative names could start from.
-    pub fn is_scattered(&self) -> bool {
+    pub fn spans_several_files(&self) -> bool {
         match self.base() {
-            Some(file) => file.node().is_scattered(),
+            Some(file) => file.node().spans_several_files(),
             None => !self.children.is_empty(),
         }
     }

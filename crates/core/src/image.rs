@@ -62,7 +62,7 @@ impl Image {
         let node = Node {
             driver: layer.format(),
             options: NodeOptions::new(),
-            label: None,
+            node_name: None,
             name: Some(name.into()),
             children: vec![("file".to_owned(), Arc::clone(layer.file()))],
         };

@@ -83,7 +83,7 @@ impl Protocol for NullDriver {
         }
         let node = Node {
             driver: self.name,
-            label: None,
+            node_name: None,
             name: strong.is_empty().then(|| self.full_name()),
             options: strong,
             children: Vec::new(),

@@ -72,7 +72,7 @@ impl Opener<'_> {
 
     /// Refuses a relative name of an image below where there is no one place that it could start from.
     fn require_place(&self, links: &[Link]) -> Result<()> {
-        let scattered = links.last().filter(|link| link.node.is_scattered());
+        let scattered = links.last().filter(|link| link.node.spans_several_files());
         let named = scattered.and_then(|link| link.layer.backing());
         match named {
             Some(backing) if !self.options.no_backing && is_relative(backing.name.shown()) => Err(

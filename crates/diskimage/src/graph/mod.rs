@@ -153,7 +153,7 @@ impl<'a> Opener<'a> {
         let label = node.text("node-name").map(str::to_owned);
         let common = Common::take(&mut node, mode)?;
         let mut link = self.open_link_as(driver, node, common)?;
-        link.node.label = label;
+        link.node.node_name = label;
         Ok(link)
     }
 
@@ -276,7 +276,7 @@ impl<'a> Opener<'a> {
             node: Node {
                 driver: format.name(),
                 options: strong,
-                label: None,
+                node_name: None,
                 name: shown,
                 children: given,
             },

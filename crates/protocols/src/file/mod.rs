@@ -422,7 +422,7 @@ impl Device for File {
         Node {
             driver: self.protocol().name(),
             options,
-            label: None,
+            node_name: None,
             name: Some(self.name.clone()),
             children: Vec::new(),
         }

@@ -69,7 +69,7 @@ fn depth_of(top: &Arc<Image>, node_name: &str) -> Option<u32> {
     let chain = std::iter::successors(Some(top), |image| image.backing());
     let at = chain
         .into_iter()
-        .position(|image| image.node().label.as_deref() == Some(node_name))?;
+        .position(|image| image.node().node_name.as_deref() == Some(node_name))?;
     u32::try_from(at).ok()
 }
 

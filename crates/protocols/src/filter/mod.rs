@@ -96,7 +96,7 @@ impl FilterRequest<'_> {
         Node {
             driver,
             options,
-            label: None,
+            node_name: None,
             name: None,
             children: self
                 .children

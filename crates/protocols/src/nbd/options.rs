@@ -150,7 +150,7 @@ impl NbdOptions {
         Node {
             driver: "nbd",
             options: self.given.clone(),
-            label: None,
+            node_name: None,
             name: Some(show(&self.address, &self.export)),
             children: Vec::new(),
         }

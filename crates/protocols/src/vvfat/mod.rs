@@ -126,7 +126,7 @@ impl Protocol for VvfatDriver {
         let node = Node {
             driver: self.name(),
             options: shown,
-            label: None,
+            node_name: None,
             name: None,
             children: Vec::new(),
         };
