@@ -50,7 +50,7 @@ pub trait Device: Debug + Send + Sync {
     ///
     /// # Errors
     /// What the operating system says, and damage found in tables on the way.
-    fn status(&self, range: ByteRange, want: StatusDetail) -> Result<Extent>;
+    fn status(&self, range: ByteRange, detail: StatusDetail) -> Result<Extent>;
 
     /// Makes everything written so far durable.
     ///

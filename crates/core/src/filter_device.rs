@@ -47,8 +47,8 @@ pub trait FilterDevice: Debug + Send + Sync {
         self.below().discard(range)
     }
 
-    fn status(&self, range: ByteRange, want: StatusDetail) -> Result<Extent> {
-        status_below(self.below(), range, want)
+    fn status(&self, range: ByteRange, detail: StatusDetail) -> Result<Extent> {
+        status_below(self.below(), range, detail)
     }
 
     fn flush(&self) -> Result<()> {
@@ -92,8 +92,8 @@ pub trait FilterDevice: Debug + Send + Sync {
 ///
 /// # Errors
 /// As [`Device::status`].
-pub fn status_below(below: &Arc<dyn Device>, range: ByteRange, want: StatusDetail) -> Result<Extent> {
-    let extent = below.status(range, want)?;
+pub fn status_below(below: &Arc<dyn Device>, range: ByteRange, detail: StatusDetail) -> Result<Extent> {
+    let extent = below.status(range, detail)?;
     let host = match extent.kind {
         ExtentKind::Data | ExtentKind::Zero | ExtentKind::FileHole | ExtentKind::PreallocatedZero
             if extent.host.is_none() && !below.is_view() =>
@@ -134,8 +134,8 @@ impl<W: FilterDevice> Device for Filtered<W> {
         self.0.discard(range)
     }
 
-    fn status(&self, range: ByteRange, want: StatusDetail) -> Result<Extent> {
-        self.0.status(range, want)
+    fn status(&self, range: ByteRange, detail: StatusDetail) -> Result<Extent> {
+        self.0.status(range, detail)
     }
 
     fn flush(&self) -> Result<()> {

@@ -678,7 +678,7 @@ impl Device for Image {
         }
     }
 
-    fn status(&self, range: ByteRange, want: StatusDetail) -> Result<Extent> {
+    fn status(&self, range: ByteRange, detail: StatusDetail) -> Result<Extent> {
         let (_, depth, run) = self.resolve(range)?;
         let extent = |len, kind, host: Option<(Arc<dyn Device>, u64)>| Extent {
             len,
@@ -697,8 +697,8 @@ impl Device for Image {
                 holes,
             } => {
                 let inside = ByteRange::at(offset, run.len).intersect(ByteRange::new(0, device.len()));
-                if want == StatusDetail::Zeroes && holes != HoleMeaning::Ignored && !inside.is_empty() {
-                    let below = device.status(inside, want)?;
+                if detail == StatusDetail::Zeroes && holes != HoleMeaning::Ignored && !inside.is_empty() {
+                    let below = device.status(inside, detail)?;
                     let len = below.len.min(run.len);
                     if holes == HoleMeaning::Zero && self.is_bare && is_of_image(&below) {
                         return Ok(Extent { len, ..below });

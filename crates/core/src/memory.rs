@@ -86,7 +86,7 @@ impl Device for MemoryDevice {
         Ok(())
     }
 
-    fn status(&self, range: ByteRange, _want: StatusDetail) -> Result<Extent> {
+    fn status(&self, range: ByteRange, _detail: StatusDetail) -> Result<Extent> {
         Ok(Extent {
             len: range.len(),
             kind: ExtentKind::Data,

@@ -80,7 +80,7 @@ impl<V: View> Device for ReadOnlyView<V> {
         Err(Error::read_only())
     }
 
-    fn status(&self, range: ByteRange, _want: StatusDetail) -> Result<Extent> {
+    fn status(&self, range: ByteRange, _detail: StatusDetail) -> Result<Extent> {
         Ok(Extent {
             len: range.len(),
             kind: ExtentKind::Data,

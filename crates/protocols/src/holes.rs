@@ -40,14 +40,14 @@ impl HoleMeaning {
 
 impl File {
     /// What is known about the start of `range`.
-    pub(crate) fn extent(&self, range: ByteRange, want: StatusDetail) -> Result<Extent> {
+    pub(crate) fn extent(&self, range: ByteRange, detail: StatusDetail) -> Result<Extent> {
         let answer = |len, kind| Extent {
             len,
             kind,
             depth: 0,
             host: None,
         };
-        if want == StatusDetail::Allocation || self.kind != Kind::Regular {
+        if detail == StatusDetail::Allocation || self.kind != Kind::Regular {
             return Ok(answer(range.len(), ExtentKind::Data));
         }
         let offset = range.start();

@@ -146,7 +146,7 @@ impl Device for Null {
         Ok(())
     }
 
-    fn status(&self, range: ByteRange, _want: StatusDetail) -> Result<Extent> {
+    fn status(&self, range: ByteRange, _detail: StatusDetail) -> Result<Extent> {
         Ok(Extent {
             len: range.len(),
             kind: if self.reads_zeroes {

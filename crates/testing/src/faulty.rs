@@ -186,9 +186,9 @@ impl Device for Faulty {
         self.pass(false)?;
         self.below.discard(range)
     }
-    fn status(&self, range: ByteRange, want: StatusDetail) -> Result<Extent> {
+    fn status(&self, range: ByteRange, detail: StatusDetail) -> Result<Extent> {
         self.pass(false)?;
-        self.below.status(range, want)
+        self.below.status(range, detail)
     }
     fn flush(&self) -> Result<()> {
         self.pass(false)?;

@@ -246,8 +246,8 @@ impl Device for Recorder {
         self.below
             .write_at(&vec![DISCARDED; index(inside.len())], inside.start())
     }
-    fn status(&self, range: ByteRange, want: StatusDetail) -> Result<Extent> {
-        self.below.status(range, want)
+    fn status(&self, range: ByteRange, detail: StatusDetail) -> Result<Extent> {
+        self.below.status(range, detail)
     }
     fn flush(&self) -> Result<()> {
         self.note(Change::Flush);

@@ -182,7 +182,7 @@ impl Device for EncryptedDevice {
         Ok(())
     }
 
-    fn status(&self, range: ByteRange, _want: StatusDetail) -> Result<Extent> {
+    fn status(&self, range: ByteRange, _detail: StatusDetail) -> Result<Extent> {
         Ok(Extent {
             len: range.len(),
             kind: ExtentKind::Data,

@@ -338,8 +338,8 @@ impl Device for File {
         self.after_layout_change()
     }
 
-    fn status(&self, range: ByteRange, want: StatusDetail) -> Result<Extent> {
-        self.extent(range, want)
+    fn status(&self, range: ByteRange, detail: StatusDetail) -> Result<Extent> {
+        self.extent(range, detail)
     }
 
     fn flush(&self) -> Result<()> {

@@ -147,11 +147,11 @@ impl FilterDevice for Copying {
         self.image.discard(range)
     }
 
-    fn status(&self, range: ByteRange, want: StatusDetail) -> Result<Extent> {
+    fn status(&self, range: ByteRange, detail: StatusDetail) -> Result<Extent> {
         // Whoever reads from where the bytes lie would read past the filter.
         Ok(Extent {
             host: None,
-            ..self.image.status(range, want)?
+            ..self.image.status(range, detail)?
         })
     }
 

@@ -260,7 +260,7 @@ impl Device for Voting {
     }
 
     /// Zeroes where all say so; else what the first says that does not.
-    fn status(&self, range: ByteRange, want: StatusDetail) -> Result<Extent> {
+    fn status(&self, range: ByteRange, detail: StatusDetail) -> Result<Extent> {
         let extent = |len, kind| Extent {
             len,
             kind,
@@ -269,7 +269,7 @@ impl Device for Voting {
         };
         let mut len = range.len();
         for child in &self.children {
-            let below = child.status(range, want)?;
+            let below = child.status(range, detail)?;
             if !below.kind.is_zero() {
                 return Ok(extent(below.len, ExtentKind::Data));
             }

@@ -361,8 +361,8 @@ impl Device for Recorder {
     fn discard(&self, range: ByteRange) -> Result<()> {
         self.write_zeroes(range, ZeroMode::Unmap)
     }
-    fn status(&self, range: ByteRange, want: StatusDetail) -> Result<Extent> {
-        self.inner.status(range, want)
+    fn status(&self, range: ByteRange, detail: StatusDetail) -> Result<Extent> {
+        self.inner.status(range, detail)
     }
     fn flush(&self) -> Result<()> {
         Ok(())

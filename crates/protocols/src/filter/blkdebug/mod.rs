@@ -275,9 +275,9 @@ impl FilterDevice for Debugged {
         Ok(())
     }
 
-    fn status(&self, range: ByteRange, want: StatusDetail) -> Result<Extent> {
+    fn status(&self, range: ByteRange, detail: StatusDetail) -> Result<Extent> {
         self.rules.judge(Request::BlockStatus, range)?;
-        status_below(&self.below, range, want)
+        status_below(&self.below, range, detail)
     }
 
     fn flush(&self) -> Result<()> {
