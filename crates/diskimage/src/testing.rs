@@ -8,7 +8,7 @@ use diskimage_core::{
     Result,
 };
 use diskimage_formats::format_by_name;
-use diskimage_testing::Faulty;
+use diskimage_testing::FaultyDevice;
 
 /// Refuses every file.
 struct Closed;
@@ -83,7 +83,10 @@ pub(crate) fn contents(image: &Image) -> Vec<u8> {
 }
 
 /// A device that fails on demand, and the bytes it holds.
-pub(crate) fn faulty(bytes: Vec<u8>) -> (Arc<Faulty>, Arc<MemoryDevice>) {
+pub(crate) fn faulty(bytes: Vec<u8>) -> (Arc<FaultyDevice>, Arc<MemoryDevice>) {
     let memory = Arc::new(MemoryDevice::new(bytes));
-    (Arc::new(Faulty::new(Arc::<MemoryDevice>::clone(&memory))), memory)
+    (
+        Arc::new(FaultyDevice::new(Arc::<MemoryDevice>::clone(&memory))),
+        memory,
+    )
 }

@@ -10,7 +10,7 @@ use diskimage::{
     ThrottleLimits, ZeroMode, apply_snapshot, create_snapshot, delete_snapshot, list_snapshots, open,
     open_device, open_node, open_snapshot,
 };
-use diskimage_testing::{Fault, Faulty, Requests};
+use diskimage_testing::{Fault, FaultyDevice, Requests};
 
 /// Formats that can be written, with options for new images.
 const IMAGES: [(&str, &str); 24] = [
@@ -392,9 +392,9 @@ fn an_image_in_use_elsewhere_is_written_but_not_closed() {
 type Told = Arc<Mutex<Vec<(String, String)>>>;
 
 /// Opens the image on a device, and notes what is lost.
-fn open_faulty(bytes: Vec<u8>) -> (Arc<Image>, Arc<Faulty>, Arc<MemoryDevice>, Told) {
+fn open_faulty(bytes: Vec<u8>) -> (Arc<Image>, Arc<FaultyDevice>, Arc<MemoryDevice>, Told) {
     let memory = Arc::new(MemoryDevice::new(bytes));
-    let faulty = Arc::new(Faulty::new(Arc::<MemoryDevice>::clone(&memory)));
+    let faulty = Arc::new(FaultyDevice::new(Arc::<MemoryDevice>::clone(&memory)));
     let told = Told::default();
     let notes = Arc::clone(&told);
     let options = OpenOptions::new()
@@ -406,7 +406,7 @@ fn open_faulty(bytes: Vec<u8>) -> (Arc<Image>, Arc<Faulty>, Arc<MemoryDevice>, T
                 .expect("no panic")
                 .push((name.to_owned(), error.chain()));
         }));
-    let device: Arc<dyn Device> = Arc::<Faulty>::clone(&faulty);
+    let device: Arc<dyn Device> = Arc::<FaultyDevice>::clone(&faulty);
     let image = open_device(device, "disk", &options).expect("opens");
     (image, faulty, memory, told)
 }
@@ -454,7 +454,7 @@ fn what_was_written_before_the_disk_was_full_is_kept() {
     let scratch = Scratch::new("qcow2", "");
     let (image, faulty, memory, told) = open_faulty(std::fs::read(scratch.path("disk")).expect("readable"));
     image.write_at(&block(7), 9 * UNIT).expect("writes");
-    faulty.fill_up(memory.len());
+    faulty.limit_len(memory.len());
     image.write_at(&block(8), 10 * UNIT).expect_err("it is full");
     drop(image);
     assert!(told.lock().expect("no panic").is_empty());

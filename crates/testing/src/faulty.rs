@@ -24,7 +24,7 @@ pub struct Fault {
     /// How many of them succeed first.
     pub after: u64,
     /// Whether all that follow fail as well.
-    pub lasting: bool,
+    pub persistent: bool,
     /// Whether a write that fails has written about half of its sectors.
     pub torn: bool,
 }
@@ -35,7 +35,7 @@ impl Fault {
         Self {
             requests: Requests::Any,
             after,
-            lasting: true,
+            persistent: true,
             torn: false,
         }
     }
@@ -43,7 +43,7 @@ impl Fault {
     /// Only the n-th request fails.
     pub fn once(after: u64) -> Self {
         Self {
-            lasting: false,
+            persistent: false,
             ..Self::from(after)
         }
     }
@@ -64,7 +64,7 @@ impl Fault {
 /// A device that passes requests on until it is told to fail some: with `Input/output error`, or with `No space left
 /// on device` where a limit of bytes was set.
 #[derive(Debug)]
-pub struct Faulty {
+pub struct FaultyDevice {
     below: Arc<dyn Device>,
     state: Mutex<State>,
 }
@@ -84,7 +84,7 @@ const EIO: i32 = 5;
 /// `No space left on device`.
 const ENOSPC: i32 = 28;
 
-impl Faulty {
+impl FaultyDevice {
     /// A device that fails nothing yet.
     pub fn new(below: Arc<dyn Device>) -> Self {
         Self {
@@ -102,7 +102,7 @@ impl Faulty {
     }
 
     /// Nothing beyond the first `bytes` can be written from now on.
-    pub fn fill_up(&self, bytes: u64) {
+    pub fn limit_len(&self, bytes: u64) {
         *self.lock() = State {
             limit: Some(bytes),
             ..State::default()
@@ -110,7 +110,7 @@ impl Faulty {
     }
 
     /// Lets everything through again. How many requests have failed.
-    pub fn heal(&self) -> u64 {
+    pub fn disarm(&self) -> u64 {
         std::mem::take(&mut *self.lock()).failed
     }
 
@@ -126,7 +126,7 @@ impl Faulty {
             .filter(|fault| change || fault.requests == Requests::Any)?;
         let number = state.seen;
         state.seen += 1;
-        let hit = number == fault.after || (fault.lasting && number > fault.after);
+        let hit = number == fault.after || (fault.persistent && number > fault.after);
         state.failed += u64::from(hit);
         hit.then_some(fault)
     }
@@ -150,7 +150,7 @@ impl Faulty {
     }
 }
 
-impl Device for Faulty {
+impl Device for FaultyDevice {
     fn len(&self) -> u64 {
         self.below.len()
     }
@@ -209,10 +209,10 @@ mod tests {
 
     use super::*;
 
-    fn device() -> (Arc<MemoryDevice>, Faulty) {
+    fn device() -> (Arc<MemoryDevice>, FaultyDevice) {
         let memory = Arc::new(MemoryDevice::default());
         let below: Arc<dyn Device> = Arc::<MemoryDevice>::clone(&memory);
-        (memory, Faulty::new(below))
+        (memory, FaultyDevice::new(below))
     }
 
     #[test]
@@ -225,7 +225,7 @@ mod tests {
             device.arm(fault);
             let got = [device.flush(), device.write_at(b"a", 0), device.flush()].map(|result| result.is_ok());
             assert_eq!(got, outcomes);
-            assert_eq!(device.heal(), outcomes.iter().filter(|ok| !**ok).count() as u64);
+            assert_eq!(device.disarm(), outcomes.iter().filter(|ok| !**ok).count() as u64);
             assert!(device.flush().is_ok());
         }
     }
@@ -237,7 +237,7 @@ mod tests {
         device.flush().expect("not counted");
         assert!(device.write_at(&[1; 1024], 0).is_err());
         assert_eq!(memory.contents(), [1; 512]);
-        device.fill_up(514);
+        device.limit_len(514);
         let error = device.write_at(b"xyz", 512).expect_err("too long");
         assert_eq!(error.errno(), Some(ENOSPC));
         assert_eq!(&memory.contents()[512..], b"xy");

@@ -200,13 +200,13 @@ impl Random {
 
 /// A device in memory that remembers what is done to it.
 #[derive(Debug)]
-pub struct Recorder {
+pub struct RecordingDevice {
     below: MemoryDevice,
     device: usize,
     journal: Arc<Journal>,
 }
 
-impl Recorder {
+impl RecordingDevice {
     /// A device with these bytes, the `device`-th of those that `journal` is for.
     pub fn new(bytes: Vec<u8>, device: usize, journal: &Arc<Journal>) -> Self {
         Self {
@@ -222,7 +222,7 @@ impl Recorder {
     }
 }
 
-impl Device for Recorder {
+impl Device for RecordingDevice {
     fn len(&self) -> u64 {
         self.below.len()
     }
@@ -268,7 +268,7 @@ mod tests {
     #[test]
     fn what_was_flushed_is_always_there_and_the_rest_may_be() {
         let journal = Arc::default();
-        let device = Recorder::new(vec![0; 1], 0, &journal);
+        let device = RecordingDevice::new(vec![0; 1], 0, &journal);
         device.write_at(b"a", 0).expect("memory");
         device.flush().expect("memory");
         device.write_at(b"b", 0).expect("memory");
@@ -291,7 +291,7 @@ mod tests {
     #[test]
     fn writes_are_torn_between_sectors_only() {
         let journal = Arc::default();
-        let device = Recorder::new(vec![0; 2048], 0, &journal);
+        let device = RecordingDevice::new(vec![0; 2048], 0, &journal);
         device.write_at(&[1; 1000], 300).expect("memory");
         let mut seen = BTreeSet::new();
         journal.crashes(&[vec![0; 2048]], 100, 1, |crash| {

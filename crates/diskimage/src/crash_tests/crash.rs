@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use diskimage_core::Device;
-use diskimage_testing::{Journal, Recorder};
+use diskimage_testing::{Journal, RecordingDevice};
 
 use super::disks::Disks;
 use super::{Command, Expected};
@@ -15,7 +15,7 @@ const SAMPLES: usize = 6;
 pub(super) fn everywhere(command: &Command, expected: &Expected, complaints: &mut Vec<String>) -> usize {
     let journal: Arc<Journal> = Arc::default();
     let record = |(at, bytes): (usize, &Vec<u8>)| {
-        Arc::new(Recorder::new(bytes.clone(), at, &journal)) as Arc<dyn Device>
+        Arc::new(RecordingDevice::new(bytes.clone(), at, &journal)) as Arc<dyn Device>
     };
     let disks = Disks(command.files.iter().enumerate().map(record).collect());
     (command.run)(&disks).expect(command.name);

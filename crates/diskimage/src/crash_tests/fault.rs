@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use diskimage_core::{Device, Error, errno};
-use diskimage_testing::{Fault, Faulty};
+use diskimage_testing::{Fault, FaultyDevice};
 
 use super::disks::Disks;
 use super::{Command, Expected};
@@ -36,11 +36,11 @@ pub(super) fn everywhere(command: &Command, expected: &Expected, complaints: &mu
 fn meet(command: &Command, expected: &Expected, failing: usize, fault: Fault) -> Result<bool, String> {
     let memory = Disks::holding(&command.files);
     let mut disks = memory.clone();
-    let faulty = Arc::new(Faulty::new(Arc::clone(&memory.0[failing])));
-    disks.0[failing] = Arc::<Faulty>::clone(&faulty) as Arc<dyn Device>;
+    let faulty = Arc::new(FaultyDevice::new(Arc::clone(&memory.0[failing])));
+    disks.0[failing] = Arc::<FaultyDevice>::clone(&faulty) as Arc<dyn Device>;
     faulty.arm(fault);
     let outcome = (command.run)(&disks);
-    if faulty.heal() == 0 {
+    if faulty.disarm() == 0 {
         return match outcome {
             Ok(()) => Ok(false),
             Err(error) => Err(format!("fails without a reason: {}", error.chain())),

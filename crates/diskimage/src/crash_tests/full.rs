@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use diskimage_core::{Device, errno};
-use diskimage_testing::Faulty;
+use diskimage_testing::FaultyDevice;
 
 use super::disks::Disks;
 use super::{Command, Expected};
@@ -39,11 +39,11 @@ pub(super) fn everywhere(command: &Command, expected: &Expected, complaints: &mu
 fn run(command: &Command, expected: &Expected, full: usize, limit: u64) -> Result<bool, String> {
     let memory = Disks::holding(&command.files);
     let mut disks = memory.clone();
-    let faulty = Arc::new(Faulty::new(Arc::clone(&memory.0[full])));
-    disks.0[full] = Arc::<Faulty>::clone(&faulty) as Arc<dyn Device>;
-    faulty.fill_up(limit);
+    let faulty = Arc::new(FaultyDevice::new(Arc::clone(&memory.0[full])));
+    disks.0[full] = Arc::<FaultyDevice>::clone(&faulty) as Arc<dyn Device>;
+    faulty.limit_len(limit);
     let outcome = (command.run)(&disks);
-    let met = faulty.heal() > 0;
+    let met = faulty.disarm() > 0;
     let left = memory.contents();
     match outcome {
         Ok(()) => {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use crate::encryption::{CipherAlg, CipherMode, CipherSpec, HashAlg, IvAlg, SECTOR};
 use diskimage_core::options::Options;
 use diskimage_core::{Device, MemoryDevice, Object, Objects, Secret};
-use diskimage_testing::{Fault, Faulty, Journal, Recorder};
+use diskimage_testing::{Fault, FaultyDevice, Journal, RecordingDevice};
 
 use super::amend::{AMEND_OPTIONS, SlotChange};
 use super::options::Algorithms;
@@ -75,7 +75,12 @@ fn a_crash_while_a_slot_changes_never_loses_the_last_key() {
     let before = new_volume();
     for (list, force) in CHANGES {
         let journal: Arc<Journal> = Arc::default();
-        change(Arc::new(Recorder::new(before.clone(), 0, &journal)), list, force).expect(list);
+        change(
+            Arc::new(RecordingDevice::new(before.clone(), 0, &journal)),
+            list,
+            force,
+        )
+        .expect(list);
         let count = journal.crashes(std::slice::from_ref(&before), 12, 0x5eed, |crash| {
             let file = &crash.files[0];
             assert!(
@@ -95,15 +100,15 @@ fn a_failed_request_while_a_slot_changes_never_loses_the_last_key() {
     for (list, force) in CHANGES {
         for after in 0.. {
             let memory = Arc::new(MemoryDevice::new(before.clone()));
-            let faulty = Arc::new(Faulty::new(Arc::<MemoryDevice>::clone(&memory)));
+            let faulty = Arc::new(FaultyDevice::new(Arc::<MemoryDevice>::clone(&memory)));
             faulty.arm(Fault::from(after).torn());
-            let outcome = change(Arc::<Faulty>::clone(&faulty), list, force);
+            let outcome = change(Arc::<FaultyDevice>::clone(&faulty), list, force);
             let file = memory.contents();
             assert!(
                 unlocks(&file, b"old") || unlocks(&file, b"new"),
                 "{list}: {after}"
             );
-            if faulty.heal() == 0 {
+            if faulty.disarm() == 0 {
                 assert_eq!(outcome, Ok(()), "{list}");
                 break;
             }

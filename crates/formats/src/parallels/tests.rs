@@ -8,7 +8,7 @@ use diskimage_core::{
     Bitmaps, ByteRange, CheckReport, Device, Format, Image, Layer, MeasureSource, MemoryDevice, NodeOptions,
     Note, Objects, OpenRequest, Progress, Repair, ResizeRequest, Result, StatusDetail, ZeroMode,
 };
-use diskimage_testing::{Fault, Faulty, Journal, Recorder};
+use diskimage_testing::{Fault, FaultyDevice, Journal, RecordingDevice};
 use proptest::prelude::*;
 
 use super::Parallels;
@@ -549,7 +549,7 @@ fn a_crash_leaves_leaks_at_worst_and_says_so() {
     start[32] = 12;
     start[36] = 12 * 8;
     let journal: Arc<Journal> = Arc::default();
-    let image = open(Arc::new(Recorder::new(start.clone(), 0, &journal)));
+    let image = open(Arc::new(RecordingDevice::new(start.clone(), 0, &journal)));
     let mut model = contents(&image);
     let mut states = vec![(0, model.clone())];
     let story: [(u64, u64, u8); 7] = [
@@ -605,8 +605,8 @@ fn a_failed_request_leaves_the_image_as_it_was_or_done() {
     let before = create(SMALL, SIZE).expect("creates");
     for after in 0.. {
         let file = memory(&before);
-        let faulty = Arc::new(Faulty::new(Arc::<MemoryDevice>::clone(&file)));
-        let image = open(Arc::<Faulty>::clone(&faulty));
+        let faulty = Arc::new(FaultyDevice::new(Arc::<MemoryDevice>::clone(&file)));
+        let image = open(Arc::<FaultyDevice>::clone(&faulty));
         image.write_at(&[1; 4096], 0).expect("writes");
         image.flush().expect("flushes");
         faulty.arm(Fault::once(after));
@@ -616,7 +616,7 @@ fn a_failed_request_leaves_the_image_as_it_was_or_done() {
             image.write_zeroes(ByteRange::at(0, CLUSTER), ZeroMode::Unmap),
             image.write_at(&[3; 4096], 4 * CLUSTER),
         ];
-        let failed = faulty.heal();
+        let failed = faulty.disarm();
         image.flush().expect("flushes");
         let bytes = file.contents();
         let report = check(&*read_only(&bytes).expect("opens"), Repair::No).0;

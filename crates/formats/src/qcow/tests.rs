@@ -7,7 +7,7 @@ use diskimage_core::{
     Backing, ByteRange, CreateRequest, Device, Format, Image, Layer, MeasureSource, MemoryDevice,
     NodeOptions, Object, Objects, OpenRequest, Preallocation, Result, RunKind, Secret, ZeroMode,
 };
-use diskimage_testing::{Fault, Faulty, Journal, Recorder};
+use diskimage_testing::{Fault, FaultyDevice, Journal, RecordingDevice};
 use proptest::prelude::*;
 
 use super::QcowFormat;
@@ -314,7 +314,7 @@ fn story(image: &Image, mut seen: impl FnMut(Vec<u8>)) {
 fn a_crash_leaves_leaked_clusters_at_worst() {
     let start = create("", SIZE).contents();
     let journal: Arc<Journal> = Arc::default();
-    let image = open_on(Arc::new(Recorder::new(start.clone(), 0, &journal)), None);
+    let image = open_on(Arc::new(RecordingDevice::new(start.clone(), 0, &journal)), None);
     let mut states = vec![(0, contents(&image))];
     story(&image, |state| states.push((journal.len(), state)));
     let mut most = 0;
@@ -346,7 +346,7 @@ fn a_crash_leaves_an_image_as_it_was_or_empty() {
     image.flush().expect("flushes");
     let (start, full) = (file.contents(), contents(&image));
     let journal: Arc<Journal> = Arc::default();
-    let layer = open_layer(Arc::new(Recorder::new(start.clone(), 0, &journal)), true).expect("opens");
+    let layer = open_layer(Arc::new(RecordingDevice::new(start.clone(), 0, &journal)), true).expect("opens");
     layer.make_empty().expect("empties");
     layer.flush().expect("flushes");
     let mut seen = [false; 2];
@@ -367,8 +367,8 @@ fn a_crash_leaves_an_image_as_it_was_or_empty() {
 fn a_failed_write_leaves_what_was_there() {
     for (after, compressed) in (0..12).flat_map(|after| [(after, false), (after, true)]) {
         let below = create("", SIZE);
-        let faulty = Arc::new(Faulty::new(Arc::<MemoryDevice>::clone(&below)));
-        let image = open_on(Arc::<Faulty>::clone(&faulty), None);
+        let faulty = Arc::new(FaultyDevice::new(Arc::<MemoryDevice>::clone(&below)));
+        let image = open_on(Arc::<FaultyDevice>::clone(&faulty), None);
         image.write_at(&[1; 8192], 0).expect("writes");
         image.flush().expect("flushes");
         faulty.arm(Fault::once(after));
@@ -378,7 +378,7 @@ fn a_failed_write_leaves_what_was_there() {
             image.write_at(&[2; 4096], 2 << 20)
         };
         let failed = written.is_err() | image.flush().is_err();
-        faulty.heal();
+        faulty.disarm();
         image.write_at(&[3; 4096], 4096).expect("writes again");
         assert!(write_compressed(&image, 8192, &[4; 4096]).expect("writes again"));
         image.flush().expect("flushes again");

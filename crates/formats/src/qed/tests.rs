@@ -6,7 +6,7 @@ use diskimage_core::{
     Backing, ByteRange, Device, ErrorKind, Format, Image, Layer, MemoryDevice, NodeOptions, Objects,
     OpenRequest, Preallocation, Progress, Repair, ResizeRequest, Result, ZeroMode,
 };
-use diskimage_testing::{Fault, Faulty, Journal, Recorder};
+use diskimage_testing::{Fault, FaultyDevice, Journal, RecordingDevice};
 use proptest::prelude::*;
 
 use super::QedFormat;
@@ -167,7 +167,7 @@ fn story(image: &Image, mut seen: impl FnMut(Vec<u8>)) {
 fn a_crash_leaves_leaked_clusters_at_worst() {
     let start = create(SMALL, SIZE).contents();
     let journal: Arc<Journal> = Arc::default();
-    let image = open_on(Arc::new(Recorder::new(start.clone(), 0, &journal)), None);
+    let image = open_on(Arc::new(RecordingDevice::new(start.clone(), 0, &journal)), None);
     let mut states = vec![(0, contents(&image))];
     story(&image, |state| states.push((journal.len(), state)));
     let (mut marked, mut leaking) = (0, 0);
@@ -202,13 +202,13 @@ fn a_crash_leaves_leaked_clusters_at_worst() {
 fn a_failed_write_leaves_what_was_there() {
     for after in 0..12 {
         let below = create(SMALL, SIZE);
-        let faulty = Arc::new(Faulty::new(Arc::<MemoryDevice>::clone(&below)));
-        let image = open_on(Arc::<Faulty>::clone(&faulty), None);
+        let faulty = Arc::new(FaultyDevice::new(Arc::<MemoryDevice>::clone(&below)));
+        let image = open_on(Arc::<FaultyDevice>::clone(&faulty), None);
         image.write_at(&[1; 8192], 0).expect("writes");
         image.flush().expect("flushes");
         faulty.arm(Fault::once(after));
         let failed = image.write_at(&[2; 8192], 2 << 20).is_err() | image.flush().is_err();
-        faulty.heal();
+        faulty.disarm();
         image.write_at(&[3; 4096], 4096).expect("writes again");
         image.flush().expect("flushes again");
         let now = contents(&open_on(below, None));
@@ -239,7 +239,7 @@ fn names_of_the_image_below_change_at_once() {
     let mut old = None;
     for new in names.into_iter().map(Some).chain([None]) {
         let journal: Arc<Journal> = Arc::default();
-        let device: Arc<dyn Device> = Arc::new(Recorder::new(start.clone(), 0, &journal));
+        let device: Arc<dyn Device> = Arc::new(RecordingDevice::new(start.clone(), 0, &journal));
         let layer = open_layer(Arc::clone(&device), true, false).expect("opens");
         layer.set_backing(new.as_ref()).expect("there is room");
         journal.crashes(&[start.clone()], 8, 1, |crash| {

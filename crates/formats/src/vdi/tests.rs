@@ -6,7 +6,7 @@ use diskimage_core::{
     ByteRange, CheckReport, Device, Image, MemoryDevice, Preallocation, Progress, Repair, ResizeRequest,
     Result, StatusDetail, ZeroMode,
 };
-use diskimage_testing::{Fault, Faulty, Journal, Recorder};
+use diskimage_testing::{Fault, FaultyDevice, Journal, RecordingDevice};
 use proptest::prelude::*;
 
 use super::header::BLOCK;
@@ -214,7 +214,7 @@ fn a_crash_leaves_what_was_flushed_and_no_damage() {
         file.contents()
     };
     let journal: Arc<Journal> = Arc::default();
-    let image = open(Arc::new(Recorder::new(before.clone(), 0, &journal))).expect("opens");
+    let image = open(Arc::new(RecordingDevice::new(before.clone(), 0, &journal))).expect("opens");
     image.write_at(&[3; 4096], 5 * BLOCK).expect("writes");
     image.flush().expect("flushes");
     let flushed = journal.len();
@@ -259,8 +259,8 @@ fn a_failed_request_leaves_the_image_as_it_was_or_done() {
     for after in 0.. {
         let file = Arc::new(MemoryDevice::new(before.clone()));
         let below: Arc<dyn Device> = Arc::<MemoryDevice>::clone(&file);
-        let faulty = Arc::new(Faulty::new(below));
-        let image = open(Arc::<Faulty>::clone(&faulty)).expect("opens");
+        let faulty = Arc::new(FaultyDevice::new(below));
+        let image = open(Arc::<FaultyDevice>::clone(&faulty)).expect("opens");
         image.write_at(&[1; 4096], 0).expect("writes");
         image.flush().expect("flushes");
         faulty.arm(Fault::once(after));
@@ -269,7 +269,7 @@ fn a_failed_request_leaves_the_image_as_it_was_or_done() {
             grow(&image, 129 * BLOCK),
             image.write_at(&[3; 4096], 4 * BLOCK),
         ];
-        let failed = faulty.heal();
+        let failed = faulty.disarm();
         image.flush().expect("flushes");
         let again = open_bytes(&file.contents()).expect("opens");
         assert_eq!(check(&again).corruptions, 0, "after {after}");

@@ -6,7 +6,7 @@ use diskimage_core::{
     ByteRange, CheckReport, Device, Format, Image, MemoryDevice, Preallocation, Probe, Progress, Repair,
     Result, StatusDetail,
 };
-use diskimage_testing::{Fault, Faulty, Journal, Recorder};
+use diskimage_testing::{Fault, FaultyDevice, Journal, RecordingDevice};
 use proptest::prelude::*;
 
 use super::Vhdx;
@@ -213,7 +213,7 @@ fn crashes_leave_what_was_flushed_and_no_damage() {
     image.flush().expect("flushes");
     let before = file.contents();
     let journal: Arc<Journal> = Arc::default();
-    let recorded: Arc<dyn Device> = Arc::new(Recorder::new(before.clone(), 0, &journal));
+    let recorded: Arc<dyn Device> = Arc::new(RecordingDevice::new(before.clone(), 0, &journal));
     let image = open(&Vhdx, recorded, true).expect("opens");
     image.write_at(&[2; 4096], 5 * BLOCK).expect("writes");
     image.flush().expect("flushes");
@@ -249,8 +249,8 @@ fn faults_are_errors_and_leave_a_sound_image() {
     for after in 0.. {
         let memory = on(&before);
         let below: Arc<dyn Device> = Arc::<MemoryDevice>::clone(&memory);
-        let faulty = Arc::new(Faulty::new(below));
-        let image = open(&Vhdx, Arc::<Faulty>::clone(&faulty), true).expect("opens");
+        let faulty = Arc::new(FaultyDevice::new(below));
+        let image = open(&Vhdx, Arc::<FaultyDevice>::clone(&faulty), true).expect("opens");
         faulty.arm(Fault::once(after));
         let outcome = image
             .write_at(&[1; 4096], BLOCK - 2048)

@@ -9,7 +9,7 @@ use diskimage_core::{
     Objects, OpenRequest, Preallocation, Progress, Reference, Repair, ResizeRequest, Result, StatusDetail,
     ZeroMode,
 };
-use diskimage_testing::{Journal, Recorder};
+use diskimage_testing::{Journal, RecordingDevice};
 use proptest::prelude::*;
 
 use super::Vmdk;
@@ -312,7 +312,7 @@ fn what_was_flushed_survives_crashes() {
         files.create(options, 1 << 20).expect("creates");
         let before = files.file("disk.vmdk").contents();
         let journal: Arc<Journal> = Arc::default();
-        let device: Arc<dyn Device> = Arc::new(Recorder::new(before.clone(), 0, &journal));
+        let device: Arc<dyn Device> = Arc::new(RecordingDevice::new(before.clone(), 0, &journal));
         let image = open_on(device, &files, true).expect("opens");
         // A position of the journal, and what is certain to be there from then on.
         let mut flushed = vec![(0, Vec::new())];
@@ -484,7 +484,7 @@ impl Present {
     fn recorded(names: &[&str], before: &[Vec<u8>], journal: &Arc<Journal>) -> Self {
         let files = before.iter().enumerate();
         let record = |(nth, bytes): (usize, &Vec<u8>)| {
-            Arc::new(Recorder::new(bytes.clone(), nth, journal)) as Arc<dyn Device>
+            Arc::new(RecordingDevice::new(bytes.clone(), nth, journal)) as Arc<dyn Device>
         };
         Self::new(names, files.map(record))
     }

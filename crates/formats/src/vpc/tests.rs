@@ -5,7 +5,7 @@ use std::sync::Arc;
 use diskimage_core::{
     ByteRange, Device, Image, MemoryDevice, Preallocation, ResizeRequest, Result, StatusDetail, ZeroMode,
 };
-use diskimage_testing::{Fault, Faulty, Journal, Recorder};
+use diskimage_testing::{Fault, FaultyDevice, Journal, RecordingDevice};
 use proptest::prelude::*;
 
 use super::Vpc;
@@ -178,7 +178,7 @@ fn a_crash_leaves_what_was_flushed() {
             file.contents()
         };
         let journal: Arc<Journal> = Arc::default();
-        let image = open(Arc::new(Recorder::new(before.clone(), 0, &journal))).expect("opens");
+        let image = open(Arc::new(RecordingDevice::new(before.clone(), 0, &journal))).expect("opens");
         image.write_at(&[3; 4096], 0).expect("writes");
         image.flush().expect("flushes");
         let flushed = journal.len();
@@ -221,8 +221,8 @@ fn a_failed_request_leaves_the_image_as_it_was_or_done() {
     for after in 0.. {
         let file = Arc::new(MemoryDevice::new(before.clone()));
         let below: Arc<dyn Device> = Arc::<MemoryDevice>::clone(&file);
-        let faulty = Arc::new(Faulty::new(below));
-        let image = open(Arc::<Faulty>::clone(&faulty)).expect("opens");
+        let faulty = Arc::new(FaultyDevice::new(below));
+        let image = open(Arc::<FaultyDevice>::clone(&faulty)).expect("opens");
         image.write_at(&[1; 4096], 0).expect("writes");
         image.flush().expect("flushes");
         faulty.arm(Fault::once(after));
@@ -231,7 +231,7 @@ fn a_failed_request_leaves_the_image_as_it_was_or_done() {
             grow(&image, 200 * BLOCK),
             image.write_at(&[3; 4096], BLOCK),
         ];
-        let failed = faulty.heal();
+        let failed = faulty.disarm();
         image.flush().expect("flushes");
         let again = open_bytes(&file.contents()).expect("opens");
         assert_eq!(again.len(), image.len(), "after {after}");

@@ -4,7 +4,7 @@ use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
 use diskimage_core::{Device, Image, MemoryDevice, Progress, Repair, Result};
-use diskimage_testing::{Fault, Faulty, Requests};
+use diskimage_testing::{Fault, FaultyDevice, Requests};
 
 use super::{DISK, KIB, pattern, threads};
 use crate::Conversion;
@@ -51,7 +51,7 @@ struct Source {
     image: Arc<Image>,
     files: [Arc<MemoryDevice>; 2],
     before: [Vec<u8>; 2],
-    top: Arc<Faulty>,
+    top: Arc<FaultyDevice>,
 }
 
 impl Source {
@@ -60,7 +60,7 @@ impl Source {
         base.write_at(&pattern(3 << 20, 5), 512 * KIB).expect("memory");
         base.flush().expect("memory");
         let (top, top_file) = faulty(Vec::new());
-        let device: Arc<dyn Device> = Arc::<Faulty>::clone(&top);
+        let device: Arc<dyn Device> = Arc::<FaultyDevice>::clone(&top);
         create(&device, "qcow2", "cluster_size=64k", DISK);
         let image = open(&device, "qcow2", Some(base));
         for at in (0..DISK).step_by(600 << 10) {
@@ -101,16 +101,16 @@ fn convert(source: &Source, target: &Arc<Image>, way: Way, count: u32) -> Result
 }
 
 /// Converts with `spoil` done to the target first, for one thread and for several. False once that harms no more.
-fn fails(source: &Source, way: Way, errno: i32, spoil: impl Fn(&Faulty)) -> bool {
+fn fails(source: &Source, way: Way, errno: i32, spoil: impl Fn(&FaultyDevice)) -> bool {
     let mut any = false;
     for count in [1, 4] {
         let (device, file) = faulty(Vec::new());
-        let below: Arc<dyn Device> = Arc::<Faulty>::clone(&device);
+        let below: Arc<dyn Device> = Arc::<FaultyDevice>::clone(&device);
         create(&below, way.format, way.options, DISK);
         let target = open(&below, way.format, None);
         spoil(&device);
         let result = convert(source, &target, way, count);
-        let failed = device.heal();
+        let failed = device.disarm();
         match result {
             Ok(()) => {
                 assert_eq!(failed, 0, "{way:?}: a failure went unnoticed");
@@ -142,7 +142,7 @@ fn a_target_that_fails_at_any_write_ends_the_conversion() {
     for way in WAYS {
         let kinds: [fn(u64) -> Fault; 2] = [Fault::from, |n| Fault::once(n).torn()];
         for kind in kinds {
-            let spoil = |n| move |device: &Faulty| device.arm(kind(n).counting(Requests::Writes));
+            let spoil = |n| move |device: &FaultyDevice| device.arm(kind(n).counting(Requests::Writes));
             let count = (0..).take_while(|n| fails(&source, way, EIO, spoil(*n))).count();
             assert!(count > 3, "{way:?}: {count} writes");
         }
@@ -158,7 +158,7 @@ fn a_source_that_fails_at_any_request_ends_the_conversion() {
             source.top.arm(Fault::from(n));
             let (target, _) = image(way.format, way.options, DISK);
             let result = convert(&source, &target, way, 4);
-            let failed = source.top.heal();
+            let failed = source.top.disarm();
             assert!(source.is_untouched());
             match result {
                 Ok(()) if failed == 0 => break,
@@ -177,7 +177,7 @@ fn a_full_disk_ends_the_conversion() {
     for way in WAYS {
         let step = 177_000;
         let limits = (0..).map(|i| 330_000 + i * step);
-        let full = |bytes| move |device: &Faulty| device.fill_up(bytes);
+        let full = |bytes| move |device: &FaultyDevice| device.limit_len(bytes);
         let count = limits
             .take_while(|bytes| fails(&source, way, ENOSPC, full(*bytes)))
             .count();

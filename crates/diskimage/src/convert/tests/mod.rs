@@ -4,7 +4,7 @@ use std::num::NonZeroU32;
 use std::sync::{Arc, Mutex};
 
 use diskimage_core::{ByteRange, Device, ExtentKind, StatusDetail, ZeroMode};
-use diskimage_testing::{Fault, Faulty};
+use diskimage_testing::{Fault, FaultyDevice};
 use proptest::prelude::*;
 
 use super::*;
@@ -183,7 +183,7 @@ fn an_empty_disk_of_any_size_takes_no_time() {
 #[test]
 fn lost_sectors_become_zeroes_when_salvaging() {
     let (device, _) = faulty(vec![5; 4096]);
-    let below: Arc<dyn Device> = Arc::<Faulty>::clone(&device);
+    let below: Arc<dyn Device> = Arc::<FaultyDevice>::clone(&device);
     let source = open(&below, "raw", None);
     // The status succeeds twice, the read and the three sectors after it do not.
     device.arm(Fault::from(2));
@@ -193,7 +193,7 @@ fn lost_sectors_become_zeroes_when_salvaging() {
         let mut lost = lost.lock().unwrap();
         lost.push(error.to_string());
         if lost.len() == 3 {
-            device.heal();
+            device.disarm();
         }
     };
     let sources = [source];

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use diskimage_core::{BitmapInfo, Bitmaps, ByteRange, Device, Image, MemoryDevice, NewBitmap, Repair};
 use diskimage_core::{NodeOptions, OpenRequest, Preallocation, Progress, ResizeRequest, Result, ZeroMode};
-use diskimage_testing::{Journal, Recorder};
+use diskimage_testing::{Journal, RecordingDevice};
 
 use crate::qcow2::Qcow2;
 use crate::qcow2::tests::create;
@@ -280,7 +280,7 @@ fn a_crash_leaves_the_bitmaps_from_before_or_after() {
         for change in changes {
             let before = file.contents();
             let journal: Arc<Journal> = Arc::default();
-            let recorder: Arc<dyn Device> = Arc::new(Recorder::new(before.clone(), 0, &journal));
+            let recorder: Arc<dyn Device> = Arc::new(RecordingDevice::new(before.clone(), 0, &journal));
             change(&open_on(recorder, true).expect("opens").0);
             let mut known = vec![list(&file)];
             let after = Arc::new(MemoryDevice::new(before.clone()));

@@ -330,12 +330,12 @@ proptest! {
 
 /// Remembers every write, for replaying what a crash could leave.
 #[derive(Debug)]
-struct Recorder {
+struct RecordingDevice {
     inner: Arc<MemoryDevice>,
     writes: Mutex<Vec<(u64, Vec<u8>)>>,
 }
 
-impl Device for Recorder {
+impl Device for RecordingDevice {
     fn len(&self) -> u64 {
         self.inner.len()
     }
@@ -378,11 +378,11 @@ fn a_repair_that_is_cut_short_loses_nothing_and_can_be_done_again() {
     let bytes = contents(&open(&file, false, &Closed, None).expect("opens"));
     file.write_at(&[0, 0, 0, 5], 0x2000a).expect("pokes the block");
     let start = file.contents();
-    let recorder = Arc::new(Recorder {
+    let recorder = Arc::new(RecordingDevice {
         inner: file,
         writes: Mutex::default(),
     });
-    check_device(Arc::<Recorder>::clone(&recorder), Repair::All)
+    check_device(Arc::<RecordingDevice>::clone(&recorder), Repair::All)
         .report
         .expect("checks");
     let writes = recorder.writes.lock().expect("one thread").clone();

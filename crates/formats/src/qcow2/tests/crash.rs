@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use diskimage_core::{Device, MemoryDevice, Preallocation, Repair};
-use diskimage_testing::{Journal, Recorder};
+use diskimage_testing::{Journal, RecordingDevice};
 
 use super::scenario::{
     Model, PLENTY, SCARCE, Scenario, find_fault, has_sound_bitmap, in_memory, open_on, open_with_memory,
@@ -21,7 +21,7 @@ fn crash_everywhere(scenario: &Scenario, memory: usize) -> usize {
     let devices: Vec<Arc<dyn Device>> = files
         .iter()
         .enumerate()
-        .map(|(i, bytes)| Arc::new(Recorder::new(bytes.clone(), i, &journal)) as Arc<dyn Device>)
+        .map(|(i, bytes)| Arc::new(RecordingDevice::new(bytes.clone(), i, &journal)) as Arc<dyn Device>)
         .collect();
     // What may be found after a crash from a position of the journal on.
     let mut models: Vec<(usize, Model)> = vec![(0, model.clone())];
@@ -77,7 +77,7 @@ fn unknown_features_are_disclaimed_before_anything_changes() {
     // Bit 63, which nobody has given a meaning.
     file[AUTOCLEAR] = 0x80;
     let journal: Arc<Journal> = Arc::default();
-    let device: Arc<dyn Device> = Arc::new(Recorder::new(file.clone(), 0, &journal));
+    let device: Arc<dyn Device> = Arc::new(RecordingDevice::new(file.clone(), 0, &journal));
     let image = open_on(&[device], true).expect("opens");
     image.write_at(&[1; 4096], 0).expect("writes");
     image.flush().expect("flushes");
@@ -107,7 +107,7 @@ fn what_a_crash_left_behind_the_end_does_not_come_back() {
         drop(image);
         let file = memory.contents();
         let journal: Arc<Journal> = Arc::default();
-        let device: Arc<dyn Device> = Arc::new(Recorder::new(file.clone(), 0, &journal));
+        let device: Arc<dyn Device> = Arc::new(RecordingDevice::new(file.clone(), 0, &journal));
         let image = open_on(&[device], true).expect("opens");
         image.resize(NEW, Preallocation::Off).expect("shrinks");
         image.flush().expect("flushes");

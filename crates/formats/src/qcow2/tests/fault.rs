@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use diskimage_core::{Device, Image, MemoryDevice};
-use diskimage_testing::{Fault, Faulty};
+use diskimage_testing::{Fault, FaultyDevice};
 
 use super::scenario::{Before, Files, Model, PLENTY, SCARCE, Scenario, Step, find_fault, open_with_memory};
 use super::scenarios;
@@ -12,7 +12,7 @@ use crate::testing::contents;
 /// Devices in memory that fail, and what they hold.
 struct Disks {
     memories: Vec<Arc<MemoryDevice>>,
-    faulty: Vec<Arc<Faulty>>,
+    faulty: Vec<Arc<FaultyDevice>>,
 }
 
 impl Disks {
@@ -23,7 +23,7 @@ impl Disks {
             .collect();
         let faulty = memories
             .iter()
-            .map(|memory| Arc::new(Faulty::new(Arc::<MemoryDevice>::clone(memory))))
+            .map(|memory| Arc::new(FaultyDevice::new(Arc::<MemoryDevice>::clone(memory))))
             .collect();
         Self { memories, faulty }
     }
@@ -31,7 +31,7 @@ impl Disks {
     fn devices(&self) -> Vec<Arc<dyn Device>> {
         self.faulty
             .iter()
-            .map(|device| Arc::<Faulty>::clone(device) as Arc<dyn Device>)
+            .map(|device| Arc::<FaultyDevice>::clone(device) as Arc<dyn Device>)
             .collect()
     }
 
@@ -76,7 +76,7 @@ impl Attempt<'_> {
             Ok(image) => image,
             Err(error) => {
                 expect_ours(&error)?;
-                let _ = self.disks.faulty[self.failing].heal();
+                let _ = self.disks.faulty[self.failing].disarm();
                 self.judge(&self.model.crashed, "after it did not open")?;
                 return Ok(true);
             }
@@ -92,7 +92,7 @@ impl Attempt<'_> {
             errors += u32::from(failed);
         }
         self.judge(&self.model.crashed, "before healing")?;
-        let failed = self.disks.faulty[self.failing].heal();
+        let failed = self.disks.faulty[self.failing].disarm();
         if failed == 0 {
             return Ok(false);
         }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use diskimage_core::{Device, MemoryDevice, Repair, errno};
-use diskimage_testing::{Faulty, Journal, Recorder};
+use diskimage_testing::{FaultyDevice, Journal, RecordingDevice};
 
 use super::scenario::{
     Model, PLENTY, Scenario, Step, find_fault, find_fault_sparing_flags, open_on, open_with_memory, report,
@@ -31,9 +31,9 @@ fn run_out_of_room(scenario: &Scenario, limit: u64) -> Result<Outcome, String> {
         .iter()
         .map(|bytes| Arc::new(MemoryDevice::new(bytes.clone())))
         .collect();
-    let faulty = Arc::new(Faulty::new(Arc::<MemoryDevice>::clone(&memories[0])));
+    let faulty = Arc::new(FaultyDevice::new(Arc::<MemoryDevice>::clone(&memories[0])));
     let devices: Vec<Arc<dyn Device>> = vec![
-        Arc::<Faulty>::clone(&faulty),
+        Arc::<FaultyDevice>::clone(&faulty),
         Arc::<MemoryDevice>::clone(&memories[1]),
     ];
     let left = || {
@@ -43,7 +43,7 @@ fn run_out_of_room(scenario: &Scenario, limit: u64) -> Result<Outcome, String> {
             .collect::<Vec<_>>()
     };
     let image = open_with_memory(&devices, PLENTY).map_err(|error| error.chain())?;
-    faulty.fill_up(limit);
+    faulty.limit_len(limit);
     let mut refused = 0;
     for step in &scenario.steps {
         let sound = matches!(step, Step::Take(_)) && image.flush().is_ok() && without_leaks(&left()).is_ok();
@@ -63,7 +63,7 @@ fn run_out_of_room(scenario: &Scenario, limit: u64) -> Result<Outcome, String> {
             return Err(format!("after {step:?}: {fault}"));
         }
     }
-    let met = faulty.heal() > 0;
+    let met = faulty.disarm() > 0;
     image.flush().map_err(|error| error.chain())?;
     match find_fault(&left(), &model.now, &before) {
         Some(fault) => Err(format!("in the end: {fault}")),
@@ -109,10 +109,14 @@ fn on_a_full_disk_snapshots_are_applied_and_deleted() {
     for scenario in scenarios::snapshots_without_room() {
         let (files, before, mut model) = scenario.prepare();
         let memory = Arc::new(MemoryDevice::new(files[0].clone()));
-        let faulty = Arc::new(Faulty::new(Arc::<MemoryDevice>::clone(&memory)));
-        faulty.fill_up(files[0].len() as u64);
+        let faulty = Arc::new(FaultyDevice::new(Arc::<MemoryDevice>::clone(&memory)));
+        faulty.limit_len(files[0].len() as u64);
         let data: Arc<dyn Device> = Arc::new(MemoryDevice::new(files[1].clone()));
-        let image = open_on(&[Arc::<Faulty>::clone(&faulty) as Arc<dyn Device>, data], true).expect("opens");
+        let image = open_on(
+            &[Arc::<FaultyDevice>::clone(&faulty) as Arc<dyn Device>, data],
+            true,
+        )
+        .expect("opens");
         for step in &scenario.steps {
             model.begin(step);
             let done = step.apply(&image);
@@ -129,11 +133,15 @@ fn on_a_full_disk_snapshots_are_applied_and_deleted() {
 fn crash_without_room(scenario: &Scenario) -> usize {
     let (files, before, mut model) = scenario.prepare();
     let journal: Arc<Journal> = Arc::default();
-    let recorder = Arc::new(Recorder::new(files[0].clone(), 0, &journal));
-    let faulty = Arc::new(Faulty::new(recorder));
-    faulty.fill_up(files[0].len() as u64);
+    let recorder = Arc::new(RecordingDevice::new(files[0].clone(), 0, &journal));
+    let faulty = Arc::new(FaultyDevice::new(recorder));
+    faulty.limit_len(files[0].len() as u64);
     let data: Arc<dyn Device> = Arc::new(MemoryDevice::new(files[1].clone()));
-    let image = open_on(&[Arc::<Faulty>::clone(&faulty) as Arc<dyn Device>, data], true).expect("opens");
+    let image = open_on(
+        &[Arc::<FaultyDevice>::clone(&faulty) as Arc<dyn Device>, data],
+        true,
+    )
+    .expect("opens");
     let mut models: Vec<(usize, Model)> = vec![(0, model.clone())];
     for step in &scenario.steps {
         model.begin(step);

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use diskimage_core::{Check, Device, Image, MemoryDevice, Progress, Repair};
-use diskimage_testing::{Fault, Faulty, Journal, Recorder};
+use diskimage_testing::{Fault, FaultyDevice, Journal, RecordingDevice};
 
 use super::scenario::Step::{Resize, Write};
 use super::scenario::{Files, Scenario, in_memory, open_layer, open_on, report, snapshots};
@@ -217,7 +217,7 @@ fn a_crash_during_a_repair_leaves_what_the_next_one_mends() {
         let files = damage.files();
         let before = disks(&files, damage.snapshot).expect("readable");
         let journal: Arc<Journal> = Arc::default();
-        let recorder: Arc<dyn Device> = Arc::new(Recorder::new(files[0].clone(), 0, &journal));
+        let recorder: Arc<dyn Device> = Arc::new(RecordingDevice::new(files[0].clone(), 0, &journal));
         assert!(damage.mend(&[recorder]).expect("mends"), "{}", damage.name);
         assert!(!journal.is_empty(), "{}", damage.name);
         let mut faults = Vec::new();
@@ -242,10 +242,10 @@ fn a_failed_request_during_a_repair_is_reported_and_the_next_one_mends() {
         for kind in kinds {
             for n in 0.. {
                 let memory = Arc::new(MemoryDevice::new(files[0].clone()));
-                let faulty = Arc::new(Faulty::new(Arc::<MemoryDevice>::clone(&memory)));
+                let faulty = Arc::new(FaultyDevice::new(Arc::<MemoryDevice>::clone(&memory)));
                 faulty.arm(kind(n));
-                let outcome = damage.mend(&[Arc::<Faulty>::clone(&faulty)]);
-                if faulty.heal() == 0 {
+                let outcome = damage.mend(&[Arc::<FaultyDevice>::clone(&faulty)]);
+                if faulty.disarm() == 0 {
                     break;
                 }
                 count += 1;
