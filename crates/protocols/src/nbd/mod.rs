@@ -15,9 +15,9 @@ mod address;
 mod connection;
 #[cfg(feature = "fuzzing")]
 pub mod fuzzing;
-mod lines;
 mod negotiate;
 mod options;
+mod pool;
 mod remote;
 mod reply;
 mod request;
@@ -38,9 +38,9 @@ use diskimage_core::{
 
 use crate::protocol::{Protocol, ProtocolRequest};
 use connection::Connection;
-use lines::ConnectionPool;
 use negotiate::{Export, ReplyMode};
 use options::NbdOptions;
+use pool::ConnectionPool;
 use remote::Remote;
 use reply::Outcome;
 use request::{Command, MAX_SHORT_LEN};

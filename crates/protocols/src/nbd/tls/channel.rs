@@ -14,7 +14,7 @@ use diskimage_core::{Error, Result};
 
 use super::super::address::Socket;
 use super::super::connection::Channel;
-use super::words::{UNCLEAN_END, UNCLEAN_PUSH, handshake_failed};
+use super::messages::{UNCLEAN_END, UNCLEAN_PUSH, handshake_failed};
 
 /// One side of an encrypted connection.
 pub(super) trait Session: Send + 'static {

@@ -9,11 +9,11 @@
 //! The files of credentials are those of QEMU's documentation, in one directory.
 
 mod channel;
+mod messages;
 #[cfg(feature = "tls-psk")]
 mod psk;
 #[cfg(feature = "tls-psk")]
 mod uncertified;
-mod words;
 mod x509;
 
 use std::fs;
@@ -26,11 +26,11 @@ use zeroize::Zeroizing;
 
 use super::address::Socket;
 use super::connection::Channel;
+pub(super) use messages::UNCLEAN_END;
 #[cfg(all(feature = "tls-psk", feature = "fuzzing"))]
 pub(super) use psk::find_key;
 #[cfg(feature = "tls-psk")]
 use uncertified::Uncertified;
-pub(super) use words::UNCLEAN_END;
 use x509::Certificates;
 
 /// Who we are and whom we believe, read from the files.

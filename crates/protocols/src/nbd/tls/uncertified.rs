@@ -14,8 +14,8 @@ use openssl::ssl::{
 use openssl::x509::X509VerifyResult;
 
 use super::channel::Session;
+use super::messages::{ALERT, FAREWELL, INSUFFICIENT, LENGTH, UNDECODABLE, UNEXPECTED, handshake_failed};
 use super::psk::NamedKey;
-use super::words::{ALERT, FAREWELL, INSUFFICIENT, LENGTH, UNDECODABLE, UNEXPECTED, handshake_failed};
 
 /// What sessions are made of.
 #[derive(Clone, Debug)]
@@ -222,7 +222,7 @@ mod tests {
     #[test]
     fn what_a_server_says_instead_of_a_handshake_is_told_in_the_originals_words() {
         let farewell: (&[u8], _) = (b"\x15\x03\x03\0\x02\x01\0", FAREWELL);
-        for (bytes, words) in super::super::words::tests::INSTEAD_OF_A_HANDSHAKE
+        for (bytes, words) in super::super::messages::tests::INSTEAD_OF_A_HANDSHAKE
             .iter()
             .chain(&[farewell])
         {

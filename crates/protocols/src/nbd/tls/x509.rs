@@ -21,7 +21,7 @@ use rustls::{
 use zeroize::Zeroizing;
 
 use super::channel::Session;
-use super::words::{ALERT, LENGTH, UNDECODABLE, UNEXPECTED, handshake_failed};
+use super::messages::{ALERT, LENGTH, UNDECODABLE, UNEXPECTED, handshake_failed};
 use super::{Directory, accessible, read};
 
 /// Who we are and whom we believe.
@@ -262,7 +262,7 @@ mod tests {
             config: Arc::new(config),
             verify_peer: false,
         };
-        for (bytes, words) in super::super::words::tests::INSTEAD_OF_A_HANDSHAKE {
+        for (bytes, words) in super::super::messages::tests::INSTEAD_OF_A_HANDSHAKE {
             let error = certificates.session(None).unwrap().feed(bytes).unwrap_err();
             assert_eq!(error.chain(), format!("TLS handshake failed: {words}"));
         }
