@@ -11,8 +11,8 @@ use diskimage_core::{
 };
 use diskimage_formats::format_by_name;
 use diskimage_protocols::{
-    CREATE_OPTIONS as FILE_CREATE_OPTIONS, CacheMode, File, FileCreation, Local, Protocol, ProtocolRequest,
-    Target, filter_by_name, parse_name, protocol_by_name, protocol_of_name,
+    CREATE_OPTIONS as FILE_CREATE_OPTIONS, CacheMode, File, FileCreation, LocalFileDriver, Protocol,
+    ProtocolRequest, Target, filter_by_name, parse_name, protocol_by_name, protocol_of_name,
 };
 
 use crate::files::{Above, Follow, Identity, Location, files_of_chain};
@@ -322,7 +322,7 @@ impl Prepared {
         let mut places = vec![Location::at(name)];
         if places.iter().any(|place| place.is_among(&self.needed)) {
             // Where somebody holds it, that is the reason.
-            File::require_free(&Target::plain(name), self.cache)?;
+            File::require_unlocked(&Target::plain(name), self.cache)?;
             return Err(is_needed(name));
         }
         for part in parts {
@@ -363,7 +363,7 @@ impl Prepared {
                     .map_err(|error| no_making(error, protocol.name()))?;
                 protocol
             }
-            (None, None) => Local::serving(node.text("filename").unwrap_or_default()),
+            (None, None) => LocalFileDriver::serving(node.text("filename").unwrap_or_default()),
         };
         if protocol.can_create() {
             let path = node.take_text("filename").unwrap_or_default();
@@ -468,7 +468,7 @@ pub fn format_of_new(name: &str) -> Result<&'static dyn Format> {
         return format.require_creation().map(|()| format);
     }
     match protocol_by_name(name) {
-        Some(protocol) if protocol.takes_images() => format_by_name("raw").ok_or_else(unknown),
+        Some(protocol) if protocol.can_hold_image() => format_by_name("raw").ok_or_else(unknown),
         None if filter_by_name(name).is_none() => Err(unknown()),
         _ => Err(Error::unsupported(format!(
             "Format driver '{name}' does not support image creation"
@@ -495,7 +495,7 @@ fn target_of(name: &str) -> Result<NodeOptions> {
     };
     let driver = node.text("driver");
     match driver.map(|driver| (driver, protocol_by_name(driver))) {
-        Some((_, Some(protocol))) if !protocol.takes_images() => Err(no_creation(protocol.name())),
+        Some((_, Some(protocol))) if !protocol.can_hold_image() => Err(no_creation(protocol.name())),
         Some((driver, None)) => Err(no_creation(driver)),
         _ => Ok(node),
     }
@@ -503,7 +503,7 @@ fn target_of(name: &str) -> Result<NodeOptions> {
 
 /// The protocol of `name`, if new images only go into what is there by that name.
 fn existing_only(name: &str) -> Option<&'static dyn Protocol> {
-    protocol_of_name(name).filter(|protocol| protocol.takes_images() && !protocol.can_create())
+    protocol_of_name(name).filter(|protocol| protocol.can_hold_image() && !protocol.can_create())
 }
 
 fn no_creation(driver: &str) -> Error {

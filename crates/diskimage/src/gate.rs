@@ -5,7 +5,7 @@ use std::sync::Arc;
 use diskimage_core::{
     Budget, Device, Error, Gate, LocalTime, Objects, Permissions, Progress, Reference, Result, Role,
 };
-use diskimage_protocols::{CacheMode, Local, Protocol, ProtocolRequest, Target, protocol_by_name};
+use diskimage_protocols::{CacheMode, LocalFileDriver, Protocol, ProtocolRequest, Target, protocol_by_name};
 
 use crate::graph::require_all_taken;
 
@@ -40,7 +40,7 @@ impl Gate for FileGate {
             Some(name) => {
                 protocol_by_name(name).ok_or_else(|| Error::invalid(format!("Unknown driver '{name}'")))?
             }
-            None => Local::serving(options.text("filename").unwrap_or_default()),
+            None => LocalFileDriver::serving(options.text("filename").unwrap_or_default()),
         };
         let gate: Arc<dyn Gate> = Arc::new(self.clone());
         let device = protocol.open(ProtocolRequest {

@@ -1,7 +1,7 @@
 //! By which of the kernel's interfaces a file is read and written.
 //!
 //! Requests are synchronous here and come from as many threads as there are requests at once. Each thread that is inside
-//! a request has a ring or context for itself, taken from those that are spare, so no thread waits for another's.
+//! a request has a ring or context for itself, taken from those that are pool, so no thread waits for another's.
 
 use std::fs;
 use std::io;
@@ -38,8 +38,8 @@ impl Aio {
 #[derive(Debug)]
 pub(crate) enum Engine {
     Threads,
-    Native(Spare<Context>),
-    Uring(Spare<Ring>),
+    Native(Pool<Context>),
+    Uring(Pool<Ring>),
 }
 
 impl Engine {
@@ -54,11 +54,11 @@ impl Engine {
         match aio {
             Aio::Threads => (Self::Threads, None),
             Aio::Native => match Context::new() {
-                Ok(context) => (Self::Native(Spare::with(context)), None),
+                Ok(context) => (Self::Native(Pool::with(context)), None),
                 Err(error) => refused("Linux AIO", "create linux AIO context", error),
             },
             Aio::Uring => match Ring::new() {
-                Ok(ring) => (Self::Uring(Spare::with(ring)), None),
+                Ok(ring) => (Self::Uring(Pool::with(ring)), None),
                 Err(error) => refused("linux io_uring", "init linux io_uring ring", error),
             },
         }
@@ -67,12 +67,12 @@ impl Engine {
     /// Reads what one request to the kernel gives.
     pub(crate) fn read(&self, file: &fs::File, buf: &mut [u8], offset: u64) -> io::Result<usize> {
         match self {
-            Self::Native(spare) => match spare.take(Context::new) {
-                Some(mut context) => spare.put_back(context.read(file, buf, offset), context),
+            Self::Native(pool) => match pool.acquire(Context::new) {
+                Some(mut context) => pool.release(context.read(file, buf, offset), context),
                 None => plain_read(file, buf, offset),
             },
-            Self::Uring(spare) => match spare.take(Ring::new) {
-                Some(mut ring) => spare.put_back(ring.read(file, buf, offset), ring),
+            Self::Uring(pool) => match pool.acquire(Ring::new) {
+                Some(mut ring) => pool.release(ring.read(file, buf, offset), ring),
                 None => plain_read(file, buf, offset),
             },
             Self::Threads => plain_read(file, buf, offset),
@@ -82,12 +82,12 @@ impl Engine {
     /// Writes what one request to the kernel takes.
     pub(crate) fn write(&self, file: &fs::File, buf: &[u8], offset: u64) -> io::Result<usize> {
         match self {
-            Self::Native(spare) => match spare.take(Context::new) {
-                Some(mut context) => spare.put_back(context.write(file, buf, offset), context),
+            Self::Native(pool) => match pool.acquire(Context::new) {
+                Some(mut context) => pool.release(context.write(file, buf, offset), context),
                 None => plain_write(file, buf, offset),
             },
-            Self::Uring(spare) => match spare.take(Ring::new) {
-                Some(mut ring) => spare.put_back(ring.write(file, buf, offset), ring),
+            Self::Uring(pool) => match pool.acquire(Ring::new) {
+                Some(mut ring) => pool.release(ring.write(file, buf, offset), ring),
                 None => plain_write(file, buf, offset),
             },
             Self::Threads => plain_write(file, buf, offset),
@@ -97,12 +97,12 @@ impl Engine {
     /// Makes what was written durable.
     pub(crate) fn sync(&self, file: &fs::File) -> io::Result<()> {
         match self {
-            Self::Uring(spare) => match spare.take(Ring::new) {
-                Some(mut ring) => spare.put_back(ring.sync(file), ring),
+            Self::Uring(pool) => match pool.acquire(Ring::new) {
+                Some(mut ring) => pool.release(ring.sync(file), ring),
                 None => plain_sync(file),
             },
-            Self::Native(spare) => match spare.take(Context::new) {
-                Some(mut context) => match spare.put_back(context.sync(file), context) {
+            Self::Native(pool) => match pool.acquire(Context::new) {
+                Some(mut context) => match pool.release(context.sync(file), context) {
                     // Not every file system takes this request from a queue.
                     Err(error) if error.raw_os_error() == Some(libc::EINVAL) => plain_sync(file),
                     other => other,
@@ -128,20 +128,20 @@ fn plain_sync(file: &fs::File) -> io::Result<()> {
 
 /// Rings or contexts that nobody uses at the moment.
 #[derive(Debug)]
-pub(crate) struct Spare<T>(Mutex<Vec<T>>);
+pub(crate) struct Pool<T>(Mutex<Vec<T>>);
 
-impl<T> Spare<T> {
+impl<T> Pool<T> {
     fn with(first: T) -> Self {
         Self(Mutex::new(vec![first]))
     }
 
     /// One of them, or a new one; none if the kernel gives no more.
-    fn take(&self, make: impl FnOnce() -> io::Result<T>) -> Option<T> {
-        let spare = self.0.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        spare.or_else(|| make().ok())
+    fn acquire(&self, make: impl FnOnce() -> io::Result<T>) -> Option<T> {
+        let pool = self.0.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        pool.or_else(|| make().ok())
     }
 
-    fn put_back<R>(&self, outcome: R, used: T) -> R {
+    fn release<R>(&self, outcome: R, used: T) -> R {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).push(used);
         outcome
     }

@@ -3,7 +3,7 @@
 use diskimage_core::{ByteRange, Device, Error, Result, to_index};
 use rustix::io::Errno;
 
-use crate::file::{File, Kind};
+use crate::file::{File, FileKind};
 
 impl File {
     /// Moves `range` to `target_offset` of `target` with `copy_file_range`, which shares the blocks where the file
@@ -14,7 +14,7 @@ impl File {
         target: &dyn Device,
         target_offset: u64,
     ) -> Result<bool> {
-        if self.kind != Kind::Regular || range.is_empty() {
+        if self.kind != FileKind::Regular || range.is_empty() {
             return Ok(false);
         }
         let Some(to) = target.as_file() else {

@@ -14,30 +14,30 @@ use std::sync::{Mutex, PoisonError};
 use diskimage_core::{Result, align_down, align_up, to_index};
 use rustix::fs::{AtFlags, StatxFlags};
 
-use crate::file::{File, Kind};
+use crate::file::{File, FileKind};
 
 /// How requests have to be aligned.
 #[derive(Debug)]
-pub(crate) struct Direct {
+pub(crate) struct DirectIo {
     block: u32,
     memory: usize,
     /// One partly written block at a time: two writers to different parts of one would undo each other's.
     partial: Mutex<()>,
-    spare: Mutex<Vec<Bounce>>,
+    spare: Mutex<Vec<BounceBuffer>>,
 }
 
-impl Direct {
+impl DirectIo {
     /// What the kernel says about `file`.
-    pub(crate) fn of(file: &fs::File, kind: Kind) -> Self {
+    pub(crate) fn of(file: &fs::File, kind: FileKind) -> Self {
         let said = match kind {
-            Kind::Block => rustix::fs::ioctl_blksszget(file).ok().map(|size| (size, size)),
+            FileKind::Block => rustix::fs::ioctl_blksszget(file).ok().map(|size| (size, size)),
             _ => rustix::fs::statx(file, "", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN)
                 .ok()
                 .map(|stat| (stat.stx_dio_offset_align, stat.stx_dio_mem_align)),
         };
         // Kernels before 6.1 do not say; no file system in use wants more than a page.
         let (block, memory) = said
-            .filter(|(block, memory)| plausible(*block) && plausible(*memory))
+            .filter(|(block, memory)| is_plausible(*block) && is_plausible(*memory))
             .unwrap_or((PAGE, PAGE));
         Self {
             block,
@@ -53,26 +53,28 @@ impl Direct {
     }
 
     /// Whether an offset or length is a whole number of blocks.
-    pub(crate) fn fits(&self, offset: u64) -> bool {
+    pub(crate) fn is_aligned(&self, offset: u64) -> bool {
         offset.is_multiple_of(u64::from(self.block))
     }
 
-    fn fits_request(&self, buf: &[u8], offset: u64) -> bool {
-        self.fits(offset) && self.fits(buf.len() as u64) && (buf.as_ptr().addr()).is_multiple_of(self.memory)
+    fn is_aligned_request(&self, buf: &[u8], offset: u64) -> bool {
+        self.is_aligned(offset)
+            && self.is_aligned(buf.len() as u64)
+            && (buf.as_ptr().addr()).is_multiple_of(self.memory)
     }
 
     /// Reads until `buf` is full or the file ends; how many bytes there were.
     pub(crate) fn read(&self, file: &File, buf: &mut [u8], offset: u64) -> Result<usize> {
-        if self.fits_request(buf, offset) {
+        if self.is_aligned_request(buf, offset) {
             return file.read_until_end(buf, offset);
         }
-        let mut bounce = self.borrow();
+        let mut bounce = self.acquire_buffer();
         let mut done = 0;
         while done < buf.len() {
             let at = offset.saturating_add(done as u64);
             let start = align_down(at, u64::from(self.block));
             let skip = to_index(at - start)?;
-            let want = (buf.len() - done).min(BOUNCE - skip);
+            let want = (buf.len() - done).min(MAX_BOUNCE - skip);
             let block = bounce.blocks(self.memory, self.round_up(skip + want));
             let there = file.read_until_end(block, start)?.saturating_sub(skip).min(want);
             buf[done..done + there].copy_from_slice(&block[skip..skip + there]);
@@ -81,18 +83,18 @@ impl Direct {
                 break;
             }
         }
-        self.give_back(bounce);
+        self.release_buffer(bounce);
         Ok(done)
     }
 
     /// Writes all of `buf`.
     pub(crate) fn write(&self, file: &File, buf: &[u8], offset: u64) -> Result<()> {
         let end = offset.saturating_add(buf.len() as u64);
-        if self.fits_request(buf, offset) {
+        if self.is_aligned_request(buf, offset) {
             let _growing = file.growth.read().unwrap_or_else(PoisonError::into_inner);
             return file.write_out(buf, offset);
         }
-        if self.fits(offset) && self.fits(end) {
+        if self.is_aligned(offset) && self.is_aligned(end) {
             let _growing = file.growth.read().unwrap_or_else(PoisonError::into_inner);
             return self.write_bounced(file, buf, offset);
         }
@@ -105,7 +107,7 @@ impl Direct {
         let _alone = file.growth.write().unwrap_or_else(PoisonError::into_inner);
         let before = file.refresh_len()?;
         let outcome = self.write_bounced(file, buf, offset);
-        if file.kind == Kind::Regular && whole_end > before.max(end) {
+        if file.kind == FileKind::Regular && whole_end > before.max(end) {
             // The last block was written whole; the file ends where the bytes do.
             file.file.set_len(before.max(end))?;
         }
@@ -113,28 +115,28 @@ impl Direct {
     }
 
     fn write_bounced(&self, file: &File, buf: &[u8], offset: u64) -> Result<()> {
-        let mut bounce = self.borrow();
+        let mut bounce = self.acquire_buffer();
         let mut done = 0;
         while done < buf.len() {
             let at = offset.saturating_add(done as u64);
             let start = align_down(at, u64::from(self.block));
             let skip = to_index(at - start)?;
-            let len = (buf.len() - done).min(BOUNCE - skip);
+            let len = (buf.len() - done).min(MAX_BOUNCE - skip);
             let whole = self.round_up(skip + len);
             let blocks = bounce.blocks(self.memory, whole);
             let unit = self.block as usize;
             if skip != 0 {
-                fill(file, &mut blocks[..unit], start)?;
+                read_block(file, &mut blocks[..unit], start)?;
             }
             if skip + len != whole && (skip == 0 || whole > unit) {
                 let last = whole - unit;
-                fill(file, &mut blocks[last..], start + last as u64)?;
+                read_block(file, &mut blocks[last..], start + last as u64)?;
             }
             blocks[skip..skip + len].copy_from_slice(&buf[done..done + len]);
             file.write_out(blocks, start)?;
             done += len;
         }
-        self.give_back(bounce);
+        self.release_buffer(bounce);
         Ok(())
     }
 
@@ -142,12 +144,12 @@ impl Direct {
         len.next_multiple_of(self.block as usize)
     }
 
-    fn borrow(&self) -> Bounce {
+    fn acquire_buffer(&self) -> BounceBuffer {
         let spare = self.spare.lock().unwrap_or_else(PoisonError::into_inner).pop();
         spare.unwrap_or_default()
     }
 
-    fn give_back(&self, bounce: Bounce) {
+    fn release_buffer(&self, bounce: BounceBuffer) {
         let mut spare = self.spare.lock().unwrap_or_else(PoisonError::into_inner);
         if spare.len() < MAX_SPARE {
             spare.push(bounce);
@@ -156,18 +158,18 @@ impl Direct {
 }
 
 /// The largest piece that goes through a buffer, a multiple of every block size.
-const BOUNCE: usize = 1 << 20;
+const MAX_BOUNCE: usize = 1 << 20;
 /// How many buffers are kept for the next request.
 const MAX_SPARE: usize = 8;
 const PAGE: u32 = 4096;
 
 /// Block sizes are powers of two; the kernel answers 0 for a file that has no such requests.
-fn plausible(size: u32) -> bool {
+fn is_plausible(size: u32) -> bool {
     size.is_power_of_two() && size <= 64 << 10
 }
 
 /// Reads a block, with zeroes for what lies beyond the end of the file.
-fn fill(file: &File, block: &mut [u8], offset: u64) -> Result<()> {
+fn read_block(file: &File, block: &mut [u8], offset: u64) -> Result<()> {
     let there = file.read_until_end(block, offset)?;
     block[there..].fill(0);
     Ok(())
@@ -175,9 +177,9 @@ fn fill(file: &File, block: &mut [u8], offset: u64) -> Result<()> {
 
 /// Memory with room to start at an aligned address.
 #[derive(Debug, Default)]
-struct Bounce(Vec<u8>);
+struct BounceBuffer(Vec<u8>);
 
-impl Bounce {
+impl BounceBuffer {
     fn blocks(&mut self, alignment: usize, len: usize) -> &mut [u8] {
         if self.0.len() < len + alignment {
             self.0 = vec![0; len + alignment];

@@ -10,7 +10,7 @@ use diskimage_core::{ByteRange, Device, Error, ErrorKind, Permissions, Prealloca
 use rustix::fs::{FallocateFlags, IFlags};
 
 use crate::cache::CacheMode;
-use crate::file::{File, Kind};
+use crate::file::{File, FileKind};
 use crate::name::Target;
 use crate::sys;
 
@@ -86,7 +86,7 @@ impl File {
     ///
     /// # Errors
     /// As [`File::create`].
-    pub fn require_free(target: &Target, cache: CacheMode) -> Result<()> {
+    pub fn require_unlocked(target: &Target, cache: CacheMode) -> Result<()> {
         Self::open(target, true, cache)?.lock(CREATING)
     }
 
@@ -116,7 +116,7 @@ impl File {
         this.lock(CREATING)?;
         this.file.set_len(0).context(|| "Could not resize file")?;
         this.refresh_len()?;
-        this.holes.forget();
+        this.holes.invalidate();
         if creation.nocow
             && let Ok(flags) = rustix::fs::ioctl_getflags(&this.file)
         {
@@ -132,7 +132,7 @@ impl File {
 
     /// Changes the length.
     pub(crate) fn set_len(&self, len: u64, preallocation: Preallocation) -> Result<()> {
-        if self.kind != Kind::Regular {
+        if self.kind != FileKind::Regular {
             return self.set_device_len(len, preallocation);
         }
         if i64::try_from(len).is_err() {
@@ -145,7 +145,7 @@ impl File {
                 return Err(Error::invalid("Preallocation can't be used for shrinking files"));
             }
             let outcome = self.change_len(old, len, preallocation);
-            self.holes.forget();
+            self.holes.invalidate();
             if outcome.is_err() && preallocation != Preallocation::Off {
                 // What it has of it is of no use to anyone.
                 let _ = self.file.set_len(old);
@@ -159,7 +159,7 @@ impl File {
                 let _alone = self.growth.write().unwrap_or_else(PoisonError::into_inner);
                 let _ = self.file.set_len(old);
                 self.refresh_len()?;
-                self.holes.forget();
+                self.holes.invalidate();
                 return Err(error.context("Could not write zeros for preallocation"));
             }
             rustix::io::retry_on_intr(|| rustix::fs::fsync(&self.file))

@@ -7,31 +7,31 @@ use diskimage_core::{ByteRange, Extent, ExtentKind, Result, StatusDetail};
 use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 
-use crate::file::{File, Kind};
+use crate::file::{File, FileKind};
 
 /// The extent found last: a scan asks the kernel once an extent and not once a request.
 #[derive(Debug, Default)]
-pub(crate) struct HoleMeaning {
+pub(crate) struct HoleCache {
     /// Counts changes; an extent found before the last change is worth nothing. Writers only count, so that they do
     /// not wait for each other.
     changes: AtomicU64,
-    last: Mutex<Option<Found>>,
+    last: Mutex<Option<CachedExtent>>,
 }
 
 #[derive(Clone, Copy, Debug)]
-struct Found {
+struct CachedExtent {
     changes: u64,
     range: ByteRange,
     hole: bool,
 }
 
-impl HoleMeaning {
+impl HoleCache {
     /// To be called after every change.
-    pub(crate) fn forget(&self) {
+    pub(crate) fn invalidate(&self) {
         self.changes.fetch_add(1, Ordering::Release);
     }
 
-    fn remembered(&self, offset: u64) -> Option<Found> {
+    fn cached(&self, offset: u64) -> Option<CachedExtent> {
         let last = (*self.last.lock().unwrap_or_else(PoisonError::into_inner))?;
         let fresh = last.changes == self.changes.load(Ordering::Acquire);
         (fresh && last.range.start() <= offset && offset < last.range.end()).then_some(last)
@@ -47,16 +47,16 @@ impl File {
             depth: 0,
             host: None,
         };
-        if detail == StatusDetail::Allocation || self.kind != Kind::Regular {
+        if detail == StatusDetail::Allocation || self.kind != FileKind::Regular {
             return Ok(answer(range.len(), ExtentKind::Data));
         }
         let offset = range.start();
-        let found = match self.holes.remembered(offset) {
+        let found = match self.holes.cached(offset) {
             Some(found) if !self.lent.load(Ordering::Acquire) => found,
             _ => {
                 let changes = self.holes.changes.load(Ordering::Acquire);
                 let (range, hole) = self.seek_extent(range)?;
-                let found = Found { changes, range, hole };
+                let found = CachedExtent { changes, range, hole };
                 *self.holes.last.lock().unwrap_or_else(PoisonError::into_inner) = Some(found);
                 found
             }
@@ -142,7 +142,7 @@ mod tests {
             .status(ByteRange::new(0, 512), StatusDetail::Zeroes)
             .expect("can be asked");
         assert_eq!(first.len, 512);
-        let remembered = file.holes.remembered(60000).expect("was remembered");
-        assert_eq!(remembered.range, ByteRange::new(0, 65536));
+        let cached = file.holes.cached(60000).expect("was cached");
+        assert_eq!(cached.range, ByteRange::new(0, 65536));
     }
 }

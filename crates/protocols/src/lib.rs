@@ -23,7 +23,7 @@ mod zero;
 
 pub use aio::Aio;
 pub use cache::CacheMode;
-pub use file::{File, Local, identity_of_path};
+pub use file::{File, LocalFileDriver, identity_of_path};
 pub use filter::{Below, ChildKind, FILTERS, Filter, FilterChild, FilterRequest, filter_by_name};
 pub use grow::{CREATE_OPTIONS, FileCreation};
 pub use name::{ProtocolKind, Target};

@@ -17,12 +17,12 @@ use crate::sys;
 
 /// The permissions that a file is locked for now.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Held {
+pub(crate) struct HeldLocks {
     used: u8,
     unshared: u8,
 }
 
-impl From<Permissions> for Held {
+impl From<Permissions> for HeldLocks {
     fn from(permissions: Permissions) -> Self {
         let bit = |set: bool, n: u8| u8::from(set) << n;
         Self {
@@ -34,7 +34,7 @@ impl From<Permissions> for Held {
     }
 }
 
-impl Held {
+impl HeldLocks {
     /// Changes the locks on `file` from these to those of `wanted`. On failure these stay.
     pub(crate) fn change_to(self, wanted: Self, file: &fs::File, name: &str) -> Result<()> {
         let mut new = wanted.bytes().filter(|byte| !self.bytes().any(|b| b == *byte));

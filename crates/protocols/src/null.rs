@@ -69,7 +69,7 @@ impl Protocol for NullDriver {
         }
     }
 
-    fn takes_images(&self) -> bool {
+    fn can_hold_image(&self) -> bool {
         false
     }
 

@@ -39,7 +39,7 @@ pub trait Protocol: Debug + Sync {
     }
 
     /// Whether a new image can go into something that is there.
-    fn takes_images(&self) -> bool {
+    fn can_hold_image(&self) -> bool {
         true
     }
 }

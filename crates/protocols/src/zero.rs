@@ -7,7 +7,7 @@ use diskimage_core::{ByteRange, Device, Error, Result, ZeroMode};
 use rustix::fs::FallocateFlags;
 use rustix::io::{Errno, retry_on_intr};
 
-use crate::file::{File, Kind};
+use crate::file::{File, FileKind};
 use crate::sys;
 
 impl File {
@@ -20,18 +20,18 @@ impl File {
             return Err(Error::from_errno(libc::EFBIG));
         }
         let outcome = match self.kind {
-            Kind::Regular => self.zero_file(range, mode),
-            Kind::Block => self.zero_block(range, mode),
-            Kind::Character => self.fall_back(range, mode),
+            FileKind::Regular => self.zero_file(range, mode),
+            FileKind::Block => self.zero_block(range, mode),
+            FileKind::Character => self.fall_back(range, mode),
         };
         self.note_outcome(&outcome, range.end());
         outcome
     }
 
     /// Gives up the contents of `range`.
-    pub(crate) fn give_back(&self, range: ByteRange) -> Result<()> {
+    pub(crate) fn discard_range(&self, range: ByteRange) -> Result<()> {
         let outcome = match self.kind {
-            Kind::Regular => {
+            FileKind::Regular => {
                 let inside = range.intersect(ByteRange::new(0, self.len()));
                 if inside.is_empty() {
                     Ok(())
@@ -39,10 +39,10 @@ impl File {
                     self.fallocate(PUNCH, inside).map_err(std::io::Error::from)
                 }
             }
-            Kind::Block => sys::block_discard(&self.file, range.start(), range.len()),
-            Kind::Character => Ok(()),
+            FileKind::Block => sys::block_discard(&self.file, range.start(), range.len()),
+            FileKind::Character => Ok(()),
         };
-        self.holes.forget();
+        self.holes.invalidate();
         match outcome {
             Err(error) if !is_unsupported(error.raw_os_error()) => Err(error.into()),
             // Discarding is an offer that need not be taken.

@@ -22,8 +22,8 @@ use diskimage_core::{
 };
 use diskimage_formats::{bare_layer, format_by_name};
 use diskimage_protocols::{
-    Below, CacheMode, ChildKind, Filter, FilterChild, FilterRequest, Local, Protocol, ProtocolRequest,
-    filter_by_name, protocol_by_name,
+    Below, CacheMode, ChildKind, Filter, FilterChild, FilterRequest, LocalFileDriver, Protocol,
+    ProtocolRequest, filter_by_name, protocol_by_name,
 };
 
 use crate::guess::GuessedRaw;
@@ -385,7 +385,7 @@ impl<'a> Opener<'a> {
 
     /// A local file of whatever kind.
     fn open_plain(&self, mut node: NodeOptions, common: &Common) -> Result<Arc<dyn Device>> {
-        let driver = Local::serving(node.text("filename").unwrap_or_default());
+        let driver = LocalFileDriver::serving(node.text("filename").unwrap_or_default());
         let device = self.open_protocol(driver, &mut node, common.mode)?;
         require_all_taken(driver.name(), &node)?;
         Ok(device)
@@ -435,7 +435,7 @@ impl<'a> Opener<'a> {
                 write: false,
                 ..common.mode
             };
-            self.open_protocol(Local::serving(name), &mut options, mode)
+            self.open_protocol(LocalFileDriver::serving(name), &mut options, mode)
         };
         filter.open(FilterRequest {
             options: node,

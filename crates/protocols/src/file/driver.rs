@@ -6,40 +6,40 @@ use std::sync::Arc;
 use diskimage_core::options::{OptionDef, OptionKind};
 use diskimage_core::{Device, Error, NodeOptions, Note, Result};
 
-use super::{File, Kind};
+use super::{File, FileKind};
 use crate::aio::Aio;
 use crate::name::{ProtocolKind, Target};
 use crate::protocol::{Protocol, ProtocolRequest};
 
 /// A driver for local files.
 #[derive(Debug)]
-pub struct Local {
+pub struct LocalFileDriver {
     kind: ProtocolKind,
     prefixes: &'static [&'static str],
 }
 
 /// Regular files.
-pub(crate) static FILE: Local = Local {
+pub(crate) static FILE: LocalFileDriver = LocalFileDriver {
     kind: ProtocolKind::File,
     prefixes: &["file"],
 };
 
 /// Block devices, and character devices as far as they behave like one.
-pub(crate) static HOST_DEVICE: Local = Local {
+pub(crate) static HOST_DEVICE: LocalFileDriver = LocalFileDriver {
     kind: ProtocolKind::HostDevice,
     prefixes: &["host_device"],
 };
 
 /// Optical drives.
-pub(crate) static HOST_CDROM: Local = Local {
+pub(crate) static HOST_CDROM: LocalFileDriver = LocalFileDriver {
     kind: ProtocolKind::HostCdrom,
     prefixes: &["host_cdrom"],
 };
 
-impl Local {
+impl LocalFileDriver {
     /// The driver that serves the file at `path`.
     pub fn serving(path: &str) -> &'static Self {
-        match fs::metadata(path).map(|metadata| Kind::of(&metadata)) {
+        match fs::metadata(path).map(|metadata| FileKind::of(&metadata)) {
             Ok(Some(kind)) if kind.is_device() => &HOST_DEVICE,
             _ => &FILE,
         }
@@ -67,7 +67,7 @@ const OPTIONS: &[OptionDef] = &[
     },
 ];
 
-impl Protocol for Local {
+impl Protocol for LocalFileDriver {
     fn name(&self) -> &'static str {
         self.kind.name()
     }
@@ -106,7 +106,7 @@ impl Protocol for Local {
             path: path.to_owned(),
         };
         let file = File::open(&target, request.write, cache)?;
-        if let Some(message) = file.fell_back() {
+        if let Some(message) = file.aio_fallback() {
             request.notes.note(&Note::Error(message.to_owned()));
         }
         Ok(Arc::new(if locking { file } else { file.without_locks() }))

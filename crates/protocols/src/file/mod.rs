@@ -15,12 +15,12 @@ use rustix::fs::{FallocateFlags, OFlags, SeekFrom};
 
 use crate::aio::{Aio, Engine};
 use crate::cache::CacheMode;
-use crate::direct::Direct;
-use crate::holes::HoleMeaning;
-use crate::lock::Held;
+use crate::direct::DirectIo;
+use crate::holes::HoleCache;
+use crate::lock::HeldLocks;
 use crate::name::{ProtocolKind, Target};
 
-pub use driver::Local;
+pub use driver::LocalFileDriver;
 pub(crate) use driver::{FILE, HOST_CDROM, HOST_DEVICE};
 
 /// An open file or block device.
@@ -28,15 +28,15 @@ pub(crate) use driver::{FILE, HOST_CDROM, HOST_DEVICE};
 pub struct File {
     pub(crate) file: fs::File,
     pub(crate) name: String,
-    pub(crate) kind: Kind,
+    pub(crate) kind: FileKind,
     protocol: ProtocolKind,
     pub(crate) cache: CacheMode,
     engine: Engine,
     /// What the user ought to know: the kernel does not offer the interface that was asked for.
-    fell_back: Option<String>,
+    aio_fallback: Option<String>,
     pub(crate) write: bool,
-    pub(crate) direct: Option<Direct>,
-    pub(crate) holes: HoleMeaning,
+    pub(crate) direct: Option<DirectIo>,
+    pub(crate) holes: HoleCache,
     /// The length as far as this object knows; others may make the file longer.
     pub(crate) known_len: AtomicU64,
     /// Writers that reach beyond the known length hold it shared; whoever sets the length holds it alone. So nobody
@@ -48,7 +48,7 @@ pub struct File {
     flush_failed: AtomicBool,
     /// Whether it takes locks at all.
     locking: bool,
-    locks: Mutex<Held>,
+    locks: Mutex<HeldLocks>,
     limits: Limits,
     /// Device and inode, or which block device.
     identity: (u64, u64),
@@ -56,9 +56,9 @@ pub struct File {
 
 /// What makes a file the same as another. Block devices are, whatever the entries in the file system that lead to them.
 fn identity_of(metadata: &fs::Metadata) -> (u64, u64) {
-    match Kind::of(metadata) {
+    match FileKind::of(metadata) {
         // No file has this inode.
-        Some(Kind::Block) => (metadata.rdev(), 0),
+        Some(FileKind::Block) => (metadata.rdev(), 0),
         _ => (metadata.dev(), metadata.ino()),
     }
 }
@@ -70,13 +70,13 @@ pub fn identity_of_path(path: &str) -> Option<(u64, u64)> {
 
 /// What kind of file it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Kind {
+pub(crate) enum FileKind {
     Regular,
     Block,
     Character,
 }
 
-impl Kind {
+impl FileKind {
     /// `None` for what bytes cannot be read from at any offset.
     pub(crate) fn of(metadata: &fs::Metadata) -> Option<Self> {
         let file_type = metadata.file_type();
@@ -135,26 +135,26 @@ impl File {
         // O_NONBLOCK was only for files that opening waits for.
         let flags = rustix::fs::fcntl_getfl(&file).map_err(std::io::Error::from)?;
         rustix::fs::fcntl_setfl(&file, flags - OFlags::NONBLOCK).map_err(std::io::Error::from)?;
-        let direct = cache.direct.then(|| Direct::of(&file, kind));
+        let direct = cache.direct.then(|| DirectIo::of(&file, kind));
         let limits = Limits {
-            alignment: direct.as_ref().map_or(1, Direct::alignment),
+            alignment: direct.as_ref().map_or(1, DirectIo::alignment),
             ..Limits::default()
         };
-        let (engine, fell_back) = Engine::new(cache.aio);
+        let (engine, aio_fallback) = Engine::new(cache.aio);
         let this = Self {
             file,
             name: name.clone(),
             kind,
             protocol: target.protocol.unwrap_or(match kind {
-                Kind::Regular => ProtocolKind::File,
-                Kind::Block | Kind::Character => ProtocolKind::HostDevice,
+                FileKind::Regular => ProtocolKind::File,
+                FileKind::Block | FileKind::Character => ProtocolKind::HostDevice,
             }),
             cache,
             engine,
-            fell_back,
+            aio_fallback,
             write,
             direct,
-            holes: HoleMeaning::default(),
+            holes: HoleCache::default(),
             known_len: AtomicU64::new(0),
             growth: RwLock::new(()),
             lent: AtomicBool::new(false),
@@ -176,8 +176,8 @@ impl File {
     }
 
     /// That the kernel does not offer the interface that was asked for, in words for the user.
-    pub(crate) fn fell_back(&self) -> Option<&str> {
-        self.fell_back.as_deref()
+    pub(crate) fn aio_fallback(&self) -> Option<&str> {
+        self.aio_fallback.as_deref()
     }
 
     /// The protocol that serves it.
@@ -193,10 +193,12 @@ impl File {
     /// Asks the system for the length.
     pub(crate) fn refresh_len(&self) -> Result<u64> {
         let len = match self.kind {
-            Kind::Regular => self.file.metadata()?.len(),
-            Kind::Block => rustix::fs::seek(&self.file, SeekFrom::End(0)).map_err(std::io::Error::from)?,
+            FileKind::Regular => self.file.metadata()?.len(),
+            FileKind::Block => {
+                rustix::fs::seek(&self.file, SeekFrom::End(0)).map_err(std::io::Error::from)?
+            }
             // A terminal and the like; those that have a length tell it.
-            Kind::Character => rustix::fs::seek(&self.file, SeekFrom::End(0)).unwrap_or(0),
+            FileKind::Character => rustix::fs::seek(&self.file, SeekFrom::End(0)).unwrap_or(0),
         };
         self.known_len.store(len, Ordering::Release);
         Ok(len)
@@ -216,7 +218,7 @@ impl File {
             if self
                 .direct
                 .as_ref()
-                .is_some_and(|direct| !direct.fits(done as u64))
+                .is_some_and(|direct| !direct.is_aligned(done as u64))
             {
                 // Only the end of the file makes an uneven number.
                 break;
@@ -254,7 +256,7 @@ impl File {
         if !self.kind.is_device() {
             self.known_len.fetch_max(end, Ordering::AcqRel);
         }
-        self.holes.forget();
+        self.holes.invalidate();
     }
 
     /// Notes what has become of a change that reaches to `end`. After a failure part of it may be there.
@@ -334,7 +336,7 @@ impl Device for File {
 
     fn discard(&self, range: ByteRange) -> Result<()> {
         self.require_writable()?;
-        self.give_back(range)?;
+        self.discard_range(range)?;
         self.after_layout_change()
     }
 
@@ -352,7 +354,7 @@ impl Device for File {
         match self.engine.sync(&self.file) {
             Ok(()) => Ok(()),
             // Pipes and some devices have nothing to flush.
-            Err(error) if error.raw_os_error() == Some(libc::EINVAL) && self.kind == Kind::Character => {
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) && self.kind == FileKind::Character => {
                 Ok(())
             }
             Err(error) => {
@@ -386,7 +388,7 @@ impl Device for File {
             return Ok(());
         }
         let mut held = self.locks.lock().unwrap_or_else(PoisonError::into_inner);
-        let wanted = Held::from(permissions);
+        let wanted = HeldLocks::from(permissions);
         held.change_to(wanted, &self.file, &self.name)?;
         *held = wanted;
         Ok(())
@@ -441,10 +443,10 @@ impl File {
 }
 
 /// Which kind of file it is, if the protocol takes that kind.
-fn kind_of(metadata: &fs::Metadata, target: &Target) -> Result<Kind> {
+fn kind_of(metadata: &fs::Metadata, target: &Target) -> Result<FileKind> {
     let path = &target.path;
-    match (target.protocol, Kind::of(metadata)) {
-        (None | Some(ProtocolKind::File), Some(Kind::Regular)) => Ok(Kind::Regular),
+    match (target.protocol, FileKind::of(metadata)) {
+        (None | Some(ProtocolKind::File), Some(FileKind::Regular)) => Ok(FileKind::Regular),
         (None | Some(ProtocolKind::HostDevice | ProtocolKind::HostCdrom), Some(kind)) if kind.is_device() => {
             Ok(kind)
         }

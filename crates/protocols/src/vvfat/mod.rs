@@ -76,7 +76,7 @@ impl Protocol for VvfatDriver {
         Ok(options)
     }
 
-    fn takes_images(&self) -> bool {
+    fn can_hold_image(&self) -> bool {
         false
     }
 
