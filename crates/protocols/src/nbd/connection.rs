@@ -32,7 +32,7 @@ pub(super) struct Channel {
 
 /// The connection is gone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Lost;
+pub(super) struct ConnectionLost;
 
 /// A connection on which an export was agreed on.
 pub(super) struct Connection {
@@ -53,20 +53,20 @@ struct Shared {
 #[derive(Debug, Default)]
 struct Waiting {
     next_cookie: u64,
-    requests: HashMap<u64, Request>,
+    requests: HashMap<u64, PendingRequest>,
     lost: bool,
     /// Memory of earlier replies.
-    spare: Vec<Vec<u8>>,
+    buffers: Vec<Vec<u8>>,
 }
 
 #[derive(Debug)]
-struct Request {
+struct PendingRequest {
     assembly: Assembly,
     answer: SyncSender<Outcome>,
 }
 
 /// How much memory of earlier replies is kept.
-const MAX_SPARE: usize = 8;
+const MAX_BUFFERS: usize = 8;
 /// How much is read at once, heads above all.
 const READ_AHEAD: usize = 64 << 10;
 
@@ -76,7 +76,7 @@ impl Shared {
     }
 
     /// Ends all that wait, and all that comes.
-    fn lose(&self) {
+    fn fail_all(&self) {
         let mut waiting = self.waiting();
         waiting.lost = true;
         waiting.requests.clear();
@@ -91,7 +91,7 @@ impl Connection {
             from: BufReader::with_capacity(READ_AHEAD, channel.reader),
             socket: channel.socket.try_clone()?,
             shared: Arc::clone(&shared),
-            style: export.style,
+            reply_mode: export.reply_mode,
         };
         let thread = thread::Builder::new()
             .name("nbd".to_owned())
@@ -127,7 +127,7 @@ impl Connection {
         command: Command,
         range: ByteRange,
         payload: &[u8],
-    ) -> std::result::Result<Outcome, Lost> {
+    ) -> std::result::Result<Outcome, ConnectionLost> {
         self.in_flight.fetch_add(1, Ordering::Relaxed);
         let outcome = self.exchange(command, range, payload);
         self.in_flight.fetch_sub(1, Ordering::Relaxed);
@@ -139,28 +139,30 @@ impl Connection {
         command: Command,
         range: ByteRange,
         payload: &[u8],
-    ) -> std::result::Result<Outcome, Lost> {
+    ) -> std::result::Result<Outcome, ConnectionLost> {
         let (answer, outcome) = sync_channel(1);
         let cookie = {
             let mut waiting = self.shared.waiting();
             if waiting.lost {
-                return Err(Lost);
+                return Err(ConnectionLost);
             }
             let mut data = Vec::new();
             if command == Command::Read {
                 let Ok(len) = to_index(range.len()) else {
                     return Ok(Outcome::Refused(errno::ENOMEM));
                 };
-                data = waiting.spare.pop().unwrap_or_default();
+                data = waiting.buffers.pop().unwrap_or_default();
                 data.resize(len, 0);
             }
-            let assembly = Assembly::new(command, range, self.export.style, self.export.context, data);
+            let assembly = Assembly::new(command, range, self.export.reply_mode, self.export.context, data);
             let cookie = waiting.next_cookie;
             waiting.next_cookie += 1;
-            waiting.requests.insert(cookie, Request { assembly, answer });
+            waiting
+                .requests
+                .insert(cookie, PendingRequest { assembly, answer });
             cookie
         };
-        let head = encode(self.export.style, command, cookie, range);
+        let head = encode(self.export.reply_mode, command, cookie, range);
         let sent = {
             let mut writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
             write_both(&mut **writer, &head, payload)
@@ -168,17 +170,17 @@ impl Connection {
         if sent.is_err() {
             // The reading thread wakes up and ends the others.
             self.socket.shut_down();
-            self.shared.lose();
-            return Err(Lost);
+            self.shared.fail_all();
+            return Err(ConnectionLost);
         }
-        outcome.recv().map_err(|_| Lost)
+        outcome.recv().map_err(|_| ConnectionLost)
     }
 
     /// Takes back the memory of what was read.
-    pub(super) fn give_back(&self, data: Vec<u8>) {
+    pub(super) fn release_buffer(&self, data: Vec<u8>) {
         let mut waiting = self.shared.waiting();
-        if waiting.spare.len() < MAX_SPARE {
-            waiting.spare.push(data);
+        if waiting.buffers.len() < MAX_BUFFERS {
+            waiting.buffers.push(data);
         }
     }
 }
@@ -193,10 +195,15 @@ impl std::fmt::Debug for Connection {
 
 impl Drop for Connection {
     fn drop(&mut self) {
-        let good_bye = encode(self.export.style, Command::Disconnect, 0, ByteRange::new(0, 0));
+        let disconnect = encode(
+            self.export.reply_mode,
+            Command::Disconnect,
+            0,
+            ByteRange::new(0, 0),
+        );
         let writer = self.writer.get_mut().unwrap_or_else(PoisonError::into_inner);
         // A server that has gone needs no good bye.
-        let _ = writer.write_all(&good_bye);
+        let _ = writer.write_all(&disconnect);
         self.socket.shut_down();
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
@@ -225,21 +232,21 @@ struct Reader {
     from: BufReader<Box<dyn Read + Send>>,
     socket: Socket,
     shared: Arc<Shared>,
-    style: ReplyMode,
+    reply_mode: ReplyMode,
 }
 
 impl Reader {
     fn run(mut self) {
         while self.reply().is_ok() {}
         self.socket.shut_down();
-        self.shared.lose();
+        self.shared.fail_all();
     }
 
     /// Reads one reply or chunk. An error is the end of the connection.
     fn reply(&mut self) -> Result<()> {
         let mut head = [0; LONGEST_HEAD];
         self.from.read_exact(&mut head[..SHORTEST_HEAD])?;
-        let len = Head::len_of(&head[..SHORTEST_HEAD], self.style)?;
+        let len = Head::len_of(&head[..SHORTEST_HEAD], self.reply_mode)?;
         self.from.read_exact(&mut head[SHORTEST_HEAD..len])?;
         let head = Head::parse(&head[..len])?;
         let request = self.shared.waiting().requests.remove(&head.cookie);
@@ -280,7 +287,7 @@ impl Reader {
                     self.from.read_exact(&mut bytes)?;
                     offset = u64::from_be_bytes(bytes);
                 }
-                self.from.read_exact(assembly.place(offset, len)?)?;
+                self.from.read_exact(assembly.destination(offset, len)?)?;
                 Ok(done)
             }
             Step::Chunk { kind, len, done } => {

@@ -46,15 +46,21 @@ pub fn replies(bytes: &[u8]) {
     let Some((first, rest)) = bytes.split_first() else {
         return;
     };
-    let style = [ReplyMode::Simple, ReplyMode::Structured, ReplyMode::Extended][usize::from(first % 3)];
+    let reply_mode = [ReplyMode::Simple, ReplyMode::Structured, ReplyMode::Extended][usize::from(first % 3)];
     let command = [Command::Read, Command::BlockStatus, Command::Write][usize::from(first / 3 % 3)];
     let len = if command == Command::Read { 4096 } else { 0 };
-    let assembly = Assembly::new(command, ByteRange::at(512, 4096), style, Some(0), vec![0; len]);
-    feed(assembly, style, rest);
+    let assembly = Assembly::new(
+        command,
+        ByteRange::at(512, 4096),
+        reply_mode,
+        Some(0),
+        vec![0; len],
+    );
+    feed(assembly, reply_mode, rest);
 }
 
 /// Feeds one reply as a connection does; ends where the connection would.
-fn feed(mut assembly: Assembly, style: ReplyMode, bytes: &[u8]) -> Option<()> {
+fn feed(mut assembly: Assembly, reply_mode: ReplyMode, bytes: &[u8]) -> Option<()> {
     let mut rest = bytes;
     let mut take = |len: usize| {
         let (head, tail) = rest.split_at_checked(len)?;
@@ -63,7 +69,7 @@ fn feed(mut assembly: Assembly, style: ReplyMode, bytes: &[u8]) -> Option<()> {
     };
     loop {
         let mut head = take(SHORTEST_HEAD)?.to_vec();
-        let len = Head::len_of(&head, style).ok()?;
+        let len = Head::len_of(&head, reply_mode).ok()?;
         head.extend_from_slice(take(len.checked_sub(SHORTEST_HEAD)?)?);
         let head = Head::parse(&head).ok()?;
         let done = match assembly.step(head.kind).ok()? {
@@ -78,7 +84,7 @@ fn feed(mut assembly: Assembly, style: ReplyMode, bytes: &[u8]) -> Option<()> {
                     offset = u64::from_be_bytes(take(8)?.try_into().ok()?);
                 }
                 let data = take(usize::try_from(len).ok()?)?;
-                assembly.place(offset, len).ok()?.copy_from_slice(data);
+                assembly.destination(offset, len).ok()?.copy_from_slice(data);
                 done
             }
             Step::Chunk { kind, len, done } => {

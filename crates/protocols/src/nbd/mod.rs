@@ -90,7 +90,7 @@ pub fn check_tls_creds(_: &diskimage_core::TlsCreds) -> Result<()> {
 /// An export of an NBD server.
 #[derive(Debug)]
 struct Nbd {
-    lines: ConnectionPool,
+    connections: ConnectionPool,
     export: Export,
     limits: Limits,
     write: bool,
@@ -114,8 +114,8 @@ impl Nbd {
         let options = NbdOptions::take(options)?;
         let remote = Remote::new(&options, objects)?;
         let node = options.node();
-        let line = remote.connect_within(options.open_timeout)?;
-        let export = line.export().clone();
+        let connection = remote.connect_within(options.open_timeout)?;
+        let export = connection.export().clone();
         if options.context.is_some() && export.context.is_none() {
             return Err(Error::from_errno(errno::EINVAL)).context(|| OPEN);
         }
@@ -128,7 +128,7 @@ impl Nbd {
             parallelism: PARALLELISM,
         };
         Ok(Self {
-            lines: ConnectionPool::new(remote, line, options.reconnect_delay),
+            connections: ConnectionPool::new(remote, connection, options.reconnect_delay),
             export,
             limits,
             write,
@@ -164,12 +164,12 @@ impl Nbd {
         take: impl FnOnce(&Outcome) -> Option<T>,
     ) -> Result<T> {
         loop {
-            let Some(line) = self.lines.pick() else {
+            let Some(connection) = self.connections.pick() else {
                 self.reconnect(None)?;
                 continue;
             };
-            let Ok(outcome) = line.call(command, range, payload) else {
-                self.reconnect(Some(&line))?;
+            let Ok(outcome) = connection.call(command, range, payload) else {
+                self.reconnect(Some(&connection))?;
                 continue;
             };
             let error = match &outcome {
@@ -178,7 +178,7 @@ impl Nbd {
                 good => {
                     let taken = take(good);
                     if let Outcome::Data(data) = outcome {
-                        line.give_back(data);
+                        connection.release_buffer(data);
                     }
                     return taken.ok_or_else(|| Error::from_errno(errno::EIO));
                 }
@@ -188,7 +188,7 @@ impl Nbd {
     }
 
     fn reconnect(&self, lost: Option<&Arc<Connection>>) -> Result<()> {
-        if self.lines.replace(lost) {
+        if self.connections.replace(lost) {
             Ok(())
         } else {
             Err(Error::from_errno(errno::EIO))
@@ -196,14 +196,14 @@ impl Nbd {
     }
 
     /// [`Nbd::call`] for what there is nothing to tell about.
-    fn order(&self, command: Command, range: ByteRange, payload: &[u8]) -> Result<()> {
+    fn send_command(&self, command: Command, range: ByteRange, payload: &[u8]) -> Result<()> {
         self.call(command, range, payload, |outcome| {
             (*outcome == Outcome::Done).then_some(())
         })
     }
 
     /// Reads whole blocks, no more than fit a request.
-    fn read_piece(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+    fn read_chunk(&self, buf: &mut [u8], offset: u64) -> Result<()> {
         let range = ByteRange::at(offset, buf.len() as u64);
         self.call(Command::Read, range, &[], |outcome| match outcome {
             Outcome::Data(data) if data.len() == buf.len() => {
@@ -216,24 +216,24 @@ impl Nbd {
 
     fn read_blocks(&self, buf: &mut [u8], offset: u64) -> Result<()> {
         let mut at = offset;
-        for piece in buf.chunks_mut(self.piece()) {
-            self.read_piece(piece, at)?;
-            at += piece.len() as u64;
+        for chunk in buf.chunks_mut(self.max_data_len()) {
+            self.read_chunk(chunk, at)?;
+            at += chunk.len() as u64;
         }
         Ok(())
     }
 
     fn write_blocks(&self, buf: &[u8], offset: u64) -> Result<()> {
         let mut at = offset;
-        for piece in buf.chunks(self.piece()) {
-            self.order(Command::Write, ByteRange::at(at, piece.len() as u64), piece)?;
-            at += piece.len() as u64;
+        for chunk in buf.chunks(self.max_data_len()) {
+            self.send_command(Command::Write, ByteRange::at(at, chunk.len() as u64), chunk)?;
+            at += chunk.len() as u64;
         }
         Ok(())
     }
 
     /// The longest request that carries data; a multiple of the unit.
-    fn piece(&self) -> usize {
+    fn max_data_len(&self) -> usize {
         self.export.max_block as usize
     }
 
@@ -249,19 +249,19 @@ impl Nbd {
     }
 
     /// Orders `command` for the blocks of `range`, in pieces that the server takes.
-    fn order_long(&self, command: Command, range: ByteRange) -> Result<()> {
+    fn command_in_chunks(&self, command: Command, range: ByteRange) -> Result<()> {
         let mut rest = range;
         while !rest.is_empty() {
-            let piece = rest.first(self.longest());
-            self.order(command, piece, &[])?;
-            rest = rest.skip(piece.len());
+            let chunk = rest.first(self.max_range_len());
+            self.send_command(command, chunk, &[])?;
+            rest = rest.skip(chunk.len());
         }
         Ok(())
     }
 
     /// The longest request that carries no data.
-    fn longest(&self) -> u64 {
-        match self.export.style {
+    fn max_range_len(&self) -> u64 {
+        match self.export.reply_mode {
             ReplyMode::Extended => MAX_LONG_LEN,
             ReplyMode::Simple | ReplyMode::Structured => align_down(MAX_SHORT_LEN, self.unit()),
         }
@@ -281,14 +281,14 @@ impl Nbd {
     }
 
     /// `len` bytes from `offset` on, if they lie inside the export.
-    fn require(&self, offset: u64, len: u64) -> Result<ByteRange> {
+    fn check_range(&self, offset: u64, len: u64) -> Result<ByteRange> {
         match offset.checked_add(len) {
             Some(end) if end <= self.len() => Ok(ByteRange::new(offset, end)),
             _ => Err(Error::from_errno(errno::EIO)),
         }
     }
 
-    fn can(&self, flag: u16) -> bool {
+    fn supports(&self, flag: u16) -> bool {
         self.export.flags & flag != 0
     }
 }
@@ -303,7 +303,7 @@ impl Device for Nbd {
     }
 
     fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
-        let range = self.require(offset, buf.len() as u64)?;
+        let range = self.check_range(offset, buf.len() as u64)?;
         if range.is_empty() {
             return Ok(());
         }
@@ -320,26 +320,26 @@ impl Device for Nbd {
 
     fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
         self.require_writable()?;
-        let range = self.require(offset, buf.len() as u64)?;
+        let range = self.check_range(offset, buf.len() as u64)?;
         if range.is_empty() {
             return Ok(());
         }
-        self.statuses.forget();
+        self.statuses.invalidate();
         let outcome = if self.blocks(range) == range {
             self.write_blocks(buf, offset)
         } else {
             self.write_partly(buf, range)
         };
-        self.statuses.forget();
+        self.statuses.invalidate();
         outcome
     }
 
     fn write_zeroes(&self, range: ByteRange, mode: ZeroMode) -> Result<()> {
         self.require_writable()?;
-        let range = self.require(range.start(), range.len())?;
+        let range = self.check_range(range.start(), range.len())?;
         let fast = mode == ZeroMode::FastOnly;
         let middle = range.align_in(self.unit());
-        let can = self.can(export::WRITE_ZEROES) && (!fast || self.can(export::FAST_ZERO));
+        let can = self.supports(export::WRITE_ZEROES) && (!fast || self.supports(export::FAST_ZERO));
         if !can {
             if fast {
                 return Err(not_fast());
@@ -349,13 +349,13 @@ impl Device for Nbd {
         if fast && middle != range {
             return Err(not_fast());
         }
-        self.statuses.forget();
+        self.statuses.invalidate();
         let command = Command::WriteZeroes {
             no_hole: mode == ZeroMode::KeepAllocated,
             fast,
         };
-        let outcome = self.order_long(command, middle);
-        self.statuses.forget();
+        let outcome = self.command_in_chunks(command, middle);
+        self.statuses.invalidate();
         match outcome {
             Err(error) if fast && error.errno() == Some(libc::ENOTSUP) => return Err(not_fast()),
             other => other?,
@@ -369,13 +369,15 @@ impl Device for Nbd {
 
     fn discard(&self, range: ByteRange) -> Result<()> {
         self.require_writable()?;
-        let range = self.require(range.start(), range.len())?.align_in(self.unit());
-        if !self.can(export::TRIM) {
+        let range = self
+            .check_range(range.start(), range.len())?
+            .align_in(self.unit());
+        if !self.supports(export::TRIM) {
             return Ok(());
         }
-        self.statuses.forget();
-        let outcome = self.order_long(Command::Trim, range);
-        self.statuses.forget();
+        self.statuses.invalidate();
+        let outcome = self.command_in_chunks(Command::Trim, range);
+        self.statuses.invalidate();
         outcome
     }
 
@@ -389,7 +391,7 @@ impl Device for Nbd {
         }
         let (len, flags) = self.statuses.find(asked, || {
             // The whole rest: the next questions will be about what follows.
-            let rest = ByteRange::new(asked.start(), self.whole_end()).first(self.longest());
+            let rest = ByteRange::new(asked.start(), self.whole_end()).first(self.max_range_len());
             self.call(Command::BlockStatus, rest, &[], |outcome| match outcome {
                 Outcome::Status(runs) => Some(runs.clone()),
                 _ => None,
@@ -406,10 +408,10 @@ impl Device for Nbd {
     }
 
     fn flush(&self) -> Result<()> {
-        if !self.write || !self.can(export::FLUSH) {
+        if !self.write || !self.supports(export::FLUSH) {
             return Ok(());
         }
-        self.order(Command::Flush, ByteRange::new(0, 0), &[])
+        self.send_command(Command::Flush, ByteRange::new(0, 0), &[])
     }
 
     fn resize(&self, len: u64, _: Preallocation) -> Result<()> {

@@ -14,8 +14,8 @@
 use diskimage_core::{Error, ErrorKind, Result};
 
 use super::wire::{
-    INIT_MAGIC, OLDSTYLE_MAGIC, OPTION_MAGIC, OPTION_REPLY_MAGIC, Wire, answer, export, handshake, info,
-    option,
+    INIT_MAGIC, OLDSTYLE_MAGIC, OPTION_MAGIC, OPTION_REPLY_MAGIC, Wire, export, handshake, info, option,
+    option_reply,
 };
 
 /// What a client wants of a server.
@@ -52,7 +52,7 @@ pub(super) struct Export {
     /// The longest request, in bytes.
     pub(super) max_block: u32,
     /// The form of replies.
-    pub(super) style: ReplyMode,
+    pub(super) reply_mode: ReplyMode,
     /// The server's number for the context that was asked for.
     pub(super) context: Option<u32>,
 }
@@ -97,7 +97,7 @@ pub(super) const MAX_NAME: usize = 4096;
 /// A conversation up to the choice of the export.
 #[derive(Debug)]
 pub(super) struct Handshake {
-    wish: ClientOptions,
+    client_options: ClientOptions,
     state: State,
     wanted: usize,
     output: Vec<u8>,
@@ -110,9 +110,9 @@ pub(super) struct Handshake {
 }
 
 impl Handshake {
-    pub(super) fn new(wish: ClientOptions) -> Self {
+    pub(super) fn new(client_options: ClientOptions) -> Self {
         Self {
-            wish,
+            client_options,
             state: State::Hello,
             wanted: 16,
             output: Vec::new(),
@@ -125,7 +125,7 @@ impl Handshake {
                 flags: 0,
                 min_block: 1,
                 max_block: MAX_REQUEST,
-                style: ReplyMode::Simple,
+                reply_mode: ReplyMode::Simple,
                 context: None,
             },
         }
@@ -204,8 +204,8 @@ impl Handshake {
         }
         match wire.u64()? {
             OPTION_MAGIC => Ok(self.want(State::Flags, 2)),
-            OLDSTYLE_MAGIC if self.wish.tls => Err(no_starttls()),
-            OLDSTYLE_MAGIC if !self.wish.export.is_empty() => Err(Error::unsupported(
+            OLDSTYLE_MAGIC if self.client_options.tls => Err(no_starttls()),
+            OLDSTYLE_MAGIC if !self.client_options.export.is_empty() => Err(Error::unsupported(
                 "Server does not support non-empty export names",
             )),
             OLDSTYLE_MAGIC => Ok(self.want(State::Oldstyle, 8 + 4 + 124)),
@@ -231,12 +231,12 @@ impl Handshake {
         self.output
             .extend_from_slice(&u32::from(fixed | no_zeroes).to_be_bytes());
         if fixed == 0 {
-            if self.wish.tls {
+            if self.client_options.tls {
                 return Err(no_starttls());
             }
             return Ok(self.name_export());
         }
-        let first = if self.wish.tls {
+        let first = if self.client_options.tls {
             option::STARTTLS
         } else {
             option::EXTENDED_HEADERS
@@ -260,7 +260,7 @@ impl Handshake {
 
     /// Chooses the export the old way, to which there is no answer but the export.
     fn name_export(&mut self) -> Next {
-        let name = self.wish.export.clone();
+        let name = self.client_options.export.clone();
         self.put_option(option::EXPORT_NAME, name.as_bytes());
         let zeroes = if self.no_zeroes { 0 } else { 124 };
         self.want(State::ExportName, 8 + 2 + zeroes)
@@ -301,7 +301,7 @@ impl Handshake {
                 "The server does not come to an end with its options",
             ));
         }
-        if kind == answer::ACK && len != 0 {
+        if kind == option_reply::ACK && len != 0 {
             return Err(Error::corrupt(format!(
                 "Option {option} ('{}') response length is {len} (it should be zero)",
                 option_name(option)
@@ -317,44 +317,44 @@ impl Handshake {
     }
 
     fn body(&mut self, option: u32, kind: u32, wire: Wire<'_>) -> Result<Next> {
-        if kind & answer::ERROR != 0 {
+        if kind & option_reply::ERROR != 0 {
             return self.refused(option, kind, wire);
         }
         match (option, kind) {
-            (option::STARTTLS, answer::ACK) => Ok(Next::StartTls),
-            (option::EXTENDED_HEADERS, answer::ACK) => {
-                self.export.style = ReplyMode::Extended;
+            (option::STARTTLS, option_reply::ACK) => Ok(Next::StartTls),
+            (option::EXTENDED_HEADERS, option_reply::ACK) => {
+                self.export.reply_mode = ReplyMode::Extended;
                 Ok(self.ask_context())
             }
-            (option::STRUCTURED_REPLY, answer::ACK) => {
-                self.export.style = ReplyMode::Structured;
+            (option::STRUCTURED_REPLY, option_reply::ACK) => {
+                self.export.reply_mode = ReplyMode::Structured;
                 Ok(self.ask_context())
             }
-            (option::SET_META_CONTEXT, answer::META_CONTEXT) => {
+            (option::SET_META_CONTEXT, option_reply::META_CONTEXT) => {
                 self.context(wire)?;
                 Ok(self.want(State::Reply(option), 20))
             }
-            (option::SET_META_CONTEXT, answer::ACK) => Ok(self.go()),
-            (option::GO, answer::INFO) => {
+            (option::SET_META_CONTEXT, option_reply::ACK) => Ok(self.go()),
+            (option::GO, option_reply::INFO) => {
                 self.info(wire)?;
                 Ok(self.want(State::Reply(option), 20))
             }
-            (option::GO, answer::ACK) if self.has_export => Ok(self.want(State::Done, 0)),
-            (option::GO, answer::ACK) => Err(Error::corrupt("broken server omitted NBD_INFO_EXPORT")),
+            (option::GO, option_reply::ACK) if self.has_export => Ok(self.want(State::Done, 0)),
+            (option::GO, option_reply::ACK) => Err(Error::corrupt("broken server omitted NBD_INFO_EXPORT")),
             _ => Err(Error::corrupt(format!("Unexpected reply type {kind:#x}"))),
         }
     }
 
     fn ask_context(&mut self) -> Next {
         let mut data = Vec::new();
-        put_text(&mut data, &self.wish.export);
+        put_text(&mut data, &self.client_options.export);
         data.extend_from_slice(&1_u32.to_be_bytes());
-        put_text(&mut data, &self.wish.context);
+        put_text(&mut data, &self.client_options.context);
         self.ask(option::SET_META_CONTEXT, &data)
     }
 
     fn context(&mut self, mut wire: Wire<'_>) -> Result<()> {
-        let wish = &self.wish.context;
+        let wanted = &self.client_options.context;
         if wire.0.len() <= 4 {
             return Err(Error::corrupt(format!(
                 "Failed to negotiate meta context, server answered with unexpected length {}",
@@ -362,9 +362,9 @@ impl Handshake {
             )));
         }
         let number = wire.u32()?;
-        if wire.0 != wish.as_bytes() {
+        if wire.0 != wanted.as_bytes() {
             return Err(Error::corrupt(format!(
-                "Failed to negotiate meta context '{wish}', server answered with different context '{}'",
+                "Failed to negotiate meta context '{wanted}', server answered with different context '{}'",
                 String::from_utf8_lossy(wire.0)
             )));
         }
@@ -376,7 +376,7 @@ impl Handshake {
 
     fn go(&mut self) -> Next {
         let mut data = Vec::new();
-        put_text(&mut data, &self.wish.export);
+        put_text(&mut data, &self.client_options.export);
         data.extend_from_slice(&1_u16.to_be_bytes());
         data.extend_from_slice(&info::BLOCK_SIZE.to_be_bytes());
         self.ask(option::GO, &data)
@@ -439,34 +439,34 @@ impl Handshake {
                 self.export.context = None;
                 return Ok(self.go());
             }
-            option::GO if kind == answer::ERR_UNSUP => return Ok(self.name_export()),
-            option::STARTTLS if kind == answer::ERR_UNSUP => {
+            option::GO if kind == option_reply::ERR_UNSUP => return Ok(self.name_export()),
+            option::STARTTLS if kind == option_reply::ERR_UNSUP => {
                 return Err(Error::unsupported("Server don't support STARTTLS option"));
             }
             _ => {}
         }
         let which = format!("option {option} ({})", option_name(option));
         let words = match kind {
-            answer::ERR_UNSUP => format!("Unsupported {which}"),
-            answer::ERR_POLICY => format!("Denied by server for {which}"),
-            answer::ERR_INVALID => format!("Invalid parameters for {which}"),
-            answer::ERR_PLATFORM => format!("Server lacks support for {which}"),
-            answer::ERR_TLS_REQD => format!("TLS negotiation required before {which}"),
-            answer::ERR_UNKNOWN => "Requested export not available".to_owned(),
-            answer::ERR_SHUTDOWN => format!("Server shutting down before {which}"),
-            answer::ERR_BLOCK_SIZE_REQD => format!("Server requires INFO_BLOCK_SIZE for {which}"),
+            option_reply::ERR_UNSUP => format!("Unsupported {which}"),
+            option_reply::ERR_POLICY => format!("Denied by server for {which}"),
+            option_reply::ERR_INVALID => format!("Invalid parameters for {which}"),
+            option_reply::ERR_PLATFORM => format!("Server lacks support for {which}"),
+            option_reply::ERR_TLS_REQD => format!("TLS negotiation required before {which}"),
+            option_reply::ERR_UNKNOWN => "Requested export not available".to_owned(),
+            option_reply::ERR_SHUTDOWN => format!("Server shutting down before {which}"),
+            option_reply::ERR_BLOCK_SIZE_REQD => format!("Server requires INFO_BLOCK_SIZE for {which}"),
             _ => format!("Unknown error code when asking for {which}"),
         };
         let mut hints = Vec::new();
-        if kind == answer::ERR_TLS_REQD {
+        if kind == option_reply::ERR_TLS_REQD {
             hints.push("Did you forget a valid tls-creds?".to_owned());
         }
         if !wire.0.is_empty() {
             hints.push(format!("server reported: {}", shown(wire.0)));
         }
         let category = match kind {
-            answer::ERR_UNKNOWN => ErrorKind::NotFound,
-            answer::ERR_POLICY | answer::ERR_TLS_REQD => ErrorKind::Permission,
+            option_reply::ERR_UNKNOWN => ErrorKind::NotFound,
+            option_reply::ERR_POLICY | option_reply::ERR_TLS_REQD => ErrorKind::Permission,
             _ => ErrorKind::Unsupported,
         };
         let error = Error::new(category, words);

@@ -1,7 +1,7 @@
 //! The connections to an export: one, or several if the server allows it and there is work for them.
 //!
 //! The first connection is made when the export is opened. When requests pile up on all that there are, another one is
-//! made on the side, up to [`MAX_LINES`]; nobody waits for it, since a server may have said that it takes several and
+//! made on the side, up to [`MAX_CONNECTIONS`]; nobody waits for it, since a server may have said that it takes several and
 //! not take this one. A connection that is lost is replaced for as long as `reconnect-delay` says.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
@@ -28,7 +28,7 @@ pub(super) struct ConnectionPool {
 struct Inner {
     remote: Remote,
     export: Export,
-    lines: RwLock<Vec<Arc<Connection>>>,
+    connections: RwLock<Vec<Arc<Connection>>>,
     growing: Mutex<Growing>,
     /// To end the handshake of a connection that is being made.
     handle: Mutex<Option<Socket>>,
@@ -42,11 +42,11 @@ struct Growing {
 }
 
 /// The most connections to one export: more do not make a server faster.
-const MAX_LINES: usize = 4;
+const MAX_CONNECTIONS: usize = 4;
 /// How many requests wait on each connection before another one is made.
-const BUSY: usize = 3;
+const BUSY_REQUESTS: usize = 3;
 /// How long to wait between two attempts to connect again.
-const PAUSE: Duration = Duration::from_millis(200);
+const RETRY_PAUSE: Duration = Duration::from_millis(200);
 
 impl ConnectionPool {
     /// Starts with the first connection.
@@ -56,7 +56,7 @@ impl ConnectionPool {
             inner: Arc::new(Inner {
                 remote,
                 export,
-                lines: RwLock::new(vec![Arc::new(first)]),
+                connections: RwLock::new(vec![Arc::new(first)]),
                 growing: Mutex::default(),
                 handle: Mutex::new(None),
             }),
@@ -73,12 +73,22 @@ impl ConnectionPool {
     /// The connection with the least to do, or none if all are lost.
     pub(super) fn pick(&self) -> Option<Arc<Connection>> {
         let (best, count) = {
-            let lines = self.inner.lines.read().unwrap_or_else(PoisonError::into_inner);
-            let best = lines.iter().min_by_key(|line| line.in_flight()).cloned();
-            (best, lines.len())
+            let connections = self
+                .inner
+                .connections
+                .read()
+                .unwrap_or_else(PoisonError::into_inner);
+            let best = connections
+                .iter()
+                .min_by_key(|connection| connection.in_flight())
+                .cloned();
+            (best, connections.len())
         };
         let best = best?;
-        if best.in_flight() >= BUSY && count < MAX_LINES && self.export().flags & export::MULTI_CONN != 0 {
+        if best.in_flight() >= BUSY_REQUESTS
+            && count < MAX_CONNECTIONS
+            && self.export().flags & export::MULTI_CONN != 0
+        {
             self.grow();
         }
         Some(best)
@@ -97,14 +107,14 @@ impl ConnectionPool {
         // Without a thread there is simply no other connection.
         let _ = thread::Builder::new().name("nbd".to_owned()).spawn(move || {
             let outcome = inner.remote.connect(&inner.handle);
-            let Ok(line) = outcome else {
+            let Ok(connection) = outcome else {
                 // Still busy: a server that does not want another one is not asked again.
                 return;
             };
             let mut growing = inner.growing();
-            if !growing.closed && *line.export() == inner.export {
+            if !growing.closed && *connection.export() == inner.export {
                 growing.busy = false;
-                inner.add(line);
+                inner.add(connection);
             }
         });
     }
@@ -114,15 +124,19 @@ impl ConnectionPool {
         let deadline = Instant::now() + self.patience;
         let _alone = self.repair.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(lost) = lost {
-            let mut lines = self.inner.lines.write().unwrap_or_else(PoisonError::into_inner);
-            lines.retain(|line| !Arc::ptr_eq(line, lost) && !line.is_lost());
+            let mut connections = self
+                .inner
+                .connections
+                .write()
+                .unwrap_or_else(PoisonError::into_inner);
+            connections.retain(|connection| !Arc::ptr_eq(connection, lost) && !connection.is_lost());
         }
         if self.patience.is_zero() {
             return false;
         }
         let there = !self
             .inner
-            .lines
+            .connections
             .read()
             .unwrap_or_else(PoisonError::into_inner)
             .is_empty();
@@ -131,14 +145,14 @@ impl ConnectionPool {
         }
         loop {
             match self.inner.remote.connect(&Mutex::new(None)) {
-                Ok(line) if *line.export() == self.inner.export => {
-                    self.inner.add(line);
+                Ok(connection) if *connection.export() == self.inner.export => {
+                    self.inner.add(connection);
                     return true;
                 }
                 // Another export by the same name: its bytes are not those that were there.
                 Ok(_) => return false,
-                Err(_) if Instant::now() + PAUSE >= deadline => return false,
-                Err(_) => thread::sleep(PAUSE),
+                Err(_) if Instant::now() + RETRY_PAUSE >= deadline => return false,
+                Err(_) => thread::sleep(RETRY_PAUSE),
             }
         }
     }
@@ -149,11 +163,11 @@ impl Inner {
         self.growing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn add(&self, line: Connection) {
-        self.lines
+    fn add(&self, connection: Connection) {
+        self.connections
             .write()
             .unwrap_or_else(PoisonError::into_inner)
-            .push(Arc::new(line));
+            .push(Arc::new(connection));
     }
 }
 
@@ -166,7 +180,7 @@ impl Drop for ConnectionPool {
         }
         drop(handle);
         self.inner
-            .lines
+            .connections
             .write()
             .unwrap_or_else(PoisonError::into_inner)
             .clear();

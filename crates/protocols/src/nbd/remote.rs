@@ -18,7 +18,7 @@ use super::tls::{Credentials, UNCLEAN_END};
 #[derive(Debug)]
 pub(super) struct Remote {
     pub(super) address: Address,
-    pub(super) wish: ClientOptions,
+    pub(super) client_options: ClientOptions,
     #[cfg(feature = "tls")]
     credentials: Option<Credentials>,
     #[cfg(feature = "tls")]
@@ -28,7 +28,7 @@ pub(super) struct Remote {
 /// What block status is taken from if nothing else is said.
 const ALLOCATION: &str = "base:allocation";
 /// How long to wait between two attempts to connect.
-const PAUSE: Duration = Duration::from_millis(200);
+const RETRY_PAUSE: Duration = Duration::from_millis(200);
 
 impl Remote {
     pub(super) fn new(options: &NbdOptions, objects: &Objects) -> Result<Self> {
@@ -44,7 +44,7 @@ impl Remote {
         }
         Ok(Self {
             address: options.address.clone(),
-            wish: ClientOptions {
+            client_options: ClientOptions {
                 export: options.export.clone(),
                 tls: options.tls_creds.is_some(),
                 context: options.context.clone().unwrap_or_else(|| ALLOCATION.to_owned()),
@@ -67,7 +67,7 @@ impl Remote {
         let socket = self.address.connect()?;
         let hold = |socket| *handle.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = socket;
         hold(Some(socket.try_clone()?));
-        let outcome = self.agree(socket);
+        let outcome = self.negotiate(socket);
         hold(None);
         outcome
     }
@@ -78,24 +78,24 @@ impl Remote {
         let start = Instant::now();
         loop {
             match self.connect(&Mutex::new(None)) {
-                Err(error) if error.errno().is_some() && start.elapsed() + PAUSE < patience => {
-                    thread::sleep(PAUSE)
+                Err(error) if error.errno().is_some() && start.elapsed() + RETRY_PAUSE < patience => {
+                    thread::sleep(RETRY_PAUSE)
                 }
                 other => return other,
             }
         }
     }
 
-    fn agree(&self, socket: Socket) -> Result<Connection> {
+    fn negotiate(&self, socket: Socket) -> Result<Connection> {
         let mut channel = plain(socket)?;
-        let mut handshake = Handshake::new(self.wish.clone());
+        let mut handshake = Handshake::new(self.client_options.clone());
         loop {
             // The handshake wants no more at once than its longest reply.
             let mut bytes = vec![0; handshake.wanted()];
             channel
                 .reader
                 .read_exact(&mut bytes)
-                .map_err(|error| unread(handshake.awaited(), error, handshake.is_encrypted()))?;
+                .map_err(|error| read_error(handshake.awaited(), error, handshake.is_encrypted()))?;
             let next = handshake.take(&bytes).inspect_err(|_| {
                 // Politeness, which need not arrive.
                 let _ = send(&mut channel, &handshake.abort());
@@ -134,8 +134,8 @@ impl Remote {
 /// A channel without encryption, and without any reading ahead: what follows the last plain byte may be encrypted.
 fn plain(socket: Socket) -> Result<Channel> {
     Ok(Channel {
-        reader: Box::new(Whole(socket.try_clone()?)),
-        writer: Box::new(Whole(socket.try_clone()?)),
+        reader: Box::new(PlainStream(socket.try_clone()?)),
+        writer: Box::new(PlainStream(socket.try_clone()?)),
         socket,
     })
 }
@@ -154,7 +154,7 @@ fn send(channel: &mut Channel, bytes: &[u8]) -> Result<()> {
     }
 }
 
-fn unread(what: &str, error: io::Error, encrypted: bool) -> Error {
+fn read_error(what: &str, error: io::Error, encrypted: bool) -> Error {
     let reason = match error.kind() {
         io::ErrorKind::UnexpectedEof if !encrypted => {
             "Unexpected end-of-file before all data were read".to_owned()
@@ -169,15 +169,15 @@ fn unread(what: &str, error: io::Error, encrypted: bool) -> Error {
 }
 
 /// A socket that is read and written by its owner.
-struct Whole(Socket);
+struct PlainStream(Socket);
 
-impl Read for Whole {
+impl Read for PlainStream {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         (&self.0).read(buf)
     }
 }
 
-impl Write for Whole {
+impl Write for PlainStream {
     fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
         (&self.0).write(buf)
     }

@@ -33,9 +33,9 @@ pub(super) enum HeadKind {
 
 impl Head {
     /// How long the head is that begins with these [`SHORTEST_HEAD`] bytes.
-    pub(super) fn len_of(start: &[u8], style: ReplyMode) -> Result<usize> {
+    pub(super) fn len_of(start: &[u8], reply_mode: ReplyMode) -> Result<usize> {
         let magic = Wire(start).u32()?;
-        match (style, magic) {
+        match (reply_mode, magic) {
             (ReplyMode::Simple | ReplyMode::Structured, SIMPLE_REPLY_MAGIC) => Ok(16),
             (ReplyMode::Structured, CHUNK_MAGIC) => Ok(20),
             (ReplyMode::Extended, EXTENDED_CHUNK_MAGIC) => Ok(LONGEST_HEAD),
@@ -72,28 +72,28 @@ impl Head {
 
 /// A run of bytes of the same status.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Status {
+pub(super) struct StatusExtent {
     pub(super) len: u64,
     pub(super) flags: u64,
 }
 
 /// How long a chunk other than data may be: the status of 128 Ki runs in the longer form, and room for a text.
 const MAX_CHUNK: u64 = (2 << 20) + (64 << 10);
-/// How many pieces of a read may be waiting for those before them.
-const MAX_PIECES: usize = 4096;
+/// How many received of a read may be waiting for those before them.
+const MAX_FRAGMENTS: usize = 4096;
 
 /// What has come of the reply to a request.
 #[derive(Debug)]
 pub(super) struct Assembly {
     command: Command,
     range: ByteRange,
-    style: ReplyMode,
+    reply_mode: ReplyMode,
     context: Option<u32>,
     /// The bytes that were read.
     pub(super) data: Vec<u8>,
     /// Which of them have come, in order and not touching each other.
-    pieces: Vec<ByteRange>,
-    status: Option<Vec<Status>>,
+    received: Vec<ByteRange>,
+    status: Option<Vec<StatusExtent>>,
     error: Option<u32>,
 }
 
@@ -102,7 +102,7 @@ pub(super) struct Assembly {
 pub(super) enum Step {
     /// Nothing follows; whether the reply is complete.
     Nothing { done: bool },
-    /// The next bytes are data for [`Assembly::place`], which begin with their offset unless the reply is simple.
+    /// The next bytes are data for [`Assembly::destination`], which begin with their offset unless the reply is simple.
     Data {
         len: u64,
         offset_first: bool,
@@ -117,17 +117,17 @@ impl Assembly {
     pub(super) fn new(
         command: Command,
         range: ByteRange,
-        style: ReplyMode,
+        reply_mode: ReplyMode,
         context: Option<u32>,
         data: Vec<u8>,
     ) -> Self {
         Self {
             command,
             range,
-            style,
+            reply_mode,
             context,
             data,
-            pieces: Vec::new(),
+            received: Vec::new(),
             status: None,
             error: None,
         }
@@ -142,7 +142,7 @@ impl Assembly {
     pub(super) fn step(&mut self, kind: HeadKind) -> Result<Step> {
         match kind {
             HeadKind::Simple { error: 0 } if self.command == Command::Read => {
-                if self.style != ReplyMode::Simple {
+                if self.reply_mode != ReplyMode::Simple {
                     return Err(Error::corrupt(
                         "Protocol error: simple reply when structured reply chunk was expected",
                     ));
@@ -193,12 +193,12 @@ impl Assembly {
     }
 
     /// Where the `len` bytes from `offset` of the export on go.
-    pub(super) fn place(&mut self, offset: u64, len: u64) -> Result<&mut [u8]> {
+    pub(super) fn destination(&mut self, offset: u64, len: u64) -> Result<&mut [u8]> {
         let range = ByteRange::at(offset, len);
         if range.is_empty() || range.len() != len || range.intersect(self.range) != range {
             return Err(Error::corrupt("Protocol error: data outside what was asked for"));
         }
-        self.note_piece(range)?;
+        self.mark_received(range)?;
         let from = usize::try_from(offset - self.range.start()).ok();
         let len = usize::try_from(len).ok();
         from.zip(len)
@@ -206,28 +206,31 @@ impl Assembly {
             .ok_or_else(|| Error::corrupt("Protocol error: data outside what was asked for"))
     }
 
-    fn note_piece(&mut self, range: ByteRange) -> Result<()> {
-        let at = self.pieces.partition_point(|piece| piece.end() <= range.start());
-        if self.pieces.get(at).is_some_and(|next| next.overlaps(range)) {
+    fn mark_received(&mut self, range: ByteRange) -> Result<()> {
+        let at = self
+            .received
+            .partition_point(|piece| piece.end() <= range.start());
+        if self.received.get(at).is_some_and(|next| next.overlaps(range)) {
             return Err(Error::corrupt("Protocol error: data that came twice"));
         }
         let before = at
             .checked_sub(1)
-            .filter(|before| self.pieces[*before].end() == range.start());
+            .filter(|before| self.received[*before].end() == range.start());
         let after = self
-            .pieces
+            .received
             .get(at)
             .is_some_and(|next| next.start() == range.end());
         match (before, after) {
             (Some(before), false) => {
-                self.pieces[before] = ByteRange::new(self.pieces[before].start(), range.end())
+                self.received[before] = ByteRange::new(self.received[before].start(), range.end())
             }
-            (None, true) => self.pieces[at] = ByteRange::new(range.start(), self.pieces[at].end()),
+            (None, true) => self.received[at] = ByteRange::new(range.start(), self.received[at].end()),
             (Some(before), true) => {
-                self.pieces[before] = ByteRange::new(self.pieces[before].start(), self.pieces[at].end());
-                self.pieces.remove(at);
+                self.received[before] =
+                    ByteRange::new(self.received[before].start(), self.received[at].end());
+                self.received.remove(at);
             }
-            (None, false) if self.pieces.len() < MAX_PIECES => self.pieces.insert(at, range),
+            (None, false) if self.received.len() < MAX_FRAGMENTS => self.received.insert(at, range),
             (None, false) => return Err(Error::corrupt("Protocol error: data in too many pieces")),
         }
         Ok(())
@@ -239,11 +242,11 @@ impl Assembly {
         match kind {
             chunk::OFFSET_HOLE if self.command == Command::Read => {
                 let (offset, len) = (wire.u64()?, wire.u32()?);
-                self.place(offset, len.into())?.fill(0);
+                self.destination(offset, len.into())?.fill(0);
                 Ok(())
             }
             chunk::BLOCK_STATUS | chunk::BLOCK_STATUS_EXT if self.command == Command::BlockStatus => {
-                if (kind == chunk::BLOCK_STATUS_EXT) != (self.style == ReplyMode::Extended) {
+                if (kind == chunk::BLOCK_STATUS_EXT) != (self.reply_mode == ReplyMode::Extended) {
                     return Err(Error::corrupt("Protocol error: block status in the wrong form"));
                 }
                 self.block_status(wire)
@@ -271,7 +274,7 @@ impl Assembly {
                 "Protocol error: unexpected context id for a block status chunk",
             ));
         }
-        let wide = self.style == ReplyMode::Extended;
+        let wide = self.reply_mode == ReplyMode::Extended;
         if wide {
             let (count, there) = (wire.u32()?, wire.0.len() / 16);
             if u64::from(count) != there as u64 {
@@ -292,7 +295,7 @@ impl Assembly {
             // Servers may know more than they were asked.
             let len = len.min(left);
             left -= len;
-            runs.push(Status { len, flags });
+            runs.push(StatusExtent { len, flags });
         }
         if runs.is_empty() || self.status.replace(runs).is_some() {
             return Err(Error::corrupt(
@@ -314,7 +317,7 @@ impl Assembly {
             return Outcome::Refused(system_error(error));
         }
         match self.command {
-            Command::Read if self.pieces != [self.range] => broken("Protocol error: data is missing"),
+            Command::Read if self.received != [self.range] => broken("Protocol error: data is missing"),
             Command::Read => Outcome::Data(self.data),
             Command::BlockStatus => match self.status {
                 Some(status) => Outcome::Status(status),
@@ -333,7 +336,7 @@ pub(super) enum Outcome {
     /// What was read.
     Data(Vec<u8>),
     /// What the bytes at the start of the range are.
-    Status(Vec<Status>),
+    Status(Vec<StatusExtent>),
     /// The server could not; an error number of the system.
     Refused(i32),
     /// The reply is none: an error number to answer, and what is wrong with it.

@@ -51,9 +51,9 @@ impl Command {
         }
     }
 
-    fn flags(self, style: ReplyMode) -> u16 {
+    fn flags(self, reply_mode: ReplyMode) -> u16 {
         match self {
-            Self::Write if style == ReplyMode::Extended => PAYLOAD_LEN,
+            Self::Write if reply_mode == ReplyMode::Extended => PAYLOAD_LEN,
             Self::WriteZeroes { no_hole, fast } => {
                 (if no_hole { NO_HOLE } else { 0 }) | (if fast { FAST_ZERO } else { 0 })
             }
@@ -63,18 +63,18 @@ impl Command {
 }
 
 /// The head of a request. Without extended headers its range is no longer than [`MAX_SHORT_LEN`].
-pub(super) fn encode(style: ReplyMode, command: Command, cookie: u64, range: ByteRange) -> Vec<u8> {
+pub(super) fn encode(reply_mode: ReplyMode, command: Command, cookie: u64, range: ByteRange) -> Vec<u8> {
     let mut head = Vec::with_capacity(32);
-    let magic = match style {
+    let magic = match reply_mode {
         ReplyMode::Extended => EXTENDED_REQUEST_MAGIC,
         ReplyMode::Simple | ReplyMode::Structured => REQUEST_MAGIC,
     };
     head.extend_from_slice(&magic.to_be_bytes());
-    head.extend_from_slice(&command.flags(style).to_be_bytes());
+    head.extend_from_slice(&command.flags(reply_mode).to_be_bytes());
     head.extend_from_slice(&command.number().to_be_bytes());
     head.extend_from_slice(&cookie.to_be_bytes());
     head.extend_from_slice(&range.start().to_be_bytes());
-    match style {
+    match reply_mode {
         ReplyMode::Extended => head.extend_from_slice(&range.len().to_be_bytes()),
         ReplyMode::Simple | ReplyMode::Structured => {
             let len = u32::try_from(range.len()).unwrap_or(u32::MAX);

@@ -6,20 +6,20 @@ use std::time::{Duration, Instant};
 
 use diskimage_core::{ByteRange, ExtentKind, Result};
 
-use super::reply::Status;
+use super::reply::StatusExtent;
 
 /// The last answer to a question about allocation. It is good until somebody writes here, and only for a moment, since
 /// others may write as well.
 #[derive(Debug, Default)]
 pub(super) struct StatusCache {
     /// Held while the server is asked: the others want the same answer.
-    answer: Mutex<Option<Answer>>,
+    answer: Mutex<Option<CachedStatus>>,
     /// How many changes there were.
     changes: AtomicU64,
 }
 
 #[derive(Debug)]
-struct Answer {
+struct CachedStatus {
     changes: u64,
     when: Instant,
     /// What the bytes are, from `start` on and in order.
@@ -27,11 +27,11 @@ struct Answer {
 }
 
 /// For how long an answer is good.
-const FRESH: Duration = Duration::from_secs(2);
+const MAX_AGE: Duration = Duration::from_secs(2);
 
 impl StatusCache {
     /// The bytes of the export change, or have changed.
-    pub(super) fn forget(&self) {
+    pub(super) fn invalidate(&self) {
         self.changes.fetch_add(1, Ordering::AcqRel);
     }
 
@@ -39,11 +39,11 @@ impl StatusCache {
     pub(super) fn find(
         &self,
         range: ByteRange,
-        ask: impl FnOnce() -> Result<Vec<Status>>,
+        ask: impl FnOnce() -> Result<Vec<StatusExtent>>,
     ) -> Result<(u64, u64)> {
         let mut answer = self.answer.lock().unwrap_or_else(PoisonError::into_inner);
         let changes = self.changes.load(Ordering::Acquire);
-        let good = |answer: &Answer| answer.changes == changes && answer.when.elapsed() < FRESH;
+        let good = |answer: &CachedStatus| answer.changes == changes && answer.when.elapsed() < MAX_AGE;
         if let Some(found) = answer
             .as_ref()
             .filter(|answer| good(answer))
@@ -54,7 +54,7 @@ impl StatusCache {
         let when = Instant::now();
         let mut runs: Vec<(ByteRange, u64)> = Vec::new();
         let mut at = range.start();
-        for Status { len, flags } in ask()? {
+        for StatusExtent { len, flags } in ask()? {
             let run = ByteRange::at(at, len);
             at = run.end();
             match runs.last_mut() {
@@ -62,7 +62,7 @@ impl StatusCache {
                 _ => runs.push((run, flags)),
             }
         }
-        let fresh = Answer { changes, when, runs };
+        let fresh = CachedStatus { changes, when, runs };
         let found = fresh.at(range);
         *answer = Some(fresh);
         // The server's answer begins where the question does.
@@ -70,7 +70,7 @@ impl StatusCache {
     }
 }
 
-impl Answer {
+impl CachedStatus {
     fn at(&self, range: ByteRange) -> Option<(u64, u64)> {
         let index = self.runs.partition_point(|(run, _)| run.end() <= range.start());
         let (run, flags) = self.runs.get(index)?;

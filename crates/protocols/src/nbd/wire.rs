@@ -52,7 +52,7 @@ pub(super) mod option {
 }
 
 /// Kinds of replies to options.
-pub(super) mod answer {
+pub(super) mod option_reply {
     pub(in super::super) const ACK: u32 = 1;
     pub(in super::super) const INFO: u32 = 3;
     pub(in super::super) const META_CONTEXT: u32 = 4;
@@ -68,7 +68,7 @@ pub(super) mod answer {
     pub(in super::super) const ERR_BLOCK_SIZE_REQD: u32 = ERROR | 8;
 }
 
-/// Kinds of facts in an [`answer::INFO`].
+/// Kinds of facts in an [`option_reply::INFO`].
 pub(super) mod info {
     pub(in super::super) const EXPORT: u16 = 0;
     pub(in super::super) const BLOCK_SIZE: u16 = 3;

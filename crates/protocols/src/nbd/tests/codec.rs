@@ -4,7 +4,7 @@ use diskimage_core::{ByteRange, NodeOptions};
 
 use super::super::address::{Address, Inet};
 use super::super::negotiate::{ClientOptions, Export, Handshake, Next, ReplyMode};
-use super::super::reply::{Assembly, Head, HeadKind, Outcome, Status, Step};
+use super::super::reply::{Assembly, Head, HeadKind, Outcome, StatusExtent, Step};
 use super::super::request::{Command, encode};
 use super::super::uri;
 
@@ -20,7 +20,7 @@ fn bytes(text: &str) -> Vec<u8> {
 const HELLO: &str = "4e42444d41474943 49484156454f5054";
 const REPLY: &str = "0003e889045565a9";
 
-fn wish(export: &str) -> ClientOptions {
+fn client_options(export: &str) -> ClientOptions {
     ClientOptions {
         export: export.to_owned(),
         tls: false,
@@ -29,8 +29,8 @@ fn wish(export: &str) -> ClientOptions {
 }
 
 /// Feeds a server's words; all that the client said, and how it ended.
-fn talk(wish: ClientOptions, server: &str) -> (Vec<u8>, Result<Option<Export>, String>) {
-    let mut handshake = Handshake::new(wish);
+fn talk(client_options: ClientOptions, server: &str) -> (Vec<u8>, Result<Option<Export>, String>) {
+    let mut handshake = Handshake::new(client_options);
     let server = bytes(server);
     let mut rest = &server[..];
     let mut said = Vec::new();
@@ -66,7 +66,7 @@ fn everything_that_a_server_offers_is_taken() {
          {REPLY} 00000007 00000003 0000000c 0000 0000000000100000 014d
          {REPLY} 00000007 00000001 00000000"
     );
-    let (said, export) = talk(wish("x"), &server);
+    let (said, export) = talk(client_options("x"), &server);
     assert_eq!(
         export,
         Ok(Some(Export {
@@ -74,7 +74,7 @@ fn everything_that_a_server_offers_is_taken() {
             flags: 0x14d,
             min_block: 512,
             max_block: 32 << 20,
-            style: ReplyMode::Extended,
+            reply_mode: ReplyMode::Extended,
             context: Some(7),
         }))
     );
@@ -98,10 +98,10 @@ fn a_server_that_knows_only_names_is_asked_for_one() {
         refuse("00000007"),
         "00".repeat(124)
     );
-    let (_, export) = talk(wish(""), &server);
+    let (_, export) = talk(client_options(""), &server);
     let export = export.unwrap().unwrap();
     assert_eq!(
-        (export.len, export.flags, export.style, export.context),
+        (export.len, export.flags, export.reply_mode, export.context),
         (512, 3, ReplyMode::Simple, None)
     );
 }
@@ -112,9 +112,9 @@ fn old_servers_have_one_export_without_a_name() {
         "4e42444d41474943 0000420281861253 0000000000000200 00000003 {}",
         "00".repeat(124)
     );
-    let (said, export) = talk(wish(""), &server);
+    let (said, export) = talk(client_options(""), &server);
     assert_eq!((said.len(), export.unwrap().unwrap().len), (0, 512));
-    let (_, export) = talk(wish("x"), &server);
+    let (_, export) = talk(client_options("x"), &server);
     assert_eq!(
         export,
         Err("Server does not support non-empty export names".to_owned())
@@ -125,7 +125,7 @@ fn old_servers_have_one_export_without_a_name() {
 fn encryption_comes_first_or_not_at_all() {
     let secret = ClientOptions {
         tls: true,
-        ..wish("")
+        ..client_options("")
     };
     let (said, _) = talk(
         secret.clone(),
@@ -208,7 +208,11 @@ fn servers_that_make_no_sense_are_refused() {
             "Requested export not available",
         ),
     ] {
-        assert_eq!(talk(wish("x"), &server).1, Err(message.to_owned()), "{server}");
+        assert_eq!(
+            talk(client_options("x"), &server).1,
+            Err(message.to_owned()),
+            "{server}"
+        );
     }
 }
 
@@ -220,7 +224,7 @@ fn a_server_that_answers_without_end_is_cut_off() {
         info.repeat(2000)
     );
     assert_eq!(
-        talk(wish(""), &server).1,
+        talk(client_options(""), &server).1,
         Err("The server does not come to an end with its options".to_owned())
     );
 }
@@ -228,7 +232,7 @@ fn a_server_that_answers_without_end_is_cut_off() {
 #[test]
 fn requests_have_two_forms() {
     let range = ByteRange::at(0x1000, 0x200);
-    let request = |style, command| encode(style, command, 5, range);
+    let request = |reply_mode, command| encode(reply_mode, command, 5, range);
     assert_eq!(
         request(ReplyMode::Structured, Command::Read),
         bytes("25609513 0000 0000 0000000000000005 0000000000001000 00000200")
@@ -249,9 +253,9 @@ fn requests_have_two_forms() {
 
 #[test]
 fn heads_are_read_in_all_forms() {
-    let head = |style, text: &str| {
+    let head = |reply_mode, text: &str| {
         let head = bytes(text);
-        assert_eq!(Head::len_of(&head[..16], style).unwrap(), head.len());
+        assert_eq!(Head::len_of(&head[..16], reply_mode).unwrap(), head.len());
         Head::parse(&head).unwrap()
     };
     assert_eq!(
@@ -283,8 +287,8 @@ fn heads_are_read_in_all_forms() {
         ),
         chunk
     );
-    for style in [ReplyMode::Simple, ReplyMode::Structured] {
-        assert!(Head::len_of(&bytes("6e8a278c 0001 0001 0000000000000007"), style).is_err());
+    for reply_mode in [ReplyMode::Simple, ReplyMode::Structured] {
+        assert!(Head::len_of(&bytes("6e8a278c 0001 0001 0000000000000007"), reply_mode).is_err());
     }
     assert!(Head::len_of(&bytes("67446698 00000005 0000000000000007"), ReplyMode::Extended).is_err());
 }
@@ -303,24 +307,24 @@ fn reading(len: u64) -> Assembly {
 #[test]
 fn data_comes_in_any_order() {
     let mut assembly = reading(10);
-    assembly.place(105, 3).unwrap().copy_from_slice(b"fgh");
+    assembly.destination(105, 3).unwrap().copy_from_slice(b"fgh");
     assembly.chunk(2, &bytes("0000000000000064 00000002")).unwrap();
-    assembly.place(108, 2).unwrap().copy_from_slice(b"ij");
-    assembly.place(102, 3).unwrap().copy_from_slice(b"cde");
+    assembly.destination(108, 2).unwrap().copy_from_slice(b"ij");
+    assembly.destination(102, 3).unwrap().copy_from_slice(b"cde");
     assert_eq!(assembly.finish(), Outcome::Data(b"\0\0cdefghij".to_vec()));
 }
 
 #[test]
 fn data_that_is_missing_or_comes_twice_or_from_elsewhere_is_none() {
     let mut assembly = reading(10);
-    assembly.place(100, 5).unwrap();
+    assembly.destination(100, 5).unwrap();
     assert!(matches!(assembly.finish(), Outcome::Broken(5, _)));
     let mut assembly = reading(10);
-    assembly.place(100, 5).unwrap();
-    assert!(assembly.place(104, 2).is_err());
-    assert!(reading(10).place(99, 5).is_err());
-    assert!(reading(10).place(109, 2).is_err());
-    assert!(reading(10).place(u64::MAX, 2).is_err());
+    assembly.destination(100, 5).unwrap();
+    assert!(assembly.destination(104, 2).is_err());
+    assert!(reading(10).destination(99, 5).is_err());
+    assert!(reading(10).destination(109, 2).is_err());
+    assert!(reading(10).destination(u64::MAX, 2).is_err());
     let too_long = HeadKind::Chunk {
         done: true,
         kind: 1,
@@ -339,7 +343,7 @@ fn data_that_is_missing_or_comes_twice_or_from_elsewhere_is_none() {
 #[test]
 fn pieces_are_limited() {
     let mut assembly = reading(100_000);
-    let outcome = (0..50_000).try_for_each(|at| assembly.place(100 + 2 * at, 1).map(|_| ()));
+    let outcome = (0..50_000).try_for_each(|at| assembly.destination(100 + 2 * at, 1).map(|_| ()));
     assert!(outcome.is_err());
 }
 
@@ -366,11 +370,11 @@ fn errors_are_those_of_the_protocol() {
 
 #[test]
 fn status_is_cut_off_at_what_was_asked_for() {
-    let asking = |style| {
+    let asking = |reply_mode| {
         Assembly::new(
             Command::BlockStatus,
             ByteRange::at(0, 1000),
-            style,
+            reply_mode,
             Some(7),
             Vec::new(),
         )
@@ -382,7 +386,10 @@ fn status_is_cut_off_at_what_was_asked_for() {
             &bytes("00000007 000001f4 00000000 0000ffff 00000003 00000001 00000000"),
         )
         .unwrap();
-    let runs = vec![Status { len: 500, flags: 0 }, Status { len: 500, flags: 3 }];
+    let runs = vec![
+        StatusExtent { len: 500, flags: 0 },
+        StatusExtent { len: 500, flags: 3 },
+    ];
     assert_eq!(assembly.finish(), Outcome::Status(runs));
     let mut assembly = asking(ReplyMode::Extended);
     assembly
@@ -390,9 +397,9 @@ fn status_is_cut_off_at_what_was_asked_for() {
         .unwrap();
     assert_eq!(
         assembly.finish(),
-        Outcome::Status(vec![Status { len: 1000, flags: 3 }])
+        Outcome::Status(vec![StatusExtent { len: 1000, flags: 3 }])
     );
-    for (style, kind, payload) in [
+    for (reply_mode, kind, payload) in [
         (ReplyMode::Structured, 5, "00000008 000001f4 00000000"),
         (ReplyMode::Structured, 5, "00000007"),
         (ReplyMode::Structured, 5, "00000007 00000000 00000000"),
@@ -409,7 +416,10 @@ fn status_is_cut_off_at_what_was_asked_for() {
             "00000007 00000002 00000000000003e8 0000000000000003",
         ),
     ] {
-        assert!(asking(style).chunk(kind, &bytes(payload)).is_err(), "{payload}");
+        assert!(
+            asking(reply_mode).chunk(kind, &bytes(payload)).is_err(),
+            "{payload}"
+        );
     }
     assert!(matches!(
         asking(ReplyMode::Structured).finish(),

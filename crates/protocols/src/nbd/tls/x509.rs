@@ -92,7 +92,7 @@ fn configure(dir: Directory<'_>, verify_peer: bool) -> Result<ClientConfig> {
     } else {
         builder
             .dangerous()
-            .with_custom_certificate_verifier(Arc::new(Anybody(provider)))
+            .with_custom_certificate_verifier(Arc::new(AcceptAnyCertificate(provider)))
     };
     let (cert, key) = (dir.file("client-cert.pem"), dir.file("client-key.pem"));
     match (read_if_there(&cert)?, read_if_there(&key)?) {
@@ -141,9 +141,9 @@ fn read_if_there(path: &Path) -> Result<Option<Zeroizing<Vec<u8>>>> {
 /// Believes anybody to be the server, as `verify-peer=off` asks for; that the other side has the key to the certificate
 /// that it shows is still checked.
 #[derive(Debug)]
-struct Anybody(Arc<CryptoProvider>);
+struct AcceptAnyCertificate(Arc<CryptoProvider>);
 
-impl ServerCertVerifier for Anybody {
+impl ServerCertVerifier for AcceptAnyCertificate {
     fn verify_server_cert(
         &self,
         _end_entity: &CertificateDer<'_>,
@@ -256,7 +256,7 @@ mod tests {
             .with_safe_default_protocol_versions()
             .unwrap()
             .dangerous()
-            .with_custom_certificate_verifier(Arc::new(Anybody(provider)))
+            .with_custom_certificate_verifier(Arc::new(AcceptAnyCertificate(provider)))
             .with_no_client_auth();
         let certificates = Certificates {
             config: Arc::new(config),
