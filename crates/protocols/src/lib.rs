@@ -24,7 +24,7 @@ mod zero;
 pub use aio::Aio;
 pub use cache::CacheMode;
 pub use file::{File, LocalFileDriver, identity_of_path};
-pub use filter::{Below, ChildKind, FILTERS, Filter, FilterChild, FilterRequest, filter_by_name};
+pub use filter::{ChildKind, FILTERS, Filter, FilterChild, FilterRequest, OpenedChild, filter_by_name};
 pub use grow::{CREATE_OPTIONS, FileCreation};
 pub use name::{ProtocolKind, Target};
 pub use nbd::check_tls_creds;

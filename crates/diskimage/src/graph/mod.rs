@@ -22,7 +22,7 @@ use diskimage_core::{
 };
 use diskimage_formats::{bare_layer, format_by_name};
 use diskimage_protocols::{
-    Below, CacheMode, ChildKind, Filter, FilterChild, FilterRequest, LocalFileDriver, Protocol,
+    CacheMode, ChildKind, Filter, FilterChild, FilterRequest, LocalFileDriver, OpenedChild, Protocol,
     ProtocolRequest, filter_by_name, protocol_by_name,
 };
 
@@ -334,7 +334,7 @@ impl<'a> Opener<'a> {
         kind: ChildKind,
         node: &mut NodeOptions,
         common: &Common,
-    ) -> Result<Below> {
+    ) -> Result<OpenedChild> {
         let missing = || Error::invalid(format!("A block device must be specified for \"{name}\""));
         match node.take(name) {
             Some(Value::Null) => return Err(missing()),
@@ -351,7 +351,7 @@ impl<'a> Opener<'a> {
         if child.is_empty() {
             return Err(missing());
         }
-        let below = |device, image| Below {
+        let below = |device, image| OpenedChild {
             name: name.to_owned(),
             device,
             image,

@@ -124,7 +124,7 @@ impl Log {
                     "log-append and log-sector-size are mutually exclusive",
                 ));
             }
-            log.go_on()?;
+            log.resume()?;
         } else if !(log.sector.is_power_of_two()
             && log.sector >= size_of::<Super>() as u64
             && log.sector < MAX_SECTOR)
@@ -140,7 +140,7 @@ impl Log {
     }
 
     /// Finds the end of an existing log; an empty one is begun.
-    fn go_on(&mut self) -> Result<()> {
+    fn resume(&mut self) -> Result<()> {
         let mut start = Super::new_zeroed();
         let device = &*self.device;
         device
@@ -184,7 +184,7 @@ impl Log {
     }
 
     /// Writes down a request about `range`, with what was written if anything was.
-    fn note(&mut self, range: ByteRange, flags: u64, data: Data<'_>) -> Result<()> {
+    fn append(&mut self, range: ByteRange, flags: u64, data: Data<'_>) -> Result<()> {
         let start = self.next * self.sector;
         let sectors = range.len().div_ceil(self.sector);
         let stored = match data {
@@ -262,7 +262,7 @@ impl Logging {
     ) -> Result<()> {
         let mut log = self.log.lock().unwrap_or_else(PoisonError::into_inner);
         task()?;
-        log.note(range, flags, data)
+        log.append(range, flags, data)
     }
 
     /// Whole sectors around `range`, as they read once it is written.
@@ -294,7 +294,7 @@ impl FilterDevice for Logging {
         let skip = to_index(offset - whole.start())?;
         bytes[skip..skip + buf.len()].copy_from_slice(buf);
         self.file.write_at(buf, offset)?;
-        log.note(whole, 0, Data::Bytes(&bytes))
+        log.append(whole, 0, Data::Bytes(&bytes))
     }
 
     fn write_zeroes(&self, range: ByteRange, mode: ZeroMode) -> Result<()> {

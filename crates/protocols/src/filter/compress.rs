@@ -48,7 +48,7 @@ impl Filter for Compress {
             image,
             unit,
             node,
-            joining: Mutex::new(()),
+            partial_write: Mutex::new(()),
         })))
     }
 }
@@ -63,7 +63,7 @@ struct Compressing {
     limits: Limits,
     node: Node,
     /// Held while a cluster is put together from what it was and what is written to a part of it.
-    joining: Mutex<()>,
+    partial_write: Mutex<()>,
 }
 
 impl Compressing {
@@ -72,7 +72,7 @@ impl Compressing {
         let start = align_down(offset, self.unit);
         let cluster = ByteRange::new(start, align_up(offset + 1, self.unit).min(self.image.len()));
         let whole = ByteRange::at(offset, buf.len() as u64) == cluster;
-        let _alone = (!whole).then(|| self.joining.lock().unwrap_or_else(PoisonError::into_inner));
+        let _alone = (!whole).then(|| self.partial_write.lock().unwrap_or_else(PoisonError::into_inner));
         let extent = self.image.status(cluster, StatusDetail::Allocation)?;
         if extent.depth == 0 && !extent.kind.is_zero() {
             // A second form of the same cluster would only take more room.

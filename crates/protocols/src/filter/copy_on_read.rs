@@ -39,7 +39,7 @@ impl Filter for CopyOnRead {
             .into_iter()
             .next()
             .ok_or_else(|| missing("file"))?;
-        let deepest = match options.text("bottom") {
+        let max_depth = match options.text("bottom") {
             None => u32::MAX,
             Some(bottom) => below
                 .image
@@ -51,12 +51,12 @@ impl Filter for CopyOnRead {
             Some(image) => Arc::new(Filtered(Copying {
                 device: below.device,
                 image,
-                deepest,
+                max_depth,
                 copying: Mutex::new(()),
                 node,
             })),
             // A file is the only one that has its bytes.
-            None => Arc::new(Filtered(Alone {
+            None => Arc::new(Filtered(PassThrough {
                 device: below.device,
                 node,
             })),
@@ -79,7 +79,7 @@ struct Copying {
     /// The same.
     image: Arc<Image>,
     /// What comes from further down is not copied.
-    deepest: u32,
+    max_depth: u32,
     /// Held from the look at who has the bytes to the end of the copy: nothing newer may be copied over.
     copying: Mutex<()>,
     node: Node,
@@ -99,7 +99,7 @@ impl Copying {
         while !rest.is_empty() {
             let extent = self.image.status(rest, StatusDetail::Allocation)?;
             let part = rest.first(extent.len.min(CHUNK.max(unit)));
-            if (1..=self.deepest).contains(&extent.depth) {
+            if (1..=self.max_depth).contains(&extent.depth) {
                 self.copy_part(part)?;
             }
             rest = rest.skip(part.len());
@@ -162,12 +162,12 @@ impl FilterDevice for Copying {
 
 /// The filter on what has no images below.
 #[derive(Debug)]
-struct Alone {
+struct PassThrough {
     device: Arc<dyn Device>,
     node: Node,
 }
 
-impl FilterDevice for Alone {
+impl FilterDevice for PassThrough {
     fn below(&self) -> &Arc<dyn Device> {
         &self.device
     }

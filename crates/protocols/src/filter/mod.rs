@@ -74,7 +74,7 @@ pub struct FilterRequest<'a> {
     /// The options of the node, without those of the nodes below.
     pub options: &'a mut NodeOptions,
     /// The nodes below, as [`Filter::children`] lists them.
-    pub children: Vec<Below>,
+    pub children: Vec<OpenedChild>,
     /// Whether it will be changed.
     pub write: bool,
     /// What options refer to by name.
@@ -85,7 +85,7 @@ pub struct FilterRequest<'a> {
 
 impl FilterRequest<'_> {
     /// The one node below.
-    fn only_child(&self) -> Result<&Below> {
+    fn only_child(&self) -> Result<&OpenedChild> {
         self.children.first().ok_or_else(|| missing("file"))
     }
 
@@ -109,7 +109,7 @@ impl FilterRequest<'_> {
 
 /// A node below a filter.
 #[derive(Clone, Debug)]
-pub struct Below {
+pub struct OpenedChild {
     /// Its name among the filter's options.
     pub name: String,
     /// What it is.

@@ -82,7 +82,7 @@ impl Growing {
     }
 
     /// Sets room aside for a write that ends at `end`, and notes that the data reaches there.
-    fn make_room(&self, end: u64) {
+    fn grow_for_write(&self, end: u64) {
         let mut ends = self.ends();
         ends.data = ends.data.max(end);
         if end > ends.file {
@@ -97,7 +97,7 @@ impl Growing {
     }
 
     /// Cuts off what was set aside and not used.
-    fn cut(&self, ends: &mut Ends) -> Result<()> {
+    fn truncate_to_data(&self, ends: &mut Ends) -> Result<()> {
         if ends.file > ends.data {
             self.device.resize(ends.data, Preallocation::Off)?;
             ends.file = ends.data;
@@ -116,18 +116,18 @@ impl FilterDevice for Growing {
     }
 
     fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
-        self.make_room(offset.saturating_add(buf.len() as u64));
+        self.grow_for_write(offset.saturating_add(buf.len() as u64));
         self.device.write_at(buf, offset)
     }
 
     fn write_zeroes(&self, range: ByteRange, mode: ZeroMode) -> Result<()> {
-        self.make_room(range.end());
+        self.grow_for_write(range.end());
         self.device.write_zeroes(range, mode)
     }
 
     fn resize(&self, len: u64, preallocation: Preallocation) -> Result<()> {
         let mut ends = self.ends();
-        self.cut(&mut ends)?;
+        self.truncate_to_data(&mut ends)?;
         self.device.resize(len, preallocation)?;
         *ends = Ends { data: len, file: len };
         Ok(())
@@ -143,7 +143,7 @@ impl Drop for Growing {
         if self.write {
             let mut ends = *self.ends();
             // A file that stays too long is whole all the same.
-            let _ = self.cut(&mut ends);
+            let _ = self.truncate_to_data(&mut ends);
         }
     }
 }

@@ -80,22 +80,22 @@ impl Filter for Quorum {
             .collect();
         let threshold = threshold(&options, children.len())?;
         let pattern = match options.text("read-pattern") {
-            Some("fifo") => Pattern::Fifo,
+            Some("fifo") => ReadPattern::Fifo,
             Some("quorum") | None if options.flag("blkverify") == Some(true) => {
                 if children.len() != 2 || threshold != 2 {
                     return Err(Error::invalid(
                         "blkverify=on can only be set if there are exactly two files and vote-threshold is 2",
                     ));
                 }
-                Pattern::Verify
+                ReadPattern::Verify
             }
             Some("quorum") | None if options.flag("rewrite-corrupted") == Some(true) => {
                 if !request.write {
                     return Err(read_only());
                 }
-                Pattern::Vote { mend: true }
+                ReadPattern::Vote { rewrite: true }
             }
-            Some("quorum") | None => Pattern::Vote { mend: false },
+            Some("quorum") | None => ReadPattern::Vote { rewrite: false },
             Some(_) => return Err(Error::invalid("Please set read-pattern as fifo or quorum")),
         };
         let len = children.first().map_or(0, |first| first.len());
@@ -126,13 +126,13 @@ fn threshold(options: &Options, children: usize) -> Result<usize> {
 
 /// Who is asked when something is read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Pattern {
+enum ReadPattern {
     /// One after the other until one answers.
     Fifo,
     /// All, and enough have to agree.
     Vote {
         /// The others get what was agreed on.
-        mend: bool,
+        rewrite: bool,
     },
     /// Both, and any disagreement ends it.
     Verify,
@@ -142,7 +142,7 @@ enum Pattern {
 struct Voting {
     children: Vec<Arc<dyn Device>>,
     threshold: usize,
-    pattern: Pattern,
+    pattern: ReadPattern,
     len: u64,
     limits: Limits,
     node: Node,
@@ -150,7 +150,7 @@ struct Voting {
 
 impl Voting {
     /// Has every child do something; enough have to succeed.
-    fn all(&self, mut task: impl FnMut(&Arc<dyn Device>) -> Result<()>) -> Result<()> {
+    fn on_all(&self, mut task: impl FnMut(&Arc<dyn Device>) -> Result<()>) -> Result<()> {
         let mut failures = Vec::new();
         for child in &self.children {
             failures.extend(task(child).err());
@@ -173,7 +173,7 @@ impl Voting {
         outcome
     }
 
-    fn read_agreed(&self, buf: &mut [u8], offset: u64, mend: bool) -> Result<()> {
+    fn read_agreed(&self, buf: &mut [u8], offset: u64, rewrite: bool) -> Result<()> {
         let mut answers = Vec::new();
         let mut failure = None;
         for child in &self.children {
@@ -197,7 +197,7 @@ impl Voting {
             return Err(Error::from_errno(errno::EIO));
         };
         buf.copy_from_slice(winner);
-        if mend {
+        if rewrite {
             for (child, _) in answers.iter().filter(|(_, answer)| answer != winner) {
                 child.write_at(winner, offset)?;
             }
@@ -240,18 +240,18 @@ impl Device for Voting {
 
     fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
         match self.pattern {
-            Pattern::Fifo => self.read_first(buf, offset),
-            Pattern::Vote { mend } => self.read_agreed(buf, offset, mend),
-            Pattern::Verify => self.read_verified(buf, offset),
+            ReadPattern::Fifo => self.read_first(buf, offset),
+            ReadPattern::Vote { rewrite } => self.read_agreed(buf, offset, rewrite),
+            ReadPattern::Verify => self.read_verified(buf, offset),
         }
     }
 
     fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
-        self.all(|child| child.write_at(buf, offset))
+        self.on_all(|child| child.write_at(buf, offset))
     }
 
     fn write_zeroes(&self, range: ByteRange, mode: ZeroMode) -> Result<()> {
-        self.all(|child| child.write_zeroes(range, mode))
+        self.on_all(|child| child.write_zeroes(range, mode))
     }
 
     /// What each reads as after discarding is its own matter, and they would no longer agree.
@@ -279,7 +279,7 @@ impl Device for Voting {
     }
 
     fn flush(&self) -> Result<()> {
-        self.all(|child| child.flush())
+        self.on_all(|child| child.flush())
     }
 
     fn resize(&self, _len: u64, _preallocation: Preallocation) -> Result<()> {
@@ -321,7 +321,11 @@ mod tests {
 
     use super::*;
 
-    fn voting(contents: &[&[u8]], threshold: usize, pattern: Pattern) -> (Voting, Vec<Arc<MemoryDevice>>) {
+    fn voting(
+        contents: &[&[u8]],
+        threshold: usize,
+        pattern: ReadPattern,
+    ) -> (Voting, Vec<Arc<MemoryDevice>>) {
         let devices: Vec<_> = contents
             .iter()
             .map(|bytes| Arc::new(MemoryDevice::new(bytes.to_vec())))
@@ -348,7 +352,7 @@ mod tests {
 
     #[test]
     fn what_enough_say_counts() {
-        let vote = Pattern::Vote { mend: false };
+        let vote = ReadPattern::Vote { rewrite: false };
         assert_eq!(
             read(&voting(&[b"abcd", b"axcd", b"abcd"], 2, vote).0),
             Some(b"bc".to_vec())
@@ -369,7 +373,11 @@ mod tests {
 
     #[test]
     fn who_disagrees_is_mended() {
-        let (voting, devices) = voting(&[b"abcd", b"axcd", b"abcd"], 2, Pattern::Vote { mend: true });
+        let (voting, devices) = voting(
+            &[b"abcd", b"axcd", b"abcd"],
+            2,
+            ReadPattern::Vote { rewrite: true },
+        );
         assert_eq!(read(&voting), Some(b"bc".to_vec()));
         assert_eq!(devices[1].contents(), b"abcd");
     }
@@ -377,14 +385,14 @@ mod tests {
     #[test]
     fn the_next_is_read_where_one_fails_and_two_are_held_against_each_other() {
         assert_eq!(
-            read(&voting(&[b"a", b"axcd", b"abcd"], 2, Pattern::Fifo).0),
+            read(&voting(&[b"a", b"axcd", b"abcd"], 2, ReadPattern::Fifo).0),
             Some(b"xc".to_vec())
         );
         assert_eq!(
-            read(&voting(&[b"abcd", b"abcx"], 2, Pattern::Verify).0),
+            read(&voting(&[b"abcd", b"abcx"], 2, ReadPattern::Verify).0),
             Some(b"bc".to_vec())
         );
-        let (voting, _) = voting(&[b"abcd", b"abxd"], 2, Pattern::Verify);
+        let (voting, _) = voting(&[b"abcd", b"abxd"], 2, ReadPattern::Verify);
         let error = voting.read_at(&mut [0; 2], 1).map_err(|error| error.chain());
         assert_eq!(
             error,
@@ -394,7 +402,7 @@ mod tests {
 
     #[test]
     fn writes_reach_all_and_enough_have_to_succeed() {
-        let (voting, devices) = voting(&[b"abcd", b"abcd"], 2, Pattern::Fifo);
+        let (voting, devices) = voting(&[b"abcd", b"abcd"], 2, ReadPattern::Fifo);
         voting.write_at(b"xy", 1).expect("writes");
         assert!(devices.iter().all(|device| device.contents() == b"axyd"));
         let mut calls = 0;
@@ -406,6 +414,6 @@ mod tests {
                 Ok(())
             }
         };
-        assert!(voting.all(once).is_err());
+        assert!(voting.on_all(once).is_err());
     }
 }

@@ -86,13 +86,13 @@ impl Filter for Blkdebug {
             config::read(&*file, &rules)?;
         }
         rules.take(request.options)?;
-        let permissions = Claims::take(request.options)?;
+        let permissions = ChildPermissions::take(request.options)?;
         if permissions.writes() && !request.write {
             return Err(read_only());
         }
         let constraints = Constraints::new(&options, below.limits())?;
         rules.start();
-        Ok(Arc::new(Filtered(Debugged {
+        Ok(Arc::new(Filtered(BlkdebugDevice {
             below,
             rules,
             constraints,
@@ -152,22 +152,22 @@ impl Constraints {
     }
 
     /// No more of `range` than `most`, unless that is 0.
-    fn piece(range: ByteRange, most: u64) -> ByteRange {
+    fn limit(range: ByteRange, most: u64) -> ByteRange {
         if most == 0 { range } else { range.first(most) }
     }
 }
 
 /// What the filter does with the node below and lets nobody else do, beyond what it is used for.
 #[derive(Clone, Copy, Debug, Default)]
-struct Claims {
+struct ChildPermissions {
     take: [bool; 4],
     unshare: [bool; 4],
 }
 
-/// The names of permissions in the order of [`Claims`].
+/// The names of permissions in the order of [`ChildPermissions`].
 const PERMISSIONS: [&str; 4] = ["consistent-read", "write", "write-unchanged", "resize"];
 
-impl Claims {
+impl ChildPermissions {
     fn take(options: &mut NodeOptions) -> Result<Self> {
         Ok(Self {
             take: Self::list(options, "take-child-perms")?,
@@ -208,21 +208,21 @@ impl Claims {
 }
 
 #[derive(Debug)]
-struct Debugged {
+struct BlkdebugDevice {
     below: Arc<dyn Device>,
     rules: Rules,
     constraints: Constraints,
-    permissions: Claims,
+    permissions: ChildPermissions,
     node: Node,
 }
 
-impl Debugged {
+impl BlkdebugDevice {
     fn write_zero_bytes(&self, range: ByteRange) -> Result<()> {
         write_zero_chunks(range, |zeroes, offset| self.write_at(zeroes, offset))
     }
 }
 
-impl FilterDevice for Debugged {
+impl FilterDevice for BlkdebugDevice {
     fn below(&self) -> &Arc<dyn Device> {
         &self.below
     }
@@ -233,13 +233,13 @@ impl FilterDevice for Debugged {
 
     fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
         self.rules
-            .judge(Request::Read, ByteRange::at(offset, buf.len() as u64))?;
+            .check(Request::Read, ByteRange::at(offset, buf.len() as u64))?;
         self.below.read_at(buf, offset)
     }
 
     fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
         self.rules
-            .judge(Request::Write, ByteRange::at(offset, buf.len() as u64))?;
+            .check(Request::Write, ByteRange::at(offset, buf.len() as u64))?;
         self.below.write_at(buf, offset)
     }
 
@@ -249,17 +249,17 @@ impl FilterDevice for Debugged {
         while !rest.is_empty() {
             let start = rest.start();
             let whole = rest.align_in(unit);
-            let piece = if start.is_multiple_of(unit) && !whole.is_empty() {
-                let piece = Constraints::piece(whole, self.constraints.max_zero);
-                self.rules.judge(Request::WriteZeroes, piece)?;
-                self.below.write_zeroes(piece, mode)?;
-                piece
+            let chunk = if start.is_multiple_of(unit) && !whole.is_empty() {
+                let chunk = Constraints::limit(whole, self.constraints.max_zero);
+                self.rules.check(Request::WriteZeroes, chunk)?;
+                self.below.write_zeroes(chunk, mode)?;
+                chunk
             } else {
-                let piece = rest.first(align_up(start + 1, unit) - start);
-                self.write_zero_bytes(piece)?;
-                piece
+                let chunk = rest.first(align_up(start + 1, unit) - start);
+                self.write_zero_bytes(chunk)?;
+                chunk
             };
-            rest = rest.skip(piece.len());
+            rest = rest.skip(chunk.len());
         }
         Ok(())
     }
@@ -267,26 +267,26 @@ impl FilterDevice for Debugged {
     fn discard(&self, range: ByteRange) -> Result<()> {
         let mut rest = range.align_in(self.constraints.discard_unit);
         while !rest.is_empty() {
-            let piece = Constraints::piece(rest, self.constraints.max_discard);
-            self.rules.judge(Request::Discard, piece)?;
-            self.below.discard(piece)?;
-            rest = rest.skip(piece.len());
+            let chunk = Constraints::limit(rest, self.constraints.max_discard);
+            self.rules.check(Request::Discard, chunk)?;
+            self.below.discard(chunk)?;
+            rest = rest.skip(chunk.len());
         }
         Ok(())
     }
 
     fn status(&self, range: ByteRange, detail: StatusDetail) -> Result<Extent> {
-        self.rules.judge(Request::BlockStatus, range)?;
+        self.rules.check(Request::BlockStatus, range)?;
         status_below(&self.below, range, detail)
     }
 
     fn flush(&self) -> Result<()> {
-        self.rules.judge(Request::Flush, ByteRange::at(0, 0))?;
+        self.rules.check(Request::Flush, ByteRange::at(0, 0))?;
         self.below.flush()
     }
 
     fn event(&self, event: Event) {
-        self.rules.process(event.name());
+        self.rules.handle_event(event.name());
     }
 
     fn lock(&self, permissions: Permissions) -> Result<()> {

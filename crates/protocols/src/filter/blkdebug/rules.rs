@@ -121,22 +121,22 @@ struct Rule {
 
 #[derive(Clone, Debug)]
 enum Action {
-    Fail {
+    InjectError {
         /// All but questions about status if not given.
         request: Option<Request>,
         errno: i32,
         sector: Option<u64>,
         once: bool,
     },
-    Become(u64),
+    SetState(u64),
 }
 
 /// The rules of a node, and where it stands with them.
 #[derive(Debug)]
-pub(super) struct Rules(Mutex<Engine>);
+pub(super) struct Rules(Mutex<RuleState>);
 
 #[derive(Debug)]
-struct Engine {
+struct RuleState {
     rules: Vec<Rule>,
     /// Those that requests are held against, by their places in `rules`.
     active: Vec<usize>,
@@ -147,7 +147,7 @@ struct Engine {
 
 impl Rules {
     pub(super) fn new() -> Self {
-        Self(Mutex::new(Engine {
+        Self(Mutex::new(RuleState {
             rules: Vec::new(),
             active: Vec::new(),
             spent: Vec::new(),
@@ -155,7 +155,7 @@ impl Rules {
         }))
     }
 
-    fn engine(&self) -> MutexGuard<'_, Engine> {
+    fn lock(&self) -> MutexGuard<'_, RuleState> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -205,7 +205,7 @@ impl Rules {
         let event = known.ok_or_else(|| Error::invalid(format!("invalid parameter value: {event}")))?;
         let number = |name: &str| values.number(name).unwrap_or(0);
         let action = if injects {
-            Action::Fail {
+            Action::InjectError {
                 request: values.text("iotype").map(Request::from_name).transpose()?,
                 errno: i32::try_from(number("errno")).unwrap_or(errno::EIO),
                 // Counted down from 2^64 it stands for any.
@@ -215,9 +215,9 @@ impl Rules {
                 once: values.flag("once") == Some(true),
             }
         } else {
-            Action::Become(number("new_state"))
+            Action::SetState(number("new_state"))
         };
-        self.engine().rules.push(Rule {
+        self.lock().rules.push(Rule {
             event,
             state: number("state"),
             action,
@@ -227,55 +227,55 @@ impl Rules {
 
     /// Lets the rules be active that are from the start.
     pub(super) fn start(&self) {
-        self.process(NONE);
+        self.handle_event(NONE);
     }
 
     /// Learns what a driver is about to do.
-    pub(super) fn process(&self, event: &str) {
-        let mut engine = self.engine();
-        let engine = &mut *engine;
-        let mut state = engine.state;
+    pub(super) fn handle_event(&self, event: &str) {
+        let mut inner = self.lock();
+        let inner = &mut *inner;
+        let mut state = inner.state;
         let mut active = Vec::new();
-        for (at, rule) in engine.rules.iter().enumerate() {
-            if rule.event != event || (rule.state != 0 && rule.state != engine.state) {
+        for (at, rule) in inner.rules.iter().enumerate() {
+            if rule.event != event || (rule.state != 0 && rule.state != inner.state) {
                 continue;
             }
             match rule.action {
-                Action::Become(other) => state = other,
-                Action::Fail { .. } if engine.spent.contains(&at) => {}
-                Action::Fail { .. } => active.push(at),
+                Action::SetState(other) => state = other,
+                Action::InjectError { .. } if inner.spent.contains(&at) => {}
+                Action::InjectError { .. } => active.push(at),
             }
         }
         if !active.is_empty() {
-            engine.active = active;
+            inner.active = active;
         }
-        engine.state = state;
+        inner.state = state;
     }
 
     /// Has a request about `range` fail if a rule says so.
     ///
     /// # Errors
     /// The rule's.
-    pub(super) fn judge(&self, kind: Request, range: ByteRange) -> Result<()> {
-        let mut engine = self.engine();
-        let matching = engine.active.iter().copied().find(|at| {
+    pub(super) fn check(&self, kind: Request, range: ByteRange) -> Result<()> {
+        let mut inner = self.lock();
+        let matching = inner.active.iter().copied().find(|at| {
             let Some(Rule {
-                action: Action::Fail { request, sector, .. },
+                action: Action::InjectError { request, sector, .. },
                 ..
-            }) = engine.rules.get(*at)
+            }) = inner.rules.get(*at)
             else {
                 return false;
             };
             request.map_or(kind != Request::BlockStatus, |request| request == kind)
                 && sector.is_none_or(|sector| overlaps(range, sector))
         });
-        let rule = matching.and_then(|at| engine.rules.get(at).map(|rule| (at, rule.action.clone())));
-        let Some((at, Action::Fail { errno, once, .. })) = rule else {
+        let rule = matching.and_then(|at| inner.rules.get(at).map(|rule| (at, rule.action.clone())));
+        let Some((at, Action::InjectError { errno, once, .. })) = rule else {
             return Ok(());
         };
         if once {
-            engine.active.retain(|other| *other != at);
-            engine.spent.push(at);
+            inner.active.retain(|other| *other != at);
+            inner.spent.push(at);
         }
         if errno == 0 {
             Ok(())
@@ -303,7 +303,7 @@ mod tests {
     }
 
     fn read(rules: &Rules, sector: u64) -> Option<i32> {
-        let outcome = rules.judge(Request::Read, ByteRange::at(sector * 512, 512));
+        let outcome = rules.check(Request::Read, ByteRange::at(sector * 512, 512));
         outcome.err().map(|error| match error.chain().as_str() {
             "Input/output error" => errno::EIO,
             "No space left on device" => errno::ENOSPC,
@@ -317,14 +317,14 @@ mod tests {
             "inject-error.0.event=l2_load,inject-error.0.sector=7,inject-error.1.event=cow_read,inject-error.1.sector=9",
         );
         assert_eq!(read(&rules, 7), None);
-        rules.process("l2_load");
+        rules.handle_event("l2_load");
         assert_eq!(read(&rules, 8), None);
-        rules.process("read_aio");
+        rules.handle_event("read_aio");
         assert_eq!(
             (read(&rules, 7), read(&rules, 7)),
             (Some(errno::EIO), Some(errno::EIO))
         );
-        rules.process("cow_read");
+        rules.handle_event("cow_read");
         assert_eq!((read(&rules, 7), read(&rules, 9)), (None, Some(errno::EIO)));
     }
 
@@ -334,10 +334,10 @@ mod tests {
             "inject-error.0.event=read_aio,inject-error.0.sector=1,\
              inject-error.1.event=read_aio,inject-error.1.errno=28,inject-error.1.once=on",
         );
-        rules.process("read_aio");
+        rules.handle_event("read_aio");
         assert_eq!(read(&rules, 1), Some(errno::EIO));
         assert_eq!(read(&rules, 2), Some(errno::ENOSPC));
-        rules.process("read_aio");
+        rules.handle_event("read_aio");
         assert_eq!(read(&rules, 2), None);
     }
 
@@ -346,19 +346,19 @@ mod tests {
         let rules = rules(
             "inject-error.0.event=read_aio,inject-error.0.state=2,set-state.0.event=read_aio,set-state.0.new_state=2",
         );
-        rules.process("read_aio");
+        rules.handle_event("read_aio");
         assert_eq!(read(&rules, 0), None);
-        rules.process("read_aio");
+        rules.handle_event("read_aio");
         assert_eq!(read(&rules, 0), Some(errno::EIO));
     }
 
     #[test]
     fn status_fails_only_where_it_is_named() {
         let any = rules("inject-error.0.event=none");
-        assert!(any.judge(Request::BlockStatus, ByteRange::at(0, 512)).is_ok());
-        assert!(any.judge(Request::Flush, ByteRange::at(0, 0)).is_err());
+        assert!(any.check(Request::BlockStatus, ByteRange::at(0, 512)).is_ok());
+        assert!(any.check(Request::Flush, ByteRange::at(0, 0)).is_err());
         let status = rules("inject-error.0.event=none,inject-error.0.iotype=block-status");
-        assert!(status.judge(Request::BlockStatus, ByteRange::at(0, 512)).is_err());
+        assert!(status.check(Request::BlockStatus, ByteRange::at(0, 512)).is_err());
         assert_eq!(read(&status, 0), None);
     }
 }
