@@ -8,7 +8,7 @@ use diskimage_core::{Device, Error, Gate, Limits, Node, Permissions, Result, Res
 
 use super::entry::Label;
 use super::geometry::{CLUSTER, FatType, Sector};
-use super::tree::{Content, Run, Tree};
+use super::tree::{ClusterRun, Content, Tree};
 
 /// A directory as a disk.
 pub(super) struct Disk {
@@ -107,7 +107,7 @@ impl Disk {
     }
 
     /// The file of a run, opened unless it is open.
-    fn file(&self, index: usize, run: &Run) -> Result<Arc<dyn Device>> {
+    fn file(&self, index: usize, run: &ClusterRun) -> Result<Arc<dyn Device>> {
         let Content::File { path, .. } = &run.content else {
             return Err(Error::invalid("A directory is no file"));
         };

@@ -126,7 +126,7 @@ pub(super) fn long_name(name: &str, short: &ShortName) -> Vec<[u8; ENTRY]> {
         .map(|(number, part)| {
             let mut entry = [0xff; ENTRY];
             let ended = part.iter().copied().chain([0]);
-            for (at, unit) in PLACES.into_iter().zip(ended) {
+            for (at, unit) in UNIT_OFFSETS.into_iter().zip(ended) {
                 entry[at..at + 2].copy_from_slice(&unit.to_le_bytes());
             }
             entry[0] = number;
@@ -145,7 +145,7 @@ pub(super) fn long_name(name: &str, short: &ShortName) -> Vec<[u8; ENTRY]> {
 /// UTF-16 units in an entry.
 const UNITS: usize = 13;
 /// Where they are.
-const PLACES: [usize; UNITS] = [1, 3, 5, 7, 9, 14, 16, 18, 20, 22, 24, 28, 30];
+const UNIT_OFFSETS: [usize; UNITS] = [1, 3, 5, 7, 9, 14, 16, 18, 20, 22, 24, 28, 30];
 const LAST_PART: u8 = 0x40;
 
 #[cfg(test)]

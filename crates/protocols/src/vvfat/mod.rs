@@ -31,7 +31,7 @@ use crate::protocol::{Protocol, ProtocolRequest};
 use disk::Disk;
 use entry::Label;
 use geometry::{FatType, Geometry};
-use tree::{Tree, Walk};
+use tree::{DirectoryScan, Tree};
 
 /// The driver.
 #[derive(Debug)]
@@ -113,7 +113,7 @@ impl Protocol for VvfatDriver {
             }
             (false, false) => {}
         }
-        let tree = Tree::read(&Walk {
+        let tree = Tree::read(&DirectoryScan {
             dir: Path::new(dir),
             geometry,
             label: &label,

@@ -82,11 +82,11 @@ fn shorten(name: &[u8]) -> (ShortName, bool) {
     let extension = last.map_or(&[][..], |last| &characters[last + 1..]);
     let mut short = [b' '; 11];
     is_whole &= first == last && base.len() <= 8 && extension.len() <= 3;
-    for (place, byte) in short[..8].iter_mut().zip(base) {
-        *place = *byte;
+    for (slot, byte) in short[..8].iter_mut().zip(base) {
+        *slot = *byte;
     }
-    for (place, byte) in short[8..].iter_mut().zip(extension) {
-        *place = *byte;
+    for (slot, byte) in short[8..].iter_mut().zip(extension) {
+        *slot = *byte;
     }
     (short, is_whole)
 }

@@ -17,7 +17,7 @@ use super::name::ShortNames;
 
 /// What is read, and into what.
 #[derive(Debug)]
-pub(super) struct Walk<'a> {
+pub(super) struct DirectoryScan<'a> {
     pub(super) dir: &'a Path,
     pub(super) geometry: Geometry,
     pub(super) label: &'a Label,
@@ -31,14 +31,14 @@ pub(super) struct Walk<'a> {
 pub(super) struct Tree {
     pub(super) geometry: Geometry,
     /// In the order of their clusters, with none left out between them.
-    runs: Vec<Run>,
+    runs: Vec<ClusterRun>,
     /// The memory that they take.
     _claimed: Vec<Reservation>,
 }
 
 /// Neighbouring clusters of one directory or file.
 #[derive(Debug)]
-pub(super) struct Run {
+pub(super) struct ClusterRun {
     pub(super) begin: u32,
     /// The first cluster behind it.
     pub(super) end: u32,
@@ -55,10 +55,10 @@ pub(super) enum Content {
 }
 
 /// What has been seen and has no clusters yet.
-struct Pending {
+struct QueuedEntry {
     path: PathBuf,
     /// The run of the directory that it is in, and where in it its entry is; none for the root.
-    place: Option<(usize, usize)>,
+    parent_entry: Option<(usize, usize)>,
     /// `None` for a directory.
     len: Option<u32>,
 }
@@ -66,7 +66,7 @@ struct Pending {
 /// The entries of a directory, and where in them the entries are of what will have clusters.
 struct Listing {
     entries: Vec<u8>,
-    below: Vec<(usize, PathBuf, Option<u32>)>,
+    children: Vec<(usize, PathBuf, Option<u32>)>,
 }
 
 impl Tree {
@@ -74,25 +74,30 @@ impl Tree {
     ///
     /// # Errors
     /// Directories that cannot be read, more than the disk has room for, and more than there may be memory for.
-    pub(super) fn read(walk: &Walk<'_>) -> Result<Self> {
-        let geometry = walk.geometry;
-        let mut claim = Claim::new(walk.budget);
-        let mut runs: Vec<Run> = Vec::new();
-        let mut queue = VecDeque::from([Pending {
-            path: walk.dir.to_owned(),
-            place: None,
+    pub(super) fn read(scan: &DirectoryScan<'_>) -> Result<Self> {
+        let geometry = scan.geometry;
+        let mut claim = MemoryClaim::new(scan.budget);
+        let mut runs: Vec<ClusterRun> = Vec::new();
+        let mut queue = VecDeque::from([QueuedEntry {
+            path: scan.dir.to_owned(),
+            parent_entry: None,
             len: None,
         }]);
-        while let Some(Pending { path, place, len }) = queue.pop_front() {
+        while let Some(QueuedEntry {
+            path,
+            parent_entry,
+            len,
+        }) = queue.pop_front()
+        {
             let index = runs.len();
             let begin = runs.last().map_or(0, |last| last.end);
             let content = match len {
                 Some(len) => Content::File { path, len },
                 None => {
-                    let listing = walk.list(&path, place.is_none(), &mut claim)?;
-                    queue.extend(listing.below.into_iter().map(|(at, path, len)| Pending {
+                    let listing = scan.list(&path, parent_entry.is_none(), &mut claim)?;
+                    queue.extend(listing.children.into_iter().map(|(at, path, len)| QueuedEntry {
                         path,
-                        place: Some((index, at)),
+                        parent_entry: Some((index, at)),
                         len,
                     }));
                     Content::Directory(listing.entries)
@@ -101,7 +106,9 @@ impl Tree {
             let bytes = match &content {
                 Content::File { len, .. } => u64::from(*len),
                 // That of the root is of a fixed size, but on FAT32.
-                Content::Directory(_) if place.is_none() && geometry.fat != FatType::Fat32 => 2 * CLUSTER,
+                Content::Directory(_) if parent_entry.is_none() && geometry.fat != FatType::Fat32 => {
+                    2 * CLUSTER
+                }
                 Content::Directory(entries) => entries.len() as u64,
             };
             // What waits takes a cluster at least, so that no more waits than there is room for.
@@ -110,8 +117,8 @@ impl Tree {
                 .and_then(|clusters| begin.checked_add(clusters))
                 .filter(|end| u64::from(*end) + queue.len() as u64 <= u64::from(geometry.end_cluster()))
                 .ok_or_else(|| Error::new(ErrorKind::NoSpace, geometry.does_not_fit()))?;
-            runs.push(Run { begin, end, content });
-            if let Some((parent, at)) = place {
+            runs.push(ClusterRun { begin, end, content });
+            if let Some((parent, at)) = parent_entry {
                 link(&mut runs, index, parent, at);
             }
         }
@@ -123,7 +130,7 @@ impl Tree {
     }
 
     /// The run that a cluster is in.
-    pub(super) fn run(&self, cluster: u32) -> Option<(usize, &Run)> {
+    pub(super) fn run(&self, cluster: u32) -> Option<(usize, &ClusterRun)> {
         let index = self.runs.partition_point(|run| run.end <= cluster);
         Some((index, self.runs.get(index)?))
     }
@@ -145,7 +152,7 @@ impl Tree {
 }
 
 /// Writes the first cluster of a run where it is spoken of: into its entry, and if it is a directory, into that itself.
-fn link(runs: &mut [Run], index: usize, parent: usize, at: usize) {
+fn link(runs: &mut [ClusterRun], index: usize, parent: usize, at: usize) {
     let begin = runs[index].begin;
     let parent_begin = runs[parent].begin;
     if let Content::Directory(entries) = &mut runs[parent].content {
@@ -158,9 +165,9 @@ fn link(runs: &mut [Run], index: usize, parent: usize, at: usize) {
     }
 }
 
-impl Walk<'_> {
+impl DirectoryScan<'_> {
     /// Reads one directory.
-    fn list(&self, path: &Path, is_root: bool, claim: &mut Claim<'_>) -> Result<Listing> {
+    fn list(&self, path: &Path, is_root: bool, claim: &mut MemoryClaim<'_>) -> Result<Listing> {
         let unreadable = || format!("Could not read directory {}", path.display());
         let opened = fs::read_dir(path).map_err(|_| Error::new(ErrorKind::NotFound, unreadable()))?;
         let mut names = ShortNames::default();
@@ -178,7 +185,7 @@ impl Walk<'_> {
                 entries.extend(entry::entry(name, &times, None));
             }
         }
-        let mut below = Vec::new();
+        let mut children = Vec::new();
         for found in opened {
             let found = found.map_err(|_| Error::new(ErrorKind::Io, unreadable()))?;
             let name = found.file_name();
@@ -218,12 +225,12 @@ impl Walk<'_> {
                 )));
             }
             if is_directory {
-                below.push((at, file, None));
+                children.push((at, file, None));
             } else if len > 0 {
-                below.push((at, file, Some(len)));
+                children.push((at, file, Some(len)));
             }
         }
-        Ok(Listing { entries, below })
+        Ok(Listing { entries, children })
     }
 
     fn times_of(&self, metadata: Option<&Metadata>) -> Times {
@@ -242,18 +249,18 @@ const MAX_FILE: u32 = 0x7fff_ffff;
 /// The most that the entries of one directory may take: as much as any disk that they could be on has.
 const MAX_DIRECTORY: usize = 504 << 20;
 
-/// What an entry takes beside its names: the entry itself, the short name noted twice, and its place in the queue.
+/// What an entry takes beside its names: the entry itself, the short name noted twice, and its parent_entry in the queue.
 const PER_ENTRY: usize = 256;
 
 /// Memory for what is found in directories, taken in larger pieces than it is needed in.
-struct Claim<'a> {
+struct MemoryClaim<'a> {
     budget: &'a Budget,
     taken: Vec<Reservation>,
     left: usize,
 }
 
-impl<'a> Claim<'a> {
-    const PIECE: usize = 1 << 20;
+impl<'a> MemoryClaim<'a> {
+    const CHUNK: usize = 1 << 20;
 
     fn new(budget: &'a Budget) -> Self {
         Self {
@@ -265,9 +272,9 @@ impl<'a> Claim<'a> {
 
     fn take(&mut self, bytes: usize) -> Result<()> {
         if self.left < bytes {
-            let piece = bytes.max(Self::PIECE);
-            self.taken.push(self.budget.reserve(piece as u64)?);
-            self.left = piece;
+            let chunk = bytes.max(Self::CHUNK);
+            self.taken.push(self.budget.reserve(chunk as u64)?);
+            self.left = chunk;
         }
         self.left -= bytes;
         Ok(())
