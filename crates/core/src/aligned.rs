@@ -1,9 +1,10 @@
-//! Memory that starts on a page.
+//! Memory that starts on a page boundary.
 
 use std::ops::{Deref, DerefMut};
 
-/// A buffer that starts on a page. The kernel copies to and from such memory at twice the speed of memory that starts
-/// sixteen bytes into a page, where an allocator puts large buffers; and `O_DIRECT` needs it.
+/// A buffer that starts on a page boundary. The kernel copies to and from such memory twice as fast as to and from
+/// memory that starts 16 bytes into a page, which is where allocators put large buffers. `O_DIRECT` requires the
+/// alignment.
 #[derive(Debug, Default)]
 pub struct AlignedBuf {
     bytes: Vec<u8>,

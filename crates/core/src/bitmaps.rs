@@ -11,49 +11,50 @@ pub trait Bitmaps: Debug + Send + Sync {
     /// All bitmaps, in the order in which they are stored.
     ///
     /// # Errors
-    /// Damage in their directory.
+    /// Damage in the bitmap directory, or a failure to read it.
     fn list(&self) -> Result<Vec<BitmapInfo>>;
 
     /// How many bytes they take in a copy of the image with clusters of `cluster_size`.
     ///
     /// # Errors
-    /// Damage in their directory.
+    /// Damage in the bitmap directory, or a failure to read it.
     fn bytes(&self, cluster_size: u64) -> Result<u64>;
 
-    /// Makes a bitmap in which nothing is marked.
+    /// Creates a bitmap in which no bit is set.
     ///
     /// # Errors
-    /// A name that is taken, empty or too long, a granularity that does not exist, a bitmap that would be too large.
+    /// A name that is in use, empty or too long, an unsupported granularity, a bitmap that would be too large.
     fn add(&self, bitmap: &NewBitmap<'_>) -> Result<()>;
 
-    /// Takes a bitmap away, an inconsistent one as well.
+    /// Deletes a bitmap, which may be inconsistent.
     ///
     /// # Errors
-    /// [`ErrorKind::NotFound`](crate::ErrorKind::NotFound) if there is none of this name.
+    /// [`ErrorKind::NotFound`](crate::ErrorKind::NotFound) if no bitmap has this name.
     fn remove(&self, name: &str) -> Result<()>;
 
-    /// Unmarks everything.
+    /// Clears all bits of a bitmap.
     ///
     /// # Errors
     /// No such bitmap, or an inconsistent one.
     fn clear(&self, name: &str) -> Result<()>;
 
-    /// Sets whether writes to the disk are marked from now on.
+    /// Sets whether writes to the disk set bits from now on.
     ///
     /// # Errors
     /// No such bitmap, or an inconsistent one.
     fn set_enabled(&self, name: &str, enabled: bool) -> Result<()>;
 
-    /// Marks every granule that one of `ranges` touches. What lies beyond the end of the disk is left out.
+    /// Sets the bit of every granule that one of `ranges` touches. Ranges beyond the end of the disk are ignored.
     ///
     /// # Errors
     /// No such bitmap, or an inconsistent one.
     fn mark(&self, name: &str, ranges: &[ByteRange]) -> Result<()>;
 
-    /// Hands the marked parts of the disk to `visit`, in order; neighbours may come in several pieces.
+    /// Calls `visit` with the ranges of the disk whose bits are set, in ascending order. Adjacent ranges need not be
+    /// merged.
     ///
     /// # Errors
-    /// No such bitmap, an inconsistent one, damage in its table, and what `visit` says.
+    /// No such bitmap, an inconsistent one, damage in its table, and the first error of `visit`.
     fn marked(&self, name: &str, visit: &mut dyn FnMut(ByteRange) -> Result<()>) -> Result<()>;
 }
 
@@ -62,21 +63,21 @@ pub trait Bitmaps: Debug + Send + Sync {
 pub struct BitmapInfo {
     /// Its name.
     pub name: String,
-    /// How many bytes of the disk one bit stands for.
+    /// Bytes of the disk for each bit.
     pub granularity: u64,
-    /// Whether writes to the disk are marked in it.
+    /// Whether writes to the disk set its bits.
     pub enabled: bool,
-    /// Whether it was not stored properly, so that what it says cannot be relied on.
+    /// Whether it was not saved when the image was closed, so that its bits are out of date.
     pub inconsistent: bool,
 }
 
-/// A persistent bitmap to be made.
+/// A persistent bitmap to create.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NewBitmap<'a> {
     /// Its name.
     pub name: &'a str,
-    /// How many bytes of the disk one bit stands for; the format's default if not given.
+    /// Bytes of the disk for each bit; the format's default if not given.
     pub granularity: Option<u64>,
-    /// Whether writes to the disk are to be marked in it.
+    /// Whether writes to the disk set its bits.
     pub enabled: bool,
 }

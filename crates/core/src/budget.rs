@@ -1,11 +1,11 @@
-//! Memory that a number from an image sizes is taken from a budget first.
+//! A budget for memory whose size is read from an image: such memory is reserved before it is allocated.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::{Error, ErrorKind, Result};
 
-/// How much memory the numbers found in images may claim, shared by all images of one operation.
+/// How much memory may be allocated for sizes read from images, shared by all images of one operation.
 #[derive(Clone, Debug)]
 pub struct Budget {
     left: Arc<AtomicU64>,
@@ -19,7 +19,7 @@ impl Budget {
         }
     }
 
-    /// Takes `bytes` until the reservation is dropped.
+    /// Reserves `bytes` until the reservation is dropped.
     ///
     /// # Errors
     /// [`ErrorKind::Limit`] if less is left.
@@ -37,13 +37,13 @@ impl Budget {
 }
 
 impl Default for Budget {
-    /// 256 MiB: a quarter of the address space that cloud services grant.
+    /// 256 MiB, a quarter of the address space that cloud services allow `qemu-img`.
     fn default() -> Self {
         Self::new(256 << 20)
     }
 }
 
-/// A part of a [`Budget`], given back on drop.
+/// A part of a [`Budget`], released on drop.
 #[derive(Debug)]
 #[must_use]
 pub struct Reservation {
@@ -62,7 +62,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_taken_comes_back_on_drop() {
+    fn a_dropped_reservation_is_released() {
         let budget = Budget::new(100);
         let first = budget.reserve(60).expect("enough is left");
         assert_eq!(

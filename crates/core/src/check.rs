@@ -9,44 +9,45 @@ pub trait Check: Debug + Send + Sync {
     /// Looks for inconsistencies and mends what `repair` allows.
     ///
     /// # Errors
-    /// [`ErrorKind::Unsupported`](crate::ErrorKind::Unsupported) if the format cannot repair; errors that end the check.
+    /// [`ErrorKind::Unsupported`](crate::ErrorKind::Unsupported) if the format cannot repair; errors that end the
+    /// check.
     fn check(&self, repair: Repair, progress: &Progress<'_>) -> Result<CheckReport>;
 }
 
-/// What a check may mend.
+/// What a check may repair.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Repair {
-    /// Nothing.
+    /// Nothing: the image is only read.
     #[default]
     No,
-    /// Space that nothing refers to.
+    /// Leaked clusters, which no table refers to.
     Leaks,
-    /// All that can be.
+    /// Leaks and corruptions.
     All,
 }
 
-/// The outcome of a check. Counters follow the original's report; what was found and done is told line by line on the
-/// way, see [`Progress::note`](crate::Progress::note).
+/// The outcome of a check. The counters are those of `qemu-img check`; findings and repairs are reported one by one
+/// while the check runs, see [`Progress::note`](crate::Progress::note).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct CheckReport {
     /// Inconsistencies that can lose data.
     pub corruptions: u64,
-    /// Clusters that nothing refers to.
+    /// Allocated clusters that no table refers to.
     pub leaks: u64,
-    /// Errors that kept the check from looking everywhere.
+    /// Errors that prevented a part of the check.
     pub check_errors: u64,
-    /// Inconsistencies mended.
+    /// Inconsistencies that were repaired.
     pub corruptions_fixed: u64,
-    /// Leaks mended.
+    /// Leaks that were repaired.
     pub leaks_fixed: u64,
-    /// Where the image ends in the file.
+    /// The host offset at which the image ends.
     pub image_end_offset: u64,
-    /// How many clusters the guest's disk has.
+    /// Clusters of the guest disk.
     pub total_clusters: u64,
-    /// How many of them are allocated.
+    /// How many of these are allocated.
     pub allocated_clusters: u64,
-    /// How many of those are compressed.
+    /// How many of the allocated ones are compressed.
     pub compressed_clusters: u64,
-    /// How many of those do not follow the one before.
+    /// How many of the allocated ones do not follow the one before in the file.
     pub fragmented_clusters: u64,
 }

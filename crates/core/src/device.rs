@@ -1,4 +1,11 @@
-//! A flat array of bytes, wherever it lives.
+//! A flat array of bytes, whatever stores it.
+//!
+//! ```text
+//!   Device ── limits()    alignment and size of good requests
+//!    ├ read_at, write_at, write_zeroes, discard, flush, resize
+//!    ├ status ─► Extent   how many bytes are of one kind, and where they lie
+//!    └ node ─► Node       driver, options and children in the block graph
+//! ```
 
 use std::fmt::Debug;
 use std::sync::Arc;
@@ -10,70 +17,71 @@ use crate::{ByteRange, Error, ErrorKind, Event, Image, Info, NodeOptions, Permis
 ///
 /// Every method takes `&self`, moves the whole request or fails, and may be called from many threads at once.
 pub trait Device: Debug + Send + Sync {
-    /// How many bytes there are.
+    /// The length in bytes.
     fn len(&self) -> u64;
 
-    /// Whether there are none.
+    /// Whether the length is 0.
     fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// What requests suit the device; fixed once it is open.
+    /// Alignment and size of the requests that suit the device; fixed once it is open.
     fn limits(&self) -> &Limits;
 
     /// Fills `buf` with the bytes from `offset` on.
     ///
     /// # Errors
-    /// [`ErrorKind::Corrupt`] where bytes are asked for beyond [`Device::len`], else what the operating system says.
+    /// [`ErrorKind::Corrupt`] for a read beyond [`Device::len`], and read errors of the storage.
     fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()>;
 
-    /// Writes all of `buf` at `offset`. A file grows when it is written beyond its end.
+    /// Writes all of `buf` at `offset`. A write beyond the end of a file makes it longer.
     ///
     /// # Errors
-    /// What the operating system says.
+    /// Write errors of the storage: no space, a device that was opened for reading only.
     fn write_at(&self, buf: &[u8], offset: u64) -> Result<()>;
 
     /// Makes `range` read as zeroes.
     ///
     /// # Errors
-    /// What the operating system says.
+    /// As [`Device::write_at`], and [`ErrorKind::Unsupported`] as [`ZeroMode::FastOnly`] says.
     fn write_zeroes(&self, range: ByteRange, mode: ZeroMode) -> Result<()>;
 
-    /// Gives up the contents of `range`; what it reads as afterwards is the device's own matter.
+    /// Discards the contents of `range`. Each device decides what the range reads as afterwards. A device without
+    /// discard does nothing.
     ///
     /// # Errors
-    /// What the operating system says. A device that cannot discard does nothing.
+    /// Write errors of the storage, but not that it does not support discard.
     fn discard(&self, range: ByteRange) -> Result<()>;
 
-    /// What is known about the bytes at the start of `range`, and how far that holds. `range` is not empty and inside
-    /// the device; neither is the answer's extent.
+    /// The kind of the bytes at the start of `range`, and for how many bytes that holds. `range` is not empty and lies
+    /// inside the device; the extent is not empty and lies inside `range`.
     ///
     /// # Errors
-    /// What the operating system says, and damage found in tables on the way.
+    /// Read errors of the storage, and damage in the tables that are read for the answer.
     fn status(&self, range: ByteRange, detail: StatusDetail) -> Result<Extent>;
 
-    /// Makes everything written so far durable.
+    /// Makes all completed writes durable.
     ///
     /// # Errors
-    /// What the operating system says.
+    /// Write errors of the storage. A file whose flush has failed fails all later ones.
     fn flush(&self) -> Result<()>;
 
-    /// Changes the length; what is new reads as zeroes.
+    /// Changes the length; new bytes read as zeroes.
     ///
     /// # Errors
-    /// What the operating system says, and modes that the device does not offer.
+    /// Write errors of the storage, a length that cannot be changed, an unsupported preallocation mode.
     fn resize(&self, len: u64, preallocation: Preallocation) -> Result<()>;
 
-    /// The words for that a new image does not fit, where the length is what it is.
+    /// The error message for a new image that does not fit a device of fixed length.
     fn fixed_len_message(&self) -> &'static str {
         "Cannot grow device files"
     }
 
-    /// Moves `len` bytes from `offset` here to `target_offset` of `target` without passing them through this
-    /// process, if the two devices know a way. `Ok(false)` means nothing was done and the caller copies.
+    /// Copies `range` to `target_offset` of `target` inside the kernel, if both devices are files. `Ok(false)` means
+    /// that nothing was copied and the caller has to read and write.
     ///
     /// # Errors
-    /// What the operating system says after it began.
+    /// Errors after a part has been copied.
     fn copy_to(&self, _range: ByteRange, _target: &dyn Device, _target_offset: u64) -> Result<bool> {
         Ok(false)
     }
@@ -83,48 +91,48 @@ pub trait Device: Debug + Send + Sync {
         None
     }
 
-    /// The image that the device is, for what has to be known of its chain.
+    /// The image, if the device is one: gives access to its backing chain.
     fn as_image(&self) -> Option<&Image> {
         None
     }
 
-    /// Learns what is about to be done with it.
+    /// Is told about the step that a driver is about to take; see [`Event`].
     fn event(&self, _event: Event) {}
 
-    /// Changes what the storage below is locked for. Devices that nobody else can open have nothing to do.
+    /// Changes the permissions that the file is locked for. Devices that no other process can open do nothing.
     ///
     /// # Errors
-    /// [`ErrorKind::Locked`] if another opener is in the way; the locks stay as they were.
+    /// [`ErrorKind::Locked`] if another process holds a conflicting lock; the locks stay as they were.
     fn lock(&self, _permissions: Permissions) -> Result<()> {
         Ok(())
     }
 
-    /// Tells whether two devices are the same storage: they are if both answer the same.
+    /// Identifies the storage: two devices with equal identities are the same storage.
     fn identity(&self) -> Option<(u64, u64)> {
         None
     }
 
-    /// Whether what was not written yet reads as zero when the device has just been made or emptied.
+    /// Whether bytes that were not written yet read as zero on a device that was just created or truncated.
     fn is_zero_when_new(&self) -> bool {
         true
     }
 
-    /// Whether its bytes are made on their way and stored nowhere as they are.
+    /// Whether its bytes are computed on each read and stored nowhere in this form.
     fn is_view(&self) -> bool {
         false
     }
 
-    /// Bytes taken on the storage below, where that is known.
+    /// Bytes allocated in the file system, where known.
     fn allocated_bytes(&self) -> Option<u64> {
         None
     }
 
-    /// The name to show for it.
+    /// The name to show to users.
     fn name(&self) -> String {
         String::new()
     }
 
-    /// How it stands in the block graph.
+    /// Its node in the block graph.
     fn node(&self) -> Node {
         Node {
             name: Some(self.name()),
@@ -132,33 +140,33 @@ pub trait Device: Debug + Send + Sync {
         }
     }
 
-    /// What it says of itself.
+    /// Facts about the device for `info`.
     ///
     /// # Errors
-    /// Damage in the tables that it reads for this.
+    /// Damage in the tables that hold these facts.
     fn info(&self) -> Result<Info> {
         Ok(Info::default())
     }
 }
 
-/// How a device stands in the block graph.
+/// A node of the block graph: driver, options and children of a device.
 #[derive(Clone, Debug, Default)]
 pub struct Node {
     /// The driver's name.
     pub driver: &'static str,
-    /// The options without which it would be another device, but for the driver and the nodes below.
+    /// The options that are part of the node's `json:` filename, without the driver and the children.
     pub options: NodeOptions,
-    /// What the user calls the node (`node-name`).
+    /// The name that the user gave the node (`node-name`).
     pub node_name: Option<String>,
-    /// A plain name that says it all, if there is one.
+    /// A plain filename that opens the same node, if there is one.
     pub name: Option<String>,
-    /// The nodes below, by their names among the options.
+    /// The child nodes, by their names among the options.
     pub children: Vec<(String, Arc<dyn Device>)>,
 }
 
 impl Node {
-    /// All options that it takes to open it again, with the nodes below nested, in the order in which the original
-    /// prints them.
+    /// All options that open the node again, with the child nodes nested, in the order in which `qemu-img` prints
+    /// them.
     pub fn to_json(&self) -> Value {
         let own = self
             .options
@@ -168,7 +176,7 @@ impl Node {
         let (mut children, mut listed) = (Vec::new(), Vec::<(String, Vec<Value>)>::new());
         for (name, child) in &self.children {
             let value = child.node().to_json();
-            // Nodes called `children.0`, `children.1`, ... are a list.
+            // Children called `children.0`, `children.1`, ... form a list.
             match name.rsplit_once('.') {
                 None => children.push((name.clone(), value)),
                 Some((list, _)) => match listed.iter_mut().find(|(name, _)| name == list) {
@@ -185,7 +193,8 @@ impl Node {
         Value::object(own.chain([driver]).chain(children)).in_table_order()
     }
 
-    /// The name that relative names inside it start from: that of the file it ends in, whatever is between.
+    /// The filename that relative names in the image are resolved against: that of the file at the end of the chain of
+    /// base children.
     pub fn base_name(&self) -> String {
         match self.base() {
             Some(file) => file.node().base_name(),
@@ -193,7 +202,7 @@ impl Node {
         }
     }
 
-    /// Whether it ends in several files at once, so that there is no one place that relative names could start from.
+    /// Whether its bytes come from several files, so that relative names cannot be resolved against one of them.
     pub fn spans_several_files(&self) -> bool {
         match self.base() {
             Some(file) => file.node().spans_several_files(),
@@ -207,7 +216,7 @@ impl Node {
         BASES.iter().find_map(named).map(|(_, file)| file)
     }
 
-    /// The name to show: the plain one, or `json:` and all options.
+    /// The filename to show: the plain one, or `json:` and all options.
     pub fn shown_name(&self) -> String {
         match &self.name {
             Some(name) => name.clone(),
@@ -216,17 +225,18 @@ impl Node {
     }
 }
 
-/// What nodes call the one below that they are in.
+/// The names of the child that holds a node's bytes.
 const BASES: [&str; 3] = ["file", "image", "raw"];
 
-/// What requests suit a device.
+/// Alignment and size of the requests that suit a device.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// Offsets and lengths of requests are best multiples of this; 1 if any will do. The device copes with others.
+    /// The preferred multiple of offsets and lengths; 1 if there is none. The device also serves other requests,
+    /// slower.
     pub alignment: u32,
-    /// The largest request it takes in one piece.
+    /// The largest request that is passed on undivided.
     pub max_transfer: u32,
-    /// How many requests it wants in flight.
+    /// How many requests should be in flight.
     pub parallelism: u32,
 }
 
@@ -240,55 +250,65 @@ impl Default for Limits {
     }
 }
 
-/// How zeroes come about.
+/// How a range is made zero.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ZeroMode {
-    /// Storage may be given back.
+    /// Storage may be freed.
     Unmap,
     /// Storage stays allocated.
     KeepAllocated,
-    /// As either, but fail with [`ErrorKind::Unsupported`] instead of writing zeroes byte by byte.
+    /// Either way, but [`ErrorKind::Unsupported`] instead of writing zero bytes.
     FastOnly,
 }
 
-/// How much trouble [`Device::status`] takes.
+/// How much detail [`Device::status`] finds out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StatusDetail {
-    /// Which layer has the bytes is enough; holes of the storage below are not looked for.
+    /// Which image of the chain has the bytes. The file system is not asked for holes.
     Allocation,
-    /// Also whether they read as zero, where tables and the file system can tell without reading.
+    /// Also whether the bytes read as zero, as far as tables and file system know without reading them.
     Zeroes,
 }
 
-/// What a run of bytes is.
+/// A run of bytes of one kind.
 #[derive(Clone, Debug)]
 pub struct Extent {
-    /// How many bytes the answer holds for; never zero.
+    /// Length in bytes; never zero.
     pub len: u64,
-    /// What kind of bytes they are.
+    /// The kind of the bytes.
     pub kind: ExtentKind,
-    /// How many images further down the chain the bytes come from; 0 is the image asked.
+    /// Depth in the backing chain of the image that has the bytes; 0 is the image asked.
     pub depth: u32,
-    /// Where the first byte lies, if it lies anywhere as it is.
+    /// Device and host offset of the first byte, if the bytes are stored unchanged.
     pub host: Option<(Arc<dyn Device>, u64)>,
 }
 
 /// The kinds of [`Extent`].
+///
+/// | kind | reads as | reported by |
+/// |---|---|---|
+/// | `Data` | unknown | formats, files, exports |
+/// | `Compressed` | unknown | formats |
+/// | `Zero` | zero | formats for zero clusters, exports for zero holes |
+/// | `FileHole` | zero | files; formats for a hole in allocated data |
+/// | `PreallocatedZero` | zero | exports |
+/// | `UnknownHole` | unknown | exports, `null-co` |
+/// | `Unallocated` | zero | formats |
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ExtentKind {
-    /// Bytes that have to be read to be known.
+    /// Bytes that must be read to be known.
     Data,
-    /// Bytes that have to be decompressed.
+    /// Bytes of a compressed cluster.
     Compressed,
-    /// Reads as zero; with [`Extent::host`] if storage is set aside for it.
+    /// A zero cluster; [`Extent::host`] is set if storage is allocated for it.
     Zero,
-    /// A hole of the storage below: allocated as far as the format is concerned, reads as zero.
+    /// A hole of the file: allocated in the format's tables, without storage in the file system.
     FileHole,
-    /// Written with zeroes as far as the storage below knows: takes room, reads as zero.
+    /// Allocated storage that holds zeroes.
     PreallocatedZero,
-    /// Takes no room on the storage below, and what it reads as is not known without reading.
+    /// A hole whose contents are not known without reading them.
     UnknownHole,
-    /// No image of the chain has it; reads as zero.
+    /// Allocated in no image of the chain.
     Unallocated,
 }
 
@@ -302,22 +322,22 @@ impl ExtentKind {
     }
 }
 
-/// How much of a new area is set aside at once.
+/// How much of new space is allocated at once.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Preallocation {
-    /// Nothing.
+    /// None.
     #[default]
     Off,
-    /// The format's own tables, but no storage.
+    /// The format's tables map all of it, without storage in the file system.
     Metadata,
-    /// Storage by `fallocate`.
+    /// Storage is allocated with `fallocate`.
     Falloc,
-    /// Storage by writing zeroes.
+    /// Storage is allocated by writing zeroes.
     Full,
 }
 
 impl Preallocation {
-    /// The mode of this name.
+    /// The mode with this name.
     pub fn from_name(name: &str) -> Option<Self> {
         [Self::Off, Self::Metadata, Self::Falloc, Self::Full]
             .into_iter()
@@ -336,14 +356,14 @@ impl Preallocation {
 }
 
 impl dyn Device + '_ {
-    /// Reads at `offset` what there is, and zeroes for what lies beyond the end: metadata at the end of a file that is
-    /// not padded.
+    /// Fills `buf` from `offset` on, with zeroes for bytes beyond the end: some programs do not pad a file after the
+    /// metadata at its end.
     ///
     /// # Errors
     /// As [`Device::read_at`].
     pub fn read_padded(&self, buf: &mut [u8], offset: u64) -> Result<()> {
-        let there = to_index(self.len().saturating_sub(offset).min(buf.len() as u64))?;
-        let (head, tail) = buf.split_at_mut(there);
+        let available = to_index(self.len().saturating_sub(offset).min(buf.len() as u64))?;
+        let (head, tail) = buf.split_at_mut(available);
         tail.fill(0);
         if head.is_empty() {
             Ok(())
@@ -352,29 +372,29 @@ impl dyn Device + '_ {
         }
     }
 
-    /// Fills `buf` with the bytes from `offset` on, all of which the device has to have.
+    /// Fills `buf` with the bytes from `offset` on, and fails if the device ends before.
     ///
     /// # Errors
-    /// As [`Device::read_at`], and [`ErrorKind::CutOff`] in the words of `require`.
+    /// As [`Device::read_at`], and [`ErrorKind::CutOff`] with the message of `require`.
     pub fn read_whole(&self, buf: &mut [u8], offset: u64) -> Result<()> {
         self.require(offset, buf.len() as u64)?;
         self.read_at(buf, offset)
     }
 
-    /// Checks that `len` bytes from `offset` on lie inside the device. What a table leads to and the device does not have
-    /// was lost: it must not be taken for zeroes.
+    /// Checks that `len` bytes from `offset` on lie inside the device. Bytes that a table points to and the device
+    /// lacks were lost: they must not be read as zeroes.
     ///
     /// # Errors
     /// [`ErrorKind::CutOff`] if they do not.
     pub fn require(&self, offset: u64, len: u64) -> Result<()> {
-        let there = self.len();
+        let device_len = self.len();
         match offset.checked_add(len) {
-            Some(end) if end <= there => Ok(()),
-            _ => Err(self.cut_off(offset.max(there), there)),
+            Some(end) if end <= device_len => Ok(()),
+            _ => Err(self.cut_off(offset.max(device_len), device_len)),
         }
     }
 
-    /// The error of bytes from `missing` on that a device of `len` bytes should have.
+    /// The error for a device of `len` bytes that lacks the byte at `missing`.
     #[cold]
     fn cut_off(&self, missing: u64, len: u64) -> Error {
         let name = match self.name() {

@@ -1,4 +1,4 @@
-//! The one error type: a message for each level, joined by whoever prints.
+//! The one error type: a chain of levels, each with its message, which are joined when the error is printed.
 
 use std::fmt;
 use std::io;
@@ -8,22 +8,22 @@ use crate::Note;
 /// A result whose error is [`Error`].
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// What went wrong, for control flow only; the words are in the message.
+/// What went wrong, for control flow only; the message is what users see.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ErrorKind {
     /// A file, snapshot or bitmap does not exist.
     NotFound,
-    /// The operating system or the image does not permit it (read-only, permissions).
+    /// Permissions, or a read-only image or file, forbid it.
     Permission,
-    /// Another process holds the image.
+    /// Another process holds a conflicting lock on the image.
     Locked,
-    /// What the caller asked for makes no sense.
+    /// Invalid arguments of the caller.
     Invalid,
-    /// The bytes do not form an image that can be used.
+    /// The image is damaged, or the bytes are no image.
     Corrupt,
-    /// The file lacks bytes that the image refers to: it looks cut off.
+    /// The file ends before bytes that the tables point to: it looks truncated.
     CutOff,
-    /// Valid, but not something this program can do.
+    /// Valid, but not supported by this program.
     Unsupported,
     /// The caller's [`Gate`](crate::Gate) refused a file.
     Denied,
@@ -53,7 +53,7 @@ struct Inner {
 }
 
 impl Error {
-    /// An error of `kind` with the words of this level.
+    /// An error of `kind` with the message of its only level.
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
         Self {
             inner: Box::new(Inner {
@@ -67,32 +67,32 @@ impl Error {
         }
     }
 
-    /// Something the caller asked for that makes no sense.
+    /// Invalid arguments of the caller.
     pub fn invalid(message: impl Into<String>) -> Self {
         Self::new(ErrorKind::Invalid, message)
     }
 
-    /// Bytes that form no usable image.
+    /// A damaged image.
     pub fn corrupt(message: impl Into<String>) -> Self {
         Self::new(ErrorKind::Corrupt, message)
     }
 
-    /// The error of whoever is asked to change what is only read.
+    /// The error for a change of an image that was opened read-only.
     pub fn read_only() -> Self {
         Self::new(ErrorKind::Permission, "Image is read-only")
     }
 
-    /// Something valid that cannot be done here.
+    /// Something valid that this program does not support.
     pub fn unsupported(message: impl Into<String>) -> Self {
         Self::new(ErrorKind::Unsupported, message)
     }
 
-    /// An error number of the operating system, with the bare text of `strerror`.
+    /// An error number of the operating system, with the text of `strerror` as its message.
     pub fn from_errno(errno: i32) -> Self {
         Self::from(io::Error::from_raw_os_error(errno))
     }
 
-    /// Puts `message` in front; the kind, error number and hint of what is below stay in force.
+    /// Adds a level with `message` in front. Kind, error number and hint of the levels behind it stay in force.
     #[must_use]
     pub fn context(self, message: impl Into<String>) -> Self {
         let (kind, errno) = (self.kind(), self.errno());
@@ -108,22 +108,21 @@ impl Error {
         }
     }
 
-    /// Adds what the user can do about it, printed on a line of its own.
+    /// Adds advice for the user, printed on a line of its own.
     #[must_use]
     pub fn hint(mut self, hint: impl Into<String>) -> Self {
         self.inner.hint = Some(hint.into());
         self
     }
 
-    /// Adds a line to be shown before the error: what was found where the error itself only says that it failed.
+    /// Adds a line that is printed before the error, with the cause that the error itself does not mention.
     #[must_use]
     pub fn notice(mut self, notice: impl Into<String>) -> Self {
         self.inner.notice = Some(Note::Line(notice.into()));
         self
     }
 
-    /// The error number `errno`, before which this error is shown, as the original does where it reports the one and
-    /// hands on the other.
+    /// The error number `errno`, before which this error is printed: `qemu-img` prints the one and returns the other.
     #[must_use]
     pub fn report_then(self, errno: i32) -> Self {
         let mut result = Self::from_errno(errno);
@@ -132,14 +131,14 @@ impl Error {
         result
     }
 
-    /// Damage in tables that is told as the error number `errno`: no request has failed.
+    /// Damage in tables, reported as the error number `errno` though no system call has failed.
     pub fn damage(kind: ErrorKind, errno: i32) -> Self {
         let mut error = Self::from_errno(errno);
         error.inner.kind = kind;
         error
     }
 
-    /// Only the error number `errno` of it, and what is shown before it.
+    /// The error number `errno` without the levels of this error, but with its notice.
     #[must_use]
     pub fn only_errno(self, errno: i32) -> Self {
         let mut result = Self::from_errno(errno);
@@ -147,17 +146,17 @@ impl Error {
         result
     }
 
-    /// What is to be shown before the error, if any level has something.
+    /// The note to print before the error, if a level has one.
     pub fn preceding_note(&self) -> Option<&Note> {
         self.levels().find_map(|level| level.inner.notice.as_ref())
     }
 
-    /// What kind of failure this is.
+    /// The kind of failure.
     pub fn kind(&self) -> ErrorKind {
         self.inner.kind
     }
 
-    /// The operating system's error number, if one is at the bottom of the chain.
+    /// The error number of the operating system, if the last level of the chain has one.
     pub fn errno(&self) -> Option<i32> {
         self.inner.errno
     }
@@ -174,12 +173,12 @@ impl Error {
         text
     }
 
-    /// The hint closest to the top, if any level has one.
+    /// The hint of the first level that has one.
     pub fn hint_line(&self) -> Option<&str> {
         self.levels().find_map(|level| level.inner.hint.as_deref())
     }
 
-    /// The level at the bottom of the chain.
+    /// The last level of the chain.
     #[must_use]
     pub fn into_root(self) -> Self {
         let mut level = self;
@@ -193,7 +192,7 @@ impl Error {
         std::iter::successors(Some(self), |level| level.inner.source.as_ref())
     }
 
-    /// The words at the bottom of the chain, which the original prints alone where it reports an error number.
+    /// The message of the last level, which `qemu-img` prints alone where it reports an error number.
     pub fn root(&self) -> &str {
         let mut level = self;
         while let Some(source) = &level.inner.source {
@@ -212,7 +211,7 @@ impl From<io::Error> for Error {
             _ => ErrorKind::Io,
         };
         let mut text = error.to_string();
-        // std appends " (os error 2)", which the original does not print.
+        // std appends " (os error 2)", which qemu-img does not print.
         if let (Some(at), Some(_)) = (text.rfind(" (os error "), error.raw_os_error()) {
             text.truncate(at);
         }
@@ -242,7 +241,7 @@ impl std::error::Error for Error {
 
 /// Adds context to the error of a result.
 pub trait ResultExt<T> {
-    /// Puts the words that `message` makes in front of an error.
+    /// Adds a level with the message that `message` returns in front of an error.
     ///
     /// # Errors
     /// The error of `self`, one level deeper.
@@ -273,7 +272,7 @@ mod tests {
     }
 
     #[test]
-    fn an_error_that_is_told_first_leaves_its_kind() {
+    fn an_error_that_is_reported_first_keeps_its_kind() {
         let error = Error::corrupt("Offset invalid")
             .report_then(22)
             .context("Could not read");

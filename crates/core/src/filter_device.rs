@@ -1,4 +1,10 @@
-//! Devices that stand on one other device, change something about it and pass on all else.
+//! Filters over one device: they change some requests and pass all others on.
+//!
+//! ```text
+//!   Filtered<W>    implements Device: calls W for everything
+//!     W            implements FilterDevice: overrides some methods, the others call below()
+//!       below()    the filtered device
+//! ```
 
 use std::fmt::Debug;
 use std::sync::Arc;
@@ -8,8 +14,8 @@ use crate::{
     StatusDetail, ZeroMode,
 };
 
-/// What is different about a device below. Every method passes the request on unless it is written anew; they mean what
-/// those of [`Device`] mean.
+/// A filter over one device. Every method passes the request on unless the filter overrides it. The methods mean the
+/// same as those of [`Device`].
 #[expect(
     missing_docs,
     clippy::missing_errors_doc,
@@ -59,7 +65,7 @@ pub trait FilterDevice: Debug + Send + Sync {
         self.below().resize(len, preallocation)
     }
 
-    /// Only where requests may go past the wrapper.
+    /// A filter overrides this only if copies may bypass it.
     fn copy_to(&self, _range: ByteRange, _target: &dyn Device, _target_offset: u64) -> Result<bool> {
         Ok(false)
     }
@@ -88,7 +94,7 @@ pub trait FilterDevice: Debug + Send + Sync {
     }
 }
 
-/// What a device below says of its bytes; those that lie nowhere deeper lie in it.
+/// The status of the device below. If it names no host device itself, the host is the device below.
 ///
 /// # Errors
 /// As [`Device::status`].
@@ -105,7 +111,7 @@ pub fn status_below(below: &Arc<dyn Device>, range: ByteRange, detail: StatusDet
     Ok(Extent { host, ..extent })
 }
 
-/// A [`FilterDevice`] as the device that it makes of the one below.
+/// The [`Device`] of a [`FilterDevice`].
 #[derive(Debug)]
 pub struct Filtered<W>(pub W);
 

@@ -1,21 +1,21 @@
-//! The caller's word on which files an image may refer to.
+//! The caller's policy about the files that an image may refer to.
 
 use std::sync::Arc;
 
 use crate::{Device, NodeOptions, Result};
 
-/// Opens the files that an image refers to, or refuses. Nothing else in the library opens a name found in an image.
+/// Opens the files that an image refers to, or refuses to. No other part of the library opens a name found in an image.
 pub trait Gate: Send + Sync {
-    /// Opens what `reference` names.
+    /// Opens the file that `reference` names.
     ///
     /// # Errors
-    /// [`ErrorKind::Denied`](crate::ErrorKind::Denied) if policy forbids it, else why it could not be opened.
+    /// [`ErrorKind::Denied`](crate::ErrorKind::Denied) if the policy forbids it, and errors of opening the file.
     fn open(&self, reference: &Reference<'_>) -> Result<Arc<dyn Device>>;
 }
 
 impl dyn Gate + '_ {
-    /// Opens the file called `name`, which the image called `from` keeps a guest's data in. A relative name is relative
-    /// to the current directory.
+    /// Opens the file `name`, in which the image `from` keeps guest data. A relative name is resolved against the
+    /// current directory.
     ///
     /// # Errors
     /// As [`Gate::open`].
@@ -34,14 +34,14 @@ impl dyn Gate + '_ {
 /// A name found inside an image.
 #[derive(Clone, Debug)]
 pub struct Reference<'a> {
-    /// The protocol's options: `driver`, and what that driver needs (`filename` for files). No `driver` means a local
-    /// file of whatever kind. Relative names are relative to the current directory.
+    /// The options of the protocol node: `driver`, and what that driver needs (`filename` for files). Without `driver`
+    /// it is a local file of any kind. Relative names are resolved against the current directory.
     pub options: &'a NodeOptions,
-    /// The name of the image that says so.
+    /// The name of the image that contains the reference.
     pub from: &'a str,
-    /// What it is for.
+    /// What the file is for.
     pub role: Role,
-    /// What the image will do with it.
+    /// What the image will do with the file, and what others may do.
     pub permissions: Permissions,
 }
 
@@ -50,14 +50,14 @@ pub struct Reference<'a> {
 pub enum Role {
     /// A backing file.
     Backing,
-    /// A file that holds the guest's data as plain bytes.
+    /// A data file, which holds guest data as plain bytes.
     Data,
 }
 
-/// What an opener does with a file, and what it lets others do meanwhile. The locks on the file follow from it.
+/// What an opener does with a file, and what it allows others to do meanwhile. The locks on the file follow from this.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Permissions {
-    /// Relies on reading the same bytes again.
+    /// Reads, and relies on the contents not changing (`consistent read`).
     pub read: bool,
     /// Writes.
     pub write: bool,

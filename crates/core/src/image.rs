@@ -1,12 +1,12 @@
-//! A layer with the image below it: the device that a guest would see.
+//! A layer with its backing image: the disk that the guest sees.
 //!
-//! This is the only code that walks a backing chain, pads a short backing file, fills in a partly written cluster and
-//! checks bounds, so that no format can get them wrong.
+//! This is the only code that walks a backing chain, reads zeroes beyond the end of a short backing image, copies the
+//! rest of a partly written cluster (copy-on-write) and checks bounds. Formats do none of this.
 //!
 //! ```text
 //!   guest bytes   |-------- len() --------|
-//!   layer         [data][ ? ][zero][  ?   ]      ? = unallocated: ask the image below
-//!   backing             [data]     [ ? |          its end: zeroes from there on
+//!   layer         [data][ ? ][zero][  ?   ]      ? = unallocated: read the backing image
+//!   backing             [data]     [ ? |          its end: zeroes after it
 //!   its backing                    [dat]
 //! ```
 
@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::errno;
-use crate::held::Held;
+use crate::flush_on_drop::FlushOnDrop;
 use crate::{
     AmendRequest, ByteRange, Device, Encoded, Error, ErrorKind, Event, Extent, ExtentKind, HoleMeaning, Info,
     Layer, Limits, Node, NodeOptions, OnLost, Preallocation, ResizeRequest, Result, Run, RunKind,
@@ -23,16 +23,16 @@ use crate::{
 
 /// An opened image and its backing chain.
 ///
-/// What is written is partly kept in memory until [`Device::flush`] makes it durable. [`Image::close`] does that as well, and
-/// lets go of the image. So does dropping it where there are changes since the last flush; but since a drop has nobody to
-/// return an error to, changes can be lost there without a word unless [`Image::set_on_lost`] has named who is told. After a
-/// change that failed half way, a drop writes nothing: what is in memory may no longer fit what is stored.
+/// Dirty metadata stays in memory until [`Device::flush`] writes it back and makes all writes durable. [`Image::close`]
+/// flushes and drops the image. A drop flushes too if there are changes since the last flush, but cannot return an
+/// error: lost changes are reported only to the callback of [`Image::set_on_lost`]. After a change that failed half
+/// way, a drop writes nothing: cached metadata may contradict the file.
 #[derive(Debug)]
 pub struct Image {
-    /// Dropped before what is below it.
-    held: Arc<Held>,
+    /// Dropped before `backing`.
+    held: Arc<FlushOnDrop>,
     backing: Option<Arc<Image>>,
-    /// The image below is no longer the one that this one was made on.
+    /// The backing image has changed since this image was created on it.
     backing_changed: bool,
     write: bool,
     limits: Limits,
@@ -40,19 +40,19 @@ pub struct Image {
     /// The image is a protocol or filter used without a format: nothing but the bytes of the layer's file.
     is_bare: bool,
     zeroes: ZeroDetection,
-    /// Whether nothing of the file is known to be missing, as far as who writes has to know.
+    /// Whether the check for missing bytes of the file, which the first write needs, has passed.
     is_whole: AtomicBool,
-    /// Held while that is found out.
+    /// FlushOnDrop during that check.
     looking: Mutex<()>,
-    /// The cluster decoded last: small reads of compressed images come one after the other.
+    /// The cluster decoded last: sequential small reads hit the same compressed cluster.
     decoded: Mutex<Option<(Encoded, Arc<[u8]>)>>,
 }
 
-/// What a disk writes at least.
+/// The smallest unit that a disk writes.
 const SECTOR: usize = 512;
 
 impl Image {
-    /// Puts `layer` on top of `backing`. `name` is what the user called it.
+    /// An image of `layer` and its `backing` image. `name` is the filename that the user gave.
     pub fn new(
         layer: Arc<dyn Layer>,
         backing: Option<Arc<Image>>,
@@ -75,7 +75,7 @@ impl Image {
             backed.is_some_and(|backed| !backed.matches_backing(&**below.layer()))
         });
         Self {
-            held: Arc::new(Held::new(layer)),
+            held: Arc::new(FlushOnDrop::new(layer)),
             backing,
             backing_changed,
             write,
@@ -89,14 +89,14 @@ impl Image {
         }
     }
 
-    /// The same image with its place in the block graph, which also says what it is called.
+    /// The same image with this node in the block graph, which includes the name.
     #[must_use]
     pub fn with_node(self, node: Node) -> Self {
         Self { node, ..self }
     }
 
-    /// The same image as a protocol or filter that is used without a format: in the block graph it is the node of its file,
-    /// and what is known of the bytes is what that one knows.
+    /// The same image as a protocol or filter that is used without a format: in the block graph it is the node of its
+    /// file, and what is known of the bytes is what that one knows.
     #[must_use]
     pub fn bare(self) -> Self {
         let node = self.layer().file().node();
@@ -118,20 +118,21 @@ impl Image {
         self.held.layer()
     }
 
-    /// Names who is told if changes cannot be written back when the image is dropped, unless somebody is named already.
+    /// Sets the callback for changes that a drop of the image could not write back, unless one is set already.
     pub fn set_on_lost(&self, on_lost: Arc<OnLost>) {
         self.held.set_on_lost(on_lost);
     }
 
-    /// Makes all changes durable, those of images below that were opened for writing as well, and lets go of the image.
+    /// Makes all changes durable, also those of backing images that were opened for writing, and drops the image.
     ///
     /// # Errors
-    /// What the operating system says; an earlier change that failed half way, after which nothing more is written; and
-    /// [`ErrorKind::Invalid`] if others hold the image as well: all is durable then, but the image stays open.
+    /// Those of [`Device::flush`]; an earlier change that failed half way, after which nothing more is written; and
+    /// [`ErrorKind::Invalid`] if there are other references to the image: all is durable then, but the image stays
+    /// open.
     pub fn close(self: Arc<Self>) -> Result<()> {
         let chain = std::iter::successors(Some(&self), |image| image.backing.as_ref());
         let written = chain.filter(|image| image.write);
-        // The others are written all the same.
+        // A failure does not keep the other images from being flushed.
         let failures: Vec<_> = written.filter_map(|image| image.held.close().err()).collect();
         match failures.into_iter().next() {
             Some(error) => Err(error),
@@ -140,8 +141,8 @@ impl Image {
         }
     }
 
-    /// Runs `change`, which changes the layer itself and is durable once it has succeeded, as all changes of snapshots,
-    /// bitmaps, and names of images below are. After one that fails half way a drop writes nothing.
+    /// Runs `change`, which changes the layer directly and is durable once it has succeeded, as all changes of
+    /// snapshots, bitmaps and backing file names are. If it fails half way, a drop writes nothing.
     ///
     /// # Errors
     /// Those of `change`.
@@ -149,12 +150,12 @@ impl Image {
         self.held.durable_change(change)
     }
 
-    /// The name that relative names in the image start from: its own, or that of the file it is in.
+    /// The filename that relative names in the image are resolved against: its own, or that of its file.
     pub fn base_name(&self) -> String {
         self.node().base_name()
     }
 
-    /// The image below.
+    /// The backing image.
     pub fn backing(&self) -> Option<&Arc<Image>> {
         self.backing.as_ref()
     }
@@ -164,7 +165,7 @@ impl Image {
         self.write
     }
 
-    /// The same image without what is below: reads see only what this layer has itself.
+    /// The same image without its backing chain: reads return the data of this layer only.
     #[must_use]
     pub fn without_backing(&self) -> Self {
         let image = Self::new(Arc::clone(self.layer()), None, "", self.write)
@@ -177,8 +178,8 @@ impl Image {
         }
     }
 
-    /// Sets aside where the bytes of `range`, which is not empty, will go. Places are given out in the order of these
-    /// calls, the bytes may follow from several threads at once.
+    /// Allocates storage for the bytes of `range`, which is not empty. Clusters are allocated in the order of these
+    /// calls; the bytes may then be written by several threads at once.
     ///
     /// # Errors
     /// As [`Device::write_at`].
@@ -205,7 +206,7 @@ impl Image {
             .change(|| self.layer().codec()?.write_encoded(offset, bytes))
     }
 
-    /// Gives up all data, so that the image below shows everywhere, if the format has a way.
+    /// Discards all data, so that reads return the backing image everywhere, if the format supports it.
     ///
     /// # Errors
     /// As [`Device::write_at`].
@@ -218,7 +219,7 @@ impl Image {
     /// Changes the size of the disk.
     ///
     /// # Errors
-    /// What the format cannot do.
+    /// Sizes that the format does not support, and as [`Device::write_at`].
     pub fn resize_with(&self, request: &ResizeRequest) -> Result<()> {
         self.require_writable()?;
         self.forget_decoded();
@@ -236,7 +237,7 @@ impl Image {
         self.held.change(|| self.layer().resize(request))?;
         if request.len < old {
             return match self.clear_behind_end() {
-                // It is cleared when the disk grows.
+                // It is zeroed when the disk grows.
                 Err(error) if error.kind() == ErrorKind::NoSpace => Ok(()),
                 other => other,
             };
@@ -244,10 +245,10 @@ impl Image {
         Ok(())
     }
 
-    /// Changes options that the image was created with. It has to be opened again afterwards.
+    /// Changes creation options. The image has to be opened again afterwards.
     ///
     /// # Errors
-    /// What the format cannot change.
+    /// Options that the format cannot change, and as [`Device::write_at`].
     pub fn amend(&self, request: &AmendRequest<'_>) -> Result<()> {
         self.require_writable()?;
         self.forget_decoded();
@@ -266,7 +267,8 @@ impl Image {
         self.backing.as_ref().map_or(0, |below| below.len())
     }
 
-    /// Makes zero what was cut off inside the unit that the disk ends in: it must not come back when the disk grows.
+    /// Zeroes the bytes beyond the end of the disk in its last unit, which a shrink has cut off: they must not reappear
+    /// when the disk grows.
     fn clear_behind_end(&self) -> Result<()> {
         if !self.layer().capabilities().keeps_tail {
             return Ok(());
@@ -290,7 +292,7 @@ impl Image {
         write.finish(&bytes)
     }
 
-    /// Reads what the layer itself has of `range`, which may lie behind the end of the disk.
+    /// Reads `range` from the layer without its backing image. The range may lie beyond the end of the disk.
     fn read_own(&self, range: ByteRange, buf: &mut [u8]) -> Result<()> {
         let (mut rest, mut buf) = (range, buf);
         while !rest.is_empty() {
@@ -298,7 +300,7 @@ impl Image {
             let len = to_index(run.len.min(rest.len()))?;
             let (head, tail) = buf.split_at_mut(len);
             match &run.kind {
-                // What lies behind the end of the disk may lack in the file.
+                // The file may end before bytes beyond the end of the disk.
                 RunKind::Data { device, offset, .. } => device.read_padded(head, *offset)?,
                 _ => self.read_run(&run, rest.start(), head)?,
             }
@@ -308,8 +310,8 @@ impl Image {
         Ok(())
     }
 
-    /// Has the layer hold the unit that the disk ends in, if the rest of that unit would show the image below once the
-    /// disk grows. The disk reads as before.
+    /// Copies the last unit of the disk from the backing image into the layer, if the rest of the unit would expose the
+    /// backing image once the disk grows. The disk reads as before.
     fn detach_end(&self) -> Result<()> {
         let Some(below) = &self.backing else { return Ok(()) };
         let (end, unit) = (self.len(), self.layer().write_unit());
@@ -321,7 +323,7 @@ impl Image {
         let RunKind::Unallocated { .. } = self.layer().map(last)?.kind else {
             return Ok(());
         };
-        // Zeroes up to the end of the unit are written as well, as the original does.
+        // Zeroes up to the end of the unit are written as well, as in qemu-img.
         let mut bytes = vec![0; to_index(unit)?];
         let inside = to_index(last.len())?;
         self.read_at(&mut bytes[..inside], last.start())?;
@@ -329,7 +331,7 @@ impl Image {
             .finish_with(|device, offset, _| device.write_at(&bytes, offset))
     }
 
-    /// Has the file reach to the end of the unit that the disk ends in: what of it lies behind is part of the disk once that
+    /// Extends the file to the end of the last unit of the disk: the rest of the unit becomes part of the disk when it
     /// grows.
     fn pad_end(&self) -> Result<()> {
         let (end, unit) = (self.len(), self.layer().granularity());
@@ -364,7 +366,7 @@ impl Image {
         Ok(())
     }
 
-    /// Checks the images above the one that is `depth` images down.
+    /// Checks that no image of the first `depth` in the chain has a backing image that has changed.
     fn require_fit_down_to(&self, depth: u32) -> Result<()> {
         let mut image = self;
         for _ in 0..depth.max(1) {
@@ -387,8 +389,8 @@ impl Image {
         *self.decoded.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
-    /// Who has the bytes at the start of `range`: the image of the chain, how deep it is, and the run. What lies beyond
-    /// the end of a short image below is unallocated in the image above it.
+    /// The image of the chain that has the bytes at the start of `range`, its depth, and the run. Bytes beyond the end
+    /// of a short backing image are unallocated in its overlay.
     fn resolve(&self, range: ByteRange) -> Result<(&Image, u32, Run)> {
         let (mut image, mut depth, mut range) = (self, 0, range);
         loop {
@@ -416,12 +418,12 @@ impl Image {
         }
     }
 
-    /// Reads a run of this image's own layer into `buf`, which is as long as the run.
+    /// Reads a run of this image's own layer into `buf`, which has the length of the run.
     fn read_run(&self, run: &Run, guest: u64, buf: &mut [u8]) -> Result<()> {
         match &run.kind {
             RunKind::Zero { .. } | RunKind::Unallocated { .. } => buf.fill(0),
             RunKind::Data { device, offset, .. } => {
-                // What may lack of the last cluster in a file lies beyond the end of the disk, and is not read.
+                // A file may end inside the last cluster, but only beyond the end of the disk, which is not read.
                 device.require(*offset, buf.len() as u64)?;
                 device.event(Event::READ_AIO);
                 device.read_at(buf, *offset)?;
@@ -458,10 +460,10 @@ impl Image {
         Ok(cluster)
     }
 
-    /// Writes the part of `run` that lies outside `request` with what the disk holds there.
+    /// Copy-on-write: fills the part of `run` that lies outside `request` with the present data of the disk.
     fn fill_around(&self, run: &WriteRun, request: ByteRange) -> Result<()> {
-        // Storage beyond the end of the file was never written: zeroes there need no writing, but for the last ones. What a
-        // file does not reach to looks cut off.
+        // Storage beyond the end of the file has never been written: zeroes there need not be written, except for the
+        // last ones, so that the file reaches to the end of the cluster and does not look truncated.
         let fresh = run.offset >= run.device.len() && !run.device.is_view();
         let sides = [
             ByteRange::new(run.guest.start(), request.start()),
@@ -500,10 +502,10 @@ impl Image {
         })
     }
 
-    /// The first part of `range` that is made zero in one way, and whether the layer can do that.
+    /// The first part of `range` that is zeroed by one method, and whether that is the layer's `write_zeroes`.
     fn zeroing_step(&self, range: ByteRange) -> (ByteRange, bool) {
         let (unit, piece) = (self.layer().granularity(), self.layer().write_unit());
-        // What ends the disk ends its unit, too.
+        // A range that ends with the disk counts as aligned.
         let end = |unit| {
             if range.end() == self.len() {
                 range.end()
@@ -527,7 +529,7 @@ impl Image {
         }
     }
 
-    /// Whether tables alone say that `range` reads as zero.
+    /// Whether `range` reads as zero according to tables alone.
     fn is_known_zero(&self, range: ByteRange) -> Result<bool> {
         let mut rest = range;
         while !rest.is_empty() {
@@ -541,7 +543,7 @@ impl Image {
     }
 }
 
-/// A write whose places are set aside. Dropping it leaves the image as it was.
+/// A write whose storage is allocated. A drop frees the storage and leaves the image as it was.
 #[must_use]
 pub struct PendingWrite<'a> {
     image: &'a Image,
@@ -555,7 +557,7 @@ impl PendingWrite<'_> {
         self.range
     }
 
-    /// Writes the bytes, as many as were asked for, and makes them part of the image.
+    /// Writes `buf`, which has the length of the range, and makes the bytes part of the image.
     ///
     /// # Errors
     /// As [`Device::write_at`].
@@ -572,8 +574,8 @@ impl PendingWrite<'_> {
         })
     }
 
-    /// Has `fill` put the bytes of each run where they go, and makes them part of the image. It is given the device,
-    /// the offset there and the guest bytes.
+    /// Calls `fill` to write the bytes of each run, and makes them part of the image. The arguments of `fill` are the
+    /// host device, the host offset and the guest range.
     ///
     /// # Errors
     /// As [`Device::write_at`], and those of `fill`.
@@ -684,7 +686,7 @@ impl Device for Image {
             len,
             kind,
             depth,
-            // Bytes that are made on their way lie nowhere.
+            // Computed bytes have no host offset.
             host: host.filter(|(device, _)| !device.is_view()),
         };
         Ok(match run.kind {
@@ -705,7 +707,7 @@ impl Device for Image {
                     }
                     let kind = match (below.kind, holes) {
                         (ExtentKind::UnknownHole, HoleMeaning::Zero) => ExtentKind::UnknownHole,
-                        // To the original, an image below that has nothing of its own there says nothing of it.
+                        // qemu-img takes bytes that come from deeper in that chain as unknown.
                         (_, HoleMeaning::Zero) if below.depth > 0 => ExtentKind::UnknownHole,
                         (kind, _) if !kind.is_zero() => ExtentKind::Data,
                         (ExtentKind::PreallocatedZero, HoleMeaning::Zero) => ExtentKind::PreallocatedZero,
@@ -770,25 +772,25 @@ impl Device for Image {
     }
 }
 
-/// How many bytes are written to make a file longer: a sector, or what the device takes at once.
+/// How many bytes are written to extend a file: one sector, or the alignment of the device if that is larger.
 fn end_piece(device: &dyn Device) -> usize {
     usize::try_from(device.limits().alignment).map_or(SECTOR, |unit| unit.max(SECTOR))
 }
 
-/// Whether the answer of a device comes from the tables of an image that it shows as it is.
+/// Whether the status of a device comes from the tables of an image, which is passed on unchanged.
 fn is_of_image(extent: &Extent) -> bool {
     extent.host.is_some() || extent.depth > 0 || extent.kind == ExtentKind::Unallocated
 }
 
-/// Whether zeroes in what is written take no storage.
+/// Whether written data is searched for zeroes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum ZeroDetection {
-    /// They are written like all else.
+    /// Zeroes are written like other data.
     #[default]
     Off,
-    /// They are made zeroes, with storage.
+    /// Zeroes are stored by `write_zeroes`, with storage allocated.
     On,
-    /// They are made zeroes, without storage where there is a way.
+    /// Zeroes are stored by `write_zeroes`, without storage where the format supports it.
     Unmap,
 }
 

@@ -1,27 +1,27 @@
-//! What an image says of itself.
+//! Facts about an image, for `info`.
 
 use crate::Backing;
 
-/// What is known about one opened image from its own tables.
+/// Facts about one opened image from its own tables.
 #[derive(Clone, Debug, Default)]
 pub struct Info {
     /// The unit of allocation in bytes, where the format has one.
     pub cluster_size: Option<u64>,
     /// Whether the guest's data is encrypted.
     pub encrypted: bool,
-    /// Whether compressed clusters are the rule.
+    /// Whether all data clusters are compressed.
     pub compressed: bool,
     /// Whether the image was not closed cleanly.
     pub dirty: bool,
     /// Internal snapshots.
     pub snapshots: Vec<SnapshotInfo>,
-    /// The image below, as the image names it; filled in for whole images.
+    /// The backing image as named in the image; only set for an image with its chain.
     pub backing: Option<Backing>,
-    /// The format's own facts in the order in which they are printed; `None` if the format has none.
+    /// Format-specific facts in the order in which they are printed; `None` if the format has none.
     pub specific: Option<Vec<Detail>>,
 }
 
-/// A fact of a format: its name in JSON (`lazy-refcounts`; text output prints it with spaces) and its value.
+/// A format-specific fact: its name in JSON (`lazy-refcounts`; text output prints spaces for dashes) and its value.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Detail {
     /// The name.
@@ -33,20 +33,20 @@ pub struct Detail {
 /// The value of a [`Detail`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum DetailValue {
-    /// A yes or no.
+    /// A boolean.
     Flag(bool),
     /// A number.
     Number(u64),
-    /// Text, which may have come out of an image.
+    /// Text, which may come from an image.
     Text(String),
-    /// Facts below a name.
+    /// Facts under a common name.
     Group(Vec<Detail>),
     /// A list of values.
     List(Vec<DetailValue>),
 }
 
 impl Detail {
-    /// A yes or no.
+    /// A boolean.
     pub fn flag(name: &'static str, value: bool) -> Self {
         Self {
             name,
@@ -78,15 +78,15 @@ pub struct SnapshotInfo {
     pub id: String,
     /// Its name.
     pub name: String,
-    /// Bytes of saved machine state.
+    /// Bytes of saved VM state.
     pub vm_state_size: u64,
     /// When it was taken, seconds since 1970.
     pub date_sec: u32,
-    /// And nanoseconds.
+    /// The nanoseconds of that time.
     pub date_nsec: u32,
-    /// How long the machine had run, in nanoseconds.
+    /// How long the VM had run, in nanoseconds.
     pub vm_clock_nsec: u64,
-    /// How many instructions it had run, if recorded.
+    /// How many instructions the VM had executed, if recorded.
     pub icount: Option<u64>,
     /// The disk's size when it was taken.
     pub disk_size: u64,

@@ -3,14 +3,22 @@
 //! The crate defines the few traits everything else is built from, and the code that is the same for all:
 //!
 //! * [`Device`]: a flat array of bytes, wherever they live;
-//! * [`Layer`]: one opened image *without* its backing chain. It says where bytes are, it never moves them;
+//! * [`Layer`]: one opened image *without* its backing chain. It maps guest offsets to host offsets and never moves bytes;
 //! * [`Capabilities`]: what a layer has besides what all have: compression, snapshots, bitmaps, a check, ...
-//! * [`Image`]: a layer with its backing image, which is a device again and the only code that walks a chain;
+//! * [`Image`]: a layer with its backing image; it is a device again, and the only code that walks a backing chain;
 //! * [`Format`]: an entry of the table from which a program picks drivers;
-//! * [`Gate`]: the caller's word on which files an image may refer to;
+//! * [`Gate`]: the caller's policy about which files an image may refer to;
 //! * [`Error`], [`ByteRange`], [`Budget`], and the zero test.
 //!
-//! A request only ever goes down: `Image` → `Layer` → `Device`.
+//! Requests go down only:
+//!
+//! ```text
+//!   Image     bounds, backing chain, copy-on-write       (is a Device)
+//!     │ map, plan_write: which bytes lie where
+//!   Layer     the tables of one format
+//!     │ read_at, write_at
+//!   Device    a file, an export, a filter, or another Image
+//! ```
 
 mod aligned;
 mod bitmaps;
@@ -23,9 +31,9 @@ pub mod errno;
 mod error;
 mod event;
 mod filter_device;
+mod flush_on_drop;
 mod format;
 mod gate;
-mod held;
 mod image;
 mod info;
 pub mod json;
@@ -54,9 +62,9 @@ pub use device::{Device, Extent, ExtentKind, Limits, Node, Preallocation, Status
 pub use error::{Error, ErrorKind, Result, ResultExt};
 pub use event::Event;
 pub use filter_device::{FilterDevice, Filtered, status_below};
+pub use flush_on_drop::OnLost;
 pub use format::{CreateRequest, Format, Measure, MeasureSource, OpenRequest, Probe, Score};
 pub use gate::{Gate, Permissions, Reference, Role};
-pub use held::OnLost;
 pub use image::{Image, PendingWrite, ZeroDetection};
 pub use info::{Detail, DetailValue, Info, SnapshotInfo};
 pub use layer::{HoleMeaning, Layer, ResizeRequest, Run, RunKind, WritePlan, WriteRun};

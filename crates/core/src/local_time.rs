@@ -1,22 +1,22 @@
-//! Local time, as whoever knows the zone tells it: nothing below the command line looks into the environment.
+//! Local time. The caller supplies the time zone: the library does not read the environment.
 
 use std::fmt;
 use std::sync::Arc;
 
-/// How far local time is ahead of UTC; not at all unless somebody says so.
+/// The offset of local time from UTC; 0 by default.
 #[derive(Clone, Default)]
 pub struct LocalTime(Option<Arc<Offset>>);
 
-/// Takes seconds since 1970, gives seconds.
+/// Takes seconds since 1970 and returns the offset from UTC in seconds.
 type Offset = dyn Fn(i64) -> i32 + Send + Sync;
 
 impl LocalTime {
-    /// The zone that has this offset at a moment, both in seconds.
+    /// Local time with `offset` from UTC, which depends on the time; both in seconds.
     pub fn new(offset: impl Fn(i64) -> i32 + Send + Sync + 'static) -> Self {
         Self(Some(Arc::new(offset)))
     }
 
-    /// Seconds since 1970 began where the zone is.
+    /// Seconds since 1970-01-01 00:00 local time.
     pub fn at(&self, seconds: i64) -> i64 {
         let offset = self.0.as_ref().map_or(0, |offset| offset(seconds));
         seconds.saturating_add(i64::from(offset))

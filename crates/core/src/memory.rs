@@ -1,4 +1,4 @@
-//! A device in memory, for tests and for small images made on the fly.
+//! A device in memory, for tests and for small computed images.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -7,7 +7,7 @@ use crate::{
     ZeroMode,
 };
 
-/// A device whose bytes are in memory. It grows when written beyond its end.
+/// A device whose bytes are in memory. A write beyond its end makes it longer.
 #[derive(Debug, Default)]
 pub struct MemoryDevice {
     bytes: Mutex<Vec<u8>>,
@@ -23,7 +23,7 @@ impl MemoryDevice {
         }
     }
 
-    /// A copy of the bytes it holds now.
+    /// A copy of its present bytes.
     pub fn contents(&self) -> Vec<u8> {
         self.lock().clone()
     }
@@ -33,7 +33,7 @@ impl MemoryDevice {
     }
 }
 
-/// The most a memory device grows to; tests and images made on the fly are smaller.
+/// The limit of the length, larger than any test or computed image.
 const MAX_LEN: u64 = 192 << 20;
 
 fn index(offset: u64) -> Result<usize> {
@@ -54,11 +54,11 @@ impl Device for MemoryDevice {
 
     fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
         let bytes = self.lock();
-        let there = usize::try_from(offset)
+        let source = usize::try_from(offset)
             .ok()
             .and_then(|start| bytes.get(start..)?.get(..buf.len()));
-        let there = there.ok_or_else(|| Error::corrupt(format!("Read beyond the end at {offset:#x}")))?;
-        buf.copy_from_slice(there);
+        let source = source.ok_or_else(|| Error::corrupt(format!("Read beyond the end at {offset:#x}")))?;
+        buf.copy_from_slice(source);
         Ok(())
     }
 

@@ -1,8 +1,8 @@
-//! The options of a node of the block graph, as they were given.
+//! The options of a node of the block graph, as the user gave them.
 //!
-//! A node is a driver with its options and, under names of their own, the nodes below it. Users write it as
-//! `driver=qcow2,file.driver=file,file.filename=x`, as `json:{"driver": "qcow2", "file": {...}}`, or leave most of it to
-//! a plain file name. All forms become the same flat list of dotted names:
+//! A node is a driver with its options and its named child nodes. Users write it as
+//! `driver=qcow2,file.driver=file,file.filename=x`, as `json:{"driver": "qcow2", "file": {...}}`, or as a plain
+//! file name with defaults for the rest. All forms become the same flat list of dotted names:
 //!
 //! ```text
 //!   driver         qcow2
@@ -10,7 +10,7 @@
 //!   file.filename  x
 //! ```
 //!
-//! Whoever knows an option takes it out. What is left when a driver has opened is an option that nobody knows.
+//! A driver takes the options that it supports out of the list. Options that are left after it has opened are errors.
 
 use std::collections::BTreeMap;
 
@@ -18,10 +18,10 @@ use crate::json::Value;
 use crate::options::{OptionDef, Options, split_list};
 use crate::{Error, Result};
 
-/// The options of a node and of those below it, by dotted name.
+/// The options of a node and of its child nodes, by dotted name.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct NodeOptions {
-    /// Scalars, and lists and objects that are empty.
+    /// Scalars, and empty lists and objects.
     entries: BTreeMap<String, Value>,
 }
 
@@ -31,10 +31,10 @@ impl NodeOptions {
         Self::default()
     }
 
-    /// The options of a list `driver=qcow2,file.filename=x`, as it stands after `--image-opts`.
+    /// The options of a list `driver=qcow2,file.filename=x`, as given with `--image-opts`.
     ///
     /// # Errors
-    /// An `id` that is no identifier.
+    /// An `id` that is not an identifier.
     pub fn from_list(text: &str) -> Result<Self> {
         let mut options = Self::new();
         for (name, value) in split_list(text, Some("file")) {
@@ -47,10 +47,10 @@ impl NodeOptions {
         Ok(options)
     }
 
-    /// The options of an object in JSON.
+    /// The options of a JSON object.
     ///
     /// # Errors
-    /// Any other value.
+    /// A value that is not an object.
     pub fn from_json(value: Value) -> Result<Self> {
         let Value::Object(_) = value else {
             return Err(Error::invalid("Invalid JSON object given"));
@@ -70,7 +70,7 @@ impl NodeOptions {
         };
         match value {
             Value::Object(members) if name.is_empty() || !members.is_empty() => {
-                // What is nested counts where a dotted name says otherwise.
+                // Nested options override the same options given as dotted names.
                 let (nested, flat): (Vec<_>, Vec<_>) = members
                     .into_iter()
                     .partition(|(_, value)| matches!(value, Value::Object(_) | Value::List(_)));
@@ -94,39 +94,39 @@ impl NodeOptions {
         self.entries.insert(name.to_owned(), value.into());
     }
 
-    /// Gives the node below called `child` these options, on top of those that it has.
+    /// Sets `options` for the child node `child`, over those that it has.
     pub fn set_node(&mut self, child: &str, options: Self) {
         for (name, value) in options.entries {
             self.entries.insert(format!("{child}.{name}"), value);
         }
     }
 
-    /// Sets these options on top of those that there are.
+    /// Sets `options` over the present ones.
     pub fn overlay(&mut self, options: Self) {
         self.entries.extend(options.entries);
     }
 
-    /// Keeps the options whose names `keep` agrees to.
+    /// Keeps the options for whose names `keep` returns true.
     pub fn retain(&mut self, mut keep: impl FnMut(&str) -> bool) {
         self.entries.retain(|name, _| keep(name));
     }
 
-    /// Whether there are none.
+    /// Whether there are no options.
     pub fn is_empty(&self) -> bool {
         self.entries.is_empty()
     }
 
-    /// Whether the option itself, not one of a node of this name, is given.
+    /// Whether the option `name` itself is given; options of a child node of this name do not count.
     pub fn has(&self, name: &str) -> bool {
         self.entries.contains_key(name)
     }
 
-    /// Whether options of a node below called `child` are given.
+    /// Whether options of the child node `child` are given.
     pub fn has_node(&self, child: &str) -> bool {
         self.entries.keys().any(|name| name_below(name, child).is_some())
     }
 
-    /// The text of an option; `None` also if it is no text.
+    /// The text of an option; `None` if it is not given or is no text.
     pub fn text(&self, name: &str) -> Option<&str> {
         match self.entries.get(name) {
             Some(Value::Text(text)) => Some(text),
@@ -134,17 +134,17 @@ impl NodeOptions {
         }
     }
 
-    /// Takes an option as it was written.
+    /// Removes an option and returns its value.
     pub fn take(&mut self, name: &str) -> Option<Value> {
         self.entries.remove(name)
     }
 
-    /// Takes an option as text: numbers as they were written, `on` and `off` for what is true and false.
+    /// Removes an option and returns it as text: numbers as written, `on` and `off` for booleans.
     pub fn take_text(&mut self, name: &str) -> Option<String> {
         self.take(name).map(|value| shown(&value))
     }
 
-    /// Takes all options of the node below called `child`.
+    /// Removes and returns all options of the child node `child`.
     pub fn take_node(&mut self, child: &str) -> Self {
         let mut node = Self::new();
         self.entries.retain(|name, value| match name_below(name, child) {
@@ -158,15 +158,15 @@ impl NodeOptions {
         node
     }
 
-    /// The options of the node below called `child`.
+    /// The options of the child node `child`.
     pub fn node(&self, child: &str) -> Self {
         self.clone().take_node(child)
     }
 
-    /// Takes the options that `table` has, each checked to be of its kind.
+    /// Removes and returns the options of `table`, each checked to be of its kind.
     ///
     /// # Errors
-    /// A value that its option does not take.
+    /// An invalid value of an option.
     pub fn take_known(&mut self, table: &'static [OptionDef]) -> Result<Options> {
         let mut options = Options::new(table);
         for def in table {
@@ -177,7 +177,7 @@ impl NodeOptions {
         Ok(options)
     }
 
-    /// The name of an option that is left: the one that the original would come upon first.
+    /// The name of an option that no driver has taken: the one that `qemu-img` would report.
     pub fn first_unused(&self) -> Option<&str> {
         let members = self.entries.keys().map(|name| (name.clone(), Value::Null));
         let Value::Object(members) = Value::object(members).in_table_order() else {
@@ -195,14 +195,14 @@ impl NodeOptions {
     }
 }
 
-/// Whether `text` can be what an object or node is called.
+/// Whether `text` is a valid name of an object or node.
 pub fn is_identifier(text: &str) -> bool {
     let mut chars = text.chars();
     chars.next().is_some_and(|c| c.is_ascii_alphabetic())
         && chars.all(|c| c.is_ascii_alphanumeric() || "-._".contains(c))
 }
 
-/// What follows `child.` in a name.
+/// The part of `name` after `child.`.
 fn name_below<'a>(name: &'a str, child: &str) -> Option<&'a str> {
     name.strip_prefix(child)?.strip_prefix('.')
 }
@@ -227,7 +227,7 @@ mod tests {
     }
 
     #[test]
-    fn lists_and_objects_say_the_same() {
+    fn lists_and_objects_give_the_same_options() {
         let list = NodeOptions::from_list("driver=raw,file.driver=file,file.filename=a,,b").expect("options");
         let object = from_json("{'driver':'raw','file':{'driver':'file','filename':'a,b'}}");
         assert_eq!(list, object);
@@ -246,7 +246,7 @@ mod tests {
     }
 
     #[test]
-    fn drivers_take_what_they_know() {
+    fn drivers_take_the_options_that_they_support() {
         const TABLE: &[OptionDef] = &[
             OptionDef {
                 name: "size",

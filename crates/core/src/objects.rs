@@ -1,4 +1,4 @@
-//! What options refer to by name: secrets and credentials.
+//! Objects that options refer to by identifier: secrets, credentials, throttle groups.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use crate::{Error, ErrorKind, Result, ThrottleGroup};
 
-/// The objects that a user defined, by identifier.
+/// The objects that the user defined, by identifier.
 #[derive(Clone, Debug, Default)]
 pub struct Objects {
     objects: BTreeMap<String, Object>,
@@ -17,20 +17,20 @@ pub struct Objects {
 pub enum Object {
     /// A password or key.
     Secret(Secret),
-    /// Who we are, and whom we believe, on encrypted connections.
+    /// The own identity and the trusted peers on encrypted connections.
     TlsCreds(TlsCreds),
-    /// Limits that nodes share.
+    /// Throttle limits that nodes share.
     ThrottleGroup(Arc<ThrottleGroup>),
 }
 
-/// A password or key. Its bytes are wiped from memory when the last copy goes.
+/// A password or key. Its bytes are wiped from memory on drop.
 #[derive(Clone)]
 pub struct Secret {
     bytes: zeroize::Zeroizing<Vec<u8>>,
 }
 
 impl Secret {
-    /// A secret of these bytes.
+    /// A secret with these bytes.
     pub fn new(bytes: Vec<u8>) -> Self {
         Self {
             bytes: zeroize::Zeroizing::new(bytes),
@@ -52,32 +52,32 @@ impl fmt::Debug for Secret {
 /// Credentials for encrypted connections.
 #[derive(Clone, Debug)]
 pub struct TlsCreds {
-    /// Which kind.
+    /// The kind of credentials.
     pub kind: TlsKind,
-    /// The directory with the files of credentials, if given.
+    /// The directory with the credentials files, if given.
     pub dir: Option<String>,
-    /// Whether for a server and not for a client.
+    /// Whether the credentials are for a server; else they are for a client.
     pub is_server: bool,
     /// Whether the peer's certificate is checked.
     pub verify_peer: bool,
-    /// Which ciphers are allowed, in the words of the TLS library.
+    /// The allowed ciphers, in the syntax of the TLS library (GnuTLS priority string).
     pub priority: Option<String>,
 }
 
 /// Kinds of [`TlsCreds`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum TlsKind {
-    /// Certificates.
+    /// X.509 certificates.
     X509 {
         /// The secret with the password of the private key.
         password_id: Option<String>,
     },
-    /// A key that both sides have.
+    /// A pre-shared key.
     Psk {
-        /// Which of the keys in the file.
+        /// The name of the key in the file.
         username: Option<String>,
     },
-    /// None: encrypted, but with anybody.
+    /// Anonymous: encrypted, but the peer is not authenticated.
     Anon,
 }
 
@@ -90,7 +90,7 @@ impl Objects {
     /// Adds an object.
     ///
     /// # Errors
-    /// An identifier that is taken.
+    /// An identifier that is in use.
     pub fn add(&mut self, id: impl Into<String>, object: Object) -> Result<()> {
         let id = id.into();
         if self.objects.contains_key(&id) {
@@ -102,15 +102,15 @@ impl Objects {
         Ok(())
     }
 
-    /// The object of this identifier.
+    /// The object with this identifier.
     pub fn find(&self, id: &str) -> Option<&Object> {
         self.objects.get(id)
     }
 
-    /// The secret of this identifier.
+    /// The secret with this identifier.
     ///
     /// # Errors
-    /// None of this identifier, or an object of another kind.
+    /// No object with this identifier, or one of another kind.
     pub fn secret(&self, id: &str) -> Result<&Secret> {
         match self.find(id) {
             Some(Object::Secret(secret)) => Ok(secret),
@@ -122,10 +122,10 @@ impl Objects {
         }
     }
 
-    /// The group of this identifier.
+    /// The throttle group with this identifier.
     ///
     /// # Errors
-    /// None of this identifier.
+    /// No throttle group with this identifier.
     pub fn throttle_group(&self, id: &str) -> Result<&Arc<ThrottleGroup>> {
         match self.find(id) {
             Some(Object::ThrottleGroup(group)) => Ok(group),
@@ -136,10 +136,10 @@ impl Objects {
         }
     }
 
-    /// The credentials of this identifier.
+    /// The credentials with this identifier.
     ///
     /// # Errors
-    /// None of this identifier, or an object of another kind.
+    /// No object with this identifier, or one of another kind.
     pub fn tls_creds(&self, id: &str) -> Result<&TlsCreds> {
         match self.find(id) {
             Some(Object::TlsCreds(creds)) => Ok(creds),

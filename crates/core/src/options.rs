@@ -1,4 +1,4 @@
-//! Creation options as data: a driver's slice of [`OptionDef`] is what parsing, `-o help` and documentation come from.
+//! Creation options as data: parsing, `-o help` and documentation all come from a driver's slice of [`OptionDef`].
 //!
 //! ```
 //! use diskimage_core::options::{OptionDef, OptionKind, Options};
@@ -20,7 +20,7 @@ use std::fmt;
 use crate::size::{SizeError, parse_number, parse_size};
 use crate::{Error, ErrorKind};
 
-/// How an option's value is read.
+/// The type of an option's value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OptionKind {
     /// `on` or `off` (also `yes`/`no`, `true`/`false`, `y`/`n`).
@@ -34,7 +34,7 @@ pub enum OptionKind {
 }
 
 impl OptionKind {
-    /// How `-o help` names the kind.
+    /// The name of the kind in `-o help`.
     const fn placeholder(self) -> &'static str {
         match self {
             Self::Flag => "<bool (on/off)>",
@@ -48,13 +48,13 @@ impl OptionKind {
 /// One creation option.
 #[derive(Clone, Copy, Debug)]
 pub struct OptionDef {
-    /// Its name.
+    /// The name.
     pub name: &'static str,
-    /// How its value is read.
+    /// The type of its value.
     pub kind: OptionKind,
-    /// What it is for, in one line.
+    /// Its description in one line, for `-o help`.
     pub help: &'static str,
-    /// The value that holds, and is shown when an image is created, if none is given.
+    /// The value if none is given; `create` prints it.
     pub default: Option<&'static str>,
 }
 
@@ -94,20 +94,20 @@ struct Entry {
 
 #[derive(Clone, Debug)]
 enum Value {
-    /// The text too, because the original shows it as it was written.
+    /// Also the text, because `qemu-img` prints it as written.
     Flag(bool, String),
     Integer(u64),
     Text(String),
 }
 
 impl Options {
-    /// No values yet for the options of `table`, in whose order they are shown.
+    /// No values yet for the options of `table`, whose order is also that of [`Options::summary`].
     pub fn new(table: &'static [OptionDef]) -> Self {
         Self::merged(&[table])
     }
 
-    /// Options of several drivers: a format's and those of the protocol under it. Of two options with the same name the
-    /// first counts.
+    /// The options of several tables: those of a format and of its protocol. Of two options with the same name the
+    /// first is kept.
     pub fn merged(tables: &[&'static [OptionDef]]) -> Self {
         let entries = merge(tables)
             .into_iter()
@@ -120,12 +120,12 @@ impl Options {
         Self { entries }
     }
 
-    /// Takes a list `a=b,c=d` as it follows `-o`; a later value replaces an earlier one.
+    /// Parses a list `a=b,c=d` as given with `-o`; a later value replaces an earlier one.
     ///
     /// A comma inside a value is doubled; a bare `name` means `on` and a bare `noname` means `off`.
     ///
     /// # Errors
-    /// The first name that is not in the table or value that its option does not take.
+    /// The first name that is not in the table, or invalid value.
     pub fn parse(&mut self, text: &str) -> Result<(), OptionError> {
         for (name, value) in split_list(text, None) {
             self.set(&name, &value)?;
@@ -136,7 +136,7 @@ impl Options {
     /// Sets one option.
     ///
     /// # Errors
-    /// A name that is not in the table or a value that the option does not take.
+    /// A name that is not in the table, or an invalid value.
     pub fn set(&mut self, name: &str, text: &str) -> Result<(), OptionError> {
         let entry = self.entries.iter_mut().find(|entry| entry.def.name == name);
         let Some(entry) = entry else {
@@ -182,8 +182,8 @@ impl Options {
         }
     }
 
-    /// What `create` shows of the options: `cluster_size=65536 extended_l2=off`, given values and defaults in the
-    /// table's order. Integers are shown as signed and commas in text doubled, as the original does.
+    /// The options as `create` prints them: `cluster_size=65536 extended_l2=off`, given values and defaults in the
+    /// table's order. Integers are printed as signed and commas in text are doubled, as in `qemu-img`.
     pub fn summary(&self) -> String {
         let shown = self.entries.iter().filter_map(|entry| {
             let value = entry.given.as_ref().or(entry.default.as_ref())?;
@@ -219,7 +219,7 @@ impl fmt::Display for Value {
     }
 }
 
-/// What is wrong with an option: a message, and lines of help that are printed without a prefix.
+/// An invalid option: a message, and lines of help that are printed without a prefix.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct OptionError {
     message: String,
@@ -231,7 +231,7 @@ impl OptionError {
         Self { message, hint: None }
     }
 
-    /// What is wrong.
+    /// The message.
     pub fn message(&self) -> &str {
         &self.message
     }
@@ -260,10 +260,10 @@ impl From<OptionError> for Error {
     }
 }
 
-/// Reads a size that an option or parameter called `name` takes.
+/// Parses the value of an option or parameter `name` as a size.
 ///
 /// # Errors
-/// The original's words for text that is no size.
+/// The messages of `qemu-img` for text that is no size.
 pub fn read_size(name: &str, text: &str) -> Result<u64, OptionError> {
     parse_size(text).map_err(|error| match error {
         SizeError::Malformed => OptionError {
@@ -279,9 +279,9 @@ pub fn read_size(name: &str, text: &str) -> Result<u64, OptionError> {
 const SIZE_HINT: &str = "Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-\n\
                          and exabytes, respectively.";
 
-/// Whether a list as it follows `-o` asks for help: one of its items is `help` or `?`.
+/// Whether a list as given with `-o` asks for help: one of its items is `help` or `?`.
 pub fn wants_help(list: &str) -> bool {
-    // A doubled comma separates nothing: `backing_file=a,,help` is a name.
+    // A doubled comma is part of a value: `backing_file=a,,help` names a file.
     let items = list.replace(",,", "\0");
     items.split(',').any(|item| matches!(item, "help" | "?"))
 }
@@ -316,7 +316,7 @@ struct Item<'a> {
     word: &'a str,
     /// What follows `=`; `None` for a bare word.
     value: Option<String>,
-    /// The rest of the list from this item on.
+    /// The rest of the list, starting with this item.
     text: &'a str,
 }
 
@@ -345,7 +345,7 @@ fn items(text: &str) -> impl Iterator<Item = Item<'_>> {
     })
 }
 
-/// What a bare word stands for: `name` for on, `noname` for off.
+/// The option and value of a bare word: `name` means on, `noname` off.
 fn switch(word: &str) -> (&str, &'static str) {
     match word.strip_prefix("no") {
         Some(name) => (name, "off"),
@@ -353,7 +353,7 @@ fn switch(word: &str) -> (&str, &'static str) {
     }
 }
 
-/// The bare words of a list but for the first, each with the name and the value that it stands for.
+/// The bare words of a list except its first item, each with the option and the value that it means.
 pub fn short_forms(text: &str) -> Vec<(&str, &str, &'static str)> {
     let bare = items(text).skip(1).filter(|item| item.value.is_none());
     bare.map(|item| {
@@ -363,10 +363,10 @@ pub fn short_forms(text: &str) -> Vec<(&str, &str, &'static str)> {
     .collect()
 }
 
-/// Takes a list `a=b,c=d` apart.
+/// Splits a list `a=b,c=d`.
 ///
-/// A comma inside a value is doubled; a bare `name` means `on` and a bare `noname` means `off`, but where the first item
-/// is bare and `implied` says what it is, it is that option's value.
+/// A comma inside a value is doubled; a bare `name` means `on` and a bare `noname` means `off`. A bare first item is
+/// the value of the option `implied`, if that is given.
 pub fn split_list(text: &str, implied: Option<&str>) -> Vec<(String, String)> {
     let (first, rest) = match implied.zip(items(text).next().filter(|item| item.value.is_none())) {
         Some((implied, item)) => {
@@ -405,7 +405,7 @@ fn merge(tables: &[&'static [OptionDef]]) -> Vec<&'static OptionDef> {
     defs
 }
 
-/// Reads a value up to a single comma; doubled ones stand for one. Also gives what follows.
+/// Reads a value up to a single comma; a doubled comma means one. Also returns the text after it.
 fn split_value(text: &str) -> (String, &str) {
     let mut value = String::new();
     let mut rest = text;
@@ -448,7 +448,7 @@ fn read(def: &OptionDef, text: &str) -> Result<Value, OptionError> {
     }
 }
 
-/// A number modulo 2^64, as C's conversion to an unsigned integer makes it.
+/// A number modulo 2^64, as C converts it to an unsigned integer.
 fn wrap(number: i128) -> u64 {
     let magnitude = u64::try_from(number.unsigned_abs()).unwrap_or(u64::MAX);
     if number < 0 {
@@ -559,7 +559,7 @@ mod tests {
     }
 
     #[test]
-    fn bad_values_are_refused_in_the_originals_words() {
+    fn invalid_values_are_refused_with_the_messages_of_qemu_img() {
         let size = "Parameter 'cluster_size' expects a non-negative number below 2^64".to_owned();
         let hint = "Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-\nand exabytes, respectively.";
         assert_eq!(error("cluster_size=64Q"), (size, Some(hint)));

@@ -1,29 +1,29 @@
-//! How operations tell how far they are and what they come across.
+//! How operations report their progress and their findings.
 
 use std::fmt;
 
-/// Callbacks of a running operation: how much of how much is done, in a unit of the operation's own, and lines to show
-/// while it runs. Lines are handed over one by one, since a damaged image can have millions of them.
+/// The callbacks of a running operation: one for its progress, in units of the operation, and one for notes to print
+/// while it runs. Notes are passed on one by one, since a damaged image can have millions of them.
 #[derive(Clone, Copy)]
 pub struct Progress<'a> {
     report: Option<&'a (dyn Fn(u64, u64) + Sync)>,
     notes: Option<&'a (dyn Fn(&Note) + Sync)>,
 }
 
-/// What is to be shown beside an answer, on the error stream as the original does. A line has no end; rarely there are
-/// several in one note.
+/// A message beside the result of an operation, which `qemu-img` prints on standard error. It has no newline at the
+/// end; a few notes have several lines.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Note {
-    /// A line as it is.
+    /// A line without a prefix.
     Line(String),
-    /// An error: the program's name stands in front.
+    /// An error, printed with the program's name in front.
     Error(String),
-    /// A warning: the program's name and the word stand in front.
+    /// A warning, printed with the program's name and `warning` in front.
     Warning(String),
 }
 
 impl Note {
-    /// What it says.
+    /// The text without the prefix.
     pub fn text(&self) -> &str {
         match self {
             Self::Line(text) | Self::Error(text) | Self::Warning(text) => text,
@@ -32,7 +32,7 @@ impl Note {
 }
 
 impl<'a> Progress<'a> {
-    /// Reports to `report`, which may be called from any thread.
+    /// Reports progress to `report`, which may be called from any thread.
     pub fn new(report: &'a (dyn Fn(u64, u64) + Sync)) -> Self {
         Self {
             report: Some(report),
@@ -40,7 +40,7 @@ impl<'a> Progress<'a> {
         }
     }
 
-    /// Reports to nobody.
+    /// Ignores progress and notes.
     pub const fn none() -> Self {
         Self {
             report: None,
@@ -48,7 +48,7 @@ impl<'a> Progress<'a> {
         }
     }
 
-    /// Hands lines to `notes`, too.
+    /// Also passes notes to `notes`.
     #[must_use]
     pub fn with_notes(self, notes: &'a (dyn Fn(&Note) + Sync)) -> Self {
         Self {
@@ -57,14 +57,14 @@ impl<'a> Progress<'a> {
         }
     }
 
-    /// Tells that `done` of `total` is done.
+    /// Reports that `done` of `total` units are done.
     pub fn set(&self, done: u64, total: u64) {
         if let Some(report) = self.report {
             report(done, total);
         }
     }
 
-    /// Shows a line.
+    /// Reports a note.
     pub fn note(&self, note: &Note) {
         if let Some(notes) = self.notes {
             notes(note);

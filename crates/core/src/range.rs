@@ -20,7 +20,7 @@ impl ByteRange {
         }
     }
 
-    /// `len` bytes from `start` on, cut off at the largest offset there is.
+    /// `len` bytes from `start` on; the end saturates at `u64::MAX`.
     pub const fn at(start: u64, len: u64) -> Self {
         Self {
             start,
@@ -28,38 +28,38 @@ impl ByteRange {
         }
     }
 
-    /// The first byte.
+    /// The offset of the first byte.
     pub const fn start(self) -> u64 {
         self.start
     }
 
-    /// The byte after the last.
+    /// The offset after the last byte.
     pub const fn end(self) -> u64 {
         self.end
     }
 
-    /// How many bytes there are.
+    /// The length in bytes.
     pub const fn len(self) -> u64 {
         self.end - self.start
     }
 
-    /// Whether there are none.
+    /// Whether the length is 0.
     pub const fn is_empty(self) -> bool {
         self.start == self.end
     }
 
-    /// The part that lies in both.
+    /// The intersection of both ranges.
     #[must_use]
     pub fn intersect(self, other: Self) -> Self {
         Self::new(self.start.max(other.start), self.end.min(other.end))
     }
 
-    /// Whether the two share a byte.
+    /// Whether both ranges have a byte in common.
     pub fn overlaps(self, other: Self) -> bool {
         self.start < other.end && other.start < self.end
     }
 
-    /// The smallest range with both ends on multiples of `unit` that holds this one. `unit` is not zero.
+    /// The smallest range with both ends on multiples of `unit` that contains this one. `unit` is not zero.
     #[must_use]
     pub fn align_out(self, unit: u64) -> Self {
         Self::new(align_down(self.start, unit), align_up(self.end, unit))
@@ -71,7 +71,7 @@ impl ByteRange {
         Self::new(align_up(self.start, unit), align_down(self.end, unit))
     }
 
-    /// The numbers of the units of `unit` bytes that it touches. `unit` is not zero.
+    /// The indices of the units of `unit` bytes that overlap the range. `unit` is not zero.
     pub fn units(self, unit: u64) -> std::ops::Range<u64> {
         self.start / unit..self.end.div_ceil(unit)
     }
@@ -82,7 +82,7 @@ impl ByteRange {
         Self::new(self.start, self.start.saturating_add(len).min(self.end))
     }
 
-    /// What is left without the first `len` bytes.
+    /// The rest after the first `len` bytes.
     #[must_use]
     pub fn skip(self, len: u64) -> Self {
         Self::new(self.start.saturating_add(len).min(self.end), self.end)

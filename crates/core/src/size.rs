@@ -1,14 +1,14 @@
-//! Sizes as people write them: `1.5G`, `0x10000`, `512b`.
+//! Sizes as users write them: `1.5G`, `0x10000`, `512b`.
 //!
-//! Every place of the command line reads sizes by the same rules but words its complaints differently, so the
-//! error only says *how* a text is wrong.
+//! All options and arguments read sizes by the same rules but have different error messages, so the error only has the
+//! *reason*.
 
-/// What keeps a text from being a size or a number.
+/// Why a text is no valid size or number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SizeError {
-    /// It does not have the form of one.
+    /// The syntax is wrong.
     Malformed,
-    /// It has the form, but is negative or too large to be counted in 64 bits.
+    /// The syntax is right, but the value is negative or does not fit 64 bits.
     OutOfRange,
 }
 
@@ -20,11 +20,11 @@ pub enum SizeError {
 /// exponents: `1e` is an exbibyte.
 ///
 /// # Errors
-/// Text of another form; negative numbers, `-0` included; 16 EiB and more.
+/// Wrong syntax; negative numbers, `-0` included; 16 EiB and more.
 pub fn parse_size(text: &str) -> Result<u64, SizeError> {
     let (negative, digits) = sign(text);
     if let Some(hex) = strip_hex(digits) {
-        // "-0x5" is refused by the original as malformed, not as out of range.
+        // qemu-img refuses "-0x5" as malformed, not as out of range.
         if negative || hex.is_empty() {
             return Err(SizeError::Malformed);
         }
@@ -53,7 +53,7 @@ pub fn parse_size(text: &str) -> Result<u64, SizeError> {
         Some(fraction) => fraction_of(fraction, unit).ok_or(SizeError::Malformed)?,
     };
     if negative {
-        // Only a bare negative number is one to the original: "-1" is out of range, "-1k" malformed.
+        // In qemu-img only a negative number without a unit is out of range; "-1k" is malformed.
         let bare = rest.is_empty();
         return Err(if bare {
             SizeError::OutOfRange
@@ -69,10 +69,10 @@ pub fn parse_size(text: &str) -> Result<u64, SizeError> {
 
 /// Reads a whole number without a unit: decimal, hexadecimal (`0x`) or octal (`0`), signed.
 ///
-/// The magnitude fits 64 bits; what a negative number means is up to the place.
+/// The magnitude fits 64 bits; the caller decides what a negative number means.
 ///
 /// # Errors
-/// Text of another form; a magnitude of 2^64 and more.
+/// Wrong syntax; a magnitude of 2^64 and more.
 pub fn parse_number(text: &str) -> Result<i128, SizeError> {
     let (negative, digits) = sign(text);
     let magnitude = if let Some(hex) = strip_hex(digits) {
@@ -86,10 +86,10 @@ pub fn parse_number(text: &str) -> Result<i128, SizeError> {
     Ok(if negative { -magnitude } else { magnitude })
 }
 
-/// A size for people: three significant digits and the binary unit, `1.5 MiB`.
+/// A size for users: three significant digits and the binary unit, `1.5 MiB`.
 ///
 /// A unit is used from 1000 of the smaller one on, so that four digits never appear: 1000 KiB is `0.977 MiB`.
-/// Between 999.5 and 1000 the original's `%0.3g` gives `1e+03`; scripts that compare output see the same here.
+/// Between 999.5 and 1000 the `%0.3g` of `qemu-img` prints `1e+03`, and so does this function.
 pub fn human_size(bytes: u64) -> String {
     const UNITS: [&str; 7] = ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
     let mut unit = 0;
@@ -118,7 +118,7 @@ fn three_digits(value: f64) -> String {
     text.trim_end_matches('0').trim_end_matches('.').to_owned()
 }
 
-/// Whether a minus sign was there, and what follows white space and sign.
+/// Whether there is a minus sign, and the text after white space and sign.
 fn sign(text: &str) -> (bool, &str) {
     let text = text.trim_start_matches([' ', '\t', '\n', '\x0b', '\x0c', '\r']);
     match text.strip_prefix('-') {
@@ -143,7 +143,7 @@ fn digits_to_u64(digits: &str, radix: u32) -> Result<u64, SizeError> {
     u64::from_str_radix(digits, radix).map_err(|_| SizeError::OutOfRange)
 }
 
-/// The bytes of a unit, of which the text must be no more than.
+/// The bytes of the unit that `suffix` names; `None` if it is anything else.
 fn unit(suffix: &str) -> Option<u64> {
     let mut chars = suffix.chars();
     let power = match chars.next().map(|c| c.to_ascii_lowercase()) {
@@ -159,14 +159,14 @@ fn unit(suffix: &str) -> Option<u64> {
     chars.next().is_none().then_some(1 << (10 * power))
 }
 
-/// The whole bytes in `0.<digits>` units; none for a fraction of a single byte.
+/// The whole bytes in `0.<digits>` units; `None` for a fraction of a single byte.
 #[expect(
     clippy::cast_possible_truncation,
     clippy::cast_sign_loss,
     reason = "the product is from 0 to 2^60, and its fraction is meant to be dropped"
 )]
 fn fraction_of(digits: &str, unit: u64) -> Option<u64> {
-    // Computed in floating point as the original does, so that the last bits agree.
+    // Computed in floating point as in qemu-img, so that the last bits agree.
     let fraction: f64 = format!("0.{digits}0").parse().ok()?;
     if unit == 1 && fraction != 0.0 {
         return None;
@@ -210,7 +210,7 @@ mod tests {
     }
 
     #[test]
-    fn text_of_another_form_is_malformed() {
+    fn wrong_syntax_is_malformed() {
         for text in [
             "",
             ".",

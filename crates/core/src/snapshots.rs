@@ -7,19 +7,19 @@ use crate::{Layer, Result, SnapshotInfo};
 
 /// The internal snapshots of one image, a capability that a [`Layer`](crate::Layer) may have.
 ///
-/// Every change is on disk when the call returns. A crash in between leaves the disk and every snapshot as they were before
-/// or as they are after, with leaked clusters at worst.
+/// Every change is on disk when the call returns. A crash in between leaves the disk and every snapshot as they were
+/// before or as they are after, with leaked clusters at worst.
 pub trait Snapshots: Debug + Send + Sync {
-    /// Whether this very image can keep snapshots.
+    /// Checks whether this image can have snapshots.
     ///
     /// # Errors
-    /// What it has that cannot be shared between states.
+    /// A feature of the image that snapshots do not support.
     fn check_support(&self) -> Result<()>;
 
     /// All snapshots, in the order in which they are stored.
     ///
     /// # Errors
-    /// Damage in their table.
+    /// Damage in the snapshot table, or a failure to read it.
     fn list(&self) -> Result<Vec<SnapshotInfo>>;
 
     /// The disk that a snapshot kept, as a read-only layer. Where both are given, identifier and name have to fit.
@@ -31,29 +31,29 @@ pub trait Snapshots: Debug + Send + Sync {
     /// Keeps the disk as it is now.
     ///
     /// # Errors
-    /// Clusters that cannot be shared once more, damage, a full device.
+    /// Clusters whose refcount would overflow, damage, a full device.
     fn create(&self, snapshot: &NewSnapshot<'_>) -> Result<()>;
 
-    /// Makes the disk what it was when the snapshot at `index` of the list was taken, its size as well. Snapshots stay.
+    /// Reverts the disk, including its size, to the snapshot at `index` of the list. All snapshots stay.
     ///
     /// # Errors
     /// No such snapshot, and as for [`Snapshots::create`].
     fn apply(&self, index: usize) -> Result<()>;
 
-    /// Takes the snapshot at `index` of the list away.
+    /// Deletes the snapshot at `index` of the list.
     ///
     /// # Errors
     /// No such snapshot, and damage in its tables.
     fn delete(&self, index: usize) -> Result<()>;
 }
 
-/// A snapshot to be made. Its identifier is the image's choice.
+/// A snapshot to create. The image chooses its identifier.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NewSnapshot<'a> {
-    /// Its name, which others may have as well.
+    /// Its name, which need not be unique.
     pub name: &'a str,
     /// The time, seconds since 1970.
     pub date_sec: u32,
-    /// And nanoseconds.
+    /// The nanoseconds of that time.
     pub date_nsec: u32,
 }

@@ -1,11 +1,14 @@
-//! Groups of nodes that share limits of bytes and requests in a second.
+//! Groups of nodes that share limits of bytes and requests per second.
 //!
-//! Each limit is a bucket that leaks. Requests pour in what they cost and go on at once while the bucket is not full;
-//! else they wait until enough has leaked out.
+//! Each limit is a leaky bucket. A request adds its cost to the level of the bucket. It starts at once if the level is
+//! below the capacity, else it waits until the level has sunk to the capacity.
 //!
 //! ```text
-//!   average   what leaks out in a second
-//!   burst     how much goes in at once: `max` for `max-length` seconds, or a tenth of a second's average
+//!    request ── + cost ──► │        │
+//!                          │~~~~~~~~│ capacity: `max` for `max-length` seconds, or a tenth of a second's `average`
+//!                          │ level  │
+//!                          └───┬────┘
+//!                              ▼ `average` per second
 //! ```
 
 use std::sync::{Mutex, PoisonError};
@@ -14,23 +17,23 @@ use std::time::{Duration, Instant};
 
 use crate::{Error, Result};
 
-/// Which way bytes go.
+/// The direction of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Direction {
-    /// To the reader.
+    /// A read.
     Read,
-    /// To the device.
+    /// A write.
     Write,
 }
 
-/// The limits of one kind: bytes or requests, in all or one way.
+/// The leaky bucket of one limit: of bytes or requests, in total or in one direction.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct BucketConfig {
-    /// So many in a second; 0 for no limit.
+    /// The rate per second; 0 for no limit.
     pub average: u64,
-    /// So many in a second for a short time; 0 for none.
+    /// The rate per second of a burst; 0 for no bursts.
     pub max: u64,
-    /// How long that time is, in seconds.
+    /// The length of a burst in seconds.
     pub max_length: u64,
 }
 
@@ -44,25 +47,25 @@ impl BucketConfig {
     }
 }
 
-/// Limits by kind.
+/// The limits of a group.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ThrottleLimits {
-    /// Of all bytes, those read, those written.
+    /// Bytes: in total, read, written.
     pub bytes: [BucketConfig; 3],
-    /// Of all requests, those that read, those that write.
+    /// Requests: in total, reads, writes.
     pub requests: [BucketConfig; 3],
-    /// A request of more bytes than this counts as several; 0 if all count alike.
+    /// A request of more bytes than this counts as several; 0 if each counts as one.
     pub request_size: u64,
 }
 
-/// The largest limit.
+/// The largest rate.
 const MAX_RATE: u64 = 1_000_000_000_000_000;
 
 impl ThrottleLimits {
     /// Refuses limits that contradict each other.
     ///
     /// # Errors
-    /// Which rule they break.
+    /// The rule that the limits violate.
     pub fn check(&self) -> Result<()> {
         let refuse = |why: &str| Err(Error::invalid(why));
         for [total, reading, writing] in [self.bytes, self.requests] {
@@ -100,7 +103,7 @@ impl ThrottleLimits {
     }
 }
 
-/// Nodes that share limits.
+/// A group of nodes that share limits.
 #[derive(Debug)]
 pub struct ThrottleGroup {
     limits: ThrottleLimits,
@@ -109,14 +112,14 @@ pub struct ThrottleGroup {
 
 #[derive(Debug)]
 struct Buckets {
-    /// When they were looked at last.
+    /// The time for which the levels were computed.
     at: Instant,
     bytes: [f64; 3],
     requests: [f64; 3],
 }
 
 impl ThrottleGroup {
-    /// A group in which these limits hold.
+    /// A group with these limits.
     ///
     /// # Errors
     /// As [`ThrottleLimits::check`].
@@ -132,7 +135,7 @@ impl ThrottleGroup {
         })
     }
 
-    /// Waits until a request for `bytes` bytes may go on.
+    /// Waits until a request of `bytes` bytes may start.
     pub fn wait(&self, direction: Direction, bytes: u64) {
         let delay = self.admit(direction, bytes, Instant::now());
         if !delay.is_zero() {
@@ -140,7 +143,7 @@ impl ThrottleGroup {
         }
     }
 
-    /// Counts a request that comes in at `now`; how long it has to wait.
+    /// Accounts for a request that arrives at `now` and returns how long it has to wait.
     fn admit(&self, direction: Direction, bytes: u64, now: Instant) -> Duration {
         let mut buckets = self.buckets.lock().unwrap_or_else(PoisonError::into_inner);
         let passed = now.saturating_duration_since(buckets.at).as_secs_f64();
@@ -179,7 +182,7 @@ impl ThrottleGroup {
     }
 }
 
-/// Exact below 2^53, and limits need no more.
+/// Exact below 2^53, which is enough for limits.
 #[expect(clippy::cast_precision_loss, reason = "limits are not exact to the byte")]
 fn number(value: u64) -> f64 {
     value as f64
@@ -202,7 +205,7 @@ mod tests {
     }
 
     #[test]
-    fn requests_wait_for_what_came_before_them() {
+    fn requests_wait_for_earlier_ones() {
         let limits = ThrottleLimits {
             bytes: [rate(1000), rate(0), rate(0)],
             requests: none(),
@@ -219,7 +222,7 @@ mod tests {
     }
 
     #[test]
-    fn ways_and_large_requests_count_for_themselves() {
+    fn directions_are_separate_and_large_requests_count_as_several() {
         let limits = ThrottleLimits {
             bytes: none(),
             requests: [rate(0), rate(10), rate(0)],
@@ -233,7 +236,7 @@ mod tests {
     }
 
     #[test]
-    fn bursts_are_let_through() {
+    fn bursts_do_not_wait() {
         let limits = ThrottleLimits {
             bytes: [
                 BucketConfig {

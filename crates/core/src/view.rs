@@ -1,4 +1,4 @@
-//! Devices of bytes that are made on their way and only read.
+//! Read-only devices whose bytes are computed on each read.
 
 use std::fmt::Debug;
 
@@ -7,7 +7,7 @@ use crate::{
     ZeroMode,
 };
 
-/// Where the bytes of a [`ReadOnlyView`] come from.
+/// The source of the bytes of a [`ReadOnlyView`].
 pub trait View: Debug + Send + Sync {
     /// As [`Device::len`].
     fn len(&self) -> u64;
@@ -20,10 +20,10 @@ pub trait View: Debug + Send + Sync {
     /// As [`Device::limits`].
     fn limits(&self) -> &Limits;
 
-    /// Fills `buf` with the bytes from `offset` on, all of which are inside.
+    /// Fills `buf` with the bytes from `offset` on. The range lies inside the view.
     ///
     /// # Errors
-    /// Bytes that cannot be made, and as reading what they are made from.
+    /// Errors of reading or decoding the data that the bytes are computed from.
     fn read(&self, buf: &mut [u8], offset: u64) -> Result<()>;
 
     /// As [`Device::allocated_bytes`].
@@ -42,13 +42,13 @@ pub trait View: Debug + Send + Sync {
     /// As [`Device::info`].
     ///
     /// # Errors
-    /// As there.
+    /// As [`Device::info`].
     fn info(&self) -> Result<Info> {
         Ok(Info::default())
     }
 }
 
-/// A view as a device: all of it is data, and nothing is written.
+/// The [`Device`] of a [`View`]: its status is data everywhere, and writes fail.
 #[derive(Debug)]
 pub struct ReadOnlyView<V>(pub V);
 
@@ -126,7 +126,7 @@ impl<V: View> Device for ReadOnlyView<V> {
 mod tests {
     use super::*;
 
-    /// Ten bytes that say where they are.
+    /// Ten bytes, each of which is its own offset.
     #[derive(Debug, Default)]
     struct Ten(Limits);
 

@@ -8,15 +8,15 @@ use crate::{ByteRange, Device, Result, to_index};
 /// the first byte would run at a fifth of the speed.
 pub fn is_zero(buf: &[u8]) -> bool {
     let (blocks, rest) = buf.as_chunks::<256>();
-    // Most data differs from zero early; do not fold a whole request to learn it.
+    // Most data is nonzero in its first block: the loop stops after the first block that is.
     blocks
         .iter()
         .all(|block| block.iter().fold(0, |sum, byte| sum | byte) == 0)
         && rest.iter().all(|byte| *byte == 0)
 }
 
-/// Splits off the longest head of `buf` whose `unit`-sized blocks are all zero or all not: whether the head is zero, and
-/// its length. A last block may be shorter than `unit`. `buf` is not empty and `unit` not zero.
+/// The longest run of `unit`-sized blocks at the start of `buf` that are either all zero or all nonzero: whether it is
+/// zero, and its length in bytes. The last block may be shorter than `unit`. `buf` is not empty and `unit` not zero.
 pub fn leading_run(buf: &[u8], unit: usize) -> (bool, usize) {
     let mut blocks = buf.chunks(unit);
     let first = blocks.next().map_or(&[][..], |block| block);
@@ -31,8 +31,8 @@ pub fn leading_run(buf: &[u8], unit: usize) -> (bool, usize) {
 /// The longest chunk of zeroes that is written at once.
 const CHUNK: u64 = 1 << 20;
 
-/// Calls `write` with zero bytes and an offset for each part of `range`, in ascending order. A part has at most 1 MiB and
-/// ends on a multiple of 1 MiB or at the end of `range`, so that all but the outer ones are aligned.
+/// Calls `write` with zero bytes and an offset for each part of `range`, in ascending order. A part has at most 1 MiB
+/// and ends on a multiple of 1 MiB or at the end of `range`, so that all but the outer ones are aligned.
 ///
 /// # Errors
 /// The first error of `write`.

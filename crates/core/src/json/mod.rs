@@ -1,4 +1,4 @@
-//! JSON as the original reads and prints it: four spaces of indent, ASCII only, strings in single quotes too.
+//! JSON as `qemu-img` reads and prints it: indented by four spaces, ASCII only; strings in single quotes are read, too.
 
 mod order;
 mod parse;
@@ -17,7 +17,7 @@ pub enum Value {
     Bool(bool),
     /// A whole number.
     Int(i128),
-    /// Any other number, as it was written.
+    /// Any other number, as written in the source.
     Real(String),
     /// Text.
     Text(String),
@@ -38,8 +38,8 @@ impl Value {
         )
     }
 
-    /// The same value with the members of every object in the order in which the original prints them where no schema
-    /// fixes it.
+    /// The same value with the members of every object in the order in which `qemu-img` prints them where no
+    /// schema defines an order.
     #[must_use]
     pub fn in_table_order(self) -> Self {
         match self {
@@ -140,7 +140,7 @@ impl From<Vec<Value>> for Value {
     }
 }
 
-/// What stands before the `at`-th part of a list or object.
+/// Writes the separator before the `at`-th element of a list or object.
 fn separate(text: &mut String, at: usize, depth: Option<usize>) {
     match (at, depth) {
         (0, None) => (),

@@ -1,7 +1,7 @@
-//! The order in which the original prints the members of objects that no schema describes.
+//! The order in which `qemu-img` prints the members of objects that no schema describes.
 //!
-//! It keeps them in a hash table with 512 buckets and prints bucket by bucket; scripts compare such output as text, so
-//! the order is part of what is printed.
+//! `qemu-img` keeps them in a hash table with 512 buckets and prints bucket by bucket. Scripts compare such output as
+//! text, so this order has to be the same.
 
 const BUCKETS: u32 = 512;
 

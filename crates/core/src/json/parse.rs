@@ -1,9 +1,9 @@
-//! Reading JSON, with the original's additions (strings in single quotes) and in its words where it is wrong.
+//! A JSON parser with the extension of `qemu-img` (strings in single quotes) and its error messages.
 
 use super::Value;
 use crate::{Error, Result};
 
-/// Deeper values are refused: nobody writes them, and reading them takes stack.
+/// The limit of nesting, which bounds the stack of the recursive parser.
 const MAX_DEPTH: usize = 1024;
 
 /// Reads one JSON value.
@@ -187,7 +187,7 @@ impl Parser<'_> {
             end = exponent;
         }
         if is_wrong {
-            // As there, the character that was one too many is shown, too.
+            // As in qemu-img, the message includes the first character that does not belong to a number.
             let shown = whole[end..].chars().next().map_or(end, |c| end + c.len_utf8());
             return Err(wrong(&format!("stray '{}'", &whole[..shown])));
         }
@@ -229,7 +229,7 @@ fn simple_escape(escaped: char) -> Result<char> {
     })
 }
 
-/// Decodes the `\uXXXX`, or two of them for a surrogate pair, at the start of `text`; also how long it is.
+/// Decodes the `\uXXXX` at the start of `text`, or two of them for a surrogate pair. Also returns their length.
 fn unicode_escape(text: &str, quote: char) -> Result<(char, usize)> {
     let unit = |at: usize| {
         let digits = text
@@ -250,7 +250,7 @@ fn unicode_escape(text: &str, quote: char) -> Result<(char, usize)> {
         None => None,
     };
     decoded.ok_or_else(|| {
-        // Up to six characters of the string, its end included.
+        // The message has up to six characters of the string, including its closing quote.
         let mut shown = text.split_inclusive(quote).next().unwrap_or(text);
         if let Some((end, _)) = shown.char_indices().nth(6) {
             shown = &shown[..end];
@@ -282,7 +282,7 @@ mod tests {
     }
 
     #[test]
-    fn mistakes_are_told_in_the_originals_words() {
+    fn errors_are_those_of_qemu_img() {
         for (text, what) in [
             ("x", "invalid keyword 'x'"),
             ("{'a'}", "missing : in object pair"),

@@ -1,14 +1,14 @@
-//! The layer of an image, written back when the image is dropped.
+//! The layer of an image, which is flushed when the image is dropped.
 //!
 //! ```text
 //!              a change              a flush that succeeds
-//!   CLEAN ──────────────▶ CHANGED ──────────────▶ CLEAN
+//!   CLEAN ──────────────▶ DIRTY ────────────────▶ CLEAN
 //!                            │
-//!                            └── a change or a flush that breaks ──▶ BROKEN
+//!                            └── a change or a flush that fails half way ──▶ BROKEN
 //! ```
 //!
-//! Dropped in state `CHANGED` the layer is flushed. In state `BROKEN` nothing more is written: what is in memory may no
-//! longer fit what is in the file.
+//! A drop flushes a layer that is `DIRTY`. It writes nothing to one that is `BROKEN`: the cached metadata may
+//! contradict the file.
 
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -19,11 +19,11 @@ use std::thread;
 use crate::errno;
 use crate::{Error, ErrorKind, Event, Layer, Result};
 
-/// Takes the error for which changes of an image were lost when it was dropped.
+/// Called with the error of the flush when an image was dropped and changes were lost.
 pub type OnLost = dyn Fn(&Error) + Send + Sync;
 
-/// A layer, and whether there are changes that were not flushed.
-pub(crate) struct Held {
+/// A layer, and whether it has changes that were not flushed.
+pub(crate) struct FlushOnDrop {
     layer: Arc<dyn Layer>,
     state: AtomicU8,
     on_lost: OnceLock<Arc<OnLost>>,
@@ -31,12 +31,12 @@ pub(crate) struct Held {
 
 /// All changes are durable.
 const CLEAN: u8 = 0;
-/// Some changes may be only in memory.
-const CHANGED: u8 = 1;
-/// A change was left half done.
+/// Some changes may not have been written back or flushed.
+const DIRTY: u8 = 1;
+/// A change failed half way.
 const BROKEN: u8 = 2;
 
-impl Held {
+impl FlushOnDrop {
     pub(crate) fn new(layer: Arc<dyn Layer>) -> Self {
         Self {
             layer,
@@ -49,16 +49,16 @@ impl Held {
         &self.layer
     }
 
-    /// Names who is told of changes that are lost, unless somebody is named already.
+    /// Sets the callback for lost changes, unless one is set already.
     pub(crate) fn set_on_lost(&self, on_lost: Arc<OnLost>) {
         let _ = self.on_lost.set(on_lost);
     }
 
-    /// Runs `change`, after which something may be only in memory.
+    /// Runs `change`, which may leave dirty metadata in caches.
     pub(crate) fn change<T>(&self, change: impl FnOnce() -> Result<T>) -> Result<T> {
         let outcome = self.durable_change(change);
-        if outcome.as_ref().err().is_none_or(has_no_room) {
-            self.mark_changed();
+        if outcome.as_ref().err().is_none_or(is_out_of_space) {
+            self.mark_dirty();
         }
         outcome
     }
@@ -74,7 +74,7 @@ impl Held {
         outcome
     }
 
-    /// Runs `change`, which makes durable what was changed before as well, and after which the layer is not used any more.
+    /// Runs `change`, which also makes all earlier changes durable, and after which the layer is not used again.
     pub(crate) fn last_change<T>(&self, change: impl FnOnce() -> Result<T>) -> Result<T> {
         let value = self.durable_change(change)?;
         self.state.store(CLEAN, Ordering::Release);
@@ -83,19 +83,19 @@ impl Held {
 
     /// Makes all changes durable.
     pub(crate) fn flush(&self) -> Result<()> {
-        // What changes from now on may be left out.
+        // The flush need not cover changes that begin after this.
         self.state.store(CLEAN, Ordering::Release);
         let outcome = self.durable_change(|| {
             self.layer.file().event(Event::FLUSH_TO_OS);
             self.layer.flush()
         });
         if outcome.is_err() {
-            self.mark_changed();
+            self.mark_dirty();
         }
         outcome
     }
 
-    /// The same, unless it would write what no longer fits the file.
+    /// Flushes, but fails if an earlier change failed half way: cached metadata may contradict the file.
     pub(crate) fn close(&self) -> Result<()> {
         if self.state.load(Ordering::Acquire) == BROKEN {
             Err(broken())
@@ -104,17 +104,17 @@ impl Held {
         }
     }
 
-    /// Whatever state it is in but `BROKEN`, it is `CHANGED` now.
-    fn mark_changed(&self) {
-        // Many threads write: the state is only written to where it becomes another one.
+    /// Sets the state to `DIRTY`, unless it is `BROKEN`.
+    fn mark_dirty(&self) {
+        // Many threads write: the cache line of the state stays shared unless the state changes.
         if self.state.load(Ordering::Relaxed) == CLEAN {
             let _ = self
                 .state
-                .compare_exchange(CLEAN, CHANGED, Ordering::AcqRel, Ordering::Relaxed);
+                .compare_exchange(CLEAN, DIRTY, Ordering::AcqRel, Ordering::Relaxed);
         }
     }
 
-    fn write_back(&self) -> Result<()> {
+    fn flush_if_dirty(&self) -> Result<()> {
         if self.state.load(Ordering::Acquire) == CLEAN {
             Ok(())
         } else {
@@ -123,18 +123,18 @@ impl Held {
     }
 }
 
-/// Whether a change that fails this way may be half done. One that was refused, or had no room, is not: what was changed
-/// before can be written back.
+/// Whether a change that failed with `error` may be half done. A request that was refused or found no space is not: the
+/// changes before it can be written back.
 fn is_breaking(error: &Error) -> bool {
     let is_refused = matches!(error.errno(), Some(errno::ENOTSUP | errno::EINVAL));
     matches!(
         error.kind(),
         ErrorKind::Corrupt | ErrorKind::CutOff | ErrorKind::Io
     ) && !is_refused
-        && !has_no_room(error)
+        && !is_out_of_space(error)
 }
 
-fn has_no_room(error: &Error) -> bool {
+fn is_out_of_space(error: &Error) -> bool {
     error.kind() == ErrorKind::NoSpace || error.errno() == Some(errno::EFBIG)
 }
 
@@ -145,8 +145,8 @@ fn broken() -> Error {
     )
 }
 
-/// Breaks what it is about if the thread panics.
-struct BreakOnPanic<'a>(&'a Held);
+/// Sets the state to `BROKEN` if the thread panics.
+struct BreakOnPanic<'a>(&'a FlushOnDrop);
 
 impl Drop for BreakOnPanic<'_> {
     fn drop(&mut self) {
@@ -156,11 +156,11 @@ impl Drop for BreakOnPanic<'_> {
     }
 }
 
-impl Drop for Held {
+impl Drop for FlushOnDrop {
     fn drop(&mut self) {
-        // A panic here could end the program.
+        // A panic in a drop could abort the program.
         let _ = catch_unwind(AssertUnwindSafe(|| {
-            if let Err(error) = self.write_back()
+            if let Err(error) = self.flush_if_dirty()
                 && let Some(on_lost) = self.on_lost.get()
             {
                 on_lost(&error);
@@ -169,7 +169,7 @@ impl Drop for Held {
     }
 }
 
-impl fmt::Debug for Held {
+impl fmt::Debug for FlushOnDrop {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.layer.fmt(f)
     }
