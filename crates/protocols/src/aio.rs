@@ -1,7 +1,7 @@
-//! By which of the kernel's interfaces a file is read and written.
+//! The kernel interfaces by which a file is read and written.
 //!
-//! Requests are synchronous here and come from as many threads as there are requests at once. Each thread that is inside
-//! a request has a ring or context for itself, taken from those that are pool, so no thread waits for another's.
+//! Requests are synchronous: each request in flight has its own thread. A thread acquires a ring or context from a pool
+//! for the time of a request, so that no thread waits for another one.
 
 use std::fs;
 use std::io;
@@ -13,17 +13,17 @@ use crate::sys::uring::Ring;
 /// The kernel's interfaces.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Aio {
-    /// Plain calls, each from a thread of its own.
+    /// `pread` and `pwrite`, each from a thread of its own.
     #[default]
     Threads,
-    /// Linux's `io_submit`; only past the system's cache, where it does not wait.
+    /// Linux's `io_submit`; only with `O_DIRECT`, since it blocks otherwise.
     Native,
     /// `io_uring`.
     Uring,
 }
 
 impl Aio {
-    /// The interface of this name.
+    /// The interface with this name.
     pub fn from_name(name: &str) -> Option<Self> {
         Some(match name {
             "threads" => Self::Threads,
@@ -34,7 +34,7 @@ impl Aio {
     }
 }
 
-/// An interface in use for one file.
+/// The interface that one file uses.
 #[derive(Debug)]
 pub(crate) enum Engine {
     Threads,
@@ -43,7 +43,7 @@ pub(crate) enum Engine {
 }
 
 impl Engine {
-    /// The engine for `aio`. Where the kernel does not offer that, the one for threads, and a message for the user.
+    /// The engine for `aio`. If the kernel does not support that, the engine for threads and a message for the user.
     pub(crate) fn new(aio: Aio) -> (Self, Option<String>) {
         let refused = |what: &str, object: &str, error: io::Error| {
             let error = diskimage_core::Error::from(error);
@@ -64,7 +64,7 @@ impl Engine {
         }
     }
 
-    /// Reads what one request to the kernel gives.
+    /// Reads with one request to the kernel, which may return fewer bytes than `buf` has.
     pub(crate) fn read(&self, file: &fs::File, buf: &mut [u8], offset: u64) -> io::Result<usize> {
         match self {
             Self::Native(pool) => match pool.acquire(Context::new) {
@@ -79,7 +79,7 @@ impl Engine {
         }
     }
 
-    /// Writes what one request to the kernel takes.
+    /// Writes with one request to the kernel, which may take fewer bytes than `buf` has.
     pub(crate) fn write(&self, file: &fs::File, buf: &[u8], offset: u64) -> io::Result<usize> {
         match self {
             Self::Native(pool) => match pool.acquire(Context::new) {
@@ -94,7 +94,7 @@ impl Engine {
         }
     }
 
-    /// Makes what was written durable.
+    /// Makes completed writes durable.
     pub(crate) fn sync(&self, file: &fs::File) -> io::Result<()> {
         match self {
             Self::Uring(pool) => match pool.acquire(Ring::new) {
@@ -103,7 +103,7 @@ impl Engine {
             },
             Self::Native(pool) => match pool.acquire(Context::new) {
                 Some(mut context) => match pool.release(context.sync(file), context) {
-                    // Not every file system takes this request from a queue.
+                    // Not every file system supports this request in io_submit.
                     Err(error) if error.raw_os_error() == Some(libc::EINVAL) => plain_sync(file),
                     other => other,
                 },
@@ -126,7 +126,7 @@ fn plain_sync(file: &fs::File) -> io::Result<()> {
     Ok(rustix::io::retry_on_intr(|| rustix::fs::fdatasync(file))?)
 }
 
-/// Rings or contexts that nobody uses at the moment.
+/// Rings or contexts that no thread uses at the moment.
 #[derive(Debug)]
 pub(crate) struct Pool<T>(Mutex<Vec<T>>);
 
@@ -135,7 +135,7 @@ impl<T> Pool<T> {
         Self(Mutex::new(vec![first]))
     }
 
-    /// One of them, or a new one; none if the kernel gives no more.
+    /// A free one, or a new one; `None` if the kernel refuses to create more.
     fn acquire(&self, make: impl FnOnce() -> io::Result<T>) -> Option<T> {
         let pool = self.0.lock().unwrap_or_else(PoisonError::into_inner).pop();
         pool.or_else(|| make().ok())
@@ -154,7 +154,7 @@ mod tests {
     #[test]
     fn every_interface_reads_what_it_wrote() {
         for aio in [Aio::Threads, Aio::Native, Aio::Uring] {
-            // A kernel that refuses one is served by threads: the bytes are the same.
+            // If the kernel refuses an interface, threads replace it: the bytes are the same.
             let (engine, _) = Engine::new(aio);
             let file = tempfile::tempfile().expect("a file");
             std::thread::scope(|scope| {
@@ -176,7 +176,7 @@ mod tests {
     }
 
     #[test]
-    fn errors_of_the_kernel_come_through() {
+    fn errors_of_the_kernel_are_returned() {
         for aio in [Aio::Threads, Aio::Native, Aio::Uring] {
             let (engine, _) = Engine::new(aio);
             let file = fs::File::open("/dev/null").expect("opens");

@@ -2,49 +2,49 @@
 
 use crate::aio::Aio;
 
-/// How writes reach the disk: the names are the original's, and each means what it says.
+/// How writes reach the disk. The names of the modes are those of `qemu-img`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct CacheMode {
-    /// Requests go to the disk and not through the system's cache (`O_DIRECT`).
+    /// Requests bypass the page cache (`O_DIRECT`).
     pub direct: bool,
-    /// Each write is on the disk before it returns.
+    /// Each write is durable when it returns (`O_DSYNC`).
     pub writethrough: bool,
-    /// Flushing does nothing: for images that are made anew after a crash.
+    /// Flushes do nothing: for images that are created again after a crash.
     pub no_flush: bool,
-    /// By which of the kernel's interfaces.
+    /// The kernel interface for requests.
     pub aio: Aio,
 }
 
 impl CacheMode {
-    /// Through the system's cache; on the disk after a flush.
+    /// Through the page cache; durable after a flush.
     pub const WRITEBACK: Self = Self {
         direct: false,
         writethrough: false,
         no_flush: false,
         aio: Aio::Threads,
     };
-    /// Through the system's cache, and never waiting for the disk.
+    /// Through the page cache; flushes are ignored.
     pub const UNSAFE: Self = Self {
         no_flush: true,
         ..Self::WRITEBACK
     };
-    /// Past the system's cache; on the disk after a flush.
+    /// Bypasses the page cache; durable after a flush.
     pub const NONE: Self = Self {
         direct: true,
         ..Self::WRITEBACK
     };
-    /// Through the system's cache, and on the disk at once.
+    /// Through the page cache; each write is durable.
     pub const WRITETHROUGH: Self = Self {
         writethrough: true,
         ..Self::WRITEBACK
     };
-    /// Past the system's cache, and on the disk at once.
+    /// Bypasses the page cache; each write is durable.
     pub const DIRECTSYNC: Self = Self {
         direct: true,
         ..Self::WRITETHROUGH
     };
 
-    /// The flags to open a file with. `O_NONBLOCK` because opening a pipe would wait for its other end.
+    /// The flags to open a file with. `O_NONBLOCK`, because opening a pipe would block until its other end is opened.
     pub(crate) fn open_flags(self) -> i32 {
         let mut flags = libc::O_NONBLOCK;
         if self.direct {
@@ -56,7 +56,7 @@ impl CacheMode {
         flags
     }
 
-    /// The mode of this name; `off` is another name of `none`.
+    /// The mode with this name; `off` is another name for `none`.
     pub fn from_name(name: &str) -> Option<Self> {
         Some(match name {
             "none" | "off" => Self::NONE,

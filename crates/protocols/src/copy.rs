@@ -6,8 +6,8 @@ use rustix::io::Errno;
 use crate::file::{File, FileKind};
 
 impl File {
-    /// Moves `range` to `target_offset` of `target` with `copy_file_range`, which shares the blocks where the file
-    /// system can. `Ok(false)` if it cannot be done this way.
+    /// Copies `range` to `target_offset` of `target` with `copy_file_range`, which shares the blocks on file systems
+    /// with reflinks. `Ok(false)` if this is not possible.
     pub(crate) fn copy_range(
         &self,
         range: ByteRange,
@@ -40,8 +40,8 @@ impl File {
                 }
                 Ok(_) | Err(Errno::INTR) => {}
                 Err(_) if from_offset == range.start() => {
-                    // Another file system, an old kernel, overlapping ranges: if it is the disk that fails, copying
-                    // by hand will say so.
+                    // Another file system, an old kernel, overlapping ranges: the caller reads and writes instead. If
+                    // the disk fails, that returns the error.
                     return Ok(false);
                 }
                 Err(error) => return Err(std::io::Error::from(error).into()),

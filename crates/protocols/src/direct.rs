@@ -1,11 +1,11 @@
-//! Requests past the system's cache (`O_DIRECT`), which the kernel takes only in whole blocks from aligned memory.
+//! Requests that bypass the page cache (`O_DIRECT`): the kernel accepts only whole blocks and aligned memory.
 //!
 //! ```text
 //!   request        |-- head --|------ whole blocks ------|- tail -|
 //!   on the disk  [ block     ][ block ][ block ][ block ][ block     ]
 //! ```
-//! Requests that do not fit go through aligned buffers. A partly written block is read, changed and written under a
-//! lock, and a file whose end is not on a block's boundary gets its length back.
+//! Other requests go through aligned bounce buffers. A partly written block is read, modified and written under a lock.
+//! A file whose end is not on a block boundary is truncated to its length afterwards.
 
 use std::fs;
 use std::sync::atomic::Ordering;
@@ -16,27 +16,28 @@ use rustix::fs::{AtFlags, StatxFlags};
 
 use crate::file::{File, FileKind};
 
-/// How requests have to be aligned.
+/// The alignment that requests need, and the bounce buffers.
 #[derive(Debug)]
 pub(crate) struct DirectIo {
     block: u32,
     memory: usize,
-    /// One partly written block at a time: two writers to different parts of one would undo each other's.
+    /// Held while a partly written block is read, modified and written: two writers of one block would overwrite each
+    /// other's bytes.
     partial: Mutex<()>,
     spare: Mutex<Vec<BounceBuffer>>,
 }
 
 impl DirectIo {
-    /// What the kernel says about `file`.
+    /// Asks the kernel for the alignment that `file` needs.
     pub(crate) fn of(file: &fs::File, kind: FileKind) -> Self {
-        let said = match kind {
+        let reported = match kind {
             FileKind::Block => rustix::fs::ioctl_blksszget(file).ok().map(|size| (size, size)),
             _ => rustix::fs::statx(file, "", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN)
                 .ok()
                 .map(|stat| (stat.stx_dio_offset_align, stat.stx_dio_mem_align)),
         };
-        // Kernels before 6.1 do not say; no file system in use wants more than a page.
-        let (block, memory) = said
+        // Kernels before 6.1 do not tell; no known file system needs more than a page.
+        let (block, memory) = reported
             .filter(|(block, memory)| is_plausible(*block) && is_plausible(*memory))
             .unwrap_or((PAGE, PAGE));
         Self {
@@ -47,7 +48,7 @@ impl DirectIo {
         }
     }
 
-    /// The size of a block.
+    /// The block size.
     pub(crate) fn alignment(&self) -> u32 {
         self.block
     }
@@ -63,7 +64,7 @@ impl DirectIo {
             && (buf.as_ptr().addr()).is_multiple_of(self.memory)
     }
 
-    /// Reads until `buf` is full or the file ends; how many bytes there were.
+    /// Reads until `buf` is full or the file ends. Returns the number of bytes read.
     pub(crate) fn read(&self, file: &File, buf: &mut [u8], offset: u64) -> Result<usize> {
         if self.is_aligned_request(buf, offset) {
             return file.read_until_end(buf, offset);
@@ -76,10 +77,10 @@ impl DirectIo {
             let skip = to_index(at - start)?;
             let want = (buf.len() - done).min(MAX_BOUNCE - skip);
             let block = bounce.blocks(self.memory, self.round_up(skip + want));
-            let there = file.read_until_end(block, start)?.saturating_sub(skip).min(want);
-            buf[done..done + there].copy_from_slice(&block[skip..skip + there]);
-            done += there;
-            if there < want {
+            let len = file.read_until_end(block, start)?.saturating_sub(skip).min(want);
+            buf[done..done + len].copy_from_slice(&block[skip..skip + len]);
+            done += len;
+            if len < want {
                 break;
             }
         }
@@ -108,7 +109,7 @@ impl DirectIo {
         let before = file.refresh_len()?;
         let outcome = self.write_bounced(file, buf, offset);
         if file.kind == FileKind::Regular && whole_end > before.max(end) {
-            // The last block was written whole; the file ends where the bytes do.
+            // The last block was written whole: cut the file to the end of the bytes.
             file.file.set_len(before.max(end))?;
         }
         outcome
@@ -157,25 +158,25 @@ impl DirectIo {
     }
 }
 
-/// The largest piece that goes through a buffer, a multiple of every block size.
+/// The size of a bounce buffer, a multiple of every block size.
 const MAX_BOUNCE: usize = 1 << 20;
-/// How many buffers are kept for the next request.
+/// How many free buffers are kept.
 const MAX_SPARE: usize = 8;
 const PAGE: u32 = 4096;
 
-/// Block sizes are powers of two; the kernel answers 0 for a file that has no such requests.
+/// Block sizes are powers of two; the kernel reports 0 for a file that does not support direct I/O.
 fn is_plausible(size: u32) -> bool {
     size.is_power_of_two() && size <= 64 << 10
 }
 
-/// Reads a block, with zeroes for what lies beyond the end of the file.
+/// Reads a block, with zeroes for bytes beyond the end of the file.
 fn read_block(file: &File, block: &mut [u8], offset: u64) -> Result<()> {
-    let there = file.read_until_end(block, offset)?;
-    block[there..].fill(0);
+    let len = file.read_until_end(block, offset)?;
+    block[len..].fill(0);
     Ok(())
 }
 
-/// Memory with room to start at an aligned address.
+/// Memory with space to start at an aligned address.
 #[derive(Debug, Default)]
 struct BounceBuffer(Vec<u8>);
 

@@ -1,4 +1,4 @@
-//! Making files, and changing how long they are.
+//! Creation of files, and changes of their length.
 
 use std::fs;
 use std::os::unix::fs::OpenOptionsExt;
@@ -14,7 +14,7 @@ use crate::file::{File, FileKind};
 use crate::name::Target;
 use crate::sys;
 
-/// What the protocol adds to the options of a format.
+/// The creation options of the protocol, in addition to those of a format.
 pub const CREATE_OPTIONS: &[OptionDef] = &[
     OptionDef {
         name: "size",
@@ -42,12 +42,12 @@ pub const CREATE_OPTIONS: &[OptionDef] = &[
     },
 ];
 
-/// How a file is made.
+/// How a file is created.
 #[derive(Clone, Copy, Debug)]
 pub struct FileCreation {
-    /// No copy-on-write for this file, on file systems that have it.
+    /// Turns off copy-on-write for this file, on file systems that support it.
     pub nocow: bool,
-    /// In what pieces the file system should allocate, if it can; 0 leaves it alone.
+    /// The extent size that the file system should allocate, if it supports the hint; 0 sets none.
     pub extent_size_hint: u32,
 }
 
@@ -55,14 +55,14 @@ impl Default for FileCreation {
     fn default() -> Self {
         Self {
             nocow: false,
-            // As the original: large extents keep the file system's own tables small.
+            // As in qemu-img: large extents keep the extent tree of the file system small.
             extent_size_hint: 1 << 20,
         }
     }
 }
 
 impl FileCreation {
-    /// What `options` say.
+    /// The values in `options`.
     ///
     /// # Errors
     /// A hint that is too large.
@@ -82,7 +82,7 @@ impl FileCreation {
 }
 
 impl File {
-    /// Refuses a file that is there and that others hold, as [`File::create`] would, and leaves it as it is.
+    /// Fails as [`File::create`] would if another process has locked the file, and leaves the file unchanged.
     ///
     /// # Errors
     /// As [`File::create`].
@@ -90,14 +90,14 @@ impl File {
         Self::open(target, true, cache)?.lock(CREATING)
     }
 
-    /// Makes an empty file, or empties the one that is there, and keeps it open and locked for writing. Devices are
-    /// not made: open them.
+    /// Creates an empty file, or truncates an existing one, and keeps it open and locked for writing. Devices cannot be
+    /// created: they are opened.
     ///
     /// # Errors
-    /// `Could not create 'NAME': REASON`, locks of others, and what file systems refuse.
+    /// `Could not create 'NAME': REASON`, locks of other processes, and a failed truncation.
     pub fn create(target: &Target, creation: &FileCreation, cache: CacheMode) -> Result<Self> {
         let name = &target.path;
-        // Truncated only once it is locked.
+        // Truncated after it is locked.
         let file = fs::OpenOptions::new()
             .read(true)
             .write(true)
@@ -109,7 +109,7 @@ impl File {
             .context(|| format!("Could not create '{name}'"))?;
         let metadata = file.metadata().context(|| format!("Could not create '{name}'"))?;
         if !metadata.is_file() {
-            // What truncating a pipe, socket or device comes to.
+            // The error of ftruncate for a pipe, socket or device.
             return Err(Error::from_errno(libc::EINVAL).context("Could not resize file"));
         }
         let this = Self::from_open(file, target, true, cache)?;
@@ -120,11 +120,11 @@ impl File {
         if creation.nocow
             && let Ok(flags) = rustix::fs::ioctl_getflags(&this.file)
         {
-            // Only some file systems have it; the others need not be told.
+            // Only some file systems support it; failures are ignored.
             let _ = rustix::fs::ioctl_setflags(&this.file, flags | IFlags::NOCOW);
         }
         if creation.extent_size_hint != 0 {
-            // A hint, which file systems without extents do not know.
+            // A hint: failures of file systems without extents are ignored.
             let _ = sys::set_extent_size_hint(&this.file, creation.extent_size_hint);
         }
         Ok(this)
@@ -147,7 +147,7 @@ impl File {
             let outcome = self.change_len(old, len, preallocation);
             self.holes.invalidate();
             if outcome.is_err() && preallocation != Preallocation::Off {
-                // What it has of it is of no use to anyone.
+                // Undo a partial preallocation.
                 let _ = self.file.set_len(old);
             }
             self.refresh_len()?;
@@ -166,8 +166,8 @@ impl File {
                 .map_err(std::io::Error::from)
                 .context(|| "Could not flush file to disk")?;
         } else if old == 0 && len > 0 {
-            // The first block exists from the start: programs that look for the alignment that a file needs for direct
-            // access can only find it out where there is a block. It is an aid, so failing at it is no failure.
+            // Allocates the first block: programs that probe the alignment for O_DIRECT need an allocated block. A
+            // failure is ignored.
             let _ = self.write_zero_bytes(ByteRange::new(0, len.min(FIRST_BLOCK)));
         }
         Ok(())
@@ -199,7 +199,7 @@ impl File {
     }
 }
 
-/// What the original does with a file that it makes: nobody else may change its length meanwhile.
+/// The permissions of `qemu-img` for a file that it creates: no other process may change the length meanwhile.
 const CREATING: Permissions = Permissions {
     read: false,
     write: true,

@@ -1,4 +1,4 @@
-//! Where a file has holes.
+//! Holes of files, and a cache of the last one.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -9,11 +9,11 @@ use rustix::io::Errno;
 
 use crate::file::{File, FileKind};
 
-/// The extent found last: a scan asks the kernel once an extent and not once a request.
+/// The extent found last, so that a scan asks the kernel once for each extent instead of once for each request.
 #[derive(Debug, Default)]
 pub(crate) struct HoleCache {
-    /// Counts changes; an extent found before the last change is worth nothing. Writers only count, so that they do
-    /// not wait for each other.
+    /// The number of changes. An extent found before the last change is invalid. Writers only increment it, so that
+    /// they do not contend for the lock.
     changes: AtomicU64,
     last: Mutex<Option<CachedExtent>>,
 }
@@ -26,7 +26,7 @@ struct CachedExtent {
 }
 
 impl HoleCache {
-    /// To be called after every change.
+    /// Invalidates the extent; called after every change.
     pub(crate) fn invalidate(&self) {
         self.changes.fetch_add(1, Ordering::Release);
     }
@@ -39,7 +39,7 @@ impl HoleCache {
 }
 
 impl File {
-    /// What is known about the start of `range`.
+    /// The extent at the start of `range`.
     pub(crate) fn extent(&self, range: ByteRange, detail: StatusDetail) -> Result<Extent> {
         let answer = |len, kind| Extent {
             len,
@@ -79,7 +79,7 @@ impl File {
                 let end = self.refresh_len()?.max(range.end());
                 return Ok((ByteRange::new(start, end), true));
             }
-            // A file system that cannot tell.
+            // The file system does not support SEEK_DATA.
             Err(_) => return Ok((range, false)),
         };
         if data > start {
@@ -87,7 +87,7 @@ impl File {
         }
         match rustix::fs::seek(&self.file, SeekFrom::Hole(start)) {
             Ok(hole) if hole > start => Ok((ByteRange::new(start, hole), false)),
-            // Cut off meanwhile, or an answer that makes no sense.
+            // The file was truncated meanwhile, or the result is invalid.
             _ => Ok((range, false)),
         }
     }
@@ -135,7 +135,7 @@ mod tests {
     }
 
     #[test]
-    fn one_extent_is_asked_for_once() {
+    fn the_kernel_is_asked_once_for_an_extent() {
         let (_dir, file) = scratch(true);
         file.write_at(&[1; 65536], 0).expect("writes");
         let first = file

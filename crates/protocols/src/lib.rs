@@ -1,8 +1,14 @@
 //! Where the bytes of disk images live: files, block devices, exports of servers, and filters on top of them.
 //!
-//! [`parse_name`] reads a name as a user writes it, [`PROTOCOLS`] and [`FILTERS`] are the drivers that options name,
-//! [`File`] is an open file, and [`CacheMode`] says how its writes reach the disk. Locks are taken with [`lock`](File), in the bytes that every other user of disk images on
-//! the machine looks at, so that two of them do not change one image at the same time.
+//! ```text
+//!   parse_name: name ─► options ─► driver
+//!                                    ├ PROTOCOLS   file, host_device, host_cdrom, nbd, null-co, null-aio, vvfat
+//!                                    └ FILTERS     blkdebug, blklogwrites, blkverify, compress, copy-on-read, ...
+//! ```
+//!
+//! [`File`] is an open file, and [`CacheMode`] says how its writes reach the disk.
+//! [`Device::lock`](diskimage_core::Device::lock) locks the same bytes of a file as QEMU does, so that two programs do
+//! not change one image at the same time.
 
 mod aio;
 mod cache;

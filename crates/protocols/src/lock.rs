@@ -1,13 +1,14 @@
 //! Locks that keep two processes from changing one image: shared byte locks of the open file description.
 //!
 //! ```text
-//!   byte 100+n   held by everyone who uses permission n
-//!   byte 200+n   held by everyone who does not let others use permission n
+//!   byte 100+n   locked by each opener that uses permission n
+//!   byte 200+n   locked by each opener that does not share permission n
 //!   n            0 consistent read   1 write   2 write unchanged   3 resize
 //! ```
 //!
-//! All locks are shared, so taking them never fails; whoever takes them then asks whether another descriptor holds the
-//! opposite byte. Two that start at the same time can both see each other and both give up, never both go on.
+//! All locks are shared, so taking them never conflicts. An opener first takes its locks, then tests whether another
+//! open file description has locked a conflicting byte. Two that start at the same time can both fail, but never both
+//! succeed.
 
 use std::fs;
 
@@ -15,7 +16,7 @@ use diskimage_core::{Error, ErrorKind, Permissions, Result};
 
 use crate::sys;
 
-/// The permissions that a file is locked for now.
+/// The permissions that a file is locked for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct HeldLocks {
     used: u8,
@@ -35,22 +36,22 @@ impl From<Permissions> for HeldLocks {
 }
 
 impl HeldLocks {
-    /// Changes the locks on `file` from these to those of `wanted`. On failure these stay.
+    /// Changes the locks on `file` from `self` to `wanted`. After a failure the locks are those of `self`.
     pub(crate) fn change_to(self, wanted: Self, file: &fs::File, name: &str) -> Result<()> {
         let mut new = wanted.bytes().filter(|byte| !self.bytes().any(|b| b == *byte));
         let mut taken = Vec::new();
         let outcome = new
             .try_for_each(|byte| take(file, byte).map(|()| taken.push(byte)))
             .and_then(|()| wanted.look_for_conflicts(file, name));
-        let given_up: Vec<i64> = match outcome {
+        let released: Vec<i64> = match outcome {
             Ok(()) => self
                 .bytes()
                 .filter(|byte| !wanted.bytes().any(|b| b == *byte))
                 .collect(),
             Err(_) => taken,
         };
-        for byte in given_up {
-            // A lock that cannot be given up goes with the descriptor.
+        for byte in released {
+            // A lock that cannot be released is released when the file is closed.
             let _ = sys::unlock(file, byte);
         }
         outcome
@@ -69,7 +70,7 @@ impl HeldLocks {
                 format!("Failed to get {shared}\"{}\" lock", NAMES[usize::from(n)]),
             )
             .hint(format!("Is another process using the image [{name}]?"))),
-            // A system without these locks cannot tell; the original goes on as well.
+            // Systems without these locks cannot detect conflicts; qemu-img goes on as well.
             Ok(false) | Err(_) => Ok(()),
         };
         permissions(self.used).try_for_each(|n| conflict(UNSHARED, n, ""))?;
@@ -90,7 +91,7 @@ fn permissions(mask: u8) -> impl Iterator<Item = u8> {
 
 fn take(file: &fs::File, byte: i64) -> Result<()> {
     match sys::lock_shared(file, byte) {
-        // A kernel that does not know these locks: nobody on this machine has them.
+        // The kernel does not support these locks: no process on this machine has one.
         Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(()),
         Err(_) => Err(Error::new(
             ErrorKind::Locked,

@@ -1,4 +1,4 @@
-//! Names of images as users write them: a path, or a protocol and what it needs.
+//! Filenames of images as users write them: a path, or a protocol and its argument.
 
 use diskimage_core::{Error, Result};
 
@@ -7,7 +7,7 @@ use diskimage_core::{Error, Result};
 pub enum ProtocolKind {
     /// Regular files.
     File,
-    /// Block devices, and character devices as far as they behave like one.
+    /// Block devices, and character devices that behave like one.
     HostDevice,
     /// Optical drives.
     HostCdrom,
@@ -24,20 +24,20 @@ impl ProtocolKind {
     }
 }
 
-/// A name taken apart.
+/// A parsed filename.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Target {
-    /// The protocol, if the name says which; else the kind of file decides.
+    /// The protocol, if the name has one; else the type of the file decides.
     pub protocol: Option<ProtocolKind>,
-    /// The path, which starts with `./` where it would look like a protocol.
+    /// The path, with `./` in front if it would look like a protocol.
     pub path: String,
 }
 
 impl Target {
-    /// Reads a name. `foo:bar` is a protocol and its argument, `./foo:bar` and `a/b:c` are paths.
+    /// Parses a filename. `foo:bar` is a protocol and its argument, `./foo:bar` and `a/b:c` are paths.
     ///
     /// # Errors
-    /// Protocols that there are none of, and the empty name.
+    /// Unknown protocols, and the empty name.
     pub fn parse(name: &str) -> Result<Self> {
         let target = match protocol_prefix(name) {
             None => Self {
@@ -61,7 +61,7 @@ impl Target {
         Ok(target)
     }
 
-    /// A path that is never read as a protocol and its argument: names of data files inside images.
+    /// A path that is never parsed as a protocol and its argument: for names of data files in images.
     pub fn plain(path: &str) -> Self {
         Self::with_protocol(None, path)
     }
@@ -81,8 +81,8 @@ impl Target {
         }
     }
 
-    /// The name to open `name` by when the image at `from` refers to it: relative to that image's directory, unless it
-    /// is absolute or has a protocol.
+    /// The filename of `name`, to which the image at `from` refers: relative to the directory of that image, unless
+    /// `name` is absolute or has a protocol.
     pub fn resolve(from: &str, name: &str) -> String {
         if name.starts_with('/') || protocol_prefix(name).is_some() {
             return name.to_owned();
@@ -98,7 +98,7 @@ impl Target {
     }
 }
 
-/// What stands before a colon that no slash comes before.
+/// The text before the first colon, unless a slash comes before the colon.
 pub(crate) fn protocol_prefix(name: &str) -> Option<&str> {
     let at = name.find([':', '/'])?;
     name[at..].starts_with(':').then_some(&name[..at])

@@ -1,4 +1,4 @@
-//! `null-co` and `null-aio`: devices that store nothing, for measuring what is above them.
+//! `null-co` and `null-aio`: devices that store nothing, for measuring the layers above them.
 
 use std::sync::Arc;
 use std::thread;
@@ -12,7 +12,7 @@ use diskimage_core::{
 
 use crate::protocol::{Protocol, ProtocolRequest};
 
-/// The driver under one of its two names; how it answers is the same.
+/// The driver under one of its two names, which behave the same.
 #[derive(Debug)]
 pub(crate) struct NullDriver {
     name: &'static str,
@@ -39,11 +39,11 @@ const OPTIONS: &[OptionDef] = &[
     OptionDef::new("read-zeroes", OptionKind::Flag, "Whether it reads as zeroes").or("off"),
 ];
 
-/// The options without which it would be another device.
+/// The options that are part of the node's `json:` filename.
 const STRONG_OPTIONS: [&str; 2] = ["size", "read-zeroes"];
 
 impl NullDriver {
-    /// The one name that it has.
+    /// The only filename of the driver.
     fn full_name(&self) -> String {
         format!("{}://", self.name)
     }
@@ -125,7 +125,7 @@ impl Device for Null {
         &self.limits
     }
 
-    /// Without `read-zeroes` any bytes would do; never those that happen to be in memory.
+    /// Without `read-zeroes` the contents are undefined; zeroes keep old contents of `buf` from being read as data.
     fn read_at(&self, buf: &mut [u8], _offset: u64) -> Result<()> {
         self.pass_time();
         buf.fill(0);

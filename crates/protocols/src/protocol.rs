@@ -13,54 +13,54 @@ use crate::nbd::NBD;
 use crate::null::{NULL_AIO, NULL_CO};
 use crate::vvfat::VVFAT;
 
-/// A protocol: where bytes live. A unit struct listed once in [`PROTOCOLS`].
+/// A protocol, which accesses the storage of bytes. A unit struct listed once in [`PROTOCOLS`].
 pub trait Protocol: Debug + Sync {
     /// The driver's name.
     fn name(&self) -> &'static str;
 
-    /// What names of this protocol have before their first colon; none if it has no such names.
+    /// The prefixes of its filenames, without the colon; empty if it has no filenames.
     fn prefixes(&self) -> &'static [&'static str];
 
-    /// The options that a name stands for, prefix included, as [`Protocol::open`] takes them.
+    /// The options of a filename (prefix included), as [`Protocol::open`] takes them.
     ///
     /// # Errors
-    /// What is wrong with the name.
+    /// An invalid name.
     fn parse(&self, name: &str) -> Result<NodeOptions>;
 
-    /// Opens what the options name, taking those that it knows.
+    /// Opens the storage that the options name, and takes the options that it supports.
     ///
     /// # Errors
-    /// Options that make no sense, and why it could not be opened.
+    /// Invalid options, and errors of opening the storage.
     fn open(&self, request: ProtocolRequest<'_>) -> Result<Arc<dyn Device>>;
 
-    /// Whether there is a way to make a new image with the protocol alone.
+    /// Whether the protocol can create the file for a new image.
     fn can_create(&self) -> bool {
         false
     }
 
-    /// Whether a new image can go into something that is there.
+    /// Whether a new image can be written into existing storage.
     fn can_hold_image(&self) -> bool {
         true
     }
 }
 
-/// What a protocol opens with.
+/// The arguments of [`Protocol::open`].
 pub struct ProtocolRequest<'a> {
     /// The options of the node.
     pub options: &'a mut NodeOptions,
-    /// Whether it will be changed.
+    /// Whether it is opened for writing.
     pub write: bool,
     /// How requests reach the disk.
     pub cache: CacheMode,
-    /// What options refer to by name.
+    /// The objects that options refer to.
     pub objects: &'a Arc<Objects>,
-    /// Who opens what it finds in what it opens.
+    /// Opens the files that the driver finds, such as those in a directory.
     pub gate: &'a Arc<dyn Gate>,
-    /// The memory that what it finds may claim.
+    /// The budget for memory whose size comes from the storage.
     pub budget: &'a Budget,
-    /// What time it is where the user is.
+    /// The local time of the user.
     pub local_time: &'a LocalTime,
-    /// Who is told what the user ought to know.
+    /// Receives warnings for the user.
     pub notes: Progress<'a>,
 }
 
@@ -85,12 +85,12 @@ pub static PROTOCOLS: &[&dyn Protocol] = &[
     &VVFAT,
 ];
 
-/// The protocol of this name.
+/// The protocol with this name.
 pub fn protocol_by_name(name: &str) -> Option<&'static dyn Protocol> {
     PROTOCOLS.iter().copied().find(|protocol| protocol.name() == name)
 }
 
-/// The protocol that a name is of, if it says so.
+/// The protocol of a filename, if the name has a prefix.
 pub fn protocol_of_name(name: &str) -> Option<&'static dyn Protocol> {
     let prefix = protocol_prefix(name)?;
     PROTOCOLS
@@ -99,10 +99,10 @@ pub fn protocol_of_name(name: &str) -> Option<&'static dyn Protocol> {
         .find(|protocol| protocol.prefixes().contains(&prefix))
 }
 
-/// The options that a name stands for as a user writes it: a path, or a protocol or filter and what it needs.
+/// The options of a filename as a user writes it: a path, or a protocol or filter and its argument.
 ///
 /// # Errors
-/// Protocols that there are none of, and what is wrong with the rest.
+/// Unknown protocols, and invalid names.
 pub fn parse_name(name: &str) -> Result<NodeOptions> {
     let Some(prefix) = protocol_prefix(name) else {
         let mut options = NodeOptions::new();

@@ -1,4 +1,4 @@
-//! Making ranges read as zero, and giving them back.
+//! Zeroing and discarding ranges of files.
 
 use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
@@ -11,7 +11,7 @@ use crate::file::{File, FileKind};
 use crate::sys;
 
 impl File {
-    /// Makes `range` read as zeroes, lengthening a file where needed.
+    /// Makes `range` read as zeroes and extends the file if the range ends beyond it.
     pub(crate) fn zero(&self, range: ByteRange, mode: ZeroMode) -> Result<()> {
         if range.is_empty() {
             return Ok(());
@@ -22,13 +22,13 @@ impl File {
         let outcome = match self.kind {
             FileKind::Regular => self.zero_file(range, mode),
             FileKind::Block => self.zero_block(range, mode),
-            FileKind::Character => self.fall_back(range, mode),
+            FileKind::Character => self.write_zeroes_unless_fast_only(range, mode),
         };
         self.note_outcome(&outcome, range.end());
         outcome
     }
 
-    /// Gives up the contents of `range`.
+    /// Discards the contents of `range`: punches a hole, or tells the block device.
     pub(crate) fn discard_range(&self, range: ByteRange) -> Result<()> {
         let outcome = match self.kind {
             FileKind::Regular => {
@@ -45,7 +45,7 @@ impl File {
         self.holes.invalidate();
         match outcome {
             Err(error) if !is_unsupported(error.raw_os_error()) => Err(error.into()),
-            // Discarding is an offer that need not be taken.
+            // Without support for discards the range stays as it is.
             _ => Ok(()),
         }
     }
@@ -62,7 +62,7 @@ impl File {
                 Err(errno) => return Err(std::io::Error::from(errno).into()),
             }
         }
-        self.fall_back(range, mode)
+        self.write_zeroes_unless_fast_only(range, mode)
     }
 
     fn punch(&self, range: ByteRange) -> Attempt {
@@ -96,12 +96,12 @@ impl File {
             ByteRange::new(middle.end().max(range.start()), range.end()),
         ];
         if middle.is_empty() {
-            return self.fall_back(range, mode);
+            return self.write_zeroes_unless_fast_only(range, mode);
         }
         for side in sides.into_iter().filter(|side| !side.is_empty()) {
             self.write_zero_bytes(side)?;
         }
-        // Punching never writes zeroes byte by byte, BLKZEROOUT may.
+        // PUNCH_HOLE never writes zero bytes; BLKZEROOUT may.
         let outcome = match mode {
             ZeroMode::KeepAllocated => Err(std::io::Error::from(Errno::OPNOTSUPP)),
             ZeroMode::Unmap | ZeroMode::FastOnly => {
@@ -115,19 +115,21 @@ impl File {
             other => other,
         };
         match outcome {
-            Err(error) if is_unsupported(error.raw_os_error()) => self.fall_back(middle, mode),
+            Err(error) if is_unsupported(error.raw_os_error()) => {
+                self.write_zeroes_unless_fast_only(middle, mode)
+            }
             other => Ok(other?),
         }
     }
 
-    fn fall_back(&self, range: ByteRange, mode: ZeroMode) -> Result<()> {
+    fn write_zeroes_unless_fast_only(&self, range: ByteRange, mode: ZeroMode) -> Result<()> {
         if mode == ZeroMode::FastOnly {
             return Err(Error::unsupported("Operation not supported"));
         }
         self.write_zero_bytes(range)
     }
 
-    /// Writes zeroes byte by byte.
+    /// Writes zero bytes over `range`.
     pub(crate) fn write_zero_bytes(&self, range: ByteRange) -> Result<()> {
         (self as &dyn Device).write_zero_bytes(range)
     }
@@ -137,7 +139,7 @@ type Attempt = rustix::io::Result<()>;
 
 const PUNCH: FallocateFlags = FallocateFlags::PUNCH_HOLE.union(FallocateFlags::KEEP_SIZE);
 
-/// The answers of file systems and devices that cannot do it, rather than failed at it.
+/// Whether `errno` means that the file system or device does not support the operation.
 fn is_unsupported(errno: Option<i32>) -> bool {
     matches!(
         errno,

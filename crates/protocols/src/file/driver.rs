@@ -24,7 +24,7 @@ pub(crate) static FILE: LocalFileDriver = LocalFileDriver {
     prefixes: &["file"],
 };
 
-/// Block devices, and character devices as far as they behave like one.
+/// Block devices, and character devices that behave like one.
 pub(crate) static HOST_DEVICE: LocalFileDriver = LocalFileDriver {
     kind: ProtocolKind::HostDevice,
     prefixes: &["host_device"],
@@ -37,7 +37,7 @@ pub(crate) static HOST_CDROM: LocalFileDriver = LocalFileDriver {
 };
 
 impl LocalFileDriver {
-    /// The driver that serves the file at `path`.
+    /// The driver for the file at `path`, which its type decides.
     pub fn serving(path: &str) -> &'static Self {
         match fs::metadata(path).map(|metadata| FileKind::of(&metadata)) {
             Ok(Some(kind)) if kind.is_device() => &HOST_DEVICE,

@@ -32,43 +32,43 @@ pub struct File {
     protocol: ProtocolKind,
     pub(crate) cache: CacheMode,
     engine: Engine,
-    /// What the user ought to know: the kernel does not offer the interface that was asked for.
+    /// The message that the kernel does not support the requested interface, if it does not.
     aio_fallback: Option<String>,
     pub(crate) write: bool,
     pub(crate) direct: Option<DirectIo>,
     pub(crate) holes: HoleCache,
-    /// The length as far as this object knows; others may make the file longer.
+    /// The length as known to this object; other processes may extend the file.
     pub(crate) known_len: AtomicU64,
-    /// Writers that reach beyond the known length hold it shared; whoever sets the length holds it alone. So nobody
-    /// cuts off what another thread has just written.
+    /// Held shared by writes beyond the known length and exclusively by changes of the length, so that none truncates
+    /// bytes that another thread has just written.
     pub(crate) growth: RwLock<()>,
-    /// [`Device::as_file`] was asked: others may write behind this object's back.
+    /// [`Device::as_file`] was called: the file may be written without this object.
     pub(crate) lent: AtomicBool,
-    /// The kernel reports a failed write-back once; what it lost stays lost.
+    /// A flush has failed. The kernel reports a failed write-back only once, so all later flushes fail, too.
     flush_failed: AtomicBool,
-    /// Whether it takes locks at all.
+    /// Whether the file is locked at all.
     locking: bool,
     locks: Mutex<HeldLocks>,
     limits: Limits,
-    /// Device and inode, or which block device.
+    /// Device and inode of a file, or device number of a block device.
     identity: (u64, u64),
 }
 
-/// What makes a file the same as another. Block devices are, whatever the entries in the file system that lead to them.
+/// The identity of a file. That of a block device is its device number, which all its nodes in the file system share.
 fn identity_of(metadata: &fs::Metadata) -> (u64, u64) {
     match FileKind::of(metadata) {
-        // No file has this inode.
+        // No regular file has inode 0.
         Some(FileKind::Block) => (metadata.rdev(), 0),
         _ => (metadata.dev(), metadata.ino()),
     }
 }
 
-/// What [`Device::identity`] would be of the file at `path`, if there is one.
+/// The [`Device::identity`] of the file at `path`, if it exists.
 pub fn identity_of_path(path: &str) -> Option<(u64, u64)> {
     fs::metadata(path).ok().map(|metadata| identity_of(&metadata))
 }
 
-/// What kind of file it is.
+/// The type of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum FileKind {
     Regular,
@@ -77,7 +77,7 @@ pub(crate) enum FileKind {
 }
 
 impl FileKind {
-    /// `None` for what bytes cannot be read from at any offset.
+    /// `None` for pipes, sockets and others without random access.
     pub(crate) fn of(metadata: &fs::Metadata) -> Option<Self> {
         let file_type = metadata.file_type();
         if file_type.is_file() {
@@ -97,10 +97,10 @@ impl FileKind {
 }
 
 impl File {
-    /// Opens what `target` names, without a lock yet: see [`Device::lock`].
+    /// Opens the file that `target` names. It is not locked yet: see [`Device::lock`].
     ///
     /// # Errors
-    /// `Could not open 'NAME': REASON`, and kinds of files that the protocol is not for.
+    /// `Could not open 'NAME': REASON`, and types of files that the driver does not support.
     pub fn open(target: &Target, write: bool, cache: CacheMode) -> Result<Self> {
         let name = &target.path;
         if cache.aio == Aio::Native && !cache.direct {
@@ -109,7 +109,7 @@ impl File {
             ));
         }
         if let Ok(metadata) = fs::metadata(name) {
-            // Before opening: opening some kinds of files has effects.
+            // Checked before opening, which has side effects for some types of files.
             kind_of(&metadata, target)?;
         }
         let opened = fs::OpenOptions::new()
@@ -127,12 +127,12 @@ impl File {
         Self::from_open(file, target, write, cache)
     }
 
-    /// Takes over a file that has been opened with the flags that `cache` asks for.
+    /// Wraps a file that was opened with the flags of `cache`.
     pub(crate) fn from_open(file: fs::File, target: &Target, write: bool, cache: CacheMode) -> Result<Self> {
         let name = &target.path;
         let metadata = file.metadata().context(|| format!("Could not open '{name}'"))?;
         let kind = kind_of(&metadata, target)?;
-        // O_NONBLOCK was only for files that opening waits for.
+        // O_NONBLOCK was set only for files whose opening may block.
         let flags = rustix::fs::fcntl_getfl(&file).map_err(std::io::Error::from)?;
         rustix::fs::fcntl_setfl(&file, flags - OFlags::NONBLOCK).map_err(std::io::Error::from)?;
         let direct = cache.direct.then(|| DirectIo::of(&file, kind));
@@ -168,43 +168,43 @@ impl File {
         Ok(this)
     }
 
-    /// The same file, without any locks from now on.
+    /// The same file, which takes no locks.
     #[must_use]
     pub(crate) fn without_locks(mut self) -> Self {
         self.locking = false;
         self
     }
 
-    /// That the kernel does not offer the interface that was asked for, in words for the user.
+    /// The message that the kernel does not support the requested interface, if it does not.
     pub(crate) fn aio_fallback(&self) -> Option<&str> {
         self.aio_fallback.as_deref()
     }
 
-    /// The protocol that serves it.
+    /// The driver of the file.
     pub fn protocol(&self) -> ProtocolKind {
         self.protocol
     }
 
-    /// Whether it is a device, which has the length that it has.
+    /// Whether it is a device, whose length is fixed.
     pub fn is_device(&self) -> bool {
         self.kind.is_device()
     }
 
-    /// Asks the system for the length.
+    /// Asks the kernel for the length.
     pub(crate) fn refresh_len(&self) -> Result<u64> {
         let len = match self.kind {
             FileKind::Regular => self.file.metadata()?.len(),
             FileKind::Block => {
                 rustix::fs::seek(&self.file, SeekFrom::End(0)).map_err(std::io::Error::from)?
             }
-            // A terminal and the like; those that have a length tell it.
+            // Character devices that cannot seek, such as terminals, have length 0.
             FileKind::Character => rustix::fs::seek(&self.file, SeekFrom::End(0)).unwrap_or(0),
         };
         self.known_len.store(len, Ordering::Release);
         Ok(len)
     }
 
-    /// Reads until `buf` is full or the file ends; how many bytes there were.
+    /// Reads until `buf` is full or the file ends. Returns the number of bytes read.
     pub(crate) fn read_until_end(&self, buf: &mut [u8], offset: u64) -> Result<usize> {
         let mut done = 0;
         while done < buf.len() {
@@ -220,7 +220,7 @@ impl File {
                 .as_ref()
                 .is_some_and(|direct| !direct.is_aligned(done as u64))
             {
-                // Only the end of the file makes an uneven number.
+                // A partial block is read only at the end of the file.
                 break;
             }
         }
@@ -250,16 +250,16 @@ impl File {
         }
     }
 
-    /// Notes that bytes up to `end` are there now, and that holes may have gone.
+    /// Notes that the file reaches at least to `end`, and invalidates the cached hole.
     pub(crate) fn note_change(&self, end: u64) {
-        // A device has the length that it has, however much it swallows.
+        // The length of a device is fixed, even if writes beyond it succeed.
         if !self.kind.is_device() {
             self.known_len.fetch_max(end, Ordering::AcqRel);
         }
         self.holes.invalidate();
     }
 
-    /// Notes what has become of a change that reaches to `end`. After a failure part of it may be there.
+    /// Notes the outcome of a change that reaches to `end`. A failed one may be done in part.
     pub(crate) fn note_outcome(&self, outcome: &Result<()>, end: u64) {
         self.note_change(match outcome {
             Ok(()) => end,
@@ -299,14 +299,14 @@ impl Device for File {
     }
 
     fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
-        let there = match &self.direct {
+        let len = match &self.direct {
             Some(direct) => direct.read(self, buf, offset)?,
             None => self.read_until_end(buf, offset)?,
         };
-        if there == buf.len() {
+        if len == buf.len() {
             Ok(())
         } else {
-            Err(self.beyond_end(offset.saturating_add(there as u64)))
+            Err(self.beyond_end(offset.saturating_add(len as u64)))
         }
     }
 
@@ -353,7 +353,7 @@ impl Device for File {
         }
         match self.engine.sync(&self.file) {
             Ok(()) => Ok(()),
-            // Pipes and some devices have nothing to flush.
+            // Some character devices do not support flushes.
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) && self.kind == FileKind::Character => {
                 Ok(())
             }
@@ -375,7 +375,7 @@ impl Device for File {
     }
 
     fn as_file(&self) -> Option<&fs::File> {
-        // A copy inside the kernel neither keeps the promise of O_DSYNC on every file system nor suits a device.
+        // Copies inside the kernel ignore O_DSYNC on some file systems, and do not work for devices.
         if self.cache.writethrough || self.kind.is_device() {
             return None;
         }
@@ -411,7 +411,7 @@ impl Device for File {
     }
 
     fn info(&self) -> Result<Info> {
-        // None, but a place for them: so the original shows it.
+        // An empty list: qemu-img prints the heading all the same.
         Ok(Info {
             specific: Some(Vec::new()),
             ..Info::default()
@@ -432,7 +432,7 @@ impl Device for File {
 }
 
 impl File {
-    /// `O_DSYNC` is about writes; changes by other calls have to be pushed.
+    /// `O_DSYNC` only covers writes: changes by other system calls need a flush.
     fn after_layout_change(&self) -> Result<()> {
         if self.cache.writethrough {
             self.flush()
@@ -442,7 +442,7 @@ impl File {
     }
 }
 
-/// Which kind of file it is, if the protocol takes that kind.
+/// The type of the file, if the driver of `target` supports it.
 fn kind_of(metadata: &fs::Metadata, target: &Target) -> Result<FileKind> {
     let path = &target.path;
     match (target.protocol, FileKind::of(metadata)) {

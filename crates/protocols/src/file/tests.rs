@@ -1,9 +1,9 @@
-//! Files as devices.
+//! Tests of files as devices.
 
 use super::*;
 use crate::grow::FileCreation;
 
-/// A file of one's own, opened for writing if so wanted.
+/// A new file in a temporary directory, opened for writing if `write`.
 pub(crate) fn scratch(write: bool) -> (tempfile::TempDir, File) {
     let dir = tempfile::tempdir().expect("there is a temporary directory");
     let target = target(&dir);
@@ -21,7 +21,7 @@ fn message(result: Result<impl Sized>) -> String {
 }
 
 #[test]
-fn it_reads_what_was_written_and_not_more() {
+fn reads_return_written_bytes_and_fail_beyond_the_end() {
     let (_dir, file) = scratch(true);
     file.write_at(b"abc", 5).expect("grows");
     assert_eq!(file.len(), 8);
@@ -39,7 +39,7 @@ fn it_reads_what_was_written_and_not_more() {
 }
 
 #[test]
-fn kinds_of_files_that_the_protocols_are_not_for_are_refused() {
+fn unsupported_types_of_files_are_refused() {
     let dir = tempfile::tempdir().expect("there is a temporary directory");
     let path = dir.path().to_str().expect("is text");
     let open = |name: &str| {
@@ -73,7 +73,7 @@ fn kinds_of_files_that_the_protocols_are_not_for_are_refused() {
 }
 
 #[test]
-fn writers_and_readers_of_tables_exclude_each_other() {
+fn writers_and_readers_of_metadata_exclude_each_other() {
     let (dir, first) = scratch(true);
     let second = File::open(&target(&dir), true, CacheMode::UNSAFE).expect("opens");
     let name = first.name();
@@ -106,7 +106,7 @@ fn writers_and_readers_of_tables_exclude_each_other() {
 }
 
 #[test]
-fn preallocation_sets_storage_aside() {
+fn preallocation_allocates_storage() {
     let (_dir, file) = scratch(true);
     file.resize(1 << 20, Preallocation::Falloc).expect("grows");
     assert!(file.allocated_bytes() >= Some(1 << 20));
@@ -124,7 +124,7 @@ fn preallocation_sets_storage_aside() {
 }
 
 #[test]
-fn zeroes_beyond_the_end_lengthen_the_file() {
+fn zeroes_beyond_the_end_extend_the_file() {
     for mode in [ZeroMode::Unmap, ZeroMode::KeepAllocated] {
         let (_dir, file) = scratch(true);
         file.write_at(&[7; 5000], 0).expect("writes");
@@ -138,7 +138,7 @@ fn zeroes_beyond_the_end_lengthen_the_file() {
 }
 
 #[test]
-fn direct_requests_of_any_shape_do_what_they_say() {
+fn direct_requests_of_any_alignment_work() {
     let (dir, plain) = scratch(true);
     let direct = match File::open(&target(&dir), true, CacheMode::NONE) {
         Ok(file) => file,
@@ -148,7 +148,7 @@ fn direct_requests_of_any_shape_do_what_they_say() {
         }
     };
     let mut model = Vec::new();
-    // Offsets and lengths on, before and after block boundaries, growing as they go.
+    // Offsets and lengths at, before and after block boundaries, which extend the file.
     for (step, (offset, len)) in [
         (0, 1000),
         (1000, 24),
@@ -178,7 +178,7 @@ fn direct_requests_of_any_shape_do_what_they_say() {
 }
 
 #[test]
-fn copies_inside_the_kernel_arrive() {
+fn copies_inside_the_kernel_are_complete() {
     let ((_d1, from), (_d2, to)) = (scratch(true), scratch(true));
     from.write_at(&[9; 100_000], 0).expect("writes");
     if !from

@@ -1,5 +1,5 @@
-//! `blklogwrites`: what is written is written to a log as well, in the format of the kernel's `dm-log-writes`, whose
-//! tools replay it.
+//! `blklogwrites`: logs all writes to a second device, in the format of the kernel's `dm-log-writes`, whose tools can
+//! replay it.
 //!
 //! ```text
 //!   super   magic, version, entries, sector size                  one sector
@@ -59,9 +59,9 @@ struct Entry {
     data_len: U64,
 }
 
-/// The size of sectors where neither an option nor a log says otherwise.
+/// The default sector size of a new log.
 const SECTOR: u64 = 512;
-/// Sectors are smaller than this.
+/// Sector sizes are smaller than this.
 const MAX_SECTOR: u64 = 1 << 23;
 
 impl Filter for BlkLogWrites {
@@ -101,9 +101,9 @@ struct Log {
     device: Arc<dyn Device>,
     sector: u64,
     entries: u64,
-    /// Where the next entry goes, in sectors.
+    /// The sector of the next entry.
     next: u64,
-    /// The number of entries is written after so many.
+    /// The superblock is updated after this many entries.
     interval: u64,
 }
 
@@ -139,7 +139,7 @@ impl Log {
         Ok(log)
     }
 
-    /// Finds the end of an existing log; an empty one is begun.
+    /// Finds the end of an existing log, to append to it. An empty device becomes a new log.
     fn resume(&mut self) -> Result<()> {
         let mut start = Super::new_zeroed();
         let device = &*self.device;
@@ -183,7 +183,7 @@ impl Log {
         Ok(())
     }
 
-    /// Writes down a request about `range`, with what was written if anything was.
+    /// Appends the entry of a request for `range`, with its data.
     fn append(&mut self, range: ByteRange, flags: u64, data: Data<'_>) -> Result<()> {
         let start = self.next * self.sector;
         let sectors = range.len().div_ceil(self.sector);
@@ -195,7 +195,7 @@ impl Log {
             sector: U64::new(range.start() / self.sector),
             sectors: U64::new(sectors),
             flags: U64::new(flags),
-            // Only for marks, which nobody sets here.
+            // Only used by marks, which are never written here.
             data_len: U64::ZERO,
         };
         let mut head = vec![0; to_index(self.sector)?];
@@ -235,7 +235,7 @@ impl Log {
     }
 }
 
-/// What an entry carries.
+/// The data of an entry.
 #[derive(Clone, Copy)]
 enum Data<'a> {
     None,
@@ -252,7 +252,7 @@ struct Logging {
 }
 
 impl Logging {
-    /// Does `task` and writes it down; the order of the log is that of the tasks.
+    /// Executes `task` and logs it. The lock makes the order of the log that of the tasks.
     fn logged(
         &self,
         range: ByteRange,
@@ -265,7 +265,7 @@ impl Logging {
         log.append(range, flags, data)
     }
 
-    /// Whole sectors around `range`, as they read once it is written.
+    /// The whole sectors around `range`, and whether they equal it.
     fn whole_sectors(&self, range: ByteRange) -> (ByteRange, bool) {
         let sector = u64::from(self.limits.alignment.max(1));
         let whole = range.align_out(sector);
@@ -287,7 +287,7 @@ impl FilterDevice for Logging {
         if aligned {
             return self.logged(whole, 0, Data::Bytes(buf), || self.file.write_at(buf, offset));
         }
-        // The log knows sectors only: what is around the bytes is logged with them.
+        // The log has whole sectors only: the bytes around the write are logged with it.
         let mut log = self.log.lock().unwrap_or_else(PoisonError::into_inner);
         let mut bytes = vec![0; to_index(whole.len())?];
         (&*self.file as &dyn Device).read_padded(&mut bytes, whole.start())?;
@@ -337,7 +337,7 @@ mod tests {
         Log::open(Arc::<MemoryDevice>::clone(device), &options).expect("opens")
     }
 
-    /// Does what a log says to the bytes from before.
+    /// Replays a log on `bytes`. Returns the result and the number of flushes.
     fn replay(log: &[u8], mut bytes: Vec<u8>) -> (Vec<u8>, u64) {
         let (start, _) = Super::read_from_prefix(log).expect("long enough");
         let sector = usize::try_from(start.sector_size.get()).expect("small");
@@ -357,7 +357,7 @@ mod tests {
     }
 
     #[test]
-    fn a_log_leads_from_the_bytes_before_to_those_after() {
+    fn a_replayed_log_gives_the_contents_of_the_file() {
         let before: Vec<u8> = (0..16384_u32).map(|at| at.to_le_bytes()[0]).collect();
         for list in ["", "log-sector-size=4096"] {
             let file = Arc::new(MemoryDevice::new(before.clone()));
@@ -394,7 +394,7 @@ mod tests {
     }
 
     #[test]
-    fn a_log_that_is_none_is_not_gone_on_with() {
+    fn an_invalid_log_is_not_appended_to() {
         let appended = |bytes: Vec<u8>| {
             let mut node = NodeOptions::from_list("log-append=on").expect("options");
             let options = node.take_known(OPTIONS).expect("right kinds");

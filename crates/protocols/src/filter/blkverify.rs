@@ -1,4 +1,4 @@
-//! `blkverify`: an image and a raw copy of it, which have to agree about everything that is read.
+//! `blkverify`: compares all reads of an image with those of a raw copy. Writes go to both.
 
 use std::sync::Arc;
 
@@ -105,7 +105,7 @@ impl FilterDevice for Verifying {
         self.raw.write_zeroes(range, mode)
     }
 
-    /// What an image reads as after discarding is its own matter, and the two would no longer agree.
+    /// Ignored: each image decides what a discarded range reads as, so the two could differ afterwards.
     fn discard(&self, _range: ByteRange) -> Result<()> {
         Ok(())
     }
@@ -136,7 +136,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn both_get_what_is_written_and_have_to_read_the_same() {
+    fn writes_go_to_both_and_reads_are_compared() {
         let raw = Arc::new(MemoryDevice::new(vec![0; 8]));
         let test = Arc::new(MemoryDevice::new(vec![0; 8]));
         let device = Filtered(Verifying {

@@ -1,4 +1,4 @@
-//! `compress`: what is written to the image below is compressed.
+//! `compress`: compresses the data that is written to the image below.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -56,18 +56,18 @@ impl Filter for Compress {
 #[derive(Debug)]
 struct Compressing {
     device: Arc<dyn Device>,
-    /// The same.
+    /// The same device as an image.
     image: Arc<Image>,
-    /// Bytes that are compressed together.
+    /// The unit of compression: the cluster size.
     unit: u64,
     limits: Limits,
     node: Node,
-    /// Held while a cluster is put together from what it was and what is written to a part of it.
+    /// Held while a partly written cluster is read, modified and compressed.
     partial_write: Mutex<()>,
 }
 
 impl Compressing {
-    /// Writes a part of one cluster, in compressed form if the cluster has no place yet.
+    /// Writes a part of one cluster, compressed if the cluster is not allocated yet.
     fn write_in_cluster(&self, encoder: &mut dyn Encoder, buf: &[u8], offset: u64) -> Result<()> {
         let start = align_down(offset, self.unit);
         let cluster = ByteRange::new(start, align_up(offset + 1, self.unit).min(self.image.len()));
@@ -75,14 +75,14 @@ impl Compressing {
         let _alone = (!whole).then(|| self.partial_write.lock().unwrap_or_else(PoisonError::into_inner));
         let extent = self.image.status(cluster, StatusDetail::Allocation)?;
         if extent.depth == 0 && !extent.kind.is_zero() {
-            // A second form of the same cluster would only take more room.
+            // The cluster is allocated: a second, compressed copy would take more space.
             return self.image.write_at(buf, offset);
         }
-        // The last cluster is compressed whole, past the end of the disk.
+        // The last cluster is compressed whole, beyond the end of the disk.
         let mut bytes = vec![0; to_index(self.unit)?];
-        let there = to_index(cluster.len())?;
+        let len = to_index(cluster.len())?;
         if !whole {
-            self.image.read_at(&mut bytes[..there], start)?;
+            self.image.read_at(&mut bytes[..len], start)?;
         }
         let skip = to_index(offset - start)?;
         bytes[skip..skip + buf.len()].copy_from_slice(buf);
@@ -90,7 +90,7 @@ impl Compressing {
         if encoder.encode(&bytes, &mut encoded)? {
             self.image.write_encoded(start, &encoded)
         } else {
-            self.image.write_at(&bytes[..there], start)
+            self.image.write_at(&bytes[..len], start)
         }
     }
 }

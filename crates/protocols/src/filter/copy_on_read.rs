@@ -1,4 +1,4 @@
-//! `copy-on-read`: what is read from an image further down becomes part of the image on top.
+//! `copy-on-read`: copies data that is read from a backing image into the top image.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -55,7 +55,7 @@ impl Filter for CopyOnRead {
                 copying: Mutex::new(()),
                 node,
             })),
-            // A file is the only one that has its bytes.
+            // A file without a format has no backing image.
             None => Arc::new(Filtered(PassThrough {
                 device: below.device,
                 node,
@@ -64,7 +64,7 @@ impl Filter for CopyOnRead {
     }
 }
 
-/// How far below `top` the image is whose node has this name.
+/// The depth below `top` of the image whose node has this name.
 fn depth_of(top: &Arc<Image>, node_name: &str) -> Option<u32> {
     let chain = std::iter::successors(Some(top), |image| image.backing());
     let at = chain
@@ -76,20 +76,20 @@ fn depth_of(top: &Arc<Image>, node_name: &str) -> Option<u32> {
 #[derive(Debug)]
 struct Copying {
     device: Arc<dyn Device>,
-    /// The same.
+    /// The same device as an image.
     image: Arc<Image>,
-    /// What comes from further down is not copied.
+    /// Data from deeper images is not copied.
     max_depth: u32,
-    /// Held from the look at who has the bytes to the end of the copy: nothing newer may be copied over.
+    /// Held from the lookup of the allocation to the end of the copy, so that no copy overwrites newer data.
     copying: Mutex<()>,
     node: Node,
 }
 
-/// So much is copied at once.
+/// The most that is copied at once.
 const CHUNK: u64 = 1 << 20;
 
 impl Copying {
-    /// Copies what of `range` comes from below, in whole units of the image.
+    /// Copies the parts of `range` that come from backing images, in whole units of the image.
     fn copy(&self, range: ByteRange) -> Result<()> {
         let unit = self.image.layer().granularity();
         let all = range
@@ -148,7 +148,7 @@ impl FilterDevice for Copying {
     }
 
     fn status(&self, range: ByteRange, detail: StatusDetail) -> Result<Extent> {
-        // Whoever reads from where the bytes lie would read past the filter.
+        // A reader that uses the host offset would bypass the filter.
         Ok(Extent {
             host: None,
             ..self.image.status(range, detail)?
@@ -160,7 +160,7 @@ impl FilterDevice for Copying {
     }
 }
 
-/// The filter on what has no images below.
+/// The filter on a child without backing images, which changes nothing.
 #[derive(Debug)]
 struct PassThrough {
     device: Arc<dyn Device>,

@@ -1,6 +1,6 @@
-//! Filters: devices on top of other devices that change what requests do.
+//! Filters: devices on top of other devices that modify or observe requests.
 //!
-//! [`Filter`] is the entry of the table [`FILTERS`]; each filter is a module of its own. Most stand on one node below and
+//! [`Filter`] is the entry of the table [`FILTERS`]; each filter is a module of its own. Most have one child and
 //! are a [`FilterDevice`](diskimage_core::FilterDevice).
 
 mod blkdebug;
@@ -17,79 +17,79 @@ use std::sync::Arc;
 
 use diskimage_core::{Device, Error, Image, Node, NodeOptions, Objects, Result};
 
-/// A filter: a device on top of others that changes what requests do. A unit struct listed once in [`FILTERS`].
+/// A filter: a device on top of others that modifies or observes requests. A unit struct listed once in [`FILTERS`].
 pub trait Filter: Debug + Sync {
     /// The driver's name.
     fn name(&self) -> &'static str;
 
-    /// What names of this filter have before their first colon; none if it has no such names.
+    /// The prefixes of its filenames, without the colon; empty if it has no filenames.
     fn prefixes(&self) -> &'static [&'static str] {
         &[]
     }
 
-    /// The options that a name stands for, prefix included.
+    /// The options of a filename, prefix included.
     ///
     /// # Errors
-    /// What is wrong with the name.
+    /// An invalid name.
     fn parse(&self, _name: &str) -> Result<NodeOptions> {
         Ok(NodeOptions::new())
     }
 
-    /// The nodes below that it needs, in the order in which [`Filter::open`] gets them; what its options say of them in
-    /// other words becomes their options.
+    /// The children that it needs, in the order in which [`Filter::open`] gets them. Options of the filter that
+    /// describe a child are converted to options of that child.
     ///
     /// # Errors
-    /// Options that name no nodes.
+    /// Options that describe no valid children.
     fn children(&self, options: &mut NodeOptions) -> Result<Vec<FilterChild>>;
 
-    /// Puts the filter on top of its children, taking the options that it knows.
+    /// Opens the filter on top of its children, and takes the options that it supports.
     ///
     /// # Errors
-    /// Options that make no sense.
+    /// Invalid options.
     fn open(&self, request: FilterRequest<'_>) -> Result<Arc<dyn Device>>;
 }
 
-/// A node that a filter needs.
+/// A child that a filter needs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FilterChild {
     /// Its name among the filter's options.
     pub name: String,
-    /// What it is where its options do not name a driver.
+    /// Its kind if its options do not name a driver.
     pub kind: ChildKind,
 }
 
-/// What a node below a filter is where its options do not name a driver.
+/// The kind of a filter's child whose options do not name a driver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ChildKind {
-    /// The bytes of a file.
+    /// A file.
     Bytes,
-    /// An image, on a node of its own called `file`.
+    /// An image, whose file is a child called `file`.
     Image,
-    /// An image in the file that the options name.
+    /// An image; the options are those of its file.
     ImageFile,
 }
 
-/// What a filter opens with.
+/// The arguments of [`Filter::open`].
 pub struct FilterRequest<'a> {
-    /// The options of the node, without those of the nodes below.
+    /// The options of the node, without those of its children.
     pub options: &'a mut NodeOptions,
-    /// The nodes below, as [`Filter::children`] lists them.
+    /// The children, in the order of [`Filter::children`].
     pub children: Vec<OpenedChild>,
-    /// Whether it will be changed.
+    /// Whether it is opened for writing.
     pub write: bool,
-    /// What options refer to by name.
+    /// The objects that options refer to.
     pub objects: &'a Arc<Objects>,
-    /// Opens a file that an option names, to read it.
+    /// Opens a file that an option names, for reading.
     pub open_file: &'a dyn Fn(&str) -> Result<Arc<dyn Device>>,
 }
 
 impl FilterRequest<'_> {
-    /// The one node below.
+    /// The only child.
     fn only_child(&self) -> Result<&OpenedChild> {
         self.children.first().ok_or_else(|| missing("file"))
     }
 
-    /// The filter's place in the block graph: with those of its options that `is_strong` says make it what it is.
+    /// The filter's node in the block graph, with the options for which `is_strong` returns true.
     fn node(&self, driver: &'static str, is_strong: impl Fn(&str) -> bool) -> Node {
         let mut options = self.options.clone();
         options.retain(is_strong);
@@ -107,14 +107,14 @@ impl FilterRequest<'_> {
     }
 }
 
-/// A node below a filter.
+/// An opened child of a filter.
 #[derive(Clone, Debug)]
 pub struct OpenedChild {
     /// Its name among the filter's options.
     pub name: String,
-    /// What it is.
+    /// The device of the child.
     pub device: Arc<dyn Device>,
-    /// The same node, if it is an image.
+    /// The same child, if it is an image.
     pub image: Option<Arc<Image>>,
 }
 
@@ -130,7 +130,7 @@ pub static FILTERS: &[&dyn Filter] = &[
     &throttle::Throttle,
 ];
 
-/// The filter of this name.
+/// The filter with this name.
 pub fn filter_by_name(name: &str) -> Option<&'static dyn Filter> {
     FILTERS.iter().copied().find(|filter| filter.name() == name)
 }
@@ -142,7 +142,7 @@ pub(crate) fn filter_by_prefix(prefix: &str) -> Option<&'static dyn Filter> {
         .find(|filter| filter.prefixes().contains(&prefix))
 }
 
-/// The one node that most filters stand on.
+/// The only child of most filters.
 fn file_child() -> Vec<FilterChild> {
     vec![child("file", ChildKind::Bytes)]
 }
@@ -158,7 +158,7 @@ fn missing(child: &str) -> Error {
     Error::invalid(format!("A block device must be specified for \"{child}\""))
 }
 
-/// Has `child` be what `option` names, if that is given.
+/// Sets the options of `child` to those of the filename in `option`. Returns whether that is given.
 fn name_child(options: &mut NodeOptions, option: &str, child: &str) -> Result<bool> {
     let Some(name) = options.take_text(option) else {
         return Ok(false);

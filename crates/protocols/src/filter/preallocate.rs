@@ -1,5 +1,5 @@
-//! `preallocate`: files grow in large steps, which the file system can lay out in one piece, and are cut to what was
-//! written when they are closed.
+//! `preallocate`: extends files in large steps, which the file system can allocate contiguously, and truncates them to
+//! the end of the data when they are closed.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -24,7 +24,7 @@ const OPTIONS: &[OptionDef] = &[
     OptionDef::new("prealloc-size", OptionKind::Size, "How much is set aside at once").or("128M"),
 ];
 
-/// What `prealloc-align` is a multiple of.
+/// The unit of `prealloc-align`.
 const SECTOR: u64 = 512;
 
 impl Filter for Preallocate {
@@ -70,9 +70,9 @@ struct Growing {
 
 #[derive(Clone, Copy, Debug)]
 struct Ends {
-    /// Where what was written ends: the length that everybody above sees.
+    /// The end of the written data: the length that the filter reports.
     data: u64,
-    /// Where the file ends.
+    /// The end of the file.
     file: u64,
 }
 
@@ -81,14 +81,14 @@ impl Growing {
         self.ends.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Sets room aside for a write that ends at `end`, and notes that the data reaches there.
+    /// Extends the file for a write that ends at `end`, and the data to `end`.
     fn grow_for_write(&self, end: u64) {
         let mut ends = self.ends();
         ends.data = ends.data.max(end);
         if end > ends.file {
             let wanted = align_up(end.saturating_add(self.step), self.align);
             let fresh = ByteRange::new(ends.file, wanted);
-            // Where storage cannot be had in advance the write itself finds its own.
+            // If preallocation fails, the write itself allocates.
             ends.file = match self.device.resize(wanted, Preallocation::Falloc) {
                 Ok(()) => fresh.end(),
                 Err(_) => self.device.len().max(end),
@@ -96,7 +96,7 @@ impl Growing {
         }
     }
 
-    /// Cuts off what was set aside and not used.
+    /// Truncates the file to the end of the data.
     fn truncate_to_data(&self, ends: &mut Ends) -> Result<()> {
         if ends.file > ends.data {
             self.device.resize(ends.data, Preallocation::Off)?;
@@ -142,7 +142,7 @@ impl Drop for Growing {
     fn drop(&mut self) {
         if self.write {
             let mut ends = *self.ends();
-            // A file that stays too long is whole all the same.
+            // After a failure the file is too long, but has all its data.
             let _ = self.truncate_to_data(&mut ends);
         }
     }
@@ -155,7 +155,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_file_is_longer_only_as_long_as_it_is_written() {
+    fn the_file_is_longer_than_its_data_until_it_is_closed() {
         let file = Arc::new(MemoryDevice::new(vec![1; 100]));
         let growing = Filtered(Growing {
             device: Arc::<MemoryDevice>::clone(&file),

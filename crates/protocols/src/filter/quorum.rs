@@ -1,4 +1,4 @@
-//! `quorum`: several devices that should hold the same; what enough of them say counts.
+//! `quorum`: several devices with the same contents. A read returns the version on which enough of them agree.
 
 use std::sync::Arc;
 
@@ -30,7 +30,7 @@ const OPTIONS: &[OptionDef] = &[
     .or("quorum"),
 ];
 
-/// More than anybody has: each one more is read as often.
+/// The limit of children; each read is sent to all of them.
 const MAX_CHILDREN: usize = 32;
 
 impl Filter for Quorum {
@@ -63,7 +63,7 @@ impl Filter for Quorum {
                 format!("More than {MAX_CHILDREN} children"),
             ));
         }
-        // Before anything is opened, as there.
+        // Checked before the children are opened, as in qemu-img.
         threshold(&options.clone().take_known(OPTIONS)?, count)?;
         Ok((0..count)
             .map(|index| child(&format!("children.{index}"), ChildKind::Image))
@@ -124,17 +124,17 @@ fn threshold(options: &Options, children: usize) -> Result<usize> {
         .ok_or_else(|| Error::invalid("threshold may not exceed children count"))
 }
 
-/// Who is asked when something is read.
+/// Which children a read is sent to, and how their data is compared.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum ReadPattern {
-    /// One after the other until one answers.
+    /// One after the other until one succeeds.
     Fifo,
-    /// All, and enough have to agree.
+    /// All; enough have to agree.
     Vote {
-        /// The others get what was agreed on.
+        /// Whether the agreed data is written to the others.
         rewrite: bool,
     },
-    /// Both, and any disagreement ends it.
+    /// Both; a mismatch is an error.
     Verify,
 }
 
@@ -149,7 +149,7 @@ struct Voting {
 }
 
 impl Voting {
-    /// Has every child do something; enough have to succeed.
+    /// Executes `task` on every child; enough have to succeed.
     fn on_all(&self, mut task: impl FnMut(&Arc<dyn Device>) -> Result<()>) -> Result<()> {
         let mut failures = Vec::new();
         for child in &self.children {
@@ -187,7 +187,7 @@ impl Voting {
             return Err(failure.unwrap_or_else(|| Error::from_errno(errno::EIO)));
         }
         let votes = |answer: &[u8]| answers.iter().filter(|(_, other)| *other == answer).count();
-        // Of several with as many votes, the first.
+        // Of several versions with equally many votes, the first.
         let winner = answers
             .iter()
             .map(|(_, answer)| answer)
@@ -254,12 +254,12 @@ impl Device for Voting {
         self.on_all(|child| child.write_zeroes(range, mode))
     }
 
-    /// What each reads as after discarding is its own matter, and they would no longer agree.
+    /// Ignored: each child decides what a discarded range reads as, so they could differ afterwards.
     fn discard(&self, _range: ByteRange) -> Result<()> {
         Ok(())
     }
 
-    /// Zeroes where all say so; else what the first says that does not.
+    /// `Zero` if all children report zeroes, else `Data` for the extent of the first child that does not.
     fn status(&self, range: ByteRange, detail: StatusDetail) -> Result<Extent> {
         let extent = |len, kind| Extent {
             len,
@@ -351,19 +351,19 @@ mod tests {
     }
 
     #[test]
-    fn what_enough_say_counts() {
+    fn a_read_returns_what_enough_agree_on() {
         let vote = ReadPattern::Vote { rewrite: false };
         assert_eq!(
             read(&voting(&[b"abcd", b"axcd", b"abcd"], 2, vote).0),
             Some(b"bc".to_vec())
         );
         assert_eq!(read(&voting(&[b"axcd", b"abcd", b"aycd"], 2, vote).0), None);
-        // Of several with as many votes, the first.
+        // Of several versions with equally many votes, the first.
         assert_eq!(
             read(&voting(&[b"axcd", b"abcd"], 1, vote).0),
             Some(b"xc".to_vec())
         );
-        // One that cannot be read has no vote.
+        // A child that cannot be read has no vote.
         assert_eq!(
             read(&voting(&[b"a", b"abcd", b"abcd"], 2, vote).0),
             Some(b"bc".to_vec())
@@ -372,7 +372,7 @@ mod tests {
     }
 
     #[test]
-    fn who_disagrees_is_mended() {
+    fn children_that_disagree_are_rewritten() {
         let (voting, devices) = voting(
             &[b"abcd", b"axcd", b"abcd"],
             2,
@@ -383,7 +383,7 @@ mod tests {
     }
 
     #[test]
-    fn the_next_is_read_where_one_fails_and_two_are_held_against_each_other() {
+    fn fifo_reads_the_next_after_a_failure_and_verify_compares_two() {
         assert_eq!(
             read(&voting(&[b"a", b"axcd", b"abcd"], 2, ReadPattern::Fifo).0),
             Some(b"xc".to_vec())

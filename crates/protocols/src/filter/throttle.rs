@@ -1,4 +1,4 @@
-//! `throttle`: no more bytes and requests in a second than the group allows that the node is in.
+//! `throttle`: delays requests so that the node stays within the limits of its throttle group.
 
 use std::sync::Arc;
 

@@ -1,4 +1,4 @@
-//! Where a server listens, and getting through to it.
+//! Addresses of servers, and connecting to them.
 
 use std::io;
 use std::net::{Shutdown, SocketAddr, TcpStream, ToSocketAddrs};
@@ -6,36 +6,36 @@ use std::os::unix::net::UnixStream;
 
 use diskimage_core::{Error, ErrorKind, Result, ResultExt};
 
-/// Where a server listens.
+/// The address of a server.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Address {
-    /// A socket in the file system.
+    /// The path of a Unix domain socket.
     Unix(String),
-    /// A port of a host.
+    /// Host and port of a TCP server.
     Inet(Inet),
 }
 
-/// A port of a host.
+/// Host and port of a TCP server.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Inet {
     pub(super) host: String,
     pub(super) port: String,
-    /// Whether addresses of the old kind are taken, if said.
+    /// Whether IPv4 addresses are allowed, if given.
     pub(super) ipv4: Option<bool>,
-    /// Whether addresses of the new kind are taken, if said.
+    /// Whether IPv6 addresses are allowed, if given.
     pub(super) ipv6: Option<bool>,
-    /// The system looks whether the other side is still there.
+    /// Sets `SO_KEEPALIVE`.
     pub(super) keep_alive: bool,
 }
 
-/// The longest path that a socket's address has room for, and the byte that ends it.
+/// The size of the path in `sockaddr_un`, including the terminating NUL.
 const UNIX_PATH_MAX: usize = 108;
 
 impl Address {
     /// Connects to the server.
     ///
     /// # Errors
-    /// Names that nobody knows, and `Failed to connect to ...`.
+    /// `address resolution failed for ...` and `Failed to connect to ...`.
     pub(super) fn connect(&self) -> Result<Socket> {
         match self {
             Self::Unix(path) => connect_unix(path),
@@ -43,7 +43,7 @@ impl Address {
         }
     }
 
-    /// The name of the host, to look for in its certificate.
+    /// The host name, which the certificate of the server must match.
     pub(super) fn host(&self) -> Option<&str> {
         match self {
             Self::Unix(_) => None,
@@ -58,7 +58,7 @@ fn connect_unix(path: &str) -> Result<Socket> {
             .hint(format!("Path must be less than {UNIX_PATH_MAX} bytes")));
     }
     let outcome = if path.is_empty() {
-        // The address without a name, at which nobody listens.
+        // An empty path would be an unnamed socket; no server can listen there.
         Err(io::Error::from_raw_os_error(libc::ECONNREFUSED))
     } else {
         retry(|| UnixStream::connect(path))
@@ -74,7 +74,7 @@ impl Inet {
         for address in self.resolve()? {
             match TcpStream::connect(address) {
                 Ok(stream) => {
-                    // Small requests are not to wait for each other.
+                    // Nagle's algorithm would delay small requests.
                     stream.set_nodelay(true)?;
                     if self.keep_alive {
                         rustix::net::sockopt::set_socket_keepalive(&stream, true).map_err(io::Error::from)?;
@@ -112,7 +112,7 @@ impl Inet {
         }
         let all = (self.host.as_str(), port).to_socket_addrs().map_err(|error| {
             let text = error.to_string();
-            // The standard library puts words of its own in front.
+            // The standard library adds a prefix.
             failed(text.rsplit_once(": ").map_or(text.as_str(), |(_, reason)| reason))
         })?;
         let wanted: Vec<_> = all.filter(|address| self.takes(address)).collect();
@@ -128,12 +128,12 @@ impl Inet {
         } else {
             (self.ipv6, self.ipv4)
         };
-        // Asking for one kind alone leaves the other out.
+        // `on` for one version alone excludes the other.
         mine.unwrap_or(other != Some(true))
     }
 }
 
-/// Does it again as long as signals interrupt it.
+/// Repeats `call` while signals interrupt it.
 fn retry<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
     loop {
         match call() {
@@ -143,12 +143,12 @@ fn retry<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
     }
 }
 
-/// A connection to a server, as the system has it.
+/// The socket of a connection.
 #[derive(Debug)]
 pub(super) enum Socket {
-    /// Through the network.
+    /// TCP.
     Tcp(TcpStream),
-    /// On this machine.
+    /// A Unix domain socket.
     Unix(UnixStream),
 }
 
@@ -161,9 +161,9 @@ impl Socket {
         }
     }
 
-    /// Ends the connection: whoever waits for the other side wakes up.
+    /// Shuts the connection down. Blocked reads and writes return.
     pub(super) fn shut_down(&self) {
-        // One that has ended already is just as good.
+        // Fails only if the connection has already ended.
         let _ = match self {
             Self::Tcp(stream) => stream.shutdown(Shutdown::Both),
             Self::Unix(stream) => stream.shutdown(Shutdown::Both),
@@ -173,7 +173,7 @@ impl Socket {
 
 impl io::Read for &Socket {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        // A signal does not end the waiting.
+        // A signal does not end the read.
         retry(|| match self {
             Socket::Tcp(stream) => (&mut &*stream).read(buf),
             Socket::Unix(stream) => (&mut &*stream).read(buf),

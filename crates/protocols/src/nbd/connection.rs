@@ -5,8 +5,8 @@
 //!   callers <-- a channel each <-- one thread that reads all replies <--- server
 //! ```
 //!
-//! A request waits under its cookie until its reply is complete. A reply that makes no sense, or the end of the
-//! connection, ends all that wait. No lock is held while anybody waits for the server's replies.
+//! A request is pending under its cookie until its reply is complete. An invalid reply, or the end of the connection,
+//! fails all pending requests. No lock is held while a thread waits for a reply.
 
 use std::collections::HashMap;
 use std::io::{self, BufReader, IoSlice, Read, Write};
@@ -24,17 +24,17 @@ use super::request::{Command, encode};
 
 /// Both directions of a connection.
 pub(super) struct Channel {
-    /// To end it.
+    /// To shut the connection down.
     pub(super) socket: Socket,
     pub(super) reader: Box<dyn Read + Send>,
     pub(super) writer: Box<dyn Write + Send>,
 }
 
-/// The connection is gone.
+/// The error of a request on a connection that is lost.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct ConnectionLost;
 
-/// A connection on which an export was agreed on.
+/// A connection after the negotiation of an export.
 pub(super) struct Connection {
     export: Export,
     socket: Socket,
@@ -44,7 +44,7 @@ pub(super) struct Connection {
     thread: Option<JoinHandle<()>>,
 }
 
-/// What the callers and the reading thread share.
+/// The state shared by the callers and the reading thread.
 #[derive(Debug, Default)]
 struct Shared {
     waiting: Mutex<Waiting>,
@@ -55,7 +55,7 @@ struct Waiting {
     next_cookie: u64,
     requests: HashMap<u64, PendingRequest>,
     lost: bool,
-    /// Memory of earlier replies.
+    /// Free buffers of earlier replies.
     buffers: Vec<Vec<u8>>,
 }
 
@@ -65,9 +65,9 @@ struct PendingRequest {
     answer: SyncSender<Outcome>,
 }
 
-/// How much memory of earlier replies is kept.
+/// How many free buffers are kept.
 const MAX_BUFFERS: usize = 8;
-/// How much is read at once, heads above all.
+/// The size of the read buffer; most reads are of heads.
 const READ_AHEAD: usize = 64 << 10;
 
 impl Shared {
@@ -75,7 +75,7 @@ impl Shared {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Ends all that wait, and all that comes.
+    /// Fails all pending requests and all later ones.
     fn fail_all(&self) {
         let mut waiting = self.waiting();
         waiting.lost = true;
@@ -106,22 +106,22 @@ impl Connection {
         })
     }
 
-    /// What was agreed on.
+    /// The negotiated export.
     pub(super) fn export(&self) -> &Export {
         &self.export
     }
 
-    /// How many requests wait for their replies.
+    /// The number of requests in flight.
     pub(super) fn in_flight(&self) -> usize {
         self.in_flight.load(Ordering::Relaxed)
     }
 
-    /// Whether it is of no more use.
+    /// Whether the connection is lost.
     pub(super) fn is_lost(&self) -> bool {
         self.shared.waiting().lost
     }
 
-    /// Has the server do `command` with `range`; `payload` is what a write writes. Waits for the reply.
+    /// Sends `command` for `range` and waits for the reply; `payload` is the data of a write.
     pub(super) fn call(
         &self,
         command: Command,
@@ -168,7 +168,7 @@ impl Connection {
             write_both(&mut **writer, &head, payload)
         };
         if sent.is_err() {
-            // The reading thread wakes up and ends the others.
+            // The reading thread wakes up and fails the other requests.
             self.socket.shut_down();
             self.shared.fail_all();
             return Err(ConnectionLost);
@@ -176,7 +176,7 @@ impl Connection {
         outcome.recv().map_err(|_| ConnectionLost)
     }
 
-    /// Takes back the memory of what was read.
+    /// Keeps the buffer of a read for a later one.
     pub(super) fn release_buffer(&self, data: Vec<u8>) {
         let mut waiting = self.shared.waiting();
         if waiting.buffers.len() < MAX_BUFFERS {
@@ -202,7 +202,7 @@ impl Drop for Connection {
             ByteRange::new(0, 0),
         );
         let writer = self.writer.get_mut().unwrap_or_else(PoisonError::into_inner);
-        // A server that has gone needs no good bye.
+        // Fails if the server has closed the connection already.
         let _ = writer.write_all(&disconnect);
         self.socket.shut_down();
         if let Some(thread) = self.thread.take() {
@@ -211,7 +211,7 @@ impl Drop for Connection {
     }
 }
 
-/// Sends a head and what follows it, without copying them together.
+/// Sends a head and its payload without copying them into one buffer.
 fn write_both(writer: &mut dyn Write, head: &[u8], payload: &[u8]) -> io::Result<()> {
     let mut parts = [IoSlice::new(head), IoSlice::new(payload)];
     let mut parts = &mut parts[..];
@@ -227,7 +227,7 @@ fn write_both(writer: &mut dyn Write, head: &[u8], payload: &[u8]) -> io::Result
     writer.flush()
 }
 
-/// The thread that reads all replies.
+/// The state of the thread that reads all replies.
 struct Reader {
     from: BufReader<Box<dyn Read + Send>>,
     socket: Socket,
@@ -242,7 +242,7 @@ impl Reader {
         self.shared.fail_all();
     }
 
-    /// Reads one reply or chunk. An error is the end of the connection.
+    /// Reads one reply or chunk. After an error the connection is lost.
     fn reply(&mut self) -> Result<()> {
         let mut head = [0; LONGEST_HEAD];
         self.from.read_exact(&mut head[..SHORTEST_HEAD])?;
@@ -255,7 +255,7 @@ impl Reader {
             Ok(done) => done,
             Err(error) => {
                 if error.errno().is_none() {
-                    // A server that breaks the protocol; the connection says which end it was.
+                    // A protocol violation by the server. The error of the connection itself would hide it.
                     let _ = request
                         .answer
                         .send(Outcome::Broken(errno::EINVAL, error.to_string()));
@@ -264,7 +264,7 @@ impl Reader {
             }
         };
         if done {
-            // Nobody waits in vain: the caller keeps its side until there is an answer.
+            // The caller holds the receiver until it gets an outcome, so this does not fail.
             let _ = request.answer.send(request.assembly.finish());
         } else {
             self.shared.waiting().requests.insert(head.cookie, request);
@@ -272,7 +272,7 @@ impl Reader {
         Ok(())
     }
 
-    /// Reads what follows a head; whether the reply is complete.
+    /// Reads what follows a head. Returns whether the reply is complete.
     fn chunk(&mut self, assembly: &mut Assembly, head: Head) -> Result<bool> {
         match assembly.step(head.kind)? {
             Step::Nothing { done } => Ok(done),

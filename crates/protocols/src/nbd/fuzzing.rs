@@ -1,5 +1,5 @@
-//! The codec fed with arbitrary bytes, for the fuzz targets. Nothing may panic, hang, or take memory in proportion to a
-//! number that a server sent.
+//! Feeds the codec with arbitrary bytes, for the fuzz targets. It must not panic, hang, or allocate memory in
+//! proportion to a number that a server sent.
 
 use diskimage_core::ByteRange;
 
@@ -7,7 +7,7 @@ use super::negotiate::{ClientOptions, Handshake, Next, ReplyMode};
 use super::reply::{Assembly, Head, SHORTEST_HEAD, Step};
 use super::request::Command;
 
-/// `bytes` as all that a server says up to the choice of the export; the first one says what the client wants.
+/// Negotiates with `bytes` as the messages of the server; the first byte selects the client options.
 pub fn negotiate(bytes: &[u8]) {
     let Some((first, mut rest)) = bytes.split_first() else {
         return;
@@ -35,13 +35,13 @@ pub fn negotiate(bytes: &[u8]) {
     }
 }
 
-/// `bytes` as a file of pre-shared keys.
+/// Searches a key in `bytes` as a file of pre-shared keys.
 #[cfg(feature = "tls-psk")]
 pub fn keys(bytes: &[u8]) {
     let _ = super::tls::find_key(bytes, "qemu");
 }
 
-/// `bytes` as the replies to one request; the first one says which.
+/// Decodes `bytes` as the reply to one request; the first byte selects the request.
 pub fn replies(bytes: &[u8]) {
     let Some((first, rest)) = bytes.split_first() else {
         return;
@@ -59,7 +59,7 @@ pub fn replies(bytes: &[u8]) {
     feed(assembly, reply_mode, rest);
 }
 
-/// Feeds one reply as a connection does; ends where the connection would.
+/// Feeds one reply as a connection does, and stops where the connection would be lost.
 fn feed(mut assembly: Assembly, reply_mode: ReplyMode, bytes: &[u8]) -> Option<()> {
     let mut rest = bytes;
     let mut take = |len: usize| {

@@ -1,15 +1,15 @@
 //! Exports of NBD servers (network block devices).
 //!
 //! ```text
-//!   Nbd            a Device: splits and aligns requests, keeps what is known of the allocation
-//!    └ ConnectionPool       one connection, or several
-//!       └ Connection   requests from many threads, one thread that reads the replies
-//!          ├ request, reply    what they look like; no input or output
-//!          └ Remote            connects: address, then negotiate (no input or output), then tls
+//!   Nbd            a Device: splits and aligns requests, caches the block status
+//!    └ ConnectionPool    one connection, or several
+//!       └ Connection     requests from many threads, one thread that reads the replies
+//!          ├ request, reply    their encoding; no I/O
+//!          └ Remote            connects: address, then negotiate (no I/O), then tls
 //! ```
 //!
-//! Nothing that a server says is believed: lengths are checked before they are used, texts are made fit to be printed,
-//! and a server that breaks the protocol loses the connection.
+//! Servers are not trusted: lengths are checked before use, control characters are removed from texts, and the
+//! connection is closed after a protocol violation.
 
 mod address;
 mod connection;
@@ -49,7 +49,7 @@ use status::{StatusCache, kind_of};
 pub use tls::check_tls_creds;
 use wire::export;
 
-/// The protocol's entry in the table.
+/// The entry in the table of protocols.
 #[derive(Debug)]
 pub(crate) struct NbdProtocol;
 
@@ -78,10 +78,10 @@ impl Protocol for NbdProtocol {
     }
 }
 
-/// Checks credentials and the files that they name before anybody connects with them.
+/// Checks credentials and their files before they are used for a connection.
 ///
 /// # Errors
-/// Always: nobody can connect with them.
+/// Always: this build has no TLS.
 #[cfg(not(feature = "tls"))]
 pub fn check_tls_creds(_: &diskimage_core::TlsCreds) -> Result<()> {
     Err(Error::unsupported("TLS is not available in this build"))
@@ -96,20 +96,20 @@ struct Nbd {
     write: bool,
     node: Node,
     statuses: StatusCache,
-    /// Held while a block is read, changed in part and written again.
+    /// Held while a partly written block is read, modified and written.
     partial: Mutex<()>,
 }
 
-/// How many requests are worth having in flight.
+/// The useful number of requests in flight.
 const PARALLELISM: u32 = 16;
-/// How much zeroing, trimming or status is asked of a server at once where lengths have 64 bits.
+/// The longest range of a request without data if lengths have 64 bits.
 const MAX_LONG_LEN: u64 = 1 << 40;
 
 impl Nbd {
-    /// Connects to the export that `options` name, taking the options that the driver knows.
+    /// Connects to the export that `options` name, and takes the options of the driver.
     ///
     /// # Errors
-    /// Options that make no sense, no server, servers that refuse, and an export that is read-only but should not be.
+    /// Invalid options, errors of connecting and negotiating, and a read-only export that is opened for writing.
     fn open(options: &mut NodeOptions, write: bool, objects: &Objects) -> Result<Self> {
         let options = NbdOptions::take(options)?;
         let remote = Remote::new(&options, objects)?;
@@ -142,20 +142,20 @@ impl Nbd {
         self.export.min_block.into()
     }
 
-    /// The blocks that `range` touches. The last one of an export ends with it: whether a server takes requests for less
-    /// than a block there is its own matter, and if not it says so.
+    /// The whole blocks around `range`. The last block ends with the export: a server that does not accept a request
+    /// for a partial block there returns an error.
     fn blocks(&self, range: ByteRange) -> ByteRange {
         let whole = range.align_out(self.unit());
         whole.intersect(ByteRange::new(0, self.export.len))
     }
 
-    /// Where the last whole block ends.
+    /// The end of the last whole block.
     fn whole_end(&self) -> u64 {
         align_down(self.export.len, self.unit())
     }
 
-    /// Has the server do it, over another connection if one is lost and that is wanted; what it came to goes through
-    /// `take`.
+    /// Sends a command, again over another connection if one is lost and can be replaced. `take` converts the outcome;
+    /// `None` means that it is not one of this command.
     fn call<T>(
         &self,
         command: Command,
@@ -195,14 +195,14 @@ impl Nbd {
         }
     }
 
-    /// [`Nbd::call`] for what there is nothing to tell about.
+    /// [`Nbd::call`] for commands whose reply has no data.
     fn send_command(&self, command: Command, range: ByteRange, payload: &[u8]) -> Result<()> {
         self.call(command, range, payload, |outcome| {
             (*outcome == Outcome::Done).then_some(())
         })
     }
 
-    /// Reads whole blocks, no more than fit a request.
+    /// Reads whole blocks with one request.
     fn read_chunk(&self, buf: &mut [u8], offset: u64) -> Result<()> {
         let range = ByteRange::at(offset, buf.len() as u64);
         self.call(Command::Read, range, &[], |outcome| match outcome {
@@ -237,7 +237,7 @@ impl Nbd {
         self.export.max_block as usize
     }
 
-    /// Writes part of a block, or of several, by writing the whole.
+    /// Writes parts of blocks: reads the whole blocks, modifies and writes them.
     fn write_partly(&self, buf: &[u8], range: ByteRange) -> Result<()> {
         let _alone = self.partial.lock().unwrap_or_else(PoisonError::into_inner);
         let whole = self.blocks(range);
@@ -248,7 +248,7 @@ impl Nbd {
         self.write_blocks(&bytes, whole.start())
     }
 
-    /// Orders `command` for the blocks of `range`, in pieces that the server takes.
+    /// Sends `command` for the blocks of `range`, in chunks that the server accepts.
     fn command_in_chunks(&self, command: Command, range: ByteRange) -> Result<()> {
         let mut rest = range;
         while !rest.is_empty() {
@@ -385,12 +385,12 @@ impl Device for Nbd {
         let asked = range
             .align_out(self.unit())
             .intersect(ByteRange::new(0, self.whole_end()));
-        // Of less than a block nobody can be asked.
+        // Servers accept no status request for less than a block.
         if self.export.context.is_none() || asked.is_empty() {
             return Ok(extent(range.len(), 0));
         }
         let (len, flags) = self.statuses.find(asked, || {
-            // The whole rest: the next questions will be about what follows.
+            // Asks about the whole rest, since the next calls will be about what follows.
             let rest = ByteRange::new(asked.start(), self.whole_end()).first(self.max_range_len());
             self.call(Command::BlockStatus, rest, &[], |outcome| match outcome {
                 Outcome::Status(runs) => Some(runs.clone()),
@@ -398,7 +398,7 @@ impl Device for Nbd {
             })
         })?;
         let end = asked.start().saturating_add(len).min(range.end());
-        // A server that divides its smallest block is told apart no further.
+        // A change of status inside the smallest block is ignored.
         let end = if end > range.start() {
             end
         } else {
@@ -448,7 +448,7 @@ fn extent(len: u64, flags: u64) -> Extent {
     }
 }
 
-/// The refusal of zeroes that would be no faster than writing them.
+/// The error of `FastOnly` if the server would write zero bytes.
 fn not_fast() -> Error {
     Error::new(
         ErrorKind::Unsupported,

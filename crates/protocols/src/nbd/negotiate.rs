@@ -1,14 +1,14 @@
-//! Agreeing with a server on an export, without input or output.
+//! The negotiation of an export with a server, without I/O.
 //!
-//! [`Handshake`] says how many bytes it needs next ([`Handshake::wanted`]), takes exactly those ([`Handshake::take`]), and
-//! collects what is to be sent ([`Handshake::output`]). So it never reads into what belongs to encryption or to the
+//! [`Handshake::wanted`] is the number of bytes needed next, [`Handshake::take`] takes exactly those, and
+//! [`Handshake::output`] returns the bytes to send. So the negotiation never reads bytes that belong to TLS or to the
 //! first reply.
 //!
 //! ```text
 //!   hello -> flags -> [STARTTLS ~ encryption] -> EXTENDED_HEADERS -> [STRUCTURED_REPLY] -> [SET_META_CONTEXT] -> GO
 //!      |        |                                                                                        no GO |
-//!      |        +-- a server that does not haggle ------------------------------------------------> EXPORT_NAME
-//!      +-- an old server: one export, and that is it
+//!      |        +-- a server without fixed newstyle -----------------------------------------------> EXPORT_NAME
+//!      +-- an oldstyle server: a single export, no negotiation
 //! ```
 
 use diskimage_core::{Error, ErrorKind, Result};
@@ -18,34 +18,34 @@ use super::wire::{
     option_reply,
 };
 
-/// What a client wants of a server.
+/// The parameters of the client.
 #[derive(Clone, Debug)]
 pub(super) struct ClientOptions {
     /// The export's name; empty for the default one.
     pub(super) export: String,
     /// Whether the connection must be encrypted.
     pub(super) tls: bool,
-    /// The context of block status to ask for.
+    /// The metadata context to request block status of.
     pub(super) context: String,
 }
 
 /// The form of requests and replies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum ReplyMode {
-    /// Replies are a number and what was read.
+    /// Replies are an error number and the data of a read.
     Simple,
     /// Replies are made of chunks.
     Structured,
-    /// And all lengths have 64 bits.
+    /// Replies are made of chunks, and all lengths have 64 bits.
     Extended,
 }
 
-/// What a server said of an export.
+/// The properties of an export, as the server announced them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Export {
     /// Its length in bytes.
     pub(super) len: u64,
-    /// What it can do: [`export`].
+    /// The transmission flags: [`export`].
     pub(super) flags: u16,
     /// Offsets and lengths of requests are multiples of this power of two.
     pub(super) min_block: u32,
@@ -53,18 +53,18 @@ pub(super) struct Export {
     pub(super) max_block: u32,
     /// The form of replies.
     pub(super) reply_mode: ReplyMode,
-    /// The server's number for the context that was asked for.
+    /// The server's number for the requested metadata context.
     pub(super) context: Option<u32>,
 }
 
 /// What to do after [`Handshake::take`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Next {
-    /// Send what there is and read on.
+    /// Send the output and read on.
     Read,
-    /// Begin to encrypt, then call [`Handshake::secured`].
+    /// Start TLS, then call [`Handshake::secured`].
     StartTls,
-    /// The export is agreed on.
+    /// The negotiation is complete.
     Done,
 }
 
@@ -75,26 +75,26 @@ enum State {
     Flags,
     /// The head of a reply to this option.
     Reply(u32),
-    /// What follows the head: the option, the kind and the length.
+    /// The payload of a reply: the option and the type of the reply.
     Body(u32, u32),
     ExportName,
     Done,
 }
 
-/// Longest reply to an option; the protocol limits its texts to 4096 bytes.
+/// The longest accepted reply to an option; the protocol limits its strings to 4096 bytes.
 const MAX_REPLY: u32 = 1 << 16;
-/// Most replies to the options of one connection.
+/// The limit of replies to options for one connection.
 const MAX_REPLIES: u32 = 1024;
-/// The longest request if the server names no limit, and the longest that a reply is accepted for.
+/// The longest request with data if the server announces no limit, and the upper limit of what it may announce.
 pub(super) const MAX_REQUEST: u32 = 32 << 20;
-/// The largest unit of requests.
+/// The largest accepted minimum block size.
 const MAX_MIN_BLOCK: u32 = MAX_REQUEST;
-/// A server that takes no whole sector is of no use.
+/// The smallest accepted maximum block size.
 const SECTOR: u32 = 512;
 /// The longest name of an export or context.
 pub(super) const MAX_NAME: usize = 4096;
 
-/// A conversation up to the choice of the export.
+/// The state of a negotiation.
 #[derive(Debug)]
 pub(super) struct Handshake {
     client_options: ClientOptions,
@@ -104,7 +104,7 @@ pub(super) struct Handshake {
     replies: u32,
     no_zeroes: bool,
     encrypted: bool,
-    /// The server told the length.
+    /// The server has sent length and flags of the export.
     has_export: bool,
     export: Export,
 }
@@ -131,17 +131,17 @@ impl Handshake {
         }
     }
 
-    /// How many bytes [`Handshake::take`] takes next.
+    /// The number of bytes that [`Handshake::take`] needs next.
     pub(super) fn wanted(&self) -> usize {
         self.wanted
     }
 
-    /// What to send before reading on.
+    /// The bytes to send before reading on.
     pub(super) fn output(&mut self) -> Vec<u8> {
         std::mem::take(&mut self.output)
     }
 
-    /// What to send to a server that did not do as it was asked, before the connection is given up.
+    /// The bytes to send before the connection is closed after an error: `NBD_OPT_ABORT` while options are negotiated.
     pub(super) fn abort(&mut self) -> Vec<u8> {
         self.output.clear();
         if matches!(self.state, State::Reply(_) | State::Body(..)) {
@@ -150,17 +150,17 @@ impl Handshake {
         self.output()
     }
 
-    /// What was agreed on, after [`Next::Done`].
+    /// The negotiated export, after [`Next::Done`].
     pub(super) fn finish(self) -> Export {
         self.export
     }
 
-    /// Whether the connection is encrypted by now.
+    /// Whether the connection is encrypted already.
     pub(super) fn is_encrypted(&self) -> bool {
         self.encrypted
     }
 
-    /// What is being read, for the message that it did not come.
+    /// The message for a failure to read the bytes that are needed next.
     pub(super) fn awaited(&self) -> &'static str {
         match self.state {
             State::Hello => "Failed to read initial magic",
@@ -170,7 +170,7 @@ impl Handshake {
         }
     }
 
-    /// Takes the bytes that were wanted.
+    /// Takes the next [`Handshake::wanted`] bytes.
     pub(super) fn take(&mut self, bytes: &[u8]) -> Result<Next> {
         let wire = Wire(bytes);
         match self.state {
@@ -184,7 +184,7 @@ impl Handshake {
         }
     }
 
-    /// The connection is encrypted now.
+    /// Continues after the connection has been encrypted.
     pub(super) fn secured(&mut self) {
         self.encrypted = true;
         self.ask(option::EXTENDED_HEADERS, &[]);
@@ -217,7 +217,7 @@ impl Handshake {
 
     fn oldstyle(&mut self, mut wire: Wire<'_>) -> Result<Next> {
         let len = wire.u64()?;
-        // Two halves; the upper one is reserved.
+        // 32 bits of flags, of which the upper half is reserved.
         let (_, flags) = (wire.u16()?, wire.u16()?);
         self.set_export(len, flags)?;
         Ok(self.want(State::Done, 0))
@@ -258,7 +258,7 @@ impl Handshake {
         self.output.extend_from_slice(data);
     }
 
-    /// Chooses the export the old way, to which there is no answer but the export.
+    /// Selects the export with `NBD_OPT_EXPORT_NAME`, whose only reply is the export.
     fn name_export(&mut self) -> Next {
         let name = self.client_options.export.clone();
         self.put_option(option::EXPORT_NAME, name.as_bytes());
@@ -276,7 +276,7 @@ impl Handshake {
         if i64::try_from(len).is_err() {
             return Err(Error::corrupt(format!("export length {len:#x} is too large")));
         }
-        // Flags without the first one are none.
+        // Without HAS_FLAGS the other flags are invalid.
         let flags = if flags & export::HAS_FLAGS == 0 { 0 } else { flags };
         (self.export.len, self.export.flags) = (len, flags);
         self.has_export = true;
@@ -404,7 +404,7 @@ impl Handshake {
                 let (min, _preferred, max) = (wire.u32()?, wire.u32()?, wire.u32()?);
                 self.block_sizes(min, max)
             }
-            // Names and descriptions that nobody asked for.
+            // Names and descriptions, which were not requested.
             _ => Ok(()),
         }
     }
@@ -430,11 +430,11 @@ impl Handshake {
         Ok(())
     }
 
-    /// The server does not want to.
+    /// Handles an error reply to an option.
     fn refused(&mut self, option: u32, kind: u32, wire: Wire<'_>) -> Result<Next> {
         match option {
             option::EXTENDED_HEADERS => return Ok(self.ask(option::STRUCTURED_REPLY, &[])),
-            // Without structure there is no block status, and without block status everything is data.
+            // Without structured replies there is no block status: everything is data.
             option::STRUCTURED_REPLY | option::SET_META_CONTEXT => {
                 self.export.context = None;
                 return Ok(self.go());
@@ -485,7 +485,7 @@ fn put_text(data: &mut Vec<u8>, text: &str) {
     data.extend_from_slice(text.as_bytes());
 }
 
-/// Words of a server, fit to be printed.
+/// A text of the server without control characters.
 fn shown(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes)
         .chars()

@@ -9,22 +9,22 @@ use super::address::{Address, Inet};
 use super::negotiate::MAX_NAME;
 use super::uri::{DEFAULT_PORT, show};
 
-/// What an export is opened with.
+/// The options to open an export with.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct NbdOptions {
     pub(super) address: Address,
     pub(super) export: String,
-    /// The identifier of credentials.
+    /// The identifier of the credentials object.
     pub(super) tls_creds: Option<String>,
-    /// Who the server's certificate should be for, if not for the host.
+    /// The name that the server's certificate must have, if not that of the host.
     pub(super) tls_hostname: Option<String>,
-    /// A context of block status to take for the allocation.
+    /// The metadata context whose block status is reported as allocation.
     pub(super) context: Option<String>,
-    /// How long requests wait for a connection that was lost to come back.
+    /// For how long requests wait while a lost connection is replaced.
     pub(super) reconnect_delay: Duration,
-    /// For how long opening tries again.
+    /// For how long opening retries.
     pub(super) open_timeout: Duration,
-    /// Those among the options that say which bytes these are, as they were given.
+    /// The options for the node's `json:` filename, as they were given.
     given: NodeOptions,
 }
 
@@ -46,13 +46,13 @@ const TABLE: &[OptionDef] = &[
     number("open-timeout", "Seconds for which opening is tried again"),
 ];
 
-/// The options without which it would be another export.
+/// The options that are part of the node's `json:` filename.
 const STRONG: &[&str] = &["host", "port", "path", "export", "tls-creds", "tls-hostname"];
 
 const SERVER_INET: &[OptionDef] = &[
     text("host", "The server's host"),
     text("port", "The server's port"),
-    // Connecting does not mind it.
+    // Accepted and ignored.
     flag("numeric", "Whether the host is a number"),
     flag("ipv4", "Whether addresses of version 4 are taken"),
     flag("ipv6", "Whether addresses of version 6 are taken"),
@@ -88,10 +88,10 @@ const fn flag(name: &'static str, help: &'static str) -> OptionDef {
 }
 
 impl NbdOptions {
-    /// Takes the options that the driver knows.
+    /// Takes the options of the driver.
     ///
     /// # Errors
-    /// Values that make no sense, and no server or two.
+    /// Invalid values, and no server address or more than one.
     pub(super) fn take(options: &mut NodeOptions) -> Result<Self> {
         let mut given = options.clone();
         given.retain(|name| STRONG.contains(&name) || name.starts_with("server."));
@@ -145,7 +145,7 @@ impl NbdOptions {
 }
 
 impl NbdOptions {
-    /// How the export stands in the block graph.
+    /// The export's node in the block graph.
     pub(super) fn node(&self) -> Node {
         Node {
             driver: "nbd",
@@ -157,7 +157,7 @@ impl NbdOptions {
     }
 }
 
-/// As the original counts them, in 32 bits.
+/// The limit of `qemu-img`, which uses 32 bits.
 const MAX_SECONDS: u64 = u32::MAX as u64;
 
 fn take_server(mut server: NodeOptions) -> Result<Address> {

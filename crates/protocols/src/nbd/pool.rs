@@ -1,8 +1,8 @@
-//! The connections to an export: one, or several if the server allows it and there is work for them.
+//! The connections to an export: one, or several if the server allows it and there are enough requests.
 //!
-//! The first connection is made when the export is opened. When requests pile up on all that there are, another one is
-//! made on the side, up to [`MAX_CONNECTIONS`]; nobody waits for it, since a server may have said that it takes several and
-//! not take this one. A connection that is lost is replaced for as long as `reconnect-delay` says.
+//! The first connection is made when the export is opened. When all are busy, a thread makes another one, up to
+//! [`MAX_CONNECTIONS`]. Requests do not wait for it: a server may announce that it accepts several connections and then
+//! refuse one. A lost connection is replaced for the time of `reconnect-delay`.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::thread;
@@ -18,9 +18,9 @@ use super::wire::export;
 #[derive(Debug)]
 pub(super) struct ConnectionPool {
     inner: Arc<Inner>,
-    /// How long to wait for a connection that was lost to come back.
-    patience: Duration,
-    /// Held by who replaces a lost connection.
+    /// For how long to try to replace a lost connection.
+    reconnect_delay: Duration,
+    /// Held while a lost connection is replaced.
     repair: Mutex<()>,
 }
 
@@ -30,27 +30,27 @@ struct Inner {
     export: Export,
     connections: RwLock<Vec<Arc<Connection>>>,
     growing: Mutex<Growing>,
-    /// To end the handshake of a connection that is being made.
+    /// The socket of a handshake in progress, to shut it down.
     handle: Mutex<Option<Socket>>,
 }
 
 #[derive(Debug, Default)]
 struct Growing {
-    /// A connection is being made, or none is wanted any more.
+    /// A connection is being made, or the server has refused one.
     busy: bool,
     closed: bool,
 }
 
-/// The most connections to one export: more do not make a server faster.
+/// The limit of connections to one export: more do not make a server faster.
 const MAX_CONNECTIONS: usize = 4;
-/// How many requests wait on each connection before another one is made.
+/// How many requests in flight make a connection busy.
 const BUSY_REQUESTS: usize = 3;
 /// How long to wait between two attempts to connect again.
 const RETRY_PAUSE: Duration = Duration::from_millis(200);
 
 impl ConnectionPool {
-    /// Starts with the first connection.
-    pub(super) fn new(remote: Remote, first: Connection, patience: Duration) -> Self {
+    /// A pool of one connection.
+    pub(super) fn new(remote: Remote, first: Connection, reconnect_delay: Duration) -> Self {
         let export = first.export().clone();
         Self {
             inner: Arc::new(Inner {
@@ -60,17 +60,17 @@ impl ConnectionPool {
                 growing: Mutex::default(),
                 handle: Mutex::new(None),
             }),
-            patience,
+            reconnect_delay,
             repair: Mutex::new(()),
         }
     }
 
-    /// The export that all connections agreed on.
+    /// The export that all connections have negotiated.
     pub(super) fn export(&self) -> &Export {
         &self.inner.export
     }
 
-    /// The connection with the least to do, or none if all are lost.
+    /// The connection with the fewest requests in flight; `None` if all are lost.
     pub(super) fn pick(&self) -> Option<Arc<Connection>> {
         let (best, count) = {
             let connections = self
@@ -94,7 +94,7 @@ impl ConnectionPool {
         Some(best)
     }
 
-    /// Makes another connection on the side.
+    /// Starts a thread that makes another connection.
     fn grow(&self) {
         {
             let mut growing = self.inner.growing();
@@ -104,11 +104,11 @@ impl ConnectionPool {
             growing.busy = true;
         }
         let inner = Arc::clone(&self.inner);
-        // Without a thread there is simply no other connection.
+        // Without the thread there is no other connection.
         let _ = thread::Builder::new().name("nbd".to_owned()).spawn(move || {
             let outcome = inner.remote.connect(&inner.handle);
             let Ok(connection) = outcome else {
-                // Still busy: a server that does not want another one is not asked again.
+                // Still busy: after a refusal the server is not asked again.
                 return;
             };
             let mut growing = inner.growing();
@@ -119,9 +119,9 @@ impl ConnectionPool {
         });
     }
 
-    /// Whether there is a connection again after `lost` was lost.
+    /// Replaces `lost`. Returns whether there is a connection again.
     pub(super) fn replace(&self, lost: Option<&Arc<Connection>>) -> bool {
-        let deadline = Instant::now() + self.patience;
+        let deadline = Instant::now() + self.reconnect_delay;
         let _alone = self.repair.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(lost) = lost {
             let mut connections = self
@@ -131,16 +131,16 @@ impl ConnectionPool {
                 .unwrap_or_else(PoisonError::into_inner);
             connections.retain(|connection| !Arc::ptr_eq(connection, lost) && !connection.is_lost());
         }
-        if self.patience.is_zero() {
+        if self.reconnect_delay.is_zero() {
             return false;
         }
-        let there = !self
+        let is_connected = !self
             .inner
             .connections
             .read()
             .unwrap_or_else(PoisonError::into_inner)
             .is_empty();
-        if there {
+        if is_connected {
             return true;
         }
         loop {
@@ -149,7 +149,7 @@ impl ConnectionPool {
                     self.inner.add(connection);
                     return true;
                 }
-                // Another export by the same name: its bytes are not those that were there.
+                // The export with this name has changed: its data is not that of the old one.
                 Ok(_) => return false,
                 Err(_) if Instant::now() + RETRY_PAUSE >= deadline => return false,
                 Err(_) => thread::sleep(RETRY_PAUSE),

@@ -1,4 +1,4 @@
-//! A server and what is wanted of it: everything that it takes to connect, and to connect again.
+//! A server and the client options: everything that is needed to connect and to reconnect.
 
 use std::io::{self, Read, Write};
 use std::sync::Mutex;
@@ -14,7 +14,7 @@ use super::options::NbdOptions;
 #[cfg(feature = "tls")]
 use super::tls::{Credentials, UNCLEAN_END};
 
-/// A server and what is wanted of it.
+/// A server, and the options for connecting to it.
 #[derive(Debug)]
 pub(super) struct Remote {
     pub(super) address: Address,
@@ -25,9 +25,9 @@ pub(super) struct Remote {
     hostname: Option<String>,
 }
 
-/// What block status is taken from if nothing else is said.
+/// The default metadata context.
 const ALLOCATION: &str = "base:allocation";
-/// How long to wait between two attempts to connect.
+/// The time between two attempts to connect.
 const RETRY_PAUSE: Duration = Duration::from_millis(200);
 
 impl Remote {
@@ -59,10 +59,11 @@ impl Remote {
         })
     }
 
-    /// Connects and agrees on the export. While it waits for the server, `socket` has a handle to end that.
+    /// Connects and negotiates the export. Meanwhile `handle` has a clone of the socket, by which another thread can
+    /// shut it down.
     ///
     /// # Errors
-    /// No server, and everything that can be wrong with one.
+    /// Errors of connecting, of TLS and of the negotiation.
     pub(super) fn connect(&self, handle: &Mutex<Option<Socket>>) -> Result<Connection> {
         let socket = self.address.connect()?;
         let hold = |socket| *handle.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = socket;
@@ -72,13 +73,13 @@ impl Remote {
         outcome
     }
 
-    /// [`Remote::connect`], again and again for as long as `patience` lasts. An export that there is none of does not
-    /// come to be by waiting.
-    pub(super) fn connect_within(&self, patience: Duration) -> Result<Connection> {
+    /// [`Remote::connect`], repeated for the time of `timeout` after errors of the operating system. An unknown export
+    /// and other errors of the negotiation are not retried.
+    pub(super) fn connect_within(&self, timeout: Duration) -> Result<Connection> {
         let start = Instant::now();
         loop {
             match self.connect(&Mutex::new(None)) {
-                Err(error) if error.errno().is_some() && start.elapsed() + RETRY_PAUSE < patience => {
+                Err(error) if error.errno().is_some() && start.elapsed() + RETRY_PAUSE < timeout => {
                     thread::sleep(RETRY_PAUSE)
                 }
                 other => return other,
@@ -90,14 +91,14 @@ impl Remote {
         let mut channel = plain(socket)?;
         let mut handshake = Handshake::new(self.client_options.clone());
         loop {
-            // The handshake wants no more at once than its longest reply.
+            // `wanted` is bounded by the longest accepted reply.
             let mut bytes = vec![0; handshake.wanted()];
             channel
                 .reader
                 .read_exact(&mut bytes)
                 .map_err(|error| read_error(handshake.awaited(), error, handshake.is_encrypted()))?;
             let next = handshake.take(&bytes).inspect_err(|_| {
-                // Politeness, which need not arrive.
+                // A courtesy to the server: failures are ignored.
                 let _ = send(&mut channel, &handshake.abort());
             })?;
             send(&mut channel, &handshake.output())?;
@@ -107,7 +108,8 @@ impl Remote {
                     channel = self.secure(channel)?;
                     handshake.secured();
                     match send(&mut channel, &handshake.output()) {
-                        // A server that does not believe us hangs up about now. Reading tells it, as the original does.
+                        // A server that rejects the credentials closes the connection about now. As in qemu-img, the
+                        // following read reports that.
                         Err(error) if matches!(error.errno(), Some(libc::EPIPE | libc::ECONNRESET)) => {}
                         other => other?,
                     }
@@ -131,7 +133,7 @@ impl Remote {
     }
 }
 
-/// A channel without encryption, and without any reading ahead: what follows the last plain byte may be encrypted.
+/// A channel without encryption and without read-ahead: the bytes after the last plain one may be encrypted.
 fn plain(socket: Socket) -> Result<Channel> {
     Ok(Channel {
         reader: Box::new(PlainStream(socket.try_clone()?)),
@@ -168,7 +170,7 @@ fn read_error(what: &str, error: io::Error, encrypted: bool) -> Error {
     Error::new(ErrorKind::Io, reason).context(what)
 }
 
-/// A socket that is read and written by its owner.
+/// A socket as an owned reader and writer.
 struct PlainStream(Socket);
 
 impl Read for PlainStream {

@@ -1,7 +1,7 @@
-//! Replies, put together from their chunks without input or output.
+//! Replies, assembled from their chunks without I/O.
 //!
-//! A reply begins with a [`Head`], which says what follows. [`Assembly`] is what has come of one reply so far: where data
-//! goes, and whether it is complete. Nothing is believed: every length is checked against what was asked for.
+//! A reply begins with a [`Head`], which has type and length of what follows. [`Assembly`] holds the part of one reply
+//! that has been received. The server is not trusted: every length is checked against the request.
 
 use diskimage_core::{ByteRange, Error, Result};
 
@@ -9,7 +9,7 @@ use super::negotiate::ReplyMode;
 use super::request::Command;
 use super::wire::{CHUNK_MAGIC, EXTENDED_CHUNK_MAGIC, SIMPLE_REPLY_MAGIC, Wire, chunk};
 
-/// The beginning of every head, long enough to tell how long it is.
+/// The length of the shortest head, which is enough to find out the length of any head.
 pub(super) const SHORTEST_HEAD: usize = 16;
 /// The longest head.
 pub(super) const LONGEST_HEAD: usize = 32;
@@ -17,7 +17,7 @@ pub(super) const LONGEST_HEAD: usize = 32;
 /// The head of a reply, or of one of its chunks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Head {
-    /// Which request it answers.
+    /// The cookie of the request.
     pub(super) cookie: u64,
     pub(super) kind: HeadKind,
 }
@@ -25,14 +25,14 @@ pub(super) struct Head {
 /// What follows a [`Head`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum HeadKind {
-    /// What was read, if the error number is 0.
+    /// The data of a read, if the error number is 0.
     Simple { error: u32 },
-    /// `len` bytes of this kind of chunk.
+    /// `len` bytes of a chunk of this type.
     Chunk { done: bool, kind: u16, len: u64 },
 }
 
 impl Head {
-    /// How long the head is that begins with these [`SHORTEST_HEAD`] bytes.
+    /// The length of the head that begins with these [`SHORTEST_HEAD`] bytes.
     pub(super) fn len_of(start: &[u8], reply_mode: ReplyMode) -> Result<usize> {
         let magic = Wire(start).u32()?;
         match (reply_mode, magic) {
@@ -43,7 +43,7 @@ impl Head {
         }
     }
 
-    /// Reads a whole head.
+    /// Parses a whole head.
     pub(super) fn parse(bytes: &[u8]) -> Result<Self> {
         let mut wire = Wire(bytes);
         if wire.u32()? == SIMPLE_REPLY_MAGIC {
@@ -56,7 +56,7 @@ impl Head {
         }
         let (flags, kind, cookie) = (wire.u16()?, wire.u16()?, wire.u64()?);
         let len = if bytes.len() == LONGEST_HEAD {
-            // The request's offset, which the cookie says as well.
+            // The request's offset, which is known from the cookie.
             wire.u64()?;
             wire.u64()?
         } else {
@@ -77,32 +77,32 @@ pub(super) struct StatusExtent {
     pub(super) flags: u64,
 }
 
-/// How long a chunk other than data may be: the status of 128 Ki runs in the longer form, and room for a text.
+/// The longest accepted chunk other than data: 128 Ki extents of 16 bytes, and an error message.
 const MAX_CHUNK: u64 = (2 << 20) + (64 << 10);
-/// How many received of a read may be waiting for those before them.
+/// The limit of separate ranges of a read that have been received out of order.
 const MAX_FRAGMENTS: usize = 4096;
 
-/// What has come of the reply to a request.
+/// The received part of the reply to a request.
 #[derive(Debug)]
 pub(super) struct Assembly {
     command: Command,
     range: ByteRange,
     reply_mode: ReplyMode,
     context: Option<u32>,
-    /// The bytes that were read.
+    /// The data of a read.
     pub(super) data: Vec<u8>,
-    /// Which of them have come, in order and not touching each other.
+    /// The ranges whose data has been received, in ascending order, not adjacent.
     received: Vec<ByteRange>,
     status: Option<Vec<StatusExtent>>,
     error: Option<u32>,
 }
 
-/// What to do with what follows a head.
+/// How to read what follows a head.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Step {
-    /// Nothing follows; whether the reply is complete.
+    /// Nothing follows. `done`: whether the reply is complete.
     Nothing { done: bool },
-    /// The next bytes are data for [`Assembly::destination`], which begin with their offset unless the reply is simple.
+    /// The next bytes are data for [`Assembly::destination`], preceded by their offset if `offset_first`.
     Data {
         len: u64,
         offset_first: bool,
@@ -113,7 +113,7 @@ pub(super) enum Step {
 }
 
 impl Assembly {
-    /// Nothing of a reply to `command`. `data` is as long as what will be read.
+    /// An empty reply to `command`. `data` has the length of the read.
     pub(super) fn new(
         command: Command,
         range: ByteRange,
@@ -133,12 +133,12 @@ impl Assembly {
         }
     }
 
-    /// What was asked for.
+    /// The range of the request.
     pub(super) fn range(&self) -> ByteRange {
         self.range
     }
 
-    /// What to do with what follows `kind`.
+    /// How to read what follows a head of `kind`.
     pub(super) fn step(&mut self, kind: HeadKind) -> Result<Step> {
         match kind {
             HeadKind::Simple { error: 0 } if self.command == Command::Read => {
@@ -192,7 +192,7 @@ impl Assembly {
         }
     }
 
-    /// Where the `len` bytes from `offset` of the export on go.
+    /// The buffer for `len` bytes of data from `offset` of the export on, which is marked as received.
     pub(super) fn destination(&mut self, offset: u64, len: u64) -> Result<&mut [u8]> {
         let range = ByteRange::at(offset, len);
         if range.is_empty() || range.len() != len || range.intersect(self.range) != range {
@@ -236,7 +236,7 @@ impl Assembly {
         Ok(())
     }
 
-    /// Takes what follows the head of a chunk that is not data.
+    /// Takes the payload of a chunk that is not data.
     pub(super) fn chunk(&mut self, kind: u16, payload: &[u8]) -> Result<()> {
         let mut wire = Wire(payload);
         match kind {
@@ -292,7 +292,7 @@ impl Assembly {
             if len == 0 {
                 return Err(Error::corrupt("Protocol error: server sent chunk of zero length"));
             }
-            // Servers may know more than they were asked.
+            // The last extent may end beyond the range of the request.
             let len = len.min(left);
             left -= len;
             runs.push(StatusExtent { len, flags });
@@ -311,7 +311,7 @@ impl Assembly {
         }
     }
 
-    /// What the request came to, now that the reply is complete.
+    /// The outcome of the request, after the reply is complete.
     pub(super) fn finish(self) -> Outcome {
         if let Some(error) = self.error {
             return Outcome::Refused(system_error(error));
@@ -328,18 +328,18 @@ impl Assembly {
     }
 }
 
-/// What a request came to.
+/// The outcome of a request.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Outcome {
-    /// It was done.
+    /// Success without data.
     Done,
-    /// What was read.
+    /// The data of a read.
     Data(Vec<u8>),
-    /// What the bytes at the start of the range are.
+    /// The status of the bytes from the start of the range on.
     Status(Vec<StatusExtent>),
-    /// The server could not; an error number of the system.
+    /// An error reply; the error number of the system.
     Refused(i32),
-    /// The reply is none: an error number to answer, and what is wrong with it.
+    /// An invalid reply: the error number to return, and the reason.
     Broken(i32, String),
 }
 
@@ -347,7 +347,7 @@ fn broken(words: &str) -> Outcome {
     Outcome::Broken(diskimage_core::errno::EIO, words.to_owned())
 }
 
-/// The system's number for an error number of the protocol, which are the same as far as the protocol has any.
+/// The error number of Linux for one of the protocol. Those that the protocol defines are the same.
 fn system_error(error: u32) -> i32 {
     match error {
         1 | 5 | 12 | 22 | 28 | 75 | 95 | 108 => error.cast_signed(),

@@ -1,41 +1,41 @@
-//! Requests, as they are sent once an export is agreed on.
+//! The encoding of requests to an export.
 
 use diskimage_core::ByteRange;
 
 use super::negotiate::ReplyMode;
 use super::wire::{EXTENDED_REQUEST_MAGIC, REQUEST_MAGIC};
 
-/// What to do with a range of an export.
+/// A command for a range of an export.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Command {
-    /// Send its bytes.
+    /// Read the range.
     Read,
-    /// Take the bytes that follow.
+    /// Write the payload to the range.
     Write,
-    /// Good bye; there is no reply.
+    /// End the connection; there is no reply.
     Disconnect,
-    /// Make what was written durable.
+    /// Make completed writes durable.
     Flush,
-    /// Its bytes are not needed any more.
+    /// Discard the range.
     Trim,
-    /// It reads as zero from now on.
+    /// Zero the range.
     WriteZeroes {
         /// Storage stays allocated.
         no_hole: bool,
-        /// Refuse if that is no faster than writing.
+        /// Fail if that is not faster than writing.
         fast: bool,
     },
-    /// Tell what its bytes are.
+    /// Report the status of the range.
     BlockStatus,
 }
 
-/// The longest range of a request without extended headers. There are 32 bits for it, but servers are known that fail
-/// just below their end.
+/// The longest range of a request without extended headers. The field has 32 bits, but some servers fail for lengths
+/// close to 4 GiB.
 pub(super) const MAX_SHORT_LEN: u64 = 1 << 31;
 
 const NO_HOLE: u16 = 1 << 1;
 const FAST_ZERO: u16 = 1 << 4;
-/// What follows a request of a client with extended headers is counted by its length.
+/// The length of a request with extended headers is that of its payload.
 const PAYLOAD_LEN: u16 = 1 << 5;
 
 impl Command {

@@ -1,4 +1,4 @@
-//! What is known of an export's allocation: the last answer of the server, for the questions about what follows.
+//! A cache of an export's block status: the last reply of the server, for calls about the following ranges.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -8,13 +8,13 @@ use diskimage_core::{ByteRange, ExtentKind, Result};
 
 use super::reply::StatusExtent;
 
-/// The last answer to a question about allocation. It is good until somebody writes here, and only for a moment, since
-/// others may write as well.
+/// The last block status that was received. It is valid until a write to the export here, and only for [`MAX_AGE`],
+/// since other clients may write as well.
 #[derive(Debug, Default)]
 pub(super) struct StatusCache {
-    /// Held while the server is asked: the others want the same answer.
+    /// Held while the server is asked: other threads need the same reply.
     answer: Mutex<Option<CachedStatus>>,
-    /// How many changes there were.
+    /// The number of changes.
     changes: AtomicU64,
 }
 
@@ -22,20 +22,20 @@ pub(super) struct StatusCache {
 struct CachedStatus {
     changes: u64,
     when: Instant,
-    /// What the bytes are, from `start` on and in order.
+    /// The flags of consecutive ranges.
     runs: Vec<(ByteRange, u64)>,
 }
 
-/// For how long an answer is good.
+/// For how long a status is valid.
 const MAX_AGE: Duration = Duration::from_secs(2);
 
 impl StatusCache {
-    /// The bytes of the export change, or have changed.
+    /// Invalidates the status; called before and after each write.
     pub(super) fn invalidate(&self) {
         self.changes.fetch_add(1, Ordering::AcqRel);
     }
 
-    /// The flags of the bytes at the start of `range`, and how far they hold; `ask` asks the server.
+    /// The number of bytes at the start of `range` that have the same flags, and the flags. `ask` asks the server.
     pub(super) fn find(
         &self,
         range: ByteRange,
@@ -65,7 +65,7 @@ impl StatusCache {
         let fresh = CachedStatus { changes, when, runs };
         let found = fresh.at(range);
         *answer = Some(fresh);
-        // The server's answer begins where the question does.
+        // The status of the server begins at the start of `range`.
         Ok(found.unwrap_or((range.len(), 0)))
     }
 }
@@ -74,12 +74,13 @@ impl CachedStatus {
     fn at(&self, range: ByteRange) -> Option<(u64, u64)> {
         let index = self.runs.partition_point(|(run, _)| run.end() <= range.start());
         let (run, flags) = self.runs.get(index)?;
-        let there = run.intersect(range);
-        (there.start() == range.start() && !there.is_empty()).then_some((there.len(), *flags))
+        let common = run.intersect(range);
+        (common.start() == range.start() && !common.is_empty()).then_some((common.len(), *flags))
     }
 }
 
-/// What bytes with these flags are, as the original understands them, whatever the context means by them.
+/// The kind of bytes with these flags. As in qemu-img, the flags are read as those of `base:allocation` for any
+/// context.
 pub(super) fn kind_of(flags: u64) -> ExtentKind {
     const HOLE: u64 = 1 << 0;
     const ZERO: u64 = 1 << 1;

@@ -11,13 +11,13 @@ use diskimage_core::{Error, NodeOptions, Result};
 
 use super::address::Address;
 
-/// The port that is meant when none is named.
+/// The default port.
 pub(super) const DEFAULT_PORT: &str = "10809";
 
-/// The options that `name` stands for.
+/// The options of a filename.
 ///
 /// # Errors
-/// Names of neither form.
+/// Names of neither form, and invalid ones.
 pub(super) fn parse(name: &str) -> Result<NodeOptions> {
     if name.contains("://") {
         return parse_uri(name).ok_or_else(|| Error::invalid("No valid URL specified"));
@@ -29,18 +29,18 @@ pub(super) fn parse(name: &str) -> Result<NodeOptions> {
 }
 
 fn parse_old(rest: &str) -> Result<NodeOptions> {
-    let (place, export) = match rest.split_once(":exportname=") {
-        // As there: an export without a name is not one.
+    let (host_port, export) = match rest.split_once(":exportname=") {
+        // As in qemu-img: an empty export name discards the address as well.
         Some((_, "")) => return Ok(NodeOptions::new()),
-        Some((place, export)) => (place, Some(export)),
+        Some((host_port, export)) => (host_port, Some(export)),
         None => (rest, None),
     };
     let mut options = NodeOptions::new();
-    if let Some(path) = place.strip_prefix("unix:") {
+    if let Some(path) = host_port.strip_prefix("unix:") {
         options.set("path", path);
-    } else if !place.is_empty() {
-        let (host, port) =
-            split_port(place).ok_or_else(|| Error::invalid(format!("error parsing address '{place}'")))?;
+    } else if !host_port.is_empty() {
+        let (host, port) = split_port(host_port)
+            .ok_or_else(|| Error::invalid(format!("error parsing address '{host_port}'")))?;
         options.set("host", host);
         options.set("port", port);
     }
@@ -51,13 +51,13 @@ fn parse_old(rest: &str) -> Result<NodeOptions> {
 }
 
 /// `HOST:PORT`, with brackets around a host that has colons.
-fn split_port(place: &str) -> Option<(&str, &str)> {
-    let (host, port) = match place.strip_prefix('[') {
+fn split_port(host_port: &str) -> Option<(&str, &str)> {
+    let (host, port) = match host_port.strip_prefix('[') {
         Some(rest) => {
             let (host, rest) = rest.split_once(']')?;
             (host, rest.strip_prefix(':')?)
         }
-        None => place.split_once(':')?,
+        None => host_port.split_once(':')?,
     };
     (!port.is_empty()).then_some((host, port))
 }
@@ -96,8 +96,10 @@ fn parse_uri(name: &str) -> Option<NodeOptions> {
             if query.is_some_and(|query| !query.is_empty()) {
                 return None;
             }
-            let place = authority.rsplit_once('@').map_or(authority, |(_, place)| place);
-            let (host, port) = authority_parts(place)?;
+            let host_port = authority
+                .rsplit_once('@')
+                .map_or(authority, |(_, host_port)| host_port);
+            let (host, port) = authority_parts(host_port)?;
             options.set("host", decode(host)?);
             options.set("port", port);
         }
@@ -107,10 +109,10 @@ fn parse_uri(name: &str) -> Option<NodeOptions> {
 }
 
 /// The host and the port of a URI.
-fn authority_parts(place: &str) -> Option<(&str, &str)> {
-    let (host, rest) = match place.strip_prefix('[') {
+fn authority_parts(host_port: &str) -> Option<(&str, &str)> {
+    let (host, rest) = match host_port.strip_prefix('[') {
         Some(rest) => rest.split_once(']')?,
-        None => place.split_at(place.find(':').unwrap_or(place.len())),
+        None => host_port.split_at(host_port.find(':').unwrap_or(host_port.len())),
     };
     if host.is_empty() {
         return None;
@@ -123,7 +125,7 @@ fn authority_parts(place: &str) -> Option<(&str, &str)> {
     Some((host, port))
 }
 
-/// Undoes `%41` for `A`.
+/// Decodes percent-encoding (`%41` for `A`).
 fn decode(text: &str) -> Option<String> {
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text.as_bytes();
@@ -135,7 +137,7 @@ fn decode(text: &str) -> Option<String> {
         }
         let (digits, tail) = rest.split_at_checked(2)?;
         let digits = std::str::from_utf8(digits).ok()?;
-        // A sign is no digit.
+        // `from_str_radix` would accept a sign.
         let byte = u8::from_str_radix(digits, 16)
             .ok()
             .filter(|_| !digits.starts_with('+'))?;
@@ -148,7 +150,7 @@ fn decode(text: &str) -> Option<String> {
     String::from_utf8(bytes).ok()
 }
 
-/// The name to show for an export.
+/// The filename to show for an export.
 pub(super) fn show(address: &Address, export: &str) -> String {
     match address {
         Address::Unix(path) if export.is_empty() => format!("nbd+unix://?socket={path}"),

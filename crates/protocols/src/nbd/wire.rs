@@ -1,4 +1,4 @@
-//! The numbers of the protocol, and a cursor over bytes that a server sent.
+//! The constants of the protocol, and a cursor over bytes that a server sent.
 //!
 //! All of them are as in the NetworkBlockDevice project's `doc/proto.md`.
 
@@ -6,21 +6,21 @@ use diskimage_core::{Error, Result};
 
 /// The first eight bytes of every server, `NBDMAGIC`.
 pub(super) const INIT_MAGIC: u64 = 0x4e42_444d_4147_4943;
-/// What follows if options are to be haggled over, `IHAVEOPT`; also what every option begins with.
+/// The magic of newstyle negotiation, `IHAVEOPT`; also the magic of each option.
 pub(super) const OPTION_MAGIC: u64 = 0x4948_4156_454f_5054;
-/// What follows if there is only one export and no haggling.
+/// The magic of oldstyle negotiation: a single export without options.
 pub(super) const OLDSTYLE_MAGIC: u64 = 0x0000_4202_8186_1253;
-/// What the reply to an option begins with.
+/// The magic of a reply to an option.
 pub(super) const OPTION_REPLY_MAGIC: u64 = 0x0003_e889_0455_65a9;
-/// What a request begins with.
+/// The magic of a request.
 pub(super) const REQUEST_MAGIC: u32 = 0x2560_9513;
-/// What a request with 64-bit lengths begins with.
+/// The magic of a request with extended headers.
 pub(super) const EXTENDED_REQUEST_MAGIC: u32 = 0x21e4_1c71;
-/// What a reply without structure begins with.
+/// The magic of a simple reply.
 pub(super) const SIMPLE_REPLY_MAGIC: u32 = 0x6744_6698;
-/// What a chunk of a structured reply begins with.
+/// The magic of a chunk of a structured reply.
 pub(super) const CHUNK_MAGIC: u32 = 0x668e_33ef;
-/// What a chunk with 64-bit lengths begins with.
+/// The magic of a chunk with extended headers.
 pub(super) const EXTENDED_CHUNK_MAGIC: u32 = 0x6e8a_278c;
 
 /// Handshake flags of both sides.
@@ -29,7 +29,7 @@ pub(super) mod handshake {
     pub(in super::super) const NO_ZEROES: u16 = 1 << 1;
 }
 
-/// What an export can do.
+/// Transmission flags of an export.
 pub(super) mod export {
     pub(in super::super) const HAS_FLAGS: u16 = 1 << 0;
     pub(in super::super) const READ_ONLY: u16 = 1 << 1;
@@ -51,12 +51,12 @@ pub(super) mod option {
     pub(in super::super) const EXTENDED_HEADERS: u32 = 11;
 }
 
-/// Kinds of replies to options.
+/// Types of replies to options.
 pub(super) mod option_reply {
     pub(in super::super) const ACK: u32 = 1;
     pub(in super::super) const INFO: u32 = 3;
     pub(in super::super) const META_CONTEXT: u32 = 4;
-    /// The bit that all refusals have.
+    /// The bit of all error replies.
     pub(in super::super) const ERROR: u32 = 1 << 31;
     pub(in super::super) const ERR_UNSUP: u32 = ERROR | 1;
     pub(in super::super) const ERR_POLICY: u32 = ERROR | 2;
@@ -68,13 +68,13 @@ pub(super) mod option_reply {
     pub(in super::super) const ERR_BLOCK_SIZE_REQD: u32 = ERROR | 8;
 }
 
-/// Kinds of facts in an [`option_reply::INFO`].
+/// Types of information in an [`option_reply::INFO`].
 pub(super) mod info {
     pub(in super::super) const EXPORT: u16 = 0;
     pub(in super::super) const BLOCK_SIZE: u16 = 3;
 }
 
-/// Kinds of chunks.
+/// Types of chunks.
 pub(super) mod chunk {
     /// The flag of the last chunk.
     pub(in super::super) const DONE: u16 = 1 << 0;
@@ -83,7 +83,7 @@ pub(super) mod chunk {
     pub(in super::super) const OFFSET_HOLE: u16 = 2;
     pub(in super::super) const BLOCK_STATUS: u16 = 5;
     pub(in super::super) const BLOCK_STATUS_EXT: u16 = 6;
-    /// The bit that all errors have.
+    /// The bit of all error chunks.
     pub(in super::super) const ERROR: u16 = 1 << 15;
 }
 

@@ -1,5 +1,5 @@
 //! The system calls that no safe crate wraps: byte locks of open file descriptions, requests to block devices, and
-//! requests that the kernel takes from a queue.
+//! asynchronous I/O.
 #![expect(unsafe_code, reason = "the kernel reads and fills what pointers point to")]
 
 pub(crate) mod native;
@@ -15,7 +15,7 @@ pub(crate) fn lock_shared(fd: impl AsFd, byte: i64) -> io::Result<()> {
     set_lock(fd, byte, libc::F_RDLCK)
 }
 
-/// Gives up the lock on one byte.
+/// Releases the lock on one byte.
 pub(crate) fn unlock(fd: impl AsFd, byte: i64) -> io::Result<()> {
     set_lock(fd, byte, libc::F_UNLCK)
 }
@@ -36,7 +36,7 @@ fn set_lock(fd: impl AsFd, byte: i64, kind: i32) -> io::Result<()> {
 }
 
 fn one_byte(byte: i64, kind: i32) -> libc::flock {
-    // Both constants are single digits; libc declares them wider than the fields they are for.
+    // Both constants are single digits; libc declares them wider than the fields.
     let short = |value: i32| i16::try_from(value).unwrap_or(0);
     libc::flock {
         l_type: short(kind),
@@ -47,7 +47,7 @@ fn one_byte(byte: i64, kind: i32) -> libc::flock {
     }
 }
 
-/// Tells a block device that a range is no longer needed.
+/// Discards a range of a block device.
 pub(crate) fn block_discard(fd: impl AsFd, start: u64, len: u64) -> io::Result<()> {
     let range = [start, len];
     // SAFETY: BLKDISCARD reads two u64, which `range` holds.
@@ -61,7 +61,7 @@ pub(crate) fn block_zero(fd: impl AsFd, start: u64, len: u64) -> io::Result<()> 
     check(unsafe { libc::ioctl(fd.as_fd().as_raw_fd(), request(BLKZEROOUT), range.as_ptr()) })
 }
 
-/// Asks the file system to allocate the file in pieces of `bytes`.
+/// Asks the file system to allocate the file in extents of `bytes`.
 pub(crate) fn set_extent_size_hint(fd: impl AsFd, bytes: u32) -> io::Result<()> {
     let mut attributes = FsXattr::default();
     let raw = fd.as_fd().as_raw_fd();

@@ -1,7 +1,8 @@
-//! Requests by Linux's own asynchronous interface (`io_submit`): a context of the caller's own, one request at a time.
+//! Requests by Linux's asynchronous interface (`io_submit`): each caller has its own context, with one request at a
+//! time.
 //!
-//! The kernel reads and writes the caller's memory while a request is under way, so no method returns before the
-//! request is done or was never taken.
+//! The kernel reads and writes the caller's memory while a request is in flight, so no method returns before the
+//! request is complete or was not accepted.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
@@ -11,7 +12,7 @@ use std::os::fd::{AsFd, AsRawFd};
 pub(crate) struct Context(libc::c_ulong);
 
 impl Context {
-    /// Asks the kernel for a context, which it may refuse: it gives out a limited number.
+    /// Creates a context. The kernel limits their number.
     pub(crate) fn new() -> io::Result<Self> {
         let mut context: libc::c_ulong = 0;
         let requests: libc::c_uint = 1;
@@ -46,7 +47,7 @@ impl Context {
         unsafe { self.run(&Control::new(FDSYNC, &fd, 0, 0, 0)) }.map(drop)
     }
 
-    /// Has the kernel carry out one request, and waits for it.
+    /// Submits one request and waits for its completion.
     ///
     /// # Safety
     /// The memory that `control` points to is the caller's, exclusively where the kernel writes to it, until this
@@ -66,7 +67,7 @@ impl Context {
                     io::Error::from_raw_os_error(i32::try_from(-event.result).unwrap_or(libc::EIO))
                 });
             }
-            // Taken: the memory is the kernel's until it says that it is done.
+            // The kernel has accepted the request and uses the memory until it reports the completion.
             std::thread::yield_now();
         }
     }
@@ -74,12 +75,12 @@ impl Context {
 
 impl Drop for Context {
     fn drop(&mut self) {
-        // SAFETY: the context is this one's and nobody else's; no request is under way.
+        // SAFETY: the context is this one's and not shared; no request is in flight.
         let _ = unsafe { libc::syscall(libc::SYS_io_destroy, self.0) };
     }
 }
 
-/// `struct iocb` of `linux/aio_abi.h`, whose second and third fields change places with the order of bytes.
+/// `struct iocb` of `linux/aio_abi.h`, whose second and third fields are swapped on big-endian machines.
 #[repr(C)]
 struct Control {
     data: u64,
@@ -107,7 +108,7 @@ impl Control {
             file: fd.as_fd().as_raw_fd().unsigned_abs(),
             buf: buf as u64,
             len: len as u64,
-            // A negative one is refused by the kernel.
+            // The kernel refuses a negative offset.
             offset: i64::try_from(offset).unwrap_or(-1),
             reserved: 0,
             flags: 0,

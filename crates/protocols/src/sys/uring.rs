@@ -1,7 +1,7 @@
-//! Requests by io_uring: a ring of the caller's own, one request at a time.
+//! Requests by io_uring: each caller has its own ring, with one request at a time.
 //!
-//! The kernel reads and writes the caller's memory while a request is under way, so no method returns before the
-//! request is done or was never taken.
+//! The kernel reads and writes the caller's memory while a request is in flight, so no method returns before the
+//! request is complete or was not accepted.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
@@ -18,7 +18,7 @@ impl std::fmt::Debug for Ring {
 }
 
 impl Ring {
-    /// Asks the kernel for a ring, which it may refuse: it is old, or the system's rules forbid it.
+    /// Creates a ring. Old kernels do not support it, and system policies may forbid it.
     pub(crate) fn new() -> io::Result<Self> {
         IoUring::new(ENTRIES).map(Self)
     }
@@ -44,10 +44,11 @@ impl Ring {
         unsafe { self.run(&sync.build()) }.map(drop)
     }
 
-    /// Has the kernel carry out one request, and waits for it.
+    /// Submits one request and waits for its completion.
     ///
     /// # Safety
-    /// The memory that `entry` points to is the caller's, exclusively where the kernel writes to it, until this returns.
+    /// The memory that `entry` points to is the caller's, exclusively where the kernel writes to it, until this
+    /// returns.
     unsafe fn run(&mut self, entry: &squeue::Entry) -> io::Result<usize> {
         // SAFETY: the caller's promise.
         unsafe { self.0.submission().push(entry) }.map_err(|_| io::Error::from_raw_os_error(libc::EBUSY))?;
@@ -60,13 +61,13 @@ impl Ring {
             match outcome {
                 Err(error) if error.raw_os_error() != Some(libc::EINTR) => {
                     if !self.0.submission().is_empty() {
-                        // Not taken; with a new ring in place of this one it never will be.
+                        // Not accepted; dropping the ring makes sure that it never will be.
                         if let Ok(ring) = IoUring::new(ENTRIES) {
                             self.0 = ring;
                             return Err(error);
                         }
                     }
-                    // Taken: the memory is the kernel's until it says that it is done.
+                    // The kernel has accepted the request and uses the memory until it reports the completion.
                     std::thread::yield_now();
                 }
                 _ => {}
@@ -75,14 +76,14 @@ impl Ring {
     }
 }
 
-/// One request at a time, and room for the kernel's taste.
+/// One request at a time needs one entry; the second one is spare.
 const ENTRIES: u32 = 2;
 
 fn number(fd: &impl AsFd) -> Fd {
     Fd(fd.as_fd().as_raw_fd())
 }
 
-/// The kernel moves less than 2 GiB at once; callers go on where it stopped, in whole blocks.
+/// The kernel transfers less than 2 GiB at once; callers continue after that, in whole blocks.
 fn len_of(buf: &[u8]) -> u32 {
     const MOST: u32 = 1 << 30;
     u32::try_from(buf.len()).unwrap_or(MOST).min(MOST)

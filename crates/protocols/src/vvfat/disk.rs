@@ -1,4 +1,4 @@
-//! The disk: which bytes are where.
+//! The layout of the disk, and reading it.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -10,7 +10,7 @@ use super::entry::Label;
 use super::geometry::{CLUSTER, FatType, Sector};
 use super::tree::{ClusterRun, Content, Tree};
 
-/// A directory as a disk.
+/// A directory of the host as a disk.
 pub(super) struct Disk {
     node: Node,
     master_boot_record: Sector,
@@ -30,7 +30,7 @@ impl fmt::Debug for Disk {
 }
 
 impl Disk {
-    #[expect(clippy::needless_pass_by_value, reason = "nobody needs the label afterwards")]
+    #[expect(clippy::needless_pass_by_value, reason = "the label is not needed afterwards")]
     pub(super) fn new(node: Node, label: Label, tree: Tree, gate: Arc<dyn Gate>) -> Self {
         Self {
             node,
@@ -43,21 +43,22 @@ impl Disk {
         }
     }
 
-    /// Fills the start of `buf` with what is at `offset`; how many bytes that was, never none of an offset inside.
+    /// Fills the start of `buf` with the bytes at `offset`. Returns their number, which is not 0 for an offset inside
+    /// the disk.
     fn read_some(&self, buf: &mut [u8], offset: u64) -> Result<usize> {
         let geometry = &self.tree.geometry;
         let (boot_sector, fats, root) = (geometry.boot_sector(), geometry.fats(), geometry.root());
         if offset < boot_sector {
-            let len = room(buf, boot_sector - offset);
+            let len = clamp_len(buf, boot_sector - offset);
             fill(&mut buf[..len], &self.master_boot_record, offset);
             Ok(len)
         } else if offset < fats {
-            let len = room(buf, fats - offset);
+            let len = clamp_len(buf, fats - offset);
             fill(&mut buf[..len], &self.boot_sector, offset - boot_sector);
             Ok(len)
         } else if offset < root {
             let at = (offset - fats) % geometry.fat_len();
-            let len = room(buf, geometry.fat_len() - at);
+            let len = clamp_len(buf, geometry.fat_len() - at);
             for (at, byte) in (at..).zip(&mut buf[..len]) {
                 *byte = self.fat_byte(at);
             }
@@ -67,13 +68,13 @@ impl Disk {
         }
     }
 
-    /// The byte of a FAT at an offset.
+    /// The byte of a FAT at offset `at`.
     fn fat_byte(&self, at: u64) -> u8 {
         let entry = |index: u64| u32::try_from(index).map_or(0, |index| self.tree.fat_entry(index));
         let pick = |value: u32, at: u64| (value >> (8 * at)).to_le_bytes()[0];
         match self.tree.geometry.fat {
             FatType::Fat12 => {
-                // Two entries in three bytes.
+                // FAT12 packs two entries into three bytes.
                 let pair = at / 3 * 2;
                 pick(entry(pair) | (entry(pair + 1) << 12), at % 3)
             }
@@ -82,7 +83,7 @@ impl Disk {
         }
     }
 
-    /// The same as [`Disk::read_some`], from cluster 0 on.
+    /// As [`Disk::read_some`], with `offset` from the start of cluster 0.
     fn read_cluster(&self, buf: &mut [u8], offset: u64) -> Result<usize> {
         let cluster = u32::try_from(offset / CLUSTER).unwrap_or(u32::MAX);
         let Some((index, run)) = self.tree.run(cluster) else {
@@ -90,13 +91,13 @@ impl Disk {
             return Ok(buf.len());
         };
         let start = u64::from(run.begin) * CLUSTER;
-        let len = room(buf, u64::from(run.end) * CLUSTER - offset);
+        let len = clamp_len(buf, u64::from(run.end) * CLUSTER - offset);
         let (buf, at) = (&mut buf[..len], offset - start);
         match &run.content {
             Content::Directory(entries) => fill(buf, entries, at),
             Content::File { len, .. } => {
-                let there = room(buf, u64::from(*len).saturating_sub(at));
-                let (bytes, rest) = buf.split_at_mut(there);
+                let data_len = clamp_len(buf, u64::from(*len).saturating_sub(at));
+                let (bytes, rest) = buf.split_at_mut(data_len);
                 rest.fill(0);
                 if !bytes.is_empty() {
                     self.file(index, run)?.read_at(bytes, at)?;
@@ -106,7 +107,7 @@ impl Disk {
         Ok(len)
     }
 
-    /// The file of a run, opened unless it is open.
+    /// The file of a run, which is opened if it is not in the cache.
     fn file(&self, index: usize, run: &ClusterRun) -> Result<Arc<dyn Device>> {
         let Content::File { path, .. } = &run.content else {
             return Err(Error::invalid("A directory is no file"));
@@ -124,28 +125,28 @@ impl Disk {
     }
 }
 
-/// How many bytes of `buf` there are bytes for.
-fn room(buf: &[u8], bytes: u64) -> usize {
+/// The smaller one of the length of `buf` and `bytes`.
+fn clamp_len(buf: &[u8], bytes: u64) -> usize {
     usize::try_from(bytes).map_or(buf.len(), |bytes| bytes.min(buf.len()))
 }
 
-/// Fills `buf` with the bytes of `from` at an offset, and with zeroes after their end.
+/// Fills `buf` with the bytes of `from` from `offset` on, and with zeroes after their end.
 fn fill(buf: &mut [u8], from: &[u8], offset: u64) {
-    let there = usize::try_from(offset)
+    let source = usize::try_from(offset)
         .ok()
         .and_then(|at| from.get(at..))
         .unwrap_or(&[]);
-    let len = there.len().min(buf.len());
-    buf[..len].copy_from_slice(&there[..len]);
+    let len = source.len().min(buf.len());
+    buf[..len].copy_from_slice(&source[..len]);
     buf[len..].fill(0);
 }
 
-/// The files that were read last, by their runs.
+/// A cache of the files that were opened last, by the index of their run.
 #[derive(Debug, Default)]
 struct OpenFiles(Mutex<VecDeque<(usize, Arc<dyn Device>)>>);
 
 impl OpenFiles {
-    /// As many as there are workers.
+    /// The limit, which is the default number of requests in flight.
     const MOST: usize = 8;
 
     fn find(&self, run: usize) -> Option<Arc<dyn Device>> {

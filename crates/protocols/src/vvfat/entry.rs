@@ -1,8 +1,8 @@
-//! Entries of directories, as the disk has them.
+//! Directory entries in the format of the disk.
 
 use diskimage_core::{Error, Result};
 
-/// Bytes of an entry.
+/// The length of an entry in bytes.
 pub(super) const ENTRY: usize = 32;
 
 const DIRECTORY: u8 = 0x10;
@@ -10,14 +10,16 @@ const ARCHIVE: u8 = 0x20;
 const VOLUME_ID: u8 = 0x08;
 const LONG_NAME: u8 = 0x0f;
 
-/// The eleven characters of a name: eight, and three behind the dot that is not written.
+/// A name in 8.3 format: eight characters and three of the extension, without the dot.
 pub(super) type ShortName = [u8; 11];
 
-/// The volume's name, padded with blanks.
+/// The volume label, padded with spaces.
 #[derive(Clone, Debug)]
 pub(super) struct Label(ShortName);
 
 impl Label {
+    /// The label `given`, or the default one.
+    ///
     /// # Errors
     /// A name that is too long.
     pub(super) fn parse(given: Option<&str>) -> Result<Self> {
@@ -43,7 +45,7 @@ impl Label {
     }
 }
 
-/// A moment as a FAT writes it down.
+/// A FAT timestamp.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Stamp {
     date: u16,
@@ -51,7 +53,7 @@ pub(super) struct Stamp {
 }
 
 impl Stamp {
-    /// `seconds` since 1970 began, in local time. Years that a FAT does not have are counted on, modulo 128, as there.
+    /// `seconds` since 1970, in local time. Years outside of 1980 to 2107 wrap modulo 128, as in qemu-img.
     pub(super) fn new(seconds: i64) -> Self {
         let (days, second) = (seconds.div_euclid(86400), seconds.rem_euclid(86400));
         let (year, month, day) = civil(days);
@@ -62,9 +64,9 @@ impl Stamp {
     }
 }
 
-/// Year, month and day of a day counted from 1970-01-01, in the calendar of today.
+/// Year, month and day in the Gregorian calendar of a day counted from 1970-01-01.
 fn civil(days: i64) -> (i64, i64, i64) {
-    // Days from 0000-03-01 on: years that begin in March have their leap day at the end.
+    // Counted from 0000-03-01: in years that begin in March the leap day is the last one.
     let days = days + 719_468;
     let era = days.div_euclid(146_097);
     let of_era = days.rem_euclid(146_097);
@@ -85,7 +87,7 @@ fn low16(value: i64) -> u16 {
     u16::from_le_bytes([low, high])
 }
 
-/// When something changed, was written and was read.
+/// The timestamps of an entry.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Times {
     pub(super) created: Stamp,
@@ -93,7 +95,7 @@ pub(super) struct Times {
     pub(super) written: Stamp,
 }
 
-/// The entry of a file or directory whose clusters are not known yet.
+/// The entry of a file or directory, without its first cluster.
 pub(super) fn entry(name: ShortName, times: &Times, size: Option<u32>) -> [u8; ENTRY] {
     let mut entry = [0; ENTRY];
     let mut put = |at: usize, bytes: &[u8]| entry[at..at + bytes.len()].copy_from_slice(bytes);
@@ -108,14 +110,14 @@ pub(super) fn entry(name: ShortName, times: &Times, size: Option<u32>) -> [u8; E
     entry
 }
 
-/// Writes the first cluster into an entry.
+/// Sets the first cluster of an entry.
 pub(super) fn set_cluster(entry: &mut [u8], cluster: u32) {
     let [a, b, c, d] = cluster.to_le_bytes();
     entry[26..28].copy_from_slice(&[a, b]);
     entry[20..22].copy_from_slice(&[c, d]);
 }
 
-/// The entries of a long name, the last part first, as they stand in front of the entry of `short`.
+/// The entries of a long name, which precede the entry of `short`: the last part comes first.
 pub(super) fn long_name(name: &str, short: &ShortName) -> Vec<[u8; ENTRY]> {
     let units: Vec<u16> = name.encode_utf16().collect();
     let checksum = short
@@ -142,9 +144,9 @@ pub(super) fn long_name(name: &str, short: &ShortName) -> Vec<[u8; ENTRY]> {
     entries
 }
 
-/// UTF-16 units in an entry.
+/// The number of UTF-16 code units in an entry of a long name.
 const UNITS: usize = 13;
-/// Where they are.
+/// The offsets of these units.
 const UNIT_OFFSETS: [usize; UNITS] = [1, 3, 5, 7, 9, 14, 16, 18, 20, 22, 24, 28, 30];
 const LAST_PART: u8 = 0x40;
 
@@ -157,9 +159,9 @@ mod tests {
         (date, time)
     }
 
-    /// The original's entries for files with these dates.
+    /// The expected values are those that `qemu-img` gives files with these dates.
     #[test]
-    fn dates_are_those_of_the_original() {
+    fn dates_are_those_of_qemu_img() {
         assert_eq!(stamp(1), (0xec21, 0));
         assert_eq!(stamp(315_532_800), (0x0021, 0));
         assert_eq!(stamp(315_532_799), (0xff9f, 0xbf7d));

@@ -1,16 +1,16 @@
-//! The sizes of the disk, and what depends on nothing else: master boot record, boot sector, capacity.
+//! The geometry of the disk, and the structures that follow from it alone: master boot record, boot sector, capacity.
 
 use super::entry::Label;
 
 /// Bytes in a sector.
 pub(super) const SECTOR: u64 = 512;
-/// A sector in memory.
+/// The contents of a sector.
 pub(super) type Sector = [u8; 512];
 /// Sectors in a cluster, whatever the size of the disk.
 const SECTORS_PER_CLUSTER: u8 = 16;
 /// Bytes in a cluster.
 pub(super) const CLUSTER: u64 = SECTOR * SECTORS_PER_CLUSTER as u64;
-/// Entries that the root directory has room for, on FAT32 as well.
+/// The capacity of the root directory in entries, on FAT32 as well.
 pub(super) const ROOT_ENTRIES: u16 = 512;
 /// Sectors before the partition of a hard disk.
 const HIDDEN_SECTORS: u8 = 63;
@@ -29,7 +29,7 @@ pub(super) enum FatType {
 }
 
 impl FatType {
-    /// Bits of an entry, which is the type's name as well.
+    /// The bits of an entry, which are also in the name of the type.
     pub(super) fn bits(self) -> u64 {
         match self {
             Self::Fat12 => 12,
@@ -38,7 +38,7 @@ impl FatType {
         }
     }
 
-    /// What ends a chain of clusters.
+    /// The entry that ends a chain of clusters.
     pub(super) fn end_of_chain(self) -> u32 {
         match self {
             Self::Fat12 => 0xfff,
@@ -48,7 +48,7 @@ impl FatType {
     }
 }
 
-/// The sizes of one disk.
+/// The geometry of one disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Geometry {
     pub(super) fat: FatType,
@@ -76,7 +76,7 @@ impl Geometry {
         }
     }
 
-    /// Where no type is asked for, a floppy has FAT12 and the size that it has with wider entries.
+    /// The default: a hard disk with FAT16, or a 2.88 MB floppy with FAT12.
     pub(super) fn by_default(floppy: bool) -> Self {
         let geometry = Self::new(FatType::Fat16, floppy);
         if floppy {
@@ -89,12 +89,12 @@ impl Geometry {
         }
     }
 
-    /// Sectors of the whole disk.
+    /// The number of sectors of the disk.
     fn sectors(&self) -> u64 {
         u64::from(self.cylinders) * u64::from(self.heads) * u64::from(self.sectors_per_track)
     }
 
-    /// Bytes of the whole disk.
+    /// The length of the disk in bytes.
     pub(super) fn len(&self) -> u64 {
         self.sectors() * SECTOR
     }
@@ -107,7 +107,7 @@ impl Geometry {
         if self.floppy { 0xf0 } else { 0xf8 }
     }
 
-    /// What the FAT's first entry is.
+    /// The first entry of the FAT, which has the media descriptor.
     pub(super) fn media_entry(&self) -> u32 {
         (self.fat.end_of_chain() & !0xff) | u32::from(self.media())
     }
@@ -118,36 +118,36 @@ impl Geometry {
         u16::try_from(sectors).expect("the largest disk has 64512 clusters")
     }
 
-    /// Where the boot sector is.
+    /// The offset of the boot sector.
     pub(super) fn boot_sector(&self) -> u64 {
         u64::from(self.hidden_sectors()) * SECTOR
     }
 
-    /// Where the first FAT begins.
+    /// The offset of the first FAT.
     pub(super) fn fats(&self) -> u64 {
         self.boot_sector() + RESERVED_SECTORS * SECTOR
     }
 
-    /// Bytes of one FAT.
+    /// The length of one FAT in bytes.
     pub(super) fn fat_len(&self) -> u64 {
         u64::from(self.sectors_per_fat()) * SECTOR
     }
 
-    /// Where the root directory begins, which counts as cluster 0.
+    /// The offset of the root directory, which is cluster 0 here.
     pub(super) fn root(&self) -> u64 {
         self.fats() + u64::from(FATS) * self.fat_len()
     }
 
-    /// No cluster from this one on may be used. The original takes the hidden sectors off twice.
+    /// The first cluster that is not usable. As in qemu-img, the hidden sectors are subtracted twice.
     pub(super) fn end_cluster(&self) -> u32 {
         let root_end = self.root() + FIRST_DATA_CLUSTER * CLUSTER;
         let room = self.len() - root_end - self.boot_sector();
         u32::try_from(FIRST_DATA_CLUSTER + room / CLUSTER).expect("the largest disk has 64512 clusters")
     }
 
-    /// What is said of directories that need more.
+    /// The message for a directory that needs more clusters.
     pub(super) fn does_not_fit(&self) -> String {
-        // 2000 sectors are a megabyte, as on the labels of floppies.
+        // A megabyte is 2000 sectors here, as on floppy labels.
         let hundredths = (self.partition_sectors() * 100 + 1000) / 2000;
         format!(
             "Directory does not fit in FAT{} (capacity {}.{:02} MB)",
@@ -161,7 +161,7 @@ impl Geometry {
         self.sectors() - u64::from(self.hidden_sectors())
     }
 
-    /// The sector in front of a hard disk's partition.
+    /// The master boot record of a hard disk.
     pub(super) fn master_boot_record(&self) -> Sector {
         let mut sector = [0; 512];
         sector[0x1b8..0x1bc].copy_from_slice(&DISK_SIGNATURE.to_le_bytes());
@@ -173,7 +173,7 @@ impl Geometry {
             FatType::Fat32 => 0x0b,
         };
         let entry = &mut sector[0x1be..0x1ce];
-        // Active, and begins in the second track.
+        // Active, and starts at the second track.
         entry[..4].copy_from_slice(&[0x80, 1, 1, 0]);
         entry[4..8].copy_from_slice(&[
             kind,
@@ -191,7 +191,7 @@ impl Geometry {
         u32::try_from(self.partition_sectors()).expect("the largest disk has 1032192 sectors")
     }
 
-    /// The boot sector, which is that of FAT16 on FAT32 as well.
+    /// The boot sector. As in qemu-img, FAT32 has that of FAT16.
     pub(super) fn boot_sector_bytes(&self, label: &Label) -> Sector {
         let mut sector = [0; 512];
         let mut put = |at: usize, bytes: &[u8]| sector[at..at + bytes.len()].copy_from_slice(bytes);
@@ -231,9 +231,9 @@ const BOOT_SIGNATURE: [u8; 2] = [0x55, 0xaa];
 mod tests {
     use super::*;
 
-    /// Found by making a file longer until the original refused.
+    /// The expected values were found by extending a file until `qemu-img` refused it.
     #[test]
-    fn capacities_are_those_of_the_original() {
+    fn capacities_are_those_of_qemu_img() {
         let end = |fat, floppy| Geometry::new(fat, floppy).end_cluster();
         assert_eq!(end(FatType::Fat12, false), 4022);
         assert_eq!(end(FatType::Fat16, false), 64472);
@@ -245,7 +245,7 @@ mod tests {
     }
 
     #[test]
-    fn refusals_tell_the_capacity() {
+    fn the_error_has_the_capacity() {
         let said = |fat, floppy| Geometry::new(fat, floppy).does_not_fit();
         assert_eq!(
             said(FatType::Fat16, false),

@@ -1,4 +1,4 @@
-//! `vvfat`: a directory of the host as a disk with a FAT file system, made up while it is read.
+//! `vvfat`: a directory of the host as a disk with a FAT file system, which is computed on each read.
 //!
 //! ```text
 //!   sector 0       63                                            (a floppy begins with the boot sector)
@@ -7,10 +7,10 @@
 //!   └─────┴────────┴──────┴───────┴───────┴───────────┴────────────────┴────────────────
 //! ```
 //!
-//! Opening reads the directory and those below it, breadth first, and gives each of them and each file a run of
-//! clusters ([`tree`]). What is in memory is the entries of the directories, as the disk has them, and for each run where
-//! it begins; boot sector and FAT are computed, and the bytes of files are read when they are asked for ([`disk`]).
-//! Nothing is ever written. Structures are those of Microsoft's FAT specification (fatgen 1.03).
+//! Opening reads the directory and its subdirectories, breadth first, and allocates a run of clusters to each directory
+//! and file ([`tree`]). The directory entries in the format of the disk, and the start of each run, are kept in memory.
+//! Boot sector and FAT are computed and the contents of files read on each read of the disk ([`disk`]). The host
+//! directory is never written. Structures are those of Microsoft's FAT specification (fatgen 1.03).
 
 mod disk;
 mod entry;
@@ -56,7 +56,7 @@ impl Protocol for VvfatDriver {
         &["fat"]
     }
 
-    /// The words in front of the directory count wherever they are, as there.
+    /// As in qemu-img, the keywords before the directory are recognised anywhere in the name.
     fn parse(&self, name: &str) -> Result<NodeOptions> {
         if !name.starts_with("fat:") {
             return Err(Error::invalid("File name string must start with 'fat:'"));
@@ -139,7 +139,7 @@ impl Protocol for VvfatDriver {
     }
 }
 
-/// What follows the last colon; with the letter of a drive in front, if it looks like one.
+/// The text after the last colon, including a drive letter before that colon, if there is one.
 fn directory_of(name: &str) -> &str {
     let Some(colon) = name.rfind(':') else {
         return name;

@@ -1,4 +1,4 @@
-//! Short names: what becomes of a host's name in eight and three characters.
+//! Short names: names of the host converted to the 8.3 format.
 
 use std::collections::{HashMap, HashSet};
 
@@ -6,29 +6,29 @@ use diskimage_core::{Error, ErrorKind, Result};
 
 use super::entry::{Label, ShortName};
 
-/// The short names of one directory, no two of which are the same.
+/// The unique short names of one directory.
 #[derive(Debug, Default)]
 pub(super) struct ShortNames {
-    taken: HashSet<ShortName>,
-    /// For each name that was cut, the number to be tried next.
+    used: HashSet<ShortName>,
+    /// For each shortened name, the next number to try.
     next: HashMap<ShortName, u32>,
 }
 
 impl ShortNames {
-    /// The names of a directory with this label, which takes a name as well.
-    pub(super) fn beside(label: &Label) -> Self {
+    /// The names of the root directory, in which the label uses one name.
+    pub(super) fn with_label(label: &Label) -> Self {
         let mut names = Self::default();
-        names.taken.insert(*label.bytes());
+        names.used.insert(*label.bytes());
         names
     }
 
-    /// The name of the next entry: as it is if it fits and is free, else with a number at the end.
+    /// The short name of the next entry: unchanged if it fits and is unused, else with `~` and a number.
     ///
     /// # Errors
-    /// More names that are cut to the same than there are numbers.
+    /// More names with the same shortened form than there are numbers.
     pub(super) fn add(&mut self, name: &[u8]) -> Result<ShortName> {
-        let (cut, is_whole) = shorten(name);
-        if is_whole && self.taken.insert(cut) {
+        let (cut, is_unchanged) = shorten(name);
+        if is_unchanged && self.used.insert(cut) {
             return Ok(cut);
         }
         let number = self.next.entry(cut).or_insert(1);
@@ -41,17 +41,17 @@ impl ShortNames {
             }
             let short = with_number(cut, *number);
             *number += 1;
-            if self.taken.insert(short) {
+            if self.used.insert(short) {
                 return Ok(short);
             }
         }
     }
 }
 
-/// The largest number behind `~`, as the specification has it.
+/// The largest number after `~`, a limit of the specification.
 const MAX_NUMBER: u32 = 999_999;
 
-/// Puts `~` and a number behind the part before the dot, and over its end if that is needed.
+/// Appends `~` and a number to the part before the dot, and replaces its end if it is too long.
 fn with_number(mut name: ShortName, number: u32) -> ShortName {
     let tail = format!("~{number}");
     let length = name[..8].iter().take_while(|byte| **byte != b' ').count();
@@ -60,39 +60,39 @@ fn with_number(mut name: ShortName, number: u32) -> ShortName {
     name
 }
 
-/// Cuts a name to eight and three characters; also whether it lost nothing.
+/// Shortens a name to the 8.3 format. Also returns whether it is unchanged.
 fn shorten(name: &[u8]) -> (ShortName, bool) {
-    let mut is_whole = true;
+    let mut is_unchanged = true;
     let mut characters = Vec::with_capacity(name.len());
     let mut at = 0;
     while at < name.len() {
         let (character, len) = character(&name[at..]);
         match character.filter(|character| is_allowed(*character)) {
             Some(character) => characters.push(character.to_ascii_uppercase()),
-            None => is_whole = false,
+            None => is_unchanged = false,
         }
         at += len;
     }
     let dots = characters.iter().take_while(|byte| **byte == b'.').count();
-    is_whole &= dots == 0;
+    is_unchanged &= dots == 0;
     let characters = &characters[dots..];
     let first = characters.iter().position(|byte| *byte == b'.');
     let last = characters.iter().rposition(|byte| *byte == b'.');
     let base = &characters[..first.unwrap_or(characters.len())];
     let extension = last.map_or(&[][..], |last| &characters[last + 1..]);
     let mut short = [b' '; 11];
-    is_whole &= first == last && base.len() <= 8 && extension.len() <= 3;
+    is_unchanged &= first == last && base.len() <= 8 && extension.len() <= 3;
     for (slot, byte) in short[..8].iter_mut().zip(base) {
         *slot = *byte;
     }
     for (slot, byte) in short[8..].iter_mut().zip(extension) {
         *slot = *byte;
     }
-    (short, is_whole)
+    (short, is_unchanged)
 }
 
-/// The first character if it is of ASCII, and how many bytes to go on: where the name is not UTF-8, as many as its first
-/// byte speaks of, whatever they are.
+/// The first character if it is ASCII, and the number of bytes to advance. For other characters, and for invalid UTF-8,
+/// that is the length that the first byte announces.
 fn character(name: &[u8]) -> (Option<u8>, usize) {
     match name[0] {
         byte @ 0..0x80 => (Some(byte), 1),
@@ -105,7 +105,7 @@ fn character(name: &[u8]) -> (Option<u8>, usize) {
     }
 }
 
-/// Whether a short name may have the character; the dot between its parts included.
+/// Whether a short name may contain the character, or it is the dot.
 fn is_allowed(byte: u8) -> bool {
     byte.is_ascii_alphanumeric() || b"$%'-_@~`!(){}^#&.".contains(&byte)
 }
@@ -119,9 +119,9 @@ mod tests {
         String::from_utf8_lossy(&short).into_owned()
     }
 
-    /// What the original makes of them.
+    /// The expected names are those of `qemu-img`.
     #[test]
-    fn names_are_cut_as_by_the_original() {
+    fn names_are_shortened_as_in_qemu_img() {
         for (name, expected) in [
             ("abcdefgh.txt", "ABCDEFGHTXT"),
             ("abcdefghi.txt", "ABCDEF~1TXT"),
@@ -149,7 +149,7 @@ mod tests {
     }
 
     #[test]
-    fn names_that_are_taken_get_numbers() {
+    fn names_in_use_get_numbers() {
         let mut names = ShortNames::default();
         let mut add = |name: &str| {
             let short = names.add(name.as_bytes()).expect("has a number");

@@ -1,4 +1,4 @@
-//! The disk read back as a FAT file system.
+//! Tests that read the disk back as a FAT file system.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -19,14 +19,14 @@ use crate::file::File;
 use crate::name::Target;
 use crate::protocol::{Protocol, ProtocolRequest};
 
-/// Opens files and remembers their names, or refuses.
+/// A gate that opens files and records their names, or refuses.
 #[derive(Default)]
-struct Doorkeeper {
+struct RecordingGate {
     closed: bool,
     opened: Mutex<Vec<String>>,
 }
 
-impl Gate for Doorkeeper {
+impl Gate for RecordingGate {
     fn open(&self, reference: &Reference<'_>) -> Result<Arc<dyn Device>> {
         if self.closed {
             return Err(Error::new(ErrorKind::Denied, "closed"));
@@ -41,11 +41,11 @@ impl Gate for Doorkeeper {
     }
 }
 
-fn opened_by(doorkeeper: Doorkeeper) -> Arc<dyn Gate> {
-    Arc::new(doorkeeper)
+fn opened_by(gate: RecordingGate) -> Arc<dyn Gate> {
+    Arc::new(gate)
 }
 
-/// Opens a directory with these options beside.
+/// Opens a directory with these other options.
 fn open_with(
     dir: &Path,
     given: &[(&str, &str)],
@@ -70,7 +70,7 @@ fn open_with(
 }
 
 fn open(dir: &Path, given: &[(&str, &str)]) -> Result<Arc<dyn Device>> {
-    open_with(dir, given, &opened_by(Doorkeeper::default()), 16 << 20)
+    open_with(dir, given, &opened_by(RecordingGate::default()), 16 << 20)
 }
 
 fn refusal(dir: &Path, given: &[(&str, &str)]) -> (String, Option<Note>) {
@@ -78,7 +78,7 @@ fn refusal(dir: &Path, given: &[(&str, &str)]) -> (String, Option<Note>) {
     (error.chain(), error.preceding_note().cloned())
 }
 
-/// A FAT file system, read by its own boot sector alone.
+/// A FAT file system, parsed from its boot sector alone.
 struct Volume {
     device: Arc<dyn Device>,
     start: u64,
@@ -90,7 +90,7 @@ struct Volume {
 }
 
 impl Volume {
-    /// `bits` is how wide entries of the FAT are, `start` where the partition begins.
+    /// `bits` is the width of FAT entries, `start` the offset of the partition.
     fn new(device: Arc<dyn Device>, start: u64, bits: u64) -> Self {
         let mut boot = [0; 512];
         device.read_at(&mut boot, start).expect("reads");
@@ -131,7 +131,7 @@ impl Volume {
         (value < end).then_some(value)
     }
 
-    /// The clusters of a chain; `len` is how many bytes are known to be in it.
+    /// The contents of a chain of clusters; `len` is the known length.
     fn chain(&self, fat: &[u8], first: u64, len: usize) -> Vec<u8> {
         let mut bytes = Vec::new();
         let mut cluster = Some(first).filter(|first| *first != 0);
@@ -139,7 +139,7 @@ impl Volume {
             bytes.extend(self.bytes(self.root + self.root_len + at * 8192 - 2 * 8192, 8192));
             assert!(bytes.len() < 1 << 24, "a chain has no end");
             cluster = self.next(fat, at);
-            // As the original, the disk does not say how cluster 1 of FAT32 goes on.
+            // As in qemu-img, the FAT ends the chain at cluster 1 on FAT32.
             if at == 1 && bytes.len() < len {
                 cluster = Some(2);
             }
@@ -147,7 +147,7 @@ impl Volume {
         bytes
     }
 
-    /// The files, by their long names; directories have none.
+    /// The contents of files, by long name; `None` for directories.
     fn files(&self) -> BTreeMap<String, Option<Vec<u8>>> {
         let fat = self.bytes(self.fats, self.fat_len);
         assert_eq!(fat, self.bytes(self.fats + self.fat_len, self.fat_len));
@@ -196,7 +196,7 @@ impl Volume {
     }
 }
 
-/// What a directory of the host holds, in the same form.
+/// The contents of a directory of the host, in the same form.
 fn on_host(dir: &Path, above: &str, found: &mut BTreeMap<String, Option<Vec<u8>>>) {
     for entry in fs::read_dir(dir).expect("reads") {
         let entry = entry.expect("reads");
@@ -230,7 +230,7 @@ fn check(dir: &Path, floppy: bool, bits: u64) {
     assert_eq!(last, [0; 512]);
 }
 
-/// One thing in a tree: in which of the directories made before it is, its name, and its length unless it is one.
+/// One entry to create: the index of its parent directory, its name, and its length; a directory has none.
 type Step = (prop::sample::Index, String, Option<usize>);
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
@@ -251,7 +251,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 48, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn every_file_is_found_with_its_bytes(steps in steps(), floppy: bool, type_of in 0..3_usize) {
+    fn every_file_is_found_with_its_contents(steps in steps(), floppy: bool, type_of in 0..3_usize) {
         let root = TempDir::new().expect("makes a directory");
         let mut dirs = vec![root.path().to_owned()];
         for (number, (at, name, len)) in steps.into_iter().enumerate() {
@@ -275,7 +275,7 @@ proptest! {
 }
 
 #[test]
-fn large_directories_go_on_in_more_clusters() {
+fn large_directories_have_several_clusters() {
     let root = TempDir::new().expect("makes a directory");
     fs::create_dir(root.path().join("sub")).expect("makes a directory");
     for number in 0..600 {
@@ -285,7 +285,7 @@ fn large_directories_go_on_in_more_clusters() {
 }
 
 #[test]
-fn what_does_not_fit_is_refused() {
+fn directories_that_do_not_fit_are_refused() {
     let root = TempDir::new().expect("makes a directory");
     let file = root.path().join("a");
     let set_len = |len| {
@@ -352,9 +352,9 @@ fn links_are_followed_and_pipes_are_empty() {
     );
 }
 
-/// Links that lead around end where the system says so; what they make is bounded by the disk.
+/// Cyclic symbolic links end at the limit of the system; the capacity of the disk bounds the number of entries.
 #[test]
-fn directories_that_hold_themselves_end() {
+fn cyclic_links_end() {
     use std::os::unix::fs::symlink;
     let root = TempDir::new().expect("makes a directory");
     symlink(".", root.path().join("once")).expect("links");
@@ -363,7 +363,7 @@ fn directories_that_hold_themselves_end() {
     let error = open_with(
         root.path(),
         &[("floppy", "on")],
-        &opened_by(Doorkeeper::default()),
+        &opened_by(RecordingGate::default()),
         16 << 20,
     )
     .expect_err("would be more than there is room for");
@@ -371,10 +371,10 @@ fn directories_that_hold_themselves_end() {
 }
 
 #[test]
-fn memory_is_taken_from_the_budget() {
+fn memory_is_reserved_from_the_budget() {
     let root = TempDir::new().expect("makes a directory");
     fs::write(root.path().join("a"), "").expect("writes");
-    let gate = opened_by(Doorkeeper::default());
+    let gate = opened_by(RecordingGate::default());
     open_with(root.path(), &[], &gate, 1 << 20).expect("is enough");
     let error = open_with(root.path(), &[], &gate, 1 << 10).expect_err("is too little");
     assert_eq!(error.kind(), ErrorKind::Limit);
@@ -384,7 +384,7 @@ fn memory_is_taken_from_the_budget() {
 fn files_are_opened_through_the_gate_when_they_are_read() {
     let root = TempDir::new().expect("makes a directory");
     fs::write(root.path().join("a"), "bytes").expect("writes");
-    let gate = Arc::new(Doorkeeper::default());
+    let gate = Arc::new(RecordingGate::default());
     let device = open_with(root.path(), &[], &(Arc::clone(&gate) as Arc<dyn Gate>), 16 << 20).expect("opens");
     assert!(gate.opened.lock().expect("no panic").is_empty());
     Volume::new(device, 63 * 512, 16).files();
@@ -392,9 +392,9 @@ fn files_are_opened_through_the_gate_when_they_are_read() {
         *gate.opened.lock().expect("no panic"),
         [root.path().join("a").to_str().expect("is text")]
     );
-    let closed = opened_by(Doorkeeper {
+    let closed = opened_by(RecordingGate {
         closed: true,
-        ..Doorkeeper::default()
+        ..RecordingGate::default()
     });
     let device = open_with(root.path(), &[], &closed, 16 << 20).expect("opens");
     let first_data = device.len() - (1 << 20);
@@ -405,7 +405,7 @@ fn files_are_opened_through_the_gate_when_they_are_read() {
     assert_eq!(error.kind(), ErrorKind::Denied);
 }
 
-/// The original shows whatever was in its buffer before.
+/// `qemu-img` returns the old contents of its buffer instead.
 #[test]
 fn a_file_that_became_shorter_is_an_error() {
     let root = TempDir::new().expect("makes a directory");
@@ -417,7 +417,7 @@ fn a_file_that_became_shorter_is_an_error() {
 }
 
 #[test]
-fn names_are_taken_apart_as_by_the_original() {
+fn filenames_are_parsed_as_in_qemu_img() {
     let parsed = |name: &str| {
         let options = VVFAT.parse(name).expect("is a name");
         let shown = ["dir", "fat-type", "floppy", "rw"].map(|option| {

@@ -1,7 +1,12 @@
-//! The directories and files of the host, with the clusters that they are given.
+//! The directories and files of the host, and their clusters.
 //!
-//! Directories are read breadth first, in the host's order; each gives its clusters to itself and then, in the order of
-//! its entries, to what it holds. What comes up later has higher clusters, so that runs are in order.
+//! Directories are read breadth first, in the order of the host. Clusters are allocated in the order of the queue:
+//! first for a directory, later for its entries. So the runs are in ascending order.
+//!
+//! ```text
+//!   queue   root ─► a/  f  b/ ─► a/x  b/y ...        pop: read, allocate a run, write its start into the parent's entry
+//!   runs    [root][a/][f][b/][a/x][b/y] ...
+//! ```
 
 use std::collections::VecDeque;
 use std::fs::{self, Metadata};
@@ -15,7 +20,7 @@ use super::entry::{self, ENTRY, Label, Stamp, Times, long_name, set_cluster};
 use super::geometry::{CLUSTER, FatType, Geometry, ROOT_ENTRIES};
 use super::name::ShortNames;
 
-/// What is read, and into what.
+/// A scan of a directory, with its parameters.
 #[derive(Debug)]
 pub(super) struct DirectoryScan<'a> {
     pub(super) dir: &'a Path,
@@ -26,54 +31,54 @@ pub(super) struct DirectoryScan<'a> {
     pub(super) notes: Progress<'a>,
 }
 
-/// Everything that has clusters.
+/// All directories and files that have clusters.
 #[derive(Debug)]
 pub(super) struct Tree {
     pub(super) geometry: Geometry,
-    /// In the order of their clusters, with none left out between them.
+    /// In the order of their clusters, without gaps.
     runs: Vec<ClusterRun>,
-    /// The memory that they take.
+    /// The reserved memory.
     _claimed: Vec<Reservation>,
 }
 
-/// Neighbouring clusters of one directory or file.
+/// The contiguous clusters of one directory or file.
 #[derive(Debug)]
 pub(super) struct ClusterRun {
     pub(super) begin: u32,
-    /// The first cluster behind it.
+    /// The first cluster after the run.
     pub(super) end: u32,
     pub(super) content: Content,
 }
 
-/// What is in a run; after its end, zeroes.
+/// The contents of a run, followed by zeroes up to its end.
 #[derive(Debug)]
 pub(super) enum Content {
-    /// Entries.
+    /// The entries of a directory.
     Directory(Vec<u8>),
-    /// Bytes of a file of the host.
+    /// A file of the host.
     File { path: PathBuf, len: u32 },
 }
 
-/// What has been seen and has no clusters yet.
+/// A directory or file that has no clusters yet.
 struct QueuedEntry {
     path: PathBuf,
-    /// The run of the directory that it is in, and where in it its entry is; none for the root.
+    /// The run of the parent directory and the offset of the entry in it; `None` for the root.
     parent_entry: Option<(usize, usize)>,
     /// `None` for a directory.
     len: Option<u32>,
 }
 
-/// The entries of a directory, and where in them the entries are of what will have clusters.
+/// The entries of a directory, and the offsets of those that need clusters, with path and length.
 struct Listing {
     entries: Vec<u8>,
     children: Vec<(usize, PathBuf, Option<u32>)>,
 }
 
 impl Tree {
-    /// Reads a directory and all below it.
+    /// Reads a directory and its subdirectories.
     ///
     /// # Errors
-    /// Directories that cannot be read, more than the disk has room for, and more than there may be memory for.
+    /// Directories that cannot be read, more data than fits the disk, and more than the memory budget.
     pub(super) fn read(scan: &DirectoryScan<'_>) -> Result<Self> {
         let geometry = scan.geometry;
         let mut claim = MemoryClaim::new(scan.budget);
@@ -105,13 +110,13 @@ impl Tree {
             };
             let bytes = match &content {
                 Content::File { len, .. } => u64::from(*len),
-                // That of the root is of a fixed size, but on FAT32.
+                // The root directory has a fixed size, except on FAT32.
                 Content::Directory(_) if parent_entry.is_none() && geometry.fat != FatType::Fat32 => {
                     2 * CLUSTER
                 }
                 Content::Directory(entries) => entries.len() as u64,
             };
-            // What waits takes a cluster at least, so that no more waits than there is room for.
+            // Each queued entry needs at least one cluster: this bounds the queue.
             let end = u32::try_from(bytes.div_ceil(CLUSTER))
                 .ok()
                 .and_then(|clusters| begin.checked_add(clusters))
@@ -129,17 +134,17 @@ impl Tree {
         })
     }
 
-    /// The run that a cluster is in.
+    /// The run of a cluster, and its index.
     pub(super) fn run(&self, cluster: u32) -> Option<(usize, &ClusterRun)> {
         let index = self.runs.partition_point(|run| run.end <= cluster);
         Some((index, self.runs.get(index)?))
     }
 
-    /// The cluster that follows one, as the FAT has it.
+    /// The FAT entry of a cluster.
     pub(super) fn fat_entry(&self, cluster: u32) -> u32 {
         match cluster {
             0 => return self.geometry.media_entry(),
-            // On FAT32 this is a cluster that can have a next one, which the original forgets.
+            // On FAT32 cluster 1 can belong to the root directory; qemu-img ends the chain all the same.
             1 => return self.geometry.fat.end_of_chain(),
             _ => {}
         }
@@ -151,7 +156,7 @@ impl Tree {
     }
 }
 
-/// Writes the first cluster of a run where it is spoken of: into its entry, and if it is a directory, into that itself.
+/// Writes the first cluster of a run into its entry in the parent directory and, for a directory, into `.` and `..`.
 fn link(runs: &mut [ClusterRun], index: usize, parent: usize, at: usize) {
     let begin = runs[index].begin;
     let parent_begin = runs[parent].begin;
@@ -173,11 +178,11 @@ impl DirectoryScan<'_> {
         let mut names = ShortNames::default();
         let mut entries = Vec::new();
         if is_root {
-            names = ShortNames::beside(self.label);
+            names = ShortNames::with_label(self.label);
             entries.extend(self.label.entry());
         } else {
             for dots in [".", ".."] {
-                // As there, one that cannot be looked at is written down nonetheless.
+                // As in qemu-img, a failed stat does not omit the entry.
                 let times = fs::metadata(path.join(dots))
                     .map_or_else(|_| self.times_of(None), |metadata| self.times_of(Some(&metadata)));
                 let mut name = [b' '; 11];
@@ -190,12 +195,12 @@ impl DirectoryScan<'_> {
             let found = found.map_err(|_| Error::new(ErrorKind::Io, unreadable()))?;
             let name = found.file_name();
             let file = path.join(&name);
-            // Links are followed. What leads nowhere, or is too deep, is left out.
+            // Symbolic links are followed. Dangling and too deeply nested ones are omitted.
             let Ok(metadata) = fs::metadata(&file) else {
                 continue;
             };
             let is_directory = metadata.is_dir();
-            // Others than files have no bytes here, so that nobody ever waits for a pipe.
+            // Only regular files have contents: reading a pipe could block.
             let len = if metadata.is_file() { metadata.len() } else { 0 };
             let Some(len) = u32::try_from(len).ok().filter(|len| *len <= MAX_FILE) else {
                 return Err(Error::new(ErrorKind::NoSpace, unreadable())
@@ -243,16 +248,16 @@ impl DirectoryScan<'_> {
     }
 }
 
-/// The largest file, which is the original's limit; a FAT could have twice as much.
+/// The limit of `qemu-img` for the length of a file; a FAT allows twice as much.
 const MAX_FILE: u32 = 0x7fff_ffff;
 
-/// The most that the entries of one directory may take: as much as any disk that they could be on has.
+/// The limit of the entries of one directory in bytes: the size of the largest disk.
 const MAX_DIRECTORY: usize = 504 << 20;
 
-/// What an entry takes beside its names: the entry itself, the short name noted twice, and its parent_entry in the queue.
+/// The memory for an entry besides its names: the entry, the short name in two tables, and the queue.
 const PER_ENTRY: usize = 256;
 
-/// Memory for what is found in directories, taken in larger pieces than it is needed in.
+/// Memory for directory entries, reserved from the budget in large chunks.
 struct MemoryClaim<'a> {
     budget: &'a Budget,
     taken: Vec<Reservation>,

@@ -1,4 +1,4 @@
-//! Files with rules: sections of lines `name = "value"`.
+//! Config files: sections of lines `name = "value"`.
 //!
 //! ```text
 //!   # the second write fails
@@ -11,13 +11,13 @@ use diskimage_core::{Device, Error, ErrorKind, NodeOptions, Result, ResultExt, t
 
 use super::rules::{Rules, SECTIONS};
 
-/// Longer files are no files of rules.
+/// The limit of the length of a config file.
 const MAX_LEN: u64 = 1 << 20;
 
 /// Adds the rules of `file` to `rules`.
 ///
 /// # Errors
-/// Lines that are no rules, and rules that make no sense.
+/// Invalid lines, and invalid rules.
 pub(super) fn read(file: &dyn Device, rules: &Rules) -> Result<()> {
     if file.len() > MAX_LEN {
         return Err(Error::new(
@@ -76,7 +76,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_rule_is_refused() {
+    fn invalid_rules_are_refused() {
         for (text, message) in [
             ("event = \"x\"", "no group defined"),
             ("[foo]", "There is no option group 'foo'"),

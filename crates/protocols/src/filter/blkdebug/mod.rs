@@ -1,4 +1,4 @@
-//! `blkdebug`: requests that fail on purpose, and limits that devices have elsewhere.
+//! `blkdebug`: injects errors into requests, and simulates the limits of other devices.
 //!
 //! Source: QEMU's `docs/devel/testing/blkdebug.rst` and `BlockdevOptionsBlkdebug` in its reference of QMP.
 
@@ -48,7 +48,7 @@ impl Filter for Blkdebug {
         &["blkdebug"]
     }
 
-    /// `blkdebug:CONFIG:IMAGE`, in which the first may be empty.
+    /// `blkdebug:CONFIG:IMAGE`; `CONFIG` may be empty.
     fn parse(&self, name: &str) -> Result<NodeOptions> {
         let words = name.split_once(':').and_then(|(_, rest)| rest.split_once(':'));
         let (config, image) =
@@ -102,7 +102,7 @@ impl Filter for Blkdebug {
     }
 }
 
-/// What requests have to be like.
+/// The simulated limits of requests.
 #[derive(Debug)]
 struct Constraints {
     limits: Limits,
@@ -151,13 +151,13 @@ impl Constraints {
         })
     }
 
-    /// No more of `range` than `most`, unless that is 0.
+    /// The first `most` bytes of `range`; all of it if `most` is 0.
     fn limit(range: ByteRange, most: u64) -> ByteRange {
         if most == 0 { range } else { range.first(most) }
     }
 }
 
-/// What the filter does with the node below and lets nobody else do, beyond what it is used for.
+/// The permissions that the filter takes on its child and does not share, in addition to those of its own users.
 #[derive(Clone, Copy, Debug, Default)]
 struct ChildPermissions {
     take: [bool; 4],

@@ -1,8 +1,8 @@
 //! Rules: which request fails, and when.
 //!
-//! Drivers tell what they are about to do; rules for that event and the current state become the active ones in place of
-//! those before. The first active rule that a request matches has it fail. `set-state` rules change the state after all
-//! rules have been looked at. Rules for `none` are active from the start.
+//! Drivers announce the steps that they are about to take as events. The rules for an event and the current state
+//! replace the active ones. A request fails if it matches an active rule; the first one counts. `set-state` rules
+//! change the state after all rules have been matched. Rules for the event `none` are active from the start.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -15,7 +15,7 @@ pub(super) const SECTIONS: [&str; 2] = [INJECT_ERROR, SET_STATE];
 const INJECT_ERROR: &str = "inject-error";
 const SET_STATE: &str = "set-state";
 
-/// Every event that a driver of the original can tell; rules for those that no driver here tells never come to be active.
+/// All events of QEMU. Rules for those that no driver here announces never become active.
 const EVENTS: &[&str] = &[
     "l1_update",
     "l1_grow_alloc_table",
@@ -70,7 +70,7 @@ const EVENTS: &[&str] = &[
 /// The event of rules that are active from the start.
 const NONE: &str = "none";
 
-/// Kinds of requests.
+/// The types of requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Request {
     Read,
@@ -122,7 +122,7 @@ struct Rule {
 #[derive(Clone, Debug)]
 enum Action {
     InjectError {
-        /// All but questions about status if not given.
+        /// All except `block-status` if not given.
         request: Option<Request>,
         errno: i32,
         sector: Option<u64>,
@@ -131,16 +131,16 @@ enum Action {
     SetState(u64),
 }
 
-/// The rules of a node, and where it stands with them.
+/// The rules of a node, and their state.
 #[derive(Debug)]
 pub(super) struct Rules(Mutex<RuleState>);
 
 #[derive(Debug)]
 struct RuleState {
     rules: Vec<Rule>,
-    /// Those that requests are held against, by their places in `rules`.
+    /// The active ones, as indices into `rules`.
     active: Vec<usize>,
-    /// Those that were for once and have been used.
+    /// The `once` rules that have been used, as indices into `rules`.
     spent: Vec<usize>,
     state: u64,
 }
@@ -162,7 +162,7 @@ impl Rules {
     /// Takes the rules out of a node's options: `inject-error.0.event` and so on.
     ///
     /// # Errors
-    /// Rules that make no sense.
+    /// Invalid rules.
     pub(super) fn take(&self, options: &mut NodeOptions) -> Result<()> {
         for section in SECTIONS {
             let mut list = options.take_node(section);
@@ -182,10 +182,10 @@ impl Rules {
         Ok(())
     }
 
-    /// Adds a rule of `section` with these options; `unknown` makes the error for one that no rule has.
+    /// Adds a rule of `section` with these options; `unknown` returns the error for an unsupported option.
     ///
     /// # Errors
-    /// A rule that makes no sense.
+    /// An invalid rule.
     pub(super) fn add(
         &self,
         section: &str,
@@ -208,7 +208,7 @@ impl Rules {
             Action::InjectError {
                 request: values.text("iotype").map(Request::from_name).transpose()?,
                 errno: i32::try_from(number("errno")).unwrap_or(errno::EIO),
-                // Counted down from 2^64 it stands for any.
+                // A negative number means any sector.
                 sector: values
                     .number("sector")
                     .filter(|sector| i64::try_from(*sector).is_ok()),
@@ -225,12 +225,12 @@ impl Rules {
         Ok(())
     }
 
-    /// Lets the rules be active that are from the start.
+    /// Activates the rules for the event `none`.
     pub(super) fn start(&self) {
         self.handle_event(NONE);
     }
 
-    /// Learns what a driver is about to do.
+    /// Activates the rules for an event and changes the state.
     pub(super) fn handle_event(&self, event: &str) {
         let mut inner = self.lock();
         let inner = &mut *inner;
@@ -252,10 +252,10 @@ impl Rules {
         inner.state = state;
     }
 
-    /// Has a request about `range` fail if a rule says so.
+    /// Fails a request for `range` if it matches an active rule.
     ///
     /// # Errors
-    /// The rule's.
+    /// The error number of the rule.
     pub(super) fn check(&self, kind: Request, range: ByteRange) -> Result<()> {
         let mut inner = self.lock();
         let matching = inner.active.iter().copied().find(|at| {
@@ -312,7 +312,7 @@ mod tests {
     }
 
     #[test]
-    fn rules_stay_active_until_others_take_their_place() {
+    fn rules_stay_active_until_others_replace_them() {
         let rules = rules(
             "inject-error.0.event=l2_load,inject-error.0.sector=7,inject-error.1.event=cow_read,inject-error.1.sector=9",
         );
@@ -329,7 +329,7 @@ mod tests {
     }
 
     #[test]
-    fn rules_for_once_are_spent() {
+    fn once_rules_fail_one_request() {
         let rules = rules(
             "inject-error.0.event=read_aio,inject-error.0.sector=1,\
              inject-error.1.event=read_aio,inject-error.1.errno=28,inject-error.1.once=on",
@@ -342,7 +342,7 @@ mod tests {
     }
 
     #[test]
-    fn states_change_after_the_rules_were_looked_at() {
+    fn states_change_after_all_rules_have_been_matched() {
         let rules = rules(
             "inject-error.0.event=read_aio,inject-error.0.state=2,set-state.0.event=read_aio,set-state.0.new_state=2",
         );
@@ -353,7 +353,7 @@ mod tests {
     }
 
     #[test]
-    fn status_fails_only_where_it_is_named() {
+    fn status_fails_only_if_the_rule_names_it() {
         let any = rules("inject-error.0.event=none");
         assert!(any.check(Request::BlockStatus, ByteRange::at(0, 512)).is_ok());
         assert!(any.check(Request::Flush, ByteRange::at(0, 0)).is_err());

@@ -1,4 +1,4 @@
-//! The client with a server that behaves.
+//! Tests of the client with a conforming server.
 
 use std::thread;
 use std::time::Duration;
@@ -7,7 +7,7 @@ use diskimage_core::{ByteRange, Device, ExtentKind, Preallocation, StatusDetail,
 
 use super::server::{Behaviour, Rule, Server};
 
-fn all_forms() -> [Behaviour; 3] {
+fn all_reply_modes() -> [Behaviour; 3] {
     let extended = Behaviour::default();
     let structured = Behaviour {
         extended: false,
@@ -21,8 +21,8 @@ fn all_forms() -> [Behaviour; 3] {
 }
 
 #[test]
-fn what_is_written_is_read_in_every_form() {
-    for behaviour in all_forms() {
+fn written_data_is_read_back_in_every_reply_mode() {
+    for behaviour in all_reply_modes() {
         let server = Server::start(behaviour);
         let device = server.open().unwrap();
         let bytes: Vec<u8> = (0..300_000_u32).map(|n| n.to_le_bytes()[1]).collect();
@@ -43,7 +43,7 @@ fn what_is_written_is_read_in_every_form() {
 }
 
 #[test]
-fn blocks_are_read_to_write_a_part_of_them() {
+fn partial_writes_read_the_block_first() {
     let server = Server::start(Behaviour {
         min_block: 4096,
         ..Behaviour::default()
@@ -61,13 +61,13 @@ fn blocks_are_read_to_write_a_part_of_them() {
     let mut part = [0; 10];
     device.read_at(&mut part, 95).unwrap();
     assert_eq!(part, [1, 1, 1, 1, 1, 2, 2, 2, 2, 2]);
-    // Only whole blocks can be given up.
+    // Only whole blocks can be discarded.
     device.discard(ByteRange::at(1, 4096)).unwrap();
     assert!(server.bytes()[..100] == expected[..100]);
 }
 
 #[test]
-fn parts_of_one_block_do_not_get_lost_between_threads() {
+fn partial_writes_of_one_block_by_several_threads_are_all_kept() {
     let server = Server::start(Behaviour {
         min_block: 4096,
         ..Behaviour::default()
@@ -92,8 +92,8 @@ fn parts_of_one_block_do_not_get_lost_between_threads() {
 }
 
 #[test]
-fn status_is_asked_for_once_and_forgotten_with_a_write() {
-    for behaviour in &all_forms()[..2] {
+fn status_is_cached_until_a_write() {
+    for behaviour in &all_reply_modes()[..2] {
         let server = Server::start(behaviour.clone());
         let device = server.open().unwrap();
         device.write_at(&[1; 4096], 8192).unwrap();
@@ -122,7 +122,7 @@ fn status_is_asked_for_once_and_forgotten_with_a_write() {
 
 #[test]
 fn without_block_status_everything_is_data() {
-    let [_, _, simple] = all_forms();
+    let [_, _, simple] = all_reply_modes();
     let server = Server::start(simple);
     let device = server.open().unwrap();
     let extent = device
@@ -132,7 +132,7 @@ fn without_block_status_everything_is_data() {
 }
 
 #[test]
-fn fast_zeroes_are_fast_or_none() {
+fn fast_zeroes_are_fast_or_fail() {
     let without = Behaviour {
         flags: Behaviour::default().flags & !(1 << 11),
         ..Behaviour::default()
@@ -155,7 +155,7 @@ fn fast_zeroes_are_fast_or_none() {
 }
 
 #[test]
-fn zeroes_are_written_where_the_server_has_no_request_for_them() {
+fn zeroes_are_written_as_bytes_if_the_server_has_no_command_for_them() {
     let server = Server::start(Behaviour {
         flags: 1,
         ..Behaviour::default()
@@ -172,7 +172,7 @@ fn zeroes_are_written_where_the_server_has_no_request_for_them() {
 }
 
 #[test]
-fn an_export_keeps_its_length_and_its_bounds() {
+fn an_export_has_a_fixed_length_and_checks_bounds() {
     let server = Server::start(Behaviour::default());
     let device = server.open().unwrap();
     device.resize(1 << 20, Preallocation::Off).unwrap();
@@ -184,7 +184,7 @@ fn an_export_keeps_its_length_and_its_bounds() {
 }
 
 #[test]
-fn what_is_left_of_the_last_block_is_read_and_written() {
+fn a_partial_last_block_is_read_and_written() {
     for (len, min_block) in [(10_000, 512), (5000, 1 << 16), (5000, 4096), (100, 1 << 16)] {
         let server = Server::start(Behaviour {
             len,
@@ -220,7 +220,7 @@ fn what_is_left_of_the_last_block_is_read_and_written() {
 }
 
 #[test]
-fn a_server_that_does_not_read_the_rest_of_the_last_block_fails_the_request() {
+fn a_server_that_refuses_a_partial_last_block_fails_the_request() {
     let server = Server::start(Behaviour {
         len: 5000,
         min_block: 4096,
@@ -277,7 +277,7 @@ fn many_threads_share_connections_that_are_made_as_needed() {
 }
 
 #[test]
-fn a_server_that_takes_no_second_connection_is_no_trouble() {
+fn a_server_that_refuses_a_second_connection_still_works() {
     let server = Server::start(Behaviour {
         rule: Some(Rule::OnlyOne),
         ..Behaviour::default()
@@ -288,7 +288,7 @@ fn a_server_that_takes_no_second_connection_is_no_trouble() {
 }
 
 #[test]
-fn a_connection_that_was_lost_comes_back_if_that_is_wanted() {
+fn a_lost_connection_is_replaced_if_reconnect_delay_is_set() {
     let server = Server::start(Behaviour {
         rule: Some(Rule::VanishAt(1)),
         ..Behaviour::default()
@@ -303,7 +303,7 @@ fn a_connection_that_was_lost_comes_back_if_that_is_wanted() {
 }
 
 #[test]
-fn opening_waits_for_a_server_to_come() {
+fn opening_retries_until_the_server_listens() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("s");
     let mut options = diskimage_core::NodeOptions::new();

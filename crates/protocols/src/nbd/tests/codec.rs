@@ -1,4 +1,4 @@
-//! The codec, in both directions, on byte strings.
+//! Tests of the codec in both directions, on byte strings.
 
 use diskimage_core::{ByteRange, NodeOptions};
 
@@ -8,7 +8,7 @@ use super::super::reply::{Assembly, Head, HeadKind, Outcome, StatusExtent, Step}
 use super::super::request::{Command, encode};
 use super::super::uri;
 
-/// Bytes from words: numbers in hex, `|` and blanks for reading only.
+/// Bytes from text: numbers in hex; `|` and spaces are ignored.
 fn bytes(text: &str) -> Vec<u8> {
     let digits: Vec<u8> = text.bytes().filter(u8::is_ascii_hexdigit).collect();
     digits
@@ -28,7 +28,7 @@ fn client_options(export: &str) -> ClientOptions {
     }
 }
 
-/// Feeds a server's words; all that the client said, and how it ended.
+/// Feeds the messages of a server. Returns all bytes that the client sent, and the outcome.
 fn talk(client_options: ClientOptions, server: &str) -> (Vec<u8>, Result<Option<Export>, String>) {
     let mut handshake = Handshake::new(client_options);
     let server = bytes(server);
@@ -56,7 +56,7 @@ fn talk(client_options: ClientOptions, server: &str) -> (Vec<u8>, Result<Option<
 }
 
 #[test]
-fn everything_that_a_server_offers_is_taken() {
+fn every_feature_of_a_server_is_negotiated() {
     let server = format!(
         "{HELLO} 0003
          {REPLY} 0000000b 00000001 00000000
@@ -89,7 +89,7 @@ fn everything_that_a_server_offers_is_taken() {
 }
 
 #[test]
-fn a_server_that_knows_only_names_is_asked_for_one() {
+fn a_server_without_go_gets_export_name() {
     let refuse = |option: &str| format!("{REPLY} {option} 80000001 00000000");
     let server = format!(
         "{HELLO} 0001 {} {} {} 0000000000000200 0003 {}",
@@ -107,7 +107,7 @@ fn a_server_that_knows_only_names_is_asked_for_one() {
 }
 
 #[test]
-fn old_servers_have_one_export_without_a_name() {
+fn oldstyle_servers_have_one_unnamed_export() {
     let server = format!(
         "4e42444d41474943 0000420281861253 0000000000000200 00000003 {}",
         "00".repeat(124)
@@ -122,7 +122,7 @@ fn old_servers_have_one_export_without_a_name() {
 }
 
 #[test]
-fn encryption_comes_first_or_not_at_all() {
+fn starttls_is_the_first_option() {
     let secret = ClientOptions {
         tls: true,
         ..client_options("")
@@ -158,7 +158,7 @@ fn encryption_comes_first_or_not_at_all() {
 }
 
 #[test]
-fn servers_that_make_no_sense_are_refused() {
+fn invalid_servers_are_refused() {
     let no_more =
         format!("{HELLO} 0003 {REPLY} 0000000b 80000001 00000000 {REPLY} 00000008 80000001 00000000");
     for (server, message) in [
@@ -217,7 +217,7 @@ fn servers_that_make_no_sense_are_refused() {
 }
 
 #[test]
-fn a_server_that_answers_without_end_is_cut_off() {
+fn endless_option_replies_are_an_error() {
     let info = format!("{REPLY} 00000007 00000003 00000002 0001");
     let server = format!(
         "{HELLO} 0003 {REPLY} 0000000b 80000001 00000000 {REPLY} 00000008 80000001 00000000 {}",
@@ -230,7 +230,7 @@ fn a_server_that_answers_without_end_is_cut_off() {
 }
 
 #[test]
-fn requests_have_two_forms() {
+fn requests_have_two_encodings() {
     let range = ByteRange::at(0x1000, 0x200);
     let request = |reply_mode, command| encode(reply_mode, command, 5, range);
     assert_eq!(
@@ -252,7 +252,7 @@ fn requests_have_two_forms() {
 }
 
 #[test]
-fn heads_are_read_in_all_forms() {
+fn heads_are_parsed_in_all_reply_modes() {
     let head = |reply_mode, text: &str| {
         let head = bytes(text);
         assert_eq!(Head::len_of(&head[..16], reply_mode).unwrap(), head.len());
@@ -305,7 +305,7 @@ fn reading(len: u64) -> Assembly {
 }
 
 #[test]
-fn data_comes_in_any_order() {
+fn data_is_accepted_in_any_order() {
     let mut assembly = reading(10);
     assembly.destination(105, 3).unwrap().copy_from_slice(b"fgh");
     assembly.chunk(2, &bytes("0000000000000064 00000002")).unwrap();
@@ -315,7 +315,7 @@ fn data_comes_in_any_order() {
 }
 
 #[test]
-fn data_that_is_missing_or_comes_twice_or_from_elsewhere_is_none() {
+fn missing_duplicate_and_foreign_data_are_errors() {
     let mut assembly = reading(10);
     assembly.destination(100, 5).unwrap();
     assert!(matches!(assembly.finish(), Outcome::Broken(5, _)));
@@ -341,7 +341,7 @@ fn data_that_is_missing_or_comes_twice_or_from_elsewhere_is_none() {
 }
 
 #[test]
-fn pieces_are_limited() {
+fn out_of_order_ranges_are_limited() {
     let mut assembly = reading(100_000);
     let outcome = (0..50_000).try_for_each(|at| assembly.destination(100 + 2 * at, 1).map(|_| ()));
     assert!(outcome.is_err());
@@ -369,7 +369,7 @@ fn errors_are_those_of_the_protocol() {
 }
 
 #[test]
-fn status_is_cut_off_at_what_was_asked_for() {
+fn status_is_cut_at_the_end_of_the_request() {
     let asking = |reply_mode| {
         Assembly::new(
             Command::BlockStatus,

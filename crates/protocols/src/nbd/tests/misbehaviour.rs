@@ -1,4 +1,5 @@
-//! The client with servers that fail, go away, or talk rubbish: every request ends, and with an error where it should.
+//! Tests of the client with servers that fail, disconnect, or send garbage: every request ends, with an error where it
+//! should.
 
 use std::sync::mpsc::channel;
 use std::thread;
@@ -8,10 +9,10 @@ use diskimage_core::{ByteRange, Device, Result, StatusDetail, ZeroMode};
 
 use super::server::{Behaviour, Rule, Server};
 
-/// Longer than anything takes that does not hang.
+/// A request that takes longer hangs.
 const LIMIT: Duration = Duration::from_secs(30);
 
-/// One of each kind of request; how many succeeded.
+/// Sends one request of each kind. Returns how many succeeded.
 fn exercise(device: &dyn Device) -> usize {
     let mut buf = vec![0; 100_000];
     let results: [Result<()>; 6] = [
@@ -27,7 +28,7 @@ fn exercise(device: &dyn Device) -> usize {
     results.iter().filter(|result| result.is_ok()).count()
 }
 
-/// Runs the requests with a server of this behaviour; how many succeeded, and how many the server saw.
+/// Runs the requests with a server of this behaviour. Returns how many succeeded, and how many the server received.
 fn outcome(behaviour: Behaviour) -> (usize, usize) {
     let (told, heard) = channel();
     thread::spawn(move || {
@@ -51,18 +52,18 @@ fn forms() -> [Behaviour; 2] {
     [extended, structured]
 }
 
-/// Two for the write, two for the read, and one for each other.
+/// Requests of one run: two for the write, two for the read, and one for each other.
 const REQUESTS: usize = 8;
 
 #[test]
-fn all_is_well_without_faults() {
+fn all_requests_succeed_without_faults() {
     for behaviour in forms() {
         assert_eq!(outcome(behaviour), (6, REQUESTS));
     }
 }
 
 #[test]
-fn each_request_that_fails_is_one_error() {
+fn each_error_reply_fails_one_request() {
     for behaviour in forms() {
         for n in 0..REQUESTS {
             let (good, _) = outcome(Behaviour {
@@ -75,7 +76,7 @@ fn each_request_that_fails_is_one_error() {
 }
 
 #[test]
-fn a_server_that_goes_away_ends_what_follows() {
+fn a_server_that_disconnects_fails_later_requests() {
     for behaviour in forms() {
         for n in 0..REQUESTS {
             let (good, seen) = outcome(Behaviour {
@@ -89,11 +90,11 @@ fn a_server_that_goes_away_ends_what_follows() {
 }
 
 #[test]
-fn rubbish_ends_the_connection() {
+fn garbage_ends_the_connection() {
     const RUBBISH: [&[u8]; 4] = [
         &[0; 64],
         &[0xff; 64],
-        // A reply to a request that nobody made, in both forms.
+        // A reply to a request that was never sent, in both encodings.
         b"\x6e\x8a\x27\x8c\0\x01\0\0\0\0\0\0\0\0\x99\x99\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0",
         b"\x66\x8e\x33\xef\0\x01\0\0\0\0\0\0\0\0\x99\x99\0\0\0\0",
     ];
@@ -111,7 +112,7 @@ fn rubbish_ends_the_connection() {
 }
 
 #[test]
-fn errors_are_the_systems() {
+fn errors_are_those_of_the_system() {
     let server = Server::start(Behaviour {
         rule: Some(Rule::FailAt(0, 28)),
         ..Behaviour::default()

@@ -1,4 +1,4 @@
-//! Tests of the client: the codec on byte strings, then the whole against a small server in this process.
+//! Tests of the client: the codec on byte strings, then the client with a small server in this process.
 
 mod client;
 mod codec;

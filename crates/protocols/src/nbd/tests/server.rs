@@ -11,20 +11,20 @@ use diskimage_core::{NodeOptions, Objects, Result};
 
 use super::super::Nbd;
 
-/// What a server does differently.
+/// How a server misbehaves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Rule {
-    /// Closes the connection instead of answering the n-th request.
+    /// Closes the connection instead of replying to the n-th request.
     VanishAt(usize),
-    /// Answers the n-th request with this error.
+    /// Replies to the n-th request with this error.
     FailAt(usize, u32),
-    /// Answers the n-th request with these bytes, and goes on.
+    /// Replies to the n-th request with these bytes, and continues.
     Rubbish(usize, &'static [u8]),
-    /// Never answers the handshake of connections but the first.
+    /// Does not reply in the handshake of any connection but the first.
     OnlyOne,
 }
 
-/// How a server behaves.
+/// The behaviour of a server.
 #[derive(Clone, Debug)]
 pub(super) struct Behaviour {
     pub(super) len: u64,
@@ -40,7 +40,7 @@ impl Default for Behaviour {
     fn default() -> Self {
         Self {
             len: 1 << 20,
-            // All that a client makes use of.
+            // All features that the client uses.
             flags: 1 | 1 << 2 | 1 << 5 | 1 << 6 | 1 << 8 | 1 << 11,
             extended: true,
             structured: true,
@@ -51,7 +51,7 @@ impl Default for Behaviour {
     }
 }
 
-/// A server, which listens until this is dropped.
+/// A server, which listens until it is dropped.
 pub(super) struct Server {
     dir: tempfile::TempDir,
     shared: Arc<Shared>,
@@ -62,7 +62,7 @@ struct Shared {
     bytes: Mutex<Vec<u8>>,
     requests: AtomicUsize,
     connections: AtomicUsize,
-    /// How often each kind of request came.
+    /// The number of requests of each kind.
     kinds: Mutex<HashMap<u16, usize>>,
 }
 
@@ -79,10 +79,10 @@ impl Server {
         });
         let server = Arc::clone(&shared);
         thread::spawn(move || {
-            for line in listener.incoming() {
-                let Ok(line) = line else { return };
+            for stream in listener.incoming() {
+                let Ok(stream) = stream else { return };
                 let server = Arc::clone(&server);
-                thread::spawn(move || server.serve(&line));
+                thread::spawn(move || server.serve(&stream));
             }
         });
         Self { dir, shared }
@@ -116,32 +116,32 @@ impl Server {
 }
 
 impl Shared {
-    fn serve(&self, line: &UnixStream) {
+    fn serve(&self, stream: &UnixStream) {
         let number = self.connections.fetch_add(1, Ordering::Relaxed);
         if self.behaviour.rule == Some(Rule::OnlyOne) && number > 0 {
-            // Until the client gives up.
-            let _ = io::copy(&mut &*line, &mut io::sink());
+            // Until the client disconnects.
+            let _ = io::copy(&mut &*stream, &mut io::sink());
             return;
         }
-        // A client that goes ends the conversation.
-        if let Ok(true) = self.negotiate(line) {
-            let _ = self.answer_all(line);
+        // Ends when the client disconnects.
+        if let Ok(true) = self.negotiate(stream) {
+            let _ = self.answer_all(stream);
         }
     }
 
-    fn negotiate(&self, mut line: &UnixStream) -> io::Result<bool> {
-        line.write_all(b"NBDMAGICIHAVEOPT\0\x03")?;
-        read_exact(line, 4)?;
+    fn negotiate(&self, mut stream: &UnixStream) -> io::Result<bool> {
+        stream.write_all(b"NBDMAGICIHAVEOPT\0\x03")?;
+        read_exact(stream, 4)?;
         loop {
-            let head = read_exact(line, 16)?;
+            let head = read_exact(stream, 16)?;
             let option = u32_at(&head, 8);
-            let data = read_exact(line, usize::try_from(u32_at(&head, 12)).unwrap())?;
+            let data = read_exact(stream, usize::try_from(u32_at(&head, 12)).unwrap())?;
             match option {
-                11 if self.behaviour.extended => reply(line, option, 1, &[])?,
-                8 if self.behaviour.structured => reply(line, option, 1, &[])?,
+                11 if self.behaviour.extended => reply(stream, option, 1, &[])?,
+                8 if self.behaviour.structured => reply(stream, option, 1, &[])?,
                 10 => {
-                    reply(line, option, 4, b"\0\0\0\x07base:allocation")?;
-                    reply(line, option, 1, &[])?;
+                    reply(stream, option, 4, b"\0\0\0\x07base:allocation")?;
+                    reply(stream, option, 1, &[])?;
                 }
                 7 => {
                     assert_eq!(u32_at(&data, 0), 0, "the default export");
@@ -153,27 +153,27 @@ impl Shared {
                     ] {
                         sizes.extend(size.to_be_bytes());
                     }
-                    reply(line, option, 3, &sizes)?;
+                    reply(stream, option, 3, &sizes)?;
                     let mut export = vec![0, 0];
                     export.extend(self.behaviour.len.to_be_bytes());
                     export.extend(self.behaviour.flags.to_be_bytes());
-                    reply(line, option, 3, &export)?;
-                    reply(line, option, 1, &[])?;
+                    reply(stream, option, 3, &export)?;
+                    reply(stream, option, 1, &[])?;
                     return Ok(true);
                 }
                 2 => {
-                    reply(line, option, 1, &[])?;
+                    reply(stream, option, 1, &[])?;
                     return Ok(false);
                 }
-                _ => reply(line, option, 1 << 31 | 1, &[])?,
+                _ => reply(stream, option, 1 << 31 | 1, &[])?,
             }
         }
     }
 
-    fn answer_all(&self, mut line: &UnixStream) -> io::Result<()> {
+    fn answer_all(&self, mut stream: &UnixStream) -> io::Result<()> {
         loop {
             let extended = self.behaviour.extended;
-            let head = read_exact(line, if extended { 32 } else { 28 })?;
+            let head = read_exact(stream, if extended { 32 } else { 28 })?;
             let (kind, cookie, offset) = (u16_at(&head, 6), &head[8..16], u64_at(&head, 16));
             let len = if extended {
                 u64_at(&head, 24)
@@ -181,7 +181,7 @@ impl Shared {
                 u32_at(&head, 24).into()
             };
             let payload = match kind {
-                1 => read_exact(line, usize::try_from(len).unwrap())?,
+                1 => read_exact(stream, usize::try_from(len).unwrap())?,
                 2 => return Ok(()),
                 _ => Vec::new(),
             };
@@ -198,25 +198,25 @@ impl Shared {
             }
             let mut error = 0;
             match self.behaviour.rule {
-                Some(Rule::VanishAt(n)) if n == number => return line.shutdown(std::net::Shutdown::Both),
+                Some(Rule::VanishAt(n)) if n == number => return stream.shutdown(std::net::Shutdown::Both),
                 Some(Rule::FailAt(n, number_of_error)) if n == number => error = number_of_error,
                 Some(Rule::Rubbish(n, bytes)) if n == number => {
-                    line.write_all(bytes)?;
+                    stream.write_all(bytes)?;
                     continue;
                 }
                 _ => {}
             }
             if error != 0 {
-                self.refuse(line, cookie, error)?;
+                self.refuse(stream, cookie, error)?;
                 continue;
             }
-            self.carry_out(line, cookie, (kind, offset, len), &payload)?;
+            self.carry_out(stream, cookie, (kind, offset, len), &payload)?;
         }
     }
 
     fn carry_out(
         &self,
-        line: &UnixStream,
+        stream: &UnixStream,
         cookie: &[u8],
         (kind, offset, len): (u16, u64, u64),
         payload: &[u8],
@@ -229,16 +229,16 @@ impl Shared {
             0 => {
                 let data = self.bytes.lock().unwrap()[range()].to_vec();
                 if !self.behaviour.structured {
-                    return send(line, &[&[0x67, 0x44, 0x66, 0x98, 0, 0, 0, 0], cookie, &data]);
+                    return send(stream, &[&[0x67, 0x44, 0x66, 0x98, 0, 0, 0, 0], cookie, &data]);
                 }
                 let (first, second) = data.split_at(data.len() / 2);
                 // The second half before the first.
                 let middle = offset + first.len() as u64;
-                self.chunk(line, cookie, 0, 1, &[&middle.to_be_bytes(), second])?;
+                self.chunk(stream, cookie, 0, 1, &[&middle.to_be_bytes(), second])?;
                 if first.is_empty() {
-                    return self.chunk(line, cookie, 1, 0, &[]);
+                    return self.chunk(stream, cookie, 1, 0, &[]);
                 }
-                self.chunk(line, cookie, 1, 1, &[&offset.to_be_bytes(), first])
+                self.chunk(stream, cookie, 1, 1, &[&offset.to_be_bytes(), first])
             }
             7 => {
                 let bytes = self.bytes.lock().unwrap();
@@ -257,14 +257,14 @@ impl Shared {
                 }
                 if self.behaviour.extended {
                     self.chunk(
-                        line,
+                        stream,
                         cookie,
                         1,
                         6,
                         &[&7_u32.to_be_bytes(), &count.to_be_bytes(), &runs],
                     )
                 } else {
-                    self.chunk(line, cookie, 1, 5, &[&7_u32.to_be_bytes(), &runs])
+                    self.chunk(stream, cookie, 1, 5, &[&7_u32.to_be_bytes(), &runs])
                 }
             }
             _ => {
@@ -274,25 +274,25 @@ impl Shared {
                     _ => {}
                 }
                 if self.behaviour.structured {
-                    self.chunk(line, cookie, 1, 0, &[])
+                    self.chunk(stream, cookie, 1, 0, &[])
                 } else {
-                    send(line, &[&[0x67, 0x44, 0x66, 0x98, 0, 0, 0, 0], cookie])
+                    send(stream, &[&[0x67, 0x44, 0x66, 0x98, 0, 0, 0, 0], cookie])
                 }
             }
         }
     }
 
-    fn refuse(&self, line: &UnixStream, cookie: &[u8], error: u32) -> io::Result<()> {
+    fn refuse(&self, stream: &UnixStream, cookie: &[u8], error: u32) -> io::Result<()> {
         if self.behaviour.structured {
-            self.chunk(line, cookie, 1, 0x8001, &[&error.to_be_bytes(), &[0, 2], b"no"])
+            self.chunk(stream, cookie, 1, 0x8001, &[&error.to_be_bytes(), &[0, 2], b"no"])
         } else {
-            send(line, &[&[0x67, 0x44, 0x66, 0x98], &error.to_be_bytes(), cookie])
+            send(stream, &[&[0x67, 0x44, 0x66, 0x98], &error.to_be_bytes(), cookie])
         }
     }
 
     fn chunk(
         &self,
-        line: &UnixStream,
+        stream: &UnixStream,
         cookie: &[u8],
         flags: u16,
         kind: u16,
@@ -317,18 +317,18 @@ impl Shared {
         for part in parts {
             head.extend(*part);
         }
-        send(line, &[&head])
+        send(stream, &[&head])
     }
 }
 
-fn send(mut line: &UnixStream, parts: &[&[u8]]) -> io::Result<()> {
-    line.write_all(&parts.concat())
+fn send(mut stream: &UnixStream, parts: &[&[u8]]) -> io::Result<()> {
+    stream.write_all(&parts.concat())
 }
 
-fn reply(line: &UnixStream, option: u32, kind: u32, data: &[u8]) -> io::Result<()> {
+fn reply(stream: &UnixStream, option: u32, kind: u32, data: &[u8]) -> io::Result<()> {
     let len = u32::try_from(data.len()).unwrap();
     send(
-        line,
+        stream,
         &[
             &0x0003_e889_0455_65a9_u64.to_be_bytes(),
             &option.to_be_bytes(),
@@ -339,9 +339,9 @@ fn reply(line: &UnixStream, option: u32, kind: u32, data: &[u8]) -> io::Result<(
     )
 }
 
-fn read_exact(mut line: &UnixStream, len: usize) -> io::Result<Vec<u8>> {
+fn read_exact(mut stream: &UnixStream, len: usize) -> io::Result<Vec<u8>> {
     let mut bytes = vec![0; len];
-    line.read_exact(&mut bytes)?;
+    stream.read_exact(&mut bytes)?;
     Ok(bytes)
 }
 

@@ -1,4 +1,4 @@
-//! Encryption, against the installed `qemu-nbd` with certificates of `certtool`.
+//! Tests of TLS with the installed `qemu-nbd` and certificates made by `certtool`.
 
 use std::fs;
 use std::io::Write;
@@ -30,7 +30,7 @@ fn certtool(dir: &Path, args: &[&str]) -> bool {
     status.is_ok_and(|status| status.success())
 }
 
-/// Makes a directory with an authority, and a certificate called `name` that it signed.
+/// Creates a directory with an authority, and a certificate for `name` that it signed.
 fn certificates(dir: &Path, name: &str) -> bool {
     let write = |file: &str, text: &str| fs::write(dir.join(file), text).unwrap();
     write(
@@ -112,19 +112,19 @@ fn open_as(
     Nbd::open(&mut options, true, &objects)
 }
 
-/// Only a machine with the tools can tell.
+/// Reports that a test was skipped, because a tool is not installed.
 fn skip(tool: &str) {
     let required = std::env::var_os("REQUIRE_STOCK_TOOLS").is_some_and(|value| value == "1");
     assert!(
         !required,
         "{tool} is required (REQUIRE_STOCK_TOOLS=1) and does not work"
     );
-    // Past the capture of output: whoever runs the tests is to see it.
+    // Written directly, so that the test harness does not capture it.
     let _ = writeln!(std::io::stderr(), "skipped: {tool} is not installed");
 }
 
 #[test]
-fn bytes_go_encrypted_to_whom_the_certificates_name() {
+fn encrypted_connections_authenticate_the_server() {
     let dir = tempfile::tempdir().unwrap();
     let (ours, theirs) = (dir.path().join("ours"), dir.path().join("theirs"));
     fs::create_dir(&ours).unwrap();
@@ -191,7 +191,7 @@ fn bytes_go_encrypted_to_whom_the_certificates_name() {
         refused(open(&socket, &theirs, true, Some("localhost"))),
         "The certificate hasn't got a known issuer"
     );
-    // The server does not know who issued ours.
+    // The server does not know the issuer of the client certificate.
     assert_eq!(
         refused(open(&socket, &theirs, false, None)),
         "Failed to read option reply: Cannot read from TLS channel: The TLS connection was non-properly terminated."
@@ -200,7 +200,7 @@ fn bytes_go_encrypted_to_whom_the_certificates_name() {
     {
         fs::write(ours.join("keys.psk"), "qemu:00112233445566778899aabbccddeeff\n").unwrap();
         for (kind, why) in [
-            // It shows a certificate instead of a key, which not even verify-peer=off makes good.
+            // It sends a certificate instead of using a key, which is refused even with verify-peer=off.
             (
                 TlsKind::Psk { username: None },
                 "Insufficient credentials for that request.",

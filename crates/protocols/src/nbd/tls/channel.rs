@@ -5,7 +5,7 @@
 //!   bytes ◄── read ─── Session ◄── feed ─── socket
 //! ```
 //!
-//! The lock around the session is never held while anybody waits for the socket.
+//! The lock of the session is not held while a thread waits for the socket.
 
 use std::io::{self, Read, Write};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -18,38 +18,38 @@ use super::messages::{UNCLEAN_END, UNCLEAN_PUSH, handshake_failed};
 
 /// One side of an encrypted connection.
 pub(super) trait Session: Send + 'static {
-    /// Whether the two sides have not agreed yet.
+    /// Whether the handshake is not complete yet.
     fn is_handshaking(&self) -> bool;
 
-    /// Takes encrypted bytes of the other side, as many as there is room for, and says how many.
+    /// Takes encrypted bytes of the peer, as many as there is space for. Returns their number.
     ///
     /// # Errors
-    /// What the other side should not have said; there may be an answer to it to drain.
+    /// An invalid message of the peer; there may be an alert to drain.
     fn feed(&mut self, raw: &[u8]) -> Result<usize>;
 
-    /// Gives bytes of the other side.
+    /// Reads decrypted bytes of the peer.
     ///
     /// # Errors
     /// `WouldBlock` until more is fed.
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize>;
 
-    /// Takes bytes for the other side, and says how many.
+    /// Takes bytes to encrypt for the peer. Returns their number.
     ///
     /// # Errors
     /// A session that has ended.
     fn write(&mut self, buf: &[u8]) -> io::Result<usize>;
 
-    /// Gives what the other side is to be sent.
+    /// Appends the encrypted bytes for the peer to `out`.
     ///
     /// # Errors
     /// None but those of memory.
     fn drain(&mut self, out: &mut Vec<u8>) -> io::Result<()>;
 }
 
-/// Agrees with the other side of `socket` on keys.
+/// Runs the handshake with the peer of `socket`.
 ///
 /// # Errors
-/// `TLS handshake failed`, and what `session` says.
+/// `TLS handshake failed`, and errors of `session`.
 pub(super) fn secure(socket: Socket, mut session: impl Session) -> Result<Channel> {
     shake_hands(&mut session, &socket)?;
     let session = Arc::new(Mutex::new(session));
@@ -60,7 +60,7 @@ pub(super) fn secure(socket: Socket, mut session: impl Session) -> Result<Channe
             session: Arc::clone(&session),
             socket: reading,
             raw: vec![0; RAW],
-            there: 0..0,
+            pending: 0..0,
         }),
         writer: Box::new(TlsWriter {
             session,
@@ -97,7 +97,7 @@ fn shake_hands(session: &mut impl Session, mut line: &Socket) -> Result<()> {
             match session.feed(rest) {
                 Ok(taken) => rest = &rest[taken..],
                 Err(error) => {
-                    // The other side is told why.
+                    // Send the alert.
                     out.clear();
                     session.drain(&mut out)?;
                     let _ = line.write_all(&out);
@@ -108,8 +108,8 @@ fn shake_hands(session: &mut impl Session, mut line: &Socket) -> Result<()> {
     }
 }
 
-/// The end of a connection in the middle of the handshake. The original answers the server's first message at once, so
-/// from then on it is the sending that fails.
+/// The error of a connection that ends during the handshake. `qemu-img` replies to the first message of the server at
+/// once, so after that it is a write that fails.
 fn broken_off(error: &io::Error, was_answered: bool) -> Error {
     match error.kind() {
         io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe => {
@@ -128,8 +128,8 @@ struct TlsReader<S> {
     session: Arc<Mutex<S>>,
     socket: Socket,
     raw: Vec<u8>,
-    /// What of `raw` has not been decrypted yet.
-    there: std::ops::Range<usize>,
+    /// The part of `raw` that has not been decrypted yet.
+    pending: std::ops::Range<usize>,
 }
 
 impl<S: Session> Read for TlsReader<S> {
@@ -141,25 +141,25 @@ impl<S: Session> Read for TlsReader<S> {
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                     other => return other,
                 }
-                if !self.there.is_empty() {
+                if !self.pending.is_empty() {
                     let taken = session
-                        .feed(&self.raw[self.there.clone()])
+                        .feed(&self.raw[self.pending.clone()])
                         .map_err(|error| io::Error::other(error.chain()))?;
-                    self.there.start += taken;
+                    self.pending.start += taken;
                     continue;
                 }
             }
-            // Waiting for the server with nothing locked.
+            // The session is not locked while this waits for the server.
             let len = (&self.socket).read(&mut self.raw)?;
             if len == 0 {
                 return Err(io::ErrorKind::UnexpectedEof.into());
             }
-            self.there = 0..len;
+            self.pending = 0..len;
         }
     }
 }
 
-/// The sending side. What the session has to say of itself, new keys for one, goes out with the next request.
+/// The sending side. Messages of the session itself, such as key updates, are sent with the next request.
 struct TlsWriter<S> {
     session: Arc<Mutex<S>>,
     socket: Socket,

@@ -1,27 +1,27 @@
-//! What the original says of a handshake that fails, in the words of its own library, whatever ours calls it.
+//! The messages of `qemu-img` for a failed handshake, which are those of GnuTLS.
 
 use diskimage_core::{Error, ErrorKind};
 
-/// The connection ended without farewell.
+/// The connection ended without a close alert.
 pub(in super::super) const UNCLEAN_END: &str = "The TLS connection was non-properly terminated.";
-/// The connection ended while something was to be sent.
+/// The connection ended during a write.
 pub(super) const UNCLEAN_PUSH: &str = "Error in the push function.: Unable to write to socket: Broken pipe";
-/// The connection ended with a farewell.
+/// The connection ended with a close alert.
 #[cfg(feature = "tls-psk")]
 pub(super) const FAREWELL: &str = "Peer has terminated the connection";
-/// The other side gave up and said why.
+/// The peer sent a fatal alert.
 pub(super) const ALERT: &str = "A TLS fatal alert has been received.";
-/// Something else was due, or it is no TLS at all.
+/// A message out of sequence, or no TLS at all.
 pub(super) const UNEXPECTED: &str = "An unexpected TLS packet was received.";
-/// A message that ends too early or goes on too long.
+/// A message that is too short or too long.
 pub(super) const UNDECODABLE: &str = "Error decoding the received TLS packet.";
-/// A record of a length that none has.
+/// A record with an invalid length.
 pub(super) const LENGTH: &str = "A TLS record packet with invalid length was received.";
-/// The other side wants to be believed for something that we have not.
+/// The peer authenticates with a method for which the client has no credentials.
 #[cfg(feature = "tls-psk")]
 pub(super) const INSUFFICIENT: &str = "Insufficient credentials for that request.";
 
-/// A handshake that failed for this reason.
+/// The error of a failed handshake.
 pub(super) fn handshake_failed(reason: &str) -> Error {
     Error::new(ErrorKind::Permission, format!("TLS handshake failed: {reason}"))
 }
@@ -30,7 +30,7 @@ pub(super) fn handshake_failed(reason: &str) -> Error {
 pub(super) mod tests {
     use super::*;
 
-    /// What a server might say, and what the original says of it.
+    /// Bytes of a server, and the message of `qemu-img` for them.
     pub(in super::super) const INSTEAD_OF_A_HANDSHAKE: &[(&[u8], &str)] = &[
         (b"\x15\x03\x03\0\x02\x02\x28", ALERT),
         (b"\x15\x03\x03\0\x02\x02\x46", ALERT),

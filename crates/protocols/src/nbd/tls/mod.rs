@@ -1,12 +1,12 @@
-//! Encryption of connections.
+//! TLS for connections.
 //!
 //! ```text
 //!   Credentials ── secure ──► Channel over a Session
 //!    ├ x509          certificates: sessions of rustls
-//!    └ uncertified   keys of both sides (psk), or anybody: sessions of OpenSSL, for rustls has neither
+//!    └ uncertified   pre-shared keys (psk), or anonymous: sessions of OpenSSL, since rustls has neither
 //! ```
 //!
-//! The files of credentials are those of QEMU's documentation, in one directory.
+//! The credentials files are those of QEMU's documentation, in one directory.
 
 mod channel;
 mod messages;
@@ -33,7 +33,7 @@ pub(super) use psk::find_key;
 use uncertified::Uncertified;
 use x509::Certificates;
 
-/// Who we are and whom we believe, read from the files.
+/// The own identity and the trusted peers, read from the files.
 #[derive(Clone, Debug)]
 pub(super) struct Credentials(Kind);
 
@@ -44,10 +44,10 @@ enum Kind {
     Uncertified(Uncertified),
 }
 
-/// Larger than any file of credentials.
+/// The limit of the length of a credentials file.
 const MAX_FILE: u64 = 4 << 20;
 
-/// Checks credentials and the files that they name before anybody connects with them.
+/// Checks credentials and their files before they are used for a connection.
 ///
 /// # Errors
 /// Credentials that contradict themselves, and files that are missing or that hold something else.
@@ -61,7 +61,7 @@ pub fn check_tls_creds(creds: &TlsCreds) -> Result<()> {
         TlsKind::Psk { .. } => &["keys.psk"],
         TlsKind::Anon => return Ok(()),
     };
-    // What is in the files of a server is its own matter.
+    // The contents of a server's files are not checked here.
     let dir = Directory::of(creds)?;
     files.iter().try_for_each(|file| accessible(&dir.file(file)))
 }
@@ -70,7 +70,7 @@ impl Credentials {
     /// Reads the files that the credentials of a client name.
     ///
     /// # Errors
-    /// Kinds that there is no support for, and files that cannot be read.
+    /// Unsupported kinds of credentials, and files that cannot be read.
     pub(super) fn load(creds: &TlsCreds) -> Result<Self> {
         if creds.is_server {
             return Err(Error::invalid("Expected TLS credentials for a client endpoint"));
@@ -98,10 +98,10 @@ impl Credentials {
         Ok(Self(kind))
     }
 
-    /// Encrypts a connection. `host` is who the other side should be, where certificates say so.
+    /// Encrypts a connection. The certificate of the peer must be for `host`.
     ///
     /// # Errors
-    /// `TLS handshake failed`, and what is wrong with the other side's certificate.
+    /// `TLS handshake failed`, and an invalid certificate of the peer.
     pub(super) fn secure(&self, socket: Socket, host: Option<&str>) -> Result<Channel> {
         match &self.0 {
             Kind::Certificates(certificates) => channel::secure(socket, certificates.session(host)?),
@@ -115,7 +115,7 @@ fn unavailable(what: &str) -> Error {
     Error::unsupported(format!("{what} not available in this build"))
 }
 
-/// The files of credentials of one kind. Their names are put together as the original does, for messages show them.
+/// The directory of the credentials files. Paths are joined as in `qemu-img`, since messages contain them.
 #[derive(Clone, Copy)]
 struct Directory<'a>(&'a str);
 
@@ -139,16 +139,16 @@ fn accessible(path: &Path) -> Result<()> {
         .context(|| format!("Unable to access credentials {}", path.display()))
 }
 
-/// The file's bytes.
+/// Reads a credentials file.
 ///
 /// # Errors
-/// What the original says of a file that it cannot read, and one that is larger than any file of credentials.
+/// The messages of `qemu-img` for a file that cannot be read, and a file beyond the limit.
 fn read(path: &Path) -> Result<Zeroizing<Vec<u8>>> {
     let shown = path.display();
     let file = fs::File::open(path).context(|| format!("Failed to open file \u{201c}{shown}\u{201d}"))?;
     let failed = || format!("Error reading file \u{201c}{shown}\u{201d}");
     let len = file.metadata().context(failed)?.len().min(MAX_FILE);
-    // Large enough from the start: memory that a growing vector leaves behind would not be wiped.
+    // Allocated in full, because a growing vector frees memory without wiping it.
     let mut bytes = Zeroizing::new(Vec::with_capacity(to_index(len)? + 1));
     file.take(MAX_FILE + 1).read_to_end(&mut bytes).context(failed)?;
     if bytes.len() as u64 > MAX_FILE {

@@ -1,27 +1,27 @@
-//! Keys that both sides have: the file `keys.psk`, as `psktool` makes it.
+//! Pre-shared keys: the file `keys.psk`, as written by `psktool`.
 //!
-//! A line has a name, a colon and the key in hexadecimal digits. The first line of a name counts.
+//! A line has a name, a colon and the key in hexadecimal digits. The first line with a name is used.
 
 use diskimage_core::{Error, ErrorKind, Result, ResultExt};
 use zeroize::Zeroizing;
 
 use super::{Directory, accessible, read};
 
-/// A key, and the name that it goes by.
+/// A key and its name.
 pub(super) struct NamedKey {
     pub(super) name: String,
     pub(super) bytes: Zeroizing<Vec<u8>>,
 }
 
-/// The name that is taken if none is said.
+/// The default name.
 const DEFAULT_NAME: &str = "qemu";
-/// The original's library takes no shorter key.
+/// GnuTLS, the library of `qemu-img`, accepts no shorter key.
 const MIN_KEY: usize = 4;
 
 /// Reads the key of `name` from the file in `dir`.
 ///
 /// # Errors
-/// A file that cannot be read, a name that is not in it, and a key that is none.
+/// A file that cannot be read, a name that is not in it, and an invalid key.
 pub(super) fn load(dir: Directory<'_>, name: Option<&str>) -> Result<NamedKey> {
     let path = dir.file("keys.psk");
     accessible(&path)?;
@@ -63,7 +63,7 @@ fn decode_hex(digits: &[u8]) -> Option<Zeroizing<Vec<u8>>> {
     let (pairs, []) = digits.as_chunks::<2>() else {
         return None;
     };
-    // Collected into what is large enough from the start: memory that is left behind would not be wiped.
+    // Allocated in full, because a growing vector frees memory without wiping it.
     let mut bytes = Zeroizing::new(Vec::with_capacity(pairs.len()));
     for [high, low] in pairs {
         let digit = |byte: u8| {

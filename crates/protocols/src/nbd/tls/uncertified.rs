@@ -1,6 +1,7 @@
-//! Encryption without certificates: with a key that both sides have, or with anybody.
+//! TLS without certificates: with a pre-shared key, or anonymous.
 //!
-//! A session stands between two pieces of memory: what the other side sent, and what it is to be sent.
+//! A session of OpenSSL reads from one buffer and writes to another; `channel` moves their bytes from and to the
+//! socket.
 
 use std::collections::VecDeque;
 use std::io::{self, Read, Write};
@@ -17,23 +18,23 @@ use super::channel::Session;
 use super::messages::{ALERT, FAREWELL, INSUFFICIENT, LENGTH, UNDECODABLE, UNEXPECTED, handshake_failed};
 use super::psk::NamedKey;
 
-/// What sessions are made of.
+/// The context from which sessions are created.
 #[derive(Clone, Debug)]
 pub(super) struct Uncertified(SslContext);
 
-/// Ciphers of TLS 1.2 whose keys come from the common key alone, with a Diffie-Hellman exchange or without.
+/// Ciphers of TLS 1.2 that authenticate with the pre-shared key alone, with or without a Diffie-Hellman exchange.
 const WITH_KEY: &str = "kDHEPSK:kECDHEPSK:kPSK:!eNULL:!3DES:!RC4";
-/// Ciphers of TLS 1.2 without any check of who the other side is. The library has them only at its lowest level.
+/// Ciphers of TLS 1.2 without authentication. OpenSSL allows them only at security level 0.
 const ANONYMOUS: &str = "ADH:AECDH:!eNULL:!3DES:!RC4:@SECLEVEL=0";
-/// The library's limits: `PSK_MAX_PSK_LEN`, and `PSK_MAX_IDENTITY_LEN` with the byte that ends it.
+/// Limits of OpenSSL: `PSK_MAX_PSK_LEN`, and `PSK_MAX_IDENTITY_LEN` with the byte that ends it.
 const MAX_KEY: usize = 512;
 const MAX_NAME: usize = 255;
 
 impl Uncertified {
-    /// Sessions with whoever has the same key.
+    /// Sessions with a peer that has the same key.
     ///
     /// # Errors
-    /// A name or a key that is longer than the library's limit.
+    /// A name or a key that is longer than the limit of OpenSSL.
     pub(super) fn with_key(key: NamedKey) -> Result<Self> {
         if key.bytes.len() > MAX_KEY {
             return Err(Error::unsupported(format!(
@@ -47,20 +48,20 @@ impl Uncertified {
         }
         Self::new(WITH_KEY, |context| {
             context.set_psk_client_callback(move |_, _, name, bytes| {
-                // Without a length there is no key, and no session.
-                Ok(show_key(&key, name, bytes).unwrap_or(0))
+                // Length 0 means no key: the handshake fails.
+                Ok(copy_key(&key, name, bytes).unwrap_or(0))
             });
             Ok(())
         })
     }
 
-    /// Sessions with anybody.
+    /// Anonymous sessions.
     ///
     /// # Errors
-    /// A library that has no such ciphers.
+    /// An OpenSSL without such ciphers.
     pub(super) fn anonymous() -> Result<Self> {
         Self::new(ANONYMOUS, |context| {
-            // Later versions have no such ciphers.
+            // TLS 1.3 has no such ciphers.
             context.set_max_proto_version(Some(SslVersion::TLS1_2))
         })
     }
@@ -73,8 +74,8 @@ impl Uncertified {
             let mut context = SslContextBuilder::new(SslMethod::tls_client())?;
             context.set_min_proto_version(Some(SslVersion::TLS1_2))?;
             context.set_cipher_list(ciphers)?;
-            // A server that shows a certificate instead of the key is refused, whatever the system's configuration of
-            // the library says.
+            // A server that sends a certificate instead of using the key is refused, whatever the system-wide
+            // configuration of OpenSSL allows.
             context.set_verify_callback(SslVerifyMode::PEER, |_, chain| {
                 chain.set_error(X509VerifyResult::APPLICATION_VERIFICATION);
                 false
@@ -86,10 +87,10 @@ impl Uncertified {
         build().map_err(|error| unusable(&error))
     }
 
-    /// Begins a session.
+    /// Starts a session.
     ///
     /// # Errors
-    /// Those of the library's memory.
+    /// A failed allocation of OpenSSL.
     pub(super) fn session(&self) -> Result<UncertifiedSession> {
         let ssl = Ssl::new(&self.0).map_err(|error| unusable(&error))?;
         let stream = SslStream::new(ssl, Pipe::default()).map_err(|error| unusable(&error))?;
@@ -106,9 +107,9 @@ fn unusable(error: &ErrorStack) -> Error {
     Error::unsupported(format!("Cannot use TLS: {}", reason(error)))
 }
 
-/// Writes the key and its name, which ends with a NUL, to where the library wants them, if there is room, and says how
-/// long the key is.
-fn show_key(key: &NamedKey, name: &mut [u8], bytes: &mut [u8]) -> Option<usize> {
+/// Copies the key and its name, with a terminating NUL, into the buffers of OpenSSL. Returns the length of the key;
+/// `None` if they do not fit.
+fn copy_key(key: &NamedKey, name: &mut [u8], bytes: &mut [u8]) -> Option<usize> {
     let (end, name) = name.get_mut(..=key.name.len())?.split_last_mut()?;
     name.copy_from_slice(key.name.as_bytes());
     *end = 0;
@@ -116,7 +117,7 @@ fn show_key(key: &NamedKey, name: &mut [u8], bytes: &mut [u8]) -> Option<usize> 
     Some(key.bytes.len())
 }
 
-/// A session of the library.
+/// A session of OpenSSL.
 pub(super) struct UncertifiedSession {
     stream: SslStream<Pipe>,
     is_handshaking: bool,
@@ -153,7 +154,7 @@ impl UncertifiedSession {
     }
 }
 
-/// `SSL_AD_REASON_OFFSET`: from here on, reasons are alerts of the other side.
+/// `SSL_AD_REASON_OFFSET`: reasons from this number on are alerts of the peer.
 const FIRST_ALERT: i32 = 1000;
 
 fn reason(errors: &ErrorStack) -> &str {
@@ -188,8 +189,8 @@ impl Session for UncertifiedSession {
     }
 }
 
-/// The library's idea of a connection. More is put in only once the library has taken everything, so it holds no more
-/// than is read from the socket at once.
+/// The connection as OpenSSL sees it. Bytes are added only after OpenSSL has taken all earlier ones, so it holds at
+/// most one read from the socket.
 #[derive(Debug, Default)]
 struct Pipe {
     incoming: VecDeque<u8>,
@@ -220,7 +221,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_a_server_says_instead_of_a_handshake_is_told_in_the_originals_words() {
+    fn invalid_handshakes_have_the_messages_of_qemu_img() {
         let farewell: (&[u8], _) = (b"\x15\x03\x03\0\x02\x01\0", FAREWELL);
         for (bytes, words) in super::super::messages::tests::INSTEAD_OF_A_HANDSHAKE
             .iter()

@@ -1,7 +1,8 @@
-//! Encryption of connections with certificates.
+//! TLS with X.509 certificates.
 //!
-//! The files of credentials are those of QEMU's documentation: in one directory `ca-cert.pem`, whom we believe,
-//! `ca-crl.pem`, whom not any more, and `client-cert.pem` with `client-key.pem`, who we are. The last three may be missing.
+//! The credentials files are those of QEMU's documentation, in one directory: `ca-cert.pem` with the trusted
+//! authorities, `ca-crl.pem` with revoked certificates, and `client-cert.pem` with `client-key.pem`, the identity of
+//! the client. The last three are optional.
 
 use std::fs;
 use std::io::{self, Read, Write};
@@ -24,7 +25,7 @@ use super::channel::Session;
 use super::messages::{ALERT, LENGTH, UNDECODABLE, UNEXPECTED, handshake_failed};
 use super::{Directory, accessible, read};
 
-/// Who we are and whom we believe.
+/// The own identity and the trusted authorities.
 #[derive(Clone, Debug)]
 pub(super) struct Certificates {
     config: Arc<ClientConfig>,
@@ -35,7 +36,7 @@ impl Certificates {
     /// Reads the files in `dir`.
     ///
     /// # Errors
-    /// Files that are missing or that hold something else.
+    /// Missing files, and files with other contents.
     pub(super) fn load(dir: Directory<'_>, verify_peer: bool) -> Result<Self> {
         Ok(Self {
             config: Arc::new(configure(dir, verify_peer)?),
@@ -43,15 +44,15 @@ impl Certificates {
         })
     }
 
-    /// Begins a session. `host` is who the other side should be.
+    /// Starts a session. The certificate of the peer must be for `host`.
     ///
     /// # Errors
-    /// A name of a host that no certificate can have, and none where one is needed.
+    /// A host name that no certificate can have, and no host name where one is needed.
     pub(super) fn session(&self, host: Option<&str>) -> Result<CertifiedSession> {
         if self.verify_peer && host.is_none() {
             return Err(Error::invalid("No hostname for certificate validation"));
         }
-        // Without a check any name will do; it is not sent, for it is an address.
+        // Without verification any name will do. An address is not sent to the server.
         let host = host.unwrap_or("127.0.0.1").to_owned();
         let name = ServerName::try_from(host.clone())
             .map_err(|_| Error::invalid(format!("Certificate does not match the hostname {host}")))?;
@@ -66,7 +67,7 @@ fn configure(dir: Directory<'_>, verify_peer: bool) -> Result<ClientConfig> {
     let ca = dir.file("ca-cert.pem");
     let mut roots = RootCertStore::empty();
     let bad_list = || Error::corrupt(format!("Unable to import CA certificate list {}", ca.display()));
-    for certificate in certificates(&ca, &require(&ca)?)? {
+    for certificate in certificates(&ca, &read_required(&ca)?)? {
         roots.add(certificate).map_err(|_| bad_list())?;
     }
     if roots.is_empty() {
@@ -77,7 +78,7 @@ fn configure(dir: Directory<'_>, verify_peer: bool) -> Result<ClientConfig> {
         .map_err(|error| Error::unsupported(format!("Cannot use TLS: {error}")))?;
     let builder = if verify_peer {
         let crl = dir.file("ca-crl.pem");
-        let revoked = match read_if_there(&crl)? {
+        let revoked = match read_if_exists(&crl)? {
             Some(pem) => CertificateRevocationListDer::pem_slice_iter(&pem)
                 .collect::<std::result::Result<Vec<_>, _>>()
                 .map_err(|error| bad_file(&crl, &error))?,
@@ -95,8 +96,8 @@ fn configure(dir: Directory<'_>, verify_peer: bool) -> Result<ClientConfig> {
             .with_custom_certificate_verifier(Arc::new(AcceptAnyCertificate(provider)))
     };
     let (cert, key) = (dir.file("client-cert.pem"), dir.file("client-key.pem"));
-    match (read_if_there(&cert)?, read_if_there(&key)?) {
-        // As there: one without the other is of no use.
+    match (read_if_exists(&cert)?, read_if_exists(&key)?) {
+        // As in qemu-img: one without the other is ignored.
         (None, _) | (_, None) => Ok(builder.with_no_client_auth()),
         (Some(certificate), Some(private)) => {
             let chain = certificates(&cert, &certificate)?;
@@ -125,21 +126,21 @@ fn bad_file(path: &Path, error: &rustls::pki_types::pem::Error) -> Error {
     ))
 }
 
-fn require(path: &Path) -> Result<Zeroizing<Vec<u8>>> {
+fn read_required(path: &Path) -> Result<Zeroizing<Vec<u8>>> {
     accessible(path)?;
     read(path)
 }
 
-/// The file's bytes; none if there is no file.
-fn read_if_there(path: &Path) -> Result<Option<Zeroizing<Vec<u8>>>> {
+/// Reads a credentials file; `None` if it does not exist.
+fn read_if_exists(path: &Path) -> Result<Option<Zeroizing<Vec<u8>>>> {
     match fs::metadata(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        _ => require(path).map(Some),
+        _ => read_required(path).map(Some),
     }
 }
 
-/// Believes anybody to be the server, as `verify-peer=off` asks for; that the other side has the key to the certificate
-/// that it shows is still checked.
+/// Accepts any certificate, for `verify-peer=off`. The signature of the handshake is still verified, which proves that
+/// the peer has the key of its certificate.
 #[derive(Debug)]
 struct AcceptAnyCertificate(Arc<CryptoProvider>);
 
@@ -181,7 +182,7 @@ impl ServerCertVerifier for AcceptAnyCertificate {
 fn failed(error: &rustls::Error, host: &str) -> Error {
     let words = match error {
         rustls::Error::InvalidCertificate(certificate) => match certificate {
-            // An issuer of the same name with another key is another issuer.
+            // A signature of another key with the name of the issuer: the issuer is not known.
             CertificateError::UnknownIssuer | CertificateError::BadSignature => {
                 "The certificate hasn't got a known issuer".to_owned()
             }
@@ -210,7 +211,7 @@ fn failed(error: &rustls::Error, host: &str) -> Error {
     Error::new(ErrorKind::Permission, words)
 }
 
-/// A session of the library.
+/// A session of rustls.
 pub(super) struct CertifiedSession {
     connection: ClientConnection,
     host: String,
@@ -250,7 +251,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_a_server_says_instead_of_a_handshake_is_told_in_the_originals_words() {
+    fn invalid_handshakes_have_the_messages_of_qemu_img() {
         let provider = Arc::new(ring::default_provider());
         let config = ClientConfig::builder_with_provider(Arc::clone(&provider))
             .with_safe_default_protocol_versions()
