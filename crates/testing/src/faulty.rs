@@ -1,4 +1,4 @@
-//! A device that fails on demand.
+//! A device that injects errors.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -7,25 +7,25 @@ use diskimage_core::{
     to_index,
 };
 
-/// Which requests are counted, and may fail.
+/// Which requests are counted and can fail.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Requests {
-    /// All.
+    /// All requests.
     Any,
-    /// Those that change the device: writes, zeroes and changes of size.
+    /// Requests that change the device: writes, zeroes and changes of length.
     Writes,
 }
 
-/// What goes wrong.
+/// A fault to inject.
 #[derive(Clone, Copy, Debug)]
 pub struct Fault {
     /// Which requests are counted.
     pub requests: Requests,
-    /// How many of them succeed first.
+    /// How many of these succeed before the fault.
     pub after: u64,
-    /// Whether all that follow fail as well.
+    /// Whether all later ones fail as well.
     pub persistent: bool,
-    /// Whether a write that fails has written about half of its sectors.
+    /// Whether a failed write has written about half of its sectors.
     pub torn: bool,
 }
 
@@ -48,7 +48,7 @@ impl Fault {
         }
     }
 
-    /// The same fault, in writes that leave about half of their sectors behind.
+    /// The same fault, where a failed write has written about half of its sectors.
     #[must_use]
     pub fn torn(self) -> Self {
         Self { torn: true, ..self }
@@ -61,8 +61,8 @@ impl Fault {
     }
 }
 
-/// A device that passes requests on until it is told to fail some: with `Input/output error`, or with `No space left
-/// on device` where a limit of bytes was set.
+/// A device that passes requests on and fails those that it is set up to fail: with `Input/output error`, or with `No
+/// space left on device` beyond a limit.
 #[derive(Debug)]
 pub struct FaultyDevice {
     below: Arc<dyn Device>,
@@ -77,7 +77,7 @@ struct State {
     limit: Option<u64>,
 }
 
-/// The unit that a disk writes whole or not at all.
+/// The unit that a disk writes atomically.
 const SECTOR: u64 = 512;
 /// `Input/output error`.
 const EIO: i32 = 5;
@@ -85,7 +85,7 @@ const EIO: i32 = 5;
 const ENOSPC: i32 = 28;
 
 impl FaultyDevice {
-    /// A device that fails nothing yet.
+    /// A device that injects no errors yet.
     pub fn new(below: Arc<dyn Device>) -> Self {
         Self {
             below,
@@ -93,7 +93,7 @@ impl FaultyDevice {
         }
     }
 
-    /// Sets what goes wrong from now on.
+    /// Injects `fault` from now on.
     pub fn arm(&self, fault: Fault) {
         *self.lock() = State {
             fault: Some(fault),
@@ -101,7 +101,7 @@ impl FaultyDevice {
         };
     }
 
-    /// Nothing beyond the first `bytes` can be written from now on.
+    /// Fails writes beyond the first `bytes` from now on.
     pub fn limit_len(&self, bytes: u64) {
         *self.lock() = State {
             limit: Some(bytes),
@@ -109,7 +109,7 @@ impl FaultyDevice {
         };
     }
 
-    /// Lets everything through again. How many requests have failed.
+    /// Stops injecting errors. Returns the number of requests that have failed.
     pub fn disarm(&self) -> u64 {
         std::mem::take(&mut *self.lock()).failed
     }
@@ -118,7 +118,7 @@ impl FaultyDevice {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Counts a request; the fault that it meets.
+    /// Counts a request. Returns the fault to inject, if any.
     fn count(&self, change: bool) -> Option<Fault> {
         let mut state = self.lock();
         let fault = state
@@ -138,7 +138,7 @@ impl FaultyDevice {
         }
     }
 
-    /// Refuses what ends beyond the limit.
+    /// Fails a write that ends beyond the limit.
     fn fit(&self, end: u64) -> Result<()> {
         let mut state = self.lock();
         let full = state.limit.is_some_and(|limit| end > limit);
@@ -216,7 +216,7 @@ mod tests {
     }
 
     #[test]
-    fn only_the_chosen_request_fails_or_all_from_it_on() {
+    fn the_chosen_request_fails_or_all_from_it_on() {
         for (fault, outcomes) in [
             (Fault::once(1), [true, false, true]),
             (Fault::from(1), [true, false, false]),
@@ -231,7 +231,7 @@ mod tests {
     }
 
     #[test]
-    fn torn_writes_and_full_disks_keep_a_part() {
+    fn torn_writes_and_full_disks_write_a_part() {
         let (memory, device) = device();
         device.arm(Fault::once(0).torn().counting(Requests::Writes));
         device.flush().expect("not counted");

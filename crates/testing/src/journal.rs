@@ -1,7 +1,13 @@
-//! Devices that remember what was done to them, and what a crash may leave of it.
+//! Devices that record changes, and the contents that a crash can leave.
 //!
-//! What was done before a completed flush is there after a crash. Of what was done since, anything may be: in the order
-//! it was done up to some request, or any of it without the rest, and of a write any of its sectors.
+//! Changes before a completed flush are durable. Of the changes after it, any subset can survive a crash, and of a
+//! write any subset of its sectors.
+//!
+//! ```text
+//!   journal   write  write  FLUSH  write  discard  write  FLUSH
+//!             └─ durable ────────┘ └─ pending ─────────┘ ▲
+//!                                     each kept, lost or torn: one Crash for each choice
+//! ```
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -9,13 +15,13 @@ use diskimage_core::{
     ByteRange, Device, Extent, Limits, MemoryDevice, Preallocation, Result, StatusDetail, ZeroMode,
 };
 
-/// What was done to some devices, in order.
+/// The changes of some devices, in order.
 #[derive(Debug, Default)]
 pub struct Journal {
     entries: Mutex<Vec<Entry>>,
 }
 
-/// One thing done to one of the devices.
+/// One change of one of the devices.
 #[derive(Clone, Debug)]
 struct Entry {
     device: usize,
@@ -31,18 +37,18 @@ enum Change {
     Flush,
 }
 
-/// What a crash left.
+/// The state after a crash.
 #[derive(Debug)]
 pub struct Crash<'a> {
-    /// How many journal entries had happened.
+    /// The number of journal entries before the crash.
     pub position: usize,
     /// The contents of the devices, in the order in which they were recorded.
     pub files: &'a [Vec<u8>],
-    /// Which of the unflushed requests are in them, in words.
+    /// Which of the pending changes survived, as text.
     pub kept: &'a str,
 }
 
-/// What becomes of one unflushed request.
+/// The outcome of one pending change.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Fate {
     Kept,
@@ -50,19 +56,19 @@ enum Fate {
     Torn,
 }
 
-/// The unit that a disk writes whole or not at all.
+/// The unit that a disk writes atomically.
 const SECTOR: u64 = 512;
 
-/// What is left where something was discarded: nobody may rely on zeroes there.
+/// The contents of a discarded range: code must not rely on zeroes there.
 const DISCARDED: u8 = 0xa5;
 
 impl Journal {
-    /// How many entries there are.
+    /// The number of entries.
     pub fn len(&self) -> usize {
         self.lock().len()
     }
 
-    /// Whether nothing has been done yet.
+    /// Whether there are no entries.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
@@ -71,9 +77,9 @@ impl Journal {
         self.entries.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Shows `check` what a crash may leave, for devices that held `before` when recording began: after each entry,
-    /// what was done in order; at each flush also all but one request, one request alone, and `samples` random choices,
-    /// torn ones among them. How many crashes that were.
+    /// Calls `check` with states after a crash, for devices that held `before` when recording began: after each entry,
+    /// the state with all changes in order; at each flush also with all pending changes but one, with one alone, and
+    /// with `samples` random choices, which include torn writes. Returns the number of calls.
     pub fn crashes(
         &self,
         before: &[Vec<u8>],
@@ -83,12 +89,12 @@ impl Journal {
     ) -> usize {
         let entries = self.lock().clone();
         let mut random = Random(seed | 1);
-        let mut settled = before.to_vec();
+        let mut durable = before.to_vec();
         let mut pending: Vec<&Entry> = Vec::new();
         let mut count = 0;
         for position in 0..=entries.len() {
             let mut crash = |fates: &[Fate], kept: &str, random: &mut Random| {
-                let mut files = settled.clone();
+                let mut files = durable.clone();
                 for (entry, fate) in pending.iter().zip(fates) {
                     apply(&mut files[entry.device], &entry.change, *fate, random);
                 }
@@ -102,8 +108,8 @@ impl Journal {
             let all = vec![Fate::Kept; pending.len()];
             crash(&all, "all in order", &mut random);
             let next = entries.get(position);
-            let settles = next.is_none_or(|entry| matches!(entry.change, Change::Flush));
-            if settles && !pending.is_empty() {
+            let is_flush = next.is_none_or(|entry| matches!(entry.change, Change::Flush));
+            if is_flush && !pending.is_empty() {
                 for one in 0..pending.len() {
                     let mut fates = all.clone();
                     fates[one] = Fate::Lost;
@@ -124,7 +130,7 @@ impl Journal {
             match next {
                 Some(entry) if matches!(entry.change, Change::Flush) => {
                     for done in pending.iter().filter(|done| done.device == entry.device) {
-                        apply(&mut settled[done.device], &done.change, Fate::Kept, &mut random);
+                        apply(&mut durable[done.device], &done.change, Fate::Kept, &mut random);
                     }
                     pending.retain(|done| done.device != entry.device);
                 }
@@ -165,7 +171,7 @@ fn apply(file: &mut Vec<u8>, change: &Change, fate: Fate, random: &mut Random) {
     }
 }
 
-/// Changes the bytes of `range`, making the file longer if need be.
+/// Changes the bytes of `range`, and extends the file if necessary.
 fn put(file: &mut Vec<u8>, range: ByteRange, change: impl FnOnce(&mut [u8])) {
     let (start, end) = (index(range.start()), index(range.end()));
     if file.len() < end {
@@ -178,7 +184,7 @@ fn index(offset: u64) -> usize {
     usize::try_from(offset).expect("devices in memory are small")
 }
 
-/// Numbers that look random and are the same each time.
+/// Pseudorandom numbers from a seed.
 struct Random(u64);
 
 impl Random {
@@ -198,7 +204,7 @@ impl Random {
     }
 }
 
-/// A device in memory that remembers what is done to it.
+/// A device in memory that records its changes.
 #[derive(Debug)]
 pub struct RecordingDevice {
     below: MemoryDevice,
@@ -207,7 +213,7 @@ pub struct RecordingDevice {
 }
 
 impl RecordingDevice {
-    /// A device with these bytes, the `device`-th of those that `journal` is for.
+    /// A device with these bytes, number `device` of those of `journal`.
     pub fn new(bytes: Vec<u8>, device: usize, journal: &Arc<Journal>) -> Self {
         Self {
             below: MemoryDevice::new(bytes),
@@ -266,7 +272,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_was_flushed_is_always_there_and_the_rest_may_be() {
+    fn flushed_changes_are_durable_and_others_may_be_lost() {
         let journal = Arc::default();
         let device = RecordingDevice::new(vec![0; 1], 0, &journal);
         device.write_at(b"a", 0).expect("memory");

@@ -1,7 +1,7 @@
-//! Devices that fail, run full and remember what was done to them, for the tests of the other crates.
+//! Devices that inject errors, run out of space and record all changes, for the tests of the other crates.
 //!
-//! * [`FaultyDevice`] fails the n-th request, or those that do not fit a full disk.
-//! * [`Journal`] remembers changes and flushes, and makes what a crash may leave of them: [`Journal::crashes`].
+//! * [`FaultyDevice`] fails the n-th request, or all writes beyond a limit.
+//! * [`Journal`] records changes and flushes, and computes the contents that a crash can leave: [`Journal::crashes`].
 
 mod faulty;
 mod journal;
