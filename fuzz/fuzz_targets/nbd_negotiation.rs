@@ -1,4 +1,4 @@
-//! Arbitrary bytes as what an NBD server says up to the choice of the export.
+//! Arbitrary bytes as the messages of an NBD server up to the end of the negotiation.
 #![no_main]
 
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {

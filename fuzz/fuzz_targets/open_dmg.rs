@@ -1,4 +1,4 @@
-//! Arbitrary bytes as a disk image of macOS.
+//! Arbitrary bytes as a DMG image.
 #![no_main]
 
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {

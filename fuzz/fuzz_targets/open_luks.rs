@@ -8,7 +8,7 @@ use diskimage_core::{NodeOptions, Object, Objects, Secret};
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
     let mut bytes = bytes.to_vec();
     for at in ITERATIONS {
-        // A header may ask for hours of work; up to 4095 iterations are done here.
+        // A header may ask for hours of key derivation: iterations are limited to 4095.
         if let Some([first, second, third, _]) = bytes.get_mut(at..at + 4) {
             (*first, *second) = (0, 0);
             *third &= 0x0f;
@@ -22,5 +22,5 @@ libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
     diskimage_fuzz::exercise_with(&diskimage_formats::Luks, &bytes, &options, &Arc::new(objects));
 });
 
-/// Where a header has iteration counts: of the digest and of the eight slots.
+/// The offsets of the iteration counts in a header: of the digest and of the eight key slots.
 const ITERATIONS: [usize; 9] = [164, 212, 260, 308, 356, 404, 452, 500, 548];

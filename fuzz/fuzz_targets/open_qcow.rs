@@ -1,4 +1,4 @@
-//! Arbitrary bytes as an image of qcow's first version, opened with the passphrase "abc" if it wants one.
+//! Arbitrary bytes as a qcow image (version 1), opened with the passphrase "abc" if it is encrypted.
 #![no_main]
 
 use std::sync::Arc;

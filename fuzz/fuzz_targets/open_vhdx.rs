@@ -1,5 +1,5 @@
-//! A sound VHDX image with a log to replay, in which arbitrary bytes differ. The checksums are made to fit: no mutation
-//! would hit them, and the 4 MiB of the smallest image would be most of what is mutated.
+//! A valid VHDX image with a log to replay, modified by arbitrary bytes. The checksums are corrected, since no mutation
+//! would find them. Only some structures are modified, since most of the 4 MiB of the smallest image are unused.
 #![no_main]
 
 use std::sync::{Arc, OnceLock};
@@ -9,7 +9,7 @@ use diskimage_core::{CreateRequest, Device, Format, Image, NodeOptions, OpenRequ
 use diskimage_formats::Vhdx;
 use diskimage_fuzz::{Closed, Pages};
 
-/// What the input differs in, one part after the other: where it is in the file and how long it is.
+/// The parts of the file that the input modifies, one after the other: offset and length.
 const PARTS: [(u64, usize); 8] = [
     (HEADERS[0], 80),
     (REGION_TABLE, 16 + 3 * 32),
@@ -17,7 +17,7 @@ const PARTS: [(u64, usize); 8] = [
     (LOG, 64 + 2 * 32),
     (LOG + 4096, 64),
     (LOG + 2 * 4096 - 4, 4),
-    // The block allocation table, then the metadata: their table, and what it leads to.
+    // The block allocation table, then the metadata: their table, and the items that it points to.
     (TABLE, 64),
     (3 << 20, 32 + 5 * 32),
     ((3 << 20) + (64 << 10), 64),
@@ -30,7 +30,7 @@ const TABLE: u64 = 2 << 20;
 
 libfuzzer_sys::fuzz_target!(|input: &[u8]| {
     static SOUND: OnceLock<Arc<[u8]>> = OnceLock::new();
-    let file = Pages::new(Arc::clone(SOUND.get_or_init(sound)));
+    let file = Pages::new(Arc::clone(SOUND.get_or_init(valid_image)));
     let mut input = input.iter();
     for (at, len) in PARTS {
         change(&file, at, len, |bytes| {
@@ -40,12 +40,12 @@ libfuzzer_sys::fuzz_target!(|input: &[u8]| {
         });
     }
     for (at, len) in [(HEADERS[0], 4096), (REGION_TABLE, 64 << 10), (LOG, 2 * 4096)] {
-        change(&file, at, len, mend);
+        change(&file, at, len, fix_checksum);
     }
     diskimage_fuzz::exercise_file(&Vhdx, &file);
 });
 
-/// Changes `len` bytes of `file` from `at` on.
+/// Modifies `len` bytes of `file` from `at` on.
 fn change(file: &Pages, at: u64, len: usize, how: impl FnOnce(&mut [u8])) {
     let mut bytes = vec![0; len];
     file.read_at(&mut bytes, at).expect("inside");
@@ -53,15 +53,15 @@ fn change(file: &Pages, at: u64, len: usize, how: impl FnOnce(&mut [u8])) {
     file.write_at(&bytes, at).expect("has room");
 }
 
-/// Sets the CRC-32C that the fifth to eighth byte of a structure are.
-fn mend(structure: &mut [u8]) {
+/// Sets the CRC-32C of a structure, which is in bytes 4 to 7.
+fn fix_checksum(structure: &mut [u8]) {
     structure[4..8].fill(0);
     let sum = crc32c::crc32c(structure);
     structure[4..8].copy_from_slice(&sum.to_le_bytes());
 }
 
-/// A disk of four blocks of 1 MiB, one of which has its place only in the log.
-fn sound() -> Arc<[u8]> {
+/// A disk of four blocks of 1 MiB, one of which is allocated only in the log.
+fn valid_image() -> Arc<[u8]> {
     let file = Arc::new(Pages::new(Arc::default()));
     let mut options = Options::new(Vhdx.create_options());
     options.parse("block_size=1M").expect("valid");
@@ -86,7 +86,7 @@ fn sound() -> Arc<[u8]> {
     let image = Image::new(layer, None, "fuzz", true);
     image.write_at(&[5; 1000], 2 << 20).expect("writes");
     image.flush().expect("flushes");
-    // As after a crash: the table is the old one, and the header that counts names the entry of the log.
+    // As after a crash: the BAT is the old one, and the current header has the GUID of the log.
     file.write_at(&table, TABLE).expect("has room");
     let mut guid = [0; 16];
     file.read_at(&mut guid, LOG + 32).expect("inside");

@@ -1,4 +1,4 @@
-//! Arbitrary bytes as a VHD image, with sums that are right: no mutation would hit them.
+//! Arbitrary bytes as a VHD image, with correct checksums: no mutation would find them.
 #![no_main]
 
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {

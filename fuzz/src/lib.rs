@@ -1,5 +1,5 @@
-//! What the targets do with an image made of arbitrary bytes: everything that reads, then some that writes.
-//! Nothing may panic, hang, or take memory in proportion to a number in the image.
+//! Exercises an image of arbitrary bytes: all operations that read, then some that write. None may panic, hang, or
+//! allocate memory in proportion to a number in the image.
 
 mod pages;
 
@@ -12,7 +12,7 @@ use diskimage_core::{
 
 pub use pages::Pages;
 
-/// Opens no file.
+/// A gate that refuses all files.
 pub struct Closed;
 
 impl Gate for Closed {
@@ -21,7 +21,7 @@ impl Gate for Closed {
     }
 }
 
-/// Opens the same file, whatever it is called.
+/// A gate that opens the same file for any name.
 struct OneFile(Arc<[u8]>);
 
 impl Gate for OneFile {
@@ -30,7 +30,7 @@ impl Gate for OneFile {
     }
 }
 
-/// Extents looked at, so that a disk of exabytes ends.
+/// The limit of extents to read, which bounds the work for a disk of exabytes.
 const EXTENTS: usize = 200;
 
 /// The largest cluster that is compressed.

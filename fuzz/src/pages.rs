@@ -1,4 +1,4 @@
-//! A file in memory of which only the pages that were written take any.
+//! A file in memory that stores only the pages that were written.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -8,12 +8,12 @@ use diskimage_core::{
 };
 
 const PAGE: usize = 4096;
-/// As in the file protocol.
+/// The limit of the file protocol.
 const MAX_LEN: u64 = i64::MAX as u64;
-/// How much may be written, so that a target that writes for ever is found by its memory.
+/// The limit of written pages: a target that writes forever hits it.
 const MAX_PAGES: usize = (192 << 20) / PAGE;
 
-/// The bytes of a file, and the pages that differ from them by now.
+/// The initial bytes of a file, and the pages that were written since.
 #[derive(Debug)]
 pub struct Pages {
     bytes: Arc<[u8]>,
@@ -25,8 +25,8 @@ pub struct Pages {
 struct State {
     len: u64,
     written: BTreeMap<u64, Box<[u8; PAGE]>>,
-    /// Where the original bytes end to count, after the file was shorter than they are.
-    original: usize,
+    /// How many of the initial bytes are still valid: a shrink of the file drops the rest.
+    initial: usize,
 }
 
 impl Pages {
@@ -35,7 +35,7 @@ impl Pages {
         let state = State {
             len: bytes.len() as u64,
             written: BTreeMap::new(),
-            original: bytes.len(),
+            initial: bytes.len(),
         };
         Self {
             bytes,
@@ -55,18 +55,18 @@ impl Pages {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The original contents of a page, with zeroes after their end.
-    fn original(&self, state: &State, page: u64) -> Box<[u8; PAGE]> {
+    /// The initial contents of a page, with zeroes after their end.
+    fn initial(&self, state: &State, page: u64) -> Box<[u8; PAGE]> {
         let mut bytes = Box::new([0; PAGE]);
         let start = usize::try_from(page).ok().and_then(|page| page.checked_mul(PAGE));
-        if let Some(there) = start.and_then(|start| self.bytes[..state.original].get(start..)) {
+        if let Some(there) = start.and_then(|start| self.bytes[..state.initial].get(start..)) {
             let len = there.len().min(PAGE);
             bytes[..len].copy_from_slice(&there[..len]);
         }
         bytes
     }
 
-    /// Calls `change` with each page of `range`, the part of it that is meant, and where that begins in `range`.
+    /// Calls `change` with the part of each page that `range` covers, and the offset of that part in `range`.
     fn change(&self, range: ByteRange, mut change: impl FnMut(&mut [u8], usize)) -> Result<()> {
         let full = || Error::new(ErrorKind::NoSpace, "No space left on device");
         if range.end() > MAX_LEN {
@@ -75,13 +75,13 @@ impl Pages {
         let mut state = self.lock();
         let mut rest = range;
         while !rest.is_empty() {
-            let (page, inside, len) = piece(rest);
+            let (page, inside, len) = page_part(rest);
             if !state.written.contains_key(&page) {
                 if state.written.len() == MAX_PAGES {
                     return Err(full());
                 }
-                let original = self.original(&state, page);
-                state.written.insert(page, original);
+                let initial = self.initial(&state, page);
+                state.written.insert(page, initial);
             }
             let bytes = state.written.get_mut(&page).expect("it was put there");
             let at = usize::try_from(rest.start() - range.start()).expect("a buffer's");
@@ -103,8 +103,8 @@ impl Clone for Pages {
     }
 }
 
-/// The page in which `range` begins, where in it, and for how long.
-fn piece(range: ByteRange) -> (u64, usize, usize) {
+/// The page in which `range` begins, the offset in the page, and the length of the part in this page.
+fn page_part(range: ByteRange) -> (u64, usize, usize) {
     let inside = usize::try_from(range.start() % PAGE as u64).expect("small");
     let len = usize::try_from(range.len()).unwrap_or(PAGE).min(PAGE - inside);
     (range.start() / PAGE as u64, inside, len)
@@ -127,11 +127,11 @@ impl Device for Pages {
         let mut done = 0;
         while done < buf.len() {
             let at = offset + done as u64;
-            let (page, inside, len) = piece(ByteRange::at(at, (buf.len() - done) as u64));
+            let (page, inside, len) = page_part(ByteRange::at(at, (buf.len() - done) as u64));
             let target = &mut buf[done..done + len];
             match state.written.get(&page) {
                 Some(bytes) => target.copy_from_slice(&bytes[inside..inside + len]),
-                None => target.copy_from_slice(&self.original(&state, page)[inside..inside + len]),
+                None => target.copy_from_slice(&self.initial(&state, page)[inside..inside + len]),
             }
             done += len;
         }
@@ -144,16 +144,16 @@ impl Device for Pages {
     }
 
     fn write_zeroes(&self, range: ByteRange, _mode: ZeroMode) -> Result<()> {
-        // Beyond the original bytes, a page that is not there is zero.
+        // Beyond the initial bytes, a page that is not stored is zero.
         let whole = range.align_in(PAGE as u64);
-        let original = ByteRange::new(0, self.bytes.len() as u64).align_out(PAGE as u64);
-        let forgotten = ByteRange::new(whole.start().max(original.end()).min(whole.end()), whole.end());
-        if forgotten.is_empty() || range.end() > MAX_LEN {
+        let initial = ByteRange::new(0, self.bytes.len() as u64).align_out(PAGE as u64);
+        let dropped = ByteRange::new(whole.start().max(initial.end()).min(whole.end()), whole.end());
+        if dropped.is_empty() || range.end() > MAX_LEN {
             return self.change(range, |bytes, _| bytes.fill(0));
         }
-        let pages = forgotten.units(PAGE as u64);
+        let pages = dropped.units(PAGE as u64);
         self.lock().written.retain(|page, _| !pages.contains(page));
-        for rest in [ByteRange::new(range.start(), forgotten.start()), ByteRange::new(forgotten.end(), range.end())] {
+        for rest in [ByteRange::new(range.start(), dropped.start()), ByteRange::new(dropped.end(), range.end())] {
             self.change(rest, |bytes, _| bytes.fill(0))?;
         }
         Ok(())
@@ -182,9 +182,9 @@ impl Device for Pages {
         }
         let mut state = self.lock();
         if len < state.len {
-            state.original = state.original.min(usize::try_from(len).unwrap_or(usize::MAX));
+            state.initial = state.initial.min(usize::try_from(len).unwrap_or(usize::MAX));
             state.written.split_off(&len.div_ceil(PAGE as u64));
-            let (page, inside, _) = piece(ByteRange::at(len, 1));
+            let (page, inside, _) = page_part(ByteRange::at(len, 1));
             if let Some(bytes) = state.written.get_mut(&page) {
                 bytes[inside..].fill(0);
             }
