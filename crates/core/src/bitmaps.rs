@@ -14,7 +14,7 @@ pub trait Bitmaps: Debug + Send + Sync {
     /// Damage in the bitmap directory, or a failure to read it.
     fn list(&self) -> Result<Vec<BitmapInfo>>;
 
-    /// How many bytes they take in a copy of the image with clusters of `cluster_size`.
+    /// The bytes that the bitmaps need in a copy of the image with clusters of `cluster_size`.
     ///
     /// # Errors
     /// Damage in the bitmap directory, or a failure to read it.

@@ -1,4 +1,4 @@
-//! Checks of images, and what they find and mend.
+//! Checks of images, and what they find and repair.
 
 use std::fmt::Debug;
 
@@ -6,7 +6,7 @@ use crate::{Progress, Result};
 
 /// A layer whose tables can be checked.
 pub trait Check: Debug + Send + Sync {
-    /// Looks for inconsistencies and mends what `repair` allows.
+    /// Looks for inconsistencies and repairs what `repair` allows.
     ///
     /// # Errors
     /// [`ErrorKind::Unsupported`](crate::ErrorKind::Unsupported) if the format cannot repair; errors that end the

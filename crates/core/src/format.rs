@@ -6,27 +6,27 @@ use std::sync::Arc;
 use crate::options::{OptionDef, Options};
 use crate::{Budget, Device, Error, Gate, Layer, NodeOptions, Objects, Permissions, Result};
 
-/// How sure a format is that an image is one of its own: 0 is not at all, 1 is raw's "anything could be".
+/// How certain a format is that an image is of this format: 0 means that it is not; raw returns 1 for anything.
 pub type Score = u32;
 
-/// What probing looks at.
+/// The data that a format is probed with.
 #[derive(Clone, Copy, Debug)]
 pub struct Probe<'a> {
     /// The first bytes of the file, up to 2048.
     pub head: &'a [u8],
-    /// The file's name, for formats known by it.
+    /// The filename, for formats that are recognised by its extension.
     pub name: &'a str,
 }
 
 /// A format: a unit struct listed once in the table of formats; its options are data.
 pub trait Format: Debug + Sync {
-    /// The name on the command line.
+    /// The name of the format on the command line.
     fn name(&self) -> &'static str;
 
-    /// How sure it is; the highest score wins.
+    /// The certainty that an image is of this format; the highest score wins.
     fn probe(&self, probe: &Probe<'_>) -> Score;
 
-    /// What the file is locked for when an image of this format is opened to `write` or to read.
+    /// The permissions that the file is locked for when an image of this format is opened for writing or reading.
     fn permissions(&self, write: bool) -> Permissions {
         if write {
             Permissions::WRITE
@@ -35,17 +35,17 @@ pub trait Format: Debug + Sync {
         }
     }
 
-    /// The nodes below that a user can give besides the file that the image is in.
+    /// The child nodes that a user can give, besides `file`.
     fn children(&self) -> &'static [&'static str] {
         &[]
     }
 
-    /// Those of them that an image finds by itself: giving one makes no other image of it.
+    /// The children that opening finds from the header: giving one does not change the `json:` filename.
     fn implicit_children(&self) -> &'static [&'static str] {
         &[]
     }
 
-    /// The options without which an image that is open would be another one.
+    /// The options that are part of the node's `json:` filename.
     fn strong_options(&self) -> &'static [&'static str] {
         &[]
     }
@@ -53,18 +53,18 @@ pub trait Format: Debug + Sync {
     /// Opens the image on a device.
     ///
     /// # Errors
-    /// Everything that is wrong with it, and files that the gate refused.
+    /// Damage, unsupported features, invalid options, and files that the gate refused.
     fn open(&self, request: OpenRequest<'_>) -> Result<Arc<dyn Layer>>;
 
-    /// Whether there is a way to make images of this format; others are only read.
+    /// Whether images of this format can be created.
     fn can_create(&self) -> bool {
         true
     }
 
-    /// Refuses formats that are only read.
+    /// Fails for formats that cannot be created.
     ///
     /// # Errors
-    /// There is no way to make images of this format.
+    /// Images of this format cannot be created.
     fn require_creation(&self) -> Result<()> {
         if self.can_create() {
             Ok(())
@@ -76,7 +76,7 @@ pub trait Format: Debug + Sync {
         }
     }
 
-    /// The options of `create`: parsing, `-o help` and documentation come from this slice.
+    /// The options of `create`: parsing, `-o help` and documentation all come from this slice.
     fn create_options(&self) -> &'static [OptionDef];
 
     /// The options of `amend`; `None` if images of this format cannot be amended.
@@ -84,10 +84,10 @@ pub trait Format: Debug + Sync {
         None
     }
 
-    /// The files besides the one called `name` that [`Format::create`] opens through the gate: they are made before.
+    /// The files besides `name` that [`Format::create`] opens through the gate. The caller creates them before.
     ///
     /// # Errors
-    /// Options that do not fit together.
+    /// Options that contradict each other.
     fn new_parts(&self, _name: &str, _size: u64, _options: &Options) -> Result<Vec<String>> {
         Ok(Vec::new())
     }
@@ -97,7 +97,7 @@ pub trait Format: Debug + Sync {
         false
     }
 
-    /// Whether a new image says what the contents of the one below are.
+    /// Whether a new image records the CID of its backing image.
     fn records_backing_cid(&self) -> bool {
         false
     }
@@ -107,21 +107,21 @@ pub trait Format: Debug + Sync {
         false
     }
 
-    /// Whether a file that did not become an image stays, empty: the original's drivers differ in that.
+    /// Whether the file stays, empty, after its creation has failed. The drivers of `qemu-img` differ in this.
     fn keeps_failed_file(&self) -> bool {
         false
     }
 
-    /// Writes a new image.
+    /// Creates an image.
     ///
     /// # Errors
-    /// Options that do not fit together, and what the operating system says.
+    /// Options that contradict each other, and write errors of the file.
     fn create(&self, request: CreateRequest<'_>) -> Result<()>;
 
-    /// How large a file would be.
+    /// Computes the size that the file of an image would have.
     ///
     /// # Errors
-    /// Options that make no sense, and reading the source's tables.
+    /// Invalid options, and damage in the tables of the source.
     fn measure(&self, _options: &Options, _source: MeasureSource<'_>, _objects: &Objects) -> Result<Measure> {
         Err(Error::unsupported(format!(
             "Block driver '{}' does not support size measurement",
@@ -130,35 +130,35 @@ pub trait Format: Debug + Sync {
     }
 }
 
-/// What an image is opened with.
+/// The arguments of [`Format::open`].
 #[derive(Debug)]
 pub struct OpenRequest<'a> {
-    /// Where its bytes are.
+    /// The file of the image.
     pub file: Arc<dyn Device>,
-    /// Its name, for messages and as the start of relative names.
+    /// Its filename, for messages and to resolve relative names against.
     pub name: &'a str,
-    /// Whether it will be changed.
+    /// Whether it is opened for writing.
     pub write: bool,
-    /// Opened by `check`: damage that the check can mend does not keep the image from being opened.
+    /// Opened by `check`: damage that the check can repair is no error.
     pub for_check: bool,
-    /// Only facts are wanted: files with the guest's data need not be there.
+    /// Opened for `info`: data files are not opened.
     pub no_data: bool,
-    /// Take no locks that others could mind, as `-U` asks for.
+    /// Take no locks that conflict with other processes (`-U`).
     pub force_share: bool,
-    /// The nodes below that the user gave, of those in [`Format::children`].
+    /// The children that the user gave, of those in [`Format::children`].
     pub children: Vec<(&'static str, Arc<dyn Device>)>,
-    /// The options of its node; the format takes those that it knows.
+    /// The options of its node; the format takes those that it supports.
     pub options: &'a mut NodeOptions,
-    /// What options refer to by name.
+    /// The objects that options refer to.
     pub objects: &'a Arc<Objects>,
-    /// Opens what the image refers to.
+    /// Opens the files that the image refers to.
     pub gate: &'a dyn Gate,
-    /// Memory for tables.
+    /// The memory budget for tables.
     pub budget: Budget,
 }
 
 impl<'a> OpenRequest<'a> {
-    /// To read the image called `name` in `file`, with nothing said but `options`.
+    /// To read the image `name` in `file` with `options`, and defaults for the rest.
     pub fn new(
         file: Arc<dyn Device>,
         name: &'a str,
@@ -181,7 +181,7 @@ impl<'a> OpenRequest<'a> {
         }
     }
 
-    /// Takes the node below called `name`, if the user gave one.
+    /// Takes the child `name`, if the user gave one.
     pub fn take_child(&mut self, name: &str) -> Option<Arc<dyn Device>> {
         let at = self.children.iter().position(|(other, _)| *other == name)?;
         Some(self.children.swap_remove(at).1)
@@ -194,26 +194,26 @@ impl Debug for dyn Gate + '_ {
     }
 }
 
-/// What an image is made from. The file exists and is empty, or is a device with enough room.
+/// The arguments of [`Format::create`]. The file is empty, or is a device with enough space.
 #[derive(Debug)]
 pub struct CreateRequest<'a> {
-    /// Where the image goes.
+    /// The file of the image.
     pub file: Arc<dyn Device>,
-    /// Its name, for messages.
+    /// Its filename, for messages.
     pub name: &'a str,
-    /// The disk's size in bytes.
+    /// The virtual size in bytes.
     pub size: u64,
-    /// What the user asked for.
+    /// The creation options.
     pub options: &'a Options,
-    /// What options refer to by name.
+    /// The objects that options refer to.
     pub objects: &'a Arc<Objects>,
-    /// Opens the files of [`Format::new_parts`], which exist.
+    /// Opens the files of [`Format::new_parts`], which the caller has created.
     pub gate: &'a dyn Gate,
-    /// The [`Layer::cid`] of the image below, where [`Format::records_backing_cid`].
+    /// The [`Layer::cid`] of the backing image, if [`Format::records_backing_cid`].
     pub backing_cid: Option<u32>,
 }
 
-/// What `measure` measures for.
+/// The data to measure for.
 #[derive(Clone, Copy, Debug)]
 pub enum MeasureSource<'a> {
     /// An empty disk of this many bytes.
@@ -223,7 +223,7 @@ pub enum MeasureSource<'a> {
 }
 
 impl MeasureSource<'_> {
-    /// The disk's size in bytes.
+    /// The virtual size in bytes.
     pub fn len(&self) -> u64 {
         match self {
             Self::Size(len) => *len,
@@ -237,13 +237,13 @@ impl MeasureSource<'_> {
     }
 }
 
-/// How large a file would be, in bytes.
+/// The size that a file would have, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Measure {
-    /// For what is there now.
+    /// With the present data.
     pub required: u64,
-    /// When every byte of the disk has been written.
+    /// With every cluster allocated.
     pub fully_allocated: u64,
-    /// What persistent bitmaps take on top, where the source has any.
+    /// The additional size of persistent bitmaps, if the source has any.
     pub bitmaps: Option<u64>,
 }

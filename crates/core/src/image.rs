@@ -37,12 +37,12 @@ pub struct Image {
     write: bool,
     limits: Limits,
     node: Node,
-    /// The image is a protocol or filter used without a format: nothing but the bytes of the layer's file.
+    /// The image is a protocol or filter without a format: its bytes are those of the layer's file.
     is_bare: bool,
     zeroes: ZeroDetection,
     /// Whether the check for missing bytes of the file, which the first write needs, has passed.
     is_whole: AtomicBool,
-    /// FlushOnDrop during that check.
+    /// Held during that check.
     looking: Mutex<()>,
     /// The cluster decoded last: sequential small reads hit the same compressed cluster.
     decoded: Mutex<Option<(Encoded, Arc<[u8]>)>>,
@@ -107,7 +107,7 @@ impl Image {
         }
     }
 
-    /// The same image, which looks for zeroes in what is written to it.
+    /// The same image with detection of zeroes in written data.
     #[must_use]
     pub fn with_zero_detection(self, zeroes: ZeroDetection) -> Self {
         Self { zeroes, ..self }

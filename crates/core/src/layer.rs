@@ -1,4 +1,9 @@
-//! One opened image without its backing chain: where bytes live, never the bytes themselves.
+//! One opened image without its backing chain: it maps guest offsets to host offsets and never moves guest data.
+//!
+//! ```text
+//!   map         guest range ─► Run { len, kind: Data, Zero, Unallocated or Encoded }
+//!   plan_write  guest range ─► WritePlan: allocated WriteRuns; the caller writes them, then commit updates the tables
+//! ```
 
 use std::fmt::Debug;
 use std::sync::Arc;
@@ -15,7 +20,7 @@ pub trait Layer: Debug + Send + Sync {
     /// The format's name.
     fn format(&self) -> &'static str;
 
-    /// The guest's disk size in bytes.
+    /// The virtual size in bytes.
     fn len(&self) -> u64;
 
     /// Whether the disk has no bytes.
@@ -23,34 +28,34 @@ pub trait Layer: Debug + Send + Sync {
         self.len() == 0
     }
 
-    /// What opening has come across, for whoever opens the image: warnings, and what was found and mended as a check tells
-    /// it.
+    /// Notes of opening the image, for the user: warnings, and findings and repairs as a check reports them.
     fn notes(&self) -> &[Note] {
         &[]
     }
 
-    /// The unit of allocation: discarding and compressed writes work on multiples of it. 1 if there is none.
+    /// The unit of allocation: discards and compressed writes cover multiples of it. 1 if there is none.
     fn granularity(&self) -> u64;
 
-    /// The smallest piece that gets storage of its own when it is written, and that can be made zero:
-    /// [`Layer::granularity`], or less if its units are divided.
+    /// The smallest unit that is allocated or zeroed on its own: [`Layer::granularity`], or less for formats with
+    /// subclusters.
     fn write_unit(&self) -> u64 {
         self.granularity()
     }
 
-    /// Where the bytes at the start of `range` live, and how far that holds.
+    /// Maps the start of `range` to a run.
     ///
     /// # Errors
     /// Damage found in the tables.
     fn map(&self, range: ByteRange) -> Result<Run>;
 
-    /// Whether who writes has to know first that the file has all that tables lead to: new data would go where it was, or
-    /// make the file longer, and what was lost would read as zeroes from then on.
+    /// Whether the first write needs a check that the file has all bytes that the tables point to. In a truncated file
+    /// new data would be allocated at the lost offsets or extend the file, and lost bytes would read as zeroes from
+    /// then on.
     fn needs_whole_file(&self) -> bool {
         true
     }
 
-    /// Sets aside where the bytes of `range` will go. Waits while another plan covers some of the same clusters.
+    /// Allocates storage for the bytes of `range`. Waits while another plan covers some of the same clusters.
     ///
     /// # Errors
     /// Damage, read-only images, a full disk.
@@ -60,10 +65,11 @@ pub trait Layer: Debug + Send + Sync {
     /// the disk, or it lies inside one such unit and is aligned to [`Layer::write_unit`].
     ///
     /// # Errors
-    /// [`ErrorKind::Unsupported`](crate::ErrorKind::Unsupported) if the format has no way; the caller writes then.
+    /// [`ErrorKind::Unsupported`](crate::ErrorKind::Unsupported) if the format does not support it; the caller then
+    /// writes zero bytes.
     fn write_zeroes(&self, range: ByteRange, mode: ZeroMode) -> Result<()>;
 
-    /// Gives back the storage of `range`, aligned to [`Layer::granularity`] or ending at the end of the disk.
+    /// Frees the storage of `range`, which is aligned to [`Layer::granularity`] or ends at the end of the disk.
     ///
     /// # Errors
     /// As for writing.
@@ -71,13 +77,13 @@ pub trait Layer: Debug + Send + Sync {
         Ok(())
     }
 
-    /// What the image says of itself.
+    /// Facts about the image, for `info`.
     ///
     /// # Errors
-    /// Damage in the tables it reads for this.
+    /// Damage in the tables that hold these facts.
     fn info(&self) -> Result<Info>;
 
-    /// Refuses what [`Layer::resize`] would refuse, before anything has changed.
+    /// Fails as [`Layer::resize`] would, before anything is changed.
     ///
     /// # Errors
     /// As [`Layer::resize`].
@@ -85,10 +91,10 @@ pub trait Layer: Debug + Send + Sync {
         Ok(())
     }
 
-    /// Changes the disk's size. Of what is added, nothing may show the backing image at any moment.
+    /// Changes the virtual size. New space must not expose the backing image at any moment.
     ///
     /// # Errors
-    /// What the format cannot do, each in words of its own.
+    /// Sizes that the format does not support, and write errors of the file.
     fn resize(&self, request: &ResizeRequest) -> Result<()>;
 
     /// Whether a new image of this kind reads as zero everywhere.
@@ -96,27 +102,27 @@ pub trait Layer: Debug + Send + Sync {
         true
     }
 
-    /// Publishes and makes durable all that was written.
+    /// Writes back dirty metadata and makes all completed writes durable.
     ///
     /// # Errors
-    /// What the operating system says.
+    /// Write errors of the file.
     fn flush(&self) -> Result<()>;
 
     /// The device that the format lies on.
     fn file(&self) -> &Arc<dyn Device>;
 
-    /// What else the layer can do. It takes no lock.
+    /// The optional features of the layer. The call takes no lock.
     fn capabilities(&self) -> Capabilities<'_> {
         Capabilities::default()
     }
 }
 
-/// How many damaged places are passed over in search of bytes that are missing.
+/// How many damaged units the search for missing bytes skips.
 const MAX_DAMAGE: u32 = 1000;
 
 impl dyn Layer + '_ {
-    /// Checks that the file has all that tables lead to and the disk has. Other damage in the tables is left to the
-    /// requests that meet it.
+    /// Checks that the file has all bytes of the disk that the tables point to. Other damage in the tables is ignored
+    /// here: the requests that find it fail.
     ///
     /// # Errors
     /// Bytes that are missing, and failures to read tables.
@@ -144,80 +150,80 @@ impl dyn Layer + '_ {
     }
 }
 
-/// A run of guest bytes and where they live.
+/// A run of guest bytes and their storage.
 #[derive(Clone, Debug)]
 pub struct Run {
-    /// How many bytes; never zero, never more than was asked for.
+    /// The length in bytes; never zero, never more than that of the request.
     pub len: u64,
-    /// Where they live.
+    /// The storage.
     pub kind: RunKind,
 }
 
-/// Where a run's bytes live.
+/// The storage of a run.
 #[derive(Clone, Debug)]
 pub enum RunKind {
-    /// As they are, at `offset` of `device`.
+    /// Stored unchanged at host offset `offset` of `device`.
     Data {
-        /// Where.
+        /// The host device.
         device: Arc<dyn Device>,
-        /// The offset there.
+        /// The host offset.
         offset: u64,
-        /// What a hole of `device` there means.
+        /// How a hole of `device` in this run is reported.
         holes: HoleMeaning,
     },
-    /// They read as zero, whatever is below; storage may be set aside.
+    /// A zero cluster, which hides the backing image; storage may be allocated.
     Zero {
-        /// The storage set aside.
+        /// The allocated storage: device and host offset.
         host: Option<(Arc<dyn Device>, u64)>,
     },
-    /// The image below has them, or nobody; storage may be set aside all the same.
+    /// Read from the backing image, or zero without one; storage may be allocated all the same.
     Unallocated {
-        /// The storage set aside.
+        /// The allocated storage: device and host offset.
         host: Option<(Arc<dyn Device>, u64)>,
     },
-    /// In encoded form; the run lies inside the cluster named.
+    /// Part of an encoded cluster.
     Encoded(Encoded),
 }
 
-/// What it means for a run of data that the device has no storage for some of it.
+/// How a hole of the host device inside a run of data is reported.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum HoleMeaning {
-    /// Nothing that is worth asking for.
+    /// The device is not asked for holes.
     Ignored,
-    /// The bytes are zero; as far as the format is concerned they are data all the same.
+    /// The bytes are zero, but allocated data in the tables of the format.
     ZeroData,
-    /// The bytes are zero and that is all: the format has no say of its own.
+    /// The bytes are zero: the format has no tables of its own.
     Zero,
 }
 
-/// Storage set aside for one write. The caller writes every byte of every run and commits; dropping the plan gives the
-/// storage back and leaves the image as it was.
+/// The storage allocated for one write. The caller writes every byte of every run and commits. A drop without commit
+/// frees the storage and leaves the image as it was.
 #[must_use]
 pub trait WritePlan {
-    /// The runs, in guest order and without gaps, together covering what was asked for and, where new clusters are
-    /// partly written, the rest of these clusters, which the caller fills with what the disk held there before.
+    /// The runs, in guest order and without gaps. They cover the request and the rest of new clusters that it covers in
+    /// part; the caller fills the rest with the present data of the disk (copy-on-write).
     fn runs(&self) -> &[WriteRun];
 
-    /// Makes the bytes part of the image.
+    /// Updates the tables, which makes the bytes part of the image.
     ///
     /// # Errors
     /// A failure to write tables.
     fn commit(self: Box<Self>) -> Result<()>;
 }
 
-/// One contiguous piece of a [`WritePlan`].
+/// A contiguous run of a [`WritePlan`].
 #[derive(Clone, Debug)]
 pub struct WriteRun {
-    /// The guest bytes. May reach past the end of the disk in its last cluster.
+    /// The guest range. In the last cluster it may end beyond the end of the disk.
     pub guest: ByteRange,
-    /// Where they go.
+    /// The host device.
     pub device: Arc<dyn Device>,
-    /// The offset there.
+    /// The host offset.
     pub offset: u64,
 }
 
 impl WriteRun {
-    /// Appends it to `runs`, or makes the last one longer if it goes on where that one ends.
+    /// Appends the run to `runs`, or extends the last one if it is contiguous with this one in guest and host.
     pub fn push_to(self, runs: &mut Vec<Self>) {
         match runs.last_mut() {
             Some(last)
@@ -237,17 +243,17 @@ impl WriteRun {
 pub struct ResizeRequest {
     /// The new size in bytes.
     pub len: u64,
-    /// How much of new space is set aside.
+    /// How new space is allocated.
     pub preallocation: Preallocation,
-    /// The files of [`MultiFile::new_parts`](crate::MultiFile::new_parts), new and empty. After a failure those that are
-    /// empty again belong to nobody.
+    /// The files of [`MultiFile::new_parts`](crate::MultiFile::new_parts), new and empty. After a failure those that
+    /// are empty again belong to nobody.
     pub parts: Vec<Arc<dyn Device>>,
     /// The length of the backing image, 0 if there is none. [`Image::resize_with`](crate::Image::resize_with) sets it.
     pub backing_len: u64,
 }
 
 impl ResizeRequest {
-    /// A change to `len` bytes in the files that there are.
+    /// A change to `len` bytes without new files.
     pub fn new(len: u64, preallocation: Preallocation) -> Self {
         Self {
             len,
@@ -264,7 +270,7 @@ mod tests {
     use crate::MemoryDevice;
 
     #[test]
-    fn a_run_that_goes_on_makes_the_last_one_longer() {
+    fn a_contiguous_run_extends_the_last_one() {
         let [one, other] = [0, 1].map(|_| -> Arc<dyn Device> { Arc::new(MemoryDevice::default()) });
         let mut runs = Vec::new();
         for (start, offset, device) in [

@@ -4,7 +4,7 @@
 //!
 //! * [`Device`]: a flat array of bytes, wherever they live;
 //! * [`Layer`]: one opened image *without* its backing chain. It maps guest offsets to host offsets and never moves bytes;
-//! * [`Capabilities`]: what a layer has besides what all have: compression, snapshots, bitmaps, a check, ...
+//! * [`Capabilities`]: the optional features of a layer: compression, snapshots, bitmaps, a check, ...
 //! * [`Image`]: a layer with its backing image; it is a device again, and the only code that walks a backing chain;
 //! * [`Format`]: an entry of the table from which a program picks drivers;
 //! * [`Gate`]: the caller's policy about which files an image may refer to;

@@ -22,13 +22,13 @@ pub trait Snapshots: Debug + Send + Sync {
     /// Damage in the snapshot table, or a failure to read it.
     fn list(&self) -> Result<Vec<SnapshotInfo>>;
 
-    /// The disk that a snapshot kept, as a read-only layer. Where both are given, identifier and name have to fit.
+    /// A snapshot as a read-only layer. If both are given, identifier and name have to match.
     ///
     /// # Errors
     /// [`ErrorKind::NotFound`](crate::ErrorKind::NotFound) if there is no such snapshot, and damage in its tables.
     fn open(&self, id: Option<&str>, name: Option<&str>) -> Result<Arc<dyn Layer>>;
 
-    /// Keeps the disk as it is now.
+    /// Creates a snapshot of the present state of the disk.
     ///
     /// # Errors
     /// Clusters whose refcount would overflow, damage, a full device.
