@@ -1,7 +1,7 @@
-//! What a layer can have besides what every [`Layer`] has.
+//! The optional features of a [`Layer`].
 //!
-//! [`Capabilities`] has a place for each, `None` where the format has no such thing: what a format does not set, it does not
-//! have. The methods of `dyn Layer` below ask for one and give the answer of a layer without it.
+//! [`Capabilities`] has a field for each, `None` if the format does not support it. The methods of `dyn Layer` below
+//! call a feature, and return the default of a layer that lacks it.
 
 use std::fmt::Debug;
 use std::sync::Arc;
@@ -11,40 +11,41 @@ use crate::{
     ResizeRequest, Result, Snapshots, StoredName, errno,
 };
 
-/// What one open image can do besides what all can.
+/// The optional features of one open image.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Capabilities<'a> {
-    /// Clusters are stored in encoded form.
+    /// Encoded clusters.
     pub codec: Option<&'a dyn Codec>,
-    /// The image can have a backing image.
+    /// A backing image.
     pub backed: Option<&'a dyn Backed>,
     /// Internal snapshots.
     pub snapshots: Option<&'a dyn Snapshots>,
     /// Persistent bitmaps.
     pub bitmaps: Option<&'a dyn Bitmaps>,
-    /// An image like this could have persistent bitmaps, whether or not this one does.
+    /// The format and version support persistent bitmaps, whether or not this image has any.
     pub supports_bitmaps: bool,
-    /// Inconsistencies can be looked for.
+    /// A check for inconsistencies.
     pub check: Option<&'a dyn Check>,
-    /// Options can be changed after creation.
+    /// Options that can be changed after creation.
     pub amend: Option<&'a dyn Amend>,
-    /// The image is more than one file.
+    /// Several files.
     pub multi_file: Option<&'a dyn MultiFile>,
-    /// The device that holds the guest's data, if it is not [`Layer::file`].
+    /// The data file, if guest data is not in [`Layer::file`].
     pub data_file: Option<&'a Arc<dyn Device>>,
-    /// When the disk shrinks, the bytes cut off inside its last unit stay. They are mapped and written like the disk's own.
+    /// A shrink of the disk keeps the bytes beyond its end in the last unit. They can be mapped and written like those
+    /// of the disk.
     pub keeps_tail: bool,
     /// What [`Layer::map`] finds in the tables is not reported as the allocation of the disk: qemu-img does not ask the
     /// tables of this format, and reports that all is data.
     pub hides_allocation: bool,
 }
 
-/// The backing image, as an image names it.
+/// The backing image as named in an image.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Backing {
-    /// The name, which may be relative to the image's own directory.
+    /// The filename, which may be relative to the directory of the image.
     pub name: StoredName,
-    /// The format, if the image says which.
+    /// The format, if the image names it.
     pub format: Option<String>,
 }
 
@@ -53,8 +54,8 @@ pub trait Backed: Debug + Send + Sync {
     /// The backing image that the image names.
     fn backing(&self) -> Option<Backing>;
 
-    /// Names another backing image, or none; what was written so far is durable before. The layer itself goes on with what
-    /// it was opened on.
+    /// Changes or removes the name of the backing image. Earlier writes are durable before. The open layer keeps its
+    /// present backing image.
     ///
     /// # Errors
     /// `Operation not supported` if the format cannot change the name; names that are too long.
@@ -62,8 +63,8 @@ pub trait Backed: Debug + Send + Sync {
         Err(Error::from_errno(errno::ENOTSUP))
     }
 
-    /// Gives up all data, so that the backing image shows everywhere. A format that has no way keeps it, as in qemu-img:
-    /// what it hides is the same.
+    /// Discards all data, so that reads return the backing image everywhere. A format that does not support this keeps
+    /// the data, as in qemu-img: it is equal to that of the backing image after a commit.
     ///
     /// # Errors
     /// As for writing.
@@ -76,8 +77,7 @@ pub trait Backed: Debug + Send + Sync {
         None
     }
 
-    /// Whether `backing` still has the contents that this image was made on. If not, what it does not have itself cannot be
-    /// read.
+    /// Whether `backing` is unchanged since this image was created on it. If not, unallocated clusters cannot be read.
     fn matches_backing(&self, _backing: &dyn Layer) -> bool {
         true
     }
@@ -85,11 +85,10 @@ pub trait Backed: Debug + Send + Sync {
 
 /// A layer whose options can be changed after creation.
 pub trait Amend: Debug + Send + Sync {
-    /// Changes options that the image was created with. Afterwards the layer refuses to write: the image has to be opened
-    /// again.
+    /// Changes creation options. Afterwards the layer refuses to write: the image has to be opened again.
     ///
     /// # Errors
-    /// What the format cannot change, each in words of its own.
+    /// Options that the format cannot change, and write errors of the file.
     fn amend(&self, request: &AmendRequest<'_>) -> Result<()>;
 }
 
@@ -98,18 +97,19 @@ pub trait Amend: Debug + Send + Sync {
 pub struct AmendRequest<'a> {
     /// Values for the options in [`Format::amend_options`](crate::Format::amend_options).
     pub options: &'a crate::options::Options,
-    /// What would lock the user out, or is unsafe otherwise, is done as well.
+    /// Also makes unsafe changes, such as one that locks the user out.
     pub force: bool,
-    /// What options refer to by name.
+    /// The objects that options refer to.
     pub objects: &'a Arc<Objects>,
-    /// Told how far it is.
+    /// Receives the progress.
     pub progress: &'a Progress<'a>,
-    /// As [`ResizeRequest::backing_len`], for options that change the size. [`Image::amend`](crate::Image::amend) sets it.
+    /// As [`ResizeRequest::backing_len`], for options that change the size. [`Image::amend`](crate::Image::amend) sets
+    /// it.
     pub backing_len: u64,
 }
 
 impl<'a> AmendRequest<'a> {
-    /// A change to what `options` say, in which nothing is forced.
+    /// A change to `options`, without unsafe changes.
     pub fn new(
         options: &'a crate::options::Options,
         objects: &'a Arc<Objects>,
@@ -131,7 +131,7 @@ pub trait MultiFile: Debug + Send + Sync {
     fn parts(&self) -> Vec<(String, Arc<dyn Device>)>;
 
     /// The paths of further files that [`Layer::resize`] needs for `request`, relative to the current directory if they
-    /// are not absolute. The caller makes them, and passes them on in [`ResizeRequest::parts`].
+    /// are not absolute. The caller creates them and passes them in [`ResizeRequest::parts`].
     ///
     /// # Errors
     /// As [`Layer::resize`].
@@ -147,7 +147,7 @@ impl<'a> dyn Layer + 'a {
     /// [`Backed::set_backing`].
     ///
     /// # Errors
-    /// As there, and `Operation not supported` if the format has no backing images.
+    /// As [`Backed::set_backing`], and `Operation not supported` if the format has no backing images.
     pub fn set_backing(&self, backing: Option<&Backing>) -> Result<()> {
         match self.capabilities().backed {
             Some(backed) => backed.set_backing(backing),
@@ -155,10 +155,10 @@ impl<'a> dyn Layer + 'a {
         }
     }
 
-    /// [`Backed::make_empty`]; nothing where there can be no backing image.
+    /// [`Backed::make_empty`]; does nothing if the format has no backing images.
     ///
     /// # Errors
-    /// As there.
+    /// As [`Backed::make_empty`].
     pub fn make_empty(&self) -> Result<()> {
         match self.capabilities().backed {
             Some(backed) => backed.make_empty(),
@@ -171,10 +171,10 @@ impl<'a> dyn Layer + 'a {
         self.capabilities().backed?.cid()
     }
 
-    /// Its [`Codec`].
+    /// The [`Codec`] of the layer.
     ///
     /// # Errors
-    /// There is none.
+    /// The format has no encoded clusters.
     pub fn codec(&self) -> Result<&dyn Codec> {
         let codec = self.capabilities().codec;
         codec.ok_or_else(|| Error::unsupported("This format has no encoded clusters"))
@@ -183,7 +183,7 @@ impl<'a> dyn Layer + 'a {
     /// [`Codec::encoder`]; `None` also if the format does not compress.
     ///
     /// # Errors
-    /// As there.
+    /// As [`Codec::encoder`].
     pub fn encoder(&self) -> Result<Option<Box<dyn Encoder>>> {
         match self.capabilities().codec {
             Some(codec) => codec.encoder(),
@@ -208,11 +208,11 @@ impl<'a> dyn Layer + 'a {
         self.capabilities().bitmaps
     }
 
-    /// How many bytes its persistent bitmaps take in a copy with clusters of `cluster_size`; `None` if an image like this
-    /// could not have any.
+    /// The bytes that the persistent bitmaps need in a copy with clusters of `cluster_size`; `None` if the format or
+    /// version does not support bitmaps.
     ///
     /// # Errors
-    /// Damage in their directory.
+    /// Damage in the bitmap directory, or a failure to read it.
     pub fn bitmap_bytes(&self, cluster_size: u64) -> Result<Option<u64>> {
         let capabilities = self.capabilities();
         match capabilities.bitmaps {
@@ -224,7 +224,7 @@ impl<'a> dyn Layer + 'a {
     /// [`Check::check`].
     ///
     /// # Errors
-    /// As there, and [`ErrorKind::Unsupported`](crate::ErrorKind::Unsupported) if the format has no check.
+    /// As [`Check::check`], and [`ErrorKind::Unsupported`](crate::ErrorKind::Unsupported) if the format has no check.
     pub fn check(&self, repair: Repair, progress: &Progress<'_>) -> Result<CheckReport> {
         match self.capabilities().check {
             Some(check) => check.check(repair, progress),
@@ -235,7 +235,8 @@ impl<'a> dyn Layer + 'a {
     /// [`Amend::amend`].
     ///
     /// # Errors
-    /// As there, and [`ErrorKind::Unsupported`](crate::ErrorKind::Unsupported) if the format has no options to change.
+    /// As [`Amend::amend`], and [`ErrorKind::Unsupported`](crate::ErrorKind::Unsupported) if the format has no options
+    /// to change.
     pub fn amend(&self, request: &AmendRequest<'_>) -> Result<()> {
         match self.capabilities().amend {
             Some(amend) => amend.amend(request),
@@ -255,7 +256,7 @@ impl<'a> dyn Layer + 'a {
     /// [`MultiFile::new_parts`]; none if the image stays one file.
     ///
     /// # Errors
-    /// As there.
+    /// As [`MultiFile::new_parts`].
     pub fn new_parts(&self, request: &ResizeRequest) -> Result<Vec<String>> {
         match self.capabilities().multi_file {
             Some(files) => files.new_parts(request),
@@ -263,7 +264,7 @@ impl<'a> dyn Layer + 'a {
         }
     }
 
-    /// The device that holds the guest's data, if it is another one than [`Layer::file`].
+    /// The data file, if guest data is not in [`Layer::file`].
     pub fn data_file(&self) -> Option<&Arc<dyn Device>> {
         self.capabilities().data_file
     }

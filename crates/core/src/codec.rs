@@ -1,4 +1,4 @@
-//! Clusters that are stored in encoded form: compressed, as a rule.
+//! Encoded clusters, most of which are compressed.
 
 use std::fmt::Debug;
 
@@ -14,13 +14,14 @@ pub trait Codec: Debug + Send + Sync {
         Ok(())
     }
 
-    /// Decodes the cluster that [`RunKind::Encoded`](crate::RunKind::Encoded) names; `buf` has the length of its cluster.
+    /// Decodes the cluster that [`RunKind::Encoded`](crate::RunKind::Encoded) names; `buf` has the length of its
+    /// cluster.
     ///
     /// # Errors
     /// Damage in the encoded bytes.
     fn decode(&self, encoded: &Encoded, buf: &mut [u8]) -> Result<()>;
 
-    /// A new encoder for clusters, one for each worker; `None` if this image has to store them as they are.
+    /// A new encoder for clusters, one for each worker; `None` if this image cannot store encoded clusters.
     ///
     /// # Errors
     /// Compression that this build lacks.
@@ -41,17 +42,18 @@ pub trait Codec: Debug + Send + Sync {
 /// Where an encoded cluster is stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Encoded {
-    /// Offset of its bytes in the file.
+    /// The host offset of its bytes.
     pub offset: u64,
-    /// How many bytes at most.
+    /// The upper limit of their length.
     pub stored: u64,
-    /// The guest bytes that it decodes to. The last cluster of a disk is decoded whole, past the disk's end.
+    /// The guest range that it decodes to. The last cluster of a disk is decoded whole, beyond the end of the disk.
     pub cluster: ByteRange,
 }
 
 /// Compresses clusters.
 pub trait Encoder: Send {
-    /// Puts the encoded form of `cluster` into `out`, emptied first. `Ok(false)` if the cluster is better stored as it is.
+    /// Clears `out` and writes the encoded form of `cluster` to it. `Ok(false)` if the cluster should be stored
+    /// unencoded.
     ///
     /// # Errors
     /// A failure of the codec.

@@ -246,7 +246,7 @@ pub struct ResizeRequest {
     /// How new space is allocated.
     pub preallocation: Preallocation,
     /// The files of [`MultiFile::new_parts`](crate::MultiFile::new_parts), new and empty. After a failure those that
-    /// are empty again belong to nobody.
+    /// are still empty are not part of the image.
     pub parts: Vec<Arc<dyn Device>>,
     /// The length of the backing image, 0 if there is none. [`Image::resize_with`](crate::Image::resize_with) sets it.
     pub backing_len: u64,
