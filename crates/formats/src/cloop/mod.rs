@@ -52,7 +52,9 @@ impl Format for Cloop {
         });
         check_sizes(block_size, blocks)?;
         let disk = Compressed {
-            offsets: Mutex::new(PagedTable::new(Arc::clone(&request.file), OFFSETS_AT, u64::MAX).padded()),
+            offsets: Mutex::new(
+                PagedTable::new(Arc::clone(&request.file), OFFSETS_AT, u64::MAX).zero_beyond_eof(),
+            ),
             file: request.file,
             block_size: u64::from(block_size),
             blocks: u64::from(blocks),

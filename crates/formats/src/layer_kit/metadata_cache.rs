@@ -1,7 +1,7 @@
-//! Metadata tables in memory: windows of them, never the whole, written back in the order that survives a crash.
+//! Metadata tables anywhere in a file, cached in pages, and written back in the order that survives a crash.
 //!
-//! Changed windows stay here until [`MetadataCache::write_back`] or until there are too many. They are written class by class,
-//! with everything written before made durable in between:
+//! Dirty pages stay in memory until [`MetadataCache::write_back`], or until one of them is evicted, which writes all of them
+//! back. They are written class by class, with everything written before made durable in between:
 //!
 //! ```text
 //!   data, refcount blocks → refcount table → L2 tables → L1 table
@@ -9,18 +9,18 @@
 //!
 //! so that at any moment whatever can be reached is counted and written. A crash in between leaks clusters at worst.
 //!
-//! A window is shown to the [`MetadataGuard`], if the image has one, before it is changed for the first time. Once damage
-//! was met nothing is written any more.
+//! A clean page is shown to the [`MetadataGuard`], if the image has one, before it becomes dirty. Once damage was met nothing
+//! is written any more.
 //!
 //! What of a table lies beyond the end of the file was lost: an entry there is an error, and never a zero. Only refcount
 //! blocks count nothing there, as to the original; a cluster that is in use is not allocated for that.
 
-use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
 use diskimage_core::{ByteRange, Device, Error, Event, Result};
 
 use crate::layer_kit::metadata_guard::{Clusters, Kind, Kinds, MetadataGuard};
+use crate::layer_kit::page_cache::{Address, MAX_PAGE, Page, PageCache};
 
 /// What a table is for; the order is the order of writing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -63,13 +63,6 @@ impl WriteOrder {
     }
 }
 
-const CLASSES: [WriteOrder; 4] = [
-    WriteOrder::RefcountBlock,
-    WriteOrder::RefcountTable,
-    WriteOrder::L2,
-    WriteOrder::L1,
-];
-
 /// Where a table lies and how long it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Table {
@@ -78,51 +71,28 @@ pub(crate) struct Table {
     pub(crate) len: u64,
 }
 
-/// The windows of tables that are in memory.
+/// The cached pages of the tables of a file.
 #[derive(Debug)]
 pub(crate) struct MetadataCache {
     device: Arc<dyn Device>,
     /// Guest data lives here; it must be durable before tables refer to it.
     data: Arc<dyn Device>,
-    windows: HashMap<u64, Page>,
-    /// Offsets in the order of the second-chance scan.
-    clock: VecDeque<u64>,
-    bytes: usize,
-    /// How many bytes of windows are kept.
-    capacity: usize,
-    dirty: [usize; CLASSES.len()],
+    pages: PageCache<WriteOrder>,
     /// Refuses writes to places that hold something else.
     guard: Option<MetadataGuard>,
 }
 
-#[derive(Debug)]
-struct Page {
-    class: WriteOrder,
-    /// As many as the file has of those that there should be.
-    bytes: Box<[u8]>,
-    /// How many there should be.
-    len: u64,
-    dirty: bool,
-    used: bool,
-}
-
-/// Bytes of a window. A whole L2 table at the usual cluster size.
-const WINDOW: u64 = 64 << 10;
-/// Bytes of all windows; enough for the L2 tables of 48 GiB at the usual cluster size.
+/// Bytes of a page. A whole L2 table at the usual cluster size.
+const PAGE: u64 = MAX_PAGE as u64;
+/// Bytes of all pages; enough for the L2 tables of 48 GiB at the usual cluster size.
 const CAPACITY: usize = 6 << 20;
-/// Neighbouring windows are written in one request up to this size.
-const MAX_WRITE: usize = 1 << 20;
 
 impl MetadataCache {
     pub(crate) fn new(device: Arc<dyn Device>, data: Arc<dyn Device>) -> Self {
         Self {
             device,
             data,
-            windows: HashMap::new(),
-            clock: VecDeque::new(),
-            bytes: 0,
-            capacity: CAPACITY,
-            dirty: [0; CLASSES.len()],
+            pages: PageCache::new(CAPACITY),
             guard: None,
         }
     }
@@ -184,36 +154,30 @@ impl MetadataCache {
         }
     }
 
-    /// Keeps only so many bytes of windows.
+    /// Keeps only so many bytes of pages.
     #[cfg(test)]
     pub(crate) fn limit_memory(&mut self, capacity: usize) {
-        self.capacity = capacity;
+        self.pages.set_capacity(capacity);
     }
 
-    /// The bytes of `table` from `at` to the end of the window that holds it.
+    /// The bytes of `table` from `at` to the end of the page that holds it.
     pub(crate) fn bytes(&mut self, table: Table, at: u64) -> Result<&[u8]> {
-        let skip = index(at % WINDOW);
-        let window = self.window(table, at)?;
-        Ok(window.bytes.get(skip..).unwrap_or(&[]))
+        let slot = self.page(table, at)?;
+        Ok(self.pages.bytes(slot).get(index(at % PAGE)..).unwrap_or(&[]))
     }
 
     /// As [`MetadataCache::bytes`], to be changed.
     pub(crate) fn bytes_mut(&mut self, table: Table, at: u64) -> Result<&mut [u8]> {
-        let skip = index(at % WINDOW);
-        let offset = table.offset + at - at % WINDOW;
-        if !self.window(table, at)?.dirty {
-            let len = (table.len - (at - at % WINDOW)).min(WINDOW);
-            self.admit(ByteRange::at(offset, len), table.class.kinds())?;
-            self.dirty[table.class as usize] += 1;
+        let slot = self.page(table, at)?;
+        if !self.pages.is_dirty(slot) {
+            let page = self.pages.page(slot);
+            let range = ByteRange::at(page.address.offset, page.bytes.len() as u64);
+            self.admit(range, table.class.kinds())?;
         }
-        let window = self
-            .windows
-            .get_mut(&offset)
-            .ok_or_else(|| out_of_table(table, at))?;
-        window.dirty = true;
-        window
-            .bytes
-            .get_mut(skip..)
+        let valid = self.pages.page(slot).valid;
+        let bytes = self.pages.change(slot, 0..valid);
+        bytes
+            .get_mut(index(at % PAGE)..)
             .ok_or_else(|| out_of_table(table, at))
     }
 
@@ -236,21 +200,15 @@ impl MetadataCache {
         Ok(())
     }
 
-    /// Starts `table` as zeroes without reading what lies there.
-    pub(crate) fn fresh(&mut self, table: Table) -> Result<()> {
+    /// Has `table` begin as zeroes, without reading what the file has there.
+    pub(crate) fn insert_zeroed(&mut self, table: Table) -> Result<()> {
         self.admit(ByteRange::at(table.offset, table.len), table.class.kinds())?;
-        let mut at = 0;
-        while at < table.len {
-            let len = (table.len - at).min(WINDOW);
-            self.forget_at(table.offset + at);
-            self.insert(
-                table.offset + at,
-                table.class,
-                vec![0; index(len)].into(),
-                len,
-                true,
-            )?;
-            at += WINDOW;
+        for at in (0..table.len).step_by(MAX_PAGE) {
+            let address = Address::at(table.offset + at);
+            self.pages.remove(address);
+            let len = index(PAGE.min(table.len - at));
+            let slot = self.insert(Page::new(address, table.class, vec![0; len].into()))?;
+            self.pages.change(slot, 0..len);
         }
         Ok(())
     }
@@ -269,27 +227,28 @@ impl MetadataCache {
 
     /// Drops what is remembered of `table`, changes included: its clusters have been given up.
     pub(crate) fn forget(&mut self, table: Table) {
-        for at in (0..table.len).step_by(index(WINDOW)) {
-            self.forget_at(table.offset + at);
+        for at in (0..table.len).step_by(MAX_PAGE) {
+            self.pages.remove(Address::at(table.offset + at));
         }
     }
 
-    /// Writes all changes, in order, each class durable before the next.
+    /// Writes back all dirty pages, in order, each class durable before the next.
     pub(crate) fn write_back(&mut self) -> Result<()> {
         if let Some(guard) = &self.guard {
             guard.report().require_unmarked()?;
         }
-        for class in CLASSES {
-            if self.dirty[class as usize] == 0 {
-                continue;
-            }
-            // What this class refers to: everything written before it, guest data included.
-            if class != WriteOrder::RefcountBlock {
-                self.sync()?;
-            }
-            self.write_class(class)?;
-        }
-        Ok(())
+        let (device, data) = (&self.device, &self.data);
+        self.pages.write_back(
+            // What tables of this class refer to: everything written before them, guest data included.
+            |class| match class {
+                WriteOrder::RefcountBlock => Ok(()),
+                _ => sync(device, data),
+            },
+            |class, address, bytes| {
+                device.event(class.update_event());
+                device.write_at(bytes, address.offset)
+            },
+        )
     }
 
     /// Writes all changes and forgets everything: tables are about to be changed in the file itself.
@@ -301,178 +260,96 @@ impl MetadataCache {
 
     /// Forgets everything, changes included: the file has what counts.
     pub(crate) fn discard_changes(&mut self) {
-        self.windows.clear();
-        self.clock.clear();
-        self.bytes = 0;
-        self.dirty = [0; CLASSES.len()];
+        self.pages.clear();
     }
 
     /// Makes durable what has been written.
     pub(crate) fn sync(&self) -> Result<()> {
-        if !Arc::ptr_eq(&self.device, &self.data) {
-            self.data.flush()?;
-        }
-        self.device.flush()
+        sync(&self.device, &self.data)
     }
 
     pub(crate) fn device(&self) -> &Arc<dyn Device> {
         &self.device
     }
 
-    fn window(&mut self, table: Table, at: u64) -> Result<&mut Page> {
+    /// The slot of the page that holds byte `at` of `table`.
+    fn page(&mut self, table: Table, at: u64) -> Result<usize> {
         if at >= table.len {
             return Err(out_of_table(table, at));
         }
-        let start = at - at % WINDOW;
-        let offset = table.offset + start;
-        let len = (table.len - start).min(WINDOW);
-        let known = self
-            .windows
-            .get(&offset)
-            .is_some_and(|window| window.class == table.class && window.len == len);
-        if !known {
-            // The same bytes under another name: a damaged image. What was changed is written, what is there is read.
-            if self.windows.contains_key(&offset) {
-                self.write_back()?;
-                self.forget_at(offset);
-            }
-            let there = match table.class {
-                WriteOrder::RefcountBlock => len,
-                _ => {
-                    self.device.require(offset, 1)?;
-                    self.device.len().saturating_sub(offset).min(len)
+        let start = at - at % PAGE;
+        let address = Address::at(table.offset + start);
+        let len = (table.len - start).min(PAGE);
+        let slot = match self.pages.find(address) {
+            Some(slot) if self.is_page_of(slot, table.class, len) => slot,
+            found => {
+                // The same bytes as part of another table: a damaged image. The page is written back and read again.
+                if found.is_some() {
+                    self.write_back()?;
+                    self.pages.remove(address);
                 }
-            };
-            let mut bytes = vec![0; index(there)];
-            if let Some(event) = table.class.load_event() {
-                self.device.event(event);
+                let page = self.load(address, table.class, len)?;
+                self.insert(page)?
             }
-            self.device.read_padded(&mut bytes, offset)?;
-            self.insert(offset, table.class, bytes.into(), len, false)?;
+        };
+        if at - start < self.pages.page(slot).valid as u64 {
+            Ok(slot)
+        } else {
+            Err(self.missing(table, at))
         }
-        match self.windows.get_mut(&offset) {
-            Some(window) if at - start < window.bytes.len() as u64 => {
-                window.used = true;
-                Ok(window)
+    }
+
+    fn is_page_of(&self, slot: usize, class: WriteOrder, len: u64) -> bool {
+        let page = self.pages.page(slot);
+        page.stage == class && page.bytes.len() as u64 == len
+    }
+
+    /// Reads a page of `len` bytes.
+    fn load(&self, address: Address, class: WriteOrder, len: u64) -> Result<Page<WriteOrder>> {
+        let offset = address.offset;
+        let valid = match class {
+            WriteOrder::RefcountBlock => len,
+            _ => {
+                self.device.require(offset, 1)?;
+                self.device.len().saturating_sub(offset).min(len)
             }
-            _ => Err(missing(&*self.device, table, at)),
+        };
+        let mut page = Page::new(address, class, vec![0; index(len)].into());
+        page.valid = index(valid);
+        if let Some(event) = class.load_event() {
+            self.device.event(event);
         }
+        self.device.read_padded(&mut page.bytes[..page.valid], offset)?;
+        Ok(page)
+    }
+
+    /// Puts `page` into the cache, with room made for it.
+    fn insert(&mut self, page: Page<WriteOrder>) -> Result<usize> {
+        while !self.pages.make_room(page.bytes.len()) {
+            self.write_back()?;
+        }
+        Ok(self.pages.insert(page))
     }
 
     /// The error of an entry at byte `at` of `table` that the file does not have.
     fn missing(&self, table: Table, at: u64) -> Error {
-        missing(&*self.device, table, at)
+        let offset = table.offset.saturating_add(at);
+        let device = &self.device;
+        let beyond = device.require(offset, device.len().saturating_sub(offset).saturating_add(1));
+        beyond.err().unwrap_or_else(|| out_of_table(table, at))
     }
+}
 
-    fn insert(
-        &mut self,
-        offset: u64,
-        class: WriteOrder,
-        bytes: Box<[u8]>,
-        len: u64,
-        dirty: bool,
-    ) -> Result<()> {
-        while self.bytes + bytes.len() > self.capacity && !self.windows.is_empty() {
-            self.evict()?;
-        }
-        self.bytes += bytes.len();
-        self.dirty[class as usize] += usize::from(dirty);
-        self.windows.insert(
-            offset,
-            Page {
-                class,
-                bytes,
-                len,
-                dirty,
-                used: true,
-            },
-        );
-        self.clock.push_back(offset);
-        Ok(())
+/// Makes durable what has been written to `device`, and to `data` if that is another one.
+fn sync(device: &Arc<dyn Device>, data: &Arc<dyn Device>) -> Result<()> {
+    if !Arc::ptr_eq(device, data) {
+        data.flush()?;
     }
-
-    /// Forgets one window that has not been used since the scan last came by.
-    fn evict(&mut self) -> Result<()> {
-        while let Some(offset) = self.clock.pop_front() {
-            match self.windows.get_mut(&offset) {
-                None => {}
-                Some(window) if window.used => {
-                    window.used = false;
-                    self.clock.push_back(offset);
-                }
-                Some(window) => {
-                    if window.dirty {
-                        self.clock.push_front(offset);
-                        self.write_back()?;
-                        self.clock.pop_front();
-                    }
-                    self.remove(offset);
-                    return Ok(());
-                }
-            }
-        }
-        Ok(())
-    }
-
-    fn forget_at(&mut self, offset: u64) {
-        if self.windows.contains_key(&offset) {
-            self.remove(offset);
-            self.clock.retain(|other| *other != offset);
-        }
-    }
-
-    fn remove(&mut self, offset: u64) {
-        if let Some(window) = self.windows.remove(&offset) {
-            self.bytes -= window.bytes.len();
-            self.dirty[window.class as usize] -= usize::from(window.dirty);
-        }
-    }
-
-    fn write_class(&mut self, class: WriteOrder) -> Result<()> {
-        let changed = self
-            .windows
-            .iter()
-            .filter(|(_, window)| window.dirty && window.class == class);
-        let mut offsets: Vec<u64> = changed.map(|(offset, _)| *offset).collect();
-        offsets.sort_unstable();
-        let mut rest = offsets.as_slice();
-        let mut run = Vec::new();
-        while let Some(first) = rest.first() {
-            run.clear();
-            let mut count = 0;
-            for offset in rest {
-                let window = &self.windows[offset];
-                let follows = *offset == first + run.len() as u64;
-                if count > 0 && (!follows || run.len() + window.bytes.len() > MAX_WRITE) {
-                    break;
-                }
-                run.extend_from_slice(&window.bytes);
-                count += 1;
-            }
-            self.device.event(class.update_event());
-            self.device.write_at(&run, *first)?;
-            let (written, later) = rest.split_at(count);
-            for offset in written {
-                if let Some(window) = self.windows.get_mut(offset) {
-                    window.dirty = false;
-                    self.dirty[class as usize] -= 1;
-                }
-            }
-            rest = later;
-        }
-        Ok(())
-    }
+    device.flush()
 }
 
 fn index(value: u64) -> usize {
     usize::try_from(value).unwrap_or(usize::MAX)
-}
-
-/// The error of an entry at byte `at` of `table` that `device` does not have.
-fn missing(device: &dyn Device, table: Table, at: u64) -> Error {
-    let offset = table.offset.saturating_add(at);
-    let beyond = device.require(offset, device.len().saturating_sub(offset).saturating_add(1));
-    beyond.err().unwrap_or_else(|| out_of_table(table, at))
 }
 
 fn out_of_table(table: Table, at: u64) -> Error {
@@ -492,7 +369,7 @@ mod tests {
         Table {
             class: WriteOrder::L2,
             offset,
-            len: WINDOW,
+            len: PAGE,
         }
     }
 
@@ -500,7 +377,7 @@ mod tests {
     fn changes_are_seen_before_and_after_they_are_written() {
         let device: Arc<dyn Device> = Arc::new(MemoryDevice::default());
         let mut tables = MetadataCache::new(Arc::clone(&device), Arc::clone(&device));
-        tables.fresh(l2(0)).expect("memory");
+        tables.insert_zeroed(l2(0)).expect("memory");
         tables.set_number(l2(0), 8, 42).expect("in the table");
         assert_eq!(tables.number(l2(0), 8).expect("in the table"), 42);
         assert_eq!(device.len(), 0);
@@ -508,7 +385,7 @@ mod tests {
         let mut word = [0; 8];
         device.read_at(&mut word, 8).expect("written");
         assert_eq!(u64::from_be_bytes(word), 42);
-        assert!(tables.number(l2(0), WINDOW).is_err());
+        assert!(tables.number(l2(0), PAGE).is_err());
     }
 
     #[test]
@@ -516,12 +393,12 @@ mod tests {
         let device: Arc<dyn Device> = Arc::new(MemoryDevice::default());
         let mut tables = MetadataCache::new(Arc::clone(&device), Arc::clone(&device));
         for i in 0..300 {
-            tables.fresh(l2(i * WINDOW)).expect("memory");
-            tables.set_number(l2(i * WINDOW), 16, i).expect("in the table");
-            assert!(tables.bytes <= CAPACITY);
+            tables.insert_zeroed(l2(i * PAGE)).expect("memory");
+            tables.set_number(l2(i * PAGE), 16, i).expect("in the table");
+            assert!(tables.pages.cached_bytes() <= CAPACITY);
         }
         for i in 0..300 {
-            assert_eq!(tables.number(l2(i * WINDOW), 16).expect("in the table"), i);
+            assert_eq!(tables.number(l2(i * PAGE), 16).expect("in the table"), i);
         }
     }
 
@@ -531,12 +408,12 @@ mod tests {
         let device: Arc<dyn Device> = Arc::<MemoryDevice>::clone(&memory);
         let mut tables = MetadataCache::new(Arc::clone(&device), Arc::clone(&device));
         assert_eq!(tables.number(l2(0), 88).expect("there"), 0x0707_0707_0707_0707);
-        for at in [96, 104, WINDOW - 8] {
+        for at in [96, 104, PAGE - 8] {
             let error = tables.number(l2(0), at).expect_err("beyond the end");
             assert!(error.chain().contains("looks cut off"), "{error}");
             assert!(tables.set_number(l2(0), at, 1).is_err());
         }
-        assert!(tables.number(l2(WINDOW), 0).is_err());
+        assert!(tables.number(l2(PAGE), 0).is_err());
         tables.set_number(l2(0), 80, 1).expect("there");
         tables.write_back().expect("memory");
         assert_eq!(memory.len(), 100, "what was lost is not made up");

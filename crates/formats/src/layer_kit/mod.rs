@@ -2,6 +2,7 @@
 //!
 //! | module | for |
 //! |---|---|
+//! | [`page_cache`] | cached pages of metadata: dirty sectors, eviction, order of writing back |
 //! | [`metadata_cache`] | pages of tables anywhere in the file, written back in crash order |
 //! | [`paged_table`] | one table of fixed entries, cached in pages |
 //! | [`metadata_guard`], [`reserved`] | keeps writes off the format's own structures |
@@ -22,6 +23,7 @@ pub(crate) mod decoded_cache;
 pub(crate) mod in_place_write;
 pub(crate) mod metadata_cache;
 pub(crate) mod metadata_guard;
+pub(crate) mod page_cache;
 pub(crate) mod paged_table;
 pub(crate) mod preallocation;
 pub(crate) mod range_claims;

@@ -300,7 +300,7 @@ impl<S: EntryCodec> TwoLevelMap<S> {
             return Ok(table);
         }
         let table = self.l2_table(self.take(state, self.shape.l2_len)?);
-        state.tables.fresh(table)?;
+        state.tables.insert_zeroed(table)?;
         Self::write(&mut state.tables, self.shape.l1, self.l1_at(guest), table.offset)?;
         self.l2_tables(state)?.insert(table.offset)?;
         state.sound.insert(table.offset);

@@ -291,7 +291,7 @@ const DEFAULT_GROWTH: u64 = 128 << 20;
 const NO_CLUSTER: Entry = [0; 4];
 
 impl State {
-    /// The entries from entry `index` on that are in the same window; `None` where there are none any more, all clusters
+    /// The entries from entry `index` on that are in the same page; `None` where there are none any more, all clusters
     /// from there on are zero.
     fn entries(&mut self, index: u64) -> Result<Option<&[Entry]>> {
         if index >= u64::from(self.header.entries) {
@@ -307,7 +307,7 @@ impl State {
         Ok(entry.and_then(|entry| offset_of(*entry, unit)))
     }
 
-    /// The clusters of the disk that have a place, from `next` on, with their offsets: those of one window, behind which
+    /// The clusters of the disk that have a place, from `next` on, with their offsets: those of one page, behind which
     /// `next` is moved.
     fn batch(&mut self, next: &mut u64) -> Result<Option<Vec<(u64, u64)>>> {
         let end = u64::from(self.header.entries).min(self.entries_there);
@@ -345,7 +345,7 @@ impl State {
 
     /// Publishes the clusters written and given up so far, durably.
     fn publish(&mut self, file: &dyn Device) -> Result<()> {
-        if !self.table.is_changed() {
+        if !self.table.is_dirty() {
             return Ok(());
         }
         // A file without the rest of its last cluster looks damaged to others.

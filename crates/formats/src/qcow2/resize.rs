@@ -184,7 +184,7 @@ impl Qcow2 {
 
     /// Writes the L1 table `table`, which begins as `old`.
     fn write_grown_l1(&self, state: &mut State, old: Table, table: Table) -> Result<()> {
-        state.metadata.cache.fresh(table)?;
+        state.metadata.cache.insert_zeroed(table)?;
         for at in (0..old.len).step_by(8) {
             let entry = state.metadata.cache.number(old, at)?;
             if entry != 0 {

@@ -264,7 +264,7 @@ impl Qcow2 {
             offset,
             len,
         };
-        state.metadata.cache.fresh(table)?;
+        state.metadata.cache.insert_zeroed(table)?;
         if let Some(old) = shared {
             let mut at = 0;
             while at < len {

@@ -204,7 +204,7 @@ impl VdiLayer {
         if end > counted {
             state.write_count(end, file)?;
         }
-        if state.map.is_changed() {
+        if state.map.is_dirty() {
             file.flush()?;
             state.map.write_back()?;
         }
@@ -269,7 +269,7 @@ impl Layer for VdiLayer {
                 }
                 len += BLOCK;
             }
-            debug_assert!(len > before, "a window has entries");
+            debug_assert!(len > before, "a page has entries");
         }
         let kind = match first {
             None => RunKind::Zero { host: None },

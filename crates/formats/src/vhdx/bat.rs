@@ -1,10 +1,10 @@
-//! The block allocation table, through windows: never in memory as a whole.
+//! The block allocation table, cached in pages: never in memory as a whole.
 //!
 //! ```text
 //!   entries   |payload block| x chunk ratio |sector bitmap| |payload block| x chunk ratio |sector bitmap| ...
 //! ```
 //!
-//! Changed parts stay in memory until their owner has written them, by way of the log, in units of 4 KiB.
+//! Dirty pages stay in memory until their owner has written them, by way of the log, in units of 4 KiB.
 
 use std::sync::Arc;
 
@@ -89,18 +89,18 @@ pub(super) const ENTRY: u64 = 8;
 
 /// What the log has in one data sector.
 pub(super) const UNIT: usize = 4096;
-/// The windows of a table.
+/// The cached pages of a table.
 #[derive(Debug)]
 pub(super) struct Bat(PagedTable<8>);
 
 impl Bat {
     /// The table in `region`, a multiple of mebibytes.
     pub(super) fn new(device: Arc<dyn Device>, region: ByteRange) -> Self {
-        // What changes goes through the log.
-        Self(PagedTable::new(device, region.start(), region.len() / ENTRY).kept())
+        // Dirty units go through the log.
+        Self(PagedTable::new(device, region.start(), region.len() / ENTRY).owner_writes_back())
     }
 
-    /// The entries from entry `index` on that are in the same window; at least one.
+    /// The entries from entry `index` on that are in the same page; at least one.
     ///
     /// # Errors
     /// An entry outside the region, and as reading the file.
@@ -125,22 +125,22 @@ impl Bat {
         self.0.set(index, entry.to_le_bytes())
     }
 
-    /// Whether no further change fits into memory before those that are there are written.
+    /// Whether so many pages are dirty that they should be written.
     pub(super) fn too_many_dirty(&self) -> bool {
         self.0.too_many_dirty()
     }
 
-    /// The units that have changed, by their offset in the file.
-    pub(super) fn changed(&self) -> Vec<(u64, Box<[u8; UNIT]>)> {
-        let units = self.0.changed(UNIT);
+    /// The dirty units, by their offset in the file.
+    pub(super) fn dirty_units(&self) -> Vec<(u64, Box<[u8; UNIT]>)> {
+        let units = self.0.dirty_units(UNIT);
         units
             .filter_map(|(offset, bytes)| Some((offset, Box::new(*bytes.first_chunk()?))))
             .collect()
     }
 
-    /// What has changed is written.
-    pub(super) fn settle(&mut self) {
-        self.0.settle();
+    /// Has all pages be clean: the log has them.
+    pub(super) fn mark_clean(&mut self) {
+        self.0.mark_clean();
     }
 }
 
@@ -161,22 +161,22 @@ mod tests {
     }
 
     #[test]
-    fn changes_are_told_in_units_until_they_are_written() {
+    fn dirty_units_are_told_until_they_are_clean() {
         let device = Arc::new(MemoryDevice::new(vec![0; 3 << 20]));
         let mut bat = Bat::new(device, ByteRange::new(MIB, 2 * MIB));
         bat.set(3, 7).expect("inside");
         bat.set(513, 9).expect("inside");
-        for window in 0..20 {
-            bat.entry(window * 5000).expect("inside");
+        for page in 0..20 {
+            bat.entry(page * 5000).expect("inside");
         }
-        let changed = bat.changed();
+        let dirty = bat.dirty_units();
         assert_eq!(
-            changed.iter().map(|(at, _)| *at).collect::<Vec<_>>(),
+            dirty.iter().map(|(at, _)| *at).collect::<Vec<_>>(),
             [MIB, MIB + 4096]
         );
-        assert_eq!((changed[0].1[24], changed[1].1[8]), (7, 9));
-        bat.settle();
-        assert!(bat.changed().is_empty());
+        assert_eq!((dirty[0].1[24], dirty[1].1[8]), (7, 9));
+        bat.mark_clean();
+        assert!(bat.dirty_units().is_empty());
         assert!(bat.entry(MIB / 8).is_err() && bat.set(u64::MAX, 0).is_err());
     }
 }

@@ -7,7 +7,7 @@
 //!
 //! * `header`: the two headers and the two region tables;
 //! * `metadata`: how large the disk and its blocks are;
-//! * `bat`: windows of the block allocation table;
+//! * `bat`: pages of the block allocation table;
 //! * `log`: changes of tables that are done as a whole or not at all, and what a crash has left of them;
 //! * `write`, `create`, `check`, `resize`: operations.
 //!
@@ -217,13 +217,13 @@ impl State {
 
     /// Writes the entries of the table that have changed. What they lead to has been written.
     fn publish(&mut self, file: &dyn Device) -> Result<()> {
-        let units = self.bat.changed();
+        let units = self.bat.dirty_units();
         if units.is_empty() {
             return Ok(());
         }
         file.flush()?;
         self.write_logged(file, &units)?;
-        self.bat.settle();
+        self.bat.mark_clean();
         Ok(())
     }
 

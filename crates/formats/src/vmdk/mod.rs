@@ -13,7 +13,7 @@
 //!
 //! * `descriptor`, `header`: what stands in files, as bytes and as types;
 //! * `extent`: the files of the disk, opened through the gate;
-//! * `tables`: windows of directories and tables in memory, and the order in which they are written;
+//! * `tables`: cached pages of directories and tables, and the order in which they are written;
 //! * `occupied`: what must not be written over;
 //! * `write`, `stream`: new places for guest bytes;
 //! * `create`, `check`, `info`, `resize` with `layout`: operations.

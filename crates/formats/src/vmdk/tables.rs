@@ -1,66 +1,34 @@
-//! Grain directories and grain tables, through a bounded number of windows in memory.
+//! Grain directories and grain tables of all extents, cached in pages.
 //!
 //! ```text
 //!   grain directory ──► grain tables ──► grains
 //! ```
 //!
-//! What changes stays in memory until [`GrainTables::write_back`], which makes the grains durable first: a crash leaves what
-//! tables said before, and at worst grains that nothing refers to. Only whole sectors are written, since a window may hold
-//! a guest's bytes next to a table.
-
-use std::collections::HashMap;
+//! Dirty pages stay in memory until [`GrainTables::write_back`], which makes the grains durable first: a crash leaves what
+//! tables said before, and at worst grains that nothing refers to. Only dirty sectors are written, since a page may hold a
+//! guest's bytes next to a table.
 
 use diskimage_core::{ByteRange, Device, Error, Event, Result, errno, is_zero};
 
 use super::Extent;
-use super::header::{Form, Geometry, SECTOR, SECTOR_BYTES};
+use super::header::{Form, Geometry, SECTOR};
+use crate::layer_kit::page_cache::{Address, Page, PageCache};
 
-/// The windows of all extents' tables.
-#[derive(Debug, Default)]
-pub(super) struct GrainTables {
-    windows: HashMap<(usize, u64), Page>,
-    uses: u64,
-}
-
+/// The cached pages of the tables of all extents.
 #[derive(Debug)]
-struct Page {
-    bytes: Box<[u8; WINDOW]>,
-    /// How many of them were read: no more than the file has. The rest of a table that is cut off was lost.
-    there: usize,
-    /// A bit for each sector that has changed.
-    dirty: u8,
-    used: u64,
-}
+pub(super) struct GrainTables(PageCache);
 
-impl Default for Page {
+/// Bytes of a page, eight sectors.
+const PAGE: usize = 4096;
+
+/// Bytes of all pages.
+const CAPACITY: usize = 256 * PAGE;
+
+impl Default for GrainTables {
     fn default() -> Self {
-        Self {
-            bytes: Box::new([0; WINDOW]),
-            there: 0,
-            dirty: 0,
-            used: 0,
-        }
+        Self(PageCache::new(CAPACITY).clean_first())
     }
 }
-
-impl Page {
-    /// Reads what has not been read and what `device` has by now; the window starts at `start`.
-    fn load(&mut self, device: &dyn Device, start: u64) -> Result<()> {
-        let there = device.len().saturating_sub(start);
-        let there = usize::try_from(there).unwrap_or(WINDOW).min(WINDOW);
-        if let Some(rest) = self.bytes.get_mut(self.there..there) {
-            device.read_at(rest, start + self.there as u64)?;
-            self.there = there;
-        }
-        Ok(())
-    }
-}
-
-/// The length of a window, eight sectors.
-const WINDOW: usize = 4096;
-
-/// How many windows there are at most.
-const MAX_WINDOWS: usize = 256;
 
 /// What a grain table says of grains.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -98,7 +66,7 @@ impl GrainTables {
         let mut found: Option<Grain> = None;
         let mut at = grains.start();
         while at < grains.end() {
-            // As far as one window of one grain table goes.
+            // As far as one page of one grain table goes.
             let table_end = (at / geometry.entries + 1).saturating_mul(geometry.entries);
             let end = table_end.min(grains.end());
             let Some(table) = self.table(extents, index, geometry, geometry.directory, at)? else {
@@ -172,36 +140,21 @@ impl GrainTables {
         table.ok_or_else(|| Error::from_errno(errno::EINVAL))
     }
 
-    /// Writes what has changed, after making durable what it refers to.
+    /// Writes back all dirty pages, after making durable what they refer to.
     pub(super) fn write_back(&mut self, extents: &[Extent]) -> Result<()> {
-        let mut dirty: Vec<_> = self
-            .windows
-            .iter()
-            .filter(|(_, window)| window.dirty != 0)
-            .map(|(key, _)| *key)
-            .collect();
-        dirty.sort_unstable();
-        let mut synced = None;
-        for (index, _) in &dirty {
-            if synced != Some(*index) {
-                device_of(extents, *index)?.flush()?;
-                synced = Some(*index);
-            }
+        let mut dirty: Vec<usize> = self.0.dirty_pages().map(|page| page.address.device).collect();
+        dirty.dedup();
+        for index in dirty {
+            device_of(extents, index)?.flush()?;
         }
-        for key in dirty {
-            let device = device_of(extents, key.0)?;
-            let Some(window) = self.windows.get_mut(&key) else {
-                continue;
-            };
-            device.event(Event::L2_UPDATE);
-            for (sector, nth) in window.bytes.chunks_exact(SECTOR_BYTES).zip(0_u64..) {
-                if window.dirty & (1 << nth) != 0 {
-                    device.write_at(sector, key.1 * WINDOW as u64 + nth * SECTOR)?;
-                }
-            }
-            window.dirty = 0;
-        }
-        Ok(())
+        self.0.write_back(
+            |()| Ok(()),
+            |(), address, bytes| {
+                let device = device_of(extents, address.device)?;
+                device.event(Event::L2_UPDATE);
+                device.write_at(bytes, address.offset)
+            },
+        )
     }
 
     /// The offset of the grain table for `grain`, if there is one.
@@ -249,7 +202,7 @@ impl GrainTables {
         let offset = geometry
             .directory
             .saturating_add((grain / geometry.entries).saturating_mul(size));
-        let entries = self.bytes(extents, index, offset, size, WINDOW as u64)?;
+        let entries = self.bytes(extents, index, offset, size, PAGE as u64)?;
         Ok(if is_zero(entries) {
             entries.len() as u64 / size
         } else {
@@ -257,11 +210,12 @@ impl GrainTables {
         })
     }
 
-    /// Up to `len` bytes from `offset` on, as far as one window goes; at least an entry of `size` bytes.
+    /// Up to `len` bytes from `offset` on, as far as one page goes; at least an entry of `size` bytes.
     fn bytes(&mut self, extents: &[Extent], index: usize, offset: u64, size: u64, len: u64) -> Result<&[u8]> {
-        let (window, from) = self.window(extents, index, offset, size)?;
-        let end = usize::try_from(len).unwrap_or(WINDOW).min(window.there - from) + from;
-        Ok(&window.bytes[from..end])
+        let (slot, from) = self.page(extents, index, offset, size)?;
+        let bytes = &self.0.bytes(slot)[from..];
+        let len = usize::try_from(len).unwrap_or(PAGE).min(bytes.len());
+        Ok(&bytes[..len])
     }
 
     /// The entry of four bytes at `offset`.
@@ -288,62 +242,51 @@ impl GrainTables {
 
     /// Changes the entry of four bytes at `offset`.
     pub(super) fn write(&mut self, extents: &[Extent], index: usize, offset: u64, entry: u32) -> Result<()> {
-        let (window, from) = self.window(extents, index, offset, 4)?;
-        window.bytes[from..from + 4].copy_from_slice(&entry.to_le_bytes());
-        window.dirty |= 1 << (from / SECTOR_BYTES);
+        let (slot, from) = self.page(extents, index, offset, 4)?;
+        let bytes = self.0.change(slot, from..from + 4);
+        bytes.copy_from_slice(&entry.to_le_bytes());
         Ok(())
     }
 
-    /// The window with the entry of `size` bytes at `offset`, and where in it that is.
-    fn window(
-        &mut self,
-        extents: &[Extent],
-        index: usize,
-        offset: u64,
-        size: u64,
-    ) -> Result<(&mut Page, usize)> {
+    /// The slot of the page with the entry of `size` bytes at `offset`, and where in it that is.
+    fn page(&mut self, extents: &[Extent], index: usize, offset: u64, size: u64) -> Result<(usize, usize)> {
         let device = device_of(extents, index)?;
         device.require(offset, size)?;
-        let number = offset / WINDOW as u64;
-        let key = (index, number);
-        self.uses += 1;
-        if !self.windows.contains_key(&key) {
-            self.make_room(extents)?;
-            self.windows.insert(key, Page::default());
-        }
-        let used = self.uses;
-        let window = self
-            .windows
-            .get_mut(&key)
-            .ok_or_else(|| Error::from_errno(errno::EIO))?;
-        window.used = used;
-        let from = usize::try_from(offset % WINDOW as u64).unwrap_or(0);
-        if window.there < from.saturating_add(usize::try_from(size).unwrap_or(WINDOW)) {
+        let from = usize::try_from(offset % PAGE as u64).unwrap_or(0);
+        let address = Address {
+            device: index,
+            offset: offset - from as u64,
+        };
+        let slot = match self.0.find(address) {
+            Some(slot) => slot,
+            None => {
+                while !self.0.make_room(PAGE) {
+                    self.write_back(extents)?;
+                }
+                let mut page = Page::new(address, (), vec![0; PAGE].into());
+                page.valid = 0;
+                self.0.insert(page)
+            }
+        };
+        let page = self.0.page_mut(slot);
+        if page.valid < from.saturating_add(usize::try_from(size).unwrap_or(PAGE)) {
             device.event(Event::L2_LOAD);
-            window.load(device, number * WINDOW as u64)?;
+            load_rest(page, device)?;
         }
-        Ok((window, from))
+        Ok((slot, from))
     }
+}
 
-    /// Gives up the window that was not used for longest.
-    fn make_room(&mut self, extents: &[Extent]) -> Result<()> {
-        if self.windows.len() < MAX_WINDOWS {
-            return Ok(());
-        }
-        if self.windows.values().all(|window| window.dirty != 0) {
-            self.write_back(extents)?;
-        }
-        let oldest = self
-            .windows
-            .iter()
-            .filter(|(_, window)| window.dirty == 0)
-            .min_by_key(|(_, window)| window.used)
-            .map(|(key, _)| *key);
-        if let Some(key) = oldest {
-            self.windows.remove(&key);
-        }
-        Ok(())
+/// Reads what of `page` has not been read and what `device` has by now.
+fn load_rest(page: &mut Page, device: &dyn Device) -> Result<()> {
+    let start = page.address.offset;
+    let valid = device.len().saturating_sub(start);
+    let valid = usize::try_from(valid).unwrap_or(PAGE).min(PAGE);
+    if let Some(rest) = page.bytes.get_mut(page.valid..valid) {
+        device.read_at(rest, start + page.valid as u64)?;
+        page.valid = valid;
     }
+    Ok(())
 }
 
 /// What the upper half of an entry of such a directory is where there is a table.

@@ -335,7 +335,7 @@ impl Blocks {
             file.write_at(footer.as_bytes(), self.end)?;
             self.moved = false;
         }
-        if self.table.is_changed() {
+        if self.table.is_dirty() {
             file.flush()?;
             self.table.write_back()?;
         }

@@ -28,11 +28,11 @@ impl Refcounts {
             uses: Uses::new(end),
         };
         let table = new.table();
-        tables.fresh(table)?;
+        tables.insert_zeroed(table)?;
         for (cluster, index) in (place.blocks..).zip(&blocks) {
             let block = new.block_at(cluster << bits);
             tables.device().event(Event::REFBLOCK_ALLOC);
-            tables.fresh(block)?;
+            tables.insert_zeroed(block)?;
             if let Some(old) = self.block(tables, index * self.entries_per_block())? {
                 copy_table(tables, old, block)?;
             }

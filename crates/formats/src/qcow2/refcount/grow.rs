@@ -44,7 +44,7 @@ impl Refcounts {
         self.first_free = next;
         let table = self.block_at(cluster << self.geometry.cluster_bits);
         if cluster / per_block == index {
-            tables.fresh(table)?;
+            tables.insert_zeroed(table)?;
             self.set_count(tables, table, cluster, 1)?;
         } else {
             // Counted elsewhere. If that block is missing too it is made first, and the search starts over.
@@ -55,7 +55,7 @@ impl Refcounts {
                 .block(tables, cluster)?
                 .ok_or_else(|| Error::corrupt("No refcount block"))?;
             self.set_count(tables, other, cluster, 1)?;
-            tables.fresh(table)?;
+            tables.insert_zeroed(table)?;
         }
         tables.guard_range(Kind::RefcountBlock, ByteRange::at(table.offset, table.len))?;
         self.uses.add(cluster);
@@ -120,7 +120,7 @@ impl Refcounts {
     fn publish(&self, tables: &mut MetadataCache, grown: &mut Self, first_blocks: Range<u64>) -> Result<()> {
         let bits = self.geometry.cluster_bits;
         let table = grown.table();
-        tables.fresh(table)?;
+        tables.insert_zeroed(table)?;
         for at in (0..self.table().len).step_by(8) {
             let entry = tables.number(self.table(), at)?;
             if entry != 0 {
@@ -130,7 +130,7 @@ impl Refcounts {
         let index = first_blocks.start / self.entries_per_block();
         for (index, cluster) in (index..).zip(first_blocks.clone()) {
             let block = self.block_at(cluster << bits);
-            tables.fresh(block)?;
+            tables.insert_zeroed(block)?;
             tables.set_number(table, index * 8, block.offset)?;
         }
         let start = first_blocks.start << bits;

@@ -196,7 +196,7 @@ impl Qcow2 {
     /// A copy of the L1 table `from` in a new place, `len` bytes long, no entry of which may be written in place.
     pub(super) fn copy_l1(&self, state: &mut State, from: Table, len: u64) -> Result<Table> {
         let table = self.allocate_l1(state, len, Kind::InactiveL1)?;
-        state.metadata.cache.fresh(table)?;
+        state.metadata.cache.insert_zeroed(table)?;
         for at in (0..from.len).step_by(8) {
             let entry = state.metadata.cache.number(from, at)? & !COPIED;
             if entry != 0 {
