@@ -25,6 +25,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
+use diskimage::name;
 use out::Console;
 use signal_hook::consts::SIGXFSZ;
 use words::{Command, Flag, Parser, Stop, help};
@@ -64,7 +65,7 @@ fn standard_options(
         Some(entry) => Ok((entry, words.collect())),
         None => Err(Stop::misused(format!(
             "Command not found: {}",
-            name.to_string_lossy()
+            name::from_os(&name)
         ))),
     }
 }

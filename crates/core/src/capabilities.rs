@@ -7,8 +7,8 @@ use std::fmt::Debug;
 use std::sync::Arc;
 
 use crate::{
-    Bitmaps, Check, CheckReport, Codec, Device, Encoder, Error, Layer, Objects, Progress, Repair,
-    ResizeRequest, Result, Snapshots, StoredName, errno,
+    Bitmaps, Check, CheckReport, Codec, Device, Encoder, Error, Layer, Name, Objects, Progress, Repair,
+    ResizeRequest, Result, Snapshots, errno,
 };
 
 /// What one open image can do besides what all can.
@@ -43,7 +43,7 @@ pub struct Capabilities<'a> {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Backing {
     /// The name, which may be relative to the image's own directory.
-    pub name: StoredName,
+    pub name: Name,
     /// The format, if the image says which.
     pub format: Option<String>,
 }
