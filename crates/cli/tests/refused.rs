@@ -319,7 +319,8 @@ fn a_name_in_an_image_that_is_not_utf8_is_no_other_name() {
             "info --backing-chain image",
             "convert -O raw image new",
         ] {
-            succeed(path, words);
+            let output = qemu_img(path, words.as_bytes());
+            assert!(output.status.success(), "{make}, {words}: {output:?}");
         }
         if is_below || file == "ox.vmdk" {
             assert!(
@@ -328,6 +329,35 @@ fn a_name_in_an_image_that_is_not_utf8_is_no_other_name() {
             );
         }
     }
+}
+
+/// The name that `info` prints on the line `image: `, or what it says instead.
+fn shown_name(dir: &Path, words: &[u8]) -> Vec<u8> {
+    let output = qemu_img(dir, words);
+    let mut lines = output.stdout.split(|byte| *byte == b'\n');
+    let name = lines.find_map(|line| line.strip_prefix(b"image: "));
+    name.map_or(output.stderr.clone(), <[u8]>::to_vec)
+}
+
+#[test]
+fn a_json_name_that_is_printed_leads_to_the_same_file() {
+    let dir = images();
+    let path = dir.path();
+    fs::rename(path.join("raw"), path.join(OsStr::from_bytes(NAME))).expect("renamed");
+    let options = b"info --image-opts driver=raw,offset=512,file.filename=";
+    let name = shown_name(path, &[options, NAME].concat());
+    let (head, tail) = (
+        &b"json:{\"offset\": \"512\", \"driver\": \"raw\", \"file\": {\"driver\": \"file\", \"filename\": \""
+            [..],
+        b"\"}}",
+    );
+    assert_eq!(name, [head, NAME, tail].concat());
+    let output = Command::new(env!("CARGO_BIN_EXE_qemu-img"))
+        .args([OsStr::new("map"), OsStr::from_bytes(&name)])
+        .current_dir(path)
+        .output()
+        .expect("it runs");
+    assert!(output.status.success(), "{output:?}");
 }
 
 #[test]
