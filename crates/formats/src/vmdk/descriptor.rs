@@ -3,6 +3,7 @@
 //! ```text
 //!   # Disk DescriptorFile
 //!   version=1
+//!   encoding="windows-1252"               of the names, where it is said
 //!   CID=4c46164f                          changes whenever the disk has been written
 //!   parentCID=ffffffff                    the CID of the image below when this one was made
 //!   createType="monolithicFlat"
@@ -16,6 +17,7 @@
 //! ```
 
 use diskimage_core::{Error, Name, Result, errno, name};
+use encoding_rs::Encoding;
 
 /// What a descriptor says, as far as it matters here.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -35,6 +37,8 @@ pub(super) struct ExtentLine {
     pub(super) sectors: u64,
     pub(super) kind: ExtentKind,
     pub(super) name: String,
+    /// The name in UTF-8, if the descriptor says that the one above is in another encoding.
+    pub(super) decoded_name: Option<String>,
     /// The sector of the file that the extent starts at; only flat ones have one.
     pub(super) offset: u64,
 }
@@ -97,10 +101,13 @@ impl Descriptor {
         let text = text_of(bytes);
         let cid = |name| value_of(&text, name).and_then(|word| u32::from_str_radix(word, 16).ok());
         let missing = || Error::from_errno(errno::EINVAL);
+        let encoding = value_of(&text, "encoding");
+        let encoding = encoding.and_then(|label| Encoding::for_label(label.as_bytes()));
         let mut extents = Vec::new();
         for line in lines_of(bytes) {
             let text = name::from_bytes(line);
-            if let Some(extent) = ExtentLine::parse(text.trim_end_matches('\n'))? {
+            if let Some(mut extent) = ExtentLine::parse(text.trim_end_matches('\n'))? {
+                extent.decoded_name = encoding.and_then(|encoding| decoded(&extent.name, encoding));
                 extents.push(extent);
             }
             if extents.len() > MAX_EXTENTS {
@@ -210,6 +217,7 @@ impl ExtentLine {
             sectors,
             kind,
             name: name.to_owned(),
+            decoded_name: None,
             offset,
         }))
     }
@@ -224,6 +232,14 @@ fn lines_of(bytes: &[u8]) -> impl Iterator<Item = &[u8]> {
 /// The text in `bytes`, up to its padding.
 fn text_of(bytes: &[u8]) -> String {
     lines_of(bytes).map(name::from_bytes).collect()
+}
+
+/// A name in UTF-8, if that is another one.
+fn decoded(name: &str, encoding: &'static Encoding) -> Option<String> {
+    let bytes = name::to_bytes(name);
+    let text = encoding.decode_without_bom_handling_and_without_replacement(&bytes)?;
+    let text = name::from_bytes(text.as_bytes()).into_owned();
+    (text != name).then_some(text)
 }
 
 /// The value of the first line that gives `key` one.
@@ -396,6 +412,34 @@ mod tests {
         let parent = image(b"parentFileNameHint=\"o\xff\"");
         let parent = Descriptor::parse(&parent).expect("is one").parent;
         assert_eq!(*parent.expect("it has one").to_bytes(), *b"o\xff");
+    }
+
+    #[test]
+    fn names_are_decoded_as_the_descriptor_says() {
+        let decoded_name = |encoding: &str, name: &[u8]| {
+            let head = format!("CID=1\nparentCID=2\nencoding=\"{encoding}\"\nRW 5 FLAT \"");
+            let text = [head.as_bytes(), name, b"\" 0\n"].concat();
+            let extents = Descriptor::parse(&text).expect("is one").extents;
+            assert_eq!(*name::to_bytes(&extents[0].name), *name);
+            extents[0].decoded_name.clone()
+        };
+        for (encoding, bytes, expected) in [
+            ("windows-1252", &b"caf\xe9.vmdk"[..], Some("café.vmdk")),
+            ("Shift_JIS", b"\x93\xfa\x96\x7b", Some("日本")),
+            ("Shift_JIS", b"\x83\x5c", Some("ソ")),
+            ("GBK", b"\xd6\xd0\xce\xc4", Some("中文")),
+            ("UTF-8", b"caf\xe9", None),
+            ("UTF-8", "café".as_bytes(), None),
+            ("GBK", b"plain", None),
+            ("GBK", b"\xff\xff", None),
+            ("nonsense", b"caf\xe9", None),
+        ] {
+            assert_eq!(
+                decoded_name(encoding, bytes).as_deref(),
+                expected,
+                "{encoding} {bytes:x?}"
+            );
+        }
     }
 
     #[test]
