@@ -7,6 +7,7 @@
 //!
 //! Everything is written through [`out::Console`]. This crate exists for the executable; the library for programs is
 //! `diskimage`.
+#![cfg_attr(not(test), warn(clippy::disallowed_methods))]
 
 pub mod commands;
 mod facts;

@@ -19,6 +19,7 @@
 //!     │ read_at, write_at
 //!   Device    a file, an export, a filter, or another Image
 //! ```
+#![cfg_attr(not(test), warn(clippy::disallowed_methods))]
 
 mod aligned;
 mod bitmaps;

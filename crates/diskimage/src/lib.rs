@@ -55,6 +55,7 @@
 //! Images come from strangers. What an image refers to is opened through a [`Gate`]: [`FileGate`] takes plain paths, and
 //! a program can pass one of its own that knows better. The numbers in an image can claim only the memory that a
 //! [`Budget`] has.
+#![cfg_attr(not(test), warn(clippy::disallowed_methods))]
 
 mod bench;
 mod bitmaps;
