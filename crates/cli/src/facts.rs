@@ -80,10 +80,10 @@ impl Facts {
     /// The names of the image below: as it stands in the image, and where that is if there is one place to start from.
     fn backing(&self) -> Option<(&Backing, Option<String>)> {
         let backing = self.info.backing.as_ref()?;
-        let full = full_backing_name(&self.node.base_name(), backing.name.shown());
+        let full = full_backing_name(&self.node.base_name(), backing.name.text());
         Some((
             backing,
-            (!self.node.spans_several_files() || !is_relative(backing.name.shown())).then_some(full),
+            (!self.node.spans_several_files() || !is_relative(backing.name.text())).then_some(full),
         ))
     }
 
@@ -120,10 +120,10 @@ impl Facts {
         if let Some((Backing { name, format }, full)) = self.backing() {
             let place = match full {
                 None => " (cannot determine actual path)".to_owned(),
-                Some(full) if full == name.shown() => String::new(),
+                Some(full) if full == name.text() => String::new(),
                 Some(full) => format!(" (actual path: {})", printable(&full)),
             };
-            line(&format!("backing file: {}{place}", printable(name.shown())));
+            line(&format!("backing file: {}{place}", printable(name.text())));
             if let Some(format) = format {
                 line(&format!("backing file format: {}", printable(format)));
             }
@@ -157,7 +157,7 @@ impl Facts {
             members.push(("dirty-flag", self.info.dirty.into()));
         }
         if let Some((Backing { name, format }, full)) = self.backing() {
-            members.push(("backing-filename", name.shown().into()));
+            members.push(("backing-filename", name.text().into()));
             if let Some(full) = full {
                 members.push(("full-backing-filename", full.into()));
             }

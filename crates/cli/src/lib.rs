@@ -7,6 +7,7 @@
 //!
 //! Everything is written through [`out::Console`]. This crate exists for the executable; the library for programs is
 //! `diskimage`.
+#![cfg_attr(not(test), warn(clippy::disallowed_methods))]
 
 pub mod commands;
 mod facts;
@@ -25,6 +26,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
+use diskimage::name;
 use out::Console;
 use signal_hook::consts::SIGXFSZ;
 use words::{Command, Flag, Parser, Stop, help};
@@ -64,7 +66,7 @@ fn standard_options(
         Some(entry) => Ok((entry, words.collect())),
         None => Err(Stop::misused(format!(
             "Command not found: {}",
-            name.to_string_lossy()
+            name::from_os(&name)
         ))),
     }
 }

@@ -10,7 +10,7 @@ use std::ffi::OsStr;
 use std::io::{self, IsTerminal, Write};
 use std::sync::{Mutex, PoisonError};
 
-use diskimage::Note;
+use diskimage::{Note, name};
 
 use crate::words::{Command, Prefix, Stop, help};
 
@@ -30,7 +30,7 @@ impl Console {
     /// For a program called as `path`, the first word of its command line.
     pub fn new(path: &OsStr) -> Self {
         Self {
-            path: path.to_string_lossy().into_owned(),
+            path: name::from_os(path),
             pending: (!io::stdout().is_terminal()).then(Mutex::default),
             failure: Mutex::new(None),
         }
@@ -41,13 +41,14 @@ impl Console {
         self.path.rsplit('/').next().unwrap_or_default()
     }
 
-    /// Writes `text` to standard output as it is.
+    /// Writes `text` to standard output as it is: the bytes of names that are not UTF-8, too.
     pub fn print(&self, text: &str) {
+        let bytes = name::to_bytes(text);
         let Some(pending) = &self.pending else {
-            return self.write_out(text.as_bytes());
+            return self.write_out(&bytes);
         };
         let mut pending = pending.lock().unwrap_or_else(PoisonError::into_inner);
-        pending.extend_from_slice(text.as_bytes());
+        pending.extend_from_slice(&bytes);
         if pending.len() >= BUFFER {
             self.write_out(&std::mem::take(&mut *pending));
         }
@@ -72,7 +73,7 @@ impl Console {
     /// Writes `text` to standard error as it is.
     pub fn print_error(&self, text: &str) {
         // There is nowhere left to tell that standard error failed.
-        let _ = io::stderr().lock().write_all(text.as_bytes());
+        let _ = io::stderr().lock().write_all(&name::to_bytes(text));
     }
 
     /// Prints an error: `qemu-img: message`.

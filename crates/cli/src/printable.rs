@@ -6,19 +6,30 @@
 use std::borrow::Cow;
 use std::fmt::Write;
 
-/// `text` with control characters as `\xNN`, and characters that change the order of what is shown as `\u{NNNN}`.
+use diskimage::name;
+
+/// `text` with control characters as `\xNN`, and characters that change the order of what is shown as `\u{NNNN}`. Bytes of
+/// names that are not UTF-8 stay what they are, but for those that are control characters to terminals without UTF-8.
 pub fn printable(text: &str) -> Cow<'_, str> {
-    if !text.chars().any(is_unsafe) {
+    if !text.chars().any(|c| is_unsafe(c) || name::byte_of(c).is_some()) {
         return Cow::Borrowed(text);
     }
     let mut safe = String::with_capacity(text.len() + 8);
-    for c in text.chars() {
+    for chunk in name::to_bytes(text).utf8_chunks() {
         // Writing to a string does not fail.
-        let _ = match c {
-            c if !is_unsafe(c) => safe.write_char(c),
-            c if c.is_control() => write!(safe, "\\x{:02x}", u32::from(c)),
-            c => write!(safe, "\\u{{{:04x}}}", u32::from(c)),
-        };
+        for c in chunk.valid().chars() {
+            match c {
+                c if !is_unsafe(c) => name::push_char(&mut safe, c),
+                c if c.is_control() => drop(write!(safe, "\\x{:02x}", u32::from(c))),
+                c => drop(write!(safe, "\\u{{{:04x}}}", u32::from(c))),
+            }
+        }
+        for byte in chunk.invalid() {
+            match byte {
+                0xa0.. => safe.push_str(&name::from_bytes(&[*byte])),
+                _ => drop(write!(safe, "\\x{byte:02x}")),
+            }
+        }
     }
     Cow::Owned(safe)
 }
@@ -35,6 +46,13 @@ mod tests {
     fn control_characters_are_escaped() {
         assert_eq!(printable("a\x1b[31m\n\u{9b}\x7f"), "a\\x1b[31m\\x0a\\x9b\\x7f");
         assert_eq!(printable("a\u{202e}b"), "a\\u{202e}b");
+    }
+
+    #[test]
+    fn bytes_that_are_not_utf8_are_escaped_where_they_are_control_characters() {
+        let name = name::from_bytes(b"caf\xe9 \x9b31m\xa0\xf4\x8f\xbe\x80");
+        let shown = name::from_bytes(b"caf\xe9 \\x9b31m\xa0\xf4\x8f\xbe\x80");
+        assert_eq!(printable(&name), shown);
     }
 
     #[test]

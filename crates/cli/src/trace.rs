@@ -1,10 +1,10 @@
 //! `-T`: tracing. This program has no trace events, and says so for each that is asked for by name.
 
 use std::ffi::OsString;
-use std::fs::File;
+use std::fs::OpenOptions;
 use std::io::Read;
 
-use diskimage::Error;
+use diskimage::{Error, name};
 
 use crate::out::Console;
 use crate::words::{Stop, text};
@@ -15,7 +15,7 @@ use crate::words::{Stop, text};
 /// Unknown parameters; files that cannot be read or made; and [`Stop::Text`] where the list of events is asked for,
 /// which is empty.
 pub(crate) fn add(value: OsString, console: &Console) -> Result<(), Stop> {
-    let value = text(value)?.replace(",,", "\0");
+    let value = text(value).replace(",,", "\0");
     for (at, item) in value.split(',').enumerate() {
         let item = item.replace('\0', ",");
         match item.split_once('=') {
@@ -48,7 +48,7 @@ fn missing(pattern: &str, place: &str, console: &Console) {
 
 fn read_events(file: &str, console: &Console) -> Result<(), Stop> {
     let mut text = String::new();
-    File::open(file)
+    name::open(&name::to_path(file))
         .and_then(|file| file.take(LARGEST_LIST).read_to_string(&mut text))
         .map_err(|error| Stop::wrong(format!("{file}: {}", Error::from(error))))?;
     for (number, line) in (1..).zip(text.lines()) {
@@ -64,7 +64,9 @@ const LARGEST_LIST: u64 = 1 << 20;
 
 /// Events would be written to this file; that it can be made is worth knowing although none will be.
 fn make_log(file: &str) -> Result<(), Stop> {
-    File::create(file)
+    let mut new = OpenOptions::new();
+    new.write(true).create(true).truncate(true);
+    name::open_with(&name::to_path(file), &new)
         .map(drop)
         .map_err(|error| Stop::wrong(format!("Error opening logfile {file}: {}", Error::from(error))))
 }

@@ -7,8 +7,8 @@ use std::fmt::Debug;
 use std::sync::Arc;
 
 use crate::{
-    Bitmaps, Check, CheckReport, Codec, Device, Encoder, Error, Layer, Objects, Progress, Repair,
-    ResizeRequest, Result, Snapshots, StoredName, errno,
+    Bitmaps, Check, CheckReport, Codec, Device, Encoder, Error, Layer, Name, Objects, Progress, Repair,
+    ResizeRequest, Result, Snapshots, errno,
 };
 
 /// The optional features of one open image.
@@ -44,7 +44,7 @@ pub struct Capabilities<'a> {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Backing {
     /// The filename, which may be relative to the directory of the image.
-    pub name: StoredName,
+    pub name: Name,
     /// The format, if the image names it.
     pub format: Option<String>,
 }

@@ -36,6 +36,7 @@ impl dyn Gate + '_ {
 pub struct Reference<'a> {
     /// The options of the protocol node: `driver`, and what that driver needs (`filename` for files). Without `driver`
     /// it is a local file of any kind. Relative names are resolved against the current directory.
+    /// [`name::to_path`](crate::name::to_path) makes the path of a name, which need not be UTF-8.
     pub options: &'a NodeOptions,
     /// The name of the image that contains the reference.
     pub from: &'a str,

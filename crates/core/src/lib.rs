@@ -19,6 +19,7 @@
 //!     │ read_at, write_at
 //!   Device    a file, an export, a filter, or another Image
 //! ```
+#![cfg_attr(not(test), warn(clippy::disallowed_methods))]
 
 mod aligned;
 mod bitmaps;
@@ -40,6 +41,7 @@ pub mod json;
 mod layer;
 mod local_time;
 mod memory;
+pub mod name;
 mod node;
 mod objects;
 pub mod options;
@@ -47,7 +49,6 @@ mod progress;
 mod range;
 pub mod size;
 mod snapshots;
-mod stored_name;
 mod throttle;
 mod view;
 mod zero;
@@ -70,12 +71,12 @@ pub use info::{Detail, DetailValue, Info, SnapshotInfo};
 pub use layer::{HoleMeaning, Layer, ResizeRequest, Run, RunKind, WritePlan, WriteRun};
 pub use local_time::LocalTime;
 pub use memory::MemoryDevice;
+pub use name::Name;
 pub use node::{NodeOptions, is_identifier};
 pub use objects::{Object, Objects, Secret, TlsCreds, TlsKind};
 pub use progress::{Note, Progress};
 pub use range::{ByteRange, align_down, align_up, div_ceil, to_index};
 pub use snapshots::{NewSnapshot, Snapshots};
-pub use stored_name::StoredName;
 pub use throttle::{BucketConfig, Direction, ThrottleGroup, ThrottleLimits};
 pub use view::{ReadOnlyView, View};
 pub use zero::{is_zero, leading_run, write_zero_chunks};

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use diskimage_core::{Device, Error, Image, Preallocation, Progress, ResizeRequest, Result};
+use diskimage_core::{Device, Error, Image, Preallocation, Progress, ResizeRequest, Result, name};
 
 use crate::convert::Conversion;
 use crate::graph::full_backing_name;
@@ -69,7 +69,7 @@ pub fn depth_of(top: &Arc<Image>, name: &str) -> Option<usize> {
         let is_named = above
             .layer()
             .backing()
-            .is_some_and(|backing| backing.name.exact().is_ok_and(|known| known == name));
+            .is_some_and(|backing| backing.name.text() == name);
         let full = full_backing_name(&above.base_name(), name);
         if is_named || below.name() == full || is_same_file(&below.base_name(), &full) {
             return Some(depth);
@@ -80,7 +80,7 @@ pub fn depth_of(top: &Arc<Image>, name: &str) -> Option<usize> {
 
 fn is_same_file(one: &str, other: &str) -> bool {
     matches!(
-        (std::fs::canonicalize(one), std::fs::canonicalize(other)),
+        (name::to_path(one).canonicalize(), name::to_path(other).canonicalize()),
         (Ok(one), Ok(other)) if one == other
     )
 }

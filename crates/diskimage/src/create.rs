@@ -1,13 +1,12 @@
 //! Making new images.
 
 use std::collections::HashSet;
-use std::fs;
 use std::sync::Arc;
 
 use diskimage_core::options::Options;
 use diskimage_core::{
     Budget, CreateRequest, Device, Error, ErrorKind, Format, Gate, Image, LocalTime, NodeOptions, Objects,
-    Permissions, Preallocation, Progress, Result,
+    Permissions, Preallocation, Progress, Result, name,
 };
 use diskimage_formats::format_by_name;
 use diskimage_protocols::{
@@ -309,9 +308,9 @@ impl Prepared {
         let outcome = self.fill(&place.device, &creation);
         if outcome.is_err() && place.is_new && !self.format.keeps_failed_file() {
             // The failure that led here is the one to report.
-            let _ = fs::remove_file(place.device.name());
+            let _ = name::remove(&name::to_path(&place.device.name()));
             for part in self.parts(&place.device).unwrap_or_default() {
-                let _ = fs::remove_file(Target::plain(&part).path);
+                let _ = name::remove(&name::to_path(&Target::plain(&part).path));
             }
         }
         outcome

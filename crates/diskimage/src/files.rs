@@ -2,11 +2,11 @@
 //! up below itself.
 
 use std::collections::HashSet;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use diskimage_core::json::Value;
-use diskimage_core::{Device, Error, Gate, Image, NodeOptions, Objects, Result};
+use diskimage_core::{Device, Error, Gate, Image, NodeOptions, Objects, Result, name};
 use diskimage_protocols::{Target, identity_of_path, protocol_by_name};
 
 use crate::graph::{full_backing_name, node_of_name};
@@ -72,16 +72,16 @@ impl Location {
         if let Some(identity) = identity_of_path(&path) {
             return Self::File(identity);
         }
-        let path = Path::new(&path);
+        let path = name::to_path(&path);
         let directory = path
             .parent()
             .and_then(|directory| match directory.as_os_str().is_empty() {
-                true => Path::new(".").canonicalize().ok(),
+                true => name::to_path(".").canonicalize().ok(),
                 false => directory.canonicalize().ok(),
             });
         Self::Nothing(match (directory, path.file_name()) {
             (Some(directory), Some(name)) => directory.join(name),
-            _ => path.to_owned(),
+            _ => path,
         })
     }
 
@@ -154,8 +154,7 @@ impl Follow<'_> {
             else {
                 break;
             };
-            let Ok(next) = below.name.exact() else { break };
-            name = full_backing_name(&image.base_name(), next);
+            name = full_backing_name(&image.base_name(), below.name.text());
             format = below.format;
         }
         Ok(files)

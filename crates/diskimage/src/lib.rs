@@ -5,15 +5,14 @@
 //! prints, reads the environment or ends the process.
 //!
 //! ```
-//! use diskimage::{Creation, Device, OpenOptions, open};
+//! use diskimage::{Creation, Device, OpenOptions, name, open};
 //!
 //! let dir = tempfile::tempdir()?;
-//! let name = dir.path().join("disk.raw");
-//! let name = name.to_str().ok_or("not text")?;
+//! let name = name::of_path(&dir.path().join("disk.raw"));
 //!
-//! Creation::new(name, "raw").size(1 << 20).prepare()?.create()?;
+//! Creation::new(&name, "raw").size(1 << 20).prepare()?.create()?;
 //!
-//! let image = open(name, &OpenOptions::new().format("raw").write(true))?;
+//! let image = open(&name, &OpenOptions::new().format("raw").write(true))?;
 //! image.write_at(b"hello", 4096)?;
 //! image.flush()?;
 //!
@@ -24,6 +23,9 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
+//! Names of files are text that holds any bytes: [`name`] makes it of paths, and bytes of the messages that have such names
+//! in them.
+//!
 //! What is written may be in memory only until [`Device::flush`] or [`Image::close`] has succeeded. An image that is dropped
 //! with such changes writes them back, as far as it can. A drop returns no error, so whoever needs to know closes, or
 //! names in [`OpenOptions::on_lost`] who is told:
@@ -31,22 +33,21 @@
 //! ```
 //! use std::sync::Arc;
 //!
-//! use diskimage::{Creation, Device, OpenOptions, open};
+//! use diskimage::{Creation, Device, OpenOptions, name, open};
 //!
 //! let dir = tempfile::tempdir()?;
-//! let name = dir.path().join("disk.qcow2");
-//! let name = name.to_str().ok_or("not text")?;
-//! Creation::new(name, "qcow2").size(1 << 20).prepare()?.create()?;
+//! let name = name::of_path(&dir.path().join("disk.qcow2"));
+//! Creation::new(&name, "qcow2").size(1 << 20).prepare()?.create()?;
 //!
 //! let options = OpenOptions::new()
 //!     .write(true)
 //!     .on_lost(Arc::new(|name, error| eprintln!("{name}: {}", error.chain())));
-//! let image = open(name, &options)?;
+//! let image = open(&name, &options)?;
 //! image.write_at(b"hello", 4096)?;
 //! drop(image);
 //!
 //! let mut bytes = [0; 5];
-//! open(name, &OpenOptions::new())?.read_at(&mut bytes, 4096)?;
+//! open(&name, &OpenOptions::new())?.read_at(&mut bytes, 4096)?;
 //! assert_eq!(&bytes, b"hello");
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
@@ -54,6 +55,7 @@
 //! Images come from strangers. What an image refers to is opened through a [`Gate`]: [`FileGate`] takes plain paths, and
 //! a program can pass one of its own that knows better. The numbers in an image can claim only the memory that a
 //! [`Budget`] has.
+#![cfg_attr(not(test), warn(clippy::disallowed_methods))]
 
 mod bench;
 mod bitmaps;

@@ -149,7 +149,7 @@ pub fn check_backing(image: &Image, backing: Option<&Backing>) -> Result<()> {
 /// Refuses an image below that is `image` itself, or leads back to it.
 fn refuse_loop(image: &Image, backing: Option<&Backing>) -> Result<()> {
     let Some(backing) = backing else { return Ok(()) };
-    let name = full_backing_name(&image.base_name(), backing.name.exact()?);
+    let name = full_backing_name(&image.base_name(), backing.name.text());
     let follow = Follow {
         objects: &Arc::default(),
         gate: None,
@@ -161,7 +161,7 @@ fn refuse_loop(image: &Image, backing: Option<&Backing>) -> Result<()> {
 }
 
 fn could_not(backing: Option<&Backing>) -> String {
-    let name = backing.map(|backing| backing.name.shown()).unwrap_or_default();
+    let name = backing.map(|backing| backing.name.text()).unwrap_or_default();
     format!("Could not change the backing file to '{name}'")
 }
 

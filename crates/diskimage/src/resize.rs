@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::{fs, io};
 
 use diskimage_core::{
-    Device, Error, Gate, Image, Permissions, Preallocation, ResizeRequest, Result, ResultExt,
+    Device, Error, Gate, Image, Permissions, Preallocation, ResizeRequest, Result, ResultExt, name,
 };
 use diskimage_protocols::Target;
 
@@ -86,7 +86,7 @@ impl Resize {
         if outcome.is_err() {
             // Those that hold nothing are none of the image's; the failure that led here is the one to report.
             for path in made.iter().filter(|path| is_empty_file(path)) {
-                let _ = fs::remove_file(path);
+                let _ = name::remove(path);
             }
         }
         outcome?;
@@ -111,15 +111,17 @@ impl Resize {
 
 /// Makes a file that is not there yet, durably.
 fn make_file(path: &str) -> io::Result<PathBuf> {
-    let path = PathBuf::from(Target::plain(path).path);
-    fs::File::create_new(&path)?;
+    let path = name::to_path(&Target::plain(path).path);
+    let mut new = fs::OpenOptions::new();
+    new.write(true).create_new(true);
+    name::open_with(&path, &new)?;
     let directory = path
         .parent()
         .filter(|directory| !directory.as_os_str().is_empty());
-    fs::File::open(directory.unwrap_or(Path::new(".")))?.sync_all()?;
+    name::open(directory.unwrap_or(&name::to_path(".")))?.sync_all()?;
     Ok(path)
 }
 
 fn is_empty_file(path: &Path) -> bool {
-    fs::metadata(path).is_ok_and(|metadata| metadata.len() == 0)
+    path.metadata().is_ok_and(|metadata| metadata.len() == 0)
 }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use diskimage_core::{
-    Error, ErrorKind, Image, NewSnapshot, Result, ResultExt, SnapshotInfo, Snapshots, errno,
+    Error, ErrorKind, Image, NewSnapshot, Result, ResultExt, SnapshotInfo, Snapshots, errno, name,
 };
 
 /// Which internal snapshot is meant.
@@ -70,7 +70,7 @@ pub fn create_snapshot(image: &Image, name: &str, now: SystemTime) -> Result<()>
     let snapshots = snapshots.ok_or_else(|| Error::from_errno(errno::ENOTSUP))?;
     let age = now.duration_since(UNIX_EPOCH).unwrap_or_default();
     let snapshot = NewSnapshot {
-        name: &name[..name.floor_char_boundary(MAX_SNAPSHOT_NAME)],
+        name: name::prefix(name, MAX_SNAPSHOT_NAME),
         // The format's clock ends in 2106.
         date_sec: u32::try_from(age.as_secs()).unwrap_or(u32::MAX),
         date_nsec: age.subsec_nanos(),

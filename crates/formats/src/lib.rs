@@ -1,4 +1,5 @@
 //! Disk image formats: how bytes are arranged.
+#![cfg_attr(not(test), warn(clippy::disallowed_methods))]
 
 mod bochs;
 mod cloop;

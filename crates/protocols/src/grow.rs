@@ -6,7 +6,9 @@ use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
 
 use diskimage_core::options::{OptionDef, OptionKind, Options};
-use diskimage_core::{ByteRange, Device, Error, ErrorKind, Permissions, Preallocation, Result, ResultExt};
+use diskimage_core::{
+    ByteRange, Device, Error, ErrorKind, Permissions, Preallocation, Result, ResultExt, name,
+};
 use rustix::fs::{FallocateFlags, IFlags};
 
 use crate::cache::CacheMode;
@@ -98,14 +100,15 @@ impl File {
     pub fn create(target: &Target, creation: &FileCreation, cache: CacheMode) -> Result<Self> {
         let name = &target.path;
         // Truncated after it is locked.
-        let file = fs::OpenOptions::new()
+        let mut options = fs::OpenOptions::new();
+        options
             .read(true)
             .write(true)
             .create(true)
             .truncate(false)
             .mode(0o644)
-            .custom_flags(cache.open_flags())
-            .open(name)
+            .custom_flags(cache.open_flags());
+        let file = name::open_with(&name::to_path(name), &options)
             .context(|| format!("Could not create '{name}'"))?;
         let metadata = file.metadata().context(|| format!("Could not create '{name}'"))?;
         if !metadata.is_file() {

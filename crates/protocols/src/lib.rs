@@ -9,6 +9,7 @@
 //! [`File`] is an open file, and [`CacheMode`] says how its writes reach the disk.
 //! [`Device::lock`](diskimage_core::Device::lock) locks the same bytes of a file as QEMU does, so that two programs do
 //! not change one image at the same time.
+#![cfg_attr(not(test), warn(clippy::disallowed_methods))]
 
 mod aio;
 mod cache;

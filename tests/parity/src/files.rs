@@ -2,8 +2,11 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
+use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::{FileExt, symlink};
 use std::path::Path;
+
+use crate::script::os_word;
 
 /// A change of the case's directory done by the harness.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -58,19 +61,21 @@ impl FileOperation {
     /// Whatever the operating system answered.
     pub fn apply(&self, directory: &Path) -> io::Result<()> {
         match self {
-            FileOperation::Create { name, generator } => generator.write(&directory.join(name)),
+            FileOperation::Create { name, generator } => generator.write(&directory.join(os_word(name))),
             FileOperation::Poke { name, offset, bytes } => {
-                open_for_writing(&directory.join(name))?.write_all_at(bytes, *offset)
+                open_for_writing(&directory.join(os_word(name)))?.write_all_at(bytes, *offset)
             }
             FileOperation::Truncate { name, length } => {
-                open_for_writing(&directory.join(name))?.set_len(*length)
+                open_for_writing(&directory.join(os_word(name)))?.set_len(*length)
             }
             FileOperation::Copy { from, to } => {
-                fs::copy(directory.join(from), directory.join(to)).map(|_length| ())
+                fs::copy(directory.join(os_word(from)), directory.join(os_word(to))).map(|_length| ())
             }
-            FileOperation::Directory(name) => fs::create_dir(directory.join(name)),
-            FileOperation::Symlink { target, name } => symlink(target, directory.join(name)),
-            FileOperation::Remove(name) => fs::remove_file(directory.join(name)),
+            FileOperation::Directory(name) => fs::create_dir(directory.join(os_word(name))),
+            FileOperation::Symlink { target, name } => {
+                symlink(os_word(target), directory.join(os_word(name)))
+            }
+            FileOperation::Remove(name) => fs::remove_file(directory.join(os_word(name))),
         }
     }
 }
@@ -126,7 +131,7 @@ impl Generator {
                 })
             }
             ["hex", digits] => Ok(Generator::Bytes(parse_hex(digits)?)),
-            ["content", words @ ..] => Ok(Generator::Bytes(words.join(" ").into_bytes())),
+            ["content", words @ ..] => Ok(Generator::Bytes(os_word(&words.join(" ")).into_vec())),
             _ => Err(format!("no such generator: {}", words.join(" "))),
         }
     }

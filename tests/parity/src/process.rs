@@ -1,13 +1,14 @@
 //! Running programs: a fixed environment, everything they say, a time limit; and `qemu-io` as a holder of locks.
 
 use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::script::{Server, StockTool};
+use crate::script::{Server, StockTool, os_word};
 
 /// Where the programs are.
 #[derive(Debug, Clone)]
@@ -63,7 +64,7 @@ impl Outcome {
 /// When it cannot be started.
 pub fn run(program: &Path, tool: StockTool, args: &[String], directory: &Path) -> Result<Outcome, String> {
     let mut child = command(program, tool, directory)
-        .args(args)
+        .args(args.iter().map(|arg| os_word(arg)))
         .stdin(Stdio::null())
         .spawn()
         .map_err(|error| format!("{}: {error}", program.display()))?;
@@ -98,9 +99,9 @@ impl Holder {
     ) -> Result<Self, String> {
         let mut command = command(&tools.stock_io, StockTool::Io, directory);
         command
-            .args(options)
+            .args(options.iter().map(|option| os_word(option)))
             .args(read_only.then_some("-r"))
-            .arg(image)
+            .arg(os_word(image))
             .stdin(Stdio::piped());
         let mut child = command
             .spawn()
@@ -155,14 +156,14 @@ impl RunningServer {
         match server {
             Server::QemuNbd => command
                 .args(["--persistent", "--socket"])
-                .arg(directory.join(socket)),
+                .arg(directory.join(os_word(socket))),
             Server::Nbdkit => command
                 .args(["--foreground", "--unix"])
-                .arg(directory.join(socket)),
+                .arg(directory.join(os_word(socket))),
         };
         let here = directory.to_str().ok_or("a directory whose name is no text")?;
         let child = command
-            .args(args.iter().map(|arg| arg.replace(HERE, here)))
+            .args(args.iter().map(|arg| os_word(&arg.replace(HERE, here))))
             .current_dir(directory)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -172,7 +173,7 @@ impl RunningServer {
         let mut this = Self {
             child,
             socket: socket.to_owned(),
-            path: directory.join(socket),
+            path: directory.join(os_word(socket)),
         };
         let start = Instant::now();
         while !is_listening(&this.path)? {
@@ -206,15 +207,15 @@ impl Drop for RunningServer {
 /// Whether somebody takes connections at `socket`, without making one: some servers serve a single one.
 fn is_listening(socket: &Path) -> Result<bool, String> {
     /// `__SO_ACCEPTCON` of the kernel, as the table shows it.
-    const LISTENS: &str = "00010000";
-    let table = std::fs::read_to_string("/proc/net/unix").map_err(|error| error.to_string())?;
-    let path = socket.to_str().unwrap_or_default();
+    const LISTENS: &[u8] = b"00010000";
+    let table = std::fs::read("/proc/net/unix").map_err(|error| error.to_string())?;
+    let path = [b" ", socket.as_os_str().as_bytes()].concat();
     // Num RefCount Protocol Flags Type St Inode Path
-    let is_it = |line: &str| {
-        let words: Vec<_> = line.split_whitespace().collect();
-        words.get(3) == Some(&LISTENS) && line.ends_with(&format!(" {path}"))
+    let is_it = |line: &[u8]| {
+        let mut words = line.split(|byte| *byte == b' ').filter(|word| !word.is_empty());
+        words.nth(3) == Some(LISTENS) && line.ends_with(&path)
     };
-    Ok(table.lines().any(is_it))
+    Ok(table.split(|byte| *byte == b'\n').any(is_it))
 }
 
 fn command(program: &Path, tool: StockTool, directory: &Path) -> Command {

@@ -1,5 +1,8 @@
 //! The line format of `cases/*.cases`, parsed into [`Case`]s. `README.md` describes it for people.
 
+use std::ffi::OsString;
+use std::os::unix::ffi::OsStringExt;
+
 use crate::files::{FileOperation, Generator, parse_hex, parse_size};
 
 /// One command sequence with what is to be compared after it.
@@ -357,6 +360,30 @@ fn split_words(line: &str) -> Result<Vec<String>, String> {
     Ok(words)
 }
 
+/// A word as the operating system gets it: `\xNN` is the byte of that number.
+pub fn os_word(word: &str) -> OsString {
+    let mut bytes = Vec::with_capacity(word.len());
+    let mut rest = word;
+    while let Some((before, after)) = rest.split_once("\\x") {
+        bytes.extend_from_slice(before.as_bytes());
+        let byte = after
+            .get(..2)
+            .and_then(|digits| u8::from_str_radix(digits, 16).ok());
+        match byte {
+            Some(byte) => {
+                bytes.push(byte);
+                rest = &after[2..];
+            }
+            None => {
+                bytes.extend_from_slice(b"\\x");
+                rest = after;
+            }
+        }
+    }
+    bytes.extend_from_slice(rest.as_bytes());
+    OsString::from_vec(bytes)
+}
+
 fn join_command(program: &str, args: &[String]) -> String {
     let mut line = program.to_owned();
     for arg in args {
@@ -383,6 +410,16 @@ mod tests {
             ["a", "b c", "", "d'ef"]
         );
         assert!(split_words("a 'b").is_err());
+    }
+
+    #[test]
+    fn words_can_have_any_byte() {
+        let words = split_words(r"a\xe9.img '\x93\xfA b' \xg \x\x4").unwrap();
+        let bytes = words.iter().map(|word| os_word(word).into_vec());
+        assert_eq!(
+            bytes.collect::<Vec<_>>(),
+            [&b"a\xe9.img"[..], b"\x93\xfa b", b"\\xg", b"\\x\\x4"]
+        );
     }
 
     #[test]

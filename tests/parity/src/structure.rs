@@ -2,10 +2,11 @@
 
 use std::fs::{self, File};
 use std::io::{self, Read};
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use crate::process::{self, Outcome, Tools};
-use crate::script::{Comparison, ImageName, StockTool};
+use crate::script::{Comparison, ImageName, StockTool, os_word};
 use crate::verdict;
 
 /// What differs in one respect between the two directories; empty if nothing does.
@@ -66,7 +67,7 @@ struct Sides<'a> {
 
 impl Sides<'_> {
     fn content(&self, image: &ImageName) -> Result<String, String> {
-        let path = |side: &Path| side.join(&image.name).display().to_string();
+        let path = |side: &Path| format!("{}/{}", side.display(), image.name);
         let mut args = vec!["compare".to_owned(), "-U".to_owned(), "-s".to_owned()];
         if let Some(format) = &image.format {
             args.extend(["-f", format, "-F", format].map(str::to_owned));
@@ -85,7 +86,7 @@ impl Sides<'_> {
     }
 
     fn structure(&self, image: &ImageName, strictness: Strictness) -> Result<String, String> {
-        if !self.expected.join(&image.name).exists() {
+        if !self.expected.join(os_word(&image.name)).exists() {
             return Err(format!("the stock tool made no {}", image.name));
         }
         let mut text = String::new();
@@ -108,7 +109,7 @@ impl Sides<'_> {
     fn bytes(&self, name: &str, length: Option<u64>) -> Result<String, String> {
         let read = |side: &Path| -> io::Result<Vec<u8>> {
             let mut bytes = Vec::new();
-            File::open(side.join(name))?
+            File::open(side.join(os_word(name)))?
                 .take(length.unwrap_or(LARGEST_FILE))
                 .read_to_end(&mut bytes)?;
             Ok(bytes)
@@ -237,7 +238,7 @@ fn parse_map_line(line: &str) -> Option<(u64, u64, String)> {
 fn collect_names(directory: &Path, prefix: &str, names: &mut Vec<String>) -> io::Result<()> {
     for entry in fs::read_dir(directory)? {
         let entry = entry?;
-        let name = format!("{prefix}{}", entry.file_name().to_string_lossy());
+        let name = format!("{prefix}{}", entry.file_name().as_bytes().escape_ascii());
         if entry.file_type()?.is_dir() {
             collect_names(&entry.path(), &format!("{name}/"), names)?;
         }

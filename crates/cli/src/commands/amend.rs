@@ -103,7 +103,7 @@ impl Request {
             match flag {
                 "quiet" => quiet = true,
                 "progress" => progress = true,
-                "format" => format = Some(text(value)?),
+                "format" => format = Some(text(value)),
                 "image-opts" => image_opts = true,
                 "cache" => cache = Some(value),
                 "force" => force = true,

@@ -140,10 +140,10 @@ impl Args {
             match flag {
                 // As there: what this command prints is what it is for.
                 "quiet" => {}
-                "format" => format = Some(text(value)?),
+                "format" => format = Some(text(value)),
                 "image-opts" => image_opts = true,
                 "cache" => {
-                    cache = CacheMode::from_name(&value.to_string_lossy())
+                    cache = CacheMode::from_name(&text(value))
                         .ok_or_else(|| Stop::wrong("Invalid cache mode"))?;
                 }
                 "count" => requests = count("request count", &value, 1, LARGEST_NUMBER)?,
@@ -152,9 +152,9 @@ impl Args {
                 "step-size" => step = size("step size", &value, 0, LARGEST_NUMBER)?,
                 "offset" => offset = size("offset", &value, 0, LARGEST)?,
                 "aio" => {
-                    aio = Aio::from_name(&value.to_string_lossy()).ok_or_else(|| {
-                        Stop::wrong(format!("Invalid aio option: {}", value.to_string_lossy()))
-                    })?;
+                    let name = text(value);
+                    aio = Aio::from_name(&name)
+                        .ok_or_else(|| Stop::wrong(format!("Invalid aio option: {name}")))?;
                 }
                 "native" => native = true,
                 "write" => write = true,

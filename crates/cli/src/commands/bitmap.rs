@@ -149,19 +149,19 @@ impl Args {
         let mut objects = Objects::default();
         while let Some((flag, value)) = words.next_flag()? {
             match flag {
-                "format" => format = Some(text(value)?),
+                "format" => format = Some(text(value)),
                 "image-opts" => image_opts = true,
                 "add" => actions.push(Action::Add),
                 "remove" => actions.push(Action::Remove),
                 "clear" => actions.push(Action::Clear),
                 "enable" => actions.push(Action::Enable),
                 "disable" => actions.push(Action::Disable),
-                "merge" => actions.push(Action::Merge(text(value)?)),
+                "merge" => actions.push(Action::Merge(text(value))),
                 "granularity" => {
                     granularity = Some(size("granularity", &value, 0, LARGEST)?).filter(|size| *size > 0)
                 }
                 "source-file" => source = Some(value),
-                "source-format" => source_format = Some(text(value)?),
+                "source-format" => source_format = Some(text(value)),
                 "object" => define(&mut objects, value)?,
                 _ => unreachable!("every option of the table is listed"),
             }
@@ -188,7 +188,7 @@ impl Args {
         }
         Ok(Self {
             image: Source::new(image, format, image_opts)?,
-            bitmap: text(bitmap)?,
+            bitmap: text(bitmap),
             actions,
             granularity,
             merge_source: source

@@ -97,12 +97,12 @@ impl Args {
         while let Some((flag, value)) = words.next_flag()? {
             match flag {
                 "quiet" => quiet = true,
-                "format" => format = Some(text(value)?),
+                "format" => format = Some(text(value)),
                 "image-opts" => image_opts = true,
                 "cache" => cache = Some(value),
                 "force-share" => force_share = true,
                 "output" => output = OutputFormat::read(&value)?,
-                "repair" => repair = read_repair(&value.to_string_lossy())?,
+                "repair" => repair = read_repair(&text(value))?,
                 "object" => define(&mut objects, value)?,
                 _ => unreachable!("every option of the table is listed"),
             }

@@ -101,12 +101,12 @@ impl Args {
             match flag {
                 "quiet" => quiet = true,
                 "progress" => progress = true,
-                "format" => format = Some(text(value)?),
+                "format" => format = Some(text(value)),
                 "image-opts" => image_opts = true,
                 "cache" => cache = Some(value),
                 "drop" => keep = true,
                 "base" => {
-                    base = Some(text(value)?);
+                    base = Some(text(value));
                     // What is between would not go with the emptied image.
                     keep = true;
                 }

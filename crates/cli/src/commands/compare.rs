@@ -109,8 +109,8 @@ impl Args {
             match flag {
                 "quiet" => quiet = true,
                 "progress" => progress = true,
-                "a-format" => first_format = Some(text(value)?),
-                "b-format" => second_format = Some(text(value)?),
+                "a-format" => first_format = Some(text(value)),
+                "b-format" => second_format = Some(text(value)),
                 "image-opts" => image_opts = true,
                 "strict" => strict = true,
                 "cache" => cache = Some(value),

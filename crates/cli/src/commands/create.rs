@@ -134,10 +134,10 @@ impl Request {
         while let Some((flag, value)) = words.next_flag()? {
             match flag {
                 "quiet" => quiet = true,
-                "format" => format = Some(text(value)?),
+                "format" => format = Some(text(value)),
                 "options" => options.add(value)?,
                 "backing" => backing = Some(value),
-                "backing-format" => backing_format = Some(text(value)?),
+                "backing-format" => backing_format = Some(text(value)),
                 "backing-unsafe" => backing_unsafe = true,
                 "object" => define(&mut objects, value)?,
                 _ => unreachable!("every option of the table is listed"),
@@ -155,10 +155,7 @@ impl Request {
             None => None,
         };
         if let Some(extra) = operands.next() {
-            return Err(Stop::misused(format!(
-                "Unexpected argument: {}",
-                extra.to_string_lossy()
-            )));
+            return Err(Stop::misused(format!("Unexpected argument: {}", text(extra))));
         }
         Ok(Self::Create(Args {
             name,
@@ -185,7 +182,7 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
         }
         Request::Create(args) => args,
     };
-    let name = text(args.name)?;
+    let name = text(args.name);
     let image = |error: diskimage::Error| Stop::from(error.context(name.clone()));
     let mut creation = Creation::new(&name, &args.format)
         .objects(args.objects)
@@ -197,7 +194,7 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
         creation = creation.options(options);
     }
     if let Some(backing) = args.backing {
-        creation = creation.backing_file(text(backing)?);
+        creation = creation.backing_file(text(backing));
     }
     if let Some(format) = args.backing_format {
         creation = creation.backing_format(format);

@@ -3,7 +3,7 @@
 use std::ffi::OsStr;
 use std::sync::Arc;
 
-use diskimage::{Blocks, Creation, Device, ErrorKind, Objects, OpenOptions, dd, format_of_new};
+use diskimage::{Blocks, Creation, Device, ErrorKind, Objects, OpenOptions, dd, format_of_new, name};
 
 use super::LARGEST;
 use crate::objects::define;
@@ -104,8 +104,8 @@ impl Args {
         let mut objects = Objects::default();
         while let Some((flag, value)) = words.next_flag()? {
             match flag {
-                "format" => format = Some(text(value)?),
-                "output-format" => output_format = text(value)?,
+                "format" => format = Some(text(value)),
+                "output-format" => output_format = text(value),
                 "image-opts" => image_opts = true,
                 "force-share" => force_share = true,
                 "object" => define(&mut objects, value)?,
@@ -119,7 +119,7 @@ impl Args {
         };
         let (mut input, mut output) = (None, None);
         for word in words.operands() {
-            let word = text(word)?;
+            let word = text(word);
             let (name, value) = word.split_once('=').unwrap_or((&word, ""));
             let number = OsStr::new(value);
             match name {
@@ -135,7 +135,7 @@ impl Args {
             return Err(Stop::wrong("Must specify both input and output files"));
         };
         Ok(Self {
-            input: Source::new(input.into(), format, image_opts)?,
+            input: Source::new(name::to_path(&input).into(), format, image_opts)?,
             output,
             output_format,
             blocks,

@@ -78,7 +78,7 @@ impl Args {
         let mut objects = Objects::default();
         while let Some((flag, value)) = words.next_flag()? {
             match flag {
-                "format" => format = Some(text(value)?),
+                "format" => format = Some(text(value)),
                 "image-opts" => image_opts = true,
                 "backing-chain" => backing_chain = true,
                 "force-share" => force_share = true,
@@ -150,7 +150,7 @@ fn open_each(args: &Args, console: &Console) -> Result<Vec<Arc<Image>>, Stop> {
         }
         let next = match below {
             Some(backing) => Some(Source {
-                name: ImageName::File(full_backing_name(&image.base_name(), backing.name.exact()?)),
+                name: ImageName::File(full_backing_name(&image.base_name(), backing.name.text())),
                 format: backing.format,
             }),
             None => None,

@@ -83,7 +83,7 @@ impl Args {
         let mut objects = Objects::default();
         while let Some((flag, value)) = words.next_flag()? {
             match flag {
-                "format" => format = Some(text(value)?),
+                "format" => format = Some(text(value)),
                 "image-opts" => image_opts = true,
                 "start-offset" => start_offset = size("start offset", &value, 0, LARGEST)?,
                 "max-length" => max_length = Some(size("max length", &value, 0, LARGEST)?),

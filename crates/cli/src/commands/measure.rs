@@ -124,10 +124,10 @@ impl Args {
         let mut objects = Objects::default();
         while let Some((flag, value)) = words.next_flag()? {
             match flag {
-                "target-format" => target_format = Some(text(value)?),
+                "target-format" => target_format = Some(text(value)),
                 "options" => options.add(value)?,
                 "size" => length = Some(size("image size", &value, 0, LARGEST)?),
-                "format" => format = Some(text(value)?),
+                "format" => format = Some(text(value)),
                 "image-opts" => image_opts = true,
                 "snapshot" => snapshot = Some(snapshot_selector(value)?),
                 "output" => output = OutputFormat::read(&value)?,

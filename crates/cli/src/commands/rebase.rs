@@ -135,11 +135,11 @@ impl Args {
             match flag {
                 "quiet" => quiet = true,
                 "progress" => progress = true,
-                "format" => format = Some(text(value)?),
+                "format" => format = Some(text(value)),
                 "image-opts" => image_opts = true,
                 "cache" => cache = Some(value),
-                "backing" => backing = Some(text(value)?),
-                "backing-format" => backing_format = Some(text(value)?),
+                "backing" => backing = Some(text(value)),
+                "backing-format" => backing_format = Some(text(value)),
                 "backing-cache" => backing_cache = Some(value),
                 "backing-unsafe" => only_name = true,
                 "compress" => compress = true,
@@ -232,7 +232,7 @@ fn open_new(
     console: &Console,
 ) -> Result<Arc<Image>, Stop> {
     let source = Source {
-        name: ImageName::File(full_backing_name(&image.base_name(), backing.name.exact()?)),
+        name: ImageName::File(full_backing_name(&image.base_name(), backing.name.text())),
         format: backing.format.clone(),
     };
     let options = options.cache(args.backing_cache).force_share(args.force_share);
@@ -240,7 +240,7 @@ fn open_new(
     Ok(opened.context(|| {
         format!(
             "Could not open new backing file '{}'",
-            printable(backing.name.shown())
+            printable(backing.name.text())
         )
     })?)
 }

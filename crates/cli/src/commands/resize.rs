@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use diskimage::options::read_size;
 
-use diskimage::{Device, Objects, OpenOptions, Preallocation, Resize, ShrinkPolicy};
+use diskimage::{Device, Objects, OpenOptions, Preallocation, Resize, ShrinkPolicy, name};
 
 use crate::objects::define;
 use crate::out::Console;
@@ -96,7 +96,7 @@ pub enum NewSize {
 
 impl NewSize {
     fn read(value: &OsStr) -> Result<Self, Stop> {
-        let value = value.to_string_lossy();
+        let value = name::from_os(value);
         let read = |text: &str| read_size("size", text).map_err(Stop::from);
         match value.as_bytes().first() {
             Some(b'+') => read(&value[1..]).map(Self::More),
@@ -128,10 +128,10 @@ impl Args {
         while let Some((flag, value)) = words.next_flag()? {
             match flag {
                 "quiet" => quiet = true,
-                "format" => format = Some(text(value)?),
+                "format" => format = Some(text(value)),
                 "image-opts" => image_opts = true,
                 "shrink" => shrink = true,
-                "preallocation" => preallocation = read_preallocation(&value.to_string_lossy())?,
+                "preallocation" => preallocation = read_preallocation(&text(value))?,
                 "object" => define(&mut objects, value)?,
                 _ => unreachable!("every option of the table is listed"),
             }

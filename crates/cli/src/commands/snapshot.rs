@@ -102,14 +102,14 @@ impl Args {
         while let Some((flag, value)) = words.next_flag()? {
             let wanted = match flag {
                 "list" => Action::List,
-                "create" => Action::Create(text(value)?),
-                "apply" => Action::Apply(text(value)?),
-                "delete" => Action::Delete(text(value)?),
+                "create" => Action::Create(text(value)),
+                "apply" => Action::Apply(text(value)),
+                "delete" => Action::Delete(text(value)),
                 other => {
                     match other {
                         // Nothing is printed but the list, which the original prints all the same.
                         "quiet" => {}
-                        "format" => format = Some(text(value)?),
+                        "format" => format = Some(text(value)),
                         "image-opts" => image_opts = true,
                         "force-share" => force_share = true,
                         "object" => define(&mut objects, value)?,

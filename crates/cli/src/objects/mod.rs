@@ -4,14 +4,13 @@ mod throttle;
 mod tls;
 
 use std::ffi::OsString;
-use std::fs::File;
 use std::io::Read;
 
 use base64::engine::{GeneralPurpose, GeneralPurposeConfig};
 use base64::{Engine, alphabet};
 use diskimage::json::{self, Value};
 use diskimage::size::parse_number;
-use diskimage::{Object, Objects, Secret, Zeroizing, decrypt_secret, is_identifier};
+use diskimage::{Object, Objects, Secret, Zeroizing, decrypt_secret, is_identifier, name};
 
 use crate::words::{Stop, text};
 
@@ -21,7 +20,7 @@ use crate::words::{Stop, text};
 /// A type that does not exist or is not available, parameters that do not fit, a file that cannot be read; and
 /// [`Stop::Text`] where help is asked for.
 pub fn define(objects: &mut Objects, value: OsString) -> Result<(), Stop> {
-    let (id, object) = read(&text(value)?, objects)?;
+    let (id, object) = read(&text(value), objects)?;
     Ok(objects.add(id, object)?)
 }
 
@@ -82,7 +81,10 @@ impl SecretWords {
         let bytes = match (self.data, self.file) {
             (Some(_), Some(_)) => return Err(Stop::wrong("'file' and 'data' are mutually exclusive")),
             (None, None) => return Err(Stop::wrong("Either 'file' or 'data' must be provided")),
-            (Some(data), None) => Zeroizing::new(data.into_bytes()),
+            (Some(data), None) => {
+                let data = Zeroizing::new(data);
+                Zeroizing::new(name::to_bytes(&data).into_owned())
+            }
             (None, Some(file)) => Zeroizing::new(read_file(&file)?),
         };
         let Some(keyid) = self.keyid else {
@@ -270,12 +272,14 @@ fn read_file(name: &str) -> Result<Vec<u8>, Stop> {
         move |error: std::io::Error| {
             let error = diskimage::Error::from(error);
             Stop::wrong(format!(
-                "Unable to read {name}: {what} file \u{201c}{name}\u{201d}: {error}"
+                "Unable to read {name}: {what} file \u{201c}{}\u{201d}: {error}",
+                // As GLib shows names.
+                name::lossy(name)
             ))
         }
     };
     let mut bytes = Vec::new();
-    let mut file = File::open(name)
+    let mut file = name::open(&name::to_path(name))
         .map_err(failed("Failed to open"))?
         .take(LARGEST_SECRET + 1);
     file.read_to_end(&mut bytes).map_err(failed("Error reading"))?;

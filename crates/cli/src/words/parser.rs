@@ -7,6 +7,8 @@
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 
+use diskimage::name;
+
 use super::{Command, Flag, Stop};
 
 /// Reads the words of one command, option by option; operands are put aside until the end.
@@ -87,7 +89,7 @@ impl Parser {
 
     fn letter(&mut self) -> Result<(&'static str, OsString), Stop> {
         // A letter that is not ASCII is no option; it is shown whole and not as its first byte.
-        let text = String::from_utf8_lossy(&self.letters);
+        let text = name::from_bytes(&self.letters);
         let letter = text.chars().next().unwrap_or_default();
         let Some(flag) = self.command.flags.iter().find(|flag| flag.short == Some(letter)) else {
             return Err(Stop::unreadable(format!("invalid option -- '{letter}'")));
@@ -161,7 +163,7 @@ impl Parser {
                 .filter(|(long, _)| long.as_bytes().starts_with(name))
                 .collect(),
         };
-        let shown = String::from_utf8_lossy(word);
+        let shown = name::from_bytes(word);
         let Some((_, first)) = begun.first() else {
             return Err(Stop::unreadable(format!("unrecognized option '--{shown}'")));
         };

@@ -4,18 +4,13 @@ use std::ffi::{OsStr, OsString};
 
 use diskimage::options;
 use diskimage::size::{SizeError, parse_number, parse_size};
-use diskimage::{CacheMode, SnapshotSelector};
+use diskimage::{CacheMode, SnapshotSelector, name};
 
 use super::Stop;
 
-/// Text that must be UTF-8. So must file names: what is nearly one could be the name of another file.
-///
-/// # Errors
-/// Any other bytes.
-pub fn text(value: OsString) -> Result<String, Stop> {
-    value
-        .into_string()
-        .map_err(|value| Stop::wrong(format!("Not valid UTF-8: '{}'", value.to_string_lossy())))
+/// A word as text, in which [`name`] keeps the bytes that are not UTF-8.
+pub fn text(value: OsString) -> String {
+    name::from_os_string(value)
 }
 
 /// A size from `min` to `max`; `what` names it in messages.
@@ -23,7 +18,7 @@ pub fn text(value: OsString) -> Result<String, Stop> {
 /// # Errors
 /// Text that is no size, or one out of the range.
 pub fn size(what: &str, value: &OsStr, min: u64, max: u64) -> Result<u64, Stop> {
-    let value = value.to_string_lossy();
+    let value = name::from_os(value);
     in_range(what, &value, parse_size(&value), min, max)
 }
 
@@ -32,7 +27,7 @@ pub fn size(what: &str, value: &OsStr, min: u64, max: u64) -> Result<u64, Stop> 
 /// # Errors
 /// Text that is no number, or one out of the range.
 pub fn count(what: &str, value: &OsStr, min: u64, max: u64) -> Result<u64, Stop> {
-    let value = value.to_string_lossy();
+    let value = name::from_os(value);
     let number =
         parse_number(&value).and_then(|number| u64::try_from(number).map_err(|_| SizeError::OutOfRange));
     in_range(what, &value, number, min, max)
@@ -65,7 +60,7 @@ pub fn target_cache(name: Option<&OsStr>, default: CacheMode) -> Result<CacheMod
 }
 
 fn cache(name: Option<&OsStr>, default: CacheMode, what: &str) -> Result<CacheMode, Stop> {
-    let Some(name) = name.map(OsStr::to_string_lossy) else {
+    let Some(name) = name.map(name::from_os) else {
         return Ok(default);
     };
     CacheMode::from_name(&name).ok_or_else(|| Stop::wrong(format!("Invalid {what}: {name}")))
@@ -87,7 +82,7 @@ impl OutputFormat {
     /// # Errors
     /// Anything but `human` and `json`.
     pub fn read(value: &OsStr) -> Result<Self, Stop> {
-        match value.to_string_lossy().as_ref() {
+        match name::from_os(value).as_str() {
             "human" => Ok(Self::Human),
             "json" => Ok(Self::Json),
             other => Err(Stop::misused(format!(
@@ -108,15 +103,12 @@ pub enum ImageName {
 
 impl ImageName {
     /// A word read as a file name or as a specification.
-    ///
-    /// # Errors
-    /// A word that is not UTF-8: no other name stands in for it.
-    pub fn new(word: OsString, image_opts: bool) -> Result<Self, Stop> {
-        Ok(if image_opts {
-            Self::Options(text(word)?)
+    pub fn new(word: OsString, image_opts: bool) -> Self {
+        if image_opts {
+            Self::Options(text(word))
         } else {
-            Self::File(text(word)?)
-        })
+            Self::File(text(word))
+        }
     }
 
     /// The name as it is shown.
@@ -140,13 +132,13 @@ impl Source {
     /// An image from the word that names it, the value of `-f`, and whether `--image-opts` was given.
     ///
     /// # Errors
-    /// A format together with a specification; a word that is not UTF-8.
+    /// A format together with a specification.
     pub fn new(word: OsString, format: Option<String>, image_opts: bool) -> Result<Self, Stop> {
         if image_opts && format.is_some() {
             return Err(Stop::wrong("--image-opts and --format are mutually exclusive"));
         }
         Ok(Self {
-            name: ImageName::new(word, image_opts)?,
+            name: ImageName::new(word, image_opts),
             format,
         })
     }
@@ -167,7 +159,7 @@ impl CreateOptions {
     /// # Errors
     /// A list that could not be told from its neighbours once they are joined.
     pub fn add(&mut self, value: OsString) -> Result<(), Stop> {
-        let value = text(value)?;
+        let value = text(value);
         if !options::is_list(&value) {
             return Err(Stop::wrong(format!("Invalid option list: {value}")));
         }
@@ -188,7 +180,7 @@ impl CreateOptions {
 /// # Errors
 /// Other parameters.
 pub fn snapshot_selector(value: OsString) -> Result<SnapshotSelector, Stop> {
-    let value = text(value)?;
+    let value = text(value);
     if !value.starts_with("snapshot.") {
         return Ok(SnapshotSelector::Either(value));
     }

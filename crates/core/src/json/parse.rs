@@ -1,7 +1,7 @@
 //! A JSON parser with the extension of `qemu-img` (strings in single quotes) and its error messages.
 
 use super::Value;
-use crate::{Error, Result};
+use crate::{Error, Result, name};
 
 /// The limit of nesting, which bounds the stack of the recursive parser.
 const MAX_DEPTH: usize = 1024;
@@ -142,7 +142,7 @@ impl Parser<'_> {
                         continue;
                     }
                     let (decoded, len) = unicode_escape(&whole[at..], quote)?;
-                    text.push(decoded);
+                    name::push_char(&mut text, decoded);
                     // `\u` has been consumed; all digits are one byte long.
                     for _ in 2..len {
                         chars.next();

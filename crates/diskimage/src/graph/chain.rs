@@ -75,7 +75,7 @@ impl Opener<'_> {
         let scattered = links.last().filter(|link| link.node.spans_several_files());
         let named = scattered.and_then(|link| link.layer.backing());
         match named {
-            Some(backing) if !self.options.no_backing && is_relative(backing.name.shown()) => Err(
+            Some(backing) if !self.options.no_backing && is_relative(backing.name.text()) => Err(
                 Error::unsupported("Cannot generate a base directory for quorum nodes"),
             ),
             _ => Ok(()),
@@ -114,7 +114,7 @@ impl Opener<'_> {
             let format = named.as_ref().and_then(|named| named.format.as_deref());
             let by_user = given.has_node("file");
             let mut node = match named.as_ref().filter(|_| !by_user) {
-                Some(named) => node_of_name(&full_backing_name(&from, named.name.exact()?), format)?,
+                Some(named) => node_of_name(&full_backing_name(&from, named.name.text()), format)?,
                 None => {
                     let mut node = NodeOptions::new();
                     if let Some(format) = format {

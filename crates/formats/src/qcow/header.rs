@@ -6,7 +6,7 @@
 //!   36 encryption          40 L1 table offset
 //! ```
 
-use diskimage_core::{ByteRange, Device, Error, Result, StoredName, align_down, align_up, errno};
+use diskimage_core::{ByteRange, Device, Error, Name, Result, align_down, align_up, errno, name};
 use zerocopy::byteorder::big_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -74,7 +74,7 @@ pub(super) struct Header {
     pub(super) l1_offset: u64,
     l1_size: u64,
     /// The backing file's name, and where it is.
-    pub(super) backing: Option<StoredName>,
+    pub(super) backing: Option<Name>,
     backing_offset: u64,
     /// Bytes of it in the file.
     backing_len: u64,
@@ -99,7 +99,7 @@ pub(super) fn read(file: &dyn Device, name: &str) -> Result<Header> {
     file.read_padded(&mut text, header.backing_offset)?;
     let text = text.split(|byte| *byte == 0).next().unwrap_or(&[]);
     header.backing_len = text.len() as u64;
-    header.backing = (!text.is_empty()).then(|| StoredName::from_bytes(text));
+    header.backing = (!text.is_empty()).then(|| Name::from_bytes(text));
     Ok(header)
 }
 
@@ -177,7 +177,7 @@ impl Header {
     /// Sizes that cannot be, and names that are too long.
     pub(super) fn new(size: u64, backing: Option<&str>, is_encrypted: bool) -> Result<Self> {
         let (cluster_bits, l2_bits) = if backing.is_some() { (9, 12) } else { (12, 9) };
-        let name_len = backing.map_or(0, str::len);
+        let name_len = backing.map_or(0, name::len);
         if name_len > limit::BACKING_NAME {
             return Err(name_too_long());
         }
@@ -189,7 +189,7 @@ impl Header {
             is_encrypted,
             l1_offset: align_up((HEADER_LEN + name_len) as u64, ENTRY),
             l1_size: l1_size(size, cluster_bits, l2_bits)?,
-            backing: backing.map(StoredName::from),
+            backing: backing.map(Name::from),
             backing_len: name_len as u64,
             backing_offset: if backing.is_some() { HEADER_LEN as u64 } else { 0 },
         })
@@ -231,7 +231,7 @@ impl Header {
 
     /// The header with the name behind it, up to the L1 table.
     pub(super) fn to_bytes(&self) -> Vec<u8> {
-        let name = self.backing.as_ref().map(StoredName::shown).unwrap_or_default();
+        let name = self.backing.as_ref().map(Name::to_bytes).unwrap_or_default();
         let raw = RawHeader {
             magic: U32::new(MAGIC),
             version: U32::new(VERSION),
@@ -246,7 +246,7 @@ impl Header {
             l1_table_offset: U64::new(self.l1_offset),
         };
         let mut bytes = raw.as_bytes().to_vec();
-        bytes.extend_from_slice(name.as_bytes());
+        bytes.extend_from_slice(&name);
         bytes
     }
 }

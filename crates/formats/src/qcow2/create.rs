@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use diskimage_core::{
     CreateRequest, Device, Error, FilterDevice, Filtered, OpenRequest, Preallocation, ResizeRequest, Result,
+    name,
 };
 use zerocopy::IntoBytes;
 use zerocopy::byteorder::big_endian::{U32, U64};
@@ -106,7 +107,7 @@ fn header_cluster(wanted: &Wanted) -> Result<Vec<u8>> {
     };
     // Version 2 images are written with the short header, whose fields beyond it read as zero.
     let header_len = if wanted.version >= 3 { HEADER_LEN } else { 72 };
-    let backing = wanted.backing_file.as_deref().unwrap_or_default();
+    let backing = name::to_bytes(wanted.backing_file.as_deref().unwrap_or_default());
     let with_names = wanted.version >= 3 && size >= MIN_CLUSTER_FOR_NAMES;
     let (format, data_file) = (wanted.backing_format.as_deref(), wanted.data_file.as_deref());
     let extensions = extension::write(with_names, format, data_file);
@@ -147,7 +148,7 @@ fn header_cluster(wanted: &Wanted) -> Result<Vec<u8>> {
     };
     let mut bytes = raw.as_bytes()[..header_len].to_vec();
     bytes.extend_from_slice(&extensions);
-    bytes.extend_from_slice(backing.as_bytes());
+    bytes.extend_from_slice(&backing);
     Ok(bytes)
 }
 

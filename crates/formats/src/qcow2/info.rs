@@ -31,7 +31,7 @@ impl Qcow2 {
         ));
         if self.has_data_file() {
             let name = header.extensions.data_file.as_ref();
-            facts.extend(name.map(|name| Detail::text("data-file", name.shown())));
+            facts.extend(name.map(|name| Detail::text("data-file", name.text())));
         }
         facts.extend(self.encrypted.as_ref().map(Encrypted::details));
         if v3 {

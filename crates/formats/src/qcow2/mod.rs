@@ -561,7 +561,7 @@ fn data_file(header: &Header, request: &mut OpenRequest<'_>) -> Result<Option<Ar
     // As there: the name is relative to the current directory, not to the image's.
     request
         .gate
-        .open_data(name.exact()?, request.name, permissions)
+        .open_data(name.text(), request.name, permissions)
         .map(Some)
 }
 

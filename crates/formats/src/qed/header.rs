@@ -6,7 +6,7 @@
 //!   40 L1 table offset     48 image size          56 backing file offset     60 its length
 //! ```
 
-use diskimage_core::{Backing, ByteRange, Device, Error, Result, StoredName, align_down, align_up, errno};
+use diskimage_core::{Backing, ByteRange, Device, Error, Name, Result, align_down, align_up, errno};
 use zerocopy::byteorder::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -157,7 +157,7 @@ pub(super) fn read(file: &dyn Device) -> Result<Header> {
         let name = name.split(|byte| *byte == 0).next().unwrap_or(&[]);
         let raw = header.features & feature::BACKING_FORMAT_NO_PROBE != 0;
         header.backing = (!name.is_empty()).then(|| Backing {
-            name: StoredName::from_bytes(name),
+            name: Name::from_bytes(name),
             format: raw.then(|| "raw".to_owned()),
         });
     }
@@ -274,7 +274,7 @@ impl Header {
     /// # Errors
     /// Names that do not fit into it.
     pub(super) fn set_backing(&mut self, backing: Option<&Backing>) -> Result<()> {
-        let len = backing.map_or(0, |backing| backing.name.shown().len());
+        let len = backing.map_or(0, |backing| backing.name.to_bytes().len());
         if (HEADER_LEN + len) as u64 > self.first_host() || len > MAX_NAME {
             return Err(Error::from_errno(errno::ENOSPC));
         }
@@ -311,11 +311,11 @@ impl Header {
     pub(super) fn write(&self, file: &dyn Device, with_name: bool) -> Result<()> {
         let mut bytes = self.to_bytes().to_vec();
         if let Some(backing) = self.backing.as_ref().filter(|_| with_name) {
-            let (name, offset) = (backing.name.shown().as_bytes(), u64::from(self.name.0));
+            let (name, offset) = (backing.name.to_bytes(), u64::from(self.name.0));
             if self.name.0 == NAME_OFFSET && offset + name.len() as u64 <= SECTOR {
-                bytes.extend_from_slice(name);
+                bytes.extend_from_slice(&name);
             } else {
-                file.write_at(name, offset)?;
+                file.write_at(&name, offset)?;
                 file.flush()?;
             }
         }

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use diskimage_core::options::{OptionDef, OptionKind, Options};
 use diskimage_core::{
-    CreateRequest, Device, Error, Measure, MeasureSource, Permissions, Preallocation, Result, errno,
+    CreateRequest, Device, Error, Measure, MeasureSource, Permissions, Preallocation, Result, errno, name,
 };
 use zerocopy::IntoBytes;
 use zerocopy::byteorder::little_endian::{U16, U32, U64};
@@ -316,10 +316,11 @@ pub(super) fn create(request: &CreateRequest<'_>) -> Result<()> {
     let text = wanted.descriptor(new_cid()?, parent_cid, &lines, request.size);
     let embedded = !wanted.subformat.is_separate();
     let offset = if embedded { DESCRIPTOR_SECTOR * SECTOR } else { 0 };
+    let text = name::to_bytes(&text);
     if embedded && text.len() as u64 > DESCRIPTOR_SECTORS * SECTOR {
         return Err(Error::from_errno(errno::ENOSPC));
     }
-    request.file.write_at(text.as_bytes(), offset)?;
+    request.file.write_at(&text, offset)?;
     request.file.flush()
 }
 

@@ -3,6 +3,7 @@
 //! ```text
 //!   # Disk DescriptorFile
 //!   version=1
+//!   encoding="windows-1252"               of the names, where it is said
 //!   CID=4c46164f                          changes whenever the disk has been written
 //!   parentCID=ffffffff                    the CID of the image below when this one was made
 //!   createType="monolithicFlat"
@@ -15,7 +16,8 @@
 //!   ddb.adapterType = "ide"
 //! ```
 
-use diskimage_core::{Error, Result, StoredName, errno};
+use diskimage_core::{Error, Name, Result, errno, name};
+use encoding_rs::Encoding;
 
 /// What a descriptor says, as far as it matters here.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -25,7 +27,7 @@ pub(super) struct Descriptor {
     /// `None` where the descriptor inside an extent does not say.
     pub(super) create_type: Option<String>,
     /// The image below.
-    pub(super) parent: Option<StoredName>,
+    pub(super) parent: Option<Name>,
     pub(super) extents: Vec<ExtentLine>,
 }
 
@@ -35,6 +37,8 @@ pub(super) struct ExtentLine {
     pub(super) sectors: u64,
     pub(super) kind: ExtentKind,
     pub(super) name: String,
+    /// The name in UTF-8, if the descriptor says that the one above is in another encoding.
+    pub(super) decoded_name: Option<String>,
     /// The sector of the file that the extent starts at; only flat ones have one.
     pub(super) offset: u64,
 }
@@ -97,11 +101,13 @@ impl Descriptor {
         let text = text_of(bytes);
         let cid = |name| value_of(&text, name).and_then(|word| u32::from_str_radix(word, 16).ok());
         let missing = || Error::from_errno(errno::EINVAL);
+        let encoding = value_of(&text, "encoding");
+        let encoding = encoding.and_then(|label| Encoding::for_label(label.as_bytes()));
         let mut extents = Vec::new();
         for line in lines_of(bytes) {
-            let text = String::from_utf8_lossy(line);
-            if let Some(extent) = ExtentLine::parse(text.trim_end_matches('\n'))? {
-                StoredName::within(line, &extent.name).exact()?;
+            let text = name::from_bytes(line);
+            if let Some(mut extent) = ExtentLine::parse(text.trim_end_matches('\n'))? {
+                extent.decoded_name = encoding.and_then(|encoding| decoded(&extent.name, encoding));
                 extents.push(extent);
             }
             if extents.len() > MAX_EXTENTS {
@@ -112,7 +118,9 @@ impl Descriptor {
             cid: cid("CID").ok_or_else(missing)?,
             parent_cid: cid("parentCID").ok_or_else(missing)?,
             create_type: value_of(&text, "createType").map(str::to_owned),
-            parent: parent_of(bytes).filter(|name| !name.shown().is_empty()),
+            parent: value_of(&text, "parentFileNameHint")
+                .filter(|name| !name.is_empty())
+                .map(Name::from),
             extents,
         })
     }
@@ -126,7 +134,7 @@ impl Descriptor {
     pub(super) fn with_cid(bytes: &[u8], cid: u32) -> Vec<u8> {
         let mut out = Vec::with_capacity(bytes.len());
         for raw in lines_of(bytes) {
-            let line = String::from_utf8_lossy(raw);
+            let line = name::from_bytes(raw);
             if key_and_value(&line).is_some_and(|(key, _)| key == "CID") {
                 let end = &line[line.trim_end().len()..];
                 out.extend(format!("CID={cid:08x}{end}").into_bytes());
@@ -152,14 +160,14 @@ impl Descriptor {
         let mut out = Vec::with_capacity(text.len());
         let mut extents = 0;
         for raw in lines_of(bytes) {
-            let line = &*String::from_utf8_lossy(raw);
+            let line = &*name::from_bytes(raw);
             let is_cylinders = || key_and_value(line).is_some_and(|(key, _)| key == "ddb.geometry.cylinders");
             extents += usize::from(is_extent(line));
             match (line.split_whitespace().nth(1), cylinders) {
                 (Some(old), _) if is_extent(line) && extents == last => {
-                    out.extend(line.replacen(old, &sectors.to_string(), 1).into_bytes());
+                    out.extend_from_slice(&name::to_bytes(&line.replacen(old, &sectors.to_string(), 1)));
                     for line in added {
-                        out.extend(line.bytes());
+                        out.extend_from_slice(&name::to_bytes(line));
                         out.push(b'\n');
                     }
                 }
@@ -209,6 +217,7 @@ impl ExtentLine {
             sectors,
             kind,
             name: name.to_owned(),
+            decoded_name: None,
             offset,
         }))
     }
@@ -222,15 +231,15 @@ fn lines_of(bytes: &[u8]) -> impl Iterator<Item = &[u8]> {
 
 /// The text in `bytes`, up to its padding.
 fn text_of(bytes: &[u8]) -> String {
-    lines_of(bytes).map(String::from_utf8_lossy).collect()
+    lines_of(bytes).map(name::from_bytes).collect()
 }
 
-/// The name of the image below.
-fn parent_of(bytes: &[u8]) -> Option<StoredName> {
-    lines_of(bytes).find_map(|line| {
-        let text = String::from_utf8_lossy(line);
-        value_of(&text, "parentFileNameHint").map(|name| StoredName::within(line, name))
-    })
+/// A name in UTF-8, if that is another one.
+fn decoded(name: &str, encoding: &'static Encoding) -> Option<String> {
+    let bytes = name::to_bytes(name);
+    let text = encoding.decode_without_bom_handling_and_without_replacement(&bytes)?;
+    let text = name::from_bytes(text.as_bytes()).into_owned();
+    (text != name).then_some(text)
 }
 
 /// The value of the first line that gives `key` one.
@@ -391,16 +400,46 @@ mod tests {
     fn names_that_are_not_utf8_are_not_taken_for_others() {
         let image = |line: &[u8]| [b"CID=1\nparentCID=2\n", line, b"\n"].concat();
         let extent = image(b"RW 5 FLAT \"o\xff\" 0");
-        let error = Descriptor::parse(&extent).expect_err("it cannot be opened");
-        assert_eq!(error.chain(), "The file name 'o\u{fffd}' is not UTF-8");
+        let extents = Descriptor::parse(&extent).expect("is one").extents;
+        assert_eq!(*name::to_bytes(&extents[0].name), *b"o\xff");
+        let grown = Descriptor::grown(&extent, 7, &["RW 1 FLAT \"\u{10ffe9}\" 0".to_owned()], 8);
+        assert_eq!(grown, image(b"RW 7 FLAT \"o\xff\" 0\nRW 1 FLAT \"\xe9\" 0"));
         let comment = image(b"# \xff\nRW 5 FLAT \"o\" 0");
         assert_eq!(
             Descriptor::parse(&comment).expect("only a comment").extents.len(),
             1
         );
         let parent = image(b"parentFileNameHint=\"o\xff\"");
-        let parent = Descriptor::parse(&parent).expect("it can be shown").parent;
-        assert!(parent.expect("it has one").exact().is_err());
+        let parent = Descriptor::parse(&parent).expect("is one").parent;
+        assert_eq!(*parent.expect("it has one").to_bytes(), *b"o\xff");
+    }
+
+    #[test]
+    fn names_are_decoded_as_the_descriptor_says() {
+        let decoded_name = |encoding: &str, name: &[u8]| {
+            let head = format!("CID=1\nparentCID=2\nencoding=\"{encoding}\"\nRW 5 FLAT \"");
+            let text = [head.as_bytes(), name, b"\" 0\n"].concat();
+            let extents = Descriptor::parse(&text).expect("is one").extents;
+            assert_eq!(*name::to_bytes(&extents[0].name), *name);
+            extents[0].decoded_name.clone()
+        };
+        for (encoding, bytes, expected) in [
+            ("windows-1252", &b"caf\xe9.vmdk"[..], Some("café.vmdk")),
+            ("Shift_JIS", b"\x93\xfa\x96\x7b", Some("日本")),
+            ("Shift_JIS", b"\x83\x5c", Some("ソ")),
+            ("GBK", b"\xd6\xd0\xce\xc4", Some("中文")),
+            ("UTF-8", b"caf\xe9", None),
+            ("UTF-8", "café".as_bytes(), None),
+            ("GBK", b"plain", None),
+            ("GBK", b"\xff\xff", None),
+            ("nonsense", b"caf\xe9", None),
+        ] {
+            assert_eq!(
+                decoded_name(encoding, bytes).as_deref(),
+                expected,
+                "{encoding} {bytes:x?}"
+            );
+        }
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use diskimage_core::{ByteRange, Device, Error, OpenRequest, Permissions, Result, errno};
+use diskimage_core::{ByteRange, Device, Error, ErrorKind, OpenRequest, Permissions, Result, errno};
 
 use super::descriptor::{Descriptor, ExtentKind, ExtentLine};
 use super::header::{self, Geometry, Hosted, SECTOR};
@@ -136,15 +136,13 @@ pub(super) fn too_large() -> Error {
 }
 
 fn open(line: &ExtentLine, start: u64, request: &OpenRequest<'_>) -> Result<Extent> {
-    let name = if request.name.is_empty() && !line.name.starts_with('/') {
+    if request.name.is_empty() && !line.name.starts_with('/') {
         let node = request.file.node();
         return Err(no_directory(
             &node.shown_name(),
             &format!("Cannot generate a base directory for {} nodes", node.driver),
         ));
-    } else {
-        beside(request.name, &line.name)?
-    };
+    }
     if request.write {
         match line.kind {
             ExtentKind::VmfsSparse | ExtentKind::SeSparse => {
@@ -165,7 +163,7 @@ fn open(line: &ExtentLine, start: u64, request: &OpenRequest<'_>) -> Result<Exte
         (_, true) => Permissions::WRITE,
         (_, false) => Permissions::READ,
     };
-    let device = request.gate.open_data(&name, request.name, permissions)?;
+    let (name, device) = open_file(line, request, permissions)?;
     let len = line.sectors.checked_mul(SECTOR).ok_or_else(too_large)?;
     let (len, place) = match line.kind {
         ExtentKind::Flat | ExtentKind::Vmfs => {
@@ -191,6 +189,29 @@ fn open(line: &ExtentLine, start: u64, request: &OpenRequest<'_>) -> Result<Exte
         name,
         kind: Some(line.kind),
     })
+}
+
+/// Opens the file of an extent: the one that is called by the very bytes in the descriptor, as in qemu-img, or if there is
+/// none, the one that has the name in UTF-8.
+fn open_file(
+    line: &ExtentLine,
+    request: &OpenRequest<'_>,
+    permissions: Permissions,
+) -> Result<(String, Arc<dyn Device>)> {
+    let open = |name: &str| {
+        let name = beside(request.name, name)?;
+        let device = request.gate.open_data(&name, request.name, permissions)?;
+        Ok((name, device))
+    };
+    let is_missing = |error: &Error| error.kind() == ErrorKind::NotFound;
+    match (open(&line.name), &line.decoded_name) {
+        (Err(error), Some(decoded)) if is_missing(&error) => match open(decoded) {
+            // The first name is the one that the descriptor has.
+            Err(other) if is_missing(&other) => Err(error),
+            other => other,
+        },
+        (opened, _) => opened,
+    }
 }
 
 /// A sparse extent is as long as its own header says.

@@ -7,7 +7,7 @@ use diskimage_core::options::Options;
 use diskimage_core::{
     ByteRange, CreateRequest, Device, Error, ErrorKind, Format, Gate, Image, MemoryDevice, NodeOptions, Note,
     Objects, OpenRequest, Preallocation, Progress, Reference, Repair, ResizeRequest, Result, StatusDetail,
-    ZeroMode,
+    ZeroMode, name,
 };
 use diskimage_testing::{Journal, RecordingDevice};
 use proptest::prelude::*;
@@ -65,6 +65,15 @@ impl Gate for Files {
             Some(file) => Ok(Arc::clone(file) as Arc<dyn Device>),
             None => Err(Error::new(ErrorKind::Denied, format!("{name} is not allowed"))),
         }
+    }
+}
+
+/// The same files; one that is not there is missing.
+struct Existing<'a>(&'a Files);
+
+impl Gate for Existing<'_> {
+    fn open(&self, reference: &Reference<'_>) -> Result<Arc<dyn Device>> {
+        Gate::open(self.0, reference).map_err(|error| Error::new(ErrorKind::NotFound, error.chain()))
     }
 }
 
@@ -769,4 +778,36 @@ fn a_descriptor_ends_where_its_text_does() {
     let after = file.contents();
     let behind = len + text.len();
     assert!(after[behind..behind + 65536].iter().all(|byte| *byte == 0x66));
+}
+
+/// A descriptor in Shift_JIS, whose extent may have been renamed to UTF-8.
+#[test]
+fn an_extent_is_found_by_its_bytes_and_then_by_its_decoded_name() {
+    let descriptor = b"# Disk DescriptorFile\nversion=1\nencoding=\"Shift_JIS\"\nCID=1\nparentCID=ffffffff\n\
+                       createType=\"monolithicFlat\"\nRW 1 FLAT \"\x93\xfa\x96\x7b.raw\" 0\n";
+    let own_name = name::from_bytes(b"\x93\xfa\x96\x7b.raw");
+    let files = Files::default();
+    let file = || Arc::new(MemoryDevice::new(descriptor.to_vec())) as Arc<dyn Device>;
+    let first_byte = |gate: &dyn Gate| {
+        let mut byte = [0];
+        open_on(file(), gate, false).and_then(|image| image.read_at(&mut byte, 0))?;
+        Ok::<_, Error>(byte[0])
+    };
+
+    let error = first_byte(&Existing(&files)).expect_err("neither is there");
+    assert_eq!(error.chain(), format!("{own_name} is not allowed"));
+
+    files.file("日本.raw").write_at(&[1; 512], 0).expect("writes");
+    assert_eq!(
+        first_byte(&Existing(&files)).map_err(|error| error.chain()),
+        Ok(1)
+    );
+    let error = first_byte(&files).expect_err("the first one is forbidden, not missing");
+    assert_eq!(error.kind(), ErrorKind::Denied);
+
+    files.file(&own_name).write_at(&[2; 512], 0).expect("writes");
+    assert_eq!(
+        first_byte(&Existing(&files)).map_err(|error| error.chain()),
+        Ok(2)
+    );
 }

@@ -1,10 +1,9 @@
 //! The drivers `file`, `host_device` and `host_cdrom`: entries of the protocol table.
 
-use std::fs;
 use std::sync::Arc;
 
 use diskimage_core::options::{OptionDef, OptionKind};
-use diskimage_core::{Device, Error, NodeOptions, Note, Result};
+use diskimage_core::{Device, Error, NodeOptions, Note, Result, name};
 
 use super::{File, FileKind};
 use crate::aio::Aio;
@@ -39,7 +38,10 @@ pub(crate) static HOST_CDROM: LocalFileDriver = LocalFileDriver {
 impl LocalFileDriver {
     /// The driver for the file at `path`, which its type decides.
     pub fn serving(path: &str) -> &'static Self {
-        match fs::metadata(path).map(|metadata| FileKind::of(&metadata)) {
+        match name::to_path(path)
+            .metadata()
+            .map(|metadata| FileKind::of(&metadata))
+        {
             Ok(Some(kind)) if kind.is_device() => &HOST_DEVICE,
             _ => &FILE,
         }

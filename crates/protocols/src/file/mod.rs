@@ -9,7 +9,7 @@ use std::sync::{Mutex, PoisonError, RwLock};
 
 use diskimage_core::{
     ByteRange, Device, Error, ErrorKind, Extent, Info, Limits, Node, NodeOptions, Permissions, Preallocation,
-    Result, ResultExt, StatusDetail, ZeroMode,
+    Result, ResultExt, StatusDetail, ZeroMode, name,
 };
 use rustix::fs::{FallocateFlags, OFlags, SeekFrom};
 
@@ -65,7 +65,10 @@ fn identity_of(metadata: &fs::Metadata) -> (u64, u64) {
 
 /// The [`Device::identity`] of the file at `path`, if it exists.
 pub fn identity_of_path(path: &str) -> Option<(u64, u64)> {
-    fs::metadata(path).ok().map(|metadata| identity_of(&metadata))
+    name::to_path(path)
+        .metadata()
+        .ok()
+        .map(|metadata| identity_of(&metadata))
 }
 
 /// The type of a file.
@@ -103,21 +106,19 @@ impl File {
     /// `Could not open 'NAME': REASON`, and types of files that the driver does not support.
     pub fn open(target: &Target, write: bool, cache: CacheMode) -> Result<Self> {
         let name = &target.path;
+        let path = name::to_path(name);
         if cache.aio == Aio::Native && !cache.direct {
             return Err(Error::invalid(
                 "aio=native was specified, but it requires cache.direct=on, which was not specified.",
             ));
         }
-        if let Ok(metadata) = fs::metadata(name) {
+        if let Ok(metadata) = path.metadata() {
             // Checked before opening, which has side effects for some types of files.
             kind_of(&metadata, target)?;
         }
-        let opened = fs::OpenOptions::new()
-            .read(true)
-            .write(write)
-            .custom_flags(cache.open_flags())
-            .open(name);
-        let file = match opened {
+        let mut options = fs::OpenOptions::new();
+        options.read(true).write(write).custom_flags(cache.open_flags());
+        let file = match name::open_with(&path, &options) {
             Err(error) if cache.direct && error.raw_os_error() == Some(libc::EINVAL) => {
                 return Err(Error::unsupported("filesystem does not support O_DIRECT"))
                     .context(|| format!("Could not open '{name}'"));

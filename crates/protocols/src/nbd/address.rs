@@ -4,7 +4,7 @@ use std::io;
 use std::net::{Shutdown, SocketAddr, TcpStream, ToSocketAddrs};
 use std::os::unix::net::UnixStream;
 
-use diskimage_core::{Error, ErrorKind, Result, ResultExt};
+use diskimage_core::{Error, ErrorKind, Result, ResultExt, name};
 
 /// The address of a server.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -53,7 +53,7 @@ impl Address {
 }
 
 fn connect_unix(path: &str) -> Result<Socket> {
-    if path.len() > UNIX_PATH_MAX {
+    if name::len(path) > UNIX_PATH_MAX {
         return Err(Error::invalid(format!("UNIX socket path '{path}' is too long"))
             .hint(format!("Path must be less than {UNIX_PATH_MAX} bytes")));
     }
@@ -61,7 +61,8 @@ fn connect_unix(path: &str) -> Result<Socket> {
         // An empty path would be an unnamed socket; no server can listen there.
         Err(io::Error::from_raw_os_error(libc::ECONNREFUSED))
     } else {
-        retry(|| UnixStream::connect(path))
+        let path = name::to_path(path);
+        retry(|| name::connect(&path))
     };
     outcome
         .map(Socket::Unix)

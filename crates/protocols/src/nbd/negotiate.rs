@@ -11,7 +11,7 @@
 //!      +-- an oldstyle server: a single export, no negotiation
 //! ```
 
-use diskimage_core::{Error, ErrorKind, Result};
+use diskimage_core::{Error, ErrorKind, Result, name};
 
 use super::wire::{
     INIT_MAGIC, OLDSTYLE_MAGIC, OPTION_MAGIC, OPTION_REPLY_MAGIC, Wire, export, handshake, info, option,
@@ -260,8 +260,8 @@ impl Handshake {
 
     /// Selects the export with `NBD_OPT_EXPORT_NAME`, whose only reply is the export.
     fn name_export(&mut self) -> Next {
-        let name = self.client_options.export.clone();
-        self.put_option(option::EXPORT_NAME, name.as_bytes());
+        let export = name::to_bytes(&self.client_options.export).into_owned();
+        self.put_option(option::EXPORT_NAME, &export);
         let zeroes = if self.no_zeroes { 0 } else { 124 };
         self.want(State::ExportName, 8 + 2 + zeroes)
     }
@@ -362,7 +362,7 @@ impl Handshake {
             )));
         }
         let number = wire.u32()?;
-        if wire.0 != wanted.as_bytes() {
+        if *wire.0 != *name::to_bytes(wanted) {
             return Err(Error::corrupt(format!(
                 "Failed to negotiate meta context '{wanted}', server answered with different context '{}'",
                 String::from_utf8_lossy(wire.0)
@@ -480,9 +480,10 @@ impl Handshake {
 
 fn put_text(data: &mut Vec<u8>, text: &str) {
     // Names are limited to `MAX_NAME` bytes.
+    let text = name::to_bytes(text);
     let len = u32::try_from(text.len()).unwrap_or(u32::MAX);
     data.extend_from_slice(&len.to_be_bytes());
-    data.extend_from_slice(text.as_bytes());
+    data.extend_from_slice(&text);
 }
 
 /// A text of the server without control characters.

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use diskimage_core::options::{OptionDef, OptionKind};
-use diskimage_core::{Error, Node, NodeOptions, Result};
+use diskimage_core::{Error, Node, NodeOptions, Result, name};
 
 use super::address::{Address, Inet};
 use super::negotiate::MAX_NAME;
@@ -123,11 +123,14 @@ impl NbdOptions {
             }
         };
         let export = own.text("export").unwrap_or_default().to_owned();
-        if export.len() > MAX_NAME {
+        if name::len(&export) > MAX_NAME {
             return Err(Error::invalid("export name too long to send to server"));
         }
         let context = own.text("x-dirty-bitmap").map(str::to_owned);
-        if context.as_ref().is_some_and(|context| context.len() > MAX_NAME) {
+        if context
+            .as_ref()
+            .is_some_and(|context| name::len(context) > MAX_NAME)
+        {
             return Err(Error::invalid("x-dirty-bitmap query too long to send to server"));
         }
         let seconds = |name| Duration::from_secs(own.number(name).unwrap_or(0).min(MAX_SECONDS));

@@ -7,7 +7,7 @@
 //!
 //! Both become options of a node: `host` and `port` or `path`, and `export`.
 
-use diskimage_core::{Error, NodeOptions, Result};
+use diskimage_core::{Error, NodeOptions, Result, name};
 
 use super::address::Address;
 
@@ -128,7 +128,8 @@ fn authority_parts(host_port: &str) -> Option<(&str, &str)> {
 /// Decodes percent-encoding (`%41` for `A`).
 fn decode(text: &str) -> Option<String> {
     let mut bytes = Vec::with_capacity(text.len());
-    let mut rest = text.as_bytes();
+    let text = name::to_bytes(text);
+    let mut rest = &*text;
     while let Some((first, tail)) = rest.split_first() {
         rest = tail;
         if *first != b'%' {
@@ -147,7 +148,7 @@ fn decode(text: &str) -> Option<String> {
         bytes.push(byte);
         rest = tail;
     }
-    String::from_utf8(bytes).ok()
+    Some(name::from_bytes(&bytes).into_owned())
 }
 
 /// The filename to show for an export.

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use diskimage_core::{Device, Error, Gate, Limits, Node, Permissions, Result, ResultExt, View};
+use diskimage_core::{Device, Error, Gate, Limits, Node, Permissions, Result, ResultExt, View, name};
 
 use super::entry::Label;
 use super::geometry::{CLUSTER, FatType, Sector};
@@ -115,10 +115,8 @@ impl Disk {
         if let Some(file) = self.files.find(index) {
             return Ok(file);
         }
-        let name = path
-            .to_str()
-            .ok_or_else(|| Error::unsupported(format!("The name of '{}' is not UTF-8", path.display())))?;
-        let opened = self.gate.open_data(name, name, Permissions::FORCE_SHARE);
+        let name = name::of_path(path);
+        let opened = self.gate.open_data(&name, &name, Permissions::FORCE_SHARE);
         let file = opened.context(|| format!("Could not read '{name}'"))?;
         self.files.keep(index, Arc::clone(&file));
         Ok(file)

@@ -21,9 +21,9 @@ mod tree;
 #[cfg(test)]
 mod tests;
 
-use std::path::Path;
 use std::sync::Arc;
 
+use diskimage_core::name::to_path;
 use diskimage_core::options::{OptionDef, OptionKind};
 use diskimage_core::{Device, Error, Node, NodeOptions, Note, ReadOnlyView, Result};
 
@@ -114,7 +114,7 @@ impl Protocol for VvfatDriver {
             (false, false) => {}
         }
         let tree = Tree::read(&DirectoryScan {
-            dir: Path::new(dir),
+            dir: &to_path(dir),
             geometry,
             label: &label,
             local_time: request.local_time,

@@ -9,12 +9,12 @@
 //! ```
 
 use std::collections::VecDeque;
-use std::fs::{self, Metadata};
+use std::fs::Metadata;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use diskimage_core::{Budget, Error, ErrorKind, LocalTime, Note, Progress, Reservation, Result};
+use diskimage_core::{Budget, Error, ErrorKind, LocalTime, Note, Progress, Reservation, Result, name};
 
 use super::entry::{self, ENTRY, Label, Stamp, Times, long_name, set_cluster};
 use super::geometry::{CLUSTER, FatType, Geometry, ROOT_ENTRIES};
@@ -173,8 +173,10 @@ fn link(runs: &mut [ClusterRun], index: usize, parent: usize, at: usize) {
 impl DirectoryScan<'_> {
     /// Reads one directory.
     fn list(&self, path: &Path, is_root: bool, claim: &mut MemoryClaim<'_>) -> Result<Listing> {
-        let unreadable = || format!("Could not read directory {}", path.display());
-        let opened = fs::read_dir(path).map_err(|_| Error::new(ErrorKind::NotFound, unreadable()))?;
+        let unreadable = || format!("Could not read directory {}", name::of_path(path));
+        let opened = path
+            .read_dir()
+            .map_err(|_| Error::new(ErrorKind::NotFound, unreadable()))?;
         let mut names = ShortNames::default();
         let mut entries = Vec::new();
         if is_root {
@@ -183,7 +185,9 @@ impl DirectoryScan<'_> {
         } else {
             for dots in [".", ".."] {
                 // As in qemu-img, a failed stat does not omit the entry.
-                let times = fs::metadata(path.join(dots))
+                let times = path
+                    .join(dots)
+                    .metadata()
                     .map_or_else(|_| self.times_of(None), |metadata| self.times_of(Some(&metadata)));
                 let mut name = [b' '; 11];
                 name[..dots.len()].copy_from_slice(dots.as_bytes());
@@ -196,7 +200,7 @@ impl DirectoryScan<'_> {
             let name = found.file_name();
             let file = path.join(&name);
             // Symbolic links are followed. Dangling and too deeply nested ones are omitted.
-            let Ok(metadata) = fs::metadata(&file) else {
+            let Ok(metadata) = file.metadata() else {
                 continue;
             };
             let is_directory = metadata.is_dir();
@@ -204,7 +208,7 @@ impl DirectoryScan<'_> {
             let len = if metadata.is_file() { metadata.len() } else { 0 };
             let Some(len) = u32::try_from(len).ok().filter(|len| *len <= MAX_FILE) else {
                 return Err(Error::new(ErrorKind::NoSpace, unreadable())
-                    .notice(format!("File {} is larger than 2GB", file.display())));
+                    .notice(format!("File {} is larger than 2GB", name::of_path(&file))));
             };
             claim.take(name.len() * 2 * ENTRY / 13 + PER_ENTRY + file.as_os_str().len())?;
             let short = names.add(name.as_bytes())?;
@@ -212,7 +216,7 @@ impl DirectoryScan<'_> {
                 Some(name) => entries.extend(long_name(name, &short).concat()),
                 None => self.notes.note(&Note::Line(format!(
                     "vvfat: invalid UTF-8 name: {}",
-                    name.display()
+                    name::from_os(&name)
                 ))),
             }
             let at = entries.len();

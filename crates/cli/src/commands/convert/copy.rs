@@ -1,12 +1,13 @@
 //! What `convert` does once its words are read: opens the sources, makes the target, copies.
 
+use std::fs;
 use std::num::NonZeroU32;
 use std::sync::Arc;
 
 use diskimage::options::Options;
 use diskimage::{
     Conversion, Creation, DEFAULT_SPARSE, Device, FILE_CREATE_OPTIONS, Format, Image, Layer, NodeOptions,
-    OpenOptions, check_bitmaps, copy_bitmaps, format_by_name, format_of_new, open_snapshot, total_len,
+    OpenOptions, check_bitmaps, copy_bitmaps, format_by_name, format_of_new, name, open_snapshot, total_len,
 };
 
 use super::super::create::option_help;
@@ -153,7 +154,7 @@ impl Target {
                 creation = creation.options(options.as_str());
             }
             if let Some(backing) = &args.backing {
-                creation = creation.backing_file(text(backing.clone())?);
+                creation = creation.backing_file(text(backing.clone()));
             }
             // What is below is opened with the target.
             creation = creation.trust_backing(true);
@@ -263,8 +264,9 @@ impl Made {
     fn undo(self) {
         let file = self
             .name
-            .filter(|name| std::fs::metadata(name).is_ok_and(|metadata| metadata.is_file()));
-        let file = file.and_then(|name| std::fs::OpenOptions::new().write(true).open(name).ok());
+            .map(|name| name::to_path(&name))
+            .filter(|path| path.metadata().is_ok_and(|metadata| metadata.is_file()));
+        let file = file.and_then(|path| name::open_with(&path, fs::OpenOptions::new().write(true)).ok());
         if let Some(file) = file {
             // The failure that led here is the one to report.
             let _ = file.set_len(0);

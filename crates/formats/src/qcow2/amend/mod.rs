@@ -156,7 +156,7 @@ fn check_backing(request: &AmendRequest<'_>, header: &Header) -> Result<()> {
         return Ok(());
     }
     match &header.backing {
-        Some(backing) if file == Some(backing.name.shown()) && format == backing.format.as_deref() => Ok(()),
+        Some(backing) if file == Some(backing.name.text()) && format == backing.format.as_deref() => Ok(()),
         _ => Err(Error::unsupported("Cannot amend the backing file")
             .hint("You can use 'qemu-img rebase' instead.")),
     }

@@ -1,6 +1,6 @@
 //! The first cluster of another version, or with another data file's name.
 
-use diskimage_core::Result;
+use diskimage_core::{Result, name};
 
 use crate::qcow2::Qcow2;
 use crate::qcow2::create::MIN_CLUSTER_FOR_NAMES;
@@ -17,8 +17,8 @@ impl Qcow2 {
 
     /// Gives the data file another name, which is not looked for. No name at all is no extension.
     pub(super) fn rename_data_file(&self, name: &str) -> Result<()> {
-        let name = Some(name.as_bytes()).filter(|name| !name.is_empty());
-        self.replace_first_cluster(|cluster| cluster.set_extension(kind::DATA_FILE, name))
+        let name = Some(name::to_bytes(name)).filter(|name| !name.is_empty());
+        self.replace_first_cluster(|cluster| cluster.set_extension(kind::DATA_FILE, name.as_deref()))
     }
 
     fn replace_first_cluster(&self, change: impl FnOnce(&mut FirstCluster)) -> Result<()> {

@@ -7,7 +7,7 @@
 
 use std::borrow::Cow;
 
-use diskimage_core::{Budget, ByteRange, Device, Error, ErrorKind, Reservation, Result};
+use diskimage_core::{Budget, ByteRange, Device, Error, ErrorKind, Reservation, Result, name};
 use zerocopy::byteorder::big_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -78,6 +78,7 @@ impl Bitmap {
         if name.is_empty() {
             return Err(Error::invalid("Bitmap name cannot be empty"));
         }
+        let name = name::to_bytes(name);
         let name_size = u16::try_from(name.len())
             .ok()
             .filter(|len| usize::from(*len) <= limit::NAME)
@@ -98,12 +99,12 @@ impl Bitmap {
                 extra_data_size: U32::ZERO,
             },
             extra: Vec::new(),
-            name: name.as_bytes().to_vec(),
+            name: name.into_owned(),
         })
     }
 
     pub(in crate::qcow2) fn name(&self) -> Cow<'_, str> {
-        String::from_utf8_lossy(&self.name)
+        name::from_bytes(&self.name)
     }
 
     pub(super) fn has(&self, flag: u32) -> bool {

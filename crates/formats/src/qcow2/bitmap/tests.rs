@@ -254,7 +254,7 @@ fn the_name_of_the_backing_file_survives_new_bitmaps() {
     let (layer, _) = open(&file, false).expect("opens");
     let backing = diskimage_core::Backed::backing(&*layer).expect("there");
     assert_eq!(
-        (backing.name.shown(), backing.format.as_deref()),
+        (backing.name.text(), backing.format.as_deref()),
         ("below.raw", Some("raw"))
     );
     check(&file);

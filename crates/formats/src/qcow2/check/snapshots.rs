@@ -1,7 +1,6 @@
 //! The snapshot table as a check reads it: whatever is there, and what has to be cut.
 
-use diskimage_core::errno;
-use diskimage_core::{Error, Note, Repair, Result};
+use diskimage_core::{Error, Note, Repair, Result, errno, name};
 use zerocopy::byteorder::big_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -181,9 +180,11 @@ impl Check<'_> {
         let mut bytes = vec![0; usize::try_from(len.min(MAX_SHOWN)).unwrap_or(0)];
         self.file.read_padded(&mut bytes, at)?;
         let text = bytes.split(|byte| *byte == 0).next().unwrap_or(&[]);
-        Ok(String::from_utf8_lossy(text)
+        // On some terminals these bytes are control characters as well.
+        let is_control = |c: char| c.is_control() || name::byte_of(c).is_some_and(|byte| byte < 0xa0);
+        Ok(name::from_bytes(text)
             .chars()
-            .map(|c| if c.is_control() { '\u{fffd}' } else { c })
+            .map(|c| if is_control(c) { '\u{fffd}' } else { c })
             .collect())
     }
 

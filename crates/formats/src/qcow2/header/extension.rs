@@ -1,6 +1,6 @@
 //! Header extensions: type, length, data padded to 8 bytes, until a type of zero.
 
-use diskimage_core::{Error, Result, StoredName};
+use diskimage_core::{Error, Name, Result, name};
 use zerocopy::byteorder::big_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -22,7 +22,7 @@ pub(in crate::qcow2) struct Extensions {
     pub(in crate::qcow2) feature_names: Vec<FeatureName>,
     pub(in crate::qcow2) bitmaps: Option<BitmapsExtension>,
     pub(in crate::qcow2) crypto: Option<CryptoExtension>,
-    pub(in crate::qcow2) data_file: Option<StoredName>,
+    pub(in crate::qcow2) data_file: Option<Name>,
 }
 
 /// Where the persistent bitmaps are.
@@ -88,7 +88,7 @@ pub(in crate::qcow2) fn parse(area: &[u8]) -> Result<Extensions> {
                 found.crypto =
                     Some(extension.map_err(|_| Error::corrupt("CRYPTO header extension size invalid"))?);
             }
-            kind::DATA_FILE => found.data_file = Some(StoredName::from_bytes(until_zero(data))),
+            kind::DATA_FILE => found.data_file = Some(Name::from_bytes(until_zero(data))),
             _ => {}
         }
         rest = tail.get(len.next_multiple_of(8)..).unwrap_or(&[]);
@@ -138,7 +138,7 @@ impl Extension {
 }
 
 fn text(data: &[u8]) -> String {
-    String::from_utf8_lossy(until_zero(data)).into_owned()
+    name::from_bytes(until_zero(data)).into_owned()
 }
 
 fn until_zero(data: &[u8]) -> &[u8] {
@@ -177,10 +177,10 @@ pub(in crate::qcow2) fn write(
 ) -> Vec<u8> {
     let mut area = Vec::new();
     if let Some(format) = backing_format {
-        put(&mut area, kind::BACKING_FORMAT, format.as_bytes());
+        put(&mut area, kind::BACKING_FORMAT, &name::to_bytes(format));
     }
-    if let Some(name) = data_file {
-        put(&mut area, kind::DATA_FILE, name.as_bytes());
+    if let Some(file) = data_file {
+        put(&mut area, kind::DATA_FILE, &name::to_bytes(file));
     }
     if with_names {
         put(&mut area, kind::FEATURE_NAMES, &name_table());

@@ -13,7 +13,7 @@ pub(in crate::qcow2) mod extension;
 pub(in crate::qcow2) mod feature;
 pub(in crate::qcow2) mod rewrite;
 
-use diskimage_core::{Backing, Error, ErrorKind, Result, StoredName};
+use diskimage_core::{Backing, Error, ErrorKind, Name, Result};
 use zerocopy::byteorder::big_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -452,7 +452,7 @@ fn parse_backing(raw: &RawHeader, cluster: &[u8], extensions: &Extensions) -> Re
         return Ok(None);
     }
     Ok(Some(Backing {
-        name: StoredName::from_bytes(name),
+        name: Name::from_bytes(name),
         format: extensions.backing_format.clone(),
     }))
 }

@@ -11,10 +11,10 @@
 //! more than the first sector takes a detour over a state that fits into it, if there is room: without the names of
 //! features, and with the old backing file's name at the cluster's end, out of the way of everything new.
 
+use std::borrow::Cow;
 use std::ops::Range;
 
-use diskimage_core::errno;
-use diskimage_core::{Backing, Error, Result};
+use diskimage_core::{Backing, Error, Result, errno, name};
 
 use super::extension::{self, Extension, kind};
 use super::feature::Autoclear;
@@ -134,13 +134,16 @@ impl FirstCluster {
     /// # Errors
     /// A name that is too long.
     pub(in crate::qcow2) fn set_backing(&mut self, backing: Option<&Backing>) -> Result<()> {
-        let name = backing.map(|backing| backing.name.shown().as_bytes());
-        if name.is_some_and(|name| name.len() as u64 > u64::from(limit::BACKING_NAME)) {
+        let name = backing.map(|backing| backing.name.to_bytes());
+        if name
+            .as_ref()
+            .is_some_and(|name| name.len() as u64 > u64::from(limit::BACKING_NAME))
+        {
             return Err(Error::from_errno(errno::EINVAL));
         }
         let format = backing.and_then(|backing| backing.format.as_deref());
-        self.set_extension(kind::BACKING_FORMAT, format.map(str::as_bytes));
-        self.backing = name.map(<[u8]>::to_vec);
+        self.set_extension(kind::BACKING_FORMAT, format.map(name::to_bytes).as_deref());
+        self.backing = name.map(Cow::into_owned);
         Ok(())
     }
 

@@ -16,7 +16,7 @@
 use std::sync::{Arc, MutexGuard};
 
 use diskimage_core::{
-    ByteRange, Error, ErrorKind, Layer, NewSnapshot, Result, ResultExt, SnapshotInfo, Snapshots, errno,
+    ByteRange, Error, ErrorKind, Layer, NewSnapshot, Result, ResultExt, SnapshotInfo, Snapshots, errno, name,
 };
 use zerocopy::byteorder::big_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, IntoBytes};
@@ -330,12 +330,13 @@ impl Qcow2 {
     ) -> Result<Vec<u8>> {
         let id = there.iter().filter_map(|snapshot| snapshot.info.id.parse().ok());
         let id = (id.max().unwrap_or(0u64) + 1).to_string();
+        let name = name::to_bytes(new.name);
         let long = |_| Error::invalid("Snapshot name too long");
         let raw = RawSnapshot {
             l1_table_offset: U64::new(l1.offset),
             l1_size: U32::new(entries_of(l1)?),
             id_len: U16::new(u16::try_from(id.len()).map_err(long)?),
-            name_len: U16::new(u16::try_from(new.name.len()).map_err(long)?),
+            name_len: U16::new(u16::try_from(name.len()).map_err(long)?),
             date_sec: U32::new(new.date_sec),
             date_nsec: U32::new(new.date_nsec),
             vm_clock_nsec: U64::ZERO,
@@ -348,7 +349,7 @@ impl Qcow2 {
             bytes.extend_from_slice(&word.to_be_bytes());
         }
         bytes.extend_from_slice(id.as_bytes());
-        bytes.extend_from_slice(new.name.as_bytes());
+        bytes.extend_from_slice(&name);
         Ok(bytes)
     }
 }

@@ -11,7 +11,7 @@ mod in_place;
 
 use std::sync::Arc;
 
-use diskimage_core::{Error, ErrorKind, Result, SnapshotInfo, errno};
+use diskimage_core::{Error, ErrorKind, Result, SnapshotInfo, errno, name};
 use zerocopy::byteorder::big_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -132,8 +132,8 @@ impl Qcow2 {
                 .map(|bytes| u64::from_be_bytes(*bytes))
         };
         let info = SnapshotInfo {
-            id: String::from_utf8_lossy(id).into_owned(),
-            name: String::from_utf8_lossy(name).into_owned(),
+            id: name::from_bytes(id).into_owned(),
+            name: name::from_bytes(name).into_owned(),
             vm_state_size: word(0).unwrap_or_else(|| u64::from(raw.vm_state_size.get())),
             date_sec: raw.date_sec.get(),
             date_nsec: raw.date_nsec.get(),

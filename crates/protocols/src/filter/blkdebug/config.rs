@@ -7,7 +7,7 @@
 //!   new_state = "2"
 //! ```
 
-use diskimage_core::{Device, Error, ErrorKind, NodeOptions, Result, ResultExt, to_index};
+use diskimage_core::{Device, Error, ErrorKind, NodeOptions, Result, ResultExt, name, to_index};
 
 use super::rules::{Rules, SECTIONS};
 
@@ -28,7 +28,7 @@ pub(super) fn read(file: &dyn Device, rules: &Rules) -> Result<()> {
     let mut bytes = vec![0; to_index(file.len())?];
     file.read_at(&mut bytes, 0)
         .context(|| "Could not read blkdebug config file")?;
-    parse(&String::from_utf8_lossy(&bytes), rules)
+    parse(&name::from_bytes(&bytes), rules)
 }
 
 fn parse(text: &str, rules: &Rules) -> Result<()> {

@@ -16,11 +16,10 @@ mod psk;
 mod uncertified;
 mod x509;
 
-use std::fs;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use diskimage_core::{Error, Result, ResultExt, TlsCreds, TlsKind, to_index};
+use diskimage_core::{Error, Result, ResultExt, TlsCreds, TlsKind, name, to_index};
 
 use zeroize::Zeroizing;
 
@@ -129,14 +128,14 @@ impl<'a> Directory<'a> {
     }
 
     fn file(self, name: &str) -> PathBuf {
-        PathBuf::from(format!("{}/{name}", self.0))
+        name::to_path(&format!("{}/{name}", self.0))
     }
 }
 
 fn accessible(path: &Path) -> Result<()> {
-    fs::metadata(path)
+    path.metadata()
         .map(|_| ())
-        .context(|| format!("Unable to access credentials {}", path.display()))
+        .context(|| format!("Unable to access credentials {}", name::of_path(path)))
 }
 
 /// Reads a credentials file.
@@ -144,8 +143,9 @@ fn accessible(path: &Path) -> Result<()> {
 /// # Errors
 /// The messages of `qemu-img` for a file that cannot be read, and a file beyond the limit.
 fn read(path: &Path) -> Result<Zeroizing<Vec<u8>>> {
-    let shown = path.display();
-    let file = fs::File::open(path).context(|| format!("Failed to open file \u{201c}{shown}\u{201d}"))?;
+    // As GLib shows names.
+    let shown = name::lossy(&name::of_path(path));
+    let file = name::open(path).context(|| format!("Failed to open file \u{201c}{shown}\u{201d}"))?;
     let failed = || format!("Error reading file \u{201c}{shown}\u{201d}");
     let len = file.metadata().context(failed)?.len().min(MAX_FILE);
     // Allocated in full, because a growing vector frees memory without wiping it.

@@ -2,14 +2,14 @@
 //!
 //! A line has a name, a colon and the key in hexadecimal digits. The first line with a name is used.
 
-use diskimage_core::{Error, ErrorKind, Result, ResultExt};
+use diskimage_core::{Error, ErrorKind, Result, ResultExt, name};
 use zeroize::Zeroizing;
 
 use super::{Directory, accessible, read};
 
 /// A key and its name.
 pub(super) struct NamedKey {
-    pub(super) name: String,
+    pub(super) name: Vec<u8>,
     pub(super) bytes: Zeroizing<Vec<u8>>,
 }
 
@@ -25,16 +25,16 @@ const MIN_KEY: usize = 4;
 pub(super) fn load(dir: Directory<'_>, name: Option<&str>) -> Result<NamedKey> {
     let path = dir.file("keys.psk");
     accessible(&path)?;
-    let text = read(&path).context(|| format!("Cannot read PSK file {}", path.display()))?;
+    let text = read(&path).context(|| format!("Cannot read PSK file {}", name::of_path(&path)))?;
     let name = name.unwrap_or(DEFAULT_NAME);
     let bytes = find_key(&text, name)?.ok_or_else(|| {
         Error::new(
             ErrorKind::NotFound,
-            format!("Username {name} not found in PSK file {}", path.display()),
+            format!("Username {name} not found in PSK file {}", name::of_path(&path)),
         )
     })?;
     Ok(NamedKey {
-        name: name.to_owned(),
+        name: name::to_bytes(name).into_owned(),
         bytes,
     })
 }
@@ -45,9 +45,10 @@ pub(super) fn load(dir: Directory<'_>, name: Option<&str>) -> Result<NamedKey> {
 /// A key that is too short or not of hexadecimal digits.
 pub(in super::super) fn find_key(text: &[u8], name: &str) -> Result<Option<Zeroizing<Vec<u8>>>> {
     let text = text.split(|byte| *byte == 0).next().unwrap_or_default();
+    let name = name::to_bytes(name);
     let digits = text
         .split(|byte| *byte == b'\n')
-        .find_map(|line| line.strip_prefix(name.as_bytes())?.strip_prefix(b":"));
+        .find_map(|line| line.strip_prefix(&*name)?.strip_prefix(b":"));
     let Some(digits) = digits else {
         return Ok(None);
     };

@@ -41,7 +41,7 @@ impl Uncertified {
                 "Cannot set PSK client credentials: The key is longer than {MAX_KEY} bytes"
             )));
         }
-        if key.name.len() > MAX_NAME || key.name.contains('\0') {
+        if key.name.len() > MAX_NAME || key.name.contains(&0) {
             return Err(Error::unsupported(format!(
                 "Cannot set PSK client credentials: The name is longer than {MAX_NAME} bytes or has a NUL in it"
             )));
@@ -111,7 +111,7 @@ fn unusable(error: &ErrorStack) -> Error {
 /// `None` if they do not fit.
 fn copy_key(key: &NamedKey, name: &mut [u8], bytes: &mut [u8]) -> Option<usize> {
     let (end, name) = name.get_mut(..=key.name.len())?.split_last_mut()?;
-    name.copy_from_slice(key.name.as_bytes());
+    name.copy_from_slice(&key.name);
     *end = 0;
     bytes.get_mut(..key.bytes.len())?.copy_from_slice(&key.bytes);
     Some(key.bytes.len())

@@ -4,12 +4,11 @@
 //! authorities, `ca-crl.pem` with revoked certificates, and `client-cert.pem` with `client-key.pem`, the identity of
 //! the client. The last three are optional.
 
-use std::fs;
 use std::io::{self, Read, Write};
 use std::path::Path;
 use std::sync::Arc;
 
-use diskimage_core::{Error, ErrorKind, Result};
+use diskimage_core::{Error, ErrorKind, Result, name};
 use rustls::client::WebPkiServerVerifier;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{CryptoProvider, ring, verify_tls12_signature, verify_tls13_signature};
@@ -66,7 +65,12 @@ fn configure(dir: Directory<'_>, verify_peer: bool) -> Result<ClientConfig> {
     let provider = Arc::new(ring::default_provider());
     let ca = dir.file("ca-cert.pem");
     let mut roots = RootCertStore::empty();
-    let bad_list = || Error::corrupt(format!("Unable to import CA certificate list {}", ca.display()));
+    let bad_list = || {
+        Error::corrupt(format!(
+            "Unable to import CA certificate list {}",
+            name::of_path(&ca)
+        ))
+    };
     for certificate in certificates(&ca, &read_required(&ca)?)? {
         roots.add(certificate).map_err(|_| bad_list())?;
     }
@@ -88,7 +92,7 @@ fn configure(dir: Directory<'_>, verify_peer: bool) -> Result<ClientConfig> {
             .with_crls(revoked)
             .allow_unknown_revocation_status()
             .build()
-            .map_err(|error| Error::corrupt(format!("Unable to use {}: {error}", ca.display())))?;
+            .map_err(|error| Error::corrupt(format!("Unable to use {}: {error}", name::of_path(&ca))))?;
         builder.with_webpki_verifier(verifier)
     } else {
         builder
@@ -105,8 +109,8 @@ fn configure(dir: Directory<'_>, verify_peer: bool) -> Result<ClientConfig> {
             builder.with_client_auth_cert(chain, private).map_err(|error| {
                 Error::corrupt(format!(
                     "Unable to load certificate {} & key {}: {error}",
-                    cert.display(),
-                    key.display()
+                    name::of_path(&cert),
+                    name::of_path(&key)
                 ))
             })
         }
@@ -122,7 +126,7 @@ fn certificates(path: &Path, pem: &[u8]) -> Result<Vec<CertificateDer<'static>>>
 fn bad_file(path: &Path, error: &rustls::pki_types::pem::Error) -> Error {
     Error::corrupt(format!(
         "Unable to import CA certificate list {}: {error}",
-        path.display()
+        name::of_path(path)
     ))
 }
 
@@ -133,7 +137,7 @@ fn read_required(path: &Path) -> Result<Zeroizing<Vec<u8>>> {
 
 /// Reads a credentials file; `None` if it does not exist.
 fn read_if_exists(path: &Path) -> Result<Option<Zeroizing<Vec<u8>>>> {
-    match fs::metadata(path) {
+    match path.metadata() {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         _ => read_required(path).map(Some),
     }
