@@ -1,4 +1,4 @@
-//! Requests of one size one after the other, to see how fast they are.
+//! Sends requests of one size to an image and measures how long they take.
 
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -6,20 +6,20 @@ use std::time::{Duration, Instant};
 
 use diskimage_core::{AlignedBuf, Device, Error, Image, Result, errno};
 
-/// What is sent to an image to measure it.
+/// The requests that are sent to an image to measure it.
 #[derive(Clone, Copy, Debug)]
 pub struct Bench {
     /// What the requests do.
     pub requests: Requests,
-    /// How many there are.
+    /// The number of requests.
     pub count: u64,
-    /// How many are under way at once, as far as threads and memory allow.
+    /// How many requests are in flight at once, as far as threads and memory allow.
     pub depth: u64,
-    /// How many bytes each is about.
+    /// The length of each request in bytes.
     pub size: u64,
-    /// Where the first one starts.
+    /// The guest offset of the first request.
     pub offset: u64,
-    /// How much further on each following one starts; behind the end it goes on at the start.
+    /// The distance from one request's offset to the next one's, modulo the length of the disk.
     pub step: u64,
 }
 
@@ -30,26 +30,26 @@ pub enum Requests {
     Read,
     /// They write.
     Write {
-        /// This byte over and over.
+        /// The byte that fills the buffers.
         pattern: u8,
-        /// A flush is sent whenever the requests that are left are a multiple of this; 0 for none.
+        /// A flush is sent whenever the number of requests left is a multiple of this; 0 for no flushes.
         flush_interval: u64,
-        /// Whether it is sent when the requests before it are done, and those after it when it is done itself.
+        /// Whether a flush is a barrier: it waits for the requests before it, and those after it wait for it.
         drain: bool,
     },
 }
 
-/// More threads than this only take memory.
+/// The largest number of threads. A limit of this program: more threads take memory and no request gets faster.
 const MAX_THREADS: u64 = 256;
 
-/// All buffers together take no more memory than this, or than one of them.
+/// The memory for all buffers together in bytes, except that one buffer is always allocated. A limit of this program.
 const MAX_BUFFERS: u64 = 1 << 30;
 
 impl Bench {
-    /// Sends the requests; how long they took.
+    /// Sends the requests, and returns how long they took.
     ///
     /// # Errors
-    /// The first request that failed, and no memory for a buffer.
+    /// The error of the first request that failed, and `ENOMEM` if a buffer cannot be allocated.
     pub fn run(&self, image: &Image) -> Result<Duration> {
         let threads = self
             .depth
@@ -76,9 +76,9 @@ impl Bench {
             bench: self,
             image,
             pattern,
-            state: Mutex::new(State {
+            state: Mutex::new(QueueState {
                 offset: self.offset,
-                ..State::default()
+                ..QueueState::default()
             }),
             drained: Condvar::new(),
         };
@@ -99,7 +99,7 @@ impl Bench {
         Ok(start.elapsed())
     }
 
-    /// Whether a flush follows once `issued` requests have been sent.
+    /// The flush that follows when `issued` requests have been sent, if one does.
     fn flushes_after(&self, issued: u64) -> Option<Flush> {
         match self.requests {
             Requests::Write {
@@ -118,7 +118,7 @@ impl Bench {
 }
 
 fn buffer(size: usize) -> Result<AlignedBuf> {
-    // The operating system says no here, where the buffer itself would end the program.
+    // This reservation returns an error where the allocation of the buffer would abort the program.
     let mut probe = Vec::<u8>::new();
     probe
         .try_reserve_exact(size.saturating_add(PAGE))
@@ -137,20 +137,20 @@ struct Flush {
 struct Queue<'a> {
     bench: &'a Bench,
     image: &'a Image,
-    /// What is written.
+    /// The bytes of every write.
     pattern: AlignedBuf,
-    state: Mutex<State>,
-    /// Signalled when the last request that is under way is done, and when a flush is.
+    state: Mutex<QueueState>,
+    /// Signalled when the last request in flight is done, and when a flush is done.
     drained: Condvar,
 }
 
 #[derive(Default)]
-struct State {
+struct QueueState {
     issued: u64,
-    /// Where the next request starts.
+    /// The guest offset of the next request.
     offset: u64,
-    under_way: u64,
-    /// Nothing is sent until a flush is done.
+    in_flight: u64,
+    /// A flush with `drain` is in flight: no request is sent until it is done.
     flushing: bool,
     failure: Option<Error>,
 }
@@ -169,7 +169,7 @@ impl Queue<'_> {
         }
     }
 
-    /// Where the next request starts, and whether a flush follows it.
+    /// The guest offset of the next request, and the flush that follows it. `None` ends the thread.
     fn claim(&self) -> Option<(u64, Option<Flush>)> {
         let mut state = self.lock();
         while state.flushing && state.failure.is_none() {
@@ -180,7 +180,7 @@ impl Queue<'_> {
         }
         let offset = state.offset;
         state.issued += 1;
-        state.under_way += 1;
+        state.in_flight += 1;
         let next = u128::from(offset) + u128::from(self.bench.step);
         state.offset = match u128::from(self.image.len()) {
             0 => offset,
@@ -193,11 +193,11 @@ impl Queue<'_> {
 
     fn done(&self, outcome: Result<()>) {
         let mut state = self.lock();
-        state.under_way -= 1;
+        state.in_flight -= 1;
         if let Err(error) = outcome {
             state.failure.get_or_insert(error);
         }
-        if state.under_way == 0 || state.failure.is_some() {
+        if state.in_flight == 0 || state.failure.is_some() {
             self.drained.notify_all();
         }
     }
@@ -205,7 +205,7 @@ impl Queue<'_> {
     fn flush(&self, flush: &Flush) {
         if flush.drain {
             let mut state = self.lock();
-            while state.under_way > 0 {
+            while state.in_flight > 0 {
                 state = self.drained.wait(state).unwrap_or_else(PoisonError::into_inner);
             }
         }
@@ -221,7 +221,7 @@ impl Queue<'_> {
         self.drained.notify_all();
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, QueueState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -251,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn requests_go_on_at_the_start_behind_the_end() {
+    fn offsets_wrap_at_the_end_of_the_disk() {
         let image = raw(vec![0; 1024]);
         let bench = Bench {
             count: 3,
@@ -267,7 +267,7 @@ mod tests {
     }
 
     #[test]
-    fn a_request_over_the_end_fails() {
+    fn a_request_beyond_the_end_of_the_disk_fails() {
         let reading = Bench {
             size: 500,
             step: 500,
@@ -281,7 +281,7 @@ mod tests {
     }
 
     #[test]
-    fn flushes_come_when_the_rest_is_a_multiple() {
+    fn flushes_come_when_the_number_left_is_a_multiple_of_the_interval() {
         let flushes = |count, depth, interval| -> Vec<u64> {
             let bench = Bench {
                 count,
@@ -300,7 +300,7 @@ mod tests {
     }
 
     #[test]
-    fn flushing_with_and_without_waiting_ends() {
+    fn flushing_with_and_without_drain_ends() {
         for drain in [true, false] {
             let image = raw(vec![0; 1536]);
             let bench = Bench {

@@ -2,14 +2,14 @@
 
 use diskimage_core::{Bitmaps, Error, ErrorKind, Layer, NewBitmap, Result, ResultExt};
 
-/// Checks, before anything is made, that the bitmaps of `source` can be copied. Inconsistent ones cannot; with
-/// `skip_broken` they are left out.
+/// Checks, before the target is created, that the bitmaps of `source` can be copied. An inconsistent bitmap cannot be
+/// copied; with `skip_broken` it is left out.
 ///
 /// # Errors
-/// An image that cannot have bitmaps, or one of them that is inconsistent.
+/// The format of `source` has no bitmaps, or one bitmap is inconsistent.
 pub fn check_bitmaps(source: &dyn Layer, skip_broken: bool) -> Result<()> {
     let list = bitmaps_of(source)?.list()?;
-    // The original begins with the last.
+    // qemu-img names the last inconsistent bitmap of the directory.
     match list.iter().rev().find(|bitmap| bitmap.inconsistent) {
         Some(bitmap) if !skip_broken => Err(Error::invalid(format!(
             "Cannot copy inconsistent bitmap '{}'",
@@ -20,18 +20,18 @@ pub fn check_bitmaps(source: &dyn Layer, skip_broken: bool) -> Result<()> {
     }
 }
 
-/// Gives `target` the bitmaps that `source` has, with what is marked in them. Inconsistent ones are left out, and
-/// `on_skip` is told their names.
+/// Adds the bitmaps of `source` to `target` and copies their dirty ranges. Inconsistent bitmaps are left out; `on_skip`
+/// is called with the name of each.
 ///
 /// # Errors
-/// Disks of different sizes, bitmaps that `target` has already, and failures to read or write.
+/// The disks have different sizes, `target` has a bitmap of the same name, or reading or writing fails.
 pub fn copy_bitmaps(source: &dyn Layer, target: &dyn Layer, on_skip: &dyn Fn(&str)) -> Result<()> {
     let (from, to) = (bitmaps_of(source)?, bitmaps_of(target)?);
-    let (list, there) = (from.list()?, to.list()?);
+    let (list, existing) = (from.list()?, to.list()?);
     let (broken, sound): (Vec<_>, Vec<_>) = list.into_iter().partition(|bitmap| bitmap.inconsistent);
     broken.iter().rev().for_each(|bitmap| on_skip(&bitmap.name));
     for bitmap in sound.iter().rev() {
-        if there.iter().any(|other| other.name == bitmap.name) {
+        if existing.iter().any(|other| other.name == bitmap.name) {
             let error = Error::invalid(format!("Bitmap already exists: {}", bitmap.name));
             return Err(error.context(format!("Failed to create bitmap {}", bitmap.name)));
         }
@@ -47,26 +47,26 @@ pub fn copy_bitmaps(source: &dyn Layer, target: &dyn Layer, on_skip: &dyn Fn(&st
             enabled: bitmap.enabled,
         })
         .context(|| format!("Failed to create bitmap {}", bitmap.name))?;
-        copy_marks(from, &bitmap.name, to, &bitmap.name)
+        copy_dirty_ranges(from, &bitmap.name, to, &bitmap.name)
             .context(|| format!("Failed to populate bitmap {}", bitmap.name))?;
     }
     Ok(())
 }
 
-/// Marks in the bitmap `to` of `target` what is marked in the bitmap `from` of `source`, which may be the same image.
+/// Marks the dirty ranges of the bitmap `from` of `source` in the bitmap `to` of `target`. Both may be in one image.
 ///
 /// # Errors
-/// Bitmaps that there are none of or that are inconsistent, disks of different sizes, and failures to read or write.
+/// A bitmap does not exist or is inconsistent, the disks have different sizes, or reading or writing fails.
 pub fn merge_bitmap(source: &dyn Layer, from: &str, target: &dyn Layer, to: &str) -> Result<()> {
     let target_bitmaps = named_bitmap(target, to)?;
     let source_bitmaps = named_bitmap(source, from)?;
     if source.len() != target.len() {
         return Err(different_sizes(source, target));
     }
-    copy_marks(source_bitmaps, from, target_bitmaps, to)
+    copy_dirty_ranges(source_bitmaps, from, target_bitmaps, to)
 }
 
-/// The bitmaps of `layer`, which has one called `name`.
+/// The bitmaps of `layer`; an error unless one of them is called `name`.
 fn named_bitmap<'a>(layer: &'a dyn Layer, name: &str) -> Result<&'a dyn Bitmaps> {
     let bitmaps = layer.bitmaps().ok_or_else(|| no_bitmap(name))?;
     if bitmaps.list()?.iter().any(|bitmap| bitmap.name == name) {
@@ -88,10 +88,10 @@ fn different_sizes(source: &dyn Layer, target: &dyn Layer) -> Error {
     ))
 }
 
-/// Parts of the disk that are marked in one go.
+/// The number of dirty ranges that one call of [`Bitmaps::mark`] gets; bounds the memory for a copy.
 const BATCH: usize = 1 << 16;
 
-fn copy_marks(from: &dyn Bitmaps, from_name: &str, to: &dyn Bitmaps, name: &str) -> Result<()> {
+fn copy_dirty_ranges(from: &dyn Bitmaps, from_name: &str, to: &dyn Bitmaps, name: &str) -> Result<()> {
     let mut batch = Vec::new();
     from.marked(from_name, &mut |range| {
         batch.push(range);
@@ -101,7 +101,7 @@ fn copy_marks(from: &dyn Bitmaps, from_name: &str, to: &dyn Bitmaps, name: &str)
         }
         Ok(())
     })?;
-    // Also without a mark: whether there may be any is checked.
+    // Called with an empty batch too: `mark` checks that the bitmap may be changed.
     to.mark(name, &batch)
 }
 
@@ -119,7 +119,7 @@ mod tests {
     use crate::testing::image;
 
     #[test]
-    fn marks_and_states_are_copied() {
+    fn dirty_ranges_and_states_are_copied() {
         let (source, _) = image("qcow2", "", 1 << 20);
         let (target, _) = image("qcow2", "cluster_size=512", 1 << 20);
         let from = bitmaps_of(&**source.layer()).expect("qcow2 has bitmaps");

@@ -1,4 +1,11 @@
-//! Putting what an image has into one of those below it.
+//! Committing an overlay: its data is written into one of its backing images.
+//!
+//! ```text
+//!   top         [ a ][   ][ c ][   ]     depth 0
+//!   middle      [   ][ b ][   ][   ]     depth 1
+//!   base        [ x ][ y ][ z ][ w ]     depth 2, the image committed to
+//!       becomes [ a ][ b ][ c ][ w ]
+//! ```
 
 use std::sync::Arc;
 
@@ -10,24 +17,24 @@ use crate::graph::full_backing_name;
 /// A commit. The chain is opened with [`OpenOptions::write_below`](crate::OpenOptions::write_below) for the base.
 #[derive(Debug)]
 pub struct Commit<'a> {
-    /// The image on top.
+    /// The topmost image of the chain.
     pub top: &'a Arc<Image>,
-    /// Which of the images below gets the data, 1 being the one right below.
+    /// The depth of the base in the chain: 1 is the backing image of `top`.
     pub depth: usize,
-    /// The most bytes to write per second.
+    /// The limit of bytes written per second.
     pub rate: Option<u64>,
-    /// Told how many bytes of how many are done.
+    /// Receives the number of bytes done and the total.
     pub progress: Progress<'a>,
 }
 
 impl Commit<'_> {
-    /// Writes what the images above the base have into it, makes it durable, and grows it first if the top is larger.
-    /// Afterwards the base alone reads as the top does; the images above it are as before.
+    /// Writes the data that the overlays of the base have allocated into the base and flushes it. The base grows first
+    /// if the top is larger. Afterwards the base alone reads as the top does; the overlays have not changed.
     ///
     /// # Errors
-    /// No such image below, a base that cannot grow, and failures to read or write.
+    /// The chain has no image at `depth`, the base cannot grow, or reading or writing fails.
     pub fn run(&self) -> Result<()> {
-        let base = image_below(self.top, self.depth)
+        let base = backing_at_depth(self.top, self.depth)
             .ok_or_else(|| Error::invalid("Image does not have a backing file"))?;
         let old = base.len();
         if old < self.top.len() {
@@ -35,7 +42,7 @@ impl Commit<'_> {
         }
         let sources = [Arc::clone(self.top)];
         let conversion = Conversion {
-            // What lies beyond the base's old end is zero already.
+            // The base reads as zero beyond its old end.
             target_is_zero: true,
             backing_len: Some(old),
             layers: u32::try_from(self.depth).unwrap_or(u32::MAX),
@@ -49,8 +56,8 @@ impl Commit<'_> {
     }
 }
 
-/// The image `depth` below `top`.
-fn image_below(top: &Arc<Image>, depth: usize) -> Option<Arc<Image>> {
+/// The image at `depth` of the chain of `top`.
+fn backing_at_depth(top: &Arc<Image>, depth: usize) -> Option<Arc<Image>> {
     let mut image = Arc::clone(top);
     for _ in 0..depth {
         image = Arc::clone(image.backing()?);
@@ -58,23 +65,23 @@ fn image_below(top: &Arc<Image>, depth: usize) -> Option<Arc<Image>> {
     Some(image)
 }
 
-/// How far below `top` the image is that a user calls `name`: by the name in the image above it, or by one that starts
-/// where that starts.
+/// The depth of the backing image that the user calls `name`: either the backing file name that its overlay stores, or
+/// a name that is relative to the same directory as that one.
 pub fn depth_of(top: &Arc<Image>, name: &str) -> Option<usize> {
-    let mut above = Arc::clone(top);
+    let mut overlay = Arc::clone(top);
     let mut depth = 0;
     loop {
-        let below = Arc::clone(above.backing()?);
+        let image = Arc::clone(overlay.backing()?);
         depth += 1;
-        let is_named = above
+        let is_named = overlay
             .layer()
             .backing()
             .is_some_and(|backing| backing.name.text() == name);
-        let full = full_backing_name(&above.base_name(), name);
-        if is_named || below.name() == full || is_same_file(&below.base_name(), &full) {
+        let full = full_backing_name(&overlay.base_name(), name);
+        if is_named || image.name() == full || is_same_file(&image.base_name(), &full) {
             return Some(depth);
         }
-        above = below;
+        overlay = image;
     }
 }
 

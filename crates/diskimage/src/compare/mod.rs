@@ -1,4 +1,13 @@
-//! Whether two images have the same contents.
+//! Compares the guest data of two images.
+//!
+//! A cursor hands out segments to workers. In strict mode one worker takes the join disk, since the ends of extents
+//! matter and an extent may reach over several segments:
+//!
+//! ```text
+//!   first     [ segment ][ segment ][ segment ][ last ]
+//!   second    [ segment ][ segment ][ se]
+//!             └────────── common ───────┘└─── rest ───┘    the rest must be zero
+//! ```
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
@@ -13,22 +22,22 @@ use crate::map::MappedExtent;
 /// Two images to compare.
 #[derive(Debug)]
 pub struct Comparison<'a> {
-    /// One image.
+    /// The first image.
     pub first: &'a Image,
-    /// The other.
+    /// The second image.
     pub second: &'a Image,
-    /// What errors call them.
+    /// The names of the images in error messages.
     pub names: [&'a str; 2],
-    /// Whether sizes and what is allocated have to be the same, too.
+    /// Whether the sizes and the allocation status must be the same too.
     pub strict: bool,
-    /// Told how many bytes of how many are done.
+    /// Receives the number of bytes done and the total.
     pub progress: Progress<'a>,
 }
 
 /// The outcome of a comparison.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Verdict {
-    /// The common part is the same but one image is longer; if nothing differs, it has only zeroes there.
+    /// One image is longer and the common part is equal. Without a difference the rest of the longer image is zero.
     pub sizes_differ: bool,
     /// The first difference.
     pub difference: Option<Difference>,
@@ -37,42 +46,42 @@ pub struct Verdict {
 /// How images differ.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Difference {
-    /// In the contents of the sector at this offset.
+    /// The data of the sector at this guest offset differs.
     Content(u64),
-    /// In what is allocated from this offset on, in strict mode.
+    /// The allocation status of the extents at this guest offset differs (strict mode).
     Status(u64),
-    /// In size, in strict mode.
+    /// The sizes differ (strict mode).
     Size,
 }
 
 /// Why images could not be compared.
 #[derive(Debug)]
 pub enum CompareError {
-    /// What they have allocated could not be found out.
+    /// The allocation status of an extent could not be read.
     Status(Failure),
-    /// They could not be read.
+    /// Guest data could not be read.
     Read(Failure),
 }
 
-/// Where a comparison ended, and why.
+/// The error that ended a comparison.
 #[derive(Debug)]
 pub struct Failure {
-    /// Why.
+    /// The error of the image.
     pub error: Error,
-    /// Whether all that both images have is the same, and it was in the rest of the longer one.
+    /// Whether the error is in the rest of the longer image; the common part is equal then.
     pub in_rest: bool,
 }
 
-/// The unit in which differences are told.
+/// Differences are reported in units of this many bytes.
 const SECTOR: usize = 512;
 
-/// How much a worker takes on at once.
+/// The length of a segment in bytes.
 const SEGMENT: u64 = 1 << 20;
 
-/// More threads than this only take memory.
+/// The largest number of workers. A limit of this program.
 const MAX_WORKERS: usize = 16;
 
-/// What ends the work of all.
+/// The result that stops all workers.
 enum Found {
     Difference(Difference),
     Error(CompareError),
@@ -85,10 +94,10 @@ impl From<CompareError> for Found {
 }
 
 impl Comparison<'_> {
-    /// Compares.
+    /// Compares the images.
     ///
     /// # Errors
-    /// The first failure in guest order, unless something differs before it.
+    /// The first failure in guest order, unless a difference precedes it.
     pub fn run(&self) -> Result<Verdict, CompareError> {
         let (first, second) = (self.first.len(), self.second.len());
         let differ = |difference, sizes_differ| {
@@ -102,7 +111,7 @@ impl Comparison<'_> {
         }
         let common = first.min(second);
         let len = first.max(second);
-        // Where extents end matters in strict mode, so one worker walks along all of them.
+        // Strict mode compares the ends of extents, so one worker walks over the join disk.
         let segment = if self.strict { len.max(1) } else { SEGMENT };
         let cursor = Cursor::new(len, segment);
         let done = AtomicU64::new(0);
@@ -151,7 +160,7 @@ struct Worker<'a> {
 }
 
 impl Worker<'_> {
-    /// Compares one segment, and what follows it as long as that needs no reading. Where it ended.
+    /// Compares one segment and extends it over the extents after it that are known to be zero. Returns its end.
     fn compare(&mut self, cursor: &Cursor<Found>, segment: Segment) -> Result<u64, Found> {
         let mut at = segment.range.start();
         let mut end = segment.range.end();
@@ -168,7 +177,7 @@ impl Worker<'_> {
             if !zero || end >= self.first.image.len().max(self.second.image.len()) {
                 return Ok(end);
             }
-            // Of what nobody has to read, as much as possible at once.
+            // A zero extent is not read, so it may be longer than a segment.
             end = match self.step(at, u64::MAX)? {
                 (len, true) => cursor.extend(end, end.saturating_add(len)),
                 (_, false) => end,
@@ -179,17 +188,17 @@ impl Worker<'_> {
         }
     }
 
-    /// How far the same holds from `at` on in both images, and whether it all is known to be zero.
+    /// The length of the extent at `at` that both images have in common, and whether both know it to be zero.
     fn step(&mut self, at: u64, ask_to: u64) -> Result<(u64, bool), Found> {
         let first = self.first.entry(at, ask_to)?;
         let second = self.second.entry(at, ask_to)?;
         let (first, second) = match (first, second) {
             (Some(first), Some(second)) => (first, second),
-            // One is longer: the rest has to be zero.
+            // One image is longer: the rest must be zero.
             (Some(one), None) | (None, Some(one)) => return Ok((one.range.len(), one.kind.is_zero())),
             (None, None) => return Ok((u64::MAX - at, true)),
         };
-        // To the original, an extent that is the last of its image is another kind of thing than one that is not.
+        // As in qemu-img, the last extent of an image has another status than the same extent in the middle.
         let kind = |side: &Side<'_>, entry: &MappedExtent| {
             let is_last = entry.range.end() == side.image.len();
             (entry.kind, entry.host.is_some(), is_last)
@@ -204,7 +213,7 @@ impl Worker<'_> {
         ))
     }
 
-    /// Compares the bytes of `range`, of which a part may lie beyond the end of one image.
+    /// Compares the bytes of `range`. A part of it may lie beyond the end of one image.
     fn contents(&mut self, range: ByteRange) -> Result<(), Found> {
         let mut rest = range;
         while !rest.is_empty() {
@@ -230,16 +239,16 @@ impl Worker<'_> {
     }
 }
 
-/// Pieces that stay in the processor's caches until they have been compared.
+/// The number of bytes read at once: both buffers stay in the processor's caches until they have been compared.
 const CHUNK: usize = 256 << 10;
 
-/// One of the two images, as one worker sees it.
+/// One of the two images, with the buffer and the current extent of one worker.
 struct Side<'a> {
     image: &'a Image,
     name: &'a str,
-    /// Whether extents are to be as long as they can be.
-    whole: bool,
-    /// So many bytes both images have.
+    /// Whether neighbouring extents of the same status are joined (strict mode).
+    join: bool,
+    /// The length of the common part.
     common: u64,
     entry: Option<MappedExtent>,
     buf: AlignedBuf,
@@ -250,20 +259,20 @@ impl<'a> Side<'a> {
         Self {
             image,
             name,
-            whole: comparison.strict,
+            join: comparison.strict,
             common: comparison.first.len().min(comparison.second.len()),
             entry: None,
             buf: AlignedBuf::new(CHUNK),
         }
     }
 
-    /// What the bytes from `at` on are; `None` beyond the image's end.
+    /// The extent at `at`; `None` beyond the end of the image.
     fn entry(&mut self, at: u64, ask_to: u64) -> Result<Option<MappedExtent>, CompareError> {
-        if !self.whole {
+        if !self.join {
             return self.status(ByteRange::new(at, ask_to.min(self.image.len())));
         }
         if self.entry.as_ref().is_none_or(|entry| entry.range.end() <= at) {
-            self.entry = self.longest(at)?;
+            self.entry = self.joined(at)?;
         }
         Ok(self.entry.as_ref().map(|entry| MappedExtent {
             range: ByteRange::new(at, entry.range.end()),
@@ -271,8 +280,8 @@ impl<'a> Side<'a> {
         }))
     }
 
-    /// The entry at `at` with all that continues it.
-    fn longest(&self, at: u64) -> Result<Option<MappedExtent>, CompareError> {
+    /// The extent at `at`, joined with those that continue it.
+    fn joined(&self, at: u64) -> Result<Option<MappedExtent>, CompareError> {
         let Some(mut entry) = self.status(ByteRange::new(at, self.image.len()))? else {
             return Ok(None);
         };
@@ -297,7 +306,7 @@ impl<'a> Side<'a> {
         Ok(Some(MappedExtent::new(range.start(), extent)))
     }
 
-    /// The bytes of `range`, no more than a chunk, padded with zeroes; none if the image ends before them.
+    /// Reads `range`, at most a chunk, padded with zeroes; an empty slice if the image ends before `range`.
     fn read(&mut self, range: ByteRange) -> Result<&[u8], CompareError> {
         if range.start() >= self.image.len() {
             return Ok(&[]);
@@ -315,5 +324,6 @@ impl<'a> Side<'a> {
         Ok(buf)
     }
 }
+
 #[cfg(test)]
 mod tests;

@@ -1,4 +1,4 @@
-//! Comparisons in memory. The outcomes are those of the original for files of the same layout.
+//! Comparisons of images in memory. `qemu-img` has the same outcome for files of the same layout.
 
 use super::*;
 use crate::testing::{image, raw};
@@ -24,7 +24,7 @@ fn bytes(len: usize, set: &[(usize, u8)]) -> Vec<u8> {
 }
 
 #[test]
-fn the_first_sector_that_differs_is_told() {
+fn the_first_sector_that_differs_is_reported() {
     let one = raw(bytes(5 << 20, &[(100, 1), (71_000, 2), (4_000_000, 1)]));
     let other = raw(bytes(5 << 20, &[(100, 1), (71_000, 3), (3_000_000, 1)]));
     for _ in 0..20 {
@@ -52,18 +52,18 @@ fn a_longer_image_is_the_same_if_the_rest_is_zero() {
 }
 
 #[test]
-fn strict_mode_tells_zeroes_from_nothing() {
-    let (nothing, _) = image("qcow2", "", 1 << 20);
+fn strict_mode_distinguishes_zero_clusters_from_unallocated_ones() {
+    let (unallocated, _) = image("qcow2", "", 1 << 20);
     let (zeroes, _) = image("qcow2", "", 1 << 20);
     let range = ByteRange::new(65536, 1 << 20);
     zeroes
         .write_zeroes(range, diskimage_core::ZeroMode::Unmap)
         .expect("zeroed");
-    assert_eq!(compare(&nothing, &zeroes, false).difference, None);
-    assert_eq!(compare(&nothing, &nothing, true).difference, None);
-    // The run that ends the disk is not like one that does not.
+    assert_eq!(compare(&unallocated, &zeroes, false).difference, None);
+    assert_eq!(compare(&unallocated, &unallocated, true).difference, None);
+    // The extent at 0 of one image is its last; that of the other is not.
     assert_eq!(
-        compare(&nothing, &zeroes, true).difference,
+        compare(&unallocated, &zeroes, true).difference,
         Some(Difference::Status(0))
     );
 }
@@ -74,5 +74,9 @@ fn empty_images_are_identical() {
     assert_eq!(compare(&empty, &empty, true).difference, None);
     let (vast, _) = image("qcow2", "cluster_size=2M", 1 << 50);
     let verdict = compare(&vast, &empty, false);
-    assert_eq!((verdict.difference, verdict.sizes_differ), (None, true));
+    let only_sizes = Verdict {
+        sizes_differ: true,
+        difference: None,
+    };
+    assert_eq!(verdict, only_sizes);
 }

@@ -1,20 +1,20 @@
-//! The conversion engine.
+//! Conversion: copies the guest data of one or more images into a new one.
 //!
-//! A cursor hands out segments of the guest's disk to workers. Each worker asks the status of its own segment, reads
-//! what has to be read, finds zeroes, compresses if asked to, and hands the outcome on:
+//! A cursor hands out segments of the guest disk to workers. Each worker queries the allocation status of its segment,
+//! reads the data, finds zeroes, compresses if asked to, and writes in one of two ways:
 //!
 //! ```text
-//!   cursor ──▶ worker: status → read → zero test → (encode) ──▶ positional: write where the guest says
-//!          ──▶ worker: ...                                  ──▶ ordered:    wait for the turn, set places aside,
+//!   cursor ──▶ worker: status → read → zero test → (encode) ──▶ positional: write at the guest offset
+//!          ──▶ worker: ...                                  ──▶ in order:   wait for the turn, allocate clusters,
 //!                                                                           pass the turn on, write, commit
 //! ```
 //!
-//! The ordered way gives out places in guest order, so the file that comes out is the same whatever the number of
-//! threads. Memory is bounded by workers times segment, whatever the images say of themselves. The first error, in guest
-//! order, ends the conversion and is the one reported; removing what was written so far is the caller's affair.
+//! Writing in order allocates clusters in guest order, so the target file is the same whatever the number of threads.
+//! The buffers take at most workers times segment bytes, whatever sizes the images claim. The first error in guest order
+//! stops the conversion and is reported; the caller removes the incomplete target.
 
-mod pieces;
 mod rate;
+mod runs;
 mod source;
 mod worker;
 
@@ -31,64 +31,64 @@ use rate::RateLimit;
 use source::Sources;
 use worker::Worker;
 
-/// What is copied where, and how.
+/// The sources, the target and the options of a conversion.
 pub struct Conversion<'a> {
-    /// The images to copy, one after the other.
+    /// The images to copy, concatenated.
     pub sources: &'a [Arc<Image>],
-    /// Where to; opened for writing and as large as the sources together, or larger.
+    /// The image to write; opened for writing and at least as large as the sources together.
     pub target: &'a Image,
-    /// Zeroes in runs of at least this many bytes are not written as data. With 0 everything is.
+    /// Zeroes in runs of at least this many bytes are not written as data. With 0 all zeroes are written as data.
     pub sparse: u64,
-    /// Whether to compress. Whole clusters of zeroes are left out.
+    /// Whether to compress. Whole clusters of zeroes are left unallocated.
     pub compress: bool,
-    /// Whether places in the target may be given out in any order.
+    /// Whether clusters of the target may be allocated in any order.
     pub out_of_order: bool,
-    /// How many threads at most; as many as there are processors if not given.
+    /// The largest number of threads; without it, one per processor and one more.
     pub parallel: Option<NonZeroU32>,
-    /// The most bytes to write per second.
+    /// The limit of bytes written per second.
     pub rate: Option<u64>,
-    /// Whether to ask the storage to copy, without looking for zeroes in what it says is data.
+    /// Whether to let the storage copy data (`copy_file_range`), without a search for zeroes in it.
     pub copy_offload: bool,
-    /// Whether to go on with zeroes where the source cannot be read.
+    /// Whether to write zeroes for sectors that cannot be read, and to go on.
     pub salvage: bool,
-    /// Set if the target has an image below it with the contents of the images below the source: the length of that
-    /// image. Only what the topmost [`Conversion::layers`] images of the source have themselves is copied then.
+    /// The length of the target's backing image, if it has one with the same guest data as the source's backing image.
+    /// Only the data of the topmost [`Conversion::layers`] images of the source is copied then.
     pub backing_len: Option<u64>,
-    /// How many images of the source's chain are copied from, with [`Conversion::backing_len`].
+    /// With [`Conversion::backing_len`]: the number of images of the source's chain whose data is copied.
     pub layers: u32,
-    /// Whether zeroes in what is data according to tables are looked for.
+    /// Whether to search for zeroes in extents that the tables of the source report as data.
     pub detect_zeroes: bool,
-    /// Whether the target reads as zero so far, but for what shows from the image below.
+    /// Whether every unallocated cluster of the target reads as zero or as its backing image.
     pub target_is_zero: bool,
-    /// Told about each sector that could not be read, with `salvage`.
+    /// With `salvage`: called for each sector that cannot be read.
     pub on_lost: Option<OnLost<'a>>,
-    /// Told how many bytes of how many are done.
+    /// Receives the number of bytes done and the total.
     pub progress: Progress<'a>,
 }
 
-/// Takes the offset of an unreadable sector and why it is.
+/// Takes the error of an unreadable sector; its message has the guest offset.
 pub type OnLost<'a> = &'a (dyn Fn(&Error) + Sync);
 
-/// The original's default for [`Conversion::sparse`].
+/// The default of [`Conversion::sparse`], which is that of `qemu-img`.
 pub const DEFAULT_SPARSE: u64 = 4096;
 
-/// The largest value of [`Conversion::sparse`].
+/// The largest value of [`Conversion::sparse`]; a limit of `qemu-img`.
 pub const MAX_SPARSE: u64 = 16 << 20;
 
-/// The unit in which images are concatenated and zeroes are looked for.
+/// Images are concatenated at multiples of this, and zeroes are searched for in units of it.
 const SECTOR: u64 = 512;
 
-/// How much a worker takes on at once. Clusters for one segment are allocated in one piece.
+/// The length of a segment in bytes. The clusters of one segment are allocated at once.
 const SEGMENT: u64 = 2 << 20;
 
-/// The same when compressing, where the work on a segment takes much longer than taking it.
+/// The length of a segment when compressing: shorter, since compressing a segment takes much longer than claiming it.
 const COMPRESS_SEGMENT: u64 = 256 << 10;
 
-/// More threads than this only take memory.
+/// The largest number of workers. A limit of this program.
 const MAX_WORKERS: usize = 16;
 
 impl<'a> Conversion<'a> {
-    /// A conversion as the original does it by default, into a new image.
+    /// A conversion into a new image with the defaults of `qemu-img convert`.
     pub fn new(sources: &'a [Arc<Image>], target: &'a Image) -> Self {
         Self {
             sources,
@@ -109,7 +109,7 @@ impl<'a> Conversion<'a> {
         }
     }
 
-    /// How long a target has to be.
+    /// The length of the sources together, which the target must have at least.
     pub fn len(&self) -> u64 {
         total_len(self.sources)
     }
@@ -119,14 +119,14 @@ impl<'a> Conversion<'a> {
         self.len() == 0
     }
 
-    /// Copies. How many bytes were data.
+    /// Copies, and returns the number of bytes that were written as data.
     ///
     /// # Errors
-    /// Options that do not go together, a target that is too small, and the first failure to read or write in guest
-    /// order.
+    /// Options contradict each other, the target is too small or one of the sources' files, or a request fails: the
+    /// first error in guest order.
     pub fn run(&self) -> Result<u64> {
         self.check()?;
-        let job = Job::new(self)?;
+        let job = CopyJob::new(self)?;
         if self.salvage {
             job.sources.report_unreadable_status()?;
         }
@@ -178,11 +178,11 @@ impl<'a> Conversion<'a> {
 
     fn workers(&self) -> usize {
         if self.salvage {
-            // What was lost is told in order.
+            // One worker reports unreadable sectors in guest order.
             return 1;
         }
         let processors = thread::available_parallelism().map_or(1, usize::from);
-        // Whoever waits for its turn does nothing: some more than there are processors keep all of them busy.
+        // A worker that waits for its turn is idle: a few more workers than processors keep all processors busy.
         let wanted = if self.compress {
             processors + 2
         } else {
@@ -208,7 +208,7 @@ impl<'a> Conversion<'a> {
     }
 }
 
-/// For images that hold no compressed clusters, although others of their format do: refuses the first one.
+/// The encoder of an image that cannot hold compressed clusters, although its format can: it refuses the first cluster.
 struct NoEncoder;
 
 impl Encoder for NoEncoder {
@@ -226,14 +226,14 @@ impl std::fmt::Debug for Conversion<'_> {
     }
 }
 
-/// The length of the disk that `sources` make up together: each fills whole sectors.
+/// The length of `sources` concatenated, each rounded up to whole sectors.
 pub fn total_len(sources: &[Arc<Image>]) -> u64 {
     sources
         .iter()
         .fold(0, |sum, image| sum.saturating_add(align_up(image.len(), SECTOR)))
 }
 
-/// Whether the target is a plain file behind the system's cache. Its file system copies one write at a time.
+/// Whether the target is a regular file that is written through the page cache: the kernel serializes such writes.
 fn takes_one_write(target: &Image) -> bool {
     let layer = target.layer();
     let device = layer.data_file().unwrap_or_else(|| layer.file());
@@ -241,8 +241,8 @@ fn takes_one_write(target: &Image) -> bool {
     device.limits().alignment == 1 && device.as_file().is_some_and(is_file)
 }
 
-/// Whether the storage can copy by itself. The drivers of the original that have no way to ask for it look for zeroes as
-/// usual, so that the copy takes no more room.
+/// Whether the storage can copy by itself. For all other drivers qemu-img searches for zeroes as usual, so that the copy
+/// takes no more room; this function has the same list.
 fn can_offload(conversion: &Conversion<'_>) -> bool {
     let takes_part = |image: &Image| OFFLOADING.contains(&image.layer().format());
     takes_part(conversion.target) && conversion.sources.iter().all(|image| takes_part(image))
@@ -250,25 +250,25 @@ fn can_offload(conversion: &Conversion<'_>) -> bool {
 
 const OFFLOADING: &[&str] = &["raw", "qcow2", "file", "host_device"];
 
-/// What the workers share.
-struct Job<'a> {
+/// The state of a conversion that its workers share.
+struct CopyJob<'a> {
     conversion: &'a Conversion<'a>,
     sources: Sources<'a>,
     cursor: Cursor<Error>,
-    /// Bytes that a worker takes on at once.
+    /// The length of a segment in bytes.
     segment: u64,
-    /// Cleared once the storage turned out not to copy by itself.
+    /// Cleared when the storage has refused to copy by itself.
     offload: AtomicBool,
     rate: RateLimit,
-    /// Held to write to a file that takes one write at a time anyway: the others wait without turning on the spot, and
-    /// read and decode meanwhile.
+    /// Held during a write to a file whose writes the kernel serializes: a worker then sleeps on this lock and does not
+    /// spin on the inode's lock.
     writing: Option<Mutex<()>>,
     done: AtomicU64,
-    /// Bytes of data among them.
+    /// How many of the bytes done were data.
     copied: AtomicU64,
 }
 
-impl<'a> Job<'a> {
+impl<'a> CopyJob<'a> {
     fn new(conversion: &'a Conversion<'a>) -> Result<Self> {
         let sources = Sources::new(conversion);
         let cluster = conversion.target.layer().granularity();
@@ -293,7 +293,7 @@ impl<'a> Job<'a> {
         })
     }
 
-    /// Whether places in the target are given out in guest order.
+    /// Whether clusters of the target are allocated in guest order.
     fn ordered(&self) -> bool {
         let plain = self.conversion.target.layer().granularity() == 1;
         self.conversion.compress || !(plain || self.conversion.out_of_order)

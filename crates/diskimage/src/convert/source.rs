@@ -1,34 +1,40 @@
-//! The sources as one disk.
+//! The concatenation of the source images.
+//!
+//! ```text
+//!   image 0 ─────────▶│pad│ image 1 ──────▶│pad│ ...       each image is padded with zeroes to whole sectors
+//!   0                     start            end
+//! ```
 
 use std::sync::Arc;
 
 use diskimage_core::{ByteRange, Device, Error, Extent, Image, Result, ResultExt, StatusDetail, align_up};
 
-use super::pieces::Kind;
+use super::runs::CopyKind;
 use super::{Conversion, OnLost, SECTOR};
 
-/// Images one after the other, each filling whole sectors.
+/// The source images, each padded to whole sectors.
 pub(super) struct Sources<'a> {
-    parts: Vec<Part<'a>>,
+    parts: Vec<SourceImage<'a>>,
     len: u64,
-    /// Only what so many images from the top have themselves is of interest.
+    /// The number of images from the top of each chain whose data is copied; `None` for all.
     layers: Option<u32>,
-    /// Zeroes are data.
+    /// Zeroes are copied as data.
     dense: bool,
     salvage: bool,
     on_lost: Option<OnLost<'a>>,
 }
 
-struct Part<'a> {
+struct SourceImage<'a> {
     image: &'a Arc<Image>,
     start: u64,
     end: u64,
-    /// What the images of the chain lie in.
+    /// The files of all images of the chain.
     files: Vec<Arc<dyn Device>>,
 }
 
-impl Part<'_> {
-    /// Whether bytes there may be copied past the image: where a filter is in between, it has a say.
+impl SourceImage<'_> {
+    /// Whether bytes of `device` may be copied without the image. A device behind a filter may not: the filter must see
+    /// the reads.
     fn is_direct(&self, device: &Arc<dyn Device>) -> bool {
         self.files.iter().any(|file| Arc::ptr_eq(file, device))
     }
@@ -49,11 +55,11 @@ fn files_of(image: &Arc<Image>) -> Vec<Arc<dyn Device>> {
         .collect()
 }
 
-/// What the bytes of a run are.
-pub(super) struct Status {
+/// The status of a run of the concatenated sources.
+pub(super) struct SourceStatus {
     pub(super) len: u64,
-    pub(super) kind: Kind,
-    /// Where the bytes lie as they are, if they do.
+    pub(super) kind: CopyKind,
+    /// The device and the host offset of the bytes, if a file has them unencoded.
     pub(super) host: Option<(Arc<dyn Device>, u64)>,
 }
 
@@ -66,7 +72,7 @@ impl<'a> Sources<'a> {
             .map(|image| {
                 let start = len;
                 len = len.saturating_add(align_up(image.len(), SECTOR));
-                Part {
+                SourceImage {
                     image,
                     start,
                     end: len,
@@ -84,45 +90,49 @@ impl<'a> Sources<'a> {
         }
     }
 
-    /// The length of all together.
+    /// The length of the concatenation.
     pub(super) fn len(&self) -> u64 {
         self.len
     }
 
-    fn part(&self, offset: u64) -> Result<&Part<'a>> {
+    fn part(&self, offset: u64) -> Result<&SourceImage<'a>> {
         let index = self.parts.partition_point(|part| part.end <= offset);
         self.parts
             .get(index)
             .ok_or_else(|| Error::invalid("Offset beyond the end of the source"))
     }
 
-    /// What the bytes at the start of `range`, which is not empty and inside, are.
-    pub(super) fn status(&self, range: ByteRange) -> Result<Status> {
+    /// The status of the run at the start of `range`, which is not empty and within the sources.
+    pub(super) fn status(&self, range: ByteRange) -> Result<SourceStatus> {
         let part = self.part(range.start())?;
         let inside = range.intersect(ByteRange::new(part.start, part.end));
         let at = range.start() - part.start;
-        let there = ByteRange::at(at, inside.len()).intersect(ByteRange::new(0, part.image.len()));
-        if there.is_empty() {
-            return Ok(Status {
+        let within = ByteRange::at(at, inside.len()).intersect(ByteRange::new(0, part.image.len()));
+        if within.is_empty() {
+            return Ok(SourceStatus {
                 len: inside.len(),
-                kind: if self.dense { Kind::Data } else { Kind::Zero },
+                kind: if self.dense {
+                    CopyKind::Data
+                } else {
+                    CopyKind::Zero
+                },
                 host: None,
             });
         }
-        let mut outcome = part.image.status(there, StatusDetail::Zeroes);
-        let mut asked = there;
+        let mut outcome = part.image.status(within, StatusDetail::Zeroes);
+        let mut asked = within;
         while let Err(error) = &outcome
             && self.salvage
             && asked.len() > SECTOR
-            // What tables say wrong they say of the first byte.
+            // An error with a note is corruption in the tables of the first byte: a shorter range fails as well.
             && error.preceding_note().is_none()
         {
-            // What is known of the bytes before the damage is not lost.
+            // A shorter range finds the status of the bytes before the damage.
             asked = asked.first(align_up(asked.len() / 4, SECTOR));
             outcome = part.image.status(asked, StatusDetail::Zeroes);
         }
         match outcome {
-            Ok(extent) => Ok(self.judge(extent, inside.len(), part)),
+            Ok(extent) => Ok(self.classify(extent, inside.len(), part)),
             Err(error) => {
                 let error = error.context(format!(
                     "error while reading block status at offset {}",
@@ -132,17 +142,18 @@ impl<'a> Sources<'a> {
                     return Err(error);
                 }
                 self.report_lost_sector(&error);
-                // Reading may still work.
-                Ok(Status {
-                    len: there.len().min(SECTOR),
-                    kind: Kind::Data,
+                // The sector may be readable although its status is not.
+                Ok(SourceStatus {
+                    len: within.len().min(SECTOR),
+                    kind: CopyKind::Data,
                     host: None,
                 })
             }
         }
     }
 
-    /// Tells what of the status of all is lost, as the original does before it begins to copy.
+    /// Queries the status of everything and reports each sector whose status is unreadable, as qemu-img does before it
+    /// begins to copy.
     pub(super) fn report_unreadable_status(&self) -> Result<()> {
         let mut rest = ByteRange::new(0, self.len);
         while !rest.is_empty() {
@@ -151,15 +162,15 @@ impl<'a> Sources<'a> {
         Ok(())
     }
 
-    fn judge(&self, extent: Extent, most: u64, part: &Part<'_>) -> Status {
+    fn classify(&self, extent: Extent, most: u64, part: &SourceImage<'_>) -> SourceStatus {
         let kind = if self.layers.is_some_and(|layers| extent.depth >= layers) {
-            Kind::Below
+            CopyKind::InBacking
         } else if extent.kind.is_zero() && !self.dense {
-            Kind::Zero
+            CopyKind::Zero
         } else {
-            Kind::Data
+            CopyKind::Data
         };
-        Status {
+        SourceStatus {
             len: extent.len.min(most),
             kind,
             host: extent
@@ -168,7 +179,7 @@ impl<'a> Sources<'a> {
         }
     }
 
-    /// Fills `buf` with the bytes from `offset` on.
+    /// Fills `buf` with the bytes at `offset`.
     pub(super) fn read(&self, buf: &mut [u8], offset: u64) -> Result<()> {
         let mut rest = buf;
         let mut at = offset;
@@ -186,12 +197,12 @@ impl<'a> Sources<'a> {
     }
 
     fn report_lost_sector(&self, error: &Error) {
-        if let Some(tell) = self.on_lost {
-            tell(error);
+        if let Some(on_lost) = self.on_lost {
+            on_lost(error);
         }
     }
 
-    fn read_part(&self, part: &Part<'_>, buf: &mut [u8], offset: u64) -> Result<()> {
+    fn read_part(&self, part: &SourceImage<'_>, buf: &mut [u8], offset: u64) -> Result<()> {
         let image: &dyn Device = &**part.image;
         let Err(error) = image.read_padded(buf, offset - part.start) else {
             return Ok(());
@@ -211,5 +222,5 @@ impl<'a> Sources<'a> {
     }
 }
 
-/// [`SECTOR`], to count bytes in memory with.
+/// [`SECTOR`] as a length in memory.
 const SECTOR_BYTES: usize = 512;

@@ -1,4 +1,10 @@
-//! One worker: takes segments until there are no more.
+//! One worker of a conversion: claims segments until all are claimed or one has failed.
+//!
+//! ```text
+//!   scan ──▶ runs ──▶ decide ──▶ actions ──▶ write_positional
+//!                                        ──▶ write_in_order
+//!                                        ──▶ encode ──▶ steps ──▶ write_encoded_in_order
+//! ```
 
 use std::ops::Range;
 use std::sync::atomic::Ordering;
@@ -10,44 +16,46 @@ use diskimage_core::{
     StatusDetail, ZeroMode, align_down, align_up,
 };
 
-use super::Job;
-use super::pieces::{Kind, Piece, ZeroTest, push, round_to_units};
+use super::CopyJob;
+use super::runs::{CopyKind, CopyRun, ZeroTest, push_run, round_to_units};
 use crate::cursor::{Cursor, End, Segment};
 
-/// The state of one worker; its buffers live as long as it does.
+/// The state of one worker. Its buffers are reused for every segment.
 pub(super) struct Worker<'a> {
-    job: &'a Job<'a>,
+    job: &'a CopyJob<'a>,
     target: &'a Image,
     encoder: Option<Box<dyn Encoder>>,
     zero_test: Option<ZeroTest>,
-    /// The bytes of the segment at hand.
+    /// The bytes of the current segment.
     buf: AlignedBuf,
-    /// Parts of the segment that `buf` does not have: their status said enough.
-    stale: Vec<ByteRange>,
-    pieces: Vec<Piece>,
-    actions: Vec<Piece>,
-    hosts: Vec<Host>,
-    steps: Vec<Step>,
+    /// Ranges of the segment that were not read into `buf`, since their status was enough.
+    unread: Vec<ByteRange>,
+    /// The runs of the segment in the source.
+    runs: Vec<CopyRun>,
+    /// The runs to write to the target.
+    actions: Vec<CopyRun>,
+    hosts: Vec<HostRun>,
+    steps: Vec<ClusterWrite>,
     encoded: Vec<u8>,
     cluster: Vec<u8>,
 }
 
-/// Where the storage itself has the bytes of a piece.
-struct Host {
+/// The device and the host offset of a run that the storage may copy by itself.
+struct HostRun {
     range: ByteRange,
     device: Arc<dyn Device>,
     offset: u64,
 }
 
-/// What is to be done about clusters of a compressed target.
-enum Step {
+/// A write of one or more clusters to a compressed target.
+enum ClusterWrite {
     Zero(ByteRange),
     Plain(ByteRange),
     Encoded { offset: u64, bytes: Range<usize> },
 }
 
 impl<'a> Worker<'a> {
-    pub(super) fn new(job: &'a Job<'a>, encoder: Option<Box<dyn Encoder>>) -> Self {
+    pub(super) fn new(job: &'a CopyJob<'a>, encoder: Option<Box<dyn Encoder>>) -> Self {
         let conversion = job.conversion;
         let zero_test = match (conversion.sparse, &encoder) {
             (0, _) => None,
@@ -61,19 +69,19 @@ impl<'a> Worker<'a> {
             target: conversion.target,
             zero_test,
             buf: AlignedBuf::new(segment),
-            stale: Vec::new(),
-            pieces: Vec::new(),
+            unread: Vec::new(),
+            runs: Vec::new(),
             actions: Vec::new(),
             hosts: Vec::new(),
             steps: Vec::new(),
-            // All at once: a buffer that grows step by step leaves its former selves behind.
+            // Allocated in full: growing step by step would fragment the heap with the smaller buffers.
             encoded: Vec::with_capacity(if encoder.is_some() { segment } else { 0 }),
             cluster: Vec::new(),
             encoder,
         }
     }
 
-    /// Works until there is nothing left to do or something has failed.
+    /// Converts segments until all are claimed or one has failed.
     pub(super) fn run(mut self) {
         let _guard = StopOnPanic(&self.job.cursor);
         while let Some(segment) = self.job.cursor.claim() {
@@ -85,19 +93,19 @@ impl<'a> Worker<'a> {
         }
     }
 
-    /// Does all about one segment. Where it ended: zeroes after it may have been taken along.
+    /// Converts one segment, extended over the zeroes after it, and returns its end.
     fn convert(&mut self, segment: Segment) -> std::result::Result<u64, End> {
         self.scan(segment.range)?;
         let end = self.extend_over_zeroes(segment.range.end())?;
         self.decide(segment.range)?;
-        self.clear_stale(segment.range.start());
-        let data = self.actions.iter().filter(|action| action.kind == Kind::Data);
+        self.zero_unread(segment.range.start());
+        let data = self.actions.iter().filter(|action| action.kind == CopyKind::Data);
         let bytes = data.map(|action| action.range.len()).sum();
-        self.job.rate.take(bytes);
+        self.job.rate.admit(bytes);
         self.job.copied.fetch_add(bytes, Ordering::Relaxed);
         if self.encoder.is_some() {
             self.encode(segment.range)?;
-            self.put_encoded(segment)?;
+            self.write_encoded_in_order(segment)?;
         } else if self.job.ordered() {
             self.write_in_order(segment)?;
         } else {
@@ -106,52 +114,53 @@ impl<'a> Worker<'a> {
         Ok(end)
     }
 
-    /// Finds out what the segment consists of, and reads what has to be read.
+    /// Splits the segment into runs, and reads those that are not zero by their status.
     fn scan(&mut self, segment: ByteRange) -> Result<()> {
-        self.pieces.clear();
-        self.stale.clear();
+        self.runs.clear();
+        self.unread.clear();
         self.hosts.clear();
         let offload = self.job.offload.load(Ordering::Relaxed);
         let mut rest = segment;
         while !rest.is_empty() {
             let status = self.job.sources.status(rest)?;
             let (mut run, mut kind) = (rest.first(status.len), status.kind);
-            if kind == Kind::Below {
-                (run, kind) = self.whole_clusters_below(run);
+            if kind == CopyKind::InBacking {
+                (run, kind) = self.whole_clusters_in_backing(run);
             }
             rest = rest.skip(run.len());
             match (kind, status.host) {
-                (Kind::Data, Some((device, offset))) if offload => {
-                    self.pieces.push(Piece { range: run, kind });
-                    self.hosts.push(Host {
+                (CopyKind::Data, Some((device, offset))) if offload => {
+                    self.runs.push(CopyRun { range: run, kind });
+                    self.hosts.push(HostRun {
                         range: run,
                         device,
                         offset,
                     });
                 }
-                (Kind::Data, _) => self.read(run, segment.start())?,
+                (CopyKind::Data, _) => self.read(run, segment.start())?,
                 (kind, _) => {
-                    push(&mut self.pieces, run, kind);
-                    self.stale.push(run);
+                    push_run(&mut self.runs, run, kind);
+                    self.unread.push(run);
                 }
             }
         }
         Ok(())
     }
 
-    /// A compressed cluster holds all of its bytes, so one that the image below has only a part of is read whole.
-    fn whole_clusters_below(&self, run: ByteRange) -> (ByteRange, Kind) {
+    /// Reduces a run in the backing image to whole clusters: a compressed cluster has all its bytes, so a cluster of
+    /// which the backing image has a part is read whole.
+    fn whole_clusters_in_backing(&self, run: ByteRange) -> (ByteRange, CopyKind) {
         if self.encoder.is_none() || run.end() == self.job.sources.len() && self.starts_cluster(run.start()) {
-            return (run, Kind::Below);
+            return (run, CopyKind::InBacking);
         }
         let cluster = self.target.layer().granularity();
         let whole = run.align_in(cluster);
         if whole.is_empty() {
-            (run, Kind::Data)
+            (run, CopyKind::Data)
         } else if whole.start() > run.start() {
-            (ByteRange::new(run.start(), whole.start()), Kind::Data)
+            (ByteRange::new(run.start(), whole.start()), CopyKind::Data)
         } else {
-            (whole, Kind::Below)
+            (whole, CopyKind::InBacking)
         }
     }
 
@@ -163,22 +172,22 @@ impl<'a> Worker<'a> {
         let buf = slice_mut(&mut self.buf, run, start)?;
         self.job.sources.read(buf, run.start())?;
         match self.zero_test {
-            Some(test) => test.split(buf, run.start(), &mut self.pieces),
-            None => push(&mut self.pieces, run, Kind::Data),
+            Some(test) => test.split(buf, run.start(), &mut self.runs),
+            None => push_run(&mut self.runs, run, CopyKind::Data),
         }
         Ok(())
     }
 
-    /// Makes the segment longer while what follows needs no reading: a disk of nothing takes no time.
+    /// Extends the segment while the runs after it need no read, so that an empty disk of any size takes no time.
     fn extend_over_zeroes(&mut self, end: u64) -> Result<u64> {
         if self.job.conversion.salvage {
-            // What is lost is told once by whoever takes it on.
+            // The worker that claims the next segment reports its unreadable sectors; this one must not as well.
             return Ok(end);
         }
         let mut end = end;
         let len = self.job.sources.len();
-        while let Some(last) = self.pieces.last().copied()
-            && last.kind != Kind::Data
+        while let Some(last) = self.runs.last().copied()
+            && last.kind != CopyKind::Data
             && end < len
         {
             let status = self.job.sources.status(ByteRange::new(end, len))?;
@@ -189,13 +198,13 @@ impl<'a> Worker<'a> {
             if longer == end {
                 break;
             }
-            push(&mut self.pieces, ByteRange::new(end, longer), last.kind);
+            push_run(&mut self.runs, ByteRange::new(end, longer), last.kind);
             end = longer;
         }
         Ok(end)
     }
 
-    /// Turns what the segment consists of into what has to be done.
+    /// Derives the actions of the segment from its runs.
     fn decide(&mut self, segment: ByteRange) -> Result<()> {
         let unit = if self.encoder.is_some() {
             self.target.layer().granularity()
@@ -204,34 +213,34 @@ impl<'a> Worker<'a> {
         };
         self.actions.clear();
         let all = self
-            .pieces
+            .runs
             .last()
             .map_or(segment, |last| ByteRange::new(segment.start(), last.range.end()));
-        if unit > 1 && self.hosts.is_empty() && (self.encoder.is_some() || !self.is_in_place(segment)?) {
-            round_to_units(&self.pieces, all, unit, &mut self.actions);
+        if unit > 1 && self.hosts.is_empty() && (self.encoder.is_some() || !self.has_storage(segment)?) {
+            round_to_units(&self.runs, all, unit, &mut self.actions);
         } else {
-            self.actions.extend_from_slice(&self.pieces);
+            self.actions.extend_from_slice(&self.runs);
         }
         let conversion = self.job.conversion;
         let disk = ByteRange::new(0, self.target.len());
-        let shows_below = match (conversion.target_is_zero, conversion.backing_len) {
+        let shows_backing = match (conversion.target_is_zero, conversion.backing_len) {
             (false, _) => disk.end(),
             (true, None) => 0,
             (true, Some(len)) => align_up(len, unit),
         };
         self.actions.retain_mut(|action| {
             action.range = action.range.intersect(disk);
-            if action.kind == Kind::Zero {
-                action.range = action.range.intersect(ByteRange::new(0, shows_below));
+            if action.kind == CopyKind::Zero {
+                action.range = action.range.intersect(ByteRange::new(0, shows_backing));
             }
-            action.kind != Kind::Below && !action.range.is_empty()
+            action.kind != CopyKind::InBacking && !action.range.is_empty()
         });
         Ok(())
     }
 
-    /// Whether the target has storage for the segment already: then only what is data is written, and the rest may
-    /// stay a hole of the file. Only the segment's start is looked at, where nobody else writes.
-    fn is_in_place(&self, segment: ByteRange) -> Result<bool> {
+    /// Whether the target has allocated storage for the segment already. Then only data is written, and the rest may
+    /// stay a hole of the file. Only the first byte of the segment is queried: no other worker writes there.
+    fn has_storage(&self, segment: ByteRange) -> Result<bool> {
         let start = segment.intersect(ByteRange::new(0, self.target.len()));
         if start.is_empty() {
             return Ok(false);
@@ -240,12 +249,12 @@ impl<'a> Worker<'a> {
         Ok(extent.depth == 0 && extent.host.is_some() && extent.kind != ExtentKind::Unallocated)
     }
 
-    /// Puts zeroes into the parts of data actions that were never read.
-    fn clear_stale(&mut self, start: u64) {
-        let mut stale = self.stale.iter().peekable();
-        for action in self.actions.iter().filter(|action| action.kind == Kind::Data) {
-            while stale.next_if(|run| run.end() <= action.range.start()).is_some() {}
-            let mut here = stale.clone();
+    /// Fills the unread ranges of data actions with zeroes.
+    fn zero_unread(&mut self, start: u64) {
+        let mut unread = self.unread.iter().peekable();
+        for action in self.actions.iter().filter(|action| action.kind == CopyKind::Data) {
+            while unread.next_if(|run| run.end() <= action.range.start()).is_some() {}
+            let mut here = unread.clone();
             while let Some(run) = here.next_if(|run| run.start() < action.range.end()) {
                 if let Ok(part) = slice_mut(&mut self.buf, run.intersect(action.range), start) {
                     part.fill(0);
@@ -254,21 +263,21 @@ impl<'a> Worker<'a> {
         }
     }
 
-    /// Writes where the guest says.
+    /// Writes at the guest offset: the target's layout does not depend on the order of writes.
     fn write_positional(&mut self, start: u64) -> Result<()> {
         for action in &self.actions {
-            if action.kind == Kind::Zero {
+            if action.kind == CopyKind::Zero {
                 write_zeroes(self.target, action.range)?;
                 continue;
             }
-            let place = self.target.begin_write(action.range);
-            let place = place.context(|| write_error(action.range))?;
-            finish(self.job, &self.hosts, &mut self.buf, start, place)?;
+            let write = self.target.begin_write(action.range);
+            let write = write.context(|| write_error(action.range))?;
+            finish_write(self.job, &self.hosts, &mut self.buf, start, write)?;
         }
         Ok(())
     }
 
-    /// Has places given out in the segment's turn, and writes when it is over.
+    /// Allocates clusters in the segment's turn, and writes the data after it.
     fn write_in_order(&mut self, segment: Segment) -> std::result::Result<(), End> {
         let cursor = &self.job.cursor;
         if self.actions.is_empty() {
@@ -277,33 +286,33 @@ impl<'a> Worker<'a> {
         let start = segment.range.start();
         let cluster = self.target.layer().granularity();
         let turn = cursor.wait(segment.number)?;
-        let mut places: Vec<PendingWrite<'_>> = Vec::new();
+        let mut pending: Vec<PendingWrite<'_>> = Vec::new();
         for action in &self.actions {
-            // Two plans for one cluster would wait for each other.
-            let shared = places.last().is_some_and(|last| {
+            // Two pending writes of one cluster would wait for each other.
+            let shared = pending.last().is_some_and(|last| {
                 align_up(last.range().end(), cluster) > align_down(action.range.start(), cluster)
             });
             if shared {
-                for place in places.drain(..) {
-                    finish(self.job, &self.hosts, &mut self.buf, start, place)?;
+                for write in pending.drain(..) {
+                    finish_write(self.job, &self.hosts, &mut self.buf, start, write)?;
                 }
             }
             match action.kind {
-                Kind::Data => {
-                    let place = self.target.begin_write(action.range);
-                    places.push(place.context(|| write_error(action.range))?);
+                CopyKind::Data => {
+                    let write = self.target.begin_write(action.range);
+                    pending.push(write.context(|| write_error(action.range))?);
                 }
                 _ => write_zeroes(self.target, action.range)?,
             }
         }
         drop(turn);
-        for place in places {
-            finish(self.job, &self.hosts, &mut self.buf, start, place)?;
+        for write in pending {
+            finish_write(self.job, &self.hosts, &mut self.buf, start, write)?;
         }
         Ok(())
     }
 
-    /// Encodes the clusters of data actions.
+    /// Encodes (compresses) the clusters of data actions.
     fn encode(&mut self, segment: ByteRange) -> Result<()> {
         let Some(encoder) = &mut self.encoder else {
             return Ok(());
@@ -312,15 +321,15 @@ impl<'a> Worker<'a> {
         self.steps.clear();
         self.encoded.clear();
         for action in &self.actions {
-            if action.kind == Kind::Zero {
-                self.steps.push(Step::Zero(action.range));
+            if action.kind == CopyKind::Zero {
+                self.steps.push(ClusterWrite::Zero(action.range));
                 continue;
             }
             let mut rest = action.range;
             while !rest.is_empty() {
                 let part = rest.first(cluster - rest.start() % cluster);
                 rest = rest.skip(part.len());
-                // The last cluster of the disk is encoded whole as well.
+                // The last cluster of the disk is encoded whole as well, padded with zeroes.
                 let whole = ByteRange::at(part.start(), cluster);
                 slice_mut(
                     &mut self.buf,
@@ -335,20 +344,20 @@ impl<'a> Worker<'a> {
                 {
                     let from = self.encoded.len();
                     self.encoded.extend_from_slice(&self.cluster);
-                    self.steps.push(Step::Encoded {
+                    self.steps.push(ClusterWrite::Encoded {
                         offset: part.start(),
                         bytes: from..self.encoded.len(),
                     });
                 } else {
-                    self.steps.push(Step::Plain(part));
+                    self.steps.push(ClusterWrite::Plain(part));
                 }
             }
         }
         Ok(())
     }
 
-    /// Stores encoded clusters in the segment's turn.
-    fn put_encoded(&mut self, segment: Segment) -> std::result::Result<(), End> {
+    /// Writes encoded clusters in the segment's turn.
+    fn write_encoded_in_order(&mut self, segment: Segment) -> std::result::Result<(), End> {
         let cursor = &self.job.cursor;
         if self.steps.is_empty() {
             return Ok(cursor.pass(segment.number)?);
@@ -356,14 +365,14 @@ impl<'a> Worker<'a> {
         let _turn = cursor.wait(segment.number)?;
         for step in &self.steps {
             match step {
-                Step::Zero(range) => write_zeroes(self.target, *range)?,
-                Step::Plain(range) => {
+                ClusterWrite::Zero(range) => write_zeroes(self.target, *range)?,
+                ClusterWrite::Plain(range) => {
                     let bytes = slice_mut(&mut self.buf, *range, segment.range.start())?;
                     self.target
                         .write_at(bytes, range.start())
                         .context(|| write_error(*range))?;
                 }
-                Step::Encoded { offset, bytes } => {
+                ClusterWrite::Encoded { offset, bytes } => {
                     let bytes = self.encoded.get(bytes.clone()).unwrap_or_default();
                     self.target
                         .write_encoded(*offset, bytes)
@@ -375,23 +384,29 @@ impl<'a> Worker<'a> {
     }
 }
 
-/// Writes the bytes of `place` from `buf`, whose first byte is the one at `start`, or has the storage copy them.
-fn finish(job: &Job<'_>, hosts: &[Host], buf: &mut [u8], start: u64, place: PendingWrite<'_>) -> Result<()> {
+/// Finishes `write` with its bytes from `buf`, whose first byte is at guest offset `start`, or lets the storage copy them.
+fn finish_write(
+    job: &CopyJob<'_>,
+    hosts: &[HostRun],
+    buf: &mut [u8],
+    start: u64,
+    write: PendingWrite<'_>,
+) -> Result<()> {
     let _writing = job
         .writing
         .as_ref()
         .map(|one| one.lock().unwrap_or_else(PoisonError::into_inner));
-    let range = place.range();
+    let range = write.range();
     let index = hosts.partition_point(|host| host.range.end() <= range.start());
     let host = hosts
         .get(index)
         .filter(|host| host.range.start() <= range.start());
     let Some(host) = host else {
-        return place
+        return write
             .finish(slice_mut(buf, range, start)?)
             .context(|| write_error(range));
     };
-    place
+    write
         .finish_with(|device, offset, guest| {
             let from = ByteRange::at(host.offset + (guest.start() - host.range.start()), guest.len());
             if job.offload.load(Ordering::Relaxed) {
@@ -418,7 +433,7 @@ fn write_error(range: ByteRange) -> String {
     format!("error while writing at byte {}", range.start())
 }
 
-/// The bytes of `range` in a buffer whose first byte is the one at `start`.
+/// The bytes of `range` in a buffer whose first byte is at guest offset `start`.
 fn slice_mut(buf: &mut [u8], range: ByteRange, start: u64) -> Result<&mut [u8]> {
     let from = range
         .start()
@@ -430,7 +445,7 @@ fn slice_mut(buf: &mut [u8], range: ByteRange, start: u64) -> Result<&mut [u8]> 
         .ok_or_else(|| Error::invalid("Request larger than its buffer"))
 }
 
-/// Keeps the other workers from waiting for a turn that never comes.
+/// Stops the other workers when this one panics: they would wait for its turn forever.
 struct StopOnPanic<'a>(&'a Cursor<Error>);
 
 impl Drop for StopOnPanic<'_> {
