@@ -1,4 +1,10 @@
-//! Making new images.
+//! Creates new images.
+//!
+//! ```text
+//!   Creation ── prepare: options parsed, backing image opened, nothing written ──▶ Prepared
+//!   Prepared ── create:  file emptied or created, lock, format written         ──▶ image
+//!                        on failure: the file and its parts are removed
+//! ```
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -19,7 +25,7 @@ use crate::gate::FileGate;
 use crate::graph::full_backing_name;
 use crate::open::{OpenOptions, open_bare};
 
-/// What a new image is to be like.
+/// The name, the format and the options of a new image.
 #[must_use = "nothing is made before `create`"]
 #[derive(Clone)]
 pub struct Creation {
@@ -56,44 +62,44 @@ impl Creation {
         }
     }
 
-    /// The disk's size in bytes. Without one the image is as large as the one below.
+    /// The size of the disk in bytes; the default is the size of the backing image.
     pub fn size(mut self, size: u64) -> Self {
         self.size = Some(size);
         self
     }
 
-    /// The disk's size in bytes, whatever the options say.
+    /// The size of the disk in bytes; takes precedence over a `size` in the options.
     pub fn exact_size(mut self, size: u64) -> Self {
         self.exact_size = Some(size);
         self
     }
 
-    /// Options of the format and of the file below it, `name=value` with commas between.
+    /// Options of the format and of its file, `name=value` separated by commas.
     pub fn options(mut self, list: impl Into<String>) -> Self {
         self.options.push(list.into());
         self
     }
 
-    /// The image that the new one is based on.
+    /// The name of the backing image.
     pub fn backing_file(mut self, name: impl Into<String>) -> Self {
         self.backing_file = Some(name.into());
         self
     }
 
-    /// The format of that image.
+    /// The format of the backing image.
     pub fn backing_format(mut self, format: impl Into<String>) -> Self {
         self.backing_format = Some(format.into());
         self
     }
 
-    /// Whether to believe what is said about the image below and not to open it.
+    /// Whether to store the backing file name and format without opening the backing image.
     pub fn trust_backing(mut self, trust: bool) -> Self {
         self.trust_backing = trust;
         self
     }
 
-    /// Images that are still needed once the new one is made, to be copied into it for one: no file that they or those below
-    /// them are in is made anew.
+    /// Images that are read after the new one has been created, such as the sources of a conversion: their files and
+    /// those of their backing images are not overwritten.
     pub fn apart_from(mut self, images: &[Arc<Image>]) -> Self {
         for image in images {
             self.needed.extend(files_of_chain(image, usize::MAX));
@@ -101,29 +107,28 @@ impl Creation {
         self
     }
 
-    /// How the new image reaches the disk.
+    /// The cache mode of the new file.
     pub fn cache(mut self, cache: CacheMode) -> Self {
         self.cache = cache;
         self
     }
 
-    /// What the options refer to by name: secrets and the like.
+    /// The objects (secrets and the like) that the options refer to by name.
     pub fn objects(mut self, objects: Arc<Objects>) -> Self {
         self.objects = objects;
         self
     }
 
-    /// Who opens the files that images refer to; [`FileGate`] if nobody is named.
+    /// The gate that opens the files that images refer to; the default is [`FileGate`].
     pub fn gate(mut self, gate: Arc<dyn Gate>) -> Self {
         self.gate = Some(gate);
         self
     }
 
-    /// Checks all that can be checked before anything is made.
+    /// Checks everything that can be checked before a file is written.
     ///
     /// # Errors
-    /// Formats, protocols and options that there are none of or that do not go together, and an image below that cannot
-    /// be opened.
+    /// A format, protocol or option is unknown, options contradict each other, or the backing image cannot be opened.
     pub fn prepare(self) -> Result<Prepared> {
         let format = format_of_new(&self.format)?;
         if existing_only(&self.name).is_none() {
@@ -177,7 +182,7 @@ impl Creation {
         Ok(options)
     }
 
-    /// The files that must not be made anew.
+    /// The files that must not be overwritten.
     fn needed_files(&self, options: &Options) -> Result<HashSet<Identity>> {
         let mut needed = self.needed.clone();
         if let Some(backing) = options.text("backing_file") {
@@ -193,7 +198,7 @@ impl Creation {
         Ok(needed)
     }
 
-    /// The size that was asked for or that the image below has.
+    /// The size that was given, or else that of the backing image.
     fn size_with(&self, options: &Options) -> Result<u64> {
         let given = options.is_given("size").then(|| options.size("size")).flatten();
         let asked = match (given, self.size) {
@@ -209,7 +214,7 @@ impl Creation {
             .ok_or_else(|| Error::invalid("Image creation needs a size parameter"))
     }
 
-    /// Opens the image below, if it is to be opened; its size.
+    /// Opens the backing image unless it is trusted, and returns its size.
     fn check_backing(&self, backing: &str, format: Option<&str>) -> Result<Option<u64>> {
         if backing.is_empty() {
             return Err(Error::invalid("Expected backing file name, got empty string"));
@@ -246,16 +251,16 @@ impl Creation {
     }
 }
 
-/// A new image about which nothing is wrong so far. Nothing is made before [`Prepared::create`].
+/// A new image whose options have been checked. No file is written before [`Prepared::create`].
 #[must_use = "nothing is made before `create`"]
 pub struct Prepared {
     name: String,
     format: &'static dyn Format,
-    /// The protocol that was named instead of a format.
+    /// The protocol that was given as the format.
     protocol: Option<&'static dyn Protocol>,
     size: u64,
     options: Options,
-    /// The files that must not be made anew.
+    /// The files that must not be overwritten.
     needed: HashSet<Identity>,
     cache: CacheMode,
     objects: Arc<Objects>,
@@ -263,7 +268,7 @@ pub struct Prepared {
 }
 
 impl Prepared {
-    /// The disk's size in bytes.
+    /// The size of the disk in bytes.
     pub fn size(&self) -> u64 {
         self.size
     }
@@ -291,14 +296,15 @@ impl Prepared {
         format!("fmt={name} {}", self.options.summary())
     }
 
-    /// Makes the image. What was in the file before is lost, and a file that did not become an image is removed.
+    /// Creates the image. An existing file is emptied first. On failure the file is removed, also one that existed
+    /// before, as by `qemu-img`.
     ///
     /// # Errors
-    /// Options that the format refuses, and everything that can fail on the way.
+    /// The format refuses an option, a file is needed by another image or in use, or a request fails.
     pub fn create(&self) -> Result<()> {
         let creation = FileCreation::from_options(&self.options)?;
         self.check_preallocation()?;
-        // What is wrong with the options is found before the file is emptied.
+        // Errors in the options are found before the file is emptied.
         let name = target_of(&self.name)
             .ok()
             .and_then(|mut node| node.take_text("filename"));
@@ -307,7 +313,7 @@ impl Prepared {
         let place = self.place(&creation, &parts)?;
         let outcome = self.fill(&place.device, &creation);
         if outcome.is_err() && place.is_new && !self.format.keeps_failed_file() {
-            // The failure that led here is the one to report.
+            // An error of the removal is not reported: the creation's is.
             let _ = name::remove(&name::to_path(&place.device.name()));
             for part in self.parts(&place.device).unwrap_or_default() {
                 let _ = name::remove(&name::to_path(&Target::plain(&part).path));
@@ -316,11 +322,11 @@ impl Prepared {
         outcome
     }
 
-    /// Refuses to make a file anew that is needed, or two that are one.
+    /// Refuses to overwrite a file that is needed, and two files of the new image that are the same.
     fn require_apart(&self, name: &str, parts: &[String]) -> Result<()> {
         let mut places = vec![Location::at(name)];
         if places.iter().any(|place| place.is_among(&self.needed)) {
-            // Where somebody holds it, that is the reason.
+            // As in qemu-img, a lock of another process is the error to report.
             File::require_unlocked(&Target::plain(name), self.cache)?;
             return Err(is_needed(name));
         }
@@ -339,7 +345,7 @@ impl Prepared {
         Ok(())
     }
 
-    /// Makes the file, or opens what is there, that the image goes into.
+    /// Creates the file of the new image, or opens the existing one of a protocol that cannot create files.
     fn place(&self, creation: &FileCreation, parts: &[String]) -> Result<Place> {
         let no_making = |error: Error, driver: &str| {
             error.context(format!(
@@ -355,7 +361,7 @@ impl Prepared {
             (Some(protocol), _) => {
                 protocol.ok_or_else(|| no_creation(node.text("driver").unwrap_or_default()))?
             }
-            // A path is none of its names, which says what is wrong; a protocol without names of its own takes paths.
+            // A protocol with a prefix refuses a path, and its error says so. A protocol without a prefix takes paths.
             (None, Some(protocol)) => {
                 node = protocol
                     .parse(&self.name)
@@ -392,7 +398,7 @@ impl Prepared {
         })
     }
 
-    /// Where the format leaves preallocation to the file, a mode that is none is found before the file is emptied.
+    /// If the format leaves preallocation to the file, checks that the mode exists before the file is emptied.
     fn check_preallocation(&self) -> Result<()> {
         let own = |format: &dyn Format| {
             format
@@ -408,7 +414,7 @@ impl Prepared {
         }
     }
 
-    /// The other files of the image.
+    /// The names of the further files of the image.
     fn parts(&self, file: &Arc<dyn Device>) -> Result<Vec<String>> {
         self.format.new_parts(&file.name(), self.size, &self.options)
     }
@@ -433,7 +439,7 @@ impl Prepared {
         })
     }
 
-    /// What names the contents of the image below, if the format wants to know.
+    /// The content ID of the backing image, if the format records it.
     fn backing_cid(&self, file: &Arc<dyn Device>) -> Result<Option<u32>> {
         let Some(backing) = self.options.text("backing_file") else {
             return Ok(None);
@@ -456,11 +462,10 @@ fn is_needed(name: &str) -> Error {
     ))
 }
 
-/// The format of new images for which `name` stands: a format's own name, or that of a protocol, which then has the image
-/// as it is, raw.
+/// The format of a new image that is given as `name`: the name of a format, or of a protocol, whose images are raw.
 ///
 /// # Errors
-/// It names what images cannot be made with, or nothing at all ([`ErrorKind::NotFound`]).
+/// The format or protocol cannot create images, or `name` is unknown ([`ErrorKind::NotFound`]).
 pub fn format_of_new(name: &str) -> Result<&'static dyn Format> {
     let unknown = || Error::new(ErrorKind::NotFound, format!("Unknown file format '{name}'"));
     if let Some(format) = format_by_name(name) {
@@ -475,14 +480,14 @@ pub fn format_of_new(name: &str) -> Result<&'static dyn Format> {
     }
 }
 
-/// Where a new image goes.
+/// The device of a new image.
 struct Place {
     device: Arc<dyn Device>,
-    /// Whether it is a file that would not be there otherwise.
+    /// Whether it is a file that has been created or emptied for the image, and that is removed on failure.
     is_new: bool,
 }
 
-/// The options that the name of a new image stands for. That there is none without a name is for the system to say.
+/// The node options of the file of a new image. An empty name is passed on, so that the error is that of open(2).
 fn target_of(name: &str) -> Result<NodeOptions> {
     let node = match name {
         "" | "file:" => {
@@ -500,7 +505,7 @@ fn target_of(name: &str) -> Result<NodeOptions> {
     }
 }
 
-/// The protocol of `name`, if new images only go into what is there by that name.
+/// The protocol of `name`, if it cannot create files and a new image needs an existing one.
 fn existing_only(name: &str) -> Option<&'static dyn Protocol> {
     protocol_of_name(name).filter(|protocol| protocol.can_hold_image() && !protocol.can_create())
 }

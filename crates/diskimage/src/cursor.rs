@@ -1,48 +1,57 @@
-//! Who does what, and in which order.
+//! Hands out the segments of a disk to workers, and lets them take turns in guest order.
+//!
+//! ```text
+//!   claim    [ 0 ][ 1 ][ 2 ][ 3 ]│ position          any worker, at any time
+//!   turn            ▲ 1                              wait(1) returns; wait(2) blocks until the turn is passed on
+//!   passed                 {2}                       needs no turn: skipped when 1 passes its turn on
+//! ```
 
 use std::collections::BTreeSet;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 use diskimage_core::{ByteRange, Error};
 
-/// Hands out segments, and turns in the order of the segments. `F` is what a worker can fail with.
+/// The segments of a disk and the turns of those that are claimed. `F` is the failure of a worker.
+///
+/// One lock guards the state. It is held for a few instructions and never across I/O.
 #[derive(Debug)]
 pub(crate) struct Cursor<F> {
     len: u64,
     segment: u64,
-    state: Mutex<State<F>>,
-    moved: Condvar,
+    state: Mutex<CursorState<F>>,
+    /// Signalled when the turn is passed on and when a segment has failed.
+    turn_or_failure: Condvar,
 }
 
 #[derive(Debug)]
-struct State<F> {
-    /// Where the next segment starts.
+struct CursorState<F> {
+    /// The guest offset of the next segment.
     position: u64,
     /// The number of the next segment.
     next: u64,
     /// The segment whose turn it is.
     turn: u64,
-    /// Later segments that need no turn.
+    /// Segments after the turn that need none.
     passed: BTreeSet<u64>,
-    /// The first segment in guest order that failed, and why.
+    /// The first segment in guest order that failed, with its failure.
     failure: Option<(u64, F)>,
 }
 
-/// How many segments may have passed before their turn came; what bounds the memory for them.
+/// The number of segments that may pass before their turn; bounds the memory for `passed`.
 const MAX_PASSED: usize = 1024;
 
-/// A segment to work on.
+/// A claimed segment.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Segment {
     pub(crate) number: u64,
     pub(crate) range: ByteRange,
 }
 
-/// What a worker ends with when another has failed.
+/// The worker stops since an earlier segment has failed.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Stopped;
 
-/// Why a worker ends early.
+/// The reason why a worker ends before all segments are claimed.
 #[derive(Debug)]
 pub(crate) enum End {
     Failed(Error),
@@ -62,27 +71,27 @@ impl From<Stopped> for End {
 }
 
 impl<F> Cursor<F> {
-    /// Hands out `len` bytes in segments of `segment`.
+    /// A cursor over `len` bytes in segments of `segment` bytes.
     pub(crate) fn new(len: u64, segment: u64) -> Self {
         Self {
             len,
             segment,
-            state: Mutex::new(State {
+            state: Mutex::new(CursorState {
                 position: 0,
                 next: 0,
                 turn: 0,
                 passed: BTreeSet::new(),
                 failure: None,
             }),
-            moved: Condvar::new(),
+            turn_or_failure: Condvar::new(),
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, State<F>> {
+    fn lock(&self) -> MutexGuard<'_, CursorState<F>> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The next segment, if there is one and nothing has failed.
+    /// Claims the next segment. `None` if all are claimed or one has failed.
     pub(crate) fn claim(&self) -> Option<Segment> {
         let mut state = self.lock();
         if state.failure.is_some() || state.position >= self.len {
@@ -95,8 +104,8 @@ impl<F> Cursor<F> {
         Some(Segment { number, range })
     }
 
-    /// Makes a segment that ends at `from` longer by whole segments, up to `to` at most, if nobody took what follows.
-    /// Where it ends now.
+    /// Extends a segment that ends at `from` by whole segments, up to `to` at most, unless the next one is claimed
+    /// already. Returns its new end.
     pub(crate) fn extend(&self, from: u64, to: u64) -> u64 {
         let mut state = self.lock();
         let to = if to >= self.len {
@@ -111,7 +120,7 @@ impl<F> Cursor<F> {
         to
     }
 
-    /// Waits until all segments before `number` are through.
+    /// Waits for the turn of segment `number`.
     pub(crate) fn wait(&self, number: u64) -> Result<Turn<'_, F>, Stopped> {
         let mut state = self.lock();
         loop {
@@ -121,11 +130,14 @@ impl<F> Cursor<F> {
             if state.turn == number {
                 return Ok(Turn { cursor: self, number });
             }
-            state = self.moved.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state = self
+                .turn_or_failure
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
         }
     }
 
-    /// Says that segment `number` needs no turn.
+    /// Gives up the turn of segment `number`, which does not allocate.
     pub(crate) fn pass(&self, number: u64) -> Result<(), Stopped> {
         let mut state = self.lock();
         if state.turn != number && state.passed.len() < MAX_PASSED {
@@ -146,18 +158,18 @@ impl<F> Cursor<F> {
             }
         }
         drop(state);
-        self.moved.notify_all();
+        self.turn_or_failure.notify_all();
     }
 
-    /// Ends the work: no more segments, and no turn for any after `number`. Those before go on, so that the failure
-    /// that is reported in the end is the first in guest order.
+    /// Records the failure of segment `number`: no segment is claimed any more, and no segment after `number` gets a
+    /// turn. Earlier segments go on, so that the failure that [`Cursor::finish`] returns is the first in guest order.
     pub(crate) fn fail(&self, number: u64, failure: F) {
         let mut state = self.lock();
         if state.failure.as_ref().is_none_or(|(failed, _)| number < *failed) {
             state.failure = Some((number, failure));
         }
         drop(state);
-        self.moved.notify_all();
+        self.turn_or_failure.notify_all();
     }
 
     /// The first failure in guest order, once all workers are done.
@@ -166,7 +178,7 @@ impl<F> Cursor<F> {
     }
 }
 
-/// The time in which a segment's places are given out; the next one's begins when it is dropped.
+/// The turn of a segment, in which it allocates clusters. A drop passes the turn on to the next segment.
 #[derive(Debug)]
 #[must_use]
 pub(crate) struct Turn<'a, F> {
@@ -196,7 +208,7 @@ mod tests {
     }
 
     #[test]
-    fn only_the_worker_before_a_gap_extends_over_it() {
+    fn only_the_worker_of_the_last_segment_extends_it() {
         let cursor = Cursor::<&str>::new(105, 10);
         assert_eq!(cursor.claim().map(|s| s.range), Some(ByteRange::new(0, 10)));
         assert_eq!(cursor.extend(10, 39), 30);
@@ -207,7 +219,7 @@ mod tests {
     }
 
     #[test]
-    fn the_first_failure_in_guest_order_wins() {
+    fn the_first_failure_in_guest_order_is_reported() {
         let cursor = Cursor::<&str>::new(100, 10);
         cursor.fail(5, "five");
         cursor.fail(3, "three");

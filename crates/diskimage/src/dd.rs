@@ -1,4 +1,9 @@
-//! Copying a part of a disk that is counted in blocks.
+//! Copies a part of a disk that is counted in blocks, as `dd` does.
+//!
+//! ```text
+//!   source   [skip][skip][    ][    ][    ]│ count          the part is what `count` leaves after `skip`
+//!   target   [    ][    ][    ]
+//! ```
 
 use std::sync::Arc;
 
@@ -7,20 +12,20 @@ use diskimage_formats::window_layer;
 
 use crate::convert::Conversion;
 
-/// Which part of a disk is copied, as `dd` counts it.
+/// A part of a disk, counted in blocks as by `dd`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Blocks {
-    /// Bytes of a block.
+    /// The length of a block in bytes.
     pub size: u64,
-    /// How many blocks from the start of the disk are looked at, those skipped included; all if not given.
+    /// The number of blocks from the start of the disk, those skipped included; all blocks if not given.
     pub count: Option<u64>,
-    /// How many of them are left out at the start.
+    /// The number of blocks to skip at the start of the disk.
     pub skip: u64,
 }
 
 impl Blocks {
-    /// Where the part of a disk of `len` bytes starts, and how long it is; `None` if it would start behind
-    /// the disk's end, or the last block's.
+    /// The guest offset and the length of the part in a disk of `len` bytes; `None` if the part would start beyond the
+    /// end of the disk or of the last block.
     pub fn of(self, len: u64) -> Option<(u64, u64)> {
         let end = self
             .count
@@ -33,11 +38,11 @@ impl Blocks {
     }
 }
 
-/// Copies `len` bytes from `start` of `source` on to the start of `target`, zeroes as data. Blocks are only a way to count:
-/// bytes move in large pieces.
+/// Copies `len` bytes at `start` of `source` to the start of `target`, zeroes as data. The size of requests does not
+/// depend on the size of blocks.
 ///
 /// # Errors
-/// A target that is too small, and the first failure to read or write.
+/// The target is too small, or a request fails: the first failure in guest order.
 pub fn dd(source: &Arc<Image>, (start, len): (u64, u64), target: &Image) -> Result<()> {
     let device: Arc<dyn Device> = Arc::<Image>::clone(source);
     let part = Image::new(window_layer(device, start, len), None, source.name(), false);
@@ -68,7 +73,7 @@ mod tests {
     }
 
     #[test]
-    fn the_part_is_copied_whatever_the_blocks() {
+    fn a_part_that_is_not_aligned_is_copied() {
         let bytes: Vec<u8> = (0..100_000u32).map(|i| (i % 251) as u8).collect();
         let source = raw(bytes.clone());
         for (start, len) in [(0, 100_000), (7, 5000), (99_999, 1), (500, 0)] {

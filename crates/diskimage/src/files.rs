@@ -1,5 +1,5 @@
-//! Which files images are in, whatever they are called: the same one must not be read and made anew, and no image may end
-//! up below itself.
+//! The files of images by identity (device and inode), whatever their names are: a file must not be source and new
+//! target at once, and a chain must not contain an image twice.
 
 use std::collections::HashSet;
 use std::path::PathBuf;
@@ -12,10 +12,10 @@ use diskimage_protocols::{Target, identity_of_path, protocol_by_name};
 use crate::graph::{full_backing_name, node_of_name};
 use crate::open::{OpenOptions, open_node};
 
-/// What makes a file the same as another.
+/// The device and inode numbers of a file.
 pub(crate) type Identity = (u64, u64);
 
-/// The files that the topmost `layers` images of a chain are in.
+/// The files of the topmost `layers` images of a chain.
 pub(crate) fn files_of_chain(image: &Image, layers: usize) -> HashSet<Identity> {
     let mut files = HashSet::new();
     let chain = std::iter::successors(Some(image), |image| image.backing().map(|below| &**below));
@@ -25,12 +25,12 @@ pub(crate) fn files_of_chain(image: &Image, layers: usize) -> HashSet<Identity> 
     files
 }
 
-/// The files that an image is in, without those below it.
+/// The files of an image without those of its backing images.
 pub(crate) fn files_of(image: &Image) -> HashSet<Identity> {
     files_of_chain(image, 1)
 }
 
-/// Whether two images are in the same file, those below them left aside.
+/// Whether two images have a file in common, without those of their backing images.
 pub fn share_a_file(one: &Image, other: &Image) -> bool {
     !files_of(one).is_disjoint(&files_of(other))
 }
@@ -48,7 +48,7 @@ fn add_image(image: &Image, files: &mut HashSet<Identity>) {
 
 fn add_device(device: &Arc<dyn Device>, files: &mut HashSet<Identity>) {
     if let Some(image) = device.as_image() {
-        // All of its chain shows in it.
+        // A device that is an image reads from all files of its chain.
         files.extend(files_of_chain(image, usize::MAX));
         return;
     }
@@ -58,7 +58,7 @@ fn add_device(device: &Arc<dyn Device>, files: &mut HashSet<Identity>) {
     }
 }
 
-/// A file, or where one would be.
+/// An existing file, or the path of a missing one.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Location {
     File(Identity),
@@ -66,7 +66,7 @@ pub(crate) enum Location {
 }
 
 impl Location {
-    /// What is at `path`, which is no protocol's name.
+    /// The file at `path`, which has no protocol prefix.
     pub(crate) fn at(path: &str) -> Self {
         let path = Target::plain(path).path;
         if let Some(identity) = identity_of_path(&path) {
@@ -91,22 +91,23 @@ impl Location {
     }
 }
 
-/// The file of an image called `name`, if that is a file's name.
+/// The identity of the file called `name`, if `name` is that of an existing file.
 fn file_named(name: &str) -> Option<Identity> {
     let target = Target::parse(name).ok()?;
     identity_of_path(&target.path)
 }
 
-/// The image that others are to be below.
+/// The overlay that a backing chain must not contain.
 pub(crate) enum Above {
-    /// One that is there, in these files.
+    /// An existing image with these files.
     Files(HashSet<Identity>),
-    /// One that is to be made there.
+    /// A new image that will be created at this location.
     New(Location),
 }
 
 impl Above {
-    /// Whether the image called `name`, which is in `files`, is the one. A file that is to be made anew is another matter.
+    /// Whether the image called `name` with these `files` is the overlay. A new image over an existing file is not:
+    /// that file must not be overwritten, which is checked elsewhere.
     fn is_met(&self, files: &HashSet<Identity>, name: &str) -> bool {
         match self {
             Self::Files(own) => !own.is_disjoint(files),
@@ -118,17 +119,17 @@ impl Above {
     }
 }
 
-/// How names in images are followed.
+/// Follows the backing file names of images.
 pub(crate) struct Follow<'a> {
     pub(crate) objects: &'a Arc<Objects>,
     pub(crate) gate: Option<&'a Arc<dyn Gate>>,
 }
 
 impl Follow<'_> {
-    /// The files of the image called `name` and of those below it, as far as they are on this machine and can be opened.
+    /// The files of the image called `name` and of its backing chain, as far as they are local and can be opened.
     ///
     /// # Errors
-    /// A chain that leads to an image which it has already, or to `above`.
+    /// The chain contains an image twice, or `above`.
     pub(crate) fn files_below(
         &self,
         name: &str,
@@ -160,7 +161,7 @@ impl Follow<'_> {
         Ok(files)
     }
 
-    /// The image called `name` alone.
+    /// Opens the image called `name` without its backing image; `None` if it is not local or cannot be opened.
     fn open(&self, name: &str, format: Option<&str>) -> Option<Arc<Image>> {
         let node = node_of_name(name, format).ok().filter(is_local)?;
         let mut options = OpenOptions::new()
@@ -175,10 +176,10 @@ impl Follow<'_> {
     }
 }
 
-/// As many images as a chain may have that can be opened.
+/// The largest number of images in a chain; the same limit as that for opening a chain.
 const MAX_STEPS: usize = 200;
 
-/// Whether nobody on the network is asked.
+/// Whether opening the node needs no network.
 fn is_local(node: &NodeOptions) -> bool {
     node.iter().all(|(name, value)| match value {
         Value::Text(driver) if name == "driver" || name.ends_with(".driver") => {
@@ -188,5 +189,5 @@ fn is_local(node: &NodeOptions) -> bool {
     })
 }
 
-/// The protocols of this machine.
+/// The protocols that need no network.
 const LOCAL: &[&str] = &["file", "host_device", "host_cdrom"];

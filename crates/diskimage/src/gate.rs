@@ -1,4 +1,4 @@
-//! The gate of programs that bring none of their own.
+//! [`FileGate`], the default gate: it opens the files that images refer to.
 
 use std::sync::Arc;
 
@@ -9,21 +9,20 @@ use diskimage_protocols::{CacheMode, LocalFileDriver, Protocol, ProtocolRequest,
 
 use crate::graph::require_all_taken;
 
-/// Opens whatever images refer to: backing files by any protocol, data files only by path, which is all that images can
-/// ask for.
+/// Opens backing files by any protocol, and data files only by path: the formats define no more for data files.
 #[derive(Clone, Debug, Default)]
 pub struct FileGate {
-    /// How writes to data files reach the disk.
+    /// The cache mode of the opened files.
     pub cache: CacheMode,
-    /// Take no locks that others could mind.
+    /// Whether to share the files with all other users, writers included.
     pub force_share: bool,
-    /// Let nobody write to data files meanwhile.
+    /// Whether to lock data files that are only read against writers.
     pub exclusive: bool,
-    /// What options refer to by name.
+    /// The objects (secrets and the like) that options refer to by name.
     pub objects: Arc<Objects>,
-    /// The memory that what is found in directories may claim.
+    /// The memory that the entries of directories (vvfat) may claim.
     pub budget: Budget,
-    /// What time it is where the user is.
+    /// The user's time zone, for the dates of files in directories (vvfat).
     pub local_time: LocalTime,
 }
 
@@ -31,7 +30,7 @@ impl Gate for FileGate {
     fn open(&self, reference: &Reference<'_>) -> Result<Arc<dyn Device>> {
         let mut options = reference.options.clone();
         if reference.role == Role::Data {
-            // Never a protocol and its argument, whatever it looks like.
+            // A data file is a path, even if it begins like the name of a protocol.
             let path = options.take_text("filename").unwrap_or_default();
             options.set("filename", Target::plain(&path).path);
         }

@@ -1,7 +1,15 @@
-//! Raw images that were only guessed to be raw.
+//! Raw images whose format was probed.
 //!
-//! A guest that writes another format's header into the first block of its raw disk would have that disk taken for such
-//! an image the next time, with a backing file of the guest's choice. So writes that would change the guess are refused.
+//! A guest could write the header of another format into the first block of its raw disk. The next probe would then
+//! open the disk in that format, with a backing file of the guest's choice. So writes that would change the guess are
+//! refused:
+//!
+//! ```text
+//!   offset 0                HEAD
+//!   [ bytes that are probed ][ everything else ]
+//!     write: probe the new bytes      write: passed on
+//!     first, refuse unless raw
+//! ```
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -9,12 +17,12 @@ use diskimage_core::{ByteRange, Device, Error, FilterDevice, Note, Result};
 
 use crate::probe::{HEAD, guess, head};
 
-/// A device whose first bytes stay those of a raw image.
+/// A device that refuses writes after which its first bytes would not be probed as raw.
 #[derive(Debug)]
 pub(crate) struct GuessedRaw {
     device: Arc<dyn Device>,
     name: String,
-    /// Held from the look at the head to the end of the write, so that two writes cannot make a header together.
+    /// Held from the read of the first bytes to the end of the write, so that two writes cannot make a header together.
     head: Mutex<()>,
 }
 
@@ -27,7 +35,7 @@ impl GuessedRaw {
         }
     }
 
-    /// What is printed when such an image is opened for writing.
+    /// The warning of `qemu-img` when such an image is opened for writing.
     pub(crate) fn warning(name: &str) -> Note {
         Note::Line(format!(
             "WARNING: Image format was not specified for '{name}' and probing guessed raw.\n         \
@@ -47,7 +55,7 @@ impl FilterDevice for GuessedRaw {
         let Some(start) = usize::try_from(offset).ok().filter(|start| *start < HEAD) else {
             return self.device.write_at(buf, offset);
         };
-        let _alone = self.head.lock().unwrap_or_else(PoisonError::into_inner);
+        let _guard = self.head.lock().unwrap_or_else(PoisonError::into_inner);
         let mut bytes = head(&*self.device)?;
         let end = start.saturating_add(buf.len()).min(HEAD);
         bytes.resize(bytes.len().max(end), 0);
@@ -60,10 +68,10 @@ impl FilterDevice for GuessedRaw {
     }
 
     fn copy_to(&self, range: ByteRange, target: &dyn Device, target_offset: u64) -> Result<bool> {
-        // Out of it; copies into it would not be looked at.
+        // Copies out of this device only: a copy into it would not be probed, so it does not offer its file for that.
         self.device.copy_to(range, target, target_offset)
     }
 }
 
-/// `Operation not permitted`, the original's answer.
+/// `Operation not permitted`, the error of `qemu-img`.
 const EPERM: i32 = 1;

@@ -1,8 +1,7 @@
 //! Open, create, convert, examine and repair virtual machine disk images.
 //!
-//! [`open`] opens an image with its backing chain and gives an [`Image`], a [`Device`] whose bytes are what the guest
-//! sees. [`Creation`] makes a new one. Everything else that a program needs is here as well; nothing in this library
-//! prints, reads the environment or ends the process.
+//! [`open`] opens an image with its backing chain and returns an [`Image`], a [`Device`] whose bytes are the guest
+//! data. [`Creation`] creates a new image. Nothing in this library prints, reads the environment or ends the process.
 //!
 //! ```
 //! use diskimage::{Creation, Device, OpenOptions, name, open};
@@ -23,12 +22,12 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! Names of files are text that holds any bytes: [`name`] makes it of paths, and bytes of the messages that have such names
-//! in them.
+//! Names of files are text that holds any bytes: [`name`] makes it from paths, and makes bytes from messages that
+//! contain such names.
 //!
-//! What is written may be in memory only until [`Device::flush`] or [`Image::close`] has succeeded. An image that is dropped
-//! with such changes writes them back, as far as it can. A drop returns no error, so whoever needs to know closes, or
-//! names in [`OpenOptions::on_lost`] who is told:
+//! Changes may be in memory only until [`Device::flush`] or [`Image::close`] has succeeded. An image that is dropped
+//! with such changes writes them back. A drop cannot return an error: call [`Image::close`], or set
+//! [`OpenOptions::on_lost`], which is called when changes are lost:
 //!
 //! ```
 //! use std::sync::Arc;
@@ -52,9 +51,8 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! Images come from strangers. What an image refers to is opened through a [`Gate`]: [`FileGate`] takes plain paths, and
-//! a program can pass one of its own that knows better. The numbers in an image can claim only the memory that a
-//! [`Budget`] has.
+//! Images are untrusted input. Files that an image refers to are opened through a [`Gate`]: [`FileGate`] is the
+//! default, and a program can pass a stricter one. Numbers in an image can claim only the memory that a [`Budget`] has.
 #![cfg_attr(not(test), warn(clippy::disallowed_methods))]
 
 mod bench;

@@ -1,19 +1,19 @@
-//! Where the bytes of a disk are.
+//! The map of a disk: its extents with their allocation status.
 
 use std::sync::Arc;
 
 use diskimage_core::{ByteRange, Device, Extent, ExtentKind, Image, Result, ResultExt, StatusDetail};
 
-/// A run of bytes of the guest's disk that are alike.
+/// An extent of the guest disk: a range whose bytes have the same status.
 #[derive(Clone, Debug)]
 pub struct MappedExtent {
-    /// The bytes.
+    /// The guest offsets.
     pub range: ByteRange,
-    /// What they are.
+    /// Whether the bytes are data, zero or unallocated.
     pub kind: ExtentKind,
-    /// How many images further down the chain they come from.
+    /// The depth in the chain of the image that has the bytes: 0 is the topmost one.
     pub depth: u32,
-    /// Where the first one lies, if it lies anywhere as it is.
+    /// The device and the host offset of the first byte, if a file has the bytes unencoded.
     pub host: Option<(Arc<dyn Device>, u64)>,
 }
 
@@ -27,7 +27,7 @@ impl MappedExtent {
         }
     }
 
-    /// Whether `next`, which follows, is more of the same.
+    /// Whether `next`, which starts at the end of `self`, has the same status and continues it in the file.
     pub(crate) fn continues_in(&self, next: &Self) -> bool {
         let hosts_follow = match (&self.host, &next.host) {
             (None, None) => true,
@@ -40,13 +40,13 @@ impl MappedExtent {
     }
 }
 
-/// Tells `found` of every extent of `image` in `range`, in order, neighbours that are alike joined. What lies beyond the
-/// end of the disk is left out.
+/// Calls `found` with every extent of `image` in `range`, in guest order. Neighbours that continue each other are
+/// joined. The range ends at the end of the disk at the latest.
 ///
-/// The image is walked as `found` is called, so that a map of any length takes no memory.
+/// Extents are not collected, so the memory does not grow with the map.
 ///
 /// # Errors
-/// Damage found in tables, and the first error of `found`.
+/// Tables of the image are unreadable or corrupt, or `found` returns an error.
 pub fn map(image: &Image, range: ByteRange, mut found: impl FnMut(MappedExtent) -> Result<()>) -> Result<()> {
     let mut rest = range.intersect(ByteRange::new(0, image.len()));
     if image.layer().capabilities().hides_allocation && !rest.is_empty() {

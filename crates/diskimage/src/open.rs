@@ -1,4 +1,4 @@
-//! Opening images with their backing chains.
+//! Opens images with their backing chains.
 
 use std::fmt;
 use std::sync::Arc;
@@ -13,7 +13,7 @@ use diskimage_protocols::CacheMode;
 use crate::gate::FileGate;
 use crate::graph::{Mode, node_of_name, open_chain, open_device_chain};
 
-/// How an image is opened: for reading, with its backing chain and as its bytes tell, unless said otherwise.
+/// The options for opening an image. The default is to open it read-only, with its backing chain, in the probed format.
 #[must_use = "it only says how an image is opened"]
 #[derive(Clone, Default)]
 pub struct OpenOptions {
@@ -39,82 +39,82 @@ pub struct OpenOptions {
 /// Takes a message for the user, which may have several lines.
 type OnNote = dyn Fn(&Note) + Send + Sync;
 
-/// Takes the name of an image whose changes were lost when it was dropped, and why they were.
+/// Takes the name of an image whose changes were lost when it was dropped, and the error.
 type OnImageLost = dyn Fn(&str, &Error) + Send + Sync;
 
 impl OpenOptions {
-    /// The options that [`OpenOptions`] describes.
+    /// The default options.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// The format to open it as, by name.
+    /// The name of the format; the default is to probe it.
     pub fn format(mut self, format: impl Into<String>) -> Self {
         self.format = Some(format.into());
         self
     }
 
-    /// Whether it will be changed; the images below never are.
+    /// Whether the image is opened for writing. Its backing images are not.
     pub fn write(mut self, write: bool) -> Self {
         self.write = write;
         self
     }
 
-    /// Whether its size will be changed, too.
+    /// Whether the size of the image will be changed; other users must then not rely on it.
     pub fn resize(mut self, resize: bool) -> Self {
         self.resize = resize;
         self
     }
 
-    /// How requests reach the disk.
+    /// The cache mode of the files.
     pub fn cache(mut self, cache: CacheMode) -> Self {
         self.cache = cache;
         self
     }
 
-    /// Whether to read it even though another process may be changing it.
+    /// Whether to open the image although another process may be writing to it.
     pub fn force_share(mut self, force_share: bool) -> Self {
         self.force_share = force_share;
         self
     }
 
-    /// Whether nobody may write to it meanwhile, raw images included: what is read will be relied on.
+    /// Whether to lock the chain against writers, raw images included, so that what is read stays consistent.
     pub fn exclusive(mut self, exclusive: bool) -> Self {
         self.exclusive = exclusive;
         self
     }
 
-    /// Which of the images below will be changed as well, 1 being the one right below.
+    /// The depth of the backing image that is opened for writing too: 1 is the backing image of the topmost one.
     pub fn write_below(mut self, depth: usize) -> Self {
         self.write_below = Some(depth);
         self
     }
 
-    /// Whether to leave the images below alone.
+    /// Whether to open the image without its backing images.
     pub fn no_backing(mut self, no_backing: bool) -> Self {
         self.no_backing = no_backing;
         self
     }
 
-    /// Whether only facts are wanted and no bytes of the guest's.
+    /// Whether only metadata is read and no guest data.
     pub fn no_data(mut self, no_data: bool) -> Self {
         self.no_data = no_data;
         self
     }
 
-    /// Whether it is opened to be checked: damage that a check can mend is no reason to refuse it.
+    /// Whether the image is opened for a check: corruption that a check can repair is no reason to refuse it.
     pub fn for_check(mut self, for_check: bool) -> Self {
         self.for_check = for_check;
         self
     }
 
-    /// What the options of images refer to by name: secrets and the like.
+    /// The objects (secrets and the like) that the options of images refer to by name.
     pub fn objects(mut self, objects: Arc<Objects>) -> Self {
         self.objects = objects;
         self
     }
 
-    /// Options of the image's own node, on top of what its name says.
+    /// Options of the topmost node; they take precedence over those in its name.
     pub fn node_options(mut self, options: NodeOptions) -> Self {
         self.node_options = options;
         self
@@ -126,26 +126,26 @@ impl OpenOptions {
         self
     }
 
-    /// What time it is where the user is, for images that are made up of files with dates; UTC if nobody says.
+    /// The user's time zone, for the dates of files in directories (vvfat); the default is UTC.
     pub fn local_time(mut self, local_time: LocalTime) -> Self {
         self.local_time = local_time;
         self
     }
 
-    /// Who opens the files that the images refer to; [`FileGate`] if nobody is named.
+    /// The gate that opens the files that the images refer to; the default is [`FileGate`].
     pub fn gate(mut self, gate: Arc<dyn Gate>) -> Self {
         self.gate = Some(gate);
         self
     }
 
-    /// Who is told what the user ought to know.
+    /// Called with each message for the user.
     pub fn on_note(mut self, on_note: Arc<OnNote>) -> Self {
         self.on_note = Some(on_note);
         self
     }
 
-    /// Who is told the name of an image, and the error, if changes cannot be written back when the image is dropped: a
-    /// drop has nobody to return an error to.
+    /// Called with the name of an image and the error if changes cannot be written back when the image is dropped: a
+    /// drop cannot return an error.
     pub fn on_lost(mut self, on_lost: Arc<OnImageLost>) -> Self {
         self.on_lost = Some(on_lost);
         self
@@ -157,9 +157,9 @@ impl OpenOptions {
         }
     }
 
-    /// What a file is locked for whose image is of `format`.
+    /// The permissions that the file of an image of `format` is locked with.
     pub(crate) fn permissions(&self, format: Option<&dyn Format>, mode: Mode) -> Permissions {
-        // What has no format has no tables that another writer could spoil, as raw has none.
+        // An image without a format is locked as raw: it has no metadata that another writer could corrupt.
         let mut permissions = format.unwrap_or(&Raw).permissions(mode.write);
         permissions.resize |= mode.write && self.resize;
         if self.no_data && !mode.write {
@@ -172,7 +172,7 @@ impl OpenOptions {
         permissions
     }
 
-    /// What it is locked for once the whole chain is open.
+    /// The permissions that the file is locked with when the whole chain is open.
     pub(crate) fn final_permissions(&self, format: Option<&dyn Format>, mode: Mode) -> Permissions {
         let mut permissions = self.permissions(format, mode);
         if self.exclusive && !mode.write && !mode.force_share {
@@ -182,7 +182,7 @@ impl OpenOptions {
         permissions
     }
 
-    /// How the topmost node is opened.
+    /// The mode of the topmost node.
     pub(crate) fn mode(&self) -> Mode {
         Mode {
             write: self.write,
@@ -220,38 +220,37 @@ impl fmt::Debug for OpenOptions {
     }
 }
 
-/// Opens the image that `name` names: a file, what a protocol has under that name, or with `json:` in front the options
-/// of a node.
+/// Opens the image called `name`: a path, a name with the prefix of a protocol, or `json:` and the options of a node.
 ///
-/// An image that was opened for writing keeps some changes in memory until [`Device::flush`], [`Image::close`], or until the
-/// last [`Arc`] of it is dropped. See [`Image`] for what a drop cannot do, and [`OpenOptions::on_lost`] for how to be told.
+/// An image that was opened for writing keeps some changes in memory until [`Device::flush`], [`Image::close`], or
+/// until the last [`Arc`] of it is dropped. See [`Image`] for what a drop cannot do, and [`OpenOptions::on_lost`] for
+/// how to be told.
 ///
 /// # Errors
-/// `Could not open 'NAME'` and below it everything that can be wrong with the file, the image, and the images that it
-/// is based on.
+/// `Could not open 'NAME'`, with the error of the file, of the image, or of a backing image as its source.
 pub fn open(name: &str, options: &OpenOptions) -> Result<Arc<Image>> {
     open_bare(name, options).context(|| format!("Could not open '{name}'"))
 }
 
-/// Opens the image that the options of a node describe, `driver` first of all.
+/// Opens the image of a node from its options, such as `driver`.
 ///
 /// # Errors
-/// As [`open`], without the topmost words.
+/// As [`open`], without the topmost message.
 pub fn open_node(mut node: NodeOptions, options: &OpenOptions) -> Result<Arc<Image>> {
     node.overlay(options.node_options.clone());
     open_chain(node, options)
 }
 
-/// [`open`], with no word about which image it is.
+/// [`open`] without the topmost message.
 pub(crate) fn open_bare(name: &str, options: &OpenOptions) -> Result<Arc<Image>> {
     let format = options.format.as_deref();
     open_node(node_of_name(name, format)?, options)
 }
 
-/// Opens the image on a device. `name` is where relative names in the image start.
+/// Opens the image on a device. Relative names in the image are resolved against `name`.
 ///
 /// # Errors
-/// As [`open`], without the topmost words.
+/// As [`open`], without the topmost message.
 pub fn open_device(device: Arc<dyn Device>, name: &str, options: &OpenOptions) -> Result<Arc<Image>> {
     open_device_chain(device, name, options)
 }

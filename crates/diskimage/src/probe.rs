@@ -1,20 +1,20 @@
-//! Which format an image is of.
+//! Probing: guesses the format of an image from its first bytes.
 
 use diskimage_core::{Device, Format, Probe, Result};
 use diskimage_formats::FORMATS;
 
-/// How many bytes from the start are looked at.
+/// The number of bytes from the start that probing reads.
 pub(crate) const HEAD: usize = 2048;
 
-/// The format that the bytes at the start of `device` look like; raw if they look like none.
+/// The format whose header the first bytes of `device` look like; raw if they look like none.
 ///
 /// # Errors
-/// A failure to read them.
+/// The first bytes cannot be read.
 pub fn probe(device: &dyn Device, name: &str) -> Result<&'static dyn Format> {
     Ok(guess(&head(device)?, name))
 }
 
-/// The first bytes, fewer if there are fewer.
+/// The first [`HEAD`] bytes, or all if the device is shorter.
 pub(crate) fn head(device: &dyn Device) -> Result<Vec<u8>> {
     let len = usize::try_from(device.len()).unwrap_or(HEAD).min(HEAD);
     let mut head = vec![0; len];
@@ -24,7 +24,7 @@ pub(crate) fn head(device: &dyn Device) -> Result<Vec<u8>> {
     Ok(head)
 }
 
-/// The format that `head` looks like most; of several the one listed first.
+/// The format with the highest score for `head`; the first in [`FORMATS`] of those with the same score.
 pub(crate) fn guess(head: &[u8], name: &str) -> &'static dyn Format {
     let probe = Probe { head, name };
     let mut best = (0, FORMATS[0]);

@@ -1,12 +1,12 @@
-//! Putting an image on top of another one than before, its disk unchanged.
+//! Rebase: changes the backing image of an overlay and keeps the guest data.
 //!
-//! Where the image itself has nothing, what shows from below may differ between the old chain and the new one. These
-//! parts are written to the image, in units that get storage of their own, and only then the image names the new chain:
+//! Unallocated clusters of the overlay read as the backing image, which may differ between the old chain and the new
+//! one. Units that differ are written to the overlay; only then the overlay stores the name of the new backing image:
 //!
 //! ```text
-//!   image       [data][ ?  ][ ?  ][zero]
+//!   overlay     [data][ -  ][ -  ][zero]          - unallocated
 //!   old chain   [  a ][  b ][  c ][  d ]
-//!   new chain   [  x ][  b ][  y ][  z ]          only c has to be written
+//!   new chain   [  x ][  b ][  y ][  z ]          only c is written
 //! ```
 
 use std::sync::Arc;
@@ -24,31 +24,31 @@ use crate::cursor::{Cursor, End, Segment};
 use crate::files::{Above, Follow, files_of};
 use crate::graph::full_backing_name;
 
-/// A change of the image below that leaves the disk as it is.
+/// A change of the backing image that keeps the guest data.
 #[derive(Debug)]
 pub struct Rebase<'a> {
-    /// The image, opened for writing with its present chain.
+    /// The overlay, opened for writing with its present chain.
     pub image: &'a Arc<Image>,
-    /// What is to be below; nothing if nobody is.
+    /// The new backing image; `None` for an image without one.
     pub new: Option<&'a Arc<Image>>,
-    /// Whether what is written is compressed.
+    /// Whether clusters are written compressed.
     pub compress: bool,
-    /// Told how many bytes of how many are done.
+    /// Receives the number of bytes done and the total.
     pub progress: Progress<'a>,
 }
 
-/// How much a worker takes on at once.
+/// The length of a segment in bytes.
 const SEGMENT: u64 = 2 << 20;
 
-/// More threads than this only take memory.
+/// The largest number of workers. A limit of this program.
 const MAX_WORKERS: usize = 16;
 
 impl Rebase<'_> {
-    /// Writes what would look different on top of the new image. The image still names the old one afterwards, on which
-    /// its disk is the same; naming the new one is [`set_backing`]'s.
+    /// Writes the units that would read differently on the new backing image. The overlay still stores the name of the
+    /// old one, on which its guest data is the same; [`set_backing`] stores the name of the new one.
     ///
     /// # Errors
-    /// The first failure to read or write in guest order.
+    /// The first failed read or write in guest order.
     pub fn run(&self) -> Result<()> {
         let len = self.image.len();
         self.progress.set(0, len);
@@ -98,7 +98,7 @@ impl Rebase<'_> {
             rebase: self,
             old: AlignedBuf::new(len),
             new: AlignedBuf::new(len),
-            parts: Vec::new(),
+            writes: Vec::new(),
             encoder,
             encoded: Vec::new(),
         };
@@ -116,10 +116,11 @@ impl Rebase<'_> {
     }
 }
 
-/// Has the image name `backing` below it from now on; the layer makes durable what was written before.
+/// Stores the name and the format of a backing image in the header. The layer flushes earlier writes first.
 ///
 /// # Errors
-/// `Could not change the backing file to 'NAME'`, and why.
+/// `Could not change the backing file to 'NAME'`, with the reason: those of [`check_backing`], no room in the header,
+/// or a failed write.
 pub fn set_backing(image: &Image, backing: Option<&Backing>) -> Result<()> {
     check_backing(image, backing)?;
     let outcome = image
@@ -131,10 +132,11 @@ pub fn set_backing(image: &Image, backing: Option<&Backing>) -> Result<()> {
     outcome.context(|| could_not(backing))
 }
 
-/// Refuses what [`set_backing`] would refuse, before anything has changed.
+/// Checks the arguments of [`set_backing`] before the image is changed.
 ///
 /// # Errors
-/// An image whose format has no images below, one below without a format, and one that leads back to the image.
+/// The image's format has no backing files, the format of the backing image is not given, or the chain of the backing
+/// image contains the image.
 pub fn check_backing(image: &Image, backing: Option<&Backing>) -> Result<()> {
     if backing.is_some_and(|backing| backing.format.is_none()) {
         return Err(Error::invalid("backing format must be specified").context(could_not(backing)));
@@ -146,7 +148,7 @@ pub fn check_backing(image: &Image, backing: Option<&Backing>) -> Result<()> {
     refuse_loop(image, backing).context(|| could_not(backing))
 }
 
-/// Refuses an image below that is `image` itself, or leads back to it.
+/// Refuses a backing image whose chain contains `image`.
 fn refuse_loop(image: &Image, backing: Option<&Backing>) -> Result<()> {
     let Some(backing) = backing else { return Ok(()) };
     let name = full_backing_name(&image.base_name(), backing.name.text());
@@ -167,32 +169,41 @@ fn could_not(backing: Option<&Backing>) -> String {
 
 struct Worker<'a> {
     rebase: &'a Rebase<'a>,
-    /// What shows from the old chain in the segment at hand.
+    /// The bytes of the current segment on the old chain.
     old: AlignedBuf,
+    /// The bytes of the current segment on the new chain.
     new: AlignedBuf,
-    /// What has to be written, and whether it is zero.
-    parts: Vec<(ByteRange, bool)>,
+    /// The ranges to write.
+    writes: Vec<UnitWrite>,
     encoder: Option<Box<dyn Encoder>>,
     encoded: Vec<u8>,
 }
 
+/// A range of whole units that differs on the new chain.
+#[derive(Clone, Copy)]
+struct UnitWrite {
+    range: ByteRange,
+    /// Whether all its bytes are zero.
+    zero: bool,
+}
+
 impl Worker<'_> {
-    /// Does all about one segment. Where it ended: what needs no reading after it is taken along.
+    /// Processes one segment, extended over what needs no read after it, and returns its end.
     fn segment(&mut self, cursor: &Cursor<Error>, segment: Segment) -> std::result::Result<u64, End> {
         let image = self.rebase.image;
-        self.parts.clear();
+        self.writes.clear();
         let mut rest = segment.range;
-        let mut quiet = true;
+        let mut ends_unread = true;
         while !rest.is_empty() {
             let (part, same) = self.same_units(rest)?;
             rest = rest.skip(part.len());
-            quiet = same;
+            ends_unread = same;
             if !same {
                 self.compare(part, segment.range.start())?;
             }
         }
         let mut end = segment.range.end();
-        while quiet && end < image.len() {
+        while ends_unread && end < image.len() {
             let (part, same) = self.same_units(ByteRange::new(end, image.len()))?;
             let longer = if same { cursor.extend(end, part.end()) } else { end };
             if longer == end {
@@ -200,20 +211,19 @@ impl Worker<'_> {
             }
             end = longer;
         }
-        if self.parts.is_empty() {
+        if self.writes.is_empty() {
             cursor.pass(segment.number)?;
             return Ok(end);
         }
         let _turn = cursor.wait(segment.number)?;
-        for index in 0..self.parts.len() {
-            let (part, zero) = self.parts[index];
-            self.write(part, zero, segment.range.start())
+        for index in 0..self.writes.len() {
+            self.write(self.writes[index], segment.range.start())
                 .context(|| "Error while writing to COW image")?;
         }
         Ok(end)
     }
 
-    /// What is written at once: smaller pieces would leave the rest of a unit to what is below.
+    /// The unit of writes in bytes: a smaller write would leave the rest of the unit to the backing image.
     fn unit(&self) -> u64 {
         let layer = self.rebase.image.layer();
         if self.encoder.is_some() {
@@ -239,44 +249,48 @@ impl Worker<'_> {
         })
     }
 
-    /// How much at the start of `range` needs no look at its bytes, or how much does.
+    /// The part at the start of `range` that is the same on both chains by its status (`true`), or that has to be
+    /// compared (`false`).
     fn same(&self, range: ByteRange) -> Result<(ByteRange, bool)> {
         let run = self.rebase.image.layer().map(range)?;
         let part = range.first(run.len);
         if !matches!(run.kind, RunKind::Unallocated { .. }) {
             return Ok((part, true));
         }
-        let old = below(self.rebase.image.backing(), part)?;
+        let old = backing_run(self.rebase.image.backing(), part)?;
         let part = part.first(old.len);
-        let new = below(self.rebase.new, part)?;
+        let new = backing_run(self.rebase.new, part)?;
         let part = part.first(new.len);
-        let same = match (old.place, new.place) {
-            (Place::Zero, Place::Zero) => true,
-            (Place::Host(one, at), Place::Host(other, other_at)) => one == other && at == other_at,
+        let same = match (old.source, new.source) {
+            (RunSource::Zero, RunSource::Zero) => true,
+            (RunSource::Host(one, at), RunSource::Host(other, other_at)) => one == other && at == other_at,
             _ => false,
         };
         Ok((part, same))
     }
 
-    /// Finds the units of `part` that differ.
+    /// Collects the units of `part` that differ. `start` is the guest offset of the buffers.
     fn compare(&mut self, part: ByteRange, start: u64) -> Result<()> {
-        let place = |at: u64| usize::try_from(at - start).unwrap_or(usize::MAX);
-        let span = place(part.start())..place(part.end());
-        // Where the image has nothing, what it reads as is what shows from below.
+        let index = |at: u64| usize::try_from(at - start).unwrap_or(usize::MAX);
+        let span = index(part.start())..index(part.end());
+        // The part is unallocated in the image, which therefore reads as the old chain.
         read(Some(self.rebase.image), &mut self.old[span.clone()], part.start())?;
         read(self.rebase.new, &mut self.new[span], part.start())?;
         let unit = self.unit();
         let mut at = part.start();
         while at < part.end() {
             let next = align_down(at, unit).saturating_add(unit).min(part.end());
-            let span = place(at)..place(next);
+            let span = index(at)..index(next);
             if self.old[span.clone()] != self.new[span.clone()] {
                 let zero = is_zero(&self.old[span]);
-                match self.parts.last_mut() {
-                    Some((last, was)) if last.end() == at && *was == zero => {
-                        *last = ByteRange::new(last.start(), next);
+                match self.writes.last_mut() {
+                    Some(last) if last.range.end() == at && last.zero == zero => {
+                        last.range = ByteRange::new(last.range.start(), next);
                     }
-                    _ => self.parts.push((ByteRange::new(at, next), zero)),
+                    _ => self.writes.push(UnitWrite {
+                        range: ByteRange::new(at, next),
+                        zero,
+                    }),
                 }
             }
             at = next;
@@ -284,29 +298,30 @@ impl Worker<'_> {
         Ok(())
     }
 
-    fn write(&mut self, part: ByteRange, zero: bool, start: u64) -> Result<()> {
+    /// Writes a range of the old chain to the image. `start` is the guest offset of the buffers.
+    fn write(&mut self, UnitWrite { range: part, zero }: UnitWrite, start: u64) -> Result<()> {
         let image = self.rebase.image;
-        let place = |at: u64| usize::try_from(at - start).unwrap_or(usize::MAX);
+        let index = |at: u64| usize::try_from(at - start).unwrap_or(usize::MAX);
         if zero {
             image.write_zeroes(part, ZeroMode::Unmap)?;
-            // Where nothing is below yet, a format without zero clusters has just left them out.
+            // In an image that has no backing image so far, a format without zero clusters leaves them unallocated.
             let run = image.layer().map(part)?;
             return match run.kind {
                 RunKind::Unallocated { .. } => {
-                    image.write_at(&self.old[place(part.start())..place(part.end())], part.start())
+                    image.write_at(&self.old[index(part.start())..index(part.end())], part.start())
                 }
                 _ => Ok(()),
             };
         }
         let Some(encoder) = &mut self.encoder else {
-            return image.write_at(&self.old[place(part.start())..place(part.end())], part.start());
+            return image.write_at(&self.old[index(part.start())..index(part.end())], part.start());
         };
         let cluster = image.layer().granularity();
         let mut rest = part;
         while !rest.is_empty() {
             let one = rest.first(cluster - rest.start() % cluster);
             rest = rest.skip(one.len());
-            let bytes = &self.old[place(one.start())..place(one.end())];
+            let bytes = &self.old[index(one.start())..index(one.end())];
             if one.len() == cluster && encoder.encode(bytes, &mut self.encoded)? {
                 image.write_encoded(one.start(), &self.encoded)?;
             } else {
@@ -317,43 +332,47 @@ impl Worker<'_> {
     }
 }
 
-/// What an image below has at some place.
-struct Known {
+/// A run of a backing chain.
+struct BackingRun {
     len: u64,
-    place: Place,
+    source: RunSource,
 }
 
-/// Where bytes of an image below are.
-enum Place {
+/// Where the bytes of a run of a backing chain come from.
+enum RunSource {
     Zero,
-    /// At this offset of the storage with this identity, as they are.
+    /// Unencoded bytes at this host offset of the file with this identity.
     Host((u64, u64), u64),
-    Elsewhere,
+    /// Anything else, like compressed clusters.
+    Other,
 }
 
-fn below(image: Option<&Arc<Image>>, range: ByteRange) -> Result<Known> {
-    let there = image.map(|image| range.intersect(ByteRange::new(0, image.len())));
-    let (Some(image), Some(there)) = (image, there.filter(|there| !there.is_empty())) else {
-        return Ok(Known {
+/// The run of the chain of `image` at the start of `range`; zero without an image and beyond its end.
+fn backing_run(image: Option<&Arc<Image>>, range: ByteRange) -> Result<BackingRun> {
+    let within = image.map(|image| range.intersect(ByteRange::new(0, image.len())));
+    let (Some(image), Some(within)) = (image, within.filter(|within| !within.is_empty())) else {
+        return Ok(BackingRun {
             len: range.len(),
-            place: Place::Zero,
+            source: RunSource::Zero,
         });
     };
-    let extent = image.status(there, StatusDetail::Zeroes)?;
-    let host = extent
-        .host
-        .and_then(|(device, offset)| device.identity().map(|identity| Place::Host(identity, offset)));
-    Ok(Known {
+    let extent = image.status(within, StatusDetail::Zeroes)?;
+    let host = extent.host.and_then(|(device, offset)| {
+        device
+            .identity()
+            .map(|identity| RunSource::Host(identity, offset))
+    });
+    Ok(BackingRun {
         len: extent.len,
-        place: match host {
-            _ if extent.kind.is_zero() => Place::Zero,
+        source: match host {
+            _ if extent.kind.is_zero() => RunSource::Zero,
             Some(host) => host,
-            None => Place::Elsewhere,
+            None => RunSource::Other,
         },
     })
 }
 
-/// Fills `buf` with what an image reads as, zeroes beyond its end.
+/// Reads `buf.len()` bytes of the chain of `image`; zeroes without an image and beyond its end.
 fn read(image: Option<&Arc<Image>>, buf: &mut [u8], offset: u64) -> Result<()> {
     match image {
         Some(image) => {
@@ -392,13 +411,13 @@ mod tests {
         image
     }
 
-    /// The top of its layer on another chain.
-    fn moved(image: &Arc<Image>, new: Option<&Arc<Image>>) -> Image {
-        Image::new(Arc::clone(image.layer()), new.cloned(), "moved", false)
+    /// The layer of `image` on another chain.
+    fn on_chain(image: &Arc<Image>, new: Option<&Arc<Image>>) -> Image {
+        Image::new(Arc::clone(image.layer()), new.cloned(), "on chain", false)
     }
 
     #[test]
-    fn the_disk_is_the_same_on_the_new_image() {
+    fn guest_data_is_the_same_on_the_new_backing_image() {
         let old = filled(100 << 10, &[(0, 60_000, 1), (70_000, 5000, 2)]);
         let shorter = filled(30 << 10, &[(0, 20_000, 1), (25_000, 512, 3)]);
         let longer = filled(300 << 10, &[(0, 250_000, 4)]);
@@ -411,14 +430,14 @@ mod tests {
                     let before = contents(&top);
                     rebase(&top, new, compress);
                     assert!(contents(&top) == before, "{options} {compress}");
-                    assert!(contents(&moved(&top, new)) == before, "{options} {compress}");
+                    assert!(contents(&on_chain(&top, new)) == before, "{options} {compress}");
                 }
             }
         }
     }
 
     #[test]
-    fn only_what_differs_is_written() {
+    fn only_units_that_differ_are_written() {
         let old = filled(64 << 10, &[(0, 64 << 10, 1)]);
         let new = filled(64 << 10, &[(0, 64 << 10, 1), (8192, 1, 2)]);
         let top = image_on("qcow2", "cluster_size=4k", 64 << 10, Some(&old));

@@ -1,4 +1,4 @@
-//! Changing the size of a disk.
+//! Changes the size of a disk.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -17,7 +17,7 @@ pub enum ShrinkPolicy {
     /// A smaller size is an error.
     #[default]
     Refuse,
-    /// What is beyond the new end is lost.
+    /// Data beyond the new end is discarded.
     Allow,
 }
 
@@ -30,7 +30,7 @@ pub struct Resize {
 }
 
 impl Resize {
-    /// To `len` bytes.
+    /// A change to `len` bytes.
     pub fn new(len: u64) -> Self {
         Self {
             len,
@@ -40,33 +40,33 @@ impl Resize {
         }
     }
 
-    /// How much of what is added is set aside.
+    /// The preallocation mode of the range that is added.
     #[must_use]
     pub fn preallocation(mut self, preallocation: Preallocation) -> Self {
         self.preallocation = preallocation;
         self
     }
 
-    /// Whether the disk may become smaller; if nothing is said, it may not.
+    /// Whether the disk may become smaller; the default is [`ShrinkPolicy::Refuse`].
     #[must_use]
     pub fn policy(mut self, policy: ShrinkPolicy) -> Self {
         self.policy = policy;
         self
     }
 
-    /// What opens the files that are added to an image whose files have a greatest length; if nothing is said, whatever
-    /// their names are.
+    /// The gate that opens files which are added to an image whose files have a limited length (VMDK extents). The
+    /// default is [`FileGate`].
     #[must_use]
     pub fn gate(mut self, gate: Arc<dyn Gate>) -> Self {
         self.gate = gate;
         self
     }
 
-    /// Gives the disk of `image` that size.
+    /// Resizes `image`.
     ///
     /// # Errors
-    /// A smaller size that the policy refuses, preallocation of what is no growth, files to be added whose names others
-    /// have, and what the format cannot do.
+    /// The policy refuses a smaller size, preallocation is asked for without growth, a file to be added exists already,
+    /// the format cannot resize, or a request fails.
     pub fn run(&self, image: &Image) -> Result<()> {
         let present = image.len();
         if self.len <= present && self.preallocation != Preallocation::Off {
@@ -84,7 +84,8 @@ impl Resize {
         let mut made = Vec::new();
         let outcome = self.grow_into(image, &paths, &mut request, &mut made);
         if outcome.is_err() {
-            // Those that hold nothing are none of the image's; the failure that led here is the one to report.
+            // An empty file has not become a part of the image. An error of its removal is not reported: the resize's
+            // is.
             for path in made.iter().filter(|path| is_empty_file(path)) {
                 let _ = name::remove(path);
             }
@@ -109,7 +110,7 @@ impl Resize {
     }
 }
 
-/// Makes a file that is not there yet, durably.
+/// Creates a file that does not exist yet, and makes its directory entry durable.
 fn make_file(path: &str) -> io::Result<PathBuf> {
     let path = name::to_path(&Target::plain(path).path);
     let mut new = fs::OpenOptions::new();

@@ -1,4 +1,4 @@
-//! The states that an image keeps.
+//! Internal snapshots of an image.
 
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -7,12 +7,12 @@ use diskimage_core::{
     Error, ErrorKind, Image, NewSnapshot, Result, ResultExt, SnapshotInfo, Snapshots, errno, name,
 };
 
-/// Which internal snapshot is meant.
+/// Selects an internal snapshot.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum SnapshotSelector {
-    /// The one with this identifier, or else the one with this name.
+    /// The snapshot with this identifier, or else the one with this name.
     Either(String),
-    /// The one with this identifier and this name, as far as they are given.
+    /// The snapshot with this identifier and this name, as far as they are given.
     Exact {
         /// Its identifier.
         id: Option<String>,
@@ -21,10 +21,10 @@ pub enum SnapshotSelector {
     },
 }
 
-/// The disk that a snapshot of `image` kept, as an image of its own with the same backing chain, read-only.
+/// Opens the disk of a snapshot of `image` as a read-only image with the same backing chain.
 ///
 /// # Errors
-/// `Failed to load snapshot` if there is no such snapshot or its tables cannot be right.
+/// `Failed to load snapshot` if the snapshot does not exist or its tables are corrupt.
 pub fn open_snapshot(image: &Image, selector: &SnapshotSelector) -> Result<Arc<Image>> {
     let layer = image.layer();
     let snapshots = layer.snapshots().ok_or_else(|| {
@@ -49,10 +49,10 @@ pub fn open_snapshot(image: &Image, selector: &SnapshotSelector) -> Result<Arc<I
     )))
 }
 
-/// The internal snapshots of an image, in the order in which they are stored; none if its format has none.
+/// The internal snapshots of an image in the order of the snapshot table; none if the format has no snapshots.
 ///
 /// # Errors
-/// Damage in their table.
+/// The snapshot table is unreadable or corrupt.
 pub fn list_snapshots(image: &Image) -> Result<Vec<SnapshotInfo>> {
     image
         .layer()
@@ -60,29 +60,28 @@ pub fn list_snapshots(image: &Image) -> Result<Vec<SnapshotInfo>> {
         .map_or(Ok(Vec::new()), |snapshots| snapshots.list())
 }
 
-/// Keeps the disk of `image` as it is now under `name`, which need not be the only one of that name. `now` is the time
-/// noted with it. Of a longer name the first [`MAX_SNAPSHOT_NAME`] bytes count.
+/// Takes a snapshot of `image` called `name`, which other snapshots may be called too. `now` is stored as its date. A
+/// name is cut to [`MAX_SNAPSHOT_NAME`] bytes.
 ///
 /// # Errors
-/// An image that has no snapshots, and failures to change it.
+/// The format has no snapshots, or changing the image fails.
 pub fn create_snapshot(image: &Image, name: &str, now: SystemTime) -> Result<()> {
     let snapshots = image.layer().snapshots();
     let snapshots = snapshots.ok_or_else(|| Error::from_errno(errno::ENOTSUP))?;
     let age = now.duration_since(UNIX_EPOCH).unwrap_or_default();
     let snapshot = NewSnapshot {
         name: name::prefix(name, MAX_SNAPSHOT_NAME),
-        // The format's clock ends in 2106.
+        // qcow2 stores the seconds in 32 bits, which end in 2106.
         date_sec: u32::try_from(age.as_secs()).unwrap_or(u32::MAX),
         date_nsec: age.subsec_nanos(),
     };
     image.durable_change(|| snapshots.create(&snapshot))
 }
 
-/// Makes the disk of `image` what it was when the snapshot with identifier `word` was taken, or else the first one called
-/// so.
+/// Reverts the disk of `image` to the snapshot with identifier `word`, or else to the first one called `word`.
 ///
 /// # Errors
-/// No such snapshot, an image with bitmaps, which could not follow, and failures to change it.
+/// The snapshot does not exist, the image has bitmaps, which a snapshot does not record, or changing the image fails.
 pub fn apply_snapshot(image: &Image, word: &str) -> Result<()> {
     let layer = image.layer();
     if let Some(bitmaps) = layer.bitmaps()
@@ -109,10 +108,10 @@ fn apply_found(snapshots: &dyn Snapshots, word: &str) -> Result<()> {
     snapshots.apply(index)
 }
 
-/// Takes the first snapshot called `name` away.
+/// Deletes the first snapshot called `name`.
 ///
 /// # Errors
-/// No such snapshot, and failures to change the image.
+/// The snapshot does not exist, or changing the image fails.
 pub fn delete_snapshot(image: &Image, name: &str) -> Result<()> {
     let not_found = || Error::new(ErrorKind::NotFound, "snapshot not found");
     let snapshots = image.layer().snapshots().ok_or_else(not_found)?;
@@ -122,5 +121,5 @@ pub fn delete_snapshot(image: &Image, name: &str) -> Result<()> {
     image.durable_change(|| snapshots.delete(index))
 }
 
-/// Bytes of a snapshot's name, as with the original.
+/// The largest length of a snapshot's name in bytes; a limit of `qemu-img`.
 pub const MAX_SNAPSHOT_NAME: usize = 255;

@@ -1,4 +1,4 @@
-//! Images that are based on others.
+//! Backing chains.
 
 use std::fs;
 use std::sync::{Arc, Mutex};
@@ -19,7 +19,7 @@ impl Scratch {
         path.to_str().expect("is text").to_owned()
     }
 
-    /// A qcow2 image of 1 MiB that says it is based on `backing`, whether that is there or not.
+    /// Creates a qcow2 image of 1 MiB whose backing file name is `backing`; that file need not exist.
     fn overlay(&self, name: &str, backing: &str, format: &str) {
         Creation::new(self.path(name), "qcow2")
             .size(1 << 20)
@@ -31,7 +31,7 @@ impl Scratch {
             .expect("is made");
     }
 
-    /// The same, whatever that leads to: only the name is written.
+    /// The same with a name that creation would refuse: the name is written to the header of an existing image.
     fn rename_backing(&self, name: &str, backing: &str, format: &str) {
         self.overlay(name, "missing", "raw");
         let options = OpenOptions::new().no_backing(true).write(true);
@@ -49,9 +49,28 @@ impl Scratch {
     }
 }
 
-fn refusal<T>(result: Result<T>) -> (String, Option<String>) {
+/// The message of an error, and its hint.
+#[derive(Debug, PartialEq, Eq)]
+struct Refusal {
+    message: String,
+    hint: Option<String>,
+}
+
+impl Refusal {
+    fn new(message: &str, hint: &str) -> Self {
+        Self {
+            message: message.to_owned(),
+            hint: Some(hint.to_owned()),
+        }
+    }
+}
+
+fn refusal<T>(result: Result<T>) -> Refusal {
     let error = result.map(drop).expect_err("fails");
-    (error.chain(), error.hint_line().map(str::to_owned))
+    Refusal {
+        message: error.chain(),
+        hint: error.hint_line().map(str::to_owned),
+    }
 }
 
 #[test]
@@ -78,19 +97,19 @@ fn bytes_come_from_the_bottom_of_the_chain() {
 }
 
 #[test]
-fn what_is_missing_is_reported_through_all_levels() {
+fn a_missing_backing_file_is_reported_with_all_its_overlays() {
     let scratch = Scratch::new();
     scratch.overlay("a", "none", "raw");
     scratch.overlay("b", "a", "qcow2");
     let (top, none) = (scratch.path("b"), scratch.path("none"));
     assert_eq!(
-        refusal(scratch.open("b")).0,
+        refusal(scratch.open("b")).message,
         format!(
             "Could not open '{top}': Could not open backing file: Could not open backing file: \
              Could not open '{none}': No such file or directory"
         )
     );
-    drop(open(&top, &OpenOptions::new().no_backing(true)).expect("what is below is not needed"));
+    drop(open(&top, &OpenOptions::new().no_backing(true)).expect("the backing image is not opened"));
 }
 
 #[test]
@@ -100,13 +119,13 @@ fn a_loop_ends() {
     scratch.rename_backing("b", "a", "qcow2");
     let a = scratch.path("a");
     assert_eq!(
-        refusal(scratch.open("a")).0,
+        refusal(scratch.open("a")).message,
         format!(
             "Could not open '{a}': Could not open backing file: Could not open backing file: \
              Backing file '{a}' creates an infinite loop"
         )
     );
-    // The same file as plain bytes is the end of a chain.
+    // The same file opened as raw has no backing image.
     scratch.rename_backing("c", "c", "raw");
     drop(scratch.open("c").expect("opens"));
 }
@@ -124,52 +143,46 @@ fn a_long_chain_is_refused_and_not_followed() {
     }
     drop(scratch.open("199").expect("opens"));
     let error = scratch.open("200").expect_err("is too long");
-    assert_eq!(
-        (error.kind(), error.root()),
-        (ErrorKind::Limit, "More than 200 images in a chain")
-    );
+    assert_eq!(error.kind(), ErrorKind::Limit);
+    assert_eq!(error.root(), "More than 200 images in a chain");
 }
 
 #[test]
-fn the_image_below_is_checked_before_a_new_one_is_made() {
+fn the_backing_image_is_checked_before_an_overlay_is_created() {
     let scratch = Scratch::new();
     fs::write(scratch.path("base"), vec![0; 5000]).expect("is written");
     let new = scratch.path("new");
     let creation = |backing: &str| Creation::new(&new, "qcow2").backing_file(backing);
     let refused = |creation: Creation| refusal(creation.prepare());
-    let hint = |text: &str| Some(text.to_owned());
     let none = scratch.path("none");
     assert_eq!(
         refused(creation("none").backing_format("raw")),
-        (
-            format!("Could not open '{none}': No such file or directory"),
-            hint("Could not open backing image.")
+        Refusal::new(
+            &format!("Could not open '{none}': No such file or directory"),
+            "Could not open backing image."
         )
     );
     assert_eq!(
         refused(creation("base")),
-        (
-            "Backing file specified without backing format".to_owned(),
-            hint("Detected format of raw.")
+        Refusal::new(
+            "Backing file specified without backing format",
+            "Detected format of raw."
         )
     );
     assert_eq!(
         refused(creation("base").backing_format("qcow2")),
-        (
-            "Image is not in qcow2 format".to_owned(),
-            hint("Could not open backing image.")
-        )
+        Refusal::new("Image is not in qcow2 format", "Could not open backing image.")
     );
     assert_eq!(
-        refused(creation("").backing_format("raw")).0,
+        refused(creation("").backing_format("raw")).message,
         "Expected backing file name, got empty string"
     );
     assert_eq!(
-        refused(creation(&new).backing_format("raw")).0,
+        refused(creation(&new).backing_format("raw")).message,
         "Error: Trying to create an image with the same filename as the backing file"
     );
     assert_eq!(
-        refused(creation("none").backing_format("raw").trust_backing(true)).0,
+        refused(creation("none").backing_format("raw").trust_backing(true)).message,
         "Image creation needs a size parameter"
     );
     assert!(!fs::exists(&new).expect("can be asked"));
@@ -178,7 +191,7 @@ fn the_image_below_is_checked_before_a_new_one_is_made() {
 }
 
 #[test]
-fn what_did_not_become_an_image_is_removed() {
+fn the_file_of_a_failed_creation_is_removed() {
     let scratch = Scratch::new();
     let new = scratch.path("new");
     let failed = Creation::new(&new, "qcow2")
@@ -187,14 +200,14 @@ fn what_did_not_become_an_image_is_removed() {
         .prepare()
         .and_then(|prepared| prepared.create());
     assert_eq!(
-        refusal(failed).0,
+        refusal(failed).message,
         "Cluster size must be a power of two between 512 and 2048k"
     );
     assert!(!fs::exists(&new).expect("can be asked"));
 }
 
 #[test]
-fn a_guess_stays_raw_whatever_is_written() {
+fn a_probed_raw_image_refuses_headers_of_other_formats() {
     let scratch = Scratch::new();
     let path = scratch.path("a");
     fs::write(&path, vec![0; 4096]).expect("is written");
@@ -213,7 +226,7 @@ fn a_guess_stays_raw_whatever_is_written() {
 }
 
 #[test]
-fn who_relies_on_an_image_relies_on_those_below() {
+fn an_exclusive_image_locks_its_backing_images() {
     let scratch = Scratch::new();
     fs::write(scratch.path("base"), vec![0; 4096]).expect("is written");
     scratch.overlay("top", "base", "raw");
@@ -222,9 +235,9 @@ fn who_relies_on_an_image_relies_on_those_below() {
     drop(scratch.open("top").expect("does not mind"));
     assert_eq!(
         refusal(open(&top, &OpenOptions::new().exclusive(true))),
-        (
-            format!("Could not open '{top}': Failed to get shared \"write\" lock"),
-            Some(format!("Is another process using the image [{base}]?"))
+        Refusal::new(
+            &format!("Could not open '{top}': Failed to get shared \"write\" lock"),
+            &format!("Is another process using the image [{base}]?")
         )
     );
     drop(writer);
@@ -270,7 +283,7 @@ fn nothing_is_opened_past_the_gate() {
         .and_then(|prepared| prepared.create())
         .expect("is made");
     assert_eq!(
-        refusal(open(&path, &options)).0,
+        refusal(open(&path, &options)).message,
         format!("Could not open '{path}': No data files here")
     );
     drop(open(&path, &OpenOptions::new()).expect("opens"));

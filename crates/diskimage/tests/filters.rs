@@ -1,4 +1,4 @@
-//! Filters on real images.
+//! Filters on images in files.
 
 use std::fs;
 use std::sync::Arc;
@@ -20,7 +20,7 @@ impl Scratch {
         path.to_str().expect("is text").to_owned()
     }
 
-    /// A qcow2 image of 1 MiB called `top` on a file that has a byte over and over.
+    /// A qcow2 image of 1 MiB called `top` on a raw file that is filled with `byte`.
     fn overlay(&self, byte: u8) {
         fs::write(self.path("base"), vec![byte; 1 << 20]).expect("is written");
         Creation::new(self.path("top"), "qcow2")
@@ -50,7 +50,7 @@ fn read(image: &Image, range: ByteRange) -> Vec<u8> {
     bytes
 }
 
-/// Which image of the chain has each cluster of 64 KiB.
+/// The depth in the chain of the image that has each cluster of 64 KiB.
 fn depths(image: &Image) -> Vec<u32> {
     (0..16)
         .map(|cluster| {
@@ -64,14 +64,14 @@ fn depths(image: &Image) -> Vec<u32> {
 }
 
 #[test]
-fn what_is_read_through_copy_on_read_is_on_top_afterwards() {
+fn copy_on_read_copies_what_is_read_to_the_overlay() {
     let scratch = Scratch::new();
     scratch.overlay(5);
     assert!(scratch.filtered("copy-on-read", false).is_err());
     let image = scratch.filtered("copy-on-read", true).expect("opens");
     image.write_at(&[9; 100], (5 << 16) + 7).expect("writes");
-    let there = ByteRange::new((3 << 16) + 100, (4 << 16) + 1);
-    assert!(read(&image, there).iter().all(|byte| *byte == 5));
+    let range = ByteRange::new((3 << 16) + 100, (4 << 16) + 1);
+    assert!(read(&image, range).iter().all(|byte| *byte == 5));
     image.flush().expect("flushes");
     drop(image);
     let image = scratch.plain();
@@ -84,7 +84,7 @@ fn what_is_read_through_copy_on_read_is_on_top_afterwards() {
 }
 
 #[test]
-fn threads_that_write_parts_of_one_cluster_lose_nothing_to_compression() {
+fn threads_can_write_parts_of_one_cluster_through_compress() {
     let scratch = Scratch::new();
     scratch.overlay(5);
     let image = scratch.filtered("compress", true).expect("opens");

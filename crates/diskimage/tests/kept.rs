@@ -1,4 +1,4 @@
-//! What is written to an image is kept, however the image is let go of.
+//! Changes of an image are durable after a drop, a close and a flush.
 
 use std::path::Path;
 use std::sync::{Arc, Mutex};
@@ -12,7 +12,7 @@ use diskimage::{
 };
 use diskimage_testing::{Fault, FaultyDevice, Requests};
 
-/// Formats that can be written, with options for new images.
+/// The formats that can be written, with options for new images.
 const IMAGES: [(&str, &str); 24] = [
     ("raw", ""),
     ("qcow2", ""),
@@ -45,10 +45,10 @@ const IMAGES: [(&str, &str); 24] = [
 
 const SIZE: u64 = 4 << 20;
 
-/// The grain of a VMDK image, and a multiple of most units: what every format can write, zero and discard as it is.
+/// A multiple of the clusters of all formats: every format can write, zero and discard whole units in place.
 const UNIT: u64 = 64 << 10;
 
-/// Ways to let go of an image.
+/// The ways to end the use of an image.
 #[derive(Clone, Copy, Debug)]
 enum End {
     Drop,
@@ -68,10 +68,10 @@ impl End {
     }
 }
 
-/// A way to change a disk, and what it is called.
+/// The name of a change of a disk, and its function.
 type Change = (&'static str, fn(&Image) -> diskimage::Result<()>);
 
-/// Ways to change the contents of a disk.
+/// The changes of a disk.
 const CHANGES: [Change; 6] = [
     ("write", |image| image.write_at(&block(7), 9 * UNIT)),
     ("rewrite", |image| match image.layer().needs_encoding() {
@@ -102,7 +102,7 @@ fn block(byte: u8) -> Vec<u8> {
     vec![byte; usize::try_from(UNIT).expect("small")]
 }
 
-/// A directory with an image, and what it takes to open it.
+/// A directory with an image, and the options to open it.
 struct Scratch {
     dir: tempfile::TempDir,
     format: &'static str,
@@ -111,7 +111,7 @@ struct Scratch {
 }
 
 impl Scratch {
-    /// With an image that has data in its units 1 to 5.
+    /// Creates an image with data in its units 1 to 5.
     fn new(format: &'static str, options: &str) -> Self {
         let mut objects = Objects::default();
         objects
@@ -162,11 +162,11 @@ impl Scratch {
 
     fn require_clean(&self, what: &str) {
         match self.open(false).layer().check(Repair::No, &Progress::none()) {
-            Ok(report) => assert_eq!(
-                (report.corruptions, report.leaks, report.check_errors),
-                (0, 0, 0),
-                "{what}"
-            ),
+            Ok(report) => {
+                assert_eq!(report.corruptions, 0, "{what}");
+                assert_eq!(report.leaks, 0, "{what}");
+                assert_eq!(report.check_errors, 0, "{what}");
+            }
             Err(error) => assert_eq!(error.kind(), ErrorKind::Unsupported, "{what}: {error:?}"),
         }
     }
@@ -215,7 +215,7 @@ fn all_changes_together_are_kept() {
 }
 
 #[test]
-fn snapshots_and_what_was_written_around_them_are_kept() {
+fn snapshots_and_writes_around_them_are_kept() {
     for (format, options) in IMAGES {
         for end in ENDS {
             let scratch = Scratch::new(format, options);
@@ -254,7 +254,7 @@ fn snapshots_and_what_was_written_around_them_are_kept() {
 }
 
 #[test]
-fn bitmaps_and_what_they_record_are_kept() {
+fn bitmaps_and_their_dirty_ranges_are_kept() {
     for end in ENDS {
         let scratch = Scratch::new("qcow2", "");
         let image = scratch.open(true);
@@ -290,7 +290,7 @@ fn bitmaps_and_what_they_record_are_kept() {
     }
 }
 
-/// Opens the nodes that `list` describes, in which `DIR` stands for the directory.
+/// Opens the nodes of an option list, in which `DIR` stands for the directory.
 fn open_list(list: &str, scratch: &Scratch) -> Arc<Image> {
     let list = list.replace("DIR", &scratch.path(""));
     let options = OpenOptions::new()
@@ -314,7 +314,7 @@ fn no_limits() -> Object {
 }
 
 #[test]
-fn what_is_written_through_nodes_on_top_of_each_other_is_kept() {
+fn writes_through_stacked_nodes_are_kept() {
     let stacks = [
         "driver=qcow2,file.driver=preallocate,file.prealloc-size=1M,file.file.filename=DIR/disk",
         "driver=throttle,throttle-group=limits,file.driver=qcow2,file.file.filename=DIR/disk",
@@ -346,7 +346,7 @@ fn what_is_written_through_nodes_on_top_of_each_other_is_kept() {
             assert!(contents(&scratch.open(false)) == expected, "{stack}: {end:?}");
             scratch.require_clean(stack);
             if stack.contains("log") {
-                // Entries that the superblock counts.
+                // The number of entries in the superblock.
                 let log = std::fs::read(scratch.path("log")).expect("readable");
                 assert_ne!(log[16..24], [0; 8], "{stack}: {end:?}");
             }
@@ -355,7 +355,7 @@ fn what_is_written_through_nodes_on_top_of_each_other_is_kept() {
 }
 
 #[test]
-fn what_is_copied_on_reading_is_kept() {
+fn data_copied_on_read_is_kept() {
     let scratch = Scratch::new("qcow2", "");
     let top = Creation::new(scratch.path("top"), "qcow2")
         .backing_file("disk")
@@ -374,75 +374,73 @@ fn what_is_copied_on_reading_is_kept() {
 }
 
 #[test]
-fn an_image_in_use_elsewhere_is_written_but_not_closed() {
+fn an_image_with_another_reference_is_flushed_but_not_closed() {
     let scratch = Scratch::new("qcow2", "");
     let image = scratch.open(true);
     let other = Arc::clone(&image);
     image.write_at(&block(7), 0).expect("writes");
-    let error = image.close().expect_err("somebody has it");
-    assert_eq!(
-        (error.kind(), error.chain().as_str()),
-        (ErrorKind::Invalid, "Image is still in use")
-    );
+    let error = image.close().expect_err("it has another reference");
+    assert_eq!(error.kind(), ErrorKind::Invalid);
+    assert_eq!(error.chain(), "Image is still in use");
     other.write_at(&block(8), UNIT).expect("it is open");
-    other.close().expect("nobody else has it");
+    other.close().expect("it is the last reference");
 }
 
-/// What a test was told of changes that were lost.
-type Told = Arc<Mutex<Vec<(String, String)>>>;
+/// The names and messages that `on_lost` was called with.
+type Losses = Arc<Mutex<Vec<(String, String)>>>;
 
-/// Opens the image on a device, and notes what is lost.
-fn open_faulty(bytes: Vec<u8>) -> (Arc<Image>, Arc<FaultyDevice>, Arc<MemoryDevice>, Told) {
+/// Opens the image in `bytes` on a faulty device, and records lost changes.
+fn open_faulty(bytes: Vec<u8>) -> (Arc<Image>, Arc<FaultyDevice>, Arc<MemoryDevice>, Losses) {
     let memory = Arc::new(MemoryDevice::new(bytes));
     let faulty = Arc::new(FaultyDevice::new(Arc::<MemoryDevice>::clone(&memory)));
-    let told = Told::default();
-    let notes = Arc::clone(&told);
+    let losses = Losses::default();
+    let record = Arc::clone(&losses);
     let options = OpenOptions::new()
         .format("qcow2")
         .write(true)
         .on_lost(Arc::new(move |name, error| {
-            notes
+            record
                 .lock()
                 .expect("no panic")
                 .push((name.to_owned(), error.chain()));
         }));
     let device: Arc<dyn Device> = Arc::<FaultyDevice>::clone(&faulty);
     let image = open_device(device, "disk", &options).expect("opens");
-    (image, faulty, memory, told)
+    (image, faulty, memory, losses)
 }
 
 #[test]
-fn a_drop_says_what_it_could_not_write_back() {
+fn a_drop_reports_changes_that_cannot_be_written_back() {
     let scratch = Scratch::new("qcow2", "");
-    let (image, faulty, _, told) = open_faulty(std::fs::read(scratch.path("disk")).expect("readable"));
+    let (image, faulty, _, losses) = open_faulty(std::fs::read(scratch.path("disk")).expect("readable"));
     image.write_at(&block(7), 9 * UNIT).expect("writes");
     faulty.arm(Fault::from(0));
     drop(image);
-    let told = told.lock().expect("no panic");
-    assert_eq!(*told, [("disk".to_owned(), "Input/output error".to_owned())]);
+    let losses = losses.lock().expect("no panic");
+    assert_eq!(*losses, [("disk".to_owned(), "Input/output error".to_owned())]);
 }
 
 #[test]
-fn after_a_change_that_failed_half_way_a_drop_writes_nothing() {
+fn after_a_failed_write_back_a_drop_writes_nothing() {
     let scratch = Scratch::new("qcow2", "");
-    let (image, faulty, memory, told) = open_faulty(std::fs::read(scratch.path("disk")).expect("readable"));
+    let (image, faulty, memory, losses) = open_faulty(std::fs::read(scratch.path("disk")).expect("readable"));
     image.write_at(&block(7), 9 * UNIT).expect("writes");
     faulty.arm(Fault::once(0).counting(Requests::Writes));
     image.flush().expect_err("the first table cannot be written");
     let before = memory.contents();
     drop(image);
     assert!(memory.contents() == before);
-    assert_eq!(told.lock().expect("no panic").len(), 1);
+    assert_eq!(losses.lock().expect("no panic").len(), 1);
 }
 
 #[test]
-fn close_after_a_change_that_failed_half_way_is_an_error() {
+fn close_after_a_failed_write_back_is_an_error() {
     let scratch = Scratch::new("qcow2", "");
     let (image, faulty, ..) = open_faulty(std::fs::read(scratch.path("disk")).expect("readable"));
     image.write_at(&block(7), 9 * UNIT).expect("writes");
     faulty.arm(Fault::once(0).counting(Requests::Writes));
     image.flush().expect_err("the first table cannot be written");
-    let error = image.close().expect_err("it is broken");
+    let error = image.close().expect_err("an earlier write back failed");
     assert_eq!(
         error.chain(),
         "Changes were not written back since an earlier one failed"
@@ -450,14 +448,14 @@ fn close_after_a_change_that_failed_half_way_is_an_error() {
 }
 
 #[test]
-fn what_was_written_before_the_disk_was_full_is_kept() {
+fn data_written_before_the_disk_was_full_is_kept() {
     let scratch = Scratch::new("qcow2", "");
-    let (image, faulty, memory, told) = open_faulty(std::fs::read(scratch.path("disk")).expect("readable"));
+    let (image, faulty, memory, losses) = open_faulty(std::fs::read(scratch.path("disk")).expect("readable"));
     image.write_at(&block(7), 9 * UNIT).expect("writes");
     faulty.limit_len(memory.len());
     image.write_at(&block(8), 10 * UNIT).expect_err("it is full");
     drop(image);
-    assert!(told.lock().expect("no panic").is_empty());
+    assert!(losses.lock().expect("no panic").is_empty());
     let (image, ..) = open_faulty(memory.contents());
     let bytes = contents(&image);
     let unit = usize::try_from(UNIT).expect("small");
@@ -465,7 +463,7 @@ fn what_was_written_before_the_disk_was_full_is_kept() {
 }
 
 #[test]
-fn a_refused_change_spoils_nothing() {
+fn a_refused_change_leaves_earlier_writes_intact() {
     let scratch = Scratch::new("qcow2", "");
     let image = scratch.open(true);
     image.write_at(&block(7), 9 * UNIT).expect("writes");
@@ -478,7 +476,7 @@ fn a_refused_change_spoils_nothing() {
 }
 
 #[test]
-fn a_write_that_was_begun_and_dropped_leaves_nothing() {
+fn a_pending_write_that_is_dropped_changes_nothing() {
     for (format, options) in IMAGES {
         let scratch = Scratch::new(format, options);
         let image = scratch.open(true);

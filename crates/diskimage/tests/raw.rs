@@ -1,4 +1,4 @@
-//! Raw images through the library's front door.
+//! Raw images through the public functions of the library.
 
 use std::fs;
 use std::sync::{Arc, Mutex};
@@ -45,7 +45,7 @@ fn a_new_image_has_whole_sectors_and_one_block() {
     assert_eq!(image.len(), 1024);
     scratch.create("b", 1 << 20, "").expect("is made");
     let image = open(&scratch.path("b"), &raw()).expect("opens");
-    assert!(image.allocated_bytes() > Some(0), "the first block is there");
+    assert!(image.allocated_bytes() > Some(0), "the first block is allocated");
     assert!(image.layer().is_zero_when_new());
 }
 
@@ -61,16 +61,18 @@ fn the_rest_of_the_last_sector_reads_as_zero() {
     let data = image
         .status(ByteRange::new(0, 1024), StatusDetail::Zeroes)
         .expect("is known");
-    assert_eq!((data.len, data.kind), (1000, ExtentKind::Data));
+    assert_eq!(data.len, 1000);
+    assert_eq!(data.kind, ExtentKind::Data);
     let rest = image
         .status(ByteRange::new(1000, 1024), StatusDetail::Zeroes)
         .expect("is known");
-    assert_eq!((rest.len, rest.kind), (24, ExtentKind::Zero));
+    assert_eq!(rest.len, 24);
+    assert_eq!(rest.kind, ExtentKind::Zero);
     assert_eq!(rest.host.map(|(_, offset)| offset), Some(1000));
 }
 
 #[test]
-fn preallocation_is_named_right_or_refused() {
+fn unknown_preallocation_modes_are_refused_before_the_file_is_emptied() {
     let scratch = Scratch::new();
     for mode in ["falloc", "full"] {
         scratch
@@ -96,7 +98,7 @@ fn preallocation_is_named_right_or_refused() {
 }
 
 #[test]
-fn what_cannot_be_made_is_said_in_the_usual_words() {
+fn refused_creations_have_the_messages_of_qemu_img() {
     let scratch = Scratch::new();
     let prepare = |creation: Creation| message(creation.prepare());
     assert_eq!(prepare(Creation::new("x", "foo")), "Unknown file format 'foo'");
@@ -138,7 +140,7 @@ fn what_cannot_be_made_is_said_in_the_usual_words() {
 }
 
 #[test]
-fn what_is_made_is_described() {
+fn the_summary_lists_format_and_options() {
     let prepared = Creation::new("x", "raw")
         .size(1000)
         .options("nocow=on,preallocation=off")
@@ -148,29 +150,29 @@ fn what_is_made_is_described() {
 }
 
 #[test]
-fn a_guess_is_told_and_a_named_format_is_not() {
+fn a_warning_is_printed_for_a_probed_raw_image_only() {
     let scratch = Scratch::new();
     let path = scratch.path("a");
     scratch.create("a", 4096, "").expect("is made");
-    let told = Arc::new(Mutex::new(Vec::new()));
-    let sink = Arc::clone(&told);
+    let notes = Arc::new(Mutex::new(Vec::new()));
+    let sink = Arc::clone(&notes);
     let options = OpenOptions::new().on_note(Arc::new(move |note: &Note| {
         sink.lock().expect("is not poisoned").push(note.text().to_owned())
     }));
     drop(open(&path, &options).expect("opens"));
     drop(open(&path, &options.clone().format("raw").write(true)).expect("opens"));
-    assert!(told.lock().expect("is not poisoned").is_empty());
+    assert!(notes.lock().expect("is not poisoned").is_empty());
 
     let image = open(&path, &options.write(true)).expect("opens");
-    assert_eq!(told.lock().expect("is not poisoned").len(), 1);
-    assert!(told.lock().expect("is not poisoned")[0].starts_with(&format!(
+    assert_eq!(notes.lock().expect("is not poisoned").len(), 1);
+    assert!(notes.lock().expect("is not poisoned")[0].starts_with(&format!(
         "WARNING: Image format was not specified for '{path}' and probing guessed raw.\n"
     )));
     image.write_at(b"no header", 0).expect("writes");
 }
 
 #[test]
-fn openers_say_what_is_wrong() {
+fn failed_opens_have_the_messages_of_qemu_img() {
     let scratch = Scratch::new();
     let missing = scratch.path("a");
     assert_eq!(
@@ -188,13 +190,13 @@ fn openers_say_what_is_wrong() {
 }
 
 #[test]
-fn a_source_that_is_relied_on_and_a_writer_exclude_each_other() {
+fn an_exclusive_reader_and_a_writer_exclude_each_other() {
     let scratch = Scratch::new();
     let path = scratch.path("a");
     scratch.create("a", 4096, "").expect("is made");
     let writer = open(&path, &raw().write(true)).expect("opens");
     drop(open(&path, &raw().write(true)).expect("raw images can have two writers"));
-    drop(open(&path, &raw()).expect("and readers that do not mind"));
+    drop(open(&path, &raw()).expect("and readers that are not exclusive"));
     let error = open(&path, &raw().exclusive(true)).expect_err("is in use");
     assert_eq!(error.kind(), ErrorKind::Locked);
     assert_eq!(
@@ -205,7 +207,7 @@ fn a_source_that_is_relied_on_and_a_writer_exclude_each_other() {
         error.hint_line(),
         Some(&*format!("Is another process using the image [{path}]?"))
     );
-    drop(open(&path, &raw().exclusive(true).force_share(true)).expect("nobody is asked"));
+    drop(open(&path, &raw().exclusive(true).force_share(true)).expect("takes no lock"));
     drop(writer);
     let source = open(&path, &raw().exclusive(true)).expect("opens");
     assert_eq!(
@@ -216,7 +218,7 @@ fn a_source_that_is_relied_on_and_a_writer_exclude_each_other() {
 }
 
 #[test]
-fn zeroes_discards_and_sizes_go_straight_to_the_file() {
+fn zeroes_discards_and_resizes_change_the_file_at_once() {
     let scratch = Scratch::new();
     let path = scratch.path("a");
     for cache in ["none", "writeback", "unsafe", "directsync", "writethrough"] {
@@ -241,15 +243,9 @@ fn zeroes_discards_and_sizes_go_straight_to_the_file() {
         image.flush().expect("flushes");
         let bytes = fs::read(&path).expect("is there");
         assert_eq!(bytes.len(), 3 << 20);
-        assert_eq!(
-            (bytes[2], bytes[3], bytes[4], bytes[5]),
-            (0, 3, 3, 0),
-            "{cache:?}"
-        );
-        assert_eq!(
-            (bytes[69_999], bytes[70_000], bytes[100_003], bytes[100_004]),
-            (0, 3, 3, 0)
-        );
+        assert_eq!(bytes[2..6], [0, 3, 3, 0], "{cache:?}");
+        assert_eq!(bytes[69_999..70_001], [0, 3], "{cache:?}");
+        assert_eq!(bytes[100_003..100_005], [3, 0], "{cache:?}");
         assert_eq!(&bytes[(3 << 20) - 3..], b"end");
     }
 }
@@ -261,5 +257,6 @@ fn measuring_rounds_up() {
     let measure = format
         .measure(&options, MeasureSource::Size(1000), &Objects::new())
         .expect("is known");
-    assert_eq!((measure.required, measure.fully_allocated), (1024, 1024));
+    assert_eq!(measure.required, 1024);
+    assert_eq!(measure.fully_allocated, 1024);
 }

@@ -10,8 +10,8 @@
 //! ```
 //!
 //! Writing in order allocates clusters in guest order, so the target file is the same whatever the number of threads.
-//! The buffers take at most workers times segment bytes, whatever sizes the images claim. The first error in guest order
-//! stops the conversion and is reported; the caller removes the incomplete target.
+//! The buffers take at most workers times segment bytes, whatever sizes the images claim. The first error in guest
+//! order stops the conversion and is reported; the caller removes the incomplete target.
 
 mod rate;
 mod runs;
@@ -241,8 +241,8 @@ fn takes_one_write(target: &Image) -> bool {
     device.limits().alignment == 1 && device.as_file().is_some_and(is_file)
 }
 
-/// Whether the storage can copy by itself. For all other drivers qemu-img searches for zeroes as usual, so that the copy
-/// takes no more room; this function has the same list.
+/// Whether the storage can copy by itself. For all other drivers qemu-img searches for zeroes as usual, so that the
+/// copy takes no more room; this function has the same list.
 fn can_offload(conversion: &Conversion<'_>) -> bool {
     let takes_part = |image: &Image| OFFLOADING.contains(&image.layer().format());
     takes_part(conversion.target) && conversion.sources.iter().all(|image| takes_part(image))

@@ -384,7 +384,8 @@ impl<'a> Worker<'a> {
     }
 }
 
-/// Finishes `write` with its bytes from `buf`, whose first byte is at guest offset `start`, or lets the storage copy them.
+/// Finishes `write` with its bytes from `buf`, whose first byte is at guest offset `start`, or lets the storage copy
+/// them.
 fn finish_write(
     job: &CopyJob<'_>,
     hosts: &[HostRun],

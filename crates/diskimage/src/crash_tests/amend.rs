@@ -1,4 +1,4 @@
-//! `amend`: the disk is the same in another version of the format.
+//! `amend`: the guest data is the same in another version of the format.
 
 use std::sync::Arc;
 
@@ -6,13 +6,13 @@ use diskimage_core::options::Options;
 use diskimage_core::{AmendRequest, Progress, Result};
 use diskimage_formats::format_by_name;
 
-use super::disks::{Disks, Plan, make};
-use super::{Command, try_all};
+use super::disks::{Disks, ImagePlan, make};
+use super::{Command, Least, try_all};
 use crate::OpenOptions;
 
 const KIB: u64 = 1024;
 
-/// The whole command with these options.
+/// The command with the options `list`.
 fn amend(list: &'static str) -> impl Fn(&Disks) -> Result<()> {
     move |disks| {
         let image = disks.open("top", OpenOptions::new().write(true))?;
@@ -23,24 +23,24 @@ fn amend(list: &'static str) -> impl Fn(&Disks) -> Result<()> {
     }
 }
 
-fn plan(options: &'static str) -> Plan {
-    Plan::qcow2(options, 96 * KIB)
+fn plan(options: &'static str) -> ImagePlan {
+    ImagePlan::qcow2(options, 96 * KIB)
         .data(0, 40_000, 1)
         .zeroes(8192, 4096)
 }
 
 #[test]
-fn an_amended_disk_stays_as_it_is() {
+fn amending_keeps_the_guest_data() {
     let command = |name, options, list| Command::new(name, make(&[plan(options)]), amend(list));
-    let above = || {
+    let overlay = || {
         make(&[
             plan("cluster_size=4k,backing_file=base,backing_fmt=qcow2"),
-            Plan::qcow2("cluster_size=4k", 128 * KIB).data(0, 128 * KIB, 5),
+            ImagePlan::qcow2("cluster_size=4k", 128 * KIB).data(0, 128 * KIB, 5),
         ])
     };
     let end_inside_a_cluster = make(&[
-        Plan::qcow2("cluster_size=4k,backing_file=base,backing_fmt=qcow2", 62 * KIB).data(0, 10_000, 1),
-        Plan::qcow2("cluster_size=4k", 128 * KIB).data(0, 128 * KIB, 5),
+        ImagePlan::qcow2("cluster_size=4k,backing_file=base,backing_fmt=qcow2", 62 * KIB).data(0, 10_000, 1),
+        ImagePlan::qcow2("cluster_size=4k", 128 * KIB).data(0, 128 * KIB, 5),
     ]);
     let snapshot = || make(&[plan("cluster_size=4k").snapshot("old").data(30_000, 20_000, 2)]);
     let same_disk = [
@@ -51,7 +51,7 @@ fn an_amended_disk_stays_as_it_is() {
             "cluster_size=4k,lazy_refcounts=on",
             "compat=0.10",
         ),
-        Command::new("down above another", above(), amend("compat=0.10")),
+        Command::new("down above another", overlay(), amend("compat=0.10")),
         Command::new("down with a snapshot", snapshot(), amend("compat=0.10")),
         command("up", "cluster_size=4k,compat=0.10", "compat=1.1"),
         command(
@@ -90,5 +90,9 @@ fn an_amended_disk_stays_as_it_is() {
         ),
     ];
     let commands: Vec<_> = same_disk.into_iter().chain(resized).collect();
-    try_all("amend", &commands, (500, 1000));
+    let least = Least {
+        crashes: 500,
+        faults: 1000,
+    };
+    try_all("amend", &commands, &least);
 }

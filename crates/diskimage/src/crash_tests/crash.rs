@@ -1,4 +1,4 @@
-//! A power failure at every moment of a command.
+//! A power failure after every request of a command.
 
 use std::sync::Arc;
 
@@ -8,11 +8,11 @@ use diskimage_testing::{Journal, RecordingDevice};
 use super::disks::Disks;
 use super::{Command, Expected};
 
-/// Random choices of what is left, at each flush.
+/// The number of random choices of which unflushed writes survive, at each flush.
 const SAMPLES: usize = 6;
 
-/// How many crashes were tried.
-pub(super) fn everywhere(command: &Command, expected: &Expected, complaints: &mut Vec<String>) -> usize {
+/// Judges the files after every crash, and returns the number of crashes.
+pub(super) fn everywhere(command: &Command, expected: &Expected, defects: &mut Vec<String>) -> usize {
     let journal: Arc<Journal> = Arc::default();
     let record = |(at, bytes): (usize, &Vec<u8>)| {
         Arc::new(RecordingDevice::new(bytes.clone(), at, &journal)) as Arc<dyn Device>
@@ -20,9 +20,9 @@ pub(super) fn everywhere(command: &Command, expected: &Expected, complaints: &mu
     let disks = Disks(command.files.iter().enumerate().map(record).collect());
     (command.run)(&disks).expect(command.name);
     journal.crashes(&command.files, SAMPLES, 0x5eed, |crash| {
-        if let Some(wrong) = command.find_wrong(crash.files, expected) {
-            complaints.push(format!(
-                "{}: crash at {} ({}): {wrong}",
+        if let Some(defect) = command.find_defect(crash.files, expected) {
+            defects.push(format!(
+                "{}: crash at {} ({}): {defect}",
                 command.name, crash.position, crash.kept
             ));
         }

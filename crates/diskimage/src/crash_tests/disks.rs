@@ -1,4 +1,4 @@
-//! Files in memory that find each other by name.
+//! Files in memory that refer to each other by name.
 
 use std::sync::Arc;
 
@@ -7,10 +7,10 @@ use diskimage_core::{ByteRange, Device, Error, ErrorKind, Gate, Image, Reference
 use crate::testing::create;
 use crate::{MemoryDevice, OpenOptions, open_device};
 
-/// What files hold, in the order of [`NAMES`].
+/// The contents of files, in the order of [`NAMES`].
 pub(super) type Files = Vec<Vec<u8>>;
 
-/// What the files are called.
+/// The names of the files.
 pub(super) const NAMES: [&str; 3] = ["top", "base", "new"];
 
 /// Devices in the order of [`NAMES`].
@@ -32,7 +32,7 @@ impl Disks {
         self.0.iter().map(bytes).collect()
     }
 
-    /// Opens one of them with those below it.
+    /// Opens an image with its backing chain.
     pub(super) fn open(&self, name: &str, options: OpenOptions) -> Result<Arc<Image>> {
         let device = self.find(name).expect("known");
         open_device(Arc::clone(device), name, &options.gate(Arc::new(self.clone())))
@@ -51,31 +51,31 @@ impl Gate for Disks {
     }
 }
 
-/// An image to be made.
+/// A new image and the changes that are made to it.
 #[derive(Clone, Debug)]
-pub(super) struct Plan {
+pub(super) struct ImagePlan {
     format: &'static str,
     options: &'static str,
     len: u64,
-    parts: Vec<Part>,
+    steps: Vec<ImageStep>,
 }
 
-/// Something to be done to a new image.
+/// A change of a new image.
 #[derive(Clone, Copy, Debug)]
-enum Part {
+enum ImageStep {
     Data(u64, u64, u8),
     Zeroes(u64, u64),
     Snapshot(&'static str),
     Resize(u64),
 }
 
-impl Plan {
+impl ImagePlan {
     pub(super) fn qcow2(options: &'static str, len: u64) -> Self {
         Self {
             format: "qcow2",
             options,
             len,
-            parts: Vec::new(),
+            steps: Vec::new(),
         }
     }
 
@@ -86,50 +86,50 @@ impl Plan {
         }
     }
 
-    /// With `value` in some of its bytes.
+    /// Writes `len` bytes of `value` at `at`.
     pub(super) fn data(self, at: u64, len: u64, value: u8) -> Self {
-        self.with(Part::Data(at, len, value))
+        self.with(ImageStep::Data(at, len, value))
     }
 
-    /// With zeroes in some of its bytes, whatever is below.
+    /// Writes `len` zeroes at `at`, over the data of a backing image too.
     pub(super) fn zeroes(self, at: u64, len: u64) -> Self {
-        self.with(Part::Zeroes(at, len))
+        self.with(ImageStep::Zeroes(at, len))
     }
 
-    /// With a snapshot of what it holds so far.
+    /// Takes a snapshot.
     pub(super) fn snapshot(self, name: &'static str) -> Self {
-        self.with(Part::Snapshot(name))
+        self.with(ImageStep::Snapshot(name))
     }
 
-    /// With another size from here on.
+    /// Resizes the image.
     pub(super) fn resize(self, len: u64) -> Self {
-        self.with(Part::Resize(len))
+        self.with(ImageStep::Resize(len))
     }
 
-    fn with(mut self, part: Part) -> Self {
-        self.parts.push(part);
+    fn with(mut self, step: ImageStep) -> Self {
+        self.steps.push(step);
         self
     }
 }
 
-/// Makes files, the last one first, since the others may be on top of it.
-pub(super) fn make(plans: &[Plan]) -> Files {
+/// Creates the images, the last one first: it may be the backing image of the others.
+pub(super) fn make(plans: &[ImagePlan]) -> Files {
     let disks = Disks::holding(&vec![Vec::new(); plans.len()]);
     for (plan, name) in plans.iter().zip(NAMES).rev() {
         let device = disks.find(name).expect("one for each plan");
         create(device, plan.format, plan.options, plan.len);
         let options = OpenOptions::new().format(plan.format).write(true);
         let image = disks.open(name, options).expect("opens");
-        for part in &plan.parts {
-            part.add(&image).expect("memory");
+        for step in &plan.steps {
+            step.apply(&image).expect("memory");
         }
         image.flush().expect("memory");
     }
     disks.contents()
 }
 
-impl Part {
-    fn add(self, image: &Image) -> Result<()> {
+impl ImageStep {
+    fn apply(self, image: &Image) -> Result<()> {
         match self {
             Self::Data(at, len, value) => {
                 image.write_at(&vec![value; usize::try_from(len).expect("small")], at)

@@ -1,4 +1,4 @@
-//! Every request of a command fails in turn.
+//! A fault of every request of a command in turn.
 
 use std::sync::Arc;
 
@@ -8,21 +8,21 @@ use diskimage_testing::{Fault, FaultyDevice};
 use super::disks::Disks;
 use super::{Command, Expected};
 
-/// Ways to fail from or at the n-th request.
+/// The faults of the n-th request: it fails, it and all later ones fail, it fails and leaves a torn write.
 const KINDS: [fn(u64) -> Fault; 3] = [Fault::once, Fault::from, |n| Fault::once(n).torn()];
 
-/// How many faults were met.
-pub(super) fn everywhere(command: &Command, expected: &Expected, complaints: &mut Vec<String>) -> usize {
+/// Runs the command with every fault, and returns the number of faults.
+pub(super) fn everywhere(command: &Command, expected: &Expected, defects: &mut Vec<String>) -> usize {
     let mut count = 0;
     for failing in 0..command.files.len() {
         for kind in KINDS {
             for n in 0.. {
                 let fault = kind(n);
-                match meet(command, expected, failing, fault) {
+                match run(command, expected, failing, fault) {
                     Ok(false) => break,
                     Ok(true) => {}
-                    Err(wrong) => {
-                        complaints.push(format!("{}: {fault:?} of file {failing}: {wrong}", command.name))
+                    Err(defect) => {
+                        defects.push(format!("{}: {fault:?} of file {failing}: {defect}", command.name))
                     }
                 }
                 count += 1;
@@ -32,8 +32,8 @@ pub(super) fn everywhere(command: &Command, expected: &Expected, complaints: &mu
     count
 }
 
-/// Whether the command met the fault; what is wrong with how it took it.
-fn meet(command: &Command, expected: &Expected, failing: usize, fault: Fault) -> Result<bool, String> {
+/// Runs the command with one fault of one file. Returns whether the fault occurred; a defect is the error.
+fn run(command: &Command, expected: &Expected, failing: usize, fault: Fault) -> Result<bool, String> {
     let memory = Disks::holding(&command.files);
     let mut disks = memory.clone();
     let faulty = Arc::new(FaultyDevice::new(Arc::clone(&memory.0[failing])));
@@ -43,18 +43,18 @@ fn meet(command: &Command, expected: &Expected, failing: usize, fault: Fault) ->
     if faulty.disarm() == 0 {
         return match outcome {
             Ok(()) => Ok(false),
-            Err(error) => Err(format!("fails without a reason: {}", error.chain())),
+            Err(error) => Err(format!("fails without a fault: {}", error.chain())),
         };
     }
     let left = memory.contents();
     match outcome {
-        // It may do without: a failed discard, for one, costs nothing but space.
+        // Some requests may fail without harm: a failed discard costs nothing but space.
         Ok(()) => expected
             .judge_finished(&left)
-            .map_err(|wrong| format!("went unnoticed: {wrong}"))?,
+            .map_err(|defect| format!("the fault is not reported: {defect}"))?,
         Err(error) if is_device_error(&error) => {
-            if let Some(wrong) = command.find_wrong(&left, expected) {
-                return Err(wrong);
+            if let Some(defect) = command.find_defect(&left, expected) {
+                return Err(defect);
             }
         }
         Err(error) => return Err(format!("not the error of the device: {}", error.chain())),

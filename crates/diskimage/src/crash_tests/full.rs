@@ -1,4 +1,4 @@
-//! A disk that is full, from some length of a file on.
+//! A full disk: a file cannot grow beyond a length.
 
 use std::sync::Arc;
 
@@ -8,24 +8,24 @@ use diskimage_testing::FaultyDevice;
 use super::disks::Disks;
 use super::{Command, Expected};
 
-/// Lengths that are tried for each file.
+/// The number of lengths that are tried for each file.
 const STEPS: u64 = 24;
-/// The unit that lengths are multiples of.
+/// Lengths are multiples of this.
 const SECTOR: u64 = 512;
 
-/// How often the disk was full.
-pub(super) fn everywhere(command: &Command, expected: &Expected, complaints: &mut Vec<String>) -> usize {
+/// Runs the command with every length, and returns the number of runs.
+pub(super) fn everywhere(command: &Command, expected: &Expected, defects: &mut Vec<String>) -> usize {
     let mut count = 0;
     for full in 0..command.files.len() {
         let len = command.files[full].len() as u64;
-        // No command here takes more room than its files have.
+        // No command of these tests doubles the length of a file.
         let step = (len / STEPS).next_multiple_of(SECTOR);
         for limit in (0..=STEPS).map(|n| len + n * step) {
             match run(command, expected, full, limit) {
                 Ok(false) => break,
                 Ok(true) => {}
-                Err(wrong) => complaints.push(format!(
-                    "{}: full at {limit} of file {full}, which has {len}: {wrong}",
+                Err(defect) => defects.push(format!(
+                    "{}: full at {limit} of file {full}, which has {len}: {defect}",
                     command.name
                 )),
             }
@@ -35,7 +35,7 @@ pub(super) fn everywhere(command: &Command, expected: &Expected, complaints: &mu
     count
 }
 
-/// Whether the command met the limit; what is wrong with how it took it.
+/// Runs the command with one length. Returns whether a request was refused; a defect is the error.
 fn run(command: &Command, expected: &Expected, full: usize, limit: u64) -> Result<bool, String> {
     let memory = Disks::holding(&command.files);
     let mut disks = memory.clone();
@@ -48,11 +48,11 @@ fn run(command: &Command, expected: &Expected, full: usize, limit: u64) -> Resul
     match outcome {
         Ok(()) => {
             let finished = expected.judge_finished(&left);
-            finished.map_err(|wrong| format!("went unnoticed: {wrong}"))?;
+            finished.map_err(|defect| format!("the full disk is not reported: {defect}"))?;
         }
         Err(error) if error.errno() == Some(errno::ENOSPC) => {
-            if let Some(wrong) = command.find_wrong(&left, expected) {
-                return Err(wrong);
+            if let Some(defect) = command.find_defect(&left, expected) {
+                return Err(defect);
             }
         }
         Err(error) => return Err(format!("not the error of the device: {}", error.chain())),

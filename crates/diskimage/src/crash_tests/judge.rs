@@ -1,4 +1,4 @@
-//! What may be seen of the files of a command that was cut short.
+//! Judges the files that a command has left which was cut off: each image is compared with its view before and after.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -11,7 +11,7 @@ use super::disks::{Disks, NAMES};
 use crate::testing::contents;
 use crate::{OpenOptions, SnapshotSelector, list_snapshots, open_snapshot};
 
-/// What a command does when nothing gets in its way, and how.
+/// The result of a command without faults.
 #[derive(Debug)]
 pub(super) struct Expected {
     pub(super) before: View,
@@ -20,19 +20,19 @@ pub(super) struct Expected {
     pub(super) damaged: bool,
 }
 
-/// What can be seen of the files.
+/// The views of all images.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct View(Vec<Seen>);
+pub(super) struct View(Vec<ImageView>);
 
-/// What can be seen of one image.
+/// Everything that a user can read from one image.
 #[derive(Debug, PartialEq, Eq)]
-struct Seen {
-    /// What it reads as on top of its chain.
+struct ImageView {
+    /// The guest data on its chain.
     disk: Vec<u8>,
     backing: Option<Backing>,
-    /// By identifier and name.
+    /// Identifier, name and guest data of each snapshot.
     snapshots: Vec<(String, String, Vec<u8>)>,
-    /// With what is marked, except where that cannot be relied on.
+    /// The bitmaps with their dirty ranges; without ranges if inconsistent.
     bitmaps: Vec<(BitmapInfo, Vec<ByteRange>)>,
     facts: Option<Vec<Detail>>,
 }
@@ -42,17 +42,19 @@ impl View {
         let disks = Disks::holding(files);
         let names = NAMES.iter().take(files.len());
         Ok(Self(
-            names.map(|name| Seen::of(&disks, name)).collect::<Result<_>>()?,
+            names
+                .map(|name| ImageView::of(&disks, name))
+                .collect::<Result<_>>()?,
         ))
     }
 
-    /// What the disk on top reads as.
+    /// The guest data of the topmost image.
     pub(super) fn top(&self) -> &[u8] {
         &self.0[0].disk
     }
 }
 
-impl Seen {
+impl ImageView {
     fn of(disks: &Disks, name: &str) -> Result<Self> {
         let image = disks.open(name, OpenOptions::new())?;
         let mut snapshots = Vec::new();
@@ -97,37 +99,43 @@ fn bitmaps(image: &Image) -> Result<Vec<(BitmapInfo, Vec<ByteRange>)>> {
 }
 
 impl Expected {
-    /// Says what is wrong with what was left of the files, or what is seen there.
+    /// Returns the view of the files that a cut-off command has left. A defect is the error.
     pub(super) fn judge(&self, left: &[Vec<u8>]) -> std::result::Result<View, String> {
         if !self.damaged {
             check_all(left)?;
         }
-        let seen = View::of(left).map_err(|error| format!("cannot be read: {}", error.chain()))?;
-        for (index, now) in seen.0.iter().enumerate() {
+        let view = View::of(left).map_err(|error| format!("cannot be read: {}", error.chain()))?;
+        for (index, now) in view.0.iter().enumerate() {
             let (before, after) = (&self.before.0[index], &self.after.0[index]);
-            compare(now, before, after, self.change).map_err(|wrong| format!("{}: {wrong}", NAMES[index]))?;
+            compare(now, before, after, self.change)
+                .map_err(|defect| format!("{}: {defect}", NAMES[index]))?;
         }
-        Ok(seen)
+        Ok(view)
     }
 
-    /// Says what is wrong with files on which the command has done its work.
+    /// Judges files that a command has left which succeeded. A defect is the error.
     pub(super) fn judge_finished(&self, left: &[Vec<u8>]) -> std::result::Result<(), String> {
         check_all(left)?;
-        let seen = View::of(left).map_err(|error| format!("cannot be read: {}", error.chain()))?;
-        for (index, now) in seen.0.iter().enumerate() {
+        let view = View::of(left).map_err(|error| format!("cannot be read: {}", error.chain()))?;
+        for (index, now) in view.0.iter().enumerate() {
             let after = &self.after.0[index];
-            compare(now, after, after, Change::Whole)
-                .map_err(|wrong| format!("{}: {wrong}", NAMES[index]))?;
+            compare(now, after, after, Change::Atomic)
+                .map_err(|defect| format!("{}: {defect}", NAMES[index]))?;
         }
-        if seen == self.after {
+        if view == self.after {
             Ok(())
         } else {
-            Err("not what it ought to be".to_owned())
+            Err("differs from a run without faults".to_owned())
         }
     }
 }
 
-fn compare(now: &Seen, before: &Seen, after: &Seen, change: Change) -> std::result::Result<(), String> {
+fn compare(
+    now: &ImageView,
+    before: &ImageView,
+    after: &ImageView,
+    change: Change,
+) -> std::result::Result<(), String> {
     compare_disk(&now.disk, &before.disk, &after.disk, change)?;
     if ![&before.backing, &after.backing].contains(&&now.backing) {
         return Err(format!("is based on {:?}", now.backing));
@@ -146,8 +154,8 @@ fn compare_disk(now: &[u8], before: &[u8], after: &[u8], change: Change) -> std:
         return Ok(());
     }
     let known = match change {
-        Change::Whole => [before.len(), after.len()].contains(&now.len()),
-        // A file without a format is as long as what was written to it.
+        Change::Atomic => [before.len(), after.len()].contains(&now.len()),
+        // A raw file that is written gradually may have any length between the two.
         Change::Gradual => {
             (before.len().min(after.len())..=before.len().max(after.len())).contains(&now.len())
         }
@@ -155,24 +163,24 @@ fn compare_disk(now: &[u8], before: &[u8], after: &[u8], change: Change) -> std:
     if !known {
         return Err(format!("has {} bytes", now.len()));
     }
-    // What a disk does not have yet, or no longer, is zero.
+    // A disk counts as zero beyond its end.
     let byte = |disk: &[u8], at: usize| disk.get(at).copied().unwrap_or(0);
-    let wrong = now
+    let differing = now
         .iter()
         .enumerate()
         .find(|(at, now)| **now != byte(before, *at) && **now != byte(after, *at));
-    match wrong {
+    match differing {
         Some((at, now)) => Err(format!(
             "byte {at:#x} is {now:#x}, was {:#x}, becomes {:#x}",
             byte(before, at),
             byte(after, at)
         )),
-        None if change == Change::Whole => Err("is partly as before and partly as after".to_owned()),
+        None if change == Change::Atomic => Err("is partly as before and partly as after".to_owned()),
         None => Ok(()),
     }
 }
 
-/// Finds damage other than leaked clusters, and leaked clusters that cannot be mended.
+/// Reports corruption, and leaked clusters that cannot be repaired.
 fn check_all(files: &[Vec<u8>]) -> std::result::Result<(), String> {
     for name in NAMES.iter().take(files.len()) {
         let found = check(&Disks::holding(files), name, Repair::No)?;
@@ -185,22 +193,22 @@ fn check_all(files: &[Vec<u8>]) -> std::result::Result<(), String> {
         let disks = Disks::holding(files);
         check(&disks, name, Repair::Leaks)?;
         let again = check(&disks, name, Repair::No)?;
-        if (again.leaks, again.corruptions) != (0, 0) {
-            return Err(format!("{name}: leaks cannot be mended: {again:?}"));
+        if again.leaks > 0 || again.corruptions > 0 {
+            return Err(format!("{name}: leaks cannot be repaired: {again:?}"));
         }
     }
     Ok(())
 }
 
-/// What a check finds, apart from clusters that are used once but that a flag forbids to write in place: a crash while
-/// snapshots change may leave that, and it costs a copy and nothing else.
+/// The report of a check without one harmless corruption: a cluster with a refcount of 1 whose entry has no COPIED
+/// flag. A crash during a change of snapshots may leave that; the next write of the cluster copies it.
 fn check(disks: &Disks, name: &str, repair: Repair) -> std::result::Result<CheckReport, String> {
     let options = OpenOptions::new()
         .for_check(true)
         .no_backing(true)
         .write(repair != Repair::No);
-    let wrong = |error: diskimage_core::Error| format!("{name}: cannot be checked: {}", error.chain());
-    let image = disks.open(name, options).map_err(wrong)?;
+    let unchecked = |error: diskimage_core::Error| format!("{name}: cannot be checked: {}", error.chain());
+    let image = disks.open(name, options).map_err(unchecked)?;
     let harmless = AtomicU64::new(0);
     let notes = |note: &Note| {
         let numbers = note
@@ -215,7 +223,7 @@ fn check(disks: &Disks, name: &str, repair: Repair) -> std::result::Result<Check
     match image.layer().check(repair, &Progress::none().with_notes(&notes)) {
         Err(error) if error.kind() == ErrorKind::Unsupported => Ok(CheckReport::default()),
         other => {
-            let mut found = other.map_err(wrong)?;
+            let mut found = other.map_err(unchecked)?;
             found.corruptions = found.corruptions.saturating_sub(harmless.into_inner());
             Ok(found)
         }

@@ -1,12 +1,19 @@
 //! Crashes and failing requests in the middle of whole commands, on images in memory.
 //!
-//! A command is what the program does from opening the files to closing them. It is run once to see how things look
-//! before and after. Then it is cut short at every moment, as a power failure does to all files at once, every request
-//! to every file fails in turn, and each file in turn cannot grow beyond some length, as on a full disk. Each time
+//! A command is everything that the program does from opening the files to closing them. It runs once to record the
+//! views of the files before and after. Then it runs with every crash and every fault:
 //!
-//! * all images open, and a check finds leaked clusters at worst, which can be mended;
+//! ```text
+//!   crash   all files lose what was not flushed, at every request     ┐
+//!   fault   every request to every file fails in turn                 ├──▶ judge the files ──▶ run again ──▶ judge
+//!   full    no file grows beyond a length, for several lengths        ┘
+//! ```
+//!
+//! After each of them
+//!
+//! * all images open, and a check finds nothing but leaked clusters, which it can repair;
 //! * every disk, snapshot and bitmap is as before or as after (`judge`);
-//! * the same command again does what is left to do.
+//! * the same command run again completes the change.
 
 mod amend;
 mod bitmap;
@@ -29,25 +36,25 @@ use self::judge::{Expected, View};
 /// A command on the files of a chain.
 struct Command {
     name: &'static str,
-    /// What the files hold before.
+    /// The files before the command.
     files: Files,
     run: Box<Run>,
-    /// How its disks change.
+    /// How the disks change.
     change: Change,
-    /// Whether the disk on top stays as it is all the time.
-    keeps_disk: bool,
-    /// Whether the files are damaged before, and the command mends them.
+    /// Whether the guest data of the topmost disk is the same before and after.
+    guest_data_unchanged: bool,
+    /// Whether the files are damaged before, and the command repairs them.
     damaged: bool,
 }
 
 type Run = dyn Fn(&Disks) -> Result<()>;
 
-/// How the disks of a command get from before to after.
+/// How the disks of a command change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Change {
-    /// At once.
-    Whole,
-    /// Byte by byte.
+    /// Atomically: a crash leaves the disk as before or as after.
+    Atomic,
+    /// Byte by byte: a crash leaves each byte as before or as after.
     Gradual,
 }
 
@@ -57,15 +64,15 @@ impl Command {
             name,
             files,
             run: Box::new(run),
-            change: Change::Whole,
-            keeps_disk: false,
+            change: Change::Atomic,
+            guest_data_unchanged: false,
             damaged: false,
         }
     }
 
     fn guest_data_unchanged(self) -> Self {
         Self {
-            keeps_disk: true,
+            guest_data_unchanged: true,
             ..self
         }
     }
@@ -77,7 +84,7 @@ impl Command {
         }
     }
 
-    /// What it does when nothing gets in its way.
+    /// The views of the files before and after a run without faults.
     fn expected(&self) -> Expected {
         let before = View::of(&self.files).expect("readable");
         let disks = Disks::holding(&self.files);
@@ -85,7 +92,7 @@ impl Command {
         let after = View::of(&disks.contents()).expect("readable");
         assert!(self.damaged || before != after, "{} does nothing", self.name);
         assert!(
-            !self.keeps_disk || before.top() == after.top(),
+            !self.guest_data_unchanged || before.top() == after.top(),
             "{} changes the disk",
             self.name
         );
@@ -97,44 +104,49 @@ impl Command {
         }
     }
 
-    /// Says what is wrong with what was left of the files, or with doing it all over again.
-    fn find_wrong(&self, left: &[Vec<u8>], expected: &Expected) -> Option<String> {
-        let seen = match expected.judge(left) {
-            Ok(seen) => seen,
-            Err(wrong) => return Some(wrong),
+    /// Judges the files that a cut-off run has left, and those after the command has run on them again. Returns the
+    /// defect.
+    fn find_defect(&self, left: &[Vec<u8>], expected: &Expected) -> Option<String> {
+        let view = match expected.judge(left) {
+            Ok(view) => view,
+            Err(defect) => return Some(defect),
         };
-        if seen == expected.after && !self.damaged {
+        if view == expected.after && !self.damaged {
             return None;
         }
         let disks = Disks::holding(left);
         if let Err(error) = (self.run)(&disks) {
-            return Some(format!("does not work again: {}", error.chain()));
+            return Some(format!("fails when run again: {}", error.chain()));
         }
         expected
             .judge_finished(&disks.contents())
             .err()
-            .map(|wrong| format!("after doing it again: {wrong}"))
+            .map(|defect| format!("after it has run again: {defect}"))
     }
 }
 
-/// Tries all crashes and all faults on some commands, and says how many there were.
-fn try_all(name: &str, commands: &[Command], least: (usize, usize)) {
-    let (mut crashes, mut faults, mut full, mut complaints) = (0, 0, 0, Vec::new());
+/// The least number of crashes and faults that a test must try; it fails if a change of the code makes it try fewer.
+struct Least {
+    crashes: usize,
+    faults: usize,
+}
+
+/// Runs `commands` with all crashes, faults and full disks, and fails with the defects found.
+fn try_all(name: &str, commands: &[Command], least: &Least) {
+    let (mut crashes, mut faults, mut full, mut defects) = (0, 0, 0, Vec::new());
     for command in commands {
         let expected = command.expected();
-        crashes += crash::everywhere(command, &expected, &mut complaints);
-        faults += fault::everywhere(command, &expected, &mut complaints);
-        full += full::everywhere(command, &expected, &mut complaints);
+        crashes += crash::everywhere(command, &expected, &mut defects);
+        faults += fault::everywhere(command, &expected, &mut defects);
+        full += full::everywhere(command, &expected, &mut defects);
     }
     println!(
         "{name}: {} commands, {crashes} crashes, {faults} faults, {full} full disks",
         commands.len()
     );
-    let all = complaints.len();
-    complaints.truncate(20);
-    assert!(all == 0, "{all} complaints\n{}", complaints.join("\n"));
-    assert!(
-        crashes >= least.0 && faults >= least.1,
-        "few: {crashes} crashes, {faults} faults"
-    );
+    let all = defects.len();
+    defects.truncate(20);
+    assert!(all == 0, "{all} defects\n{}", defects.join("\n"));
+    assert!(crashes >= least.crashes, "only {crashes} crashes");
+    assert!(faults >= least.faults, "only {faults} faults");
 }

@@ -1,9 +1,9 @@
-//! `rebase`: the disk is the same on the old chain and on the new one.
+//! `rebase`: the guest data is the same on the old chain and on the new one.
 
 use diskimage_core::{Backing, Progress, Result};
 
-use super::disks::{Disks, Files, Plan, make};
-use super::{Command, try_all};
+use super::disks::{Disks, Files, ImagePlan, make};
+use super::{Command, Least, try_all};
 use crate::{OpenOptions, Rebase, check_backing, set_backing};
 
 const KIB: u64 = 1024;
@@ -15,16 +15,16 @@ fn named(name: &str) -> Backing {
     }
 }
 
-/// The whole command.
+/// The command.
 fn rebase(new: Option<&'static str>, compress: bool) -> impl Fn(&Disks) -> Result<()> {
     move |disks| {
         let image = disks.open("top", OpenOptions::new().write(true))?;
-        let below = new.map(|name| disks.open(name, OpenOptions::new())).transpose()?;
+        let new_backing = new.map(|name| disks.open(name, OpenOptions::new())).transpose()?;
         let backing = new.map(named);
         check_backing(&image, backing.as_ref())?;
         Rebase {
             image: &image,
-            new: below.as_ref(),
+            new: new_backing.as_ref(),
             compress,
             progress: Progress::none(),
         }
@@ -43,20 +43,20 @@ fn rename(new: Option<&'static str>) -> impl Fn(&Disks) -> Result<()> {
 
 fn files(options: &'static str) -> Files {
     make(&[
-        Plan::qcow2(options, 96 * KIB)
+        ImagePlan::qcow2(options, 96 * KIB)
             .data(3000, 6000, 2)
             .zeroes(16 * KIB, 8 * KIB),
-        Plan::qcow2("cluster_size=4k", 96 * KIB)
+        ImagePlan::qcow2("cluster_size=4k", 96 * KIB)
             .data(0, 50_000, 1)
             .data(80_000, 512, 4),
-        Plan::qcow2("cluster_size=4k", 64 * KIB)
+        ImagePlan::qcow2("cluster_size=4k", 64 * KIB)
             .data(0, 30_000, 1)
             .data(40_000, 20_000, 3),
     ])
 }
 
 #[test]
-fn the_disk_stays_as_it_is_on_another_image() {
+fn rebasing_keeps_the_guest_data() {
     let plain = "cluster_size=4k,backing_file=base,backing_fmt=qcow2";
     let small = "cluster_size=512,backing_file=base,backing_fmt=qcow2";
     let subclusters = "cluster_size=16k,extended_l2=on,backing_file=base,backing_fmt=qcow2";
@@ -89,5 +89,9 @@ fn the_disk_stays_as_it_is_on_another_image() {
         Command::new("no name", files(plain), rename(None)),
     ];
     let commands: Vec<_> = same_disk.into_iter().chain(renamed).collect();
-    try_all("rebase", &commands, (500, 900));
+    let least = Least {
+        crashes: 500,
+        faults: 900,
+    };
+    try_all("rebase", &commands, &least);
 }

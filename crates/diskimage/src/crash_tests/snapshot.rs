@@ -1,15 +1,15 @@
-//! `snapshot`.
+//! `snapshot`: snapshots are taken, applied and deleted atomically.
 
 use std::time::UNIX_EPOCH;
 
-use super::disks::{Disks, Files, Plan, make};
-use super::{Command, try_all};
+use super::disks::{Disks, Files, ImagePlan, make};
+use super::{Command, Least, try_all};
 use crate::{OpenOptions, apply_snapshot, create_snapshot, delete_snapshot};
 
 const KIB: u64 = 1024;
 
 fn files(options: &'static str) -> Files {
-    make(&[Plan::qcow2(options, 96 * KIB)
+    make(&[ImagePlan::qcow2(options, 96 * KIB)
         .data(0, 40_000, 1)
         .snapshot("old")
         .data(20_000, 40_000, 2)
@@ -30,10 +30,10 @@ fn delete(disks: &Disks) -> diskimage_core::Result<()> {
 }
 
 #[test]
-fn snapshots_are_there_or_not() {
+fn snapshots_change_atomically() {
     let small = "cluster_size=512";
     let resized = || {
-        make(&[Plan::qcow2(small, 48 * KIB)
+        make(&[ImagePlan::qcow2(small, 48 * KIB)
             .data(0, 40_000, 1)
             .snapshot("old")
             .resize(96 * KIB)
@@ -59,5 +59,9 @@ fn snapshots_are_there_or_not() {
         Command::new("delete in small clusters", files(small), delete),
         Command::new("delete of a smaller disk", resized(), delete),
     ];
-    try_all("snapshot", &commands, (500, 900));
+    let least = Least {
+        crashes: 500,
+        faults: 900,
+    };
+    try_all("snapshot", &commands, &least);
 }

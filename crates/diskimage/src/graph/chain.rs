@@ -1,4 +1,10 @@
-//! Images with those that they are based on.
+//! Opens backing chains.
+//!
+//! ```text
+//!   open_link(top) ──▶ open_below(1) ──▶ open_below(2) ...     each file locked as its format needs
+//!   all links: files locked with their final permissions
+//!   from the last link to the first: Image(base) ◀── Image(middle) ◀── Image(top)
+//! ```
 
 use std::sync::Arc;
 
@@ -9,18 +15,19 @@ use super::names::{full_backing_name, is_relative, node_of_name};
 use super::{Link, Mode, Opener, known_format, no_such_node};
 use crate::open::OpenOptions;
 
-/// How many images a chain may have: more than anybody has, fewer than there are file descriptors.
+/// The largest number of images in a chain. A limit of this program: it keeps the number of open files below the usual
+/// limit of the system.
 const MAX_CHAIN: usize = 200;
 
-/// Opens the image that a node's options describe, with its backing chain.
+/// Opens the image of a node from its options, with its backing chain.
 ///
 /// # Errors
-/// Everything that can be wrong with the options, the files, the image, and the images that it is based on.
+/// An option is wrong, a file cannot be opened, or an image of the chain is corrupt or not supported.
 pub(crate) fn open_chain(node: NodeOptions, options: &OpenOptions) -> Result<Arc<Image>> {
     Opener::new(options).open_image(node, options.mode())
 }
 
-/// Opens the image on a device, with its backing chain. `name` is where relative names in the image start.
+/// Opens the image on a device, with its backing chain. Relative names in the image are resolved against `name`.
 ///
 /// # Errors
 /// As [`open_chain`].
@@ -38,20 +45,20 @@ pub(crate) fn open_device_chain(
 }
 
 impl Opener<'_> {
-    /// Opens an image with those below it.
+    /// Opens an image with its backing chain.
     pub(super) fn open_image(&self, node: NodeOptions, mode: Mode) -> Result<Arc<Image>> {
         let link = self.open_link(node, mode)?;
         self.complete(link)
     }
 
-    /// Opens the images below `top`, and locks all for good.
+    /// Opens the backing chain of `top`, and locks all files with their final permissions.
     fn complete(&self, top: Link) -> Result<Arc<Image>> {
         let mut links = vec![top];
         self.require_place(&links)?;
         while !self.options.no_backing
             && let Some(below) = self.open_below(&mut links)
         {
-            // Every image on the way down has a word to say about it.
+            // As in qemu-img, each overlay on the way adds its message to the error.
             let link = below.map_err(|error| {
                 links
                     .iter()
@@ -70,7 +77,7 @@ impl Opener<'_> {
         chain.ok_or_else(|| Error::invalid("No image"))
     }
 
-    /// Refuses a relative name of an image below where there is no one place that it could start from.
+    /// Refuses a relative backing file name in an image on several files (quorum), which have no common directory.
     fn require_place(&self, links: &[Link]) -> Result<()> {
         let scattered = links.last().filter(|link| link.node.spans_several_files());
         let named = scattered.and_then(|link| link.layer.backing());
@@ -82,7 +89,7 @@ impl Opener<'_> {
         }
     }
 
-    /// Opens the image that the last of `links` is based on, if it is.
+    /// Opens the backing image of the last of `links`, if it has one.
     fn open_below(&self, links: &mut [Link]) -> Option<Result<Link>> {
         let depth = links.len();
         let last = links.last_mut()?;
@@ -135,7 +142,7 @@ impl Opener<'_> {
     }
 }
 
-/// Refuses an image that the chain has already.
+/// Refuses an image that is in the chain already.
 fn not_again(link: Link, links: &[Link]) -> Result<Link> {
     let again = |other: &Link| other.identity == link.identity && other.node.driver == link.node.driver;
     if link.identity.is_some() && links.iter().any(again) {

@@ -1,4 +1,4 @@
-//! The options that every node has, whatever its driver.
+//! The options that nodes of all drivers have.
 
 use diskimage_core::options::{OptionDef, OptionKind};
 use diskimage_core::{Error, NodeOptions, Result, ZeroDetection, is_identifier};
@@ -36,10 +36,11 @@ const OPTIONS: &[OptionDef] = &[
 ];
 
 impl Common {
-    /// Takes the common options out of a node's; what is not given is as `above`, the node above, has it.
+    /// Removes the common options from a node's options and parses them. Options that are not given are inherited from
+    /// `above`, the mode of the parent node.
     ///
     /// # Errors
-    /// Values that an option does not take, and writing to what is only to be read.
+    /// An option has an invalid value, or a read-only node is opened for writing.
     pub(crate) fn take(node: &mut NodeOptions, above: Mode) -> Result<Self> {
         let options = node.take_known(OPTIONS)?;
         let mode = Mode {
@@ -90,5 +91,5 @@ impl Common {
     }
 }
 
-/// The original keeps names in 32 bytes, one of which ends them.
+/// A limit of qemu-img, which stores node names in 32 bytes with a NUL at the end.
 const MAX_NODE_NAME: usize = 32;

@@ -1,4 +1,4 @@
-//! The block graph: from the options of a node to the opened node, with everything below it.
+//! The block graph: opens a node from its options, with all nodes below it.
 //!
 //! A node is a format on a file, a filter on other nodes, or a protocol. Which it is follows from `driver`:
 //!
@@ -7,7 +7,7 @@
 //!                  backing ──▶ ...
 //! ```
 //!
-//! [`Opener`] opens single nodes and what they stand on; [`chain`] adds the images below.
+//! [`Opener`] opens single nodes and their children; [`chain`] opens the backing images.
 
 mod chain;
 mod common;
@@ -35,7 +35,7 @@ pub(crate) use chain::{open_chain, open_device_chain};
 
 pub use names::{full_backing_name, is_driver, is_relative, node_of_name};
 
-/// What a driver is.
+/// The three kinds of drivers.
 enum Driver {
     Format(&'static dyn Format),
     Filter(&'static dyn Filter),
@@ -56,59 +56,60 @@ impl Driver {
     }
 }
 
-/// The format of this name.
+/// The format called `name`.
 ///
 /// # Errors
-/// There is none.
+/// No format is called so.
 pub(crate) fn known_format(name: &str) -> Result<&'static dyn Format> {
     format_by_name(name).ok_or_else(|| Error::invalid(format!("Unknown driver '{name}'")))
 }
 
-/// Opens nodes for one image and those that it refers to.
+/// Opens the nodes of one image and of its backing images.
 #[derive(Clone)]
 pub(crate) struct Opener<'a> {
     options: &'a OpenOptions,
     gate: Arc<dyn Gate>,
-    /// The image whose words are followed; none for those of the user.
+    /// The name of the image that refers to the node, which is then opened through the gate; `None` if the user does.
     from: Option<&'a str>,
-    /// How many nodes stand on this one.
+    /// The number of nodes above this one.
     nesting: u32,
 }
 
-/// How many nodes may stand on each other: each takes some of this program's stack.
+/// The largest number of nodes on top of each other. A limit of this program: opening recurses, and each level takes
+/// stack.
 const MAX_NESTING: u32 = 32;
 
-/// How a node is opened.
+/// The mode that a node is opened in; its children inherit it.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Mode {
     pub(crate) write: bool,
     pub(crate) cache: CacheMode,
     pub(crate) force_share: bool,
-    /// Another image is based on it.
+    /// The node is a backing image.
     pub(crate) is_below: bool,
 }
 
-/// An image of a chain, before those below it are known.
+/// An image of a chain whose backing image has not been opened yet.
 pub(crate) struct Link {
     pub(crate) layer: Arc<dyn Layer>,
-    /// `None` for what has no format.
+    /// `None` for a protocol or a filter without a format.
     pub(crate) format: Option<&'static dyn Format>,
     pub(crate) mode: Mode,
     pub(crate) node: Node,
     pub(crate) zeroes: ZeroDetection,
-    /// What the node's options say about the image below: nothing, that there is none, or more.
+    /// The options of the backing image's node, as far as the node's options have any.
     pub(crate) backing: Option<NodeOptions>,
     pub(crate) no_backing: bool,
     pub(crate) identity: Option<(u64, u64)>,
 }
 
 impl Link {
-    /// The name that names inside the image are relative to.
+    /// The name that relative names in the image are resolved against.
     pub(crate) fn base_name(&self) -> String {
         self.node.base_name()
     }
 
-    /// The image of the link; `options` say who is told of its losses.
+    /// The image of the link on its backing image. Lost changes are reported to [`OpenOptions::on_lost`] of `options`.
     pub(crate) fn into_image(self, below: Option<Arc<Image>>, options: &OpenOptions) -> Arc<Image> {
         let image = Image::new(self.layer, below, String::new(), self.mode.write);
         let image = match self.format {
@@ -133,7 +134,7 @@ impl<'a> Opener<'a> {
         }
     }
 
-    /// For a node below.
+    /// The opener of a child node.
     fn deeper(&self) -> Result<Self> {
         if self.nesting >= MAX_NESTING {
             return Err(Error::new(
@@ -147,7 +148,7 @@ impl<'a> Opener<'a> {
         })
     }
 
-    /// Opens the node that the options describe as an image without the one below.
+    /// Opens the image of a node without its backing image.
     pub(crate) fn open_link(&self, mut node: NodeOptions, mode: Mode) -> Result<Link> {
         let driver = self.take_driver(&mut node)?;
         let label = node.text("node-name").map(str::to_owned);
@@ -189,12 +190,12 @@ impl<'a> Opener<'a> {
     fn take_driver(&self, node: &mut NodeOptions) -> Result<Option<Driver>> {
         match node.take("driver") {
             Some(Value::Text(name)) => Driver::of(&name).map(Some),
-            // As there, what is no text names nothing.
+            // As in qemu-img, a value that is not a string counts as not given.
             _ => Ok(None),
         }
     }
 
-    /// Puts a format on `file`, the one that its bytes tell if none is given.
+    /// Opens `file` in the given format, or else in the probed one.
     pub(crate) fn open_format(
         &self,
         file: Arc<dyn Device>,
@@ -212,7 +213,7 @@ impl<'a> Opener<'a> {
                 let format =
                     probe(&*file, &name).context(|| "Could not read image for determining its format")?;
                 if format.name() == "raw" && mode.write {
-                    // The original opens what is below to read, and what it makes of that later goes unsaid.
+                    // qemu-img opens backing images read-only first, so it prints no warning for them.
                     if !mode.is_below {
                         self.options.tell(&GuessedRaw::warning(&name));
                     }
@@ -232,14 +233,14 @@ impl<'a> Opener<'a> {
                 let child = self
                     .open_child(name, ChildKind::Bytes, &mut node, &common)?
                     .device;
-                // Where nobody reads data, the original does not look for what holds it.
+                // qemu-img does not list data files of an image that is opened without data.
                 if !(self.options.no_data && format.implicit_children().contains(name)) {
                     given.push(((*name).to_owned(), Arc::clone(&child)));
                 }
                 children.push((*name, child));
             }
         }
-        // The name of an image inside another would be taken for that of the file.
+        // The plain name of an image on another image would be read as the name of a file.
         let on_image = format_by_name(file_driver).is_some();
         let no_others = given
             .iter()
@@ -289,11 +290,11 @@ impl<'a> Opener<'a> {
         })
     }
 
-    /// What the options say of the image below, unless that is left alone.
+    /// Removes the options of the backing image from the node's options.
     fn backing_options(&self, format: &dyn Format, node: &mut NodeOptions) -> Result<BackingWords> {
         let whole = match node.take("backing") {
             None => None,
-            // That there is none can be said of every format.
+            // `backing: null` is valid for every format.
             Some(Value::Null) => return Ok(BackingWords::none()),
             Some(Value::Text(text)) if text.is_empty() => {
                 let text = "Use of \"backing\": \"\" is deprecated; use \"backing\": null instead";
@@ -304,7 +305,7 @@ impl<'a> Opener<'a> {
         };
         if self.options.no_backing {
             if let Some(reference) = whole {
-                // Nobody looks for it, so it is an option that nobody knows.
+                // Left in the node's options, where it is reported as an unknown option.
                 node.set("backing", reference);
             }
             return Ok(BackingWords::default());
@@ -322,12 +323,12 @@ impl<'a> Opener<'a> {
         })
     }
 
-    /// Opens the node that a format lies on.
+    /// Opens the `file` child of a format.
     fn open_file_of(&self, node: &mut NodeOptions, common: &Common) -> Result<Arc<dyn Device>> {
         Ok(self.open_child("file", ChildKind::Bytes, node, common)?.device)
     }
 
-    /// Opens the node below called `name`, which is of this kind where no driver is given.
+    /// Opens the child called `name`; `kind` decides what it is if no driver is given.
     fn open_child(
         &self,
         name: &str,
@@ -383,7 +384,7 @@ impl<'a> Opener<'a> {
         }
     }
 
-    /// A local file of whatever kind.
+    /// Opens a local file: a regular file, a device or a directory.
     fn open_plain(&self, mut node: NodeOptions, common: &Common) -> Result<Arc<dyn Device>> {
         let driver = LocalFileDriver::serving(node.text("filename").unwrap_or_default());
         let device = self.open_protocol(driver, &mut node, common.mode)?;
@@ -391,7 +392,7 @@ impl<'a> Opener<'a> {
         Ok(device)
     }
 
-    /// Opens a protocol or a filter; also the driver's name.
+    /// Opens a protocol or a filter, and returns the driver's name too.
     fn open_device_node(
         &self,
         driver: &Driver,
@@ -446,7 +447,7 @@ impl<'a> Opener<'a> {
         })
     }
 
-    /// Opens a leaf of the graph: what an image names, through the gate only.
+    /// Opens a leaf of the graph. A file that an image refers to is opened through the gate only.
     fn open_protocol(
         &self,
         protocol: &dyn Protocol,
@@ -472,7 +473,7 @@ impl<'a> Opener<'a> {
             options: &options,
             from,
             role: Role::Backing,
-            // What to lock it for is known when its format is.
+            // The final lock follows when the format is known.
             permissions: Permissions {
                 write: mode.write,
                 ..Permissions::FORCE_SHARE
@@ -481,7 +482,7 @@ impl<'a> Opener<'a> {
     }
 }
 
-/// What a node's options say of the image below it.
+/// The options of the backing image in a node's options.
 #[derive(Default)]
 struct BackingWords {
     below: Option<NodeOptions>,
@@ -505,7 +506,7 @@ impl BackingWords {
     }
 }
 
-/// The options among `node`'s that make an image of `format` what it is.
+/// The options of `node` that are part of the `json:` filename of an image of `format`.
 fn strong_options(format: &dyn Format, node: &NodeOptions) -> NodeOptions {
     let mut strong = node.clone();
     strong.retain(|name| {

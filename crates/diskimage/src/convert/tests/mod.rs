@@ -1,4 +1,4 @@
-//! Conversions in memory.
+//! Conversions of images in memory.
 
 use std::num::NonZeroU32;
 use std::sync::{Arc, Mutex};
@@ -14,7 +14,7 @@ mod fault;
 
 const KIB: u64 = 1024;
 
-/// Bytes with data of all kinds: text, noise and single bytes between zeroes.
+/// Runs of repeated letters, random bytes, and single bytes between zeroes.
 fn pattern(len: usize, seed: u32) -> Vec<u8> {
     let mut bytes = vec![0; len];
     let mut state = seed | 1;
@@ -54,7 +54,7 @@ fn threads(count: u32) -> Option<NonZeroU32> {
 }
 
 #[test]
-fn sources_follow_each_other_in_whole_sectors() {
+fn sources_are_concatenated_in_whole_sectors() {
     let sources = [raw(pattern(700, 1)), raw(pattern(5000, 2)), raw(vec![3; 512])];
     assert_eq!(total_len(&sources), 1024 + 5120 + 512);
     let (target, file) = image("raw", "", total_len(&sources));
@@ -99,7 +99,7 @@ fn the_file_is_the_same_whatever_the_number_of_threads() {
 }
 
 #[test]
-fn zeroes_are_left_out_unless_everything_is_to_be_written() {
+fn zeroes_are_left_out_unless_sparse_is_zero() {
     let mut bytes = vec![0; 1 << 20];
     bytes[300 * 1024] = 1;
     for (sparse, data) in [(4096, 64 * KIB), (0, 1 << 20)] {
@@ -122,7 +122,7 @@ fn zeroes_are_left_out_unless_everything_is_to_be_written() {
 }
 
 #[test]
-fn what_a_target_held_before_is_overwritten_with_zeroes() {
+fn old_data_of_the_target_is_overwritten_with_zeroes() {
     let mut bytes = vec![0; 256 * 1024];
     bytes[70_000] = 1;
     for format in ["raw", "qcow2"] {
@@ -142,7 +142,7 @@ fn what_a_target_held_before_is_overwritten_with_zeroes() {
 }
 
 #[test]
-fn above_a_backing_image_only_what_the_top_has_is_copied() {
+fn with_a_backing_image_only_data_of_the_overlay_is_copied() {
     let base = raw(vec![9; 256 * 1024]);
     let overlay = || {
         let memory: Arc<dyn Device> = Arc::new(diskimage_core::MemoryDevice::default());
@@ -168,7 +168,8 @@ fn above_a_backing_image_only_what_the_top_has_is_copied() {
                 .unwrap()
         };
         assert_eq!(at(0).depth, 1);
-        assert_eq!((at(128 * KIB).depth, at(128 * KIB).kind), (0, ExtentKind::Zero));
+        assert_eq!(at(128 * KIB).depth, 0);
+        assert_eq!(at(128 * KIB).kind, ExtentKind::Zero);
         assert_eq!(at(320 * KIB).kind, ExtentKind::Unallocated);
     }
 }
@@ -185,11 +186,11 @@ fn lost_sectors_become_zeroes_when_salvaging() {
     let (device, _) = faulty(vec![5; 4096]);
     let below: Arc<dyn Device> = Arc::<FaultyDevice>::clone(&device);
     let source = open(&below, "raw", None);
-    // The status succeeds twice, the read and the three sectors after it do not.
+    // Two status requests succeed; the read and the reads of three single sectors fail.
     device.arm(Fault::from(2));
     let (target, file) = image("raw", "", 4096);
     let lost = Mutex::new(Vec::new());
-    let tell = |error: &Error| {
+    let on_lost = |error: &Error| {
         let mut lost = lost.lock().unwrap();
         lost.push(error.to_string());
         if lost.len() == 3 {
@@ -199,18 +200,18 @@ fn lost_sectors_become_zeroes_when_salvaging() {
     let sources = [source];
     run(&sources, &target, |conversion| {
         conversion.salvage = true;
-        conversion.on_lost = Some(&tell);
+        conversion.on_lost = Some(&on_lost);
     })
     .unwrap();
     let mut expected = vec![5; 4096];
     expected[..3 * 512].fill(0);
     assert_eq!(file.contents(), expected);
-    let words = [0, 512, 1024].map(|offset| format!("error while reading offset {offset}"));
-    assert_eq!(*lost.lock().unwrap(), words);
+    let messages = [0, 512, 1024].map(|offset| format!("error while reading offset {offset}"));
+    assert_eq!(*lost.lock().unwrap(), messages);
 }
 
 #[test]
-fn values_of_the_sparse_size_that_make_no_sense_are_refused() {
+fn invalid_sparse_sizes_are_refused() {
     for sparse in [1, 513, MAX_SPARSE + 512] {
         let (target, _) = image("raw", "", 512);
         let result = run(&[raw(vec![0; 512])], &target, |conversion| {
@@ -233,10 +234,10 @@ enum Fill {
 }
 
 fn fill() -> impl Strategy<Value = Fill> {
-    let place = (0..DISK, 1..200_000_u64);
+    let range = (0..DISK, 1..200_000_u64);
     prop_oneof![
-        (place.clone(), any::<u8>()).prop_map(|((at, len), byte)| Fill::Write(at, len.min(DISK - at), byte)),
-        place.prop_map(|(at, len)| Fill::Zero(at, len.min(DISK - at))),
+        (range.clone(), any::<u8>()).prop_map(|((at, len), byte)| Fill::Write(at, len.min(DISK - at), byte)),
+        range.prop_map(|(at, len)| Fill::Zero(at, len.min(DISK - at))),
     ]
 }
 
@@ -246,9 +247,9 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(48))]
 
     #[test]
-    fn every_layout_arrives_as_it_was(
-        below in prop::collection::vec(fill(), 0..6),
-        above in prop::collection::vec(fill(), 0..12),
+    fn every_layout_is_copied(
+        in_base in prop::collection::vec(fill(), 0..6),
+        in_overlay in prop::collection::vec(fill(), 0..12),
         source_cluster in 9..17_u32,
         target_options in prop::sample::select(vec![
             "", "cluster_size=512", "cluster_size=2M", "extended_l2=on", "compat=0.10", "refcount_bits=1", "raw",
@@ -267,11 +268,11 @@ proptest! {
             }
         };
         let (base, _) = image("qcow2", "cluster_size=4k", DISK);
-        apply(&base, &below);
+        apply(&base, &in_base);
         let memory: Arc<dyn Device> = Arc::new(diskimage_core::MemoryDevice::default());
         create(&memory, "qcow2", &format!("cluster_size={}", 1 << source_cluster), DISK);
         let source = open(&memory, "qcow2", Some(base));
-        apply(&source, &above);
+        apply(&source, &in_overlay);
         let (target, _) = if target_options == "raw" {
             image("raw", "", DISK)
         } else {
