@@ -1,4 +1,4 @@
-//! Deterministic input files: generators and the small changes that make an image damaged.
+//! Deterministic input files: generators, and small changes that corrupt an image.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -8,21 +8,21 @@ use std::path::Path;
 
 use crate::script::os_word;
 
-/// A change of the case's directory done by the harness.
+/// A change that the harness makes in the directory of the case.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum FileOperation {
     /// `file NAME GENERATOR...`
     Create {
         /// File name.
         name: String,
-        /// What is in it.
+        /// The contents.
         generator: Generator,
     },
     /// `poke NAME OFFSET HEX`
     Poke {
         /// File name.
         name: String,
-        /// Where the bytes go.
+        /// The offset of the bytes.
         offset: u64,
         /// The bytes.
         bytes: Vec<u8>,
@@ -45,9 +45,9 @@ pub enum FileOperation {
     Directory(String),
     /// `symlink TARGET NAME`
     Symlink {
-        /// What the link says.
+        /// The target of the link.
         target: String,
-        /// The link.
+        /// The name of the link.
         name: String,
     },
     /// `remove NAME`
@@ -55,10 +55,10 @@ pub enum FileOperation {
 }
 
 impl FileOperation {
-    /// Does it in `directory`.
+    /// Makes the change in `directory`.
     ///
     /// # Errors
-    /// Whatever the operating system answered.
+    /// A file does not exist, exists already, or cannot be written.
     pub fn apply(&self, directory: &Path) -> io::Result<()> {
         match self {
             FileOperation::Create { name, generator } => generator.write(&directory.join(os_word(name))),
@@ -80,12 +80,12 @@ impl FileOperation {
     }
 }
 
-/// What a `file` line puts into a file.
+/// The contents of a file that a `file` line creates.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Generator {
-    /// `zero SIZE`: one hole.
+    /// `zero SIZE`: a file that is one hole.
     Zero(u64),
-    /// `fill SIZE BYTE`: one byte over and over.
+    /// `fill SIZE BYTE`: one byte repeated.
     Fill(u64, u8),
     /// `random SIZE SEED`: bytes that do not compress.
     Random(u64, u64),
@@ -97,7 +97,7 @@ pub enum Generator {
         length: u64,
         /// Seed of the random bytes.
         seed: u64,
-        /// Offset and length of what is not a hole.
+        /// Offset and length of each range of data.
         ranges: Vec<(u64, u64)>,
     },
     /// `hex DIGITS` or `content WORDS`: exactly these bytes.
@@ -171,7 +171,7 @@ impl Generator {
     }
 }
 
-/// Reads a number with an optional suffix `K`, `M`, `G`, `T`; `0x` numbers and sums (`1M+512`) are understood.
+/// Parses a number with an optional suffix `K`, `M`, `G`, `T`, a `0x` number, or a sum of them (`1M+512`).
 ///
 /// # Errors
 /// A message for the author of the case.
@@ -198,7 +198,7 @@ pub fn parse_size(word: &str) -> Result<u64, String> {
     })
 }
 
-/// Reads pairs of hexadecimal digits.
+/// Parses pairs of hexadecimal digits.
 ///
 /// # Errors
 /// A message for the author of the case.
@@ -229,7 +229,7 @@ fn write_blocks(file: &File, offset: u64, length: u64, mut fill: impl FnMut(&mut
     Ok(())
 }
 
-/// Steele, Lea and Flood's generator: tiny, seedable, and the same on every machine.
+/// The random number generator of Steele, Lea and Flood: small, seedable, and the same on every machine.
 struct SplitMix64(u64);
 
 impl SplitMix64 {
@@ -273,7 +273,7 @@ mod tests {
     }
 
     #[test]
-    fn generators_give_the_length_asked_for_and_the_same_bytes_each_time() {
+    fn generators_have_the_given_length_and_the_same_bytes_each_time() {
         let directory = tempfile::tempdir().unwrap();
         for words in [
             &["zero", "70001"][..],

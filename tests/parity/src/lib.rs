@@ -1,8 +1,8 @@
-//! Runs the same command sequences through the installed `qemu-img` and through ours, and compares what comes out.
+//! Runs the same sequences of commands with the installed `qemu-img` and with ours, and compares the results.
 //!
-//! A *case* is a handful of lines in a `cases/*.cases` file (`README.md` documents them). It is run twice, each time in
-//! a fresh directory of the same absolute name and with the same inputs, so that nothing needs to be normalised but the
-//! version line: exit code, stdout and stderr of every command under test must be equal to the byte.
+//! A *case* is a few lines in a `cases/*.cases` file (`README.md` documents them). It is run twice, each time in a new
+//! directory of the same absolute name and with the same inputs, so that only the version line and durations are
+//! normalised: exit code, stdout and stderr of every command under test must be equal to the byte.
 //!
 //! ```text
 //! cases/*.cases -> script (parse) -> run (prepare once, execute twice) -> verdict (what differs, as text)

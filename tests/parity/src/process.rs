@@ -1,4 +1,5 @@
-//! Running programs: a fixed environment, everything they say, a time limit; and `qemu-io` as a holder of locks.
+//! Runs programs with a fixed environment and a time limit, and collects their output. Starts `qemu-io` to hold locks,
+//! and servers.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::ffi::OsStrExt;
@@ -10,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use crate::script::{Server, StockTool, os_word};
 
-/// Where the programs are.
+/// The paths of the programs.
 #[derive(Debug, Clone)]
 pub struct Tools {
     /// The installed `qemu-img`.
@@ -39,10 +40,10 @@ impl Tools {
     }
 }
 
-/// What a program did.
+/// The result of a program.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Outcome {
-    /// `exit code N`, `killed by signal N`, or that it did not end in time.
+    /// `exit code N`, `killed by signal N`, or a text for the time limit.
     pub ending: String,
     /// Standard output.
     pub stdout: Vec<u8>,
@@ -57,11 +58,11 @@ impl Outcome {
     }
 }
 
-/// Runs a program in `directory` under the name `qemu-img` or `qemu-io`, whatever its file is called, since the name
-/// is part of what getopt prints.
+/// Runs a program in `directory` under the name `qemu-img` or `qemu-io`, whatever its file is called: messages of
+/// getopt have that name.
 ///
 /// # Errors
-/// When it cannot be started.
+/// The program cannot be started.
 pub fn run(program: &Path, tool: StockTool, args: &[String], directory: &Path) -> Result<Outcome, String> {
     let mut child = command(program, tool, directory)
         .args(args.iter().map(|arg| os_word(arg)))
@@ -79,17 +80,17 @@ pub fn run(program: &Path, tool: StockTool, args: &[String], directory: &Path) -
     })
 }
 
-/// An installed `qemu-io` that has an image open until this is dropped.
+/// An installed `qemu-io` that keeps an image open until this is dropped.
 #[derive(Debug)]
 pub struct Holder {
     child: Child,
 }
 
 impl Holder {
-    /// Starts it and waits until the image is open and its locks are taken.
+    /// Starts `qemu-io` and waits until the image is open and its locks are taken.
     ///
     /// # Errors
-    /// When it does not start or cannot open the image.
+    /// `qemu-io` does not start or cannot open the image.
     pub fn start(
         tools: &Tools,
         image: &str,
@@ -108,7 +109,7 @@ impl Holder {
             .map_err(|error| format!("{}: {error}", tools.stock_io.display()))?;
         let ready = match (child.stdin.as_mut(), child.stdout.as_mut()) {
             (Some(stdin), Some(stdout)) => {
-                // The answer can only come when the image has been opened.
+                // `qemu-io` answers only after it has opened the image.
                 let mut answer = String::new();
                 stdin.write_all(b"length\n").is_ok()
                     && BufReader::new(stdout)
@@ -132,7 +133,7 @@ impl Holder {
 
 impl Drop for Holder {
     fn drop(&mut self) {
-        // The end of its input makes qemu-io close the image in good order.
+        // At the end of its input qemu-io closes the image.
         drop(self.child.stdin.take());
         wait(&mut self.child);
     }
@@ -147,10 +148,10 @@ pub struct RunningServer {
 }
 
 impl RunningServer {
-    /// Starts it and waits until it listens. `{here}` in its arguments becomes the directory.
+    /// Starts the server and waits until it listens. `{here}` in its arguments is replaced by the directory.
     ///
     /// # Errors
-    /// When it does not start.
+    /// The server does not start.
     pub fn start(server: Server, socket: &str, args: &[String], directory: &Path) -> Result<Self, String> {
         let mut command = Command::new(server.name());
         match server {
@@ -186,7 +187,7 @@ impl RunningServer {
         Ok(this)
     }
 
-    /// The name of its socket.
+    /// The name of the socket.
     pub fn socket(&self) -> &str {
         &self.socket
     }
@@ -194,7 +195,7 @@ impl RunningServer {
 
 impl Drop for RunningServer {
     fn drop(&mut self) {
-        // A signal that lets it write what it still holds.
+        // SIGTERM lets the server flush the image.
         let signalled = Command::new("kill").arg(self.child.id().to_string()).status();
         if !signalled.is_ok_and(|status| status.success()) {
             self.child.kill().ok();
@@ -204,9 +205,9 @@ impl Drop for RunningServer {
     }
 }
 
-/// Whether somebody takes connections at `socket`, without making one: some servers serve a single one.
+/// Whether a process listens on `socket`. This makes no connection, since some servers accept only one.
 fn is_listening(socket: &Path) -> Result<bool, String> {
-    /// `__SO_ACCEPTCON` of the kernel, as the table shows it.
+    /// The flag `__SO_ACCEPTCON` of the kernel in the table.
     const LISTENS: &[u8] = b"00010000";
     let table = std::fs::read("/proc/net/unix").map_err(|error| error.to_string())?;
     let path = [b" ", socket.as_os_str().as_bytes()].concat();
@@ -265,12 +266,12 @@ fn wait(child: &mut Child) -> String {
     }
 }
 
-/// Stands for the directory of the case.
+/// The placeholder for the directory of the case.
 const HERE: &str = "{here}";
-/// How long a server may take until it listens.
+/// The time in which a server has to listen.
 const START_LIMIT: Duration = Duration::from_secs(20);
 const SUCCESS: &str = "exit code 0";
-/// Every case is small; whatever takes this long hangs.
+/// The time limit of a program. Every case is small: a program that takes longer hangs.
 const TIME_LIMIT: Duration = Duration::from_secs(60);
-/// A tool that prints without end must not fill the memory.
+/// The largest output in bytes, so that a program that prints endlessly does not fill the memory.
 const OUTPUT_LIMIT: u64 = 16 << 20;

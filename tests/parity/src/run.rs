@@ -1,7 +1,8 @@
-//! One case from its inputs to its verdict.
+//! Runs one case with both tools.
 //!
-//! The leading lines that do not involve the tool under test are done once, so that both runs start from the same bytes
-//! (a snapshot's date, for one, would differ otherwise). Both runs then happen in a directory of the same absolute name:
+//! The first lines that do not involve the tool under test are done once, so that both runs start with the same bytes
+//! (otherwise the dates of snapshots would differ, for example). Both runs use a directory of the same absolute name:
+//!
 //! ```text
 //! <temporary>/run   --prepared-->  rename to seed
 //! copy of seed      as run  --stock tool-->  rename to expected
@@ -17,18 +18,18 @@ use crate::script::{Case, Step, StockTool};
 use crate::structure;
 use crate::verdict;
 
-/// How a case ended.
+/// The result of a case.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Verdict {
-    /// Both tools did the same.
+    /// Both tools behave the same.
     Passed,
-    /// They differ, as the case says they would; the reason it gives.
+    /// They differ, as the case expects; its reason.
     ExpectedFailure(String),
-    /// The text says how.
+    /// They differ, or the case is wrong; the text describes it.
     Failed(String),
 }
 
-/// Runs a case with both tools. With `keep`, the directory of a failed case stays and the text names it.
+/// Runs a case with both tools. With `keep`, the directory of a failed case is kept and the text names it.
 pub fn run_case(case: &Case, tools: &Tools, keep: bool) -> Verdict {
     let result = tempfile::Builder::new()
         .prefix("parity-")
@@ -50,12 +51,12 @@ pub fn run_case(case: &Case, tools: &Tools, keep: bool) -> Verdict {
         )),
         (Ok(_), Some(reason)) => Verdict::ExpectedFailure(reason.clone()),
         (Ok(text), None) => Verdict::Failed(text),
-        // Broken inputs are never what a case expects.
+        // An error in the case itself is never an expected failure.
         (Err(message), _) => Verdict::Failed(format!("the case itself is broken: {message}\n")),
     }
 }
 
-/// `Err` is a fault of the case or the machine, `Ok(Some)` a difference between the tools.
+/// Runs both tools and returns their differences. `Err` is an error of the case or of the machine.
 fn differences(case: &Case, tools: &Tools, root: &Path) -> Result<Option<String>, String> {
     let prepared = case.steps.iter().take_while(|step| step.is_preparation()).count();
     let (preparation, rest) = case.steps.split_at(prepared);
@@ -69,7 +70,8 @@ fn differences(case: &Case, tools: &Tools, root: &Path) -> Result<Option<String>
     let expected = perform(rest, tools, &tools.stock_img, &run)?;
     rename(&run, &expected_directory)?;
     copy_tree(&seed, &run)?;
-    // Steps that follow from what our tool made may fail because of it; that is a difference, not a broken case.
+    // A step that uses an image of our tool may fail because of that image: this is a difference, not an error of the
+    // case.
     let actual = match perform(rest, tools, &tools.under_test, &run) {
         Ok(actual) => actual,
         Err(message) => return Ok(Some(format!("only with the tool under test: {message}\n"))),
@@ -164,7 +166,7 @@ fn rename(from: &Path, to: &Path) -> Result<(), String> {
     fs::rename(from, to).map_err(|error| format!("{}: {error}", from.display()))
 }
 
-/// `cp` keeps holes; both runs get a copy, so that whatever it does not keep is missing in both.
+/// Copies a directory with `cp`, which keeps holes. Both runs get a copy, so that both have what `cp` does not keep.
 fn copy_tree(from: &Path, to: &PathBuf) -> Result<(), String> {
     let output = Command::new("cp")
         .arg("-a")
@@ -187,7 +189,7 @@ mod tests {
     use super::*;
     use crate::script::parse;
 
-    /// Shell scripts stand in for the tools, so that these tests run on any machine.
+    /// Shell scripts instead of the tools, so that these tests run on any machine.
     struct Scripts {
         directory: tempfile::TempDir,
     }
@@ -279,7 +281,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_too_many_or_with_other_bytes_is_reported() {
+    fn an_additional_file_and_other_bytes_are_reported() {
         let scripts = Scripts::new();
         let verdict = scripts.verdict(CASE, "true", "touch surprise");
         assert!(failed(&verdict).contains("+ surprise"), "{verdict:?}");
@@ -294,7 +296,7 @@ mod tests {
     }
 
     #[test]
-    fn an_expected_failure_is_none_once_it_passes() {
+    fn an_expected_failure_that_passes_is_reported() {
         let scripts = Scripts::new();
         let case = "case a\nqemu-img x\nexpect-fail later\n";
         assert_eq!(
@@ -305,7 +307,7 @@ mod tests {
     }
 
     #[test]
-    fn a_preparation_that_fails_is_a_broken_case() {
+    fn a_failed_preparation_is_an_error_of_the_case() {
         let scripts = Scripts::new();
         let case = "case a\nstock qemu-img create x\nqemu-img info x\n";
         assert!(failed(&scripts.verdict(case, "exit 1", "exit 1")).contains("broken"));

@@ -1,37 +1,38 @@
-//! The line format of `cases/*.cases`, parsed into [`Case`]s. `README.md` describes it for people.
+//! Parses the line format of `cases/*.cases` into [`Case`]s. `README.md` documents the format.
 
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
 
 use crate::files::{FileOperation, Generator, parse_hex, parse_size};
 
-/// One command sequence with what is to be compared after it.
+/// A sequence of commands, and the comparisons after it.
 #[derive(Debug)]
 pub struct Case {
     /// `<file stem>::<name after "case">`.
     pub name: String,
-    /// What happens, in order.
+    /// The steps in order.
     pub steps: Vec<Step>,
-    /// What is compared when both tools are through.
+    /// The comparisons after both runs.
     pub comparisons: Vec<Comparison>,
-    /// Why our tool is not expected to pass yet.
+    /// The reason why the tool under test does not pass yet.
     pub expect_fail: Option<String>,
-    /// Why the standard output of the tool under test is not compared.
+    /// The reason why the standard output of the tool under test is not compared.
     pub ignore_stdout: Option<String>,
 }
 
-/// One line that does something.
+/// A line that is executed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Step {
-    /// `qemu-img ...`: the tool under test; everything it says is compared.
+    /// `qemu-img ...`: the tool under test; all its output is compared.
     UnderTest(Vec<String>),
-    /// `stock qemu-img ...`, `qemu-io ...`: the installed tool, which has to succeed; its output is of no interest.
+    /// `stock qemu-img ...`, `qemu-io ...`: the installed tool, which has to succeed; its output is ignored.
     Stock(StockTool, Vec<String>),
     /// `observe qemu-img ...`, `observe qemu-io ...`: the installed tool, whose output is compared.
     Observe(StockTool, Vec<String>),
-    /// `hold IMAGE ...`: an installed `qemu-io` keeps the image open from here on.
+    /// `hold IMAGE ...`: an installed `qemu-io` opens the image and keeps it open.
     Hold {
-        /// The image, the name by which `release` refers to it.
+        /// The image; `release` refers to it by this name.
         image: String,
         /// Whether it is opened without write access.
         read_only: bool,
@@ -40,13 +41,13 @@ pub enum Step {
     },
     /// `release IMAGE`: ends a `hold` before the end of the case.
     Release(String),
-    /// `serve PROGRAM SOCKET ...`: a server listens there from here on.
+    /// `serve PROGRAM SOCKET ...`: starts a server that listens on the socket.
     Serve {
-        /// Which.
+        /// The program.
         server: Server,
-        /// The socket's name, by which `release` refers to it.
+        /// The name of the socket; `release` refers to the server by it.
         socket: String,
-        /// Its own arguments.
+        /// Further arguments of the server.
         args: Vec<String>,
     },
     /// A change of files done by the harness itself.
@@ -54,12 +55,12 @@ pub enum Step {
 }
 
 impl Step {
-    /// Whether the step gives the same result in both runs and may therefore be done once, before they part.
+    /// Whether the step has the same result in both runs, and may be done once before them.
     pub fn is_preparation(&self) -> bool {
         matches!(self, Step::Stock(..) | Step::File(_))
     }
 
-    /// The line as it would be typed.
+    /// The line as a user would type it.
     pub fn display(&self) -> String {
         match self {
             Step::UnderTest(args) => join_command("qemu-img", args),
@@ -124,10 +125,10 @@ impl StockTool {
     }
 }
 
-/// One thing that has to be equal in the two directories at the end.
+/// A comparison of the two directories after the runs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Comparison {
-    /// Content and structure, as the stock `compare`, `info`, `map` and `check` see them.
+    /// Content and structure of an image, by `compare`, `info`, `map` and `check` of the stock tool.
     Image(ImageName),
     /// Structure only, for images whose content cannot be read.
     Structure(ImageName),
@@ -137,7 +138,7 @@ pub enum Comparison {
     Bytes {
         /// File name.
         name: String,
-        /// How many leading bytes; all of them if `None`, the length of the file included.
+        /// The number of leading bytes; `None` for all bytes and the length of the file.
         length: Option<u64>,
     },
 }
@@ -174,13 +175,19 @@ impl ImageName {
 /// A message that begins with `stem:line:` for the first line that is not understood.
 pub fn parse(stem: &str, text: &str) -> Result<Vec<Case>, String> {
     let mut cases: Vec<Case> = Vec::new();
+    let mut definitions = Definitions::default();
     for (index, line) in text.lines().enumerate() {
         let line = line.trim();
         if line.is_empty() || line.starts_with('#') {
             continue;
         }
         let at = |message: String| format!("{stem}:{}: {message}", index + 1);
-        let words = split_words(line).map_err(at)?;
+        let line = definitions.expand(line).map_err(at)?;
+        if let Some(definition) = line.strip_prefix("let ") {
+            definitions.add(definition, cases.is_empty()).map_err(at)?;
+            continue;
+        }
+        let words = split_words(&line).map_err(at)?;
         if words[0] == "case" {
             let [_, name] = words.as_slice() else {
                 return Err(at("a case has one name".to_owned()));
@@ -189,6 +196,7 @@ pub fn parse(stem: &str, text: &str) -> Result<Vec<Case>, String> {
             if cases.iter().any(|case| case.name == name) {
                 return Err(at(format!("a second case called {name}")));
             }
+            definitions.of_case.clear();
             cases.push(Case {
                 name,
                 steps: Vec::new(),
@@ -212,8 +220,81 @@ pub fn parse(stem: &str, text: &str) -> Result<Vec<Case>, String> {
     Ok(cases)
 }
 
+/// The texts that `let` lines define.
+#[derive(Default)]
+struct Definitions {
+    /// Those before the first case, for the whole file.
+    of_file: BTreeMap<String, String>,
+    /// Those of the current case.
+    of_case: BTreeMap<String, String>,
+}
+
+impl Definitions {
+    /// Adds `NAME = TEXT`.
+    fn add(&mut self, definition: &str, for_file: bool) -> Result<(), String> {
+        let (name, text) = definition.split_once('=').ok_or("let NAME = TEXT")?;
+        let (name, text) = (name.trim(), text.trim());
+        if !is_name(name) || name == HERE {
+            return Err(format!("{name:?} cannot be defined"));
+        }
+        if self.find(name).is_some() {
+            return Err(format!("a second definition of {name}"));
+        }
+        let scope = if for_file {
+            &mut self.of_file
+        } else {
+            &mut self.of_case
+        };
+        scope.insert(name.to_owned(), text.to_owned());
+        Ok(())
+    }
+
+    fn find(&self, name: &str) -> Option<&str> {
+        let found = self.of_case.get(name).or_else(|| self.of_file.get(name));
+        found.map(String::as_str)
+    }
+
+    /// Replaces each `{NAME}` by its text. Braces around anything but a name stay, as those of JSON, and so does
+    /// `{here}`.
+    fn expand(&self, line: &str) -> Result<String, String> {
+        let mut expanded = String::with_capacity(line.len());
+        let mut rest = line;
+        while let Some(open) = rest.find('{') {
+            let (before, from_brace) = rest.split_at(open);
+            expanded.push_str(before);
+            let name = from_brace[1..].split('}').next().unwrap_or_default();
+            let end = if is_name(name) && from_brace[1..].len() > name.len() {
+                expanded.push_str(match self.find(name) {
+                    Some(text) => text,
+                    None if name == HERE => "{here}",
+                    None => return Err(format!("{name} is not defined")),
+                });
+                name.len() + 2
+            } else {
+                expanded.push('{');
+                1
+            };
+            rest = &from_brace[end..];
+        }
+        expanded.push_str(rest);
+        Ok(expanded)
+    }
+}
+
+/// Whether a `let` line may define `word`. A single letter in braces is text.
+fn is_name(word: &str) -> bool {
+    word.len() > 1
+        && word.starts_with(|c: char| c.is_ascii_lowercase())
+        && word
+            .chars()
+            .all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-')
+}
+
+/// The name of the case's directory in the arguments of a server, which is known when the server starts.
+const HERE: &str = "here";
+
 impl Case {
-    /// The servers that it starts.
+    /// The servers that the case starts.
     pub fn servers(&self) -> impl Iterator<Item = Server> {
         self.steps.iter().filter_map(|step| match step {
             Step::Serve { server, .. } => Some(*server),
@@ -423,7 +504,7 @@ mod tests {
     }
 
     #[test]
-    fn every_directive_becomes_its_step() {
+    fn directives_become_steps() {
         let text = "case one\n# comment\n file a zero 1M\n qemu-io -c 'write 0 1' a\n hold a ro -U\n \
                     qemu-img info a\n release a\n serve qemu-nbd s -f raw a\n images raw:a b\n same-bytes c@512\n expect-fail not yet\n";
         let cases = parse("x", text).unwrap();
@@ -450,6 +531,59 @@ mod tests {
             }
         );
         assert_eq!(case.expect_fail.as_deref(), Some("not yet"));
+    }
+
+    fn under_test(text: &str) -> Vec<Vec<String>> {
+        let cases = parse("x", text).unwrap();
+        let steps = cases.into_iter().flat_map(|case| case.steps);
+        steps
+            .filter_map(|step| match step {
+                Step::UnderTest(args) => Some(args),
+                _ => None,
+            })
+            .collect()
+    }
+
+    #[test]
+    fn definitions_are_replaced_before_words_are_split() {
+        let text = "let image = driver=raw,file.filename=a\nlet both = --image-opts {image}\n\
+                    case one\nlet size = 1M\nqemu-img resize {both} {size}\ncase two\nlet size = 2M\n\
+                    qemu-img resize '{both}' {size}\n";
+        assert_eq!(
+            under_test(text),
+            [
+                vec!["resize", "--image-opts", "driver=raw,file.filename=a", "1M"],
+                vec!["resize", "--image-opts driver=raw,file.filename=a", "2M"],
+            ]
+        );
+    }
+
+    #[test]
+    fn other_braces_stay() {
+        let text = "case one\nqemu-img info 'json:{\"driver\":{}}' {here} {x} {\n";
+        assert_eq!(
+            under_test(text),
+            [["info", "json:{\"driver\":{}}", "{here}", "{x}", "{"]]
+        );
+    }
+
+    #[test]
+    fn names_are_defined_once_and_before_their_use() {
+        for (text, line) in [
+            ("case a\nqemu-img info {image}\n", 2),
+            (
+                "case a\nlet name = c\nqemu-img info {name}\ncase d\nqemu-img info {name}\n",
+                5,
+            ),
+            ("let name = c\ncase a\nlet name = d\nqemu-img info\n", 3),
+            ("let here = c\n", 1),
+            ("let Bc = d\n", 1),
+            ("let b = d\n", 1),
+            ("let name c\n", 1),
+        ] {
+            let message = parse("x", text).unwrap_err();
+            assert!(message.starts_with(&format!("x:{line}: ")), "{message}");
+        }
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! Comparing the images that two tools left behind, by what the stock tool says of them.
+//! Compares the images of two tools by the output of the stock tool.
 
 use std::fs::{self, File};
 use std::io::{self, Read};
@@ -9,10 +9,10 @@ use crate::process::{self, Outcome, Tools};
 use crate::script::{Comparison, ImageName, StockTool, os_word};
 use crate::verdict;
 
-/// What differs in one respect between the two directories; empty if nothing does.
+/// The differences that one comparison finds between the two directories; empty if there are none.
 ///
 /// # Errors
-/// When a tool could not be run or an image is missing where the stock tool should have made it.
+/// A tool cannot be run, or the stock tool has not created the image.
 pub fn compare(
     comparison: &Comparison,
     tools: &Tools,
@@ -25,17 +25,17 @@ pub fn compare(
         actual,
     };
     match comparison {
-        Comparison::Image(image) => Ok(sides.content(image)? + &sides.structure(image, Strictness::Meaning)?),
-        Comparison::Structure(image) => sides.structure(image, Strictness::Meaning),
-        Comparison::Layout(image) => sides.structure(image, Strictness::Placement),
+        Comparison::Image(image) => Ok(sides.content(image)? + &sides.structure(image, Strictness::Guest)?),
+        Comparison::Structure(image) => sides.structure(image, Strictness::Guest),
+        Comparison::Layout(image) => sides.structure(image, Strictness::Host),
         Comparison::Bytes { name, length } => sides.bytes(name, *length),
     }
 }
 
-/// Compares the names of all files below two directories.
+/// Compares the names of all files in two directories and their subdirectories.
 ///
 /// # Errors
-/// When a directory cannot be read.
+/// A directory cannot be read.
 pub fn file_names(expected: &Path, actual: &Path) -> Result<String, String> {
     let list = |root: &Path| {
         let mut names = Vec::new();
@@ -50,13 +50,13 @@ pub fn file_names(expected: &Path, actual: &Path) -> Result<String, String> {
     ))
 }
 
-/// How much of an image's arrangement has to be equal.
+/// The part of an image's structure that has to be equal.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Strictness {
-    /// What is where for the guest; a tool may place clusters in the file as it likes.
-    Meaning,
+    /// The allocation status of guest offsets; host offsets may differ.
+    Guest,
     /// Host offsets and the length of the file as well.
-    Placement,
+    Host,
 }
 
 struct Sides<'a> {
@@ -138,14 +138,14 @@ impl Sides<'_> {
     }
 }
 
-/// One tool's words about an image without what may differ between two good images.
+/// The output of a tool about an image, without members that may differ between two equivalent images.
 fn describe(command: &str, strictness: Strictness, outcome: &Outcome) -> String {
     let stdout = String::from_utf8_lossy(&outcome.stdout);
     let stdout = match (command, strictness) {
-        ("map", Strictness::Meaning) => merged_map(&stdout),
-        ("info", Strictness::Meaning) => without_protocol_node(&without_members(&stdout, TIMES_AND_BLOCKS)),
-        ("info", Strictness::Placement) => without_members(&stdout, TIMES_AND_BLOCKS),
-        ("check", Strictness::Meaning) => without_members(&stdout, PLACEMENT),
+        ("map", Strictness::Guest) => merged_map(&stdout),
+        ("info", Strictness::Guest) => without_protocol_node(&without_members(&stdout, TIMES_AND_BLOCKS)),
+        ("info", Strictness::Host) => without_members(&stdout, TIMES_AND_BLOCKS),
+        ("check", Strictness::Guest) => without_members(&stdout, PLACEMENT),
         _ => stdout.into_owned(),
     };
     format!(
@@ -192,7 +192,7 @@ fn without_protocol_node(json: &str) -> String {
     kept
 }
 
-/// Whether the node whose members begin here has the format `file`.
+/// Whether the node whose members `lines` begin with has the format `file`.
 fn is_file_node(lines: &[&str]) -> bool {
     lines
         .iter()
@@ -200,8 +200,8 @@ fn is_file_node(lines: &[&str]) -> bool {
         .any(|line| line.trim_start().starts_with("\"format\": \"file\""))
 }
 
-/// The lines of `map --output=json` without host offsets, neighbours of equal kind joined: where the stock tool breaks
-/// a run depends on where the clusters lie in the file.
+/// The lines of `map --output=json` without host offsets, with neighbours of the same status joined: the stock tool
+/// splits a run where its clusters are not contiguous in the file.
 fn merged_map(json: &str) -> String {
     let mut runs: Vec<(u64, u64, String)> = Vec::new();
     for line in json.lines() {
@@ -247,11 +247,11 @@ fn collect_names(directory: &Path, prefix: &str, names: &mut Vec<String>) -> io:
     Ok(())
 }
 
-/// Members of `info` that depend on the moment or on the file system's way of allocating.
+/// Members of `info` that depend on the time or on the allocation by the file system.
 const TIMES_AND_BLOCKS: &[&str] = &["actual-size", "date-sec", "date-nsec"];
-/// Members of `check` that depend on where clusters lie.
+/// Members of `check` that depend on host offsets.
 const PLACEMENT: &[&str] = &["image-end-offset", "fragmented-clusters"];
-/// Files compared by the byte are read into memory.
+/// The largest file that is compared by bytes, which are read into memory.
 const LARGEST_FILE: u64 = 256 << 20;
 
 #[cfg(test)]

@@ -1,8 +1,8 @@
-//! Differences as text: what the stock tool did is marked `-`, what ours did `+`.
+//! Formats differences as text: lines of the stock tool begin with `-`, those of ours with `+`.
 
 use crate::process::Outcome;
 
-/// What differs between two runs of one command; empty if nothing does.
+/// The differences between two runs of one command; empty if there are none.
 pub fn command(line: &str, expected: &Outcome, actual: &Outcome, ignore_stdout: bool) -> String {
     let mut text = String::new();
     if expected.ending != actual.ending {
@@ -19,7 +19,7 @@ pub fn command(line: &str, expected: &Outcome, actual: &Outcome, ignore_stdout: 
     }
 }
 
-/// The lines of two texts with the differing ones marked; empty if they are equal.
+/// The lines of two texts with marks for the differing ones; empty if they are equal.
 pub fn lines(title: &str, expected: &str, actual: &str) -> String {
     if expected == actual {
         return String::new();
@@ -62,7 +62,7 @@ fn output(title: &str, expected: &[u8], actual: &[u8]) -> String {
     lines(title, &normalise(expected), &normalise(actual))
 }
 
-/// The version line, and how long something took, are the things that two programs cannot have in common.
+/// Replaces the version line and durations, which differ between two programs.
 fn normalise(bytes: &[u8]) -> String {
     let text = bytes
         .escape_ascii()
@@ -85,7 +85,7 @@ fn normalise(bytes: &[u8]) -> String {
         .join("\n")
 }
 
-/// What `bench` prints last, with three decimals.
+/// Whether a line is the last one of `bench`, with a duration of three decimals.
 fn is_duration(line: &str) -> bool {
     let seconds = line
         .strip_prefix("Run completed in ")
@@ -98,14 +98,14 @@ fn is_duration(line: &str) -> bool {
         })
 }
 
-/// Like `str::lines`, but a missing newline at the end stays visible as a missing empty last line.
+/// Like `str::lines`, but a newline at the end gives an empty last line, so that a missing newline is visible.
 fn split_lines(text: &str) -> Vec<&str> {
     text.split('\n').collect()
 }
 
-/// Unchanged lines shown around a difference.
+/// The number of unchanged lines shown around a difference.
 const CONTEXT: usize = 3;
-/// Changed lines shown of either side.
+/// The largest number of changed lines shown for each side.
 const LONGEST: usize = 40;
 
 #[cfg(test)]
@@ -113,7 +113,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn equal_texts_give_nothing() {
+    fn equal_texts_have_no_differences() {
         assert_eq!(lines("x", "a\nb", "a\nb"), "");
     }
 
@@ -132,7 +132,7 @@ mod tests {
     }
 
     #[test]
-    fn bytes_that_are_not_text_are_told_apart() {
+    fn bytes_that_are_not_utf8_are_compared() {
         assert_ne!(output("x", b"\xff", b"\xfe"), "");
     }
 }

@@ -87,7 +87,7 @@ fn run() -> Result<bool, String> {
     Ok(tally.report(filtered, seconds))
 }
 
-/// Whether nothing may be skipped for want of the tools that are compared with.
+/// Whether missing stock tools are a failure.
 fn tools_are_required() -> bool {
     env::var_os("REQUIRE_STOCK_TOOLS").is_some_and(|value| value == "1")
 }
@@ -100,7 +100,7 @@ struct Arguments {
 }
 
 impl Arguments {
-    /// Understands what people and tools give to a test program; options that do not concern this one are named.
+    /// Parses the options of a test program that this one has; others are an error.
     fn parse(mut words: impl Iterator<Item = String>) -> Result<Self, String> {
         let mut arguments = Self {
             filters: Vec::new(),
@@ -250,7 +250,7 @@ fn find_program(name: &str) -> Option<PathBuf> {
 /// `QEMU_IMG_UNDER_TEST`, or the executable that the workspace builds in this test's own profile.
 fn find_tool_under_test() -> Result<PathBuf, String> {
     if let Some(path) = env::var_os("QEMU_IMG_UNDER_TEST") {
-        // Cases run in directories of their own.
+        // An absolute path, since cases run in their own directories.
         return fs::canonicalize(&path)
             .map_err(|error| format!("QEMU_IMG_UNDER_TEST={}: {error}", path.display()));
     }
@@ -262,7 +262,7 @@ fn find_tool_under_test() -> Result<PathBuf, String> {
     let target_directory = profile_directory
         .parent()
         .ok_or("the test is not in a target directory")?;
-    // Cargo builds only this package for `cargo test -p parity`; asking it again costs little when all is fresh.
+    // `cargo test -p parity` builds this package only. Another build is fast if the tool is up to date.
     if let Some(cargo) = env::var_os("CARGO") {
         let profile = match profile_directory.file_name().and_then(OsStr::to_str) {
             Some("debug") | None => "dev",
