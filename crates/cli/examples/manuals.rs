@@ -4,8 +4,8 @@
 //! cargo run -p qemu-img-rs --example manuals -- OUTDIR
 //! ```
 //!
-//! They come from the same tables as parsing and `--help`. The crates that know the shells and troff are needed only
-//! here, and not in the executable.
+//! They are generated from the same tables as parsing and `--help`. The crates for shells and troff are dependencies of
+//! this example only, not of the executable.
 
 use std::error::Error;
 use std::fs;
@@ -26,7 +26,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     write_page(&directory, &program, "qemu-img.1")?;
     for command in program.get_subcommands() {
         let name = format!("qemu-img-{}", command.get_name());
-        // A page of its own: the name in its head is what `man` is called with.
+        // Each command has a page of its own; the name in the page's heading is the argument of `man`.
         let command = command
             .clone()
             .display_name(name.clone())

@@ -1,4 +1,4 @@
-//! What `info` shows of one image, as text and as JSON.
+//! The output of `info` for one image, as text and as JSON.
 
 use std::fmt::Write;
 
@@ -14,9 +14,9 @@ use crate::printable::printable;
 use crate::words::Stop;
 use diskimage::json::Value;
 
-/// All that is known of a node and of those below it.
+/// The information about a node and its children.
 pub(crate) struct Facts {
-    /// The names of the nodes on the way to it, `/file/file`; empty for the topmost.
+    /// The path of child names from the topmost node, like `/file/file`; empty for the topmost node.
     path: String,
     node: Node,
     info: Info,
@@ -25,8 +25,8 @@ pub(crate) struct Facts {
     children: Vec<(String, Facts)>,
 }
 
-/// Whether the original's driver has nothing to say of its images but their length.
-pub(crate) fn says_nothing(driver: &str) -> bool {
+/// Whether the driver of this name reports nothing but the length of an image in qemu-img.
+pub(crate) fn reports_only_length(driver: &str) -> bool {
     matches!(
         driver,
         "nbd" | "null-co" | "null-aio" | "vvfat" | "quorum" | "bochs" | "cloop" | "dmg" | "parallels"
@@ -34,17 +34,17 @@ pub(crate) fn says_nothing(driver: &str) -> bool {
 }
 
 impl Facts {
-    /// Collects them.
+    /// Collects the information about an image.
     ///
     /// # Errors
-    /// Damage in the tables that hold them.
+    /// A table that has to be read is unreadable or corrupt.
     pub(crate) fn of(image: &Image) -> Result<Self, Stop> {
         Self::collect(image, String::new())
     }
 
     fn collect(device: &dyn Device, path: String) -> Result<Self, Stop> {
         let node = device.node();
-        // The one attached last comes first, as there.
+        // As in qemu-img, the child that was attached last comes first.
         let children: Result<_, Stop> = node
             .children
             .iter()
@@ -54,7 +54,7 @@ impl Facts {
         Ok(Self {
             path,
             info: device.info()?,
-            // In whole sectors, as the original counts.
+            // qemu-img counts whole sectors.
             len: device.len().next_multiple_of(512),
             allocated: device.allocated_bytes(),
             children: children?,
@@ -62,22 +62,23 @@ impl Facts {
         })
     }
 
-    /// Whether it is shown as a place where bytes are and not as an image.
+    /// Whether the node is shown as a protocol and not as an image.
     fn is_protocol(&self) -> bool {
         !self.path.is_empty() && self.children.is_empty()
     }
 
-    /// Whether there is more to know of it than its length, as far as the original is concerned.
+    /// Whether qemu-img reports more than the length of the node.
     fn has_details(&self) -> bool {
         let is_format = format_by_name(self.node.driver).is_some();
         match (self.node.driver, self.children.last()) {
-            (driver, _) if says_nothing(driver) => false,
-            (driver, Some((_, below))) if driver == "raw" || !is_format => below.has_details(),
+            (driver, _) if reports_only_length(driver) => false,
+            (driver, Some((_, file))) if driver == "raw" || !is_format => file.has_details(),
             _ => true,
         }
     }
 
-    /// The names of the image below: as it stands in the image, and where that is if there is one place to start from.
+    /// The backing file name as the image stores it, and the resolved one unless the name is relative and the image has
+    /// several directories.
     fn backing(&self) -> Option<(&Backing, Option<String>)> {
         let backing = self.info.backing.as_ref()?;
         let full = full_backing_name(&self.node.base_name(), backing.name.text());
@@ -95,8 +96,8 @@ impl Facts {
 
     fn print(&self, text: &mut String, indent: usize) {
         // Writing to a string does not fail.
-        let mut line = |words: &str| {
-            let _ = writeln!(text, "{:indent$}{words}", "");
+        let mut print_line = |line: &str| {
+            let _ = writeln!(text, "{:indent$}{line}", "");
         };
         let name = self.node.shown_name();
         let (kinds, size) = if self.is_protocol() {
@@ -104,37 +105,37 @@ impl Facts {
         } else {
             (["image", "file format"], "virtual size")
         };
-        line(&format!("{}: {}", kinds[0], printable(&name)));
-        line(&format!("{}: {}", kinds[1], self.node.driver));
-        line(&format!("{size}: {} ({} bytes)", human_size(self.len), self.len));
-        line(&disk_size(self.allocated));
+        print_line(&format!("{}: {}", kinds[0], printable(&name)));
+        print_line(&format!("{}: {}", kinds[1], self.node.driver));
+        print_line(&format!("{size}: {} ({} bytes)", human_size(self.len), self.len));
+        print_line(&disk_size(self.allocated));
         if self.info.encrypted {
-            line("encrypted: yes");
+            print_line("encrypted: yes");
         }
         if let Some(size) = self.info.cluster_size {
-            line(&format!("cluster_size: {size}"));
+            print_line(&format!("cluster_size: {size}"));
         }
         if self.info.dirty {
-            line("cleanly shut down: no");
+            print_line("cleanly shut down: no");
         }
         if let Some((Backing { name, format }, full)) = self.backing() {
-            let place = match full {
+            let actual_path = match full {
                 None => " (cannot determine actual path)".to_owned(),
                 Some(full) if full == name.text() => String::new(),
                 Some(full) => format!(" (actual path: {})", printable(&full)),
             };
-            line(&format!("backing file: {}{place}", printable(name.text())));
+            print_line(&format!("backing file: {}{actual_path}", printable(name.text())));
             if let Some(format) = format {
-                line(&format!("backing file format: {}", printable(format)));
+                print_line(&format!("backing file format: {}", printable(format)));
             }
         }
         if !self.info.snapshots.is_empty() {
             snapshot_lines(&self.info.snapshots)
                 .iter()
-                .for_each(|words| line(words));
+                .for_each(|line| print_line(line));
         }
         if let Some(details) = self.info.specific.as_ref().filter(|details| !details.is_empty()) {
-            line("Format specific information:");
+            print_line("Format specific information:");
             details_text(text, details, indent + 4);
         }
         for (_, child) in &self.children {
@@ -177,7 +178,7 @@ impl Facts {
         }
         if let Some(details) = &self.info.specific {
             let kind = match self.node.driver {
-                // One kind of driver to the original.
+                // qemu-img has one type of information for all three drivers.
                 "host_device" | "host_cdrom" => "file".into(),
                 driver => driver.into(),
             };
@@ -191,7 +192,7 @@ impl Facts {
     }
 }
 
-/// Members of one object in the order in which the original prints them.
+/// The members of an object in the order in which qemu-img prints them.
 fn in_table_order(members: Vec<(&'static str, Value)>) -> Value {
     Value::object(members).in_table_order()
 }
@@ -203,11 +204,11 @@ fn disk_size(bytes: Option<u64>) -> String {
     )
 }
 
-/// The head of the table of snapshots.
+/// The heading of the table of snapshots.
 const SNAPSHOT_HEAD: &str =
     "ID      TAG               VM_SIZE                DATE        VM_CLOCK     ICOUNT";
 
-/// The table of snapshots, line by line.
+/// The lines of the table of snapshots.
 pub(crate) fn snapshot_lines(snapshots: &[SnapshotInfo]) -> Vec<String> {
     let head = ["Snapshot list:", SNAPSHOT_HEAD].map(str::to_owned);
     head.into_iter()

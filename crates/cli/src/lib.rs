@@ -1,12 +1,12 @@
-//! The command line of `qemu-img`: words in, one operation of the library, text and an exit status out.
+//! The command line of `qemu-img`: parses the arguments, runs one operation of the library, prints its result and
+//! returns the exit status.
 //!
 //! ```text
-//!   run ── words of the program ── commands::ALL ── Args::parse(words) ── run(Args)
-//!              words/                                commands/<name>.rs
+//!   run ──▶ standard options ──▶ commands::ALL ──▶ Args::parse ──▶ run(Args)
+//!                words/                            commands/<name>.rs
 //! ```
 //!
-//! Everything is written through [`out::Console`]. This crate exists for the executable; the library for programs is
-//! `diskimage`.
+//! All output goes through [`out::Console`]. This crate is for the executable; the library for programs is `diskimage`.
 #![cfg_attr(not(test), warn(clippy::disallowed_methods))]
 
 pub mod commands;
@@ -31,11 +31,11 @@ use out::Console;
 use signal_hook::consts::SIGXFSZ;
 use words::{Command, Flag, Parser, Stop, help};
 
-/// Runs the program with its command line, the name it was called by first.
+/// Runs the program with its command line, whose first word is the name that it was called by.
 pub fn run(words: impl IntoIterator<Item = OsString>) -> ExitCode {
     signals::block();
-    // A limit on the size of files (`ulimit -f`) is an error of the request, to be told, and not the end of the program.
-    // Where that cannot be had, the signal keeps its action.
+    // With a handler for SIGXFSZ a write beyond the file size limit (`ulimit -f`) fails with an error, and does not end
+    // the program. If the handler cannot be installed, the signal keeps its default action.
     let _ = signal_hook::flag::register(SIGXFSZ, Arc::new(AtomicBool::new(false)));
     let mut words = words.into_iter();
     let console = Console::new(&words.next().unwrap_or_default());
@@ -46,7 +46,7 @@ pub fn run(words: impl IntoIterator<Item = OsString>) -> ExitCode {
     ExitCode::from(console.finish(status))
 }
 
-/// Takes the options before the command, and finds the command.
+/// Parses the options before the command, and finds the command.
 fn standard_options(
     words: Vec<OsString>,
     console: &Console,
@@ -71,7 +71,7 @@ fn standard_options(
     }
 }
 
-/// The words before a command.
+/// The options before a command.
 pub static PROGRAM: Command = Command {
     name: "",
     summary: "QEMU disk image utility",
@@ -90,6 +90,6 @@ pub static PROGRAM: Command = Command {
         ),
     ],
     operands: &[],
-    original: &["help", "version", "trace"],
+    qemu_longs: &["help", "version", "trace"],
     negative_operand: None,
 };

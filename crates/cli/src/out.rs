@@ -1,10 +1,11 @@
-//! The one place that writes to standard output and standard error.
+//! Standard output and standard error. No other module writes to them.
 //!
-//! A reader that goes away (`qemu-img ... | head`) is no failure of the operation and never a panic. Any other failure
-//! to write what was asked for, a full disk for instance, is remembered and turns the exit status into 1.
+//! A broken pipe (`qemu-img ... | head`) is neither a failure of the operation nor a panic. Any other failed write to
+//! standard output, to a full disk for instance, makes the exit status 1.
 //!
-//! As in C, what goes to a pipe or file is collected and written when there is much of it, when progress is shown and at the
-//! end. So where both outputs go to one place, errors come before what was printed shortly before them, as scripts know it.
+//! As by stdio of C, output to a pipe or file is buffered: it is written when the buffer is full, when progress is
+//! shown, and at the end. If both outputs go to one file, errors therefore precede output that was printed shortly
+//! before them, as scripts expect of `qemu-img`.
 
 use std::ffi::OsStr;
 use std::io::{self, IsTerminal, Write};
@@ -14,20 +15,21 @@ use diskimage::{Note, name};
 
 use crate::words::{Command, Prefix, Stop, help};
 
-/// Standard output and error, and the name under which the program was called.
+/// Standard output and standard error, and the name that the program was called by.
 #[derive(Debug)]
 pub struct Console {
     path: String,
-    /// What is not written yet; `None` where lines are written at once.
+    /// The buffer of standard output; `None` if standard output is a terminal, which is not buffered.
     pending: Option<Mutex<Vec<u8>>>,
+    /// The first failed write to standard output.
     failure: Mutex<Option<io::Error>>,
 }
 
-/// So much is collected.
+/// The size of the buffer, which is that of stdio.
 const BUFFER: usize = 4096;
 
 impl Console {
-    /// For a program called as `path`, the first word of its command line.
+    /// The console of a program that was called as `path`, the first word of its command line.
     pub fn new(path: &OsStr) -> Self {
         Self {
             path: name::from_os(path),
@@ -36,7 +38,7 @@ impl Console {
         }
     }
 
-    /// The name that stands in front of messages: the last part of the path.
+    /// The prefix of messages: the last component of the path.
     pub fn name(&self) -> &str {
         self.path.rsplit('/').next().unwrap_or_default()
     }
@@ -54,7 +56,7 @@ impl Console {
         }
     }
 
-    /// Writes what is still collected.
+    /// Writes the buffer.
     pub fn flush(&self) {
         if let Some(pending) = &self.pending {
             let mut pending = pending.lock().unwrap_or_else(PoisonError::into_inner);
@@ -72,7 +74,7 @@ impl Console {
 
     /// Writes `text` to standard error as it is.
     pub fn print_error(&self, text: &str) {
-        // There is nowhere left to tell that standard error failed.
+        // A failed write to standard error cannot be reported anywhere.
         let _ = io::stderr().lock().write_all(&name::to_bytes(text));
     }
 
@@ -86,7 +88,7 @@ impl Console {
         self.error(&format!("warning: {message}"));
     }
 
-    /// Prints what the library has to tell.
+    /// Prints a note of the library.
     pub fn note(&self, note: &Note) {
         match note {
             Note::Line(line) => self.print_error(&format!("{line}\n")),
@@ -95,7 +97,8 @@ impl Console {
         }
     }
 
-    /// Prints an error of the library: what is shown before it, its levels joined by `": "`, then its hint on a line of its own.
+    /// Prints an error of the library: the note before it, its messages joined by `": "`, then its hint on a line of
+    /// its own.
     pub fn failure(&self, error: &diskimage::Error) {
         if let Some(notice) = error.preceding_note() {
             self.note(notice);
@@ -106,10 +109,10 @@ impl Console {
         }
     }
 
-    /// Prints what kept the words of `command` from becoming its arguments, and answers the exit status. Without a
-    /// command the words were those of the program itself.
+    /// Prints the reason why `command` was not run or has failed, and returns the exit status. Without a command the
+    /// reason is in the options before it.
     pub fn stop(&self, stop: Stop, command: Option<&Command>) -> u8 {
-        let words = match command {
+        let invocation = match command {
             Some(command) => format!("{} {}", self.path, command.name),
             None => self.path.clone(),
         };
@@ -129,18 +132,18 @@ impl Console {
                 for message in &wrong.messages {
                     match wrong.prefix {
                         Prefix::Program => self.error(message),
-                        Prefix::Words => self.print_error(&format!("{words}: {message}\n")),
+                        Prefix::Invocation => self.print_error(&format!("{invocation}: {message}\n")),
                     }
                 }
                 if wrong.try_help {
-                    self.print_error(&format!("Try '{words} --help' for more info\n"));
+                    self.print_error(&format!("Try '{invocation} --help' for more info\n"));
                 }
                 wrong.status
             }
         }
     }
 
-    /// The exit status, once everything is written, of a program that would exit with `status`.
+    /// Writes the buffer. Returns the exit status: `status`, or 1 if standard output could not be written.
     pub fn finish(self, status: u8) -> u8 {
         self.flush();
         let failure = self.failure.lock().ok().and_then(|mut failure| failure.take());
@@ -166,7 +169,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn messages_carry_the_last_part_of_the_path() {
+    fn the_prefix_is_the_last_component_of_the_path() {
         assert_eq!(Console::new(OsStr::new("./bin/foo")).name(), "foo");
         assert_eq!(Console::new(OsStr::new("")).name(), "");
     }

@@ -1,15 +1,15 @@
-//! Text from images made safe to print.
+//! Escapes text from images for printing.
 //!
-//! Names of snapshots, backing files and the like come out of files from strangers. On a terminal their control
-//! characters could move the cursor, change the title or hide what follows.
+//! Names of snapshots, backing files and the like are untrusted. On a terminal their control characters could move the
+//! cursor, change the title or hide later output.
 
 use std::borrow::Cow;
 use std::fmt::Write;
 
 use diskimage::name;
 
-/// `text` with control characters as `\xNN`, and characters that change the order of what is shown as `\u{NNNN}`. Bytes of
-/// names that are not UTF-8 stay what they are, but for those that are control characters to terminals without UTF-8.
+/// Escapes control characters as `\xNN`, and characters that change the direction of text as `\u{NNNN}`. Bytes of names
+/// that are not UTF-8 are printed unchanged, except for those that are control characters on terminals without UTF-8.
 pub fn printable(text: &str) -> Cow<'_, str> {
     if !text.chars().any(|c| is_unsafe(c) || name::byte_of(c).is_some()) {
         return Cow::Borrowed(text);

@@ -1,8 +1,8 @@
-//! How far an operation is: `-p`, and the answer to SIGUSR1.
+//! The progress of an operation: `-p` and SIGUSR1.
 //!
-//! With `-p`, and unless `-q` forbids it, percentages are written to standard output as the original does, each over the
-//! one before; where standard output is a terminal there is a bar with rate and remaining time instead. Without `-p` the
-//! signal SIGUSR1 has one line written to standard error.
+//! With `-p` and without `-q`, percentages are written to standard output as by qemu-img, each over the one before. If
+//! standard output is a terminal, a bar with rate and remaining time is shown instead. Without `-p`, SIGUSR1 prints one
+//! line to standard error.
 
 use std::io::IsTerminal;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,48 +13,50 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use crate::out::Console;
 use crate::signals;
 
-/// Shows progress from its making until it is dropped.
+/// Shows progress until it is dropped.
 #[derive(Debug)]
 pub struct Progress<'a> {
     console: &'a Console,
     display: Display,
-    asked: &'static AtomicBool,
+    /// Set by SIGUSR1.
+    requested: &'static AtomicBool,
 }
 
 #[derive(Debug)]
 enum Display {
-    /// Only when a signal asks.
+    /// Nothing is shown until SIGUSR1 requests a line.
     Silent,
-    /// The percentage shown last, if any.
+    /// Percentages; holds the one shown last.
     Lines(Mutex<Option<f64>>),
+    /// A bar on a terminal.
     Bar(ProgressBar),
 }
 
 impl<'a> Progress<'a> {
-    /// Shows progress if `enabled`, and answers the signal in any case.
+    /// Shows progress if `enabled`; otherwise SIGUSR1 requests a line.
     pub fn new(enabled: bool, console: &'a Console) -> Self {
         let display = match (enabled, std::io::stdout().is_terminal()) {
             (false, _) => Display::Silent,
             (true, true) => Display::Bar(bar()),
             (true, false) => Display::Lines(Mutex::new(None)),
         };
-        Self::with_display(display, signals::asked(), console)
+        Self::with_display(display, signals::progress_requested(), console)
     }
 
-    fn with_display(display: Display, asked: &'static AtomicBool, console: &'a Console) -> Self {
+    fn with_display(display: Display, requested: &'static AtomicBool, console: &'a Console) -> Self {
         Self {
             console,
             display,
-            asked,
+            requested,
         }
     }
 
-    /// Tells that `done` of `total` is done. May be called from any thread.
+    /// Reports that `done` of `total` is done. May be called from any thread.
     pub fn set(&self, done: u64, total: u64) {
         let percent = percent(done, total);
         match &self.display {
             Display::Silent => {
-                if self.asked.swap(false, Ordering::Relaxed) {
+                if self.requested.swap(false, Ordering::Relaxed) {
                     self.console.print_error(&format!("    ({percent:.2}/100%)\n"));
                 }
             }
@@ -73,14 +75,14 @@ impl<'a> Progress<'a> {
         }
     }
 
-    /// Has the next report shown whatever was shown before.
+    /// Shows the next report even if it is not a further percent.
     pub fn restart(&self) {
         if let Display::Lines(shown) = &self.display {
             *lock(shown) = None;
         }
     }
 
-    /// Tells that everything is done; the original always shows 100 % here, even if it did before.
+    /// Reports that everything is done. As in qemu-img, 100 % is shown even if it was shown before.
     pub fn complete(&self) {
         match &self.display {
             Display::Silent => (),
@@ -93,7 +95,7 @@ impl<'a> Progress<'a> {
         }
     }
 
-    /// Runs `write`, which prints something, without a bar in the way.
+    /// Hides the bar, runs `write`, which prints something, and shows the bar again.
     pub fn suspend<T>(&self, write: impl FnOnce() -> T) -> T {
         match &self.display {
             Display::Bar(bar) => bar.suspend(write),
@@ -109,7 +111,7 @@ impl Drop for Progress<'_> {
             Display::Lines(_) => self.console.print("\n"),
             Display::Bar(bar) if bar.is_finished() => (),
             Display::Bar(bar) if bar.position() == 0 => bar.finish_and_clear(),
-            // Where an error stopped it.
+            // After an error the bar stays where it was.
             Display::Bar(bar) => bar.abandon(),
         }
     }
@@ -134,7 +136,7 @@ fn percent(done: u64, total: u64) -> f64 {
     }
 }
 
-/// The first report, each further percent, and the end.
+/// Whether `percent` is the first report, a further percent or the end.
 fn is_worth_showing(shown: Option<f64>, percent: f64) -> bool {
     match shown {
         None => true,
@@ -146,7 +148,7 @@ fn line(percent: f64) -> String {
     format!("    ({percent:.2}/100%)\r")
 }
 
-/// A thread that panicked while it held the lock left nothing half done.
+/// Locks the percentage. A poisoned lock is used as well: a panic cannot leave the percentage inconsistent.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -178,11 +180,11 @@ mod tests {
     }
 
     #[test]
-    fn progress_can_be_told_from_threads() {
+    fn progress_can_be_reported_from_threads() {
         let console = Console::new("test".as_ref());
-        static ASKED: AtomicBool = AtomicBool::new(false);
+        static REQUESTED: AtomicBool = AtomicBool::new(false);
         let display = Display::Lines(Mutex::new(Some(100.0)));
-        let progress = Progress::with_display(display, &ASKED, &console);
+        let progress = Progress::with_display(display, &REQUESTED, &console);
         std::thread::scope(|scope| {
             for _ in 0..2 {
                 scope.spawn(|| progress.set(1, 2));

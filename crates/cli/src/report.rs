@@ -1,4 +1,4 @@
-//! What `check` shows of its findings.
+//! The output of `check`.
 
 use std::fmt::Write;
 
@@ -22,7 +22,7 @@ pub(crate) fn status(report: &CheckReport) -> u8 {
     }
 }
 
-/// Prints the findings in the form asked for.
+/// Prints a report in the format of `--output`.
 pub(crate) fn print(args: &Args, format: &str, report: &CheckReport, console: &Console) {
     if args.quiet {
         return;
@@ -83,7 +83,7 @@ fn percent(part: u64, whole: u64) -> f64 {
     part as f64 * 100.0 / whole as f64
 }
 
-/// What is zero is left out, except the errors that kept the check from looking everywhere.
+/// The report as JSON. Counts of zero are left out, except that of internal errors.
 fn json(args: &Args, format: &str, report: &CheckReport) -> Value {
     let mut members: Vec<(&'static str, Value)> = Vec::new();
     let mut count = |name, value: u64| {
@@ -108,7 +108,7 @@ fn json(args: &Args, format: &str, report: &CheckReport) -> Value {
     Value::object(members)
 }
 
-/// What was repaired, before the image is checked once more.
+/// The text after a repair, before the image is checked again.
 pub(crate) fn repaired(report: &CheckReport) -> String {
     format!(
         "The following inconsistencies were found and repaired:\n\n    {} leaked clusters\n    {} \

@@ -1,7 +1,11 @@
-//! Signals that do not end the program: SIGUSR1 asks how far an operation is, SIGALRM and SIGIO mean nothing to it.
+//! Signals that do not end the program: SIGUSR1 requests the progress, SIGALRM and SIGIO are ignored.
 //!
-//! They are blocked in all threads, as in the original, so that no system call is interrupted by them. Where SIGUSR1 has an
-//! answer, a thread of its own waits for it.
+//! As in qemu-img they are blocked in all threads, so that they interrupt no system call. A command that reports
+//! progress starts a thread that waits for SIGUSR1:
+//!
+//! ```text
+//!   SIGUSR1 ──▶ thread: sigwait ──▶ REQUESTED = true ──▶ Progress::set prints a line and clears it
+//! ```
 
 use std::sync::Once;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -9,26 +13,26 @@ use std::thread;
 
 use nix::sys::signal::{SigSet, Signal};
 
-/// Blocks them in this thread and in those that it starts from now on. Called before the first one.
+/// Blocks the signals in this thread and in all threads that it starts later. Called before the first one is started.
 pub(crate) fn block() {
     let mut signals = SigSet::empty();
     signals.extend([Signal::SIGUSR1, Signal::SIGALRM, Signal::SIGIO]);
-    // It fails only for what is no set of signals.
+    // Blocking fails only for an invalid set of signals.
     let _ = signals.thread_block();
 }
 
-/// Set by each SIGUSR1 from now on, and cleared by whoever answers.
-pub(crate) fn asked() -> &'static AtomicBool {
-    static ASKED: AtomicBool = AtomicBool::new(false);
+/// The flag that SIGUSR1 sets from now on. [`Progress`](crate::progress::Progress) clears it.
+pub(crate) fn progress_requested() -> &'static AtomicBool {
+    static REQUESTED: AtomicBool = AtomicBool::new(false);
     static WAITING: Once = Once::new();
     WAITING.call_once(|| {
         let wait = || {
             while SigSet::from(Signal::SIGUSR1).wait().is_ok() {
-                ASKED.store(true, Ordering::Relaxed);
+                REQUESTED.store(true, Ordering::Relaxed);
             }
         };
-        // Without a thread nobody answers, which is no reason to refuse the operation.
+        // If the thread cannot be started, SIGUSR1 prints nothing; the operation runs all the same.
         let _ = thread::Builder::new().spawn(wait);
     });
-    &ASKED
+    &REQUESTED
 }

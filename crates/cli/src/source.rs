@@ -1,4 +1,4 @@
-//! Opening the images that the words name.
+//! Opens the images that are named on the command line.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -10,10 +10,10 @@ use jiff::tz::TimeZone;
 use crate::out::Console;
 use crate::words::{ImageName, Source, Stop};
 
-/// Opens an image. What the user ought to know of it is printed at once.
+/// Opens an image, and prints the notes of the library.
 ///
 /// # Errors
-/// An image that cannot be opened, and names that are not text.
+/// The image cannot be opened, or its name is invalid.
 pub(crate) fn open_source(
     source: &Source,
     options: OpenOptions,
@@ -26,10 +26,10 @@ pub(crate) fn open_source(
     Ok(opened.map_err(|error| error.context(format!("Could not open '{}'", source.name.shown())))?)
 }
 
-/// The same, with an error that does not say which image it is about.
+/// The same; the message of the inner error does not name the image.
 ///
 /// # Errors
-/// Names that are not text.
+/// The name is invalid.
 pub(crate) fn open_bare(
     source: &Source,
     options: OpenOptions,
@@ -55,14 +55,14 @@ pub(crate) fn open_bare(
     Ok(outcome)
 }
 
-/// The time of the system's zone.
+/// Local time in the time zone of the system.
 fn local_time() -> LocalTime {
     LocalTime::new(|seconds| {
         Timestamp::from_second(seconds).map_or(0, |time| TimeZone::system().to_offset(time).seconds())
     })
 }
 
-/// Options without a value are on their way out.
+/// Prints the deprecation warnings for options without a value.
 fn warn_of_short_forms(list: &str, console: &Console) {
     for (word, name, value) in short_forms(list) {
         console.warning(&format!("short-form boolean option '{word}' deprecated"));

@@ -1,4 +1,4 @@
-//! `-T`: tracing. This program has no trace events, and says so for each that is asked for by name.
+//! `-T`: tracing. This program has no trace events and prints a warning for each one that is given by name.
 
 use std::ffi::OsString;
 use std::fs::OpenOptions;
@@ -9,24 +9,24 @@ use diskimage::{Error, name};
 use crate::out::Console;
 use crate::words::{Stop, text};
 
-/// Takes the value of one `-T`.
+/// Handles the value of one `-T`.
 ///
 /// # Errors
-/// Unknown parameters; files that cannot be read or made; and [`Stop::Text`] where the list of events is asked for,
-/// which is empty.
+/// A parameter is unknown, or a file cannot be read or created. [`Stop::Text`] for `help`: the list of events, which is
+/// empty.
 pub(crate) fn add(value: OsString, console: &Console) -> Result<(), Stop> {
     let value = text(value).replace(",,", "\0");
     for (at, item) in value.split(',').enumerate() {
         let item = item.replace('\0', ",");
         match item.split_once('=') {
             _ if item.is_empty() => (),
-            Some(("enable", pattern)) => missing(pattern, "", console),
+            Some(("enable", pattern)) => warn_missing(pattern, "", console),
             Some(("events", file)) => read_events(file, console)?,
             Some(("file", file)) => make_log(file)?,
             None if at == 0 && matches!(item.as_str(), "help" | "?") => {
                 return Err(Stop::Text(String::new()));
             }
-            None if at == 0 => missing(&item, "", console),
+            None if at == 0 => warn_missing(&item, "", console),
             Some((name, _)) => return Err(Stop::wrong(format!("Invalid parameter '{name}'"))),
             None => return Err(Stop::wrong(format!("Invalid parameter '{item}'"))),
         }
@@ -34,16 +34,17 @@ pub(crate) fn add(value: OsString, console: &Console) -> Result<(), Stop> {
     Ok(())
 }
 
-/// Warns that there is no such event; a pattern with `*` may match none in silence.
-fn missing(pattern: &str, place: &str, console: &Console) {
-    // A minus turns an event off, which needs one as well.
+/// Warns that no event is called `pattern`. A pattern with `*` may match nothing without a warning. `position` is the
+/// file and line of the pattern, or empty.
+fn warn_missing(pattern: &str, position: &str, console: &Console) {
+    // A minus turns an event off, which has to exist too.
     let name = pattern.strip_prefix('-').unwrap_or(pattern);
     if name.contains('*') || name.is_empty() {
         return;
     }
     let message = format!("warning: trace event '{name}' does not exist\n");
-    let space = if place.is_empty() { " " } else { "" };
-    console.print_error(&format!("{}:{space}{place}{message}", console.name()));
+    let space = if position.is_empty() { " " } else { "" };
+    console.print_error(&format!("{}:{space}{position}{message}", console.name()));
 }
 
 fn read_events(file: &str, console: &Console) -> Result<(), Stop> {
@@ -53,16 +54,16 @@ fn read_events(file: &str, console: &Console) -> Result<(), Stop> {
         .map_err(|error| Stop::wrong(format!("{file}: {}", Error::from(error))))?;
     for (number, line) in (1..).zip(text.lines()) {
         if !line.starts_with('#') {
-            missing(line, &format!("{file}:{number}: "), console);
+            warn_missing(line, &format!("{file}:{number}: "), console);
         }
     }
     Ok(())
 }
 
-/// Keeps a device file from being read for ever.
+/// The largest size of a list of events; a limit of this program, so that reading a device file ends.
 const LARGEST_LIST: u64 = 1 << 20;
 
-/// Events would be written to this file; that it can be made is worth knowing although none will be.
+/// Creates the log file, as qemu-img does, although nothing will be written to it.
 fn make_log(file: &str) -> Result<(), Stop> {
     let mut new = OpenOptions::new();
     new.write(true).create(true).truncate(true);

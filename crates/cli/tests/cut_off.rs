@@ -1,4 +1,4 @@
-//! Images whose end is missing: a command either fails, or nothing of the disk was missing.
+//! Truncated images: a command either fails, or no guest data was in the part that is missing.
 //!
 //! Run with `--nocapture` for the table of all forms, cuts and commands.
 #![cfg(target_os = "linux")]
@@ -12,13 +12,13 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
-/// A kind of image.
+/// A format with the options to create an image.
 struct Form {
     name: &'static str,
     format: &'static str,
-    /// The words of `convert` that make it.
+    /// The options of `convert` that create it.
     make: &'static str,
-    /// The file that is cut.
+    /// The file that is truncated.
     file: &'static str,
     /// Whether it can have a backing image.
     backed: bool,
@@ -86,13 +86,13 @@ const FORMS: &[Form] = &[
         "image-flat.img",
     ),
     part(
-        "vmdk, pieces",
+        "vmdk, several files",
         "vmdk",
         "-O vmdk -o subformat=twoGbMaxExtentSparse",
         "image-s001.img",
     ),
     part(
-        "vmdk, flat pieces",
+        "vmdk, several flat files",
         "vmdk",
         "-O vmdk -o subformat=twoGbMaxExtentFlat",
         "image-f001.img",
@@ -106,11 +106,12 @@ const FORMS: &[Form] = &[
     form("parallels, 64k", "parallels", "-O parallels -o cluster_size=64k"),
 ];
 
-/// The disk's sizes: one ends inside the units of all formats, so that the last one has some padding; the other has none.
+/// The sizes of the disks: one ends inside the clusters of all formats, so that the last one is padded; the other does
+/// not.
 const SIZE: usize = (5 << 20) + 40 * 1024 + 512;
 const EVEN_SIZE: usize = 8 << 20;
 
-/// How many bytes are cut off a file of this length.
+/// The name of a cut, and the number of bytes that it removes from a file of this length.
 type Cut = (&'static str, fn(usize) -> usize);
 
 const CUTS: &[Cut] = &[
@@ -122,7 +123,7 @@ const CUTS: &[Cut] = &[
     ("half", |len| len / 2),
 ];
 
-/// Two blanks in `words` make an empty word.
+/// Runs `qemu-img` with words that are separated by one blank each; two blanks make an empty word.
 fn run(dir: &Path, words: &str) -> Output {
     Command::new(env!("CARGO_BIN_EXE_qemu-img"))
         .args(words.split(' '))
@@ -136,7 +137,7 @@ fn succeed(dir: &Path, words: &str) {
     assert!(output.status.success(), "{words}: {output:?}");
 }
 
-/// The contents of a disk: bytes that do not compress, with zeroes in between.
+/// The guest data: random bytes, which do not compress, with a run of zeroes.
 fn noise(seed: u64, size: usize) -> Vec<u8> {
     let mut state = seed;
     let mut bytes: Vec<u8> = std::iter::repeat_with(|| {
@@ -149,7 +150,7 @@ fn noise(seed: u64, size: usize) -> Vec<u8> {
     bytes
 }
 
-/// The files of a directory, by their names.
+/// The files of a directory by name.
 #[derive(Clone, PartialEq, Eq)]
 struct Files(BTreeMap<String, Vec<u8>>);
 
@@ -163,7 +164,7 @@ impl Files {
         Self(entries.collect())
     }
 
-    /// Leaves nothing but these files in `dir`.
+    /// Replaces the files of `dir` by these.
     fn restore(&self, dir: &Path) {
         for entry in fs::read_dir(dir).expect("a directory") {
             fs::remove_file(entry.expect("an entry").path()).expect("removed");
@@ -182,18 +183,18 @@ impl Files {
     }
 }
 
-/// What came of a command.
+/// The outcome of a command.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Outcome {
-    /// It failed, and what it worked on is as before.
+    /// It failed and changed nothing.
     Error,
-    /// It worked, and nothing was missing.
+    /// It succeeded, and no guest data was missing.
     Whole,
-    /// Bytes were lost without a word, or it failed and did harm.
+    /// It succeeded although guest data was missing, or it failed and lost data.
     Lost,
 }
 
-/// Whether image `name` reads as `content`: nothing lost, or an error.
+/// Converts image `name` to raw and compares it with `content`.
 fn judge(dir: &Path, format: &str, name: &str, content: &[u8]) -> Outcome {
     let output = run(dir, &format!("convert -f {format} -O raw {name} judged"));
     match output.status.code() {
@@ -203,17 +204,17 @@ fn judge(dir: &Path, format: &str, name: &str, content: &[u8]) -> Outcome {
     }
 }
 
-/// Images of one form, with nothing missing.
+/// Complete images of one form.
 struct Case {
     form: &'static Form,
     content: Vec<u8>,
-    /// The image, an overlay of it without data (`top`), and one with a little (`change`).
+    /// The image, an overlay of it without data (`top`), and one with a few sectors (`change`).
     alone: Files,
-    /// The image on top of `base`, and what it reads as.
-    above: Option<(Files, Vec<u8>)>,
+    /// The image as an overlay of `base`, and its guest data.
+    overlay: Option<(Files, Vec<u8>)>,
 }
 
-/// Where `change` differs: in a unit where the image has data, and in one where it has none.
+/// The offsets of the sectors in `change`: one in a cluster where the image has data, one where it has none.
 const CHANGES: [usize; 2] = [1_300_480, 2_000_384];
 
 impl Case {
@@ -231,30 +232,30 @@ impl Case {
             succeed(dir, &words);
         }
         let alone = Files::read(dir);
-        let above = form.backed.then(|| Self::above(form, dir, &content));
+        let overlay = form.backed.then(|| Self::overlay(form, dir, &content));
         Self {
             form,
             content,
             alone,
-            above,
+            overlay,
         }
     }
 
-    fn above(form: &Form, dir: &Path, content: &[u8]) -> (Files, Vec<u8>) {
+    fn overlay(form: &Form, dir: &Path, content: &[u8]) -> (Files, Vec<u8>) {
         let format = form.format;
         Files(BTreeMap::new()).restore(dir);
         fs::write(dir.join("source"), content).expect("written");
-        fs::write(dir.join("below"), vec![9; content.len()]).expect("written");
-        let below = if format == "vmdk" { "vmdk" } else { "raw" };
-        succeed(dir, &format!("convert -f raw -O {below} below base"));
+        fs::write(dir.join("base.raw"), vec![9; content.len()]).expect("written");
+        let base_format = if format == "vmdk" { "vmdk" } else { "raw" };
+        succeed(dir, &format!("convert -f raw -O {base_format} base.raw base"));
         if RENAMED.contains(&format) {
-            // What the image has no data for is the base's from now on.
+            // From here on the unallocated clusters of the image read as the base.
             succeed(dir, &format!("convert -f raw {} source image.img", form.make));
             succeed(dir, &format!("rebase -u -f {format} -b base -F raw image.img"));
         } else {
             succeed(
                 dir,
-                &format!("create -q -f {format} -b base -F {below} image.img"),
+                &format!("create -q -f {format} -b base -F {base_format} image.img"),
             );
             succeed(dir, &format!("convert -n -f raw -O {format} source image.img"));
         }
@@ -264,7 +265,7 @@ impl Case {
         (files, content)
     }
 
-    /// Every command on an image cut off in one way.
+    /// Runs every command on an image that is truncated by `cut`.
     fn try_cut(&self, dir: &Path, cut: fn(usize) -> usize) -> Vec<(&'static str, Outcome)> {
         let (form, content) = (self.form, &self.content);
         let format = form.format;
@@ -307,7 +308,7 @@ impl Case {
             outcomes.push((
                 command.split(' ').next().unwrap_or(command),
                 match code {
-                    // A check is there to find it; `map` and `measure` only have to come to an end.
+                    // `check` must find the truncation; `map` and `measure` only must not crash.
                     Some(0) if command == "check" && whole == Outcome::Error => Outcome::Lost,
                     Some(0) => Outcome::Whole,
                     Some(_) => Outcome::Error,
@@ -320,12 +321,12 @@ impl Case {
             outcomes.push(("changed", Outcome::Lost));
         }
         outcomes.push(("flatten", self.flatten(dir, "qcow2", "top", content)));
-        // Who opens a Parallels image to write mends it, as in the original, and says which clusters that gives up.
+        // As in qemu-img, opening a Parallels image for writing repairs it, and reports the clusters that are lost.
         if format != "parallels" {
             files.restore(dir);
             outcomes.push(("into", self.commit_into(dir)));
         }
-        if let Some((files, content)) = &self.above {
+        if let Some((files, content)) = &self.overlay {
             let files = files.cut(form.file, cut);
             files.restore(dir);
             outcomes.push(("commit", self.commit(dir, content, &files)));
@@ -337,7 +338,7 @@ impl Case {
         outcomes
     }
 
-    /// Copies what is in the image below into `name`, which then needs it no longer.
+    /// Rebases image `name` to no backing file, which copies the data of its backing image into it.
     fn flatten(&self, dir: &Path, format: &str, name: &str, content: &[u8]) -> Outcome {
         let output = run(dir, &format!("rebase -f {format} -b  {name}"));
         if output.status.success() {
@@ -345,19 +346,19 @@ impl Case {
         }
         let info = run(dir, &format!("info -f {format} --output=json {name}"));
         let refused = !info.status.success();
-        let still_there = String::from_utf8_lossy(&info.stdout).contains("\"backing-filename\"");
+        let still_backed = String::from_utf8_lossy(&info.stdout).contains("\"backing-filename\"");
         match output.status.code() {
-            Some(1) if refused || still_there => Outcome::Error,
+            Some(1) if refused || still_backed => Outcome::Error,
             _ => Outcome::Lost,
         }
     }
 
-    /// Commits into the base.
+    /// Commits the truncated image to its base.
     fn commit(&self, dir: &Path, content: &[u8], before: &Files) -> Outcome {
-        let below = if self.form.format == "vmdk" { "vmdk" } else { "raw" };
+        let base_format = if self.form.format == "vmdk" { "vmdk" } else { "raw" };
         let output = run(dir, &format!("commit -f {} image.img", self.form.format));
         if output.status.success() {
-            return judge(dir, below, "base", content);
+            return judge(dir, base_format, "base", content);
         }
         let after = Files::read(dir);
         match output.status.code() {
@@ -366,7 +367,7 @@ impl Case {
         }
     }
 
-    /// Commits a few bytes into the image that is cut off. It may work, but must not hide what is missing.
+    /// Commits a few sectors to the truncated image. That may succeed, but must not hide that data is missing.
     fn commit_into(&self, dir: &Path) -> Outcome {
         let mut content = self.content.clone();
         for at in CHANGES {
@@ -377,7 +378,7 @@ impl Case {
         match (output.status.code(), after) {
             (Some(0 | 1), Outcome::Error) => Outcome::Error,
             (Some(0), outcome) => outcome,
-            // Nothing was missing, and the format does not take it.
+            // No data is missing, and the format refuses the write.
             (Some(1), _) if judge(dir, self.form.format, "image.img", &self.content) == Outcome::Whole => {
                 Outcome::Whole
             }
@@ -386,30 +387,30 @@ impl Case {
     }
 }
 
-/// Formats whose images can be given another name for what is below.
+/// The formats whose backing file name can be changed.
 const RENAMED: [&str; 2] = ["qcow2", "qed"];
 
-/// The rows of the table for one form, and what is wrong.
+/// The rows of the table for one form, and the cases that lost data.
 fn try_form(form: &'static Form, size: usize, cuts: &[Cut]) -> (String, Vec<String>) {
     let temporary = tempfile::tempdir().expect("a directory");
     let dir = temporary.path();
     let case = Case::new(form, size, dir);
-    let (mut rows, mut wrong) = (String::new(), Vec::new());
+    let (mut rows, mut lost) = (String::new(), Vec::new());
     for (name, cut) in cuts {
         let _ = write!(rows, "{:22} {size:8} {name:5}", form.name);
         for (command, outcome) in case.try_cut(dir, *cut) {
             let _ = write!(rows, "  {command}: {outcome:?}");
             if outcome == Outcome::Lost {
-                wrong.push(format!("{}, {size} - {name}: {command}", form.name));
+                lost.push(format!("{}, {size} - {name}: {command}", form.name));
             }
         }
         rows.push('\n');
     }
-    (rows, wrong)
+    (rows, lost)
 }
 
-/// Tries all forms, a few at once.
-#[expect(clippy::print_stdout, reason = "the table, for who wants to see it")]
+/// Tries all forms on two threads.
+#[expect(clippy::print_stdout, reason = "prints the table")]
 fn try_all(size: usize, cuts: &[Cut]) {
     let next = AtomicUsize::new(0);
     let done = Mutex::new(BTreeMap::new());
@@ -424,32 +425,32 @@ fn try_all(size: usize, cuts: &[Cut]) {
         }
     });
     let done = done.into_inner().expect("no panic");
-    let mut wrong = Vec::new();
+    let mut lost = Vec::new();
     for form in FORMS {
-        let (rows, here) = &done[form.name];
+        let (rows, of_form) = &done[form.name];
         print!("{rows}");
-        wrong.extend_from_slice(here);
+        lost.extend_from_slice(of_form);
     }
     assert!(
-        wrong.is_empty(),
+        lost.is_empty(),
         "{} cases lost data:\n{}",
-        wrong.len(),
-        wrong.join("\n")
+        lost.len(),
+        lost.join("\n")
     );
 }
 
 #[test]
-fn an_end_that_is_missing_is_an_error_and_never_zeroes() {
+fn a_missing_end_is_an_error_and_never_zeroes() {
     try_all(SIZE, CUTS);
 }
 
-/// Every byte at the end of most files is the disk's: what is cut first is data.
+/// At the end of most files of this size there is guest data and no padding, so a small cut removes guest data.
 #[test]
-fn a_few_bytes_that_are_missing_are_an_error() {
+fn a_few_missing_bytes_are_an_error() {
     try_all(EVEN_SIZE, &CUTS[..3]);
 }
 
-/// What a snapshot has is not there either.
+/// The missing part may be data of a snapshot.
 #[test]
 fn a_snapshot_whose_end_is_missing_is_not_read_as_zeroes() {
     let temporary = tempfile::tempdir().expect("a directory");
@@ -488,9 +489,10 @@ fn a_snapshot_whose_end_is_missing_is_not_read_as_zeroes() {
     }
 }
 
-/// A volume of LUKS is as long as its file, so a shorter one is another disk; a part of a sector is none.
+/// The length of a LUKS volume is that of its file, so a truncated file is a shorter disk, unless it ends inside a
+/// sector.
 #[test]
-fn a_volume_that_is_cut_off_is_shorter() {
+fn a_truncated_luks_volume_is_shorter() {
     let temporary = tempfile::tempdir().expect("a directory");
     let dir = temporary.path();
     let content = noise(1, SIZE);

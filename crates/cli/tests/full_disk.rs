@@ -1,12 +1,12 @@
-//! Conversions onto a disk that is full. A limit on the size of files stands in for it: the kernel refuses to write
-//! beyond, with another error number than for a full disk, and that needs no privileges.
+//! Conversions to a full disk. The tests use a limit on the size of files instead: the kernel refuses writes beyond it
+//! with another error number than on a full disk, and no privileges are needed.
 #![cfg(target_os = "linux")]
 
 use std::fs;
 use std::path::Path;
 use std::process::{Command, Output};
 
-/// Runs `qemu-img` where files can have `limit` bytes, a multiple of 512.
+/// Runs `qemu-img` with a file size limit of `limit` bytes, a multiple of 512.
 fn qemu_img(dir: &Path, limit: u64, args: &[&str]) -> Output {
     let script = format!("ulimit -f {}; exec \"$0\" \"$@\"", limit / 512);
     Command::new("sh")
@@ -19,7 +19,7 @@ fn qemu_img(dir: &Path, limit: u64, args: &[&str]) -> Output {
 
 const UNLIMITED: u64 = 1 << 40;
 
-/// A directory with two sources: `source.raw` of 8 MiB that does not compress, and `source.qcow2` of the same.
+/// A directory with `source.raw` of 8 MiB that does not compress, and `source.qcow2` with the same guest data.
 fn sources() -> tempfile::TempDir {
     let dir = tempfile::tempdir().expect("a directory");
     let mut state = 1u64;
@@ -40,21 +40,21 @@ fn succeed(dir: &Path, words: &str) {
     assert!(output.status.success(), "{words}: {output:?}");
 }
 
-/// Runs what cannot succeed; the one line that it says.
+/// Runs a command that must fail without changing the sources, and returns its line on standard error.
 fn fail(dir: &Path, limit: u64, words: &str) -> String {
     let sources = ["source.raw", "source.qcow2"].map(|name| fs::read(dir.join(name)).expect("readable"));
     let args: Vec<&str> = words.split(' ').collect();
     let output = qemu_img(dir, limit, &args);
-    let said = String::from_utf8(output.stderr).expect("text");
-    assert_eq!(output.status.code(), Some(1), "{words}: {said}");
+    let stderr = String::from_utf8(output.stderr).expect("text");
+    assert_eq!(output.status.code(), Some(1), "{words}: {stderr}");
     assert!(output.stdout.is_empty(), "{words}");
     assert!(
-        said.ends_with('\n') && said.lines().count() == 1,
-        "{words}: {said}"
+        stderr.ends_with('\n') && stderr.lines().count() == 1,
+        "{words}: {stderr}"
     );
     let after = ["source.raw", "source.qcow2"].map(|name| fs::read(dir.join(name)).expect("readable"));
     assert!(sources == after, "{words}: the sources have changed");
-    said.trim_end().to_owned()
+    stderr.trim_end().to_owned()
 }
 
 #[test]
@@ -73,10 +73,10 @@ fn a_new_target_is_left_empty() {
     ] {
         for source in ["source.raw", "source.qcow2"] {
             let words = format!("convert {form} {source} target");
-            let said = fail(dir.path(), 3 << 20, &words);
+            let message = fail(dir.path(), 3 << 20, &words);
             assert!(
-                said.starts_with("qemu-img: ") && said.ends_with(": File too large"),
-                "{words}: {said}"
+                message.starts_with("qemu-img: ") && message.ends_with(": File too large"),
+                "{words}: {message}"
             );
             let left = fs::metadata(dir.path().join("target")).map_or(0, |file| file.len());
             assert_eq!(left, 0, "{words}");
@@ -85,21 +85,21 @@ fn a_new_target_is_left_empty() {
 }
 
 #[test]
-fn the_error_says_where_writing_failed() {
+fn the_error_has_the_offset_of_the_failed_write() {
     let dir = sources();
-    let said = fail(dir.path(), 3 << 20, "convert -m 1 -O qcow2 source.raw target");
+    let message = fail(dir.path(), 3 << 20, "convert -m 1 -O qcow2 source.raw target");
     assert_eq!(
-        said,
+        message,
         "qemu-img: error while writing at byte 2097152: File too large"
     );
 }
 
 #[test]
-fn a_target_that_was_there_stays_a_sound_image() {
+fn an_existing_target_has_no_corruption_after_a_failure() {
     let dir = sources();
     succeed(dir.path(), "create -q -f qcow2 target 8M");
     fail(dir.path(), 3 << 20, "convert -n -O qcow2 source.qcow2 target");
-    // Leaked clusters at worst, and those can be mended.
+    // It may have leaked clusters, which a check can repair.
     succeed(dir.path(), "check -q -r leaks target");
     succeed(dir.path(), "check -q target");
     succeed(dir.path(), "convert -n -O qcow2 source.qcow2 target");
@@ -107,7 +107,7 @@ fn a_target_that_was_there_stays_a_sound_image() {
 }
 
 #[test]
-fn snapshots_are_applied_and_deleted_without_room() {
+fn snapshots_are_applied_and_deleted_on_a_full_disk() {
     let dir = sources();
     let path = dir.path();
     succeed(path, "convert -O qcow2 source.raw image");
@@ -116,9 +116,9 @@ fn snapshots_are_applied_and_deleted_without_room() {
     succeed(path, "snapshot -c second image");
     succeed(path, "bench -q -f qcow2 -w -c 32 -s 65536 --pattern=9 image");
     let full = fs::metadata(path.join("image")).expect("there").len() / 512 * 512;
-    let said = fail(path, full, "snapshot -c third image");
+    let message = fail(path, full, "snapshot -c third image");
     assert_eq!(
-        said,
+        message,
         "qemu-img: Could not create snapshot 'third': File too large"
     );
     succeed(path, "check -q image");

@@ -1,4 +1,4 @@
-//! Disks that grow in formats where the original cannot, judged by the original.
+//! Disks that grow in formats which the stock `qemu-img` cannot resize, checked with the stock `qemu-img`.
 #![cfg(target_os = "linux")]
 
 use std::fs;
@@ -18,7 +18,8 @@ fn succeed(tool: &str, dir: &Path, words: &str) {
     assert!(output.status.success(), "{tool} {words}: {output:?}");
 }
 
-/// Whether the original is there; says so if not. Past the capture of output: whoever runs the tests is to see it.
+/// Whether the stock `qemu-img` is installed. If not, that is printed directly to standard error: the test harness
+/// captures `eprintln!`.
 fn has_stock(dir: &Path) -> bool {
     let found = run("qemu-img", dir, "--version").is_ok();
     let required = std::env::var_os("REQUIRE_STOCK_TOOLS").is_some_and(|value| value == "1");
@@ -34,7 +35,7 @@ fn has_stock(dir: &Path) -> bool {
 
 const MIB: usize = 1 << 20;
 
-/// The format and the options of `create`, and whether the original checks it.
+/// The format and the options of `create`, and whether the stock `qemu-img` can check the format.
 const FORMS: &[(&str, &str, bool)] = &[
     ("vdi", "", true),
     ("vdi", "-o static=on", true),
@@ -51,13 +52,13 @@ const FORMS: &[(&str, &str, bool)] = &[
 ];
 
 #[test]
-fn the_original_reads_and_writes_what_has_grown() {
+fn the_stock_qemu_img_reads_and_writes_grown_disks() {
     let temporary = tempfile::tempdir().expect("a directory");
     let dir = temporary.path();
     if !has_stock(dir) {
         return;
     }
-    // Ends inside the units of all formats.
+    // The size ends inside the clusters of all formats.
     let mut bytes = vec![0; 5 * MIB - 1536];
     bytes[MIB..2 * MIB].fill(7);
     let end = bytes.len();
@@ -67,7 +68,7 @@ fn the_original_reads_and_writes_what_has_grown() {
     let expected = fs::File::options().write(true).open(dir.join("expected"));
     expected
         .and_then(|file| file.set_len(150 << 20))
-        .expect("is as long as a hole makes it");
+        .expect("is extended by a hole");
     for (format, options, is_checked) in FORMS {
         let ours = env!("CARGO_BIN_EXE_qemu-img");
         let convert = format!("convert -f raw -O {format} {options} source image");
@@ -83,7 +84,7 @@ fn the_original_reads_and_writes_what_has_grown() {
                 succeed(tool, dir, &format!("check -q -f {format} image"));
             }
         }
-        // What is new has a place for what the original writes.
+        // The stock `qemu-img` can allocate clusters in the range that was added.
         succeed(
             "qemu-img",
             dir,
@@ -100,48 +101,48 @@ fn the_original_reads_and_writes_what_has_grown() {
 
 const GIB: u64 = 1 << 30;
 
-/// A file of which `known` says where it has which byte, 64 KiB each; all else is a hole.
-fn sparse(path: &Path, len: u64, known: &[(u64, u8)]) {
+/// Creates a sparse file with runs of 64 KiB of one byte each: `runs` are their offsets and bytes.
+fn sparse(path: &Path, len: u64, runs: &[(u64, u8)]) {
     use std::os::unix::fs::FileExt;
     let file = fs::File::create(path).expect("made");
-    file.set_len(len).expect("as long as a hole makes it");
-    for (at, byte) in known {
+    file.set_len(len).expect("extended by a hole");
+    for (at, byte) in runs {
         file.write_all_at(&[*byte; 65536], *at).expect("written");
     }
 }
 
-/// One tool grows the image, then both write into what is new, by turns, and judge all of it.
-fn grow_and_write_on(dir: &Path, options: &str, len: u64, places: [u64; 2]) {
+/// Grows an image. Then both programs write to the range that was added, one at each of `offsets`, and both check it.
+fn grow_and_write(dir: &Path, options: &str, len: u64, offsets: [u64; 2]) {
     let ours = env!("CARGO_BIN_EXE_qemu-img");
-    let judge = |known: &[(u64, u8)]| {
-        sparse(&dir.join("expected"), len, known);
+    let judge = |runs: &[(u64, u8)]| {
+        sparse(&dir.join("expected"), len, runs);
         for tool in [ours, "qemu-img"] {
             succeed(tool, dir, "compare -q -f vmdk -F raw image expected");
             succeed(tool, dir, "check -q -f vmdk image");
         }
     };
-    let mut known = vec![(0, 1), (MIB as u64, 2)];
-    sparse(&dir.join("source"), 3 * MIB as u64 + 512, &known);
+    let mut runs = vec![(0, 1), (MIB as u64, 2)];
+    sparse(&dir.join("source"), 3 * MIB as u64 + 512, &runs);
     succeed(
         ours,
         dir,
         &format!("convert -f raw -O vmdk -o {options} source image"),
     );
     succeed(ours, dir, &format!("resize -q -f vmdk image {len}"));
-    judge(&known);
-    for (tool, at, byte) in [("qemu-img", places[0], 3), (ours, places[1], 4)] {
+    judge(&runs);
+    for (tool, at, byte) in [("qemu-img", offsets[0], 3), (ours, offsets[1], 4)] {
         succeed(
             tool,
             dir,
             &format!("bench -q -w -c 1 -s 64k -o {at} --pattern={byte} -f vmdk image"),
         );
-        known.push((at, byte));
-        judge(&known);
+        runs.push((at, byte));
+        judge(&runs);
     }
 }
 
 #[test]
-fn disks_in_pieces_go_on_in_further_files() {
+fn disks_in_several_files_get_further_files() {
     for subformat in ["twoGbMaxExtentSparse", "twoGbMaxExtentFlat"] {
         let temporary = tempfile::tempdir().expect("a directory");
         let dir = temporary.path();
@@ -149,10 +150,10 @@ fn disks_in_pieces_go_on_in_further_files() {
             return;
         }
         let options = format!("subformat={subformat}");
-        grow_and_write_on(dir, &options, 5 * GIB + 512, [2 * GIB, 4 * GIB]);
+        grow_and_write(dir, &options, 5 * GIB + 512, [2 * GIB, 4 * GIB]);
         let ours = env!("CARGO_BIN_EXE_qemu-img");
         let kind = if subformat.ends_with("Flat") { "f" } else { "s" };
-        // A file that is somebody else's stays, and what was made before it was met goes.
+        // An existing file of that name is kept, and the files that were created before it are removed.
         let taken = format!("image-{kind}005");
         fs::write(dir.join(&taken), "mine").expect("written");
         let output = run(ours, dir, "resize -f vmdk image 9G").expect("runs");
@@ -160,20 +161,20 @@ fn disks_in_pieces_go_on_in_further_files() {
             String::from_utf8_lossy(&output.stderr),
             format!("qemu-img: Could not create '{taken}': File exists\n")
         );
-        assert_eq!(fs::read(dir.join(&taken)).expect("is there"), b"mine");
+        assert_eq!(fs::read(dir.join(&taken)).expect("exists"), b"mine");
         assert!(!dir.join(format!("image-{kind}004")).exists());
         succeed("qemu-img", dir, "compare -q -f vmdk -F raw image expected");
     }
 }
 
 #[test]
-fn streams_grow_and_go_on() {
+fn stream_optimized_disks_grow() {
     let temporary = tempfile::tempdir().expect("a directory");
     let dir = temporary.path();
     if has_stock(dir) {
-        // One that needs no further tables, and one that does.
+        // One length needs no further grain tables, the other one does.
         for len in [30 << 20, 5 * GIB + 512] {
-            grow_and_write_on(dir, "subformat=streamOptimized", len, [10 << 20, 20 << 20]);
+            grow_and_write(dir, "subformat=streamOptimized", len, [10 << 20, 20 << 20]);
             fs::remove_file(dir.join("image")).expect("removed");
         }
     }

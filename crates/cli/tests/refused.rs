@@ -1,5 +1,5 @@
-//! What would destroy a file that is still needed, or open another file than the one that is named, is refused, and nothing
-//! is made or changed.
+//! Commands that are refused without creating or changing a file: those that would overwrite a file that is still
+//! needed, and those that would open another file than the named one.
 #![cfg(target_os = "linux")]
 
 use std::collections::BTreeMap;
@@ -10,7 +10,7 @@ use std::os::unix::fs::symlink;
 use std::path::Path;
 use std::process::{Command, Output};
 
-/// Runs `qemu-img` with these words, which blanks separate.
+/// Runs `qemu-img` with words that are separated by blanks.
 fn qemu_img(dir: &Path, words: &[u8]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_qemu-img"))
         .args(words.split(|byte| *byte == b' ').map(OsStr::from_bytes))
@@ -25,7 +25,7 @@ fn succeed(dir: &Path, words: &str) -> String {
     String::from_utf8(output.stdout).expect("text")
 }
 
-/// All files and what they hold.
+/// All files of a directory with their contents.
 fn files(dir: &Path) -> BTreeMap<OsString, Vec<u8>> {
     let entries = fs::read_dir(dir).expect("readable");
     let names = entries.map(|entry| entry.expect("readable").file_name());
@@ -34,7 +34,7 @@ fn files(dir: &Path) -> BTreeMap<OsString, Vec<u8>> {
         .collect()
 }
 
-/// What it says when it is refused with this status and leaves all files as they are.
+/// Runs a command that must fail with this status and without changing a file, and returns its standard error.
 fn refused(dir: &Path, words: impl AsRef<[u8]>, status: i32) -> String {
     let words = words.as_ref();
     let shown = String::from_utf8_lossy(words);
@@ -45,7 +45,7 @@ fn refused(dir: &Path, words: impl AsRef<[u8]>, status: i32) -> String {
     String::from_utf8_lossy(&output.stderr).trim_end().to_owned()
 }
 
-/// Raw images, qcow2 images on top of each other (`c` on `b` on `a`), and other names of some of them.
+/// A directory with raw images, a chain of qcow2 images (`c` on `b` on `a`), and links to some of them.
 fn images() -> tempfile::TempDir {
     let dir = tempfile::tempdir().expect("a directory");
     let path = dir.path();
@@ -68,7 +68,7 @@ fn images() -> tempfile::TempDir {
 }
 
 #[test]
-fn what_is_read_is_not_written_over() {
+fn a_file_that_is_read_is_not_overwritten() {
     let dir = images();
     let path = dir.path();
     for words in [
@@ -102,10 +102,10 @@ fn what_is_read_is_not_written_over() {
         "create -f qed -b hard-raw -F raw raw",
         "convert -O qcow2 -f raw -B c -F qcow2 raw b",
     ] {
-        let said = refused(path, words, 1);
+        let message = refused(path, words, 1);
         assert!(
-            said.ends_with("is needed for the new image and would be overwritten"),
-            "{words}: {said}"
+            message.ends_with("is needed for the new image and would be overwritten"),
+            "{words}: {message}"
         );
     }
     for words in [
@@ -114,9 +114,9 @@ fn what_is_read_is_not_written_over() {
         "convert -n -U -O raw top raw",
         "convert -n -U -O raw split data",
     ] {
-        let said = refused(path, words, 1);
+        let message = refused(path, words, 1);
         assert_eq!(
-            said, "qemu-img: The target is one of the files that are copied",
+            message, "qemu-img: The target is one of the files that are copied",
             "{words}"
         );
     }
@@ -124,16 +124,16 @@ fn what_is_read_is_not_written_over() {
         "create -f qcow2 -o data_file=new new 1M",
         "create -f qcow2 -o data_file=hard-raw raw 1M",
     ] {
-        let said = refused(path, words, 1);
+        let message = refused(path, words, 1);
         assert!(
-            said.ends_with("cannot be two files of the new image"),
-            "{words}: {said}"
+            message.ends_with("cannot be two files of the new image"),
+            "{words}: {message}"
         );
     }
 }
 
 #[test]
-fn no_image_gets_below_itself() {
+fn no_image_becomes_its_own_backing_image() {
     let dir = images();
     let path = dir.path();
     for words in [
@@ -149,19 +149,22 @@ fn no_image_gets_below_itself() {
         "rebase -U -b c -F qcow2 a",
         "rebase -u -b json:{\"driver\":\"qcow2\",\"file\":{\"driver\":\"file\",\"filename\":\"c\"}} -F qcow2 a",
     ] {
-        let said = refused(path, words, 1);
-        assert!(said.ends_with("creates an infinite loop"), "{words}: {said}");
+        let message = refused(path, words, 1);
+        assert!(
+            message.ends_with("creates an infinite loop"),
+            "{words}: {message}"
+        );
     }
     fs::remove_file(path.join("a")).expect("ours");
-    let said = refused(path, "create -f qcow2 -u -b c -F qcow2 a 1M", 1);
-    assert_eq!(said, "qemu-img: a: Backing file 'a' creates an infinite loop");
+    let message = refused(path, "create -f qcow2 -u -b c -F qcow2 a 1M", 1);
+    assert_eq!(message, "qemu-img: a: Backing file 'a' creates an infinite loop");
 }
 
 #[test]
-fn a_chain_without_end_is_told_of() {
+fn a_loop_in_a_chain_is_reported() {
     let dir = images();
     let path = dir.path();
-    // What others make: the name of what is below `a` is that of the image itself, or of one above.
+    // Another program may write such images: the backing file of `a` is the image itself, or its overlay.
     for name in ["a", "./a", "c"] {
         succeed(path, "create -q -f qcow2 -u -b x -F qcow2 a 1M");
         let mut image = fs::read(path.join("a")).expect("readable");
@@ -179,10 +182,10 @@ fn a_chain_without_end_is_told_of() {
             "convert -O raw c new",
             "measure -O raw a",
         ] {
-            let said = refused(path, words, 1);
+            let message = refused(path, words, 1);
             assert!(
-                said.contains("' creates an infinite loop"),
-                "{name}, {words}: {said}"
+                message.contains("' creates an infinite loop"),
+                "{name}, {words}: {message}"
             );
         }
     }
@@ -303,11 +306,11 @@ fn a_name_in_an_image_that_is_not_utf8_is_no_other_name() {
             "bench -w -c 1 image",
             "resize image 2M",
         ] {
-            let said = refused(path, words, 1);
-            assert!(said.contains(DECOYS[0]), "{make}, {words}: {said}");
+            let message = refused(path, words, 1);
+            assert!(message.contains(DECOYS[0]), "{make}, {words}: {message}");
             assert!(
-                said.ends_with(": No such file or directory"),
-                "{make}, {words}: {said}"
+                message.ends_with(": No such file or directory"),
+                "{make}, {words}: {message}"
             );
         }
         for end in ["", "-flat.vmdk"] {

@@ -1,4 +1,4 @@
-//! Signals that mean nothing to a command do not end it, and change nothing of what it does.
+//! Signals that commands ignore: they neither end a command nor change its result.
 #![cfg(target_os = "linux")]
 
 use std::fs;
@@ -13,7 +13,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use qemu_img_rs::commands;
 
-/// A run of each command.
+/// A command line of each command.
 const RUNS: [&str; 17] = [
     "amend -o compat=0.10 disk.qcow2",
     "bench -q -w -c 300 -f qcow2 disk.qcow2",
@@ -36,7 +36,7 @@ const RUNS: [&str; 17] = [
 
 const SIGNALS: [Signal; 3] = [Signal::SIGUSR1, Signal::SIGALRM, Signal::SIGIO];
 
-/// A directory with the images that the commands work on.
+/// A directory with the images of the commands.
 fn images() -> tempfile::TempDir {
     let dir = tempfile::tempdir().expect("a directory");
     let noise: Vec<u8> = (0..16_u32 << 20)
@@ -63,8 +63,8 @@ fn program(dir: &Path, words: &str) -> Command {
     command
 }
 
-/// Runs it, with signals all the time if it is to be `disturbed`. It first waits for a list of events from a pipe, as early
-/// as it waits for anything.
+/// Runs a command, with signals all the time if `disturbed`. It first waits for the list of trace events from a pipe,
+/// so that the first signals arrive before it has done anything else.
 fn run(dir: &Path, words: &str, disturbed: bool) -> Output {
     let pipe = dir.join("pipe");
     let made = Command::new("mkfifo").arg(&pipe).status().expect("mkfifo runs");
@@ -94,7 +94,7 @@ fn run(dir: &Path, words: &str, disturbed: bool) -> Output {
     output
 }
 
-/// The writing end of a pipe, once `child` waits at the other.
+/// Opens the writing end of a pipe when `child` has opened the other end.
 fn wait_for_reader(pipe: &Path, child: &mut Child, words: &str) -> fs::File {
     let start = Instant::now();
     loop {
@@ -119,36 +119,36 @@ fn wait_for_reader(pipe: &Path, child: &mut Child, words: &str) -> fs::File {
 fn send_all(child: &Child) {
     let pid = Pid::from_raw(i32::try_from(child.id()).expect("small"));
     for signal in SIGNALS {
-        // It is a zombie at worst: nobody else has the number before it is waited for.
-        kill(pid, signal).expect("it is there");
+        // The child may be a zombie, but its pid is not reused before it is waited for.
+        kill(pid, signal).expect("it exists");
     }
 }
 
-/// What it says, but for the answers to SIGUSR1, and how long it took.
-fn said(output: &Output) -> [String; 2] {
-    let is_ours = |line: &&str| {
+/// Standard output and standard error without the progress lines of SIGUSR1 and the duration.
+fn stable_output(output: &Output) -> [String; 2] {
+    let is_stable = |line: &&str| {
         !(line.starts_with("    (") && line.ends_with("/100%)") || line.starts_with("Run completed in "))
     };
     [&output.stdout, &output.stderr].map(|bytes| {
         let text = String::from_utf8(bytes.clone()).expect("text");
-        text.split('\n').filter(is_ours).collect::<Vec<_>>().join("\n")
+        text.split('\n').filter(is_stable).collect::<Vec<_>>().join("\n")
     })
 }
 
 #[test]
-fn no_command_minds_them() {
+fn signals_do_not_change_the_result_of_a_command() {
     for words in RUNS {
         let (calm, disturbed) = (images(), images());
         let expected = run(calm.path(), words, false);
         let output = run(disturbed.path(), words, true);
         assert_eq!(output.status, expected.status, "{words}: {output:?}");
         assert!(expected.status.success(), "{words}: {expected:?}");
-        assert_eq!(said(&output), said(&expected), "{words}");
+        assert_eq!(stable_output(&output), stable_output(&expected), "{words}");
         for entry in fs::read_dir(calm.path()).expect("readable") {
             let name = entry.expect("readable").file_name();
             let [one, other] =
                 [&calm, &disturbed].map(|dir| fs::read(dir.path().join(&name)).expect("readable"));
-            // An image that has or had a snapshot has the moment in it at which it was taken.
+            // A snapshot stores the time at which it was taken.
             let is_same = match name == "kept.qcow2" {
                 true => one.len() == other.len(),
                 false => one == other,
@@ -170,20 +170,20 @@ fn every_command_is_tried() {
 }
 
 #[test]
-fn sigusr1_is_answered() {
+fn sigusr1_prints_the_progress() {
     let dir = images();
     let child = program(dir.path(), "convert -r 8M -O raw disk.qcow2 new")
         .stderr(Stdio::piped())
         .spawn()
         .expect("it starts");
-    // The program has blocked it, and waits for it, a moment after it began.
+    // The program has blocked the signal and waits for it a moment after its start.
     sleep(Duration::from_millis(500));
     for _ in 0..5 {
         kill(
             Pid::from_raw(i32::try_from(child.id()).expect("small")),
             Signal::SIGUSR1,
         )
-        .expect("it is there");
+        .expect("it exists");
         sleep(Duration::from_millis(50));
     }
     let output = child.wait_with_output().expect("it ends");

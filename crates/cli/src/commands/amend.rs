@@ -47,7 +47,7 @@ pub static COMMAND: Command = Command {
         name: "FILENAME",
         help: &["image file name (or specification with --image-opts)"],
     }],
-    original: &[
+    qemu_longs: &[
         "help",
         "quiet",
         "progress",
@@ -61,39 +61,39 @@ pub static COMMAND: Command = Command {
     negative_operand: None,
 };
 
-/// What to change.
+/// The arguments of `amend`.
 #[derive(Debug)]
 pub struct Args {
     /// The image.
     pub image: Source,
-    /// The options, and what they shall be.
+    /// The options and their new values.
     pub options: String,
-    /// Also what is unsafe.
+    /// Allow unsafe changes.
     pub force: bool,
-    /// How the image is written.
+    /// The cache mode of the image.
     pub cache: CacheMode,
-    /// Show how far it is.
+    /// Show progress.
     pub progress: bool,
-    /// Secrets.
+    /// The objects of `--object`, such as secrets.
     pub objects: Arc<Objects>,
 }
 
-/// What the words ask for.
+/// A parsed command line.
 #[derive(Debug)]
 pub enum Request {
-    /// To change options.
+    /// Change options.
     Amend(Args),
-    /// To list the options of the image's format.
+    /// List the options of the image's format.
     HelpFor(Args),
-    /// To list the options of this format.
+    /// List the options of this format.
     Help(String),
 }
 
 impl Request {
-    /// Reads the words.
+    /// Parses the command line.
     ///
     /// # Errors
-    /// What is wrong with them.
+    /// An option is unknown or has an invalid value, options contradict each other, or an operand is missing.
     pub fn parse(mut words: Parser) -> Result<Self, Stop> {
         let (mut format, mut image_opts, mut force) = (None, false, false);
         let (mut quiet, mut progress, mut cache) = (false, false, None);
@@ -138,10 +138,10 @@ impl Request {
     }
 }
 
-/// Reads the words of `amend` and does it.
+/// Parses the command line of `amend` and runs the command.
 ///
 /// # Errors
-/// What is wrong with the words, images that cannot be opened, and what cannot be changed.
+/// The command line is wrong, the image cannot be opened, or an option cannot be changed.
 pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     let (args, help) = match Request::parse(words)? {
         Request::Help(format) => {
@@ -180,7 +180,7 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
         force: args.force,
         ..AmendRequest::new(&options, &args.objects, &diskimage::Progress::new(&report))
     });
-    // After a failure as well, as the original does.
+    // As in qemu-img, after a failure too.
     progress.complete();
     outcome?;
     Ok(0)
@@ -196,7 +196,7 @@ fn not_amended(format: &str) -> Stop {
     ))
 }
 
-/// Says so where the options are those of creating an image, of which fewer can be amended.
+/// Adds a line to the error if the options are valid for creating an image: not all of those can be amended.
 fn only_when_created(error: &OptionError, list: &str, format: &dyn Format) -> Stop {
     match Options::new(format.create_options()).parse(list) {
         Ok(()) => Stop::wrong(format!(

@@ -1,4 +1,4 @@
-//! `bench`: measures how fast requests to an image are.
+//! `bench`: measures the speed of requests to an image.
 
 use diskimage::{Aio, Bench, CacheMode, OpenOptions, Requests};
 
@@ -92,7 +92,7 @@ pub static COMMAND: Command = Command {
         name: "FILENAME",
         help: &["image file name (or specification with --image-opts)"],
     }],
-    original: &[
+    qemu_longs: &[
         "help",
         "format",
         "image-opts",
@@ -113,24 +113,24 @@ pub static COMMAND: Command = Command {
     negative_operand: None,
 };
 
-/// What to measure.
+/// The arguments of `bench`.
 #[derive(Debug)]
 pub struct Args {
     /// The image.
     pub image: Source,
-    /// How it is cached.
+    /// The cache mode of the image.
     pub cache: CacheMode,
-    /// Take no locks that others could mind.
+    /// Open the image without locks (`-U`).
     pub force_share: bool,
     /// The requests.
     pub bench: Bench,
 }
 
 impl Args {
-    /// Reads the words.
+    /// Parses the command line.
     ///
     /// # Errors
-    /// What is wrong with them.
+    /// An option is unknown or has an invalid value, options contradict each other, or an operand is missing.
     pub fn parse(mut words: Parser) -> Result<Self, Stop> {
         let (mut format, mut image_opts, mut force_share) = (None, false, false);
         let (mut cache, mut aio, mut native) = (CacheMode::WRITEBACK, Aio::Threads, false);
@@ -138,7 +138,7 @@ impl Args {
         let (mut write, mut pattern, mut flush_interval, mut drain) = (false, 0, 0, true);
         while let Some((flag, value)) = words.next_flag()? {
             match flag {
-                // As there: what this command prints is what it is for.
+                // As in qemu-img, the option has no effect: the output is the purpose of this command.
                 "quiet" => {}
                 "format" => format = Some(text(value)),
                 "image-opts" => image_opts = true,
@@ -200,10 +200,10 @@ impl Args {
 /// The largest number of a C `int`.
 const LARGEST_NUMBER: u64 = i32::MAX.unsigned_abs() as u64;
 
-/// Reads the words of `bench` and does it.
+/// Parses the command line of `bench` and runs the command.
 ///
 /// # Errors
-/// What is wrong with the words, an image that cannot be opened, and the first request that failed.
+/// The command line is wrong, the image cannot be opened, or a request fails: the first failure.
 pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     let Args {
         image,
@@ -244,13 +244,12 @@ mod tests {
     }
 
     #[test]
-    fn words_become_requests() {
+    fn arguments_become_requests() {
         let args =
             parse("-w --pattern 0x41 -s 1.5k -c 0x10 -i io_uring -t none --no-drain x").expect("right");
-        assert_eq!(
-            (args.bench.count, args.bench.size, args.bench.step),
-            (16, 1536, 1536)
-        );
+        assert_eq!(args.bench.count, 16);
+        assert_eq!(args.bench.size, 1536);
+        assert_eq!(args.bench.step, 1536);
         assert_eq!(
             args.cache,
             CacheMode {
@@ -271,7 +270,7 @@ mod tests {
     }
 
     #[test]
-    fn wrong_words_are_refused() {
+    fn wrong_arguments_are_refused() {
         for (words, message) in [
             ("-t foo -i bar x", "Invalid cache mode"),
             ("-i bar x", "Invalid aio option: bar"),

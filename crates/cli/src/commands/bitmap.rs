@@ -73,7 +73,7 @@ pub static COMMAND: Command = Command {
             help: &["name of the bitmap"],
         },
     ],
-    original: &[
+    qemu_longs: &[
         "help",
         "object",
         "image-opts",
@@ -90,20 +90,20 @@ pub static COMMAND: Command = Command {
     negative_operand: None,
 };
 
-/// What to do to the bitmap.
+/// A change of the bitmap.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Action {
-    /// Make it.
+    /// Add the bitmap.
     Add,
-    /// Take it away.
+    /// Remove the bitmap.
     Remove,
-    /// Unmark everything.
+    /// Clear all bits.
     Clear,
-    /// Mark what is written from now on.
+    /// Record later writes.
     Enable,
-    /// Mark it no longer.
+    /// Do not record later writes.
     Disable,
-    /// Mark what is marked in the bitmap of this name.
+    /// Merge the bitmap of this name into it.
     Merge(String),
 }
 
@@ -120,28 +120,28 @@ impl Action {
     }
 }
 
-/// What to do.
+/// The arguments of `bitmap`.
 #[derive(Debug)]
 pub struct Args {
     /// The image.
     pub image: Source,
-    /// The bitmap's name.
+    /// The name of the bitmap.
     pub bitmap: String,
-    /// In the order given.
+    /// The changes in the given order.
     pub actions: Vec<Action>,
-    /// How many bytes one bit of a new bitmap stands for.
+    /// The number of bytes per bit of a new bitmap.
     pub granularity: Option<u64>,
-    /// The image to merge from, if it is another one.
+    /// The image with the bitmap to merge, if it is another one.
     pub merge_source: Option<Source>,
-    /// Secrets.
+    /// The objects of `--object`, such as secrets.
     pub objects: Arc<Objects>,
 }
 
 impl Args {
-    /// Reads the words.
+    /// Parses the command line.
     ///
     /// # Errors
-    /// What is wrong with them.
+    /// An option is unknown or has an invalid value, options contradict each other, or an operand is missing.
     pub fn parse(mut words: Parser) -> Result<Self, Stop> {
         let (mut format, mut image_opts) = (None, false);
         let (mut source, mut source_format) = (None, None);
@@ -199,13 +199,13 @@ impl Args {
     }
 }
 
-/// Reads the words of `bitmap` and does it.
+/// Parses the command line of `bitmap` and runs the command.
 ///
 /// # Errors
-/// What is wrong with the words, images that cannot be opened, and actions that fail; those before stay done.
+/// The command line is wrong, an image cannot be opened, or a change fails. Earlier changes are kept.
 pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     let args = Args::parse(words)?;
-    // Bitmaps are each image's own: what is below may be the very image that is changed.
+    // Bitmaps belong to one image, so backing images are not opened: one of them may be the image that is changed.
     let options = || {
         OpenOptions::new()
             .objects(Arc::clone(&args.objects))

@@ -1,4 +1,4 @@
-//! `check`: finds and repairs damage.
+//! `check`: finds and repairs corruption.
 
 use std::sync::Arc;
 
@@ -51,7 +51,7 @@ pub static COMMAND: Command = Command {
         name: "FILENAME",
         help: &["the image file (or image specification) to operate on"],
     }],
-    original: &[
+    qemu_longs: &[
         "help",
         "quiet",
         "format",
@@ -65,30 +65,30 @@ pub static COMMAND: Command = Command {
     negative_operand: None,
 };
 
-/// What to check.
+/// The arguments of `check`.
 #[derive(Debug)]
 pub struct Args {
     /// The image.
     pub image: Source,
-    /// How it is cached.
+    /// The cache mode of the image.
     pub cache: CacheMode,
     /// What to repair.
     pub repair: Repair,
-    /// How to report.
+    /// The output format.
     pub output: OutputFormat,
     /// Print only errors.
     pub quiet: bool,
-    /// Take no locks that others could mind.
+    /// Open the image without locks (`-U`).
     pub force_share: bool,
-    /// Secrets.
+    /// The objects of `--object`, such as secrets.
     pub objects: Arc<Objects>,
 }
 
 impl Args {
-    /// Reads the words.
+    /// Parses the command line.
     ///
     /// # Errors
-    /// What is wrong with them.
+    /// An option is unknown or has an invalid value, options contradict each other, or an operand is missing.
     pub fn parse(mut words: Parser) -> Result<Self, Stop> {
         let (mut format, mut image_opts, mut cache) = (None, false, None);
         let (mut repair, mut quiet, mut force_share) = (Repair::No, false, false);
@@ -132,10 +132,10 @@ fn read_repair(value: &str) -> Result<Repair, Stop> {
     }
 }
 
-/// Reads the words of `check` and does it.
+/// Parses the command line of `check` and runs the command.
 ///
 /// # Errors
-/// What is wrong with the words, and images that cannot be opened or checked.
+/// The command line is wrong, or the image cannot be opened or checked.
 pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     let args = Args::parse(words)?;
     let options = OpenOptions::new()
@@ -167,15 +167,15 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     Ok(report::status(&report))
 }
 
-/// One pass over the image. What it finds is told on standard error.
+/// Checks the image once, and prints what the check finds to standard error.
 fn check_once(image: &Image, repair: Repair, console: &Console) -> diskimage::Result<CheckReport> {
-    let tell = |note: &Note| console.note(note);
-    image.layer().check(repair, &Progress::none().with_notes(&tell))
+    let print = |note: &Note| console.note(note);
+    image.layer().check(repair, &Progress::none().with_notes(&print))
 }
 
 fn failed(error: &diskimage::Error) -> Stop {
     Stop::wrong(format!("Check failed: {}", error.root()))
 }
 
-/// The exit status for formats that have no check.
+/// The exit status for formats without checks.
 const NOT_SUPPORTED: u8 = 63;

@@ -51,7 +51,7 @@ pub static COMMAND: Command = Command {
         name: "FILENAME",
         help: &["name of the image file to operate on"],
     }],
-    original: &[
+    qemu_longs: &[
         "help",
         "quiet",
         "object",
@@ -66,32 +66,32 @@ pub static COMMAND: Command = Command {
     negative_operand: None,
 };
 
-/// What to commit.
+/// The arguments of `commit`.
 #[derive(Debug)]
 pub struct Args {
     /// The image.
     pub image: Source,
-    /// The image of its chain that gets the data; the one right below if not given.
+    /// The image of its chain to commit to; its backing image if not given.
     pub base: Option<String>,
-    /// Leave the image as it is.
+    /// Do not empty the image.
     pub keep: bool,
-    /// How requests reach the disk.
+    /// The cache mode of the images.
     pub cache: CacheMode,
-    /// The most bytes per second; 0 is no limit.
+    /// The limit of bytes per second; 0 is no limit.
     pub rate: u64,
     /// Print only errors.
     pub quiet: bool,
     /// Show progress.
     pub progress: bool,
-    /// Secrets.
+    /// The objects of `--object`, such as secrets.
     pub objects: Arc<Objects>,
 }
 
 impl Args {
-    /// Reads the words.
+    /// Parses the command line.
     ///
     /// # Errors
-    /// What is wrong with them.
+    /// An option is unknown or has an invalid value, options contradict each other, or an operand is missing.
     pub fn parse(mut words: Parser) -> Result<Self, Stop> {
         let (mut format, mut image_opts, mut cache) = (None, false, None);
         let (mut base, mut keep, mut rate) = (None, false, 0);
@@ -107,7 +107,7 @@ impl Args {
                 "drop" => keep = true,
                 "base" => {
                     base = Some(text(value));
-                    // What is between would not go with the emptied image.
+                    // An emptied image would read as the images between it and the base, which have not changed.
                     keep = true;
                 }
                 "rate" => rate = size("rate limit", &value, 0, LARGEST)?,
@@ -130,10 +130,10 @@ impl Args {
     }
 }
 
-/// Reads the words of `commit` and does it.
+/// Parses the command line of `commit` and runs the command.
 ///
 /// # Errors
-/// What is wrong with the words, images that cannot be opened, and failures to read or write.
+/// The command line is wrong, an image cannot be opened, or reading or writing fails.
 pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     let args = Args::parse(words)?;
     let progress = crate::progress::Progress::new(args.progress, console);
@@ -166,10 +166,10 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
         progress: diskimage::Progress::new(&report),
     };
     commit.run().map_err(|error| {
-        // A base that cannot grow has words of its own, which the original does not get to see.
+        // qemu-img does not print the message of a base that cannot grow.
         let unsupported = (error.kind() == ErrorKind::Unsupported).then_some(errno::ENOTSUP);
         match error.errno().or(unsupported) {
-            // As there, without the place.
+            // As in qemu-img, without the offset.
             Some(errno) => error.only_errno(errno).context("Block job failed"),
             None => error,
         }

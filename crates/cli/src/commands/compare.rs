@@ -1,4 +1,4 @@
-//! `compare`: tells whether two images have the same contents.
+//! `compare`: compares the guest data of two images.
 
 use std::sync::Arc;
 
@@ -57,7 +57,7 @@ pub static COMMAND: Command = Command {
         name: "FILENAME1, FILENAME2",
         help: &["image files (or specifications) to compare"],
     }],
-    original: &[
+    qemu_longs: &[
         "help",
         "quiet",
         "object",
@@ -74,32 +74,32 @@ pub static COMMAND: Command = Command {
     negative_operand: None,
 };
 
-/// What to compare.
+/// The arguments of `compare`.
 #[derive(Debug)]
 pub struct Args {
     /// The first image.
     pub first: Source,
     /// The second image.
     pub second: Source,
-    /// How they are cached.
+    /// The cache mode of the images.
     pub cache: CacheMode,
-    /// Different sizes are a difference even if all there is more is zeroes.
+    /// Report different sizes as a difference, even if the rest of the longer image is zero.
     pub strict: bool,
     /// Print only errors.
     pub quiet: bool,
     /// Show progress.
     pub progress: bool,
-    /// Take no locks that others could mind.
+    /// Open the image without locks (`-U`).
     pub force_share: bool,
-    /// Secrets.
+    /// The objects of `--object`, such as secrets.
     pub objects: Arc<Objects>,
 }
 
 impl Args {
-    /// Reads the words.
+    /// Parses the command line.
     ///
     /// # Errors
-    /// What is wrong with them.
+    /// An option is unknown or has an invalid value, options contradict each other, or an operand is missing.
     pub fn parse(mut words: Parser) -> Result<Self, Stop> {
         let (mut first_format, mut second_format, mut image_opts) = (None, None, false);
         let (mut cache, mut strict, mut force_share) = (None, false, false);
@@ -115,17 +115,17 @@ impl Args {
                 "strict" => strict = true,
                 "cache" => cache = Some(value),
                 "force-share" => force_share = true,
-                "object" => define(&mut objects, value).map_err(in_trouble)?,
+                "object" => define(&mut objects, value).map_err(as_error)?,
                 _ => unreachable!("every option of the table is listed"),
             }
         }
         let Ok([first, second]) = <[_; 2]>::try_from(words.operands()) else {
             return Err(Stop::misused("Expecting two image file names"));
         };
-        let cache = source_cache(cache.as_deref()).map_err(in_trouble)?;
+        let cache = source_cache(cache.as_deref()).map_err(as_error)?;
         Ok(Self {
-            first: Source::new(first, first_format, image_opts).map_err(in_trouble)?,
-            second: Source::new(second, second_format, image_opts).map_err(in_trouble)?,
+            first: Source::new(first, first_format, image_opts).map_err(as_error)?,
+            second: Source::new(second, second_format, image_opts).map_err(as_error)?,
             cache,
             strict,
             quiet,
@@ -136,15 +136,15 @@ impl Args {
     }
 }
 
-/// 1 would mean that the images differ. Words that make no command still get 1, as they do from the original.
-fn in_trouble(stop: Stop) -> Stop {
+/// Sets the exit status of an error: 1 would mean that the images differ. As in qemu-img, unknown options keep 1.
+fn as_error(stop: Stop) -> Stop {
     stop.with_status(2)
 }
 
-/// Reads the words of `compare` and does it.
+/// Parses the command line of `compare` and runs the command.
 ///
 /// # Errors
-/// What is wrong with the words, and images that cannot be opened or read.
+/// The command line is wrong, or an image cannot be opened or read.
 pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     let args = Args::parse(words)?;
     let progress = crate::progress::Progress::new(args.progress, console);
@@ -153,7 +153,7 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
             .objects(Arc::clone(&args.objects))
             .cache(args.cache)
             .force_share(args.force_share);
-        open_source(source, options, console).map_err(in_trouble)
+        open_source(source, options, console).map_err(as_error)
     };
     let (first, second) = (open(&args.first)?, open(&args.second)?);
     let report = |done, total| progress.set(done, total);
@@ -175,7 +175,7 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
         if status == 4 {
             return Stop::from(failure.error).with_status(status);
         }
-        // As there, without the reason.
+        // As in qemu-img, without the reason.
         let mut stop = Stop::wrong(failure.error.to_string()).with_status(status);
         if let Stop::Wrong(wrong) = &mut stop {
             wrong.notice = failure.error.preceding_note().cloned();
@@ -188,7 +188,7 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     Ok(u8::from(verdict.difference.is_some()))
 }
 
-/// Said before anything about the rest of the longer image.
+/// Printed before any result about the rest of the longer image.
 const SIZES_DIFFER: &str = "Warning: Image size mismatch!\n";
 
 fn shown(verdict: &Verdict) -> String {

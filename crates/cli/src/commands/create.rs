@@ -1,4 +1,4 @@
-//! `create`: makes an image.
+//! `create`: creates an image.
 
 use std::ffi::OsString;
 use std::sync::Arc;
@@ -70,7 +70,7 @@ pub static COMMAND: Command = Command {
             ],
         },
     ],
-    original: &[
+    qemu_longs: &[
         "help",
         "quiet",
         "object",
@@ -83,48 +83,48 @@ pub static COMMAND: Command = Command {
     negative_operand: None,
 };
 
-/// What the words ask for.
+/// A parsed command line.
 #[derive(Debug)]
 pub enum Request {
-    /// The list of options of a format, and of the protocol of a file if one is named.
+    /// List the options of a format, and those of its file if one is named.
     OptionHelp {
         /// The format.
         format: String,
         /// The file.
         name: Option<OsString>,
     },
-    /// An image.
+    /// Create an image.
     Create(Args),
 }
 
-/// What to make.
+/// The arguments of `create`.
 #[derive(Debug)]
 pub struct Args {
     /// The image.
     pub name: OsString,
-    /// Its size in bytes; without it, that of the options or of the backing file.
+    /// The size in bytes; if not given, that of the options or of the backing file.
     pub size: Option<u64>,
-    /// Its format.
+    /// The format.
     pub format: String,
     /// The list of options, for [`diskimage::options::Options::parse`].
     pub options: Option<String>,
-    /// Its backing file.
+    /// The backing file.
     pub backing: Option<OsString>,
     /// The format of the backing file.
     pub backing_format: Option<String>,
-    /// The backing file need not be there.
+    /// The backing file need not exist.
     pub backing_unsafe: bool,
     /// Print only errors.
     pub quiet: bool,
-    /// Secrets.
+    /// The objects of `--object`, such as secrets.
     pub objects: Arc<Objects>,
 }
 
 impl Request {
-    /// Reads the words.
+    /// Parses the command line.
     ///
     /// # Errors
-    /// What is wrong with them.
+    /// An option is unknown or has an invalid value, options contradict each other, or an operand is missing.
     pub fn parse(mut words: Parser) -> Result<Self, Stop> {
         let mut format = None;
         let mut options = CreateOptions::default();
@@ -171,10 +171,10 @@ impl Request {
     }
 }
 
-/// Reads the words of `create` and does it.
+/// Parses the command line of `create` and runs the command.
 ///
 /// # Errors
-/// What is wrong with the words, and what keeps the image from being made.
+/// The command line is wrong, or the image cannot be created.
 pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     let args = match Request::parse(words)? {
         Request::OptionHelp { format, name } => {
@@ -203,7 +203,7 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     if !args.quiet {
         let line = format!("Formatting '{name}', {}", prepared.summary());
         console.print(&format!("{}\n", printable(line.trim_end())));
-        // As there: what comes next may take long, or fail.
+        // As in qemu-img, the line is printed before the creation, which may take long or fail.
         console.flush();
     }
     prepared.create().map_err(|error| match error.errno() {
@@ -213,7 +213,7 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     Ok(0)
 }
 
-/// Whatever was too large for whom, this is what the original says here.
+/// The message of qemu-img for every `EFBIG`.
 fn too_large(format: &str, prepared: &Prepared) -> diskimage::Error {
     let hint = if prepared.has_option("cluster_size") {
         " (try using a larger cluster size)"
@@ -225,13 +225,13 @@ fn too_large(format: &str, prepared: &Prepared) -> diskimage::Error {
     ))
 }
 
-/// What `-o help` prints: the options of the format, and those of the file below if a file is named.
+/// The output of `-o help`: the options of the format, and those of its file if one is named.
 ///
 /// # Errors
-/// An unknown format.
+/// The format is unknown.
 pub(super) fn option_help(format: &str, name: Option<&std::ffi::OsStr>) -> Result<String, Stop> {
     let found = diskimage::format_of_new(format)?;
-    // A protocol's own options are those of the file.
+    // The options of a protocol are those of the file.
     let own = if found.name() == format {
         found.create_options()
     } else {
@@ -256,17 +256,16 @@ mod tests {
     }
 
     #[test]
-    fn words_become_arguments() {
+    fn the_command_line_becomes_arguments() {
         let Ok(Request::Create(args)) =
             parse(&["-fqcow2", "a", "1.5G", "-b", "b", "-Fraw", "-o", "x=1", "-oy"])
         else {
             panic!("not a request to create");
         };
-        assert_eq!((args.format.as_str(), args.size), ("qcow2", Some(1_610_612_736)));
-        assert_eq!(
-            (args.backing, args.backing_format),
-            (Some("b".into()), Some("raw".into()))
-        );
+        assert_eq!(args.format, "qcow2");
+        assert_eq!(args.size, Some(1_610_612_736));
+        assert_eq!(args.backing, Some("b".into()));
+        assert_eq!(args.backing_format.as_deref(), Some("raw"));
         assert_eq!(args.options.as_deref(), Some("x=1,y"));
     }
 
@@ -279,7 +278,7 @@ mod tests {
     }
 
     #[test]
-    fn wrong_words_are_refused() {
+    fn wrong_arguments_are_refused() {
         for (words, stop) in [
             (&[][..], Stop::misused("Expecting image file name")),
             (&["x", "1", "2"], Stop::misused("Unexpected argument: 2")),

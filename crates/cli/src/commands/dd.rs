@@ -65,7 +65,7 @@ pub static COMMAND: Command = Command {
             help: &["output file name to create"],
         },
     ],
-    original: &[
+    qemu_longs: &[
         "help",
         "object",
         "format",
@@ -76,28 +76,28 @@ pub static COMMAND: Command = Command {
     negative_operand: None,
 };
 
-/// What to copy.
+/// The arguments of `dd`.
 #[derive(Debug)]
 pub struct Args {
     /// The image to read.
     pub input: Source,
-    /// The image to make.
+    /// The image to create.
     pub output: String,
-    /// Its format.
+    /// The format of the output.
     pub output_format: String,
-    /// Which part.
+    /// The part of the input to copy.
     pub blocks: Blocks,
-    /// Take no locks that others could mind.
+    /// Open the image without locks (`-U`).
     pub force_share: bool,
-    /// Secrets.
+    /// The objects of `--object`, such as secrets.
     pub objects: Arc<Objects>,
 }
 
 impl Args {
-    /// Reads the words.
+    /// Parses the command line.
     ///
     /// # Errors
-    /// What is wrong with them.
+    /// An option is unknown or has an invalid value, options contradict each other, or an operand is missing.
     pub fn parse(mut words: Parser) -> Result<Self, Stop> {
         let (mut format, mut image_opts, mut force_share) = (None, false, false);
         let mut output_format = "raw".to_owned();
@@ -147,16 +147,16 @@ impl Args {
 
 const LARGEST_BLOCK: u64 = i32::MAX.unsigned_abs() as u64;
 
-/// Reads the words of `dd` and does it.
+/// Parses the command line of `dd` and runs the command.
 ///
 /// # Errors
-/// What is wrong with the words, and everything that can fail on the way.
+/// The command line is wrong, an image cannot be opened or created, or reading or writing fails.
 pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     let args = Args::parse(words)?;
     let options = || OpenOptions::new().objects(Arc::clone(&args.objects));
     let source = open_source(&args.input, options().force_share(args.force_share), console)?;
     format_of_new(&args.output_format).map_err(|error| match error.kind() {
-        // As there, without the name.
+        // As in qemu-img, without the name.
         ErrorKind::NotFound => Stop::wrong("Unknown file format"),
         _ => error.into(),
     })?;
@@ -208,10 +208,8 @@ mod tests {
                 skip: 16
             }
         );
-        assert_eq!(
-            (args.input.name.shown().as_str(), args.output.as_str()),
-            ("a=b", "c")
-        );
+        assert_eq!(args.input.name.shown(), "a=b");
+        assert_eq!(args.output, "c");
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! `info`: shows what is known of an image.
+//! `info`: shows information about an image.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -39,7 +39,7 @@ pub static COMMAND: Command = Command {
         name: "FILENAME",
         help: &["image file name (or specification with --image-opts)"],
     }],
-    original: &[
+    qemu_longs: &[
         "help",
         "format",
         "output",
@@ -51,26 +51,26 @@ pub static COMMAND: Command = Command {
     negative_operand: None,
 };
 
-/// What to show.
+/// The arguments of `info`.
 #[derive(Debug)]
 pub struct Args {
     /// The image.
     pub image: Source,
-    /// All images of its chain.
+    /// Show all images of its chain.
     pub backing_chain: bool,
-    /// Take no locks that others could mind.
+    /// Open the image without locks (`-U`).
     pub force_share: bool,
-    /// How.
+    /// The output format.
     pub output: OutputFormat,
-    /// Secrets.
+    /// The objects of `--object`, such as secrets.
     pub objects: Arc<Objects>,
 }
 
 impl Args {
-    /// Reads the words.
+    /// Parses the command line.
     ///
     /// # Errors
-    /// What is wrong with them.
+    /// An option is unknown or has an invalid value, options contradict each other, or an operand is missing.
     pub fn parse(mut words: Parser) -> Result<Self, Stop> {
         let (mut format, mut image_opts) = (None, false);
         let (mut backing_chain, mut force_share) = (false, false);
@@ -98,10 +98,10 @@ impl Args {
     }
 }
 
-/// Reads the words of `info` and does it.
+/// Parses the command line of `info` and runs the command.
 ///
 /// # Errors
-/// What is wrong with the words, and images that cannot be opened.
+/// The command line is wrong, or an image cannot be opened.
 pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     let args = Args::parse(words)?;
     let chain = open_each(&args, console)?;
@@ -125,8 +125,8 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     Ok(0)
 }
 
-/// Opens the image, and if asked for those below it one by one: a chain with a broken end is reported in words about the
-/// image that is broken.
+/// Opens the image, and with `--backing-chain` its backing images one by one, so that an error names the image that
+/// cannot be opened.
 fn open_each(args: &Args, console: &Console) -> Result<Vec<Arc<Image>>, Stop> {
     let mut source = args.image.clone();
     let mut chain: Vec<Arc<Image>> = Vec::new();
@@ -141,14 +141,14 @@ fn open_each(args: &Args, console: &Console) -> Result<Vec<Arc<Image>>, Stop> {
             .no_backing(true)
             .force_share(args.force_share);
         let image = open_source(&source, options, console)?;
-        let below = image.layer().backing().filter(|_| args.backing_chain);
+        let backing = image.layer().backing().filter(|_| args.backing_chain);
         let is_same = |other: &Arc<Image>| {
             share_a_file(other, &image) && other.layer().format() == image.layer().format()
         };
         if chain.iter().any(is_same) {
             return Err(endless(&source));
         }
-        let next = match below {
+        let next = match backing {
             Some(backing) => Some(Source {
                 name: ImageName::File(full_backing_name(&image.base_name(), backing.name.text())),
                 format: backing.format,

@@ -1,4 +1,4 @@
-//! `map`: shows where the bytes of an image are.
+//! `map`: shows the extents of an image.
 
 use std::sync::Arc;
 
@@ -41,7 +41,7 @@ pub static COMMAND: Command = Command {
         name: "FILENAME",
         help: &["image file name (or specification with --image-opts)"],
     }],
-    original: &[
+    qemu_longs: &[
         "help",
         "format",
         "output",
@@ -54,28 +54,28 @@ pub static COMMAND: Command = Command {
     negative_operand: None,
 };
 
-/// What to show.
+/// The arguments of `map`.
 #[derive(Debug)]
 pub struct Args {
     /// The image.
     pub image: Source,
-    /// The first byte.
+    /// The guest offset of the first byte.
     pub start_offset: u64,
-    /// How many bytes at most; up to the end without.
+    /// The largest number of bytes; `None` for all up to the end.
     pub max_length: Option<u64>,
-    /// How.
+    /// The output format.
     pub output: OutputFormat,
-    /// Take no locks that others could mind.
+    /// Open the image without locks (`-U`).
     pub force_share: bool,
-    /// Secrets.
+    /// The objects of `--object`, such as secrets.
     pub objects: Arc<Objects>,
 }
 
 impl Args {
-    /// Reads the words.
+    /// Parses the command line.
     ///
     /// # Errors
-    /// What is wrong with them.
+    /// An option is unknown or has an invalid value, options contradict each other, or an operand is missing.
     pub fn parse(mut words: Parser) -> Result<Self, Stop> {
         let (mut format, mut image_opts, mut force_share) = (None, false, false);
         let (mut start_offset, mut max_length) = (0, None);
@@ -105,10 +105,10 @@ impl Args {
     }
 }
 
-/// Reads the words of `map` and does it.
+/// Parses the command line of `map` and runs the command.
 ///
 /// # Errors
-/// What is wrong with the words, images that cannot be opened, and damage in their tables.
+/// The command line is wrong, the image cannot be opened, or its tables are corrupt.
 pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     let args = Args::parse(words)?;
     let image = open_source(
@@ -130,7 +130,7 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     Ok(0)
 }
 
-/// Text on its way to standard output, a good piece at a time.
+/// Collects lines and prints them in chunks of 64 KiB.
 struct Buffered<'a> {
     console: &'a Console,
     text: String,
@@ -153,7 +153,7 @@ impl Drop for Buffered<'_> {
     }
 }
 
-/// A line for each run of data.
+/// Prints a line for each run of data.
 fn human(image: &Image, range: ByteRange, text: &mut Buffered<'_>) -> Result<(), Stop> {
     text.line(&format!(
         "{:<16}{:<16}{:<16}File\n",
@@ -188,7 +188,7 @@ fn human(image: &Image, range: ByteRange, text: &mut Buffered<'_>) -> Result<(),
     Ok(())
 }
 
-/// An object for each extent; one of length zero where there is nothing to show.
+/// Prints an object for each extent, or one of length zero for an empty range.
 fn json(image: &Image, range: ByteRange, text: &mut Buffered<'_>) -> Result<(), Stop> {
     text.line("[");
     let mut separator = "";

@@ -1,4 +1,4 @@
-//! `measure`: tells how large an image would be.
+//! `measure`: calculates the size of the file of a new image.
 
 use std::sync::Arc;
 
@@ -65,7 +65,7 @@ pub static COMMAND: Command = Command {
         name: "FILENAME",
         help: &["measure file size required to convert from FILENAME"],
     }],
-    original: &[
+    qemu_longs: &[
         "help",
         "target-format",
         "format",
@@ -80,42 +80,42 @@ pub static COMMAND: Command = Command {
     negative_operand: None,
 };
 
-/// What to measure.
+/// The arguments of `measure`.
 #[derive(Debug)]
 pub struct Args {
-    /// What would be in the new image.
+    /// The contents of the new image.
     pub contents: Contents,
-    /// Its format.
+    /// The format of the new image.
     pub target_format: String,
     /// The list of its options, for [`diskimage::options::Options::parse`].
     pub options: Option<String>,
-    /// How to report.
+    /// The output format.
     pub output: OutputFormat,
-    /// Take no locks that others could mind.
+    /// Open the image without locks (`-U`).
     pub force_share: bool,
-    /// Secrets.
+    /// The objects of `--object`, such as secrets.
     pub objects: Arc<Objects>,
 }
 
-/// What an image would be made from.
+/// The contents of a new image.
 #[derive(Debug)]
 pub enum Contents {
     /// An empty disk of this many bytes.
     Empty(u64),
-    /// What is in an image.
+    /// The contents of an existing image.
     Image {
         /// The image.
         image: Source,
-        /// The internal snapshot that counts instead of the present state.
+        /// The internal snapshot to measure instead of the current state.
         snapshot: Option<SnapshotSelector>,
     },
 }
 
 impl Args {
-    /// Reads the words.
+    /// Parses the command line.
     ///
     /// # Errors
-    /// What is wrong with them.
+    /// An option is unknown or has an invalid value, options contradict each other, or an operand is missing.
     pub fn parse(mut words: Parser) -> Result<Self, Stop> {
         let (mut format, mut image_opts, mut force_share) = (None, false, false);
         let (mut target_format, mut options) = (None, CreateOptions::default());
@@ -168,10 +168,10 @@ impl Args {
     }
 }
 
-/// Reads the words of `measure` and does it.
+/// Parses the command line of `measure` and runs the command.
 ///
 /// # Errors
-/// What is wrong with the words, and images that cannot be opened or measured.
+/// The command line is wrong, or the image cannot be opened or measured.
 pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     let args = Args::parse(words)?;
     let source = match &args.contents {

@@ -1,4 +1,4 @@
-//! The commands: one file each, with its option table, its arguments, and what it does.
+//! The commands. Each has a file with its option table, its arguments and its function.
 
 pub mod amend;
 pub mod bench;
@@ -21,17 +21,17 @@ use std::ffi::OsString;
 use crate::out::Console;
 use crate::words::{Command, Parser, Stop};
 
-/// A command and what runs it.
+/// A command and its function.
 #[derive(Clone, Copy, Debug)]
 pub struct Entry {
-    /// Its table.
+    /// The table of the command.
     pub command: &'static Command,
-    /// Reads its words and does it; the exit status.
+    /// Parses the command line, runs the command, and returns the exit status.
     pub run: fn(Parser, &Console) -> Result<u8, Stop>,
 }
 
 impl Entry {
-    /// Runs the command with the words after its name; the exit status.
+    /// Runs the command with the words after its name, and returns the exit status.
     pub fn start(&self, words: Vec<OsString>, console: &Console) -> u8 {
         let operands_end_options = std::env::var_os("POSIXLY_CORRECT").is_some();
         let parser = Parser::new(self.command, words, operands_end_options);
@@ -109,7 +109,7 @@ pub static ALL: &[Entry] = &[
 /// The largest size and offset of a disk image.
 const LARGEST: u64 = i64::MAX.unsigned_abs();
 
-/// The one operand of a command that takes a single image.
+/// The operand of a command that takes a single image.
 fn only_image(words: Parser) -> Result<OsString, Stop> {
     let mut operands = words.operands().into_iter();
     match (operands.next(), operands.next()) {
@@ -137,7 +137,7 @@ mod tests {
                     command.name
                 );
             }
-            for name in command.original {
+            for name in command.qemu_longs {
                 assert!(names.contains(&name), "{} misses --{name}", command.name);
             }
             assert!(

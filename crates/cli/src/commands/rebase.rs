@@ -1,4 +1,4 @@
-//! `rebase`: gives an image another backing file.
+//! `rebase`: changes the backing file of an image.
 
 use std::sync::Arc;
 
@@ -8,7 +8,7 @@ use diskimage::{
 };
 
 use super::only_image;
-use crate::facts::says_nothing;
+use crate::facts::reports_only_length;
 use crate::objects::define;
 use crate::out::Console;
 use crate::printable::printable;
@@ -77,7 +77,7 @@ Rebases FILENAME on top of BACKING_FILENAME or no backing file",
         name: "FILENAME",
         help: &["image file name (or specification with --image-opts)"],
     }],
-    original: &[
+    qemu_longs: &[
         "help",
         "quiet",
         "progress",
@@ -95,36 +95,36 @@ Rebases FILENAME on top of BACKING_FILENAME or no backing file",
     negative_operand: None,
 };
 
-/// What to change.
+/// The arguments of `rebase`.
 #[derive(Debug)]
 pub struct Args {
     /// The image.
     pub image: Source,
-    /// What is to be below: the name, or nothing.
+    /// The name of the new backing file; `None` for an image without one.
     pub backing: Option<String>,
-    /// Its format.
+    /// The format of the new backing file.
     pub backing_format: Option<String>,
-    /// How requests to the image reach the disk.
+    /// The cache mode of the image.
     pub cache: CacheMode,
-    /// The same for the images below.
+    /// The cache mode of the backing images.
     pub backing_cache: CacheMode,
-    /// Only name the image below, whatever it holds.
+    /// Change the name in the image only (`-u`), even if the guest data changes by that.
     pub only_name: bool,
-    /// Compress what is written.
+    /// Write compressed clusters.
     pub compress: bool,
-    /// Take no locks on the images below that others could mind.
+    /// Open the backing images without locks (`-U`).
     pub force_share: bool,
     /// Show progress.
     pub progress: bool,
-    /// Secrets.
+    /// The objects of `--object`, such as secrets.
     pub objects: Arc<Objects>,
 }
 
 impl Args {
-    /// Reads the words.
+    /// Parses the command line.
     ///
     /// # Errors
-    /// What is wrong with them.
+    /// An option is unknown or has an invalid value, options contradict each other, or an operand is missing.
     pub fn parse(mut words: Parser) -> Result<Self, Stop> {
         let (mut format, mut image_opts, mut cache, mut backing_cache) = (None, false, None, None);
         let (mut backing, mut backing_format) = (None, None);
@@ -169,10 +169,10 @@ impl Args {
     }
 }
 
-/// Reads the words of `rebase` and does it.
+/// Parses the command line of `rebase` and runs the command.
 ///
 /// # Errors
-/// What is wrong with the words, images that cannot be opened, and failures to read or write.
+/// The command line is wrong, an image cannot be opened, or reading or writing fails.
 pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     let args = Args::parse(words)?;
     let progress = crate::progress::Progress::new(args.progress, console);
@@ -189,7 +189,7 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     if let Some(format) = args.backing_format.as_deref().filter(|format| !is_driver(format)) {
         return Err(Stop::wrong(format!("Invalid format name: '{format}'")));
     }
-    if says_nothing(image.layer().format()) {
+    if reports_only_length(image.layer().format()) {
         return Err(Stop::wrong("could not get block driver info"));
     }
     let backing = args.backing.as_ref().map(|name| Backing {
@@ -223,7 +223,7 @@ fn no_compression() -> Stop {
     Stop::wrong("Compression not supported for this file format")
 }
 
-/// Opens what is to be below. Its name starts from the image, as it will once it stands in it.
+/// Opens the new backing image. A relative name is resolved against the overlay, as later when it is stored in it.
 fn open_new(
     args: &Args,
     image: &Image,

@@ -54,7 +54,7 @@ pub static COMMAND: Command = Command {
             ],
         },
     ],
-    original: &[
+    qemu_longs: &[
         "help",
         "quiet",
         "object",
@@ -66,31 +66,31 @@ pub static COMMAND: Command = Command {
     negative_operand: Some(1),
 };
 
-/// What to change.
+/// The arguments of `resize`.
 #[derive(Debug)]
 pub struct Args {
     /// The image.
     pub image: Source,
-    /// Its size.
+    /// The new size.
     pub size: NewSize,
-    /// What is allocated of what is added.
+    /// The preallocation mode of the range that is added.
     pub preallocation: Preallocation,
-    /// Data may be cut off.
+    /// Allow a smaller size, which discards data.
     pub shrink: bool,
     /// Print only errors.
     pub quiet: bool,
-    /// Secrets.
+    /// The objects of `--object`, such as secrets.
     pub objects: Arc<Objects>,
 }
 
-/// A size, or a difference to the present one, in bytes.
+/// A size, or a difference to the current one, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NewSize {
     /// This size.
     Exactly(u64),
-    /// More by this.
+    /// The current size plus this.
     More(u64),
-    /// Less by this.
+    /// The current size minus this.
     Less(u64),
 }
 
@@ -105,7 +105,7 @@ impl NewSize {
         }
     }
 
-    /// The new size of an image of `present` bytes, unless it would not be positive or not fit 63 bits.
+    /// The new size of an image of `present` bytes; `None` if it is not positive or has more than 63 bits.
     pub fn apply(self, present: u64) -> Option<u64> {
         let size = match self {
             Self::Exactly(size) => size,
@@ -117,10 +117,10 @@ impl NewSize {
 }
 
 impl Args {
-    /// Reads the words.
+    /// Parses the command line.
     ///
     /// # Errors
-    /// What is wrong with them.
+    /// An option is unknown or has an invalid value, options contradict each other, or an operand is missing.
     pub fn parse(mut words: Parser) -> Result<Self, Stop> {
         let (mut format, mut image_opts) = (None, false);
         let (mut preallocation, mut shrink, mut quiet) = (Preallocation::default(), false, false);
@@ -161,10 +161,10 @@ fn read_preallocation(value: &str) -> Result<Preallocation, Stop> {
         .ok_or_else(|| Stop::wrong(format!("Invalid preallocation mode '{value}'")))
 }
 
-/// Reads the words of `resize` and does it.
+/// Parses the command line of `resize` and runs the command.
 ///
 /// # Errors
-/// What is wrong with the words, and what keeps the image from its new size.
+/// The command line is wrong, the image cannot be opened, or it cannot be resized.
 pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     let args = Args::parse(words)?;
     let image = open_source(
@@ -196,7 +196,7 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     Ok(0)
 }
 
-/// What the original says to those who would lose data.
+/// The warning of qemu-img about a smaller size.
 const SHRINK_WARNING: &str = "warning: Shrinking an image will delete all data beyond the shrunken image's end. Before \
                               performing such an operation, make sure there is no important data there.";
 
@@ -226,7 +226,7 @@ mod tests {
     }
 
     #[test]
-    fn differences_are_taken_from_the_present_size() {
+    fn differences_are_relative_to_the_current_size() {
         assert_eq!(NewSize::Less(512).apply(1024), Some(512));
         assert_eq!(NewSize::Less(1024).apply(1024), None);
         assert_eq!(NewSize::More(u64::MAX).apply(1024), None);

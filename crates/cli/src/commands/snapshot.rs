@@ -49,7 +49,7 @@ pub static COMMAND: Command = Command {
         name: "FILENAME",
         help: &["image file name (or specification with --image-opts)"],
     }],
-    original: &[
+    qemu_longs: &[
         "help",
         "quiet",
         "object",
@@ -64,37 +64,37 @@ pub static COMMAND: Command = Command {
     negative_operand: None,
 };
 
-/// What to do.
+/// An action on the snapshots of an image.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Action {
-    /// Show all snapshots.
+    /// List all snapshots.
     List,
-    /// Keep the disk as it is under this name.
+    /// Take a snapshot with this name.
     Create(String),
-    /// Go back to the snapshot with this identifier or name.
+    /// Revert the disk to the snapshot with this identifier or name.
     Apply(String),
-    /// Take the snapshot with this name away.
+    /// Delete the snapshot with this name.
     Delete(String),
 }
 
-/// What to do to which image.
+/// The arguments of `snapshot`.
 #[derive(Debug)]
 pub struct Args {
     /// The image.
     pub image: Source,
-    /// What to do.
+    /// The action.
     pub action: Action,
-    /// Others may change the image at the same time.
+    /// Open the image without locks (`-U`).
     pub force_share: bool,
-    /// Secrets.
+    /// The objects of `--object`, such as secrets.
     pub objects: Arc<Objects>,
 }
 
 impl Args {
-    /// Reads the words.
+    /// Parses the command line.
     ///
     /// # Errors
-    /// What is wrong with them.
+    /// An option is unknown or has an invalid value, options contradict each other, or an operand is missing.
     pub fn parse(mut words: Parser) -> Result<Self, Stop> {
         let (mut format, mut image_opts, mut force_share) = (None, false, false);
         let mut action = None;
@@ -107,7 +107,7 @@ impl Args {
                 "delete" => Action::Delete(text(value)),
                 other => {
                     match other {
-                        // Nothing is printed but the list, which the original prints all the same.
+                        // As in qemu-img, the list is printed with `-q` too; nothing else is printed.
                         "quiet" => {}
                         "format" => format = Some(text(value)),
                         "image-opts" => image_opts = true,
@@ -131,11 +131,10 @@ impl Args {
     }
 }
 
-/// Reads the words of `snapshot` and does it.
+/// Parses the command line of `snapshot` and runs the command.
 ///
 /// # Errors
-/// What is wrong with the words, images that cannot be opened, snapshots that there are none of, and what keeps the
-/// image from changing.
+/// The command line is wrong, the image cannot be opened, the snapshot does not exist, or changing the image fails.
 pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     let args = Args::parse(words)?;
     let options = OpenOptions::new()
@@ -178,7 +177,7 @@ mod tests {
     }
 
     #[test]
-    fn one_thing_is_done_and_that_is_the_list_if_nothing_is_said() {
+    fn there_is_one_action_and_the_default_is_the_list() {
         assert_eq!(action(&["x"]), Ok(Action::List));
         assert_eq!(action(&["x", "-c", "s"]), Ok(Action::Create("s".to_owned())));
         for words in [["-l", "-l", "x"], ["-ca", "-db", "x"]] {

@@ -1,4 +1,4 @@
-//! `--object`: secrets for images that are encrypted, credentials for connections that are, limits of nodes.
+//! `--object`: secrets of encrypted images, TLS credentials and throttle groups.
 
 mod throttle;
 mod tls;
@@ -17,8 +17,7 @@ use crate::words::{Stop, text};
 /// Adds the object that the value of one `--object` defines.
 ///
 /// # Errors
-/// A type that does not exist or is not available, parameters that do not fit, a file that cannot be read; and
-/// [`Stop::Text`] where help is asked for.
+/// The type is unknown or not available, a parameter is wrong, or a file cannot be read. [`Stop::Text`] for `help`.
 pub fn define(objects: &mut Objects, value: OsString) -> Result<(), Stop> {
     let (id, object) = read(&text(value), objects)?;
     Ok(objects.add(id, object)?)
@@ -47,7 +46,7 @@ fn read(text: &str, objects: &Objects) -> Result<(String, Object), Stop> {
         return Err(Stop::Text(SECRET_HELP.to_owned()));
     }
     let id = parameters.take_id()?;
-    let secret = SecretWords {
+    let secret = SecretParameters {
         is_base64: match parameters.take_text("format")?.as_deref() {
             None | Some("raw") => false,
             Some("base64") => true,
@@ -66,8 +65,8 @@ fn not_accepted(name: &str, value: &str) -> Stop {
     Stop::wrong(format!("Parameter '{name}' does not accept value '{value}'"))
 }
 
-/// What the parameters of a secret say.
-struct SecretWords {
+/// The parameters of a secret.
+struct SecretParameters {
     is_base64: bool,
     keyid: Option<String>,
     iv: Option<String>,
@@ -75,8 +74,8 @@ struct SecretWords {
     file: Option<String>,
 }
 
-impl SecretWords {
-    /// The secret itself; one that is encrypted is decrypted with another that was defined before.
+impl SecretParameters {
+    /// Loads the secret. An encrypted one is decrypted with another secret that was defined before.
     fn load(self, objects: &Objects) -> Result<Secret, Stop> {
         let bytes = match (self.data, self.file) {
             (Some(_), Some(_)) => return Err(Stop::wrong("'file' and 'data' are mutually exclusive")),
@@ -113,13 +112,13 @@ impl SecretWords {
     }
 }
 
-/// The key of a secret that decrypts another.
+/// The length in bytes of a secret that decrypts another.
 const SECRET_KEY_LEN: usize = 32;
 
-/// `TYPE,name=value,...` or `{"qom-type": "TYPE", "name": "value"}`.
+/// The parameters of an object: `TYPE,name=value,...` or `{"qom-type": "TYPE", "name": "value"}`.
 ///
-/// Of several mistakes the first one in the order in which parameters are taken is told, then names that nobody knows,
-/// and then an identifier that is none.
+/// Of several errors the first one is reported: parameters in the order in which they are taken, then unknown
+/// parameters, then the identifier.
 struct Parameters {
     given: Vec<(String, Given)>,
     wants_help: bool,
@@ -127,9 +126,9 @@ struct Parameters {
 
 /// The value of a parameter.
 enum Given {
-    /// As `name=value` has it: any type can be said so.
+    /// Text of `name=value`, for a parameter of any type.
     Word(String),
-    /// As JSON has it: with a type.
+    /// A value of JSON, which has a type.
     Typed(Value),
 }
 
@@ -140,7 +139,7 @@ impl Parameters {
         }
         let mut given: Vec<(String, Given)> = Vec::new();
         let mut wants_help = false;
-        // A doubled comma stands for one; no parameter holds the byte that takes its place meanwhile.
+        // A doubled comma is a comma of the value. It is a NUL until the list is split: no parameter contains a NUL.
         let text = text.replace(",,", "\0");
         for (at, item) in text.split(',').enumerate() {
             let item = item.replace('\0', ",");
@@ -226,7 +225,7 @@ impl Parameters {
             .ok_or_else(|| Stop::wrong("Parameter 'id' is missing"))
     }
 
-    /// Refuses what nobody took, and an identifier that is none.
+    /// Refuses parameters that were not taken, and an invalid identifier.
     fn finish(&self, id: &str) -> Result<(), Stop> {
         if let Some((name, _)) = self.given.first() {
             return Err(Stop::wrong(format!("Parameter '{name}' is unexpected")));
@@ -264,7 +263,7 @@ const SECRET_HELP: &str = "secret options:
   keyid=<string>
 ";
 
-/// Longer than any password or key; keeps a device file from being read for ever.
+/// The largest size of a secret's file; a limit of this program, so that reading a device file ends.
 const LARGEST_SECRET: u64 = 1 << 20;
 
 fn read_file(name: &str) -> Result<Vec<u8>, Stop> {
@@ -291,8 +290,8 @@ fn read_file(name: &str) -> Result<Vec<u8>, Stop> {
     Ok(bytes)
 }
 
-/// Decodes base64. Line ends are skipped; digits at the end that make no whole group of four are left out, as the
-/// original leaves them out.
+/// Decodes base64. Line ends are skipped. As in qemu-img, digits at the end that are no whole group of four are
+/// ignored.
 fn base64(text: &[u8]) -> Result<Vec<u8>, Stop> {
     if text.contains(&0) {
         return Err(Stop::wrong("Base64 data contains embedded NUL characters"));
@@ -304,7 +303,7 @@ fn base64(text: &[u8]) -> Result<Vec<u8>, Stop> {
         &alphabet::STANDARD,
         GeneralPurposeConfig::new().with_decode_allow_trailing_bits(true),
     );
-    // Also what is left out has to be of the alphabet.
+    // The ignored digits must be of the alphabet too.
     let is_digit = |byte: &u8| byte.is_ascii_alphanumeric() || b"+/=".contains(byte);
     let invalid = || Stop::wrong("Base64 data contains invalid characters");
     if !digits.iter().all(is_digit) {
@@ -335,7 +334,7 @@ mod tests {
     }
 
     #[test]
-    fn wrong_objects_are_refused_in_the_originals_words() {
+    fn wrong_objects_are_refused_with_the_messages_of_qemu_img() {
         for (text, message) in [
             ("foo,id=a", "Parameter 'qom-type' does not accept value 'foo'"),
             ("id=a", "Parameter 'qom-type' is missing"),

@@ -1,6 +1,6 @@
-//! `--object throttle-group`: limits that nodes of the driver `throttle` share.
+//! `--object throttle-group`: limits that several `throttle` nodes share.
 //!
-//! Each limit has two names: `x-iops-total`, and `limits.iops-total`, which is what QMP has.
+//! Each limit has two names: `x-iops-total`, and `limits.iops-total` as in QMP.
 
 use std::sync::Arc;
 
@@ -9,15 +9,15 @@ use diskimage::{BucketConfig, Object, ThrottleGroup, ThrottleLimits};
 use super::{Parameters, wrong_type};
 use crate::words::Stop;
 
-/// The type of objects that is read here.
+/// The type of these objects.
 pub(super) const TYPE: &str = "throttle-group";
 
 const KINDS: [&str; 3] = ["total", "read", "write"];
 
-/// Reads the parameters of a group.
+/// Parses the parameters of a group.
 ///
 /// # Errors
-/// Parameters that do not fit; [`Stop::Text`] where help is asked for.
+/// A parameter is unknown or has an invalid value. [`Stop::Text`] for `help`.
 pub(super) fn read(mut parameters: Parameters) -> Result<(String, Object), Stop> {
     if parameters.wants_help {
         return Err(Stop::Text(help()));
@@ -69,7 +69,7 @@ fn take_length(parameters: &mut Parameters, name: &str) -> Result<u64, Stop> {
     match take(parameters, name)? {
         None => Ok(1),
         Some(seconds) if seconds <= u32::MAX.into() => Ok(seconds),
-        // The words of the original, space or not.
+        // qemu-img prints "therange" without a space.
         Some(_) if by_property => Err(Stop::wrong(format!(
             "x-{name} value must be in therange [0, {}]",
             u32::MAX
@@ -88,7 +88,7 @@ fn help() -> String {
         .flat_map(|name| [format!("{name}-max-length"), format!("{name}-max"), name])
         .chain(["x-iops-size".to_owned()])
         .collect();
-    // As there: a name comes after those that it begins.
+    // As in qemu-img, a name comes after the longer names that begin with it.
     names.sort_by_key(|name| format!("{name}="));
     let mut text = format!("{TYPE} options:\n  limits=<ThrottleLimits>\n");
     for name in names {
@@ -120,7 +120,7 @@ mod tests {
     }
 
     #[test]
-    fn limits_that_make_no_sense_are_refused_in_the_originals_words() {
+    fn invalid_limits_are_refused_with_the_messages_of_qemu_img() {
         for (text, message) in [
             ("x-bps-total=-1", "Property values cannot be negative"),
             ("x-bps-total=a", "Parameter 'x-bps-total' expects integer"),

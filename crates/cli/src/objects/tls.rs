@@ -1,21 +1,21 @@
-//! `--object tls-creds-x509` and its kin: credentials for encrypted connections.
+//! `--object tls-creds-x509`, `tls-creds-psk` and `tls-creds-anon`: TLS credentials.
 
 use diskimage::{Object, TlsCreds, TlsKind, check_tls_creds};
 
 use super::{Parameters, not_accepted};
 use crate::words::Stop;
 
-/// The types of objects that are read here.
+/// The types of these objects.
 pub(super) const TYPES: [&str; 3] = [X509, PSK, ANON];
 
 const X509: &str = "tls-creds-x509";
 const PSK: &str = "tls-creds-psk";
 const ANON: &str = "tls-creds-anon";
 
-/// Reads the parameters of credentials of the type called `kind`, and the files that they name.
+/// Parses the parameters of credentials of type `kind`, and checks the files that they name.
 ///
 /// # Errors
-/// Parameters that do not fit, and files that cannot be used; [`Stop::Text`] where help is asked for.
+/// A parameter is unknown or has an invalid value, or a file cannot be used. [`Stop::Text`] for `help`.
 pub(super) fn read(kind: &str, mut parameters: Parameters) -> Result<(String, Object), Stop> {
     if parameters.wants_help {
         return Err(Stop::Text(help(kind)));
@@ -31,7 +31,7 @@ pub(super) fn read(kind: &str, mut parameters: Parameters) -> Result<(String, Ob
     let priority = parameters.take_text("priority")?;
     let kind = match kind {
         X509 => {
-            // Whether the files of this side are looked at closely; the TLS library looks in any case.
+            // The TLS library always checks the certificates, so the parameter has no effect.
             parameters.take_flag("sanity-check")?;
             TlsKind::X509 {
                 password_id: parameters.take_text("passwordid")?,
@@ -78,7 +78,7 @@ mod tests {
     }
 
     #[test]
-    fn parameters_that_do_not_fit_are_refused_in_the_originals_words() {
+    fn invalid_parameters_are_refused_with_the_messages_of_qemu_img() {
         for (text, message) in [
             ("tls-creds-anon", "Parameter 'id' is missing"),
             (

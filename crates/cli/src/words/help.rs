@@ -1,4 +1,4 @@
-//! The text of `--help`, made from the tables.
+//! The text of `--help`, generated from the tables.
 
 use std::fmt::Write;
 
@@ -23,7 +23,7 @@ pub fn command(command: &Command) -> String {
     text
 }
 
-/// The version, as programs look for it.
+/// The text of `--version`, in the format that programs parse.
 pub fn version() -> String {
     format!(
         "qemu-img version {COMPATIBLE} (qemu-img-rs {})\nCopyright (c) 2026 the qemu-img-rs authors, MIT OR Apache-2.0\n",
@@ -71,7 +71,7 @@ Recognized commands (run qemu-img COMMAND --help for command-specific help):
     text
 }
 
-/// The version of the original whose behaviour this program has; programs parse it to learn what they can use.
+/// The version of qemu-img that this program behaves like. Programs parse it to find out which features they can use.
 const COMPATIBLE: &str = "10.0.2";
 
 fn entry(text: &mut String, head: &str, lines: &[&str]) {
@@ -81,7 +81,7 @@ fn entry(text: &mut String, head: &str, lines: &[&str]) {
     }
 }
 
-/// Names in lines of up to 80 characters, as `fmt` fills them.
+/// Breaks a list of names into lines of up to 80 characters, as `fmt` does.
 fn filled(names: &[&str]) -> String {
     let mut text = String::new();
     let mut line = String::from(" ");

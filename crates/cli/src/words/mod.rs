@@ -1,7 +1,8 @@
-//! From words to arguments: option tables as data, the parser that reads words by them, and the help that shows them.
+//! The words of the command line: option tables as data, the parser that reads them, the help text that is generated
+//! from them, and types of values.
 //!
 //! ```text
-//!   Command ── flags, operands ──┬── Parser   words → (flag, value), operands     (getopt_long's rules)
+//!   Command ── flags, operands ──┬── Parser   words → (flag, value), operands     (rules of getopt_long)
 //!                                ├── help     the text of --help
 //!                                └── examples/manuals: manual pages and shell completions
 //! ```

@@ -1,8 +1,8 @@
-//! Words to options and operands, by the rules and with the messages of C's `getopt_long`.
+//! Parses options and operands by the rules and with the messages of `getopt_long` of C.
 //!
-//! Letters may share a word and a value may be glued to its letter (`-qp`, `-fqcow2`); a long option takes its value
-//! after `=` or from the next word, and may be abbreviated as long as one option alone is meant. Operands may stand
-//! anywhere; `--` ends the options.
+//! A word may have several letters, and a value may follow its letter (`-qp`, `-fqcow2`). A long option takes its value
+//! after `=` or from the next word, and may be abbreviated unless the abbreviation is ambiguous. Operands and options
+//! may be mixed; `--` ends the options.
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
@@ -11,22 +11,22 @@ use diskimage::name;
 
 use super::{Command, Flag, Stop};
 
-/// Reads the words of one command, option by option; operands are put aside until the end.
+/// Parses the words of one command, option by option. Operands are collected until all options are parsed.
 #[derive(Debug)]
 pub struct Parser {
     command: &'static Command,
     words: std::vec::IntoIter<OsString>,
-    /// What is left of a word of letters.
+    /// The letters of the current word that have not been parsed yet.
     letters: Vec<u8>,
     operands: Vec<OsString>,
     operands_end_options: bool,
-    /// The word before was an operand.
+    /// The previous word was an operand.
     after_operand: bool,
 }
 
 impl Parser {
-    /// For the words after the command's name. With `operands_end_options` everything after the first operand is an
-    /// operand, as `POSIXLY_CORRECT` asks for.
+    /// A parser of the words after the command's name. With `operands_end_options` all words after the first operand
+    /// are operands, as with `POSIXLY_CORRECT`.
     pub fn new(command: &'static Command, words: Vec<OsString>, operands_end_options: bool) -> Self {
         Self {
             command,
@@ -38,11 +38,10 @@ impl Parser {
         }
     }
 
-    /// The next option: its [`Flag::name`] and its value, which is empty if it takes none.
+    /// The next option: its [`Flag::name`], and its value, which is empty for an option without one.
     ///
     /// # Errors
-    /// A word that is no option of the command, or an option whose value is missing or not wanted; and
-    /// [`Stop::Help`] for `--help`.
+    /// An option is unknown, its value is missing, or it takes none and has one. [`Stop::Help`] for `--help`.
     pub fn next_flag(&mut self) -> Result<Option<(&'static str, OsString)>, Stop> {
         let found = self.find_flag()?;
         if matches!(&found, Some(("help", _))) {
@@ -51,7 +50,7 @@ impl Parser {
         Ok(found)
     }
 
-    /// The operands, once [`Self::next_flag`] has found no more options.
+    /// The operands, after [`Self::next_flag`] has returned `None`.
     pub fn operands(self) -> Vec<OsString> {
         self.operands
     }
@@ -88,7 +87,7 @@ impl Parser {
     }
 
     fn letter(&mut self) -> Result<(&'static str, OsString), Stop> {
-        // A letter that is not ASCII is no option; it is shown whole and not as its first byte.
+        // An unknown letter that is not ASCII is shown as a character, not as its first byte.
         let text = name::from_bytes(&self.letters);
         let letter = text.chars().next().unwrap_or_default();
         let Some(flag) = self.command.flags.iter().find(|flag| flag.short == Some(letter)) else {
@@ -135,9 +134,9 @@ impl Parser {
         Ok((flag.name(), value))
     }
 
-    /// The option that `name` names or abbreviates. `word` is what to show where there is none.
+    /// The option whose long name `name` is or abbreviates. Messages show `word`.
     fn find_long(&self, name: &[u8], word: &[u8]) -> Result<(&'static str, &'static Flag), Stop> {
-        let original = self.command.original.iter().copied().filter_map(|long| {
+        let of_qemu = self.command.qemu_longs.iter().copied().filter_map(|long| {
             let flag = self
                 .command
                 .flags
@@ -150,27 +149,30 @@ impl Parser {
             .flags
             .iter()
             .flat_map(|flag| flag.longs.iter().map(move |long| (*long, flag)));
-        let all: Vec<_> = original.clone().chain(ours.clone()).collect();
+        let all: Vec<_> = of_qemu.clone().chain(ours.clone()).collect();
         if let Some(exact) = all.iter().find(|(long, _)| long.as_bytes() == name) {
             return Ok(*exact);
         }
-        let begun: Vec<_> = original
+        let abbreviated: Vec<_> = of_qemu
             .filter(|(long, _)| long.as_bytes().starts_with(name))
             .collect();
-        let begun = match begun.is_empty() {
-            false => begun,
+        let abbreviated = match abbreviated.is_empty() {
+            false => abbreviated,
             true => ours
                 .filter(|(long, _)| long.as_bytes().starts_with(name))
                 .collect(),
         };
         let shown = name::from_bytes(word);
-        let Some((_, first)) = begun.first() else {
+        let Some((_, first)) = abbreviated.first() else {
             return Err(Stop::unreadable(format!("unrecognized option '--{shown}'")));
         };
-        if begun.iter().all(|(_, flag)| flag.name() == first.name()) {
-            return Ok(begun[0]);
+        if abbreviated.iter().all(|(_, flag)| flag.name() == first.name()) {
+            return Ok(abbreviated[0]);
         }
-        let possible: Vec<_> = begun.iter().map(|(long, _)| format!("'--{long}'")).collect();
+        let possible: Vec<_> = abbreviated
+            .iter()
+            .map(|(long, _)| format!("'--{long}'"))
+            .collect();
         Err(Stop::unreadable(format!(
             "option '--{shown}' is ambiguous; possibilities: {}",
             possible.join(" ")
@@ -196,7 +198,7 @@ mod tests {
             Flag::switch(Some('c'), &["compress"], &[]),
         ],
         operands: &[],
-        original: &[
+        qemu_longs: &[
             "help",
             "quiet",
             "force-share",
@@ -238,7 +240,7 @@ mod tests {
     }
 
     #[test]
-    fn letters_share_a_word_and_values_are_glued() {
+    fn a_word_may_have_several_letters_and_a_value() {
         let expected = vec![
             ("quiet", String::new()),
             ("progress", String::new()),
@@ -259,7 +261,7 @@ mod tests {
     }
 
     #[test]
-    fn our_own_names_never_make_the_originals_ambiguous() {
+    fn our_own_names_never_make_those_of_qemu_img_ambiguous() {
         assert_eq!(
             flags(&["--target-f", "x", "--compress"]),
             [("target-format", "x".into()), ("compress", "".into())]
@@ -268,25 +270,25 @@ mod tests {
     }
 
     #[test]
-    fn operands_may_stand_anywhere() {
+    fn options_and_operands_may_be_mixed() {
+        let quiet = [("quiet", String::new())];
         let (flags, operands) = read(&["a", "-q", "-", "--", "-p"]).unwrap();
-        assert_eq!(
-            (flags.len(), operands),
-            (1, vec!["a".into(), "-".into(), "-p".into()])
-        );
+        assert_eq!(flags, quiet);
+        assert_eq!(operands, ["a", "-", "-p"]);
         let (flags, operands) = read_with(&["-q", "a", "-q"], true).unwrap();
-        assert_eq!((flags.len(), operands), (1, vec!["a".into(), "-q".into()]));
+        assert_eq!(flags, quiet);
+        assert_eq!(operands, ["a", "-q"]);
     }
 
     #[test]
-    fn a_negative_number_is_an_operand_only_in_its_place() {
+    fn a_negative_number_is_an_operand_only_at_the_position_of_one() {
         assert_eq!(read(&["a", "-5M", "-q"]).unwrap().1, ["a", "-5M"]);
         assert_eq!(wrong(&["-5", "a"]), "invalid option -- '5'");
         assert_eq!(wrong(&["a", "-5", "-5"]), "invalid option -- '5'");
     }
 
     #[test]
-    fn wrong_words_are_described_as_getopt_does() {
+    fn wrong_options_have_the_messages_of_getopt() {
         assert_eq!(wrong(&["-qx"]), "invalid option -- 'x'");
         assert_eq!(wrong(&["-é"]), "invalid option -- 'é'");
         assert_eq!(wrong(&["-q=1"]), "invalid option -- '='");

@@ -1,44 +1,44 @@
-//! Why words did not become arguments.
+//! The reasons why a command is not run, or ends early.
 
 use diskimage::Note;
 
-/// What ends the reading of words early.
+/// The reason why a command is not run, or ends early.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Stop {
-    /// `--help`: the text for the command at hand.
+    /// `--help`: print the help text of the command.
     Help,
-    /// Text that was asked for, such as the list of object types.
+    /// Print a text that was requested, such as the list of object types.
     Text(String),
-    /// Something is wrong.
+    /// Print an error.
     Wrong(Wrong),
 }
 
-/// What is wrong with words.
+/// An error as it is printed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Wrong {
-    /// Messages, each printed after the prefix. Further lines of a message are printed without it.
+    /// The messages; each is printed after the prefix. Further lines of a message have no prefix.
     pub messages: Vec<String>,
-    /// What is printed before the messages.
+    /// The note that is printed before the messages.
     pub notice: Option<Note>,
-    /// What stands in front of each message.
+    /// The prefix of each message.
     pub prefix: Prefix,
-    /// Whether a line follows that points to `--help`.
+    /// Whether a line follows that refers to `--help`.
     pub try_help: bool,
     /// The exit status.
     pub status: u8,
 }
 
-/// What stands in front of a message.
+/// The prefix of a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Prefix {
     /// The program's name without its directory.
     Program,
-    /// The program as it was called and the command, as C's `getopt_long` has it.
-    Words,
+    /// The program as it was called and the command, as in the messages of `getopt_long`.
+    Invocation,
 }
 
 impl Stop {
-    /// A message alone; exit status 1.
+    /// An error with one message; exit status 1.
     pub fn wrong(message: impl Into<String>) -> Self {
         Self::Wrong(Wrong {
             messages: vec![message.into()],
@@ -49,21 +49,21 @@ impl Stop {
         })
     }
 
-    /// A message with a line that points to `--help`; exit status 1.
+    /// An error with a line that refers to `--help`; exit status 1.
     pub fn misused(message: impl Into<String>) -> Self {
         Self::wrong(message).pointing_to_help()
     }
 
-    /// A word that is no option, or an option without its value.
+    /// An unknown option, or an option without its value.
     pub fn unreadable(message: impl Into<String>) -> Self {
         let mut stop = Self::misused(message);
         if let Self::Wrong(wrong) = &mut stop {
-            wrong.prefix = Prefix::Words;
+            wrong.prefix = Prefix::Invocation;
         }
         stop
     }
 
-    /// One more message after those there are.
+    /// Adds a message.
     #[must_use]
     pub fn and(mut self, message: impl Into<String>) -> Self {
         if let Self::Wrong(wrong) = &mut self {
@@ -72,7 +72,7 @@ impl Stop {
         self
     }
 
-    /// The same with another exit status.
+    /// Sets the exit status.
     #[must_use]
     pub fn with_status(mut self, status: u8) -> Self {
         if let Self::Wrong(wrong) = &mut self {
@@ -99,7 +99,7 @@ impl From<diskimage::options::OptionError> for Stop {
 }
 
 impl From<diskimage::Error> for Stop {
-    /// An error of the library: its levels joined by `": "`, then its hint on a line of its own.
+    /// An error of the library: its messages joined by `": "`, then its hint on a line of its own.
     fn from(error: diskimage::Error) -> Self {
         let mut stop = match error.hint_line() {
             Some(hint) => Self::wrong(format!("{}\n{hint}", error.chain())),

@@ -3,48 +3,47 @@
 /// A command of the program.
 #[derive(Clone, Copy, Debug)]
 pub struct Command {
-    /// The word it is called by.
+    /// The name of the command.
     pub name: &'static str,
-    /// What it does, without a full stop.
+    /// A summary of the command without a full stop.
     pub summary: &'static str,
-    /// The words it takes, as they follow its name in the help text; more lines are indented like the text.
+    /// The arguments as they follow the name in the help text; further lines have the indentation of that text.
     pub usage: &'static str,
-    /// Its options in the order of the help text.
+    /// The options in the order of the help text.
     pub flags: &'static [Flag],
-    /// What it takes besides options.
+    /// The operands in the order of the help text.
     pub operands: &'static [Operand],
-    /// The long names that the original knows, in the order in which it lists them where an abbreviation is
-    /// ambiguous. Long names of [`Self::flags`] that are missing here are ours: an abbreviation finds them only
-    /// where it abbreviates none of the original's.
-    pub original: &'static [&'static str],
-    /// The place among the operands that takes a negative number although it looks like an option.
+    /// The long names that qemu-img has, in the order in which it lists them for an ambiguous abbreviation. Other long
+    /// names of [`Self::flags`] are this program's own: an abbreviation matches them only if it matches none of these.
+    pub qemu_longs: &'static [&'static str],
+    /// The index of the operand that may be a negative number, which looks like an option.
     pub negative_operand: Option<usize>,
 }
 
 /// One option.
 #[derive(Clone, Copy, Debug)]
 pub struct Flag {
-    /// Its letter.
+    /// The letter of the option.
     pub short: Option<char>,
-    /// Its long names; the first is the one shown, and identifies the option within the command.
+    /// The long names; the first one is shown in the help text, and identifies the option within the command.
     pub longs: &'static [&'static str],
-    /// What its value is called, if it takes one.
+    /// The name of the value, if the option takes one.
     pub value: Option<&'static str>,
-    /// What it does, in lines.
+    /// The lines of the help text.
     pub help: &'static [&'static str],
 }
 
 /// One operand, or several of the same kind.
 #[derive(Clone, Copy, Debug)]
 pub struct Operand {
-    /// What it is called.
+    /// The name in the help text.
     pub name: &'static str,
-    /// What it is, in lines.
+    /// The lines of the help text.
     pub help: &'static [&'static str],
 }
 
 impl Flag {
-    /// `--help`, which every command has.
+    /// `--help` of every command.
     pub const HELP: Self = Self::switch(Some('h'), &["help"], &["print this help and exit"]);
     /// `--object`.
     pub const OBJECT: Self = Self::option(
@@ -90,7 +89,7 @@ impl Flag {
     );
     /// `-q`.
     pub const QUIET: Self = Self::switch(Some('q'), &["quiet"], &["quiet operation"]);
-    /// `-q`, as some help texts have it.
+    /// `-q` with the other wording that some help texts have.
     pub const QUIET_ALL: Self = Self::switch(Some('q'), &["quiet"], &["quiet operations"]);
     /// `-p`.
     pub const PROGRESS: Self = Self::switch(Some('p'), &["progress"], &["show operation progress"]);
@@ -124,7 +123,7 @@ impl Flag {
         }
     }
 
-    /// What identifies it within its command.
+    /// The first long name, which identifies the option within the command.
     pub fn name(&self) -> &'static str {
         self.longs.first().copied().unwrap_or_default()
     }

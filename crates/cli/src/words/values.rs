@@ -1,4 +1,4 @@
-//! Values that several commands take, read into types.
+//! Types of values that several commands take.
 
 use std::ffi::{OsStr, OsString};
 
@@ -66,7 +66,7 @@ fn cache(name: Option<&OsStr>, default: CacheMode, what: &str) -> Result<CacheMo
     CacheMode::from_name(&name).ok_or_else(|| Stop::wrong(format!("Invalid {what}: {name}")))
 }
 
-/// How a result is printed.
+/// The format of a command's output.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum OutputFormat {
     /// Text.
@@ -144,12 +144,12 @@ impl Source {
     }
 }
 
-/// What `-o` was given, once or several times.
+/// The values of all `-o` options.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct CreateOptions {
     /// The lists joined by commas, for [`options::Options::parse`].
     pub list: Option<String>,
-    /// Whether the list of options is wanted instead of anything else.
+    /// Whether `help` was given: the command prints the list of options and does nothing else.
     pub wants_help: bool,
 }
 
@@ -157,7 +157,7 @@ impl CreateOptions {
     /// Adds the value of one `-o`.
     ///
     /// # Errors
-    /// A list that could not be told from its neighbours once they are joined.
+    /// The list begins or ends with a comma, and could not be separated from its neighbours when they are joined.
     pub fn add(&mut self, value: OsString) -> Result<(), Stop> {
         let value = text(value);
         if !options::is_list(&value) {
@@ -218,7 +218,7 @@ mod tests {
     }
 
     #[test]
-    fn sizes_are_complained_about_in_the_words_of_their_place() {
+    fn invalid_sizes_are_reported_with_the_name_of_the_option() {
         assert_eq!(size("image size", os("1.5K"), 0, 1 << 62), Ok(1536));
         assert_eq!(
             size("image size", os("1Q"), 0, 9),
@@ -266,7 +266,8 @@ mod tests {
         let mut lists = CreateOptions::default();
         lists.add("a=b".into()).unwrap();
         lists.add("c".into()).unwrap();
-        assert_eq!((lists.list.as_deref(), lists.wants_help), (Some("a=b,c"), false));
+        assert_eq!(lists.list.as_deref(), Some("a=b,c"));
+        assert!(!lists.wants_help);
         assert_eq!(
             lists.add("x,".into()),
             Err(Stop::wrong("Invalid option list: x,"))
@@ -276,7 +277,7 @@ mod tests {
     }
 
     #[test]
-    fn snapshots_are_named_loosely_or_exactly() {
+    fn snapshots_are_selected_by_either_or_by_exact_parameters() {
         assert_eq!(
             snapshot_selector("a=b".into()),
             Ok(SnapshotSelector::Either("a=b".into()))

@@ -1,4 +1,4 @@
-//! What `convert` does once its words are read: opens the sources, makes the target, copies.
+//! Runs `convert`: opens the sources, creates the target, copies the data and the bitmaps.
 
 use std::fs;
 use std::num::NonZeroU32;
@@ -16,10 +16,10 @@ use crate::out::Console;
 use crate::source::open_source;
 use crate::words::{Parser, Source, Stop, text};
 
-/// Reads the words of `convert` and does it.
+/// Parses the command line of `convert` and runs the command.
 ///
 /// # Errors
-/// What is wrong with the words, and everything that can fail on the way.
+/// The command line is wrong, an image cannot be opened or created, or reading or writing fails.
 pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     let args = match Request::parse(words)? {
         Request::OptionHelp { format, name } => {
@@ -28,29 +28,30 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
         Request::Convert(args) => args,
     };
     let progress = crate::progress::Progress::new(args.progress, console);
-    let (sources, marked) = open_sources(&args, console)?;
+    let (sources, bitmap_source) = open_sources(&args, console)?;
     let target = Target::prepare(&args, &sources)?;
-    let made = target.make(&args)?;
+    let created = target.create(&args)?;
     let outcome = target.open(&args, console).and_then(|image| {
-        if marked.is_some() && image.layer().bitmaps().is_none() {
+        if bitmap_source.is_some() && image.layer().bitmaps().is_none() {
             return Err(Stop::wrong(format!(
                 "Format driver '{}' does not support bitmaps",
                 image.layer().format()
             )));
         }
         copy(&args, &sources, &target, &image, &progress, console)?;
-        match &marked {
-            Some(source) => copy_marks(&args, &**source, &image, console),
+        match &bitmap_source {
+            Some(source) => copy_all_bitmaps(&args, &**source, &image, console),
             None => Ok(()),
         }
     });
     if outcome.is_err() {
-        made.undo();
+        created.empty();
     }
     outcome.map(|()| 0)
 }
 
-/// The images to copy, and the one whose bitmaps are to be copied, too. Snapshots have none of their own.
+/// The images to copy, and the layer whose bitmaps are copied too. A snapshot has no bitmaps, so this is the image's
+/// layer.
 type Sources = (Vec<Arc<Image>>, Option<Arc<dyn Layer>>);
 
 fn open_sources(args: &Args, console: &Console) -> Result<Sources, Stop> {
@@ -63,14 +64,14 @@ fn open_sources(args: &Args, console: &Console) -> Result<Sources, Stop> {
     };
     let open = |source| open_source(source, options(), console);
     let mut sources: Vec<_> = args.sources.iter().map(open).collect::<Result<_, _>>()?;
-    let marked = match &sources[..] {
+    let bitmap_source = match &sources[..] {
         _ if !args.bitmaps => None,
         [image] => Some(Arc::clone(image.layer())),
         _ => {
             return Err(Stop::wrong("Copying bitmaps only possible with single source"));
         }
     };
-    if let Some(layer) = &marked {
+    if let Some(layer) = &bitmap_source {
         check_bitmaps(&**layer, args.skip_broken_bitmaps)?;
     }
     if let Some(snapshot) = &args.snapshot {
@@ -79,11 +80,11 @@ fn open_sources(args: &Args, console: &Console) -> Result<Sources, Stop> {
         };
         *image = open_snapshot(image, snapshot)?;
     }
-    Ok((sources, marked))
+    Ok((sources, bitmap_source))
 }
 
-/// Copies the bitmaps once the data is there: writing it would mark everything.
-fn copy_marks(args: &Args, source: &dyn Layer, target: &Image, console: &Console) -> Result<(), Stop> {
+/// Copies the bitmaps. Called after the data has been written, which would mark it dirty.
+fn copy_all_bitmaps(args: &Args, source: &dyn Layer, target: &Image, console: &Console) -> Result<(), Stop> {
     let skipped = |name: &str| {
         if !args.quiet {
             console.warning(&format!(
@@ -95,17 +96,18 @@ fn copy_marks(args: &Args, source: &dyn Layer, target: &Image, console: &Console
     Ok(copy_bitmaps(source, &**target.layer(), &skipped)?)
 }
 
-/// Where the copy goes.
+/// The target of the copy.
 struct Target {
     name: String,
     format: Option<String>,
+    /// `None` for an existing target.
     creation: Option<Creation>,
-    /// The options for making it that it takes to open it as well.
+    /// The creation options that opening the target needs as well.
     keys: NodeOptions,
 }
 
 impl Target {
-    /// Checks what can be checked before anything is made.
+    /// Checks everything that can be checked before a file is created.
     fn prepare(args: &Args, sources: &[Arc<Image>]) -> Result<Self, Stop> {
         let name = args.target.name.shown();
         let format = args.target.format.clone();
@@ -114,20 +116,20 @@ impl Target {
             Some(name) => Some(format_of_new(name)?),
             None => None,
         };
-        let below = Below::read(args, driver)?;
-        let is_based = args.backing.is_some() && !args.no_create;
-        if let Some(driver) = driver.filter(|driver| is_based && !driver.has_backing()) {
+        let backing_options = BackingOptions::read(args, driver)?;
+        let needs_backing = args.backing.is_some() && !args.no_create;
+        if let Some(driver) = driver.filter(|driver| needs_backing && !driver.has_backing()) {
             return Err(Stop::wrong(format!(
                 "Backing file not supported for file format '{}'",
                 format.as_deref().unwrap_or(driver.name())
             )));
         }
-        if sources.len() > 1 && below.is_named {
+        if sources.len() > 1 && backing_options.is_named {
             return Err(Stop::wrong(
                 "Having a backing file for the target makes no sense when concatenating multiple input images",
             ));
         }
-        if below.is_named && !below.has_format && !args.no_create {
+        if backing_options.is_named && !backing_options.has_format && !args.no_create {
             return Err(Stop::wrong(
                 "Use of backing file requires explicit backing format",
             ));
@@ -156,13 +158,13 @@ impl Target {
             if let Some(backing) = &args.backing {
                 creation = creation.backing_file(text(backing.clone()));
             }
-            // What is below is opened with the target.
+            // The backing image is opened with the target.
             creation = creation.trust_backing(true);
             if let Some(format) = &args.backing_format {
                 creation = creation.backing_format(format);
             }
             target.creation = Some(creation);
-            target.keys = below.keys;
+            target.keys = backing_options.keys;
         }
         if args.compress && !driver.has_compression() {
             return Err(Stop::wrong("Compression not supported for this file format"));
@@ -170,12 +172,12 @@ impl Target {
         Ok(target)
     }
 
-    /// Makes the new image, unless it is there already.
-    fn make(&self, args: &Args) -> Result<Made, Stop> {
+    /// Creates the new image, unless the target exists already.
+    fn create(&self, args: &Args) -> Result<Created, Stop> {
         let Some(creation) = &self.creation else {
-            return Ok(Made::nothing());
+            return Ok(Created::nothing());
         };
-        let made = Made::of(&self.name);
+        let created = Created::named(&self.name);
         let format = self.format.as_deref().unwrap_or_default();
         let failed = |error: diskimage::Error| {
             Stop::from(error.context(format!("{}: error while converting {format}", self.name)))
@@ -194,7 +196,7 @@ impl Target {
             ));
         }
         prepared.create().map_err(failed)?;
-        Ok(made)
+        Ok(created)
     }
 
     fn open(&self, args: &Args, console: &Console) -> Result<Arc<Image>, Stop> {
@@ -212,14 +214,17 @@ impl Target {
     }
 }
 
-/// What the options of the target say that matters before it is made.
-struct Below {
+/// The creation options of the target that are needed before it is created.
+struct BackingOptions {
+    /// Whether a backing file is given.
     is_named: bool,
+    /// Whether the format of the backing file is given.
     has_format: bool,
+    /// See [`Target::keys`].
     keys: NodeOptions,
 }
 
-impl Below {
+impl BackingOptions {
     fn read(args: &Args, driver: Option<&dyn Format>) -> Result<Self, Stop> {
         let tables = driver.map_or(&[][..], |driver| driver.create_options());
         let mut options = Options::merged(&[tables, FILE_CREATE_OPTIONS]);
@@ -232,7 +237,7 @@ impl Below {
     }
 }
 
-/// Who makes an encrypted image can also open it: the options for that are among those for making it.
+/// The options that opening an encrypted image needs; they are among those for creating it.
 fn keys(options: &Options) -> NodeOptions {
     let mut keys = NodeOptions::new();
     for name in ["key-secret", "encrypt.format", "encrypt.key-secret"] {
@@ -243,32 +248,32 @@ fn keys(options: &Options) -> NodeOptions {
     keys
 }
 
-/// What this run made, to be emptied if the copy fails: no file is left that looks complete.
-struct Made {
+/// The file that this run has created. It is emptied if the copy fails, so that no file is left that looks complete.
+struct Created {
     name: Option<String>,
 }
 
-impl Made {
+impl Created {
     fn nothing() -> Self {
         Self { name: None }
     }
 
-    fn of(name: &str) -> Self {
+    fn named(name: &str) -> Self {
         Self {
             name: diskimage::Target::parse(name).ok().map(|target| target.path),
         }
     }
 
-    /// Empties it, if it is a plain file. It stays where it is, as with the original: it may have been there before,
-    /// with an owner and permissions that somebody chose.
-    fn undo(self) {
+    /// Empties the file, if it is a regular file. As in qemu-img it is not removed: it may have existed before, with an
+    /// owner and permissions of its own.
+    fn empty(self) {
         let file = self
             .name
             .map(|name| name::to_path(&name))
             .filter(|path| path.metadata().is_ok_and(|metadata| metadata.is_file()));
         let file = file.and_then(|path| name::open_with(&path, fs::OpenOptions::new().write(true)).ok());
         if let Some(file) = file {
-            // The failure that led here is the one to report.
+            // An error here is not reported: that of the copy is.
             let _ = file.set_len(0);
         }
     }
@@ -283,7 +288,7 @@ fn copy(
     console: &Console,
 ) -> Result<(), Stop> {
     let report = |done, total| progress.set(done, total);
-    let lost = |error: &diskimage::Error| {
+    let on_lost = |error: &diskimage::Error| {
         if let Some(notice) = error.preceding_note() {
             console.note(notice);
         }
@@ -303,14 +308,14 @@ fn copy(
     conversion.copy_offload = args.copy_range;
     conversion.salvage = args.salvage;
     if target.creation.is_some() || args.backing.is_some() {
-        conversion.backing_len = image.backing().map(|below| below.len());
+        conversion.backing_len = image.backing().map(|backing| backing.len());
     }
     conversion.target_is_zero = if args.no_create {
         args.target_is_zero
     } else {
         conversion.target_is_zero
     };
-    conversion.on_lost = Some(&lost);
+    conversion.on_lost = Some(&on_lost);
     conversion.progress = diskimage::Progress::new(&report);
     let copied = conversion.run()?;
     image.flush()?;

@@ -1,4 +1,4 @@
-//! `convert`: copies one or more images to another, with its own format.
+//! `convert`: copies one or more images to a new one, which may have another format.
 
 mod copy;
 
@@ -34,7 +34,7 @@ pub static COMMAND: Command = Command {
             help: &["target (output) image file name"],
         },
     ],
-    original: &[
+    qemu_longs: &[
         "help",
         "quiet",
         "object",
@@ -63,8 +63,8 @@ pub static COMMAND: Command = Command {
     negative_operand: None,
 };
 
-/// The original's help names several long options that it does not take (`--target-format` for `--output-format` and
-/// so on). Both names work here.
+/// The options. The help text of qemu-img has several long names that it does not accept (`--target-format` for
+/// `--output-format` and so on). This program accepts both.
 const FLAGS: &[Flag] = &[
     Flag::HELP,
     Flag::QUIET_ALL,
@@ -196,72 +196,72 @@ const FLAGS: &[Flag] = &[
     Flag::OBJECT,
 ];
 
-/// What the words ask for.
+/// A parsed command line.
 #[derive(Debug)]
 pub enum Request {
-    /// The list of options of a format, and of the protocol of a file if one is named.
+    /// List the options of a format, and those of its file if one is named.
     OptionHelp {
         /// The format.
         format: String,
         /// The target.
         name: Option<OsString>,
     },
-    /// A copy.
+    /// Copy images.
     Convert(Box<Args>),
 }
 
-/// What to copy.
+/// The arguments of `convert`.
 #[derive(Debug)]
 pub struct Args {
-    /// The images whose contents follow one another in the target; at least one.
+    /// The images that are concatenated; at least one.
     pub sources: Vec<Source>,
-    /// How they are cached.
+    /// The cache mode of the sources.
     pub source_cache: CacheMode,
-    /// The internal snapshot that counts instead of the present state.
+    /// The internal snapshot to copy instead of the current state.
     pub snapshot: Option<SnapshotSelector>,
-    /// Take no locks on the sources that others could mind.
+    /// Open the sources without locks (`-U`).
     pub force_share: bool,
-    /// Where the copy goes. Its format is given, but for a specification.
+    /// The target. It has a format unless its name is a specification.
     pub target: Source,
-    /// How it is cached.
+    /// The cache mode of the target.
     pub target_cache: CacheMode,
-    /// Whether the target is there already.
+    /// Whether the target exists already.
     pub no_create: bool,
-    /// Whether the target reads as zeroes; only if it is there already.
+    /// Whether the target reads as zeroes; only with `no_create`.
     pub target_is_zero: bool,
-    /// The list of its options, for [`diskimage::options::Options::parse`]; only if it is made.
+    /// The list of creation options, for [`diskimage::options::Options::parse`]; only without `no_create`.
     pub options: Option<String>,
-    /// Its backing file.
+    /// The backing file of the target.
     pub backing: Option<OsString>,
     /// The format of the backing file.
     pub backing_format: Option<String>,
-    /// Compress what is written.
+    /// Write compressed clusters.
     pub compress: bool,
-    /// The shortest run of zeroes to leave a hole for, 0 to leave none; nothing for the default.
+    /// The shortest run of zeroes that becomes a hole; 0 for no holes, `None` for the default.
     pub sparse_size: Option<u64>,
     /// Copy persistent bitmaps.
     pub bitmaps: bool,
-    /// Leave out bitmaps that cannot be trusted; only with `bitmaps`.
+    /// Leave out inconsistent bitmaps; only with `bitmaps`.
     pub skip_broken_bitmaps: bool,
-    /// The rate limit in bytes per second; 0 is none.
+    /// The limit of bytes per second; 0 is no limit.
     pub rate: u64,
-    /// How many requests are in flight, 1 to 16; nothing for the default.
+    /// The number of requests in flight, 1 to 16; `None` for the default.
     pub parallel: Option<u64>,
-    /// Have the kernel copy; never with `compress`, `sparse_size` or `salvage`.
+    /// Let the kernel copy; never with `compress`, `sparse_size` or `salvage`.
     pub copy_range: bool,
-    /// Take zeroes for what cannot be read.
+    /// Write zeroes for sectors that cannot be read.
     pub salvage: bool,
-    /// Write in any order.
+    /// Allocate clusters in any order.
     pub out_of_order: bool,
     /// Print only errors.
     pub quiet: bool,
     /// Show progress.
     pub progress: bool,
-    /// Secrets.
+    /// The objects of `--object`, such as secrets.
     pub objects: Arc<Objects>,
 }
 
-/// The words before they are checked against each other.
+/// The options before they are checked against each other.
 #[derive(Default)]
 struct Given {
     source_format: Option<String>,
@@ -292,10 +292,10 @@ struct Given {
 }
 
 impl Request {
-    /// Reads the words.
+    /// Parses the command line.
     ///
     /// # Errors
-    /// What is wrong with them.
+    /// An option is unknown or has an invalid value, options contradict each other, or an operand is missing.
     pub fn parse(mut words: Parser) -> Result<Self, Stop> {
         let mut given = Given::default();
         while let Some((flag, value)) = words.next_flag()? {
@@ -339,7 +339,7 @@ impl Given {
         Ok(())
     }
 
-    /// Options that exclude or need each other, in the original's order.
+    /// Checks options that exclude or need each other, in the order of qemu-img.
     fn check(&self) -> Result<(), Stop> {
         let conflicts = [
             (
@@ -389,7 +389,7 @@ impl Given {
         let source_cache = source_cache(self.source_cache.as_deref())?;
         let source = |word| Source::new(word, self.source_format.clone(), self.image_opts);
         let sources = operands.into_iter().map(source).collect::<Result<_, _>>()?;
-        // The default format is for a file name only.
+        // A specification has no default format.
         let target_format = match self.target_format {
             None if !self.target_image_opts => Some("raw".to_owned()),
             format => format,
@@ -457,14 +457,11 @@ mod tests {
         assert_eq!(args.sources.len(), 2);
         assert_eq!(args.target.name, ImageName::File("c".into()));
         assert_eq!(args.target.format.as_deref(), Some("qcow2"));
-        assert_eq!(
-            (args.sparse_size, args.parallel, args.progress),
-            (Some(4096), Some(16), true)
-        );
-        assert_eq!(
-            (args.source_cache, args.target_cache),
-            (CacheMode::WRITEBACK, CacheMode::UNSAFE)
-        );
+        assert_eq!(args.sparse_size, Some(4096));
+        assert_eq!(args.parallel, Some(16));
+        assert!(args.progress);
+        assert_eq!(args.source_cache, CacheMode::WRITEBACK);
+        assert_eq!(args.target_cache, CacheMode::UNSAFE);
     }
 
     #[test]
@@ -474,7 +471,7 @@ mod tests {
     }
 
     #[test]
-    fn quiet_forbids_progress() {
+    fn quiet_suppresses_progress() {
         assert!(!args("-p -q a b").progress);
     }
 
