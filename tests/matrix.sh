@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Takes a real file system image from every format to every other and back, with two programs that must agree.
+# Converts a real file system image from every format to every other and back, with two programs that must agree.
 #
 #   tests/matrix.sh [--size 256M] [--work DIR] [--only FORM,...] OURS STOCK
 #
-# STOCK makes an image of each form. OURS converts it to each form; STOCK checks what comes out, shows its facts and finds
-# it the same as the file system image; OURS reads it back, which must equal the file system image byte by byte (cmp).
+# STOCK creates an image of each form. OURS converts it to each form; STOCK compares the result with the file system image and
+# runs info and check on it; OURS converts it back to raw, which must equal the file system image byte by byte (cmp).
 # Prints a line for each form of the source, and exits with 1 if any conversion failed.
 set -euo pipefail
 
-# name | format | creation options | c: the original has a check for it
+# name | format | creation options | c: the stock program can check the format
 readonly FORMS='
 raw               | raw       |                                  |
 qcow2             | qcow2     |                                  | c
@@ -37,7 +37,7 @@ usage() {
     sed -n 's/^# \{0,1\}//; 2,8p' "$0"
 }
 
-# The words that name the image of a format in a file.
+# The specification of the image of a format in a file.
 image() {
     printf 'driver=%s,file.filename=%s' "$1" "$2"
     [[ $1 != luks ]] || printf ',key-secret=key'
@@ -61,7 +61,7 @@ attempt() {
         run cmp "$source" "$work/target/back"
 }
 
-# The fields of a line, without blanks around them.
+# Splits a line into its fields, without blanks around them.
 fields() {
     IFS='|' read -r name format options checked <<<"$1"
     read -r name <<<"$name"
@@ -107,7 +107,7 @@ for line in "${lines[@]}"; do
     from=$name from_format=$format
     start=$SECONDS
     mkdir "$work/$from"
-    # The original answers `convert -c` to qcow with 1 and nothing else; whether the image is whole is seen below.
+    # The stock `convert -c` to qcow exits with 1 without a message; whether the image is complete is checked below.
     convert "$stock" raw "$source" "$format" "$options" "$work/$from/image" >"$work/said" ||
         [[ $name == qcow-zlib ]] || die "no image of the form $from: $(<"$work/said")"
     verdicts=()

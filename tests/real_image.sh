@@ -1,8 +1,8 @@
 # shellcheck shell=bash
-# A file system image with files of this machine in it, for scripts that take it through formats: real data, real holes.
-# Sourced by them; `$work` is their directory.
+# Creates a file system image with files of this machine, for scripts that convert it: it has real data and real holes.
+# The scripts source this file; `$work` is their directory.
 
-# Where the files of the image come from; it takes them in the order of their names until it is 70 % full.
+# The directory of the files in the image. They are taken in the order of their names until the image is 70 % full.
 readonly SOURCE=/usr
 
 die() {
@@ -10,7 +10,7 @@ die() {
     exit 2
 }
 
-# Every command of either program goes through here: its output is shown only when it fails.
+# Runs a command of either program. Its output is shown only if it fails.
 run() {
     if ! "$@" >"$work/log" 2>&1; then
         printf '  failed: %s\n' "$*"
@@ -19,7 +19,7 @@ run() {
     fi
 }
 
-# The files to put into the image, one a line and relative to the root: as many as fit into the number of bytes given.
+# Prints the files of the image, one per line and relative to the root: as many as fit into the given number of bytes.
 choose_files() {
     LC_ALL=C find "$SOURCE" -xdev -type f -readable -printf '%p\t%s\n' | LC_ALL=C sort |
         LC_ALL=C awk -F '\t' -v budget="$1" '
@@ -40,7 +40,7 @@ make_file_system() {
     rm -rf "$staging"
 }
 
-# The number of bytes that a size stands for.
+# Prints a size as a number of bytes.
 bytes_of() {
     local bytes
     bytes=$(numfmt --from=iec "$1") || die "invalid size '$1'"
@@ -48,7 +48,7 @@ bytes_of() {
     printf '%s\n' "$bytes"
 }
 
-# programs OURS STOCK: finds the programs, as `$ours` and `$stock`, and what making an image takes.
+# programs OURS STOCK: finds the programs, as `$ours` and `$stock`, and mke2fs.
 programs() {
     PATH=$PATH:/usr/sbin:/sbin
     command -v mke2fs >/dev/null || die "mke2fs is not installed (package e2fsprogs)"
@@ -56,7 +56,7 @@ programs() {
     stock=$(command -v "$2") || die "cannot run '$2'"
 }
 
-# The directory of this run, below the one given, as `$work`; it goes when the script ends.
+# Creates the directory of this run in the given one, as `$work`. It is removed when the script ends.
 work_below() {
     work=$(mktemp -d "$1/$(basename "$0" .sh).XXXXXX")
     trap 'rm -rf "$work"' EXIT

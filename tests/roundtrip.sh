@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Takes a real file system image through every form of qcow2 and back, with two programs that must agree.
+# Converts a real file system image to every form of qcow2 and back, with two programs that must agree.
 #
 #   tests/roundtrip.sh [--size 1G] [--work DIR] OURS STOCK
 #
 # Each form is written by OURS, checked and compared by STOCK, and read back by OURS; then written by STOCK, checked,
-# compared and read back by OURS. What is read back must equal the file system image byte by byte (cmp).
+# compared and read back by OURS. The result must equal the file system image byte by byte (cmp).
 # Prints a line for each form and direction, and exits with 1 if any failed.
 set -euo pipefail
 
 # name | -c or nothing | creation options
-# The forms "backing" and "data_file…" get a backing or a data file besides.
+# The forms "backing" and "data_file…" have a backing or a data file too.
 readonly FORMS='
 default               |    |
 zlib                  | -c | compression_type=zlib
@@ -31,7 +31,7 @@ usage() {
     sed -n 's/^# \{0,1\}//; 2,8p' "$0"
 }
 
-# The image's first half, and other content where the image has its second half.
+# Creates a backing image with the first half of the image and other data in the second half.
 make_backing() {
     local image=$1 size=$2 half=$(($2 / 2))
     cp --sparse=always "$image" "$work/backing.raw"
@@ -41,7 +41,7 @@ make_backing() {
     rm "$work/backing.raw"
 }
 
-# write PROGRAM NAME COMPRESS OPTIONS: makes $image of this form from $source.
+# write PROGRAM NAME COMPRESS OPTIONS: creates $image of this form from $source.
 write() {
     local program=$1 name=$2 compress=$3 options=$4
     local -a arguments=(convert -f raw -O qcow2)
@@ -54,18 +54,18 @@ write() {
     run "$program" "${arguments[@]}" "$source" "$image"
 }
 
-# read_back: what OURS makes of the image is the source again.
+# read_back: OURS converts the image back to raw, which must equal the source.
 read_back() {
     run "$ours" convert -f qcow2 -O raw "$image" "$work/back.raw" &&
         run cmp "$source" "$work/back.raw"
 }
 
-# agree PROGRAM: PROGRAM finds the image clean, and its content the same as the source's.
+# agree PROGRAM: PROGRAM checks the image and compares it with the source.
 agree() {
     run "$1" check -f qcow2 "$image" && run "$1" compare -f raw -F qcow2 "$source" "$image"
 }
 
-# A data file that is declared raw is the disk itself.
+# With data_file_raw=on the data file must equal the source.
 data_file_is_raw() {
     [[ $1 != data_file_raw ]] || run cmp "$source" "$work/data.raw"
 }

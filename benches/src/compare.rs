@@ -1,4 +1,4 @@
-//! Runs both sides of a workload in turn.
+//! Runs both sides of a workload alternately.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -10,7 +10,7 @@ use crate::measure::{Sample, Tool, remove};
 use crate::sparse_copy;
 use crate::workload::{NOISE, Step, Workload};
 
-/// What came out of one workload.
+/// The result of one workload.
 #[derive(Debug)]
 pub(crate) struct Comparison {
     pub(crate) name: &'static str,
@@ -25,28 +25,28 @@ pub(crate) struct Sides {
     pub(crate) ours: Figures,
 }
 
-/// One side's runs, never none.
+/// The runs of one side; at least one.
 #[derive(Debug, Default)]
 pub(crate) struct Figures {
     samples: Vec<Sample>,
 }
 
 impl Comparison {
-    /// Whether both sides got through it.
+    /// Whether both sides succeeded.
     pub(crate) fn ran(&self) -> bool {
         self.outcome.is_ok()
     }
 }
 
 impl Sides {
-    /// How many times as fast as the stock program ours is.
+    /// The time of the stock program divided by ours: above 1, ours is faster.
     pub(crate) fn ratio(&self) -> f64 {
         ratio(self.stock.wall(), self.ours.wall())
     }
 }
 
 impl Figures {
-    /// The shortest wall time: noise only ever adds.
+    /// The shortest wall time: noise can only add to it.
     pub(crate) fn wall(&self) -> Duration {
         self.samples
             .iter()
@@ -55,7 +55,7 @@ impl Figures {
             .unwrap_or_default()
     }
 
-    /// The least processor time.
+    /// The shortest processor time.
     pub(crate) fn cpu(&self) -> Duration {
         self.samples
             .iter()
@@ -64,7 +64,7 @@ impl Figures {
             .unwrap_or_default()
     }
 
-    /// The longest wall time over the shortest.
+    /// The longest wall time divided by the shortest.
     pub(crate) fn spread(&self) -> f64 {
         ratio(
             self.samples
@@ -85,15 +85,15 @@ impl Figures {
             .unwrap_or_default()
     }
 
-    /// Bytes on the disk of what the last run wrote.
+    /// The allocated bytes of the output of the last run.
     pub(crate) fn output(&self) -> Option<u64> {
         self.samples.last().and_then(|sample| sample.output)
     }
 }
 
-/// Runs both sides of `workload` `runs` times, in turn, after a warm-up of each.
+/// Runs both sides of `workload` `runs` times, alternately, after a warm-up of each.
 ///
-/// A side that fails is an outcome to report, not an error: the other workloads still have something to tell.
+/// A side that fails is an outcome to report, not an error: the other workloads are still run.
 pub(crate) fn compare(
     workload: &Workload,
     stock: &Tool,
@@ -105,7 +105,7 @@ pub(crate) fn compare(
     for name in workload.fixtures() {
         fixtures.path(name)?;
     }
-    // What making the inputs left to be written must not be written while the clock runs.
+    // Dirty pages of the inputs must not be written back while the clock runs.
     rustix::fs::sync();
 
     let bench = Bench {
@@ -122,7 +122,7 @@ pub(crate) fn compare(
         for _ in 0..runs {
             for (tool, figures) in [(stock, &mut sides.stock), (ours, &mut sides.ours)] {
                 figures.samples.push(bench.run(tool)?);
-                // Removed now, not before the next run: the kernel then has no reason to write it to the disk.
+                // Removed now, not before the next run, so that the kernel does not write its dirty pages back.
                 bench.files.remove()?;
             }
         }
@@ -135,7 +135,7 @@ pub(crate) fn compare(
     })
 }
 
-/// The stock program on both sides.
+/// Compares the stock program with itself.
 pub(crate) fn compare_with_itself(
     stock: &Tool,
     fixtures: &Fixtures<'_>,
@@ -152,7 +152,7 @@ pub(crate) fn compare_with_itself(
     )
 }
 
-/// One workload, and what a run of it needs.
+/// One workload and the state that its runs need.
 struct Bench<'a> {
     workload: &'a Workload,
     stock: &'a Tool,
@@ -161,7 +161,7 @@ struct Bench<'a> {
 }
 
 impl Bench<'_> {
-    /// Runs both sides once for nothing but the caches, and has what they made compared.
+    /// Runs both sides once to fill the caches, and compares their outputs.
     fn warm_up(&self, ours: &Tool) -> Result<()> {
         self.run(self.stock)?;
         if self.workload.verify.is_some() {
@@ -175,7 +175,7 @@ impl Bench<'_> {
         self.files.remove()
     }
 
-    /// Prepares and runs the command as often as the workload says, and leaves the files of the last run.
+    /// Prepares and runs the command as often as the workload requires, and keeps the files of the last run.
     fn run(&self, tool: &Tool) -> Result<Sample> {
         let errors = &self.files.errors;
         let arguments = self.arguments(self.workload.command)?;
@@ -212,11 +212,11 @@ impl Bench<'_> {
     }
 }
 
-/// The files that runs make.
+/// The files that runs create.
 struct Files {
     out: PathBuf,
     top: PathBuf,
-    /// What the stock program made, while ours is compared with it.
+    /// The output of the stock program, to compare ours with.
     stock: PathBuf,
     errors: PathBuf,
 }

@@ -1,9 +1,9 @@
-//! The one error of this program: a message, and what it was about.
+//! The error of this program: a message with its subject.
 
 use std::fmt;
 use std::io;
 
-/// Why nothing could be compared, in words for the person at the terminal.
+/// A message for the user.
 #[derive(Debug)]
 pub(crate) struct Error(String);
 
@@ -21,7 +21,7 @@ impl fmt::Display for Error {
     }
 }
 
-/// Says what an operating system error was about.
+/// Adds the subject to an error of the operating system.
 pub(crate) trait Context<T> {
     fn context(self, subject: &str) -> Result<T>;
     fn with_context(self, subject: impl FnOnce() -> String) -> Result<T>;

@@ -1,4 +1,4 @@
-//! An ext4 image filled with files of this machine: what the disk of a virtual machine looks like.
+//! An ext4 image filled with files of this machine, similar to the disk of a virtual machine.
 
 use std::fs;
 use std::io;
@@ -7,22 +7,22 @@ use std::process::{Command, Stdio};
 
 use crate::error::{Context, Error, Result};
 
-/// Where the files come from: it is on every machine, and mixes programs, libraries, text and compressed files.
+/// The directory of the files: every machine has it, and it has programs, libraries, text and compressed files.
 const SOURCE: &str = "/usr";
 
 /// A fixed identity, so that two images of the same files differ as little as possible.
 const UUID: &str = "6d6f6e64-6179-4a75-8c79-000000000001";
 
-/// Makes an image of `size` bytes, 70 % of which are taken by files; the rest stays holes.
+/// Creates an image of `size` bytes. Files take 70 % of it; the rest is holes.
 pub(crate) fn make(image: &Path, size: u64) -> Result<()> {
     let staging = image.with_extension("files");
     let outcome = fill(&staging, size).and_then(|inodes| format(image, size, &staging, inodes));
-    // A leftover directory is only waste, and the outcome matters more.
+    // A directory that cannot be removed is harmless; the outcome is reported.
     let _ = fs::remove_dir_all(&staging);
     outcome
 }
 
-/// Copies files in the order of their names until they take 70 % of `size`; how many inodes they need.
+/// Copies files in the order of their names until they take 70 % of `size`, and returns the number of inodes they need.
 fn fill(staging: &Path, size: u64) -> Result<u64> {
     let mut selection = Selection {
         budget: size / 10 * 7,
@@ -39,7 +39,7 @@ fn fill(staging: &Path, size: u64) -> Result<u64> {
 }
 
 fn format(image: &Path, size: u64, staging: &Path, inodes: u64) -> Result<()> {
-    // A file is made longer, never truncated, by mke2fs: the rest of an older one would show through.
+    // mke2fs does not truncate a file: the rest of an older one would stay in it.
     let file = fs::File::create(image).with_context(|| image.display().to_string())?;
     file.set_len(size).with_context(|| image.display().to_string())?;
     let output = Command::new("mke2fs")
@@ -67,7 +67,7 @@ fn format(image: &Path, size: u64, staging: &Path, inodes: u64) -> Result<()> {
 
 #[derive(Debug)]
 struct Selection {
-    /// Bytes that may still be taken, counted in blocks of the file system.
+    /// The number of bytes left, counted in blocks of the file system.
     budget: u64,
     inodes: u64,
     staging: PathBuf,
@@ -88,7 +88,7 @@ impl Selection {
                 .file_type()
                 .with_context(|| entry.path().display().to_string())?;
             if kind.is_dir() {
-                // What may not be read does not matter to a benchmark: any files do.
+                // Unreadable directories are left out: any files will do.
                 if fs::read_dir(entry.path()).is_ok() {
                     self.copy_directory(&entry.path(), &relative.join(entry.file_name()))?;
                 }
@@ -108,7 +108,7 @@ impl Selection {
             .metadata()
             .with_context(|| path.display().to_string())?
             .len();
-        // Leaves out what is too long for the room that is left: smaller files after it still fill it.
+        // Leaves out a file that is too long for the room left: smaller ones after it fill the image.
         if len.next_multiple_of(4096) > self.budget || fs::File::open(&path).is_err() {
             return Ok(());
         }

@@ -1,4 +1,4 @@
-//! The input files, made once by the stock program and kept in the work directory.
+//! The input files, created once by the stock program and kept in the work directory.
 
 use std::ffi::OsString;
 use std::fs::{self, File};
@@ -10,9 +10,9 @@ use crate::error::{Context, Error, Result};
 use crate::filesystem_image;
 use crate::measure::Tool;
 use crate::units::KIB;
-use crate::workload::{Piece, fixtures_of, pieces};
+use crate::workload::{Token, fixtures_of, tokens};
 
-/// One input file and how it comes about.
+/// One input file and its recipe.
 #[derive(Debug)]
 pub(crate) struct Fixture {
     pub(crate) name: &'static str,
@@ -21,15 +21,15 @@ pub(crate) struct Fixture {
 
 #[derive(Debug)]
 enum Recipe {
-    /// A file system with files of this machine in it: real data, real holes.
+    /// A file system with files of this machine, which has real data and real holes.
     FilesystemImage,
     /// A sparse file with a small run of data in every 64 KiB, four times as long as the other inputs.
     Fragments,
-    /// The sixteenth of the file system that begins at its middle: for commands that take long for little data.
+    /// A sixteenth of the file system image, from its middle: for commands that are slow even with little data.
     Part,
     /// A passphrase.
     Passphrase,
-    /// Commands of the stock program; `{this}` is the file they make.
+    /// Commands of the stock program; `{this}` is the file that they create.
     Stock(&'static [&'static str]),
 }
 
@@ -108,7 +108,7 @@ pub(crate) const FIXTURES: &[Fixture] = &[
         name: "metadata",
         recipe: Recipe::Stock(&["create -q -f qcow2 -o preallocation=metadata {this} {x1024}"]),
     },
-    // Has a cluster of data or zeroes for each of its base's.
+    // Has a cluster of data or zeroes for each allocated cluster of its base.
     Fixture {
         name: "overlay",
         recipe: Recipe::Stock(&["convert -f raw -O qcow2 -B {qcow2} -F qcow2 {raw} {this}"]),
@@ -125,7 +125,7 @@ pub(crate) const FIXTURES: &[Fixture] = &[
         name: "part",
         recipe: Recipe::Part,
     },
-    // Bits all over the first quarter of two bitmaps of 4 MiB if the input is 1 GiB.
+    // Two bitmaps of 4 MiB with bits set all over their first quarter if the input is 1 GiB.
     Fixture {
         name: "bitmaps",
         recipe: Recipe::Stock(&[
@@ -139,7 +139,7 @@ pub(crate) const FIXTURES: &[Fixture] = &[
         name: "key",
         recipe: Recipe::Passphrase,
     },
-    // Little time for the key: what is measured is the data.
+    // A short key derivation: the conversion of data is measured.
     Fixture {
         name: "luks",
         recipe: Recipe::Stock(&[
@@ -153,7 +153,7 @@ pub(crate) const FIXTURES: &[Fixture] = &[
     },
 ];
 
-/// Finds fixtures by name, making those that are not there yet.
+/// Finds fixtures by name, and creates missing ones.
 #[derive(Debug)]
 pub(crate) struct Fixtures<'a> {
     directory: PathBuf,
@@ -162,11 +162,11 @@ pub(crate) struct Fixtures<'a> {
 }
 
 impl<'a> Fixtures<'a> {
-    /// Fixtures for inputs of `size` bytes, kept under `work`.
+    /// The fixtures for inputs of `size` bytes, kept in `work`.
     pub(crate) fn new(work: &Path, size: u64, stock: &'a Tool) -> Result<Self> {
         let directory = work.join(format!("inputs-{}M", size / KIB / KIB));
         fs::create_dir_all(&directory).with_context(|| directory.display().to_string())?;
-        // The two programs are started in the same place, but absolute names keep it that way if they are not.
+        // Absolute names do not depend on the current directory of the programs.
         let directory = fs::canonicalize(&directory).with_context(|| directory.display().to_string())?;
         Ok(Self {
             directory,
@@ -185,27 +185,27 @@ impl<'a> Fixtures<'a> {
             .iter()
             .find(|fixture| fixture.name == name)
             .ok_or_else(|| Error::new(format!("no input file is called '{name}'")))?;
-        // Under another name until it is whole: an interrupted run must not leave half a file to be measured.
+        // Under another name until it is complete: an interrupted run must not leave an incomplete fixture.
         let partial = self.directory.join(format!("{name}.partial"));
         self.make(fixture, &partial)?;
         fs::rename(&partial, &path).with_context(|| path.display().to_string())?;
         Ok(path)
     }
 
-    /// A command's words with what the names in braces stand for; `files` are those that are no fixtures.
+    /// The words of a command, with the names in braces replaced; `files` are those that are not fixtures.
     pub(crate) fn arguments(&self, command: &str, files: &[(&str, &Path)]) -> Result<Vec<OsString>> {
         command
             .split(' ')
             .map(|word| {
-                // The one word that cannot be written down between two spaces.
+                // An empty word is written as ''.
                 if word == "''" {
                     return Ok(OsString::new());
                 }
                 let mut argument = OsString::new();
-                for piece in pieces(word) {
-                    match piece {
-                        Piece::Text(text) => argument.push(text),
-                        Piece::Name(name) => argument.push(self.named(name, files)?),
+                for token in tokens(word) {
+                    match token {
+                        Token::Text(text) => argument.push(text),
+                        Token::Name(name) => argument.push(self.named(name, files)?),
                     }
                 }
                 Ok(argument)

@@ -1,4 +1,4 @@
-//! What this machine can do at best, to see how near to it the figures are.
+//! The limits of this machine, to compare the figures with.
 
 use std::fs::File;
 use std::hint::black_box;
@@ -15,7 +15,7 @@ use crate::machine::cores;
 use crate::measure::remove;
 use crate::units::KIB;
 
-/// One rate: what was done, and bytes per second on one core and on all.
+/// The rate of one kind of work in bytes per second, on one core and on all.
 #[derive(Debug)]
 pub(crate) struct Limit {
     pub(crate) name: &'static str,
@@ -24,11 +24,11 @@ pub(crate) struct Limit {
     pub(crate) cores: usize,
 }
 
-/// qcow2's default cluster: the unit of compression.
+/// The default cluster size of qcow2, which is the unit of compression.
 const CLUSTER: usize = 64 * 1024;
-/// How much data each measurement works on.
+/// The number of bytes of each measurement.
 const SAMPLE: u64 = 64 * KIB * KIB;
-/// Measurements of one rate; the best counts.
+/// The number of measurements of one rate; the best one is reported.
 const TRIES: u32 = 3;
 
 /// Measures with data taken from `input`; a file to write goes to `scratch`.
@@ -41,7 +41,7 @@ pub(crate) fn measure(input: &Path, scratch: &Path) -> Result<Vec<Limit>> {
         .collect::<io::Result<_>>()
         .context("zstd")?;
 
-    // One place for each cluster, so that the copies leave the processor's caches as those of a conversion do.
+    // A buffer for each cluster, so that the copies leave the processor's caches as those of a conversion do.
     let copies: Vec<_> = clusters
         .iter()
         .map(|cluster| Mutex::new(cluster.clone()))
@@ -58,7 +58,7 @@ pub(crate) fn measure(input: &Path, scratch: &Path) -> Result<Vec<Limit>> {
         }),
         limit("zlib-rs inflate", &zlib, |_, packed| {
             let mut out = [0; CLUSTER];
-            // Packed above, hence valid; only the time matters.
+            // Compressed above, so it is valid; only the time matters.
             let _ = Inflate::new(false, 15).decompress(packed, &mut out, InflateFlush::Finish);
             black_box(out);
         }),
@@ -90,16 +90,16 @@ fn sample(input: &Path) -> io::Result<Vec<Vec<u8>>> {
     Ok(sample)
 }
 
-/// The rate at which a new file takes data: what a conversion to an uncompressed image cannot beat.
+/// The rate of writes to a new file, which is the limit of a conversion to an uncompressed image.
 fn page_cache(clusters: &[Vec<u8>], path: &Path) -> Result<Limit> {
     let rate = |threads: usize| -> Result<f64> {
         let mut best = Duration::MAX;
         for _ in 0..TRIES {
-            // A new file each time: overwriting pages that are there already costs less than making them.
+            // A new file each time: overwriting pages in the page cache is faster than allocating them.
             remove(path)?;
             let file = File::create(path).with_context(|| path.display().to_string())?;
             best = best.min(timed(threads, clusters, &|index, cluster: &Vec<u8>| {
-                // A write that fails makes an absurd rate, at the end of comparisons that wrote much more.
+                // Errors are ignored: the comparisons before have written much more to the same directory.
                 let _ = file.write_all_at(cluster, (index * CLUSTER) as u64);
             }));
         }
@@ -116,7 +116,7 @@ fn page_cache(clusters: &[Vec<u8>], path: &Path) -> Result<Limit> {
 }
 
 /// Does `work` on every item, once on one thread and once on as many as there are cores; rates count clusters of
-/// guest data, packed or not.
+/// guest data, compressed or not.
 fn limit(name: &'static str, items: &[Vec<u8>], work: impl Fn(usize, &Vec<u8>) + Sync) -> Limit {
     let rate = |threads: usize| {
         let best = (0..TRIES)

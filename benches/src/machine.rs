@@ -1,4 +1,4 @@
-//! What the figures were measured on.
+//! The machine that the figures were measured on.
 
 use std::fs;
 use std::path::Path;
@@ -38,7 +38,7 @@ pub(crate) fn facts(options: &Options, stock: &Tool, ours: &Tool, floor: u64) ->
     ]
 }
 
-/// How many threads can run at once.
+/// The number of threads that can run at once.
 pub(crate) fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
 }
@@ -68,7 +68,8 @@ fn filesystem(directory: &Path) -> String {
     mount_type(&mounts, &directory).unwrap_or_else(|| "an unknown file system".into())
 }
 
-/// The type of the file system that `directory` is on: the longest mount point that leads to it, the last of equals.
+/// The type of the file system of `directory`: that of the longest mount point which is a prefix of it, the last of
+/// several.
 fn mount_type(mounts: &str, directory: &Path) -> Option<String> {
     mounts
         .lines()

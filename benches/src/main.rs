@@ -1,13 +1,13 @@
 //! Compares two builds of `qemu-img`, workload by workload: ours and the installed ("stock") one.
 //!
-//! For every workload the two programs run in turn (stock, ours, stock, ours, …) on the same input files, after one
-//! warm-up each, so that a drifting machine hurts both alike. What counts is the minimum of the wall times; the
-//! spread beside it says how far to trust it, and the first line compares the stock program with itself, which shows
-//! the ratio that noise alone produces.
+//! For every workload the two programs run alternately (stock, ours, stock, ours, …) on the same input files, after one
+//! warm-up each, so that a change of the machine's speed affects both alike. The ratio is that of the shortest wall
+//! times; the spread beside it shows how reliable they are, and the first line compares the stock program with itself,
+//! which shows the ratio that noise alone produces.
 //!
-//! After the warm-up the stock program checks, where a workload says how, that both made the same.
+//! After the warm-up the stock program compares the outputs of both, if the workload has a command for that.
 //!
-//! What is run is data: the workloads are a table in [`workload`], their input files one in [`fixture`].
+//! The workloads are a table in [`workload`], their input files one in [`fixture`].
 
 mod compare;
 mod error;
@@ -47,7 +47,7 @@ fn finish(outcome: Result<bool>) -> ExitCode {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {
-            // Nothing is left to be done when standard error is closed too.
+            // A failed write to standard error cannot be reported anywhere.
             let _ = writeln!(io::stderr(), "compare-bench: {error}");
             ExitCode::FAILURE
         }
@@ -70,11 +70,11 @@ fn run(options: &Options) -> Result<bool> {
     let fixtures = Fixtures::new(&options.work, options.size, &stock)?;
     let scratch = options.work.join(format!("scratch-{}", std::process::id()));
     fs::create_dir_all(&scratch).with_context(|| scratch.display().to_string())?;
-    // An overlay finds a base with a relative name beside itself, not in the directory of this program.
+    // An absolute path: an overlay resolves a relative backing file name against its own directory.
     let scratch = fs::canonicalize(&scratch).with_context(|| scratch.display().to_string())?;
 
     let outcome = run_table(options, &stock, &ours, &fixtures, &scratch);
-    // What is left behind must not hide the outcome; the next run makes a directory of its own.
+    // A directory that cannot be removed is harmless: the next run creates its own.
     let _ = fs::remove_dir_all(&scratch);
     outcome
 }
@@ -102,8 +102,8 @@ fn run_table(
     for workload in options.selected() {
         show(&compare(workload, stock, ours, fixtures, scratch, options.runs)?)?;
     }
-    // Last, for a child process starts with its parent's peak memory in its books: buffers taken here before the
-    // comparisons would show as the memory of both programs.
+    // Measured last: a child process inherits the peak memory of its parent, so buffers that are allocated here before
+    // the comparisons would be counted as memory of both programs.
     if options.limits {
         let limits = limits::measure(&fixtures.path("raw")?, scratch)?;
         table.limits(&mut out, &limits).context("standard output")?;

@@ -12,7 +12,7 @@ use wait4::Wait4;
 
 use crate::error::{Context, Error, Result};
 
-/// A `qemu-img`, and which of the two sides it is.
+/// A `qemu-img` executable, and the side that it is.
 #[derive(Debug)]
 pub(crate) struct Tool {
     pub(crate) side: &'static str,
@@ -20,7 +20,7 @@ pub(crate) struct Tool {
     pub(crate) version: String,
 }
 
-/// What one run took; of several in a row, the sum of the times and the highest memory.
+/// The measurements of one run. Those of several runs are the sum of the times and the highest memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(crate) struct Sample {
     pub(crate) wall: Duration,
@@ -28,7 +28,7 @@ pub(crate) struct Sample {
     pub(crate) cpu: Duration,
     /// Peak resident memory in bytes.
     pub(crate) memory: u64,
-    /// Bytes that the output file takes on the disk, holes left out; none if there is no output file.
+    /// The allocated bytes of the output file, without holes; `None` without an output file.
     pub(crate) output: Option<u64>,
 }
 
@@ -45,7 +45,7 @@ impl Sample {
 }
 
 impl Tool {
-    /// Asks the program at `path` for its version, so that a wrong name is noticed before anything is measured.
+    /// Runs the program at `path` with `--version`, so that a wrong name is noticed before the first measurement.
     pub(crate) fn new(side: &'static str, path: &Path) -> Result<Self> {
         let output = Command::new(path)
             .arg("--version")
@@ -83,17 +83,17 @@ impl Tool {
         &self.path
     }
 
-    /// Runs a command whose time does not matter.
+    /// Runs a command without measuring it.
     pub(crate) fn run_untimed(&self, arguments: &[OsString]) -> Result<()> {
         let output = self
             .command(arguments)
             .output()
             .with_context(|| self.path.display().to_string())?;
-        self.require_done(arguments, output.status, &String::from_utf8_lossy(&output.stderr))
+        self.require_success(arguments, output.status, &String::from_utf8_lossy(&output.stderr))
     }
 
-    /// Runs and measures a command; `errors` is a file for what it writes to standard error, as a pipe would have to
-    /// be emptied by this process while the clock runs.
+    /// Runs and measures a command. Its standard error goes to the file `errors`: a pipe would have to be read by this
+    /// process while the clock runs.
     pub(crate) fn run(&self, arguments: &[OsString], output: &Path, errors: &Path) -> Result<Sample> {
         let stderr = fs::File::create(errors).with_context(|| errors.display().to_string())?;
         let mut command = self.command(arguments);
@@ -107,7 +107,7 @@ impl Tool {
         let wall = start.elapsed();
 
         let message = fs::read_to_string(errors).unwrap_or_default();
-        self.require_done(arguments, finished.status, &message)?;
+        self.require_success(arguments, finished.status, &message)?;
         Ok(Sample {
             wall,
             cpu: finished.rusage.utime + finished.rusage.stime,
@@ -122,12 +122,12 @@ impl Tool {
         command
     }
 
-    /// Whether a command has done its work. The original ends `convert -c -O qcow` with 1, and not a word, when it has:
-    /// that the image is whole is for whoever compares it to see.
-    fn require_done(&self, arguments: &[OsString], status: ExitStatus, message: &str) -> Result<()> {
+    /// Requires that a command has succeeded. The stock `convert -c -O qcow` exits with 1 and without a message
+    /// although it has succeeded; the comparison of the images finds out whether the image is complete.
+    fn require_success(&self, arguments: &[OsString], status: ExitStatus, message: &str) -> Result<()> {
         let has = |word: &str| arguments.iter().any(|argument| argument == word);
-        let as_usual = status.code() == Some(1) && message.is_empty() && has("-c") && has("qcow");
-        if status.success() || as_usual {
+        let is_known_quirk = status.code() == Some(1) && message.is_empty() && has("-c") && has("qcow");
+        if status.success() || is_known_quirk {
             return Ok(());
         }
         Err(self.failure(arguments, message))
@@ -143,10 +143,10 @@ impl Tool {
     }
 }
 
-/// What the peak memory of a process is at least when this program starts it, in bytes.
+/// The least peak memory in bytes of a process that this program starts.
 ///
-/// A child begins with the peak of the process it was forked from; a program that does next to nothing shows how much
-/// that is.
+/// A child process inherits the peak memory of its parent. The peak of `true`, which needs almost no memory, is that
+/// value.
 pub(crate) fn memory_floor() -> Result<u64> {
     let finished = Command::new("true")
         .stdin(Stdio::null())
@@ -156,7 +156,7 @@ pub(crate) fn memory_floor() -> Result<u64> {
     Ok(finished.rusage.maxrss)
 }
 
-/// Removes the file if it is there.
+/// Removes a file if it exists.
 pub(crate) fn remove(path: &Path) -> Result<()> {
     match fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
@@ -206,7 +206,7 @@ mod tests {
     }
 
     #[test]
-    fn a_failing_command_tells_its_first_line() {
+    fn a_failing_command_reports_its_first_line() {
         let directory = tempfile::tempdir().unwrap();
         let tool = Tool {
             side: "ours",

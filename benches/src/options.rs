@@ -32,7 +32,7 @@ pub(crate) struct Options {
     pub(crate) ours: PathBuf,
     pub(crate) stock: PathBuf,
     pub(crate) runs: u32,
-    /// Beginnings of names of workloads; none means all.
+    /// Prefixes of names of workloads; empty for all.
     pub(crate) only: Vec<String>,
     pub(crate) size: u64,
     pub(crate) work: PathBuf,
@@ -56,7 +56,7 @@ impl Default for Options {
 }
 
 impl Options {
-    /// The workloads asked for, in the order of the table.
+    /// The selected workloads in the order of the table.
     pub(crate) fn selected(&self) -> impl Iterator<Item = &'static Workload> {
         WORKLOADS.iter().filter(|workload| {
             self.only.is_empty()
@@ -68,7 +68,7 @@ impl Options {
     }
 }
 
-/// Reads the words after the program's name.
+/// Parses the words after the program's name.
 pub(crate) fn parse(words: impl Iterator<Item = String>) -> Result<Invocation> {
     let mut options = Options::default();
     let mut words = words.peekable();
@@ -106,7 +106,7 @@ fn runs(text: &str) -> Result<u32> {
         .ok_or_else(|| Error::new(format!("invalid number of runs '{text}'")))
 }
 
-/// The size of the inputs; whole MiB, since the directory they are kept in is named by it.
+/// The size of the inputs in whole MiB, which are part of the name of their directory.
 fn size(text: &str) -> Result<u64> {
     const SMALLEST: u64 = 32 * KIB * KIB;
     const LARGEST: u64 = KIB * KIB * KIB * KIB;
@@ -134,7 +134,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_given_is_the_default() {
+    fn an_empty_command_line_is_the_default() {
         assert_eq!(parsed("").unwrap(), Options::default());
     }
 
@@ -148,7 +148,7 @@ mod tests {
     }
 
     #[test]
-    fn what_makes_no_sense_is_refused() {
+    fn invalid_options_are_refused() {
         for line in [
             "--runs 0",
             "--runs",

@@ -1,4 +1,4 @@
-//! The table, for a terminal or as Markdown.
+//! Prints the table, for a terminal or as Markdown.
 
 use std::io::{self, Write};
 
@@ -6,13 +6,13 @@ use crate::compare::{Comparison, Figures, Sides};
 use crate::limits::Limit;
 use crate::units::{KIB, mib, seconds};
 
-/// Prints line by line, as results come in.
+/// Prints the table line by line while the workloads run.
 #[derive(Debug)]
 pub(crate) struct Table {
     markdown: bool,
 }
 
-/// A column's heading and width; figures are written "stock / ours".
+/// The heading and the width of a column. Figures are printed as "stock / ours".
 struct Column {
     heading: &'static str,
     width: usize,
@@ -54,7 +54,7 @@ impl Table {
         Self { markdown }
     }
 
-    /// What was measured and on what, then the headings.
+    /// Prints the facts about the programs and the machine, and the headings.
     pub(crate) fn header(&self, out: &mut dyn Write, facts: &[(&'static str, String)]) -> io::Result<()> {
         for (name, value) in facts {
             if self.markdown {
@@ -81,7 +81,7 @@ impl Table {
         Ok(())
     }
 
-    /// One workload.
+    /// Prints the row of a workload.
     pub(crate) fn row(&mut self, out: &mut dyn Write, comparison: &Comparison) -> io::Result<()> {
         let name = match comparison.repeat {
             1 => comparison.name.to_owned(),
@@ -95,7 +95,7 @@ impl Table {
         out.flush()
     }
 
-    /// What the machine can do at best.
+    /// Prints the limits of the machine.
     pub(crate) fn limits(&self, out: &mut dyn Write, limits: &[Limit]) -> io::Result<()> {
         writeln!(out, "\nThis machine's limits, in MiB of guest data per second:\n")?;
         if self.markdown {
@@ -180,7 +180,7 @@ mod tests {
     }
 
     #[test]
-    fn columns_of_the_heading_and_a_row_end_alike() {
+    fn the_heading_has_the_width_of_all_columns() {
         let mut out = Vec::new();
         Table::new(false)
             .header(&mut out, &[("memory", "1 GiB".into())])

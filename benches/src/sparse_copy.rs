@@ -1,4 +1,4 @@
-//! A fresh copy of an input for a command that changes it.
+//! Copies an input for a command that changes it.
 
 use std::fs::File;
 use std::io;
@@ -8,7 +8,7 @@ use std::path::Path;
 use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
 
-/// Copies what is data; holes stay holes, for a preallocated image is as long as its disk and nearly all hole.
+/// Copies data and keeps holes: a preallocated image is as long as its disk, and most of it is a hole.
 pub(crate) fn copy(from: &Path, to: &Path) -> io::Result<()> {
     let source = File::open(from)?;
     let target = File::create(to)?;
@@ -30,7 +30,7 @@ pub(crate) fn copy(from: &Path, to: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Where the next data begins, if there is any behind `offset`.
+/// The offset of the next data at or after `offset`, if there is any.
 fn next_data(file: &File, offset: u64) -> io::Result<Option<u64>> {
     match seek(file, SeekFrom::Data(offset)) {
         Ok(start) => Ok(Some(start)),

@@ -1,4 +1,4 @@
-//! Sizes and times as people read and write them.
+//! Formats and parses sizes and times.
 
 use std::time::Duration;
 
@@ -9,7 +9,7 @@ pub(crate) fn mib(bytes: u64) -> String {
     format!("{:.1}", bytes as f64 / (KIB * KIB) as f64)
 }
 
-/// Seconds with three decimals: the shortest sums measured here are some tens of milliseconds.
+/// Seconds with three decimals: the shortest sums of times are tens of milliseconds.
 pub(crate) fn seconds(time: Duration) -> String {
     format!("{:.3}", time.as_secs_f64())
 }

@@ -1,30 +1,29 @@
-//! The table of workloads: what is run, as data.
+//! The table of workloads.
 
 /// One command that both programs run on the same files.
 ///
-/// Names in braces are files: a fixture's name is that input; `{out}` and `{top}` are files of the side that runs, and
-/// only `{out}` is compared and shown as output.
+/// Names in braces are files: the name of a fixture is that input; `{out}` and `{top}` are files of the side that runs.
+/// Only `{out}` is compared, and its size is reported.
 #[derive(Debug)]
 pub(crate) struct Workload {
     pub(crate) name: &'static str,
-    /// Done before each run, outside the clock: makes the files that `command` changes.
+    /// The steps before each run, which are not measured: they create the files that `command` changes.
     pub(crate) before: &'static [Step],
-    /// What is timed.
+    /// The command that is measured.
     pub(crate) command: &'static str,
-    /// How often it is run for one measurement; a command of a few milliseconds is run many times in a row, and the
-    /// times shown are their sum.
+    /// The number of runs of one measurement. A command of a few milliseconds is run many times, and the sum of the
+    /// times is reported.
     pub(crate) repeat: u32,
-    /// A command of the stock program that fails if ours made something wrong of `{out}`; `{stock}` is what the stock
-    /// program made.
+    /// A command of the stock program that fails if our `{out}` is wrong; `{stock}` is the output of the stock program.
     pub(crate) verify: Option<&'static str>,
 }
 
 /// One preparation of a run.
 #[derive(Debug)]
 pub(crate) enum Step {
-    /// A copy of an input, under the name of a file of the run.
+    /// Copies an input to a file of the run.
     Copy(&'static str, &'static str),
-    /// A command of the stock program.
+    /// Runs a command of the stock program.
     Stock(&'static str),
 }
 
@@ -43,7 +42,7 @@ impl Workload {
         }
     }
 
-    /// A command that changes what `before` makes.
+    /// A command that changes the files that `before` creates.
     const fn changing(name: &'static str, before: &'static [Step], command: &'static str) -> Self {
         Self {
             before,
@@ -74,17 +73,17 @@ impl Workload {
     }
 }
 
-/// What the stock program is compared with itself on, to show how large a ratio noise alone makes.
+/// The workload on which the stock program is compared with itself, to show the ratio that noise alone produces.
 pub(crate) const NOISE: Workload =
     Workload::once("noise: stock and stock", "convert -f raw -O qcow2 {raw} {out}");
 
 const SAME_RAW: &str = "compare -q -f raw -F raw {stock} {out}";
 const SAME_QCOW2: &str = "compare -q -f qcow2 -F qcow2 {stock} {out}";
-/// Images of whatever format is made: it is known by the content.
+/// For images of other formats, which are probed.
 const SAME_PROBED: &str = "compare -q {stock} {out}";
 const CLEAN: &str = "check -q -f qcow2 {out}";
 
-/// A file with metadata for a terabyte, and what a snapshot has of it.
+/// An image with metadata for a terabyte, without and with a snapshot.
 const METADATA: &[Step] = &[Step::Copy("metadata", "out")];
 const SNAPSHOT: &[Step] = &[
     Step::Copy("metadata", "out"),
@@ -92,7 +91,7 @@ const SNAPSHOT: &[Step] = &[
 ];
 const OVERLAY: &[Step] = &[Step::Copy("overlay", "out")];
 const EMPTY_OVERLAY: &[Step] = &[Step::Copy("empty-overlay", "out")];
-/// An overlay of a base that may be changed.
+/// An overlay on a copy of its base, which may be changed.
 const BASE_AND_TOP: &[Step] = &[
     Step::Copy("qcow2", "out"),
     Step::Copy("overlay", "top"),
@@ -246,32 +245,32 @@ pub(crate) const WORKLOADS: &[Workload] = &[
     .verified(SAME_RAW),
 ];
 
-/// Names in braces that are no fixtures: files of a run, the fixture being made, and lengths.
+/// Names in braces that are not fixtures: files of a run, the fixture that is being created, and lengths.
 const NOT_FIXTURES: &[&str] = &["out", "top", "stock", "this", "x16", "x1024"];
 
-/// The fixtures a command reads, by name.
+/// The names of the fixtures that a command reads.
 pub(crate) fn fixtures_of(command: &str) -> impl Iterator<Item = &str> {
-    pieces(command).filter_map(|piece| match piece {
-        Piece::Name(name) if !NOT_FIXTURES.contains(&name) => Some(name),
+    tokens(command).filter_map(|token| match token {
+        Token::Name(name) if !NOT_FIXTURES.contains(&name) => Some(name),
         _ => None,
     })
 }
 
-/// A part of a command: as it stands, or a name to be replaced.
+/// A token of a command: text, or a name that is replaced.
 #[derive(Debug, PartialEq)]
-pub(crate) enum Piece<'a> {
+pub(crate) enum Token<'a> {
     Text(&'a str),
     Name(&'a str),
 }
 
-/// Takes a command or a word of it apart at the braces.
-pub(crate) fn pieces(text: &str) -> impl Iterator<Item = Piece<'_>> {
+/// Splits a command, or a word of it, at the braces.
+pub(crate) fn tokens(text: &str) -> impl Iterator<Item = Token<'_>> {
     text.split_inclusive('}').flat_map(|part| {
         let (text, name) = match part.strip_suffix('}').and_then(|part| part.split_once('{')) {
-            Some((text, name)) => (text, Some(Piece::Name(name))),
+            Some((text, name)) => (text, Some(Token::Name(name))),
             None => (part, None),
         };
-        std::iter::once(Piece::Text(text)).chain(name)
+        std::iter::once(Token::Text(text)).chain(name)
     })
 }
 
@@ -307,8 +306,8 @@ mod tests {
     #[test]
     fn names_in_braces_are_found_within_words() {
         assert_eq!(
-            pieces("if={raw},x").collect::<Vec<_>>(),
-            [Piece::Text("if="), Piece::Name("raw"), Piece::Text(",x")]
+            tokens("if={raw},x").collect::<Vec<_>>(),
+            [Token::Text("if="), Token::Name("raw"), Token::Text(",x")]
         );
         assert_eq!(fixtures_of("dd if={raw} of={out}").collect::<Vec<_>>(), ["raw"]);
     }
