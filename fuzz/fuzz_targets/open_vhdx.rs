@@ -7,7 +7,7 @@ use std::sync::{Arc, OnceLock};
 use diskimage_core::options::Options;
 use diskimage_core::{CreateRequest, Device, Format, Image, NodeOptions, OpenRequest};
 use diskimage_formats::Vhdx;
-use diskimage_fuzz::{Closed, Pages};
+use diskimage_fuzz::{Closed, PagedFile, file_of};
 
 /// The parts of the file that the input modifies, one after the other: offset and length.
 const PARTS: [(u64, usize); 8] = [
@@ -30,7 +30,7 @@ const TABLE: u64 = 2 << 20;
 
 libfuzzer_sys::fuzz_target!(|input: &[u8]| {
     static SOUND: OnceLock<Arc<[u8]>> = OnceLock::new();
-    let file = Pages::new(Arc::clone(SOUND.get_or_init(valid_image)));
+    let file = file_of(Arc::clone(SOUND.get_or_init(valid_image)));
     let mut input = input.iter();
     for (at, len) in PARTS {
         change(&file, at, len, |bytes| {
@@ -46,7 +46,7 @@ libfuzzer_sys::fuzz_target!(|input: &[u8]| {
 });
 
 /// Modifies `len` bytes of `file` from `at` on.
-fn change(file: &Pages, at: u64, len: usize, how: impl FnOnce(&mut [u8])) {
+fn change(file: &PagedFile, at: u64, len: usize, how: impl FnOnce(&mut [u8])) {
     let mut bytes = vec![0; len];
     file.read_at(&mut bytes, at).expect("inside");
     how(&mut bytes);
@@ -62,11 +62,11 @@ fn fix_checksum(structure: &mut [u8]) {
 
 /// A disk of four blocks of 1 MiB, one of which is allocated only in the log.
 fn valid_image() -> Arc<[u8]> {
-    let file = Arc::new(Pages::new(Arc::default()));
+    let file = Arc::new(file_of(Arc::default()));
     let mut options = Options::new(Vhdx.create_options());
     options.parse("block_size=1M").expect("valid");
     Vhdx.create(CreateRequest {
-        file: Arc::<Pages>::clone(&file),
+        file: Arc::<PagedFile>::clone(&file),
         name: "fuzz",
         size: 4 << 20,
         options: &options,
@@ -80,7 +80,7 @@ fn valid_image() -> Arc<[u8]> {
     let layer = Vhdx
         .open(OpenRequest {
             write: true,
-            ..OpenRequest::new(Arc::<Pages>::clone(&file), "fuzz", &mut NodeOptions::new(), &Arc::default(), &Closed)
+            ..OpenRequest::new(Arc::<PagedFile>::clone(&file), "fuzz", &mut NodeOptions::new(), &Arc::default(), &Closed)
         })
         .expect("opens it");
     let image = Image::new(layer, None, "fuzz", true);

@@ -1,33 +1,25 @@
 //! Exercises an image of arbitrary bytes: all operations that read, then some that write. None may panic, hang, or
 //! allocate memory in proportion to a number in the image.
 
-mod pages;
-
 use std::sync::Arc;
 
 use diskimage_core::{
-    Budget, ByteRange, Device, Error, ErrorKind, Format, Gate, Image, Layer, NodeOptions, Objects, OpenRequest, Preallocation,
-    Progress, Reference, Repair, Result, StatusDetail, ZeroMode,
+    Budget, ByteRange, Device, Format, Gate, Image, Layer, NodeOptions, Objects, OpenRequest, Preallocation,
+    Progress, Repair, StatusDetail, ZeroMode,
 };
+use diskimage_testing::RecordingGate;
 
-pub use pages::Pages;
+pub use diskimage_testing::{Closed, PagedFile};
 
-/// A gate that refuses all files.
-pub struct Closed;
+/// The largest length of a file, as in the file protocol.
+const MAX_LEN: u64 = i64::MAX as u64;
 
-impl Gate for Closed {
-    fn open(&self, _: &Reference<'_>) -> Result<Arc<dyn Device>> {
-        Err(Error::new(ErrorKind::Denied, "no files"))
-    }
-}
+/// The number of bytes that a target may write, so that one that writes endlessly fails.
+const MAX_WRITTEN: usize = 192 << 20;
 
-/// A gate that opens the same file for any name.
-struct OneFile(Arc<[u8]>);
-
-impl Gate for OneFile {
-    fn open(&self, _: &Reference<'_>) -> Result<Arc<dyn Device>> {
-        Ok(Arc::new(Pages::new(Arc::clone(&self.0))))
-    }
+/// A file with these bytes, within the limits of all targets.
+pub fn file_of(bytes: Arc<[u8]>) -> PagedFile {
+    PagedFile::new(bytes).with_limits(MAX_LEN, MAX_WRITTEN)
 }
 
 /// The limit of extents to read, which bounds the work for a disk of exabytes.
@@ -38,33 +30,35 @@ const MAX_ENCODED: u64 = 64 << 10;
 
 /// Opens `bytes` as an image of `format` and exercises it.
 pub fn exercise(format: &dyn Format, bytes: &[u8]) {
-    exercise_file(format, &Pages::new(bytes.into()));
+    exercise_file(format, &file_of(bytes.into()));
 }
 
 /// Opens copies of `file` as an image of `format` and exercises it.
-pub fn exercise_file(format: &dyn Format, file: &Pages) {
+pub fn exercise_file(format: &dyn Format, file: &PagedFile) {
     exercise_through(format, file, &NodeOptions::new(), &Arc::default(), &Closed);
 }
 
 /// Opens `bytes` as an image of `format` that refers to a file with the bytes `part`, and exercises it.
 pub fn exercise_in_parts(format: &dyn Format, bytes: &[u8], part: &[u8]) {
-    exercise_through(format, &Pages::new(bytes.into()), &NodeOptions::new(), &Arc::default(), &OneFile(part.into()));
+    let part = file_of(part.into());
+    let gate = RecordingGate::new(|_| Ok(part.copy()));
+    exercise_through(format, &file_of(bytes.into()), &NodeOptions::new(), &Arc::default(), &gate);
 }
 
 /// Opens `bytes` as an image of `format`, with options, and exercises it.
 pub fn exercise_with(format: &dyn Format, bytes: &[u8], options: &NodeOptions, objects: &Arc<Objects>) {
-    exercise_through(format, &Pages::new(bytes.into()), options, objects, &Closed);
+    exercise_through(format, &file_of(bytes.into()), options, objects, &Closed);
 }
 
 fn exercise_through(
     format: &dyn Format,
-    file: &Pages,
+    file: &PagedFile,
     options: &NodeOptions,
     objects: &Arc<Objects>,
     gate: &dyn Gate,
 ) {
     let open_for = |write: bool, for_check: bool, no_data: bool| {
-        let file: Arc<dyn Device> = Arc::new(file.clone());
+        let file: Arc<dyn Device> = file.copy();
         format.open(OpenRequest {
             write,
             for_check,

@@ -1,11 +1,12 @@
 //! Backing chains.
 
 use std::fs;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use diskimage::{
     Backing, Creation, Device, Error, ErrorKind, FileGate, Gate, OpenOptions, Reference, Result, Role, open,
 };
+use diskimage_testing::RecordingGate;
 
 struct Scratch(tempfile::TempDir);
 
@@ -244,35 +245,23 @@ fn an_exclusive_image_locks_its_backing_images() {
     drop(open(&top, &OpenOptions::new().exclusive(true)).expect("opens"));
 }
 
-/// Counts what is asked for and refuses data files.
-#[derive(Default)]
-struct Doorkeeper(Mutex<Vec<String>>);
-
-impl Gate for Doorkeeper {
-    fn open(&self, reference: &Reference<'_>) -> Result<Arc<dyn Device>> {
-        self.0
-            .lock()
-            .expect("is not poisoned")
-            .push(reference.options.text("filename").unwrap_or_default().to_owned());
-        match reference.role {
-            Role::Backing => FileGate::default().open(reference),
-            Role::Data => Err(Error::new(ErrorKind::Denied, "No data files here")),
-        }
+/// Opens backing files only.
+fn open_backing(reference: &Reference<'_>) -> Result<Arc<dyn Device>> {
+    match reference.role {
+        Role::Backing => FileGate::default().open(reference),
+        Role::Data => Err(Error::new(ErrorKind::Denied, "No data files here")),
     }
 }
 
 #[test]
 fn nothing_is_opened_past_the_gate() {
     let scratch = Scratch::new();
-    let gate = Arc::new(Doorkeeper::default());
+    let gate = Arc::new(RecordingGate::new(open_backing));
     let options = OpenOptions::new().gate(Arc::clone(&gate) as Arc<dyn Gate>);
     scratch.overlay("a", "none", "raw");
     scratch.overlay("b", "a", "qcow2");
     assert!(open(&scratch.path("b"), &options).is_err());
-    assert_eq!(
-        *gate.0.lock().expect("is not poisoned"),
-        [scratch.path("a"), scratch.path("none")]
-    );
+    assert_eq!(gate.names(), [scratch.path("a"), scratch.path("none")]);
 
     let path = scratch.path("c");
     let data = scratch.path("data");

@@ -10,7 +10,7 @@ use diskimage::{
     ThrottleLimits, ZeroMode, apply_snapshot, create_snapshot, delete_snapshot, list_snapshots, open,
     open_device, open_node, open_snapshot,
 };
-use diskimage_testing::{Fault, FaultyDevice, Requests};
+use diskimage_testing::{Fault, FaultyDevice, Requests, contents};
 
 /// The formats that can be written, with options for new images.
 const IMAGES: [(&str, &str); 24] = [
@@ -170,12 +170,6 @@ impl Scratch {
             Err(error) => assert_eq!(error.kind(), ErrorKind::Unsupported, "{what}: {error:?}"),
         }
     }
-}
-
-fn contents(image: &Image) -> Vec<u8> {
-    let mut bytes = vec![0xee; usize::try_from(image.len()).expect("small")];
-    image.read_at(&mut bytes, 0).expect("readable");
-    bytes
 }
 
 #[test]

@@ -2,53 +2,23 @@
 
 use std::sync::Arc;
 
-use diskimage_core::options::Options;
-use diskimage_core::{
-    ByteRange, CreateRequest, Device, Error, ErrorKind, Format, Gate, Image, MemoryDevice, NodeOptions,
-    OpenRequest, Preallocation, Reference, Result, ZeroMode,
-};
+use diskimage_core::{ByteRange, Device, Format, Image, MemoryDevice, Preallocation, Result, ZeroMode};
+use diskimage_testing::{create_image, open_image};
 use proptest::prelude::*;
 
-/// Opens nothing.
-pub(crate) struct Closed;
+pub(crate) use diskimage_testing::{Closed, OneFile, contents};
 
-impl Gate for Closed {
-    fn open(&self, _: &Reference<'_>) -> Result<Arc<dyn Device>> {
-        Err(Error::new(ErrorKind::Denied, "no files"))
-    }
-}
-
-/// A new image of `format`, on nothing.
+/// Creates an image of `format` in memory.
 pub(crate) fn create(format: &dyn Format, options: &str, size: u64) -> Result<Arc<MemoryDevice>> {
-    let file = Arc::new(MemoryDevice::default());
-    let mut parsed = Options::new(format.create_options());
-    parsed.parse(options).expect("valid options");
-    format.create(CreateRequest {
-        backing_cid: None,
-        file: Arc::<MemoryDevice>::clone(&file),
-        name: "test",
-        size,
-        options: &parsed,
-        objects: &Arc::default(),
-        gate: &Closed,
-    })?;
-    Ok(file)
+    let memory = Arc::new(MemoryDevice::default());
+    let file: Arc<dyn Device> = Arc::<MemoryDevice>::clone(&memory);
+    create_image(format, &file, options, size)?;
+    Ok(memory)
 }
 
 /// Opens the image of `format` on `file`.
 pub(crate) fn open(format: &dyn Format, file: Arc<dyn Device>, write: bool) -> Result<Image> {
-    let layer = format.open(OpenRequest {
-        write,
-        ..OpenRequest::new(file, "test", &mut NodeOptions::new(), &Arc::default(), &Closed)
-    })?;
-    Ok(Image::new(layer, None, "test", write))
-}
-
-/// All bytes of a small disk.
-pub(crate) fn contents(image: &Image) -> Vec<u8> {
-    let mut bytes = vec![0xee; usize::try_from(image.len()).expect("small")];
-    image.read_at(&mut bytes, 0).expect("readable");
-    bytes
+    open_image(format, file, write, None)
 }
 
 /// A step of a random test of an image in blocks.

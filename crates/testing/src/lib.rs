@@ -1,10 +1,18 @@
-//! Devices that inject errors, run out of space and record all changes, for the tests of the other crates.
+//! Devices that inject errors, run out of space and record all changes, and images in memory, for the tests of the other
+//! crates.
 //!
 //! * [`FaultyDevice`] fails the n-th request, or all writes beyond a limit.
 //! * [`Journal`] records changes and flushes, and computes the contents that a crash can leave: [`Journal::crashes`].
+//! * [`PagedFile`] is a file in memory that is cheap to copy.
+//! * [`Closed`], [`OneFile`] and [`RecordingGate`] are gates.
+//! * [`create_image`], [`open_image`] and [`contents`] create, open and read images.
 
 mod faulty;
+mod images;
 mod journal;
+mod paged_file;
 
 pub use faulty::{Fault, FaultyDevice, Requests};
+pub use images::{Closed, OneFile, RecordingGate, contents, create_image, open_image};
 pub use journal::{Crash, Journal, RecordingDevice};
+pub use paged_file::PagedFile;

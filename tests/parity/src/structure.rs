@@ -170,7 +170,7 @@ fn without_members(json: &str, members: &[&str]) -> String {
         let is_last = kept
             .get(at + 1)
             .is_some_and(|next| next.trim_start().starts_with(['}', ']']));
-        // The comma of the member that is the last one now would tell of one dropped after it.
+        // The last member that is kept loses its comma: otherwise it would show that a member after it was dropped.
         text += if is_last { line.trim_end_matches(',') } else { line };
         text.push('\n');
     }

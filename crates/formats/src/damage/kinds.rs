@@ -2,7 +2,7 @@
 
 use diskimage_core::{ByteRange, Device, Format};
 
-use super::pages::Pages;
+use diskimage_testing::PagedFile;
 
 /// A kind of image.
 pub(super) struct Kind {
@@ -17,9 +17,9 @@ pub(super) struct Kind {
     pub(super) stride: u64,
     /// Which of its files is damaged.
     pub(super) file: &'static str,
-    pub(super) fields: fn(&Pages) -> Vec<Field>,
+    pub(super) fields: fn(&PagedFile) -> Vec<Field>,
     /// Puts checksums right.
-    pub(super) seal: fn(&Pages),
+    pub(super) seal: fn(&PagedFile),
     /// Whether only walking all tables could tell that two entries lead to the same cluster.
     pub(super) may_share: bool,
     /// Whether only whole clusters that are not there yet can be written.
@@ -52,7 +52,7 @@ const fn number(at: u64, width: usize, unit: u64) -> Field {
 }
 
 /// The first entries of a table, and those further on that are not zero.
-fn table(file: &Pages, start: u64, count: u64, like: Field, found: &mut Vec<Field>) {
+fn table(file: &PagedFile, start: u64, count: u64, like: Field, found: &mut Vec<Field>) {
     for nth in 0..count.min(4096) {
         let field = Field {
             at: start + nth * like.width as u64,
@@ -66,11 +66,11 @@ fn table(file: &Pages, start: u64, count: u64, like: Field, found: &mut Vec<Fiel
 }
 
 impl Field {
-    pub(super) fn read(&self, file: &Pages) -> u64 {
+    pub(super) fn read(&self, file: &PagedFile) -> u64 {
         file.number(self.at, self.width, self.big_endian)
     }
 
-    pub(super) fn write(&self, file: &Pages, value: u64) {
+    pub(super) fn write(&self, file: &PagedFile, value: u64) {
         file.set_number(self.at, self.width, self.big_endian, value);
     }
 
@@ -201,7 +201,7 @@ pub(super) static PARALLELS: Kind = Kind {
     ..BLOCKS
 };
 
-fn qed(file: &Pages) -> Vec<Field> {
+fn qed(file: &PagedFile) -> Vec<Field> {
     let mut found = vec![
         number(4, 4, 1),
         number(8, 4, 1),
@@ -223,7 +223,7 @@ fn qed(file: &Pages) -> Vec<Field> {
     found
 }
 
-fn qcow(file: &Pages) -> Vec<Field> {
+fn qcow(file: &PagedFile) -> Vec<Field> {
     let mut found = vec![
         number(8, 8, 1).big(),
         number(16, 4, 1).big(),
@@ -244,7 +244,7 @@ fn qcow(file: &Pages) -> Vec<Field> {
     found
 }
 
-fn vmdk(file: &Pages) -> Vec<Field> {
+fn vmdk(file: &PagedFile) -> Vec<Field> {
     let mut found = vec![number(44, 4, 1)];
     found.extend([12, 20, 28, 36, 48, 56, 64].map(|at| number(at, 8, 512)));
     let entry = number(0, 4, 512);
@@ -258,7 +258,7 @@ fn vmdk(file: &Pages) -> Vec<Field> {
     found
 }
 
-fn vdi(file: &Pages) -> Vec<Field> {
+fn vdi(file: &PagedFile) -> Vec<Field> {
     let mut found = vec![number(0x170, 8, 1)];
     found.extend([0x154, 0x158].map(|at| number(at, 4, 1)));
     found.extend([0x4c, 0x178, 0x180, 0x184].map(|at| number(at, 4, 1)));
@@ -272,7 +272,7 @@ fn vdi(file: &Pages) -> Vec<Field> {
     found
 }
 
-fn vpc(file: &Pages) -> Vec<Field> {
+fn vpc(file: &PagedFile) -> Vec<Field> {
     let mut found = vec![
         number(16, 8, 1).big(),
         number(48, 8, 1).big(),
@@ -286,7 +286,7 @@ fn vpc(file: &Pages) -> Vec<Field> {
 }
 
 /// Puts right the sum of `len` bytes at `start`, which stands at `at` of them.
-fn sum(file: &Pages, start: u64, len: usize, at: u64) {
+fn sum(file: &PagedFile, start: u64, len: usize, at: u64) {
     file.set_number(start + at, 4, true, 0);
     let mut bytes = vec![0; len];
     file.read_at(&mut bytes, start).expect("inside");
@@ -294,12 +294,12 @@ fn sum(file: &Pages, start: u64, len: usize, at: u64) {
     file.set_number(start + at, 4, true, !sum);
 }
 
-fn seal_vpc(file: &Pages) {
+fn seal_vpc(file: &PagedFile) {
     sum(file, 0, 512, 64);
     sum(file, 512, 1024, 36);
 }
 
-fn vpc_fixed(file: &Pages) -> Vec<Field> {
+fn vpc_fixed(file: &PagedFile) -> Vec<Field> {
     let footer = file.len() - 512;
     vec![
         number(footer + 48, 8, 1).big(),
@@ -309,11 +309,11 @@ fn vpc_fixed(file: &Pages) -> Vec<Field> {
     ]
 }
 
-fn seal_vpc_fixed(file: &Pages) {
+fn seal_vpc_fixed(file: &PagedFile) {
     sum(file, file.len() - 512, 512, 64);
 }
 
-fn vhdx(file: &Pages) -> Vec<Field> {
+fn vhdx(file: &PagedFile) -> Vec<Field> {
     let mut found = Vec::new();
     for header in [64 * KIB, 128 * KIB] {
         found.extend([number(header + 72, 8, 1), number(header + 68, 4, 1)]);
@@ -342,7 +342,7 @@ fn vhdx(file: &Pages) -> Vec<Field> {
     found
 }
 
-fn seal_vhdx(file: &Pages) {
+fn seal_vhdx(file: &PagedFile) {
     for (start, len) in [(64, 4), (128, 4), (192, 64), (256, 64)] {
         let mut bytes = vec![0; len << 10];
         file.read_at(&mut bytes, start * KIB).expect("inside");
@@ -352,7 +352,7 @@ fn seal_vhdx(file: &Pages) {
     }
 }
 
-fn parallels(file: &Pages) -> Vec<Field> {
+fn parallels(file: &PagedFile) -> Vec<Field> {
     // Not the length of clusters: those that are cut off then lose their entries when the image is opened, as in the
     // original.
     let mut found = [32, 48].map(|at| number(at, 4, 512)).to_vec();

@@ -9,7 +9,6 @@
 //! `DAMAGE_STEPS=100000 cargo test -p diskimage-formats damage -- --nocapture` takes more steps than usual.
 
 mod kinds;
-mod pages;
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -21,7 +20,7 @@ use diskimage_core::{
 };
 
 use self::kinds::{Field, Kind};
-use self::pages::Pages;
+use diskimage_testing::PagedFile;
 
 /// Steps for each kind of image if nothing else is said.
 const STEPS: u64 = 500;
@@ -67,7 +66,7 @@ impl Random {
 }
 
 /// The files of an image.
-struct Files(HashMap<String, Arc<Pages>>);
+struct Files(HashMap<String, Arc<PagedFile>>);
 
 impl Files {
     fn copy(&self) -> Self {
@@ -80,7 +79,7 @@ impl Files {
     }
 
     fn open(&self, kind: &Kind, write: bool) -> Result<Image> {
-        let file: Arc<dyn Device> = Arc::<Pages>::clone(&self.0["disk"]);
+        let file: Arc<dyn Device> = Arc::<PagedFile>::clone(&self.0["disk"]);
         let layer = kind.format.open(OpenRequest {
             write,
             ..OpenRequest::new(file, "disk.vmdk", &mut NodeOptions::new(), &Arc::default(), self)
@@ -93,7 +92,7 @@ impl Gate for Files {
     fn open(&self, reference: &Reference<'_>) -> Result<Arc<dyn Device>> {
         let name = reference.options.text("filename").unwrap_or_default();
         match self.0.get(name) {
-            Some(file) => Ok(Arc::<Pages>::clone(file)),
+            Some(file) => Ok(Arc::<PagedFile>::clone(file)),
             None => Err(Error::new(ErrorKind::Denied, "no such file")),
         }
     }
@@ -115,7 +114,7 @@ fn sound(kind: &Kind, seed: u64) -> Files {
     kind.format
         .create(CreateRequest {
             backing_cid: None,
-            file: Arc::<Pages>::clone(&files.0["disk"]),
+            file: Arc::<PagedFile>::clone(&files.0["disk"]),
             name: "disk.vmdk",
             size: kind.size,
             options: &options,
@@ -181,7 +180,7 @@ fn view(kind: &Kind, files: &Files) -> View {
 }
 
 /// A number that somebody could have put there.
-fn damage(field: Field, fields: &[Field], file: &Pages, random: &mut Random) -> u64 {
+fn damage(field: Field, fields: &[Field], file: &PagedFile, random: &mut Random) -> u64 {
     let own = field.read(file);
     let unit = field.unit;
     let places = [

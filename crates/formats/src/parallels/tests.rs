@@ -12,7 +12,7 @@ use diskimage_testing::{Fault, FaultyDevice, Journal, RecordingDevice};
 use proptest::prelude::*;
 
 use super::Parallels;
-use crate::testing::{self, Closed};
+use crate::testing::{self, Closed, contents};
 
 const CLUSTER: u64 = 4096;
 const SMALL: &str = "cluster_size=4k";
@@ -49,12 +49,6 @@ fn open_layer(
 
 fn read_only(bytes: &[u8]) -> Result<Arc<dyn Layer>> {
     open_layer(memory(bytes), false, false, &mut NodeOptions::new())
-}
-
-fn contents(image: &Image) -> Vec<u8> {
-    let mut bytes = vec![0xee; usize::try_from(image.len()).expect("small")];
-    image.read_at(&mut bytes, 0).expect("readable");
-    bytes
 }
 
 /// What a check says, and its lines.

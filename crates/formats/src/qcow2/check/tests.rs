@@ -9,8 +9,8 @@ use diskimage_core::{
 use proptest::prelude::*;
 
 use crate::qcow2::Qcow2Format;
-use crate::qcow2::tests::{FORMS, OneFile, Op, SIZE, create, op, open, secrets, with_key};
-use crate::testing::{Closed, contents};
+use crate::qcow2::tests::{FORMS, Op, SIZE, create, op, open, secrets, with_key};
+use crate::testing::{Closed, OneFile, contents};
 
 /// What a check found, and the lines it told.
 #[derive(Debug)]

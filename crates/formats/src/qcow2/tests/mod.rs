@@ -5,12 +5,12 @@ use std::sync::Arc;
 use diskimage_core::options::Options;
 use diskimage_core::{
     ByteRange, CreateRequest, Device, Format, Gate, Image, MemoryDevice, NodeOptions, Object, Objects,
-    OpenRequest, Preallocation, Reference, ResizeRequest, Result, Secret, StatusDetail, ZeroMode,
+    OpenRequest, Preallocation, ResizeRequest, Result, Secret, StatusDetail, ZeroMode,
 };
 use proptest::prelude::*;
 
 use super::Qcow2Format;
-use crate::testing::{Closed, contents};
+use crate::testing::{Closed, OneFile, contents};
 
 mod crash;
 mod damage;
@@ -21,15 +21,6 @@ mod repair;
 mod scenario;
 mod scenarios;
 mod zeroes;
-
-/// Hands out one device in memory for every name.
-pub(super) struct OneFile(pub(super) Arc<MemoryDevice>);
-
-impl Gate for OneFile {
-    fn open(&self, _: &Reference<'_>) -> Result<Arc<dyn Device>> {
-        Ok(Arc::<MemoryDevice>::clone(&self.0))
-    }
-}
 
 /// What encrypted images are opened with; the others do not ask for it.
 pub(super) fn with_key() -> NodeOptions {

@@ -6,13 +6,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use diskimage_core::options::Options;
 use diskimage_core::{
     AmendRequest, Backing, ByteRange, CheckReport, Device, Error, Format, Gate, Image, Layer, MemoryDevice,
-    NewBitmap, NewSnapshot, NodeOptions, Note, OpenRequest, Preallocation, Progress, Reference, Repair,
-    ResizeRequest, Result, Snapshots, ZeroMode, errno,
+    NewBitmap, NewSnapshot, NodeOptions, Note, OpenRequest, Preallocation, Progress, Repair, ResizeRequest,
+    Result, Snapshots, ZeroMode, errno,
 };
 
 use super::super::{Qcow2, Qcow2Format};
-use super::{OneFile, create};
-use crate::testing::{Closed, contents};
+use super::create;
+use crate::testing::{Closed, OneFile, contents};
 
 /// One thing done to an image. Clusters are filled with one value below 8.
 #[derive(Clone, Copy, Debug)]
@@ -86,7 +86,11 @@ impl Scenario {
     /// The files, what is known of them, and what the disk may read as, when the watching begins.
     pub(super) fn prepare(&self) -> (Files, Before, Model) {
         let data = Arc::new(MemoryDevice::default());
-        let file = create(self.options, self.size, &OneFile(Arc::clone(&data)));
+        let file = create(
+            self.options,
+            self.size,
+            &OneFile(Arc::<MemoryDevice>::clone(&data)),
+        );
         let devices: Vec<Arc<dyn Device>> = vec![
             Arc::<MemoryDevice>::clone(&file),
             Arc::<MemoryDevice>::clone(&data),
@@ -190,15 +194,6 @@ fn filled(len: u64, value: u8) -> Vec<u8> {
     vec![value; usize::try_from(len).expect("small")]
 }
 
-/// Hands out one device for every name.
-struct OneDevice(Arc<dyn Device>);
-
-impl Gate for OneDevice {
-    fn open(&self, _: &Reference<'_>) -> Result<Arc<dyn Device>> {
-        Ok(Arc::clone(&self.0))
-    }
-}
-
 /// Opens the image on the first device, with the second as its data file.
 pub(super) fn open_on(devices: &[Arc<dyn Device>], write: bool) -> Result<Image> {
     open_layer(devices, write, false).map(|layer| Image::new(layer, None, "test", write))
@@ -214,7 +209,7 @@ pub(super) fn open_with_memory(devices: &[Arc<dyn Device>], memory: usize) -> Re
 }
 
 pub(super) fn open_layer(devices: &[Arc<dyn Device>], write: bool, for_check: bool) -> Result<Arc<Qcow2>> {
-    let data = devices.get(1).map(|data| OneDevice(Arc::clone(data)));
+    let data = devices.get(1).map(|data| OneFile(Arc::clone(data)));
     Qcow2::open(OpenRequest {
         write,
         for_check,

@@ -8,8 +8,8 @@ use std::time::Duration;
 use diskimage_core::{ByteRange, Device, Image, MemoryDevice, Progress, Repair, ZeroDetection};
 
 use super::scenario::{Step, snapshots};
-use super::{OneFile, create, open};
-use crate::testing::{Closed, contents};
+use super::{create, open};
+use crate::testing::{Closed, OneFile, contents};
 
 const SIZE: u64 = 32 * 4096;
 
