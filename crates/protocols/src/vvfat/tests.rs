@@ -3,12 +3,12 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use diskimage_core::{
-    Budget, Device, Error, ErrorKind, Gate, LocalTime, NodeOptions, Note, Objects, Progress, Reference,
-    Result,
+    Budget, Device, ErrorKind, Gate, LocalTime, NodeOptions, Note, Objects, Progress, Reference, Result,
 };
+use diskimage_testing::{Closed, RecordingGate};
 use proptest::collection::vec;
 use proptest::prelude::*;
 use tempfile::TempDir;
@@ -19,30 +19,15 @@ use crate::file::File;
 use crate::name::Target;
 use crate::protocol::{Protocol, ProtocolRequest};
 
-/// A gate that opens files and records their names, or refuses.
-#[derive(Default)]
-struct RecordingGate {
-    closed: bool,
-    opened: Mutex<Vec<String>>,
+/// Opens a file by its path.
+fn open_file(reference: &Reference<'_>) -> Result<Arc<dyn Device>> {
+    let path = reference.options.text("filename").expect("is named");
+    let file = File::open(&Target::plain(path), false, CacheMode::default())?;
+    Ok(Arc::new(file))
 }
 
-impl Gate for RecordingGate {
-    fn open(&self, reference: &Reference<'_>) -> Result<Arc<dyn Device>> {
-        if self.closed {
-            return Err(Error::new(ErrorKind::Denied, "closed"));
-        }
-        let path = reference.options.text("filename").expect("is named");
-        self.opened.lock().expect("no panic").push(path.to_owned());
-        Ok(Arc::new(File::open(
-            &Target::plain(path),
-            false,
-            CacheMode::default(),
-        )?))
-    }
-}
-
-fn opened_by(gate: RecordingGate) -> Arc<dyn Gate> {
-    Arc::new(gate)
+fn file_gate() -> Arc<dyn Gate> {
+    Arc::new(RecordingGate::new(open_file))
 }
 
 /// Opens a directory with these other options.
@@ -70,7 +55,7 @@ fn open_with(
 }
 
 fn open(dir: &Path, given: &[(&str, &str)]) -> Result<Arc<dyn Device>> {
-    open_with(dir, given, &opened_by(RecordingGate::default()), 16 << 20)
+    open_with(dir, given, &file_gate(), 16 << 20)
 }
 
 fn refusal(dir: &Path, given: &[(&str, &str)]) -> (String, Option<Note>) {
@@ -360,13 +345,8 @@ fn cyclic_links_end() {
     symlink(".", root.path().join("once")).expect("links");
     open(root.path(), &[]).expect("ends with too many links");
     symlink(".", root.path().join("twice")).expect("links");
-    let error = open_with(
-        root.path(),
-        &[("floppy", "on")],
-        &opened_by(RecordingGate::default()),
-        16 << 20,
-    )
-    .expect_err("would be more than there is room for");
+    let error = open_with(root.path(), &[("floppy", "on")], &file_gate(), 16 << 20)
+        .expect_err("would be more than there is room for");
     assert_eq!(error.kind(), ErrorKind::NoSpace);
 }
 
@@ -374,7 +354,7 @@ fn cyclic_links_end() {
 fn memory_is_reserved_from_the_budget() {
     let root = TempDir::new().expect("makes a directory");
     fs::write(root.path().join("a"), "").expect("writes");
-    let gate = opened_by(RecordingGate::default());
+    let gate = file_gate();
     open_with(root.path(), &[], &gate, 1 << 20).expect("is enough");
     let error = open_with(root.path(), &[], &gate, 1 << 10).expect_err("is too little");
     assert_eq!(error.kind(), ErrorKind::Limit);
@@ -384,18 +364,12 @@ fn memory_is_reserved_from_the_budget() {
 fn files_are_opened_through_the_gate_when_they_are_read() {
     let root = TempDir::new().expect("makes a directory");
     fs::write(root.path().join("a"), "bytes").expect("writes");
-    let gate = Arc::new(RecordingGate::default());
+    let gate = Arc::new(RecordingGate::new(open_file));
     let device = open_with(root.path(), &[], &(Arc::clone(&gate) as Arc<dyn Gate>), 16 << 20).expect("opens");
-    assert!(gate.opened.lock().expect("no panic").is_empty());
+    assert!(gate.names().is_empty());
     Volume::new(device, 63 * 512, 16).files();
-    assert_eq!(
-        *gate.opened.lock().expect("no panic"),
-        [root.path().join("a").to_str().expect("is text")]
-    );
-    let closed = opened_by(RecordingGate {
-        closed: true,
-        ..RecordingGate::default()
-    });
+    assert_eq!(gate.names(), [root.path().join("a").to_str().expect("is text")]);
+    let closed: Arc<dyn Gate> = Arc::new(Closed);
     let device = open_with(root.path(), &[], &closed, 16 << 20).expect("opens");
     let first_data = device.len() - (1 << 20);
     device
