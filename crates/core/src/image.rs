@@ -16,9 +16,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use crate::errno;
 use crate::flush_on_drop::FlushOnDrop;
 use crate::{
-    AmendRequest, ByteRange, Device, Encoded, Error, ErrorKind, Event, Extent, ExtentKind, HoleMeaning, Info,
-    Layer, Limits, Node, NodeOptions, OnLost, Preallocation, ResizeRequest, Result, Run, RunKind,
-    StatusDetail, WritePlan, WriteRun, ZeroMode, align_down, align_up, is_zero, to_index, write_zero_chunks,
+    AmendRequest, ByteRange, DecodedBlockCache, Device, Encoded, Error, ErrorKind, Event, Extent, ExtentKind,
+    HoleMeaning, Info, Layer, Limits, Node, NodeOptions, OnLost, Preallocation, ResizeRequest, Result, Run,
+    RunKind, StatusDetail, WritePlan, WriteRun, ZeroMode, align_down, align_up, is_zero, to_index,
+    write_zero_chunks,
 };
 
 /// An opened image and its backing chain.
@@ -45,7 +46,7 @@ pub struct Image {
     /// Held during that check.
     looking: Mutex<()>,
     /// The cluster decoded last: sequential small reads hit the same compressed cluster.
-    decoded: Mutex<Option<(Encoded, Arc<[u8]>)>>,
+    decoded: DecodedBlockCache<Encoded>,
 }
 
 /// The smallest unit that a disk writes.
@@ -85,7 +86,7 @@ impl Image {
             zeroes: ZeroDetection::Off,
             is_whole: AtomicBool::new(false),
             looking: Mutex::new(()),
-            decoded: Mutex::new(None),
+            decoded: DecodedBlockCache::default(),
         }
     }
 
@@ -187,7 +188,7 @@ impl Image {
         self.require_writable()?;
         self.require_backing_unchanged()?;
         let range = self.check_bounds(range.start(), range.len())?;
-        self.forget_decoded();
+        self.decoded.clear();
         Ok(PendingWrite {
             image: self,
             range,
@@ -201,7 +202,7 @@ impl Image {
     /// As [`Device::write_at`].
     pub fn write_encoded(&self, offset: u64, bytes: &[u8]) -> Result<()> {
         self.require_writable()?;
-        self.forget_decoded();
+        self.decoded.clear();
         self.held
             .change(|| self.layer().codec()?.write_encoded(offset, bytes))
     }
@@ -212,7 +213,7 @@ impl Image {
     /// As [`Device::write_at`].
     pub fn make_empty(&self) -> Result<()> {
         self.require_writable()?;
-        self.forget_decoded();
+        self.decoded.clear();
         self.held.change(|| self.layer().make_empty())
     }
 
@@ -222,7 +223,7 @@ impl Image {
     /// Sizes that the format does not support, and as [`Device::write_at`].
     pub fn resize_with(&self, request: &ResizeRequest) -> Result<()> {
         self.require_writable()?;
-        self.forget_decoded();
+        self.decoded.clear();
         self.layer().check_resize(request)?;
         let old = self.len();
         if request.len > old {
@@ -251,7 +252,7 @@ impl Image {
     /// Options that the format cannot change, and as [`Device::write_at`].
     pub fn amend(&self, request: &AmendRequest<'_>) -> Result<()> {
         self.require_writable()?;
-        self.forget_decoded();
+        self.decoded.clear();
         if request.options.size("size").is_some_and(|len| len > self.len()) {
             self.clear_behind_end()?;
             self.detach_end()?;
@@ -385,10 +386,6 @@ impl Image {
         }
     }
 
-    fn forget_decoded(&self) {
-        *self.decoded.lock().unwrap_or_else(PoisonError::into_inner) = None;
-    }
-
     /// The image of the chain that has the bytes at the start of `range`, its depth, and the run. Bytes beyond the end
     /// of a short backing image are unallocated in its overlay.
     fn resolve(&self, range: ByteRange) -> Result<(&Image, u32, Run)> {
@@ -441,23 +438,12 @@ impl Image {
         Ok(())
     }
 
-    fn decode_cluster(&self, encoded: &Encoded) -> Result<Arc<[u8]>> {
-        let remembered = self
-            .decoded
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone();
-        if let Some((key, cluster)) = remembered
-            && key == *encoded
-        {
-            return Ok(cluster);
-        }
-        let len = to_index(encoded.cluster.len())?;
-        let mut cluster = vec![0; len];
-        self.layer().codec()?.decode(encoded, &mut cluster)?;
-        let cluster: Arc<[u8]> = cluster.into();
-        *self.decoded.lock().unwrap_or_else(PoisonError::into_inner) = Some((*encoded, Arc::clone(&cluster)));
-        Ok(cluster)
+    fn decode_cluster(&self, encoded: &Encoded) -> Result<Arc<Vec<u8>>> {
+        self.decoded.get_or_decode(*encoded, || {
+            let mut cluster = vec![0; to_index(encoded.cluster.len())?];
+            self.layer().codec()?.decode(encoded, &mut cluster)?;
+            Ok(cluster)
+        })
     }
 
     /// Copy-on-write: fills the part of `run` that lies outside `request` with the present data of the disk.
@@ -643,7 +629,7 @@ impl Device for Image {
     fn write_zeroes(&self, range: ByteRange, mode: ZeroMode) -> Result<()> {
         self.require_writable()?;
         let range = self.check_bounds(range.start(), range.len())?;
-        self.forget_decoded();
+        self.decoded.clear();
         let mut rest = range;
         while !rest.is_empty() {
             let (part, by_layer) = self.zeroing_step(rest);
@@ -665,7 +651,7 @@ impl Device for Image {
     fn discard(&self, range: ByteRange) -> Result<()> {
         self.require_writable()?;
         let range = self.check_bounds(range.start(), range.len())?;
-        self.forget_decoded();
+        self.decoded.clear();
         let unit = self.layer().granularity();
         let end = if range.end() == self.len() {
             range.end()

@@ -10,10 +10,11 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use diskimage_core::options::OptionDef;
-use diskimage_core::{CreateRequest, Device, Error, Format, Layer, OpenRequest, Probe, Result, Score, errno};
+use diskimage_core::{
+    CreateRequest, DecodedBlockCache, Device, Error, Format, Layer, OpenRequest, Probe, Result, Score, errno,
+};
 
 use crate::codec::deflate;
-use crate::layer_kit::decoded_cache::DecodedBlockCache;
 use crate::layer_kit::paged_table::PagedTable;
 use crate::layer_kit::read_only_layer::{self, Disk};
 
@@ -58,7 +59,7 @@ impl Format for Cloop {
             file: request.file,
             block_size: u64::from(block_size),
             blocks: u64::from(blocks),
-            last: DecodedBlockCache::new(),
+            last: DecodedBlockCache::default(),
         };
         disk.check_offsets()?;
         Ok(read_only_layer::layer(disk))
@@ -174,7 +175,7 @@ impl Disk for Compressed {
                 .min(buf.len());
             let (head, tail) = buf.split_at_mut(len);
             let at = usize::try_from(at).unwrap_or(usize::MAX);
-            self.last.with(
+            self.last.read_with(
                 index,
                 |block| self.decode(index, block),
                 |block| head.copy_from_slice(&block[at..at + len]),

@@ -19,11 +19,11 @@ use std::sync::Arc;
 
 use diskimage_core::options::OptionDef;
 use diskimage_core::{
-    CreateRequest, Device, Error, Format, Layer, Note, OpenRequest, Probe, Result, Score, errno,
+    CreateRequest, DecodedBlockCache, Device, Error, Format, Layer, Note, OpenRequest, Probe, Result, Score,
+    errno,
 };
 
 use crate::codec::{bzip2, deflate, lzfse, xz};
-use crate::layer_kit::decoded_cache::DecodedBlockCache;
 use crate::layer_kit::read_only_layer::{self, Disk};
 use chunk::{Chunk, Chunks, Codec, Kind, SECTOR};
 use trailer::Trailer;
@@ -56,7 +56,7 @@ impl Format for Dmg {
             file: request.file,
             len: trailer.len()?,
             chunks: chunks.sorted(),
-            last: DecodedBlockCache::new(),
+            last: DecodedBlockCache::default(),
             unknown,
         };
         Ok(read_only_layer::layer(disk))
@@ -106,7 +106,7 @@ impl Udif {
             }
             Kind::Encoded(codec) => {
                 let at = usize::try_from(at).unwrap_or(usize::MAX);
-                self.last.with(
+                self.last.read_with(
                     chunk.sector,
                     |block| self.decode(chunk, codec, block),
                     |block| buf.copy_from_slice(&block[at..at + buf.len()]),

@@ -9,6 +9,9 @@
 //! A sound image has one kind for a cluster at most. A damaged one may say of the L1 table's cluster that it is free, or
 //! a refcount block, or a guest's. Every place that is about to be written is shown to the guard first, with the kinds
 //! that the write is meant for; any other kind there refuses the write.
+//!
+//! This is for images whose metadata is allocated and freed in clusters while they are open, as in qcow2. Formats whose
+//! structures stay where they are have [`reserved`](super::reserved): a few ranges with names, and pieces of one length.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

@@ -10,7 +10,6 @@
 //! | [`range_claims`] | claims on the guest ranges of requests in flight |
 //! | [`slot_bitmap`], [`cluster_set`] | which block slots, or clusters, of a file are in use |
 //! | [`two_level_map`] | L1 and L2 tables over clusters that are only ever added |
-//! | [`decoded_cache`] | the block that was decoded last |
 //! | [`read_only_layer`] | layers of formats that are only read |
 //! | [`repair_on_open`] | repairs made while an image is opened |
 //! | [`count_used`] | counts the clusters that a copy would allocate |
@@ -19,7 +18,6 @@
 pub(crate) mod allocating_plan;
 pub(crate) mod cluster_set;
 pub(crate) mod count_used;
-pub(crate) mod decoded_cache;
 pub(crate) mod in_place_write;
 pub(crate) mod metadata_cache;
 pub(crate) mod metadata_guard;

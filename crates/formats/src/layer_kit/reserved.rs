@@ -13,6 +13,10 @@
 //! it writes guest data in place, changes a table that an entry leads to, or hands out new space. [`Reserved`] is known
 //! when an image is opened and is also asked before reading. [`Pieces`] takes a walk over a table, so it is made when the
 //! first write comes.
+//!
+//! This is for formats with few structures, each of them in one piece or all of one length; a conflict is an error of the
+//! request. The cluster-based [`metadata_guard`](super::metadata_guard) is for qcow2: its structures are of ten kinds, move
+//! while the image is open, are chosen by the user's `overlap-check`, and a conflict marks the image as corrupt.
 
 use diskimage_core::{Budget, ByteRange, Error, Reservation, Result};
 

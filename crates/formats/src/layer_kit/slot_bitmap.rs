@@ -1,25 +1,28 @@
-//! Which places of a file that is divided into blocks are taken.
+//! Which block slots of a file are in use: a dense bitmap.
+//!
+//! It takes one bit for each slot that the table could refer to, in use or not, and finds free slots. For clusters
+//! anywhere in a file, few of which are in use, there is [`ClusterSet`](super::cluster_set::ClusterSet).
 
 use diskimage_core::{Budget, Error, Reservation, Result};
 
-/// The places in the file, one bit each: at least as many as the table has entries, so that one is free whenever a block
-/// of the disk has none.
+/// The slots of the file, one bit each: at least as many as the table has entries, so that one is free whenever a block of
+/// the disk has none.
 #[derive(Debug)]
 pub(crate) struct SlotBitmap {
     taken: Vec<u64>,
-    /// How many there are.
+    /// How many slots there are.
     room: u32,
-    /// No place before is free.
+    /// No slot of the words before this one is free.
     hint: usize,
-    /// The place behind the last that is taken.
+    /// The slot behind the last that is in use.
     end: u32,
-    /// Those that several blocks are at, in order.
+    /// Slots that several entries of the table refer to, in order.
     shared: Vec<u32>,
     _memory: Reservation,
 }
 
 impl SlotBitmap {
-    /// The first `room` places, all of them free.
+    /// The first `room` slots, all of them free.
     pub(crate) fn new(room: u32, budget: &Budget) -> Result<Self> {
         let words = (room as usize).div_ceil(64);
         let memory = budget.reserve(words as u64 * 8)?;
@@ -33,19 +36,19 @@ impl SlotBitmap {
         })
     }
 
-    /// The place behind the last that is taken.
+    /// The slot behind the last that is in use.
     pub(crate) fn end(&self) -> u32 {
         self.end
     }
 
-    /// Whether a block is at this place.
+    /// Whether this slot is in use.
     pub(crate) fn is_taken(&self, place: u32) -> bool {
         self.taken
             .get(place as usize / 64)
             .is_some_and(|word| word >> (place % 64) & 1 == 1)
     }
 
-    /// Takes this place. One that is further out than these is none of them.
+    /// Has this slot be in use. Slots beyond the bitmap are ignored.
     pub(crate) fn take(&mut self, place: u32) {
         if place >= self.room {
             return;
@@ -56,7 +59,7 @@ impl SlotBitmap {
         }
     }
 
-    /// Takes this place for a block that an entry of the table leads to; others may have it already.
+    /// Has this slot be in use for an entry of the table; other entries may refer to it already.
     pub(crate) fn claim(&mut self, place: u32) {
         if self.is_taken(place)
             && let Err(at) = self.shared.binary_search(&place)
@@ -66,17 +69,17 @@ impl SlotBitmap {
         self.take(place);
     }
 
-    /// Whether several blocks are at this place.
+    /// Whether several entries of the table refer to this slot.
     pub(crate) fn is_shared(&self, place: u32) -> bool {
         self.shared.binary_search(&place).is_ok()
     }
 
-    /// Takes the first place that is free.
+    /// Allocates the first free slot.
     pub(crate) fn take_first(&mut self) -> Result<u32> {
         self.take_first_from(0)
     }
 
-    /// Takes the first place from `least` on that is free.
+    /// Allocates the first free slot from `least` on.
     pub(crate) fn take_first_from(&mut self, least: u32) -> Result<u32> {
         let full = |word: &u64| *word == u64::MAX;
         self.hint += self.taken[self.hint..]
@@ -101,7 +104,7 @@ impl SlotBitmap {
         Ok(place)
     }
 
-    /// Makes a place free again.
+    /// Frees a slot.
     pub(crate) fn free(&mut self, place: u32) {
         if let Some(word) = self.taken.get_mut(place as usize / 64) {
             *word &= !(1 << (place % 64));

@@ -4,6 +4,7 @@ use diskimage_core::{CheckReport, Note, Progress, Result};
 
 use super::{State, VdiLayer, place};
 use crate::layer_kit::paged_table::PagedTable;
+use crate::layer_kit::slot_bitmap::SlotBitmap;
 
 /// Findings beyond these are only counted.
 const MAX_LINES: u64 = 1_000_000;
@@ -13,9 +14,7 @@ impl VdiLayer {
     pub(super) fn check_map(&self, progress: &Progress<'_>) -> Result<CheckReport> {
         let mut state = self.lock();
         let (blocks, counted) = (state.header.blocks, state.header.allocated());
-        let words = (blocks as usize).div_ceil(64);
-        let _memory = self.budget.reserve(words as u64 * 8)?;
-        let mut seen = vec![0_u64; words];
+        let mut seen = SlotBitmap::new(blocks, &self.budget)?;
         let mut findings = Findings { progress, count: 0 };
         let mut allocated = 0;
         let State { map, header, .. } = &mut *state;
@@ -25,16 +24,15 @@ impl VdiLayer {
                     "ERROR: block index {block} reaches beyond the end of the file, is {place}"
                 ));
             }
-            match seen.get_mut(place as usize / 64) {
-                Some(word) if place < blocks => {
-                    allocated += 1;
-                    if *word >> (place % 64) & 1 == 1 {
-                        findings.add(format!("ERROR: block index {place} also used by {place}"));
-                    }
-                    *word |= 1 << (place % 64);
-                }
-                _ => findings.add(format!("ERROR: block index {block} too large, is {place}")),
+            if place >= blocks {
+                findings.add(format!("ERROR: block index {block} too large, is {place}"));
+                return;
             }
+            allocated += 1;
+            if seen.is_taken(place) {
+                findings.add(format!("ERROR: block index {place} also used by {place}"));
+            }
+            seen.take(place);
         })?;
         if allocated != u64::from(counted) {
             findings.add(format!(

@@ -5,6 +5,7 @@ use diskimage_core::{ByteRange, CheckReport, Note, Progress, Repair, Result};
 use super::VhdxLayer;
 use super::bat::{Payload, entry_of};
 use super::header::MIB;
+use crate::layer_kit::cluster_set::ClusterSet;
 
 /// Findings beyond these are only counted.
 const MAX_LINES: u64 = 1_000_000;
@@ -24,10 +25,8 @@ impl VhdxLayer {
             }
             report.corruptions += 1;
         };
-        // A bit for each mebibyte of the file that a block has.
-        let words = usize::try_from(len.div_ceil(MIB).div_ceil(64)).unwrap_or(usize::MAX);
-        let _memory = self.budget.reserve(words as u64 * 8)?;
-        let mut taken = vec![0_u64; words];
+        // The mebibytes of the file that blocks have.
+        let mut taken = ClusterSet::new(&self.budget);
         let tables = state.reserved.clone();
         for block in 0..state.metadata.disk_size.div_ceil(self.block_size) {
             let index = entry_of(block, self.block_size);
@@ -68,15 +67,8 @@ impl VhdxLayer {
                 ));
                 continue;
             }
-            let mut shared = false;
-            for part in place.start() / MIB..place.end() / MIB {
-                let (word, bit) = (usize::try_from(part / 64).unwrap_or(usize::MAX), part % 64);
-                if let Some(word) = taken.get_mut(word) {
-                    shared |= *word >> bit & 1 == 1;
-                    *word |= 1 << bit;
-                }
-            }
-            if shared {
+            let in_file = place.intersect(ByteRange::new(0, len)).len().div_ceil(MIB);
+            if taken.take(place.start() / MIB, in_file)? > 0 {
                 tell(format!(
                     "VHDX BAT entry {index} shares its place with another one"
                 ));
