@@ -31,7 +31,7 @@ use crate::{
 #[derive(Debug)]
 pub struct Image {
     /// Dropped before `backing`.
-    held: Arc<FlushOnDrop>,
+    guarded: Arc<FlushOnDrop>,
     backing: Option<Arc<Image>>,
     /// The backing image has changed since this image was created on it.
     backing_changed: bool,
@@ -42,9 +42,9 @@ pub struct Image {
     is_bare: bool,
     zeroes: ZeroDetection,
     /// Whether the check for missing bytes of the file, which the first write needs, has passed.
-    is_whole: AtomicBool,
+    is_complete: AtomicBool,
     /// Held during that check.
-    looking: Mutex<()>,
+    completeness_check: Mutex<()>,
     /// The cluster decoded last: sequential small reads hit the same compressed cluster.
     decoded: DecodedBlockCache<Encoded>,
 }
@@ -76,7 +76,7 @@ impl Image {
             backed.is_some_and(|backed| !backed.matches_backing(&**below.layer()))
         });
         Self {
-            held: Arc::new(FlushOnDrop::new(layer)),
+            guarded: Arc::new(FlushOnDrop::new(layer)),
             backing,
             backing_changed,
             write,
@@ -84,8 +84,8 @@ impl Image {
             node,
             is_bare: false,
             zeroes: ZeroDetection::Off,
-            is_whole: AtomicBool::new(false),
-            looking: Mutex::new(()),
+            is_complete: AtomicBool::new(false),
+            completeness_check: Mutex::new(()),
             decoded: DecodedBlockCache::default(),
         }
     }
@@ -116,12 +116,12 @@ impl Image {
 
     /// The layer on top.
     pub fn layer(&self) -> &Arc<dyn Layer> {
-        self.held.layer()
+        self.guarded.layer()
     }
 
     /// Sets the callback for changes that a drop of the image could not write back, unless one is set already.
     pub fn set_on_lost(&self, on_lost: Arc<OnLost>) {
-        self.held.set_on_lost(on_lost);
+        self.guarded.set_on_lost(on_lost);
     }
 
     /// Makes all changes durable, also those of backing images that were opened for writing, and drops the image.
@@ -134,7 +134,7 @@ impl Image {
         let chain = std::iter::successors(Some(&self), |image| image.backing.as_ref());
         let written = chain.filter(|image| image.write);
         // A failure does not keep the other images from being flushed.
-        let failures: Vec<_> = written.filter_map(|image| image.held.close().err()).collect();
+        let failures: Vec<_> = written.filter_map(|image| image.guarded.close().err()).collect();
         match failures.into_iter().next() {
             Some(error) => Err(error),
             None if Arc::strong_count(&self) > 1 => Err(Error::invalid("Image is still in use")),
@@ -148,7 +148,7 @@ impl Image {
     /// # Errors
     /// Those of `change`.
     pub fn durable_change<T>(&self, change: impl FnOnce() -> Result<T>) -> Result<T> {
-        self.held.durable_change(change)
+        self.guarded.durable_change(change)
     }
 
     /// The filename that relative names in the image are resolved against: its own, or that of its file.
@@ -173,7 +173,7 @@ impl Image {
             .with_node(self.node.clone())
             .with_zero_detection(self.zeroes);
         Self {
-            held: Arc::clone(&self.held),
+            guarded: Arc::clone(&self.guarded),
             is_bare: self.is_bare,
             ..image
         }
@@ -192,7 +192,7 @@ impl Image {
         Ok(PendingWrite {
             image: self,
             range,
-            plan: self.held.change(|| self.layer().plan_write(range))?,
+            plan: self.guarded.change(|| self.layer().plan_write(range))?,
         })
     }
 
@@ -203,7 +203,7 @@ impl Image {
     pub fn write_encoded(&self, offset: u64, bytes: &[u8]) -> Result<()> {
         self.require_writable()?;
         self.decoded.clear();
-        self.held
+        self.guarded
             .change(|| self.layer().codec()?.write_encoded(offset, bytes))
     }
 
@@ -214,7 +214,7 @@ impl Image {
     pub fn make_empty(&self) -> Result<()> {
         self.require_writable()?;
         self.decoded.clear();
-        self.held.change(|| self.layer().make_empty())
+        self.guarded.change(|| self.layer().make_empty())
     }
 
     /// Changes the size of the disk.
@@ -227,17 +227,17 @@ impl Image {
         self.layer().check_resize(request)?;
         let old = self.len();
         if request.len > old {
-            self.clear_behind_end()?;
-            self.detach_end()?;
-            self.pad_end()?;
+            self.zero_beyond_end()?;
+            self.copy_up_last_unit()?;
+            self.extend_file_to_unit_end()?;
         }
         let request = &ResizeRequest {
-            backing_len: self.below_len(),
+            backing_len: self.backing_len(),
             ..request.clone()
         };
-        self.held.change(|| self.layer().resize(request))?;
+        self.guarded.change(|| self.layer().resize(request))?;
         if request.len < old {
-            return match self.clear_behind_end() {
+            return match self.zero_beyond_end() {
                 // It is zeroed when the disk grows.
                 Err(error) if error.kind() == ErrorKind::NoSpace => Ok(()),
                 other => other,
@@ -254,41 +254,41 @@ impl Image {
         self.require_writable()?;
         self.decoded.clear();
         if request.options.size("size").is_some_and(|len| len > self.len()) {
-            self.clear_behind_end()?;
-            self.detach_end()?;
+            self.zero_beyond_end()?;
+            self.copy_up_last_unit()?;
         }
         let request = AmendRequest {
-            backing_len: self.below_len(),
+            backing_len: self.backing_len(),
             ..*request
         };
-        self.held.last_change(|| self.layer().amend(&request))
+        self.guarded.last_change(|| self.layer().amend(&request))
     }
 
-    fn below_len(&self) -> u64 {
+    fn backing_len(&self) -> u64 {
         self.backing.as_ref().map_or(0, |below| below.len())
     }
 
     /// Zeroes the bytes beyond the end of the disk in its last unit, which a shrink has cut off: they must not reappear
     /// when the disk grows.
-    fn clear_behind_end(&self) -> Result<()> {
+    fn zero_beyond_end(&self) -> Result<()> {
         if !self.layer().capabilities().keeps_tail {
             return Ok(());
         }
-        let behind = ByteRange::new(self.len(), align_up(self.len(), self.layer().granularity()));
-        if behind.is_empty() {
+        let beyond = ByteRange::new(self.len(), align_up(self.len(), self.layer().granularity()));
+        if beyond.is_empty() {
             return Ok(());
         }
-        let len = to_index(behind.len())?;
+        let len = to_index(beyond.len())?;
         let mut bytes = vec![0; len];
-        self.read_own(behind, &mut bytes)?;
+        self.read_own(beyond, &mut bytes)?;
         if is_zero(&bytes) {
             return Ok(());
         }
         bytes.fill(0);
         let write = PendingWrite {
             image: self,
-            range: behind,
-            plan: self.layer().plan_write(behind)?,
+            range: beyond,
+            plan: self.layer().plan_write(beyond)?,
         };
         write.finish(&bytes)
     }
@@ -313,7 +313,7 @@ impl Image {
 
     /// Copies the last unit of the disk from the backing image into the layer, if the rest of the unit would expose the
     /// backing image once the disk grows. The disk reads as before.
-    fn detach_end(&self) -> Result<()> {
+    fn copy_up_last_unit(&self) -> Result<()> {
         let Some(below) = &self.backing else { return Ok(()) };
         let (end, unit) = (self.len(), self.layer().write_unit());
         let last = ByteRange::new(align_down(end, unit), end);
@@ -334,7 +334,7 @@ impl Image {
 
     /// Extends the file to the end of the last unit of the disk: the rest of the unit becomes part of the disk when it
     /// grows.
-    fn pad_end(&self) -> Result<()> {
+    fn extend_file_to_unit_end(&self) -> Result<()> {
         let (end, unit) = (self.len(), self.layer().granularity());
         let rest = align_up(end, unit) - end;
         if end == 0 || rest == 0 {
@@ -354,21 +354,24 @@ impl Image {
         if !self.write {
             return Err(Error::read_only());
         }
-        if self.is_whole.load(Ordering::Acquire) {
+        if self.is_complete.load(Ordering::Acquire) {
             return Ok(());
         }
-        let _alone = self.looking.lock().unwrap_or_else(PoisonError::into_inner);
-        if !self.is_whole.load(Ordering::Acquire) {
+        let _alone = self
+            .completeness_check
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if !self.is_complete.load(Ordering::Acquire) {
             if self.layer().needs_whole_file() {
                 self.layer().require_whole_file()?;
             }
-            self.is_whole.store(true, Ordering::Release);
+            self.is_complete.store(true, Ordering::Release);
         }
         Ok(())
     }
 
     /// Checks that no image of the first `depth` in the chain has a backing image that has changed.
-    fn require_fit_down_to(&self, depth: u32) -> Result<()> {
+    fn require_backing_unchanged_down_to(&self, depth: u32) -> Result<()> {
         let mut image = self;
         for _ in 0..depth.max(1) {
             image.require_backing_unchanged()?;
@@ -447,10 +450,10 @@ impl Image {
     }
 
     /// Copy-on-write: fills the part of `run` that lies outside `request` with the present data of the disk.
-    fn fill_around(&self, run: &WriteRun, request: ByteRange) -> Result<()> {
+    fn copy_on_write(&self, run: &WriteRun, request: ByteRange) -> Result<()> {
         // Storage beyond the end of the file has never been written: zeroes there need not be written, except for the
         // last ones, so that the file reaches to the end of the cluster and does not look truncated.
-        let fresh = run.offset >= run.device.len() && !run.device.is_view();
+        let is_unwritten = run.offset >= run.device.len() && !run.device.is_view();
         let sides = [
             ByteRange::new(run.guest.start(), request.start()),
             ByteRange::new(request.end(), run.guest.end()),
@@ -464,11 +467,11 @@ impl Image {
                 self.read_at(&mut buf[..there], inside.start())?;
             }
             let host = ByteRange::at(run.offset + (side.start() - run.guest.start()), side.len());
-            if fresh && is_zero(&buf) {
+            if is_unwritten && is_zero(&buf) {
                 if side.end() == run.guest.end() {
-                    let piece = (end_piece(&*run.device) as u64).min(host.len());
+                    let last_block = (last_block_len(&*run.device) as u64).min(host.len());
                     run.device
-                        .write_zeroes(host.skip(host.len() - piece), ZeroMode::KeepAllocated)?;
+                        .write_zeroes(host.skip(host.len() - last_block), ZeroMode::KeepAllocated)?;
                 }
                 continue;
             }
@@ -490,7 +493,7 @@ impl Image {
 
     /// The first part of `range` that is zeroed by one method, and whether that is the layer's `write_zeroes`.
     fn zeroing_step(&self, range: ByteRange) -> (ByteRange, bool) {
-        let (unit, piece) = (self.layer().granularity(), self.layer().write_unit());
+        let (unit, subunit) = (self.layer().granularity(), self.layer().write_unit());
         // A range that ends with the disk counts as aligned.
         let end = |unit| {
             if range.end() == self.len() {
@@ -500,18 +503,18 @@ impl Image {
             }
         };
         let until = |end: u64| range.first(end.saturating_sub(range.start()));
-        if !range.start().is_multiple_of(piece) {
-            return (until(align_up(range.start(), piece)), false);
+        if !range.start().is_multiple_of(subunit) {
+            return (until(align_up(range.start(), subunit)), false);
         }
         let units = until(end(unit));
         if range.start().is_multiple_of(unit) && !units.is_empty() {
             return (units, true);
         }
-        let pieces = until(end(piece).min(align_down(range.start(), unit).saturating_add(unit)));
-        if pieces.is_empty() {
+        let subunits = until(end(subunit).min(align_down(range.start(), unit).saturating_add(unit)));
+        if subunits.is_empty() {
             (range, false)
         } else {
-            (pieces, true)
+            (subunits, true)
         }
     }
 
@@ -571,11 +574,11 @@ impl PendingWrite<'_> {
     ) -> Result<()> {
         for run in self.plan.runs() {
             let ours = run.guest.intersect(self.range);
-            self.image.fill_around(run, self.range)?;
+            self.image.copy_on_write(run, self.range)?;
             run.device.event(Event::WRITE_AIO);
             fill(&run.device, run.offset + (ours.start() - run.guest.start()), ours)?;
         }
-        self.image.held.change(|| self.plan.commit())
+        self.image.guarded.change(|| self.plan.commit())
     }
 }
 
@@ -602,7 +605,7 @@ impl Device for Image {
         while !rest.is_empty() {
             let (image, depth, run) = self.resolve(rest)?;
             if depth > 0 || matches!(run.kind, RunKind::Unallocated { .. }) {
-                self.require_fit_down_to(depth)?;
+                self.require_backing_unchanged_down_to(depth)?;
             }
             let len = to_index(run.len.min(rest.len()))?;
             let (head, tail) = buf.split_at_mut(len);
@@ -635,7 +638,7 @@ impl Device for Image {
             let (part, by_layer) = self.zeroing_step(rest);
             rest = rest.skip(part.len());
             if by_layer {
-                match self.held.change(|| self.layer().write_zeroes(part, mode)) {
+                match self.guarded.change(|| self.layer().write_zeroes(part, mode)) {
                     Err(error) if error.kind() == ErrorKind::Unsupported && mode != ZeroMode::FastOnly => {
                         self.write_zero_bytes(part)?;
                     }
@@ -662,7 +665,7 @@ impl Device for Image {
         if middle.is_empty() {
             Ok(())
         } else {
-            self.held.change(|| self.layer().discard(middle))
+            self.guarded.change(|| self.layer().discard(middle))
         }
     }
 
@@ -719,7 +722,7 @@ impl Device for Image {
         if !self.write {
             return Ok(());
         }
-        self.held.flush()
+        self.guarded.flush()
     }
 
     fn resize(&self, len: u64, preallocation: Preallocation) -> Result<()> {
@@ -759,7 +762,7 @@ impl Device for Image {
 }
 
 /// How many bytes are written to extend a file: one sector, or the alignment of the device if that is larger.
-fn end_piece(device: &dyn Device) -> usize {
+fn last_block_len(device: &dyn Device) -> usize {
     usize::try_from(device.limits().alignment).map_or(SECTOR, |unit| unit.max(SECTOR))
 }
 
