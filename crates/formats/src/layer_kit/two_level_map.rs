@@ -679,12 +679,12 @@ impl<S: EntryCodec> Walk<'_, S> {
         self.state.end
     }
 
-    /// The entries that are not zero in the window of `table` that byte `at` is in, as pairs of byte and entry, and where
-    /// the next window starts.
+    /// The entries that are not zero in the page of `table` that byte `at` is in, as pairs of byte and entry, and where
+    /// the next page starts.
     ///
     /// # Errors
     /// What the operating system says.
-    pub(crate) fn window(&mut self, table: Table, at: u64) -> Result<(Vec<(u64, u64)>, u64)> {
+    pub(crate) fn page(&mut self, table: Table, at: u64) -> Result<(Vec<(u64, u64)>, u64)> {
         let bytes = self.state.tables.bytes(table, at)?;
         let words = (at..).step_by(8).zip(words::<S>(bytes));
         let used = words.filter(|(_, word)| *word != 0);

@@ -65,7 +65,7 @@ impl Check<'_> {
         self.take(l1)?;
         let mut next = 0;
         while next < l1.len {
-            let (words, after) = walk.window(l1, next)?;
+            let (words, after) = walk.page(l1, next)?;
             next = after;
             for (at, word) in words {
                 match self.entries.l2_table(word, walk.end()) {
@@ -89,7 +89,7 @@ impl Check<'_> {
     fn l2(&mut self, walk: &mut Walk<'_, Entries>, l2: Table, guest: u64) -> Result<()> {
         let (mut next, mut follows) = (0, None);
         while next < l2.len {
-            let (words, after) = walk.window(l2, next)?;
+            let (words, after) = walk.page(l2, next)?;
             next = after;
             for (at, word) in words {
                 let cluster = self.entries.cluster(word, walk.end());

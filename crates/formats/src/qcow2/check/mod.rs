@@ -56,7 +56,7 @@ impl Qcow2 {
         let outcome = Check::new(self, repair, progress)
             .and_then(|mut check| check.run(&mut state).map(|()| check.report));
         if repair != Repair::No {
-            // Tables were written past the windows that are in memory.
+            // Tables were written past the cached pages.
             let forgotten = self.forget_tables(&mut state);
             return outcome.and_then(|report| forgotten.map(|()| report));
         }

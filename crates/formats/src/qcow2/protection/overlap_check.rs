@@ -1,6 +1,6 @@
 //! The options that an image is opened with, as qemu-img checks them.
 //!
-//! Sizes of caches change nothing here, nor does when discarded storage is given back: tables are read in windows of a
+//! Sizes of caches change nothing here, nor does when discarded storage is given back: tables are cached in pages of a
 //! fixed size.
 
 use diskimage_core::options::{OptionDef, OptionKind, Options};

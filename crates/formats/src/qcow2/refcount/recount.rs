@@ -4,7 +4,7 @@
 //!   L1 table ──► L2 table ──► clusters        each use counts once in the refcounts
 //! ```
 //!
-//! L2 tables are streamed past the windows of `tables`, one at a time, and the clusters found are counted up or down in
+//! L2 tables are streamed past the pages of the cache, one at a time, and the clusters found are counted up or down in
 //! sorted batches: each refcount block is touched a few times and not once for every cluster.
 
 use diskimage_core::{ByteRange, Device, Error, Result};
@@ -217,7 +217,7 @@ impl Qcow2 {
             let flag = if once(state, new)? { COPIED } else { 0 };
             Ok(entry & !(OFFSET_MASK | COPIED) | new | flag)
         })?;
-        // The windows of the tables that were changed in the file.
+        // The cached pages of the tables that were changed in the file.
         state.metadata.cache.clear()
     }
 
@@ -242,7 +242,7 @@ impl Qcow2 {
         Ok(place)
     }
 
-    /// Writes a table, or a part of one, past the windows of `tables`.
+    /// Writes a table, or a part of one, past the pages of the cache.
     pub(in crate::qcow2) fn write_table(
         &self,
         state: &State,

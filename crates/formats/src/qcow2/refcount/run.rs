@@ -1,4 +1,4 @@
-//! Counting many clusters at once: one look-up for each window of a refcount block, not one for each cluster.
+//! Counting many clusters at once: one look-up for each page of a refcount block, not one for each cluster.
 
 use diskimage_core::{ByteRange, Error, ErrorKind, Result, errno};
 
@@ -95,7 +95,7 @@ impl Refcounts {
         Ok(())
     }
 
-    /// The block and place that count `cluster`, and how many of `most` clusters from there on its window counts.
+    /// The block and place that count `cluster`, and how many of `most` clusters from there on its page counts.
     fn piece(
         &self,
         tables: &mut MetadataCache,

@@ -54,7 +54,7 @@ struct Attempt<'a> {
     disks: Disks,
     /// The device that fails.
     failing: usize,
-    /// For windows of tables.
+    /// For cached pages of tables.
     memory: usize,
 }
 

@@ -199,7 +199,7 @@ pub(super) fn open_on(devices: &[Arc<dyn Device>], write: bool) -> Result<Image>
     open_layer(devices, write, false).map(|layer| Image::new(layer, None, "test", write))
 }
 
-/// The same for writing, with windows of tables in memory that take up `memory` bytes at most.
+/// The same for writing, with cached pages of tables that take up `memory` bytes at most.
 pub(super) fn open_with_memory(devices: &[Arc<dyn Device>], memory: usize) -> Result<Image> {
     let layer = open_layer(devices, true, false)?;
     layer.lock().metadata.cache.limit_memory(memory);
@@ -223,10 +223,10 @@ pub(super) fn open_layer(devices: &[Arc<dyn Device>], write: bool, for_check: bo
     })
 }
 
-/// Memory for windows of tables in which all of a scenario's tables fit.
+/// Memory for pages of tables in which all of a scenario's tables fit.
 pub(super) const PLENTY: usize = 1 << 20;
 
-/// Memory for few windows: tables are written and read again all the time, in the middle of things.
+/// Memory for few pages: tables are written back and read again all the time, in the middle of things.
 pub(super) const SCARCE: usize = 4096;
 
 pub(super) fn in_memory(files: &[Vec<u8>]) -> Vec<Arc<dyn Device>> {
