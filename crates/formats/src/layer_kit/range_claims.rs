@@ -56,7 +56,7 @@ impl RangeClaims {
         let (guard, mut held) = self.wait_while(|held| held.conflict(range, access), lock);
         let id = held.next_id;
         held.next_id += 1;
-        held.ranges.push(Range { id, range, access });
+        held.ranges.push(HeldRange { id, range, access });
         drop(held);
         (Claim { claims: self, id }, guard)
     }
@@ -118,7 +118,7 @@ impl Claim<'_> {
         });
         match before {
             Some(before) => before.range = ByteRange::new(before.range.start(), part.end()),
-            None => held.ranges.push(Range {
+            None => held.ranges.push(HeldRange {
                 id,
                 range: part,
                 access: Access::Exclusive,
@@ -138,12 +138,12 @@ impl Drop for Claim<'_> {
 #[derive(Debug, Default)]
 struct Held {
     /// A claim has one range, and further ones for what it has made exclusive.
-    ranges: Vec<Range>,
+    ranges: Vec<HeldRange>,
     next_id: u64,
 }
 
 #[derive(Debug)]
-struct Range {
+struct HeldRange {
     /// Which claim it is of.
     id: u64,
     range: ByteRange,
@@ -162,6 +162,7 @@ impl Held {
 
 #[cfg(test)]
 mod tests {
+    use std::ops::Range;
     use std::sync::atomic::{AtomicI32, Ordering};
     use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
     use std::sync::{Arc, mpsc};
@@ -172,24 +173,24 @@ mod tests {
 
     const THREADS: u64 = 6;
     const REQUESTS: u32 = 3000;
-    const BLOCKS: u64 = 12;
-    const BLOCK: u64 = 10;
+    const BLOCKS: usize = 12;
 
-    fn bytes(blocks: std::ops::Range<u64>) -> ByteRange {
-        ByteRange::new(blocks.start * BLOCK, blocks.end * BLOCK)
+    /// A block has ten bytes.
+    fn bytes(blocks: &Range<usize>) -> ByteRange {
+        ByteRange::new(blocks.start as u64 * 10, blocks.end as u64 * 10)
     }
 
     /// A layer that knows which blocks have storage, and what the requests in flight do to each block.
     #[derive(Default)]
     struct Model {
         claims: RangeClaims,
-        has_storage: Mutex<[bool; BLOCKS as usize]>,
+        has_storage: Mutex<[bool; BLOCKS]>,
         /// How many requests write the block in place; -1 if one allocates or frees it.
-        users: [AtomicI32; BLOCKS as usize],
+        users: [AtomicI32; BLOCKS],
     }
 
     impl Model {
-        fn lock(&self) -> MutexGuard<'_, [bool; BLOCKS as usize]> {
+        fn lock(&self) -> MutexGuard<'_, [bool; BLOCKS]> {
             self.has_storage.lock().expect("no thread has failed")
         }
 
@@ -207,20 +208,17 @@ mod tests {
         }
 
         /// Writes as layers do: blocks that have storage in place, for others it is allocated. It may fail.
-        fn write(&self, blocks: std::ops::Range<u64>, fails: bool) {
-            let (mut claim, state) = self
-                .claims
-                .claim(bytes(blocks.clone()), Access::Shared, || self.lock());
+        fn write(&self, blocks: Range<usize>, fails: bool) {
+            let (mut claim, state) = self.claims.claim(bytes(&blocks), Access::Shared, || self.lock());
             let (mut old, mut new) = (Vec::new(), Vec::new());
             for block in blocks {
-                let index = block as usize;
-                if state[index] {
-                    self.begin_in_place(index);
-                    old.push(index);
+                if state[block] {
+                    self.begin_in_place(block);
+                    old.push(block);
                 } else {
-                    claim.make_exclusive(bytes(block..block + 1));
-                    self.begin_alone(index);
-                    new.push(index);
+                    claim.make_exclusive(bytes(&(block..block + 1)));
+                    self.begin_alone(block);
+                    new.push(block);
                 }
             }
             drop(state);
@@ -241,18 +239,18 @@ mod tests {
         }
 
         /// Frees the storage of blocks, for which it excludes all others.
-        fn free(&self, blocks: std::ops::Range<u64>) {
+        fn free(&self, blocks: Range<usize>) {
             let (_claim, mut state) = self
                 .claims
-                .claim(bytes(blocks.clone()), Access::Exclusive, || self.lock());
+                .claim(bytes(&blocks), Access::Exclusive, || self.lock());
             for block in blocks.clone() {
-                self.begin_alone(block as usize);
-                state[block as usize] = false;
+                self.begin_alone(block);
+                state[block] = false;
             }
             drop(state);
             thread::yield_now();
             for block in blocks {
-                self.users[block as usize].store(0, Ordering::SeqCst);
+                self.users[block].store(0, Ordering::SeqCst);
             }
         }
 
@@ -266,11 +264,11 @@ mod tests {
 
         fn run(&self, seed: u64) {
             let mut random = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-            let mut below = |limit: u64| {
+            let mut below = |limit: usize| {
                 random ^= random << 13;
                 random ^= random >> 7;
                 random ^= random << 17;
-                random % limit
+                usize::try_from(random % limit as u64).expect("is small")
             };
             for _ in 0..REQUESTS {
                 let start = below(BLOCKS);

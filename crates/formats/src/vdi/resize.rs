@@ -37,7 +37,8 @@ impl VdiLayer {
 
     /// Makes the disk `len` bytes long.
     pub(super) fn grow(&self, len: u64) -> Result<()> {
-        let mut state = self.lock();
+        // Places of blocks in flight are in no map, and would be allocated again, or count from somewhere else.
+        let mut state = self.claims.wait_idle(|| self.lock());
         let (header, shift) = grown(&state.header, len)?;
         self.publish_blocks(&mut state)?;
         let room = header.blocks.saturating_add(shift);

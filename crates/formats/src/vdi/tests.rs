@@ -1,6 +1,8 @@
 //! Models, damage, crashes and faults, on images in memory.
 
 use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
 
 use diskimage_core::{
     ByteRange, CheckReport, Device, Image, MemoryDevice, Preallocation, Progress, Repair, ResizeRequest,
@@ -77,6 +79,28 @@ fn a_map_without_room_moves_the_first_blocks_away() {
         again.read_at(&mut sector, at).expect("reads");
         assert_eq!(sector, [byte; 512], "at {at:#x}");
     }
+}
+
+#[test]
+fn growing_waits_for_writes_in_flight() {
+    let image = open_bytes(&create("", 2 * BLOCK)).expect("opens");
+    let write = image.begin_write(ByteRange::at(0, 512)).expect("is planned");
+    thread::scope(|scope| {
+        let growing = scope.spawn(|| grow(&image, 8 * BLOCK));
+        // Long enough for it to be done if it did not wait.
+        thread::sleep(Duration::from_millis(100));
+        assert!(!growing.is_finished(), "a block is in flight");
+        write.finish(&[1; 512]).expect("writes");
+        growing.join().expect("does not panic").expect("grows");
+    });
+    image.write_at(&[2; 512], BLOCK).expect("writes");
+    let content = contents(&image);
+    assert!(
+        content[..512].iter().all(|byte| *byte == 1),
+        "no other block has its place"
+    );
+    image.flush().expect("flushes");
+    assert_eq!(check(&image), CheckReport::default());
 }
 
 #[test]
