@@ -1,6 +1,6 @@
 //! Probing: guesses the format of an image from its first bytes.
 
-use diskimage_core::{Device, Format, Probe, Result};
+use diskimage_core::{Device, Format, Probe, Result, to_index};
 use diskimage_formats::FORMATS;
 
 /// The number of bytes from the start that probing reads.
@@ -16,7 +16,7 @@ pub fn probe(device: &dyn Device, name: &str) -> Result<&'static dyn Format> {
 
 /// The first [`HEAD`] bytes, or all if the device is shorter.
 pub(crate) fn head(device: &dyn Device) -> Result<Vec<u8>> {
-    let len = usize::try_from(device.len()).unwrap_or(HEAD).min(HEAD);
+    let len = to_index(device.len())?.min(HEAD);
     let mut head = vec![0; len];
     if len > 0 {
         device.read_at(&mut head, 0)?;

@@ -7,7 +7,9 @@
 
 use std::sync::Arc;
 
-use diskimage_core::{ByteRange, Device, Error, Extent, Image, Result, ResultExt, StatusDetail, align_up};
+use diskimage_core::{
+    ByteRange, Device, Error, Extent, Image, Result, ResultExt, StatusDetail, align_up, to_index,
+};
 
 use super::runs::CopyKind;
 use super::{Conversion, OnLost, SECTOR};
@@ -185,9 +187,7 @@ impl<'a> Sources<'a> {
         let mut at = offset;
         while !rest.is_empty() {
             let part = self.part(at)?;
-            let len = usize::try_from(part.end - at)
-                .unwrap_or(usize::MAX)
-                .min(rest.len());
+            let len = to_index(part.end - at)?.min(rest.len());
             let (head, tail) = rest.split_at_mut(len);
             self.read_part(part, head, at)?;
             at += len as u64;

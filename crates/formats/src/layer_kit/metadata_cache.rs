@@ -17,7 +17,7 @@
 
 use std::sync::Arc;
 
-use diskimage_core::{ByteRange, Device, Error, Event, Result};
+use diskimage_core::{ByteRange, Device, Error, Event, Result, to_index};
 
 use crate::layer_kit::metadata_guard::{Clusters, Kind, Kinds, MetadataGuard};
 use crate::layer_kit::page_cache::{Address, MAX_PAGE, Page, PageCache};
@@ -163,7 +163,7 @@ impl MetadataCache {
     /// The bytes of `table` from `at` to the end of the page that holds it.
     pub(crate) fn bytes(&mut self, table: Table, at: u64) -> Result<&[u8]> {
         let slot = self.page(table, at)?;
-        Ok(self.pages.bytes(slot).get(index(at % PAGE)..).unwrap_or(&[]))
+        Ok(self.pages.bytes(slot).get(to_index(at % PAGE)?..).unwrap_or(&[]))
     }
 
     /// As [`MetadataCache::bytes`], to be changed.
@@ -177,7 +177,7 @@ impl MetadataCache {
         let valid = self.pages.page(slot).valid;
         let bytes = self.pages.change(slot, 0..valid);
         bytes
-            .get_mut(index(at % PAGE)..)
+            .get_mut(to_index(at % PAGE)?..)
             .ok_or_else(|| out_of_table(table, at))
     }
 
@@ -206,7 +206,7 @@ impl MetadataCache {
         for at in (0..table.len).step_by(MAX_PAGE) {
             let address = Address::at(table.offset + at);
             self.pages.remove(address);
-            let len = index(PAGE.min(table.len - at));
+            let len = to_index(PAGE.min(table.len - at))?;
             let slot = self.insert(Page::new(address, table.class, vec![0; len].into()))?;
             self.pages.change(slot, 0..len);
         }
@@ -314,8 +314,8 @@ impl MetadataCache {
                 self.device.len().saturating_sub(offset).min(len)
             }
         };
-        let mut page = Page::new(address, class, vec![0; index(len)].into());
-        page.valid = index(valid);
+        let mut page = Page::new(address, class, vec![0; to_index(len)?].into());
+        page.valid = to_index(valid)?;
         if let Some(event) = class.load_event() {
             self.device.event(event);
         }
@@ -346,10 +346,6 @@ fn sync(device: &Arc<dyn Device>, data: &Arc<dyn Device>) -> Result<()> {
         data.flush()?;
     }
     device.flush()
-}
-
-fn index(value: u64) -> usize {
-    usize::try_from(value).unwrap_or(usize::MAX)
 }
 
 fn out_of_table(table: Table, at: u64) -> Error {

@@ -12,7 +12,7 @@
 
 use std::sync::Arc;
 
-use diskimage_core::{Device, Error, Result};
+use diskimage_core::{Device, Error, Result, to_index};
 
 use crate::layer_kit::page_cache::{Address, MAX_PAGE, Page, PageCache};
 
@@ -126,7 +126,7 @@ impl<const N: usize> PagedTable<N> {
             .checked_mul(N as u64)
             .filter(|at| *at < self.len)
             .ok_or_else(|| outside(index))?;
-        let skip = usize::try_from(at % PAGE as u64).unwrap_or(0);
+        let skip = to_index(at % PAGE as u64)?;
         let at = at - skip as u64;
         let address = Address::at(self.start + at);
         let slot = match self.pages.find(address) {
@@ -153,7 +153,7 @@ impl<const N: usize> PagedTable<N> {
             self.device.require(start, N as u64)?;
             valid = valid.min(self.device.len() - start);
         }
-        let len = usize::try_from(valid).unwrap_or(PAGE).min(PAGE);
+        let len = to_index(valid)?.min(PAGE);
         let mut bytes = vec![0; len].into_boxed_slice();
         self.device.read_padded(&mut bytes, start)?;
         Ok(bytes)

@@ -22,7 +22,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use diskimage_core::{
     Budget, ByteRange, Device, Encoded, Error, Event, HoleMeaning, Preallocation, Result, Run, RunKind,
-    WritePlan, WriteRun, ZeroMode, align_up, errno,
+    WritePlan, WriteRun, ZeroMode, align_up, errno, to_index,
 };
 
 use crate::layer_kit::allocating_plan::{AllocatingPlan, Allocator};
@@ -452,7 +452,7 @@ impl<S: EntryCodec> TwoLevelMap<S> {
         range: ByteRange,
     ) -> Result<()> {
         let size = self.shape.cluster_size;
-        let step = usize::try_from(size).unwrap_or(usize::MAX);
+        let step = to_index(size)?;
         let starts = || (cover.start()..cover.end()).step_by(step);
         let mut present = Vec::new();
         for at in starts() {

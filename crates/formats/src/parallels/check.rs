@@ -1,7 +1,7 @@
 //! Looking after the header and the table, in the order and the words of the original.
 
 use diskimage_core::{
-    ByteRange, CheckReport, Device, Note, Preallocation, Progress, Repair, Result, align_up,
+    ByteRange, CheckReport, Device, Note, Preallocation, Progress, Repair, Result, align_up, to_index,
 };
 
 use super::header::SECTOR;
@@ -219,11 +219,11 @@ impl Check<'_> {
 
 /// Copies `from` to `to`; what the file does not have is zero.
 fn copy_bytes(file: &dyn Device, from: ByteRange, to: u64) -> Result<()> {
-    let mut buffer = vec![0; usize::try_from(from.len().min(PIECE)).unwrap_or(0)];
+    let mut buffer = vec![0; to_index(from.len().min(PIECE))?];
     let mut rest = from;
     while !rest.is_empty() {
         let piece = rest.first(PIECE);
-        let bytes = &mut buffer[..usize::try_from(piece.len()).unwrap_or(0)];
+        let bytes = &mut buffer[..to_index(piece.len())?];
         file.read_padded(bytes, piece.start())?;
         file.write_at(bytes, to + (piece.start() - from.start()))?;
         rest = rest.skip(piece.len());

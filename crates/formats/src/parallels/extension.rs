@@ -10,6 +10,7 @@ use std::sync::Arc;
 use crate::encryption::HashAlg;
 use diskimage_core::{
     BitmapInfo, Bitmaps, Budget, ByteRange, Device, Error, ErrorKind, NewBitmap, Reservation, Result, errno,
+    to_index,
 };
 
 use super::header::{Header, SECTOR};
@@ -61,7 +62,7 @@ impl Extension {
     ) -> Result<Self> {
         // The tables take no more than the cluster that they come from.
         let memory = budget.reserve(header.cluster.saturating_mul(2))?;
-        let mut bytes = vec![0; usize::try_from(header.cluster).unwrap_or(0)];
+        let mut bytes = vec![0; to_index(header.cluster)?];
         file.read_padded(&mut bytes, offset)?;
         Ok(Self {
             bitmaps: parse(&bytes, header)?,
@@ -108,7 +109,7 @@ fn parse(bytes: &[u8], header: &Header) -> Result<Vec<DirtyBitmap>> {
         if flags != 0 {
             return Err(Error::invalid("Flags for extension feature are unsupported"));
         }
-        let size = usize::try_from(word(head, 16)?).unwrap_or(usize::MAX);
+        let size = to_index(word(head, 16)?.into())?;
         let Some((data, behind)) = data.split_at_checked(size) else {
             return Err(Error::invalid(
                 "Feature data_size exceedes Format Extension cluster",
@@ -144,7 +145,7 @@ fn dirty_bitmap(data: &[u8], header: &Header) -> Result<DirtyBitmap> {
         )));
     }
     let granularity = u64::from(granularity) * SECTOR;
-    let len = usize::try_from(word(head, 28)?).unwrap_or(usize::MAX);
+    let len = to_index(word(head, 28)?.into())?;
     let (table, _) = table.as_chunks();
     let Some(table) = table.get(..len) else {
         return Err(Error::invalid(
@@ -259,9 +260,7 @@ impl Bitmaps for Extension {
             let mut bytes = [0; PIECE];
             let mut at = first;
             while at < end {
-                let len = usize::try_from((end - at).div_ceil(8))
-                    .unwrap_or(PIECE)
-                    .min(PIECE);
+                let len = to_index((end - at).div_ceil(8))?.min(PIECE);
                 let piece = &mut bytes[..len];
                 let from = offset
                     .checked_add((at - first) / 8)
@@ -271,7 +270,7 @@ impl Bitmaps for Extension {
                 let piece_end = at.saturating_add(len as u64 * 8).min(end);
                 for bit in at..piece_end {
                     let of_piece = bit - at;
-                    let byte = piece[usize::try_from(of_piece / 8).unwrap_or(0)];
+                    let byte = piece[to_index(of_piece / 8)?];
                     match (byte >> (of_piece % 8) & 1, run) {
                         (1, None) => run = Some(bit),
                         (0, Some(start)) => {

@@ -6,7 +6,7 @@
 //!   36 encryption          40 L1 table offset
 //! ```
 
-use diskimage_core::{ByteRange, Device, Error, Name, Result, align_down, align_up, errno, name};
+use diskimage_core::{ByteRange, Device, Error, Name, Result, align_down, align_up, errno, name, to_index};
 use zerocopy::byteorder::big_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -137,7 +137,7 @@ fn parse(bytes: &[u8; HEADER_LEN]) -> Result<(Header, usize)> {
     let backing_offset = raw.backing_file_offset.get();
     let name_len = match backing_offset {
         0 => 0,
-        _ => usize::try_from(raw.backing_file_size.get()).unwrap_or(usize::MAX),
+        _ => to_index(raw.backing_file_size.get().into())?,
     };
     if name_len > limit::BACKING_NAME {
         return Err(name_too_long());

@@ -6,7 +6,9 @@
 //!   40 L1 table offset     48 image size          56 backing file offset     60 its length
 //! ```
 
-use diskimage_core::{Backing, ByteRange, Device, Error, Name, Result, align_down, align_up, errno};
+use diskimage_core::{
+    Backing, ByteRange, Device, Error, Name, Result, align_down, align_up, errno, to_index,
+};
 use zerocopy::byteorder::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -152,7 +154,7 @@ pub(super) fn read(file: &dyn Device) -> Result<Header> {
             return Err(Error::invalid("QED backing filename offset is invalid"));
         }
         // No file system takes a name that is longer.
-        let mut name = vec![0; usize::try_from(len).unwrap_or(usize::MAX).min(MAX_NAME)];
+        let mut name = vec![0; to_index(len.into())?.min(MAX_NAME)];
         file.read_padded(&mut name, u64::from(offset))?;
         let name = name.split(|byte| *byte == 0).next().unwrap_or(&[]);
         let raw = header.features & feature::BACKING_FORMAT_NO_PROBE != 0;

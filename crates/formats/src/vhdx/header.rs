@@ -3,7 +3,7 @@
 //! All numbers of the format are little-endian. Of each structure there are two; the newer header counts, and the first
 //! region table that is whole.
 
-use diskimage_core::{ByteRange, Device, Error, Result, errno};
+use diskimage_core::{ByteRange, Device, Error, Result, errno, to_index};
 use zerocopy::byteorder::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -191,7 +191,7 @@ impl Regions {
     fn parse(bytes: &[u8], log: ByteRange) -> Result<Self> {
         let invalid = || Error::from_errno(errno::EINVAL);
         let count = U32::read_from_bytes(&bytes[8..12]).map_err(|_| invalid())?;
-        let count = usize::try_from(count.get()).unwrap_or(usize::MAX);
+        let count = to_index(count.get().into())?;
         if count > MAX_REGIONS {
             return Err(invalid());
         }

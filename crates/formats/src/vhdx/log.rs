@@ -12,7 +12,8 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use diskimage_core::{
-    Budget, ByteRange, Device, Error, Limits, Node, Preallocation, Reservation, Result, View, ZeroMode, errno,
+    Budget, ByteRange, Device, Error, Limits, Node, Preallocation, Reservation, Result, View, ZeroMode,
+    errno, to_index,
 };
 use zerocopy::byteorder::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -266,7 +267,7 @@ impl Ring<'_> {
         };
         let len = u64::from(raw.len.get());
         let tail = u64::from(raw.tail.get());
-        let descriptors = usize::try_from(raw.descriptors.get()).unwrap_or(usize::MAX);
+        let descriptors = to_index(raw.descriptors.get().into())?;
         let aligned = |number: u64| number.is_multiple_of(UNIT as u64);
         let plausible = raw.signature == ENTRY
             && raw.guid == guid
@@ -316,10 +317,10 @@ fn descriptor_sectors(descriptors: usize) -> usize {
 }
 
 /// How many units an entry can have in a log of `len` bytes.
-pub(super) fn room(len: u64) -> usize {
+pub(super) fn room(len: u64) -> Result<usize> {
     // A descriptor sector has at least 126.
-    let sectors = usize::try_from(len).unwrap_or(usize::MAX) / UNIT;
-    (sectors - sectors.div_ceil(64)).min(MOST_UNITS)
+    let sectors = to_index(len)? / UNIT;
+    Ok((sectors - sectors.div_ceil(64)).min(MOST_UNITS))
 }
 
 /// A longer entry is made of several: it is in memory as a whole.
@@ -409,19 +410,19 @@ impl View for Replayed {
         let wanted = ByteRange::at(offset, buf.len() as u64);
         self.file.read_padded(buf, offset)?;
         let within = |part: ByteRange| {
-            let at = |offset: u64| usize::try_from(offset - wanted.start()).unwrap_or(usize::MAX);
-            at(part.start())..at(part.end())
+            let at = |offset: u64| to_index(offset - wanted.start());
+            Ok::<_, Error>(at(part.start())?..at(part.end())?)
         };
         for range in &self.changes.zeroes {
             if range.overlaps(wanted) {
-                buf[within(range.intersect(wanted))].fill(0);
+                buf[within(range.intersect(wanted))?].fill(0);
             }
         }
         let first = wanted.start().saturating_sub(UNIT as u64 - 1);
         for (at, bytes) in self.changes.data.range(first..wanted.end()) {
             let part = ByteRange::at(*at, UNIT as u64).intersect(wanted);
-            let from = usize::try_from(part.start() - at).unwrap_or(UNIT);
-            let target = within(part);
+            let from = to_index(part.start() - at)?;
+            let target = within(part)?;
             let len = target.len();
             buf[target].copy_from_slice(&bytes[from..from + len]);
         }

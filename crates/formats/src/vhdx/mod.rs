@@ -34,7 +34,7 @@ use diskimage_core::options::{OptionDef, Options};
 use diskimage_core::{
     Budget, ByteRange, Capabilities, Check, CheckReport, CreateRequest, Device, Error, Format, HoleMeaning,
     Info, Layer, Measure, MeasureSource, Objects, OpenRequest, Probe, Progress, ReadOnlyView, Repair,
-    ResizeRequest, Result, Run, RunKind, Score, WritePlan, ZeroMode, errno,
+    ResizeRequest, Result, Run, RunKind, Score, WritePlan, ZeroMode, errno, to_index,
 };
 
 use self::bat::{Bat, Payload, entry_of, left_in_chunk};
@@ -237,7 +237,7 @@ impl State {
             }
             self.name_log(file, Guid::default())?;
         }
-        for units in units.chunks(log::room(self.header.log.len()).max(1)) {
+        for units in units.chunks(log::room(self.header.log.len())?.max(1)) {
             let guid = new_guid()?;
             self.sequence += 1;
             let entry = log::entry(guid, self.sequence, units, file.len())?;
@@ -309,7 +309,7 @@ impl Layer for VhdxLayer {
         let mut next = block + 1;
         // Neighbours in the file, or without storage, are one run.
         'run: while len < range.len() {
-            let in_chunk = usize::try_from(left_in_chunk(next, size)).unwrap_or(usize::MAX);
+            let in_chunk = to_index(left_in_chunk(next, size))?;
             for entry in state.bat.entries(entry_of(next, size))?.take(in_chunk) {
                 let expected = match first {
                     Payload::Zero => Payload::Zero,

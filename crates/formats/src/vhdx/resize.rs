@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use diskimage_core::{ByteRange, Error, Preallocation, ResizeRequest, Result, ZeroMode, errno};
+use diskimage_core::{ByteRange, Error, Preallocation, ResizeRequest, Result, ZeroMode, errno, to_index};
 
 use super::bat::{Bat, ENTRY, Payload, UNIT, absent, entries, entry_of, present};
 use super::header::{MIB, Regions};
@@ -98,7 +98,7 @@ impl VhdxLayer {
         let region = ByteRange::at(start, len);
         file.resize(region.end(), Preallocation::Off)?;
         state.end = region.end();
-        let mut bytes = vec![0; usize::try_from(MIB).unwrap_or(0)];
+        let mut bytes = vec![0; to_index(MIB)?];
         let mut done = 0;
         while done < state.regions.bat.len() {
             file.read_whole(&mut bytes, state.regions.bat.start() + done)?;
@@ -120,7 +120,7 @@ impl VhdxLayer {
     fn set_size(&self, state: &mut State, len: u64) -> Result<()> {
         let at = state.metadata.size_at;
         let unit = at / UNIT as u64 * UNIT as u64;
-        let from = usize::try_from(at - unit).unwrap_or(0);
+        let from = to_index(at - unit)?;
         let mut bytes = Box::new([0; UNIT]);
         self.file.read_whole(&mut bytes[..], unit)?;
         bytes

@@ -41,7 +41,7 @@ use diskimage_core::{
     Backed, Backing, Budget, ByteRange, Capabilities, Check, CheckReport, Codec, CreateRequest, Device,
     Encoded, Encoder, Error, Event, Format, HoleMeaning, Info, Layer, Measure, MeasureSource, MultiFile,
     Objects, OpenRequest, Preallocation, Probe, Progress, Repair, ResizeRequest, Result, Run, RunKind, Score,
-    WritePlan, ZeroMode, errno, is_zero,
+    WritePlan, ZeroMode, errno, is_zero, to_index,
 };
 
 use self::descriptor::{Descriptor, NO_PARENT};
@@ -343,7 +343,7 @@ fn parse(request: &OpenRequest<'_>, bytes: &[u8]) -> Result<Descriptor> {
 fn read_descriptor(file: &Arc<dyn Device>, place: Option<ByteRange>) -> Result<Vec<u8>> {
     let place = place.unwrap_or(ByteRange::new(0, file.len()));
     let len = place.len().min(descriptor::MAX_LEN);
-    let mut bytes = vec![0; usize::try_from(len).unwrap_or(0)];
+    let mut bytes = vec![0; to_index(len)?];
     file.read_padded(&mut bytes, place.start())?;
     Ok(bytes)
 }

@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use diskimage_core::{
     ByteRange, Device, Encoded, Encoder, Error, MemoryDevice, Preallocation, Result, WritePlan, WriteRun,
-    errno, is_zero,
+    errno, is_zero, to_index,
 };
 use zerocopy::IntoBytes;
 
@@ -81,7 +81,7 @@ impl VmdkLayer {
         let done = deflate::decode_stream(&bytes, buf).map_err(|_| damaged())?;
         // The last grain may end with the disk.
         let wanted = ByteRange::new(encoded.cluster.start(), extent.end()).len();
-        let wanted = usize::try_from(wanted).unwrap_or(usize::MAX).min(buf.len());
+        let wanted = to_index(wanted)?.min(buf.len());
         if done < wanted {
             return Err(damaged());
         }
@@ -110,14 +110,14 @@ impl VmdkLayer {
     pub(super) fn encode_again(&self, state: &mut State, grain: u64, offset: u64, used: u64) -> Result<()> {
         let extents = self.extents();
         let geometry = stream_of(&extents)?.1;
-        let mut bytes = vec![0; index(geometry.grain)];
+        let mut bytes = vec![0; to_index(geometry.grain)?];
         let encoded = Encoded {
             offset,
             stored: most_stored(&geometry),
             cluster: ByteRange::at(grain * geometry.grain, geometry.grain),
         };
         self.decode_grain(&encoded, &mut bytes)?;
-        bytes[index(used)..].fill(0);
+        bytes[to_index(used)?..].fill(0);
         let mut out = Vec::new();
         deflate::StreamEncoder::new().encode(&bytes, &mut out)?;
         self.append(state, grain, &out)
@@ -155,7 +155,7 @@ impl VmdkLayer {
             return Ok(());
         }
         require_writable(self, extent, &geometry, range)?;
-        let zeroes = vec![0; index(geometry.grain)];
+        let zeroes = vec![0; to_index(geometry.grain)?];
         let mut bytes = Vec::new();
         deflate::StreamEncoder::new().encode(&zeroes, &mut bytes)?;
         for grain in grains.start()..grains.end() {
@@ -234,7 +234,7 @@ pub(super) fn plan(image: &VmdkLayer, range: ByteRange) -> Result<Box<dyn WriteP
     let extents = image.extents();
     let (extent, geometry) = stream_of(&extents)?;
     require_writable(image, extent, &geometry, range)?;
-    let staged = Arc::new(MemoryDevice::new(vec![0; index(range.len())]));
+    let staged = Arc::new(MemoryDevice::new(vec![0; to_index(range.len())?]));
     let run = WriteRun {
         guest: range,
         device: Arc::<MemoryDevice>::clone(&staged),
@@ -268,14 +268,16 @@ impl WritePlan for Staged<'_> {
         let mut encoder = deflate::StreamEncoder::new();
         let mut out = Vec::new();
         let guest = self.run[0].guest;
-        let mut grain = vec![0; index(self.geometry.grain)];
+        let mut grain = vec![0; to_index(self.geometry.grain)?];
         let mut rest = guest;
         while !rest.is_empty() {
             // The last grain may end with the disk.
             let piece = rest.first(self.geometry.grain);
             grain.fill(0);
-            self.staged
-                .read_at(&mut grain[..index(piece.len())], piece.start() - guest.start())?;
+            self.staged.read_at(
+                &mut grain[..to_index(piece.len())?],
+                piece.start() - guest.start(),
+            )?;
             encoder.encode(&grain, &mut out)?;
             self.image.append_grain(piece.start(), &out)?;
             rest = rest.skip(piece.len());
@@ -316,9 +318,4 @@ fn stream_of(extents: &[Extent]) -> Result<(&Extent, Geometry)> {
     extent
         .and_then(|extent| Some((extent, extent.geometry().filter(|geometry| geometry.compressed)?)))
         .ok_or_else(|| Error::from_errno(errno::ENOTSUP))
-}
-
-/// A length in memory.
-fn index(len: u64) -> usize {
-    usize::try_from(len).unwrap_or(0)
 }

@@ -8,7 +8,7 @@
 //! tables said before, and at worst grains that nothing refers to. Only dirty sectors are written, since a page may hold a
 //! guest's bytes next to a table.
 
-use diskimage_core::{ByteRange, Device, Error, Event, Result, errno, is_zero};
+use diskimage_core::{ByteRange, Device, Error, Event, Result, errno, is_zero, to_index};
 
 use super::Extent;
 use super::header::{Form, Geometry, SECTOR};
@@ -214,7 +214,7 @@ impl GrainTables {
     fn bytes(&mut self, extents: &[Extent], index: usize, offset: u64, size: u64, len: u64) -> Result<&[u8]> {
         let (slot, from) = self.page(extents, index, offset, size)?;
         let bytes = &self.0.bytes(slot)[from..];
-        let len = usize::try_from(len).unwrap_or(PAGE).min(bytes.len());
+        let len = to_index(len)?.min(bytes.len());
         Ok(&bytes[..len])
     }
 
@@ -252,7 +252,7 @@ impl GrainTables {
     fn page(&mut self, extents: &[Extent], index: usize, offset: u64, size: u64) -> Result<(usize, usize)> {
         let device = device_of(extents, index)?;
         device.require(offset, size)?;
-        let from = usize::try_from(offset % PAGE as u64).unwrap_or(0);
+        let from = to_index(offset % PAGE as u64)?;
         let address = Address {
             device: index,
             offset: offset - from as u64,
@@ -269,7 +269,7 @@ impl GrainTables {
             }
         };
         let page = self.0.page_mut(slot);
-        if page.valid < from.saturating_add(usize::try_from(size).unwrap_or(PAGE)) {
+        if page.valid < from.saturating_add(to_index(size)?) {
             device.event(Event::L2_LOAD);
             load_rest(page, device)?;
         }
@@ -281,7 +281,7 @@ impl GrainTables {
 fn load_rest(page: &mut Page, device: &dyn Device) -> Result<()> {
     let start = page.address.offset;
     let valid = device.len().saturating_sub(start);
-    let valid = usize::try_from(valid).unwrap_or(PAGE).min(PAGE);
+    let valid = to_index(valid)?.min(PAGE);
     if let Some(rest) = page.bytes.get_mut(page.valid..valid) {
         device.read_at(rest, start + page.valid as u64)?;
         page.valid = valid;

@@ -34,7 +34,7 @@ use diskimage_core::options::{OptionDef, OptionKind, Options};
 use diskimage_core::{
     Budget, ByteRange, CreateRequest, Device, Error, Format, HoleMeaning, Info, Layer, Measure,
     MeasureSource, Objects, OpenRequest, Preallocation, Probe, ResizeRequest, Result, Run, RunKind, Score,
-    WritePlan, ZeroMode,
+    WritePlan, ZeroMode, to_index,
 };
 use zerocopy::IntoBytes;
 
@@ -197,9 +197,9 @@ fn wanted(options: &Options, size: u64) -> Result<Footer> {
 fn fill(file: &dyn Device, range: ByteRange, byte: u8) -> Result<()> {
     const PIECE: usize = 64 << 10;
     let mut rest = range;
-    let bytes = vec![byte; usize::try_from(range.len()).unwrap_or(PIECE).min(PIECE)];
+    let bytes = vec![byte; to_index(range.len())?.min(PIECE)];
     while !rest.is_empty() {
-        let piece = usize::try_from(rest.len()).unwrap_or(PIECE).min(bytes.len());
+        let piece = to_index(rest.len())?.min(bytes.len());
         file.write_at(&bytes[..piece], rest.start())?;
         rest = rest.skip(piece as u64);
     }
