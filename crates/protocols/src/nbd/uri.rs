@@ -83,7 +83,7 @@ fn parse_uri(name: &str) -> Option<NodeOptions> {
             let mut socket = None;
             for pair in query?.split('&').filter(|pair| !pair.is_empty()) {
                 match pair.split_once('=')? {
-                    ("socket", path) if socket.is_none() => socket = Some(decode(path)?),
+                    ("socket", path) if socket.is_none() => socket = Some(decode_bytes(path)?),
                     _ => return None,
                 }
             }
@@ -125,8 +125,16 @@ fn authority_parts(host_port: &str) -> Option<(&str, &str)> {
     Some((host, port))
 }
 
-/// Decodes percent-encoding (`%41` for `A`).
+/// Decodes percent-encoding (`%41` for `A`). The outcome has to be UTF-8.
 fn decode(text: &str) -> Option<String> {
+    let text = decode_bytes(text)?;
+    std::str::from_utf8(&name::to_bytes(&text))
+        .is_ok()
+        .then_some(text)
+}
+
+/// Decodes percent-encoding in the name of a socket, which may have any bytes but NUL.
+fn decode_bytes(text: &str) -> Option<String> {
     let mut bytes = Vec::with_capacity(text.len());
     let text = name::to_bytes(text);
     let mut rest = &*text;

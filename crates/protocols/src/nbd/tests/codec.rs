@@ -444,6 +444,10 @@ fn names_become_options() {
         ("nbd://h/a%20b", r#"export="a b",host="h",port="10809""#),
         ("nbd+tcp://[::1]:5", r#"host="::1",port="5""#),
         ("nbd+unix:///x?socket=/s", r#"export="x",path="/s""#),
+        (
+            "nbd+unix:///x?socket=%E9\u{10ffe9}",
+            "export=\"x\",path=\"\u{10ffe9}\u{10ffe9}\"",
+        ),
         ("nbd:h:5:exportname=a:b", r#"export="a:b",host="h",port="5""#),
         ("nbd:unix:/s:t", r#"path="/s:t""#),
         ("nbd:", ""),
@@ -461,6 +465,8 @@ fn names_become_options() {
         "nbd://h/%+1",
         "nbd://h/%00",
         "nbd://h/%ff",
+        "nbd://h/\u{10ffe9}",
+        "nbd+unix:///x%e9?socket=/s",
     ] {
         assert_eq!(options(name), Err("No valid URL specified".to_owned()), "{name}");
     }
