@@ -317,7 +317,9 @@ impl<S: Copy + Ord> PageCache<S> {
                 0
             };
             let page = &mut self.slots[self.hand];
-            if !std::mem::take(&mut page.used) && !(self.clean_first && page.dirty != 0) {
+            let was_used = std::mem::take(&mut page.used);
+            let stays = was_used || (self.clean_first && page.dirty != 0);
+            if !stays {
                 return Some(self.hand);
             }
             self.hand += 1;
@@ -442,7 +444,7 @@ mod tests {
         }
 
         fn stage(page: usize) -> usize {
-            usize::from(page % 3 > 0)
+            usize::from(!page.is_multiple_of(3))
         }
 
         fn slot(&self, cache: &mut PageCache<usize>, page: usize) -> usize {
