@@ -121,8 +121,11 @@ mod tests {
             &last.get_or_decode(1, || unreachable!("it is cached")).unwrap()
         ));
         assert!(last.get_or_decode(2, || Err(Error::corrupt("damaged"))).is_err());
-        last.read_with(3, |bytes| Ok(bytes.push(30)), |bytes| assert_eq!(bytes, [30]))
-            .unwrap();
+        let put = |bytes: &mut Vec<u8>| {
+            bytes.push(30);
+            Ok(())
+        };
+        last.read_with(3, put, |bytes| assert_eq!(bytes, [30])).unwrap();
         assert_eq!(*first, [10]);
         last.clear();
         assert_eq!(*last.get_or_decode(3, || Ok(vec![31])).unwrap(), [31]);

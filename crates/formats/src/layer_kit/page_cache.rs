@@ -311,15 +311,13 @@ impl<S: Copy + Ord> PageCache<S> {
     fn next_to_leave(&mut self) -> Option<usize> {
         // The first round may have to mark all of them as not used.
         for _ in 0..2 * self.slots.len() {
-            self.hand = if self.hand < self.slots.len() {
-                self.hand
-            } else {
-                0
-            };
+            if self.hand >= self.slots.len() {
+                self.hand = 0;
+            }
             let page = &mut self.slots[self.hand];
             let was_used = std::mem::take(&mut page.used);
-            let stays = was_used || (self.clean_first && page.dirty != 0);
-            if !stays {
+            let may_leave = page.dirty == 0 || !self.clean_first;
+            if may_leave && !was_used {
                 return Some(self.hand);
             }
             self.hand += 1;

@@ -153,7 +153,7 @@ impl<const N: usize> PagedTable<N> {
             self.device.require(start, N as u64)?;
             valid = valid.min(self.device.len() - start);
         }
-        let len = to_index(valid)?.min(PAGE);
+        let len = to_index(valid.min(PAGE as u64))?;
         let mut bytes = vec![0; len].into_boxed_slice();
         self.device.read_padded(&mut bytes, start)?;
         Ok(bytes)
