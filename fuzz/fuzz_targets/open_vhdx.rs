@@ -5,7 +5,7 @@
 use std::sync::{Arc, OnceLock};
 
 use diskimage_core::options::Options;
-use diskimage_core::{CreateRequest, Device, Format, Image, NodeOptions, OpenRequest};
+use diskimage_core::{CreateRequest, Device, Format, Image, NewFiles, NodeOptions, OpenRequest};
 use diskimage_formats::Vhdx;
 use diskimage_fuzz::{Closed, PagedFile, file_of};
 
@@ -63,18 +63,17 @@ fn fix_checksum(structure: &mut [u8]) {
 /// A disk of four blocks of 1 MiB, one of which is allocated only in the log.
 fn valid_image() -> Arc<[u8]> {
     let file = Arc::new(file_of(Arc::default()));
-    let mut options = Options::new(Vhdx.create_options());
+    let mut options = Options::new(<dyn Format>::create_options(&Vhdx));
     options.parse("block_size=1M").expect("valid");
-    Vhdx.create(CreateRequest {
-        file: Arc::<PagedFile>::clone(&file),
+    let objects = Arc::default();
+    let plan = Vhdx.plan_create(CreateRequest {
         name: "fuzz",
         size: 4 << 20,
         options: &options,
-        objects: &Arc::default(),
-        gate: &Closed,
-        backing_cid: None,
-    })
-    .expect("makes it");
+        objects: &objects,
+    });
+    let write = |files: NewFiles<'_>| plan.and_then(|plan| plan.write(files));
+    NewFiles::only(Arc::<PagedFile>::clone(&file), write).expect("makes it");
     let mut table = vec![0; 4096];
     file.read_at(&mut table, TABLE).expect("inside");
     let layer = Vhdx

@@ -95,7 +95,7 @@ pub trait Amend: Debug + Send + Sync {
 /// A change of options.
 #[derive(Clone, Copy, Debug)]
 pub struct AmendRequest<'a> {
-    /// Values for the options in [`Format::amend_options`](crate::Format::amend_options).
+    /// Values for the options in [`FormatProperties::amend_options`](crate::FormatProperties::amend_options).
     pub options: &'a crate::options::Options,
     /// Also makes unsafe changes, such as one that locks the user out.
     pub force: bool,

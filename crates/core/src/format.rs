@@ -18,116 +18,117 @@ pub struct Probe<'a> {
     pub name: &'a str,
 }
 
-/// A format: a unit struct listed once in the table of formats; its options are data.
+/// A format: a unit struct listed once in the table of formats. What is only a fact about it is data, in
+/// [`Format::properties`].
 pub trait Format: Debug + Sync {
-    /// The name of the format on the command line.
+    /// The name on the command line.
     fn name(&self) -> &'static str;
 
-    /// The certainty that an image is of this format; the highest score wins.
+    /// What is known about the format without an image.
+    fn properties(&self) -> &'static FormatProperties;
+
+    /// How sure it is; the highest score wins.
     fn probe(&self, probe: &Probe<'_>) -> Score;
-
-    /// The permissions that the file is locked for when an image of this format is opened for writing or reading.
-    fn permissions(&self, write: bool) -> Permissions {
-        if write {
-            Permissions::WRITE
-        } else {
-            Permissions::READ
-        }
-    }
-
-    /// The child nodes that a user can give, besides `file`.
-    fn children(&self) -> &'static [&'static str] {
-        &[]
-    }
-
-    /// The children that opening finds from the header: giving one does not change the `json:` filename.
-    fn implicit_children(&self) -> &'static [&'static str] {
-        &[]
-    }
-
-    /// The options that are part of the node's `json:` filename.
-    fn strong_options(&self) -> &'static [&'static str] {
-        &[]
-    }
 
     /// Opens the image on a device.
     ///
     /// # Errors
-    /// Damage, unsupported features, invalid options, and files that the gate refused.
+    /// Everything that is wrong with it, and files that the gate refused.
     fn open(&self, request: OpenRequest<'_>) -> Result<Arc<dyn Layer>>;
 
-    /// Whether images of this format can be created.
-    fn can_create(&self) -> bool {
-        true
-    }
-
-    /// Fails for formats that cannot be created.
+    /// Plans a new image. Nothing is made or written before [`CreatePlan::write`].
     ///
     /// # Errors
-    /// Images of this format cannot be created.
-    fn require_creation(&self) -> Result<()> {
-        if self.can_create() {
-            Ok(())
-        } else {
-            Err(Error::unsupported(format!(
-                "Format driver '{}' does not support image creation",
-                self.name()
-            )))
-        }
+    /// The mistakes in the options that qemu-img finds before it makes a file, and a format that is only read.
+    fn plan_create<'a>(&self, _request: CreateRequest<'a>) -> Result<CreatePlan<'a>> {
+        Err(no_creation(self.name()))
     }
 
-    /// The options of `create`: parsing, `-o help` and documentation all come from this slice.
-    fn create_options(&self) -> &'static [OptionDef];
-
-    /// The options of `amend`; `None` if images of this format cannot be amended.
-    fn amend_options(&self) -> Option<&'static [OptionDef]> {
-        None
-    }
-
-    /// The files besides `name` that [`Format::create`] opens through the gate. The caller creates them before.
+    /// How large a file would be.
     ///
     /// # Errors
-    /// Options that contradict each other.
-    fn new_parts(&self, _name: &str, _size: u64, _options: &Options) -> Result<Vec<String>> {
-        Ok(Vec::new())
-    }
-
-    /// Whether images of this format can have a backing file.
-    fn has_backing(&self) -> bool {
-        false
-    }
-
-    /// Whether a new image records the CID of its backing image.
-    fn records_backing_cid(&self) -> bool {
-        false
-    }
-
-    /// Whether clusters can be compressed.
-    fn has_compression(&self) -> bool {
-        false
-    }
-
-    /// Whether the file stays, empty, after its creation has failed. The drivers of `qemu-img` differ in this.
-    fn keeps_failed_file(&self) -> bool {
-        false
-    }
-
-    /// Creates an image.
-    ///
-    /// # Errors
-    /// Options that contradict each other, and write errors of the file.
-    fn create(&self, request: CreateRequest<'_>) -> Result<()>;
-
-    /// Computes the size that the file of an image would have.
-    ///
-    /// # Errors
-    /// Invalid options, and damage in the tables of the source.
+    /// Options that make no sense, and reading the source's tables.
     fn measure(&self, _options: &Options, _source: MeasureSource<'_>, _objects: &Objects) -> Result<Measure> {
         Err(Error::unsupported(format!(
             "Block driver '{}' does not support size measurement",
             self.name()
         )))
     }
+}
+
+/// What is known about a format without an image.
+#[derive(Clone, Copy, Debug)]
+pub struct FormatProperties {
+    /// The options of `create`: parsing, `-o help` and documentation come from this slice. `None` if images of this format
+    /// are only read.
+    pub create_options: Option<&'static [OptionDef]>,
+    /// The options of `amend`; `None` if images of this format cannot be amended.
+    pub amend_options: Option<&'static [OptionDef]>,
+    /// The nodes below that a user can give besides the file that the image is in.
+    pub children: &'static [&'static str],
+    /// Those of them that opening finds from the header: naming one does not change the node's identity.
+    pub implicit_children: &'static [&'static str],
+    /// Options that are part of the node's `json:` filename.
+    pub strong_options: &'static [&'static str],
+    /// Images can have a backing image.
+    pub has_backing: bool,
+    /// Clusters can be compressed.
+    pub has_compression: bool,
+    /// There are no tables that another writer could spoil: others may write to the file meanwhile.
+    pub shares_writes: bool,
+    /// A file that did not become an image stays, empty: qemu-img's drivers differ in that.
+    pub keeps_failed_file: bool,
+}
+
+impl FormatProperties {
+    /// A format that is only read and has none of it.
+    pub const READ_ONLY: Self = Self {
+        create_options: None,
+        amend_options: None,
+        children: &[],
+        implicit_children: &[],
+        strong_options: &[],
+        has_backing: false,
+        has_compression: false,
+        shares_writes: false,
+        keeps_failed_file: false,
+    };
+}
+
+impl dyn Format + '_ {
+    /// The options of `create`; none if images of this format are only read.
+    pub fn create_options(&self) -> &'static [OptionDef] {
+        self.properties().create_options.unwrap_or_default()
+    }
+
+    /// What the file is locked for when an image of this format is opened to `write` or to read.
+    pub fn permissions(&self, write: bool) -> Permissions {
+        match (self.properties().shares_writes, write) {
+            (true, write) => Permissions {
+                write,
+                ..Permissions::READ_SHARED
+            },
+            (false, true) => Permissions::WRITE,
+            (false, false) => Permissions::READ,
+        }
+    }
+
+    /// Refuses formats that are only read.
+    ///
+    /// # Errors
+    /// There is no way to make images of this format.
+    pub fn require_creation(&self) -> Result<()> {
+        match self.properties().create_options {
+            Some(_) => Ok(()),
+            None => Err(no_creation(self.name())),
+        }
+    }
+}
+
+fn no_creation(format: &str) -> Error {
+    Error::unsupported(format!(
+        "Format driver '{format}' does not support image creation"
+    ))
 }
 
 /// The arguments of [`Format::open`].
@@ -145,7 +146,7 @@ pub struct OpenRequest<'a> {
     pub no_data: bool,
     /// Take no locks that conflict with other processes (`-U`).
     pub force_share: bool,
-    /// The children that the user gave, of those in [`Format::children`].
+    /// The children that the user gave, of those in [`FormatProperties::children`].
     pub children: Vec<(&'static str, Arc<dyn Device>)>,
     /// The options of its node; the format takes those that it supports.
     pub options: &'a mut NodeOptions,
@@ -194,23 +195,103 @@ impl Debug for dyn Gate + '_ {
     }
 }
 
-/// The arguments of [`Format::create`]. The file is empty, or is a device with enough space.
-#[derive(Debug)]
+/// A new image that is wanted.
+#[derive(Clone, Copy, Debug)]
 pub struct CreateRequest<'a> {
-    /// The file of the image.
-    pub file: Arc<dyn Device>,
-    /// Its filename, for messages.
+    /// The name of its file, which those of further files go by.
     pub name: &'a str,
-    /// The virtual size in bytes.
+    /// The disk's size in bytes.
     pub size: u64,
-    /// The creation options.
+    /// What the user asked for.
     pub options: &'a Options,
-    /// The objects that options refer to.
+    /// What options refer to by name.
     pub objects: &'a Arc<Objects>,
-    /// Opens the files of [`Format::new_parts`], which the caller has created.
-    pub gate: &'a dyn Gate,
-    /// The [`Layer::cid`] of the backing image, if [`Format::records_backing_cid`].
-    pub backing_cid: Option<u32>,
+}
+
+/// A new image whose options are parsed.
+pub struct CreatePlan<'a> {
+    /// The paths of the files that the image has besides its own.
+    pub parts: Vec<String>,
+    /// The new image records what its backing image contains: that one is opened and passed on in [`NewFiles::backing`].
+    pub reads_backing: bool,
+    write: Box<WriteImage<'a>>,
+}
+
+type WriteImage<'a> = dyn FnOnce(NewFiles<'_>) -> Result<()> + 'a;
+
+impl<'a> CreatePlan<'a> {
+    /// A new image in one file, which `write` writes.
+    pub fn new(write: impl FnOnce(NewFiles<'_>) -> Result<()> + 'a) -> Self {
+        Self {
+            parts: Vec::new(),
+            reads_backing: false,
+            write: Box::new(write),
+        }
+    }
+
+    /// The same image with further files at the paths `parts`.
+    #[must_use]
+    pub fn with_parts(self, parts: Vec<String>) -> Self {
+        Self { parts, ..self }
+    }
+
+    /// The same image, which records what its backing image contains, or does not.
+    #[must_use]
+    pub fn with_reads_backing(self, reads_backing: bool) -> Self {
+        Self {
+            reads_backing,
+            ..self
+        }
+    }
+
+    /// Writes the image.
+    ///
+    /// # Errors
+    /// Options that do not fit together, and what the operating system says.
+    pub fn write(self, files: NewFiles<'_>) -> Result<()> {
+        (self.write)(files)
+    }
+}
+
+impl Debug for CreatePlan<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("CreatePlan")
+            .field("parts", &self.parts)
+            .finish_non_exhaustive()
+    }
+}
+
+/// The files that a new image is written to.
+pub struct NewFiles<'a> {
+    /// The image's own, which exists and is empty, or is a device with enough room.
+    pub file: Arc<dyn Device>,
+    /// Makes one of [`CreatePlan::parts`]: they can be more than a process may have open at once.
+    pub make_part: &'a mut dyn FnMut(&str) -> Result<Arc<dyn Device>>,
+    /// The backing image, where [`CreatePlan::reads_backing`] asks for it.
+    pub backing: Option<Arc<crate::Image>>,
+}
+
+impl NewFiles<'_> {
+    /// Runs `write` with an image's own file and no others.
+    ///
+    /// # Errors
+    /// Those of `write`, and [`ErrorKind::Denied`](crate::ErrorKind::Denied) if other files are asked for.
+    pub fn only(file: Arc<dyn Device>, write: impl FnOnce(NewFiles<'_>) -> Result<()>) -> Result<()> {
+        let denied = |part: &str| Error::new(crate::ErrorKind::Denied, format!("No file '{part}'"));
+        write(NewFiles {
+            file,
+            make_part: &mut |part| Err(denied(part)),
+            backing: None,
+        })
+    }
+}
+
+impl Debug for NewFiles<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("NewFiles")
+            .field("file", &self.file)
+            .finish_non_exhaustive()
+    }
 }
 
 /// The data to measure for.

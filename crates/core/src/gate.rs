@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::{Device, NodeOptions, Result};
+use crate::{Device, Error, ErrorKind, NodeOptions, Result};
 
 /// Opens the files that an image refers to, or refuses to. No other part of the library opens a name found in an image.
 pub trait Gate: Send + Sync {
@@ -28,6 +28,16 @@ impl dyn Gate + '_ {
             role: Role::Data,
             permissions,
         })
+    }
+}
+
+/// Opens nothing.
+#[derive(Clone, Copy, Debug)]
+pub struct ClosedGate;
+
+impl Gate for ClosedGate {
+    fn open(&self, _: &Reference<'_>) -> Result<Arc<dyn Device>> {
+        Err(Error::new(ErrorKind::Denied, "No other files are opened"))
     }
 }
 

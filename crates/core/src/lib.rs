@@ -66,8 +66,11 @@ pub use error::{Error, ErrorKind, Result, ResultExt};
 pub use event::Event;
 pub use filter_device::{FilterDevice, Filtered, status_below};
 pub use flush_on_drop::OnLost;
-pub use format::{CreateRequest, Format, Measure, MeasureSource, OpenRequest, Probe, Score};
-pub use gate::{Gate, Permissions, Reference, Role};
+pub use format::{
+    CreatePlan, CreateRequest, Format, FormatProperties, Measure, MeasureSource, NewFiles, OpenRequest,
+    Probe, Score,
+};
+pub use gate::{ClosedGate, Gate, Permissions, Reference, Role};
 pub use image::{Image, PendingWrite, ZeroDetection};
 pub use info::{Detail, DetailValue, Info, SnapshotInfo};
 pub use layer::{HoleMeaning, Layer, ResizeRequest, Run, RunKind, WritePlan, WriteRun};

@@ -11,8 +11,8 @@ use std::sync::Arc;
 
 use diskimage_core::options::Options;
 use diskimage_core::{
-    Budget, CreateRequest, Device, Error, ErrorKind, Format, Gate, Image, LocalTime, NodeOptions, Objects,
-    Permissions, Preallocation, Progress, Result, name,
+    Budget, CreatePlan, CreateRequest, Device, Error, ErrorKind, Format, Gate, Image, LocalTime, NewFiles,
+    NodeOptions, Objects, Permissions, Preallocation, Progress, Result, name,
 };
 use diskimage_formats::format_by_name;
 use diskimage_protocols::{
@@ -309,14 +309,20 @@ impl Prepared {
             .ok()
             .and_then(|mut node| node.take_text("filename"));
         let name = name.as_deref().unwrap_or(&self.name);
-        let parts = self.format.new_parts(name, self.size, &self.options)?;
+        let plan = self.format.plan_create(CreateRequest {
+            name,
+            size: self.size,
+            options: &self.options,
+            objects: &self.objects,
+        })?;
+        let parts = plan.parts.clone();
         let place = self.place(&creation, &parts)?;
-        let outcome = self.fill(&place.device, &creation);
-        if outcome.is_err() && place.is_new && !self.format.keeps_failed_file() {
+        let outcome = self.fill(&place.device, plan, &creation);
+        if outcome.is_err() && place.is_new && !self.format.properties().keeps_failed_file {
             // An error of the removal is not reported: the creation's is.
             let _ = name::remove(&name::to_path(&place.device.name()));
-            for part in self.parts(&place.device).unwrap_or_default() {
-                let _ = name::remove(&name::to_path(&Target::plain(&part).path));
+            for part in &parts {
+                let _ = name::remove(&name::to_path(&Target::plain(part).path));
             }
         }
         outcome
@@ -414,45 +420,36 @@ impl Prepared {
         }
     }
 
-    /// The names of the further files of the image.
-    fn parts(&self, file: &Arc<dyn Device>) -> Result<Vec<String>> {
-        self.format.new_parts(&file.name(), self.size, &self.options)
-    }
-
-    fn fill(&self, file: &Arc<dyn Device>, creation: &FileCreation) -> Result<()> {
-        for part in self.parts(file)? {
-            File::create(&Target::plain(&part), creation, self.cache)?;
-        }
+    fn fill(&self, file: &Arc<dyn Device>, plan: CreatePlan<'_>, creation: &FileCreation) -> Result<()> {
         let permissions = Permissions {
             resize: true,
             ..self.format.permissions(true)
         };
         file.lock(permissions)?;
-        self.format.create(CreateRequest {
+        let backing = match plan.reads_backing {
+            true => self.open_backing(file)?,
+            false => None,
+        };
+        plan.write(NewFiles {
             file: Arc::clone(file),
-            name: &file.name(),
-            size: self.size,
-            options: &self.options,
-            objects: &self.objects,
-            gate: &*self.gate,
-            backing_cid: self.backing_cid(file)?,
+            make_part: &mut |path| {
+                let part = File::create(&Target::plain(path), creation, self.cache)?;
+                Ok(Arc::new(part))
+            },
+            backing,
         })
     }
 
-    /// The content ID of the backing image, if the format records it.
-    fn backing_cid(&self, file: &Arc<dyn Device>) -> Result<Option<u32>> {
+    /// Opens the backing image of the new image in `file`.
+    fn open_backing(&self, file: &Arc<dyn Device>) -> Result<Option<Arc<Image>>> {
         let Some(backing) = self.options.text("backing_file") else {
             return Ok(None);
         };
-        if !self.format.records_backing_cid() {
-            return Ok(None);
-        }
         let options = OpenOptions::new()
             .force_share(true)
             .objects(Arc::clone(&self.objects))
             .gate(Arc::clone(&self.gate));
-        let image = open_bare(&full_backing_name(&file.name(), backing), &options)?;
-        Ok(image.layer().cid())
+        open_bare(&full_backing_name(&file.name(), backing), &options).map(Some)
     }
 }
 

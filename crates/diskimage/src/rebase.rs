@@ -142,7 +142,7 @@ pub fn check_backing(image: &Image, backing: Option<&Backing>) -> Result<()> {
         return Err(Error::invalid("backing format must be specified").context(could_not(backing)));
     }
     let format = format_by_name(image.layer().format());
-    if !format.is_some_and(|format| format.has_backing()) {
+    if !format.is_some_and(|format| format.properties().has_backing) {
         return Err(Error::from_errno(errno::ENOTSUP).context(could_not(backing)));
     }
     refuse_loop(image, backing).context(|| could_not(backing))

@@ -4,7 +4,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use diskimage_core::options::Options;
 use diskimage_core::{
-    CreateRequest, Device, Error, ErrorKind, Format, Gate, Image, NodeOptions, OpenRequest, Reference, Result,
+    CreateRequest, Device, Error, ErrorKind, Format, Gate, Image, NewFiles, NodeOptions, OpenRequest,
+    Reference, Result,
 };
 
 /// A gate that opens no file.
@@ -71,15 +72,14 @@ where
 pub fn create_image(format: &dyn Format, file: &Arc<dyn Device>, options: &str, size: u64) -> Result<()> {
     let mut parsed = Options::new(format.create_options());
     parsed.parse(options).expect("valid options");
-    format.create(CreateRequest {
-        file: Arc::clone(file),
+    let objects = Arc::default();
+    let plan = format.plan_create(CreateRequest {
         name: "test",
         size,
         options: &parsed,
-        objects: &Arc::default(),
-        gate: &Closed,
-        backing_cid: None,
-    })
+        objects: &objects,
+    })?;
+    NewFiles::only(Arc::clone(file), |files| plan.write(files))
 }
 
 /// Opens the image of `format` on `file`, with `backing` as its backing image.

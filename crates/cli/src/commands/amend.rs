@@ -187,7 +187,10 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
 }
 
 fn amend_table(format: &'static dyn Format) -> Result<&'static [OptionDef], Stop> {
-    format.amend_options().ok_or_else(|| not_amended(format.name()))
+    format
+        .properties()
+        .amend_options
+        .ok_or_else(|| not_amended(format.name()))
 }
 
 fn not_amended(format: &str) -> Stop {

@@ -183,7 +183,7 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
         console,
     )?;
     let format = format_by_name(image.layer().format());
-    if args.compress && !format.is_some_and(|format| format.has_compression()) {
+    if args.compress && !format.is_some_and(|format| format.properties().has_compression) {
         return Err(no_compression());
     }
     if let Some(format) = args.backing_format.as_deref().filter(|format| !is_driver(format)) {

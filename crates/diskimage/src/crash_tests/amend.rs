@@ -17,7 +17,7 @@ fn amend(list: &'static str) -> impl Fn(&Disks) -> Result<()> {
     move |disks| {
         let image = disks.open("top", OpenOptions::new().write(true))?;
         let format = format_by_name(image.layer().format()).expect("known");
-        let mut options = Options::new(format.amend_options().expect("can be amended"));
+        let mut options = Options::new(format.properties().amend_options.expect("can be amended"));
         options.parse(list).expect("valid");
         image.amend(&AmendRequest::new(&options, &Arc::default(), &Progress::none()))
     }

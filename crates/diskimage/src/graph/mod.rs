@@ -228,13 +228,13 @@ impl<'a> Opener<'a> {
         let mut children = Vec::new();
         let file_driver = file.node().driver;
         let mut given = vec![("file".to_owned(), file)];
-        for name in format.children() {
+        for name in format.properties().children {
             if node.has(name) || node.has_node(name) {
                 let child = self
                     .open_child(name, ChildKind::Bytes, &mut node, &common)?
                     .device;
                 // qemu-img does not list data files of an image that is opened without data.
-                if !(self.options.no_data && format.implicit_children().contains(name)) {
+                if !(self.options.no_data && format.properties().implicit_children.contains(name)) {
                     given.push(((*name).to_owned(), Arc::clone(&child)));
                 }
                 children.push((*name, child));
@@ -242,9 +242,9 @@ impl<'a> Opener<'a> {
         }
         // The plain name of an image on another image would be read as the name of a file.
         let on_image = format_by_name(file_driver).is_some();
-        let no_others = given
-            .iter()
-            .all(|(name, _)| name == "file" || format.implicit_children().contains(&name.as_str()));
+        let no_others = given.iter().all(|(name, _)| {
+            name == "file" || format.properties().implicit_children.contains(&name.as_str())
+        });
         let is_plain = strong.is_empty() && no_others && !backing.is_given() && !on_image;
         let shown = plain_name.filter(|_| is_plain);
         let base_name = Node {
@@ -311,7 +311,7 @@ impl<'a> Opener<'a> {
             return Ok(BackingWords::default());
         }
         let mut below = node.take_node("backing");
-        if !format.has_backing() && (whole.is_some() || !below.is_empty()) {
+        if !format.properties().has_backing && (whole.is_some() || !below.is_empty()) {
             return Err(Error::unsupported("Driver doesn't support backing files"));
         }
         if let Some(reference) = whole {
@@ -510,7 +510,7 @@ impl BackingWords {
 fn strong_options(format: &dyn Format, node: &NodeOptions) -> NodeOptions {
     let mut strong = node.clone();
     strong.retain(|name| {
-        format.strong_options().iter().any(|option| {
+        format.properties().strong_options.iter().any(|option| {
             name == *option
                 || name
                     .strip_prefix(option)

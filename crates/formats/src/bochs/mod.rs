@@ -10,9 +10,8 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use diskimage_core::options::OptionDef;
 use diskimage_core::{
-    CreateRequest, Device, Error, Format, Layer, OpenRequest, Probe, Result, Score, align_down, errno,
+    Device, Error, Format, FormatProperties, Layer, OpenRequest, Probe, Result, Score, align_down, errno,
 };
 
 use crate::layer_kit::paged_table::PagedTable;
@@ -37,6 +36,10 @@ impl Format for Bochs {
         NAME
     }
 
+    fn properties(&self) -> &'static FormatProperties {
+        &FormatProperties::READ_ONLY
+    }
+
     fn probe(&self, probe: &Probe<'_>) -> Score {
         if is_growing(probe.head) { 100 } else { 0 }
     }
@@ -55,18 +58,6 @@ impl Format for Bochs {
             file: request.file,
             geometry,
         }))
-    }
-
-    fn can_create(&self) -> bool {
-        false
-    }
-
-    fn create_options(&self) -> &'static [OptionDef] {
-        &[]
-    }
-
-    fn create(&self, _request: CreateRequest<'_>) -> Result<()> {
-        self.require_creation()
     }
 }
 

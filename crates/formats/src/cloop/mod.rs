@@ -9,9 +9,9 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use diskimage_core::options::OptionDef;
 use diskimage_core::{
-    CreateRequest, DecodedBlockCache, Device, Error, Format, Layer, OpenRequest, Probe, Result, Score, errno,
+    DecodedBlockCache, Device, Error, Format, FormatProperties, Layer, OpenRequest, Probe, Result, Score,
+    errno,
 };
 
 use crate::codec::deflate;
@@ -39,6 +39,10 @@ impl Format for Cloop {
         NAME
     }
 
+    fn properties(&self) -> &'static FormatProperties {
+        &FormatProperties::READ_ONLY
+    }
+
     fn probe(&self, probe: &Probe<'_>) -> Score {
         if probe.head.starts_with(MAGIC) { 2 } else { 0 }
     }
@@ -63,18 +67,6 @@ impl Format for Cloop {
         };
         disk.check_offsets()?;
         Ok(read_only_layer::layer(disk))
-    }
-
-    fn can_create(&self) -> bool {
-        false
-    }
-
-    fn create_options(&self) -> &'static [OptionDef] {
-        &[]
-    }
-
-    fn create(&self, _request: CreateRequest<'_>) -> Result<()> {
-        self.require_creation()
     }
 }
 

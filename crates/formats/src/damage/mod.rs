@@ -15,8 +15,8 @@ use std::sync::Arc;
 
 use diskimage_core::options::Options;
 use diskimage_core::{
-    ByteRange, CreateRequest, Device, Error, ErrorKind, Gate, Image, NodeOptions, OpenRequest, Preallocation,
-    Progress, Reference, Repair, ResizeRequest, Result, RunKind, ZeroMode,
+    ByteRange, CreateRequest, Device, Error, ErrorKind, Gate, Image, NewFiles, NodeOptions, OpenRequest,
+    Preallocation, Progress, Reference, Repair, ResizeRequest, Result, RunKind, ZeroMode,
 };
 
 use self::kinds::{Field, Kind};
@@ -104,24 +104,22 @@ fn sound(kind: &Kind, seed: u64) -> Files {
     let mut options = Options::new(kind.format.create_options());
     options.parse(kind.options).expect("valid options");
     let mut files = Files(HashMap::from([("disk".to_owned(), Arc::default())]));
-    for part in kind
-        .format
-        .new_parts("disk.vmdk", kind.size, &options)
-        .expect("names")
-    {
-        files.0.insert(part, Arc::default());
-    }
-    kind.format
-        .create(CreateRequest {
-            backing_cid: None,
-            file: Arc::<PagedFile>::clone(&files.0["disk"]),
-            name: "disk.vmdk",
-            size: kind.size,
-            options: &options,
-            objects: &Arc::default(),
-            gate: &files,
-        })
-        .expect("creates");
+    let objects = Arc::default();
+    let plan = kind.format.plan_create(CreateRequest {
+        name: "disk.vmdk",
+        size: kind.size,
+        options: &options,
+        objects: &objects,
+    });
+    let created = plan.expect("valid options").write(NewFiles {
+        file: Arc::<PagedFile>::clone(&files.0["disk"]),
+        make_part: &mut |part| {
+            let file = files.0.entry(part.to_owned()).or_default();
+            Ok(Arc::<PagedFile>::clone(file))
+        },
+        backing: None,
+    });
+    created.expect("creates");
     let image = files.open(kind, true).expect("opens");
     for _ in 0..4 + random.below(12) {
         let mut range = random.range(kind);

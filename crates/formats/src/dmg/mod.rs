@@ -17,10 +17,9 @@ mod trailer;
 
 use std::sync::Arc;
 
-use diskimage_core::options::OptionDef;
 use diskimage_core::{
-    CreateRequest, DecodedBlockCache, Device, Error, Format, Layer, Note, OpenRequest, Probe, Result, Score,
-    errno,
+    DecodedBlockCache, Device, Error, Format, FormatProperties, Layer, Note, OpenRequest, Probe, Result,
+    Score, errno,
 };
 
 use crate::codec::{bzip2, deflate, lzfse, xz};
@@ -38,6 +37,10 @@ const SUFFIX: &str = ".dmg";
 impl Format for Dmg {
     fn name(&self) -> &'static str {
         NAME
+    }
+
+    fn properties(&self) -> &'static FormatProperties {
+        &FormatProperties::READ_ONLY
     }
 
     fn probe(&self, probe: &Probe<'_>) -> Score {
@@ -60,18 +63,6 @@ impl Format for Dmg {
             unknown,
         };
         Ok(read_only_layer::layer(disk))
-    }
-
-    fn can_create(&self) -> bool {
-        false
-    }
-
-    fn create_options(&self) -> &'static [OptionDef] {
-        &[]
-    }
-
-    fn create(&self, _request: CreateRequest<'_>) -> Result<()> {
-        self.require_creation()
     }
 }
 

@@ -21,9 +21,9 @@ use std::sync::Arc;
 use crate::encryption::SECTOR;
 use diskimage_core::options::{OptionDef, OptionKind, Options};
 use diskimage_core::{
-    Amend, AmendRequest, ByteRange, Capabilities, CreateRequest, Device, Error, ErrorKind, Format,
-    HoleMeaning, Info, Layer, Measure, MeasureSource, Objects, OpenRequest, Preallocation, Probe,
-    ResizeRequest, Result, Run, RunKind, Score, WritePlan, ZeroMode, align_up, errno,
+    Amend, AmendRequest, ByteRange, Capabilities, CreatePlan, CreateRequest, Device, Error, ErrorKind,
+    Format, FormatProperties, HoleMeaning, Info, Layer, Measure, MeasureSource, Objects, OpenRequest,
+    Preallocation, Probe, ResizeRequest, Result, Run, RunKind, Score, WritePlan, ZeroMode, align_up, errno,
 };
 
 use crate::encryption::encrypted_device::EncryptedDevice;
@@ -47,16 +47,20 @@ impl Format for Luks {
         "luks"
     }
 
+    fn properties(&self) -> &'static FormatProperties {
+        const {
+            &FormatProperties {
+                create_options: Some(CREATE_OPTIONS),
+                amend_options: Some(amend::AMEND_OPTIONS),
+                children: &["header"],
+                strong_options: &["key-secret"],
+                ..FormatProperties::READ_ONLY
+            }
+        }
+    }
+
     fn probe(&self, probe: &Probe<'_>) -> Score {
         if header::is_luks(probe.head) { 100 } else { 0 }
-    }
-
-    fn children(&self) -> &'static [&'static str] {
-        &["header"]
-    }
-
-    fn strong_options(&self) -> &'static [&'static str] {
-        &["key-secret"]
     }
 
     fn open(&self, mut request: OpenRequest<'_>) -> Result<Arc<dyn Layer>> {
@@ -87,38 +91,8 @@ impl Format for Luks {
         }))
     }
 
-    fn create_options(&self) -> &'static [OptionDef] {
-        CREATE_OPTIONS
-    }
-
-    fn amend_options(&self) -> Option<&'static [OptionDef]> {
-        Some(amend::AMEND_OPTIONS)
-    }
-
-    fn create(&self, request: CreateRequest<'_>) -> Result<()> {
-        let (algorithms, passphrase) = wanted(request.options, request.objects)?;
-        let len = Volume::header_len(&algorithms)
-            .checked_add(request.size)
-            .filter(|len| i64::try_from(*len).is_ok())
-            .ok_or_else(|| Error::new(ErrorKind::Limit, "The requested file size is too large"))?;
-        if request.file.is_zero_when_new() {
-            let word = request.options.text("preallocation").unwrap_or("off");
-            let preallocation = match Preallocation::from_name(word) {
-                // There are no tables besides the header.
-                Some(Preallocation::Metadata) => Preallocation::Off,
-                Some(preallocation) => preallocation,
-                None => return Err(Error::invalid(format!("invalid parameter value: {word}"))),
-            };
-            request.file.resize(len, preallocation)?;
-        } else if len > request.file.len() {
-            return Err(Error::unsupported("Cannot grow device files"));
-        }
-        let place = Place {
-            device: request.file,
-            offset: 0,
-            detached: false,
-        };
-        Volume::create(place, &algorithms, passphrase).map(|_| ())
+    fn plan_create<'a>(&self, request: CreateRequest<'a>) -> Result<CreatePlan<'a>> {
+        Ok(CreatePlan::new(move |files| create(&request, files.file)))
     }
 
     fn measure(&self, options: &Options, source: MeasureSource<'_>, objects: &Objects) -> Result<Measure> {
@@ -132,6 +106,33 @@ impl Format for Luks {
             bitmaps: None,
         })
     }
+}
+
+/// Writes a new image to `file`.
+fn create(request: &CreateRequest<'_>, file: Arc<dyn Device>) -> Result<()> {
+    let (algorithms, passphrase) = wanted(request.options, request.objects)?;
+    let len = Volume::header_len(&algorithms)
+        .checked_add(request.size)
+        .filter(|len| i64::try_from(*len).is_ok())
+        .ok_or_else(|| Error::new(ErrorKind::Limit, "The requested file size is too large"))?;
+    if file.is_zero_when_new() {
+        let word = request.options.text("preallocation").unwrap_or("off");
+        let preallocation = match Preallocation::from_name(word) {
+            // There are no tables besides the header.
+            Some(Preallocation::Metadata) => Preallocation::Off,
+            Some(preallocation) => preallocation,
+            None => return Err(Error::invalid(format!("invalid parameter value: {word}"))),
+        };
+        file.resize(len, preallocation)?;
+    } else if len > file.len() {
+        return Err(Error::unsupported("Cannot grow device files"));
+    }
+    let place = Place {
+        device: file,
+        offset: 0,
+        detached: false,
+    };
+    Volume::create(place, &algorithms, passphrase).map(|_| ())
 }
 
 /// What a new volume is like and the passphrase for it.

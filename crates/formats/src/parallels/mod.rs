@@ -30,9 +30,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use diskimage_core::options::{OptionDef, OptionKind, Options};
 use diskimage_core::{
-    Bitmaps, Budget, ByteRange, Capabilities, Check, CheckReport, CreateRequest, Device, Error, Format,
-    HoleMeaning, Info, Layer, Measure, MeasureSource, Note, Objects, OpenRequest, Preallocation, Probe,
-    Progress, Repair, ResizeRequest, Result, Run, RunKind, Score, WritePlan, ZeroMode,
+    Bitmaps, Budget, ByteRange, Capabilities, Check, CheckReport, CreatePlan, CreateRequest, Device, Error,
+    Format, FormatProperties, HoleMeaning, Info, Layer, Measure, MeasureSource, Note, Objects, OpenRequest,
+    Preallocation, Probe, Progress, Repair, ResizeRequest, Result, Run, RunKind, Score, WritePlan, ZeroMode,
 };
 
 use self::extension::Extension;
@@ -81,6 +81,16 @@ impl Format for Parallels {
         "parallels"
     }
 
+    fn properties(&self) -> &'static FormatProperties {
+        const {
+            &FormatProperties {
+                create_options: Some(CREATE_OPTIONS),
+                keeps_failed_file: true,
+                ..FormatProperties::READ_ONLY
+            }
+        }
+    }
+
     fn probe(&self, probe: &Probe<'_>) -> Score {
         if header::is_parallels(probe.head) { 100 } else { 0 }
     }
@@ -89,26 +99,8 @@ impl Format for Parallels {
         Ok(Arc::new(ParallelsLayer::open(request)?))
     }
 
-    fn create_options(&self) -> &'static [OptionDef] {
-        CREATE_OPTIONS
-    }
-
-    fn keeps_failed_file(&self) -> bool {
-        true
-    }
-
-    fn create(&self, request: CreateRequest<'_>) -> Result<()> {
-        preallocation::check(request.options)?;
-        let cluster_size = request.options.size("cluster_size").unwrap_or(DEFAULT_CLUSTER);
-        let header = Header::new(request.size, cluster_size)?;
-        let (file, start) = (request.file, header.data_start(u64::MAX));
-        if file.is_zero_when_new() {
-            file.resize(start, Preallocation::Off)?;
-        } else if start > file.len() {
-            return Err(Error::unsupported(file.fixed_len_message()));
-        }
-        file.write_zeroes(ByteRange::new(0, start), ZeroMode::KeepAllocated)?;
-        file.write_at(&header.to_bytes(), 0)
+    fn plan_create<'a>(&self, request: CreateRequest<'a>) -> Result<CreatePlan<'a>> {
+        Ok(CreatePlan::new(move |files| create(&request, &*files.file)))
     }
 
     fn measure(&self, options: &Options, source: MeasureSource<'_>, _objects: &Objects) -> Result<Measure> {
@@ -128,6 +120,21 @@ impl Format for Parallels {
             bitmaps: None,
         })
     }
+}
+
+/// Writes a new image to `file`.
+fn create(request: &CreateRequest<'_>, file: &dyn Device) -> Result<()> {
+    preallocation::check(request.options)?;
+    let cluster_size = request.options.size("cluster_size").unwrap_or(DEFAULT_CLUSTER);
+    let header = Header::new(request.size, cluster_size)?;
+    let start = header.data_start(u64::MAX);
+    if file.is_zero_when_new() {
+        file.resize(start, Preallocation::Off)?;
+    } else if start > file.len() {
+        return Err(Error::unsupported(file.fixed_len_message()));
+    }
+    file.write_zeroes(ByteRange::new(0, start), ZeroMode::KeepAllocated)?;
+    file.write_at(&header.to_bytes(), 0)
 }
 
 /// An opened image.

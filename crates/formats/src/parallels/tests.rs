@@ -719,7 +719,7 @@ proptest! {
 
 #[test]
 fn a_file_is_as_long_as_was_measured() {
-    let mut options = Options::new(Parallels.create_options());
+    let mut options = Options::new(<dyn Format>::create_options(&Parallels));
     options.parse(SMALL).expect("valid options");
     let measured = |source: MeasureSource<'_>| {
         let measure = Parallels.measure(&options, source, &Objects::new());

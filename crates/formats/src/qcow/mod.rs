@@ -21,9 +21,10 @@ use std::sync::Arc;
 
 use diskimage_core::options::{OptionDef, OptionKind, Options};
 use diskimage_core::{
-    Backed, Backing, ByteRange, Capabilities, Codec, CreateRequest, Device, Encoded, Encoder, Error,
-    ErrorKind, Event, Format, Info, Layer, Measure, MeasureSource, Objects, OpenRequest, Preallocation,
-    Probe, ResizeRequest, Result, Run, Score, WritePlan, ZeroMode, align_up, errno,
+    Backed, Backing, ByteRange, Capabilities, Codec, CreatePlan, CreateRequest, Device, Encoded, Encoder,
+    Error, ErrorKind, Event, Format, FormatProperties, Info, Layer, Measure, MeasureSource, Objects,
+    OpenRequest, Preallocation, Probe, ResizeRequest, Result, Run, Score, WritePlan, ZeroMode, align_up,
+    errno,
 };
 
 use self::header::{Header, SECTOR};
@@ -65,61 +66,37 @@ impl Format for QcowFormat {
         "qcow"
     }
 
+    fn properties(&self) -> &'static FormatProperties {
+        const {
+            &FormatProperties {
+                create_options: Some(CREATE_OPTIONS),
+                strong_options: &[legacy_aes::KEY_SECRET],
+                has_backing: true,
+                has_compression: true,
+                keeps_failed_file: true,
+                ..FormatProperties::READ_ONLY
+            }
+        }
+    }
+
     fn probe(&self, probe: &Probe<'_>) -> Score {
         let start = [header::MAGIC.to_be_bytes(), header::VERSION.to_be_bytes()].concat();
         if probe.head.starts_with(&start) { 100 } else { 0 }
-    }
-
-    fn strong_options(&self) -> &'static [&'static str] {
-        &[legacy_aes::KEY_SECRET]
     }
 
     fn open(&self, request: OpenRequest<'_>) -> Result<Arc<dyn Layer>> {
         Ok(Arc::new(Qcow::open(request)?))
     }
 
-    fn create_options(&self) -> &'static [OptionDef] {
-        CREATE_OPTIONS
-    }
-
-    fn new_parts(&self, _name: &str, _size: u64, options: &Options) -> Result<Vec<String>> {
-        // The mistakes that the original finds before it makes a file.
-        match options.text("backing_fmt") {
+    fn plan_create<'a>(&self, request: CreateRequest<'a>) -> Result<CreatePlan<'a>> {
+        // The mistakes that qemu-img finds before it makes a file.
+        match request.options.text("backing_fmt") {
             Some(name) if !KNOWN_FORMATS.contains(&name) => {
-                Err(Error::invalid(format!("unrecognized backing format '{name}'")))
+                return Err(Error::invalid(format!("unrecognized backing format '{name}'")));
             }
-            _ => legacy_aes::wanted_format(options).map(|_| Vec::new()),
-        }
-    }
-
-    fn has_backing(&self) -> bool {
-        true
-    }
-
-    fn has_compression(&self) -> bool {
-        true
-    }
-
-    fn keeps_failed_file(&self) -> bool {
-        true
-    }
-
-    fn create(&self, request: CreateRequest<'_>) -> Result<()> {
-        preallocation::check(request.options)?;
-        let header = new_header(request.options, request.size)?;
-        if header.is_encrypted {
-            let secret = request.options.text(legacy_aes::KEY_SECRET);
-            passphrase(request.objects, secret, legacy_aes::KEY_SECRET)?;
-        }
-        let file = &*request.file;
-        let table = ByteRange::at(header.l1_offset, header.l1_len().next_multiple_of(SECTOR));
-        if file.is_zero_when_new() {
-            file.resize(table.end(), Preallocation::Off)?;
-        } else {
-            file.write_zeroes(table, ZeroMode::KeepAllocated)?;
-        }
-        file.write_at(&header.to_bytes(), 0)?;
-        file.flush()
+            _ => legacy_aes::wanted_format(request.options)?,
+        };
+        Ok(CreatePlan::new(move |files| create(&request, &*files.file)))
     }
 
     fn measure(&self, options: &Options, source: MeasureSource<'_>, _objects: &Objects) -> Result<Measure> {
@@ -139,6 +116,24 @@ impl Format for QcowFormat {
             bitmaps: None,
         })
     }
+}
+
+/// Writes a new image to `file`.
+fn create(request: &CreateRequest<'_>, file: &dyn Device) -> Result<()> {
+    preallocation::check(request.options)?;
+    let header = new_header(request.options, request.size)?;
+    if header.is_encrypted {
+        let secret = request.options.text(legacy_aes::KEY_SECRET);
+        passphrase(request.objects, secret, legacy_aes::KEY_SECRET)?;
+    }
+    let table = ByteRange::at(header.l1_offset, header.l1_len().next_multiple_of(SECTOR));
+    if file.is_zero_when_new() {
+        file.resize(table.end(), Preallocation::Off)?;
+    } else {
+        file.write_zeroes(table, ZeroMode::KeepAllocated)?;
+    }
+    file.write_at(&header.to_bytes(), 0)?;
+    file.flush()
 }
 
 /// The header of a new image of `size` bytes.

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use diskimage_core::options::Options;
 use diskimage_core::{
-    Backing, ByteRange, CreateRequest, Device, Format, Image, Layer, MeasureSource, MemoryDevice,
+    Backing, ByteRange, CreateRequest, Device, Format, Image, Layer, MeasureSource, MemoryDevice, NewFiles,
     NodeOptions, Object, Objects, OpenRequest, Preallocation, Result, RunKind, Secret, ZeroMode,
 };
 use diskimage_testing::{Fault, FaultyDevice, Journal, RecordingDevice};
@@ -27,24 +27,23 @@ fn secrets() -> Arc<Objects> {
 
 fn try_create(text: &str, size: u64) -> Result<Arc<MemoryDevice>> {
     let file = Arc::new(MemoryDevice::default());
-    let mut options = Options::new(QcowFormat.create_options());
+    let mut options = Options::new(<dyn Format>::create_options(&QcowFormat));
     options.parse(text).expect("valid options");
-    QcowFormat.create(CreateRequest {
-        backing_cid: None,
-        file: Arc::<MemoryDevice>::clone(&file),
+    let objects = secrets();
+    let plan = QcowFormat.plan_create(CreateRequest {
         name: "test",
         size,
         options: &options,
-        objects: &secrets(),
-        gate: &Closed,
+        objects: &objects,
     })?;
+    NewFiles::only(Arc::<MemoryDevice>::clone(&file), |files| plan.write(files))?;
     Ok(file)
 }
 
 #[test]
 fn a_file_is_as_long_as_was_measured() {
     for text in ["", "backing_file=below,backing_fmt=raw"] {
-        let mut options = Options::new(QcowFormat.create_options());
+        let mut options = Options::new(<dyn Format>::create_options(&QcowFormat));
         options.parse(text).expect("valid options");
         let measured = |source: MeasureSource<'_>| {
             let measure = QcowFormat.measure(&options, source, &Objects::new());

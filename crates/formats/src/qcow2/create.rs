@@ -9,8 +9,8 @@
 use std::sync::Arc;
 
 use diskimage_core::{
-    CreateRequest, Device, Error, FilterDevice, Filtered, OpenRequest, Preallocation, ResizeRequest, Result,
-    name,
+    ClosedGate, CreateRequest, Device, Error, FilterDevice, Filtered, NewFiles, OpenRequest, Preallocation,
+    ResizeRequest, Result, name,
 };
 use zerocopy::IntoBytes;
 use zerocopy::byteorder::big_endian::{U32, U64};
@@ -24,26 +24,29 @@ use super::refcount::block;
 use super::{Qcow2, data_permissions};
 use crate::encryption::legacy_aes;
 
-/// Writes a new image to `request.file`.
-pub(super) fn create(request: &CreateRequest<'_>) -> Result<()> {
+/// Writes a new image to `files`.
+pub(super) fn create(request: &CreateRequest<'_>, files: NewFiles<'_>) -> Result<()> {
     let wanted = Wanted::parse(request.options, Wording::Parameters)?;
-    if let Some(name) = &wanted.data_file {
-        // Its length is set when the image grows to its size.
-        request
-            .gate
-            .open_data(name, request.name, data_permissions(true))?;
+    // Its length is set when the image grows to its size.
+    let data = match &wanted.data_file {
+        Some(name) => Some((files.make_part)(name)?),
+        None => None,
+    };
+    if let Some(data) = &data {
+        data.lock(data_permissions(true))?;
     }
-    let file: Arc<dyn Device> = Arc::new(Filtered(Unsynced(Arc::clone(&request.file))));
+    let file: Arc<dyn Device> = Arc::new(Filtered(Unsynced(Arc::clone(&files.file))));
     write_minimal(&*file, &wanted)?;
     let open = || {
         Qcow2::open(OpenRequest {
             write: true,
+            children: data.iter().map(|data| ("data-file", Arc::clone(data))).collect(),
             ..OpenRequest::new(
                 Arc::clone(&file),
                 request.name,
                 &mut legacy_aes::node(request.options),
                 request.objects,
-                request.gate,
+                &ClosedGate,
             )
         })
     };
@@ -60,7 +63,7 @@ pub(super) fn create(request: &CreateRequest<'_>) -> Result<()> {
     // No `backing_len`: the backing image shows everywhere.
     image.grow_to(&size)?;
     diskimage_core::Layer::flush(&*image)?;
-    request.file.flush()
+    files.file.flush()
 }
 
 /// Header, refcount table and one refcount block.

@@ -40,12 +40,12 @@ mod tests;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use diskimage_core::options::{OptionDef, Options};
+use diskimage_core::options::Options;
 use diskimage_core::{
     Amend, AmendRequest, Backed, Backing, Budget, ByteRange, Capabilities, Check, CheckReport, Codec,
-    CreateRequest, Device, Encoded, Encoder, Error, ErrorKind, Event, Format, Info, Layer, Measure,
-    MeasureSource, Note, Objects, OpenRequest, Permissions, Preallocation, Probe, Progress, Repair,
-    ResizeRequest, Result, ResultExt, Run, Score, WritePlan, ZeroMode,
+    CreatePlan, CreateRequest, Device, Encoded, Encoder, Error, ErrorKind, Event, Format, FormatProperties,
+    Info, Layer, Measure, MeasureSource, Note, Objects, OpenRequest, Permissions, Preallocation, Probe,
+    Progress, Repair, ResizeRequest, Result, ResultExt, Run, Score, WritePlan, ZeroMode,
 };
 
 use self::encrypt::Encrypted;
@@ -68,6 +68,21 @@ impl Format for Qcow2Format {
         "qcow2"
     }
 
+    fn properties(&self) -> &'static FormatProperties {
+        const {
+            &FormatProperties {
+                create_options: Some(options::CREATE),
+                amend_options: Some(amend::AMEND),
+                children: &["data-file"],
+                implicit_children: &["data-file"],
+                strong_options: &["encrypt.key-secret"],
+                has_backing: true,
+                has_compression: true,
+                ..FormatProperties::READ_ONLY
+            }
+        }
+    }
+
     fn probe(&self, probe: &Probe<'_>) -> Score {
         let version = probe
             .head
@@ -80,45 +95,15 @@ impl Format for Qcow2Format {
         }
     }
 
-    fn children(&self) -> &'static [&'static str] {
-        &["data-file"]
-    }
-
-    fn implicit_children(&self) -> &'static [&'static str] {
-        self.children()
-    }
-
-    fn strong_options(&self) -> &'static [&'static str] {
-        &["encrypt.key-secret"]
-    }
-
     fn open(&self, request: OpenRequest<'_>) -> Result<Arc<dyn Layer>> {
         Ok(Qcow2::open(request)?)
     }
 
-    fn create_options(&self) -> &'static [OptionDef] {
-        options::CREATE
-    }
-
-    fn amend_options(&self) -> Option<&'static [OptionDef]> {
-        Some(amend::AMEND)
-    }
-
-    fn new_parts(&self, _name: &str, _size: u64, options: &Options) -> Result<Vec<String>> {
+    fn plan_create<'a>(&self, request: CreateRequest<'a>) -> Result<CreatePlan<'a>> {
         // Relative to the current directory, as it is opened.
-        Ok(options.text("data_file").map(str::to_owned).into_iter().collect())
-    }
-
-    fn has_backing(&self) -> bool {
-        true
-    }
-
-    fn has_compression(&self) -> bool {
-        true
-    }
-
-    fn create(&self, request: CreateRequest<'_>) -> Result<()> {
-        create::create(&request)
+        let data_file = request.options.text("data_file").map(str::to_owned);
+        let plan = CreatePlan::new(move |files| create::create(&request, files));
+        Ok(plan.with_parts(data_file.into_iter().collect()))
     }
 
     fn measure(&self, options: &Options, source: MeasureSource<'_>, _objects: &Objects) -> Result<Measure> {

@@ -25,9 +25,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use diskimage_core::options::{OptionDef, OptionKind, Options};
 use diskimage_core::{
-    Backed, Backing, Budget, ByteRange, Capabilities, Check, CheckReport, CreateRequest, Device, Error,
-    ErrorKind, Format, Info, Layer, Measure, MeasureSource, Objects, OpenRequest, Preallocation, Probe,
-    Progress, Repair, ResizeRequest, Result, Run, Score, WritePlan, ZeroMode, errno,
+    Backed, Backing, Budget, ByteRange, Capabilities, Check, CheckReport, CreatePlan, CreateRequest, Device,
+    Error, ErrorKind, Format, FormatProperties, Info, Layer, Measure, MeasureSource, Objects, OpenRequest,
+    Preallocation, Probe, Progress, Repair, ResizeRequest, Result, Run, Score, WritePlan, ZeroMode, errno,
 };
 
 use self::header::{Geometry, Header, MAGIC, feature};
@@ -82,6 +82,17 @@ impl Format for QedFormat {
         "qed"
     }
 
+    fn properties(&self) -> &'static FormatProperties {
+        const {
+            &FormatProperties {
+                create_options: Some(CREATE_OPTIONS),
+                has_backing: true,
+                keeps_failed_file: true,
+                ..FormatProperties::READ_ONLY
+            }
+        }
+    }
+
     fn probe(&self, probe: &Probe<'_>) -> Score {
         if probe.head.starts_with(&MAGIC.to_le_bytes()) {
             100
@@ -94,29 +105,8 @@ impl Format for QedFormat {
         Ok(Arc::new(Qed::open(request)?))
     }
 
-    fn create_options(&self) -> &'static [OptionDef] {
-        CREATE_OPTIONS
-    }
-
-    fn has_backing(&self) -> bool {
-        true
-    }
-
-    fn keeps_failed_file(&self) -> bool {
-        true
-    }
-
-    fn create(&self, request: CreateRequest<'_>) -> Result<()> {
-        preallocation::check(request.options)?;
-        let header = new_header(request.options, request.size)?;
-        let (file, geometry) = (&*request.file, header.geometry);
-        let tables = ByteRange::at(header.l1_offset, geometry.table_len());
-        if file.is_zero_when_new() {
-            file.resize(tables.end(), Preallocation::Off)?;
-        } else {
-            file.write_zeroes(tables, ZeroMode::KeepAllocated)?;
-        }
-        header.write(file, true)
+    fn plan_create<'a>(&self, request: CreateRequest<'a>) -> Result<CreatePlan<'a>> {
+        Ok(CreatePlan::new(move |files| create(&request, &*files.file)))
     }
 
     fn measure(&self, options: &Options, source: MeasureSource<'_>, _objects: &Objects) -> Result<Measure> {
@@ -135,6 +125,20 @@ impl Format for QedFormat {
             bitmaps: None,
         })
     }
+}
+
+/// Writes a new image to `file`.
+fn create(request: &CreateRequest<'_>, file: &dyn Device) -> Result<()> {
+    preallocation::check(request.options)?;
+    let header = new_header(request.options, request.size)?;
+    let geometry = header.geometry;
+    let tables = ByteRange::at(header.l1_offset, geometry.table_len());
+    if file.is_zero_when_new() {
+        file.resize(tables.end(), Preallocation::Off)?;
+    } else {
+        file.write_zeroes(tables, ZeroMode::KeepAllocated)?;
+    }
+    header.write(file, true)
 }
 
 /// The header of a new image.

@@ -14,9 +14,9 @@ use std::sync::Arc;
 use diskimage_core::errno;
 use diskimage_core::options::{OptionDef, OptionKind, Options};
 use diskimage_core::{
-    ByteRange, CreateRequest, Device, Error, Event, Format, HoleMeaning, Info, Layer, Measure, MeasureSource,
-    NodeOptions, Objects, OpenRequest, Permissions, Preallocation, Probe, ResizeRequest, Result, Run,
-    RunKind, Score, WritePlan, ZeroMode, align_up,
+    ByteRange, CreatePlan, CreateRequest, Device, Error, Event, Format, FormatProperties, HoleMeaning, Info,
+    Layer, Measure, MeasureSource, NodeOptions, Objects, OpenRequest, Preallocation, Probe, ResizeRequest,
+    Result, Run, RunKind, Score, WritePlan, ZeroMode, align_up,
 };
 
 use crate::layer_kit::in_place_write::InPlaceWrite;
@@ -40,17 +40,22 @@ impl Format for Raw {
         "raw"
     }
 
+    fn properties(&self) -> &'static FormatProperties {
+        const {
+            &FormatProperties {
+                create_options: Some(CREATE_OPTIONS),
+                strong_options: &["offset", "size"],
+                shares_writes: true,
+                // Without a header the file is still a raw image of its length, whatever that may be.
+                keeps_failed_file: true,
+                ..FormatProperties::READ_ONLY
+            }
+        }
+    }
+
     fn probe(&self, _probe: &Probe<'_>) -> Score {
         // Any bytes can be a raw image; every other format knows its own better.
         1
-    }
-
-    fn permissions(&self, write: bool) -> Permissions {
-        // There are no tables that another writer could spoil.
-        Permissions {
-            write,
-            ..Permissions::READ_SHARED
-        }
     }
 
     fn open(&self, request: OpenRequest<'_>) -> Result<Arc<dyn Layer>> {
@@ -66,33 +71,8 @@ impl Format for Raw {
         }))
     }
 
-    fn strong_options(&self) -> &'static [&'static str] {
-        &["offset", "size"]
-    }
-
-    fn create_options(&self) -> &'static [OptionDef] {
-        CREATE_OPTIONS
-    }
-
-    fn keeps_failed_file(&self) -> bool {
-        // Without a header the file is still a raw image of its length, whatever that may be.
-        true
-    }
-
-    fn create(&self, request: CreateRequest<'_>) -> Result<()> {
-        let size = disk_size(request.size)?;
-        if request.file.is_zero_when_new() {
-            return request.file.resize(size, preallocation(request.options)?);
-        }
-        // A device, which has the storage that it has.
-        crate::layer_kit::preallocation::require_off(preallocation_mode(request.options)?)?;
-        let there = request.file.len();
-        if size > there {
-            return Err(Error::unsupported(request.file.fixed_len_message()));
-        }
-        // What the device held before should not be taken for an image's header.
-        let head = ByteRange::new(0, SECTOR.min(there));
-        request.file.write_zeroes(head, ZeroMode::KeepAllocated)
+    fn plan_create<'a>(&self, request: CreateRequest<'a>) -> Result<CreatePlan<'a>> {
+        Ok(CreatePlan::new(move |files| create(&request, &*files.file)))
     }
 
     fn measure(&self, options: &Options, source: MeasureSource<'_>, _objects: &Objects) -> Result<Measure> {
@@ -104,6 +84,23 @@ impl Format for Raw {
             bitmaps: None,
         })
     }
+}
+
+/// Writes a new image to `file`.
+fn create(request: &CreateRequest<'_>, file: &dyn Device) -> Result<()> {
+    let size = disk_size(request.size)?;
+    if file.is_zero_when_new() {
+        return file.resize(size, preallocation(request.options)?);
+    }
+    // A device, which has the storage that it has.
+    crate::layer_kit::preallocation::require_off(preallocation_mode(request.options)?)?;
+    let there = file.len();
+    if size > there {
+        return Err(Error::unsupported(file.fixed_len_message()));
+    }
+    // What the device held before should not be taken for an image's header.
+    let head = ByteRange::new(0, SECTOR.min(there));
+    file.write_zeroes(head, ZeroMode::KeepAllocated)
 }
 
 fn preallocation(options: &Options) -> Result<Preallocation> {

@@ -27,9 +27,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use diskimage_core::options::{OptionDef, OptionKind, Options};
 use diskimage_core::{
-    Budget, ByteRange, Capabilities, Check, CheckReport, CreateRequest, Device, Error, Format, HoleMeaning,
-    Info, Layer, Measure, MeasureSource, Objects, OpenRequest, Preallocation, Probe, Progress, Repair,
-    ResizeRequest, Result, Run, RunKind, Score, WritePlan, ZeroMode,
+    Budget, ByteRange, Capabilities, Check, CheckReport, CreatePlan, CreateRequest, Device, Error, Format,
+    FormatProperties, HoleMeaning, Info, Layer, Measure, MeasureSource, Objects, OpenRequest, Preallocation,
+    Probe, Progress, Repair, ResizeRequest, Result, Run, RunKind, Score, WritePlan, ZeroMode,
 };
 
 use crate::layer_kit::count_used::data_bytes;
@@ -52,6 +52,16 @@ const CREATE_OPTIONS: &[OptionDef] = &[
 impl Format for Vdi {
     fn name(&self) -> &'static str {
         "vdi"
+    }
+
+    fn properties(&self) -> &'static FormatProperties {
+        const {
+            &FormatProperties {
+                create_options: Some(CREATE_OPTIONS),
+                keeps_failed_file: true,
+                ..FormatProperties::READ_ONLY
+            }
+        }
     }
 
     fn probe(&self, probe: &Probe<'_>) -> Score {
@@ -78,27 +88,8 @@ impl Format for Vdi {
         }))
     }
 
-    fn create_options(&self) -> &'static [OptionDef] {
-        CREATE_OPTIONS
-    }
-
-    fn keeps_failed_file(&self) -> bool {
-        true
-    }
-
-    fn create(&self, request: CreateRequest<'_>) -> Result<()> {
-        let is_static = request.options.flag("static").unwrap_or(false);
-        preallocation::check(request.options)?;
-        let header = Header::new(request.size, is_static)?;
-        let file = request.file;
-        let end = header.host(header.allocated());
-        if file.is_zero_when_new() {
-            file.resize(end, Preallocation::Off)?;
-        } else if end > file.len() {
-            return Err(Error::unsupported(file.fixed_len_message()));
-        }
-        write_new_map(&*file, &header, is_static)?;
-        file.write_at(&header.to_bytes()?, 0)
+    fn plan_create<'a>(&self, request: CreateRequest<'a>) -> Result<CreatePlan<'a>> {
+        Ok(CreatePlan::new(move |files| create(&request, &*files.file)))
     }
 
     fn measure(&self, options: &Options, source: MeasureSource<'_>, _objects: &Objects) -> Result<Measure> {
@@ -116,6 +107,21 @@ impl Format for Vdi {
             bitmaps: None,
         })
     }
+}
+
+/// Writes a new image to `file`.
+fn create(request: &CreateRequest<'_>, file: &dyn Device) -> Result<()> {
+    let is_static = request.options.flag("static").unwrap_or(false);
+    preallocation::check(request.options)?;
+    let header = Header::new(request.size, is_static)?;
+    let end = header.host(header.allocated());
+    if file.is_zero_when_new() {
+        file.resize(end, Preallocation::Off)?;
+    } else if end > file.len() {
+        return Err(Error::unsupported(file.fixed_len_message()));
+    }
+    write_new_map(file, &header, is_static)?;
+    file.write_at(&header.to_bytes()?, 0)
 }
 
 /// Writes the map of a new image, piece by piece; what is left of its last sector is zero.

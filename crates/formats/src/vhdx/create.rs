@@ -159,9 +159,8 @@ fn usual_block_size(disk_size: u64) -> u64 {
 }
 
 /// Writes a new image.
-pub(super) fn create(request: &CreateRequest<'_>) -> Result<()> {
+pub(super) fn create(request: &CreateRequest<'_>, file: &dyn Device) -> Result<()> {
     let plan = Plan::new(request.options, request.size)?;
-    let file = &*request.file;
     if file.is_zero_when_new() {
         file.resize(plan.end(), Preallocation::Off)?;
     } else if plan.end() > file.len() {

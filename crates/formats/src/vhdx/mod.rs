@@ -30,11 +30,12 @@ mod write;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use diskimage_core::options::{OptionDef, Options};
+use diskimage_core::options::Options;
 use diskimage_core::{
-    Budget, ByteRange, Capabilities, Check, CheckReport, CreateRequest, Device, Error, Format, HoleMeaning,
-    Info, Layer, Measure, MeasureSource, Objects, OpenRequest, Probe, Progress, ReadOnlyView, Repair,
-    ResizeRequest, Result, Run, RunKind, Score, WritePlan, ZeroMode, errno, to_index,
+    Budget, ByteRange, Capabilities, Check, CheckReport, CreatePlan, CreateRequest, Device, Error, Format,
+    FormatProperties, HoleMeaning, Info, Layer, Measure, MeasureSource, Objects, OpenRequest, Probe,
+    Progress, ReadOnlyView, Repair, ResizeRequest, Result, Run, RunKind, Score, WritePlan, ZeroMode, errno,
+    to_index,
 };
 
 use self::bat::{Bat, Payload, entry_of, left_in_chunk};
@@ -57,6 +58,16 @@ impl Format for Vhdx {
         "vhdx"
     }
 
+    fn properties(&self) -> &'static FormatProperties {
+        const {
+            &FormatProperties {
+                create_options: Some(create::OPTIONS),
+                keeps_failed_file: true,
+                ..FormatProperties::READ_ONLY
+            }
+        }
+    }
+
     fn probe(&self, probe: &Probe<'_>) -> Score {
         if probe.head.starts_with(FILE_SIGNATURE) {
             100
@@ -74,16 +85,10 @@ impl Format for Vhdx {
         Ok(Arc::new(layer?))
     }
 
-    fn create_options(&self) -> &'static [OptionDef] {
-        create::OPTIONS
-    }
-
-    fn keeps_failed_file(&self) -> bool {
-        true
-    }
-
-    fn create(&self, request: CreateRequest<'_>) -> Result<()> {
-        create::create(&request)
+    fn plan_create<'a>(&self, request: CreateRequest<'a>) -> Result<CreatePlan<'a>> {
+        Ok(CreatePlan::new(move |files| {
+            create::create(&request, &*files.file)
+        }))
     }
 
     fn measure(&self, options: &Options, source: MeasureSource<'_>, _objects: &Objects) -> Result<Measure> {

@@ -6,11 +6,10 @@
 //!
 //! All grain tables are there from the beginning, empty.
 
-use std::sync::Arc;
-
 use diskimage_core::options::{OptionDef, OptionKind, Options};
 use diskimage_core::{
-    CreateRequest, Device, Error, Measure, MeasureSource, Permissions, Preallocation, Result, errno, name,
+    CreatePlan, CreateRequest, Device, Error, Measure, MeasureSource, NewFiles, Permissions, Preallocation,
+    Result, errno, name,
 };
 use zerocopy::IntoBytes;
 use zerocopy::byteorder::little_endian::{U16, U32, U64};
@@ -187,14 +186,17 @@ fn invalid_value(value: &str) -> Error {
 /// The adapters that a guest may be given, the default first.
 const ADAPTERS: &[&str] = &["ide", "buslogic", "lsilogic", "legacyESX"];
 
-/// The paths of the extents that an image called `name` has besides its own file.
-pub(super) fn parts(name: &str, size: u64, options: &Options) -> Result<Vec<String>> {
-    let wanted = Wanted::parse(options)?;
-    extents(wanted.subformat, name, size)?
-        .into_iter()
-        .filter_map(|extent| extent.name)
-        .map(|part| beside(name, &part))
-        .collect()
+/// Parses what was asked for, and names the files of extents.
+pub(super) fn plan(request: CreateRequest<'_>) -> Result<CreatePlan<'_>> {
+    let wanted = Wanted::parse(request.options)?;
+    let extents = extents(wanted.subformat, request.name, request.size)?;
+    let names = extents.iter().filter_map(|extent| extent.name.as_deref());
+    let parts = names
+        .map(|name| beside(request.name, name))
+        .collect::<Result<_>>()?;
+    let reads_backing = wanted.backing.is_some();
+    let plan = CreatePlan::new(move |files| create(&request, &wanted, &extents, files));
+    Ok(plan.with_parts(parts).with_reads_backing(reads_backing))
 }
 
 /// An extent of a new image.
@@ -283,23 +285,31 @@ fn stem_and_ending(path: &str) -> (&str, &str) {
 pub(super) const MAX_EXTENTS: u64 = 4096;
 
 /// Writes a new image.
-pub(super) fn create(request: &CreateRequest<'_>) -> Result<()> {
-    let wanted = Wanted::parse(request.options)?;
+fn create(
+    request: &CreateRequest<'_>,
+    wanted: &Wanted<'_>,
+    extents: &[NewExtent],
+    files: NewFiles<'_>,
+) -> Result<()> {
     let parent_cid = match wanted.backing {
         None => NO_PARENT,
-        Some(_) => request
-            .backing_cid
+        Some(_) => files
+            .backing
+            .and_then(|backing| backing.layer().cid())
             .ok_or_else(|| Error::invalid("backing_file must be a vmdk image"))?,
     };
-    let own = own_name(request.name);
-    let extents = extents(wanted.subformat, request.name, request.size)?;
+    let file_name = files.file.name();
+    let own = own_name(&file_name);
     let mut lines = Vec::new();
-    for extent in &extents {
+    for extent in extents {
         let separate = match &extent.name {
             None => None,
-            Some(part) => Some(open_part(request, part)?),
+            Some(part) => Some((files.make_part)(&beside(request.name, part)?)?),
         };
-        let device = separate.as_ref().unwrap_or(&request.file);
+        if let Some(part) = &separate {
+            part.lock(Permissions::WRITE)?;
+        }
+        let device = separate.as_ref().unwrap_or(&files.file);
         let is_flat = wanted.subformat.is_flat();
         if is_flat {
             device.resize(extent.sectors * SECTOR, Preallocation::Off)?;
@@ -320,13 +330,8 @@ pub(super) fn create(request: &CreateRequest<'_>) -> Result<()> {
     if embedded && text.len() as u64 > DESCRIPTOR_SECTORS * SECTOR {
         return Err(Error::from_errno(errno::ENOSPC));
     }
-    request.file.write_at(&text, offset)?;
-    request.file.flush()
-}
-
-fn open_part(request: &CreateRequest<'_>, name: &str) -> Result<Arc<dyn Device>> {
-    let path = beside(request.name, name)?;
-    request.gate.open_data(&path, request.name, Permissions::WRITE)
+    files.file.write_at(&text, offset)?;
+    files.file.flush()
 }
 
 /// How much a new image takes, all its files together.

@@ -36,12 +36,12 @@ mod write;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
-use diskimage_core::options::{OptionDef, Options};
+use diskimage_core::options::Options;
 use diskimage_core::{
-    Backed, Backing, Budget, ByteRange, Capabilities, Check, CheckReport, Codec, CreateRequest, Device,
-    Encoded, Encoder, Error, Event, Format, HoleMeaning, Info, Layer, Measure, MeasureSource, MultiFile,
-    Objects, OpenRequest, Preallocation, Probe, Progress, Repair, ResizeRequest, Result, Run, RunKind, Score,
-    WritePlan, ZeroMode, errno, is_zero, to_index,
+    Backed, Backing, Budget, ByteRange, Capabilities, Check, CheckReport, Codec, CreatePlan, CreateRequest,
+    Device, Encoded, Encoder, Error, Event, Format, FormatProperties, HoleMeaning, Info, Layer, Measure,
+    MeasureSource, MultiFile, Objects, OpenRequest, Preallocation, Probe, Progress, Repair, ResizeRequest,
+    Result, Run, RunKind, Score, WritePlan, ZeroMode, errno, is_zero, to_index,
 };
 
 use self::descriptor::{Descriptor, NO_PARENT};
@@ -60,6 +60,17 @@ impl Format for Vmdk {
         "vmdk"
     }
 
+    fn properties(&self) -> &'static FormatProperties {
+        const {
+            &FormatProperties {
+                create_options: Some(create::OPTIONS),
+                has_backing: true,
+                has_compression: true,
+                ..FormatProperties::READ_ONLY
+            }
+        }
+    }
+
     fn probe(&self, probe: &Probe<'_>) -> Score {
         let sparse = [header::HOSTED_MAGIC, header::COWD_MAGIC];
         if sparse.iter().any(|magic| probe.head.starts_with(magic)) || descriptor::is_descriptor(probe.head) {
@@ -73,28 +84,8 @@ impl Format for Vmdk {
         Ok(Arc::new(VmdkLayer::open(&request)?))
     }
 
-    fn create_options(&self) -> &'static [OptionDef] {
-        create::OPTIONS
-    }
-
-    fn new_parts(&self, name: &str, size: u64, options: &Options) -> Result<Vec<String>> {
-        create::parts(name, size, options)
-    }
-
-    fn has_backing(&self) -> bool {
-        true
-    }
-
-    fn records_backing_cid(&self) -> bool {
-        true
-    }
-
-    fn has_compression(&self) -> bool {
-        true
-    }
-
-    fn create(&self, request: CreateRequest<'_>) -> Result<()> {
-        create::create(&request)
+    fn plan_create<'a>(&self, request: CreateRequest<'a>) -> Result<CreatePlan<'a>> {
+        create::plan(request)
     }
 
     fn measure(&self, options: &Options, source: MeasureSource<'_>, _objects: &Objects) -> Result<Measure> {

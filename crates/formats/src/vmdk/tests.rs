@@ -5,9 +5,9 @@ use std::sync::{Arc, Mutex};
 
 use diskimage_core::options::Options;
 use diskimage_core::{
-    ByteRange, CreateRequest, Device, Error, ErrorKind, Format, Gate, Image, MemoryDevice, NodeOptions, Note,
-    Objects, OpenRequest, Preallocation, Progress, Reference, Repair, ResizeRequest, Result, StatusDetail,
-    ZeroMode, name,
+    ByteRange, CreateRequest, Device, Error, ErrorKind, Format, Gate, Image, MemoryDevice, NewFiles,
+    NodeOptions, Note, Objects, OpenRequest, Preallocation, Progress, Reference, Repair, ResizeRequest,
+    Result, StatusDetail, ZeroMode, name,
 };
 use diskimage_testing::{Journal, RecordingDevice};
 use proptest::prelude::*;
@@ -26,20 +26,20 @@ impl Files {
     }
 
     fn create(&self, options: &str, size: u64) -> Result<()> {
-        let mut values = Options::new(Vmdk.create_options());
+        let mut values = Options::new(<dyn Format>::create_options(&Vmdk));
         values.parse(options)?;
         let file: Arc<dyn Device> = self.file("disk.vmdk");
-        for part in Vmdk.new_parts("disk.vmdk", size, &values)? {
-            self.file(&part);
-        }
-        Vmdk.create(CreateRequest {
-            file,
+        let objects = Arc::default();
+        let plan = Vmdk.plan_create(CreateRequest {
             name: "disk.vmdk",
             size,
             options: &values,
-            objects: &Arc::default(),
-            gate: self,
-            backing_cid: None,
+            objects: &objects,
+        })?;
+        plan.write(NewFiles {
+            file,
+            make_part: &mut |part| Ok(self.file(part)),
+            backing: None,
         })
     }
 

@@ -32,9 +32,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use diskimage_core::options::{OptionDef, OptionKind, Options};
 use diskimage_core::{
-    Budget, ByteRange, CreateRequest, Device, Error, Format, HoleMeaning, Info, Layer, Measure,
-    MeasureSource, Objects, OpenRequest, Preallocation, Probe, ResizeRequest, Result, Run, RunKind, Score,
-    WritePlan, ZeroMode, to_index,
+    Budget, ByteRange, CreatePlan, CreateRequest, Device, Error, Format, FormatProperties, HoleMeaning, Info,
+    Layer, Measure, MeasureSource, Objects, OpenRequest, Preallocation, Probe, ResizeRequest, Result, Run,
+    RunKind, Score, WritePlan, ZeroMode, to_index,
 };
 use zerocopy::IntoBytes;
 
@@ -74,6 +74,17 @@ const NODE_OPTIONS: &[OptionDef] = &[OptionDef::new(
 impl Format for Vpc {
     fn name(&self) -> &'static str {
         "vpc"
+    }
+
+    fn properties(&self) -> &'static FormatProperties {
+        const {
+            &FormatProperties {
+                create_options: Some(CREATE_OPTIONS),
+                strong_options: &["force_size_calc"],
+                keeps_failed_file: true,
+                ..FormatProperties::READ_ONLY
+            }
+        }
     }
 
     fn probe(&self, probe: &Probe<'_>) -> Score {
@@ -118,40 +129,8 @@ impl Format for Vpc {
         }))
     }
 
-    fn strong_options(&self) -> &'static [&'static str] {
-        &["force_size_calc"]
-    }
-
-    fn create_options(&self) -> &'static [OptionDef] {
-        CREATE_OPTIONS
-    }
-
-    fn keeps_failed_file(&self) -> bool {
-        true
-    }
-
-    fn create(&self, request: CreateRequest<'_>) -> Result<()> {
-        preallocation::check(request.options)?;
-        let footer = wanted(request.options, request.size)?;
-        let (file, size) = (request.file, footer.size(SizeBy::CurrentSize)?);
-        let (header, end) = match footer.kind() {
-            Kind::Fixed => (None, size),
-            Kind::Dynamic => {
-                let header = DynamicHeader::new(size)?;
-                (Some(header), header.table_end())
-            }
-        };
-        if file.is_zero_when_new() {
-            file.resize(end + SECTOR, Preallocation::Off)?;
-        } else if end + SECTOR > file.len() {
-            return Err(Error::unsupported(file.fixed_len_message()));
-        }
-        if let Some(header) = header {
-            fill(&*file, ByteRange::new(header.table_offset(), end), u8::MAX)?;
-            file.write_at(header.as_bytes(), HEADER_OFFSET)?;
-            file.write_at(footer.as_bytes(), 0)?;
-        }
-        file.write_at(footer.as_bytes(), end)
+    fn plan_create<'a>(&self, request: CreateRequest<'a>) -> Result<CreatePlan<'a>> {
+        Ok(CreatePlan::new(move |files| create(&request, &*files.file)))
     }
 
     fn measure(&self, options: &Options, source: MeasureSource<'_>, _objects: &Objects) -> Result<Measure> {
@@ -177,6 +156,31 @@ impl Format for Vpc {
             bitmaps: None,
         })
     }
+}
+
+/// Writes a new image to `file`.
+fn create(request: &CreateRequest<'_>, file: &dyn Device) -> Result<()> {
+    preallocation::check(request.options)?;
+    let footer = wanted(request.options, request.size)?;
+    let size = footer.size(SizeBy::CurrentSize)?;
+    let (header, end) = match footer.kind() {
+        Kind::Fixed => (None, size),
+        Kind::Dynamic => {
+            let header = DynamicHeader::new(size)?;
+            (Some(header), header.table_end())
+        }
+    };
+    if file.is_zero_when_new() {
+        file.resize(end + SECTOR, Preallocation::Off)?;
+    } else if end + SECTOR > file.len() {
+        return Err(Error::unsupported(file.fixed_len_message()));
+    }
+    if let Some(header) = header {
+        fill(file, ByteRange::new(header.table_offset(), end), u8::MAX)?;
+        file.write_at(header.as_bytes(), HEADER_OFFSET)?;
+        file.write_at(footer.as_bytes(), 0)?;
+    }
+    file.write_at(footer.as_bytes(), end)
 }
 
 /// The footer of the disk that the options describe.

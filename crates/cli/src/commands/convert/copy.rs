@@ -118,7 +118,7 @@ impl Target {
         };
         let backing_options = BackingOptions::read(args, driver)?;
         let needs_backing = args.backing.is_some() && !args.no_create;
-        if let Some(driver) = driver.filter(|driver| needs_backing && !driver.has_backing()) {
+        if let Some(driver) = driver.filter(|driver| needs_backing && !driver.properties().has_backing) {
             return Err(Stop::wrong(format!(
                 "Backing file not supported for file format '{}'",
                 format.as_deref().unwrap_or(driver.name())
@@ -166,7 +166,7 @@ impl Target {
             target.creation = Some(creation);
             target.keys = backing_options.keys;
         }
-        if args.compress && !driver.has_compression() {
+        if args.compress && !driver.properties().has_compression {
             return Err(Stop::wrong("Compression not supported for this file format"));
         }
         Ok(target)

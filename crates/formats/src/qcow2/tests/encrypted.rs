@@ -108,7 +108,7 @@ fn zero_clusters_still_read_as_zero_in_version_2() {
                 .expect("zeroes");
         }
         let before = contents(&image);
-        let mut options = Options::new(Qcow2Format.amend_options().expect("has some"));
+        let mut options = Options::new(Qcow2Format.properties().amend_options.expect("has some"));
         options.parse("compat=0.10").expect("valid options");
         let amended = image.amend(&AmendRequest::new(
             &options,

@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use diskimage_core::options::Options;
 use diskimage_core::{
-    ByteRange, CreateRequest, Device, Format, Gate, Image, MemoryDevice, NodeOptions, Object, Objects,
-    OpenRequest, Preallocation, ResizeRequest, Result, Secret, StatusDetail, ZeroMode,
+    ByteRange, CreateRequest, Device, Format, Gate, Image, MemoryDevice, NewFiles, NodeOptions, Object,
+    Objects, OpenRequest, Permissions, Preallocation, ResizeRequest, Result, Secret, StatusDetail, ZeroMode,
 };
 use proptest::prelude::*;
 
@@ -39,7 +39,7 @@ pub(super) fn secrets(passphrase: &str) -> Arc<Objects> {
 }
 
 fn options(text: &str) -> Options {
-    let mut options = Options::new(Qcow2Format.create_options());
+    let mut options = Options::new(<dyn Format>::create_options(&Qcow2Format));
     options.parse(text).expect("valid options");
     options
 }
@@ -48,17 +48,19 @@ pub(super) fn create(options_text: &str, size: u64, gate: &dyn Gate) -> Arc<Memo
     let file = Arc::new(MemoryDevice::default());
     let device: Arc<dyn Device> = Arc::<MemoryDevice>::clone(&file);
     let options = options(options_text);
-    Qcow2Format
-        .create(CreateRequest {
-            file: device,
-            name: "test",
-            size,
-            options: &options,
-            objects: &secrets("secret"),
-            gate,
-            backing_cid: None,
-        })
-        .expect("created");
+    let objects = secrets("secret");
+    let plan = Qcow2Format.plan_create(CreateRequest {
+        name: "test",
+        size,
+        options: &options,
+        objects: &objects,
+    });
+    let created = plan.expect("valid options").write(NewFiles {
+        file: device,
+        make_part: &mut |part| gate.open_data(part, "test", Permissions::WRITE),
+        backing: None,
+    });
+    created.expect("created");
     file
 }
 

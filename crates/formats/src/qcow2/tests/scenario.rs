@@ -174,7 +174,7 @@ impl Step {
 const KEPT: &str = "s";
 
 fn amend(image: &Image, list: &str) -> Result<()> {
-    let mut options = Options::new(Qcow2Format.amend_options().expect("can be amended"));
+    let mut options = Options::new(Qcow2Format.properties().amend_options.expect("can be amended"));
     options.parse(list).expect("valid");
     image.amend(&AmendRequest::new(&options, &Arc::default(), &Progress::none()))
 }
