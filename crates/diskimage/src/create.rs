@@ -23,7 +23,8 @@ use diskimage_protocols::{
 use crate::files::{Above, Follow, Identity, Location, files_of_chain};
 use crate::gate::FileGate;
 use crate::graph::full_backing_name;
-use crate::open::{OpenOptions, open_bare};
+use crate::open::open_bare;
+use crate::open_options::OpenOptions;
 
 /// The name, the format and the options of a new image.
 #[must_use = "nothing is made before `create`"]

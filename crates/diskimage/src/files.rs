@@ -10,7 +10,8 @@ use diskimage_core::{Device, Error, Gate, Image, NodeOptions, Objects, Result, n
 use diskimage_protocols::{Target, identity_of_path, protocol_by_name};
 
 use crate::graph::{full_backing_name, node_of_name};
-use crate::open::{OpenOptions, open_node};
+use crate::open::open_node;
+use crate::open_options::OpenOptions;
 
 /// The device and inode numbers of a file.
 pub(crate) type Identity = (u64, u64);

@@ -3,11 +3,10 @@
 use std::sync::Arc;
 
 use diskimage_core::{
-    Budget, Device, Error, Gate, LocalTime, Objects, Permissions, Progress, Reference, Result, Role,
+    Budget, Device, Error, Gate, LocalTime, NodeOptions, Objects, Permissions, Progress, Reference, Result,
+    Role,
 };
 use diskimage_protocols::{CacheMode, LocalFileDriver, Protocol, ProtocolRequest, Target, protocol_by_name};
-
-use crate::graph::require_all_taken;
 
 /// Opens backing files by any protocol, and data files only by path: the formats define no more for data files.
 #[derive(Clone, Debug, Default)]
@@ -68,5 +67,18 @@ impl FileGate {
             permissions.share_write = false;
         }
         permissions
+    }
+}
+
+/// Fails if an option of the node was not taken by its driver.
+///
+/// # Errors
+/// The first such option.
+pub(crate) fn require_all_taken(driver: &str, node: &NodeOptions) -> Result<()> {
+    match node.first_unused() {
+        Some(name) => Err(Error::invalid(format!(
+            "Block protocol '{driver}' doesn't support the option '{name}'"
+        ))),
+        None => Ok(()),
     }
 }

@@ -13,7 +13,7 @@ use diskimage_core::{Device, Error, ErrorKind, Image, NodeOptions, Result};
 use super::common::Common;
 use super::names::{full_backing_name, is_relative, node_of_name};
 use super::{Link, Mode, Opener, known_format, no_such_node};
-use crate::open::OpenOptions;
+use crate::open_options::OpenOptions;
 
 /// The largest number of images in a chain. A limit of this program: it keeps the number of open files below the usual
 /// limit of the system.

@@ -22,12 +22,13 @@ use diskimage_core::{
 };
 use diskimage_formats::{bare_layer, format_by_name};
 use diskimage_protocols::{
-    CacheMode, ChildKind, Filter, FilterChild, FilterRequest, LocalFileDriver, OpenedChild, Protocol,
-    ProtocolRequest, filter_by_name, protocol_by_name,
+    ChildKind, Filter, FilterChild, FilterRequest, LocalFileDriver, OpenedChild, Protocol, ProtocolRequest,
+    filter_by_name, protocol_by_name,
 };
 
+use crate::gate::require_all_taken;
 use crate::guess::GuessedRaw;
-use crate::open::OpenOptions;
+use crate::open_options::{Mode, OpenOptions};
 use crate::probe::probe;
 use common::Common;
 
@@ -78,16 +79,6 @@ pub(crate) struct Opener<'a> {
 /// The largest number of nodes on top of each other. A limit of this program: opening recurses, and each level takes
 /// stack.
 const MAX_NESTING: u32 = 32;
-
-/// The mode that a node is opened in; its children inherit it.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Mode {
-    pub(crate) write: bool,
-    pub(crate) cache: CacheMode,
-    pub(crate) force_share: bool,
-    /// The node is a backing image.
-    pub(crate) is_below: bool,
-}
 
 /// An image of a chain whose backing image has not been opened yet.
 pub(crate) struct Link {
@@ -205,57 +196,24 @@ impl<'a> Opener<'a> {
         common: Common,
     ) -> Result<Link> {
         let Common { mode, zeroes } = common;
-        let mut device = Arc::clone(&file);
-        let format = match format {
-            Some(format) => format,
-            None => {
-                let name = plain_name.clone().unwrap_or_else(|| file.node().base_name());
-                let format =
-                    probe(&*file, &name).context(|| "Could not read image for determining its format")?;
-                if format.name() == "raw" && mode.write {
-                    // qemu-img opens backing images read-only first, so it prints no warning for them.
-                    if !mode.is_below {
-                        self.options.tell(&GuessedRaw::warning(&name));
-                    }
-                    device = Arc::new(Filtered(GuessedRaw::new(Arc::clone(&file), &name)));
-                }
-                format
-            }
+        let (format, device) = match format {
+            Some(format) => (format, Arc::clone(&file)),
+            None => self.probe_format(&file, plain_name.as_deref(), mode)?,
         };
         device.lock(self.options.permissions(Some(format), mode))?;
         let backing = self.backing_options(format, &mut node)?;
-        let strong = strong_options(format, &node);
-        let mut children = Vec::new();
-        let file_driver = file.node().driver;
-        let mut given = vec![("file".to_owned(), file)];
-        for name in format.properties().children {
-            if node.has(name) || node.has_node(name) {
-                let child = self
-                    .open_child(name, ChildKind::Bytes, &mut node, &common)?
-                    .device;
-                // qemu-img does not list data files of an image that is opened without data.
-                if !(self.options.no_data && format.properties().implicit_children.contains(name)) {
-                    given.push(((*name).to_owned(), Arc::clone(&child)));
-                }
-                children.push((*name, child));
-            }
-        }
-        // The plain name of an image on another image would be read as the name of a file.
-        let on_image = format_by_name(file_driver).is_some();
-        let no_others = given.iter().all(|(name, _)| {
-            name == "file" || format.properties().implicit_children.contains(&name.as_str())
-        });
-        let is_plain = strong.is_empty() && no_others && !backing.is_given() && !on_image;
-        let shown = plain_name.filter(|_| is_plain);
-        let base_name = Node {
-            name: shown.clone(),
-            children: given.clone(),
+        let mut graph_node = Node {
+            driver: format.name(),
+            options: strong_options(format, &node),
             ..Node::default()
-        }
-        .base_name();
+        };
+        let children = self.open_children(format, &mut node, &common)?;
+        let is_plain = !backing.is_given() && has_plain_name(format, &graph_node.options, &*file, &children);
+        graph_node.name = plain_name.filter(|_| is_plain);
+        graph_node.children = self.listed_children(format, file, &children);
         let layer = format.open(OpenRequest {
             file: device,
-            name: &base_name,
+            name: &graph_node.base_name(),
             write: mode.write,
             for_check: self.options.for_check,
             no_data: self.options.no_data,
@@ -270,17 +228,11 @@ impl<'a> Opener<'a> {
         if let Some(name) = node.first_unused() {
             return Err(unknown_option(format.name(), name));
         }
-        given.extend(layer.parts());
+        graph_node.children.extend(layer.parts());
         let (backing, no_backing) = backing.split();
         Ok(Link {
             identity: layer.file().identity(),
-            node: Node {
-                driver: format.name(),
-                options: strong,
-                node_name: None,
-                name: shown,
-                children: given,
-            },
+            node: graph_node,
             layer,
             format: Some(format),
             mode,
@@ -288,6 +240,59 @@ impl<'a> Opener<'a> {
             backing,
             no_backing,
         })
+    }
+
+    /// The probed format of `file`, and the device to open it on: writes to a raw image that was only guessed must not turn
+    /// it into an image of another format.
+    fn probe_format(
+        &self,
+        file: &Arc<dyn Device>,
+        plain_name: Option<&str>,
+        mode: Mode,
+    ) -> Result<(&'static dyn Format, Arc<dyn Device>)> {
+        let name = plain_name.map_or_else(|| file.node().base_name(), str::to_owned);
+        let format = probe(&**file, &name).context(|| "Could not read image for determining its format")?;
+        if format.name() != "raw" || !mode.write {
+            return Ok((format, Arc::clone(file)));
+        }
+        // qemu-img opens backing images read-only first, so it prints no warning for them.
+        if !mode.is_below {
+            self.options.tell(&GuessedRaw::warning(&name));
+        }
+        let guarded = GuessedRaw::new(Arc::clone(file), &name);
+        Ok((format, Arc::new(Filtered(guarded))))
+    }
+
+    /// Opens the children besides `file` that the node's options give.
+    fn open_children(
+        &self,
+        format: &dyn Format,
+        node: &mut NodeOptions,
+        common: &Common,
+    ) -> Result<Vec<(&'static str, Arc<dyn Device>)>> {
+        let mut children = Vec::new();
+        for name in format.properties().children {
+            if node.has(name) || node.has_node(name) {
+                let child = self.open_child(name, ChildKind::Bytes, node, common)?;
+                children.push((*name, child.device));
+            }
+        }
+        Ok(children)
+    }
+
+    /// The children of the node in the block graph.
+    fn listed_children(
+        &self,
+        format: &dyn Format,
+        file: Arc<dyn Device>,
+        children: &[(&'static str, Arc<dyn Device>)],
+    ) -> Vec<(String, Arc<dyn Device>)> {
+        // qemu-img does not list data files of an image that is opened without data.
+        let is_listed =
+            |name: &str| !(self.options.no_data && format.properties().implicit_children.contains(&name));
+        let given = children.iter().filter(|(name, _)| is_listed(name));
+        let given = given.map(|(name, child)| ((*name).to_owned(), Arc::clone(child)));
+        [("file".to_owned(), file)].into_iter().chain(given).collect()
     }
 
     /// Removes the options of the backing image from the node's options.
@@ -520,13 +525,17 @@ fn strong_options(format: &dyn Format, node: &NodeOptions) -> NodeOptions {
     strong
 }
 
-pub(crate) fn require_all_taken(driver: &str, node: &NodeOptions) -> Result<()> {
-    match node.first_unused() {
-        Some(name) => Err(Error::invalid(format!(
-            "Block protocol '{driver}' doesn't support the option '{name}'"
-        ))),
-        None => Ok(()),
-    }
+/// Whether the plain filename of `file` identifies the node, apart from its backing image.
+fn has_plain_name(
+    format: &dyn Format,
+    strong: &NodeOptions,
+    file: &dyn Device,
+    children: &[(&'static str, Arc<dyn Device>)],
+) -> bool {
+    let implicit = format.properties().implicit_children;
+    // The plain name of an image on another image would be read as the name of a file.
+    let on_image = format_by_name(file.node().driver).is_some();
+    strong.is_empty() && !on_image && children.iter().all(|(name, _)| implicit.contains(name))
 }
 
 fn unknown_option(format: &str, option: &str) -> Error {
