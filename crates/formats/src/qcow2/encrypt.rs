@@ -27,8 +27,8 @@ use crate::encryption::encrypted_device::EncryptedDevice;
 use crate::encryption::legacy_aes::{
     KEY_SECRET, LegacyAes, no_format, passphrase_for, unexpected, unknown_format,
 };
-use crate::luks::options::{Algorithms, Choice, passphrase};
-use crate::luks::volume::{Place, Volume};
+use crate::luks::options::{Algorithms, VolumeOptions, passphrase};
+use crate::luks::volume::{Volume, VolumeLocation};
 
 /// What encrypts the guest data of an open image.
 #[derive(Clone, Debug)]
@@ -60,7 +60,7 @@ impl Encrypted {
             .extensions
             .crypto
             .ok_or_else(|| Error::corrupt("Missing CRYPTO header for crypt method 2"))?;
-        let place = Place {
+        let place = VolumeLocation {
             device: Arc::clone(&request.file),
             offset: place.offset.get(),
             detached: false,
@@ -119,7 +119,9 @@ impl Encryption {
                 Some(name) => Err(unexpected(name)),
                 None => Ok(Some(Self::Aes)),
             },
-            Some("luks") => Ok(Some(Self::Luks(Choice::read(options, "encrypt.")?.algorithms()?))),
+            Some("luks") => Ok(Some(Self::Luks(
+                VolumeOptions::read(options, "encrypt.")?.algorithms()?,
+            ))),
             Some(other) => Err(unknown_format(other)),
         }
     }
@@ -138,7 +140,7 @@ impl Encryption {
                 "Parameter '{KEY_SECRET}' is required for cipher"
             )));
         }
-        let algorithms = Choice::read(options, "encrypt.")?.algorithms()?;
+        let algorithms = VolumeOptions::read(options, "encrypt.")?.algorithms()?;
         Ok(Volume::header_len(&algorithms))
     }
 
@@ -176,7 +178,7 @@ impl Qcow2 {
         if self.file.len() < end {
             self.file.resize(end, diskimage_core::Preallocation::Off)?;
         }
-        let place = Place {
+        let place = VolumeLocation {
             device: Arc::clone(&self.file),
             offset,
             detached: false,
