@@ -9,9 +9,10 @@ use crate::codec;
 
 impl Qcow2 {
     /// Decodes one cluster.
-    pub(super) fn decode_cluster(&self, encoded: &Encoded, buf: &mut [u8]) -> Result<()> {
+    pub(super) fn decode_impl(&self, encoded: &Encoded, buf: &mut [u8]) -> Result<()> {
         let damaged = || Error::from_errno(errno::EIO);
-        // Of the last compressed cluster of a file the padding to a sector may lack. Whether more does, its stream tells.
+        // Of the last compressed cluster of a file the padding to a sector may lack. Whether more does, its stream
+        // tells.
         let there = self.file.len().saturating_sub(encoded.offset).min(encoded.stored);
         // The entry's field for sectors holds no more than two clusters.
         let mut bytes = vec![0; usize::try_from(there).map_err(|_| damaged())?];
@@ -40,7 +41,7 @@ impl Qcow2 {
     }
 
     /// A new encoder.
-    pub(super) fn new_encoder(&self) -> Result<Box<dyn Encoder>> {
+    pub(super) fn encoder_impl(&self) -> Result<Box<dyn Encoder>> {
         match self.header.compression {
             Compression::Zlib => codec::deflate::encoder(),
             Compression::Zstd => codec::zstd::encoder(),

@@ -19,14 +19,14 @@ use super::encrypt::Encryption;
 use super::header::extension;
 use super::header::feature::{Autoclear, Compatible, Incompatible};
 use super::header::{Compression, HEADER_LEN, MAGIC, RawHeader, limit};
-use super::options::{Wanted, Wording};
+use super::options::{CreateOptions, Wording};
 use super::refcount::block;
 use super::{Qcow2, data_permissions};
 use crate::encryption::legacy_aes;
 
 /// Writes a new image to `request.file`.
 pub(super) fn create(request: &CreateRequest<'_>) -> Result<()> {
-    let wanted = Wanted::parse(request.options, Wording::Parameters)?;
+    let wanted = CreateOptions::parse(request.options, Wording::Parameters)?;
     if let Some(name) = &wanted.data_file {
         // Its length is set when the image grows to its size.
         request
@@ -64,7 +64,7 @@ pub(super) fn create(request: &CreateRequest<'_>) -> Result<()> {
 }
 
 /// Header, refcount table and one refcount block.
-fn write_minimal(file: &dyn Device, wanted: &Wanted) -> Result<()> {
+fn write_minimal(file: &dyn Device, wanted: &CreateOptions) -> Result<()> {
     let size = wanted.geometry.cluster_size();
     let bytes = |clusters: u64| vec![0; usize::try_from(clusters * size).unwrap_or(0)];
     let mut cluster = header_cluster(wanted)?;
@@ -74,7 +74,7 @@ fn write_minimal(file: &dyn Device, wanted: &Wanted) -> Result<()> {
     tables[..8].copy_from_slice(&(2 * size).to_be_bytes());
     let order = wanted.geometry.refcount_order;
     for index in 0..3 {
-        let place = block::Place::new(index, order);
+        let place = block::Slot::new(index, order);
         let at = usize::try_from(size + place.byte).unwrap_or(usize::MAX);
         let counted = tables
             .get_mut(at..)
@@ -84,7 +84,7 @@ fn write_minimal(file: &dyn Device, wanted: &Wanted) -> Result<()> {
     file.write_at(&tables, size)
 }
 
-fn header_cluster(wanted: &Wanted) -> Result<Vec<u8>> {
+fn header_cluster(wanted: &CreateOptions) -> Result<Vec<u8>> {
     let size = wanted.geometry.cluster_size();
     let mut incompatible = 0;
     let mut autoclear = 0;

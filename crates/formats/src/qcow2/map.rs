@@ -12,14 +12,14 @@ use crate::layer_kit::metadata_guard::DamageReport;
 
 /// What a stretch of guest bytes is, to be joined with what follows if that is alike.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Piece {
+enum Mapping {
     Unallocated(Option<u64>),
     Zero(Option<u64>),
     Data(u64),
     Compressed { offset: u64, stored: u64, guest: u64 },
 }
 
-impl Piece {
+impl Mapping {
     /// Whether `next`, `len` bytes further on, continues this one.
     fn continues(self, next: Self, len: u64) -> bool {
         match (self, next) {
@@ -36,16 +36,16 @@ impl Qcow2 {
     /// Where the bytes at the start of `range` live according to the L1 table `l1`.
     pub(super) fn map_in(&self, tables: &mut MetadataCache, l1: Table, range: ByteRange) -> Result<Run> {
         let geometry = self.header.geometry;
-        let mut found: Option<Piece> = None;
+        let mut found: Option<Mapping> = None;
         let mut at = range.start();
         while at < range.end() {
             // One L2 table at a time, one cluster of it at a time, one subcluster of that at a time.
             let table_end = (at / geometry.l2_coverage() + 1).saturating_mul(geometry.l2_coverage());
             let Some(l2) = self.l2_table(tables, l1, at)? else {
-                if found.is_some_and(|piece| piece != Piece::Unallocated(None)) {
+                if found.is_some_and(|mapping| mapping != Mapping::Unallocated(None)) {
                     break;
                 }
-                found = Some(Piece::Unallocated(None));
+                found = Some(Mapping::Unallocated(None));
                 at = table_end;
                 continue;
             };
@@ -59,7 +59,7 @@ impl Qcow2 {
         let len = at.min(range.end()) - range.start();
         Ok(Run {
             len,
-            kind: self.run_kind(range.start(), found.unwrap_or(Piece::Unallocated(None))),
+            kind: self.run_kind(range.start(), found.unwrap_or(Mapping::Unallocated(None))),
         })
     }
 
@@ -70,7 +70,7 @@ impl Qcow2 {
         l2: Table,
         range: ByteRange,
         start: u64,
-        found: &mut Option<Piece>,
+        found: &mut Option<Mapping>,
     ) -> Result<u64> {
         let geometry = self.header.geometry;
         let step = geometry.subcluster_size();
@@ -97,10 +97,10 @@ impl Qcow2 {
                 } else {
                     (at - at % step + step).min(end)
                 };
-                let piece = piece_at(entry, guest, at, step);
+                let mapping = mapping_at(entry, guest, at, step);
                 match *found {
-                    None => *found = Some(piece),
-                    Some(piece_before) if piece_before.continues(piece, at - start) => {}
+                    None => *found = Some(mapping),
+                    Some(before) if before.continues(mapping, at - start) => {}
                     Some(_) => return Ok(at),
                 }
                 at = next;
@@ -109,17 +109,17 @@ impl Qcow2 {
         Ok(at)
     }
 
-    fn run_kind(&self, start: u64, piece: Piece) -> RunKind {
+    fn run_kind(&self, start: u64, mapping: Mapping) -> RunKind {
         let place = |offset| (self.data_at(start, offset), offset);
-        match piece {
-            Piece::Unallocated(host) => RunKind::Unallocated {
+        match mapping {
+            Mapping::Unallocated(host) => RunKind::Unallocated {
                 host: host.map(place),
             },
-            Piece::Zero(host) => RunKind::Zero {
+            Mapping::Zero(host) => RunKind::Zero {
                 host: host.map(place),
             },
             // Clusters that were set aside but never written are holes of the file; its tables cannot know.
-            Piece::Data(offset) => RunKind::Data {
+            Mapping::Data(offset) => RunKind::Data {
                 device: self.data_at(start, offset),
                 offset,
                 holes: if self.is_sparse() {
@@ -128,7 +128,7 @@ impl Qcow2 {
                     HoleMeaning::Ignored
                 },
             },
-            Piece::Compressed {
+            Mapping::Compressed {
                 offset,
                 stored,
                 guest,
@@ -197,8 +197,8 @@ impl Qcow2 {
         })
     }
 
-    /// As [`Qcow2::read_entry`], for a cluster at `guest` of the disk that is about to be written: an unaligned one that
-    /// would be written in place is told in the words that qemu-img has for that.
+    /// As [`Qcow2::read_entry`], for a cluster at `guest` of the disk that is about to be written: an unaligned one
+    /// that would be written in place is told in the words that qemu-img has for that.
     pub(super) fn read_entry_to_write(
         &self,
         tables: &mut MetadataCache,
@@ -261,21 +261,21 @@ impl Qcow2 {
 }
 
 /// What lies at guest offset `at` of the cluster that starts at `guest`.
-fn piece_at(entry: L2Entry, guest: u64, at: u64, subcluster: u64) -> Piece {
+fn mapping_at(entry: L2Entry, guest: u64, at: u64, subcluster: u64) -> Mapping {
     let bit = 1u32
         .checked_shl(u32::try_from((at - guest) / subcluster).unwrap_or(0))
         .unwrap_or(0);
     match entry.kind {
-        Cluster::Compressed { offset, stored } => Piece::Compressed {
+        Cluster::Compressed { offset, stored } => Mapping::Compressed {
             offset,
             stored,
             guest,
         },
-        Cluster::Host(offset) if entry.sub.zero & bit != 0 => Piece::Zero(Some(offset + (at - guest))),
-        Cluster::Host(offset) if entry.sub.allocated & bit != 0 => Piece::Data(offset + (at - guest)),
-        Cluster::None if entry.sub.zero & bit != 0 => Piece::Zero(None),
-        Cluster::Host(offset) => Piece::Unallocated(Some(offset + (at - guest))),
-        Cluster::None => Piece::Unallocated(None),
+        Cluster::Host(offset) if entry.sub.zero & bit != 0 => Mapping::Zero(Some(offset + (at - guest))),
+        Cluster::Host(offset) if entry.sub.allocated & bit != 0 => Mapping::Data(offset + (at - guest)),
+        Cluster::None if entry.sub.zero & bit != 0 => Mapping::Zero(None),
+        Cluster::Host(offset) => Mapping::Unallocated(Some(offset + (at - guest))),
+        Cluster::None => Mapping::Unallocated(None),
     }
 }
 

@@ -5,12 +5,12 @@ use diskimage_core::{Error, ErrorKind, Measure, MeasureSource, Preallocation, Re
 
 use super::encrypt::Encryption;
 use super::header::{Geometry, limit};
-use super::options::{Wanted, Wording};
+use super::options::{CreateOptions, Wording};
 use crate::layer_kit::count_used::data_bytes;
 
 /// The size of an image with these options.
 pub(super) fn measure(options: &Options, source: MeasureSource<'_>) -> Result<Measure> {
-    let wanted = Wanted::parse(options, Wording::Options)?;
+    let wanted = CreateOptions::parse(options, Wording::Options)?;
     let encryption = Encryption::measure(options)?;
     let geometry = wanted.geometry;
     let cluster = geometry.cluster_size();

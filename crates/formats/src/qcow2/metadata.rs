@@ -6,15 +6,15 @@
 //!       └────────────┴──► MetadataCache      pages of all tables, written back in crash order
 //! ```
 //!
-//! Refcounts are entries of tables, so each of their operations needs the cache. Whoever allocates or releases clusters goes
-//! through this type, which holds both.
+//! Refcounts are entries of tables, so each of their operations needs the cache. Whoever allocates or releases clusters
+//! goes through this type, which holds both.
 
 use std::sync::Arc;
 
 use diskimage_core::{Device, Result};
 
 use super::header::Header;
-use super::refcount::{Change, Refcounts};
+use super::refcount::{RefcountChange, Refcounts};
 use crate::layer_kit::metadata_cache::{MetadataCache, Table};
 use crate::layer_kit::metadata_guard::Kind;
 
@@ -77,11 +77,12 @@ impl Metadata {
     ///
     /// # Errors
     /// Clusters that are not counted, or counts at their limit.
-    pub(super) fn check_run(&mut self, first: u64, count: u64, change: Change) -> Result<()> {
+    pub(super) fn check_run(&mut self, first: u64, count: u64, change: RefcountChange) -> Result<()> {
         self.refcounts.check_run(&mut self.cache, first, count, change)
     }
 
-    /// Changes the refcounts of `count` clusters from `first` on, and calls `freed` for each that is free then, in order.
+    /// Changes the refcounts of `count` clusters from `first` on, and calls `freed` for each that is free then, in
+    /// order.
     ///
     /// # Errors
     /// As [`Metadata::check_run`]; the clusters before the one that is wrong are changed.
@@ -89,7 +90,7 @@ impl Metadata {
         &mut self,
         first: u64,
         count: u64,
-        change: Change,
+        change: RefcountChange,
         freed: impl FnMut(u64),
     ) -> Result<()> {
         self.refcounts

@@ -10,7 +10,8 @@
 //! The format is specified in QEMU's interoperability document "qcow2". One file here is one structure of it or one
 //! thing done to an image:
 //!
-//! * `header` (with features, extensions and how it is rewritten), `entry`, `refcount`: structures, as bytes and as types;
+//! * `header` (with features, extensions and how it is rewritten), `entry`, `refcount`: structures, as bytes and as
+//!   types;
 //! * `metadata`: the cache of tables and the refcounts of an open image; `protection`: keeps writes off metadata;
 //! * `map`, `write`, `compress`: guest bytes to host bytes, and allocation for them;
 //! * `create`, `resize`, `measure`, `check`, `snapshot`, `bitmap`, `info`: operations.
@@ -128,8 +129,8 @@ impl Format for Qcow2Format {
 
 /// An open image.
 ///
-/// `state` is held while tables are read and written, never while guest data moves. Meanwhile `claims` keeps requests apart;
-/// see there for the order of the two locks.
+/// `state` is held while tables are read and written, never while guest data moves. Meanwhile `claims` keeps requests
+/// apart; see there for the order of the two locks.
 #[derive(Debug)]
 pub(crate) struct Qcow2 {
     header: Header,
@@ -149,7 +150,7 @@ pub(crate) struct Qcow2 {
     overlap_checks: Kinds,
     /// What was mended when it was opened.
     notes: Vec<Note>,
-    state: Mutex<State>,
+    state: Mutex<ImageState>,
     /// Clusters that requests in flight are about to change.
     claims: RangeClaims,
 }
@@ -166,7 +167,7 @@ struct Parts {
 
 /// What changes while an image is open.
 #[derive(Debug)]
-pub(crate) struct State {
+pub(crate) struct ImageState {
     metadata: Metadata,
     size: u64,
     l1: Table,
@@ -185,7 +186,7 @@ pub(crate) struct State {
     bitmaps: bitmap::Tracker,
 }
 
-impl State {
+impl ImageState {
     /// What is known from the header alone.
     fn new(header: &Header, file: &Arc<dyn Device>, data: &Arc<dyn Device>) -> Self {
         Self {
@@ -247,11 +248,11 @@ impl Qcow2 {
         Ok(Arc::new(layer))
     }
 
-    /// The image of `parts`, of which nothing is read yet. `write` says whether it may be changed, `mark_damage` whether
-    /// damage that a request meets sets the corrupt bit.
+    /// The image of `parts`, of which nothing is read yet. `write` says whether it may be changed, `mark_damage`
+    /// whether damage that a request meets sets the corrupt bit.
     fn assemble(parts: Parts, write: bool, mark_damage: bool) -> Self {
         Self {
-            state: Mutex::new(State::new(&parts.header, &parts.file, &parts.data)),
+            state: Mutex::new(ImageState::new(&parts.header, &parts.file, &parts.data)),
             corruption: Arc::new(Corruption::new(&parts.header, &parts.file, mark_damage)),
             header: parts.header,
             file: parts.file,
@@ -278,7 +279,7 @@ impl Qcow2 {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, ImageState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -304,7 +305,7 @@ impl Qcow2 {
             self.file.flush()?;
         }
         if self.header.features.incompatible.has(Incompatible::DIRTY) && !for_check {
-            self.notes = repair_on_open::run(|progress| self.mend_dirty(progress))
+            self.notes = repair_on_open::run(|progress| self.repair_dirty(progress))
                 .context(|| "Could not repair dirty image")?;
             // A repair may have moved tables.
             self.header = read_header(&self.file, false)?;
@@ -329,11 +330,11 @@ impl Qcow2 {
     }
 
     /// Writes tables back and counts down what has been given up.
-    fn write_back(&self, state: &mut State) -> Result<()> {
+    fn write_back(&self, state: &mut ImageState) -> Result<()> {
         state.metadata.cache.write_back()?;
         if !state.freed.is_empty() {
             if state.punch {
-                self.count_uses(state)?;
+                self.ensure_references_counted(state)?;
             }
             state.metadata.cache.sync()?;
             let mut freed = std::mem::take(&mut state.freed);
@@ -350,7 +351,7 @@ impl Qcow2 {
     }
 
     /// Gives the storage of clusters that are no longer in use back to the file system. `freed` is in order.
-    fn punch_holes(&self, state: &mut State, freed: &[ByteRange]) -> Result<()> {
+    fn punch_holes(&self, state: &mut ImageState, freed: &[ByteRange]) -> Result<()> {
         let size = self.header.geometry.cluster_size();
         let mut hole = ByteRange::new(0, 0);
         for cluster in freed
@@ -369,9 +370,9 @@ impl Qcow2 {
         self.file.discard(hole)
     }
 
-    /// Gives up host bytes, which were metadata of the kinds `own`, once nothing refers to them any more. Those that are
-    /// other metadata as well, in a damaged image, stay counted.
-    fn free_later(&self, state: &mut State, offset: u64, len: u64, own: Kinds) -> Result<()> {
+    /// Gives up host bytes, which were metadata of the kinds `own`, once nothing refers to them any more. Those that
+    /// are other metadata as well, in a damaged image, stay counted.
+    fn free_later(&self, state: &mut ImageState, offset: u64, len: u64, own: Kinds) -> Result<()> {
         let range = ByteRange::at(offset, len);
         if state.metadata.cache.is_guarded(range, own) {
             return Ok(());
@@ -414,15 +415,15 @@ impl Layer for Qcow2 {
     }
 
     fn plan_write(&self, range: ByteRange) -> Result<Box<dyn WritePlan + '_>> {
-        write::plan(self, range)
+        Ok(Box::new(self.plan_write_impl(range)?))
     }
 
     fn write_zeroes(&self, range: ByteRange, mode: ZeroMode) -> Result<()> {
-        self.zero_clusters(range, mode)
+        self.write_zeroes_impl(range, mode)
     }
 
     fn discard(&self, range: ByteRange) -> Result<()> {
-        self.discard_clusters(range)
+        self.discard_impl(range)
     }
 
     fn notes(&self) -> &[Note] {
@@ -430,15 +431,15 @@ impl Layer for Qcow2 {
     }
 
     fn info(&self) -> Result<Info> {
-        self.collect_info()
+        self.info_impl()
     }
 
     fn check_resize(&self, request: &ResizeRequest) -> Result<()> {
-        self.check_size(request)
+        self.check_resize_impl(request)
     }
 
     fn resize(&self, request: &ResizeRequest) -> Result<()> {
-        self.change_size(request)
+        self.resize_impl(request)
     }
 
     fn is_zero_when_new(&self) -> bool {
@@ -481,19 +482,19 @@ impl Layer for Qcow2 {
 
 impl Codec for Qcow2 {
     fn decode(&self, encoded: &Encoded, buf: &mut [u8]) -> Result<()> {
-        self.decode_cluster(encoded, buf)
+        self.decode_impl(encoded, buf)
     }
 
     fn encoder(&self) -> Result<Option<Box<dyn Encoder>>> {
         if self.has_data_file() {
             Ok(None)
         } else {
-            self.new_encoder().map(Some)
+            self.encoder_impl().map(Some)
         }
     }
 
     fn write_encoded(&self, offset: u64, bytes: &[u8]) -> Result<()> {
-        self.write_compressed(offset, bytes)
+        self.write_encoded_impl(offset, bytes)
     }
 }
 
@@ -503,23 +504,23 @@ impl Backed for Qcow2 {
     }
 
     fn set_backing(&self, backing: Option<&Backing>) -> Result<()> {
-        self.name_backing(backing)
+        self.set_backing_impl(backing)
     }
 
     fn make_empty(&self) -> Result<()> {
-        self.give_up_all()
+        self.make_empty_impl()
     }
 }
 
 impl Check for Qcow2 {
     fn check(&self, repair: Repair, progress: &Progress<'_>) -> Result<CheckReport> {
-        self.run_check(repair, progress)
+        self.check_impl(repair, progress)
     }
 }
 
 impl Amend for Qcow2 {
     fn amend(&self, request: &AmendRequest<'_>) -> Result<()> {
-        self.amend_options(request)
+        self.amend_impl(request)
     }
 }
 

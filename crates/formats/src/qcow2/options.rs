@@ -125,7 +125,7 @@ impl Wording {
 
 /// Checked values of the creation options.
 #[derive(Clone, Debug)]
-pub(super) struct Wanted {
+pub(super) struct CreateOptions {
     pub(super) version: u32,
     pub(super) geometry: Geometry,
     pub(super) compression: Compression,
@@ -138,7 +138,7 @@ pub(super) struct Wanted {
     pub(super) encryption: Option<Encryption>,
 }
 
-impl Wanted {
+impl CreateOptions {
     /// Checks options against each other, in the original's order and words.
     ///
     /// # Errors

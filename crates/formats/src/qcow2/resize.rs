@@ -11,13 +11,13 @@ use zerocopy::byteorder::big_endian::{U32, U64};
 
 use super::entry::L2Entry;
 use super::header::{field, limit};
-use super::{Qcow2, State};
+use super::{ImageState, Qcow2};
 use crate::layer_kit::metadata_cache::{Table, WriteOrder};
 use crate::layer_kit::metadata_guard::Kind;
 
 impl Qcow2 {
     /// Refuses what cannot be done, before anything has changed.
-    pub(super) fn check_size(&self, request: &ResizeRequest) -> Result<()> {
+    pub(super) fn check_resize_impl(&self, request: &ResizeRequest) -> Result<()> {
         if !request.len.is_multiple_of(512) {
             return Err(Error::invalid("The new size must be a multiple of 512"));
         }
@@ -28,8 +28,8 @@ impl Qcow2 {
     }
 
     /// Grows or shrinks the disk.
-    pub(super) fn change_size(&self, request: &ResizeRequest) -> Result<()> {
-        self.check_size(request)?;
+    pub(super) fn resize_impl(&self, request: &ResizeRequest) -> Result<()> {
+        self.check_resize_impl(request)?;
         let mut state = self.lock();
         let old = state.size;
         if request.len != old {
@@ -46,8 +46,8 @@ impl Qcow2 {
         outcome.and(stored)
     }
 
-    /// Makes the disk larger; what is new is unallocated unless preallocation is asked for, or zero where the backing image
-    /// would show.
+    /// Makes the disk larger; what is new is unallocated unless preallocation is asked for, or zero where the backing
+    /// image would show.
     pub(super) fn grow_to(&self, request: &ResizeRequest) -> Result<()> {
         let geometry = self.header.geometry;
         let entries = geometry.l1_entries(request.len);
@@ -74,7 +74,8 @@ impl Qcow2 {
         self.lock().l1.len / 8 * self.header.geometry.l2_coverage()
     }
 
-    /// Sets aside what is asked for behind a disk of `old` bytes, and hides what is below there, before the disk has it.
+    /// Sets aside what is asked for behind a disk of `old` bytes, and hides what is below there, before the disk has
+    /// it.
     fn add_storage(&self, request: &ResizeRequest, old: u64) -> Result<()> {
         let geometry = self.header.geometry;
         if self.has_data_file() {
@@ -118,7 +119,7 @@ impl Qcow2 {
         let rest = ByteRange::new(old.next_multiple_of(geometry.subcluster_size()), start);
         if !rest.is_empty() {
             // A compressed cluster has nothing that would show.
-            sparing_unsupported(self.zero_clusters(rest, ZeroMode::KeepAllocated))?;
+            sparing_unsupported(self.write_zeroes_impl(rest, ZeroMode::KeepAllocated))?;
         }
         let (end, mode) = match request.preallocation {
             Preallocation::Off => (request.len.min(request.backing_len), ZeroMode::Unmap),
@@ -132,7 +133,7 @@ impl Qcow2 {
         if added.is_empty() {
             return Ok(());
         }
-        let zeroed = self.zero_clusters(added, mode);
+        let zeroed = self.write_zeroes_impl(added, mode);
         if request.preallocation == Preallocation::Off && !is_supported(&zeroed) {
             return self.preallocate(added, Preallocation::Full);
         }
@@ -150,7 +151,7 @@ impl Qcow2 {
     }
 
     /// Moves the L1 table to a place with room for `entries`, if it has none.
-    fn grow_l1(&self, state: &mut State, entries: u64) -> Result<()> {
+    fn grow_l1(&self, state: &mut ImageState, entries: u64) -> Result<()> {
         let old = state.l1;
         if entries * 8 <= old.len {
             return Ok(());
@@ -183,7 +184,7 @@ impl Qcow2 {
     }
 
     /// Writes the L1 table `table`, which begins as `old`.
-    fn write_grown_l1(&self, state: &mut State, old: Table, table: Table) -> Result<()> {
+    fn write_grown_l1(&self, state: &mut ImageState, old: Table, table: Table) -> Result<()> {
         state.metadata.cache.insert_zeroed(table)?;
         for at in (0..old.len).step_by(8) {
             let entry = state.metadata.cache.number(old, at)?;
@@ -197,8 +198,8 @@ impl Qcow2 {
     }
 
     /// Makes the disk smaller, then gives up clusters and tables beyond the new end, and cuts the file behind the last
-    /// cluster in use. After a crash in between, the disk has the new size, and what is beyond its end is given up when it
-    /// grows.
+    /// cluster in use. After a crash in between, the disk has the new size, and what is beyond its end is given up when
+    /// it grows.
     fn shrink_to(&self, request: &ResizeRequest) -> Result<()> {
         if request.preallocation != Preallocation::Off {
             return Err(Error::invalid(
@@ -241,7 +242,8 @@ impl Qcow2 {
         Ok(run.len == range.len() && matches!(run.kind, RunKind::Unallocated { host: None }))
     }
 
-    /// Does what gives up clusters, and gives their storage back to the file system once nothing durable refers to them.
+    /// Does what gives up clusters, and gives their storage back to the file system once nothing durable refers to
+    /// them.
     fn giving_back_storage(&self, work: impl FnOnce() -> Result<()>) -> Result<()> {
         self.lock().punch = true;
         let outcome = work().and_then(|()| {
@@ -253,8 +255,8 @@ impl Qcow2 {
         outcome
     }
 
-    /// Where the data file of a disk of `len` bytes is cut. Zeroes behind the end of an encrypted disk have been encrypted:
-    /// were they cut off, others would come back as the disk grows, which do not decrypt to zeroes.
+    /// Where the data file of a disk of `len` bytes is cut. Zeroes behind the end of an encrypted disk have been
+    /// encrypted: were they cut off, others would come back as the disk grows, which do not decrypt to zeroes.
     fn data_end(&self, len: u64) -> u64 {
         if self.encrypted.is_some() {
             len.next_multiple_of(self.header.geometry.cluster_size())
@@ -278,7 +280,7 @@ impl Qcow2 {
     }
 
     /// Gives up all clusters and the tables that refer to them: afterwards the image below shows everywhere.
-    pub(super) fn give_up_all(&self) -> Result<()> {
+    pub(super) fn make_empty_impl(&self) -> Result<()> {
         self.file.event(Event::EMPTY_IMAGE_PREPARE);
         let geometry = self.header.geometry;
         let size = self.lock().size;
@@ -303,7 +305,10 @@ impl Qcow2 {
         // In a damaged image a count of zero need not be true.
         while end > 0
             && metadata.count(end - 1)? == 0
-            && metadata.refcounts.uses_of(end - 1).is_none_or(|uses| uses == 0)
+            && metadata
+                .refcounts
+                .references_to(end - 1)
+                .is_none_or(|uses| uses == 0)
         {
             end -= 1;
         }

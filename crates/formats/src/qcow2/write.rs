@@ -13,29 +13,24 @@ use diskimage_core::{
 use super::entry::{COPIED, Cluster, L2Entry, Subclusters};
 use super::header::Geometry;
 use super::header::feature::Autoclear;
-use super::{Qcow2, State, WriteOrder};
+use super::{ImageState, Qcow2, WriteOrder};
 use crate::layer_kit::allocating_plan::{AllocatingPlan, Allocator};
 use crate::layer_kit::metadata_cache::Table;
 use crate::layer_kit::metadata_guard::{DamageReport, Kind, Kinds};
 use crate::layer_kit::range_claims::{Access, RangeClaims};
 
-/// Sets aside where the bytes of `range` go.
-pub(super) fn plan(image: &Qcow2, range: ByteRange) -> Result<Box<dyn WritePlan + '_>> {
-    Ok(Box::new(image.draft(range)?))
-}
-
 type Plan<'a> = AllocatingPlan<'a, Qcow2>;
 
 /// An L2 entry that will change.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Change {
+pub(crate) struct L2Change {
     l2: Table,
     index: u64,
     old: L2Entry,
     new: L2Entry,
 }
 
-impl Change {
+impl L2Change {
     /// Whether a cluster was allocated for it.
     fn took_cluster(&self) -> bool {
         self.old.kind != self.new.kind
@@ -43,12 +38,12 @@ impl Change {
 }
 
 impl Allocator for Qcow2 {
-    type State = State;
-    type Change = Change;
+    type State = ImageState;
+    type Change = L2Change;
     /// Every request of a cluster may change its entry, so none shares it.
     const ACCESS: Access = Access::Exclusive;
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, ImageState> {
         self.lock()
     }
 
@@ -56,7 +51,7 @@ impl Allocator for Qcow2 {
         &self.claims
     }
 
-    fn publish(&self, state: &mut State, changes: &mut Vec<Change>) -> Result<()> {
+    fn publish(&self, state: &mut ImageState, changes: &mut Vec<L2Change>) -> Result<()> {
         while let Some(&change) = changes.last() {
             self.write_entry(&mut state.metadata.cache, change.l2, change.index, change.new)?;
             changes.pop();
@@ -67,8 +62,8 @@ impl Allocator for Qcow2 {
         Ok(())
     }
 
-    fn free(&self, state: &mut State, changes: Vec<Change>) {
-        for change in changes.into_iter().filter(Change::took_cluster) {
+    fn free(&self, state: &mut ImageState, changes: Vec<L2Change>) {
+        for change in changes.into_iter().filter(L2Change::took_cluster) {
             // What cannot be counted down leaks, which harms nothing.
             let _ = self.give_back(state, change.new);
         }
@@ -83,7 +78,7 @@ struct Draft<'a, 'p> {
 }
 
 impl Draft<'_, '_> {
-    fn add_clusters(&mut self, state: &mut State) -> Result<()> {
+    fn add_clusters(&mut self, state: &mut ImageState) -> Result<()> {
         let geometry = self.image.header.geometry;
         let size = geometry.cluster_size();
         let cover = self.range.align_out(size);
@@ -133,7 +128,7 @@ impl Draft<'_, '_> {
         self.add_run(covered, offset + (covered.start() - guest));
         if sub != old.sub {
             let new = L2Entry { sub, ..old };
-            self.plan.add_change(covered, Change { l2, index, old, new });
+            self.plan.add_change(covered, L2Change { l2, index, old, new });
         }
     }
 
@@ -151,7 +146,7 @@ impl Draft<'_, '_> {
         };
         self.add_run(covered, offset + (covered.start() - guest));
         let new = L2Entry::data(offset, sub);
-        self.plan.add_change(covered, Change { l2, index, old, new });
+        self.plan.add_change(covered, L2Change { l2, index, old, new });
     }
 
     fn touched(&self, guest: u64) -> ByteRange {
@@ -192,7 +187,7 @@ impl Draft<'_, '_> {
 
 impl Qcow2 {
     /// Finds or allocates the clusters of a write.
-    fn draft(&self, range: ByteRange) -> Result<Plan<'_>> {
+    pub(super) fn plan_write_impl(&self, range: ByteRange) -> Result<Plan<'_>> {
         self.plan_change(range, |state, plan| {
             let image = self;
             Draft { image, range, plan }.add_clusters(state)
@@ -203,7 +198,7 @@ impl Qcow2 {
     fn plan_change<'a>(
         &'a self,
         range: ByteRange,
-        draft: impl FnOnce(&mut State, &mut Plan<'a>) -> Result<()>,
+        draft: impl FnOnce(&mut ImageState, &mut Plan<'a>) -> Result<()>,
     ) -> Result<Plan<'a>> {
         if !self.may_write() {
             return Err(Error::read_only());
@@ -216,14 +211,14 @@ impl Qcow2 {
     }
 
     /// Before `range` is changed: refuses a damaged image, and says that refcounts and bitmaps may be out of date.
-    fn begin_change(&self, state: &mut State, range: ByteRange) -> Result<()> {
+    fn begin_change(&self, state: &mut ImageState, range: ByteRange) -> Result<()> {
         self.corruption.require_unmarked()?;
         self.mark_dirty()?;
         self.note_write(state, range)
     }
 
     /// `count` clusters for guest data in one piece; an external data file has a place for every guest cluster.
-    fn take_clusters(&self, state: &mut State, guest: u64, count: u64) -> Result<u64> {
+    fn take_clusters(&self, state: &mut ImageState, guest: u64, count: u64) -> Result<u64> {
         if self.has_data_file() {
             return Ok(guest);
         }
@@ -231,7 +226,7 @@ impl Qcow2 {
     }
 
     /// Gives back clusters that were taken but that nothing refers to.
-    fn give_back(&self, state: &mut State, entry: L2Entry) -> Result<()> {
+    fn give_back(&self, state: &mut ImageState, entry: L2Entry) -> Result<()> {
         match entry.host_clusters(self.header.geometry) {
             Some((offset, len)) if !self.has_data_file() => state.metadata.release(offset, len),
             _ => Ok(()),
@@ -239,7 +234,7 @@ impl Qcow2 {
     }
 
     /// Gives up the clusters of an entry that has been replaced.
-    pub(super) fn give_up(&self, state: &mut State, entry: L2Entry) -> Result<()> {
+    pub(super) fn give_up(&self, state: &mut ImageState, entry: L2Entry) -> Result<()> {
         match entry.host_clusters(self.header.geometry) {
             Some((offset, len)) if !self.has_data_file() => self.free_later(state, offset, len, Kinds::NONE),
             _ => Ok(()),
@@ -247,7 +242,7 @@ impl Qcow2 {
     }
 
     /// The L2 table for guest offset `guest`: made if there is none, copied if a snapshot uses it too.
-    pub(super) fn ensure_l2(&self, state: &mut State, guest: u64) -> Result<Table> {
+    pub(super) fn ensure_l2(&self, state: &mut ImageState, guest: u64) -> Result<Table> {
         let at = guest / self.header.geometry.l2_coverage() * 8;
         let entry = state.metadata.cache.number(state.l1, at)?;
         let shared = self.l2_table(&mut state.metadata.cache, state.l1, guest)?;
@@ -284,7 +279,7 @@ impl Qcow2 {
     ///
     /// # Errors
     /// A cluster in which metadata lies.
-    fn writable_in_place(&self, state: &State, entry: L2Entry) -> Result<Option<u64>> {
+    fn writable_in_place(&self, state: &ImageState, entry: L2Entry) -> Result<Option<u64>> {
         match entry.kind {
             Cluster::Host(offset) if entry.copied && self.has_data_file() => Ok(Some(offset)),
             Cluster::Host(offset) if entry.copied => {
@@ -297,7 +292,7 @@ impl Qcow2 {
     }
 
     /// Stores the compressed form of the cluster at guest offset `guest`.
-    pub(super) fn write_compressed(&self, guest: u64, bytes: &[u8]) -> Result<()> {
+    pub(super) fn write_encoded_impl(&self, guest: u64, bytes: &[u8]) -> Result<()> {
         let geometry = self.header.geometry;
         let len = bytes.len() as u64;
         if len == 0 || len >= geometry.cluster_size() || !guest.is_multiple_of(geometry.cluster_size()) {
@@ -322,7 +317,7 @@ impl Qcow2 {
                 copied: false,
                 sub: Subclusters::ALLOCATED,
             };
-            plan.add_change(cluster, Change { l2, index, old, new });
+            plan.add_change(cluster, L2Change { l2, index, old, new });
             state.padding = true;
             Ok(())
         })?;
@@ -332,7 +327,7 @@ impl Qcow2 {
     }
 
     /// Makes clusters read as zero by their entries alone.
-    pub(super) fn zero_clusters(&self, range: ByteRange, mode: ZeroMode) -> Result<()> {
+    pub(super) fn write_zeroes_impl(&self, range: ByteRange, mode: ZeroMode) -> Result<()> {
         if self.header.features.autoclear.has(Autoclear::DATA_FILE_RAW) {
             return self.zero_raw_data(range, mode);
         }
@@ -383,7 +378,7 @@ impl Qcow2 {
     }
 
     /// Gives back storage; afterwards the clusters read as zero.
-    pub(super) fn discard_clusters(&self, range: ByteRange) -> Result<()> {
+    pub(super) fn discard_impl(&self, range: ByteRange) -> Result<()> {
         let below = self.header.backing.is_some();
         if self.header.features.autoclear.has(Autoclear::DATA_FILE_RAW) || (below && self.header.version < 3)
         {
@@ -406,7 +401,7 @@ impl Qcow2 {
         let mut rest = range;
         while !rest.is_empty() {
             let part = rest.first((rest.start() / step + 1).saturating_mul(step) - rest.start());
-            let mut plan = self.draft(part)?;
+            let mut plan = self.plan_write_impl(part)?;
             if geometry.extended_l2 {
                 for change in plan.changes_mut() {
                     // A cluster is there, but none of its subclusters: what is below stays visible.
@@ -449,7 +444,7 @@ impl Qcow2 {
 
     /// A raw data file has to hold the zeroes itself.
     fn zero_raw_data(&self, range: ByteRange, mode: ZeroMode) -> Result<()> {
-        let plan = self.draft(range)?;
+        let plan = self.plan_write_impl(range)?;
         for run in plan.runs() {
             run.device
                 .write_zeroes(ByteRange::at(run.offset, run.guest.len()), mode)?;

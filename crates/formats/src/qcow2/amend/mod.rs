@@ -195,7 +195,7 @@ fn check_downgrade(header: &Header) -> Result<()> {
 
 impl Qcow2 {
     /// Changes what the options say. Afterwards this layer refuses to write: the image is another one now.
-    pub(super) fn amend_options(&self, request: &AmendRequest<'_>) -> Result<()> {
+    pub(super) fn amend_impl(&self, request: &AmendRequest<'_>) -> Result<()> {
         let volume = self.volume_to_change(request.options)?;
         let changes = Changes::parse(request, &self.header)?;
         if let Some(volume) = volume {
@@ -210,7 +210,7 @@ impl Qcow2 {
         let image = self.reopen()?;
         // Version 3 is checked for what it can do once it is one.
         if let Some(len) = changes.size.filter(|_| changes.version != Some(3)) {
-            image.check_size(&resize(len))?;
+            image.check_resize_impl(&resize(len))?;
         }
         let steps = Steps {
             all: u64::from(changes.version.is_some()) + u64::from(changes.refcount_order.is_some()),
@@ -237,7 +237,7 @@ impl Qcow2 {
         self.reopen()?.change_features(&changes)?;
         if let Some(len) = changes.size {
             let image = self.reopen()?;
-            image.change_size(&resize(len))?;
+            image.resize_impl(&resize(len))?;
             image.flush()?;
         }
         if changes.version == Some(2) {

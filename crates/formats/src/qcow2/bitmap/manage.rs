@@ -4,7 +4,7 @@ use diskimage_core::{BitmapInfo, Bitmaps, ByteRange, Error, NewBitmap, Result};
 
 use super::directory::{Bitmap, Directory, flag, limit};
 use super::table::BitmapTable;
-use crate::qcow2::{Qcow2, State};
+use crate::qcow2::{ImageState, Qcow2};
 
 /// The bounds of the default granularity, which is the cluster size. The bounds are qemu-img's.
 const DEFAULT_GRANULARITY: (u64, u64) = (4096, 65536);
@@ -23,7 +23,7 @@ impl Bitmaps for Qcow2 {
     }
 
     fn bytes(&self, cluster_size: u64) -> Result<u64> {
-        self.measure_bitmaps(cluster_size)
+        self.bytes_impl(cluster_size)
     }
 
     fn add(&self, bitmap: &NewBitmap<'_>) -> Result<()> {
@@ -108,7 +108,7 @@ impl Qcow2 {
     /// Changes the directory and stores it.
     fn change(
         &self,
-        change: impl FnOnce(&mut State, &mut Directory, &mut Vec<ByteRange>) -> Result<()>,
+        change: impl FnOnce(&mut ImageState, &mut Directory, &mut Vec<ByteRange>) -> Result<()>,
     ) -> Result<()> {
         if !self.may_write() {
             return Err(Error::read_only());

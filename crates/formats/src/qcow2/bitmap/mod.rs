@@ -29,7 +29,7 @@ use diskimage_core::{Detail, DetailValue, Result};
 
 use self::directory::{Directory, flag};
 use super::header::extension::BitmapsExtension;
-use super::{Qcow2, State};
+use super::{ImageState, Qcow2};
 
 pub(super) use self::directory::Bitmap;
 pub(super) use self::store::Tracker;
@@ -47,7 +47,7 @@ impl Qcow2 {
     }
 
     /// Reads the directory of the image.
-    fn directory(&self, state: &State) -> Result<Directory> {
+    fn directory(&self, state: &ImageState) -> Result<Directory> {
         self.read_directory(state.bitmaps.extension())
     }
 
@@ -75,7 +75,7 @@ impl Qcow2 {
     }
 
     /// The bytes that the bitmaps need in a copy with clusters of `cluster_size`.
-    pub(super) fn measure_bitmaps(&self, cluster_size: u64) -> Result<u64> {
+    pub(super) fn bytes_impl(&self, cluster_size: u64) -> Result<u64> {
         let state = self.lock();
         let size = state.size;
         let (mut clusters, mut entries) = (0, 0);

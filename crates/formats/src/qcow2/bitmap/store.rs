@@ -14,7 +14,7 @@ use crate::qcow2::header::extension::{BitmapsExtension, kind};
 use crate::qcow2::header::feature::Autoclear;
 use crate::qcow2::header::rewrite::{FirstCluster, is_atomic_rewrite};
 use crate::qcow2::header::{Header, field};
-use crate::qcow2::{Qcow2, State};
+use crate::qcow2::{ImageState, Qcow2};
 
 /// The state of the bitmaps while the image is open.
 #[derive(Debug)]
@@ -82,7 +82,7 @@ impl Qcow2 {
     ///
     /// # Errors
     /// The bitmaps cannot be marked as in use, or the collected ranges cannot be stored.
-    pub(in crate::qcow2) fn note_write(&self, state: &mut State, range: ByteRange) -> Result<()> {
+    pub(in crate::qcow2) fn note_write(&self, state: &mut ImageState, range: ByteRange) -> Result<()> {
         // Bytes beyond the end of the disk have no bits.
         let range = range.intersect(ByteRange::new(0, state.size));
         if !state.bitmaps.records || range.is_empty() {
@@ -105,7 +105,7 @@ impl Qcow2 {
     ///
     /// # Errors
     /// A failed read or write. The bitmaps stay marked as in use.
-    pub(in crate::qcow2) fn store_bitmaps(&self, state: &mut State) -> Result<()> {
+    pub(in crate::qcow2) fn store_bitmaps(&self, state: &mut ImageState) -> Result<()> {
         let len = state.size;
         self.store_tracked(state, len, AfterStore::ClearInUse)
     }
@@ -114,7 +114,7 @@ impl Qcow2 {
     ///
     /// # Errors
     /// Bitmaps that are inconsistent or damaged, or that would become too large.
-    pub(in crate::qcow2) fn bitmaps_can_follow(&self, state: &State, len: u64) -> Result<()> {
+    pub(in crate::qcow2) fn bitmaps_can_follow(&self, state: &ImageState, len: u64) -> Result<()> {
         let directory = self.directory(state)?;
         for (index, bitmap) in directory.bitmaps.iter().enumerate() {
             if bitmap.has(flag::IN_USE) && !state.bitmaps.held.contains(&index) {
@@ -136,7 +136,7 @@ impl Qcow2 {
     ///
     /// # Errors
     /// A failed read or write.
-    pub(in crate::qcow2) fn begin_resize(&self, state: &mut State) -> Result<()> {
+    pub(in crate::qcow2) fn begin_resize(&self, state: &mut ImageState) -> Result<()> {
         let mut directory = self.directory(state)?;
         self.mark_in_use(state, &mut directory, |bitmap| !bitmap.has(flag::IN_USE))
     }
@@ -145,7 +145,7 @@ impl Qcow2 {
     ///
     /// # Errors
     /// As [`Qcow2::store_bitmaps`].
-    pub(in crate::qcow2) fn finish_resize(&self, state: &mut State, old_len: u64) -> Result<()> {
+    pub(in crate::qcow2) fn finish_resize(&self, state: &mut ImageState, old_len: u64) -> Result<()> {
         self.store_tracked(state, old_len, AfterStore::ClearInUse)
     }
 
@@ -153,7 +153,7 @@ impl Qcow2 {
     /// write is atomic.
     fn mark_in_use(
         &self,
-        state: &mut State,
+        state: &mut ImageState,
         directory: &mut Directory,
         which: impl Fn(&Bitmap) -> bool,
     ) -> Result<()> {
@@ -174,7 +174,7 @@ impl Qcow2 {
 
     fn write_flags(
         &self,
-        state: &State,
+        state: &ImageState,
         extension: BitmapsExtension,
         flags_at: u64,
         bitmap: &Bitmap,
@@ -188,7 +188,7 @@ impl Qcow2 {
         self.file.write_at(bitmap.raw.flags.as_bytes(), offset)
     }
 
-    fn store_tracked(&self, state: &mut State, old_len: u64, after: AfterStore) -> Result<()> {
+    fn store_tracked(&self, state: &mut ImageState, old_len: u64, after: AfterStore) -> Result<()> {
         if state.bitmaps.held.is_empty() {
             return Ok(());
         }
@@ -212,7 +212,7 @@ impl Qcow2 {
 
     fn store_held(
         &self,
-        state: &mut State,
+        state: &mut ImageState,
         written: &Written,
         old_len: u64,
         after: AfterStore,
@@ -262,7 +262,7 @@ impl Qcow2 {
     /// are added to `freed`; they are released once the directory points to the new table.
     pub(super) fn edit_bits(
         &self,
-        state: &mut State,
+        state: &mut ImageState,
         bitmap: &mut Bitmap,
         len: u64,
         freed: &mut Vec<ByteRange>,
@@ -282,7 +282,7 @@ impl Qcow2 {
     /// Replaces the image's directory with `directory`, then releases the old one and `freed`.
     pub(super) fn replace_directory(
         &self,
-        state: &mut State,
+        state: &mut ImageState,
         directory: &Directory,
         mut freed: Vec<ByteRange>,
     ) -> Result<()> {
@@ -315,7 +315,7 @@ impl Qcow2 {
 
     /// Writes the header extension and uses it from then on. If the first cluster cannot be rewritten atomically, the
     /// autoclear bit of the bitmaps is off during the rewrite, so that readers ignore them.
-    fn write_extension(&self, state: &mut State, new: Option<BitmapsExtension>) -> Result<()> {
+    fn write_extension(&self, state: &mut ImageState, new: Option<BitmapsExtension>) -> Result<()> {
         let with_new = |old: &[u8], features: u64| {
             let mut cluster = FirstCluster::read(old)?;
             cluster.set_extension(kind::BITMAPS, new.as_ref().map(IntoBytes::as_bytes));

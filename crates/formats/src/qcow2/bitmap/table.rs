@@ -10,7 +10,7 @@ use diskimage_core::{ByteRange, Error, Reservation, Result, is_zero, to_index};
 
 use super::directory::{Bitmap, Shape};
 use crate::layer_kit::metadata_guard::Kind;
-use crate::qcow2::{Qcow2, State};
+use crate::qcow2::{ImageState, Qcow2};
 
 /// The entry for a cluster whose bits are all set.
 const ALL_SET: u64 = 1;
@@ -93,7 +93,7 @@ impl BitmapTable {
 /// allocated clusters, and the clusters that they replace are collected, to be released once nothing refers to them.
 pub(super) struct TableEdit<'a> {
     image: &'a Qcow2,
-    state: &'a mut State,
+    state: &'a mut ImageState,
     shape: Shape,
     table: BitmapTable,
     /// The host range of the stored table.
@@ -114,7 +114,7 @@ impl<'a> TableEdit<'a> {
     /// Starts a change of `table`, which was read with `shape`.
     pub(super) fn new(
         image: &'a Qcow2,
-        state: &'a mut State,
+        state: &'a mut ImageState,
         bitmap: &Bitmap,
         (table, shape): (BitmapTable, Shape),
         freed: &'a mut Vec<ByteRange>,
@@ -268,7 +268,7 @@ impl<'a> TableEdit<'a> {
 impl Qcow2 {
     /// Writes `bytes` to newly allocated clusters, which are guarded as metadata of the kind `kind`. Returns their host
     /// offset; 0 for no bytes.
-    pub(super) fn store_new(&self, state: &mut State, bytes: &[u8], kind: Option<Kind>) -> Result<u64> {
+    pub(super) fn store_new(&self, state: &mut ImageState, bytes: &[u8], kind: Option<Kind>) -> Result<u64> {
         if bytes.is_empty() {
             return Ok(0);
         }

@@ -54,7 +54,7 @@ fn list(file: &Arc<MemoryDevice>) -> Vec<BitmapInfo> {
 
 fn check(file: &Arc<MemoryDevice>) {
     let (layer, _) = open(file, false).expect("opens");
-    let report = layer.run_check(Repair::No, &Progress::none()).expect("checks");
+    let report = layer.check_impl(Repair::No, &Progress::none()).expect("checks");
     assert_eq!((report.corruptions, report.leaks), (0, 0));
 }
 

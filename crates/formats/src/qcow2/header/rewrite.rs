@@ -228,7 +228,7 @@ impl Qcow2 {
     ///
     /// # Errors
     /// A name that is too long, a first cluster without room for it, failed reads and writes.
-    pub(in crate::qcow2) fn name_backing(&self, backing: Option<&Backing>) -> Result<()> {
+    pub(in crate::qcow2) fn set_backing_impl(&self, backing: Option<&Backing>) -> Result<()> {
         let mut state = self.lock();
         self.write_back(&mut state)?;
         // The new backing image may lack data that was just written to this one: that data must be durable first.

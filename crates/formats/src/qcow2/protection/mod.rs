@@ -7,9 +7,9 @@
 //!   guest data, in place       no metadata there, no second reference leads there        refused; else copied elsewhere
 //! ```
 //!
-//! A refused write marks the image as corrupt (see [`crate::qcow2::protection::corruption`]). The metadata is known from the header, the L1
-//! and the refcount table when the image is opened to be written. References are counted, as a check counts them, before
-//! the first write that relies on them.
+//! A refused write marks the image as corrupt (see [`crate::qcow2::protection::corruption`]). The metadata is known
+//! from the header, the L1 and the refcount table when the image is opened to be written. References are counted, as a
+//! check counts them, before the first write that relies on them.
 
 pub(in crate::qcow2) mod corruption;
 mod cut_off;
@@ -22,7 +22,7 @@ use diskimage_core::{ByteRange, ErrorKind, Result};
 use crate::layer_kit::metadata_guard::{DamageReport, Kind, MetadataGuard};
 use crate::qcow2::entry::OFFSET_MASK;
 use crate::qcow2::header::Header;
-use crate::qcow2::{Qcow2, State};
+use crate::qcow2::{ImageState, Qcow2};
 
 /// Bytes of L2 tables up to which references are counted only to find clusters that two entries share, and to allocate
 /// a few clusters: those of 512 GiB at the usual cluster size. More takes too long for one small write.
@@ -37,7 +37,7 @@ impl Qcow2 {
     ///
     /// # Errors
     /// Failures to read, and a memory budget that is used up.
-    pub(super) fn guard_metadata(&self, state: &mut State) -> Result<()> {
+    pub(super) fn guard_metadata(&self, state: &mut ImageState) -> Result<()> {
         let header = &crate::qcow2::read_header(&self.file, true)?;
         let geometry = header.geometry;
         let (bits, report) = (geometry.cluster_bits, Arc::clone(&self.corruption));
@@ -90,7 +90,7 @@ impl Qcow2 {
 
     /// Guards the snapshot table and what it leads to. Of a table that cannot be read, which the commands that need it
     /// refuse, nothing but its place is known.
-    fn guard_snapshots(&self, guard: &mut MetadataGuard, state: &State, header: &Header) -> Result<()> {
+    fn guard_snapshots(&self, guard: &mut MetadataGuard, state: &ImageState, header: &Header) -> Result<()> {
         if header.nb_snapshots == 0 {
             return Ok(());
         }
@@ -117,32 +117,32 @@ impl Qcow2 {
     ///
     /// # Errors
     /// A file that cannot grow any more, and damage.
-    pub(super) fn allocate(&self, state: &mut State, count: u64, kind: Option<Kind>) -> Result<u64> {
+    pub(super) fn allocate(&self, state: &mut ImageState, count: u64, kind: Option<Kind>) -> Result<u64> {
         self.count_before_allocating(state, count)?;
         state.metadata.allocate(count, kind)
     }
 
-    /// Counts the references before `count` clusters are allocated, if that does not take long, or if there are free ones
-    /// among those that the file had when it was opened, and enough has been allocated behind them instead.
-    pub(super) fn count_before_allocating(&self, state: &mut State, count: u64) -> Result<()> {
-        if state.metadata.refcounts.uses_are_counted() || self.is_small(state) {
-            return self.count_uses(state);
+    /// Counts the references before `count` clusters are allocated, if that does not take long, or if there are free
+    /// ones among those that the file had when it was opened, and enough has been allocated behind them instead.
+    pub(super) fn count_before_allocating(&self, state: &mut ImageState, count: u64) -> Result<()> {
+        if state.metadata.refcounts.references_are_counted() || self.is_small(state) {
+            return self.ensure_references_counted(state);
         }
         if !state.metadata.has_free_before_end()? {
             return Ok(());
         }
         state.appended = state.appended.saturating_add(count);
         if state.appended > state.metadata.refcounts.end() / MAX_APPENDED {
-            self.count_uses(state)
+            self.ensure_references_counted(state)
         } else {
             Ok(())
         }
     }
 
     /// Counts the references before what they lead to is written in place, if that does not take long.
-    pub(super) fn count_before_write(&self, state: &mut State) -> Result<()> {
+    pub(super) fn count_before_write(&self, state: &mut ImageState) -> Result<()> {
         if self.is_small(state) {
-            self.count_uses(state)
+            self.ensure_references_counted(state)
         } else {
             Ok(())
         }
@@ -152,8 +152,8 @@ impl Qcow2 {
     ///
     /// # Errors
     /// Failures to read or write. Where memory does not suffice nothing is known of the references.
-    pub(super) fn count_uses(&self, state: &mut State) -> Result<()> {
-        if state.metadata.refcounts.uses_are_counted() {
+    pub(super) fn ensure_references_counted(&self, state: &mut ImageState) -> Result<()> {
+        if state.metadata.refcounts.references_are_counted() {
             return Ok(());
         }
         // What is counted is the file.
@@ -175,11 +175,11 @@ impl Qcow2 {
             .metadata
             .cache
             .mark_shared(|cluster| references.counts.of(cluster) > 1);
-        state.metadata.refcounts.set_uses(references);
+        state.metadata.refcounts.set_references(references);
         Ok(())
     }
 
-    fn is_small(&self, state: &State) -> bool {
+    fn is_small(&self, state: &ImageState) -> bool {
         let entries = state.l1.len / 8;
         let tables = entries.min(self.file.len() >> self.header.geometry.cluster_bits);
         tables.saturating_mul(self.header.geometry.cluster_size()) <= MAX_SMALL_COUNT
@@ -187,11 +187,11 @@ impl Qcow2 {
 
     /// Whether the cluster or table at host offset `offset`, whose entry says that it may be written in place, has no
     /// other user.
-    pub(super) fn is_used_once(&self, state: &State, offset: u64) -> bool {
+    pub(super) fn is_used_once(&self, state: &ImageState, offset: u64) -> bool {
         state
             .metadata
             .refcounts
-            .uses_of(offset >> self.header.geometry.cluster_bits)
+            .references_to(offset >> self.header.geometry.cluster_bits)
             .is_none_or(|uses| uses <= 1)
     }
 }

@@ -11,7 +11,8 @@ use crate::layer_kit::metadata_guard::{Kind, Kinds};
 use crate::qcow2::header::limit;
 
 impl Refcounts {
-    /// Takes `count` clusters in one piece, for metadata of the kind `kind` or for anything else; the offset of the first.
+    /// Takes `count` clusters in one piece, for metadata of the kind `kind` or for anything else; the offset of the
+    /// first.
     ///
     /// # Errors
     /// A file that cannot grow any more, and damage.
@@ -115,16 +116,17 @@ impl Refcounts {
         Ok(false)
     }
 
-    /// Whether `cluster` can be allocated, and how many after it certainly are alike, itself included. No more than `most`
-    /// are looked at if it can. Free clusters in which metadata lies are not passed over: who takes one meets the guard.
+    /// Whether `cluster` can be allocated, and how many after it certainly are alike, itself included. No more than
+    /// `most` are looked at if it can. Free clusters in which metadata lies are not passed over: who takes one meets
+    /// the guard.
     fn run(&self, tables: &mut MetadataCache, cluster: u64, most: u64) -> Result<(bool, u64)> {
         let (free, len) = self.uncounted_run(tables, cluster, most)?;
-        if !free || cluster >= self.uses.known_end() {
+        if !free || cluster >= self.references.known_end() {
             return Ok((free, len));
         }
         let bits = self.geometry.cluster_bits;
         let is_kept = |cluster: u64| {
-            self.uses.keeps(cluster)
+            self.references.keeps(cluster)
                 && !tables.is_guarded(ByteRange::at(cluster << bits, 1 << bits), Kinds::NONE)
         };
         let kept = is_kept(cluster);
@@ -142,10 +144,10 @@ impl Refcounts {
             return Ok((true, per_block - index));
         };
         let order = self.geometry.refcount_order;
-        let place = block::Place::new(index, order);
+        let place = block::Slot::new(index, order);
         let bytes = tables.bytes(table, place.byte)?;
         let count = |i: u64| {
-            let next = block::Place::new(index + i, order);
+            let next = block::Slot::new(index + i, order);
             let skip = usize::try_from(next.byte - place.byte).ok()?;
             block::read(bytes.get(skip..)?, next, order)
         };

@@ -2,14 +2,14 @@
 
 /// Where a refcount is in its block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in crate::qcow2) struct Place {
+pub(in crate::qcow2) struct Slot {
     /// Its first byte.
     pub(in crate::qcow2) byte: u64,
     /// The bit in that byte, if it is narrower than one.
     shift: u32,
 }
 
-impl Place {
+impl Slot {
     /// The place of entry `index` in a block of counts that are `1 << order` bits wide.
     pub(in crate::qcow2) fn new(index: u64, order: u32) -> Self {
         let bit = index << order;
@@ -21,7 +21,7 @@ impl Place {
 }
 
 /// The count at the start of `bytes`, which begin at the place's byte.
-pub(in crate::qcow2) fn read(bytes: &[u8], place: Place, order: u32) -> Option<u64> {
+pub(in crate::qcow2) fn read(bytes: &[u8], place: Slot, order: u32) -> Option<u64> {
     if order < 3 {
         let mask = u8::MAX >> (8 - (1 << order));
         return bytes.first().map(|byte| u64::from((byte >> place.shift) & mask));
@@ -31,7 +31,7 @@ pub(in crate::qcow2) fn read(bytes: &[u8], place: Place, order: u32) -> Option<u
 }
 
 /// Changes the count at the start of `bytes`.
-pub(in crate::qcow2) fn write(bytes: &mut [u8], place: Place, order: u32, count: u64) -> Option<()> {
+pub(in crate::qcow2) fn write(bytes: &mut [u8], place: Slot, order: u32, count: u64) -> Option<()> {
     let be = count.to_be_bytes();
     if order < 3 {
         let mask = (u8::MAX >> (8 - (1 << order))) << place.shift;
@@ -54,7 +54,7 @@ mod tests {
             let max = u64::MAX >> (64 - (1u32 << order));
             let mut block = vec![0xff; 512];
             for index in [0, 1, 2, 7, 8, 33, 63] {
-                let place = Place::new(index, order);
+                let place = Slot::new(index, order);
                 let at = usize::try_from(place.byte).unwrap_or(0);
                 for count in [0, 1, max / 2, max] {
                     write(&mut block[at..], place, order, count).expect("in the block");
@@ -72,7 +72,7 @@ mod tests {
     #[test]
     fn narrow_counts_start_at_the_least_significant_bit() {
         let mut byte = [0];
-        write(&mut byte, Place::new(1, 1), 1, 3).expect("in the block");
+        write(&mut byte, Slot::new(1, 1), 1, 3).expect("in the block");
         assert_eq!(byte, [0b1100]);
     }
 }

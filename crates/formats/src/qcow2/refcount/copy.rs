@@ -2,15 +2,15 @@
 
 use diskimage_core::{ByteRange, Error, ErrorKind, Event, Result};
 
-use super::uses::Uses;
+use super::uses::KnownReferences;
 use super::{Refcounts, TABLE_OFFSET_MASK};
 use crate::layer_kit::metadata_cache::{MetadataCache, Table};
 use crate::layer_kit::metadata_guard::Kind;
 use crate::qcow2::header::limit;
 
 impl Refcounts {
-    /// A copy of the table and of all blocks. Only the copy counts the clusters that it lies in; what is in use does not
-    /// change. No changes of tables wait in memory.
+    /// A copy of the table and of all blocks. Only the copy counts the clusters that it lies in; what is in use does
+    /// not change. No changes of tables wait in memory.
     ///
     /// # Errors
     /// Damage, a structure that would be too large, and failures to read or write.
@@ -18,14 +18,14 @@ impl Refcounts {
         let bits = self.geometry.cluster_bits;
         let mut blocks = self.block_indices(tables)?;
         let place = self.find_place(tables, &mut blocks)?;
-        let end = self.uses.end();
+        let end = self.references.end();
         let mut new = Self {
             geometry: self.geometry,
             table_offset: place.table << bits,
             table_clusters: place.table_clusters,
             first_free: self.first_free,
             byte_offset: None,
-            uses: Uses::new(end),
+            references: KnownReferences::new(end),
         };
         let table = new.table();
         tables.insert_zeroed(table)?;
@@ -39,7 +39,7 @@ impl Refcounts {
             tables.set_number(table, index * 8, block.offset)?;
         }
         // Where the copy comes to nothing, the references are counted again.
-        std::mem::swap(&mut new.uses, &mut self.uses);
+        std::mem::swap(&mut new.references, &mut self.references);
         let (start, end) = (place.blocks << bits, table.offset + table.len);
         new.increment(tables, start, end - start)?;
         tables.guard_range(Kind::RefcountBlock, ByteRange::new(start, table.offset))?;
@@ -60,7 +60,7 @@ impl Refcounts {
 
     /// Free clusters in one piece for the blocks in `indices` and the table, and for the blocks that it takes to count
     /// these clusters, which are added.
-    fn find_place(&self, tables: &mut MetadataCache, indices: &mut Vec<u64>) -> Result<Place> {
+    fn find_place(&self, tables: &mut MetadataCache, indices: &mut Vec<u64>) -> Result<CopyLayout> {
         let bits = self.geometry.cluster_bits;
         let per_block = self.entries_per_block();
         let there = indices.len();
@@ -80,7 +80,7 @@ impl Refcounts {
             }
             let blocks = indices.len() as u64;
             if blocks + table_clusters <= room {
-                return Ok(Place {
+                return Ok(CopyLayout {
                     blocks: start,
                     table: start + blocks,
                     table_clusters,
@@ -93,7 +93,7 @@ impl Refcounts {
 
 /// Where the copy goes: blocks first. In clusters.
 #[derive(Clone, Copy, Debug)]
-struct Place {
+struct CopyLayout {
     blocks: u64,
     table: u64,
     table_clusters: u64,

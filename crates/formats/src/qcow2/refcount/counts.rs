@@ -9,7 +9,7 @@ pub(in crate::qcow2) const PAGE: usize = 4096;
 const BATCH: u64 = 256 << 10;
 
 #[derive(Debug)]
-pub(in crate::qcow2) struct Counts {
+pub(in crate::qcow2) struct ClusterCounts {
     pages: Vec<Page>,
     /// The largest count that the image can store.
     max: u64,
@@ -29,7 +29,7 @@ enum Page {
     Longs(Box<[u64; PAGE]>),
 }
 
-impl Counts {
+impl ClusterCounts {
     pub(in crate::qcow2) fn new(max: u64, budget: Budget) -> Self {
         Self {
             pages: Vec::new(),
@@ -198,7 +198,7 @@ mod tests {
 
     #[test]
     fn counts_of_any_size_are_kept() {
-        let mut counts = Counts::new(u64::MAX, Budget::default());
+        let mut counts = ClusterCounts::new(u64::MAX, Budget::default());
         for (cluster, times) in [
             (0, 1),
             (5, 255),
@@ -216,7 +216,7 @@ mod tests {
 
     #[test]
     fn what_cannot_be_stored_is_not_counted() {
-        let mut counts = Counts::new(3, Budget::default());
+        let mut counts = ClusterCounts::new(3, Budget::default());
         assert_eq!(counts.add(1, 2).ok(), Some(0));
         assert_eq!(counts.add(1, 4).ok(), Some(3));
         assert_eq!(counts.of(1), 3);
@@ -224,7 +224,7 @@ mod tests {
 
     #[test]
     fn used_and_free_clusters_are_found() {
-        let mut counts = Counts::new(255, Budget::default());
+        let mut counts = ClusterCounts::new(255, Budget::default());
         for cluster in [1, 2, 4, 9000] {
             assert!(counts.add(cluster, 1).is_ok());
         }
@@ -239,7 +239,7 @@ mod tests {
 
     #[test]
     fn memory_is_taken_from_the_budget() {
-        let mut counts = Counts::new(255, Budget::new(1 << 20));
+        let mut counts = ClusterCounts::new(255, Budget::new(1 << 20));
         assert!(counts.add(1 << 40, 1).is_err());
         assert!((0..10).all(|i| counts.add(i * 4096, 1).is_ok()));
         assert!((0..1000).any(|i| counts.add(i * 4096, 1).is_err()));

@@ -7,7 +7,7 @@ use zerocopy::IntoBytes;
 use zerocopy::byteorder::big_endian::{U32, U64};
 
 use super::Refcounts;
-use super::uses::Uses;
+use super::uses::KnownReferences;
 use crate::layer_kit::metadata_cache::MetadataCache;
 use crate::layer_kit::metadata_guard::Kind;
 use crate::qcow2::header::{field, limit};
@@ -58,7 +58,7 @@ impl Refcounts {
             tables.insert_zeroed(table)?;
         }
         tables.guard_range(Kind::RefcountBlock, ByteRange::at(table.offset, table.len))?;
-        self.uses.add(cluster);
+        self.references.add(cluster);
         tables.set_number(self.table(), index * 8, table.offset)
     }
 
@@ -93,7 +93,7 @@ impl Refcounts {
             geometry: self.geometry,
             first_free: self.first_free,
             byte_offset: self.byte_offset,
-            uses: Uses::new(0),
+            references: KnownReferences::new(0),
         };
         let first_blocks = start..start + blocks;
         if let Err(error) = self.publish(tables, &mut grown, first_blocks.clone()) {

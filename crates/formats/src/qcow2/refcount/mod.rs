@@ -20,9 +20,9 @@ mod width;
 
 use diskimage_core::{ByteRange, Error, Event, Result, is_zero};
 
-pub(super) use self::run::Change;
+pub(super) use self::run::RefcountChange;
+use self::uses::KnownReferences;
 pub(super) use self::uses::References;
-use self::uses::Uses;
 use super::header::{Geometry, Header, limit};
 use super::map::hex;
 use crate::layer_kit::metadata_cache::{MetadataCache, Table, WriteOrder};
@@ -37,7 +37,7 @@ pub(super) struct Refcounts {
     first_free: u64,
     /// Where the next compressed cluster goes, if the one before left room behind it.
     byte_offset: Option<u64>,
-    uses: Uses,
+    references: KnownReferences,
 }
 
 /// The entries of the refcount table that hold an offset.
@@ -52,30 +52,30 @@ impl Refcounts {
             table_clusters: u64::from(header.refcount_table_clusters),
             first_free: 0,
             byte_offset: None,
-            uses: Uses::new(file_len.div_ceil(header.geometry.cluster_size())),
+            references: KnownReferences::new(file_len.div_ceil(header.geometry.cluster_size())),
         }
     }
 
     /// From now on `references` says what leads to each cluster that the file had when it was opened.
-    pub(super) fn set_uses(&mut self, references: References) {
-        self.uses.set(references);
+    pub(super) fn set_references(&mut self, references: References) {
+        self.references.set(references);
         // What was passed over may be free.
         self.first_free = 0;
     }
 
     /// Whether the references are counted.
-    pub(super) fn uses_are_counted(&self) -> bool {
-        self.uses.is_counted()
+    pub(super) fn references_are_counted(&self) -> bool {
+        self.references.is_counted()
     }
 
     /// How many references lead to `cluster`, if they were counted and the file had it when it was opened.
-    pub(super) fn uses_of(&self, cluster: u64) -> Option<u64> {
-        self.uses.of(cluster)
+    pub(super) fn references_to(&self, cluster: u64) -> Option<u64> {
+        self.references.of(cluster)
     }
 
     /// The cluster behind those that the file had when it was opened.
     pub(super) fn end(&self) -> u64 {
-        self.uses.end()
+        self.references.end()
     }
 
     pub(super) fn table(&self) -> Table {
@@ -124,7 +124,7 @@ impl Refcounts {
             return Ok(0);
         };
         let order = self.geometry.refcount_order;
-        let place = block::Place::new(cluster % self.entries_per_block(), order);
+        let place = block::Slot::new(cluster % self.entries_per_block(), order);
         let bytes = tables.bytes(block, place.byte)?;
         block::read(bytes, place, order).ok_or_else(|| Error::corrupt("Refcount block too short"))
     }
@@ -132,7 +132,7 @@ impl Refcounts {
     /// Whether any cluster from `first` on is used, or there are blocks that could say so.
     pub(super) fn counts_beyond(&self, tables: &mut MetadataCache, first: u64) -> Result<bool> {
         if let Some(block) = self.block(tables, first)? {
-            let place = block::Place::new(first % self.entries_per_block(), self.geometry.refcount_order);
+            let place = block::Slot::new(first % self.entries_per_block(), self.geometry.refcount_order);
             let mut at = place.byte;
             while at < block.len {
                 let bytes = tables.bytes(block, at)?;
@@ -156,7 +156,7 @@ impl Refcounts {
 
     fn set_count(&self, tables: &mut MetadataCache, block: Table, cluster: u64, count: u64) -> Result<()> {
         let order = self.geometry.refcount_order;
-        let place = block::Place::new(cluster % self.entries_per_block(), order);
+        let place = block::Slot::new(cluster % self.entries_per_block(), order);
         let bytes = tables.bytes_mut(block, place.byte)?;
         block::write(bytes, place, order, count).ok_or_else(|| Error::corrupt("Refcount block too short"))
     }
@@ -174,13 +174,13 @@ impl Refcounts {
                 .block(tables, cluster)?
                 .ok_or_else(|| Error::corrupt("No refcount block"))?;
             self.set_count(tables, block, cluster, count + 1)?;
-            self.uses.add(cluster);
+            self.references.add(cluster);
         }
         Ok(())
     }
 
-    /// Uses each cluster that `len` bytes from `offset` on touch once less. One whose count is zero already, in a damaged
-    /// image, stays so; one that more references lead to than its count says keeps a count for them.
+    /// Uses each cluster that `len` bytes from `offset` on touch once less. One whose count is zero already, in a
+    /// damaged image, stays so; one that more references lead to than its count says keeps a count for them.
     ///
     /// # Errors
     /// Failures to read or write.
@@ -189,7 +189,7 @@ impl Refcounts {
         for cluster in self.clusters(offset, len) {
             let count = self.count(tables, cluster)?;
             let block = self.block(tables, cluster)?;
-            let left = self.uses.remove(cluster).unwrap_or(0);
+            let left = self.references.remove(cluster).unwrap_or(0);
             let (Some(block), Some(less)) = (block, count.checked_sub(1)) else {
                 continue;
             };

@@ -6,9 +6,9 @@
 //!     └╌╌╌╌╌╌► L1', refcounts', snapshot table'    in free clusters, which only refcounts' counts
 //! ```
 //!
-//! The fields of the header that lead to these lie in its first sector. So a crash leaves the image as it was, without even a
-//! leaked cluster, or as it is afterwards; and where the work fails, a full disk being the usual reason, nothing has to be
-//! undone. What was replaced is counted down once the new header is durable.
+//! The fields of the header that lead to these lie in its first sector. So a crash leaves the image as it was, without
+//! even a leaked cluster, or as it is afterwards; and where the work fails, a full disk being the usual reason, nothing
+//! has to be undone. What was replaced is counted down once the new header is durable.
 
 use diskimage_core::{Error, ErrorKind, Preallocation, Result, errno};
 
@@ -18,7 +18,7 @@ use crate::layer_kit::metadata_guard::Clusters;
 use crate::qcow2::header::field;
 use crate::qcow2::metadata::Metadata;
 use crate::qcow2::snapshot::{SnapshotTable, index_of};
-use crate::qcow2::{Qcow2, State};
+use crate::qcow2::{ImageState, Qcow2};
 
 /// What the header leads to.
 #[derive(Debug)]
@@ -39,7 +39,7 @@ struct Before {
     guarded: Option<Clusters>,
 }
 
-impl State {
+impl ImageState {
     /// Goes on with other refcounts; the roots there were.
     fn replace_refcounts(&mut self, refcounts: Refcounts) -> Roots {
         Roots {
@@ -60,20 +60,20 @@ impl State {
 
 impl Qcow2 {
     /// Has `work` change the image with a copy of the refcounts, then has the header lead to all that. `work` writes to
-    /// clusters only that it allocated or that nothing refers to. No changes of tables wait in memory. The roots that were
-    /// replaced; the caller counts down what they alone lead to, apart from the refcounts. None if there is no room for
-    /// that: the image is as it was.
+    /// clusters only that it allocated or that nothing refers to. No changes of tables wait in memory. The roots that
+    /// were replaced; the caller counts down what they alone lead to, apart from the refcounts. None if there is no
+    /// room for that: the image is as it was.
     ///
     /// # Errors
     /// Those of `work`, after which the image is as it was, and failures to read or write.
     pub(in crate::qcow2) fn publish_at_once(
         &self,
-        state: &mut State,
-        work: impl FnOnce(&mut State) -> Result<()>,
+        state: &mut ImageState,
+        work: impl FnOnce(&mut ImageState) -> Result<()>,
     ) -> Result<Option<Roots>> {
         let mut before = Before {
             len: self.file.len(),
-            counted: state.metadata.refcounts.uses_are_counted(),
+            counted: state.metadata.refcounts.references_are_counted(),
             guarded: state.metadata.cache.guarded(),
         };
         let Metadata { cache, refcounts } = &mut state.metadata;
@@ -104,7 +104,7 @@ impl Qcow2 {
     /// Goes on with the roots that the file has. What `error` leaves to be done.
     fn abandon(
         &self,
-        state: &mut State,
+        state: &mut ImageState,
         old: Option<Roots>,
         before: Before,
         error: Error,
@@ -118,13 +118,17 @@ impl Qcow2 {
         state.metadata.cache.restore_guarded(before.guarded);
         if before.counted {
             // Where that fails, they are counted when they are needed.
-            let _ = self.count_uses(state);
+            let _ = self.ensure_references_counted(state);
         }
-        if lacks_room(&error) { Ok(None) } else { Err(error) }
+        if is_out_of_space(&error) {
+            Ok(None)
+        } else {
+            Err(error)
+        }
     }
 
     /// Writes the fields of the header that lead to all else. They lie in one sector.
-    pub(in crate::qcow2) fn write_roots(&self, state: &State) -> Result<()> {
+    pub(in crate::qcow2) fn write_roots(&self, state: &ImageState) -> Result<()> {
         let mut fields = [0; FIELDS];
         self.file.read_at(&mut fields, field::SIZE)?;
         let mut put = |at: u64, bytes: &[u8]| {
@@ -153,7 +157,7 @@ pub(in crate::qcow2) fn entries_of(l1: Table) -> Result<u32> {
 }
 
 /// Whether an operation failed for want of room, so that one that needs less may work.
-pub(in crate::qcow2) fn lacks_room(error: &Error) -> bool {
+pub(in crate::qcow2) fn is_out_of_space(error: &Error) -> bool {
     error.kind() == ErrorKind::NoSpace || error.errno() == Some(errno::EFBIG)
 }
 

@@ -9,12 +9,12 @@
 
 use diskimage_core::{ByteRange, Device, Error, Result};
 
-use super::Change;
+use super::RefcountChange;
 use crate::layer_kit::metadata_cache::{Table, WriteOrder};
 use crate::layer_kit::metadata_guard::Kind;
 use crate::qcow2::entry::{COPIED, Cluster, L2Entry, OFFSET_MASK};
 use crate::qcow2::snapshot::index_of;
-use crate::qcow2::{Qcow2, State};
+use crate::qcow2::{ImageState, Qcow2};
 
 /// Runs of clusters that are collected before they are counted; 4 MiB of memory.
 const MAX_RUNS: usize = 1 << 18;
@@ -78,10 +78,15 @@ impl Qcow2 {
     ///
     /// # Errors
     /// Damage, and counts that are at their limit.
-    pub(in crate::qcow2) fn check_tree(&self, state: &mut State, l1: Table, change: Change) -> Result<()> {
+    pub(in crate::qcow2) fn check_tree(
+        &self,
+        state: &mut ImageState,
+        l1: Table,
+        change: RefcountChange,
+    ) -> Result<()> {
         let bits = self.header.geometry.cluster_bits;
         let mut batch = Batch::default();
-        let check = |state: &mut State, batch: &mut Batch| {
+        let check = |state: &mut ImageState, batch: &mut Batch| {
             batch
                 .take_sorted()
                 .into_iter()
@@ -99,7 +104,7 @@ impl Qcow2 {
     }
 
     /// Whether `l1` leads to so many L2 tables that they change in copies.
-    pub(in crate::qcow2) fn has_many_tables(&self, state: &mut State, l1: Table) -> Result<bool> {
+    pub(in crate::qcow2) fn has_many_tables(&self, state: &mut ImageState, l1: Table) -> Result<bool> {
         let mut count = 0u64;
         self.visit_l1(state, &*self.file, l1, l1, |_, _, entry| {
             count += u64::from(entry & OFFSET_MASK != 0);
@@ -108,13 +113,13 @@ impl Qcow2 {
         Ok(count.saturating_mul(self.header.geometry.cluster_size()) >= state.copied_from)
     }
 
-    /// Counts everything below `l1` once more, and says in its entries and its L2 tables that none of it may be written in
-    /// place. `users` trees refer to L2 tables that move.
+    /// Counts everything below `l1` once more, and says in its entries and its L2 tables that none of it may be written
+    /// in place. `users` trees refer to L2 tables that move.
     ///
     /// In place, the flags are durable before the counts: a writer that finds one without the other copies needlessly.
     pub(in crate::qcow2) fn share_tree(
         &self,
-        state: &mut State,
+        state: &mut ImageState,
         l1: Table,
         rewrite: Rewrite,
         users: u64,
@@ -126,9 +131,9 @@ impl Qcow2 {
         }
         let bits = self.header.geometry.cluster_bits;
         let mut batch = Batch::default();
-        let raise = |state: &mut State, batch: &mut Batch| {
+        let raise = |state: &mut ImageState, batch: &mut Batch| {
             self.file.flush()?;
-            self.count_batch(state, batch, Change::Up)
+            self.count_batch(state, batch, RefcountChange::Up)
         };
         self.visit_tables(state, &*self.file, l1, rewrite.l1(l1), |state, entry, table| {
             let old = entry & OFFSET_MASK;
@@ -154,7 +159,7 @@ impl Qcow2 {
     /// `source`. What is free then is given back to the file system.
     pub(in crate::qcow2) fn release_tree(
         &self,
-        state: &mut State,
+        state: &mut ImageState,
         source: &dyn Device,
         l1: Table,
     ) -> Result<()> {
@@ -164,23 +169,28 @@ impl Qcow2 {
             batch.add((entry & OFFSET_MASK) >> bits, 1);
             self.collect(table, &mut batch)?;
             if batch.is_full() {
-                self.count_batch(state, &mut batch, Change::Down)?;
+                self.count_batch(state, &mut batch, RefcountChange::Down)?;
             }
             Ok(entry)
         })?;
-        self.count_batch(state, &mut batch, Change::Down)
+        self.count_batch(state, &mut batch, RefcountChange::Down)
     }
 
     /// Counts the clusters of the table `l1` itself once less.
-    pub(in crate::qcow2) fn release_table(&self, state: &mut State, l1: Table) -> Result<()> {
+    pub(in crate::qcow2) fn release_table(&self, state: &mut ImageState, l1: Table) -> Result<()> {
         let bits = self.header.geometry.cluster_bits;
         let mut batch = Batch::default();
         batch.add(l1.offset >> bits, l1.len.div_ceil(1 << bits));
-        self.count_batch(state, &mut batch, Change::Down)
+        self.count_batch(state, &mut batch, RefcountChange::Down)
     }
 
     /// Counts the L2 tables of the L1 table `old` that stand no longer in `new`, and `old` itself, once less.
-    pub(in crate::qcow2) fn release_replaced(&self, state: &mut State, old: Table, new: Table) -> Result<()> {
+    pub(in crate::qcow2) fn release_replaced(
+        &self,
+        state: &mut ImageState,
+        old: Table,
+        new: Table,
+    ) -> Result<()> {
         let bits = self.header.geometry.cluster_bits;
         let mut batch = Batch::default();
         let mut chunk = Vec::new();
@@ -198,18 +208,19 @@ impl Qcow2 {
             Ok(entry)
         })?;
         batch.add(old.offset >> bits, old.len.div_ceil(1 << bits));
-        self.count_batch(state, &mut batch, Change::Down)
+        self.count_batch(state, &mut batch, RefcountChange::Down)
     }
 
     /// Has the COPIED flags of the active tables say which clusters are used once. The counts are durable, or published
     /// together with the tables.
-    pub(in crate::qcow2) fn refresh_copied(&self, state: &mut State, rewrite: Rewrite) -> Result<()> {
+    pub(in crate::qcow2) fn refresh_copied(&self, state: &mut ImageState, rewrite: Rewrite) -> Result<()> {
         let bits = self.header.geometry.cluster_bits;
         let l1 = state.l1;
         state.metadata.cache.clear()?;
         state.metadata.cache.sync()?;
-        let once =
-            |state: &mut State, offset: u64| state.metadata.count(offset >> bits).map(|count| count == 1);
+        let once = |state: &mut ImageState, offset: u64| {
+            state.metadata.count(offset >> bits).map(|count| count == 1)
+        };
         self.visit_tables(state, &*self.file, l1, rewrite.l1(l1), |state, entry, table| {
             let old = entry & OFFSET_MASK;
             let changed = self.mark_entries(table, |offset| once(state, offset))?;
@@ -224,7 +235,7 @@ impl Qcow2 {
     /// Writes the L2 table that was read at `offset` if it `changed`; where it is then.
     fn rewrite_l2(
         &self,
-        state: &mut State,
+        state: &mut ImageState,
         rewrite: Rewrite,
         offset: u64,
         table: &[u8],
@@ -245,7 +256,7 @@ impl Qcow2 {
     /// Writes a table, or a part of one, past the pages of the cache.
     pub(in crate::qcow2) fn write_table(
         &self,
-        state: &State,
+        state: &ImageState,
         class: WriteOrder,
         offset: u64,
         bytes: &[u8],
@@ -260,11 +271,11 @@ impl Qcow2 {
     /// `source`. Where both are the same, only what has changed is written.
     fn visit_l1(
         &self,
-        state: &mut State,
+        state: &mut ImageState,
         source: &dyn Device,
         from: Table,
         to: Table,
-        mut change: impl FnMut(&mut State, u64, u64) -> Result<u64>,
+        mut change: impl FnMut(&mut ImageState, u64, u64) -> Result<u64>,
     ) -> Result<()> {
         let mut done = 0;
         while done < from.len {
@@ -288,11 +299,11 @@ impl Qcow2 {
     /// Hands the L1 entry and the bytes of each L2 table of `from` to `visit`, whose answer becomes the entry in `to`.
     fn visit_tables(
         &self,
-        state: &mut State,
+        state: &mut ImageState,
         source: &dyn Device,
         from: Table,
         to: Table,
-        mut visit: impl FnMut(&mut State, u64, &mut [u8]) -> Result<u64>,
+        mut visit: impl FnMut(&mut ImageState, u64, &mut [u8]) -> Result<u64>,
     ) -> Result<()> {
         let size = self.header.geometry.cluster_size();
         let mut table = vec![0; index_of(size)];
@@ -366,7 +377,7 @@ impl Qcow2 {
     }
 
     /// Counts the clusters of `batch` and makes that durable, then gives back the storage of those that are free.
-    fn count_batch(&self, state: &mut State, batch: &mut Batch, change: Change) -> Result<()> {
+    fn count_batch(&self, state: &mut ImageState, batch: &mut Batch, change: RefcountChange) -> Result<()> {
         let bits = self.header.geometry.cluster_bits;
         let mut freed: Vec<ByteRange> = Vec::new();
         for (first, count) in batch.take_sorted() {

@@ -9,7 +9,7 @@ use crate::qcow2::header::limit;
 
 /// What happens to counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in crate::qcow2) enum Change {
+pub(in crate::qcow2) enum RefcountChange {
     /// One more use.
     Up,
     /// One less.
@@ -26,7 +26,7 @@ impl Refcounts {
         tables: &mut MetadataCache,
         first: u64,
         count: u64,
-        change: Change,
+        change: RefcountChange,
     ) -> Result<()> {
         let (order, max) = (self.geometry.refcount_order, self.geometry.max_refcount());
         let mut at = first;
@@ -61,7 +61,7 @@ impl Refcounts {
         tables: &mut MetadataCache,
         first: u64,
         count: u64,
-        change: Change,
+        change: RefcountChange,
         mut freed: impl FnMut(u64),
     ) -> Result<()> {
         let (order, max) = (self.geometry.refcount_order, self.geometry.max_refcount());
@@ -76,9 +76,11 @@ impl Refcounts {
                 let used = block::read(bytes, place, order).unwrap_or(0);
                 let mut new = changed(used, change, max, at + i)?;
                 match change {
-                    Change::Up => self.uses.add(at + i),
+                    RefcountChange::Up => self.references.add(at + i),
                     // References that the count has left out keep it from becoming less than they are.
-                    Change::Down => new = new.max(self.uses.remove(at + i).unwrap_or(0).min(used)),
+                    RefcountChange::Down => {
+                        new = new.max(self.references.remove(at + i).unwrap_or(0).min(used))
+                    }
                 }
                 block::write(bytes, place, order, new)
                     .ok_or_else(|| Error::corrupt("Refcount block too short"))?;
@@ -101,13 +103,13 @@ impl Refcounts {
         tables: &mut MetadataCache,
         cluster: u64,
         most: u64,
-    ) -> Result<(Table, block::Place, u64)> {
+    ) -> Result<(Table, block::Slot, u64)> {
         let table = self
             .block(tables, cluster)?
             .ok_or_else(|| self.no_block(cluster))?;
         let index = cluster % self.entries_per_block();
         let order = self.geometry.refcount_order;
-        let place = block::Place::new(index, order);
+        let place = block::Slot::new(index, order);
         let bytes = tables.bytes(table, place.byte)?.len() as u64;
         // From the first entry of that byte on, which need not be this one.
         let entries = (bytes * 8) >> order;
@@ -115,8 +117,8 @@ impl Refcounts {
         Ok((table, place, most.min(entries.saturating_sub(before)).max(1)))
     }
 
-    /// The error for a cluster in use that no block counts, with the words in which the original ends: it makes the block
-    /// and says that the caller should come again, unless no table can lead to that block.
+    /// The error for a cluster in use that no block counts, with the words in which the original ends: it makes the
+    /// block and says that the caller should come again, unless no table can lead to that block.
     fn no_block(&self, cluster: u64) -> Error {
         let entry = cluster / self.entries_per_block() * 8;
         Error::from_errno(if entry < limit::REFCOUNT_TABLE_BYTES {
@@ -127,8 +129,8 @@ impl Refcounts {
     }
 
     /// Where the count of `cluster` is in bytes that begin at the byte of `start`, a place in the same block.
-    fn place_in(&self, cluster: u64, start: block::Place) -> (usize, block::Place) {
-        let place = block::Place::new(cluster % self.entries_per_block(), self.geometry.refcount_order);
+    fn place_in(&self, cluster: u64, start: block::Slot) -> (usize, block::Slot) {
+        let place = block::Slot::new(cluster % self.entries_per_block(), self.geometry.refcount_order);
         (
             usize::try_from(place.byte - start.byte).unwrap_or(usize::MAX),
             place,
@@ -136,13 +138,13 @@ impl Refcounts {
     }
 }
 
-fn changed(used: u64, change: Change, max: u64, cluster: u64) -> Result<u64> {
+fn changed(used: u64, change: RefcountChange, max: u64, cluster: u64) -> Result<u64> {
     match change {
         _ if used == 0 => Err(not_counted(cluster)),
         // The words with which the original ends here.
-        Change::Up if used >= max => Err(Error::new(ErrorKind::Invalid, "Invalid argument")),
-        Change::Up => Ok(used + 1),
-        Change::Down => Ok(used - 1),
+        RefcountChange::Up if used >= max => Err(Error::new(ErrorKind::Invalid, "Invalid argument")),
+        RefcountChange::Up => Ok(used + 1),
+        RefcountChange::Down => Ok(used - 1),
     }
 }
 

@@ -44,7 +44,7 @@ impl Refcounts {
             if self.block(tables, cluster)?.is_some() {
                 self.release(tables, block.table.offset, 1)?;
             } else {
-                self.uses.remove(cluster);
+                self.references.remove(cluster);
                 self.note_free(tables, cluster);
             }
         }
@@ -91,7 +91,7 @@ impl Refcounts {
             let end = at + bytes.len() as u64;
             if !is_zero(bytes) {
                 for index in (at * 8) >> order..(end * 8) >> order {
-                    let place = block::Place::new(index, order);
+                    let place = block::Slot::new(index, order);
                     let skip = usize::try_from(place.byte - at).map_err(|_| short())?;
                     let count = bytes
                         .get(skip..)

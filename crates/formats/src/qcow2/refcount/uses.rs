@@ -1,8 +1,8 @@
 //! What refers to each cluster, whatever its refcount says.
 //!
 //! Refcounts are what other programs wrote, and damage changes them: a count of zero hands a cluster that holds data to
-//! the next write. So a cluster that was in the file when it was opened is allocated only if the references were counted
-//! and none leads to it, and no count goes below the number of references that are left.
+//! the next write. So a cluster that was in the file when it was opened is allocated only if the references were
+//! counted and none leads to it, and no count goes below the number of references that are left.
 //!
 //! ```text
 //!   cluster   0 ............................. end ........
@@ -11,12 +11,12 @@
 
 use std::collections::{BTreeSet, HashMap};
 
-use super::counts::Counts;
+use super::counts::ClusterCounts;
 
 /// How many references lead to each cluster of a file.
 #[derive(Debug)]
 pub(in crate::qcow2) struct References {
-    pub(in crate::qcow2) counts: Counts,
+    pub(in crate::qcow2) counts: ClusterCounts,
     /// The L2 tables that more than one L1 entry leads to, by cluster, and how many more.
     pub(in crate::qcow2) tables: HashMap<u64, u64>,
     /// The clusters behind the end of the file that something refers to.
@@ -25,16 +25,16 @@ pub(in crate::qcow2) struct References {
 
 /// The references to the clusters that an image had when it was opened.
 #[derive(Debug)]
-pub(super) struct Uses {
+pub(super) struct KnownReferences {
     /// How many clusters the file had.
     end: u64,
     /// References to each of them, once they were counted.
-    counted: Option<Counts>,
+    counted: Option<ClusterCounts>,
     /// Clusters behind the end to which references of a damaged image lead.
     dangling: BTreeSet<u64>,
 }
 
-impl Uses {
+impl KnownReferences {
     /// Nothing counted yet in a file of `end` clusters.
     pub(super) fn new(end: u64) -> Self {
         Self {

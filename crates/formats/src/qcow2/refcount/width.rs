@@ -57,7 +57,7 @@ impl Refcounts {
             }
             clusters = wanted;
         }
-        let place = Place { start, clusters };
+        let place = NewLayout { start, clusters };
         self.write_structure(tables, file, new, &indices, place, report)
     }
 
@@ -101,7 +101,7 @@ impl Refcounts {
         file: &dyn Device,
         new: Geometry,
         indices: &[u64],
-        place: Place,
+        place: NewLayout,
         report: &dyn Fn(u64, u64),
     ) -> Result<Widened> {
         let size = new.cluster_size();
@@ -121,7 +121,7 @@ impl Refcounts {
                     true => 1,
                     false => self.count(tables, cluster)?,
                 };
-                let slot = block::Place::new(cluster % per_block, new.refcount_order);
+                let slot = block::Slot::new(cluster % per_block, new.refcount_order);
                 bytes
                     .get_mut(index_of(slot.byte)..)
                     .and_then(|bytes| block::write(bytes, slot, new.refcount_order, count))
@@ -188,12 +188,12 @@ impl Refcounts {
 
 /// Where the new structure goes: blocks first.
 #[derive(Clone, Copy, Debug)]
-struct Place {
+struct NewLayout {
     start: u64,
     clusters: u64,
 }
 
-impl Place {
+impl NewLayout {
     fn holds(self, cluster: u64) -> bool {
         cluster
             .checked_sub(self.start)

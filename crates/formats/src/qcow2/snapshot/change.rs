@@ -1,7 +1,8 @@
 //! Taking, applying and deleting snapshots.
 //!
-//! All three count the clusters of whole trees, set their COPIED flags by that, and replace what the header leads to. They do
-//! so on a copy of the refcounts and of the tables whose flags change, which one write to the header makes valid:
+//! All three count the clusters of whole trees, set their COPIED flags by that, and replace what the header leads to.
+//! They do so on a copy of the refcounts and of the tables whose flags change, which one write to the header makes
+//! valid:
 //!
 //! ```text
 //!   create   [ counts up, flags off, L1 copy, new snapshot table ]
@@ -9,9 +10,9 @@
 //!   delete   new snapshot table                                    [ counts down, flags on ]
 //! ```
 //!
-//! What is in brackets happens at once (`publish`), so a crash leaks clusters at worst. Where tables are few, or there is no
-//! room for the copies, it happens in place (`in_place`), in an order in which whatever can be reached is counted at any
-//! moment; a crash may then leave flags off that could be on, too, which costs copies and nothing else.
+//! What is in brackets happens at once (`publish`), so a crash leaks clusters at worst. Where tables are few, or there
+//! is no room for the copies, it happens in place (`in_place`), in an order in which whatever can be reached is counted
+//! at any moment; a crash may then leave flags off that could be on, too, which costs copies and nothing else.
 
 use std::sync::{Arc, MutexGuard};
 
@@ -29,10 +30,10 @@ use crate::layer_kit::metadata_cache::{Table, WriteOrder};
 use crate::layer_kit::metadata_guard::Kind;
 use crate::qcow2::entry::COPIED;
 use crate::qcow2::header::{field, limit};
-use crate::qcow2::refcount::Change;
-use crate::qcow2::refcount::publish::{entries_of, lacks_room};
+use crate::qcow2::refcount::RefcountChange;
+use crate::qcow2::refcount::publish::{entries_of, is_out_of_space};
 use crate::qcow2::refcount::recount::Rewrite;
-use crate::qcow2::{Qcow2, State};
+use crate::qcow2::{ImageState, Qcow2};
 
 impl Snapshots for Qcow2 {
     fn check_support(&self) -> Result<()> {
@@ -60,7 +61,7 @@ impl Snapshots for Qcow2 {
         // Not in the middle of changes, which the file does not have yet.
         self.count_before_allocating(&mut state, 1)?;
         let l1 = state.l1;
-        self.check_tree(&mut state, l1, Change::Up)?;
+        self.check_tree(&mut state, l1, RefcountChange::Up)?;
         let published = match self.has_many_tables(&mut state, l1)? {
             true => self.publish_at_once(&mut state, |state| self.create_beside(state, snapshot, &there))?,
             false => None,
@@ -78,11 +79,11 @@ impl Snapshots for Qcow2 {
         let mut state = self.settle()?;
         let there = self.read_snapshots_of(state.snapshots)?;
         let snapshot = there.get(index).ok_or_else(no_snapshot)?;
-        self.count_uses(&mut state)?;
+        self.ensure_references_counted(&mut state)?;
         let kept = self.snapshot_l1_or_errno(snapshot)?;
-        self.check_tree(&mut state, kept, Change::Up)?;
+        self.check_tree(&mut state, kept, RefcountChange::Up)?;
         let old = state.l1;
-        self.check_tree(&mut state, old, Change::Down)?;
+        self.check_tree(&mut state, old, RefcountChange::Down)?;
         let size = snapshot.info.disk_size;
         let published = match self.has_many_tables(&mut state, kept)? {
             true => self.publish_at_once(&mut state, |state| self.apply_beside(state, size, kept))?,
@@ -102,16 +103,16 @@ impl Snapshots for Qcow2 {
         if index >= left.len() {
             return Err(no_snapshot());
         }
-        self.count_uses(&mut state)?;
+        self.ensure_references_counted(&mut state)?;
         let there = left.clone();
         let gone = left.remove(index);
         let kept = self.snapshot_l1(&gone)?;
-        self.check_tree(&mut state, kept, Change::Down)
+        self.check_tree(&mut state, kept, RefcountChange::Down)
             .context(|| "Failed to free the cluster and L1 table")?;
         let old = state.snapshots;
         let unlisted = || "Failed to remove snapshot from snapshot list";
         let table = match self.write_entries(&mut state, &left, None).context(unlisted) {
-            Err(error) if lacks_room(&error) => {
+            Err(error) if is_out_of_space(&error) => {
                 return self.delete_in_place(&mut state, index, &there, kept, error);
             }
             other => other?,
@@ -126,7 +127,7 @@ impl Snapshots for Qcow2 {
 
 impl Qcow2 {
     /// Waits for writes that are under way, and leaves nothing in memory that is not in the file.
-    fn settle(&self) -> Result<MutexGuard<'_, State>> {
+    fn settle(&self) -> Result<MutexGuard<'_, ImageState>> {
         if !self.may_write() {
             return Err(Error::read_only());
         }
@@ -139,7 +140,7 @@ impl Qcow2 {
     }
 
     /// Makes the snapshot `new` in clusters of its own; the active tables whose flags change get new ones as well.
-    fn create_beside(&self, state: &mut State, new: &NewSnapshot<'_>, there: &[Snapshot]) -> Result<()> {
+    fn create_beside(&self, state: &mut ImageState, new: &NewSnapshot<'_>, there: &[Snapshot]) -> Result<()> {
         let l1 = state.l1;
         let active = self.allocate_l1(state, l1.len, Kind::ActiveL1)?;
         self.share_tree(state, l1, Rewrite::To(active), 2)?;
@@ -151,7 +152,7 @@ impl Qcow2 {
     }
 
     /// Makes the disk that of the snapshot whose table is `kept`.
-    fn apply_beside(&self, state: &mut State, size: u64, kept: Table) -> Result<()> {
+    fn apply_beside(&self, state: &mut ImageState, size: u64, kept: Table) -> Result<()> {
         let active = self.allocate_l1(state, kept.len.max(state.l1.len), Kind::ActiveL1)?;
         self.file
             .write_zero_bytes(ByteRange::at(active.offset, active.len))?;
@@ -162,7 +163,7 @@ impl Qcow2 {
     }
 
     /// Counts everything below `gone`, which nothing refers to any more, once less, and sets the flags by that.
-    fn release(&self, state: &mut State, gone: Table) -> Result<()> {
+    fn release(&self, state: &mut ImageState, gone: Table) -> Result<()> {
         let active = state.l1;
         if !self.has_many_tables(state, gone)? && !self.has_many_tables(state, active)? {
             return self.release_in_place(state, &*self.file, gone);
@@ -184,7 +185,7 @@ impl Qcow2 {
     }
 
     /// Clusters for an L1 table of `len` bytes.
-    fn allocate_l1(&self, state: &mut State, len: u64, kind: Kind) -> Result<Table> {
+    fn allocate_l1(&self, state: &mut ImageState, len: u64, kind: Kind) -> Result<Table> {
         let offset = match len.div_ceil(self.header.geometry.cluster_size()) {
             0 => 0,
             clusters => state.metadata.allocate(clusters, Some(kind))?,
@@ -194,7 +195,7 @@ impl Qcow2 {
     }
 
     /// A copy of the L1 table `from` in a new place, `len` bytes long, no entry of which may be written in place.
-    pub(super) fn copy_l1(&self, state: &mut State, from: Table, len: u64) -> Result<Table> {
+    pub(super) fn copy_l1(&self, state: &mut ImageState, from: Table, len: u64) -> Result<Table> {
         let table = self.allocate_l1(state, len, Kind::InactiveL1)?;
         state.metadata.cache.insert_zeroed(table)?;
         for at in (0..from.len).step_by(8) {
@@ -206,10 +207,11 @@ impl Qcow2 {
         Ok(table)
     }
 
-    /// Writes a snapshot table with the entries of `there` and then `new` to new clusters, and all changed tables, durably.
+    /// Writes a snapshot table with the entries of `there` and then `new` to new clusters, and all changed tables,
+    /// durably.
     pub(super) fn write_entries(
         &self,
-        state: &mut State,
+        state: &mut ImageState,
         there: &[Snapshot],
         new: Option<&[u8]>,
     ) -> Result<SnapshotTable> {
@@ -238,7 +240,7 @@ impl Qcow2 {
     }
 
     /// Has the header lead to a snapshot table that has been written.
-    pub(super) fn publish_entries(&self, state: &mut State, table: SnapshotTable) -> Result<()> {
+    pub(super) fn publish_entries(&self, state: &mut ImageState, table: SnapshotTable) -> Result<()> {
         let mut location = [0; 12];
         location[..4].copy_from_slice(&table.count.to_be_bytes());
         location[4..].copy_from_slice(&table.offset.to_be_bytes());
@@ -250,7 +252,7 @@ impl Qcow2 {
     /// Gives up a snapshot table with the entries of `there`.
     pub(super) fn release_entries(
         &self,
-        state: &mut State,
+        state: &mut ImageState,
         table: SnapshotTable,
         there: &[Snapshot],
     ) -> Result<()> {
@@ -263,7 +265,7 @@ impl Qcow2 {
     /// The bytes of a table with the entries of `there`, unknown extra data and all, and then `new`.
     pub(super) fn encode_entries(
         &self,
-        state: &State,
+        state: &ImageState,
         there: &[Snapshot],
         new: Option<&[u8]>,
     ) -> Result<Vec<u8>> {
@@ -288,7 +290,7 @@ impl Qcow2 {
     }
 
     /// Adds the entry of `snapshot` to `bytes`, with the extra data that version 3 demands.
-    fn encode_entry(&self, state: &State, snapshot: &Snapshot, bytes: &mut Vec<u8>) -> Result<()> {
+    fn encode_entry(&self, state: &ImageState, snapshot: &Snapshot, bytes: &mut Vec<u8>) -> Result<()> {
         let (at, len) = snapshot.entry;
         let mut entry = vec![0; index_of(len)];
         self.file.read_whole(&mut entry, at)?;
@@ -323,7 +325,7 @@ impl Qcow2 {
     /// The entry of a new snapshot, whose L1 table is `l1`.
     pub(super) fn new_entry(
         &self,
-        state: &State,
+        state: &ImageState,
         new: &NewSnapshot<'_>,
         there: &[Snapshot],
         l1: Table,

@@ -6,23 +6,23 @@
 //!   delete   the entry gives up its disk → counts down → flags on → new snapshot table, over the L1 → header
 //! ```
 //!
-//! What takes room comes first, so that a full disk is met before anything has changed. Applying and deleting can do without:
-//! then the active L1 is written over with one request. A power failure in the middle of that leaves parts of the old disk
-//! and parts of the snapshot, and the snapshot itself, which can be applied again.
+//! What takes room comes first, so that a full disk is met before anything has changed. Applying and deleting can do
+//! without: then the active L1 is written over with one request. A power failure in the middle of that leaves parts of
+//! the old disk and parts of the snapshot, and the snapshot itself, which can be applied again.
 
 use diskimage_core::{ByteRange, Device, Error, MemoryDevice, NewSnapshot, Result};
 
 use super::{Snapshot, SnapshotTable, V3_EXTRA, index_of};
 use crate::layer_kit::metadata_cache::{Table, WriteOrder};
 use crate::layer_kit::metadata_guard::Kind;
-use crate::qcow2::refcount::publish::lacks_room;
+use crate::qcow2::refcount::publish::is_out_of_space;
 use crate::qcow2::refcount::recount::Rewrite;
-use crate::qcow2::{Qcow2, State};
+use crate::qcow2::{ImageState, Qcow2};
 
 impl Qcow2 {
     pub(super) fn create_in_place(
         &self,
-        state: &mut State,
+        state: &mut ImageState,
         new: &NewSnapshot<'_>,
         there: &[Snapshot],
     ) -> Result<()> {
@@ -46,9 +46,9 @@ impl Qcow2 {
         self.file.flush()
     }
 
-    /// Makes the disk one of `size` bytes with the tables of a snapshot, whose L1 table is `kept`. The active L1 table gets a
-    /// new place, or is written over where there is none.
-    pub(super) fn apply_in_place(&self, state: &mut State, size: u64, kept: Table) -> Result<()> {
+    /// Makes the disk one of `size` bytes with the tables of a snapshot, whose L1 table is `kept`. The active L1 table
+    /// gets a new place, or is written over where there is none.
+    pub(super) fn apply_in_place(&self, state: &mut ImageState, size: u64, kept: Table) -> Result<()> {
         let old = state.l1;
         let len = kept.len.max(old.len);
         let fits = kept.len <= old.len.next_multiple_of(self.header.geometry.cluster_size());
@@ -61,13 +61,13 @@ impl Qcow2 {
                 self.release_in_place(state, &*self.file, old)?;
                 self.release_table(state, old)
             }
-            Err(error) if lacks_room(&error) && fits => self.write_over_l1(state, size, kept),
+            Err(error) if is_out_of_space(&error) && fits => self.write_over_l1(state, size, kept),
             Err(error) => Err(error),
         }
     }
 
     /// A copy of the L1 table `from` in a new place, `len` bytes long, durable.
-    fn written_copy(&self, state: &mut State, from: Table, len: u64) -> Result<Table> {
+    fn written_copy(&self, state: &mut ImageState, from: Table, len: u64) -> Result<Table> {
         let table = self.copy_l1(state, from, len)?;
         let written = state
             .metadata
@@ -81,7 +81,7 @@ impl Qcow2 {
         Ok(table)
     }
 
-    fn write_over_l1(&self, state: &mut State, size: u64, kept: Table) -> Result<()> {
+    fn write_over_l1(&self, state: &mut ImageState, size: u64, kept: Table) -> Result<()> {
         let old = state.l1;
         let len = kept.len.max(old.len);
         let _memory = self.budget.reserve(old.len + len)?;
@@ -100,19 +100,24 @@ impl Qcow2 {
         self.release_in_place(state, &MemoryDevice::new(before), Table { offset: 0, ..old })
     }
 
-    /// Counts everything below an L1 table, which nothing refers to any more, once less, and sets the flags by that. The
-    /// table is read from `gone` of `source`.
-    pub(super) fn release_in_place(&self, state: &mut State, source: &dyn Device, gone: Table) -> Result<()> {
+    /// Counts everything below an L1 table, which nothing refers to any more, once less, and sets the flags by that.
+    /// The table is read from `gone` of `source`.
+    pub(super) fn release_in_place(
+        &self,
+        state: &mut ImageState,
+        source: &dyn Device,
+        gone: Table,
+    ) -> Result<()> {
         self.release_tree(state, source, gone)?;
         self.refresh_copied(state, Rewrite::InPlace)?;
         self.file.flush()
     }
 
-    /// Deletes the snapshot at `index` of `there`, whose L1 table is `kept`, without taking clusters: the new snapshot table
-    /// goes where that L1 table was. `error` is why it has to be that way.
+    /// Deletes the snapshot at `index` of `there`, whose L1 table is `kept`, without taking clusters: the new snapshot
+    /// table goes where that L1 table was. `error` is why it has to be that way.
     pub(super) fn delete_in_place(
         &self,
-        state: &mut State,
+        state: &mut ImageState,
         index: usize,
         there: &[Snapshot],
         kept: Table,
