@@ -1,4 +1,4 @@
-//! Version 2 has no clusters that read as zero: they become unallocated, or get storage that holds zeroes.
+//! Removes zero clusters, which version 2 does not have: they become unallocated, or get storage that holds zeroes.
 
 use diskimage_core::{ByteRange, Result, ZeroMode};
 
@@ -34,7 +34,7 @@ impl Qcow2 {
         state.metadata.cache.sync()
     }
 
-    /// Replaces those of one L2 table, whose first cluster is at `guest` of the disk.
+    /// Replaces the zero clusters of one L2 table, whose first cluster is at guest offset `guest`.
     fn expand_table(&self, state: &mut ImageState, l2: Table, guest: u64) -> Result<()> {
         let geometry = self.header.geometry;
         let mut users = None;
@@ -53,7 +53,7 @@ impl Qcow2 {
             if new.kind != old.kind
                 && let Some((offset, len)) = old.host_clusters(geometry)
             {
-                // Each tree that has this table counts the cluster.
+                // Each tree that shares this table has incremented the refcount of the cluster.
                 for _ in 0..users {
                     self.free_later(state, offset, len, Kinds::NONE)?;
                 }
@@ -62,11 +62,11 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// What the entry becomes in a table that `users` trees have. Its cluster is at `guest` of the disk.
+    /// Returns the replacement of a zero entry in a table that `users` trees share. `guest` is its guest offset.
     fn without_zero(&self, state: &mut ImageState, old: L2Entry, users: u64, guest: u64) -> Result<L2Entry> {
         let size = self.header.geometry.cluster_size();
         let own = match old.kind {
-            // Storage that no other table refers to.
+            // No other table refers to this storage.
             Cluster::Host(offset) if self.count_at(state, offset)? == users => Some(offset),
             _ => None,
         };
