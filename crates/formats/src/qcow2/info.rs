@@ -1,4 +1,4 @@
-//! What the image says of itself.
+//! The facts about an image.
 
 use diskimage_core::{Detail, Info, Result};
 

@@ -1,7 +1,7 @@
 //! Refcounts: how many references each cluster of the file has, and which clusters are free.
 //!
 //! ```text
-//!   refcount table   [block 0][block 1][   0   ]...     8 bytes an entry, 0 = every count there is 0
+//!   refcount table   [block 0][block 1][   0   ]...     8 bytes an entry, 0 = every refcount of the block is 0
 //!                        |
 //!   refcount block   [1][1][2][0]...                    1 to 64 bits an entry
 //! ```

@@ -201,7 +201,7 @@ impl Qcow2 {
                 self.file.read_padded(&mut chunk, new.offset + first)?;
             }
             let now = chunk.get(at..).and_then(<[u8]>::first_chunk);
-            let now = now.map_or(0, |word| u64::from_be_bytes(*word) & OFFSET_MASK);
+            let now = now.map_or(0, |number| u64::from_be_bytes(*number) & OFFSET_MASK);
             if entry & OFFSET_MASK != now && entry & OFFSET_MASK != 0 {
                 batch.add((entry & OFFSET_MASK) >> bits, 1);
             }
@@ -340,18 +340,18 @@ impl Qcow2 {
     fn entries(&self, table: &[u8], mut visit: impl FnMut(L2Entry) -> Result<()>) -> Result<()> {
         let geometry = self.header.geometry;
         let step = if geometry.extended_l2 { 2 } else { 1 };
-        for words in table.as_chunks::<8>().0.chunks_exact(step) {
-            if words[0] != [0; 8] {
-                visit(self.parse_words(words)?)?;
+        for numbers in table.as_chunks::<8>().0.chunks_exact(step) {
+            if numbers[0] != [0; 8] {
+                visit(self.parse_numbers(numbers)?)?;
             }
         }
         Ok(())
     }
 
-    fn parse_words(&self, words: &[[u8; 8]]) -> Result<L2Entry> {
-        let word = |i: usize| words.get(i).map_or(0, |bytes| u64::from_be_bytes(*bytes));
+    fn parse_numbers(&self, numbers: &[[u8; 8]]) -> Result<L2Entry> {
+        let number = |i: usize| numbers.get(i).map_or(0, |bytes| u64::from_be_bytes(*bytes));
         let (geometry, version) = (self.header.geometry, self.header.version);
-        L2Entry::parse([word(0), word(1)], geometry, version, self.has_data_file())
+        L2Entry::parse([number(0), number(1)], geometry, version, self.has_data_file())
     }
 
     /// Sets the COPIED flag of each entry with a host cluster to the result of `copied` for its offset. Returns whether
@@ -359,19 +359,19 @@ impl Qcow2 {
     fn mark_entries(&self, table: &mut [u8], mut copied: impl FnMut(u64) -> Result<bool>) -> Result<bool> {
         let step = if self.header.geometry.extended_l2 { 2 } else { 1 };
         let mut changed = false;
-        for words in table.as_chunks_mut::<8>().0.chunks_exact_mut(step) {
-            if words[0] == [0; 8] {
+        for numbers in table.as_chunks_mut::<8>().0.chunks_exact_mut(step) {
+            if numbers[0] == [0; 8] {
                 continue;
             }
-            if let Cluster::Host(offset) = self.parse_words(words)?.kind {
-                let old = u64::from_be_bytes(words[0]);
+            if let Cluster::Host(offset) = self.parse_numbers(numbers)?.kind {
+                let old = u64::from_be_bytes(numbers[0]);
                 let new = if copied(offset)? {
                     old | COPIED
                 } else {
                     old & !COPIED
                 };
                 changed |= new != old;
-                words[0] = new.to_be_bytes();
+                numbers[0] = new.to_be_bytes();
             }
         }
         Ok(changed)
