@@ -17,7 +17,7 @@ impl Check<'_> {
         let sound = self.report.corruptions == 0 && self.report.check_errors == 0 && self.report.leaks == 0;
         let fix = match self.repair {
             Repair::No => false,
-            // Only wrong refcounts forbid the repair of flags, and these refcounts are right.
+            // Without remaining errors the refcounts are right, so the flags can be set to match them.
             Repair::Leaks => sound,
             Repair::All => true,
         };

@@ -327,7 +327,7 @@ fn apply(file: &Arc<MemoryDevice>, change: Change) -> Result<()> {
 }
 
 /// The value that the kept byte at guest offset `at` has after `change`, if the change succeeds. `old` is its old
-/// value. `None` if the byte may be lost.
+/// value. `None` if any value is allowed.
 fn new_value(change: Change, at: usize, old: Option<u8>, kept: Option<&Disk>, unit: u64) -> Option<u8> {
     let inside = |start: u64, len: u64| (start..start + len).contains(&(at as u64));
     match change {

@@ -98,7 +98,7 @@ impl Attempt<'_> {
             return Ok(false);
         }
         if errors == 0 {
-            return Err(format!("{failed} requests failed and nobody said so"));
+            return Err(format!("{failed} requests failed and no step reported it"));
         }
         if self
             .scenario

@@ -6,7 +6,7 @@ use diskimage_core::{Device, MemoryDevice, Repair, errno};
 use diskimage_testing::{FaultyDevice, Journal, RecordingDevice};
 
 use super::scenario::{
-    Model, PLENTY, Scenario, Step, find_fault, find_fault_sparing_flags, open_on, open_with_memory, report,
+    Model, PLENTY, Scenario, Step, find_fault, find_fault_ignoring_flags, open_on, open_with_memory, report,
 };
 use super::scenarios;
 
@@ -50,8 +50,7 @@ fn run_out_of_space(scenario: &Scenario, limit: u64) -> Result<Outcome, String> 
         model.begin(step);
         match step.apply(&image) {
             Ok(()) => model.done(step),
-            // A snapshot that could not be created cannot be applied either: the step then fails with an error of these
-            // tests.
+            // A snapshot that could not be created cannot be applied either: `find_snapshot` then returns EIO.
             Err(error) if [Some(errno::ENOSPC), Some(errno::EIO)].contains(&error.errno()) => {
                 if sound {
                     refused += 1;
@@ -158,7 +157,7 @@ fn crash_on_full_disk(scenario: &Scenario) -> usize {
     let count = journal.crashes(&files, SAMPLES, 0x5eed, |crash| {
         let known = models.partition_point(|(position, _)| *position <= crash.position);
         let (_, model) = &models[known - 1];
-        if let Some(fault) = find_fault_sparing_flags(crash.files, &model.crashed, &before) {
+        if let Some(fault) = find_fault_ignoring_flags(crash.files, &model.crashed, &before) {
             faults.push(format!("at {} ({}): {fault}", crash.position, crash.kept));
         }
     });

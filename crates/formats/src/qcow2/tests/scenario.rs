@@ -459,7 +459,7 @@ pub(super) fn report(layer: &dyn Layer, repair: Repair) -> CheckReport {
 
 /// The errors of a check, except COPIED flags that are off although the refcount is one: they cost needless copies
 /// only.
-fn report_sparing_flags(layer: &dyn Layer) -> CheckReport {
+fn report_ignoring_flags(layer: &dyn Layer) -> CheckReport {
     let harmless = AtomicU64::new(0);
     let notes = |note: &Note| {
         let flag_off = note
@@ -483,8 +483,8 @@ pub(super) fn find_fault(files: &[Vec<u8>], disk: &State, before: &Before) -> Op
 }
 
 /// As [`find_fault`], for snapshots that change in place: a crash may leave COPIED flags off that could be on.
-pub(super) fn find_fault_sparing_flags(files: &[Vec<u8>], disk: &State, before: &Before) -> Option<String> {
-    find_fault_with(files, disk, before, report_sparing_flags)
+pub(super) fn find_fault_ignoring_flags(files: &[Vec<u8>], disk: &State, before: &Before) -> Option<String> {
+    find_fault_with(files, disk, before, report_ignoring_flags)
 }
 
 fn find_fault_with(
@@ -527,11 +527,13 @@ fn find_fault_with(
     }
     if found.leaks > 0 {
         let layer = open_layer(&devices, true, true).expect("opens for repair");
-        let mended = report(&*layer, Repair::Leaks);
+        let repaired = report(&*layer, Repair::Leaks);
         drop(layer);
         let again = report(&**open_on(&devices, false).expect("opens").layer(), Repair::No);
-        if (mended.leaks_fixed, again.leaks, again.corruptions) != (found.leaks, 0, 0) {
-            return Some(format!("leaks cannot be mended: {found:?} {mended:?} {again:?}"));
+        if (repaired.leaks_fixed, again.leaks, again.corruptions) != (found.leaks, 0, 0) {
+            return Some(format!(
+                "leaks cannot be repaired: {found:?} {repaired:?} {again:?}"
+            ));
         }
     }
     None
