@@ -2,7 +2,7 @@
 
 use diskimage_core::{ByteRange, Error, ErrorKind, Event, Result};
 
-use super::uses::KnownReferences;
+use super::known_references::KnownReferences;
 use super::{Refcounts, TABLE_OFFSET_MASK};
 use crate::layer_kit::metadata_cache::{MetadataCache, Table};
 use crate::layer_kit::metadata_guard::Kind;

@@ -7,7 +7,7 @@ use zerocopy::IntoBytes;
 use zerocopy::byteorder::big_endian::{U32, U64};
 
 use super::Refcounts;
-use super::uses::KnownReferences;
+use super::known_references::KnownReferences;
 use crate::layer_kit::metadata_cache::MetadataCache;
 use crate::layer_kit::metadata_guard::Kind;
 use crate::qcow2::header::{field, limit};

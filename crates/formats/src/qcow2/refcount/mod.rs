@@ -11,18 +11,18 @@ pub(super) mod block;
 mod copy;
 pub(super) mod counts;
 mod grow;
+mod known_references;
 pub(super) mod publish;
 pub(super) mod recount;
 mod run;
 mod shrink;
-mod uses;
 mod width;
 
 use diskimage_core::{ByteRange, Error, Event, Result, is_zero};
 
+use self::known_references::KnownReferences;
+pub(super) use self::known_references::References;
 pub(super) use self::run::RefcountChange;
-use self::uses::KnownReferences;
-pub(super) use self::uses::References;
 use super::header::{Geometry, Header, limit};
 use super::map::hex;
 use crate::layer_kit::metadata_cache::{MetadataCache, Table, WriteOrder};
