@@ -1,17 +1,18 @@
-//! Bochs "growing" redologs, which are only ever read.
+//! Bochs "growing" redologs, read only.
 //!
 //! ```text
 //!   file     |header|catalog|---- extent 0 ----|---- extent 1 ----|...
 //!   extent   |bitmap|---------- sectors ----------|       both in whole sectors
 //! ```
 //!
-//! Entry *n* of the catalog says which extent has the *n*-th piece of the disk; the extent's bitmap says which sectors of
-//! it were written. All others read as zero.
+//! Entry *n* of the catalog is the number of the extent that holds the *n*-th extent-sized part of the disk. The
+//! extent's bitmap has a bit for each sector that was written. All other sectors read as zeroes.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
 use diskimage_core::{
     Device, Error, Format, FormatProperties, Layer, OpenRequest, Probe, Result, Score, align_down, errno,
+    to_index,
 };
 
 use crate::layer_kit::paged_table::PagedTable;
@@ -23,12 +24,12 @@ pub struct Bochs;
 
 const NAME: &str = "bochs";
 const SECTOR: u64 = 512;
-/// How much of the header has a meaning.
+/// The length of the header's fields in bytes.
 const HEADER: usize = 96;
-/// Limits of the original.
+/// qemu-img's limits.
 const MAX_CATALOG: u32 = 0x10_0000;
 const MAX_EXTENT: u32 = 0x80_0000;
-/// The catalog's entry for a piece that was never written.
+/// The catalog's entry for a part of the disk that was never written.
 const UNALLOCATED: u32 = u32::MAX;
 
 impl Format for Bochs {
@@ -61,16 +62,16 @@ impl Format for Bochs {
     }
 }
 
-/// Whether the bytes begin with a header that can be read.
+/// Whether the file starts with the header of a growing redolog of a known version.
 fn is_growing(head: &[u8]) -> bool {
-    let word = |at: usize, word: &[u8]| {
+    let has_name = |at: usize, name: &[u8]| {
         head.get(at..)
-            .and_then(|rest| rest.strip_prefix(word))
+            .and_then(|rest| rest.strip_prefix(name))
             .is_some_and(|rest| rest.first() == Some(&0))
     };
-    word(0, b"Bochs Virtual HD Image")
-        && word(32, b"Redolog")
-        && word(48, b"Growing")
+    has_name(0, b"Bochs Virtual HD Image")
+        && has_name(32, b"Redolog")
+        && has_name(48, b"Growing")
         && version(head).is_some()
 }
 
@@ -102,18 +103,18 @@ fn u64_at(bytes: &[u8], at: usize) -> Option<u64> {
         .map(|bytes| u64::from_le_bytes(*bytes))
 }
 
-/// Where everything is.
+/// The sizes and host offsets of the file's structures.
 #[derive(Clone, Copy, Debug)]
 struct Geometry {
     /// The disk's size in bytes.
     len: u64,
-    /// Where the catalog starts.
+    /// The host offset of the catalog.
     catalog: u64,
-    /// Where the first extent starts.
+    /// The host offset of the first extent.
     extents: u64,
-    /// Bytes of the disk in an extent, a power of two.
+    /// Guest bytes in an extent, a power of two.
     extent_size: u64,
-    /// Bytes of an extent's bitmap in the file.
+    /// Bytes of an extent's bitmap, rounded up to sectors.
     bitmap_size: u64,
 }
 
@@ -154,14 +155,15 @@ impl Geometry {
             catalog,
             extents: catalog + u64::from(entries) * 4,
             extent_size,
-            // An empty bitmap wraps around, as it does in the original.
+            // A bitmap size of 0 wraps around, as in qemu-img.
             bitmap_size: (u64::from(bitmap.wrapping_sub(1)) / SECTOR + 1) * SECTOR,
         })
     }
 
-    /// Where extent `number` starts in the file.
+    /// The host offset of extent `number`.
     fn extent(self, number: u32) -> u64 {
-        // Below 2^32 * (2^32 + 2^23): the product does not fit only where the bitmap is as large as can be.
+        // Both factors are below 2^33, so the product overflows only with the largest bitmap. A saturated offset lies
+        // beyond the end of every file.
         u64::from(number)
             .saturating_mul(self.bitmap_size + self.extent_size)
             .saturating_add(self.extents)
@@ -180,13 +182,13 @@ struct Growing {
 }
 
 impl Growing {
-    /// What the catalog says of an extent of the disk.
+    /// The catalog's entry for an extent of the disk.
     fn number(&self, extent: u64) -> Result<u32> {
         let mut catalog = self.catalog.lock().unwrap_or_else(PoisonError::into_inner);
         catalog.entry(extent).map(u32::from_le_bytes)
     }
 
-    /// Reads from one extent; `at` is the offset inside it.
+    /// Reads from extent `number`, from offset `at` inside it.
     fn read_extent(&self, number: u32, buf: &mut [u8], at: u64) -> Result<()> {
         let start = self.geometry.extent(number);
         let end = at + buf.len() as u64;
@@ -196,23 +198,25 @@ impl Growing {
             .ok_or_else(|| Error::from_errno(errno::EFBIG))?;
         let first = at / SECTOR / 8;
         let bytes = (end.div_ceil(SECTOR).div_ceil(8) - first).min(MAX_BITMAP);
-        let mut bitmap = vec![0; usize::try_from(bytes).unwrap_or_default()];
+        let mut bitmap = vec![0; to_index(bytes)?];
         self.file.read_whole(&mut bitmap, start + first)?;
         let written = |sector: u64| {
-            let byte = usize::try_from(sector / 8 - first).unwrap_or(usize::MAX);
-            bitmap.get(byte).is_some_and(|byte| byte >> (sector % 8) & 1 != 0)
+            let byte = usize::try_from(sector / 8 - first)
+                .ok()
+                .and_then(|byte| bitmap.get(byte));
+            byte.is_some_and(|byte| byte >> (sector % 8) & 1 != 0)
         };
-        // Sectors that are alike are read together.
+        // Consecutive sectors with the same bit are read together.
         let (mut buf, mut at) = (buf, at);
         while at < end {
-            let kind = written(at / SECTOR);
+            let is_data = written(at / SECTOR);
             let mut stop = align_down(at, SECTOR) + SECTOR;
-            while stop < end && written(stop / SECTOR) == kind {
+            while stop < end && written(stop / SECTOR) == is_data {
                 stop += SECTOR;
             }
-            let len = usize::try_from(stop.min(end) - at).unwrap_or(buf.len());
+            let len = to_index(stop.min(end) - at)?;
             let (head, tail) = buf.split_at_mut(len);
-            if kind {
+            if is_data {
                 self.file.read_whole(head, data + at)?;
             } else {
                 head.fill(0);
@@ -223,7 +227,7 @@ impl Growing {
     }
 }
 
-/// Bytes of the bitmap of the largest extent.
+/// The bytes of the largest extent's bitmap.
 const MAX_BITMAP: u64 = MAX_EXTENT as u64 / SECTOR / 8;
 
 impl Disk for Growing {
@@ -242,7 +246,7 @@ impl Disk for Growing {
         let (mut buf, mut offset) = (buf, offset);
         while !buf.is_empty() {
             let at = offset % unit;
-            let len = usize::try_from(unit - at).unwrap_or(usize::MAX).min(buf.len());
+            let len = to_index((unit - at).min(buf.len() as u64))?;
             let (head, tail) = buf.split_at_mut(len);
             match self.number(offset / unit)? {
                 UNALLOCATED => head.fill(0),
@@ -261,7 +265,7 @@ mod tests {
     use super::*;
     use crate::testing::open;
 
-    /// A disk of 16 KiB in extents of 2 KiB: the second piece in extent 1, the last in extent 0.
+    /// A disk of 16 KiB in extents of 2 KiB: its second part is in extent 1, its last part in extent 0.
     fn image(version: Version) -> Vec<u8> {
         let mut bytes = vec![0; 512];
         bytes[..22].copy_from_slice(b"Bochs Virtual HD Image");
@@ -275,8 +279,8 @@ mod tests {
             bytes[at..at + 4].copy_from_slice(&value.to_le_bytes());
         }
         bytes[size_at..size_at + 8].copy_from_slice(&16384_u64.to_le_bytes());
-        for piece in 0..8 {
-            let entry = match piece {
+        for index in 0..8 {
+            let entry = match index {
                 1 => 1,
                 7 => 0,
                 _ => UNALLOCATED,
@@ -297,7 +301,7 @@ mod tests {
     }
 
     #[test]
-    fn written_sectors_are_data_and_all_else_is_zero() {
+    fn written_sectors_are_data_and_all_others_read_as_zeroes() {
         for version in [Version::V1, Version::V2] {
             let image = opened(image(version)).unwrap();
             let mut expected = vec![0; 16384];
@@ -330,7 +334,7 @@ mod tests {
     #[test]
     fn a_last_sector_that_is_cut_off_is_an_error() {
         let mut bytes = image(Version::V2);
-        // The last sectors of the last extent were never written: cut into the third.
+        // The last sector of the last extent was never written: the file ends inside the third sector.
         bytes.truncate(bytes.len() - 700);
         let image = opened(bytes).unwrap();
         let mut sector = [0xff; 512];
@@ -351,7 +355,7 @@ mod tests {
                     let len = image.len();
                     let mut sector = [0; 512];
                     for offset in [0, len / 2, len.saturating_sub(512)] {
-                        // Whether it can be read is the image's matter.
+                        // An error is fine, a panic is not.
                         drop(image.read_at(&mut sector, offset));
                     }
                 }
@@ -360,7 +364,7 @@ mod tests {
     }
 
     #[test]
-    fn nobody_writes_to_it() {
+    fn opening_for_writing_is_refused() {
         let device = Arc::new(MemoryDevice::new(image(Version::V2)));
         let error = open(&Bochs, device, true).unwrap_err();
         assert_eq!(error.to_string(), "Image is read-only");

@@ -1,17 +1,17 @@
-//! Compressed loop images, version 2.0, which are only ever read.
+//! Compressed loop images, version 2.0, read only.
 //!
 //! ```text
 //!   file     |shell script, 128 bytes|block size|number of blocks|offsets|-- block 0 --|-- block 1 --|...
 //! ```
 //!
-//! Numbers are big-endian. There is one offset more than there are blocks: a block reaches from its offset to the next. Each
-//! is a zlib stream.
+//! Numbers are big-endian. Each block is a zlib stream. It reaches from its own offset to the next, so the table has
+//! one offset more than the image has blocks.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
 use diskimage_core::{
     DecodedBlockCache, Device, Error, Format, FormatProperties, Layer, OpenRequest, Probe, Result, Score,
-    errno,
+    errno, to_index,
 };
 
 use crate::codec::deflate;
@@ -28,7 +28,7 @@ const MAGIC: &[u8] =
 const BLOCK_SIZE_AT: u64 = 128;
 const OFFSETS_AT: u64 = 136;
 const SECTOR: u32 = 512;
-/// Limits of the original: bytes of a block, its compressed form, and all offsets.
+/// qemu-img's limits for the bytes of a block, of a compressed block and of all offsets.
 const MAX_BLOCK: u32 = 64 << 20;
 const MAX_STORED: u64 = 2 * MAX_BLOCK as u64;
 const MAX_BLOCKS: u32 = u32::MAX / 8;
@@ -112,9 +112,9 @@ impl Compressed {
         offsets.entry(index).map(u64::from_be_bytes)
     }
 
-    /// Walks the offsets, as the original does before it shows anything of the image.
+    /// Checks the offsets when the image is opened, as qemu-img does.
     fn check_offsets(&self) -> Result<()> {
-        // What lies beyond the end of the file is all zeroes: the first two there speak for all.
+        // Offsets beyond the end of the file read as zeroes: checking the first two of them checks all.
         let stored = self.file.len().saturating_sub(OFFSETS_AT) / 8;
         let mut before = self.offset(0)?;
         for index in 1..=self.blocks.min(stored + 2) {
@@ -136,7 +136,7 @@ impl Compressed {
         let damaged = || Error::from_errno(errno::EIO);
         let start = self.offset(index)?;
         let stored = self.offset(index + 1)?.checked_sub(start).ok_or_else(damaged)?;
-        // The file may have changed since it was opened; and no more is read than there is.
+        // The file may have changed since it was opened, so the length is checked again before memory is allocated.
         if stored > MAX_STORED || self.file.require(start, stored).is_err() {
             return Err(damaged());
         }
@@ -162,11 +162,9 @@ impl Disk for Compressed {
         let (mut buf, mut offset) = (buf, offset);
         while !buf.is_empty() {
             let (index, at) = (offset / self.block_size, offset % self.block_size);
-            let len = usize::try_from(self.block_size - at)
-                .unwrap_or(usize::MAX)
-                .min(buf.len());
+            let len = to_index((self.block_size - at).min(buf.len() as u64))?;
             let (head, tail) = buf.split_at_mut(len);
-            let at = usize::try_from(at).unwrap_or(usize::MAX);
+            let at = to_index(at)?;
             self.last.read_with(
                 index,
                 |block| self.decode(index, block),
@@ -212,11 +210,11 @@ mod tests {
     }
 
     fn message(bytes: Vec<u8>) -> String {
-        opened(bytes).expect_err("it is damaged").to_string()
+        opened(bytes).expect_err("refused").to_string()
     }
 
     #[test]
-    fn blocks_are_put_together() {
+    fn reads_cross_block_boundaries() {
         let (image, expected) = (opened(image()).unwrap(), content());
         assert_eq!(image.len(), expected.len() as u64);
         for (offset, len) in [(0, 5 * BLOCK), (1000, 100), (4096, 1024), (5119, 1), (1023, 2050)] {
@@ -267,7 +265,7 @@ mod tests {
     }
 
     #[test]
-    fn as_many_offsets_as_there_can_be_cost_nothing_where_the_file_ends() {
+    fn the_most_offsets_are_checked_quickly_if_the_file_ends_before_them() {
         let mut bytes = image();
         bytes.truncate(136);
         bytes[132..136].copy_from_slice(&0x3ff_ffff_u32.to_be_bytes());

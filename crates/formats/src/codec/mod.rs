@@ -1,8 +1,8 @@
 //! Codecs of compressed clusters, shared by the formats that have them.
 //!
-//! A decoder fills exactly one cluster and stops: whatever the stream claims, no more than the destination is written,
-//! and bytes after its end are of no interest (formats store a length rounded up to sectors). An encoder gives up on a
-//! cluster that does not get smaller. Contexts are expensive to make, so each thread keeps its own.
+//! A decoder fills exactly one cluster and stops: it never writes beyond the destination, whatever the stream claims,
+//! and it ignores bytes after the stream's end (formats store a length rounded up to sectors). An encoder returns
+//! `false` for a cluster that does not get smaller. Contexts are expensive to make, so each thread keeps its own.
 
 pub(crate) mod bzip2;
 pub(crate) mod deflate;
@@ -15,7 +15,7 @@ use std::io::Read;
 
 use diskimage_core::{Error, Result};
 
-/// Stands in for the codec in builds without it.
+/// Replaces the codec in builds without zstd: every call fails.
 #[cfg(not(feature = "zstd"))]
 pub(crate) mod zstd {
     use diskimage_core::{Encoder, Error, Result};
@@ -33,7 +33,7 @@ pub(crate) mod zstd {
     }
 }
 
-/// Fills `block` from `stream`, which ends there.
+/// Fills `block` from `stream`, which must end where the block ends.
 fn fill(mut stream: impl Read, block: &mut [u8]) -> Result<()> {
     stream.read_exact(block).map_err(|_| damaged())?;
     match stream.read(&mut [0]) {
@@ -42,7 +42,7 @@ fn fill(mut stream: impl Read, block: &mut [u8]) -> Result<()> {
     }
 }
 
-/// The words for a stream that does not fill its cluster.
+/// The error for a stream that does not fill its cluster.
 fn damaged() -> Error {
     Error::corrupt("Compressed cluster is damaged")
 }
@@ -67,7 +67,7 @@ mod tests {
             .filter(|(name, ..)| *name != "zstd" || cfg!(feature = "zstd"))
     }
 
-    /// Words drawn from a small stock: compresses, but not to nothing.
+    /// Text of words from a small vocabulary: it compresses, but not to almost nothing.
     fn text(len: usize) -> Vec<u8> {
         let mut state = 1_u32;
         let mut out = Vec::with_capacity(len + 16);
@@ -91,7 +91,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_encoded_decodes_with_trailing_bytes() {
+    fn encoded_clusters_decode_despite_trailing_bytes() {
         for (codec, decode, encoder) in codecs() {
             let mut encoder = encoder().unwrap();
             let mut bytes = vec![1, 2, 3];
@@ -108,7 +108,7 @@ mod tests {
     }
 
     #[test]
-    fn noise_is_left_as_it_is() {
+    fn noise_is_not_compressed() {
         for (_, _, encoder) in codecs() {
             let mut out = Vec::new();
             assert!(!encoder().unwrap().encode(&noise(CLUSTER), &mut out).unwrap());
@@ -125,7 +125,7 @@ mod tests {
             assert!(decode(&[], &mut back).is_err());
             assert!(
                 decode(&bytes, &mut vec![0; CLUSTER + 1]).is_err(),
-                "too little for it"
+                "the stream is shorter than the cluster"
             );
         }
     }

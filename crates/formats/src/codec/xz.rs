@@ -3,11 +3,11 @@
 use diskimage_core::Result;
 use lzma_rust2::XzReader;
 
-/// The most that a dictionary may take, in KiB: twice that of the strongest setting of `xz`, and what a decoder needs
-/// besides. The stream only says how large it is.
+/// The memory limit of a decoder in KiB: a dictionary twice as large as that of the strongest preset of `xz`, and 1 MiB
+/// for the rest. The limit is ours; the stream names any dictionary size it likes.
 const MEMORY: u32 = (128 << 10) + 1024;
 
-/// Fills `block` from the stream at the start of `bytes`, which ends with the block.
+/// Fills `block` from the stream at the start of `bytes`. The stream must end where the block ends.
 pub(crate) fn decode(bytes: &[u8], block: &mut [u8]) -> Result<()> {
     super::fill(XzReader::new_mem_limit(bytes, false, MEMORY), block)
 }
@@ -36,7 +36,7 @@ mod tests {
         assert!(decode(&stream, &mut block).is_err());
     }
 
-    /// The checksum of xz.
+    /// CRC-32, the checksum of an xz block header.
     fn crc32(bytes: &[u8]) -> u32 {
         !bytes.iter().fold(u32::MAX, |sum, byte| {
             (0..8).fold(sum ^ u32::from(*byte), |sum, _| {

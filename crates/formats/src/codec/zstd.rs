@@ -7,11 +7,11 @@ use zstd::zstd_safe::{DCtx, DParameter, InBuffer, OutBuffer, ResetDirective, fin
 
 use super::damaged;
 
-/// The library's default, which the original uses.
+/// The library's default level, which qemu-img uses.
 const LEVEL: i32 = 3;
 
-/// A frame that is longer than its cluster has to be streamed, through a window that the frame asks for. No cluster is
-/// longer than 2 MiB, so nothing needs more than this.
+/// The largest window that a streamed frame may ask for, as a power of two. A frame that is longer than its cluster
+/// must be streamed; no cluster is longer than 2 MiB.
 const MAX_WINDOW_LOG: u32 = 21;
 
 thread_local! {
@@ -32,7 +32,7 @@ pub(crate) fn decode(bytes: &[u8], cluster: &mut [u8]) -> Result<()> {
                 .get(..len)
                 .filter(|frame| !frame.is_empty())
                 .ok_or_else(damaged)?;
-            // In one call the context needs no window of its own, whatever the frame claims.
+            // A one-shot call allocates no window, whatever window size the frame claims.
             let Ok(done) = context.decompress(rest, frame) else {
                 return stream(context, bytes, rest);
             };
@@ -43,7 +43,7 @@ pub(crate) fn decode(bytes: &[u8], cluster: &mut [u8]) -> Result<()> {
     })
 }
 
-/// Fills `cluster` from a stream that may go on after it is full.
+/// Fills `cluster` from a stream that may be longer than the cluster.
 fn stream(context: &mut DCtx<'_>, bytes: &[u8], cluster: &mut [u8]) -> Result<()> {
     context
         .reset(ResetDirective::SessionOnly)
@@ -69,7 +69,7 @@ fn no_memory() -> Error {
     Error::new(ErrorKind::Limit, "Cannot allocate memory")
 }
 
-/// An encoder of clusters.
+/// Returns an encoder of clusters.
 pub(crate) fn encoder() -> Result<Box<dyn Encoder>> {
     let context = zstd::bulk::Compressor::new(LEVEL).map_err(|_| no_memory())?;
     Ok(Box::new(ClusterZstd { context }))
@@ -84,7 +84,8 @@ impl Encoder for ClusterZstd {
     fn encode(&mut self, cluster: &[u8], out: &mut Vec<u8>) -> Result<bool> {
         out.clear();
         out.resize(cluster.len().saturating_sub(1), 0);
-        // With room for less than the cluster, the only failure is that it does not get smaller.
+        // The buffer is one byte shorter than the cluster, so the only failure is that the cluster does not get
+        // smaller.
         let done = self.context.compress_to_buffer(cluster, out.as_mut_slice());
         out.truncate(*done.as_ref().unwrap_or(&0));
         Ok(done.is_ok())
@@ -109,7 +110,7 @@ mod tests {
     }
 
     #[test]
-    fn a_frame_that_would_go_on_stops_at_the_cluster() {
+    fn a_frame_longer_than_the_cluster_stops_at_its_end() {
         let bytes = zstd::bulk::compress(&[9; 70000], 1).unwrap();
         let mut back = vec![0; 65536];
         decode(&bytes, &mut back).unwrap();

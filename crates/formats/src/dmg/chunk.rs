@@ -1,4 +1,4 @@
-//! The chunks of the disk, from the `mish` blocks.
+//! The chunks of the disk, listed in the `mish` blocks.
 
 use diskimage_core::{Budget, Error, Note, Reservation, Result, errno};
 
@@ -7,26 +7,26 @@ pub(super) const SECTOR: u64 = 512;
 /// A run of sectors of the disk.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Chunk {
-    pub(super) kind: Kind,
-    /// The first sector.
+    pub(super) kind: ChunkKind,
+    /// The first sector of the disk.
     pub(super) sector: u64,
-    /// How many, never zero.
+    /// The number of sectors, never zero.
     pub(super) sectors: u64,
-    /// Where its bytes are in the file.
+    /// The host offset of the stored bytes.
     pub(super) offset: u64,
-    /// How many bytes.
+    /// The number of stored bytes.
     pub(super) stored: u64,
 }
 
-/// What a chunk's bytes are.
+/// How a chunk is stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Kind {
+pub(super) enum ChunkKind {
     Zero,
     Raw,
     Encoded(Codec),
 }
 
-/// How they are compressed.
+/// How an encoded chunk is compressed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Codec {
     Zlib,
@@ -40,10 +40,10 @@ pub(super) enum Codec {
 pub(super) struct Chunks {
     data_offset: u64,
     list: Vec<Chunk>,
-    /// The first type that nobody knows.
+    /// The first chunk type that is not known.
     unknown: Option<u32>,
     budget: Budget,
-    taken: Vec<Reservation>,
+    memory: Vec<Reservation>,
 }
 
 const MISH: &[u8] = b"mish";
@@ -51,23 +51,23 @@ const HEADER: usize = 204;
 const ENTRY: usize = 40;
 const COMMENT: u32 = 0x7fff_fffe;
 const TERMINATOR: u32 = 0xffff_ffff;
-/// Limits of the original for chunks that have bytes.
+/// qemu-img's limits for chunks that have stored bytes.
 const MAX_SECTORS: u64 = 131_072;
 const MAX_STORED: u64 = 64 << 20;
 
 impl Chunks {
-    /// None yet, of an image whose data fork starts at `data_offset`.
+    /// An empty list for an image whose data fork starts at `data_offset`.
     pub(super) fn new(data_offset: u64, budget: Budget) -> Self {
         Self {
             data_offset,
             list: Vec::new(),
             unknown: None,
             budget,
-            taken: Vec::new(),
+            memory: Vec::new(),
         }
     }
 
-    /// Adds the chunks of a `mish` block. What is none, such as other resources, is passed over.
+    /// Adds the chunks of a `mish` block. Any other block, such as another resource, is skipped.
     pub(super) fn add(&mut self, block: &[u8]) -> Result<()> {
         let Some((header, entries)) = block.split_at_checked(HEADER) else {
             return Ok(());
@@ -76,14 +76,14 @@ impl Chunks {
             return Ok(());
         }
         let (first, data_offset) = (number(header, 8), number(header, 24));
-        self.taken.push(self.budget.reserve(entries.len() as u64 * 3)?);
-        // How many there are is told by the length, as in the original; the header's number is not asked.
+        self.memory.push(self.budget.reserve(entries.len() as u64 * 3)?);
+        // The block's length gives the number of entries, as in qemu-img; the header's count is ignored.
         for (index, entry) in entries.chunks_exact(ENTRY).enumerate() {
             let Some(kind) = self.kind(number_32(entry, 0)) else {
                 continue;
             };
             let (sectors, stored) = (number(entry, 16), number(entry, 32));
-            if kind != Kind::Zero {
+            if kind != ChunkKind::Zero {
                 check("sector count", sectors, MAX_SECTORS, index)?;
                 check("length", stored, MAX_STORED, index)?;
             }
@@ -93,14 +93,14 @@ impl Chunks {
                     .data_offset
                     .checked_add(data_offset)?
                     .checked_add(number(entry, 24))?;
-                // Neither end may be out of reach for the arithmetic of reading.
+                // Reading computes offsets up to both ends: neither may overflow.
                 offset.checked_add(stored)?.checked_add(MAX_SECTORS * SECTOR)?;
                 sector.checked_add(sectors)?;
                 (sectors > 0).then_some(Chunk {
                     kind,
                     sector,
                     sectors,
-                    offset: if kind == Kind::Zero { 0 } else { offset },
+                    offset: if kind == ChunkKind::Zero { 0 } else { offset },
                     stored,
                 })
             };
@@ -109,15 +109,15 @@ impl Chunks {
         Ok(())
     }
 
-    /// What the type of a chunk stands for, if it is part of the disk and known.
-    fn kind(&mut self, code: u32) -> Option<Kind> {
+    /// The kind of a chunk with the type `code`; `None` if the type is unknown or not part of the disk.
+    fn kind(&mut self, code: u32) -> Option<ChunkKind> {
         match code {
-            0 | 2 => Some(Kind::Zero),
-            1 => Some(Kind::Raw),
-            0x8000_0005 => Some(Kind::Encoded(Codec::Zlib)),
-            0x8000_0006 => Some(Kind::Encoded(Codec::Bzip2)),
-            0x8000_0007 => Some(Kind::Encoded(Codec::Lzfse)),
-            0x8000_0008 => Some(Kind::Encoded(Codec::Lzma)),
+            0 | 2 => Some(ChunkKind::Zero),
+            1 => Some(ChunkKind::Raw),
+            0x8000_0005 => Some(ChunkKind::Encoded(Codec::Zlib)),
+            0x8000_0006 => Some(ChunkKind::Encoded(Codec::Bzip2)),
+            0x8000_0007 => Some(ChunkKind::Encoded(Codec::Lzfse)),
+            0x8000_0008 => Some(ChunkKind::Encoded(Codec::Lzma)),
             COMMENT | TERMINATOR => None,
             unknown => {
                 self.unknown.get_or_insert(unknown);
@@ -126,7 +126,7 @@ impl Chunks {
         }
     }
 
-    /// What the user should know of chunks that were passed over.
+    /// The warning about chunks of unknown type, if the image has any.
     pub(super) fn warning(&self) -> Option<Note> {
         self.unknown.map(|code| {
             Note::Warning(format!(
@@ -135,14 +135,14 @@ impl Chunks {
         })
     }
 
-    /// The same chunks in the order of their sectors.
+    /// Sorts the chunks by sector.
     pub(super) fn sorted(mut self) -> Self {
         self.list.sort_by_key(|chunk| chunk.sector);
         self.list.shrink_to_fit();
         self
     }
 
-    /// The chunk that has `sector`.
+    /// The chunk that contains `sector`.
     pub(super) fn at(&self, sector: u64) -> Option<&Chunk> {
         let after = self.list.partition_point(|chunk| chunk.sector <= sector);
         let chunk = self.list.get(after.checked_sub(1)?)?;
@@ -158,7 +158,7 @@ fn check(what: &str, value: u64, max: u64, index: usize) -> Result<()> {
     Ok(())
 }
 
-/// The number at `at`, which is inside.
+/// The number at byte `at`, which the caller keeps inside `bytes`.
 fn number(bytes: &[u8], at: usize) -> u64 {
     let field = bytes.get(at..).and_then(|rest| rest.first_chunk());
     field.map_or(0, |bytes| u64::from_be_bytes(*bytes))

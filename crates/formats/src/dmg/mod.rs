@@ -1,4 +1,4 @@
-//! Disk images of macOS (UDIF), which are only ever read.
+//! Disk images of macOS (UDIF), read only.
 //!
 //! ```text
 //!   file      |------ data fork ------|-- property list or resource fork --|trailer, 512 bytes|
@@ -6,8 +6,8 @@
 //!   chunk     type, sectors of the disk, bytes of the data fork
 //! ```
 //!
-//! Numbers are big-endian. The trailer (`koly`) says where the other parts are; [`source`] finds the `mish` blocks there,
-//! [`chunk`] is their list, sorted by sectors.
+//! Numbers are big-endian. The trailer (`koly`) has the offsets of the other parts; [`source`] finds the `mish` blocks
+//! in them, [`chunk`] lists their chunks sorted by sector.
 
 mod chunk;
 mod source;
@@ -19,12 +19,12 @@ use std::sync::Arc;
 
 use diskimage_core::{
     DecodedBlockCache, Device, Error, Format, FormatProperties, Layer, Note, OpenRequest, Probe, Result,
-    Score, errno,
+    Score, errno, to_index,
 };
 
 use crate::codec::{bzip2, deflate, lzfse, xz};
 use crate::layer_kit::read_only_layer::{self, Disk};
-use chunk::{Chunk, Chunks, Codec, Kind, SECTOR};
+use chunk::{Chunk, ChunkKind, Chunks, Codec, SECTOR};
 use trailer::Trailer;
 
 /// The format's entry in the table.
@@ -44,7 +44,7 @@ impl Format for Dmg {
     }
 
     fn probe(&self, probe: &Probe<'_>) -> Score {
-        // The trailer is at the end, where probing does not look.
+        // The trailer is at the end of the file, which probing does not read: only the name can match.
         let is_named = probe.name.len() > SUFFIX.len() && probe.name.ends_with(SUFFIX);
         if is_named { 2 } else { 0 }
     }
@@ -66,7 +66,7 @@ impl Format for Dmg {
     }
 }
 
-/// What the original says where the parts of the file do not fit together.
+/// qemu-img's message for parts of the file that do not fit together.
 fn invalid(name: &str) -> Error {
     Error::from_errno(errno::EINVAL).context(format!("Could not open '{name}'"))
 }
@@ -77,26 +77,26 @@ struct Udif {
     len: u64,
     chunks: Chunks,
     last: DecodedBlockCache<u64>,
-    /// That there are chunks of a kind that nobody knows.
+    /// The warning about chunks of unknown type.
     unknown: Option<Note>,
 }
 
 impl Udif {
-    /// Reads from inside `chunk`; `at` is the offset there.
+    /// Reads from `chunk`, from offset `at` inside it.
     fn read_chunk(&self, chunk: &Chunk, buf: &mut [u8], at: u64) -> Result<()> {
         match chunk.kind {
-            Kind::Zero => buf.fill(0),
-            Kind::Raw => {
-                // A chunk may be stored in part: the rest is zeroes.
-                let there = usize::try_from(chunk.stored.saturating_sub(at)).unwrap_or(usize::MAX);
-                let (head, tail) = buf.split_at_mut(there.min(buf.len()));
+            ChunkKind::Zero => buf.fill(0),
+            ChunkKind::Raw => {
+                // A chunk may have fewer stored bytes than sectors: the rest reads as zeroes.
+                let stored = chunk.stored.saturating_sub(at).min(buf.len() as u64);
+                let (head, tail) = buf.split_at_mut(to_index(stored)?);
                 tail.fill(0);
                 if !head.is_empty() {
                     self.file.read_whole(head, chunk.offset + at)?;
                 }
             }
-            Kind::Encoded(codec) => {
-                let at = usize::try_from(at).unwrap_or(usize::MAX);
+            ChunkKind::Encoded(codec) => {
+                let at = to_index(at)?;
                 self.last.read_with(
                     chunk.sector,
                     |block| self.decode(chunk, codec, block),
@@ -109,7 +109,7 @@ impl Udif {
 
     fn decode(&self, chunk: &Chunk, codec: Codec, block: &mut Vec<u8>) -> Result<()> {
         let damaged = || Error::from_errno(errno::EIO);
-        // The stream ends by itself: a length that reaches beyond the file is none to go by.
+        // The stream marks its own end, so a stored length that reaches beyond the file is cut to the file.
         let stored = chunk.stored.min(self.file.len().saturating_sub(chunk.offset));
         let mut bytes = vec![0; usize::try_from(stored).map_err(|_| damaged())?];
         if !bytes.is_empty() {
@@ -144,14 +144,14 @@ impl Disk for Udif {
     fn read(&self, buf: &mut [u8], offset: u64) -> Result<()> {
         let (mut buf, mut offset) = (buf, offset);
         while !buf.is_empty() {
-            // The original does not read what no chunk has.
+            // As in qemu-img: a sector that no chunk contains is an I/O error.
             let chunk = self
                 .chunks
                 .at(offset / SECTOR)
                 .ok_or_else(|| Error::from_errno(errno::EIO))?;
             let at = offset - chunk.sector * SECTOR;
             let rest = chunk.sectors.saturating_mul(SECTOR) - at;
-            let len = usize::try_from(rest).unwrap_or(usize::MAX).min(buf.len());
+            let len = to_index(rest.min(buf.len() as u64))?;
             let (head, tail) = buf.split_at_mut(len);
             self.read_chunk(chunk, head, at)?;
             (buf, offset) = (tail, offset + len as u64);

@@ -1,15 +1,15 @@
-//! Where the `mish` blocks come from: the property list, or in old images the resource fork.
+//! Reads the `mish` blocks from the property list or, in old images, from the resource fork.
 
-use diskimage_core::{ByteRange, Device, Result};
+use diskimage_core::{ByteRange, Device, Result, to_index};
 
 use super::chunk::Chunks;
 use super::invalid;
 use super::trailer::Trailer;
 
-/// The longest property list of the original. No resource is longer, either.
+/// qemu-img's limit for the length of the property list, which also bounds a resource.
 const MAX_LEN: u64 = 16 << 20;
 
-/// Adds all blocks to `chunks`.
+/// Adds the chunks of all `mish` blocks to `chunks`.
 pub(super) fn read(file: &dyn Device, trailer: &Trailer, name: &str, chunks: &mut Chunks) -> Result<()> {
     if !trailer.resources.is_empty() {
         read_fork(file, trailer.resources, name, chunks)
@@ -20,6 +20,8 @@ pub(super) fn read(file: &dyn Device, trailer: &Trailer, name: &str, chunks: &mu
     }
 }
 
+/// Reads the resources of the fork.
+///
 /// ```text
 ///   fork       offset of the data|offset of the map|length of the data|length of the map|...
 ///   data       length|resource|length|resource|...
@@ -51,7 +53,7 @@ fn read_fork(file: &dyn Device, fork: ByteRange, name: &str, chunks: &mut Chunks
     Ok(())
 }
 
-/// All `data` elements of the list, wherever they are: what is no block tells so itself.
+/// Reads all `data` elements of the property list, at any depth: [`Chunks::add`] skips those that are no `mish` block.
 fn read_list(file: &dyn Device, list: ByteRange, name: &str, chunks: &mut Chunks) -> Result<()> {
     const BEGIN: &[u8] = b"<data>";
     const END: &[u8] = b"</data>";
@@ -69,19 +71,19 @@ fn read_list(file: &dyn Device, list: ByteRange, name: &str, chunks: &mut Chunks
     Ok(())
 }
 
-/// The bytes of `range`, which is inside the file and not longer than [`MAX_LEN`].
+/// Reads `range`. The caller checked that it is not longer than [`MAX_LEN`].
 fn bytes(file: &dyn Device, range: ByteRange) -> Result<Vec<u8>> {
     file.require(range.start(), range.len())?;
-    let mut bytes = vec![0; usize::try_from(range.len().min(MAX_LEN)).unwrap_or_default()];
+    let mut bytes = vec![0; to_index(range.len().min(MAX_LEN))?];
     file.read_at(&mut bytes, range.start())?;
     Ok(bytes)
 }
 
-fn position(text: &[u8], word: &[u8]) -> Option<usize> {
-    text.windows(word.len()).position(|window| window == word)
+fn position(text: &[u8], needle: &[u8]) -> Option<usize> {
+    text.windows(needle.len()).position(|bytes| bytes == needle)
 }
 
-/// Decodes `text`; characters that are none of the alphabet are passed over, as in the original.
+/// Decodes base64. Characters outside of the alphabet are skipped, as in qemu-img.
 fn base64(text: &[u8]) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(text.len() / 4 * 3);
     let (mut bits, mut count) = (0_u32, 0);
@@ -111,7 +113,7 @@ mod tests {
     use super::base64;
 
     #[test]
-    fn base64_passes_over_what_is_no_digit() {
+    fn base64_skips_characters_outside_of_the_alphabet() {
         assert_eq!(base64(b"\n\tbWlz\n aAA!B/w=="), b"mish\x00\x01\xff");
         assert_eq!(base64(b"+/8"), [0xfb, 0xff]);
         assert_eq!(base64(b""), b"");

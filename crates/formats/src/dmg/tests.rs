@@ -1,4 +1,4 @@
-//! Images made by hand.
+//! Reads UDIF images that the tests assemble from chunks.
 
 use std::io::Write as _;
 use std::sync::Arc;
@@ -48,7 +48,8 @@ fn base64(bytes: &[u8]) -> String {
         .collect()
 }
 
-/// The parts of an image put together; where the list is stands in the trailer at `list_at`: 0xd8 for a property list, 0x28 for a resource fork.
+/// Concatenates the parts of an image. `list_at` is the field of the trailer that holds the range of `list`: 0xd8 for a
+/// property list, 0x28 for a resource fork.
 fn finish(data: &[u8], list: &[u8], list_at: usize, sectors: u64) -> Vec<u8> {
     let mut trailer = [0; 512];
     trailer[..4].copy_from_slice(b"koly");
@@ -128,8 +129,8 @@ fn chunks_of_every_kind_are_read() {
         (1, content[7168..].to_vec()),
     ];
     let (mut data, mut entries) = (Vec::new(), Vec::new());
-    let places = [(0, 4), (4, 4), (8, 4), (12, 2), (14, 2)];
-    for ((first, sectors), (code, bytes)) in places.into_iter().zip(&parts) {
+    let sector_ranges = [(0, 4), (4, 4), (8, 4), (12, 2), (14, 2)];
+    for ((first, sectors), (code, bytes)) in sector_ranges.into_iter().zip(&parts) {
         entries.push((*code, first, sectors, data.len() as u64, bytes.len() as u64));
         data.extend(bytes);
     }
@@ -153,7 +154,7 @@ fn chunks_of_every_kind_are_read() {
 }
 
 #[test]
-fn partitions_are_put_in_order() {
+fn chunks_of_several_partitions_are_sorted() {
     let blocks = [
         mish(4, &[(1, 0, 4, 2048, 2048), TERMINATOR]),
         mish(0, &[(1, 0, 4, 0, 2048)]),
@@ -222,7 +223,7 @@ fn the_trailer_is_found_in_the_last_sectors_only() {
 }
 
 #[test]
-fn any_byte_may_be_another_one() {
+fn images_with_any_byte_changed_never_panic() {
     let data = deflate::encode_zlib(&content()[..2048]);
     let entries = [(ZLIB, 0, 4, 0, data.len() as u64), (1, 4, 4, 3, 2048), TERMINATOR];
     for intact in [
@@ -235,7 +236,7 @@ fn any_byte_may_be_another_one() {
                 bytes[at] = value;
                 let Ok(image) = opened(bytes) else { continue };
                 for offset in [0, image.len() / 2, image.len().saturating_sub(512)] {
-                    // Whether it can be read is the image's matter.
+                    // An error is fine, a panic is not.
                     drop(image.read_at(&mut [0; 512], offset));
                 }
             }

@@ -5,26 +5,26 @@ use diskimage_core::{ByteRange, Device, Error, Result, align_up, errno};
 use super::chunk::SECTOR;
 use super::invalid;
 
-/// Where the parts of the file are; all of them end before the trailer.
+/// The ranges of the file's parts. All parts end before the trailer.
 #[derive(Debug)]
 pub(super) struct Trailer {
-    /// Where the data fork starts.
+    /// The offset of the data fork.
     pub(super) data_offset: u64,
-    /// The resource fork; empty if there is none.
+    /// The resource fork; empty if the file has none.
     pub(super) resources: ByteRange,
-    /// The property list; empty if there is none.
+    /// The property list; empty if the file has none.
     pub(super) list: ByteRange,
-    /// Sectors of the disk.
+    /// The disk's size in sectors.
     sectors: u64,
 }
 
 const MAGIC: &[u8] = b"koly";
 const LEN: usize = 512;
-/// The longest disk of the original: whole gibibytes below 2^63.
+/// qemu-img's limit for the size of a disk: whole gibibytes below 2^63.
 const MAX_LEN: u64 = (1 << 63) - (1 << 30);
 
 impl Trailer {
-    /// Looks for the trailer where it ends in the last sector of the file or the one before.
+    /// Searches for the trailer. It must end in the last or the last but one sector of the file.
     pub(super) fn find(file: &dyn Device, name: &str) -> Result<Self> {
         if file.is_empty() {
             return Err(Error::invalid("dmg file must be at least 512 bytes long"));
@@ -34,7 +34,7 @@ impl Trailer {
         file.read_padded(&mut end, start)?;
         let at = end
             .windows(MAGIC.len())
-            .position(|window| window == MAGIC)
+            .position(|bytes| bytes == MAGIC)
             .ok_or_else(|| Error::invalid("Could not locate UDIF trailer in dmg file"))?;
         let offset = start + at as u64;
         let mut trailer = [0; LEN];

@@ -1,12 +1,13 @@
-//! The anti-forensic splitter of LUKS: a key becomes many stripes of which every bit counts, so that losing any part of
-//! what is on the disk loses the key. ("LUKS On-Disk Format Specification" 1.2.3, section 2.4.)
+//! The anti-forensic splitter of LUKS: it expands a key into many stripes. The key depends on every bit of the stripes,
+//! so overwriting any part of them on the disk destroys the key. ("LUKS On-Disk Format Specification" 1.2.3, section
+//! 2.4.)
 
 use zeroize::Zeroizing;
 
 use super::HashAlg;
 
-/// Splits `key` into as many stripes as there are, of which all but the last come in `random`, bytes that nobody can
-/// guess: a whole number of keys.
+/// Splits `key` into stripes of its length. `random` holds all stripes but the last: unpredictable bytes, a multiple of
+/// the key's length.
 pub(crate) fn split(hash: HashAlg, key: &[u8], random: &[u8]) -> Zeroizing<Vec<u8>> {
     debug_assert!(random.len().is_multiple_of(key.len()), "part of a stripe");
     let last = fold(hash, random, key.len());
@@ -16,7 +17,7 @@ pub(crate) fn split(hash: HashAlg, key: &[u8], random: &[u8]) -> Zeroizing<Vec<u
     stripes
 }
 
-/// The key of `len` bytes that was split into `stripes`, a whole number of keys.
+/// Returns the key of `len` bytes that was split into `stripes`. Their length is a multiple of `len`.
 pub(crate) fn merge(hash: HashAlg, stripes: &[u8], len: usize) -> Zeroizing<Vec<u8>> {
     let (front, last) = stripes.split_at(stripes.len().saturating_sub(len));
     let mut key = fold(hash, front, len);
@@ -24,7 +25,7 @@ pub(crate) fn merge(hash: HashAlg, stripes: &[u8], len: usize) -> Zeroizing<Vec<
     key
 }
 
-/// All stripes mixed and spread one after the other.
+/// Mixes the stripes one after the other into a block, and diffuses the block after each.
 fn fold(hash: HashAlg, stripes: &[u8], len: usize) -> Zeroizing<Vec<u8>> {
     let mut block = Zeroizing::new(vec![0; len]);
     for stripe in stripes.chunks_exact(len) {
@@ -40,11 +41,11 @@ fn mix(block: &mut [u8], stripe: &[u8]) {
     }
 }
 
-/// Replaces each piece of the length of the hash by the hash of its number and itself.
+/// Replaces each chunk of the digest's length by the hash of the chunk's number and the chunk.
 fn diffuse(hash: HashAlg, block: &mut [u8]) {
-    for (number, piece) in (0u32..).zip(block.chunks_mut(hash.digest_len())) {
-        let digest = hash.digest(&[&number.to_be_bytes(), piece]);
-        piece.copy_from_slice(&digest[..piece.len()]);
+    for (number, chunk) in (0u32..).zip(block.chunks_mut(hash.digest_len())) {
+        let digest = hash.digest(&[&number.to_be_bytes(), chunk]);
+        chunk.copy_from_slice(&digest[..chunk.len()]);
     }
 }
 
@@ -53,7 +54,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_was_split_merges_again_and_every_bit_counts() {
+    fn split_and_merge_round_trip_and_one_flipped_bit_loses_the_key() {
         let key: Vec<u8> = (0..64).collect();
         let random: Vec<u8> = (0..64 * 9u32)
             .map(|n| n.wrapping_mul(89).to_le_bytes()[0])

@@ -1,5 +1,5 @@
-//! Block ciphers with a key, behind one trait whose unit is a batch of blocks: what is called through it is called so
-//! seldom that it costs nothing, and the ciphers see enough blocks at once to keep the processor's units busy.
+//! Keyed block ciphers behind one trait. The trait's methods take a batch of blocks, so the cost of the dynamic call
+//! does not matter and the cipher sees enough blocks at once to keep the processor's AES units busy.
 
 use cipher::array::Array;
 use cipher::{BlockCipherDecrypt, BlockCipherEncrypt, BlockSizeUser, KeyInit};
@@ -7,16 +7,16 @@ use diskimage_core::{Error, Result};
 
 use super::CipherAlg;
 
-/// A block cipher with its key, which is wiped from memory when it goes.
+/// A block cipher with its key. Dropping it wipes the key from memory.
 pub(crate) trait BlockCipher: Send + Sync {
-    /// Encrypts every block of `bytes`, which are whole blocks, on its own.
+    /// Encrypts each block of `bytes` independently. `bytes` holds whole blocks.
     fn encrypt(&self, bytes: &mut [u8]);
 
-    /// Decrypts every block of `bytes`, which are whole blocks, on its own.
+    /// Decrypts each block of `bytes` independently. `bytes` holds whole blocks.
     fn decrypt(&self, bytes: &mut [u8]);
 }
 
-/// The cipher `alg` with `key`, which has to be of its length.
+/// Returns the cipher `alg` with `key`, whose length must be that of the cipher's key.
 pub(crate) fn keyed(alg: CipherAlg, key: &[u8]) -> Result<Box<dyn BlockCipher>> {
     match alg {
         CipherAlg::Aes128 => boxed::<aes::Aes128>(key),

@@ -1,4 +1,4 @@
-//! The names of ciphers and of modes.
+//! The names of ciphers and of modes of operation.
 
 /// A block cipher and the length of its key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -9,7 +9,7 @@ pub(crate) enum CipherAlg {
     Aes192,
     /// AES with a key of 32 bytes.
     Aes256,
-    /// CAST5 with a key of 16 bytes; its blocks have 8.
+    /// CAST5 with a key of 16 bytes and blocks of 8 bytes.
     Cast5,
     /// Serpent with a key of 16 bytes.
     Serpent128,
@@ -26,7 +26,7 @@ pub(crate) enum CipherAlg {
 }
 
 impl CipherAlg {
-    /// All of them.
+    /// All ciphers.
     pub(crate) const ALL: [Self; 10] = [
         Self::Aes128,
         Self::Aes192,
@@ -40,7 +40,7 @@ impl CipherAlg {
         Self::Twofish256,
     ];
 
-    /// The name that has the length of the key in it: `aes-256`.
+    /// The name with the length of the key in bits: `aes-256`.
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Aes128 => "aes-128",
@@ -56,7 +56,7 @@ impl CipherAlg {
         }
     }
 
-    /// The cipher of this name.
+    /// The cipher with this name.
     pub(crate) fn from_name(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|alg| alg.name() == name)
     }
@@ -67,7 +67,7 @@ impl CipherAlg {
         name.split_once('-').map_or(name, |(family, _)| family)
     }
 
-    /// How its authors write the name of the family.
+    /// The family's name as it is written in messages.
     pub(crate) fn title(self) -> &'static str {
         match self {
             Self::Aes128 | Self::Aes192 | Self::Aes256 => "AES",
@@ -77,14 +77,14 @@ impl CipherAlg {
         }
     }
 
-    /// The cipher of a family with a key of so many bytes.
+    /// The cipher of a family with a key of `key_len` bytes.
     pub(crate) fn from_family(family: &str, key_len: usize) -> Option<Self> {
         Self::ALL
             .into_iter()
             .find(|alg| alg.family() == family && alg.key_len() == key_len)
     }
 
-    /// How many bytes its key has.
+    /// The length of the key in bytes.
     pub(crate) fn key_len(self) -> usize {
         match self {
             Self::Aes128 | Self::Cast5 | Self::Serpent128 | Self::Twofish128 => 16,
@@ -93,7 +93,7 @@ impl CipherAlg {
         }
     }
 
-    /// How many bytes a block has.
+    /// The length of a block in bytes.
     pub(crate) fn block_len(self) -> usize {
         match self {
             Self::Cast5 => 8,
@@ -102,24 +102,24 @@ impl CipherAlg {
     }
 }
 
-/// How the blocks of a sector hang together.
+/// A mode of operation: how the blocks of a sector are chained.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum CipherMode {
-    /// Not at all.
+    /// Blocks are encrypted independently.
     Ecb,
-    /// Each is mixed with the one before.
+    /// Each block is combined with the encrypted block before.
     Cbc,
-    /// Each is mixed with a tweak from its place; the key is twice as long.
+    /// Each block is combined with a tweak made from its position; the key is twice as long.
     Xts,
-    /// Each is mixed with an encrypted counter.
+    /// Each block is combined with an encrypted counter.
     Ctr,
 }
 
 impl CipherMode {
-    /// All of them.
+    /// All modes.
     pub(crate) const ALL: [Self; 4] = [Self::Ecb, Self::Cbc, Self::Xts, Self::Ctr];
 
-    /// Its name.
+    /// The name in options and in headers.
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Ecb => "ecb",
@@ -129,12 +129,12 @@ impl CipherMode {
         }
     }
 
-    /// The mode of this name.
+    /// The mode with this name.
     pub(crate) fn from_name(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|mode| mode.name() == name)
     }
 
-    /// How many keys of the cipher it takes.
+    /// How many keys of the cipher the mode's key consists of.
     pub(crate) fn keys(self) -> usize {
         match self {
             Self::Xts => 2,

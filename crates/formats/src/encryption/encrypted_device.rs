@@ -1,39 +1,39 @@
-//! A decrypted view of a device: what is read is decrypted, what is written is encrypted on its way.
+//! A decrypted view of a device: a read decrypts, a write encrypts.
 //!
-//! Each format numbers sectors by a rule of its own: it says which number the view's first sector has. A write that covers part of a sector reads the rest of it first, one
-//! such write at a time.
+//! Each format numbers sectors by a rule of its own; it passes the number of the view's first sector. A write that
+//! covers part of a sector reads the rest of the sector first. Such writes run one at a time.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::encryption::{SECTOR, SectorCipher};
 use diskimage_core::{
     ByteRange, Device, Error, Extent, ExtentKind, Limits, Preallocation, Result, StatusDetail, ZeroMode,
-    align_down, align_up, is_zero,
+    align_down, align_up, is_zero, to_index,
 };
 
 /// The view.
 #[derive(Debug)]
 pub(crate) struct EncryptedDevice {
     below: Arc<dyn Device>,
-    /// Where on the device the view starts.
+    /// The offset on the device at which the view starts.
     start: u64,
-    /// The number of the sector that the view starts with.
+    /// The number of the view's first sector.
     first_sector: u64,
     cipher: Arc<SectorCipher>,
-    /// Whether a last sector that is not whole is filled up with zeroes, if what there is of it is zeroes, too.
+    /// Whether an incomplete last sector reads as zeroes if the bytes that exist are zeroes.
     padded: bool,
-    /// Held by writes of parts of sectors.
-    partial: Mutex<()>,
+    /// Held by writes that cover part of a sector.
+    partial_write: Mutex<()>,
 }
 
-/// How many bytes are encrypted at once, so that large requests do not take as much memory again.
+/// How many bytes are encrypted at once: it bounds the memory that a large request needs for its encrypted copy.
 const CHUNK: usize = 1 << 20;
 
 const UNIT: u64 = SECTOR as u64;
 
 impl EncryptedDevice {
-    /// The view of what follows byte `start` of `below`, where sector `first_sector` is. Numbers wrap around: where only
-    /// a part of the view is used, it may start at one below zero.
+    /// Makes a view of `below` from byte `start` on, where the sector with number `first_sector` is. Sector numbers
+    /// wrap around: if a caller uses only a later part of the view, its first number may be negative.
     pub(crate) fn new(
         below: Arc<dyn Device>,
         start: u64,
@@ -46,18 +46,19 @@ impl EncryptedDevice {
             first_sector,
             cipher,
             padded: false,
-            partial: Mutex::new(()),
+            partial_write: Mutex::new(()),
         }
     }
 
-    /// The same, where nothing but the length of `below` says how long the view is. So a last sector that is not whole has
-    /// never been written: a written one is whole, and never all zeroes.
+    /// Makes the length of `below` decide the view's length. An incomplete last sector was then never written, because
+    /// a written sector is complete and never all zeroes once it is encrypted.
     pub(crate) fn padded(mut self) -> Self {
         self.padded = true;
         self
     }
 
-    fn place(&self, offset: u64) -> Result<u64> {
+    /// The offset in `below` of a byte of the view.
+    fn offset_below(&self, offset: u64) -> Result<u64> {
         self.start
             .checked_add(offset)
             .ok_or_else(|| Error::from_errno(diskimage_core::errno::EFBIG))
@@ -70,53 +71,53 @@ impl EncryptedDevice {
 
     /// Reads whole sectors.
     fn read_sectors(&self, buf: &mut [u8], offset: u64) -> Result<()> {
-        let place = self.place(offset)?;
-        if let Err(error) = self.below.require(place, buf.len() as u64) {
+        let at = self.offset_below(offset)?;
+        if let Err(error) = self.below.require(at, buf.len() as u64) {
             // A part of a sector cannot be decrypted.
             let whole = align_down(self.below.len(), UNIT);
-            let lacks = len_of(whole, place.saturating_add(buf.len() as u64));
-            if !self.padded || place > whole || lacks > SECTOR {
+            let missing = len_of(whole, at.saturating_add(buf.len() as u64))?;
+            if !self.padded || at > whole || missing > SECTOR {
                 return Err(error);
             }
-            self.below.read_padded(buf, place)?;
+            self.below.read_padded(buf, at)?;
             if !is_zero(&buf[buf.len() - SECTOR..]) {
                 return Err(error);
             }
         } else {
-            self.below.read_at(buf, place)?;
+            self.below.read_at(buf, at)?;
         }
         self.cipher.decrypt(self.sector(offset), buf);
         Ok(())
     }
 
-    /// Encrypts `buf`, which are whole sectors, and writes them.
+    /// Encrypts the whole sectors in `buf` and writes them.
     fn write_sectors(&self, buf: &mut [u8], offset: u64) -> Result<()> {
         self.cipher.encrypt(self.sector(offset), buf);
-        self.below.write_at(buf, self.place(offset)?)
+        self.below.write_at(buf, self.offset_below(offset)?)
     }
 
-    /// Writes part of the sectors that `range` touches.
+    /// Writes `buf` over part of the sectors that it touches.
     fn write_part(&self, buf: &[u8], offset: u64) -> Result<()> {
-        let _alone = self.partial.lock().unwrap_or_else(PoisonError::into_inner);
+        let _serialized = self.partial_write.lock().unwrap_or_else(PoisonError::into_inner);
         let (start, end) = whole_sectors(offset, buf.len());
-        let mut sectors = vec![0; len_of(start, end)];
-        // Sectors that a file has not got yet are about to be written.
-        if self.place(start)? < self.below.len() {
+        let mut sectors = vec![0; len_of(start, end)?];
+        // Sectors beyond the end of the file have no old bytes to read.
+        if self.offset_below(start)? < self.below.len() {
             self.read_sectors(&mut sectors, start)?;
         }
-        let skip = len_of(start, offset);
+        let skip = len_of(start, offset)?;
         sectors[skip..skip + buf.len()].copy_from_slice(buf);
         self.write_sectors(&mut sectors, start)
     }
 }
 
-/// The whole sectors around `len` bytes at `offset`.
+/// Start and end of the whole sectors around `len` bytes at `offset`.
 fn whole_sectors(offset: u64, len: usize) -> (u64, u64) {
     (align_down(offset, UNIT), align_up(offset + len as u64, UNIT))
 }
 
-fn len_of(start: u64, end: u64) -> usize {
-    usize::try_from(end - start).unwrap_or(usize::MAX)
+fn len_of(start: u64, end: u64) -> Result<usize> {
+    to_index(end - start)
 }
 
 impl Device for EncryptedDevice {
@@ -140,9 +141,9 @@ impl Device for EncryptedDevice {
         let mut at = offset;
         for part in buf.chunks_mut(CHUNK) {
             let (start, end) = whole_sectors(at, part.len());
-            let mut sectors = vec![0; len_of(start, end)];
+            let mut sectors = vec![0; len_of(start, end)?];
             self.read_sectors(&mut sectors, start)?;
-            let skip = len_of(start, at);
+            let skip = len_of(start, at)?;
             part.copy_from_slice(&sectors[skip..skip + part.len()]);
             at += part.len() as u64;
         }
@@ -150,8 +151,8 @@ impl Device for EncryptedDevice {
     }
 
     fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
-        // The parts of sectors at both ends, and what is between.
-        let head = len_of(offset, align_up(offset, UNIT)).min(buf.len());
+        // The partial sectors at both ends are written apart from the whole sectors between them.
+        let head = len_of(offset, align_up(offset, UNIT))?.min(buf.len());
         let (head, rest) = buf.split_at(head);
         let (middle, tail) = rest.split_at(rest.len() - rest.len() % SECTOR);
         if !head.is_empty() {
@@ -196,7 +197,7 @@ impl Device for EncryptedDevice {
     }
 
     fn resize(&self, len: u64, preallocation: Preallocation) -> Result<()> {
-        self.below.resize(self.place(len)?, preallocation)
+        self.below.resize(self.offset_below(len)?, preallocation)
     }
 
     fn is_zero_when_new(&self) -> bool {

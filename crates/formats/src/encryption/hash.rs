@@ -1,9 +1,9 @@
-//! Hashes.
+//! Hash algorithms and their digests.
 
 use md5::digest::Digest;
 use zeroize::Zeroizing;
 
-/// A hash.
+/// A hash algorithm.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum HashAlg {
     /// MD5.
@@ -25,7 +25,7 @@ pub(crate) enum HashAlg {
 }
 
 impl HashAlg {
-    /// All of them.
+    /// All algorithms.
     pub(crate) const ALL: [Self; 8] = [
         Self::Md5,
         Self::Sha1,
@@ -37,7 +37,7 @@ impl HashAlg {
         Self::Sm3,
     ];
 
-    /// Its name.
+    /// The name in options and in headers.
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Md5 => "md5",
@@ -51,12 +51,12 @@ impl HashAlg {
         }
     }
 
-    /// The hash of this name.
+    /// The algorithm with this name.
     pub(crate) fn from_name(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|alg| alg.name() == name)
     }
 
-    /// How many bytes it gives.
+    /// The length of a digest in bytes.
     pub(crate) fn digest_len(self) -> usize {
         match self {
             Self::Md5 => 16,
@@ -68,25 +68,25 @@ impl HashAlg {
         }
     }
 
-    /// The hash of the pieces one after the other.
-    pub(crate) fn digest(self, pieces: &[&[u8]]) -> Zeroizing<Vec<u8>> {
+    /// The digest of the concatenated `parts`.
+    pub(crate) fn digest(self, parts: &[&[u8]]) -> Zeroizing<Vec<u8>> {
         match self {
-            Self::Md5 => digest_with::<md5::Md5>(pieces),
-            Self::Sha1 => digest_with::<sha1::Sha1>(pieces),
-            Self::Sha224 => digest_with::<sha2::Sha224>(pieces),
-            Self::Sha256 => digest_with::<sha2::Sha256>(pieces),
-            Self::Sha384 => digest_with::<sha2::Sha384>(pieces),
-            Self::Sha512 => digest_with::<sha2::Sha512>(pieces),
-            Self::Ripemd160 => digest_with::<ripemd::Ripemd160>(pieces),
-            Self::Sm3 => digest_with::<sm3::Sm3>(pieces),
+            Self::Md5 => digest_with::<md5::Md5>(parts),
+            Self::Sha1 => digest_with::<sha1::Sha1>(parts),
+            Self::Sha224 => digest_with::<sha2::Sha224>(parts),
+            Self::Sha256 => digest_with::<sha2::Sha256>(parts),
+            Self::Sha384 => digest_with::<sha2::Sha384>(parts),
+            Self::Sha512 => digest_with::<sha2::Sha512>(parts),
+            Self::Ripemd160 => digest_with::<ripemd::Ripemd160>(parts),
+            Self::Sm3 => digest_with::<sm3::Sm3>(parts),
         }
     }
 }
 
-fn digest_with<D: Digest>(pieces: &[&[u8]]) -> Zeroizing<Vec<u8>> {
+fn digest_with<D: Digest>(parts: &[&[u8]]) -> Zeroizing<Vec<u8>> {
     let mut hash = D::new();
-    for piece in pieces {
-        hash.update(piece);
+    for part in parts {
+        hash.update(part);
     }
     Zeroizing::new(hash.finalize().to_vec())
 }
@@ -96,7 +96,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn hashes_of_abc_are_those_published() {
+    fn digests_of_abc_match_the_specifications() {
         // RFC 1321, FIPS 180-4's examples, the RIPEMD-160 paper and GB/T 32905.
         for (alg, start) in [
             (HashAlg::Md5, [0x90, 0x01, 0x50, 0x98]),

@@ -1,26 +1,26 @@
-//! Initialisation vectors from the numbers of sectors.
+//! Initialisation vectors, made from sector numbers.
 
 use diskimage_core::{Error, Result};
 
 use super::block::{BlockCipher, keyed};
 use super::{CipherAlg, HashAlg};
 
-/// How initialisation vectors come from the numbers of sectors.
+/// How an initialisation vector is made from a sector number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum IvAlg {
-    /// The lower 32 bits of the number.
+    /// The lower 32 bits of the sector number.
     Plain,
-    /// The number.
+    /// The sector number.
     Plain64,
-    /// The number, encrypted with a key that is the hash of the key.
+    /// The sector number, encrypted with the hash of the data's key.
     Essiv,
 }
 
 impl IvAlg {
-    /// All of them.
+    /// All algorithms.
     pub(crate) const ALL: [Self; 3] = [Self::Plain, Self::Plain64, Self::Essiv];
 
-    /// Its name.
+    /// The name in options and in headers.
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Plain => "plain",
@@ -29,16 +29,16 @@ impl IvAlg {
         }
     }
 
-    /// The generator of this name.
+    /// The algorithm with this name.
     pub(crate) fn from_name(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|alg| alg.name() == name)
     }
 }
 
-/// Checks that vectors can be made for data encrypted with `cipher`.
+/// Checks that `alg` can make vectors for data that is encrypted with `cipher`.
 ///
 /// # Errors
-/// The original's words for what does not go together.
+/// `qemu-img`'s message for a combination that does not work.
 pub(crate) fn check(alg: IvAlg, hash: Option<HashAlg>, cipher: CipherAlg) -> Result<()> {
     match alg {
         IvAlg::Plain | IvAlg::Plain64 => Ok(()),
@@ -54,7 +54,7 @@ pub(crate) enum IvGenerator {
 }
 
 impl IvGenerator {
-    /// The generator for data encrypted with `cipher` and `key`.
+    /// Returns the generator for data that is encrypted with `cipher` and `key`.
     pub(crate) fn new(alg: IvAlg, hash: Option<HashAlg>, cipher: CipherAlg, key: &[u8]) -> Result<Self> {
         Ok(match alg {
             IvAlg::Plain => Self::Plain,
@@ -68,7 +68,7 @@ impl IvGenerator {
         })
     }
 
-    /// Puts the vector of each sector from number `first` on into `vectors`, blocks of `block_len` bytes.
+    /// Fills `vectors` with one vector of `block_len` bytes for each sector, from sector number `first` on.
     pub(crate) fn fill(&self, first: u64, vectors: &mut [u8], block_len: usize) {
         for (number, vector) in (0u64..).zip(vectors.chunks_exact_mut(block_len)) {
             let mut number = first.wrapping_add(number);
@@ -89,7 +89,8 @@ fn essiv_hash(hash: Option<HashAlg>) -> Result<HashAlg> {
     hash.ok_or_else(|| Error::invalid("Missing IV generator hash specification"))
 }
 
-/// The cipher that `essiv` encrypts numbers with: of the family of that of the data, with a key as long as the hash.
+/// The cipher with which `essiv` encrypts sector numbers: of the same family as the data's cipher, with a key as long
+/// as the digest.
 fn essiv_cipher(cipher: CipherAlg, hash: HashAlg) -> Result<CipherAlg> {
     let name = cipher.name();
     if cipher == CipherAlg::Cast5 {

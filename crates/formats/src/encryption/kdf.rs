@@ -7,7 +7,7 @@ use zeroize::Zeroizing;
 
 use super::HashAlg;
 
-/// A key of `len` bytes, the outcome of `iterations` rounds.
+/// Derives a key of `len` bytes from `passphrase` in `iterations` rounds.
 pub(crate) fn derive(
     hash: HashAlg,
     passphrase: &[u8],
@@ -29,8 +29,8 @@ pub(crate) fn derive(
     key
 }
 
-/// How many iterations this machine does in a second for a key of `len` bytes, as far as a short trial tells. The
-/// passphrase and the salt do not matter.
+/// Measures how many iterations this machine does in a second for a key of `len` bytes, with a short trial. The speed
+/// does not depend on the passphrase and the salt.
 pub(crate) fn iterations_per_second(hash: HashAlg, len: usize) -> u64 {
     let mut iterations = 1 << 10;
     loop {
@@ -40,13 +40,14 @@ pub(crate) fn iterations_per_second(hash: HashAlg, len: usize) -> u64 {
         if spent >= TRIAL || iterations >= 1 << 30 {
             let nanoseconds = spent.as_nanos().max(1);
             let rate = u128::from(iterations) * 1_000_000_000 / nanoseconds;
+            // A rate beyond 64 bits saturates: the caller multiplies it with a check.
             return u64::try_from(rate).unwrap_or(u64::MAX);
         }
         iterations *= 2;
     }
 }
 
-/// How long a trial has to take to be believed.
+/// A trial that takes less time is repeated with twice the iterations.
 const TRIAL: Duration = Duration::from_millis(40);
 
 #[cfg(test)]
@@ -54,7 +55,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn keys_are_those_of_rfc_6070() {
+    fn derived_key_matches_rfc_6070() {
         let key = derive(HashAlg::Sha1, b"password", b"salt", 4096, 20);
         assert_eq!(
             key[..],
@@ -66,7 +67,7 @@ mod tests {
     }
 
     #[test]
-    fn keys_are_those_of_rfc_7914() {
+    fn derived_key_matches_rfc_7914() {
         let key = derive(HashAlg::Sha256, b"passwd", b"salt", 1, 64);
         assert_eq!(key[..8], [0x55, 0xac, 0x04, 0x6e, 0x56, 0xe3, 0x08, 0x9f]);
         assert_eq!(key[60..], [0xd3, 0xa1, 0x97, 0x83][..]);

@@ -1,8 +1,9 @@
-//! The encryption that both versions of qcow had before there was LUKS, and the options that go with encryption.
+//! The AES-CBC encryption that qcow and qcow2 had before LUKS, and the options of encrypted images.
 //!
-//! Nothing but a number in the header tells of it: the passphrase is the key, and each sector of guest data is numbered by
-//! where it is on the disk. Anybody who knows what some sector holds can try passphrases at the speed of the cipher, and
-//! nothing tells a wrong one: what is read with it is garbage. Tables and compressed clusters are not encrypted.
+//! A number in the header marks the image as encrypted. The passphrase is the key, and a sector's number is its guest
+//! offset in sectors. The format is weak: an attacker with the plain text of one sector can try passphrases at the
+//! speed of the cipher. A wrong passphrase is not detected; guest data then reads as garbage. Tables and compressed
+//! clusters are not encrypted.
 
 use std::sync::Arc;
 
@@ -13,15 +14,15 @@ use diskimage_core::{Device, Error, NodeOptions, OpenRequest, Result};
 use crate::encryption::encrypted_device::EncryptedDevice;
 use crate::luks::options::passphrase;
 
-/// The key of an open image; there is none where only facts are wanted.
+/// The key of an open image; `None` if the image was opened without its data.
 #[derive(Clone, Debug)]
 pub(crate) struct LegacyAes(Option<Arc<SectorCipher>>);
 
 impl LegacyAes {
-    /// The cipher whose key is the passphrase: cut to the key's length, or filled up with zeroes.
+    /// Makes the cipher. Its key is the passphrase, truncated or zero-padded to the key's length.
     ///
     /// # Errors
-    /// None in practice: the key has the length that the cipher wants.
+    /// None in practice: the key has the length that the cipher needs.
     pub(crate) fn new(passphrase: Option<&[u8]>) -> Result<Self> {
         let spec = CipherSpec {
             cipher: CipherAlg::Aes128,
@@ -39,8 +40,8 @@ impl LegacyAes {
         SectorCipher::new(spec, &key).map(|cipher| Self(Some(Arc::new(cipher))))
     }
 
-    /// `data` as the guest sees it around the byte that is at `guest` of the disk and at `host` of `data`; `None` if
-    /// there is no key.
+    /// Returns a decrypted view of `data` for the mapping of guest offset `guest` to host offset `host`; `None` without
+    /// a key.
     pub(crate) fn view(&self, data: &Arc<dyn Device>, guest: u64, host: u64) -> Option<Arc<dyn Device>> {
         const UNIT: u64 = SECTOR as u64;
         let first_sector = (guest / UNIT).wrapping_sub(host / UNIT);
@@ -71,11 +72,11 @@ const OPTIONS: &[OptionDef] = &[
 /// The option that names the secret.
 pub(crate) const KEY_SECRET: &str = "encrypt.key-secret";
 
-/// The passphrase for an image whose header speaks of the encryption `found`; none where it speaks of none, or only facts
-/// are wanted.
+/// Returns the passphrase for an image whose header names the encryption `found`; `None` if the image is not encrypted
+/// or is opened without its data.
 ///
 /// # Errors
-/// Options that do not fit the image, and no such secret.
+/// Options that do not fit the image, and a missing secret.
 pub(crate) fn passphrase_for<'a>(
     found: Option<&str>,
     request: &mut OpenRequest<'a>,
@@ -105,25 +106,25 @@ pub(crate) fn passphrase_for<'a>(
     passphrase(request.objects, options.text("key-secret"), KEY_SECRET).map(Some)
 }
 
-/// Refuses an option that the encryption does not have.
+/// The error for an option that the encryption does not have.
 pub(crate) fn unexpected(name: &str) -> Error {
     Error::invalid(format!("Parameter '{name}' is unexpected"))
 }
 
-/// Refuses options of a new image that say nothing about the encryption they are for.
+/// The error for encryption options of a new image without `encrypt.format`.
 pub(crate) fn no_format() -> Error {
     Error::invalid("Parameter 'encrypt.format' is missing")
 }
 
-/// Refuses encryption that there is not.
+/// The error for an unknown encryption format.
 pub(crate) fn unknown_format(name: &str) -> Error {
     Error::invalid(format!("Parameter 'format' does not accept value '{name}'"))
 }
 
-/// What the encryption of a new image is called in the options.
+/// The encryption format that the options of a new image ask for.
 ///
 /// # Errors
-/// Two names for it at once.
+/// Both `encrypt.format` and its alias are given.
 pub(crate) fn wanted_format(options: &Options) -> Result<Option<&str>> {
     let format = options.text("encrypt.format");
     match (options.flag("encryption"), format) {
@@ -135,7 +136,7 @@ pub(crate) fn wanted_format(options: &Options) -> Result<Option<&str>> {
     }
 }
 
-/// The options to open a new image with.
+/// The node options with which a new image is opened.
 pub(crate) fn node(options: &Options) -> NodeOptions {
     let mut node = NodeOptions::new();
     if let Some(id) = options.text(KEY_SECRET) {

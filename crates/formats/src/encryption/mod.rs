@@ -1,12 +1,14 @@
 //! Encryption of guest data: ciphers of sectors, keys from passphrases, and the device that decrypts what it reads.
 //!
-//! * [`encrypted_device`] is a file as the guest sees it; [`legacy_aes`] is the AES-CBC of qcow and qcow2;
+//! * [`encrypted_device`] is a view of a file that decrypts guest data; [`legacy_aes`] is the AES-CBC of qcow and
+//!   qcow2.
 //!
-//! The rest are pure functions, which neither read nor write a file:
+//! The rest is pure and neither reads nor writes a file:
 //!
-//! * [`SectorCipher`] encrypts and decrypts runs of sectors of 512 bytes, each with an initialisation vector of its own;
-//! * [`HashAlg`] names the hashes, of which [`derive()`] makes keys from passphrases and [`split`] and [`merge`] spread a
-//!   key over so many bytes that erasing some of them erases it;
+//! * [`SectorCipher`] encrypts and decrypts runs of sectors of 512 bytes, each with an initialisation vector of its
+//!   own;
+//! * [`HashAlg`] names the hashes. [`derive()`] uses them to make keys from passphrases; [`split`] and [`merge`] use
+//!   them to spread a key over so many bytes that erasing some of them erases the key;
 //! * [`decrypt_secret`] reads a secret that is encrypted with another one.
 //!
 //! ```text

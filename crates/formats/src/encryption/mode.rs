@@ -1,5 +1,5 @@
-//! Modes: how the blocks of a sector hang together. All work on up to [`BATCH`] sectors at once, with their
-//! initialisation vectors one after the other in `vectors`.
+//! Modes of operation: how the blocks of a sector are chained. Each function works on up to [`BATCH`] sectors at once,
+//! whose initialisation vectors are in `vectors`, one after the other.
 //!
 //! ```text
 //!   vectors  [iv 0][iv 1][iv 2] ...
@@ -9,14 +9,14 @@
 use super::SECTOR;
 use super::block::BlockCipher;
 
-/// How many sectors are worked on at once: enough to fill the pipeline of the AES units, and little enough to stay in the
-/// first cache with the tweaks.
+/// How many sectors one call handles: enough to fill the pipeline of the AES units, and few enough that they and the
+/// tweaks stay in the first-level cache.
 pub(crate) const BATCH: usize = 32;
 
-/// The longest block.
+/// The length of the longest block of any cipher.
 pub(crate) const MAX_BLOCK: usize = 16;
 
-/// XTS (IEEE 1619), without what it does for parts of blocks, which sectors do not have.
+/// XTS (IEEE 1619) without ciphertext stealing: a sector is a whole number of blocks.
 pub(crate) fn xts(
     data: &dyn BlockCipher,
     tweak: &dyn BlockCipher,
@@ -37,7 +37,7 @@ pub(crate) fn xts(
         let mut power = u128::from_le_bytes(*vector);
         for tweak in tweaks {
             *tweak = power;
-            // Times x modulo x^128 + x^7 + x^2 + x + 1.
+            // Multiplies by x modulo x^128 + x^7 + x^2 + x + 1.
             power = (power << 1) ^ ((power >> 127) * 0x87);
         }
     }
@@ -56,9 +56,10 @@ fn mix(bytes: &mut [u8], tweaks: &[u128]) {
     }
 }
 
-/// CBC. A block waits for the one before, so it is the sectors that go side by side.
+/// CBC encryption. A block depends on the block before, so the blocks at the same offset of all sectors are encrypted
+/// together.
 pub(crate) fn cbc_encrypt(data: &dyn BlockCipher, vectors: &mut [u8], bytes: &mut [u8], block_len: usize) {
-    // `vectors` holds the block before of each sector.
+    // `vectors` holds each sector's previous encrypted block.
     for at in (0..SECTOR).step_by(block_len) {
         let sectors = bytes.chunks_exact(SECTOR);
         for (before, sector) in vectors.chunks_exact_mut(block_len).zip(sectors) {
@@ -72,7 +73,7 @@ pub(crate) fn cbc_encrypt(data: &dyn BlockCipher, vectors: &mut [u8], bytes: &mu
     }
 }
 
-/// CBC backwards, where nothing waits.
+/// CBC decryption, in which no block depends on another decrypted block.
 pub(crate) fn cbc_decrypt(data: &dyn BlockCipher, vectors: &[u8], bytes: &mut [u8], block_len: usize) {
     let mut encrypted = [0; BATCH * SECTOR];
     let encrypted = &mut encrypted[..bytes.len()];
@@ -86,7 +87,7 @@ pub(crate) fn cbc_decrypt(data: &dyn BlockCipher, vectors: &[u8], bytes: &mut [u
     }
 }
 
-/// CTR: the vector counts up, as a number with its highest byte first.
+/// CTR: the vector is the first value of a big-endian counter.
 pub(crate) fn ctr(data: &dyn BlockCipher, vectors: &[u8], bytes: &mut [u8], block_len: usize) {
     let mut stream = [0; BATCH * SECTOR];
     let stream = &mut stream[..bytes.len()];

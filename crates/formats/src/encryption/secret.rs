@@ -1,4 +1,4 @@
-//! Secrets that are encrypted with another secret: AES-256 in CBC mode, padded as PKCS #7 says.
+//! Secrets that are encrypted with another secret: AES-256 in CBC mode with the padding of PKCS #7.
 
 use diskimage_core::{Error, Result};
 use zeroize::Zeroizing;
@@ -6,11 +6,11 @@ use zeroize::Zeroizing;
 use super::CipherAlg;
 use super::block::keyed;
 
-/// Decrypts `bytes` and takes the padding off.
+/// Decrypts `bytes` and removes the padding.
 ///
 /// # Errors
-/// A key that has not 32 bytes, an initialisation vector that has not 16, and bytes that are not whole blocks or not
-/// padded as they should be.
+/// The key has not 32 bytes, the initialisation vector has not 16, `bytes` is not a whole number of blocks, or the padding is
+/// wrong.
 pub fn decrypt_secret(key: &[u8], iv: &[u8], bytes: &[u8]) -> Result<Zeroizing<Vec<u8>>> {
     if key.len() != CipherAlg::Aes256.key_len() {
         return Err(Error::invalid("Key should be 32 bytes in length"));
@@ -29,7 +29,7 @@ pub fn decrypt_secret(key: &[u8], iv: &[u8], bytes: &[u8]) -> Result<Zeroizing<V
     }
     let mut plain = Zeroizing::new(bytes.to_vec());
     keyed(CipherAlg::Aes256, key)?.decrypt(&mut plain);
-    // The vector stands where the block before the first would.
+    // The initialisation vector takes the role of the block before the first.
     for (byte, before) in plain.iter_mut().zip(iv.iter().chain(bytes)) {
         *byte ^= before;
     }
@@ -57,7 +57,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn secrets_are_those_of_openssl() {
+    fn a_secret_encrypted_by_openssl_is_decrypted() {
         // echo -n letmein | openssl enc -aes-256-cbc -K 00..1f -iv 20..2f
         let key: Vec<u8> = (0..32).collect();
         let iv: Vec<u8> = (32..48).collect();

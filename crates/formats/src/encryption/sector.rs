@@ -1,4 +1,4 @@
-//! Runs of sectors, encrypted and decrypted where they lie in memory.
+//! Runs of sectors, encrypted and decrypted in place.
 
 use std::fmt;
 
@@ -10,32 +10,32 @@ use super::iv::{self, IvGenerator};
 use super::mode::{self, BATCH, MAX_BLOCK};
 use super::{CipherAlg, CipherMode, HashAlg, IvAlg};
 
-/// How many bytes have an initialisation vector of their own.
+/// The bytes of a sector, the unit that has an initialisation vector of its own.
 pub(crate) const SECTOR: usize = 512;
 
-/// Which cipher, in which mode, with which initialisation vectors.
+/// A cipher, its mode and how its initialisation vectors are made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct CipherSpec {
     /// The cipher.
     pub(crate) cipher: CipherAlg,
-    /// How the blocks of a sector hang together.
+    /// How the blocks of a sector are chained.
     pub(crate) mode: CipherMode,
-    /// Where initialisation vectors come from. `ecb` does not use them.
+    /// How initialisation vectors are made. `ecb` does not use them.
     pub(crate) iv: IvAlg,
     /// The hash for [`IvAlg::Essiv`].
     pub(crate) iv_hash: Option<HashAlg>,
 }
 
 impl CipherSpec {
-    /// How many bytes the key has.
+    /// The length of the key in bytes.
     pub(crate) fn key_len(&self) -> usize {
         self.cipher.key_len() * self.mode.keys()
     }
 
-    /// Checks that cipher, mode and initialisation vectors go together.
+    /// Checks that cipher, mode and initialisation vectors can be combined.
     ///
     /// # Errors
-    /// The original's words for what does not.
+    /// `qemu-img`'s message for a combination that does not work.
     pub(crate) fn check(&self) -> Result<()> {
         self.check_vectors()?;
         if self.mode == CipherMode::Xts && self.cipher.block_len() != MAX_BLOCK {
@@ -47,26 +47,26 @@ impl CipherSpec {
     /// Checks that the initialisation vectors can be made with this cipher.
     ///
     /// # Errors
-    /// The original's words for what does not go together.
+    /// `qemu-img`'s message for a combination that does not work.
     pub(crate) fn check_vectors(&self) -> Result<()> {
         iv::check(self.iv, self.iv_hash, self.cipher)
     }
 }
 
-/// Encrypts and decrypts runs of sectors. Many threads may use it at once. The keys are wiped from memory when it goes.
+/// Encrypts and decrypts runs of sectors. Many threads may use it at once. Dropping it wipes the keys from memory.
 pub(crate) struct SectorCipher {
     spec: CipherSpec,
     data: Box<dyn BlockCipher>,
-    /// What XTS makes its tweaks with.
+    /// The cipher with which XTS makes its tweaks.
     tweak: Option<Box<dyn BlockCipher>>,
     vectors: IvGenerator,
 }
 
 impl SectorCipher {
-    /// The cipher that `spec` describes, with `key`.
+    /// Makes the cipher that `spec` describes, with `key`.
     ///
     /// # Errors
-    /// A key of the wrong length, and parts that do not go together.
+    /// A key of the wrong length, and a combination that does not work.
     pub(crate) fn new(spec: CipherSpec, key: &[u8]) -> Result<Self> {
         spec.check()?;
         if key.len() != spec.key_len() {
@@ -88,12 +88,12 @@ impl SectorCipher {
         })
     }
 
-    /// Encrypts `buf`, whole sectors of which the first has the number `first_sector`.
+    /// Encrypts `buf` in place. It holds whole sectors; the first one has the number `first_sector`.
     pub(crate) fn encrypt(&self, first_sector: u64, buf: &mut [u8]) {
         self.run(first_sector, buf, true);
     }
 
-    /// Decrypts `buf`, whole sectors of which the first has the number `first_sector`.
+    /// Decrypts `buf` in place. It holds whole sectors; the first one has the number `first_sector`.
     pub(crate) fn decrypt(&self, first_sector: u64, buf: &mut [u8]) {
         self.run(first_sector, buf, false);
     }
@@ -159,7 +159,7 @@ mod tests {
     }
 
     #[test]
-    fn xts_is_that_of_ieee_1619() {
+    fn xts_matches_ieee_1619() {
         // Vector 4: a data unit of 512 bytes, sector 0.
         let key = unhex("2718281828459045235360287471352631415926535897932384626433832795");
         let cipher = cipher(CipherAlg::Aes128, CipherMode::Xts, IvAlg::Plain64, &key);
@@ -172,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn xts_with_a_long_key_is_that_of_ieee_1619() {
+    fn xts_with_a_long_key_matches_ieee_1619() {
         // Vector 10: sector 0xff.
         let key = unhex(
             "27182818284590452353602874713526624977572470936999595749669676273141592653589793238462643383279502884197\
@@ -185,7 +185,7 @@ mod tests {
     }
 
     #[test]
-    fn blocks_are_those_of_the_ciphers_authors() {
+    fn blocks_match_the_published_test_vectors() {
         // FIPS 197 appendix C, RFC 2144 appendix B.1, the NESSIE vectors of Serpent, Twofish's paper.
         for (alg, key, plain, encrypted) in [
             (
@@ -221,7 +221,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_encrypted_in_one_piece_is_decrypted_in_others() {
+    fn a_run_encrypted_at_once_decrypts_sector_by_sector() {
         let key: Vec<u8> = (0..64u8).map(|n| n.wrapping_mul(7)).collect();
         for alg in CipherAlg::ALL {
             for mode in CipherMode::ALL {
@@ -252,7 +252,7 @@ mod tests {
     }
 
     #[test]
-    fn plain_counts_to_32_bits() {
+    fn plain_uses_32_bits_of_the_sector_number() {
         let key = [1; 32];
         let encrypted = |iv, number| {
             let mut bytes = sectors(1);

@@ -1,4 +1,5 @@
-//! Changes of key slots: `state=active,new-secret=...` and `state=inactive,...`, with the original's refusals.
+//! Changes of key slots: `state=active,new-secret=...` and `state=inactive,...`, refused in the same cases as in
+//! qemu-img.
 
 use diskimage_core::options::{OptionDef, OptionKind, Options};
 use diskimage_core::{Error, Objects, Result};
@@ -39,13 +40,13 @@ pub(crate) const AMEND_OPTIONS: &[OptionDef] = &[
 /// A change of key slots.
 #[derive(Debug)]
 pub(crate) struct SlotChange<'a> {
-    /// The options that say which, with `prefix` in front of their names.
+    /// The options that describe the change; their names start with `prefix`.
     pub(crate) options: &'a Options,
     /// `encrypt.` for qcow2.
     pub(crate) prefix: &'a str,
-    /// Where secrets are.
+    /// The objects among which secrets are looked up.
     pub(crate) objects: &'a Objects,
-    /// Whether to do what may lose the data.
+    /// Whether changes that may lose the data are allowed.
     pub(crate) force: bool,
 }
 
@@ -53,7 +54,7 @@ impl SlotChange<'_> {
     /// Makes the change.
     ///
     /// # Errors
-    /// Options that do not go together, changes that would lose data unless forced, failures to write.
+    /// Options that cannot be combined, changes that would lose data unless forced, failed writes.
     pub(crate) fn apply(&self, volume: &Volume) -> Result<()> {
         match self.text("state") {
             Some("active") => self.activate(volume),
@@ -80,7 +81,7 @@ impl SlotChange<'_> {
         };
         match usize::try_from(given) {
             Ok(slot) if slot < SLOTS => Ok(Some(slot)),
-            // The original counts them in 32 bits.
+            // qemu-img truncates the number to 32 bits.
             _ => Err(Error::invalid(format!(
                 "Invalid keyslot {} specified, must be between 0 and {}",
                 given & u64::from(u32::MAX),
@@ -112,7 +113,7 @@ impl SlotChange<'_> {
         };
         let new = passphrase(self.objects, Some(new_secret), "new-secret")?;
         let iter_time = self.number("iter-time").unwrap_or(DEFAULT_ITER_TIME);
-        // Writing over the only key: until that is done, another slot has the new one.
+        // While the only active slot is overwritten, a spare slot holds the key for the new passphrase.
         let only = active[slot] && active.iter().filter(|active| **active).count() == 1;
         let spare = (0..SLOTS).find(|other| only && *other != slot);
         if let Some(spare) = spare {

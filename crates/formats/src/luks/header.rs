@@ -14,23 +14,23 @@
 //!            state 32 bits, iterations 32 bits, salt 32 bytes, offset of the material 32 bits, stripes 32 bits
 //! ```
 //!
-//! All numbers have their highest byte first. Parsing is a pure function; what it returns cannot place anything over
-//! anything else.
+//! All numbers are big-endian. Parsing is a pure function; a header that it returns has no slot that overlaps another
+//! slot, the header or the payload.
 
 use crate::encryption::{CipherAlg, CipherMode, CipherSpec, HashAlg, IvAlg, SECTOR};
-use diskimage_core::{ByteRange, Error, Result, align_up};
+use diskimage_core::{ByteRange, Error, Result, align_up, to_index};
 
-/// How many bytes the header has.
+/// The length of the header in bytes.
 pub(super) const HEADER_LEN: usize = 592;
-/// How many key slots there are.
+/// The number of key slots.
 pub(super) const SLOTS: usize = 8;
-/// Into how many stripes a key is split in its slot.
+/// The number of stripes into which a slot splits its key.
 pub(super) const STRIPES: u32 = 4000;
-/// How many bytes the digest of the master key has.
+/// The length of the master key's digest in bytes.
 pub(super) const DIGEST_LEN: usize = 20;
-/// How many bytes a salt has.
+/// The length of a salt in bytes.
 pub(super) const SALT_LEN: usize = 32;
-/// More rounds would keep a processor busy for minutes before a passphrase turns out to be wrong.
+/// The most rounds that are accepted. The limit is ours: more rounds would take minutes to reject a wrong passphrase.
 pub(super) const MAX_ITERATIONS: u32 = 1 << 30;
 
 const MAGIC: &[u8] = b"LUKS\xba\xbe";
@@ -38,28 +38,28 @@ const SLOT_OFFSET: usize = 208;
 const SLOT_LEN: usize = 48;
 const ACTIVE: u32 = 0x00ac_71f3;
 const INACTIVE: u32 = 0x0000_dead;
-/// Key material starts at multiples of this.
+/// The alignment of key material in new volumes.
 const MATERIAL_ALIGNMENT: u64 = 4096;
 
-/// Whether bytes from the start of a file are those of a header of version 1.
+/// Whether a file that starts with `head` has a header of version 1.
 pub(super) fn is_luks(head: &[u8]) -> bool {
     head.starts_with(MAGIC) && head.get(6..8) == Some(&[0, 1])
 }
 
-/// A header.
+/// A parsed header.
 #[derive(Clone, Debug)]
 pub(super) struct Header {
     /// How the payload and the key slots are encrypted.
     pub(super) spec: CipherSpec,
-    /// The hash of key derivation and of the anti-forensic splitter.
+    /// The hash for key derivation and for the anti-forensic splitter.
     pub(super) hash: HashAlg,
-    /// Where the payload starts, in bytes. 0 if it is elsewhere.
+    /// The offset of the payload in bytes. 0 if the payload is in another file.
     pub(super) payload_offset: u64,
-    /// What the master key is known by.
+    /// The digest by which a derived master key is verified.
     pub(super) digest: [u8; DIGEST_LEN],
-    /// The salt of that.
+    /// The salt of the digest.
     pub(super) digest_salt: [u8; SALT_LEN],
-    /// The rounds of that.
+    /// The rounds of the digest.
     pub(super) digest_iterations: u32,
     /// The UUID, as text.
     pub(super) uuid: String,
@@ -70,18 +70,18 @@ pub(super) struct Header {
 /// A key slot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Slot {
-    /// Whether it holds the master key.
+    /// Whether the slot holds the master key.
     pub(super) active: bool,
-    /// The rounds that lead from a passphrase to its key.
+    /// The rounds of deriving the slot's key from a passphrase.
     pub(super) iterations: u32,
-    /// The salt of that.
+    /// The salt of the derivation.
     pub(super) salt: [u8; SALT_LEN],
-    /// Where the split and encrypted master key is, in bytes.
+    /// The offset of the split and encrypted master key in bytes.
     pub(super) material: u64,
 }
 
 impl Slot {
-    /// The slot without its key.
+    /// Returns the slot without its key.
     pub(super) fn erased(self) -> Self {
         Self {
             active: false,
@@ -91,7 +91,7 @@ impl Slot {
         }
     }
 
-    /// Its bytes in the header.
+    /// The slot's entry in the header.
     pub(super) fn to_bytes(self) -> [u8; SLOT_LEN] {
         let mut bytes = [0; SLOT_LEN];
         let state = if self.active { ACTIVE } else { INACTIVE };
@@ -104,31 +104,32 @@ impl Slot {
     }
 }
 
-/// Where in the header the bytes of a slot are.
+/// The offset of a slot's entry in the header.
 pub(super) fn slot_offset(slot: usize) -> u64 {
     (SLOT_OFFSET + slot * SLOT_LEN) as u64
 }
 
-/// How many bytes of key material a key of `key_len` bytes takes: whole sectors.
+/// The length of the key material of a key of `key_len` bytes, rounded up to sectors.
 pub(super) fn material_len(key_len: usize) -> usize {
     (key_len * STRIPES as usize).next_multiple_of(SECTOR)
 }
 
-/// Where the material of `slot` is in a new volume, and where the payload follows for a slot past the last.
+/// The offset of the material of `slot` in a new volume; for `slot == SLOTS`, the offset of the payload.
 pub(super) fn material_offset(key_len: usize, slot: usize) -> u64 {
     let each = align_up(material_len(key_len) as u64, MATERIAL_ALIGNMENT);
     MATERIAL_ALIGNMENT + each * slot as u64
 }
 
+/// An offset in sectors. It saturates, which no parsed header and no new volume needs: both have 32-bit sector numbers.
 fn sectors(bytes: u64) -> u32 {
     u32::try_from(bytes / SECTOR as u64).unwrap_or(u32::MAX)
 }
 
 impl Header {
-    /// Reads a header; bytes that are missing are zero. With `detached` the payload is elsewhere.
+    /// Parses a header. With `detached` the payload is in another file.
     ///
     /// # Errors
-    /// The original's words for all that can be wrong with it.
+    /// `qemu-img`'s message for the first field that is wrong.
     pub(super) fn parse(bytes: &[u8; HEADER_LEN], detached: bool) -> Result<Self> {
         if !bytes.starts_with(MAGIC) {
             return Err(Error::invalid("Volume is not in LUKS format"));
@@ -142,19 +143,19 @@ impl Header {
         let cipher = text(bytes, 8, "cipher name")?;
         let mode = text(bytes, 40, "cipher mode")?;
         let hash = text(bytes, 72, "hash spec")?;
-        let payload_offset = u64::from(word(bytes, 104)) * SECTOR as u64;
+        let payload_offset = u64::from(number_32(bytes, 104)) * SECTOR as u64;
         if !detached && payload_offset < HEADER_LEN as u64 {
             return Err(Error::corrupt("LUKS payload is overlapping with the header"));
         }
-        let digest_iterations = word(bytes, 164);
+        let digest_iterations = number_32(bytes, 164);
         if digest_iterations == 0 {
             return Err(Error::corrupt("LUKS key iteration count is zero"));
         }
-        let key_len = word(bytes, 108);
+        let key_len = number_32(bytes, 108);
         let slots = parse_slots(bytes, u64::from(key_len), payload_offset, detached)?;
         let (spec, hash) = algorithms(&cipher, &mode, &hash, key_len)?;
-        let counts = slots.iter().map(|slot| slot.iterations);
-        if counts
+        let iterations = slots.iter().map(|slot| slot.iterations);
+        if iterations
             .chain([digest_iterations])
             .any(|count| count > MAX_ITERATIONS)
         {
@@ -174,7 +175,7 @@ impl Header {
         })
     }
 
-    /// Its bytes.
+    /// The header's bytes on disk.
     pub(super) fn to_bytes(&self) -> [u8; HEADER_LEN] {
         let mut bytes = [0; HEADER_LEN];
         let mut put =
@@ -185,6 +186,7 @@ impl Header {
         put(40, self.mode_text().as_bytes());
         put(72, self.hash.name().as_bytes());
         put(104, &sectors(self.payload_offset).to_be_bytes());
+        // A key has at most 64 bytes.
         let key_len = u32::try_from(self.spec.key_len()).unwrap_or(u32::MAX);
         put(108, &key_len.to_be_bytes());
         put(112, &self.digest);
@@ -214,7 +216,7 @@ fn parse_slots(
 ) -> Result<[Slot; SLOTS]> {
     let header = ByteRange::new(0, HEADER_LEN as u64);
     let material = |number: usize| {
-        let start = u64::from(word(bytes, SLOT_OFFSET + number * SLOT_LEN + 40)) * SECTOR as u64;
+        let start = u64::from(number_32(bytes, SLOT_OFFSET + number * SLOT_LEN + 40)) * SECTOR as u64;
         let len = (key_len * u64::from(STRIPES)).next_multiple_of(SECTOR as u64);
         ByteRange::at(start, len)
     };
@@ -222,31 +224,31 @@ fn parse_slots(
     for (number, slot) in slots.iter_mut().enumerate() {
         let at = SLOT_OFFSET + number * SLOT_LEN;
         let corrupt = |what: String| Err(Error::corrupt(format!("Keyslot {number} {what}")));
-        let stripes = word(bytes, at + 44);
+        let stripes = number_32(bytes, at + 44);
         if stripes != STRIPES {
             return corrupt(format!("is corrupted (stripes {stripes} != {STRIPES})"));
         }
-        let place = material(number);
-        let active = match word(bytes, at) {
+        let range = material(number);
+        let active = match number_32(bytes, at) {
             ACTIVE => true,
             INACTIVE => false,
-            _ if place.start() < header.end() => {
+            _ if range.start() < header.end() => {
                 return corrupt("is overlapping with the LUKS header".to_owned());
             }
             _ => return corrupt("state (active/disable) is corrupted".to_owned()),
         };
-        if place.start() < header.end() {
+        if range.start() < header.end() {
             return corrupt("is overlapping with the LUKS header".to_owned());
         }
-        let iterations = word(bytes, at + 4);
+        let iterations = number_32(bytes, at + 4);
         if active && iterations == 0 {
             return corrupt("iteration count is zero".to_owned());
         }
-        if !detached && place.end() > payload_offset {
+        if !detached && range.end() > payload_offset {
             return corrupt("is overlapping with the encrypted payload".to_owned());
         }
         for other in number + 1..SLOTS {
-            if !place.intersect(material(other)).is_empty() {
+            if !range.intersect(material(other)).is_empty() {
                 return Err(Error::corrupt(format!(
                     "Keyslots {number} and {other} are overlapping in the header"
                 )));
@@ -256,13 +258,13 @@ fn parse_slots(
             active,
             iterations,
             salt: part(bytes, at + 8),
-            material: place.start(),
+            material: range.start(),
         });
     }
     Ok(slots.map(|slot| slot.expect("every slot was filled in above")))
 }
 
-/// The algorithms by their names in the header.
+/// Looks up the algorithms by their names in the header.
 fn algorithms(cipher: &str, mode: &str, hash: &str, key_len: u32) -> Result<(CipherSpec, HashAlg)> {
     let hash_of = |name: &str| {
         HashAlg::from_name(name)
@@ -275,7 +277,7 @@ fn algorithms(cipher: &str, mode: &str, hash: &str, key_len: u32) -> Result<(Cip
     };
     let mode = CipherMode::from_name(mode)
         .ok_or_else(|| Error::unsupported(format!("Cipher mode '{mode}' not supported")))?;
-    let key_len = usize::try_from(key_len).unwrap_or(usize::MAX) / mode.keys();
+    let key_len = to_index(u64::from(key_len))? / mode.keys();
     let cipher = CipherAlg::from_family(cipher, key_len).ok_or_else(|| {
         Error::unsupported(format!(
             "Algorithm '{cipher}' with key size {key_len} bytes not supported"
@@ -298,7 +300,7 @@ fn algorithms(cipher: &str, mode: &str, hash: &str, key_len: u32) -> Result<(Cip
     Ok((spec, hash))
 }
 
-fn word(bytes: &[u8; HEADER_LEN], offset: usize) -> u32 {
+fn number_32(bytes: &[u8; HEADER_LEN], offset: usize) -> u32 {
     u32::from_be_bytes(part(bytes, offset))
 }
 
@@ -361,7 +363,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_written_is_read() {
+    fn a_written_header_parses() {
         let bytes = header().to_bytes();
         let again = Header::parse(&bytes, false).unwrap();
         assert_eq!(again.to_bytes(), bytes);
@@ -370,7 +372,7 @@ mod tests {
     }
 
     #[test]
-    fn wrong_headers_are_refused_in_the_originals_words() {
+    fn wrong_headers_are_refused_with_qemu_imgs_messages() {
         for (pokes, expected) in [
             (&[(0, &b"X"[..])][..], "Volume is not in LUKS format"),
             (&[(6, &[0, 2])], "LUKS version 2 is not supported"),

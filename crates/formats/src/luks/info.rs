@@ -1,4 +1,4 @@
-//! What a volume says of itself.
+//! The facts about a volume that `info` prints.
 
 use crate::encryption::IvAlg;
 use diskimage_core::{Detail, DetailValue};
@@ -7,7 +7,7 @@ use super::header::{STRIPES, Slot};
 use super::volume::Volume;
 
 impl Volume {
-    /// The facts that `info` shows, in its order.
+    /// The facts in the order in which `info` prints them.
     pub(crate) fn details(&self) -> Vec<Detail> {
         let header = self.header();
         let spec = header.spec;

@@ -5,8 +5,8 @@
 //!   disk                |-------- decrypted payload ----------|
 //! ```
 //!
-//! [`Volume`] is the header with its slots, wherever it lies; qcow2 has one, too. [`EncryptedDevice`] is the payload as the
-//! guest sees it.
+//! [`Volume`] is the header with its key slots, in a file of its own or inside a qcow2 image. [`EncryptedDevice`] is
+//! the decrypted payload.
 
 pub(crate) mod amend;
 mod header;
@@ -28,8 +28,8 @@ use diskimage_core::{
 
 use crate::encryption::encrypted_device::EncryptedDevice;
 use crate::layer_kit::in_place_write::InPlaceWrite;
-use options::{Algorithms, CREATE_OPTIONS, Choice, passphrase};
-use volume::{Place, Volume};
+use options::{Algorithms, CREATE_OPTIONS, VolumeOptions, passphrase};
+use volume::{Volume, VolumeLocation};
 
 /// The format's entry in the table.
 #[derive(Debug)]
@@ -70,12 +70,12 @@ impl Format for Luks {
             _ if request.no_data => None,
             id => Some(passphrase(request.objects, id, "key-secret")?),
         };
-        let place = Place {
+        let location = VolumeLocation {
             detached: separate.is_some(),
             device: separate.unwrap_or_else(|| Arc::clone(&request.file)),
             offset: 0,
         };
-        let volume = Volume::open(place, passphrase)?;
+        let volume = Volume::open(location, passphrase)?;
         let start = volume.payload_offset();
         if align_up(request.file.len(), SECTOR as u64) < start {
             return Err(Error::from_errno(errno::EIO).context("Could not refresh total sector count"));
@@ -96,7 +96,7 @@ impl Format for Luks {
     }
 
     fn measure(&self, options: &Options, source: MeasureSource<'_>, objects: &Objects) -> Result<Measure> {
-        let (algorithms, _) = wanted(options, objects)?;
+        let (algorithms, _) = algorithms_and_passphrase(options, objects)?;
         let len = Volume::header_len(&algorithms)
             .checked_add(source.len())
             .ok_or_else(|| Error::from_errno(errno::EFBIG))?;
@@ -110,40 +110,40 @@ impl Format for Luks {
 
 /// Writes a new image to `file`.
 fn create(request: &CreateRequest<'_>, file: Arc<dyn Device>) -> Result<()> {
-    let (algorithms, passphrase) = wanted(request.options, request.objects)?;
+    let (algorithms, passphrase) = algorithms_and_passphrase(request.options, request.objects)?;
     let len = Volume::header_len(&algorithms)
         .checked_add(request.size)
         .filter(|len| i64::try_from(*len).is_ok())
         .ok_or_else(|| Error::new(ErrorKind::Limit, "The requested file size is too large"))?;
     if file.is_zero_when_new() {
-        let word = request.options.text("preallocation").unwrap_or("off");
-        let preallocation = match Preallocation::from_name(word) {
-            // There are no tables besides the header.
+        let name = request.options.text("preallocation").unwrap_or("off");
+        let preallocation = match Preallocation::from_name(name) {
+            // The header is the only metadata.
             Some(Preallocation::Metadata) => Preallocation::Off,
             Some(preallocation) => preallocation,
-            None => return Err(Error::invalid(format!("invalid parameter value: {word}"))),
+            None => return Err(Error::invalid(format!("invalid parameter value: {name}"))),
         };
         file.resize(len, preallocation)?;
     } else if len > file.len() {
         return Err(Error::unsupported("Cannot grow device files"));
     }
-    let place = Place {
+    let location = VolumeLocation {
         device: file,
         offset: 0,
         detached: false,
     };
-    Volume::create(place, &algorithms, passphrase).map(|_| ())
+    Volume::create(location, &algorithms, passphrase).map(|_| ())
 }
 
-/// What a new volume is like and the passphrase for it.
-fn wanted<'a>(options: &Options, objects: &'a Objects) -> Result<(Algorithms, &'a [u8])> {
-    let choice = Choice::read(options, "")?;
-    // As there: the option is listed, but only managers of virtual machines can use it.
+/// The algorithms of a new volume and its passphrase.
+fn algorithms_and_passphrase<'a>(options: &Options, objects: &'a Objects) -> Result<(Algorithms, &'a [u8])> {
+    let volume_options = VolumeOptions::read(options, "")?;
+    // As in qemu-img: the option is listed, but only QEMU's monitor can use it.
     if options.is_given("detached-header") {
         return Err(Error::invalid("Parameter 'detached-header' is unexpected"));
     }
     let passphrase = passphrase(objects, options.text("key-secret"), "key-secret")?;
-    Ok((choice.algorithms()?, passphrase))
+    Ok((volume_options.algorithms()?, passphrase))
 }
 
 /// An opened image.

@@ -1,4 +1,4 @@
-//! What a new volume is like: the options of `create`, which qcow2 has too, with a prefix.
+//! The options of a new volume. qcow2 has the same options with the prefix `encrypt.`.
 
 use crate::encryption::{CipherAlg, CipherMode, CipherSpec, HashAlg, IvAlg};
 use diskimage_core::options::{OptionDef, OptionKind, Options};
@@ -42,18 +42,19 @@ pub(super) const CREATE_OPTIONS: &[OptionDef] = &[
 pub(crate) struct Algorithms {
     /// How the payload is encrypted.
     pub(crate) spec: CipherSpec,
-    /// The hash of key derivation.
+    /// The hash for key derivation.
     pub(crate) hash: HashAlg,
-    /// How many milliseconds deriving a key should take.
+    /// How many milliseconds the derivation of a key should take.
     pub(crate) iter_time: u64,
 }
 
-/// What deriving a key takes if nobody says, in milliseconds.
+/// The default of `iter-time`, in milliseconds.
 pub(super) const DEFAULT_ITER_TIME: u64 = 2000;
 
-/// What the options of a new volume say, before it is known whether there is such a thing.
+/// The parsed options of a new volume. Whether this program supports the combination is checked in
+/// [`VolumeOptions::algorithms`].
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Choice<'a> {
+pub(crate) struct VolumeOptions<'a> {
     cipher: &'a str,
     mode: CipherMode,
     iv: IvAlg,
@@ -62,21 +63,21 @@ pub(crate) struct Choice<'a> {
     iter_time: u64,
 }
 
-impl<'a> Choice<'a> {
+impl<'a> VolumeOptions<'a> {
     /// Reads the options whose names start with `prefix`: none for LUKS itself, `encrypt.` for qcow2.
     ///
     /// # Errors
-    /// Words that an option does not take.
+    /// Values that an option does not accept.
     pub(crate) fn read(options: &'a Options, prefix: &str) -> Result<Self> {
-        let word = |name: &str| options.text(&format!("{prefix}{name}"));
-        let cipher = word("cipher-alg").unwrap_or("aes-256");
-        if CipherAlg::from_name(cipher).is_none() && !NOT_THERE.contains(&cipher) {
+        let value = |name: &str| options.text(&format!("{prefix}{name}"));
+        let cipher = value("cipher-alg").unwrap_or("aes-256");
+        if CipherAlg::from_name(cipher).is_none() && !UNSUPPORTED.contains(&cipher) {
             return Err(not_accepted("cipher-alg", cipher));
         }
-        let mode = one_of(word("cipher-mode"), "cipher-mode", CipherMode::from_name)?;
-        let iv = one_of(word("ivgen-alg"), "ivgen-alg", IvAlg::from_name)?;
-        let iv_hash = one_of(word("ivgen-hash-alg"), "ivgen-hash-alg", HashAlg::from_name)?;
-        let hash = one_of(word("hash-alg"), "hash-alg", HashAlg::from_name)?;
+        let mode = one_of(value("cipher-mode"), "cipher-mode", CipherMode::from_name)?;
+        let iv = one_of(value("ivgen-alg"), "ivgen-alg", IvAlg::from_name)?;
+        let iv_hash = one_of(value("ivgen-hash-alg"), "ivgen-hash-alg", HashAlg::from_name)?;
+        let hash = one_of(value("hash-alg"), "hash-alg", HashAlg::from_name)?;
         let iter_time = options.number(&format!("{prefix}iter-time"));
         Ok(Self {
             cipher,
@@ -88,10 +89,10 @@ impl<'a> Choice<'a> {
         })
     }
 
-    /// The algorithms.
+    /// Returns the algorithms.
     ///
     /// # Errors
-    /// Ciphers that there is no place for in LUKS, and algorithms that do not go together.
+    /// Ciphers that LUKS does not support, and combinations that do not work.
     pub(crate) fn algorithms(self) -> Result<Algorithms> {
         let cipher = CipherAlg::from_name(self.cipher)
             .ok_or_else(|| Error::unsupported(format!("Algorithm '{}' not supported", self.cipher)))?;
@@ -119,17 +120,17 @@ fn one_of<T>(given: Option<&str>, option: &str, find: impl Fn(&str) -> Option<T>
         .transpose()
 }
 
-fn not_accepted(option: &str, word: &str) -> Error {
-    Error::invalid(format!("Parameter '{option}' does not accept value '{word}'"))
+fn not_accepted(option: &str, value: &str) -> Error {
+    Error::invalid(format!("Parameter '{option}' does not accept value '{value}'"))
 }
 
-/// Ciphers that have a name but no place in LUKS.
-const NOT_THERE: [&str; 3] = ["des", "3des", "sm4"];
+/// Ciphers whose names the option accepts, but which LUKS does not support.
+const UNSUPPORTED: [&str; 3] = ["des", "3des", "sm4"];
 
-/// The passphrase: the secret that the option `key-secret` names, which may have a prefix.
+/// Returns the passphrase: the secret whose ID is `key_secret`. `option` is the option's full name, for the message.
 ///
 /// # Errors
-/// No such secret, and no name at all.
+/// An unknown secret, and no ID at all.
 pub(crate) fn passphrase<'a>(
     objects: &'a Objects,
     key_secret: Option<&str>,

@@ -1,4 +1,5 @@
-//! Volumes in memory: what is written is read again, slots change as they should, and no crash or failure loses the key.
+//! Volumes in memory: written data is read again, slots change as asked, and no crash and no failed write loses the
+//! key.
 
 use std::sync::Arc;
 
@@ -9,7 +10,7 @@ use diskimage_testing::{Fault, FaultyDevice, Journal, RecordingDevice};
 
 use super::amend::{AMEND_OPTIONS, SlotChange};
 use super::options::Algorithms;
-use super::volume::{Place, Volume};
+use super::volume::{Volume, VolumeLocation};
 use crate::encryption::encrypted_device::EncryptedDevice;
 
 const SMALL: Algorithms = Algorithms {
@@ -23,8 +24,8 @@ const SMALL: Algorithms = Algorithms {
     iter_time: 0,
 };
 
-fn at(device: Arc<dyn Device>) -> Place {
-    Place {
+fn at(device: Arc<dyn Device>) -> VolumeLocation {
+    VolumeLocation {
         device,
         offset: 0,
         detached: false,
@@ -35,7 +36,7 @@ fn at(device: Arc<dyn Device>) -> Place {
 fn new_volume() -> Vec<u8> {
     let memory = Arc::new(MemoryDevice::new(vec![0; 1 << 20]));
     let device: Arc<dyn Device> = Arc::<MemoryDevice>::clone(&memory);
-    Volume::create(at(device), &SMALL, b"old").expect("is made");
+    Volume::create(at(device), &SMALL, b"old").expect("creates");
     memory.contents()
 }
 
@@ -65,7 +66,7 @@ fn change(device: Arc<dyn Device>, list: &str, force: bool) -> Result<(), String
 const CHANGES: [(&str, bool); 4] = [
     ("state=active,new-secret=new,iter-time=0", false),
     ("state=active,new-secret=new,keyslot=6,iter-time=0", false),
-    // Over the only key there is.
+    // Overwrites the only active slot.
     ("state=active,new-secret=new,keyslot=0,iter-time=0", true),
     ("state=inactive,keyslot=5", true),
 ];
@@ -129,7 +130,7 @@ fn slots_are_filled_and_erased() {
 }
 
 #[test]
-fn changes_are_refused_in_the_originals_words() {
+fn changes_are_refused_with_qemu_imgs_messages() {
     let memory = Arc::new(MemoryDevice::new(new_volume()));
     for (list, message) in [
         ("new-secret=new", "Parameter 'state' is missing"),
@@ -189,7 +190,7 @@ fn changes_are_refused_in_the_originals_words() {
 }
 
 #[test]
-fn a_view_reads_what_was_written_at_any_offset() {
+fn a_view_reads_back_writes_at_any_offset() {
     let device: Arc<dyn Device> = Arc::new(MemoryDevice::new(new_volume()));
     let volume = Volume::open(at(Arc::clone(&device)), Some(b"old")).expect("unlocks");
     let cipher = Arc::clone(volume.cipher().expect("unlocked"));

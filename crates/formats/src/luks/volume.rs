@@ -1,12 +1,12 @@
-//! A LUKS volume: the header and the key slots, wherever they lie.
+//! A LUKS volume: the header and the key slots, at any offset of any file.
 //!
 //! ```text
 //!   offset                                            payload offset (or in another file)
 //!   |header|  |slot 0|  |slot 1|  ...  |slot 7|       |-------------- payload --------------|
 //! ```
 //!
-//! A slot has the master key, split and encrypted with a key that comes from a passphrase. Slots change one at a time,
-//! and what is in the header about one slot is written on its own, so that no failure touches another slot:
+//! A slot holds the master key, split and encrypted with a key derived from a passphrase. Slots change one at a time,
+//! and a slot's entry in the header is written alone, so a failed write never damages another slot:
 //!
 //! ```text
 //!   adding    material, flush, slot becomes active, flush
@@ -28,7 +28,7 @@ use super::options::Algorithms;
 #[derive(Debug)]
 pub(crate) struct Volume {
     device: Arc<dyn Device>,
-    /// Where the header starts on the device.
+    /// The offset of the header on the device.
     offset: u64,
     /// Whether the payload is on another device.
     detached: bool,
@@ -36,7 +36,7 @@ pub(crate) struct Volume {
     unlocked: Option<Unlocked>,
 }
 
-/// What a passphrase leads to.
+/// The keys of a volume that a passphrase unlocked.
 struct Unlocked {
     master_key: Zeroizing<Vec<u8>>,
     cipher: Arc<SectorCipher>,
@@ -48,35 +48,35 @@ impl std::fmt::Debug for Unlocked {
     }
 }
 
-/// Where a volume lies.
+/// Where the header of a volume is.
 #[derive(Clone, Debug)]
-pub(crate) struct Place {
+pub(crate) struct VolumeLocation {
     /// The device with the header.
     pub(crate) device: Arc<dyn Device>,
-    /// Where the header starts there.
+    /// The offset of the header there.
     pub(crate) offset: u64,
     /// Whether the payload is on another device.
     pub(crate) detached: bool,
 }
 
-/// Fewer rounds are never done.
+/// The least number of rounds of a key derivation.
 const MIN_ITERATIONS: u64 = 1000;
-/// The digest of the master key gets a part of the time that a slot gets.
+/// Deriving the digest of the master key takes this fraction of a slot's time.
 const DIGEST_SHARE: u64 = 8;
 
 impl Volume {
-    /// Opens a volume; without a passphrase only to tell what it is.
+    /// Opens a volume. Without a passphrase the volume stays locked: only its facts can be read.
     ///
     /// # Errors
-    /// What is wrong with the header, and a passphrase that opens no slot.
-    pub(crate) fn open(place: Place, passphrase: Option<&[u8]>) -> Result<Self> {
+    /// A header that is invalid, and a passphrase that unlocks no slot.
+    pub(crate) fn open(location: VolumeLocation, passphrase: Option<&[u8]>) -> Result<Self> {
         let mut bytes = [0; HEADER_LEN];
-        place.device.read_padded(&mut bytes, place.offset)?;
-        let header = Header::parse(&bytes, place.detached)?;
+        location.device.read_padded(&mut bytes, location.offset)?;
+        let header = Header::parse(&bytes, location.detached)?;
         let mut volume = Self {
-            device: place.device,
-            offset: place.offset,
-            detached: place.detached,
+            device: location.device,
+            offset: location.offset,
+            detached: location.detached,
             header: Mutex::new(header),
             unlocked: None,
         };
@@ -86,16 +86,20 @@ impl Volume {
         Ok(volume)
     }
 
-    /// How many bytes the header and the slots take: where the payload of a new volume starts.
+    /// The length of the header and the key slots in bytes, which is the payload offset of a new volume.
     pub(crate) fn header_len(algorithms: &Algorithms) -> u64 {
         material_offset(algorithms.spec.key_len(), SLOTS)
     }
 
-    /// Makes a volume with a new master key, which `passphrase` unlocks.
+    /// Creates a volume with a new master key that `passphrase` unlocks.
     ///
     /// # Errors
-    /// Algorithms that do not go together, iteration times out of range, failures to write.
-    pub(crate) fn create(place: Place, algorithms: &Algorithms, passphrase: &[u8]) -> Result<Self> {
+    /// Algorithms that cannot be combined, iteration times out of range, failed writes.
+    pub(crate) fn create(
+        location: VolumeLocation,
+        algorithms: &Algorithms,
+        passphrase: &[u8],
+    ) -> Result<Self> {
         let spec = algorithms.spec;
         let key_len = spec.key_len();
         let mut master_key = Zeroizing::new(vec![0; key_len]);
@@ -114,7 +118,7 @@ impl Volume {
         let header = Header {
             spec,
             hash: algorithms.hash,
-            payload_offset: if place.detached {
+            payload_offset: if location.detached {
                 0
             } else {
                 Self::header_len(algorithms)
@@ -132,11 +136,11 @@ impl Volume {
                 material: material_offset(key_len, number),
             }),
         };
-        place.device.write_at(&header.to_bytes(), place.offset)?;
+        location.device.write_at(&header.to_bytes(), location.offset)?;
         let volume = Self {
-            device: place.device,
-            offset: place.offset,
-            detached: place.detached,
+            device: location.device,
+            offset: location.offset,
+            detached: location.detached,
             header: Mutex::new(header),
             unlocked: Some(Unlocked { master_key, cipher }),
         };
@@ -149,7 +153,7 @@ impl Volume {
         self.unlocked.as_ref().map(|unlocked| &unlocked.cipher)
     }
 
-    /// Where the payload starts, counted from the header; 0 if it is on another device.
+    /// The offset of the payload from the start of the header; 0 if the payload is on another device.
     pub(crate) fn payload_offset(&self) -> u64 {
         self.header().payload_offset
     }
@@ -159,7 +163,7 @@ impl Volume {
         self.detached
     }
 
-    /// What the header says now.
+    /// Locks the header as it is in memory.
     pub(super) fn header(&self) -> MutexGuard<'_, Header> {
         self.header.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -178,10 +182,10 @@ impl Volume {
         ))
     }
 
-    /// The master key, if the slot is active and `passphrase` is its own.
+    /// Returns the master key if the slot is active and `passphrase` unlocks it.
     ///
     /// # Errors
-    /// Failures to read, and a cipher that there is not.
+    /// Failed reads, and an unsupported cipher.
     pub(super) fn open_slot(&self, number: usize, passphrase: &[u8]) -> Result<Option<Zeroizing<Vec<u8>>>> {
         let header = self.header().clone();
         let slot = header.slots[number];
@@ -206,11 +210,11 @@ impl Volume {
         Ok((digest[..] == header.digest).then_some(master_key))
     }
 
-    /// Puts the master key into a slot, for `passphrase`. `iter_time` is how many milliseconds the derivation of its key
-    /// should take.
+    /// Stores the master key in a slot that `passphrase` unlocks. The derivation of the slot's key should take
+    /// `iter_time` milliseconds.
     ///
     /// # Errors
-    /// A volume that is not unlocked, times out of range, failures to write.
+    /// A volume that is locked, times out of range, failed writes.
     pub(super) fn fill_slot(&self, number: usize, passphrase: &[u8], iter_time: u64) -> Result<()> {
         let Some(unlocked) = &self.unlocked else {
             return Err(Error::invalid("The volume is locked"));
@@ -242,10 +246,10 @@ impl Volume {
         self.write_slot(number, slot)
     }
 
-    /// Destroys the key in a slot.
+    /// Destroys the key in a slot and makes the slot inactive.
     ///
     /// # Errors
-    /// Failures to write.
+    /// Failed writes.
     pub(super) fn erase_slot(&self, number: usize) -> Result<()> {
         let (slot, key_len) = {
             let header = self.header();
@@ -267,7 +271,7 @@ impl Volume {
     }
 }
 
-/// How many rounds take `milliseconds` on this machine, divided by `share`.
+/// How many rounds this machine does in `milliseconds`, divided by `share`.
 fn iterations(algorithms: &Algorithms, len: usize, milliseconds: u64, share: u64) -> Result<u32> {
     let rate = iterations_per_second(algorithms.hash, len);
     let out_of_range = |message: String| Err(Error::from_errno(errno::ERANGE).context(message));

@@ -1,4 +1,4 @@
-//! Compressed clusters: decoding, encoding and where they go.
+//! Decodes and encodes compressed clusters.
 
 use diskimage_core::errno;
 use diskimage_core::{Encoded, Encoder, Error, Event, Result};
@@ -9,14 +9,15 @@ use crate::codec;
 
 impl Qcow2 {
     /// Decodes one cluster.
-    pub(super) fn decode_cluster(&self, encoded: &Encoded, buf: &mut [u8]) -> Result<()> {
+    pub(super) fn decode_impl(&self, encoded: &Encoded, buf: &mut [u8]) -> Result<()> {
         let damaged = || Error::from_errno(errno::EIO);
-        // Of the last compressed cluster of a file the padding to a sector may lack. Whether more does, its stream tells.
-        let there = self.file.len().saturating_sub(encoded.offset).min(encoded.stored);
-        // The entry's field for sectors holds no more than two clusters.
-        let mut bytes = vec![0; usize::try_from(there).map_err(|_| damaged())?];
+        // The file may end before the sector padding of its last compressed cluster. Decoding shows whether more is
+        // missing.
+        let in_file = self.file.len().saturating_sub(encoded.offset).min(encoded.stored);
+        // The entry's sector count bounds this to two clusters.
+        let mut bytes = vec![0; usize::try_from(in_file).map_err(|_| damaged())?];
         self.file.event(Event::READ_COMPRESSED);
-        if there > 0 {
+        if in_file > 0 {
             self.file.read_at(&mut bytes, encoded.offset)?;
         }
         let decoded = match self.header.compression {
@@ -25,22 +26,22 @@ impl Qcow2 {
         };
         decoded.or_else(|_| {
             self.file.require(encoded.offset, encoded.stored)?;
-            // One word for all that can be wrong with a stream, the original's.
+            // As in qemu-img: any damage of a stream is an I/O error.
             Err(damaged())
         })
     }
 
-    /// Checks that the file has the `stored` bytes of an encoded cluster, but for the padding to a sector.
+    /// Checks that the file contains the `stored` bytes of an encoded cluster. The padding to a sector may be missing.
     pub(super) fn require_stream(&self, offset: u64, stored: u64) -> Result<()> {
-        let there = self.file.len().next_multiple_of(512);
+        let padded_len = self.file.len().next_multiple_of(512);
         match offset.checked_add(stored) {
-            Some(end) if end <= there => Ok(()),
+            Some(end) if end <= padded_len => Ok(()),
             _ => self.file.require(offset, stored),
         }
     }
 
-    /// A new encoder.
-    pub(super) fn new_encoder(&self) -> Result<Box<dyn Encoder>> {
+    /// Returns a new encoder.
+    pub(super) fn encoder_impl(&self) -> Result<Box<dyn Encoder>> {
         match self.header.compression {
             Compression::Zlib => codec::deflate::encoder(),
             Compression::Zstd => codec::zstd::encoder(),

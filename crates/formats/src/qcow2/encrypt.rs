@@ -1,16 +1,16 @@
-//! Encryption of guest data, in one of two ways.
+//! Encryption of guest data, with LUKS or with the older AES.
 //!
 //! ```text
-//!   LUKS   header extension ──▶ |header|slots| in clusters of their own
-//!          guest data, each sector numbered by where it lies in the file that holds it
-//!   AES    nothing but a number in the header: the passphrase is the key
-//!          guest data, each sector numbered by where it is on the disk
+//!   LUKS   header extension ──▶ |header|slots| in allocated clusters
+//!          a sector's number is its host offset in sectors
+//!   AES    only a number in the header; the passphrase is the key
+//!          a sector's number is its guest offset in sectors
 //! ```
 //!
-//! So guest data is read and written through a view of the file it is in, and nothing else needs to know of it. Tables and
-//! compressed clusters are not encrypted.
+//! Guest data is read and written through an encrypting view of its file, so all other code is independent of
+//! encryption. Tables and compressed clusters are not encrypted.
 //!
-//! AES is what images had before there was LUKS; see `legacy_aes`.
+//! For AES see `legacy_aes`.
 
 use std::sync::Arc;
 
@@ -27,23 +27,23 @@ use crate::encryption::encrypted_device::EncryptedDevice;
 use crate::encryption::legacy_aes::{
     KEY_SECRET, LegacyAes, no_format, passphrase_for, unexpected, unknown_format,
 };
-use crate::luks::options::{Algorithms, Choice, passphrase};
-use crate::luks::volume::{Place, Volume};
+use crate::luks::options::{Algorithms, VolumeOptions, passphrase};
+use crate::luks::volume::{Volume, VolumeLocation};
 
-/// What encrypts the guest data of an open image.
+/// The encryption of an open image.
 #[derive(Clone, Debug)]
 pub(super) enum Encrypted {
-    /// A key that is the passphrase.
+    /// AES, whose key is the passphrase.
     Aes(LegacyAes),
-    /// A volume, unlocked unless only facts are wanted.
+    /// A LUKS volume; it is locked if the image was opened without its data.
     Luks(Arc<Volume>),
 }
 
 impl Encrypted {
-    /// What the image that is opened is encrypted with; `None` if it is not encrypted.
+    /// Opens the image's encryption; `None` if it is not encrypted.
     ///
     /// # Errors
-    /// Options that do not fit the image, a passphrase that opens nothing, damage in the volume's header.
+    /// Options that do not fit the image, a wrong passphrase, damage in the LUKS header.
     pub(super) fn open(header: &Header, request: &mut OpenRequest<'_>) -> Result<Option<Self>> {
         let found = match header.crypt {
             CryptMethod::None => None,
@@ -56,20 +56,20 @@ impl Encrypted {
             CryptMethod::Aes => return LegacyAes::new(passphrase).map(|aes| Some(Self::Aes(aes))),
             CryptMethod::Luks => {}
         }
-        let place = header
+        let extension = header
             .extensions
             .crypto
             .ok_or_else(|| Error::corrupt("Missing CRYPTO header for crypt method 2"))?;
-        let place = Place {
+        let location = VolumeLocation {
             device: Arc::clone(&request.file),
-            offset: place.offset.get(),
+            offset: extension.offset.get(),
             detached: false,
         };
-        Volume::open(place, passphrase).map(|volume| Some(Self::Luks(Arc::new(volume))))
+        Volume::open(location, passphrase).map(|volume| Some(Self::Luks(Arc::new(volume))))
     }
 
-    /// `data` as the guest sees it around the byte that is at `guest` of the disk and at `host` of `data`; `None` if
-    /// there is no key.
+    /// Returns a decrypted view of `data` for the mapping of guest offset `guest` to host offset `host`; `None` without
+    /// a key.
     pub(super) fn view(&self, data: &Arc<dyn Device>, guest: u64, host: u64) -> Option<Arc<dyn Device>> {
         match self {
             Self::Aes(aes) => aes.view(data, guest, host),
@@ -80,7 +80,7 @@ impl Encrypted {
         }
     }
 
-    /// What `info` says of it.
+    /// The facts that `info` prints.
     pub(super) fn details(&self) -> Detail {
         let (name, mut details) = match self {
             Self::Aes(_) => ("aes", Vec::new()),
@@ -98,7 +98,7 @@ impl Encrypted {
     }
 }
 
-/// How a new image is to be encrypted.
+/// The encryption of a new image.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Encryption {
     Aes,
@@ -106,29 +106,30 @@ pub(super) enum Encryption {
 }
 
 impl Encryption {
-    /// Reads the options that go with `format`.
+    /// Reads the options for `format`.
     ///
     /// # Errors
-    /// Options that do not go together, and encryption that cannot be made.
+    /// Options that cannot be combined, and unsupported algorithms.
     pub(super) fn read(format: Option<&str>, options: &Options) -> Result<Option<Self>> {
-        let of_luks = LUKS_ONLY.iter().find(|name| options.is_given(name));
+        let luks_option = LUKS_ONLY.iter().find(|name| options.is_given(name));
         match format {
-            None if of_luks.is_some() || options.is_given(KEY_SECRET) => Err(no_format()),
+            None if luks_option.is_some() || options.is_given(KEY_SECRET) => Err(no_format()),
             None => Ok(None),
-            Some("aes") => match of_luks {
+            Some("aes") => match luks_option {
                 Some(name) => Err(unexpected(name)),
                 None => Ok(Some(Self::Aes)),
             },
-            Some("luks") => Ok(Some(Self::Luks(Choice::read(options, "encrypt.")?.algorithms()?))),
+            Some("luks") => Ok(Some(Self::Luks(
+                VolumeOptions::read(options, "encrypt.")?.algorithms()?,
+            ))),
             Some(other) => Err(unknown_format(other)),
         }
     }
 
-    /// How many bytes encryption takes in an image that is only measured: only LUKS takes any, so the original looks at
-    /// nothing else.
+    /// The bytes that encryption needs in a measured image. Only LUKS needs any, so qemu-img ignores all other options.
     ///
     /// # Errors
-    /// As [`Encryption::read`], and no secret.
+    /// As [`Encryption::read`], and a missing secret.
     pub(super) fn measure(options: &Options) -> Result<u64> {
         if options.text("encrypt.format") != Some("luks") {
             return Ok(0);
@@ -138,11 +139,11 @@ impl Encryption {
                 "Parameter '{KEY_SECRET}' is required for cipher"
             )));
         }
-        let algorithms = Choice::read(options, "encrypt.")?.algorithms()?;
+        let algorithms = VolumeOptions::read(options, "encrypt.")?.algorithms()?;
         Ok(Volume::header_len(&algorithms))
     }
 
-    /// What stands in the header of an image that has no data yet; LUKS has to have its place first.
+    /// The encryption method in the header of a minimal image. LUKS is set later, once its header has clusters.
     pub(super) fn first_crypt_method(encryption: Option<&Self>) -> u32 {
         match encryption {
             Some(Self::Aes) => 1,
@@ -151,7 +152,7 @@ impl Encryption {
     }
 }
 
-/// The options of LUKS that AES does not have, in the order in which the original comes upon them.
+/// The options that only LUKS has, in the order in which qemu-img checks them.
 const LUKS_ONLY: [&str; 6] = [
     "encrypt.cipher-alg",
     "encrypt.iter-time",
@@ -162,10 +163,10 @@ const LUKS_ONLY: [&str; 6] = [
 ];
 
 impl Qcow2 {
-    /// Puts a new volume into clusters of this new image, and says so in its header.
+    /// Creates a LUKS volume in newly allocated clusters of this new image, then writes the header that refers to it.
     ///
     /// # Errors
-    /// No such secret, failures to write.
+    /// An unknown secret, failed writes.
     pub(super) fn make_volume(&self, algorithms: &Algorithms, request: &CreateRequest<'_>) -> Result<()> {
         let passphrase = passphrase(request.objects, request.options.text(KEY_SECRET), KEY_SECRET)?;
         let len = Volume::header_len(algorithms);
@@ -176,12 +177,12 @@ impl Qcow2 {
         if self.file.len() < end {
             self.file.resize(end, diskimage_core::Preallocation::Off)?;
         }
-        let place = Place {
+        let location = VolumeLocation {
             device: Arc::clone(&self.file),
             offset,
             detached: false,
         };
-        Volume::create(place, algorithms, passphrase)?;
+        Volume::create(location, algorithms, passphrase)?;
         self.write_back(&mut state)?;
         let old = self.first_cluster()?;
         let mut cluster = FirstCluster::read(&old)?;
@@ -194,7 +195,7 @@ impl Qcow2 {
         self.write_first_cluster(&old, &cluster.to_bytes()?)
     }
 
-    /// Whether there is a first L2 table: in a new image all tables are there or none.
+    /// Whether a new image has L2 tables: it has all of them or none, so the first decides.
     pub(super) fn has_tables(&self) -> bool {
         let mut state = self.lock();
         let l1 = state.l1;

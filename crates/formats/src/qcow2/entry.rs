@@ -11,35 +11,35 @@ use diskimage_core::{Encoded, Error, Result, align_down};
 
 use super::header::{Geometry, limit};
 
-/// The refcount of the cluster is exactly one: it may be written in place.
+/// The cluster has a refcount of exactly one: it may be written in place.
 pub(super) const COPIED: u64 = 1 << 63;
 pub(super) const COMPRESSED: u64 = 1 << 62;
 pub(super) const ZERO: u64 = 1;
-/// Where host offsets are in L1 and L2 entries.
+/// The bits of L1 and L2 entries that hold a host offset.
 pub(super) const OFFSET_MASK: u64 = (limit::HOST_OFFSET - 1) & !0x1ff;
 
-/// A decoded L2 entry. Host offsets are aligned to clusters.
+/// A decoded L2 entry. The host offset of an uncompressed cluster is aligned to clusters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct L2Entry {
     pub(super) kind: Cluster,
-    /// May be written in place.
+    /// Whether the cluster may be written in place.
     pub(super) copied: bool,
-    /// Subclusters of an extended entry; all ones and zeroes as fit for a standard one.
+    /// The subclusters of an extended entry; in a standard entry all subclusters are alike.
     pub(super) sub: Subclusters,
 }
 
-/// Where a cluster's bytes are.
+/// The storage of a cluster.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Cluster {
-    /// Nowhere; subclusters of an extended entry may still read as zero.
+    /// None; subclusters of an extended entry may still read as zeroes.
     None,
-    /// At this host offset, subcluster by subcluster in an extended entry.
+    /// A host cluster at this offset; in an extended entry only allocated subclusters hold data.
     Host(u64),
-    /// Compressed: host offset and bytes stored at most.
+    /// Compressed data: its host offset, and an upper bound of its length in bytes.
     Compressed { offset: u64, stored: u64 },
 }
 
-/// Which subclusters are allocated and which read as zero; never both.
+/// The subclusters that are allocated and those that read as zeroes, one bit each; no subcluster is both.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub(super) struct Subclusters {
     pub(super) allocated: u32,
@@ -60,7 +60,7 @@ impl Subclusters {
         zero: u32::MAX,
     };
 
-    /// These subclusters now hold data.
+    /// Marks the subclusters in `mask` as allocated and not zero.
     #[must_use]
     pub(super) fn with_data(self, mask: u32) -> Self {
         Self {
@@ -77,7 +77,7 @@ impl L2Entry {
         sub: Subclusters::NONE,
     };
 
-    /// A cluster at `offset` that belongs to this image alone.
+    /// An entry for a cluster at `offset` with a refcount of one.
     pub(super) fn data(offset: u64, sub: Subclusters) -> Self {
         Self {
             kind: Cluster::Host(offset),
@@ -86,17 +86,22 @@ impl L2Entry {
         }
     }
 
-    /// Decodes an entry. `guest_data` says that clusters live in an external data file, where offset 0 is valid.
+    /// Decodes an entry. `has_data_file` says that clusters are in an external data file, where offset 0 is valid.
     ///
     /// # Errors
-    /// Offsets that are not aligned, subclusters that are both, zero clusters before version 3.
-    pub(super) fn parse(words: [u64; 2], geometry: Geometry, version: u32, guest_data: bool) -> Result<Self> {
-        let [word, bitmap] = words;
-        let copied = word & COPIED != 0;
-        if word & COMPRESSED != 0 {
+    /// Unaligned offsets, subclusters that are both allocated and zero, zero clusters in version 2.
+    pub(super) fn parse(
+        numbers: [u64; 2],
+        geometry: Geometry,
+        version: u32,
+        has_data_file: bool,
+    ) -> Result<Self> {
+        let [standard, bitmap] = numbers;
+        let copied = standard & COPIED != 0;
+        if standard & COMPRESSED != 0 {
             let shift = 62 - (geometry.cluster_bits - 8);
-            let offset = word & ((1 << shift) - 1) & (limit::HOST_OFFSET - 1);
-            let sectors = ((word & (COMPRESSED - 1)) >> shift) + 1;
+            let offset = standard & ((1 << shift) - 1) & (limit::HOST_OFFSET - 1);
+            let sectors = ((standard & (COMPRESSED - 1)) >> shift) + 1;
             if offset < geometry.cluster_size() {
                 return Err(Error::corrupt(format!(
                     "Compressed cluster offset {offset:#x} lies in the header"
@@ -112,13 +117,13 @@ impl L2Entry {
                 sub: Subclusters::ALLOCATED,
             });
         }
-        let offset = word & OFFSET_MASK;
+        let offset = standard & OFFSET_MASK;
         if !offset.is_multiple_of(geometry.cluster_size()) {
             return Err(Error::corrupt(format!(
                 "Cluster allocation offset {offset:#x} unaligned"
             )));
         }
-        let is_host = offset != 0 || (guest_data && copied);
+        let is_host = offset != 0 || (has_data_file && copied);
         if copied && !is_host {
             return Err(Error::corrupt(
                 "Cluster allocation offset 0 with the flag of a cluster in use",
@@ -135,7 +140,7 @@ impl L2Entry {
                 return Err(Error::corrupt(format!("Invalid subcluster bitmap {bitmap:#x}")));
             }
             Subclusters { allocated, zero }
-        } else if word & ZERO != 0 {
+        } else if standard & ZERO != 0 {
             if version < 3 {
                 return Err(Error::corrupt("Zero cluster entry found in pre-v3 image"));
             }
@@ -148,10 +153,10 @@ impl L2Entry {
         Ok(Self { kind, copied, sub })
     }
 
-    /// The entry as stored.
-    pub(super) fn words(self, geometry: Geometry) -> [u64; 2] {
+    /// Encodes the entry: the standard entry and the subcluster bitmap.
+    pub(super) fn to_numbers(self, geometry: Geometry) -> [u64; 2] {
         let copied = if self.copied { COPIED } else { 0 };
-        let word = match self.kind {
+        let standard = match self.kind {
             Cluster::None => copied,
             Cluster::Host(offset) => offset | copied,
             Cluster::Compressed { offset, stored } => {
@@ -163,13 +168,13 @@ impl L2Entry {
         if geometry.extended_l2 {
             let whole = matches!(self.kind, Cluster::Compressed { .. });
             let bitmap = u64::from(self.sub.allocated) | u64::from(self.sub.zero) << 32;
-            [word, if whole { 0 } else { bitmap }]
+            [standard, if whole { 0 } else { bitmap }]
         } else {
-            [word | if self.sub.zero != 0 { ZERO } else { 0 }, 0]
+            [standard | if self.sub.zero != 0 { ZERO } else { 0 }, 0]
         }
     }
 
-    /// The host clusters that the entry takes: offset of the first and how many bytes, aligned to clusters.
+    /// The host clusters of the entry: the offset of the first and their length in bytes, both aligned to clusters.
     pub(super) fn host_clusters(self, geometry: Geometry) -> Option<(u64, u64)> {
         let size = geometry.cluster_size();
         match self.kind {
@@ -183,7 +188,7 @@ impl L2Entry {
     }
 }
 
-/// The compressed cluster of `entry` for the guest cluster that starts at `guest`.
+/// The encoded cluster at host offset `offset` for the guest cluster that starts at `guest`.
 pub(super) fn encoded(offset: u64, stored: u64, guest: u64, geometry: Geometry) -> Encoded {
     Encoded {
         offset,
@@ -192,6 +197,7 @@ pub(super) fn encoded(offset: u64, stored: u64, guest: u64, geometry: Geometry) 
     }
 }
 
+/// The low 32 bits of `value`.
 fn low_half(value: u64) -> u32 {
     u32::try_from(value & u64::from(u32::MAX)).unwrap_or(0)
 }
@@ -212,13 +218,13 @@ mod tests {
 
     fn round_trip(entry: L2Entry, geometry: Geometry) {
         assert_eq!(
-            L2Entry::parse(entry.words(geometry), geometry, 3, false).expect("valid"),
+            L2Entry::parse(entry.to_numbers(geometry), geometry, 3, false).expect("valid"),
             entry
         );
     }
 
     #[test]
-    fn entries_survive_a_round_trip() {
+    fn entries_round_trip() {
         round_trip(L2Entry::UNALLOCATED, PLAIN);
         round_trip(L2Entry::data(0x50000, Subclusters::ALLOCATED), PLAIN);
         round_trip(
@@ -254,7 +260,7 @@ mod tests {
     }
 
     #[test]
-    fn impossible_entries_are_refused() {
+    fn invalid_entries_are_refused() {
         assert!(L2Entry::parse([0x50200, 0], PLAIN, 3, false).is_err());
         assert!(L2Entry::parse([1, 0], PLAIN, 2, false).is_err());
         assert!(L2Entry::parse([0x50000, 0x1_0000_0001], EXTENDED, 3, false).is_err());

@@ -1,4 +1,4 @@
-//! What the image says of itself.
+//! The facts about an image.
 
 use diskimage_core::{Detail, Info, Result};
 
@@ -9,7 +9,7 @@ use super::header::feature::{Autoclear, Incompatible};
 
 impl Qcow2 {
     /// The facts that `info` prints, in its order.
-    pub(super) fn collect_info(&self) -> Result<Info> {
+    pub(super) fn info_impl(&self) -> Result<Info> {
         let header = &self.header;
         let v3 = header.version >= 3;
         let mut facts = vec![

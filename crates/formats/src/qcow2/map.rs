@@ -1,4 +1,4 @@
-//! Guest offsets to host offsets.
+//! Maps guest offsets to host offsets.
 
 use std::sync::Arc;
 
@@ -10,17 +10,17 @@ use super::header::limit;
 use crate::layer_kit::metadata_cache::{MetadataCache, Table, WriteOrder};
 use crate::layer_kit::metadata_guard::DamageReport;
 
-/// What a stretch of guest bytes is, to be joined with what follows if that is alike.
+/// How guest bytes are stored. Adjacent bytes are joined into a run if the mapping continues.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Piece {
+enum Mapping {
     Unallocated(Option<u64>),
     Zero(Option<u64>),
     Data(u64),
     Compressed { offset: u64, stored: u64, guest: u64 },
 }
 
-impl Piece {
-    /// Whether `next`, `len` bytes further on, continues this one.
+impl Mapping {
+    /// Whether the mapping `next`, `len` bytes further on, continues this one.
     fn continues(self, next: Self, len: u64) -> bool {
         match (self, next) {
             (Self::Unallocated(None), Self::Unallocated(None)) | (Self::Zero(None), Self::Zero(None)) => true,
@@ -33,19 +33,19 @@ impl Piece {
 }
 
 impl Qcow2 {
-    /// Where the bytes at the start of `range` live according to the L1 table `l1`.
+    /// Maps the start of `range` with the L1 table `l1`, as far as one run goes.
     pub(super) fn map_in(&self, tables: &mut MetadataCache, l1: Table, range: ByteRange) -> Result<Run> {
         let geometry = self.header.geometry;
-        let mut found: Option<Piece> = None;
+        let mut found: Option<Mapping> = None;
         let mut at = range.start();
         while at < range.end() {
-            // One L2 table at a time, one cluster of it at a time, one subcluster of that at a time.
+            // Goes from L2 table to L2 table; `scan_l2` goes from cluster to cluster and from subcluster to subcluster.
             let table_end = (at / geometry.l2_coverage() + 1).saturating_mul(geometry.l2_coverage());
             let Some(l2) = self.l2_table(tables, l1, at)? else {
-                if found.is_some_and(|piece| piece != Piece::Unallocated(None)) {
+                if found.is_some_and(|mapping| mapping != Mapping::Unallocated(None)) {
                     break;
                 }
-                found = Some(Piece::Unallocated(None));
+                found = Some(Mapping::Unallocated(None));
                 at = table_end;
                 continue;
             };
@@ -59,18 +59,19 @@ impl Qcow2 {
         let len = at.min(range.end()) - range.start();
         Ok(Run {
             len,
-            kind: self.run_kind(range.start(), found.unwrap_or(Piece::Unallocated(None))),
+            kind: self.run_kind(range.start(), found.unwrap_or(Mapping::Unallocated(None))),
         })
     }
 
-    /// Extends `found`, which began at `start`, by what one L2 table says of `range`; where it stops.
+    /// Extends `found`, which began at `start`, through `range` with the entries of one L2 table. Returns where it
+    /// ends.
     fn scan_l2(
         &self,
         tables: &mut MetadataCache,
         l2: Table,
         range: ByteRange,
         start: u64,
-        found: &mut Option<Piece>,
+        found: &mut Option<Mapping>,
     ) -> Result<u64> {
         let geometry = self.header.geometry;
         let step = geometry.subcluster_size();
@@ -79,7 +80,7 @@ impl Qcow2 {
             let index = (at % geometry.l2_coverage()) >> geometry.cluster_bits;
             let entry = match found {
                 None => self.read_entry(tables, l2, index)?,
-                // What is wrong with a later entry is told when it is asked for.
+                // Damage in a later entry ends the run. It is reported when that entry is mapped itself.
                 Some(_) => match self.parse_entry(tables, l2, index)? {
                     Ok(entry) => entry,
                     Err(_) => return Ok(at),
@@ -97,10 +98,10 @@ impl Qcow2 {
                 } else {
                     (at - at % step + step).min(end)
                 };
-                let piece = piece_at(entry, guest, at, step);
+                let mapping = mapping_at(entry, guest, at, step);
                 match *found {
-                    None => *found = Some(piece),
-                    Some(piece_before) if piece_before.continues(piece, at - start) => {}
+                    None => *found = Some(mapping),
+                    Some(before) if before.continues(mapping, at - start) => {}
                     Some(_) => return Ok(at),
                 }
                 at = next;
@@ -109,17 +110,17 @@ impl Qcow2 {
         Ok(at)
     }
 
-    fn run_kind(&self, start: u64, piece: Piece) -> RunKind {
-        let place = |offset| (self.data_at(start, offset), offset);
-        match piece {
-            Piece::Unallocated(host) => RunKind::Unallocated {
-                host: host.map(place),
+    fn run_kind(&self, start: u64, mapping: Mapping) -> RunKind {
+        let host_of = |offset| (self.data_at(start, offset), offset);
+        match mapping {
+            Mapping::Unallocated(host) => RunKind::Unallocated {
+                host: host.map(host_of),
             },
-            Piece::Zero(host) => RunKind::Zero {
-                host: host.map(place),
+            Mapping::Zero(host) => RunKind::Zero {
+                host: host.map(host_of),
             },
-            // Clusters that were set aside but never written are holes of the file; its tables cannot know.
-            Piece::Data(offset) => RunKind::Data {
+            // Clusters that were allocated but never written are holes of the file, which the tables do not record.
+            Mapping::Data(offset) => RunKind::Data {
                 device: self.data_at(start, offset),
                 offset,
                 holes: if self.is_sparse() {
@@ -128,7 +129,7 @@ impl Qcow2 {
                     HoleMeaning::Ignored
                 },
             },
-            Piece::Compressed {
+            Mapping::Compressed {
                 offset,
                 stored,
                 guest,
@@ -136,8 +137,8 @@ impl Qcow2 {
         }
     }
 
-    /// Whether much of what the tables call data has no storage, as after preallocating only tables: then holes of the
-    /// file are worth looking for. Asked once; the thresholds are those at which the original starts to look.
+    /// Whether many data clusters have no storage, as after `preallocation=metadata`: then the file's holes are
+    /// queried. The answer is cached; the thresholds are qemu-img's.
     fn is_sparse(&self) -> bool {
         *self.sparse.get_or_init(|| {
             let size = self.header.geometry.cluster_size();
@@ -148,7 +149,7 @@ impl Qcow2 {
         })
     }
 
-    /// The device with guest data as the guest sees it. The byte at `guest` of the disk is at `host` there.
+    /// The decrypted device for the mapping of guest offset `guest` to host offset `host`.
     pub(super) fn data_at(&self, guest: u64, host: u64) -> Arc<dyn Device> {
         self.encrypted
             .as_ref()
@@ -156,7 +157,7 @@ impl Qcow2 {
             .unwrap_or_else(|| Arc::clone(&self.data))
     }
 
-    /// The L2 table for guest offset `guest`, if there is one.
+    /// The L2 table for guest offset `guest`, if it exists.
     pub(super) fn l2_table(
         &self,
         tables: &mut MetadataCache,
@@ -168,7 +169,7 @@ impl Qcow2 {
         self.l2_at(entry & OFFSET_MASK, index)
     }
 
-    /// The L2 table at host offset `offset`, which stands in entry `index` of an L1 table; none if it is 0.
+    /// The L2 table at host offset `offset`, read from entry `index` of an L1 table; `None` if the offset is 0.
     pub(super) fn l2_at(&self, offset: u64, index: u64) -> Result<Option<Table>> {
         let len = self.header.geometry.cluster_size();
         if offset == 0 {
@@ -189,16 +190,16 @@ impl Qcow2 {
         }))
     }
 
-    /// Entry `index` of an L2 table.
+    /// Reads entry `index` of an L2 table.
     pub(super) fn read_entry(&self, tables: &mut MetadataCache, l2: Table, index: u64) -> Result<L2Entry> {
         self.parse_entry(tables, l2, index)?.map_err(|error| {
-            let place = format!("(L2 offset: {}, L2 index: {})", hex(l2.offset), hex(index));
-            self.corruption.met(&format!("{error} {place}"))
+            let position = format!("(L2 offset: {}, L2 index: {})", hex(l2.offset), hex(index));
+            self.corruption.met(&format!("{error} {position}"))
         })
     }
 
-    /// As [`Qcow2::read_entry`], for a cluster at `guest` of the disk that is about to be written: an unaligned one that
-    /// would be written in place is told in the words that qemu-img has for that.
+    /// As [`Qcow2::read_entry`], for a cluster at guest offset `guest` that is about to be written. For an unaligned
+    /// cluster that would be written in place it has qemu-img's message for that case.
     pub(super) fn read_entry_to_write(
         &self,
         tables: &mut MetadataCache,
@@ -207,10 +208,10 @@ impl Qcow2 {
         guest: u64,
     ) -> Result<L2Entry> {
         let geometry = self.header.geometry;
-        let word = tables.number(l2, index * geometry.l2_entry_size())?;
-        let offset = word & OFFSET_MASK;
-        if word & (COPIED | COMPRESSED) == COPIED && !offset.is_multiple_of(geometry.cluster_size()) {
-            let noun = match word & ZERO {
+        let standard = tables.number(l2, index * geometry.l2_entry_size())?;
+        let offset = standard & OFFSET_MASK;
+        if standard & (COPIED | COMPRESSED) == COPIED && !offset.is_multiple_of(geometry.cluster_size()) {
+            let noun = match standard & ZERO {
                 ZERO if !geometry.extended_l2 => "Preallocated zero",
                 _ => "Data",
             };
@@ -222,18 +223,18 @@ impl Qcow2 {
         self.read_entry(tables, l2, index)
     }
 
-    /// Entry `index` of an L2 table, or what is wrong with it.
+    /// Reads entry `index` of an L2 table. The inner error is damage of the entry, which is not reported yet.
     fn parse_entry(&self, tables: &mut MetadataCache, l2: Table, index: u64) -> Result<Result<L2Entry>> {
         let geometry = self.header.geometry;
         let at = index * geometry.l2_entry_size();
-        let word = tables.number(l2, at)?;
+        let standard = tables.number(l2, at)?;
         let bitmap = if geometry.extended_l2 {
             tables.number(l2, at + 8)?
         } else {
             0
         };
         Ok(L2Entry::parse(
-            [word, bitmap],
+            [standard, bitmap],
             geometry,
             self.header.version,
             self.has_data_file(),
@@ -250,8 +251,8 @@ impl Qcow2 {
     ) -> Result<()> {
         let geometry = self.header.geometry;
         let at = index * geometry.l2_entry_size();
-        let [word, bitmap] = entry.words(geometry);
-        tables.set_number(l2, at, word)?;
+        let [standard, bitmap] = entry.to_numbers(geometry);
+        tables.set_number(l2, at, standard)?;
         if geometry.extended_l2 {
             tables.set_number(l2, at + 8, bitmap)
         } else {
@@ -260,26 +261,27 @@ impl Qcow2 {
     }
 }
 
-/// What lies at guest offset `at` of the cluster that starts at `guest`.
-fn piece_at(entry: L2Entry, guest: u64, at: u64, subcluster: u64) -> Piece {
+/// The mapping of guest offset `at` in the cluster that starts at `guest`.
+fn mapping_at(entry: L2Entry, guest: u64, at: u64, subcluster: u64) -> Mapping {
+    // A cluster has 32 subclusters, so the shift is below 32.
     let bit = 1u32
         .checked_shl(u32::try_from((at - guest) / subcluster).unwrap_or(0))
         .unwrap_or(0);
     match entry.kind {
-        Cluster::Compressed { offset, stored } => Piece::Compressed {
+        Cluster::Compressed { offset, stored } => Mapping::Compressed {
             offset,
             stored,
             guest,
         },
-        Cluster::Host(offset) if entry.sub.zero & bit != 0 => Piece::Zero(Some(offset + (at - guest))),
-        Cluster::Host(offset) if entry.sub.allocated & bit != 0 => Piece::Data(offset + (at - guest)),
-        Cluster::None if entry.sub.zero & bit != 0 => Piece::Zero(None),
-        Cluster::Host(offset) => Piece::Unallocated(Some(offset + (at - guest))),
-        Cluster::None => Piece::Unallocated(None),
+        Cluster::Host(offset) if entry.sub.zero & bit != 0 => Mapping::Zero(Some(offset + (at - guest))),
+        Cluster::Host(offset) if entry.sub.allocated & bit != 0 => Mapping::Data(offset + (at - guest)),
+        Cluster::None if entry.sub.zero & bit != 0 => Mapping::Zero(None),
+        Cluster::Host(offset) => Mapping::Unallocated(Some(offset + (at - guest))),
+        Cluster::None => Mapping::Unallocated(None),
     }
 }
 
-/// A number as C prints it with `%#x`.
+/// Formats a number like C's `%#x`: 0 has no prefix.
 pub(super) fn hex(number: u64) -> String {
     if number == 0 {
         "0".to_owned()

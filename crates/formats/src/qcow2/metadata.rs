@@ -6,15 +6,15 @@
 //!       └────────────┴──► MetadataCache      pages of all tables, written back in crash order
 //! ```
 //!
-//! Refcounts are entries of tables, so each of their operations needs the cache. Whoever allocates or releases clusters goes
-//! through this type, which holds both.
+//! Refcounts are entries of tables, so each of their operations needs the cache. This type holds both; all allocations
+//! and releases of clusters go through it.
 
 use std::sync::Arc;
 
 use diskimage_core::{Device, Result};
 
 use super::header::Header;
-use super::refcount::{Change, Refcounts};
+use super::refcount::{RefcountChange, Refcounts};
 use crate::layer_kit::metadata_cache::{MetadataCache, Table};
 use crate::layer_kit::metadata_guard::Kind;
 
@@ -26,7 +26,7 @@ pub(super) struct Metadata {
 }
 
 impl Metadata {
-    /// That of the image with this header in `file`; guest data is in `data`. Nothing is read.
+    /// The metadata of the image with this header in `file`; guest data is in `data`. Nothing is read.
     pub(super) fn new(header: &Header, file: &Arc<dyn Device>, data: &Arc<dyn Device>) -> Self {
         Self {
             cache: MetadataCache::new(Arc::clone(file), Arc::clone(data)),
@@ -34,7 +34,8 @@ impl Metadata {
         }
     }
 
-    /// Allocates `count` clusters in a row, for metadata of the kind `kind` or for guest data; the offset of the first.
+    /// Allocates a run of `count` clusters, for metadata of the kind `kind` or for guest data. Returns the offset of
+    /// the first.
     ///
     /// # Errors
     /// A file that cannot grow any more, and damage.
@@ -42,7 +43,7 @@ impl Metadata {
         self.refcounts.allocate(&mut self.cache, count, kind)
     }
 
-    /// Allocates room for `len` bytes of a compressed cluster, behind the one before if that has room left.
+    /// Allocates `len` bytes for a compressed cluster. See [`Refcounts::allocate_bytes`].
     ///
     /// # Errors
     /// As [`Metadata::allocate`].
@@ -50,7 +51,7 @@ impl Metadata {
         self.refcounts.allocate_bytes(&mut self.cache, len)
     }
 
-    /// Counts each cluster that `len` bytes from `offset` on touch down by one. See [`Refcounts::release`].
+    /// Decrements the refcount of each cluster that `len` bytes from `offset` on touch. See [`Refcounts::release`].
     ///
     /// # Errors
     /// Failures to read or write refcount blocks.
@@ -58,7 +59,7 @@ impl Metadata {
         self.refcounts.release(&mut self.cache, offset, len)
     }
 
-    /// Releases a new table that nothing refers to. What cannot be counted down leaks, which is harmless.
+    /// Releases a new table to which nothing refers. If that fails, its clusters leak, which is harmless.
     pub(super) fn release_new_table(&mut self, table: Table) {
         self.cache.forget(table);
         let released = self.release(table.offset, table.len);
@@ -73,30 +74,31 @@ impl Metadata {
         self.refcounts.count(&mut self.cache, cluster)
     }
 
-    /// Checks that `count` clusters from `first` on can be counted `change`. See [`Refcounts::check_run`].
+    /// Checks that the refcounts of `count` clusters from `first` on can be changed. See [`Refcounts::check_run`].
     ///
     /// # Errors
-    /// Clusters that are not counted, or counts at their limit.
-    pub(super) fn check_run(&mut self, first: u64, count: u64, change: Change) -> Result<()> {
+    /// Clusters with a refcount of zero, or refcounts at their maximum.
+    pub(super) fn check_run(&mut self, first: u64, count: u64, change: RefcountChange) -> Result<()> {
         self.refcounts.check_run(&mut self.cache, first, count, change)
     }
 
-    /// Changes the refcounts of `count` clusters from `first` on, and calls `freed` for each that is free then, in order.
+    /// Changes the refcounts of `count` clusters from `first` on, and calls `freed` for each that is free then, in
+    /// order.
     ///
     /// # Errors
-    /// As [`Metadata::check_run`]; the clusters before the one that is wrong are changed.
+    /// As [`Metadata::check_run`]; the clusters before the failed one are changed.
     pub(super) fn change_run(
         &mut self,
         first: u64,
         count: u64,
-        change: Change,
+        change: RefcountChange,
         freed: impl FnMut(u64),
     ) -> Result<()> {
         self.refcounts
             .change_run(&mut self.cache, first, count, change, freed)
     }
 
-    /// Whether any cluster from `first` on has a refcount above zero, or there are blocks that could hold one.
+    /// Whether any cluster from `first` on has a refcount above zero, or has a block that could hold one.
     ///
     /// # Errors
     /// Failures to read, and damage in the refcount table.
@@ -112,7 +114,7 @@ impl Metadata {
         self.refcounts.has_free_before_end(&mut self.cache)
     }
 
-    /// Unlinks and releases the refcount blocks all of whose counts are zero.
+    /// Frees the refcount blocks whose refcounts are all zero.
     ///
     /// # Errors
     /// Failures to read or write.
@@ -120,7 +122,7 @@ impl Metadata {
         self.refcounts.drop_empty_blocks(&mut self.cache)
     }
 
-    /// Releases the refcount structure `old`, which nothing refers to any more.
+    /// Releases the refcount structures `old`, to which nothing refers any more.
     ///
     /// # Errors
     /// Failures to read or write: what is left leaks.

@@ -10,10 +10,11 @@
 //! The format is specified in QEMU's interoperability document "qcow2". One file here is one structure of it or one
 //! thing done to an image:
 //!
-//! * `header` (with features, extensions and how it is rewritten), `entry`, `refcount`: structures, as bytes and as types;
+//! * `header` (with features, extensions and its rewrites), `entry`, `refcount`: structures, as bytes and as types;
 //! * `metadata`: the cache of tables and the refcounts of an open image; `protection`: keeps writes off metadata;
-//! * `map`, `write`, `compress`: guest bytes to host bytes, and allocation for them;
-//! * `create`, `resize`, `measure`, `check`, `snapshot`, `bitmap`, `info`: operations.
+//! * `map`, `write`, `compress`: the mapping of guest bytes to host bytes, and allocation;
+//! * `create`, `resize`, `measure`, `check`, `snapshot`, `bitmap`, `info`: operations. The inherent method that does
+//!   the work of a trait method `x` is `x_impl`.
 
 mod amend;
 mod bitmap;
@@ -84,10 +85,9 @@ impl Format for Qcow2Format {
     }
 
     fn probe(&self, probe: &Probe<'_>) -> Score {
-        let version = probe
-            .head
-            .get(4..8)
-            .map_or(0, |word| word.iter().fold(0, |n, byte| n << 8 | u32::from(*byte)));
+        let version = probe.head.get(4..8).map_or(0, |field| {
+            field.iter().fold(0, |n, byte| n << 8 | u32::from(*byte))
+        });
         if probe.head.starts_with(&header::MAGIC.to_be_bytes()) && version >= 2 {
             100
         } else {
@@ -113,33 +113,33 @@ impl Format for Qcow2Format {
 
 /// An open image.
 ///
-/// `state` is held while tables are read and written, never while guest data moves. Meanwhile `claims` keeps requests apart;
-/// see there for the order of the two locks.
+/// The lock of `state` is held while tables are read and written, never during I/O of guest data. Meanwhile `claims`
+/// keeps other requests off the clusters; [`RangeClaims`] documents the order of the two locks.
 #[derive(Debug)]
 pub(crate) struct Qcow2 {
     header: Header,
     file: Arc<dyn Device>,
-    /// Guest data lives here, as it is stored; the same device as `file` unless there is an external data file.
+    /// The device with the stored guest data: the same as `file` unless the image has an external data file.
     data: Arc<dyn Device>,
-    /// What encrypts guest data, if anything does.
+    /// The encryption of guest data, if the image is encrypted.
     encrypted: Option<Encrypted>,
-    /// Whether it may be changed; no longer once it was amended.
+    /// Whether the image may be written. Cleared once it was amended.
     write: AtomicBool,
     budget: Budget,
-    /// Whether the file has far less storage than its tables say; see `map`.
+    /// Whether the file has far less storage than its tables map; see `map`.
     sparse: OnceLock<bool>,
-    /// What is done about damage.
+    /// Handles damage that requests find.
     corruption: Arc<Corruption>,
-    /// The metadata that no write may land on.
+    /// The kinds of metadata that are guarded against writes.
     overlap_checks: Kinds,
-    /// What was mended when it was opened.
+    /// The repairs that were made when the image was opened.
     notes: Vec<Note>,
-    state: Mutex<State>,
-    /// Clusters that requests in flight are about to change.
+    state: Mutex<ImageState>,
+    /// The clusters that requests in flight may change.
     claims: RangeClaims,
 }
 
-/// What an image is made of when it is opened.
+/// The parts from which an open image is assembled.
 struct Parts {
     header: Header,
     file: Arc<dyn Device>,
@@ -149,29 +149,29 @@ struct Parts {
     overlap_checks: Kinds,
 }
 
-/// What changes while an image is open.
+/// The state that changes while an image is open.
 #[derive(Debug)]
-pub(crate) struct State {
+pub(crate) struct ImageState {
     metadata: Metadata,
     size: u64,
     l1: Table,
     snapshots: SnapshotTable,
-    /// Host bytes given up. Counted down only after the tables that no longer refer to them are durable.
+    /// Freed host ranges. Their refcounts are decremented after the tables that no longer refer to them are durable.
     freed: Vec<ByteRange>,
-    /// Storage of what is given up is given back to the file system, too.
+    /// Whether the storage of freed clusters is discarded.
     punch: bool,
-    /// Bytes of L2 tables from which on snapshots change them in copies.
+    /// From this many bytes of L2 tables on, snapshots change them in copies.
     copied_from: u64,
     /// The file ends in a compressed cluster that is not padded to a sector.
     padding: bool,
-    /// Clusters that were allocated behind the end although there were free ones before it.
+    /// The number of clusters that were allocated behind the end although the file had free ones.
     appended: u64,
-    /// What is known of the persistent bitmaps.
+    /// The state of the persistent bitmaps.
     bitmaps: bitmap::Tracker,
 }
 
-impl State {
-    /// What is known from the header alone.
+impl ImageState {
+    /// The state of an image with this header. Nothing else is read.
     fn new(header: &Header, file: &Arc<dyn Device>, data: &Arc<dyn Device>) -> Self {
         Self {
             metadata: Metadata::new(header, file, data),
@@ -195,14 +195,14 @@ impl State {
     }
 }
 
-/// How many ranges of given-up clusters are collected before they are counted down.
+/// The number of freed ranges that are collected before their refcounts are decremented.
 const MAX_FREED: usize = 4096;
 
 impl Qcow2 {
     /// Opens the image on a device.
     ///
     /// # Errors
-    /// What is wrong with the header, and a data file that cannot be had.
+    /// An invalid header, and a data file that cannot be opened.
     pub(crate) fn open(mut request: OpenRequest<'_>) -> Result<Arc<Self>> {
         let header = read_header(&request.file, request.for_check)?;
         let overlap_checks = protection::overlap_check::parse(request.options, header.geometry)?;
@@ -232,11 +232,11 @@ impl Qcow2 {
         Ok(Arc::new(layer))
     }
 
-    /// The image of `parts`, of which nothing is read yet. `write` says whether it may be changed, `mark_damage` whether
-    /// damage that a request meets sets the corrupt bit.
+    /// Assembles the image from `parts` without reading anything. `write` says whether it may be written, `mark_damage`
+    /// whether damage that a request finds sets the corrupt bit.
     fn assemble(parts: Parts, write: bool, mark_damage: bool) -> Self {
         Self {
-            state: Mutex::new(State::new(&parts.header, &parts.file, &parts.data)),
+            state: Mutex::new(ImageState::new(&parts.header, &parts.file, &parts.data)),
             corruption: Arc::new(Corruption::new(&parts.header, &parts.file, mark_damage)),
             header: parts.header,
             file: parts.file,
@@ -251,7 +251,7 @@ impl Qcow2 {
         }
     }
 
-    /// What another image of the same files is made of: one with this `header`.
+    /// The parts of another layer over the same files, with this `header`.
     fn parts(&self, header: Header) -> Parts {
         Parts {
             header,
@@ -263,7 +263,7 @@ impl Qcow2 {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, ImageState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -279,17 +279,17 @@ impl Qcow2 {
         self.header.features.compatible.has(Compatible::LAZY_REFCOUNTS)
     }
 
-    /// Clears what a writer must clear, and mends an image that was not closed.
+    /// Clears unknown autoclear features, and repairs an image that was not closed.
     fn begin_writing(&mut self, for_check: bool) -> Result<()> {
         let autoclear = self.header.features.autoclear.0;
         if autoclear & !Autoclear::KNOWN != 0 {
             self.file
                 .write_at(&(autoclear & Autoclear::KNOWN).to_be_bytes(), field::AUTOCLEAR)?;
-            // Before anything that would belie them.
+            // The bits must be off before any write that they do not cover.
             self.file.flush()?;
         }
         if self.header.features.incompatible.has(Incompatible::DIRTY) && !for_check {
-            self.notes = repair_on_open::run(|progress| self.mend_dirty(progress))
+            self.notes = repair_on_open::run(|progress| self.repair_dirty(progress))
                 .context(|| "Could not repair dirty image")?;
             // A repair may have moved tables.
             self.header = read_header(&self.file, false)?;
@@ -304,7 +304,7 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// Says that refcounts may be out of date from now on, where the image allows that.
+    /// Sets the dirty bit if the image has lazy refcounts.
     fn mark_dirty(&self) -> Result<()> {
         if self.is_lazy() {
             self.corruption.set_incompatible(Incompatible::DIRTY, true)
@@ -313,12 +313,12 @@ impl Qcow2 {
         }
     }
 
-    /// Writes tables back and counts down what has been given up.
-    fn write_back(&self, state: &mut State) -> Result<()> {
+    /// Writes tables back, then decrements the refcounts of freed clusters.
+    fn write_back(&self, state: &mut ImageState) -> Result<()> {
         state.metadata.cache.write_back()?;
         if !state.freed.is_empty() {
             if state.punch {
-                self.count_uses(state)?;
+                self.ensure_references_counted(state)?;
             }
             state.metadata.cache.sync()?;
             let mut freed = std::mem::take(&mut state.freed);
@@ -334,8 +334,8 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// Gives the storage of clusters that are no longer in use back to the file system. `freed` is in order.
-    fn punch_holes(&self, state: &mut State, freed: &[ByteRange]) -> Result<()> {
+    /// Discards the storage of clusters that are no longer in use. `freed` is sorted.
+    fn punch_holes(&self, state: &mut ImageState, freed: &[ByteRange]) -> Result<()> {
         let size = self.header.geometry.cluster_size();
         let mut hole = ByteRange::new(0, 0);
         for cluster in freed
@@ -354,9 +354,9 @@ impl Qcow2 {
         self.file.discard(hole)
     }
 
-    /// Gives up host bytes, which were metadata of the kinds `own`, once nothing refers to them any more. Those that are
-    /// other metadata as well, in a damaged image, stay counted.
-    fn free_later(&self, state: &mut State, offset: u64, len: u64, own: Kinds) -> Result<()> {
+    /// Frees host bytes, which were metadata of the kinds `own`, once nothing durable refers to them. In a damaged
+    /// image, bytes that also belong to other metadata are not freed.
+    fn free_later(&self, state: &mut ImageState, offset: u64, len: u64, own: Kinds) -> Result<()> {
         let range = ByteRange::at(offset, len);
         if state.metadata.cache.is_guarded(range, own) {
             return Ok(());
@@ -394,20 +394,20 @@ impl Layer for Qcow2 {
     }
 
     fn needs_whole_file(&self) -> bool {
-        // What is counted decides where new data goes, and opening has looked at the end.
+        // Refcounts decide where new clusters are allocated, and opening has checked the end of the file.
         false
     }
 
     fn plan_write(&self, range: ByteRange) -> Result<Box<dyn WritePlan + '_>> {
-        write::plan(self, range)
+        Ok(Box::new(self.plan_write_impl(range)?))
     }
 
     fn write_zeroes(&self, range: ByteRange, mode: ZeroMode) -> Result<()> {
-        self.zero_clusters(range, mode)
+        self.write_zeroes_impl(range, mode)
     }
 
     fn discard(&self, range: ByteRange) -> Result<()> {
-        self.discard_clusters(range)
+        self.discard_impl(range)
     }
 
     fn notes(&self) -> &[Note] {
@@ -415,19 +415,19 @@ impl Layer for Qcow2 {
     }
 
     fn info(&self) -> Result<Info> {
-        self.collect_info()
+        self.info_impl()
     }
 
     fn check_resize(&self, request: &ResizeRequest) -> Result<()> {
-        self.check_size(request)
+        self.check_resize_impl(request)
     }
 
     fn resize(&self, request: &ResizeRequest) -> Result<()> {
-        self.change_size(request)
+        self.resize_impl(request)
     }
 
     fn is_zero_when_new(&self) -> bool {
-        // Clusters that were set aside and not written are zeroes to decrypt, not decrypted zeroes.
+        // Preallocated clusters hold zeroes, which do not decrypt to zeroes.
         self.encrypted.is_none() || !self.has_tables()
     }
 
@@ -466,19 +466,19 @@ impl Layer for Qcow2 {
 
 impl Codec for Qcow2 {
     fn decode(&self, encoded: &Encoded, buf: &mut [u8]) -> Result<()> {
-        self.decode_cluster(encoded, buf)
+        self.decode_impl(encoded, buf)
     }
 
     fn encoder(&self) -> Result<Option<Box<dyn Encoder>>> {
         if self.has_data_file() {
             Ok(None)
         } else {
-            self.new_encoder().map(Some)
+            self.encoder_impl().map(Some)
         }
     }
 
     fn write_encoded(&self, offset: u64, bytes: &[u8]) -> Result<()> {
-        self.write_compressed(offset, bytes)
+        self.write_encoded_impl(offset, bytes)
     }
 }
 
@@ -488,23 +488,23 @@ impl Backed for Qcow2 {
     }
 
     fn set_backing(&self, backing: Option<&Backing>) -> Result<()> {
-        self.name_backing(backing)
+        self.set_backing_impl(backing)
     }
 
     fn make_empty(&self) -> Result<()> {
-        self.give_up_all()
+        self.make_empty_impl()
     }
 }
 
 impl Check for Qcow2 {
     fn check(&self, repair: Repair, progress: &Progress<'_>) -> Result<CheckReport> {
-        self.run_check(repair, progress)
+        self.check_impl(repair, progress)
     }
 }
 
 impl Amend for Qcow2 {
     fn amend(&self, request: &AmendRequest<'_>) -> Result<()> {
-        self.amend_options(request)
+        self.amend_impl(request)
     }
 }
 
@@ -517,7 +517,7 @@ fn read_header(file: &Arc<dyn Device>, for_check: bool) -> Result<Header> {
     Header::parse(&cluster, for_check)
 }
 
-/// Opens the external data file, if the image has one and it is wanted.
+/// Opens the external data file, if the image has one and the request includes data.
 fn data_file(header: &Header, request: &mut OpenRequest<'_>) -> Result<Option<Arc<dyn Device>>> {
     let given = request.take_child("data-file");
     if !header.features.incompatible.has(Incompatible::DATA_FILE) {
@@ -543,14 +543,14 @@ fn data_file(header: &Header, request: &mut OpenRequest<'_>) -> Result<Option<Ar
     } else {
         data_permissions(request.write)
     };
-    // As there: the name is relative to the current directory, not to the image's.
+    // As in qemu-img: the name is relative to the current directory, not to the image's.
     request
         .gate
         .open_data(name.text(), request.name, permissions)
         .map(Some)
 }
 
-/// What a data file is locked for: its bytes may change under a reader, as those of a raw image may.
+/// The permissions for a data file: like a raw image, it may be written by others while it is read.
 fn data_permissions(write: bool) -> Permissions {
     let permissions = if write {
         Permissions::WRITE

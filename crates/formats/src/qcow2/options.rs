@@ -1,4 +1,4 @@
-//! The creation options, as data and as checked values.
+//! The creation options: their table, and their checked values.
 
 use diskimage_core::options::{OptionDef, OptionKind, Options};
 use diskimage_core::{Error, Preallocation, Result};
@@ -8,7 +8,7 @@ use super::header::{Compression, Geometry, limit};
 use crate::KNOWN_FORMATS;
 use crate::encryption::legacy_aes;
 
-/// The options of `create`, in the order in which the original prints their values.
+/// The options of `create`, in the order in which qemu-img prints their values.
 pub(super) const CREATE: &[OptionDef] = &[
     OptionDef::new(
         "encryption",
@@ -95,11 +95,11 @@ pub(super) const CREATE: &[OptionDef] = &[
     .or("16"),
 ];
 
-/// Extended L2 entries need subclusters of at least a sector.
+/// The least cluster size for extended L2 entries: a subcluster must not be smaller than a sector.
 pub(super) const MIN_EXTENDED_L2_CLUSTER: u64 = 512 * limit::SUBCLUSTERS;
 
-/// Whose words are used about a value that makes no sense: the original checks options of `create` as parameters of a
-/// command of its own, those of `measure` as options.
+/// Which of qemu-img's messages are used for an invalid value: qemu-img checks the options of `create` as parameters of
+/// its command `blockdev-create`, those of `measure` as options.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Wording {
     Parameters,
@@ -125,7 +125,7 @@ impl Wording {
 
 /// Checked values of the creation options.
 #[derive(Clone, Debug)]
-pub(super) struct Wanted {
+pub(super) struct CreateOptions {
     pub(super) version: u32,
     pub(super) geometry: Geometry,
     pub(super) compression: Compression,
@@ -138,15 +138,15 @@ pub(super) struct Wanted {
     pub(super) encryption: Option<Encryption>,
 }
 
-impl Wanted {
-    /// Checks options against each other, in the original's order and words.
+impl CreateOptions {
+    /// Checks the options against each other, with qemu-img's messages and in its order.
     ///
     /// # Errors
-    /// The first that does not fit.
+    /// The first option that does not fit.
     pub(super) fn parse(options: &Options, wording: Wording) -> Result<Self> {
-        // How an image that is only measured is encrypted matters for the room it takes, and for nothing else.
-        let is_made = wording == Wording::Parameters;
-        let encryption_format = if is_made {
+        // `measure` handles the options of encryption by itself.
+        let is_created = wording == Wording::Parameters;
+        let encryption_format = if is_created {
             legacy_aes::wanted_format(options)?
         } else {
             None
@@ -156,7 +156,7 @@ impl Wanted {
             None | Some("1.1" | "v3") => 3,
             Some(other) => return Err(wording.not_accepted("version", other)),
         };
-        let encryption = if is_made {
+        let encryption = if is_created {
             Encryption::read(encryption_format, options)?
         } else {
             None
@@ -193,7 +193,7 @@ impl Wanted {
         if let Some(name) = backing_format.filter(|name| !KNOWN_FORMATS.contains(name)) {
             return Err(wording.not_accepted("backing-fmt", name));
         }
-        let wanted = Self {
+        let checked = Self {
             version,
             geometry: Geometry {
                 cluster_bits,
@@ -212,8 +212,8 @@ impl Wanted {
             data_file_raw: options.flag("data_file_raw").unwrap_or(false),
             encryption,
         };
-        wanted.check_together()?;
-        Ok(wanted)
+        checked.check_together()?;
+        Ok(checked)
     }
 
     fn check_together(&self) -> Result<()> {

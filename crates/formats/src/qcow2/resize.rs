@@ -1,4 +1,4 @@
-//! Changes of size.
+//! Resizes the disk.
 
 use std::ops::Range;
 
@@ -11,13 +11,13 @@ use zerocopy::byteorder::big_endian::{U32, U64};
 
 use super::entry::L2Entry;
 use super::header::{field, limit};
-use super::{Qcow2, State};
+use super::{ImageState, Qcow2};
 use crate::layer_kit::metadata_cache::{Table, WriteOrder};
 use crate::layer_kit::metadata_guard::Kind;
 
 impl Qcow2 {
-    /// Refuses what cannot be done, before anything has changed.
-    pub(super) fn check_size(&self, request: &ResizeRequest) -> Result<()> {
+    /// Refuses an impossible resize before anything has changed.
+    pub(super) fn check_resize_impl(&self, request: &ResizeRequest) -> Result<()> {
         if !request.len.is_multiple_of(512) {
             return Err(Error::invalid("The new size must be a multiple of 512"));
         }
@@ -28,8 +28,8 @@ impl Qcow2 {
     }
 
     /// Grows or shrinks the disk.
-    pub(super) fn change_size(&self, request: &ResizeRequest) -> Result<()> {
-        self.check_size(request)?;
+    pub(super) fn resize_impl(&self, request: &ResizeRequest) -> Result<()> {
+        self.check_resize_impl(request)?;
         let mut state = self.lock();
         let old = state.size;
         if request.len != old {
@@ -41,13 +41,13 @@ impl Qcow2 {
         } else {
             self.grow_to(request)
         };
-        // Also after a failure: the bitmaps still fit the size that the disk has then.
+        // Also after a failure: the bitmaps are stored for the size that the disk has then.
         let stored = self.finish_resize(&mut self.lock(), old);
         outcome.and(stored)
     }
 
-    /// Makes the disk larger; what is new is unallocated unless preallocation is asked for, or zero where the backing image
-    /// would show.
+    /// Grows the disk. The added range is unallocated, preallocated if the request asks for it, or zero where the
+    /// backing image has bytes.
     pub(super) fn grow_to(&self, request: &ResizeRequest) -> Result<()> {
         let geometry = self.header.geometry;
         let entries = geometry.l1_entries(request.len);
@@ -55,26 +55,27 @@ impl Qcow2 {
             return Err(Error::from_errno(errno::EFBIG).context("Failed to grow the L1 table"));
         }
         let old = self.lock().size;
-        // What is there was left by a crash while the disk shrank.
-        self.give_up_beyond(old, self.reach())?;
+        // A crash during an earlier shrink may have left clusters beyond the end of the disk.
+        self.free_beyond(old, self.l1_coverage())?;
         self.grow_l1(&mut self.lock(), entries)
             .context(|| "Failed to grow the L1 table")?;
         let data_len = self.data.len();
         let added = self.add_storage(request, old);
         if added.is_err() {
-            self.take_back_storage(old, data_len);
+            self.release_added_storage(old, data_len);
         }
         added?;
         self.set_size(request.len)
             .context(|| "Failed to update the image size")
     }
 
-    /// Where the disk would end that the L1 table has room for.
-    fn reach(&self) -> u64 {
+    /// The size of the largest disk that the L1 table can map.
+    fn l1_coverage(&self) -> u64 {
         self.lock().l1.len / 8 * self.header.geometry.l2_coverage()
     }
 
-    /// Sets aside what is asked for behind a disk of `old` bytes, and hides what is below there, before the disk has it.
+    /// Preallocates storage behind a disk of `old` bytes as the request asks, and hides the backing image there, before
+    /// the size changes.
     fn add_storage(&self, request: &ResizeRequest, old: u64) -> Result<()> {
         let geometry = self.header.geometry;
         if self.has_data_file() {
@@ -90,41 +91,42 @@ impl Qcow2 {
             } else {
                 request.preallocation
             };
-            // The rest of a cluster that the disk ended in shares it with what was there before.
+            // The rest of the old last cluster already belongs to an allocated or unallocated cluster.
             let start = old.next_multiple_of(geometry.cluster_size());
             self.preallocate(ByteRange::new(start, request.len), mode)
                 .context(|| preallocating(mode))?;
         }
         if old < request.backing_len {
-            self.hide_below(old, request)?;
+            self.hide_backing(old, request)?;
         }
         Ok(())
     }
 
-    /// After a failure, gives up what was set aside behind a disk of `old` bytes, whose data file had `data_len` bytes.
-    fn take_back_storage(&self, old: u64, data_len: u64) {
-        // The failure itself is what is told. What stays is given up when the disk grows.
-        let taken = self.giving_back_storage(|| self.give_up_beyond(old, self.reach()));
+    /// After a failure, frees the storage added behind a disk of `old` bytes, whose data file had `data_len` bytes.
+    fn release_added_storage(&self, old: u64, data_len: u64) {
+        // The first error is reported. Clusters that remain are freed when the disk grows the next time.
+        let freed = self.with_punched_holes(|| self.free_beyond(old, self.l1_coverage()));
         let _ = match self.has_data_file() {
-            true => taken.and_then(|()| self.data.resize(data_len, Preallocation::Off)),
-            false => taken.and_then(|()| self.cut_file()),
+            true => freed.and_then(|()| self.data.resize(data_len, Preallocation::Off)),
+            false => freed.and_then(|()| self.cut_file()),
         };
     }
 
-    /// Makes what is added to a disk of `old` bytes zero where it would show the image below, before the disk has it.
-    fn hide_below(&self, old: u64, request: &ResizeRequest) -> Result<()> {
+    /// Zeroes the range added to a disk of `old` bytes where the backing image would be visible, before the size
+    /// changes.
+    fn hide_backing(&self, old: u64, request: &ResizeRequest) -> Result<()> {
         let geometry = self.header.geometry;
         let start = old.next_multiple_of(geometry.cluster_size());
         let rest = ByteRange::new(old.next_multiple_of(geometry.subcluster_size()), start);
         if !rest.is_empty() {
-            // A compressed cluster has nothing that would show.
-            sparing_unsupported(self.zero_clusters(rest, ZeroMode::KeepAllocated))?;
+            // An unsupported request is fine: a compressed cluster hides the backing image.
+            ignore_unsupported(self.write_zeroes_impl(rest, ZeroMode::KeepAllocated))?;
         }
         let (end, mode) = match request.preallocation {
             Preallocation::Off => (request.len.min(request.backing_len), ZeroMode::Unmap),
-            // The tables that were made say of all that is new that it is zero.
+            // The preallocated tables mark the whole added range as zero.
             Preallocation::Metadata => (request.len, ZeroMode::KeepAllocated),
-            // Clusters that are set aside hide what is below, but not if they are divided.
+            // Preallocated clusters hide the backing image, but not if they have subclusters.
             _ if geometry.extended_l2 => (request.len, ZeroMode::KeepAllocated),
             _ => return Ok(()),
         };
@@ -132,11 +134,11 @@ impl Qcow2 {
         if added.is_empty() {
             return Ok(());
         }
-        let zeroed = self.zero_clusters(added, mode);
+        let zeroed = self.write_zeroes_impl(added, mode);
         if request.preallocation == Preallocation::Off && !is_supported(&zeroed) {
             return self.preallocate(added, Preallocation::Full);
         }
-        sparing_unsupported(zeroed)
+        ignore_unsupported(zeroed)
     }
 
     fn set_size(&self, len: u64) -> Result<()> {
@@ -149,8 +151,8 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// Moves the L1 table to a place with room for `entries`, if it has none.
-    fn grow_l1(&self, state: &mut State, entries: u64) -> Result<()> {
+    /// Moves the L1 table to newly allocated clusters for `entries` entries, if it has fewer.
+    fn grow_l1(&self, state: &mut ImageState, entries: u64) -> Result<()> {
         let old = state.l1;
         if entries * 8 <= old.len {
             return Ok(());
@@ -172,7 +174,7 @@ impl Qcow2 {
         location[4..].copy_from_slice(U64::new(offset).as_bytes());
         self.file.event(Event::L1_GROW_ACTIVATE_TABLE);
         self.file.write_at(&location, field::L1_SIZE)?;
-        // From here on it is the new table that a reader finds.
+        // From here on readers find the new table.
         state.l1 = table;
         state.metadata.cache.sync()?;
         if old.len > 0 {
@@ -182,8 +184,8 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// Writes the L1 table `table`, which begins as `old`.
-    fn write_grown_l1(&self, state: &mut State, old: Table, table: Table) -> Result<()> {
+    /// Writes the L1 table `table`, which starts with the entries of `old`.
+    fn write_grown_l1(&self, state: &mut ImageState, old: Table, table: Table) -> Result<()> {
         state.metadata.cache.insert_zeroed(table)?;
         for at in (0..old.len).step_by(8) {
             let entry = state.metadata.cache.number(old, at)?;
@@ -196,9 +198,9 @@ impl Qcow2 {
         state.metadata.cache.sync()
     }
 
-    /// Makes the disk smaller, then gives up clusters and tables beyond the new end, and cuts the file behind the last
-    /// cluster in use. After a crash in between, the disk has the new size, and what is beyond its end is given up when it
-    /// grows.
+    /// Shrinks the disk, then frees the clusters and tables beyond the new end, and cuts the file behind the last
+    /// cluster in use. After a crash in between, the disk has the new size, and the clusters beyond its end are freed
+    /// when it grows.
     fn shrink_to(&self, request: &ResizeRequest) -> Result<()> {
         if request.preallocation != Preallocation::Off {
             return Err(Error::invalid(
@@ -207,14 +209,14 @@ impl Qcow2 {
         }
         let geometry = self.header.geometry;
         let old = self.lock().size;
-        // Nothing of what is cut off is given up while a crash would bring the old size back.
+        // The new size must be durable before any cluster beyond it is freed.
         self.set_size(request.len)
             .context(|| "Failed to update the image size")?;
-        self.giving_back_storage(|| {
-            self.give_up_beyond(request.len, old)
+        self.with_punched_holes(|| {
+            self.free_beyond(request.len, old)
                 .context(|| "Failed to discard cropped clusters")?;
             self.file.event(Event::L1_SHRINK_WRITE_TABLE);
-            self.give_up_l2_tables(geometry.l1_entries(request.len)..geometry.l1_entries(old))
+            self.free_l2_tables(geometry.l1_entries(request.len)..geometry.l1_entries(old))
                 .and_then(|()| self.write_back(&mut self.lock()))
                 .context(|| "Failed to reduce the number of L2 tables")
         })?;
@@ -224,8 +226,8 @@ impl Qcow2 {
         self.cut_file()
     }
 
-    /// Gives up the clusters behind the one that a disk of `len` bytes ends in, up to `end`.
-    fn give_up_beyond(&self, len: u64, end: u64) -> Result<()> {
+    /// Frees the clusters behind the last cluster of a disk of `len` bytes, up to guest offset `end`.
+    fn free_beyond(&self, len: u64, end: u64) -> Result<()> {
         let start = len.next_multiple_of(self.header.geometry.cluster_size());
         let beyond = ByteRange::new(start, end.max(start));
         if beyond.is_empty() || self.is_unallocated(beyond)? {
@@ -241,8 +243,8 @@ impl Qcow2 {
         Ok(run.len == range.len() && matches!(run.kind, RunKind::Unallocated { host: None }))
     }
 
-    /// Does what gives up clusters, and gives their storage back to the file system once nothing durable refers to them.
-    fn giving_back_storage(&self, work: impl FnOnce() -> Result<()>) -> Result<()> {
+    /// Runs `work`, which frees clusters, and discards their storage once nothing durable refers to them.
+    fn with_punched_holes(&self, work: impl FnOnce() -> Result<()>) -> Result<()> {
         self.lock().punch = true;
         let outcome = work().and_then(|()| {
             let mut state = self.lock();
@@ -253,8 +255,8 @@ impl Qcow2 {
         outcome
     }
 
-    /// Where the data file of a disk of `len` bytes is cut. Zeroes behind the end of an encrypted disk have been encrypted:
-    /// were they cut off, others would come back as the disk grows, which do not decrypt to zeroes.
+    /// The length of the data file of a disk of `len` bytes. An encrypted disk keeps its whole last cluster: the zeroes
+    /// behind its end are encrypted, and bytes that the file gets when it grows again do not decrypt to zeroes.
     fn data_end(&self, len: u64) -> u64 {
         if self.encrypted.is_some() {
             len.next_multiple_of(self.header.geometry.cluster_size())
@@ -263,8 +265,8 @@ impl Qcow2 {
         }
     }
 
-    /// Gives up the L2 tables of these entries of the L1 table, in which nothing is left.
-    fn give_up_l2_tables(&self, entries: Range<u64>) -> Result<()> {
+    /// Frees the L2 tables of these entries of the L1 table. The tables have no allocated clusters left.
+    fn free_l2_tables(&self, entries: Range<u64>) -> Result<()> {
         let mut state = self.claims.wait_idle(|| self.lock());
         for index in entries {
             let l1 = state.l1;
@@ -277,21 +279,21 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// Gives up all clusters and the tables that refer to them: afterwards the image below shows everywhere.
-    pub(super) fn give_up_all(&self) -> Result<()> {
+    /// Frees all clusters and the tables that refer to them. Afterwards the backing image is visible everywhere.
+    pub(super) fn make_empty_impl(&self) -> Result<()> {
         self.file.event(Event::EMPTY_IMAGE_PREPARE);
         let geometry = self.header.geometry;
         let size = self.lock().size;
-        self.giving_back_storage(|| {
+        self.with_punched_holes(|| {
             if size > 0 {
                 self.replace_entries(ByteRange::new(0, size), |_| Some(L2Entry::UNALLOCATED))?;
             }
-            self.give_up_l2_tables(0..geometry.l1_entries(size))
+            self.free_l2_tables(0..geometry.l1_entries(size))
         })?;
         self.cut_file()
     }
 
-    /// Gives up refcount blocks that count nothing any more, and cuts the file behind the last cluster that is in use.
+    /// Frees refcount blocks whose refcounts are all zero, and cuts the file behind the last cluster in use.
     fn cut_file(&self) -> Result<()> {
         let mut state = self.lock();
         let bits = self.header.geometry.cluster_bits;
@@ -300,10 +302,13 @@ impl Qcow2 {
             .drop_empty_blocks()
             .context(|| "Failed to discard unused refblocks")?;
         let mut end = self.file.len().div_ceil(1 << bits);
-        // In a damaged image a count of zero need not be true.
+        // In a damaged image a cluster with a refcount of zero may be in use.
         while end > 0
             && metadata.count(end - 1)? == 0
-            && metadata.refcounts.uses_of(end - 1).is_none_or(|uses| uses == 0)
+            && metadata
+                .refcounts
+                .references_to(end - 1)
+                .is_none_or(|uses| uses == 0)
         {
             end -= 1;
         }
@@ -315,7 +320,7 @@ impl Qcow2 {
     }
 }
 
-/// What fails while storage is set aside.
+/// The context of a failed preallocation.
 fn preallocating(mode: Preallocation) -> &'static str {
     match mode {
         Preallocation::Off | Preallocation::Metadata => "Allocating clusters failed",
@@ -324,11 +329,11 @@ fn preallocating(mode: Preallocation) -> &'static str {
     }
 }
 
-/// Whether an operation is one that the version of the format has.
+/// Whether the outcome is anything but the error for an unsupported operation.
 fn is_supported(outcome: &Result<()>) -> bool {
     !matches!(outcome, Err(error) if error.kind() == ErrorKind::Unsupported)
 }
 
-fn sparing_unsupported(outcome: Result<()>) -> Result<()> {
+fn ignore_unsupported(outcome: Result<()>) -> Result<()> {
     if is_supported(&outcome) { outcome } else { Ok(()) }
 }

@@ -1,7 +1,7 @@
-//! Slots for new data.
+//! Writes guest data: allocation, zeroing, discarding and preallocation.
 //!
-//! A plan takes clusters under the lock, the caller writes guest data into them with no lock held, and `commit` makes
-//! the L2 entries point there. Until then nothing refers to the clusters: a crash leaks them at worst.
+//! A plan allocates clusters under the lock, the caller writes guest data into them without the lock, and `commit`
+//! makes the L2 entries point to them. Until then nothing refers to the clusters: a crash leaks them at worst.
 
 use std::cell::Cell;
 use std::sync::{Arc, MutexGuard};
@@ -13,42 +13,37 @@ use diskimage_core::{
 use super::entry::{COPIED, Cluster, L2Entry, Subclusters};
 use super::header::Geometry;
 use super::header::feature::Autoclear;
-use super::{Qcow2, State, WriteOrder};
+use super::{ImageState, Qcow2, WriteOrder};
 use crate::layer_kit::allocating_plan::{AllocatingPlan, Allocator};
 use crate::layer_kit::metadata_cache::Table;
 use crate::layer_kit::metadata_guard::{DamageReport, Kind, Kinds};
 use crate::layer_kit::range_claims::{Access, RangeClaims};
 
-/// Sets aside where the bytes of `range` go.
-pub(super) fn plan(image: &Qcow2, range: ByteRange) -> Result<Box<dyn WritePlan + '_>> {
-    Ok(Box::new(image.draft(range)?))
-}
-
 type Plan<'a> = AllocatingPlan<'a, Qcow2>;
 
-/// An L2 entry that will change.
+/// A planned change of an L2 entry.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Change {
+pub(crate) struct L2Change {
     l2: Table,
     index: u64,
     old: L2Entry,
     new: L2Entry,
 }
 
-impl Change {
-    /// Whether a cluster was allocated for it.
-    fn took_cluster(&self) -> bool {
+impl L2Change {
+    /// Whether a cluster was allocated for the change.
+    fn has_new_cluster(&self) -> bool {
         self.old.kind != self.new.kind
     }
 }
 
 impl Allocator for Qcow2 {
-    type State = State;
-    type Change = Change;
-    /// Every request of a cluster may change its entry, so none shares it.
+    type State = ImageState;
+    type Change = L2Change;
+    /// Any write to a cluster may change its entry, so claims are exclusive.
     const ACCESS: Access = Access::Exclusive;
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, ImageState> {
         self.lock()
     }
 
@@ -56,26 +51,26 @@ impl Allocator for Qcow2 {
         &self.claims
     }
 
-    fn publish(&self, state: &mut State, changes: &mut Vec<Change>) -> Result<()> {
+    fn publish(&self, state: &mut ImageState, changes: &mut Vec<L2Change>) -> Result<()> {
         while let Some(&change) = changes.last() {
             self.write_entry(&mut state.metadata.cache, change.l2, change.index, change.new)?;
             changes.pop();
-            if change.took_cluster() {
-                self.give_up(state, change.old)?;
+            if change.has_new_cluster() {
+                self.free_replaced(state, change.old)?;
             }
         }
         Ok(())
     }
 
-    fn free(&self, state: &mut State, changes: Vec<Change>) {
-        for change in changes.into_iter().filter(Change::took_cluster) {
-            // What cannot be counted down leaks, which harms nothing.
-            let _ = self.give_back(state, change.new);
+    fn free(&self, state: &mut ImageState, changes: Vec<L2Change>) {
+        for change in changes.into_iter().filter(L2Change::has_new_cluster) {
+            // A cluster that cannot be released leaks, which is harmless.
+            let _ = self.release_unused(state, change.new);
         }
     }
 }
 
-/// A plan in the making: finds or allocates the clusters that `range` touches.
+/// Builds a plan: finds or allocates the clusters that `range` touches.
 struct Draft<'a, 'p> {
     image: &'a Qcow2,
     range: ByteRange,
@@ -83,7 +78,7 @@ struct Draft<'a, 'p> {
 }
 
 impl Draft<'_, '_> {
-    fn add_clusters(&mut self, state: &mut State) -> Result<()> {
+    fn add_clusters(&mut self, state: &mut ImageState) -> Result<()> {
         let geometry = self.image.header.geometry;
         let size = geometry.cluster_size();
         let cover = self.range.align_out(size);
@@ -102,7 +97,7 @@ impl Draft<'_, '_> {
                     at += size;
                     continue;
                 }
-                // Neighbours that need clusters too get them in one piece.
+                // Following entries that need clusters, too, get them in the same run.
                 let mut olds = vec![old];
                 for next in index + 1..index + (stop - at) / size {
                     let guest = at + (next - index) * size;
@@ -114,7 +109,7 @@ impl Draft<'_, '_> {
                     }
                     olds.push(entry);
                 }
-                let first = self.image.take_clusters(state, at, olds.len() as u64)?;
+                let first = self.image.allocate_data(state, at, olds.len() as u64)?;
                 for (i, old) in (0..).zip(&olds) {
                     self.add_new(l2, index + i, at + i * size, *old, first + i * size);
                 }
@@ -125,7 +120,7 @@ impl Draft<'_, '_> {
         Ok(())
     }
 
-    /// A cluster that is this image's own: written where it is, whole subclusters where they held no data yet.
+    /// Adds a cluster that is written in place. Subclusters that hold no data yet are written as a whole.
     fn add_in_place(&mut self, l2: Table, index: u64, guest: u64, old: L2Entry, offset: u64) {
         let part = self.touched(guest);
         let covered = self.rounded(part, guest, old.sub.allocated);
@@ -133,17 +128,17 @@ impl Draft<'_, '_> {
         self.add_run(covered, offset + (covered.start() - guest));
         if sub != old.sub {
             let new = L2Entry { sub, ..old };
-            self.plan.add_change(covered, Change { l2, index, old, new });
+            self.plan.add_change(covered, L2Change { l2, index, old, new });
         }
     }
 
-    /// A cluster of its own for what had none, or one that others use too.
+    /// Adds a newly allocated cluster, for an entry without a cluster or with a shared one.
     fn add_new(&mut self, l2: Table, index: u64, guest: u64, old: L2Entry, offset: u64) {
         let (covered, sub) = if old.sub.allocated == 0 {
             let covered = self.rounded(self.touched(guest), guest, 0);
             (covered, old.sub.with_data(self.mask(covered, guest)))
         } else {
-            // Data moves here from elsewhere: all of the cluster.
+            // The old cluster's data is copied, so the whole cluster is written.
             (
                 ByteRange::at(guest, self.image.header.geometry.cluster_size()),
                 Subclusters::ALLOCATED,
@@ -151,7 +146,7 @@ impl Draft<'_, '_> {
         };
         self.add_run(covered, offset + (covered.start() - guest));
         let new = L2Entry::data(offset, sub);
-        self.plan.add_change(covered, Change { l2, index, old, new });
+        self.plan.add_change(covered, L2Change { l2, index, old, new });
     }
 
     fn touched(&self, guest: u64) -> ByteRange {
@@ -159,7 +154,8 @@ impl Draft<'_, '_> {
             .intersect(ByteRange::at(guest, self.image.header.geometry.cluster_size()))
     }
 
-    /// `part` of the cluster at `guest`, each end moved to a subcluster's border unless that subcluster has data.
+    /// Rounds `part` of the cluster at `guest` outward: each end moves to a subcluster boundary unless that subcluster
+    /// has data.
     fn rounded(&self, part: ByteRange, guest: u64, allocated: u32) -> ByteRange {
         let sub = self.image.header.geometry.subcluster_size();
         let has_data = |at: u64| allocated & bit((at - guest) / sub) != 0;
@@ -191,19 +187,19 @@ impl Draft<'_, '_> {
 }
 
 impl Qcow2 {
-    /// Finds or allocates the clusters of a write.
-    fn draft(&self, range: ByteRange) -> Result<Plan<'_>> {
+    /// Plans a write: finds or allocates its clusters.
+    pub(super) fn plan_write_impl(&self, range: ByteRange) -> Result<Plan<'_>> {
         self.plan_change(range, |state, plan| {
             let image = self;
             Draft { image, range, plan }.add_clusters(state)
         })
     }
 
-    /// A plan for a change to `range`, whose clusters nothing else changes until it ends.
+    /// A plan for a change to `range`, whose clusters are claimed until the plan ends.
     fn plan_change<'a>(
         &'a self,
         range: ByteRange,
-        draft: impl FnOnce(&mut State, &mut Plan<'a>) -> Result<()>,
+        draft: impl FnOnce(&mut ImageState, &mut Plan<'a>) -> Result<()>,
     ) -> Result<Plan<'a>> {
         if !self.may_write() {
             return Err(Error::read_only());
@@ -215,39 +211,40 @@ impl Qcow2 {
         })
     }
 
-    /// Before `range` is changed: refuses a damaged image, and says that refcounts and bitmaps may be out of date.
-    fn begin_change(&self, state: &mut State, range: ByteRange) -> Result<()> {
+    /// Prepares a change to `range`: refuses a damaged image, sets the dirty bit and marks bitmaps as in use.
+    fn begin_change(&self, state: &mut ImageState, range: ByteRange) -> Result<()> {
         self.corruption.require_unmarked()?;
         self.mark_dirty()?;
         self.note_write(state, range)
     }
 
-    /// `count` clusters for guest data in one piece; an external data file has a place for every guest cluster.
-    fn take_clusters(&self, state: &mut State, guest: u64, count: u64) -> Result<u64> {
+    /// Allocates a run of `count` clusters for guest data. In an external data file, host offset and guest offset are
+    /// equal.
+    fn allocate_data(&self, state: &mut ImageState, guest: u64, count: u64) -> Result<u64> {
         if self.has_data_file() {
             return Ok(guest);
         }
         self.allocate(state, count, None)
     }
 
-    /// Gives back clusters that were taken but that nothing refers to.
-    fn give_back(&self, state: &mut State, entry: L2Entry) -> Result<()> {
+    /// Releases clusters that were allocated but to which nothing refers.
+    fn release_unused(&self, state: &mut ImageState, entry: L2Entry) -> Result<()> {
         match entry.host_clusters(self.header.geometry) {
             Some((offset, len)) if !self.has_data_file() => state.metadata.release(offset, len),
             _ => Ok(()),
         }
     }
 
-    /// Gives up the clusters of an entry that has been replaced.
-    pub(super) fn give_up(&self, state: &mut State, entry: L2Entry) -> Result<()> {
+    /// Frees the clusters of an entry that has been replaced.
+    pub(super) fn free_replaced(&self, state: &mut ImageState, entry: L2Entry) -> Result<()> {
         match entry.host_clusters(self.header.geometry) {
             Some((offset, len)) if !self.has_data_file() => self.free_later(state, offset, len, Kinds::NONE),
             _ => Ok(()),
         }
     }
 
-    /// The L2 table for guest offset `guest`: made if there is none, copied if a snapshot uses it too.
-    pub(super) fn ensure_l2(&self, state: &mut State, guest: u64) -> Result<Table> {
+    /// The L2 table for guest offset `guest`. It is allocated if it is missing, and copied if a snapshot shares it.
+    pub(super) fn ensure_l2(&self, state: &mut ImageState, guest: u64) -> Result<Table> {
         let at = guest / self.header.geometry.l2_coverage() * 8;
         let entry = state.metadata.cache.number(state.l1, at)?;
         let shared = self.l2_table(&mut state.metadata.cache, state.l1, guest)?;
@@ -268,9 +265,9 @@ impl Qcow2 {
         if let Some(old) = shared {
             let mut at = 0;
             while at < len {
-                let piece = state.metadata.cache.bytes(old, at)?.to_vec();
-                state.metadata.cache.bytes_mut(table, at)?.copy_from_slice(&piece);
-                at += piece.len() as u64;
+                let part = state.metadata.cache.bytes(old, at)?.to_vec();
+                state.metadata.cache.bytes_mut(table, at)?.copy_from_slice(&part);
+                at += part.len() as u64;
             }
         }
         state.metadata.cache.set_number(state.l1, at, offset | COPIED)?;
@@ -280,11 +277,11 @@ impl Qcow2 {
         Ok(table)
     }
 
-    /// The host offset of a cluster that belongs to this image alone.
+    /// The host offset of the entry's cluster if it may be written in place.
     ///
     /// # Errors
-    /// A cluster in which metadata lies.
-    fn writable_in_place(&self, state: &State, entry: L2Entry) -> Result<Option<u64>> {
+    /// A cluster that overlaps metadata.
+    fn writable_in_place(&self, state: &ImageState, entry: L2Entry) -> Result<Option<u64>> {
         match entry.kind {
             Cluster::Host(offset) if entry.copied && self.has_data_file() => Ok(Some(offset)),
             Cluster::Host(offset) if entry.copied => {
@@ -297,7 +294,7 @@ impl Qcow2 {
     }
 
     /// Stores the compressed form of the cluster at guest offset `guest`.
-    pub(super) fn write_compressed(&self, guest: u64, bytes: &[u8]) -> Result<()> {
+    pub(super) fn write_encoded_impl(&self, guest: u64, bytes: &[u8]) -> Result<()> {
         let geometry = self.header.geometry;
         let len = bytes.len() as u64;
         if len == 0 || len >= geometry.cluster_size() || !guest.is_multiple_of(geometry.cluster_size()) {
@@ -322,7 +319,7 @@ impl Qcow2 {
                 copied: false,
                 sub: Subclusters::ALLOCATED,
             };
-            plan.add_change(cluster, Change { l2, index, old, new });
+            plan.add_change(cluster, L2Change { l2, index, old, new });
             state.padding = true;
             Ok(())
         })?;
@@ -331,8 +328,8 @@ impl Qcow2 {
         Box::new(plan).commit()
     }
 
-    /// Makes clusters read as zero by their entries alone.
-    pub(super) fn zero_clusters(&self, range: ByteRange, mode: ZeroMode) -> Result<()> {
+    /// Zeroes clusters by changing their entries.
+    pub(super) fn write_zeroes_impl(&self, range: ByteRange, mode: ZeroMode) -> Result<()> {
         if self.header.features.autoclear.has(Autoclear::DATA_FILE_RAW) {
             return self.zero_raw_data(range, mode);
         }
@@ -362,7 +359,7 @@ impl Qcow2 {
         })
     }
 
-    /// Makes subclusters of one cluster read as zero. Its storage stays: the other subclusters may be there.
+    /// Zeroes subclusters of one cluster by changing its entry. The cluster stays allocated for the other subclusters.
     fn zero_subclusters(&self, range: ByteRange) -> Result<()> {
         let geometry = self.header.geometry;
         let guest = align_down(range.start(), geometry.cluster_size());
@@ -382,14 +379,15 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// Gives back storage; afterwards the clusters read as zero.
-    pub(super) fn discard_clusters(&self, range: ByteRange) -> Result<()> {
-        let below = self.header.backing.is_some();
-        if self.header.features.autoclear.has(Autoclear::DATA_FILE_RAW) || (below && self.header.version < 3)
+    /// Frees the clusters of `range`; afterwards they read as zeroes.
+    pub(super) fn discard_impl(&self, range: ByteRange) -> Result<()> {
+        let has_backing = self.header.backing.is_some();
+        if self.header.features.autoclear.has(Autoclear::DATA_FILE_RAW)
+            || (has_backing && self.header.version < 3)
         {
             return Ok(());
         }
-        self.replace_entries(range, |old| match (old.kind, below) {
+        self.replace_entries(range, |old| match (old.kind, has_backing) {
             (Cluster::None, _) if old.sub == Subclusters::NONE => None,
             (_, true) => Some(L2Entry {
                 sub: Subclusters::ZERO,
@@ -399,17 +397,17 @@ impl Qcow2 {
         })
     }
 
-    /// Takes clusters for all of `range`, whose contents stay zero.
+    /// Allocates clusters for all of `range`, which reads as zeroes afterwards.
     pub(super) fn preallocate(&self, range: ByteRange, mode: Preallocation) -> Result<()> {
         let geometry = self.header.geometry;
         let step = geometry.l2_coverage();
         let mut rest = range;
         while !rest.is_empty() {
             let part = rest.first((rest.start() / step + 1).saturating_mul(step) - rest.start());
-            let mut plan = self.draft(part)?;
+            let mut plan = self.plan_write_impl(part)?;
             if geometry.extended_l2 {
                 for change in plan.changes_mut() {
-                    // A cluster is there, but none of its subclusters: what is below stays visible.
+                    // The cluster is allocated, but none of its subclusters: the backing image stays visible.
                     change.new.sub = change.old.sub;
                 }
             }
@@ -423,7 +421,7 @@ impl Qcow2 {
             }
             let past_end = ByteRange::new(part.end(), part.align_out(geometry.cluster_size()).end());
             if let Some(run) = plan.runs().last().filter(|_| !past_end.is_empty()) {
-                // The last cluster is written to its end, as with the original.
+                // The last cluster is written to its end, as in qemu-img.
                 let host = ByteRange::at(run.offset + (part.end() - run.guest.start()), past_end.len());
                 run.device.write_zero_bytes(host)?;
             }
@@ -433,11 +431,11 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// Makes the file reach to the end of `host`, whose clusters read as zero afterwards.
+    /// Grows the file to the end of `host`, and makes the clusters in `host` read as zeroes.
     fn reserve(&self, device: &dyn Device, host: ByteRange) -> Result<()> {
         let len = device.len();
         let used_before = host.intersect(ByteRange::new(0, len));
-        // Clusters that were in use once still hold what they held then. A data file's contents are the guest's.
+        // Reused clusters still hold their old bytes. The contents of a data file are the guest's and stay.
         if !self.has_data_file() && !used_before.is_empty() {
             device.write_zeroes(used_before, ZeroMode::Unmap)?;
         }
@@ -447,9 +445,9 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// A raw data file has to hold the zeroes itself.
+    /// Writes zeroes to a raw data file, which must hold them itself.
     fn zero_raw_data(&self, range: ByteRange, mode: ZeroMode) -> Result<()> {
-        let plan = self.draft(range)?;
+        let plan = self.plan_write_impl(range)?;
         for run in plan.runs() {
             run.device
                 .write_zeroes(ByteRange::at(run.offset, run.guest.len()), mode)?;
@@ -457,7 +455,7 @@ impl Qcow2 {
         Box::new(plan).commit()
     }
 
-    /// Replaces the L2 entries of `range` by what `change` makes of them, and gives up their clusters.
+    /// Replaces the L2 entries of `range` by the results of `change`, and frees the old clusters.
     pub(super) fn replace_entries(
         &self,
         range: ByteRange,
@@ -490,7 +488,7 @@ impl Qcow2 {
                 if let Some(new) = change(old).filter(|new| *new != old) {
                     self.write_entry(&mut state.metadata.cache, l2, index, new)?;
                     if new.kind != old.kind {
-                        self.give_up(&mut state, old)?;
+                        self.free_replaced(&mut state, old)?;
                     }
                 }
             }
@@ -499,7 +497,7 @@ impl Qcow2 {
     }
 }
 
-/// The subclusters of the cluster at `guest` that `range`, which lies inside it, has a part of.
+/// The bits of the subclusters that `range` touches. `range` is inside the cluster at `guest`.
 fn subcluster_mask(geometry: Geometry, range: ByteRange, guest: u64) -> u32 {
     if !geometry.extended_l2 {
         return u32::MAX;
@@ -510,6 +508,7 @@ fn subcluster_mask(geometry: Geometry, range: ByteRange, guest: u64) -> u32 {
     (first..end).fold(0, |mask, i| mask | bit(i))
 }
 
+/// The bit of subcluster `index`; 0 for an index beyond the last.
 fn bit(index: u64) -> u32 {
     1u32.checked_shl(u32::try_from(index).unwrap_or(u32::MAX))
         .unwrap_or(0)

@@ -1,8 +1,8 @@
-//! Raw images: the guest's bytes as they are, and nothing else.
+//! Raw images: the file's bytes are the guest's bytes, without metadata.
 //!
 //! ```text
 //!   file   |---------------------- bytes ---------------------|
-//!   disk   |---------------------- bytes ---------------------|00|     up to the next multiple of 512
+//!   disk   |---------------------- bytes ---------------------|00|     zeroes up to the next multiple of 512
 //!
 //!   with offset and size:
 //!   file   |-- offset --|----- size -----|--------------------|
@@ -25,7 +25,7 @@ use crate::layer_kit::in_place_write::InPlaceWrite;
 #[derive(Debug)]
 pub struct Raw;
 
-/// The guest sees whole sectors, whatever the file's length.
+/// The disk's length is the file's length rounded up to this.
 const SECTOR: u64 = 512;
 
 const CREATE_OPTIONS: &[OptionDef] = &[OptionDef {
@@ -54,7 +54,7 @@ impl Format for Raw {
     }
 
     fn probe(&self, _probe: &Probe<'_>) -> Score {
-        // Any bytes can be a raw image; every other format knows its own better.
+        // Any file can be a raw image, so every other format has a higher score.
         1
     }
 
@@ -62,12 +62,12 @@ impl Format for Raw {
         if request.file.len() > MAX_LEN {
             return Err(Error::from_errno(errno::EFBIG).context("Could not refresh total sector count"));
         }
-        let window = Window::take(request.options)?;
-        window.check(request.file.len())?;
+        let disk = DiskRange::take(request.options)?;
+        disk.check(request.file.len())?;
         Ok(Arc::new(RawLayer {
             file: request.file,
             bare: None,
-            window,
+            disk,
         }))
     }
 
@@ -123,39 +123,39 @@ fn disk_size(size: u64) -> Result<u64> {
     Ok(rounded)
 }
 
-/// The longest disk of the original: whole gibibytes below 2^63.
+/// qemu-img's limit for the size of a disk: whole gibibytes below 2^63.
 const MAX_LEN: u64 = (1 << 63) - (1 << 30);
 
-/// The bytes of a protocol or filter, called `driver`, as an image.
+/// Makes a layer from a device without a format. `driver` is the name of its protocol or filter.
 pub fn bare_layer(device: Arc<dyn Device>, driver: &'static str) -> Arc<dyn Layer> {
     Arc::new(RawLayer {
         file: device,
         bare: Some(driver),
-        window: Window::default(),
+        disk: DiskRange::default(),
     })
 }
 
-/// The `size` bytes from `offset` of a device on as an image.
+/// Makes a raw layer from the `size` bytes of a device from `offset` on.
 pub fn window_layer(device: Arc<dyn Device>, offset: u64, size: u64) -> Arc<dyn Layer> {
     Arc::new(RawLayer {
         file: device,
         bare: None,
-        window: Window {
+        disk: DiskRange {
             offset,
             size: Some(size),
         },
     })
 }
 
-/// The part of the file that is the disk.
+/// The range of the file that holds the disk.
 #[derive(Clone, Copy, Debug, Default)]
-struct Window {
+struct DiskRange {
     offset: u64,
-    /// All that follows if not given.
+    /// `None` for the rest of the file.
     size: Option<u64>,
 }
 
-const WINDOW_OPTIONS: &[OptionDef] = &[
+const DISK_OPTIONS: &[OptionDef] = &[
     OptionDef {
         name: "offset",
         kind: OptionKind::Size,
@@ -170,16 +170,16 @@ const WINDOW_OPTIONS: &[OptionDef] = &[
     },
 ];
 
-impl Window {
+impl DiskRange {
     fn take(node: &mut NodeOptions) -> Result<Self> {
-        let options = node.take_known(WINDOW_OPTIONS)?;
+        let options = node.take_known(DISK_OPTIONS)?;
         Ok(Self {
             offset: options.size("offset").unwrap_or(0),
             size: options.size("size"),
         })
     }
 
-    /// Checks that it is inside a file of `len` bytes.
+    /// Checks that the range is inside a file of `len` bytes.
     fn check(self, len: u64) -> Result<()> {
         let (offset, len) = (self.offset, align_up(len, SECTOR));
         if offset > len {
@@ -204,7 +204,7 @@ impl Window {
         self.size.unwrap_or(align_up(rest, SECTOR))
     }
 
-    /// Where in the file guest bytes are.
+    /// The host range of a guest range.
     fn host(self, guest: ByteRange) -> Result<ByteRange> {
         self.offset
             .checked_add(guest.end())
@@ -217,9 +217,9 @@ impl Window {
 #[derive(Debug)]
 struct RawLayer {
     file: Arc<dyn Device>,
-    /// The driver whose bytes these are, if there is no format at all.
+    /// The name of the protocol or filter, if the layer has no format.
     bare: Option<&'static str>,
-    window: Window,
+    disk: DiskRange,
 }
 
 impl RawLayer {
@@ -234,7 +234,7 @@ impl Layer for RawLayer {
     }
 
     fn len(&self) -> u64 {
-        self.window.len(self.file.len())
+        self.disk.len(self.file.len())
     }
 
     fn granularity(&self) -> u64 {
@@ -242,10 +242,10 @@ impl Layer for RawLayer {
     }
 
     fn map(&self, range: ByteRange) -> Result<Run> {
-        let host = self.window.host(range)?;
-        let there = host.intersect(ByteRange::new(0, self.file.len()));
-        Ok(if there.is_empty() {
-            // The rest of the last sector.
+        let host = self.disk.host(range)?;
+        let stored = host.intersect(ByteRange::new(0, self.file.len()));
+        Ok(if stored.is_empty() {
+            // The part of the last sector that is beyond the end of the file.
             Run {
                 len: range.len(),
                 kind: RunKind::Zero {
@@ -254,7 +254,7 @@ impl Layer for RawLayer {
             }
         } else {
             Run {
-                len: there.len(),
+                len: stored.len(),
                 kind: RunKind::Data {
                     device: self.device(),
                     offset: host.start(),
@@ -273,16 +273,16 @@ impl Layer for RawLayer {
         Ok(Box::new(InPlaceWrite::new(
             range,
             self.device(),
-            self.window.host(range)?.start(),
+            self.disk.host(range)?.start(),
         )))
     }
 
     fn write_zeroes(&self, range: ByteRange, mode: ZeroMode) -> Result<()> {
-        self.file.write_zeroes(self.window.host(range)?, mode)
+        self.file.write_zeroes(self.disk.host(range)?, mode)
     }
 
     fn discard(&self, range: ByteRange) -> Result<()> {
-        self.file.discard(self.window.host(range)?)
+        self.file.discard(self.disk.host(range)?)
     }
 
     fn info(&self) -> Result<Info> {
@@ -298,13 +298,13 @@ impl Layer for RawLayer {
     }
 
     fn resize(&self, request: &ResizeRequest) -> Result<()> {
-        if self.window.size.is_some() {
+        if self.disk.size.is_some() {
             return Err(Error::unsupported("Cannot resize fixed-size raw disks"));
         }
         if request.preallocation == Preallocation::Metadata {
             return Err(Error::unsupported("Unsupported preallocation mode: metadata"));
         }
-        let len = self.window.host(ByteRange::new(0, request.len))?.end();
+        let len = self.disk.host(ByteRange::new(0, request.len))?.end();
         self.file.resize(len, request.preallocation)
     }
 

@@ -1,7 +1,8 @@
-//! Changing what an image was created with.
+//! Changes options with which an image was created.
 //!
-//! What makes no sense is refused before anything changes. Then one thing after the other is changed, each published by
-//! one write to the first sector of the header and durable before the next, and each on the image as it then is.
+//! Invalid combinations are refused before anything changes. Then the changes are made one after the other. Each is
+//! published by one write to the first sector of the header, is durable before the next, and works on the reopened
+//! image.
 
 mod version;
 mod zero;
@@ -20,7 +21,7 @@ use super::{Qcow2, read_header};
 use crate::luks::amend::SlotChange;
 use crate::luks::volume::Volume;
 
-/// The options of `amend`, in the order in which the original lists them.
+/// The options of `amend`, in qemu-img's order.
 pub(super) const AMEND: &[OptionDef] = &[
     OptionDef::new("backing_file", OptionKind::Text, "File name of a base image"),
     OptionDef::new("backing_fmt", OptionKind::Text, "Image format of the base image"),
@@ -73,7 +74,7 @@ pub(super) const AMEND: &[OptionDef] = &[
     OptionDef::new("size", OptionKind::Size, "Virtual disk size"),
 ];
 
-/// What will be changed; `None` stays as it is.
+/// The wanted changes; `None` leaves a property unchanged.
 #[derive(Clone, Debug, Default)]
 struct Changes {
     version: Option<u32>,
@@ -101,7 +102,7 @@ fn change_key_slots(volume: &Volume, request: &AmendRequest<'_>) -> Result<()> {
 }
 
 impl Changes {
-    /// Checks the options against each other and the image, in the original's order and words.
+    /// Checks the options against each other and the image, with qemu-img's messages and in its order.
     fn parse(request: &AmendRequest<'_>, header: &Header) -> Result<Self> {
         let options = request.options;
         let version = match options.text("compat") {
@@ -140,13 +141,13 @@ impl Changes {
             lazy_refcounts: lazy.filter(|lazy| *lazy != is_lazy && version >= 3),
             data_file,
             data_file_raw,
-            // Nothing is what the original takes for no wish.
+            // qemu-img treats size=0 as not given.
             size: options.size("size").filter(|size| *size > 0),
         })
     }
 }
 
-/// The name and format of the backing file can be given, but only as they are.
+/// Accepts the name and the format of the backing file only if they equal the present ones.
 fn check_backing(request: &AmendRequest<'_>, header: &Header) -> Result<()> {
     let (file, format) = (
         request.options.text("backing_file"),
@@ -194,8 +195,8 @@ fn check_downgrade(header: &Header) -> Result<()> {
 }
 
 impl Qcow2 {
-    /// Changes what the options say. Afterwards this layer refuses to write: the image is another one now.
-    pub(super) fn amend_options(&self, request: &AmendRequest<'_>) -> Result<()> {
+    /// Amends the image. Afterwards this layer refuses writes, because its header is out of date.
+    pub(super) fn amend_impl(&self, request: &AmendRequest<'_>) -> Result<()> {
         let volume = self.volume_to_change(request.options)?;
         let changes = Changes::parse(request, &self.header)?;
         if let Some(volume) = volume {
@@ -208,9 +209,9 @@ impl Qcow2 {
         self.flush()?;
         self.write.store(false, Ordering::Relaxed);
         let image = self.reopen()?;
-        // Version 3 is checked for what it can do once it is one.
+        // After an upgrade to version 3 the resize itself checks the size, with the rules of version 3.
         if let Some(len) = changes.size.filter(|_| changes.version != Some(3)) {
-            image.check_size(&resize(len))?;
+            image.check_resize_impl(&resize(len))?;
         }
         let steps = Steps {
             all: u64::from(changes.version.is_some()) + u64::from(changes.refcount_order.is_some()),
@@ -237,7 +238,7 @@ impl Qcow2 {
         self.reopen()?.change_features(&changes)?;
         if let Some(len) = changes.size {
             let image = self.reopen()?;
-            image.change_size(&resize(len))?;
+            image.resize_impl(&resize(len))?;
             image.flush()?;
         }
         if changes.version == Some(2) {
@@ -251,7 +252,7 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// Snapshots of version 2 have the size of the disk.
+    /// Checks that all snapshots have the size of the disk: version 2 stores no other.
     fn check_snapshot_sizes(&self) -> Result<()> {
         let snapshots = self.read_snapshots()?;
         if snapshots
@@ -266,7 +267,7 @@ impl Qcow2 {
         }
     }
 
-    /// The volume whose passphrases are to be changed, if any are.
+    /// The LUKS volume whose key slots the options change, if they do.
     fn volume_to_change(&self, options: &Options) -> Result<Option<&Volume>> {
         if !names_key_slots(options) {
             return Ok(None);
@@ -280,7 +281,7 @@ impl Qcow2 {
         }
     }
 
-    /// The image as its header says it is now.
+    /// Opens the image again with its present header.
     fn reopen(&self) -> Result<Arc<Self>> {
         let header = read_header(&self.file, false)?;
         let mut image = Self::assemble(self.parts(header), true, true);
@@ -295,7 +296,7 @@ impl Qcow2 {
         let len = self.file.len();
         let rewritten = refcounts.rewrite(cache, &*self.file, order, report);
         if rewritten.is_err() {
-            // Nothing leads there. What cannot be cut off is not in use.
+            // Nothing refers to the new structure. If the file cannot be cut, its clusters stay free.
             let _ = self.file.resize(len, Preallocation::Off);
         }
         let new = rewritten?;
@@ -330,7 +331,7 @@ impl Qcow2 {
         }
     }
 
-    /// Changes the first bytes of the header, which lie in one sector, with one write.
+    /// Changes the first bytes of the header, which are in one sector, with one write.
     fn patch_header(&self, change: impl FnOnce(&mut [u8; FIXED])) -> Result<()> {
         let mut head = [0; FIXED];
         self.file.read_at(&mut head, 0)?;
@@ -340,14 +341,14 @@ impl Qcow2 {
     }
 }
 
-/// Bytes of the header up to the width of refcounts.
+/// The bytes of the header up to and including the refcount order.
 const FIXED: usize = 100;
 const WIDTH_AT: usize = 96;
 const TABLE_AT: usize = 48;
 
 const _: () = assert!(TABLE_AT as u64 == field::REFCOUNT_TABLE);
 
-/// Shares of the progress, as the original has them: equal ones for each large change.
+/// Splits the progress into equal parts for each large change, as qemu-img does.
 struct Steps<'a> {
     all: u64,
     progress: &'a Progress<'a>,

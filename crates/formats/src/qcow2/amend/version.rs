@@ -1,4 +1,4 @@
-//! The first cluster of another version, or with another data file's name.
+//! Rewrites the first cluster for another version, or with another name of the data file.
 
 use diskimage_core::{Result, name};
 
@@ -8,14 +8,14 @@ use crate::qcow2::header::extension::kind;
 use crate::qcow2::header::rewrite::FirstCluster;
 
 impl Qcow2 {
-    /// Makes the image one of `version`, with the features that all images of it have.
+    /// Converts the header to `version`, without optional features.
     pub(super) fn rewrite_header(&self, version: u32) -> Result<()> {
         let geometry = self.header.geometry;
         let names = version >= 3 && geometry.cluster_size() >= MIN_CLUSTER_FOR_NAMES;
         self.replace_first_cluster(|cluster| cluster.set_version(version, geometry.refcount_order, names))
     }
 
-    /// Gives the data file another name, which is not looked for. No name at all is no extension.
+    /// Stores another name of the data file, without opening that file. An empty name removes the extension.
     pub(super) fn rename_data_file(&self, name: &str) -> Result<()> {
         let name = Some(name::to_bytes(name)).filter(|name| !name.is_empty());
         self.replace_first_cluster(|cluster| cluster.set_extension(kind::DATA_FILE, name.as_deref()))

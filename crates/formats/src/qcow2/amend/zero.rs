@@ -1,12 +1,12 @@
-//! Version 2 has no clusters that read as zero: they become unallocated, or get storage that holds zeroes.
+//! Removes zero clusters, which version 2 does not have: they become unallocated, or get storage that holds zeroes.
 
 use diskimage_core::{ByteRange, Result, ZeroMode};
 
 use crate::layer_kit::metadata_cache::Table;
 use crate::layer_kit::metadata_guard::Kinds;
 use crate::qcow2::entry::{Cluster, L2Entry, OFFSET_MASK, Subclusters};
-use crate::qcow2::refcount::Change;
-use crate::qcow2::{Qcow2, State};
+use crate::qcow2::refcount::RefcountChange;
+use crate::qcow2::{ImageState, Qcow2};
 
 impl Qcow2 {
     /// Replaces the zero clusters of the disk and of all snapshots.
@@ -34,8 +34,8 @@ impl Qcow2 {
         state.metadata.cache.sync()
     }
 
-    /// Replaces those of one L2 table, whose first cluster is at `guest` of the disk.
-    fn expand_table(&self, state: &mut State, l2: Table, guest: u64) -> Result<()> {
+    /// Replaces the zero clusters of one L2 table, whose first cluster is at guest offset `guest`.
+    fn expand_table(&self, state: &mut ImageState, l2: Table, guest: u64) -> Result<()> {
         let geometry = self.header.geometry;
         let mut users = None;
         for index in 0..geometry.l2_entries() {
@@ -53,7 +53,7 @@ impl Qcow2 {
             if new.kind != old.kind
                 && let Some((offset, len)) = old.host_clusters(geometry)
             {
-                // Each tree that has this table counts the cluster.
+                // Each tree that shares this table has incremented the refcount of the cluster.
                 for _ in 0..users {
                     self.free_later(state, offset, len, Kinds::NONE)?;
                 }
@@ -62,11 +62,11 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// What the entry becomes in a table that `users` trees have. Its cluster is at `guest` of the disk.
-    fn without_zero(&self, state: &mut State, old: L2Entry, users: u64, guest: u64) -> Result<L2Entry> {
+    /// Returns the replacement of a zero entry in a table that `users` trees share. `guest` is its guest offset.
+    fn without_zero(&self, state: &mut ImageState, old: L2Entry, users: u64, guest: u64) -> Result<L2Entry> {
         let size = self.header.geometry.cluster_size();
         let own = match old.kind {
-            // Storage that no other table refers to.
+            // No other table refers to this storage.
             Cluster::Host(offset) if self.count_at(state, offset)? == users => Some(offset),
             _ => None,
         };
@@ -87,7 +87,9 @@ impl Qcow2 {
                 let offset = self.allocate(state, 1, None)?;
                 for _ in 1..users {
                     let cluster = offset / size;
-                    state.metadata.change_run(cluster, 1, Change::Up, |_| ())?;
+                    state
+                        .metadata
+                        .change_run(cluster, 1, RefcountChange::Up, |_| ())?;
                 }
                 self.data_at(guest, offset)
                     .write_zeroes(ByteRange::at(offset, size), ZeroMode::KeepAllocated)?;
@@ -100,7 +102,7 @@ impl Qcow2 {
         })
     }
 
-    fn count_at(&self, state: &mut State, offset: u64) -> Result<u64> {
+    fn count_at(&self, state: &mut ImageState, offset: u64) -> Result<u64> {
         state.metadata.count(offset >> self.header.geometry.cluster_bits)
     }
 }

@@ -1,4 +1,4 @@
-//! The directory of persistent bitmaps, as bytes and as types.
+//! The directory of persistent bitmaps: its bytes and its types.
 //!
 //! ```text
 //!   0 bitmap_table_offset   8 bitmap_table_size   12 flags   16 type   17 granularity_bits
@@ -7,7 +7,7 @@
 
 use std::borrow::Cow;
 
-use diskimage_core::{Budget, ByteRange, Device, Error, ErrorKind, Reservation, Result, name};
+use diskimage_core::{Budget, ByteRange, Device, Error, ErrorKind, Reservation, Result, name, to_index};
 use zerocopy::byteorder::big_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -18,15 +18,15 @@ use crate::qcow2::header::extension::BitmapsExtension;
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 pub(in crate::qcow2) struct RawBitmap {
-    /// Where its table starts.
+    /// The host offset of the bitmap table.
     pub(in crate::qcow2) table_offset: U64,
-    /// Entries of that table.
+    /// The number of entries of the bitmap table.
     pub(in crate::qcow2) table_size: U32,
-    /// In use, auto.
+    /// See [`flag`].
     pub(in crate::qcow2) flags: U32,
-    /// 1, a dirty bitmap.
+    /// 1: a dirty bitmap.
     pub(in crate::qcow2) kind: u8,
-    /// One bit stands for 1 shifted by this bytes.
+    /// The guest bytes of one bit are 1 shifted left by this.
     pub(in crate::qcow2) granularity_bits: u8,
     /// Bytes of the name.
     pub(in crate::qcow2) name_size: U16,
@@ -36,44 +36,44 @@ pub(in crate::qcow2) struct RawBitmap {
 
 const _: () = assert!(size_of::<RawBitmap>() == 24);
 
-/// Where the flags are in an entry.
+/// The offset of the flags in an entry.
 const FLAGS_AT: u64 = 12;
 
 /// A bitmap of the directory.
 #[derive(Clone, Debug)]
 pub(in crate::qcow2) struct Bitmap {
     pub(in crate::qcow2) raw: RawBitmap,
-    /// Kept as it is.
+    /// Extra data of other programs, kept unchanged.
     extra: Vec<u8>,
     name: Vec<u8>,
 }
 
 pub(super) mod flag {
-    /// Not stored properly.
+    /// The stored bits are out of date.
     pub(in crate::qcow2) const IN_USE: u32 = 1 << 0;
-    /// Writes are marked in it.
+    /// Writes set bits in this bitmap.
     pub(in crate::qcow2) const AUTO: u32 = 1 << 1;
-    /// It may be used by those who do not know its extra data.
+    /// The bitmap may be used without knowledge of its extra data.
     pub(in crate::qcow2) const EXTRA_DATA_COMPATIBLE: u32 = 1 << 2;
     pub(in crate::qcow2) const KNOWN: u32 = IN_USE | AUTO | EXTRA_DATA_COMPATIBLE;
 }
 
-/// The type of dirty bitmaps, the only one there is.
+/// The type of dirty bitmaps, the only type of the specification.
 const DIRTY_TRACKING: u8 = 1;
 
-/// Limits of the original.
+/// qemu-img's limits.
 pub(super) mod limit {
     pub(in crate::qcow2) const BITMAPS: usize = 65535;
     /// Bytes of the directory.
     pub(in crate::qcow2) const DIRECTORY: u64 = 64 << 20;
     pub(in crate::qcow2) const NAME: usize = 1023;
     pub(in crate::qcow2) const GRANULARITY_BITS: std::ops::RangeInclusive<u8> = 9..=31;
-    /// Bytes of the bits of one bitmap.
+    /// Bytes of one bitmap's bits.
     pub(in crate::qcow2) const BITS: u64 = 512 << 20;
 }
 
 impl Bitmap {
-    /// A new one, without a table.
+    /// Makes a bitmap without a table.
     pub(super) fn new(name: &str, granularity_bits: u8, flags: u32) -> Result<Self> {
         if name.is_empty() {
             return Err(Error::invalid("Bitmap name cannot be empty"));
@@ -116,7 +116,7 @@ impl Bitmap {
         self.raw.flags = U32::new(if on { flags | flag } else { flags & !flag });
     }
 
-    /// Where its table is.
+    /// The host range of the bitmap table.
     pub(in crate::qcow2) fn table_range(&self) -> ByteRange {
         ByteRange::at(
             self.raw.table_offset.get(),
@@ -124,12 +124,12 @@ impl Bitmap {
         )
     }
 
-    /// Bytes of its entry.
+    /// The length of the directory entry in bytes.
     pub(super) fn entry_len(&self) -> usize {
         (size_of::<RawBitmap>() + self.extra.len() + self.name.len()).next_multiple_of(8)
     }
 
-    /// The sizes of a bitmap like this for a disk of `len` bytes.
+    /// The shape of this bitmap for a disk of `len` bytes.
     pub(super) fn shape(&self, geometry: Geometry, len: u64) -> Shape {
         Shape {
             granularity_bits: u32::from(self.raw.granularity_bits),
@@ -138,10 +138,10 @@ impl Bitmap {
         }
     }
 
-    /// Checks that its table is that of a bitmap of this shape.
+    /// Checks that the bitmap table has the size that the shape needs.
     ///
     /// # Errors
-    /// It has another size.
+    /// The table has another size.
     pub(super) fn require_shape(&self, shape: Shape) -> Result<()> {
         if u64::from(self.raw.table_size.get()) == shape.entries() && shape.fits() {
             return Ok(());
@@ -150,7 +150,7 @@ impl Bitmap {
             .context(format!("Could not read bitmap '{}' from image", self.name())))
     }
 
-    /// Says that it is too large.
+    /// The error for a bitmap that is too large.
     pub(super) fn too_large() -> Error {
         Error::invalid("Too much space will be occupied by the bitmap. Use larger granularity")
     }
@@ -163,14 +163,14 @@ impl Bitmap {
         .hint("Try block-dirty-bitmap-remove to delete this bitmap from disk")
     }
 
-    fn unfit(&self) -> Error {
+    fn invalid(&self) -> Error {
         Error::corrupt(format!(
             "Bitmap '{}' doesn't satisfy the constraints",
             self.name()
         ))
     }
 
-    /// The entry at the start of `bytes`.
+    /// Parses the entry at the start of `bytes`.
     fn parse(bytes: &[u8], geometry: Geometry) -> Result<Self> {
         let cut = || Error::corrupt("Broken bitmap directory");
         let (raw, rest) = RawBitmap::read_from_prefix(bytes).map_err(|_| cut())?;
@@ -183,7 +183,7 @@ impl Bitmap {
             name: name.to_vec(),
         };
         let table_len = u64::from(raw.table_size.get()) * 8;
-        let placed = raw.table_offset.get().is_multiple_of(geometry.cluster_size())
+        let has_valid_range = raw.table_offset.get().is_multiple_of(geometry.cluster_size())
             && raw
                 .table_offset
                 .get()
@@ -194,11 +194,11 @@ impl Bitmap {
             || !limit::GRANULARITY_BITS.contains(&raw.granularity_bits)
             || raw.flags.get() & !flag::KNOWN != 0
             || unknown_extra
-            || !placed
+            || !has_valid_range
             || name.is_empty()
             || name.len() > limit::NAME
         {
-            return Err(bitmap.unfit());
+            return Err(bitmap.invalid());
         }
         Ok(bitmap)
     }
@@ -221,22 +221,22 @@ pub(super) struct Shape {
 }
 
 impl Shape {
-    /// Bytes of the disk.
+    /// The length of the disk in bytes.
     pub(super) fn len(self) -> u64 {
         self.len
     }
 
-    /// Bits, one for each granule of the disk.
+    /// The number of bits: one for each granule of the disk.
     pub(super) fn bits(self) -> u64 {
         self.len.div_ceil(1 << self.granularity_bits)
     }
 
-    /// Entries of its table.
+    /// The number of entries of the bitmap table.
     pub(super) fn entries(self) -> u64 {
         self.bits().div_ceil(self.chunk_bits())
     }
 
-    /// Bits in one cluster.
+    /// The number of bits in a cluster.
     pub(super) fn chunk_bits(self) -> u64 {
         self.cluster_size * 8
     }
@@ -245,7 +245,7 @@ impl Shape {
         self.bits().div_ceil(8) <= limit::BITS
     }
 
-    /// The bits that the bytes of a part of the disk touch, as first and end.
+    /// The first and the end of the bits whose granules the guest range touches.
     pub(super) fn touched(self, start: u64, end: u64) -> (u64, u64) {
         let end = end.min(self.len);
         if start >= end {
@@ -257,14 +257,14 @@ impl Shape {
         )
     }
 
-    /// The bytes of the disk that bits stand for.
+    /// The guest range of the bits from `first` up to `end`.
     pub(super) fn guest(self, first: u64, end: u64) -> ByteRange {
         let byte = |bit: u64| bit.saturating_mul(1 << self.granularity_bits).min(self.len);
         ByteRange::new(byte(first), byte(end))
     }
 }
 
-/// The bitmaps of an image in memory.
+/// The directory of an image in memory.
 #[derive(Debug)]
 pub(in crate::qcow2) struct Directory {
     pub(in crate::qcow2) bitmaps: Vec<Bitmap>,
@@ -272,10 +272,10 @@ pub(in crate::qcow2) struct Directory {
 }
 
 impl Directory {
-    /// Reads the directory that `extension` tells of.
+    /// Reads the directory that `extension` locates.
     ///
     /// # Errors
-    /// One that is too large or does not hold together.
+    /// A directory that is too large or damaged.
     pub(super) fn read(
         file: &dyn Device,
         extension: &BitmapsExtension,
@@ -283,15 +283,15 @@ impl Directory {
         budget: &Budget,
     ) -> Result<Self> {
         let len = extension.directory_size.get();
-        let count = usize::try_from(extension.nb_bitmaps.get()).unwrap_or(usize::MAX);
+        let count = to_index(u64::from(extension.nb_bitmaps.get()))?;
         if count > limit::BITMAPS || len > limit::DIRECTORY {
             return Err(Error::new(ErrorKind::Limit, "Too many bitmaps"));
         }
-        // The bytes, and at most as much again for what is parsed from them, but for what every entry costs.
+        // The bytes are in memory once as read and once as parsed names and extra data; each entry adds a fixed cost.
         let memory = budget.reserve(2 * len + (count * size_of::<Bitmap>()) as u64)?;
         let offset = extension.directory_offset.get();
         file.require(offset, len)?;
-        let mut bytes = vec![0; usize::try_from(len).unwrap_or(0)];
+        let mut bytes = vec![0; to_index(len)?];
         file.read_at(&mut bytes, offset)?;
         let mut bitmaps = Vec::new();
         let mut rest = bytes.as_slice();
@@ -316,7 +316,7 @@ impl Directory {
         })
     }
 
-    /// No bitmaps.
+    /// An empty directory.
     pub(super) fn empty(budget: &Budget) -> Result<Self> {
         Ok(Self {
             bitmaps: Vec::new(),
@@ -324,7 +324,7 @@ impl Directory {
         })
     }
 
-    /// The directory as it is stored.
+    /// Encodes the directory.
     pub(super) fn to_bytes(&self) -> Result<Vec<u8>> {
         let len: usize = self.bitmaps.iter().map(Bitmap::entry_len).sum();
         if self.bitmaps.len() > limit::BITMAPS || len as u64 > limit::DIRECTORY {
@@ -337,19 +337,19 @@ impl Directory {
         Ok(bytes)
     }
 
-    /// The bitmaps, each with where its flags are in the stored directory.
-    pub(super) fn with_flag_places(&mut self) -> impl Iterator<Item = (u64, &mut Bitmap)> {
+    /// The bitmaps, each with the offset of its flags in the stored directory.
+    pub(super) fn with_flag_offsets(&mut self) -> impl Iterator<Item = (u64, &mut Bitmap)> {
         self.bitmaps.iter_mut().scan(FLAGS_AT, |next, bitmap| {
-            let place = *next;
+            let offset = *next;
             *next += bitmap.entry_len() as u64;
-            Some((place, bitmap))
+            Some((offset, bitmap))
         })
     }
 
-    /// The bitmap of this name.
+    /// The index of the bitmap with this name.
     ///
     /// # Errors
-    /// There is none.
+    /// No bitmap has the name.
     pub(super) fn find(&self, name: &str) -> Result<usize> {
         self.bitmaps
             .iter()
@@ -357,7 +357,7 @@ impl Directory {
             .ok_or_else(|| Error::new(ErrorKind::NotFound, format!("Dirty bitmap '{name}' not found")))
     }
 
-    /// [`Directory::find`], for what needs a bitmap that can be relied on.
+    /// [`Directory::find`] for a bitmap whose stored bits are up to date.
     pub(super) fn find_consistent(&self, name: &str) -> Result<usize> {
         let index = self.find(name)?;
         match &self.bitmaps[index] {
@@ -405,30 +405,30 @@ mod tests {
     }
 
     #[test]
-    fn what_is_written_is_read() {
+    fn an_encoded_directory_parses() {
         let bytes = two().to_bytes().expect("small");
         let mut back = read(bytes.clone(), 2).expect("valid");
         assert_eq!(back.to_bytes().expect("small"), bytes);
-        assert_eq!(back.find("a longer name").expect("there"), 1);
+        assert_eq!(back.find("a longer name").expect("exists"), 1);
         assert_eq!(
-            back.with_flag_places()
-                .map(|(place, _)| place)
+            back.with_flag_offsets()
+                .map(|(offset, _)| offset)
                 .collect::<Vec<_>>(),
             [12, 44]
         );
-        for (count, words) in [
+        for (count, message) in [
             (1, "More bitmaps found than specified in header extension"),
             (3, "Less bitmaps found than specified in header extension"),
         ] {
             assert_eq!(
                 read(bytes.clone(), count).map(drop).map_err(|e| e.chain()),
-                Err(words.into())
+                Err(message.into())
             );
         }
     }
 
     #[test]
-    fn entries_that_nobody_writes_are_refused_by_name() {
+    fn invalid_entries_are_refused_with_the_bitmaps_name() {
         for (at, value) in [(15, 8), (16, 2), (17, 8), (17, 32), (6, 1), (12, 0x80)] {
             let mut bytes = two().to_bytes().expect("small");
             bytes[at] = value;
@@ -441,7 +441,7 @@ mod tests {
     }
 
     #[test]
-    fn any_bytes_are_survived() {
+    fn parsing_any_bytes_never_panics() {
         for seed in 0..=255u8 {
             let mut bytes = two().to_bytes().expect("small");
             for i in 0..bytes.len() {
@@ -455,7 +455,7 @@ mod tests {
     }
 
     #[test]
-    fn sizes_follow_the_disk() {
+    fn shapes_follow_the_size_of_the_disk() {
         let shape = |len| Bitmap::new("b", 9, 0).expect("valid").shape(GEOMETRY, len);
         assert_eq!((shape(0).bits(), shape(0).entries()), (0, 0));
         assert_eq!((shape(513).bits(), shape(513).entries()), (2, 1));

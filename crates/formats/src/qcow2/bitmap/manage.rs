@@ -4,9 +4,9 @@ use diskimage_core::{BitmapInfo, Bitmaps, ByteRange, Error, NewBitmap, Result};
 
 use super::directory::{Bitmap, Directory, flag, limit};
 use super::table::BitmapTable;
-use crate::qcow2::{Qcow2, State};
+use crate::qcow2::{ImageState, Qcow2};
 
-/// Granularities that bitmaps get by themselves: the cluster size, but not less or more than this.
+/// The bounds of the default granularity, which is the cluster size. The bounds are qemu-img's.
 const DEFAULT_GRANULARITY: (u64, u64) = (4096, 65536);
 
 impl Bitmaps for Qcow2 {
@@ -23,7 +23,7 @@ impl Bitmaps for Qcow2 {
     }
 
     fn bytes(&self, cluster_size: u64) -> Result<u64> {
-        self.measure_bitmaps(cluster_size)
+        self.bytes_impl(cluster_size)
     }
 
     fn add(&self, bitmap: &NewBitmap<'_>) -> Result<()> {
@@ -34,7 +34,7 @@ impl Bitmaps for Qcow2 {
         let bits = granularity_bits(bitmap.granularity.unwrap_or_else(default))?;
         let flags = if bitmap.enabled { flag::AUTO } else { 0 };
         let mut new = Bitmap::new(bitmap.name, bits, flags)?;
-        self.change(|state, directory, gone| {
+        self.change(|state, directory, freed| {
             if directory.find(bitmap.name).is_ok() {
                 return Err(Error::invalid(format!("Bitmap already exists: {}", bitmap.name)));
             }
@@ -42,30 +42,31 @@ impl Bitmaps for Qcow2 {
             if !shape.fits() {
                 return Err(Bitmap::too_large());
             }
-            self.edit_bits(state, &mut new, 0, gone, |edit| edit.resize(shape))?;
+            self.edit_bits(state, &mut new, 0, freed, |edit| edit.resize(shape))?;
             directory.bitmaps.push(new);
             Ok(())
         })
     }
 
     fn remove(&self, name: &str) -> Result<()> {
-        self.change(|state, directory, gone| {
+        self.change(|state, directory, freed| {
             let bitmap = directory.bitmaps.remove(directory.find(name)?);
             let shape = bitmap.shape(self.header.geometry, state.size);
-            // The table of an inconsistent bitmap can be nonsense: better leaked than believed.
+            // The table of an inconsistent bitmap may be damaged. Clusters that it refers to are then leaked, not
+            // freed.
             if let Ok(table) = BitmapTable::read(self, &bitmap, shape) {
-                gone.extend(table.clusters(self.header.geometry.cluster_size()));
-                gone.push(bitmap.table_range());
+                freed.extend(table.clusters(self.header.geometry.cluster_size()));
+                freed.push(bitmap.table_range());
             }
             Ok(())
         })
     }
 
     fn clear(&self, name: &str) -> Result<()> {
-        self.change(|state, directory, gone| {
+        self.change(|state, directory, freed| {
             let index = directory.find_consistent(name)?;
             let len = state.size;
-            self.edit_bits(state, &mut directory.bitmaps[index], len, gone, |edit| {
+            self.edit_bits(state, &mut directory.bitmaps[index], len, freed, |edit| {
                 edit.clear();
                 Ok(())
             })
@@ -81,10 +82,10 @@ impl Bitmaps for Qcow2 {
     }
 
     fn mark(&self, name: &str, ranges: &[ByteRange]) -> Result<()> {
-        self.change(|state, directory, gone| {
+        self.change(|state, directory, freed| {
             let index = directory.find_consistent(name)?;
             let len = state.size;
-            self.edit_bits(state, &mut directory.bitmaps[index], len, gone, |edit| {
+            self.edit_bits(state, &mut directory.bitmaps[index], len, freed, |edit| {
                 ranges.iter().try_for_each(|range| edit.mark(*range))
             })
         })
@@ -97,7 +98,7 @@ impl Bitmaps for Qcow2 {
         let bitmap = &directory.bitmaps[directory.find_consistent(name)?];
         let shape = bitmap.shape(self.header.geometry, state.size);
         let table = BitmapTable::read(self, bitmap, shape)?;
-        // The caller may go on with this very image.
+        // `visit` may use this image.
         drop(state);
         table.visit(self, shape, visit)
     }
@@ -107,7 +108,7 @@ impl Qcow2 {
     /// Changes the directory and stores it.
     fn change(
         &self,
-        change: impl FnOnce(&mut State, &mut Directory, &mut Vec<ByteRange>) -> Result<()>,
+        change: impl FnOnce(&mut ImageState, &mut Directory, &mut Vec<ByteRange>) -> Result<()>,
     ) -> Result<()> {
         if !self.may_write() {
             return Err(Error::read_only());
@@ -115,9 +116,9 @@ impl Qcow2 {
         let mut state = self.lock();
         self.store_bitmaps(&mut state)?;
         let mut directory = self.directory(&state)?;
-        let mut gone = Vec::new();
-        change(&mut state, &mut directory, &mut gone)?;
-        self.replace_directory(&mut state, &directory, gone)
+        let mut freed = Vec::new();
+        change(&mut state, &mut directory, &mut freed)?;
+        self.replace_directory(&mut state, &directory, freed)
     }
 }
 

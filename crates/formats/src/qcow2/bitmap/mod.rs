@@ -1,18 +1,20 @@
-//! Persistent bitmaps: which parts of the disk were written since some point in time.
+//! Persistent bitmaps: each records which parts of the disk were written since some point in time.
 //!
 //! ```text
 //!   header extension ──► directory ──► bitmap tables ──► clusters of bits
 //! ```
 //!
-//! While guest data is being written, the bitmaps that record it are marked as in use in the file: after a crash nobody
-//! relies on them. What was written is collected in memory and becomes bits when the image is flushed. Nothing that a
-//! directory refers to is ever changed in place. Clusters of bits, tables and directory go to new places, first to last,
-//! and then the header's extension says where: at any moment the file has either the old bitmaps or the new ones. Only where
-//! the extension stands across sectors of a first cluster that is too full to move things, it has none meanwhile.
+//! Before guest data is written, the bitmaps that record writes are marked as in use in the file, so they count as
+//! inconsistent after a crash. Written ranges are collected in memory; a flush stores them as bits. Nothing that a
+//! directory refers to is changed in place, except its flags. Clusters of bits, then tables, then the directory are
+//! written to newly allocated clusters, and then the header extension points to the new directory: at any moment the
+//! file has either the old bitmaps or the new ones. One exception: if the extension crosses a sector boundary and the
+//! first cluster has no room for the intermediate state of a rewrite, the image has no valid bitmaps during the
+//! rewrite.
 //!
-//! * `directory`, `table`: structures, as bytes and as types;
-//! * `written`: what was written since;
-//! * `store`: marking as in use, storing, and changes of size;
+//! * `directory`, `table`: the structures, as bytes and as types;
+//! * `written`: the ranges written since the last store;
+//! * `store`: marks bitmaps as in use, stores them and resizes them;
 //! * `manage`: adding, removing and reading bitmaps.
 
 mod directory;
@@ -27,16 +29,16 @@ use diskimage_core::{Detail, DetailValue, Result};
 
 use self::directory::{Directory, flag};
 use super::header::extension::BitmapsExtension;
-use super::{Qcow2, State};
+use super::{ImageState, Qcow2};
 
 pub(super) use self::directory::Bitmap;
 pub(super) use self::store::Tracker;
 
 impl Qcow2 {
-    /// The bitmaps that `extension` tells of.
+    /// Reads the directory that `extension` locates; an empty one for `None`.
     ///
     /// # Errors
-    /// A directory that is too large or does not hold together.
+    /// A directory that is too large or damaged.
     pub(super) fn read_directory(&self, extension: Option<BitmapsExtension>) -> Result<Directory> {
         match extension {
             Some(extension) => Directory::read(&*self.file, &extension, self.header.geometry, &self.budget),
@@ -44,20 +46,20 @@ impl Qcow2 {
         }
     }
 
-    /// The bitmaps of the image.
-    fn directory(&self, state: &State) -> Result<Directory> {
+    /// Reads the directory of the image.
+    fn directory(&self, state: &ImageState) -> Result<Directory> {
         self.read_directory(state.bitmaps.extension())
     }
 
-    /// The bitmaps as facts to print; `None` if there are none.
+    /// The facts about the bitmaps that `info` prints; `None` for an image without bitmaps.
     pub(super) fn bitmap_details(&self) -> Result<Option<DetailValue>> {
         let directory = self.directory(&self.lock())?;
         if directory.bitmaps.is_empty() {
             return Ok(None);
         }
         let one = |bitmap: &Bitmap| {
-            let word = |flag, name: &str| bitmap.has(flag).then(|| DetailValue::Text(name.to_owned()));
-            let flags = [word(flag::IN_USE, "in-use"), word(flag::AUTO, "auto")];
+            let shown = |flag, name: &str| bitmap.has(flag).then(|| DetailValue::Text(name.to_owned()));
+            let flags = [shown(flag::IN_USE, "in-use"), shown(flag::AUTO, "auto")];
             DetailValue::Group(vec![
                 Detail {
                     name: "flags",
@@ -72,8 +74,8 @@ impl Qcow2 {
         )))
     }
 
-    /// Bytes that the bitmaps take in a copy with clusters of `cluster_size`.
-    pub(super) fn measure_bitmaps(&self, cluster_size: u64) -> Result<u64> {
+    /// The bytes that the bitmaps need in a copy with clusters of `cluster_size`.
+    pub(super) fn bytes_impl(&self, cluster_size: u64) -> Result<u64> {
         let state = self.lock();
         let size = state.size;
         let (mut clusters, mut entries) = (0, 0);

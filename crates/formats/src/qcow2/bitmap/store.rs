@@ -1,4 +1,4 @@
-//! Keeping the bitmaps true while the disk changes.
+//! Keeps the bitmaps up to date while the disk changes.
 
 use std::collections::BTreeSet;
 
@@ -12,22 +12,22 @@ use super::written::{MAX_RANGES, Written};
 use crate::layer_kit::metadata_guard::{Kind, Kinds};
 use crate::qcow2::header::extension::{BitmapsExtension, kind};
 use crate::qcow2::header::feature::Autoclear;
-use crate::qcow2::header::rewrite::{FirstCluster, is_replaced_at_once};
+use crate::qcow2::header::rewrite::{FirstCluster, is_atomic_rewrite};
 use crate::qcow2::header::{Header, field};
-use crate::qcow2::{Qcow2, State};
+use crate::qcow2::{ImageState, Qcow2};
 
-/// What is known of the bitmaps while the image is open.
+/// The state of the bitmaps while the image is open.
 #[derive(Debug)]
 pub(in crate::qcow2) struct Tracker {
-    /// Where they are; nothing if there are none that can be relied on.
+    /// Locates the directory; `None` if the image has no valid bitmaps.
     extension: Option<BitmapsExtension>,
-    /// Whether there is a bitmap that records writes.
+    /// Whether any bitmap records writes.
     records: bool,
-    /// Whether all that record writes have been marked as in use.
+    /// Whether all bitmaps that record writes are marked as in use.
     recording: bool,
-    /// The bitmaps, by their place in the directory, that this program has marked as in use.
+    /// The bitmaps that this layer has marked as in use, by their index in the directory.
     held: BTreeSet<usize>,
-    /// What was written since they were stored.
+    /// The ranges written since the bitmaps were stored.
     written: Written,
 }
 
@@ -42,7 +42,7 @@ impl Tracker {
         }
     }
 
-    /// Whether the mark of bitmap `index` as in use is this program's own.
+    /// Whether this layer has marked bitmap `index` as in use.
     pub(super) fn holds(&self, index: usize) -> bool {
         self.held.contains(&index)
     }
@@ -57,17 +57,17 @@ fn is_recording(bitmap: &Bitmap) -> bool {
 }
 
 impl Qcow2 {
-    /// Looks at the bitmaps of an image that is opened to be written.
+    /// Checks the bitmaps of an image that is opened for writing.
     ///
     /// # Errors
-    /// A directory that does not hold together, and tables of the wrong size: bitmaps that cannot be kept true.
+    /// A damaged directory, and tables of the wrong size: such bitmaps cannot be kept up to date.
     pub(in crate::qcow2) fn begin_tracking(&self) -> Result<()> {
         let mut state = self.lock();
         let directory = self.directory(&state)?;
-        let mut room = self.file.len();
+        let mut unclaimed = self.file.len();
         for bitmap in &directory.bitmaps {
-            // Tables that share their bytes would take more time and space than the file accounts for.
-            room = room
+            // Non-overlapping tables fit in the file. Overlapping ones would take unbounded time and memory.
+            unclaimed = unclaimed
                 .checked_sub(bitmap.table_range().len())
                 .ok_or_else(|| Error::corrupt("Bitmap tables overlap"))?;
             if !bitmap.has(flag::IN_USE) {
@@ -78,43 +78,43 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// Notes that `range` is about to be written.
+    /// Records that `range` is about to be written.
     ///
     /// # Errors
-    /// A failure to mark the bitmaps as in use, or to store what was collected.
-    pub(in crate::qcow2) fn note_write(&self, state: &mut State, range: ByteRange) -> Result<()> {
-        // What lies behind the end of the disk is none of their business.
+    /// The bitmaps cannot be marked as in use, or the collected ranges cannot be stored.
+    pub(in crate::qcow2) fn note_write(&self, state: &mut ImageState, range: ByteRange) -> Result<()> {
+        // Bytes beyond the end of the disk have no bits.
         let range = range.intersect(ByteRange::new(0, state.size));
         if !state.bitmaps.records || range.is_empty() {
             return Ok(());
         }
         if !state.bitmaps.recording {
             let mut directory = self.directory(state)?;
-            self.hold(state, &mut directory, is_recording)?;
+            self.mark_in_use(state, &mut directory, is_recording)?;
             state.bitmaps.recording = true;
         }
         state.bitmaps.written.add(range);
         if state.bitmaps.written.len() > MAX_RANGES {
             let len = state.size;
-            self.store_tracked(state, len, After::Hold)?;
+            self.store_tracked(state, len, AfterStore::KeepInUse)?;
         }
         Ok(())
     }
 
-    /// Stores what was written, and says that the bitmaps can be relied on again.
+    /// Stores the written ranges and clears the in-use marks.
     ///
     /// # Errors
-    /// A failure to read or write; the bitmaps stay marked as in use.
-    pub(in crate::qcow2) fn store_bitmaps(&self, state: &mut State) -> Result<()> {
+    /// A failed read or write. The bitmaps stay marked as in use.
+    pub(in crate::qcow2) fn store_bitmaps(&self, state: &mut ImageState) -> Result<()> {
         let len = state.size;
-        self.store_tracked(state, len, After::Release)
+        self.store_tracked(state, len, AfterStore::ClearInUse)
     }
 
-    /// Checks that the bitmaps can follow when the disk gets the size of `len` bytes.
+    /// Checks that the bitmaps can be resized for a disk of `len` bytes.
     ///
     /// # Errors
-    /// Bitmaps that are inconsistent, damaged or would become too large.
-    pub(in crate::qcow2) fn bitmaps_can_follow(&self, state: &State, len: u64) -> Result<()> {
+    /// Bitmaps that are inconsistent or damaged, or that would become too large.
+    pub(in crate::qcow2) fn bitmaps_can_follow(&self, state: &ImageState, len: u64) -> Result<()> {
         let directory = self.directory(state)?;
         for (index, bitmap) in directory.bitmaps.iter().enumerate() {
             if bitmap.has(flag::IN_USE) && !state.bitmaps.held.contains(&index) {
@@ -131,28 +131,29 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// Marks all bitmaps as in use before the disk gets another size: a table of the wrong size would keep the image
-    /// from being opened.
+    /// Marks all bitmaps as in use before the disk is resized: an image with a consistent bitmap whose table has the
+    /// wrong size cannot be opened.
     ///
     /// # Errors
-    /// A failure to read or write.
-    pub(in crate::qcow2) fn begin_resize(&self, state: &mut State) -> Result<()> {
+    /// A failed read or write.
+    pub(in crate::qcow2) fn begin_resize(&self, state: &mut ImageState) -> Result<()> {
         let mut directory = self.directory(state)?;
-        self.hold(state, &mut directory, |bitmap| !bitmap.has(flag::IN_USE))
+        self.mark_in_use(state, &mut directory, |bitmap| !bitmap.has(flag::IN_USE))
     }
 
-    /// Stores the bitmaps for the present size after the disk had `old_len` bytes.
+    /// Stores the bitmaps for the present size. The disk had `old_len` bytes before.
     ///
     /// # Errors
     /// As [`Qcow2::store_bitmaps`].
-    pub(in crate::qcow2) fn finish_resize(&self, state: &mut State, old_len: u64) -> Result<()> {
-        self.store_tracked(state, old_len, After::Release)
+    pub(in crate::qcow2) fn finish_resize(&self, state: &mut ImageState, old_len: u64) -> Result<()> {
+        self.store_tracked(state, old_len, AfterStore::ClearInUse)
     }
 
-    /// Marks the bitmaps that `which` picks as in use, durably. Each has its flags in one word of the directory.
-    fn hold(
+    /// Marks the bitmaps that `which` selects as in use and flushes. A bitmap's flags are one aligned field, so each
+    /// write is atomic.
+    fn mark_in_use(
         &self,
-        state: &mut State,
+        state: &mut ImageState,
         directory: &mut Directory,
         which: impl Fn(&Bitmap) -> bool,
     ) -> Result<()> {
@@ -160,10 +161,10 @@ impl Qcow2 {
             return Ok(());
         };
         let mut changed = false;
-        for (index, (place, bitmap)) in directory.with_flag_places().enumerate() {
+        for (index, (flags_at, bitmap)) in directory.with_flag_offsets().enumerate() {
             if which(bitmap) {
                 bitmap.set(flag::IN_USE, true);
-                self.write_flags(state, extension, place, bitmap)?;
+                self.write_flags(state, extension, flags_at, bitmap)?;
                 state.bitmaps.held.insert(index);
                 changed = true;
             }
@@ -173,12 +174,12 @@ impl Qcow2 {
 
     fn write_flags(
         &self,
-        state: &State,
+        state: &ImageState,
         extension: BitmapsExtension,
-        place: u64,
+        flags_at: u64,
         bitmap: &Bitmap,
     ) -> Result<()> {
-        let offset = extension.directory_offset.get() + place;
+        let offset = extension.directory_offset.get() + flags_at;
         let range = ByteRange::at(offset, 4);
         state
             .metadata
@@ -187,20 +188,20 @@ impl Qcow2 {
         self.file.write_at(bitmap.raw.flags.as_bytes(), offset)
     }
 
-    fn store_tracked(&self, state: &mut State, old_len: u64, after: After) -> Result<()> {
+    fn store_tracked(&self, state: &mut ImageState, old_len: u64, after: AfterStore) -> Result<()> {
         if state.bitmaps.held.is_empty() {
             return Ok(());
         }
         let written = std::mem::take(&mut state.bitmaps.written);
         let stored = self.store_held(state, &written, old_len, after);
         match &stored {
-            Ok(()) if after == After::Release => {
+            Ok(()) if after == AfterStore::ClearInUse => {
                 state.bitmaps.held.clear();
                 state.bitmaps.recording = false;
             }
             Ok(()) => {}
-            // What was written is not forgotten. How far it got nobody knows: before more is written, those that the
-            // file does not have marked as in use are marked again.
+            // The ranges are kept. Which flags were written is unknown: before the next write, bitmaps that are not
+            // marked as in use in the file are marked again.
             Err(_) => {
                 state.bitmaps.written = written;
                 state.bitmaps.recording = false;
@@ -209,12 +210,18 @@ impl Qcow2 {
         stored
     }
 
-    fn store_held(&self, state: &mut State, written: &Written, old_len: u64, after: After) -> Result<()> {
-        // What the bits speak of comes first.
+    fn store_held(
+        &self,
+        state: &mut ImageState,
+        written: &Written,
+        old_len: u64,
+        after: AfterStore,
+    ) -> Result<()> {
+        // Guest data and tables must be durable before the bits that record them.
         self.write_back(state)?;
         state.metadata.cache.sync()?;
         let mut directory = self.directory(state)?;
-        let (mut gone, mut moved) = (Vec::new(), false);
+        let (mut freed, mut moved) = (Vec::new(), false);
         let held = state.bitmaps.held.clone();
         for index in held.iter().copied() {
             let Some(bitmap) = directory.bitmaps.get_mut(index) else {
@@ -223,7 +230,7 @@ impl Qcow2 {
             let shape = bitmap.shape(self.header.geometry, state.size);
             let records = bitmap.has(flag::AUTO);
             let before = bitmap.raw;
-            self.edit_bits(state, bitmap, old_len, &mut gone, |edit| {
+            self.edit_bits(state, bitmap, old_len, &mut freed, |edit| {
                 if old_len != shape.len() {
                     edit.resize(shape)?;
                 }
@@ -231,14 +238,18 @@ impl Qcow2 {
                 ranges.try_for_each(|range| edit.mark(range))
             })?;
             moved |= bitmap.raw.table_offset != before.table_offset;
-            bitmap.set(flag::IN_USE, after == After::Hold);
+            bitmap.set(flag::IN_USE, after == AfterStore::KeepInUse);
         }
         if moved {
-            self.replace_directory(state, &directory, gone)
-        } else if let Some(extension) = state.bitmaps.extension.filter(|_| after == After::Release) {
-            for (index, (place, bitmap)) in directory.with_flag_places().enumerate() {
+            self.replace_directory(state, &directory, freed)
+        } else if let Some(extension) = state
+            .bitmaps
+            .extension
+            .filter(|_| after == AfterStore::ClearInUse)
+        {
+            for (index, (flags_at, bitmap)) in directory.with_flag_offsets().enumerate() {
                 if held.contains(&index) {
-                    self.write_flags(state, extension, place, bitmap)?;
+                    self.write_flags(state, extension, flags_at, bitmap)?;
                 }
             }
             self.file.flush()
@@ -247,19 +258,19 @@ impl Qcow2 {
         }
     }
 
-    /// Changes the bits of `bitmap`, which has the shape for a disk of `len` bytes. What it no longer needs is added to
-    /// `gone`, to be given up once the directory says where its table is now.
+    /// Changes the bits of `bitmap`, whose shape is that for a disk of `len` bytes. Clusters that it no longer needs
+    /// are added to `freed`; they are released once the directory points to the new table.
     pub(super) fn edit_bits(
         &self,
-        state: &mut State,
+        state: &mut ImageState,
         bitmap: &mut Bitmap,
         len: u64,
-        gone: &mut Vec<ByteRange>,
+        freed: &mut Vec<ByteRange>,
         change: impl FnOnce(&mut TableEdit<'_>) -> Result<()>,
     ) -> Result<()> {
         let shape = bitmap.shape(self.header.geometry, len);
         let table = BitmapTable::read(self, bitmap, shape)?;
-        let mut edit = TableEdit::new(self, state, bitmap, (table, shape), gone);
+        let mut edit = TableEdit::new(self, state, bitmap, (table, shape), freed);
         change(&mut edit)?;
         if let Some((offset, entries)) = edit.finish()? {
             bitmap.raw.table_offset = U64::new(offset);
@@ -268,17 +279,18 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// Puts `directory` in the place of the one that the image has, and gives up that one and `gone`.
+    /// Replaces the image's directory with `directory`, then releases the old one and `freed`.
     pub(super) fn replace_directory(
         &self,
-        state: &mut State,
+        state: &mut ImageState,
         directory: &Directory,
-        mut gone: Vec<ByteRange>,
+        mut freed: Vec<ByteRange>,
     ) -> Result<()> {
         let bytes = directory.to_bytes()?;
         let offset = self.store_new(state, &bytes, Some(Kind::BitmapDirectory))?;
         state.metadata.cache.write_back()?;
         state.metadata.cache.sync()?;
+        // `to_bytes` has checked the count against a limit of 16 bits.
         let count = u32::try_from(directory.bitmaps.len()).unwrap_or(u32::MAX);
         let new = (count > 0).then_some(BitmapsExtension {
             nb_bitmaps: U32::new(count),
@@ -292,19 +304,18 @@ impl Qcow2 {
             bitmap.has(flag::AUTO) && (!bitmap.has(flag::IN_USE) || state.bitmaps.held.contains(&index))
         });
         if let Some(old) = old {
-            gone.push(ByteRange::at(
+            freed.push(ByteRange::at(
                 old.directory_offset.get(),
                 old.directory_size.get(),
             ));
         }
-        state.freed.append(&mut gone);
+        state.freed.append(&mut freed);
         self.write_back(state)
     }
 
-    /// Changes the header's extension, and goes by it from then on. Where that cannot be done at once, because the
-    /// extension stands across sectors and there is no room for a detour, readers are told meanwhile that there are no
-    /// bitmaps to rely on.
-    fn write_extension(&self, state: &mut State, new: Option<BitmapsExtension>) -> Result<()> {
+    /// Writes the header extension and uses it from then on. If the first cluster cannot be rewritten atomically, the
+    /// autoclear bit of the bitmaps is off during the rewrite, so that readers ignore them.
+    fn write_extension(&self, state: &mut ImageState, new: Option<BitmapsExtension>) -> Result<()> {
         let with_new = |old: &[u8], features: u64| {
             let mut cluster = FirstCluster::read(old)?;
             cluster.set_extension(kind::BITMAPS, new.as_ref().map(IntoBytes::as_bytes));
@@ -314,7 +325,7 @@ impl Qcow2 {
         let others = self.header.features.autoclear.0 & Autoclear::KNOWN & !Autoclear::BITMAPS;
         let all = others | new.map_or(0, |_| Autoclear::BITMAPS);
         let mut old = self.first_cluster()?;
-        let detached = !is_replaced_at_once(&old, &with_new(&old, all)?)?;
+        let detached = !is_atomic_rewrite(&old, &with_new(&old, all)?)?;
         if detached {
             self.write_autoclear(others)?;
             old = self.first_cluster()?;
@@ -323,8 +334,9 @@ impl Qcow2 {
         let outcome = self.write_first_cluster(&old, &with_new(&old, features)?);
         match &outcome {
             Ok(()) => state.bitmaps.extension = new,
-            // Go by the one that a reader finds. Where none is to be relied on, the old one is still there.
+            // The autoclear bit is off. The next store writes the extension again.
             Err(_) if detached => {}
+            // Uses the extension that a reader would find.
             Err(_) => {
                 let found = self.first_cluster().and_then(|now| Header::parse(&now, true));
                 if let Ok(header) = found {
@@ -346,11 +358,11 @@ impl Qcow2 {
     }
 }
 
-/// What the bitmaps are marked as after they have been stored.
+/// The mark of the bitmaps after a store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum After {
-    /// In use: more will be written.
-    Hold,
-    /// Complete.
-    Release,
+enum AfterStore {
+    /// They stay in use: more writes follow.
+    KeepInUse,
+    /// They are consistent.
+    ClearInUse,
 }

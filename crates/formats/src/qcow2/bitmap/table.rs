@@ -1,4 +1,4 @@
-//! Bitmap tables and the bits that they lead to.
+//! Bitmap tables and their clusters of bits.
 //!
 //! ```text
 //!   bitmap table   [offset][   0   ][   1   ]...   one entry for each cluster of bits; 0 all clear, 1 all set
@@ -6,45 +6,45 @@
 //!   bits           [01100...]                      from the least significant bit of the first byte up
 //! ```
 
-use diskimage_core::{ByteRange, Error, Reservation, Result, is_zero};
+use diskimage_core::{ByteRange, Error, Reservation, Result, is_zero, to_index};
 
 use super::directory::{Bitmap, Shape};
 use crate::layer_kit::metadata_guard::Kind;
-use crate::qcow2::{Qcow2, State};
+use crate::qcow2::{ImageState, Qcow2};
 
-/// The entry of a cluster whose bits are all set.
+/// The entry for a cluster whose bits are all set.
 const ALL_SET: u64 = 1;
-/// Bits of an entry that hold an offset.
+/// The bits of an entry that hold an offset.
 const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
 
-/// A table in memory.
+/// A bitmap table in memory.
 #[derive(Debug)]
 pub(super) struct BitmapTable {
     entries: Vec<u64>,
     memory: Reservation,
 }
 
-/// What memory an entry takes: itself, its place in the file, and the cluster that it gives up.
+/// The bytes of memory per entry: the entry, its encoded form, and the range of a cluster that it frees.
 const ENTRY_COST: u64 = 32;
 
 impl BitmapTable {
-    /// The table of `bitmap`, which has the given shape.
+    /// Reads the table of `bitmap`, which has the given shape.
     ///
     /// # Errors
-    /// A table of another size, and entries that make no sense.
+    /// A table of another size, and invalid entries.
     pub(super) fn read(image: &Qcow2, bitmap: &Bitmap, shape: Shape) -> Result<Self> {
         bitmap.require_shape(shape)?;
         let count = shape.entries();
         let memory = image.budget.reserve(count * ENTRY_COST)?;
-        let mut bytes = vec![0; usize::try_from(count * 8).unwrap_or(0)];
+        let mut bytes = vec![0; to_index(count * 8)?];
         image.file.read_whole(&mut bytes, bitmap.raw.table_offset.get())?;
-        let (words, _) = bytes.as_chunks();
-        let entries: Vec<u64> = words.iter().map(|word| u64::from_be_bytes(*word)).collect();
-        let is_sound = |entry: &u64| match *entry & OFFSET_MASK {
+        let (entries, _) = bytes.as_chunks();
+        let entries: Vec<u64> = entries.iter().map(|entry| u64::from_be_bytes(*entry)).collect();
+        let is_valid = |entry: &u64| match *entry & OFFSET_MASK {
             0 => *entry <= ALL_SET,
             offset => offset == *entry && offset.is_multiple_of(image.header.geometry.cluster_size()),
         };
-        if !entries.iter().all(is_sound) {
+        if !entries.iter().all(is_valid) {
             return Err(Error::corrupt("Invalid argument").context(format!(
                 "Could not read bitmap_table table from image for bitmap '{}'",
                 bitmap.name()
@@ -53,7 +53,7 @@ impl BitmapTable {
         Ok(Self { entries, memory })
     }
 
-    /// Hands the parts of the disk whose bits are set to `visit`, in order.
+    /// Calls `visit` with each guest range whose bits are set, in order.
     pub(super) fn visit(
         &self,
         image: &Qcow2,
@@ -80,7 +80,7 @@ impl BitmapTable {
         Ok(())
     }
 
-    /// The clusters that it refers to.
+    /// The clusters to which the table refers.
     pub(super) fn clusters(&self, cluster_size: u64) -> impl Iterator<Item = ByteRange> {
         self.entries
             .iter()
@@ -89,21 +89,21 @@ impl BitmapTable {
     }
 }
 
-/// A table that is being changed. What the image holds stays as it is: changed clusters and the table go to new places,
-/// and what they replace is collected to be given up once nothing refers to it.
+/// A table that is being changed. Stored clusters stay unchanged: changed clusters and the table are written to newly
+/// allocated clusters, and the clusters that they replace are collected, to be released once nothing refers to them.
 pub(super) struct TableEdit<'a> {
     image: &'a Qcow2,
-    state: &'a mut State,
+    state: &'a mut ImageState,
     shape: Shape,
     table: BitmapTable,
-    /// Where the table is in the image.
+    /// The host range of the stored table.
     old: ByteRange,
     loaded: Option<Loaded>,
     changed: bool,
-    gone: &'a mut Vec<ByteRange>,
+    freed: &'a mut Vec<ByteRange>,
 }
 
-/// The cluster of bits that is being changed.
+/// The cluster of bits that is in memory.
 struct Loaded {
     index: usize,
     bytes: Vec<u8>,
@@ -111,13 +111,13 @@ struct Loaded {
 }
 
 impl<'a> TableEdit<'a> {
-    /// Begins to change `table`, read with `shape`.
+    /// Starts a change of `table`, which was read with `shape`.
     pub(super) fn new(
         image: &'a Qcow2,
-        state: &'a mut State,
+        state: &'a mut ImageState,
         bitmap: &Bitmap,
         (table, shape): (BitmapTable, Shape),
-        gone: &'a mut Vec<ByteRange>,
+        freed: &'a mut Vec<ByteRange>,
     ) -> Self {
         Self {
             image,
@@ -127,11 +127,11 @@ impl<'a> TableEdit<'a> {
             old: bitmap.table_range(),
             loaded: None,
             changed: false,
-            gone,
+            freed,
         }
     }
 
-    /// Makes it the bitmap of a disk of another size. What is new is clear.
+    /// Resizes the bitmap for a disk of another size. New bits are clear.
     pub(super) fn resize(&mut self, shape: Shape) -> Result<()> {
         let keep = self.shape.bits().min(shape.bits());
         let entries = index(shape.entries());
@@ -140,7 +140,7 @@ impl<'a> TableEdit<'a> {
         }
         for entry in self.table.entries.drain(entries.min(self.table.entries.len())..) {
             if entry > ALL_SET {
-                self.gone.push(ByteRange::at(entry, self.shape.chunk_bits() / 8));
+                self.freed.push(ByteRange::at(entry, self.shape.chunk_bits() / 8));
             }
             self.changed = true;
         }
@@ -150,7 +150,7 @@ impl<'a> TableEdit<'a> {
         }
         let (last, inside) = (index(keep / shape.chunk_bits()), keep % shape.chunk_bits());
         if inside > 0 && self.entry(last) != 0 {
-            // Bits behind the last one are no part of the bitmap, whatever they are: they must not appear.
+            // Padding bits beyond the old end may have any value: they must not become part of the bitmap.
             let loaded = self.load(last)?;
             loaded.changed |= clear_from(&mut loaded.bytes, inside);
         }
@@ -191,9 +191,10 @@ impl<'a> TableEdit<'a> {
         }
     }
 
-    /// Stores the table at a new place if anything changed; where it is now and how many entries it has.
+    /// Stores the table in newly allocated clusters if anything changed. Returns its host offset and its number of
+    /// entries.
     pub(super) fn finish(mut self) -> Result<Option<(u64, u32)>> {
-        self.settle()?;
+        self.store_loaded()?;
         if !self.changed {
             return Ok(None);
         }
@@ -203,7 +204,7 @@ impl<'a> TableEdit<'a> {
         }
         let offset = self.image.store_new(self.state, &bytes, None)?;
         if !self.old.is_empty() {
-            self.gone.push(self.old);
+            self.freed.push(self.old);
         }
         let count = u32::try_from(self.table.entries.len()).map_err(|_| Bitmap::too_large())?;
         Ok(Some((offset, count)))
@@ -213,14 +214,14 @@ impl<'a> TableEdit<'a> {
         self.table.entries.get(index).copied().unwrap_or(0)
     }
 
-    /// Loads the cluster of entry `index`, after storing the one before.
+    /// Loads the cluster of entry `index`, after it has stored the cluster that was loaded before.
     fn load(&mut self, index: usize) -> Result<&mut Loaded> {
         if self.loaded.as_ref().is_none_or(|loaded| loaded.index != index) {
-            self.settle()?;
+            self.store_loaded()?;
             let len = self::index(self.shape.chunk_bits() / 8);
             let (bytes, changed) = match self.entry(index) {
                 0 => (vec![0; len], false),
-                // In an image the entry says it all; here the bits are about to differ.
+                // The entry stands for a cluster of set bits without storage; the caller is about to clear some.
                 ALL_SET => (vec![0xff; len], true),
                 offset => {
                     let mut bytes = vec![0; len];
@@ -239,8 +240,8 @@ impl<'a> TableEdit<'a> {
             .ok_or_else(|| Error::corrupt("No cluster of bits"))
     }
 
-    /// Stores the cluster that is loaded, if it changed.
-    fn settle(&mut self) -> Result<()> {
+    /// Stores the loaded cluster if it changed, and unloads it.
+    fn store_loaded(&mut self) -> Result<()> {
         let Some(loaded) = self.loaded.take().filter(|loaded| loaded.changed) else {
             return Ok(());
         };
@@ -257,7 +258,7 @@ impl<'a> TableEdit<'a> {
         if let Some(old) = self.table.entries.get_mut(index) {
             let old = std::mem::replace(old, entry);
             if old > ALL_SET {
-                self.gone.push(ByteRange::at(old, self.shape.chunk_bits() / 8));
+                self.freed.push(ByteRange::at(old, self.shape.chunk_bits() / 8));
             }
             self.changed = true;
         }
@@ -265,9 +266,9 @@ impl<'a> TableEdit<'a> {
 }
 
 impl Qcow2 {
-    /// Writes `bytes`, guarded as metadata of the kind `kind`, to clusters of their own, to which nothing refers yet; their
-    /// offset, 0 for no bytes.
-    pub(super) fn store_new(&self, state: &mut State, bytes: &[u8], kind: Option<Kind>) -> Result<u64> {
+    /// Writes `bytes` to newly allocated clusters, which are guarded as metadata of the kind `kind`. Returns their host
+    /// offset; 0 for no bytes.
+    pub(super) fn store_new(&self, state: &mut ImageState, bytes: &[u8], kind: Option<Kind>) -> Result<u64> {
         if bytes.is_empty() {
             return Ok(0);
         }
@@ -278,16 +279,18 @@ impl Qcow2 {
     }
 }
 
+/// An index of a bitmap table or of its bits. `BitmapTable::read` has reserved memory for the table, so the number
+/// fits; one that does not would saturate, and every slice is accessed with `get` or has its length from here.
 fn index(value: u64) -> usize {
     usize::try_from(value).unwrap_or(usize::MAX)
 }
 
-/// Sets the bits from `first` up to `end`; whether one of them was clear.
+/// Sets the bits from `first` up to `end`. Returns whether any of them was clear.
 fn set(bytes: &mut [u8], first: u64, end: u64) -> bool {
     change(bytes, first, end, |byte, mask| byte | mask)
 }
 
-/// Clears the bits from `first` on; whether one of them was set.
+/// Clears the bits from `first` on. Returns whether any of them was set.
 fn clear_from(bytes: &mut [u8], first: u64) -> bool {
     let end = bytes.len() as u64 * 8;
     change(bytes, first, end, |byte, mask| byte & !mask)
@@ -309,7 +312,7 @@ fn change(bytes: &mut [u8], first: u64, end: u64, new: impl Fn(u8, u8) -> u8) ->
     changed
 }
 
-/// The first run of set bits at or behind `at` among the first `len`.
+/// The first run of set bits at or after `at`, among the first `len` bits.
 fn next_run(bytes: &[u8], at: u64, len: u64) -> Option<(u64, u64)> {
     let find = |from: u64, wanted: bool| {
         let mut bit = from;

@@ -33,7 +33,7 @@ fn add(layer: &Qcow2, name: &str, granularity: u64, enabled: bool) {
         .expect("added");
 }
 
-/// The marked parts, neighbours joined.
+/// The marked guest ranges, adjacent ones joined.
 fn marked(layer: &Qcow2, name: &str) -> Vec<(u64, u64)> {
     let mut found: Vec<(u64, u64)> = Vec::new();
     layer
@@ -54,7 +54,7 @@ fn list(file: &Arc<MemoryDevice>) -> Vec<BitmapInfo> {
 
 fn check(file: &Arc<MemoryDevice>) {
     let (layer, _) = open(file, false).expect("opens");
-    let report = layer.run_check(Repair::No, &Progress::none()).expect("checks");
+    let report = layer.check_impl(Repair::No, &Progress::none()).expect("checks");
     assert_eq!((report.corruptions, report.leaks), (0, 0));
 }
 
@@ -74,7 +74,7 @@ fn writes_are_marked_in_enabled_bitmaps_alone() {
         .expect("zeroes");
     image.discard(ByteRange::new(1 << 19, 1 << 20)).expect("discards");
     let in_use: Vec<bool> = list(&file).iter().map(|bitmap| bitmap.inconsistent).collect();
-    assert_eq!(in_use, [true, false], "what a crash would leave");
+    assert_eq!(in_use, [true, false], "a crash now would leave the bitmap in use");
     image.flush().expect("flushes");
     check(&file);
     let (layer, _) = open(&file, false).expect("opens");
@@ -93,7 +93,7 @@ fn writes_are_marked_in_enabled_bitmaps_alone() {
 }
 
 #[test]
-fn opening_without_writing_leaves_the_file_alone() {
+fn opening_without_writing_does_not_change_the_file() {
     let file = create("", 1 << 20, &Closed);
     let (layer, image) = open(&file, true).expect("opens");
     add(&layer, "b", 65536, true);
@@ -128,7 +128,7 @@ fn inconsistent_bitmaps_forbid_resizing_and_change_nothing() {
     let (layer, image) = open(&file, true).expect("opens");
     add(&layer, "b", 65536, true);
     image.write_at(&[1; 1 << 20], 0).expect("writes");
-    // Not flushed: what a crash leaves.
+    // Not flushed: these are the bytes after a crash.
     let file = Arc::new(MemoryDevice::new(file.contents()));
     drop((layer, image));
     let (layer, image) = open(&file, true).expect("opens");
@@ -167,7 +167,7 @@ fn bitmaps_are_added_changed_and_removed() {
         enabled: true,
     };
     let long = "n".repeat(1024);
-    for (bitmap, words) in [
+    for (bitmap, message) in [
         (new("", None), "Bitmap name cannot be empty"),
         (
             new("b", Some(256)),
@@ -183,7 +183,7 @@ fn bitmaps_are_added_changed_and_removed() {
         ),
         (new(&long, None), "Name length exceeds maximum (1023 characters)"),
     ] {
-        assert_eq!(layer.add(&bitmap).map_err(|e| e.chain()), Err(words.to_owned()));
+        assert_eq!(layer.add(&bitmap).map_err(|e| e.chain()), Err(message.to_owned()));
     }
     layer.add(&new("a", None)).expect("added");
     add(&layer, "b", 512, false);
@@ -191,13 +191,13 @@ fn bitmaps_are_added_changed_and_removed() {
         layer.add(&new("a", None)).map_err(|e| e.chain()),
         Err("Bitmap already exists: a".to_owned())
     );
-    layer.set_enabled("b", true).expect("there");
+    layer.set_enabled("b", true).expect("exists");
     image.write_at(&[1], 70000).expect("writes");
     assert_eq!(marked(&layer, "a"), [(65536, 131072)]);
     assert_eq!(marked(&layer, "b"), [(69632, 70144)]);
-    layer.clear("a").expect("there");
+    layer.clear("a").expect("exists");
     assert_eq!(marked(&layer, "a"), []);
-    layer.remove("a").expect("there");
+    layer.remove("a").expect("exists");
     assert_eq!(
         layer.remove("a").map_err(|e| e.chain()),
         Err("Dirty bitmap 'a' not found".to_owned())
@@ -206,7 +206,7 @@ fn bitmaps_are_added_changed_and_removed() {
         list(&file).iter().map(|b| b.name.as_str()).collect::<Vec<_>>(),
         ["b"]
     );
-    layer.remove("b").expect("there");
+    layer.remove("b").expect("exists");
     assert_eq!(list(&file), []);
     image.flush().expect("flushes");
     check(&file);
@@ -229,7 +229,7 @@ fn whole_clusters_of_set_bits_need_no_storage() {
 }
 
 #[test]
-fn more_writes_than_are_remembered_are_all_marked() {
+fn more_writes_than_the_limit_are_all_marked() {
     let file = create("cluster_size=65536", 256 << 20, &Closed);
     let (layer, image) = open(&file, true).expect("opens");
     add(&layer, "b", 512, true);
@@ -252,7 +252,7 @@ fn the_name_of_the_backing_file_survives_new_bitmaps() {
     let (layer, _) = open(&file, true).expect("opens");
     add(&layer, "b", 65536, true);
     let (layer, _) = open(&file, false).expect("opens");
-    let backing = diskimage_core::Backed::backing(&*layer).expect("there");
+    let backing = diskimage_core::Backed::backing(&*layer).expect("exists");
     assert_eq!(
         (backing.name.text(), backing.format.as_deref()),
         ("below.raw", Some("raw"))
@@ -260,8 +260,8 @@ fn the_name_of_the_backing_file_survives_new_bitmaps() {
     check(&file);
 }
 
-/// With the bitmap "a" from before, and names that leave the header's extension in the first sector, or move what is
-/// behind it from sector to sector.
+/// The image has the bitmap "a" before. Some backing file names leave the header extension in the first sector, others
+/// move bytes beyond it from one sector to another.
 #[test]
 fn a_crash_leaves_the_bitmaps_from_before_or_after() {
     let long = format!("backing_file={},backing_fmt=raw", "below".repeat(100));
@@ -275,7 +275,7 @@ fn a_crash_leaves_the_bitmaps_from_before_or_after() {
         add(&open(&file, true).expect("opens").0, "a", 65536, true);
         let changes: [fn(&Qcow2); 2] = [
             |layer| add(layer, "b", 65536, true),
-            |layer| layer.set_enabled("a", false).expect("there"),
+            |layer| layer.set_enabled("a", false).expect("exists"),
         ];
         for change in changes {
             let before = file.contents();
@@ -290,15 +290,15 @@ fn a_crash_leaves_the_bitmaps_from_before_or_after() {
             journal.crashes(&[before], 12, 0x5eed, |crash| {
                 let left = Arc::new(MemoryDevice::new(crash.files[0].clone()));
                 let found = list(&left);
-                let place = (crash.position, crash.kept);
-                assert!(known.contains(&found), "{options}: {place:?}: {found:?}");
+                let crash_point = (crash.position, crash.kept);
+                assert!(known.contains(&found), "{options}: {crash_point:?}: {found:?}");
             });
         }
     }
 }
 
 #[test]
-fn damaged_structures_are_survived() {
+fn damaged_structures_never_panic() {
     let file = create("cluster_size=512", 1 << 20, &Closed);
     let (layer, image) = open(&file, true).expect("opens");
     add(&layer, "b", 512, true);

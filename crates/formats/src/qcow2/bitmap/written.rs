@@ -1,18 +1,18 @@
-//! What has been written since the bitmaps were stored last.
+//! The ranges that were written since the bitmaps were last stored.
 
 use std::collections::BTreeMap;
 
 use diskimage_core::ByteRange;
 
-/// Ranges of guest bytes, joined where they touch. Memory goes with their number, which is bounded by the caller, and
-/// not with the number or size of the bitmaps.
+/// A set of guest ranges. Ranges that touch are joined. Memory grows with the number of ranges, which the caller
+/// bounds, and not with the number or the size of the bitmaps.
 #[derive(Debug, Default)]
 pub(super) struct Written {
-    /// Start to end; neither overlapping nor touching.
+    /// The end of each range by its start. Ranges neither overlap nor touch.
     ranges: BTreeMap<u64, u64>,
 }
 
-/// How many ranges are collected before they are stored.
+/// The number of ranges that are collected before they are stored.
 pub(super) const MAX_RANGES: usize = 1 << 16;
 
 impl Written {

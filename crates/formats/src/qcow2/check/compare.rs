@@ -1,27 +1,27 @@
-//! Counted uses against stored refcounts, block by block.
+//! Compares counted references with stored refcounts, block by block.
 
 use diskimage_core::errno;
 use diskimage_core::{ByteRange, Repair, Result};
 
 use super::Check;
-use super::stored::{self, Place};
+use super::stored::{self, BlockEntry};
 use crate::qcow2::map::hex;
 use crate::qcow2::refcount::counts::PAGE;
 
-/// What is done about a cluster whose counts differ.
+/// How a difference between the two counts of a cluster is handled.
 #[derive(Clone, Copy, Debug)]
 struct Compare {
     repair: Repair,
-    /// The stored counts replace the counted ones, for the check of the COPIED flags.
+    /// The final stored refcounts replace the counted ones, for the check of the COPIED flags.
     keep: bool,
-    /// Storage of clusters that are given up is given back. Not where something else is wrong with the image: then a
-    /// leaked cluster may be all that is left of somebody's data.
+    /// The storage of freed clusters is discarded. Not in an image with other damage, where a leaked cluster may hold
+    /// the only copy of guest data.
     discard: bool,
 }
 
 impl Check<'_> {
-    /// Compares all counts and mends what `repair` allows. With `keep`, what is stored in the end replaces what was
-    /// counted.
+    /// Compares all counts and repairs as far as `repair` allows. With `keep`, the final stored refcounts replace the
+    /// counted ones.
     pub(super) fn compare(&mut self, repair: Repair, keep: bool) -> Result<()> {
         let how = Compare {
             repair,
@@ -30,13 +30,13 @@ impl Check<'_> {
         };
         let per_block = self.geometry.refcount_block_entries();
         let end = self.clusters;
-        // Beyond these there is nothing counted and nothing stored.
+        // Further blocks have neither a reference nor a stored refcount.
         let blocks = (self.stored.table.len() as u64).max(self.counts.end().div_ceil(per_block));
         let mut highest = 0;
         for index in 0..blocks.min(end.div_ceil(per_block)) {
             let clusters = index * per_block..((index + 1) * per_block).min(end);
-            match self.stored.place(index) {
-                Place::Unaligned(offset) => {
+            match self.stored.block_entry(index) {
+                BlockEntry::Unaligned(offset) => {
                     let what = format!(
                         "Refblock offset {offset:#x} unaligned (reftable index: {})",
                         hex(index)
@@ -44,20 +44,20 @@ impl Check<'_> {
                     self.mark_corrupt(&what)?;
                     self.report.check_errors += clusters.end - clusters.start;
                     for cluster in clusters.clone() {
-                        if self.said > super::MAX_NOTES {
+                        if self.reported > super::MAX_NOTES {
                             break;
                         }
                         let reason = diskimage_core::Error::from_errno(errno::EIO);
-                        self.say(format!("Can't get refcount for cluster {cluster}: {reason}"));
+                        self.report_line(format!("Can't get refcount for cluster {cluster}: {reason}"));
                     }
                     if keep {
                         self.unreadable.push(clusters);
                     }
                 }
-                Place::None => {
+                BlockEntry::None => {
                     self.compare_block(clusters, None, how, &mut highest)?;
                 }
-                Place::At(offset) => {
+                BlockEntry::At(offset) => {
                     let Some(mut bytes) = self.stored.take_block(self.file, index)? else {
                         continue;
                     };
@@ -65,7 +65,7 @@ impl Check<'_> {
                     if let Ok(true) = changed {
                         self.file.write_at(&bytes, offset)?;
                     }
-                    self.stored.give_back(bytes);
+                    self.stored.return_block(bytes);
                     changed?;
                 }
             }
@@ -74,7 +74,7 @@ impl Check<'_> {
         Ok(())
     }
 
-    /// Compares the counts of one block; whether its bytes were changed.
+    /// Compares the counts of one block. Returns whether its bytes were changed.
     fn compare_block(
         &mut self,
         clusters: std::ops::Range<u64>,
@@ -106,13 +106,13 @@ impl Check<'_> {
                 };
                 let mut now = stored;
                 if counted != stored {
-                    let fix = self.judge(cluster, stored, counted, how.repair);
+                    let fix = self.report_difference(cluster, stored, counted, how.repair);
                     if let (true, Some(bytes)) = (fix, bytes.as_mut()) {
                         stored::write(bytes, index, order, counted)?;
                         now = counted;
                         changed = true;
                         if how.discard && now == 0 {
-                            freed = self.give_up(freed, cluster)?;
+                            freed = self.extend_freed(freed, cluster)?;
                         }
                     }
                     if how.keep && now != counted {
@@ -130,8 +130,8 @@ impl Check<'_> {
         Ok(changed)
     }
 
-    /// Adds `cluster` to the bytes `freed`, which are given back first if it does not follow them.
-    fn give_up(&self, freed: ByteRange, cluster: u64) -> Result<ByteRange> {
+    /// Adds `cluster` to the range `freed`. If the cluster does not follow the range, the range is discarded first.
+    fn extend_freed(&self, freed: ByteRange, cluster: u64) -> Result<ByteRange> {
         let bits = self.geometry.cluster_bits;
         let range = ByteRange::new(cluster << bits, (cluster + 1) << bits);
         let range = range.intersect(ByteRange::new(0, self.file_len));
@@ -144,10 +144,10 @@ impl Check<'_> {
         Ok(range)
     }
 
-    /// Reports a difference; whether it is to be mended.
-    fn judge(&mut self, cluster: u64, stored: u64, counted: u64, repair: Repair) -> bool {
+    /// Reports a difference. Returns whether the stored refcount is to be repaired.
+    fn report_difference(&mut self, cluster: u64, stored: u64, counted: u64, repair: Repair) -> bool {
         let fix = if stored == 0 {
-            // The cluster could have been handed out again, the refcount structures' own included.
+            // The cluster counts as free, so it may have been allocated again, even for a refcount structure.
             self.rebuild = true;
             false
         } else if stored > counted {
@@ -166,13 +166,13 @@ impl Check<'_> {
             (false, true) => self.report.corruptions += 1,
             (false, false) => self.report.leaks += 1,
         }
-        self.say(format!(
+        self.report_line(format!(
             "{verb} cluster {cluster} refcount={stored} reference={counted}"
         ));
         fix
     }
 
-    /// The stored refcount of a cluster after [`Check::compare`] with `keep`; none if it cannot be had.
+    /// The stored refcount of a cluster after [`Check::compare`] with `keep`; `None` if it cannot be read.
     #[inline]
     pub(super) fn refcount(&mut self, cluster: u64) -> Result<Option<u64>> {
         if cluster < self.clusters {
@@ -185,8 +185,9 @@ impl Check<'_> {
     }
 }
 
-/// Whether `count` entries of a block from `index` on are zero. They start and end on bytes.
+/// Whether `count` entries of a block from `index` on are zero. They start and end at byte boundaries.
 fn is_part_zero(bytes: &[u8], index: u64, count: u64, order: u32) -> bool {
+    // An index beyond the block saturates; `get` then finds no bytes.
     let byte = |entry: u64| usize::try_from((entry << order) / 8).unwrap_or(usize::MAX);
     bytes
         .get(byte(index)..byte(index + count + 7).min(bytes.len()))

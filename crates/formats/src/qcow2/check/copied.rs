@@ -1,15 +1,15 @@
-//! The COPIED flags of the active L1 table and its L2 tables: set exactly where the refcount is one.
+//! Checks the COPIED flags of the active L1 table and its L2 tables: a flag is set if and only if the refcount is one.
 
 use std::collections::HashMap;
 
-use diskimage_core::{Repair, Result, is_zero};
+use diskimage_core::{Repair, Result, is_zero, to_index};
 
 use super::Check;
-use super::entries::Kind;
+use super::entries::EntryKind;
 use super::references::MAX_VISITS;
 use crate::qcow2::entry::{COMPRESSED, COPIED, OFFSET_MASK};
 
-/// Bytes of the L1 table looked at at once.
+/// Bytes of the L1 table that are read at once.
 const CHUNK: usize = 64 << 10;
 
 impl Check<'_> {
@@ -17,7 +17,7 @@ impl Check<'_> {
         let sound = self.report.corruptions == 0 && self.report.check_errors == 0 && self.report.leaks == 0;
         let fix = match self.repair {
             Repair::No => false,
-            // The refcounts are right now, so flags can be made to fit them.
+            // Without remaining errors the refcounts are right, so the flags can be set to match them.
             Repair::Leaks => sound,
             Repair::All => true,
         };
@@ -27,16 +27,16 @@ impl Check<'_> {
         let mut chunk = vec![0; CHUNK];
         let mut done = 0;
         while done < entries {
-            let len = usize::try_from((entries - done) * 8).unwrap_or(CHUNK).min(CHUNK);
+            let len = to_index(((entries - done) * 8).min(CHUNK as u64))?;
             let offset = self.header.l1_table_offset + done * 8;
             self.file.read_padded(&mut chunk[..len], offset)?;
             let mut changed = false;
             if !is_zero(&chunk[..len]) {
-                for (slot, word) in chunk[..len].as_chunks_mut::<8>().0.iter_mut().enumerate() {
-                    let entry = u64::from_be_bytes(*word);
+                for (slot, bytes) in chunk[..len].as_chunks_mut::<8>().0.iter_mut().enumerate() {
+                    let entry = u64::from_be_bytes(*bytes);
                     let right = self.check_l1_entry(entry, done + slot as u64, fix_l1)?;
                     changed |= right != entry;
-                    *word = right.to_be_bytes();
+                    *bytes = right.to_be_bytes();
                     self.check_l2(entry & OFFSET_MASK, fix, &mut seen)?;
                 }
             }
@@ -48,7 +48,7 @@ impl Check<'_> {
         Ok(())
     }
 
-    /// What the L1 entry should be; the entry itself where it is right or not to be mended.
+    /// Returns the repaired L1 entry; the entry itself if it is right or must not be repaired.
     fn check_l1_entry(&mut self, entry: u64, index: u64, fix: bool) -> Result<u64> {
         let l2 = entry & OFFSET_MASK;
         if l2 == 0 {
@@ -70,7 +70,7 @@ impl Check<'_> {
             return Ok(());
         }
         let cluster = offset >> self.geometry.cluster_bits;
-        if self.again.contains_key(&cluster) {
+        if self.repeated_l2.contains_key(&cluster) {
             let visits = seen.entry(cluster).or_insert(0);
             *visits += 1;
             if *visits > MAX_VISITS {
@@ -80,7 +80,7 @@ impl Check<'_> {
         let Some(mut table) = self.take_l2(offset)? else {
             return Ok(());
         };
-        let fix = fix && self.may_mend_l2(offset)?;
+        let fix = fix && self.may_repair_l2(offset)?;
         let changed = self.check_entries(&mut table, fix);
         if let Ok(true) = changed {
             self.file.write_at(&table, offset)?;
@@ -90,33 +90,33 @@ impl Check<'_> {
     }
 
     fn check_entries(&mut self, table: &mut [u8], fix: bool) -> Result<bool> {
-        let step = usize::try_from(self.geometry.l2_entry_size() / 8).unwrap_or(1);
+        let step = to_index(self.geometry.l2_entry_size() / 8)?;
         let data_file = self.has_data_file();
         let bits = self.geometry.cluster_bits;
         let mut changed = false;
         for entry in table.as_chunks_mut::<8>().0.chunks_exact_mut(step) {
-            let word = u64::from_be_bytes(entry[0]);
-            if word == 0 || word & COMPRESSED != 0 {
+            let standard = u64::from_be_bytes(entry[0]);
+            if standard == 0 || standard & COMPRESSED != 0 {
                 continue;
             }
             let bitmap = entry.get(1).map_or(0, |bytes| u64::from_be_bytes(*bytes));
-            if self.kind(word, bitmap) == Kind::None {
+            if self.kind(standard, bitmap) == EntryKind::None {
                 continue;
             }
-            // Clusters of a data file are not shared with anybody.
+            // Clusters of an external data file are never shared.
             let count = if data_file {
                 Some(1)
             } else {
-                self.refcount((word & OFFSET_MASK) >> bits)?
+                self.refcount((standard & OFFSET_MASK) >> bits)?
             };
             let Some(count) = count else { continue };
-            if (count == 1) == (word & COPIED != 0) {
+            if (count == 1) == (standard & COPIED != 0) {
                 continue;
             }
-            let what = format!("OFLAG_COPIED data cluster: l2_entry={word:x} refcount={count}");
+            let what = format!("OFLAG_COPIED data cluster: l2_entry={standard:x} refcount={count}");
             self.corruption_or_fix(fix, &what);
             if fix {
-                entry[0] = (word ^ COPIED).to_be_bytes();
+                entry[0] = (standard ^ COPIED).to_be_bytes();
                 changed = true;
             }
         }

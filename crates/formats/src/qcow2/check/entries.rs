@@ -1,39 +1,39 @@
-//! The entries of an L2 table: what they refer to, and what is wrong with them.
+//! Checks the entries of an L2 table and counts the clusters to which they refer.
 
 use std::sync::Arc;
 
-use diskimage_core::{ByteRange, Encoded, Repair, Result};
+use diskimage_core::{ByteRange, Encoded, Repair, Result, to_index};
 
 use super::Check;
 use crate::qcow2::entry::{COMPRESSED, COPIED, OFFSET_MASK, ZERO};
 use crate::qcow2::header::feature::Incompatible;
 
-/// Bits of a standard entry that are zero.
+/// The bits of a standard entry that must be zero.
 const RESERVED: u64 = 0x3f00_0000_0000_01fe;
 
-/// How a table is walked.
+/// A walk over the entries of an L2 table.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Walk {
-    /// Where the table is.
+    /// The host offset of the table.
     pub(super) table: u64,
-    /// References that it stands for.
+    /// The number of references to the table for which the walk counts.
     pub(super) times: u64,
-    /// The part of a disk that the table is for, as far as the disk goes.
+    /// The guest range that the table maps, cut to the size of the disk.
     pub(super) disk: ByteRange,
-    /// Whether its clusters are in the statistics.
+    /// Whether the table belongs to the active disk: its clusters are in the statistics.
     pub(super) active: bool,
-    /// Whether what is wrong was said before.
+    /// Whether errors were reported by an earlier walk.
     pub(super) silent: bool,
 }
 
-/// What a standard entry's cluster is, as far as its words tell.
+/// The kind of cluster to which a standard entry refers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Kind {
+pub(super) enum EntryKind {
     /// No host cluster.
     None,
-    /// A host cluster with data in it.
+    /// A host cluster with data.
     Data,
-    /// A host cluster set aside; it reads as zero or is not used yet.
+    /// A preallocated host cluster: it reads as zeroes or is not used yet.
     Preallocated,
 }
 
@@ -42,84 +42,84 @@ impl Check<'_> {
         self.header.features.incompatible.has(Incompatible::DATA_FILE)
     }
 
-    /// The kind of a standard entry.
-    pub(super) fn kind(&self, word: u64, bitmap: u64) -> Kind {
-        let host = word & OFFSET_MASK != 0 || (self.has_data_file() && word & COPIED != 0);
+    /// The kind of a standard entry with its subcluster bitmap.
+    pub(super) fn kind(&self, standard: u64, bitmap: u64) -> EntryKind {
+        let host = standard & OFFSET_MASK != 0 || (self.has_data_file() && standard & COPIED != 0);
         let data = if self.geometry.extended_l2 {
             bitmap & u64::from(u32::MAX) != 0
         } else {
-            word & ZERO == 0
+            standard & ZERO == 0
         };
         match (host, data) {
-            (false, _) => Kind::None,
-            (true, true) => Kind::Data,
-            (true, false) => Kind::Preallocated,
+            (false, _) => EntryKind::None,
+            (true, true) => EntryKind::Data,
+            (true, false) => EntryKind::Preallocated,
         }
     }
 
-    /// Reads the L2 table at `offset` into the buffer, which is handed out and given back by assigning `self.buf`. None
-    /// if it lies beyond the file and thus reads as zeroes.
+    /// Reads the L2 table at `offset` into the shared buffer and returns the buffer; the caller returns it by assigning
+    /// `self.buf`. `None` if the table is beyond the end of the file, where it reads as zeroes.
     pub(super) fn take_l2(&mut self, offset: u64) -> Result<Option<Vec<u8>>> {
         if offset >= self.file_len {
             return Ok(None);
         }
         let mut table = std::mem::take(&mut self.buf);
-        table.resize(usize::try_from(self.geometry.cluster_size()).unwrap_or(0), 0);
+        table.resize(to_index(self.geometry.cluster_size())?, 0);
         self.file.read_padded(&mut table, offset)?;
         Ok(Some(table))
     }
 
-    /// Counts what an L2 table refers to.
+    /// Counts the clusters to which an L2 table refers.
     pub(super) fn count_l2(&mut self, walk: &Walk) -> Result<()> {
         let Some(table) = self.take_l2(walk.table)? else {
             return Ok(());
         };
-        let said = self.said;
+        let reported = self.reported;
         if walk.silent {
-            // Beyond the limit of lines nothing is said.
-            self.said = super::MAX_NOTES + 1;
+            // Beyond the limit no lines are reported.
+            self.reported = super::MAX_NOTES + 1;
         }
         let outcome = self.count_entries(&table, walk);
         if walk.silent {
-            self.said = said;
+            self.reported = reported;
         }
         self.buf = table;
         outcome
     }
 
     fn count_entries(&mut self, table: &[u8], walk: &Walk) -> Result<()> {
-        // Where the next cluster would follow the one before.
+        // The host offset at which the next cluster would continue the one before.
         let mut next = 0;
-        let (words, _) = table.as_chunks::<8>();
-        let step = usize::try_from(self.geometry.l2_entry_size() / 8).unwrap_or(1);
-        // Nearly all entries of nearly all images: a whole cluster of data in this file.
+        let (numbers, _) = table.as_chunks::<8>();
+        let step = to_index(self.geometry.l2_entry_size() / 8)?;
+        // The fast path for nearly all entries of nearly all images: a whole cluster of data in this file.
         let plain = !self.geometry.extended_l2 && !self.has_data_file() && walk.times == 1;
         let odd = !(OFFSET_MASK | COPIED) | (self.geometry.cluster_size() - 1);
         let bits = self.geometry.cluster_bits;
-        for (index, entry) in words.chunks_exact(step).enumerate() {
-            let word = u64::from_be_bytes(entry[0]);
+        for (index, entry) in numbers.chunks_exact(step).enumerate() {
+            let standard = u64::from_be_bytes(entry[0]);
             let bitmap = entry.get(1).map_or(0, |bytes| u64::from_be_bytes(*bytes));
-            if word == 0 && bitmap & u64::from(u32::MAX) == 0 {
+            if standard == 0 && bitmap & u64::from(u32::MAX) == 0 {
                 continue;
             }
-            let host = word & OFFSET_MASK;
+            let host = standard & OFFSET_MASK;
             let is_inside = host.saturating_add(self.geometry.cluster_size()) <= self.file_len;
-            if plain && word & odd == 0 && host != 0 && is_inside {
+            if plain && standard & odd == 0 && host != 0 && is_inside {
                 if self.counts.add(host >> bits, 1)? > 0 {
-                    // Counted nothing: say so.
+                    // The count is at its limit: this reports it.
                     self.region(host, 1 << bits, 1)?;
                 }
-                self.in_use(host, walk, &mut next);
+                self.add_to_statistics(host, walk, &mut next);
             } else {
-                self.count_entry(index, [word, bitmap], walk, &mut next)?;
+                self.count_entry(index, [standard, bitmap], walk, &mut next)?;
             }
         }
         Ok(())
     }
 
-    /// A cluster of the active disk that is allocated.
+    /// Adds an allocated cluster to the statistics of the active disk.
     #[inline]
-    fn in_use(&mut self, host: u64, walk: &Walk, next: &mut u64) {
+    fn add_to_statistics(&mut self, host: u64, walk: &Walk, next: &mut u64) {
         if walk.active {
             self.report.allocated_clusters += 1;
             if *next != 0 && *next != host {
@@ -132,21 +132,23 @@ impl Check<'_> {
     fn count_entry(
         &mut self,
         index: usize,
-        [word, bitmap]: [u64; 2],
+        [standard, bitmap]: [u64; 2],
         walk: &Walk,
         next: &mut u64,
     ) -> Result<()> {
-        if word & COMPRESSED != 0 {
-            return self.count_compressed(index, [word, bitmap], walk);
+        if standard & COMPRESSED != 0 {
+            return self.count_compressed(index, [standard, bitmap], walk);
         }
-        if word & RESERVED != 0 {
-            self.corruption(format!("ERROR found l2 entry with reserved bits set: {word:x}"));
+        if standard & RESERVED != 0 {
+            self.corruption(format!(
+                "ERROR found l2 entry with reserved bits set: {standard:x}"
+            ));
         }
-        let host = word & OFFSET_MASK;
+        let host = standard & OFFSET_MASK;
         let (allocated, zero) = (bitmap & u64::from(u32::MAX), bitmap >> 32);
-        let kind = self.kind(word, bitmap);
-        if kind == Kind::None {
-            if word & COPIED != 0 {
+        let kind = self.kind(standard, bitmap);
+        if kind == EntryKind::None {
+            if standard & COPIED != 0 {
                 self.corruption("ERROR offset=0: Data cluster lies in the header; L2 entry corrupted.");
             }
             if allocated != 0 {
@@ -160,40 +162,41 @@ impl Check<'_> {
             ));
         }
         if !host.is_multiple_of(self.geometry.cluster_size()) {
-            let preallocated = kind == Kind::Preallocated;
+            let preallocated = kind == EntryKind::Preallocated;
             let noun = if preallocated { "Preallocated" } else { "Data" };
-            let fix = preallocated && self.repair == Repair::All && self.may_mend_l2(walk.table)?;
+            let fix = preallocated && self.repair == Repair::All && self.may_repair_l2(walk.table)?;
             self.corruption_or_fix(
                 fix,
                 &format!("offset={host:x}: {noun} cluster is not properly aligned; L2 entry corrupted."),
             );
             if fix {
-                // It reads as zero, or as what is below, as before; only the place set aside is given up.
+                // The cluster reads as zeroes or as the backing image, as before; only its preallocation is lost.
                 let plain = if self.geometry.extended_l2 { 0 } else { ZERO };
                 let at = index as u64 * self.geometry.l2_entry_size();
                 return self.file.write_at(&plain.to_be_bytes(), walk.table + at);
             }
         }
-        self.in_use(host, walk, next);
+        self.add_to_statistics(host, walk, next);
         let needed = self.needed(index, bitmap, walk);
         if self.has_data_file() {
-            // A check need not have opened it.
+            // A check may have opened the image without its data file.
             let data = Some(&self.image.data).filter(|data| !Arc::ptr_eq(data, &self.image.file));
             let is_short = data.is_some_and(|data| host.saturating_add(needed) > data.len());
-            if kind == Kind::Data && is_short {
+            if kind == EntryKind::Data && is_short {
                 self.corruption(format!(
                     "ERROR: data cluster offset={host:#x} reaches beyond the end of the data file"
                 ));
             }
             return Ok(());
         }
-        if kind == Kind::Data {
+        if kind == EntryKind::Data {
             self.require_whole("data cluster", host, needed);
         }
         self.region(host, self.geometry.cluster_size(), walk.times)
     }
 
-    /// How many bytes of the cluster in entry `index` a disk has data in. The rest is padding, which a file may lack.
+    /// How many bytes of the cluster in entry `index` hold data of the disk. The rest is padding, which may be beyond
+    /// the end of the file.
     fn needed(&self, index: usize, bitmap: u64, walk: &Walk) -> u64 {
         let size = self.geometry.cluster_size();
         let start = walk.disk.start().saturating_add(index as u64 * size);
@@ -201,20 +204,20 @@ impl Check<'_> {
         if !self.geometry.extended_l2 {
             return inside;
         }
-        // Up to the last subcluster that is allocated.
+        // Up to the last allocated subcluster.
         let count = 32 - (bitmap & u64::from(u32::MAX)).leading_zeros().saturating_sub(32);
         inside.min(u64::from(count) * self.geometry.subcluster_size())
     }
 
-    fn count_compressed(&mut self, index: usize, [word, bitmap]: [u64; 2], walk: &Walk) -> Result<()> {
+    fn count_compressed(&mut self, index: usize, [standard, bitmap]: [u64; 2], walk: &Walk) -> Result<()> {
         let shift = 62 - (self.geometry.cluster_bits - 8);
-        let offset = word & ((1 << shift) - 1);
-        if word & COPIED != 0 {
+        let offset = standard & ((1 << shift) - 1);
+        if standard & COPIED != 0 {
             self.corruption(format!(
                 "ERROR: coffset={offset:#x}: copied flag must never be set for compressed clusters"
             ));
         }
-        let entry = word & !COPIED;
+        let entry = standard & !COPIED;
         if self.has_data_file() {
             self.corruption(format!(
                 "ERROR compressed cluster {index} with data file, entry={entry:#x}"
@@ -234,29 +237,29 @@ impl Check<'_> {
         if walk.active {
             self.report.allocated_clusters += 1;
             self.report.compressed_clusters += 1;
-            // The original counts every compressed cluster as a fragment.
+            // qemu-img counts every compressed cluster as fragmented.
             self.report.fragmented_clusters += 1;
         }
         Ok(())
     }
 
-    /// Tells of a compressed cluster at the end of the file that is not all there. What lacks may be padding: only the
-    /// stream knows.
+    /// Reports a compressed cluster that the end of the file cuts off. The missing bytes may be padding: only decoding
+    /// shows whether the stream is complete.
     fn require_stream(&mut self, index: usize, offset: u64, stored: u64, walk: &Walk) -> Result<()> {
         let size = self.geometry.cluster_size();
         let end = offset.saturating_add(stored);
-        // One that reaches further has been told of.
+        // A cluster that reaches further has been reported already.
         if end <= self.file_len || end >= self.file_len.saturating_add(size) {
             return Ok(());
         }
         let _memory = self.image.budget.reserve(size)?;
-        let mut cluster = vec![0; usize::try_from(size).unwrap_or(0)];
+        let mut cluster = vec![0; to_index(size)?];
         let encoded = Encoded {
             offset,
             stored,
             cluster: ByteRange::at(walk.disk.start().saturating_add(index as u64 * size), size),
         };
-        if self.image.decode_cluster(&encoded, &mut cluster).is_err() {
+        if self.image.decode_impl(&encoded, &mut cluster).is_err() {
             self.beyond_end("compressed cluster", offset);
         }
         Ok(())

@@ -1,17 +1,17 @@
-//! Finding and mending what is inconsistent.
+//! Finds and repairs inconsistent metadata.
 //!
 //! ```text
-//!   snapshots    read the snapshot table, cut what is too long
-//!   references   walk everything the header leads to and count each cluster's uses
-//!   compare      counted against stored; in place, what is stored is made what was counted
-//!   rebuild      where that is not enough: new refcount structures from what was counted, then both again
-//!   copied       COPIED flags of the active tables against the refcounts
-//!   snapshots    write the snapshot table anew if it was mended
+//!   snapshots    reads the snapshot table and cuts it where it is too long
+//!   references   walks all tables from the header on and counts the references to each cluster
+//!   compare      compares the counts with the stored refcounts; a repair overwrites wrong refcounts in place
+//!   rebuild      if that is not enough: builds new refcount structures from the counts, then counts and compares again
+//!   copied       compares the COPIED flags of the active tables with the refcounts
+//!   snapshots    writes a new snapshot table if entries were repaired
 //! ```
 //!
-//! What is found is told in the original's words, in its order. Memory is sized by what the file really refers to inside
-//! its length (`counts`), never by a number from the image alone; work is bounded by the length of the file, however
-//! often tables refer to the same tables (`references`).
+//! Messages and their order are those of qemu-img. Memory follows the clusters inside the file that are referred to
+//! (`counts`), never a number in the image. Time is bounded by the length of the file, however often tables refer to
+//! the same tables (`references`).
 
 mod compare;
 mod copied;
@@ -32,22 +32,22 @@ use diskimage_core::errno;
 use diskimage_core::{CheckReport, Device, Error, Note, Progress, Repair, Result};
 
 use self::protected::Protected;
-use self::snapshots::SnapshotTable;
-use self::stored::Stored;
+use self::snapshots::CheckedSnapshots;
+use self::stored::StoredRefcounts;
 use super::header::feature::Incompatible;
 use super::header::{Geometry, Header};
-use super::refcount::counts::Counts;
+use super::refcount::counts::ClusterCounts;
 use super::refcount::{Refcounts, References};
-use super::{Qcow2, State, read_header};
+use super::{ImageState, Qcow2, read_header};
 use crate::layer_kit::metadata_cache::MetadataCache;
 
 impl Qcow2 {
-    /// Checks the image and mends what `repair` allows.
+    /// Checks the image and repairs as far as `repair` allows.
     ///
     /// # Errors
-    /// What ends the check: failures of the file, a snapshot table that cannot be used, refcounts that would have to be
-    /// rebuilt when only leaks may be mended, a memory budget that is used up.
-    pub(super) fn run_check(&self, repair: Repair, progress: &Progress<'_>) -> Result<CheckReport> {
+    /// Errors that end the check: failed reads and writes, a snapshot table that cannot be used, refcounts that must be
+    /// rebuilt although only leaks may be repaired, an exhausted memory budget.
+    pub(super) fn check_impl(&self, repair: Repair, progress: &Progress<'_>) -> Result<CheckReport> {
         if repair != Repair::No && !self.may_write() {
             return Err(Error::read_only());
         }
@@ -56,98 +56,99 @@ impl Qcow2 {
         let outcome = Check::new(self, repair, progress)
             .and_then(|mut check| check.run(&mut state).map(|()| check.report));
         if repair != Repair::No {
-            // Tables were written past the cached pages.
+            // Tables were written without the metadata cache, whose pages are now out of date.
             let forgotten = self.forget_tables(&mut state);
             return outcome.and_then(|report| forgotten.map(|()| report));
         }
         outcome
     }
 
-    /// Mends an image that was not closed. Damage that cannot be mended keeps it from being opened only if it kept the
-    /// check from looking everywhere.
+    /// Repairs an image that was not closed. Damage that cannot be repaired is an error only if it kept the check from
+    /// reading all metadata.
     ///
     /// # Errors
-    /// As [`Qcow2::run_check`].
-    pub(super) fn mend_dirty(&self, progress: &Progress<'_>) -> Result<()> {
-        let report = self.run_check(Repair::All, progress)?;
+    /// As [`Qcow2::check_impl`].
+    pub(super) fn repair_dirty(&self, progress: &Progress<'_>) -> Result<()> {
+        let report = self.check_impl(Repair::All, progress)?;
         if report.check_errors > 0 {
             return Err(Error::from_errno(errno::EIO));
         }
         Ok(())
     }
 
-    /// Starts over with what the file says.
-    fn forget_tables(&self, state: &mut State) -> Result<()> {
+    /// Drops the metadata cache and reads the metadata from the file again.
+    fn forget_tables(&self, state: &mut ImageState) -> Result<()> {
         let header = read_header(&self.file, true)?;
         state.metadata.cache = MetadataCache::new(self.file.clone(), self.data.clone());
         state.metadata.refcounts = Refcounts::new(&header, self.file.len());
         self.guard_metadata(state)
     }
 
-    /// How many references lead to each cluster of the file, as a check counts them.
+    /// Counts the references to each cluster of the file, as a check does.
     ///
     /// # Errors
-    /// As [`Qcow2::run_check`].
+    /// As [`Qcow2::check_impl`].
     pub(super) fn count_references(&self) -> Result<References> {
         let progress = Progress::none();
         let mut check = Check::new(self, Repair::No, &progress)?;
-        // A cluster that is used twice is, whatever the image can store.
-        check.most = u64::MAX;
+        // The counts are for the allocator: they must exceed the image's refcount width.
+        check.max_count = u64::MAX;
         check.read_snapshot_table()?;
         check.count_references()?;
         if check.dangling.len() >= MAX_DANGLING {
             return Err(Error::corrupt("Too many references beyond the end of the file"));
         }
         Ok(References {
-            tables: check.again,
+            tables: check.repeated_l2,
             counts: check.counts,
             dangling: check.dangling,
         })
     }
 }
 
-/// A check under way.
+/// The state of a running check.
 struct Check<'a> {
     image: &'a Qcow2,
     file: &'a dyn Device,
-    /// As it stands in the file: an earlier repair may have moved tables.
+    /// The header as it is in the file: an earlier repair may have moved tables.
     header: Header,
     geometry: Geometry,
     file_len: u64,
-    /// Clusters that are compared: those of the file, and the one that a table at its end reaches into.
+    /// The number of clusters that are compared: those of the file, and the incomplete one at its end.
     clusters: u64,
     repair: Repair,
     progress: &'a Progress<'a>,
     report: CheckReport,
-    snapshots: SnapshotTable,
-    counts: Counts,
+    snapshots: CheckedSnapshots,
+    counts: ClusterCounts,
     /// Whether all references were counted.
     counted: bool,
-    /// The largest count.
-    most: u64,
-    /// Clusters behind the end of the file that something refers to.
+    /// The count at which counting saturates.
+    max_count: u64,
+    /// Clusters beyond the end of the file that are referred to.
     dangling: BTreeSet<u64>,
-    stored: Stored,
-    /// L2 tables that are referred to more than once, by cluster, and how often beyond the first time.
-    again: HashMap<u64, u64>,
-    /// Clusters whose stored counts cannot be had.
+    stored: StoredRefcounts,
+    /// L2 tables that are referred to more than once, by cluster, and the number of references after the first.
+    repeated_l2: HashMap<u64, u64>,
+    /// Clusters whose stored refcounts cannot be read.
     unreadable: Vec<Range<u64>>,
-    /// Where tables must not be mended.
+    /// Ranges in which entries of tables must not be repaired.
     protected: Protected,
-    /// All references, counted before the first entry of an L2 table was mended.
+    /// All references, counted before the first entry of an L2 table was repaired.
     references: Option<References>,
-    /// The refcount structures are beyond mending in place.
+    /// The refcount structures cannot be repaired in place.
     rebuild: bool,
-    /// The image has been said to be corrupt.
+    /// The image has been reported as corrupt.
     marked: bool,
-    said: u64,
-    /// A table to walk.
+    /// The number of reported lines.
+    reported: u64,
+    /// The buffer for an L2 table.
     buf: Vec<u8>,
 }
 
-/// Lines told at most; the rest is only counted. Our own limit: the original prints all.
+/// The most lines that are reported; further errors are only counted. The limit is ours: qemu-img prints all lines.
 const MAX_NOTES: u64 = 1 << 20;
-/// Clusters behind the end of the file that are remembered; an image with references to more is not written to.
+/// The most clusters beyond the end of the file that are recorded. An image with references to more is not written to.
 const MAX_DANGLING: usize = 1 << 16;
 
 impl<'a> Check<'a> {
@@ -156,10 +157,10 @@ impl<'a> Check<'a> {
         let geometry = header.geometry;
         let file = &*image.file;
         Ok(Self {
-            stored: Stored::read(file, &header, &image.budget)?,
-            counts: Counts::new(geometry.max_refcount(), image.budget.clone()),
+            stored: StoredRefcounts::read(file, &header, &image.budget)?,
+            counts: ClusterCounts::new(geometry.max_refcount(), image.budget.clone()),
             counted: false,
-            most: geometry.max_refcount(),
+            max_count: geometry.max_refcount(),
             dangling: BTreeSet::new(),
             image,
             file,
@@ -170,19 +171,19 @@ impl<'a> Check<'a> {
             repair,
             progress,
             report: CheckReport::default(),
-            snapshots: SnapshotTable::default(),
-            again: HashMap::new(),
+            snapshots: CheckedSnapshots::default(),
+            repeated_l2: HashMap::new(),
             unreadable: Vec::new(),
             protected: Protected::default(),
             references: None,
             rebuild: false,
             marked: false,
-            said: 0,
+            reported: 0,
             buf: Vec::new(),
         })
     }
 
-    fn run(&mut self, state: &mut State) -> Result<()> {
+    fn run(&mut self, state: &mut ImageState) -> Result<()> {
         self.read_snapshot_table()?;
         self.count_references()?;
         let walked = self.report;
@@ -191,10 +192,10 @@ impl<'a> Check<'a> {
         if self.repair != Repair::No {
             match self.rebuild {
                 true if self.repair == Repair::Leaks => {
-                    self.say("ERROR need to rebuild refcount structures");
+                    self.report_line("ERROR need to rebuild refcount structures");
                     return Err(Error::from_errno(errno::EIO));
                 }
-                true => self.start_over(&found)?,
+                true => self.rebuild_and_recheck(&found)?,
                 false => {
                     self.report = walked;
                     self.compare(self.repair, true)?;
@@ -212,17 +213,17 @@ impl<'a> Check<'a> {
         self.clear_corrupt_and_dirty()
     }
 
-    /// Builds new refcount structures and checks again, now with them.
-    fn start_over(&mut self, found: &CheckReport) -> Result<()> {
+    /// Builds new refcount structures and checks the image again with them.
+    fn rebuild_and_recheck(&mut self, found: &CheckReport) -> Result<()> {
         self.rebuild_refcounts()?;
         let fixed = (self.report.corruptions_fixed, self.report.leaks_fixed);
         self.header = read_header(&self.image.file, true)?;
-        self.stored = Stored::read(self.file, &self.header, &self.image.budget)?;
+        self.stored = StoredRefcounts::read(self.file, &self.header, &self.image.budget)?;
         self.unreadable.clear();
         self.rebuild = false;
         self.report = CheckReport::default();
         self.count_references()?;
-        // What remains are the old structures, which nothing refers to any more.
+        // This frees the old structures, to which nothing refers any more.
         self.compare(self.repair, true)?;
         self.file.flush()?;
         self.report.corruptions_fixed = fixed.0 + found.corruptions.saturating_sub(self.report.corruptions);
@@ -230,7 +231,7 @@ impl<'a> Check<'a> {
         Ok(())
     }
 
-    /// Takes the marks of damage off an image that has none left.
+    /// Clears the corrupt and dirty bits of an image without remaining damage.
     fn clear_corrupt_and_dirty(&mut self) -> Result<()> {
         if self.header.version < 3 || self.report.corruptions > 0 || self.report.check_errors > 0 {
             return Ok(());
@@ -241,18 +242,18 @@ impl<'a> Check<'a> {
         Ok(())
     }
 
-    /// Says, once, that the image cannot be trusted, and marks it so if it may be changed.
+    /// Reports the image as corrupt, once, and sets its corrupt bit if it may be written.
     fn mark_corrupt(&mut self, what: &str) -> Result<()> {
         if std::mem::replace(&mut self.marked, true) {
             return Ok(());
         }
         if self.repair == Repair::No {
-            self.say(format!(
+            self.report_line(format!(
                 "qcow2: Image is corrupt: {what}; further non-fatal corruption events will be suppressed"
             ));
             return Ok(());
         }
-        self.say(format!(
+        self.report_line(format!(
             "qcow2: Marking image as corrupt: {what}; further corruption events will be suppressed"
         ));
         self.image
@@ -260,31 +261,31 @@ impl<'a> Check<'a> {
             .set_incompatible(Incompatible::CORRUPT, true)
     }
 
-    fn say(&mut self, text: impl Into<String>) {
-        self.tell(&Note::Line(text.into()));
+    fn report_line(&mut self, text: impl Into<String>) {
+        self.report_note(&Note::Line(text.into()));
     }
 
-    fn tell(&mut self, note: &Note) {
-        self.said += 1;
-        if self.said <= MAX_NOTES {
+    fn report_note(&mut self, note: &Note) {
+        self.reported += 1;
+        if self.reported <= MAX_NOTES {
             self.progress.note(note);
-        } else if self.said == MAX_NOTES + 1 {
+        } else if self.reported == MAX_NOTES + 1 {
             let text = "Too many errors; further ones are only counted".to_owned();
             self.progress.note(&Note::Line(text));
         }
     }
 
-    /// An inconsistency that stays.
+    /// Reports an inconsistency that is not repaired.
     fn corruption(&mut self, text: impl Into<String>) {
         self.report.corruptions += 1;
-        self.say(text);
+        self.report_line(text);
     }
 
-    /// An inconsistency that is mended if `fix`: `what` with the word for that in front.
+    /// Reports the inconsistency `what`, which is repaired if `fix` is set.
     fn corruption_or_fix(&mut self, fix: bool, what: &str) {
         if fix {
             self.report.corruptions_fixed += 1;
-            self.say(format!("Repairing {what}"));
+            self.report_line(format!("Repairing {what}"));
         } else {
             self.corruption(format!("ERROR {what}"));
         }

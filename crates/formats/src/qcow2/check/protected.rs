@@ -1,7 +1,7 @@
-//! Which bytes of the file a table must not lie on for its entries to be mended.
+//! The ranges of the file that an L1 or L2 table must not overlap if its entries are to be repaired.
 //!
-//! A damaged L1 or L2 offset can lead anywhere. What is found there may look like an entry that wants mending, but to
-//! write there would damage the header or another table.
+//! A damaged L1 or L2 offset can point anywhere. The bytes there may look like entries that need repair, but a write
+//! would damage the header or another table.
 
 use std::collections::HashMap;
 
@@ -9,20 +9,20 @@ use diskimage_core::{ByteRange, Result};
 
 use super::Check;
 use super::stored;
-use crate::qcow2::refcount::counts::Counts;
+use crate::qcow2::refcount::counts::ClusterCounts;
 
-/// The places of all metadata but L2 tables and inactive L1 tables.
+/// The ranges of all metadata except L2 tables and inactive L1 tables.
 #[derive(Debug, Default)]
 pub(super) struct Protected {
     l1: Option<ByteRange>,
     others: Vec<ByteRange>,
-    /// Offsets of refcount blocks, in order.
+    /// The offsets of the refcount blocks, sorted.
     blocks: Vec<u64>,
     cluster_size: u64,
 }
 
 impl Protected {
-    /// Whether the L2 table at `offset` may be changed.
+    /// Whether the L2 table at `offset` overlaps no protected range.
     pub(super) fn may_change_l2(&self, offset: u64) -> bool {
         let table = ByteRange::at(offset, self.cluster_size);
         offset.is_multiple_of(self.cluster_size)
@@ -30,7 +30,7 @@ impl Protected {
             && self.is_apart(table)
     }
 
-    /// Whether the active L1 table may be changed.
+    /// Whether the active L1 table overlaps no protected range.
     pub(super) fn may_change_l1(&self) -> bool {
         self.l1.is_some_and(|l1| self.is_apart(l1))
     }
@@ -45,28 +45,29 @@ impl Protected {
 }
 
 impl Check<'_> {
-    /// Whether entries of the L2 table at `offset` may be mended: nothing else is there, guest data included.
-    pub(super) fn may_mend_l2(&mut self, offset: u64) -> Result<bool> {
+    /// Whether entries of the L2 table at `offset` may be repaired: its cluster holds no other metadata and no guest
+    /// data.
+    pub(super) fn may_repair_l2(&mut self, offset: u64) -> Result<bool> {
         if !self.protected.may_change_l2(offset) {
             return Ok(false);
         }
         let cluster = offset >> self.geometry.cluster_bits;
-        let alone = |counts: &Counts, again: &HashMap<u64, u64>| {
-            counts.of(cluster) <= again.get(&cluster).map_or(1, |more| more + 1)
+        let is_only_l2 = |counts: &ClusterCounts, repeated_l2: &HashMap<u64, u64>| {
+            counts.of(cluster) <= repeated_l2.get(&cluster).map_or(1, |more| more + 1)
         };
-        // Narrow counts cannot tell.
-        if self.counted && self.most >= u64::from(u8::MAX) {
-            return Ok(alone(&self.counts, &self.again));
+        // Counts that saturate early do not show a second use.
+        if self.counted && self.max_count >= u64::from(u8::MAX) {
+            return Ok(is_only_l2(&self.counts, &self.repeated_l2));
         }
         if self.references.is_none() {
             self.references = Some(self.image.count_references()?);
         }
         let known = self.references.as_ref();
-        Ok(known.is_some_and(|known| alone(&known.counts, &known.tables)))
+        Ok(known.is_some_and(|known| is_only_l2(&known.counts, &known.tables)))
     }
 
-    /// The places as the header and the refcount table have them.
-    pub(super) fn protect(&self) -> Protected {
+    /// The protected ranges according to the header and the refcount table.
+    pub(super) fn protected_ranges(&self) -> Protected {
         let offsets = self.stored.table.iter().map(|entry| entry & stored::OFFSET_MASK);
         let mut blocks: Vec<u64> = offsets.filter(|offset| *offset != 0).collect();
         blocks.sort_unstable();

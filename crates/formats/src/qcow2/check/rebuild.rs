@@ -1,48 +1,49 @@
-//! New refcount structures from what was counted.
+//! Builds new refcount structures from the counted references.
 //!
-//! They go where nothing is, the old ones included, and are durable before the header points to them: a crash leaves the
-//! image with the one or the other. The old structures are given up afterwards, by the same means as any leak.
+//! The new structures use clusters that neither data nor the old structures use, and they are durable before the header
+//! points to them: a crash leaves the image with the old or the new ones. The old structures are freed afterwards like
+//! any leaked cluster.
 //!
 //! ```text
-//!   block for each stretch of clusters that is in use, no block before the clusters that it counts
-//!   table in the first place that has room
+//!   blocks   one for each block-sized range with a cluster in use; a block is not before the clusters that it counts
+//!   table    in the first free run of clusters that is long enough
 //! ```
 
 use std::collections::BTreeMap;
 
 use diskimage_core::errno;
-use diskimage_core::{Error, Note, Result};
+use diskimage_core::{Error, Note, Result, to_index};
 use zerocopy::IntoBytes;
 use zerocopy::byteorder::big_endian::{U32, U64};
 
 use super::{Check, stored};
 use crate::qcow2::header::{field, limit};
 
-/// Rounds of finding a place for the table; each makes the blocks more, so few are ever needed.
+/// The most rounds of allocating the table. A round is repeated only if the table needs more blocks, so few are needed.
 const MAX_ROUNDS: u32 = 64;
 
-/// Where the new structures go.
+/// The host offsets of the new structures.
 #[derive(Debug, Default)]
-struct Plan {
-    /// Offset of each block, by its index in the table.
+struct NewStructures {
+    /// The offset of each block, by its index in the table.
     blocks: BTreeMap<u64, u64>,
     table: u64,
-    /// Clusters of the table.
-    clusters: u64,
+    /// The number of clusters of the table.
+    table_clusters: u64,
 }
 
 impl Check<'_> {
     pub(super) fn rebuild_refcounts(&mut self) -> Result<()> {
-        self.say("Rebuilding refcount structure");
+        self.report_line("Rebuilding refcount structure");
         self.protect_old_blocks()?;
-        let plan = self.plan()?;
+        let plan = self.plan_structures()?;
         if let Err(error) = self.write_structures(&plan) {
-            self.tell(&Note::Error(format!("ERROR writing refblock: {}", error.root())));
+            self.report_note(&Note::Error(format!("ERROR writing refblock: {}", error.root())));
             return Err(error);
         }
         self.file.flush()?;
         let mut location = [0; 12];
-        let clusters = u32::try_from(plan.clusters).map_err(|_| Error::from_errno(errno::EFBIG))?;
+        let clusters = u32::try_from(plan.table_clusters).map_err(|_| Error::from_errno(errno::EFBIG))?;
         location[..8].copy_from_slice(U64::new(plan.table).as_bytes());
         location[8..].copy_from_slice(U32::new(clusters).as_bytes());
         self.file.write_at(&location, field::REFCOUNT_TABLE)?;
@@ -51,8 +52,8 @@ impl Check<'_> {
         Ok(())
     }
 
-    /// Keeps the new structures away from blocks that the old table leads to in ways that were not counted: until the
-    /// header changes they are what a reader finds.
+    /// Counts old refcount blocks that are not counted yet, so that the new structures do not overwrite them: until the
+    /// header changes, readers use the old blocks.
     fn protect_old_blocks(&mut self) -> Result<()> {
         let bits = self.geometry.cluster_bits;
         let end = self.file_len.div_ceil(self.geometry.cluster_size());
@@ -73,9 +74,9 @@ impl Check<'_> {
         Ok(())
     }
 
-    fn plan(&mut self) -> Result<Plan> {
-        let mut plan = Plan::default();
-        self.place_blocks(&mut plan)?;
+    fn plan_structures(&mut self) -> Result<NewStructures> {
+        let mut plan = NewStructures::default();
+        self.allocate_blocks(&mut plan)?;
         for _ in 0..MAX_ROUNDS {
             let entries = plan.blocks.last_key_value().map_or(1, |(index, _)| index + 1);
             let clusters = (entries * 8).div_ceil(self.geometry.cluster_size());
@@ -86,12 +87,12 @@ impl Check<'_> {
             for cluster in first..first + clusters {
                 self.counts.add(cluster, 1)?;
             }
-            // The table may be the first thing in its stretch of clusters.
-            self.place_blocks(&mut plan)?;
+            // The table's own clusters may need another block.
+            self.allocate_blocks(&mut plan)?;
             let last = plan.blocks.last_key_value().map_or(0, |(index, _)| *index);
             if last < clusters * self.geometry.cluster_size() / 8 {
                 plan.table = first << self.geometry.cluster_bits;
-                plan.clusters = clusters;
+                plan.table_clusters = clusters;
                 return Ok(plan);
             }
             for cluster in first..first + clusters {
@@ -101,27 +102,27 @@ impl Check<'_> {
         Err(Error::from_errno(errno::EFBIG))
     }
 
-    /// Finds places for the blocks that are missing.
-    fn place_blocks(&mut self, plan: &mut Plan) -> Result<()> {
+    /// Allocates a cluster for each missing block.
+    fn allocate_blocks(&mut self, plan: &mut NewStructures) -> Result<()> {
         let per_block = self.geometry.refcount_block_entries();
         let mut at = 0;
         while let Some(used) = self.counts.next_used(at) {
             let index = used / per_block;
             if let std::collections::btree_map::Entry::Vacant(slot) = plan.blocks.entry(index) {
-                let place = self.counts.first_free(index * per_block, 1);
-                if place >= limit::HOST_OFFSET >> self.geometry.cluster_bits {
+                let cluster = self.counts.first_free(index * per_block, 1);
+                if cluster >= limit::HOST_OFFSET >> self.geometry.cluster_bits {
                     return Err(Error::from_errno(errno::EFBIG));
                 }
-                self.counts.add(place, 1)?;
-                slot.insert(place << self.geometry.cluster_bits);
+                self.counts.add(cluster, 1)?;
+                slot.insert(cluster << self.geometry.cluster_bits);
             }
             at = (index + 1) * per_block;
         }
         Ok(())
     }
 
-    fn write_structures(&self, plan: &Plan) -> Result<()> {
-        let len = usize::try_from(self.geometry.cluster_size()).unwrap_or(0);
+    fn write_structures(&self, plan: &NewStructures) -> Result<()> {
+        let len = to_index(self.geometry.cluster_size())?;
         let per_block = self.geometry.refcount_block_entries();
         let mut block = vec![0; len];
         for (index, offset) in &plan.blocks {
@@ -140,7 +141,7 @@ impl Check<'_> {
             }
             self.file.write_at(&block, *offset)?;
         }
-        let mut table = vec![0; usize::try_from(plan.clusters << self.geometry.cluster_bits).unwrap_or(0)];
+        let mut table = vec![0; to_index(plan.table_clusters << self.geometry.cluster_bits)?];
         for (index, offset) in &plan.blocks {
             let slot = usize::try_from(*index)
                 .ok()

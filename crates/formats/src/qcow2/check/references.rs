@@ -1,11 +1,11 @@
-//! Counting each cluster's uses by walking everything that the header leads to.
+//! Counts the references to each cluster: walks all structures from the header on.
 //!
-//! A damaged image may refer to one table from everywhere. L2 tables are walked for each of the first [`MAX_VISITS`]
-//! references, as the original walks them for all; the references beyond that are counted in one last silent walk, so
-//! that the time taken follows the length of the file.
+//! A damaged image may refer to one table from every entry. An L2 table is walked once for each of its first
+//! [`MAX_VISITS`] references; qemu-img walks it for all. Further references are counted in one last silent walk, so
+//! that the time is bounded by the length of the file.
 
 use diskimage_core::errno;
-use diskimage_core::{ByteRange, Error, Note, Preallocation, Repair, Result, is_zero};
+use diskimage_core::{ByteRange, Error, Note, Preallocation, Repair, Result, is_zero, to_index};
 
 use super::Check;
 use super::entries::Walk;
@@ -13,38 +13,38 @@ use super::stored;
 use crate::qcow2::bitmap::Bitmap;
 use crate::qcow2::entry::OFFSET_MASK;
 
-/// Bits of an L1 entry that are zero.
+/// The bits of an L1 entry that must be zero.
 const L1_RESERVED: u64 = 0x7f00_0000_0000_01ff;
-/// References for which an L2 table is walked one by one.
+/// The number of references for each of which an L2 table is walked.
 pub(super) const MAX_VISITS: u64 = 4;
-/// Unaligned L2 tables that are looked into.
+/// The number of unaligned L2 tables that are walked.
 const MAX_UNALIGNED: u64 = 64;
-/// Bytes of an L1 table read at once.
+/// Bytes of an L1 table that are read at once.
 const CHUNK: usize = 64 << 10;
-/// The largest L1 table that the original reads, in entries.
+/// qemu-img's limit for the entries of an L1 table.
 pub(super) const MAX_L1: u64 = (32 << 20) / 8;
 
-/// An L1 table that is walked.
-struct L1 {
+/// An L1 table and its disk.
+struct L1Walk {
     offset: u64,
     entries: u64,
-    /// The length of the disk that it is for.
+    /// The size of the table's disk.
     size: u64,
-    /// Whether it is the one in use.
+    /// Whether the table is the active one.
     active: bool,
 }
 
 impl Check<'_> {
     pub(super) fn count_references(&mut self) -> Result<()> {
-        self.counts = super::Counts::new(self.most, self.image.budget.clone());
+        self.counts = super::ClusterCounts::new(self.max_count, self.image.budget.clone());
         self.counted = false;
-        self.again.clear();
-        self.protected = self.protect();
+        self.repeated_l2.clear();
+        self.protected = self.protected_ranges();
         self.clusters = self.file_len.div_ceil(self.geometry.cluster_size());
         self.report.total_clusters = self.header.size.div_ceil(self.geometry.cluster_size());
         self.region(0, self.geometry.cluster_size(), 1)?;
         let mut unaligned = 0;
-        let l1 = L1 {
+        let l1 = L1Walk {
             offset: self.header.l1_table_offset,
             entries: u64::from(self.header.l1_size),
             size: self.header.size,
@@ -52,7 +52,7 @@ impl Check<'_> {
         };
         self.count_l1(&l1, &mut unaligned)?;
         self.count_snapshots(&mut unaligned)?;
-        self.count_again()?;
+        self.count_remaining_l2_references()?;
         if let Some(crypto) = self.header.extensions.crypto {
             self.region(crypto.offset.get(), crypto.length.get(), 1)?;
         }
@@ -62,14 +62,14 @@ impl Check<'_> {
         Ok(())
     }
 
-    /// Counts the clusters that `size` bytes from `offset` on touch.
+    /// Counts `times` references to each cluster that `size` bytes from `offset` on touch.
     pub(super) fn region(&mut self, offset: u64, size: u64, times: u64) -> Result<()> {
         if size == 0 {
             return Ok(());
         }
         let cluster_size = self.geometry.cluster_size();
         let end = offset.checked_add(size);
-        // The last cluster of a file need not be complete.
+        // The last cluster of a file may be incomplete.
         let Some(end) = end.filter(|end| *end < self.file_len.saturating_add(cluster_size)) else {
             self.note_dangling(offset, size)?;
             self.report.corruptions += times - 1;
@@ -95,12 +95,12 @@ impl Check<'_> {
         Ok(())
     }
 
-    /// Remembers the clusters of a region that reaches beyond the end of the file.
+    /// Records the clusters of a region beyond the end of the file.
     fn note_dangling(&mut self, offset: u64, size: u64) -> Result<()> {
         let bits = self.geometry.cluster_bits;
         let last = offset.saturating_add(size - 1) >> bits;
         for cluster in (offset >> bits).max(self.clusters)..=last {
-            // Counting goes on for those who only look.
+            // A check continues; an image that is opened for writing is refused.
             if self.dangling.len() >= super::MAX_DANGLING {
                 break;
             }
@@ -109,8 +109,8 @@ impl Check<'_> {
         Ok(())
     }
 
-    /// Tells of `len` bytes at `offset`, which start inside the file and end outside: [`Check::region`] takes them for
-    /// the padding of a last cluster, and tells of what reaches further.
+    /// Reports `len` bytes at `offset` if they start inside the file and end beyond it. [`Check::region`] accepts such
+    /// bytes as the padding of the last cluster and reports only regions that reach further.
     pub(super) fn require_whole(&mut self, what: &str, offset: u64, len: u64) {
         if offset < self.file_len && offset.saturating_add(len) > self.file_len {
             self.beyond_end(what, offset);
@@ -123,8 +123,8 @@ impl Check<'_> {
         ));
     }
 
-    fn count_l1(&mut self, l1: &L1, unaligned: &mut u64) -> Result<()> {
-        let L1 {
+    fn count_l1(&mut self, l1: &L1Walk, unaligned: &mut u64) -> Result<()> {
+        let L1Walk {
             offset,
             entries,
             active,
@@ -138,21 +138,21 @@ impl Check<'_> {
             if active {
                 self.progress.set(done, entries);
             }
-            let len = usize::try_from((entries - done) * 8).unwrap_or(CHUNK).min(CHUNK);
+            let len = to_index(((entries - done) * 8).min(CHUNK as u64))?;
             let chunk = &mut chunk[..len];
             self.file.read_padded(chunk, offset + done * 8)?;
-            let (words, _) = chunk.as_chunks::<8>();
+            let (numbers, _) = chunk.as_chunks::<8>();
             if !is_zero(chunk) {
-                for (word, index) in words.iter().zip(done..) {
-                    self.count_l1_entry(u64::from_be_bytes(*word), l1, index, unaligned)?;
+                for (entry, index) in numbers.iter().zip(done..) {
+                    self.count_l1_entry(u64::from_be_bytes(*entry), l1, index, unaligned)?;
                 }
             }
-            done += words.len() as u64;
+            done += numbers.len() as u64;
         }
         Ok(())
     }
 
-    fn count_l1_entry(&mut self, entry: u64, l1: &L1, index: u64, unaligned: &mut u64) -> Result<()> {
+    fn count_l1_entry(&mut self, entry: u64, l1: &L1Walk, index: u64, unaligned: &mut u64) -> Result<()> {
         if entry == 0 {
             return Ok(());
         }
@@ -173,7 +173,7 @@ impl Check<'_> {
                 return Ok(());
             }
         } else if known {
-            let visits = self.again.entry(cluster).or_default();
+            let visits = self.repeated_l2.entry(cluster).or_default();
             *visits += 1;
             if *visits >= MAX_VISITS {
                 return Ok(());
@@ -191,8 +191,8 @@ impl Check<'_> {
     }
 
     fn count_snapshots(&mut self, unaligned: &mut u64) -> Result<()> {
-        // Tables of their own fit into the file; what is more than that overlaps.
-        let mut room = self.file_len.saturating_add(MAX_L1 * 8);
+        // Tables that do not overlap fit into the file; tables beyond that total overlap.
+        let mut unclaimed = self.file_len.saturating_add(MAX_L1 * 8);
         for index in 0..self.snapshots.entries.len() {
             let entry = self.snapshots.entries[index];
             let fault = if !entry.l1_offset.is_multiple_of(self.geometry.cluster_size()) {
@@ -203,8 +203,8 @@ impl Check<'_> {
             } else if u64::from(entry.l1_size) > MAX_L1 {
                 Some(format!("l1_size={:#x}: L1 table is too large", entry.l1_size))
             } else {
-                let left = room.checked_sub(u64::from(entry.l1_size) * 8);
-                room = left.unwrap_or(room);
+                let left = unclaimed.checked_sub(u64::from(entry.l1_size) * 8);
+                unclaimed = left.unwrap_or(unclaimed);
                 let overlaps = left.is_none();
                 overlaps.then(|| format!("l1_offset={:#x}: L1 tables overlap", entry.l1_offset))
             };
@@ -215,7 +215,7 @@ impl Check<'_> {
                 ));
                 continue;
             }
-            let l1 = L1 {
+            let l1 = L1Walk {
                 offset: entry.l1_offset,
                 entries: u64::from(entry.l1_size),
                 size: self.snapshot_size(&entry)?,
@@ -227,10 +227,10 @@ impl Check<'_> {
         self.region(self.header.snapshots_offset, self.snapshots.len, 1)
     }
 
-    /// Counts the references to L2 tables for which these were not walked.
-    fn count_again(&mut self) -> Result<()> {
+    /// Counts the references to L2 tables beyond the first [`MAX_VISITS`].
+    fn count_remaining_l2_references(&mut self) -> Result<()> {
         let mut tables: Vec<(u64, u64)> = self
-            .again
+            .repeated_l2
             .iter()
             .filter(|(_, visits)| **visits >= MAX_VISITS)
             .map(|(cluster, visits)| (*cluster, *visits - (MAX_VISITS - 1)))
@@ -240,7 +240,7 @@ impl Check<'_> {
             self.count_l2(&Walk {
                 table: cluster << self.geometry.cluster_bits,
                 times,
-                // Each part of the disk that it is for was looked at before.
+                // The guest ranges were checked by the earlier walks.
                 disk: ByteRange::new(0, 0),
                 active: false,
                 silent: true,
@@ -254,7 +254,7 @@ impl Check<'_> {
             return Ok(());
         };
         let directory = self.image.read_directory(Some(extension))?;
-        let mut room = self.file_len;
+        let mut unclaimed = self.file_len;
         for table in directory.bitmaps.iter().map(Bitmap::table_range) {
             let (offset, len) = (table.start(), table.len());
             self.require_whole("bitmap table", offset, len);
@@ -262,17 +262,17 @@ impl Check<'_> {
             if offset.saturating_add(len) > self.file_len {
                 continue;
             }
-            room = room
+            unclaimed = unclaimed
                 .checked_sub(len)
                 .ok_or_else(|| Error::corrupt("Bitmap tables overlap"))?;
             let mut chunk = vec![0; CHUNK];
             let mut done = 0;
             while done < len {
-                let part = usize::try_from(len - done).unwrap_or(CHUNK).min(CHUNK);
+                let part = to_index((len - done).min(CHUNK as u64))?;
                 let chunk = &mut chunk[..part];
                 self.file.read_at(chunk, offset + done)?;
-                for word in chunk.as_chunks().0 {
-                    let data = u64::from_be_bytes(*word) & OFFSET_MASK;
+                for entry in chunk.as_chunks().0 {
+                    let data = u64::from_be_bytes(*entry) & OFFSET_MASK;
                     if data != 0 {
                         self.region(data, self.geometry.cluster_size(), 1)?;
                     }
@@ -323,8 +323,8 @@ impl Check<'_> {
                 self.corruption(format!("ERROR {what}"));
                 return Ok(());
             }
-            self.say(format!("Repairing {what}"));
-            if let Err(error) = self.reach(offset) {
+            self.report_line(format!("Repairing {what}"));
+            if let Err(error) = self.grow_file_to(offset) {
                 self.rebuild = true;
                 self.corruption(format!("ERROR could not resize image: {}", error.root()));
                 return Ok(());
@@ -332,7 +332,7 @@ impl Check<'_> {
             self.report.corruptions_fixed += 1;
         }
         let cluster = offset >> self.geometry.cluster_bits;
-        // A block that is something else as well must not be written to. Narrow counts cannot tell that by themselves.
+        // A block whose cluster has another use must not be written to. Counts that saturate early do not show that.
         self.rebuild |= self.counts.of(cluster) > 0;
         self.require_whole("refcount block", offset, cluster_size);
         self.region(offset, cluster_size, 1)?;
@@ -343,14 +343,14 @@ impl Check<'_> {
         Ok(())
     }
 
-    /// Makes the file long enough for the cluster at `offset`.
-    fn reach(&mut self, offset: u64) -> Result<()> {
+    /// Grows the file so that it contains the cluster at `offset`.
+    fn grow_file_to(&mut self, offset: u64) -> Result<()> {
         let end = offset
             .checked_add(self.geometry.cluster_size())
             .filter(|end| i64::try_from(*end).is_ok())
             .ok_or_else(|| Error::from_errno(errno::EINVAL))?;
         self.file.resize(end, Preallocation::Off).inspect_err(|error| {
-            self.tell(&Note::Error(format!("Could not resize file: {}", error.root())));
+            self.report_note(&Note::Error(format!("Could not resize file: {}", error.root())));
         })?;
         self.file_len = end;
         self.clusters = self.clusters.max(end.div_ceil(self.geometry.cluster_size()));

@@ -1,43 +1,43 @@
-//! The snapshot table as a check reads it: whatever is there, and what has to be cut.
+//! The snapshot table as a check reads it: damaged entries are accepted, and excess entries and extra data are cut.
 
-use diskimage_core::{Error, Note, Repair, Result, errno, name};
+use diskimage_core::{Error, Note, Repair, Result, errno, name, to_index};
 use zerocopy::byteorder::big_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::Check;
 use crate::layer_kit::metadata_guard::Kind;
-use crate::qcow2::State;
+use crate::qcow2::ImageState;
 use crate::qcow2::header::{field, limit};
 use crate::qcow2::snapshot::{MAX_EXTRA, MAX_TABLE, MIN_ENTRY_LEN, RawSnapshot, V3_EXTRA, completed};
 
-/// The snapshot table.
+/// The snapshot table of a check.
 #[derive(Debug, Default)]
-pub(super) struct SnapshotTable {
+pub(super) struct CheckedSnapshots {
     pub(super) entries: Vec<SnapshotEntry>,
-    /// Bytes that it takes in the file.
+    /// The length of the stored table in bytes.
     pub(super) len: u64,
-    /// It has to be written anew.
+    /// A repaired table must be written.
     changed: bool,
 }
 
-/// What a check needs of an entry.
+/// The fields of an entry that a check needs.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct SnapshotEntry {
     pub(super) l1_offset: u64,
     pub(super) l1_size: u32,
-    /// Where the entry is.
+    /// The host offset of the entry.
     at: u64,
     extra_len: u32,
     id_len: u16,
     name_len: u16,
 }
 
-/// Bytes of a name that are shown.
+/// Bytes of a name that are printed.
 const MAX_SHOWN: u64 = 1024;
 
 impl Check<'_> {
-    /// Reads the table. Entries that are too many or too long are dropped or cut if all may be mended, else they end
-    /// the check.
+    /// Reads the table. Excess entries are dropped and extra data that is too long is cut if `repair` allows all
+    /// repairs; otherwise they end the check.
     pub(super) fn read_snapshot_table(&mut self) -> Result<()> {
         let fix = self.repair == Repair::All;
         let mut count = self.header.nb_snapshots;
@@ -47,7 +47,7 @@ impl Check<'_> {
                 let text = format!("ERROR snapshot table too large\n{}", remove_all(over));
                 return self.unusable(text, errno::EFBIG);
             }
-            self.say(format!("Discarding {over} overhanging snapshots"));
+            self.report_line(format!("Discarding {over} overhanging snapshots"));
             self.report.corruptions_fixed += u64::from(over);
             count = limit::SNAPSHOTS;
         }
@@ -60,6 +60,7 @@ impl Check<'_> {
             return self.unusable("ERROR snapshot table offset invalid".to_owned(), errno::EINVAL);
         }
         self.read_snapshot_entries(count)?;
+        // At most `count` entries were read.
         let kept = u32::try_from(self.snapshots.entries.len()).unwrap_or(count);
         if kept != self.header.nb_snapshots {
             self.file
@@ -74,7 +75,7 @@ impl Check<'_> {
         let fix = self.repair == Repair::All;
         let start = self.header.snapshots_offset;
         let mut at = start;
-        // How long the table is once it is cut; that is what the limit is for.
+        // The length of the table after the cuts, to which the limit applies.
         let mut kept: u64 = 0;
         for index in 0..count {
             let mut fixed = [0; size_of::<RawSnapshot>()];
@@ -98,7 +99,7 @@ impl Check<'_> {
                     );
                     return self.unusable(text, errno::EFBIG);
                 }
-                self.say(format!(
+                self.report_line(format!(
                     "Discarding too much extra metadata in snapshot table entry {index} ({} > {MAX_EXTRA})",
                     entry.extra_len
                 ));
@@ -120,7 +121,7 @@ impl Check<'_> {
                     );
                     return self.unusable(text, errno::EFBIG);
                 }
-                self.say(format!(
+                self.report_line(format!(
                     "Discarding {over} overhanging snapshots (snapshot table is too big)"
                 ));
                 self.report.corruptions_fixed += u64::from(over);
@@ -133,7 +134,7 @@ impl Check<'_> {
         Ok(())
     }
 
-    /// Reports entries that lack what version 3 asks for; they are completed when the table is written.
+    /// Reports entries without the extra data that version 3 requires. They are completed when the table is written.
     fn complete_entries(&mut self, fix: bool) {
         if self.header.version < 3 {
             return;
@@ -146,18 +147,18 @@ impl Check<'_> {
         }
     }
 
-    /// Without its entries, what a snapshot keeps would count as leaked.
+    /// Ends the check: without the table, the clusters of snapshots would count as leaked.
     fn unreadable(&mut self, error: &Error) -> Result<()> {
         let text = format!("ERROR failed to read the snapshot table: {error}");
         self.unusable(text, errno::EIO)
     }
 
     fn unusable(&mut self, text: String, errno: i32) -> Result<()> {
-        self.tell(&Note::Error(text));
+        self.report_note(&Note::Error(text));
         Err(Error::from_errno(errno))
     }
 
-    /// How long the disk was when the snapshot was made.
+    /// The size of the disk in the snapshot.
     pub(super) fn snapshot_size(&self, entry: &SnapshotEntry) -> Result<u64> {
         if u64::from(entry.extra_len) < V3_EXTRA {
             return Ok(self.header.size);
@@ -167,7 +168,7 @@ impl Check<'_> {
         Ok(u64::from_be_bytes(size))
     }
 
-    /// How messages name a snapshot: its identifier and its name.
+    /// A snapshot as messages name it: its ID and its name.
     pub(super) fn snapshot_name(&self, entry: &SnapshotEntry) -> Result<String> {
         let start = entry.at + MIN_ENTRY_LEN + u64::from(entry.extra_len);
         let id = self.text(start, u64::from(entry.id_len))?;
@@ -175,9 +176,9 @@ impl Check<'_> {
         Ok(format!("{id} ({name})"))
     }
 
-    /// Text from the file as it can be shown: it may hold anything.
+    /// Reads text from the file and replaces control characters, so that it can be printed.
     fn text(&self, at: u64, len: u64) -> Result<String> {
-        let mut bytes = vec![0; usize::try_from(len.min(MAX_SHOWN)).unwrap_or(0)];
+        let mut bytes = vec![0; to_index(len.min(MAX_SHOWN))?];
         self.file.read_padded(&mut bytes, at)?;
         let text = bytes.split(|byte| *byte == 0).next().unwrap_or(&[]);
         // On some terminals these bytes are control characters as well.
@@ -188,15 +189,15 @@ impl Check<'_> {
             .collect())
     }
 
-    /// Writes a table that was mended to a new place, then gives up the old one.
-    pub(super) fn write_snapshot_table(&mut self, state: &mut State) -> Result<()> {
+    /// Writes a repaired table to newly allocated clusters, then frees the old one.
+    pub(super) fn write_snapshot_table(&mut self, state: &mut ImageState) -> Result<()> {
         if !self.snapshots.changed {
             return Ok(());
         }
         let table = self.encode_snapshots()?;
         let bits = self.geometry.cluster_bits;
         let metadata = &mut state.metadata;
-        metadata.refcounts.set_uses(self.image.count_references()?);
+        metadata.refcounts.set_references(self.image.count_references()?);
         let clusters = (table.len() as u64).div_ceil(self.geometry.cluster_size());
         let offset = metadata.allocate(clusters, Some(Kind::SnapshotTable))?;
         self.file.write_at(&table, offset)?;
@@ -212,7 +213,7 @@ impl Check<'_> {
         let old = self.header.snapshots_offset;
         if old.saturating_add(self.snapshots.len) <= self.file_len {
             for cluster in (old >> bits)..(old + self.snapshots.len).div_ceil(1 << bits) {
-                // A damaged table may be counted less often than it is used.
+                // The clusters of a damaged table may have a refcount of zero.
                 if metadata.count(cluster)? > 0 {
                     metadata.release(cluster << bits, 1)?;
                 }
@@ -230,15 +231,16 @@ impl Check<'_> {
             self.file.read_padded(&mut fixed, entry.at)?;
             let mut raw =
                 RawSnapshot::read_from_bytes(&fixed).map_err(|_| Error::from_errno(errno::EINVAL))?;
-            let there = u64::from(entry.extra_len).min(MAX_EXTRA);
-            let mut extra = vec![0; usize::try_from(there).unwrap_or(0)];
+            let extra_len = u64::from(entry.extra_len).min(MAX_EXTRA);
+            let mut extra = vec![0; to_index(extra_len)?];
             self.file.read_padded(&mut extra, entry.at + MIN_ENTRY_LEN)?;
             let extra = completed(&raw, extra, self.header.size);
-            // What was read first holds: a table that lies on other metadata has changed with it.
+            // The fields that were read first are kept: a table that overlaps other metadata has changed with it.
             raw.l1_table_offset = U64::new(entry.l1_offset);
             raw.l1_size = U32::new(entry.l1_size);
             raw.id_len = U16::new(entry.id_len);
             raw.name_len = U16::new(entry.name_len);
+            // The extra data has at most MAX_EXTRA bytes.
             raw.extra_data_size = U32::new(u32::try_from(extra.len()).unwrap_or(0));
             let mut names = vec![0; usize::from(entry.id_len) + usize::from(entry.name_len)];
             let names_at = entry.at + MIN_ENTRY_LEN + u64::from(entry.extra_len);
@@ -252,7 +254,7 @@ impl Check<'_> {
 }
 
 impl SnapshotEntry {
-    /// Bytes of the entry without padding.
+    /// The length of the entry in bytes, without padding.
     fn len(&self) -> u64 {
         MIN_ENTRY_LEN + u64::from(self.extra_len) + u64::from(self.id_len) + u64::from(self.name_len)
     }

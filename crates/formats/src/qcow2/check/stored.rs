@@ -1,24 +1,24 @@
-//! The refcounts that the image has stored: its refcount table, and what the blocks say.
+//! The stored refcounts: the refcount table and its blocks.
 
-use diskimage_core::{Budget, Device, Error, Reservation, Result};
+use diskimage_core::{Budget, Device, Error, Reservation, Result, to_index};
 
 use crate::qcow2::header::{Geometry, Header};
 use crate::qcow2::refcount::block;
 
-/// Where a refcount block is, according to the refcount table.
+/// An entry of the refcount table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Place {
-    /// Nowhere: every count is zero.
+pub(super) enum BlockEntry {
+    /// No block: every refcount is zero.
     None,
-    /// At this offset.
+    /// The offset of the block.
     At(u64),
-    /// The entry cannot be right.
+    /// An invalid offset.
     Unaligned(u64),
 }
 
-/// The refcount table in memory, and the block looked at last.
+/// The refcount table in memory, and the block that was read last.
 #[derive(Debug)]
-pub(super) struct Stored {
+pub(super) struct StoredRefcounts {
     pub(super) table: Vec<u64>,
     pub(super) table_offset: u64,
     geometry: Geometry,
@@ -27,21 +27,21 @@ pub(super) struct Stored {
     _memory: Reservation,
 }
 
-/// Offsets in the refcount table.
+/// The bits of a refcount table entry that hold an offset.
 pub(super) const OFFSET_MASK: u64 = !0x1ff;
 
-impl Stored {
-    /// Reads the table, whose length the header has checked. What lies beyond the end of the file reads as zero, as for
-    /// the original.
+impl StoredRefcounts {
+    /// Reads the table. Parsing the header has checked its length. Bytes beyond the end of the file read as zeroes, as
+    /// in qemu-img.
     pub(super) fn read(file: &dyn Device, header: &Header, budget: &Budget) -> Result<Self> {
         let geometry = header.geometry;
         let len = u64::from(header.refcount_table_clusters) << geometry.cluster_bits;
         let memory = budget.reserve(2 * len + geometry.cluster_size())?;
-        let mut bytes = vec![0; usize::try_from(len).unwrap_or(0)];
+        let mut bytes = vec![0; to_index(len)?];
         file.read_padded(&mut bytes, header.refcount_table_offset)?;
-        let (words, _) = bytes.as_chunks();
+        let (entries, _) = bytes.as_chunks();
         Ok(Self {
-            table: words.iter().map(|word| u64::from_be_bytes(*word)).collect(),
+            table: entries.iter().map(|entry| u64::from_be_bytes(*entry)).collect(),
             table_offset: header.refcount_table_offset,
             geometry,
             last: None,
@@ -50,25 +50,25 @@ impl Stored {
         })
     }
 
-    /// Where block `index` is.
-    pub(super) fn place(&self, index: u64) -> Place {
+    /// Entry `index` of the refcount table.
+    pub(super) fn block_entry(&self, index: u64) -> BlockEntry {
         let entry = usize::try_from(index).ok().and_then(|i| self.table.get(i));
         match entry.map_or(0, |entry| entry & OFFSET_MASK) {
-            0 => Place::None,
-            offset if offset.is_multiple_of(self.geometry.cluster_size()) => Place::At(offset),
-            offset => Place::Unaligned(offset),
+            0 => BlockEntry::None,
+            offset if offset.is_multiple_of(self.geometry.cluster_size()) => BlockEntry::At(offset),
+            offset => BlockEntry::Unaligned(offset),
         }
     }
 
-    /// The bytes of block `index`, to be given back by [`Stored::give_back`] as they are in the file; `None` if every
-    /// count is zero.
+    /// Takes the bytes of block `index` out of the buffer; the caller returns them with
+    /// [`StoredRefcounts::return_block`], equal to those in the file. `None` if the image has no such block.
     pub(super) fn take_block(&mut self, file: &dyn Device, index: u64) -> Result<Option<Vec<u8>>> {
-        let Place::At(offset) = self.place(index) else {
+        let BlockEntry::At(offset) = self.block_entry(index) else {
             return Ok(None);
         };
         let mut bytes = std::mem::take(&mut self.bytes);
         if self.last != Some(index) {
-            bytes.resize(usize::try_from(self.geometry.cluster_size()).unwrap_or(0), 0);
+            bytes.resize(to_index(self.geometry.cluster_size())?, 0);
             self.last = None;
             file.read_padded(&mut bytes, offset)?;
             self.last = Some(index);
@@ -76,41 +76,41 @@ impl Stored {
         Ok(Some(bytes))
     }
 
-    pub(super) fn give_back(&mut self, bytes: Vec<u8>) {
+    pub(super) fn return_block(&mut self, bytes: Vec<u8>) {
         self.bytes = bytes;
     }
 
-    /// The stored count of `cluster`; `None` if the table does not lead to it.
+    /// The stored refcount of `cluster`; `None` if the entry of its block is invalid.
     pub(super) fn count(&mut self, file: &dyn Device, cluster: u64) -> Result<Option<u64>> {
         let per_block = self.geometry.refcount_block_entries();
         let index = cluster / per_block;
-        if let Place::Unaligned(_) = self.place(index) {
+        if let BlockEntry::Unaligned(_) = self.block_entry(index) {
             return Ok(None);
         }
         let Some(bytes) = self.take_block(file, index)? else {
             return Ok(Some(0));
         };
         let count = read(&bytes, cluster % per_block, self.geometry.refcount_order);
-        self.give_back(bytes);
+        self.return_block(bytes);
         count.map(Some)
     }
 }
 
-/// Entry `index` of a block.
+/// Reads entry `index` of a block.
 pub(super) fn read(bytes: &[u8], index: u64, order: u32) -> Result<u64> {
-    let place = block::Place::new(index, order);
-    usize::try_from(place.byte)
+    let slot = block::Slot::new(index, order);
+    usize::try_from(slot.byte)
         .ok()
-        .and_then(|at| block::read(bytes.get(at..)?, place, order))
+        .and_then(|at| block::read(bytes.get(at..)?, slot, order))
         .ok_or_else(outside)
 }
 
 /// Changes entry `index` of a block.
 pub(super) fn write(bytes: &mut [u8], index: u64, order: u32, count: u64) -> Result<()> {
-    let place = block::Place::new(index, order);
-    usize::try_from(place.byte)
+    let slot = block::Slot::new(index, order);
+    usize::try_from(slot.byte)
         .ok()
-        .and_then(|at| block::write(bytes.get_mut(at..)?, place, order, count))
+        .and_then(|at| block::write(bytes.get_mut(at..)?, slot, order, count))
         .ok_or_else(outside)
 }
 

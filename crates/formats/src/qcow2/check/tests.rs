@@ -1,4 +1,4 @@
-//! Damage of all kinds, in memory.
+//! Checks and repairs of damaged images in memory.
 
 use std::sync::{Arc, Mutex};
 
@@ -12,7 +12,7 @@ use crate::qcow2::Qcow2Format;
 use crate::qcow2::tests::{FORMS, Op, SIZE, create, op, open, secrets, with_key};
 use crate::testing::{Closed, OneFile, contents};
 
-/// What a check found, and the lines it told.
+/// The outcome of a check and the lines that it reported.
 #[derive(Debug)]
 struct Found {
     report: Result<CheckReport>,
@@ -20,7 +20,7 @@ struct Found {
 }
 
 fn check_device(device: Arc<dyn Device>, repair: Repair) -> Found {
-    // As long as any disk here: what it holds is not looked at.
+    // The data file is as long as the largest disk of these tests; a check does not read it.
     let gate = OneFile(Arc::new(MemoryDevice::new(vec![0; 8 << 20])));
     let lines = Mutex::new(Vec::new());
     let note = |note: &Note| lines.lock().expect("one thread").push(note.text().to_owned());
@@ -52,8 +52,8 @@ fn written() -> Arc<MemoryDevice> {
     file
 }
 
-fn poke(file: &MemoryDevice, at: u64, word: u64) {
-    file.write_at(&word.to_be_bytes(), at).expect("grows");
+fn poke(file: &MemoryDevice, at: u64, number: u64) {
+    file.write_at(&number.to_be_bytes(), at).expect("grows");
 }
 
 fn clean(file: &Arc<MemoryDevice>) {
@@ -69,7 +69,7 @@ fn clean(file: &Arc<MemoryDevice>) {
 }
 
 #[test]
-fn statistics_are_those_of_the_original() {
+fn statistics_match_qemu_img() {
     let report = check(&written(), Repair::No).report.expect("checks");
     assert_eq!(
         report,
@@ -99,7 +99,7 @@ fn a_leak_is_freed() {
 }
 
 #[test]
-fn a_cluster_that_is_not_counted_needs_new_structures() {
+fn a_used_cluster_with_refcount_zero_needs_a_rebuild() {
     let file = written();
     let before = contents(&open(&file, false, &Closed, None).expect("opens"));
     file.write_at(&[0, 0], 0x2000a).expect("pokes the block");
@@ -144,13 +144,13 @@ fn a_table_used_twice_is_counted_twice_and_loses_its_flags() {
 }
 
 #[test]
-fn a_block_that_is_guest_data_too_is_not_written_to_even_if_counts_have_one_bit() {
+fn a_refcount_block_that_is_also_guest_data_is_not_written_with_one_bit_refcounts() {
     let file = create("cluster_size=4096,refcount_bits=1", 1 << 20, &Closed);
     let image = open(&file, true, &Closed, None).expect("opens");
     image.write_at(&[0xff; 4096], 0).expect("writes");
     image.flush().expect("flushes");
     let bytes = contents(&image);
-    // The second block is the data cluster, which says that everything there leaks.
+    // The second refcount block is the data cluster, whose bytes read as a refcount of one for every cluster.
     poke(&file, 0x1008, 0x5000);
     file.resize(40_000 * 4096, Preallocation::Off).expect("grows");
     check(&file, Repair::All).report.expect("checks");
@@ -159,9 +159,9 @@ fn a_block_that_is_guest_data_too_is_not_written_to_even_if_counts_have_one_bit(
 }
 
 #[test]
-fn a_table_used_everywhere_takes_no_longer() {
+fn a_table_referred_to_by_every_entry_is_checked_in_bounded_time() {
     let file = create("cluster_size=65536", 1 << 50, &Closed);
-    // An L1 table of a million entries, each for the same L2 table, each entry of which is the same cluster.
+    // All 2^21 L1 entries point to the same L2 table, and all its entries to the same cluster.
     let file_len = file.len();
     let l2 = file_len.next_multiple_of(1 << 16);
     let entries = 1u64 << 21;
@@ -180,9 +180,9 @@ fn a_table_used_everywhere_takes_no_longer() {
 }
 
 #[test]
-fn metadata_is_not_mended_where_an_entry_leads_into_other_metadata() {
+fn entries_in_other_metadata_are_not_repaired() {
     let file = written();
-    // The header as an L2 table.
+    // The L1 entry makes the header an L2 table.
     poke(&file, 0x30000, 1);
     let header = file.contents()[..72].to_vec();
     let found = check(&file, Repair::All);
@@ -192,12 +192,12 @@ fn metadata_is_not_mended_where_an_entry_leads_into_other_metadata() {
 }
 
 #[test]
-fn too_many_snapshots_are_cut_only_when_all_may_be_mended() {
+fn excess_snapshots_are_cut_only_if_all_repairs_are_allowed() {
     let file = written();
     file.write_at(&65537u32.to_be_bytes(), 60)
         .expect("pokes the header");
     poke(&file, 64, 0x9_0000);
-    // The table is there, and says nothing.
+    // The snapshot table is all zeroes.
     file.resize(0x9_0000 + 65537 * 40, Preallocation::Off)
         .expect("memory");
     let found = check(&file, Repair::No);
@@ -214,7 +214,7 @@ fn too_many_snapshots_are_cut_only_when_all_may_be_mended() {
 }
 
 #[test]
-fn marks_of_damage_go_when_nothing_is_wrong() {
+fn corrupt_and_dirty_bits_are_cleared_if_no_damage_remains() {
     let file = written();
     poke(&file, 72, 3);
     check(&file, Repair::All).report.expect("checks");
@@ -226,7 +226,7 @@ fn marks_of_damage_go_when_nothing_is_wrong() {
 }
 
 #[test]
-fn a_dirty_image_is_mended_when_it_is_opened_to_write() {
+fn a_dirty_image_is_repaired_when_opened_for_writing() {
     let file = written();
     poke(&file, 72, 1);
     file.write_at(&[0, 0], 0x2000a).expect("pokes the block");
@@ -251,7 +251,7 @@ fn change(image: &Image, op: &Op) {
     }
 }
 
-/// An image after random operations, and what is in it.
+/// An image after random operations, and the contents of its disk.
 fn used(form: &str, ops: &[Op], gate: &OneFile) -> (Arc<MemoryDevice>, Vec<u8>) {
     let file = create(form, SIZE, gate);
     let image = open(&file, true, gate, None).expect("opens");
@@ -265,8 +265,8 @@ fn used(form: &str, ops: &[Op], gate: &OneFile) -> (Arc<MemoryDevice>, Vec<u8>) 
 
 fn number(file: &MemoryDevice, at: usize) -> u64 {
     let bytes = file.contents();
-    let word = bytes.get(at..).and_then(|rest| rest.first_chunk());
-    word.map_or(0, |word| u64::from_be_bytes(*word))
+    let field = bytes.get(at..).and_then(|rest| rest.first_chunk());
+    field.map_or(0, |bytes| u64::from_be_bytes(*bytes))
 }
 
 proptest! {
@@ -280,7 +280,7 @@ proptest! {
     }
 
     #[test]
-    fn damaged_refcounts_are_mended_and_nothing_is_lost(
+    fn damaged_refcounts_are_repaired_without_loss_of_data(
         form in 0..FORMS.len(),
         ops in prop::collection::vec(op(), 1..12),
         pokes in prop::collection::vec((any::<bool>(), 0..64u64, any::<u8>()), 1..12),
@@ -290,7 +290,7 @@ proptest! {
         let table = number(&file, 48);
         let block = number(&file, usize::try_from(table).expect("small"));
         for (in_table, at, byte) in pokes {
-            // Only the low half of an offset, lest the file grows out of memory.
+            // Only the low half of an offset changes: a larger file would not fit in memory.
             let at = if in_table { table + at / 4 * 8 + 4 + at % 4 } else { block + at };
             file.write_at(&[byte], at).expect("pokes");
         }
@@ -302,7 +302,7 @@ proptest! {
     }
 
     #[test]
-    fn any_damage_is_survived_and_no_leak_stays(
+    fn any_damage_never_panics_and_leaves_no_leak(
         form in 0..FORMS.len(),
         ops in prop::collection::vec(op(), 1..12),
         pokes in prop::collection::vec((0..12u64, 0..512u64, any::<u8>()), 1..12),
@@ -322,13 +322,13 @@ proptest! {
             let found = check(&file, Repair::No);
             let report = found.report.expect("checks");
             prop_assert_eq!(report.check_errors, 0, "{:?}", found.lines);
-            // A snapshot table that lies on other metadata reads differently once that is mended.
+            // A snapshot table that overlaps other metadata reads differently once that metadata is repaired.
             prop_assert!(!headers.is_empty() || report.leaks == 0, "{:?}", found.lines);
         }
     }
 }
 
-/// Remembers every write, for replaying what a crash could leave.
+/// Records every write, so that the state after any number of writes can be replayed.
 #[derive(Debug)]
 struct RecordingDevice {
     inner: Arc<MemoryDevice>,
@@ -373,7 +373,7 @@ impl Device for RecordingDevice {
 }
 
 #[test]
-fn a_repair_that_is_cut_short_loses_nothing_and_can_be_done_again() {
+fn an_interrupted_repair_loses_no_data_and_can_be_repeated() {
     let file = written();
     let bytes = contents(&open(&file, false, &Closed, None).expect("opens"));
     file.write_at(&[0, 0, 0, 5], 0x2000a).expect("pokes the block");

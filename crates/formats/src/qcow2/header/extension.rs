@@ -1,6 +1,6 @@
-//! Header extensions: type, length, data padded to 8 bytes, until a type of zero.
+//! Header extensions. Each one has a type, a length, and data padded to 8 bytes; type zero ends the list.
 
-use diskimage_core::{Error, Name, Result, name};
+use diskimage_core::{Error, Name, Result, name, to_index};
 use zerocopy::byteorder::big_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -15,7 +15,8 @@ pub(in crate::qcow2) mod kind {
     pub(in crate::qcow2) const DATA_FILE: u32 = 0x4441_5441;
 }
 
-/// What the extensions say. Unknown ones stay where they are, since the header is only ever changed field by field.
+/// The parsed extensions. [`FirstCluster`](super::rewrite::FirstCluster) keeps unknown ones when the header is
+/// rewritten.
 #[derive(Clone, Debug, Default)]
 pub(in crate::qcow2) struct Extensions {
     pub(in crate::qcow2) backing_format: Option<String>,
@@ -25,39 +26,39 @@ pub(in crate::qcow2) struct Extensions {
     pub(in crate::qcow2) data_file: Option<Name>,
 }
 
-/// Where the persistent bitmaps are.
+/// The bitmaps extension: locates the directory of persistent bitmaps.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned, PartialEq, Eq)]
 #[repr(C)]
 pub(in crate::qcow2) struct BitmapsExtension {
-    /// How many there are.
+    /// The number of bitmaps.
     pub(in crate::qcow2) nb_bitmaps: U32,
-    /// Zero.
+    /// Must be zero.
     pub(in crate::qcow2) reserved: U32,
-    /// Bytes of their directory.
+    /// The length of the bitmap directory in bytes.
     pub(in crate::qcow2) directory_size: U64,
-    /// Where it starts.
+    /// The host offset of the bitmap directory.
     pub(in crate::qcow2) directory_offset: U64,
 }
 
-/// Where the encryption header is.
+/// The crypto extension: locates the LUKS header.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned, PartialEq, Eq)]
 #[repr(C)]
 pub(in crate::qcow2) struct CryptoExtension {
-    /// Where it starts.
+    /// The host offset of the LUKS header.
     pub(in crate::qcow2) offset: U64,
-    /// How many bytes it has.
+    /// The length of the LUKS header and its key slots in bytes.
     pub(in crate::qcow2) length: U64,
 }
 
 const _: () = assert!(size_of::<BitmapsExtension>() == 24 && size_of::<CryptoExtension>() == 16);
 
-/// The longest name of a format that the original reads.
+/// qemu-img's limit for the length of the backing format's name.
 const MAX_BACKING_FORMAT: usize = 15;
 
-/// Reads the extensions in `area`, the bytes between the header and the backing file's name or the cluster's end.
+/// Parses the extensions in `area`: the bytes between the header and the backing file's name or the cluster's end.
 ///
 /// # Errors
-/// An extension that reaches past the area, or one whose contents cannot be right.
+/// An extension that reaches past the area, or one with invalid data.
 pub(in crate::qcow2) fn parse(area: &[u8]) -> Result<Extensions> {
     let mut found = Extensions::default();
     let mut rest = area;
@@ -67,7 +68,7 @@ pub(in crate::qcow2) fn parse(area: &[u8]) -> Result<Extensions> {
         if kind == kind::END {
             break;
         }
-        let len = usize::try_from(len).unwrap_or(usize::MAX);
+        let len = to_index(u64::from(len))?;
         let data = tail
             .get(..len)
             .ok_or_else(|| Error::corrupt("Header extension too large"))?;
@@ -96,7 +97,7 @@ pub(in crate::qcow2) fn parse(area: &[u8]) -> Result<Extensions> {
     Ok(found)
 }
 
-/// An extension as it stands in the file.
+/// An extension as it is stored.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(in crate::qcow2) struct Extension {
     pub(in crate::qcow2) kind: u32,
@@ -104,16 +105,17 @@ pub(in crate::qcow2) struct Extension {
 }
 
 impl Extension {
-    /// Bytes of the end marker.
+    /// The length of the end marker in bytes.
     pub(in crate::qcow2) const END: usize = 8;
 
-    /// The extensions in `area` up to the end marker, or to one that reaches past the area.
+    /// Lists the extensions in `area` up to the end marker, or up to an extension that reaches past the area.
     pub(in crate::qcow2) fn list(area: &[u8]) -> Vec<Self> {
         let mut list = Vec::new();
         let mut rest = area;
         while let Some((head, tail)) = rest.split_at_checked(8) {
-            let word = |at: usize| U32::read_from_bytes(&head[at..at + 4]).map_or(0, U32::get);
-            let (kind, len) = (word(0), usize::try_from(word(4)).unwrap_or(usize::MAX));
+            let field = |at: usize| U32::read_from_bytes(&head[at..at + 4]).map_or(0, U32::get);
+            // A length that does not fit an index reaches past the area.
+            let (kind, len) = (field(0), usize::try_from(field(4)).unwrap_or(usize::MAX));
             let Some(data) = tail.get(..len).filter(|_| kind != kind::END) else {
                 break;
             };
@@ -126,12 +128,12 @@ impl Extension {
         list
     }
 
-    /// How many bytes it takes.
+    /// The length of the stored extension in bytes, with its padding.
     pub(in crate::qcow2) fn len(&self) -> usize {
         8 + self.data.len().next_multiple_of(8)
     }
 
-    /// Appends it.
+    /// Appends the stored extension to `area`.
     pub(in crate::qcow2) fn put(&self, area: &mut Vec<u8>) {
         put(area, self.kind, &self.data);
     }
@@ -145,15 +147,15 @@ fn until_zero(data: &[u8]) -> &[u8] {
     data.split(|byte| *byte == 0).next().unwrap_or(&[])
 }
 
-/// The last entry may be cut short behind its name.
+/// Parses the feature name table. The last entry may be shorter than the others.
 fn feature_names(data: &[u8]) -> Vec<FeatureName> {
     let names = data
         .chunks(NAME_ENTRY_LEN)
         .filter_map(|entry| entry.split_at_checked(2));
     names
-        .map(|(place, name)| FeatureName {
-            kind: place[0],
-            bit: place[1],
+        .map(|(position, name)| FeatureName {
+            kind: position[0],
+            bit: position[1],
             name: text(name),
         })
         .collect()
@@ -168,8 +170,8 @@ fn bitmaps(data: &[u8]) -> Result<BitmapsExtension> {
     Ok(extension)
 }
 
-/// The extensions of a new image, end marker included. The feature names are left out unless `with_names` is set: images
-/// with the smallest clusters, and those of version 2, do without them.
+/// The extensions of a new image with the end marker. The feature name table is omitted unless `with_names` is set:
+/// images with the smallest clusters and images of version 2 do not have it.
 pub(in crate::qcow2) fn write(
     with_names: bool,
     backing_format: Option<&str>,
@@ -203,6 +205,7 @@ pub(in crate::qcow2) fn name_table() -> Vec<u8> {
 
 fn put(area: &mut Vec<u8>, kind: u32, data: &[u8]) {
     area.extend_from_slice(&kind.to_be_bytes());
+    // An extension fits in a cluster, which has at most 2 MiB.
     area.extend_from_slice(&u32::try_from(data.len()).unwrap_or(u32::MAX).to_be_bytes());
     area.extend_from_slice(data);
     area.resize(area.len().next_multiple_of(8), 0);
@@ -213,7 +216,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_written_is_read() {
+    fn written_extensions_parse() {
         let found = parse(&write(true, Some("raw"), Some("data"))).expect("valid");
         assert_eq!(found.backing_format.as_deref(), Some("raw"));
         assert_eq!(found.data_file, Some("data".into()));
@@ -229,7 +232,7 @@ mod tests {
     }
 
     #[test]
-    fn any_bytes_are_survived() {
+    fn parsing_any_bytes_never_panics() {
         for seed in 0..200u8 {
             let area: Vec<u8> = (0..200u8)
                 .map(|i| i.wrapping_mul(seed).wrapping_add(seed >> 3))

@@ -1,4 +1,4 @@
-//! The header, as bytes and as a type that cannot hold an illegal value.
+//! The header: its bytes, and a checked type that cannot hold an invalid value.
 //!
 //! ```text
 //!    0 magic "QFI\xfb"        4 version             8 backing file offset   16 its length
@@ -13,7 +13,7 @@ pub(in crate::qcow2) mod extension;
 pub(in crate::qcow2) mod feature;
 pub(in crate::qcow2) mod rewrite;
 
-use diskimage_core::{Backing, Error, ErrorKind, Name, Result};
+use diskimage_core::{Backing, Error, ErrorKind, Name, Result, to_index};
 use zerocopy::byteorder::big_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -23,7 +23,7 @@ use self::feature::{Autoclear, Compatible, Features, Incompatible};
 /// The first bytes of every qcow2 image.
 pub(super) const MAGIC: u32 = 0x5146_49fb;
 
-/// The header of version 3 with the compression type, as written by this program.
+/// The header of version 3 with the compression type: the form that this program writes.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 pub(super) struct RawHeader {
@@ -31,54 +31,54 @@ pub(super) struct RawHeader {
     pub(super) magic: U32,
     /// 2 or 3.
     pub(super) version: U32,
-    /// Where the backing file's name starts; 0 if there is none.
+    /// The offset of the backing file's name; 0 without a backing file.
     pub(super) backing_file_offset: U64,
-    /// Its length in bytes, not terminated.
+    /// The length of the name in bytes. The name is not NUL-terminated.
     pub(super) backing_file_size: U32,
-    /// The cluster size is 1 shifted by this.
+    /// The cluster size is 1 shifted left by this.
     pub(super) cluster_bits: U32,
-    /// The guest's disk size in bytes.
+    /// The disk's size in bytes.
     pub(super) size: U64,
     /// 0 none, 1 AES, 2 LUKS.
     pub(super) crypt_method: U32,
     /// Entries of the active L1 table.
     pub(super) l1_size: U32,
-    /// Where it starts.
+    /// The host offset of the active L1 table.
     pub(super) l1_table_offset: U64,
-    /// Where the refcount table starts.
+    /// The host offset of the refcount table.
     pub(super) refcount_table_offset: U64,
-    /// How many clusters it has.
+    /// The length of the refcount table in clusters.
     pub(super) refcount_table_clusters: U32,
-    /// How many internal snapshots there are.
+    /// The number of internal snapshots.
     pub(super) nb_snapshots: U32,
-    /// Where their table starts.
+    /// The host offset of the snapshot table.
     pub(super) snapshots_offset: U64,
-    /// Features that must be known to open the image.
+    /// Features: see [`Incompatible`].
     pub(super) incompatible_features: U64,
-    /// Features that may be ignored.
+    /// Features: see [`Compatible`].
     pub(super) compatible_features: U64,
-    /// Features that a writer which does not know them must clear.
+    /// Features: see [`Autoclear`].
     pub(super) autoclear_features: U64,
-    /// The width of a refcount is 1 bit shifted by this.
+    /// The width of a refcount in bits is 1 shifted left by this.
     pub(super) refcount_order: U32,
-    /// Bytes of this header.
+    /// The length of the header in bytes.
     pub(super) header_length: U32,
     /// 0 zlib, 1 zstd.
     pub(super) compression_type: u8,
-    /// Zero.
+    /// Must be zero.
     pub(super) padding: [u8; 7],
 }
 
 const _: () = assert!(size_of::<RawHeader>() == HEADER_LEN);
 
-/// Bytes of the header that this program writes.
+/// The length of the header that this program writes, in bytes.
 pub(super) const HEADER_LEN: usize = 112;
-/// Bytes of a version 2 header.
+/// The length of a version 2 header in bytes.
 pub(super) const V2_LEN: usize = 72;
-/// The shortest version 3 header.
+/// The length of the shortest version 3 header in bytes.
 const V3_MIN_LEN: usize = 104;
 
-/// Offsets of fields that are changed in place.
+/// The offsets of fields that are changed in place.
 pub(super) mod field {
     pub(in crate::qcow2) const BACKING_FILE_OFFSET: usize = 8;
     pub(in crate::qcow2) const BACKING_FILE_SIZE: usize = 16;
@@ -92,7 +92,7 @@ pub(super) mod field {
     pub(in crate::qcow2) const AUTOCLEAR: u64 = 88;
 }
 
-/// Limits of the specification and of the original, which refuses more.
+/// Limits of the specification and, where they are lower, those of qemu-img.
 pub(super) mod limit {
     pub(in crate::qcow2) const MIN_CLUSTER_BITS: u32 = 9;
     pub(in crate::qcow2) const MAX_CLUSTER_BITS: u32 = 21;
@@ -103,7 +103,7 @@ pub(super) mod limit {
     pub(in crate::qcow2) const SNAPSHOTS: u32 = 65536;
     /// Bytes of the backing file's name.
     pub(in crate::qcow2) const BACKING_NAME: u32 = 1023;
-    /// Host offsets have 56 bits in every table.
+    /// Host offsets have at most 56 bits in every table.
     pub(in crate::qcow2) const HOST_OFFSET: u64 = 1 << 56;
     /// Subclusters of an extended L2 entry.
     pub(in crate::qcow2) const SUBCLUSTERS: u64 = 32;
@@ -119,7 +119,7 @@ pub(crate) enum Compression {
 }
 
 impl Compression {
-    /// The name on the command line.
+    /// The value of `compression_type` on the command line.
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Zlib => "zlib",
@@ -136,7 +136,7 @@ pub(super) enum CryptMethod {
     Luks,
 }
 
-/// Sizes that follow from the header and never change while the image is open.
+/// Sizes that follow from the header and do not change while the image is open.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Geometry {
     pub(super) cluster_bits: u32,
@@ -149,37 +149,37 @@ impl Geometry {
         1 << self.cluster_bits
     }
 
-    /// Bytes of an L2 entry.
+    /// The length of an L2 entry in bytes.
     pub(super) fn l2_entry_size(self) -> u64 {
         if self.extended_l2 { 16 } else { 8 }
     }
 
-    /// Entries of an L2 table.
+    /// The number of entries of an L2 table.
     pub(super) fn l2_entries(self) -> u64 {
         self.cluster_size() / self.l2_entry_size()
     }
 
-    /// Guest bytes that one L2 table maps.
+    /// The guest bytes that one L2 table maps.
     pub(super) fn l2_coverage(self) -> u64 {
         self.l2_entries() << self.cluster_bits
     }
 
-    /// L1 entries that a disk of `size` bytes needs.
+    /// The L1 entries that a disk of `size` bytes needs.
     pub(super) fn l1_entries(self, size: u64) -> u64 {
         size.div_ceil(self.l2_coverage())
     }
 
-    /// Refcounts in one block.
+    /// The number of refcounts in a refcount block.
     pub(super) fn refcount_block_entries(self) -> u64 {
         (self.cluster_size() * 8) >> self.refcount_order
     }
 
-    /// The largest refcount that fits.
+    /// The largest refcount that fits the width.
     pub(super) fn max_refcount(self) -> u64 {
         u64::MAX >> (64 - (1u32 << self.refcount_order))
     }
 
-    /// The unit that is allocated, or known to be zero, on its own.
+    /// The smallest unit that is allocated or marked as zero: a subcluster, or a cluster without extended L2 entries.
     pub(super) fn subcluster_size(self) -> u64 {
         if self.extended_l2 {
             self.cluster_size() / limit::SUBCLUSTERS
@@ -209,19 +209,19 @@ pub(super) struct Header {
 }
 
 impl Header {
-    /// How many bytes from the start of the file [`Header::parse`] needs: the first cluster.
+    /// The length of the first cluster, which [`Header::parse`] needs as a whole.
     ///
     /// # Errors
-    /// What is no qcow2 image or has a cluster size that does not exist.
+    /// A file that is no qcow2 image, and an invalid cluster size.
     pub(super) fn bytes_needed(start: &[u8]) -> Result<usize> {
         let raw = raw(start)?;
         Ok(1 << cluster_bits(&raw)?)
     }
 
-    /// Checks the first cluster of a file. `for_check` lets through what a check mends.
+    /// Parses the first cluster of a file. `for_check` accepts damage that a check can repair.
     ///
     /// # Errors
-    /// The first thing that is wrong, in the original's words.
+    /// `qemu-img`'s message for the first field that is wrong.
     pub(super) fn parse(cluster: &[u8], for_check: bool) -> Result<Self> {
         let mut raw = raw(cluster)?;
         let cluster_bits = cluster_bits(&raw)?;
@@ -311,7 +311,7 @@ impl Header {
 }
 
 impl Header {
-    /// Where the bitmaps are, if there are any that can be relied on.
+    /// The bitmaps extension, if the image has bitmaps and their autoclear bit is set.
     pub(super) fn bitmaps(&self) -> Option<BitmapsExtension> {
         self.extensions
             .bitmaps
@@ -319,11 +319,11 @@ impl Header {
     }
 }
 
-/// The fields of a header, zeroes for what a shorter file lacks.
+/// Reads the fields of a header. Fields beyond the end of `bytes` are zero.
 pub(super) fn raw(bytes: &[u8]) -> Result<RawHeader> {
     let mut padded = [0; HEADER_LEN];
-    let there = bytes.len().min(HEADER_LEN);
-    padded[..there].copy_from_slice(&bytes[..there]);
+    let len = bytes.len().min(HEADER_LEN);
+    padded[..len].copy_from_slice(&bytes[..len]);
     let raw =
         RawHeader::read_from_bytes(&padded).map_err(|_| Error::corrupt("Could not read qcow2 header"))?;
     if raw.magic.get() != MAGIC {
@@ -339,7 +339,8 @@ pub(super) fn raw(bytes: &[u8]) -> Result<RawHeader> {
 }
 
 impl RawHeader {
-    /// How many bytes it has in the file.
+    /// The length of the stored header in bytes. A length that does not fit an index saturates: it exceeds every
+    /// cluster.
     pub(super) fn len(&self) -> usize {
         if self.version.get() == 2 {
             V2_LEN
@@ -373,8 +374,8 @@ fn parse_compression(value: u8, features: &Features) -> Result<Compression> {
     }
 }
 
-/// Whether a table of `bytes` bytes at `offset` ends below the largest file offset and starts on a cluster.
-fn is_placed(offset: u64, bytes: u64, cluster_size: u64) -> bool {
+/// Whether a table of `bytes` bytes may be at `offset`: it starts on a cluster and ends below the largest file offset.
+fn is_valid_range(offset: u64, bytes: u64, cluster_size: u64) -> bool {
     offset.is_multiple_of(cluster_size)
         && offset
             .checked_add(bytes)
@@ -389,7 +390,7 @@ fn check_refcount_table(raw: &RawHeader, cluster_size: u64, for_check: bool) -> 
     if clusters * cluster_size > limit::REFCOUNT_TABLE_BYTES {
         return Err(Error::new(ErrorKind::Limit, "Reference count table too large"));
     }
-    if !is_placed(
+    if !is_valid_range(
         raw.refcount_table_offset.get(),
         clusters * cluster_size,
         cluster_size,
@@ -400,7 +401,7 @@ fn check_refcount_table(raw: &RawHeader, cluster_size: u64, for_check: bool) -> 
 }
 
 fn check_snapshots(raw: &RawHeader, cluster_size: u64, for_check: bool) -> Result<()> {
-    // The check looks at the table itself, in words of its own, and cuts one that is too long.
+    // A check reads the table itself: it reports errors in its own form and cuts a table that is too long.
     if for_check {
         return Ok(());
     }
@@ -408,7 +409,7 @@ fn check_snapshots(raw: &RawHeader, cluster_size: u64, for_check: bool) -> Resul
         return Err(Error::new(ErrorKind::Limit, "Snapshot table too large"));
     }
     let bytes = u64::from(raw.nb_snapshots.get()) * super::snapshot::MIN_ENTRY_LEN;
-    if !is_placed(raw.snapshots_offset.get(), bytes, cluster_size) {
+    if !is_valid_range(raw.snapshots_offset.get(), bytes, cluster_size) {
         return Err(Error::corrupt("Snapshot table offset invalid"));
     }
     Ok(())
@@ -419,7 +420,7 @@ fn check_l1(raw: &RawHeader, geometry: Geometry) -> Result<()> {
     if bytes > limit::L1_BYTES {
         return Err(Error::new(ErrorKind::Limit, "Active L1 table too large"));
     }
-    if !is_placed(raw.l1_table_offset.get(), bytes, geometry.cluster_size()) {
+    if !is_valid_range(raw.l1_table_offset.get(), bytes, geometry.cluster_size()) {
         return Err(Error::corrupt("Active L1 table offset invalid"));
     }
     let needed = geometry.l1_entries(raw.size.get());
@@ -437,16 +438,16 @@ fn parse_backing(raw: &RawHeader, cluster: &[u8], extensions: &Extensions) -> Re
     if offset == 0 {
         return Ok(None);
     }
-    let room = (1u64 << raw.cluster_bits.get()) - offset;
-    if u64::from(len) > room.min(u64::from(limit::BACKING_NAME)) {
+    let max = (1u64 << raw.cluster_bits.get()) - offset;
+    if u64::from(len) > max.min(u64::from(limit::BACKING_NAME)) {
         return Err(Error::corrupt("Backing file name too long"));
     }
-    let start = usize::try_from(offset).unwrap_or(usize::MAX);
+    let start = to_index(offset)?;
     let name = cluster
         .get(start..)
         .and_then(|rest| rest.get(..usize::try_from(len).ok()?));
     let name = name.ok_or_else(|| Error::corrupt("Could not read backing file name"))?;
-    // The name is terminated for programs that take it as a C string.
+    // As in qemu-img: a NUL ends the name.
     let name = name.split(|byte| *byte == 0).next().unwrap_or(&[]);
     if name.is_empty() {
         return Ok(None);

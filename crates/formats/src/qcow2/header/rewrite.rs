@@ -1,27 +1,27 @@
-//! The first cluster: header, extensions, and the name of the backing file. What has to be moved in it is moved so that a
-//! crash leaves the old or the new state.
+//! Rewrites the first cluster: header, extensions and the backing file's name. A crash leaves the old or the new state.
 //!
 //! ```text
 //!   0        header_length          ...                                                     cluster size
 //!   | header | extensions, end marker | name of the backing file | zeroes                              |
 //! ```
 //!
-//! A sector is written whole or not at all, several need not be. So where another name is all that changes behind the
-//! first sector, it is written beside the old one, and the first sector then leads to it. Any other change that concerns
-//! more than the first sector takes a detour over a state that fits into it, if there is room: without the names of
-//! features, and with the old backing file's name at the cluster's end, out of the way of everything new.
+//! The write of one sector is atomic, the write of several is not. If only the name changes beyond the first sector
+//! ([`SideBySideRename`]), the new name is written next to the old one, and then the first sector, which points to it.
+//! Any other change of more than the first sector takes two steps ([`TwoStepRewrite`]), if the cluster has room. The
+//! first step writes an intermediate state that fits into the first sector: it has no feature name table, and the old
+//! backing file's name is at the cluster's end, where it does not overlap the new bytes.
 
 use std::borrow::Cow;
 use std::ops::Range;
 
-use diskimage_core::{Backing, Error, Result, errno, name};
+use diskimage_core::{Backing, Error, Result, errno, name, to_index};
 
 use super::extension::{self, Extension, kind};
 use super::feature::Autoclear;
 use super::{field, limit};
 use crate::qcow2::Qcow2;
 
-/// The first cluster taken apart.
+/// The parsed first cluster.
 #[derive(Clone, Debug)]
 pub(in crate::qcow2) struct FirstCluster {
     header: Vec<u8>,
@@ -33,22 +33,22 @@ pub(in crate::qcow2) struct FirstCluster {
 const SECTOR: usize = 512;
 
 impl FirstCluster {
-    /// Takes the bytes of a cluster apart.
+    /// Parses the bytes of a cluster.
     ///
     /// # Errors
-    /// A header, or a name, that reaches past the cluster.
+    /// A header or a name that reaches past the cluster.
     pub(in crate::qcow2) fn read(cluster: &[u8]) -> Result<Self> {
         let cut = || Error::corrupt("Could not read qcow2 header");
         let raw = super::raw(cluster)?;
         let start = raw.len();
-        let place = name_offset(&raw);
-        let end = if place == 0 { cluster.len() } else { place };
+        let name_at = name_offset(&raw)?;
+        let end = if name_at == 0 { cluster.len() } else { name_at };
         let area = cluster.get(start..end).ok_or_else(cut)?;
-        let backing = match place {
+        let backing = match name_at {
             0 => None,
             _ => {
-                let len = usize::try_from(raw.backing_file_size.get()).unwrap_or(usize::MAX);
-                let name = cluster.get(place..).and_then(|rest| rest.get(..len));
+                let len = to_index(u64::from(raw.backing_file_size.get()))?;
+                let name = cluster.get(name_at..).and_then(|rest| rest.get(..len));
                 Some(name.ok_or_else(cut)?.to_vec())
             }
         };
@@ -60,23 +60,24 @@ impl FirstCluster {
         })
     }
 
-    /// Sets the features that writers who do not know them have to disclaim. Version 2 has none.
+    /// Sets the autoclear features. A header of version 2 has no such field.
     pub(in crate::qcow2) fn set_autoclear(&mut self, features: u64) {
+        // A small constant.
         let at = usize::try_from(field::AUTOCLEAR).unwrap_or(usize::MAX);
-        if let Some(word) = self.header.get_mut(at..at + 8) {
-            word.copy_from_slice(&features.to_be_bytes());
+        if let Some(bytes) = self.header.get_mut(at..at + 8) {
+            bytes.copy_from_slice(&features.to_be_bytes());
         }
     }
 
-    /// Sets how guest data is encrypted.
+    /// Sets the encryption method.
     pub(in crate::qcow2) fn set_crypt_method(&mut self, method: u32) {
-        if let Some(word) = self.header.get_mut(field::CRYPT_METHOD..field::CRYPT_METHOD + 4) {
-            word.copy_from_slice(&method.to_be_bytes());
+        if let Some(bytes) = self.header.get_mut(field::CRYPT_METHOD..field::CRYPT_METHOD + 4) {
+            bytes.copy_from_slice(&method.to_be_bytes());
         }
     }
 
-    /// Sets or takes away an extension; a new one comes last, but the backing file's format first. Of several of a kind,
-    /// which readers tell apart by their order at best, one stays.
+    /// Sets or removes an extension. A new backing format is inserted first, any other new extension last. Of several
+    /// extensions of one kind only one remains.
     pub(in crate::qcow2) fn set_extension(&mut self, kind: u32, data: Option<&[u8]>) {
         let at = self
             .extensions
@@ -89,12 +90,12 @@ impl FirstCluster {
             (Some(at), Some(data)) => self.extensions[at].data = data.to_vec(),
             (Some(at), None) => drop(self.extensions.remove(at)),
             (None, Some(data)) => {
-                let place = match kind {
+                let position = match kind {
                     kind::BACKING_FORMAT => 0,
                     _ => self.extensions.len(),
                 };
                 self.extensions.insert(
-                    place,
+                    position,
                     Extension {
                         kind,
                         data: data.to_vec(),
@@ -105,8 +106,8 @@ impl FirstCluster {
         }
     }
 
-    /// Makes it the first cluster of an image of `version` without optional features, with refcounts as wide as `order`
-    /// says and, if wanted, the names of features.
+    /// Converts the header to `version`, without optional features and with the refcount order `order`. `names` adds
+    /// the feature name table.
     pub(in crate::qcow2) fn set_version(&mut self, version: u32, order: u32, names: bool) {
         let len = if version >= 3 {
             super::HEADER_LEN
@@ -121,6 +122,7 @@ impl FirstCluster {
             .filter(|rest| !rest.is_empty())
         {
             rest.fill(0);
+            // The length is one of two small constants.
             let (order, len) = (order.to_be_bytes(), u32::try_from(len).unwrap_or(0).to_be_bytes());
             rest[24..28].copy_from_slice(&order);
             rest[28..32].copy_from_slice(&len);
@@ -129,7 +131,7 @@ impl FirstCluster {
         self.set_extension(kind::FEATURE_NAMES, table.as_deref());
     }
 
-    /// Names another backing file, or none.
+    /// Sets or removes the backing file.
     ///
     /// # Errors
     /// A name that is too long.
@@ -147,42 +149,43 @@ impl FirstCluster {
         Ok(())
     }
 
-    /// The bytes of the cluster, the name right behind the extensions.
+    /// Encodes the cluster with the name directly behind the extensions.
     ///
     /// # Errors
-    /// No room for all of it.
+    /// The cluster is too small for all of it.
     pub(in crate::qcow2) fn to_bytes(&self) -> Result<Vec<u8>> {
-        self.with_name_at(self.place())
+        self.with_name_at(self.extensions_end())
     }
 
-    /// Where extensions end, and the name belongs.
-    fn place(&self) -> usize {
+    /// The end of the extensions, where the name is by default.
+    fn extensions_end(&self) -> usize {
         self.header.len() + self.extensions.iter().map(Extension::len).sum::<usize>() + Extension::END
     }
 
-    /// Where the name is in the bytes of a cluster that has it at `place`.
-    fn name_at(&self, place: usize) -> Range<usize> {
-        place..place + self.backing.as_ref().map_or(0, Vec::len)
+    /// The range of the name if it starts at `start`.
+    fn name_range(&self, start: usize) -> Range<usize> {
+        start..start + self.backing.as_ref().map_or(0, Vec::len)
     }
 
-    fn with_name_at(&self, place: usize) -> Result<Vec<u8>> {
+    fn with_name_at(&self, start: usize) -> Result<Vec<u8>> {
         let mut bytes = self.header.clone();
         for extension in &self.extensions {
             extension.put(&mut bytes);
         }
         bytes.resize(bytes.len() + Extension::END, 0);
         let full = || Error::from_errno(errno::ENOSPC);
-        if bytes.len() > self.size || bytes.len() > place {
+        if bytes.len() > self.size || bytes.len() > start {
             return Err(full());
         }
         bytes.resize(self.size, 0);
         let name = self.backing.as_deref().unwrap_or_default();
         let (offset, len) = match &self.backing {
-            Some(name) => (place as u64, u32::try_from(name.len()).unwrap_or(u32::MAX)),
+            // The name fits in a cluster, which has at most 2 MiB.
+            Some(name) => (start as u64, u32::try_from(name.len()).unwrap_or(u32::MAX)),
             None => (0, 0),
         };
         bytes
-            .get_mut(place..)
+            .get_mut(start..)
             .and_then(|rest| rest.get_mut(..name.len()))
             .ok_or_else(full)?
             .copy_from_slice(name);
@@ -198,36 +201,37 @@ impl FirstCluster {
         Ok(bytes)
     }
 
-    /// The same in a form of which everything but the name is in the first sector, and the name at the cluster's end.
+    /// Encodes the intermediate state of a two-step rewrite: everything but the name is in the first sector, the name
+    /// is at the cluster's end. `None` if it does not fit.
     fn compact(&self) -> Option<Vec<u8>> {
         let mut compact = self.clone();
         compact.set_extension(kind::FEATURE_NAMES, None);
         let name = self.backing.as_ref().map_or(0, Vec::len);
-        let place = self.size.checked_sub(name)?;
-        let bytes = compact.with_name_at(place).ok()?;
-        (compact.place() <= SECTOR && (name == 0 || place >= SECTOR)).then_some(bytes)
+        let start = self.size.checked_sub(name)?;
+        let bytes = compact.with_name_at(start).ok()?;
+        (compact.extensions_end() <= SECTOR && (name == 0 || start >= SECTOR)).then_some(bytes)
     }
 }
 
 impl Qcow2 {
-    /// The first cluster as it is in the file.
+    /// Reads the first cluster.
     ///
     /// # Errors
-    /// As reading the file.
+    /// A failed read.
     pub(in crate::qcow2) fn first_cluster(&self) -> Result<Vec<u8>> {
-        let mut cluster = vec![0; usize::try_from(self.header.geometry.cluster_size()).unwrap_or(0)];
+        let mut cluster = vec![0; to_index(self.header.geometry.cluster_size())?];
         self.file.read_padded(&mut cluster, 0)?;
         Ok(cluster)
     }
 
-    /// Names another backing file, or none.
+    /// Sets or removes the backing file's name and format in the header.
     ///
     /// # Errors
-    /// A name without a format or with one that is too long, no room in the first cluster.
-    pub(in crate::qcow2) fn name_backing(&self, backing: Option<&Backing>) -> Result<()> {
+    /// A name that is too long, a first cluster without room for it, failed reads and writes.
+    pub(in crate::qcow2) fn set_backing_impl(&self, backing: Option<&Backing>) -> Result<()> {
         let mut state = self.lock();
         self.write_back(&mut state)?;
-        // What is said of the image below relies on what was written to this one.
+        // The new backing image may lack data that was just written to this one: that data must be durable first.
         state.metadata.cache.sync()?;
         if self.header.features.autoclear.has(Autoclear::DATA_FILE_RAW) && backing.is_some() {
             return Err(Error::from_errno(errno::EINVAL));
@@ -236,32 +240,32 @@ impl Qcow2 {
         let mut cluster = FirstCluster::read(&old)?;
         cluster.set_backing(backing)?;
         let new = cluster.to_bytes()?;
-        match SideBySideRename::between(&old, &cluster)? {
-            Some(ahead) if only_sector(&old, &new).is_none() => self.write_ahead(&ahead),
+        match SideBySideRename::new(&old, &cluster)? {
+            Some(rename) if only_sector(&old, &new).is_none() => self.write_side_by_side(&rename),
             _ => self.write_first_cluster(&old, &new),
         }
     }
 
-    /// Writes the name, durably, before the header that leads to it.
-    fn write_ahead(&self, ahead: &SideBySideRename) -> Result<()> {
-        let SideBySideRename { between, new, .. } = ahead;
+    /// Writes the new name and flushes before it writes the header that points to it.
+    fn write_side_by_side(&self, rename: &SideBySideRename) -> Result<()> {
+        let SideBySideRename { both_names, new, .. } = rename;
         let write = |bytes: &[u8], range: Range<usize>| {
             let bytes = bytes.get(range.clone()).unwrap_or_default();
             self.file.write_at(bytes, range.start as u64)
         };
-        write(between, ahead.name.clone())?;
+        write(both_names, rename.name.clone())?;
         self.file.flush()?;
         write(new, 0..SECTOR)?;
         self.file.flush()?;
-        // Only to leave nothing behind.
-        write(new, ahead.old_name.clone())
+        // Erases the old name, to which nothing points any more.
+        write(new, rename.old_name.clone())
     }
 
-    /// Writes a new first cluster, durably. A crash leaves what `old`, the present one, says or what `new` says if
-    /// [`is_replaced_at_once`] does; otherwise what stands behind the first sector may be torn.
+    /// Writes a new first cluster and flushes it. `old` is the present one. If [`is_atomic_rewrite`] is true for the
+    /// two, a crash leaves the state of `old` or of `new`; otherwise the bytes beyond the first sector may be torn.
     ///
     /// # Errors
-    /// As writing the file.
+    /// A failed write.
     pub(in crate::qcow2) fn write_first_cluster(&self, old: &[u8], new: &[u8]) -> Result<()> {
         let file = &*self.file;
         if let Some(sector) = only_sector(old, new) {
@@ -278,7 +282,7 @@ impl Qcow2 {
             }
             _ => Ok(()),
         };
-        match TwoStepRewrite::between(old, new)? {
+        match TwoStepRewrite::new(old, new)? {
             Some(TwoStepRewrite { bytes, name }) => {
                 file.write_at(&bytes[name..], name as u64)?;
                 file.flush()?;
@@ -287,7 +291,7 @@ impl Qcow2 {
                 write_tail(0..name - SECTOR)?;
                 file.write_at(head, 0)?;
                 file.flush()?;
-                // Only to leave nothing behind.
+                // Erases the old name, to which nothing points any more.
                 file.write_at(&new[name..], name as u64)
             }
             None => {
@@ -299,15 +303,15 @@ impl Qcow2 {
     }
 }
 
-/// Whether [`Qcow2::write_first_cluster`] leaves nothing between `old` and `new` to a crash.
+/// Whether [`Qcow2::write_first_cluster`] replaces `old` with `new` so that a crash leaves one of the two states.
 ///
 /// # Errors
-/// An old state that does not hold together.
-pub(in crate::qcow2) fn is_replaced_at_once(old: &[u8], new: &[u8]) -> Result<bool> {
-    Ok(only_sector(old, new).is_some() || TwoStepRewrite::between(old, new)?.is_some())
+/// An old cluster that cannot be parsed.
+pub(in crate::qcow2) fn is_atomic_rewrite(old: &[u8], new: &[u8]) -> Result<bool> {
+    Ok(only_sector(old, new).is_some() || TwoStepRewrite::new(old, new)?.is_some())
 }
 
-/// The sector in which alone the two differ; the first one if they are the same.
+/// The only sector in which the two differ; the first sector if they are equal; `None` if several differ.
 fn only_sector(old: &[u8], new: &[u8]) -> Option<Range<usize>> {
     let sectors = old.chunks(SECTOR).zip(new.chunks(SECTOR)).enumerate();
     let mut differing = sectors.filter(|(_, (old, new))| old != new);
@@ -319,37 +323,38 @@ fn only_sector(old: &[u8], new: &[u8]) -> Option<Range<usize>> {
         .then(|| start..(start + SECTOR).min(new.len()))
 }
 
-/// A change of the name alone: the new one stands beside the old one before the header leads to it.
+/// A change of the name alone: the new name is next to the old one before the header points to it.
 struct SideBySideRename {
-    /// The old state, and the new name in it.
-    between: Vec<u8>,
+    /// The old cluster with the new name added.
+    both_names: Vec<u8>,
     new: Vec<u8>,
-    /// The whole sectors that the new name is in, and those that the old one was in.
+    /// The new name's range, rounded out to sectors.
     name: Range<usize>,
+    /// The old name's range, rounded out to sectors.
     old_name: Range<usize>,
 }
 
 impl SideBySideRename {
-    /// `None` if more than the name changes behind the first sector, or if there is no room beside the old name.
-    fn between(old: &[u8], cluster: &FirstCluster) -> Result<Option<Self>> {
-        let old_name = FirstCluster::read(old)?.name_at(name_offset(&super::raw(old)?));
-        let canonical = cluster.place();
+    /// `None` if more than the name changes beyond the first sector, or if the cluster has no room for both names.
+    fn new(old: &[u8], cluster: &FirstCluster) -> Result<Option<Self>> {
+        let old_name = FirstCluster::read(old)?.name_range(name_offset(&super::raw(old)?)?);
+        let canonical = cluster.extensions_end();
         Ok([canonical, old_name.end.next_multiple_of(8)]
             .into_iter()
-            .find_map(|place| {
-                let name = cluster.name_at(place);
-                let new = cluster.with_name_at(place).ok()?;
-                let mut between = old.to_vec();
-                let free = between.get_mut(name.clone())?;
+            .find_map(|start| {
+                let name = cluster.name_range(start);
+                let new = cluster.with_name_at(start).ok()?;
+                let mut both_names = old.to_vec();
+                let free = both_names.get_mut(name.clone())?;
                 if name.start < SECTOR || free.iter().any(|byte| *byte != 0) {
                     return None;
                 }
                 free.copy_from_slice(&new[name.clone()]);
-                let mut reached = between.clone();
+                let mut reached = both_names.clone();
                 reached[..SECTOR].copy_from_slice(&new[..SECTOR]);
                 reached[SECTOR.min(old_name.end).max(old_name.start)..old_name.end].fill(0);
                 (reached == new).then(|| Self {
-                    between,
+                    both_names,
                     new,
                     name: whole_sectors(&name),
                     old_name: whole_sectors(&old_name),
@@ -362,27 +367,27 @@ fn whole_sectors(range: &Range<usize>) -> Range<usize> {
     range.start / SECTOR * SECTOR..range.end.next_multiple_of(SECTOR)
 }
 
-/// Where a header says that the name is.
-fn name_offset(header: &super::RawHeader) -> usize {
-    usize::try_from(header.backing_file_offset.get()).unwrap_or(usize::MAX)
+/// The header's offset of the name.
+fn name_offset(header: &super::RawHeader) -> Result<usize> {
+    to_index(header.backing_file_offset.get())
 }
 
-/// What stands in the first cluster between the old state and the new one.
+/// The intermediate state of the first cluster between the old and the new one.
 struct TwoStepRewrite {
     bytes: Vec<u8>,
-    /// Where the old name is meanwhile.
+    /// The offset of the old name in the intermediate state, rounded down to a sector.
     name: usize,
 }
 
 impl TwoStepRewrite {
-    /// `None` if there is no room for it.
-    fn between(old: &[u8], new: &[u8]) -> Result<Option<Self>> {
+    /// `None` if the intermediate state does not fit.
+    fn new(old: &[u8], new: &[u8]) -> Result<Option<Self>> {
         let cluster = FirstCluster::read(old)?;
         let Some(bytes) = cluster.compact() else {
             return Ok(None);
         };
         let name = bytes.len() - cluster.backing.as_ref().map_or(0, Vec::len);
-        // In whole sectors, so that nothing beside it is torn.
+        // Rounded to sectors, so that the write cannot tear bytes next to the name.
         let name = name / SECTOR * SECTOR;
         let is_free = |bytes: &[u8]| {
             bytes
@@ -398,7 +403,7 @@ mod tests {
     use super::extension;
     use super::*;
 
-    /// The first cluster of an image on top of another.
+    /// The first cluster of an overlay.
     fn cluster(size: usize) -> FirstCluster {
         let mut header = vec![0; crate::qcow2::header::HEADER_LEN];
         header[..4].copy_from_slice(&crate::qcow2::header::MAGIC.to_be_bytes());
@@ -413,7 +418,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_written_is_read() {
+    fn an_encoded_cluster_parses() {
         let bytes = cluster(4096).to_bytes().expect("fits");
         let read = FirstCluster::read(&bytes).expect("readable");
         assert_eq!(read.backing.as_deref(), Some(&b"below"[..]));
@@ -422,7 +427,7 @@ mod tests {
     }
 
     #[test]
-    fn of_several_extensions_of_a_kind_one_stays() {
+    fn of_several_extensions_of_one_kind_one_remains() {
         let mut cluster = cluster(4096);
         cluster.extensions.push(Extension {
             kind: kind::BACKING_FORMAT,
@@ -438,7 +443,7 @@ mod tests {
     }
 
     #[test]
-    fn a_new_format_comes_first_and_an_extension_is_replaced_where_it_is() {
+    fn a_new_format_comes_first_and_an_extension_is_replaced_in_place() {
         let mut cluster = cluster(4096);
         cluster.set_extension(kind::BITMAPS, Some(&[1; 24]));
         cluster.set_backing(None).expect("no name");
@@ -467,30 +472,30 @@ mod tests {
     }
 
     #[test]
-    fn another_name_goes_beside_the_old_one_and_back() {
+    fn renaming_there_and_back_restores_every_byte() {
         let old = cluster(4096).to_bytes().expect("fits");
         let new = renamed(&old, "elsewhere", "qcow2");
-        let ahead = SideBySideRename::between(&old, &new)
+        let rename = SideBySideRename::new(&old, &new)
             .expect("readable")
             .expect("has room");
         let read = |bytes: &[u8]| FirstCluster::read(bytes).expect("readable").backing;
-        assert_eq!(read(&ahead.between).as_deref(), Some(&b"below"[..]));
-        assert_eq!(read(&ahead.new).as_deref(), Some(&b"elsewhere"[..]));
-        let again = SideBySideRename::between(&ahead.new, &renamed(&ahead.new, "below", "raw"));
+        assert_eq!(read(&rename.both_names).as_deref(), Some(&b"below"[..]));
+        assert_eq!(read(&rename.new).as_deref(), Some(&b"elsewhere"[..]));
+        let again = SideBySideRename::new(&rename.new, &renamed(&rename.new, "below", "raw"));
         let again = again.expect("readable").expect("has room");
-        assert_eq!(again.new, old, "the old state, in every byte");
+        assert_eq!(again.new, old, "every byte of the old state");
     }
 
     #[test]
-    fn a_header_never_leads_to_half_a_name() {
+    fn a_torn_erasure_of_the_old_name_keeps_the_new_one() {
         let old = cluster(4096).to_bytes().expect("fits");
         let new = renamed(&old, "elsewhere", "qcow2");
-        let ahead = SideBySideRename::between(&old, &new)
+        let rename = SideBySideRename::new(&old, &new)
             .expect("readable")
             .expect("has room");
-        // Whatever of the sectors with the old name is wiped, the new header finds the new one.
-        let mut torn = ahead.between.clone();
-        torn[..SECTOR].copy_from_slice(&ahead.new[..SECTOR]);
+        // The new header points to the new name, however much of the old name was erased.
+        let mut torn = rename.both_names.clone();
+        torn[..SECTOR].copy_from_slice(&rename.new[..SECTOR]);
         assert_eq!(
             FirstCluster::read(&torn).expect("readable").backing.as_deref(),
             Some(&b"elsewhere"[..])
@@ -498,14 +503,14 @@ mod tests {
     }
 
     #[test]
-    fn a_name_with_extensions_that_move_does_not_go_ahead() {
+    fn a_rename_that_moves_extensions_is_not_side_by_side() {
         let old = cluster(4096).to_bytes().expect("fits");
         let new = renamed(&old, "elsewhere", &"x".repeat(100));
-        assert!(SideBySideRename::between(&old, &new).expect("readable").is_none());
+        assert!(SideBySideRename::new(&old, &new).expect("readable").is_none());
     }
 
     #[test]
-    fn what_does_not_fit_is_refused() {
+    fn clusters_and_names_that_do_not_fit_are_refused() {
         assert!(cluster(512).to_bytes().is_err());
         let long = Backing {
             name: "x".repeat(1024).into(),

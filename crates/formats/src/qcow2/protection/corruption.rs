@@ -1,8 +1,8 @@
-//! What is done about damage that is met while an image is in use.
+//! Handles damage that a request finds while an image is open.
 //!
-//! An image that may be written is marked as corrupt in its header, durably, and nothing more is written to it: tables
-//! that were changed in memory stay there, as if the program had ended at that moment, so that what the image held is
-//! still readable. In one that is only read, damage is told once: one damaged table can fail any number of requests.
+//! If the image is open for writing, its corrupt bit is set durably and nothing more is written to it. Dirty pages stay
+//! in memory, as if the program had ended at that moment, so all data that was readable stays readable. If the image is
+//! open read-only, damage is reported once, because one damaged table can fail any number of requests.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -14,29 +14,29 @@ use crate::layer_kit::metadata_guard::DamageReport;
 use crate::qcow2::header::feature::Incompatible;
 use crate::qcow2::header::{Header, field};
 
-/// The marks that an open image has in its header, and what was told of damage.
+/// The incompatible feature bits of an open image, and the damage that was reported.
 #[derive(Debug)]
 pub(in crate::qcow2) struct Corruption {
     file: Arc<dyn Device>,
-    /// The incompatible features as they stand in the file; version 2 has none.
+    /// The incompatible features in the file; `None` for version 2.
     incompatible: Option<Mutex<u64>>,
-    /// Damage ends all writing, because the image may be written at all.
+    /// Whether damage sets the corrupt bit and ends all writing.
     marks: bool,
-    told: AtomicBool,
-    /// What was told when the image was marked. Each request that fails from then on tells it: which of those that are
-    /// under way at that moment is the one that the caller hears of is not known here.
+    reported: AtomicBool,
+    /// The notice from when the corrupt bit was set. Every later failed request has it, too: which request in flight
+    /// reports first to the user is not known here.
     marked: OnceLock<String>,
 }
 
 impl Corruption {
-    /// For an image that damage is marked in if `marks`.
+    /// `marks` says whether damage sets the corrupt bit.
     pub(in crate::qcow2) fn new(header: &Header, file: &Arc<dyn Device>, marks: bool) -> Self {
         let incompatible = (header.version >= 3).then(|| Mutex::new(header.features.incompatible.0));
         Self {
             file: Arc::clone(file),
             incompatible,
             marks,
-            told: AtomicBool::new(false),
+            reported: AtomicBool::new(false),
             marked: OnceLock::new(),
         }
     }
@@ -44,7 +44,7 @@ impl Corruption {
     /// Sets or clears bits of the incompatible features in the file.
     ///
     /// # Errors
-    /// A failure to write.
+    /// A failed write.
     pub(in crate::qcow2) fn set_incompatible(&self, bits: u64, on: bool) -> Result<()> {
         let Some(features) = &self.incompatible else {
             return Ok(());
@@ -65,7 +65,7 @@ impl DamageReport for Corruption {
         let error = Error::from_errno(errno::EIO);
         if self.marks {
             let notice = self.marked.get_or_init(|| {
-                // What is told is the damage; a mark that cannot be written changes nothing about it.
+                // The damage is reported even if the corrupt bit cannot be written.
                 let _ = self.set_incompatible(Incompatible::CORRUPT, true);
                 format!(
                     "qcow2: Marking image as corrupt: {what}; further corruption events will be suppressed"
@@ -73,7 +73,7 @@ impl DamageReport for Corruption {
             });
             return error.notice(notice.clone());
         }
-        if self.told.swap(true, Ordering::Relaxed) {
+        if self.reported.swap(true, Ordering::Relaxed) {
             return error;
         }
         error.notice(format!(

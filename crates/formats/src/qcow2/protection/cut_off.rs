@@ -1,12 +1,12 @@
-//! Whether the end of the file is missing, before anything is written to it.
+//! Refuses to write to an image whose file was cut off.
 //!
-//! New clusters go behind all that is counted. They make a file longer that was cut off, and what was lost would read as
-//! zeroes from then on. So such an image is not written to. To look at all tables takes time that most files need not:
-//! where nothing is counted beyond the end, nothing is missing there.
+//! New clusters are allocated behind all clusters in use. They would grow a file that was cut off, and the lost data
+//! would read as zeroes from then on. Walking all tables takes time, so it is done only if a cluster at or beyond the
+//! end of the file has a refcount above zero.
 
 use std::sync::Arc;
 
-use diskimage_core::{ByteRange, ErrorKind, Result};
+use diskimage_core::{ByteRange, ErrorKind, Result, to_index};
 
 use crate::layer_kit::metadata_cache::Table;
 use crate::qcow2::Qcow2;
@@ -16,17 +16,17 @@ use crate::qcow2::entry::{Cluster, L2Entry, OFFSET_MASK};
 const CHUNK: u64 = 64 << 10;
 
 impl Qcow2 {
-    /// Checks that nothing of the disk, or of what a snapshot keeps of it, lies beyond the end of the file. Other damage is
-    /// left to the requests that meet it.
+    /// Checks that no data and no table of the disk or of a snapshot is beyond the end of the file. Other damage is
+    /// left to the requests that find it.
     ///
     /// # Errors
-    /// Bytes that are missing, and failures to read.
+    /// Missing bytes, and failed reads.
     pub(in crate::qcow2) fn require_end(&self) -> Result<()> {
         let (l1, size) = {
             let state = self.lock();
             (state.l1, state.size)
         };
-        // Each table is a cluster of its own: a damaged image cannot keep this busy for longer than its length allows.
+        // Valid L2 tables are distinct clusters. This bounds the time for a damaged image by the file's length.
         let mut left = self.file.len() >> self.header.geometry.cluster_bits;
         let (beyond, partly) = self.counts_at_end()?;
         // An external data file is as long as the disk from the start.
@@ -48,8 +48,8 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// Whether any cluster beyond the end of the file is counted, and whether the one is that it ends in. Counts that
-    /// cannot be had may say so.
+    /// Whether any cluster beyond the end of the file has a refcount above zero, and whether the cluster that contains
+    /// the end has. Damaged refcounts count as above zero.
     fn counts_at_end(&self) -> Result<(bool, bool)> {
         let (size, len) = (self.header.geometry.cluster_size(), self.file.len());
         let mut state = self.lock();
@@ -65,18 +65,18 @@ impl Qcow2 {
         Ok((or_damaged(beyond)?, or_damaged(partly)?))
     }
 
-    /// Checks that all is there that the table `l1` leads to, of a disk of `size` bytes.
+    /// Checks that the file contains the whole tree of the table `l1`, for a disk of `size` bytes.
     fn require_tree(&self, l1: Table, size: u64, left: &mut u64) -> Result<()> {
         let geometry = self.header.geometry;
         self.file.require(l1.offset, l1.len)?;
-        let mut table = vec![0; usize::try_from(geometry.cluster_size()).unwrap_or(0)];
+        let mut table = vec![0; to_index(geometry.cluster_size())?];
         let (mut rest, mut guest) = (ByteRange::at(l1.offset, l1.len), 0_u64);
         while !rest.is_empty() {
             let part = rest.first(CHUNK);
-            let mut chunk = vec![0; usize::try_from(part.len()).unwrap_or(0)];
+            let mut chunk = vec![0; to_index(part.len())?];
             self.file.read_at(&mut chunk, part.start())?;
-            for word in chunk.as_chunks().0 {
-                let offset = u64::from_be_bytes(*word) & OFFSET_MASK;
+            for entry in chunk.as_chunks().0 {
+                let offset = u64::from_be_bytes(*entry) & OFFSET_MASK;
                 let disk = ByteRange::at(guest, geometry.l2_coverage()).intersect(ByteRange::new(0, size));
                 guest = guest.saturating_add(geometry.l2_coverage());
                 if offset == 0 || !offset.is_multiple_of(geometry.cluster_size()) || *left == 0 {
@@ -91,22 +91,22 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// Checks that all is there that an L2 table for the part `disk` of a disk leads to.
+    /// Checks that the files contain all clusters of an L2 table that maps the guest range `disk`.
     fn require_clusters(&self, table: &[u8], disk: ByteRange) -> Result<()> {
         let (geometry, version) = (self.header.geometry, self.header.version);
         let step = if geometry.extended_l2 { 2 } else { 1 };
         let mut rest = disk;
-        for words in table.as_chunks::<8>().0.chunks_exact(step) {
+        for numbers in table.as_chunks::<8>().0.chunks_exact(step) {
             let needed = rest.first(geometry.cluster_size()).len();
             rest = rest.skip(needed);
-            let word = |i: usize| words.get(i).map_or(0, |bytes| u64::from_be_bytes(*bytes));
-            let Ok(entry) = L2Entry::parse([word(0), word(1)], geometry, version, self.has_data_file())
+            let number = |i: usize| numbers.get(i).map_or(0, |bytes| u64::from_be_bytes(*bytes));
+            let Ok(entry) = L2Entry::parse([number(0), number(1)], geometry, version, self.has_data_file())
             else {
                 continue;
             };
             match entry.kind {
                 Cluster::Host(offset) if entry.sub.allocated != 0 => {
-                    // Up to the last subcluster that is allocated.
+                    // Up to the last allocated subcluster.
                     let count = 32 - entry.sub.allocated.leading_zeros();
                     let stored = match geometry.extended_l2 {
                         true => u64::from(count) * geometry.subcluster_size(),

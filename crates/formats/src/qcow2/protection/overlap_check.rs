@@ -1,7 +1,7 @@
-//! The options that an image is opened with, as qemu-img checks them.
+//! The runtime options of an image, checked as in qemu-img.
 //!
-//! Sizes of caches change nothing here, nor does when discarded storage is given back: tables are cached in pages of a
-//! fixed size.
+//! The options for cache sizes and for discarding are checked and otherwise ignored: the metadata cache has pages of a
+//! fixed size and a memory limit of its own.
 
 use diskimage_core::options::{OptionDef, OptionKind, Options};
 use diskimage_core::{Error, NodeOptions, Result};
@@ -9,7 +9,7 @@ use diskimage_core::{Error, NodeOptions, Result};
 use crate::layer_kit::metadata_guard::{Kind, Kinds};
 use crate::qcow2::header::Geometry;
 
-/// The checks of writes that can be made in constant time, those that need nothing read from the file, and all.
+/// The named sets of checks: none, those that take constant time, those that need no extra reads, and all.
 const TEMPLATES: [(&str, Kinds); 4] = [
     ("none", Kinds::NONE),
     (
@@ -39,10 +39,10 @@ const TEMPLATES: [(&str, Kinds); 4] = [
     ),
     ("all", Kinds::of(&Kind::ALL)),
 ];
-/// The template where none is given.
+/// The template if the option is not given.
 const DEFAULT_TEMPLATE: &str = "cached";
 
-/// The options that turn single checks on or off.
+/// The options that switch single checks.
 const SINGLE: [(&str, Kind); 9] = [
     ("overlap-check.main-header", Kind::Header),
     ("overlap-check.active-l1", Kind::ActiveL1),
@@ -151,10 +151,10 @@ const OPTIONS: &[OptionDef] = &[
     ),
 ];
 
-/// Takes the options out of the node's: the metadata that no write may land on.
+/// Takes the options from the node's options. Returns the kinds of metadata that are guarded.
 ///
 /// # Errors
-/// Values that an option does not take, and options that do not go together.
+/// Values that an option does not accept, and options that cannot be combined.
 pub(in crate::qcow2) fn parse(node: &mut NodeOptions, geometry: Geometry) -> Result<Kinds> {
     let options = node.take_known(OPTIONS)?;
     check_caches(&options, geometry)?;

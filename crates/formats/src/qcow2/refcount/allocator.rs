@@ -1,7 +1,7 @@
-//! Finding and taking free clusters.
+//! Finds and allocates free clusters.
 //!
-//! Clusters are taken in ascending order, each request in one piece, and a missing refcount block is put right behind
-//! the clusters that it is needed for: the layout that the original makes.
+//! Clusters are allocated in ascending order, each request as one run. A missing refcount block is allocated directly
+//! behind the clusters that need it. qemu-img makes the same layout.
 
 use diskimage_core::{ByteRange, Error, ErrorKind, Event, Result};
 
@@ -11,7 +11,8 @@ use crate::layer_kit::metadata_guard::{Kind, Kinds};
 use crate::qcow2::header::limit;
 
 impl Refcounts {
-    /// Takes `count` clusters in one piece, for metadata of the kind `kind` or for anything else; the offset of the first.
+    /// Allocates a run of `count` clusters, for metadata of the kind `kind` or for anything else. Returns the host
+    /// offset of the first.
     ///
     /// # Errors
     /// A file that cannot grow any more, and damage.
@@ -26,7 +27,7 @@ impl Refcounts {
             let (start, next) = self.find_free(tables, self.first_free, count)?;
             self.first_free = next;
             if self.ensure_blocks(tables, start, count)? {
-                // Something moved in; the same clusters are tried first.
+                // The new block took a free cluster, so the search starts again at the same cluster.
                 self.first_free = start;
                 continue;
             }
@@ -43,7 +44,8 @@ impl Refcounts {
         }
     }
 
-    /// Takes room for `len` bytes of a compressed cluster, behind the one before if that has room left.
+    /// Allocates `len` bytes for a compressed cluster, directly behind the compressed cluster before if its host
+    /// cluster has free bytes.
     ///
     /// # Errors
     /// As [`Refcounts::allocate`].
@@ -66,7 +68,7 @@ impl Refcounts {
             before => {
                 let fresh = self.allocate(tables, 1, None)?;
                 match before {
-                    // The new cluster follows: the bytes may cross from one to the other.
+                    // The new host cluster follows the old one: the compressed cluster may span both.
                     Some(at) if at + room == fresh => {
                         self.increment(tables, at, room)?;
                         at
@@ -80,7 +82,7 @@ impl Refcounts {
         Ok(offset)
     }
 
-    /// The first `count` free clusters in one piece from `from` on, and the cluster behind them.
+    /// The first run of `count` free clusters from `from` on: its first cluster, and the cluster behind it.
     pub(super) fn find_free(&self, tables: &mut MetadataCache, from: u64, count: u64) -> Result<(u64, u64)> {
         let (mut start, mut at) = (from, from);
         let end = limit::HOST_OFFSET >> self.geometry.cluster_bits;
@@ -99,7 +101,7 @@ impl Refcounts {
         Ok((start, at))
     }
 
-    /// Whether a cluster that the file had when it was opened has a refcount of zero.
+    /// Whether any cluster that the file had when it was opened has a refcount of zero.
     ///
     /// # Errors
     /// As [`Refcounts::allocate`].
@@ -115,16 +117,17 @@ impl Refcounts {
         Ok(false)
     }
 
-    /// Whether `cluster` can be allocated, and how many after it certainly are alike, itself included. No more than `most`
-    /// are looked at if it can. Free clusters in which metadata lies are not passed over: who takes one meets the guard.
+    /// Whether `cluster` can be allocated, and the length of a run of clusters from there on with the same answer. At
+    /// most `most` clusters are examined if it can. Free clusters that hold metadata count as allocatable: the metadata
+    /// guard then refuses the allocation.
     fn run(&self, tables: &mut MetadataCache, cluster: u64, most: u64) -> Result<(bool, u64)> {
         let (free, len) = self.uncounted_run(tables, cluster, most)?;
-        if !free || cluster >= self.uses.known_end() {
+        if !free || cluster >= self.references.known_end() {
             return Ok((free, len));
         }
         let bits = self.geometry.cluster_bits;
         let is_kept = |cluster: u64| {
-            self.uses.keeps(cluster)
+            self.references.keeps(cluster)
                 && !tables.is_guarded(ByteRange::at(cluster << bits, 1 << bits), Kinds::NONE)
         };
         let kept = is_kept(cluster);
@@ -134,7 +137,7 @@ impl Refcounts {
         Ok((!kept, 1 + alike as u64))
     }
 
-    /// As [`Refcounts::run`], by the refcounts alone.
+    /// As [`Refcounts::run`], but only by the refcounts.
     fn uncounted_run(&self, tables: &mut MetadataCache, cluster: u64, most: u64) -> Result<(bool, u64)> {
         let per_block = self.entries_per_block();
         let index = cluster % per_block;
@@ -142,11 +145,11 @@ impl Refcounts {
             return Ok((true, per_block - index));
         };
         let order = self.geometry.refcount_order;
-        let place = block::Place::new(index, order);
-        let bytes = tables.bytes(table, place.byte)?;
+        let slot = block::Slot::new(index, order);
+        let bytes = tables.bytes(table, slot.byte)?;
         let count = |i: u64| {
-            let next = block::Place::new(index + i, order);
-            let skip = usize::try_from(next.byte - place.byte).ok()?;
+            let next = block::Slot::new(index + i, order);
+            let skip = usize::try_from(next.byte - slot.byte).ok()?;
             block::read(bytes.get(skip..)?, next, order)
         };
         let free = count(0) == Some(0);

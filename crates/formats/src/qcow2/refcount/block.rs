@@ -1,42 +1,43 @@
-//! Refcounts inside a block: big-endian numbers, or bit fields from the least significant bit up.
+//! The refcounts of a block: big-endian numbers, or bit fields that start at the least significant bit.
 
-/// Where a refcount is in its block.
+/// The position of a refcount in its block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in crate::qcow2) struct Place {
-    /// Its first byte.
+pub(in crate::qcow2) struct Slot {
+    /// The first byte.
     pub(in crate::qcow2) byte: u64,
-    /// The bit in that byte, if it is narrower than one.
+    /// The lowest bit in that byte, for refcounts narrower than a byte.
     shift: u32,
 }
 
-impl Place {
-    /// The place of entry `index` in a block of counts that are `1 << order` bits wide.
+impl Slot {
+    /// The slot of entry `index` in a block of refcounts that are `1 << order` bits wide.
     pub(in crate::qcow2) fn new(index: u64, order: u32) -> Self {
         let bit = index << order;
         Self {
             byte: bit / 8,
+            // Below 8.
             shift: u32::try_from(bit % 8).unwrap_or(0),
         }
     }
 }
 
-/// The count at the start of `bytes`, which begin at the place's byte.
-pub(in crate::qcow2) fn read(bytes: &[u8], place: Place, order: u32) -> Option<u64> {
+/// Reads the refcount at the start of `bytes`, which begins at the slot's byte.
+pub(in crate::qcow2) fn read(bytes: &[u8], slot: Slot, order: u32) -> Option<u64> {
     if order < 3 {
         let mask = u8::MAX >> (8 - (1 << order));
-        return bytes.first().map(|byte| u64::from((byte >> place.shift) & mask));
+        return bytes.first().map(|byte| u64::from((byte >> slot.shift) & mask));
     }
     let bytes = bytes.get(..1 << (order - 3))?;
     Some(bytes.iter().fold(0, |count, byte| count << 8 | u64::from(*byte)))
 }
 
-/// Changes the count at the start of `bytes`.
-pub(in crate::qcow2) fn write(bytes: &mut [u8], place: Place, order: u32, count: u64) -> Option<()> {
+/// Writes the refcount at the start of `bytes`, which begins at the slot's byte.
+pub(in crate::qcow2) fn write(bytes: &mut [u8], slot: Slot, order: u32, count: u64) -> Option<()> {
     let be = count.to_be_bytes();
     if order < 3 {
-        let mask = (u8::MAX >> (8 - (1 << order))) << place.shift;
+        let mask = (u8::MAX >> (8 - (1 << order))) << slot.shift;
         let byte = bytes.first_mut()?;
-        *byte = (*byte & !mask) | ((be[7] << place.shift) & mask);
+        *byte = (*byte & !mask) | ((be[7] << slot.shift) & mask);
         return Some(());
     }
     let width = 1 << (order - 3);
@@ -49,17 +50,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_width_reads_what_was_written_and_leaves_its_neighbours() {
+    fn refcounts_of_every_width_read_back_and_leave_their_neighbours() {
         for order in 0..=6u32 {
             let max = u64::MAX >> (64 - (1u32 << order));
             let mut block = vec![0xff; 512];
             for index in [0, 1, 2, 7, 8, 33, 63] {
-                let place = Place::new(index, order);
-                let at = usize::try_from(place.byte).unwrap_or(0);
+                let slot = Slot::new(index, order);
+                let at = usize::try_from(slot.byte).unwrap_or(0);
                 for count in [0, 1, max / 2, max] {
-                    write(&mut block[at..], place, order, count).expect("in the block");
+                    write(&mut block[at..], slot, order, count).expect("in the block");
                     assert_eq!(
-                        read(&block[at..], place, order),
+                        read(&block[at..], slot, order),
                         Some(count),
                         "order {order} index {index}"
                     );
@@ -70,9 +71,9 @@ mod tests {
     }
 
     #[test]
-    fn narrow_counts_start_at_the_least_significant_bit() {
+    fn narrow_refcounts_start_at_the_least_significant_bit() {
         let mut byte = [0];
-        write(&mut byte, Place::new(1, 1), 1, 3).expect("in the block");
+        write(&mut byte, Slot::new(1, 1), 1, 3).expect("in the block");
         assert_eq!(byte, [0b1100]);
     }
 }

@@ -1,25 +1,26 @@
-//! How often each cluster of the file is used, as counted: pages that come into being where something is counted and
-//! are as wide as what is counted in them. An image that is mostly hole costs nothing for the hole.
+//! Counts per cluster in sparse pages. A page is allocated when a cluster of it is first counted, and its counters are
+//! as wide as its largest count: a hole of the image needs no memory.
 
 use diskimage_core::{Budget, Error, ErrorKind, Reservation, Result};
 
-/// Clusters of one page.
+/// The clusters of one page.
 pub(in crate::qcow2) const PAGE: usize = 4096;
-/// Memory is taken from the budget for this many bytes at once.
+/// Memory is reserved from the budget in steps of this many bytes.
 const BATCH: u64 = 256 << 10;
 
+/// The number of references to each cluster of a file.
 #[derive(Debug)]
-pub(in crate::qcow2) struct Counts {
+pub(in crate::qcow2) struct ClusterCounts {
     pages: Vec<Page>,
-    /// The largest count that the image can store.
+    /// The count at which counting saturates.
     max: u64,
     budget: Budget,
-    taken: Vec<Reservation>,
-    /// Bytes taken from the budget and not used yet.
+    memory: Vec<Reservation>,
+    /// Bytes that are reserved and not used yet.
     spare: u64,
 }
 
-/// The counts of [`PAGE`] clusters. Most are below 256: only a cluster that many snapshots share is used more often.
+/// The counts of [`PAGE`] clusters. Most are below 256: only clusters that many snapshots share have more references.
 #[derive(Debug, Default)]
 enum Page {
     #[default]
@@ -29,26 +30,26 @@ enum Page {
     Longs(Box<[u64; PAGE]>),
 }
 
-impl Counts {
+impl ClusterCounts {
     pub(in crate::qcow2) fn new(max: u64, budget: Budget) -> Self {
         Self {
             pages: Vec::new(),
             max,
             budget,
-            taken: Vec::new(),
+            memory: Vec::new(),
             spare: 0,
         }
     }
 
-    /// No cluster from here on is counted.
+    /// The end of the counted clusters.
     pub(in crate::qcow2) fn end(&self) -> u64 {
         (self.pages.len() * PAGE) as u64
     }
 
-    /// How often `cluster` is used.
+    /// The count of `cluster`.
     #[inline]
     pub(in crate::qcow2) fn of(&self, cluster: u64) -> u64 {
-        let (page, slot) = place(cluster);
+        let (page, slot) = position(cluster);
         match self.pages.get(page) {
             None | Some(Page::Zero) => 0,
             Some(Page::Bytes(counts)) => u64::from(counts[slot]),
@@ -57,18 +58,19 @@ impl Counts {
         }
     }
 
-    /// Whether nothing is counted in the page that `cluster` is in.
+    /// Whether all counts of the page of `cluster` are zero.
     pub(in crate::qcow2) fn is_page_zero(&self, cluster: u64) -> bool {
-        matches!(self.pages.get(place(cluster).0), None | Some(Page::Zero))
+        matches!(self.pages.get(position(cluster).0), None | Some(Page::Zero))
     }
 
-    /// Counts `times` more uses of `cluster`. By how much that is more than the image can store; it is not counted.
+    /// Adds `times` references to `cluster`. Returns how many of them were not counted because the count is at its
+    /// maximum.
     ///
     /// # Errors
     /// The memory budget is used up.
     #[inline]
     pub(in crate::qcow2) fn add(&mut self, cluster: u64, times: u64) -> Result<u64> {
-        let (page, slot) = place(cluster);
+        let (page, slot) = position(cluster);
         if times == 1
             && self.max >= u64::from(u8::MAX)
             && let Some(Page::Bytes(counts)) = self.pages.get_mut(page)
@@ -88,23 +90,25 @@ impl Counts {
     /// # Errors
     /// The memory budget is used up.
     pub(in crate::qcow2) fn set(&mut self, cluster: u64, count: u64) -> Result<()> {
-        let (page, slot) = place(cluster);
+        let (page, slot) = position(cluster);
         if page >= self.pages.len() {
             if count == 0 {
                 return Ok(());
             }
             let more = (page + 1).saturating_sub(self.pages.len());
-            self.take((more * size_of::<Page>()) as u64)?;
+            self.reserve((more * size_of::<Page>()) as u64)?;
             self.pages.resize_with(page + 1, Page::default);
         }
         loop {
             match &mut self.pages[page] {
                 Page::Zero if count == 0 => return Ok(()),
                 Page::Bytes(counts) if count <= u64::from(u8::MAX) => {
+                    // The guard has compared it.
                     counts[slot] = u8::try_from(count).unwrap_or(u8::MAX);
                     return Ok(());
                 }
                 Page::Words(counts) if count <= u64::from(u16::MAX) => {
+                    // The guard has compared it.
                     counts[slot] = u16::try_from(count).unwrap_or(u16::MAX);
                     return Ok(());
                 }
@@ -120,17 +124,17 @@ impl Counts {
     fn widen(&mut self, page: usize) -> Result<()> {
         let wider = match &self.pages[page] {
             Page::Zero => {
-                self.take(PAGE as u64)?;
+                self.reserve(PAGE as u64)?;
                 Page::Bytes(Box::new([0; PAGE]))
             }
             Page::Bytes(counts) => {
                 let wide = Box::new(counts.map(u16::from));
-                self.take(2 * PAGE as u64)?;
+                self.reserve(2 * PAGE as u64)?;
                 Page::Words(wide)
             }
             Page::Words(counts) => {
                 let wide = Box::new(counts.map(u64::from));
-                self.take(8 * PAGE as u64)?;
+                self.reserve(8 * PAGE as u64)?;
                 Page::Longs(wide)
             }
             Page::Longs(_) => return Ok(()),
@@ -139,18 +143,18 @@ impl Counts {
         Ok(())
     }
 
-    fn take(&mut self, bytes: u64) -> Result<()> {
+    fn reserve(&mut self, bytes: u64) -> Result<()> {
         if self.spare < bytes {
             let batch = (bytes - self.spare).next_multiple_of(BATCH);
-            let taken = self.budget.reserve(batch).map_err(|_| too_large())?;
-            self.taken.push(taken);
+            let reservation = self.budget.reserve(batch).map_err(|_| too_large())?;
+            self.memory.push(reservation);
             self.spare += batch;
         }
         self.spare -= bytes;
         Ok(())
     }
 
-    /// The first cluster from `from` on that is used.
+    /// The first cluster from `from` on with a count above zero.
     pub(in crate::qcow2) fn next_used(&self, from: u64) -> Option<u64> {
         let mut at = from;
         while at < self.end() {
@@ -165,7 +169,7 @@ impl Counts {
         None
     }
 
-    /// The first `count` clusters in one piece from `from` on that are not used.
+    /// The first run of `count` clusters with a count of zero from `from` on.
     pub(in crate::qcow2) fn first_free(&self, from: u64, count: u64) -> u64 {
         let (mut start, mut at) = (from, from);
         while at - start < count && at < self.end() {
@@ -182,8 +186,9 @@ impl Counts {
     }
 }
 
+/// The page of a cluster and the slot in it. A cluster number beyond `usize` saturates to a page that no budget allows.
 #[inline]
-fn place(cluster: u64) -> (usize, usize) {
+fn position(cluster: u64) -> (usize, usize) {
     let cluster = usize::try_from(cluster).unwrap_or(usize::MAX);
     (cluster / PAGE, cluster % PAGE)
 }
@@ -197,8 +202,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn counts_of_any_size_are_kept() {
-        let mut counts = Counts::new(u64::MAX, Budget::default());
+    fn counts_of_any_width_are_stored() {
+        let mut counts = ClusterCounts::new(u64::MAX, Budget::default());
         for (cluster, times) in [
             (0, 1),
             (5, 255),
@@ -215,8 +220,8 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_stored_is_not_counted() {
-        let mut counts = Counts::new(3, Budget::default());
+    fn counting_saturates_at_the_maximum() {
+        let mut counts = ClusterCounts::new(3, Budget::default());
         assert_eq!(counts.add(1, 2).ok(), Some(0));
         assert_eq!(counts.add(1, 4).ok(), Some(3));
         assert_eq!(counts.of(1), 3);
@@ -224,7 +229,7 @@ mod tests {
 
     #[test]
     fn used_and_free_clusters_are_found() {
-        let mut counts = Counts::new(255, Budget::default());
+        let mut counts = ClusterCounts::new(255, Budget::default());
         for cluster in [1, 2, 4, 9000] {
             assert!(counts.add(cluster, 1).is_ok());
         }
@@ -238,8 +243,8 @@ mod tests {
     }
 
     #[test]
-    fn memory_is_taken_from_the_budget() {
-        let mut counts = Counts::new(255, Budget::new(1 << 20));
+    fn memory_is_reserved_from_the_budget() {
+        let mut counts = ClusterCounts::new(255, Budget::new(1 << 20));
         assert!(counts.add(1 << 40, 1).is_err());
         assert!((0..10).all(|i| counts.add(i * 4096, 1).is_ok()));
         assert!((0..1000).any(|i| counts.add(i * 4096, 1).is_err()));

@@ -1,4 +1,4 @@
-//! New refcount blocks, and a larger refcount table when they no longer fit.
+//! Adds refcount blocks, and moves the refcount table to a larger one when its entries no longer suffice.
 
 use std::ops::Range;
 
@@ -7,14 +7,14 @@ use zerocopy::IntoBytes;
 use zerocopy::byteorder::big_endian::{U32, U64};
 
 use super::Refcounts;
-use super::uses::Uses;
+use super::known_references::KnownReferences;
 use crate::layer_kit::metadata_cache::MetadataCache;
 use crate::layer_kit::metadata_guard::Kind;
 use crate::qcow2::header::{field, limit};
 
 impl Refcounts {
-    /// Sees to it that blocks exist for `count` clusters from `start` on. True if one had to be made, in which case the
-    /// clusters have to be looked for again.
+    /// Ensures that blocks exist for `count` clusters from `start` on. Returns true if one was added: the caller must
+    /// then search for free clusters again.
     pub(super) fn ensure_blocks(
         &mut self,
         tables: &mut MetadataCache,
@@ -47,7 +47,8 @@ impl Refcounts {
             tables.insert_zeroed(table)?;
             self.set_count(tables, table, cluster, 1)?;
         } else {
-            // Counted elsewhere. If that block is missing too it is made first, and the search starts over.
+            // Another block counts the new one. If that block is missing, it is added first, and the search starts
+            // again.
             if self.ensure_blocks(tables, cluster, 1)? {
                 return Ok(());
             }
@@ -58,21 +59,21 @@ impl Refcounts {
             tables.insert_zeroed(table)?;
         }
         tables.guard_range(Kind::RefcountBlock, ByteRange::at(table.offset, table.len))?;
-        self.uses.add(cluster);
+        self.references.add(cluster);
         tables.set_number(self.table(), index * 8, table.offset)
     }
 
-    /// Moves the refcount table to a larger place behind everything, together with the blocks that count that place.
-    /// `behind` is a cluster that the place must not come before.
+    /// Moves the refcount table to a larger run behind all clusters, together with the blocks that count this run. The
+    /// run is not before cluster `behind`.
     fn grow_table(&mut self, tables: &mut MetadataCache, behind: u64) -> Result<()> {
         let (bits, size) = (self.geometry.cluster_bits, self.geometry.cluster_size());
         let per_block = self.entries_per_block();
         let start = behind.next_multiple_of(per_block);
-        // Blocks and table count themselves: a few rounds until the sum no longer changes.
+        // The run includes the blocks that count it: a few rounds until its length no longer changes.
         let (mut blocks, mut clusters) = (1, 1);
         loop {
             let entries = (start + blocks + clusters).div_ceil(per_block);
-            // Half as much again, so that growth is rare.
+            // Half as many entries more, so that growth is rare.
             let wanted_clusters = ((entries + entries / 2) * 8)
                 .div_ceil(size)
                 .max(self.table_clusters + 1);
@@ -93,18 +94,18 @@ impl Refcounts {
             geometry: self.geometry,
             first_free: self.first_free,
             byte_offset: self.byte_offset,
-            uses: Uses::new(0),
+            references: KnownReferences::new(0),
         };
         let first_blocks = start..start + blocks;
         if let Err(error) = self.publish(tables, &mut grown, first_blocks.clone()) {
-            // The header leads to the old table: what was begun must not be written over what comes there next.
+            // The header points to the old table. Dirty pages of the new one must not overwrite later allocations.
             tables.forget(grown.table());
             for cluster in first_blocks {
                 tables.forget(self.block_at(cluster << bits));
             }
             return Err(error);
         }
-        // From here on it is the new table that a reader finds.
+        // From here on readers find the new table.
         let old = self.table();
         (self.table_offset, self.table_clusters) = (grown.table_offset, grown.table_clusters);
         tables.sync()?;
@@ -115,7 +116,7 @@ impl Refcounts {
         tables.guard_range(Kind::RefcountBlock, ByteRange::at(start << bits, blocks << bits))
     }
 
-    /// Writes the table of `grown` with all blocks there are and those at the clusters `first_blocks`, and has the
+    /// Writes the table of `grown` with all old blocks and the new ones at the clusters `first_blocks`, then makes the
     /// header point to it.
     fn publish(&self, tables: &mut MetadataCache, grown: &mut Self, first_blocks: Range<u64>) -> Result<()> {
         let bits = self.geometry.cluster_bits;

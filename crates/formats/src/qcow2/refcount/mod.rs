@@ -1,7 +1,7 @@
-//! Reference counts: how often each cluster of the file is used, and which are free.
+//! Refcounts: how many references each cluster of the file has, and which clusters are free.
 //!
 //! ```text
-//!   refcount table   [block 0][block 1][   0   ]...     8 bytes an entry, 0 = every count there is 0
+//!   refcount table   [block 0][block 1][   0   ]...     8 bytes an entry, 0 = every refcount of the block is 0
 //!                        |
 //!   refcount block   [1][1][2][0]...                    1 to 64 bits an entry
 //! ```
@@ -11,23 +11,23 @@ pub(super) mod block;
 mod copy;
 pub(super) mod counts;
 mod grow;
+mod known_references;
 pub(super) mod publish;
 pub(super) mod recount;
 mod run;
 mod shrink;
-mod uses;
 mod width;
 
 use diskimage_core::{ByteRange, Error, Event, Result, is_zero};
 
-pub(super) use self::run::Change;
-pub(super) use self::uses::References;
-use self::uses::Uses;
+use self::known_references::KnownReferences;
+pub(super) use self::known_references::References;
+pub(super) use self::run::RefcountChange;
 use super::header::{Geometry, Header, limit};
 use super::map::hex;
 use crate::layer_kit::metadata_cache::{MetadataCache, Table, WriteOrder};
 
-/// The refcount structure of an open image.
+/// The refcount structures of an open image.
 #[derive(Debug)]
 pub(super) struct Refcounts {
     geometry: Geometry,
@@ -35,16 +35,16 @@ pub(super) struct Refcounts {
     table_clusters: u64,
     /// No cluster before this one is free.
     first_free: u64,
-    /// Where the next compressed cluster goes, if the one before left room behind it.
+    /// The host offset for the next compressed cluster, if the one before left free bytes in its host cluster.
     byte_offset: Option<u64>,
-    uses: Uses,
+    references: KnownReferences,
 }
 
-/// The entries of the refcount table that hold an offset.
+/// The bits of a refcount table entry that hold an offset.
 const TABLE_OFFSET_MASK: u64 = !0x1ff;
 
 impl Refcounts {
-    /// That of the image with this header, in a file of `file_len` bytes.
+    /// The structures of the image with this header, in a file of `file_len` bytes. Nothing is read.
     pub(super) fn new(header: &Header, file_len: u64) -> Self {
         Self {
             geometry: header.geometry,
@@ -52,30 +52,30 @@ impl Refcounts {
             table_clusters: u64::from(header.refcount_table_clusters),
             first_free: 0,
             byte_offset: None,
-            uses: Uses::new(file_len.div_ceil(header.geometry.cluster_size())),
+            references: KnownReferences::new(file_len.div_ceil(header.geometry.cluster_size())),
         }
     }
 
-    /// From now on `references` says what leads to each cluster that the file had when it was opened.
-    pub(super) fn set_uses(&mut self, references: References) {
-        self.uses.set(references);
-        // What was passed over may be free.
+    /// Sets the counted references to the clusters that the file had when it was opened.
+    pub(super) fn set_references(&mut self, references: References) {
+        self.references.set(references);
+        // Clusters that were skipped may be free.
         self.first_free = 0;
     }
 
-    /// Whether the references are counted.
-    pub(super) fn uses_are_counted(&self) -> bool {
-        self.uses.is_counted()
+    /// Whether the references have been counted.
+    pub(super) fn references_are_counted(&self) -> bool {
+        self.references.is_counted()
     }
 
-    /// How many references lead to `cluster`, if they were counted and the file had it when it was opened.
-    pub(super) fn uses_of(&self, cluster: u64) -> Option<u64> {
-        self.uses.of(cluster)
+    /// The number of references to `cluster`, if they were counted and the file had the cluster when it was opened.
+    pub(super) fn references_to(&self, cluster: u64) -> Option<u64> {
+        self.references.of(cluster)
     }
 
-    /// The cluster behind those that the file had when it was opened.
+    /// The end of the clusters that the file had when it was opened.
     pub(super) fn end(&self) -> u64 {
-        self.uses.end()
+        self.references.end()
     }
 
     pub(super) fn table(&self) -> Table {
@@ -99,7 +99,7 @@ impl Refcounts {
         self.geometry.refcount_block_entries()
     }
 
-    /// The block that counts `cluster`, if there is one.
+    /// The block that counts `cluster`, if it exists.
     fn block(&self, tables: &mut MetadataCache, cluster: u64) -> Result<Option<Table>> {
         let at = cluster / self.entries_per_block() * 8;
         if at >= self.table().len {
@@ -118,22 +118,22 @@ impl Refcounts {
         Ok(Some(self.block_at(offset)))
     }
 
-    /// How often `cluster` is used.
+    /// The refcount of `cluster`.
     pub(super) fn count(&self, tables: &mut MetadataCache, cluster: u64) -> Result<u64> {
         let Some(block) = self.block(tables, cluster)? else {
             return Ok(0);
         };
         let order = self.geometry.refcount_order;
-        let place = block::Place::new(cluster % self.entries_per_block(), order);
-        let bytes = tables.bytes(block, place.byte)?;
-        block::read(bytes, place, order).ok_or_else(|| Error::corrupt("Refcount block too short"))
+        let slot = block::Slot::new(cluster % self.entries_per_block(), order);
+        let bytes = tables.bytes(block, slot.byte)?;
+        block::read(bytes, slot, order).ok_or_else(|| Error::corrupt("Refcount block too short"))
     }
 
-    /// Whether any cluster from `first` on is used, or there are blocks that could say so.
+    /// Whether any cluster from `first` on has a refcount above zero, or has a block that could hold one.
     pub(super) fn counts_beyond(&self, tables: &mut MetadataCache, first: u64) -> Result<bool> {
         if let Some(block) = self.block(tables, first)? {
-            let place = block::Place::new(first % self.entries_per_block(), self.geometry.refcount_order);
-            let mut at = place.byte;
+            let slot = block::Slot::new(first % self.entries_per_block(), self.geometry.refcount_order);
+            let mut at = slot.byte;
             while at < block.len {
                 let bytes = tables.bytes(block, at)?;
                 if !is_zero(bytes) {
@@ -156,12 +156,12 @@ impl Refcounts {
 
     fn set_count(&self, tables: &mut MetadataCache, block: Table, cluster: u64, count: u64) -> Result<()> {
         let order = self.geometry.refcount_order;
-        let place = block::Place::new(cluster % self.entries_per_block(), order);
-        let bytes = tables.bytes_mut(block, place.byte)?;
-        block::write(bytes, place, order, count).ok_or_else(|| Error::corrupt("Refcount block too short"))
+        let slot = block::Slot::new(cluster % self.entries_per_block(), order);
+        let bytes = tables.bytes_mut(block, slot.byte)?;
+        block::write(bytes, slot, order, count).ok_or_else(|| Error::corrupt("Refcount block too short"))
     }
 
-    /// Uses each cluster that `len` bytes from `offset` on touch once more. Their blocks exist.
+    /// Increments the refcount of each cluster that `len` bytes from `offset` on touch. Their blocks exist.
     fn increment(&mut self, tables: &mut MetadataCache, offset: u64, len: u64) -> Result<()> {
         for cluster in self.clusters(offset, len) {
             let count = self.count(tables, cluster)?;
@@ -174,22 +174,22 @@ impl Refcounts {
                 .block(tables, cluster)?
                 .ok_or_else(|| Error::corrupt("No refcount block"))?;
             self.set_count(tables, block, cluster, count + 1)?;
-            self.uses.add(cluster);
+            self.references.add(cluster);
         }
         Ok(())
     }
 
-    /// Uses each cluster that `len` bytes from `offset` on touch once less. One whose count is zero already, in a damaged
-    /// image, stays so; one that more references lead to than its count says keeps a count for them.
+    /// Decrements the refcount of each cluster that `len` bytes from `offset` on touch. In a damaged image, a refcount
+    /// of zero stays zero, and a refcount does not fall below the number of known references.
     ///
     /// # Errors
-    /// Failures to read or write.
+    /// Failed reads and writes.
     pub(super) fn release(&mut self, tables: &mut MetadataCache, offset: u64, len: u64) -> Result<()> {
         tables.device().event(Event::CLUSTER_FREE);
         for cluster in self.clusters(offset, len) {
             let count = self.count(tables, cluster)?;
             let block = self.block(tables, cluster)?;
-            let left = self.uses.remove(cluster).unwrap_or(0);
+            let left = self.references.remove(cluster).unwrap_or(0);
             let (Some(block), Some(less)) = (block, count.checked_sub(1)) else {
                 continue;
             };
@@ -202,7 +202,7 @@ impl Refcounts {
         Ok(())
     }
 
-    /// Forgets what is known of a cluster that has become free.
+    /// Updates the allocator's state for a cluster that has become free, and drops its pages from the cache.
     fn note_free(&mut self, tables: &mut MetadataCache, cluster: u64) {
         let bits = self.geometry.cluster_bits;
         self.first_free = self.first_free.min(cluster);

@@ -1,46 +1,48 @@
-//! Counting many clusters at once: one look-up for each page of a refcount block, not one for each cluster.
+//! Changes the refcounts of runs of clusters: one cache access for each page of a refcount block, not one for each
+//! cluster.
 
-use diskimage_core::{ByteRange, Error, ErrorKind, Result, errno};
+use diskimage_core::{ByteRange, Error, ErrorKind, Result, errno, to_index};
 
 use super::{Refcounts, block};
 use crate::layer_kit::metadata_cache::{MetadataCache, Table};
 use crate::layer_kit::metadata_guard::Kinds;
 use crate::qcow2::header::limit;
 
-/// What happens to counts.
+/// A change of a refcount.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in crate::qcow2) enum Change {
-    /// One more use.
+pub(in crate::qcow2) enum RefcountChange {
+    /// One reference more.
     Up,
-    /// One less.
+    /// One reference less.
     Down,
 }
 
 impl Refcounts {
-    /// Checks that `count` clusters from `first` on are counted, and have room for one more use if that is the change.
+    /// Checks that `count` clusters from `first` on have refcounts above zero and, for [`RefcountChange::Up`], below
+    /// the maximum.
     ///
     /// # Errors
-    /// Those that are not, and have not.
+    /// The first cluster that fails the check.
     pub(in crate::qcow2) fn check_run(
         &self,
         tables: &mut MetadataCache,
         first: u64,
         count: u64,
-        change: Change,
+        change: RefcountChange,
     ) -> Result<()> {
         let (order, max) = (self.geometry.refcount_order, self.geometry.max_refcount());
         let mut at = first;
         while at < first + count {
-            let (table, place, len) = self.piece(tables, at, first + count - at)?;
-            let bytes = tables.bytes(table, place.byte)?;
+            let (table, slot, len) = self.run_in_page(tables, at, first + count - at)?;
+            let bytes = tables.bytes(table, slot.byte)?;
             for i in 0..len {
-                let (skip, place) = self.place_in(at + i, place);
+                let (skip, slot) = self.slot_from(at + i, slot)?;
                 let used = bytes
                     .get(skip..)
-                    .and_then(|bytes| block::read(bytes, place, order))
+                    .and_then(|bytes| block::read(bytes, slot, order))
                     .unwrap_or(0);
                 if used == 0 {
-                    // Metadata would be allocated: the guard has the words for that.
+                    // If the cluster holds metadata, the guard has the better message.
                     let start = (at + i) << self.geometry.cluster_bits;
                     tables.admit(ByteRange::at(start, self.geometry.cluster_size()), Kinds::NONE)?;
                     return Err(not_counted(at + i));
@@ -52,41 +54,44 @@ impl Refcounts {
         Ok(())
     }
 
-    /// Changes the counts of `count` clusters from `first` on; `freed` is told which are free then, in order.
+    /// Changes the refcounts of `count` clusters from `first` on. Calls `freed` with each cluster that becomes free, in
+    /// order.
     ///
     /// # Errors
-    /// As [`Refcounts::check_run`]; the clusters before the one that is wrong are changed.
+    /// As [`Refcounts::check_run`]; the clusters before the failed one are changed.
     pub(in crate::qcow2) fn change_run(
         &mut self,
         tables: &mut MetadataCache,
         first: u64,
         count: u64,
-        change: Change,
+        change: RefcountChange,
         mut freed: impl FnMut(u64),
     ) -> Result<()> {
         let (order, max) = (self.geometry.refcount_order, self.geometry.max_refcount());
-        let mut gone = Vec::new();
+        let mut free = Vec::new();
         let mut at = first;
         while at < first + count {
-            let (table, place, len) = self.piece(tables, at, first + count - at)?;
-            let bytes = tables.bytes_mut(table, place.byte)?;
+            let (table, slot, len) = self.run_in_page(tables, at, first + count - at)?;
+            let bytes = tables.bytes_mut(table, slot.byte)?;
             for i in 0..len {
-                let (skip, place) = self.place_in(at + i, place);
+                let (skip, slot) = self.slot_from(at + i, slot)?;
                 let bytes = bytes.get_mut(skip..).unwrap_or(&mut []);
-                let used = block::read(bytes, place, order).unwrap_or(0);
+                let used = block::read(bytes, slot, order).unwrap_or(0);
                 let mut new = changed(used, change, max, at + i)?;
                 match change {
-                    Change::Up => self.uses.add(at + i),
-                    // References that the count has left out keep it from becoming less than they are.
-                    Change::Down => new = new.max(self.uses.remove(at + i).unwrap_or(0).min(used)),
+                    RefcountChange::Up => self.references.add(at + i),
+                    // The refcount does not fall below the number of known references.
+                    RefcountChange::Down => {
+                        new = new.max(self.references.remove(at + i).unwrap_or(0).min(used))
+                    }
                 }
-                block::write(bytes, place, order, new)
+                block::write(bytes, slot, order, new)
                     .ok_or_else(|| Error::corrupt("Refcount block too short"))?;
                 if new == 0 {
-                    gone.push(at + i);
+                    free.push(at + i);
                 }
             }
-            for cluster in gone.drain(..) {
+            for cluster in free.drain(..) {
                 self.note_free(tables, cluster);
                 freed(cluster);
             }
@@ -95,28 +100,29 @@ impl Refcounts {
         Ok(())
     }
 
-    /// The block and place that count `cluster`, and how many of `most` clusters from there on its page counts.
-    fn piece(
+    /// The block and the slot of `cluster`, and how many of `most` clusters from there on have their refcounts in the
+    /// same page.
+    fn run_in_page(
         &self,
         tables: &mut MetadataCache,
         cluster: u64,
         most: u64,
-    ) -> Result<(Table, block::Place, u64)> {
+    ) -> Result<(Table, block::Slot, u64)> {
         let table = self
             .block(tables, cluster)?
             .ok_or_else(|| self.no_block(cluster))?;
         let index = cluster % self.entries_per_block();
         let order = self.geometry.refcount_order;
-        let place = block::Place::new(index, order);
-        let bytes = tables.bytes(table, place.byte)?.len() as u64;
-        // From the first entry of that byte on, which need not be this one.
+        let slot = block::Slot::new(index, order);
+        let bytes = tables.bytes(table, slot.byte)?.len() as u64;
+        // The page's bytes start with the first entry of the slot's byte, which may be an earlier one.
         let entries = (bytes * 8) >> order;
-        let before = index - ((place.byte * 8) >> order);
-        Ok((table, place, most.min(entries.saturating_sub(before)).max(1)))
+        let before = index - ((slot.byte * 8) >> order);
+        Ok((table, slot, most.min(entries.saturating_sub(before)).max(1)))
     }
 
-    /// The error for a cluster in use that no block counts, with the words in which the original ends: it makes the block
-    /// and says that the caller should come again, unless no table can lead to that block.
+    /// The error for a cluster in use without a block. The errno is that of qemu-img, which adds the block and returns
+    /// `EAGAIN`, or `EFBIG` if the largest table has no entry for the block.
     fn no_block(&self, cluster: u64) -> Error {
         let entry = cluster / self.entries_per_block() * 8;
         Error::from_errno(if entry < limit::REFCOUNT_TABLE_BYTES {
@@ -126,23 +132,20 @@ impl Refcounts {
         })
     }
 
-    /// Where the count of `cluster` is in bytes that begin at the byte of `start`, a place in the same block.
-    fn place_in(&self, cluster: u64, start: block::Place) -> (usize, block::Place) {
-        let place = block::Place::new(cluster % self.entries_per_block(), self.geometry.refcount_order);
-        (
-            usize::try_from(place.byte - start.byte).unwrap_or(usize::MAX),
-            place,
-        )
+    /// The slot of `cluster`, and its offset in bytes that begin at the byte of `start`, a slot of the same block.
+    fn slot_from(&self, cluster: u64, start: block::Slot) -> Result<(usize, block::Slot)> {
+        let slot = block::Slot::new(cluster % self.entries_per_block(), self.geometry.refcount_order);
+        Ok((to_index(slot.byte - start.byte)?, slot))
     }
 }
 
-fn changed(used: u64, change: Change, max: u64, cluster: u64) -> Result<u64> {
+fn changed(used: u64, change: RefcountChange, max: u64, cluster: u64) -> Result<u64> {
     match change {
         _ if used == 0 => Err(not_counted(cluster)),
-        // The words with which the original ends here.
-        Change::Up if used >= max => Err(Error::new(ErrorKind::Invalid, "Invalid argument")),
-        Change::Up => Ok(used + 1),
-        Change::Down => Ok(used - 1),
+        // qemu-img's message.
+        RefcountChange::Up if used >= max => Err(Error::new(ErrorKind::Invalid, "Invalid argument")),
+        RefcountChange::Up => Ok(used + 1),
+        RefcountChange::Down => Ok(used - 1),
     }
 }
 

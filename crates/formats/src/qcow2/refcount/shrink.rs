@@ -1,4 +1,4 @@
-//! Refcount blocks that count nothing any more.
+//! Frees refcount blocks whose refcounts are all zero.
 
 use std::collections::HashSet;
 
@@ -7,23 +7,23 @@ use diskimage_core::{Error, Result, is_zero};
 use super::{Refcounts, block};
 use crate::layer_kit::metadata_cache::{MetadataCache, Table};
 
-/// A block that was taken out of the refcount table.
+/// A block that was removed from the refcount table.
 struct Dropped {
     index: u64,
-    /// What the table had there.
+    /// The table's entry for the block.
     entry: u64,
     table: Table,
 }
 
 impl Refcounts {
-    /// Gives up blocks that count nothing but blocks that are given up, themselves among these.
+    /// Frees blocks that count no cluster, or only blocks that are freed as well, including themselves.
     ///
     /// # Errors
-    /// Damage, and failures to read or write.
+    /// Damage, failed reads and writes.
     pub(in crate::qcow2) fn drop_empty_blocks(&mut self, tables: &mut MetadataCache) -> Result<()> {
         let bits = self.geometry.cluster_bits;
         let mut dropped = Vec::new();
-        // Nothing refers to the blocks any more once that is durable.
+        // The blocks may be reused once their removal from the table is durable.
         let durable =
             self.unlink_empty_blocks(tables, &mut dropped)
                 .and_then(|()| match dropped.is_empty() {
@@ -31,7 +31,7 @@ impl Refcounts {
                     false => tables.write_back().and_then(|()| tables.sync()),
                 });
         if let Err(error) = durable {
-            // The file may still lead to them: they stay in use.
+            // The stored table may still refer to the blocks: they stay in use.
             for block in dropped {
                 tables.set_number(self.table(), block.index * 8, block.entry)?;
             }
@@ -40,11 +40,11 @@ impl Refcounts {
         for block in &dropped {
             let cluster = block.table.offset >> bits;
             tables.forget(block.table);
-            // Where the block that counts it is gone as well, nothing is left to count down.
+            // If the block that counts this one was freed as well, no refcount is left to decrement.
             if self.block(tables, cluster)?.is_some() {
                 self.release(tables, block.table.offset, 1)?;
             } else {
-                self.uses.remove(cluster);
+                self.references.remove(cluster);
                 self.note_free(tables, cluster);
             }
         }
@@ -54,7 +54,7 @@ impl Refcounts {
         }
     }
 
-    /// Takes the blocks that count nothing out of the refcount table, the last ones first.
+    /// Removes empty blocks from the refcount table, from the last to the first.
     fn unlink_empty_blocks(&self, tables: &mut MetadataCache, dropped: &mut Vec<Dropped>) -> Result<()> {
         let bits = self.geometry.cluster_bits;
         let per_block = self.entries_per_block();
@@ -75,7 +75,8 @@ impl Refcounts {
         Ok(())
     }
 
-    /// Whether the block `table`, which counts clusters from `first` on, counts none but those that `is_dropped` picks.
+    /// Whether the block `table`, whose first refcount is that of cluster `first`, counts only clusters for which
+    /// `is_dropped` is true.
     fn counts_only(
         &self,
         tables: &mut MetadataCache,
@@ -91,11 +92,11 @@ impl Refcounts {
             let end = at + bytes.len() as u64;
             if !is_zero(bytes) {
                 for index in (at * 8) >> order..(end * 8) >> order {
-                    let place = block::Place::new(index, order);
-                    let skip = usize::try_from(place.byte - at).map_err(|_| short())?;
+                    let slot = block::Slot::new(index, order);
+                    let skip = usize::try_from(slot.byte - at).map_err(|_| short())?;
                     let count = bytes
                         .get(skip..)
-                        .and_then(|bytes| block::read(bytes, place, order));
+                        .and_then(|bytes| block::read(bytes, slot, order));
                     if count.ok_or_else(short)? > 0 && !is_dropped(first + index) {
                         return Ok(false);
                     }

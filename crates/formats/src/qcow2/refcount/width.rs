@@ -1,16 +1,17 @@
-//! Another width for all refcounts: a whole new structure behind everything, which one write to the header publishes.
+//! Changes the width of all refcounts: writes new structures behind all clusters; one write to the header publishes
+//! them.
 //!
 //! ```text
-//!   ... everything in use | new blocks | new table |     counted in the new structure only, until it is the one
+//!   ... all clusters in use | new blocks | new table |     the new clusters are counted in the new structures only
 //! ```
 
-use diskimage_core::{Device, Error, Result, ResultExt};
+use diskimage_core::{Device, Error, Result, ResultExt, to_index};
 
 use super::{Refcounts, block};
 use crate::layer_kit::metadata_cache::MetadataCache;
 use crate::qcow2::header::{Geometry, limit};
 
-/// A structure of another width, written but not yet published.
+/// Refcount structures of another width, written but not yet published.
 #[derive(Debug)]
 pub(in crate::qcow2) struct Widened {
     pub(in crate::qcow2) table_offset: u64,
@@ -18,11 +19,11 @@ pub(in crate::qcow2) struct Widened {
 }
 
 impl Refcounts {
-    /// Writes the counts there are once more, `order` being the binary logarithm of their new width, behind the end of
-    /// `file` and all clusters in use. `report` is told how far that is.
+    /// Writes all refcounts with the new refcount order `order` to new structures behind the end of `file` and all
+    /// clusters in use. `report` is called with the progress.
     ///
     /// # Errors
-    /// Counts that do not fit, a structure that would be too large, and failures to read or write.
+    /// Refcounts that do not fit the width, structures that would be too large, failed reads and writes.
     pub(in crate::qcow2) fn rewrite(
         &self,
         tables: &mut MetadataCache,
@@ -38,7 +39,7 @@ impl Refcounts {
         let per_block = new.refcount_block_entries();
         let (mut indices, end) = self.used_blocks(tables, new, report)?;
         let start = end.max(file.len().div_ceil(new.cluster_size()));
-        // The new blocks and the table count themselves: until their number no longer changes.
+        // The new blocks also count themselves and the table: repeated until their number no longer changes.
         let old = indices.len();
         let mut clusters = 1;
         loop {
@@ -57,11 +58,11 @@ impl Refcounts {
             }
             clusters = wanted;
         }
-        let place = Place { start, clusters };
-        self.write_structure(tables, file, new, &indices, place, report)
+        let layout = NewLayout { start, clusters };
+        self.write_structure(tables, file, new, &indices, layout, report)
     }
 
-    /// Which blocks of the new width have a count above zero, and the cluster behind the last that is in use.
+    /// The indexes of blocks of the new width with a refcount above zero, and the end of the clusters in use.
     fn used_blocks(
         &self,
         tables: &mut MetadataCache,
@@ -101,14 +102,14 @@ impl Refcounts {
         file: &dyn Device,
         new: Geometry,
         indices: &[u64],
-        place: Place,
+        layout: NewLayout,
         report: &dyn Fn(u64, u64),
     ) -> Result<Widened> {
         let size = new.cluster_size();
         let bits = new.cluster_bits;
         let per_block = new.refcount_block_entries();
-        let mut bytes = vec![0; index_of(size)];
-        // Told in entries of the old table, as the first half of the work was.
+        let mut bytes = vec![0; to_index(size)?];
+        // The progress is in entries of the old table, like that of the first half of the work.
         let entries = self.table().len / 8;
         let mut reported = entries;
         for (at, index) in (0..).zip(indices) {
@@ -117,43 +118,44 @@ impl Refcounts {
             reported = reported.max(entries + reached + 1);
             bytes.fill(0);
             for cluster in index * per_block..(index + 1) * per_block {
-                let count = match place.holds(cluster) {
+                let count = match layout.holds(cluster) {
                     true => 1,
                     false => self.count(tables, cluster)?,
                 };
-                let slot = block::Place::new(cluster % per_block, new.refcount_order);
+                let slot = block::Slot::new(cluster % per_block, new.refcount_order);
                 bytes
-                    .get_mut(index_of(slot.byte)..)
+                    .get_mut(to_index(slot.byte)?..)
                     .and_then(|bytes| block::write(bytes, slot, new.refcount_order, count))
                     .ok_or_else(|| Error::corrupt("Refcount block too short"))?;
             }
-            file.write_at(&bytes, (place.start + at) << bits)
+            file.write_at(&bytes, (layout.start + at) << bits)
                 .context(|| "Failed to write refblock")?;
         }
         (reported..2 * entries).for_each(|part| report(part, 2 * entries));
         let blocks = indices.len() as u64;
-        let mut table = vec![0; index_of((place.clusters - blocks) << bits)];
+        let mut table = vec![0; to_index((layout.clusters - blocks) << bits)?];
         for (at, index) in (0..).zip(indices) {
             let entry = table
-                .get_mut(index_of(index * 8)..)
+                .get_mut(to_index(index * 8)?..)
                 .and_then(<[u8]>::first_chunk_mut);
             *entry.ok_or_else(|| Error::corrupt("Refcount table too short"))? =
-                ((place.start + at) << bits).to_be_bytes();
+                ((layout.start + at) << bits).to_be_bytes();
         }
-        let table_offset = (place.start + blocks) << bits;
+        let table_offset = (layout.start + blocks) << bits;
         file.write_at(&table, table_offset)
             .context(|| "Failed to write the new reftable")?;
         file.flush()?;
         Ok(Widened {
             table_offset,
-            table_clusters: u32::try_from(place.clusters - blocks).unwrap_or(u32::MAX),
+            // The table has at most 8 MiB.
+            table_clusters: u32::try_from(layout.clusters - blocks).unwrap_or(u32::MAX),
         })
     }
 
-    /// Releases the structure of `old`, which nothing refers to any more.
+    /// Releases the structures of `old`, to which nothing refers any more.
     ///
     /// # Errors
-    /// A failure to read or write: what is left leaks.
+    /// A failed read or write: the remaining clusters leak.
     pub(in crate::qcow2) fn release_structure(
         &mut self,
         tables: &mut MetadataCache,
@@ -170,7 +172,7 @@ impl Refcounts {
         self.release(tables, table.offset, table.len)
     }
 
-    /// Hands each count of the block in entry `entry` of the table to `visit`.
+    /// Calls `visit` with each cluster and its refcount of the block in entry `entry` of the table.
     fn each_count(
         &self,
         tables: &mut MetadataCache,
@@ -186,21 +188,17 @@ impl Refcounts {
     }
 }
 
-/// Where the new structure goes: blocks first.
+/// The run of clusters for the new structures: first the blocks, then the table.
 #[derive(Clone, Copy, Debug)]
-struct Place {
+struct NewLayout {
     start: u64,
     clusters: u64,
 }
 
-impl Place {
+impl NewLayout {
     fn holds(self, cluster: u64) -> bool {
         cluster
             .checked_sub(self.start)
             .is_some_and(|at| at < self.clusters)
     }
-}
-
-fn index_of(value: u64) -> usize {
-    usize::try_from(value).unwrap_or(usize::MAX)
 }

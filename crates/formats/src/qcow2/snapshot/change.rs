@@ -1,38 +1,40 @@
-//! Taking, applying and deleting snapshots.
+//! Creates, applies and deletes snapshots.
 //!
-//! All three count the clusters of whole trees, set their COPIED flags by that, and replace what the header leads to. They do
-//! so on a copy of the refcounts and of the tables whose flags change, which one write to the header makes valid:
+//! All three change the refcounts of whole trees, set the COPIED flags to match, and replace tables to which the header
+//! points. They work on a copy of the refcounts and of the tables whose flags change; one write to the header publishes
+//! the copy:
 //!
 //! ```text
-//!   create   [ counts up, flags off, L1 copy, new snapshot table ]
-//!   apply    [ counts up, flags off, new active L1 ]               [ counts of the old tree down, flags on ]
-//!   delete   new snapshot table                                    [ counts down, flags on ]
+//!   create   [ refcounts up, flags off, L1 copy, new snapshot table ]
+//!   apply    [ refcounts up, flags off, new active L1 ]               [ refcounts of the old tree down, flags on ]
+//!   delete   new snapshot table                                       [ refcounts down, flags on ]
 //! ```
 //!
-//! What is in brackets happens at once (`publish`), so a crash leaks clusters at worst. Where tables are few, or there is no
-//! room for the copies, it happens in place (`in_place`), in an order in which whatever can be reached is counted at any
-//! moment; a crash may then leave flags off that could be on, too, which costs copies and nothing else.
+//! The steps in brackets are one atomic change (`publish`), so a crash leaks clusters at worst. With few tables, or
+//! without space for the copies, the change is made in place (`in_place`), in an order that keeps the refcount of every
+//! reachable cluster high enough at any moment. A crash may then also leave flags off that could be on; later writes
+//! then copy clusters needlessly.
 
 use std::sync::{Arc, MutexGuard};
 
 use diskimage_core::{
     ByteRange, Error, ErrorKind, Layer, NewSnapshot, Result, ResultExt, SnapshotInfo, Snapshots, errno, name,
+    to_index,
 };
 use zerocopy::byteorder::big_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::{
     KNOWN_EXTRA, MAX_TABLE, MIN_ENTRY_LEN, RawSnapshot, Snapshot, SnapshotTable, V3_EXTRA, completed,
-    index_of,
 };
 use crate::layer_kit::metadata_cache::{Table, WriteOrder};
 use crate::layer_kit::metadata_guard::Kind;
 use crate::qcow2::entry::COPIED;
 use crate::qcow2::header::{field, limit};
-use crate::qcow2::refcount::Change;
-use crate::qcow2::refcount::publish::{entries_of, lacks_room};
+use crate::qcow2::refcount::RefcountChange;
+use crate::qcow2::refcount::publish::{entries_of, is_out_of_space};
 use crate::qcow2::refcount::recount::Rewrite;
-use crate::qcow2::{Qcow2, State};
+use crate::qcow2::{ImageState, Qcow2};
 
 impl Snapshots for Qcow2 {
     fn check_support(&self) -> Result<()> {
@@ -52,40 +54,40 @@ impl Snapshots for Qcow2 {
     }
 
     fn create(&self, snapshot: &NewSnapshot<'_>) -> Result<()> {
-        let mut state = self.settle()?;
+        let mut state = self.quiesce()?;
         if state.snapshots.count >= limit::SNAPSHOTS {
             return Err(Error::from_errno(errno::EFBIG));
         }
-        let there = self.read_snapshots_of(state.snapshots)?;
-        // Not in the middle of changes, which the file does not have yet.
+        let listed = self.read_snapshots_of(state.snapshots)?;
+        // Counting reads the file, so it must come before changes that are only in memory.
         self.count_before_allocating(&mut state, 1)?;
         let l1 = state.l1;
-        self.check_tree(&mut state, l1, Change::Up)?;
+        self.check_tree(&mut state, l1, RefcountChange::Up)?;
         let published = match self.has_many_tables(&mut state, l1)? {
-            true => self.publish_at_once(&mut state, |state| self.create_beside(state, snapshot, &there))?,
+            true => self.publish_at_once(&mut state, |state| self.create_copied(state, snapshot, &listed))?,
             false => None,
         };
         let Some(old) = published else {
-            return self.create_in_place(&mut state, snapshot, &there);
+            return self.create_in_place(&mut state, snapshot, &listed);
         };
         let l1 = state.l1;
         self.release_replaced(&mut state, old.l1, l1)?;
-        self.release_entries(&mut state, old.snapshots, &there)?;
+        self.release_entries(&mut state, old.snapshots, &listed)?;
         self.file.flush()
     }
 
     fn apply(&self, index: usize) -> Result<()> {
-        let mut state = self.settle()?;
-        let there = self.read_snapshots_of(state.snapshots)?;
-        let snapshot = there.get(index).ok_or_else(no_snapshot)?;
-        self.count_uses(&mut state)?;
+        let mut state = self.quiesce()?;
+        let listed = self.read_snapshots_of(state.snapshots)?;
+        let snapshot = listed.get(index).ok_or_else(no_snapshot)?;
+        self.ensure_references_counted(&mut state)?;
         let kept = self.snapshot_l1_or_errno(snapshot)?;
-        self.check_tree(&mut state, kept, Change::Up)?;
+        self.check_tree(&mut state, kept, RefcountChange::Up)?;
         let old = state.l1;
-        self.check_tree(&mut state, old, Change::Down)?;
+        self.check_tree(&mut state, old, RefcountChange::Down)?;
         let size = snapshot.info.disk_size;
         let published = match self.has_many_tables(&mut state, kept)? {
-            true => self.publish_at_once(&mut state, |state| self.apply_beside(state, size, kept))?,
+            true => self.publish_at_once(&mut state, |state| self.apply_copied(state, size, kept))?,
             false => None,
         };
         if published.is_none() {
@@ -97,27 +99,27 @@ impl Snapshots for Qcow2 {
     }
 
     fn delete(&self, index: usize) -> Result<()> {
-        let mut state = self.settle()?;
+        let mut state = self.quiesce()?;
         let mut left = self.read_snapshots_of(state.snapshots)?;
         if index >= left.len() {
             return Err(no_snapshot());
         }
-        self.count_uses(&mut state)?;
-        let there = left.clone();
-        let gone = left.remove(index);
-        let kept = self.snapshot_l1(&gone)?;
-        self.check_tree(&mut state, kept, Change::Down)
+        self.ensure_references_counted(&mut state)?;
+        let listed = left.clone();
+        let deleted = left.remove(index);
+        let kept = self.snapshot_l1(&deleted)?;
+        self.check_tree(&mut state, kept, RefcountChange::Down)
             .context(|| "Failed to free the cluster and L1 table")?;
         let old = state.snapshots;
         let unlisted = || "Failed to remove snapshot from snapshot list";
         let table = match self.write_entries(&mut state, &left, None).context(unlisted) {
-            Err(error) if lacks_room(&error) => {
-                return self.delete_in_place(&mut state, index, &there, kept, error);
+            Err(error) if is_out_of_space(&error) => {
+                return self.delete_in_place(&mut state, index, &listed, kept, error);
             }
             other => other?,
         };
         self.publish_entries(&mut state, table).context(unlisted)?;
-        self.release_entries(&mut state, old, &there)?;
+        self.release_entries(&mut state, old, &listed)?;
         self.release(&mut state, kept)?;
         self.release_table(&mut state, kept)?;
         self.file.flush()
@@ -125,8 +127,8 @@ impl Snapshots for Qcow2 {
 }
 
 impl Qcow2 {
-    /// Waits for writes that are under way, and leaves nothing in memory that is not in the file.
-    fn settle(&self) -> Result<MutexGuard<'_, State>> {
+    /// Waits until no write is in flight, then writes back all tables, flushes, and empties the metadata cache.
+    fn quiesce(&self) -> Result<MutexGuard<'_, ImageState>> {
         if !self.may_write() {
             return Err(Error::read_only());
         }
@@ -138,20 +140,26 @@ impl Qcow2 {
         Ok(state)
     }
 
-    /// Makes the snapshot `new` in clusters of its own; the active tables whose flags change get new ones as well.
-    fn create_beside(&self, state: &mut State, new: &NewSnapshot<'_>, there: &[Snapshot]) -> Result<()> {
+    /// Creates the snapshot `new` in newly allocated clusters. Active tables whose flags change are copied to new
+    /// clusters, too.
+    fn create_copied(
+        &self,
+        state: &mut ImageState,
+        new: &NewSnapshot<'_>,
+        listed: &[Snapshot],
+    ) -> Result<()> {
         let l1 = state.l1;
         let active = self.allocate_l1(state, l1.len, Kind::ActiveL1)?;
         self.share_tree(state, l1, Rewrite::To(active), 2)?;
         let copy = self.copy_l1(state, active, active.len)?;
-        let entry = self.new_entry(state, new, there, copy)?;
-        state.snapshots = self.write_entries(state, there, Some(&entry))?;
+        let entry = self.new_entry(state, new, listed, copy)?;
+        state.snapshots = self.write_entries(state, listed, Some(&entry))?;
         state.l1 = active;
         Ok(())
     }
 
-    /// Makes the disk that of the snapshot whose table is `kept`.
-    fn apply_beside(&self, state: &mut State, size: u64, kept: Table) -> Result<()> {
+    /// Replaces the disk with that of the snapshot whose L1 table is `kept`, in newly allocated clusters.
+    fn apply_copied(&self, state: &mut ImageState, size: u64, kept: Table) -> Result<()> {
         let active = self.allocate_l1(state, kept.len.max(state.l1.len), Kind::ActiveL1)?;
         self.file
             .write_zero_bytes(ByteRange::at(active.offset, active.len))?;
@@ -161,14 +169,15 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// Counts everything below `gone`, which nothing refers to any more, once less, and sets the flags by that.
-    fn release(&self, state: &mut State, gone: Table) -> Result<()> {
+    /// Decrements the refcounts of the tree of the L1 table `removed`, to which nothing refers any more, and sets the
+    /// COPIED flags to match.
+    fn release(&self, state: &mut ImageState, removed: Table) -> Result<()> {
         let active = state.l1;
-        if !self.has_many_tables(state, gone)? && !self.has_many_tables(state, active)? {
-            return self.release_in_place(state, &*self.file, gone);
+        if !self.has_many_tables(state, removed)? && !self.has_many_tables(state, active)? {
+            return self.release_in_place(state, &*self.file, removed);
         }
         let published = self.publish_at_once(state, |state| {
-            self.release_tree(state, &*self.file, gone)?;
+            self.release_tree(state, &*self.file, removed)?;
             let active = self.allocate_l1(state, state.l1.len, Kind::ActiveL1)?;
             self.refresh_copied(state, Rewrite::To(active))?;
             state.l1 = active;
@@ -179,12 +188,12 @@ impl Qcow2 {
                 let l1 = state.l1;
                 self.release_replaced(state, old.l1, l1)
             }
-            None => self.release_in_place(state, &*self.file, gone),
+            None => self.release_in_place(state, &*self.file, removed),
         }
     }
 
-    /// Clusters for an L1 table of `len` bytes.
-    fn allocate_l1(&self, state: &mut State, len: u64, kind: Kind) -> Result<Table> {
+    /// Allocates clusters for an L1 table of `len` bytes.
+    fn allocate_l1(&self, state: &mut ImageState, len: u64, kind: Kind) -> Result<Table> {
         let offset = match len.div_ceil(self.header.geometry.cluster_size()) {
             0 => 0,
             clusters => state.metadata.allocate(clusters, Some(kind))?,
@@ -193,8 +202,8 @@ impl Qcow2 {
         Ok(Table { class, offset, len })
     }
 
-    /// A copy of the L1 table `from` in a new place, `len` bytes long, no entry of which may be written in place.
-    pub(super) fn copy_l1(&self, state: &mut State, from: Table, len: u64) -> Result<Table> {
+    /// Copies the L1 table `from` to newly allocated clusters. The copy has `len` bytes and no COPIED flags.
+    pub(super) fn copy_l1(&self, state: &mut ImageState, from: Table, len: u64) -> Result<Table> {
         let table = self.allocate_l1(state, len, Kind::InactiveL1)?;
         state.metadata.cache.insert_zeroed(table)?;
         for at in (0..from.len).step_by(8) {
@@ -206,14 +215,15 @@ impl Qcow2 {
         Ok(table)
     }
 
-    /// Writes a snapshot table with the entries of `there` and then `new` to new clusters, and all changed tables, durably.
+    /// Writes a snapshot table with the entries of `listed` and then `new` to newly allocated clusters, writes back all
+    /// tables, and flushes.
     pub(super) fn write_entries(
         &self,
-        state: &mut State,
-        there: &[Snapshot],
+        state: &mut ImageState,
+        listed: &[Snapshot],
         new: Option<&[u8]>,
     ) -> Result<SnapshotTable> {
-        let bytes = self.encode_entries(state, there, new)?;
+        let bytes = self.encode_entries(state, listed, new)?;
         let len = bytes.len() as u64;
         let offset = match len.div_ceil(self.header.geometry.cluster_size()) {
             0 => 0,
@@ -228,17 +238,18 @@ impl Qcow2 {
             .and_then(|()| state.metadata.cache.write_back())
             .and_then(|()| state.metadata.cache.sync());
         if let Err(error) = written {
-            // What cannot be counted down leaks, which harms nothing.
+            // A cluster that cannot be released leaks, which is harmless.
             let released = state.metadata.release(offset, len);
             let _ = released.and_then(|()| state.metadata.cache.write_back());
             return Err(error);
         }
-        let count = u32::try_from(there.len() + usize::from(new.is_some())).unwrap_or(u32::MAX);
+        // A table has at most `MAX_TABLE` bytes, so the count fits.
+        let count = u32::try_from(listed.len() + usize::from(new.is_some())).unwrap_or(u32::MAX);
         Ok(SnapshotTable { offset, count })
     }
 
-    /// Has the header lead to a snapshot table that has been written.
-    pub(super) fn publish_entries(&self, state: &mut State, table: SnapshotTable) -> Result<()> {
+    /// Makes the header point to a snapshot table that has been written.
+    pub(super) fn publish_entries(&self, state: &mut ImageState, table: SnapshotTable) -> Result<()> {
         let mut location = [0; 12];
         location[..4].copy_from_slice(&table.count.to_be_bytes());
         location[4..].copy_from_slice(&table.offset.to_be_bytes());
@@ -247,33 +258,33 @@ impl Qcow2 {
         self.file.flush()
     }
 
-    /// Gives up a snapshot table with the entries of `there`.
+    /// Releases the clusters of a snapshot table with the entries of `listed`.
     pub(super) fn release_entries(
         &self,
-        state: &mut State,
+        state: &mut ImageState,
         table: SnapshotTable,
-        there: &[Snapshot],
+        listed: &[Snapshot],
     ) -> Result<()> {
-        let len = entries_len(there);
+        let len = entries_len(listed);
         state.metadata.release(table.offset, len)?;
         state.metadata.cache.write_back()?;
         state.metadata.cache.sync()
     }
 
-    /// The bytes of a table with the entries of `there`, unknown extra data and all, and then `new`.
+    /// Encodes a table with the entries of `listed`, including unknown extra data, and then `new`.
     pub(super) fn encode_entries(
         &self,
-        state: &State,
-        there: &[Snapshot],
+        state: &ImageState,
+        listed: &[Snapshot],
         new: Option<&[u8]>,
     ) -> Result<Vec<u8>> {
         let new = new.unwrap_or(&[]);
-        // Entries grow by as much as the known extra data at most.
-        let len = entries_len(there).next_multiple_of(8) + new.len() as u64;
-        let most = len + there.len() as u64 * KNOWN_EXTRA as u64;
+        // Completing an entry adds at most the known extra data.
+        let len = entries_len(listed).next_multiple_of(8) + new.len() as u64;
+        let most = len + listed.len() as u64 * KNOWN_EXTRA as u64;
         let _memory = self.budget.reserve(most)?;
         let mut bytes = Vec::new();
-        for snapshot in there {
+        for snapshot in listed {
             bytes.resize(bytes.len().next_multiple_of(8), 0);
             self.encode_entry(state, snapshot, &mut bytes)?;
         }
@@ -287,15 +298,15 @@ impl Qcow2 {
         Ok(bytes)
     }
 
-    /// Adds the entry of `snapshot` to `bytes`, with the extra data that version 3 demands.
-    fn encode_entry(&self, state: &State, snapshot: &Snapshot, bytes: &mut Vec<u8>) -> Result<()> {
+    /// Appends the entry of `snapshot` to `bytes`, with the extra data that version 3 requires.
+    fn encode_entry(&self, state: &ImageState, snapshot: &Snapshot, bytes: &mut Vec<u8>) -> Result<()> {
         let (at, len) = snapshot.entry;
-        let mut entry = vec![0; index_of(len)];
+        let mut entry = vec![0; to_index(len)?];
         self.file.read_whole(&mut entry, at)?;
         let unreadable = || Error::corrupt("Could not read snapshots");
         let (mut raw, rest) = RawSnapshot::read_from_prefix(&entry).map_err(|_| unreadable())?;
         let (extra, names) = rest
-            .split_at_checked(index_of(snapshot.extra_len))
+            .split_at_checked(to_index(snapshot.extra_len)?)
             .ok_or_else(unreadable)?;
         let extra = completed(&raw, extra.to_vec(), state.size);
         raw.extra_data_size = U32::new(u32::try_from(extra.len()).map_err(|_| unreadable())?);
@@ -305,30 +316,30 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// Brings the entries of the snapshot table up to what version 3 demands, if any lacks that.
+    /// Completes the entries of the snapshot table with the extra data that version 3 requires, if any entry lacks it.
     pub(in crate::qcow2) fn complete_snapshots(&self) -> Result<()> {
-        let mut state = self.settle()?;
-        let there = self.read_snapshots_of(state.snapshots)?;
-        if there.iter().all(|snapshot| snapshot.extra_len >= V3_EXTRA) {
+        let mut state = self.quiesce()?;
+        let listed = self.read_snapshots_of(state.snapshots)?;
+        if listed.iter().all(|snapshot| snapshot.extra_len >= V3_EXTRA) {
             return Ok(());
         }
         self.count_before_allocating(&mut state, 1)?;
         let old = state.snapshots;
-        let table = self.write_entries(&mut state, &there, None)?;
+        let table = self.write_entries(&mut state, &listed, None)?;
         self.publish_entries(&mut state, table)?;
-        self.release_entries(&mut state, old, &there)?;
+        self.release_entries(&mut state, old, &listed)?;
         self.file.flush()
     }
 
-    /// The entry of a new snapshot, whose L1 table is `l1`.
+    /// Encodes the entry of a new snapshot whose L1 table is `l1`.
     pub(super) fn new_entry(
         &self,
-        state: &State,
+        state: &ImageState,
         new: &NewSnapshot<'_>,
-        there: &[Snapshot],
+        listed: &[Snapshot],
         l1: Table,
     ) -> Result<Vec<u8>> {
-        let id = there.iter().filter_map(|snapshot| snapshot.info.id.parse().ok());
+        let id = listed.iter().filter_map(|snapshot| snapshot.info.id.parse().ok());
         let id = (id.max().unwrap_or(0u64) + 1).to_string();
         let name = name::to_bytes(new.name);
         let long = |_| Error::invalid("Snapshot name too long");
@@ -344,9 +355,9 @@ impl Qcow2 {
             extra_data_size: U32::new(EXTRA_LEN),
         };
         let mut bytes = raw.as_bytes().to_vec();
-        // No machine, so no state of one and no instructions that it has run.
-        for word in [0, state.size, 0] {
-            bytes.extend_from_slice(&word.to_be_bytes());
+        // VM state size, disk size, instruction count: without a VM the first and the last are 0.
+        for number in [0, state.size, 0] {
+            bytes.extend_from_slice(&number.to_be_bytes());
         }
         bytes.extend_from_slice(id.as_bytes());
         bytes.extend_from_slice(&name);
@@ -354,14 +365,14 @@ impl Qcow2 {
     }
 }
 
-/// Bytes of a table with these entries.
+/// The length of a table with these entries in bytes.
 fn entries_len(entries: &[Snapshot]) -> u64 {
     entries
         .iter()
         .fold(0, |end: u64, snapshot| end.next_multiple_of(8) + snapshot.entry.1)
 }
 
-/// Bytes of the extra data that is written: VM state size, disk size, instruction count.
+/// The length of the extra data of a new entry in bytes: VM state size, disk size, instruction count.
 const EXTRA_LEN: u32 = 24;
 
 const _: () = assert!(EXTRA_LEN as usize == KNOWN_EXTRA && MIN_ENTRY_LEN == 40);

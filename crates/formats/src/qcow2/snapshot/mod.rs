@@ -1,4 +1,4 @@
-//! Internal snapshots: their table, and their disks as images of their own.
+//! Internal snapshots: the snapshot table, and the disk of a snapshot as a read-only layer.
 //!
 //! ```text
 //!   0 l1_table_offset   8 l1_size   12 id_len   14 name_len   16 date_sec   20 date_nsec
@@ -11,7 +11,7 @@ mod in_place;
 
 use std::sync::Arc;
 
-use diskimage_core::{Error, ErrorKind, Result, SnapshotInfo, errno, name};
+use diskimage_core::{Error, ErrorKind, Result, SnapshotInfo, errno, name, to_index};
 use zerocopy::byteorder::big_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -23,67 +23,67 @@ use crate::layer_kit::metadata_cache::{Table, WriteOrder};
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 pub(super) struct RawSnapshot {
-    /// Where its L1 table starts.
+    /// The host offset of the snapshot's L1 table.
     pub(super) l1_table_offset: U64,
-    /// Entries of that table.
+    /// The number of entries of that table.
     pub(super) l1_size: U32,
-    /// Bytes of the identifier.
+    /// The length of the ID in bytes.
     pub(super) id_len: U16,
-    /// Bytes of the name.
+    /// The length of the name in bytes.
     pub(super) name_len: U16,
-    /// When it was taken.
+    /// When the snapshot was created, in seconds since 1970.
     pub(super) date_sec: U32,
-    /// And nanoseconds.
+    /// The nanoseconds of that time.
     pub(super) date_nsec: U32,
-    /// How long the machine had run.
+    /// How long the VM had run, in nanoseconds.
     pub(super) vm_clock_nsec: U64,
-    /// Bytes of machine state, if the extra data does not say.
+    /// Bytes of VM state, if the extra data has no 64-bit size.
     pub(super) vm_state_size: U32,
-    /// Bytes of extra data.
+    /// The length of the extra data in bytes.
     pub(super) extra_data_size: U32,
 }
 
-/// The shortest entry.
+/// The length of the shortest entry in bytes.
 pub(super) const MIN_ENTRY_LEN: u64 = 40;
 
 const _: () = assert!(size_of::<RawSnapshot>() as u64 == MIN_ENTRY_LEN);
 
-/// Bytes of extra data that are read; more is refused, as by the original.
+/// qemu-img's limit for the bytes of extra data.
 pub(super) const MAX_EXTRA: u64 = 1024;
-/// Extra data that version 3 demands: 64 bits of machine state size, disk size.
+/// The extra data that version 3 requires: VM state size and disk size, 64 bits each.
 pub(super) const V3_EXTRA: u64 = 16;
-/// Extra data as it is written: those and the instruction count.
+/// The extra data of entries that this program writes: the same and the instruction count.
 pub(super) const KNOWN_EXTRA: usize = 24;
-/// An instruction count that is not known.
+/// The value for an unknown instruction count.
 const NO_ICOUNT: u64 = u64::MAX;
-/// Bytes of the whole table.
+/// qemu-img's limit for the bytes of the whole table.
 pub(super) const MAX_TABLE: u64 = 64 << 20;
 
-/// A snapshot as its table has it.
+/// A snapshot of the snapshot table.
 #[derive(Clone, Debug)]
 pub(super) struct Snapshot {
     pub(super) info: SnapshotInfo,
     pub(super) l1_table_offset: u64,
     pub(super) l1_size: u32,
-    /// Where its entry starts and how long it is without padding.
+    /// The offset and the length of the table entry, without padding.
     pub(super) entry: (u64, u64),
-    /// Bytes of its extra data.
+    /// The length of the extra data in bytes.
     extra_len: u64,
 }
 
-/// Where the table of an open image is.
+/// The location of an image's snapshot table.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct SnapshotTable {
     pub(super) offset: u64,
-    /// How many entries it has.
+    /// The number of entries.
     pub(super) count: u32,
 }
 
 impl Qcow2 {
-    /// All snapshots of the image, in the order of the table.
+    /// Reads all snapshots of the image, in the order of the table.
     ///
     /// # Errors
-    /// Entries that reach past the file or are larger than any program writes.
+    /// Entries that reach past the end of the file or exceed qemu-img's limits.
     pub(super) fn read_snapshots(&self) -> Result<Vec<Snapshot>> {
         let table = self.lock().snapshots;
         self.read_snapshots_of(table)
@@ -120,12 +120,12 @@ impl Qcow2 {
             ));
         }
         let names_len = u64::from(raw.id_len.get()) + u64::from(raw.name_len.get());
-        let mut rest = vec![0; usize::try_from(extra_len + names_len).unwrap_or(0)];
+        let mut rest = vec![0; to_index(extra_len + names_len)?];
         let start = at + MIN_ENTRY_LEN;
         self.file.read_whole(&mut rest, start).map_err(unreadable)?;
-        let (extra, names) = rest.split_at(usize::try_from(extra_len).unwrap_or(0));
+        let (extra, names) = rest.split_at(to_index(extra_len)?);
         let (id, name) = names.split_at(usize::from(raw.id_len.get()).min(names.len()));
-        let word = |i: usize| {
+        let number = |i: usize| {
             extra
                 .get(i * 8..)
                 .and_then(|bytes| bytes.first_chunk())
@@ -134,12 +134,12 @@ impl Qcow2 {
         let info = SnapshotInfo {
             id: name::from_bytes(id).into_owned(),
             name: name::from_bytes(name).into_owned(),
-            vm_state_size: word(0).unwrap_or_else(|| u64::from(raw.vm_state_size.get())),
+            vm_state_size: number(0).unwrap_or_else(|| u64::from(raw.vm_state_size.get())),
             date_sec: raw.date_sec.get(),
             date_nsec: raw.date_nsec.get(),
             vm_clock_nsec: raw.vm_clock_nsec.get(),
-            icount: word(2).filter(|icount| *icount != NO_ICOUNT),
-            disk_size: word(1).unwrap_or(self.header.size),
+            icount: number(2).filter(|icount| *icount != NO_ICOUNT),
+            disk_size: number(1).unwrap_or(self.header.size),
         };
         Ok(Snapshot {
             info,
@@ -153,7 +153,7 @@ impl Qcow2 {
     /// The L1 table of a snapshot.
     ///
     /// # Errors
-    /// One that cannot be right.
+    /// An invalid offset or size.
     pub(super) fn snapshot_l1(&self, snapshot: &Snapshot) -> Result<Table> {
         let geometry = self.header.geometry;
         let len = u64::from(snapshot.l1_size) * 8;
@@ -171,8 +171,8 @@ impl Qcow2 {
         Ok(Table { class, offset, len })
     }
 
-    /// The L1 table of a snapshot, for those who only know the error number of what is wrong with it: the reason is shown
-    /// before that, as by the original.
+    /// [`Qcow2::snapshot_l1`] for operations whose error is only an errno: the reason is reported in a line before, as
+    /// in qemu-img.
     pub(super) fn snapshot_l1_or_errno(&self, snapshot: &Snapshot) -> Result<Table> {
         self.snapshot_l1(snapshot).map_err(|error| {
             let errno = if error.kind() == ErrorKind::Limit {
@@ -184,10 +184,10 @@ impl Qcow2 {
         })
     }
 
-    /// The disk that a snapshot kept. Only one of `id` and `name` is given, or both have to fit.
+    /// Opens the disk of the snapshot with this ID and this name; `None` matches any.
     ///
     /// # Errors
-    /// No such snapshot, or one whose table cannot be right.
+    /// No such snapshot, or an invalid L1 table.
     pub(super) fn open_snapshot(&self, id: Option<&str>, name: Option<&str>) -> Result<Arc<Self>> {
         let fits = |snapshot: &Snapshot| {
             id.is_none_or(|id| snapshot.info.id == id) && name.is_none_or(|name| snapshot.info.name == name)
@@ -206,15 +206,11 @@ impl Qcow2 {
     }
 }
 
-pub(super) fn index_of(value: u64) -> usize {
-    usize::try_from(value).unwrap_or(usize::MAX)
-}
-
-/// The extra data of an entry as it is written anew: what this version of the format demands, and what was known already,
-/// the data of other programs included. `disk_size` is the disk's.
+/// Completes the extra data of an entry that is written again: known data and data of other programs stay, missing
+/// fields get their defaults. `disk_size` is the size of the active disk.
 pub(super) fn completed(raw: &RawSnapshot, mut extra: Vec<u8>, disk_size: u64) -> Vec<u8> {
     if extra.len() < KNOWN_EXTRA {
-        // Part of a number says nothing.
+        // An incomplete number is dropped.
         let whole = extra.len() / 8;
         extra.truncate(whole * 8);
         let defaults = [u64::from(raw.vm_state_size.get()), disk_size, NO_ICOUNT];

@@ -1,4 +1,4 @@
-//! Crashes at every moment: the image opens, has leaked clusters at worst, and holds what was made durable.
+//! Simulated crashes at every request: the image opens, has leaked clusters at worst, and holds all durable data.
 
 use std::sync::Arc;
 
@@ -14,7 +14,7 @@ use crate::testing::{Closed, contents};
 
 const SAMPLES: usize = 12;
 
-/// How many crashes were tried.
+/// Simulates crashes at all requests of a scenario. Returns the number of crashes.
 fn crash_everywhere(scenario: &Scenario, memory: usize) -> usize {
     let (files, before, mut model) = scenario.prepare();
     let journal: Arc<Journal> = Arc::default();
@@ -23,7 +23,7 @@ fn crash_everywhere(scenario: &Scenario, memory: usize) -> usize {
         .enumerate()
         .map(|(i, bytes)| Arc::new(RecordingDevice::new(bytes.clone(), i, &journal)) as Arc<dyn Device>)
         .collect();
-    // What may be found after a crash from a position of the journal on.
+    // The states that are allowed after a crash, by the journal position from which on they apply.
     let mut models: Vec<(usize, Model)> = vec![(0, model.clone())];
     let image = open_with_memory(&devices, memory).expect("opens");
     for step in &scenario.steps {
@@ -66,15 +66,15 @@ fn a_crash_leaves_leaked_clusters_at_worst() {
 }
 
 #[test]
-fn a_crash_while_tables_leave_memory_leaves_leaked_clusters_at_worst() {
+fn a_crash_while_pages_are_evicted_leaves_leaked_clusters_at_worst() {
     crash_in_all_scenarios(SCARCE);
 }
 
 #[test]
-fn unknown_features_are_disclaimed_before_anything_changes() {
+fn unknown_autoclear_features_are_cleared_before_anything_changes() {
     const AUTOCLEAR: usize = 88;
     let mut file = create("cluster_size=4096", 1 << 16, &Closed).contents();
-    // Bit 63, which nobody has given a meaning.
+    // Bit 63 has no meaning in any specification.
     file[AUTOCLEAR] = 0x80;
     let journal: Arc<Journal> = Arc::default();
     let device: Arc<dyn Device> = Arc::new(RecordingDevice::new(file.clone(), 0, &journal));
@@ -88,9 +88,9 @@ fn unknown_features_are_disclaimed_before_anything_changes() {
 }
 
 #[test]
-fn what_a_crash_left_behind_the_end_does_not_come_back() {
+fn clusters_left_beyond_the_end_by_a_crash_do_not_reappear() {
     const OLD: u64 = 256 << 10;
-    // Inside a cluster, of a disk that has more than one L2 table where clusters are small.
+    // The sizes end inside a cluster; with small clusters the disk has more than one L2 table.
     const NEW: u64 = 100 << 10 | 512;
     for options in [
         "cluster_size=4096",

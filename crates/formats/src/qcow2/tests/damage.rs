@@ -1,8 +1,8 @@
-//! One entry of any table is wrong, and the image is changed: whatever could be read before still reads the same, or as
-//! the change has it.
+//! Changes of images with one damaged table entry: all data that was readable before reads the same afterwards, or as
+//! the change has written it.
 //!
 //! ```text
-//!   sound image ── damage to one entry ──► what can be read and has not changed by that: kept
+//!   sound image ── damage to one entry ──► bytes that are still readable and equal: kept
 //!                                      └──► a change, which may fail ──► each kept byte: the old one, or the new one
 //! ```
 
@@ -16,9 +16,9 @@ use super::create;
 use super::scenario::{Step, in_memory, open_layer, open_on};
 use crate::testing::Closed;
 
-/// Cases where nothing else is said.
+/// The default number of cases.
 const CASES: u64 = 3000;
-/// How many cases are run instead.
+/// The environment variable with another number of cases.
 const CASES_VARIABLE: &str = "DAMAGE_STEPS";
 
 const SIZE: u64 = 40 * CLUSTER;
@@ -33,7 +33,7 @@ const FORMS: [&str; 6] = [
     "cluster_size=16384,extended_l2=on",
 ];
 
-/// Numbers that follow from a seed (splitmix64).
+/// A generator of reproducible random numbers (splitmix64).
 struct Random(u64);
 
 impl Random {
@@ -50,10 +50,10 @@ impl Random {
     }
 }
 
-/// The bytes of a disk, and which of them could be read.
+/// The bytes of a disk; `None` for those that cannot be read.
 type Disk = Vec<Option<u8>>;
 
-/// The bytes of a disk, cluster by cluster: one that cannot be read hides no other.
+/// Reads a disk in small parts, so that an unreadable part does not hide others.
 fn disk(image: &Image) -> Disk {
     let mut disk = Disk::new();
     let (mut at, end) = (0, image.len().min(SIZE));
@@ -69,14 +69,14 @@ fn disk(image: &Image) -> Disk {
     disk
 }
 
-/// What an image holds: its disk, and that of each snapshot.
+/// The contents of an image: its disk, and the disk of each snapshot.
 #[derive(Clone, Debug)]
-struct Holdings {
+struct Contents {
     disk: Disk,
     kept: Vec<(String, Disk)>,
 }
 
-fn holdings(file: &[u8]) -> Result<Holdings> {
+fn contents_of(file: &[u8]) -> Result<Contents> {
     let image = open_on(&in_memory(&[file.to_vec()]), false)?;
     let mut kept = Vec::new();
     let snapshots = image.layer().snapshots().expect("qcow2 has snapshots");
@@ -84,13 +84,13 @@ fn holdings(file: &[u8]) -> Result<Holdings> {
         let layer = snapshots.open(Some(&info.id), None)?;
         kept.push((info.name, disk(&Image::new(layer, None, "snapshot", false))));
     }
-    Ok(Holdings {
+    Ok(Contents {
         disk: disk(&image),
         kept,
     })
 }
 
-/// Forgets the clusters, of `unit` bytes, that damage alone has changed: what they show may be a table.
+/// Drops the clusters, of `unit` bytes, that the damage itself has changed: they may read as bytes of a table.
 fn keep_same(sound: &Disk, damaged: &mut Disk, unit: u64) {
     let unit = usize::try_from(unit).expect("small");
     for (at, cluster) in damaged.chunks_mut(unit).enumerate() {
@@ -112,7 +112,7 @@ fn sound_image(random: &mut Random) -> (Vec<u8>, bool) {
         let at = random.below(SIZE);
         let len = (random.below(5 * CLUSTER) + 1).min(SIZE - at);
         let bytes = vec![value; usize::try_from(len).expect("small")];
-        image.write_at(&bytes, at).expect("nothing is wrong yet");
+        image.write_at(&bytes, at).expect("the image is not damaged yet");
     };
     for _ in 0..1 + random.below(8) {
         write(random);
@@ -123,14 +123,16 @@ fn sound_image(random: &mut Random) -> (Vec<u8>, bool) {
             let at = random.below(SIZE / unit) * unit;
             Step::Compressed(at, 7)
                 .apply(&image)
-                .expect("nothing is wrong yet");
+                .expect("the image is not damaged yet");
         }
     }
-    // A cluster that a snapshot shares needs a count of two.
+    // A cluster that a snapshot shares needs a refcount of two.
     let snapshot = compresses && random.below(2) == 0;
     if snapshot {
-        image.flush().expect("nothing is wrong yet");
-        Step::Take("s").apply(&image).expect("nothing is wrong yet");
+        image.flush().expect("the image is not damaged yet");
+        Step::Take("s")
+            .apply(&image)
+            .expect("the image is not damaged yet");
         for _ in 0..random.below(4) {
             write(random);
         }
@@ -141,9 +143,9 @@ fn sound_image(random: &mut Random) -> (Vec<u8>, bool) {
     if random.below(3) == 0 {
         Step::Discard(random.below(SIZE / 2), random.below(SIZE / 2))
             .apply(&image)
-            .expect("nothing is wrong yet");
+            .expect("the image is not damaged yet");
     }
-    image.flush().expect("nothing is wrong yet");
+    image.flush().expect("the image is not damaged yet");
     drop(image);
     (file.contents(), snapshot)
 }
@@ -159,16 +161,16 @@ fn add_bitmap(image: &Image, name: &str) -> Result<()> {
     }
 }
 
-/// A sound image, taken apart as far as damage to it needs.
+/// The parsed structures of a sound image, as far as damaging it needs them.
 struct Layout<'a> {
     file: &'a [u8],
     cluster: u64,
-    /// Bits of a refcount.
+    /// The width of a refcount in bits.
     refcount_bits: u64,
-    /// Where entries of tables are: the offset in the file.
+    /// The host offsets of all table entries.
     entries: Vec<u64>,
-    /// Where structures and data are.
-    places: Vec<u64>,
+    /// The host offsets of structures and data.
+    offsets: Vec<u64>,
 }
 
 const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
@@ -180,29 +182,29 @@ impl<'a> Layout<'a> {
             cluster: 0,
             refcount_bits: 16,
             entries: vec![40, 48],
-            places: vec![0],
+            offsets: vec![0],
         };
         layout.cluster = 1 << layout.short(20);
         if layout.short(4) >= 3 {
             layout.refcount_bits = 1 << layout.short(96);
         }
-        layout.l1(layout.word(40), layout.short(36));
-        let table = layout.word(48);
-        layout.places.push(table);
+        layout.l1(layout.number(40), layout.short(36));
+        let table = layout.number(48);
+        layout.offsets.push(table);
         for i in 0..3 {
             layout.entries.push(table + i * 8);
-            layout.places.push(layout.word(table + i * 8) & OFFSET);
+            layout.offsets.push(layout.number(table + i * 8) & OFFSET);
         }
         if layout.short(60) > 0 {
-            let entry = layout.word(64);
-            layout.places.push(entry);
+            let entry = layout.number(64);
+            layout.offsets.push(entry);
             layout.entries.extend([64, entry]);
-            layout.l1(layout.word(entry), layout.short(entry + 8));
+            layout.l1(layout.number(entry), layout.short(entry + 8));
         }
         layout
     }
 
-    fn word(&self, at: u64) -> u64 {
+    fn number(&self, at: u64) -> u64 {
         let bytes = usize::try_from(at)
             .ok()
             .and_then(|at| self.file.get(at..)?.first_chunk());
@@ -210,33 +212,33 @@ impl<'a> Layout<'a> {
     }
 
     fn short(&self, at: u64) -> u64 {
-        self.word(at) >> 32
+        self.number(at) >> 32
     }
 
     fn l1(&mut self, table: u64, count: u64) {
-        self.places.push(table);
+        self.offsets.push(table);
         for i in 0..count {
             self.entries.push(table + i * 8);
-            let l2 = self.word(table + i * 8) & OFFSET;
+            let l2 = self.number(table + i * 8) & OFFSET;
             if l2 == 0 {
                 continue;
             }
-            self.places.push(l2);
+            self.offsets.push(l2);
             for index in 0..SIZE / CLUSTER {
                 let at = l2 + index * 8;
                 self.entries.push(at);
-                self.places.push(self.word(at) & OFFSET & !(self.cluster - 1));
+                self.offsets.push(self.number(at) & OFFSET & !(self.cluster - 1));
             }
         }
     }
 
-    /// The file with one entry damaged, and what was done.
+    /// The file with one damaged entry, and a description of the damage.
     fn damage(&self, random: &mut Random) -> (Vec<u8>, String) {
         let mut file = self.file.to_vec();
         let clusters = file.len() as u64 / self.cluster;
         if random.below(3) == 0 {
-            // One refcount, in the only block that images as small as these have.
-            let block = self.word(self.word(48)) & OFFSET;
+            // One refcount, in the only block of these small images.
+            let block = self.number(self.number(48)) & OFFSET;
             let cluster = random.below(clusters);
             let bit = cluster * self.refcount_bits;
             let at = usize::try_from(block + bit / 8).expect("small");
@@ -256,14 +258,14 @@ impl<'a> Layout<'a> {
             1 => random.of(&[1, 1 << 63, u64::MAX, 1 << 62, 0x200]),
             2 => ((clusters + random.below(3)) * self.cluster) | random.of(&[0, 1 << 63]),
             3 => random.below(clusters) * self.cluster + 512,
-            4 => self.word(at) ^ (1 << random.below(64)),
-            _ => random.of(&self.places) | random.of(&[0, 1 << 63, 1 << 63, 1 << 62]),
+            4 => self.number(at) ^ (1 << random.below(64)),
+            _ => random.of(&self.offsets) | random.of(&[0, 1 << 63, 1 << 63, 1 << 62]),
         };
         let start = usize::try_from(at).expect("small");
         file[start..start + 8].copy_from_slice(&value.to_be_bytes());
         (
             file,
-            format!("entry at {at:#x} {:#x} -> {value:#x}", self.word(at)),
+            format!("entry at {at:#x} {:#x} -> {value:#x}", self.number(at)),
         )
     }
 }
@@ -324,8 +326,8 @@ fn apply(file: &Arc<MemoryDevice>, change: Change) -> Result<()> {
     image.flush()
 }
 
-/// What a kept byte may be after `change`: the old value is `old`, at `at` of the disk. The second is what it has to be if
-/// the change succeeded; none where it may be gone.
+/// The value that the kept byte at guest offset `at` has after `change`, if the change succeeds. `old` is its old
+/// value. `None` if any value is allowed.
 fn new_value(change: Change, at: usize, old: Option<u8>, kept: Option<&Disk>, unit: u64) -> Option<u8> {
     let inside = |start: u64, len: u64| (start..start + len).contains(&(at as u64));
     match change {
@@ -339,10 +341,10 @@ fn new_value(change: Change, at: usize, old: Option<u8>, kept: Option<&Disk>, un
     }
 }
 
-/// What is wrong with the disk after a change, if anything.
-fn judge(
-    before: &Holdings,
-    after: &Holdings,
+/// Describes the first wrong byte after a change, if there is one.
+fn find_loss(
+    before: &Contents,
+    after: &Contents,
     change: Change,
     outcome: &Result<()>,
     unit: u64,
@@ -366,7 +368,7 @@ fn judge(
         let now = now.flatten();
         let is_new = match new {
             Some(new) => now == Some(new),
-            // Discarded, or from a part of the snapshot that could not be read before.
+            // The byte was discarded, or is from a part of the snapshot that could not be read before.
             None => true,
         };
         if !is_new && (outcome.is_ok() || now != Some(*old)) {
@@ -396,15 +398,15 @@ fn judge(
     None
 }
 
-/// Runs one case; what is wrong, if anything. Whether the change failed.
+/// Runs one case. Returns whether the change failed, or a description of lost data.
 fn run(seed: u64) -> std::result::Result<bool, String> {
     let mut random = Random(seed);
     let (sound, snapshot) = sound_image(&mut random);
     let layout = Layout::new(&sound);
     let unit = layout.cluster;
     let (damaged, damage) = layout.damage(&mut random);
-    let held = holdings(&sound).expect("a sound image");
-    let Ok(mut before) = holdings(&damaged) else {
+    let held = contents_of(&sound).expect("a sound image");
+    let Ok(mut before) = contents_of(&damaged) else {
         return Ok(true);
     };
     keep_same(&held.disk, &mut before.disk, unit);
@@ -420,16 +422,16 @@ fn run(seed: u64) -> std::result::Result<bool, String> {
     let file = Arc::new(MemoryDevice::new(damaged));
     let outcome = apply(&file, change);
     let story = || format!("seed {seed}: {damage}; {change:?}: {:?}", outcome.as_ref().err());
-    let after = holdings(&file.contents())
+    let after = contents_of(&file.contents())
         .map_err(|error| format!("{}: does not open any more: {}", story(), error.chain()))?;
-    match judge(&before, &after, change, &outcome, unit) {
+    match find_loss(&before, &after, change, &outcome, unit) {
         None => Ok(outcome.is_err()),
         Some(wrong) => Err(format!("{}: {wrong}", story())),
     }
 }
 
 #[test]
-fn a_change_of_a_damaged_image_loses_nothing_that_it_held() {
+fn a_change_of_a_damaged_image_loses_no_readable_data() {
     let given = std::env::var(CASES_VARIABLE)
         .ok()
         .and_then(|text| text.parse().ok());

@@ -1,4 +1,4 @@
-//! Images whose guest data is encrypted with the passphrase itself.
+//! Images with AES encryption, whose key is the passphrase.
 
 use std::sync::Arc;
 
@@ -36,10 +36,10 @@ fn host_of(image: &Image, guest: u64) -> u64 {
 }
 
 #[test]
-fn sectors_are_numbered_by_where_they_are_on_the_disk() {
+fn sector_numbers_follow_guest_offsets() {
     let file = create(AES, 1 << 20, &Closed);
     let image = open(&file, true, &Closed, None).expect("opens");
-    // The later part of the disk comes first in the file.
+    // The cluster with the higher guest offset has the lower host offset.
     for guest in [0x80000, 0x1000] {
         image.write_at(&[0x5a; 4096], guest).expect("writes");
     }
@@ -61,7 +61,7 @@ fn sectors_are_numbered_by_where_they_are_on_the_disk() {
 }
 
 #[test]
-fn the_first_sixteen_bytes_of_a_passphrase_count() {
+fn only_the_first_sixteen_bytes_of_a_passphrase_are_used() {
     let file = create(AES, 1 << 16, &Closed);
     let image = open(&file, true, &Closed, None).expect("opens");
     image.write_at(&[7; 1000], 100).expect("writes");
@@ -75,7 +75,7 @@ fn the_first_sixteen_bytes_of_a_passphrase_count() {
 }
 
 #[test]
-fn encrypted_bytes_lie_nowhere_as_they_are() {
+fn the_file_holds_no_plain_text() {
     let file = create(AES, 1 << 16, &Closed);
     let image = open(&file, true, &Closed, None).expect("opens");
     image.write_at(&[7; 8192], 0).expect("writes");
@@ -122,7 +122,7 @@ fn zero_clusters_still_read_as_zero_in_version_2() {
     }
 }
 
-/// An image with data in several clusters, one of which a snapshot has, too.
+/// An image with data in several clusters, one of which a snapshot shares.
 fn with_data() -> Vec<u8> {
     let file = create(AES, 1 << 18, &Closed);
     let image = open(&file, true, &Closed, None).expect("opens");
@@ -134,7 +134,7 @@ fn with_data() -> Vec<u8> {
             date_sec: 0,
             date_nsec: 0,
         })
-        .expect("is taken");
+        .expect("creates a snapshot");
     image.write_at(&[2; 5000], 10_000).expect("writes");
     image.flush().expect("flushes");
     file.contents()
@@ -158,9 +158,9 @@ proptest! {
     ) {
         let bytes = with_data();
         let file = Arc::new(MemoryDevice::new(bytes.clone()));
-        for (place, value) in pokes {
-            // Tables and header fields are aligned words.
-            let at = place.index(bytes.len() / 8) * 8;
+        for (position, value) in pokes {
+            // Table entries and header fields are aligned numbers.
+            let at = position.index(bytes.len() / 8) * 8;
             file.write_at(&value.to_be_bytes(), at as u64).expect("pokes");
         }
         let _ = use_all(&file);

@@ -1,4 +1,5 @@
-//! Every request in turn fails: the operation says so, nothing that was durable is lost, and the image goes on working.
+//! Injects a fault into each request in turn: the operation returns an error, no durable data is lost, and the image
+//! still works afterwards.
 
 use std::sync::Arc;
 
@@ -9,7 +10,7 @@ use super::scenario::{Before, Files, Model, PLENTY, SCARCE, Scenario, Step, find
 use super::scenarios;
 use crate::testing::contents;
 
-/// Devices in memory that fail, and what they hold.
+/// Faulty devices and the memory behind them.
 struct Disks {
     memories: Vec<Arc<MemoryDevice>>,
     faulty: Vec<Arc<FaultyDevice>>,
@@ -40,9 +41,9 @@ impl Disks {
     }
 }
 
-/// What went wrong with a scenario.
+/// The outcome of a scenario with a fault.
 struct Outcome {
-    /// Whether the fault was met.
+    /// Whether a request hit the fault.
     met: bool,
     complaint: Option<String>,
 }
@@ -52,9 +53,9 @@ struct Attempt<'a> {
     model: Model,
     before: &'a Before,
     disks: Disks,
-    /// The device that fails.
+    /// The device with the fault.
     failing: usize,
-    /// For cached pages of tables.
+    /// The memory for cached pages.
     memory: usize,
 }
 
@@ -69,7 +70,7 @@ impl Attempt<'_> {
         }
     }
 
-    /// Whether the fault was met; what is wrong afterwards.
+    /// Runs the scenario. Returns whether a request hit the fault, or a description of what is wrong afterwards.
     fn go(&mut self) -> Result<bool, String> {
         let mut errors = 0;
         let mut image = match open_with_memory(&self.disks.devices(), self.memory) {
@@ -77,27 +78,27 @@ impl Attempt<'_> {
             Err(error) => {
                 expect_ours(&error)?;
                 let _ = self.disks.faulty[self.failing].disarm();
-                self.judge(&self.model.crashed, "after it did not open")?;
+                self.check_contents(&self.model.crashed, "after it did not open")?;
                 return Ok(true);
             }
         };
-        // As if the process had ended after the step that follows the failure, or here.
+        // The files as after a process that ends here, or after the step that follows the failure.
         let mut watch = false;
         for step in &self.scenario.steps {
             let failed = self.step(&image, step)?;
             if watch {
-                self.judge(&self.model.crashed, "one step later")?;
+                self.check_contents(&self.model.crashed, "one step later")?;
             }
             watch = failed && errors == 0;
             errors += u32::from(failed);
         }
-        self.judge(&self.model.crashed, "before healing")?;
+        self.check_contents(&self.model.crashed, "before healing")?;
         let failed = self.disks.faulty[self.failing].disarm();
         if failed == 0 {
             return Ok(false);
         }
         if errors == 0 {
-            return Err(format!("{failed} requests failed and nobody said so"));
+            return Err(format!("{failed} requests failed and no step reported it"));
         }
         if self
             .scenario
@@ -105,11 +106,11 @@ impl Attempt<'_> {
             .iter()
             .any(|step| matches!(step, Step::Amend(_)))
         {
-            // It is another image now, at least as far as that had got.
+            // A failed amend may have changed some options, so the image is opened again.
             image = open_with_memory(&self.disks.devices(), self.memory)
                 .map_err(|error| format!("does not open again: {}", error.chain()))?;
         }
-        // It goes on working, and what is written now does not end up in places that are in use.
+        // The image still works, and new data does not overwrite clusters in use.
         let part = image.len() / 8 / 512 * 512;
         let again = [
             Step::Flush,
@@ -124,7 +125,7 @@ impl Attempt<'_> {
                 return Err(format!("{step:?} fails after healing"));
             }
             if matches!(step, Step::Flush) {
-                self.judge(&self.model.now, "after healing")?;
+                self.check_contents(&self.model.now, "after healing")?;
                 let disk = contents(&image);
                 if let Some(wrong) = self.model.now.refuse(&disk) {
                     return Err(format!("read through the image: {wrong}"));
@@ -134,7 +135,7 @@ impl Attempt<'_> {
         Ok(true)
     }
 
-    /// Whether it failed.
+    /// Runs a step. Returns whether it failed.
     fn step(&mut self, image: &Image, step: &Step) -> Result<bool, String> {
         self.model.begin(step);
         match step.apply(image) {
@@ -149,7 +150,7 @@ impl Attempt<'_> {
         }
     }
 
-    fn judge(&self, state: &super::scenario::State, when: &str) -> Result<(), String> {
+    fn check_contents(&self, state: &super::scenario::State, when: &str) -> Result<(), String> {
         match find_fault(&self.disks.contents(), state, self.before) {
             Some(fault) => Err(format!("{when}: {fault}")),
             None => Ok(()),
@@ -168,10 +169,10 @@ fn expect_ours(error: &diskimage_core::Error) -> Result<(), String> {
     }
 }
 
-/// Makes the fault that hits the n-th request.
+/// Makes the fault for the n-th request.
 type Kind = fn(u64) -> Fault;
 
-/// How many faults were met, and the first complaints.
+/// Returns how many faults were hit, and the first errors found.
 fn fail_everywhere(scenario: &Scenario, memory: usize, kinds: &[Kind]) -> (u32, Vec<String>) {
     let (files, before, model) = scenario.prepare();
     let mut count = 0;
@@ -218,12 +219,13 @@ fn fail_in_all_scenarios(memory: usize, kinds: &[Kind]) {
 }
 
 #[test]
-fn a_failed_request_is_reported_and_harms_nothing() {
+fn a_failed_request_is_reported_and_loses_no_data() {
     fail_in_all_scenarios(PLENTY, &[Fault::once, Fault::from, |n| Fault::once(n).torn()]);
 }
 
 #[test]
-fn a_failed_request_while_tables_leave_memory_is_reported_and_harms_nothing() {
-    // Many requests: the kind that the rest of the scenario goes on after is the one that finds most.
+fn a_failed_request_while_pages_are_evicted_is_reported_and_loses_no_data() {
+    // The scenario has many requests. A fault after which it continues finds the most errors, so only that kind is
+    // used.
     fail_in_all_scenarios(SCARCE, &[Fault::once]);
 }

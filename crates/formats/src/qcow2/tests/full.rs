@@ -1,4 +1,4 @@
-//! Full disks: the file cannot grow beyond some length.
+//! Full disks: the file cannot grow beyond a limit.
 
 use std::sync::Arc;
 
@@ -6,26 +6,26 @@ use diskimage_core::{Device, MemoryDevice, Repair, errno};
 use diskimage_testing::{FaultyDevice, Journal, RecordingDevice};
 
 use super::scenario::{
-    Model, PLENTY, Scenario, Step, find_fault, find_fault_sparing_flags, open_on, open_with_memory, report,
+    Model, PLENTY, Scenario, Step, find_fault, find_fault_ignoring_flags, open_on, open_with_memory, report,
 };
 use super::scenarios;
 
 const SAMPLES: usize = 12;
-/// The unit that lengths are multiples of.
+/// The tried limits are multiples of this.
 const SECTOR: u64 = 512;
-/// Lengths that are tried.
+/// The number of limits that are tried.
 const STEPS: u64 = 100;
 
-/// What came of the steps of a scenario.
+/// The outcome of a scenario with a limit.
 struct Outcome {
-    /// Whether the limit was met.
+    /// Whether a request hit the limit.
     met: bool,
-    /// How many snapshots could not be taken of an image that was sound and all in the file.
+    /// The number of snapshots that could not be created of a sound image within the limit.
     refused: u32,
 }
 
-/// Does the steps of `scenario` on a file of `limit` bytes at most.
-fn run_out_of_room(scenario: &Scenario, limit: u64) -> Result<Outcome, String> {
+/// Runs the steps of `scenario` on a file of at most `limit` bytes.
+fn run_out_of_space(scenario: &Scenario, limit: u64) -> Result<Outcome, String> {
     let (files, before, mut model) = scenario.prepare();
     let memories: Vec<_> = files
         .iter()
@@ -50,7 +50,7 @@ fn run_out_of_room(scenario: &Scenario, limit: u64) -> Result<Outcome, String> {
         model.begin(step);
         match step.apply(&image) {
             Ok(()) => model.done(step),
-            // A snapshot that could not be taken cannot be applied either, in the words of these tests.
+            // A snapshot that could not be created cannot be applied either: `find_snapshot` then returns EIO.
             Err(error) if [Some(errno::ENOSPC), Some(errno::EIO)].contains(&error.errno()) => {
                 if sound {
                     refused += 1;
@@ -80,12 +80,12 @@ fn without_leaks(files: &[Vec<u8>]) -> Result<(), String> {
     }
 }
 
-fn run_out_of_room_everywhere(scenarios: &[Scenario]) {
+fn run_out_of_space_everywhere(scenarios: &[Scenario]) {
     for scenario in scenarios {
         let (files, ..) = scenario.prepare();
         let (mut count, mut refused) = (0, 0);
         for limit in (0..STEPS).map(|n| files[0].len() as u64 + n * 2 * SECTOR) {
-            match run_out_of_room(scenario, limit) {
+            match run_out_of_space(scenario, limit) {
                 Ok(outcome) if !outcome.met => break,
                 Ok(outcome) => {
                     count += 1;
@@ -100,13 +100,13 @@ fn run_out_of_room_everywhere(scenarios: &[Scenario]) {
 }
 
 #[test]
-fn on_a_full_disk_a_snapshot_is_taken_or_the_image_stays_as_it_was() {
-    run_out_of_room_everywhere(&scenarios::snapshots());
+fn on_a_full_disk_a_snapshot_is_created_or_the_image_is_unchanged() {
+    run_out_of_space_everywhere(&scenarios::snapshots());
 }
 
 #[test]
 fn on_a_full_disk_snapshots_are_applied_and_deleted() {
-    for scenario in scenarios::snapshots_without_room() {
+    for scenario in scenarios::snapshots_on_full_disk() {
         let (files, before, mut model) = scenario.prepare();
         let memory = Arc::new(MemoryDevice::new(files[0].clone()));
         let faulty = Arc::new(FaultyDevice::new(Arc::<MemoryDevice>::clone(&memory)));
@@ -129,8 +129,8 @@ fn on_a_full_disk_snapshots_are_applied_and_deleted() {
     }
 }
 
-/// How many crashes were tried while snapshots changed in place.
-fn crash_without_room(scenario: &Scenario) -> usize {
+/// Simulates crashes while snapshots change in place. Returns the number of crashes.
+fn crash_on_full_disk(scenario: &Scenario) -> usize {
     let (files, before, mut model) = scenario.prepare();
     let journal: Arc<Journal> = Arc::default();
     let recorder = Arc::new(RecordingDevice::new(files[0].clone(), 0, &journal));
@@ -149,7 +149,7 @@ fn crash_without_room(scenario: &Scenario) -> usize {
             model.crashed.may_be_empty(name);
         }
         models.push((journal.len(), model.clone()));
-        step.apply(&image).expect("takes no room");
+        step.apply(&image).expect("needs no space");
         model.done(step);
         models.push((journal.len(), model.clone()));
     }
@@ -157,7 +157,7 @@ fn crash_without_room(scenario: &Scenario) -> usize {
     let count = journal.crashes(&files, SAMPLES, 0x5eed, |crash| {
         let known = models.partition_point(|(position, _)| *position <= crash.position);
         let (_, model) = &models[known - 1];
-        if let Some(fault) = find_fault_sparing_flags(crash.files, &model.crashed, &before) {
+        if let Some(fault) = find_fault_ignoring_flags(crash.files, &model.crashed, &before) {
             faults.push(format!("at {} ({}): {fault}", crash.position, crash.kept));
         }
     });
@@ -174,8 +174,8 @@ fn crash_without_room(scenario: &Scenario) -> usize {
 
 #[test]
 fn a_crash_on_a_full_disk_leaves_a_sound_image() {
-    for scenario in scenarios::snapshots_without_room() {
-        let count = crash_without_room(&scenario);
+    for scenario in scenarios::snapshots_on_full_disk() {
+        let count = crash_on_full_disk(&scenario);
         assert!(count > 100, "{}: {count} crashes", scenario.name);
     }
 }

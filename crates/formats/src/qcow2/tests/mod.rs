@@ -1,4 +1,4 @@
-//! Models: random operations on an image in memory against a plain vector of bytes.
+//! Model tests: random operations on an image in memory, compared with a vector of bytes.
 
 use std::sync::Arc;
 
@@ -22,7 +22,7 @@ mod scenario;
 mod scenarios;
 mod zeroes;
 
-/// What encrypted images are opened with; the others do not ask for it.
+/// The node options for encrypted images. Other images ignore them.
 pub(super) fn with_key() -> NodeOptions {
     let mut node = NodeOptions::new();
     node.set("encrypt.key-secret", "s");
@@ -90,11 +90,11 @@ pub(super) enum Op {
 pub(super) const SIZE: u64 = 200_704;
 
 pub(super) fn op() -> impl Strategy<Value = Op> {
-    let place = (0..SIZE, 1..40_000u64);
+    let range = (0..SIZE, 1..40_000u64);
     prop_oneof![
-        5 => (place.clone(), 1..=255u8).prop_map(|((at, len), byte)| Op::Write(at, len, byte)),
-        2 => (place.clone(), any::<bool>()).prop_map(|((at, len), unmap)| Op::Zero(at, len, unmap)),
-        1 => place.prop_map(|(at, len)| Op::Discard(at, len)),
+        5 => (range.clone(), 1..=255u8).prop_map(|((at, len), byte)| Op::Write(at, len, byte)),
+        2 => (range.clone(), any::<bool>()).prop_map(|((at, len), unmap)| Op::Zero(at, len, unmap)),
+        1 => range.prop_map(|(at, len)| Op::Discard(at, len)),
         1 => (1..SIZE / 512).prop_map(|sectors| Op::Resize(sectors * 512)),
         1 => Just(Op::Reopen),
     ]
@@ -145,7 +145,7 @@ fn check_model(options_text: &str, with_backing: bool, ops: &[Op]) {
             Op::Discard(start, n) => {
                 let range = clip(start, n);
                 image.discard(range).expect("discards");
-                // What a discard leaves is the image's own matter; make it known again.
+                // A discarded range may read as anything: zeroes make it known again.
                 image.write_zeroes(range, ZeroMode::Unmap).expect("zeroes");
                 model[at(range)].fill(0);
             }
@@ -206,7 +206,7 @@ proptest! {
         with_backing in any::<bool>(),
         ops in prop::collection::vec(op(), 1..25),
     ) {
-        // A raw data file has no image below, and version 2 cannot hide what is below.
+        // A raw data file excludes a backing image, and version 2 cannot hide a backing image with zeroes.
         let with_backing = with_backing && !FORMS[form].contains("raw") && !FORMS[form].contains("0.10");
         check_model(FORMS[form], with_backing, &ops);
     }

@@ -1,4 +1,4 @@
-//! Crashes and faults in the middle of a repair: the disk reads as before, and the next repair finishes the work.
+//! Crashes and faults during a repair: the disk reads as before, and the next repair completes the work.
 
 use std::sync::Arc;
 
@@ -9,7 +9,7 @@ use super::scenario::Step::{Resize, Write};
 use super::scenario::{Files, Scenario, in_memory, open_layer, open_on, report, snapshots};
 use crate::testing::contents;
 
-/// A damaged image, and what mends it.
+/// A damaged image, and the operation that repairs it.
 struct Damage {
     name: &'static str,
     options: &'static str,
@@ -21,10 +21,10 @@ struct Damage {
 const CLUSTER: usize = 4096;
 
 fn number(file: &[u8], at: usize) -> usize {
-    let word = file[at..at + 8]
+    let field = file[at..at + 8]
         .iter()
         .fold(0u64, |n, byte| n << 8 | u64::from(*byte));
-    usize::try_from(word & 0x00ff_ffff_ffff_fe00).expect("small")
+    usize::try_from(field & 0x00ff_ffff_ffff_fe00).expect("small")
 }
 
 fn refcount_table(file: &[u8]) -> usize {
@@ -35,12 +35,12 @@ fn l1(file: &[u8]) -> usize {
     number(file, 40)
 }
 
-/// Where the first L2 table is.
+/// The host offset of the first L2 table.
 fn l2(file: &[u8]) -> usize {
     number(file, l1(file))
 }
 
-/// Where the guest's cluster is.
+/// The host offset of the guest cluster `cluster`.
 fn data(file: &[u8], cluster: usize) -> usize {
     number(file, l2(file) + cluster * 8)
 }
@@ -51,7 +51,7 @@ fn set_count(file: &mut [u8], offset: usize, count: u8) {
     file[at..at + 2].copy_from_slice(&[0, count]);
 }
 
-/// Clusters in use that count as free: the refcount structures are made anew.
+/// Sets refcounts of clusters in use to zero: the refcount structures must be rebuilt.
 fn uncount(file: &mut [u8]) {
     for cluster in [0, 3, 9] {
         let offset = data(file, cluster);
@@ -148,7 +148,7 @@ impl Damage {
             setup: vec![
                 Write(0, 100_000, 1),
                 Write(150_000, 40_000, 2),
-                // A table that was moved leaves a free place.
+                // A table that was moved leaves free clusters.
                 Resize(3 << 20, diskimage_core::Preallocation::Off),
                 Write(2_500_000, 5000, 3),
             ],
@@ -161,35 +161,35 @@ impl Damage {
         files
     }
 
-    fn mend(&self, devices: &[Arc<dyn Device>]) -> diskimage_core::Result<bool> {
+    fn repair(&self, devices: &[Arc<dyn Device>]) -> diskimage_core::Result<bool> {
         let layer = open_layer(devices, true, true)?;
         let report = layer.check(self.repair, &Progress::none())?;
         Ok(report.corruptions == 0 && report.check_errors == 0)
     }
 
-    /// What is wrong with what an interrupted repair left, if anything.
-    fn judge(&self, files: &[Vec<u8>], before: &[Vec<u8>]) -> Option<String> {
+    /// Describes what is wrong after an interrupted repair and the next one, if anything is.
+    fn find_fault(&self, files: &[Vec<u8>], before: &[Vec<u8>]) -> Option<String> {
         match disks(files, self.snapshot) {
             Ok(now) if now == before => {}
             Ok(_) => return Some("the disk has changed".to_owned()),
             Err(error) => return Some(format!("cannot be read: {}", error.chain())),
         }
         let devices = in_memory(files);
-        // A count beyond the end of the file is a leak only once the file reaches that far: mending can bring it about.
+        // A refcount beyond the end of the file becomes a leak once a repair grows the file that far.
         for round in 0..2 {
-            match self.mend(&devices) {
+            match self.repair(&devices) {
                 Ok(true) => {}
-                other => return Some(format!("cannot be mended: {other:?}")),
+                other => return Some(format!("cannot be repaired: {other:?}")),
             }
             let found = report(&**open_on(&devices, false).expect("opens").layer(), Repair::No);
             if (found.corruptions, found.check_errors) != (0, 0) || (round > 0 && found.leaks > 0) {
-                return Some(format!("not mended: {found:?}"));
+                return Some(format!("not repaired: {found:?}"));
             }
         }
-        let mended: Vec<Vec<u8>> = devices.iter().map(bytes_of).collect();
-        match disks(&mended, self.snapshot) {
+        let repaired: Vec<Vec<u8>> = devices.iter().map(bytes_of).collect();
+        match disks(&repaired, self.snapshot) {
             Ok(now) if now == before => None,
-            _ => Some("the disk has changed by mending".to_owned()),
+            _ => Some("the disk has changed by the repair".to_owned()),
         }
     }
 }
@@ -200,7 +200,7 @@ fn bytes_of(device: &Arc<dyn Device>) -> Vec<u8> {
     bytes
 }
 
-/// What the disk reads as, and what its snapshot does.
+/// The contents of the disk and of its snapshot.
 fn disks(files: &[Vec<u8>], snapshot: bool) -> diskimage_core::Result<Vec<Vec<u8>>> {
     let image = open_on(&in_memory(files), false)?;
     let mut all = vec![contents(&image)];
@@ -212,17 +212,17 @@ fn disks(files: &[Vec<u8>], snapshot: bool) -> diskimage_core::Result<Vec<Vec<u8
 }
 
 #[test]
-fn a_crash_during_a_repair_leaves_what_the_next_one_mends() {
+fn after_a_crash_during_a_repair_the_next_repair_succeeds() {
     for damage in damages() {
         let files = damage.files();
         let before = disks(&files, damage.snapshot).expect("readable");
         let journal: Arc<Journal> = Arc::default();
         let recorder: Arc<dyn Device> = Arc::new(RecordingDevice::new(files[0].clone(), 0, &journal));
-        assert!(damage.mend(&[recorder]).expect("mends"), "{}", damage.name);
+        assert!(damage.repair(&[recorder]).expect("repairs"), "{}", damage.name);
         assert!(!journal.is_empty(), "{}", damage.name);
         let mut faults = Vec::new();
         let count = journal.crashes(&files[..1], 30, 0x5eed, |crash| {
-            if let Some(fault) = damage.judge(crash.files, &before) {
+            if let Some(fault) = damage.find_fault(crash.files, &before) {
                 faults.push(format!("at {} ({}): {fault}", crash.position, crash.kept));
             }
         });
@@ -233,7 +233,7 @@ fn a_crash_during_a_repair_leaves_what_the_next_one_mends() {
 }
 
 #[test]
-fn a_failed_request_during_a_repair_is_reported_and_the_next_one_mends() {
+fn a_failed_request_during_a_repair_is_reported_and_the_next_repair_succeeds() {
     for damage in damages() {
         let files = damage.files();
         let before = disks(&files, damage.snapshot).expect("readable");
@@ -244,13 +244,13 @@ fn a_failed_request_during_a_repair_is_reported_and_the_next_one_mends() {
                 let memory = Arc::new(MemoryDevice::new(files[0].clone()));
                 let faulty = Arc::new(FaultyDevice::new(Arc::<MemoryDevice>::clone(&memory)));
                 faulty.arm(kind(n));
-                let outcome = damage.mend(&[Arc::<FaultyDevice>::clone(&faulty)]);
+                let outcome = damage.repair(&[Arc::<FaultyDevice>::clone(&faulty)]);
                 if faulty.disarm() == 0 {
                     break;
                 }
                 count += 1;
                 if let Ok(true) = outcome {
-                    // There was another way.
+                    // The repair succeeded in another way.
                     let image = open_on(&in_memory(&[memory.contents()]), false).expect("opens");
                     let found = report(&**image.layer(), Repair::No);
                     let fault = (found.corruptions, found.check_errors) != (0, 0);
@@ -265,7 +265,7 @@ fn a_failed_request_during_a_repair_is_reported_and_the_next_one_mends() {
                         kind(n)
                     );
                 }
-                let fault = damage.judge(&[memory.contents()], &before);
+                let fault = damage.find_fault(&[memory.contents()], &before);
                 assert!(fault.is_none(), "{}: {:?}: {fault:?}", damage.name, kind(n));
             }
         }

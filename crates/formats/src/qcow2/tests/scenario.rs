@@ -1,4 +1,5 @@
-//! What is done to an image in the tests of crashes and faults, and what it may read as afterwards.
+//! The scenarios of the crash and fault tests: steps that change an image, and a model of the contents allowed
+//! afterwards.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -14,76 +15,76 @@ use super::super::{Qcow2, Qcow2Format};
 use super::create;
 use crate::testing::{Closed, OneFile, contents};
 
-/// One thing done to an image. Clusters are filled with one value below 8.
+/// One operation on an image. Clusters are filled with one value below 8.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Step {
     Write(u64, u64, u8),
     Zero(u64, u64, ZeroMode),
     Discard(u64, u64),
-    /// The cluster at this offset, compressed.
+    /// Writes the cluster at this offset compressed.
     Compressed(u64, u8),
     Resize(u64, Preallocation),
-    /// Takes a snapshot of this name, which no other has had.
+    /// Creates a snapshot with this name, which is used once.
     Take(&'static str),
-    /// Goes back to that snapshot.
+    /// Applies that snapshot.
     Apply(&'static str),
-    /// Takes it away.
+    /// Deletes that snapshot.
     Drop(&'static str),
-    /// Changes what the image was created with; it has to be opened again.
+    /// Amends the image, which must be opened again afterwards.
     Amend(&'static str),
-    /// Gives up all data.
+    /// Frees all data.
     Empty,
-    /// Names another image below, with its format.
+    /// Sets another backing file and its format.
     Backing(&'static str, &'static str),
     Flush,
 }
 
-/// A way to do things to an image.
+/// An image and the steps that change it.
 #[derive(Debug)]
 pub(super) struct Scenario {
     pub(super) name: &'static str,
-    /// For creating it.
+    /// The creation options.
     pub(super) options: &'static str,
     pub(super) size: u64,
-    /// What is done first, and made durable.
+    /// The steps that run first and are flushed.
     pub(super) setup: Vec<Step>,
-    /// Puts the disk as it is after that into a snapshot.
+    /// Whether a snapshot is created after the first steps.
     pub(super) snapshot: bool,
-    /// Has a bitmap record what is written after that.
+    /// Whether a bitmap records the writes of the later steps.
     pub(super) bitmap: bool,
-    /// What is watched.
+    /// The steps under test.
     pub(super) steps: Vec<Step>,
 }
 
-/// What is known of an image before things are done to it.
+/// The facts about an image before the steps under test.
 #[derive(Debug)]
 pub(super) struct Before {
-    /// What the disk reads as.
+    /// The contents of the disk.
     disk: Vec<u8>,
-    /// Whether there is a snapshot of that.
+    /// Whether a snapshot holds these contents.
     snapshot: bool,
-    /// Whether a bitmap records what is written.
+    /// Whether a bitmap records writes.
     bitmap: bool,
-    /// What may be named as the image below.
+    /// The backing files that the header may name.
     backings: Vec<Option<Backing>>,
 }
 
 const BITMAP: &str = "b";
 
-/// How much of the disk one bit of the bitmap stands for.
+/// The granularity of the bitmap.
 const GRANULE: u64 = 4096;
 
 /// The contents of the files of an image: the image itself, and its data file if it has one.
 pub(super) type Files = Vec<Vec<u8>>;
 
 impl Scenario {
-    /// Whether nothing but options changes: few requests, few moments to crash at.
+    /// Whether all steps amend options: such scenarios have few requests.
     pub(super) fn only_amends(&self) -> bool {
         let amends = |step: &Step| matches!(step, Step::Amend(..) | Step::Flush);
         self.steps.iter().all(amends)
     }
 
-    /// The files, what is known of them, and what the disk may read as, when the watching begins.
+    /// Runs the first steps. Returns the files, the facts about them, and the model of the disk.
     pub(super) fn prepare(&self) -> (Files, Before, Model) {
         let data = Arc::new(MemoryDevice::default());
         let file = create(
@@ -99,7 +100,7 @@ impl Scenario {
         let image = open_on(&devices, true).expect("opens");
         for step in self.setup.iter().chain(&[Step::Flush]) {
             model.begin(step);
-            step.apply(&image).expect("nothing fails yet");
+            step.apply(&image).expect("no fault yet");
             model.done(step);
         }
         if self.bitmap {
@@ -109,8 +110,8 @@ impl Scenario {
                 granularity: Some(GRANULE),
                 enabled: true,
             };
-            bitmaps.add(&bitmap).expect("nothing fails yet");
-            image.flush().expect("nothing fails yet");
+            bitmaps.add(&bitmap).expect("no fault yet");
+            image.flush().expect("no fault yet");
         }
         let before = Before {
             disk: contents(&image),
@@ -158,7 +159,7 @@ impl Step {
         }
     }
 
-    /// The image below that the step names, or that it names none; with an empty name.
+    /// The backing file that the step sets; an empty name removes it.
     fn backing(&self) -> Option<Option<Backing>> {
         match *self {
             Self::Backing(name, format) => Some((!name.is_empty()).then(|| Backing {
@@ -170,7 +171,7 @@ impl Step {
     }
 }
 
-/// The snapshot that was there before.
+/// The name of the snapshot that the first steps created.
 const KEPT: &str = "s";
 
 fn amend(image: &Image, list: &str) -> Result<()> {
@@ -185,7 +186,7 @@ pub(super) fn snapshots(image: &Image) -> &dyn Snapshots {
 
 fn find_snapshot(image: &Image, name: &str) -> Result<usize> {
     let list = snapshots(image).list()?;
-    // After a fault it may not have been taken; then there is nothing to do, and that fails as well.
+    // After a fault the snapshot may be missing; then the step fails as well.
     let found = list.iter().position(|snapshot| snapshot.name == name);
     found.ok_or_else(|| Error::from_errno(errno::EIO))
 }
@@ -199,11 +200,11 @@ pub(super) fn open_on(devices: &[Arc<dyn Device>], write: bool) -> Result<Image>
     open_layer(devices, write, false).map(|layer| Image::new(layer, None, "test", write))
 }
 
-/// The same for writing, with cached pages of tables that take up `memory` bytes at most.
+/// Opens the image for writing with at most `memory` bytes of cached pages.
 pub(super) fn open_with_memory(devices: &[Arc<dyn Device>], memory: usize) -> Result<Image> {
     let layer = open_layer(devices, true, false)?;
     layer.lock().metadata.cache.limit_memory(memory);
-    // Tables of snapshots change in copies, however few they are.
+    // Snapshots change tables in copies even if they are few.
     layer.lock().copied_from = 0;
     Ok(Image::new(layer, None, "test", true))
 }
@@ -223,10 +224,10 @@ pub(super) fn open_layer(devices: &[Arc<dyn Device>], write: bool, for_check: bo
     })
 }
 
-/// Memory for pages of tables in which all of a scenario's tables fit.
+/// Cache memory for all tables of a scenario.
 pub(super) const PLENTY: usize = 1 << 20;
 
-/// Memory for few pages: tables are written back and read again all the time, in the middle of things.
+/// Cache memory for few pages: pages are evicted and read again during operations.
 pub(super) const SCARCE: usize = 4096;
 
 pub(super) fn in_memory(files: &[Vec<u8>]) -> Vec<Arc<dyn Device>> {
@@ -234,12 +235,12 @@ pub(super) fn in_memory(files: &[Vec<u8>]) -> Vec<Arc<dyn Device>> {
     files.iter().map(device).collect()
 }
 
-/// What the disk may read as: for each byte the values that it may have, one bit for each.
+/// The allowed contents of the disk: for each byte the allowed values, one bit each.
 #[derive(Clone, Debug)]
 pub(super) struct Model {
-    /// While the image stays open.
+    /// Allowed while the image stays open.
     pub(super) now: State,
-    /// After a crash.
+    /// Allowed after a crash.
     pub(super) crashed: State,
 }
 
@@ -247,14 +248,14 @@ pub(super) struct Model {
 pub(super) struct State {
     lens: Vec<u64>,
     bytes: Vec<u8>,
-    /// What the snapshots taken by steps may read as, by name.
+    /// The allowed contents of the snapshots that steps created, by name.
     kept: Vec<Kept>,
 }
 
 #[derive(Clone, Debug)]
 struct Kept {
     name: &'static str,
-    /// Whether it has to be there.
+    /// Whether the snapshot must exist.
     sure: bool,
     disk: State,
 }
@@ -274,13 +275,13 @@ impl Model {
         }
     }
 
-    /// The step may have taken place, wholly or in part.
+    /// Allows that the step took effect wholly, in part or not at all.
     pub(super) fn begin(&mut self, step: &Step) {
         self.now.allow(step);
         self.crashed.allow(step);
     }
 
-    /// The step has taken place.
+    /// Requires that the step took effect.
     pub(super) fn done(&mut self, step: &Step) {
         match *step {
             Step::Flush | Step::Amend(_) => self.crashed = self.now.clone(),
@@ -302,12 +303,12 @@ impl Model {
             Step::Resize(len, _) => {
                 self.now.bytes.resize(index(len), ZERO);
                 self.now.lens = vec![len];
-                // A change of size is durable when it ends.
+                // A resize is durable when it returns.
                 self.crashed.lens = vec![len];
             }
-            // It may leave what was there.
+            // A discard may leave the old bytes.
             Step::Discard(..) => {}
-            // Nothing is left before the step ends.
+            // All data is gone only when the step returns.
             Step::Empty => {
                 self.now.bytes.fill(ZERO);
                 self.crashed.bytes.fill(ZERO);
@@ -322,7 +323,7 @@ impl Model {
 }
 
 impl State {
-    /// The bytes that a step fills, and with what.
+    /// The range that a step fills, and the value.
     fn fill(&self, step: &Step) -> Option<(std::ops::Range<usize>, u8)> {
         let (at, len, value) = match *step {
             Step::Write(at, len, value) => (at, len, value),
@@ -341,7 +342,7 @@ impl State {
         Some((index(at).min(end)..end, value))
     }
 
-    /// The disk as it is now may be in a snapshot.
+    /// Allows that a snapshot holds the present disk.
     fn keep(&mut self, name: &'static str, sure: bool) {
         self.kept.retain(|kept| kept.name != name);
         let disk = Self {
@@ -351,7 +352,7 @@ impl State {
         self.kept.push(Kept { name, sure, disk });
     }
 
-    /// The snapshot may have become one of an empty disk.
+    /// Allows that the snapshot became one of an empty disk.
     pub(super) fn may_be_empty(&mut self, name: &str) {
         let kept = self.kept.iter_mut().find(|kept| kept.name == name);
         if let Some(kept) = kept {
@@ -364,7 +365,7 @@ impl State {
         Some(kept.disk.clone())
     }
 
-    /// What is wrong with the snapshots of an image, if anything.
+    /// Describes what is wrong with the snapshots of an image, if anything is.
     fn refuse_snapshots(&self, image: &Image) -> Option<String> {
         for Kept { name, sure, disk } in &self.kept {
             match snapshots(image).open(None, Some(name)) {
@@ -415,12 +416,12 @@ impl State {
         }
     }
 
-    /// What is wrong with these contents of the disk, if anything.
+    /// Describes what is wrong with these contents of the disk, if anything is.
     pub(super) fn refuse(&self, disk: &[u8]) -> Option<String> {
         if !self.lens.contains(&(disk.len() as u64)) {
             return Some(format!("length {} is none of {:?}", disk.len(), self.lens));
         }
-        // Most sectors hold one value everywhere, and that is quickly seen.
+        // Fast path: most sectors hold one value everywhere.
         let even = |bytes: &[u8]| {
             bytes
                 .split_first()
@@ -456,9 +457,9 @@ pub(super) fn report(layer: &dyn Layer, repair: Repair) -> CheckReport {
     layer.check(repair, &Progress::none()).expect("can be checked")
 }
 
-/// What a check finds, apart from clusters that are used once but that a flag forbids to write in place, which costs a copy
-/// and nothing else.
-fn report_sparing_flags(layer: &dyn Layer) -> CheckReport {
+/// The errors of a check, except COPIED flags that are off although the refcount is one: they cost needless copies
+/// only.
+fn report_ignoring_flags(layer: &dyn Layer) -> CheckReport {
     let harmless = AtomicU64::new(0);
     let notes = |note: &Note| {
         let flag_off = note
@@ -476,14 +477,14 @@ fn report_sparing_flags(layer: &dyn Layer) -> CheckReport {
     found
 }
 
-/// Says what is wrong with an image that nothing but leaked clusters may be wrong with.
+/// Describes what is wrong with an image, except for leaked clusters.
 pub(super) fn find_fault(files: &[Vec<u8>], disk: &State, before: &Before) -> Option<String> {
     find_fault_with(files, disk, before, |layer| report(layer, Repair::No))
 }
 
-/// As [`find_fault`], for snapshots that change in place, as on a full disk: a crash may leave flags off that could be on.
-pub(super) fn find_fault_sparing_flags(files: &[Vec<u8>], disk: &State, before: &Before) -> Option<String> {
-    find_fault_with(files, disk, before, report_sparing_flags)
+/// As [`find_fault`], for snapshots that change in place: a crash may leave COPIED flags off that could be on.
+pub(super) fn find_fault_ignoring_flags(files: &[Vec<u8>], disk: &State, before: &Before) -> Option<String> {
+    find_fault_with(files, disk, before, report_ignoring_flags)
 }
 
 fn find_fault_with(
@@ -526,17 +527,19 @@ fn find_fault_with(
     }
     if found.leaks > 0 {
         let layer = open_layer(&devices, true, true).expect("opens for repair");
-        let mended = report(&*layer, Repair::Leaks);
+        let repaired = report(&*layer, Repair::Leaks);
         drop(layer);
         let again = report(&**open_on(&devices, false).expect("opens").layer(), Repair::No);
-        if (mended.leaks_fixed, again.leaks, again.corruptions) != (found.leaks, 0, 0) {
-            return Some(format!("leaks cannot be mended: {found:?} {mended:?} {again:?}"));
+        if (repaired.leaks_fixed, again.leaks, again.corruptions) != (found.leaks, 0, 0) {
+            return Some(format!(
+                "leaks cannot be repaired: {found:?} {repaired:?} {again:?}"
+            ));
         }
     }
     None
 }
 
-/// Says what differs from before although a bitmap that can be relied on does not say so.
+/// Describes a difference from before that a consistent bitmap does not record.
 fn find_unrecorded(image: &Image, disk: &[u8], before: &Before) -> Option<String> {
     if !has_sound_bitmap(image) {
         return None;
@@ -564,7 +567,7 @@ fn find_unrecorded(image: &Image, disk: &[u8], before: &Before) -> Option<String
     ))
 }
 
-/// Whether the bitmap is there and can be relied on.
+/// Whether the bitmap exists and is consistent.
 pub(super) fn has_sound_bitmap(image: &Image) -> bool {
     let bitmaps = image.layer().bitmaps().expect("version 3 has bitmaps");
     let list = bitmaps.list().expect("readable");
@@ -572,8 +575,7 @@ pub(super) fn has_sound_bitmap(image: &Image) -> bool {
         .any(|bitmap| bitmap.name == BITMAP && !bitmap.inconsistent)
 }
 
-/// Puts a snapshot named "s" into an image with one refcount block of 16-bit counts, by hand: nothing of what is tested
-/// takes part.
+/// Adds a snapshot named "s" to an image with one block of 16-bit refcounts, without using the tested code.
 fn take_snapshot(file: &mut Vec<u8>) {
     let number = |file: &[u8], at: usize, len: usize| {
         file[at..at + len]

@@ -1,4 +1,4 @@
-//! The things done to images that crashes and faults are tried on.
+//! The scenarios of the crash and fault tests.
 
 use diskimage_core::{Preallocation as P, ZeroMode};
 
@@ -29,7 +29,7 @@ fn everything() -> Vec<Step> {
         Write(49_152, 4096, 6),
         Write(250_000, 3000, 6),
         Flush,
-        // What was given up is used again.
+        // Freed clusters are allocated again.
         Write(150_000, 40_000, 7),
         Write(0, 4096, 7),
         Flush,
@@ -102,11 +102,11 @@ pub(super) fn all() -> Vec<Scenario> {
     all.extend(snapshots());
     all.extend(amends());
     all.extend(emptying());
-    all.extend(naming());
+    all.extend(set_backing());
     all
 }
 
-/// Writes to clusters that are there already, each right after a flush, and changes of size between them.
+/// Writes to allocated clusters, each after a flush, with resizes between them.
 fn in_place() -> Vec<Step> {
     vec![
         Write(0, 5000, 2),
@@ -194,7 +194,7 @@ fn below_snapshot() -> Scenario {
     }
 }
 
-/// A refcount table that has no room left, with tables of L2 entries to be made at the same time.
+/// A full refcount table that must grow while L2 tables are allocated.
 fn table_growth() -> Scenario {
     let steps = vec![
         Write(1900 * KIB, 60 * KIB, 2),
@@ -245,7 +245,7 @@ fn growing() -> impl Iterator<Item = Scenario> {
     })
 }
 
-/// Snapshots are taken, gone back to and dropped, with writes in between.
+/// Snapshots are created, applied and deleted, with writes in between.
 pub(super) fn snapshots() -> Vec<Scenario> {
     let steps = || {
         vec![
@@ -308,8 +308,8 @@ pub(super) fn snapshots() -> Vec<Scenario> {
     ]
 }
 
-/// Snapshots on a disk that is full: nothing is written by the guest while they change.
-pub(super) fn snapshots_without_room() -> Vec<Scenario> {
+/// Snapshots on a full disk, without guest writes between them.
+pub(super) fn snapshots_on_full_disk() -> Vec<Scenario> {
     let forms = [
         ("snapshots without room", "cluster_size=4096"),
         ("snapshots in small clusters without room", "cluster_size=512"),
@@ -341,7 +341,7 @@ pub(super) fn snapshots_without_room() -> Vec<Scenario> {
     forms.map(one).into()
 }
 
-/// An image with data, zero clusters and, in some, a snapshot becomes another one.
+/// Images with data, zero clusters and, in some, a snapshot are amended.
 fn amends() -> Vec<Scenario> {
     let one = |name, options, amend| Scenario {
         setup: vec![
@@ -441,8 +441,8 @@ fn emptying() -> impl Iterator<Item = Scenario> {
     })
 }
 
-/// Other images below: names and formats that are longer, shorter, and not there.
-fn naming() -> impl Iterator<Item = Scenario> {
+/// Backing file names and formats that become longer, shorter, or are removed.
+fn set_backing() -> impl Iterator<Item = Scenario> {
     let forms = [
         ("another image below", "cluster_size=4096"),
         ("another image below a small cluster", "cluster_size=512"),

@@ -1,4 +1,4 @@
-//! Zeroes and discards that must not bring back, or take away, what they do not mean.
+//! Zeroes and discards must neither reveal old data nor lose other data.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,8 +13,8 @@ use crate::testing::{Closed, OneFile, contents};
 
 const SIZE: u64 = 32 * 4096;
 
-/// An image below that is full of data.
-fn below() -> Arc<Image> {
+/// A backing image that is full of data.
+fn backing() -> Arc<Image> {
     let file = create("cluster_size=4096", SIZE, &Closed);
     let image = open(&file, true, &Closed, None).expect("opens");
     image
@@ -24,7 +24,7 @@ fn below() -> Arc<Image> {
 }
 
 #[test]
-fn zeroes_that_are_detected_and_unmapped_hide_what_is_below() {
+fn detected_and_unmapped_zeroes_hide_the_backing_image() {
     for form in [
         "cluster_size=4096",
         "cluster_size=4096,compat=0.10",
@@ -36,7 +36,7 @@ fn zeroes_that_are_detected_and_unmapped_hide_what_is_below() {
             let gate = OneFile(Arc::new(MemoryDevice::default()));
             let options = format!("{form},backing_file=below,backing_fmt=qcow2");
             let file = create(&options, SIZE, &gate);
-            let image = open(&file, true, &gate, Some(below())).expect("opens");
+            let image = open(&file, true, &gate, Some(backing())).expect("opens");
             let image = image.with_zero_detection(ZeroDetection::Unmap);
             let mut model = vec![0x77; usize::try_from(SIZE).expect("small")];
             let mut write = |at: usize, len: usize, value: u8| {
@@ -50,14 +50,14 @@ fn zeroes_that_are_detected_and_unmapped_hide_what_is_below() {
                 model[16384 * 4..16384 * 4 + cluster].fill(3);
                 if snapshot {
                     image.flush().expect("flushes");
-                    Step::Take("s").apply(&image).expect("is taken");
+                    Step::Take("s").apply(&image).expect("creates a snapshot");
                 }
             }
             let mut write = |at: usize, len: usize| {
                 model[at..at + len].fill(0);
                 image.write_at(&vec![0; len], at as u64).expect("writes");
             };
-            // Over data, over what only the image below has, over a compressed cluster, and over parts of clusters.
+            // Over data, over data of the backing image, over a compressed cluster, and over parts of clusters.
             for (at, len) in [
                 (8192, 4096),
                 (16384, 16384),
@@ -71,7 +71,7 @@ fn zeroes_that_are_detected_and_unmapped_hide_what_is_below() {
             assert!(contents(&image) == model, "{form} {snapshot}");
             image.flush().expect("flushes");
             drop(image);
-            let again = open(&file, false, &gate, Some(below())).expect("opens");
+            let again = open(&file, false, &gate, Some(backing())).expect("opens");
             assert!(contents(&again) == model, "{form} {snapshot} reopened");
         }
     }
@@ -84,11 +84,11 @@ fn a_discard_waits_for_a_write_that_copies_the_cluster() {
         let image = open(&file, true, &Closed, None).expect("opens");
         image.write_at(&[1; 16384], 0).expect("writes");
         image.flush().expect("flushes");
-        // From here on a write has to copy the cluster.
-        Step::Take("s").apply(&image).expect("is taken");
+        // From here on a write must copy the cluster.
+        Step::Take("s").apply(&image).expect("creates a snapshot");
         let discarded = AtomicBool::new(false);
         thread::scope(|scope| {
-            let write = image.begin_write(ByteRange::at(512, 512)).expect("is planned");
+            let write = image.begin_write(ByteRange::at(512, 512)).expect("plans");
             let discard = scope.spawn(|| {
                 image.discard(ByteRange::at(0, 16384)).expect("discards");
                 discarded.store(true, Ordering::SeqCst);

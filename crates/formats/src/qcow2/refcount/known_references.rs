@@ -1,41 +1,41 @@
-//! What refers to each cluster, whatever its refcount says.
+//! The known references to each cluster, independent of its refcount.
 //!
-//! Refcounts are what other programs wrote, and damage changes them: a count of zero hands a cluster that holds data to
-//! the next write. So a cluster that was in the file when it was opened is allocated only if the references were counted
-//! and none leads to it, and no count goes below the number of references that are left.
+//! Refcounts in the file may be wrong: the allocator would overwrite a data cluster whose refcount is zero. So a
+//! cluster that was in the file when it was opened is allocated only if the references were counted and none refers to
+//! it, and no refcount falls below the number of remaining references.
 //!
 //! ```text
 //!   cluster   0 ............................. end ........
-//!             in the file when it was opened | allocated since: the refcounts are this program's own
+//!             in the file when it was opened | allocated since: this program wrote the refcounts
 //! ```
 
 use std::collections::{BTreeSet, HashMap};
 
-use super::counts::Counts;
+use super::counts::ClusterCounts;
 
-/// How many references lead to each cluster of a file.
+/// The references to each cluster of a file, as counted.
 #[derive(Debug)]
 pub(in crate::qcow2) struct References {
-    pub(in crate::qcow2) counts: Counts,
-    /// The L2 tables that more than one L1 entry leads to, by cluster, and how many more.
+    pub(in crate::qcow2) counts: ClusterCounts,
+    /// L2 tables to which more than one L1 entry refers, by cluster, and the number of references after the first.
     pub(in crate::qcow2) tables: HashMap<u64, u64>,
-    /// The clusters behind the end of the file that something refers to.
+    /// Clusters beyond the end of the file that are referred to.
     pub(in crate::qcow2) dangling: BTreeSet<u64>,
 }
 
 /// The references to the clusters that an image had when it was opened.
 #[derive(Debug)]
-pub(super) struct Uses {
-    /// How many clusters the file had.
+pub(super) struct KnownReferences {
+    /// The number of clusters that the file had.
     end: u64,
-    /// References to each of them, once they were counted.
-    counted: Option<Counts>,
-    /// Clusters behind the end to which references of a damaged image lead.
+    /// The references to each of them; `None` until they are counted.
+    counted: Option<ClusterCounts>,
+    /// Clusters beyond the end to which a damaged image refers.
     dangling: BTreeSet<u64>,
 }
 
-impl Uses {
-    /// Nothing counted yet in a file of `end` clusters.
+impl KnownReferences {
+    /// The references of a file of `end` clusters, not counted yet.
     pub(super) fn new(end: u64) -> Self {
         Self {
             end,
@@ -53,7 +53,7 @@ impl Uses {
         self.counted.is_some()
     }
 
-    /// No cluster from here on was in the file when it was opened, nor does anything refer to one.
+    /// No cluster from here on was in the file when it was opened, and none is referred to.
     pub(super) fn known_end(&self) -> u64 {
         self.dangling
             .last()
@@ -65,13 +65,13 @@ impl Uses {
         self.end
     }
 
-    /// How many references lead to `cluster`, if that is known.
+    /// The number of references to `cluster`, if it is known.
     pub(super) fn of(&self, cluster: u64) -> Option<u64> {
         let counts = self.counted.as_ref().filter(|_| cluster < self.end)?;
         Some(counts.of(cluster))
     }
 
-    /// Whether `cluster` must not be allocated though its refcount is zero.
+    /// Whether `cluster` must not be allocated although its refcount is zero.
     pub(super) fn keeps(&self, cluster: u64) -> bool {
         if cluster < self.end {
             self.of(cluster) != Some(0)
@@ -80,18 +80,18 @@ impl Uses {
         }
     }
 
-    /// One more reference leads to `cluster`.
+    /// Adds a reference to `cluster`.
     pub(super) fn add(&mut self, cluster: u64) {
         if cluster < self.end
             && let Some(counts) = &mut self.counted
             && counts.add(cluster, 1).is_err()
         {
-            // No memory for it: from here on nothing is known.
+            // Without memory for the count, all counts are dropped.
             self.counted = None;
         }
     }
 
-    /// One reference to `cluster` is gone; how many are left, if that is known.
+    /// Removes a reference to `cluster`. Returns how many are left, if it is known.
     pub(super) fn remove(&mut self, cluster: u64) -> Option<u64> {
         let left = self.of(cluster)?.saturating_sub(1);
         let counts = self.counted.as_mut()?;
