@@ -25,7 +25,7 @@ use super::{Qcow2, data_permissions};
 use crate::encryption::legacy_aes;
 
 /// Writes a new image to `files`.
-pub(super) fn create(request: &CreateRequest<'_>, files: NewFiles<'_>) -> Result<()> {
+pub(super) fn create(request: &CreateRequest<'_>, files: &mut NewFiles<'_>) -> Result<()> {
     let options = CreateOptions::parse(request.options, Wording::Parameters)?;
     // The length of the data file is set when the image grows to its size.
     let data = match &options.data_file {

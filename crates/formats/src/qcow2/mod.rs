@@ -102,7 +102,7 @@ impl Format for Qcow2Format {
     fn plan_create<'a>(&self, request: CreateRequest<'a>) -> Result<CreatePlan<'a>> {
         // Relative to the current directory, as it is opened.
         let data_file = request.options.text("data_file").map(str::to_owned);
-        let plan = CreatePlan::new(move |files| create::create(&request, files));
+        let plan = CreatePlan::new(move |mut files| create::create(&request, &mut files));
         Ok(plan.with_parts(data_file.into_iter().collect()))
     }
 
