@@ -9,8 +9,8 @@ use super::block::keyed;
 /// Decrypts `bytes` and removes the padding.
 ///
 /// # Errors
-/// The key has not 32 bytes, the initialisation vector has not 16, `bytes` is not a whole number of blocks, or the padding is
-/// wrong.
+/// The key has not 32 bytes, the initialisation vector has not 16, `bytes` is not a whole number of blocks, or the padding
+/// is wrong.
 pub fn decrypt_secret(key: &[u8], iv: &[u8], bytes: &[u8]) -> Result<Zeroizing<Vec<u8>>> {
     if key.len() != CipherAlg::Aes256.key_len() {
         return Err(Error::invalid("Key should be 32 bytes in length"));

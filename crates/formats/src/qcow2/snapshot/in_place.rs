@@ -3,7 +3,7 @@
 //! ```text
 //!   create   L1 copy, new snapshot table → COPIED flags off → refcounts up → header
 //!   apply    new active L1 → COPIED flags off → refcounts up → header → refcounts of the old tree down → flags on
-//!   delete   the entry becomes one of an empty disk → refcounts down → flags on → new snapshot table, over the L1 → header
+//!   delete   the entry becomes an empty disk's → refcounts down → flags on → new snapshot table, over the L1 → header
 //! ```
 //!
 //! Allocations come first, so that a full disk is an error before anything has changed. Applying and deleting also work
