@@ -95,9 +95,6 @@ pub(super) const CREATE: &[OptionDef] = &[
     .or("16"),
 ];
 
-/// The least cluster size for extended L2 entries: a subcluster must not be smaller than a sector.
-pub(super) const MIN_EXTENDED_L2_CLUSTER: u64 = 512 * limit::SUBCLUSTERS;
-
 /// Which of qemu-img's messages are used for an invalid value: qemu-img checks the options of `create` as parameters of
 /// its command `blockdev-create`, those of `measure` as options.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -183,9 +180,10 @@ impl CreateOptions {
         }
         if extended_l2 {
             require_v3(version, "Extended L2 entries are")?;
-            if cluster_size < MIN_EXTENDED_L2_CLUSTER {
+            if cluster_size < limit::EXTENDED_L2_CLUSTER {
                 return Err(Error::invalid(format!(
-                    "Extended L2 entries are only supported with cluster sizes of at least {MIN_EXTENDED_L2_CLUSTER} bytes"
+                    "Extended L2 entries are only supported with cluster sizes of at least {} bytes",
+                    limit::EXTENDED_L2_CLUSTER
                 )));
             }
         }

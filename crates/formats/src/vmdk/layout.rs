@@ -10,13 +10,14 @@
 //!
 //! The header, one sector, says where they are once they are durable.
 
-use diskimage_core::{ByteRange, Error, Preallocation, Result, errno};
+use std::ops::Range;
+
+use diskimage_core::{ByteRange, Device, Error, Preallocation, Result, ZeroMode, errno};
 use zerocopy::IntoBytes;
 use zerocopy::byteorder::little_endian::U64;
 
 use super::extent::{Extent, Place};
 use super::header::{self, Geometry, Metadata, SECTOR};
-use super::resize::clear;
 use super::tables::Grain;
 use super::{State, VmdkLayer};
 
@@ -155,7 +156,7 @@ impl VmdkLayer {
         let extent = extents.get(index).ok_or_else(|| Error::from_errno(errno::EIO))?;
         let whole = ByteRange::at(offset, geometry.grain);
         self.require_grains(state, extents, index, geometry, whole)?;
-        clear(
+        zero_bytes(
             &*extent.device,
             offset.saturating_add(used)..offset.saturating_add(geometry.grain),
         )
@@ -196,4 +197,13 @@ impl Layout {
         }
         Ok(())
     }
+}
+
+/// Zeroes the part of `bytes` that is in the file.
+pub(super) fn zero_bytes(device: &dyn Device, bytes: Range<u64>) -> Result<()> {
+    let range = ByteRange::new(bytes.start, bytes.end).intersect(ByteRange::new(0, device.len()));
+    if range.is_empty() {
+        return Ok(());
+    }
+    device.write_zeroes(range, ZeroMode::KeepAllocated)
 }

@@ -7,16 +7,15 @@
 //! that counts, and a flat one whose line is still the old one is as long as before. So a crash leaves the old disk, one that
 //! ends with the last of its old files, or the new one.
 
-use std::ops::Range;
 use std::sync::{Arc, PoisonError};
 
-use diskimage_core::{ByteRange, Device, Error, Preallocation, ResizeRequest, Result, ZeroMode, errno};
+use diskimage_core::{Error, Preallocation, ResizeRequest, Result, errno};
 
 use super::create::{self, MAX_EXTENTS};
 use super::descriptor::{Descriptor, ExtentKind};
 use super::extent::{Extent, Place, beside};
 use super::header::{self, SECTOR};
-use super::layout::Layout;
+use super::layout::{Layout, zero_bytes};
 use super::{MAX_LEN, State, VmdkLayer};
 use crate::layer_kit::preallocation;
 
@@ -258,19 +257,10 @@ fn grow_flat(extent: &Extent, offset: u64, len: u64, mode: Preallocation) -> Res
     let old_end = offset.saturating_add(extent.len);
     let there = extent.device.len();
     // What the file has behind the disk must not become part of it.
-    clear(&*extent.device, old_end..end)?;
+    zero_bytes(&*extent.device, old_end..end)?;
     if there < end {
         extent.device.resize(end, mode)?;
     }
     extent.device.flush()?;
     Ok(Place::Flat { offset })
-}
-
-/// Makes zero what the file has of these bytes.
-pub(super) fn clear(device: &dyn Device, bytes: Range<u64>) -> Result<()> {
-    let range = ByteRange::new(bytes.start, bytes.end).intersect(ByteRange::new(0, device.len()));
-    if range.is_empty() {
-        return Ok(());
-    }
-    device.write_zeroes(range, ZeroMode::KeepAllocated)
 }

@@ -8,7 +8,7 @@ use super::Check;
 use crate::layer_kit::metadata_guard::Kind;
 use crate::qcow2::ImageState;
 use crate::qcow2::header::{field, limit};
-use crate::qcow2::snapshot::{MAX_EXTRA, MAX_TABLE, MIN_ENTRY_LEN, RawSnapshot, V3_EXTRA, completed};
+use crate::qcow2::snapshot::{MAX_EXTRA, MAX_TABLE, RawSnapshot, V3_EXTRA, completed};
 
 /// The snapshot table of a check.
 #[derive(Debug, Default)]
@@ -52,7 +52,7 @@ impl Check<'_> {
             count = limit::SNAPSHOTS;
         }
         let start = self.header.snapshots_offset;
-        let end = start.checked_add(u64::from(count) * MIN_ENTRY_LEN);
+        let end = start.checked_add(u64::from(count) * limit::SNAPSHOT_ENTRY);
         if count > 0
             && (!start.is_multiple_of(self.geometry.cluster_size())
                 || end.is_none_or(|end| i64::try_from(end).is_err()))
@@ -164,13 +164,14 @@ impl Check<'_> {
             return Ok(self.header.size);
         }
         let mut size = [0; 8];
-        self.file.read_padded(&mut size, entry.at + MIN_ENTRY_LEN + 8)?;
+        self.file
+            .read_padded(&mut size, entry.at + limit::SNAPSHOT_ENTRY + 8)?;
         Ok(u64::from_be_bytes(size))
     }
 
     /// A snapshot as messages name it: its ID and its name.
     pub(super) fn snapshot_name(&self, entry: &SnapshotEntry) -> Result<String> {
-        let start = entry.at + MIN_ENTRY_LEN + u64::from(entry.extra_len);
+        let start = entry.at + limit::SNAPSHOT_ENTRY + u64::from(entry.extra_len);
         let id = self.text(start, u64::from(entry.id_len))?;
         let name = self.text(start + u64::from(entry.id_len), u64::from(entry.name_len))?;
         Ok(format!("{id} ({name})"))
@@ -233,7 +234,8 @@ impl Check<'_> {
                 RawSnapshot::read_from_bytes(&fixed).map_err(|_| Error::from_errno(errno::EINVAL))?;
             let extra_len = u64::from(entry.extra_len).min(MAX_EXTRA);
             let mut extra = vec![0; to_index(extra_len)?];
-            self.file.read_padded(&mut extra, entry.at + MIN_ENTRY_LEN)?;
+            self.file
+                .read_padded(&mut extra, entry.at + limit::SNAPSHOT_ENTRY)?;
             let extra = completed(&raw, extra, self.header.size);
             // The fields that were read first are kept: a table that overlaps other metadata has changed with it.
             raw.l1_table_offset = U64::new(entry.l1_offset);
@@ -243,7 +245,7 @@ impl Check<'_> {
             // The extra data has at most MAX_EXTRA bytes.
             raw.extra_data_size = U32::new(u32::try_from(extra.len()).unwrap_or(0));
             let mut names = vec![0; usize::from(entry.id_len) + usize::from(entry.name_len)];
-            let names_at = entry.at + MIN_ENTRY_LEN + u64::from(entry.extra_len);
+            let names_at = entry.at + limit::SNAPSHOT_ENTRY + u64::from(entry.extra_len);
             self.file.read_padded(&mut names, names_at)?;
             table.extend_from_slice(raw.as_bytes());
             table.extend_from_slice(&extra);
@@ -256,7 +258,7 @@ impl Check<'_> {
 impl SnapshotEntry {
     /// The length of the entry in bytes, without padding.
     fn len(&self) -> u64 {
-        MIN_ENTRY_LEN + u64::from(self.extra_len) + u64::from(self.id_len) + u64::from(self.name_len)
+        limit::SNAPSHOT_ENTRY + u64::from(self.extra_len) + u64::from(self.id_len) + u64::from(self.name_len)
     }
 }
 

@@ -107,6 +107,10 @@ pub(super) mod limit {
     pub(in crate::qcow2) const HOST_OFFSET: u64 = 1 << 56;
     /// Subclusters of an extended L2 entry.
     pub(in crate::qcow2) const SUBCLUSTERS: u64 = 32;
+    /// The smallest cluster of an image with extended L2 entries: a subcluster is a sector at least.
+    pub(in crate::qcow2) const EXTENDED_L2_CLUSTER: u64 = 512 * SUBCLUSTERS;
+    /// Bytes of the shortest entry of the snapshot table: its fixed part.
+    pub(in crate::qcow2) const SNAPSHOT_ENTRY: u64 = 40;
 }
 
 /// How clusters are compressed.
@@ -284,7 +288,7 @@ impl Header {
             refcount_order: raw.refcount_order.get(),
             extended_l2: features.incompatible.has(Incompatible::EXTENDED_L2),
         };
-        if geometry.extended_l2 && cluster_size < super::options::MIN_EXTENDED_L2_CLUSTER {
+        if geometry.extended_l2 && cluster_size < limit::EXTENDED_L2_CLUSTER {
             return Err(Error::corrupt("Invalid subcluster size"));
         }
         check_refcount_table(&raw, cluster_size, for_check)?;
@@ -408,7 +412,7 @@ fn check_snapshots(raw: &RawHeader, cluster_size: u64, for_check: bool) -> Resul
     if raw.nb_snapshots.get() > limit::SNAPSHOTS {
         return Err(Error::new(ErrorKind::Limit, "Snapshot table too large"));
     }
-    let bytes = u64::from(raw.nb_snapshots.get()) * super::snapshot::MIN_ENTRY_LEN;
+    let bytes = u64::from(raw.nb_snapshots.get()) * limit::SNAPSHOT_ENTRY;
     if !is_valid_range(raw.snapshots_offset.get(), bytes, cluster_size) {
         return Err(Error::corrupt("Snapshot table offset invalid"));
     }

@@ -24,9 +24,7 @@ use diskimage_core::{
 use zerocopy::byteorder::big_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, IntoBytes};
 
-use super::{
-    KNOWN_EXTRA, MAX_TABLE, MIN_ENTRY_LEN, RawSnapshot, Snapshot, SnapshotTable, V3_EXTRA, completed,
-};
+use super::{KNOWN_EXTRA, MAX_TABLE, RawSnapshot, Snapshot, SnapshotTable, V3_EXTRA, completed};
 use crate::layer_kit::metadata_cache::{Table, WriteOrder};
 use crate::layer_kit::metadata_guard::Kind;
 use crate::qcow2::entry::COPIED;
@@ -375,7 +373,7 @@ fn entries_len(entries: &[Snapshot]) -> u64 {
 /// The length of the extra data of a new entry in bytes: VM state size, disk size, instruction count.
 const EXTRA_LEN: u32 = 24;
 
-const _: () = assert!(EXTRA_LEN as usize == KNOWN_EXTRA && MIN_ENTRY_LEN == 40);
+const _: () = assert!(EXTRA_LEN as usize == KNOWN_EXTRA && limit::SNAPSHOT_ENTRY == 40);
 
 fn no_snapshot() -> Error {
     Error::new(ErrorKind::NotFound, "Can't find snapshot")

@@ -43,10 +43,7 @@ pub(super) struct RawSnapshot {
     pub(super) extra_data_size: U32,
 }
 
-/// The length of the shortest entry in bytes.
-pub(super) const MIN_ENTRY_LEN: u64 = 40;
-
-const _: () = assert!(size_of::<RawSnapshot>() as u64 == MIN_ENTRY_LEN);
+const _: () = assert!(size_of::<RawSnapshot>() as u64 == limit::SNAPSHOT_ENTRY);
 
 /// qemu-img's limit for the bytes of extra data.
 pub(super) const MAX_EXTRA: u64 = 1024;
@@ -121,7 +118,7 @@ impl Qcow2 {
         }
         let names_len = u64::from(raw.id_len.get()) + u64::from(raw.name_len.get());
         let mut rest = vec![0; to_index(extra_len + names_len)?];
-        let start = at + MIN_ENTRY_LEN;
+        let start = at + limit::SNAPSHOT_ENTRY;
         self.file.read_whole(&mut rest, start).map_err(unreadable)?;
         let (extra, names) = rest.split_at(to_index(extra_len)?);
         let (id, name) = names.split_at(usize::from(raw.id_len.get()).min(names.len()));
@@ -145,7 +142,7 @@ impl Qcow2 {
             info,
             l1_table_offset: raw.l1_table_offset.get(),
             l1_size: raw.l1_size.get(),
-            entry: (at, MIN_ENTRY_LEN + rest.len() as u64),
+            entry: (at, limit::SNAPSHOT_ENTRY + rest.len() as u64),
             extra_len,
         })
     }
