@@ -30,6 +30,7 @@ use diskimage_core::{
     Budget, ByteRange, Capabilities, Check, CheckReport, CreatePlan, CreateRequest, Device, Error, Format,
     FormatProperties, HoleMeaning, Info, Layer, Measure, MeasureSource, Objects, OpenRequest, Preallocation,
     Probe, Progress, Repair, ResizeRequest, Result, Run, RunKind, Score, WritePlan, ZeroMode,
+    to_index,
 };
 
 use crate::layer_kit::count_used::data_bytes;
@@ -138,7 +139,7 @@ fn write_new_map(file: &dyn Device, header: &Header, is_static: bool) -> Result<
         }
     }
     let end = header.map_offset + map_bytes(header.blocks);
-    bytes.resize(usize::try_from(end - offset).unwrap_or(bytes.len()), 0);
+    bytes.resize(to_index(end - offset)?, 0);
     if bytes.is_empty() {
         return Ok(());
     }
