@@ -1,16 +1,16 @@
-//! Looking for damage in the block map.
+//! The check: looks for damage in the block map.
 
 use diskimage_core::{CheckReport, Note, Progress, Result};
 
-use super::{State, VdiLayer, place};
+use super::{State, VdiLayer, slot};
 use crate::layer_kit::paged_table::PagedTable;
 use crate::layer_kit::slot_bitmap::SlotBitmap;
 
-/// Findings beyond these are only counted.
+/// How many findings are printed; the rest are only counted.
 const MAX_LINES: u64 = 1_000_000;
 
 impl VdiLayer {
-    /// Looks for blocks that share a place, that lie too far out, and that the header does not count.
+    /// Looks for blocks that share a slot or have a slot out of bounds, and for a wrong count of blocks in the header.
     pub(super) fn check_map(&self, progress: &Progress<'_>) -> Result<CheckReport> {
         let mut state = self.lock();
         let (blocks, counted) = (state.header.blocks, state.header.allocated());
@@ -18,21 +18,21 @@ impl VdiLayer {
         let mut findings = Findings { progress, count: 0 };
         let mut allocated = 0;
         let State { map, header, .. } = &mut *state;
-        for_each_place(map, blocks, |block, place| {
-            if place < blocks && self.require_block(header, block, place).is_err() {
+        for_each_slot(map, blocks, |block, slot| {
+            if slot < blocks && self.require_block(header, block, slot).is_err() {
                 findings.add(format!(
-                    "ERROR: block index {block} reaches beyond the end of the file, is {place}"
+                    "ERROR: block index {block} reaches beyond the end of the file, is {slot}"
                 ));
             }
-            if place >= blocks {
-                findings.add(format!("ERROR: block index {block} too large, is {place}"));
+            if slot >= blocks {
+                findings.add(format!("ERROR: block index {block} too large, is {slot}"));
                 return;
             }
             allocated += 1;
-            if seen.is_taken(place) {
-                findings.add(format!("ERROR: block index {place} also used by {place}"));
+            if seen.is_taken(slot) {
+                findings.add(format!("ERROR: block index {slot} also used by {slot}"));
             }
-            seen.take(place);
+            seen.take(slot);
         })?;
         if allocated != u64::from(counted) {
             findings.add(format!(
@@ -46,8 +46,8 @@ impl VdiLayer {
     }
 }
 
-/// Calls `visit` with every block of the disk that has a place, and the place.
-pub(super) fn for_each_place(
+/// Calls `visit` with every block of the map that has a slot, and that slot.
+pub(super) fn for_each_slot(
     map: &mut PagedTable,
     blocks: u32,
     mut visit: impl FnMut(u64, u32),
@@ -56,8 +56,8 @@ pub(super) fn for_each_place(
     while block < u64::from(blocks) {
         let entries = map.entries(block)?;
         for entry in entries {
-            if let Some(place) = place(*entry) {
-                visit(block, place);
+            if let Some(slot) = slot(*entry) {
+                visit(block, slot);
             }
             block += 1;
         }
@@ -65,6 +65,7 @@ pub(super) fn for_each_place(
     Ok(())
 }
 
+/// Prints and counts the findings of a check.
 struct Findings<'a> {
     progress: &'a Progress<'a>,
     count: u64,

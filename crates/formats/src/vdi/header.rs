@@ -1,4 +1,4 @@
-//! The header, as bytes and as a type that cannot hold an illegal value.
+//! The header: its bytes, and [`Header`], which holds valid values only.
 
 use diskimage_core::{ByteRange, Error, ErrorKind, Result, align_up};
 use zerocopy::byteorder::little_endian::{U32, U64};
@@ -6,20 +6,20 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use crate::layer_kit::reserved::Reserved;
 
-/// Marks a VDI image, behind the text that it begins with.
+/// Identifies a VDI image; stored behind the text at its start.
 const SIGNATURE: u32 = 0xbeda_107f;
 /// Version 1.1, the only one in use.
 const VERSION: u32 = 0x0001_0001;
-/// Bytes from `header_size` to the end of the fields that have a meaning.
+/// Bytes from `header_size` to the end of the last field that is used.
 const HEADER_SIZE: u32 = 0x180;
-/// What an image made here begins with.
+/// The text at the start of a new image, the same as qemu-img's.
 const TEXT: &[u8] = b"<<< QEMU VM Virtual Disk Image >>>\n";
 
-/// Bytes of a sector, and what tables and data are aligned to.
+/// Bytes of a sector, and the alignment of the map and the data.
 pub(super) const SECTOR: u64 = 512;
 /// Bytes of a block.
 pub(super) const BLOCK: u64 = 1 << 20;
-/// Blocks of the largest disk, as the original has it.
+/// Blocks of the largest disk: qemu-img's limit.
 const MAX_BLOCKS: u32 = 0x1fff_ff80;
 /// Bytes of the largest disk.
 const MAX_SIZE: u64 = MAX_BLOCKS as u64 * BLOCK;
@@ -28,7 +28,7 @@ const MAX_SIZE: u64 = MAX_BLOCKS as u64 * BLOCK;
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 pub(super) struct RawHeader {
-    /// What made the image, for people.
+    /// The program that created the image, as text.
     text: [u8; 64],
     /// [`SIGNATURE`].
     signature: U32,
@@ -38,63 +38,63 @@ pub(super) struct RawHeader {
     header_size: U32,
     /// 1 dynamic, 2 static.
     image_type: U32,
-    /// Flags without a meaning here.
+    /// Flags; ignored.
     image_flags: U32,
     /// A comment.
     description: [u8; 256],
-    /// Where the block map starts.
+    /// The byte offset of the block map.
     offset_bmap: U32,
-    /// Where the blocks start.
+    /// The byte offset of slot 0.
     offset_data: U32,
-    /// Geometry of old, which nobody reads.
+    /// Legacy geometry; ignored.
     cylinders: U32,
-    /// Likewise.
+    /// Legacy geometry; ignored.
     heads: U32,
-    /// Likewise.
+    /// Legacy geometry; ignored.
     sectors: U32,
     /// 512.
     sector_size: U32,
-    /// Not used.
+    /// Unused.
     unused1: U32,
     /// The disk's size in bytes.
     disk_size: U64,
     /// Bytes of a block: 1 MiB.
     block_size: U32,
-    /// Bytes in front of each block: none.
+    /// Extra bytes in front of each block: 0.
     block_extra: U32,
     /// Entries of the block map.
     blocks_in_image: U32,
-    /// Entries that have a block.
+    /// Allocated blocks.
     blocks_allocated: U32,
-    /// The image.
+    /// Identifies the image.
     uuid_image: [u8; 16],
-    /// Its last change.
+    /// Identifies the last snapshot; a new random UUID in a new image.
     uuid_last_snap: [u8; 16],
-    /// The image that this one depends on: none.
+    /// The image that a differencing image depends on; zero, or the image is refused.
     uuid_link: [u8; 16],
-    /// And the one below.
+    /// The backing image; zero, or the image is refused.
     uuid_parent: [u8; 16],
-    /// Not used.
+    /// Unused.
     unused2: [u8; 56],
 }
 
 const _: () = assert!(size_of::<RawHeader>() == 512);
 
-/// The header of an image that can be opened.
+/// The header of an image that passed all checks of [`Header::parse`].
 #[derive(Clone, Debug)]
 pub(super) struct Header {
     raw: RawHeader,
-    /// The disk's size in bytes, whole sectors.
+    /// The disk's size in bytes, a multiple of [`SECTOR`].
     pub(super) size: u64,
-    /// Where the block map starts.
+    /// The byte offset of the block map.
     pub(super) map_offset: u64,
-    /// Where block 0 is stored.
+    /// The byte offset of slot 0.
     pub(super) data_offset: u64,
-    /// Entries of the block map; enough for the disk.
+    /// Entries of the block map; at least as many as the disk has blocks.
     pub(super) blocks: u32,
 }
 
-/// Whether a file begins like an image.
+/// Whether the first bytes of a file are those of a VDI image.
 pub(super) fn is_vdi(head: &[u8]) -> bool {
     head.get(64..68) == Some(&SIGNATURE.to_le_bytes())
 }
@@ -127,7 +127,7 @@ impl Header {
         Ok(header)
     }
 
-    /// Reads the first sector of an image.
+    /// Parses the first sector of an image.
     pub(super) fn parse(sector: &[u8; 512]) -> Result<Self> {
         let raw =
             RawHeader::read_from_bytes(sector).map_err(|_| Error::corrupt("The header is too short"))?;
@@ -193,13 +193,13 @@ impl Header {
         })
     }
 
-    /// Where nothing of the disk is written.
+    /// The ranges of the file where no block is written: the header and the whole map.
     pub(super) fn reserved(&self) -> Reserved {
         self.with_map_of(self.blocks)
     }
 
-    /// Where nothing of the disk can be: a damaged header may have a map that is too long, without which the disk can be
-    /// read.
+    /// The ranges of the file where no block can be read: the header and the entries that the disk needs. The map of a
+    /// damaged header may be longer and overlap blocks; the disk can still be read.
     pub(super) fn relied_on(&self) -> Reserved {
         self.with_map_of(blocks_of(self.size))
     }
@@ -209,17 +209,17 @@ impl Header {
         Reserved::new([("header", ByteRange::new(0, SECTOR)), ("block map", map)])
     }
 
-    /// The bytes of the block that is stored at place `index`.
+    /// The bytes of slot `index` in the file.
     pub(super) fn stored(&self, index: u32) -> ByteRange {
         ByteRange::at(self.host(index), BLOCK)
     }
 
-    /// The same image with a disk of `size` bytes.
+    /// The header of the same image with a disk of `size` bytes.
     pub(super) fn resized(&self, size: u64) -> Result<Self> {
         let size = checked_size(size)?;
         Ok(Self {
             size,
-            // Entries that the disk does not need stay where they are.
+            // A map with more entries than the disk needs keeps them.
             blocks: self.blocks.max(blocks_of(size)),
             ..self.clone()
         })
@@ -245,22 +245,22 @@ impl Header {
         Ok(sector)
     }
 
-    /// Whether all blocks have their storage from the start.
+    /// Whether all blocks were allocated when the image was created.
     pub(super) fn is_static(&self) -> bool {
         self.raw.image_type.get() == STATIC
     }
 
-    /// How many blocks have storage, as the header says.
+    /// The header's count of allocated blocks.
     pub(super) fn allocated(&self) -> u32 {
         self.raw.blocks_allocated.get()
     }
 
-    /// Notes how many blocks have storage.
+    /// Sets the count of allocated blocks.
     pub(super) fn set_allocated(&mut self, blocks: u32) {
         self.raw.blocks_allocated = U32::new(blocks);
     }
 
-    /// Where the block stored at place `index` is.
+    /// The byte offset of slot `index`.
     pub(super) fn host(&self, index: u32) -> u64 {
         self.data_offset + u64::from(index) * BLOCK
     }
@@ -269,13 +269,14 @@ impl Header {
 const DYNAMIC: u32 = 1;
 const STATIC: u32 = 2;
 
-/// Bytes of a block map of so many entries, in whole sectors.
+/// Bytes of a map with `blocks` entries, rounded up to whole sectors.
 pub(super) fn map_bytes(blocks: u32) -> u64 {
     align_up(u64::from(blocks) * 4, SECTOR)
 }
 
-/// Blocks of a disk that is not too large.
+/// The number of blocks of a disk of `size` bytes, which [`checked_size`] has accepted.
 fn blocks_of(size: u64) -> u32 {
+    // The fallback is not reached: `MAX_SIZE` is `MAX_BLOCKS` blocks.
     u32::try_from(size.div_ceil(BLOCK)).unwrap_or(MAX_BLOCKS)
 }
 
@@ -289,7 +290,7 @@ fn checked_size(size: u64) -> Result<u64> {
     Ok(size)
 }
 
-/// A random identifier. Its first three fields are stored with the low byte first.
+/// A random UUID, version 4 of RFC 4122. Its first three fields are little-endian.
 fn new_uuid() -> Result<[u8; 16]> {
     let mut uuid = [0; 16];
     getrandom::fill(&mut uuid)

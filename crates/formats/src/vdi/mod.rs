@@ -1,20 +1,21 @@
-//! VDI, the format of VirtualBox: a disk in blocks of 1 MiB, and a map that says where each of them is.
+//! VDI, the format of VirtualBox: a disk in blocks of 1 MiB, and a block map that gives the slot of each block.
 //!
 //! ```text
 //!   file   |header|block map      |block|block|block|block|
-//!             512  2 - 0 1          0     1     2     3       "-" no block: reads as zero
+//!             512  2 - 0 1     slot 0     1     2     3       "-" no block: reads as zero
 //!
 //!   disk   |  2  |     |  0  |  1  |
 //! ```
 //!
-//! Static images have all blocks from the start. Images on other images (differencing ones) are refused, as in the
-//! original.
+//! Static images have all blocks allocated from the start. Differencing images, those with a backing image, are
+//! refused, as in qemu-img.
 //!
 //! # What a crash leaves
 //!
-//! Blocks are written first, then the header's count of them, then the map; what came before is made durable in between.
-//! So a block is never in the map without its bytes, nor outside the count, by which the original decides where the next
-//! one goes. A crash leaks blocks at worst, which are used again.
+//! Blocks are written first, then the header's count of allocated blocks, then the map, with a flush between the blocks
+//! and the map. So the map never refers to a block whose bytes are not durable, nor to a slot at or beyond the count,
+//! which is the slot that qemu-img allocates next. A crash leaks blocks at worst; leaked slots are free when the image
+//! is opened again.
 
 mod check;
 mod header;
@@ -29,8 +30,7 @@ use diskimage_core::options::{OptionDef, OptionKind, Options};
 use diskimage_core::{
     Budget, ByteRange, Capabilities, Check, CheckReport, CreatePlan, CreateRequest, Device, Error, Format,
     FormatProperties, HoleMeaning, Info, Layer, Measure, MeasureSource, Objects, OpenRequest, Preallocation,
-    Probe, Progress, Repair, ResizeRequest, Result, Run, RunKind, Score, WritePlan, ZeroMode,
-    to_index,
+    Probe, Progress, Repair, ResizeRequest, Result, Run, RunKind, Score, WritePlan, ZeroMode, to_index,
 };
 
 use crate::layer_kit::count_used::data_bytes;
@@ -80,7 +80,7 @@ impl Format for Vdi {
                 reserved: header.reserved(),
                 relied_on: header.relied_on(),
                 header,
-                places: None,
+                slots: None,
                 missing: None,
             }),
             claims: RangeClaims::default(),
@@ -125,14 +125,14 @@ fn create(request: &CreateRequest<'_>, file: &dyn Device) -> Result<()> {
     file.write_at(&header.to_bytes()?, 0)
 }
 
-/// Writes the map of a new image, piece by piece; what is left of its last sector is zero.
+/// Writes the map of a new image in chunks; the rest of its last sector is zero.
 fn write_new_map(file: &dyn Device, header: &Header, is_static: bool) -> Result<()> {
-    const PIECE: usize = 64 << 10;
-    let mut bytes = Vec::with_capacity(PIECE);
+    const CHUNK: usize = 64 << 10;
+    let mut bytes = Vec::with_capacity(CHUNK);
     let mut offset = header.map_offset;
     for block in 0..header.blocks {
         bytes.extend(if is_static { block.to_le_bytes() } else { NO_BLOCK });
-        if bytes.len() == PIECE {
+        if bytes.len() == CHUNK {
             file.write_at(&bytes, offset)?;
             offset += bytes.len() as u64;
             bytes.clear();
@@ -148,12 +148,13 @@ fn write_new_map(file: &dyn Device, header: &Header, is_static: bool) -> Result<
 
 /// The entry of a block that reads as zero.
 const NO_BLOCK: Entry = u32::MAX.to_le_bytes();
-/// The smallest entry without a block: one that the guest has discarded, or that never had one.
+/// The smallest entry without a slot: `DISCARDED` is a block that the guest has discarded, the next one, [`NO_BLOCK`],
+/// a block that was never allocated.
 const DISCARDED: u32 = u32::MAX - 1;
 
-/// The place that an entry of the map names.
-fn place(entry: Entry) -> Option<u32> {
-    Some(u32::from_le_bytes(entry)).filter(|place| *place < DISCARDED)
+/// The slot in an entry of the map; `None` if the block has no storage.
+fn slot(entry: Entry) -> Option<u32> {
+    Some(u32::from_le_bytes(entry)).filter(|slot| *slot < DISCARDED)
 }
 
 /// An opened image.
@@ -162,48 +163,48 @@ struct VdiLayer {
     file: Arc<dyn Device>,
     is_static: bool,
     state: Mutex<State>,
-    /// Blocks that are being written, exclusive where they have no storage yet.
+    /// Claims on the blocks of requests in flight, exclusive where a write allocates.
     claims: RangeClaims,
     budget: Budget,
 }
 
-/// What changes while an image is open. Its lock is never held while guest data moves.
+/// The mutable state of an open image. Its lock is never held during I/O of guest data.
 #[derive(Debug)]
 struct State {
     header: Header,
-    /// The header and the map.
+    /// The header and the whole map: no block is written there.
     reserved: Reserved,
-    /// The same without what the disk does not need of the map.
+    /// The header and the entries of the map that the disk needs: no block is read there.
     relied_on: Reserved,
     map: PagedTable,
-    /// Which places are taken; known from the first new block on.
-    places: Option<SlotBitmap>,
-    /// Where a block is said to be that the file has no bytes of; known with the places.
+    /// Which slots are in use; loaded before the first allocation or change of a block.
+    slots: Option<SlotBitmap>,
+    /// A slot in the map that lies beyond the end of the file, if there is one; found when `slots` is loaded.
     missing: Option<u32>,
 }
 
 impl VdiLayer {
-    /// Checks that the file has what the disk has of block `block`, which is at `place`. Other programs may leave out what
-    /// of the last block lies beyond the end of the disk.
-    fn require_block(&self, header: &Header, block: u64, place: u32) -> Result<()> {
+    /// Checks that the file holds all bytes of block `block`, in slot `slot`, that belong to the disk. Other programs
+    /// may leave out the part of the last block beyond the end of the disk.
+    fn require_block(&self, header: &Header, block: u64, slot: u32) -> Result<()> {
         let needed =
             ByteRange::at(block.saturating_mul(BLOCK), BLOCK).intersect(ByteRange::new(0, header.size));
-        self.file.require(header.host(place), needed.len())
+        self.file.require(header.host(slot), needed.len())
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Publishes the blocks written so far.
+    /// Writes back the header's count and the map, in the order that the module's documentation states.
     fn publish_blocks(&self, state: &mut State) -> Result<()> {
-        let end = match &state.places {
-            Some(places) if state.missing.is_none() => places.end(),
-            // Nothing is new, and what is missing must not seem to be there.
+        let end = match &state.slots {
+            Some(slots) if state.missing.is_none() => slots.end(),
+            // Nothing was allocated. Growing a truncated file would make its missing blocks look present.
             _ => return Ok(()),
         };
         let file = &self.file;
-        // A file without the rest of its last block looks damaged to others.
+        // Other programs take a file that ends inside its last block for damaged.
         if state.header.host(end) > file.len() {
             file.resize(state.header.host(end), Preallocation::Off)?;
         }
@@ -224,11 +225,12 @@ impl VdiLayer {
 }
 
 impl State {
-    /// Where block `block` of the disk is stored.
-    fn place(&mut self, block: u64) -> Result<Option<u32>> {
-        Ok(self.map.entries(block)?.first().copied().and_then(place))
+    /// The slot of block `block` of the disk.
+    fn slot(&mut self, block: u64) -> Result<Option<u32>> {
+        Ok(self.map.entries(block)?.first().copied().and_then(slot))
     }
 
+    /// Writes the header with `allocated` as its count of blocks.
     fn write_count(&mut self, allocated: u32, file: &Arc<dyn Device>) -> Result<()> {
         let mut header = self.header.clone();
         header.set_allocated(allocated);
@@ -254,11 +256,11 @@ impl Layer for VdiLayer {
     fn map(&self, range: ByteRange) -> Result<Run> {
         let mut state = self.lock();
         state.relied_on.require_apart()?;
-        let first = state.place(range.start() / BLOCK)?;
+        let first = state.slot(range.start() / BLOCK)?;
         let range = match first {
             None => range,
-            Some(place) => {
-                let stored = state.header.stored(place);
+            Some(slot) => {
+                let stored = state.header.stored(slot);
                 state.relied_on.require_outside("block", stored)?;
                 let host = stored.start() + range.start() % BLOCK;
                 range.first(state.relied_on.room_at(host))
@@ -266,12 +268,12 @@ impl Layer for VdiLayer {
         };
         let mut len = BLOCK - range.start() % BLOCK;
         let mut expected = first;
-        // Neighbours in the file, or without storage, are one run.
+        // Blocks in adjacent slots, or without storage, are one run.
         'run: while len < range.len() {
             let before = len;
             for entry in state.map.entries((range.start() + len) / BLOCK)? {
-                expected = expected.map(|place| place.saturating_add(1));
-                if place(*entry) != expected || len >= range.len() {
+                expected = expected.map(|slot| slot.saturating_add(1));
+                if slot(*entry) != expected || len >= range.len() {
                     break 'run;
                 }
                 len += BLOCK;
@@ -280,9 +282,9 @@ impl Layer for VdiLayer {
         }
         let kind = match first {
             None => RunKind::Zero { host: None },
-            Some(place) => RunKind::Data {
+            Some(slot) => RunKind::Data {
                 device: Arc::clone(&self.file),
-                offset: state.header.host(place) + range.start() % BLOCK,
+                offset: state.header.host(slot) + range.start() % BLOCK,
                 holes: if self.is_static {
                     HoleMeaning::ZeroData
                 } else {

@@ -1,28 +1,28 @@
-//! Growing, which the original cannot.
+//! Growing, which qemu-img does not support for this format.
 //!
-//! A longer map goes where the old one is if there is room before the blocks. If not, the first blocks move to the end,
-//! and the new map takes their place:
+//! A longer map overwrites the old one if it fits in front of the blocks. If not, the blocks in the first slots move to
+//! the end, and the new map is written to those slots:
 //!
 //! ```text
 //!   before   |header|map|   0   |   1   |   2   |
 //!   then     |header|map|       |   1   |   2   |   0   |
-//!   after    |header|   |  map  |   0   |   1   |   2   |      places are counted from where the blocks start
+//!   after    |header|   |  map  |   0   |   1   |   2   |      slots are counted from `data_offset`
 //! ```
 //!
-//! Each step leaves the image readable: a block's entry is changed once its copy is durable, and the new map counts from
-//! the moment when the header, one sector, says where it is.
+//! Each step leaves the image readable: a block's entry is changed once its copy is durable, and the new map is in use
+//! from the write of the header, a single sector, which holds its offset.
 
 use std::sync::Arc;
 
 use diskimage_core::{ByteRange, Device, Error, Preallocation, ResizeRequest, Result, ZeroMode};
 
 use super::header::{BLOCK, Header, SECTOR, map_bytes};
-use super::{NO_BLOCK, State, VdiLayer, place};
+use super::{NO_BLOCK, State, VdiLayer, slot};
 use crate::layer_kit::paged_table::PagedTable;
 use crate::layer_kit::preallocation;
 
 impl VdiLayer {
-    /// Refuses what cannot be done, before anything has changed.
+    /// Refuses a size that the image cannot grow to, before anything is written.
     pub(super) fn check_size(&self, request: &ResizeRequest) -> Result<()> {
         let state = self.lock();
         if request.len < state.header.size {
@@ -37,30 +37,31 @@ impl VdiLayer {
 
     /// Makes the disk `len` bytes long.
     pub(super) fn grow(&self, len: u64) -> Result<()> {
-        // Places of blocks in flight are in no map, and would be allocated again, or count from somewhere else.
+        // Slots of writes in flight are not in the map yet: they would be allocated again, or be numbered from the
+        // wrong offset.
         let mut state = self.claims.wait_idle(|| self.lock());
         let (header, shift) = grown(&state.header, len)?;
         self.publish_blocks(&mut state)?;
         let room = header.blocks.saturating_add(shift);
-        let places = |state: &mut State| {
-            state.places = None;
-            let known = state.taken_places(room, self.file.len(), &self.budget);
-            known.map(|places| state.places = Some(places))
+        let slots = |state: &mut State| {
+            state.slots = None;
+            let known = state.slots_in_use(room, self.file.len(), &self.budget);
+            known.map(|slots| state.slots = Some(slots))
         };
-        places(&mut state)?;
-        state.require_whole()?;
+        slots(&mut state)?;
+        state.require_not_truncated()?;
         let outcome = self.grow_into(&mut state, header, shift);
-        if outcome.is_err() && state.places.is_some() {
-            // Slots that were taken for what has failed; where that cannot be told either, the first error counts.
-            let _ = places(&mut state);
+        if outcome.is_err() && state.slots.is_some() {
+            // Frees the slots that were allocated before the failure. If that fails, too, the first error is returned.
+            let _ = slots(&mut state);
         }
         outcome
     }
 
-    /// Makes the disk as large as `header` says, for whose map the blocks at the first `shift` places have to move.
+    /// Makes the disk as large as in `header`, whose map needs the first `shift` slots.
     fn grow_into(&self, state: &mut State, mut header: Header, shift: u32) -> Result<()> {
-        self.clear_rest(state)?;
-        self.vacate(state, shift)?;
+        self.zero_padding(state)?;
+        self.vacate_slots(state, shift)?;
         let old_blocks = state.header.blocks;
         let map_end = header.map_offset + map_bytes(header.blocks);
         if self.file.len() < map_end {
@@ -70,16 +71,16 @@ impl VdiLayer {
         if shift > 0 {
             copy_map(&mut state.map, &mut map, old_blocks, shift)?;
         }
-        let places = self.places(state)?;
+        let slots = self.slots(state)?;
         for block in old_blocks..header.blocks {
             let entry = if self.is_static {
-                (places.take_first_from(shift)? - shift).to_le_bytes()
+                (slots.take_first_from(shift)? - shift).to_le_bytes()
             } else {
                 NO_BLOCK
             };
             map.set(block.into(), entry)?;
         }
-        header.set_allocated(places.end().saturating_sub(shift));
+        header.set_allocated(slots.end().saturating_sub(shift));
         let end = header.host(header.allocated());
         if self.file.len() < end {
             self.file.resize(end, Preallocation::Off)?;
@@ -87,23 +88,23 @@ impl VdiLayer {
         map.write_back()?;
         self.file.flush()?;
         self.file.write_at(&header.to_bytes()?, 0)?;
-        // From here on it is the new map that a reader finds.
+        // From here on readers of the file use the new map.
         (state.reserved, state.relied_on) = (header.reserved(), header.relied_on());
-        (state.header, state.map, state.places) = (header, map, None);
+        (state.header, state.map, state.slots) = (header, map, None);
         self.file.flush()
     }
 
-    /// Makes the rest of the last block zero, which becomes part of the disk.
-    fn clear_rest(&self, state: &mut State) -> Result<()> {
+    /// Zeroes the part of the last block beyond the old end of the disk, which becomes part of the disk.
+    fn zero_padding(&self, state: &mut State) -> Result<()> {
         let size = state.header.size;
         let used = size % BLOCK;
         if used == 0 {
             return Ok(());
         }
-        let Some(place) = self.place_to_change(state, size / BLOCK)? else {
+        let Some(slot) = self.slot_to_change(state, size / BLOCK)? else {
             return Ok(());
         };
-        let rest = state.header.stored(place).skip(used);
+        let rest = state.header.stored(slot).skip(used);
         let rest = rest.intersect(ByteRange::new(0, self.file.len()));
         if rest.is_empty() {
             return Ok(());
@@ -111,8 +112,8 @@ impl VdiLayer {
         self.file.write_zeroes(rest, ZeroMode::KeepAllocated)
     }
 
-    /// Moves the blocks at the first `count` places behind all others.
-    fn vacate(&self, state: &mut State, count: u32) -> Result<()> {
+    /// Moves the blocks in the first `count` slots to free slots behind them.
+    fn vacate_slots(&self, state: &mut State, count: u32) -> Result<()> {
         if count == 0 {
             return Ok(());
         }
@@ -120,10 +121,10 @@ impl VdiLayer {
         let mut block = 0;
         while block < u64::from(state.header.blocks) {
             for entry in state.map.entries(block)? {
-                if let Some(place) = place(*entry)
-                    && place < count
+                if let Some(slot) = slot(*entry)
+                    && slot < count
                 {
-                    moved.push((block, place));
+                    moved.push((block, slot));
                 }
                 block += 1;
             }
@@ -132,20 +133,20 @@ impl VdiLayer {
             }
         }
         let mut bytes = vec![0; 1 << 20];
-        for (block, place) in moved {
-            let target = self.places(state)?.take_first_from(count)?;
+        for (block, slot) in moved {
+            let target = self.slots(state)?.take_first_from(count)?;
             let file: &dyn Device = &*self.file;
-            file.read_padded(&mut bytes, state.header.host(place))?;
+            file.read_padded(&mut bytes, state.header.host(slot))?;
             file.write_at(&bytes, state.header.host(target))?;
             state.map.set(block, target.to_le_bytes())?;
         }
         self.publish_blocks(state)?;
-        // Something else is about to be written where the blocks were.
+        // The map that no longer refers to these slots must be durable before they are overwritten.
         self.file.flush()
     }
 }
 
-/// The header of the same image with a disk of `len` bytes, and how many blocks have to move for its map.
+/// The header of the same image with a disk of `len` bytes, and how many slots its map needs.
 fn grown(old: &Header, len: u64) -> Result<(Header, u32)> {
     let mut header = old.resized(len)?;
     let map_end = |header: &Header| header.map_offset + u64::from(header.blocks) * 4;
@@ -161,18 +162,18 @@ fn grown(old: &Header, len: u64) -> Result<(Header, u32)> {
         header.data_offset = old.data_offset + moved * BLOCK;
         shift = u32::try_from(moved).map_err(|_| Error::invalid("The disk is too large"))?;
     }
-    // What cannot be written is refused before anything has changed.
+    // Refuses offsets that do not fit into the header, before anything is written.
     header.to_bytes()?;
     Ok((header, shift))
 }
 
-/// Writes what `old` says of the first `blocks` blocks into `new`, where places are counted from `shift` on.
+/// Copies the entries of the first `blocks` blocks from `old` to `new`, where slot `shift` becomes slot 0.
 fn copy_map(old: &mut PagedTable, new: &mut PagedTable, blocks: u32, shift: u32) -> Result<()> {
     let mut block = 0;
     while block < u64::from(blocks) {
         for entry in old.entries(block)? {
-            let moved = match place(*entry) {
-                Some(place) => place.saturating_sub(shift).to_le_bytes(),
+            let moved = match slot(*entry) {
+                Some(slot) => slot.saturating_sub(shift).to_le_bytes(),
                 None => *entry,
             };
             new.set(block, moved)?;

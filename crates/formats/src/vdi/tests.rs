@@ -1,4 +1,4 @@
-//! Models, damage, crashes and faults, on images in memory.
+//! Tests against a model, with damage, crashes and faults, on images in memory.
 
 use std::sync::Arc;
 use std::thread;
@@ -36,7 +36,7 @@ fn grow(image: &Image, len: u64) -> Result<()> {
     image.resize_with(&ResizeRequest::new(len, Preallocation::Off))
 }
 
-/// A file whose map has no room to grow: that of 128 blocks takes a sector, and so it does here.
+/// The size of a disk whose map cannot grow in place: 128 entries fill the one sector of the map.
 const FULL_MAP: u64 = 128 * BLOCK;
 
 proptest! {
@@ -49,7 +49,7 @@ proptest! {
     ) {
         let options = if is_static { "static=on" } else { "" };
         let file = Arc::new(MemoryDevice::new(create(options, 4 * BLOCK + 1536)));
-        // No further than the smallest map reaches, or once beyond.
+        // At most slightly beyond the blocks of the smallest map, so that the blocks move once.
         let model = follow(&Vdi, &file, &ops, |len, longer| {
             let longer = longer.min(130 * BLOCK);
             if is_static { longer.min(len + BLOCK) } else { longer }
@@ -87,7 +87,7 @@ fn growing_waits_for_writes_in_flight() {
     let write = image.begin_write(ByteRange::at(0, 512)).expect("is planned");
     thread::scope(|scope| {
         let growing = scope.spawn(|| grow(&image, 8 * BLOCK));
-        // Long enough for it to be done if it did not wait.
+        // Long enough for growing to finish if it did not wait.
         thread::sleep(Duration::from_millis(100));
         assert!(!growing.is_finished(), "a block is in flight");
         write.finish(&[1; 512]).expect("writes");
@@ -97,7 +97,7 @@ fn growing_waits_for_writes_in_flight() {
     let content = contents(&image);
     assert!(
         content[..512].iter().all(|byte| *byte == 1),
-        "no other block has its place"
+        "no other block has its slot"
     );
     image.flush().expect("flushes");
     assert_eq!(check(&image), CheckReport::default());
@@ -129,7 +129,7 @@ fn an_empty_disk_is_one_run_however_large() {
     );
 }
 
-/// Where things are in the header.
+/// The offsets of the map and of the header's count of blocks.
 const MAP: usize = 512;
 const ALLOCATED: usize = 0x184;
 
@@ -140,7 +140,7 @@ fn what_was_leaked_is_used_again_and_nothing_is_overwritten() {
     image.write_at(&[1; 3 << 20], 0).expect("writes");
     image.flush().expect("flushes");
     let mut bytes = file.contents();
-    // The block at place 1 is lost, and the header counts too few.
+    // The block in slot 1 is leaked, and the header's count is too low.
     bytes[MAP + 4..MAP + 8].copy_from_slice(&NO_BLOCK);
     bytes[ALLOCATED] = 1;
     let file = Arc::new(MemoryDevice::new(bytes));
@@ -203,9 +203,9 @@ fn damaged_headers_are_refused() {
 }
 
 #[test]
-fn a_map_beyond_the_end_of_the_file_can_be_told_of_but_not_used() {
+fn a_map_beyond_the_end_of_the_file_is_reported_but_not_used() {
     let mut bytes = create("", 0);
-    // The largest disk there is.
+    // The largest disk.
     bytes[0x170..0x178].copy_from_slice(&0x1_ffff_f800_0000_u64.to_le_bytes());
     bytes[0x180..0x184].copy_from_slice(&0x1fff_ff80_u32.to_le_bytes());
     let image = open_bytes(&bytes).expect("opens");
@@ -225,7 +225,7 @@ fn blocks_beyond_the_end_of_the_file_cannot_be_read_or_moved_onto() {
     assert_eq!(check(&image).corruptions, 1);
 }
 
-/// Writes and growth, with what the disk may hold at each moment of the journal.
+/// Writes and growth, with the contents that the disk may have at each moment of the journal.
 #[test]
 fn a_crash_leaves_what_was_flushed_and_no_damage() {
     let size = 127 * BLOCK;
@@ -267,7 +267,7 @@ fn a_crash_leaves_what_was_flushed_and_no_damage() {
             let last = sector(139 * BLOCK);
             assert!(last == 4 || (last == 0 && crash.position < done), "{moment}");
         }
-        // The header counts too many blocks at worst, and no two blocks share a place.
+        // The header counts too many blocks at worst, and no two blocks share a slot.
         assert!(check(&image).corruptions <= 1, "{moment}");
         let counted = u32::from_le_bytes(*crash.files[0][ALLOCATED..].first_chunk().expect("a header"));
         assert!(counted >= 2, "{moment}");
@@ -321,7 +321,7 @@ fn nothing_is_written_where_something_else_is() {
     image.write_at(&[1; 2 << 20], 0).expect("writes");
     image.flush().expect("flushes");
     let good = file.contents();
-    // The map's place, the data's, an entry.
+    // The offset of the map, the offset of the data, an entry of the map.
     for (at, number, is_read) in [
         (0x154, 0_u32, false),
         (0x158, 0, false),
@@ -333,7 +333,7 @@ fn nothing_is_written_where_something_else_is() {
         let mut bad = good.clone();
         bad[at..at + 4].copy_from_slice(&number.to_le_bytes());
         let file = Arc::new(MemoryDevice::new(bad.clone()));
-        let image = open(Arc::<MemoryDevice>::clone(&file)).expect("can be told of");
+        let image = open(Arc::<MemoryDevice>::clone(&file)).expect("opens");
         assert_eq!(
             image.read_at(&mut [0; 512], 0).is_ok(),
             is_read,
@@ -370,19 +370,19 @@ fn a_file_that_was_cut_off_is_not_made_longer() {
 
 #[test]
 fn new_blocks_stay_clear_of_a_map_behind_others() {
-    // The map of an image without data lies where the second block would be.
+    // The map of an image without data overlaps the second slot.
     let mut bytes = create("", 4 * BLOCK);
     let map = bytes[MAP..MAP + 512].to_vec();
-    let place = 1024 + (1 << 20) + 512;
-    bytes.resize(place + 512, 0);
-    bytes[place..].copy_from_slice(&map);
-    bytes[0x154..0x158].copy_from_slice(&u32::try_from(place).expect("small").to_le_bytes());
+    let offset = 1024 + (1 << 20) + 512;
+    bytes.resize(offset + 512, 0);
+    bytes[offset..].copy_from_slice(&map);
+    bytes[0x154..0x158].copy_from_slice(&u32::try_from(offset).expect("small").to_le_bytes());
     let file = Arc::new(MemoryDevice::new(bytes));
     let image = open(Arc::<MemoryDevice>::clone(&file)).expect("opens");
     image.write_at(&[9; 3 << 20], 0).expect("writes");
     image
         .write_at(&[9; 512], 3 * BLOCK)
-        .expect_err("the map has its place");
+        .expect_err("the slot overlaps the map");
     image.flush().expect("flushes");
     let again = open_bytes(&file.contents()).expect("opens");
     assert!(contents(&again)[..3 << 20] == [9; 3 << 20]);
