@@ -1,4 +1,4 @@
-//! The footer, the header of dynamic disks, and how large a disk is by its geometry.
+//! The footer, the header of dynamic disks, and the geometry with the disk size that it stands for.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -8,19 +8,19 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use crate::layer_kit::reserved::Reserved;
 
-/// Marks a footer.
+/// The first bytes of a footer.
 const COOKIE: [u8; 8] = *b"conectix";
-/// Marks the header of a dynamic disk.
+/// The first bytes of the header of a dynamic disk.
 const DYNAMIC_COOKIE: [u8; 8] = *b"cxsparse";
-/// Version 1.0 of both.
+/// Version 1.0 of the footer and of the header.
 const VERSION: u32 = 0x0001_0000;
-/// The original, where the geometry says how large the disk is.
+/// The creator qemu-img, of images whose size is that of the geometry.
 const QEMU: [u8; 4] = *b"qemu";
-/// The original, where the size does.
+/// The creator qemu-img, of images whose size is `current_size`.
 const QEM2: [u8; 4] = *b"qem2";
-/// Virtual PC, which goes by the geometry.
+/// The creator Virtual PC, of images whose size is that of the geometry.
 const VIRTUAL_PC: [u8; 4] = *b"vpc ";
-/// Seconds from 1970 to 2000, when dates of this format begin.
+/// Seconds from 1970 to 2000, the epoch of this format's time stamps.
 const EPOCH: u64 = 946_684_800;
 
 /// Bytes of a sector and of a footer.
@@ -31,12 +31,12 @@ pub(super) const BLOCK: u32 = 2 << 20;
 const MAX_SIZE: u64 = 2040 << 30;
 /// Entries of the largest table.
 const MAX_ENTRIES: u32 = u32::MAX >> 3;
-/// Where the header of a new dynamic disk is.
+/// The byte offset of the header of a new dynamic disk.
 pub(super) const HEADER_OFFSET: u64 = SECTOR;
-/// And where its block allocation table is.
+/// The byte offset of its block allocation table.
 pub(super) const TABLE_OFFSET: u64 = HEADER_OFFSET + 1024;
-/// No offset.
-const NOWHERE: u64 = u64::MAX;
+/// The value of an offset field that is not used.
+const NO_OFFSET: u64 = u64::MAX;
 
 /// "Hard Disk Footer Format".
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
@@ -44,23 +44,23 @@ const NOWHERE: u64 = u64::MAX;
 pub(super) struct Footer {
     /// [`COOKIE`].
     cookie: [u8; 8],
-    /// 2, a bit that is always set.
+    /// 2: the reserved bit, always set.
     features: U32,
     /// [`VERSION`].
     version: U32,
-    /// Where the header of a dynamic disk is.
+    /// The byte offset of the header of a dynamic disk.
     data_offset: U64,
-    /// Seconds since 2000.
+    /// When the disk was created, in seconds since 2000.
     time_stamp: U32,
-    /// What made the disk.
+    /// The program that created the disk.
     creator_application: [u8; 4],
-    /// And which version of it.
+    /// The version of that program.
     creator_version: U32,
-    /// On which system.
+    /// The operating system it ran on.
     creator_host_os: [u8; 4],
-    /// The disk's size when it was made.
+    /// The disk's size in bytes when it was created.
     original_size: U64,
-    /// The disk's size.
+    /// The disk's size in bytes.
     current_size: U64,
     /// The disk's geometry.
     geometry: Geometry,
@@ -68,9 +68,9 @@ pub(super) struct Footer {
     disk_type: U32,
     /// The ones' complement of the sum of all other bytes.
     checksum: U32,
-    /// The disk.
+    /// Identifies the disk.
     unique_id: [u8; 16],
-    /// Whether a machine was saved with it.
+    /// 1 if a saved state of a virtual machine uses the disk.
     saved_state: u8,
     /// Zeroes.
     reserved: [u8; 427],
@@ -84,19 +84,19 @@ const _: () = assert!(size_of::<Footer>() == 512);
 pub(super) struct DynamicHeader {
     /// [`DYNAMIC_COOKIE`].
     cookie: [u8; 8],
-    /// Not used.
+    /// Unused.
     data_offset: U64,
-    /// Where the block allocation table is.
+    /// The byte offset of the block allocation table.
     table_offset: U64,
     /// [`VERSION`].
     header_version: U32,
-    /// How many entries it has.
+    /// Entries of the block allocation table.
     max_table_entries: U32,
     /// Bytes of a block, without its bitmap.
     block_size: U32,
-    /// As in the footer.
+    /// The ones' complement of the sum of all other bytes of the header.
     checksum: U32,
-    /// The disk below: its identifier, date, name and where it may be.
+    /// The backing image of a differencing disk: identifier, time stamp, name and locators.
     parent: [u8; 24 + 512 + 8 * 24],
     /// Zeroes.
     reserved: [u8; 256],
@@ -104,7 +104,7 @@ pub(super) struct DynamicHeader {
 
 const _: () = assert!(size_of::<DynamicHeader>() == 1024);
 
-/// Cylinders, heads and sectors of a track.
+/// Cylinders, heads and sectors per track.
 #[derive(
     Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned,
 )]
@@ -115,23 +115,23 @@ pub(super) struct Geometry {
     sectors: u8,
 }
 
-/// What the user says about which size counts.
+/// Which fields of the footer the size of the disk is taken from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum SizeBy {
-    /// What the creator of the disk went by.
+    /// The geometry or `current_size`, by the creator of the disk.
     Creator,
-    /// The size in the footer.
+    /// The field `current_size`.
     CurrentSize,
     /// The geometry.
     Geometry,
 }
 
-/// Whether a disk is stored whole.
+/// How a disk is stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
-    /// It is.
+    /// Contiguously.
     Fixed,
-    /// In blocks that are there when they have been written.
+    /// In blocks that are allocated when they are written.
     Dynamic,
 }
 
@@ -139,13 +139,14 @@ const FIXED: u32 = 2;
 const DYNAMIC: u32 = 3;
 const DIFFERENCING: u32 = 4;
 
-/// Whether a file begins like a disk that is not stored whole.
+/// Whether the first bytes of a file are a copy of the footer, which dynamic disks begin with.
 pub(super) fn is_vpc(head: &[u8]) -> bool {
     head.starts_with(&COOKIE)
 }
 
 impl Footer {
-    /// The footer of a new disk for at least `size` bytes, or exactly so many sectors if `exact`.
+    /// The footer of a new disk of `size` bytes, rounded up to sectors with `exact`, else to the size of a geometry if
+    /// one is large enough.
     pub(super) fn new(size: u64, kind: Kind, exact: bool) -> Result<Self> {
         let sectors = checked_size(size)?.div_ceil(SECTOR);
         let (sectors, geometry) = match Geometry::holding(sectors) {
@@ -166,9 +167,10 @@ impl Footer {
             features: U32::new(2),
             version: U32::new(VERSION),
             data_offset: U64::new(match kind {
-                Kind::Fixed => NOWHERE,
+                Kind::Fixed => NO_OFFSET,
                 Kind::Dynamic => HEADER_OFFSET,
             }),
+            // Saturates: later times do not fit into the field.
             time_stamp: U32::new(u32::try_from(now.saturating_sub(EPOCH)).unwrap_or(u32::MAX)),
             creator_application: if exact { QEM2 } else { QEMU },
             creator_version: U32::new(0x0005_0003),
@@ -185,11 +187,11 @@ impl Footer {
             saved_state: 0,
             reserved: [0; 427],
         };
-        Ok(footer.summed())
+        Ok(footer.with_checksum())
     }
 
-    /// Reads the footer of an image: the copy in front, or the last sector, which is all that fixed disks have. Also
-    /// whether it is the copy.
+    /// Reads the footer of an image: the copy at the start of the file, or else the last sector, where fixed disks have
+    /// their only one. Returns true with it if it is the copy.
     pub(super) fn read(file: &dyn Device) -> Result<(Self, bool)> {
         let invalid = || Error::invalid("invalid VPC image");
         let len = align_up(file.len(), SECTOR);
@@ -197,14 +199,14 @@ impl Footer {
             return Err(Error::invalid("File too small for a VHD header"));
         }
         let mut footer = Self::read_at(file, 0)?;
-        let in_front = footer.cookie == COOKIE;
-        if !in_front {
+        let is_copy = footer.cookie == COOKIE;
+        if !is_copy {
             footer = Self::read_at(file, len - SECTOR)?;
             if footer.cookie != COOKIE || footer.disk_type.get() != FIXED {
                 return Err(invalid());
             }
         }
-        if footer.checksum != footer.summed().checksum {
+        if footer.checksum != footer.with_checksum().checksum {
             return Err(Error::invalid("Incorrect header checksum"));
         }
         if footer.disk_type.get() == DIFFERENCING {
@@ -212,7 +214,7 @@ impl Footer {
                 "Differencing VHD images, which need the image below them, are not supported",
             ));
         }
-        Ok((footer, in_front))
+        Ok((footer, is_copy))
     }
 
     fn read_at(file: &dyn Device, offset: u64) -> Result<Self> {
@@ -221,11 +223,11 @@ impl Footer {
         Self::read_from_bytes(&bytes).map_err(|_| Error::invalid("invalid VPC image"))
     }
 
-    /// Whether the disk is stored whole.
+    /// How the disk is stored.
     pub(super) fn kind(&self) -> Kind {
         match self.disk_type.get() {
             FIXED => Kind::Fixed,
-            // The original takes all others for dynamic ones.
+            // qemu-img takes all other types for dynamic disks.
             _ => Kind::Dynamic,
         }
     }
@@ -237,7 +239,7 @@ impl Footer {
             SizeBy::CurrentSize => false,
             SizeBy::Creator => matches!(self.creator_application, QEMU | VIRTUAL_PC),
         };
-        // A disk with the largest geometry may be larger than that.
+        // The size of a disk with the largest geometry may exceed it, so `current_size` is used.
         let by_geometry = by_geometry && self.geometry != Geometry::LARGEST;
         let sectors = if by_geometry {
             self.geometry.len()
@@ -250,26 +252,26 @@ impl Footer {
         Ok(sectors * SECTOR)
     }
 
-    /// Where the header of a dynamic disk is.
+    /// The byte offset of the header of a dynamic disk.
     pub(super) fn header_offset(&self) -> u64 {
         self.data_offset.get()
     }
 
-    /// The footer of the same disk with exactly `size` bytes, whole sectors.
+    /// The footer of the same disk with exactly `size` bytes, a multiple of [`SECTOR`].
     pub(super) fn resized(&self, size: u64) -> Result<Self> {
         let sectors = checked_size(size)? / SECTOR;
         let footer = Self {
-            // The geometry cannot say every size, so it must not count.
+            // No geometry has exactly this size in general, so readers have to use `current_size`.
             creator_application: QEM2,
             current_size: U64::new(size),
             geometry: Geometry::near(sectors),
             ..*self
         };
-        Ok(footer.summed())
+        Ok(footer.with_checksum())
     }
 
-    /// The footer with the right sum.
-    fn summed(&self) -> Self {
+    /// The footer with its checksum computed.
+    fn with_checksum(&self) -> Self {
         let mut footer = Self {
             checksum: U32::ZERO,
             ..*self
@@ -284,7 +286,7 @@ impl DynamicHeader {
     pub(super) fn new(size: u64) -> Result<Self> {
         let header = Self {
             cookie: DYNAMIC_COOKIE,
-            data_offset: U64::new(NOWHERE),
+            data_offset: U64::new(NO_OFFSET),
             table_offset: U64::new(TABLE_OFFSET),
             header_version: U32::new(VERSION),
             max_table_entries: U32::ZERO,
@@ -323,29 +325,29 @@ impl DynamicHeader {
         Ok(header)
     }
 
-    /// Where the block allocation table is.
+    /// The byte offset of the block allocation table.
     pub(super) fn table_offset(&self) -> u64 {
         self.table_offset.get()
     }
 
-    /// How many entries it has.
+    /// Entries of the block allocation table.
     pub(super) fn entries(&self) -> u32 {
         self.max_table_entries.get()
     }
 
-    /// Where it ends, on a sector.
+    /// The byte offset of the table's end, rounded up to a sector.
     pub(super) fn table_end(&self) -> u64 {
         let bytes = u64::from(self.entries()) * 4;
         align_up(self.table_offset().saturating_add(bytes), SECTOR)
     }
 
-    /// Where nothing of the disk is written if this header is at `offset`.
+    /// The ranges of the file where no block is written, if this header is at `offset`.
     pub(super) fn reserved(&self, offset: u64) -> Reserved {
         self.reserved_up_to(offset, self.table_end())
     }
 
-    /// Where nothing of a disk of `size` bytes can be: a damaged header may have a table that is too long, without which
-    /// the disk can be read.
+    /// The ranges of the file where no block of a disk of `size` bytes can be read. The table of a damaged header may
+    /// be longer than the disk needs and overlap blocks; the disk can still be read.
     pub(super) fn relied_on(&self, offset: u64, size: u64) -> Reserved {
         let entries = size.div_ceil(self.block());
         self.reserved_up_to(offset, self.table_offset().saturating_add(entries * 4))
@@ -370,7 +372,7 @@ impl DynamicHeader {
         align_up(self.block() / SECTOR / 8, SECTOR).max(SECTOR)
     }
 
-    /// The same header with a table of so many entries at `offset`.
+    /// The same header with a table of `entries` entries at `offset`.
     pub(super) fn with_table(&self, offset: u64, entries: u64) -> Result<Self> {
         let entries = u32::try_from(entries)
             .ok()
@@ -387,19 +389,20 @@ impl DynamicHeader {
 }
 
 impl Geometry {
-    /// The largest there is.
+    /// The largest geometry.
     const LARGEST: Self = Self {
         cylinders: U16::MAX_VALUE,
         heads: 16,
         sectors: 255,
     };
 
-    /// How many sectors there are.
+    /// The sectors of a disk with this geometry.
     fn len(self) -> u64 {
         u64::from(self.cylinders.get()) * u64::from(self.heads) * u64::from(self.sectors)
     }
 
-    /// What the specification's appendix "CHS Calculation" gives for so many sectors, or a few less.
+    /// The geometry that the specification's appendix "CHS Calculation" gives for `sectors` sectors; it may hold a few
+    /// less.
     fn near(sectors: u64) -> Self {
         let sectors = sectors.min(Self::LARGEST.len());
         let (track, heads) = if sectors >= 65535 * 16 * 63 {
@@ -414,6 +417,7 @@ impl Geometry {
                 (63, 16)
             }
         };
+        // The fallbacks are not reached: `sectors` is clamped to 65535 cylinders, 16 heads and tracks of 255 sectors.
         Self {
             cylinders: U16::new(u16::try_from(sectors / track / heads).unwrap_or(u16::MAX)),
             heads: u8::try_from(heads).unwrap_or(16),
@@ -421,7 +425,7 @@ impl Geometry {
         }
     }
 
-    /// The first geometry with room for so many sectors; `None` if there are more than any has.
+    /// The smallest geometry of [`Geometry::near`] that holds `sectors` sectors; `None` if none does.
     fn holding(sectors: u64) -> Option<Self> {
         if sectors == 0 {
             return Some(Self::default());
@@ -446,7 +450,7 @@ fn too_large() -> Error {
     )
 }
 
-/// The ones' complement of the sum of bytes.
+/// The ones' complement of the sum of `bytes`.
 fn checksum(bytes: &[u8]) -> U32 {
     U32::new(!bytes.iter().map(|byte| u32::from(*byte)).sum::<u32>())
 }

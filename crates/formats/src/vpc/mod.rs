@@ -1,5 +1,5 @@
-//! VHD, the format of Virtual PC and old Hyper-V: a disk stored whole with a footer behind it, or in blocks that a table
-//! finds.
+//! VHD, the format of Virtual PC and old Hyper-V: a fixed disk, stored contiguously with a footer behind it, or a
+//! dynamic disk, in blocks that the block allocation table refers to.
 //!
 //! ```text
 //!   fixed     |------------------- disk --------------------|footer|
@@ -9,18 +9,18 @@
 //! ```
 //!
 //! As specified in Microsoft's "Virtual Hard Disk Image Format Specification" 1.0. The bitmap in front of a block says
-//! which of its sectors were written; without a disk below they all count, and all its bits are set. Differencing disks
-//! are refused.
+//! which of its sectors belong to this disk rather than to its backing image. Without a backing image all do: the
+//! bitmap is not read, and written with all bits set. Differencing disks are refused.
 //!
-//! # Which size counts
+//! # The size of the disk
 //!
-//! Virtual PC goes by the geometry, others by the size in the footer; who made the disk decides, or the node option
-//! `force_size_calc`.
+//! The size of the disk is that of the geometry in images of Virtual PC, and the field `current_size` of the footer in
+//! images of most other programs. The field `creator_application` decides, or the node option `force_size_calc`.
 //!
 //! # What a crash leaves
 //!
-//! New blocks go over the footer at the end. The copy in front is what is read first, so the disk can be read at any
-//! moment. Blocks and the new footer are durable before the table refers to them.
+//! New blocks overwrite the footer at the end of the file. Readers use the copy at the start of the file, so the disk
+//! can be read at any moment. Blocks and the new footer are durable before the table refers to the blocks.
 
 mod footer;
 mod resize;
@@ -103,12 +103,12 @@ impl Format for Vpc {
                 )));
             }
         };
-        let (footer, in_front) = Footer::read(&*request.file)?;
+        let (footer, is_copy) = Footer::read(&*request.file)?;
         let size = footer
             .size(by)
             .map_err(|error| error.context(format!("Could not open '{}'", request.name)))?;
-        let (blocks, reserved) = if in_front {
-            // As in the original, whatever kind of disk the footer names.
+        let (blocks, reserved) = if is_copy {
+            // As in qemu-img, the header is read and checked whatever the disk type in the footer is.
             let blocks = Blocks::open(&request.file, footer.header_offset(), size)?;
             let reserved = blocks.reserved.clone();
             (Some(blocks).filter(|_| footer.kind() == Kind::Dynamic), reserved)
@@ -135,7 +135,7 @@ impl Format for Vpc {
 
     fn measure(&self, options: &Options, source: MeasureSource<'_>, _objects: &Objects) -> Result<Measure> {
         preallocation::check(options)?;
-        let footer = wanted(options, source.len())?;
+        let footer = footer_for(options, source.len())?;
         let size = footer.size(SizeBy::CurrentSize)?;
         let (empty, data, fully) = match footer.kind() {
             Kind::Fixed => (size, 0, 0),
@@ -161,7 +161,7 @@ impl Format for Vpc {
 /// Writes a new image to `file`.
 fn create(request: &CreateRequest<'_>, file: &dyn Device) -> Result<()> {
     preallocation::check(request.options)?;
-    let footer = wanted(request.options, request.size)?;
+    let footer = footer_for(request.options, request.size)?;
     let size = footer.size(SizeBy::CurrentSize)?;
     let (header, end) = match footer.kind() {
         Kind::Fixed => (None, size),
@@ -183,8 +183,8 @@ fn create(request: &CreateRequest<'_>, file: &dyn Device) -> Result<()> {
     file.write_at(footer.as_bytes(), end)
 }
 
-/// The footer of the disk that the options describe.
-fn wanted(options: &Options, size: u64) -> Result<Footer> {
+/// The footer of a new disk of `size` bytes with the options of `create`.
+fn footer_for(options: &Options, size: u64) -> Result<Footer> {
     let kind = match options.text("subformat") {
         None | Some("dynamic") => Kind::Dynamic,
         Some("fixed") => Kind::Fixed,
@@ -197,20 +197,20 @@ fn wanted(options: &Options, size: u64) -> Result<Footer> {
     Footer::new(size, kind, options.flag("force_size").unwrap_or(false))
 }
 
-/// Writes `byte` all over `range`, piece by piece.
+/// Fills `range` with `byte`, in chunks.
 fn fill(file: &dyn Device, range: ByteRange, byte: u8) -> Result<()> {
-    const PIECE: usize = 64 << 10;
+    const CHUNK: usize = 64 << 10;
     let mut rest = range;
-    let bytes = vec![byte; to_index(range.len())?.min(PIECE)];
+    let bytes = vec![byte; to_index(range.len())?.min(CHUNK)];
     while !rest.is_empty() {
-        let piece = to_index(rest.len())?.min(bytes.len());
-        file.write_at(&bytes[..piece], rest.start())?;
-        rest = rest.skip(piece as u64);
+        let chunk = to_index(rest.len())?.min(bytes.len());
+        file.write_at(&bytes[..chunk], rest.start())?;
+        rest = rest.skip(chunk as u64);
     }
     Ok(())
 }
 
-/// What no part of a fixed disk can be in a file of `len` bytes.
+/// The range of a file of `len` bytes that cannot hold data of a fixed disk: its footer, and all beyond.
 fn behind_footer(len: u64) -> Reserved {
     let end = len.next_multiple_of(SECTOR);
     Reserved::new([("footer", ByteRange::new(end.saturating_sub(SECTOR), u64::MAX))])
@@ -219,8 +219,8 @@ fn behind_footer(len: u64) -> Reserved {
 /// The entry of a block that reads as zero.
 const NO_BLOCK: Entry = u32::MAX.to_be_bytes();
 
-/// Where an entry of the table says that a block's bitmap is.
-fn place(entry: Entry) -> Option<u64> {
+/// The byte offset of a block's bitmap, which comes right before its data; `None` if the block has no storage.
+fn bitmap_offset(entry: Entry) -> Option<u64> {
     (entry != NO_BLOCK).then(|| u64::from(u32::from_be_bytes(entry)) * SECTOR)
 }
 
@@ -228,23 +228,23 @@ fn place(entry: Entry) -> Option<u64> {
 #[derive(Debug)]
 struct VpcLayer {
     file: Arc<dyn Device>,
-    /// Bytes of a block of dynamic disks.
+    /// Bytes of a block; `None` for fixed disks.
     granularity: Option<u64>,
     state: Mutex<State>,
-    /// Blocks that are being written, exclusive where they have no storage yet.
+    /// Claims on the blocks of requests in flight, exclusive where a write allocates.
     claims: RangeClaims,
     budget: Budget,
 }
 
-/// What changes while an image is open. Its lock is never held while guest data moves.
+/// The mutable state of an open image. Its lock is never held during I/O of guest data.
 #[derive(Debug)]
 struct State {
     footer: Footer,
     /// The disk's size in bytes.
     size: u64,
-    /// The blocks of dynamic disks.
+    /// The blocks; `None` for fixed disks.
     blocks: Option<Blocks>,
-    /// What is in the file of a fixed disk besides the disk.
+    /// The metadata of the image: the footer of a fixed disk, the header and table of a dynamic one.
     reserved: Reserved,
 }
 
@@ -252,27 +252,27 @@ struct State {
 #[derive(Debug)]
 struct Blocks {
     header: DynamicHeader,
-    /// Where the header is.
+    /// The byte offset of the header.
     header_offset: u64,
     table: PagedTable,
-    /// The copy of the footer, the header and the table.
+    /// The copy of the footer, the header and the whole table: no block is written there.
     reserved: Reserved,
-    /// The same without what the disk does not need of the table.
+    /// The same with the entries of the table that the disk needs only: no block is read there.
     relied_on: Reserved,
-    /// Where blocks are; known from the first write on.
+    /// The offsets of all blocks; loaded by the first write.
     stored: Option<Pieces>,
-    /// The first byte that belongs to a block.
+    /// The lowest offset of a block.
     first: u64,
-    /// Where blocks and tables end and the footer is.
+    /// The end of blocks and tables: the offset of the footer.
     end: u64,
-    /// Slots before the end that no block has.
+    /// Offsets before `end` of blocks that were allocated and released again.
     free: Vec<u64>,
-    /// Whether the footer has to be written at the end.
-    moved: bool,
+    /// Whether the footer has to be written at `end`.
+    footer_is_dirty: bool,
 }
 
 impl Blocks {
-    /// Reads the header, and where the blocks are.
+    /// Reads the header, and walks the table for the range of the file that blocks occupy.
     fn open(file: &Arc<dyn Device>, header_offset: u64, size: u64) -> Result<Self> {
         let header = DynamicHeader::read(&**file, header_offset, size)?;
         let reserved = header.reserved(header_offset);
@@ -292,9 +292,9 @@ impl Blocks {
         while block < entries {
             let some = table.entries(block)?;
             block += some.len() as u64;
-            for place in some.iter().filter_map(|entry| place(*entry)) {
-                first = first.min(place);
-                end = end.max(place + header.bitmap() + header.block());
+            for offset in some.iter().filter_map(|entry| bitmap_offset(*entry)) {
+                first = first.min(offset);
+                end = end.max(offset + header.bitmap() + header.block());
             }
         }
         if end > file_end {
@@ -310,34 +310,34 @@ impl Blocks {
             first,
             end,
             free: Vec::new(),
-            moved: false,
+            footer_is_dirty: false,
         })
     }
 
-    /// Where block `block` of the disk is stored.
+    /// The byte offset of the data of block `block`.
     ///
     /// # Errors
-    /// Tables that overlap, and a block that lies in them: the image is damaged.
+    /// Tables that overlap each other or the block: the image is damaged.
     fn host(&mut self, block: u64) -> Result<Option<u64>> {
         self.relied_on.require_apart()?;
         let entry = self.table.entries(block)?.first().copied();
-        let Some(place) = entry.and_then(place) else {
+        let Some(offset) = entry.and_then(bitmap_offset) else {
             return Ok(None);
         };
-        self.relied_on.require_outside("block", self.whole(place))?;
-        Ok(Some(place + self.header.bitmap()))
+        self.relied_on.require_outside("block", self.whole(offset))?;
+        Ok(Some(offset + self.header.bitmap()))
     }
 
-    /// The block at `place` with its bitmap.
-    fn whole(&self, place: u64) -> ByteRange {
-        ByteRange::at(place, self.header.bitmap() + self.header.block())
+    /// The bytes of the block at `offset`, its bitmap included.
+    fn whole(&self, offset: u64) -> ByteRange {
+        ByteRange::at(offset, self.header.bitmap() + self.header.block())
     }
 
-    /// Publishes the blocks written so far.
+    /// Writes the footer at the end of the file, flushes, and writes back the table.
     fn publish(&mut self, footer: &Footer, file: &dyn Device) -> Result<()> {
-        if self.moved {
+        if self.footer_is_dirty {
             file.write_at(footer.as_bytes(), self.end)?;
-            self.moved = false;
+            self.footer_is_dirty = false;
         }
         if self.table.is_dirty() {
             file.flush()?;
@@ -386,7 +386,8 @@ impl Layer for VpcLayer {
         let kind = match blocks.host(range.start() / unit)? {
             Some(host) => data(host + range.start() % unit, HoleMeaning::Ignored),
             None => {
-                // Neighbours without storage are one run; blocks never touch, as there are bitmaps between.
+                // Adjacent blocks without storage are one run. Allocated blocks are never contiguous: a bitmap lies
+                // between them.
                 'run: while len < range.len() {
                     for entry in blocks.table.entries((range.start() + len) / unit)? {
                         if *entry != NO_BLOCK || len >= range.len() {

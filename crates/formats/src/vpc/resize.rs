@@ -1,7 +1,7 @@
-//! Growing, which the original cannot.
+//! Growing, which qemu-img does not support for this format.
 //!
-//! The disk grows when the footer says so that is read first, one sector. A table that has no room where it is goes to the
-//! end, and the header's first sector says where:
+//! The write of one sector, the footer that readers use, makes the disk larger. A table that cannot grow in place moves
+//! to the end, and the write of the header's first sector changes its offset:
 //!
 //! ```text
 //!   before   |copy|header|table|block|block|footer|
@@ -19,7 +19,7 @@ use crate::layer_kit::paged_table::PagedTable;
 use crate::layer_kit::preallocation;
 
 impl VpcLayer {
-    /// Refuses what cannot be done, before anything has changed.
+    /// Refuses a size that the image cannot grow to, before anything is written.
     pub(super) fn check_size(&self, request: &ResizeRequest) -> Result<()> {
         let state = self.lock();
         if request.len < state.size {
@@ -59,9 +59,9 @@ impl VpcLayer {
         self.file.flush()
     }
 
-    /// The new footer comes first, as without one there is no disk.
+    /// Writes the new footer before it zeroes the old one: a file without a footer is no image.
     fn grow_fixed(&self, footer: &Footer, size: u64, len: u64) -> Result<()> {
-        // The old footer, and whatever lies behind the disk.
+        // The old footer, and all other bytes behind the disk.
         let behind = ByteRange::new(size, self.file.len().min(len));
         self.file.write_at(footer.as_bytes(), len)?;
         self.file.flush()?;
@@ -82,13 +82,13 @@ impl VpcLayer {
         let file = &*self.file;
         blocks.reserved.require_apart()?;
         blocks.publish(old, file)?;
-        blocks.clear_rest(file, size, &self.budget)?;
+        blocks.zero_padding(file, size, &self.budget)?;
         let entries = len.div_ceil(blocks.header.block());
         if entries > u64::from(blocks.header.entries()) {
             blocks.grow_table(&self.file, entries)?;
         }
         blocks.relied_on = blocks.header.relied_on(blocks.header_offset, len);
-        blocks.moved = true;
+        blocks.footer_is_dirty = true;
         blocks.publish(new, file)?;
         file.flush()?;
         file.write_at(new.as_bytes(), 0)
@@ -96,8 +96,8 @@ impl VpcLayer {
 }
 
 impl Blocks {
-    /// Makes the rest of the last block zero, which becomes part of the disk.
-    fn clear_rest(&mut self, file: &dyn Device, size: u64, budget: &Budget) -> Result<()> {
+    /// Zeroes the part of the last block beyond the old end of the disk, which becomes part of the disk.
+    fn zero_padding(&mut self, file: &dyn Device, size: u64, budget: &Budget) -> Result<()> {
         let used = size % self.header.block();
         if used == 0 {
             return Ok(());
@@ -109,7 +109,7 @@ impl Blocks {
         file.write_zeroes(rest, ZeroMode::KeepAllocated)
     }
 
-    /// Gives the table so many entries, where it is or at the end.
+    /// Grows the table to `entries` entries, in place if it fits in front of the blocks, else at the end of the file.
     fn grow_table(&mut self, file: &Arc<dyn Device>, entries: u64) -> Result<()> {
         let old = u64::from(self.header.entries());
         let mut header = self.header.with_table(self.header.table_offset(), entries)?;
@@ -119,7 +119,7 @@ impl Blocks {
             header = header.with_table(self.end, entries)?;
         }
         let end = self.end.max(header.table_end());
-        // Behind the blocks is the old footer, which a table of less than a sector would leave.
+        // The old footer lies behind the blocks: a table shorter than a sector would not overwrite all of it.
         if file.len() < end + SECTOR {
             file.resize(end + SECTOR, Preallocation::Off)?;
         }

@@ -1,4 +1,4 @@
-//! Models, damage, crashes and faults, on images in memory.
+//! Tests against a model, with damage, crashes and faults, on images in memory.
 
 use std::sync::Arc;
 
@@ -84,7 +84,7 @@ fn a_table_without_room_moves_to_the_end() {
         again.read_at(&mut sector, at).expect("reads");
         assert_eq!(sector, [byte; 512], "at {at:#x}");
     }
-    // Both footers are the same.
+    // The copy at the start equals the footer at the end.
     let bytes = file.contents();
     assert_eq!(bytes[..512], bytes[bytes.len() - 512..]);
 }
@@ -104,7 +104,7 @@ fn an_empty_disk_is_one_run_however_large() {
     );
 }
 
-/// Puts right the sum of a footer (512 bytes, at 64) or header (1024 bytes, at 36).
+/// Recomputes the checksum at `at` of a footer (512 bytes, at 64) or header (1024 bytes, at 36).
 fn sum(bytes: &mut [u8], at: usize) {
     bytes[at..at + 4].fill(0);
     let sum: u32 = bytes.iter().map(|byte| u32::from(*byte)).sum();
@@ -254,7 +254,7 @@ fn a_failed_request_leaves_the_image_as_it_was_or_done() {
 #[test]
 fn new_blocks_stay_clear_of_a_header_behind_the_table() {
     let mut bytes = create("force_size=on", 4 * BLOCK);
-    // The header moves behind all else, where the footer was.
+    // Puts the header between the table and the footer.
     let footer = bytes[..512].to_vec();
     let at = bytes.len() - 512;
     bytes.truncate(at);
@@ -285,8 +285,8 @@ fn blocks_that_overlap_are_not_written_to() {
         assert!(image.write_at(&[2; 512], block * BLOCK).is_err(), "block {block}");
     }
     assert!(file.contents() == bytes);
-    // The second one reaches into the third one.
-    image.write_at(&[2; 512], 3 * BLOCK).expect("has no place yet");
+    // Block 3 has no storage: a write to it allocates, and touches none of the overlapping blocks.
+    image.write_at(&[2; 512], 3 * BLOCK).expect("has no storage yet");
 }
 
 #[test]

@@ -1,18 +1,18 @@
-//! Writing to dynamic disks: blocks get their place when they are written for the first time.
+//! Writing to dynamic disks: a block is allocated when it is written for the first time.
 
 use std::sync::{Arc, MutexGuard};
 
 use diskimage_core::{Budget, ByteRange, Device, Error, Layer, Result, WritePlan, WriteRun, ZeroMode, errno};
 
 use super::footer::SECTOR;
-use super::{Blocks, State, VpcLayer, fill, place};
+use super::{Blocks, State, VpcLayer, bitmap_offset, fill};
 use crate::layer_kit::allocating_plan::{AllocatingPlan, Allocator, publish_each};
 use crate::layer_kit::range_claims::{Access, Claim, RangeClaims};
 use crate::layer_kit::reserved::Pieces;
 
 impl VpcLayer {
-    /// Sets aside where `range` goes. What else is in new blocks is made zero here, so that the caller need not: blocks of
-    /// foreign disks can be large.
+    /// Plans a write of `range`, and allocates its blocks that have no storage. New blocks are zeroed here rather than
+    /// written as a whole by the caller: blocks in images of other programs can be large.
     pub(super) fn plan(&self, range: ByteRange) -> Result<Box<dyn WritePlan + '_>> {
         let cover = range.align_out(self.granularity());
         let plan = AllocatingPlan::new(self, cover, |state, plan| {
@@ -26,14 +26,14 @@ impl VpcLayer {
                 let host = match blocks.host_to_change(block, &self.budget)? {
                     Some(host) => host,
                     None => {
-                        let place = blocks.take_place()?;
-                        plan.add_change(whole, (block, place));
-                        let there = ByteRange::at(place + bitmap, unit);
-                        let there = there.intersect(ByteRange::new(0, self.file.len()));
-                        if !there.is_empty() {
-                            self.file.write_zeroes(there, ZeroMode::Unmap)?;
+                        let offset = blocks.allocate()?;
+                        plan.add_change(whole, (block, offset));
+                        let data = ByteRange::at(offset + bitmap, unit);
+                        let data = data.intersect(ByteRange::new(0, self.file.len()));
+                        if !data.is_empty() {
+                            self.file.write_zeroes(data, ZeroMode::Unmap)?;
                         }
-                        place + bitmap
+                        offset + bitmap
                     }
                 };
                 plan.add_run(WriteRun {
@@ -47,7 +47,7 @@ impl VpcLayer {
         Ok(Box::new(plan))
     }
 
-    /// Where `range` is stored in the file, and a claim on it.
+    /// The ranges of the file that store `range`, and a claim on the range.
     pub(super) fn stored(&self, range: ByteRange) -> Result<(Claim<'_>, Vec<ByteRange>)> {
         let cover = range.align_out(self.granularity());
         let (claim, mut state) = self.claims.claim(cover, Access::Shared, || self.lock());
@@ -69,18 +69,21 @@ impl VpcLayer {
 }
 
 impl Blocks {
-    /// Where block `block` of the disk is stored, if nothing else is there.
+    /// The byte offset of the data of block `block`, which may be written to.
+    ///
+    /// # Errors
+    /// As [`Blocks::host`], and a block that overlaps another one.
     pub(super) fn host_to_change(&mut self, block: u64, budget: &Budget) -> Result<Option<u64>> {
         let Some(host) = self.host(block)? else {
             return Ok(None);
         };
-        let place = host - self.header.bitmap();
-        self.reserved.require_outside("block", self.whole(place))?;
-        self.stored(budget)?.require_unshared(place)?;
+        let offset = host - self.header.bitmap();
+        self.reserved.require_outside("block", self.whole(offset))?;
+        self.stored(budget)?.require_unshared(offset)?;
         Ok(Some(host))
     }
 
-    /// Where the blocks are that the table leads to.
+    /// The offsets of all blocks in the table; loads them when they are first needed.
     fn stored(&mut self, budget: &Budget) -> Result<&Pieces> {
         let known = match self.stored.take() {
             Some(known) => known,
@@ -91,10 +94,10 @@ impl Blocks {
                 while block < u64::from(self.header.entries()) {
                     let entries = self.table.entries(block)?;
                     block += entries.len() as u64;
-                    for place in entries.iter().filter_map(|entry| place(*entry)) {
-                        // One that lies in tables is never used.
-                        if self.reserved.find(ByteRange::at(place, len)).is_none() {
-                            found.add(place)?;
+                    for offset in entries.iter().filter_map(|entry| bitmap_offset(*entry)) {
+                        // A block that overlaps the metadata is refused when it is read or written.
+                        if self.reserved.find(ByteRange::at(offset, len)).is_none() {
+                            found.add(offset)?;
                         }
                     }
                 }
@@ -104,39 +107,40 @@ impl Blocks {
         Ok(self.stored.insert(known))
     }
 
-    /// A place for another block.
-    fn take_place(&mut self) -> Result<u64> {
+    /// Allocates a block with its bitmap: the offset of the bitmap.
+    fn allocate(&mut self) -> Result<u64> {
         self.reserved.require_apart()?;
-        if let Some(place) = self.free.pop() {
-            return Ok(place);
+        if let Some(offset) = self.free.pop() {
+            return Ok(offset);
         }
-        let place = self.end;
-        // The table has 32 bits for the sector, one of which means that there is no block.
-        if place / SECTOR >= u32::MAX.into() {
+        let offset = self.end;
+        // An entry is a sector number of 32 bits; `u32::MAX` means no block.
+        if offset / SECTOR >= u32::MAX.into() {
             return Err(Error::from_errno(errno::EFBIG));
         }
         self.end += self.header.bitmap() + self.header.block();
-        self.first = self.first.min(place);
-        self.moved = true;
-        Ok(place)
+        self.first = self.first.min(offset);
+        self.footer_is_dirty = true;
+        Ok(offset)
     }
 
-    /// Makes the block at `place` one of the disk's.
-    fn enter(&mut self, block: u64, place: u64, file: &dyn Device) -> Result<()> {
-        fill(file, ByteRange::at(place, self.header.bitmap()), u8::MAX)?;
-        // What a file does not reach to looks cut off. Its last sector was not written, or the file would reach to it.
-        let end = place + self.header.bitmap() + self.header.block();
+    /// Writes the bitmap of the block at `offset`, and sets the table's entry for block `block` of the disk.
+    fn set_block(&mut self, block: u64, offset: u64, file: &dyn Device) -> Result<()> {
+        fill(file, ByteRange::at(offset, self.header.bitmap()), u8::MAX)?;
+        // A file that ends inside a block looks truncated. If it does, the block's last sector was not written: zeroing
+        // it loses nothing.
+        let end = offset + self.header.bitmap() + self.header.block();
         if file.len() < end {
             fill(file, ByteRange::new(end - SECTOR, end), 0)?;
         }
-        let sector = u32::try_from(place / SECTOR).map_err(|_| Error::from_errno(errno::EFBIG))?;
+        let sector = u32::try_from(offset / SECTOR).map_err(|_| Error::from_errno(errno::EFBIG))?;
         self.table.set(block, sector.to_be_bytes())
     }
 }
 
 impl Allocator for VpcLayer {
     type State = State;
-    /// A block of the disk, and where the place allocated for it starts.
+    /// A block of the disk, and the offset allocated for it.
     type Change = (u64, u64);
     const ACCESS: Access = Access::Shared;
 
@@ -149,8 +153,8 @@ impl Allocator for VpcLayer {
     }
 
     fn publish(&self, state: &mut State, changes: &mut Vec<Self::Change>) -> Result<()> {
-        publish_each(changes, |(block, place)| match &mut state.blocks {
-            Some(blocks) => blocks.enter(block, place, &*self.file),
+        publish_each(changes, |(block, offset)| match &mut state.blocks {
+            Some(blocks) => blocks.set_block(block, offset, &*self.file),
             None => Ok(()),
         })
     }
@@ -164,7 +168,7 @@ impl Allocator for VpcLayer {
 
     fn free(&self, state: &mut State, changes: Vec<Self::Change>) {
         if let Some(blocks) = &mut state.blocks {
-            blocks.free.extend(changes.into_iter().map(|(_, place)| place));
+            blocks.free.extend(changes.into_iter().map(|(_, offset)| offset));
         }
     }
 }
