@@ -1,7 +1,7 @@
-//! New images.
+//! Creation of new images.
 //!
 //! ```text
-//!   |headers: 1 MiB|log|block allocation table|metadata: 1 MiB|4 MiB left free|blocks, all of them if it is fixed
+//!   |headers: 1 MiB|log|block allocation table|metadata: 1 MiB|4 MiB free|blocks of a fixed image
 //! ```
 
 use diskimage_core::options::{OptionDef, OptionKind, Options};
@@ -15,7 +15,7 @@ use super::metadata::{MAX_BLOCK, MAX_DISK, MIN_BLOCK, Metadata};
 use crate::layer_kit::count_used::data_bytes;
 use crate::layer_kit::preallocation;
 
-/// The options of `create`, in the order in which the original prints their values.
+/// The options of `create`, in the order in which qemu-img prints their values.
 pub(super) const OPTIONS: &[OptionDef] = &[
     OptionDef::new("size", OptionKind::Size, "Virtual disk size; max of 64TB."),
     OptionDef::new("log_size", OptionKind::Size, "Log size; min 1MB.").or("1048576"),
@@ -38,20 +38,20 @@ pub(super) const OPTIONS: &[OptionDef] = &[
     ),
 ];
 
-/// What was asked for, checked, and where it goes.
-struct Plan {
+/// The checked options of a new image, and the offsets that follow from them.
+struct Layout {
     disk_size: u64,
     block_size: u64,
     is_fixed: bool,
-    /// Blocks without storage say that they are zero.
+    /// Whether entries of blocks without storage are in state zero rather than not present.
     says_zero: bool,
     log: ByteRange,
     regions: Regions,
-    /// Where blocks start.
+    /// The offset of the first block.
     data: u64,
 }
 
-impl Plan {
+impl Layout {
     fn new(options: &Options, disk_size: u64) -> Result<Self> {
         if disk_size > MAX_DISK {
             return Err(Error::invalid("Image size too large; max of 64TB"));
@@ -83,7 +83,7 @@ impl Plan {
         preallocation::check(options)?;
         let log = ByteRange::at(MIB, log_size.next_multiple_of(MIB));
         let bat_len = match disk_size {
-            // The original counts the blocks of an empty disk as 2^32, and opens no image with a shorter table.
+            // qemu-img takes an empty disk to have 2^32 blocks, and refuses images with a shorter table.
             0 => (chunks(1 << 32, block_size) * ENTRY).next_multiple_of(MIB),
             _ => (entries(disk_size, block_size) * ENTRY).next_multiple_of(MIB),
         };
@@ -100,7 +100,7 @@ impl Plan {
                 metadata,
                 others: Vec::new(),
             },
-            data: metadata.end() + FREE,
+            data: metadata.end() + GAP,
         })
     }
 
@@ -108,15 +108,16 @@ impl Plan {
         self.disk_size.div_ceil(self.block_size)
     }
 
+    /// The length of the new file.
     fn end(&self) -> u64 {
         let blocks = if self.is_fixed { self.blocks() } else { 0 };
         self.data + blocks * self.block_size
     }
 
-    /// Writes the table, in pieces.
+    /// Writes the block allocation table, in chunks.
     fn write_bat(&self, file: &dyn Device) -> Result<()> {
-        const PIECE: usize = 64 << 10;
-        let mut bytes = Vec::with_capacity(PIECE);
+        const CHUNK: usize = 64 << 10;
+        let mut bytes = Vec::with_capacity(CHUNK);
         let mut offset = self.regions.bat.start();
         let mut index = 0;
         for block in 0..self.blocks() {
@@ -126,13 +127,13 @@ impl Plan {
                 absent(self.says_zero)
             };
             let at = entry_of(block, self.block_size);
-            // A sector bitmap in between is not there.
+            // The entry of a sector bitmap in between: not present.
             for _ in index..at {
                 bytes.extend_from_slice(&[0; 8]);
             }
             bytes.extend_from_slice(&entry.to_le_bytes());
             index = at + 1;
-            if bytes.len() >= PIECE {
+            if bytes.len() >= CHUNK {
                 file.write_at(&bytes, offset)?;
                 offset += bytes.len() as u64;
                 bytes.clear();
@@ -145,10 +146,10 @@ impl Plan {
     }
 }
 
-/// What the original leaves free behind the metadata.
-const FREE: u64 = 4 * MIB;
+/// Bytes between the metadata and the first block, as in qemu-img.
+const GAP: u64 = 4 * MIB;
 
-/// The size of blocks that the original takes for a disk of this size.
+/// The default block size of a disk of `disk_size` bytes, as in qemu-img.
 fn usual_block_size(disk_size: u64) -> u64 {
     match disk_size {
         size if size > 32 << 40 => 64 * MIB,
@@ -160,10 +161,10 @@ fn usual_block_size(disk_size: u64) -> u64 {
 
 /// Writes a new image.
 pub(super) fn create(request: &CreateRequest<'_>, file: &dyn Device) -> Result<()> {
-    let plan = Plan::new(request.options, request.size)?;
+    let layout = Layout::new(request.options, request.size)?;
     if file.is_zero_when_new() {
-        file.resize(plan.end(), Preallocation::Off)?;
-    } else if plan.end() > file.len() {
+        file.resize(layout.end(), Preallocation::Off)?;
+    } else if layout.end() > file.len() {
         return Err(Error::unsupported(file.fixed_len_message()));
     }
     let mut start = vec![0; 64 << 10];
@@ -179,32 +180,32 @@ pub(super) fn create(request: &CreateRequest<'_>, file: &dyn Device) -> Result<(
         file_write: new_guid()?,
         data_write: new_guid()?,
         log_guid: Guid::default(),
-        log: plan.log,
+        log: layout.log,
     };
     header.write(file, 0)?;
     header.sequence += 1;
     header.write(file, 1)?;
     if !file.is_zero_when_new() {
-        let tables = ByteRange::new(plan.log.start(), plan.data);
+        let tables = ByteRange::new(layout.log.start(), layout.data);
         file.write_zeroes(tables, ZeroMode::KeepAllocated)?;
     }
-    plan.write_bat(file)?;
-    let metadata = Metadata::to_bytes(plan.block_size, plan.disk_size)?;
-    file.write_at(&metadata, plan.regions.metadata.start())?;
-    plan.regions.write(file)
+    layout.write_bat(file)?;
+    let metadata = Metadata::to_bytes(layout.block_size, layout.disk_size)?;
+    file.write_at(&metadata, layout.regions.metadata.start())?;
+    layout.regions.write(file)
 }
 
-/// Who made the file, in the field for that.
+/// The field `Creator` of the file type identifier.
 const CREATOR: &str = "qemu-img-rs";
 
-/// How much a new image takes.
+/// How many bytes the file of a new image will have.
 pub(super) fn measure(options: &Options, source: MeasureSource<'_>) -> Result<Measure> {
-    let plan = Plan::new(options, source.len())?;
-    let fully_allocated = plan.data + plan.blocks() * plan.block_size;
+    let layout = Layout::new(options, source.len())?;
+    let fully_allocated = layout.data + layout.blocks() * layout.block_size;
     let required = match source {
-        _ if plan.is_fixed => fully_allocated,
-        MeasureSource::Size(_) => plan.data,
-        MeasureSource::Image(image) => plan.data + data_bytes(image, plan.block_size)?,
+        _ if layout.is_fixed => fully_allocated,
+        MeasureSource::Size(_) => layout.data,
+        MeasureSource::Image(image) => layout.data + data_bytes(image, layout.block_size)?,
     };
     Ok(Measure {
         required,

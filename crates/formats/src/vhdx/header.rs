@@ -1,7 +1,7 @@
-//! The headers and region tables: where the log, the block allocation table and the metadata are.
+//! The headers and region tables, which hold the offsets of the log, the block allocation table and the metadata.
 //!
-//! All numbers of the format are little-endian. Of each structure there are two; the newer header counts, and the first
-//! region table that is whole.
+//! All numbers of the format are little-endian. The file has two of each structure: the valid header with the higher
+//! sequence number is current, and the first valid region table.
 
 use diskimage_core::{ByteRange, Device, Error, Result, errno, to_index};
 use zerocopy::byteorder::little_endian::{U16, U32, U64};
@@ -12,19 +12,20 @@ use crate::layer_kit::reserved::Reserved;
 /// A GUID as it is stored.
 pub(super) type Guid = [u8; 16];
 
-/// Offsets and lengths of regions are multiples of it.
+/// Offsets and lengths of regions are multiples of 1 MiB.
 pub(super) const MIB: u64 = 1 << 20;
 
-/// What a file starts with.
+/// The first bytes of a file.
 pub(super) const FILE_SIGNATURE: &[u8; 8] = b"vhdxfile";
 
-/// Where the two headers are.
+/// The offsets of the two headers.
 pub(super) const HEADERS: [u64; 2] = [64 << 10, 128 << 10];
-/// Where the two region tables are, and how long each is.
+/// The offsets of the two region tables.
 pub(super) const REGION_TABLES: [u64; 2] = [192 << 10, 256 << 10];
+/// Bytes of a region table.
 pub(super) const REGION_TABLE_LEN: usize = 64 << 10;
 
-/// A header on the disk; the rest of its 4 KiB is zero.
+/// A header in the file; the rest of its 4 KiB is zero.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 struct RawHeader {
@@ -46,25 +47,25 @@ const _: () = assert!(size_of::<RawHeader>() == 80);
 const HEADER_LEN: usize = 4096;
 const HEADER_SIGNATURE: [u8; 4] = *b"head";
 
-/// What a header says.
+/// The fields of a valid header.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Header {
-    /// The header with the higher number counts.
+    /// The header with the higher number is current.
     pub(super) sequence: u64,
-    /// Another one whenever the file is about to change.
+    /// `FileWriteGuid`: new whenever the file is about to change.
     pub(super) file_write: Guid,
-    /// Another one whenever the guest's data is about to change.
+    /// `DataWriteGuid`: new whenever guest data is about to change.
     pub(super) data_write: Guid,
-    /// The entries of the log that have this GUID are to be replayed; none if it is zero.
+    /// `LogGuid`: log entries with this GUID are to be replayed; none if it is zero.
     pub(super) log_guid: Guid,
     pub(super) log: ByteRange,
 }
 
 impl Header {
-    /// Reads the two headers: the one that counts, and which it is.
+    /// Reads the two headers: the current one, and its index in [`HEADERS`].
     ///
     /// # Errors
-    /// No header that is whole.
+    /// Neither header is valid.
     pub(super) fn read(file: &dyn Device) -> Result<(Self, usize)> {
         let mut found: Option<(Self, usize)> = None;
         for (slot, offset) in HEADERS.into_iter().enumerate() {
@@ -83,12 +84,12 @@ impl Header {
 
     fn parse(bytes: &[u8; HEADER_LEN]) -> Option<Self> {
         let (raw, _) = RawHeader::read_from_prefix(bytes).ok()?;
-        let whole = raw.signature == HEADER_SIGNATURE && checksum_fits(bytes, raw.checksum);
-        let known = raw.version.get() == 1 && raw.log_version.get() == 0;
+        let is_whole = raw.signature == HEADER_SIGNATURE && checksum_fits(bytes, raw.checksum);
+        let is_known = raw.version.get() == 1 && raw.log_version.get() == 0;
         let (offset, len) = (raw.log_offset.get(), u64::from(raw.log_len.get()));
         let log = ByteRange::at(offset, len);
-        let placed = offset >= MIB && is_in_mib(offset) && is_in_mib(len) && log.len() == len;
-        (whole && known && placed).then_some(Self {
+        let is_aligned = offset >= MIB && is_in_mib(offset) && is_in_mib(len) && log.len() == len;
+        (is_whole && is_known && is_aligned).then_some(Self {
             sequence: raw.sequence.get(),
             file_write: raw.file_write,
             data_write: raw.data_write,
@@ -97,10 +98,11 @@ impl Header {
         })
     }
 
-    /// Makes it the header that counts, in place of the one in `slot`, and says where it is then.
+    /// Makes this the current header, durably, instead of the one in `slot`: writes it to the other slot, which is
+    /// returned.
     ///
     /// # Errors
-    /// As writing the file.
+    /// Those of writing the file.
     pub(super) fn replace(&mut self, file: &dyn Device, slot: usize) -> Result<usize> {
         let other = 1 - slot.min(1);
         self.sequence = self.sequence.wrapping_add(1);
@@ -109,10 +111,10 @@ impl Header {
         Ok(other)
     }
 
-    /// Writes the header into a slot.
+    /// Writes the header to slot `slot`.
     ///
     /// # Errors
-    /// As writing the file.
+    /// Those of writing the file.
     pub(super) fn write(&self, file: &dyn Device, slot: usize) -> Result<()> {
         let len = u32::try_from(self.log.len()).map_err(|_| Error::from_errno(errno::EFBIG))?;
         let raw = RawHeader {
@@ -141,7 +143,7 @@ struct RawRegion {
     guid: Guid,
     offset: U64,
     len: U32,
-    /// Bit 0: who does not know the region cannot open the file.
+    /// Bit 0: if the region is unknown, the file must not be opened.
     flags: U32,
 }
 
@@ -158,12 +160,12 @@ const METADATA: Guid = [
     0x06, 0xa2, 0x7c, 0x8b, 0x90, 0x47, 0x9a, 0x4b, 0xb8, 0xfe, 0x57, 0x5f, 0x05, 0x0f, 0x88, 0x6e,
 ];
 
-/// Where the regions are.
+/// The regions of a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Regions {
     pub(super) bat: ByteRange,
     pub(super) metadata: ByteRange,
-    /// What somebody else knows and that can be done without, as it is stored.
+    /// Unknown regions that are not required, with their entries as stored.
     pub(super) others: Vec<(ByteRange, [u8; REGION_LEN])>,
 }
 
@@ -171,10 +173,10 @@ pub(super) struct Regions {
 const REGION_LEN: usize = size_of::<RawRegion>();
 
 impl Regions {
-    /// Reads the first region table that is whole.
+    /// Reads the first valid region table.
     ///
     /// # Errors
-    /// No table, regions that overlap, that are missing, or that have to be known and are not.
+    /// No valid table, regions that overlap or are missing, or an unknown region that is required.
     pub(super) fn read(file: &dyn Device, log: ByteRange) -> Result<Self> {
         let invalid = || Error::from_errno(errno::EINVAL);
         let mut bytes = vec![0; REGION_TABLE_LEN];
@@ -196,17 +198,17 @@ impl Regions {
             return Err(invalid());
         }
         let (mut bat, mut metadata, mut others) = (None, None, Vec::new());
-        let mut taken = vec![ByteRange::new(0, MIB), log];
+        let mut ranges = vec![ByteRange::new(0, MIB), log];
         for entry in bytes[16..].chunks_exact(size_of::<RawRegion>()).take(count) {
             let raw = RawRegion::read_from_bytes(entry).map_err(|_| invalid())?;
             let (offset, len) = (raw.offset.get(), u64::from(raw.len.get()));
             let range = ByteRange::at(offset, len);
-            let placed = is_in_mib(offset) && is_in_mib(len) && len > 0 && range.len() == len;
-            if !placed || taken.iter().any(|other| other.overlaps(range)) {
+            let is_valid = is_in_mib(offset) && is_in_mib(len) && len > 0 && range.len() == len;
+            if !is_valid || ranges.iter().any(|other| other.overlaps(range)) {
                 return Err(invalid());
             }
-            taken.push(range);
-            let place = match raw.guid {
+            ranges.push(range);
+            let region = match raw.guid {
                 BAT => &mut bat,
                 METADATA => &mut metadata,
                 _ if raw.flags.get() & REQUIRED != 0 => return Err(Error::from_errno(errno::ENOTSUP)),
@@ -215,7 +217,7 @@ impl Regions {
                     continue;
                 }
             };
-            if place.replace(range).is_some() {
+            if region.replace(range).is_some() {
                 return Err(invalid());
             }
         }
@@ -226,7 +228,7 @@ impl Regions {
         })
     }
 
-    /// Where no block can be, if the log is at `log`.
+    /// The ranges of the file that no block may overlap, if the log is at `log`.
     pub(super) fn reserved(&self, log: ByteRange) -> Reserved {
         let others = self.others.iter().map(|(range, _)| ("region", *range));
         let known = [
@@ -238,11 +240,11 @@ impl Regions {
         Reserved::new(known.into_iter().chain(others))
     }
 
-    /// Writes both tables, one after the other: one of them is whole at any moment. All that changes in a table is in
-    /// its first sector.
+    /// Writes both tables, with a flush in between: one of them is valid at any moment. All bytes that change in a
+    /// table are in its first sector.
     ///
     /// # Errors
-    /// As writing the file.
+    /// Those of writing the file.
     pub(super) fn write(&self, file: &dyn Device) -> Result<()> {
         let mut bytes = vec![0; REGION_TABLE_LEN];
         bytes[..4].copy_from_slice(&REGION_SIGNATURE);
@@ -259,8 +261,8 @@ impl Regions {
         entries.extend(self.others.iter().map(|(_, entry)| *entry));
         let count = u32::try_from(entries.len()).map_err(|_| Error::from_errno(errno::EFBIG))?;
         bytes[8..12].copy_from_slice(&count.to_le_bytes());
-        for (place, entry) in bytes[16..].chunks_exact_mut(REGION_LEN).zip(entries) {
-            place.copy_from_slice(&entry);
+        for (target, entry) in bytes[16..].chunks_exact_mut(REGION_LEN).zip(entries) {
+            target.copy_from_slice(&entry);
         }
         set_checksum(&mut bytes);
         for offset in REGION_TABLES {
@@ -271,17 +273,17 @@ impl Regions {
     }
 }
 
-/// Whether a number is a multiple of a mebibyte.
+/// Whether `number` is a multiple of a mebibyte.
 pub(super) fn is_in_mib(number: u64) -> bool {
     number.is_multiple_of(MIB)
 }
 
-/// Whether `checksum`, which stands at byte 4 of a structure, is that of the rest.
+/// Whether `checksum`, read from byte 4 of the structure `bytes`, is right.
 pub(super) fn checksum_fits(bytes: &[u8], checksum: U32) -> bool {
     checksum_of(bytes) == checksum.get()
 }
 
-/// Puts the checksum of a structure to its byte 4.
+/// Computes the checksum of a structure, and stores it at byte 4.
 pub(super) fn set_checksum(bytes: &mut [u8]) {
     let checksum = checksum_of(bytes);
     bytes[4..8].copy_from_slice(&checksum.to_le_bytes());
@@ -295,7 +297,7 @@ fn checksum_of(bytes: &[u8]) -> u32 {
     crc32c::crc32c_append(crc32c::crc32c(&start), rest)
 }
 
-/// A GUID that nobody has.
+/// A random GUID.
 ///
 /// # Errors
 /// No random bytes.
@@ -303,7 +305,7 @@ pub(super) fn new_guid() -> Result<Guid> {
     let mut guid = Guid::new_zeroed();
     getrandom::fill(&mut guid)
         .map_err(|error| Error::unsupported(format!("No random bytes to be had: {error}")))?;
-    // Version 4 of RFC 4122, made of random numbers; the third field is little-endian.
+    // Version 4 of RFC 4122; the third field is little-endian.
     guid[7] = guid[7] & 0x0f | 0x40;
     guid[8] = guid[8] & 0x3f | 0x80;
     Ok(guid)

@@ -1,12 +1,13 @@
-//! The log: changes of the tables that are done as a whole or not at all.
+//! The log, which makes changes of the tables atomic.
 //!
 //! ```text
 //!   entry   |header, 126 descriptors|128 descriptors| ... |data| |data| ...      sectors of 4 KiB
 //! ```
 //!
-//! A descriptor of data has the first eight and the last four bytes of 4 KiB, whose place in the data sector the sector's
-//! sequence number takes. Entries follow one another in a ring; those from the tail that the last one names to the last
-//! one are replayed. What is written here is one entry at the start of the ring at a time.
+//! A data sector describes 4 KiB of the file. Its signature and sequence number replace their first eight and last four
+//! bytes, which the data descriptor holds. Entries follow one another in a ring; the active sequence, from the tail of
+//! the newest entry to that entry, is replayed. This implementation writes one entry at a time, at the start of the
+//! ring.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -29,26 +30,26 @@ struct RawEntry {
     /// CRC-32C of the whole entry with this field zero.
     checksum: U32,
     len: U32,
-    /// Where in the log the first entry is that is replayed together with this one.
+    /// The offset in the log of the first entry of the sequence that this one ends.
     tail: U32,
     sequence: U64,
     descriptors: U32,
     reserved: U32,
     guid: Guid,
-    /// How long the file is at least.
+    /// `FlushedFileOffset`: the length of the file that was durable when the entry was written.
     flushed_len: U64,
-    /// How long it has to be for all that entries lead to.
+    /// `LastFileOffset`: a length of the file that all of its structures fit into.
     last_len: U64,
 }
 
-/// The place of a descriptor's 4 KiB, or zeroes.
+/// A data descriptor, for 4 KiB at `offset`, or a zero descriptor, for a range of zeroes.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 struct RawDescriptor {
     signature: [u8; 4],
-    /// Of data.
+    /// Data: the last four bytes of the 4 KiB.
     trailing: [u8; 4],
-    /// Of data; how many bytes, of zeroes.
+    /// Data: the first eight bytes of the 4 KiB. Zeroes: the length of the range.
     leading: [u8; 8],
     offset: U64,
     sequence: U64,
@@ -71,11 +72,11 @@ const DATA_DESCRIPTOR: [u8; 4] = *b"desc";
 const ZERO_DESCRIPTOR: [u8; 4] = *b"zero";
 const DATA: [u8; 4] = *b"data";
 
-/// How many times the length of a log is read at most while its entries are looked for: those of a log that somebody
-/// wrote do not overlap.
-const MOST_READS: u64 = 4;
+/// A limit of this implementation: the search for entries reads at most this multiple of the log's length. Entries of
+/// an intact log do not overlap, those of a crafted log may.
+const MAX_READS: u64 = 4;
 
-/// A whole entry of a ring.
+/// A valid entry of the log.
 struct Found {
     sequence: u64,
     len: u64,
@@ -84,26 +85,27 @@ struct Found {
     last_len: u64,
 }
 
-/// What the log says has to be done.
+/// The changes that the log's active sequence makes to the file.
 #[derive(Debug, Default)]
 pub(super) struct Changes {
-    /// 4 KiB each, by their offset in the file.
+    /// Units of 4 KiB, by their offset in the file.
     data: BTreeMap<u64, Box<[u8; UNIT]>>,
-    /// What is zero where no data is.
+    /// Ranges of zeroes, except where `data` has a unit.
     zeroes: Vec<ByteRange>,
-    /// How long the file is then at least.
+    /// The least length of the file after the replay.
     len: u64,
-    taken: Vec<Reservation>,
+    /// The memory of `data` and `zeroes`.
+    memory: Vec<Reservation>,
 }
 
 impl Changes {
-    /// Reads what is to be replayed of the log in `ring`, the entries of which have `guid`.
+    /// Reads the changes of the log in `ring`, whose entries have the GUID `guid`; `None` if it has no entry.
     ///
-    /// There can be no entry: the original names the log before it writes the first one, and a crash in between has
-    /// changed no table.
+    /// A log without an entry is not damaged: qemu-img writes its GUID to the header before it writes the first entry,
+    /// and a crash in between has changed no table.
     ///
     /// # Errors
-    /// A log beyond the end of the file, entries that do not belong together, one that leads to what the file has lost.
+    /// A log beyond the end of the file, no complete sequence of entries, or a file shorter than an entry demands.
     pub(super) fn read(
         file: &dyn Device,
         ring: ByteRange,
@@ -118,20 +120,20 @@ impl Changes {
         }
         let sequence = active(&entries, ring.len()).ok_or_else(|| Error::from_errno(errno::EINVAL))?;
         let mut changes = Self::default();
-        // By the headers the log is found, so no change of theirs goes through it.
-        let kept = Reserved::new([("headers", ByteRange::new(0, REGION_TABLES[0])), ("log", ring)]);
+        // The headers hold the log's offset, so changes of them never go through the log.
+        let protected = Reserved::new([("headers", ByteRange::new(0, REGION_TABLES[0])), ("log", ring)]);
         for (at, entry) in sequence {
             if entry.flushed_len > file.len() {
                 return Err(Error::corrupt("The file is shorter than its log says"));
             }
             changes.len = changes.len.max(entry.last_len);
-            changes.add(&log.read(at, entry.len)?, entry.sequence, &kept, budget)?;
+            changes.add(&log.read(at, entry.len)?, entry.sequence, &protected, budget)?;
         }
         Ok(Some(changes))
     }
 
-    /// Adds the descriptors of an entry, none of which leads to what is `kept`.
-    fn add(&mut self, entry: &[u8], sequence: u64, kept: &Reserved, budget: &Budget) -> Result<()> {
+    /// Adds the changes of an entry's descriptors, none of which may overlap `protected`.
+    fn add(&mut self, entry: &[u8], sequence: u64, protected: &Reserved, budget: &Budget) -> Result<()> {
         let invalid = || Error::from_errno(errno::EINVAL);
         let (header, _) = RawEntry::read_from_prefix(entry).map_err(|_| invalid())?;
         let count = usize::try_from(header.descriptors.get()).map_err(|_| invalid())?;
@@ -148,7 +150,7 @@ impl Changes {
             }
             match descriptor.signature {
                 DATA_DESCRIPTOR => {
-                    kept.require_outside("change", ByteRange::at(offset, UNIT as u64))?;
+                    protected.require_outside("change", ByteRange::at(offset, UNIT as u64))?;
                     let sector = sectors.next().ok_or_else(invalid)?;
                     let sector = RawData::read_from_bytes(sector).map_err(|_| invalid())?;
                     let number =
@@ -161,7 +163,7 @@ impl Changes {
                     bytes[8..UNIT - 4].copy_from_slice(&sector.data);
                     bytes[UNIT - 4..].copy_from_slice(&descriptor.trailing);
                     if self.data.insert(offset, bytes).is_none() {
-                        self.taken.push(budget.reserve(UNIT as u64 + 64)?);
+                        self.memory.push(budget.reserve(UNIT as u64 + 64)?);
                     }
                 }
                 ZERO_DESCRIPTOR => {
@@ -170,16 +172,16 @@ impl Changes {
                         return Err(invalid());
                     }
                     let range = ByteRange::at(offset, len);
-                    kept.require_outside("change", range)?;
-                    let gone: Vec<u64> = self
+                    protected.require_outside("change", range)?;
+                    let overwritten: Vec<u64> = self
                         .data
                         .range(range.start()..range.end())
                         .map(|(at, _)| *at)
                         .collect();
-                    for at in gone {
+                    for at in overwritten {
                         self.data.remove(&at);
                     }
-                    self.taken.push(budget.reserve(64)?);
+                    self.memory.push(budget.reserve(64)?);
                     self.zeroes.push(range);
                 }
                 _ => return Err(invalid()),
@@ -188,10 +190,10 @@ impl Changes {
         Ok(())
     }
 
-    /// Does it to the file, durably.
+    /// Makes the changes in the file, durably.
     ///
     /// # Errors
-    /// As writing the file.
+    /// Those of writing the file.
     pub(super) fn apply(&self, file: &dyn Device) -> Result<()> {
         if file.len() < self.len {
             file.resize(self.len, Preallocation::Off)?;
@@ -209,12 +211,12 @@ impl Changes {
     }
 }
 
-/// The entries that are replayed, in their order and with their places: those that end in the newest one which finds all
-/// that it belongs to.
+/// The active sequence: its entries in order, with their offsets in the ring. It is the complete sequence, from an
+/// entry's tail to that entry, whose last entry is newest.
 fn active(entries: &HashMap<u64, Found>, ring: u64) -> Option<Vec<(u64, &Found)>> {
     let mut heads: Vec<(&u64, &Found)> = entries.iter().collect();
     heads.sort_unstable_by_key(|(at, entry)| std::cmp::Reverse((entry.sequence, **at)));
-    // The newest is the one; before it there can be some that were cut off. No more steps than that takes.
+    // Newer entries may belong to sequences that were torn. The limit on steps keeps a crafted log from quadratic work.
     let mut steps = entries.len() * 4 + 64;
     for (head, newest) in heads {
         let mut found = Vec::new();
@@ -237,17 +239,17 @@ fn active(entries: &HashMap<u64, Found>, ring: u64) -> Option<Vec<(u64, &Found)>
     None
 }
 
-/// The log's part of a file.
+/// The log of a file, a ring of entries.
 struct Ring<'a> {
     file: &'a dyn Device,
     ring: ByteRange,
 }
 
 impl Ring<'_> {
-    /// All whole entries with `guid`, by their place in the ring.
+    /// All valid entries with `guid`, by their offset in the ring.
     fn entries(&self, guid: Guid) -> Result<HashMap<u64, Found>> {
         let mut found = HashMap::new();
-        let mut reads = self.ring.len().saturating_mul(MOST_READS);
+        let mut reads = self.ring.len().saturating_mul(MAX_READS);
         let mut at = 0;
         while at < self.ring.len() {
             let entry = self.entry(at, guid, &mut reads)?;
@@ -259,7 +261,7 @@ impl Ring<'_> {
         Ok(found)
     }
 
-    /// The whole entry at `at`, if there is one.
+    /// The valid entry at offset `at` of the ring, if there is one. Subtracts its length from `reads`.
     fn entry(&self, at: u64, guid: Guid, reads: &mut u64) -> Result<Option<Found>> {
         let start = self.read(at, UNIT as u64)?;
         let Ok((raw, _)) = RawEntry::read_from_prefix(&start) else {
@@ -293,7 +295,7 @@ impl Ring<'_> {
         }))
     }
 
-    /// `len` bytes from `at` on, around the end if need be.
+    /// `len` bytes from offset `at` of the ring on, across its end if necessary.
     fn read(&self, at: u64, len: u64) -> Result<Vec<u8>> {
         let too_large = || Error::from_errno(errno::EFBIG);
         let mut bytes = vec![0; usize::try_from(len).map_err(|_| too_large())?];
@@ -308,7 +310,7 @@ impl Ring<'_> {
     }
 }
 
-/// How many sectors an entry's header and descriptors take.
+/// How many sectors of 4 KiB an entry's header and descriptors occupy.
 fn descriptor_sectors(descriptors: usize) -> usize {
     descriptors
         .saturating_mul(size_of::<RawDescriptor>())
@@ -316,18 +318,18 @@ fn descriptor_sectors(descriptors: usize) -> usize {
         .div_ceil(UNIT)
 }
 
-/// How many units an entry can have in a log of `len` bytes.
+/// How many units of 4 KiB an entry can have in a log of `len` bytes.
 pub(super) fn room(len: u64) -> Result<usize> {
-    // A descriptor sector has at least 126.
+    // A descriptor sector holds 126 descriptors or more: one sector in 64 is enough for them.
     let sectors = to_index(len)? / UNIT;
-    Ok((sectors - sectors.div_ceil(64)).min(MOST_UNITS))
+    Ok((sectors - sectors.div_ceil(64)).min(MAX_UNITS))
 }
 
-/// A longer entry is made of several: it is in memory as a whole.
-const MOST_UNITS: usize = 1024;
+/// How many units an entry has at most, as it is in memory as a whole; more units become several entries.
+const MAX_UNITS: usize = 1024;
 
-/// The bytes of an entry that stands alone, at the start of the ring: `units` are 4 KiB by their offsets, `file_len` is
-/// how long the file is.
+/// The bytes of an entry that is a sequence by itself, at the start of the ring, with `units` of 4 KiB and their
+/// offsets. `file_len` is the length of the file.
 pub(super) fn entry(
     guid: Guid,
     sequence: u64,
@@ -365,6 +367,7 @@ pub(super) fn entry(
         bytes.extend_from_slice(descriptor.as_bytes());
     }
     bytes.resize(start, 0);
+    // The fallback is not reached: the mask leaves 32 bits.
     let low = |number: u64| u32::try_from(number & u64::from(u32::MAX)).unwrap_or(u32::MAX);
     for (_, unit) in units {
         bytes.extend_from_slice(&DATA);
@@ -376,7 +379,7 @@ pub(super) fn entry(
     Ok(bytes)
 }
 
-/// A file as it will be once its log is replayed, for whoever must not write to it, or not yet.
+/// A view of a file as it will be after the replay of its log, for when the file must not be written to.
 #[derive(Debug)]
 pub(super) struct Replayed {
     file: Arc<dyn Device>,
@@ -388,10 +391,10 @@ impl Replayed {
         Self { file, changes }
     }
 
-    /// Makes the file like that, durably.
+    /// Replays the log in the file, durably.
     ///
     /// # Errors
-    /// As writing the file.
+    /// Those of writing the file.
     pub(super) fn apply(&self) -> Result<()> {
         self.changes.apply(&*self.file)
     }

@@ -1,4 +1,4 @@
-//! The metadata region: a table of items, and the items.
+//! The metadata region: the table of metadata items, and the items.
 
 use diskimage_core::{ByteRange, Device, Error, Result, align_down, errno};
 use zerocopy::byteorder::little_endian::{U16, U32, U64};
@@ -7,19 +7,20 @@ use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligne
 use super::header::{Guid, MIB, new_guid};
 use crate::layer_kit::reserved::Reserved;
 
-/// What the items say of the disk.
+/// The properties of the disk in the metadata items.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Metadata {
     /// Bytes of a payload block.
     pub(super) block_size: u64,
+    /// The disk's size in bytes, a multiple of 512.
     pub(super) disk_size: u64,
-    /// Where the item with the disk's size is in the file.
+    /// The offset in the file of the item with the disk's size.
     pub(super) size_at: u64,
 }
 
-/// The largest disk.
+/// Bytes of the largest disk.
 pub(super) const MAX_DISK: u64 = 64 << 40;
-/// Payload blocks are powers of two between these.
+/// The size of a payload block is a power of two between [`MIN_BLOCK`] and [`MAX_BLOCK`].
 pub(super) const MIN_BLOCK: u64 = MIB;
 pub(super) const MAX_BLOCK: u64 = 256 * MIB;
 
@@ -45,14 +46,14 @@ struct RawItem {
 
 const _: () = assert!(size_of::<RawTable>() == 32 && size_of::<RawItem>() == 32);
 
-/// Bytes of the items that are needed, in the order of [`Metadata::read`].
+/// Bytes of the required items, in the order of [`Metadata::read`].
 const LENGTHS: [u64; 4] = [8, 8, 4, 4];
 
 const SIGNATURE: &[u8; 8] = b"metadata";
 const MAX_ITEMS: u16 = 2047;
 const TABLE_LEN: usize = 64 << 10;
 
-/// Flags of items: it is about the disk, not the file; who does not know it cannot open the file.
+/// Flags of items: the item describes the disk, not the file; if it is unknown, the file must not be opened.
 const VIRTUAL_DISK: u32 = 2;
 const REQUIRED: u32 = 4;
 
@@ -81,14 +82,14 @@ const PARENT_LOCATOR: Guid = [
     0x2d, 0x5f, 0xd3, 0xa8, 0x0b, 0xb3, 0x4d, 0x45, 0xab, 0xf7, 0xd3, 0xd8, 0x48, 0x34, 0xab, 0x0c,
 ];
 
-/// Flags of [`FILE_PARAMETERS`]: the disk is on top of another one.
+/// Flag of [`FILE_PARAMETERS`]: a differencing disk.
 const HAS_PARENT: u32 = 2;
 
 impl Metadata {
     /// Reads the region at `region`.
     ///
     /// # Errors
-    /// Items that are missing, make no sense, or have to be known and are not; disks on top of others.
+    /// Items that are missing or have invalid values, unknown items that are required, and differencing disks.
     pub(super) fn read(file: &dyn Device, region: ByteRange) -> Result<Self> {
         let invalid = || Error::from_errno(errno::EINVAL);
         let unsupported = || Error::from_errno(errno::ENOTSUP);
@@ -98,7 +99,7 @@ impl Metadata {
         if table.signature != *SIGNATURE || table.count.get() > MAX_ITEMS {
             return Err(invalid());
         }
-        let mut places = [None; 4];
+        let mut offsets = [None; 4];
         for item in items
             .chunks_exact(size_of::<RawItem>())
             .take(table.count.get().into())
@@ -118,14 +119,14 @@ impl Metadata {
             if offset < TABLE_LEN as u64 || offset + 8 > region.len() {
                 return Err(invalid());
             }
-            places[nth] = Some(region.start() + offset);
+            offsets[nth] = Some(region.start() + offset);
         }
-        // One of them is changed when the disk grows.
-        let items = places.iter().zip(LENGTHS);
+        // Items must not overlap: that with the disk's size is overwritten when the disk grows.
+        let items = offsets.iter().zip(LENGTHS);
         Reserved::new(items.filter_map(|(at, len)| Some(("item", ByteRange::at((*at)?, len)))))
             .require_apart()
             .map_err(|_| invalid())?;
-        let [Some(parameters), Some(size), Some(logical), Some(_)] = places else {
+        let [Some(parameters), Some(size), Some(logical), Some(_)] = offsets else {
             return Err(unsupported());
         };
         let number = |at: u64| -> Result<U64> {
@@ -137,14 +138,14 @@ impl Metadata {
         let [sector, _] = halves(number(logical)?);
         let metadata = Self {
             block_size: block_size.into(),
-            // As in the original, what is no whole sector is not there.
+            // As in qemu-img, the rest of an incomplete last sector is not part of the disk.
             disk_size: align_down(number(size)?.get(), 512),
             size_at: size,
         };
         if flags & HAS_PARENT != 0 {
             return Err(has_parent());
         }
-        // The original knows no other, and Hyper-V attaches such disks to nothing that has it.
+        // qemu-img supports no other logical sector size.
         if sector != 512 {
             return Err(unsupported());
         }
@@ -184,6 +185,7 @@ impl Metadata {
         let mut bytes = table.as_bytes().to_vec();
         let mut data = Vec::new();
         for (id, flags, item) in items {
+            // The fallbacks are not reached: five items of at most 16 bytes.
             let raw = RawItem {
                 id,
                 offset: U32::new(u32::try_from(TABLE_LEN + data.len()).unwrap_or(u32::MAX)),
@@ -200,8 +202,10 @@ impl Metadata {
     }
 }
 
+/// The low and the high half of `number`.
 fn halves(number: U64) -> [u32; 2] {
     let number = number.get();
+    // The fallback is not reached: the mask leaves 32 bits.
     [number, number >> 32].map(|half| u32::try_from(half & u64::from(u32::MAX)).unwrap_or(u32::MAX))
 }
 

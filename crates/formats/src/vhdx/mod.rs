@@ -1,21 +1,25 @@
-//! VHDX, the format of Hyper-V: a disk in payload blocks, and a table that says where each of them is.
+//! VHDX, the format of Hyper-V: a disk in payload blocks, and a block allocation table with the offset of each block.
 //!
 //! ```text
 //!   0         64 KiB   192 KiB        1 MiB
-//!   |"vhdxfile"|header x2|region table x2|log|block allocation table|metadata| payload blocks, from 1 MiB to 256 MiB ...
+//!   |"vhdxfile"|header x2|region table x2|log|block allocation table|metadata|block|block| ...
 //! ```
 //!
+//! As in Microsoft's specification MS-VHDX, "Virtual Hard Disk v2 (VHDX) File Format". Payload blocks have 1 MiB to
+//! 256 MiB.
+//!
 //! * `header`: the two headers and the two region tables;
-//! * `metadata`: how large the disk and its blocks are;
-//! * `bat`: pages of the block allocation table;
-//! * `log`: changes of tables that are done as a whole or not at all, and what a crash has left of them;
+//! * `metadata`: the sizes of the disk and of its blocks;
+//! * `bat`: the block allocation table, cached in pages;
+//! * `log`: atomic changes of the tables, and their replay after a crash;
 //! * `write`, `create`, `check`, `resize`: operations.
 //!
 //! # What a crash leaves
 //!
-//! Blocks are written and made durable first. The table's new entries go into the log, the header names the log's entry,
-//! the table is written, and the header no longer names it: each step is durable before the next. Whoever finds a header
-//! that names entries does what they say again. An image that is opened for reading is read as if that had been done.
+//! Blocks are written first. The new entries of the table are then written to the log, the GUID of the log entry is
+//! written to the header, the table is written, and the GUID in the header is cleared, with a flush between any two
+//! steps. If the GUID is set when the image is opened, the log is replayed. An image that is opened for reading only is
+//! not changed: reads see the file as it would be after the replay.
 
 mod bat;
 mod check;
@@ -46,7 +50,7 @@ use self::write::Stored;
 use crate::layer_kit::range_claims::RangeClaims;
 use crate::layer_kit::reserved::Reserved;
 
-/// Any part of a block can be written by itself: the rest of a new one is zero.
+/// The unit of writes: a sector rather than a block, as the rest of a new block is zero.
 const SECTOR: u64 = 512;
 
 /// The format's entry in the table.
@@ -101,32 +105,32 @@ impl Format for Vhdx {
 struct VhdxLayer {
     file: Arc<dyn Device>,
     block_size: u64,
-    /// The log had changes that were not in the file.
+    /// Whether the log was replayed when the image was opened.
     was_replayed: bool,
     state: Mutex<State>,
-    /// Blocks that are being written, exclusive where they have no storage yet.
+    /// Claims on the blocks of requests in flight, exclusive where a write allocates.
     claims: RangeClaims,
     budget: Budget,
 }
 
-/// What changes while an image is open. Its lock is never held while guest data moves.
+/// The mutable state of an open image. Its lock is never held during I/O of guest data.
 #[derive(Debug)]
 struct State {
     header: Header,
-    /// Which of the two headers that is.
+    /// The index of that header in [`header::HEADERS`].
     slot: usize,
     regions: Regions,
     metadata: Metadata,
     bat: Bat,
-    /// What is in the file besides blocks.
+    /// The metadata of the image, which no block may overlap.
     reserved: Reserved,
-    /// Where blocks are; known from the first write on.
+    /// The offsets of all blocks; loaded by the first write.
     stored: Option<Stored>,
-    /// Where the next block goes.
+    /// The lowest offset for the next new block.
     end: u64,
-    /// Whether the header says already that the disk is changed.
+    /// Whether the header got new write GUIDs since the image was opened.
     marked: bool,
-    /// The number of the log's last entry.
+    /// The sequence number of the last log entry written.
     sequence: u64,
 }
 
@@ -139,36 +143,37 @@ impl VhdxLayer {
             return Err(Error::from_errno(errno::EINVAL));
         }
         let (mut header, mut slot) = Header::read(&*file)?;
-        let left = if header.log_guid == Guid::default() {
+        let replayed = if header.log_guid == Guid::default() {
             None
         } else {
             Changes::read(&*file, header.log, header.log_guid, &request.budget)?
         };
-        let left = left.map(|changes| Arc::new(ReadOnlyView(Replayed::new(Arc::clone(&file), changes))));
-        if left.is_some() && request.for_check && !request.write {
+        let replayed =
+            replayed.map(|changes| Arc::new(ReadOnlyView(Replayed::new(Arc::clone(&file), changes))));
+        if replayed.is_some() && request.for_check && !request.write {
             return Err(Error::unsupported(format!(
                 "VHDX image file '{0}' opened read-only, but contains a log that needs to be replayed\n\
                  To replay the log, run:\nqemu-img check -r all '{0}'",
                 request.name
             )));
         }
-        let seen = match &left {
-            Some(left) => Arc::<ReadOnlyView<Replayed>>::clone(left),
+        let contents = match &replayed {
+            Some(replayed) => Arc::<ReadOnlyView<Replayed>>::clone(replayed),
             None => Arc::clone(&file),
         };
-        let regions = Regions::read(&*seen, header.log)?;
-        let metadata = Metadata::read(&*seen, regions.metadata)?;
+        let regions = Regions::read(&*contents, header.log)?;
+        let metadata = Metadata::read(&*contents, regions.metadata)?;
         let entries = bat::entries(metadata.disk_size, metadata.block_size);
         if entries.saturating_mul(bat::ENTRY) > regions.bat.len() {
             return Err(Error::from_errno(errno::EINVAL));
         }
-        let was_replayed = left.is_some();
+        let was_replayed = replayed.is_some();
         if !request.write {
-            file = seen;
+            file = contents;
         } else if header.log_guid != Guid::default() {
-            // Only now: what makes no sense once it is replayed is left as it is.
-            if let Some(left) = left {
-                left.0.apply()?;
+            // Replays the log only after the checks above: an image that is damaged after the replay is not changed.
+            if let Some(replayed) = replayed {
+                replayed.0.apply()?;
             }
             header.log_guid = Guid::default();
             slot = header.replace(&*file, slot)?;
@@ -200,14 +205,14 @@ impl VhdxLayer {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Where a block is.
+    /// The table's entry for block `block`.
     fn payload(&self, state: &mut State, block: u64) -> Result<Payload> {
         Payload::of(state.bat.entry(entry_of(block, self.block_size))?)
     }
 }
 
 impl State {
-    /// Says in the header that the disk has other contents now, once.
+    /// Gives the header new write GUIDs before the first change, as the specification demands; once.
     fn mark_changed(&mut self, file: &dyn Device) -> Result<()> {
         if self.marked {
             return Ok(());
@@ -220,7 +225,7 @@ impl State {
         Ok(())
     }
 
-    /// Writes the entries of the table that have changed. What they lead to has been written.
+    /// Flushes the blocks, and writes the dirty entries of the table through the log.
     fn publish(&mut self, file: &dyn Device) -> Result<()> {
         let units = self.bat.dirty_units();
         if units.is_empty() {
@@ -232,15 +237,16 @@ impl State {
         Ok(())
     }
 
-    /// Writes units of 4 KiB by way of the log, and makes them durable.
+    /// Writes units of 4 KiB through the log, durably.
     fn write_logged(&mut self, file: &dyn Device, units: &[(u64, Box<[u8; bat::UNIT]>)]) -> Result<()> {
         if self.header.log_guid != Guid::default() {
-            // An entry that failed half-way: what the header names must not be written over.
+            // An earlier call failed half-way. Its entry is replayed, for the log must not be overwritten while the
+            // header refers to it.
             let budget = Budget::default();
             if let Some(changes) = Changes::read(file, self.header.log, self.header.log_guid, &budget)? {
                 changes.apply(file)?;
             }
-            self.name_log(file, Guid::default())?;
+            self.set_log_guid(file, Guid::default())?;
         }
         for units in units.chunks(log::room(self.header.log.len())?.max(1)) {
             let guid = new_guid()?;
@@ -248,18 +254,18 @@ impl State {
             let entry = log::entry(guid, self.sequence, units, file.len())?;
             file.write_at(&entry, self.header.log.start())?;
             file.flush()?;
-            self.name_log(file, guid)?;
+            self.set_log_guid(file, guid)?;
             for (offset, bytes) in units {
                 file.write_at(&bytes[..], *offset)?;
             }
             file.flush()?;
-            self.name_log(file, Guid::default())?;
+            self.set_log_guid(file, Guid::default())?;
         }
         Ok(())
     }
 
-    /// Has the header say which entries of the log are to be replayed.
-    fn name_log(&mut self, file: &dyn Device, guid: Guid) -> Result<()> {
+    /// Sets the GUID in the header of the log entries to replay; zero for none.
+    fn set_log_guid(&mut self, file: &dyn Device, guid: Guid) -> Result<()> {
         let mut header = self.header.clone();
         header.log_guid = guid;
         match header.replace(file, self.slot) {
@@ -268,7 +274,7 @@ impl State {
                 Ok(())
             }
             Err(error) => {
-                // It may name it or not.
+                // The file may have either header now; assume that the log is to be replayed.
                 if guid != Guid::default() {
                     self.header.log_guid = guid;
                 }
@@ -312,7 +318,7 @@ impl Layer for VhdxLayer {
         };
         let mut len = size - range.start() % size;
         let mut next = block + 1;
-        // Neighbours in the file, or without storage, are one run.
+        // Blocks that are contiguous in the file, or without storage, are one run.
         'run: while len < range.len() {
             let in_chunk = to_index(left_in_chunk(next, size))?;
             for entry in state.bat.entries(entry_of(next, size))?.take(in_chunk) {
@@ -332,7 +338,7 @@ impl Layer for VhdxLayer {
             Payload::At(offset) => RunKind::Data {
                 device: Arc::clone(&self.file),
                 offset: offset.saturating_add(range.start() % size),
-                // A block that was given its place is as long as the file has been written.
+                // Blocks are allocated by growing the file: a hole is zeroes that belong to the block.
                 holes: HoleMeaning::ZeroData,
             },
         };

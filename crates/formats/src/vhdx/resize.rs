@@ -1,7 +1,7 @@
-//! Growing, which the original cannot.
+//! Growing, which qemu-img does not support for this format.
 //!
-//! If the block allocation table has no room for more blocks, a longer one goes to the end of the file, and the region
-//! tables say where it is, one after the other. The disk's size changes last, by way of the log.
+//! A block allocation table that is too short is copied to a longer region at the end of the file, and the region
+//! tables get its offset, one after the other. The disk's size changes last, through the log.
 
 use std::sync::Arc;
 
@@ -14,7 +14,7 @@ use super::{State, VhdxLayer};
 use crate::layer_kit::preallocation;
 
 impl VhdxLayer {
-    /// Refuses what cannot be done, before anything has changed.
+    /// Refuses a size that the image cannot grow to, before anything is written.
     pub(super) fn check_size(&self, request: &ResizeRequest) -> Result<()> {
         if request.len < self.lock().metadata.disk_size {
             return Err(Error::unsupported("Images of this format can only grow"));
@@ -28,7 +28,7 @@ impl VhdxLayer {
         preallocation::require_off(request.preallocation)
     }
 
-    /// Makes the disk larger. If all blocks have storage, the new ones get it, too: the image is fixed.
+    /// Makes the disk larger. In a fixed image, where all blocks have storage, the new blocks are allocated, too.
     pub(super) fn grow(&self, request: &ResizeRequest) -> Result<()> {
         self.check_size(request)?;
         let mut state = self.claims.wait_idle(|| self.lock());
@@ -36,18 +36,18 @@ impl VhdxLayer {
         if request.len == old {
             return Ok(());
         }
-        self.require_whole(&mut state)?;
+        self.require_not_truncated(&mut state)?;
         state.mark_changed(&*self.file)?;
         state.publish(&*self.file)?;
         let (is_fixed, says_zero) = self.kind(&mut state)?;
-        self.clear_rest(&mut state)?;
+        self.zero_padding(&mut state)?;
         let needed = entries(request.len, self.block_size) * ENTRY;
         if needed > state.regions.bat.len() {
             self.move_bat(&mut state, needed.next_multiple_of(MIB))?;
         }
         for block in old.div_ceil(self.block_size)..request.len.div_ceil(self.block_size) {
             let entry = if is_fixed {
-                present(self.take_place(&mut state)?)
+                present(self.allocate(&mut state)?)
             } else {
                 absent(says_zero)
             };
@@ -63,7 +63,7 @@ impl VhdxLayer {
         self.set_size(&mut state, request.len)
     }
 
-    /// Whether all blocks have storage, and whether those that have none say that they are zero.
+    /// Whether the image is fixed: all blocks have storage; and whether blocks without storage are in state zero.
     fn kind(&self, state: &mut State) -> Result<(bool, bool)> {
         let blocks = state.metadata.disk_size.div_ceil(self.block_size);
         for block in 0..blocks {
@@ -72,12 +72,12 @@ impl VhdxLayer {
                 return Ok((false, entry != absent(false)));
             }
         }
-        // One block that is full does not make a disk fixed.
+        // A disk of a single block, or none, counts as dynamic.
         Ok((blocks > 1, true))
     }
 
-    /// Makes the rest of the last block zero, which becomes part of the disk.
-    fn clear_rest(&self, state: &mut State) -> Result<()> {
+    /// Zeroes the part of the last block beyond the old end of the disk, which becomes part of the disk.
+    fn zero_padding(&self, state: &mut State) -> Result<()> {
         let size = state.metadata.disk_size;
         let used = size % self.block_size;
         if used == 0 {
@@ -91,7 +91,7 @@ impl VhdxLayer {
         self.file.write_zeroes(rest, ZeroMode::KeepAllocated)
     }
 
-    /// Puts a table of `len` bytes, which says the same, to the end of the file.
+    /// Moves the table to a region of `len` bytes at the end of the file.
     fn move_bat(&self, state: &mut State, len: u64) -> Result<()> {
         let file = &*self.file;
         let start = state.end.max(file.len().next_multiple_of(MIB));
@@ -117,6 +117,7 @@ impl VhdxLayer {
         Ok(())
     }
 
+    /// Changes the disk's size in the metadata, through the log.
     fn set_size(&self, state: &mut State, len: u64) -> Result<()> {
         let at = state.metadata.size_at;
         let unit = at / UNIT as u64 * UNIT as u64;

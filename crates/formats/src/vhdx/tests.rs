@@ -1,4 +1,4 @@
-//! Models, damage, crashes and faults, on images in memory.
+//! Tests against a model, with damage, crashes and faults, on images in memory.
 
 use std::sync::Arc;
 
@@ -57,7 +57,7 @@ proptest! {
 
     #[test]
     fn damage_never_panics(
-        // Headers, region tables, log, table, metadata; the checksums are mended, so that what they cover is looked at.
+        // Headers, region tables, log, table, metadata; checksums are recomputed, so that damaged fields are parsed.
         at in prop_oneof![
             0x10000..0x10060_usize, 0x30000..0x30060_usize, 0x200000..0x200040_usize, 0x300000..0x3000c0_usize,
             0x310000..0x310030_usize,
@@ -65,13 +65,13 @@ proptest! {
         bytes in prop::collection::vec(any::<u8>(), 1..9),
     ) {
         let mut damaged = create("block_size=1M", 4 * BLOCK);
-        // The first header counts.
+        // Invalidates the second header, so that the first one is current.
         damaged[0x20000] = 0;
         damaged[at..at + bytes.len()].copy_from_slice(&bytes);
         super::header::set_checksum(&mut damaged[0x10000..0x11000]);
         super::header::set_checksum(&mut damaged[0x30000..0x40000]);
         for write in [false, true] {
-            // Any error will do.
+            // Opening may fail with any error.
             let Ok(image) = open_on(&on(&damaged), write) else { continue };
             let mut buf = vec![0; 4096];
             let end = image.len();
@@ -128,14 +128,14 @@ fn blocks_in_tables_or_beyond_the_end_are_found_and_not_written() {
         let mut bytes = create("block_size=1M,subformat=fixed", 2 * BLOCK);
         bytes[0x20_0000..0x20_0008].copy_from_slice(&entry.to_le_bytes());
         let image = open_on(&on(&bytes), true).expect("opens");
-        // Between the metadata and the first block nothing is, and a block may be.
+        // A block may lie between the metadata and the first block: these bytes are free.
         let is_sound = written || entry == 0x70_0006;
         assert_eq!(check(&image).corruptions, u64::from(!is_sound), "{entry:#x}");
         assert_eq!(image.write_at(&[1; 512], 0).is_ok(), is_sound, "{entry:#x}");
     }
 }
 
-/// What a crash left in the log, as those who open it find it.
+/// The file after a crash between the write of the log and that of the table.
 fn log_left_by_a_crash() -> Vec<u8> {
     let file = on(&create("block_size=1M", 4 * BLOCK));
     let before = file.contents();
@@ -143,7 +143,7 @@ fn log_left_by_a_crash() -> Vec<u8> {
     image.write_at(&[5; 1000], 2 * BLOCK).expect("writes");
     image.flush().expect("flushes");
     let mut after = file.contents();
-    // The table is the old one, and the header still names the log's entry.
+    // The table is the old one, and the header still has the GUID of the log's entry.
     after[0x20_0000..0x20_1000].copy_from_slice(&before[0x20_0000..0x20_1000]);
     let device = on(&after);
     let (mut header, slot) = Header::read(&*device).expect("has one");
@@ -205,7 +205,7 @@ fn a_torn_header_leaves_the_other_one() {
 
 #[test]
 fn crashes_leave_what_was_flushed_and_no_damage() {
-    // A disk whose table has no room for what it grows by.
+    // A disk whose table is too short for the size that it grows to.
     let size = 131_072 * BLOCK - 511 * BLOCK;
     let file = on(&create("block_size=1M,block_state_zero=off", size));
     let image = open_on(&file, true).expect("opens");
@@ -269,9 +269,9 @@ fn faults_are_errors_and_leave_a_sound_image() {
 }
 
 #[test]
-fn a_write_that_comes_upon_damage_gives_back_what_it_took() {
+fn a_write_that_finds_damage_releases_its_claims() {
     let mut bytes = create("block_size=1M", 3 * BLOCK);
-    // Of the second block, a state that no block of such a disk has.
+    // Gives the second block a state that is not defined.
     bytes[0x20_0008] = 4;
     let image = open_on(&on(&bytes), true).expect("opens");
     let error = image
@@ -280,17 +280,17 @@ fn a_write_that_comes_upon_damage_gives_back_what_it_took() {
     assert_eq!(error.chain(), "Input/output error");
     image
         .write_at(&[2; 512], 0)
-        .expect("nobody holds the first block");
+        .expect("the claim on the first block is released");
     let mut sector = [0; 512];
     image.read_at(&mut sector, 0).expect("reads");
     assert_eq!(sector, [2; 512]);
 }
 
 #[test]
-fn blocks_that_share_a_place_are_not_written_to() {
+fn blocks_that_overlap_are_not_written_to() {
     let mut bytes = create("block_size=2M,subformat=fixed", 6 << 20);
     let first = u64::from_le_bytes(*bytes[0x20_0000..].first_chunk().expect("an entry"));
-    // The second block begins in the middle of the first one.
+    // The second block overlaps the first one.
     bytes[0x20_0008..0x20_0010].copy_from_slice(&(first + MIB).to_le_bytes());
     let file = on(&bytes);
     let image = open_on(&file, true).expect("opens");
@@ -317,7 +317,7 @@ fn a_file_that_was_cut_off_gets_no_new_blocks() {
     assert!(file.contents() == bytes);
 }
 
-/// Adds a region of a mebibyte at `offset` to both tables that nobody has to know.
+/// Adds an unknown region of a mebibyte at `offset`, which is not required, to both tables.
 fn add_region(bytes: &mut [u8], offset: u64) {
     for table in [192 << 10, 256 << 10] {
         bytes[table + 8] = 3;
@@ -330,13 +330,13 @@ fn add_region(bytes: &mut [u8], offset: u64) {
 }
 
 #[test]
-fn regions_of_others_are_kept() {
+fn unknown_regions_are_kept() {
     let size = 131_072 * BLOCK - 511 * BLOCK;
     let mut bytes = create("block_size=1M", size);
     let region = bytes.len();
     add_region(&mut bytes, region as u64);
     bytes.resize(region + (1 << 20), 0x77);
-    // A block that lies there is not written to.
+    // A block that overlaps the region is not written to.
     let mut bad = bytes.clone();
     bad[0x20_0000..0x20_0008].copy_from_slice(&(region as u64 | 6).to_le_bytes());
     let image = open_on(&on(&bad), true).expect("opens");
@@ -359,7 +359,7 @@ fn regions_of_others_are_kept() {
 #[test]
 fn a_log_that_leads_to_the_headers_or_itself_is_refused() {
     let good = log_left_by_a_crash();
-    // The descriptor's offset, behind the entry's header.
+    // The offset field of the first descriptor, which comes after the entry's header.
     let at = 0x10_0000 + 64 + 16;
     for target in [0_u64, 0x1_0000, 0x2_0000, 0x10_0000, 0x1f_f000] {
         let mut bad = good.clone();
@@ -382,9 +382,9 @@ fn a_log_that_leads_to_the_headers_or_itself_is_refused() {
 }
 
 #[test]
-fn a_log_after_which_nothing_makes_sense_is_left_alone() {
+fn a_log_that_damages_the_image_is_not_replayed() {
     let mut bad = log_left_by_a_crash();
-    // What it has for the table goes to the metadata.
+    // Changes the descriptor of the table so that it overwrites the metadata.
     let at = 0x10_0000 + 64 + 16;
     bad[at..at + 8].copy_from_slice(&0x30_0000_u64.to_le_bytes());
     let len = u32::from_le_bytes(*bad[0x10_0008..].first_chunk().expect("a length"));

@@ -1,4 +1,4 @@
-//! Writing: blocks get their place, at the end of the file, when they are written for the first time.
+//! Writing: a block is allocated, at the end of the file, when it is written for the first time.
 
 use std::sync::{Arc, MutexGuard};
 
@@ -12,7 +12,7 @@ use crate::layer_kit::range_claims::{Access, RangeClaims};
 use crate::layer_kit::reserved::Pieces;
 
 impl VhdxLayer {
-    /// Sets aside where `range` goes.
+    /// Plans a write of `range`, and allocates its blocks that have no storage.
     pub(super) fn plan(&self, range: ByteRange) -> Result<Box<dyn WritePlan + '_>> {
         let size = self.block_size;
         let plan = AllocatingPlan::new(self, range.align_out(size), |state, plan| {
@@ -24,13 +24,13 @@ impl VhdxLayer {
                         offset
                     }
                     Payload::Zero => {
-                        self.require_whole(state)?;
-                        let offset = self.take_place(state)?;
+                        self.require_not_truncated(state)?;
+                        let offset = self.allocate(state)?;
                         plan.add_change(whole, (block, offset));
                         offset
                     }
                 };
-                // What the file was made longer by is zero: of a new block, too, only what was asked for is written.
+                // Growing the file has zeroed a new block: only `range` is written there, too.
                 let guest = whole.intersect(range);
                 plan.add_run(WriteRun {
                     guest,
@@ -43,7 +43,7 @@ impl VhdxLayer {
         Ok(Box::new(plan))
     }
 
-    /// Makes `range` zero: blocks without storage are, the others are left to the file.
+    /// Writes zeroes to `range`: blocks without storage read as zero already, in the others the file zeroes the bytes.
     pub(super) fn zero(&self, range: ByteRange, mode: ZeroMode) -> Result<()> {
         let cover = range.align_out(self.block_size);
         let (_claim, mut state) = self.claims.claim(cover, Access::Shared, || self.lock());
@@ -68,8 +68,8 @@ impl VhdxLayer {
         Ok(())
     }
 
-    /// A place for another block, of zeroes.
-    pub(super) fn take_place(&self, state: &mut State) -> Result<u64> {
+    /// Allocates a block of zeroes at the end of the file: its offset.
+    pub(super) fn allocate(&self, state: &mut State) -> Result<u64> {
         let offset = state.end.max(self.file.len().next_multiple_of(MIB));
         let end = offset
             .checked_add(self.block_size)
@@ -80,16 +80,16 @@ impl VhdxLayer {
     }
 }
 
-/// Where the table says that blocks are.
+/// The offsets of the blocks in the table.
 #[derive(Debug)]
 pub(super) struct Stored {
     blocks: Pieces,
-    /// One of which the file has no bytes.
+    /// The offset of a block that reaches beyond the end of the file, if there is one.
     missing: Option<u64>,
 }
 
 impl VhdxLayer {
-    /// Refuses a block that lies in the image's own tables, in another block, or beyond the end of the file.
+    /// Refuses a block that overlaps the metadata or another block, or reaches beyond the end of the file.
     pub(super) fn require_payload(&self, state: &mut State, offset: u64) -> Result<()> {
         let block = ByteRange::at(offset, self.block_size);
         state.reserved.require_outside("block", block)?;
@@ -97,9 +97,8 @@ impl VhdxLayer {
         self.file.require(offset, self.block_size)
     }
 
-    /// Refuses to make a file longer that was cut off: blocks that are missing would seem to be there, or would be where
-    /// new ones are.
-    pub(super) fn require_whole(&self, state: &mut State) -> Result<()> {
+    /// Refuses to grow a truncated file: its missing blocks would look present, or overlap new blocks.
+    pub(super) fn require_not_truncated(&self, state: &mut State) -> Result<()> {
         let Some(offset) = self.stored(state)?.missing else {
             return Ok(());
         };
@@ -108,6 +107,7 @@ impl VhdxLayer {
         )))
     }
 
+    /// The offsets of all blocks; loads them when they are first needed.
     fn stored<'a>(&self, state: &'a mut State) -> Result<&'a Stored> {
         let known = match state.stored.take() {
             Some(known) => known,
@@ -117,7 +117,7 @@ impl VhdxLayer {
                 let mut missing = None;
                 for block in 0..state.metadata.disk_size.div_ceil(self.block_size) {
                     let entry = state.bat.entry(entry_of(block, self.block_size))?;
-                    // A state that is none leads nowhere.
+                    // An entry with an invalid state is refused when its block is read or written.
                     let Ok(Payload::At(offset)) = Payload::of(entry) else {
                         continue;
                     };
@@ -125,7 +125,7 @@ impl VhdxLayer {
                     if whole.end() > file_len {
                         missing = Some(offset);
                     } else if state.reserved.find(whole).is_none() {
-                        // One that lies in tables, or is missing, is never used.
+                        // A block that overlaps the metadata, or is missing, is refused when it is written.
                         blocks.add(offset)?;
                     }
                 }
@@ -166,6 +166,6 @@ impl Allocator for VhdxLayer {
         Ok(())
     }
 
-    /// Blocks may have been written to: they are leaked rather than allocated again as zeroes.
+    /// Leaks the blocks: they may have been written to, and new blocks have to be zero.
     fn free(&self, _state: &mut State, _changes: Vec<Self::Change>) {}
 }
