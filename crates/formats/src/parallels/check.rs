@@ -1,4 +1,4 @@
-//! Looking after the header and the table, in the order and the words of the original.
+//! The check and repair of the header and the table, in the order and with the messages of qemu-img.
 
 use diskimage_core::{
     ByteRange, CheckReport, Device, Note, Preallocation, Progress, Repair, Result, align_up, to_index,
@@ -8,11 +8,11 @@ use super::header::SECTOR;
 use super::{NO_CLUSTER, ParallelsLayer, State, is_aligned};
 use crate::layer_kit::cluster_set::ClusterSet;
 
-/// Bytes that are copied at once.
-const PIECE: u64 = 1 << 20;
+/// The buffer size of a copy.
+const CHUNK: u64 = 1 << 20;
 
 impl ParallelsLayer {
-    /// Whether there is nothing that would keep the image from being written to. Finds out where it ends.
+    /// Whether the image can be written to without repair. Also sets `data_end` and `is_aligned`.
     pub(super) fn is_sound(&self) -> Result<bool> {
         let state = &mut *self.lock();
         let file_len = align_up(self.file.len(), SECTOR);
@@ -22,10 +22,10 @@ impl ParallelsLayer {
         while let Some(batch) = state.batch(&mut next)? {
             for (_, offset) in batch {
                 let end = offset.saturating_add(self.cluster);
-                is_sound &= offset >= state.first_place
+                is_sound &= offset >= state.first_slot
                     && end <= file_len
-                    && seen.take((offset - state.first_place) / self.cluster, 1)? == 0;
-                state.is_aligned &= is_aligned(offset, state.first_place, self.cluster);
+                    && seen.take((offset - state.first_slot) / self.cluster, 1)? == 0;
+                state.is_aligned &= is_aligned(offset, state.first_slot, self.cluster);
                 if end <= file_len {
                     state.data_end = state.data_end.max(end);
                 }
@@ -34,13 +34,13 @@ impl ParallelsLayer {
         Ok(is_sound)
     }
 
-    /// Looks at everything and mends what `repair` allows.
+    /// Checks everything, and repairs what `repair` allows.
     pub(super) fn check_table(&self, repair: Repair, progress: &Progress<'_>) -> Result<CheckReport> {
         let state = &mut *self.claims.wait_idle(|| self.lock());
         let file_len = self.file.len();
         let mut check = Check {
             layer: self,
-            mends: repair == Repair::All,
+            repairs: repair == Repair::All,
             file_len,
             progress,
             report: CheckReport {
@@ -50,20 +50,20 @@ impl ParallelsLayer {
             },
         };
         if state.unclean && repair != Repair::No {
-            state.begin(&*self.file)?;
+            state.mark_in_use(&*self.file)?;
         }
         check.header(state)?;
         let has_outside = check.outside(state)?;
         state.publish(&*self.file)?;
-        // What lies half outside may have its other half in what would be cut off.
-        let cuts = repair == Repair::All || (repair == Repair::Leaks && !has_outside);
-        check.tail(state, cuts)?;
+        // A cluster that reaches beyond the end of the file may begin in the tail that would be truncated.
+        let truncates = repair == Repair::All || (repair == Repair::Leaks && !has_outside);
+        check.tail(state, truncates)?;
         check.duplicates(state)?;
         state.publish(&*self.file)?;
         check.statistics(state)?;
         if repair != Repair::No {
             state.data_end = check.report.image_end_offset;
-            if !cuts {
+            if !truncates {
                 state.data_end = state.data_end.max(file_len);
             }
         }
@@ -71,10 +71,10 @@ impl ParallelsLayer {
     }
 }
 
-/// A check under way.
+/// A check in progress.
 struct Check<'a> {
     layer: &'a ParallelsLayer,
-    mends: bool,
+    repairs: bool,
     /// The file's length at the start.
     file_len: u64,
     progress: &'a Progress<'a>,
@@ -82,30 +82,32 @@ struct Check<'a> {
 }
 
 impl Check<'_> {
-    fn tell(&self, mended: bool, text: &str) {
-        let word = if mended { "Repairing" } else { "ERROR" };
-        self.progress.note(&Note::Line(format!("{word} {text}")));
+    /// Prints a finding.
+    fn note(&self, is_repaired: bool, text: &str) {
+        let prefix = if is_repaired { "Repairing" } else { "ERROR" };
+        self.progress.note(&Note::Line(format!("{prefix} {text}")));
     }
 
-    fn corruption(&mut self, mended: bool, text: &str) {
-        self.tell(mended, text);
-        if mended {
+    fn corruption(&mut self, is_repaired: bool, text: &str) {
+        self.note(is_repaired, text);
+        if is_repaired {
             self.report.corruptions_fixed += 1;
         } else {
             self.report.corruptions += 1;
         }
     }
 
+    /// Checks `in_use` and `data_off`.
     fn header(&mut self, state: &mut State) -> Result<()> {
         if state.unclean {
-            self.corruption(self.mends, "image was not closed correctly");
-            state.unclean = !self.mends;
+            self.corruption(self.repairs, "image was not closed correctly");
+            state.unclean = !self.repairs;
         }
         if !state.has_data_off {
-            self.corruption(self.mends, "data_off field has incorrect value");
-            if self.mends {
-                state.begin(&*self.layer.file)?;
-                state.header.mend_data_off();
+            self.corruption(self.repairs, "data_off field has incorrect value");
+            if self.repairs {
+                state.mark_in_use(&*self.layer.file)?;
+                state.header.set_data_off();
                 self.layer.file.write_at(&state.header.to_bytes(), 0)?;
                 state.has_data_off = true;
             }
@@ -113,23 +115,23 @@ impl Check<'_> {
         Ok(())
     }
 
-    /// Entries that lead to where no cluster can be. Whether any of them stays.
+    /// Checks for clusters outside the data area. Returns whether one beyond the end of the file is not repaired.
     fn outside(&mut self, state: &mut State) -> Result<bool> {
         let cluster = self.layer.cluster;
         let (mut next, mut stays) = (0, false);
         while let Some(batch) = state.batch(&mut next)? {
             for (index, offset) in batch {
                 let end = offset.saturating_add(cluster);
-                // A file counts in whole sectors.
+                // The length of the file is rounded up to sectors, as in qemu-img.
                 if end > align_up(self.file_len, SECTOR) {
-                    // A table that is longer than the disk needs may be guest data there.
-                    let mends = self.mends && index < self.layer.size.div_ceil(cluster);
-                    self.corruption(mends, &format!("cluster {index} is outside image"));
-                    if mends {
-                        state.begin(&*self.layer.file)?;
+                    // Entries beyond those that the disk needs may be guest data.
+                    let repairs = self.repairs && index < self.layer.size.div_ceil(cluster);
+                    self.corruption(repairs, &format!("cluster {index} is outside image"));
+                    if repairs {
+                        state.mark_in_use(&*self.layer.file)?;
                         state.table.set(index, NO_CLUSTER)?;
                     }
-                    stays |= !mends;
+                    stays |= !repairs;
                     continue;
                 }
                 let guest = ByteRange::at(index.saturating_mul(cluster), cluster);
@@ -140,28 +142,31 @@ impl Check<'_> {
                         &format!("cluster {index} reaches beyond the end of the file"),
                     );
                 }
-                if offset < state.first_place {
-                    // It may be the start of the data that is wrong: nothing is given up for it.
+                if offset < state.first_slot {
+                    // Not repaired: `data_off` may be wrong rather than the entry.
                     self.corruption(false, &format!("cluster {index} lies before the data area"));
                 }
-                state.is_aligned &= is_aligned(offset, state.first_place, cluster);
+                state.is_aligned &= is_aligned(offset, state.first_slot, cluster);
                 self.report.image_end_offset = self.report.image_end_offset.max(end);
             }
         }
         Ok(stays)
     }
 
-    /// What is behind the last cluster.
-    fn tail(&mut self, state: &mut State, cuts: bool) -> Result<()> {
+    /// Checks for leaked bytes behind the last cluster.
+    fn tail(&mut self, state: &mut State, truncates: bool) -> Result<()> {
         let (file, end) = (&*self.layer.file, self.report.image_end_offset);
         let leaked = file.len().saturating_sub(end);
         if leaked == 0 {
             return Ok(());
         }
         let clusters = leaked.div_ceil(self.layer.cluster);
-        self.tell(cuts, &format!("space leaked at the end of the image {leaked}"));
-        if cuts {
-            state.begin(file)?;
+        self.note(
+            truncates,
+            &format!("space leaked at the end of the image {leaked}"),
+        );
+        if truncates {
+            state.mark_in_use(file)?;
             file.resize(end, Preallocation::Off)?;
             self.report.leaks_fixed += clusters;
         } else {
@@ -170,7 +175,7 @@ impl Check<'_> {
         Ok(())
     }
 
-    /// Clusters of the disk that share one in the file: all but the first get a copy.
+    /// Checks for clusters of the disk with the same offset: all but the first are repaired with a copy.
     fn duplicates(&mut self, state: &mut State) -> Result<()> {
         let (cluster, budget) = (self.layer.cluster, self.layer.budget.clone());
         let mut seen = ClusterSet::new(&budget);
@@ -178,16 +183,16 @@ impl Check<'_> {
         while let Some(batch) = state.batch(&mut next)? {
             for (index, offset) in batch {
                 let is_outside = offset.saturating_add(cluster) > align_up(self.file_len, SECTOR);
-                if is_outside || offset < state.first_place {
+                if is_outside || offset < state.first_slot {
                     continue;
                 }
-                if seen.take((offset - state.first_place) / cluster, 1)? == 0 {
+                if seen.take((offset - state.first_slot) / cluster, 1)? == 0 {
                     continue;
                 }
-                self.corruption(self.mends, &format!("duplicate offset in BAT entry {index}"));
-                if self.mends {
-                    state.begin(&*self.layer.file)?;
-                    let copy = self.layer.take_place(state, index)?;
+                self.corruption(self.repairs, &format!("duplicate offset in BAT entry {index}"));
+                if self.repairs {
+                    state.mark_in_use(&*self.layer.file)?;
+                    let copy = self.layer.allocate_slot(state, index)?;
                     copy_bytes(&*self.layer.file, ByteRange::at(offset, cluster), copy)?;
                     self.layer.set_offset(state, index, copy)?;
                     state.data_end = state.data_end.max(copy + cluster);
@@ -198,12 +203,14 @@ impl Check<'_> {
         Ok(())
     }
 
+    /// Counts allocated and fragmented clusters.
     fn statistics(&mut self, state: &mut State) -> Result<()> {
         let (mut next, mut before) = (0, None);
         while let Some(batch) = state.batch(&mut next)? {
             for (index, offset) in batch {
                 self.report.allocated_clusters += 1;
-                // Only neighbours on the disk can be expected to be neighbours in the file.
+                // A cluster is fragmented if the previous one of the disk is allocated, and not right before it in the
+                // file.
                 if let Some((last, end)) = before
                     && last + 1 == index
                     && end != offset
@@ -217,16 +224,16 @@ impl Check<'_> {
     }
 }
 
-/// Copies `from` to `to`; what the file does not have is zero.
+/// Copies `from` to `to`; bytes beyond the end of the file are zero.
 fn copy_bytes(file: &dyn Device, from: ByteRange, to: u64) -> Result<()> {
-    let mut buffer = vec![0; to_index(from.len().min(PIECE))?];
+    let mut buffer = vec![0; to_index(from.len().min(CHUNK))?];
     let mut rest = from;
     while !rest.is_empty() {
-        let piece = rest.first(PIECE);
-        let bytes = &mut buffer[..to_index(piece.len())?];
-        file.read_padded(bytes, piece.start())?;
-        file.write_at(bytes, to + (piece.start() - from.start()))?;
-        rest = rest.skip(piece.len());
+        let chunk = rest.first(CHUNK);
+        let bytes = &mut buffer[..to_index(chunk.len())?];
+        file.read_padded(bytes, chunk.start())?;
+        file.write_at(bytes, to + (chunk.start() - from.start()))?;
+        rest = rest.skip(chunk.len());
     }
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! The Format Extension: one cluster with dirty bitmaps, which say what parts of the disk were written since a backup.
+//! The Format Extension: one cluster with dirty bitmaps, which mark the parts of the disk written since a backup.
 //!
 //! ```text
 //!   | magic | checksum | magic flags data_size | data ... | magic flags data_size | data ... | 0
@@ -15,22 +15,22 @@ use diskimage_core::{
 
 use super::header::{Header, SECTOR};
 
-/// What the cluster begins with.
+/// The first bytes of the cluster.
 const MAGIC: u64 = 0xab23_4cef_23dc_ea87;
 /// Bytes of the magic and the checksum.
 const HEAD: usize = 24;
-/// Ends the features.
+/// The magic that ends the list of features.
 const END: u64 = 0;
-/// A feature that is a dirty bitmap.
+/// The magic of a feature that is a dirty bitmap.
 const DIRTY_BITMAP: u64 = 0x2038_5fae_252c_b34a;
-/// Bytes in front of a feature's data.
+/// Bytes of a feature's header, in front of its data.
 const FEATURE_HEAD: usize = 24;
-/// Bytes of a bitmap's fields, in front of its table.
+/// Bytes of a bitmap's header, in front of its table.
 const BITMAP_HEAD: usize = 32;
-/// Sectors that a bit can stand for at most: the original knows no more than fit into 32 bits of bytes.
+/// How many sectors a bit covers at most: qemu-img's limit, as its granularity in bytes has 32 bits.
 const MAX_GRANULARITY: u32 = 1 << 22;
-/// Bytes of a bitmap that are read at once.
-const PIECE: usize = 64 << 10;
+/// The buffer size when a bitmap is read.
+const CHUNK: usize = 64 << 10;
 
 /// The dirty bitmaps of an image that is open for reading.
 #[derive(Debug)]
@@ -46,21 +46,21 @@ pub(super) struct Extension {
 #[derive(Debug)]
 struct DirtyBitmap {
     name: String,
-    /// Bytes of the disk that a bit stands for.
+    /// Bytes of the disk that a bit covers.
     granularity: u64,
-    /// For each cluster of the bitmap: 0 no bit is set, 1 all are, else where it is, in sectors.
+    /// An entry for each cluster of the bitmap: 0 no bit is set, 1 all are set, else its offset in sectors.
     table: Vec<u64>,
 }
 
 impl Extension {
-    /// Reads the cluster at `offset`.
+    /// Reads the Format Extension in the cluster at `offset`.
     pub(super) fn read(
         file: &Arc<dyn Device>,
         header: &Header,
         offset: u64,
         budget: &Budget,
     ) -> Result<Self> {
-        // The tables take no more than the cluster that they come from.
+        // The bytes of the cluster, and the tables parsed from them, which are no longer.
         let memory = budget.reserve(header.cluster.saturating_mul(2))?;
         let mut bytes = vec![0; to_index(header.cluster)?];
         file.read_padded(&mut bytes, offset)?;
@@ -83,9 +83,9 @@ impl Extension {
     }
 }
 
-/// Reads the features.
+/// Parses the features.
 fn parse(bytes: &[u8], header: &Header) -> Result<Vec<DirtyBitmap>> {
-    let magic = number(bytes, 0)?;
+    let magic = u64_at(bytes, 0)?;
     if magic != MAGIC {
         return Err(Error::invalid(format!(
             "Wrong parallels Format Extension magic: {magic:#x}, expected: {MAGIC:#x}"
@@ -102,14 +102,14 @@ fn parse(bytes: &[u8], header: &Header) -> Result<Vec<DirtyBitmap>> {
         let Some((head, data)) = rest.split_at_checked(FEATURE_HEAD) else {
             return Err(Error::invalid("Can't load feature header from Format Extension"));
         };
-        let (magic, flags) = (number(head, 0)?, number(head, 8)?);
+        let (magic, flags) = (u64_at(head, 0)?, u64_at(head, 8)?);
         if magic == END {
             return Ok(bitmaps);
         }
         if flags != 0 {
             return Err(Error::invalid("Flags for extension feature are unsupported"));
         }
-        let size = to_index(word(head, 16)?.into())?;
+        let size = to_index(u32_at(head, 16)?.into())?;
         let Some((data, behind)) = data.split_at_checked(size) else {
             return Err(Error::invalid(
                 "Feature data_size exceedes Format Extension cluster",
@@ -120,10 +120,12 @@ fn parse(bytes: &[u8], header: &Header) -> Result<Vec<DirtyBitmap>> {
         }
         bitmaps.push(dirty_bitmap(data, header)?);
         let padding = size.next_multiple_of(8) - size;
+        // Without room for the padding there is no next header: an error above.
         rest = behind.get(padding..).unwrap_or_default();
     }
 }
 
+/// Parses the data of a dirty bitmap feature.
 fn dirty_bitmap(data: &[u8], header: &Header) -> Result<DirtyBitmap> {
     let Some((head, table)) = data.split_at_checked(BITMAP_HEAD) else {
         return Err(Error::invalid(format!(
@@ -132,20 +134,20 @@ fn dirty_bitmap(data: &[u8], header: &Header) -> Result<DirtyBitmap> {
             data.len()
         )));
     };
-    let (size, sectors) = (number(head, 0)?, header.size / SECTOR);
+    let (size, sectors) = (u64_at(head, 0)?, header.size / SECTOR);
     if size != sectors {
         return Err(Error::invalid(format!(
             "Bitmap size (in sectors) {size} differs from disk size in sectors {sectors}"
         )));
     }
-    let granularity = word(head, 24)?;
+    let granularity = u32_at(head, 24)?;
     if !granularity.is_power_of_two() || granularity > MAX_GRANULARITY {
         return Err(Error::invalid(format!(
             "Bitmap granularity (in sectors) {granularity} is no power of two up to {MAX_GRANULARITY}"
         )));
     }
     let granularity = u64::from(granularity) * SECTOR;
-    let len = to_index(word(head, 28)?.into())?;
+    let len = to_index(u32_at(head, 28)?.into())?;
     let (table, _) = table.as_chunks();
     let Some(table) = table.get(..len) else {
         return Err(Error::invalid(
@@ -169,7 +171,7 @@ fn dirty_bitmap(data: &[u8], header: &Header) -> Result<DirtyBitmap> {
     })
 }
 
-/// The usual form of an identifier.
+/// The text form of a UUID.
 fn uuid(bytes: &[u8]) -> String {
     let mut text = String::new();
     for (at, byte) in bytes.iter().enumerate() {
@@ -181,21 +183,23 @@ fn uuid(bytes: &[u8]) -> String {
     text
 }
 
-fn number(bytes: &[u8], at: usize) -> Result<u64> {
+/// The little-endian `u64` at `at`.
+fn u64_at(bytes: &[u8], at: usize) -> Result<u64> {
     let found = bytes.get(at..).and_then(|bytes| bytes.first_chunk());
     found
         .map(|bytes| u64::from_le_bytes(*bytes))
         .ok_or_else(|| Error::invalid("Can't load feature header from Format Extension"))
 }
 
-fn word(bytes: &[u8], at: usize) -> Result<u32> {
+/// The little-endian `u32` at `at`.
+fn u32_at(bytes: &[u8], at: usize) -> Result<u32> {
     let found = bytes.get(at..).and_then(|bytes| bytes.first_chunk());
     found
         .map(|bytes| u32::from_le_bytes(*bytes))
         .ok_or_else(|| Error::invalid("Can't load feature header from Format Extension"))
 }
 
-/// Bitmaps are only read: an image that is open for writing has none.
+/// The bitmaps are read only: an image that is open for writing has no extension.
 impl Bitmaps for Extension {
     fn list(&self) -> Result<Vec<BitmapInfo>> {
         let info = |bitmap: &DirtyBitmap| BitmapInfo {
@@ -242,7 +246,7 @@ impl Bitmaps for Extension {
                 ByteRange::new(start, to.saturating_mul(bitmap.granularity).max(start)).intersect(disk);
             if range.is_empty() { Ok(()) } else { visit(range) }
         };
-        // Bits of a cluster.
+        // The bits in a cluster of the bitmap.
         let bits = self.cluster.saturating_mul(8);
         for (index, entry) in (0_u64..).zip(&bitmap.table) {
             let first = index.saturating_mul(bits);
@@ -257,21 +261,21 @@ impl Bitmaps for Extension {
                     .checked_mul(SECTOR)
                     .ok_or_else(|| Error::from_errno(errno::EINVAL))?,
             };
-            let mut bytes = [0; PIECE];
+            let mut bytes = [0; CHUNK];
             let mut at = first;
             while at < end {
-                let len = to_index((end - at).div_ceil(8))?.min(PIECE);
-                let piece = &mut bytes[..len];
+                let len = to_index((end - at).div_ceil(8))?.min(CHUNK);
+                let chunk = &mut bytes[..len];
                 let from = offset
                     .checked_add((at - first) / 8)
                     .ok_or_else(|| Error::from_errno(errno::EINVAL))?;
-                self.file.read_at(piece, from)?;
+                self.file.read_at(chunk, from)?;
                 let mut run = None;
-                let piece_end = at.saturating_add(len as u64 * 8).min(end);
-                for bit in at..piece_end {
-                    let of_piece = bit - at;
-                    let byte = piece[to_index(of_piece / 8)?];
-                    match (byte >> (of_piece % 8) & 1, run) {
+                let chunk_end = at.saturating_add(len as u64 * 8).min(end);
+                for bit in at..chunk_end {
+                    let of_chunk = bit - at;
+                    let byte = chunk[to_index(of_chunk / 8)?];
+                    match (byte >> (of_chunk % 8) & 1, run) {
                         (1, None) => run = Some(bit),
                         (0, Some(start)) => {
                             marked(start, bit)?;
@@ -281,9 +285,9 @@ impl Bitmaps for Extension {
                     }
                 }
                 if let Some(start) = run {
-                    marked(start, piece_end)?;
+                    marked(start, chunk_end)?;
                 }
-                at = piece_end;
+                at = chunk_end;
             }
         }
         Ok(())

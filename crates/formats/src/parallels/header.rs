@@ -1,4 +1,4 @@
-//! The header, as bytes and as a type that cannot hold an illegal value.
+//! The header: its bytes, and [`Header`], which holds valid values only.
 
 use diskimage_core::{ByteRange, Error, Result, align_down, align_up, errno};
 use zerocopy::byteorder::little_endian::{U32, U64};
@@ -6,31 +6,31 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use crate::layer_kit::reserved::Reserved;
 
-/// Bytes of a sector, in which the header counts.
+/// Bytes of a sector, the unit of most numbers in the header.
 pub(super) const SECTOR: u64 = 512;
-/// Bytes of the header; the table comes next.
+/// Bytes of the header, and the offset of the table.
 pub(super) const HEADER_LEN: usize = 64;
-/// What an image begins with whose entries count sectors.
+/// The magic of images whose entries are in sectors.
 const MAGIC_OLD: &[u8; 16] = b"WithoutFreeSpace";
-/// What an image begins with whose entries count clusters.
+/// The magic of images whose entries are in clusters.
 const MAGIC_EXT: &[u8; 16] = b"WithouFreSpacExt";
 /// The only version.
 const VERSION: u32 = 2;
-/// In `in_use`: the image is open for writing, or was not closed.
+/// The value of `in_use` while the image is open for writing, or if it was not closed.
 const IN_USE: u32 = 0x746f_6e59;
-/// Heads of the geometry that new images have, as the original writes it.
+/// Heads in the geometry of new images, as in qemu-img.
 const HEADS: u32 = 16;
 /// Sectors per track of that geometry.
 const SECTORS_PER_TRACK: u64 = 32;
 
-/// Sectors of the largest cluster, as the original has it.
+/// Sectors of the largest cluster: qemu-img's limit.
 const MAX_CLUSTER_SECTORS: u32 = (1 << 22) - 1;
-/// Entries of the largest table, as the original has it.
+/// Entries of the largest table: qemu-img's limit.
 const MAX_ENTRIES: u32 = (1 << 29) - 1;
-/// Bytes of the largest disk, as the original has it.
+/// Bytes of the largest disk: qemu-img's limit.
 const MAX_SIZE: u64 = 0x7fff_ffff_c000_0000;
 
-/// The bytes that an image begins with.
+/// The header in the file.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 struct RawHeader {
@@ -38,9 +38,9 @@ struct RawHeader {
     magic: [u8; 16],
     /// [`VERSION`].
     version: U32,
-    /// Geometry, which nobody reads.
+    /// Geometry; ignored.
     heads: U32,
-    /// Likewise.
+    /// Geometry; ignored.
     cylinders: U32,
     /// Sectors of a cluster.
     tracks: U32,
@@ -48,35 +48,35 @@ struct RawHeader {
     bat_entries: U32,
     /// The disk's size in sectors; the upper half is not used in old images.
     nb_sectors: U64,
-    /// [`IN_USE`] while it is open for writing.
+    /// [`IN_USE`] while the image is open for writing.
     in_use: U32,
-    /// Where the data starts, in sectors; 0 in old images: right behind the table.
+    /// The start of the data, in sectors; 0 in old images: right behind the table.
     data_off: U32,
-    /// Flags without a meaning here.
+    /// Flags; ignored.
     flags: U32,
-    /// Where the Format Extension is, in sectors; 0 if there is none.
+    /// The offset of the Format Extension, in sectors; 0 if there is none.
     ext_off: U64,
 }
 
 const _: () = assert!(size_of::<RawHeader>() == HEADER_LEN);
 
-/// The header of an image that can be opened.
+/// The header of an image that passed all checks of [`Header::parse`].
 #[derive(Clone, Debug)]
 pub(super) struct Header {
     raw: RawHeader,
-    /// Bytes of a cluster: whole sectors.
+    /// Bytes of a cluster, a multiple of [`SECTOR`].
     pub(super) cluster: u64,
-    /// Entries of the table; not necessarily enough for the disk.
+    /// Entries of the table; may be less than the disk has clusters.
     pub(super) entries: u32,
     /// The disk's size in bytes.
     pub(super) size: u64,
-    /// What an entry counts in, in bytes: clusters, or sectors in old images.
+    /// The unit of entries in bytes: a cluster, or a sector in old images.
     pub(super) unit: u64,
-    /// Where the Format Extension is, in bytes.
+    /// The byte offset of the Format Extension.
     pub(super) extension: Option<u64>,
 }
 
-/// Whether a file begins like an image.
+/// Whether the first bytes of a file are those of a Parallels image.
 pub(super) fn is_parallels(head: &[u8]) -> bool {
     let magic = head.starts_with(MAGIC_OLD) || head.starts_with(MAGIC_EXT);
     magic && head.len() >= HEADER_LEN && head.get(16..20) == Some(&VERSION.to_le_bytes())
@@ -85,6 +85,7 @@ pub(super) fn is_parallels(head: &[u8]) -> bool {
 impl Header {
     /// The header of a new image.
     pub(super) fn new(size: u64, cluster_size: u64) -> Result<Self> {
+        // The fallback exceeds the limit, too.
         let tracks = u32::try_from(cluster_size.div_ceil(SECTOR)).unwrap_or(u32::MAX);
         if tracks > MAX_CLUSTER_SECTORS {
             return Err(Error::invalid("Cluster size is too large"));
@@ -102,7 +103,7 @@ impl Header {
             magic: *MAGIC_EXT,
             version: U32::new(VERSION),
             heads: U32::new(HEADS),
-            // What does not fit is cut off in the original, too.
+            // As in qemu-img, bits that do not fit into the field are dropped. The fallback is not reached.
             cylinders: U32::new(u32::try_from(cylinders & u64::from(u32::MAX)).unwrap_or(0)),
             tracks: U32::new(tracks),
             bat_entries: U32::new(entries),
@@ -113,11 +114,11 @@ impl Header {
             ext_off: U64::new(0),
         };
         let mut header = Self::of(raw)?;
-        header.mend_data_off();
+        header.set_data_off();
         Ok(header)
     }
 
-    /// Reads the header of an image.
+    /// Parses the header of an image.
     pub(super) fn parse(bytes: &[u8; HEADER_LEN]) -> Result<Self> {
         if !is_parallels(bytes) {
             return Err(Error::invalid("Image not in Parallels format"));
@@ -125,6 +126,7 @@ impl Header {
         Self::of(zerocopy::transmute!(*bytes))
     }
 
+    /// Checks the fields of `raw`.
     fn of(raw: RawHeader) -> Result<Self> {
         let is_old = raw.magic == *MAGIC_OLD;
         let sectors = match raw.nb_sectors.get() {
@@ -166,12 +168,13 @@ impl Header {
         })
     }
 
-    /// Where the table ends, in bytes.
+    /// The byte offset of the table's end.
     pub(super) fn table_end(&self) -> u64 {
         HEADER_LEN as u64 + u64::from(self.entries) * 4
     }
 
-    /// Where no cluster can be: a damaged header may have a table that is too long, without which the disk can be read.
+    /// The ranges of the file where no cluster can be read. The table of a damaged header may be longer than the disk
+    /// needs and overlap clusters; the disk can still be read.
     pub(super) fn relied_on(&self) -> Reserved {
         let entries = u64::from(self.entries).min(self.size.div_ceil(self.cluster));
         Reserved::new([
@@ -180,19 +183,19 @@ impl Header {
         ])
     }
 
-    /// Where the data starts at the earliest.
+    /// The lowest valid offset of the data.
     fn least_data(&self) -> u64 {
         align_up(self.table_end(), self.unit)
     }
 
-    /// Whether the header says where the data starts in a file of `file_len` bytes.
+    /// Whether `data_off` is valid in a file of `file_len` bytes.
     pub(super) fn has_data_off(&self, file_len: u64) -> bool {
         let start = u64::from(self.raw.data_off.get()) * SECTOR;
         (start == 0 && self.unit == SECTOR)
             || (start >= self.least_data() && start <= align_up(file_len, SECTOR))
     }
 
-    /// Where the data starts in a file of `file_len` bytes; behind the table if the header does not say it.
+    /// The byte offset of the data in a file of `file_len` bytes; right behind the table if `data_off` is not valid.
     pub(super) fn data_start(&self, file_len: u64) -> u64 {
         match u64::from(self.raw.data_off.get()) * SECTOR {
             start if start > 0 && self.has_data_off(file_len) => start,
@@ -200,13 +203,15 @@ impl Header {
         }
     }
 
-    /// Where place 0 for a cluster is if the data starts at `data_start`: entries can say it, and it is behind the table.
-    pub(super) fn first_place(&self, data_start: u64) -> u64 {
+    /// The byte offset of slot 0 if the data starts at `data_start`: the unit of entries divides it, and it is behind
+    /// the table.
+    pub(super) fn first_slot(&self, data_start: u64) -> u64 {
         align_down(data_start, self.unit)
     }
 
-    /// Has the data start right behind the table.
-    pub(super) fn mend_data_off(&mut self) {
+    /// Sets `data_off` to right behind the table.
+    pub(super) fn set_data_off(&mut self) {
+        // The fallback is not reached: the table and a cluster have less than 2^24 sectors together.
         let sectors = u32::try_from(self.least_data() / SECTOR).unwrap_or(u32::MAX);
         self.raw.data_off = U32::new(sectors);
     }
@@ -216,12 +221,12 @@ impl Header {
         self.raw.in_use.get() == IN_USE
     }
 
-    /// Marks it as open for writing, or as closed.
+    /// Marks the image as open for writing, or as closed.
     pub(super) fn set_in_use(&mut self, in_use: bool) {
         self.raw.in_use = U32::new(if in_use { IN_USE } else { 0 });
     }
 
-    /// Gives up the Format Extension.
+    /// Removes the Format Extension.
     pub(super) fn drop_extension(&mut self) {
         self.raw.ext_off = U64::new(0);
         self.extension = None;

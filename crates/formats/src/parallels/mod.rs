@@ -1,22 +1,23 @@
-//! Parallels: expandable images of Parallels Desktop and Virtuozzo, a disk in clusters and a table that says where each
-//! of them is.
+//! Parallels: expandable images of Parallels Desktop and Virtuozzo, a disk in clusters and a table with the offset of
+//! each cluster.
 //!
 //! ```text
 //!   | header | table of 32-bit entries |   | cluster | cluster | cluster | ...
 //!     64 B     bat_entries                 ^ data_off
 //!
-//!   entry 0: no cluster, reads as zero     else an offset, in clusters (WithouFreSpacExt) or sectors (WithoutFreeSpace)
+//!   entry 0: no cluster, reads as zero
+//!   else an offset, in clusters (WithouFreSpacExt) or sectors (WithoutFreeSpace)
 //! ```
 //!
-//! One more cluster can hold the Format Extension, which leads to dirty bitmaps. They are read; an image that is written to
-//! loses them, as they would not be true any more. The format is specified in QEMU's document "Parallels Expandable Image
-//! File Format".
+//! One more cluster can hold the Format Extension, which refers to dirty bitmaps. They are read only. The first write
+//! to an image removes them, as they would miss the changes. The format is specified in QEMU's document "Parallels
+//! Expandable Image File Format".
 //!
 //! # What a crash leaves
 //!
-//! Clusters are written first, then the table; what came before is made durable in between. A cluster that was given up is
-//! used again only once the table that says so is durable. So a crash leaks clusters at worst, and `in_use` in the header,
-//! set from the first change until the next flush, tells that it did.
+//! Clusters are written first, then the table, with a flush in between. The slot of a released cluster is free once the
+//! table without it is durable. So a crash leaks clusters at worst, and the field `in_use` of the header, set from the
+//! first change until the next flush, shows that it may have.
 
 mod check;
 mod extension;
@@ -59,7 +60,7 @@ const CREATE_OPTIONS: &[OptionDef] = &[
     },
 ];
 
-/// Options of an image that is open.
+/// The options of opening an image.
 const OPEN_OPTIONS: &[OptionDef] = &[
     OptionDef::new(
         "prealloc-size",
@@ -73,7 +74,7 @@ const OPEN_OPTIONS: &[OptionDef] = &[
     ),
 ];
 
-/// Bytes of a cluster if nothing is said.
+/// The default of `cluster_size`.
 const DEFAULT_CLUSTER: u64 = 1 << 20;
 
 impl Format for Parallels {
@@ -144,44 +145,44 @@ struct ParallelsLayer {
     write: bool,
     cluster: u64,
     size: u64,
-    /// The header and the table.
+    /// The header and the entries of the table that the disk needs: no cluster is read there.
     relied_on: Reserved,
-    /// Dirty bitmaps, if it is open for reading.
+    /// The dirty bitmaps; `None` if the image is open for writing.
     extension: Option<Extension>,
-    /// What has been said of the extension, and what opening has mended.
+    /// A warning about the extension, and what was repaired on opening.
     notes: Vec<Note>,
     state: Mutex<State>,
-    /// Clusters that are being written, exclusive where they have no storage yet.
+    /// Claims on the clusters of requests in flight, exclusive where a write allocates or a cluster is released.
     claims: RangeClaims,
     budget: Budget,
 }
 
-/// What changes while an image is open. Its lock is never held while guest data moves.
+/// The mutable state of an open image. Its lock is never held during I/O of guest data.
 #[derive(Debug)]
 struct State {
     header: Header,
     table: PagedTable,
-    /// How many entries the file has room for; those beyond its end were lost.
-    entries_there: u64,
-    /// Where place 0 for a cluster is.
-    first_place: u64,
-    /// Where the file ends, once it is flushed: behind the last cluster that has been in use since it was opened.
+    /// How many entries the file had room for on opening; it was truncated if the table has more.
+    entries_in_file: u64,
+    /// The byte offset of slot 0.
+    first_slot: u64,
+    /// The length of the file once it is flushed: the end of the last cluster in use since the image was opened.
     data_end: u64,
-    /// Whether the header said where the data starts.
+    /// Whether the header has a valid `data_off`.
     has_data_off: bool,
-    /// Whether the image was not closed, and nobody has looked after it since.
+    /// Whether the image was not closed, and has not been repaired since.
     unclean: bool,
-    /// Whether the header in the file says that the image is in use because of us.
+    /// Whether this layer has marked the image as in use.
     marked: bool,
-    /// Which places are taken; known from the first new cluster on.
-    places: Option<SlotBitmap>,
-    /// Slots that nothing uses any more; free once the table in the file says so.
-    given_up: Vec<u64>,
-    /// Whether all clusters are at places.
+    /// Which slots are in use; loaded by the first allocation.
+    slots: Option<SlotBitmap>,
+    /// Offsets of released clusters; their slots are free once the table in the file no longer refers to them.
+    released: Vec<u64>,
+    /// Whether the offsets of all clusters are those of slots.
     is_aligned: bool,
-    /// Where clusters are, if that is not at places; known from the first write on.
+    /// The offsets of all clusters; loaded by the first write, if not `is_aligned`.
     stored: Option<Pieces>,
-    /// How the file grows, and by how much more than it has to.
+    /// The preallocation when the file grows: its mode, and how many bytes more than needed.
     growth: Option<(Preallocation, u64)>,
 }
 
@@ -212,14 +213,14 @@ impl ParallelsLayer {
             notes,
             state: Mutex::new(State {
                 table: PagedTable::new(Arc::clone(&file), HEADER_LEN as u64, header.entries.into()),
-                entries_there: file_len.saturating_sub(HEADER_LEN as u64) / 4,
-                first_place: header.first_place(start),
+                entries_in_file: file_len.saturating_sub(HEADER_LEN as u64) / 4,
+                first_slot: header.first_slot(start),
                 data_end: start,
                 has_data_off,
                 unclean: header.is_in_use(),
                 marked: false,
-                places: None,
-                given_up: Vec::new(),
+                slots: None,
+                released: Vec::new(),
                 is_aligned: true,
                 stored: None,
                 growth,
@@ -230,13 +231,13 @@ impl ParallelsLayer {
             budget,
         };
         if request.write && !request.for_check {
-            layer.make_sound()?;
+            layer.repair_for_writing()?;
         }
         Ok(layer)
     }
 
-    /// Mends what keeps the image from being written to.
-    fn make_sound(&mut self) -> Result<()> {
+    /// Repairs damage that would make writing unsafe.
+    fn repair_for_writing(&mut self) -> Result<()> {
         if self.is_sound()? {
             return Ok(());
         }
@@ -252,7 +253,7 @@ impl ParallelsLayer {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Publishes everything and marks the image as closed, unless a write is in flight.
+    /// Writes back the table, and marks the image as closed unless a write is in flight.
     fn mark_closed(&self, state: &mut State) -> Result<()> {
         let file = &*self.file;
         state.publish(file)?;
@@ -262,7 +263,7 @@ impl ParallelsLayer {
         if file.len() < state.data_end {
             file.resize(state.data_end, Preallocation::Off)?;
         } else if file.len() > state.data_end {
-            // A device that keeps its length has a tail that does no harm.
+            // A device of fixed length cannot be truncated: extra bytes at its end do no harm.
             let _ = file.resize(state.data_end, Preallocation::Off);
         }
         file.flush()?;
@@ -275,7 +276,7 @@ impl ParallelsLayer {
     }
 }
 
-/// How the file is to grow, where the user says it. If not, it does as it has to.
+/// The options for preallocation; `None` if the file is to grow by what is needed only.
 fn growth(options: &Options) -> Result<Option<(Preallocation, u64)>> {
     if !options.is_given("prealloc-mode") && !options.is_given("prealloc-size") {
         return Ok(None);
@@ -291,15 +292,15 @@ fn growth(options: &Options) -> Result<Option<(Preallocation, u64)>> {
     )))
 }
 
-/// By how many bytes more than it has to the original has a file grow if nothing is said.
+/// The default of `prealloc-size`, as in qemu-img.
 const DEFAULT_GROWTH: u64 = 128 << 20;
 
 /// The entry of a cluster that reads as zero.
 const NO_CLUSTER: Entry = [0; 4];
 
 impl State {
-    /// The entries from entry `index` on that are in the same page; `None` where there are none any more, all clusters
-    /// from there on are zero.
+    /// The entries from entry `index` on that are in the same page; `None` at the end of the table, beyond which all
+    /// clusters read as zero.
     fn entries(&mut self, index: u64) -> Result<Option<&[Entry]>> {
         if index >= u64::from(self.header.entries) {
             return Ok(None);
@@ -307,17 +308,17 @@ impl State {
         self.table.entries(index).map(Some)
     }
 
-    /// Where in the file cluster `index` of the disk is.
+    /// The offset in the file of cluster `index` of the disk; `None` if it has no storage.
     fn offset(&mut self, index: u64) -> Result<Option<u64>> {
         let unit = self.header.unit;
         let entry = self.entries(index)?.and_then(|entries| entries.first());
         Ok(entry.and_then(|entry| offset_of(*entry, unit)))
     }
 
-    /// The clusters of the disk that have a place, from `next` on, with their offsets: those of one page, behind which
-    /// `next` is moved.
+    /// The allocated clusters of the disk with their offsets, from entry `next` to the end of its page, where `next` is
+    /// moved. `None` at the end of the table.
     fn batch(&mut self, next: &mut u64) -> Result<Option<Vec<(u64, u64)>>> {
-        let end = u64::from(self.header.entries).min(self.entries_there);
+        let end = u64::from(self.header.entries).min(self.entries_in_file);
         if *next >= end {
             return Ok(None);
         }
@@ -331,17 +332,17 @@ impl State {
     }
 
     /// Marks the image as in use before anything in it changes.
-    fn begin(&mut self, file: &dyn Device) -> Result<()> {
+    fn mark_in_use(&mut self, file: &dyn Device) -> Result<()> {
         if self.marked {
             return Ok(());
         }
-        // A file that was cut off here is made longer by nobody's number.
+        // A truncated file without its whole table cannot be repaired by growing it.
         if file.len() < self.header.table_end() {
             return Err(Error::corrupt("The table lies beyond the end of the file"));
         }
         let mut header = self.header.clone();
         header.set_in_use(true);
-        // What the bitmaps say is not true any more.
+        // The dirty bitmaps would miss the changes.
         header.drop_extension();
         file.write_at(&header.to_bytes(), 0)?;
         file.flush()?;
@@ -350,12 +351,12 @@ impl State {
         Ok(())
     }
 
-    /// Publishes the clusters written and given up so far, durably.
+    /// Writes back the table, durably, and frees the slots of released clusters.
     fn publish(&mut self, file: &dyn Device) -> Result<()> {
         if !self.table.is_dirty() {
             return Ok(());
         }
-        // A file without the rest of its last cluster looks damaged to others.
+        // Other programs take a file that ends inside its last cluster for damaged.
         if file.len() < self.data_end {
             file.resize(self.data_end, Preallocation::Off)?;
         }
@@ -363,31 +364,31 @@ impl State {
         self.table.write_back()?;
         file.flush()?;
         let cluster = self.header.cluster;
-        for offset in std::mem::take(&mut self.given_up) {
-            // What is not where it should be may share bytes with something else.
-            if !self.is_aligned || offset < self.first_place {
+        for offset in std::mem::take(&mut self.released) {
+            // A cluster that is not in a slot may overlap another one or the metadata: it is leaked.
+            if !self.is_aligned || offset < self.first_slot {
                 continue;
             }
             let bytes = ByteRange::at(offset, cluster).intersect(ByteRange::new(0, file.len()));
             if !bytes.is_empty() {
                 file.discard(bytes)?;
             }
-            if let Ok(place) = u32::try_from((offset - self.first_place) / cluster)
-                && let Some(places) = &mut self.places
+            if let Ok(slot) = u32::try_from((offset - self.first_slot) / cluster)
+                && let Some(slots) = &mut self.slots
             {
-                places.free(place);
+                slots.free(slot);
             }
         }
         Ok(())
     }
 }
 
-/// Whether a cluster at `offset` is at a place.
-fn is_aligned(offset: u64, first_place: u64, cluster: u64) -> bool {
-    offset >= first_place && (offset - first_place).is_multiple_of(cluster)
+/// Whether `offset` is that of a slot.
+fn is_aligned(offset: u64, first_slot: u64, cluster: u64) -> bool {
+    offset >= first_slot && (offset - first_slot).is_multiple_of(cluster)
 }
 
-/// The offset that an entry leads to.
+/// The offset in the file of an entry's cluster; `None` if the cluster has no storage.
 fn offset_of(entry: Entry, unit: u64) -> Option<u64> {
     match u32::from_le_bytes(entry) {
         0 => None,
@@ -396,7 +397,7 @@ fn offset_of(entry: Entry, unit: u64) -> Option<u64> {
 }
 
 impl ParallelsLayer {
-    /// Its bitmaps, if there are any: an extension may hold other things.
+    /// The dirty bitmaps of the extension; `None` if it has none.
     fn bitmaps(&self) -> Option<&dyn Bitmaps> {
         self.extension
             .as_ref()
@@ -437,7 +438,7 @@ impl Layer for ParallelsLayer {
         };
         let mut len = cluster - range.start() % cluster;
         let mut expected = first;
-        // Neighbours in the file, or without storage, are one run.
+        // Clusters that are contiguous in the file, or without storage, are one run.
         'run: while len < range.len() {
             let Some(entries) = state.entries((range.start() + len) / cluster)? else {
                 len = if first.is_none() { range.len() } else { len };
@@ -470,15 +471,15 @@ impl Layer for ParallelsLayer {
     }
 
     fn write_zeroes(&self, range: ByteRange, _mode: ZeroMode) -> Result<()> {
-        self.give_up(range)
+        self.release(range)
     }
 
     fn discard(&self, range: ByteRange) -> Result<()> {
-        self.give_up(range)
+        self.release(range)
     }
 
     fn info(&self) -> Result<Info> {
-        // The original says nothing about the clusters.
+        // qemu-img prints no cluster size for this format.
         Ok(Info::default())
     }
 

@@ -1,4 +1,4 @@
-//! Models, damage, crashes and faults, on images in memory.
+//! Tests against a model, with damage, crashes and faults, on images in memory.
 
 use std::sync::{Arc, Mutex};
 
@@ -16,7 +16,7 @@ use crate::testing::{self, Closed, contents};
 
 const CLUSTER: u64 = 4096;
 const SMALL: &str = "cluster_size=4k";
-/// Where things are.
+/// Offsets of header fields and of the table.
 const IN_USE: usize = 44;
 const DATA_OFF: usize = 48;
 const EXT_OFF: usize = 56;
@@ -51,7 +51,7 @@ fn read_only(bytes: &[u8]) -> Result<Arc<dyn Layer>> {
     open_layer(memory(bytes), false, false, &mut NodeOptions::new())
 }
 
-/// What a check says, and its lines.
+/// The report of a check, and the lines that it prints.
 fn check(layer: &dyn Layer, repair: Repair) -> (CheckReport, Vec<String>) {
     let lines = Mutex::new(Vec::new());
     let note = |note: &Note| lines.lock().expect("one thread").push(note.text().to_owned());
@@ -75,7 +75,7 @@ fn set_entry(bytes: &mut [u8], index: usize, value: u32) {
     bytes[TABLE + 4 * index..TABLE + 4 * index + 4].copy_from_slice(&value.to_le_bytes());
 }
 
-/// An image of the old kind with clusters of 63 sectors, two of four of which are there.
+/// An image of the old kind with four clusters of 63 sectors, two of them allocated.
 fn old(data_off: u32) -> Vec<u8> {
     let start = data_off.max(1);
     let mut bytes = b"WithoutFreeSpace".to_vec();
@@ -115,11 +115,11 @@ enum Step {
 const SIZE: u64 = 40 * CLUSTER + 1536;
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
-    let place = (0..SIZE, 1..6 * CLUSTER);
+    let range = (0..SIZE, 1..6 * CLUSTER);
     let step = prop_oneof![
-        5 => (place.clone(), 1..=255_u8).prop_map(|((at, len), byte)| Step::Write(at, len, byte)),
-        3 => (place.clone(), any::<bool>()).prop_map(|((at, len), unmap)| Step::Zero(at, len, unmap)),
-        2 => place.prop_map(|(at, len)| Step::Discard(at, len)),
+        5 => (range.clone(), 1..=255_u8).prop_map(|((at, len), byte)| Step::Write(at, len, byte)),
+        3 => (range.clone(), any::<bool>()).prop_map(|((at, len), unmap)| Step::Zero(at, len, unmap)),
+        2 => range.prop_map(|(at, len)| Step::Discard(at, len)),
         1 => Just(Step::Flush),
         1 => Just(Step::Reopen),
     ];
@@ -215,7 +215,7 @@ fn an_image_is_in_use_from_the_first_change_until_it_is_flushed() {
 }
 
 #[test]
-fn places_that_were_given_up_are_used_again_once_that_is_durable() {
+fn released_slots_are_reused_once_the_table_is_durable() {
     let file = memory(&create(SMALL, SIZE).expect("creates"));
     let image = open(Arc::<MemoryDevice>::clone(&file));
     image.write_at(&[1; 3 * 4096], 0).expect("writes");
@@ -284,7 +284,7 @@ fn disks_that_the_table_cannot_hold_are_not_made() {
     assert_eq!(message("cluster_size=2G", 1 << 20), "Cluster size is too large");
 }
 
-/// An image with four clusters, the bytes of each its number.
+/// An image with four clusters, each filled with its number.
 fn four() -> Vec<u8> {
     let file = memory(&create(SMALL, 4 * CLUSTER).expect("creates"));
     let image = open(Arc::<MemoryDevice>::clone(&file));
@@ -298,7 +298,7 @@ fn four() -> Vec<u8> {
 }
 
 #[test]
-fn everything_is_found_and_mended() {
+fn everything_is_found_and_repaired() {
     let mut bytes = four();
     bytes[IN_USE..IN_USE + 4].copy_from_slice(b"Ynot");
     bytes[DATA_OFF] = 0;
@@ -324,7 +324,7 @@ fn everything_is_found_and_mended() {
     let content = contents(&open(Arc::<MemoryDevice>::clone(&file)));
     let firsts: Vec<u8> = content.iter().step_by(4096).copied().collect();
     assert_eq!(firsts, [0, 2, 2, 4]);
-    // The same happens when it is opened to be written to.
+    // Opening the image for writing makes the same repairs.
     let file = memory(&bytes);
     let image = open(Arc::<MemoryDevice>::clone(&file));
     let told = findings.map(|finding| Note::Line(format!("Repairing {finding}")));
@@ -333,7 +333,7 @@ fn everything_is_found_and_mended() {
 }
 
 #[test]
-fn leaks_alone_are_mended_where_nothing_is_lost() {
+fn leaks_alone_are_repaired_where_nothing_is_lost() {
     let mut bytes = four();
     bytes.resize(bytes.len() + 1, 7);
     for (entry, fixed) in [(1, 1), (5, 0)] {
@@ -350,7 +350,7 @@ fn leaks_alone_are_mended_where_nothing_is_lost() {
 }
 
 #[test]
-fn clusters_before_the_data_are_told_of_and_not_written_to() {
+fn clusters_before_the_data_are_reported_and_not_written_to() {
     let mut bytes = four();
     bytes[DATA_OFF] = 16;
     let file = memory(&bytes);
@@ -365,7 +365,7 @@ fn clusters_before_the_data_are_told_of_and_not_written_to() {
         .write_zeroes(ByteRange::at(0, CLUSTER), ZeroMode::Unmap)
         .expect("zeroes");
     image.flush().expect("flushes");
-    // What lies there stays.
+    // The bytes there are unchanged.
     assert!(file.contents()[4096..8192].iter().all(|byte| *byte == 1));
 }
 
@@ -416,7 +416,7 @@ fn disks_do_not_change_their_size() {
     assert_eq!(error.to_string(), "Image format driver does not support resize");
 }
 
-/// [`four`] with a dirty bitmap of 512 bytes a bit: bits 1, 2 and 8 are set.
+/// The image of [`four`] with a dirty bitmap of 512 bytes per bit: bits 1, 2 and 8 are set.
 fn with_bitmap(change: impl FnOnce(&mut [u8])) -> Vec<u8> {
     let mut bytes = four();
     let mut cluster = vec![0; 4096];
@@ -539,7 +539,7 @@ fn an_image_that_is_written_to_loses_its_bitmaps() {
 fn a_crash_leaves_leaks_at_worst_and_says_so() {
     let start = four();
     let mut start = start.clone();
-    // A larger disk: the table has room.
+    // A disk of 12 clusters: the bytes in front of the data have room for the table.
     start[32] = 12;
     start[36] = 12 * 8;
     let journal: Arc<Journal> = Arc::default();
@@ -586,7 +586,7 @@ fn a_crash_leaves_leaks_at_worst_and_says_so() {
             .enumerate()
             .find(|(at, byte)| around.iter().all(|(_, state)| state[*at] != **byte));
         assert!(strange.is_none(), "{strange:?} {moment}");
-        // And it can be used again.
+        // The image can be opened for writing again.
         let file = memory(bytes);
         open(Arc::<MemoryDevice>::clone(&file)).flush().expect("flushes");
         assert!(is_clean(&file.contents()) || report.leaks > 0, "{moment}");
@@ -635,7 +635,7 @@ fn a_failed_request_leaves_the_image_as_it_was_or_done() {
 }
 
 #[test]
-fn threads_that_write_and_zero_do_not_get_into_each_others_places() {
+fn threads_that_write_and_zero_do_not_use_each_others_slots() {
     const EACH: u64 = 8;
     let file = memory(&create(SMALL, 4 * EACH * CLUSTER).expect("creates"));
     let image = open(Arc::<MemoryDevice>::clone(&file));
@@ -683,7 +683,7 @@ proptest! {
     #[test]
     fn damage_ends_in_errors_or_answers(
         kind in 0..3,
-        // Not the cluster size: the file in memory would be as large as one.
+        // Not the cluster size at offset 28: the file in memory would grow to the size of a cluster.
         damage in prop::collection::vec((32..128_usize, any::<u8>()), 0..8),
         further in prop::collection::vec((20_480..20_600_usize, any::<u8>()), 0..3),
         cut in 0..30_000_usize,
@@ -694,8 +694,8 @@ proptest! {
             _ => with_bitmap(|_| ()),
         };
         for (at, byte) in damage.into_iter().chain(further) {
-            if let Some(place) = bytes.get_mut(at) {
-                *place = byte;
+            if let Some(target) = bytes.get_mut(at) {
+                *target = byte;
             }
         }
         bytes.truncate(bytes.len().saturating_sub(cut / 2));
@@ -740,9 +740,9 @@ fn a_file_is_as_long_as_was_measured() {
 }
 
 #[test]
-fn a_table_that_is_too_long_is_not_mended_in_guest_data() {
+fn a_table_that_is_too_long_is_not_repaired_in_guest_data() {
     let mut bytes = four();
-    // Its entries reach into the clusters, whose bytes lead outside the image.
+    // The table overlaps the clusters, whose bytes are entries with offsets outside the image.
     bytes[32..36].copy_from_slice(&2000_u32.to_le_bytes());
     let before = read_only(&bytes).expect("opens");
     let before = contents(&Image::new(before, None, "test", false));

@@ -1,4 +1,4 @@
-//! Writing: clusters get their place when they are written for the first time, and lose it when they are zeroed.
+//! Writing: a cluster is allocated when it is written for the first time, and released when it is zeroed.
 
 use std::ops::Range;
 use std::sync::{Arc, MutexGuard};
@@ -12,22 +12,23 @@ use crate::layer_kit::reserved::Pieces;
 use crate::layer_kit::slot_bitmap::SlotBitmap;
 
 impl ParallelsLayer {
-    /// Sets aside where `range` goes.
+    /// Plans a write of `range`, and allocates its clusters that have no storage.
     pub(super) fn plan(&self, range: ByteRange) -> Result<Box<dyn WritePlan + '_>> {
         self.require_writable()?;
         let plan = AllocatingPlan::new(self, range.align_out(self.cluster), |state, plan| {
-            state.begin(&*self.file)?;
+            state.mark_in_use(&*self.file)?;
             self.draft(state, plan, range)
         })?;
         Ok(Box::new(plan))
     }
 
+    /// Adds the runs of `range` to `plan`.
     fn draft(&self, state: &mut State, plan: &mut AllocatingPlan<'_, Self>, range: ByteRange) -> Result<()> {
         let mut end = 0;
         for index in self.clusters(range) {
             let whole = ByteRange::at(index * self.cluster, self.cluster);
             let (guest, offset) = match state.offset(index)? {
-                Some(offset) if offset < state.first_place => {
+                Some(offset) if offset < state.first_slot => {
                     return Err(Error::corrupt(format!(
                         "Cluster {index} lies before the data area"
                     )));
@@ -37,7 +38,7 @@ impl ParallelsLayer {
                     (whole.intersect(range), offset)
                 }
                 None => {
-                    let offset = self.take_place(state, index)?;
+                    let offset = self.allocate_slot(state, index)?;
                     plan.add_change(whole, (index, offset));
                     end = end.max(offset + self.cluster);
                     (whole, offset)
@@ -53,8 +54,8 @@ impl ParallelsLayer {
         Ok(())
     }
 
-    /// Refuses a cluster that another one reaches into. Those that start in the same place were told apart when the image
-    /// was opened.
+    /// Refuses a cluster that overlaps another one. Only clusters outside of slots can: duplicate offsets were repaired
+    /// when the image was opened.
     fn require_unshared(&self, state: &mut State, offset: u64) -> Result<()> {
         if state.is_aligned {
             return Ok(());
@@ -66,7 +67,7 @@ impl ParallelsLayer {
                 let mut next = 0;
                 while let Some(batch) = state.batch(&mut next)? {
                     for (_, offset) in batch {
-                        if offset >= state.first_place {
+                        if offset >= state.first_slot {
                             found.add(offset)?;
                         }
                     }
@@ -77,7 +78,8 @@ impl ParallelsLayer {
         state.stored.insert(known).require_unshared(offset)
     }
 
-    /// Has the file reach to `end` and further, as the user wants it. What cannot be had is done without.
+    /// Grows the file to `end` and beyond, as the options for preallocation demand. If that fails, there is no more
+    /// preallocation.
     fn grow(&self, state: &mut State, end: u64) {
         state.data_end = state.data_end.max(end);
         if let Some((mode, more)) = state.growth
@@ -89,17 +91,18 @@ impl ParallelsLayer {
         }
     }
 
-    /// Makes `range` zero: the clusters that it covers give up their places. It ends with the disk or at the end of a cluster.
-    pub(super) fn give_up(&self, range: ByteRange) -> Result<()> {
+    /// Makes `range` read as zero: releases its clusters. The range consists of whole clusters, except at the end of
+    /// the disk.
+    pub(super) fn release(&self, range: ByteRange) -> Result<()> {
         self.require_writable()?;
-        // A slot must not go to another cluster while a write to it is in flight.
+        // A slot must not be allocated to another cluster while a write to it is in flight.
         let cover = range.align_out(self.cluster);
         let (_claim, mut state) = self.claims.claim(cover, Access::Exclusive, || self.lock());
         for index in self.clusters(range) {
             if let Some(offset) = state.offset(index)? {
-                state.begin(&*self.file)?;
+                state.mark_in_use(&*self.file)?;
                 state.table.set(index, NO_CLUSTER)?;
-                state.given_up.push(offset);
+                state.released.push(offset);
             }
         }
         if state.table.too_many_dirty() {
@@ -121,55 +124,53 @@ impl ParallelsLayer {
         range.units(self.cluster)
     }
 
-    /// A place for cluster `index` of the disk: its offset.
-    pub(super) fn take_place(&self, state: &mut State, index: u64) -> Result<u64> {
+    /// Allocates a slot for cluster `index` of the disk: its offset.
+    pub(super) fn allocate_slot(&self, state: &mut State, index: u64) -> Result<u64> {
         if index >= u64::from(state.header.entries) {
             return Err(Error::corrupt(format!(
                 "The table has no entry for cluster {index}"
             )));
         }
-        let (first, unit) = (state.first_place, state.header.unit);
-        let places = self.places(state)?;
-        let place = places.take_first()?;
-        let offset = first + u64::from(place) * self.cluster;
+        let (first, unit) = (state.first_slot, state.header.unit);
+        let slots = self.slots(state)?;
+        let slot = slots.take_first()?;
+        let offset = first + u64::from(slot) * self.cluster;
         if u32::try_from(offset / unit).is_err() {
-            places.free(place);
+            slots.free(slot);
             return Err(Error::corrupt("The image has no place for another cluster"));
         }
         Ok(offset)
     }
 
-    /// Which places are taken.
-    fn places<'a>(&self, state: &'a mut State) -> Result<&'a mut SlotBitmap> {
-        let known = match state.places.take() {
+    /// Which slots are in use; loads the bitmap when it is first needed.
+    fn slots<'a>(&self, state: &'a mut State) -> Result<&'a mut SlotBitmap> {
+        let known = match state.slots.take() {
             Some(known) => known,
             None => {
-                // Clusters in between two places take both.
-                let mut places = SlotBitmap::new(state.header.entries.saturating_mul(2), &self.budget)?;
+                // A cluster that lies across two slots uses both.
+                let mut slots = SlotBitmap::new(state.header.entries.saturating_mul(2), &self.budget)?;
                 let mut taken = |range: Range<u64>| {
-                    for place in range {
-                        u32::try_from(place)
-                            .into_iter()
-                            .for_each(|place| places.take(place));
+                    for slot in range {
+                        u32::try_from(slot).into_iter().for_each(|slot| slots.take(slot));
                     }
                 };
-                let (first, cluster) = (state.first_place, self.cluster);
-                for offset in &state.given_up {
-                    taken(places_at(*offset, first, cluster));
+                let (first, cluster) = (state.first_slot, self.cluster);
+                for offset in &state.released {
+                    taken(slots_at(*offset, first, cluster));
                 }
                 let mut next = 0;
                 while let Some(batch) = state.batch(&mut next)? {
                     for (_, offset) in batch {
-                        taken(places_at(offset, first, cluster));
+                        taken(slots_at(offset, first, cluster));
                     }
                 }
-                places
+                slots
             }
         };
-        Ok(state.places.insert(known))
+        Ok(state.slots.insert(known))
     }
 
-    /// Notes that cluster `index` is at `offset`, which is durable or will be before the table is.
+    /// Sets the entry of cluster `index` to `offset`. The table is written back after the cluster is durable.
     pub(super) fn set_offset(&self, state: &mut State, index: u64, offset: u64) -> Result<()> {
         let entry = u32::try_from(offset / state.header.unit)
             .map_err(|_| Error::corrupt("The image has no place for another cluster"))?;
@@ -177,10 +178,10 @@ impl ParallelsLayer {
     }
 }
 
-/// The places that a cluster at `offset` lies in: one, or two if it is not where it should be. What is before the first
-/// is none.
-pub(super) fn places_at(offset: u64, first_place: u64, cluster: u64) -> Range<u64> {
-    let behind = |offset: u64| offset.saturating_sub(first_place);
+/// The slots that a cluster at `offset` overlaps: one, or two if the offset is not that of a slot. Bytes before the
+/// first slot do not count.
+pub(super) fn slots_at(offset: u64, first_slot: u64, cluster: u64) -> Range<u64> {
+    let behind = |offset: u64| offset.saturating_sub(first_slot);
     behind(offset) / cluster..behind(offset.saturating_add(cluster)).div_ceil(cluster)
 }
 
@@ -210,12 +211,12 @@ impl Allocator for ParallelsLayer {
     }
 
     fn free(&self, state: &mut State, changes: Vec<Self::Change>) {
-        let first = state.first_place;
+        let first = state.first_slot;
         for (_, offset) in changes {
-            if let (Some(places), Ok(place)) =
-                (&mut state.places, u32::try_from((offset - first) / self.cluster))
+            if let (Some(slots), Ok(slot)) =
+                (&mut state.slots, u32::try_from((offset - first) / self.cluster))
             {
-                places.free(place);
+                slots.free(slot);
             }
         }
     }
