@@ -1,20 +1,20 @@
-//! Looking for grains beyond the end of their file.
+//! The check: finds grains beyond the end of their file.
 
 use diskimage_core::{ByteRange, CheckReport, Error, Note, Progress, Result, errno};
 
-use super::extent::Place;
+use super::extent::Storage;
 use super::header::SECTOR;
 use super::tables::Grain;
 use super::{VmdkLayer, stream};
 
 impl VmdkLayer {
-    /// Walks all tables. The first grain that cannot be there ends it, as in the original.
+    /// Walks all tables. As in qemu-img, the first grain beyond the end of its file ends the check.
     pub(super) fn run_check(&self, progress: &Progress<'_>) -> Result<CheckReport> {
         let extents = self.extents();
         for (index, extent) in extents.iter().enumerate() {
             let len = extent.device.len();
             let Some(geometry) = extent.geometry() else {
-                if let Place::Flat { offset } = extent.place
+                if let Storage::Flat { offset } = extent.storage
                     && offset + extent.len > len
                 {
                     return Err(beyond_end(progress, extent.start + len.saturating_sub(offset)));
@@ -31,7 +31,7 @@ impl VmdkLayer {
                         let stored = stream::stored_len(&*extent.device, offset)?;
                         (stored, stored)
                     } else {
-                        // What lies beyond the end of the disk is padding.
+                        // The part of the last grain beyond the end of the disk is padding.
                         let needed = guest.intersect(ByteRange::new(0, extent.len)).len();
                         (needed, geometry.grain)
                     };
@@ -47,7 +47,7 @@ impl VmdkLayer {
     }
 }
 
-/// Tells of the grain at `guest` of the disk, which is not in its file as a whole.
+/// Reports the grain at guest offset `guest`, which reaches beyond the end of its file.
 fn beyond_end(progress: &Progress<'_>, guest: u64) -> Error {
     progress.note(&Note::Line(format!(
         "ERROR: cluster offset for sector {} points after EOF",

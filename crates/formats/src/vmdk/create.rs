@@ -4,7 +4,7 @@
 //!   sector 0 header   1 descriptor   21 redundant directory, its tables   directory, its tables   first grain
 //! ```
 //!
-//! All grain tables are there from the beginning, empty.
+//! All grain tables are allocated when the image is created, and are empty.
 
 use diskimage_core::options::{OptionDef, OptionKind, Options};
 use diskimage_core::{
@@ -21,7 +21,7 @@ use super::new_cid;
 use crate::layer_kit::count_used::data_bytes;
 use crate::layer_kit::preallocation;
 
-/// The options of `create`, in the order in which the original prints their values.
+/// The options of `create`, in the order in which qemu-img prints their values.
 pub(super) const OPTIONS: &[OptionDef] = &[
     OptionDef::new("size", OptionKind::Size, "Virtual disk size"),
     OptionDef::new(
@@ -47,7 +47,7 @@ pub(super) const OPTIONS: &[OptionDef] = &[
     ),
 ];
 
-/// The kinds of images that are made.
+/// The subformats that can be created.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Subformat {
     MonolithicSparse,
@@ -94,7 +94,7 @@ impl Subformat {
         self.extent_suffix(1).is_some()
     }
 
-    /// What the names of extents have behind that of the image; `None` if all is in one file.
+    /// The suffix that the name of extent `number` appends to the image's stem; `None` if the image is a single file.
     fn extent_suffix(self, number: u64) -> Option<String> {
         match self {
             Self::MonolithicSparse | Self::StreamOptimized => None,
@@ -104,7 +104,7 @@ impl Subformat {
         }
     }
 
-    /// The most sectors that an extent has.
+    /// The most sectors of an extent.
     fn extent_sectors(self) -> u64 {
         match self {
             Self::TwoGbMaxExtentFlat | Self::TwoGbMaxExtentSparse => (2 << 30) / SECTOR,
@@ -113,7 +113,7 @@ impl Subformat {
     }
 }
 
-/// What was asked for, checked.
+/// The options of a new image, checked.
 struct Wanted<'a> {
     subformat: Subformat,
     backing: Option<&'a str>,
@@ -150,7 +150,7 @@ impl<'a> Wanted<'a> {
         if subformat.is_flat() && zeroed_grain {
             return Err(Error::unsupported("Flat image can't enable zeroed grain"));
         }
-        // As in the original, extents are never preallocated.
+        // As in qemu-img, extents are never preallocated.
         preallocation::check(options)?;
         Ok(Self {
             subformat,
@@ -162,7 +162,7 @@ impl<'a> Wanted<'a> {
         })
     }
 
-    /// The descriptor of a disk of `size` bytes with these lines of extents.
+    /// The descriptor of a disk of `size` bytes with these extent lines.
     fn descriptor(&self, cid: u32, parent_cid: u32, extents: &[String], size: u64) -> String {
         let descriptor = NewDescriptor {
             cid,
@@ -183,10 +183,10 @@ fn invalid_value(value: &str) -> Error {
     Error::invalid(format!("invalid parameter value: {value}"))
 }
 
-/// The adapters that a guest may be given, the default first.
+/// The allowed adapter types, the default first.
 const ADAPTERS: &[&str] = &["ide", "buslogic", "lsilogic", "legacyESX"];
 
-/// Parses what was asked for, and names the files of extents.
+/// Parses the options, and names the files of the extents.
 pub(super) fn plan(request: CreateRequest<'_>) -> Result<CreatePlan<'_>> {
     let wanted = Wanted::parse(request.options)?;
     let extents = extents(wanted.subformat, request.name, request.size)?;
@@ -210,7 +210,7 @@ fn extents(subformat: Subformat, name: &str, size: u64) -> Result<Vec<NewExtent>
     let (stem, ending) = stem_and_ending(own_name(name));
     let mut left = size.div_ceil(SECTOR);
     let mut extents = Vec::new();
-    // A disk of no bytes has no extents beside it.
+    // An empty disk has no extents in separate files.
     while left > 0 || (extents.is_empty() && !subformat.is_separate()) {
         let sectors = left.min(subformat.extent_sectors());
         let number = extents.len() as u64 + 1;
@@ -228,19 +228,19 @@ fn extents(subformat: Subformat, name: &str, size: u64) -> Result<Vec<NewExtent>
     Ok(extents)
 }
 
-/// The most bytes that an extent has in an image of this kind; `None` if it is not limited.
+/// The most bytes of an extent in an image of this create type; `None` if there is no limit.
 pub(super) fn extent_limit(create_type: &str) -> Option<u64> {
     Subformat::by_name(create_type)?
         .extent_sectors()
         .checked_mul(SECTOR)
 }
 
-/// Whether a sparse extent's grains and tables are as long as in new ones.
+/// Whether a sparse extent's grains and tables have the lengths that new extents get.
 pub(super) fn is_usual(geometry: &Geometry) -> bool {
     (geometry.grain, geometry.entries) == (GRAIN * SECTOR, GTES)
 }
 
-/// The line of an extent in the descriptor.
+/// The descriptor's line for an extent.
 pub(super) fn line(is_flat: bool, sectors: u64, name: &str) -> String {
     if is_flat {
         format!("RW {sectors} FLAT \"{name}\" 0")
@@ -249,8 +249,8 @@ pub(super) fn line(is_flat: bool, sectors: u64, name: &str) -> String {
     }
 }
 
-/// What extent `number` of an image of this kind is called, after extent `before`, which is called `name`. The name of
-/// the image counts, `image`, if that one is called otherwise than here.
+/// The name of extent `number` of an image of this create type. It is derived from `name`, the name of extent `before`;
+/// if that name does not have the usual suffix, from `image`, the name of the image.
 pub(super) fn next_name(
     create_type: &str,
     image: &str,
@@ -272,7 +272,7 @@ fn own_name(path: &str) -> &str {
     path.rsplit('/').next().unwrap_or(path)
 }
 
-/// A path, parted where the ending of its name begins.
+/// Splits a path before the extension of its file name.
 fn stem_and_ending(path: &str) -> (&str, &str) {
     let start = path.len() - own_name(path).len();
     match path[start..].rfind('.') {
@@ -281,7 +281,7 @@ fn stem_and_ending(path: &str) -> (&str, &str) {
     }
 }
 
-/// As many as are opened.
+/// The most extents of an image: the limit of opening one.
 pub(super) const MAX_EXTENTS: u64 = 4096;
 
 /// Writes a new image.
@@ -334,7 +334,7 @@ fn create(
     files.file.flush()
 }
 
-/// How much a new image takes, all its files together.
+/// The size of a new image, all its files together.
 pub(super) fn measure(options: &Options, source: MeasureSource<'_>) -> Result<Measure> {
     let wanted = Wanted::parse(options)?;
     let mut lines = Vec::new();
@@ -354,7 +354,7 @@ pub(super) fn measure(options: &Options, source: MeasureSource<'_>) -> Result<Me
         metadata += wanted.descriptor(0, NO_PARENT, &lines, source.len()).len() as u64;
     }
     let grain = match wanted.subformat {
-        // How far grains compress is not known beforehand; what does not compress grows a little.
+        // The compressed length is not known in advance; the bound is that of incompressible data.
         Subformat::StreamOptimized => (GRAIN + STREAM_OVERHEAD) * SECTOR,
         _ => GRAIN * SECTOR,
     };
@@ -376,10 +376,10 @@ pub(super) fn measure(options: &Options, source: MeasureSource<'_>) -> Result<Me
     })
 }
 
-/// The name of an image that is only measured.
+/// The name that `measure` assumes for the image: names of extents count towards the descriptor's length.
 const MEASURED: &str = "disk.vmdk";
 
-/// Where the descriptor is in a sparse extent, and how much room it has.
+/// The first sector of the descriptor in a sparse extent, and the sectors reserved for it.
 const DESCRIPTOR_SECTOR: u64 = 1;
 const DESCRIPTOR_SECTORS: u64 = 20;
 
@@ -390,14 +390,13 @@ const GTES: u64 = 512;
 /// Sectors of a grain table.
 const TABLE: u64 = GTES * 4 / SECTOR;
 
-/// Sectors that a grain takes more when it does not compress: the marker in front, the zlib stream's own bytes, and what
-/// fills the last one.
+/// Sectors that an incompressible grain needs in addition: for the marker, the zlib stream's overhead, and the padding.
 const STREAM_OVERHEAD: u64 = 1;
 
-/// What is in front of the grains of a sparse extent, in sectors.
+/// The metadata in front of the grains of a sparse extent, in sectors.
 struct Overhead {
     tables: u64,
-    /// Length of a directory.
+    /// Sectors of a directory.
     directory: u64,
 }
 
@@ -425,7 +424,7 @@ impl Overhead {
     }
 }
 
-/// Header and empty tables of a sparse extent.
+/// Writes the header and the empty tables of a sparse extent.
 pub(super) fn write_sparse(
     device: &dyn Device,
     sectors: u64,
@@ -471,14 +470,14 @@ pub(super) fn write_sparse(
     Ok(())
 }
 
-/// A directory of `tables` tables that follow one another from sector `first` on. It is written in pieces.
+/// Writes a directory at sector `at`, in chunks. Its `tables` grain tables are consecutive, from sector `first` on.
 fn write_directory(device: &dyn Device, at: u64, tables: u64, first: u64) -> Result<()> {
     let mut done = 0;
     while done < tables {
-        let count = (tables - done).min(PIECE);
+        let count = (tables - done).min(CHUNK);
         let mut bytes = Vec::new();
         for nth in done..done + count {
-            // The end of all tables fits.
+            // Cannot fail: `Overhead::of` checked that the end of all tables fits.
             let sector = u32::try_from(first + nth * TABLE).map_err(|_| Error::from_errno(errno::EFBIG))?;
             bytes.extend_from_slice(&sector.to_le_bytes());
         }
@@ -488,5 +487,5 @@ fn write_directory(device: &dyn Device, at: u64, tables: u64, first: u64) -> Res
     Ok(())
 }
 
-/// Entries of a directory that are written at once.
-const PIECE: u64 = 16384;
+/// Entries of a directory in one write.
+const CHUNK: u64 = 16384;

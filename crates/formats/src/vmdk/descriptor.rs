@@ -1,16 +1,16 @@
-//! The descriptor: the text that says what the disk is made of.
+//! The descriptor: the text that lists the extents of the disk.
 //!
 //! ```text
 //!   # Disk DescriptorFile
 //!   version=1
-//!   encoding="windows-1252"               of the names, where it is said
-//!   CID=4c46164f                          changes whenever the disk has been written
-//!   parentCID=ffffffff                    the CID of the image below when this one was made
+//!   encoding="windows-1252"               the encoding of names, optional
+//!   CID=4c46164f                          a new one each time the disk is opened and written
+//!   parentCID=ffffffff                    the CID of the backing image when this image was created
 //!   createType="monolithicFlat"
 //!   parentFileNameHint="base.vmdk"
 //!
 //!   # Extent description
-//!   RW 10485760 FLAT "disk-flat.vmdk" 0   access, sectors, kind, file, sector there
+//!   RW 10485760 FLAT "disk-flat.vmdk" 0   access, sectors, kind, file, first sector in the file
 //!
 //!   # The Disk Data Base
 //!   ddb.adapterType = "ide"
@@ -19,14 +19,14 @@
 use diskimage_core::{Error, Name, Result, errno, name};
 use encoding_rs::Encoding;
 
-/// What a descriptor says, as far as it matters here.
+/// The fields of a descriptor that this crate uses.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Descriptor {
     pub(super) cid: u32,
     pub(super) parent_cid: u32,
-    /// `None` where the descriptor inside an extent does not say.
+    /// `None` if an embedded descriptor does not have it.
     pub(super) create_type: Option<String>,
-    /// The image below.
+    /// The name of the backing image.
     pub(super) parent: Option<Name>,
     pub(super) extents: Vec<ExtentLine>,
 }
@@ -37,16 +37,16 @@ pub(super) struct ExtentLine {
     pub(super) sectors: u64,
     pub(super) kind: ExtentKind,
     pub(super) name: String,
-    /// The name in UTF-8, if the descriptor says that the one above is in another encoding.
+    /// `name` in UTF-8, if the descriptor declares another encoding.
     pub(super) decoded_name: Option<String>,
-    /// The sector of the file that the extent starts at; only flat ones have one.
+    /// The sector of the file at which the extent starts; 0 for all kinds but flat extents.
     pub(super) offset: u64,
 }
 
-/// How an extent's file is arranged.
+/// The layout of an extent's file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum ExtentKind {
-    /// The bytes as they are.
+    /// The guest's bytes, contiguous.
     Flat,
     /// The same, on a file system of ESX.
     Vmfs,
@@ -59,7 +59,7 @@ pub(super) enum ExtentKind {
 }
 
 impl ExtentKind {
-    /// The word in the extent's line.
+    /// The keyword in the extent's line.
     pub(super) fn name(self) -> &'static str {
         match self {
             Self::Flat => "FLAT",
@@ -70,7 +70,7 @@ impl ExtentKind {
         }
     }
 
-    fn of(word: &str) -> Option<Self> {
+    fn of(keyword: &str) -> Option<Self> {
         [
             Self::Flat,
             Self::Vmfs,
@@ -79,24 +79,24 @@ impl ExtentKind {
             Self::SeSparse,
         ]
         .into_iter()
-        .find(|kind| kind.name() == word)
+        .find(|kind| kind.name() == keyword)
     }
 }
 
-/// A CID that says that there is no image below.
+/// The parent CID of an image without a backing image.
 pub(super) const NO_PARENT: u32 = u32::MAX;
 
-/// The longest descriptor that is read: some thousand extents.
+/// The most bytes of a descriptor that are read: enough for some thousand extents.
 pub(super) const MAX_LEN: u64 = 1 << 20;
 
-/// More extents than a descriptor of 2 TiB in pieces of 2 GiB has; each keeps a file open.
+/// The most extents: four times those of a disk of 2 TiB in extents of 2 GiB. Each keeps a file open.
 const MAX_EXTENTS: usize = 4096;
 
 impl Descriptor {
-    /// Reads a descriptor. What follows a byte of zero is padding.
+    /// Parses a descriptor. Bytes from the first zero on are padding.
     ///
     /// # Errors
-    /// Extent lines that make no sense, and a descriptor without a CID.
+    /// Invalid extent lines, and a descriptor without a CID or a parent CID.
     pub(super) fn parse(bytes: &[u8]) -> Result<Self> {
         let text = text_of(bytes);
         let cid = |name| value_of(&text, name).and_then(|word| u32::from_str_radix(word, 16).ok());
@@ -125,7 +125,7 @@ impl Descriptor {
         })
     }
 
-    /// What kind of image a descriptor is of, whatever else it says.
+    /// The create type alone, even of a descriptor that is otherwise invalid.
     pub(super) fn create_type(bytes: &[u8]) -> Option<String> {
         value_of(&text_of(bytes), "createType").map(str::to_owned)
     }
@@ -147,7 +147,8 @@ impl Descriptor {
 }
 
 impl Descriptor {
-    /// The descriptor in `bytes` once the last extent has `sectors`, those of `added` follow it, and the disk has `disk`.
+    /// The descriptor in `bytes`, changed for a disk of `disk` sectors whose last extent has `sectors` and is followed
+    /// by the extent lines `added`.
     pub(super) fn grown(bytes: &[u8], sectors: u64, added: &[String], disk: u64) -> Vec<u8> {
         let text = text_of(bytes);
         let is_extent = |line: &str| ExtentLine::parse(line).is_ok_and(|extent| extent.is_some());
@@ -183,8 +184,7 @@ impl Descriptor {
 }
 
 impl ExtentLine {
-    /// Reads a line: nothing if it is not one of an extent that can be read and written, as far as the original is
-    /// concerned.
+    /// Parses a line: `None` if qemu-img would not take it for the line of a readable and writable extent.
     fn parse(line: &str) -> Result<Option<Self>> {
         let invalid = || Error::corrupt(format!("Invalid extent line: {}", line.trim_end_matches('\r')));
         let mut rest = line.trim_start();
@@ -198,7 +198,7 @@ impl ExtentLine {
             return Ok(None);
         }
         let (sectors, kind) = (word(), word());
-        // A size that is none is no line of an extent either.
+        // As in qemu-img, a line without a valid size is not an extent line.
         let Some(sectors) = sectors.parse::<u64>().ok().filter(|sectors| *sectors > 0) else {
             return Ok(None);
         };
@@ -223,7 +223,7 @@ impl ExtentLine {
     }
 }
 
-/// The lines in `bytes` with their ends, up to the padding. They need not be UTF-8.
+/// The lines in `bytes` with their line ends, up to the padding. They need not be UTF-8.
 fn lines_of(bytes: &[u8]) -> impl Iterator<Item = &[u8]> {
     let end = bytes.iter().position(|byte| *byte == 0).unwrap_or(bytes.len());
     bytes[..end].split_inclusive(|byte| *byte == b'\n')
@@ -234,7 +234,7 @@ fn text_of(bytes: &[u8]) -> String {
     lines_of(bytes).map(name::from_bytes).collect()
 }
 
-/// A name in UTF-8, if that is another one.
+/// `name` decoded to UTF-8; `None` if it is invalid in `encoding` or does not change.
 fn decoded(name: &str, encoding: &'static Encoding) -> Option<String> {
     let bytes = name::to_bytes(name);
     let text = encoding.decode_without_bom_handling_and_without_replacement(&bytes)?;
@@ -242,14 +242,14 @@ fn decoded(name: &str, encoding: &'static Encoding) -> Option<String> {
     (text != name).then_some(text)
 }
 
-/// The value of the first line that gives `key` one.
+/// The value in the first line with `key`.
 fn value_of<'a>(text: &'a str, key: &str) -> Option<&'a str> {
     text.lines()
         .filter_map(key_and_value)
         .find_map(|(found, value)| (found == key).then_some(value))
 }
 
-/// The parts of a line `key=value`, without quotes.
+/// The key and the value of a line `key=value`, without quotes.
 fn key_and_value(line: &str) -> Option<(&str, &str)> {
     let (key, value) = line.split_once('=')?;
     let value = value.trim();
@@ -259,7 +259,7 @@ fn key_and_value(line: &str) -> Option<(&str, &str)> {
     Some((key.trim(), value))
 }
 
-/// Whether a file starts like a descriptor: comments and empty lines, and then the version.
+/// Whether a file starts like a descriptor: with comments and empty lines, then the version.
 pub(super) fn is_descriptor(head: &[u8]) -> bool {
     for line in head.split_inclusive(|byte| *byte == b'\n') {
         let Some(line) = line.strip_suffix(b"\n") else {
@@ -274,7 +274,7 @@ pub(super) fn is_descriptor(head: &[u8]) -> bool {
     false
 }
 
-/// What a new descriptor says.
+/// The contents of a new descriptor.
 #[derive(Debug)]
 pub(super) struct NewDescriptor<'a> {
     pub(super) cid: u32,
@@ -320,7 +320,7 @@ impl NewDescriptor<'_> {
     }
 }
 
-/// Of the geometry that a guest's firmware is told.
+/// Sectors per track of the disk's CHS geometry.
 const SECTORS_PER_TRACK: u64 = 63;
 
 #[cfg(test)]
@@ -443,7 +443,7 @@ mod tests {
     }
 
     #[test]
-    fn lines_that_make_no_sense_are_told() {
+    fn invalid_lines_are_errors() {
         for line in [
             "RW 5 FLAT \"x\"",
             "RW 5 FLAT \"x\" -1",

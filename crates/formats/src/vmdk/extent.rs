@@ -1,4 +1,4 @@
-//! The extents of a disk: which files they are in, and how those are arranged.
+//! The extents of a disk: the files that hold them, and how these files are laid out.
 
 use std::sync::Arc;
 
@@ -8,33 +8,33 @@ use super::descriptor::{Descriptor, ExtentKind, ExtentLine};
 use super::header::{self, Geometry, Hosted, SECTOR};
 use crate::layer_kit::reserved::Reserved;
 
-/// A part of the disk.
+/// An extent of the disk.
 #[derive(Clone, Debug)]
 pub(super) struct Extent {
-    /// Where it starts on the disk.
+    /// Guest offset of its first byte.
     pub(super) start: u64,
     pub(super) len: u64,
-    pub(super) place: Place,
-    /// Without what its bytes cannot be read.
+    pub(super) storage: Storage,
+    /// The metadata that reads of guest data depend on.
     pub(super) relied_on: Reserved,
     pub(super) device: Arc<dyn Device>,
-    /// Its file's name, for whoever asks.
+    /// The name of its file, as `info` prints it.
     pub(super) name: String,
-    /// What the descriptor calls it; `None` if the descriptor is inside the extent.
+    /// The kind in the descriptor's line; `None` if the descriptor is embedded in the extent.
     pub(super) kind: Option<ExtentKind>,
 }
 
-/// How an extent's bytes are arranged in its file.
+/// How an extent's guest data is stored in its file.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum Place {
-    /// As they are, from this offset on.
+pub(super) enum Storage {
+    /// One contiguous run from host offset `offset` on.
     Flat { offset: u64 },
-    /// By grains.
+    /// In grains, which tables map.
     Sparse(Geometry),
 }
 
-impl Place {
-    /// Without what bytes that are arranged like this cannot be read.
+impl Storage {
+    /// The metadata that reads of guest data depend on.
     pub(super) fn relied_on(&self) -> Reserved {
         match self {
             Self::Flat { .. } => Reserved::default(),
@@ -49,13 +49,13 @@ impl Extent {
     }
 
     pub(super) fn geometry(&self) -> Option<Geometry> {
-        match self.place {
-            Place::Flat { .. } => None,
-            Place::Sparse(geometry) => Some(geometry),
+        match self.storage {
+            Storage::Flat { .. } => None,
+            Storage::Sparse(geometry) => Some(geometry),
         }
     }
 
-    /// What places for grains are multiples of.
+    /// The alignment of grains in the file, in bytes.
     pub(super) fn unit(&self) -> u64 {
         match self.geometry() {
             Some(geometry) if !geometry.compressed => geometry.grain,
@@ -63,18 +63,18 @@ impl Extent {
         }
     }
 
-    /// Where the first place for a grain is behind all that the file has.
+    /// The host offset of the first grain that can be allocated behind the end of the file.
     pub(super) fn end_of_file(&self) -> u64 {
         self.device.len().next_multiple_of(self.unit())
     }
 
-    /// Bytes from the extent's start up to the disk's offset `guest`.
+    /// Bytes from the extent's start to guest offset `guest`.
     pub(super) fn within(&self, guest: u64) -> u64 {
         guest.saturating_sub(self.start)
     }
 }
 
-/// The extent with the disk's offset `guest`, and which it is.
+/// The extent that holds guest offset `guest`, with its index.
 pub(super) fn at(extents: &[Extent], guest: u64) -> Result<(usize, &Extent)> {
     let index = extents.partition_point(|extent| extent.end() <= guest);
     let extent = extents.get(index);
@@ -83,8 +83,8 @@ pub(super) fn at(extents: &[Extent], guest: u64) -> Result<(usize, &Extent)> {
         .ok_or_else(|| Error::from_errno(errno::EIO))
 }
 
-/// The pieces of `range` that lie in one extent each.
-pub(super) fn pieces(
+/// Splits `range` at the boundaries of extents.
+pub(super) fn split(
     extents: &[Extent],
     range: ByteRange,
 ) -> impl Iterator<Item = Result<(usize, &Extent, ByteRange)>> {
@@ -93,15 +93,15 @@ pub(super) fn pieces(
         if rest.is_empty() {
             return None;
         }
-        let piece = at(extents, rest.start()).map(|(index, extent)| {
-            let piece = rest.intersect(ByteRange::new(extent.start, extent.end()));
-            rest = rest.skip(piece.len());
-            (index, extent, piece)
+        let part = at(extents, rest.start()).map(|(index, extent)| {
+            let part = rest.intersect(ByteRange::new(extent.start, extent.end()));
+            rest = rest.skip(part.len());
+            (index, extent, part)
         });
-        if piece.is_err() {
+        if part.is_err() {
             rest = rest.skip(u64::MAX);
         }
-        Some(piece)
+        Some(part)
     })
 }
 
@@ -110,7 +110,7 @@ pub(super) fn embedded(file: &Arc<dyn Device>, name: &str, hosted: &Hosted) -> E
     Extent {
         start: 0,
         len: hosted.geometry.capacity,
-        place: Place::Sparse(hosted.geometry),
+        storage: Storage::Sparse(hosted.geometry),
         relied_on: hosted.geometry.relied_on(),
         device: Arc::clone(file),
         name: name.to_owned(),
@@ -130,7 +130,7 @@ pub(super) fn open_all(descriptor: &Descriptor, request: &OpenRequest<'_>) -> Re
     Ok(extents)
 }
 
-/// The error of a disk that is longer than any.
+/// The error for a disk that is longer than the largest supported one.
 pub(super) fn too_large() -> Error {
     Error::from_errno(errno::EFBIG).context("Could not refresh total sector count")
 }
@@ -165,34 +165,34 @@ fn open(line: &ExtentLine, start: u64, request: &OpenRequest<'_>) -> Result<Exte
     };
     let (name, device) = open_file(line, request, permissions)?;
     let len = line.sectors.checked_mul(SECTOR).ok_or_else(too_large)?;
-    let (len, place) = match line.kind {
+    let (len, storage) = match line.kind {
         ExtentKind::Flat | ExtentKind::Vmfs => {
             let offset = line.offset.checked_mul(SECTOR).ok_or_else(too_large)?;
             offset.checked_add(len).ok_or_else(too_large)?;
-            (len, Place::Flat { offset })
+            (len, Storage::Flat { offset })
         }
         ExtentKind::Sparse => sparse(Hosted::read(&*device)?.geometry),
         ExtentKind::VmfsSparse => sparse(header::read_cowd(&*device)?),
         ExtentKind::SeSparse => sparse(header::read_sesparse(&*device)?),
     };
     if request.write
-        && let Place::Sparse(geometry) = &place
+        && let Storage::Sparse(geometry) = &storage
     {
         geometry.require_handled()?;
     }
     Ok(Extent {
         start,
         len,
-        relied_on: place.relied_on(),
-        place,
+        relied_on: storage.relied_on(),
+        storage,
         device,
         name,
         kind: Some(line.kind),
     })
 }
 
-/// Opens the file of an extent: the one that is called by the very bytes in the descriptor, as in qemu-img, or if there is
-/// none, the one that has the name in UTF-8.
+/// Opens the file of an extent. As in qemu-img, its name is the very bytes in the descriptor; if no such file exists,
+/// the name decoded to UTF-8 is tried.
 fn open_file(
     line: &ExtentLine,
     request: &OpenRequest<'_>,
@@ -206,7 +206,7 @@ fn open_file(
     let is_missing = |error: &Error| error.kind() == ErrorKind::NotFound;
     match (open(&line.name), &line.decoded_name) {
         (Err(error), Some(decoded)) if is_missing(&error) => match open(decoded) {
-            // The first name is the one that the descriptor has.
+            // The error names the file as the descriptor does.
             Err(other) if is_missing(&other) => Err(error),
             other => other,
         },
@@ -214,15 +214,15 @@ fn open_file(
     }
 }
 
-/// A sparse extent is as long as its own header says.
-fn sparse(geometry: Geometry) -> (u64, Place) {
-    (geometry.capacity, Place::Sparse(geometry))
+/// The length and the storage of a sparse extent, whose length is the capacity in its header.
+fn sparse(geometry: Geometry) -> (u64, Storage) {
+    (geometry.capacity, Storage::Sparse(geometry))
 }
 
-/// The path that `name` means in the image called `image`: relative to that image's directory.
+/// The path of `name`, which is relative to the directory of the image called `image`.
 ///
 /// # Errors
-/// A relative name where the image has no directory.
+/// A relative name, if the image's own name is not a path.
 pub(super) fn beside(image: &str, name: &str) -> Result<String> {
     if name.starts_with('/') {
         return Ok(name.to_owned());

@@ -1,12 +1,12 @@
-//! The headers of sparse extents, as bytes and as what follows from them.
+//! The headers of sparse extents, on disk and as a checked [`Geometry`].
 //!
-//! All numbers are little-endian, places and lengths are in sectors of 512 bytes.
+//! All numbers are little-endian; offsets and lengths are in sectors of 512 bytes.
 
 use diskimage_core::{ByteRange, Device, Error, Result};
 use zerocopy::byteorder::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-/// The unit of places in headers and tables.
+/// The unit of offsets in headers and tables, in bytes.
 pub(super) const SECTOR: u64 = SECTOR_BYTES as u64;
 /// The same, for slices.
 pub(super) const SECTOR_BYTES: usize = 512;
@@ -28,10 +28,10 @@ pub(super) struct HostedHeader {
     pub(super) rgd_offset: U64,
     /// The grain directory, or [`GD_AT_END`].
     pub(super) gd_offset: U64,
-    /// Length of all in front of the first grain.
+    /// Sectors of all metadata in front of the first grain.
     pub(super) over_head: U64,
     pub(super) unclean_shutdown: u8,
-    /// Line ends, which a transfer as text would damage.
+    /// Line ends: a transfer in text mode changes them, which reveals the damage.
     pub(super) line_ends: [u8; 4],
     pub(super) compress_algorithm: U16,
     pub(super) pad: [u8; 433],
@@ -39,14 +39,14 @@ pub(super) struct HostedHeader {
 
 const _: () = assert!(size_of::<HostedHeader>() == 512);
 
-/// What a hosted sparse extent starts with.
+/// The magic of a hosted sparse extent.
 pub(super) const HOSTED_MAGIC: [u8; 4] = *b"KDMV";
-/// What a sparse extent of ESX starts with.
+/// The magic of a sparse extent of ESX before 6.5.
 pub(super) const COWD_MAGIC: [u8; 4] = *b"COWD";
 /// See [`HostedHeader::line_ends`].
 pub(super) const LINE_ENDS: [u8; 4] = *b"\n \r\n";
 
-/// The grain directory is found by the footer: the stream had not known where it would be.
+/// The offset of the grain directory is in the footer: it was not yet known when the header was streamed.
 pub(super) const GD_AT_END: u64 = u64::MAX;
 
 /// Bits of [`HostedHeader::flags`].
@@ -63,16 +63,18 @@ pub(super) mod flag {
 /// Deflate, the only compression.
 pub(super) const DEFLATE: u16 = 1;
 
-/// The largest version that is understood.
+/// The largest supported version.
 const MAX_VERSION: u32 = 3;
 
 /// The most entries of a grain table of a hosted extent.
 const MAX_GTES: u32 = 512;
 
-/// Grain tables of an extent: those of a petabyte in the usual form. All are looked at to find out what a disk holds.
+/// The most grain tables of an extent: enough for a petabyte with the default grain. Mapping a whole disk reads them
+/// all.
 const MAX_TABLES: u64 = 32 << 20;
 
-/// Compressed grains are decoded as a whole, and grains that are partly written are filled in memory.
+/// The largest grain that is decoded or written, in bytes. A compressed grain is decoded as a whole, and a partial
+/// write to an unallocated grain is filled up in memory.
 const MAX_HANDLED_GRAIN: u64 = 16 << 20;
 
 /// The form of a sparse extent's tables.
@@ -83,32 +85,32 @@ pub(super) enum Form {
         /// An entry of 1 stands for zeroes.
         zeroed_grain: bool,
     },
-    /// The same, ESX before 6.5.
+    /// The same, in a sparse extent of ESX before 6.5.
     Cowd,
     /// Entries of 64 bits.
     SeSparse {
-        /// Where grain tables are, in bytes.
+        /// Host offset of the first grain table.
         tables: u64,
-        /// Where grains are.
+        /// Host offset of the first grain.
         grains: u64,
     },
 }
 
-/// Where a sparse extent's tables are, in bytes.
+/// The layout of a sparse extent's tables; offsets and lengths are in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Geometry {
     pub(super) form: Form,
     /// Length of the extent.
     pub(super) capacity: u64,
-    /// Length of a grain.
+    /// Bytes of a grain.
     pub(super) grain: u64,
     /// Entries in a grain table.
     pub(super) entries: u64,
     pub(super) directory: u64,
     pub(super) redundant: Option<u64>,
-    /// The descriptor's place, empty if there is none.
+    /// The bytes that hold the descriptor, empty if the extent has none.
     pub(super) descriptor: ByteRange,
-    /// Grains are deflated and have a marker in front.
+    /// Whether grains are deflated, with a marker in front.
     pub(super) compressed: bool,
 }
 
@@ -127,12 +129,12 @@ impl Geometry {
         }
     }
 
-    /// Where the directories are; the one that is read comes last.
+    /// Host offsets of the directories; the one that reads use comes last.
     pub(super) fn directories(&self) -> impl Iterator<Item = u64> + use<> {
         self.redundant.into_iter().chain([self.directory])
     }
 
-    /// Refuses directories that nobody has.
+    /// Refuses a directory with more than [`MAX_TABLES`] entries.
     pub(super) fn require_directory(&self) -> Result<()> {
         if self.capacity / self.grain / self.entries > MAX_TABLES {
             return Err(Error::corrupt("L1 size too big"));
@@ -140,7 +142,7 @@ impl Geometry {
         Ok(())
     }
 
-    /// Refuses grains that would have to be in memory and do not fit there.
+    /// Refuses grains that are too large to be held in memory.
     pub(super) fn require_handled(&self) -> Result<()> {
         if self.grain > MAX_HANDLED_GRAIN {
             return Err(Error::unsupported(format!(
@@ -152,10 +154,10 @@ impl Geometry {
 }
 
 impl Hosted {
-    /// Reads the header of a hosted sparse extent, and the footer if that has the directory's place.
+    /// Reads the header of a hosted sparse extent, or the footer if that has the directory's offset.
     ///
     /// # Errors
-    /// What is wrong with it.
+    /// An invalid or unsupported header.
     pub(super) fn read(file: &dyn Device) -> Result<Self> {
         let mut header = read_at(file, 0)?;
         if header.magic != HOSTED_MAGIC {
@@ -185,7 +187,7 @@ impl Hosted {
         let flags = header.flags.get();
         let compressed = flags & flag::COMPRESSED != 0;
         let end = bytes(header.over_head);
-        // A file counts in whole sectors.
+        // The file's length is rounded up to whole sectors.
         if file.len().next_multiple_of(SECTOR) < end && !compressed {
             return Err(Error::corrupt(format!(
                 "File truncated, expecting at least {end} bytes"
@@ -211,7 +213,7 @@ impl Hosted {
         if compressed {
             geometry.require_handled()?;
         }
-        // Two directories in one place are one.
+        // Two directories at the same offset are one.
         geometry.redundant = geometry.redundant.filter(|at| *at != geometry.directory);
         if header.descriptor_offset.get() > 0 {
             geometry.descriptor =
@@ -221,7 +223,7 @@ impl Hosted {
     }
 }
 
-/// The largest grain of the original, in sectors.
+/// The largest grain in qemu-img, in sectors.
 const MAX_GRAIN: u64 = 1 << 21;
 
 fn bytes(sectors: U64) -> u64 {
@@ -231,14 +233,14 @@ fn bytes(sectors: U64) -> u64 {
 /// The header at byte `offset`.
 ///
 /// # Errors
-/// As reading the file.
+/// Those of reading the file.
 pub(super) fn read_at(file: &dyn Device, offset: u64) -> Result<HostedHeader> {
     let mut header = HostedHeader::new_zeroed();
     file.read_padded(header.as_mut_bytes(), offset)?;
     Ok(header)
 }
 
-/// The footer is a copy of the header between two markers at the end of the file.
+/// Reads the footer: a copy of the header between two markers at the end of the file.
 pub(super) fn read_footer(file: &dyn Device) -> Result<HostedHeader> {
     let invalid = || Error::corrupt("Invalid footer");
     let start = file.len().checked_sub(FOOTER_LEN).ok_or_else(invalid)?;
@@ -264,7 +266,7 @@ pub(super) const FOOTER_LEN: u64 = 3 * SECTOR;
 const MARKER_EOS: u32 = 0;
 const MARKER_FOOTER: u32 = 3;
 
-/// What a stream has besides grains, as the marker in front of it says.
+/// The types of metadata in a stream, as markers name them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Metadata {
     GrainTable = 1,
@@ -281,7 +283,7 @@ impl Metadata {
     }
 }
 
-/// The header of a sparse extent of ESX; what follows is of no interest here.
+/// The header of a sparse extent of ESX before 6.5, up to the last field that is used.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 struct CowdHeader {
@@ -295,13 +297,13 @@ struct CowdHeader {
     free_sector: U32,
 }
 
-/// Entries of a grain table of these extents.
+/// Entries of a grain table of a COWD extent.
 const COWD_GTES: u64 = 4096;
 
 /// Reads the header of a sparse extent of ESX before 6.5.
 ///
 /// # Errors
-/// What is wrong with it.
+/// An invalid header.
 pub(super) fn read_cowd(file: &dyn Device) -> Result<Geometry> {
     let mut header = CowdHeader::new_zeroed();
     file.read_padded(header.as_mut_bytes(), 0)?;
@@ -353,7 +355,7 @@ struct SeSparseHeader {
     grains_size: U64,
 }
 
-/// The header of what changes.
+/// The volatile header: the fields that change while the extent is in use.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 struct SeSparseVolatile {
@@ -370,7 +372,7 @@ const SESPARSE_VOLATILE_MAGIC: u64 = 0xcafe_cafe;
 /// Reads the headers of a sparse extent of ESX 6.5 and later.
 ///
 /// # Errors
-/// What is wrong with them, and a journal that would have to be replayed.
+/// Invalid or unsupported headers, and a journal that would have to be replayed.
 pub(super) fn read_sesparse(file: &dyn Device) -> Result<Geometry> {
     let mut header = SeSparseHeader::new_zeroed();
     file.read_padded(header.as_mut_bytes(), 0)?;
@@ -404,11 +406,11 @@ pub(super) fn read_sesparse(file: &dyn Device) -> Result<Geometry> {
             header.flags.get()
         )));
     }
-    if header.reserved.iter().any(|word| word.get() != 0) {
-        let words = header.reserved.map(|word| format!(" {:#018x}", word.get()));
+    if header.reserved.iter().any(|field| field.get() != 0) {
+        let fields = header.reserved.map(|field| format!(" {:#018x}", field.get()));
         return Err(Error::unsupported(format!(
             "Unsupported reserved bits:{}",
-            words.concat()
+            fields.concat()
         )));
     }
     let mut volatile = SeSparseVolatile::new_zeroed();
@@ -441,6 +443,6 @@ pub(super) fn read_sesparse(file: &dyn Device) -> Result<Geometry> {
     Ok(geometry)
 }
 
-/// The only length of grains and of grain tables that occurs.
+/// The only supported lengths of grains and of grain tables, in sectors.
 const SESPARSE_GRAIN: u64 = 8;
 const SESPARSE_TABLE: u64 = 64;

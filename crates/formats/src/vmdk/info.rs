@@ -1,4 +1,4 @@
-//! What the image says of itself.
+//! The details that `info` prints.
 
 use diskimage_core::{Detail, DetailValue, Info};
 
@@ -6,7 +6,7 @@ use super::VmdkLayer;
 use super::extent::Extent;
 
 impl VmdkLayer {
-    /// The facts that `info` prints, in its order.
+    /// The details of the image, in the order in which `info` prints them.
     pub(super) fn collect_info(&self) -> Info {
         let create_type = self.descriptor.create_type.clone().unwrap_or_default();
         let extents = self.extents();

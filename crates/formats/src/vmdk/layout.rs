@@ -1,14 +1,14 @@
-//! Where the tables of a sparse extent go when it grows.
+//! The new tables of a sparse extent that grows.
 //!
-//! One that needs more grain tables gets new directories at the end of its file, which lead to the old tables and to new
-//! ones. In a stream, markers say what follows.
+//! An extent that needs more grain tables gets new directories at the end of its file, which refer to the old tables
+//! and to new ones. In a stream, each directory and each run of tables has a marker in front.
 //!
 //! ```text
 //!   before   |header|directories, tables|grains|
 //!   after    |header|            tables|grains|redundant directory|its new tables|directory|its new tables|
 //! ```
 //!
-//! The header, one sector, says where they are once they are durable.
+//! The header, which is one sector, refers to the new directories once they are durable.
 
 use std::ops::Range;
 
@@ -16,25 +16,25 @@ use diskimage_core::{ByteRange, Device, Error, Preallocation, Result, ZeroMode, 
 use zerocopy::IntoBytes;
 use zerocopy::byteorder::little_endian::U64;
 
-use super::extent::{Extent, Place};
+use super::extent::{Extent, Storage};
 use super::header::{self, Geometry, Metadata, SECTOR};
 use super::tables::Grain;
 use super::{State, VmdkLayer};
 
-/// What a sparse extent looks like once it has grown.
+/// The layout of a sparse extent once it has grown.
 pub(super) struct Layout {
     geometry: Geometry,
     old_tables: u64,
     new_tables: u64,
     /// Bytes of a grain table.
     table_len: u64,
-    /// Where each of the directories is, and where it will be.
+    /// Of each directory, the old host offset and the new one.
     directories: Vec<(u64, NewDirectory)>,
-    /// Where what the file holds ends then; `None` if the tables suffice.
+    /// The end of the file's contents once it has grown; `None` if the present tables suffice.
     end: Option<u64>,
 }
 
-/// Where a directory goes, and the first of its new tables.
+/// The host offsets of a new directory and of the first of its new tables.
 struct NewDirectory {
     at: u64,
     tables: u64,
@@ -44,7 +44,7 @@ struct NewDirectory {
 const ENTRY: u64 = 4;
 
 impl Layout {
-    /// That of an extent of `len` bytes, in a file whose contents end at `file_end`.
+    /// The layout of an extent that grows to `len` bytes, in a file whose contents end at `file_end`.
     pub(super) fn of(old: &Geometry, file_end: u64, len: u64) -> Result<Self> {
         let mut geometry = Geometry {
             capacity: len,
@@ -67,15 +67,15 @@ impl Layout {
         let mut end = file_end.next_multiple_of(SECTOR);
         let (directory_len, tables_len) = (layout.directory_len(), layout.tables_len());
         let marker = if old.compressed { SECTOR } else { 0 };
-        let mut place = |old: u64| {
+        let mut allocate = |old: u64| {
             let at = end + marker;
             let tables = at + directory_len + marker;
             end = tables + tables_len;
             layout.directories.push((old, NewDirectory { at, tables }));
             at
         };
-        geometry.redundant = old.redundant.map(&mut place);
-        geometry.directory = place(old.directory);
+        geometry.redundant = old.redundant.map(&mut allocate);
+        geometry.directory = allocate(old.directory);
         if u32::try_from(end / SECTOR).is_err() {
             return Err(Error::from_errno(errno::EFBIG));
         }
@@ -88,14 +88,14 @@ impl Layout {
         (self.new_tables * ENTRY).next_multiple_of(SECTOR)
     }
 
-    /// Bytes of the tables that a directory has more.
+    /// Bytes of the tables that are new in each directory.
     fn tables_len(&self) -> u64 {
         (self.new_tables - self.old_tables) * self.table_len
     }
 }
 
 impl VmdkLayer {
-    /// Makes extent `index` as long as `len`. Where its bytes are then.
+    /// Makes extent `index` `len` bytes long, and returns its new storage.
     pub(super) fn grow_sparse(
         &self,
         state: &mut State,
@@ -103,7 +103,7 @@ impl VmdkLayer {
         index: usize,
         old: &Geometry,
         len: u64,
-    ) -> Result<Place> {
+    ) -> Result<Storage> {
         let extent = extents.get(index).ok_or_else(|| Error::from_errno(errno::EIO))?;
         self.clear_rest(state, extents, index, old)?;
         state.tables.write_back(extents)?;
@@ -118,7 +118,7 @@ impl VmdkLayer {
                 *free = end.next_multiple_of(extent.unit());
             }
         }
-        // Directories are in other places then.
+        // The directories have new offsets.
         state.occupied.remove(&index);
         extent.device.flush()?;
         let geometry = layout.geometry;
@@ -130,10 +130,10 @@ impl VmdkLayer {
         }
         extent.device.write_at(header.as_bytes(), 0)?;
         extent.device.flush()?;
-        Ok(Place::Sparse(geometry))
+        Ok(Storage::Sparse(geometry))
     }
 
-    /// Makes the rest of the last grain zero, which becomes part of the disk.
+    /// Zeroes the rest of a partial last grain, which becomes part of the disk.
     fn clear_rest(
         &self,
         state: &mut State,
@@ -164,7 +164,7 @@ impl VmdkLayer {
 }
 
 impl Layout {
-    /// Writes what a new directory says: where the old tables are, and the new ones behind it.
+    /// Writes the entries of a new directory: the offsets of the old tables, then those of the new tables behind it.
     fn write_directory(
         &self,
         state: &mut State,
@@ -185,7 +185,7 @@ impl Layout {
         }
         let entry_at = |directory: u64, nth: u64| directory + nth * ENTRY;
         for nth in 0..self.old_tables {
-            let entry = tables.word(extents, index, entry_at(old, nth))?;
+            let entry = tables.entry(extents, index, entry_at(old, nth))?;
             if entry != 0 {
                 tables.write(extents, index, entry_at(new.at, nth), entry)?;
             }

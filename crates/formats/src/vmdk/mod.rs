@@ -11,11 +11,11 @@
 //!                                        |sector of the disk: 8|length: 4|zlib stream|padding to a sector|
 //! ```
 //!
-//! * `descriptor`, `header`: what stands in files, as bytes and as types;
+//! * `descriptor`, `header`: the on-disk structures, as bytes and as checked types;
 //! * `extent`: the files of the disk, opened through the gate;
 //! * `tables`: cached pages of directories and tables, and the order in which they are written;
-//! * `occupied`: what must not be written over;
-//! * `write`, `stream`: new places for guest bytes;
+//! * `occupied`: the metadata of an extent, which guest data must not overwrite;
+//! * `write`, `stream`: allocation of grains;
 //! * `create`, `check`, `info`, `resize` with `layout`: operations.
 
 mod check;
@@ -45,13 +45,13 @@ use diskimage_core::{
 };
 
 use self::descriptor::{Descriptor, NO_PARENT};
-use self::extent::{Extent, Place};
+use self::extent::{Extent, Storage};
 use self::header::{Geometry, Hosted};
 use self::occupied::Occupied;
 use self::tables::{Grain, GrainTables};
 use crate::layer_kit::range_claims::RangeClaims;
 
-/// The table entry.
+/// The format's entry in the table of formats.
 #[derive(Debug)]
 pub struct Vmdk;
 
@@ -95,22 +95,22 @@ impl Format for Vmdk {
 
 /// An open image.
 ///
-/// `state` is held while tables are read and written, never while guest data moves, but for compressed grains, whose places
-/// follow from their lengths. Meanwhile `claims` keeps requests apart; see there for the order of the two locks. `extents`
-/// is locked last.
+/// `state` is locked while tables are read and written, never during guest I/O. Compressed grains are the exception:
+/// their offsets follow from their encoded lengths, so they are written under the lock. `claims` serializes requests to
+/// the same grains; [`RangeClaims`] says in which order it and `state` are locked. `extents` is locked last.
 #[derive(Debug)]
 struct VmdkLayer {
     file: Arc<dyn Device>,
-    /// The image's own, which those of extents are relative to.
+    /// The name of the image. Names of extents are relative to its directory.
     name: String,
-    /// Where the descriptor is in `file`, in bytes; `None` if that is all there is in it.
+    /// The bytes of `file` that hold the descriptor; `None` if the file holds nothing else.
     descriptor_range: Option<ByteRange>,
     descriptor: Descriptor,
-    /// In the order of the disk, without gaps. Others take their place when the disk grows.
+    /// The extents in disk order, without gaps. Growing the disk replaces the whole list.
     extents: RwLock<Arc<[Extent]>>,
-    /// The length of a grain, 1 if there are none.
+    /// Bytes of a grain; 1 if no extent has grains.
     grain: u64,
-    /// Grains are deflated.
+    /// Whether grains are deflated.
     compressed: bool,
     budget: Budget,
     state: Mutex<State>,
@@ -122,16 +122,16 @@ struct VmdkLayer {
 #[derive(Debug)]
 struct State {
     tables: GrainTables,
-    /// Where the next grain of each extent goes.
+    /// For each extent, the host offset at which the next grain is allocated.
     free: Vec<u64>,
     cid: u32,
-    /// What sparse extents have besides grains, by their index; known from the first write on.
+    /// The metadata of sparse extents, by extent index; read before the first write to each.
     occupied: HashMap<usize, Occupied>,
-    /// Whether the file says already that the disk is changed.
+    /// Whether the descriptor has a new CID since the image was opened.
     marked: bool,
 }
 
-/// The longest disk of the original: whole gibibytes below 2^63.
+/// The longest disk in qemu-img, in bytes: the last whole gibibyte before 2^63.
 const MAX_LEN: u64 = (1 << 63) - (1 << 30);
 
 impl VmdkLayer {
@@ -143,23 +143,23 @@ impl VmdkLayer {
         request.file.read_padded(&mut magic, 0)?;
         if magic == header::HOSTED_MAGIC {
             let hosted = Hosted::read(&*request.file)?;
-            let place = hosted.geometry.descriptor;
+            let range = hosted.geometry.descriptor;
             if hosted.geometry.capacity > 0 {
                 if request.write {
                     hosted.geometry.require_handled()?;
                 }
-                let descriptor = parse(request, &read_descriptor(&request.file, Some(place))?)?;
+                let descriptor = parse(request, &read_descriptor(&request.file, Some(range))?)?;
                 let extents = vec![extent::embedded(&request.file, request.name, &hosted)];
-                return Self::new(request, Some(place), descriptor, extents);
+                return Self::new(request, Some(range), descriptor, extents);
             }
-            return Self::open_described(request, Some(place));
+            return Self::open_described(request, Some(range));
         }
         Self::open_described(request, None)
     }
 
     /// Opens an image whose extents are in files of their own.
-    fn open_described(request: &OpenRequest<'_>, place: Option<ByteRange>) -> Result<Self> {
-        let bytes = read_descriptor(&request.file, place)?;
+    fn open_described(request: &OpenRequest<'_>, range: Option<ByteRange>) -> Result<Self> {
+        let bytes = read_descriptor(&request.file, range)?;
         let Some(create_type) = Descriptor::create_type(&bytes) else {
             return Err(Error::corrupt("invalid VMDK image descriptor"));
         };
@@ -170,7 +170,7 @@ impl VmdkLayer {
         }
         let descriptor = parse(request, &bytes)?;
         let extents = extent::open_all(&descriptor, request)?;
-        Self::new(request, place, descriptor, extents)
+        Self::new(request, range, descriptor, extents)
     }
 
     fn new(
@@ -220,7 +220,7 @@ impl VmdkLayer {
         Arc::clone(&self.extents.read().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// The grains of `extent` that `range`, which lies in it, touches.
+    /// The grains of `extent` that `range` touches; `range` is in guest offsets and lies in `extent`.
     fn grains(extent: &Extent, geometry: &Geometry, range: ByteRange) -> ByteRange {
         let (start, end) = (extent.within(range.start()), extent.within(range.end()));
         ByteRange::new(start / geometry.grain, end.div_ceil(geometry.grain))
@@ -265,7 +265,7 @@ impl VmdkLayer {
         Ok(Run { len, kind })
     }
 
-    /// Says in the file that the disk has other contents now, once.
+    /// Writes a new CID before the first change of the disk.
     fn mark_changed(&self, state: &mut State) -> Result<()> {
         if state.marked {
             return Ok(());
@@ -276,19 +276,21 @@ impl VmdkLayer {
         }
         let cid = new_cid()?;
         self.change_descriptor(|old| Descriptor::with_cid(old, cid))?;
-        // Before any of the new contents: an image on top of this one must not take them for the old.
+        // The CID is durable before any new data is: an overlay must not take the new contents for those that it was
+        // made on.
         self.file.flush()?;
         state.cid = cid;
         state.marked = true;
         Ok(())
     }
 
-    /// Puts another text where the descriptor is.
+    /// Overwrites the descriptor in place with the text that `change` makes of it.
     fn change_descriptor(&self, change: impl FnOnce(&[u8]) -> Vec<u8>) -> Result<()> {
         let old = self.read_descriptor()?;
         let mut bytes = change(&old);
         self.require_room(&bytes)?;
-        // Zeroes follow. What follows them, if the header makes too much room for it, is something else.
+        // Only zero padding may be overwritten. Other bytes in the range that the header gives belong to another
+        // structure.
         let old_len = old.iter().position(|byte| *byte == 0).unwrap_or(old.len());
         bytes.resize(bytes.len().max(old_len), 0);
         let added = old.get(old_len..bytes.len().min(old.len()));
@@ -303,7 +305,7 @@ impl VmdkLayer {
         read_descriptor(&self.file, self.descriptor_range)
     }
 
-    /// Refuses a descriptor that would not fit where the old one is.
+    /// Refuses a descriptor that is longer than the range of the old one.
     fn require_room(&self, text: &[u8]) -> Result<()> {
         let room = self.descriptor_range.map_or(descriptor::MAX_LEN, ByteRange::len);
         if text.len() as u64 > room {
@@ -313,7 +315,7 @@ impl VmdkLayer {
     }
 }
 
-/// The kinds of images whose descriptor is in a file of its own.
+/// The create types of images whose descriptor is in a file of its own.
 const SEPARATE: &[&str] = &[
     "monolithicFlat",
     "vmfs",
@@ -330,21 +332,21 @@ fn parse(request: &OpenRequest<'_>, bytes: &[u8]) -> Result<Descriptor> {
     })
 }
 
-/// The descriptor in `file`: at `place`, or all of it.
-fn read_descriptor(file: &Arc<dyn Device>, place: Option<ByteRange>) -> Result<Vec<u8>> {
-    let place = place.unwrap_or(ByteRange::new(0, file.len()));
-    let len = place.len().min(descriptor::MAX_LEN);
+/// Reads the descriptor in `file`: the bytes of `range`, or the whole file.
+fn read_descriptor(file: &Arc<dyn Device>, range: Option<ByteRange>) -> Result<Vec<u8>> {
+    let range = range.unwrap_or(ByteRange::new(0, file.len()));
+    let len = range.len().min(descriptor::MAX_LEN);
     let mut bytes = vec![0; to_index(len)?];
-    file.read_padded(&mut bytes, place.start())?;
+    file.read_padded(&mut bytes, range.start())?;
     Ok(bytes)
 }
 
-/// A number that says that contents are others than before.
+/// A new random content ID.
 fn new_cid() -> Result<u32> {
     let mut bytes = [0; 4];
     getrandom::fill(&mut bytes)
         .map_err(|error| Error::unsupported(format!("No random bytes to be had: {error}")))?;
-    // The highest number says that there is none.
+    // The highest number stands for "no parent".
     Ok(u32::from_le_bytes(bytes).min(NO_PARENT - 1))
 }
 
@@ -365,8 +367,8 @@ impl Layer for VmdkLayer {
         let extents = self.extents();
         let (index, extent) = extent::at(&extents, range.start())?;
         let range = range.intersect(ByteRange::new(extent.start, extent.end()));
-        match extent.place {
-            Place::Flat { offset } => Ok(Run {
+        match extent.storage {
+            Storage::Flat { offset } => Ok(Run {
                 len: range.len(),
                 kind: RunKind::Data {
                     device: Arc::clone(&extent.device),
@@ -374,7 +376,7 @@ impl Layer for VmdkLayer {
                     holes: HoleMeaning::ZeroData,
                 },
             }),
-            Place::Sparse(geometry) => self.map_sparse(&extents, index, &geometry, range),
+            Storage::Sparse(geometry) => self.map_sparse(&extents, index, &geometry, range),
         }
     }
 
@@ -410,9 +412,9 @@ impl Layer for VmdkLayer {
         for (extent, free) in extents.iter().zip(&state.free) {
             let end = match extent.geometry() {
                 None => continue,
-                // A marker of zeroes ends the stream.
+                // The end-of-stream marker is a sector of zeroes.
                 Some(geometry) if geometry.compressed => *free + header::SECTOR,
-                // The last grain has its full length.
+                // The last grain is stored with its full length.
                 Some(_) => *free,
             };
             if state.marked && extent.device.len() < end {

@@ -1,11 +1,11 @@
-//! What must not be written over: a sparse extent's own structures.
+//! The metadata of a sparse extent, which guest data must not overwrite.
 //!
 //! ```text
 //!   |header|descriptor|directory, tables|directory, tables|grains ...       `reserved`, `tables`
 //! ```
 //!
-//! A grain entry of a damaged image may lead to any of these, and a directory's entry to a grain. What can be told by
-//! comparing places with the two directories is found before anything is written.
+//! In a damaged image, a grain table's entry may refer to any of these, and a directory's entry to a grain. Overlaps
+//! that show when offsets are compared with the two directories are found before anything is written.
 
 use std::collections::HashSet;
 
@@ -17,21 +17,21 @@ use super::tables::{Grain, GrainTables, parse};
 use super::{State, VmdkLayer};
 use crate::layer_kit::reserved::{Pieces, Reserved};
 
-/// What a sparse extent that is written to has besides grains.
+/// The metadata of a sparse extent that is written to.
 #[derive(Debug)]
 pub(super) struct Occupied {
     /// The header, the descriptor and the directories.
     reserved: Reserved,
-    /// The grain tables that the directories lead to.
+    /// The grain tables that the directories refer to.
     tables: Pieces,
-    /// One of which the file has no bytes.
+    /// The offset of a grain table that lies beyond the end of the file.
     missing: Option<u64>,
-    /// Those that were found to be tables since the image was opened.
+    /// Offsets of the grain tables whose contents were validated since the image was opened.
     sound: HashSet<u64>,
 }
 
 impl Geometry {
-    /// How many grain tables a directory leads to.
+    /// The number of entries of a directory.
     pub(super) fn tables(&self) -> u64 {
         self.capacity.div_ceil(self.grain.saturating_mul(self.entries))
     }
@@ -45,7 +45,7 @@ impl Geometry {
         ByteRange::at(start, self.tables().saturating_mul(self.entry_size()))
     }
 
-    /// Without what no grain can be read.
+    /// The metadata that reads of grains depend on.
     pub(super) fn relied_on(&self) -> Reserved {
         Reserved::new([
             ("header", ByteRange::new(0, SECTOR)),
@@ -53,7 +53,7 @@ impl Geometry {
         ])
     }
 
-    /// What is no grain's.
+    /// The metadata outside of grain tables.
     fn reserved(&self) -> Reserved {
         let redundant = self.redundant.map(|start| self.directory_at(start));
         Reserved::new([
@@ -69,7 +69,7 @@ impl Geometry {
 }
 
 impl Occupied {
-    /// What the directories of extent `index` say.
+    /// Reads the metadata of extent `index`, with the table offsets in its directories.
     fn read(
         tables: &mut GrainTables,
         extents: &[Extent],
@@ -89,7 +89,7 @@ impl Occupied {
             let mut nth = 0;
             while nth < geometry.tables() {
                 let left = geometry.tables() - nth;
-                for entry in tables.words(extents, index, directory.saturating_add(nth * 4), left)? {
+                for entry in tables.entries(extents, index, directory.saturating_add(nth * 4), left)? {
                     nth += 1;
                     let offset = u64::from(entry) * SECTOR;
                     if offset == 0 {
@@ -112,13 +112,13 @@ impl Occupied {
         })
     }
 
-    /// Refuses to write a guest's bytes to `range`, where something else is.
+    /// Refuses guest data at `range` if it overlaps metadata.
     fn require_free(&self, range: ByteRange) -> Result<()> {
         self.reserved.require_outside("grain", range)?;
         self.tables.require_outside("grain", range)
     }
 
-    /// Refuses to make a file longer that was cut off: tables that are missing would seem to be there.
+    /// Refuses to extend a truncated file: missing tables would then read as zeroes, like allocated ones.
     fn require_whole(&self) -> Result<()> {
         match self.missing {
             None => Ok(()),
@@ -130,7 +130,7 @@ impl Occupied {
 }
 
 impl VmdkLayer {
-    /// What extent `index` has besides grains.
+    /// The metadata of extent `index`, read if it is not known yet.
     pub(super) fn occupied<'a>(
         &self,
         state: &'a mut State,
@@ -146,7 +146,7 @@ impl VmdkLayer {
         Ok((occupied.entry(index).or_insert(known), tables))
     }
 
-    /// Refuses to write to grains of extent `index` that are at `range`, where something else is.
+    /// Refuses grains of extent `index` at host range `range` if they overlap metadata.
     pub(super) fn require_grains(
         &self,
         state: &mut State,
@@ -160,7 +160,7 @@ impl VmdkLayer {
             .require_free(range)
     }
 
-    /// Refuses to make the file of extent `index` longer if it was cut off.
+    /// Refuses to extend the file of extent `index` if it was truncated.
     pub(super) fn require_whole(
         &self,
         state: &mut State,
@@ -171,8 +171,8 @@ impl VmdkLayer {
         self.occupied(state, extents, index, geometry)?.0.require_whole()
     }
 
-    /// Refuses to change the entry of `grain` if there is no table for it in a directory, if one is shared, or if what lies
-    /// there is none: where most entries make no sense, a directory's entry leads to a grain.
+    /// Refuses to change the entry of `grain` if a directory has no table for it, if the table is shared, or if it is
+    /// not a table: where most entries are invalid, the directory's entry refers to a grain.
     pub(super) fn require_table(
         &self,
         state: &mut State,
@@ -199,7 +199,7 @@ impl VmdkLayer {
         Ok(())
     }
 
-    /// Refuses to change a descriptor that is where something else is, too.
+    /// Refuses to change an embedded descriptor that overlaps other metadata.
     pub(super) fn require_descriptor(&self, state: &mut State) -> Result<()> {
         let extents = self.extents();
         let embedded = extents.first().filter(|extent| extent.kind.is_none());
@@ -227,12 +227,12 @@ impl Occupied {
         let (mut sense, mut nonsense, mut nth) = (0_u64, 0_u64, 0);
         while nth < geometry.entries {
             let left = geometry.entries - nth;
-            for entry in tables.words(extents, index, table + nth * 4, left)? {
+            for entry in tables.entries(extents, index, table + nth * 4, left)? {
                 nth += 1;
                 let Ok(Grain::At(offset)) = parse(entry.into(), geometry) else {
                     continue;
                 };
-                // Compressed grains may be short.
+                // The length of a compressed grain is not in the table.
                 let len = if geometry.compressed { 1 } else { geometry.grain };
                 let grain = ByteRange::at(offset, len);
                 if grain.end() <= end && self.require_free(grain).is_ok() {
@@ -251,8 +251,8 @@ impl Occupied {
     }
 }
 
-/// Refuses two grain tables for the same grains that mostly say different things: one of them is something else. A crash may
-/// leave a few entries that are in one of them only.
+/// Refuses two copies of a grain table that mostly differ: one of them is not a grain table. A few different entries
+/// may be left by a crash.
 fn require_agreement(
     tables: &mut GrainTables,
     extents: &[Extent],
@@ -262,7 +262,7 @@ fn require_agreement(
 ) -> Result<()> {
     let (mut same, mut different) = (0_u64, 0_u64);
     for nth in 0..geometry.entries {
-        let [first, second] = copies.map(|table| tables.word(extents, index, table + nth * 4));
+        let [first, second] = copies.map(|table| tables.entry(extents, index, table + nth * 4));
         match (first?, second?) {
             (0, 0) => {}
             (first, second) if first == second => same += 1,

@@ -1,11 +1,11 @@
-//! Growing, which the original cannot.
+//! Growing an image, which qemu-img does not support.
 //!
-//! The last extent grows as far as an extent of such an image goes: a flat one gets a longer file, a sparse one new
-//! directories (see `layout`). What is left goes to further extents, in new files.
+//! The last extent grows up to the extent limit of the create type: a flat extent gets a longer file, a sparse extent
+//! new directories (see `layout`). The rest of the new length goes to further extents, in new files.
 //!
-//! The new files come first. Then the last extent grows; the descriptor is changed last. Of a sparse extent it is the header
-//! that counts, and a flat one whose line is still the old one is as long as before. So a crash leaves the old disk, one that
-//! ends with the last of its old files, or the new one.
+//! The new files are written first, then the last extent grows, and the descriptor is changed last. The length of a
+//! sparse extent is that in its own header; a flat extent keeps its old length until its line changes. So a crash
+//! leaves the old disk, a disk that ends with the grown last extent, or the new disk.
 
 use std::sync::{Arc, PoisonError};
 
@@ -13,23 +13,23 @@ use diskimage_core::{Error, Preallocation, ResizeRequest, Result, errno};
 
 use super::create::{self, MAX_EXTENTS};
 use super::descriptor::{Descriptor, ExtentKind};
-use super::extent::{Extent, Place, beside};
+use super::extent::{Extent, Storage, beside};
 use super::header::{self, SECTOR};
 use super::layout::{Layout, zero_bytes};
 use super::{MAX_LEN, State, VmdkLayer};
 use crate::layer_kit::preallocation;
 
-/// What the extents become.
+/// The extents of the grown disk.
 struct Growth {
-    /// Which one grows.
+    /// The index of the extent that grows.
     index: usize,
-    /// How long it is then.
+    /// Its new length.
     len: u64,
-    /// Those that follow it then.
+    /// The new extents behind it.
     added: Vec<Added>,
 }
 
-/// An extent that is added.
+/// A new extent.
 struct Added {
     len: u64,
     /// Its name in the descriptor.
@@ -38,12 +38,12 @@ struct Added {
 }
 
 impl VmdkLayer {
-    /// Refuses what cannot be done, before anything has changed.
+    /// Refuses a request that cannot be carried out, before anything changes.
     pub(super) fn check_size(&self, request: &ResizeRequest) -> Result<()> {
         self.growth_into_parts(request).map(drop)
     }
 
-    /// What has to grow, with a file for each extent that is added.
+    /// The extents of the grown disk, once the request has a file for each new one.
     fn growth_into_parts(&self, request: &ResizeRequest) -> Result<Growth> {
         let growth = self.growth(request)?;
         if growth.added.len() != request.parts.len() {
@@ -54,7 +54,7 @@ impl VmdkLayer {
         Ok(growth)
     }
 
-    /// The paths of the files that growing needs.
+    /// The paths of the new files that the request needs.
     pub(super) fn added_parts(&self, request: &ResizeRequest) -> Result<Vec<String>> {
         let added = self.growth(request)?.added.into_iter();
         Ok(added.map(|extent| extent.path).collect())
@@ -76,10 +76,10 @@ impl VmdkLayer {
         let mut state = self.claims.wait_idle(|| self.lock());
         let prepared = make_added(&growth, last, request)
             .and_then(|added| Ok((added, self.grow_last(&mut state, &extents, &growth, request)?)));
-        let (added, place) = prepared.inspect_err(|_| {
-            // Nothing leads to them yet.
+        let (added, storage) = prepared.inspect_err(|_| {
+            // The descriptor does not refer to the new files yet.
             for part in &request.parts {
-                // The failure that led here is the one to report.
+                // The error that led here is the one to report.
                 let _ = part.resize(0, Preallocation::Off);
             }
         })?;
@@ -89,8 +89,8 @@ impl VmdkLayer {
         let mut grown = extents[..growth.index].to_vec();
         grown.push(Extent {
             len: growth.len,
-            relied_on: place.relied_on(),
-            place,
+            relied_on: storage.relied_on(),
+            storage,
             ..last.clone()
         });
         grown.extend(added);
@@ -98,26 +98,26 @@ impl VmdkLayer {
         Ok(())
     }
 
-    /// Makes the last extent longer. Where its bytes are then.
+    /// Makes the last extent longer, and returns its new storage.
     fn grow_last(
         &self,
         state: &mut State,
         extents: &[Extent],
         growth: &Growth,
         request: &ResizeRequest,
-    ) -> Result<Place> {
+    ) -> Result<Storage> {
         let (index, last) = last_of(extents)?;
-        if let Place::Sparse(geometry) = last.place {
+        if let Storage::Sparse(geometry) = last.storage {
             self.require_whole(state, extents, index, &geometry)?;
         }
         self.mark_changed(state)?;
-        match last.place {
-            Place::Flat { offset } => grow_flat(last, offset, growth.len, request.preallocation),
-            Place::Sparse(geometry) => self.grow_sparse(state, extents, index, &geometry, growth.len),
+        match last.storage {
+            Storage::Flat { offset } => grow_flat(last, offset, growth.len, request.preallocation),
+            Storage::Sparse(geometry) => self.grow_sparse(state, extents, index, &geometry, growth.len),
         }
     }
 
-    /// What has to grow, and how far.
+    /// Computes the extents of the grown disk.
     fn growth(&self, request: &ResizeRequest) -> Result<Growth> {
         let extents = self.extents();
         let (index, last) = last_of(&extents)?;
@@ -133,12 +133,12 @@ impl VmdkLayer {
         let kind = self.descriptor.create_type.as_deref().unwrap_or_default();
         let limit = create::extent_limit(kind).unwrap_or(u64::MAX).max(last.len);
         let len = (request.len - last.start).min(limit);
-        match (last.place, request.preallocation) {
-            (Place::Flat { .. }, Preallocation::Metadata) => {
+        match (last.storage, request.preallocation) {
+            (Storage::Flat { .. }, Preallocation::Metadata) => {
                 return Err(preallocation::unsupported(request.preallocation));
             }
-            (Place::Flat { .. }, _) => {}
-            (Place::Sparse(geometry), mode) => {
+            (Storage::Flat { .. }, _) => {}
+            (Storage::Sparse(geometry), mode) => {
                 preallocation::require_off(mode)?;
                 Layout::of(&geometry, self.lock().end(index, last)?, len)?;
             }
@@ -150,7 +150,7 @@ impl VmdkLayer {
         Ok(growth)
     }
 
-    /// The extents that take `len` bytes behind those there are.
+    /// The new extents for `len` bytes behind the present ones.
     fn added(&self, extents: &[Extent], len: u64) -> Result<Vec<Added>> {
         let kind = self.descriptor.create_type.as_deref().unwrap_or_default();
         let Some(limit) = create::extent_limit(kind).filter(|_| len > 0) else {
@@ -169,7 +169,7 @@ impl VmdkLayer {
         if before + len.div_ceil(limit) > MAX_EXTENTS {
             return Err(Error::from_errno(errno::EFBIG));
         }
-        // As the descriptor has it, which the name of the open file need not show.
+        // The name in the descriptor; that of the open file may differ.
         let lines = Descriptor::parse(&self.read_descriptor()?)?.extents;
         let name = lines.last().map_or("", |line| line.name.as_str());
         let mut left = len;
@@ -190,7 +190,7 @@ impl VmdkLayer {
 }
 
 impl Growth {
-    /// The descriptor of a disk of `disk` bytes, the last extent of which was `last`.
+    /// The descriptor of the grown disk of `disk` bytes, whose last extent was `last` before.
     fn descriptor(&self, old: &[u8], disk: u64, last: &Extent) -> Vec<u8> {
         let is_flat = last.geometry().is_none();
         let lines = self.added.iter();
@@ -206,24 +206,24 @@ fn make_added(growth: &Growth, last: &Extent, request: &ResizeRequest) -> Result
     let mut start = last.start + growth.len;
     let mut extents = Vec::new();
     for (added, device) in growth.added.iter().zip(&request.parts) {
-        let (kind, place) = match last.geometry() {
+        let (kind, storage) = match last.geometry() {
             None => {
                 device.resize(added.len, request.preallocation)?;
-                (ExtentKind::Flat, Place::Flat { offset: 0 })
+                (ExtentKind::Flat, Storage::Flat { offset: 0 })
             }
             Some(geometry) => {
                 let zeroed_grain = geometry.form == header::Form::Hosted { zeroed_grain: true };
                 create::write_sparse(&**device, added.len / SECTOR, zeroed_grain, false)?;
                 let hosted = header::Hosted::read(&**device)?;
-                (ExtentKind::Sparse, Place::Sparse(hosted.geometry))
+                (ExtentKind::Sparse, Storage::Sparse(hosted.geometry))
             }
         };
         device.flush()?;
         extents.push(Extent {
             start,
             len: added.len,
-            relied_on: place.relied_on(),
-            place,
+            relied_on: storage.relied_on(),
+            storage,
             device: Arc::clone(device),
             name: added.path.clone(),
             kind: Some(kind),
@@ -239,7 +239,8 @@ fn last_of(extents: &[Extent]) -> Result<(usize, &Extent)> {
 }
 
 impl State {
-    /// Where all that the file of an extent holds ends, or will end once it is written. What ends a stream is not counted.
+    /// The end of the contents of an extent's file, with the grains that are allocated and not yet written. An
+    /// end-of-stream marker is not counted.
     pub(super) fn end(&self, index: usize, extent: &Extent) -> Result<u64> {
         let free = self.free.get(index);
         let free = *free.ok_or_else(|| Error::from_errno(errno::EIO))?;
@@ -250,17 +251,17 @@ impl State {
     }
 }
 
-fn grow_flat(extent: &Extent, offset: u64, len: u64, mode: Preallocation) -> Result<Place> {
+fn grow_flat(extent: &Extent, offset: u64, len: u64, mode: Preallocation) -> Result<Storage> {
     let end = offset
         .checked_add(len)
         .ok_or_else(|| Error::from_errno(errno::EFBIG))?;
     let old_end = offset.saturating_add(extent.len);
     let there = extent.device.len();
-    // What the file has behind the disk must not become part of it.
+    // Bytes behind the old end of the disk must not become guest data.
     zero_bytes(&*extent.device, old_end..end)?;
     if there < end {
         extent.device.resize(end, mode)?;
     }
     extent.device.flush()?;
-    Ok(Place::Flat { offset })
+    Ok(Storage::Flat { offset })
 }

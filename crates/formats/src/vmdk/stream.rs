@@ -4,9 +4,10 @@
 //!   |sector of the disk: 8|length: 4|zlib stream|padding to a sector|
 //! ```
 //!
-//! A grain is written once, after all others; the tables in front of the grains lead to it. A sector of zeroes, the
-//! end-of-stream marker, comes last. With the directory in front there is no footer; images that others made with the
-//! directory behind the grains are read by their footer, which the header replaces before they are written to.
+//! A grain is written once, behind all others; tables in front of the grains map it. A sector of zeroes, the
+//! end-of-stream marker, comes last. New images have the directory in front and no footer. Images of other programs may
+//! have it behind the grains, with its offset in a footer; the footer's fields are copied to the header before such an
+//! image is written to.
 
 use std::sync::Arc;
 
@@ -24,7 +25,7 @@ use crate::codec::deflate;
 /// Bytes in front of a grain.
 const MARKER: usize = 12;
 
-/// How much a grain takes at most: what does not compress gets a little longer.
+/// The most bytes of a compressed grain that are accepted; incompressible data grows, but by less.
 pub(super) fn most_stored(geometry: &Geometry) -> u64 {
     MARKER as u64 + geometry.grain * 2
 }
@@ -37,12 +38,12 @@ pub(super) fn encoder(image: &VmdkLayer) -> Result<Box<dyn Encoder>> {
     Ok(if image.compressed {
         Box::new(deflate::StreamEncoder::new())
     } else {
-        // As the original takes it: the grains of these images are as they are.
+        // As in qemu-img, a compressed write to an image without compressed grains stores plain grains.
         Box::new(AsItIs)
     })
 }
 
-/// Leaves clusters as they are.
+/// Leaves clusters uncompressed.
 struct AsItIs;
 
 impl Encoder for AsItIs {
@@ -52,7 +53,7 @@ impl Encoder for AsItIs {
     }
 }
 
-/// How long the compressed grain at `offset` is with the marker in front, as that says.
+/// Bytes of the compressed grain at `offset`, with the marker in front, which has the length.
 pub(super) fn stored_len(device: &dyn Device, offset: u64) -> Result<u64> {
     let mut marker = [0; MARKER];
     device.read_padded(&mut marker, offset)?;
@@ -106,7 +107,7 @@ impl VmdkLayer {
         self.append(&mut state, grain, bytes)
     }
 
-    /// Stores the last grain of a disk in another place, with zeroes behind the first `used` of its bytes.
+    /// Stores the last grain of a disk again, at a new offset, with zeroes behind its first `used` bytes.
     pub(super) fn encode_again(&self, state: &mut State, grain: u64, offset: u64, used: u64) -> Result<()> {
         let extents = self.extents();
         let geometry = stream_of(&extents)?.1;
@@ -123,7 +124,7 @@ impl VmdkLayer {
         self.append(state, grain, &out)
     }
 
-    /// Stores the encoded form of a grain behind all others, and has the tables lead to it.
+    /// Stores an encoded grain behind all others, and enters it in the tables.
     fn append(&self, state: &mut State, grain: u64, bytes: &[u8]) -> Result<()> {
         let extents = self.extents();
         let (extent, geometry) = stream_of(&extents)?;
@@ -144,7 +145,7 @@ impl VmdkLayer {
         state.tables.set(&extents, 0, &geometry, grain, entry)
     }
 
-    /// Makes grains zero: those that are not there read as zero if no image below has them.
+    /// Zeroes grains. Without a backing image, unallocated grains read as zero already.
     pub(super) fn zero_grains_encoded(&self, range: ByteRange) -> Result<()> {
         let extents = self.extents();
         let (extent, geometry) = stream_of(&extents)?;
@@ -164,10 +165,9 @@ impl VmdkLayer {
         Ok(())
     }
 
-    /// Finds out where the next grain goes, before the first one is written: over what ends the stream.
+    /// Finds the offset of the next grain before the first write: that of the end-of-stream marker or the footer.
     ///
-    /// A directory behind the grains is found by the footer, at the end of the file, where it will not be any more. So
-    /// the header says from now on where the directory is.
+    /// New grains overwrite the footer, so the directory's offset is copied from it to the header first.
     pub(super) fn continue_stream(&self, state: &mut State) -> Result<()> {
         let extents = self.extents();
         let (extent, geometry) = stream_of(&extents)?;
@@ -200,7 +200,7 @@ impl VmdkLayer {
     }
 }
 
-/// Where the last grain or table of a stream ends, if that can be told; what is not in the file does not count.
+/// The end of the last grain or table of a stream, rounded up to whole sectors.
 fn stream_end(state: &mut State, extents: &[Extent], geometry: &Geometry) -> Result<u64> {
     let (extent, _) = stream_of(extents)?;
     let tables = geometry.tables();
@@ -208,7 +208,11 @@ fn stream_end(state: &mut State, extents: &[Extent], geometry: &Geometry) -> Res
     for directory in geometry.directories() {
         end = end.max(directory.saturating_add(tables * 4));
         for nth in 0..tables {
-            let table = u64::from(state.tables.word(extents, 0, directory.saturating_add(nth * 4))?) * SECTOR;
+            let table = u64::from(
+                state
+                    .tables
+                    .entry(extents, 0, directory.saturating_add(nth * 4))?,
+            ) * SECTOR;
             if table > 0 {
                 end = end.max(table.saturating_add(geometry.entries * 4));
             }
@@ -229,7 +233,7 @@ fn stream_end(state: &mut State, extents: &[Extent], geometry: &Geometry) -> Res
     Ok(end.checked_next_multiple_of(SECTOR).unwrap_or(u64::MAX))
 }
 
-/// Sets aside where the bytes of `range`, which has to be whole grains, go until they are encoded.
+/// Plans a write to `range`, which has to be whole grains. The data is staged in memory until it is encoded.
 pub(super) fn plan(image: &VmdkLayer, range: ByteRange) -> Result<Box<dyn WritePlan + '_>> {
     let extents = image.extents();
     let (extent, geometry) = stream_of(&extents)?;
@@ -250,8 +254,8 @@ pub(super) fn plan(image: &VmdkLayer, range: ByteRange) -> Result<Box<dyn WriteP
 
 /// Whole grains that are about to be encoded.
 ///
-/// No [`AllocatingPlan`](crate::layer_kit::allocating_plan::AllocatingPlan): where a grain goes follows from its encoded
-/// length, so it is allocated when it is committed, and nothing has to be claimed or freed before.
+/// Not an [`AllocatingPlan`](crate::layer_kit::allocating_plan::AllocatingPlan): the storage of a grain depends on
+/// encoded lengths, so it is allocated by `commit`, and nothing has to be claimed or freed before.
 struct Staged<'a> {
     image: &'a VmdkLayer,
     geometry: Geometry,
@@ -272,26 +276,24 @@ impl WritePlan for Staged<'_> {
         let mut rest = guest;
         while !rest.is_empty() {
             // The last grain may end with the disk.
-            let piece = rest.first(self.geometry.grain);
+            let part = rest.first(self.geometry.grain);
             grain.fill(0);
-            self.staged.read_at(
-                &mut grain[..to_index(piece.len())?],
-                piece.start() - guest.start(),
-            )?;
+            self.staged
+                .read_at(&mut grain[..to_index(part.len())?], part.start() - guest.start())?;
             encoder.encode(&grain, &mut out)?;
-            self.image.append_grain(piece.start(), &out)?;
-            rest = rest.skip(piece.len());
+            self.image.append_grain(part.start(), &out)?;
+            rest = rest.skip(part.len());
         }
         Ok(())
     }
 }
 
-/// The error of grains that would be written twice.
+/// The error for a grain that is already allocated: compressed grains are written once.
 fn already_there() -> Error {
     Error::invalid("Could not write to allocated cluster for streamOptimized").report_then(errno::EIO)
 }
 
-/// Only whole grains that are not there yet have a place. The first one of `range` that has none decides what is wrong.
+/// Refuses partial and allocated grains. The first such grain of `range` decides on the error.
 fn require_writable(image: &VmdkLayer, extent: &Extent, geometry: &Geometry, range: ByteRange) -> Result<()> {
     let in_part = || Error::from_errno(errno::EINVAL);
     let whole = |at: u64| at.is_multiple_of(geometry.grain);
@@ -312,7 +314,7 @@ fn require_writable(image: &VmdkLayer, extent: &Extent, geometry: &Geometry, ran
     Ok(())
 }
 
-/// The extent of an image with compressed grains, which has no other if it is written to.
+/// The first extent, which has to be compressed. A compressed image that is open for writing has no other extent.
 fn stream_of(extents: &[Extent]) -> Result<(&Extent, Geometry)> {
     let extent = extents.first();
     extent

@@ -4,9 +4,9 @@
 //!   grain directory ──► grain tables ──► grains
 //! ```
 //!
-//! Dirty pages stay in memory until [`GrainTables::write_back`], which makes the grains durable first: a crash leaves what
-//! tables said before, and at worst grains that nothing refers to. Only dirty sectors are written, since a page may hold a
-//! guest's bytes next to a table.
+//! Dirty pages stay in memory until [`GrainTables::write_back`], which makes the grains durable first: a crash leaves
+//! the old entries, and at worst grains that nothing refers to. Only dirty sectors are written, since a page may hold
+//! guest data next to a table.
 
 use diskimage_core::{ByteRange, Device, Error, Event, Result, errno, is_zero, to_index};
 
@@ -30,19 +30,19 @@ impl Default for GrainTables {
     }
 }
 
-/// What a grain table says of grains.
+/// The state of a grain, as its entry in the grain table gives it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Grain {
-    /// The image below has it.
+    /// It reads from the backing image.
     Unallocated,
     /// It reads as zero.
     Zero,
-    /// It is at this offset of the file, compressed or as it is.
+    /// It is stored at this host offset, compressed or plain.
     At(u64),
 }
 
 impl Grain {
-    /// Whether `next` goes on after `count` grains like this.
+    /// Whether `next` extends a run of `count` grains that begins with this one.
     fn continues(self, next: Self, count: u64, grain: u64) -> bool {
         match (self, next) {
             (Self::At(first), Self::At(offset)) => {
@@ -54,8 +54,8 @@ impl Grain {
 }
 
 impl GrainTables {
-    /// What the tables of extent `index` say of the grains `grains.start()..grains.end()`: of the first, and of how many
-    /// they say the same. Compressed grains come one by one.
+    /// The state of the first grain of `grains`, a range of grain numbers of extent `index`, and the number of grains
+    /// in the run that begins there. A run of compressed grains has one grain.
     pub(super) fn scan(
         &mut self,
         extents: &[Extent],
@@ -66,7 +66,7 @@ impl GrainTables {
         let mut found: Option<Grain> = None;
         let mut at = grains.start();
         while at < grains.end() {
-            // As far as one page of one grain table goes.
+            // Each round reads up to the end of a page or of a grain table.
             let table_end = (at / geometry.entries + 1).saturating_mul(geometry.entries);
             let end = table_end.min(grains.end());
             let Some(table) = self.table(extents, index, geometry, geometry.directory, at)? else {
@@ -89,7 +89,7 @@ impl GrainTables {
                 at += count;
                 continue;
             }
-            for (entry, nth) in entries.chunks_exact(usize::try_from(size).unwrap_or(8)).zip(0..) {
+            for (entry, nth) in entries.chunks_exact(to_index(size)?).zip(0..) {
                 let grain = parse(number(entry), geometry)?;
                 match found {
                     None => found = Some(grain),
@@ -107,7 +107,7 @@ impl GrainTables {
         Ok((found.unwrap_or(Grain::Unallocated), grains.len()))
     }
 
-    /// Has the tables of extent `index` say that grain `grain` is at `offset`, or is zero; both copies, if there are two.
+    /// Sets the entry of grain `grain` of extent `index`; in both copies of the table, if there are two.
     pub(super) fn set(
         &mut self,
         extents: &[Extent],
@@ -127,7 +127,7 @@ impl GrainTables {
     /// The offset of the grain table for `grain`.
     ///
     /// # Errors
-    /// There is none.
+    /// The table is not allocated.
     pub(super) fn require_table(
         &mut self,
         extents: &[Extent],
@@ -140,7 +140,7 @@ impl GrainTables {
         table.ok_or_else(|| Error::from_errno(errno::EINVAL))
     }
 
-    /// Writes back all dirty pages, after making durable what they refer to.
+    /// Writes back all dirty pages, once the grains that they refer to are durable.
     pub(super) fn write_back(&mut self, extents: &[Extent]) -> Result<()> {
         let mut dirty: Vec<usize> = self.0.dirty_pages().map(|page| page.address.device).collect();
         dirty.dedup();
@@ -174,7 +174,7 @@ impl GrainTables {
         match geometry.form {
             Form::SeSparse { .. } if entry == 0 => Ok(None),
             Form::SeSparse { tables, .. } => {
-                // The upper half says that there is one, the lower half which.
+                // The upper half marks the table as allocated, the lower half is its number.
                 if entry >> 32 != SESPARSE_TABLE {
                     return Err(Error::from_errno(errno::EIO));
                 }
@@ -190,7 +190,8 @@ impl GrainTables {
         }
     }
 
-    /// How many tables from that for `grain` on, which is missing, are missing as far as one look at the directory tells.
+    /// A lower bound for the run of unallocated tables that begins with the table for `grain`, from one page of the
+    /// directory.
     fn missing_tables(
         &mut self,
         extents: &[Extent],
@@ -210,7 +211,7 @@ impl GrainTables {
         })
     }
 
-    /// Up to `len` bytes from `offset` on, as far as one page goes; at least an entry of `size` bytes.
+    /// Up to `len` bytes from `offset` on, which end with the page; at least an entry of `size` bytes.
     fn bytes(&mut self, extents: &[Extent], index: usize, offset: u64, size: u64, len: u64) -> Result<&[u8]> {
         let (slot, from) = self.page(extents, index, offset, size)?;
         let bytes = &self.0.bytes(slot)[from..];
@@ -219,13 +220,13 @@ impl GrainTables {
     }
 
     /// The entry of four bytes at `offset`.
-    pub(super) fn word(&mut self, extents: &[Extent], index: usize, offset: u64) -> Result<u32> {
+    pub(super) fn entry(&mut self, extents: &[Extent], index: usize, offset: u64) -> Result<u32> {
         let bytes = self.bytes(extents, index, offset, 4, 4)?;
         u32::try_from(number(bytes)).map_err(|_| Error::from_errno(errno::EIO))
     }
 
     /// Up to `count` entries of four bytes from `offset` on, at least one.
-    pub(super) fn words(
+    pub(super) fn entries(
         &mut self,
         extents: &[Extent],
         index: usize,
@@ -233,11 +234,11 @@ impl GrainTables {
         count: u64,
     ) -> Result<impl Iterator<Item = u32>> {
         let bytes = self.bytes(extents, index, offset, 4, count.saturating_mul(4))?;
-        let (words, _) = bytes.as_chunks();
-        if words.is_empty() {
+        let (entries, _) = bytes.as_chunks();
+        if entries.is_empty() {
             return Err(Error::from_errno(errno::EIO));
         }
-        Ok(words.iter().map(|word| u32::from_le_bytes(*word)))
+        Ok(entries.iter().map(|entry| u32::from_le_bytes(*entry)))
     }
 
     /// Changes the entry of four bytes at `offset`.
@@ -248,7 +249,7 @@ impl GrainTables {
         Ok(())
     }
 
-    /// The slot of the page with the entry of `size` bytes at `offset`, and where in it that is.
+    /// The slot of the page with the entry of `size` bytes at `offset`, and the entry's index in the page.
     fn page(&mut self, extents: &[Extent], index: usize, offset: u64, size: u64) -> Result<(usize, usize)> {
         let device = device_of(extents, index)?;
         device.require(offset, size)?;
@@ -277,7 +278,7 @@ impl GrainTables {
     }
 }
 
-/// Reads what of `page` has not been read and what `device` has by now.
+/// Reads the bytes of `page` that are not valid yet and that `device` has by now.
 fn load_rest(page: &mut Page, device: &dyn Device) -> Result<()> {
     let start = page.address.offset;
     let valid = device.len().saturating_sub(start);
@@ -289,7 +290,7 @@ fn load_rest(page: &mut Page, device: &dyn Device) -> Result<()> {
     Ok(())
 }
 
-/// What the upper half of an entry of such a directory is where there is a table.
+/// The upper half of a directory entry of an seSparse extent whose table is allocated.
 const SESPARSE_TABLE: u64 = 0x1000_0000;
 
 /// An entry of 32 or 64 bits.
@@ -300,7 +301,7 @@ fn number(entry: &[u8]) -> u64 {
         .fold(0, |number, byte| number << 8 | u64::from(*byte))
 }
 
-/// What an entry of a grain table says.
+/// Decodes an entry of a grain table.
 pub(super) fn parse(entry: u64, geometry: &Geometry) -> Result<Grain> {
     match geometry.form {
         Form::Hosted { zeroed_grain: true } if entry == 1 => Ok(Grain::Zero),
@@ -308,7 +309,7 @@ pub(super) fn parse(entry: u64, geometry: &Geometry) -> Result<Grain> {
             0 => Grain::Unallocated,
             sector => Grain::At(sector * SECTOR),
         }),
-        // The highest four bits say what it is, the next twelve are the lowest of the grain's number.
+        // Bits 60..64 are the type, bits 48..60 the low 12 bits of the grain's number, bits 0..48 its high bits.
         Form::SeSparse { grains, .. } => match entry >> 60 {
             0 if entry == 0 => Ok(Grain::Unallocated),
             1 | 2 => Ok(Grain::Zero),

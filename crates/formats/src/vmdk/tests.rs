@@ -15,7 +15,7 @@ use proptest::prelude::*;
 use super::Vmdk;
 use crate::testing::contents;
 
-/// Files by name; one that is asked for and not there is made.
+/// Files by name; a missing file is created when it is opened.
 #[derive(Debug, Default)]
 struct Files(Mutex<HashMap<String, Arc<MemoryDevice>>>);
 
@@ -47,7 +47,7 @@ impl Files {
         open_on(self.file("disk.vmdk"), self, write)
     }
 
-    /// Gives the disk more room, in further files if need be.
+    /// Grows the disk, in further files if they are needed.
     fn grow(&self, image: &Image, len: u64) -> Result<()> {
         let mut request = ResizeRequest::new(len, Preallocation::Off);
         for part in image.layer().new_parts(&request)? {
@@ -68,7 +68,7 @@ impl Gate for Files {
     }
 }
 
-/// The same files; one that is not there is missing.
+/// The same files; opening a missing one is an error.
 struct Existing<'a>(&'a Files);
 
 impl Gate for Existing<'_> {
@@ -115,7 +115,7 @@ fn step() -> impl Strategy<Value = Step> {
     prop_oneof![
         (range.clone(), 1..255_u8).prop_map(|((at, len), byte)| Step::Write(at, len, byte)),
         range.prop_map(|(at, len)| Step::Zero(at, len)),
-        // Some need another grain table.
+        // Some sizes need another grain table.
         prop_oneof![0..300_usize, 65_000..70_000_usize].prop_map(Step::Grow),
         Just(Step::Reopen),
     ]
@@ -149,7 +149,7 @@ fn give_footer(file: &MemoryDevice) {
     if header[56..64] == [0xff; 8] {
         return;
     }
-    // In place of the marker of the end, if there is one yet.
+    // Instead of the end-of-stream marker, if there is one yet.
     let over_head = u64::from(header[64]) * 512;
     let end = over_head.max(file.len() - 512);
     let mut tail = [0; 3 * 512];
@@ -160,7 +160,7 @@ fn give_footer(file: &MemoryDevice) {
     file.write_at(&header, 0).expect("has one");
 }
 
-/// The disk as those find it who read the grains one after the other; nothing if no grain was ever written.
+/// The disk as a sequential reader of the stream decodes it; empty if no grain was ever written.
 fn read_as_stream(file: &[u8], len: usize) -> Option<Vec<u8>> {
     let number = |at: usize, len: usize| {
         let bytes = file[at..at + len].iter().rev();
@@ -295,7 +295,7 @@ proptest! {
             }
         }
         for write in [false, true] {
-            // Any error will do.
+            // Any error is right.
             let Ok(image) = files.open(write) else { continue };
             let mut buf = vec![0; 4096];
             let end = image.len();
@@ -323,7 +323,7 @@ fn what_was_flushed_survives_crashes() {
         let journal: Arc<Journal> = Arc::default();
         let device: Arc<dyn Device> = Arc::new(RecordingDevice::new(before.clone(), 0, &journal));
         let image = open_on(device, &files, true).expect("opens");
-        // A position of the journal, and what is certain to be there from then on.
+        // A position in the journal, and the data that is durable from then on.
         let mut flushed = vec![(0, Vec::new())];
         let mut written = Vec::new();
         for (nth, offset) in [0_u64, 70_000, 300_000, 1000].into_iter().enumerate() {
@@ -343,7 +343,7 @@ fn what_was_flushed_survives_crashes() {
                 .expect("is sound after a crash");
             let known = flushed.partition_point(|(position, _)| *position <= crash.position);
             for (offset, byte) in &flushed[known - 1].1 {
-                // The last write is over part of the first.
+                // The last write overwrites part of the first.
                 let (mut buf, at) = (vec![0; 900], *offset);
                 image.read_at(&mut buf, at).expect("reads");
                 assert_eq!(buf, vec![*byte; 900], "{} {}", crash.position, crash.kept);
@@ -398,7 +398,7 @@ fn a_disk_that_grows_survives_crashes() {
 }
 
 #[test]
-fn a_disk_in_pieces_goes_on_in_further_files() {
+fn a_disk_in_several_files_goes_on_in_further_files() {
     let files = Files::default();
     files
         .create("subformat=twoGbMaxExtentSparse,zeroed_grain=on", 1 << 20)
@@ -447,7 +447,7 @@ fn a_disk_in_pieces_goes_on_in_further_files() {
 }
 
 #[test]
-fn a_disk_in_pieces_that_grows_survives_crashes() {
+fn a_disk_in_several_files_that_grows_survives_crashes() {
     let files = Files::default();
     files
         .create("subformat=twoGbMaxExtentSparse", 1 << 20)
@@ -477,11 +477,11 @@ fn a_disk_in_pieces_that_grows_survives_crashes() {
         }
         lens.insert(image.len());
     });
-    // The disk that there was, that up to the end of its file, the whole one.
+    // The old disk, the disk up to the end of the grown extent, the new disk.
     assert_eq!(lens.into_iter().collect::<Vec<_>>(), [1 << 20, 2 << 30, 3 << 30]);
 }
 
-/// Files that are there already.
+/// Files that exist already.
 struct Present(HashMap<String, Arc<dyn Device>>);
 
 impl Present {
@@ -489,7 +489,7 @@ impl Present {
         Self(names.iter().map(|name| (*name).to_owned()).zip(files).collect())
     }
 
-    /// With these contents, and `journal` learns what is written.
+    /// Files with these contents, whose writes `journal` records.
     fn recorded(names: &[&str], before: &[Vec<u8>], journal: &Arc<Journal>) -> Self {
         let files = before.iter().enumerate();
         let record = |(nth, bytes): (usize, &Vec<u8>)| {
@@ -498,7 +498,7 @@ impl Present {
         Self::new(names, files.map(record))
     }
 
-    /// As a crash has left them.
+    /// Files as a crash left them.
     fn left(names: &[&str], files: &[Vec<u8>]) -> Self {
         let file = |bytes: &Vec<u8>| Arc::new(MemoryDevice::new(bytes.clone())) as Arc<dyn Device>;
         Self::new(names, files.iter().map(file))
@@ -580,7 +580,7 @@ fn compressed_grains_are_written_once() {
     assert!(image.write_at(&[1; 512], 0).is_err(), "no part of a grain");
     image.flush().expect("flushes");
     let file = files.file("disk.vmdk").contents();
-    // What reads the file as a stream finds the grains in the disk's order, and the end.
+    // A sequential reader finds the grains in disk order, and the end-of-stream marker.
     let mut at = 65536;
     for sector in [128_u64, 384] {
         assert_eq!(file[at..at + 8], sector.to_le_bytes());
@@ -688,11 +688,11 @@ fn what_is_made_is_recognised() {
 }
 
 /// The number of four bytes at `at`.
-fn word(bytes: &[u8], at: usize) -> u32 {
+fn number_at(bytes: &[u8], at: usize) -> u32 {
     u32::from_le_bytes(*bytes[at..].first_chunk().expect("inside"))
 }
 
-/// A disk with the first two grains and one under the second table, and where its directories are.
+/// A disk with the first two grains and one grain of the second table, and the offsets of its directories.
 fn three_grains(options: &str) -> (Files, [usize; 2]) {
     let files = Files::default();
     files.create(options, 40 << 20).expect("creates");
@@ -702,7 +702,7 @@ fn three_grains(options: &str) -> (Files, [usize; 2]) {
     }
     image.flush().expect("flushes");
     let bytes = files.file("disk.vmdk").contents();
-    let directories = [48, 56].map(|at| usize::try_from(word(&bytes, at)).expect("small") * 512);
+    let directories = [48, 56].map(|at| usize::try_from(number_at(&bytes, at)).expect("small") * 512);
     (files, directories)
 }
 
@@ -711,12 +711,12 @@ fn nothing_is_written_where_tables_are_or_seem_to_be() {
     for options in ["", "zeroed_grain=on"] {
         let (files, [redundant, directory]) = three_grains(options);
         let good = files.file("disk.vmdk").contents();
-        let table = |at: usize| usize::try_from(word(&good, at)).expect("small") * 512;
+        let table = |at: usize| usize::try_from(number_at(&good, at)).expect("small") * 512;
         let (first, second) = (table(directory), table(directory + 4));
-        let grain = word(&good, first);
+        let grain = number_at(&good, first);
         let sector = |at: usize| u32::try_from(at / 512).expect("small");
         for (at, entry, guest) in [
-            // Grains: the descriptor, a directory, either table, the own one.
+            // The grain's entry refers to the descriptor, a directory, either table, its own table.
             (first, 1, 0),
             (first, 2, 0),
             (first, sector(directory), 0),
@@ -724,7 +724,7 @@ fn nothing_is_written_where_tables_are_or_seem_to_be() {
             (first, sector(first), 0),
             (first, sector(second), 0),
             (first, sector(table(redundant)), 0),
-            // Tables: the header, the directory, a grain, another one's table.
+            // The table's entry refers to the header, the directory, a grain, the other table.
             (directory, sector(directory), 3 * GRAIN),
             (directory, grain, 3 * GRAIN),
             (directory, sector(second), 3 * GRAIN),
@@ -754,7 +754,7 @@ fn a_descriptor_ends_where_its_text_does() {
     let (files, _) = three_grains("");
     let mut bytes = files.file("disk.vmdk").contents();
     let len = bytes.len();
-    // The header has it reach into the directories, then to behind the first grain from where there is none.
+    // In the header, the descriptor's range overlaps the directories; then it spans the first grain.
     for (offset, sectors) in [(1, 2000), (1, 21), (0, 20)] {
         let mut bad = bytes.clone();
         bad[28..36].copy_from_slice(&u64::to_le_bytes(offset));
@@ -765,7 +765,7 @@ fn a_descriptor_ends_where_its_text_does() {
         assert!(written.is_err(), "{sectors} sectors at {offset}");
         assert!(file.contents() == bad, "{sectors} sectors at {offset}");
     }
-    // A descriptor behind all else, with room over a grain behind it.
+    // The descriptor's range is behind all else, and spans a grain.
     let text = bytes[512..21 * 512].to_vec();
     bytes.extend_from_slice(&text);
     bytes.extend_from_slice(&[0x66; 65536]);

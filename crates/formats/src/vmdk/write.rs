@@ -1,7 +1,7 @@
-//! New places for guest bytes.
+//! Allocation of grains, and writes of zeroes.
 //!
-//! Flat extents have a place for everything. A grain of a sparse one that is not there yet goes to the end of its file:
-//! the caller writes it, and `commit` puts it into the tables.
+//! Flat extents have storage for the whole disk. An unallocated grain of a sparse extent is allocated at the end of the
+//! file: the caller writes it, and `commit` enters it in the tables.
 
 use std::ops::Range;
 use std::sync::{Arc, MutexGuard};
@@ -10,35 +10,35 @@ use diskimage_core::{ByteRange, Error, Result, WritePlan, WriteRun, ZeroMode, er
 
 use super::header::{Form, Geometry, SECTOR};
 use super::tables::Grain;
-use super::{Extent, Place, State, VmdkLayer, extent, stream};
+use super::{Extent, State, Storage, VmdkLayer, extent, stream};
 use crate::layer_kit::allocating_plan::{AllocatingPlan, Allocator};
 use crate::layer_kit::range_claims::{Access, RangeClaims};
 
-/// Sets aside where the bytes of `range` go.
+/// Allocates storage for `range`.
 pub(super) fn plan(image: &VmdkLayer, range: ByteRange) -> Result<Box<dyn WritePlan + '_>> {
     if image.compressed {
         return stream::plan(image, range);
     }
     let cover = cover(&image.extents(), range)?;
     let plan = AllocatingPlan::new(image, cover, |state, plan| {
-        // With the claim: the disk may have grown while it was waited for.
+        // Only now that the range is claimed: the disk may have grown while this request waited.
         let extents = image.extents();
-        for piece in extent::pieces(&extents, range) {
-            let (index, extent, piece) = piece?;
-            match extent.place {
-                Place::Flat { offset } => plan.add_run(WriteRun {
-                    guest: piece,
+        for part in extent::split(&extents, range) {
+            let (index, extent, part) = part?;
+            match extent.storage {
+                Storage::Flat { offset } => plan.add_run(WriteRun {
+                    guest: part,
                     device: Arc::clone(&extent.device),
-                    offset: offset + extent.within(piece.start()),
+                    offset: offset + extent.within(part.start()),
                 }),
-                Place::Sparse(geometry) => {
+                Storage::Sparse(geometry) => {
                     let sparse = Sparse {
                         image,
                         extents: &extents,
                         index,
                         geometry,
                     };
-                    sparse.draft(state, plan, piece)?;
+                    sparse.draft(state, plan, part)?;
                 }
             }
         }
@@ -55,7 +55,7 @@ pub(super) struct NewGrains {
     offset: u64,
 }
 
-/// The sparse extent that a part of a write goes to.
+/// A sparse extent that a write touches.
 struct Sparse<'a> {
     image: &'a VmdkLayer,
     extents: &'a [Extent],
@@ -109,7 +109,7 @@ impl Sparse<'_> {
         Ok(())
     }
 
-    /// Allocates storage in one piece for grains: its offset.
+    /// Allocates contiguous storage for grains, and returns its host offset.
     fn allocate(&self, state: &mut State, grains: Range<u64>) -> Result<u64> {
         let (image, extents, index, geometry) = (self.image, self.extents, self.index, &self.geometry);
         for table in grains.start / geometry.entries..=(grains.end - 1) / geometry.entries {
@@ -131,7 +131,7 @@ impl Sparse<'_> {
     }
 }
 
-/// The grains that `range` touches, as bytes of the disk.
+/// `range`, in guest offsets, rounded out to whole grains.
 fn cover(extents: &[Extent], range: ByteRange) -> Result<ByteRange> {
     let round = |guest: u64, up: bool| -> Result<u64> {
         let (_, extent) = extent::at(extents, guest)?;
@@ -162,7 +162,7 @@ impl Allocator for VmdkLayer {
 
     fn publish(&self, state: &mut State, changes: &mut Vec<NewGrains>) -> Result<()> {
         let extents = self.extents();
-        // After a failure, tables may lead to any of them.
+        // All changes are taken first: after a failure tables may refer to any of the grains, so none may be freed.
         for grains in std::mem::take(changes) {
             let geometry = extents.get(grains.extent).and_then(Extent::geometry);
             let geometry = geometry.ok_or_else(|| Error::from_errno(errno::EIO))?;
@@ -177,7 +177,7 @@ impl Allocator for VmdkLayer {
         Ok(())
     }
 
-    /// Frees what nothing was allocated behind: the rest leaks.
+    /// Frees grains at the end of the file. Grains with others behind them leak.
     fn free(&self, state: &mut State, changes: Vec<NewGrains>) {
         let extents = self.extents();
         for grains in changes.iter().rev() {
@@ -192,28 +192,28 @@ impl Allocator for VmdkLayer {
 }
 
 impl VmdkLayer {
-    /// Makes `range` zero where tables or the storage below have a way.
+    /// Zeroes `range` without writing data, if the tables or the extents' devices can express it.
     pub(super) fn zero(&self, range: ByteRange, mode: ZeroMode) -> Result<()> {
         if self.compressed {
             return self.zero_grains_encoded(range);
         }
         let extents = self.extents();
-        for piece in extent::pieces(&extents, range) {
-            let (_, extent, piece) = piece?;
+        for part in extent::split(&extents, range) {
+            let (_, extent, part) = part?;
             if let Some(geometry) = extent.geometry()
-                && !is_zeroable(extent, &geometry, piece)
+                && !is_zeroable(extent, &geometry, part)
             {
                 return Err(Error::unsupported("No zeroes without writing them"));
             }
         }
         let cover = cover(&extents, range)?;
         let (_claim, mut state) = self.claims.claim(cover, Access::Exclusive, || self.lock());
-        // The disk may have grown meanwhile.
+        // The disk may have grown while this request waited for the claim.
         let extents = self.extents();
-        for piece in extent::pieces(&extents, range) {
-            let (index, extent, piece) = piece?;
+        for part in extent::split(&extents, range) {
+            let (index, extent, part) = part?;
             if let Some(geometry) = extent.geometry() {
-                let grains = Self::grains(extent, &geometry, piece);
+                let grains = Self::grains(extent, &geometry, part);
                 for table in grains.units(geometry.entries) {
                     let first = table * geometry.entries;
                     self.require_table(&mut state, &extents, index, &geometry, first)?;
@@ -221,15 +221,15 @@ impl VmdkLayer {
             }
         }
         self.mark_changed(&mut state)?;
-        for piece in extent::pieces(&extents, range) {
-            let (index, extent, piece) = piece?;
-            match extent.place {
-                Place::Flat { offset } => {
-                    let host = ByteRange::at(offset + extent.within(piece.start()), piece.len());
+        for part in extent::split(&extents, range) {
+            let (index, extent, part) = part?;
+            match extent.storage {
+                Storage::Flat { offset } => {
+                    let host = ByteRange::at(offset + extent.within(part.start()), part.len());
                     extent.device.write_zeroes(host, mode)?;
                 }
-                Place::Sparse(geometry) => {
-                    let grains = Self::grains(extent, &geometry, piece);
+                Storage::Sparse(geometry) => {
+                    let grains = Self::grains(extent, &geometry, part);
                     for grain in grains.start()..grains.end() {
                         state.tables.set(&extents, index, &geometry, grain, ZEROED)?;
                     }
@@ -243,7 +243,7 @@ impl VmdkLayer {
 /// The entry of a grain that reads as zero.
 const ZEROED: u32 = 1;
 
-/// Whether tables can say that `range`, which lies in `extent`, is zero.
+/// Whether zeroed-grain entries can represent `range`, which lies in `extent`.
 fn is_zeroable(extent: &Extent, geometry: &Geometry, range: ByteRange) -> bool {
     let whole = |at: u64| at.is_multiple_of(geometry.grain);
     geometry.form == (Form::Hosted { zeroed_grain: true })
