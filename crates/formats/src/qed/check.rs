@@ -1,9 +1,9 @@
-//! Looking after the tables.
+//! The check and the repair of the tables.
 //!
-//! Every cluster has at most one user: the header, a table, or the disk. Entries that lead to where no cluster can be are
-//! cleared; two users of a cluster are told of and left alone, as nobody can say whose it is. So is what looks like an
-//! entry in a table that is also something else: it may be guest data. Clusters without a user are leaks, which cannot be
-//! mended: storage is never given up.
+//! Every cluster has at most one user: the header, a table, or the disk. A repair clears entries with invalid offsets.
+//! Two users of a cluster are reported and left alone, as it cannot be known which one is right. So are invalid entries
+//! in an L2 table whose clusters have another user: they may be guest data. Clusters without a user are leaks, which
+//! cannot be repaired: storage is never freed.
 
 use diskimage_core::{ByteRange, CheckReport, Device, Layer, Repair, Result};
 
@@ -12,15 +12,16 @@ use crate::layer_kit::cluster_set::ClusterSet;
 use crate::layer_kit::metadata_cache::{Table, WriteOrder};
 use crate::layer_kit::two_level_map::{Cluster, EntryCodec, Walk};
 
-/// Looks at all tables; any kind of `repair` mends what can be.
+/// Checks all tables. Any kind of `repair` clears invalid entries, in a second walk that knows which clusters are
+/// shared.
 pub(super) fn check(image: &Qed, repair: Repair) -> Result<CheckReport> {
     let entries = image.tree.scheme();
-    let check = |mends, shared| Check {
+    let check = |repairs, shared| Check {
         entries,
         file: &**image.file(),
         disk: ByteRange::new(0, image.len()),
         size: image.geometry.cluster_size,
-        mends,
+        repairs,
         used: ClusterSet::new(&image.budget),
         shared,
         report: CheckReport {
@@ -39,7 +40,7 @@ pub(super) fn check(image: &Qed, repair: Repair) -> Result<CheckReport> {
         } else {
             found
         };
-        // No entry can lead into the header.
+        // The header's clusters are not counted: no valid entry refers to them.
         let there = (walk.end() - entries.first.min(walk.end())) / check.size;
         check.report.leaks = there.saturating_sub(check.used.count());
         Ok(check.report)
@@ -52,9 +53,9 @@ struct Check<'a> {
     disk: ByteRange,
     /// Bytes of a cluster.
     size: u64,
-    mends: bool,
+    repairs: bool,
     used: ClusterSet<'a>,
-    /// What has two users, where that was found out before.
+    /// The clusters with two users, complete only in the second walk.
     shared: ClusterSet<'a>,
     report: CheckReport,
 }
@@ -71,7 +72,7 @@ impl Check<'_> {
                 match self.entries.l2_table(word, walk.end()) {
                     Ok(Some(offset)) => {
                         let l2 = walk.l2(offset);
-                        // A table that others use too has been looked at or is none.
+                        // A table with another user was checked already, or is not a table.
                         if self.take(l2)? {
                             let coverage = (l2.len / 8).saturating_mul(self.size);
                             self.l2(walk, l2, (at / 8).saturating_mul(coverage))?;
@@ -85,7 +86,7 @@ impl Check<'_> {
         Ok(())
     }
 
-    /// Looks at the table for the disk from byte `guest` on.
+    /// Checks the L2 table that maps the disk from guest offset `guest` on.
     fn l2(&mut self, walk: &mut Walk<'_, Entries>, l2: Table, guest: u64) -> Result<()> {
         let (mut next, mut follows) = (0, None);
         while next < l2.len {
@@ -103,7 +104,7 @@ impl Check<'_> {
                     Ok(_) => {
                         self.count(word / self.size, 1)?;
                         let guest = guest.saturating_add((at / 8).saturating_mul(self.size));
-                        // What lies beyond the end of the disk is padding.
+                        // The part of the last cluster beyond the end of the disk is padding.
                         let needed = ByteRange::at(guest, self.size).intersect(self.disk).len();
                         if self.file.require(word, needed).is_err() {
                             self.report.corruptions += 1;
@@ -116,12 +117,12 @@ impl Check<'_> {
         Ok(())
     }
 
-    /// Counts the clusters of `table`; whether it is their only user.
+    /// Counts `table` as a user of its clusters; whether it is the only one so far.
     fn take(&mut self, table: Table) -> Result<bool> {
         Ok(self.count(table.offset / self.size, table.len / self.size)? == 0)
     }
 
-    /// Counts a user of `count` clusters; how many of them have another one.
+    /// Counts one more user of `count` clusters, and returns how many of them had one already.
     fn count(&mut self, first: u64, count: u64) -> Result<u64> {
         let twice = self.used.take(first, count)?;
         if twice > 0 {
@@ -131,11 +132,11 @@ impl Check<'_> {
         Ok(twice)
     }
 
-    /// An entry that leads to where nothing can be.
+    /// Clears or reports an entry with an invalid offset.
     fn invalid(&mut self, walk: &mut Walk<'_, Entries>, table: Table, at: u64) -> Result<()> {
         let (first, count) = (table.offset / self.size, table.len / self.size);
         let is_table = table.class == WriteOrder::L1 || !self.shared.has_any(first, count);
-        if self.mends && is_table {
+        if self.repairs && is_table {
             walk.clear(table, at)?;
             self.report.corruptions_fixed += 1;
         } else {

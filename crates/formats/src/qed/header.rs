@@ -1,4 +1,4 @@
-//! The header.
+//! The header of a qed image; all numbers are little-endian.
 //!
 //! ```text
 //!    0 magic "QED\0"        4 cluster size         8 table size (clusters)   12 header size (clusters)
@@ -17,16 +17,16 @@ use crate::layer_kit::reserved::Reserved;
 /// `QED` and a zero.
 pub(super) const MAGIC: u32 = 0x0044_4551;
 
-/// The unit of the disk's size, and what is written to the file at once or not at all.
+/// The unit of the disk's size, in bytes. A write of one sector is assumed to be atomic.
 pub(super) const SECTOR: u64 = 512;
 
 /// Bits of the features.
 pub(super) mod feature {
-    /// There is an image below.
+    /// The image has a backing image.
     pub(in super::super) const BACKING_FILE: u64 = 1;
     /// The image has to be checked before it is used.
     pub(in super::super) const NEED_CHECK: u64 = 2;
-    /// The image below is raw, whatever it looks like.
+    /// The backing image is raw: its format is not probed.
     pub(in super::super) const BACKING_FORMAT_NO_PROBE: u64 = 4;
     pub(super) const KNOWN: u64 = BACKING_FILE | NEED_CHECK | BACKING_FORMAT_NO_PROBE;
 }
@@ -41,27 +41,27 @@ struct RawHeader {
     table_size: U32,
     /// Clusters of the header.
     header_size: U32,
-    /// Who does not know one of them cannot use the image.
+    /// Unknown bits here make the image unopenable.
     features: U64,
-    /// Who does not know one of them does no harm.
+    /// Unknown bits here are ignored.
     compat_features: U64,
-    /// Who does not know one of them clears it before writing.
+    /// Unknown bits here are cleared before the image is written to.
     autoclear_features: U64,
     l1_table_offset: U64,
     image_size: U64,
-    /// Where the backing file's name is.
+    /// Host offset of the backing file's name.
     backing_filename_offset: U32,
-    /// Bytes of it.
+    /// Bytes of the backing file's name.
     backing_filename_size: U32,
 }
 
 const HEADER_LEN: usize = 64;
 const _: () = assert!(size_of::<RawHeader>() == HEADER_LEN);
 
-/// The header's place for what follows it, as [`u32`].
+/// Host offset of the backing file's name in a new image: right behind the fields.
 const NAME_OFFSET: u32 = 64;
 
-/// Sizes that are checked.
+/// The cluster size and the table size, checked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Geometry {
     pub(super) cluster_size: u64,
@@ -103,17 +103,17 @@ impl Geometry {
         self.cluster_size * self.table_size
     }
 
-    /// Bytes of the disk that one L2 table is for.
+    /// Guest bytes that one L2 table maps.
     pub(super) fn coverage(self) -> u64 {
         self.table_len() / 8 * self.cluster_size
     }
 
-    /// The size of the largest disk. As in the original, 0 where it would not fit into 64 bits.
+    /// The size of the largest disk. As in qemu-img, 0 where it would not fit into 64 bits.
     pub(super) fn max_size(self) -> u64 {
         self.coverage().wrapping_mul(self.table_len() / 8)
     }
 
-    /// Whether a disk can have this size.
+    /// Whether a disk can have `size` bytes.
     pub(super) fn fits(self, size: u64) -> bool {
         size.is_multiple_of(SECTOR) && size <= self.max_size()
     }
@@ -127,7 +127,7 @@ fn is_table_size(size: u64) -> bool {
     (1..=limit::MAX_TABLE_SIZE).contains(&size) && size.is_power_of_two()
 }
 
-/// A header that is checked.
+/// A checked header.
 #[derive(Clone, Debug)]
 pub(super) struct Header {
     pub(super) geometry: Geometry,
@@ -138,7 +138,7 @@ pub(super) struct Header {
     pub(super) autoclear: u64,
     pub(super) l1_offset: u64,
     pub(super) image_size: u64,
-    /// Where the backing file's name is and how long.
+    /// Host offset and length of the backing file's name.
     name: (u32, u32),
     pub(super) backing: Option<Backing>,
 }
@@ -153,7 +153,7 @@ pub(super) fn read(file: &dyn Device) -> Result<Header> {
         if u64::from(offset) + u64::from(len) > header.first_host() {
             return Err(Error::invalid("QED backing filename offset is invalid"));
         }
-        // No file system takes a name that is longer.
+        // No file system has a path that is longer.
         let mut name = vec![0; to_index(len.into())?.min(MAX_NAME)];
         file.read_padded(&mut name, u64::from(offset))?;
         let name = name.split(|byte| *byte == 0).next().unwrap_or(&[]);
@@ -166,10 +166,11 @@ pub(super) fn read(file: &dyn Device) -> Result<Header> {
     Ok(header)
 }
 
-/// Bytes of the backing file's name that are read.
+/// The most bytes of the backing file's name that are read.
 const MAX_NAME: usize = 4096;
 
-/// Where the whole clusters of a file end: what lies behind was never referred to. The file has whole sectors.
+/// The end of the last whole cluster of a file, whose length is rounded up to whole sectors. No table refers to bytes
+/// behind.
 pub(super) fn end_of(file_len: u64, cluster_size: u64) -> u64 {
     align_down(align_up(file_len, SECTOR), cluster_size)
 }
@@ -220,7 +221,7 @@ fn parse(bytes: &[u8; HEADER_LEN], file_len: u64) -> Result<Header> {
     {
         return Err(Error::invalid("QED table offset is invalid"));
     }
-    // A header of no clusters lets the table be there.
+    // With a header size of 0, the check above would accept an L1 table that overlaps the header.
     header
         .reserved()
         .require_apart()
@@ -244,12 +245,12 @@ impl Header {
         }
     }
 
-    /// The first offset behind the header.
+    /// The host offset behind the header's clusters, the first that a table or a cluster can have.
     pub(super) fn first_host(&self) -> u64 {
         u64::from(self.header_size) * self.geometry.cluster_size
     }
 
-    /// Where no cluster can be.
+    /// The header and the L1 table, where no cluster and no L2 table can be.
     pub(super) fn reserved(&self) -> Reserved {
         Reserved::new([
             (
@@ -271,10 +272,10 @@ impl Header {
         };
     }
 
-    /// Names the image below, behind the header.
+    /// Sets or removes the backing image; its name is stored in the header's clusters.
     ///
     /// # Errors
-    /// Names that do not fit into it.
+    /// A name that does not fit there.
     pub(super) fn set_backing(&mut self, backing: Option<&Backing>) -> Result<()> {
         let len = backing.map_or(0, |backing| backing.name.to_bytes().len());
         if (HEADER_LEN + len) as u64 > self.first_host() || len > MAX_NAME {
@@ -283,33 +284,37 @@ impl Header {
         let raw = backing.is_some_and(|backing| backing.format.as_deref() == Some("raw"));
         self.set_feature(feature::BACKING_FILE, backing.is_some());
         self.set_feature(feature::BACKING_FORMAT_NO_PROBE, raw);
-        // Where there is no name any more the original leaves the place.
+        // As in qemu-img, removing the name keeps its offset.
         let offset = if len > 0 { self.room_for(len) } else { self.name.0 };
+        // The length is at most `MAX_NAME`, so the fallback is never used.
         self.name = (offset, u32::try_from(len).unwrap_or(0));
         self.backing = backing.cloned();
         Ok(())
     }
 
-    /// Where a name goes: behind the fields if it can be written at once with them or there is none yet, else beside the
-    /// present one where there is room, so that a crash leaves one of the two.
+    /// The host offset for a new name of `len` bytes. It goes right behind the fields if there is no name yet, or if it
+    /// does not overlap the present one or can be written in one sector with the fields. Otherwise it goes behind the
+    /// present name, if there is room, so that a crash leaves one of the two names; without room, over it.
     fn room_for(&self, len: usize) -> u32 {
         let len = u64::try_from(len).unwrap_or(u64::MAX);
         let (old, old_len) = (u64::from(self.name.0), u64::from(self.name.1));
-        // A damaged header may say that the name is in its own fields.
+        // In a damaged header, the name's offset may lie in the fields.
         let start = u64::from(NAME_OFFSET);
         let behind = (old + old_len).max(start);
         let fits_behind = behind.saturating_add(len) <= self.first_host();
         if old_len == 0 || start + len <= SECTOR || start + len <= old || !fits_behind {
             NAME_OFFSET
         } else {
+            // A name beyond 4 GiB is not possible: the field has 32 bits.
             u32::try_from(behind).unwrap_or(NAME_OFFSET)
         }
     }
 
-    /// Writes the fields, and the backing file's name if it is new; durably.
+    /// Writes the fields, and with `with_name` the backing file's name, durably. A name outside of the first sector is
+    /// durable before the fields refer to it.
     ///
     /// # Errors
-    /// What the operating system says.
+    /// Those of the device.
     pub(super) fn write(&self, file: &dyn Device, with_name: bool) -> Result<()> {
         let mut bytes = self.to_bytes().to_vec();
         if let Some(backing) = self.backing.as_ref().filter(|_| with_name) {
@@ -325,13 +330,14 @@ impl Header {
         file.flush()
     }
 
-    /// The fields.
+    /// The fields as they are stored.
     fn to_bytes(&self) -> [u8; HEADER_LEN] {
-        let word = |number: u64| U32::new(u32::try_from(number).unwrap_or(u32::MAX));
+        // Both sizes were checked against limits that fit into 32 bits, so the fallback is never used.
+        let field = |number: u64| U32::new(u32::try_from(number).unwrap_or(u32::MAX));
         let raw = RawHeader {
             magic: U32::new(MAGIC),
-            cluster_size: word(self.geometry.cluster_size),
-            table_size: word(self.geometry.table_size),
+            cluster_size: field(self.geometry.cluster_size),
+            table_size: field(self.geometry.table_size),
             header_size: U32::new(self.header_size),
             features: U64::new(self.features),
             compat_features: U64::new(self.compat),

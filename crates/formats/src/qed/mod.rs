@@ -1,4 +1,4 @@
-//! qed: what QEMU had between the two versions of qcow2, made to need few flushes.
+//! qed: QEMU's format between the two versions of qcow2, designed to need few flushes.
 //!
 //! ```text
 //!   | header | L1 table | cluster | L2 table | cluster | cluster | ...
@@ -7,12 +7,13 @@
 //!   header ──► L1 table ──► L2 tables ──► clusters          guest offset → host offset
 //! ```
 //!
-//! An entry is 0 where there is nothing, 1 (in an L2 table) where the cluster reads as zero, else an offset. All numbers are
-//! little-endian. Storage is never given up: there are no refcounts, and clusters that nothing refers to stay. While an
-//! image is being added to, a bit of its header says that it has to be checked before it is used again.
+//! An entry is 0 if its table or cluster is unallocated, 1 (in an L2 table) if the cluster reads as zero, else a host
+//! offset. All numbers are little-endian. Storage is never freed: there are no refcounts, and clusters that nothing
+//! refers to leak. While clusters are being allocated, a bit in the header says that the image has to be checked when
+//! it is opened again.
 //!
-//! The format is specified in QEMU's document "QED Image Format". `header` has the header, `check` what looks after the
-//! tables; the tables themselves are those of `tree`.
+//! The format is specified in QEMU's document "QED Image Format". `header` parses and writes the header, `check` checks
+//! the tables; [`two_level_map`](crate::layer_kit::two_level_map) reads and changes them.
 
 mod check;
 mod header;
@@ -37,7 +38,7 @@ use crate::layer_kit::metadata_cache::{Table, WriteOrder};
 use crate::layer_kit::preallocation;
 use crate::layer_kit::two_level_map::{Cluster, EntryCodec, Shape, TwoLevelMap};
 
-/// The format's entry in the table.
+/// The format's entry in the table of formats.
 #[derive(Debug)]
 pub struct QedFormat;
 
@@ -74,7 +75,7 @@ const CREATE_OPTIONS: &[OptionDef] = &[
     },
 ];
 
-/// Clusters of a table if nothing is said.
+/// Clusters of a table without the option `table_size`.
 const DEFAULT_TABLE_SIZE: u64 = 4;
 
 impl Format for QedFormat {
@@ -184,7 +185,7 @@ impl Qed {
         let mut header = header::read(&*file)?;
         if request.write && header.autoclear != 0 {
             header.autoclear = 0;
-            // Before anything that would belie them.
+            // Autoclear bits are cleared before the first change, for which they might not hold.
             header.write(&*file, false)?;
         }
         let unchecked = header.features & feature::NEED_CHECK != 0;
@@ -197,7 +198,7 @@ impl Qed {
                 len: geometry.table_len(),
             },
             l2_len: geometry.table_len(),
-            // Rounded down: a cluster that is only partly there was never referred to.
+            // Rounded down: no entry refers to a cluster that the file has only in part.
             end: header::end_of(file.len(), geometry.cluster_size),
         };
         let entries = Entries {
@@ -284,7 +285,7 @@ impl Layer for Qed {
         self.check_resize(request)?;
         let shown = ByteRange::new(self.len(), request.backing_len.min(request.len))
             .align_out(self.geometry.cluster_size);
-        // The cluster that the disk ends in now is the image's own where it matters.
+        // The partial last cluster is not zeroed: it holds the end of the disk.
         let shown = ByteRange::new(
             self.len().next_multiple_of(self.geometry.cluster_size),
             shown.end(),
@@ -325,7 +326,7 @@ impl Backed for Qed {
 
     fn set_backing(&self, backing: Option<&Backing>) -> Result<()> {
         self.require_writable()?;
-        // What is said of the image below relies on what was written to this one.
+        // Data that was written to this image must be durable before its backing image changes.
         self.tree.flush()?;
         self.tree
             .scheme()
@@ -343,12 +344,12 @@ impl Check for Qed {
     }
 }
 
-/// What qed's tables look like.
+/// The encoding of qed's table entries.
 #[derive(Debug)]
 struct Entries {
     file: Arc<dyn Device>,
     geometry: Geometry,
-    /// The first offset behind the header.
+    /// The host offset behind the header, the first that an entry can have.
     first: u64,
     header: Mutex<Header>,
     /// Whether the header says that the image has to be checked.
@@ -393,7 +394,7 @@ impl Entries {
             && offset.checked_add(len).is_some_and(|last| last <= end)
     }
 
-    /// What is wrong with an entry that leads to `len` bytes at `offset`.
+    /// The error for an entry that refers to `len` bytes at `offset`.
     fn invalid(&self, offset: u64, len: u64) -> Error {
         let placed = offset.is_multiple_of(self.geometry.cluster_size) && offset >= self.first;
         let missing = self.file.require(offset, len).err().filter(|_| placed);
@@ -409,7 +410,7 @@ impl EntryCodec for Entries {
         match word {
             0 => Ok(None),
             offset if self.is_valid(offset, self.geometry.table_len(), end) => Ok(Some(offset)),
-            // Of a table that is missing the original says no more than of any damage.
+            // As in qemu-img, a missing table is the same error as an invalid offset.
             offset => {
                 let error = self.invalid(offset, self.geometry.table_len());
                 Err(Error::damage(error.kind(), errno::EINVAL))

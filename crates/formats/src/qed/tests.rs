@@ -1,4 +1,4 @@
-//! The format on devices in memory.
+//! Tests of qed on devices in memory.
 
 use std::sync::Arc;
 
@@ -40,7 +40,7 @@ fn memory(bytes: &[u8]) -> Arc<dyn Device> {
 }
 
 const SMALL: &str = "cluster_size=4k,table_size=1";
-/// Two L2 tables' worth of disk.
+/// A disk that two L2 tables map.
 const SIZE: u64 = 3 << 20;
 
 #[derive(Clone, Debug)]
@@ -119,7 +119,7 @@ proptest! {
         image.write_at(&[7; 9000], 1000).expect("writes");
         image.flush().expect("flushes");
         let mut damaged = file.contents();
-        // Mostly the header and the heads of tables.
+        // Mostly in the header and at the start of tables.
         let at = [at % 64, 4096 + at % 64, 12_288 + at % 128, 24_576 + at % 64, at][at % 5];
         let end = (at + bytes.len()).min(damaged.len());
         damaged[at..end].copy_from_slice(&bytes[..end - at]);
@@ -139,7 +139,7 @@ proptest! {
     }
 }
 
-/// What the disk may hold: for each step, the bytes after it.
+/// The contents that the disk may have: for each step, those after it.
 fn story(image: &Image, mut seen: impl FnMut(Vec<u8>)) {
     let mut model = contents(image);
     let steps: [(usize, usize, u8); 6] = [
@@ -180,7 +180,7 @@ fn a_crash_leaves_leaked_clusters_at_worst() {
         assert!(report.leaks == 0 || needs_check, "leaks at {}", crash.position);
         marked += u32::from(needs_check);
         leaking += u32::from(report.leaks > 0);
-        // Every byte is what it was after one of the steps around.
+        // Every byte is as it was after one of the steps around the crash.
         let now = contents(&Image::new(layer, None, "test", false));
         let known = states.partition_point(|(position, _)| *position <= crash.position);
         let around = &states[known.saturating_sub(2)..(known + 1).min(states.len())];
@@ -301,7 +301,7 @@ fn disks_only_grow_within_what_their_tables_are_for() {
 #[test]
 fn a_new_name_stays_clear_of_the_fields_of_a_damaged_header() {
     let file = create("cluster_size=4k,table_size=1,backing_file=abc", SIZE);
-    // The name is where the header begins.
+    // The name's offset is that of the header.
     file.write_at(&[0; 4], 56).expect("memory");
     let layer = open_layer(Arc::<MemoryDevice>::clone(&file), true, false).expect("opens");
     let name = "n".repeat(500);
@@ -315,7 +315,7 @@ fn a_new_name_stays_clear_of_the_fields_of_a_damaged_header() {
     assert_eq!(layer.backing().expect("has one").name, name.as_str().into());
 }
 
-/// Where the two L2 tables of [`two_tables`] are, and the first cluster.
+/// Host offsets of the two L2 tables of [`two_tables`] and of the first cluster.
 const TABLES: [u64; 2] = [0x3000, 0x5000];
 const CLUSTER: u64 = 0x2000;
 
@@ -327,53 +327,53 @@ fn two_tables() -> Arc<MemoryDevice> {
         image.write_at(&[7; 4096], at).expect("writes");
         image.flush().expect("flushes");
     }
-    let word = |at| {
-        let mut word = [0; 8];
-        file.read_at(&mut word, at).expect("inside");
-        u64::from_le_bytes(word)
+    let entry = |at| {
+        let mut entry = [0; 8];
+        file.read_at(&mut entry, at).expect("inside");
+        u64::from_le_bytes(entry)
     };
-    assert_eq!([0x1000, 0x1008].map(word), TABLES);
-    assert_eq!(word(TABLES[0]), CLUSTER);
+    assert_eq!([0x1000, 0x1008].map(entry), TABLES);
+    assert_eq!(entry(TABLES[0]), CLUSTER);
     file
 }
 
 #[test]
 fn nothing_is_written_where_tables_are_or_seem_to_be() {
     let good = two_tables().contents();
-    for (at, word, guest, is_read) in [
-        // A cluster that is the L1 table, an L2 table, the own one.
+    for (at, entry, guest, is_read) in [
+        // The L2 entry refers to the L1 table, the other L2 table, its own table.
         (TABLES[0], 0x1000, 0, false),
         (TABLES[0], TABLES[1], 0, true),
         (TABLES[0], TABLES[0], 0, true),
-        // An L2 table that is the L1 table, another one's, a cluster.
+        // The L1 entry refers to the L1 table, the other L2 table, a cluster.
         (0x1000, 0x1000, 0, false),
         (0x1000, TABLES[1], 8192, true),
         (0x1008, TABLES[0], (2 << 20) + 8192, true),
         (0x1008, CLUSTER, (2 << 20) + 8192, false),
     ] {
         let bad = MemoryDevice::new(good.clone());
-        bad.write_at(&word.to_le_bytes(), at).expect("memory");
+        bad.write_at(&entry.to_le_bytes(), at).expect("memory");
         let bad = Arc::new(bad);
         let before = bad.contents();
         let image = open_on(Arc::<MemoryDevice>::clone(&bad), None);
         assert_eq!(
             image.read_at(&mut [0; 512], guest).is_ok(),
             is_read,
-            "{word:#x} at {at:#x}"
+            "{entry:#x} at {at:#x}"
         );
-        assert!(image.write_at(&[1; 512], guest).is_err(), "{word:#x} at {at:#x}");
+        assert!(image.write_at(&[1; 512], guest).is_err(), "{entry:#x} at {at:#x}");
         image
             .write_zeroes(ByteRange::at(guest, 4096), ZeroMode::Unmap)
             .expect_err("nor zeroed");
         image.flush().expect("flushes");
-        assert!(bad.contents() == before, "{word:#x} at {at:#x}");
+        assert!(bad.contents() == before, "{entry:#x} at {at:#x}");
     }
 }
 
 #[test]
-fn a_check_mends_nothing_in_what_may_be_guest_data() {
+fn a_repair_changes_nothing_in_what_may_be_guest_data() {
     let file = two_tables();
-    // The second L2 table is the guest's first cluster.
+    // The second L1 entry refers to the guest's first cluster.
     file.write_at(&CLUSTER.to_le_bytes(), 0x1008).expect("memory");
     let before = file.contents();
     let layer = open_layer(Arc::<MemoryDevice>::clone(&file), true, true).expect("opens");
