@@ -1,4 +1,4 @@
-//! The header.
+//! The header of a qcow image; all numbers are big-endian.
 //!
 //! ```text
 //!    0 magic "QFI\xfb"      4 version 1            8 backing file offset    16 its length
@@ -12,13 +12,13 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use crate::layer_kit::reserved::Reserved;
 
-/// `QFI` and a byte that is no letter.
+/// `QFI` and the byte 0xfb.
 pub(super) const MAGIC: u32 = 0x5146_49fb;
 
-/// The version that this is; later ones are another format.
+/// The version of this format; later versions are qcow2.
 pub(super) const VERSION: u32 = 1;
 
-/// The unit of the disk's size and of places in the file.
+/// The unit of the disk's size and of offsets in the file, in bytes.
 pub(super) const SECTOR: u64 = 512;
 
 /// Bytes of an entry of a table.
@@ -30,19 +30,19 @@ const ENTRY: u64 = 8;
 struct RawHeader {
     magic: U32,
     version: U32,
-    /// Where the backing file's name is; 0 if there is none.
+    /// Host offset of the backing file's name; 0 if there is none.
     backing_file_offset: U64,
-    /// Bytes of it.
+    /// Bytes of the backing file's name.
     backing_file_size: U32,
-    /// When the backing file was last changed; nobody looks at it.
+    /// The modification time of the backing file; not used.
     mtime: U32,
     /// Bytes of the disk.
     size: U64,
     cluster_bits: u8,
-    /// How many entries an L2 table has, as a power of two.
+    /// The binary logarithm of the number of entries of an L2 table.
     l2_bits: u8,
     padding: [u8; 2],
-    /// 0, or 1 for AES.
+    /// 0 for none, 1 for AES.
     crypt_method: U32,
     l1_table_offset: U64,
 }
@@ -50,7 +50,7 @@ struct RawHeader {
 const HEADER_LEN: usize = 48;
 const _: () = assert!(size_of::<RawHeader>() == HEADER_LEN);
 
-/// Limits of the original.
+/// Limits of qemu-img.
 mod limit {
     use std::ops::RangeInclusive;
 
@@ -62,7 +62,7 @@ mod limit {
     pub(super) const BACKING_NAME: usize = 1023;
 }
 
-/// A header that is checked.
+/// A checked header.
 #[derive(Clone, Debug)]
 pub(super) struct Header {
     /// Bytes of the disk, whole sectors.
@@ -73,10 +73,11 @@ pub(super) struct Header {
     pub(super) is_encrypted: bool,
     pub(super) l1_offset: u64,
     l1_size: u64,
-    /// The backing file's name, and where it is.
+    /// The backing file's name.
     pub(super) backing: Option<Name>,
+    /// Host offset of the backing file's name.
     backing_offset: u64,
-    /// Bytes of it in the file.
+    /// Bytes of the backing file's name.
     backing_len: u64,
 }
 
@@ -103,7 +104,7 @@ pub(super) fn read(file: &dyn Device, name: &str) -> Result<Header> {
     Ok(header)
 }
 
-/// Checks a header. The backing file's name, of which the length is told, is not there yet.
+/// Checks a header. Returns it without the backing file's name, and the length of that name.
 fn parse(bytes: &[u8; HEADER_LEN]) -> Result<(Header, usize)> {
     let raw: RawHeader = zerocopy::transmute!(*bytes);
     if raw.magic.get() != MAGIC {
@@ -156,7 +157,7 @@ fn parse(bytes: &[u8; HEADER_LEN]) -> Result<(Header, usize)> {
     Ok((header, name_len))
 }
 
-/// How many entries the L1 table for a disk has.
+/// The number of entries of the L1 table for a disk of `size` bytes.
 fn l1_size(size: u64, cluster_bits: u8, l2_bits: u8) -> Result<u64> {
     let entries = size.div_ceil(1 << (cluster_bits + l2_bits));
     if entries > limit::L1_SIZE {
@@ -170,11 +171,11 @@ fn name_too_long() -> Error {
 }
 
 impl Header {
-    /// The header of a new image. As in the original, clusters are small where there is an image below, so that little of
-    /// it is copied.
+    /// The header of a new image. As in qemu-img, an image with a backing image has small clusters, so that little is
+    /// copied on write.
     ///
     /// # Errors
-    /// Sizes that cannot be, and names that are too long.
+    /// A disk or a name that is too long.
     pub(super) fn new(size: u64, backing: Option<&str>, is_encrypted: bool) -> Result<Self> {
         let (cluster_bits, l2_bits) = if backing.is_some() { (9, 12) } else { (12, 9) };
         let name_len = backing.map_or(0, name::len);
@@ -204,7 +205,7 @@ impl Header {
         ENTRY << self.l2_bits
     }
 
-    /// Bytes of the disk that one L2 table is for.
+    /// Guest bytes that one L2 table maps.
     pub(super) fn coverage(&self) -> u64 {
         self.cluster_size() << self.l2_bits
     }
@@ -214,7 +215,7 @@ impl Header {
         self.l1_size * ENTRY
     }
 
-    /// Where no table and no cluster can be.
+    /// The header, the backing file's name and the L1 table, where no L2 table and no cluster can be.
     pub(super) fn reserved(&self) -> Reserved {
         let name = ByteRange::at(self.backing_offset, self.backing_len);
         Reserved::new([
@@ -224,7 +225,7 @@ impl Header {
         ])
     }
 
-    /// Behind all that is there in an image without data.
+    /// The end of the metadata of an empty image.
     pub(super) fn end(&self) -> u64 {
         self.reserved().end()
     }
@@ -232,11 +233,13 @@ impl Header {
     /// The header with the name behind it, up to the L1 table.
     pub(super) fn to_bytes(&self) -> Vec<u8> {
         let name = self.backing.as_ref().map(Name::to_bytes).unwrap_or_default();
+        // The name's length was checked against `BACKING_NAME`, so the fallback is never used.
+        let name_len = u32::try_from(name.len()).unwrap_or(u32::MAX);
         let raw = RawHeader {
             magic: U32::new(MAGIC),
             version: U32::new(VERSION),
             backing_file_offset: U64::new(self.backing_offset),
-            backing_file_size: U32::new(u32::try_from(name.len()).unwrap_or(u32::MAX)),
+            backing_file_size: U32::new(name_len),
             mtime: U32::ZERO,
             size: U64::new(self.size),
             cluster_bits: self.cluster_bits,

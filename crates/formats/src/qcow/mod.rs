@@ -1,4 +1,4 @@
-//! qcow, version 1: QEMU's first format for disks that grow.
+//! qcow, version 1: QEMU's first format with allocation on write.
 //!
 //! ```text
 //!   | header, name | L1 table | L2 table | cluster | cluster | encoded | ...
@@ -6,11 +6,13 @@
 //!   header ──► L1 table ──► L2 tables ──► clusters          guest offset → host offset
 //! ```
 //!
-//! An entry is 0 where there is nothing, else an offset. In an L2 table bit 63 says that the cluster is compressed; its
-//! length is then below that bit, in as many bits as an offset inside a cluster has. All numbers are big-endian. Storage
-//! is never given up. Clusters may be encrypted (`legacy_aes`), which compressed ones never are.
+//! An entry is 0 if its table or cluster is unallocated, else a host offset. In an L2 table, bit 63 says that the
+//! cluster is compressed; the next `cluster_bits` bits are then its stored length, the rest its host offset. All
+//! numbers are big-endian. Storage is never freed. Clusters may be encrypted (`legacy_aes`); compressed clusters never
+//! are.
 //!
-//! The format is described on the page "The QCOW Image Format". `header` has the header; the tables are those of `tree`.
+//! The format is described on the page "The QCOW Image Format". `header` parses the header;
+//! [`two_level_map`](crate::layer_kit::two_level_map) reads and changes the tables.
 
 mod header;
 
@@ -36,7 +38,7 @@ use crate::layer_kit::{count_used, preallocation};
 use crate::luks::options::passphrase;
 use crate::{KNOWN_FORMATS, codec};
 
-/// The format's entry in the table.
+/// The format's entry in the table of formats.
 #[derive(Debug)]
 pub struct QcowFormat;
 
@@ -89,7 +91,7 @@ impl Format for QcowFormat {
     }
 
     fn plan_create<'a>(&self, request: CreateRequest<'a>) -> Result<CreatePlan<'a>> {
-        // The mistakes that qemu-img finds before it makes a file.
+        // The errors that qemu-img reports before it creates the file.
         match request.options.text("backing_fmt") {
             Some(name) if !KNOWN_FORMATS.contains(&name) => {
                 return Err(Error::invalid(format!("unrecognized backing format '{name}'")));
@@ -176,7 +178,7 @@ impl Qcow {
             reserved.require_apart()?;
         }
         if request.write && header.end() > align_up(file.len(), SECTOR) {
-            // To be read it is a table of nothing, as in the original.
+            // As in qemu-img, such an image can still be opened for reading.
             return Err(Error::corrupt("L1 table lies beyond the end of the file"));
         }
         let l1 = Table {
@@ -282,7 +284,7 @@ impl Codec for Qcow {
 
     fn decode(&self, encoded: &Encoded, buf: &mut [u8]) -> Result<()> {
         let file = self.tree.file();
-        // The field for the length holds less than a cluster.
+        // The length field has `cluster_bits` bits, so it is less than a cluster.
         let len = usize::try_from(encoded.stored).map_err(|_| damaged())?;
         let mut bytes = vec![0; len];
         file.event(Event::READ_COMPRESSED);
@@ -316,7 +318,7 @@ impl Backed for Qcow {
     }
 }
 
-/// What the tables look like.
+/// The encoding of qcow's table entries.
 #[derive(Debug)]
 struct Entries {
     file: Arc<dyn Device>,
@@ -324,22 +326,22 @@ struct Entries {
     /// Bytes of an L2 table.
     l2_len: u64,
     has_backing: bool,
-    /// What encrypts clusters, if anything does.
+    /// The cipher of the clusters; `None` if they are not encrypted.
     aes: Option<LegacyAes>,
 }
 
-/// The bit of a compressed cluster.
+/// The bit of an L2 entry that marks a compressed cluster.
 const COMPRESSED: u64 = 1 << 63;
 
 impl Entries {
-    /// Where the length of a compressed cluster is in an L2 entry; below is its offset.
+    /// The lowest bit of a compressed cluster's length in an L2 entry. The bits under it are the host offset.
     fn length_shift(&self) -> u32 {
         63 - u32::from(self.cluster_bits)
     }
 
-    /// Refuses `len` bytes at `offset` that are no place for anything in a file that ends at `end`. The original reads
-    /// zeroes beyond, and takes a disk that was cut off for an empty one.
-    fn require_place(&self, offset: u64, len: u64, end: u64) -> Result<()> {
+    /// Refuses a table or a cluster of `len` bytes at `offset`, in a file that ends at `end`, if it is not aligned or
+    /// not in the file. Unlike qemu-img, which reads zeroes beyond the end: a truncated disk would seem to be empty.
+    fn require_stored(&self, offset: u64, len: u64, end: u64) -> Result<()> {
         let behind = offset.checked_add(len).ok_or_else(damaged)?;
         if !offset.is_multiple_of(SECTOR) {
             return Err(damaged());
@@ -351,7 +353,7 @@ impl Entries {
     }
 }
 
-/// The original's one word for everything that is wrong with tables and compressed clusters.
+/// The error for all damage to tables and compressed clusters; qemu-img has the same errno for all of it.
 fn damaged() -> Error {
     Error::damage(ErrorKind::Invalid, errno::EIO)
 }
@@ -364,8 +366,8 @@ impl EntryCodec for Entries {
         if word == 0 {
             return Ok(None);
         }
-        // Of a table that is missing the original says no more than of any damage.
-        self.require_place(word, self.l2_len, align_up(end, SECTOR))
+        // As in qemu-img, a missing table is the same error as an invalid offset.
+        self.require_stored(word, self.l2_len, align_up(end, SECTOR))
             .map_err(|error| Error::damage(error.kind(), errno::EIO))?;
         Ok(Some(word))
     }
@@ -380,16 +382,16 @@ impl EntryCodec for Entries {
                 stored: (word & !COMPRESSED) >> shift,
             })
         } else {
-            // The last one need not be all there.
+            // The file may have only a part of its last cluster.
             let size = 1 << self.cluster_bits;
-            self.require_place(word, size, align_up(end, size))?;
+            self.require_stored(word, size, align_up(end, size))?;
             Ok(Cluster::Host(word))
         }
     }
 
     fn word(&self, cluster: Cluster) -> u64 {
         match cluster {
-            // Only said where nothing is below.
+            // `Zero` is only encoded in an image without a backing image.
             Cluster::None | Cluster::Zero => 0,
             Cluster::Host(offset) => offset,
             Cluster::Encoded { offset, stored } => COMPRESSED | stored << self.length_shift() | offset,

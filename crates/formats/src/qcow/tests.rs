@@ -1,4 +1,4 @@
-//! The format on devices in memory.
+//! Tests of qcow on devices in memory.
 
 use std::sync::Arc;
 
@@ -13,7 +13,7 @@ use proptest::prelude::*;
 use super::QcowFormat;
 use crate::testing::{Closed, contents};
 
-/// More than one L2 table's worth of disk in every geometry but the largest.
+/// A disk that needs more than one L2 table in every geometry but the largest.
 const SIZE: u64 = 3 << 20;
 
 const AES: &str = "encrypt.format=aes,encrypt.key-secret=s";
@@ -51,7 +51,7 @@ fn a_file_is_as_long_as_was_measured() {
         };
         let file = create(text, SIZE);
         let empty = measured(MeasureSource::Size(SIZE));
-        // What a copy on top of another image takes is not known.
+        // Clusters that need not be copied, because the backing image has them, are not known.
         assert!(empty.required == file.len() || !text.is_empty());
         let below = open_on(create("", SIZE), None);
         let image = open_on(file, (!text.is_empty()).then_some(&Arc::new(below)));
@@ -220,7 +220,7 @@ proptest! {
         prop_assert!(write_compressed(&image, 16_384, &[5; 4096]).expect("writes"));
         image.flush().expect("flushes");
         let mut damaged = file.contents();
-        // Mostly the header and the heads of tables.
+        // Mostly in the header and at the start of tables.
         let at = [at % 64, 48 + at % 16, 4096 + at % 64, 12_288 + at % 128, at][at % 5];
         let end = (at + bytes.len()).min(damaged.len());
         if at < end {
@@ -239,8 +239,8 @@ proptest! {
     }
 }
 
-/// Checks what the image's tables say, by a reading of its own: no byte of the file has two owners, and all are there.
-/// The count of clusters.
+/// Parses the tables independently of the driver, and checks that no byte of the file has two owners and that the file
+/// has all of them. Returns the number of clusters.
 fn owners_of(bytes: &[u8]) -> std::result::Result<usize, String> {
     let word = |at: usize| {
         let word = bytes.get(at..at + 8).and_then(|word| word.try_into().ok());
@@ -281,7 +281,7 @@ fn owners_of(bytes: &[u8]) -> std::result::Result<usize, String> {
     }
 }
 
-/// What the disk may hold: for each step, the bytes after it.
+/// The contents that the disk may have: for each step, those after it.
 fn story(image: &Image, mut seen: impl FnMut(Vec<u8>)) {
     let mut model = contents(image);
     let steps: [(usize, usize, u8); 7] = [
@@ -319,11 +319,11 @@ fn a_crash_leaves_leaked_clusters_at_worst() {
     let mut most = 0;
     let count = journal.crashes(&[start], 12, 0x5eed, |crash| {
         let bytes = &crash.files[0];
-        let place = format!("at {} ({})", crash.position, crash.kept);
-        let clusters = owners_of(bytes).unwrap_or_else(|error| panic!("{error} {place}"));
+        let position = format!("at {} ({})", crash.position, crash.kept);
+        let clusters = owners_of(bytes).unwrap_or_else(|error| panic!("{error} {position}"));
         most = most.max(clusters);
         let layer = open_layer(memory(bytes), false).expect("opens");
-        // Every byte is what it was after one of the steps around.
+        // Every byte is as it was after one of the steps around the crash.
         let now = contents(&Image::new(layer, None, "test", false));
         let known = states.partition_point(|(position, _)| *position <= crash.position);
         let around = &states[known.saturating_sub(2)..(known + 1).min(states.len())];
@@ -331,7 +331,7 @@ fn a_crash_leaves_leaked_clusters_at_worst() {
             .iter()
             .enumerate()
             .find(|(i, byte)| around.iter().all(|(_, state)| state[*i] != **byte));
-        assert!(strange.is_none(), "{strange:?} {place}");
+        assert!(strange.is_none(), "{strange:?} {position}");
     });
     assert!(count > 50 && most > 5, "{count} crashes, {most} clusters");
 }
@@ -352,7 +352,7 @@ fn a_crash_leaves_an_image_as_it_was_or_empty() {
     journal.crashes(&[start], 12, 7, |crash| {
         let layer = open_layer(memory(&crash.files[0]), false).expect("opens");
         let now = contents(&Image::new(layer, None, "test", false));
-        // Each table is there or is not.
+        // Each table is either durable or missing.
         for half in [0..1 << 20, 2 << 20..3 << 20] {
             let is_empty = now[half.clone()].iter().all(|byte| *byte == 0);
             assert!(is_empty || now[half.clone()] == full[half]);
@@ -499,7 +499,7 @@ fn disks_are_as_large_as_the_table_may_be() {
     let file = create("", 4 << 20);
     file.write_at(&u64::to_be_bytes(most), 24).expect("memory");
     let layer = open_layer(file.clone(), false).expect("opens");
-    // The table has a sector in the file, 64 entries.
+    // The file has one sector of the table, 64 entries.
     let run = layer.map(ByteRange::new(2 << 20, most)).expect("maps");
     assert_eq!(run.len, 63 << 21);
     assert!(layer.map(ByteRange::new(64 << 21, most)).is_err(), "cut off");
@@ -543,7 +543,7 @@ fn nothing_lies_in_the_table_or_beyond_the_end() {
     let beyond: Arc<dyn Device> = Arc::new(beyond);
     assert!(open_layer(Arc::clone(&beyond), true).is_err());
     assert!(open_layer(beyond, false).is_ok());
-    // A table that is moved to where a cluster is.
+    // The header's L1 table offset is that of a cluster.
     let moved = MemoryDevice::new(good.clone());
     moved.write_at(&8192_u64.to_be_bytes(), 40).expect("memory");
     moved.write_at(&l2.to_be_bytes(), 8192).expect("memory");
@@ -579,7 +579,7 @@ fn nothing_is_written_where_tables_are_or_seem_to_be() {
         (l2, 512, 0),
         (l1, cluster, 8192),
         (l1, cluster + 512, 8192),
-        // Another L1 entry has the table, too.
+        // Another L1 entry refers to the same table.
         (l1 + 8, 4096, (2 << 20) + 8192),
     ] {
         let bad = Arc::new(MemoryDevice::new(good.clone()));
