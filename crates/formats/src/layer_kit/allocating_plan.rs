@@ -1,14 +1,14 @@
-//! Write plans that allocate storage, for any layer that can allocate, publish and release it.
+//! Write plans that allocate storage, for any layer that can allocate it, publish it and free it.
 //!
 //! ```text
 //!   plan     claim the guest range ─► allocate storage, with the layer's state locked
 //!   write    the caller writes guest data into the runs, with no lock held
-//!   commit   tables lead to the storage ─► release the claim ─► write tables back if many pages are dirty
-//!   drop     free the storage that no table leads to ─► release the claim
+//!   commit   enter the storage in tables ─► release the claim ─► write tables back if many pages are dirty
+//!   drop     free the storage that no table refers to ─► release the claim
 //! ```
 //!
-//! Until a commit, no table leads to the storage: a crash leaks it at worst. Tables change in memory only; what makes guest
-//! data durable before them is up to whatever writes them back.
+//! Until a commit, no table refers to the storage: a crash leaks it at worst. A commit changes tables in memory only;
+//! the code that writes them back makes guest data durable before.
 
 use std::sync::{Arc, MutexGuard};
 
@@ -18,13 +18,13 @@ use crate::layer_kit::range_claims::{Access, Claim, RangeClaims};
 
 /// A layer that allocates storage for guest data.
 pub(crate) trait Allocator: Send + Sync {
-    /// What changes while the image is open. It is never locked while guest data moves.
+    /// The state of the open image. It is never locked during guest I/O.
     type State;
-    /// Storage that was allocated, and the table entries that are to lead to it.
+    /// Storage that was allocated, and the table entries that will refer to it.
     type Change;
 
-    /// What a plan claims. A shared claim lets several plans write storage that there is already, and becomes exclusive
-    /// where one allocates.
+    /// The access that a plan claims. Plans with shared claims write allocated storage at the same time; a claim
+    /// becomes exclusive for blocks that its plan allocates.
     const ACCESS: Access;
 
     /// Locks the state.
@@ -33,7 +33,7 @@ pub(crate) trait Allocator: Send + Sync {
     /// The guest ranges of the plans in flight.
     fn claims(&self) -> &RangeClaims;
 
-    /// Makes tables lead to storage that has been written. Takes out of `changes` those to whose storage tables may lead
+    /// Enters storage that has been written in the tables. Removes from `changes` each one to which tables may refer
     /// now; after a failure the others are freed.
     ///
     /// # Errors
@@ -48,11 +48,12 @@ pub(crate) trait Allocator: Send + Sync {
         Ok(())
     }
 
-    /// Frees storage that no table leads to.
+    /// Frees storage that no table refers to.
     fn free(&self, state: &mut Self::State, changes: Vec<Self::Change>);
 }
 
-/// Publishes changes one at a time, the last one first. Where `publish` fails, no table leads to the storage of the change.
+/// Publishes changes one at a time, the last one first. If `publish` fails, no table must refer to the storage of its
+/// change.
 pub(crate) fn publish_each<C: Copy>(
     changes: &mut Vec<C>,
     mut publish: impl FnMut(C) -> Result<()>,
@@ -66,19 +67,20 @@ pub(crate) fn publish_each<C: Copy>(
 
 /// A write in flight.
 ///
-/// Dropping it locks the layer's state if it has allocated anything, so the state must not be locked then.
+/// Dropping it locks the layer's state if it has allocated storage, so the caller must not hold that lock.
 #[must_use]
 pub(crate) struct AllocatingPlan<'a, A: Allocator> {
     allocator: &'a A,
     runs: Vec<WriteRun>,
     changes: Vec<A::Change>,
-    /// Released after the storage is freed: fields are dropped after the plan. `None` once it is committed.
+    /// Released after the storage is freed: fields are dropped after `Drop::drop` of the plan. `None` once it is
+    /// committed.
     claim: Option<Claim<'a>>,
 }
 
 impl<'a, A: Allocator> AllocatingPlan<'a, A> {
-    /// Claims `cover`, whole blocks of the disk, and has `draft` find or allocate their storage with the state locked. If
-    /// that fails, what it allocated is freed.
+    /// Claims `cover`, whole blocks of the disk, and calls `draft` with the state locked to find or allocate their
+    /// storage. If that fails, the storage that it allocated is freed.
     ///
     /// # Errors
     /// Those of `draft`.
@@ -95,24 +97,24 @@ impl<'a, A: Allocator> AllocatingPlan<'a, A> {
             claim: Some(claim),
         };
         let drafted = draft(&mut state, &mut plan);
-        // A plan that is dropped locks it.
+        // Dropping the plan locks the state.
         drop(state);
         drafted.map(|()| plan)
     }
 
-    /// Adds a part of the write, which follows the one before in the guest.
+    /// Adds the next run of the write, in guest order.
     pub(crate) fn add_run(&mut self, run: WriteRun) {
         run.push_to(&mut self.runs);
     }
 
-    /// Has each run go through what `view` makes of its guest and host offsets, once all runs are added.
+    /// Replaces the device of each run by `view` of its guest and host offsets. All runs must have been added.
     pub(crate) fn view_runs(&mut self, view: impl Fn(u64, u64) -> Arc<dyn Device>) {
         for run in &mut self.runs {
             run.device = view(run.guest.start(), run.offset);
         }
     }
 
-    /// Adds storage that was allocated for `guest`, which from now on no other request uses.
+    /// Adds storage that was allocated for `guest`, and makes the claim on `guest` exclusive.
     pub(crate) fn add_change(&mut self, guest: ByteRange, change: A::Change) {
         self.changes.push(change);
         if A::ACCESS == Access::Shared
@@ -122,7 +124,7 @@ impl<'a, A: Allocator> AllocatingPlan<'a, A> {
         }
     }
 
-    /// The storage that was allocated.
+    /// The allocated storage.
     pub(crate) fn changes_mut(&mut self) -> &mut [A::Change] {
         &mut self.changes
     }
@@ -135,7 +137,7 @@ impl<A: Allocator> WritePlan for AllocatingPlan<'_, A> {
 
     fn commit(mut self: Box<Self>) -> Result<()> {
         let allocator = self.allocator;
-        // A local, so it is unlocked before the plan is dropped, which locks it after a failure.
+        // As a local it is unlocked before the plan is dropped, which locks the state again after a failure.
         let mut state = allocator.lock();
         allocator.publish(&mut state, &mut self.changes)?;
         self.claim = None;
@@ -162,7 +164,7 @@ mod tests {
 
     const BLOCK: u64 = 100;
 
-    /// Blocks with slots in a file, a table that leads to them, and a log of what was done.
+    /// Blocks with slots in a file, a table that maps them, and a log of the calls.
     #[derive(Default)]
     struct Toy {
         state: Mutex<State>,
@@ -296,7 +298,7 @@ mod tests {
             .expect("has slots")
             .commit()
             .expect("is published");
-        // The other one would wait forever.
+        // With exclusive claims the second plan would wait forever.
         let one = toy.plan(0..3, false).expect("has slots");
         let other = toy.plan(0..2, false).expect("has slots");
         one.commit().expect("is published");

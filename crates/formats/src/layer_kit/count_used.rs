@@ -1,15 +1,15 @@
-//! What of a source is there to be copied, in the clusters of a target: for measuring.
+//! Counts the clusters of a target that a copy of a source would allocate, for `measure`.
 
 use diskimage_core::{ByteRange, Device, ExtentKind, Image, MeasureSource, Result, StatusDetail};
 
-/// Tells `found` of the clusters that hold data which is not known to be zero, each of them once and in order.
+/// Calls `found` with each run of clusters that hold data which is not known to be zero: each cluster once, in order.
 pub(crate) fn for_each_used(image: &Image, cluster: u64, mut found: impl FnMut(ByteRange)) -> Result<()> {
     let mut rest = ByteRange::new(0, image.len());
     while !rest.is_empty() {
         let extent = image.status(rest, StatusDetail::Zeroes)?;
         let mut len = extent.len;
         if !extent.kind.is_zero() && extent.kind != ExtentKind::UnknownHole {
-            // The clusters that it touches count as a whole, and the next search starts behind them.
+            // The clusters that the extent touches count as a whole, and the next search starts behind them.
             let touched = ByteRange::at(rest.start(), len).align_out(cluster);
             found(touched);
             len = touched.end() - rest.start();
@@ -26,8 +26,8 @@ pub(crate) fn data_bytes(image: &Image, cluster: u64) -> Result<u64> {
     Ok(total)
 }
 
-/// How many clusters a copy takes and how many tables, each of which is for `coverage` bytes of the disk. What is in
-/// the image below, if the copy is `backed`, and need not be copied is not known.
+/// The numbers of clusters and of tables that a copy allocates; each table maps `coverage` guest bytes. If the copy is
+/// `backed`, all clusters count: those that the backing image has already are not known.
 pub(crate) fn clusters(
     source: MeasureSource<'_>,
     cluster: u64,
@@ -49,7 +49,7 @@ pub(crate) fn clusters(
     Ok((clusters, tables))
 }
 
-/// As [`clusters`], when every byte of `len` has been written.
+/// The same for a fully allocated disk of `len` bytes.
 pub(crate) fn all_clusters(len: u64, cluster: u64, coverage: u64) -> (u64, u64) {
     (len.div_ceil(cluster), len.div_ceil(coverage))
 }

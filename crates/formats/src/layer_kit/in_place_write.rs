@@ -1,10 +1,10 @@
-//! Writes of formats that set nothing aside: guest bytes have their place.
+//! Writes of formats that allocate nothing: all guest data has storage.
 
 use std::sync::Arc;
 
 use diskimage_core::{ByteRange, Device, Result, WritePlan, WriteRun};
 
-/// A write that goes where the guest says.
+/// A write to one run that is allocated already. Committing it changes no metadata.
 #[derive(Debug)]
 pub(crate) struct InPlaceWrite([WriteRun; 1]);
 

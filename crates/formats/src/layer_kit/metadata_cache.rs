@@ -1,19 +1,20 @@
 //! Metadata tables anywhere in a file, cached in pages, and written back in the order that survives a crash.
 //!
-//! Dirty pages stay in memory until [`MetadataCache::write_back`], or until one of them is evicted, which writes all of them
-//! back. They are written class by class, with everything written before made durable in between:
+//! Dirty pages stay in memory until [`MetadataCache::write_back`], or until one of them is to be evicted, which writes
+//! back all of them. They are written class by class, with a barrier before each class but the first:
 //!
 //! ```text
 //!   data, refcount blocks → refcount table → L2 tables → L1 table
 //! ```
 //!
-//! so that at any moment whatever can be reached is counted and written. A crash in between leaks clusters at worst.
+//! so that at any moment every cluster that a durable entry refers to has its refcount and its contents. A crash leaks
+//! clusters at worst.
 //!
-//! A clean page is shown to the [`MetadataGuard`], if the image has one, before it becomes dirty. Once damage was met nothing
-//! is written any more.
+//! The [`MetadataGuard`], if the image has one, checks a clean page before it becomes dirty. Once damage was met,
+//! nothing is written any more.
 //!
-//! What of a table lies beyond the end of the file was lost: an entry there is an error, and never a zero. Only refcount
-//! blocks count nothing there, as to the original; a cluster that is in use is not allocated for that.
+//! The part of a table beyond the end of the file is lost: an entry there is an error, and never zero. Only in refcount
+//! blocks such an entry is 0, as in qemu-img; this does not make a cluster that is in use free.
 
 use std::sync::Arc;
 
@@ -22,7 +23,7 @@ use diskimage_core::{ByteRange, Device, Error, Event, Result, to_index};
 use crate::layer_kit::metadata_guard::{Clusters, Kind, Kinds, MetadataGuard};
 use crate::layer_kit::page_cache::{Address, MAX_PAGE, Page, PageCache};
 
-/// What a table is for; the order is the order of writing.
+/// The class of a table; the order is the order of writing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) enum WriteOrder {
     RefcountBlock,
@@ -32,7 +33,7 @@ pub(crate) enum WriteOrder {
 }
 
 impl WriteOrder {
-    /// What is told to the device before a part of such a table is read.
+    /// The event for the device before a page of such a table is read.
     fn load_event(self) -> Option<Event> {
         match self {
             Self::RefcountBlock => Some(Event::REFBLOCK_LOAD),
@@ -42,7 +43,7 @@ impl WriteOrder {
         }
     }
 
-    /// What is told to the device before a part of such a table is written.
+    /// The event for the device before a page of such a table is written.
     pub(crate) fn update_event(self) -> Event {
         match self {
             Self::RefcountBlock => Event::REFBLOCK_UPDATE,
@@ -52,7 +53,7 @@ impl WriteOrder {
         }
     }
 
-    /// The kinds of metadata that such a table is.
+    /// The kinds of metadata that such a table can be.
     pub(crate) fn kinds(self) -> Kinds {
         match self {
             Self::RefcountBlock => Kinds::of(&[Kind::RefcountBlock]),
@@ -63,7 +64,7 @@ impl WriteOrder {
     }
 }
 
-/// Where a table lies and how long it is.
+/// The class, the host offset and the length of a table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Table {
     pub(crate) class: WriteOrder,
@@ -75,16 +76,16 @@ pub(crate) struct Table {
 #[derive(Debug)]
 pub(crate) struct MetadataCache {
     device: Arc<dyn Device>,
-    /// Guest data lives here; it must be durable before tables refer to it.
+    /// The device that holds guest data, which must be durable before tables refer to it.
     data: Arc<dyn Device>,
     pages: PageCache<WriteOrder>,
-    /// Refuses writes to places that hold something else.
+    /// Refuses writes that would overwrite metadata of another kind.
     guard: Option<MetadataGuard>,
 }
 
-/// Bytes of a page. A whole L2 table at the usual cluster size.
+/// Bytes of a page: a whole L2 table at the default cluster size.
 const PAGE: u64 = MAX_PAGE as u64;
-/// Bytes of all pages; enough for the L2 tables of 48 GiB at the usual cluster size.
+/// Bytes of all pages: enough for the L2 tables of 48 GiB at the default cluster size.
 const CAPACITY: usize = 6 << 20;
 
 impl MetadataCache {
@@ -97,12 +98,13 @@ impl MetadataCache {
         }
     }
 
-    /// Has `guard` decide from now on what may be written where.
+    /// Sets the guard that checks writes from now on.
     pub(crate) fn set_guard(&mut self, guard: MetadataGuard) {
         self.guard = Some(guard);
     }
 
-    /// Refuses a write to `range`, which is meant for metadata of the kinds `own`, where it would land on other metadata.
+    /// Refuses a write to `range`, which is meant for metadata of the kinds `own`, if it would overwrite other
+    /// metadata.
     ///
     /// # Errors
     /// Such metadata, and damage that was met before.
@@ -119,7 +121,7 @@ impl MetadataCache {
             .is_some_and(|guard| guard.overlap(range, own).is_some())
     }
 
-    /// Notes that `range` holds metadata of `kind` from now on.
+    /// Records that `range` holds metadata of `kind` from now on.
     ///
     /// # Errors
     /// The memory budget is used up.
@@ -127,26 +129,26 @@ impl MetadataCache {
         self.guard.as_mut().map_or(Ok(()), |guard| guard.add(kind, range))
     }
 
-    /// Notes which clusters of metadata have more users than one, as `is_shared` has it.
+    /// Marks the clusters of metadata that have more than one user according to `is_shared`.
     pub(crate) fn mark_shared(&mut self, is_shared: impl Fn(u64) -> bool) {
         if let Some(guard) = &mut self.guard {
             guard.mark_shared(is_shared);
         }
     }
 
-    /// What is guarded now.
+    /// A copy of the guarded clusters, for [`MetadataCache::restore_guarded`].
     pub(crate) fn guarded(&self) -> Option<Clusters> {
         self.guard.as_ref().map(MetadataGuard::clusters)
     }
 
-    /// Guards what was guarded before.
+    /// Restores the guarded clusters from a copy.
     pub(crate) fn restore_guarded(&mut self, guarded: Option<Clusters>) {
         if let (Some(guard), Some(clusters)) = (&mut self.guard, guarded) {
             guard.restore(clusters);
         }
     }
 
-    /// The error of a request that met damage: `what` is wrong.
+    /// The error for a request that met the damage `what`, which is also reported.
     pub(crate) fn damaged(&self, what: &str) -> Error {
         match &self.guard {
             Some(guard) => guard.report().met(what),
@@ -154,7 +156,7 @@ impl MetadataCache {
         }
     }
 
-    /// Keeps only so many bytes of pages.
+    /// Changes the most bytes of all pages.
     #[cfg(test)]
     pub(crate) fn limit_memory(&mut self, capacity: usize) {
         self.pages.set_capacity(capacity);
@@ -166,7 +168,7 @@ impl MetadataCache {
         Ok(self.pages.bytes(slot).get(to_index(at % PAGE)?..).unwrap_or(&[]))
     }
 
-    /// As [`MetadataCache::bytes`], to be changed.
+    /// The same bytes for changes; the page becomes dirty.
     pub(crate) fn bytes_mut(&mut self, table: Table, at: u64) -> Result<&mut [u8]> {
         let slot = self.page(table, at)?;
         if !self.pages.is_dirty(slot) {
@@ -200,7 +202,7 @@ impl MetadataCache {
         Ok(())
     }
 
-    /// Has `table` begin as zeroes, without reading what the file has there.
+    /// Inserts the pages of a new `table`, dirty and filled with zeroes, without reading the file.
     pub(crate) fn insert_zeroed(&mut self, table: Table) -> Result<()> {
         self.admit(ByteRange::at(table.offset, table.len), table.class.kinds())?;
         for at in (0..table.len).step_by(MAX_PAGE) {
@@ -213,7 +215,7 @@ impl MetadataCache {
         Ok(())
     }
 
-    /// Drops what is remembered of the clusters of `range`, which are free from now on.
+    /// Drops the pages and the guarded clusters of `range`, whose clusters are free from now on.
     pub(crate) fn forget_freed(&mut self, range: ByteRange) {
         self.forget(Table {
             class: WriteOrder::L2,
@@ -225,21 +227,21 @@ impl MetadataCache {
         }
     }
 
-    /// Drops what is remembered of `table`, changes included: its clusters have been given up.
+    /// Drops the pages of `table`, dirty ones included: its clusters were freed.
     pub(crate) fn forget(&mut self, table: Table) {
         for at in (0..table.len).step_by(MAX_PAGE) {
             self.pages.remove(Address::at(table.offset + at));
         }
     }
 
-    /// Writes back all dirty pages, in order, each class durable before the next.
+    /// Writes back all dirty pages in the order of their classes, each durable before the next.
     pub(crate) fn write_back(&mut self) -> Result<()> {
         if let Some(guard) = &self.guard {
             guard.report().require_unmarked()?;
         }
         let (device, data) = (&self.device, &self.data);
         self.pages.write_back(
-            // What tables of this class refer to: everything written before them, guest data included.
+            // Everything that tables of this class refer to was written before, guest data included.
             |class| match class {
                 WriteOrder::RefcountBlock => Ok(()),
                 _ => sync(device, data),
@@ -251,19 +253,19 @@ impl MetadataCache {
         )
     }
 
-    /// Writes all changes and forgets everything: tables are about to be changed in the file itself.
+    /// Writes back all dirty pages and empties the cache: the owner is about to change tables in the file itself.
     pub(crate) fn clear(&mut self) -> Result<()> {
         self.write_back()?;
         self.discard_changes();
         Ok(())
     }
 
-    /// Forgets everything, changes included: the file has what counts.
+    /// Empties the cache, and drops dirty pages: the tables in the file are the right ones.
     pub(crate) fn discard_changes(&mut self) {
         self.pages.clear();
     }
 
-    /// Makes durable what has been written.
+    /// Makes all writes durable.
     pub(crate) fn sync(&self) -> Result<()> {
         sync(&self.device, &self.data)
     }
@@ -283,7 +285,8 @@ impl MetadataCache {
         let slot = match self.pages.find(address) {
             Some(slot) if self.is_page_of(slot, table.class, len) => slot,
             found => {
-                // The same bytes as part of another table: a damaged image. The page is written back and read again.
+                // A cached page at this address belongs to a table of another class or length: the image is damaged.
+                // The page is written back and read again.
                 if found.is_some() {
                     self.write_back()?;
                     self.pages.remove(address);
@@ -323,7 +326,7 @@ impl MetadataCache {
         Ok(page)
     }
 
-    /// Puts `page` into the cache, with room made for it.
+    /// Inserts `page`, once there is room for it.
     fn insert(&mut self, page: Page<WriteOrder>) -> Result<usize> {
         while !self.pages.make_room(page.bytes.len()) {
             self.write_back()?;
@@ -331,7 +334,7 @@ impl MetadataCache {
         Ok(self.pages.insert(page))
     }
 
-    /// The error of an entry at byte `at` of `table` that the file does not have.
+    /// The error for an entry at byte `at` of `table` beyond the end of the file.
     fn missing(&self, table: Table, at: u64) -> Error {
         let offset = table.offset.saturating_add(at);
         let device = &self.device;
@@ -340,7 +343,7 @@ impl MetadataCache {
     }
 }
 
-/// Makes durable what has been written to `device`, and to `data` if that is another one.
+/// Makes all writes to `device` durable, and those to `data` before, if that is another device.
 fn sync(device: &Arc<dyn Device>, data: &Arc<dyn Device>) -> Result<()> {
     if !Arc::ptr_eq(device, data) {
         data.flush()?;
@@ -378,9 +381,9 @@ mod tests {
         assert_eq!(tables.number(l2(0), 8).expect("in the table"), 42);
         assert_eq!(device.len(), 0);
         tables.write_back().expect("memory");
-        let mut word = [0; 8];
-        device.read_at(&mut word, 8).expect("written");
-        assert_eq!(u64::from_be_bytes(word), 42);
+        let mut number = [0; 8];
+        device.read_at(&mut number, 8).expect("written");
+        assert_eq!(u64::from_be_bytes(number), 42);
         assert!(tables.number(l2(0), PAGE).is_err());
     }
 

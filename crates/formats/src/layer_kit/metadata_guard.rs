@@ -1,4 +1,4 @@
-//! Which clusters of a file hold metadata, so that no write lands on a table that it does not mean.
+//! The clusters of a file that hold metadata, so that no write overwrites metadata of another kind.
 //!
 //! ```text
 //!   cluster   0        1                2                3          4          5
@@ -6,19 +6,19 @@
 //!   kinds     Header   RefcountTable    RefcountBlock    ActiveL1   ActiveL2   none
 //! ```
 //!
-//! A sound image has one kind for a cluster at most. A damaged one may say of the L1 table's cluster that it is free, or
-//! a refcount block, or a guest's. Every place that is about to be written is shown to the guard first, with the kinds
-//! that the write is meant for; any other kind there refuses the write.
+//! In a sound image, a cluster has one kind at most. In a damaged one, the L1 table's cluster may have refcount 0, or
+//! other entries may refer to it as a refcount block or guest data. Every range is checked before it is written, with
+//! the kinds that the write is meant for; metadata of any other kind there refuses the write.
 //!
 //! This is for images whose metadata is allocated and freed in clusters while they are open, as in qcow2. Formats whose
-//! structures stay where they are have [`reserved`](super::reserved): a few ranges with names, and pieces of one length.
+//! structures do not move have [`reserved`](super::reserved): a few ranges with names, and pieces of one length.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use diskimage_core::{Budget, ByteRange, Error, Reservation, Result};
 
-/// What a cluster of metadata is. The order is the order in which they are looked for.
+/// The kind of metadata in a cluster. Of several kinds, the first in this order is reported.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
     Header,
@@ -30,7 +30,7 @@ pub(crate) enum Kind {
     InactiveL1,
     InactiveL2,
     BitmapDirectory,
-    /// Anything, where a table lies that has one reference in a sound image.
+    /// The cluster of a table that should have one reference, and has more in this image.
     Shared,
 }
 
@@ -48,8 +48,8 @@ impl Kind {
         Self::Shared,
     ];
 
-    /// qemu-img's words for it.
-    fn words(self) -> &'static str {
+    /// The name in qemu-img's messages.
+    fn name(self) -> &'static str {
         match self {
             Self::Header => "qcow2_header",
             Self::ActiveL1 => "active L1 table",
@@ -72,7 +72,7 @@ pub(crate) struct Kinds(u16);
 impl Kinds {
     pub(crate) const NONE: Self = Self(0);
 
-    /// Those of `kinds`.
+    /// The set of `kinds`.
     pub(crate) const fn of(kinds: &[Kind]) -> Self {
         let (mut set, mut i) = (0, 0);
         while i < kinds.len() {
@@ -92,15 +92,15 @@ impl Kinds {
     }
 }
 
-/// What is told of damage that is met while an image is being written.
+/// Where damage is reported that is met while an image is being written.
 pub(crate) trait DamageReport: std::fmt::Debug + Send + Sync {
-    /// Says, and marks in the image, that it is damaged: `what` is wrong. The error of the request that met it.
+    /// Reports the damage `what` and marks the image as corrupt. Returns the error for the request that met it.
     fn met(&self, what: &str) -> Error;
 
-    /// Refuses if the image was marked as damaged: nothing more is written to it.
+    /// Refuses further writes to an image that was marked as corrupt.
     ///
     /// # Errors
-    /// A mark.
+    /// The image is marked.
     fn require_unmarked(&self) -> Result<()>;
 }
 
@@ -114,11 +114,11 @@ pub(crate) struct MetadataGuard {
     report: Arc<dyn DamageReport>,
     budget: Budget,
     taken: Vec<Reservation>,
-    /// Clusters that the memory taken from the budget still has room for.
+    /// The number of clusters for which memory is reserved and not yet used.
     room: u64,
 }
 
-/// Memory of a cluster in the map, and how many of them are taken from the budget at once.
+/// Bytes of memory for a cluster in the map, and the number of clusters for which memory is reserved at a time.
 const CLUSTER_COST: u64 = 24;
 const BATCH: u64 = 4096;
 
@@ -140,7 +140,7 @@ impl MetadataGuard {
         }
     }
 
-    /// Notes that `range` holds metadata of `kind`.
+    /// Records that `range` holds metadata of `kind`.
     ///
     /// # Errors
     /// The memory budget is used up.
@@ -160,7 +160,7 @@ impl MetadataGuard {
         Ok(())
     }
 
-    /// Notes which clusters of tables that nothing shares in a sound image are shared all the same.
+    /// Marks the clusters of tables for which `is_shared` is true and that have one reference in a sound image.
     pub(crate) fn mark_shared(&mut self, is_shared: impl Fn(u64) -> bool) {
         const ALONE: Kinds = Kinds::of(&[
             Kind::Header,
@@ -178,7 +178,7 @@ impl MetadataGuard {
         }
     }
 
-    /// Notes that the clusters of `range` are free.
+    /// Records that the clusters of `range` are free.
     pub(crate) fn remove(&mut self, range: ByteRange) {
         for cluster in self.clusters_of(range) {
             if self.clusters.remove(&cluster).is_some() {
@@ -187,7 +187,7 @@ impl MetadataGuard {
         }
     }
 
-    /// Whether the metadata in `range` includes a kind that refuses a write meant for `own`: the first one.
+    /// The first kind of metadata in `range` that refuses a write meant for `own`.
     pub(crate) fn overlap(&self, range: ByteRange, own: Kinds) -> Option<Kind> {
         let refusing = Kinds(self.refusing.0 & !own.0);
         let found = self
@@ -199,7 +199,7 @@ impl MetadataGuard {
             .find(|kind| Kinds(found & refusing.0).has(*kind))
     }
 
-    /// Refuses a write to `range`, which is meant for `own`, where it would land on something else.
+    /// Refuses a write to `range`, which is meant for `own`, if it would overwrite metadata of another kind.
     ///
     /// # Errors
     /// Metadata of another kind, and damage that was met before.
@@ -209,7 +209,7 @@ impl MetadataGuard {
             None => Ok(()),
             Some(kind) => Err(self.report.met(&format!(
                 "Preventing invalid write on metadata (overlaps with {})",
-                kind.words()
+                kind.name()
             ))),
         }
     }
@@ -218,12 +218,12 @@ impl MetadataGuard {
         &*self.report
     }
 
-    /// What is guarded now.
+    /// A copy of the guarded clusters, for [`MetadataGuard::restore`].
     pub(crate) fn clusters(&self) -> Clusters {
         Clusters(self.clusters.clone())
     }
 
-    /// Guards what was guarded before.
+    /// Restores the guarded clusters from a copy.
     pub(crate) fn restore(&mut self, clusters: Clusters) {
         self.clusters = clusters.0;
         let room = (self.taken.len() as u64).saturating_mul(BATCH);
@@ -236,7 +236,7 @@ impl MetadataGuard {
     }
 }
 
-/// The clusters that were guarded at some moment.
+/// A copy of the guarded clusters.
 #[derive(Clone, Debug)]
 pub(crate) struct Clusters(BTreeMap<u64, Kinds>);
 
@@ -245,9 +245,9 @@ mod tests {
     use super::*;
 
     #[derive(Debug)]
-    struct Told;
+    struct Silent;
 
-    impl DamageReport for Told {
+    impl DamageReport for Silent {
         fn met(&self, what: &str) -> Error {
             Error::corrupt(what)
         }
@@ -258,7 +258,7 @@ mod tests {
     }
 
     fn guard(refusing: Kinds) -> MetadataGuard {
-        let mut guard = MetadataGuard::new(16, refusing, Arc::new(Told), Budget::default());
+        let mut guard = MetadataGuard::new(16, refusing, Arc::new(Silent), Budget::default());
         for (kind, cluster, count) in [
             (Kind::Header, 0, 1),
             (Kind::ActiveL1, 3, 2),

@@ -1,19 +1,19 @@
-//! What formats build on: one idea a file.
+//! The mechanisms that formats share, one in each file.
 //!
 //! | module | for |
 //! |---|---|
 //! | [`page_cache`] | cached pages of metadata: dirty sectors, eviction, order of writing back |
 //! | [`metadata_cache`] | pages of tables anywhere in the file, written back in crash order |
 //! | [`paged_table`] | one table of fixed entries, cached in pages |
-//! | [`metadata_guard`], [`reserved`] | keeps writes off the format's own structures |
+//! | [`metadata_guard`], [`reserved`] | protection of the format's own structures from writes |
 //! | [`allocating_plan`], [`in_place_write`] | write plans |
 //! | [`range_claims`] | claims on the guest ranges of requests in flight |
 //! | [`slot_bitmap`], [`cluster_set`] | which block slots, or clusters, of a file are in use |
-//! | [`two_level_map`] | L1 and L2 tables over clusters that are only ever added |
+//! | [`two_level_map`] | L1 and L2 tables over clusters that are never freed |
 //! | [`read_only_layer`] | layers of formats that are only read |
 //! | [`repair_on_open`] | repairs made while an image is opened |
-//! | [`count_used`] | counts the clusters that a copy would allocate |
-//! | [`preallocation`] | preallocation modes that a format does not have |
+//! | [`count_used`] | the number of clusters that a copy would allocate |
+//! | [`preallocation`] | preallocation modes that a format does not support |
 
 pub(crate) mod allocating_plan;
 pub(crate) mod cluster_set;

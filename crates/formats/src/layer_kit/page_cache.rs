@@ -1,5 +1,5 @@
-//! Pages of metadata in memory: which pages are cached, which are dirty, which is evicted next, and in which order dirty
-//! ones are written back.
+//! Pages of metadata in memory: which are cached, which are dirty, which is evicted next, and in which order dirty
+//! pages are written back.
 //!
 //! ```text
 //!   index   address ──► slot                           address: a device and an offset in it
@@ -9,8 +9,8 @@
 //!   write_back   stage 0, by address │ barrier │ stage 1, by address │ barrier │ ...
 //! ```
 //!
-//! The cache does no I/O. Its owner reads pages before it inserts them, and hands [`PageCache::write_back`] a barrier and a
-//! write. A page whose write fails stays dirty.
+//! The cache does no I/O. Its owner reads pages before it inserts them, and hands [`PageCache::write_back`] a barrier
+//! and a write. A page whose write fails stays dirty.
 
 use std::collections::HashMap;
 use std::hash::{BuildHasher, Hasher, RandomState};
@@ -18,7 +18,8 @@ use std::ops::Range;
 
 use diskimage_core::Result;
 
-/// Cached pages of tables. Those of a lower stage `S` are written back, and made durable, before those of a higher one.
+/// Cached pages of tables. Pages of a lower stage `S` are written back before those of a higher stage, with a barrier
+/// between.
 #[derive(Debug)]
 pub(crate) struct PageCache<S = ()> {
     slots: Vec<Page<S>>,
@@ -27,15 +28,15 @@ pub(crate) struct PageCache<S = ()> {
     hand: usize,
     /// Bytes of all pages.
     bytes: usize,
-    /// How many bytes there may be.
+    /// The most bytes of all pages.
     capacity: usize,
-    /// How many pages are dirty.
+    /// The number of dirty pages.
     dirty: usize,
     /// Whether clean pages are evicted before dirty ones, however recently they were used.
     clean_first: bool,
 }
 
-/// Where a page begins: on which of its owner's devices, and where there.
+/// The address of a page: the index of one of its owner's devices, and an offset on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct Address {
     pub(crate) device: usize,
@@ -55,16 +56,16 @@ pub(crate) struct Page<S = ()> {
     pub(crate) address: Address,
     pub(crate) stage: S,
     pub(crate) bytes: Box<[u8]>,
-    /// How many of the bytes count. The file lacks those behind: they are neither read nor written.
+    /// The number of valid bytes. The file does not have those behind: they are neither read nor written.
     pub(crate) valid: usize,
-    /// A bit for each sector that has changed.
+    /// One bit for each dirty sector.
     dirty: u128,
-    /// Whether it was used since the hand came by.
+    /// Whether it was used since the hand last came by.
     used: bool,
 }
 
 impl<S> Page<S> {
-    /// A clean page that the file has as a whole.
+    /// A clean page, all bytes of which are valid.
     pub(crate) fn new(address: Address, stage: S, bytes: Box<[u8]>) -> Self {
         debug_assert!(bytes.len() <= MAX_PAGE);
         Self {
@@ -98,15 +99,15 @@ impl<S> Page<S> {
     }
 }
 
-/// The unit that a disk writes whole or not at all.
+/// The unit of an atomic write, in bytes.
 const SECTOR: usize = 512;
-/// Bytes of the largest page: one dirty bit a sector.
+/// Bytes of the largest page: the mask of dirty sectors has 128 bits.
 pub(crate) const MAX_PAGE: usize = 128 * SECTOR;
-/// Neighbouring dirty sectors are written in one request up to this size.
+/// Contiguous dirty sectors are written in one request of up to this many bytes.
 const MAX_WRITE: usize = 1 << 20;
 
 impl<S: Copy + Ord> PageCache<S> {
-    /// A cache of at most `capacity` bytes. The page that eviction arrives at leaves, dirty or not.
+    /// A cache of at most `capacity` bytes. Eviction does not prefer clean pages.
     pub(crate) fn new(capacity: usize) -> Self {
         Self {
             slots: Vec::new(),
@@ -119,13 +120,13 @@ impl<S: Copy + Ord> PageCache<S> {
         }
     }
 
-    /// The same, but dirty pages are evicted only where all are dirty.
+    /// The same, but a dirty page is evicted only if all pages are dirty.
     pub(crate) fn clean_first(mut self) -> Self {
         self.clean_first = true;
         self
     }
 
-    /// Keeps only so many bytes from now on.
+    /// Changes the most bytes of all pages.
     #[cfg(test)]
     pub(crate) fn set_capacity(&mut self, capacity: usize) {
         self.capacity = capacity;
@@ -137,7 +138,7 @@ impl<S: Copy + Ord> PageCache<S> {
         self.bytes
     }
 
-    /// The slot of the page at `address`, until a page is inserted or removed.
+    /// The slot of the page at `address`, valid until a page is inserted or removed.
     pub(crate) fn find(&mut self, address: Address) -> Option<usize> {
         let slot = *self.index.get(&address)?;
         self.slots.get_mut(slot)?.used = true;
@@ -149,12 +150,12 @@ impl<S: Copy + Ord> PageCache<S> {
         &self.slots[slot]
     }
 
-    /// The page in `slot`, for reading more of it from the file.
+    /// The page in `slot`, to read more of it from the file.
     pub(crate) fn page_mut(&mut self, slot: usize) -> &mut Page<S> {
         &mut self.slots[slot]
     }
 
-    /// The bytes of the page in `slot` that count.
+    /// The valid bytes of the page in `slot`.
     pub(crate) fn bytes(&self, slot: usize) -> &[u8] {
         let page = &self.slots[slot];
         &page.bytes[..page.valid]
@@ -165,7 +166,7 @@ impl<S: Copy + Ord> PageCache<S> {
         self.slots[slot].dirty != 0
     }
 
-    /// The bytes of `range`, which count, of the page in `slot`. Their sectors are dirty from now on.
+    /// The bytes of `range`, which must be valid, of the page in `slot`. Their sectors become dirty.
     pub(crate) fn change(&mut self, slot: usize, range: Range<usize>) -> &mut [u8] {
         let page = &mut self.slots[slot];
         let was_clean = page.dirty == 0;
@@ -174,16 +175,16 @@ impl<S: Copy + Ord> PageCache<S> {
         &mut page.bytes[range]
     }
 
-    /// How many pages are dirty.
+    /// The number of dirty pages.
     pub(crate) fn dirty_count(&self) -> usize {
         self.dirty
     }
 
-    /// Evicts clean pages until there is room for `len` bytes more. `false` if a dirty page has to leave: after writing back
-    /// another try succeeds.
+    /// Evicts clean pages until there is room for `len` more bytes. `false` if a dirty page is next to be evicted: the
+    /// owner writes back and calls this again.
     pub(crate) fn make_room(&mut self, len: usize) -> bool {
         while self.bytes + len > self.capacity && !self.slots.is_empty() {
-            match self.next_to_leave() {
+            match self.next_to_evict() {
                 Some(slot) if self.slots[slot].dirty == 0 => self.remove_slot(slot),
                 _ => return false,
             }
@@ -191,12 +192,13 @@ impl<S: Copy + Ord> PageCache<S> {
         true
     }
 
-    /// Puts `page` into the cache, in place of one at the same address. Its slot, until a page is inserted or removed.
+    /// Inserts `page`, and replaces one at the same address. Returns its slot, valid until a page is inserted or
+    /// removed.
     pub(crate) fn insert(&mut self, page: Page<S>) -> usize {
         self.remove(page.address);
         self.bytes += page.bytes.len();
         self.dirty += usize::from(page.dirty != 0);
-        // Behind the hand: the last that it comes to.
+        // Right behind the hand, which reaches it last.
         let (slot, last) = (self.hand.min(self.slots.len()), self.slots.len());
         self.slots.push(page);
         self.slots.swap(slot, last);
@@ -226,11 +228,11 @@ impl<S: Copy + Ord> PageCache<S> {
         self.dirty_slots().into_iter().map(|slot| &self.slots[slot])
     }
 
-    /// Has `write` write all dirty sectors, stage by stage. Before the first write of each stage `barrier` makes durable what
-    /// pages of that stage refer to.
+    /// Writes all dirty sectors with `write`, stage by stage. Before the first write of each stage, `barrier` makes
+    /// durable what pages of that stage refer to.
     ///
     /// # Errors
-    /// Those of `barrier` and `write`. What has not been written stays dirty.
+    /// Those of `barrier` and `write`. Sectors that were not written stay dirty.
     pub(crate) fn write_back(
         &mut self,
         mut barrier: impl FnMut(S) -> Result<()>,
@@ -275,7 +277,7 @@ impl<S: Copy + Ord> PageCache<S> {
         Ok(())
     }
 
-    /// Has all pages be clean: their owner has written them.
+    /// Marks all pages clean: their owner has written them.
     pub(crate) fn mark_clean(&mut self) {
         for page in &mut self.slots {
             page.dirty = 0;
@@ -283,7 +285,7 @@ impl<S: Copy + Ord> PageCache<S> {
         self.dirty = 0;
     }
 
-    /// How many of `runs`, at least one, go on where the one before ends, and fit into one request.
+    /// The number of leading `runs`, at least one, that are contiguous and fit into one request.
     fn count_joined(&self, runs: &[(usize, Range<usize>)]) -> usize {
         let mut end: Option<(S, Address)> = None;
         let mut len = 0;
@@ -307,17 +309,17 @@ impl<S: Copy + Ord> PageCache<S> {
         dirty
     }
 
-    /// The page that is to leave next; `None` if none may.
-    fn next_to_leave(&mut self) -> Option<usize> {
-        // The first round may have to mark all of them as not used.
+    /// The slot of the page that is evicted next; `None` if all pages are dirty and clean ones go first.
+    fn next_to_evict(&mut self) -> Option<usize> {
+        // The first round may only clear `used` of all pages.
         for _ in 0..2 * self.slots.len() {
             if self.hand >= self.slots.len() {
                 self.hand = 0;
             }
             let page = &mut self.slots[self.hand];
             let was_used = std::mem::take(&mut page.used);
-            let may_leave = page.dirty == 0 || !self.clean_first;
-            if may_leave && !was_used {
+            let may_evict = page.dirty == 0 || !self.clean_first;
+            if may_evict && !was_used {
                 return Some(self.hand);
             }
             self.hand += 1;
@@ -336,7 +338,7 @@ impl<S: Copy + Ord> PageCache<S> {
     }
 }
 
-/// A bit for each sector of a page that has bytes of `range`.
+/// The mask of the sectors of a page that have bytes of `range`.
 fn sectors(range: Range<usize>) -> u128 {
     let (first, end) = (range.start / SECTOR, range.end.div_ceil(SECTOR));
     let below = |sector: usize| {
@@ -346,8 +348,8 @@ fn sectors(range: Range<usize>) -> u128 {
     below(end) & !below(first)
 }
 
-/// Hashes addresses with one multiplication, and with a number of its own in each cache: an image cannot be made so that
-/// the addresses of its tables fall together.
+/// Hashes addresses with one multiplication and a random seed for each cache: a crafted image cannot have table
+/// addresses that collide.
 #[derive(Clone, Copy, Debug)]
 struct AddressHash(u64);
 
@@ -404,7 +406,7 @@ mod tests {
 
     use super::*;
 
-    /// Bytes of the pages of these tests, of which a cache holds some.
+    /// Bytes of a page in these tests, and of all pages of a cache.
     const PAGE: usize = 4 * SECTOR;
     const CAPACITY: usize = 5 * PAGE;
     const PAGES: usize = 12;
@@ -496,7 +498,7 @@ mod tests {
             if clean_first {
                 cache = cache.clean_first();
             }
-            // What each page should hold, and what of it has not been written for certain.
+            // The expected contents of each page.
             let mut model = vec![vec![0; PAGE]; PAGES];
             for step in steps {
                 match step {
@@ -573,7 +575,7 @@ mod tests {
             assert!(cache.make_room(1));
             cache.insert(page(nth));
         }
-        // All were used: the first round marks them, the second evicts the oldest.
+        // All pages were used: the first round clears `used`, the second evicts the oldest.
         assert!(cache.make_room(1));
         assert_eq!(cached(&cache), [1, 2, 3]);
         cache.insert(page(4));

@@ -1,14 +1,14 @@
-//! One table of entries of the same length, cached in pages: never in memory as a whole, whatever the image says of its size.
+//! One table of entries of the same length, cached in pages. Its memory is bounded, whatever length the header gives.
 //!
 //! ```text
 //!   table    |--- 64 KiB ---|--- 64 KiB ---|--- 64 KiB ---|-- rest --|
 //!   memory                   \____________/                \________/
 //! ```
 //!
-//! Dirty pages stay in memory until [`PagedTable::write_back`]. What entries refer to has to be durable before. The owner
-//! writes back when it is asked to flush, or sooner if there are [`PagedTable::too_many_dirty`]. Where all pages are dirty and
-//! one has to be evicted, the device is flushed and all are written back. An owner with a way of its own to write takes
-//! [`PagedTable::dirty_units`] instead, and then marks the pages clean.
+//! Dirty pages stay in memory until [`PagedTable::write_back`]; the data that their entries refer to has to be durable
+//! before. The owner writes back when it is flushed, or sooner if there are [`PagedTable::too_many_dirty`]. If all
+//! pages are dirty and one has to be evicted, the device is flushed and all pages are written back. An owner that
+//! writes pages itself, to a log for example, takes [`PagedTable::dirty_units`] and then marks the pages clean.
 
 use std::sync::Arc;
 
@@ -16,15 +16,15 @@ use diskimage_core::{Device, Error, Result, to_index};
 
 use crate::layer_kit::page_cache::{Address, MAX_PAGE, Page, PageCache};
 
-/// The cached pages of one table of entries of `N` bytes, a divisor of 64 KiB, whose byte order is its owner's matter.
+/// The cached pages of one table of entries of `N` bytes, a divisor of 64 KiB. The owner decodes entries.
 #[derive(Debug)]
 pub(crate) struct PagedTable<const N: usize = 4> {
     device: Arc<dyn Device>,
-    /// Where the table starts.
+    /// Host offset of the table.
     start: u64,
-    /// How many bytes it has.
+    /// Bytes of the table.
     len: u64,
-    /// Whether entries beyond the end of the file are zero, and no error.
+    /// Whether entries beyond the end of the file are zero instead of an error.
     zero_beyond_eof: bool,
     /// Whether only the owner writes dirty pages.
     owner_writes_back: bool,
@@ -36,11 +36,11 @@ pub(crate) type Entry<const N: usize = 4> = [u8; N];
 
 /// Bytes of a page.
 const PAGE: usize = MAX_PAGE;
-/// How many pages are cached: a mebibyte, entries for hundreds of gibibytes.
+/// The most cached pages: 1 MiB, which has entries for hundreds of gibibytes.
 const MAX_PAGES: usize = 16;
 
 impl<const N: usize> PagedTable<N> {
-    /// The table of `entries` entries at offset `start`. Entries beyond the end of the device cannot be used.
+    /// The table of `entries` entries at offset `start`. Entries beyond the end of the device are errors.
     pub(crate) fn new(device: Arc<dyn Device>, start: u64, entries: u64) -> Self {
         Self {
             device,
@@ -52,19 +52,19 @@ impl<const N: usize> PagedTable<N> {
         }
     }
 
-    /// The same, but entries beyond the end of the device are zeroes.
+    /// The same, but entries beyond the end of the device are zero.
     pub(crate) fn zero_beyond_eof(mut self) -> Self {
         self.zero_beyond_eof = true;
         self
     }
 
-    /// The same, but dirty pages stay in memory until the owner says that they are written.
+    /// The same, but dirty pages stay in memory until the owner marks them clean.
     pub(crate) fn owner_writes_back(mut self) -> Self {
         self.owner_writes_back = true;
         self
     }
 
-    /// The entries from entry `index` on that are in the same page; at least one.
+    /// The entries from `index` to the end of the page; at least one.
     pub(crate) fn entries(&mut self, index: u64) -> Result<&[Entry<N>]> {
         let (slot, skip) = self.page(index)?;
         let (entries, _) = self.pages.bytes(slot)[skip..].as_chunks();
@@ -84,7 +84,7 @@ impl<const N: usize> PagedTable<N> {
         Ok(())
     }
 
-    /// Whether there is something to write back.
+    /// Whether any page is dirty.
     pub(crate) fn is_dirty(&self) -> bool {
         self.pages.dirty_count() > 0
     }
@@ -94,7 +94,7 @@ impl<const N: usize> PagedTable<N> {
         self.pages.dirty_count() >= MAX_PAGES / 2
     }
 
-    /// The units of `unit` bytes, some sectors, that are dirty, by their offset in the file.
+    /// The dirty units of `unit` bytes, a multiple of a sector, with their host offsets.
     pub(crate) fn dirty_units(&self, unit: usize) -> impl Iterator<Item = (u64, &[u8])> {
         let units = self.pages.dirty_pages().flat_map(move |page| {
             let units = page.bytes.chunks(unit).enumerate();
@@ -106,7 +106,7 @@ impl<const N: usize> PagedTable<N> {
         })
     }
 
-    /// Writes the dirty sectors. What their entries refer to is durable.
+    /// Writes back the dirty sectors. The caller has made durable what their entries refer to.
     pub(crate) fn write_back(&mut self) -> Result<()> {
         let device = &self.device;
         self.pages.write_back(
@@ -115,12 +115,12 @@ impl<const N: usize> PagedTable<N> {
         )
     }
 
-    /// Has all pages be clean: the owner has written them.
+    /// Marks all pages clean: the owner has written them.
     pub(crate) fn mark_clean(&mut self) {
         self.pages.mark_clean();
     }
 
-    /// The slot of the page with entry `index`, and where in it the entry is.
+    /// The slot of the page with entry `index`, and the entry's offset in the page.
     fn page(&mut self, index: u64) -> Result<(usize, usize)> {
         let at = index
             .checked_mul(N as u64)
@@ -145,7 +145,7 @@ impl<const N: usize> PagedTable<N> {
         Err(outside(index))
     }
 
-    /// The bytes of the page at `at` of the table.
+    /// Reads the page at byte `at` of the table.
     fn read(&self, at: u64) -> Result<Box<[u8]>> {
         let start = self.start + at;
         let mut valid = self.len - at;
@@ -160,7 +160,7 @@ impl<const N: usize> PagedTable<N> {
     }
 
     fn make_room(&mut self) -> Result<()> {
-        // An owner that writes back sees to it that dirty pages are few.
+        // An owner that writes back itself limits the number of dirty pages.
         while !self.pages.make_room(PAGE) && !self.owner_writes_back {
             self.device.flush()?;
             self.write_back()?;
@@ -245,7 +245,7 @@ mod tests {
     }
 
     #[test]
-    fn dirty_units_are_told_until_they_are_clean() {
+    fn dirty_units_are_listed_until_they_are_clean() {
         let memory = Arc::new(MemoryDevice::new(vec![0; 3 << 20]));
         let device: Arc<dyn Device> = Arc::<MemoryDevice>::clone(&memory);
         let mut table = PagedTable::<8>::new(device, 1 << 20, 2 << 17).owner_writes_back();

@@ -1,9 +1,9 @@
-//! Preallocation in formats that leave it to the file below, or do not have it.
+//! Preallocation modes in formats that leave them to the file, or do not support them.
 
 use diskimage_core::options::Options;
 use diskimage_core::{Error, Preallocation, Result};
 
-/// Refuses changes of size with a preallocation that the format does not have.
+/// Refuses a resize with a preallocation mode, which the format does not support.
 pub(crate) fn require_off(mode: Preallocation) -> Result<()> {
     match mode {
         Preallocation::Off => Ok(()),
@@ -11,12 +11,13 @@ pub(crate) fn require_off(mode: Preallocation) -> Result<()> {
     }
 }
 
-/// The error of a mode that is not there.
+/// The error for an unsupported mode.
 pub(crate) fn unsupported(mode: Preallocation) -> Error {
     Error::unsupported(format!("Unsupported preallocation mode '{}'", mode.name()))
 }
 
-/// Refuses what the file below cannot do. As in the original that is all: the file is empty when it is made.
+/// Refuses modes that a file does not have. As in qemu-img, an accepted mode has no effect: the file is empty when it
+/// is created.
 pub(crate) fn check(options: &Options) -> Result<()> {
     let name = options.text("preallocation").unwrap_or("off");
     match Preallocation::from_name(name) {

@@ -1,7 +1,7 @@
 //! Claims on the guest ranges of requests in flight.
 //!
-//! A layer maps guest bytes to host bytes under the lock of its state, and guest data moves with no lock held. In between,
-//! a claim keeps other requests off the range: from planning a write until it is committed or dropped.
+//! A layer maps guest offsets to host offsets with its state locked, and does guest I/O with no lock held. A claim
+//! excludes other requests from the range for that time: from planning a write until it is committed or dropped.
 //!
 //! ```text
 //!   guest offset  ──────────────────────────────────────►
@@ -22,24 +22,24 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 use diskimage_core::ByteRange;
 
-/// How a claim gets along with another one on the same bytes.
+/// Whether a claim may overlap another one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Access {
-    /// Overlaps with shared claims, never with an exclusive one.
+    /// May overlap shared claims, never an exclusive one.
     Shared,
-    /// Overlaps with no other claim.
+    /// Overlaps no other claim.
     Exclusive,
 }
 
 /// The claims on one layer's guest ranges.
 ///
-/// Claims are made with the lock of the layer's state held, and no request waits with that lock held. So what a request
-/// finds in the state when it has its claim stays true until the claim is released, and nothing is claimed while the state
-/// that [`RangeClaims::wait_idle`] returned is locked.
+/// Claims are made with the layer's state locked, and no request waits with the state locked. So the mapping of a
+/// claimed range does not change until the claim is released, and nothing is claimed while the state that
+/// [`RangeClaims::wait_idle`] returned is locked.
 ///
-/// Lock order: the layer's state, then `held`, which is locked for a look at the list and never while any other lock is
-/// taken. The list has a mutex of its own, rather than being part of the state, so that a claim can be dropped
-/// anywhere, with the state locked or not, and so that one type serves layers whatever their state is.
+/// Lock order: the layer's state, then `held`. No other lock is taken while `held` is locked. The list has a mutex of
+/// its own, rather than being part of the state, so that a claim can be dropped with the state locked or not, and so
+/// that one type serves layers with any type of state.
 #[derive(Debug, Default)]
 pub(crate) struct RangeClaims {
     held: Mutex<Held>,
@@ -48,10 +48,10 @@ pub(crate) struct RangeClaims {
 }
 
 impl RangeClaims {
-    /// Claims `range`, once no other claim on it forbids that, and returns with what `lock` locked. An empty range
-    /// conflicts with nothing.
+    /// Waits until no other claim conflicts, claims `range`, and returns the claim and the guard that `lock` returned.
+    /// An empty range conflicts with nothing.
     ///
-    /// `lock` locks the layer's state, which the caller must not have locked. It may be called several times.
+    /// `lock` locks the layer's state, which the caller must not hold. It may be called several times.
     pub(crate) fn claim<G>(&self, range: ByteRange, access: Access, lock: impl Fn() -> G) -> (Claim<'_>, G) {
         let (guard, mut held) = self.wait_while(|held| held.conflict(range, access), lock);
         let id = held.next_id;
@@ -61,17 +61,19 @@ impl RangeClaims {
         (Claim { claims: self, id }, guard)
     }
 
-    /// Returns with what `lock` locked, once nothing is claimed. `lock` is as for [`RangeClaims::claim`].
+    /// Waits until nothing is claimed, and returns the guard that `lock` returned. `lock` is as for
+    /// [`RangeClaims::claim`].
     pub(crate) fn wait_idle<G>(&self, lock: impl Fn() -> G) -> G {
         self.wait_while(|held| !held.ranges.is_empty(), lock).0
     }
 
-    /// Whether nothing is claimed. With the layer's state locked, that stays so until it is unlocked.
+    /// Whether nothing is claimed. If the caller holds the lock of the layer's state, this stays true until it unlocks
+    /// it.
     pub(crate) fn is_idle(&self) -> bool {
         self.held().ranges.is_empty()
     }
 
-    /// Locks the state and the list, once `is_busy` is no longer true of the list.
+    /// Waits until `is_busy` is false for the list, and locks the state and the list.
     fn wait_while<G>(
         &self,
         is_busy: impl Fn(&Held) -> bool,
@@ -83,7 +85,7 @@ impl RangeClaims {
             if !is_busy(&held) {
                 return (guard, held);
             }
-            // A request in flight needs the state to end.
+            // A request in flight locks the state before it releases its claim.
             drop(guard);
             let waited = self.released.wait_while(held, |held| is_busy(held));
             drop(waited.unwrap_or_else(PoisonError::into_inner));
@@ -95,7 +97,7 @@ impl RangeClaims {
     }
 }
 
-/// A range in flight. Dropping it releases the range.
+/// A claimed range. Dropping it releases the range.
 #[derive(Debug)]
 #[must_use]
 pub(crate) struct Claim<'a> {
@@ -104,12 +106,12 @@ pub(crate) struct Claim<'a> {
 }
 
 impl Claim<'_> {
-    /// Keeps shared claims off `part` of the claimed range as well, from now on. The layer's state is locked, and has been
-    /// since the claim was made.
+    /// Makes the claim on `part` of the claimed range exclusive. The layer's state must have been locked since the
+    /// claim was made.
     ///
-    /// For blocks that turn out to have no storage. No other claim overlaps them: a request finds storage for each block
-    /// of its own shared claim, or makes that block exclusive, and nothing takes away the storage of a block that is
-    /// claimed.
+    /// This is for blocks that turn out to be unallocated. No other claim overlaps them: a request with a shared claim
+    /// either finds a block allocated or makes the claim on it exclusive, and the storage of a claimed block is not
+    /// freed.
     pub(crate) fn make_exclusive(&mut self, part: ByteRange) {
         let mut held = self.claims.held();
         let id = self.id;
@@ -134,17 +136,17 @@ impl Drop for Claim<'_> {
     }
 }
 
-/// What is claimed.
+/// The list of claimed ranges.
 #[derive(Debug, Default)]
 struct Held {
-    /// A claim has one range, and further ones for what it has made exclusive.
+    /// A claim has one range, and further ones for the parts that it made exclusive.
     ranges: Vec<HeldRange>,
     next_id: u64,
 }
 
 #[derive(Debug)]
 struct HeldRange {
-    /// Which claim it is of.
+    /// The ID of its claim.
     id: u64,
     range: ByteRange,
     access: Access,
@@ -180,12 +182,12 @@ mod tests {
         ByteRange::new(blocks.start as u64 * 10, blocks.end as u64 * 10)
     }
 
-    /// A layer that knows which blocks have storage, and what the requests in flight do to each block.
+    /// A layer that records which blocks have storage, and how requests in flight use each block.
     #[derive(Default)]
     struct Model {
         claims: RangeClaims,
         has_storage: Mutex<[bool; BLOCKS]>,
-        /// How many requests write the block in place; -1 if one allocates or frees it.
+        /// The number of requests that write the block in place; -1 if a request allocates or frees it.
         users: [AtomicI32; BLOCKS],
     }
 
@@ -207,7 +209,8 @@ mod tests {
             assert_eq!(before, 0, "block {block} is allocated or freed while it is used");
         }
 
-        /// Writes as layers do: blocks that have storage in place, for others it is allocated. It may fail.
+        /// Writes as layers do: in place to blocks that have storage, with allocation to others. With `fails` the write
+        /// is dropped.
         fn write(&self, blocks: Range<usize>, fails: bool) {
             let (mut claim, state) = self.claims.claim(bytes(&blocks), Access::Shared, || self.lock());
             let (mut old, mut new) = (Vec::new(), Vec::new());
@@ -232,13 +235,13 @@ mod tests {
                 state[block] = !fails;
                 self.users[block].store(0, Ordering::SeqCst);
             }
-            // With the state locked, and in the other order as well.
+            // The claim is dropped with the state locked, and otherwise after it is unlocked.
             if fails {
                 drop(claim);
             }
         }
 
-        /// Frees the storage of blocks, for which it excludes all others.
+        /// Frees the storage of blocks under an exclusive claim.
         fn free(&self, blocks: Range<usize>) {
             let (_claim, mut state) = self
                 .claims
@@ -272,7 +275,7 @@ mod tests {
             };
             for _ in 0..REQUESTS {
                 let start = below(BLOCKS);
-                // Empty ones as well.
+                // The range may be empty.
                 let blocks = start..start + below(BLOCKS - start + 1).min(4);
                 match below(10) {
                     0..5 => self.write(blocks, false),
@@ -284,7 +287,7 @@ mod tests {
         }
     }
 
-    /// Fails where a thread has failed, or where all of them wait for each other.
+    /// Fails if a thread failed, or if all threads wait for each other.
     fn require_end(ended: &Receiver<()>, threads: u64) {
         for _ in 0..threads {
             match ended.recv_timeout(Duration::from_secs(120)) {
@@ -301,7 +304,7 @@ mod tests {
             let (run, end) = (run.clone(), end.clone());
             thread::spawn(move || {
                 run(nth);
-                // The test may be over.
+                // The receiver is gone if the test has ended.
                 let _ = end.send(());
             });
         }
@@ -319,7 +322,7 @@ mod tests {
         model.require_idle();
     }
 
-    /// Whether a claim is made at once while another one is held.
+    /// Whether the claim `wanted` does not have to wait while `held` is held.
     fn goes_ahead(held: (ByteRange, Access), wanted: (ByteRange, Access)) -> bool {
         let claims = RangeClaims::default();
         let (_claim, ()) = claims.claim(held.0, held.1, || ());
@@ -377,7 +380,7 @@ mod tests {
                 }
             }
         });
-        // Both have looked at the claim, and have to look again.
+        // Both threads have locked the state once, and have to wait for the claim.
         for _ in 0..2 {
             waits.recv_timeout(Duration::from_secs(120)).expect("looks");
         }

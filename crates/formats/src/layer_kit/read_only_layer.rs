@@ -1,7 +1,7 @@
-//! Layers of formats that are only ever read.
+//! Layers of formats that are only read.
 //!
-//! To the original, all of such a disk is data that lies nowhere as it is: its tables are not asked where bytes are. So
-//! the disk is one view of the file below, and the layer has a single run.
+//! As in qemu-img, the whole disk is data without host offsets: the tables are not used to report allocation. So the
+//! disk is one view of the file, and the layer has a single run.
 
 use std::sync::Arc;
 
@@ -18,15 +18,15 @@ pub(crate) trait Disk: std::fmt::Debug + Send + Sync + 'static {
     /// The disk's size in bytes.
     fn len(&self) -> u64;
 
-    /// Where the image is.
+    /// The image's file.
     fn file(&self) -> &Arc<dyn Device>;
 
-    /// What opening has come across.
+    /// Notes that were collected while the image was opened.
     fn notes(&self) -> &[Note] {
         &[]
     }
 
-    /// Fills `buf` with the bytes from `offset` on, which are inside the disk.
+    /// Fills `buf` with the guest bytes from `offset` on; the whole range is inside the disk.
     fn read(&self, buf: &mut [u8], offset: u64) -> Result<()>;
 }
 

@@ -1,14 +1,14 @@
-//! What is mended when an image is opened.
+//! Repairs that are made while an image is opened.
 
 use std::sync::{Mutex, PoisonError};
 
 use diskimage_core::{Note, Progress, Result};
 
-/// Bytes of what is kept at most.
+/// The most bytes of notes that are kept.
 const MOST: usize = 1 << 20;
 
-/// Mends an image that is being opened. What that tells is for whoever opens it; if it fails, it is shown before the
-/// error.
+/// Repairs an image that is being opened, and returns the notes of `repair`. If it fails, the error has them as its
+/// notice, which is printed first.
 ///
 /// # Errors
 /// That of `repair`.
@@ -39,28 +39,28 @@ mod tests {
     use diskimage_core::Error;
 
     #[test]
-    fn what_was_told_is_kept_or_shown_before_the_error() {
+    fn notes_are_returned_or_precede_the_error() {
         let line = |text: &str| Note::Line(text.to_owned());
-        let tell = |progress: &Progress<'_>| ["a", "b"].map(|text| progress.note(&line(text)));
+        let note = |progress: &Progress<'_>| ["a", "b"].map(|text| progress.note(&line(text)));
         let kept = run(|progress| {
-            tell(progress);
+            note(progress);
             Ok(())
         });
-        assert_eq!(kept.expect("is mended"), [line("a"), line("b")]);
+        assert_eq!(kept.expect("is repaired"), [line("a"), line("b")]);
         let failed = run(|progress| {
-            tell(progress);
+            note(progress);
             Err(Error::corrupt("c"))
         });
         assert_eq!(failed.expect_err("is not").preceding_note(), Some(&line("a\nb")));
     }
 
     #[test]
-    fn only_so_much_is_kept() {
+    fn the_length_of_kept_notes_is_bounded() {
         let note = Note::Line("x".repeat(MOST / 2));
         let kept = run(|progress| {
             (0..5).for_each(|_| progress.note(&note));
             Ok(())
         });
-        assert_eq!(kept.expect("is mended").len(), 2);
+        assert_eq!(kept.expect("is repaired").len(), 2);
     }
 }

@@ -1,31 +1,31 @@
-//! Where a file holds the format's own structures: neither guest data nor another table is written there.
+//! The ranges of a file that hold the format's own structures: neither guest data nor another table is written there.
 //!
 //! ```text
 //!   file       |header|L1 table|cluster|L2 table|cluster|cluster|L2 table|
 //!   Reserved   [------][-------]                                              few ranges, each with its name
 //!   Pieces                              [-------]               [-------]     many, all of one length, in order
 //!
-//!   an entry that leads to       ^   or           ^               is refused by comparing ranges
-//!   two entries that lead to the same piece share it:             neither may change it
+//!   an entry that refers to      ^   or           ^               is refused by comparing ranges
+//!   two entries that refer to the same piece share it:            neither may change it
 //! ```
 //!
-//! Entries of tables are numbers that a crash, another program or an attacker may have damaged. A format asks here before
-//! it writes guest data in place, changes a table that an entry leads to, or hands out new space. [`Reserved`] is known
-//! when an image is opened and is also asked before reading. [`Pieces`] takes a walk over a table, so it is made when the
-//! first write comes.
+//! Entries of tables may have been damaged by a crash, another program or an attacker. A format checks ranges here
+//! before it writes guest data in place, changes a table that an entry refers to, or allocates storage. [`Reserved`] is
+//! known when an image is opened and is also checked before reads. [`Pieces`] needs a walk over a table, so it is built
+//! before the first write.
 //!
-//! This is for formats with few structures, each of them in one piece or all of one length; a conflict is an error of the
-//! request. The cluster-based [`metadata_guard`](super::metadata_guard) is for qcow2: its structures are of ten kinds, move
-//! while the image is open, are chosen by the user's `overlap-check`, and a conflict marks the image as corrupt.
+//! This is for formats with few structures, each of them contiguous or all of one length; an overlap is an error of the
+//! request. The cluster-based [`metadata_guard`](super::metadata_guard) is for qcow2: its structures are of ten kinds,
+//! move while the image is open, are selected by the option `overlap-check`, and an overlap marks the image as corrupt.
 
 use diskimage_core::{Budget, ByteRange, Error, Reservation, Result};
 
-/// The ranges of a file that the format has for itself, and what they are called.
+/// The ranges of a file that hold metadata, each with its name in messages.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Reserved(Vec<(&'static str, ByteRange)>);
 
 impl Reserved {
-    /// These ranges; empty ones do not count.
+    /// These ranges, without empty ones.
     pub(crate) fn new(ranges: impl IntoIterator<Item = (&'static str, ByteRange)>) -> Self {
         Self(
             ranges
@@ -51,14 +51,15 @@ impl Reserved {
         }
     }
 
-    /// How many bytes from `offset` on lie before the next of these.
+    /// Bytes from `offset` to the next range that starts there or behind; `u64::MAX` if there is none.
     pub(crate) fn room_at(&self, offset: u64) -> u64 {
         let starts = self.0.iter().map(|(_, range)| range.start());
         let next = starts.filter(|start| *start >= offset).min();
         next.map_or(u64::MAX, |next| next - offset)
     }
 
-    /// Of a file that is divided into units of `unit` bytes from `from` on, those that share a byte with any of these.
+    /// The units that share a byte with any of these ranges, of a file that is divided into units of `unit` bytes from
+    /// offset `from` on.
     pub(crate) fn units(&self, from: u64, unit: u64) -> impl Iterator<Item = u64> {
         let behind = move |offset: u64| offset.saturating_sub(from);
         let ranges = self.0.iter();
@@ -80,39 +81,39 @@ impl Reserved {
         Ok(())
     }
 
-    /// Behind the last of them.
+    /// The end of the last range.
     pub(crate) fn end(&self) -> u64 {
         self.0.iter().map(|(_, range)| range.end()).max().unwrap_or(0)
     }
 }
 
-/// The error of `what`, for which `offset` is no place.
+/// The error for `what` at `offset`, which overlaps the structure called `name`.
 pub(crate) fn lies_in(what: &str, offset: u64, name: &str) -> Error {
     Error::corrupt(format!(
         "The {what} at {offset:#x} lies in the {name} of the image"
     ))
 }
 
-/// Parts of a file that have the same length and that one table leads to: L2 tables, or blocks.
+/// Structures of the same length that one table refers to: L2 tables, or blocks.
 #[derive(Debug)]
 pub(crate) struct Pieces {
-    /// What errors call one of them.
+    /// The name of a piece in messages.
     name: &'static str,
     /// Bytes of a piece.
     len: u64,
-    /// Where they start; in order once [`Pieces::sort`] was called.
+    /// Their offsets; in order once [`Pieces::sort`] was called.
     starts: Vec<u64>,
-    /// Those of them that share bytes with another, in order.
+    /// Offsets of the pieces that overlap another one, in order.
     shared: Vec<u64>,
     budget: Budget,
     memory: Vec<Reservation>,
 }
 
-/// Starts for which memory is taken at once.
+/// The number of offsets for which memory is reserved at a time.
 const STEP: usize = 4096;
 
 impl Pieces {
-    /// None so far of `len` bytes.
+    /// An empty set of pieces of `len` bytes.
     pub(crate) fn new(name: &'static str, len: u64, budget: &Budget) -> Self {
         Self {
             name,
@@ -124,10 +125,10 @@ impl Pieces {
         }
     }
 
-    /// Notes that an entry leads to the piece at `start`.
+    /// Adds the piece at `start`, which an entry refers to.
     ///
     /// # Errors
-    /// A table with more of them than there is memory for.
+    /// The memory budget is used up.
     pub(crate) fn add(&mut self, start: u64) -> Result<()> {
         if self.starts.len() >= self.memory.len() * STEP {
             self.memory
@@ -138,7 +139,7 @@ impl Pieces {
         Ok(())
     }
 
-    /// Puts them in order and finds those that share bytes.
+    /// Sorts the pieces and finds those that overlap.
     pub(crate) fn sort(mut self) -> Self {
         self.starts.sort_unstable();
         for pair in self.starts.windows(2) {
@@ -153,12 +154,12 @@ impl Pieces {
         self
     }
 
-    /// Notes a new piece, which shares no byte with any other.
+    /// Adds a newly allocated piece, which overlaps no other.
     ///
     /// # Errors
     /// As [`Pieces::add`].
     pub(crate) fn insert(&mut self, start: u64) -> Result<()> {
-        // New ones go to the end of the file.
+        // Allocation is mostly at the end of the file, where the order stays.
         let is_last = self.starts.last().is_none_or(|last| *last < start);
         self.add(start)?;
         if !is_last {

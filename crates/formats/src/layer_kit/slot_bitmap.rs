@@ -1,18 +1,18 @@
 //! Which block slots of a file are in use: a dense bitmap.
 //!
-//! It takes one bit for each slot that the table could refer to, in use or not, and finds free slots. For clusters
-//! anywhere in a file, few of which are in use, there is [`ClusterSet`](super::cluster_set::ClusterSet).
+//! It has one bit for each slot that the table could refer to, and finds free slots. For a few clusters anywhere in a
+//! file there is [`ClusterSet`](super::cluster_set::ClusterSet).
 
 use diskimage_core::{Budget, Error, Reservation, Result};
 
-/// The slots of the file, one bit each: at least as many as the table has entries, so that one is free whenever a block of
-/// the disk has none.
+/// The slots of the file, one bit each. There are at least as many slots as the table has entries, so that one is free
+/// whenever a block is unallocated.
 #[derive(Debug)]
 pub(crate) struct SlotBitmap {
     taken: Vec<u64>,
-    /// How many slots there are.
+    /// The number of slots.
     room: u32,
-    /// No slot of the words before this one is free.
+    /// The first word of `taken` that may have a free slot.
     hint: usize,
     /// The slot behind the last that is in use.
     end: u32,
@@ -22,7 +22,7 @@ pub(crate) struct SlotBitmap {
 }
 
 impl SlotBitmap {
-    /// The first `room` slots, all of them free.
+    /// A bitmap of `room` slots, all of them free.
     pub(crate) fn new(room: u32, budget: &Budget) -> Result<Self> {
         let words = (room as usize).div_ceil(64);
         let memory = budget.reserve(words as u64 * 8)?;
@@ -41,37 +41,37 @@ impl SlotBitmap {
         self.end
     }
 
-    /// Whether this slot is in use.
-    pub(crate) fn is_taken(&self, place: u32) -> bool {
+    /// Whether `slot` is in use.
+    pub(crate) fn is_taken(&self, slot: u32) -> bool {
         self.taken
-            .get(place as usize / 64)
-            .is_some_and(|word| word >> (place % 64) & 1 == 1)
+            .get(slot as usize / 64)
+            .is_some_and(|word| word >> (slot % 64) & 1 == 1)
     }
 
-    /// Has this slot be in use. Slots beyond the bitmap are ignored.
-    pub(crate) fn take(&mut self, place: u32) {
-        if place >= self.room {
+    /// Marks `slot` as in use. Slots beyond the bitmap are ignored.
+    pub(crate) fn take(&mut self, slot: u32) {
+        if slot >= self.room {
             return;
         }
-        if let Some(word) = self.taken.get_mut(place as usize / 64) {
-            *word |= 1 << (place % 64);
-            self.end = self.end.max(place.saturating_add(1));
+        if let Some(word) = self.taken.get_mut(slot as usize / 64) {
+            *word |= 1 << (slot % 64);
+            self.end = self.end.max(slot.saturating_add(1));
         }
     }
 
-    /// Has this slot be in use for an entry of the table; other entries may refer to it already.
-    pub(crate) fn claim(&mut self, place: u32) {
-        if self.is_taken(place)
-            && let Err(at) = self.shared.binary_search(&place)
+    /// Marks `slot` as in use by one more entry of the table. If it was in use, it is shared from now on.
+    pub(crate) fn claim(&mut self, slot: u32) {
+        if self.is_taken(slot)
+            && let Err(at) = self.shared.binary_search(&slot)
         {
-            self.shared.insert(at, place);
+            self.shared.insert(at, slot);
         }
-        self.take(place);
+        self.take(slot);
     }
 
-    /// Whether several entries of the table refer to this slot.
-    pub(crate) fn is_shared(&self, place: u32) -> bool {
-        self.shared.binary_search(&place).is_ok()
+    /// Whether several entries of the table refer to `slot`.
+    pub(crate) fn is_shared(&self, slot: u32) -> bool {
+        self.shared.binary_search(&slot).is_ok()
     }
 
     /// Allocates the first free slot.
@@ -96,19 +96,19 @@ impl SlotBitmap {
             let free = (word | below).trailing_ones();
             (free < 64).then_some(at * 64 + free as usize)
         });
-        let place = found
-            .and_then(|place| u32::try_from(place).ok())
-            .filter(|place| *place < self.room)
+        let slot = found
+            .and_then(|slot| u32::try_from(slot).ok())
+            .filter(|slot| *slot < self.room)
             .ok_or_else(|| Error::corrupt("The image has no place for another block"))?;
-        self.take(place);
-        Ok(place)
+        self.take(slot);
+        Ok(slot)
     }
 
-    /// Frees a slot.
-    pub(crate) fn free(&mut self, place: u32) {
-        if let Some(word) = self.taken.get_mut(place as usize / 64) {
-            *word &= !(1 << (place % 64));
-            self.hint = self.hint.min(place as usize / 64);
+    /// Frees `slot`.
+    pub(crate) fn free(&mut self, slot: u32) {
+        if let Some(word) = self.taken.get_mut(slot as usize / 64) {
+            *word &= !(1 << (slot % 64));
+            self.hint = self.hint.min(slot as usize / 64);
             while self.end > 0 && !self.is_taken(self.end - 1) {
                 self.end -= 1;
             }

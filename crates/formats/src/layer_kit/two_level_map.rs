@@ -1,20 +1,21 @@
-//! Two levels of tables over clusters that are only ever added: what qed and version 1 of qcow have in common.
+//! L1 and L2 tables over clusters that are allocated and never freed: the common part of qed and version 1 of qcow.
 //!
 //! ```text
 //!   L1 table ──► L2 tables ──► clusters                 guest offset → host offset
 //!
-//!   | header | L1 table | cluster | L2 table | cluster | cluster | ...   new ones go to the end
+//!   | header | L1 table | cluster | L2 table | cluster | cluster | ...   allocation is at the end
 //! ```
 //!
-//! Nothing is ever given up, so nothing is counted: a crash leaves behind clusters that no table refers to, never the
-//! other way round. [`MetadataCache`] has the order of writing, a [`EntryCodec`] has what the formats differ in.
+//! Storage is never freed, so there are no refcounts. A crash leaves clusters that no table refers to, never an entry
+//! without its cluster: [`MetadataCache`] has the order of writing. An [`EntryCodec`] has the differences of the
+//! formats.
 //!
 //! # Damaged entries
 //!
-//! An entry that leads to the header or the L1 table is an error wherever it is met. Nothing is written to a cluster that
-//! an L1 entry says is an L2 table, nor to a table that two L1 entries lead to, nor to one whose contents are none: then
-//! an L1 entry leads to a guest's cluster. Two L2 entries that lead to the same cluster can only be told by walking all
-//! tables, as a check does.
+//! An entry that refers to the header or the L1 table is an error for reads and writes. Guest data is not written to a
+//! cluster that is an L2 table of some L1 entry. An L2 table is not changed if two L1 entries refer to it, or if most
+//! of its entries are invalid: then the L1 entry refers to a guest's cluster. Two L2 entries that refer to the same
+//! cluster are only found by a walk over all tables, as in a check.
 
 use std::collections::HashSet;
 use std::fmt::Debug;
@@ -30,84 +31,86 @@ use crate::layer_kit::metadata_cache::{MetadataCache, Table, WriteOrder};
 use crate::layer_kit::range_claims::{Access, RangeClaims};
 use crate::layer_kit::reserved::{Pieces, Reserved};
 
-/// What an L2 entry says of a cluster.
+/// The state of a cluster, decoded from its L2 entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Cluster {
-    /// The image below has it, or nobody.
+    /// It is unallocated: it reads from the backing image, or as zero.
     None,
     /// It reads as zero.
     Zero,
-    /// Its bytes are at this offset.
+    /// It is stored at this host offset.
     Host(u64),
-    /// `stored` bytes at `offset` encode it.
+    /// It is compressed: `stored` bytes at host offset `offset`.
     Encoded { offset: u64, stored: u64 },
 }
 
-/// What a format's tables look like.
+/// The encoding of a format's table entries.
 pub(crate) trait EntryCodec: Debug + Send + Sync {
     /// Whether numbers in tables are big-endian.
     const BIG_ENDIAN: bool;
-    /// Whether a new L2 table goes before the clusters that it is made for, or behind them.
+    /// Whether a new L2 table is allocated before the clusters that it maps, or after them.
     const TABLES_FIRST: bool;
 
-    /// The L2 table that an L1 entry leads to, if there is one. What can be referred to lies below `end`.
+    /// The host offset of the L2 table that an L1 entry refers to, `None` if it is unallocated. Storage ends at `end`.
     ///
     /// # Errors
-    /// Entries that lead to where no table can be.
-    fn l2_table(&self, word: u64, end: u64) -> Result<Option<u64>>;
+    /// An invalid offset.
+    fn l2_table(&self, entry: u64, end: u64) -> Result<Option<u64>>;
 
-    /// What an L2 entry says.
+    /// Decodes an L2 entry. Storage ends at `end`.
     ///
     /// # Errors
-    /// Entries that lead to where no cluster can be.
-    fn cluster(&self, word: u64, end: u64) -> Result<Cluster>;
+    /// An invalid offset.
+    fn cluster(&self, entry: u64, end: u64) -> Result<Cluster>;
 
-    /// The L2 entry that says so.
+    /// Encodes an L2 entry.
     fn word(&self, cluster: Cluster) -> u64;
 
-    /// What the entry of a cluster without storage says for it to read as zero, if there is a way.
+    /// The state of a cluster without storage that reads as zero, if the format has one.
     fn zero(&self) -> Option<Cluster>;
 
-    /// What encoded clusters have to lie before for an entry to tell where.
+    /// The limit of host offsets of compressed clusters: an entry has no bits for larger ones.
     fn encoded_end(&self) -> u64 {
         0
     }
 
-    /// `file` as the guest sees it around the byte that is at `guest` of the disk and at `host` of the file.
+    /// `file` as guest data is read and written around guest offset `guest`, which is stored at host offset `host`:
+    /// decrypted, if the image is encrypted.
     fn view(&self, file: &Arc<dyn Device>, _guest: u64, _host: u64) -> Arc<dyn Device> {
         Arc::clone(file)
     }
 
-    /// Told before anything is added to the file; a flag can be set that [`EntryCodec::settled`] clears.
+    /// Called before storage is allocated and before entries change; a format can set a flag in its header, which
+    /// [`EntryCodec::settled`] clears.
     ///
     /// # Errors
-    /// What the operating system says.
+    /// Those of the device.
     fn before_first_change(&self) -> Result<()> {
         Ok(())
     }
 
-    /// Told when everything has been made durable.
+    /// Called after a flush, when all tables and all guest data are durable.
     ///
     /// # Errors
-    /// What the operating system says.
+    /// Those of the device.
     fn settled(&self) -> Result<()> {
         Ok(())
     }
 }
 
-/// The sizes that follow from a header.
+/// The sizes and offsets of the tables, from the header.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Shape {
     pub(crate) cluster_size: u64,
     pub(crate) l1: Table,
     /// Bytes of an L2 table.
     pub(crate) l2_len: u64,
-    /// Where what is allocated ends.
+    /// The end of the allocated storage.
     pub(crate) end: u64,
 }
 
 impl Shape {
-    /// Bytes of the disk that one L2 table is for.
+    /// Guest bytes that one L2 table maps.
     fn coverage(&self) -> u64 {
         (self.l2_len / ENTRY).saturating_mul(self.cluster_size)
     }
@@ -116,13 +119,13 @@ impl Shape {
 /// Bytes of an entry in either table.
 const ENTRY: u64 = 8;
 
-/// What encoded clusters begin at a multiple of.
+/// The alignment of compressed clusters, in bytes.
 const SECTOR: u64 = 512;
 
 /// The tables of an open image.
 ///
-/// `state` is held while tables are read and written, never while guest data moves. Meanwhile `claims` keeps requests apart;
-/// see there for the order of the two locks.
+/// `state` is locked while tables are read and written, never during guest I/O. `claims` serializes requests to the
+/// same clusters; [`RangeClaims`] says in which order the two are locked.
 #[derive(Debug)]
 pub(crate) struct TwoLevelMap<S> {
     file: Arc<dyn Device>,
@@ -140,16 +143,16 @@ pub(crate) struct TwoLevelMap<S> {
 #[derive(Debug)]
 pub(crate) struct State {
     tables: MetadataCache,
-    /// Behind all that is in use.
+    /// The end of the allocated storage, where the next allocation begins.
     end: u64,
-    /// The L2 tables that L1 entries lead to; known from the first write on.
+    /// The L2 tables that L1 entries refer to; read before the first write.
     l2_tables: Option<Pieces>,
-    /// Those of them that were found to be tables, or made, since the image was opened.
+    /// Offsets of the L2 tables that were validated or created since the image was opened.
     sound: HashSet<u64>,
 }
 
 impl<S: EntryCodec> TwoLevelMap<S> {
-    /// The tables in `file`, where `reserved` is taken by other structures and the L1 table.
+    /// The tables in `file`, whose header, backing file's name and L1 table are `reserved`.
     pub(crate) fn new(
         file: Arc<dyn Device>,
         shape: Shape,
@@ -186,7 +189,7 @@ impl<S: EntryCodec> TwoLevelMap<S> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Where the bytes at the start of `range` live.
+    /// Maps the run at the start of `range`.
     pub(crate) fn map(&self, range: ByteRange) -> Result<Run> {
         let mut state = self.lock();
         let mut found: Option<(Cluster, u64)> = None;
@@ -194,7 +197,7 @@ impl<S: EntryCodec> TwoLevelMap<S> {
         while at < range.end() {
             let step = match self.entry(&mut state, at) {
                 Ok(step) => step,
-                // What is wrong with a later entry is told when it is asked for.
+                // A damaged entry further on ends the run. It is an error when a run begins with it.
                 Err(_) if found.is_some() => break,
                 Err(error) => return Err(error),
             };
@@ -229,7 +232,7 @@ impl<S: EntryCodec> TwoLevelMap<S> {
         })
     }
 
-    /// What the tables say of the byte at `guest`, and up to where.
+    /// The state of the cluster at guest offset `guest`, and the end of the range for which it holds.
     fn entry(&self, state: &mut State, guest: u64) -> Result<Step> {
         let size = self.shape.cluster_size;
         let Some(l2) = self.l2(state, guest)? else {
@@ -240,8 +243,8 @@ impl<S: EntryCodec> TwoLevelMap<S> {
                 until: (guest / coverage + 1).saturating_mul(coverage),
             });
         };
-        let word = Self::read(&mut state.tables, l2, self.l2_at(guest))?;
-        let cluster = match self.scheme.cluster(word, state.end)? {
+        let entry = Self::read(&mut state.tables, l2, self.l2_at(guest))?;
+        let cluster = match self.scheme.cluster(entry, state.end)? {
             Cluster::Host(offset) => {
                 self.reserved
                     .require_outside("cluster", ByteRange::at(offset, size))?;
@@ -256,8 +259,8 @@ impl<S: EntryCodec> TwoLevelMap<S> {
         })
     }
 
-    /// How far the part of the disk around `guest`, where there is no L2 table, goes on without one. Large disks of nothing
-    /// have millions of such entries.
+    /// The guest offset at which a run of missing L2 tables ends; `guest` lies in its first table's range. The run ends
+    /// at the latest with a page of the L1 table. Large empty disks have millions of such entries.
     fn tableless(&self, state: &mut State, guest: u64) -> Result<u64> {
         let (l1, at) = (self.shape.l1, self.l1_at(guest));
         let entries = state.tables.bytes(l1, at)?;
@@ -276,8 +279,8 @@ impl<S: EntryCodec> TwoLevelMap<S> {
     }
 
     fn l2(&self, state: &mut State, guest: u64) -> Result<Option<Table>> {
-        let word = Self::read(&mut state.tables, self.shape.l1, self.l1_at(guest))?;
-        let Some(offset) = self.scheme.l2_table(word, state.end)? else {
+        let entry = Self::read(&mut state.tables, self.shape.l1, self.l1_at(guest))?;
+        let Some(offset) = self.scheme.l2_table(entry, state.end)? else {
             return Ok(None);
         };
         let table = ByteRange::at(offset, self.shape.l2_len);
@@ -293,13 +296,13 @@ impl<S: EntryCodec> TwoLevelMap<S> {
         }
     }
 
-    /// The L2 table for `guest`, made if there is none.
+    /// The L2 table for guest offset `guest`, allocated if it is missing.
     fn ensure_l2(&self, state: &mut State, guest: u64) -> Result<Table> {
         if let Some(table) = self.l2(state, guest)? {
             self.require_sound(state, table)?;
             return Ok(table);
         }
-        let table = self.l2_table(self.take(state, self.shape.l2_len)?);
+        let table = self.l2_table(self.allocate(state, self.shape.l2_len)?);
         state.tables.insert_zeroed(table)?;
         Self::write(&mut state.tables, self.shape.l1, self.l1_at(guest), table.offset)?;
         self.l2_tables(state)?.insert(table.offset)?;
@@ -307,8 +310,8 @@ impl<S: EntryCodec> TwoLevelMap<S> {
         Ok(table)
     }
 
-    /// The L2 tables that L1 entries lead to. Those beyond the end of a file that was cut off count: no new cluster is to
-    /// be taken for one.
+    /// The L2 tables that L1 entries refer to, with those beyond the end of a truncated file: a new cluster at such an
+    /// offset would become a table.
     fn l2_tables<'a>(&self, state: &'a mut State) -> Result<&'a mut Pieces> {
         let known = match state.l2_tables.take() {
             Some(known) => known,
@@ -319,11 +322,11 @@ impl<S: EntryCodec> TwoLevelMap<S> {
                 while at < l1.len {
                     let bytes = state.tables.bytes(l1, at)?;
                     at += bytes.len() as u64;
-                    for word in words::<S>(bytes).filter(|word| *word != 0) {
-                        let is_there = self.scheme.l2_table(word, state.end).is_ok();
-                        let is_beyond = word.checked_add(len).is_some_and(|end| end > state.end);
+                    for entry in entries::<S>(bytes).filter(|entry| *entry != 0) {
+                        let is_there = self.scheme.l2_table(entry, state.end).is_ok();
+                        let is_beyond = entry.checked_add(len).is_some_and(|end| end > state.end);
                         if is_there || is_beyond {
-                            found.add(word)?;
+                            found.add(entry)?;
                         }
                     }
                 }
@@ -333,8 +336,8 @@ impl<S: EntryCodec> TwoLevelMap<S> {
         Ok(state.l2_tables.insert(known))
     }
 
-    /// Refuses to change an L2 table that two L1 entries lead to, or that is none: where most entries make no sense, an L1
-    /// entry leads to guest data.
+    /// Refuses to change an L2 table that two L1 entries refer to, or that is not a table: where most entries are
+    /// invalid, the L1 entry refers to guest data.
     fn require_sound(&self, state: &mut State, table: Table) -> Result<()> {
         if state.sound.contains(&table.offset) {
             return Ok(());
@@ -345,8 +348,8 @@ impl<S: EntryCodec> TwoLevelMap<S> {
         while at < table.len {
             let bytes = state.tables.bytes(table, at)?;
             at += bytes.len() as u64;
-            for word in words::<S>(bytes).filter(|word| *word != 0) {
-                if self.makes_sense(word, state.end) {
+            for entry in entries::<S>(bytes).filter(|entry| *entry != 0) {
+                if self.makes_sense(entry, state.end) {
                     sense += 1;
                 } else {
                     nonsense += 1;
@@ -363,19 +366,19 @@ impl<S: EntryCodec> TwoLevelMap<S> {
         Ok(())
     }
 
-    /// Whether an L2 entry leads to where a cluster can be.
-    fn makes_sense(&self, word: u64, end: u64) -> bool {
+    /// Whether an L2 entry is valid: its cluster, if it has one, is inside the file and outside of the reserved ranges.
+    fn makes_sense(&self, entry: u64, end: u64) -> bool {
         let size = self.shape.cluster_size;
-        let place = match self.scheme.cluster(word, end) {
+        let stored = match self.scheme.cluster(entry, end) {
             Ok(Cluster::Host(offset)) => ByteRange::at(offset, size),
             Ok(Cluster::Encoded { offset, stored }) => ByteRange::at(offset, stored),
             Ok(Cluster::None | Cluster::Zero) => return true,
             Err(_) => return false,
         };
-        place.end() <= align_up(end, size) && self.reserved.find(place).is_none()
+        stored.end() <= align_up(end, size) && self.reserved.find(stored).is_none()
     }
 
-    /// Refuses to change what the guest has at `offset`, `len` bytes, if an L2 table is there.
+    /// Refuses to write guest data to `len` bytes at host offset `offset` if they overlap an L2 table.
     fn require_data(&self, state: &mut State, offset: u64, len: u64) -> Result<()> {
         self.l2_tables(state)?
             .require_outside("cluster", ByteRange::at(offset, len))
@@ -391,18 +394,18 @@ impl<S: EntryCodec> TwoLevelMap<S> {
         )
     }
 
-    /// Whole clusters of storage, `len` bytes. The file reaches to its end from then on: what is referred to has to be
-    /// there.
-    fn take(&self, state: &mut State, len: u64) -> Result<u64> {
-        let offset = self.take_at(state, self.shape.cluster_size, len)?;
+    /// Allocates whole clusters, `len` bytes. The file is extended to their end: entries must not refer to storage
+    /// beyond the end of the file.
+    fn allocate(&self, state: &mut State, len: u64) -> Result<u64> {
+        let offset = self.allocate_at(state, self.shape.cluster_size, len)?;
         if self.file.len() < state.end {
             self.file.resize(state.end, Preallocation::Off)?;
         }
         Ok(offset)
     }
 
-    /// Storage for `len` bytes at a multiple of `unit`.
-    fn take_at(&self, state: &mut State, unit: u64, len: u64) -> Result<u64> {
+    /// Allocates `len` bytes at a multiple of `unit`.
+    fn allocate_at(&self, state: &mut State, unit: u64, len: u64) -> Result<u64> {
         let offset = state.end.checked_next_multiple_of(unit);
         let end = offset.and_then(|offset| offset.checked_add(len));
         let (Some(offset), Some(end)) = (offset, end.filter(|end| i64::try_from(*end).is_ok())) else {
@@ -416,7 +419,7 @@ impl<S: EntryCodec> TwoLevelMap<S> {
         Ok(offset)
     }
 
-    /// Sets aside where the bytes of `range` go.
+    /// Allocates storage for `range`.
     pub(crate) fn plan_write(&self, range: ByteRange) -> Result<Box<dyn WritePlan + '_>> {
         let cover = range.align_out(self.shape.cluster_size);
         let plan = AllocatingPlan::new(self, cover, |state, plan| self.draft(state, plan, range))?;
@@ -443,7 +446,7 @@ impl<S: EntryCodec> TwoLevelMap<S> {
         Ok(())
     }
 
-    /// The same for the clusters of `cover`. Those without storage get it in one piece.
+    /// The same for the clusters of `cover`. Storage for all unallocated ones is contiguous.
     fn draft_clusters(
         &self,
         state: &mut State,
@@ -462,7 +465,7 @@ impl<S: EntryCodec> TwoLevelMap<S> {
                     Some(offset)
                 }
                 Cluster::None | Cluster::Zero | Cluster::Encoded { .. } => {
-                    // Its entry will change: what cannot is told before anything is written.
+                    // The cluster's entry will change: a damaged table is an error before any data is written.
                     if let Some(table) = self.l2(state, at)? {
                         self.require_sound(state, table)?;
                     }
@@ -473,7 +476,7 @@ impl<S: EntryCodec> TwoLevelMap<S> {
         let missing = present.iter().filter(|offset| offset.is_none()).count() as u64;
         let mut new = NewClusters::default();
         if missing > 0 {
-            new.storage = ByteRange::at(self.take(state, missing * size)?, missing * size);
+            new.storage = ByteRange::at(self.allocate(state, missing * size)?, missing * size);
         }
         let mut fresh = new.storage.start();
         for (at, offset) in starts().zip(present) {
@@ -504,7 +507,7 @@ impl<S: EntryCodec> TwoLevelMap<S> {
     /// Stores the encoded form of the cluster at `guest`.
     ///
     /// # Errors
-    /// What the operating system says, and a file that is too long.
+    /// Those of the device, and an offset that an entry cannot hold.
     pub(crate) fn write_encoded(&self, guest: u64, bytes: &[u8]) -> Result<()> {
         let stored = bytes.len() as u64;
         let size = self.shape.cluster_size;
@@ -517,7 +520,7 @@ impl<S: EntryCodec> TwoLevelMap<S> {
             if S::TABLES_FIRST {
                 self.ensure_l2(state, guest)?;
             }
-            offset = self.take_at(state, SECTOR, stored)?;
+            offset = self.allocate_at(state, SECTOR, stored)?;
             let new = NewClusters {
                 storage: ByteRange::at(offset, stored),
                 entries: vec![(guest, Cluster::Encoded { offset, stored })],
@@ -533,10 +536,11 @@ impl<S: EntryCodec> TwoLevelMap<S> {
         Box::new(plan).commit()
     }
 
-    /// Makes whole clusters read as zero. Those that have storage keep it: there is no way to give it up.
+    /// Makes whole clusters read as zero. Allocated clusters keep their storage, which cannot be freed; zeroes are
+    /// written to it.
     ///
     /// # Errors
-    /// [`ErrorKind::Unsupported`](diskimage_core::ErrorKind::Unsupported) if entries cannot say so.
+    /// [`ErrorKind::Unsupported`](diskimage_core::ErrorKind::Unsupported) if the format has no state for zero clusters.
     pub(crate) fn zero_clusters(&self, range: ByteRange, mode: ZeroMode) -> Result<()> {
         let zero = self
             .scheme
@@ -557,7 +561,8 @@ impl<S: EntryCodec> TwoLevelMap<S> {
         Ok(())
     }
 
-    /// Makes clusters of one L2 table zero that have no storage of their own, and tells the storage of the others.
+    /// Zeroes the entries of clusters of one L2 table that have no plain storage, and returns the storage of the
+    /// others.
     fn zero_entries(&self, range: ByteRange, zero: Cluster) -> Result<Vec<(Arc<dyn Device>, ByteRange)>> {
         let mut state = self.lock();
         let mut stored: Vec<(Arc<dyn Device>, ByteRange)> = Vec::new();
@@ -587,15 +592,16 @@ impl<S: EntryCodec> TwoLevelMap<S> {
         Ok(stored)
     }
 
-    /// Gives up all clusters: the file ends at `end`, behind the L1 table and whatever else is not theirs.
+    /// Frees all clusters and L2 tables by truncating the file to `end`, which is behind the L1 table and the other
+    /// reserved ranges.
     pub(crate) fn make_empty(&self, end: u64) -> Result<()> {
         let mut state = self.claims.wait_idle(|| self.lock());
-        // What is forgotten is written first, so that it is not written later.
+        // Dirty pages are written back before they leave the cache.
         state.tables.clear()?;
         let l1 = self.shape.l1;
         self.file
             .write_zeroes(ByteRange::at(l1.offset, l1.len), ZeroMode::KeepAllocated)?;
-        // Nothing may refer to what is no longer there.
+        // The empty L1 table must be durable before the storage that it referred to is truncated.
         self.file.flush()?;
         self.file.resize(end, Preallocation::Off)?;
         state.end = end;
@@ -603,7 +609,7 @@ impl<S: EntryCodec> TwoLevelMap<S> {
         Ok(())
     }
 
-    /// Writes all changes and makes them durable.
+    /// Writes back all dirty tables, and makes them and the guest data durable.
     pub(crate) fn flush(&self) -> Result<()> {
         let mut state = self.lock();
         state.tables.write_back()?;
@@ -613,15 +619,15 @@ impl<S: EntryCodec> TwoLevelMap<S> {
     }
 
     fn read(tables: &mut MetadataCache, table: Table, at: u64) -> Result<u64> {
-        tables.number(table, at).map(Self::word)
+        tables.number(table, at).map(Self::in_byte_order)
     }
 
-    fn write(tables: &mut MetadataCache, table: Table, at: u64, word: u64) -> Result<()> {
-        tables.set_number(table, at, Self::word(word))
+    fn write(tables: &mut MetadataCache, table: Table, at: u64, entry: u64) -> Result<()> {
+        tables.set_number(table, at, Self::in_byte_order(entry))
     }
 
-    /// A big-endian number as the format means it, and the other way round.
-    fn word(number: u64) -> u64 {
+    /// Converts between a big-endian number and an entry in the format's byte order, in both directions.
+    fn in_byte_order(number: u64) -> u64 {
         if S::BIG_ENDIAN {
             number
         } else {
@@ -629,10 +635,10 @@ impl<S: EntryCodec> TwoLevelMap<S> {
         }
     }
 
-    /// Walks the tables with nobody else about.
+    /// Walks the tables with the state locked.
     pub(crate) fn walk<T>(&self, walk: impl FnOnce(&mut Walk<'_, S>) -> Result<T>) -> Result<T> {
         let mut state = self.lock();
-        // What is mended may be an entry that leads to a table.
+        // A repair may clear an entry that refers to an L2 table.
         state.forget_l2_tables();
         walk(&mut Walk {
             tree: self,
@@ -642,22 +648,22 @@ impl<S: EntryCodec> TwoLevelMap<S> {
 }
 
 impl State {
-    /// L1 entries are about to change, or have changed.
+    /// Forgets which L2 tables there are, because L1 entries change.
     fn forget_l2_tables(&mut self) {
         self.l2_tables = None;
         self.sound.clear();
     }
 }
 
-/// The entries in `bytes` of a table.
-fn words<S: EntryCodec>(bytes: &[u8]) -> impl Iterator<Item = u64> {
+/// Decodes the entries in `bytes` of a table.
+fn entries<S: EntryCodec>(bytes: &[u8]) -> impl Iterator<Item = u64> {
     let (entries, _) = bytes.as_chunks();
     entries
         .iter()
-        .map(|entry| TwoLevelMap::<S>::word(u64::from_be_bytes(*entry)))
+        .map(|entry| TwoLevelMap::<S>::in_byte_order(u64::from_be_bytes(*entry)))
 }
 
-/// The tables, entry by entry.
+/// Access to the tables entry by entry, for a check.
 pub(crate) struct Walk<'a, S> {
     tree: &'a TwoLevelMap<S>,
     state: &'a mut State,
@@ -674,43 +680,43 @@ impl<S: EntryCodec> Walk<'_, S> {
         self.tree.l2_table(offset)
     }
 
-    /// Where what is allocated ends.
+    /// The end of the allocated storage.
     pub(crate) fn end(&self) -> u64 {
         self.state.end
     }
 
-    /// The entries that are not zero in the page of `table` that byte `at` is in, as pairs of byte and entry, and where
-    /// the next page starts.
+    /// The entries of `table` from byte `at` to the end of the page that are not zero, each with its byte offset in the
+    /// table, and the offset of the next page.
     ///
     /// # Errors
-    /// What the operating system says.
+    /// Those of the device, and a table beyond the end of the file.
     pub(crate) fn page(&mut self, table: Table, at: u64) -> Result<(Vec<(u64, u64)>, u64)> {
         let bytes = self.state.tables.bytes(table, at)?;
-        let words = (at..).step_by(8).zip(words::<S>(bytes));
-        let used = words.filter(|(_, word)| *word != 0);
+        let entries = (at..).step_by(8).zip(entries::<S>(bytes));
+        let used = entries.filter(|(_, entry)| *entry != 0);
         Ok((used.collect(), at + bytes.len() as u64))
     }
 
-    /// Makes the entry at byte `at` of `table` say that there is nothing.
+    /// Clears the entry at byte `at` of `table`: its table or cluster is unallocated then.
     ///
     /// # Errors
-    /// What the operating system says.
+    /// Those of the device.
     pub(crate) fn clear(&mut self, table: Table, at: u64) -> Result<()> {
         TwoLevelMap::<S>::write(&mut self.state.tables, table, at, 0)
     }
 }
 
-/// What the tables say of some bytes that follow each other, and up to where.
+/// The state of contiguous guest bytes up to `until`.
 #[derive(Clone, Copy, Debug)]
 struct Step {
     cluster: Cluster,
-    /// Whether an L2 table says so.
+    /// Whether there is an L2 table for them.
     has_table: bool,
     until: u64,
 }
 
 impl Step {
-    /// Whether it goes on with `before`, which started `len` bytes earlier.
+    /// Whether this extends a run that began with `before`, `len` bytes earlier.
     fn continues(&self, before: Cluster, len: u64) -> bool {
         match (before, self.cluster) {
             (Cluster::Host(at), Cluster::Host(next)) => at.checked_add(len) == Some(next),
@@ -722,9 +728,9 @@ impl Step {
 
 /// Clusters for which storage was allocated.
 pub(crate) struct NewClusters {
-    /// The storage, in one piece.
+    /// The storage, which is contiguous.
     storage: ByteRange,
-    /// Guest clusters, and what their entries are to say.
+    /// Guest offsets of clusters, and their new states.
     entries: Vec<(u64, Cluster)>,
 }
 
@@ -751,7 +757,7 @@ impl<S: EntryCodec> Allocator for TwoLevelMap<S> {
     }
 
     fn publish(&self, state: &mut State, changes: &mut Vec<NewClusters>) -> Result<()> {
-        // After a failure, tables may lead to any of them.
+        // All changes are taken first: after a failure tables may refer to any of the clusters, so none may be freed.
         for new in std::mem::take(changes) {
             for (guest, cluster) in new.entries {
                 self.scheme.before_first_change()?;
@@ -761,11 +767,11 @@ impl<S: EntryCodec> Allocator for TwoLevelMap<S> {
         Ok(())
     }
 
-    /// Frees what was allocated last, if nothing was allocated behind it: the rest leaks.
+    /// Frees the last allocation if it is at the end of the file. Other clusters leak.
     fn free(&self, state: &mut State, mut changes: Vec<NewClusters>) {
         let last = changes.pop().unwrap_or_default().storage;
         if !last.is_empty() && last.end() == state.end {
-            // A file that stays longer has leaks, which harm nothing.
+            // If the file cannot be truncated, the clusters leak, which is harmless.
             let _ = self.file.resize(last.start(), Preallocation::Off);
             state.end = last.start();
         }
