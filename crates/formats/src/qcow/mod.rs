@@ -362,30 +362,30 @@ impl EntryCodec for Entries {
     const BIG_ENDIAN: bool = true;
     const TABLES_FIRST: bool = true;
 
-    fn l2_table(&self, word: u64, end: u64) -> Result<Option<u64>> {
-        if word == 0 {
+    fn l2_table(&self, entry: u64, end: u64) -> Result<Option<u64>> {
+        if entry == 0 {
             return Ok(None);
         }
         // As in qemu-img, a missing table is the same error as an invalid offset.
-        self.require_stored(word, self.l2_len, align_up(end, SECTOR))
+        self.require_stored(entry, self.l2_len, align_up(end, SECTOR))
             .map_err(|error| Error::damage(error.kind(), errno::EIO))?;
-        Ok(Some(word))
+        Ok(Some(entry))
     }
 
-    fn cluster(&self, word: u64, end: u64) -> Result<Cluster> {
-        if word == 0 {
+    fn cluster(&self, entry: u64, end: u64) -> Result<Cluster> {
+        if entry == 0 {
             Ok(Cluster::None)
-        } else if word & COMPRESSED != 0 {
+        } else if entry & COMPRESSED != 0 {
             let shift = self.length_shift();
             Ok(Cluster::Encoded {
-                offset: word & ((1 << shift) - 1),
-                stored: (word & !COMPRESSED) >> shift,
+                offset: entry & ((1 << shift) - 1),
+                stored: (entry & !COMPRESSED) >> shift,
             })
         } else {
             // The file may have only a part of its last cluster.
             let size = 1 << self.cluster_bits;
-            self.require_stored(word, size, align_up(end, size))?;
-            Ok(Cluster::Host(word))
+            self.require_stored(entry, size, align_up(end, size))?;
+            Ok(Cluster::Host(entry))
         }
     }
 

@@ -66,10 +66,10 @@ impl Check<'_> {
         self.take(l1)?;
         let mut next = 0;
         while next < l1.len {
-            let (words, after) = walk.page(l1, next)?;
+            let (entries, after) = walk.page(l1, next)?;
             next = after;
-            for (at, word) in words {
-                match self.entries.l2_table(word, walk.end()) {
+            for (at, entry) in entries {
+                match self.entries.l2_table(entry, walk.end()) {
                     Ok(Some(offset)) => {
                         let l2 = walk.l2(offset);
                         // A table with another user was checked already, or is not a table.
@@ -90,23 +90,23 @@ impl Check<'_> {
     fn l2(&mut self, walk: &mut Walk<'_, Entries>, l2: Table, guest: u64) -> Result<()> {
         let (mut next, mut follows) = (0, None);
         while next < l2.len {
-            let (words, after) = walk.page(l2, next)?;
+            let (entries, after) = walk.page(l2, next)?;
             next = after;
-            for (at, word) in words {
-                let cluster = self.entries.cluster(word, walk.end());
+            for (at, entry) in entries {
+                let cluster = self.entries.cluster(entry, walk.end());
                 if let Ok(Cluster::None | Cluster::Zero) = cluster {
                     continue;
                 }
                 self.report.allocated_clusters += 1;
-                self.report.fragmented_clusters += u64::from(follows.is_some_and(|offset| offset != word));
-                follows = Some(word.wrapping_add(self.size));
+                self.report.fragmented_clusters += u64::from(follows.is_some_and(|offset| offset != entry));
+                follows = Some(entry.wrapping_add(self.size));
                 match cluster {
                     Ok(_) => {
-                        self.count(word / self.size, 1)?;
+                        self.count(entry / self.size, 1)?;
                         let guest = guest.saturating_add((at / 8).saturating_mul(self.size));
                         // The part of the last cluster beyond the end of the disk is padding.
                         let needed = ByteRange::at(guest, self.size).intersect(self.disk).len();
-                        if self.file.require(word, needed).is_err() {
+                        if self.file.require(entry, needed).is_err() {
                             self.report.corruptions += 1;
                         }
                     }

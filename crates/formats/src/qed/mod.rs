@@ -406,8 +406,8 @@ impl EntryCodec for Entries {
     const BIG_ENDIAN: bool = false;
     const TABLES_FIRST: bool = false;
 
-    fn l2_table(&self, word: u64, end: u64) -> Result<Option<u64>> {
-        match word {
+    fn l2_table(&self, entry: u64, end: u64) -> Result<Option<u64>> {
+        match entry {
             0 => Ok(None),
             offset if self.is_valid(offset, self.geometry.table_len(), end) => Ok(Some(offset)),
             // As in qemu-img, a missing table is the same error as an invalid offset.
@@ -418,8 +418,8 @@ impl EntryCodec for Entries {
         }
     }
 
-    fn cluster(&self, word: u64, end: u64) -> Result<Cluster> {
-        match word {
+    fn cluster(&self, entry: u64, end: u64) -> Result<Cluster> {
+        match entry {
             0 => Ok(Cluster::None),
             ZERO => Ok(Cluster::Zero),
             offset if self.is_valid(offset, self.geometry.cluster_size, end) => Ok(Cluster::Host(offset)),
