@@ -1,4 +1,4 @@
-//! Tests of all formats: what the file of an image has lost is an error, and never zeroes.
+//! Tests of all formats: bytes that a truncated file has lost are an error, and never zeroes.
 
 use std::sync::Arc;
 
@@ -24,7 +24,7 @@ const FORMS: &[(&str, &str)] = &[
     ("parallels", "cluster_size=16k"),
 ];
 
-/// Ends inside the units of all of them.
+/// The disk's size, which is not a multiple of any format's unit.
 const SIZE: u64 = (3 << 20) + 5 * 512;
 
 fn opened(name: &str, file: &Arc<MemoryDevice>, write: bool) -> diskimage_core::Result<Image> {
@@ -36,7 +36,7 @@ fn image(name: &str, options: &str) -> Arc<MemoryDevice> {
     create(format_by_name(name).expect("known"), options, SIZE).expect("creates")
 }
 
-/// An image with a few sectors here and there, the last one of the disk among them, and what it reads as.
+/// An image with a few written sectors, among them the last one of the disk, and the contents of the disk.
 fn with_sectors(name: &str, options: &str) -> (Arc<MemoryDevice>, Vec<u8>) {
     let file = image(name, options);
     let image = opened(name, &file, true).expect("opens");
@@ -76,7 +76,7 @@ fn a_unit_that_is_partly_written_is_all_there_before_and_after_a_flush() {
     }
 }
 
-/// The lengths that a file of `len` bytes is cut to.
+/// The lengths that a file of `len` bytes is truncated to.
 fn cuts(len: usize) -> impl Iterator<Item = usize> {
     let near = [
         1,
@@ -135,7 +135,7 @@ fn a_file_that_was_cut_off_is_refused_or_an_error_or_whole() {
 #[test]
 fn a_file_that_was_cut_off_is_not_made_longer() {
     for (name, options) in FORMS {
-        // Its repair gives up what is missing, as the original's does.
+        // As in qemu-img, its repair drops entries that refer to missing clusters.
         if *name == "parallels" {
             continue;
         }
@@ -192,7 +192,7 @@ fn padding_that_other_programs_leave_out_is_no_loss_and_is_there_when_the_disk_g
         if name == "qcow2" {
             assert_eq!(bytes.len() % 65_536, 0);
         }
-        // Where the cluster is the last in the file.
+        // Only if the cluster is the last one in the file.
         let Some(end) = bytes
             .windows(513)
             .position(|bytes| bytes[..512] == [7; 512] && bytes[512] == 0)

@@ -1,4 +1,4 @@
-//! Disk image formats: how bytes are arranged.
+//! Disk image formats: the drivers that map guest offsets to host offsets in the files of an image.
 #![cfg_attr(not(test), warn(clippy::disallowed_methods))]
 
 mod bochs;
@@ -41,8 +41,8 @@ pub use vhdx::Vhdx;
 pub use vmdk::Vmdk;
 pub use vpc::Vpc;
 
-/// Every format, in the order in which they are tried and listed: of two that take a file for theirs, the first has it, as
-/// in the original. The number by which VDI is known may stand in files that begin with another's.
+/// Every format, in the order in which they are probed and listed. As in qemu-img, of two formats with the same score
+/// the first one wins: VDI's magic is at offset 64, so a file that begins with another format's magic may have it too.
 pub static FORMATS: &[&dyn Format] = &[
     &Raw,
     &Parallels,
@@ -59,7 +59,7 @@ pub static FORMATS: &[&dyn Format] = &[
     &Dmg,
 ];
 
-/// The formats that an image may name for the one below, whether this program has them or not.
+/// The format names that an image may record for its backing image, whether this crate has the format or not.
 pub(crate) const KNOWN_FORMATS: &[&str] = &[
     "bochs",
     "cloop",
@@ -80,7 +80,7 @@ pub(crate) const KNOWN_FORMATS: &[&str] = &[
     "host_device",
 ];
 
-/// The format of this name.
+/// The format called `name`.
 pub fn format_by_name(name: &str) -> Option<&'static dyn Format> {
     FORMATS.iter().copied().find(|format| format.name() == name)
 }

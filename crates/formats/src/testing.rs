@@ -21,29 +21,29 @@ pub(crate) fn open(format: &dyn Format, file: Arc<dyn Device>, write: bool) -> R
     open_image(format, file, write, None)
 }
 
-/// A step of a random test of an image in blocks.
+/// A step of a random test of a block-based image.
 #[derive(Clone, Debug)]
 pub(crate) enum Op {
     Write(u64, u64, u8),
     Zero(u64, u64),
-    /// By so many bytes.
+    /// Grows the disk by this many bytes.
     Grow(u64),
     Reopen,
 }
 
-/// Steps within the first six blocks; `growth` is in bytes.
+/// A strategy for steps in the first six blocks of `block` bytes; `growth` is in bytes.
 pub(crate) fn op(block: u64, growth: impl Strategy<Value = u64> + 'static) -> impl Strategy<Value = Op> {
-    let place = (0..6 * block, 1..block + 5000);
+    let range = (0..6 * block, 1..block + 5000);
     prop_oneof![
-        4 => (place.clone(), 1..=255_u8).prop_map(|((at, len), byte)| Op::Write(at, len, byte)),
-        2 => place.prop_map(|(at, len)| Op::Zero(at, len)),
+        4 => (range.clone(), 1..=255_u8).prop_map(|((at, len), byte)| Op::Write(at, len, byte)),
+        2 => range.prop_map(|(at, len)| Op::Zero(at, len)),
         1 => growth.prop_map(Op::Grow),
         1 => Just(Op::Reopen),
     ]
 }
 
-/// Does `ops` to the image of `format` in `file`, a new one, and to a vector, which it gives back: what the disk has to
-/// hold. `grown` says how long a disk of the first length is to become where it would be of the second.
+/// Applies `ops` to the new image of `format` in `file` and to a vector, and returns the vector: the expected contents
+/// of the disk. `grown` maps the old and the requested length to the length that the disk is resized to.
 pub(crate) fn follow(
     format: &dyn Format,
     file: &Arc<MemoryDevice>,
@@ -89,7 +89,7 @@ pub(crate) fn follow(
     model
 }
 
-/// A small range as one of a slice.
+/// A small range as the range of a slice.
 pub(crate) fn index(range: ByteRange) -> std::ops::Range<usize> {
     usize::try_from(range.start()).expect("small")..usize::try_from(range.end()).expect("small")
 }

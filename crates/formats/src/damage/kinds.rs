@@ -1,4 +1,4 @@
-//! The formats of the model, and where their numbers are.
+//! The kinds of images that are damaged, and the fields of their metadata.
 
 use diskimage_core::{ByteRange, Device, Format};
 
@@ -11,32 +11,32 @@ pub(super) struct Kind {
     pub(super) size: u64,
     /// Bytes of a cluster, block or grain.
     pub(super) unit: u64,
-    /// Parts of the disk that are written and looked at.
+    /// The guest ranges that are written and read.
     pub(super) parts: &'static [ByteRange],
-    /// Of how many bytes of them one sector is looked at; 512 for all.
+    /// The distance of the sectors that are read, in bytes; 512 for all.
     pub(super) stride: u64,
-    /// Which of its files is damaged.
+    /// The name of the file that is damaged.
     pub(super) file: &'static str,
     pub(super) fields: fn(&PagedFile) -> Vec<Field>,
-    /// Puts checksums right.
+    /// Recomputes the checksums.
     pub(super) seal: fn(&PagedFile),
-    /// Whether only walking all tables could tell that two entries lead to the same cluster.
+    /// Whether two entries that refer to the same cluster are only found by a walk over all tables.
     pub(super) may_share: bool,
-    /// Whether only whole clusters that are not there yet can be written.
+    /// Whether only whole unallocated clusters can be written.
     pub(super) is_stream: bool,
 }
 
-/// A number in the file.
+/// A field of metadata: a number in the file.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Field {
     pub(super) at: u64,
     pub(super) width: usize,
     pub(super) big_endian: bool,
-    /// Bytes that it counts in.
+    /// The unit of its value, in bytes.
     pub(super) unit: u64,
-    /// Bits that are always set in one that leads somewhere.
+    /// Bits that are set in every allocated entry.
     pub(super) flags: u64,
-    /// Whether it stands in a table, not in a header.
+    /// Whether it is a table's entry, not a header's field.
     pub(super) is_entry: bool,
 }
 
@@ -51,7 +51,7 @@ const fn number(at: u64, width: usize, unit: u64) -> Field {
     }
 }
 
-/// The first entries of a table, and those further on that are not zero.
+/// Adds the first entries of a table, and all further ones that are not zero, to `found`.
 fn table(file: &PagedFile, start: u64, count: u64, like: Field, found: &mut Vec<Field>) {
     for nth in 0..count.min(4096) {
         let field = Field {
@@ -89,7 +89,7 @@ impl Field {
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
 
-const NOTHING: Kind = Kind {
+const BASE: Kind = Kind {
     format: &crate::QedFormat,
     options: "",
     size: 5 * MIB,
@@ -116,7 +116,7 @@ const VMDK: Kind = Kind {
         ByteRange::new(32 * MIB - 128 * KIB, 32 * MIB + 128 * KIB),
     ],
     fields: vmdk,
-    ..NOTHING
+    ..BASE
 };
 
 const BLOCKS: Kind = Kind {
@@ -125,17 +125,17 @@ const BLOCKS: Kind = Kind {
     parts: &[ByteRange::new(0, 5 * MIB + 512 * 3)],
     stride: 64 * KIB,
     may_share: false,
-    ..NOTHING
+    ..BASE
 };
 
 pub(super) static QED: Kind = Kind {
     options: "cluster_size=4096,table_size=1",
-    ..NOTHING
+    ..BASE
 };
 pub(super) static QCOW: Kind = Kind {
     format: &crate::QcowFormat,
     fields: qcow,
-    ..NOTHING
+    ..BASE
 };
 pub(super) static VMDK_SPARSE: Kind = VMDK;
 pub(super) static VMDK_ZEROED: Kind = Kind {
@@ -285,7 +285,7 @@ fn vpc(file: &PagedFile) -> Vec<Field> {
     found
 }
 
-/// Puts right the sum of `len` bytes at `start`, which stands at `at` of them.
+/// Recomputes the checksum of `len` bytes at `start`; it is stored at byte `at` of them.
 fn sum(file: &PagedFile, start: u64, len: usize, at: u64) {
     file.set_number(start + at, 4, true, 0);
     let mut bytes = vec![0; len];
@@ -353,8 +353,8 @@ fn seal_vhdx(file: &PagedFile) {
 }
 
 fn parallels(file: &PagedFile) -> Vec<Field> {
-    // Not the length of clusters: those that are cut off then lose their entries when the image is opened, as in the
-    // original.
+    // Not the cluster size: as in qemu-img, opening the image would then drop the entries of clusters beyond the end of
+    // the file.
     let mut found = [32, 48].map(|at| number(at, 4, 512)).to_vec();
     found.push(number(36, 8, 512));
     found.push(number(56, 8, 512));

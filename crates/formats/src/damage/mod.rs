@@ -1,12 +1,12 @@
-//! One number of a sound image is damaged and one command done in place: what could be read before can be read afterwards,
-//! or is what was written.
+//! Tests of damaged images: one field of a sound image is damaged and one command changes the image. Every sector that
+//! was readable before reads the same afterwards, or as the command wrote it.
 //!
 //! ```text
 //!   sound image ──► damaged ──► read ──► opened for writing, one command, flushed ──► read
 //!                                 \____________________ the same ____________________/
 //! ```
 //!
-//! `DAMAGE_STEPS=100000 cargo test -p diskimage-formats damage -- --nocapture` takes more steps than usual.
+//! `DAMAGE_STEPS=100000 cargo test -p diskimage-formats damage -- --nocapture` runs more steps than the default.
 
 mod kinds;
 
@@ -22,11 +22,11 @@ use diskimage_core::{
 use self::kinds::{Field, Kind};
 use diskimage_testing::PagedFile;
 
-/// Steps for each kind of image if nothing else is said.
+/// Steps for each kind of image without `DAMAGE_STEPS`.
 const STEPS: u64 = 500;
-/// Sound images that are damaged in turn.
+/// The number of sound images, which steps damage in turn.
 const SOUND: u64 = 12;
-/// What commands write.
+/// The byte that commands write.
 const WRITTEN: u8 = 0xee;
 
 fn steps() -> u64 {
@@ -34,7 +34,7 @@ fn steps() -> u64 {
     wanted.ok().and_then(|text| text.parse().ok()).unwrap_or(STEPS)
 }
 
-/// Numbers that follow from a seed (xorshift).
+/// Pseudo-random numbers from a seed (xorshift).
 struct Random(u64);
 
 impl Random {
@@ -49,7 +49,7 @@ impl Random {
         values[usize::try_from(self.below(values.len() as u64)).expect("small")]
     }
 
-    /// A range inside one of `parts`.
+    /// A range inside one of the `parts` of `kind`.
     fn range(&mut self, kind: &Kind) -> ByteRange {
         let part = self.one_of(kind.parts);
         let at = part.start() + self.below(part.len());
@@ -98,7 +98,7 @@ impl Gate for Files {
     }
 }
 
-/// A sound image, of which some clusters are written.
+/// A sound image with some written clusters.
 fn sound(kind: &Kind, seed: u64) -> Files {
     let mut random = Random(0x9e37_79b9_7f4a_7c15 ^ (seed + 1));
     let mut options = Options::new(kind.format.create_options());
@@ -124,7 +124,7 @@ fn sound(kind: &Kind, seed: u64) -> Files {
     for _ in 0..4 + random.below(12) {
         let mut range = random.range(kind);
         if kind.format.name() == "vmdk" {
-            // Where a grain is zero for as long as a table, nobody can tell it from one.
+            // A grain whose start is zero over the length of a table cannot be distinguished from a grain table.
             let disk = ByteRange::new(0, kind.size);
             range = range.align_out(kind.unit).intersect(disk);
         }
@@ -132,7 +132,7 @@ fn sound(kind: &Kind, seed: u64) -> Files {
         for sector in bytes.chunks_mut(512) {
             sector.fill(u8::try_from(1 + random.below(200)).expect("small"));
         }
-        // A stream takes each grain once.
+        // In a stream, each grain can be written once.
         let written = image.write_at(&bytes, range.start());
         assert!(written.is_ok() || kind.is_stream, "{written:?}");
     }
@@ -141,7 +141,7 @@ fn sound(kind: &Kind, seed: u64) -> Files {
     files
 }
 
-/// Stores some clusters in their encoded form, where there is one beside the other.
+/// Stores some compressed clusters, in formats that mix them with plain ones.
 fn encode_some(kind: &Kind, image: &Image, random: &mut Random) {
     if kind.is_stream || kind.format.name() != "qcow" {
         return;
@@ -157,7 +157,7 @@ fn encode_some(kind: &Kind, image: &Image, random: &mut Random) {
     }
 }
 
-/// What of the disk can be read, sector by sector.
+/// The sectors of the disk by guest offset; `None` for an unreadable one.
 type View = Vec<(u64, Option<Vec<u8>>)>;
 
 fn view(kind: &Kind, files: &Files) -> View {
@@ -177,11 +177,11 @@ fn view(kind: &Kind, files: &Files) -> View {
     view
 }
 
-/// A number that somebody could have put there.
+/// A plausible wrong value for `field`.
 fn damage(field: Field, fields: &[Field], file: &PagedFile, random: &mut Random) -> u64 {
     let own = field.read(file);
     let unit = field.unit;
-    let places = [
+    let offsets = [
         0,
         512,
         4096,
@@ -194,17 +194,17 @@ fn damage(field: Field, fields: &[Field], file: &PagedFile, random: &mut Random)
         random.below(file.len()) / 4096 * 4096,
         random.below(file.len()) >> 20 << 20,
     ];
-    let place = (random.one_of(&places) / unit) | field.flags;
+    let offset = (random.one_of(&offsets) / unit) | field.flags;
     let other = random.one_of(fields).read(file);
-    // Where a table or a number of a header is.
+    // The sector of a table's entry or of a header's field.
     let structure = (random.one_of(fields).at / 512 * 512 / unit) | field.flags;
     let entry = {
         let entries: Vec<Field> = fields.iter().copied().filter(|field| field.is_entry).collect();
         random.one_of(&entries_or(&entries, field)).read(file)
     };
     let values = [
-        place,
-        place,
+        offset,
+        offset,
         other,
         entry,
         entry,
@@ -275,7 +275,7 @@ impl Command {
         }
     }
 
-    /// The bytes that may change, and what they may become.
+    /// The guest range that may change, and the new value of its bytes.
     fn effect(self) -> (ByteRange, u8) {
         match self {
             Self::Write(range) => (range, WRITTEN),
@@ -285,13 +285,14 @@ impl Command {
     }
 }
 
-/// Parts of the disk that share bytes of the file with what is about to be written, or with tables, where nobody can tell.
+/// Clusters that share host bytes with the clusters in `written` or with tables. Only kinds whose driver cannot detect
+/// this have any.
 fn shared(kind: &Kind, files: &Files, written: ByteRange, fields: &[Field]) -> Vec<ByteRange> {
     let Some(image) = files.open(kind, false).ok().filter(|_| kind.may_share) else {
         return Vec::new();
     };
     let disk = ByteRange::new(0, image.len());
-    let place = |cluster: &ByteRange| match image.layer().map(cluster.intersect(disk)).ok()?.kind {
+    let stored = |cluster: &ByteRange| match image.layer().map(cluster.intersect(disk)).ok()?.kind {
         RunKind::Data { offset, .. } => Some(ByteRange::at(offset, kind.unit)),
         RunKind::Encoded(encoded) => Some(ByteRange::at(encoded.offset, encoded.stored)),
         RunKind::Zero { .. } | RunKind::Unallocated { .. } => None,
@@ -305,23 +306,23 @@ fn shared(kind: &Kind, files: &Files, written: ByteRange, fields: &[Field]) -> V
         };
         units.map(|unit| ByteRange::at(unit * kind.unit, kind.unit))
     };
-    let mut targets: Vec<ByteRange> = clusters(written).filter_map(|cluster| place(&cluster)).collect();
+    let mut targets: Vec<ByteRange> = clusters(written).filter_map(|cluster| stored(&cluster)).collect();
     targets.extend(fields.iter().map(|field| ByteRange::at(field.at, 1)));
     let parts = kind.parts.iter().copied();
     parts
         .flat_map(clusters)
         .filter(|cluster| {
-            let is_shared = |place: ByteRange| {
-                let others = targets.iter().filter(|target| target.overlaps(place));
-                // A cluster that is written is a target itself.
+            let is_shared = |host: ByteRange| {
+                let others = targets.iter().filter(|target| target.overlaps(host));
+                // A cluster in `written` is a target itself.
                 others.count() > usize::from(cluster.overlaps(written))
             };
-            place(cluster).is_some_and(is_shared)
+            stored(cluster).is_some_and(is_shared)
         })
         .collect()
 }
 
-/// How steps went, to see that they are not all refused.
+/// Counts of the outcomes of steps, to see that not all are refused.
 #[derive(Debug, Default)]
 struct Outcomes {
     unreadable: u64,
@@ -374,7 +375,7 @@ fn step(kind: &Kind, sound: &Files, seed: u64, outcomes: &mut Outcomes) {
         if shared.iter().any(|part| part.overlaps(sector)) {
             continue;
         }
-        let told = || {
+        let details = || {
             format!(
                 "{} {:?}, step {seed}: {old:#x} became {new:#x} in {field:?}; {command:?} gave {outcome:?}; at {at:#x}",
                 kind.format.name(),
@@ -382,12 +383,12 @@ fn step(kind: &Kind, sound: &Files, seed: u64, outcomes: &mut Outcomes) {
             )
         };
         let Some(after) = after else {
-            panic!("no longer readable: {}", told());
+            panic!("no longer readable: {}", details());
         };
         for (nth, (was, is)) in (*at..).zip(before.iter().zip(after)) {
             let is_written = range.start() <= nth && nth < range.end() && *is == byte;
             let may_stay = was == is && !(is_done && range.start() <= nth && nth < range.end());
-            assert!(is_written || may_stay, "was {was:#x}, is {is:#x}: {}", told());
+            assert!(is_written || may_stay, "was {was:#x}, is {is:#x}: {}", details());
         }
     }
 }
