@@ -236,7 +236,7 @@ pub(super) fn extent_limit(create_type: &str) -> Option<u64> {
 }
 
 /// Whether a sparse extent's grains and tables have the lengths that new extents get.
-pub(super) fn is_usual(geometry: &Geometry) -> bool {
+pub(super) fn has_default_layout(geometry: &Geometry) -> bool {
     (geometry.grain, geometry.entries) == (GRAIN * SECTOR, GTES)
 }
 

@@ -224,7 +224,7 @@ impl Occupied {
         self.tables.require_unshared(table)?;
         let file_len = super::tables::device_of(extents, index)?.len();
         let end = file_len.next_multiple_of(geometry.grain.max(SECTOR));
-        let (mut sense, mut nonsense, mut nth) = (0_u64, 0_u64, 0);
+        let (mut valid, mut invalid, mut nth) = (0_u64, 0_u64, 0);
         while nth < geometry.entries {
             let left = geometry.entries - nth;
             for entry in tables.entries(extents, index, table + nth * 4, left)? {
@@ -236,13 +236,13 @@ impl Occupied {
                 let len = if geometry.compressed { 1 } else { geometry.grain };
                 let grain = ByteRange::at(offset, len);
                 if grain.end() <= end && self.require_free(grain).is_ok() {
-                    sense += 1;
+                    valid += 1;
                 } else {
-                    nonsense += 1;
+                    invalid += 1;
                 }
             }
         }
-        if nonsense > sense {
+        if invalid > valid {
             return Err(Error::corrupt(format!(
                 "What lies at {table:#x} is no grain table"
             )));

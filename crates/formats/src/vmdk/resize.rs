@@ -159,7 +159,7 @@ impl VmdkLayer {
         let (index, last) = last_of(extents)?;
         if last
             .geometry()
-            .is_some_and(|geometry| !create::is_usual(&geometry))
+            .is_some_and(|geometry| !create::has_default_layout(&geometry))
         {
             return Err(Error::unsupported(
                 "Further extents would have other grains than those there are",

@@ -654,10 +654,10 @@ fn an_image_whose_base_has_changed_is_not_read() {
     files.create("", 1 << 20).expect("creates");
     let base = files.open(true).expect("opens");
     let cid = base.layer().cid().expect("has one");
-    let below = Arc::new(files.open(false).expect("opens"));
+    let backing = Arc::new(files.open(false).expect("opens"));
     base.write_at(&[1; 512], 0).expect("writes");
     let changed = Arc::new(files.open(false).expect("opens"));
-    let top = |parent: u32, below: &Arc<Image>| {
+    let top = |parent: u32, backing: &Arc<Image>| {
         let others = Files::default();
         others.create("", 1 << 20).expect("creates");
         let text = String::from_utf8_lossy(&others.file("disk.vmdk").contents()[512..1100])
@@ -667,10 +667,10 @@ fn an_image_whose_base_has_changed_is_not_read() {
             .write_at(text.as_bytes(), 512)
             .expect("writes");
         let layer = Arc::clone(others.open(false).expect("opens").layer());
-        Image::new(layer, Some(Arc::clone(below)), "top", false)
+        Image::new(layer, Some(Arc::clone(backing)), "top", false)
     };
     let mut buf = [0; 512];
-    top(cid, &below).read_at(&mut buf, 0).expect("is the right one");
+    top(cid, &backing).read_at(&mut buf, 0).expect("is the right one");
     let error = top(cid, &changed).read_at(&mut buf, 0).expect_err("has changed");
     assert_eq!(error.chain(), "Invalid argument");
 }
