@@ -343,20 +343,20 @@ impl<S: EntryCodec> TwoLevelMap<S> {
             return Ok(());
         }
         self.l2_tables(state)?.require_unshared(table.offset)?;
-        let (mut sense, mut nonsense) = (0_u64, 0_u64);
+        let (mut valid, mut invalid) = (0_u64, 0_u64);
         let mut at = 0;
         while at < table.len {
             let bytes = state.tables.bytes(table, at)?;
             at += bytes.len() as u64;
             for entry in entries::<S>(bytes).filter(|entry| *entry != 0) {
-                if self.makes_sense(entry, state.end) {
-                    sense += 1;
+                if self.is_valid_entry(entry, state.end) {
+                    valid += 1;
                 } else {
-                    nonsense += 1;
+                    invalid += 1;
                 }
             }
         }
-        if nonsense > sense {
+        if invalid > valid {
             return Err(Error::corrupt(format!(
                 "What lies at {:#x} is no L2 table",
                 table.offset
@@ -367,7 +367,7 @@ impl<S: EntryCodec> TwoLevelMap<S> {
     }
 
     /// Whether an L2 entry is valid: its cluster, if it has one, is inside the file and outside of the reserved ranges.
-    fn makes_sense(&self, entry: u64, end: u64) -> bool {
+    fn is_valid_entry(&self, entry: u64, end: u64) -> bool {
         let size = self.shape.cluster_size;
         let stored = match self.scheme.cluster(entry, end) {
             Ok(Cluster::Host(offset)) => ByteRange::at(offset, size),

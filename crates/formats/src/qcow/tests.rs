@@ -53,8 +53,8 @@ fn a_file_is_as_long_as_was_measured() {
         let empty = measured(MeasureSource::Size(SIZE));
         // Clusters that need not be copied, because the backing image has them, are not known.
         assert!(empty.required == file.len() || !text.is_empty());
-        let below = open_on(create("", SIZE), None);
-        let image = open_on(file, (!text.is_empty()).then_some(&Arc::new(below)));
+        let backing = open_on(create("", SIZE), None);
+        let image = open_on(file, (!text.is_empty()).then_some(&Arc::new(backing)));
         if text.is_empty() {
             image.write_at(&[1; 5000], 1 << 20).expect("writes");
             image.write_at(&[2; 1], 2 << 20).expect("writes");
@@ -94,9 +94,9 @@ fn open_layer(file: Arc<dyn Device>, write: bool) -> Result<Arc<dyn Layer>> {
     })
 }
 
-fn open_on(file: Arc<dyn Device>, below: Option<&Arc<Image>>) -> Image {
+fn open_on(file: Arc<dyn Device>, backing: Option<&Arc<Image>>) -> Image {
     let layer = open_layer(file, true).expect("opens");
-    Image::new(layer, below.cloned(), "test", true)
+    Image::new(layer, backing.cloned(), "test", true)
 }
 
 fn memory(bytes: &[u8]) -> Arc<dyn Device> {
@@ -153,7 +153,7 @@ proptest! {
         encrypted in any::<bool>(),
         bits in prop_oneof![Just((12, 9)), Just((9, 12)), Just((9, 6)), Just((16, 13)), Just((14, 6))],
     ) {
-        let below = backed.then(|| {
+        let backing = backed.then(|| {
             let image = open_on(create("", SIZE - (512 << 10)), None);
             image.write_at(&vec![0xbb; index(image.len())], 0).expect("writes");
             Arc::new(image)
@@ -164,13 +164,13 @@ proptest! {
         }
         let fresh = || {
             let mut bytes = vec![0; index(SIZE)];
-            let shown = below.as_ref().map_or(0, |below| index(below.len()));
+            let shown = backing.as_ref().map_or(0, |backing| index(backing.len()));
             bytes[..shown].fill(0xbb);
             bytes
         };
         let file = with_geometry(&text, SIZE, bits.0, bits.1);
         let mut model = fresh();
-        let mut image = open_on(file.clone(), below.as_ref());
+        let mut image = open_on(file.clone(), backing.as_ref());
         for step in steps {
             match step {
                 Step::Write(at, len, byte) => {
@@ -196,11 +196,11 @@ proptest! {
                 }
                 Step::Reopen => {
                     image.flush().expect("flushes");
-                    image = open_on(file.clone(), below.as_ref());
+                    image = open_on(file.clone(), backing.as_ref());
                 }
                 Step::Empty => {
                     image.layer().make_empty().expect("empties");
-                    image = open_on(file.clone(), below.as_ref());
+                    image = open_on(file.clone(), backing.as_ref());
                     model = fresh();
                     prop_assert!(file.len() < 4096);
                 }
@@ -208,7 +208,7 @@ proptest! {
         }
         prop_assert!(contents(&image) == model);
         image.flush().expect("flushes");
-        prop_assert!(contents(&open_on(file.clone(), below.as_ref())) == model);
+        prop_assert!(contents(&open_on(file.clone(), backing.as_ref())) == model);
         prop_assert!(owners_of(&file.contents()).is_ok());
     }
 
@@ -409,12 +409,12 @@ fn many_threads_write_at_once() {
         });
         image.flush().expect("flushes");
         let now = contents(&open_on(file.clone(), None));
-        for (piece, bytes) in now.chunks(16_384).take(160).enumerate() {
-            let thread = u8::try_from(piece % 4).expect("small");
-            assert!(bytes[..5000].iter().all(|byte| *byte == thread + 1), "{piece}");
+        for (chunk, bytes) in now.chunks(16_384).take(160).enumerate() {
+            let thread = u8::try_from(chunk % 4).expect("small");
+            assert!(bytes[..5000].iter().all(|byte| *byte == thread + 1), "{chunk}");
             assert!(
                 bytes[8192..12_288].iter().all(|byte| *byte == thread + 11),
-                "{piece}"
+                "{chunk}"
             );
         }
         assert_eq!(owners_of(&file.contents()), Ok(160 * 3));
@@ -558,8 +558,8 @@ fn a_table_over_the_header_is_neither_read_nor_written() {
     for at in [0_u64, 8, 40] {
         file.write_at(&at.to_be_bytes(), 40).expect("memory");
         assert!(open_layer(Arc::<MemoryDevice>::clone(&file) as Arc<dyn Device>, true).is_err());
-        let layer =
-            open_layer(Arc::<MemoryDevice>::clone(&file) as Arc<dyn Device>, false).expect("can be told of");
+        let layer = open_layer(Arc::<MemoryDevice>::clone(&file) as Arc<dyn Device>, false)
+            .expect("opens for reading");
         let image = Image::new(layer, None, "test", false);
         let error = image.read_at(&mut [0; 512], 0).expect_err("no table");
         assert_eq!(error.chain(), "The L1 table overlaps the header");

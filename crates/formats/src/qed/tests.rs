@@ -30,9 +30,9 @@ fn open_layer(file: Arc<dyn Device>, write: bool, for_check: bool) -> Result<Arc
     })
 }
 
-fn open_on(file: Arc<dyn Device>, below: Option<&Arc<Image>>) -> Image {
+fn open_on(file: Arc<dyn Device>, backing: Option<&Arc<Image>>) -> Image {
     let layer = open_layer(file, true, false).expect("opens");
-    Image::new(layer, below.cloned(), "test", true)
+    Image::new(layer, backing.cloned(), "test", true)
 }
 
 fn memory(bytes: &[u8]) -> Arc<dyn Device> {
@@ -71,14 +71,14 @@ proptest! {
 
     #[test]
     fn an_image_is_a_vector_of_bytes(steps in steps(), backed in any::<bool>()) {
-        let below = backed.then(|| {
+        let backing = backed.then(|| {
             let image = open_on(create(SMALL, SIZE + (512 << 10)), None);
             image.write_at(&vec![0xbb; 3_500_000], 0).expect("writes");
             Arc::new(image)
         });
         let file = create(SMALL, SIZE);
         let mut model = vec![if backed { 0xbb } else { 0 }; usize::try_from(SIZE).expect("small")];
-        let mut image = open_on(file.clone(), below.as_ref());
+        let mut image = open_on(file.clone(), backing.as_ref());
         for step in steps {
             match step {
                 Step::Write(at, len, byte) => {
@@ -95,7 +95,7 @@ proptest! {
                 }
                 Step::Reopen => {
                     image.flush().expect("flushes");
-                    image = open_on(file.clone(), below.as_ref());
+                    image = open_on(file.clone(), backing.as_ref());
                 }
                 Step::Grow(more) => {
                     let len = image.len() + more;
@@ -106,7 +106,7 @@ proptest! {
         }
         prop_assert!(contents(&image) == model);
         image.flush().expect("flushes");
-        prop_assert!(contents(&open_on(file.clone(), below.as_ref())) == model);
+        prop_assert!(contents(&open_on(file.clone(), backing.as_ref())) == model);
         let report = image.layer().check(Repair::No, &Progress::none()).expect("checks");
         prop_assert_eq!((report.corruptions, report.leaks), (0, 0));
         prop_assert_eq!(file.contents()[16], 0);
