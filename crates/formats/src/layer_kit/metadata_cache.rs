@@ -81,6 +81,8 @@ pub(crate) struct MetadataCache {
     pages: PageCache<WriteOrder>,
     /// Refuses writes that would overwrite metadata of another kind.
     guard: Option<MetadataGuard>,
+    /// Whether writes are ordered by barriers.
+    ordered: bool,
 }
 
 /// Bytes of a page: a whole L2 table at the default cluster size.
@@ -95,7 +97,14 @@ impl MetadataCache {
             data,
             pages: PageCache::new(CAPACITY),
             guard: None,
+            ordered: true,
         }
+    }
+
+    /// Turns barriers on or off. Without them [`MetadataCache::sync`] does nothing: for tables to which nothing durable
+    /// refers yet, the order of writing does not matter. The caller turns them on and syncs before something does.
+    pub(crate) fn set_ordered(&mut self, ordered: bool) {
+        self.ordered = ordered;
     }
 
     /// Sets the guard that checks writes from now on.
@@ -239,11 +248,12 @@ impl MetadataCache {
         if let Some(guard) = &self.guard {
             guard.report().require_unmarked()?;
         }
-        let (device, data) = (&self.device, &self.data);
+        let (device, data, ordered) = (&self.device, &self.data, self.ordered);
         self.pages.write_back(
             // Everything that tables of this class refer to was written before, guest data included.
             |class| match class {
                 WriteOrder::RefcountBlock => Ok(()),
+                _ if !ordered => Ok(()),
                 _ => sync(device, data),
             },
             |class, address, bytes| {
@@ -265,8 +275,11 @@ impl MetadataCache {
         self.pages.clear();
     }
 
-    /// Makes all writes durable.
+    /// Makes all writes durable, unless barriers are turned off.
     pub(crate) fn sync(&self) -> Result<()> {
+        if !self.ordered {
+            return Ok(());
+        }
         sync(&self.device, &self.data)
     }
 

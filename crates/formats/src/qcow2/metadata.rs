@@ -98,6 +98,23 @@ impl Metadata {
             .change_run(&mut self.cache, first, count, change, freed)
     }
 
+    /// Replaces `counts` with the refcounts of up to `most` clusters from `first` on, at least of one.
+    ///
+    /// # Errors
+    /// As [`Metadata::count`].
+    pub(super) fn read_run(&mut self, first: u64, most: u64, counts: &mut Vec<u64>) -> Result<()> {
+        self.refcounts.read_run(&mut self.cache, first, most, counts)
+    }
+
+    /// Makes all changes of tables durable.
+    ///
+    /// # Errors
+    /// Failures to write.
+    pub(super) fn flush(&mut self) -> Result<()> {
+        self.cache.write_back()?;
+        self.cache.sync()
+    }
+
     /// Whether any cluster from `first` on has a refcount above zero, or has a block that could hold one.
     ///
     /// # Errors

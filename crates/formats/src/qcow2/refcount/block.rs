@@ -27,8 +27,16 @@ pub(in crate::qcow2) fn read(bytes: &[u8], slot: Slot, order: u32) -> Option<u64
         let mask = u8::MAX >> (8 - (1 << order));
         return bytes.first().map(|byte| u64::from((byte >> slot.shift) & mask));
     }
-    let bytes = bytes.get(..1 << (order - 3))?;
-    Some(bytes.iter().fold(0, |count, byte| count << 8 | u64::from(*byte)))
+    match order {
+        3 => bytes.first().map(|byte| u64::from(*byte)),
+        4 => bytes
+            .first_chunk()
+            .map(|bytes| u64::from(u16::from_be_bytes(*bytes))),
+        5 => bytes
+            .first_chunk()
+            .map(|bytes| u64::from(u32::from_be_bytes(*bytes))),
+        _ => bytes.first_chunk().map(|bytes| u64::from_be_bytes(*bytes)),
+    }
 }
 
 /// Writes the refcount at the start of `bytes`, which begins at the slot's byte.
@@ -40,8 +48,12 @@ pub(in crate::qcow2) fn write(bytes: &mut [u8], slot: Slot, order: u32, count: u
         *byte = (*byte & !mask) | ((be[7] << slot.shift) & mask);
         return Some(());
     }
-    let width = 1 << (order - 3);
-    bytes.get_mut(..width)?.copy_from_slice(&be[8 - width..]);
+    match order {
+        3 => *bytes.first_mut()? = be[7],
+        4 => *bytes.first_chunk_mut()? = [be[6], be[7]],
+        5 => *bytes.first_chunk_mut()? = [be[4], be[5], be[6], be[7]],
+        _ => *bytes.first_chunk_mut()? = be,
+    }
     Some(())
 }
 

@@ -85,6 +85,49 @@ impl ClusterCounts {
         Ok(times - (new - old))
     }
 
+    /// Adds a reference to each of `count` clusters from `first` on.
+    ///
+    /// # Errors
+    /// The memory budget is used up.
+    pub(in crate::qcow2) fn add_run(&mut self, first: u64, count: u64) -> Result<()> {
+        let saturates = self.max < u64::from(u8::MAX);
+        for (at, len) in page_runs(first, count) {
+            match self.bytes_mut(at, len) {
+                Some(counts) if !saturates && counts.iter().all(|count| *count < u8::MAX) => {
+                    counts.iter_mut().for_each(|count| *count += 1);
+                }
+                _ => (at..at + len as u64).try_for_each(|cluster| self.add(cluster, 1).map(|_| ()))?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes a reference from each of `count` clusters from `first` on. A count of zero stays.
+    ///
+    /// # Errors
+    /// The memory budget is used up.
+    pub(in crate::qcow2) fn remove_run(&mut self, first: u64, count: u64) -> Result<()> {
+        for (at, len) in page_runs(first, count) {
+            match self.bytes_mut(at, len) {
+                Some(counts) => counts
+                    .iter_mut()
+                    .for_each(|count| *count = count.saturating_sub(1)),
+                None => (at..at + len as u64)
+                    .try_for_each(|cluster| self.set(cluster, self.of(cluster).saturating_sub(1)))?,
+            }
+        }
+        Ok(())
+    }
+
+    /// The counts of `len` clusters of one page from `first` on, if the page has counters of one byte.
+    fn bytes_mut(&mut self, first: u64, len: usize) -> Option<&mut [u8]> {
+        let (page, slot) = position(first);
+        match self.pages.get_mut(page)? {
+            Page::Bytes(counts) => counts.get_mut(slot..slot + len),
+            _ => None,
+        }
+    }
+
     /// Replaces a count.
     ///
     /// # Errors
@@ -193,6 +236,19 @@ fn position(cluster: u64) -> (usize, usize) {
     (cluster / PAGE, cluster % PAGE)
 }
 
+/// The first cluster and the length of each part of a run that lies in one page.
+fn page_runs(first: u64, count: u64) -> impl Iterator<Item = (u64, usize)> {
+    let (mut at, end) = (first, first.saturating_add(count));
+    std::iter::from_fn(move || {
+        let room = PAGE as u64 - at % PAGE as u64;
+        let len = room.min(end - at);
+        let start = at;
+        at += len;
+        // At most `PAGE`.
+        (len > 0).then_some((start, usize::try_from(len).unwrap_or(PAGE)))
+    })
+}
+
 fn too_large() -> Error {
     Error::new(ErrorKind::Limit, "Cannot allocate memory")
 }
@@ -225,6 +281,26 @@ mod tests {
         assert_eq!(counts.add(1, 2).ok(), Some(0));
         assert_eq!(counts.add(1, 4).ok(), Some(3));
         assert_eq!(counts.of(1), 3);
+    }
+
+    #[test]
+    fn runs_change_as_single_clusters_do() {
+        for max in [3, 255, 300, u64::MAX] {
+            let mut runs = ClusterCounts::new(max, Budget::default());
+            let mut single = ClusterCounts::new(max, Budget::default());
+            assert!(runs.add(4100, 254).is_ok() && single.add(4100, 254).is_ok());
+            for (first, count) in [(5, 0), (4000, 200), (4000, 200), (4000, 9000), (0, 1)] {
+                assert!(runs.add_run(first, count).is_ok());
+                assert!((first..first + count).all(|cluster| single.add(cluster, 1).is_ok()));
+            }
+            assert!(runs.remove_run(4090, 5000).is_ok());
+            for cluster in 4090..9090 {
+                let less = single.of(cluster).saturating_sub(1);
+                assert!(single.set(cluster, less).is_ok());
+            }
+            let counts = |counts: &ClusterCounts| (0..14_000).map(|at| counts.of(at)).collect::<Vec<_>>();
+            assert_eq!(counts(&runs), counts(&single), "at most {max}");
+        }
     }
 
     #[test]

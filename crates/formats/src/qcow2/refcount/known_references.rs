@@ -82,11 +82,24 @@ impl KnownReferences {
 
     /// Adds a reference to `cluster`.
     pub(super) fn add(&mut self, cluster: u64) {
-        if cluster < self.end
-            && let Some(counts) = &mut self.counted
-            && counts.add(cluster, 1).is_err()
-        {
-            // Without memory for the count, all counts are dropped.
+        self.add_run(cluster, 1);
+    }
+
+    /// Adds a reference to each of `count` clusters from `first` on.
+    pub(super) fn add_run(&mut self, first: u64, count: u64) {
+        let known = self.end.saturating_sub(first).min(count);
+        let counted = self.counted.as_mut();
+        if counted.is_some_and(|counts| counts.add_run(first, known).is_err()) {
+            // Without memory for the counts, all are dropped.
+            self.counted = None;
+        }
+    }
+
+    /// Removes a reference from each of `count` clusters from `first` on.
+    pub(super) fn remove_run(&mut self, first: u64, count: u64) {
+        let known = self.end.saturating_sub(first).min(count);
+        let counted = self.counted.as_mut();
+        if counted.is_some_and(|counts| counts.remove_run(first, known).is_err()) {
             self.counted = None;
         }
     }

@@ -60,9 +60,9 @@ impl ImageState {
 
 impl Qcow2 {
     /// Runs `work` on a copy of the refcounts, then makes the header point to the copy and to the tables that `work`
-    /// made. `work` writes only to clusters that it allocated or to which nothing refers. The metadata cache must have
-    /// no dirty pages. Returns the roots that were replaced; the caller releases the clusters to which only they refer,
-    /// except those of the refcounts. Returns `None` without a change if the file has no space for the copies.
+    /// made. `work` writes only to clusters that it allocated or to which nothing refers. Returns the roots that were
+    /// replaced; the caller releases the clusters to which only they refer, except those of the refcounts, whose release
+    /// is dirty in the metadata cache. Returns `None` without a change if the file has no space for the copies.
     ///
     /// # Errors
     /// The errors of `work`, after which the image is unchanged, and failed reads and writes.
@@ -71,20 +71,23 @@ impl Qcow2 {
         state: &mut ImageState,
         work: impl FnOnce(&mut ImageState) -> Result<()>,
     ) -> Result<Option<Roots>> {
+        state.metadata.cache.write_back()?;
         let mut before = Before {
             len: self.file.len(),
             counted: state.metadata.refcounts.references_are_counted(),
             guarded: state.metadata.cache.guarded(),
         };
         let Metadata { cache, refcounts } = &mut state.metadata;
+        // Nothing refers to the new tables before the header does.
+        cache.set_ordered(false);
         let copy = match refcounts.copied(cache) {
             Ok(copy) => copy,
             Err(error) => return self.abandon(state, None, before, error),
         };
         let old = state.replace_refcounts(copy);
-        let prepared = work(state)
-            .and_then(|()| state.metadata.cache.write_back())
-            .and_then(|()| state.metadata.cache.sync());
+        let prepared = work(state).and_then(|()| state.metadata.cache.write_back());
+        state.metadata.cache.set_ordered(true);
+        let prepared = prepared.and_then(|()| state.metadata.cache.sync());
         if let Err(error) = prepared {
             return self.abandon(state, Some(old), before, error);
         }
@@ -97,7 +100,6 @@ impl Qcow2 {
         // From here on readers find the new roots.
         self.file.flush()?;
         state.metadata.release_structure(&old.refcounts)?;
-        state.metadata.cache.write_back()?;
         Ok(Some(old))
     }
 
@@ -110,6 +112,7 @@ impl Qcow2 {
         before: Before,
         error: Error,
     ) -> Result<Option<Roots>> {
+        state.metadata.cache.set_ordered(true);
         state.metadata.cache.discard_changes();
         if let Some(old) = old {
             state.set_roots(old);

@@ -13,6 +13,7 @@ use super::RefcountChange;
 use crate::layer_kit::metadata_cache::{Table, WriteOrder};
 use crate::layer_kit::metadata_guard::Kind;
 use crate::qcow2::entry::{COPIED, Cluster, L2Entry, OFFSET_MASK};
+use crate::qcow2::metadata::Metadata;
 use crate::qcow2::{ImageState, Qcow2};
 
 /// The number of runs of clusters that a batch collects: 4 MiB of memory.
@@ -49,6 +50,32 @@ impl Batch {
         runs
     }
 }
+
+/// The refcounts of a few clusters, read together.
+#[derive(Debug, Default)]
+struct CountWindow {
+    first: u64,
+    counts: Vec<u64>,
+}
+
+impl CountWindow {
+    /// The refcount of `cluster`, which does not change while the window is in use.
+    fn count(&mut self, metadata: &mut Metadata, cluster: u64) -> Result<u64> {
+        let index = cluster.checked_sub(self.first).map(usize::try_from);
+        if let Some(count) = index.and_then(|index| self.counts.get(index.ok()?)) {
+            return Ok(*count);
+        }
+        metadata.read_run(cluster, WINDOW, &mut self.counts)?;
+        self.first = cluster;
+        self.counts
+            .first()
+            .copied()
+            .ok_or_else(|| Error::corrupt("Refcount block too short"))
+    }
+}
+
+/// The number of refcounts that are read together.
+const WINDOW: u64 = 1024;
 
 /// From this many bytes of L2 tables on, they are changed in copies; it is the size for 4 GiB of data at the default
 /// cluster size. Fewer tables are changed in place: that is quick and needs no space for copies.
@@ -116,7 +143,8 @@ impl Qcow2 {
     /// Increments the refcounts of the tree of `l1` and clears the COPIED flags in it, so that none of it is written in
     /// place. `users` trees will refer to L2 tables that move.
     ///
-    /// In place, the flags are durable before the refcounts: a crash in between costs needless copies only.
+    /// In place, the flags are durable before the refcounts: a crash in between costs needless copies only. In the end
+    /// the refcounts are durable.
     pub(in crate::qcow2) fn share_tree(
         &self,
         state: &mut ImageState,
@@ -132,8 +160,9 @@ impl Qcow2 {
         let bits = self.header.geometry.cluster_bits;
         let mut batch = Batch::default();
         let raise = |state: &mut ImageState, batch: &mut Batch| {
-            self.file.flush()?;
-            self.change_batch(state, batch, RefcountChange::Up)
+            state.metadata.cache.sync()?;
+            self.change_batch(state, batch, RefcountChange::Up)?;
+            state.metadata.flush()
         };
         self.visit_tables(state, &*self.file, l1, rewrite.l1(l1), |state, entry, table| {
             let old = entry & OFFSET_MASK;
@@ -155,8 +184,9 @@ impl Qcow2 {
         raise(state, &mut batch)
     }
 
-    /// Decrements the refcounts of the tree of an L1 table to which nothing refers any more. The table is read from the
-    /// range `l1` of `source`. The storage of clusters that become free is discarded.
+    /// Decrements the refcounts of the tree of an L1 table to which nothing durable refers any more. The table is read
+    /// from the range `l1` of `source`. The storage of clusters that become free is discarded. The refcounts are dirty
+    /// in the metadata cache.
     pub(in crate::qcow2) fn release_tree(
         &self,
         state: &mut ImageState,
@@ -169,22 +199,23 @@ impl Qcow2 {
             batch.add((entry & OFFSET_MASK) >> bits, 1);
             self.collect(table, &mut batch)?;
             if batch.is_full() {
-                self.change_batch(state, &mut batch, RefcountChange::Down)?;
+                self.release_batch(state, &mut batch)?;
             }
             Ok(entry)
         })?;
-        self.change_batch(state, &mut batch, RefcountChange::Down)
+        self.release_batch(state, &mut batch)
     }
 
-    /// Decrements the refcounts of the clusters of the table `l1` itself.
+    /// Decrements the refcounts of the clusters of the table `l1` itself, and discards their storage.
     pub(in crate::qcow2) fn release_table(&self, state: &mut ImageState, l1: Table) -> Result<()> {
         let bits = self.header.geometry.cluster_bits;
         let mut batch = Batch::default();
         batch.add(l1.offset >> bits, l1.len.div_ceil(1 << bits));
-        self.change_batch(state, &mut batch, RefcountChange::Down)
+        self.release_batch(state, &mut batch)
     }
 
-    /// Decrements the refcounts of `old` and of the L2 tables to which `old` refers and `new` does not.
+    /// Decrements the refcounts of `old` and of the L2 tables to which `old` refers and `new` does not. Their storage
+    /// is kept, as qemu-img does: the next tables are written there.
     pub(in crate::qcow2) fn release_replaced(
         &self,
         state: &mut ImageState,
@@ -209,6 +240,7 @@ impl Qcow2 {
         })?;
         batch.add(old.offset >> bits, old.len.div_ceil(1 << bits));
         self.change_batch(state, &mut batch, RefcountChange::Down)
+            .map(|_| ())
     }
 
     /// Sets the COPIED flags of the active tables for clusters with a refcount of one and clears the others. The
@@ -218,14 +250,18 @@ impl Qcow2 {
         let l1 = state.l1;
         state.metadata.cache.clear()?;
         state.metadata.cache.sync()?;
-        let once = |state: &mut ImageState, offset: u64| {
-            state.metadata.count(offset >> bits).map(|count| count == 1)
-        };
         self.visit_tables(state, &*self.file, l1, rewrite.l1(l1), |state, entry, table| {
             let old = entry & OFFSET_MASK;
-            let changed = self.mark_entries(table, |offset| once(state, offset))?;
+            let mut counts = CountWindow::default();
+            let changed = self.mark_entries(table, |offset| {
+                Ok(counts.count(&mut state.metadata, offset >> bits)? == 1)
+            })?;
             let new = self.rewrite_l2(state, rewrite, old, table, changed)?;
-            let flag = if once(state, new)? { COPIED } else { 0 };
+            let flag = if state.metadata.count(new >> bits)? == 1 {
+                COPIED
+            } else {
+                0
+            };
             Ok(entry & !(OFFSET_MASK | COPIED) | new | flag)
         })?;
         // Cached pages of these tables are out of date.
@@ -329,23 +365,26 @@ impl Qcow2 {
         if self.has_data_file() {
             return Ok(());
         }
-        self.entries(table, |entry| {
-            if let Some((start, len)) = entry.host_clusters(geometry) {
-                batch.add(start >> bits, len >> bits);
-            }
-            Ok(())
-        })
-    }
-
-    fn entries(&self, table: &[u8], mut visit: impl FnMut(L2Entry) -> Result<()>) -> Result<()> {
-        let geometry = self.header.geometry;
         let step = if geometry.extended_l2 { 2 } else { 1 };
         for numbers in table.as_chunks::<8>().0.chunks_exact(step) {
-            if numbers[0] != [0; 8] {
-                visit(self.parse_numbers(numbers)?)?;
+            let number = u64::from_be_bytes(numbers[0]);
+            if self.is_plain(number) {
+                batch.add((number & OFFSET_MASK) >> bits, 1);
+            } else if number != 0
+                && let Some((start, len)) = self.parse_numbers(numbers)?.host_clusters(geometry)
+            {
+                batch.add(start >> bits, len >> bits);
             }
         }
         Ok(())
+    }
+
+    /// Whether the number is a whole standard entry for a host cluster without any other flag than COPIED, as nearly
+    /// all are: it is valid as it is.
+    fn is_plain(&self, number: u64) -> bool {
+        let geometry = self.header.geometry;
+        let others = !(OFFSET_MASK | COPIED) | (geometry.cluster_size() - 1);
+        number & others == 0 && number & OFFSET_MASK != 0 && !geometry.extended_l2 && !self.has_data_file()
     }
 
     fn parse_numbers(&self, numbers: &[[u8; 8]]) -> Result<L2Entry> {
@@ -360,11 +399,15 @@ impl Qcow2 {
         let step = if self.header.geometry.extended_l2 { 2 } else { 1 };
         let mut changed = false;
         for numbers in table.as_chunks_mut::<8>().0.chunks_exact_mut(step) {
-            if numbers[0] == [0; 8] {
+            let old = u64::from_be_bytes(numbers[0]);
+            if old == 0 {
                 continue;
             }
-            if let Cluster::Host(offset) = self.parse_numbers(numbers)?.kind {
-                let old = u64::from_be_bytes(numbers[0]);
+            let kind = match self.is_plain(old) {
+                true => Cluster::Host(old & OFFSET_MASK),
+                false => self.parse_numbers(numbers)?.kind,
+            };
+            if let Cluster::Host(offset) = kind {
                 let new = if copied(offset)? {
                     old | COPIED
                 } else {
@@ -377,9 +420,20 @@ impl Qcow2 {
         Ok(changed)
     }
 
-    /// Changes the refcounts of the clusters in `batch` and flushes, then discards the storage of clusters that became
-    /// free.
-    fn change_batch(&self, state: &mut ImageState, batch: &mut Batch, change: RefcountChange) -> Result<()> {
+    /// Decrements the refcounts of the clusters in `batch`, to which nothing durable refers any more, and discards the
+    /// storage of those that become free.
+    fn release_batch(&self, state: &mut ImageState, batch: &mut Batch) -> Result<()> {
+        let freed = self.change_batch(state, batch, RefcountChange::Down)?;
+        freed.into_iter().try_for_each(|range| self.file.discard(range))
+    }
+
+    /// Changes the refcounts of the clusters in `batch` in the metadata cache. Returns the ranges that became free.
+    fn change_batch(
+        &self,
+        state: &mut ImageState,
+        batch: &mut Batch,
+        change: RefcountChange,
+    ) -> Result<Vec<ByteRange>> {
         let bits = self.header.geometry.cluster_bits;
         let mut freed: Vec<ByteRange> = Vec::new();
         for (first, count) in batch.take_sorted() {
@@ -393,8 +447,6 @@ impl Qcow2 {
                 }
             })?;
         }
-        state.metadata.cache.write_back()?;
-        state.metadata.cache.sync()?;
-        freed.into_iter().try_for_each(|range| self.file.discard(range))
+        Ok(freed)
     }
 }

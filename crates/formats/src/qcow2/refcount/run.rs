@@ -41,13 +41,9 @@ impl Refcounts {
                     .get(skip..)
                     .and_then(|bytes| block::read(bytes, slot, order))
                     .unwrap_or(0);
-                if used == 0 {
-                    // If the cluster holds metadata, the guard has the better message.
-                    let start = (at + i) << self.geometry.cluster_bits;
-                    tables.admit(ByteRange::at(start, self.geometry.cluster_size()), Kinds::NONE)?;
-                    return Err(not_counted(at + i));
+                if let Err(error) = changed(used, change, max, at + i) {
+                    return Err(self.refusal(tables, at + i, used, error));
                 }
-                changed(used, change, max, at + i)?;
             }
             at += len;
         }
@@ -73,31 +69,84 @@ impl Refcounts {
         while at < first + count {
             let (table, slot, len) = self.run_in_page(tables, at, first + count - at)?;
             let bytes = tables.bytes_mut(table, slot.byte)?;
-            for i in 0..len {
-                let (skip, slot) = self.slot_from(at + i, slot)?;
+            let mut done = 0;
+            let mut failed = None;
+            while done < len && failed.is_none() {
+                let cluster = at + done;
+                let (skip, slot) = self.slot_from(cluster, slot)?;
                 let bytes = bytes.get_mut(skip..).unwrap_or(&mut []);
                 let used = block::read(bytes, slot, order).unwrap_or(0);
-                let mut new = changed(used, change, max, at + i)?;
-                match change {
-                    RefcountChange::Up => self.references.add(at + i),
-                    // The refcount does not fall below the number of known references.
-                    RefcountChange::Down => {
-                        new = new.max(self.references.remove(at + i).unwrap_or(0).min(used))
+                match changed(used, change, max, cluster) {
+                    Ok(mut new) => {
+                        if change == RefcountChange::Down {
+                            // The refcount does not fall below the number of known references.
+                            let left = self.references.of(cluster).unwrap_or(0).saturating_sub(1);
+                            new = new.max(left.min(used));
+                        }
+                        block::write(bytes, slot, order, new)
+                            .ok_or_else(|| Error::corrupt("Refcount block too short"))?;
+                        if new == 0 {
+                            free.push(cluster);
+                        }
+                        done += 1;
                     }
+                    Err(error) => failed = Some((used, error)),
                 }
-                block::write(bytes, slot, order, new)
-                    .ok_or_else(|| Error::corrupt("Refcount block too short"))?;
-                if new == 0 {
-                    free.push(at + i);
-                }
+            }
+            match change {
+                RefcountChange::Up => self.references.add_run(at, done),
+                RefcountChange::Down => self.references.remove_run(at, done),
             }
             for cluster in free.drain(..) {
                 self.note_free(tables, cluster);
                 freed(cluster);
             }
+            if let Some((used, error)) = failed {
+                return Err(self.refusal(tables, at + done, used, error));
+            }
             at += len;
         }
         Ok(())
+    }
+
+    /// Replaces `counts` with the refcounts of up to `most` clusters from `first` on, as many as one page holds.
+    pub(in crate::qcow2) fn read_run(
+        &self,
+        tables: &mut MetadataCache,
+        first: u64,
+        most: u64,
+        counts: &mut Vec<u64>,
+    ) -> Result<()> {
+        counts.clear();
+        if self.block(tables, first)?.is_none() {
+            counts.push(0);
+            return Ok(());
+        }
+        let order = self.geometry.refcount_order;
+        let (table, slot, len) = self.run_in_page(tables, first, most)?;
+        let bytes = tables.bytes(table, slot.byte)?;
+        for i in 0..len {
+            let (skip, slot) = self.slot_from(first + i, slot)?;
+            let count = bytes
+                .get(skip..)
+                .and_then(|bytes| block::read(bytes, slot, order));
+            counts.push(count.unwrap_or(0));
+        }
+        Ok(())
+    }
+
+    /// The error for a cluster whose refcount `used` cannot be changed because of `error`.
+    fn refusal(&self, tables: &MetadataCache, cluster: u64, used: u64, error: Error) -> Error {
+        let (start, size) = (
+            cluster << self.geometry.cluster_bits,
+            self.geometry.cluster_size(),
+        );
+        // If a cluster that is not counted holds metadata, the guard has the better message.
+        let admitted = match used {
+            0 => tables.admit(ByteRange::at(start, size), Kinds::NONE),
+            _ => Ok(()),
+        };
+        admitted.err().unwrap_or(error)
     }
 
     /// The block and the slot of `cluster`, and how many of `most` clusters from there on have their refcounts in the

@@ -60,18 +60,18 @@ impl Snapshots for Qcow2 {
         // Counting reads the file, so it must come before changes that are only in memory.
         self.count_before_allocating(&mut state, 1)?;
         let l1 = state.l1;
-        self.check_tree(&mut state, l1, RefcountChange::Up)?;
         let published = match self.has_many_tables(&mut state, l1)? {
             true => self.publish_at_once(&mut state, |state| self.create_copied(state, snapshot, &listed))?,
             false => None,
         };
         let Some(old) = published else {
+            self.check_tree(&mut state, l1, RefcountChange::Up)?;
             return self.create_in_place(&mut state, snapshot, &listed);
         };
         let l1 = state.l1;
         self.release_replaced(&mut state, old.l1, l1)?;
         self.release_entries(&mut state, old.snapshots, &listed)?;
-        self.file.flush()
+        state.metadata.flush()
     }
 
     fn apply(&self, index: usize) -> Result<()> {
@@ -93,7 +93,7 @@ impl Snapshots for Qcow2 {
         }
         self.release(&mut state, old)?;
         self.release_table(&mut state, old)?;
-        self.file.flush()
+        state.metadata.flush()
     }
 
     fn delete(&self, index: usize) -> Result<()> {
@@ -120,7 +120,7 @@ impl Snapshots for Qcow2 {
         self.release_entries(&mut state, old, &listed)?;
         self.release(&mut state, kept)?;
         self.release_table(&mut state, kept)?;
-        self.file.flush()
+        state.metadata.flush()
     }
 }
 
@@ -233,8 +233,7 @@ impl Qcow2 {
         let written = self
             .file
             .write_at(&bytes, offset)
-            .and_then(|()| state.metadata.cache.write_back())
-            .and_then(|()| state.metadata.cache.sync());
+            .and_then(|()| state.metadata.flush());
         if let Err(error) = written {
             // A cluster that cannot be released leaks, which is harmless.
             let released = state.metadata.release(offset, len);
@@ -256,7 +255,8 @@ impl Qcow2 {
         self.file.flush()
     }
 
-    /// Releases the clusters of a snapshot table with the entries of `listed`.
+    /// Releases the clusters of a snapshot table with the entries of `listed`. The refcounts are dirty in the metadata
+    /// cache.
     pub(super) fn release_entries(
         &self,
         state: &mut ImageState,
@@ -264,9 +264,7 @@ impl Qcow2 {
         listed: &[Snapshot],
     ) -> Result<()> {
         let len = entries_len(listed);
-        state.metadata.release(table.offset, len)?;
-        state.metadata.cache.write_back()?;
-        state.metadata.cache.sync()
+        state.metadata.release(table.offset, len)
     }
 
     /// Encodes a table with the entries of `listed`, including unknown extra data, and then `new`.
@@ -326,7 +324,7 @@ impl Qcow2 {
         let table = self.write_entries(&mut state, &listed, None)?;
         self.publish_entries(&mut state, table)?;
         self.release_entries(&mut state, old, &listed)?;
-        self.file.flush()
+        state.metadata.flush()
     }
 
     /// Encodes the entry of a new snapshot whose L1 table is `l1`.

@@ -44,7 +44,7 @@ impl Qcow2 {
         }
         self.publish_entries(state, table)?;
         self.release_entries(state, old, listed)?;
-        self.file.flush()
+        state.metadata.flush()
     }
 
     /// Gives the disk `size` bytes and the tables of the snapshot whose L1 table is `kept`. The active L1 table moves
@@ -60,7 +60,8 @@ impl Qcow2 {
                 self.write_roots(state)?;
                 self.file.flush()?;
                 self.release_in_place(state, &*self.file, old)?;
-                self.release_table(state, old)
+                self.release_table(state, old)?;
+                state.metadata.flush()
             }
             Err(error) if is_out_of_space(&error) && fits => self.write_over_l1(state, size, kept),
             Err(error) => Err(error),
@@ -70,12 +71,7 @@ impl Qcow2 {
     /// Copies the L1 table `from` to newly allocated clusters and flushes. The copy has `len` bytes.
     fn written_copy(&self, state: &mut ImageState, from: Table, len: u64) -> Result<Table> {
         let table = self.copy_l1(state, from, len)?;
-        let written = state
-            .metadata
-            .cache
-            .write_back()
-            .and_then(|()| state.metadata.cache.sync());
-        if let Err(error) = written {
+        if let Err(error) = state.metadata.flush() {
             state.metadata.release_new_table(table);
             return Err(error);
         }
@@ -152,7 +148,7 @@ impl Qcow2 {
         self.publish_entries(state, SnapshotTable { offset, count })?;
         state.metadata.release(offset + used, room - used)?;
         self.release_entries(state, old, listed)?;
-        self.file.flush()
+        state.metadata.flush()
     }
 
     /// Makes the entry of a snapshot that of an empty disk, which refers to no clusters.
