@@ -3,7 +3,7 @@
 use std::fmt::Debug;
 use std::sync::Arc;
 
-use diskimage_core::{Budget, Device, Error, Gate, LocalTime, NodeOptions, Objects, Progress, Result};
+use diskimage_core::{Device, Error, NodeOptions, OpenContext, Result};
 
 use crate::cache::CacheMode;
 use crate::file::{FILE, HOST_CDROM, HOST_DEVICE};
@@ -52,16 +52,8 @@ pub struct ProtocolRequest<'a> {
     pub write: bool,
     /// How requests reach the disk.
     pub cache: CacheMode,
-    /// The objects that options refer to.
-    pub objects: &'a Arc<Objects>,
-    /// Opens the files that the driver finds, such as those in a directory.
-    pub gate: &'a Arc<dyn Gate>,
-    /// The budget for memory whose size comes from the storage.
-    pub budget: &'a Budget,
-    /// The local time of the user.
-    pub local_time: &'a LocalTime,
-    /// Receives warnings for the user.
-    pub notes: Progress<'a>,
+    /// What it shares with the other nodes of its graph.
+    pub context: &'a OpenContext,
 }
 
 impl Debug for ProtocolRequest<'_> {

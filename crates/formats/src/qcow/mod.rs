@@ -200,7 +200,7 @@ impl Qcow {
             aes,
         };
         Ok(Self {
-            tree: TwoLevelMap::new(file, shape, entries, reserved.clone(), &request.budget),
+            tree: TwoLevelMap::new(file, shape, entries, reserved.clone(), &request.context.budget),
             reserved,
             header,
             write: request.write,

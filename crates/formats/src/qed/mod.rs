@@ -211,11 +211,11 @@ impl Qed {
         let len = AtomicU64::new(entries.header().image_size);
         let reserved = entries.header().reserved();
         let layer = Self {
-            tree: TwoLevelMap::new(file, shape, entries, reserved, &request.budget),
+            tree: TwoLevelMap::new(file, shape, entries, reserved, &request.context.budget),
             geometry,
             write: request.write,
             len,
-            budget: request.budget,
+            budget: request.context.budget.clone(),
         };
         if request.write && unchecked && !request.for_check {
             layer.check(Repair::All, &Progress::none())?;

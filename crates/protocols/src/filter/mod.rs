@@ -15,7 +15,7 @@ mod throttle;
 use std::fmt::Debug;
 use std::sync::Arc;
 
-use diskimage_core::{Device, Error, Image, Node, NodeOptions, Objects, Result};
+use diskimage_core::{Device, Error, Image, Node, NodeOptions, OpenContext, Result};
 
 /// A filter: a device on top of others that modifies or observes requests. A unit struct listed once in [`FILTERS`].
 pub trait Filter: Debug + Sync {
@@ -77,8 +77,8 @@ pub struct FilterRequest<'a> {
     pub children: Vec<OpenedChild>,
     /// Whether it is opened for writing.
     pub write: bool,
-    /// The objects that options refer to.
-    pub objects: &'a Arc<Objects>,
+    /// What it shares with the other nodes of its graph.
+    pub context: &'a OpenContext,
     /// Opens a file that an option names, for reading.
     pub open_file: &'a dyn Fn(&str) -> Result<Arc<dyn Device>>,
 }

@@ -36,7 +36,7 @@ impl Filter for Throttle {
             .ok_or_else(|| Error::invalid("Please specify a throttle group"))?;
         Ok(Arc::new(Filtered(Throttled {
             device: Arc::clone(&request.only_child()?.device),
-            group: Arc::clone(request.objects.throttle_group(name)?),
+            group: Arc::clone(request.context.objects.throttle_group(name)?),
             node,
         })))
     }
