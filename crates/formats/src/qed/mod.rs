@@ -32,7 +32,7 @@ use diskimage_core::{
 };
 
 use self::header::{Geometry, Header, MAGIC, feature};
-use crate::KNOWN_FORMATS;
+use crate::known_formats::KNOWN_FORMATS;
 use crate::layer_kit::count_used;
 use crate::layer_kit::metadata_cache::{Table, WriteOrder};
 use crate::layer_kit::preallocation;
