@@ -23,7 +23,7 @@ use diskimage_core::{
 use diskimage_formats::{bare_layer, format_by_name};
 use diskimage_protocols::{
     ChildKind, Filter, FilterChild, FilterRequest, LocalFileDriver, OpenedChild, Protocol, ProtocolRequest,
-    filter_by_name, protocol_by_name,
+    filter_by_name, parse_name, protocol_by_name,
 };
 
 use crate::gate::require_all_taken;
@@ -430,7 +430,7 @@ impl<'a> Opener<'a> {
         common: &Common,
     ) -> Result<Arc<dyn Device>> {
         let mut children = Vec::new();
-        for FilterChild { name, kind } in filter.children(node)? {
+        for FilterChild { name, kind } in filter.children(node, parse_name)? {
             children.push(self.open_child(&name, kind, node, common)?);
         }
         let open_file = |name: &str| {

@@ -8,10 +8,10 @@ use diskimage_core::{
     ZeroMode,
 };
 
-use super::{Filter, FilterChild, FilterRequest, file_child};
+use super::{Filter, FilterChild, FilterRequest, ParseName, file_child};
 
 #[derive(Debug)]
-pub(super) struct Throttle;
+pub(crate) struct Throttle;
 
 const OPTIONS: &[OptionDef] = &[OptionDef::new(
     "throttle-group",
@@ -24,7 +24,7 @@ impl Filter for Throttle {
         "throttle"
     }
 
-    fn children(&self, _options: &mut NodeOptions) -> Result<Vec<FilterChild>> {
+    fn children(&self, _options: &mut NodeOptions, _: ParseName) -> Result<Vec<FilterChild>> {
         Ok(file_child())
     }
 
