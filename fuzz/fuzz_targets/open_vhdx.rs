@@ -5,9 +5,9 @@
 use std::sync::{Arc, OnceLock};
 
 use diskimage_core::options::Options;
-use diskimage_core::{CreateRequest, Device, Format, Image, NewFiles, NodeOptions, OpenRequest};
+use diskimage_core::{CreateRequest, Device, Format, Image, NewFiles, NodeOptions, OpenContext, OpenRequest};
 use diskimage_formats::Vhdx;
-use diskimage_fuzz::{Closed, PagedFile, file_of};
+use diskimage_fuzz::{PagedFile, file_of};
 
 /// The parts of the file that the input modifies, one after the other: offset and length.
 const PARTS: [(u64, usize); 8] = [
@@ -79,7 +79,7 @@ fn valid_image() -> Arc<[u8]> {
     let layer = Vhdx
         .open(OpenRequest {
             write: true,
-            ..OpenRequest::new(Arc::<PagedFile>::clone(&file), "fuzz", &mut NodeOptions::new(), &Arc::default(), &Closed)
+            ..OpenRequest::new(Arc::<PagedFile>::clone(&file), "fuzz", &mut NodeOptions::new(), &OpenContext::default())
         })
         .expect("opens it");
     let image = Image::new(layer, None, "fuzz", true);

@@ -4,12 +4,12 @@
 use std::sync::Arc;
 
 use diskimage_core::{
-    Budget, ByteRange, Device, Format, Gate, Image, Layer, NodeOptions, Objects, OpenRequest, Preallocation,
+    Budget, ByteRange, Device, Format, Image, Layer, NodeOptions, Objects, OpenContext, OpenRequest, Preallocation,
     Progress, Repair, StatusDetail, ZeroMode,
 };
 use diskimage_testing::RecordingGate;
 
-pub use diskimage_testing::{Closed, PagedFile};
+pub use diskimage_testing::PagedFile;
 
 /// The largest length of a file, as in the file protocol.
 const MAX_LEN: u64 = i64::MAX as u64;
@@ -35,36 +35,40 @@ pub fn exercise(format: &dyn Format, bytes: &[u8]) {
 
 /// Opens copies of `file` as an image of `format` and exercises it.
 pub fn exercise_file(format: &dyn Format, file: &PagedFile) {
-    exercise_through(format, file, &NodeOptions::new(), &Arc::default(), &Closed);
+    exercise_through(format, file, &NodeOptions::new(), &OpenContext::default());
 }
 
 /// Opens `bytes` as an image of `format` that refers to a file with the bytes `part`, and exercises it.
 pub fn exercise_in_parts(format: &dyn Format, bytes: &[u8], part: &[u8]) {
     let part = file_of(part.into());
-    let gate = RecordingGate::new(|_| Ok(part.copy()));
-    exercise_through(format, &file_of(bytes.into()), &NodeOptions::new(), &Arc::default(), &gate);
+    let gate = RecordingGate::new(move |_| Ok(part.copy()));
+    let context = OpenContext::new(Arc::new(gate));
+    exercise_through(format, &file_of(bytes.into()), &NodeOptions::new(), &context);
 }
 
 /// Opens `bytes` as an image of `format`, with options, and exercises it.
 pub fn exercise_with(format: &dyn Format, bytes: &[u8], options: &NodeOptions, objects: &Arc<Objects>) {
-    exercise_through(format, &file_of(bytes.into()), options, objects, &Closed);
+    let context = OpenContext::default().with_objects(Arc::clone(objects));
+    exercise_through(format, &file_of(bytes.into()), options, &context);
 }
 
 fn exercise_through(
     format: &dyn Format,
     file: &PagedFile,
     options: &NodeOptions,
-    objects: &Arc<Objects>,
-    gate: &dyn Gate,
+    context: &OpenContext,
 ) {
     let open_for = |write: bool, for_check: bool, no_data: bool| {
         let file: Arc<dyn Device> = file.copy();
+        let context = OpenContext {
+            budget: Budget::new(64 << 20),
+            ..context.clone()
+        };
         format.open(OpenRequest {
             write,
             for_check,
             no_data,
-            budget: Budget::new(64 << 20),
-            ..OpenRequest::new(file, "fuzz", &mut options.clone(), objects, gate)
+            ..OpenRequest::new(file, "fuzz", &mut options.clone(), &context)
         })
     };
     let open = |write, for_check| open_for(write, for_check, false);

@@ -41,7 +41,9 @@ pub fn run(words: impl IntoIterator<Item = OsString>) -> ExitCode {
     let console = Console::new(&words.next().unwrap_or_default());
     let status = match standard_options(words.collect(), &console) {
         Ok((entry, words)) => entry.start(words, &console),
-        Err(stop) => console.stop(stop, None),
+        Err(stop) => console.stop(stop, PROGRAM.name, || {
+            help::program(commands::ALL.iter().map(|entry| entry.command))
+        }),
     };
     ExitCode::from(console.finish(status))
 }

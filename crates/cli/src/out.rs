@@ -13,7 +13,7 @@ use std::sync::{Mutex, PoisonError};
 
 use diskimage::{Note, name};
 
-use crate::words::{Command, Prefix, Stop, help};
+use crate::words::{Prefix, Stop};
 
 /// Standard output and standard error, and the name that the program was called by.
 #[derive(Debug)]
@@ -109,16 +109,16 @@ impl Console {
         }
     }
 
-    /// Prints the reason why `command` was not run or has failed, and returns the exit status. Without a command the
-    /// reason is in the options before it.
-    pub fn stop(&self, stop: Stop, command: Option<&Command>) -> u8 {
+    /// Prints the reason why `command` was not run or has failed, and returns the exit status. Without a name of a
+    /// command the reason is in the options before it.
+    pub fn stop(&self, stop: Stop, command: &str, help: impl FnOnce() -> String) -> u8 {
         let invocation = match command {
-            Some(command) => format!("{} {}", self.path, command.name),
-            None => self.path.clone(),
+            "" => self.path.clone(),
+            command => format!("{} {command}", self.path),
         };
         match stop {
             Stop::Help => {
-                self.print(&command.map_or_else(help::program, help::command));
+                self.print(&help());
                 0
             }
             Stop::Text(text) => {

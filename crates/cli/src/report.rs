@@ -3,10 +3,6 @@
 use std::fmt::Write;
 
 use diskimage::CheckReport;
-
-use crate::commands::check::Args;
-use crate::out::Console;
-use crate::words::OutputFormat;
 use diskimage::json::Value;
 
 /// The exit status of a check.
@@ -22,18 +18,8 @@ pub(crate) fn status(report: &CheckReport) -> u8 {
     }
 }
 
-/// Prints a report in the format of `--output`.
-pub(crate) fn print(args: &Args, format: &str, report: &CheckReport, console: &Console) {
-    if args.quiet {
-        return;
-    }
-    console.print(&match args.output {
-        OutputFormat::Human => summary(report),
-        OutputFormat::Json => json(args, format, report).pretty(),
-    });
-}
-
-fn summary(report: &CheckReport) -> String {
+/// The report as text.
+pub(crate) fn summary(report: &CheckReport) -> String {
     let mut text = String::new();
     if report.corruptions == 0 && report.leaks == 0 && report.check_errors == 0 {
         text.push_str("No errors were found on the image.\n");
@@ -83,8 +69,8 @@ fn percent(part: u64, whole: u64) -> f64 {
     part as f64 * 100.0 / whole as f64
 }
 
-/// The report as JSON. Counts of zero are left out, except that of internal errors.
-fn json(args: &Args, format: &str, report: &CheckReport) -> Value {
+/// The report on the image `name` as JSON. Counts of zero are left out, except that of internal errors.
+pub(crate) fn json(name: &str, format: &str, report: &CheckReport) -> Value {
     let mut members: Vec<(&'static str, Value)> = Vec::new();
     let mut count = |name, value: u64| {
         if value > 0 || name == "check-errors" {
@@ -100,7 +86,7 @@ fn json(args: &Args, format: &str, report: &CheckReport) -> Value {
     count("leaks", report.leaks);
     count("leaks-fixed", report.leaks_fixed);
     count("allocated-clusters", report.allocated_clusters);
-    members.push(("filename", args.image.name.shown().into()));
+    members.push(("filename", name.into()));
     members.push(("format", format.into()));
     if report.fragmented_clusters > 0 {
         members.push(("fragmented-clusters", report.fragmented_clusters.into()));

@@ -4,7 +4,7 @@ use std::fmt::Debug;
 use std::sync::Arc;
 
 use crate::options::{OptionDef, Options};
-use crate::{Budget, Device, Error, Gate, Layer, NodeOptions, Objects, Permissions, Result};
+use crate::{Device, Error, Layer, NodeOptions, Objects, OpenContext, Permissions, Result};
 
 /// How certain a format is that an image is of this format: 0 means that it is not; raw returns 1 for anything.
 pub type Score = u32;
@@ -150,12 +150,8 @@ pub struct OpenRequest<'a> {
     pub children: Vec<(&'static str, Arc<dyn Device>)>,
     /// The options of its node; the format takes those that it supports.
     pub options: &'a mut NodeOptions,
-    /// The objects that options refer to.
-    pub objects: &'a Arc<Objects>,
-    /// Opens the files that the image refers to.
-    pub gate: &'a dyn Gate,
-    /// The memory budget for tables.
-    pub budget: Budget,
+    /// What it shares with the other nodes of its graph.
+    pub context: &'a OpenContext,
 }
 
 impl<'a> OpenRequest<'a> {
@@ -164,8 +160,7 @@ impl<'a> OpenRequest<'a> {
         file: Arc<dyn Device>,
         name: &'a str,
         options: &'a mut NodeOptions,
-        objects: &'a Arc<Objects>,
-        gate: &'a dyn Gate,
+        context: &'a OpenContext,
     ) -> Self {
         Self {
             file,
@@ -176,9 +171,7 @@ impl<'a> OpenRequest<'a> {
             force_share: false,
             children: Vec::new(),
             options,
-            objects,
-            gate,
-            budget: Budget::default(),
+            context,
         }
     }
 
@@ -186,12 +179,6 @@ impl<'a> OpenRequest<'a> {
     pub fn take_child(&mut self, name: &str) -> Option<Arc<dyn Device>> {
         let at = self.children.iter().position(|(other, _)| *other == name)?;
         Some(self.children.swap_remove(at).1)
-    }
-}
-
-impl Debug for dyn Gate + '_ {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Gate")
     }
 }
 

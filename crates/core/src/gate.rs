@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::{Device, Error, ErrorKind, NodeOptions, Result};
+use crate::{Device, Error, ErrorKind, NodeOptions, OpenContext, Result};
 
 /// Opens the files that an image refers to, or refuses to. No other part of the library opens a name found in an image.
 pub trait Gate: Send + Sync {
@@ -11,24 +11,6 @@ pub trait Gate: Send + Sync {
     /// # Errors
     /// [`ErrorKind::Denied`](crate::ErrorKind::Denied) if the policy forbids it, and errors of opening the file.
     fn open(&self, reference: &Reference<'_>) -> Result<Arc<dyn Device>>;
-}
-
-impl dyn Gate + '_ {
-    /// Opens the file `name`, in which the image `from` keeps guest data. A relative name is resolved against the
-    /// current directory.
-    ///
-    /// # Errors
-    /// As [`Gate::open`].
-    pub fn open_data(&self, name: &str, from: &str, permissions: Permissions) -> Result<Arc<dyn Device>> {
-        let mut options = NodeOptions::new();
-        options.set("filename", name);
-        self.open(&Reference {
-            options: &options,
-            from,
-            role: Role::Data,
-            permissions,
-        })
-    }
 }
 
 /// Opens nothing.
@@ -54,6 +36,8 @@ pub struct Reference<'a> {
     pub role: Role,
     /// What the image will do with the file, and what others may do.
     pub permissions: Permissions,
+    /// What the nodes of the graph share that the image belongs to.
+    pub context: &'a OpenContext,
 }
 
 /// What a referenced file is for.

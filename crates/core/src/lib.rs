@@ -7,6 +7,7 @@
 //! * [`Capabilities`]: the optional features of a layer: compression, snapshots, bitmaps, a check, ...
 //! * [`Image`]: a layer with its backing image; it is a device again, and the only code that walks a backing chain;
 //! * [`Format`]: an entry of the table from which a program picks drivers;
+//! * [`OpenContext`]: what the nodes of one block graph share while they are opened;
 //! * [`Gate`]: the caller's policy about which files an image may refer to;
 //! * [`Error`], [`ByteRange`], [`Budget`], and the zero test.
 //!
@@ -45,6 +46,7 @@ mod memory;
 pub mod name;
 mod node;
 mod objects;
+mod open_context;
 pub mod options;
 mod progress;
 mod range;
@@ -79,6 +81,7 @@ pub use memory::MemoryDevice;
 pub use name::Name;
 pub use node::{NodeOptions, is_identifier};
 pub use objects::{Object, Objects, Secret, TlsCreds, TlsKind};
+pub use open_context::{OnImageLost, OnNote, OpenContext};
 pub use progress::{Note, Progress};
 pub use range::{ByteRange, align_down, align_up, div_ceil, to_index};
 pub use snapshots::{NewSnapshot, Snapshots};

@@ -11,8 +11,8 @@ use std::sync::Arc;
 
 use diskimage_core::options::Options;
 use diskimage_core::{
-    Budget, CreatePlan, CreateRequest, Device, Error, ErrorKind, Format, Gate, Image, LocalTime, NewFiles,
-    NodeOptions, Objects, Permissions, Preallocation, Progress, Result, name,
+    CreatePlan, CreateRequest, Device, Error, ErrorKind, Format, Gate, Image, NewFiles, NodeOptions, Objects,
+    OpenContext, Permissions, Preallocation, Result, name,
 };
 use diskimage_formats::format_by_name;
 use diskimage_protocols::{
@@ -20,8 +20,7 @@ use diskimage_protocols::{
     ProtocolRequest, Target, filter_by_name, parse_name, protocol_by_name, protocol_of_name,
 };
 
-use crate::files::{Above, Follow, Identity, Location, files_of_chain};
-use crate::gate::FileGate;
+use crate::files::{Above, Identity, Location, files_below, files_of_chain};
 use crate::graph::full_backing_name;
 use crate::open::open_bare;
 use crate::open_options::OpenOptions;
@@ -40,8 +39,8 @@ pub struct Creation {
     trust_backing: bool,
     needed: HashSet<Identity>,
     cache: CacheMode,
-    objects: Arc<Objects>,
-    gate: Option<Arc<dyn Gate>>,
+    /// What the user gave for opening other images.
+    open: OpenOptions,
 }
 
 impl Creation {
@@ -58,8 +57,7 @@ impl Creation {
             trust_backing: false,
             needed: HashSet::new(),
             cache: CacheMode::WRITEBACK,
-            objects: Arc::default(),
-            gate: None,
+            open: OpenOptions::new(),
         }
     }
 
@@ -116,13 +114,13 @@ impl Creation {
 
     /// The objects (secrets and the like) that the options refer to by name.
     pub fn objects(mut self, objects: Arc<Objects>) -> Self {
-        self.objects = objects;
+        self.open = self.open.objects(objects);
         self
     }
 
-    /// The gate that opens the files that images refer to; the default is [`FileGate`].
+    /// The gate that opens the files that images refer to; the default is [`FileGate`](crate::FileGate).
     pub fn gate(mut self, gate: Arc<dyn Gate>) -> Self {
-        self.gate = Some(gate);
+        self.open = self.open.gate(gate);
         self
     }
 
@@ -148,14 +146,7 @@ impl Creation {
             size,
             options,
             cache: self.cache,
-            gate: self.gate.unwrap_or_else(|| {
-                Arc::new(FileGate {
-                    cache: self.cache,
-                    objects: Arc::clone(&self.objects),
-                    ..FileGate::default()
-                })
-            }),
-            objects: self.objects,
+            context: self.open.cache(self.cache).context(),
             name: self.name,
         })
     }
@@ -187,14 +178,10 @@ impl Creation {
     fn needed_files(&self, options: &Options) -> Result<HashSet<Identity>> {
         let mut needed = self.needed.clone();
         if let Some(backing) = options.text("backing_file") {
-            let follow = Follow {
-                objects: &self.objects,
-                gate: self.gate.as_ref(),
-            };
             let name = full_backing_name(&self.name, backing);
             let own = Target::parse(&self.name).map_or_else(|_| self.name.clone(), |target| target.path);
             let own = Above::New(Location::at(&own));
-            needed.extend(follow.files_below(&name, options.text("backing_fmt"), &own)?);
+            needed.extend(files_below(&name, options.text("backing_fmt"), &own, &self.open)?);
         }
         Ok(needed)
     }
@@ -233,15 +220,9 @@ impl Creation {
                 Err(no_format())
             };
         }
-        let mut options = OpenOptions::new()
-            .no_data(true)
-            .force_share(true)
-            .objects(Arc::clone(&self.objects));
+        let mut options = self.open.clone().no_data(true).force_share(true);
         if let Some(format) = format {
             options = options.format(format);
-        }
-        if let Some(gate) = &self.gate {
-            options = options.gate(Arc::clone(gate));
         }
         let image = open_bare(&full_backing_name(&self.name, backing), &options)
             .map_err(|error| error.hint("Could not open backing image."))?;
@@ -264,8 +245,7 @@ pub struct Prepared {
     /// The files that must not be overwritten.
     needed: HashSet<Identity>,
     cache: CacheMode,
-    objects: Arc<Objects>,
-    gate: Arc<dyn Gate>,
+    context: OpenContext,
 }
 
 impl Prepared {
@@ -314,7 +294,7 @@ impl Prepared {
             name,
             size: self.size,
             options: &self.options,
-            objects: &self.objects,
+            objects: &self.context.objects,
         })?;
         let parts = plan.parts.clone();
         let place = self.place(&creation, &parts)?;
@@ -391,11 +371,7 @@ impl Prepared {
             options: &mut node,
             write: true,
             cache: self.cache,
-            objects: &self.objects,
-            gate: &self.gate,
-            budget: &Budget::default(),
-            local_time: &LocalTime::default(),
-            notes: Progress::none(),
+            context: &self.context,
         });
         let device = opened.map_err(|error| no_making(error, protocol.name()))?;
         self.require_apart(&device.name(), parts)?;
@@ -448,8 +424,8 @@ impl Prepared {
         };
         let options = OpenOptions::new()
             .force_share(true)
-            .objects(Arc::clone(&self.objects))
-            .gate(Arc::clone(&self.gate));
+            .objects(Arc::clone(&self.context.objects))
+            .gate(Arc::clone(&self.context.gate));
         open_bare(&full_backing_name(&file.name(), backing), &options).map(Some)
     }
 }

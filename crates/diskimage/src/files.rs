@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use diskimage_core::json::Value;
-use diskimage_core::{Device, Error, Gate, Image, NodeOptions, Objects, Result, name};
+use diskimage_core::{Device, Error, Image, NodeOptions, Result, name};
 use diskimage_protocols::{Target, identity_of_path, protocol_by_name};
 
 use crate::graph::{full_backing_name, node_of_name};
@@ -120,61 +120,47 @@ impl Above {
     }
 }
 
-/// Follows the backing file names of images.
-pub(crate) struct Follow<'a> {
-    pub(crate) objects: &'a Arc<Objects>,
-    pub(crate) gate: Option<&'a Arc<dyn Gate>>,
+/// The files of the image called `name` and of its backing chain, as far as they are local and can be opened with
+/// `options`.
+///
+/// # Errors
+/// The chain contains an image twice, or `above`.
+pub(crate) fn files_below(
+    name: &str,
+    format: Option<&str>,
+    above: &Above,
+    options: &OpenOptions,
+) -> Result<HashSet<Identity>> {
+    let mut files = HashSet::new();
+    let (mut name, mut format) = (name.to_owned(), format.map(str::to_owned));
+    for _ in 0..MAX_STEPS {
+        let image = open_single(&name, format.as_deref(), options);
+        let own = match &image {
+            Some(image) => files_of(image),
+            None => file_named(&name).into_iter().collect(),
+        };
+        if above.is_met(&own, &name) || !own.is_disjoint(&files) {
+            return Err(Error::invalid(format!(
+                "Backing file '{name}' creates an infinite loop"
+            )));
+        }
+        files.extend(own);
+        let Some((image, below)) =
+            image.and_then(|image| Some((Arc::clone(&image), image.layer().backing()?)))
+        else {
+            break;
+        };
+        name = full_backing_name(&image.base_name(), below.name.text());
+        format = below.format;
+    }
+    Ok(files)
 }
 
-impl Follow<'_> {
-    /// The files of the image called `name` and of its backing chain, as far as they are local and can be opened.
-    ///
-    /// # Errors
-    /// The chain contains an image twice, or `above`.
-    pub(crate) fn files_below(
-        &self,
-        name: &str,
-        format: Option<&str>,
-        above: &Above,
-    ) -> Result<HashSet<Identity>> {
-        let mut files = HashSet::new();
-        let (mut name, mut format) = (name.to_owned(), format.map(str::to_owned));
-        for _ in 0..MAX_STEPS {
-            let image = self.open(&name, format.as_deref());
-            let own = match &image {
-                Some(image) => files_of(image),
-                None => file_named(&name).into_iter().collect(),
-            };
-            if above.is_met(&own, &name) || !own.is_disjoint(&files) {
-                return Err(Error::invalid(format!(
-                    "Backing file '{name}' creates an infinite loop"
-                )));
-            }
-            files.extend(own);
-            let Some((image, below)) =
-                image.and_then(|image| Some((Arc::clone(&image), image.layer().backing()?)))
-            else {
-                break;
-            };
-            name = full_backing_name(&image.base_name(), below.name.text());
-            format = below.format;
-        }
-        Ok(files)
-    }
-
-    /// Opens the image called `name` without its backing image; `None` if it is not local or cannot be opened.
-    fn open(&self, name: &str, format: Option<&str>) -> Option<Arc<Image>> {
-        let node = node_of_name(name, format).ok().filter(is_local)?;
-        let mut options = OpenOptions::new()
-            .no_backing(true)
-            .no_data(true)
-            .force_share(true)
-            .objects(Arc::clone(self.objects));
-        if let Some(gate) = self.gate {
-            options = options.gate(Arc::clone(gate));
-        }
-        open_node(node, &options).ok()
-    }
+/// Opens the image called `name` without its backing image; `None` if it is not local or cannot be opened.
+fn open_single(name: &str, format: Option<&str>, options: &OpenOptions) -> Option<Arc<Image>> {
+    let node = node_of_name(name, format).ok().filter(is_local)?;
+    let options = options.clone().no_backing(true).no_data(true).force_share(true);
+    open_node(node, &options).ok()
 }
 
 /// The largest number of images in a chain; the same limit as that for opening a chain.

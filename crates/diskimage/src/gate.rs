@@ -2,14 +2,11 @@
 
 use std::sync::Arc;
 
-use diskimage_core::{
-    Budget, Device, Error, Gate, LocalTime, NodeOptions, Objects, Permissions, Progress, Reference, Result,
-    Role,
-};
+use diskimage_core::{Device, Error, Gate, NodeOptions, OpenContext, Permissions, Reference, Result, Role};
 use diskimage_protocols::{CacheMode, LocalFileDriver, Protocol, ProtocolRequest, Target, protocol_by_name};
 
 /// Opens backing files by any protocol, and data files only by path: the formats define no more for data files.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct FileGate {
     /// The cache mode of the opened files.
     pub cache: CacheMode,
@@ -17,12 +14,6 @@ pub struct FileGate {
     pub force_share: bool,
     /// Whether to lock data files that are only read against writers.
     pub exclusive: bool,
-    /// The objects (secrets and the like) that options refer to by name.
-    pub objects: Arc<Objects>,
-    /// The memory that the entries of directories (vvfat) may claim.
-    pub budget: Budget,
-    /// The user's time zone, for the dates of files in directories (vvfat).
-    pub local_time: LocalTime,
 }
 
 impl Gate for FileGate {
@@ -40,16 +31,16 @@ impl Gate for FileGate {
             }
             None => LocalFileDriver::serving(options.text("filename").unwrap_or_default()),
         };
-        let gate: Arc<dyn Gate> = Arc::new(self.clone());
+        // Messages are about the files that the user names.
+        let context = OpenContext {
+            on_note: None,
+            ..reference.context.clone()
+        };
         let device = protocol.open(ProtocolRequest {
             options: &mut options,
             write: reference.permissions.write,
             cache: self.cache,
-            objects: &self.objects,
-            gate: &gate,
-            budget: &self.budget,
-            local_time: &self.local_time,
-            notes: Progress::none(),
+            context: &context,
         })?;
         require_all_taken(protocol.name(), &options)?;
         device.lock(self.locked_for(reference))?;

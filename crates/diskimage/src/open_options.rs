@@ -3,7 +3,9 @@
 use std::fmt;
 use std::sync::Arc;
 
-use diskimage_core::{Budget, Error, Format, Gate, LocalTime, NodeOptions, Note, Objects, Permissions};
+use diskimage_core::{
+    Budget, Format, Gate, LocalTime, NodeOptions, Objects, OnImageLost, OnNote, OpenContext, Permissions,
+};
 use diskimage_formats::Raw;
 use diskimage_protocols::CacheMode;
 
@@ -23,20 +25,14 @@ pub struct OpenOptions {
     pub(crate) write_below: Option<usize>,
     pub(crate) no_data: bool,
     pub(crate) for_check: bool,
-    pub(crate) objects: Arc<Objects>,
+    objects: Arc<Objects>,
     pub(crate) node_options: NodeOptions,
-    pub(crate) budget: Budget,
-    pub(crate) local_time: LocalTime,
+    budget: Budget,
+    local_time: LocalTime,
     gate: Option<Arc<dyn Gate>>,
-    pub(crate) on_note: Option<Arc<OnNote>>,
-    pub(crate) on_lost: Option<Arc<OnImageLost>>,
+    on_note: Option<Arc<OnNote>>,
+    on_lost: Option<Arc<OnImageLost>>,
 }
-
-/// Takes a message for the user, which may have several lines.
-type OnNote = dyn Fn(&Note) + Send + Sync;
-
-/// Takes the name of an image whose changes were lost when it was dropped, and the error.
-type OnImageLost = dyn Fn(&str, &Error) + Send + Sync;
 
 impl OpenOptions {
     /// The default options.
@@ -147,12 +143,6 @@ impl OpenOptions {
         self
     }
 
-    pub(crate) fn tell(&self, note: &Note) {
-        if let Some(on_note) = &self.on_note {
-            on_note(note);
-        }
-    }
-
     /// The permissions that the file of an image of `format` is locked with.
     pub(crate) fn permissions(&self, format: Option<&dyn Format>, mode: Mode) -> Permissions {
         // An image without a format is locked as raw: it has no metadata that another writer could corrupt.
@@ -188,17 +178,23 @@ impl OpenOptions {
         }
     }
 
-    pub(crate) fn gate_or_default(&self) -> Arc<dyn Gate> {
-        self.gate.clone().unwrap_or_else(|| {
+    /// What all nodes of the graph share.
+    pub(crate) fn context(&self) -> OpenContext {
+        let default_gate = || -> Arc<dyn Gate> {
             Arc::new(FileGate {
                 cache: self.cache,
                 force_share: self.force_share,
                 exclusive: self.exclusive,
-                objects: Arc::clone(&self.objects),
-                budget: self.budget.clone(),
-                local_time: self.local_time.clone(),
             })
-        })
+        };
+        OpenContext {
+            objects: Arc::clone(&self.objects),
+            gate: self.gate.clone().unwrap_or_else(default_gate),
+            budget: self.budget.clone(),
+            local_time: self.local_time.clone(),
+            on_note: self.on_note.clone(),
+            on_lost: self.on_lost.clone(),
+        }
     }
 }
 

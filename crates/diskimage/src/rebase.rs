@@ -21,8 +21,9 @@ use diskimage_core::{
 use diskimage_formats::format_by_name;
 
 use crate::cursor::{Cursor, End, Segment};
-use crate::files::{Above, Follow, files_of};
+use crate::files::{Above, files_below, files_of};
 use crate::graph::full_backing_name;
+use crate::open_options::OpenOptions;
 
 /// A change of the backing image that keeps the guest data.
 #[derive(Debug)]
@@ -152,14 +153,8 @@ pub fn check_backing(image: &Image, backing: Option<&Backing>) -> Result<()> {
 fn refuse_loop(image: &Image, backing: Option<&Backing>) -> Result<()> {
     let Some(backing) = backing else { return Ok(()) };
     let name = full_backing_name(&image.base_name(), backing.name.text());
-    let follow = Follow {
-        objects: &Arc::default(),
-        gate: None,
-    };
     let format = backing.format.as_deref();
-    follow
-        .files_below(&name, format, &Above::Files(files_of(image)))
-        .map(drop)
+    files_below(&name, format, &Above::Files(files_of(image)), &OpenOptions::new()).map(drop)
 }
 
 fn could_not(backing: Option<&Backing>) -> String {

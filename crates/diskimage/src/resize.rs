@@ -5,7 +5,8 @@ use std::sync::Arc;
 use std::{fs, io};
 
 use diskimage_core::{
-    Device, Error, Gate, Image, Permissions, Preallocation, ResizeRequest, Result, ResultExt, name,
+    Device, Error, Gate, Image, OpenContext, Permissions, Preallocation, ResizeRequest, Result, ResultExt,
+    name,
 };
 use diskimage_protocols::Target;
 
@@ -26,7 +27,7 @@ pub struct Resize {
     len: u64,
     preallocation: Preallocation,
     policy: ShrinkPolicy,
-    gate: Arc<dyn Gate>,
+    context: OpenContext,
 }
 
 impl Resize {
@@ -36,7 +37,7 @@ impl Resize {
             len,
             preallocation: Preallocation::Off,
             policy: ShrinkPolicy::Refuse,
-            gate: Arc::new(FileGate::default()),
+            context: OpenContext::new(Arc::new(FileGate::default())),
         }
     }
 
@@ -58,7 +59,7 @@ impl Resize {
     /// default is [`FileGate`].
     #[must_use]
     pub fn gate(mut self, gate: Arc<dyn Gate>) -> Self {
-        self.gate = gate;
+        self.context.gate = gate;
         self
     }
 
@@ -103,7 +104,7 @@ impl Resize {
     ) -> Result<()> {
         for path in paths {
             made.push(make_file(path).context(|| format!("Could not create '{path}'"))?);
-            let part = self.gate.open_data(path, &image.name(), Permissions::WRITE)?;
+            let part = self.context.open_data(path, &image.name(), Permissions::WRITE)?;
             request.parts.push(part);
         }
         image.resize_with(request)

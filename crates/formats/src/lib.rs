@@ -10,6 +10,7 @@ mod cut_off;
 mod damage;
 mod dmg;
 mod encryption;
+mod known_formats;
 mod layer_kit;
 mod luks;
 mod parallels;
@@ -57,27 +58,6 @@ pub static FORMATS: &[&dyn Format] = &[
     &Bochs,
     &Cloop,
     &Dmg,
-];
-
-/// The format names that an image may record for its backing image, whether this crate has the format or not.
-pub(crate) const KNOWN_FORMATS: &[&str] = &[
-    "bochs",
-    "cloop",
-    "dmg",
-    "luks",
-    "nbd",
-    "parallels",
-    "qcow",
-    "qcow2",
-    "qed",
-    "raw",
-    "vdi",
-    "vhdx",
-    "vmdk",
-    "vpc",
-    "vvfat",
-    "file",
-    "host_device",
 ];
 
 /// The format called `name`.

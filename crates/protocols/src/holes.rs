@@ -1,13 +1,9 @@
-//! Holes of files, and a cache of the last one.
+//! A cache of the extent of a file, data or hole, that was found last.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-use diskimage_core::{ByteRange, Extent, ExtentKind, Result, StatusDetail};
-use rustix::fs::SeekFrom;
-use rustix::io::Errno;
-
-use crate::file::{File, FileKind};
+use diskimage_core::ByteRange;
 
 /// The extent found last, so that a scan asks the kernel once for each extent instead of once for each request.
 #[derive(Debug, Default)]
@@ -18,11 +14,13 @@ pub(crate) struct HoleCache {
     last: Mutex<Option<CachedExtent>>,
 }
 
+/// An extent of a file.
 #[derive(Clone, Copy, Debug)]
-struct CachedExtent {
-    changes: u64,
-    range: ByteRange,
-    hole: bool,
+pub(crate) struct CachedExtent {
+    /// The number of changes before it was found.
+    pub(crate) changes: u64,
+    pub(crate) range: ByteRange,
+    pub(crate) hole: bool,
 }
 
 impl HoleCache {
@@ -31,118 +29,20 @@ impl HoleCache {
         self.changes.fetch_add(1, Ordering::Release);
     }
 
-    fn cached(&self, offset: u64) -> Option<CachedExtent> {
+    /// The number of changes so far.
+    pub(crate) fn changes(&self) -> u64 {
+        self.changes.load(Ordering::Acquire)
+    }
+
+    /// Keeps an extent until the next change.
+    pub(crate) fn keep(&self, found: CachedExtent) {
+        *self.last.lock().unwrap_or_else(PoisonError::into_inner) = Some(found);
+    }
+
+    /// The extent that `offset` is in, if that is the one found last.
+    pub(crate) fn cached(&self, offset: u64) -> Option<CachedExtent> {
         let last = (*self.last.lock().unwrap_or_else(PoisonError::into_inner))?;
-        let fresh = last.changes == self.changes.load(Ordering::Acquire);
+        let fresh = last.changes == self.changes();
         (fresh && last.range.start() <= offset && offset < last.range.end()).then_some(last)
-    }
-}
-
-impl File {
-    /// The extent at the start of `range`.
-    pub(crate) fn extent(&self, range: ByteRange, detail: StatusDetail) -> Result<Extent> {
-        let answer = |len, kind| Extent {
-            len,
-            kind,
-            depth: 0,
-            host: None,
-        };
-        if detail == StatusDetail::Allocation || self.kind != FileKind::Regular {
-            return Ok(answer(range.len(), ExtentKind::Data));
-        }
-        let offset = range.start();
-        let found = match self.holes.cached(offset) {
-            Some(found) if !self.lent.load(Ordering::Acquire) => found,
-            _ => {
-                let changes = self.holes.changes.load(Ordering::Acquire);
-                let (range, hole) = self.seek_extent(range)?;
-                let found = CachedExtent { changes, range, hole };
-                *self.holes.last.lock().unwrap_or_else(PoisonError::into_inner) = Some(found);
-                found
-            }
-        };
-        let kind = if found.hole {
-            ExtentKind::FileHole
-        } else {
-            ExtentKind::Data
-        };
-        Ok(answer((found.range.end() - offset).min(range.len()), kind))
-    }
-
-    /// The extent at the start of `range`, at least one byte long, and whether it is a hole.
-    fn seek_extent(&self, range: ByteRange) -> Result<(ByteRange, bool)> {
-        let start = range.start();
-        let data = match rustix::fs::seek(&self.file, SeekFrom::Data(start)) {
-            Ok(data) => data,
-            // No data from here to the end.
-            Err(Errno::NXIO) => {
-                let end = self.refresh_len()?.max(range.end());
-                return Ok((ByteRange::new(start, end), true));
-            }
-            // The file system does not support SEEK_DATA.
-            Err(_) => return Ok((range, false)),
-        };
-        if data > start {
-            return Ok((ByteRange::new(start, data), true));
-        }
-        match rustix::fs::seek(&self.file, SeekFrom::Hole(start)) {
-            Ok(hole) if hole > start => Ok((ByteRange::new(start, hole), false)),
-            // The file was truncated meanwhile, or the result is invalid.
-            _ => Ok((range, false)),
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use diskimage_core::{Device, ZeroMode};
-
-    use super::*;
-    use crate::file::tests::scratch;
-
-    fn kinds(file: &File) -> Vec<(u64, bool)> {
-        let mut rest = ByteRange::new(0, file.len());
-        let mut found = Vec::new();
-        while !rest.is_empty() {
-            let extent = file.status(rest, StatusDetail::Zeroes).expect("can be asked");
-            found.push((extent.len, extent.kind == ExtentKind::FileHole));
-            rest = rest.skip(extent.len);
-        }
-        found
-    }
-
-    #[test]
-    fn holes_are_found_and_changes_are_seen() {
-        let (_dir, file) = scratch(true);
-        file.resize(1 << 20, diskimage_core::Preallocation::Off)
-            .expect("grows");
-        file.write_zeroes(ByteRange::new(0, 1 << 20), ZeroMode::Unmap)
-            .expect("punches");
-        if kinds(&file) != [(1 << 20, true)] {
-            eprintln!("skipped: the file system of the temporary directory does not tell holes");
-            return;
-        }
-        file.write_at(&[1; 65536], 65536).expect("writes");
-        assert_eq!(
-            kinds(&file),
-            [(65536, true), (65536, false), ((1 << 20) - 131_072, true)]
-        );
-        file.write_zeroes(ByteRange::at(65536, 65536), ZeroMode::Unmap)
-            .expect("punches");
-        assert_eq!(kinds(&file), [(1 << 20, true)]);
-        file.write_at(&[1; 4096], 1 << 20).expect("grows");
-        assert_eq!(kinds(&file), [(1 << 20, true), (4096, false)]);
-    }
-
-    #[test]
-    fn the_kernel_is_asked_once_for_an_extent() {
-        let (_dir, file) = scratch(true);
-        file.write_at(&[1; 65536], 0).expect("writes");
-        let first = file
-            .status(ByteRange::new(0, 512), StatusDetail::Zeroes)
-            .expect("can be asked");
-        assert_eq!(first.len, 512);
-        let cached = file.holes.cached(60000).expect("was cached");
-        assert_eq!(cached.range, ByteRange::new(0, 65536));
     }
 }

@@ -25,16 +25,18 @@ mod nbd;
 mod null;
 mod protocol;
 mod sys;
+mod table;
 mod vvfat;
 mod zero;
 
 pub use aio::Aio;
 pub use cache::CacheMode;
 pub use file::{File, LocalFileDriver, identity_of_path};
-pub use filter::{ChildKind, FILTERS, Filter, FilterChild, FilterRequest, OpenedChild, filter_by_name};
+pub use filter::{ChildKind, Filter, FilterChild, FilterRequest, OpenedChild, ParseName};
 pub use grow::{CREATE_OPTIONS, FileCreation};
 pub use name::{ProtocolKind, Target};
 pub use nbd::check_tls_creds;
 #[cfg(feature = "fuzzing")]
 pub use nbd::fuzzing;
-pub use protocol::{PROTOCOLS, Protocol, ProtocolRequest, parse_name, protocol_by_name, protocol_of_name};
+pub use protocol::{Protocol, ProtocolRequest};
+pub use table::{FILTERS, PROTOCOLS, filter_by_name, parse_name, protocol_by_name, protocol_of_name};

@@ -1,19 +1,13 @@
-//! The entries of the protocol table.
+//! What a protocol is: an entry of the table [`PROTOCOLS`](crate::PROTOCOLS).
 
 use std::fmt::Debug;
 use std::sync::Arc;
 
-use diskimage_core::{Budget, Device, Error, Gate, LocalTime, NodeOptions, Objects, Progress, Result};
+use diskimage_core::{Device, NodeOptions, OpenContext, Result};
 
 use crate::cache::CacheMode;
-use crate::file::{FILE, HOST_CDROM, HOST_DEVICE};
-use crate::filter::filter_by_prefix;
-use crate::name::protocol_prefix;
-use crate::nbd::NBD;
-use crate::null::{NULL_AIO, NULL_CO};
-use crate::vvfat::VVFAT;
 
-/// A protocol, which accesses the storage of bytes. A unit struct listed once in [`PROTOCOLS`].
+/// A protocol, which accesses the storage of bytes. A unit struct listed once in [`PROTOCOLS`](crate::PROTOCOLS).
 pub trait Protocol: Debug + Sync {
     /// The driver's name.
     fn name(&self) -> &'static str;
@@ -52,16 +46,8 @@ pub struct ProtocolRequest<'a> {
     pub write: bool,
     /// How requests reach the disk.
     pub cache: CacheMode,
-    /// The objects that options refer to.
-    pub objects: &'a Arc<Objects>,
-    /// Opens the files that the driver finds, such as those in a directory.
-    pub gate: &'a Arc<dyn Gate>,
-    /// The budget for memory whose size comes from the storage.
-    pub budget: &'a Budget,
-    /// The local time of the user.
-    pub local_time: &'a LocalTime,
-    /// Receives warnings for the user.
-    pub notes: Progress<'a>,
+    /// What it shares with the other nodes of its graph.
+    pub context: &'a OpenContext,
 }
 
 impl Debug for ProtocolRequest<'_> {
@@ -72,48 +58,4 @@ impl Debug for ProtocolRequest<'_> {
             .field("cache", &self.cache)
             .finish_non_exhaustive()
     }
-}
-
-/// Every protocol.
-pub static PROTOCOLS: &[&dyn Protocol] = &[
-    &FILE,
-    &HOST_DEVICE,
-    &HOST_CDROM,
-    &NBD,
-    &NULL_CO,
-    &NULL_AIO,
-    &VVFAT,
-];
-
-/// The protocol with this name.
-pub fn protocol_by_name(name: &str) -> Option<&'static dyn Protocol> {
-    PROTOCOLS.iter().copied().find(|protocol| protocol.name() == name)
-}
-
-/// The protocol of a filename, if the name has a prefix.
-pub fn protocol_of_name(name: &str) -> Option<&'static dyn Protocol> {
-    let prefix = protocol_prefix(name)?;
-    PROTOCOLS
-        .iter()
-        .copied()
-        .find(|protocol| protocol.prefixes().contains(&prefix))
-}
-
-/// The options of a filename as a user writes it: a path, or a protocol or filter and its argument.
-///
-/// # Errors
-/// Unknown protocols, and invalid names.
-pub fn parse_name(name: &str) -> Result<NodeOptions> {
-    let Some(prefix) = protocol_prefix(name) else {
-        let mut options = NodeOptions::new();
-        options.set("filename", name);
-        return Ok(options);
-    };
-    let (driver, mut options) = match (protocol_of_name(name), filter_by_prefix(prefix)) {
-        (Some(protocol), _) => (protocol.name(), protocol.parse(name)?),
-        (None, Some(filter)) => (filter.name(), filter.parse(name)?),
-        (None, None) => return Err(Error::invalid(format!("Unknown protocol '{prefix}'"))),
-    };
-    options.set("driver", driver);
-    Ok(options)
 }

@@ -4,8 +4,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use diskimage_core::options::Options;
 use diskimage_core::{
-    CreateRequest, Device, Error, ErrorKind, Format, Gate, Image, NewFiles, NodeOptions, OpenRequest,
-    Reference, Result,
+    CreateRequest, Device, Error, ErrorKind, Format, Gate, Image, NewFiles, NodeOptions, OpenContext,
+    OpenRequest, Reference, Result,
 };
 
 /// A gate that opens no file.
@@ -94,7 +94,7 @@ pub fn open_image(
 ) -> Result<Image> {
     let layer = format.open(OpenRequest {
         write,
-        ..OpenRequest::new(file, "test", &mut NodeOptions::new(), &Arc::default(), &Closed)
+        ..OpenRequest::new(file, "test", &mut NodeOptions::new(), &OpenContext::default())
     })?;
     Ok(Image::new(layer, backing, "test", write))
 }

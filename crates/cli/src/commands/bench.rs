@@ -2,10 +2,9 @@
 
 use diskimage::{Aio, Bench, CacheMode, OpenOptions, Requests};
 
-use super::{LARGEST, only_image};
 use crate::out::Console;
 use crate::source::open_source;
-use crate::words::{Command, Flag, Operand, Parser, Source, Stop, count, size, text};
+use crate::words::{Command, Flag, LARGEST, Operand, Parser, Source, Stop, count, only_image, size, text};
 
 /// The table of `bench`.
 pub static COMMAND: Command = Command {

@@ -4,12 +4,11 @@ use std::sync::Arc;
 
 use diskimage::{Device, Error, Image, NewBitmap, Objects, OpenOptions, merge_bitmap};
 
-use super::LARGEST;
 use crate::objects::define;
 use crate::out::Console;
 use crate::printable::printable;
 use crate::source::open_source;
-use crate::words::{Command, Flag, Operand, Parser, Source, Stop, size, text};
+use crate::words::{Command, Flag, LARGEST, Operand, Parser, Source, Stop, size, text};
 
 /// The table of `bitmap`.
 pub static COMMAND: Command = Command {

@@ -4,13 +4,13 @@ use std::sync::Arc;
 
 use diskimage::{CacheMode, CheckReport, ErrorKind, Image, Note, Objects, OpenOptions, Progress, Repair};
 
-use super::only_image;
-
 use crate::objects::define;
 use crate::out::Console;
 use crate::report;
 use crate::source::open_source;
-use crate::words::{Command, Flag, Operand, OutputFormat, Parser, Source, Stop, source_cache, text};
+use crate::words::{
+    Command, Flag, Operand, OutputFormat, Parser, Source, Stop, only_image, source_cache, text,
+};
 
 /// The table of `check`.
 pub static COMMAND: Command = Command {
@@ -160,7 +160,14 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
         report = check_once(&image, Repair::No, console).map_err(|error| failed(&error))?;
         (report.leaks_fixed, report.corruptions_fixed) = fixed;
     }
-    report::print(&args, image.layer().format(), &report, console);
+    if !args.quiet {
+        console.print(&match args.output {
+            OutputFormat::Human => report::summary(&report),
+            OutputFormat::Json => {
+                report::json(&args.image.name.shown(), image.layer().format(), &report).pretty()
+            }
+        });
+    }
     if report.check_errors > 0 {
         console.error("Check failed");
     }

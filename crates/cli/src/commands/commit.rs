@@ -4,12 +4,13 @@ use std::sync::Arc;
 
 use diskimage::{CacheMode, Commit, Device, ErrorKind, Objects, OpenOptions, depth_of, errno};
 
-use super::{LARGEST, only_image};
 use crate::objects::define;
 use crate::out::Console;
 use crate::printable::printable;
 use crate::source::open_source;
-use crate::words::{Command, Flag, Operand, Parser, Source, Stop, size, target_cache, text};
+use crate::words::{
+    Command, Flag, LARGEST, Operand, Parser, Source, Stop, only_image, size, target_cache, text,
+};
 
 /// The table of `commit`.
 pub static COMMAND: Command = Command {

@@ -7,11 +7,10 @@ use diskimage::errno;
 use diskimage::options::{create_help, create_help_with_protocol};
 use diskimage::{Creation, FILE_CREATE_OPTIONS, Objects, Prepared};
 
-use super::LARGEST;
 use crate::objects::define;
 use crate::out::Console;
 use crate::printable::printable;
-use crate::words::{Command, CreateOptions, Flag, Operand, Parser, Stop, size, text};
+use crate::words::{Command, CreateOptions, Flag, LARGEST, Operand, Parser, Stop, size, text};
 
 /// The table of `create`.
 pub static COMMAND: Command = Command {

@@ -5,12 +5,11 @@ use std::sync::Arc;
 
 use diskimage::{Blocks, Creation, Device, ErrorKind, Objects, OpenOptions, dd, format_of_new, name};
 
-use super::LARGEST;
 use crate::objects::define;
 use crate::out::Console;
 use crate::printable::printable;
 use crate::source::open_source;
-use crate::words::{Command, Flag, ImageName, Operand, Parser, Source, Stop, count, size, text};
+use crate::words::{Command, Flag, ImageName, LARGEST, Operand, Parser, Source, Stop, count, size, text};
 
 /// The table of `dd`.
 pub static COMMAND: Command = Command {

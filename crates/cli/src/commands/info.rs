@@ -5,12 +5,11 @@ use std::sync::Arc;
 
 use diskimage::{Image, Objects, OpenOptions, full_backing_name, share_a_file};
 
-use super::only_image;
 use crate::facts::Facts;
 use crate::objects::define;
 use crate::out::Console;
 use crate::source::open_source;
-use crate::words::{Command, Flag, ImageName, Operand, OutputFormat, Parser, Source, Stop, text};
+use crate::words::{Command, Flag, ImageName, Operand, OutputFormat, Parser, Source, Stop, only_image, text};
 use diskimage::json::Value;
 
 /// The table of `info`.

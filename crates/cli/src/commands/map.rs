@@ -4,12 +4,13 @@ use std::sync::Arc;
 
 use diskimage::{ByteRange, Error, ExtentKind, Image, MappedExtent, Objects, OpenOptions, map};
 
-use super::{LARGEST, only_image};
 use crate::objects::define;
 use crate::out::Console;
 use crate::printable::printable;
 use crate::source::open_source;
-use crate::words::{Command, Flag, Operand, OutputFormat, Parser, Source, Stop, size, text};
+use crate::words::{
+    Command, Flag, LARGEST, Operand, OutputFormat, Parser, Source, Stop, only_image, size, text,
+};
 
 /// The table of `map`.
 pub static COMMAND: Command = Command {

@@ -8,12 +8,12 @@ use diskimage::{
     open_snapshot,
 };
 
-use super::LARGEST;
 use crate::objects::define;
 use crate::out::Console;
 use crate::source::open_source;
 use crate::words::{
-    Command, CreateOptions, Flag, Operand, OutputFormat, Parser, Source, Stop, size, snapshot_selector, text,
+    Command, CreateOptions, Flag, LARGEST, Operand, OutputFormat, Parser, Source, Stop, size,
+    snapshot_selector, text,
 };
 use diskimage::json::Value;
 

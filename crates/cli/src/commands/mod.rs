@@ -19,7 +19,7 @@ pub mod snapshot;
 use std::ffi::OsString;
 
 use crate::out::Console;
-use crate::words::{Command, Parser, Stop};
+use crate::words::{Command, Parser, Stop, help};
 
 /// A command and its function.
 #[derive(Clone, Copy, Debug)]
@@ -37,7 +37,7 @@ impl Entry {
         let parser = Parser::new(self.command, words, operands_end_options);
         match (self.run)(parser, console) {
             Ok(status) => status,
-            Err(stop) => console.stop(stop, Some(self.command)),
+            Err(stop) => console.stop(stop, self.command.name, || help::command(self.command)),
         }
     }
 }
@@ -105,18 +105,6 @@ pub static ALL: &[Entry] = &[
         run: snapshot::run,
     },
 ];
-
-/// The largest size and offset of a disk image.
-const LARGEST: u64 = i64::MAX.unsigned_abs();
-
-/// The operand of a command that takes a single image.
-fn only_image(words: Parser) -> Result<OsString, Stop> {
-    let mut operands = words.operands().into_iter();
-    match (operands.next(), operands.next()) {
-        (Some(image), None) => Ok(image),
-        _ => Err(Stop::misused("Expecting one image file name")),
-    }
-}
 
 #[cfg(test)]
 mod tests {

@@ -7,14 +7,13 @@ use diskimage::{
     full_backing_name, is_driver, set_backing,
 };
 
-use super::only_image;
 use crate::facts::reports_only_length;
 use crate::objects::define;
 use crate::out::Console;
 use crate::printable::printable;
 use crate::source::{open_bare, open_source};
 use crate::words::{
-    Command, Flag, ImageName, Operand, Parser, Source, Stop, source_cache, target_cache, text,
+    Command, Flag, ImageName, Operand, Parser, Source, Stop, only_image, source_cache, target_cache, text,
 };
 
 /// The table of `rebase`.

@@ -10,7 +10,7 @@ use diskimage::{Device, Objects, OpenOptions, Preallocation, Resize, ShrinkPolic
 use crate::objects::define;
 use crate::out::Console;
 use crate::source::open_source;
-use crate::words::{Command, Flag, Operand, Parser, Source, Stop, text};
+use crate::words::{Command, Flag, LARGEST, Operand, Parser, Source, Stop, text};
 
 /// The table of `resize`.
 pub static COMMAND: Command = Command {
@@ -112,7 +112,7 @@ impl NewSize {
             Self::More(size) => present.checked_add(size)?,
             Self::Less(size) => present.checked_sub(size)?,
         };
-        (1..=super::LARGEST).contains(&size).then_some(size)
+        (1..=LARGEST).contains(&size).then_some(size)
     }
 }
 

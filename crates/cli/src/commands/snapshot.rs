@@ -5,13 +5,12 @@ use std::time::SystemTime;
 
 use diskimage::{Objects, OpenOptions, apply_snapshot, create_snapshot, delete_snapshot, list_snapshots};
 
-use super::only_image;
 use crate::facts::snapshot_lines;
 use crate::objects::define;
 use crate::out::Console;
 use crate::printable::printable;
 use crate::source::open_source;
-use crate::words::{Command, Flag, Operand, Parser, Source, Stop, text};
+use crate::words::{Command, Flag, Operand, Parser, Source, Stop, only_image, text};
 
 /// The table of `snapshot`.
 pub static COMMAND: Command = Command {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use diskimage::{BucketConfig, Object, ThrottleGroup, ThrottleLimits};
 
-use super::{Parameters, wrong_type};
+use super::parameters::{Parameters, wrong_type};
 use crate::words::Stop;
 
 /// The type of these objects.

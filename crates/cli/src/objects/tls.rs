@@ -2,7 +2,7 @@
 
 use diskimage::{Object, TlsCreds, TlsKind, check_tls_creds};
 
-use super::{Parameters, not_accepted};
+use super::parameters::{Parameters, not_accepted};
 use crate::words::Stop;
 
 /// The types of these objects.

@@ -3,7 +3,6 @@
 use std::fmt::Write;
 
 use super::Command;
-use crate::commands;
 
 /// The help for a command.
 pub fn command(command: &Command) -> String {
@@ -31,8 +30,8 @@ pub fn version() -> String {
     )
 }
 
-/// The help for the program itself.
-pub fn program() -> String {
+/// The help for the program itself, which has these commands.
+pub fn program<'a>(commands: impl Iterator<Item = &'a Command>) -> String {
     let mut text = version();
     text.push_str(
         "QEMU disk image utility.  Usage:
@@ -52,9 +51,9 @@ Recognized commands (run qemu-img COMMAND --help for command-specific help):
 
 ",
     );
-    for entry in commands::ALL {
+    for command in commands {
         // Writing to a string does not fail.
-        let _ = writeln!(text, "  {} - {}", entry.command.name, entry.command.summary);
+        let _ = writeln!(text, "  {} - {}", command.name, command.summary);
     }
     text.push_str("\nSupported image formats:\n\n");
     let protocols = diskimage::PROTOCOLS.iter().map(|protocol| protocol.name());
@@ -100,6 +99,7 @@ fn filled(names: &[&str]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::commands;
 
     #[test]
     fn the_help_of_a_command_has_usage_options_and_operands() {

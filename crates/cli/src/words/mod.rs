@@ -17,6 +17,6 @@ pub use parser::Parser;
 pub use stop::{Prefix, Stop, Wrong};
 pub use table::{Command, Flag, Operand};
 pub use values::{
-    CreateOptions, ImageName, OutputFormat, Source, count, size, snapshot_selector, source_cache,
-    target_cache, text,
+    CreateOptions, ImageName, LARGEST, OutputFormat, Source, count, only_image, size, snapshot_selector,
+    source_cache, target_cache, text,
 };

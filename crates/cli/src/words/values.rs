@@ -6,7 +6,7 @@ use diskimage::options;
 use diskimage::size::{SizeError, parse_number, parse_size};
 use diskimage::{CacheMode, SnapshotSelector, name};
 
-use super::Stop;
+use super::{Parser, Stop};
 
 /// A word as text, in which [`name`] keeps the bytes that are not UTF-8.
 pub fn text(value: OsString) -> String {
@@ -208,6 +208,21 @@ static SNAPSHOT_PARAMETERS: [options::OptionDef; 2] = [
         default: None,
     },
 ];
+
+/// The largest size and offset of a disk image.
+pub const LARGEST: u64 = i64::MAX.unsigned_abs();
+
+/// The operand of a command that takes a single image.
+///
+/// # Errors
+/// No operand, or several.
+pub fn only_image(words: Parser) -> Result<OsString, Stop> {
+    let mut operands = words.operands().into_iter();
+    match (operands.next(), operands.next()) {
+        (Some(image), None) => Ok(image),
+        _ => Err(Stop::misused("Expecting one image file name")),
+    }
+}
 
 #[cfg(test)]
 mod tests {

@@ -1,6 +1,6 @@
 //! A JSON parser with the extension of `qemu-img` (strings in single quotes) and its error messages.
 
-use super::Value;
+use super::value::Value;
 use crate::{Error, Result, name};
 
 /// The limit of nesting, which bounds the stack of the recursive parser.

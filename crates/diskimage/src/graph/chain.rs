@@ -73,7 +73,7 @@ impl Opener<'_> {
         let chain = links
             .into_iter()
             .rev()
-            .fold(None, |below, link| Some(link.into_image(below, self.options)));
+            .fold(None, |below, link| Some(link.into_image(below, &self.context)));
         chain.ok_or_else(|| Error::invalid("No image"))
     }
 

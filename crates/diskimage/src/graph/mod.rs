@@ -17,13 +17,13 @@ use std::sync::Arc;
 
 use diskimage_core::json::Value;
 use diskimage_core::{
-    Device, Error, ErrorKind, Filtered, Format, Gate, Image, Layer, Node, NodeOptions, Note, OpenRequest,
-    Permissions, Progress, Reference, Result, ResultExt, Role, ZeroDetection,
+    Device, Error, ErrorKind, Filtered, Format, Image, Layer, Node, NodeOptions, Note, OpenContext,
+    OpenRequest, Permissions, Reference, Result, ResultExt, Role, ZeroDetection,
 };
 use diskimage_formats::{bare_layer, format_by_name};
 use diskimage_protocols::{
     ChildKind, Filter, FilterChild, FilterRequest, LocalFileDriver, OpenedChild, Protocol, ProtocolRequest,
-    filter_by_name, protocol_by_name,
+    filter_by_name, parse_name, protocol_by_name,
 };
 
 use crate::gate::require_all_taken;
@@ -69,7 +69,8 @@ pub(crate) fn known_format(name: &str) -> Result<&'static dyn Format> {
 #[derive(Clone)]
 pub(crate) struct Opener<'a> {
     options: &'a OpenOptions,
-    gate: Arc<dyn Gate>,
+    /// What all nodes of the graph share.
+    context: Arc<OpenContext>,
     /// The name of the image that refers to the node, which is then opened through the gate; `None` if the user does.
     from: Option<&'a str>,
     /// The number of nodes above this one.
@@ -100,14 +101,14 @@ impl Link {
         self.node.base_name()
     }
 
-    /// The image of the link on its backing image. Lost changes are reported to [`OpenOptions::on_lost`] of `options`.
-    pub(crate) fn into_image(self, below: Option<Arc<Image>>, options: &OpenOptions) -> Arc<Image> {
+    /// The image of the link on its backing image. Lost changes are reported to [`OpenContext::on_lost`].
+    pub(crate) fn into_image(self, below: Option<Arc<Image>>, context: &OpenContext) -> Arc<Image> {
         let image = Image::new(self.layer, below, String::new(), self.mode.write);
         let image = match self.format {
             Some(_) => image.with_node(self.node),
             None => image.bare(),
         };
-        if let Some(on_lost) = options.on_lost.clone().filter(|_| self.mode.write) {
+        if let Some(on_lost) = context.on_lost.clone().filter(|_| self.mode.write) {
             let name = image.name();
             image.set_on_lost(Arc::new(move |error: &Error| on_lost(&name, error)));
         }
@@ -119,7 +120,7 @@ impl<'a> Opener<'a> {
     pub(crate) fn new(options: &'a OpenOptions) -> Self {
         Self {
             options,
-            gate: options.gate_or_default(),
+            context: Arc::new(options.context()),
             from: None,
             nesting: 0,
         }
@@ -220,11 +221,9 @@ impl<'a> Opener<'a> {
             force_share: mode.force_share,
             children,
             options: &mut node,
-            objects: &self.options.objects,
-            gate: &*self.gate,
-            budget: self.options.budget.clone(),
+            context: &self.context,
         })?;
-        layer.notes().iter().for_each(|note| self.options.tell(note));
+        layer.notes().iter().for_each(|note| self.context.tell(note));
         if let Some(name) = node.first_unused() {
             return Err(unknown_option(format.name(), name));
         }
@@ -257,7 +256,7 @@ impl<'a> Opener<'a> {
         }
         // qemu-img opens backing images read-only first, so it prints no warning for them.
         if !mode.is_below {
-            self.options.tell(&GuessedRaw::warning(&name));
+            self.context.tell(&GuessedRaw::warning(&name));
         }
         let guarded = GuessedRaw::new(Arc::clone(file), &name);
         Ok((format, Arc::new(Filtered(guarded))))
@@ -303,7 +302,7 @@ impl<'a> Opener<'a> {
             Some(Value::Null) => return Ok(BackingWords::none()),
             Some(Value::Text(text)) if text.is_empty() => {
                 let text = "Use of \"backing\": \"\" is deprecated; use \"backing\": null instead";
-                self.options.tell(&Note::Warning(text.to_owned()));
+                self.context.tell(&Note::Warning(text.to_owned()));
                 return Ok(BackingWords::none());
             }
             Some(other) => Some(other),
@@ -431,7 +430,7 @@ impl<'a> Opener<'a> {
         common: &Common,
     ) -> Result<Arc<dyn Device>> {
         let mut children = Vec::new();
-        for FilterChild { name, kind } in filter.children(node)? {
+        for FilterChild { name, kind } in filter.children(node, parse_name)? {
             children.push(self.open_child(&name, kind, node, common)?);
         }
         let open_file = |name: &str| {
@@ -447,7 +446,7 @@ impl<'a> Opener<'a> {
             options: node,
             children,
             write: common.mode.write,
-            objects: &self.options.objects,
+            context: &self.context,
             open_file: &open_file,
         })
     }
@@ -460,21 +459,16 @@ impl<'a> Opener<'a> {
         mode: Mode,
     ) -> Result<Arc<dyn Device>> {
         let Some(from) = self.from else {
-            let tell = |note: &Note| self.options.tell(note);
             return protocol.open(ProtocolRequest {
                 options: node,
                 write: mode.write,
                 cache: mode.cache,
-                objects: &self.options.objects,
-                gate: &self.gate,
-                budget: &self.options.budget,
-                local_time: &self.options.local_time,
-                notes: Progress::none().with_notes(&tell),
+                context: &self.context,
             });
         };
         let mut options = std::mem::take(node);
         options.set("driver", protocol.name());
-        self.gate.open(&Reference {
+        self.context.gate.open(&Reference {
             options: &options,
             from,
             role: Role::Backing,
@@ -483,6 +477,7 @@ impl<'a> Opener<'a> {
                 write: mode.write,
                 ..Permissions::FORCE_SHARE
             },
+            context: &self.context,
         })
     }
 }

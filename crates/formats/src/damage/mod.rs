@@ -15,8 +15,8 @@ use std::sync::Arc;
 
 use diskimage_core::options::Options;
 use diskimage_core::{
-    ByteRange, CreateRequest, Device, Error, ErrorKind, Gate, Image, NewFiles, NodeOptions, OpenRequest,
-    Preallocation, Progress, Reference, Repair, ResizeRequest, Result, RunKind, ZeroMode,
+    ByteRange, CreateRequest, Device, Error, ErrorKind, Gate, Image, NewFiles, NodeOptions, OpenContext,
+    OpenRequest, Preallocation, Progress, Reference, Repair, ResizeRequest, Result, RunKind, ZeroMode,
 };
 
 use self::kinds::{Field, Kind};
@@ -66,6 +66,7 @@ impl Random {
 }
 
 /// The files of an image.
+#[derive(Clone)]
 struct Files(HashMap<String, Arc<PagedFile>>);
 
 impl Files {
@@ -80,9 +81,10 @@ impl Files {
 
     fn open(&self, kind: &Kind, write: bool) -> Result<Image> {
         let file: Arc<dyn Device> = Arc::<PagedFile>::clone(&self.0["disk"]);
+        let context = OpenContext::new(Arc::new(self.clone()));
         let layer = kind.format.open(OpenRequest {
             write,
-            ..OpenRequest::new(file, "disk.vmdk", &mut NodeOptions::new(), &Arc::default(), self)
+            ..OpenRequest::new(file, "disk.vmdk", &mut NodeOptions::new(), &context)
         })?;
         Ok(Image::new(layer, None, "disk.vmdk", write))
     }

@@ -52,7 +52,7 @@ impl Format for Dmg {
     fn open(&self, request: OpenRequest<'_>) -> Result<Arc<dyn Layer>> {
         read_only_layer::refuse_writing(&request)?;
         let trailer = Trailer::find(&*request.file, request.name)?;
-        let mut chunks = Chunks::new(trailer.data_offset, request.budget);
+        let mut chunks = Chunks::new(trailer.data_offset, request.context.budget.clone());
         source::read(&*request.file, &trailer, request.name, &mut chunks)?;
         let unknown = chunks.warning();
         let disk = Udif {

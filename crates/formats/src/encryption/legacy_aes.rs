@@ -103,7 +103,7 @@ pub(crate) fn passphrase_for<'a>(
     if request.no_data {
         return Ok(None);
     }
-    passphrase(request.objects, options.text("key-secret"), KEY_SECRET).map(Some)
+    passphrase(&request.context.objects, options.text("key-secret"), KEY_SECRET).map(Some)
 }
 
 /// The error for an option that the encryption does not have.

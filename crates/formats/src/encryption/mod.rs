@@ -32,6 +32,7 @@ pub(crate) use cipher::{CipherAlg, CipherMode};
 pub(crate) use hash::HashAlg;
 pub(crate) use iv::IvAlg;
 pub(crate) use kdf::{derive, iterations_per_second};
+pub(crate) use mode::SECTOR;
 pub use secret::decrypt_secret;
-pub(crate) use sector::{CipherSpec, SECTOR, SectorCipher};
+pub(crate) use sector::{CipherSpec, SectorCipher};
 pub use zeroize::Zeroizing;

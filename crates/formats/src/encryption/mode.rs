@@ -6,8 +6,10 @@
 //!   bytes    [---- sector 0 ----][---- sector 1 ----][---- sector 2 ----] ...
 //! ```
 
-use super::SECTOR;
 use super::block::BlockCipher;
+
+/// The bytes of a sector, the unit that has an initialisation vector of its own.
+pub(crate) const SECTOR: usize = 512;
 
 /// How many sectors one call handles: enough to fill the pipeline of the AES units, and few enough that they and the
 /// tweaks stay in the first-level cache.

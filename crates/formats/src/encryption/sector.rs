@@ -7,11 +7,8 @@ use zeroize::{Zeroize, Zeroizing};
 
 use super::block::{BlockCipher, keyed};
 use super::iv::{self, IvGenerator};
-use super::mode::{self, BATCH, MAX_BLOCK};
+use super::mode::{self, BATCH, MAX_BLOCK, SECTOR};
 use super::{CipherAlg, CipherMode, HashAlg, IvAlg};
-
-/// The bytes of a sector, the unit that has an initialisation vector of its own.
-pub(crate) const SECTOR: usize = 512;
 
 /// A cipher, its mode and how its initialisation vectors are made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -68,7 +68,7 @@ impl Format for Luks {
         let options = request.options.take_known(NODE_OPTIONS)?;
         let passphrase = match options.text("key-secret") {
             _ if request.no_data => None,
-            id => Some(passphrase(request.objects, id, "key-secret")?),
+            id => Some(passphrase(&request.context.objects, id, "key-secret")?),
         };
         let location = VolumeLocation {
             detached: separate.is_some(),

@@ -189,7 +189,7 @@ struct State {
 impl ParallelsLayer {
     fn open(request: OpenRequest<'_>) -> Result<Self> {
         let growth = growth(&request.options.take_known(OPEN_OPTIONS)?)?;
-        let (file, budget) = (request.file, request.budget);
+        let (file, budget) = (request.file, request.context.budget.clone());
         let mut bytes = [0; HEADER_LEN];
         file.read_padded(&mut bytes, 0)?;
         let header = Header::parse(&bytes)?;

@@ -6,13 +6,13 @@ use crate::encryption::HashAlg;
 use diskimage_core::options::Options;
 use diskimage_core::{
     Bitmaps, ByteRange, CheckReport, Device, Format, Image, Layer, MeasureSource, MemoryDevice, NodeOptions,
-    Note, Objects, OpenRequest, Progress, Repair, ResizeRequest, Result, StatusDetail, ZeroMode,
+    Note, Objects, OpenContext, OpenRequest, Progress, Repair, ResizeRequest, Result, StatusDetail, ZeroMode,
 };
 use diskimage_testing::{Fault, FaultyDevice, Journal, RecordingDevice};
 use proptest::prelude::*;
 
 use super::Parallels;
-use crate::testing::{self, Closed, contents};
+use crate::testing::{self, contents};
 
 const CLUSTER: u64 = 4096;
 const SMALL: &str = "cluster_size=4k";
@@ -43,7 +43,7 @@ fn open_layer(
     Parallels.open(OpenRequest {
         write,
         for_check,
-        ..OpenRequest::new(file, "test", options, &Arc::default(), &Closed)
+        ..OpenRequest::new(file, "test", options, &OpenContext::default())
     })
 }
 

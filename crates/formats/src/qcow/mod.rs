@@ -30,13 +30,14 @@ use diskimage_core::{
 };
 
 use self::header::{Header, SECTOR};
+use crate::codec;
 use crate::encryption::legacy_aes::{self, LegacyAes};
+use crate::known_formats::KNOWN_FORMATS;
 use crate::layer_kit::metadata_cache::{Table, WriteOrder};
 use crate::layer_kit::reserved::Reserved;
 use crate::layer_kit::two_level_map::{Cluster, EntryCodec, Shape, TwoLevelMap};
 use crate::layer_kit::{count_used, preallocation};
 use crate::luks::options::passphrase;
-use crate::{KNOWN_FORMATS, codec};
 
 /// The format's entry in the table of formats.
 #[derive(Debug)]
@@ -200,7 +201,7 @@ impl Qcow {
             aes,
         };
         Ok(Self {
-            tree: TwoLevelMap::new(file, shape, entries, reserved.clone(), &request.budget),
+            tree: TwoLevelMap::new(file, shape, entries, reserved.clone(), &request.context.budget),
             reserved,
             header,
             write: request.write,

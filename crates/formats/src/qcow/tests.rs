@@ -5,13 +5,13 @@ use std::sync::Arc;
 use diskimage_core::options::Options;
 use diskimage_core::{
     Backing, ByteRange, CreateRequest, Device, Format, Image, Layer, MeasureSource, MemoryDevice, NewFiles,
-    NodeOptions, Object, Objects, OpenRequest, Preallocation, Result, RunKind, Secret, ZeroMode,
+    NodeOptions, Object, Objects, OpenContext, OpenRequest, Preallocation, Result, RunKind, Secret, ZeroMode,
 };
 use diskimage_testing::{Fault, FaultyDevice, Journal, RecordingDevice};
 use proptest::prelude::*;
 
 use super::QcowFormat;
-use crate::testing::{Closed, contents};
+use crate::testing::contents;
 
 /// A disk that needs more than one L2 table in every geometry but the largest.
 const SIZE: u64 = 3 << 20;
@@ -90,7 +90,12 @@ fn open_layer(file: Arc<dyn Device>, write: bool) -> Result<Arc<dyn Layer>> {
     options.set("encrypt.key-secret", "s");
     QcowFormat.open(OpenRequest {
         write,
-        ..OpenRequest::new(file, "test", &mut options, &secrets(), &Closed)
+        ..OpenRequest::new(
+            file,
+            "test",
+            &mut options,
+            &OpenContext::default().with_objects(secrets()),
+        )
     })
 }
 

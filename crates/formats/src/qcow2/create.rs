@@ -9,7 +9,7 @@
 use std::sync::Arc;
 
 use diskimage_core::{
-    ClosedGate, CreateRequest, Device, Error, FilterDevice, Filtered, NewFiles, OpenRequest, Preallocation,
+    CreateRequest, Device, Error, FilterDevice, Filtered, NewFiles, OpenContext, OpenRequest, Preallocation,
     ResizeRequest, Result, name, to_index,
 };
 use zerocopy::IntoBytes;
@@ -37,6 +37,7 @@ pub(super) fn create(request: &CreateRequest<'_>, files: &mut NewFiles<'_>) -> R
     }
     let file: Arc<dyn Device> = Arc::new(Filtered(Unflushed(Arc::clone(&files.file))));
     write_minimal(&*file, &options)?;
+    let context = OpenContext::default().with_objects(Arc::clone(request.objects));
     let open = || {
         Qcow2::open(OpenRequest {
             write: true,
@@ -45,8 +46,7 @@ pub(super) fn create(request: &CreateRequest<'_>, files: &mut NewFiles<'_>) -> R
                 Arc::clone(&file),
                 request.name,
                 &mut legacy_aes::node(request.options),
-                request.objects,
-                &ClosedGate,
+                &context,
             )
         })
     };

@@ -222,7 +222,7 @@ impl Qcow2 {
             file: request.file,
             data,
             encrypted,
-            budget: request.budget,
+            budget: request.context.budget.clone(),
             overlap_checks,
         };
         let mut layer = Self::assemble(parts, request.write, request.write && !request.for_check);
@@ -545,7 +545,7 @@ fn data_file(header: &Header, request: &mut OpenRequest<'_>) -> Result<Option<Ar
     };
     // As in qemu-img: the name is relative to the current directory, not to the image's.
     request
-        .gate
+        .context
         .open_data(name.text(), request.name, permissions)
         .map(Some)
 }

@@ -5,8 +5,8 @@ use diskimage_core::{Error, Preallocation, Result};
 
 use super::encrypt::Encryption;
 use super::header::{Compression, Geometry, limit};
-use crate::KNOWN_FORMATS;
 use crate::encryption::legacy_aes;
+use crate::known_formats::KNOWN_FORMATS;
 
 /// The options of `create`, in the order in which qemu-img prints their values.
 pub(super) const CREATE: &[OptionDef] = &[

@@ -32,7 +32,7 @@ use diskimage_core::{
 };
 
 use self::header::{Geometry, Header, MAGIC, feature};
-use crate::KNOWN_FORMATS;
+use crate::known_formats::KNOWN_FORMATS;
 use crate::layer_kit::count_used;
 use crate::layer_kit::metadata_cache::{Table, WriteOrder};
 use crate::layer_kit::preallocation;
@@ -211,11 +211,11 @@ impl Qed {
         let len = AtomicU64::new(entries.header().image_size);
         let reserved = entries.header().reserved();
         let layer = Self {
-            tree: TwoLevelMap::new(file, shape, entries, reserved, &request.budget),
+            tree: TwoLevelMap::new(file, shape, entries, reserved, &request.context.budget),
             geometry,
             write: request.write,
             len,
-            budget: request.budget,
+            budget: request.context.budget.clone(),
         };
         if request.write && unchecked && !request.for_check {
             layer.check(Repair::All, &Progress::none())?;

@@ -3,14 +3,14 @@
 use std::sync::Arc;
 
 use diskimage_core::{
-    Backing, ByteRange, Device, ErrorKind, Format, Image, Layer, MemoryDevice, NodeOptions, Objects,
+    Backing, ByteRange, Device, ErrorKind, Format, Image, Layer, MemoryDevice, NodeOptions, OpenContext,
     OpenRequest, Preallocation, Progress, Repair, ResizeRequest, Result, ZeroMode,
 };
 use diskimage_testing::{Fault, FaultyDevice, Journal, RecordingDevice};
 use proptest::prelude::*;
 
 use super::QedFormat;
-use crate::testing::{self, Closed, contents};
+use crate::testing::{self, contents};
 
 fn create(text: &str, size: u64) -> Arc<MemoryDevice> {
     testing::create(&QedFormat, text, size).expect("creates")
@@ -20,13 +20,7 @@ fn open_layer(file: Arc<dyn Device>, write: bool, for_check: bool) -> Result<Arc
     QedFormat.open(OpenRequest {
         write,
         for_check,
-        ..OpenRequest::new(
-            file,
-            "test",
-            &mut NodeOptions::new(),
-            &Arc::new(Objects::new()),
-            &Closed,
-        )
+        ..OpenRequest::new(file, "test", &mut NodeOptions::new(), &OpenContext::default())
     })
 }
 

@@ -85,7 +85,7 @@ impl Format for Vdi {
             }),
             claims: RangeClaims::default(),
             file: request.file,
-            budget: request.budget,
+            budget: request.context.budget.clone(),
         }))
     }
 

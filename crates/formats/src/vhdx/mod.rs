@@ -146,7 +146,7 @@ impl VhdxLayer {
         let replayed = if header.log_guid == Guid::default() {
             None
         } else {
-            Changes::read(&*file, header.log, header.log_guid, &request.budget)?
+            Changes::read(&*file, header.log, header.log_guid, &request.context.budget)?
         };
         let replayed =
             replayed.map(|changes| Arc::new(ReadOnlyView(Replayed::new(Arc::clone(&file), changes))));
@@ -197,7 +197,7 @@ impl VhdxLayer {
             was_replayed,
             state: Mutex::new(state),
             claims: RangeClaims::default(),
-            budget: request.budget,
+            budget: request.context.budget.clone(),
         })
     }
 

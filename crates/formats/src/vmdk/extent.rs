@@ -200,7 +200,7 @@ fn open_file(
 ) -> Result<(String, Arc<dyn Device>)> {
     let open = |name: &str| {
         let name = beside(request.name, name)?;
-        let device = request.gate.open_data(&name, request.name, permissions)?;
+        let device = request.context.open_data(&name, request.name, permissions)?;
         Ok((name, device))
     };
     let is_missing = |error: &Error| error.kind() == ErrorKind::NotFound;

@@ -206,7 +206,7 @@ impl VmdkLayer {
             extents: RwLock::new(extents.into()),
             grain,
             compressed,
-            budget: request.budget.clone(),
+            budget: request.context.budget.clone(),
             state: Mutex::new(state),
             claims: RangeClaims::default(),
         })

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use diskimage_core::options::Options;
 use diskimage_core::{
     ByteRange, CreateRequest, Device, Error, ErrorKind, Format, Gate, Image, MemoryDevice, NewFiles,
-    NodeOptions, Note, Objects, OpenRequest, Preallocation, Progress, Reference, Repair, ResizeRequest,
+    NodeOptions, Note, OpenContext, OpenRequest, Preallocation, Progress, Reference, Repair, ResizeRequest,
     Result, StatusDetail, ZeroMode, name,
 };
 use diskimage_testing::{Journal, RecordingDevice};
@@ -16,8 +16,8 @@ use super::Vmdk;
 use crate::testing::contents;
 
 /// Files by name; a missing file is created when it is opened.
-#[derive(Debug, Default)]
-struct Files(Mutex<HashMap<String, Arc<MemoryDevice>>>);
+#[derive(Clone, Debug, Default)]
+struct Files(Arc<Mutex<HashMap<String, Arc<MemoryDevice>>>>);
 
 impl Files {
     fn file(&self, name: &str) -> Arc<MemoryDevice> {
@@ -69,24 +69,20 @@ impl Gate for Files {
 }
 
 /// The same files; opening a missing one is an error.
-struct Existing<'a>(&'a Files);
+#[derive(Clone)]
+struct Existing(Files);
 
-impl Gate for Existing<'_> {
+impl Gate for Existing {
     fn open(&self, reference: &Reference<'_>) -> Result<Arc<dyn Device>> {
-        Gate::open(self.0, reference).map_err(|error| Error::new(ErrorKind::NotFound, error.chain()))
+        Gate::open(&self.0, reference).map_err(|error| Error::new(ErrorKind::NotFound, error.chain()))
     }
 }
 
-fn open_on(file: Arc<dyn Device>, gate: &dyn Gate, write: bool) -> Result<Image> {
+fn open_on<G: Gate + Clone + 'static>(file: Arc<dyn Device>, gate: &G, write: bool) -> Result<Image> {
+    let context = OpenContext::new(Arc::new(gate.clone()));
     let layer = Vmdk.open(OpenRequest {
         write,
-        ..OpenRequest::new(
-            file,
-            "disk.vmdk",
-            &mut NodeOptions::new(),
-            &Arc::<Objects>::default(),
-            gate,
-        )
+        ..OpenRequest::new(file, "disk.vmdk", &mut NodeOptions::new(), &context)
     })?;
     Ok(Image::new(layer, None, "disk.vmdk", write))
 }
@@ -482,6 +478,7 @@ fn a_disk_in_several_files_that_grows_survives_crashes() {
 }
 
 /// Files that exist already.
+#[derive(Clone)]
 struct Present(HashMap<String, Arc<dyn Device>>);
 
 impl Present {
@@ -788,26 +785,22 @@ fn an_extent_is_found_by_its_bytes_and_then_by_its_decoded_name() {
     let own_name = name::from_bytes(b"\x93\xfa\x96\x7b.raw");
     let files = Files::default();
     let file = || Arc::new(MemoryDevice::new(descriptor.to_vec())) as Arc<dyn Device>;
-    let first_byte = |gate: &dyn Gate| {
+    let first_byte = |image: Result<Image>| {
         let mut byte = [0];
-        open_on(file(), gate, false).and_then(|image| image.read_at(&mut byte, 0))?;
+        image?.read_at(&mut byte, 0)?;
         Ok::<_, Error>(byte[0])
     };
+    let existing = || open_on(file(), &Existing(files.clone()), false);
 
-    let error = first_byte(&Existing(&files)).expect_err("neither is there");
+    let error = first_byte(existing()).expect_err("neither is there");
     assert_eq!(error.chain(), format!("{own_name} is not allowed"));
 
     files.file("日本.raw").write_at(&[1; 512], 0).expect("writes");
-    assert_eq!(
-        first_byte(&Existing(&files)).map_err(|error| error.chain()),
-        Ok(1)
-    );
-    let error = first_byte(&files).expect_err("the first one is forbidden, not missing");
+    assert_eq!(first_byte(existing()).map_err(|error| error.chain()), Ok(1));
+    let error =
+        first_byte(open_on(file(), &files, false)).expect_err("the first one is forbidden, not missing");
     assert_eq!(error.kind(), ErrorKind::Denied);
 
     files.file(&own_name).write_at(&[2; 512], 0).expect("writes");
-    assert_eq!(
-        first_byte(&Existing(&files)).map_err(|error| error.chain()),
-        Ok(2)
-    );
+    assert_eq!(first_byte(existing()).map_err(|error| error.chain()), Ok(2));
 }

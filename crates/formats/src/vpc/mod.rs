@@ -125,7 +125,7 @@ impl Format for Vpc {
             }),
             claims: RangeClaims::default(),
             file: request.file,
-            budget: request.budget,
+            budget: request.context.budget.clone(),
         }))
     }
 

@@ -109,7 +109,7 @@ impl Protocol for LocalFileDriver {
         };
         let file = File::open(&target, request.write, cache)?;
         if let Some(message) = file.aio_fallback() {
-            request.notes.note(&Note::Error(message.to_owned()));
+            request.context.tell(&Note::Error(message.to_owned()));
         }
         Ok(Arc::new(if locking { file } else { file.without_locks() }))
     }

@@ -1,9 +1,12 @@
 //! An open file or block device.
 
+mod direct_requests;
 mod driver;
+mod extents;
+mod kind;
 
 use std::fs;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError, RwLock};
 
@@ -22,6 +25,7 @@ use crate::name::{ProtocolKind, Target};
 
 pub use driver::LocalFileDriver;
 pub(crate) use driver::{FILE, HOST_CDROM, HOST_DEVICE};
+pub(crate) use kind::FileKind;
 
 /// An open file or block device.
 #[derive(Debug)]
@@ -69,34 +73,6 @@ pub fn identity_of_path(path: &str) -> Option<(u64, u64)> {
         .metadata()
         .ok()
         .map(|metadata| identity_of(&metadata))
-}
-
-/// The type of a file.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum FileKind {
-    Regular,
-    Block,
-    Character,
-}
-
-impl FileKind {
-    /// `None` for pipes, sockets and others without random access.
-    pub(crate) fn of(metadata: &fs::Metadata) -> Option<Self> {
-        let file_type = metadata.file_type();
-        if file_type.is_file() {
-            Some(Self::Regular)
-        } else if file_type.is_block_device() {
-            Some(Self::Block)
-        } else if file_type.is_char_device() {
-            Some(Self::Character)
-        } else {
-            None
-        }
-    }
-
-    pub(crate) fn is_device(self) -> bool {
-        self != Self::Regular
-    }
 }
 
 impl File {
@@ -301,7 +277,7 @@ impl Device for File {
 
     fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
         let len = match &self.direct {
-            Some(direct) => direct.read(self, buf, offset)?,
+            Some(direct) => self.read_direct(direct, buf, offset)?,
             None => self.read_until_end(buf, offset)?,
         };
         if len == buf.len() {
@@ -318,7 +294,7 @@ impl Device for File {
             .filter(|end| i64::try_from(*end).is_ok())
             .ok_or_else(|| Error::from_errno(libc::EFBIG))?;
         let outcome = if let Some(direct) = &self.direct {
-            direct.write(self, buf, offset)
+            self.write_direct(direct, buf, offset)
         } else if end > self.known_len.load(Ordering::Acquire) {
             let _growing = self.growth.read().unwrap_or_else(PoisonError::into_inner);
             self.write_out(buf, offset)

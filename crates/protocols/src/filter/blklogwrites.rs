@@ -19,10 +19,10 @@ use diskimage_core::{
 use zerocopy::byteorder::little_endian::{U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use super::{ChildKind, Filter, FilterChild, FilterRequest, child, missing};
+use super::{ChildKind, Filter, FilterChild, FilterRequest, ParseName, child, missing};
 
 #[derive(Debug)]
-pub(super) struct BlkLogWrites;
+pub(crate) struct BlkLogWrites;
 
 const OPTIONS: &[OptionDef] = &[
     OptionDef::new("log-append", OptionKind::Flag, "Whether an existing log goes on").or("off"),
@@ -69,7 +69,7 @@ impl Filter for BlkLogWrites {
         "blklogwrites"
     }
 
-    fn children(&self, _options: &mut NodeOptions) -> Result<Vec<FilterChild>> {
+    fn children(&self, _options: &mut NodeOptions, _: ParseName) -> Result<Vec<FilterChild>> {
         Ok(vec![
             child("file", ChildKind::Bytes),
             child("log", ChildKind::Bytes),

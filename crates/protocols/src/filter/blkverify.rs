@@ -7,10 +7,10 @@ use diskimage_core::{
     ZeroMode,
 };
 
-use super::{ChildKind, Filter, FilterChild, FilterRequest, child, missing, name_child};
+use super::{ChildKind, Filter, FilterChild, FilterRequest, ParseName, child, missing, name_child};
 
 #[derive(Debug)]
-pub(super) struct Blkverify;
+pub(crate) struct Blkverify;
 
 impl Filter for Blkverify {
     fn name(&self) -> &'static str {
@@ -32,9 +32,9 @@ impl Filter for Blkverify {
         Ok(options)
     }
 
-    fn children(&self, options: &mut NodeOptions) -> Result<Vec<FilterChild>> {
-        name_child(options, "x-raw", "raw")?;
-        let by_name = name_child(options, "x-image", "test")?;
+    fn children(&self, options: &mut NodeOptions, parse_name: ParseName) -> Result<Vec<FilterChild>> {
+        name_child(options, "x-raw", "raw", parse_name)?;
+        let by_name = name_child(options, "x-image", "test", parse_name)?;
         let kind = if by_name {
             ChildKind::ImageFile
         } else {

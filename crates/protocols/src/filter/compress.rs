@@ -7,17 +7,17 @@ use diskimage_core::{
     align_down, align_up, to_index,
 };
 
-use super::{Filter, FilterChild, FilterRequest, file_child, missing};
+use super::{Filter, FilterChild, FilterRequest, ParseName, file_child, missing};
 
 #[derive(Debug)]
-pub(super) struct Compress;
+pub(crate) struct Compress;
 
 impl Filter for Compress {
     fn name(&self) -> &'static str {
         "compress"
     }
 
-    fn children(&self, _options: &mut diskimage_core::NodeOptions) -> Result<Vec<FilterChild>> {
+    fn children(&self, _options: &mut diskimage_core::NodeOptions, _: ParseName) -> Result<Vec<FilterChild>> {
         Ok(file_child())
     }
 

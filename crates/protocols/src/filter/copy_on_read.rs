@@ -8,10 +8,10 @@ use diskimage_core::{
     ZeroMode, is_zero, to_index,
 };
 
-use super::{Filter, FilterChild, FilterRequest, file_child, missing, read_only};
+use super::{Filter, FilterChild, FilterRequest, ParseName, file_child, missing, read_only};
 
 #[derive(Debug)]
-pub(super) struct CopyOnRead;
+pub(crate) struct CopyOnRead;
 
 const OPTIONS: &[OptionDef] = &[OptionDef::new(
     "bottom",
@@ -24,7 +24,7 @@ impl Filter for CopyOnRead {
         "copy-on-read"
     }
 
-    fn children(&self, _options: &mut NodeOptions) -> Result<Vec<FilterChild>> {
+    fn children(&self, _options: &mut NodeOptions, _: ParseName) -> Result<Vec<FilterChild>> {
         Ok(file_child())
     }
 

@@ -1,23 +1,23 @@
 //! Filters: devices on top of other devices that modify or observe requests.
 //!
-//! [`Filter`] is the entry of the table [`FILTERS`]; each filter is a module of its own. Most have one child and
+//! [`Filter`] is the entry of the table [`FILTERS`](crate::FILTERS); each filter is a module of its own. Most have one child and
 //! are a [`FilterDevice`](diskimage_core::FilterDevice).
 
-mod blkdebug;
-mod blklogwrites;
-mod blkverify;
-mod compress;
-mod copy_on_read;
-mod preallocate;
-mod quorum;
-mod throttle;
+pub(crate) mod blkdebug;
+pub(crate) mod blklogwrites;
+pub(crate) mod blkverify;
+pub(crate) mod compress;
+pub(crate) mod copy_on_read;
+pub(crate) mod preallocate;
+pub(crate) mod quorum;
+pub(crate) mod throttle;
 
 use std::fmt::Debug;
 use std::sync::Arc;
 
-use diskimage_core::{Device, Error, Image, Node, NodeOptions, Objects, Result};
+use diskimage_core::{Device, Error, Image, Node, NodeOptions, OpenContext, Result};
 
-/// A filter: a device on top of others that modifies or observes requests. A unit struct listed once in [`FILTERS`].
+/// A filter: a device on top of others that modifies or observes requests. A unit struct listed once in [`FILTERS`](crate::FILTERS).
 pub trait Filter: Debug + Sync {
     /// The driver's name.
     fn name(&self) -> &'static str;
@@ -36,11 +36,11 @@ pub trait Filter: Debug + Sync {
     }
 
     /// The children that it needs, in the order in which [`Filter::open`] gets them. Options of the filter that
-    /// describe a child are converted to options of that child.
+    /// describe a child are converted to options of that child; `parse_name` does this for filenames.
     ///
     /// # Errors
     /// Options that describe no valid children.
-    fn children(&self, options: &mut NodeOptions) -> Result<Vec<FilterChild>>;
+    fn children(&self, options: &mut NodeOptions, parse_name: ParseName) -> Result<Vec<FilterChild>>;
 
     /// Opens the filter on top of its children, and takes the options that it supports.
     ///
@@ -48,6 +48,9 @@ pub trait Filter: Debug + Sync {
     /// Invalid options.
     fn open(&self, request: FilterRequest<'_>) -> Result<Arc<dyn Device>>;
 }
+
+/// Returns the options of a filename: [`parse_name`](crate::parse_name), which knows all drivers, filters too.
+pub type ParseName = fn(&str) -> Result<NodeOptions>;
 
 /// A child that a filter needs.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -77,8 +80,8 @@ pub struct FilterRequest<'a> {
     pub children: Vec<OpenedChild>,
     /// Whether it is opened for writing.
     pub write: bool,
-    /// The objects that options refer to.
-    pub objects: &'a Arc<Objects>,
+    /// What it shares with the other nodes of its graph.
+    pub context: &'a OpenContext,
     /// Opens a file that an option names, for reading.
     pub open_file: &'a dyn Fn(&str) -> Result<Arc<dyn Device>>,
 }
@@ -118,30 +121,6 @@ pub struct OpenedChild {
     pub image: Option<Arc<Image>>,
 }
 
-/// Every filter.
-pub static FILTERS: &[&dyn Filter] = &[
-    &blkdebug::Blkdebug,
-    &blklogwrites::BlkLogWrites,
-    &blkverify::Blkverify,
-    &compress::Compress,
-    &copy_on_read::CopyOnRead,
-    &preallocate::Preallocate,
-    &quorum::Quorum,
-    &throttle::Throttle,
-];
-
-/// The filter with this name.
-pub fn filter_by_name(name: &str) -> Option<&'static dyn Filter> {
-    FILTERS.iter().copied().find(|filter| filter.name() == name)
-}
-
-pub(crate) fn filter_by_prefix(prefix: &str) -> Option<&'static dyn Filter> {
-    FILTERS
-        .iter()
-        .copied()
-        .find(|filter| filter.prefixes().contains(&prefix))
-}
-
 /// The only child of most filters.
 fn file_child() -> Vec<FilterChild> {
     vec![child("file", ChildKind::Bytes)]
@@ -159,11 +138,11 @@ fn missing(child: &str) -> Error {
 }
 
 /// Sets the options of `child` to those of the filename in `option`. Returns whether that is given.
-fn name_child(options: &mut NodeOptions, option: &str, child: &str) -> Result<bool> {
+fn name_child(options: &mut NodeOptions, option: &str, child: &str, parse_name: ParseName) -> Result<bool> {
     let Some(name) = options.take_text(option) else {
         return Ok(false);
     };
-    options.set_node(child, crate::protocol::parse_name(&name)?);
+    options.set_node(child, parse_name(&name)?);
     Ok(true)
 }
 

@@ -9,10 +9,10 @@ use diskimage_core::{
     align_up,
 };
 
-use super::{Filter, FilterChild, FilterRequest, file_child};
+use super::{Filter, FilterChild, FilterRequest, ParseName, file_child};
 
 #[derive(Debug)]
-pub(super) struct Preallocate;
+pub(crate) struct Preallocate;
 
 const OPTIONS: &[OptionDef] = &[
     OptionDef::new(
@@ -32,7 +32,7 @@ impl Filter for Preallocate {
         "preallocate"
     }
 
-    fn children(&self, _options: &mut NodeOptions) -> Result<Vec<FilterChild>> {
+    fn children(&self, _options: &mut NodeOptions, _: ParseName) -> Result<Vec<FilterChild>> {
         Ok(file_child())
     }
 

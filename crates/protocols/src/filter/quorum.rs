@@ -8,10 +8,10 @@ use diskimage_core::{
     Permissions, Preallocation, Result, StatusDetail, ZeroMode, errno,
 };
 
-use super::{ChildKind, Filter, FilterChild, FilterRequest, child, read_only};
+use super::{ChildKind, Filter, FilterChild, FilterRequest, ParseName, child, read_only};
 
 #[derive(Debug)]
-pub(super) struct Quorum;
+pub(crate) struct Quorum;
 
 const OPTIONS: &[OptionDef] = &[
     OptionDef::new("vote-threshold", OptionKind::Number, "So many have to agree"),
@@ -38,7 +38,7 @@ impl Filter for Quorum {
         "quorum"
     }
 
-    fn children(&self, options: &mut NodeOptions) -> Result<Vec<FilterChild>> {
+    fn children(&self, options: &mut NodeOptions, _: ParseName) -> Result<Vec<FilterChild>> {
         let given = options.node("children");
         let mut count = 0;
         while given.has(&count.to_string()) || given.has_node(&count.to_string()) {

@@ -8,10 +8,10 @@ use diskimage_core::{
     ZeroMode,
 };
 
-use super::{Filter, FilterChild, FilterRequest, file_child};
+use super::{Filter, FilterChild, FilterRequest, ParseName, file_child};
 
 #[derive(Debug)]
-pub(super) struct Throttle;
+pub(crate) struct Throttle;
 
 const OPTIONS: &[OptionDef] = &[OptionDef::new(
     "throttle-group",
@@ -24,7 +24,7 @@ impl Filter for Throttle {
         "throttle"
     }
 
-    fn children(&self, _options: &mut NodeOptions) -> Result<Vec<FilterChild>> {
+    fn children(&self, _options: &mut NodeOptions, _: ParseName) -> Result<Vec<FilterChild>> {
         Ok(file_child())
     }
 
@@ -36,7 +36,7 @@ impl Filter for Throttle {
             .ok_or_else(|| Error::invalid("Please specify a throttle group"))?;
         Ok(Arc::new(Filtered(Throttled {
             device: Arc::clone(&request.only_child()?.device),
-            group: Arc::clone(request.objects.throttle_group(name)?),
+            group: Arc::clone(request.context.objects.throttle_group(name)?),
             node,
         })))
     }

@@ -73,7 +73,7 @@ impl Protocol for NbdProtocol {
         Ok(Arc::new(Nbd::open(
             request.options,
             request.write,
-            request.objects,
+            &request.context.objects,
         )?))
     }
 }

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use diskimage_core::{Device, Error, Gate, Limits, Node, Permissions, Result, ResultExt, View, name};
+use diskimage_core::{Device, Error, Limits, Node, OpenContext, Permissions, Result, ResultExt, View, name};
 
 use super::entry::Label;
 use super::geometry::{CLUSTER, FatType, Sector};
@@ -16,7 +16,7 @@ pub(super) struct Disk {
     master_boot_record: Sector,
     boot_sector: Sector,
     tree: Tree,
-    gate: Arc<dyn Gate>,
+    context: OpenContext,
     files: OpenFiles,
     limits: Limits,
 }
@@ -31,13 +31,13 @@ impl fmt::Debug for Disk {
 
 impl Disk {
     #[expect(clippy::needless_pass_by_value, reason = "the label is not needed afterwards")]
-    pub(super) fn new(node: Node, label: Label, tree: Tree, gate: Arc<dyn Gate>) -> Self {
+    pub(super) fn new(node: Node, label: Label, tree: Tree, context: OpenContext) -> Self {
         Self {
             node,
             master_boot_record: tree.geometry.master_boot_record(),
             boot_sector: tree.geometry.boot_sector_bytes(&label),
             tree,
-            gate,
+            context,
             files: OpenFiles::default(),
             limits: Limits::default(),
         }
@@ -116,7 +116,7 @@ impl Disk {
             return Ok(file);
         }
         let name = name::of_path(path);
-        let opened = self.gate.open_data(&name, &name, Permissions::FORCE_SHARE);
+        let opened = self.context.open_data(&name, &name, Permissions::FORCE_SHARE);
         let file = opened.context(|| format!("Could not read '{name}'"))?;
         self.files.keep(index, Arc::clone(&file));
         Ok(file)

@@ -94,7 +94,7 @@ impl Protocol for VvfatDriver {
             16 => Geometry::new(FatType::Fat16, floppy),
             32 => {
                 let text = "FAT32 has not been tested. You are welcome to do so!";
-                request.notes.note(&Note::Warning(text.to_owned()));
+                request.context.tell(&Note::Warning(text.to_owned()));
                 Geometry::new(FatType::Fat32, floppy)
             }
             _ => return Err(Error::invalid("Valid FAT types are only 12, 16 and 32")),
@@ -117,9 +117,7 @@ impl Protocol for VvfatDriver {
             dir: &to_path(dir),
             geometry,
             label: &label,
-            local_time: request.local_time,
-            budget: request.budget,
-            notes: request.notes,
+            context: request.context,
         })?;
         let mut shown = given;
         shown.retain(|name| OPTIONS.iter().any(|option| option.name == name));
@@ -134,7 +132,7 @@ impl Protocol for VvfatDriver {
             node,
             label,
             tree,
-            Arc::clone(request.gate),
+            request.context.clone(),
         ))))
     }
 }

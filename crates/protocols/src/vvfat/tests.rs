@@ -5,9 +5,7 @@ use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 
-use diskimage_core::{
-    Budget, Device, ErrorKind, Gate, LocalTime, NodeOptions, Note, Objects, Progress, Reference, Result,
-};
+use diskimage_core::{Budget, Device, ErrorKind, Gate, NodeOptions, Note, OpenContext, Reference, Result};
 use diskimage_testing::{Closed, RecordingGate};
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -46,11 +44,10 @@ fn open_with(
         options: &mut options,
         write: false,
         cache: CacheMode::default(),
-        objects: &Arc::new(Objects::default()),
-        gate,
-        budget: &Budget::new(budget),
-        local_time: &LocalTime::default(),
-        notes: Progress::none(),
+        context: &OpenContext {
+            budget: Budget::new(budget),
+            ..OpenContext::new(Arc::clone(gate))
+        },
     })
 }
 

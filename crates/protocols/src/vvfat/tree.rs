@@ -14,7 +14,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use diskimage_core::{Budget, Error, ErrorKind, LocalTime, Note, Progress, Reservation, Result, name};
+use diskimage_core::{Budget, Error, ErrorKind, Note, OpenContext, Reservation, Result, name};
 
 use super::entry::{self, ENTRY, Label, Stamp, Times, long_name, set_cluster};
 use super::geometry::{CLUSTER, FatType, Geometry, ROOT_ENTRIES};
@@ -26,9 +26,7 @@ pub(super) struct DirectoryScan<'a> {
     pub(super) dir: &'a Path,
     pub(super) geometry: Geometry,
     pub(super) label: &'a Label,
-    pub(super) local_time: &'a LocalTime,
-    pub(super) budget: &'a Budget,
-    pub(super) notes: Progress<'a>,
+    pub(super) context: &'a OpenContext,
 }
 
 /// All directories and files that have clusters.
@@ -81,7 +79,7 @@ impl Tree {
     /// Directories that cannot be read, more data than fits the disk, and more than the memory budget.
     pub(super) fn read(scan: &DirectoryScan<'_>) -> Result<Self> {
         let geometry = scan.geometry;
-        let mut claim = MemoryClaim::new(scan.budget);
+        let mut claim = MemoryClaim::new(&scan.context.budget);
         let mut runs: Vec<ClusterRun> = Vec::new();
         let mut queue = VecDeque::from([QueuedEntry {
             path: scan.dir.to_owned(),
@@ -214,7 +212,7 @@ impl DirectoryScan<'_> {
             let short = names.add(name.as_bytes())?;
             match name.to_str() {
                 Some(name) => entries.extend(long_name(name, &short).concat()),
-                None => self.notes.note(&Note::Line(format!(
+                None => self.context.tell(&Note::Line(format!(
                     "vvfat: invalid UTF-8 name: {}",
                     name::from_os(&name)
                 ))),
@@ -243,7 +241,7 @@ impl DirectoryScan<'_> {
     }
 
     fn times_of(&self, metadata: Option<&Metadata>) -> Times {
-        let stamp = |seconds: Option<i64>| Stamp::new(self.local_time.at(seconds.unwrap_or(0)));
+        let stamp = |seconds: Option<i64>| Stamp::new(self.context.local_time.at(seconds.unwrap_or(0)));
         Times {
             created: stamp(metadata.map(MetadataExt::ctime)),
             accessed: stamp(metadata.map(MetadataExt::atime)),

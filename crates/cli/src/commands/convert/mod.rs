@@ -8,10 +8,9 @@ use std::sync::Arc;
 use diskimage::{CacheMode, Objects, SnapshotSelector};
 
 pub use self::copy::run;
-use super::LARGEST;
 use crate::objects::define;
 use crate::words::{
-    Command, CreateOptions, Flag, Operand, Parser, Source, Stop, count, size, snapshot_selector,
+    Command, CreateOptions, Flag, LARGEST, Operand, Parser, Source, Stop, count, size, snapshot_selector,
     source_cache, target_cache, text,
 };
 

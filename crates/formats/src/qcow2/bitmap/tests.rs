@@ -3,7 +3,9 @@
 use std::sync::Arc;
 
 use diskimage_core::{BitmapInfo, Bitmaps, ByteRange, Device, Image, MemoryDevice, NewBitmap, Repair};
-use diskimage_core::{NodeOptions, OpenRequest, Preallocation, Progress, ResizeRequest, Result, ZeroMode};
+use diskimage_core::{
+    NodeOptions, OpenContext, OpenRequest, Preallocation, Progress, ResizeRequest, Result, ZeroMode,
+};
 use diskimage_testing::{Journal, RecordingDevice};
 
 use crate::qcow2::Qcow2;
@@ -17,7 +19,7 @@ fn open(file: &Arc<MemoryDevice>, write: bool) -> Result<(Arc<Qcow2>, Image)> {
 fn open_on(device: Arc<dyn Device>, write: bool) -> Result<(Arc<Qcow2>, Image)> {
     let layer = Qcow2::open(OpenRequest {
         write,
-        ..OpenRequest::new(device, "test", &mut NodeOptions::new(), &Arc::default(), &Closed)
+        ..OpenRequest::new(device, "test", &mut NodeOptions::new(), &OpenContext::default())
     })?;
     let image = Image::new(Arc::<Qcow2>::clone(&layer), None, "test", write);
     Ok((layer, image))

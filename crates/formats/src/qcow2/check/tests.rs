@@ -3,8 +3,8 @@
 use std::sync::{Arc, Mutex};
 
 use diskimage_core::{
-    ByteRange, CheckReport, Device, Extent, Format, Image, Limits, MemoryDevice, Note, OpenRequest,
-    Preallocation, Progress, Repair, Result, StatusDetail, ZeroMode,
+    ByteRange, CheckReport, Device, Extent, Format, Image, Limits, MemoryDevice, Note, OpenContext,
+    OpenRequest, Preallocation, Progress, Repair, Result, StatusDetail, ZeroMode,
 };
 use proptest::prelude::*;
 
@@ -22,12 +22,13 @@ struct Found {
 fn check_device(device: Arc<dyn Device>, repair: Repair) -> Found {
     // The data file is as long as the largest disk of these tests; a check does not read it.
     let gate = OneFile(Arc::new(MemoryDevice::new(vec![0; 8 << 20])));
+    let context = OpenContext::new(Arc::new(gate)).with_objects(secrets("secret"));
     let lines = Mutex::new(Vec::new());
     let note = |note: &Note| lines.lock().expect("one thread").push(note.text().to_owned());
     let layer = Qcow2Format.open(OpenRequest {
         write: repair != Repair::No,
         for_check: true,
-        ..OpenRequest::new(device, "test", &mut with_key(), &secrets("secret"), &gate)
+        ..OpenRequest::new(device, "test", &mut with_key(), &context)
     });
     let report = layer.and_then(|layer| layer.check(repair, &Progress::none().with_notes(&note)));
     Found {

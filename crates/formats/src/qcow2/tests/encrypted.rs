@@ -5,8 +5,8 @@ use std::sync::Arc;
 use crate::encryption::{CipherAlg, CipherMode, CipherSpec, IvAlg, SECTOR, SectorCipher};
 use diskimage_core::options::Options;
 use diskimage_core::{
-    AmendRequest, ByteRange, Device, Format, Image, MemoryDevice, NewSnapshot, OpenRequest, Progress, Result,
-    RunKind, StatusDetail, ZeroMode,
+    AmendRequest, ByteRange, Device, Format, Image, MemoryDevice, NewSnapshot, OpenContext, OpenRequest,
+    Progress, Result, RunKind, StatusDetail, ZeroMode,
 };
 use proptest::prelude::*;
 
@@ -22,8 +22,7 @@ fn open_with(file: &Arc<MemoryDevice>, passphrase: &str) -> Image {
         device,
         "test",
         &mut with_key(),
-        &secrets(passphrase),
-        &Closed,
+        &OpenContext::default().with_objects(secrets(passphrase)),
     ));
     Image::new(layer.expect("opens"), None, "test", false)
 }

@@ -5,7 +5,8 @@ use std::sync::Arc;
 use diskimage_core::options::Options;
 use diskimage_core::{
     ByteRange, CreateRequest, Device, Format, Gate, Image, MemoryDevice, NewFiles, NodeOptions, Object,
-    Objects, OpenRequest, Permissions, Preallocation, ResizeRequest, Result, Secret, StatusDetail, ZeroMode,
+    Objects, OpenContext, OpenRequest, Permissions, Preallocation, ResizeRequest, Result, Secret,
+    StatusDetail, ZeroMode,
 };
 use proptest::prelude::*;
 
@@ -44,20 +45,29 @@ fn options(text: &str) -> Options {
     options
 }
 
-pub(super) fn create(options_text: &str, size: u64, gate: &dyn Gate) -> Arc<MemoryDevice> {
+/// Opens other files through `gate`, and knows the secret of encrypted images.
+fn context(gate: &(impl Gate + Clone + 'static)) -> OpenContext {
+    OpenContext::new(Arc::new(gate.clone())).with_objects(secrets("secret"))
+}
+
+pub(super) fn create(
+    options_text: &str,
+    size: u64,
+    gate: &(impl Gate + Clone + 'static),
+) -> Arc<MemoryDevice> {
     let file = Arc::new(MemoryDevice::default());
     let device: Arc<dyn Device> = Arc::<MemoryDevice>::clone(&file);
     let options = options(options_text);
-    let objects = secrets("secret");
+    let context = context(gate);
     let plan = Qcow2Format.plan_create(CreateRequest {
         name: "test",
         size,
         options: &options,
-        objects: &objects,
+        objects: &context.objects,
     });
     let created = plan.expect("valid options").write(NewFiles {
         file: device,
-        make_part: &mut |part| gate.open_data(part, "test", Permissions::WRITE),
+        make_part: &mut |part| context.open_data(part, "test", Permissions::WRITE),
         backing: None,
     });
     created.expect("created");
@@ -67,13 +77,13 @@ pub(super) fn create(options_text: &str, size: u64, gate: &dyn Gate) -> Arc<Memo
 pub(super) fn open(
     file: &Arc<MemoryDevice>,
     write: bool,
-    gate: &dyn Gate,
+    gate: &(impl Gate + Clone + 'static),
     backing: Option<Arc<Image>>,
 ) -> Result<Image> {
     let device: Arc<dyn Device> = Arc::<MemoryDevice>::clone(file);
     let layer = Qcow2Format.open(OpenRequest {
         write,
-        ..OpenRequest::new(device, "test", &mut with_key(), &secrets("secret"), gate)
+        ..OpenRequest::new(device, "test", &mut with_key(), &context(gate))
     })?;
     Ok(Image::new(layer, backing, "test", write))
 }

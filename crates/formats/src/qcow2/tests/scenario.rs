@@ -6,14 +6,14 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use diskimage_core::options::Options;
 use diskimage_core::{
-    AmendRequest, Backing, ByteRange, CheckReport, Device, Error, Format, Gate, Image, Layer, MemoryDevice,
-    NewBitmap, NewSnapshot, NodeOptions, Note, OpenRequest, Preallocation, Progress, Repair, ResizeRequest,
-    Result, Snapshots, ZeroMode, errno,
+    AmendRequest, Backing, ByteRange, CheckReport, Device, Error, Format, Image, Layer, MemoryDevice,
+    NewBitmap, NewSnapshot, NodeOptions, Note, OpenContext, OpenRequest, Preallocation, Progress, Repair,
+    ResizeRequest, Result, Snapshots, ZeroMode, errno,
 };
 
 use super::super::{Qcow2, Qcow2Format};
 use super::create;
-use crate::testing::{Closed, OneFile, contents};
+use crate::testing::{OneFile, contents};
 
 /// One operation on an image. Clusters are filled with one value below 8.
 #[derive(Clone, Copy, Debug)]
@@ -210,17 +210,14 @@ pub(super) fn open_with_memory(devices: &[Arc<dyn Device>], memory: usize) -> Re
 }
 
 pub(super) fn open_layer(devices: &[Arc<dyn Device>], write: bool, for_check: bool) -> Result<Arc<Qcow2>> {
-    let data = devices.get(1).map(|data| OneFile(Arc::clone(data)));
+    let context = match devices.get(1) {
+        Some(data) => OpenContext::new(Arc::new(OneFile(Arc::clone(data)))),
+        None => OpenContext::default(),
+    };
     Qcow2::open(OpenRequest {
         write,
         for_check,
-        ..OpenRequest::new(
-            Arc::clone(&devices[0]),
-            "test",
-            &mut NodeOptions::new(),
-            &Arc::default(),
-            data.as_ref().map_or(&Closed as &dyn Gate, |data| data),
-        )
+        ..OpenRequest::new(Arc::clone(&devices[0]), "test", &mut NodeOptions::new(), &context)
     })
 }
 

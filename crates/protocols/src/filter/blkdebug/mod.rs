@@ -14,10 +14,10 @@ use diskimage_core::{
 };
 
 use self::rules::{Request, Rules};
-use super::{ChildKind, Filter, FilterChild, FilterRequest, child, name_child, read_only};
+use super::{ChildKind, Filter, FilterChild, FilterRequest, ParseName, child, name_child, read_only};
 
 #[derive(Debug)]
-pub(super) struct Blkdebug;
+pub(crate) struct Blkdebug;
 
 const OPTIONS: &[OptionDef] = &[
     OptionDef::new("config", OptionKind::Text, "A file with rules"),
@@ -61,8 +61,8 @@ impl Filter for Blkdebug {
         Ok(options)
     }
 
-    fn children(&self, options: &mut NodeOptions) -> Result<Vec<FilterChild>> {
-        name_child(options, "x-image", "image")?;
+    fn children(&self, options: &mut NodeOptions, parse_name: ParseName) -> Result<Vec<FilterChild>> {
+        name_child(options, "x-image", "image", parse_name)?;
         Ok(vec![child("image", ChildKind::Bytes)])
     }
 

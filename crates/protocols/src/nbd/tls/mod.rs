@@ -9,6 +9,7 @@
 //! The credentials files are those of QEMU's documentation, in one directory.
 
 mod channel;
+mod directory;
 mod messages;
 #[cfg(feature = "tls-psk")]
 mod psk;
@@ -16,15 +17,11 @@ mod psk;
 mod uncertified;
 mod x509;
 
-use std::io::Read;
-use std::path::{Path, PathBuf};
-
-use diskimage_core::{Error, Result, ResultExt, TlsCreds, TlsKind, name, to_index};
-
-use zeroize::Zeroizing;
+use diskimage_core::{Error, Result, TlsCreds, TlsKind};
 
 use super::address::Socket;
 use super::connection::Channel;
+use directory::{Directory, accessible};
 pub(super) use messages::UNCLEAN_END;
 #[cfg(all(feature = "tls-psk", feature = "fuzzing"))]
 pub(super) use psk::find_key;
@@ -42,9 +39,6 @@ enum Kind {
     #[cfg(feature = "tls-psk")]
     Uncertified(Uncertified),
 }
-
-/// The limit of the length of a credentials file.
-const MAX_FILE: u64 = 4 << 20;
 
 /// Checks credentials and their files before they are used for a connection.
 ///
@@ -112,47 +106,4 @@ impl Credentials {
 
 fn unavailable(what: &str) -> Error {
     Error::unsupported(format!("{what} not available in this build"))
-}
-
-/// The directory of the credentials files. Paths are joined as in `qemu-img`, since messages contain them.
-#[derive(Clone, Copy)]
-struct Directory<'a>(&'a str);
-
-impl<'a> Directory<'a> {
-    fn of(creds: &'a TlsCreds) -> Result<Self> {
-        creds
-            .dir
-            .as_deref()
-            .map(Self)
-            .ok_or_else(|| Error::invalid("Missing 'dir' property value"))
-    }
-
-    fn file(self, name: &str) -> PathBuf {
-        name::to_path(&format!("{}/{name}", self.0))
-    }
-}
-
-fn accessible(path: &Path) -> Result<()> {
-    path.metadata()
-        .map(|_| ())
-        .context(|| format!("Unable to access credentials {}", name::of_path(path)))
-}
-
-/// Reads a credentials file.
-///
-/// # Errors
-/// The messages of `qemu-img` for a file that cannot be read, and a file beyond the limit.
-fn read(path: &Path) -> Result<Zeroizing<Vec<u8>>> {
-    // As GLib shows names.
-    let shown = name::lossy(&name::of_path(path));
-    let file = name::open(path).context(|| format!("Failed to open file \u{201c}{shown}\u{201d}"))?;
-    let failed = || format!("Error reading file \u{201c}{shown}\u{201d}");
-    let len = file.metadata().context(failed)?.len().min(MAX_FILE);
-    // Allocated in full, because a growing vector frees memory without wiping it.
-    let mut bytes = Zeroizing::new(Vec::with_capacity(to_index(len)? + 1));
-    file.take(MAX_FILE + 1).read_to_end(&mut bytes).context(failed)?;
-    if bytes.len() as u64 > MAX_FILE {
-        return Err(Error::invalid(format!("Larger than {MAX_FILE} bytes")).context(failed()));
-    }
-    Ok(bytes)
 }

@@ -5,7 +5,7 @@
 use diskimage_core::{Error, ErrorKind, Result, ResultExt, name};
 use zeroize::Zeroizing;
 
-use super::{Directory, accessible, read};
+use super::directory::{Directory, accessible, read};
 
 /// A key and its name.
 pub(super) struct NamedKey {

@@ -21,8 +21,8 @@ use rustls::{
 use zeroize::Zeroizing;
 
 use super::channel::Session;
+use super::directory::{Directory, accessible, read};
 use super::messages::{ALERT, LENGTH, UNDECODABLE, UNEXPECTED, handshake_failed};
-use super::{Directory, accessible, read};
 
 /// The own identity and the trusted authorities.
 #[derive(Clone, Debug)]

@@ -1,0 +1,32 @@
+//! The types of files that have random access.
+
+use std::fs;
+use std::os::unix::fs::FileTypeExt;
+
+/// The type of a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum FileKind {
+    Regular,
+    Block,
+    Character,
+}
+
+impl FileKind {
+    /// `None` for pipes, sockets and others without random access.
+    pub(crate) fn of(metadata: &fs::Metadata) -> Option<Self> {
+        let file_type = metadata.file_type();
+        if file_type.is_file() {
+            Some(Self::Regular)
+        } else if file_type.is_block_device() {
+            Some(Self::Block)
+        } else if file_type.is_char_device() {
+            Some(Self::Character)
+        } else {
+            None
+        }
+    }
+
+    pub(crate) fn is_device(self) -> bool {
+        self != Self::Regular
+    }
+}
