@@ -12,7 +12,7 @@
 //! * `metadata`: the sizes of the disk and of its blocks;
 //! * `bat`: the block allocation table, cached in pages;
 //! * `log`: atomic changes of the tables, and their replay after a crash;
-//! * `write`, `create`, `check`, `resize`: operations.
+//! * `write`, `create`, `check`, `info`, `resize`: operations.
 //!
 //! # What a crash leaves
 //!
@@ -25,6 +25,7 @@ mod bat;
 mod check;
 mod create;
 mod header;
+mod info;
 mod log;
 mod metadata;
 mod resize;
@@ -357,10 +358,7 @@ impl Layer for VhdxLayer {
     }
 
     fn info(&self) -> Result<Info> {
-        Ok(Info {
-            cluster_size: Some(self.block_size),
-            ..Info::default()
-        })
+        Ok(self.collect_info())
     }
 
     fn check_resize(&self, request: &ResizeRequest) -> Result<()> {

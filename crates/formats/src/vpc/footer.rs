@@ -1,19 +1,17 @@
-//! The footer, the header of dynamic disks, and the geometry with the disk size that it stands for.
+//! The footer: the kind and the size of the disk.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use diskimage_core::{ByteRange, Device, Error, ErrorKind, Result, align_up};
-use zerocopy::byteorder::big_endian::{U16, U32, U64};
+use diskimage_core::{Device, Error, ErrorKind, Result, align_up};
+use zerocopy::byteorder::big_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use crate::layer_kit::reserved::Reserved;
+use super::geometry::Geometry;
 
 /// The first bytes of a footer.
 const COOKIE: [u8; 8] = *b"conectix";
-/// The first bytes of the header of a dynamic disk.
-const DYNAMIC_COOKIE: [u8; 8] = *b"cxsparse";
 /// Version 1.0 of the footer and of the header.
-const VERSION: u32 = 0x0001_0000;
+pub(super) const VERSION: u32 = 0x0001_0000;
 /// The creator qemu-img, of images whose size is that of the geometry.
 const QEMU: [u8; 4] = *b"qemu";
 /// The creator qemu-img, of images whose size is `current_size`.
@@ -25,18 +23,12 @@ const EPOCH: u64 = 946_684_800;
 
 /// Bytes of a sector and of a footer.
 pub(super) const SECTOR: u64 = 512;
-/// Bytes of a block of new disks.
-pub(super) const BLOCK: u32 = 2 << 20;
 /// Bytes of the largest disk.
 const MAX_SIZE: u64 = 2040 << 30;
-/// Entries of the largest table.
-const MAX_ENTRIES: u32 = u32::MAX >> 3;
 /// The byte offset of the header of a new dynamic disk.
 pub(super) const HEADER_OFFSET: u64 = SECTOR;
-/// The byte offset of its block allocation table.
-pub(super) const TABLE_OFFSET: u64 = HEADER_OFFSET + 1024;
 /// The value of an offset field that is not used.
-const NO_OFFSET: u64 = u64::MAX;
+pub(super) const NO_OFFSET: u64 = u64::MAX;
 
 /// "Hard Disk Footer Format".
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
@@ -77,43 +69,6 @@ pub(super) struct Footer {
 }
 
 const _: () = assert!(size_of::<Footer>() == 512);
-
-/// "Dynamic Disk Header Format".
-#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
-#[repr(C)]
-pub(super) struct DynamicHeader {
-    /// [`DYNAMIC_COOKIE`].
-    cookie: [u8; 8],
-    /// Unused.
-    data_offset: U64,
-    /// The byte offset of the block allocation table.
-    table_offset: U64,
-    /// [`VERSION`].
-    header_version: U32,
-    /// Entries of the block allocation table.
-    max_table_entries: U32,
-    /// Bytes of a block, without its bitmap.
-    block_size: U32,
-    /// The ones' complement of the sum of all other bytes of the header.
-    checksum: U32,
-    /// The backing image of a differencing disk: identifier, time stamp, name and locators.
-    parent: [u8; 24 + 512 + 8 * 24],
-    /// Zeroes.
-    reserved: [u8; 256],
-}
-
-const _: () = assert!(size_of::<DynamicHeader>() == 1024);
-
-/// Cylinders, heads and sectors per track.
-#[derive(
-    Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned,
-)]
-#[repr(C)]
-pub(super) struct Geometry {
-    cylinders: U16,
-    heads: u8,
-    sectors: u8,
-}
 
 /// Which fields of the footer the size of the disk is taken from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -281,160 +236,6 @@ impl Footer {
     }
 }
 
-impl DynamicHeader {
-    /// The header of a new disk.
-    pub(super) fn new(size: u64) -> Result<Self> {
-        let header = Self {
-            cookie: DYNAMIC_COOKIE,
-            data_offset: U64::new(NO_OFFSET),
-            table_offset: U64::new(TABLE_OFFSET),
-            header_version: U32::new(VERSION),
-            max_table_entries: U32::ZERO,
-            block_size: U32::new(BLOCK),
-            checksum: U32::ZERO,
-            parent: [0; 728],
-            reserved: [0; 256],
-        };
-        header.with_table(TABLE_OFFSET, size.div_ceil(BLOCK.into()))
-    }
-
-    /// Reads the header of a disk of `size` bytes.
-    pub(super) fn read(file: &dyn Device, offset: u64, size: u64) -> Result<Self> {
-        if i64::try_from(offset).is_err() {
-            return Err(Error::invalid("Error reading dynamic VHD header"));
-        }
-        let mut bytes = [0; size_of::<Self>()];
-        file.read_padded(&mut bytes, offset)?;
-        let header = Self::read_from_bytes(&bytes).map_err(|_| Error::invalid("Invalid header magic"))?;
-        if header.cookie != DYNAMIC_COOKIE {
-            return Err(Error::invalid("Invalid header magic"));
-        }
-        let (block, entries) = (header.block_size.get(), header.max_table_entries.get());
-        if !block.is_power_of_two() || u64::from(block) < SECTOR {
-            return Err(Error::invalid(format!("Invalid block size {block}")));
-        }
-        if entries > MAX_ENTRIES {
-            return Err(Error::invalid(format!(
-                "Max Table Entries too large ({})",
-                entries.cast_signed()
-            )));
-        }
-        if u64::from(entries) * u64::from(block) < size {
-            return Err(Error::invalid("Page table too small"));
-        }
-        Ok(header)
-    }
-
-    /// The byte offset of the block allocation table.
-    pub(super) fn table_offset(&self) -> u64 {
-        self.table_offset.get()
-    }
-
-    /// Entries of the block allocation table.
-    pub(super) fn entries(&self) -> u32 {
-        self.max_table_entries.get()
-    }
-
-    /// The byte offset of the table's end, rounded up to a sector.
-    pub(super) fn table_end(&self) -> u64 {
-        let bytes = u64::from(self.entries()) * 4;
-        align_up(self.table_offset().saturating_add(bytes), SECTOR)
-    }
-
-    /// The ranges of the file where no block is written, if this header is at `offset`.
-    pub(super) fn reserved(&self, offset: u64) -> Reserved {
-        self.reserved_up_to(offset, self.table_end())
-    }
-
-    /// The ranges of the file where no block of a disk of `size` bytes can be read. The table of a damaged header may
-    /// be longer than the disk needs and overlap blocks; the disk can still be read.
-    pub(super) fn relied_on(&self, offset: u64, size: u64) -> Reserved {
-        let entries = size.div_ceil(self.block());
-        self.reserved_up_to(offset, self.table_offset().saturating_add(entries * 4))
-    }
-
-    fn reserved_up_to(&self, offset: u64, end: u64) -> Reserved {
-        let table = ByteRange::new(self.table_offset(), end);
-        Reserved::new([
-            ("copy of the footer", ByteRange::new(0, SECTOR)),
-            ("header", ByteRange::at(offset, size_of::<Self>() as u64)),
-            ("block allocation table", table),
-        ])
-    }
-
-    /// Bytes of a block.
-    pub(super) fn block(&self) -> u64 {
-        self.block_size.get().into()
-    }
-
-    /// Bytes of the bitmap in front of each block.
-    pub(super) fn bitmap(&self) -> u64 {
-        align_up(self.block() / SECTOR / 8, SECTOR).max(SECTOR)
-    }
-
-    /// The same header with a table of `entries` entries at `offset`.
-    pub(super) fn with_table(&self, offset: u64, entries: u64) -> Result<Self> {
-        let entries = u32::try_from(entries)
-            .ok()
-            .filter(|entries| *entries <= MAX_ENTRIES);
-        let mut header = Self {
-            table_offset: U64::new(offset),
-            max_table_entries: U32::new(entries.ok_or_else(too_large)?),
-            checksum: U32::ZERO,
-            ..*self
-        };
-        header.checksum = checksum(header.as_bytes());
-        Ok(header)
-    }
-}
-
-impl Geometry {
-    /// The largest geometry.
-    const LARGEST: Self = Self {
-        cylinders: U16::MAX_VALUE,
-        heads: 16,
-        sectors: 255,
-    };
-
-    /// The sectors of a disk with this geometry.
-    fn len(self) -> u64 {
-        u64::from(self.cylinders.get()) * u64::from(self.heads) * u64::from(self.sectors)
-    }
-
-    /// The geometry that the specification's appendix "CHS Calculation" gives for `sectors` sectors; it may hold a few
-    /// less.
-    fn near(sectors: u64) -> Self {
-        let sectors = sectors.min(Self::LARGEST.len());
-        let (track, heads) = if sectors >= 65535 * 16 * 63 {
-            (255, 16)
-        } else {
-            let heads = (sectors / 17).div_ceil(1024).max(4);
-            if sectors / 17 < heads * 1024 && heads <= 16 {
-                (17, heads)
-            } else if sectors / 31 < 16 * 1024 {
-                (31, 16)
-            } else {
-                (63, 16)
-            }
-        };
-        // The fallbacks are not reached: `sectors` is clamped to 65535 cylinders, 16 heads and tracks of 255 sectors.
-        Self {
-            cylinders: U16::new(u16::try_from(sectors / track / heads).unwrap_or(u16::MAX)),
-            heads: u8::try_from(heads).unwrap_or(16),
-            sectors: u8::try_from(track).unwrap_or(255),
-        }
-    }
-
-    /// The smallest geometry of [`Geometry::near`] that holds `sectors` sectors; `None` if none does.
-    fn holding(sectors: u64) -> Option<Self> {
-        if sectors == 0 {
-            return Some(Self::default());
-        }
-        let candidates = (sectors..=Self::LARGEST.len()).map(Self::near);
-        candidates.into_iter().find(|geometry| geometry.len() >= sectors)
-    }
-}
-
 fn checked_size(size: u64) -> Result<u64> {
     if size > MAX_SIZE {
         Err(too_large())
@@ -443,7 +244,7 @@ fn checked_size(size: u64) -> Result<u64> {
     }
 }
 
-fn too_large() -> Error {
+pub(super) fn too_large() -> Error {
     Error::new(
         ErrorKind::Limit,
         "The image size is too large for file format 'vpc'",
@@ -451,6 +252,6 @@ fn too_large() -> Error {
 }
 
 /// The ones' complement of the sum of `bytes`.
-fn checksum(bytes: &[u8]) -> U32 {
+pub(super) fn checksum(bytes: &[u8]) -> U32 {
     U32::new(!bytes.iter().map(|byte| u32::from(*byte)).sum::<u32>())
 }

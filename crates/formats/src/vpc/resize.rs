@@ -13,8 +13,9 @@ use std::sync::Arc;
 use diskimage_core::{Budget, ByteRange, Device, Error, Preallocation, ResizeRequest, Result, ZeroMode};
 use zerocopy::IntoBytes;
 
+use super::bat::{Blocks, NO_BLOCK};
 use super::footer::{Footer, SECTOR};
-use super::{Blocks, NO_BLOCK, State, VpcLayer, behind_footer};
+use super::{State, VpcLayer, behind_footer};
 use crate::layer_kit::paged_table::PagedTable;
 use crate::layer_kit::preallocation;
 

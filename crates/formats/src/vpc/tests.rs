@@ -9,7 +9,8 @@ use diskimage_testing::{Fault, FaultyDevice, Journal, RecordingDevice};
 use proptest::prelude::*;
 
 use super::Vpc;
-use super::footer::{BLOCK as BLOCK_SIZE, Footer, Kind};
+use super::footer::{Footer, Kind};
+use super::header::BLOCK as BLOCK_SIZE;
 use crate::testing::{self, contents, follow, op};
 
 fn create(options: &str, size: u64) -> Vec<u8> {

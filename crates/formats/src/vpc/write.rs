@@ -4,8 +4,10 @@ use std::sync::{Arc, MutexGuard};
 
 use diskimage_core::{Budget, ByteRange, Device, Error, Layer, Result, WritePlan, WriteRun, ZeroMode, errno};
 
+use super::bat::{Blocks, bitmap_offset};
+use super::create::fill;
 use super::footer::SECTOR;
-use super::{Blocks, State, VpcLayer, bitmap_offset, fill};
+use super::{State, VpcLayer};
 use crate::layer_kit::allocating_plan::{AllocatingPlan, Allocator, publish_each};
 use crate::layer_kit::range_claims::{Access, Claim, RangeClaims};
 use crate::layer_kit::reserved::Pieces;

@@ -1,0 +1,119 @@
+//! The blocks of a dynamic disk: the block allocation table (BAT), cached in pages, and the part of the file that blocks
+//! occupy.
+
+use std::sync::Arc;
+
+use diskimage_core::{ByteRange, Device, Error, Result};
+use zerocopy::IntoBytes;
+
+use super::footer::{Footer, SECTOR};
+use super::header::DynamicHeader;
+use crate::layer_kit::paged_table::{Entry, PagedTable};
+use crate::layer_kit::reserved::{Pieces, Reserved};
+
+/// The blocks of a dynamic disk.
+#[derive(Debug)]
+pub(super) struct Blocks {
+    pub(super) header: DynamicHeader,
+    /// The byte offset of the header.
+    pub(super) header_offset: u64,
+    pub(super) table: PagedTable,
+    /// The copy of the footer, the header and the whole table: no block is written there.
+    pub(super) reserved: Reserved,
+    /// The same with the entries of the table that the disk needs only: no block is read there.
+    pub(super) relied_on: Reserved,
+    /// The offsets of all blocks; loaded by the first write.
+    pub(super) stored: Option<Pieces>,
+    /// The lowest offset of a block.
+    pub(super) first: u64,
+    /// The end of blocks and tables: the offset of the footer.
+    pub(super) end: u64,
+    /// Offsets before `end` of blocks that were allocated and released again.
+    pub(super) free: Vec<u64>,
+    /// Whether the footer has to be written at `end`.
+    pub(super) footer_is_dirty: bool,
+}
+
+impl Blocks {
+    /// Reads the header, and walks the table for the range of the file that blocks occupy.
+    pub(super) fn open(file: &Arc<dyn Device>, header_offset: u64, size: u64) -> Result<Self> {
+        let header = DynamicHeader::read(&**file, header_offset, size)?;
+        let reserved = header.reserved(header_offset);
+        let truncated = || {
+            Error::corrupt(
+                "block-vpc: free_data_block_offset points after the end of file. The image has been truncated.",
+            )
+        };
+        let entries = header.entries().into();
+        let mut table = PagedTable::new(Arc::clone(file), header.table_offset(), entries);
+        let (mut first, mut end) = (u64::MAX, reserved.end());
+        let file_end = file.len().next_multiple_of(SECTOR);
+        if end > file_end {
+            return Err(truncated());
+        }
+        let mut block = 0;
+        while block < entries {
+            let some = table.entries(block)?;
+            block += some.len() as u64;
+            for offset in some.iter().filter_map(|entry| bitmap_offset(*entry)) {
+                first = first.min(offset);
+                end = end.max(offset + header.bitmap() + header.block());
+            }
+        }
+        if end > file_end {
+            return Err(truncated());
+        }
+        Ok(Self {
+            header,
+            header_offset,
+            table,
+            relied_on: header.relied_on(header_offset, size),
+            reserved,
+            stored: None,
+            first,
+            end,
+            free: Vec::new(),
+            footer_is_dirty: false,
+        })
+    }
+
+    /// The byte offset of the data of block `block`.
+    ///
+    /// # Errors
+    /// Tables that overlap each other or the block: the image is damaged.
+    pub(super) fn host(&mut self, block: u64) -> Result<Option<u64>> {
+        self.relied_on.require_apart()?;
+        let entry = self.table.entries(block)?.first().copied();
+        let Some(offset) = entry.and_then(bitmap_offset) else {
+            return Ok(None);
+        };
+        self.relied_on.require_outside("block", self.whole(offset))?;
+        Ok(Some(offset + self.header.bitmap()))
+    }
+
+    /// The bytes of the block at `offset`, its bitmap included.
+    pub(super) fn whole(&self, offset: u64) -> ByteRange {
+        ByteRange::at(offset, self.header.bitmap() + self.header.block())
+    }
+
+    /// Writes the footer at the end of the file, flushes, and writes back the table.
+    pub(super) fn publish(&mut self, footer: &Footer, file: &dyn Device) -> Result<()> {
+        if self.footer_is_dirty {
+            file.write_at(footer.as_bytes(), self.end)?;
+            self.footer_is_dirty = false;
+        }
+        if self.table.is_dirty() {
+            file.flush()?;
+            self.table.write_back()?;
+        }
+        Ok(())
+    }
+}
+
+/// The entry of a block that reads as zero.
+pub(super) const NO_BLOCK: Entry = u32::MAX.to_be_bytes();
+
+/// The byte offset of a block's bitmap, which comes right before its data; `None` if the block has no storage.
+pub(super) fn bitmap_offset(entry: Entry) -> Option<u64> {
+    (entry != NO_BLOCK).then(|| u64::from(u32::from_be_bytes(entry)) * SECTOR)
+}
