@@ -20,7 +20,7 @@ use diskimage_protocols::{
     ProtocolRequest, Target, filter_by_name, parse_name, protocol_by_name, protocol_of_name,
 };
 
-use crate::files::{Above, Identity, Location, files_below, files_of_chain};
+use crate::files::{Identity, Location, files_below, files_of_chain};
 use crate::graph::full_backing_name;
 use crate::open::open_bare;
 use crate::open_options::OpenOptions;
@@ -138,7 +138,7 @@ impl Creation {
         let size = self.size_with(&options)?;
         let mut options = options;
         options.set("size", &size.to_string())?;
-        let needed = self.needed_files(&options)?;
+        let needed = self.needed_files(&options);
         Ok(Prepared {
             needed,
             format,
@@ -175,15 +175,13 @@ impl Creation {
     }
 
     /// The files that must not be overwritten.
-    fn needed_files(&self, options: &Options) -> Result<HashSet<Identity>> {
+    fn needed_files(&self, options: &Options) -> HashSet<Identity> {
         let mut needed = self.needed.clone();
         if let Some(backing) = options.text("backing_file") {
             let name = full_backing_name(&self.name, backing);
-            let own = Target::parse(&self.name).map_or_else(|_| self.name.clone(), |target| target.path);
-            let own = Above::New(Location::at(&own));
-            needed.extend(files_below(&name, options.text("backing_fmt"), &own, &self.open)?);
+            needed.extend(files_below(&name, options.text("backing_fmt"), &self.open));
         }
-        Ok(needed)
+        needed
     }
 
     /// The size that was given, or else that of the backing image.

@@ -1,16 +1,15 @@
 //! The files of images by identity (device and inode), whatever their names are: a file must not be source and new
-//! target at once, and a chain must not contain an image twice.
+//! target at once.
 
 use std::collections::HashSet;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use diskimage_core::json::Value;
-use diskimage_core::{Device, Error, Image, NodeOptions, Result, name};
+use diskimage_core::{Device, Image, Layer, NodeOptions, name};
 use diskimage_protocols::{Target, identity_of_path, protocol_by_name};
 
-use crate::graph::{full_backing_name, node_of_name};
-use crate::open::open_node;
+use crate::graph::{Step, node_of_name, walk_chain};
 use crate::open_options::OpenOptions;
 
 /// The device and inode numbers of a file.
@@ -37,7 +36,10 @@ pub fn share_a_file(one: &Image, other: &Image) -> bool {
 }
 
 fn add_image(image: &Image, files: &mut HashSet<Identity>) {
-    let layer = image.layer();
+    add_layer(&**image.layer(), files);
+}
+
+fn add_layer(layer: &dyn Layer, files: &mut HashSet<Identity>) {
     add_device(layer.file(), files);
     if let Some(data) = layer.data_file() {
         add_device(data, files);
@@ -92,79 +94,33 @@ impl Location {
     }
 }
 
-/// The identity of the file called `name`, if `name` is that of an existing file.
-fn file_named(name: &str) -> Option<Identity> {
-    let target = Target::parse(name).ok()?;
-    identity_of_path(&target.path)
-}
-
-/// The overlay that a backing chain must not contain.
-pub(crate) enum Above {
-    /// An existing image with these files.
-    Files(HashSet<Identity>),
-    /// A new image that will be created at this location.
-    New(Location),
-}
-
-impl Above {
-    /// Whether the image called `name` with these `files` is the overlay. A new image over an existing file is not:
-    /// that file must not be overwritten, which is checked elsewhere.
-    fn is_met(&self, files: &HashSet<Identity>, name: &str) -> bool {
-        match self {
-            Self::Files(own) => !own.is_disjoint(files),
-            Self::New(Location::File(_)) => false,
-            Self::New(own) => {
-                files.is_empty() && Target::parse(name).is_ok_and(|target| Location::at(&target.path) == *own)
-            }
-        }
-    }
-}
-
 /// The files of the image called `name` and of its backing chain, as far as they are local and can be opened with
-/// `options`.
-///
-/// # Errors
-/// The chain contains an image twice, or `above`.
-pub(crate) fn files_below(
-    name: &str,
-    format: Option<&str>,
-    above: &Above,
-    options: &OpenOptions,
-) -> Result<HashSet<Identity>> {
+/// `options`. The last image may be one that cannot be opened; a chain that leads back to an image of its own ends there.
+pub(crate) fn files_below(name: &str, format: Option<&str>, options: &OpenOptions) -> HashSet<Identity> {
+    let options = options.clone().no_data(true).force_share(true);
     let mut files = HashSet::new();
-    let (mut name, mut format) = (name.to_owned(), format.map(str::to_owned));
-    for _ in 0..MAX_STEPS {
-        let image = open_single(&name, format.as_deref(), options);
-        let own = match &image {
-            Some(image) => files_of(image),
-            None => file_named(&name).into_iter().collect(),
-        };
-        if above.is_met(&own, &name) || !own.is_disjoint(&files) {
-            return Err(Error::invalid(format!(
-                "Backing file '{name}' creates an infinite loop"
-            )));
-        }
-        files.extend(own);
-        let Some((image, below)) =
-            image.and_then(|image| Some((Arc::clone(&image), image.layer().backing()?)))
-        else {
-            break;
-        };
-        name = full_backing_name(&image.base_name(), below.name.text());
-        format = below.format;
-    }
-    Ok(files)
+    let _ = node_of_name(name, format).and_then(|node| {
+        walk_chain(node, &options, &mut |step| match step {
+            Step::Node(node) => {
+                files.extend(files_of_node(node));
+                is_local(node)
+            }
+            Step::Link(layer) => {
+                add_layer(layer, &mut files);
+                true
+            }
+        })
+    });
+    files
 }
 
-/// Opens the image called `name` without its backing image; `None` if it is not local or cannot be opened.
-fn open_single(name: &str, format: Option<&str>, options: &OpenOptions) -> Option<Arc<Image>> {
-    let node = node_of_name(name, format).ok().filter(is_local)?;
-    let options = options.clone().no_backing(true).no_data(true).force_share(true);
-    open_node(node, &options).ok()
+/// The existing files that the options of a node name.
+fn files_of_node(node: &NodeOptions) -> impl Iterator<Item = Identity> {
+    node.iter().filter_map(|(name, value)| match value {
+        Value::Text(path) if name == "filename" || name.ends_with(".filename") => identity_of_path(path),
+        _ => None,
+    })
 }
-
-/// The largest number of images in a chain; the same limit as that for opening a chain.
-const MAX_STEPS: usize = 200;
 
 /// Whether opening the node needs no network.
 fn is_local(node: &NodeOptions) -> bool {

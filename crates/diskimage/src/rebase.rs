@@ -21,9 +21,7 @@ use diskimage_core::{
 use diskimage_formats::format_by_name;
 
 use crate::cursor::{Cursor, End, Segment};
-use crate::files::{Above, files_below, files_of};
-use crate::graph::full_backing_name;
-use crate::open_options::OpenOptions;
+use crate::files::{files_of, files_of_chain};
 
 /// A change of the backing image that keeps the guest data.
 #[derive(Debug)]
@@ -49,8 +47,10 @@ impl Rebase<'_> {
     /// old one, on which its guest data is the same; [`set_backing`] stores the name of the new one.
     ///
     /// # Errors
-    /// The first failed read or write in guest order.
+    /// The new chain contains the overlay, which would be changed while it is read; or the first failed read or write in
+    /// guest order.
     pub fn run(&self) -> Result<()> {
+        self.refuse_loop()?;
         let len = self.image.len();
         self.progress.set(0, len);
         let cluster = self.image.layer().granularity();
@@ -73,6 +73,17 @@ impl Rebase<'_> {
         self.image.flush()?;
         self.progress.set(len, len);
         Ok(())
+    }
+
+    fn refuse_loop(&self) -> Result<()> {
+        let own = files_of(self.image);
+        match self.new {
+            Some(new) if !own.is_disjoint(&files_of_chain(new, usize::MAX)) => Err(Error::invalid(format!(
+                "Backing file '{}' creates an infinite loop",
+                self.image.name()
+            ))),
+            _ => Ok(()),
+        }
     }
 
     fn encoder(&self) -> Result<Option<Box<dyn Encoder>>> {
@@ -136,8 +147,7 @@ pub fn set_backing(image: &Image, backing: Option<&Backing>) -> Result<()> {
 /// Checks the arguments of [`set_backing`] before the image is changed.
 ///
 /// # Errors
-/// The image's format has no backing files, the format of the backing image is not given, or the chain of the backing
-/// image contains the image.
+/// The image's format has no backing files, or the format of the backing image is not given.
 pub fn check_backing(image: &Image, backing: Option<&Backing>) -> Result<()> {
     if backing.is_some_and(|backing| backing.format.is_none()) {
         return Err(Error::invalid("backing format must be specified").context(could_not(backing)));
@@ -146,15 +156,7 @@ pub fn check_backing(image: &Image, backing: Option<&Backing>) -> Result<()> {
     if !format.is_some_and(|format| format.properties().has_backing) {
         return Err(Error::from_errno(errno::ENOTSUP).context(could_not(backing)));
     }
-    refuse_loop(image, backing).context(|| could_not(backing))
-}
-
-/// Refuses a backing image whose chain contains `image`.
-fn refuse_loop(image: &Image, backing: Option<&Backing>) -> Result<()> {
-    let Some(backing) = backing else { return Ok(()) };
-    let name = full_backing_name(&image.base_name(), backing.name.text());
-    let format = backing.format.as_deref();
-    files_below(&name, format, &Above::Files(files_of(image)), &OpenOptions::new()).map(drop)
+    Ok(())
 }
 
 fn could_not(backing: Option<&Backing>) -> String {

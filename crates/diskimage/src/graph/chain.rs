@@ -8,7 +8,7 @@
 
 use std::sync::Arc;
 
-use diskimage_core::{Device, Error, ErrorKind, Image, NodeOptions, Result};
+use diskimage_core::{Device, Error, ErrorKind, Image, Layer, NodeOptions, Result};
 
 use super::common::Common;
 use super::names::{full_backing_name, is_relative, node_of_name};
@@ -56,10 +56,11 @@ impl Opener<'_> {
         let mut links = vec![top];
         self.require_place(&links)?;
         while !self.options.no_backing
-            && let Some(below) = self.open_below(&mut links)
+            && let Some(below) = links.last().and_then(|last| self.node_below(last))
         {
             // As in qemu-img, each overlay on the way adds its message to the error.
-            let link = below.map_err(|error| {
+            let link = below.and_then(|below| self.open_below(below, &links));
+            let link = link.map_err(|error| {
                 links
                     .iter()
                     .fold(error, |error, _| error.context("Could not open backing file"))
@@ -89,32 +90,36 @@ impl Opener<'_> {
         }
     }
 
-    /// Opens the backing image of the last of `links`, if it has one.
-    fn open_below(&self, links: &mut [Link]) -> Option<Result<Link>> {
+    /// Opens the backing image of the last of `links`.
+    fn open_below(&self, below: Below, links: &[Link]) -> Result<Link> {
         let depth = links.len();
-        let last = links.last_mut()?;
-        if last.no_backing {
-            return None;
+        if depth >= MAX_CHAIN {
+            return Err(Error::new(
+                ErrorKind::Limit,
+                format!("More than {MAX_CHAIN} images in a chain"),
+            ));
         }
-        let given = last.backing.take();
-        let named = last.layer.backing();
-        if given.is_none() && named.is_none() {
-            return None;
-        }
-        let from = last.base_name();
         let mode = Mode {
             write: self.options.write_below == Some(depth),
             is_below: true,
-            ..last.mode
+            ..below.mode
         };
-        let open = || {
-            if depth >= MAX_CHAIN {
-                return Err(Error::new(
-                    ErrorKind::Limit,
-                    format!("More than {MAX_CHAIN} images in a chain"),
-                ));
-            }
-            let given = given.unwrap_or_default();
+        let opener = Opener {
+            from: below.named_by.as_deref(),
+            ..self.clone()
+        };
+        not_again(opener.open_link(below.node, mode)?, links)
+    }
+
+    /// The node of the backing image of `link`, if it has one.
+    fn node_below(&self, link: &Link) -> Option<Result<Below>> {
+        let named = link.layer.backing();
+        if link.no_backing || (link.backing.is_none() && named.is_none()) {
+            return None;
+        }
+        let given = link.backing.clone().unwrap_or_default();
+        let from = link.base_name();
+        let node = || {
             if let Some(reference) = given.text("") {
                 return Err(no_such_node(reference));
             }
@@ -131,21 +136,69 @@ impl Opener<'_> {
                 }
             };
             node.overlay(given);
-            let opener = Opener {
-                from: (!by_user).then_some(from.as_str()),
-                ..self.clone()
-            };
-            opener.open_link(node, mode)
+            Ok(Below {
+                node,
+                mode: link.mode,
+                named_by: (!by_user).then_some(from),
+            })
         };
-        let link = open();
-        Some(link.and_then(|link| not_again(link, links)))
+        Some(node())
     }
 }
 
-/// Refuses an image that is in the chain already.
+/// The node of a backing image.
+struct Below {
+    node: NodeOptions,
+    /// The mode of the overlay.
+    mode: Mode,
+    /// The name of the overlay if that names the file; `None` if the options of the overlay's node do.
+    named_by: Option<String>,
+}
+
+/// What [`walk_chain`] has come to.
+pub(crate) enum Step<'a> {
+    /// The options of an image's node, before it is opened.
+    Node(&'a NodeOptions),
+    /// An image that has been opened.
+    Link(&'a dyn Layer),
+}
+
+/// Calls `visit` for each image of a chain from the top down, until it returns `false`. A chain that leads back to an
+/// image of its own ends there.
+///
+/// # Errors
+/// An image cannot be opened.
+pub(crate) fn walk_chain(
+    node: NodeOptions,
+    options: &OpenOptions,
+    visit: &mut dyn FnMut(Step<'_>) -> bool,
+) -> Result<()> {
+    let opener = Opener::new(options);
+    if !visit(Step::Node(&node)) {
+        return Ok(());
+    }
+    let mut links = vec![opener.open_link(node, options.mode())?];
+    while let Some(last) = links.last()
+        && visit(Step::Link(&*last.layer))
+        && let Some(below) = opener.node_below(last).transpose()?
+        && visit(Step::Node(&below.node))
+    {
+        links.push(opener.open_below(below, &links)?);
+    }
+    Ok(())
+}
+
+/// Refuses an image that is in the chain already and has led to itself. Only links that images make by themselves can form
+/// a loop: those that the options of a node make are as many as the options.
 fn not_again(link: Link, links: &[Link]) -> Result<Link> {
-    let again = |other: &Link| other.identity == link.identity && other.node.driver == link.node.driver;
-    if link.identity.is_some() && links.iter().any(again) {
+    let again = |other: &Link| {
+        other.identity == link.identity
+            && other.node.driver == link.node.driver
+            && other.backing.is_none()
+            && link.backing.is_none()
+    };
+    let follows_header = link.identity.is_some() && !link.no_backing;
+    if follows_header && links.iter().any(again) {
         return Err(Error::corrupt(format!(
             "Backing file '{}' creates an infinite loop",
             link.base_name()

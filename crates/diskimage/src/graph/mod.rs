@@ -32,7 +32,7 @@ use crate::open_options::{Mode, OpenOptions};
 use crate::probe::probe;
 use common::Common;
 
-pub(crate) use chain::{open_chain, open_device_chain};
+pub(crate) use chain::{Step, open_chain, open_device_chain, walk_chain};
 
 pub use names::{full_backing_name, is_driver, is_relative, node_of_name};
 
