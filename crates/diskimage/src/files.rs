@@ -35,6 +35,31 @@ pub fn share_a_file(one: &Image, other: &Image) -> bool {
     !files_of(one).is_disjoint(&files_of(other))
 }
 
+/// Whether data of `image` or of a node below it is stored encrypted. Storage that was never written then does not read
+/// as zero, as far as it is not known to be unallocated.
+///
+/// # Errors
+/// The facts of an image cannot be read.
+pub fn is_encrypted(image: &Image) -> Result<bool> {
+    let layer = image.layer();
+    if layer.info()?.encrypted || is_encrypted_below(layer.file())? {
+        return Ok(true);
+    }
+    layer.data_file().map_or(Ok(false), is_encrypted_below)
+}
+
+fn is_encrypted_below(device: &Arc<dyn Device>) -> Result<bool> {
+    if let Some(image) = device.as_image() {
+        return is_encrypted(image);
+    }
+    for (_, below) in device.node().children {
+        if is_encrypted_below(&below)? {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
 fn add_image(image: &Image, files: &mut HashSet<Identity>) {
     add_layer(&**image.layer(), files);
 }

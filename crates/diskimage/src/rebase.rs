@@ -21,7 +21,9 @@ use diskimage_core::{
 use diskimage_formats::format_by_name;
 
 use crate::cursor::{Cursor, End, Segment};
-use crate::files::{files_of, files_of_chain};
+use crate::files::{files_below, files_of, files_of_chain};
+use crate::graph::full_backing_name;
+use crate::open_options::OpenOptions;
 
 /// A change of the backing image that keeps the guest data.
 #[derive(Debug)]
@@ -78,10 +80,9 @@ impl Rebase<'_> {
     fn refuse_loop(&self) -> Result<()> {
         let own = files_of(self.image);
         match self.new {
-            Some(new) if !own.is_disjoint(&files_of_chain(new, usize::MAX)) => Err(Error::invalid(format!(
-                "Backing file '{}' creates an infinite loop",
-                self.image.name()
-            ))),
+            Some(new) if !own.is_disjoint(&files_of_chain(new, usize::MAX)) => {
+                Err(loop_error(self.image.name()))
+            }
             _ => Ok(()),
         }
     }
@@ -147,7 +148,8 @@ pub fn set_backing(image: &Image, backing: Option<&Backing>) -> Result<()> {
 /// Checks the arguments of [`set_backing`] before the image is changed.
 ///
 /// # Errors
-/// The image's format has no backing files, or the format of the backing image is not given.
+/// The image's format has no backing files, the format of the backing image is not given, or the chain of the backing
+/// image contains the image.
 pub fn check_backing(image: &Image, backing: Option<&Backing>) -> Result<()> {
     if backing.is_some_and(|backing| backing.format.is_none()) {
         return Err(Error::invalid("backing format must be specified").context(could_not(backing)));
@@ -156,7 +158,22 @@ pub fn check_backing(image: &Image, backing: Option<&Backing>) -> Result<()> {
     if !format.is_some_and(|format| format.properties().has_backing) {
         return Err(Error::from_errno(errno::ENOTSUP).context(could_not(backing)));
     }
-    Ok(())
+    refuse_link_to_itself(image, backing).context(|| could_not(backing))
+}
+
+/// Refuses a backing image whose chain contains `image`.
+fn refuse_link_to_itself(image: &Image, backing: Option<&Backing>) -> Result<()> {
+    let Some(backing) = backing else { return Ok(()) };
+    let name = full_backing_name(&image.base_name(), backing.name.text());
+    let files = files_below(&name, backing.format.as_deref(), &OpenOptions::new());
+    match files.is_disjoint(&files_of(image)) {
+        true => Ok(()),
+        false => Err(loop_error(&name)),
+    }
+}
+
+fn loop_error(name: &str) -> Error {
+    Error::invalid(format!("Backing file '{name}' creates an infinite loop"))
 }
 
 fn could_not(backing: Option<&Backing>) -> String {

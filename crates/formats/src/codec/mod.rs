@@ -4,6 +4,7 @@
 //! and it ignores bytes after the stream's end (formats store a length rounded up to sectors). An encoder returns
 //! `false` for a cluster that does not get smaller. Contexts are expensive to make, so each thread keeps its own.
 
+pub(crate) mod adc;
 pub(crate) mod bzip2;
 pub(crate) mod deflate;
 pub(crate) mod lzfse;

@@ -29,6 +29,7 @@ pub(super) enum ChunkKind {
 /// How an encoded chunk is compressed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Codec {
+    Adc,
     Zlib,
     Bzip2,
     Lzfse,
@@ -114,6 +115,7 @@ impl Chunks {
         match code {
             0 | 2 => Some(ChunkKind::Zero),
             1 => Some(ChunkKind::Raw),
+            0x8000_0004 => Some(ChunkKind::Encoded(Codec::Adc)),
             0x8000_0005 => Some(ChunkKind::Encoded(Codec::Zlib)),
             0x8000_0006 => Some(ChunkKind::Encoded(Codec::Bzip2)),
             0x8000_0007 => Some(ChunkKind::Encoded(Codec::Lzfse)),

@@ -8,8 +8,13 @@
 //!
 //! Numbers are big-endian. The trailer (`koly`) has the offsets of the other parts; [`source`] finds the `mish` blocks
 //! in them, [`chunk`] lists their chunks sorted by sector.
+//!
+//! A read/write image (`UDRW`) has no trailer: it is the disk itself ([`raw_disk`]). Either kind may be the contents of an
+//! encrypted container ([`encrypted`]).
 
 mod chunk;
+mod encrypted;
+mod raw_disk;
 mod source;
 #[cfg(test)]
 mod tests;
@@ -17,19 +22,28 @@ mod trailer;
 
 use std::sync::Arc;
 
+use diskimage_core::options::{OptionDef, OptionKind};
 use diskimage_core::{
-    DecodedBlockCache, Device, Error, Format, FormatProperties, Layer, Note, OpenRequest, Probe, Result,
-    Score, errno, to_index,
+    DecodedBlockCache, Device, Error, Format, FormatProperties, Info, Layer, Note, OpenRequest, Probe,
+    Result, Score, errno, to_index,
 };
 
-use crate::codec::{bzip2, deflate, lzfse, xz};
+use crate::codec::{adc, bzip2, deflate, lzfse, xz};
 use crate::layer_kit::read_only_layer::{self, Disk};
 use chunk::{Chunk, ChunkKind, Chunks, Codec, SECTOR};
+use raw_disk::RawDisk;
 use trailer::Trailer;
 
 /// The format's entry in the table.
 #[derive(Debug)]
 pub struct Dmg;
+
+/// The options of a node.
+const NODE_OPTIONS: &[OptionDef] = &[OptionDef::new(
+    "key-secret",
+    OptionKind::Text,
+    "ID of the secret that provides the passphrase",
+)];
 
 const NAME: &str = "dmg";
 const SUFFIX: &str = ".dmg";
@@ -40,7 +54,12 @@ impl Format for Dmg {
     }
 
     fn properties(&self) -> &'static FormatProperties {
-        &FormatProperties::READ_ONLY
+        const {
+            &FormatProperties {
+                strong_options: &["key-secret"],
+                ..FormatProperties::READ_ONLY
+            }
+        }
     }
 
     fn probe(&self, probe: &Probe<'_>) -> Score {
@@ -51,12 +70,25 @@ impl Format for Dmg {
 
     fn open(&self, request: OpenRequest<'_>) -> Result<Arc<dyn Layer>> {
         read_only_layer::refuse_writing(&request)?;
-        let trailer = Trailer::find(&*request.file, request.name)?;
+        let options = request.options.take_known(NODE_OPTIONS)?;
+        let plain = encrypted::open(
+            &request.file,
+            options.text("key-secret"),
+            &request.context.objects,
+        )?;
+        let contents = Contents {
+            is_encrypted: plain.is_some(),
+            data: plain.unwrap_or_else(|| Arc::clone(&request.file)),
+            file: request.file,
+        };
+        let Some(trailer) = Trailer::find(&*contents.data, request.name)? else {
+            return Ok(read_only_layer::layer(RawDisk::new(contents)?));
+        };
         let mut chunks = Chunks::new(trailer.data_offset, request.context.budget.clone());
-        source::read(&*request.file, &trailer, request.name, &mut chunks)?;
+        source::read(&*contents.data, &trailer, request.name, &mut chunks)?;
         let unknown = chunks.warning();
         let disk = Udif {
-            file: request.file,
+            contents,
             len: trailer.len()?,
             chunks: chunks.sorted(),
             last: DecodedBlockCache::default(),
@@ -71,9 +103,29 @@ fn invalid(name: &str) -> Error {
     Error::from_errno(errno::EINVAL).context(format!("Could not open '{name}'"))
 }
 
+/// The bytes of an image.
+#[derive(Debug)]
+struct Contents {
+    /// The image's file.
+    file: Arc<dyn Device>,
+    /// The bytes, decrypted if the file is an encrypted container.
+    data: Arc<dyn Device>,
+    is_encrypted: bool,
+}
+
+impl Contents {
+    fn info(&self) -> Info {
+        Info {
+            encrypted: self.is_encrypted,
+            ..Info::default()
+        }
+    }
+}
+
+/// An image with a trailer.
 #[derive(Debug)]
 struct Udif {
-    file: Arc<dyn Device>,
+    contents: Contents,
     len: u64,
     chunks: Chunks,
     last: DecodedBlockCache<u64>,
@@ -92,7 +144,7 @@ impl Udif {
                 let (head, tail) = buf.split_at_mut(to_index(stored)?);
                 tail.fill(0);
                 if !head.is_empty() {
-                    self.file.read_whole(head, chunk.offset + at)?;
+                    self.contents.data.read_whole(head, chunk.offset + at)?;
                 }
             }
             ChunkKind::Encoded(codec) => {
@@ -110,13 +162,16 @@ impl Udif {
     fn decode(&self, chunk: &Chunk, codec: Codec, block: &mut Vec<u8>) -> Result<()> {
         let damaged = || Error::from_errno(errno::EIO);
         // The stream marks its own end, so a stored length that reaches beyond the file is cut to the file.
-        let stored = chunk.stored.min(self.file.len().saturating_sub(chunk.offset));
+        let stored = chunk
+            .stored
+            .min(self.contents.data.len().saturating_sub(chunk.offset));
         let mut bytes = vec![0; usize::try_from(stored).map_err(|_| damaged())?];
         if !bytes.is_empty() {
-            self.file.read_at(&mut bytes, chunk.offset)?;
+            self.contents.data.read_at(&mut bytes, chunk.offset)?;
         }
         block.resize(usize::try_from(chunk.sectors * SECTOR).map_err(|_| damaged())?, 0);
         match codec {
+            Codec::Adc => adc::decode(&bytes, block),
             Codec::Zlib => deflate::decode_zlib(&bytes, block),
             Codec::Bzip2 => bzip2::decode(&bytes, block),
             Codec::Lzfse => lzfse::decode(&bytes, block),
@@ -134,7 +189,11 @@ impl Disk for Udif {
     }
 
     fn file(&self) -> &Arc<dyn Device> {
-        &self.file
+        &self.contents.file
+    }
+
+    fn info(&self) -> Info {
+        self.contents.info()
     }
 
     fn notes(&self) -> &[Note] {

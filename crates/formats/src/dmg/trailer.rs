@@ -24,22 +24,30 @@ const LEN: usize = 512;
 const MAX_LEN: u64 = (1 << 63) - (1 << 30);
 
 impl Trailer {
-    /// Searches for the trailer. It must end in the last or the last but one sector of the file.
-    pub(super) fn find(file: &dyn Device, name: &str) -> Result<Self> {
+    /// Searches for the trailer, which a raw disk does not have. It must end in the last or the last but one sector of
+    /// the file.
+    pub(super) fn find(file: &dyn Device, name: &str) -> Result<Option<Self>> {
         if file.is_empty() {
             return Err(Error::invalid("dmg file must be at least 512 bytes long"));
         }
         let start = align_up(file.len(), SECTOR).saturating_sub(2 * LEN as u64 - 1);
         let mut end = [0; LEN + MAGIC.len() - 1];
         file.read_padded(&mut end, start)?;
-        let at = end
-            .windows(MAGIC.len())
-            .position(|bytes| bytes == MAGIC)
-            .ok_or_else(|| Error::invalid("Could not locate UDIF trailer in dmg file"))?;
+        let Some(at) = end.windows(MAGIC.len()).position(|bytes| bytes == MAGIC) else {
+            return Ok(None);
+        };
         let offset = start + at as u64;
         let mut trailer = [0; LEN];
         file.read_padded(&mut trailer, offset)?;
-        Self::parse(&trailer, offset).ok_or_else(|| invalid(name))
+        let segments = u32::from_be_bytes([trailer[0x3c], trailer[0x3d], trailer[0x3e], trailer[0x3f]]);
+        if segments > 1 {
+            return Err(Error::unsupported(format!(
+                "The image is in {segments} segments (.dmgpart), which is not supported: join them with `hdiutil convert`"
+            )));
+        }
+        Self::parse(&trailer, offset)
+            .map(Some)
+            .ok_or_else(|| invalid(name))
     }
 
     fn parse(bytes: &[u8; LEN], offset: u64) -> Option<Self> {

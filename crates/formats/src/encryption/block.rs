@@ -32,6 +32,11 @@ pub(crate) fn keyed(alg: CipherAlg, key: &[u8]) -> Result<Box<dyn BlockCipher>> 
     }
 }
 
+/// Returns triple DES with `key`, which has 24 bytes: only for keys that are wrapped with it, no disk is encrypted so.
+pub(crate) fn triple_des(key: &[u8]) -> Result<Box<dyn BlockCipher>> {
+    boxed::<des::TdesEde3>(key)
+}
+
 fn boxed<C>(key: &[u8]) -> Result<Box<dyn BlockCipher>>
 where
     C: KeyInit + BlockCipherEncrypt + BlockCipherDecrypt + Send + Sync + 'static,

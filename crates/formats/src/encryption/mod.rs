@@ -17,6 +17,7 @@
 
 mod anti_forensic;
 mod block;
+pub(crate) mod cbc;
 mod cipher;
 pub(crate) mod encrypted_device;
 mod hash;
@@ -28,6 +29,7 @@ mod secret;
 mod sector;
 
 pub(crate) use anti_forensic::{merge, split};
+pub(crate) use block::{BlockCipher, keyed, triple_des};
 pub(crate) use cipher::{CipherAlg, CipherMode};
 pub(crate) use hash::HashAlg;
 pub(crate) use iv::IvAlg;

@@ -3,8 +3,8 @@
 use diskimage_core::{Error, Result};
 use zeroize::Zeroizing;
 
-use super::CipherAlg;
 use super::block::keyed;
+use super::{CipherAlg, cbc};
 
 /// Decrypts `bytes` and removes the padding.
 ///
@@ -27,27 +27,13 @@ pub fn decrypt_secret(key: &[u8], iv: &[u8], bytes: &[u8]) -> Result<Zeroizing<V
             bytes.len()
         )));
     }
-    let mut plain = Zeroizing::new(bytes.to_vec());
-    keyed(CipherAlg::Aes256, key)?.decrypt(&mut plain);
-    // The initialisation vector takes the role of the block before the first.
-    for (byte, before) in plain.iter_mut().zip(iv.iter().chain(bytes)) {
-        *byte ^= before;
-    }
-    let padding = plain.last().copied().unwrap_or(0);
-    let count = usize::from(padding);
-    let kept = plain
-        .len()
-        .checked_sub(count)
-        .filter(|_| (1..=BLOCK).contains(&count));
-    match kept {
-        Some(kept) if plain[kept..].iter().all(|byte| *byte == padding) => {
-            plain.truncate(kept);
-            Ok(plain)
-        }
-        _ => Err(Error::invalid(format!(
+    let mut plain = cbc::decrypt(&*keyed(CipherAlg::Aes256, key)?, iv, bytes);
+    cbc::remove_padding(&mut plain, BLOCK).map_err(|padding| {
+        Error::invalid(format!(
             "Incorrect number of padding bytes ({padding}) found on decrypted data"
-        ))),
-    }
+        ))
+    })?;
+    Ok(plain)
 }
 
 const BLOCK: usize = 16;

@@ -26,6 +26,11 @@ pub(crate) trait Disk: std::fmt::Debug + Send + Sync + 'static {
         &[]
     }
 
+    /// What `info` reports of the image.
+    fn info(&self) -> Info {
+        Info::default()
+    }
+
     /// Fills `buf` with the guest bytes from `offset` on; the whole range is inside the disk.
     fn read(&self, buf: &mut [u8], offset: u64) -> Result<()>;
 }
@@ -88,7 +93,7 @@ impl<D: Disk> Layer for ReadOnly<D> {
     }
 
     fn info(&self) -> Result<Info> {
-        Ok(Info::default())
+        Ok(self.0.0.disk.info())
     }
 
     fn resize(&self, _request: &ResizeRequest) -> Result<()> {

@@ -36,7 +36,7 @@ pub(super) struct RawHeader {
     version: U32,
     /// Bytes of the header from here on.
     header_size: U32,
-    /// 1 dynamic, 2 static.
+    /// [`DYNAMIC`] or [`STATIC`]; other types are refused.
     image_type: U32,
     /// Flags; ignored.
     image_flags: U32,
@@ -60,7 +60,7 @@ pub(super) struct RawHeader {
     disk_size: U64,
     /// Bytes of a block: 1 MiB.
     block_size: U32,
-    /// Extra bytes in front of each block: 0.
+    /// Extra bytes in front of each block: 0, or the image is refused.
     block_extra: U32,
     /// Entries of the block map.
     blocks_in_image: U32,
@@ -184,6 +184,9 @@ impl Header {
                 "too many blocks {blocks}, max is {MAX_BLOCKS}"
             )));
         }
+        if let Some(what) = changed_meaning(&raw) {
+            return Err(unsupported(what));
+        }
         Ok(Self {
             raw,
             size,
@@ -268,6 +271,29 @@ impl Header {
 
 const DYNAMIC: u32 = 1;
 const STATIC: u32 = 2;
+/// Changes of another image that can be undone, and those of a differencing image: what is unallocated in them is not zero.
+const UNDO: u32 = 3;
+const DIFFERENCING: u32 = 4;
+
+/// What the header states that gives its blocks another meaning; `qemu-img` ignores these fields.
+fn changed_meaning(raw: &RawHeader) -> Option<String> {
+    if raw.header_size.get() < HEADER_SIZE {
+        return Some(format!(
+            "header of {} bytes, at least {HEADER_SIZE} are needed",
+            raw.header_size
+        ));
+    }
+    match raw.image_type.get() {
+        DYNAMIC | STATIC => {}
+        UNDO => return Some("undo image, its parent would be needed".to_owned()),
+        DIFFERENCING => return Some("differencing image, its parent would be needed".to_owned()),
+        other => return Some(format!("image type {other}")),
+    }
+    match raw.block_extra.get() {
+        0 => None,
+        extra => Some(format!("{extra} bytes of extra data per block")),
+    }
+}
 
 /// Bytes of a map with `blocks` entries, rounded up to whole sectors.
 pub(super) fn map_bytes(blocks: u32) -> u64 {

@@ -194,6 +194,28 @@ fn damaged_headers_are_refused() {
         ),
         (0x1a8, &[1], "unsupported VDI image (non-NULL link UUID)"),
         (0x1b8, &[1], "unsupported VDI image (non-NULL parent UUID)"),
+        (
+            0x48,
+            &[0x7f],
+            "unsupported VDI image (header of 383 bytes, at least 384 are needed)",
+        ),
+        (0x4c, &[0], "unsupported VDI image (image type 0)"),
+        (
+            0x4c,
+            &[3],
+            "unsupported VDI image (undo image, its parent would be needed)",
+        ),
+        (
+            0x4c,
+            &[4],
+            "unsupported VDI image (differencing image, its parent would be needed)",
+        ),
+        (0x4c, &[5], "unsupported VDI image (image type 5)"),
+        (
+            0x17d,
+            &[2],
+            "unsupported VDI image (512 bytes of extra data per block)",
+        ),
     ] {
         let mut bad = good.clone();
         bad[offset..offset + bytes.len()].copy_from_slice(bytes);
@@ -223,6 +245,30 @@ fn blocks_beyond_the_end_of_the_file_cannot_be_read_or_moved_onto() {
     let image = open_bytes(&bytes).expect("opens");
     assert!(image.read_at(&mut [0; 512], 0).is_err());
     assert_eq!(check(&image).corruptions, 1);
+}
+
+#[test]
+fn a_slot_of_two_blocks_is_reported_with_both_blocks() {
+    let mut bytes = create("static=on", 4 * BLOCK);
+    for (block, slot) in [(1, 0_u32), (2, 3), (3, 0)] {
+        bytes[MAP + block * 4..][..4].copy_from_slice(&slot.to_le_bytes());
+    }
+    let lines = std::sync::Mutex::new(Vec::new());
+    let note = |note: &diskimage_core::Note| lines.lock().expect("one thread").push(note.clone());
+    let report = open_bytes(&bytes)
+        .expect("opens")
+        .layer()
+        .check(Repair::No, &Progress::none().with_notes(&note))
+        .expect("checks");
+    assert_eq!(report.corruptions, 2);
+    let line = |text: &str| diskimage_core::Note::Line(text.to_owned());
+    assert_eq!(
+        lines.into_inner().expect("one thread"),
+        [
+            line("ERROR: block index 1 also used by 0"),
+            line("ERROR: block index 3 also used by 0")
+        ]
+    );
 }
 
 /// Writes and growth, with the contents that the disk may have at each moment of the journal.

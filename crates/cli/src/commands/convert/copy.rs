@@ -7,7 +7,8 @@ use std::sync::Arc;
 use diskimage::options::Options;
 use diskimage::{
     Conversion, Creation, DEFAULT_SPARSE, Device, FILE_CREATE_OPTIONS, Format, Image, Layer, NodeOptions,
-    OpenOptions, check_bitmaps, copy_bitmaps, format_by_name, format_of_new, name, open_snapshot, total_len,
+    OpenOptions, check_bitmaps, copy_bitmaps, format_by_name, format_of_new, is_encrypted, name,
+    open_snapshot, total_len,
 };
 
 use super::super::create::option_help;
@@ -311,6 +312,12 @@ fn copy(
         conversion.backing_len = image.backing().map(|backing| backing.len());
     }
     conversion.target_is_zero = if args.no_create {
+        if args.target_is_zero && is_encrypted(image)? {
+            return Err(Stop::wrong(
+                "--target-is-zero is not possible for an encrypted target: what was never written there does not read as \
+                 zeroes",
+            ));
+        }
         args.target_is_zero
     } else {
         conversion.target_is_zero
