@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use diskimage_core::json::Value;
-use diskimage_core::{Device, Image, Layer, NodeOptions, name};
+use diskimage_core::{Device, Image, Layer, NodeOptions, Result, name};
 use diskimage_protocols::{Target, identity_of_path, protocol_by_name};
 
 use crate::graph::{Step, node_of_name, walk_chain};

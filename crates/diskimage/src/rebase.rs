@@ -81,7 +81,7 @@ impl Rebase<'_> {
         let own = files_of(self.image);
         match self.new {
             Some(new) if !own.is_disjoint(&files_of_chain(new, usize::MAX)) => {
-                Err(loop_error(self.image.name()))
+                Err(loop_error(&self.image.name()))
             }
             _ => Ok(()),
         }
