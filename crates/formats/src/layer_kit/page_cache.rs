@@ -24,6 +24,9 @@ use diskimage_core::Result;
 pub(crate) struct PageCache<S = ()> {
     slots: Vec<Page<S>>,
     index: HashMap<Address, usize, AddressHash>,
+    /// Slots in which pages were found before, by the low bits of their page number. A slot may hold another page by
+    /// now.
+    recent: [usize; RECENT],
     /// The slot that eviction looks at next.
     hand: usize,
     /// Bytes of all pages.
@@ -103,6 +106,8 @@ impl<S> Page<S> {
 const SECTOR: usize = 512;
 /// Bytes of the largest page: the mask of dirty sectors has 128 bits.
 pub(crate) const MAX_PAGE: usize = 128 * SECTOR;
+/// The number of pages that are found without the index.
+const RECENT: usize = 16;
 /// Contiguous dirty sectors are written in one request of up to this many bytes.
 const MAX_WRITE: usize = 1 << 20;
 
@@ -112,6 +117,7 @@ impl<S: Copy + Ord> PageCache<S> {
         Self {
             slots: Vec::new(),
             index: HashMap::default(),
+            recent: [0; RECENT],
             hand: 0,
             bytes: 0,
             capacity,
@@ -140,7 +146,13 @@ impl<S: Copy + Ord> PageCache<S> {
 
     /// The slot of the page at `address`, valid until a page is inserted or removed.
     pub(crate) fn find(&mut self, address: Address) -> Option<usize> {
-        let slot = *self.index.get(&address)?;
+        // The remainder is below `RECENT`.
+        let recent = usize::try_from(address.offset / MAX_PAGE as u64 % RECENT as u64).unwrap_or(0);
+        let mut slot = self.recent[recent];
+        if self.slots.get(slot).is_none_or(|page| page.address != address) {
+            slot = *self.index.get(&address)?;
+            self.recent[recent] = slot;
+        }
         self.slots.get_mut(slot)?.used = true;
         Some(slot)
     }

@@ -163,18 +163,23 @@ impl Refcounts {
 
     /// Increments the refcount of each cluster that `len` bytes from `offset` on touch. Their blocks exist.
     fn increment(&mut self, tables: &mut MetadataCache, offset: u64, len: u64) -> Result<()> {
-        for cluster in self.clusters(offset, len) {
-            let count = self.count(tables, cluster)?;
-            if count >= self.geometry.max_refcount() {
-                return Err(Error::corrupt(format!(
+        let max = self.geometry.max_refcount();
+        let clusters = self.clusters(offset, len);
+        let mut at = clusters.start;
+        while at < clusters.end {
+            let (done, failed) = self.update_page(tables, at, clusters.end - at, |cluster, used| {
+                if used < max {
+                    return Ok(used + 1);
+                }
+                Err(Error::corrupt(format!(
                     "Refcount of cluster {cluster:#x} would overflow"
-                )));
+                )))
+            })?;
+            self.references.add_run(at, done);
+            if let Some(failed) = failed {
+                return Err(failed.error);
             }
-            let block = self
-                .block(tables, cluster)?
-                .ok_or_else(|| Error::corrupt("No refcount block"))?;
-            self.set_count(tables, block, cluster, count + 1)?;
-            self.references.add(cluster);
+            at += done;
         }
         Ok(())
     }

@@ -17,6 +17,13 @@ pub(in crate::qcow2) enum RefcountChange {
     Down,
 }
 
+/// A refcount that could not be replaced.
+pub(super) struct FailedUpdate {
+    /// The refcount as it is.
+    used: u64,
+    pub(super) error: Error,
+}
+
 impl Refcounts {
     /// Checks that `count` clusters from `first` on have refcounts above zero and, for [`RefcountChange::Up`], below
     /// the maximum.
@@ -63,36 +70,23 @@ impl Refcounts {
         change: RefcountChange,
         mut freed: impl FnMut(u64),
     ) -> Result<()> {
-        let (order, max) = (self.geometry.refcount_order, self.geometry.max_refcount());
+        let max = self.geometry.max_refcount();
         let mut free = Vec::new();
         let mut at = first;
         while at < first + count {
-            let (table, slot, len) = self.run_in_page(tables, at, first + count - at)?;
-            let bytes = tables.bytes_mut(table, slot.byte)?;
-            let mut done = 0;
-            let mut failed = None;
-            while done < len && failed.is_none() {
-                let cluster = at + done;
-                let (skip, slot) = self.slot_from(cluster, slot)?;
-                let bytes = bytes.get_mut(skip..).unwrap_or(&mut []);
-                let used = block::read(bytes, slot, order).unwrap_or(0);
-                match changed(used, change, max, cluster) {
-                    Ok(mut new) => {
-                        if change == RefcountChange::Down {
-                            // The refcount does not fall below the number of known references.
-                            let left = self.references.of(cluster).unwrap_or(0).saturating_sub(1);
-                            new = new.max(left.min(used));
-                        }
-                        block::write(bytes, slot, order, new)
-                            .ok_or_else(|| Error::corrupt("Refcount block too short"))?;
-                        if new == 0 {
-                            free.push(cluster);
-                        }
-                        done += 1;
-                    }
-                    Err(error) => failed = Some((used, error)),
+            let references = &self.references;
+            let (done, failed) = self.update_page(tables, at, first + count - at, |cluster, used| {
+                let mut new = changed(used, change, max, cluster)?;
+                if change == RefcountChange::Down {
+                    // The refcount does not fall below the number of known references.
+                    let left = references.of(cluster).unwrap_or(0).saturating_sub(1);
+                    new = new.max(left.min(used));
                 }
-            }
+                if new == 0 {
+                    free.push(cluster);
+                }
+                Ok(new)
+            })?;
             match change {
                 RefcountChange::Up => self.references.add_run(at, done),
                 RefcountChange::Down => self.references.remove_run(at, done),
@@ -101,12 +95,38 @@ impl Refcounts {
                 self.note_free(tables, cluster);
                 freed(cluster);
             }
-            if let Some((used, error)) = failed {
-                return Err(self.refusal(tables, at + done, used, error));
+            at += done;
+            if let Some(failed) = failed {
+                return Err(self.refusal(tables, at, failed.used, failed.error));
             }
-            at += len;
         }
         Ok(())
+    }
+
+    /// Replaces the refcounts of up to `most` clusters from `first` on, as many as one page holds, by the results of
+    /// `update` for each cluster and its refcount. Returns how many were replaced, and why the next one was not if that
+    /// failed.
+    pub(super) fn update_page(
+        &self,
+        tables: &mut MetadataCache,
+        first: u64,
+        most: u64,
+        mut update: impl FnMut(u64, u64) -> Result<u64>,
+    ) -> Result<(u64, Option<FailedUpdate>)> {
+        let order = self.geometry.refcount_order;
+        let (table, slot, len) = self.run_in_page(tables, first, most)?;
+        let bytes = tables.bytes_mut(table, slot.byte)?;
+        for done in 0..len {
+            let (skip, slot) = self.slot_from(first + done, slot)?;
+            let bytes = bytes.get_mut(skip..).unwrap_or(&mut []);
+            let used = block::read(bytes, slot, order).unwrap_or(0);
+            match update(first + done, used) {
+                Ok(new) => block::write(bytes, slot, order, new)
+                    .ok_or_else(|| Error::corrupt("Refcount block too short"))?,
+                Err(error) => return Ok((done, Some(FailedUpdate { used, error }))),
+            }
+        }
+        Ok((len, None))
     }
 
     /// Replaces `counts` with the refcounts of up to `most` clusters from `first` on, as many as one page holds.
