@@ -7,7 +7,8 @@
 
 use diskimage_core::{ByteRange, CheckReport, Device, Layer, Repair, Result};
 
-use super::{Entries, Qed};
+use super::Qed;
+use super::entry::Entries;
 use crate::layer_kit::cluster_set::ClusterSet;
 use crate::layer_kit::metadata_cache::{Table, WriteOrder};
 use crate::layer_kit::two_level_map::{Cluster, EntryCodec, Walk};
