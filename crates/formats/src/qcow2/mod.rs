@@ -158,8 +158,8 @@ pub(crate) struct ImageState {
     snapshots: SnapshotTable,
     /// Freed host ranges. Their refcounts are decremented after the tables that no longer refer to them are durable.
     freed: Vec<ByteRange>,
-    /// Whether the storage of freed clusters is discarded.
-    punch: bool,
+    /// What becomes of the storage of freed clusters.
+    freed_storage: FreedStorage,
     /// From this many bytes of L2 tables on, snapshots change them in copies.
     copied_from: u64,
     /// The file ends in a compressed cluster that is not padded to a sector.
@@ -168,6 +168,15 @@ pub(crate) struct ImageState {
     appended: u64,
     /// The state of the persistent bitmaps.
     bitmaps: bitmap::Tracker,
+}
+
+/// What becomes of the storage of freed clusters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum FreedStorage {
+    /// It stays allocated in the file, for the next allocation.
+    Kept,
+    /// It becomes a hole.
+    Discarded,
 }
 
 impl ImageState {
@@ -186,7 +195,7 @@ impl ImageState {
                 count: header.nb_snapshots,
             },
             freed: Vec::new(),
-            punch: false,
+            freed_storage: FreedStorage::Kept,
             copied_from: refcount::recount::COPIED_FROM,
             padding: false,
             appended: 0,
@@ -317,7 +326,7 @@ impl Qcow2 {
     fn write_back(&self, state: &mut ImageState) -> Result<()> {
         state.metadata.cache.write_back()?;
         if !state.freed.is_empty() {
-            if state.punch {
+            if state.freed_storage == FreedStorage::Discarded {
                 self.ensure_references_counted(state)?;
             }
             state.metadata.cache.sync()?;
@@ -326,7 +335,7 @@ impl Qcow2 {
                 state.metadata.release(range.start(), range.len())?;
             }
             state.metadata.cache.write_back()?;
-            if state.punch {
+            if state.freed_storage == FreedStorage::Discarded {
                 freed.sort_unstable_by_key(|range| range.start());
                 self.punch_holes(state, &freed)?;
             }

@@ -11,7 +11,7 @@ use zerocopy::byteorder::big_endian::{U32, U64};
 
 use super::entry::L2Entry;
 use super::header::{field, limit};
-use super::{ImageState, Qcow2};
+use super::{FreedStorage, ImageState, Qcow2};
 use crate::layer_kit::metadata_cache::{Table, WriteOrder};
 use crate::layer_kit::metadata_guard::Kind;
 
@@ -245,13 +245,13 @@ impl Qcow2 {
 
     /// Runs `work`, which frees clusters, and discards their storage once nothing durable refers to them.
     fn with_punched_holes(&self, work: impl FnOnce() -> Result<()>) -> Result<()> {
-        self.lock().punch = true;
+        self.lock().freed_storage = FreedStorage::Discarded;
         let outcome = work().and_then(|()| {
             let mut state = self.lock();
             self.write_back(&mut state)?;
             state.metadata.cache.sync()
         });
-        self.lock().punch = false;
+        self.lock().freed_storage = FreedStorage::Kept;
         outcome
     }
 
