@@ -64,7 +64,7 @@ pub(crate) trait EntryCodec: Debug + Send + Sync {
     fn cluster(&self, entry: u64, end: u64) -> Result<Cluster>;
 
     /// Encodes an L2 entry.
-    fn word(&self, cluster: Cluster) -> u64;
+    fn encode(&self, cluster: Cluster) -> u64;
 
     /// The state of a cluster without storage that reads as zero, if the format has one.
     fn zero(&self) -> Option<Cluster>;
@@ -81,7 +81,7 @@ pub(crate) trait EntryCodec: Debug + Send + Sync {
     }
 
     /// Called before storage is allocated and before entries change; a format can set a flag in its header, which
-    /// [`EntryCodec::settled`] clears.
+    /// [`EntryCodec::after_flush`] clears.
     ///
     /// # Errors
     /// Those of the device.
@@ -93,7 +93,7 @@ pub(crate) trait EntryCodec: Debug + Send + Sync {
     ///
     /// # Errors
     /// Those of the device.
-    fn settled(&self) -> Result<()> {
+    fn after_flush(&self) -> Result<()> {
         Ok(())
     }
 }
@@ -390,7 +390,7 @@ impl<S: EntryCodec> TwoLevelMap<S> {
             &mut state.tables,
             l2,
             self.l2_at(guest),
-            self.scheme.word(cluster),
+            self.scheme.encode(cluster),
         )
     }
 
@@ -615,7 +615,7 @@ impl<S: EntryCodec> TwoLevelMap<S> {
         state.tables.write_back()?;
         self.file.event(Event::FLUSH_TO_DISK);
         state.tables.sync()?;
-        self.scheme.settled()
+        self.scheme.after_flush()
     }
 
     fn read(tables: &mut MetadataCache, table: Table, at: u64) -> Result<u64> {
@@ -767,13 +767,19 @@ impl<S: EntryCodec> Allocator for TwoLevelMap<S> {
         Ok(())
     }
 
-    /// Frees the last allocation if it is at the end of the file. Other clusters leak.
-    fn free(&self, state: &mut State, mut changes: Vec<NewClusters>) {
-        let last = changes.pop().unwrap_or_default().storage;
-        if !last.is_empty() && last.end() == state.end {
+    /// Frees the allocations at the end of the file, from the last one on. Clusters before other storage leak.
+    fn free(&self, state: &mut State, changes: Vec<NewClusters>) {
+        let mut end = state.end;
+        for storage in changes.into_iter().rev().map(|new| new.storage) {
+            if storage.end() != end {
+                break;
+            }
+            end = storage.start();
+        }
+        if end < state.end {
             // If the file cannot be truncated, the clusters leak, which is harmless.
-            let _ = self.file.resize(last.start(), Preallocation::Off);
-            state.end = last.start();
+            let _ = self.file.resize(end, Preallocation::Off);
+            state.end = end;
         }
     }
 }

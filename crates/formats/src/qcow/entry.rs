@@ -79,7 +79,7 @@ impl EntryCodec for Entries {
         }
     }
 
-    fn word(&self, cluster: Cluster) -> u64 {
+    fn encode(&self, cluster: Cluster) -> u64 {
         match cluster {
             // `Zero` is only encoded in an image without a backing image.
             Cluster::None | Cluster::Zero => 0,

@@ -596,3 +596,20 @@ fn nothing_is_written_where_tables_are_or_seem_to_be() {
         assert!(bad.contents() == before, "{word:#x} at {at:#x}");
     }
 }
+
+/// One plan, whose clusters two L2 tables map: it allocates once for each table.
+#[test]
+fn a_dropped_plan_frees_all_that_it_allocated() {
+    let file = create("", SIZE);
+    let border = 2 << 20;
+    let image = open_on(file.clone(), None);
+    image.write_at(&[7; 512], 0).expect("writes");
+    image.write_at(&[7; 512], border + 65536).expect("writes");
+    drop(image);
+    let before = file.contents();
+    let layer = open_layer(file.clone(), true).expect("opens");
+    let plan = layer.plan_write(ByteRange::new(border - 8192, border + 8192));
+    assert_eq!(file.len() - before.len() as u64, 16384);
+    drop(plan.expect("has storage"));
+    assert_eq!(file.len(), before.len() as u64);
+}

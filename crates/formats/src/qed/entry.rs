@@ -92,7 +92,7 @@ impl EntryCodec for Entries {
         }
     }
 
-    fn word(&self, cluster: Cluster) -> u64 {
+    fn encode(&self, cluster: Cluster) -> u64 {
         match cluster {
             Cluster::None => 0,
             Cluster::Zero => ZERO,
@@ -108,7 +108,7 @@ impl EntryCodec for Entries {
         self.mark(true)
     }
 
-    fn settled(&self) -> Result<()> {
+    fn after_flush(&self) -> Result<()> {
         self.mark(false)
     }
 }
