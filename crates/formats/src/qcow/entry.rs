@@ -2,10 +2,11 @@
 
 use std::sync::Arc;
 
-use diskimage_core::{Device, Error, ErrorKind, Result, align_up, errno};
+use diskimage_core::{Device, Error, ErrorKind, Result, errno};
 
 use super::header::SECTOR;
 use crate::encryption::legacy_aes::LegacyAes;
+use crate::layer_kit::offset::{GuestOffset, HostOffset};
 use crate::layer_kit::two_level_map::{Cluster, EntryCodec};
 
 /// The encoding of qcow's table entries.
@@ -31,13 +32,13 @@ impl Entries {
 
     /// Refuses a table or a cluster of `len` bytes at `offset`, in a file that ends at `end`, if it is not aligned or
     /// not in the file. Unlike qemu-img, which reads zeroes beyond the end: a truncated disk would seem to be empty.
-    fn require_stored(&self, offset: u64, len: u64, end: u64) -> Result<()> {
-        let behind = offset.checked_add(len).ok_or_else(damaged)?;
+    fn require_stored(&self, offset: HostOffset, len: u64, end: HostOffset) -> Result<()> {
+        let behind = offset.checked_plus(len).ok_or_else(damaged)?;
         if !offset.is_multiple_of(SECTOR) {
             return Err(damaged());
         }
         if behind > end {
-            self.file.require(offset, len)?;
+            self.file.require(offset.get(), len)?;
         }
         Ok(())
     }
@@ -52,30 +53,32 @@ impl EntryCodec for Entries {
     const BIG_ENDIAN: bool = true;
     const TABLES_FIRST: bool = true;
 
-    fn l2_table(&self, entry: u64, end: u64) -> Result<Option<u64>> {
+    fn l2_table(&self, entry: u64, end: HostOffset) -> Result<Option<HostOffset>> {
         if entry == 0 {
             return Ok(None);
         }
         // As in qemu-img, a missing table is the same error as an invalid offset.
-        self.require_stored(entry, self.l2_len, align_up(end, SECTOR))
+        let offset = HostOffset::new(entry);
+        self.require_stored(offset, self.l2_len, end.align_up(SECTOR))
             .map_err(|error| Error::damage(error.kind(), errno::EIO))?;
-        Ok(Some(entry))
+        Ok(Some(offset))
     }
 
-    fn cluster(&self, entry: u64, end: u64) -> Result<Cluster> {
+    fn cluster(&self, entry: u64, end: HostOffset) -> Result<Cluster> {
         if entry == 0 {
             Ok(Cluster::None)
         } else if entry & COMPRESSED != 0 {
             let shift = self.length_shift();
             Ok(Cluster::Encoded {
-                offset: entry & ((1 << shift) - 1),
+                offset: HostOffset::new(entry & ((1 << shift) - 1)),
                 stored: (entry & !COMPRESSED) >> shift,
             })
         } else {
             // The file may have only a part of its last cluster.
             let size = 1 << self.cluster_bits;
-            self.require_stored(entry, size, align_up(end, size))?;
-            Ok(Cluster::Host(entry))
+            let offset = HostOffset::new(entry);
+            self.require_stored(offset, size, end.align_up(size))?;
+            Ok(Cluster::Host(offset))
         }
     }
 
@@ -83,8 +86,8 @@ impl EntryCodec for Entries {
         match cluster {
             // `Zero` is only encoded in an image without a backing image.
             Cluster::None | Cluster::Zero => 0,
-            Cluster::Host(offset) => offset,
-            Cluster::Encoded { offset, stored } => COMPRESSED | stored << self.length_shift() | offset,
+            Cluster::Host(offset) => offset.get(),
+            Cluster::Encoded { offset, stored } => COMPRESSED | stored << self.length_shift() | offset.get(),
         }
     }
 
@@ -92,11 +95,11 @@ impl EntryCodec for Entries {
         (!self.has_backing).then_some(Cluster::None)
     }
 
-    fn encoded_end(&self) -> u64 {
-        1 << self.length_shift()
+    fn encoded_end(&self) -> HostOffset {
+        HostOffset::new(1 << self.length_shift())
     }
 
-    fn view(&self, file: &Arc<dyn Device>, guest: u64, host: u64) -> Arc<dyn Device> {
+    fn view(&self, file: &Arc<dyn Device>, guest: GuestOffset, host: HostOffset) -> Arc<dyn Device> {
         self.aes
             .as_ref()
             .and_then(|aes| aes.view(file, guest, host))

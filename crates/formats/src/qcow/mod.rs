@@ -36,6 +36,7 @@ use crate::codec;
 use crate::encryption::legacy_aes::{self, LegacyAes};
 use crate::known_formats::KNOWN_FORMATS;
 use crate::layer_kit::metadata_cache::{Table, WriteOrder};
+use crate::layer_kit::offset::HostOffset;
 use crate::layer_kit::reserved::Reserved;
 use crate::layer_kit::two_level_map::{Shape, TwoLevelMap};
 
@@ -122,7 +123,7 @@ impl Qcow {
             cluster_size: header.cluster_size(),
             l1,
             l2_len: header.l2_len(),
-            end: file.len().max(header.end()),
+            end: HostOffset::new(file.len().max(header.end())),
         };
         let entries = Entries {
             file: Arc::clone(&file),
@@ -246,6 +247,6 @@ impl Backed for Qcow {
 
     fn make_empty(&self) -> Result<()> {
         self.require_writable()?;
-        self.tree.make_empty(self.header.end())
+        self.tree.make_empty(HostOffset::new(self.header.end()))
     }
 }

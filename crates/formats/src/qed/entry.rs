@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use diskimage_core::{Device, Error, ErrorKind, Result, errno};
 
 use super::header::{Geometry, Header, feature};
+use crate::layer_kit::offset::HostOffset;
 use crate::layer_kit::two_level_map::{Cluster, EntryCodec};
 
 /// The encoding of qed's table entries.
@@ -14,7 +15,7 @@ pub(super) struct Entries {
     pub(super) file: Arc<dyn Device>,
     pub(super) geometry: Geometry,
     /// The host offset behind the header, the first that an entry can have.
-    pub(super) first: u64,
+    pub(super) first: HostOffset,
     pub(super) header: Mutex<Header>,
     /// Whether the header says that the image has to be checked.
     pub(super) before_first_change: AtomicBool,
@@ -53,16 +54,16 @@ impl Entries {
     }
 
     /// Whether `len` bytes at `offset` are whole clusters behind the header and before `end`.
-    fn is_valid(&self, offset: u64, len: u64, end: u64) -> bool {
+    fn is_valid(&self, offset: HostOffset, len: u64, end: HostOffset) -> bool {
         offset.is_multiple_of(self.geometry.cluster_size)
             && offset >= self.first
-            && offset.checked_add(len).is_some_and(|last| last <= end)
+            && offset.checked_plus(len).is_some_and(|last| last <= end)
     }
 
     /// The error for an entry that refers to `len` bytes at `offset`.
-    fn invalid(&self, offset: u64, len: u64) -> Error {
+    fn invalid(&self, offset: HostOffset, len: u64) -> Error {
         let placed = offset.is_multiple_of(self.geometry.cluster_size) && offset >= self.first;
-        let missing = self.file.require(offset, len).err().filter(|_| placed);
+        let missing = self.file.require(offset.get(), len).err().filter(|_| placed);
         missing.unwrap_or_else(|| Error::damage(ErrorKind::Invalid, errno::EINVAL))
     }
 }
@@ -71,24 +72,26 @@ impl EntryCodec for Entries {
     const BIG_ENDIAN: bool = false;
     const TABLES_FIRST: bool = false;
 
-    fn l2_table(&self, entry: u64, end: u64) -> Result<Option<u64>> {
+    fn l2_table(&self, entry: u64, end: HostOffset) -> Result<Option<HostOffset>> {
+        let offset = HostOffset::new(entry);
         match entry {
             0 => Ok(None),
-            offset if self.is_valid(offset, self.geometry.table_len(), end) => Ok(Some(offset)),
+            _ if self.is_valid(offset, self.geometry.table_len(), end) => Ok(Some(offset)),
             // As in qemu-img, a missing table is the same error as an invalid offset.
-            offset => {
+            _ => {
                 let error = self.invalid(offset, self.geometry.table_len());
                 Err(Error::damage(error.kind(), errno::EINVAL))
             }
         }
     }
 
-    fn cluster(&self, entry: u64, end: u64) -> Result<Cluster> {
+    fn cluster(&self, entry: u64, end: HostOffset) -> Result<Cluster> {
+        let offset = HostOffset::new(entry);
         match entry {
             0 => Ok(Cluster::None),
             ZERO => Ok(Cluster::Zero),
-            offset if self.is_valid(offset, self.geometry.cluster_size, end) => Ok(Cluster::Host(offset)),
-            offset => Err(self.invalid(offset, self.geometry.cluster_size)),
+            _ if self.is_valid(offset, self.geometry.cluster_size, end) => Ok(Cluster::Host(offset)),
+            _ => Err(self.invalid(offset, self.geometry.cluster_size)),
         }
     }
 
@@ -96,7 +99,7 @@ impl EntryCodec for Entries {
         match cluster {
             Cluster::None => 0,
             Cluster::Zero => ZERO,
-            Cluster::Host(offset) | Cluster::Encoded { offset, .. } => offset,
+            Cluster::Host(offset) | Cluster::Encoded { offset, .. } => offset.get(),
         }
     }
 

@@ -39,6 +39,7 @@ use self::header::{Geometry, Header, MAGIC, feature};
 
 use crate::layer_kit::metadata_cache::{Table, WriteOrder};
 
+use crate::layer_kit::offset::HostOffset;
 use crate::layer_kit::two_level_map::{Shape, TwoLevelMap};
 
 /// The format's entry in the table of formats.
@@ -114,12 +115,12 @@ impl Qed {
             },
             l2_len: geometry.table_len(),
             // Rounded down: no entry refers to a cluster that the file has only in part.
-            end: header::end_of(file.len(), geometry.cluster_size),
+            end: HostOffset::new(header::end_of(file.len(), geometry.cluster_size)),
         };
         let entries = Entries {
             file: Arc::clone(&file),
             geometry,
-            first: header.first_host(),
+            first: HostOffset::new(header.first_host()),
             before_first_change: AtomicBool::new(unchecked),
             header: Mutex::new(header),
         };
