@@ -8,6 +8,7 @@ use diskimage_core::{ByteRange, Device, HoleMeaning, Result, Run, RunKind};
 use super::Qcow2;
 use super::entry::{COMPRESSED, COPIED, Cluster, L2Entry, OFFSET_MASK, Subclusters, ZERO, encoded};
 use super::header::limit;
+use super::hex::hex;
 use crate::layer_kit::metadata_cache::{MetadataCache, Table, WriteOrder};
 use crate::layer_kit::metadata_guard::DamageReport;
 use crate::layer_kit::offset::{GuestOffset, HostOffset};
@@ -284,14 +285,5 @@ fn mapping_at(entry: L2Entry, guest: GuestOffset, at: GuestOffset, subcluster: u
         Cluster::None if entry.sub.zero & bit != 0 => Mapping::Zero(None),
         Cluster::Host(offset) => Mapping::Unallocated(Some(offset.plus(at.since(guest)))),
         Cluster::None => Mapping::Unallocated(None),
-    }
-}
-
-/// Formats a number like C's `%#x`: 0 has no prefix.
-pub(super) fn hex(number: u64) -> String {
-    if number == 0 {
-        "0".to_owned()
-    } else {
-        format!("{number:#x}")
     }
 }
