@@ -83,7 +83,7 @@ pub use node::{NodeOptions, is_identifier};
 pub use objects::{Object, Objects, Secret, TlsCreds, TlsKind};
 pub use open_context::{OnImageLost, OnNote, OpenContext};
 pub use progress::{Note, Progress};
-pub use range::{ByteRange, align_down, align_up, div_ceil, to_index};
+pub use range::{ByteRange, align_down, align_up, div_ceil, saturating_index, saturating_u32, to_index};
 pub use snapshots::{NewSnapshot, Snapshots};
 pub use throttle::{BucketConfig, Direction, ThrottleGroup, ThrottleLimits};
 pub use view::{ReadOnlyView, View};

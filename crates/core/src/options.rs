@@ -450,6 +450,7 @@ fn read(def: &OptionDef, text: &str) -> Result<Value, OptionError> {
 
 /// A number modulo 2^64, as C converts it to an unsigned integer.
 fn wrap(number: i128) -> u64 {
+    // Larger numbers saturate, as by strtoull.
     let magnitude = u64::try_from(number.unsigned_abs()).unwrap_or(u64::MAX);
     if number < 0 {
         magnitude.wrapping_neg()

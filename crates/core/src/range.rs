@@ -56,7 +56,7 @@ impl ByteRange {
 
     /// Whether both ranges have a byte in common.
     pub fn overlaps(self, other: Self) -> bool {
-        self.start < other.end && other.start < self.end
+        !self.intersect(other).is_empty()
     }
 
     /// The smallest range with both ends on multiples of `unit` that contains this one. `unit` is not zero.
@@ -119,6 +119,18 @@ pub fn to_index(value: u64) -> Result<usize> {
     usize::try_from(value).map_err(|_| Error::new(ErrorKind::Limit, "Cannot allocate memory"))
 }
 
+/// `value` as a number of bytes or things in memory, or the largest such number: for a value that is limited by a length
+/// in memory afterwards.
+pub fn saturating_index(value: u64) -> usize {
+    usize::try_from(value).unwrap_or(usize::MAX)
+}
+
+/// `value` as a number of 32 bits, or the largest such number: for a value whose limit is below that, or for which the
+/// largest number means at least as much.
+pub fn saturating_u32(value: impl TryInto<u32>) -> u32 {
+    value.try_into().unwrap_or(u32::MAX)
+}
+
 /// `value / unit`, rounded up. `unit` is not zero.
 pub const fn div_ceil(value: u64, unit: u64) -> u64 {
     value.div_ceil(unit)
@@ -133,6 +145,24 @@ mod tests {
         assert!(ByteRange::new(5, 3).is_empty());
         assert_eq!(ByteRange::new(0, 10).intersect(ByteRange::new(20, 30)).len(), 0);
         assert!(ByteRange::new(1, 511).align_in(512).is_empty());
+    }
+
+    #[test]
+    fn an_empty_range_overlaps_nothing() {
+        let outer = ByteRange::new(0, 10);
+        assert!(outer.overlaps(ByteRange::new(9, 20)));
+        for empty in [0, 5, 10].map(|at| ByteRange::at(at, 0)) {
+            assert!(!outer.overlaps(empty), "{empty:?}");
+            assert!(!empty.overlaps(outer), "{empty:?}");
+            assert!(!empty.overlaps(empty), "{empty:?}");
+        }
+    }
+
+    #[test]
+    fn conversions_saturate() {
+        assert_eq!(saturating_index(7), 7);
+        assert_eq!(saturating_u32(7_usize), 7);
+        assert_eq!(saturating_u32(u64::MAX), u32::MAX);
     }
 
     #[test]

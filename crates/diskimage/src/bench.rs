@@ -4,7 +4,7 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use diskimage_core::{AlignedBuf, Device, Error, Image, Result, errno};
+use diskimage_core::{AlignedBuf, Device, Error, Image, Result, errno, saturating_index};
 
 /// The requests that are sent to an image to measure it.
 #[derive(Clone, Copy, Debug)]
@@ -66,7 +66,7 @@ impl Bench {
                 AlignedBuf::default()
             }
             Requests::Write { pattern, .. } => {
-                buffers.resize_with(usize::try_from(threads).unwrap_or(1), AlignedBuf::default);
+                buffers.resize_with(saturating_index(threads), AlignedBuf::default);
                 let mut buf = buffer(size)?;
                 buf.fill(pattern);
                 buf
@@ -184,6 +184,7 @@ impl Queue<'_> {
         let next = u128::from(offset) + u128::from(self.bench.step);
         state.offset = match u128::from(self.image.len()) {
             0 => offset,
+            // The remainder is less than the length, which has 64 bits.
             len => u64::try_from(next % len).unwrap_or(offset),
         };
         let flush = self.bench.flushes_after(state.issued);

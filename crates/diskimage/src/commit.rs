@@ -9,7 +9,9 @@
 
 use std::sync::Arc;
 
-use diskimage_core::{Device, Error, Image, Preallocation, Progress, ResizeRequest, Result, name};
+use diskimage_core::{
+    Device, Error, Image, Preallocation, Progress, ResizeRequest, Result, name, saturating_u32,
+};
 
 use crate::convert::Conversion;
 use crate::graph::full_backing_name;
@@ -45,7 +47,7 @@ impl Commit<'_> {
             // The base reads as zero beyond its old end.
             target_is_zero: true,
             backing_len: Some(old),
-            layers: u32::try_from(self.depth).unwrap_or(u32::MAX),
+            layers: saturating_u32(self.depth),
             detect_zeroes: false,
             rate: self.rate,
             progress: self.progress,

@@ -16,7 +16,7 @@ use std::thread;
 use diskimage_core::errno;
 use diskimage_core::{
     AlignedBuf, Backing, ByteRange, Device, Encoder, Error, Image, Progress, Result, ResultExt, RunKind,
-    StatusDetail, ZeroMode, align_down, is_zero,
+    StatusDetail, ZeroMode, align_down, is_zero, saturating_index, to_index,
 };
 use diskimage_formats::format_by_name;
 
@@ -57,16 +57,17 @@ impl Rebase<'_> {
         self.progress.set(0, len);
         let cluster = self.image.layer().granularity();
         let segment = SEGMENT.max(cluster);
+        let buffer = to_index(segment)?;
         let cursor = Cursor::new(len, segment);
         let done = AtomicU64::new(0);
         let processors = thread::available_parallelism().map_or(1, usize::from);
-        let segments = usize::try_from(len.div_ceil(segment)).unwrap_or(usize::MAX);
+        let segments = saturating_index(len.div_ceil(segment));
         let workers = (processors + 1).min(MAX_WORKERS).min(segments);
         let encoders = (0..workers).map(|_| self.encoder()).collect::<Result<Vec<_>>>()?;
         thread::scope(|scope| {
             for encoder in encoders {
                 let (cursor, done) = (&cursor, &done);
-                scope.spawn(move || self.work(cursor, done, segment, encoder));
+                scope.spawn(move || self.work(cursor, done, buffer, encoder));
             }
         });
         if let Some(error) = cursor.finish() {
@@ -103,14 +104,13 @@ impl Rebase<'_> {
         &self,
         cursor: &Cursor<Error>,
         done: &AtomicU64,
-        segment: u64,
+        buffer: usize,
         encoder: Option<Box<dyn Encoder>>,
     ) {
-        let len = usize::try_from(segment).unwrap_or(0);
         let mut worker = Worker {
             rebase: self,
-            old: AlignedBuf::new(len),
-            new: AlignedBuf::new(len),
+            old: AlignedBuf::new(buffer),
+            new: AlignedBuf::new(buffer),
             writes: Vec::new(),
             encoder,
             encoded: Vec::new(),
@@ -285,8 +285,8 @@ impl Worker<'_> {
 
     /// Collects the units of `part` that differ. `start` is the guest offset of the buffers.
     fn compare(&mut self, part: ByteRange, start: u64) -> Result<()> {
-        let index = |at: u64| usize::try_from(at - start).unwrap_or(usize::MAX);
-        let span = index(part.start())..index(part.end());
+        let index = |at: u64| to_index(at - start);
+        let span = index(part.start())?..index(part.end())?;
         // The part is unallocated in the image, which therefore reads as the old chain.
         read(Some(self.rebase.image), &mut self.old[span.clone()], part.start())?;
         read(self.rebase.new, &mut self.new[span], part.start())?;
@@ -294,7 +294,7 @@ impl Worker<'_> {
         let mut at = part.start();
         while at < part.end() {
             let next = align_down(at, unit).saturating_add(unit).min(part.end());
-            let span = index(at)..index(next);
+            let span = index(at)?..index(next)?;
             if self.old[span.clone()] != self.new[span.clone()] {
                 let zero = is_zero(&self.old[span]);
                 match self.writes.last_mut() {
@@ -315,27 +315,27 @@ impl Worker<'_> {
     /// Writes a range of the old chain to the image. `start` is the guest offset of the buffers.
     fn write(&mut self, UnitWrite { range: part, zero }: UnitWrite, start: u64) -> Result<()> {
         let image = self.rebase.image;
-        let index = |at: u64| usize::try_from(at - start).unwrap_or(usize::MAX);
+        let index = |at: u64| to_index(at - start);
         if zero {
             image.write_zeroes(part, ZeroMode::Unmap)?;
             // In an image that has no backing image so far, a format without zero clusters leaves them unallocated.
             let run = image.layer().map(part)?;
             return match run.kind {
                 RunKind::Unallocated { .. } => {
-                    image.write_at(&self.old[index(part.start())..index(part.end())], part.start())
+                    image.write_at(&self.old[index(part.start())?..index(part.end())?], part.start())
                 }
                 _ => Ok(()),
             };
         }
         let Some(encoder) = &mut self.encoder else {
-            return image.write_at(&self.old[index(part.start())..index(part.end())], part.start());
+            return image.write_at(&self.old[index(part.start())?..index(part.end())?], part.start());
         };
         let cluster = image.layer().granularity();
         let mut rest = part;
         while !rest.is_empty() {
             let one = rest.first(cluster - rest.start() % cluster);
             rest = rest.skip(one.len());
-            let bytes = &self.old[index(one.start())..index(one.end())];
+            let bytes = &self.old[index(one.start())?..index(one.end())?];
             if one.len() == cluster && encoder.encode(bytes, &mut self.encoded)? {
                 image.write_encoded(one.start(), &self.encoded)?;
             } else {

@@ -5,6 +5,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use diskimage_core::{
     Error, ErrorKind, Image, NewSnapshot, Result, ResultExt, SnapshotInfo, Snapshots, errno, name,
+    saturating_u32,
 };
 
 /// Selects an internal snapshot.
@@ -72,7 +73,7 @@ pub fn create_snapshot(image: &Image, name: &str, now: SystemTime) -> Result<()>
     let snapshot = NewSnapshot {
         name: name::prefix(name, MAX_SNAPSHOT_NAME),
         // qcow2 stores the seconds in 32 bits, which end in 2106.
-        date_sec: u32::try_from(age.as_secs()).unwrap_or(u32::MAX),
+        date_sec: saturating_u32(age.as_secs()),
         date_nsec: age.subsec_nanos(),
     };
     image.durable_change(|| snapshots.create(&snapshot))

@@ -3,11 +3,13 @@
 //! `qemu-img` keeps them in a hash table with 512 buckets and prints bucket by bucket. Scripts compare such output as
 //! text, so this order has to be the same.
 
+use crate::saturating_u32;
+
 const BUCKETS: u32 = 512;
 
 /// The bucket that `name` falls into.
 pub(super) fn bucket(name: &str) -> u32 {
-    let len = u32::try_from(name.len()).unwrap_or(u32::MAX);
+    let len = saturating_u32(name.len());
     let shifts = (0u32..).map(|at| at.wrapping_mul(5) % 24);
     let sum = name
         .bytes()

@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 
 use diskimage_core::{
-    AlignedBuf, ByteRange, Device, Error, Image, Progress, ResultExt, StatusDetail, is_zero,
+    AlignedBuf, ByteRange, Device, Error, Image, Progress, ResultExt, StatusDetail, is_zero, saturating_index,
 };
 
 use crate::cursor::{Cursor, Segment};
@@ -117,7 +117,7 @@ impl Comparison<'_> {
         let done = AtomicU64::new(0);
         self.progress.set(0, len);
         let processors = thread::available_parallelism().map_or(1, usize::from);
-        let segments = usize::try_from(len.div_ceil(segment)).unwrap_or(usize::MAX);
+        let segments = saturating_index(len.div_ceil(segment));
         thread::scope(|scope| {
             for _ in 0..processors.min(segments).min(MAX_WORKERS) {
                 scope.spawn(|| self.work(&cursor, &done));
@@ -312,9 +312,7 @@ impl<'a> Side<'a> {
             return Ok(&[]);
         }
         let in_rest = range.start() >= self.common;
-        let len = usize::try_from(range.len())
-            .unwrap_or(usize::MAX)
-            .min(self.buf.len());
+        let len = saturating_index(range.len()).min(self.buf.len());
         let buf = &mut self.buf[..len];
         let device: &dyn Device = self.image;
         device

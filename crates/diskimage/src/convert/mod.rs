@@ -23,7 +23,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
 
-use diskimage_core::{Device, Encoder, Error, Image, Progress, Result, align_up, errno};
+use diskimage_core::{
+    Device, Encoder, Error, Image, Progress, Result, align_up, errno, saturating_index, to_index,
+};
 
 use crate::cursor::Cursor;
 use crate::files::{files_of, files_of_chain};
@@ -132,14 +134,13 @@ impl<'a> Conversion<'a> {
         }
         self.progress.set(0, job.sources.len());
         let segments = job.sources.len().div_ceil(job.segment);
-        let workers = usize::try_from(segments)
-            .unwrap_or(usize::MAX)
-            .min(self.workers());
+        let segment = to_index(job.segment)?;
+        let workers = saturating_index(segments).min(self.workers());
         let encoders = (0..workers).map(|_| self.encoder()).collect::<Result<Vec<_>>>()?;
         thread::scope(|scope| {
             for encoder in encoders {
                 let job = &job;
-                scope.spawn(move || Worker::new(job, encoder).run());
+                scope.spawn(move || Worker::new(job, segment, encoder).run());
             }
         });
         if let Some(error) = job.cursor.finish() {
@@ -162,7 +163,7 @@ impl<'a> Conversion<'a> {
             ));
         }
         let layers = match self.backing_len {
-            Some(_) => usize::try_from(self.layers).unwrap_or(usize::MAX),
+            Some(_) => saturating_index(self.layers.into()),
             None => usize::MAX,
         };
         let target = files_of(self.target);
@@ -188,9 +189,9 @@ impl<'a> Conversion<'a> {
         } else {
             processors + 1
         };
-        let most = self.parallel.map_or(MAX_WORKERS, |most| {
-            usize::try_from(most.get()).unwrap_or(MAX_WORKERS)
-        });
+        let most = self
+            .parallel
+            .map_or(MAX_WORKERS, |most| saturating_index(most.get().into()));
         wanted.min(most).clamp(1, MAX_WORKERS)
     }
 

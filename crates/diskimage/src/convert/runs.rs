@@ -6,7 +6,7 @@
 //!   round_to_units data runs grow to whole units of the target where no backing data shows
 //! ```
 
-use diskimage_core::{ByteRange, is_zero};
+use diskimage_core::{ByteRange, is_zero, saturating_index};
 
 /// How a run of guest data is copied.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,7 +75,7 @@ impl ZeroTest {
         let mut rest = buf;
         while at < end {
             let next = (at - at % self.unit).saturating_add(self.unit).min(end);
-            let (block, tail) = rest.split_at(usize::try_from(next - at).unwrap_or(rest.len()));
+            let (block, tail) = rest.split_at(saturating_index(next - at).min(rest.len()));
             if !is_zero(block) {
                 let gap_from = data_end.unwrap_or(start);
                 let gap = ByteRange::new(gap_from, at);

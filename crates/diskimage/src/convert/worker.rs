@@ -55,7 +55,8 @@ enum ClusterWrite {
 }
 
 impl<'a> Worker<'a> {
-    pub(super) fn new(job: &'a CopyJob<'a>, encoder: Option<Box<dyn Encoder>>) -> Self {
+    /// A worker with a buffer of `segment` bytes.
+    pub(super) fn new(job: &'a CopyJob<'a>, segment: usize, encoder: Option<Box<dyn Encoder>>) -> Self {
         let conversion = job.conversion;
         let zero_test = match (conversion.sparse, &encoder) {
             (0, _) => None,
@@ -63,7 +64,6 @@ impl<'a> Worker<'a> {
             (_, Some(_)) => Some(ZeroTest::clusters(conversion.target.layer().granularity())),
             (sparse, None) => Some(ZeroTest::sparse(sparse)),
         };
-        let segment = usize::try_from(job.segment).unwrap_or(0);
         Self {
             job,
             target: conversion.target,

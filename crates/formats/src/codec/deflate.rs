@@ -2,7 +2,7 @@
 
 use std::cell::RefCell;
 
-use diskimage_core::{Encoder, Error, Result};
+use diskimage_core::{Encoder, Error, Result, to_index};
 use zlib_rs::{Deflate, DeflateConfig, DeflateFlush, Inflate, InflateFlush, Status};
 
 use super::damaged;
@@ -63,7 +63,7 @@ pub(crate) fn decode_stream(bytes: &[u8], cluster: &mut [u8]) -> Result<usize> {
     INFLATE.with_borrow_mut(|inflate| {
         inflate.reset(true);
         match inflate.decompress(bytes, cluster, InflateFlush::Finish) {
-            Ok(_) => usize::try_from(inflate.total_out()).map_err(|_| damaged()),
+            Ok(_) => to_index(inflate.total_out()),
             Err(_) => Err(damaged()),
         }
     })
@@ -111,7 +111,8 @@ fn encode_whole(deflate: &mut Deflate, cluster: &[u8], out: &mut Vec<u8>) -> Res
     out.resize(cluster.len() + cluster.len() / 4 + 1024, 0);
     deflate.reset();
     let status = deflate.compress(cluster, out, DeflateFlush::Finish);
-    out.truncate(usize::try_from(deflate.total_out()).unwrap_or(usize::MAX));
+    // At most the length of the buffer.
+    out.truncate(to_index(deflate.total_out())?);
     match status {
         Ok(Status::StreamEnd) => Ok(()),
         Ok(_) => Err(Error::invalid("Cannot compress: the stream has no end")),

@@ -12,6 +12,7 @@ use diskimage_core::options::{OptionDef, OptionKind, Options};
 use diskimage_core::{Device, Error, NodeOptions, OpenRequest, Result};
 
 use crate::encryption::encrypted_device::EncryptedDevice;
+use crate::layer_kit::offset::{GuestOffset, HostOffset};
 use crate::luks::options::passphrase;
 
 /// The key of an open image; `None` if the image was opened without its data.
@@ -40,11 +41,15 @@ impl LegacyAes {
         SectorCipher::new(spec, &key).map(|cipher| Self(Some(Arc::new(cipher))))
     }
 
-    /// Returns a decrypted view of `data` for the mapping of guest offset `guest` to host offset `host`; `None` without
-    /// a key.
-    pub(crate) fn view(&self, data: &Arc<dyn Device>, guest: u64, host: u64) -> Option<Arc<dyn Device>> {
+    /// Returns a decrypted view of `data` for the mapping of `guest` to `host`; `None` without a key.
+    pub(crate) fn view(
+        &self,
+        data: &Arc<dyn Device>,
+        guest: GuestOffset,
+        host: HostOffset,
+    ) -> Option<Arc<dyn Device>> {
         const UNIT: u64 = SECTOR as u64;
-        let first_sector = (guest / UNIT).wrapping_sub(host / UNIT);
+        let first_sector = guest.unit(UNIT).wrapping_sub(host.unit(UNIT));
         let cipher = Arc::clone(self.0.as_ref()?);
         Some(Arc::new(EncryptedDevice::new(
             Arc::clone(data),

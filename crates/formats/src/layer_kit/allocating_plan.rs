@@ -14,6 +14,7 @@ use std::sync::{Arc, MutexGuard};
 
 use diskimage_core::{ByteRange, Device, Result, WritePlan, WriteRun};
 
+use crate::layer_kit::offset::{GuestOffset, HostOffset};
 use crate::layer_kit::range_claims::{Access, Claim, RangeClaims};
 
 /// A layer that allocates storage for guest data.
@@ -108,9 +109,9 @@ impl<'a, A: Allocator> AllocatingPlan<'a, A> {
     }
 
     /// Replaces the device of each run by `view` of its guest and host offsets. All runs must have been added.
-    pub(crate) fn view_runs(&mut self, view: impl Fn(u64, u64) -> Arc<dyn Device>) {
+    pub(crate) fn view_runs(&mut self, view: impl Fn(GuestOffset, HostOffset) -> Arc<dyn Device>) {
         for run in &mut self.runs {
-            run.device = view(run.guest.start(), run.offset);
+            run.device = view(GuestOffset::new(run.guest.start()), HostOffset::new(run.offset));
         }
     }
 

@@ -21,6 +21,7 @@ pub(crate) mod count_used;
 pub(crate) mod in_place_write;
 pub(crate) mod metadata_cache;
 pub(crate) mod metadata_guard;
+pub(crate) mod offset;
 pub(crate) mod page_cache;
 pub(crate) mod paged_table;
 pub(crate) mod preallocation;

@@ -208,7 +208,10 @@ mod tests {
         table.write_back().expect("memory");
         assert!(!table.is_dirty());
         let bytes = memory.contents();
-        assert_eq!((bytes[1023], bytes[1024], bytes[1200], bytes[1536]), (8, 7, 1, 8));
+        assert_eq!(bytes[1023], 8);
+        assert_eq!(bytes[1024], 7);
+        assert_eq!(bytes[1200], 1);
+        assert_eq!(bytes[1536], 8);
         memory.write_at(&[9; 4096], 0).expect("memory");
         for index in [0, 127, 128, 900, 1023] {
             table.set(index, [2; 4]).expect("an entry");
@@ -255,11 +258,12 @@ mod tests {
         }
         assert_eq!(memory.contents(), vec![0; 3 << 20], "only its owner writes");
         let dirty: Vec<_> = table.dirty_units(4096).collect();
-        assert_eq!(
-            (dirty.len(), dirty[0].0, dirty[1].0),
-            (21, 1 << 20, (1 << 20) + 4096)
-        );
-        assert_eq!((dirty[0].1[24], dirty[1].1[8], dirty[1].1.len()), (7, 9, 4096));
+        assert_eq!(dirty.len(), 21);
+        assert_eq!(dirty[0].0, 1 << 20);
+        assert_eq!(dirty[1].0, (1 << 20) + 4096);
+        assert_eq!(dirty[0].1[24], 7);
+        assert_eq!(dirty[1].1[8], 9);
+        assert_eq!(dirty[1].1.len(), 4096);
         table.mark_clean();
         assert_eq!(table.dirty_units(4096).count(), 0);
     }

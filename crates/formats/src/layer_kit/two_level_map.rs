@@ -23,11 +23,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use diskimage_core::{
     Budget, ByteRange, Device, Encoded, Error, Event, HoleMeaning, Preallocation, Result, Run, RunKind,
-    WritePlan, WriteRun, ZeroMode, align_up, errno, to_index,
+    WritePlan, WriteRun, ZeroMode, errno, to_index,
 };
 
 use crate::layer_kit::allocating_plan::{AllocatingPlan, Allocator};
 use crate::layer_kit::metadata_cache::{MetadataCache, Table, WriteOrder};
+use crate::layer_kit::offset::{GuestOffset, HostOffset};
 use crate::layer_kit::range_claims::{Access, RangeClaims};
 use crate::layer_kit::reserved::{Pieces, Reserved};
 
@@ -38,10 +39,10 @@ pub(crate) enum Cluster {
     None,
     /// It reads as zero.
     Zero,
-    /// It is stored at this host offset.
-    Host(u64),
-    /// It is compressed: `stored` bytes at host offset `offset`.
-    Encoded { offset: u64, stored: u64 },
+    /// It is stored at this offset.
+    Host(HostOffset),
+    /// It is compressed: `stored` bytes at `offset`.
+    Encoded { offset: HostOffset, stored: u64 },
 }
 
 /// The encoding of a format's table entries.
@@ -51,37 +52,37 @@ pub(crate) trait EntryCodec: Debug + Send + Sync {
     /// Whether a new L2 table is allocated before the clusters that it maps, or after them.
     const TABLES_FIRST: bool;
 
-    /// The host offset of the L2 table that an L1 entry refers to, `None` if it is unallocated. Storage ends at `end`.
+    /// The offset of the L2 table that an L1 entry refers to, `None` if it is unallocated. Storage ends at `end`.
     ///
     /// # Errors
     /// An invalid offset.
-    fn l2_table(&self, entry: u64, end: u64) -> Result<Option<u64>>;
+    fn l2_table(&self, entry: u64, end: HostOffset) -> Result<Option<HostOffset>>;
 
     /// Decodes an L2 entry. Storage ends at `end`.
     ///
     /// # Errors
     /// An invalid offset.
-    fn cluster(&self, entry: u64, end: u64) -> Result<Cluster>;
+    fn cluster(&self, entry: u64, end: HostOffset) -> Result<Cluster>;
 
     /// Encodes an L2 entry.
-    fn word(&self, cluster: Cluster) -> u64;
+    fn encode(&self, cluster: Cluster) -> u64;
 
     /// The state of a cluster without storage that reads as zero, if the format has one.
     fn zero(&self) -> Option<Cluster>;
 
     /// The limit of host offsets of compressed clusters: an entry has no bits for larger ones.
-    fn encoded_end(&self) -> u64 {
-        0
+    fn encoded_end(&self) -> HostOffset {
+        HostOffset::new(0)
     }
 
-    /// `file` as guest data is read and written around guest offset `guest`, which is stored at host offset `host`:
-    /// decrypted, if the image is encrypted.
-    fn view(&self, file: &Arc<dyn Device>, _guest: u64, _host: u64) -> Arc<dyn Device> {
+    /// `file` as guest data is read and written around `guest`, which is stored at `host`: decrypted, if the image is
+    /// encrypted.
+    fn view(&self, file: &Arc<dyn Device>, _guest: GuestOffset, _host: HostOffset) -> Arc<dyn Device> {
         Arc::clone(file)
     }
 
     /// Called before storage is allocated and before entries change; a format can set a flag in its header, which
-    /// [`EntryCodec::settled`] clears.
+    /// [`EntryCodec::after_flush`] clears.
     ///
     /// # Errors
     /// Those of the device.
@@ -93,7 +94,7 @@ pub(crate) trait EntryCodec: Debug + Send + Sync {
     ///
     /// # Errors
     /// Those of the device.
-    fn settled(&self) -> Result<()> {
+    fn after_flush(&self) -> Result<()> {
         Ok(())
     }
 }
@@ -106,7 +107,7 @@ pub(crate) struct Shape {
     /// Bytes of an L2 table.
     pub(crate) l2_len: u64,
     /// The end of the allocated storage.
-    pub(crate) end: u64,
+    pub(crate) end: HostOffset,
 }
 
 impl Shape {
@@ -144,7 +145,7 @@ pub(crate) struct TwoLevelMap<S> {
 pub(crate) struct State {
     tables: MetadataCache,
     /// The end of the allocated storage, where the next allocation begins.
-    end: u64,
+    end: HostOffset,
     /// The L2 tables that L1 entries refer to; read before the first write.
     l2_tables: Option<Pieces>,
     /// Offsets of the L2 tables that were validated or created since the image was opened.
@@ -192,9 +193,10 @@ impl<S: EntryCodec> TwoLevelMap<S> {
     /// Maps the run at the start of `range`.
     pub(crate) fn map(&self, range: ByteRange) -> Result<Run> {
         let mut state = self.lock();
-        let mut found: Option<(Cluster, u64)> = None;
-        let mut at = range.start();
-        while at < range.end() {
+        let mut found: Option<(Cluster, GuestOffset)> = None;
+        let (start, end) = (GuestOffset::new(range.start()), GuestOffset::new(range.end()));
+        let mut at = start;
+        while at < end {
             let step = match self.entry(&mut state, at) {
                 Ok(step) => step,
                 // A damaged entry further on ends the run. It is an error when a run begins with it.
@@ -203,101 +205,100 @@ impl<S: EntryCodec> TwoLevelMap<S> {
             };
             match found {
                 None => found = Some((step.cluster, at)),
-                Some((cluster, start)) if step.continues(cluster, at - start) => {}
+                Some((cluster, begin)) if step.continues(cluster, at.since(begin)) => {}
                 Some(_) => break,
             }
             at = if step.has_table {
-                step.until.min(range.end())
+                step.until.min(end)
             } else {
-                self.tableless(&mut state, at)?.min(range.end())
+                self.tableless(&mut state, at)?.min(end)
             };
         }
         let kind = match found.map_or(Cluster::None, |(cluster, _)| cluster) {
             Cluster::None => RunKind::Unallocated { host: None },
             Cluster::Zero => RunKind::Zero { host: None },
             Cluster::Host(offset) => RunKind::Data {
-                device: self.scheme.view(&self.file, range.start(), offset),
-                offset,
+                device: self.scheme.view(&self.file, start, offset),
+                offset: offset.get(),
                 holes: HoleMeaning::Ignored,
             },
             Cluster::Encoded { offset, stored } => RunKind::Encoded(Encoded {
-                offset,
+                offset: offset.get(),
                 stored,
                 cluster: range.first(1).align_out(self.shape.cluster_size),
             }),
         };
         Ok(Run {
-            len: at - range.start(),
+            len: at.since(start),
             kind,
         })
     }
 
-    /// The state of the cluster at guest offset `guest`, and the end of the range for which it holds.
-    fn entry(&self, state: &mut State, guest: u64) -> Result<Step> {
+    /// The state of the cluster at `guest`, and the end of the range for which it holds.
+    fn entry(&self, state: &mut State, guest: GuestOffset) -> Result<Step> {
         let size = self.shape.cluster_size;
         let Some(l2) = self.l2(state, guest)? else {
-            let coverage = self.shape.coverage();
             return Ok(Step {
                 cluster: Cluster::None,
                 has_table: false,
-                until: (guest / coverage + 1).saturating_mul(coverage),
+                until: guest.unit_end(self.shape.coverage()),
             });
         };
         let entry = Self::read(&mut state.tables, l2, self.l2_at(guest))?;
         let cluster = match self.scheme.cluster(entry, state.end)? {
             Cluster::Host(offset) => {
-                self.reserved
-                    .require_outside("cluster", ByteRange::at(offset, size))?;
-                Cluster::Host(offset + guest % size)
+                self.reserved.require_outside("cluster", offset.range(size))?;
+                Cluster::Host(offset.plus(guest.within(size)))
             }
             other => other,
         };
         Ok(Step {
             cluster,
             has_table: true,
-            until: (guest / size + 1).saturating_mul(size),
+            until: guest.unit_end(size),
         })
     }
 
     /// The guest offset at which a run of missing L2 tables ends; `guest` lies in its first table's range. The run ends
     /// at the latest with a page of the L1 table. Large empty disks have millions of such entries.
-    fn tableless(&self, state: &mut State, guest: u64) -> Result<u64> {
+    fn tableless(&self, state: &mut State, guest: GuestOffset) -> Result<GuestOffset> {
         let (l1, at) = (self.shape.l1, self.l1_at(guest));
         let entries = state.tables.bytes(l1, at)?;
         let empty = entries.chunks_exact(8).take_while(|entry| *entry == [0; 8]);
         let count = (empty.count() as u64).max(1);
         let coverage = self.shape.coverage();
-        Ok((guest / coverage + count).saturating_mul(coverage))
+        let end = (guest.unit(coverage) + count).saturating_mul(coverage);
+        Ok(GuestOffset::new(end))
     }
 
-    fn l1_at(&self, guest: u64) -> u64 {
-        guest / self.shape.coverage() * ENTRY
+    fn l1_at(&self, guest: GuestOffset) -> u64 {
+        guest.unit(self.shape.coverage()) * ENTRY
     }
 
-    fn l2_at(&self, guest: u64) -> u64 {
-        guest % self.shape.coverage() / self.shape.cluster_size * ENTRY
+    fn l2_at(&self, guest: GuestOffset) -> u64 {
+        guest.within(self.shape.coverage()) / self.shape.cluster_size * ENTRY
     }
 
-    fn l2(&self, state: &mut State, guest: u64) -> Result<Option<Table>> {
+    fn l2(&self, state: &mut State, guest: GuestOffset) -> Result<Option<Table>> {
         let entry = Self::read(&mut state.tables, self.shape.l1, self.l1_at(guest))?;
         let Some(offset) = self.scheme.l2_table(entry, state.end)? else {
             return Ok(None);
         };
-        let table = ByteRange::at(offset, self.shape.l2_len);
+        let table = offset.range(self.shape.l2_len);
         self.reserved.require_outside("L2 table", table)?;
         Ok(Some(self.l2_table(offset)))
     }
 
-    fn l2_table(&self, offset: u64) -> Table {
+    fn l2_table(&self, offset: HostOffset) -> Table {
         Table {
             class: WriteOrder::L2,
-            offset,
+            offset: offset.get(),
             len: self.shape.l2_len,
         }
     }
 
-    /// The L2 table for guest offset `guest`, allocated if it is missing.
-    fn ensure_l2(&self, state: &mut State, guest: u64) -> Result<Table> {
+    /// The L2 table for `guest`, allocated if it is missing.
+    fn ensure_l2(&self, state: &mut State, guest: GuestOffset) -> Result<Table> {
         if let Some(table) = self.l2(state, guest)? {
             self.require_sound(state, table)?;
             return Ok(table);
@@ -324,7 +325,9 @@ impl<S: EntryCodec> TwoLevelMap<S> {
                     at += bytes.len() as u64;
                     for entry in entries::<S>(bytes).filter(|entry| *entry != 0) {
                         let is_there = self.scheme.l2_table(entry, state.end).is_ok();
-                        let is_beyond = entry.checked_add(len).is_some_and(|end| end > state.end);
+                        let is_beyond = HostOffset::new(entry)
+                            .checked_plus(len)
+                            .is_some_and(|end| end > state.end);
                         if is_there || is_beyond {
                             found.add(entry)?;
                         }
@@ -367,46 +370,46 @@ impl<S: EntryCodec> TwoLevelMap<S> {
     }
 
     /// Whether an L2 entry is valid: its cluster, if it has one, is inside the file and outside of the reserved ranges.
-    fn is_valid_entry(&self, entry: u64, end: u64) -> bool {
+    fn is_valid_entry(&self, entry: u64, end: HostOffset) -> bool {
         let size = self.shape.cluster_size;
         let stored = match self.scheme.cluster(entry, end) {
-            Ok(Cluster::Host(offset)) => ByteRange::at(offset, size),
-            Ok(Cluster::Encoded { offset, stored }) => ByteRange::at(offset, stored),
+            Ok(Cluster::Host(offset)) => offset.range(size),
+            Ok(Cluster::Encoded { offset, stored }) => offset.range(stored),
             Ok(Cluster::None | Cluster::Zero) => return true,
             Err(_) => return false,
         };
-        stored.end() <= align_up(end, size) && self.reserved.find(stored).is_none()
+        stored.end() <= end.align_up(size).get() && self.reserved.find(stored).is_none()
     }
 
-    /// Refuses to write guest data to `len` bytes at host offset `offset` if they overlap an L2 table.
-    fn require_data(&self, state: &mut State, offset: u64, len: u64) -> Result<()> {
+    /// Refuses to write guest data to `len` bytes at `offset` if they overlap an L2 table.
+    fn require_data(&self, state: &mut State, offset: HostOffset, len: u64) -> Result<()> {
         self.l2_tables(state)?
-            .require_outside("cluster", ByteRange::at(offset, len))
+            .require_outside("cluster", offset.range(len))
     }
 
-    fn set(&self, state: &mut State, guest: u64, cluster: Cluster) -> Result<()> {
+    fn set(&self, state: &mut State, guest: GuestOffset, cluster: Cluster) -> Result<()> {
         let l2 = self.ensure_l2(state, guest)?;
         Self::write(
             &mut state.tables,
             l2,
             self.l2_at(guest),
-            self.scheme.word(cluster),
+            self.scheme.encode(cluster),
         )
     }
 
     /// Allocates whole clusters, `len` bytes. The file is extended to their end: entries must not refer to storage
     /// beyond the end of the file.
-    fn allocate(&self, state: &mut State, len: u64) -> Result<u64> {
+    fn allocate(&self, state: &mut State, len: u64) -> Result<HostOffset> {
         let offset = self.allocate_at(state, self.shape.cluster_size, len)?;
-        if self.file.len() < state.end {
-            self.file.resize(state.end, Preallocation::Off)?;
+        if self.file.len() < state.end.get() {
+            self.file.resize(state.end.get(), Preallocation::Off)?;
         }
         Ok(offset)
     }
 
     /// Allocates `len` bytes at a multiple of `unit`.
-    fn allocate_at(&self, state: &mut State, unit: u64, len: u64) -> Result<u64> {
-        let offset = state.end.checked_next_multiple_of(unit);
+    fn allocate_at(&self, state: &mut State, unit: u64, len: u64) -> Result<HostOffset> {
+        let offset = state.end.get().checked_next_multiple_of(unit);
         let end = offset.and_then(|offset| offset.checked_add(len));
         let (Some(offset), Some(end)) = (offset, end.filter(|end| i64::try_from(*end).is_ok())) else {
             return Err(Error::from_errno(errno::EFBIG));
@@ -415,8 +418,8 @@ impl<S: EntryCodec> TwoLevelMap<S> {
         self.reserved.require_outside("new cluster", new)?;
         self.l2_tables(state)?.require_outside("new cluster", new)?;
         self.scheme.before_first_change()?;
-        state.end = end;
-        Ok(offset)
+        state.end = HostOffset::new(end);
+        Ok(HostOffset::new(offset))
     }
 
     /// Allocates storage for `range`.
@@ -438,7 +441,7 @@ impl<S: EntryCodec> TwoLevelMap<S> {
             let part = rest.first((rest.start() / coverage + 1).saturating_mul(coverage) - rest.start());
             rest = rest.skip(part.len());
             if S::TABLES_FIRST {
-                self.ensure_l2(state, part.start())?;
+                self.ensure_l2(state, GuestOffset::new(part.start()))?;
             }
             self.draft_clusters(state, plan, part, range)?;
         }
@@ -456,7 +459,7 @@ impl<S: EntryCodec> TwoLevelMap<S> {
     ) -> Result<()> {
         let size = self.shape.cluster_size;
         let step = to_index(size)?;
-        let starts = || (cover.start()..cover.end()).step_by(step);
+        let starts = || (cover.start()..cover.end()).step_by(step).map(GuestOffset::new);
         let mut present = Vec::new();
         for at in starts() {
             present.push(match self.entry(state, at)?.cluster {
@@ -476,26 +479,27 @@ impl<S: EntryCodec> TwoLevelMap<S> {
         let missing = present.iter().filter(|offset| offset.is_none()).count() as u64;
         let mut new = NewClusters::default();
         if missing > 0 {
-            new.storage = ByteRange::at(self.allocate(state, missing * size)?, missing * size);
+            new.storage = self.allocate(state, missing * size)?.range(missing * size);
         }
-        let mut fresh = new.storage.start();
+        let mut fresh = HostOffset::new(new.storage.start());
         for (at, offset) in starts().zip(present) {
-            let cluster = ByteRange::at(at, size);
+            let cluster = at.range(size);
             let (guest, offset) = match offset {
                 Some(offset) => {
                     let part = cluster.intersect(range);
-                    (part, offset + (part.start() - at))
+                    (part, offset.plus(GuestOffset::new(part.start()).since(at)))
                 }
                 None => {
-                    new.entries.push((at, Cluster::Host(fresh)));
-                    fresh += size;
-                    (cluster, fresh - size)
+                    let offset = fresh;
+                    new.entries.push((at, Cluster::Host(offset)));
+                    fresh = offset.plus(size);
+                    (cluster, offset)
                 }
             };
             plan.add_run(WriteRun {
                 guest,
                 device: Arc::clone(&self.file),
-                offset,
+                offset: offset.get(),
             });
         }
         if missing > 0 {
@@ -504,7 +508,7 @@ impl<S: EntryCodec> TwoLevelMap<S> {
         Ok(())
     }
 
-    /// Stores the encoded form of the cluster at `guest`.
+    /// Stores the encoded form of the cluster at guest offset `guest`.
     ///
     /// # Errors
     /// Those of the device, and an offset that an entry cannot hold.
@@ -514,15 +518,16 @@ impl<S: EntryCodec> TwoLevelMap<S> {
         if stored == 0 || stored >= size || !guest.is_multiple_of(size) {
             return Err(Error::invalid("Not the compressed form of one cluster"));
         }
-        let cover = ByteRange::at(guest, size);
-        let mut offset = 0;
+        let guest = GuestOffset::new(guest);
+        let cover = guest.range(size);
+        let mut offset = HostOffset::new(0);
         let plan = AllocatingPlan::new(self, cover, |state, plan| {
             if S::TABLES_FIRST {
                 self.ensure_l2(state, guest)?;
             }
             offset = self.allocate_at(state, SECTOR, stored)?;
             let new = NewClusters {
-                storage: ByteRange::at(offset, stored),
+                storage: offset.range(stored),
                 entries: vec![(guest, Cluster::Encoded { offset, stored })],
             };
             plan.add_change(cover, new);
@@ -532,7 +537,7 @@ impl<S: EntryCodec> TwoLevelMap<S> {
             return Err(Error::from_errno(errno::EFBIG));
         }
         self.file.event(Event::WRITE_COMPRESSED);
-        self.file.write_at(bytes, offset)?;
+        self.file.write_at(bytes, offset.get())?;
         Box::new(plan).commit()
     }
 
@@ -566,18 +571,18 @@ impl<S: EntryCodec> TwoLevelMap<S> {
     fn zero_entries(&self, range: ByteRange, zero: Cluster) -> Result<Vec<(Arc<dyn Device>, ByteRange)>> {
         let mut state = self.lock();
         let mut stored: Vec<(Arc<dyn Device>, ByteRange)> = Vec::new();
-        let mut at = range.start();
-        while at < range.end() {
+        let mut at = GuestOffset::new(range.start());
+        while at.get() < range.end() {
             match self.entry(&mut state, at)?.cluster {
                 Cluster::Host(offset) => {
                     self.require_data(&mut state, offset, self.shape.cluster_size)?;
                     match stored.last_mut() {
-                        Some((_, last)) if last.end() == offset => {
+                        Some((_, last)) if last.end() == offset.get() => {
                             *last = ByteRange::at(last.start(), last.len() + self.shape.cluster_size);
                         }
                         _ => {
                             let device = self.scheme.view(&self.file, at, offset);
-                            stored.push((device, ByteRange::at(offset, self.shape.cluster_size)));
+                            stored.push((device, offset.range(self.shape.cluster_size)));
                         }
                     }
                 }
@@ -587,14 +592,14 @@ impl<S: EntryCodec> TwoLevelMap<S> {
                     self.set(&mut state, at, zero)?;
                 }
             }
-            at += self.shape.cluster_size;
+            at = at.plus(self.shape.cluster_size);
         }
         Ok(stored)
     }
 
     /// Frees all clusters and L2 tables by truncating the file to `end`, which is behind the L1 table and the other
     /// reserved ranges.
-    pub(crate) fn make_empty(&self, end: u64) -> Result<()> {
+    pub(crate) fn make_empty(&self, end: HostOffset) -> Result<()> {
         let mut state = self.claims.wait_idle(|| self.lock());
         // Dirty pages are written back before they leave the cache.
         state.tables.clear()?;
@@ -603,7 +608,7 @@ impl<S: EntryCodec> TwoLevelMap<S> {
             .write_zeroes(ByteRange::at(l1.offset, l1.len), ZeroMode::KeepAllocated)?;
         // The empty L1 table must be durable before the storage that it referred to is truncated.
         self.file.flush()?;
-        self.file.resize(end, Preallocation::Off)?;
+        self.file.resize(end.get(), Preallocation::Off)?;
         state.end = end;
         state.forget_l2_tables();
         Ok(())
@@ -615,7 +620,7 @@ impl<S: EntryCodec> TwoLevelMap<S> {
         state.tables.write_back()?;
         self.file.event(Event::FLUSH_TO_DISK);
         state.tables.sync()?;
-        self.scheme.settled()
+        self.scheme.after_flush()
     }
 
     fn read(tables: &mut MetadataCache, table: Table, at: u64) -> Result<u64> {
@@ -676,12 +681,12 @@ impl<S: EntryCodec> Walk<'_, S> {
     }
 
     /// The L2 table at `offset`.
-    pub(crate) fn l2(&self, offset: u64) -> Table {
+    pub(crate) fn l2(&self, offset: HostOffset) -> Table {
         self.tree.l2_table(offset)
     }
 
     /// The end of the allocated storage.
-    pub(crate) fn end(&self) -> u64 {
+    pub(crate) fn end(&self) -> HostOffset {
         self.state.end
     }
 
@@ -712,14 +717,14 @@ struct Step {
     cluster: Cluster,
     /// Whether there is an L2 table for them.
     has_table: bool,
-    until: u64,
+    until: GuestOffset,
 }
 
 impl Step {
     /// Whether this extends a run that began with `before`, `len` bytes earlier.
     fn continues(&self, before: Cluster, len: u64) -> bool {
         match (before, self.cluster) {
-            (Cluster::Host(at), Cluster::Host(next)) => at.checked_add(len) == Some(next),
+            (Cluster::Host(at), Cluster::Host(next)) => at.checked_plus(len) == Some(next),
             (Cluster::Encoded { .. }, _) => false,
             (before, next) => before == next,
         }
@@ -728,10 +733,10 @@ impl Step {
 
 /// Clusters for which storage was allocated.
 pub(crate) struct NewClusters {
-    /// The storage, which is contiguous.
+    /// The storage in the file, which is contiguous.
     storage: ByteRange,
-    /// Guest offsets of clusters, and their new states.
-    entries: Vec<(u64, Cluster)>,
+    /// Clusters of the disk, and their new states.
+    entries: Vec<(GuestOffset, Cluster)>,
 }
 
 impl Default for NewClusters {
@@ -767,13 +772,19 @@ impl<S: EntryCodec> Allocator for TwoLevelMap<S> {
         Ok(())
     }
 
-    /// Frees the last allocation if it is at the end of the file. Other clusters leak.
-    fn free(&self, state: &mut State, mut changes: Vec<NewClusters>) {
-        let last = changes.pop().unwrap_or_default().storage;
-        if !last.is_empty() && last.end() == state.end {
+    /// Frees the allocations at the end of the file, from the last one on. Clusters before other storage leak.
+    fn free(&self, state: &mut State, changes: Vec<NewClusters>) {
+        let mut end = state.end.get();
+        for storage in changes.into_iter().rev().map(|new| new.storage) {
+            if storage.end() != end {
+                break;
+            }
+            end = storage.start();
+        }
+        if end < state.end.get() {
             // If the file cannot be truncated, the clusters leak, which is harmless.
-            let _ = self.file.resize(last.start(), Preallocation::Off);
-            state.end = last.start();
+            let _ = self.file.resize(end, Preallocation::Off);
+            state.end = HostOffset::new(end);
         }
     }
 }

@@ -4,8 +4,9 @@ use diskimage_core::{
     ByteRange, CheckReport, Device, Note, Preallocation, Progress, Repair, Result, align_up, to_index,
 };
 
+use super::bat::{NO_CLUSTER, is_aligned};
 use super::header::SECTOR;
-use super::{NO_CLUSTER, ParallelsLayer, State, is_aligned};
+use super::{ParallelsLayer, State};
 use crate::layer_kit::cluster_set::ClusterSet;
 
 /// The buffer size of a copy.

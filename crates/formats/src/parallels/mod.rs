@@ -19,8 +19,11 @@
 //! table without it is durable. So a crash leaks clusters at worst, and the field `in_use` of the header, set from the
 //! first change until the next flush, shows that it may have.
 
+mod bat;
 mod check;
+mod create;
 mod extension;
+mod growth;
 mod header;
 mod write;
 
@@ -29,18 +32,19 @@ mod tests;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use diskimage_core::options::{OptionDef, OptionKind, Options};
+use diskimage_core::options::Options;
 use diskimage_core::{
     Bitmaps, Budget, ByteRange, Capabilities, Check, CheckReport, CreatePlan, CreateRequest, Device, Error,
     Format, FormatProperties, HoleMeaning, Info, Layer, Measure, MeasureSource, Note, Objects, OpenRequest,
     Preallocation, Probe, Progress, Repair, ResizeRequest, Result, Run, RunKind, Score, WritePlan, ZeroMode,
 };
 
+use self::bat::offset_of;
 use self::extension::Extension;
 use self::header::{HEADER_LEN, Header};
-use crate::layer_kit::count_used::data_bytes;
-use crate::layer_kit::paged_table::{Entry, PagedTable};
-use crate::layer_kit::preallocation;
+
+use crate::layer_kit::paged_table::PagedTable;
+
 use crate::layer_kit::range_claims::RangeClaims;
 use crate::layer_kit::repair_on_open;
 use crate::layer_kit::reserved::{Pieces, Reserved};
@@ -50,33 +54,6 @@ use crate::layer_kit::slot_bitmap::SlotBitmap;
 #[derive(Debug)]
 pub struct Parallels;
 
-const CREATE_OPTIONS: &[OptionDef] = &[
-    OptionDef::new("size", OptionKind::Size, "Virtual disk size"),
-    OptionDef {
-        name: "cluster_size",
-        kind: OptionKind::Size,
-        help: "Parallels image cluster size",
-        default: Some("1048576"),
-    },
-];
-
-/// The options of opening an image.
-const OPEN_OPTIONS: &[OptionDef] = &[
-    OptionDef::new(
-        "prealloc-size",
-        OptionKind::Size,
-        "Preallocation size on image expansion",
-    ),
-    OptionDef::new(
-        "prealloc-mode",
-        OptionKind::Text,
-        "Preallocation mode on image expansion",
-    ),
-];
-
-/// The default of `cluster_size`.
-const DEFAULT_CLUSTER: u64 = 1 << 20;
-
 impl Format for Parallels {
     fn name(&self) -> &'static str {
         "parallels"
@@ -85,7 +62,7 @@ impl Format for Parallels {
     fn properties(&self) -> &'static FormatProperties {
         const {
             &FormatProperties {
-                create_options: Some(CREATE_OPTIONS),
+                create_options: Some(create::OPTIONS),
                 keeps_failed_file: true,
                 ..FormatProperties::READ_ONLY
             }
@@ -101,41 +78,14 @@ impl Format for Parallels {
     }
 
     fn plan_create<'a>(&self, request: CreateRequest<'a>) -> Result<CreatePlan<'a>> {
-        Ok(CreatePlan::new(move |files| create(&request, &*files.file)))
+        Ok(CreatePlan::new(move |files| {
+            create::create(&request, &*files.file)
+        }))
     }
 
     fn measure(&self, options: &Options, source: MeasureSource<'_>, _objects: &Objects) -> Result<Measure> {
-        preallocation::check(options)?;
-        let header = Header::new(
-            source.len(),
-            options.size("cluster_size").unwrap_or(DEFAULT_CLUSTER),
-        )?;
-        let start = header.data_start(u64::MAX);
-        let used = match source {
-            MeasureSource::Size(_) => 0,
-            MeasureSource::Image(image) => data_bytes(image, header.cluster)?,
-        };
-        Ok(Measure {
-            required: start + used,
-            fully_allocated: start + u64::from(header.entries) * header.cluster,
-            bitmaps: None,
-        })
+        create::measure(options, source)
     }
-}
-
-/// Writes a new image to `file`.
-fn create(request: &CreateRequest<'_>, file: &dyn Device) -> Result<()> {
-    preallocation::check(request.options)?;
-    let cluster_size = request.options.size("cluster_size").unwrap_or(DEFAULT_CLUSTER);
-    let header = Header::new(request.size, cluster_size)?;
-    let start = header.data_start(u64::MAX);
-    if file.is_zero_when_new() {
-        file.resize(start, Preallocation::Off)?;
-    } else if start > file.len() {
-        return Err(Error::unsupported(file.fixed_len_message()));
-    }
-    file.write_zeroes(ByteRange::new(0, start), ZeroMode::KeepAllocated)?;
-    file.write_at(&header.to_bytes(), 0)
 }
 
 /// An opened image.
@@ -188,7 +138,7 @@ struct State {
 
 impl ParallelsLayer {
     fn open(request: OpenRequest<'_>) -> Result<Self> {
-        let growth = growth(&request.options.take_known(OPEN_OPTIONS)?)?;
+        let growth = growth::growth(&request.options.take_known(growth::OPTIONS)?)?;
         let (file, budget) = (request.file, request.context.budget.clone());
         let mut bytes = [0; HEADER_LEN];
         file.read_padded(&mut bytes, 0)?;
@@ -273,126 +223,6 @@ impl ParallelsLayer {
         state.header = header;
         state.marked = false;
         Ok(())
-    }
-}
-
-/// The options for preallocation; `None` if the file is to grow by what is needed only.
-fn growth(options: &Options) -> Result<Option<(Preallocation, u64)>> {
-    if !options.is_given("prealloc-mode") && !options.is_given("prealloc-size") {
-        return Ok(None);
-    }
-    let mode = match options.text("prealloc-mode").unwrap_or("falloc") {
-        "falloc" => Preallocation::Falloc,
-        "truncate" => Preallocation::Off,
-        other => return Err(Error::invalid(format!("invalid parameter value: {other}"))),
-    };
-    Ok(Some((
-        mode,
-        options.size("prealloc-size").unwrap_or(DEFAULT_GROWTH),
-    )))
-}
-
-/// The default of `prealloc-size`, as in qemu-img.
-const DEFAULT_GROWTH: u64 = 128 << 20;
-
-/// The entry of a cluster that reads as zero.
-const NO_CLUSTER: Entry = [0; 4];
-
-impl State {
-    /// The entries from entry `index` on that are in the same page; `None` at the end of the table, beyond which all
-    /// clusters read as zero.
-    fn entries(&mut self, index: u64) -> Result<Option<&[Entry]>> {
-        if index >= u64::from(self.header.entries) {
-            return Ok(None);
-        }
-        self.table.entries(index).map(Some)
-    }
-
-    /// The offset in the file of cluster `index` of the disk; `None` if it has no storage.
-    fn offset(&mut self, index: u64) -> Result<Option<u64>> {
-        let unit = self.header.unit;
-        let entry = self.entries(index)?.and_then(|entries| entries.first());
-        Ok(entry.and_then(|entry| offset_of(*entry, unit)))
-    }
-
-    /// The allocated clusters of the disk with their offsets, from entry `next` to the end of its page, where `next` is
-    /// moved. `None` at the end of the table.
-    fn batch(&mut self, next: &mut u64) -> Result<Option<Vec<(u64, u64)>>> {
-        let end = u64::from(self.header.entries).min(self.entries_in_file);
-        if *next >= end {
-            return Ok(None);
-        }
-        let unit = self.header.unit;
-        let entries = self.table.entries(*next)?;
-        let found = (*next..end).zip(entries);
-        let batch = found.filter_map(|(index, entry)| Some((index, offset_of(*entry, unit)?)));
-        let batch = batch.collect();
-        *next += entries.len() as u64;
-        Ok(Some(batch))
-    }
-
-    /// Marks the image as in use before anything in it changes.
-    fn mark_in_use(&mut self, file: &dyn Device) -> Result<()> {
-        if self.marked {
-            return Ok(());
-        }
-        // A truncated file without its whole table cannot be repaired by growing it.
-        if file.len() < self.header.table_end() {
-            return Err(Error::corrupt("The table lies beyond the end of the file"));
-        }
-        let mut header = self.header.clone();
-        header.set_in_use(true);
-        // The dirty bitmaps would miss the changes.
-        header.drop_extension();
-        file.write_at(&header.to_bytes(), 0)?;
-        file.flush()?;
-        self.header = header;
-        self.marked = true;
-        Ok(())
-    }
-
-    /// Writes back the table, durably, and frees the slots of released clusters.
-    fn publish(&mut self, file: &dyn Device) -> Result<()> {
-        if !self.table.is_dirty() {
-            return Ok(());
-        }
-        // Other programs take a file that ends inside its last cluster for damaged.
-        if file.len() < self.data_end {
-            file.resize(self.data_end, Preallocation::Off)?;
-        }
-        file.flush()?;
-        self.table.write_back()?;
-        file.flush()?;
-        let cluster = self.header.cluster;
-        for offset in std::mem::take(&mut self.released) {
-            // A cluster that is not in a slot may overlap another one or the metadata: it is leaked.
-            if !self.is_aligned || offset < self.first_slot {
-                continue;
-            }
-            let bytes = ByteRange::at(offset, cluster).intersect(ByteRange::new(0, file.len()));
-            if !bytes.is_empty() {
-                file.discard(bytes)?;
-            }
-            if let Ok(slot) = u32::try_from((offset - self.first_slot) / cluster)
-                && let Some(slots) = &mut self.slots
-            {
-                slots.free(slot);
-            }
-        }
-        Ok(())
-    }
-}
-
-/// Whether `offset` is that of a slot.
-fn is_aligned(offset: u64, first_slot: u64, cluster: u64) -> bool {
-    offset >= first_slot && (offset - first_slot).is_multiple_of(cluster)
-}
-
-/// The offset in the file of an entry's cluster; `None` if the cluster has no storage.
-fn offset_of(entry: Entry, unit: u64) -> Option<u64> {
-    match u32::from_le_bytes(entry) {
-        0 => None,
-        entry => Some(u64::from(entry).saturating_mul(unit)),
     }
 }
 

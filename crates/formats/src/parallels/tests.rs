@@ -186,7 +186,8 @@ fn an_empty_disk_is_one_run_however_large() {
     let image = open(memory(&bytes));
     let whole = ByteRange::new(0, image.len());
     let extent = image.status(whole, StatusDetail::Zeroes).expect("a status");
-    assert_eq!((extent.len, extent.kind.is_zero()), (1 << 40, true));
+    assert_eq!(extent.len, 1 << 40);
+    assert!(extent.kind.is_zero());
     image.write_zeroes(whole, ZeroMode::Unmap).expect("nothing to do");
 }
 
@@ -314,12 +315,14 @@ fn everything_is_found_and_repaired() {
     ];
     let (report, lines) = check(&*read_only(&bytes).expect("opens"), Repair::No);
     assert_eq!(lines, findings.map(|finding| format!("ERROR {finding}")));
-    assert_eq!((report.corruptions, report.leaks), (4, 2));
+    assert_eq!(report.corruptions, 4);
+    assert_eq!(report.leaks, 2);
     let file = memory(&bytes);
     let layer = open_layer(file.clone(), true, true, &mut NodeOptions::new()).expect("opens");
     let (report, lines) = check(&*layer, Repair::All);
     assert_eq!(lines, findings.map(|finding| format!("Repairing {finding}")));
-    assert_eq!((report.corruptions_fixed, report.leaks_fixed), (4, 2));
+    assert_eq!(report.corruptions_fixed, 4);
+    assert_eq!(report.leaks_fixed, 2);
     assert!(is_clean(&file.contents()));
     let content = contents(&open(Arc::<MemoryDevice>::clone(&file)));
     let firsts: Vec<u8> = content.iter().step_by(4096).copied().collect();
@@ -341,10 +344,8 @@ fn leaks_alone_are_repaired_where_nothing_is_lost() {
         let file = memory(&bytes);
         let layer = open_layer(file.clone(), true, true, &mut NodeOptions::new()).expect("opens");
         let report = check(&*layer, Repair::Leaks).0;
-        assert_eq!(
-            (report.leaks_fixed, report.leaks + report.leaks_fixed),
-            (fixed, 1)
-        );
+        assert_eq!(report.leaks_fixed, fixed);
+        assert_eq!(report.leaks + report.leaks_fixed, 1);
         assert_eq!(file.len(), bytes.len() as u64 - fixed);
     }
 }
@@ -452,7 +453,8 @@ fn dirty_bitmaps_are_read() {
         let layer = read_only(&bytes).expect("opens");
         let bitmaps: &dyn Bitmaps = layer.bitmaps().expect("has one");
         let info = bitmaps.list().expect("a list").remove(0);
-        assert_eq!((&*info.name, info.granularity), (name, 512));
+        assert_eq!(&*info.name, name);
+        assert_eq!(info.granularity, 512);
         assert!(bitmaps.remove(name).is_err() && bitmaps.marked("x", &mut |_| Ok(())).is_err());
         let mut marked = Vec::new();
         let outcome = bitmaps.marked(name, &mut |range| {

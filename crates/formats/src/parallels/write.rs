@@ -5,7 +5,8 @@ use std::sync::{Arc, MutexGuard};
 
 use diskimage_core::{ByteRange, Error, Result, WritePlan, WriteRun};
 
-use super::{NO_CLUSTER, ParallelsLayer, State};
+use super::bat::NO_CLUSTER;
+use super::{ParallelsLayer, State};
 use crate::layer_kit::allocating_plan::{AllocatingPlan, Allocator, publish_each};
 use crate::layer_kit::range_claims::{Access, RangeClaims};
 use crate::layer_kit::reserved::Pieces;

@@ -11,9 +11,11 @@
 //! numbers are big-endian. Storage is never freed. Clusters may be encrypted (`legacy_aes`); compressed clusters never
 //! are.
 //!
-//! The format is described on the page "The QCOW Image Format". `header` parses the header;
-//! [`two_level_map`](crate::layer_kit::two_level_map) reads and changes the tables.
+//! The format is described on the page "The QCOW Image Format". `header` parses the header, `entry` the
+//! entries of the tables; [`two_level_map`](crate::layer_kit::two_level_map) reads and changes the tables.
 
+mod create;
+mod entry;
 mod header;
 
 #[cfg(test)]
@@ -21,48 +23,26 @@ mod tests;
 
 use std::sync::Arc;
 
-use diskimage_core::options::{OptionDef, OptionKind, Options};
+use diskimage_core::options::Options;
 use diskimage_core::{
     Backed, Backing, ByteRange, Capabilities, Codec, CreatePlan, CreateRequest, Device, Encoded, Encoder,
-    Error, ErrorKind, Event, Format, FormatProperties, Info, Layer, Measure, MeasureSource, Objects,
-    OpenRequest, Preallocation, Probe, ResizeRequest, Result, Run, Score, WritePlan, ZeroMode, align_up,
-    errno,
+    Error, Event, Format, FormatProperties, Info, Layer, Measure, MeasureSource, Objects, OpenRequest, Probe,
+    ResizeRequest, Result, Run, Score, WritePlan, ZeroMode, align_up,
 };
 
+use self::entry::{Entries, damaged};
 use self::header::{Header, SECTOR};
 use crate::codec;
 use crate::encryption::legacy_aes::{self, LegacyAes};
 use crate::known_formats::KNOWN_FORMATS;
 use crate::layer_kit::metadata_cache::{Table, WriteOrder};
+use crate::layer_kit::offset::HostOffset;
 use crate::layer_kit::reserved::Reserved;
-use crate::layer_kit::two_level_map::{Cluster, EntryCodec, Shape, TwoLevelMap};
-use crate::layer_kit::{count_used, preallocation};
-use crate::luks::options::passphrase;
+use crate::layer_kit::two_level_map::{Shape, TwoLevelMap};
 
 /// The format's entry in the table of formats.
 #[derive(Debug)]
 pub struct QcowFormat;
-
-const CREATE_OPTIONS: &[OptionDef] = &[
-    OptionDef::new("size", OptionKind::Size, "Virtual disk size"),
-    OptionDef::new("backing_file", OptionKind::Text, "File name of a base image"),
-    OptionDef::new("backing_fmt", OptionKind::Text, "Format of the backing image"),
-    OptionDef::new(
-        "encryption",
-        OptionKind::Flag,
-        "Encrypt the image with format 'aes'. (Deprecated in favor of encrypt.format=aes)",
-    ),
-    OptionDef::new(
-        "encrypt.format",
-        OptionKind::Text,
-        "Encrypt the image, format choices: 'aes'",
-    ),
-    OptionDef::new(
-        "encrypt.key-secret",
-        OptionKind::Text,
-        "ID of the secret that provides the AES encryption key",
-    ),
-];
 
 impl Format for QcowFormat {
     fn name(&self) -> &'static str {
@@ -72,7 +52,7 @@ impl Format for QcowFormat {
     fn properties(&self) -> &'static FormatProperties {
         const {
             &FormatProperties {
-                create_options: Some(CREATE_OPTIONS),
+                create_options: Some(create::OPTIONS),
                 strong_options: &[legacy_aes::KEY_SECRET],
                 has_backing: true,
                 has_compression: true,
@@ -99,62 +79,14 @@ impl Format for QcowFormat {
             }
             _ => legacy_aes::wanted_format(request.options)?,
         };
-        Ok(CreatePlan::new(move |files| create(&request, &*files.file)))
+        Ok(CreatePlan::new(move |files| {
+            create::create(&request, &*files.file)
+        }))
     }
 
     fn measure(&self, options: &Options, source: MeasureSource<'_>, _objects: &Objects) -> Result<Measure> {
-        preallocation::check(options)?;
-        let header = new_header(options, source.len())?;
-        let size = header.cluster_size();
-        let used = count_used::clusters(source, size, header.coverage(), header.backing.is_some())?;
-        let all = count_used::all_clusters(source.len(), size, header.coverage());
-        let empty = header.l1_offset + header.l1_len().next_multiple_of(SECTOR);
-        let bytes = |(clusters, tables): (u64, u64)| match clusters {
-            0 => empty,
-            _ => empty.next_multiple_of(size) + clusters * size + tables * header.l2_len(),
-        };
-        Ok(Measure {
-            required: bytes(used),
-            fully_allocated: bytes(all),
-            bitmaps: None,
-        })
+        create::measure(options, source)
     }
-}
-
-/// Writes a new image to `file`.
-fn create(request: &CreateRequest<'_>, file: &dyn Device) -> Result<()> {
-    preallocation::check(request.options)?;
-    let header = new_header(request.options, request.size)?;
-    if header.is_encrypted {
-        let secret = request.options.text(legacy_aes::KEY_SECRET);
-        passphrase(request.objects, secret, legacy_aes::KEY_SECRET)?;
-    }
-    let table = ByteRange::at(header.l1_offset, header.l1_len().next_multiple_of(SECTOR));
-    if file.is_zero_when_new() {
-        file.resize(table.end(), Preallocation::Off)?;
-    } else {
-        file.write_zeroes(table, ZeroMode::KeepAllocated)?;
-    }
-    file.write_at(&header.to_bytes(), 0)?;
-    file.flush()
-}
-
-/// The header of a new image of `size` bytes.
-fn new_header(options: &Options, size: u64) -> Result<Header> {
-    let encryption = legacy_aes::wanted_format(options)?;
-    match encryption {
-        None if options.is_given(legacy_aes::KEY_SECRET) => return Err(legacy_aes::no_format()),
-        None | Some("aes" | "luks") => {}
-        Some(other) => return Err(legacy_aes::unknown_format(other)),
-    }
-    if size == 0 {
-        return Err(Error::invalid("Image size is too small, cannot be zero length"));
-    }
-    if encryption.is_some_and(|format| format != "aes") {
-        return Err(Error::invalid("Unsupported encryption format"));
-    }
-    let backing = options.text("backing_file").filter(|name| !name.is_empty());
-    Header::new(size, backing, encryption.is_some())
 }
 
 /// An open image.
@@ -191,7 +123,7 @@ impl Qcow {
             cluster_size: header.cluster_size(),
             l1,
             l2_len: header.l2_len(),
-            end: file.len().max(header.end()),
+            end: HostOffset::new(file.len().max(header.end())),
         };
         let entries = Entries {
             file: Arc::clone(&file),
@@ -315,102 +247,6 @@ impl Backed for Qcow {
 
     fn make_empty(&self) -> Result<()> {
         self.require_writable()?;
-        self.tree.make_empty(self.header.end())
-    }
-}
-
-/// The encoding of qcow's table entries.
-#[derive(Debug)]
-struct Entries {
-    file: Arc<dyn Device>,
-    cluster_bits: u8,
-    /// Bytes of an L2 table.
-    l2_len: u64,
-    has_backing: bool,
-    /// The cipher of the clusters; `None` if they are not encrypted.
-    aes: Option<LegacyAes>,
-}
-
-/// The bit of an L2 entry that marks a compressed cluster.
-const COMPRESSED: u64 = 1 << 63;
-
-impl Entries {
-    /// The lowest bit of a compressed cluster's length in an L2 entry. The bits under it are the host offset.
-    fn length_shift(&self) -> u32 {
-        63 - u32::from(self.cluster_bits)
-    }
-
-    /// Refuses a table or a cluster of `len` bytes at `offset`, in a file that ends at `end`, if it is not aligned or
-    /// not in the file. Unlike qemu-img, which reads zeroes beyond the end: a truncated disk would seem to be empty.
-    fn require_stored(&self, offset: u64, len: u64, end: u64) -> Result<()> {
-        let behind = offset.checked_add(len).ok_or_else(damaged)?;
-        if !offset.is_multiple_of(SECTOR) {
-            return Err(damaged());
-        }
-        if behind > end {
-            self.file.require(offset, len)?;
-        }
-        Ok(())
-    }
-}
-
-/// The error for all damage to tables and compressed clusters; qemu-img has the same errno for all of it.
-fn damaged() -> Error {
-    Error::damage(ErrorKind::Invalid, errno::EIO)
-}
-
-impl EntryCodec for Entries {
-    const BIG_ENDIAN: bool = true;
-    const TABLES_FIRST: bool = true;
-
-    fn l2_table(&self, entry: u64, end: u64) -> Result<Option<u64>> {
-        if entry == 0 {
-            return Ok(None);
-        }
-        // As in qemu-img, a missing table is the same error as an invalid offset.
-        self.require_stored(entry, self.l2_len, align_up(end, SECTOR))
-            .map_err(|error| Error::damage(error.kind(), errno::EIO))?;
-        Ok(Some(entry))
-    }
-
-    fn cluster(&self, entry: u64, end: u64) -> Result<Cluster> {
-        if entry == 0 {
-            Ok(Cluster::None)
-        } else if entry & COMPRESSED != 0 {
-            let shift = self.length_shift();
-            Ok(Cluster::Encoded {
-                offset: entry & ((1 << shift) - 1),
-                stored: (entry & !COMPRESSED) >> shift,
-            })
-        } else {
-            // The file may have only a part of its last cluster.
-            let size = 1 << self.cluster_bits;
-            self.require_stored(entry, size, align_up(end, size))?;
-            Ok(Cluster::Host(entry))
-        }
-    }
-
-    fn word(&self, cluster: Cluster) -> u64 {
-        match cluster {
-            // `Zero` is only encoded in an image without a backing image.
-            Cluster::None | Cluster::Zero => 0,
-            Cluster::Host(offset) => offset,
-            Cluster::Encoded { offset, stored } => COMPRESSED | stored << self.length_shift() | offset,
-        }
-    }
-
-    fn zero(&self) -> Option<Cluster> {
-        (!self.has_backing).then_some(Cluster::None)
-    }
-
-    fn encoded_end(&self) -> u64 {
-        1 << self.length_shift()
-    }
-
-    fn view(&self, file: &Arc<dyn Device>, guest: u64, host: u64) -> Arc<dyn Device> {
-        self.aes
-            .as_ref()
-            .and_then(|aes| aes.view(file, guest, host))
-            .unwrap_or_else(|| Arc::clone(file))
+        self.tree.make_empty(HostOffset::new(self.header.end()))
     }
 }

@@ -15,13 +15,14 @@ use diskimage_core::{
 use zerocopy::IntoBytes;
 use zerocopy::byteorder::big_endian::{U32, U64};
 
+use super::Qcow2;
 use super::encrypt::Encryption;
+use super::files::data_permissions;
 use super::header::extension;
 use super::header::feature::{Autoclear, Compatible, Incompatible};
 use super::header::{Compression, HEADER_LEN, MAGIC, RawHeader, limit};
 use super::options::{CreateOptions, Wording};
 use super::refcount::block;
-use super::{Qcow2, data_permissions};
 use crate::encryption::legacy_aes;
 
 /// Writes a new image to `files`.

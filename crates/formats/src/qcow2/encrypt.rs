@@ -27,6 +27,7 @@ use crate::encryption::encrypted_device::EncryptedDevice;
 use crate::encryption::legacy_aes::{
     KEY_SECRET, LegacyAes, no_format, passphrase_for, unexpected, unknown_format,
 };
+use crate::layer_kit::offset::{GuestOffset, HostOffset};
 use crate::luks::options::{Algorithms, VolumeOptions, passphrase};
 use crate::luks::volume::{Volume, VolumeLocation};
 
@@ -68,9 +69,13 @@ impl Encrypted {
         Volume::open(location, passphrase).map(|volume| Some(Self::Luks(Arc::new(volume))))
     }
 
-    /// Returns a decrypted view of `data` for the mapping of guest offset `guest` to host offset `host`; `None` without
-    /// a key.
-    pub(super) fn view(&self, data: &Arc<dyn Device>, guest: u64, host: u64) -> Option<Arc<dyn Device>> {
+    /// Returns a decrypted view of `data` for the mapping of `guest` to `host`; `None` without a key.
+    pub(super) fn view(
+        &self,
+        data: &Arc<dyn Device>,
+        guest: GuestOffset,
+        host: HostOffset,
+    ) -> Option<Arc<dyn Device>> {
         match self {
             Self::Aes(aes) => aes.view(data, guest, host),
             Self::Luks(volume) => {

@@ -7,9 +7,10 @@
 //!
 //! An extended entry is followed by 64 bits: which subclusters are allocated (low half) and which read as zero.
 
-use diskimage_core::{Encoded, Error, Result, align_down};
+use diskimage_core::{ByteRange, Encoded, Error, Result};
 
 use super::header::{Geometry, limit};
+use crate::layer_kit::offset::{GuestOffset, HostOffset};
 
 /// The cluster has a refcount of exactly one: it may be written in place.
 pub(super) const COPIED: u64 = 1 << 63;
@@ -33,10 +34,10 @@ pub(super) struct L2Entry {
 pub(super) enum Cluster {
     /// None; subclusters of an extended entry may still read as zeroes.
     None,
-    /// A host cluster at this offset; in an extended entry only allocated subclusters hold data.
-    Host(u64),
-    /// Compressed data: its host offset, and an upper bound of its length in bytes.
-    Compressed { offset: u64, stored: u64 },
+    /// A cluster at this offset; in an extended entry only allocated subclusters hold data.
+    Host(HostOffset),
+    /// Compressed data: its offset, and an upper bound of its length in bytes.
+    Compressed { offset: HostOffset, stored: u64 },
 }
 
 /// The subclusters that are allocated and those that read as zeroes, one bit each; no subcluster is both.
@@ -78,7 +79,7 @@ impl L2Entry {
     };
 
     /// An entry for a cluster at `offset` with a refcount of one.
-    pub(super) fn data(offset: u64, sub: Subclusters) -> Self {
+    pub(super) fn data(offset: HostOffset, sub: Subclusters) -> Self {
         Self {
             kind: Cluster::Host(offset),
             copied: true,
@@ -108,7 +109,7 @@ impl L2Entry {
                 )));
             }
             let kind = Cluster::Compressed {
-                offset,
+                offset: HostOffset::new(offset),
                 stored: sectors * 512 - offset % 512,
             };
             return Ok(Self {
@@ -130,7 +131,7 @@ impl L2Entry {
             ));
         }
         let kind = if is_host {
-            Cluster::Host(offset)
+            Cluster::Host(HostOffset::new(offset))
         } else {
             Cluster::None
         };
@@ -158,11 +159,11 @@ impl L2Entry {
         let copied = if self.copied { COPIED } else { 0 };
         let standard = match self.kind {
             Cluster::None => copied,
-            Cluster::Host(offset) => offset | copied,
+            Cluster::Host(offset) => offset.get() | copied,
             Cluster::Compressed { offset, stored } => {
                 let shift = 62 - (geometry.cluster_bits - 8);
-                let sectors = (offset + stored).div_ceil(512) - offset / 512;
-                COMPRESSED | ((sectors - 1) << shift) | offset
+                let sectors = offset.range(stored).units(512);
+                COMPRESSED | ((sectors.end - sectors.start - 1) << shift) | offset.get()
             }
         };
         if geometry.extended_l2 {
@@ -174,26 +175,23 @@ impl L2Entry {
         }
     }
 
-    /// The host clusters of the entry: the offset of the first and their length in bytes, both aligned to clusters.
-    pub(super) fn host_clusters(self, geometry: Geometry) -> Option<(u64, u64)> {
+    /// The host range of the entry's clusters, aligned to clusters.
+    pub(super) fn host_clusters(self, geometry: Geometry) -> Option<ByteRange> {
         let size = geometry.cluster_size();
         match self.kind {
             Cluster::None => None,
-            Cluster::Host(offset) => Some((offset, size)),
-            Cluster::Compressed { offset, stored } => {
-                let start = align_down(offset, size);
-                Some((start, (offset + stored).next_multiple_of(size) - start))
-            }
+            Cluster::Host(offset) => Some(offset.range(size)),
+            Cluster::Compressed { offset, stored } => Some(offset.range(stored).align_out(size)),
         }
     }
 }
 
-/// The encoded cluster at host offset `offset` for the guest cluster that starts at `guest`.
-pub(super) fn encoded(offset: u64, stored: u64, guest: u64, geometry: Geometry) -> Encoded {
+/// The encoded cluster at `offset` for the guest cluster that starts at `guest`.
+pub(super) fn encoded(offset: HostOffset, stored: u64, guest: GuestOffset, geometry: Geometry) -> Encoded {
     Encoded {
-        offset,
+        offset: offset.get(),
         stored,
-        cluster: diskimage_core::ByteRange::at(guest, geometry.cluster_size()),
+        cluster: guest.range(geometry.cluster_size()),
     }
 }
 
@@ -226,7 +224,10 @@ mod tests {
     #[test]
     fn entries_round_trip() {
         round_trip(L2Entry::UNALLOCATED, PLAIN);
-        round_trip(L2Entry::data(0x50000, Subclusters::ALLOCATED), PLAIN);
+        round_trip(
+            L2Entry::data(HostOffset::new(0x50000), Subclusters::ALLOCATED),
+            PLAIN,
+        );
         round_trip(
             L2Entry {
                 kind: Cluster::None,
@@ -237,7 +238,7 @@ mod tests {
         );
         round_trip(
             L2Entry::data(
-                0x50000,
+                HostOffset::new(0x50000),
                 Subclusters {
                     allocated: 6,
                     zero: 1,
@@ -246,7 +247,7 @@ mod tests {
             EXTENDED,
         );
         let kind = Cluster::Compressed {
-            offset: 0x50123,
+            offset: HostOffset::new(0x50123),
             stored: 512 * 3 - 0x123,
         };
         round_trip(

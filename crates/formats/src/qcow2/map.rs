@@ -1,5 +1,6 @@
 //! Maps guest offsets to host offsets.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use diskimage_core::{ByteRange, Device, HoleMeaning, Result, Run, RunKind};
@@ -7,16 +8,22 @@ use diskimage_core::{ByteRange, Device, HoleMeaning, Result, Run, RunKind};
 use super::Qcow2;
 use super::entry::{COMPRESSED, COPIED, Cluster, L2Entry, OFFSET_MASK, Subclusters, ZERO, encoded};
 use super::header::limit;
+use super::hex::hex;
 use crate::layer_kit::metadata_cache::{MetadataCache, Table, WriteOrder};
 use crate::layer_kit::metadata_guard::DamageReport;
+use crate::layer_kit::offset::{GuestOffset, HostOffset};
 
 /// How guest bytes are stored. Adjacent bytes are joined into a run if the mapping continues.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Mapping {
-    Unallocated(Option<u64>),
-    Zero(Option<u64>),
-    Data(u64),
-    Compressed { offset: u64, stored: u64, guest: u64 },
+    Unallocated(Option<HostOffset>),
+    Zero(Option<HostOffset>),
+    Data(HostOffset),
+    Compressed {
+        offset: HostOffset,
+        stored: u64,
+        guest: GuestOffset,
+    },
 }
 
 impl Mapping {
@@ -26,7 +33,7 @@ impl Mapping {
             (Self::Unallocated(None), Self::Unallocated(None)) | (Self::Zero(None), Self::Zero(None)) => true,
             (Self::Unallocated(Some(at)), Self::Unallocated(Some(other)))
             | (Self::Zero(Some(at)), Self::Zero(Some(other)))
-            | (Self::Data(at), Self::Data(other)) => at + len == other,
+            | (Self::Data(at), Self::Data(other)) => at.plus(len) == other,
             _ => false,
         }
     }
@@ -37,10 +44,11 @@ impl Qcow2 {
     pub(super) fn map_in(&self, tables: &mut MetadataCache, l1: Table, range: ByteRange) -> Result<Run> {
         let geometry = self.header.geometry;
         let mut found: Option<Mapping> = None;
-        let mut at = range.start();
-        while at < range.end() {
+        let (start, end) = (GuestOffset::new(range.start()), GuestOffset::new(range.end()));
+        let mut at = start;
+        while at < end {
             // Goes from L2 table to L2 table; `scan_l2` goes from cluster to cluster and from subcluster to subcluster.
-            let table_end = (at / geometry.l2_coverage() + 1).saturating_mul(geometry.l2_coverage());
+            let table_end = geometry.l2_end(at);
             let Some(l2) = self.l2_table(tables, l1, at)? else {
                 if found.is_some_and(|mapping| mapping != Mapping::Unallocated(None)) {
                     break;
@@ -49,17 +57,16 @@ impl Qcow2 {
                 at = table_end;
                 continue;
             };
-            let stop = table_end.min(range.end());
-            let done = self.scan_l2(tables, l2, ByteRange::new(at, stop), range.start(), &mut found)?;
+            let stop = table_end.min(end);
+            let done = self.scan_l2(tables, l2, at..stop, start, &mut found)?;
             at = done;
             if done < stop {
                 break;
             }
         }
-        let len = at.min(range.end()) - range.start();
         Ok(Run {
-            len,
-            kind: self.run_kind(range.start(), found.unwrap_or(Mapping::Unallocated(None))),
+            len: at.min(end).since(start),
+            kind: self.run_kind(start, found.unwrap_or(Mapping::Unallocated(None))),
         })
     }
 
@@ -69,15 +76,15 @@ impl Qcow2 {
         &self,
         tables: &mut MetadataCache,
         l2: Table,
-        range: ByteRange,
-        start: u64,
+        range: Range<GuestOffset>,
+        start: GuestOffset,
         found: &mut Option<Mapping>,
-    ) -> Result<u64> {
+    ) -> Result<GuestOffset> {
         let geometry = self.header.geometry;
         let step = geometry.subcluster_size();
-        let mut at = range.start();
-        while at < range.end() {
-            let index = (at % geometry.l2_coverage()) >> geometry.cluster_bits;
+        let mut at = range.start;
+        while at < range.end {
+            let index = geometry.l2_index(at);
             let entry = match found {
                 None => self.read_entry(tables, l2, index)?,
                 // Damage in a later entry ends the run. It is reported when that entry is mapped itself.
@@ -86,22 +93,18 @@ impl Qcow2 {
                     Err(_) => return Ok(at),
                 },
             };
-            let guest = at - at % geometry.cluster_size();
-            let end = (guest + geometry.cluster_size()).min(range.end());
+            let guest = at.align_down(geometry.cluster_size());
+            let end = guest.plus(geometry.cluster_size()).min(range.end);
             let uniform = entry.sub == Subclusters::NONE
                 || entry.sub == Subclusters::ZERO
                 || entry.sub == Subclusters::ALLOCATED
                 || !geometry.extended_l2;
             while at < end {
-                let next = if uniform {
-                    end
-                } else {
-                    (at - at % step + step).min(end)
-                };
+                let next = if uniform { end } else { at.unit_end(step).min(end) };
                 let mapping = mapping_at(entry, guest, at, step);
                 match *found {
                     None => *found = Some(mapping),
-                    Some(before) if before.continues(mapping, at - start) => {}
+                    Some(before) if before.continues(mapping, at.since(start)) => {}
                     Some(_) => return Ok(at),
                 }
                 at = next;
@@ -110,8 +113,8 @@ impl Qcow2 {
         Ok(at)
     }
 
-    fn run_kind(&self, start: u64, mapping: Mapping) -> RunKind {
-        let host_of = |offset| (self.data_at(start, offset), offset);
+    fn run_kind(&self, start: GuestOffset, mapping: Mapping) -> RunKind {
+        let host_of = |offset: HostOffset| (self.data_at(start, offset), offset.get());
         match mapping {
             Mapping::Unallocated(host) => RunKind::Unallocated {
                 host: host.map(host_of),
@@ -122,7 +125,7 @@ impl Qcow2 {
             // Clusters that were allocated but never written are holes of the file, which the tables do not record.
             Mapping::Data(offset) => RunKind::Data {
                 device: self.data_at(start, offset),
-                offset,
+                offset: offset.get(),
                 holes: if self.is_sparse() {
                     HoleMeaning::ZeroData
                 } else {
@@ -149,22 +152,22 @@ impl Qcow2 {
         })
     }
 
-    /// The decrypted device for the mapping of guest offset `guest` to host offset `host`.
-    pub(super) fn data_at(&self, guest: u64, host: u64) -> Arc<dyn Device> {
+    /// The decrypted device for the mapping of `guest` to `host`.
+    pub(super) fn data_at(&self, guest: GuestOffset, host: HostOffset) -> Arc<dyn Device> {
         self.encrypted
             .as_ref()
             .and_then(|encrypted| encrypted.view(&self.data, guest, host))
             .unwrap_or_else(|| Arc::clone(&self.data))
     }
 
-    /// The L2 table for guest offset `guest`, if it exists.
+    /// The L2 table for `guest`, if it exists.
     pub(super) fn l2_table(
         &self,
         tables: &mut MetadataCache,
         l1: Table,
-        guest: u64,
+        guest: GuestOffset,
     ) -> Result<Option<Table>> {
-        let index = guest / self.header.geometry.l2_coverage();
+        let index = self.header.geometry.l1_index(guest);
         let entry = tables.number(l1, index * 8)?;
         self.l2_at(entry & OFFSET_MASK, index)
     }
@@ -198,14 +201,14 @@ impl Qcow2 {
         })
     }
 
-    /// As [`Qcow2::read_entry`], for a cluster at guest offset `guest` that is about to be written. For an unaligned
+    /// As [`Qcow2::read_entry`], for a cluster at `guest` that is about to be written. For an unaligned
     /// cluster that would be written in place it has qemu-img's message for that case.
     pub(super) fn read_entry_to_write(
         &self,
         tables: &mut MetadataCache,
         l2: Table,
         index: u64,
-        guest: u64,
+        guest: GuestOffset,
     ) -> Result<L2Entry> {
         let geometry = self.header.geometry;
         let standard = tables.number(l2, index * geometry.l2_entry_size())?;
@@ -215,7 +218,7 @@ impl Qcow2 {
                 ZERO if !geometry.extended_l2 => "Preallocated zero",
                 _ => "Data",
             };
-            let guest = hex(guest);
+            let guest = hex(guest.get());
             return Err(self.corruption.met(&format!(
                 "{noun} cluster offset {offset:#x} unaligned (guest offset: {guest})"
             )));
@@ -261,11 +264,11 @@ impl Qcow2 {
     }
 }
 
-/// The mapping of guest offset `at` in the cluster that starts at `guest`.
-fn mapping_at(entry: L2Entry, guest: u64, at: u64, subcluster: u64) -> Mapping {
+/// The mapping of `at` in the cluster that starts at `guest`.
+fn mapping_at(entry: L2Entry, guest: GuestOffset, at: GuestOffset, subcluster: u64) -> Mapping {
     // A cluster has 32 subclusters, so the shift is below 32.
     let bit = 1u32
-        .checked_shl(u32::try_from((at - guest) / subcluster).unwrap_or(0))
+        .checked_shl(u32::try_from(at.since(guest) / subcluster).unwrap_or(0))
         .unwrap_or(0);
     match entry.kind {
         Cluster::Compressed { offset, stored } => Mapping::Compressed {
@@ -273,19 +276,14 @@ fn mapping_at(entry: L2Entry, guest: u64, at: u64, subcluster: u64) -> Mapping {
             stored,
             guest,
         },
-        Cluster::Host(offset) if entry.sub.zero & bit != 0 => Mapping::Zero(Some(offset + (at - guest))),
-        Cluster::Host(offset) if entry.sub.allocated & bit != 0 => Mapping::Data(offset + (at - guest)),
+        Cluster::Host(offset) if entry.sub.zero & bit != 0 => {
+            Mapping::Zero(Some(offset.plus(at.since(guest))))
+        }
+        Cluster::Host(offset) if entry.sub.allocated & bit != 0 => {
+            Mapping::Data(offset.plus(at.since(guest)))
+        }
         Cluster::None if entry.sub.zero & bit != 0 => Mapping::Zero(None),
-        Cluster::Host(offset) => Mapping::Unallocated(Some(offset + (at - guest))),
+        Cluster::Host(offset) => Mapping::Unallocated(Some(offset.plus(at.since(guest)))),
         Cluster::None => Mapping::Unallocated(None),
-    }
-}
-
-/// Formats a number like C's `%#x`: 0 has no prefix.
-pub(super) fn hex(number: u64) -> String {
-    if number == 0 {
-        "0".to_owned()
-    } else {
-        format!("{number:#x}")
     }
 }

@@ -23,7 +23,9 @@ mod compress;
 mod create;
 mod encrypt;
 mod entry;
+mod files;
 mod header;
+mod hex;
 mod info;
 mod map;
 mod measure;
@@ -45,11 +47,12 @@ use diskimage_core::options::Options;
 use diskimage_core::{
     Amend, AmendRequest, Backed, Backing, Budget, ByteRange, Capabilities, Check, CheckReport, Codec,
     CreatePlan, CreateRequest, Device, Encoded, Encoder, Error, ErrorKind, Event, Format, FormatProperties,
-    Info, Layer, Measure, MeasureSource, Note, Objects, OpenRequest, Permissions, Preallocation, Probe,
-    Progress, Repair, ResizeRequest, Result, ResultExt, Run, Score, WritePlan, ZeroMode,
+    Info, Layer, Measure, MeasureSource, Note, Objects, OpenRequest, Preallocation, Probe, Progress, Repair,
+    ResizeRequest, Result, ResultExt, Run, Score, WritePlan, ZeroMode,
 };
 
 use self::encrypt::Encrypted;
+use self::files::{data_file, read_header};
 use self::header::feature::{Autoclear, Compatible, Incompatible};
 use self::header::{Header, field};
 use self::metadata::Metadata;
@@ -158,8 +161,8 @@ pub(crate) struct ImageState {
     snapshots: SnapshotTable,
     /// Freed host ranges. Their refcounts are decremented after the tables that no longer refer to them are durable.
     freed: Vec<ByteRange>,
-    /// Whether the storage of freed clusters is discarded.
-    punch: bool,
+    /// What becomes of the storage of freed clusters.
+    freed_storage: FreedStorage,
     /// From this many bytes of L2 tables on, snapshots change them in copies.
     copied_from: u64,
     /// The file ends in a compressed cluster that is not padded to a sector.
@@ -168,6 +171,15 @@ pub(crate) struct ImageState {
     appended: u64,
     /// The state of the persistent bitmaps.
     bitmaps: bitmap::Tracker,
+}
+
+/// What becomes of the storage of freed clusters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum FreedStorage {
+    /// It stays allocated in the file, for the next allocation.
+    Kept,
+    /// It becomes a hole.
+    Discarded,
 }
 
 impl ImageState {
@@ -186,7 +198,7 @@ impl ImageState {
                 count: header.nb_snapshots,
             },
             freed: Vec::new(),
-            punch: false,
+            freed_storage: FreedStorage::Kept,
             copied_from: refcount::recount::COPIED_FROM,
             padding: false,
             appended: 0,
@@ -317,7 +329,7 @@ impl Qcow2 {
     fn write_back(&self, state: &mut ImageState) -> Result<()> {
         state.metadata.cache.write_back()?;
         if !state.freed.is_empty() {
-            if state.punch {
+            if state.freed_storage == FreedStorage::Discarded {
                 self.ensure_references_counted(state)?;
             }
             state.metadata.cache.sync()?;
@@ -326,7 +338,7 @@ impl Qcow2 {
                 state.metadata.release(range.start(), range.len())?;
             }
             state.metadata.cache.write_back()?;
-            if state.punch {
+            if state.freed_storage == FreedStorage::Discarded {
                 freed.sort_unstable_by_key(|range| range.start());
                 self.punch_holes(state, &freed)?;
             }
@@ -505,60 +517,5 @@ impl Check for Qcow2 {
 impl Amend for Qcow2 {
     fn amend(&self, request: &AmendRequest<'_>) -> Result<()> {
         self.amend_impl(request)
-    }
-}
-
-fn read_header(file: &Arc<dyn Device>, for_check: bool) -> Result<Header> {
-    let mut start = [0; header::HEADER_LEN];
-    let unreadable = || "Could not read qcow2 header";
-    file.read_padded(&mut start, 0).context(unreadable)?;
-    let mut cluster = vec![0; Header::bytes_needed(&start)?];
-    file.read_padded(&mut cluster, 0).context(unreadable)?;
-    Header::parse(&cluster, for_check)
-}
-
-/// Opens the external data file, if the image has one and the request includes data.
-fn data_file(header: &Header, request: &mut OpenRequest<'_>) -> Result<Option<Arc<dyn Device>>> {
-    let given = request.take_child("data-file");
-    if !header.features.incompatible.has(Incompatible::DATA_FILE) {
-        if given.is_some() {
-            return Err(Error::invalid(
-                "'data-file' can only be set for images with an external data file",
-            ));
-        }
-        return match header.features.autoclear.has(Autoclear::DATA_FILE_RAW) && request.write {
-            true => Err(Error::corrupt(
-                "data-file-raw is set, but there is no external data file",
-            )),
-            false => Ok(None),
-        };
-    }
-    if given.is_some() || request.no_data {
-        return Ok(given);
-    }
-    let name = header.extensions.data_file.as_ref();
-    let name = name.ok_or_else(|| Error::corrupt("'data-file' is required for this image"))?;
-    let permissions = if request.force_share {
-        Permissions::FORCE_SHARE
-    } else {
-        data_permissions(request.write)
-    };
-    // As in qemu-img: the name is relative to the current directory, not to the image's.
-    request
-        .context
-        .open_data(name.text(), request.name, permissions)
-        .map(Some)
-}
-
-/// The permissions for a data file: like a raw image, it may be written by others while it is read.
-fn data_permissions(write: bool) -> Permissions {
-    let permissions = if write {
-        Permissions::WRITE
-    } else {
-        Permissions::READ
-    };
-    Permissions {
-        share_write: true,
-        ..permissions
     }
 }

@@ -11,9 +11,10 @@ use zerocopy::byteorder::big_endian::{U32, U64};
 
 use super::entry::L2Entry;
 use super::header::{field, limit};
-use super::{ImageState, Qcow2};
+use super::{FreedStorage, ImageState, Qcow2};
 use crate::layer_kit::metadata_cache::{Table, WriteOrder};
 use crate::layer_kit::metadata_guard::Kind;
+use crate::layer_kit::offset::GuestOffset;
 
 impl Qcow2 {
     /// Refuses an impossible resize before anything has changed.
@@ -245,13 +246,13 @@ impl Qcow2 {
 
     /// Runs `work`, which frees clusters, and discards their storage once nothing durable refers to them.
     fn with_punched_holes(&self, work: impl FnOnce() -> Result<()>) -> Result<()> {
-        self.lock().punch = true;
+        self.lock().freed_storage = FreedStorage::Discarded;
         let outcome = work().and_then(|()| {
             let mut state = self.lock();
             self.write_back(&mut state)?;
             state.metadata.cache.sync()
         });
-        self.lock().punch = false;
+        self.lock().freed_storage = FreedStorage::Kept;
         outcome
     }
 
@@ -270,7 +271,7 @@ impl Qcow2 {
         let mut state = self.claims.wait_idle(|| self.lock());
         for index in entries {
             let l1 = state.l1;
-            let guest = index * self.header.geometry.l2_coverage();
+            let guest = GuestOffset::new(index * self.header.geometry.l2_coverage());
             if let Some(l2) = self.l2_table(&mut state.metadata.cache, l1, guest)? {
                 state.metadata.cache.set_number(l1, index * 8, 0)?;
                 self.free_later(&mut state, l2.offset, l2.len, WriteOrder::L2.kinds())?;

@@ -6,9 +6,7 @@
 use std::cell::Cell;
 use std::sync::{Arc, MutexGuard};
 
-use diskimage_core::{
-    ByteRange, Device, Error, Event, Preallocation, Result, WritePlan, WriteRun, ZeroMode, align_down,
-};
+use diskimage_core::{ByteRange, Device, Error, Event, Preallocation, Result, WritePlan, WriteRun, ZeroMode};
 
 use super::entry::{COPIED, Cluster, L2Entry, Subclusters};
 use super::header::Geometry;
@@ -17,6 +15,7 @@ use super::{ImageState, Qcow2, WriteOrder};
 use crate::layer_kit::allocating_plan::{AllocatingPlan, Allocator};
 use crate::layer_kit::metadata_cache::Table;
 use crate::layer_kit::metadata_guard::{DamageReport, Kind, Kinds};
+use crate::layer_kit::offset::{GuestOffset, HostOffset};
 use crate::layer_kit::range_claims::{Access, RangeClaims};
 
 type Plan<'a> = AllocatingPlan<'a, Qcow2>;
@@ -82,25 +81,24 @@ impl Draft<'_, '_> {
         let geometry = self.image.header.geometry;
         let size = geometry.cluster_size();
         let cover = self.range.align_out(size);
-        let mut at = cover.start();
-        while at < cover.end() {
-            let table_end = (at / geometry.l2_coverage() + 1).saturating_mul(geometry.l2_coverage());
+        let (mut at, end) = (GuestOffset::new(cover.start()), GuestOffset::new(cover.end()));
+        while at < end {
             let l2 = self.image.ensure_l2(state, at)?;
-            let stop = table_end.min(cover.end());
+            let stop = geometry.l2_end(at).min(end);
             while at < stop {
-                let index = (at % geometry.l2_coverage()) >> geometry.cluster_bits;
+                let index = geometry.l2_index(at);
                 let old = self
                     .image
                     .read_entry_to_write(&mut state.metadata.cache, l2, index, at)?;
                 if let Some(offset) = self.image.writable_in_place(state, old)? {
                     self.add_in_place(l2, index, at, old, offset);
-                    at += size;
+                    at = at.plus(size);
                     continue;
                 }
                 // Following entries that need clusters, too, get them in the same run.
                 let mut olds = vec![old];
-                for next in index + 1..index + (stop - at) / size {
-                    let guest = at + (next - index) * size;
+                for next in index + 1..index + stop.since(at) / size {
+                    let guest = at.plus((next - index) * size);
                     let entry = self
                         .image
                         .read_entry_to_write(&mut state.metadata.cache, l2, next, guest)?;
@@ -111,9 +109,9 @@ impl Draft<'_, '_> {
                 }
                 let first = self.image.allocate_data(state, at, olds.len() as u64)?;
                 for (i, old) in (0..).zip(&olds) {
-                    self.add_new(l2, index + i, at + i * size, *old, first + i * size);
+                    self.add_new(l2, index + i, at.plus(i * size), *old, first.plus(i * size));
                 }
-                at += olds.len() as u64 * size;
+                at = at.plus(olds.len() as u64 * size);
             }
         }
         self.plan.view_runs(|guest, host| self.image.data_at(guest, host));
@@ -121,11 +119,11 @@ impl Draft<'_, '_> {
     }
 
     /// Adds a cluster that is written in place. Subclusters that hold no data yet are written as a whole.
-    fn add_in_place(&mut self, l2: Table, index: u64, guest: u64, old: L2Entry, offset: u64) {
+    fn add_in_place(&mut self, l2: Table, index: u64, guest: GuestOffset, old: L2Entry, offset: HostOffset) {
         let part = self.touched(guest);
         let covered = self.rounded(part, guest, old.sub.allocated);
         let sub = old.sub.with_data(self.mask(covered, guest));
-        self.add_run(covered, offset + (covered.start() - guest));
+        self.add_run(covered, offset.plus(covered.start() - guest.get()));
         if sub != old.sub {
             let new = L2Entry { sub, ..old };
             self.plan.add_change(covered, L2Change { l2, index, old, new });
@@ -133,32 +131,32 @@ impl Draft<'_, '_> {
     }
 
     /// Adds a newly allocated cluster, for an entry without a cluster or with a shared one.
-    fn add_new(&mut self, l2: Table, index: u64, guest: u64, old: L2Entry, offset: u64) {
+    fn add_new(&mut self, l2: Table, index: u64, guest: GuestOffset, old: L2Entry, offset: HostOffset) {
         let (covered, sub) = if old.sub.allocated == 0 {
             let covered = self.rounded(self.touched(guest), guest, 0);
             (covered, old.sub.with_data(self.mask(covered, guest)))
         } else {
             // The old cluster's data is copied, so the whole cluster is written.
             (
-                ByteRange::at(guest, self.image.header.geometry.cluster_size()),
+                guest.range(self.image.header.geometry.cluster_size()),
                 Subclusters::ALLOCATED,
             )
         };
-        self.add_run(covered, offset + (covered.start() - guest));
+        self.add_run(covered, offset.plus(covered.start() - guest.get()));
         let new = L2Entry::data(offset, sub);
         self.plan.add_change(covered, L2Change { l2, index, old, new });
     }
 
-    fn touched(&self, guest: u64) -> ByteRange {
+    fn touched(&self, guest: GuestOffset) -> ByteRange {
         self.range
-            .intersect(ByteRange::at(guest, self.image.header.geometry.cluster_size()))
+            .intersect(guest.range(self.image.header.geometry.cluster_size()))
     }
 
     /// Rounds `part` of the cluster at `guest` outward: each end moves to a subcluster boundary unless that subcluster
     /// has data.
-    fn rounded(&self, part: ByteRange, guest: u64, allocated: u32) -> ByteRange {
+    fn rounded(&self, part: ByteRange, guest: GuestOffset, allocated: u32) -> ByteRange {
         let sub = self.image.header.geometry.subcluster_size();
-        let has_data = |at: u64| allocated & bit((at - guest) / sub) != 0;
+        let has_data = |at: u64| allocated & bit((at - guest.get()) / sub) != 0;
         let out = part.align_out(sub);
         let start = if has_data(part.start()) {
             part.start()
@@ -173,15 +171,15 @@ impl Draft<'_, '_> {
         ByteRange::new(start, end)
     }
 
-    fn mask(&self, covered: ByteRange, guest: u64) -> u32 {
+    fn mask(&self, covered: ByteRange, guest: GuestOffset) -> u32 {
         subcluster_mask(self.image.header.geometry, covered, guest)
     }
 
-    fn add_run(&mut self, guest: ByteRange, offset: u64) {
+    fn add_run(&mut self, guest: ByteRange, offset: HostOffset) {
         self.plan.add_run(WriteRun {
             guest,
             device: Arc::clone(&self.image.data),
-            offset,
+            offset: offset.get(),
         });
     }
 }
@@ -220,17 +218,17 @@ impl Qcow2 {
 
     /// Allocates a run of `count` clusters for guest data. In an external data file, host offset and guest offset are
     /// equal.
-    fn allocate_data(&self, state: &mut ImageState, guest: u64, count: u64) -> Result<u64> {
+    fn allocate_data(&self, state: &mut ImageState, guest: GuestOffset, count: u64) -> Result<HostOffset> {
         if self.has_data_file() {
-            return Ok(guest);
+            return Ok(HostOffset::new(guest.get()));
         }
-        self.allocate(state, count, None)
+        self.allocate(state, count, None).map(HostOffset::new)
     }
 
     /// Releases clusters that were allocated but to which nothing refers.
     fn release_unused(&self, state: &mut ImageState, entry: L2Entry) -> Result<()> {
         match entry.host_clusters(self.header.geometry) {
-            Some((offset, len)) if !self.has_data_file() => state.metadata.release(offset, len),
+            Some(host) if !self.has_data_file() => state.metadata.release(host.start(), host.len()),
             _ => Ok(()),
         }
     }
@@ -238,14 +236,16 @@ impl Qcow2 {
     /// Frees the clusters of an entry that has been replaced.
     pub(super) fn free_replaced(&self, state: &mut ImageState, entry: L2Entry) -> Result<()> {
         match entry.host_clusters(self.header.geometry) {
-            Some((offset, len)) if !self.has_data_file() => self.free_later(state, offset, len, Kinds::NONE),
+            Some(host) if !self.has_data_file() => {
+                self.free_later(state, host.start(), host.len(), Kinds::NONE)
+            }
             _ => Ok(()),
         }
     }
 
-    /// The L2 table for guest offset `guest`. It is allocated if it is missing, and copied if a snapshot shares it.
-    pub(super) fn ensure_l2(&self, state: &mut ImageState, guest: u64) -> Result<Table> {
-        let at = guest / self.header.geometry.l2_coverage() * 8;
+    /// The L2 table for `guest`. It is allocated if it is missing, and copied if a snapshot shares it.
+    pub(super) fn ensure_l2(&self, state: &mut ImageState, guest: GuestOffset) -> Result<Table> {
+        let at = self.header.geometry.l1_index(guest) * 8;
         let entry = state.metadata.cache.number(state.l1, at)?;
         let shared = self.l2_table(&mut state.metadata.cache, state.l1, guest)?;
         if let Some(table) = shared {
@@ -277,17 +277,17 @@ impl Qcow2 {
         Ok(table)
     }
 
-    /// The host offset of the entry's cluster if it may be written in place.
+    /// The offset of the entry's cluster if it may be written in place.
     ///
     /// # Errors
     /// A cluster that overlaps metadata.
-    fn writable_in_place(&self, state: &ImageState, entry: L2Entry) -> Result<Option<u64>> {
+    fn writable_in_place(&self, state: &ImageState, entry: L2Entry) -> Result<Option<HostOffset>> {
         match entry.kind {
             Cluster::Host(offset) if entry.copied && self.has_data_file() => Ok(Some(offset)),
             Cluster::Host(offset) if entry.copied => {
-                let cluster = ByteRange::at(offset, self.header.geometry.cluster_size());
+                let cluster = offset.range(self.header.geometry.cluster_size());
                 state.metadata.cache.admit(cluster, Kinds::NONE)?;
-                Ok(self.is_used_once(state, offset).then_some(offset))
+                Ok(self.is_used_once(state, offset.get()).then_some(offset))
             }
             _ => Ok(None),
         }
@@ -305,14 +305,15 @@ impl Qcow2 {
                 "Compressed clusters cannot be in an external data file",
             ));
         }
-        let cluster = ByteRange::at(guest, geometry.cluster_size());
-        let mut offset = 0;
+        let guest = GuestOffset::new(guest);
+        let cluster = guest.range(geometry.cluster_size());
+        let mut offset = HostOffset::new(0);
         let plan = self.plan_change(cluster, |state, plan| {
             let l2 = self.ensure_l2(state, guest)?;
-            let index = (guest % geometry.l2_coverage()) >> geometry.cluster_bits;
+            let index = geometry.l2_index(guest);
             self.count_before_allocating(state, 1)?;
             let old = self.read_entry(&mut state.metadata.cache, l2, index)?;
-            offset = state.metadata.allocate_bytes(len)?;
+            offset = HostOffset::new(state.metadata.allocate_bytes(len)?);
             let kind = Cluster::Compressed { offset, stored: len };
             let new = L2Entry {
                 kind,
@@ -324,7 +325,7 @@ impl Qcow2 {
             Ok(())
         })?;
         self.file.event(Event::WRITE_COMPRESSED);
-        self.file.write_at(bytes, offset)?;
+        self.file.write_at(bytes, offset.get())?;
         Box::new(plan).commit()
     }
 
@@ -362,7 +363,7 @@ impl Qcow2 {
     /// Zeroes subclusters of one cluster by changing its entry. The cluster stays allocated for the other subclusters.
     fn zero_subclusters(&self, range: ByteRange) -> Result<()> {
         let geometry = self.header.geometry;
-        let guest = align_down(range.start(), geometry.cluster_size());
+        let guest = GuestOffset::new(range.start()).align_down(geometry.cluster_size());
         let mask = subcluster_mask(geometry, range, guest);
         let compressed = Cell::new(false);
         self.replace_entries(range, |old| {
@@ -470,19 +471,16 @@ impl Qcow2 {
         self.begin_change(&mut state, range)?;
         let mut rest = cover;
         while !rest.is_empty() {
-            let table_end =
-                (rest.start() / geometry.l2_coverage() + 1).saturating_mul(geometry.l2_coverage());
-            let part = ByteRange::new(rest.start(), table_end.min(rest.end()));
+            let guest = GuestOffset::new(rest.start());
+            let part = rest.first(geometry.l2_end(guest).since(guest));
             rest = rest.skip(part.len());
             let l1 = state.l1;
-            let missing = self
-                .l2_table(&mut state.metadata.cache, l1, part.start())?
-                .is_none();
+            let missing = self.l2_table(&mut state.metadata.cache, l1, guest)?.is_none();
             if missing && change(L2Entry::UNALLOCATED).is_none_or(|new| new == L2Entry::UNALLOCATED) {
                 continue;
             }
-            let l2 = self.ensure_l2(&mut state, part.start())?;
-            let first = (part.start() % geometry.l2_coverage()) >> geometry.cluster_bits;
+            let l2 = self.ensure_l2(&mut state, guest)?;
+            let first = geometry.l2_index(guest);
             for index in first..first + (part.len() >> geometry.cluster_bits) {
                 let old = self.read_entry(&mut state.metadata.cache, l2, index)?;
                 if let Some(new) = change(old).filter(|new| *new != old) {
@@ -498,13 +496,13 @@ impl Qcow2 {
 }
 
 /// The bits of the subclusters that `range` touches. `range` is inside the cluster at `guest`.
-fn subcluster_mask(geometry: Geometry, range: ByteRange, guest: u64) -> u32 {
+fn subcluster_mask(geometry: Geometry, range: ByteRange, guest: GuestOffset) -> u32 {
     if !geometry.extended_l2 {
         return u32::MAX;
     }
     let sub = geometry.subcluster_size();
-    let first = (range.start() - guest) / sub;
-    let end = (range.end() - guest).div_ceil(sub);
+    let first = (range.start() - guest.get()) / sub;
+    let end = (range.end() - guest.get()).div_ceil(sub);
     (first..end).fold(0, |mask, i| mask | bit(i))
 }
 

@@ -7,9 +7,11 @@
 
 use diskimage_core::{ByteRange, CheckReport, Device, Layer, Repair, Result};
 
-use super::{Entries, Qed};
+use super::Qed;
+use super::entry::Entries;
 use crate::layer_kit::cluster_set::ClusterSet;
 use crate::layer_kit::metadata_cache::{Table, WriteOrder};
+use crate::layer_kit::offset::GuestOffset;
 use crate::layer_kit::two_level_map::{Cluster, EntryCodec, Walk};
 
 /// Checks all tables. Any kind of `repair` clears invalid entries, in a second walk that knows which clusters are
@@ -41,7 +43,7 @@ pub(super) fn check(image: &Qed, repair: Repair) -> Result<CheckReport> {
             found
         };
         // The header's clusters are not counted: no valid entry refers to them.
-        let there = (walk.end() - entries.first.min(walk.end())) / check.size;
+        let there = walk.end().since(entries.first) / check.size;
         check.report.leaks = there.saturating_sub(check.used.count());
         Ok(check.report)
     })
@@ -75,7 +77,8 @@ impl Check<'_> {
                         // A table with another user was checked already, or is not a table.
                         if self.take(l2)? {
                             let coverage = (l2.len / 8).saturating_mul(self.size);
-                            self.l2(walk, l2, (at / 8).saturating_mul(coverage))?;
+                            let guest = GuestOffset::new((at / 8).saturating_mul(coverage));
+                            self.l2(walk, l2, guest)?;
                         }
                     }
                     Ok(None) => {}
@@ -86,8 +89,8 @@ impl Check<'_> {
         Ok(())
     }
 
-    /// Checks the L2 table that maps the disk from guest offset `guest` on.
-    fn l2(&mut self, walk: &mut Walk<'_, Entries>, l2: Table, guest: u64) -> Result<()> {
+    /// Checks the L2 table that maps the disk from `guest` on.
+    fn l2(&mut self, walk: &mut Walk<'_, Entries>, l2: Table, guest: GuestOffset) -> Result<()> {
         let (mut next, mut follows) = (0, None);
         while next < l2.len {
             let (entries, after) = walk.page(l2, next)?;
@@ -103,9 +106,9 @@ impl Check<'_> {
                 match cluster {
                     Ok(_) => {
                         self.count(entry / self.size, 1)?;
-                        let guest = guest.saturating_add((at / 8).saturating_mul(self.size));
+                        let guest = guest.plus((at / 8).saturating_mul(self.size));
                         // The part of the last cluster beyond the end of the disk is padding.
-                        let needed = ByteRange::at(guest, self.size).intersect(self.disk).len();
+                        let needed = guest.range(self.size).intersect(self.disk).len();
                         if self.file.require(entry, needed).is_err() {
                             self.report.corruptions += 1;
                         }

@@ -12,71 +12,39 @@
 //! refers to leak. While clusters are being allocated, a bit in the header says that the image has to be checked when
 //! it is opened again.
 //!
-//! The format is specified in QEMU's document "QED Image Format". `header` parses and writes the header, `check` checks
-//! the tables; [`two_level_map`](crate::layer_kit::two_level_map) reads and changes them.
+//! The format is specified in QEMU's document "QED Image Format". `header` parses and writes the header, `entry` the
+//! entries of the tables; [`two_level_map`](crate::layer_kit::two_level_map) reads and changes them.
 
 mod check;
+mod create;
+mod entry;
 mod header;
+mod resize;
 
 #[cfg(test)]
 mod tests;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
-use diskimage_core::options::{OptionDef, OptionKind, Options};
+use diskimage_core::options::Options;
 use diskimage_core::{
     Backed, Backing, Budget, ByteRange, Capabilities, Check, CheckReport, CreatePlan, CreateRequest, Device,
-    Error, ErrorKind, Format, FormatProperties, Info, Layer, Measure, MeasureSource, Objects, OpenRequest,
-    Preallocation, Probe, Progress, Repair, ResizeRequest, Result, Run, Score, WritePlan, ZeroMode, errno,
+    Error, Format, FormatProperties, Info, Layer, Measure, MeasureSource, Objects, OpenRequest, Probe,
+    Progress, Repair, ResizeRequest, Result, Run, Score, WritePlan, ZeroMode,
 };
 
+use self::entry::Entries;
 use self::header::{Geometry, Header, MAGIC, feature};
-use crate::known_formats::KNOWN_FORMATS;
-use crate::layer_kit::count_used;
+
 use crate::layer_kit::metadata_cache::{Table, WriteOrder};
-use crate::layer_kit::preallocation;
-use crate::layer_kit::two_level_map::{Cluster, EntryCodec, Shape, TwoLevelMap};
+
+use crate::layer_kit::offset::HostOffset;
+use crate::layer_kit::two_level_map::{Shape, TwoLevelMap};
 
 /// The format's entry in the table of formats.
 #[derive(Debug)]
 pub struct QedFormat;
-
-const CREATE_OPTIONS: &[OptionDef] = &[
-    OptionDef {
-        name: "size",
-        kind: OptionKind::Size,
-        help: "Virtual disk size",
-        default: None,
-    },
-    OptionDef {
-        name: "backing_file",
-        kind: OptionKind::Text,
-        help: "File name of a base image",
-        default: None,
-    },
-    OptionDef {
-        name: "backing_fmt",
-        kind: OptionKind::Text,
-        help: "Image format of the base image",
-        default: None,
-    },
-    OptionDef {
-        name: "cluster_size",
-        kind: OptionKind::Size,
-        help: "Cluster size (in bytes)",
-        default: Some("65536"),
-    },
-    OptionDef {
-        name: "table_size",
-        kind: OptionKind::Size,
-        help: "L1/L2 table size (in clusters)",
-        default: None,
-    },
-];
-
-/// Clusters of a table without the option `table_size`.
-const DEFAULT_TABLE_SIZE: u64 = 4;
 
 impl Format for QedFormat {
     fn name(&self) -> &'static str {
@@ -86,7 +54,7 @@ impl Format for QedFormat {
     fn properties(&self) -> &'static FormatProperties {
         const {
             &FormatProperties {
-                create_options: Some(CREATE_OPTIONS),
+                create_options: Some(create::OPTIONS),
                 has_backing: true,
                 keeps_failed_file: true,
                 ..FormatProperties::READ_ONLY
@@ -107,66 +75,14 @@ impl Format for QedFormat {
     }
 
     fn plan_create<'a>(&self, request: CreateRequest<'a>) -> Result<CreatePlan<'a>> {
-        Ok(CreatePlan::new(move |files| create(&request, &*files.file)))
+        Ok(CreatePlan::new(move |files| {
+            create::create(&request, &*files.file)
+        }))
     }
 
     fn measure(&self, options: &Options, source: MeasureSource<'_>, _objects: &Objects) -> Result<Measure> {
-        let header = new_header(options, source.len())?;
-        let size = header.geometry.cluster_size;
-        let backed = header.backing.is_some();
-        let used = count_used::clusters(source, size, header.geometry.coverage(), backed)?;
-        let all = count_used::all_clusters(source.len(), size, header.geometry.coverage());
-        let bytes = |(clusters, tables): (u64, u64)| {
-            let start = header.l1_offset + header.geometry.table_len();
-            start + clusters * size + tables * header.geometry.table_len()
-        };
-        Ok(Measure {
-            required: bytes(used),
-            fully_allocated: bytes(all),
-            bitmaps: None,
-        })
+        create::measure(options, source)
     }
-}
-
-/// Writes a new image to `file`.
-fn create(request: &CreateRequest<'_>, file: &dyn Device) -> Result<()> {
-    preallocation::check(request.options)?;
-    let header = new_header(request.options, request.size)?;
-    let geometry = header.geometry;
-    let tables = ByteRange::at(header.l1_offset, geometry.table_len());
-    if file.is_zero_when_new() {
-        file.resize(tables.end(), Preallocation::Off)?;
-    } else {
-        file.write_zeroes(tables, ZeroMode::KeepAllocated)?;
-    }
-    header.write(file, true)
-}
-
-/// The header of a new image.
-fn new_header(options: &Options, size: u64) -> Result<Header> {
-    let backing_format = options.text("backing_fmt");
-    if let Some(name) = backing_format.filter(|name| !KNOWN_FORMATS.contains(name)) {
-        return Err(Error::invalid(format!(
-            "Parameter 'backing-fmt' does not accept value '{name}'"
-        )));
-    }
-    let cluster_size = options.size("cluster_size").unwrap_or(0);
-    let table_size = options.size("table_size").unwrap_or(DEFAULT_TABLE_SIZE);
-    let geometry = Geometry::for_new(cluster_size, table_size)?;
-    let image_size = size.checked_next_multiple_of(header::SECTOR);
-    let image_size = image_size.filter(|size| geometry.fits(*size)).ok_or_else(|| {
-        Error::invalid(format!(
-            "QED image size must be a non-zero multiple of cluster size and less than {} bytes",
-            geometry.max_size()
-        ))
-    })?;
-    let backing = options.text("backing_file").map(|name| Backing {
-        name: name.into(),
-        format: backing_format.map(str::to_owned),
-    });
-    let mut header = Header::new(geometry, image_size);
-    header.set_backing(backing.as_ref())?;
-    Ok(header)
 }
 
 /// An open image.
@@ -199,12 +115,12 @@ impl Qed {
             },
             l2_len: geometry.table_len(),
             // Rounded down: no entry refers to a cluster that the file has only in part.
-            end: header::end_of(file.len(), geometry.cluster_size),
+            end: HostOffset::new(header::end_of(file.len(), geometry.cluster_size)),
         };
         let entries = Entries {
             file: Arc::clone(&file),
             geometry,
-            first: header.first_host(),
+            first: HostOffset::new(header.first_host()),
             before_first_change: AtomicBool::new(unchecked),
             header: Mutex::new(header),
         };
@@ -271,35 +187,12 @@ impl Layer for Qed {
     }
 
     fn check_resize(&self, request: &ResizeRequest) -> Result<()> {
-        preallocation::require_off(request.preallocation)?;
-        if !self.geometry.fits(request.len) {
-            return Err(Error::invalid("Invalid image size specified"));
-        }
-        if request.len < self.len() {
-            return Err(Error::unsupported("Shrinking images is currently not supported"));
-        }
-        Ok(())
+        resize::check(self, request)
     }
 
     fn resize(&self, request: &ResizeRequest) -> Result<()> {
         self.check_resize(request)?;
-        let shown = ByteRange::new(self.len(), request.backing_len.min(request.len))
-            .align_out(self.geometry.cluster_size);
-        // The partial last cluster is not zeroed: it holds the end of the disk.
-        let shown = ByteRange::new(
-            self.len().next_multiple_of(self.geometry.cluster_size),
-            shown.end(),
-        );
-        if !shown.is_empty() {
-            self.tree.zero_clusters(shown, ZeroMode::Unmap)?;
-        }
-        self.tree.flush()?;
-        self.tree.scheme().change_header(|header| {
-            header.image_size = request.len;
-            Ok(())
-        })?;
-        self.len.store(request.len, Ordering::Relaxed);
-        Ok(())
+        resize::grow(self, request)
     }
 
     fn flush(&self) -> Result<()> {
@@ -341,109 +234,5 @@ impl Check for Qed {
             self.tree.flush()?;
         }
         Ok(report)
-    }
-}
-
-/// The encoding of qed's table entries.
-#[derive(Debug)]
-struct Entries {
-    file: Arc<dyn Device>,
-    geometry: Geometry,
-    /// The host offset behind the header, the first that an entry can have.
-    first: u64,
-    header: Mutex<Header>,
-    /// Whether the header says that the image has to be checked.
-    before_first_change: AtomicBool,
-}
-
-/// The L2 entry of a cluster that reads as zero.
-const ZERO: u64 = 1;
-
-impl Entries {
-    fn header(&self) -> MutexGuard<'_, Header> {
-        self.header.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Changes the header, durably.
-    fn change_header(&self, change: impl FnOnce(&mut Header) -> Result<()>) -> Result<()> {
-        let mut header = self.header();
-        let mut new = header.clone();
-        change(&mut new)?;
-        new.write(&*self.file, new.backing != header.backing)?;
-        *header = new;
-        Ok(())
-    }
-
-    fn mark(&self, need_check: bool) -> Result<()> {
-        if self.before_first_change.load(Ordering::Relaxed) == need_check {
-            return Ok(());
-        }
-        let mut header = self.header();
-        let mut new = header.clone();
-        new.set_feature(feature::NEED_CHECK, need_check);
-        new.write(&*self.file, false)?;
-        *header = new;
-        self.before_first_change.store(need_check, Ordering::Relaxed);
-        Ok(())
-    }
-
-    /// Whether `len` bytes at `offset` are whole clusters behind the header and before `end`.
-    fn is_valid(&self, offset: u64, len: u64, end: u64) -> bool {
-        offset.is_multiple_of(self.geometry.cluster_size)
-            && offset >= self.first
-            && offset.checked_add(len).is_some_and(|last| last <= end)
-    }
-
-    /// The error for an entry that refers to `len` bytes at `offset`.
-    fn invalid(&self, offset: u64, len: u64) -> Error {
-        let placed = offset.is_multiple_of(self.geometry.cluster_size) && offset >= self.first;
-        let missing = self.file.require(offset, len).err().filter(|_| placed);
-        missing.unwrap_or_else(|| Error::damage(ErrorKind::Invalid, errno::EINVAL))
-    }
-}
-
-impl EntryCodec for Entries {
-    const BIG_ENDIAN: bool = false;
-    const TABLES_FIRST: bool = false;
-
-    fn l2_table(&self, entry: u64, end: u64) -> Result<Option<u64>> {
-        match entry {
-            0 => Ok(None),
-            offset if self.is_valid(offset, self.geometry.table_len(), end) => Ok(Some(offset)),
-            // As in qemu-img, a missing table is the same error as an invalid offset.
-            offset => {
-                let error = self.invalid(offset, self.geometry.table_len());
-                Err(Error::damage(error.kind(), errno::EINVAL))
-            }
-        }
-    }
-
-    fn cluster(&self, entry: u64, end: u64) -> Result<Cluster> {
-        match entry {
-            0 => Ok(Cluster::None),
-            ZERO => Ok(Cluster::Zero),
-            offset if self.is_valid(offset, self.geometry.cluster_size, end) => Ok(Cluster::Host(offset)),
-            offset => Err(self.invalid(offset, self.geometry.cluster_size)),
-        }
-    }
-
-    fn word(&self, cluster: Cluster) -> u64 {
-        match cluster {
-            Cluster::None => 0,
-            Cluster::Zero => ZERO,
-            Cluster::Host(offset) | Cluster::Encoded { offset, .. } => offset,
-        }
-    }
-
-    fn zero(&self) -> Option<Cluster> {
-        Some(Cluster::Zero)
-    }
-
-    fn before_first_change(&self) -> Result<()> {
-        self.mark(true)
-    }
-
-    fn settled(&self) -> Result<()> {
-        self.mark(false)
     }
 }

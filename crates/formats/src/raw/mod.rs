@@ -9,31 +9,25 @@
 //!   disk                |---- bytes -----|
 //! ```
 
+mod create;
+mod disk_range;
+
 use std::sync::Arc;
 
 use diskimage_core::errno;
-use diskimage_core::options::{OptionDef, OptionKind, Options};
+use diskimage_core::options::Options;
 use diskimage_core::{
     ByteRange, CreatePlan, CreateRequest, Device, Error, Event, Format, FormatProperties, HoleMeaning, Info,
-    Layer, Measure, MeasureSource, NodeOptions, Objects, OpenRequest, Preallocation, Probe, ResizeRequest,
-    Result, Run, RunKind, Score, WritePlan, ZeroMode, align_up,
+    Layer, Measure, MeasureSource, Objects, OpenRequest, Preallocation, Probe, ResizeRequest, Result, Run,
+    RunKind, Score, WritePlan, ZeroMode,
 };
 
 use crate::layer_kit::in_place_write::InPlaceWrite;
+use disk_range::DiskRange;
 
 /// The format's entry in the table.
 #[derive(Debug)]
 pub struct Raw;
-
-/// The disk's length is the file's length rounded up to this.
-const SECTOR: u64 = 512;
-
-const CREATE_OPTIONS: &[OptionDef] = &[OptionDef {
-    name: "size",
-    kind: OptionKind::Size,
-    help: "Virtual disk size",
-    default: None,
-}];
 
 impl Format for Raw {
     fn name(&self) -> &'static str {
@@ -43,7 +37,7 @@ impl Format for Raw {
     fn properties(&self) -> &'static FormatProperties {
         const {
             &FormatProperties {
-                create_options: Some(CREATE_OPTIONS),
+                create_options: Some(create::OPTIONS),
                 strong_options: &["offset", "size"],
                 shares_writes: true,
                 // Without a header the file is still a raw image of its length, whatever that may be.
@@ -72,55 +66,14 @@ impl Format for Raw {
     }
 
     fn plan_create<'a>(&self, request: CreateRequest<'a>) -> Result<CreatePlan<'a>> {
-        Ok(CreatePlan::new(move |files| create(&request, &*files.file)))
+        Ok(CreatePlan::new(move |files| {
+            create::create(&request, &*files.file)
+        }))
     }
 
     fn measure(&self, options: &Options, source: MeasureSource<'_>, _objects: &Objects) -> Result<Measure> {
-        preallocation(options)?;
-        let size = align_up(source.len(), SECTOR);
-        Ok(Measure {
-            required: size,
-            fully_allocated: size,
-            bitmaps: None,
-        })
+        create::measure(options, source)
     }
-}
-
-/// Writes a new image to `file`.
-fn create(request: &CreateRequest<'_>, file: &dyn Device) -> Result<()> {
-    let size = disk_size(request.size)?;
-    if file.is_zero_when_new() {
-        return file.resize(size, preallocation(request.options)?);
-    }
-    // A device, which has the storage that it has.
-    crate::layer_kit::preallocation::require_off(preallocation_mode(request.options)?)?;
-    let there = file.len();
-    if size > there {
-        return Err(Error::unsupported(file.fixed_len_message()));
-    }
-    // What the device held before should not be taken for an image's header.
-    let head = ByteRange::new(0, SECTOR.min(there));
-    file.write_zeroes(head, ZeroMode::KeepAllocated)
-}
-
-fn preallocation(options: &Options) -> Result<Preallocation> {
-    match preallocation_mode(options)? {
-        Preallocation::Metadata => Err(Error::unsupported("Unsupported preallocation mode: metadata")),
-        mode => Ok(mode),
-    }
-}
-
-fn preallocation_mode(options: &Options) -> Result<Preallocation> {
-    let name = options.text("preallocation").unwrap_or("off");
-    Preallocation::from_name(name).ok_or_else(|| Error::invalid(format!("invalid parameter value: {name}")))
-}
-
-fn disk_size(size: u64) -> Result<u64> {
-    let rounded = align_up(size, SECTOR);
-    if rounded < size || i64::try_from(rounded).is_err() {
-        return Err(Error::from_errno(errno::EINVAL).context("Could not resize file"));
-    }
-    Ok(rounded)
 }
 
 /// qemu-img's limit for the size of a disk: whole gibibytes below 2^63.
@@ -145,72 +98,6 @@ pub fn window_layer(device: Arc<dyn Device>, offset: u64, size: u64) -> Arc<dyn 
             size: Some(size),
         },
     })
-}
-
-/// The range of the file that holds the disk.
-#[derive(Clone, Copy, Debug, Default)]
-struct DiskRange {
-    offset: u64,
-    /// `None` for the rest of the file.
-    size: Option<u64>,
-}
-
-const DISK_OPTIONS: &[OptionDef] = &[
-    OptionDef {
-        name: "offset",
-        kind: OptionKind::Size,
-        help: "Where the disk starts in the file",
-        default: None,
-    },
-    OptionDef {
-        name: "size",
-        kind: OptionKind::Size,
-        help: "How long the disk is",
-        default: None,
-    },
-];
-
-impl DiskRange {
-    fn take(node: &mut NodeOptions) -> Result<Self> {
-        let options = node.take_known(DISK_OPTIONS)?;
-        Ok(Self {
-            offset: options.size("offset").unwrap_or(0),
-            size: options.size("size"),
-        })
-    }
-
-    /// Checks that the range is inside a file of `len` bytes.
-    fn check(self, len: u64) -> Result<()> {
-        let (offset, len) = (self.offset, align_up(len, SECTOR));
-        if offset > len {
-            return Err(Error::invalid(format!(
-                "Offset ({offset}) cannot be greater than size of the containing file ({len})"
-            )));
-        }
-        match self.size {
-            Some(size) if size > len - offset => Err(Error::invalid(format!(
-                "The sum of offset ({offset}) and size ({size}) has to be smaller or equal to the  actual size of the \
-                 containing file ({len})"
-            ))),
-            Some(size) if !size.is_multiple_of(SECTOR) => {
-                Err(Error::invalid("Specified size is not multiple of 512"))
-            }
-            _ => Ok(()),
-        }
-    }
-
-    fn len(self, file_len: u64) -> u64 {
-        let rest = align_up(file_len, SECTOR).saturating_sub(self.offset);
-        self.size.unwrap_or(align_up(rest, SECTOR))
-    }
-
-    /// The host range of a guest range.
-    fn host(self, guest: ByteRange) -> Result<ByteRange> {
-        self.offset
-            .checked_add(guest.end())
-            .map(|end| ByteRange::new(self.offset + guest.start(), end))
-            .ok_or_else(|| Error::from_errno(errno::EFBIG))
-    }
 }
 
 /// An opened raw image.

@@ -13,8 +13,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use diskimage_core::options::{OptionDef, OptionKind, Options};
 use diskimage_core::{
-    ByteRange, Device, Error, FilterDevice, Filtered, Limits, Node, NodeOptions, Result, ZeroMode, to_index,
-    write_zero_chunks,
+    ByteRange, Device, Error, FilterDevice, Filtered, Limits, Node, NodeOptions, Result, ZeroMode,
+    saturating_u32, to_index, write_zero_chunks,
 };
 use zerocopy::byteorder::little_endian::{U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -84,7 +84,7 @@ impl Filter for BlkLogWrites {
         };
         let log = Log::open(Arc::clone(&log.device), &options)?;
         let limits = Limits {
-            alignment: u32::try_from(log.sector).unwrap_or(1),
+            alignment: saturating_u32(log.sector),
             ..file.device.limits().clone()
         };
         Ok(Arc::new(Filtered(Logging {
@@ -226,7 +226,7 @@ impl Log {
             magic: U64::new(MAGIC),
             version: U64::new(VERSION),
             entries: U64::new(self.entries),
-            sector_size: U32::new(u32::try_from(self.sector).unwrap_or(0)),
+            sector_size: U32::new(saturating_u32(self.sector)),
         };
         let mut sector = vec![0; to_index(self.sector)?];
         sector[..size_of::<Super>()].copy_from_slice(start.as_bytes());

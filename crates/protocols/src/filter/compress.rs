@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use diskimage_core::{
     ByteRange, Device, Encoder, Error, FilterDevice, Filtered, Image, Limits, Node, Result, StatusDetail,
-    align_down, align_up, to_index,
+    align_down, align_up, saturating_u32, to_index,
 };
 
 use super::{Filter, FilterChild, FilterRequest, ParseName, file_child, missing};
@@ -41,7 +41,7 @@ impl Filter for Compress {
         let unit = image.layer().granularity();
         Ok(Arc::new(Filtered(Compressing {
             limits: Limits {
-                alignment: u32::try_from(unit).unwrap_or(1),
+                alignment: saturating_u32(unit),
                 ..image.limits().clone()
             },
             device: below.device,

@@ -11,7 +11,7 @@
 //!      +-- an oldstyle server: a single export, no negotiation
 //! ```
 
-use diskimage_core::{Error, ErrorKind, Result, name};
+use diskimage_core::{Error, ErrorKind, Result, name, saturating_u32};
 
 use super::wire::{
     INIT_MAGIC, OLDSTYLE_MAGIC, OPTION_MAGIC, OPTION_REPLY_MAGIC, Wire, export, handshake, info, option,
@@ -251,7 +251,7 @@ impl Handshake {
 
     fn put_option(&mut self, option: u32, data: &[u8]) {
         // Names are limited to `MAX_NAME` bytes.
-        let len = u32::try_from(data.len()).unwrap_or(u32::MAX);
+        let len = saturating_u32(data.len());
         self.output.extend_from_slice(&OPTION_MAGIC.to_be_bytes());
         self.output.extend_from_slice(&option.to_be_bytes());
         self.output.extend_from_slice(&len.to_be_bytes());
@@ -481,7 +481,7 @@ impl Handshake {
 fn put_text(data: &mut Vec<u8>, text: &str) {
     // Names are limited to `MAX_NAME` bytes.
     let text = name::to_bytes(text);
-    let len = u32::try_from(text.len()).unwrap_or(u32::MAX);
+    let len = saturating_u32(text.len());
     data.extend_from_slice(&len.to_be_bytes());
     data.extend_from_slice(&text);
 }

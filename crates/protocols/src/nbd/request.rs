@@ -1,6 +1,6 @@
 //! The encoding of requests to an export.
 
-use diskimage_core::ByteRange;
+use diskimage_core::{ByteRange, saturating_u32};
 
 use super::negotiate::ReplyMode;
 use super::wire::{EXTENDED_REQUEST_MAGIC, REQUEST_MAGIC};
@@ -77,7 +77,8 @@ pub(super) fn encode(reply_mode: ReplyMode, command: Command, cookie: u64, range
     match reply_mode {
         ReplyMode::Extended => head.extend_from_slice(&range.len().to_be_bytes()),
         ReplyMode::Simple | ReplyMode::Structured => {
-            let len = u32::try_from(range.len()).unwrap_or(u32::MAX);
+            // Requests are split by the limits of the export, which has no longer ones in this mode.
+            let len = saturating_u32(range.len());
             head.extend_from_slice(&len.to_be_bytes());
         }
     }

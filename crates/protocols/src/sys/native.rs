@@ -64,6 +64,7 @@ impl Context {
                 unsafe { libc::syscall(libc::SYS_io_getevents, self.0, 1_i64, 1_i64, &raw mut event, none) };
             if count == 1 {
                 return usize::try_from(event.result).map_err(|_| {
+                    // The kernel's error numbers are small: another number is no answer of a known kernel.
                     io::Error::from_raw_os_error(i32::try_from(-event.result).unwrap_or(libc::EIO))
                 });
             }

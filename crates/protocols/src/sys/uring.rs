@@ -6,6 +6,7 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 
+use diskimage_core::saturating_u32;
 use io_uring::{IoUring, opcode, squeue, types::Fd, types::FsyncFlags};
 
 /// A ring.
@@ -86,5 +87,5 @@ fn number(fd: &impl AsFd) -> Fd {
 /// The kernel transfers less than 2 GiB at once; callers continue after that, in whole blocks.
 fn len_of(buf: &[u8]) -> u32 {
     const MOST: u32 = 1 << 30;
-    u32::try_from(buf.len()).unwrap_or(MOST).min(MOST)
+    saturating_u32(buf.len()).min(MOST)
 }

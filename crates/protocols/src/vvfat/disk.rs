@@ -4,7 +4,10 @@ use std::collections::VecDeque;
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use diskimage_core::{Device, Error, Limits, Node, OpenContext, Permissions, Result, ResultExt, View, name};
+use diskimage_core::{
+    Device, Error, Limits, Node, OpenContext, Permissions, Result, ResultExt, View, name, saturating_index,
+    saturating_u32,
+};
 
 use super::entry::Label;
 use super::geometry::{CLUSTER, FatType, Sector};
@@ -85,7 +88,7 @@ impl Disk {
 
     /// As [`Disk::read_some`], with `offset` from the start of cluster 0.
     fn read_cluster(&self, buf: &mut [u8], offset: u64) -> Result<usize> {
-        let cluster = u32::try_from(offset / CLUSTER).unwrap_or(u32::MAX);
+        let cluster = saturating_u32(offset / CLUSTER);
         let Some((index, run)) = self.tree.run(cluster) else {
             buf.fill(0);
             return Ok(buf.len());
@@ -125,7 +128,7 @@ impl Disk {
 
 /// The smaller one of the length of `buf` and `bytes`.
 fn clamp_len(buf: &[u8], bytes: u64) -> usize {
-    usize::try_from(bytes).map_or(buf.len(), |bytes| bytes.min(buf.len()))
+    saturating_index(bytes).min(buf.len())
 }
 
 /// Fills `buf` with the bytes of `from` from `offset` on, and with zeroes after their end.

@@ -13,11 +13,12 @@ use std::sync::atomic::Ordering;
 use diskimage_core::options::{OptionDef, OptionKind, Options};
 use diskimage_core::{AmendRequest, Error, Layer, Preallocation, Progress, ResizeRequest, Result, ResultExt};
 
+use super::Qcow2;
 use super::encrypt::Encrypted;
+use super::files::read_header;
 use super::header::feature::{Autoclear, Compatible, Incompatible};
 use super::header::{Header, field};
 use super::metadata::Metadata;
-use super::{Qcow2, read_header};
 use crate::luks::amend::SlotChange;
 use crate::luks::volume::Volume;
 

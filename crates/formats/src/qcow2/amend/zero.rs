@@ -1,9 +1,10 @@
 //! Removes zero clusters, which version 2 does not have: they become unallocated, or get storage that holds zeroes.
 
-use diskimage_core::{ByteRange, Result, ZeroMode};
+use diskimage_core::{Result, ZeroMode};
 
 use crate::layer_kit::metadata_cache::Table;
 use crate::layer_kit::metadata_guard::Kinds;
+use crate::layer_kit::offset::{GuestOffset, HostOffset};
 use crate::qcow2::entry::{Cluster, L2Entry, OFFSET_MASK, Subclusters};
 use crate::qcow2::refcount::RefcountChange;
 use crate::qcow2::{ImageState, Qcow2};
@@ -23,7 +24,7 @@ impl Qcow2 {
             for index in 0..l1.len / 8 {
                 let entry = state.metadata.cache.number(l1, index * 8)?;
                 if let Some(l2) = self.l2_at(entry & OFFSET_MASK, index)? {
-                    let guest = index * self.header.geometry.l2_coverage();
+                    let guest = GuestOffset::new(index * self.header.geometry.l2_coverage());
                     self.expand_table(&mut state, l2, guest)?;
                 }
                 done += 1;
@@ -34,8 +35,8 @@ impl Qcow2 {
         state.metadata.cache.sync()
     }
 
-    /// Replaces the zero clusters of one L2 table, whose first cluster is at guest offset `guest`.
-    fn expand_table(&self, state: &mut ImageState, l2: Table, guest: u64) -> Result<()> {
+    /// Replaces the zero clusters of one L2 table, whose first cluster is at `guest`.
+    fn expand_table(&self, state: &mut ImageState, l2: Table, guest: GuestOffset) -> Result<()> {
         let geometry = self.header.geometry;
         let mut users = None;
         for index in 0..geometry.l2_entries() {
@@ -45,25 +46,31 @@ impl Qcow2 {
             }
             let users = match users {
                 Some(users) => users,
-                None => *users.insert(self.count_at(state, l2.offset)?),
+                None => *users.insert(self.count_at(state, HostOffset::new(l2.offset))?),
             };
-            let cluster = guest + index * geometry.cluster_size();
+            let cluster = guest.plus(index * geometry.cluster_size());
             let new = self.without_zero(state, old, users, cluster)?;
             self.write_entry(&mut state.metadata.cache, l2, index, new)?;
             if new.kind != old.kind
-                && let Some((offset, len)) = old.host_clusters(geometry)
+                && let Some(host) = old.host_clusters(geometry)
             {
                 // Each tree that shares this table has incremented the refcount of the cluster.
                 for _ in 0..users {
-                    self.free_later(state, offset, len, Kinds::NONE)?;
+                    self.free_later(state, host.start(), host.len(), Kinds::NONE)?;
                 }
             }
         }
         Ok(())
     }
 
-    /// Returns the replacement of a zero entry in a table that `users` trees share. `guest` is its guest offset.
-    fn without_zero(&self, state: &mut ImageState, old: L2Entry, users: u64, guest: u64) -> Result<L2Entry> {
+    /// Returns the replacement of a zero entry in a table that `users` trees share. `guest` is the offset of its cluster.
+    fn without_zero(
+        &self,
+        state: &mut ImageState,
+        old: L2Entry,
+        users: u64,
+        guest: GuestOffset,
+    ) -> Result<L2Entry> {
         let size = self.header.geometry.cluster_size();
         let own = match old.kind {
             // No other table refers to this storage.
@@ -75,24 +82,20 @@ impl Qcow2 {
         }
         let offset = match own {
             Some(offset) => {
-                state
-                    .metadata
-                    .cache
-                    .admit(ByteRange::at(offset, size), Kinds::NONE)?;
-                self.data_at(guest, offset)
-                    .write_zero_bytes(ByteRange::at(offset, size))?;
+                state.metadata.cache.admit(offset.range(size), Kinds::NONE)?;
+                self.data_at(guest, offset).write_zero_bytes(offset.range(size))?;
                 offset
             }
             None => {
-                let offset = self.allocate(state, 1, None)?;
+                let offset = HostOffset::new(self.allocate(state, 1, None)?);
                 for _ in 1..users {
-                    let cluster = offset / size;
+                    let cluster = offset.unit(size);
                     state
                         .metadata
                         .change_run(cluster, 1, RefcountChange::Up, |_| ())?;
                 }
                 self.data_at(guest, offset)
-                    .write_zeroes(ByteRange::at(offset, size), ZeroMode::KeepAllocated)?;
+                    .write_zeroes(offset.range(size), ZeroMode::KeepAllocated)?;
                 offset
             }
         };
@@ -102,7 +105,9 @@ impl Qcow2 {
         })
     }
 
-    fn count_at(&self, state: &mut ImageState, offset: u64) -> Result<u64> {
-        state.metadata.count(offset >> self.header.geometry.cluster_bits)
+    fn count_at(&self, state: &mut ImageState, offset: HostOffset) -> Result<u64> {
+        state
+            .metadata
+            .count(offset.unit(self.header.geometry.cluster_size()))
     }
 }

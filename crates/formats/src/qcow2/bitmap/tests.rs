@@ -57,7 +57,8 @@ fn list(file: &Arc<MemoryDevice>) -> Vec<BitmapInfo> {
 fn check(file: &Arc<MemoryDevice>) {
     let (layer, _) = open(file, false).expect("opens");
     let report = layer.check_impl(Repair::No, &Progress::none()).expect("checks");
-    assert_eq!((report.corruptions, report.leaks), (0, 0));
+    assert_eq!(report.corruptions, 0);
+    assert_eq!(report.leaks, 0);
 }
 
 fn resize(image: &Image, len: u64) -> Result<()> {
@@ -255,10 +256,8 @@ fn the_name_of_the_backing_file_survives_new_bitmaps() {
     add(&layer, "b", 65536, true);
     let (layer, _) = open(&file, false).expect("opens");
     let backing = diskimage_core::Backed::backing(&*layer).expect("exists");
-    assert_eq!(
-        (backing.name.text(), backing.format.as_deref()),
-        ("below.raw", Some("raw"))
-    );
+    assert_eq!(backing.name.text(), "below.raw");
+    assert_eq!(backing.format.as_deref(), Some("raw"));
     check(&file);
 }
 

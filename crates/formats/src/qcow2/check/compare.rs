@@ -5,7 +5,7 @@ use diskimage_core::{ByteRange, Repair, Result};
 
 use super::Check;
 use super::stored::{self, BlockEntry};
-use crate::qcow2::map::hex;
+use crate::qcow2::hex::hex;
 use crate::qcow2::refcount::counts::PAGE;
 
 /// How a difference between the two counts of a cluster is handled.

@@ -34,11 +34,12 @@ use diskimage_core::{CheckReport, Device, Error, Note, Progress, Repair, Result}
 use self::protected::Protected;
 use self::snapshots::CheckedSnapshots;
 use self::stored::StoredRefcounts;
+use super::files::read_header;
 use super::header::feature::Incompatible;
 use super::header::{Geometry, Header};
 use super::refcount::counts::ClusterCounts;
 use super::refcount::{Refcounts, References};
-use super::{ImageState, Qcow2, read_header};
+use super::{ImageState, Qcow2};
 use crate::layer_kit::metadata_cache::MetadataCache;
 
 impl Qcow2 {

@@ -19,6 +19,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use self::extension::{BitmapsExtension, Extensions};
 use self::feature::{Autoclear, Compatible, Features, Incompatible};
+use crate::layer_kit::offset::GuestOffset;
 
 /// The first bytes of every qcow2 image.
 pub(super) const MAGIC: u32 = 0x5146_49fb;
@@ -166,6 +167,21 @@ impl Geometry {
     /// The guest bytes that one L2 table maps.
     pub(super) fn l2_coverage(self) -> u64 {
         self.l2_entries() << self.cluster_bits
+    }
+
+    /// The index of the L1 entry for `guest`.
+    pub(super) fn l1_index(self, guest: GuestOffset) -> u64 {
+        guest.unit(self.l2_coverage())
+    }
+
+    /// The index of the L2 entry for `guest` in its table.
+    pub(super) fn l2_index(self, guest: GuestOffset) -> u64 {
+        guest.within(self.l2_coverage()) >> self.cluster_bits
+    }
+
+    /// The end of the guest range that the L2 table for `guest` maps; saturates.
+    pub(super) fn l2_end(self, guest: GuestOffset) -> GuestOffset {
+        guest.unit_end(self.l2_coverage())
     }
 
     /// The L1 entries that a disk of `size` bytes needs.

@@ -112,10 +112,10 @@ impl Qcow2 {
                         true => u64::from(count) * geometry.subcluster_size(),
                         false => geometry.cluster_size(),
                     };
-                    self.data.require(offset, needed.min(stored))?;
+                    self.data.require(offset.get(), needed.min(stored))?;
                 }
                 Cluster::Compressed { offset, stored } if needed > 0 => {
-                    self.require_stream(offset, stored)?
+                    self.require_stream(offset.get(), stored)?
                 }
                 _ => {}
             }

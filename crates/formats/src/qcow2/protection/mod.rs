@@ -38,7 +38,7 @@ impl Qcow2 {
     /// # Errors
     /// Failed reads, and an exhausted memory budget.
     pub(super) fn guard_metadata(&self, state: &mut ImageState) -> Result<()> {
-        let header = &crate::qcow2::read_header(&self.file, true)?;
+        let header = &crate::qcow2::files::read_header(&self.file, true)?;
         let geometry = header.geometry;
         let (bits, report) = (geometry.cluster_bits, Arc::clone(&self.corruption));
         let report: Arc<dyn DamageReport> = report;

@@ -24,7 +24,7 @@ use self::known_references::KnownReferences;
 pub(super) use self::known_references::References;
 pub(super) use self::run::RefcountChange;
 use super::header::{Geometry, Header, limit};
-use super::map::hex;
+use super::hex::hex;
 use crate::layer_kit::metadata_cache::{MetadataCache, Table, WriteOrder};
 
 /// The refcount structures of an open image.

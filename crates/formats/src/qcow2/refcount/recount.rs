@@ -12,6 +12,7 @@ use diskimage_core::{ByteRange, Device, Error, Result, to_index};
 use super::RefcountChange;
 use crate::layer_kit::metadata_cache::{Table, WriteOrder};
 use crate::layer_kit::metadata_guard::Kind;
+use crate::layer_kit::offset::HostOffset;
 use crate::qcow2::entry::{COPIED, Cluster, L2Entry, OFFSET_MASK};
 use crate::qcow2::metadata::Metadata;
 use crate::qcow2::{ImageState, Qcow2};
@@ -254,7 +255,7 @@ impl Qcow2 {
             let old = entry & OFFSET_MASK;
             let mut counts = CountWindow::default();
             let changed = self.mark_entries(table, |offset| {
-                Ok(counts.count(&mut state.metadata, offset >> bits)? == 1)
+                Ok(counts.count(&mut state.metadata, offset.get() >> bits)? == 1)
             })?;
             let new = self.rewrite_l2(state, rewrite, old, table, changed)?;
             let flag = if state.metadata.count(new >> bits)? == 1 {
@@ -371,9 +372,9 @@ impl Qcow2 {
             if self.is_plain(number) {
                 batch.add((number & OFFSET_MASK) >> bits, 1);
             } else if number != 0
-                && let Some((start, len)) = self.parse_numbers(numbers)?.host_clusters(geometry)
+                && let Some(host) = self.parse_numbers(numbers)?.host_clusters(geometry)
             {
-                batch.add(start >> bits, len >> bits);
+                batch.add(host.start() >> bits, host.len() >> bits);
             }
         }
         Ok(())
@@ -395,7 +396,11 @@ impl Qcow2 {
 
     /// Sets the COPIED flag of each entry with a host cluster to the result of `copied` for its offset. Returns whether
     /// any flag changed.
-    fn mark_entries(&self, table: &mut [u8], mut copied: impl FnMut(u64) -> Result<bool>) -> Result<bool> {
+    fn mark_entries(
+        &self,
+        table: &mut [u8],
+        mut copied: impl FnMut(HostOffset) -> Result<bool>,
+    ) -> Result<bool> {
         let step = if self.header.geometry.extended_l2 { 2 } else { 1 };
         let mut changed = false;
         for numbers in table.as_chunks_mut::<8>().0.chunks_exact_mut(step) {
@@ -404,7 +409,7 @@ impl Qcow2 {
                 continue;
             }
             let kind = match self.is_plain(old) {
-                true => Cluster::Host(old & OFFSET_MASK),
+                true => Cluster::Host(HostOffset::new(old & OFFSET_MASK)),
                 false => self.parse_numbers(numbers)?.kind,
             };
             if let Cluster::Host(offset) = kind {

@@ -207,6 +207,7 @@ impl Rules {
         let action = if injects {
             Action::InjectError {
                 request: values.text("iotype").map(Request::from_name).transpose()?,
+                // A larger number is no error number of any system.
                 errno: i32::try_from(number("errno")).unwrap_or(errno::EIO),
                 // A negative number means any sector.
                 sector: values
