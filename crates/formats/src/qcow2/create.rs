@@ -15,13 +15,13 @@ use diskimage_core::{
 use zerocopy::IntoBytes;
 use zerocopy::byteorder::big_endian::{U32, U64};
 
+use super::Qcow2;
 use super::encrypt::Encryption;
 use super::header::extension;
 use super::header::feature::{Autoclear, Compatible, Incompatible};
 use super::header::{Compression, HEADER_LEN, MAGIC, RawHeader, limit};
 use super::options::{CreateOptions, Wording};
 use super::refcount::block;
-use super::{Qcow2, data_permissions};
 use crate::encryption::legacy_aes;
 
 /// Writes a new image to `files`.
@@ -32,9 +32,6 @@ pub(super) fn create(request: &CreateRequest<'_>, files: &mut NewFiles<'_>) -> R
         Some(name) => Some((files.make_part)(name)?),
         None => None,
     };
-    if let Some(data) = &data {
-        data.lock(data_permissions(true))?;
-    }
     let file: Arc<dyn Device> = Arc::new(Filtered(Unflushed(Arc::clone(&files.file))));
     write_minimal(&*file, &options)?;
     let context = OpenContext::default().with_objects(Arc::clone(request.objects));

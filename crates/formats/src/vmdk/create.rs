@@ -196,7 +196,8 @@ pub(super) fn plan(request: CreateRequest<'_>) -> Result<CreatePlan<'_>> {
         .collect::<Result<_>>()?;
     let reads_backing = wanted.backing.is_some();
     let plan = CreatePlan::new(move |files| create(&request, &wanted, &extents, files));
-    Ok(plan.with_parts(parts).with_reads_backing(reads_backing))
+    Ok(plan.with_parts(parts, Permissions::WRITE)
+        .with_reads_backing(reads_backing))
 }
 
 /// An extent of a new image.
@@ -306,9 +307,6 @@ fn create(
             None => None,
             Some(part) => Some((files.make_part)(&beside(request.name, part)?)?),
         };
-        if let Some(part) = &separate {
-            part.lock(Permissions::WRITE)?;
-        }
         let device = separate.as_ref().unwrap_or(&files.file);
         let is_flat = wanted.subformat.is_flat();
         if is_flat {
