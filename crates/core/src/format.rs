@@ -9,6 +9,10 @@ use crate::{Device, Error, Layer, NodeOptions, Objects, OpenContext, Permissions
 /// How certain a format is that an image is of this format: 0 means that it is not; raw returns 1 for anything.
 pub type Score = u32;
 
+/// The score of an image that is written in a way in which qemu-img takes it for raw: more than that of raw, less than
+/// that of all others.
+pub const LOOSE: Score = 3;
+
 /// The data that a format is probed with.
 #[derive(Clone, Copy, Debug)]
 pub struct Probe<'a> {

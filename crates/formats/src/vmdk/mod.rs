@@ -482,8 +482,15 @@ impl Backed for VmdkLayer {
         Some(self.lock().cid)
     }
 
-    fn matches_backing(&self, backing: &dyn Layer) -> bool {
-        backing.cid().is_none_or(|cid| cid == self.descriptor.parent_cid)
+    fn backing_mismatch(&self, backing: &dyn Layer) -> Option<String> {
+        let (expected, found) = (self.descriptor.parent_cid, backing.cid()?);
+        (found != expected).then(|| {
+            format!(
+                "The backing image has the content ID {found:#010x}, but '{}' was made when it was {expected:#010x} \
+                 (parentCID): the backing image has changed since, or is another one",
+                self.name
+            )
+        })
     }
 }
 
