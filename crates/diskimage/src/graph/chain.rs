@@ -110,16 +110,16 @@ impl Opener<'_> {
             ..self.clone()
         };
         let link = match (opener.open_link(below.node, mode), below.others) {
-            (Err(error), Some(others)) if error.kind() == ErrorKind::NotFound => {
-                opener.open_other(others, mode).unwrap_or(Err(error))?
-            }
+            (Err(error), Some(others)) if error.kind() == ErrorKind::NotFound => opener
+                .open_other(&others, mode)
+                .unwrap_or_else(|| Err(others.missing(error)))?,
             (link, _) => link?,
         };
         not_again(link, links)
     }
 
     /// Opens the first existing image of those that a backing image can be; `None` if none exists.
-    fn open_other(&self, others: OtherNames, mode: Mode) -> Option<Result<Link>> {
+    fn open_other(&self, others: &OtherNames, mode: Mode) -> Option<Result<Link>> {
         for name in &others.names {
             // A name of another system may look like one with a protocol.
             let Ok(node) = others.node(name) else {
@@ -214,6 +214,16 @@ impl OtherNames {
         let mut node = node_of_name(&full_backing_name(&self.from, name), self.format.as_deref())?;
         node.overlay(self.given.clone());
         Ok(node)
+    }
+
+    /// The error if no file is called by any of the names.
+    fn missing(&self, error: Error) -> Error {
+        match &self.names[..] {
+            [first, .., last] if first != last => {
+                error.hint(format!("No file '{last}' is beside the image either."))
+            }
+            _ => error,
+        }
     }
 }
 
