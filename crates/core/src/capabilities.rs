@@ -77,9 +77,16 @@ pub trait Backed: Debug + Send + Sync {
         None
     }
 
-    /// Whether `backing` is unchanged since this image was created on it. If not, unallocated clusters cannot be read.
-    fn matches_backing(&self, _backing: &dyn Layer) -> bool {
-        true
+    /// How `backing` differs from the image that this one was created on, for the user: both identities. `None` if it
+    /// is that one, or if the format does not tell. If they differ, unallocated clusters cannot be read.
+    fn backing_mismatch(&self, _backing: &dyn Layer) -> Option<String> {
+        None
+    }
+
+    /// Further names of the backing image, to be tried in order if no file has the name in [`Backed::backing`]. The last
+    /// one is then looked for beside the image in other letter case. Empty if the format keeps to the one name.
+    fn other_backing_names(&self) -> Vec<Name> {
+        Vec::new()
     }
 }
 
@@ -164,6 +171,14 @@ impl<'a> dyn Layer + 'a {
             Some(backed) => backed.make_empty(),
             None => Ok(()),
         }
+    }
+
+    /// [`Backed::other_backing_names`]; none also if there can be no backing image.
+    pub fn other_backing_names(&self) -> Vec<Name> {
+        self.capabilities()
+            .backed
+            .map(Backed::other_backing_names)
+            .unwrap_or_default()
     }
 
     /// [`Backed::cid`]; `None` also if there can be no backing image.

@@ -9,6 +9,10 @@ use crate::{Device, Error, Layer, NodeOptions, Objects, OpenContext, Permissions
 /// How certain a format is that an image is of this format: 0 means that it is not; raw returns 1 for anything.
 pub type Score = u32;
 
+/// The score of an image that is written in a way in which qemu-img takes it for raw: more than that of raw, less than
+/// that of all others.
+pub const LOOSE: Score = 3;
+
 /// The data that a format is probed with.
 #[derive(Clone, Copy, Debug)]
 pub struct Probe<'a> {
@@ -199,6 +203,8 @@ pub struct CreateRequest<'a> {
 pub struct CreatePlan<'a> {
     /// The paths of the files that the image has besides its own.
     pub parts: Vec<String>,
+    /// What these files are locked for before they are emptied.
+    pub part_permissions: Permissions,
     /// The new image records what its backing image contains: that one is opened and passed on in [`NewFiles::backing`].
     pub reads_backing: bool,
     write: Box<WriteImage<'a>>,
@@ -211,15 +217,20 @@ impl<'a> CreatePlan<'a> {
     pub fn new(write: impl FnOnce(NewFiles<'_>) -> Result<()> + 'a) -> Self {
         Self {
             parts: Vec::new(),
+            part_permissions: Permissions::WRITE,
             reads_backing: false,
             write: Box::new(write),
         }
     }
 
-    /// The same image with further files at the paths `parts`.
+    /// The same image with further files at the paths `parts`, which are locked for `permissions`.
     #[must_use]
-    pub fn with_parts(self, parts: Vec<String>) -> Self {
-        Self { parts, ..self }
+    pub fn with_parts(self, parts: Vec<String>, permissions: Permissions) -> Self {
+        Self {
+            parts,
+            part_permissions: permissions,
+            ..self
+        }
     }
 
     /// The same image, which records what its backing image contains, or does not.
@@ -252,7 +263,7 @@ impl Debug for CreatePlan<'_> {
 pub struct NewFiles<'a> {
     /// The image's own, which exists and is empty, or is a device with enough room.
     pub file: Arc<dyn Device>,
-    /// Makes one of [`CreatePlan::parts`]: they can be more than a process may have open at once.
+    /// Makes one of [`CreatePlan::parts`], empty and locked: they can be more than a process may have open at once.
     pub make_part: &'a mut dyn FnMut(&str) -> Result<Arc<dyn Device>>,
     /// The backing image, where [`CreatePlan::reads_backing`] asks for it.
     pub backing: Option<Arc<crate::Image>>,

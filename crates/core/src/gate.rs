@@ -11,6 +11,13 @@ pub trait Gate: Send + Sync {
     /// # Errors
     /// [`ErrorKind::Denied`](crate::ErrorKind::Denied) if the policy forbids it, and errors of opening the file.
     fn open(&self, reference: &Reference<'_>) -> Result<Arc<dyn Device>>;
+
+    /// The name of the file in `directory` that is called `name` but for the case of letters. The directory is that of
+    /// an image which refers to the file, as a path ("" is the current directory). `None` if there is none, and if the
+    /// policy does not let directories be searched.
+    fn find_in_other_case(&self, _directory: &str, _name: &str) -> Option<String> {
+        None
+    }
 }
 
 /// Opens nothing.

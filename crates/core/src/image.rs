@@ -33,8 +33,8 @@ pub struct Image {
     /// Dropped before `backing`.
     guarded: Arc<FlushOnDrop>,
     backing: Option<Arc<Image>>,
-    /// The backing image has changed since this image was created on it.
-    backing_changed: bool,
+    /// How the backing image differs from the one that this image was created on.
+    backing_mismatch: Option<String>,
     write: bool,
     limits: Limits,
     node: Node,
@@ -71,14 +71,14 @@ impl Image {
             alignment: 1,
             ..layer.file().limits().clone()
         };
-        let backing_changed = backing.as_ref().is_some_and(|below| {
-            let backed = layer.capabilities().backed;
-            backed.is_some_and(|backed| !backed.matches_backing(&**below.layer()))
-        });
+        let backing_mismatch = backing
+            .as_ref()
+            .zip(layer.capabilities().backed)
+            .and_then(|(below, backed)| backed.backing_mismatch(&**below.layer()));
         Self {
             guarded: Arc::new(FlushOnDrop::new(layer)),
             backing,
-            backing_changed,
+            backing_mismatch,
             write,
             limits,
             node,
@@ -382,10 +382,10 @@ impl Image {
     }
 
     fn require_backing_unchanged(&self) -> Result<()> {
-        if self.backing_changed {
-            Err(Error::from_errno(errno::EINVAL))
-        } else {
-            Ok(())
+        match &self.backing_mismatch {
+            // qemu-img reports the error number alone.
+            Some(mismatch) => Err(Error::invalid(mismatch.as_str()).report_then(errno::EINVAL)),
+            None => Ok(()),
         }
     }
 

@@ -35,6 +35,7 @@ mod error;
 mod event;
 mod filter_device;
 mod flush_on_drop;
+mod foreign_name;
 mod format;
 mod gate;
 mod image;
@@ -68,9 +69,10 @@ pub use error::{Error, ErrorKind, Result, ResultExt};
 pub use event::Event;
 pub use filter_device::{FilterDevice, Filtered, status_below};
 pub use flush_on_drop::OnLost;
+pub use foreign_name::{names_beside, own_name};
 pub use format::{
-    CreatePlan, CreateRequest, Format, FormatProperties, Measure, MeasureSource, NewFiles, OpenRequest,
-    Probe, Score,
+    CreatePlan, CreateRequest, Format, FormatProperties, LOOSE, Measure, MeasureSource, NewFiles,
+    OpenRequest, Probe, Score,
 };
 pub use gate::{ClosedGate, Gate, Permissions, Reference, Role};
 pub use image::{Image, PendingWrite, ZeroDetection};

@@ -275,8 +275,8 @@ impl Prepared {
         format!("fmt={name} {}", self.options.summary())
     }
 
-    /// Creates the image. An existing file is emptied first. On failure the file is removed, also one that existed
-    /// before, as by `qemu-img`.
+    /// Creates the image. Existing files are emptied once they are locked. On failure the image's own file is removed,
+    /// also one that existed before, as by `qemu-img`; of its other files those that this creation made.
     ///
     /// # Errors
     /// The format refuses an option, a file is needed by another image or in use, or a request fails.
@@ -294,28 +294,28 @@ impl Prepared {
             options: &self.options,
             objects: &self.context.objects,
         })?;
-        let parts = plan.parts.clone();
-        let place = self.place(&creation, &parts)?;
-        let outcome = self.fill(&place.device, plan, &creation);
+        let place = self.place(&creation, &plan)?;
+        let mut made = Vec::new();
+        let outcome = self.fill(&place.device, plan, &creation, &mut made);
         if outcome.is_err() && place.is_new && !self.format.properties().keeps_failed_file {
             // An error of the removal is not reported: the creation's is.
             let _ = name::remove(&name::to_path(&place.device.name()));
-            for part in &parts {
-                let _ = name::remove(&name::to_path(&Target::plain(part).path));
+            for part in &made {
+                let _ = name::remove(&name::to_path(part));
             }
         }
         outcome
     }
 
-    /// Refuses to overwrite a file that is needed, and two files of the new image that are the same.
-    fn require_apart(&self, name: &str, parts: &[String]) -> Result<()> {
+    /// Refuses to overwrite a file that is needed or in use, and two files of the new image that are the same.
+    fn require_apart(&self, name: &str, plan: &CreatePlan<'_>) -> Result<()> {
         let mut places = vec![Location::at(name)];
         if places.iter().any(|place| place.is_among(&self.needed)) {
             // As in qemu-img, a lock of another process is the error to report.
-            File::require_unlocked(&Target::plain(name), self.cache)?;
+            File::require_unlocked(&Target::plain(name), self.permissions(), self.cache)?;
             return Err(is_needed(name));
         }
-        for part in parts {
+        for part in &plan.parts {
             let place = Location::at(part);
             if place.is_among(&self.needed) {
                 return Err(is_needed(part));
@@ -326,12 +326,28 @@ impl Prepared {
                 )));
             }
             places.push(place);
+            // Each part is locked again before it is emptied. Until then the image's own file would be lost already.
+            let target = Target::plain(part);
+            if name::to_path(&target.path).is_file()
+                && let Err(error) = File::require_unlocked(&target, plan.part_permissions, self.cache)
+                && error.kind() == ErrorKind::Locked
+            {
+                return Err(error);
+            }
         }
         Ok(())
     }
 
+    /// What the image's own file is locked for.
+    fn permissions(&self) -> Permissions {
+        Permissions {
+            resize: true,
+            ..self.format.permissions(true)
+        }
+    }
+
     /// Creates the file of the new image, or opens the existing one of a protocol that cannot create files.
-    fn place(&self, creation: &FileCreation, parts: &[String]) -> Result<Place> {
+    fn place(&self, creation: &FileCreation, plan: &CreatePlan<'_>) -> Result<Place> {
         let no_making = |error: Error, driver: &str| {
             error.context(format!(
                 "Protocol driver '{driver}' does not support creating new images, so an existing image must be selected \
@@ -357,11 +373,12 @@ impl Prepared {
         };
         if protocol.can_create() {
             let path = node.take_text("filename").unwrap_or_default();
-            self.require_apart(&path, parts)?;
-            let file = File::create(&Target::plain(&path), creation, self.cache)?;
+            self.require_apart(&path, plan)?;
+            let target = Target::plain(&path);
+            let created = File::create(&target, self.permissions(), creation, self.cache)?;
             return Ok(Place {
-                is_new: !file.is_device(),
-                device: Arc::new(file),
+                is_new: !created.file.is_device(),
+                device: Arc::new(created.file),
             });
         }
         node.take("driver");
@@ -372,7 +389,7 @@ impl Prepared {
             context: &self.context,
         });
         let device = opened.map_err(|error| no_making(error, protocol.name()))?;
-        self.require_apart(&device.name(), parts)?;
+        self.require_apart(&device.name(), plan)?;
         Ok(Place {
             device,
             is_new: false,
@@ -395,21 +412,29 @@ impl Prepared {
         }
     }
 
-    fn fill(&self, file: &Arc<dyn Device>, plan: CreatePlan<'_>, creation: &FileCreation) -> Result<()> {
-        let permissions = Permissions {
-            resize: true,
-            ..self.format.permissions(true)
-        };
-        file.lock(permissions)?;
+    /// Writes the image. The paths of the parts that did not exist before are added to `made`.
+    fn fill(
+        &self,
+        file: &Arc<dyn Device>,
+        plan: CreatePlan<'_>,
+        creation: &FileCreation,
+        made: &mut Vec<String>,
+    ) -> Result<()> {
+        file.lock(self.permissions())?;
         let backing = match plan.reads_backing {
             true => self.open_backing(file)?,
             false => None,
         };
+        let permissions = plan.part_permissions;
         plan.write(NewFiles {
             file: Arc::clone(file),
             make_part: &mut |path| {
-                let part = File::create(&Target::plain(path), creation, self.cache)?;
-                Ok(Arc::new(part))
+                let target = Target::plain(path);
+                let part = File::create(&target, permissions, creation, self.cache)?;
+                if !part.existed {
+                    made.push(target.path);
+                }
+                Ok(Arc::new(part.file))
             },
             backing,
         })

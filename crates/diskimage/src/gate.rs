@@ -2,7 +2,9 @@
 
 use std::sync::Arc;
 
-use diskimage_core::{Device, Error, Gate, NodeOptions, OpenContext, Permissions, Reference, Result, Role};
+use diskimage_core::{
+    Device, Error, Gate, NodeOptions, OpenContext, Permissions, Reference, Result, Role, name,
+};
 use diskimage_protocols::{CacheMode, LocalFileDriver, Protocol, ProtocolRequest, Target, protocol_by_name};
 
 /// Opens backing files by any protocol, and data files only by path: the formats define no more for data files.
@@ -46,7 +48,21 @@ impl Gate for FileGate {
         device.lock(self.locked_for(reference))?;
         Ok(device)
     }
+
+    fn find_in_other_case(&self, directory: &str, name: &str) -> Option<String> {
+        let directory = if directory.is_empty() { "." } else { directory };
+        let wanted = name.to_lowercase();
+        let entries = name::to_path(directory).read_dir().ok()?.take(MAX_ENTRIES);
+        entries
+            .filter_map(|entry| Some(name::from_os(&entry.ok()?.file_name())))
+            .filter(|found| found.to_lowercase() == wanted)
+            // The same one each time, if there are several.
+            .min()
+    }
 }
+
+/// The most entries of a directory that are searched for a name in other letter case. A limit of this program.
+const MAX_ENTRIES: usize = 1 << 16;
 
 impl FileGate {
     fn locked_for(&self, reference: &Reference<'_>) -> Permissions {

@@ -1,6 +1,6 @@
 //! Probing: guesses the format of an image from its first bytes.
 
-use diskimage_core::{Device, Format, Probe, Result, to_index};
+use diskimage_core::{Device, Format, LOOSE, Probe, Result, to_index};
 use diskimage_formats::FORMATS;
 
 /// The number of bytes from the start that probing reads.
@@ -12,6 +12,15 @@ pub(crate) const HEAD: usize = 2048;
 /// The first bytes cannot be read.
 pub fn probe(device: &dyn Device, name: &str) -> Result<&'static dyn Format> {
     Ok(guess(&head(device)?, name))
+}
+
+/// Whether `format`, the guess for `device`, is one that `qemu-img` does not make: to it the file is raw.
+///
+/// # Errors
+/// The first bytes cannot be read.
+pub(crate) fn is_loose(format: &dyn Format, device: &dyn Device, name: &str) -> Result<bool> {
+    let head = head(device)?;
+    Ok(format.probe(&Probe { head: &head, name }) == LOOSE)
 }
 
 /// The first [`HEAD`] bytes, or all if the device is shorter.

@@ -1,9 +1,9 @@
 //! Creation of files, and changes of their length.
 
-use std::fs;
 use std::os::unix::fs::OpenOptionsExt;
 use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
+use std::{fs, io};
 
 use diskimage_core::options::{OptionDef, OptionKind, Options};
 use diskimage_core::{
@@ -83,40 +83,62 @@ impl FileCreation {
     }
 }
 
+/// A file that was created or truncated.
+#[derive(Debug)]
+pub struct CreatedFile {
+    /// The file, empty and locked.
+    pub file: File,
+    /// There was a file of this name before.
+    pub existed: bool,
+}
+
 impl File {
     /// Fails as [`File::create`] would if another process has locked the file, and leaves the file unchanged.
     ///
     /// # Errors
     /// As [`File::create`].
-    pub fn require_unlocked(target: &Target, cache: CacheMode) -> Result<()> {
-        Self::open(target, true, cache)?.lock(CREATING)
+    pub fn require_unlocked(target: &Target, permissions: Permissions, cache: CacheMode) -> Result<()> {
+        Self::open(target, true, cache)?.lock_new(permissions)
     }
 
-    /// Creates an empty file, or truncates an existing one, and keeps it open and locked for writing. Devices cannot be
-    /// created: they are opened.
+    /// Creates an empty file, or truncates an existing one once it is locked for `permissions`, and keeps it open and
+    /// locked. Devices cannot be created: they are opened.
     ///
     /// # Errors
-    /// `Could not create 'NAME': REASON`, locks of other processes, and a failed truncation.
-    pub fn create(target: &Target, creation: &FileCreation, cache: CacheMode) -> Result<Self> {
+    /// `Could not create 'NAME': REASON`, locks of other processes, and a failed truncation. An existing file has its
+    /// old contents then.
+    pub fn create(
+        target: &Target,
+        permissions: Permissions,
+        creation: &FileCreation,
+        cache: CacheMode,
+    ) -> Result<CreatedFile> {
         let name = &target.path;
         // Truncated after it is locked.
         let mut options = fs::OpenOptions::new();
         options
             .read(true)
             .write(true)
-            .create(true)
-            .truncate(false)
+            .create_new(true)
             .mode(0o644)
             .custom_flags(cache.open_flags());
-        let file = name::open_with(&name::to_path(name), &options)
-            .context(|| format!("Could not create '{name}'"))?;
+        let path = name::to_path(name);
+        let (file, existed) = match name::open_with(&path, &options) {
+            // A symbolic link that leads nowhere exists as well; its target is created.
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                options.create_new(false).create(true).truncate(false);
+                (name::open_with(&path, &options), true)
+            }
+            opened => (opened, false),
+        };
+        let file = file.context(|| format!("Could not create '{name}'"))?;
         let metadata = file.metadata().context(|| format!("Could not create '{name}'"))?;
         if !metadata.is_file() {
             // The error of ftruncate for a pipe, socket or device.
             return Err(Error::from_errno(libc::EINVAL).context("Could not resize file"));
         }
         let this = Self::from_open(file, target, true, cache)?;
-        this.lock(CREATING)?;
+        this.lock_new(permissions)?;
         this.file.set_len(0).context(|| "Could not resize file")?;
         this.refresh_len()?;
         this.holes.invalidate();
@@ -130,7 +152,13 @@ impl File {
             // A hint: failures of file systems without extents are ignored.
             let _ = sys::set_extent_size_hint(&this.file, creation.extent_size_hint);
         }
-        Ok(this)
+        Ok(CreatedFile { file: this, existed })
+    }
+
+    /// Locks a file that is about to be truncated: as qemu-img does for the creation, then for `permissions`.
+    fn lock_new(&self, permissions: Permissions) -> Result<()> {
+        self.lock(CREATING)?;
+        self.lock(permissions)
     }
 
     /// Changes the length.

@@ -9,6 +9,7 @@
 use std::sync::Arc;
 
 use diskimage_core::{Device, Error, ErrorKind, Image, Layer, NodeOptions, Result};
+use diskimage_protocols::Target;
 
 use super::common::Common;
 use super::names::{full_backing_name, is_relative, node_of_name};
@@ -108,7 +109,32 @@ impl Opener<'_> {
             from: below.named_by.as_deref(),
             ..self.clone()
         };
-        not_again(opener.open_link(below.node, mode)?, links)
+        let link = match (opener.open_link(below.node, mode), below.others) {
+            (Err(error), Some(others)) if error.kind() == ErrorKind::NotFound => opener
+                .open_other(&others, mode)
+                .unwrap_or_else(|| Err(others.missing(error)))?,
+            (link, _) => link?,
+        };
+        not_again(link, links)
+    }
+
+    /// Opens the first existing image of those that a backing image can be; `None` if none exists.
+    fn open_other(&self, others: &OtherNames, mode: Mode) -> Option<Result<Link>> {
+        for name in &others.names {
+            // A name of another system may look like one with a protocol.
+            let Ok(node) = others.node(name) else {
+                continue;
+            };
+            match self.open_link(node, mode) {
+                Err(error) if error.kind() == ErrorKind::NotFound => {}
+                link => return Some(link),
+            }
+        }
+        let path = Target::parse(&others.from).ok()?.path;
+        let directory = path.rfind('/').map_or("", |slash| &path[..=slash]);
+        let found = self.gate.find_in_other_case(directory, others.names.last()?)?;
+        let node = others.node(&found);
+        Some(node.and_then(|node| self.open_link(node, mode)))
     }
 
     /// The node of the backing image of `link`, if it has one.
@@ -125,21 +151,36 @@ impl Opener<'_> {
             }
             let format = named.as_ref().and_then(|named| named.format.as_deref());
             let by_user = given.has_node("file");
-            let mut node = match named.as_ref().filter(|_| !by_user) {
-                Some(named) => node_of_name(&full_backing_name(&from, named.name.text()), format)?,
-                None => {
-                    let mut node = NodeOptions::new();
-                    if let Some(format) = format {
-                        node.set("driver", format);
-                    }
-                    node
+            let Some(named) = named.as_ref().filter(|_| !by_user) else {
+                let mut node = NodeOptions::new();
+                if let Some(format) = format {
+                    node.set("driver", format);
                 }
+                node.overlay(given);
+                return Ok(Below {
+                    node,
+                    mode: link.mode,
+                    named_by: (!by_user).then_some(from),
+                    others: None,
+                });
             };
-            node.overlay(given);
+            let names = link.layer.other_backing_names();
+            let others = OtherNames {
+                names: names.iter().map(|name| name.text().to_owned()).collect(),
+                from: from.clone(),
+                format: format.map(str::to_owned),
+                given,
+            };
+            let node = match others.node(named.name.text()) {
+                // `C:\dir\base.vmdk` looks like a name with a protocol. It is a path for a format that knows others.
+                Err(_) if !names.is_empty() => others.node(&format!("./{}", named.name))?,
+                node => node?,
+            };
             Ok(Below {
                 node,
                 mode: link.mode,
-                named_by: (!by_user).then_some(from),
+                named_by: Some(from),
+                others: Some(others).filter(|others| !others.names.is_empty()),
             })
         };
         Some(node())
@@ -153,6 +194,37 @@ struct Below {
     mode: Mode,
     /// The name of the overlay if that names the file; `None` if the options of the overlay's node do.
     named_by: Option<String>,
+    /// What it can be if its file does not exist.
+    others: Option<OtherNames>,
+}
+
+/// Further names of a backing image, for images that name it as another machine does.
+struct OtherNames {
+    names: Vec<String>,
+    /// The name of the overlay.
+    from: String,
+    format: Option<String>,
+    /// The options of the backing image's node that the user gave.
+    given: NodeOptions,
+}
+
+impl OtherNames {
+    /// The node of the backing image called `name`.
+    fn node(&self, name: &str) -> Result<NodeOptions> {
+        let mut node = node_of_name(&full_backing_name(&self.from, name), self.format.as_deref())?;
+        node.overlay(self.given.clone());
+        Ok(node)
+    }
+
+    /// The error if no file is called by any of the names.
+    fn missing(&self, error: Error) -> Error {
+        match &self.names[..] {
+            [first, .., last] if first != last => {
+                error.hint(format!("No file '{last}' is beside the image either."))
+            }
+            _ => error,
+        }
+    }
 }
 
 /// What [`walk_chain`] has come to.

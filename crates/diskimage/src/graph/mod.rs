@@ -29,7 +29,7 @@ use diskimage_protocols::{
 use crate::gate::require_all_taken;
 use crate::guess::GuessedRaw;
 use crate::open_options::{Mode, OpenOptions};
-use crate::probe::probe;
+use crate::probe::{is_loose, probe};
 use common::Common;
 
 pub(crate) use chain::{Step, open_chain, open_device_chain, walk_chain};
@@ -251,6 +251,9 @@ impl<'a> Opener<'a> {
     ) -> Result<(&'static dyn Format, Arc<dyn Device>)> {
         let name = plain_name.map_or_else(|| file.node().base_name(), str::to_owned);
         let format = probe(&**file, &name).context(|| "Could not read image for determining its format")?;
+        if is_loose(format, &**file, &name)? {
+            self.options.tell(&loose_guess(&name, format));
+        }
         if format.name() != "raw" || !mode.write {
             return Ok((format, Arc::clone(file)));
         }
@@ -531,6 +534,15 @@ fn has_plain_name(
     // The plain name of an image on another image would be read as the name of a file.
     let on_image = format_by_name(file.node().driver).is_some();
     strong.is_empty() && !on_image && children.iter().all(|(name, _)| implicit.contains(name))
+}
+
+/// The warning for an image whose format was guessed where `qemu-img` takes the file for raw.
+fn loose_guess(name: &str, format: &dyn Format) -> Note {
+    Note::Warning(format!(
+        "'{name}' is taken for an image of the format {0}, although it does not begin exactly like one. Specify the \
+         format {0} to avoid this warning, or raw if the file is the disk itself.",
+        format.name()
+    ))
 }
 
 fn unknown_option(format: &str, option: &str) -> Error {

@@ -33,9 +33,6 @@ pub(super) fn create(request: &CreateRequest<'_>, files: &mut NewFiles<'_>) -> R
         Some(name) => Some((files.make_part)(name)?),
         None => None,
     };
-    if let Some(data) = &data {
-        data.lock(data_permissions(true))?;
-    }
     let file: Arc<dyn Device> = Arc::new(Filtered(Unflushed(Arc::clone(&files.file))));
     write_minimal(&*file, &options)?;
     let context = OpenContext::default().with_objects(Arc::clone(request.objects));

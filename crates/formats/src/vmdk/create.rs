@@ -14,9 +14,9 @@ use diskimage_core::{
 use zerocopy::IntoBytes;
 use zerocopy::byteorder::little_endian::{U16, U32, U64};
 
-use super::descriptor::{NO_PARENT, NewDescriptor};
-use super::extent::beside;
-use super::header::{DEFLATE, Geometry, HOSTED_MAGIC, HostedHeader, LINE_ENDS, SECTOR, flag};
+use super::descriptor::{self, NO_PARENT, NewDescriptor};
+use super::extent::{add_zeroes, beside};
+use super::header::{DEFLATE, Geometry, HOSTED_MAGIC, HostedHeader, LINE_ENDS, SECTOR, SECTOR_BYTES, flag};
 use super::new_cid;
 use crate::layer_kit::count_used::data_bytes;
 use crate::layer_kit::preallocation;
@@ -196,7 +196,9 @@ pub(super) fn plan(request: CreateRequest<'_>) -> Result<CreatePlan<'_>> {
         .collect::<Result<_>>()?;
     let reads_backing = wanted.backing.is_some();
     let plan = CreatePlan::new(move |files| create(&request, &wanted, &extents, files));
-    Ok(plan.with_parts(parts).with_reads_backing(reads_backing))
+    Ok(plan
+        .with_parts(parts, Permissions::WRITE)
+        .with_reads_backing(reads_backing))
 }
 
 /// An extent of a new image.
@@ -282,7 +284,7 @@ fn stem_and_ending(path: &str) -> (&str, &str) {
 }
 
 /// The most extents of an image: the limit of opening one.
-pub(super) const MAX_EXTENTS: u64 = 4096;
+pub(super) const MAX_EXTENTS: u64 = descriptor::MAX_EXTENTS as u64;
 
 /// Writes a new image.
 fn create(
@@ -298,19 +300,32 @@ fn create(
             .and_then(|backing| backing.layer().cid())
             .ok_or_else(|| Error::invalid("backing_file must be a vmdk image"))?,
     };
+    let is_flat = wanted.subformat.is_flat();
     let file_name = files.file.name();
     let own = own_name(&file_name);
-    let mut lines = Vec::new();
+    let lines: Vec<String> = extents
+        .iter()
+        .map(|extent| line(is_flat, extent.sectors, extent.name.as_deref().unwrap_or(own)))
+        .collect();
+    let text = wanted.descriptor(new_cid()?, parent_cid, &lines, request.size);
+    let text = name::to_bytes(&text);
+    let (offset, room, no_room) = match wanted.subformat.is_separate() {
+        true => (0, descriptor::MAX_LEN, errno::EFBIG),
+        false => (
+            DESCRIPTOR_SECTOR * SECTOR,
+            DESCRIPTOR_SECTORS * SECTOR,
+            errno::ENOSPC,
+        ),
+    };
+    if text.len() as u64 > room {
+        return Err(Error::from_errno(no_room));
+    }
     for extent in extents {
         let separate = match &extent.name {
             None => None,
             Some(part) => Some((files.make_part)(&beside(request.name, part)?)?),
         };
-        if let Some(part) = &separate {
-            part.lock(Permissions::WRITE)?;
-        }
         let device = separate.as_ref().unwrap_or(&files.file);
-        let is_flat = wanted.subformat.is_flat();
         if is_flat {
             device.resize(extent.sectors * SECTOR, Preallocation::Off)?;
         } else {
@@ -320,15 +335,11 @@ fn create(
         if let Some(device) = separate {
             device.flush()?;
         }
-        let name = extent.name.as_deref().unwrap_or(own);
-        lines.push(line(is_flat, extent.sectors, name));
     }
-    let text = wanted.descriptor(new_cid()?, parent_cid, &lines, request.size);
-    let embedded = !wanted.subformat.is_separate();
-    let offset = if embedded { DESCRIPTOR_SECTOR * SECTOR } else { 0 };
-    let text = name::to_bytes(&text);
-    if embedded && text.len() as u64 > DESCRIPTOR_SECTORS * SECTOR {
-        return Err(Error::from_errno(errno::ENOSPC));
+    let mut text = text.into_owned();
+    if wanted.subformat.is_separate() && !files.file.is_zero_when_new() {
+        // What a device has behind the descriptor must not be taken for a part of it.
+        text.resize((text.len() + 1).next_multiple_of(SECTOR_BYTES), 0);
     }
     files.file.write_at(&text, offset)?;
     files.file.flush()
@@ -462,8 +473,14 @@ pub(super) fn write_sparse(
         compress_algorithm: U16::new(if compressed { DEFLATE } else { 0 }),
         pad: [0; 433],
     };
+    // On a device, the end-of-stream marker is part of it.
+    let end = if compressed && !device.is_zero_when_new() {
+        over_head + 1
+    } else {
+        over_head
+    };
+    add_zeroes(device, 0, end * SECTOR)?;
     device.write_at(header.as_bytes(), 0)?;
-    device.resize(over_head * SECTOR, Preallocation::Off)?;
     for at in [Overhead::REDUNDANT_AT, directory_at] {
         write_directory(device, at, overhead.tables, at + overhead.directory)?;
     }

@@ -11,10 +11,16 @@
 //!
 //!   # Extent description
 //!   RW 10485760 FLAT "disk-flat.vmdk" 0   access, sectors, kind, file, first sector in the file
+//!   RDONLY 63 ZERO                        extents without a file
 //!
 //!   # The Disk Data Base
 //!   ddb.adapterType = "ide"
 //! ```
+//!
+//! Descriptors that were edited by hand are read as well: with a byte order mark, blanks around `=`, and keywords in
+//! other letter case.
+
+use std::borrow::Cow;
 
 use diskimage_core::{Error, Name, Result, errno, name};
 use encoding_rs::Encoding;
@@ -28,19 +34,48 @@ pub(super) struct Descriptor {
     pub(super) create_type: Option<String>,
     /// The name of the backing image.
     pub(super) parent: Option<Name>,
+    /// `parent` in UTF-8, if the descriptor declares another encoding.
+    pub(super) decoded_parent: Option<Name>,
     pub(super) extents: Vec<ExtentLine>,
 }
 
 /// A line of the extent description.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct ExtentLine {
+    pub(super) access: Access,
     pub(super) sectors: u64,
     pub(super) kind: ExtentKind,
+    /// The name of the file, which the other keywords may follow; empty if there is none.
     pub(super) name: String,
     /// `name` in UTF-8, if the descriptor declares another encoding.
     pub(super) decoded_name: Option<String>,
     /// The sector of the file at which the extent starts; 0 for all kinds but flat extents.
     pub(super) offset: u64,
+}
+
+/// What the guest may do with an extent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Access {
+    ReadWrite,
+    ReadOnly,
+    NoAccess,
+}
+
+impl Access {
+    /// The keyword in the extent's line.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::ReadWrite => "RW",
+            Self::ReadOnly => "RDONLY",
+            Self::NoAccess => "NOACCESS",
+        }
+    }
+
+    fn of(keyword: &str) -> Option<Self> {
+        [Self::ReadWrite, Self::ReadOnly, Self::NoAccess]
+            .into_iter()
+            .find(|access| access.name().eq_ignore_ascii_case(keyword))
+    }
 }
 
 /// The layout of an extent's file.
@@ -56,6 +91,12 @@ pub(super) enum ExtentKind {
     VmfsSparse,
     /// A sparse extent of ESX 6.5 and later.
     SeSparse,
+    /// Zeroes, without a file.
+    Zero,
+    /// A mapping file of ESX, which leads to a raw device.
+    VmfsRdm,
+    /// A raw device of ESX.
+    VmfsRaw,
 }
 
 impl ExtentKind {
@@ -67,6 +108,9 @@ impl ExtentKind {
             Self::Sparse => "SPARSE",
             Self::VmfsSparse => "VMFSSPARSE",
             Self::SeSparse => "SESPARSE",
+            Self::Zero => "ZERO",
+            Self::VmfsRdm => "VMFSRDM",
+            Self::VmfsRaw => "VMFSRAW",
         }
     }
 
@@ -77,32 +121,32 @@ impl ExtentKind {
             Self::Sparse,
             Self::VmfsSparse,
             Self::SeSparse,
+            Self::Zero,
+            Self::VmfsRdm,
+            Self::VmfsRaw,
         ]
         .into_iter()
-        .find(|kind| kind.name() == keyword)
+        .find(|kind| kind.name().eq_ignore_ascii_case(keyword))
     }
 }
 
 /// The parent CID of an image without a backing image.
 pub(super) const NO_PARENT: u32 = u32::MAX;
 
-/// The most bytes of a descriptor that are read: enough for some thousand extents.
-pub(super) const MAX_LEN: u64 = 1 << 20;
+/// The most bytes of a descriptor that are read: enough for [`MAX_EXTENTS`] with names of a hundred bytes.
+pub(super) const MAX_LEN: u64 = 4 << 20;
 
-/// The most extents: four times those of a disk of 2 TiB in extents of 2 GiB. Each keeps a file open.
-const MAX_EXTENTS: usize = 4096;
+/// The most extents: those of the largest disk of VMware, 62 TiB, in extents of 2 GiB. Each may keep a file open.
+pub(super) const MAX_EXTENTS: usize = 32768;
 
 impl Descriptor {
     /// Parses a descriptor. Bytes from the first zero on are padding.
     ///
     /// # Errors
-    /// Invalid extent lines, and a descriptor without a CID or a parent CID.
+    /// Invalid extent lines, and a descriptor without a CID.
     pub(super) fn parse(bytes: &[u8]) -> Result<Self> {
-        let text = text_of(bytes);
-        let cid = |name| value_of(&text, name).and_then(|word| u32::from_str_radix(word, 16).ok());
-        let missing = || Error::from_errno(errno::EINVAL);
-        let encoding = value_of(&text, "encoding");
-        let encoding = encoding.and_then(|label| Encoding::for_label(label.as_bytes()));
+        let bytes = &*to_utf8(bytes);
+        let encoding = encoding_of(&text_of(bytes));
         let mut extents = Vec::new();
         for line in lines_of(bytes) {
             let text = name::from_bytes(line);
@@ -115,19 +159,49 @@ impl Descriptor {
             }
         }
         Ok(Self {
-            cid: cid("CID").ok_or_else(missing)?,
-            parent_cid: cid("parentCID").ok_or_else(missing)?,
-            create_type: value_of(&text, "createType").map(str::to_owned),
-            parent: value_of(&text, "parentFileNameHint")
-                .filter(|name| !name.is_empty())
-                .map(Name::from),
             extents,
+            ..Self::parse_head(bytes)?
         })
+    }
+
+    /// Parses a descriptor without its extents: in an embedded one their lines say nothing of use.
+    ///
+    /// # Errors
+    /// A descriptor without a CID.
+    pub(super) fn parse_head(bytes: &[u8]) -> Result<Self> {
+        let text = text_of(&to_utf8(bytes));
+        let missing = || Error::from_errno(errno::EINVAL);
+        let cid = |word: &str| u32::from_str_radix(word, 16).map_err(|_| missing());
+        let encoding = encoding_of(&text);
+        let parent = value_of(&text, "parentFileNameHint").filter(|name| !name.is_empty());
+        let decoded_parent = parent
+            .zip(encoding)
+            .and_then(|(name, encoding)| decoded(name, encoding));
+        Ok(Self {
+            cid: cid(value_of(&text, "CID").ok_or_else(missing)?)?,
+            parent_cid: value_of(&text, "parentCID").map_or(Ok(NO_PARENT), cid)?,
+            create_type: value_of(&text, "createType").map(str::to_owned),
+            parent: parent.map(Name::from),
+            decoded_parent: decoded_parent.map(Name::from),
+            extents: Vec::new(),
+        })
+    }
+
+    /// What a stream without an embedded descriptor is taken for: streams are often sent without one.
+    pub(super) fn of_bare_stream() -> Self {
+        Self {
+            cid: 0,
+            parent_cid: NO_PARENT,
+            create_type: Some("streamOptimized".to_owned()),
+            parent: None,
+            decoded_parent: None,
+            extents: Vec::new(),
+        }
     }
 
     /// The create type alone, even of a descriptor that is otherwise invalid.
     pub(super) fn create_type(bytes: &[u8]) -> Option<String> {
-        value_of(&text_of(bytes), "createType").map(str::to_owned)
+        value_of(&text_of(&to_utf8(bytes)), "createType").map(str::to_owned)
     }
 
     /// The descriptor in `bytes` with another CID.
@@ -135,9 +209,10 @@ impl Descriptor {
         let mut out = Vec::with_capacity(bytes.len());
         for raw in lines_of(bytes) {
             let line = name::from_bytes(raw);
-            if key_and_value(&line).is_some_and(|(key, _)| key == "CID") {
+            if key_and_value(&line).is_some_and(|(key, _)| key.eq_ignore_ascii_case("CID")) {
+                let (start, _) = line.split_once('=').unwrap_or_default();
                 let end = &line[line.trim_end().len()..];
-                out.extend(format!("CID={cid:08x}{end}").into_bytes());
+                out.extend_from_slice(&name::to_bytes(&format!("{start}={cid:08x}{end}")));
             } else {
                 out.extend(raw);
             }
@@ -184,42 +259,86 @@ impl Descriptor {
 }
 
 impl ExtentLine {
-    /// Parses a line: `None` if qemu-img would not take it for the line of a readable and writable extent.
+    /// Parses a line; `None` if it is not that of an extent, or if the extent has no sectors.
+    ///
+    /// # Errors
+    /// A line that begins like that of an extent and is none: without it, all extents behind would move forward.
     fn parse(line: &str) -> Result<Option<Self>> {
         let invalid = || Error::corrupt(format!("Invalid extent line: {}", line.trim_end_matches('\r')));
-        let mut rest = line.trim_start();
+        let mut rest = line.trim_start_matches(BOM).trim_start();
         let mut word = || {
             let end = rest.find(char::is_whitespace).unwrap_or(rest.len());
             let (word, after) = rest.split_at(end);
             rest = after.trim_start();
             word
         };
-        if word() != "RW" {
+        let Some(access) = Access::of(word()) else {
+            return Ok(None);
+        };
+        let (sectors, kind) = (word(), word());
+        let sectors = sectors.parse::<u64>().map_err(|_| invalid())?;
+        if sectors == 0 {
             return Ok(None);
         }
-        let (sectors, kind) = (word(), word());
-        // As in qemu-img, a line without a valid size is not an extent line.
-        let Some(sectors) = sectors.parse::<u64>().ok().filter(|sectors| *sectors > 0) else {
-            return Ok(None);
-        };
-        let Some((name, after)) = rest.strip_prefix('"').and_then(|rest| rest.split_once('"')) else {
-            return Ok(None);
-        };
         let kind = ExtentKind::of(kind).ok_or_else(invalid)?;
-        let offset = after.split_whitespace().next().map(str::parse::<u64>);
+        let file = rest.strip_prefix('"').and_then(|rest| rest.split_once('"'));
+        let has_file = kind != ExtentKind::Zero && access != Access::NoAccess;
+        let (name, after) = match file.filter(|(name, _)| !name.is_empty()) {
+            Some(file) => file,
+            None if has_file => return Err(invalid()),
+            None => ("", ""),
+        };
+        // A device's partition and identifier may follow; only the first word can be a number.
+        let offset = after
+            .split_whitespace()
+            .next()
+            .and_then(|word| word.parse::<i64>().ok());
         let offset = match (kind, offset) {
-            (ExtentKind::Flat, Some(offset)) => offset.map_err(|_| invalid())?,
+            _ if !has_file => 0,
             (ExtentKind::Flat, None) => return Err(invalid()),
+            (ExtentKind::Flat | ExtentKind::VmfsRdm | ExtentKind::VmfsRaw, Some(offset)) => {
+                u64::try_from(offset).map_err(|_| invalid())?
+            }
             (_, None) => 0,
             (_, Some(_)) => return Err(invalid()),
         };
         Ok(Some(Self {
+            access,
             sectors,
             kind,
             name: name.to_owned(),
             decoded_name: None,
             offset,
         }))
+    }
+}
+
+/// The mark that some editors put in front of a text.
+const BOM: char = '\u{feff}';
+
+/// `bytes` without a byte order mark, and in UTF-8 if the mark is that of UTF-16.
+fn to_utf8(bytes: &[u8]) -> Cow<'_, [u8]> {
+    match Encoding::for_bom(bytes) {
+        None => Cow::Borrowed(bytes),
+        Some((encoding, mark)) if encoding == encoding_rs::UTF_8 => Cow::Borrowed(&bytes[mark..]),
+        Some((encoding, mark)) => {
+            let (text, _) = encoding.decode_without_bom_handling(&bytes[mark..]);
+            Cow::Owned(text.into_owned().into_bytes())
+        }
+    }
+}
+
+/// Refuses to change a descriptor in UTF-16.
+///
+/// # Errors
+/// The bytes begin with a byte order mark of UTF-16.
+pub(super) fn require_changeable(bytes: &[u8]) -> Result<()> {
+    match Encoding::for_bom(bytes) {
+        Some((encoding, _)) if encoding != encoding_rs::UTF_8 => Err(Error::unsupported(format!(
+            "The descriptor is in {}, which can only be read",
+            encoding.name()
+        ))),
+        _ => Ok(()),
     }
 }
 
@@ -234,6 +353,11 @@ fn text_of(bytes: &[u8]) -> String {
     lines_of(bytes).map(name::from_bytes).collect()
 }
 
+/// The encoding of names that the descriptor declares.
+fn encoding_of(text: &str) -> Option<&'static Encoding> {
+    Encoding::for_label(value_of(text, "encoding")?.as_bytes())
+}
+
 /// `name` decoded to UTF-8; `None` if it is invalid in `encoding` or does not change.
 fn decoded(name: &str, encoding: &'static Encoding) -> Option<String> {
     let bytes = name::to_bytes(name);
@@ -242,11 +366,13 @@ fn decoded(name: &str, encoding: &'static Encoding) -> Option<String> {
     (text != name).then_some(text)
 }
 
-/// The value in the first line with `key`.
+/// The value in the first line with `key`; if there is none, in the first with `key` in other letter case.
 fn value_of<'a>(text: &'a str, key: &str) -> Option<&'a str> {
-    text.lines()
-        .filter_map(key_and_value)
-        .find_map(|(found, value)| (found == key).then_some(value))
+    let pairs = || text.lines().filter_map(key_and_value);
+    pairs()
+        .find(|(found, _)| *found == key)
+        .or_else(|| pairs().find(|(found, _)| found.eq_ignore_ascii_case(key)))
+        .map(|(_, value)| value)
 }
 
 /// The key and the value of a line `key=value`, without quotes.
@@ -256,17 +382,40 @@ fn key_and_value(line: &str) -> Option<(&str, &str)> {
     let value = value
         .strip_prefix('"')
         .map_or(value, |rest| rest.split('"').next().unwrap_or(rest));
-    Some((key.trim(), value))
+    Some((key.trim_start_matches(BOM).trim(), value))
 }
 
-/// Whether a file starts like a descriptor: with comments and empty lines, then the version.
+/// Whether a file starts like a descriptor that is not written as [`is_descriptor`] has it: with a byte order mark, or
+/// other blanks, keywords and lines in front. `head` may end within the descriptor.
+pub(super) fn is_loose_descriptor(head: &[u8]) -> bool {
+    let text = text_of(&to_utf8(head));
+    let mut lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
+    let is_signature = |line: &str| {
+        let comment = line.strip_prefix('#').map(str::trim_start);
+        comment.is_some_and(|comment| comment.eq_ignore_ascii_case("Disk DescriptorFile"))
+    };
+    let is_version = |line: &str| {
+        key_and_value(line).is_some_and(|(key, value)| {
+            key.eq_ignore_ascii_case("version") && ["1", "2", "3"].contains(&value)
+        })
+    };
+    // What is in front of the first line that says something is comments.
+    let Some(first) = lines.find(|line| is_signature(line) || !line.starts_with('#')) else {
+        return false;
+    };
+    (is_signature(first) || is_version(first)) && value_of(&text, "createType").is_some()
+}
+
+/// Whether a file starts like a descriptor: with comments and lines of blanks, then the version.
 pub(super) fn is_descriptor(head: &[u8]) -> bool {
     for line in head.split_inclusive(|byte| *byte == b'\n') {
         let Some(line) = line.strip_suffix(b"\n") else {
             return false;
         };
         let line = line.strip_suffix(b"\r").unwrap_or(line);
-        if line.starts_with(b"#") || line.iter().all(|byte| *byte == b' ') {
+        // As in qemu-img, a line without even a blank is not one of blanks.
+        let is_blank = !line.is_empty() && line.iter().all(|byte| *byte == b' ');
+        if line.starts_with(b"#") || is_blank {
             continue;
         }
         return [&b"version=1"[..], b"version=2", b"version=3"].contains(&line);
@@ -340,14 +489,29 @@ mod tests {
         let lines: Vec<_> = descriptor
             .extents
             .iter()
-            .map(|line| (line.sectors, line.kind, line.name.as_str(), line.offset))
+            .map(|line| {
+                (
+                    line.access,
+                    line.sectors,
+                    line.kind,
+                    line.name.as_str(),
+                    line.offset,
+                )
+            })
             .collect();
         assert_eq!(
             lines,
             [
-                (4_194_304, ExtentKind::Sparse, "a b-s001.vmdk", 0),
-                (100, ExtentKind::Flat, "x", 7),
-                (8, ExtentKind::Vmfs, "y", 0),
+                (
+                    Access::ReadWrite,
+                    4_194_304,
+                    ExtentKind::Sparse,
+                    "a b-s001.vmdk",
+                    0
+                ),
+                (Access::ReadWrite, 100, ExtentKind::Flat, "x", 7),
+                (Access::ReadOnly, 5, ExtentKind::Zero, "", 0),
+                (Access::ReadWrite, 8, ExtentKind::Vmfs, "y", 0),
             ]
         );
     }
@@ -465,6 +629,8 @@ mod tests {
             ("#\r\n   \r\nversion=3\r\n", true),
             ("version=2\n", true),
             ("version=1", false),
+            ("\nversion=1\n", false),
+            ("#\r\n\r\nversion=1\r\n", false),
             ("# a\nversion=4\n", false),
             ("# a\n version=1\n", false),
             ("\tversion=1\n", false),

@@ -2,7 +2,7 @@
 //!
 //! All numbers are little-endian; offsets and lengths are in sectors of 512 bytes.
 
-use diskimage_core::{ByteRange, Device, Error, Result};
+use diskimage_core::{ByteRange, Device, Error, Result, to_index};
 use zerocopy::byteorder::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -164,7 +164,7 @@ impl Hosted {
             return Err(Error::corrupt("Image not in VMDK format"));
         }
         if header.gd_offset.get() == GD_AT_END {
-            header = read_footer(file)?;
+            header = read_footer(file, &header)?.header;
         }
         if header.version.get() > MAX_VERSION {
             return Err(Error::unsupported(format!(
@@ -240,30 +240,136 @@ pub(super) fn read_at(file: &dyn Device, offset: u64) -> Result<HostedHeader> {
     Ok(header)
 }
 
-/// Reads the footer: a copy of the header between two markers at the end of the file.
-pub(super) fn read_footer(file: &dyn Device) -> Result<HostedHeader> {
-    let invalid = || Error::corrupt("Invalid footer");
-    let start = file.len().checked_sub(FOOTER_LEN).ok_or_else(invalid)?;
-    let mut markers = [0; 2 * SECTOR_BYTES];
-    file.read_at(&mut markers[..512], start)?;
-    file.read_at(&mut markers[512..], start + 2 * SECTOR)?;
-    let footer = read_at(file, start + SECTOR)?;
-    let is_marker = |marker: &[u8], sectors: u64, kind: u32| {
-        marker[..8] == sectors.to_le_bytes()
-            && marker[8..12] == [0; 4]
-            && marker[12..16] == kind.to_le_bytes()
-    };
-    let framed = is_marker(&markers[..512], 1, MARKER_FOOTER) && is_marker(&markers[512..], 0, MARKER_EOS);
-    if !framed || footer.magic != HOSTED_MAGIC || footer.gd_offset.get() == GD_AT_END {
-        return Err(invalid());
-    }
-    Ok(footer)
+/// The footer of a stream: a copy of the header with the offset of the directory, behind a marker.
+///
+/// ```text
+///   |grains, tables|marker|footer|end-of-stream marker: zeroes|padding
+/// ```
+pub(super) struct Footer {
+    pub(super) header: HostedHeader,
+    /// Host offset of its marker.
+    pub(super) start: u64,
 }
 
-/// Bytes of the footer with its two markers.
-pub(super) const FOOTER_LEN: u64 = 3 * SECTOR;
+/// Finds the footer of the stream that begins with `header`: in front of the zeroes at the end of the file, else from
+/// marker to marker.
+///
+/// # Errors
+/// There is none.
+pub(super) fn read_footer(file: &dyn Device, header: &HostedHeader) -> Result<Footer> {
+    if let Some(last) = last_data_sector(file)?
+        && let Some(start) = last.checked_sub(SECTOR)
+        && let Some(footer) = footer_at(file, start)?
+    {
+        return Ok(footer);
+    }
+    let compressed = header.flags.get() & flag::COMPRESSED != 0;
+    match walk(file, bytes(header.over_head).max(SECTOR))? {
+        StreamEnd::Footer(start) if compressed => footer_at(file, start)?.ok_or_else(invalid_footer),
+        StreamEnd::Cut(end) if compressed => Err(Error::corrupt(format!(
+            "The stream breaks off at {end:#x} without footer and end-of-stream marker: the file was cut off"
+        ))),
+        _ => Err(invalid_footer()),
+    }
+}
 
-const MARKER_EOS: u32 = 0;
+fn invalid_footer() -> Error {
+    Error::corrupt("Invalid footer")
+}
+
+/// The footer whose marker is at host offset `start`.
+fn footer_at(file: &dyn Device, start: u64) -> Result<Option<Footer>> {
+    let marker = StreamMarker::read(file, start)?;
+    let header = read_at(file, start + SECTOR)?;
+    let is_footer = marker == StreamMarker::metadata(1, MARKER_FOOTER)
+        && header.magic == HOSTED_MAGIC
+        && header.gd_offset.get() != GD_AT_END;
+    Ok(is_footer.then_some(Footer { header, start }))
+}
+
+/// Host offset of the last sector that is not zero, with at most [`MAX_PADDING`] bytes behind it.
+fn last_data_sector(file: &dyn Device) -> Result<Option<u64>> {
+    let mut end = file.len();
+    let first = end.saturating_sub(MAX_PADDING);
+    while end > first {
+        let start = (end - 1) / CHUNK * CHUNK;
+        let mut chunk = vec![0; to_index(end - start)?];
+        file.read_at(&mut chunk, start)?;
+        if let Some(at) = chunk.iter().rposition(|byte| *byte != 0) {
+            return Ok(Some((start + at as u64) / SECTOR * SECTOR));
+        }
+        end = start;
+    }
+    Ok(None)
+}
+
+/// The most padding behind a stream that is skipped. A limit of this program.
+pub(super) const MAX_PADDING: u64 = 64 << 20;
+
+/// Bytes of one read of padding.
+const CHUNK: u64 = 64 << 10;
+
+/// What ends a stream.
+enum StreamEnd {
+    /// The footer, whose marker is at this host offset.
+    Footer(u64),
+    /// An end-of-stream marker, or something that is no part of a stream.
+    Other,
+    /// The end of the file.
+    Cut(u64),
+}
+
+/// Follows a stream from host offset `at` on, from marker to marker.
+fn walk(file: &dyn Device, mut at: u64) -> Result<StreamEnd> {
+    while at < file.len() {
+        let marker = StreamMarker::read(file, at)?;
+        let len = match (marker.len, marker.kind) {
+            (0, MARKER_FOOTER) => return Ok(StreamEnd::Footer(at)),
+            (0, MARKER_TABLE | MARKER_DIRECTORY) => marker.sectors.saturating_add(1).saturating_mul(SECTOR),
+            (0, _) => return Ok(StreamEnd::Other),
+            (len, _) => (GRAIN_MARKER + u64::from(len)).next_multiple_of(SECTOR),
+        };
+        at = at.saturating_add(len);
+    }
+    Ok(StreamEnd::Cut(file.len()))
+}
+
+/// Bytes of the marker in front of a grain.
+const GRAIN_MARKER: u64 = 12;
+
+/// A marker: of a grain if `len` is not 0, else of metadata.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct StreamMarker {
+    /// The sector of the disk of a grain, the sectors of metadata.
+    sectors: u64,
+    /// Bytes of a compressed grain.
+    len: u32,
+    kind: u32,
+}
+
+impl StreamMarker {
+    fn metadata(sectors: u64, kind: u32) -> Self {
+        Self {
+            sectors,
+            len: 0,
+            kind,
+        }
+    }
+
+    fn read(file: &dyn Device, at: u64) -> Result<Self> {
+        let mut fields = [U32::ZERO; 4];
+        file.read_padded(fields.as_mut_bytes(), at)?;
+        let [low, high, len, kind] = fields.map(U32::get);
+        Ok(Self {
+            sectors: u64::from(high) << 32 | u64::from(low),
+            len,
+            kind,
+        })
+    }
+}
+
+const MARKER_TABLE: u32 = Metadata::GrainTable as u32;
+const MARKER_DIRECTORY: u32 = Metadata::GrainDirectory as u32;
 const MARKER_FOOTER: u32 = 3;
 
 /// The types of metadata in a stream, as markers name them.

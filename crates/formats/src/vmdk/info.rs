@@ -3,6 +3,7 @@
 use diskimage_core::{Detail, DetailValue, Info};
 
 use super::VmdkLayer;
+use super::descriptor::Access;
 use super::extent::Extent;
 
 impl VmdkLayer {
@@ -39,5 +40,8 @@ fn details(extent: &Extent) -> Vec<Detail> {
         details.push(Detail::number("cluster-size", geometry.grain));
     }
     details.push(Detail::text("format", extent.kind.map_or("", |kind| kind.name())));
+    if extent.access != Access::ReadWrite {
+        details.push(Detail::text("access", extent.access.name()));
+    }
     details
 }

@@ -12,11 +12,11 @@
 
 use std::ops::Range;
 
-use diskimage_core::{ByteRange, Device, Error, Preallocation, Result, ZeroMode, errno};
+use diskimage_core::{ByteRange, Device, Error, Result, ZeroMode, errno};
 use zerocopy::IntoBytes;
 use zerocopy::byteorder::little_endian::U64;
 
-use super::extent::{Extent, Storage};
+use super::extent::{Extent, Storage, add_zeroes};
 use super::header::{self, Geometry, Metadata, SECTOR};
 use super::tables::Grain;
 use super::{State, VmdkLayer};
@@ -109,7 +109,7 @@ impl VmdkLayer {
         state.tables.write_back(extents)?;
         let layout = Layout::of(old, state.end(index, extent)?, len)?;
         if let Some(end) = layout.end {
-            extent.device.resize(end, Preallocation::Off)?;
+            add_zeroes(&*extent.device, state.end(index, extent)?, end)?;
             for (old_at, new) in &layout.directories {
                 layout.write_directory(state, extents, index, *old_at, new)?;
             }

@@ -1,11 +1,11 @@
 //! VMDK, VMware's virtual disks: version 5.0 of its "Virtual Disk Format", and the sparse extents of ESX.
 //!
 //! ```text
-//!   monolithicSparse, streamOptimized          one file
+//!   monolithicSparse, streamOptimized             one file
 //!   |header|descriptor|directory, tables|directory, tables|grains ...
 //!
-//!   monolithicFlat, twoGbMaxExtent..., vmfs..., seSparse          a descriptor, and files that it names
-//!   |descriptor| ──► |extent| |extent| ...       as bytes, or |header|directory, tables|grains ...
+//!   all other create types                        a descriptor, and files that it names
+//!   |descriptor| ──► |extent| |extent| ...       as bytes, or |header|directory, tables|grains ..., or no file: zeroes
 //!
 //!   grain directory ──► grain tables ──► grains (64 KiB), deflated with a marker in front in streamOptimized:
 //!                                        |sector of the disk: 8|length: 4|zlib stream|padding to a sector|
@@ -39,9 +39,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use diskimage_core::options::Options;
 use diskimage_core::{
     Backed, Backing, Budget, ByteRange, Capabilities, Check, CheckReport, Codec, CreatePlan, CreateRequest,
-    Device, Encoded, Encoder, Error, Event, Format, FormatProperties, HoleMeaning, Info, Layer, Measure,
-    MeasureSource, MultiFile, Objects, OpenRequest, Preallocation, Probe, Progress, Repair, ResizeRequest,
-    Result, Run, RunKind, Score, WritePlan, ZeroMode, errno, is_zero, to_index,
+    Device, Encoded, Encoder, Error, Event, Format, FormatProperties, HoleMeaning, Info, LOOSE, Layer,
+    Measure, MeasureSource, MultiFile, Name, Note, Objects, OpenRequest, Preallocation, Probe, Progress,
+    Repair, ResizeRequest, Result, Run, RunKind, Score, WritePlan, ZeroMode, errno, is_zero, names_beside,
+    own_name, to_index,
 };
 
 use self::descriptor::{Descriptor, NO_PARENT};
@@ -75,6 +76,8 @@ impl Format for Vmdk {
         let sparse = [header::HOSTED_MAGIC, header::COWD_MAGIC];
         if sparse.iter().any(|magic| probe.head.starts_with(magic)) || descriptor::is_descriptor(probe.head) {
             100
+        } else if descriptor::is_loose_descriptor(probe.head) {
+            LOOSE
         } else {
             0
         }
@@ -113,6 +116,7 @@ struct VmdkLayer {
     /// Whether grains are deflated.
     compressed: bool,
     budget: Budget,
+    notes: Vec<Note>,
     state: Mutex<State>,
     /// Grains that requests in flight are about to change.
     claims: RangeClaims,
@@ -148,7 +152,12 @@ impl VmdkLayer {
                 if request.write {
                     hosted.geometry.require_handled()?;
                 }
-                let descriptor = parse(request, &read_descriptor(&request.file, Some(range))?)?;
+                let bytes = read_descriptor(&request.file, Some(range))?;
+                let descriptor = if hosted.geometry.compressed && is_zero(&bytes) {
+                    Descriptor::of_bare_stream()
+                } else {
+                    with_name(request, Descriptor::parse_head(&bytes))?
+                };
                 let extents = vec![extent::embedded(&request.file, request.name, &hosted)];
                 return Self::new(request, Some(range), descriptor, extents);
             }
@@ -163,12 +172,15 @@ impl VmdkLayer {
         let Some(create_type) = Descriptor::create_type(&bytes) else {
             return Err(Error::corrupt("invalid VMDK image descriptor"));
         };
-        if !SEPARATE.contains(&create_type.as_str()) {
+        if !SEPARATE
+            .iter()
+            .any(|known| known.eq_ignore_ascii_case(&create_type))
+        {
             return Err(Error::unsupported(format!(
                 "Unsupported image type '{create_type}'"
             )));
         }
-        let descriptor = parse(request, &bytes)?;
+        let descriptor = with_name(request, Descriptor::parse(&bytes))?;
         let extents = extent::open_all(&descriptor, request)?;
         Self::new(request, range, descriptor, extents)
     }
@@ -191,9 +203,31 @@ impl VmdkLayer {
                 "Compressed extents can only be written where they are the only one",
             ));
         }
+        let mut notes = Vec::new();
+        for extent in &extents {
+            let compressed = extent.geometry().is_some_and(|geometry| geometry.compressed);
+            if compressed && !extent.is_on_device() && stream::lacks_end(&*extent.device)? {
+                let text = format!(
+                    "'{}' has no end-of-stream marker, it may have been cut off",
+                    extent.name
+                );
+                notes.push(Note::Warning(text));
+            }
+        }
+        let mut tables = GrainTables::default();
+        let mut free = Vec::new();
+        for (index, extent) in extents.iter().enumerate() {
+            free.push(match extent.geometry() {
+                Some(geometry) if request.write && extent.is_on_device() => {
+                    let end = stream::end_of_contents(&mut tables, &extents, index, &geometry)?;
+                    end.checked_next_multiple_of(extent.unit()).unwrap_or(u64::MAX)
+                }
+                _ => extent.end_of_file(),
+            });
+        }
         let state = State {
-            tables: GrainTables::default(),
-            free: extents.iter().map(Extent::end_of_file).collect(),
+            tables,
+            free,
             cid: descriptor.cid,
             occupied: HashMap::new(),
             marked: false,
@@ -207,6 +241,7 @@ impl VmdkLayer {
             grain,
             compressed,
             budget: request.context.budget.clone(),
+            notes,
             state: Mutex::new(state),
             claims: RangeClaims::default(),
         })
@@ -287,6 +322,7 @@ impl VmdkLayer {
     /// Overwrites the descriptor in place with the text that `change` makes of it.
     fn change_descriptor(&self, change: impl FnOnce(&[u8]) -> Vec<u8>) -> Result<()> {
         let old = self.read_descriptor()?;
+        descriptor::require_changeable(&old)?;
         let mut bytes = change(&old);
         self.require_room(&bytes)?;
         // Only zero padding may be overwritten. Other bytes in the range that the header gives belong to another
@@ -315,7 +351,8 @@ impl VmdkLayer {
     }
 }
 
-/// The create types of images whose descriptor is in a file of its own.
+/// The create types of images whose descriptor is in a file of its own. The extents' lines say all that differs between
+/// them.
 const SEPARATE: &[&str] = &[
     "monolithicFlat",
     "vmfs",
@@ -323,10 +360,25 @@ const SEPARATE: &[&str] = &[
     "seSparse",
     "twoGbMaxExtentSparse",
     "twoGbMaxExtentFlat",
+    "2GbMaxExtentSparse",
+    "2GbMaxExtentFlat",
+    "streamOptimized",
+    "vmfsThin",
+    "vmfsPreallocated",
+    "vmfsEagerZeroedThick",
+    "vmfsRaw",
+    "vmfsRDM",
+    "vmfsRDMP",
+    "vmfsRawDeviceMap",
+    "vmfsPassthroughRawDeviceMap",
+    "custom",
+    "fullDevice",
+    "partitionedDevice",
 ];
 
-fn parse(request: &OpenRequest<'_>, bytes: &[u8]) -> Result<Descriptor> {
-    Descriptor::parse(bytes).map_err(|error| match error.errno() {
+/// Names the image in an error that is only an error number.
+fn with_name(request: &OpenRequest<'_>, descriptor: Result<Descriptor>) -> Result<Descriptor> {
+    descriptor.map_err(|error| match error.errno() {
         Some(_) => error.context(format!("Could not open '{}'", request.name)),
         None => error,
     })
@@ -355,6 +407,10 @@ impl Layer for VmdkLayer {
         "vmdk"
     }
 
+    fn notes(&self) -> &[Note] {
+        &self.notes
+    }
+
     fn len(&self) -> u64 {
         self.extents().last().map_or(0, Extent::end)
     }
@@ -377,6 +433,11 @@ impl Layer for VmdkLayer {
                 },
             }),
             Storage::Sparse(geometry) => self.map_sparse(&extents, index, &geometry, range),
+            Storage::Zero => Ok(Run {
+                len: range.len(),
+                kind: RunKind::Zero { host: None },
+            }),
+            Storage::NoAccess => Err(extent.no_access()),
         }
     }
 
@@ -401,23 +462,32 @@ impl Layer for VmdkLayer {
     }
 
     fn is_zero_when_new(&self) -> bool {
-        self.extents()
-            .iter()
-            .all(|extent| extent.geometry().is_some() || extent.device.is_zero_when_new())
+        self.extents().iter().all(|extent| match extent.storage {
+            Storage::Flat { .. } => extent.device.is_zero_when_new(),
+            Storage::Sparse(_) | Storage::Zero => true,
+            Storage::NoAccess => false,
+        })
     }
 
     fn flush(&self) -> Result<()> {
         let mut state = self.lock();
         let extents = self.extents();
         for (extent, free) in extents.iter().zip(&state.free) {
-            let end = match extent.geometry() {
-                None => continue,
-                // The end-of-stream marker is a sector of zeroes.
-                Some(geometry) if geometry.compressed => *free + header::SECTOR,
-                // The last grain is stored with its full length.
-                Some(_) => *free,
+            let Some(geometry) = extent.geometry().filter(|_| state.marked) else {
+                continue;
             };
-            if state.marked && extent.device.len() < end {
+            let end = match geometry.compressed {
+                // The end-of-stream marker is a sector of zeroes.
+                true => *free + header::SECTOR,
+                // The last grain is stored with its full length.
+                false => *free,
+            };
+            if extent.is_on_device() {
+                let marker = ByteRange::new(*free, end).intersect(ByteRange::new(0, extent.device.len()));
+                if !marker.is_empty() {
+                    extent.device.write_zeroes(marker, ZeroMode::KeepAllocated)?;
+                }
+            } else if extent.device.len() < end {
                 extent.device.resize(end, Preallocation::Off)?;
             }
         }
@@ -482,8 +552,28 @@ impl Backed for VmdkLayer {
         Some(self.lock().cid)
     }
 
-    fn matches_backing(&self, backing: &dyn Layer) -> bool {
-        backing.cid().is_none_or(|cid| cid == self.descriptor.parent_cid)
+    fn backing_mismatch(&self, backing: &dyn Layer) -> Option<String> {
+        let (expected, found) = (self.descriptor.parent_cid, backing.cid()?);
+        (found != expected).then(|| {
+            format!(
+                "The backing image has the content ID {found:#010x}, but '{}' was made when it was {expected:#010x} \
+                 (parentCID): the backing image has changed since, or is another one",
+                self.name
+            )
+        })
+    }
+
+    fn other_backing_names(&self) -> Vec<Name> {
+        let Some(parent) = &self.descriptor.parent else {
+            return Vec::new();
+        };
+        let decoded = self.descriptor.decoded_parent.as_ref();
+        let text = decoded.unwrap_or(parent).text();
+        let mut names = vec![text.to_owned()];
+        names.extend(names_beside(text));
+        // Last comes the file name, which is also looked for in other letter case.
+        names.push(own_name(text).to_owned());
+        names.into_iter().map(Name::from).collect()
     }
 }
 
@@ -499,7 +589,7 @@ impl Check for VmdkLayer {
 impl MultiFile for VmdkLayer {
     fn parts(&self) -> Vec<(String, Arc<dyn Device>)> {
         let extents = self.extents();
-        let separate = extents.iter().filter(|extent| extent.kind.is_some());
+        let separate = extents.iter().filter(|extent| extent.has_part());
         separate
             .zip(0..)
             .map(|(extent, nth): (_, usize)| (format!("extents.{nth}"), Arc::clone(&extent.device)))

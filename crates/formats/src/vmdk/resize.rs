@@ -9,10 +9,10 @@
 
 use std::sync::{Arc, PoisonError};
 
-use diskimage_core::{Error, Preallocation, ResizeRequest, Result, errno};
+use diskimage_core::{Error, Preallocation, ResizeRequest, Result, errno, own_name};
 
 use super::create::{self, MAX_EXTENTS};
-use super::descriptor::{Descriptor, ExtentKind};
+use super::descriptor::{Access, Descriptor, ExtentKind};
 use super::extent::{Extent, Storage, beside};
 use super::header::{self, SECTOR};
 use super::layout::{Layout, zero_bytes};
@@ -114,6 +114,7 @@ impl VmdkLayer {
         match last.storage {
             Storage::Flat { offset } => grow_flat(last, offset, growth.len, request.preallocation),
             Storage::Sparse(geometry) => self.grow_sparse(state, extents, index, &geometry, growth.len),
+            Storage::Zero | Storage::NoAccess => Err(Error::from_errno(errno::EINVAL)),
         }
     }
 
@@ -130,6 +131,7 @@ impl VmdkLayer {
         if request.len > MAX_LEN {
             return Err(Error::from_errno(errno::EFBIG));
         }
+        require_growable(&extents, last)?;
         let kind = self.descriptor.create_type.as_deref().unwrap_or_default();
         let limit = create::extent_limit(kind).unwrap_or(u64::MAX).max(last.len);
         let len = (request.len - last.start).min(limit);
@@ -137,7 +139,7 @@ impl VmdkLayer {
             (Storage::Flat { .. }, Preallocation::Metadata) => {
                 return Err(preallocation::unsupported(request.preallocation));
             }
-            (Storage::Flat { .. }, _) => {}
+            (Storage::Flat { .. } | Storage::Zero | Storage::NoAccess, _) => {}
             (Storage::Sparse(geometry), mode) => {
                 preallocation::require_off(mode)?;
                 Layout::of(&geometry, self.lock().end(index, last)?, len)?;
@@ -171,7 +173,15 @@ impl VmdkLayer {
         }
         // The name in the descriptor; that of the open file may differ.
         let lines = Descriptor::parse(&self.read_descriptor()?)?.extents;
-        let name = lines.last().map_or("", |line| line.name.as_str());
+        let line = lines.last();
+        let is_named_so = |name: &String| beside(&self.name, name).is_ok_and(|path| path == last.name);
+        let name = match line {
+            Some(line) if is_named_so(&line.name) || line.decoded_name.as_ref().is_some_and(is_named_so) => {
+                line.name.as_str()
+            }
+            // The descriptor names a file of another machine; the new ones come beside the one that was found.
+            _ => own_name(&last.name),
+        };
         let mut left = len;
         (before + 1..)
             .map_while(|number| {
@@ -226,11 +236,25 @@ fn make_added(growth: &Growth, last: &Extent, request: &ResizeRequest) -> Result
             storage,
             device: Arc::clone(device),
             name: added.path.clone(),
+            access: Access::ReadWrite,
             kind: Some(kind),
         });
         start += added.len;
     }
     Ok(extents)
+}
+
+/// Refuses growth of a last extent that is not writable, or whose file has another extent behind it.
+fn require_growable(extents: &[Extent], last: &Extent) -> Result<()> {
+    last.require_writable()?;
+    let shares = |extent: &&Extent| extent.has_part() && Arc::ptr_eq(&extent.device, &last.device);
+    if extents.iter().filter(shares).count() > 1 {
+        return Err(Error::unsupported(format!(
+            "Several extents are in '{}', so the last one cannot grow",
+            last.name
+        )));
+    }
+    Ok(())
 }
 
 fn last_of(extents: &[Extent]) -> Result<(usize, &Extent)> {
@@ -245,7 +269,7 @@ impl State {
         let free = self.free.get(index);
         let free = *free.ok_or_else(|| Error::from_errno(errno::EIO))?;
         Ok(match extent.geometry() {
-            Some(geometry) if geometry.compressed => free,
+            Some(geometry) if geometry.compressed || extent.is_on_device() => free,
             _ => extent.device.len().max(free),
         })
     }

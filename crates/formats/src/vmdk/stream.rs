@@ -18,7 +18,7 @@ use diskimage_core::{
 use zerocopy::IntoBytes;
 
 use super::header::{self, Geometry, SECTOR, SECTOR_BYTES};
-use super::tables::Grain;
+use super::tables::{Grain, GrainTables};
 use super::{Extent, State, VmdkLayer, extent};
 use crate::codec::deflate;
 
@@ -94,7 +94,8 @@ impl VmdkLayer {
     pub(super) fn append_grain(&self, guest: u64, bytes: &[u8]) -> Result<()> {
         let mut state = self.lock();
         let extents = self.extents();
-        let geometry = stream_of(&extents)?.1;
+        let (extent, geometry) = stream_of(&extents)?;
+        extent.require_writable()?;
         let grain = guest / geometry.grain;
         let only = ByteRange::at(grain, 1);
         let (found, _) = state.tables.scan(&extents, 0, &geometry, only)?;
@@ -174,21 +175,18 @@ impl VmdkLayer {
         let (file, len) = (&*extent.device, extent.device.len());
         let header = header::read_at(file, 0)?;
         let end = if header.gd_offset.get() == header::GD_AT_END {
-            let footer = header::read_footer(file)?;
-            let end = len - header::FOOTER_LEN;
-            file.write_at(footer.as_bytes(), 0)?;
+            let footer = header::read_footer(file, &header)?;
+            file.write_at(footer.header.as_bytes(), 0)?;
             file.flush()?;
-            file.resize(end, Preallocation::Off)?;
-            end
+            file.resize(footer.start, Preallocation::Off)?;
+            footer.start
         } else {
             let over_head = header.over_head.get().saturating_mul(SECTOR);
-            let end = stream_end(state, &extents, &geometry)?.max(over_head);
-            let mut marker = [0; SECTOR_BYTES];
-            if end.checked_add(SECTOR) != Some(len) {
-                return Ok(());
-            }
-            file.read_at(&mut marker, end)?;
-            if !is_zero(&marker) {
+            let end = end_of_contents(&mut state.tables, &extents, 0, &geometry)?.max(over_head);
+            // The end-of-stream marker, and padding behind it; on a device anything can follow.
+            let rest = ByteRange::new(end, len);
+            let is_end = (SECTOR..=header::MAX_PADDING).contains(&rest.len()) && reads_as_zero(file, rest)?;
+            if !is_end && !extent.is_on_device() {
                 return Ok(());
             }
             end
@@ -200,35 +198,63 @@ impl VmdkLayer {
     }
 }
 
-/// The end of the last grain or table of a stream, rounded up to whole sectors.
-fn stream_end(state: &mut State, extents: &[Extent], geometry: &Geometry) -> Result<u64> {
-    let (extent, _) = stream_of(extents)?;
+/// Whether a range, which may be long, is zero.
+fn reads_as_zero(file: &dyn Device, range: ByteRange) -> Result<bool> {
+    let mut rest = range;
+    let mut chunk = [0; 4096];
+    while !rest.is_empty() {
+        let part = rest.first(chunk.len() as u64);
+        let bytes = &mut chunk[..to_index(part.len())?];
+        file.read_at(bytes, part.start())?;
+        if !is_zero(bytes) {
+            return Ok(false);
+        }
+        rest = rest.skip(part.len());
+    }
+    Ok(true)
+}
+
+/// Whether a stream lacks the end-of-stream marker, which is a sector of zeroes.
+pub(super) fn lacks_end(file: &dyn Device) -> Result<bool> {
+    let mut tail = [0; SECTOR_BYTES];
+    let start = file.len().saturating_sub(1) / SECTOR * SECTOR;
+    file.read_padded(&mut tail, start)?;
+    Ok(!is_zero(&tail))
+}
+
+/// The end of the last grain, table or descriptor in the file of a sparse extent, rounded up to whole sectors.
+pub(super) fn end_of_contents(
+    cache: &mut GrainTables,
+    extents: &[Extent],
+    index: usize,
+    geometry: &Geometry,
+) -> Result<u64> {
     let tables = geometry.tables();
-    let mut end = 0;
+    let mut end = geometry.descriptor.end().max(SECTOR);
     for directory in geometry.directories() {
         end = end.max(directory.saturating_add(tables * 4));
         for nth in 0..tables {
-            let table = u64::from(
-                state
-                    .tables
-                    .entry(extents, 0, directory.saturating_add(nth * 4))?,
-            ) * SECTOR;
+            let table = u64::from(cache.entry(extents, index, directory.saturating_add(nth * 4))?) * SECTOR;
             if table > 0 {
                 end = end.max(table.saturating_add(geometry.entries * 4));
             }
         }
     }
+    // Of compressed grains, only the last one's length is needed.
     let mut last = 0;
     let mut grains = ByteRange::new(0, geometry.capacity.div_ceil(geometry.grain));
     while !grains.is_empty() {
-        let (found, count) = state.tables.scan(extents, 0, geometry, grains)?;
-        if let Grain::At(offset) = found {
-            last = last.max(offset);
+        let (found, count) = cache.scan(extents, index, geometry, grains)?;
+        match found {
+            Grain::At(offset) if geometry.compressed => last = last.max(offset),
+            Grain::At(offset) => end = end.max(offset.saturating_add(count.saturating_mul(geometry.grain))),
+            Grain::Unallocated | Grain::Zero => {}
         }
         grains = grains.skip(count);
     }
     if last > 0 {
-        end = end.max(last.saturating_add(stored_len(&*extent.device, last)?));
+        let device = super::tables::device_of(extents, index)?;
+        end = end.max(last.saturating_add(stored_len(device, last)?));
     }
     Ok(end.checked_next_multiple_of(SECTOR).unwrap_or(u64::MAX))
 }
@@ -295,6 +321,7 @@ fn already_there() -> Error {
 
 /// Refuses partial and allocated grains. The first such grain of `range` decides on the error.
 fn require_writable(image: &VmdkLayer, extent: &Extent, geometry: &Geometry, range: ByteRange) -> Result<()> {
+    extent.require_writable()?;
     let in_part = || Error::from_errno(errno::EINVAL);
     let whole = |at: u64| at.is_multiple_of(geometry.grain);
     let grains = VmdkLayer::grains(extent, geometry, range);

@@ -25,6 +25,7 @@ pub(super) fn plan(image: &VmdkLayer, range: ByteRange) -> Result<Box<dyn WriteP
         let extents = image.extents();
         for part in extent::split(&extents, range) {
             let (index, extent, part) = part?;
+            extent.require_writable()?;
             match extent.storage {
                 Storage::Flat { offset } => plan.add_run(WriteRun {
                     guest: part,
@@ -40,6 +41,7 @@ pub(super) fn plan(image: &VmdkLayer, range: ByteRange) -> Result<Box<dyn WriteP
                     };
                     sparse.draft(state, plan, part)?;
                 }
+                Storage::Zero | Storage::NoAccess => return Err(Error::from_errno(errno::EINVAL)),
             }
         }
         image.mark_changed(state)
@@ -200,6 +202,9 @@ impl VmdkLayer {
         let extents = self.extents();
         for part in extent::split(&extents, range) {
             let (_, extent, part) = part?;
+            if !is_zero_already(extent) {
+                extent.require_writable()?;
+            }
             if let Some(geometry) = extent.geometry()
                 && !is_zeroable(extent, &geometry, part)
             {
@@ -234,10 +239,16 @@ impl VmdkLayer {
                         state.tables.set(&extents, index, &geometry, grain, ZEROED)?;
                     }
                 }
+                Storage::Zero | Storage::NoAccess => {}
             }
         }
         Ok(())
     }
+}
+
+/// Whether zeroes need not be written: a disk that is written as a whole has them where it has no storage.
+fn is_zero_already(extent: &Extent) -> bool {
+    matches!(extent.storage, Storage::Zero)
 }
 
 /// The entry of a grain that reads as zero.

@@ -7,7 +7,8 @@ use crate::grow::FileCreation;
 pub(crate) fn scratch(write: bool) -> (tempfile::TempDir, File) {
     let dir = tempfile::tempdir().expect("there is a temporary directory");
     let target = target(&dir);
-    drop(File::create(&target, &FileCreation::default(), CacheMode::UNSAFE).expect("is made"));
+    let creation = FileCreation::default();
+    drop(File::create(&target, Permissions::WRITE, &creation, CacheMode::UNSAFE).expect("is made"));
     let file = File::open(&target, write, CacheMode::UNSAFE).expect("opens");
     (dir, file)
 }

@@ -1,5 +1,7 @@
 //! Images in memory.
 
+mod foreign;
+
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 
