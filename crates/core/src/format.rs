@@ -9,11 +9,19 @@ use crate::{Budget, Device, Error, Gate, Layer, NodeOptions, Objects, Permission
 /// How certain a format is that an image is of this format: 0 means that it is not; raw returns 1 for anything.
 pub type Score = u32;
 
+/// The score of an image that only the end of the file shows to be of a format. qemu-img takes such a file for raw.
+pub const BY_TAIL: Score = 2;
+
 /// The data that a format is probed with.
 #[derive(Clone, Copy, Debug)]
 pub struct Probe<'a> {
     /// The first bytes of the file, up to 2048.
     pub head: &'a [u8],
+    /// The last sector of the file, 512 bytes from a multiple of 512 on, padded with zeroes; empty if the file is
+    /// empty.
+    pub tail: &'a [u8],
+    /// The length of the file.
+    pub len: u64,
     /// The filename, for formats that are recognised by its extension.
     pub name: &'a str,
 }

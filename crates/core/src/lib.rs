@@ -67,8 +67,8 @@ pub use event::Event;
 pub use filter_device::{FilterDevice, Filtered, status_below};
 pub use flush_on_drop::OnLost;
 pub use format::{
-    CreatePlan, CreateRequest, Format, FormatProperties, Measure, MeasureSource, NewFiles, OpenRequest,
-    Probe, Score,
+    BY_TAIL, CreatePlan, CreateRequest, Format, FormatProperties, Measure, MeasureSource, NewFiles,
+    OpenRequest, Probe, Score,
 };
 pub use gate::{ClosedGate, Gate, Permissions, Reference, Role};
 pub use image::{Image, PendingWrite, ZeroDetection};

@@ -29,7 +29,7 @@ use diskimage_protocols::{
 use crate::gate::require_all_taken;
 use crate::guess::GuessedRaw;
 use crate::open_options::{Mode, OpenOptions};
-use crate::probe::probe;
+use crate::probe::guess_device;
 use common::Common;
 
 pub(crate) use chain::{open_chain, open_device_chain};
@@ -251,7 +251,12 @@ impl<'a> Opener<'a> {
         mode: Mode,
     ) -> Result<(&'static dyn Format, Arc<dyn Device>)> {
         let name = plain_name.map_or_else(|| file.node().base_name(), str::to_owned);
-        let format = probe(&**file, &name).context(|| "Could not read image for determining its format")?;
+        let guess =
+            guess_device(&**file, &name).context(|| "Could not read image for determining its format")?;
+        let format = guess.format;
+        if guess.by_tail {
+            self.options.tell(&guessed_by_tail(&name, format));
+        }
         if format.name() != "raw" || !mode.write {
             return Ok((format, Arc::clone(file)));
         }
@@ -536,6 +541,15 @@ fn has_plain_name(
     // The plain name of an image on another image would be read as the name of a file.
     let on_image = format_by_name(file.node().driver).is_some();
     strong.is_empty() && !on_image && children.iter().all(|(name, _)| implicit.contains(name))
+}
+
+/// The warning for an image that only the end of its file shows to be one: qemu-img takes the file for raw.
+fn guessed_by_tail(name: &str, format: &dyn Format) -> Note {
+    Note::Warning(format!(
+        "Image format was not specified for '{name}', and only the footer at its end shows that it is '{0}'. Specify \
+         the format '{0}' to avoid this warning, or 'raw' if the footer is data.",
+        format.name()
+    ))
 }
 
 fn unknown_option(format: &str, option: &str) -> Error {

@@ -30,13 +30,17 @@ pub(super) struct Blocks {
     pub(super) end: u64,
     /// Offsets before `end` of blocks that were allocated and released again.
     pub(super) free: Vec<u64>,
+    /// Whether the file has no copy of the footer at its start. It gets one before the footer at the end of the file is
+    /// overwritten.
+    pub(super) copy_is_missing: bool,
     /// Whether the footer has to be written at `end`.
     pub(super) footer_is_dirty: bool,
 }
 
 impl Blocks {
     /// Reads the header, and walks the table for the range of the file that blocks occupy.
-    pub(super) fn open(file: &Arc<dyn Device>, header_offset: u64, size: u64) -> Result<Self> {
+    pub(super) fn open(file: &Arc<dyn Device>, footer: &Footer, has_copy: bool, size: u64) -> Result<Self> {
+        let header_offset = footer.header_offset();
         let header = DynamicHeader::read(&**file, header_offset, size)?;
         let reserved = header.reserved(header_offset);
         let truncated = || {
@@ -67,12 +71,13 @@ impl Blocks {
             header,
             header_offset,
             table,
-            relied_on: header.relied_on(header_offset, size),
+            relied_on: header.relied_on(header_offset, size, has_copy),
             reserved,
             stored: None,
             first,
             end,
             free: Vec::new(),
+            copy_is_missing: !has_copy,
             footer_is_dirty: false,
         })
     }
@@ -94,6 +99,27 @@ impl Blocks {
     /// The bytes of the block at `offset`, its bitmap included.
     pub(super) fn whole(&self, offset: u64) -> ByteRange {
         ByteRange::at(offset, self.header.bitmap() + self.header.block())
+    }
+
+    /// Writes a copy of the footer to the start of the file, durably, if there is none: the first change is about to
+    /// overwrite the only one.
+    ///
+    /// # Errors
+    /// Metadata or a block at the start of the file.
+    pub(super) fn restore_copy(&mut self, footer: &Footer, file: &dyn Device) -> Result<()> {
+        if !self.copy_is_missing {
+            return Ok(());
+        }
+        self.reserved.require_apart()?;
+        if self.first < SECTOR {
+            return Err(Error::corrupt(
+                "The image has no copy of its footer, and a block where it would be",
+            ));
+        }
+        file.write_at(footer.as_bytes(), 0)?;
+        file.flush()?;
+        self.copy_is_missing = false;
+        Ok(())
     }
 
     /// Writes the footer at the end of the file, flushes, and writes back the table.

@@ -41,9 +41,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use diskimage_core::options::{OptionDef, OptionKind, Options};
 use diskimage_core::{
-    Budget, ByteRange, CreatePlan, CreateRequest, Device, Error, Format, FormatProperties, HoleMeaning, Info,
-    Layer, Measure, MeasureSource, Objects, OpenRequest, Probe, ResizeRequest, Result, Run, RunKind, Score,
-    WritePlan, ZeroMode,
+    BY_TAIL, Budget, ByteRange, CreatePlan, CreateRequest, Device, Error, Format, FormatProperties,
+    HoleMeaning, Info, Layer, Measure, MeasureSource, Objects, OpenRequest, Probe, ResizeRequest, Result,
+    Run, RunKind, Score, WritePlan, ZeroMode,
 };
 
 use self::bat::{Blocks, NO_BLOCK};
@@ -79,7 +79,13 @@ impl Format for Vpc {
     }
 
     fn probe(&self, probe: &Probe<'_>) -> Score {
-        if footer::is_vpc(probe.head) { 100 } else { 0 }
+        if footer::is_vpc(probe.head) {
+            100
+        } else if footer::ends_fixed_disk(probe.tail, probe.len) {
+            BY_TAIL
+        } else {
+            0
+        }
     }
 
     fn open(&self, request: OpenRequest<'_>) -> Result<Arc<dyn Layer>> {
@@ -98,9 +104,9 @@ impl Format for Vpc {
         let size = footer
             .size(by)
             .map_err(|error| error.context(format!("Could not open '{}'", request.name)))?;
-        let (blocks, reserved) = if is_copy {
+        let (blocks, reserved) = if is_copy || footer.kind() != Kind::Fixed {
             // As in qemu-img, the header is read and checked whatever the disk type in the footer is.
-            let blocks = Blocks::open(&request.file, footer.header_offset(), size)?;
+            let blocks = Blocks::open(&request.file, &footer, is_copy, size)?;
             let reserved = blocks.reserved.clone();
             (Some(blocks).filter(|_| footer.kind() == Kind::Dynamic), reserved)
         } else {

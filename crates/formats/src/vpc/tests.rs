@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use diskimage_core::{
-    ByteRange, Device, Image, MemoryDevice, Preallocation, ResizeRequest, Result, StatusDetail, ZeroMode,
+    BY_TAIL, ByteRange, Device, Format, Image, MemoryDevice, Preallocation, Probe, ResizeRequest, Result,
+    StatusDetail, ZeroMode,
 };
 use diskimage_testing::{Fault, FaultyDevice, Journal, RecordingDevice};
 use proptest::prelude::*;
@@ -118,8 +119,7 @@ fn damaged_headers_are_refused() {
     let truncated =
         "block-vpc: free_data_block_offset points after the end of file. The image has been truncated.";
     for (offset, bytes, message) in [
-        (0, &[0][..], "invalid VPC image"),
-        (64, &[0], "Incorrect header checksum"),
+        (64, &[0][..], "Incorrect header checksum"),
         (16, &[0xff], "Error reading dynamic VHD header"),
         (22, &[4], "Invalid header magic"),
         (
@@ -310,4 +310,71 @@ fn a_fixed_disk_ends_before_its_footer() {
     );
     assert!(grow(&image, 3 << 20).is_err());
     assert!(file.contents() == bytes);
+}
+
+#[test]
+fn a_dynamic_disk_without_the_copy_of_its_footer_is_read_and_gets_the_copy_before_it_changes() {
+    let file = Arc::new(MemoryDevice::new(create("force_size=on", 3 * BLOCK)));
+    let image = open(Arc::<MemoryDevice>::clone(&file)).expect("opens");
+    image.write_at(&[1; 4096], BLOCK).expect("writes");
+    image.flush().expect("flushes");
+    let whole = file.contents();
+    let mut bytes = whole.clone();
+    bytes[..512].fill(0);
+    assert_eq!(
+        Vpc.probe(&probe(&bytes)),
+        0,
+        "a dynamic disk is not recognised by its end"
+    );
+    let file = Arc::new(MemoryDevice::new(bytes.clone()));
+    let image = open(Arc::<MemoryDevice>::clone(&file)).expect("opens");
+    assert!(contents(&image) == contents(&open_bytes(&whole).expect("opens")));
+    assert!(file.contents() == bytes, "reading changes nothing");
+    let journal: Arc<Journal> = Arc::default();
+    let image = open(Arc::new(RecordingDevice::new(bytes.clone(), 0, &journal))).expect("opens");
+    image.write_at(&[2; 4096], 0).expect("writes");
+    image.flush().expect("flushes");
+    journal.crashes(&[bytes], 2, 0x5eed, |crash| {
+        let image = open_bytes(&crash.files[0]).unwrap_or_else(|error| panic!("{}: {error}", crash.position));
+        let mut sector = [0; 512];
+        image.read_at(&mut sector, BLOCK).expect("reads");
+        assert_eq!(sector, [1; 512]);
+    });
+}
+
+fn probe(bytes: &[u8]) -> Probe<'_> {
+    Probe {
+        head: &bytes[..bytes.len().min(2048)],
+        tail: &bytes[bytes.len() - 512..],
+        len: bytes.len() as u64,
+        name: "x",
+    }
+}
+
+#[test]
+fn a_fixed_disk_is_recognised_by_its_footer_if_checksum_and_size_hold() {
+    let good = create("force_size=on,subformat=fixed", 1 << 20);
+    assert_eq!(Vpc.probe(&probe(&good)), BY_TAIL);
+    let footer = good.len() - 512;
+    for (at, byte, sealed) in [
+        (50, 1, false),
+        (50, 1, true),
+        (63, 3, true),
+        (63, 4, true),
+        (0, 0, true),
+    ] {
+        let mut bad = good.clone();
+        bad[footer + at] = byte;
+        if sealed {
+            sum(&mut bad[footer..], 64);
+        }
+        assert_eq!(Vpc.probe(&probe(&bad)), 0, "{byte} at {at}");
+    }
+    let mut longer = good.clone();
+    longer.splice(0..0, [0; 512]);
+    assert_eq!(
+        Vpc.probe(&probe(&longer)),
+        0,
+        "the footer does not have the size of this file"
+    );
 }

@@ -18,9 +18,11 @@ impl VpcLayer {
     pub(super) fn plan(&self, range: ByteRange) -> Result<Box<dyn WritePlan + '_>> {
         let cover = range.align_out(self.granularity());
         let plan = AllocatingPlan::new(self, cover, |state, plan| {
-            let Some(blocks) = &mut state.blocks else {
+            let State { footer, blocks, .. } = state;
+            let Some(blocks) = blocks else {
                 return Ok(());
             };
+            blocks.restore_copy(footer, &*self.file)?;
             let (unit, bitmap) = (blocks.header.block(), blocks.header.bitmap());
             for block in range.units(unit) {
                 let whole = ByteRange::at(block * unit, unit);
