@@ -6,6 +6,7 @@ use std::sync::Arc;
 use diskimage_core::{ByteRange, Device, Error, Result};
 use zerocopy::IntoBytes;
 
+use super::bitmap::SectorBitmaps;
 use super::footer::{Footer, SECTOR};
 use super::header::DynamicHeader;
 use crate::layer_kit::paged_table::{Entry, PagedTable};
@@ -18,6 +19,7 @@ pub(super) struct Blocks {
     /// The byte offset of the header.
     pub(super) header_offset: u64,
     pub(super) table: PagedTable,
+    pub(super) bitmaps: SectorBitmaps,
     /// The copy of the footer, the header and the whole table: no block is written there.
     pub(super) reserved: Reserved,
     /// The same with the entries of the table that the disk needs only: no block is read there.
@@ -71,6 +73,7 @@ impl Blocks {
             header,
             header_offset,
             table,
+            bitmaps: SectorBitmaps::new(file),
             relied_on: header.relied_on(header_offset, size, has_copy),
             reserved,
             stored: None,
@@ -94,6 +97,22 @@ impl Blocks {
         };
         self.relied_on.require_outside("block", self.whole(offset))?;
         Ok(Some(offset + self.header.bitmap()))
+    }
+
+    /// The storage of the sector at byte `start` of a block whose data is at `host`: whether the sector was written to
+    /// this image, and for how many bytes of at most `most` that holds.
+    pub(super) fn written(&mut self, host: u64, start: u64, most: u64) -> Result<(bool, u64)> {
+        let bitmap = self.bitmap_of(host);
+        let sectors = ByteRange::at(start, most).align_out(SECTOR);
+        let (first, count) = (sectors.start() / SECTOR, sectors.len() / SECTOR);
+        let (is_written, run) = self.bitmaps.run(bitmap, first, count)?;
+        let end = sectors.start() + run * SECTOR;
+        Ok((is_written, (end - start).min(most)))
+    }
+
+    /// The bitmap of the block whose data is at `host`.
+    pub(super) fn bitmap_of(&self, host: u64) -> ByteRange {
+        ByteRange::at(host - self.header.bitmap(), self.header.bitmap())
     }
 
     /// The bytes of the block at `offset`, its bitmap included.
@@ -122,12 +141,13 @@ impl Blocks {
         Ok(())
     }
 
-    /// Writes the footer at the end of the file, flushes, and writes back the table.
+    /// Writes the footer at the end of the file, flushes, and writes back bitmaps, and after another flush the table.
     pub(super) fn publish(&mut self, footer: &Footer, file: &dyn Device) -> Result<()> {
         if self.footer_is_dirty {
             file.write_at(footer.as_bytes(), self.end)?;
             self.footer_is_dirty = false;
         }
+        self.bitmaps.write_back()?;
         if self.table.is_dirty() {
             file.flush()?;
             self.table.write_back()?;

@@ -9,11 +9,11 @@
 //! ```
 //!
 //! As specified in Microsoft's "Virtual Hard Disk Image Format Specification" 1.0. The bitmap in front of a block says
-//! which of its sectors belong to this disk rather than to its backing image. Without a backing image all do: the
-//! bitmap is not read, and written with all bits set. Differencing disks are refused.
+//! which of its sectors were written: the others read as zero, whatever the block has in their place. A new block is
+//! zeroed and gets a bitmap with all bits set, as in qemu-img. Differencing disks are refused.
 //!
 //! * `footer` with `geometry`, `header`: kind and size of the disk, and the size of its blocks;
-//! * `bat`: the block allocation table, cached in pages;
+//! * `bat`: the block allocation table, cached in pages; `bitmap`: the sector bitmaps;
 //! * `write`, `create`, `resize`, `info`: operations.
 //!
 //! # The size of the disk
@@ -24,9 +24,11 @@
 //! # What a crash leaves
 //!
 //! New blocks overwrite the footer at the end of the file. Readers use the copy at the start of the file, so the disk
-//! can be read at any moment. Blocks and the new footer are durable before the table refers to the blocks.
+//! can be read at any moment. Blocks and the new footer are durable before the table refers to the blocks, and sectors
+//! before their bits are set.
 
 mod bat;
+mod bitmap;
 mod create;
 mod footer;
 mod geometry;
@@ -186,6 +188,11 @@ impl Layer for VpcLayer {
         self.granularity.unwrap_or(1)
     }
 
+    /// A sector rather than a block: the rest of a new block is zero.
+    fn write_unit(&self) -> u64 {
+        self.granularity.map_or(1, |_| SECTOR)
+    }
+
     fn map(&self, range: ByteRange) -> Result<Run> {
         let data = |offset, holes| RunKind::Data {
             device: Arc::clone(&self.file),
@@ -204,7 +211,16 @@ impl Layer for VpcLayer {
         let unit = blocks.header.block();
         let mut len = unit - range.start() % unit;
         let kind = match blocks.host(range.start() / unit)? {
-            Some(host) => data(host + range.start() % unit, HoleMeaning::Ignored),
+            Some(host) => {
+                let start = range.start() % unit;
+                let (is_written, run) = blocks.written(host, start, len.min(range.len()))?;
+                len = run;
+                if is_written {
+                    data(host + start, HoleMeaning::Ignored)
+                } else {
+                    RunKind::Zero { host: None }
+                }
+            }
             None => {
                 // Adjacent blocks without storage are one run. Allocated blocks are never contiguous: a bitmap lies
                 // between them.
