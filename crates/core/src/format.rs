@@ -9,8 +9,8 @@ use crate::{Device, Error, Layer, NodeOptions, Objects, OpenContext, Permissions
 /// How certain a format is that an image is of this format: 0 means that it is not; raw returns 1 for anything.
 pub type Score = u32;
 
-/// The score of an image that is written in a way in which qemu-img takes it for raw: more than that of raw, less than
-/// that of all others.
+/// The score of an image that qemu-img takes for raw, because it does not begin exactly as its format says: more than
+/// that of raw, less than that of all others.
 pub const LOOSE: Score = 3;
 
 /// The data that a format is probed with.
@@ -18,6 +18,11 @@ pub const LOOSE: Score = 3;
 pub struct Probe<'a> {
     /// The first bytes of the file, up to 2048.
     pub head: &'a [u8],
+    /// The last sector of the file, 512 bytes from a multiple of 512 on, padded with zeroes; empty if the file is
+    /// empty.
+    pub tail: &'a [u8],
+    /// The length of the file.
+    pub len: u64,
     /// The filename, for formats that are recognised by its extension.
     pub name: &'a str,
 }

@@ -5,25 +5,25 @@
 //! refused:
 //!
 //! ```text
-//!   offset 0                HEAD
-//!   [ bytes that are probed ][ everything else ]
-//!     write: probe the new bytes      write: passed on
+//!   offset 0                HEAD                        TAIL before the end
+//!   [ bytes that are probed ][      everything else      ][ last sector ]
+//!     write: probe the new bytes      write: passed on      write: as at the start
 //!     first, refuse unless raw
 //! ```
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use diskimage_core::{ByteRange, Device, Error, FilterDevice, Note, Result};
+use diskimage_core::{ByteRange, Device, Error, FilterDevice, Note, Probe, Result, align_down, to_index};
 
-use crate::probe::{HEAD, guess, head};
+use crate::probe::{HEAD, TAIL, guess, head, tail};
 
-/// A device that refuses writes after which its first bytes would not be probed as raw.
+/// A device that refuses writes after which its first bytes or its last sector would not be probed as raw.
 #[derive(Debug)]
 pub(crate) struct GuessedRaw {
     device: Arc<dyn Device>,
     name: String,
-    /// Held from the read of the first bytes to the end of the write, so that two writes cannot make a header together.
-    head: Mutex<()>,
+    /// Held from the read of the probed bytes to the end of the write, so that two writes cannot make a header together.
+    probed: Mutex<()>,
 }
 
 impl GuessedRaw {
@@ -31,7 +31,7 @@ impl GuessedRaw {
         Self {
             device,
             name: name.to_owned(),
-            head: Mutex::new(()),
+            probed: Mutex::new(()),
         }
     }
 
@@ -52,15 +52,26 @@ impl FilterDevice for GuessedRaw {
     }
 
     fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
-        let Some(start) = usize::try_from(offset).ok().filter(|start| *start < HEAD) else {
+        let len = self.device.len();
+        let written = ByteRange::at(offset, buf.len() as u64);
+        let first = ByteRange::new(0, HEAD as u64);
+        let last = ByteRange::new(align_down(len.saturating_sub(1), TAIL), len);
+        if !written.overlaps(first) && !written.overlaps(last) {
             return self.device.write_at(buf, offset);
+        }
+        let _guard = self.probed.lock().unwrap_or_else(PoisonError::into_inner);
+        let (mut head, mut tail) = (head(&*self.device)?, tail(&*self.device));
+        let end = to_index(written.end().min(first.end()))?;
+        head.resize(head.len().max(end), 0);
+        overwrite(&mut head, 0, buf, offset)?;
+        overwrite(&mut tail, last.start(), buf, offset)?;
+        let probe = Probe {
+            head: &head,
+            tail: &tail,
+            len,
+            name: &self.name,
         };
-        let _guard = self.head.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut bytes = head(&*self.device)?;
-        let end = start.saturating_add(buf.len()).min(HEAD);
-        bytes.resize(bytes.len().max(end), 0);
-        bytes[start..end].copy_from_slice(&buf[..end - start]);
-        if guess(&bytes, &self.name).name() == "raw" {
+        if guess(&probe).format.name() == "raw" {
             self.device.write_at(buf, offset)
         } else {
             Err(Error::from_errno(EPERM))
@@ -71,6 +82,24 @@ impl FilterDevice for GuessedRaw {
         // Copies out of this device only: a copy into it would not be probed, so it does not offer its file for that.
         self.device.copy_to(range, target, target_offset)
     }
+}
+
+/// Copies the part of `buf`, which is written at `offset`, that lies in `bytes`, which are those at `start`.
+fn overwrite(bytes: &mut [u8], start: u64, buf: &[u8], offset: u64) -> Result<()> {
+    let there = ByteRange::at(start, bytes.len() as u64);
+    let common = there.intersect(ByteRange::at(offset, buf.len() as u64));
+    if common.is_empty() {
+        return Ok(());
+    }
+    let (to, from, len) = (
+        to_index(common.start() - start)?,
+        to_index(common.start() - offset)?,
+        to_index(common.len())?,
+    );
+    if let (Some(to), Some(from)) = (bytes.get_mut(to..to + len), buf.get(from..from + len)) {
+        to.copy_from_slice(from);
+    }
+    Ok(())
 }
 
 /// `Operation not permitted`, the error of `qemu-img`.

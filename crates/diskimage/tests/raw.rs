@@ -172,6 +172,48 @@ fn a_warning_is_printed_for_a_probed_raw_image_only() {
 }
 
 #[test]
+fn a_fixed_vhd_is_recognised_with_a_warning_and_no_raw_disk_becomes_one() {
+    let scratch = Scratch::new();
+    let (disk, raw_disk) = (scratch.path("a"), scratch.path("b"));
+    let vhd = "subformat=fixed,force_size=on";
+    Creation::new(&disk, "vpc")
+        .options(vhd)
+        .size(1 << 20)
+        .prepare()
+        .and_then(|prepared| prepared.create())
+        .expect("is made");
+    let notes = Arc::new(Mutex::new(Vec::new()));
+    let sink = Arc::clone(&notes);
+    let options = OpenOptions::new().on_note(Arc::new(move |note: &Note| {
+        sink.lock().expect("is not poisoned").push(note.text().to_owned())
+    }));
+    for format in ["raw", "vpc"] {
+        let image = open(&disk, &options.clone().format(format)).expect("opens");
+        assert_eq!(image.layer().format(), format);
+        assert!(notes.lock().expect("is not poisoned").is_empty());
+    }
+    let image = open(&disk, &options).expect("opens");
+    assert_eq!((image.layer().format(), image.len()), ("vpc", 1 << 20));
+    let told = notes.lock().expect("is not poisoned").join("\n");
+    assert!(
+        told.starts_with(&format!("'{disk}' is taken for an image of the format vpc")),
+        "{told}"
+    );
+    drop(image);
+    let bytes = std::fs::read(&disk).expect("reads");
+    let footer = &bytes[bytes.len() - 512..];
+    scratch.create("b", (1 << 20) + 512, "").expect("is made");
+    let image = open(&raw_disk, &options.clone().write(true)).expect("opens");
+    image.write_at(footer, 4096).expect("is not at the end");
+    image.write_at(footer, 1 << 20).expect_err("is a footer");
+    image.write_at(&footer[..60], 1 << 20).expect("is no footer yet");
+    image
+        .write_at(&footer[60..], (1 << 20) + 60)
+        .expect_err("completes it");
+    assert_eq!(open(&raw_disk, &options).expect("opens").layer().format(), "raw");
+}
+
+#[test]
 fn failed_opens_have_the_messages_of_qemu_img() {
     let scratch = Scratch::new();
     let missing = scratch.path("a");

@@ -132,7 +132,10 @@ impl Opener<'_> {
         }
         let path = Target::parse(&others.from).ok()?.path;
         let directory = path.rfind('/').map_or("", |slash| &path[..=slash]);
-        let found = self.gate.find_in_other_case(directory, others.names.last()?)?;
+        let found = self
+            .context
+            .gate
+            .find_in_other_case(directory, others.names.last()?)?;
         let node = others.node(&found);
         Some(node.and_then(|node| self.open_link(node, mode)))
     }

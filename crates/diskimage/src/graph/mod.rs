@@ -29,7 +29,7 @@ use diskimage_protocols::{
 use crate::gate::require_all_taken;
 use crate::guess::GuessedRaw;
 use crate::open_options::{Mode, OpenOptions};
-use crate::probe::{is_loose, probe};
+use crate::probe::guess_device;
 use common::Common;
 
 pub(crate) use chain::{Step, open_chain, open_device_chain, walk_chain};
@@ -250,9 +250,11 @@ impl<'a> Opener<'a> {
         mode: Mode,
     ) -> Result<(&'static dyn Format, Arc<dyn Device>)> {
         let name = plain_name.map_or_else(|| file.node().base_name(), str::to_owned);
-        let format = probe(&**file, &name).context(|| "Could not read image for determining its format")?;
-        if is_loose(format, &**file, &name)? {
-            self.options.tell(&loose_guess(&name, format));
+        let guess =
+            guess_device(&**file, &name).context(|| "Could not read image for determining its format")?;
+        let format = guess.format;
+        if guess.is_loose {
+            self.context.tell(&loose_guess(&name, format));
         }
         if format.name() != "raw" || !mode.write {
             return Ok((format, Arc::clone(file)));

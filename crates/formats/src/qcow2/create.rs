@@ -17,7 +17,6 @@ use zerocopy::byteorder::big_endian::{U32, U64};
 
 use super::Qcow2;
 use super::encrypt::Encryption;
-use super::files::data_permissions;
 use super::header::extension;
 use super::header::feature::{Autoclear, Compatible, Incompatible};
 use super::header::{Compression, HEADER_LEN, MAGIC, RawHeader, limit};

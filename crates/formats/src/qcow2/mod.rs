@@ -106,7 +106,7 @@ impl Format for Qcow2Format {
         // Relative to the current directory, as it is opened.
         let data_file = request.options.text("data_file").map(str::to_owned);
         let plan = CreatePlan::new(move |mut files| create::create(&request, &mut files));
-        Ok(plan.with_parts(data_file.into_iter().collect(), data_permissions(true)))
+        Ok(plan.with_parts(data_file.into_iter().collect(), files::data_permissions(true)))
     }
 
     fn measure(&self, options: &Options, source: MeasureSource<'_>, _objects: &Objects) -> Result<Measure> {

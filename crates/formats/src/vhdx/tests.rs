@@ -103,7 +103,15 @@ fn an_empty_disk_is_one_run_however_large() {
 #[test]
 fn what_is_made_is_recognised() {
     let head = &create("", MIB)[..2048];
-    assert_eq!(Vhdx.probe(&Probe { head, name: "x" }), 100);
+    assert_eq!(
+        Vhdx.probe(&Probe {
+            head,
+            tail: &[],
+            len: 2048,
+            name: "x"
+        }),
+        100
+    );
 }
 
 #[test]

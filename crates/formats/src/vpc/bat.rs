@@ -6,6 +6,7 @@ use std::sync::Arc;
 use diskimage_core::{ByteRange, Device, Error, Result};
 use zerocopy::IntoBytes;
 
+use super::bitmap::SectorBitmaps;
 use super::footer::{Footer, SECTOR};
 use super::header::DynamicHeader;
 use crate::layer_kit::paged_table::{Entry, PagedTable};
@@ -18,6 +19,7 @@ pub(super) struct Blocks {
     /// The byte offset of the header.
     pub(super) header_offset: u64,
     pub(super) table: PagedTable,
+    pub(super) bitmaps: SectorBitmaps,
     /// The copy of the footer, the header and the whole table: no block is written there.
     pub(super) reserved: Reserved,
     /// The same with the entries of the table that the disk needs only: no block is read there.
@@ -30,13 +32,17 @@ pub(super) struct Blocks {
     pub(super) end: u64,
     /// Offsets before `end` of blocks that were allocated and released again.
     pub(super) free: Vec<u64>,
+    /// Whether the file has no copy of the footer at its start. It gets one before the footer at the end of the file is
+    /// overwritten.
+    pub(super) copy_is_missing: bool,
     /// Whether the footer has to be written at `end`.
     pub(super) footer_is_dirty: bool,
 }
 
 impl Blocks {
     /// Reads the header, and walks the table for the range of the file that blocks occupy.
-    pub(super) fn open(file: &Arc<dyn Device>, header_offset: u64, size: u64) -> Result<Self> {
+    pub(super) fn open(file: &Arc<dyn Device>, footer: &Footer, has_copy: bool, size: u64) -> Result<Self> {
+        let header_offset = footer.header_offset();
         let header = DynamicHeader::read(&**file, header_offset, size)?;
         let reserved = header.reserved(header_offset);
         let truncated = || {
@@ -67,12 +73,14 @@ impl Blocks {
             header,
             header_offset,
             table,
-            relied_on: header.relied_on(header_offset, size),
+            bitmaps: SectorBitmaps::new(file),
+            relied_on: header.relied_on(header_offset, size, has_copy),
             reserved,
             stored: None,
             first,
             end,
             free: Vec::new(),
+            copy_is_missing: !has_copy,
             footer_is_dirty: false,
         })
     }
@@ -91,17 +99,55 @@ impl Blocks {
         Ok(Some(offset + self.header.bitmap()))
     }
 
+    /// The storage of the sector at byte `start` of a block whose data is at `host`: whether the sector was written to
+    /// this image, and for how many bytes of at most `most` that holds.
+    pub(super) fn written(&mut self, host: u64, start: u64, most: u64) -> Result<(bool, u64)> {
+        let bitmap = self.bitmap_of(host);
+        let sectors = ByteRange::at(start, most).align_out(SECTOR);
+        let (first, count) = (sectors.start() / SECTOR, sectors.len() / SECTOR);
+        let (is_written, run) = self.bitmaps.run(bitmap, first, count)?;
+        let end = sectors.start() + run * SECTOR;
+        Ok((is_written, (end - start).min(most)))
+    }
+
+    /// The bitmap of the block whose data is at `host`.
+    pub(super) fn bitmap_of(&self, host: u64) -> ByteRange {
+        ByteRange::at(host - self.header.bitmap(), self.header.bitmap())
+    }
+
     /// The bytes of the block at `offset`, its bitmap included.
     pub(super) fn whole(&self, offset: u64) -> ByteRange {
         ByteRange::at(offset, self.header.bitmap() + self.header.block())
     }
 
-    /// Writes the footer at the end of the file, flushes, and writes back the table.
+    /// Writes a copy of the footer to the start of the file, durably, if there is none: the first change is about to
+    /// overwrite the only one.
+    ///
+    /// # Errors
+    /// Metadata or a block at the start of the file.
+    pub(super) fn restore_copy(&mut self, footer: &Footer, file: &dyn Device) -> Result<()> {
+        if !self.copy_is_missing {
+            return Ok(());
+        }
+        self.reserved.require_apart()?;
+        if self.first < SECTOR {
+            return Err(Error::corrupt(
+                "The image has no copy of its footer, and a block where it would be",
+            ));
+        }
+        file.write_at(footer.as_bytes(), 0)?;
+        file.flush()?;
+        self.copy_is_missing = false;
+        Ok(())
+    }
+
+    /// Writes the footer at the end of the file, flushes, and writes back bitmaps, and after another flush the table.
     pub(super) fn publish(&mut self, footer: &Footer, file: &dyn Device) -> Result<()> {
         if self.footer_is_dirty {
             file.write_at(footer.as_bytes(), self.end)?;
             self.footer_is_dirty = false;
         }
+        self.bitmaps.write_back()?;
         if self.table.is_dirty() {
             file.flush()?;
             self.table.write_back()?;

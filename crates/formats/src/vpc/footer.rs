@@ -99,6 +99,19 @@ pub(super) fn is_vpc(head: &[u8]) -> bool {
     head.starts_with(&COOKIE)
 }
 
+/// Whether `tail`, the last sector of a file of `len` bytes, is the footer of a fixed disk that fills the file. A
+/// footer of any other disk is not recognised here: a guest could write one to the end of a raw disk, and have the next
+/// probe open a parent of the guest's choice.
+pub(super) fn ends_fixed_disk(tail: &[u8], len: u64) -> bool {
+    let Ok(footer) = Footer::read_from_bytes(tail) else {
+        return false;
+    };
+    footer.cookie == COOKIE
+        && footer.kind() == Kind::Fixed
+        && footer.checksum == footer.with_checksum().checksum
+        && footer.current_size.get().checked_add(SECTOR) == Some(align_up(len, SECTOR))
+}
+
 impl Footer {
     /// The footer of a new disk of `size` bytes, rounded up to sectors with `exact`, else to the size of a geometry if
     /// one is large enough.
@@ -146,7 +159,7 @@ impl Footer {
     }
 
     /// Reads the footer of an image: the copy at the start of the file, or else the last sector, where fixed disks have
-    /// their only one. Returns true with it if it is the copy.
+    /// their only one, as have other disks that lost the copy. Returns true with it if it is the copy.
     pub(super) fn read(file: &dyn Device) -> Result<(Self, bool)> {
         let invalid = || Error::invalid("invalid VPC image");
         let len = align_up(file.len(), SECTOR);
@@ -157,7 +170,7 @@ impl Footer {
         let is_copy = footer.cookie == COOKIE;
         if !is_copy {
             footer = Self::read_at(file, len - SECTOR)?;
-            if footer.cookie != COOKIE || footer.disk_type.get() != FIXED {
+            if footer.cookie != COOKIE {
                 return Err(invalid());
             }
         }

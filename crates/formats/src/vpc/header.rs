@@ -104,20 +104,22 @@ impl DynamicHeader {
 
     /// The ranges of the file where no block is written, if this header is at `offset`.
     pub(super) fn reserved(&self, offset: u64) -> Reserved {
-        self.reserved_up_to(offset, self.table_end())
+        self.reserved_up_to(offset, self.table_end(), true)
     }
 
     /// The ranges of the file where no block of a disk of `size` bytes can be read. The table of a damaged header may
-    /// be longer than the disk needs and overlap blocks; the disk can still be read.
-    pub(super) fn relied_on(&self, offset: u64, size: u64) -> Reserved {
+    /// be longer than the disk needs and overlap blocks; the disk can still be read. The file may have no copy of the
+    /// footer.
+    pub(super) fn relied_on(&self, offset: u64, size: u64, has_copy: bool) -> Reserved {
         let entries = size.div_ceil(self.block());
-        self.reserved_up_to(offset, self.table_offset().saturating_add(entries * 4))
+        self.reserved_up_to(offset, self.table_offset().saturating_add(entries * 4), has_copy)
     }
 
-    fn reserved_up_to(&self, offset: u64, end: u64) -> Reserved {
+    fn reserved_up_to(&self, offset: u64, end: u64, has_copy: bool) -> Reserved {
         let table = ByteRange::new(self.table_offset(), end);
+        let copy = if has_copy { SECTOR } else { 0 };
         Reserved::new([
-            ("copy of the footer", ByteRange::new(0, SECTOR)),
+            ("copy of the footer", ByteRange::new(0, copy)),
             ("header", ByteRange::at(offset, size_of::<Self>() as u64)),
             ("block allocation table", table),
         ])

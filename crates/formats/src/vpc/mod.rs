@@ -9,11 +9,11 @@
 //! ```
 //!
 //! As specified in Microsoft's "Virtual Hard Disk Image Format Specification" 1.0. The bitmap in front of a block says
-//! which of its sectors belong to this disk rather than to its backing image. Without a backing image all do: the
-//! bitmap is not read, and written with all bits set. Differencing disks are refused.
+//! which of its sectors were written: the others read as zero, whatever the block has in their place. A new block is
+//! zeroed and gets a bitmap with all bits set, as in qemu-img. Differencing disks are refused.
 //!
 //! * `footer` with `geometry`, `header`: kind and size of the disk, and the size of its blocks;
-//! * `bat`: the block allocation table, cached in pages;
+//! * `bat`: the block allocation table, cached in pages; `bitmap`: the sector bitmaps;
 //! * `write`, `create`, `resize`, `info`: operations.
 //!
 //! # The size of the disk
@@ -24,9 +24,11 @@
 //! # What a crash leaves
 //!
 //! New blocks overwrite the footer at the end of the file. Readers use the copy at the start of the file, so the disk
-//! can be read at any moment. Blocks and the new footer are durable before the table refers to the blocks.
+//! can be read at any moment. Blocks and the new footer are durable before the table refers to the blocks, and sectors
+//! before their bits are set.
 
 mod bat;
+mod bitmap;
 mod create;
 mod footer;
 mod geometry;
@@ -42,8 +44,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use diskimage_core::options::{OptionDef, OptionKind, Options};
 use diskimage_core::{
     Budget, ByteRange, CreatePlan, CreateRequest, Device, Error, Format, FormatProperties, HoleMeaning, Info,
-    Layer, Measure, MeasureSource, Objects, OpenRequest, Probe, ResizeRequest, Result, Run, RunKind, Score,
-    WritePlan, ZeroMode,
+    LOOSE, Layer, Measure, MeasureSource, Objects, OpenRequest, Probe, ResizeRequest, Result, Run, RunKind,
+    Score, WritePlan, ZeroMode,
 };
 
 use self::bat::{Blocks, NO_BLOCK};
@@ -79,7 +81,13 @@ impl Format for Vpc {
     }
 
     fn probe(&self, probe: &Probe<'_>) -> Score {
-        if footer::is_vpc(probe.head) { 100 } else { 0 }
+        if footer::is_vpc(probe.head) {
+            100
+        } else if footer::ends_fixed_disk(probe.tail, probe.len) {
+            LOOSE
+        } else {
+            0
+        }
     }
 
     fn open(&self, request: OpenRequest<'_>) -> Result<Arc<dyn Layer>> {
@@ -98,9 +106,9 @@ impl Format for Vpc {
         let size = footer
             .size(by)
             .map_err(|error| error.context(format!("Could not open '{}'", request.name)))?;
-        let (blocks, reserved) = if is_copy {
+        let (blocks, reserved) = if is_copy || footer.kind() != Kind::Fixed {
             // As in qemu-img, the header is read and checked whatever the disk type in the footer is.
-            let blocks = Blocks::open(&request.file, footer.header_offset(), size)?;
+            let blocks = Blocks::open(&request.file, &footer, is_copy, size)?;
             let reserved = blocks.reserved.clone();
             (Some(blocks).filter(|_| footer.kind() == Kind::Dynamic), reserved)
         } else {
@@ -180,6 +188,11 @@ impl Layer for VpcLayer {
         self.granularity.unwrap_or(1)
     }
 
+    /// A sector rather than a block: the rest of a new block is zero.
+    fn write_unit(&self) -> u64 {
+        self.granularity.map_or(1, |_| SECTOR)
+    }
+
     fn map(&self, range: ByteRange) -> Result<Run> {
         let data = |offset, holes| RunKind::Data {
             device: Arc::clone(&self.file),
@@ -198,7 +211,16 @@ impl Layer for VpcLayer {
         let unit = blocks.header.block();
         let mut len = unit - range.start() % unit;
         let kind = match blocks.host(range.start() / unit)? {
-            Some(host) => data(host + range.start() % unit, HoleMeaning::Ignored),
+            Some(host) => {
+                let start = range.start() % unit;
+                let (is_written, run) = blocks.written(host, start, len.min(range.len()))?;
+                len = run;
+                if is_written {
+                    data(host + start, HoleMeaning::Ignored)
+                } else {
+                    RunKind::Zero { host: None }
+                }
+            }
             None => {
                 // Adjacent blocks without storage are one run. Allocated blocks are never contiguous: a bitmap lies
                 // between them.

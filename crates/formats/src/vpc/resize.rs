@@ -82,13 +82,14 @@ impl VpcLayer {
     ) -> Result<()> {
         let file = &*self.file;
         blocks.reserved.require_apart()?;
+        blocks.restore_copy(old, file)?;
         blocks.publish(old, file)?;
         blocks.zero_padding(file, size, &self.budget)?;
         let entries = len.div_ceil(blocks.header.block());
         if entries > u64::from(blocks.header.entries()) {
             blocks.grow_table(&self.file, entries)?;
         }
-        blocks.relied_on = blocks.header.relied_on(blocks.header_offset, len);
+        blocks.relied_on = blocks.header.relied_on(blocks.header_offset, len, true);
         blocks.footer_is_dirty = true;
         blocks.publish(new, file)?;
         file.flush()?;

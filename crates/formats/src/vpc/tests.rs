@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use diskimage_core::{
-    ByteRange, Device, Image, MemoryDevice, Preallocation, ResizeRequest, Result, StatusDetail, ZeroMode,
+    ByteRange, Device, Format, Image, LOOSE, MemoryDevice, Preallocation, Probe, ResizeRequest, Result,
+    StatusDetail, ZeroMode,
 };
 use diskimage_testing::{Fault, FaultyDevice, Journal, RecordingDevice};
 use proptest::prelude::*;
@@ -118,8 +119,7 @@ fn damaged_headers_are_refused() {
     let truncated =
         "block-vpc: free_data_block_offset points after the end of file. The image has been truncated.";
     for (offset, bytes, message) in [
-        (0, &[0][..], "invalid VPC image"),
-        (64, &[0], "Incorrect header checksum"),
+        (64, &[0][..], "Incorrect header checksum"),
         (16, &[0xff], "Error reading dynamic VHD header"),
         (22, &[4], "Invalid header magic"),
         (
@@ -310,4 +310,175 @@ fn a_fixed_disk_ends_before_its_footer() {
     );
     assert!(grow(&image, 3 << 20).is_err());
     assert!(file.contents() == bytes);
+}
+
+#[test]
+fn a_dynamic_disk_without_the_copy_of_its_footer_is_read_and_gets_the_copy_before_it_changes() {
+    let file = Arc::new(MemoryDevice::new(create("force_size=on", 3 * BLOCK)));
+    let image = open(Arc::<MemoryDevice>::clone(&file)).expect("opens");
+    image.write_at(&[1; 4096], BLOCK).expect("writes");
+    image.flush().expect("flushes");
+    let whole = file.contents();
+    let mut bytes = whole.clone();
+    bytes[..512].fill(0);
+    assert_eq!(
+        Vpc.probe(&probe(&bytes)),
+        0,
+        "a dynamic disk is not recognised by its end"
+    );
+    let file = Arc::new(MemoryDevice::new(bytes.clone()));
+    let image = open(Arc::<MemoryDevice>::clone(&file)).expect("opens");
+    assert!(contents(&image) == contents(&open_bytes(&whole).expect("opens")));
+    assert!(file.contents() == bytes, "reading changes nothing");
+    let journal: Arc<Journal> = Arc::default();
+    let image = open(Arc::new(RecordingDevice::new(bytes.clone(), 0, &journal))).expect("opens");
+    image.write_at(&[2; 4096], 0).expect("writes");
+    image.flush().expect("flushes");
+    journal.crashes(&[bytes], 2, 0x5eed, |crash| {
+        let image = open_bytes(&crash.files[0]).unwrap_or_else(|error| panic!("{}: {error}", crash.position));
+        let mut sector = [0; 512];
+        image.read_at(&mut sector, BLOCK).expect("reads");
+        assert_eq!(sector, [1; 512]);
+    });
+}
+
+fn probe(bytes: &[u8]) -> Probe<'_> {
+    Probe {
+        head: &bytes[..bytes.len().min(2048)],
+        tail: &bytes[bytes.len() - 512..],
+        len: bytes.len() as u64,
+        name: "x",
+    }
+}
+
+#[test]
+fn a_fixed_disk_is_recognised_by_its_footer_if_checksum_and_size_hold() {
+    let good = create("force_size=on,subformat=fixed", 1 << 20);
+    assert_eq!(Vpc.probe(&probe(&good)), LOOSE);
+    let footer = good.len() - 512;
+    for (at, byte, sealed) in [
+        (50, 1, false),
+        (50, 1, true),
+        (63, 3, true),
+        (63, 4, true),
+        (0, 0, true),
+    ] {
+        let mut bad = good.clone();
+        bad[footer + at] = byte;
+        if sealed {
+            sum(&mut bad[footer..], 64);
+        }
+        assert_eq!(Vpc.probe(&probe(&bad)), 0, "{byte} at {at}");
+    }
+    let mut longer = good.clone();
+    longer.splice(0..0, [0; 512]);
+    assert_eq!(
+        Vpc.probe(&probe(&longer)),
+        0,
+        "the footer does not have the size of this file"
+    );
+}
+
+/// A disk of two blocks of 0x11, with stale bytes of 0x55 in the second one where its bitmap is clear: in all sectors
+/// but 8 to 23, 100 and the last one. Its contents come with it.
+fn with_clear_bits() -> (Vec<u8>, Vec<u8>) {
+    let file = Arc::new(MemoryDevice::new(create("force_size=on", 2 * BLOCK)));
+    let image = open(Arc::<MemoryDevice>::clone(&file)).expect("opens");
+    image.write_at(&vec![0x11; 4 << 20], 0).expect("writes");
+    image.flush().expect("flushes");
+    let mut bytes = file.contents();
+    let sector = u32::from_be_bytes([bytes[0x604], bytes[0x605], bytes[0x606], bytes[0x607]]);
+    let bitmap = usize::try_from(sector).expect("small") * 512;
+    let mut model = contents(&open_bytes(&bytes).expect("opens"));
+    bytes[bitmap..bitmap + 512].fill(0);
+    for sector in 0..4096 {
+        if (8..24).contains(&sector) || [100, 4095].contains(&sector) {
+            bytes[bitmap + sector / 8] |= 0x80 >> (sector % 8);
+        } else {
+            bytes[bitmap + 512 + sector * 512..][..512].fill(0x55);
+            model[(2 << 20) + sector * 512..][..512].fill(0);
+        }
+    }
+    (bytes, model)
+}
+
+#[test]
+fn sectors_with_clear_bits_read_as_zero_until_they_are_written() {
+    let (bytes, mut model) = with_clear_bits();
+    let file = Arc::new(MemoryDevice::new(bytes));
+    let image = open(Arc::<MemoryDevice>::clone(&file)).expect("opens");
+    assert!(contents(&image) == model);
+    let mut at = BLOCK;
+    let mut runs = Vec::new();
+    while at < 2 * BLOCK {
+        let extent = image
+            .status(ByteRange::new(at, 2 * BLOCK), StatusDetail::Zeroes)
+            .expect("a status");
+        runs.push((extent.len / 512, extent.kind.is_zero()));
+        at += extent.len;
+    }
+    let expected = [
+        (8, true),
+        (16, false),
+        (76, true),
+        (1, false),
+        (3994, true),
+        (1, false),
+    ];
+    assert_eq!(runs, expected);
+    // Parts of sectors, across both states, whole sectors, and zeroes.
+    for (at, len, byte) in [
+        (100, 1, 2),
+        (7 * 512 + 10, 1000, 3),
+        (23 * 512 + 500, 100, 4),
+        (99 * 512 + 1, 1500, 5),
+        (200 * 512, 1024, 6),
+        (4094 * 512 + 511, 2, 7),
+    ] {
+        let start = (2 << 20) + at;
+        model[start..start + len].fill(byte);
+        image
+            .write_at(&model[start..start + len], start as u64)
+            .expect("writes");
+        assert!(contents(&image) == model, "after {at}");
+    }
+    let zeroes = ByteRange::at(BLOCK + 90 * 512, 20 * 512);
+    model[(2 << 20) + 90 * 512..][..20 * 512].fill(0);
+    image.write_zeroes(zeroes, ZeroMode::Unmap).expect("zeroes");
+    assert!(contents(&image) == model);
+    image.flush().expect("flushes");
+    assert!(contents(&open_bytes(&file.contents()).expect("opens")) == model);
+    grow(&image, 3 * BLOCK).expect("grows");
+    model.resize(6 << 20, 0);
+    assert!(contents(&open_bytes(&file.contents()).expect("opens")) == model);
+}
+
+#[test]
+fn a_crash_never_exposes_what_a_clear_bit_hides() {
+    let (bytes, model) = with_clear_bits();
+    let journal: Arc<Journal> = Arc::default();
+    let image = open(Arc::new(RecordingDevice::new(bytes.clone(), 0, &journal))).expect("opens");
+    image
+        .write_at(&[3; 1000], BLOCK + 50 * 512 + 100)
+        .expect("writes");
+    image.write_at(&[3; 4096], BLOCK + 1000 * 512).expect("writes");
+    image.flush().expect("flushes");
+    let flushed = journal.len();
+    let end = contents(&image);
+    let mut kept = 0;
+    journal.crashes(&[bytes], 4, 0x5eed, |crash| {
+        let found = contents(&open_bytes(&crash.files[0]).expect("opens"));
+        for at in (0..found.len()).step_by(512) {
+            let (found, before, after) = (&found[at..at + 512], &model[at..at + 512], &end[at..at + 512]);
+            let is_new = found == after;
+            assert!(is_new || found == before, "{} at {at:#x}", crash.position);
+            assert!(
+                is_new || crash.position < flushed,
+                "{} at {at:#x}",
+                crash.position
+            );
+            kept += usize::from(is_new && before != after);
+        }
+    });
+    assert!(kept > 0);
 }

@@ -18,18 +18,34 @@ impl VpcLayer {
     pub(super) fn plan(&self, range: ByteRange) -> Result<Box<dyn WritePlan + '_>> {
         let cover = range.align_out(self.granularity());
         let plan = AllocatingPlan::new(self, cover, |state, plan| {
-            let Some(blocks) = &mut state.blocks else {
+            let State { footer, blocks, .. } = state;
+            let Some(blocks) = blocks else {
                 return Ok(());
             };
+            blocks.restore_copy(footer, &*self.file)?;
             let (unit, bitmap) = (blocks.header.block(), blocks.header.bitmap());
             for block in range.units(unit) {
                 let whole = ByteRange::at(block * unit, unit);
-                let guest = whole.intersect(range);
+                let mut guest = whole.intersect(range);
                 let host = match blocks.host_to_change(block, &self.budget)? {
-                    Some(host) => host,
+                    Some(host) => {
+                        let written = blocks.to_be_written(host, whole, guest)?;
+                        if written.has_clear_bits {
+                            // Requests in flight on this block write sectors that were written before.
+                            guest = written.guest;
+                            plan.add_change(
+                                whole,
+                                Change::Sectors {
+                                    host,
+                                    sectors: written.sectors,
+                                },
+                            );
+                        }
+                        host
+                    }
                     None => {
                         let offset = blocks.allocate()?;
-                        plan.add_change(whole, (block, offset));
+                        plan.add_change(whole, Change::Block { block, offset });
                         let data = ByteRange::at(offset + bitmap, unit);
                         let data = data.intersect(ByteRange::new(0, self.file.len()));
                         if !data.is_empty() {
@@ -70,7 +86,44 @@ impl VpcLayer {
     }
 }
 
+/// What a write to a block that has storage does to its bitmap.
+struct ToBeWritten {
+    /// Whether some of the sectors were never written: their bits are to be set.
+    has_clear_bits: bool,
+    /// The sectors of the block that the write touches.
+    sectors: ByteRange,
+    /// The guest range of the write, extended to whole sectors at an end whose sector was never written: the rest of
+    /// such a sector is filled by the caller, as the block may have anything there.
+    guest: ByteRange,
+}
+
 impl Blocks {
+    /// The changes of the bitmap of the block that stores `whole`, with its data at `host`, for a write of `guest`.
+    fn to_be_written(&mut self, host: u64, whole: ByteRange, guest: ByteRange) -> Result<ToBeWritten> {
+        let bitmap = self.bitmap_of(host);
+        let start = whole.start();
+        let aligned = ByteRange::new(guest.start() - start, guest.end() - start).align_out(SECTOR);
+        let sectors = ByteRange::new(aligned.start() / SECTOR, aligned.end() / SECTOR);
+        let mut written = ToBeWritten {
+            has_clear_bits: !self.bitmaps.all_set(bitmap, sectors)?,
+            sectors,
+            guest,
+        };
+        if written.has_clear_bits {
+            let mut is_clear = |sector| self.bitmaps.run(bitmap, sector, 1).map(|(is_set, _)| !is_set);
+            let first = match is_clear(sectors.start())? {
+                true => start + aligned.start(),
+                false => guest.start(),
+            };
+            let end = match is_clear(sectors.end() - 1)? {
+                true => start + aligned.end(),
+                false => guest.end(),
+            };
+            written.guest = ByteRange::new(first, end);
+        }
+        Ok(written)
+    }
+
     /// The byte offset of the data of block `block`, which may be written to.
     ///
     /// # Errors
@@ -140,10 +193,18 @@ impl Blocks {
     }
 }
 
+/// A change of the tables by a write.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Change {
+    /// Block `block` of the disk was allocated at `offset`.
+    Block { block: u64, offset: u64 },
+    /// `sectors` of the block whose data is at `host` were written, not all of them for the first time.
+    Sectors { host: u64, sectors: ByteRange },
+}
+
 impl Allocator for VpcLayer {
     type State = State;
-    /// A block of the disk, and the offset allocated for it.
-    type Change = (u64, u64);
+    type Change = Change;
     const ACCESS: Access = Access::Shared;
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -155,9 +216,13 @@ impl Allocator for VpcLayer {
     }
 
     fn publish(&self, state: &mut State, changes: &mut Vec<Self::Change>) -> Result<()> {
-        publish_each(changes, |(block, offset)| match &mut state.blocks {
-            Some(blocks) => blocks.set_block(block, offset, &*self.file),
-            None => Ok(()),
+        publish_each(changes, |change| match (&mut state.blocks, change) {
+            (Some(blocks), Change::Block { block, offset }) => blocks.set_block(block, offset, &*self.file),
+            (Some(blocks), Change::Sectors { host, sectors }) => {
+                let bitmap = blocks.bitmap_of(host);
+                blocks.bitmaps.set(bitmap, sectors)
+            }
+            (None, _) => Ok(()),
         })
     }
 
@@ -170,7 +235,11 @@ impl Allocator for VpcLayer {
 
     fn free(&self, state: &mut State, changes: Vec<Self::Change>) {
         if let Some(blocks) = &mut state.blocks {
-            blocks.free.extend(changes.into_iter().map(|(_, offset)| offset));
+            let allocated = changes.into_iter().filter_map(|change| match change {
+                Change::Block { offset, .. } => Some(offset),
+                Change::Sectors { .. } => None,
+            });
+            blocks.free.extend(allocated);
         }
     }
 }

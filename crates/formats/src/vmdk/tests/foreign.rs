@@ -501,6 +501,8 @@ fn descriptors_of_other_editors_are_recognised_and_read() {
     let known = |bytes: &[u8]| {
         Vmdk.probe(&Probe {
             head: bytes,
+            tail: &[],
+            len: bytes.len() as u64,
             name: "x",
         })
     };

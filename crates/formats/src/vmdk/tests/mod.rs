@@ -681,7 +681,12 @@ fn what_is_made_is_recognised() {
         files.create(options, 1 << 20).expect("creates");
         let head = files.file("disk.vmdk").contents();
         let head = &head[..head.len().min(2048)];
-        let score = Vmdk.probe(&diskimage_core::Probe { head, name: "x" });
+        let score = Vmdk.probe(&diskimage_core::Probe {
+            head,
+            tail: &[],
+            len: 2048,
+            name: "x",
+        });
         assert_eq!(score, 100, "{options}");
     }
 }
