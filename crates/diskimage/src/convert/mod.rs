@@ -23,11 +23,13 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
 
-use diskimage_core::{Device, Encoder, Error, Image, Progress, Result, align_up, errno};
+use diskimage_core::{ByteRange, Device, Encoder, Error, Image, Progress, Result, align_up, errno};
 
 use crate::cursor::Cursor;
 use crate::files::{files_of, files_of_chain};
+use crate::steps::{Origin, Part, STEP, Steps};
 use rate::RateLimit;
+use runs::CopyKind;
 use source::Sources;
 use worker::Worker;
 
@@ -64,6 +66,9 @@ pub struct Conversion<'a> {
     pub on_lost: Option<OnLost<'a>>,
     /// Receives the number of bytes done and the total.
     pub progress: Progress<'a>,
+    /// Whether progress counts the data of the sources only, in the steps of `qemu-img`. Their status is then queried
+    /// before anything is copied.
+    pub data_steps: bool,
 }
 
 /// Takes the error of an unreadable sector; its message has the guest offset.
@@ -106,6 +111,7 @@ impl<'a> Conversion<'a> {
             target_is_zero: target.layer().is_zero_when_new(),
             on_lost: None,
             progress: Progress::none(),
+            data_steps: false,
         }
     }
 
@@ -130,7 +136,7 @@ impl<'a> Conversion<'a> {
         if self.salvage {
             job.sources.report_unreadable_status()?;
         }
-        self.progress.set(0, job.sources.len());
+        job.begin_progress();
         let segments = job.sources.len().div_ceil(job.segment);
         let workers = usize::try_from(segments)
             .unwrap_or(usize::MAX)
@@ -145,7 +151,7 @@ impl<'a> Conversion<'a> {
         if let Some(error) = job.cursor.finish() {
             return Err(error);
         }
-        self.progress.set(job.sources.len(), job.sources.len());
+        job.end_progress();
         Ok(job.copied.into_inner())
     }
 
@@ -264,6 +270,8 @@ struct CopyJob<'a> {
     /// spin on the inode's lock.
     writing: Option<Mutex<()>>,
     done: AtomicU64,
+    /// With [`Conversion::data_steps`].
+    steps: Option<Steps<'a>>,
     /// How many of the bytes done were data.
     copied: AtomicU64,
 }
@@ -280,8 +288,13 @@ impl<'a> CopyJob<'a> {
         if segment > MAX_SPARSE {
             return Err(Error::unsupported("Clusters of this size cannot be compressed"));
         }
+        let steps = match conversion.data_steps {
+            true => Some(data_steps(conversion, &sources)?),
+            false => None,
+        };
         Ok(Self {
             conversion,
+            steps,
             cursor: Cursor::new(sources.len(), segment),
             sources,
             segment,
@@ -299,10 +312,65 @@ impl<'a> CopyJob<'a> {
         self.conversion.compress || !(plain || self.conversion.out_of_order)
     }
 
-    fn add_progress(&self, bytes: u64) {
+    fn begin_progress(&self) {
+        if self.steps.is_none() {
+            self.conversion.progress.set(0, self.sources.len());
+        }
+    }
+
+    /// Segment `number` with `bytes` is done; `parts` are its data, for the steps.
+    fn add_progress(&self, number: u64, bytes: u64, parts: Vec<Part>) {
+        if let Some(steps) = &self.steps {
+            return steps.segment(number, parts);
+        }
         let done = self.done.fetch_add(bytes, Ordering::Relaxed) + bytes;
         self.conversion.progress.set(done, self.sources.len());
     }
+
+    fn end_progress(&self) {
+        match &self.steps {
+            Some(steps) => steps.finish(),
+            None => self
+                .conversion
+                .progress
+                .set(self.sources.len(), self.sources.len()),
+        }
+    }
+}
+
+/// The steps in which qemu-img copies the data of `sources`: compressing, cluster by cluster.
+fn data_steps<'a>(conversion: &Conversion<'a>, sources: &Sources<'_>) -> Result<Steps<'a>> {
+    let (unit, longest) = match conversion.target.layer().granularity() {
+        cluster if conversion.compress => (cluster, cluster),
+        _ => (1, STEP),
+    };
+    let total = Arc::new(AtomicU64::new(0));
+    let counted = Arc::clone(&total);
+    let count = Steps::new(unit, move |step| {
+        counted.fetch_add(step.len(), Ordering::Relaxed);
+    });
+    let mut rest = ByteRange::new(0, sources.len());
+    let mut number = 0;
+    while !rest.is_empty() {
+        let status = sources.status(rest)?;
+        let part = Part {
+            range: rest.first(status.len),
+            origins: [status.origin, Origin::default()],
+            longest,
+        };
+        rest = rest.skip(status.len);
+        if status.kind == CopyKind::Data {
+            count.segment(number, vec![part]);
+            number += 1;
+        }
+    }
+    count.finish();
+    let total = total.load(Ordering::Relaxed);
+    let (progress, done) = (conversion.progress, AtomicU64::new(0));
+    Ok(Steps::new(unit, move |step| {
+        let done = done.fetch_add(step.len(), Ordering::Relaxed) + step.len();
+        progress.set(done, total);
+    }))
 }
 
 #[cfg(test)]
