@@ -45,6 +45,11 @@ pub struct Conversion<'a> {
     pub compress: bool,
     /// Whether clusters of the target may be allocated in any order.
     pub out_of_order: bool,
+    /// Whether segments are written in guest order to every target. After an error everything before the first segment
+    /// that failed is written, and nothing of it or after it.
+    pub in_order: bool,
+    /// Receives the guest offset of the first segment that failed.
+    pub failed_at: Option<&'a AtomicU64>,
     /// The largest number of threads; without it, one per processor and one more.
     pub parallel: Option<NonZeroU32>,
     /// The limit of bytes written per second.
@@ -84,7 +89,7 @@ pub const MAX_SPARSE: u64 = 16 << 20;
 const SECTOR: u64 = 512;
 
 /// The length of a segment in bytes. The clusters of one segment are allocated at once.
-const SEGMENT: u64 = 2 << 20;
+pub(crate) const SEGMENT: u64 = 2 << 20;
 
 /// The length of a segment when compressing: shorter, since compressing a segment takes much longer than claiming it.
 const COMPRESS_SEGMENT: u64 = 256 << 10;
@@ -101,6 +106,8 @@ impl<'a> Conversion<'a> {
             sparse: DEFAULT_SPARSE,
             compress: false,
             out_of_order: false,
+            in_order: false,
+            failed_at: None,
             parallel: None,
             rate: None,
             copy_offload: false,
@@ -309,7 +316,7 @@ impl<'a> CopyJob<'a> {
     /// Whether clusters of the target are allocated in guest order.
     fn ordered(&self) -> bool {
         let plain = self.conversion.target.layer().granularity() == 1;
-        self.conversion.compress || !(plain || self.conversion.out_of_order)
+        self.conversion.compress || self.conversion.in_order || !(plain || self.conversion.out_of_order)
     }
 
     fn begin_progress(&self) {

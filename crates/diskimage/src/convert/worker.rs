@@ -96,7 +96,12 @@ impl<'a> Worker<'a> {
                         .add_progress(segment.number, end - segment.range.start(), parts);
                 }
                 Err(End::Stopped) => return,
-                Err(End::Failed(error)) => return self.job.cursor.fail(segment.number, error),
+                Err(End::Failed(error)) => {
+                    if let Some(failed_at) = self.job.conversion.failed_at {
+                        failed_at.fetch_min(segment.range.start(), Ordering::Relaxed);
+                    }
+                    return self.job.cursor.fail(segment.number, error);
+                }
             }
         }
     }

@@ -18,7 +18,7 @@ use std::sync::Arc;
 use diskimage_core::json::Value;
 use diskimage_core::{
     Device, Error, ErrorKind, Filtered, Format, Gate, Image, Layer, Node, NodeOptions, Note, OpenRequest,
-    Permissions, Progress, Reference, Result, ResultExt, Role, ZeroDetection,
+    Permissions, Progress, Reference, Result, ResultExt, Role, ZeroDetection, errno,
 };
 use diskimage_formats::{bare_layer, format_by_name};
 use diskimage_protocols::{
@@ -79,6 +79,9 @@ pub(crate) struct Opener<'a> {
 /// The largest number of nodes on top of each other. A limit of this program: opening recurses, and each level takes
 /// stack.
 const MAX_NESTING: u32 = 32;
+
+/// The largest disk in bytes; a limit of qemu-img.
+const MAX_LEN: u64 = (1 << 63) - (1 << 30);
 
 /// An image of a chain whose backing image has not been opened yet.
 pub(crate) struct Link {
@@ -224,6 +227,9 @@ impl<'a> Opener<'a> {
             gate: &*self.gate,
             budget: self.options.budget.clone(),
         })?;
+        if layer.len() > MAX_LEN {
+            return Err(Error::from_errno(errno::EFBIG).context("Could not refresh total sector count"));
+        }
         layer.notes().iter().for_each(|note| self.options.tell(note));
         if let Some(name) = node.first_unused() {
             return Err(unknown_option(format.name(), name));

@@ -208,7 +208,9 @@ impl Qed {
             before_first_change: AtomicBool::new(unchecked),
             header: Mutex::new(header),
         };
-        let len = AtomicU64::new(entries.header().image_size);
+        let size = entries.header().image_size;
+        // As in qemu-img, whose sizes are signed: a disk of 2^63 bytes has none.
+        let len = AtomicU64::new(if i64::try_from(size).is_ok() { size } else { 0 });
         let reserved = entries.header().reserved();
         let layer = Self {
             tree: TwoLevelMap::new(file, shape, entries, reserved, &request.budget),
@@ -275,7 +277,8 @@ impl Layer for Qed {
         if !self.geometry.fits(request.len) {
             return Err(Error::invalid("Invalid image size specified"));
         }
-        if request.len < self.len() {
+        // The size in the header may be larger than that of the disk.
+        if request.len < self.header().image_size {
             return Err(Error::unsupported("Shrinking images is currently not supported"));
         }
         Ok(())
