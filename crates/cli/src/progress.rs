@@ -26,10 +26,47 @@ pub struct Progress<'a> {
 enum Display {
     /// Nothing is shown until SIGUSR1 requests a line.
     Silent,
-    /// Percentages; holds the one shown last.
-    Lines(Mutex<Option<f64>>),
+    /// Percentages.
+    Lines(Mutex<Shown>),
     /// A bar on a terminal.
     Bar(ProgressBar),
+}
+
+/// What percentages have been shown. qemu-img adds up single precision numbers, and its rounding decides which of
+/// them are shown.
+#[derive(Debug)]
+struct Shown {
+    /// The percentage shown last.
+    last: Option<f32>,
+    /// The percentage now.
+    current: f32,
+    /// How much was done at the last report.
+    done: u64,
+    /// A percentage is shown if it is larger than the last one by more than this.
+    skip: f32,
+    /// Whether qemu-img adds up the reports of this command, or computes each percentage anew.
+    adds: bool,
+}
+
+impl Shown {
+    /// The percentage of a report, if it is shown.
+    fn report(&mut self, done: u64, total: u64) -> Option<f32> {
+        self.current = if self.adds && self.last.is_some() {
+            let step = done.saturating_sub(self.done) as f32 / total as f32 * 100.0;
+            (self.current + step).min(100.0)
+        } else {
+            percent(done, total) as f32
+        };
+        self.done = done;
+        let is_shown = match self.last {
+            None => true,
+            Some(last) => self.current > last + self.skip || self.current >= 100.0,
+        };
+        is_shown.then(|| {
+            self.last = Some(self.current);
+            self.current
+        })
+    }
 }
 
 impl<'a> Progress<'a> {
@@ -38,9 +75,36 @@ impl<'a> Progress<'a> {
         let display = match (enabled, std::io::stdout().is_terminal()) {
             (false, _) => Display::Silent,
             (true, true) => Display::Bar(bar()),
-            (true, false) => Display::Lines(Mutex::new(None)),
+            (true, false) => Display::Lines(Mutex::new(Shown {
+                last: None,
+                current: 0.0,
+                done: 0,
+                skip: 1.0,
+                adds: false,
+            })),
         };
         Self::with_display(display, signals::progress_requested(), console)
+    }
+
+    /// Shows a further percentage after two percent, and adds up the reports, as `qemu-img compare` and `rebase` do.
+    pub fn adding_up(self) -> Self {
+        if let Display::Lines(shown) = &self.display {
+            let mut shown = lock(shown);
+            (shown.skip, shown.adds) = (2.0, true);
+        }
+        self
+    }
+
+    /// Shows 0 %.
+    pub fn begin(&self) {
+        if let Display::Lines(_) = &self.display {
+            self.set(0, 1);
+        }
+    }
+
+    /// Whether each step of qemu-img has to be reported.
+    pub fn shows_steps(&self) -> bool {
+        matches!(self.display, Display::Lines(_))
     }
 
     fn with_display(display: Display, requested: &'static AtomicBool, console: &'a Console) -> Self {
@@ -53,17 +117,15 @@ impl<'a> Progress<'a> {
 
     /// Reports that `done` of `total` is done. May be called from any thread.
     pub fn set(&self, done: u64, total: u64) {
-        let percent = percent(done, total);
         match &self.display {
             Display::Silent => {
                 if self.requested.swap(false, Ordering::Relaxed) {
+                    let percent = percent(done, total);
                     self.console.print_error(&format!("    ({percent:.2}/100%)\n"));
                 }
             }
             Display::Lines(shown) => {
-                let mut shown = lock(shown);
-                if is_worth_showing(*shown, percent) {
-                    *shown = Some(percent);
+                if let Some(percent) = lock(shown).report(done, total) {
                     self.console.print(&line(percent));
                     self.console.flush();
                 }
@@ -78,7 +140,7 @@ impl<'a> Progress<'a> {
     /// Shows the next report even if it is not a further percent.
     pub fn restart(&self) {
         if let Display::Lines(shown) = &self.display {
-            *lock(shown) = None;
+            lock(shown).last = None;
         }
     }
 
@@ -87,7 +149,7 @@ impl<'a> Progress<'a> {
         match &self.display {
             Display::Silent => (),
             Display::Lines(shown) => {
-                *lock(shown) = Some(100.0);
+                lock(shown).last = Some(100.0);
                 self.console.print(&line(100.0));
                 self.console.flush();
             }
@@ -136,15 +198,7 @@ fn percent(done: u64, total: u64) -> f64 {
     }
 }
 
-/// Whether `percent` is the first report, a further percent or the end.
-fn is_worth_showing(shown: Option<f64>, percent: f64) -> bool {
-    match shown {
-        None => true,
-        Some(shown) => percent >= shown + 1.0 || (percent >= 100.0 && shown < 100.0),
-    }
-}
-
-fn line(percent: f64) -> String {
+fn line(percent: f32) -> String {
     format!("    ({percent:.2}/100%)\r")
 }
 
@@ -158,20 +212,41 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_start_each_percent_and_the_end_are_shown() {
-        let mut shown = None;
+    fn the_start_more_than_a_percent_and_the_end_are_shown() {
+        let mut shown = shown();
         let mut text = String::new();
-        for done in [0, 0, 5, 9, 10, 995, 999, 1000, 1000] {
-            let percent = percent(done, 1000);
-            if is_worth_showing(shown, percent) {
-                shown = Some(percent);
+        for done in [0, 0, 5, 9, 10, 11, 995, 999, 1000, 1000] {
+            if let Some(percent) = shown.report(done, 1000) {
                 text.push_str(&line(percent));
             }
         }
         assert_eq!(
             text,
-            "    (0.00/100%)\r    (1.00/100%)\r    (99.50/100%)\r    (100.00/100%)\r"
+            "    (0.00/100%)\r    (1.10/100%)\r    (99.50/100%)\r    (100.00/100%)\r    (100.00/100%)\r"
         );
+    }
+
+    fn shown() -> Shown {
+        Shown {
+            last: None,
+            current: 0.0,
+            done: 0,
+            skip: 1.0,
+            adds: false,
+        }
+    }
+
+    #[test]
+    fn sums_have_the_rounding_of_qemu_img() {
+        let mut shown = Shown {
+            skip: 2.0,
+            adds: true,
+            ..shown()
+        };
+        let found: Vec<_> = (0..=150).filter_map(|done| shown.report(done, 150)).collect();
+        let found: Vec<_> = found.iter().map(|percent| format!("{percent:.2}")).collect();
+        assert_eq!(found[..6], ["0.00", "2.67", "5.33", "8.00", "10.00", "12.00"]);
+        assert_eq!(found.last().map(String::as_str), Some("100.00"));
     }
 
     #[test]
@@ -183,7 +258,10 @@ mod tests {
     fn progress_can_be_reported_from_threads() {
         let console = Console::new("test".as_ref());
         static REQUESTED: AtomicBool = AtomicBool::new(false);
-        let display = Display::Lines(Mutex::new(Some(100.0)));
+        let display = Display::Lines(Mutex::new(Shown {
+            last: Some(100.0),
+            ..shown()
+        }));
         let progress = Progress::with_display(display, &REQUESTED, &console);
         std::thread::scope(|scope| {
             for _ in 0..2 {

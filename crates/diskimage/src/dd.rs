@@ -6,11 +6,12 @@
 //! ```
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 
-use diskimage_core::{Device, Image, Result};
+use diskimage_core::{AlignedBuf, ByteRange, Device, Image, Result, ResultExt, to_index};
 use diskimage_formats::window_layer;
 
-use crate::convert::Conversion;
+use crate::convert::{Conversion, SEGMENT};
 
 /// A part of a disk, counted in blocks as by `dd`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,20 +40,60 @@ impl Blocks {
 }
 
 /// Copies `len` bytes at `start` of `source` to the start of `target`, zeroes as data. The size of requests does not
-/// depend on the size of blocks.
+/// depend on the size of blocks, but after an error all blocks before the one that failed are in the target.
 ///
 /// # Errors
 /// The target is too small, or a request fails: the first failure in guest order.
-pub fn dd(source: &Arc<Image>, (start, len): (u64, u64), target: &Image) -> Result<()> {
+pub fn dd(source: &Arc<Image>, (start, len): (u64, u64), block: u64, target: &Image) -> Result<()> {
     let device: Arc<dyn Device> = Arc::<Image>::clone(source);
     let part = Image::new(window_layer(device, start, len), None, source.name(), false);
     let sources = [Arc::new(part)];
+    let failed_at = AtomicU64::new(u64::MAX);
     let conversion = Conversion {
         sparse: 0,
+        in_order: true,
+        failed_at: Some(&failed_at),
         ..Conversion::new(&sources, target)
     };
-    conversion.run()?;
+    if let Err(error) = conversion.run() {
+        let at = failed_at.into_inner();
+        copy_blocks(&sources[0], at - at % block, block, target)?;
+        return Err(error);
+    }
     target.flush()
+}
+
+/// Copies blocks from `at` on, each as a whole or not at all, until one fails or the segment that has failed is done.
+fn copy_blocks(part: &Image, at: u64, block: u64, target: &Image) -> Result<()> {
+    const PIECE: u64 = 1 << 20;
+    let mut buf = AlignedBuf::new(to_index(block.min(PIECE))?);
+    let end = at.saturating_add(SEGMENT + block).min(part.len());
+    let mut rest = ByteRange::new(at.min(end), end);
+    let mut copy = |range: ByteRange, write: bool| -> Result<()> {
+        let mut rest = range;
+        while !rest.is_empty() {
+            let piece = rest.first(PIECE);
+            rest = rest.skip(piece.len());
+            let buf = &mut buf[..to_index(piece.len())?];
+            part.read_at(buf, piece.start())
+                .context(|| "error while reading from input image file")?;
+            if write {
+                target
+                    .write_at(buf, piece.start())
+                    .context(|| "error while writing to output image file")?;
+            }
+        }
+        Ok(())
+    };
+    while !rest.is_empty() {
+        let one = rest.first(block);
+        rest = rest.skip(one.len());
+        if block > PIECE {
+            copy(one, false)?;
+        }
+        copy(one, true)?;
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -78,7 +119,7 @@ mod tests {
         let source = raw(bytes.clone());
         for (start, len) in [(0, 100_000), (7, 5000), (99_999, 1), (500, 0)] {
             let target = image_on("qcow2", "", 100 << 10, None);
-            dd(&source, (start, len), &target).expect("copies");
+            dd(&source, (start, len), 512, &target).expect("copies");
             let from = usize::try_from(start).expect("small");
             let expected = &bytes[from..from + usize::try_from(len).expect("small")];
             assert!(contents(&target).starts_with(expected), "{start} {len}");

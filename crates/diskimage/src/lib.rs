@@ -76,6 +76,7 @@ mod probe;
 mod rebase;
 mod resize;
 mod snapshot;
+mod steps;
 #[cfg(test)]
 mod testing;
 

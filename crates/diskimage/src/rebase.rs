@@ -15,15 +15,16 @@ use std::thread;
 
 use diskimage_core::errno;
 use diskimage_core::{
-    AlignedBuf, Backing, ByteRange, Device, Encoder, Error, Image, Progress, Result, ResultExt, RunKind,
-    StatusDetail, ZeroMode, align_down, is_zero, saturating_index, to_index,
+    AlignedBuf, Backing, ByteRange, Device, Encoder, Error, ExtentKind, Image, Progress, Result, ResultExt,
+    RunKind, StatusDetail, ZeroMode, align_down, is_zero, saturating_index, to_index,
 };
 use diskimage_formats::format_by_name;
 
 use crate::cursor::{Cursor, End, Segment};
-use crate::files::{files_below, files_of, files_of_chain};
+use crate::files::{files_below, files_of, files_of_chain, share_a_file};
 use crate::graph::full_backing_name;
 use crate::open_options::OpenOptions;
+use crate::steps::{Origin, Part, STEP, Steps};
 
 /// A change of the backing image that keeps the guest data.
 #[derive(Debug)]
@@ -36,6 +37,8 @@ pub struct Rebase<'a> {
     pub compress: bool,
     /// Receives the number of bytes done and the total.
     pub progress: Progress<'a>,
+    /// Whether progress counts the pieces that the image has not allocated, in the steps of `qemu-img`.
+    pub steps: bool,
 }
 
 /// The length of a segment in bytes.
@@ -54,7 +57,10 @@ impl Rebase<'_> {
     pub fn run(&self) -> Result<()> {
         self.refuse_loop()?;
         let len = self.image.len();
-        self.progress.set(0, len);
+        let steps = self.steps.then(|| self.count_steps());
+        if steps.is_none() {
+            self.progress.set(0, len);
+        }
         let cluster = self.image.layer().granularity();
         let segment = SEGMENT.max(cluster);
         let buffer = to_index(segment)?;
@@ -66,16 +72,71 @@ impl Rebase<'_> {
         let encoders = (0..workers).map(|_| self.encoder()).collect::<Result<Vec<_>>>()?;
         thread::scope(|scope| {
             for encoder in encoders {
-                let (cursor, done) = (&cursor, &done);
-                scope.spawn(move || self.work(cursor, done, buffer, encoder));
+                let (cursor, done, steps) = (&cursor, &done, steps.as_ref());
+                scope.spawn(move || self.work(cursor, done, steps, buffer, encoder));
             }
         });
         if let Some(error) = cursor.finish() {
             return Err(error);
         }
         self.image.flush()?;
-        self.progress.set(len, len);
+        match &steps {
+            Some(steps) => steps.finish(),
+            None => self.progress.set(len, len),
+        }
         Ok(())
+    }
+
+    fn count_steps(&self) -> Steps<'_> {
+        let len = self.image.len();
+        // As in qemu-img, rounded down: the last steps may be beyond 100 %.
+        let total = len / len.clamp(1, STEP);
+        let done = AtomicU64::new(0);
+        Steps::new(1, move |_| {
+            let done = done.fetch_add(1, Ordering::Relaxed) + 1;
+            self.progress.set(done, total);
+        })
+    }
+
+    /// The depth in the old chain of the image that the new chain begins with.
+    fn shared_depth(&self) -> Option<u32> {
+        let new = self.new?;
+        let chain = std::iter::successors(self.image.backing(), |image| image.backing());
+        chain
+            .zip(0..)
+            .find(|(image, _)| share_a_file(image, new))
+            .map(|(_, depth)| depth)
+    }
+
+    /// The parts of `range` that qemu-img compares: those that the image has not allocated, and of which the images above
+    /// a chain that stays have allocated something.
+    fn compared_parts(&self, range: ByteRange) -> Result<Vec<Part>> {
+        let shared = self.shared_depth();
+        let mut parts = Vec::new();
+        let mut rest = range;
+        while !rest.is_empty() {
+            let run = self.image.layer().map(rest)?;
+            let mut part = rest.first(run.len);
+            let mut is_compared = matches!(run.kind, RunKind::Unallocated { .. });
+            if let (true, Some(shared), Some(old)) = (is_compared, shared, self.image.backing()) {
+                let within = part.intersect(ByteRange::new(0, old.len()));
+                is_compared = false;
+                if !within.is_empty() {
+                    let extent = old.status(within, StatusDetail::Allocation)?;
+                    part = part.first(extent.len);
+                    is_compared = extent.depth < shared && extent.kind != ExtentKind::Unallocated;
+                }
+            }
+            rest = rest.skip(part.len());
+            if is_compared {
+                parts.push(Part {
+                    range: part,
+                    origins: [Origin::default(); 2],
+                    longest: STEP,
+                });
+            }
+        }
+        Ok(parts)
     }
 
     fn refuse_loop(&self) -> Result<()> {
@@ -104,6 +165,7 @@ impl Rebase<'_> {
         &self,
         cursor: &Cursor<Error>,
         done: &AtomicU64,
+        steps: Option<&Steps<'_>>,
         buffer: usize,
         encoder: Option<Box<dyn Encoder>>,
     ) {
@@ -112,12 +174,17 @@ impl Rebase<'_> {
             old: AlignedBuf::new(buffer),
             new: AlignedBuf::new(buffer),
             writes: Vec::new(),
+            parts: Vec::new(),
             encoder,
             encoded: Vec::new(),
         };
         while let Some(segment) = cursor.claim() {
             match worker.segment(cursor, segment) {
                 Ok(end) => {
+                    if let Some(steps) = steps {
+                        steps.segment(segment.number, std::mem::take(&mut worker.parts));
+                        continue;
+                    }
                     let bytes = end - segment.range.start();
                     let done = done.fetch_add(bytes, Ordering::Relaxed) + bytes;
                     self.progress.set(done, self.image.len());
@@ -189,6 +256,8 @@ struct Worker<'a> {
     new: AlignedBuf,
     /// The ranges to write.
     writes: Vec<UnitWrite>,
+    /// The parts of the segment that count as steps.
+    parts: Vec<Part>,
     encoder: Option<Box<dyn Encoder>>,
     encoded: Vec<u8>,
 }
@@ -224,6 +293,10 @@ impl Worker<'_> {
                 break;
             }
             end = longer;
+        }
+        if self.rebase.steps {
+            let all = ByteRange::new(segment.range.start(), end);
+            self.parts = self.rebase.compared_parts(all)?;
         }
         if self.writes.is_empty() {
             cursor.pass(segment.number)?;
@@ -411,6 +484,7 @@ mod tests {
             new,
             compress,
             progress: Progress::none(),
+            steps: false,
         }
         .run()
         .expect("rebases");

@@ -165,15 +165,15 @@ impl Args {
                 _ => unreachable!("every option of the table is listed"),
             }
         }
-        let mut operands = words.operands().into_iter();
-        let (Some(image), Some(bitmap), None) = (operands.next(), operands.next(), operands.next()) else {
-            return Err(Stop::wrong("Expecting filename and bitmap name"));
-        };
         if actions.is_empty() {
             return Err(Stop::wrong(
                 "Need at least one of --add, --remove, --clear, --enable, --disable, or --merge",
             ));
         }
+        let mut operands = words.operands().into_iter();
+        let (Some(image), Some(bitmap), None) = (operands.next(), operands.next(), operands.next()) else {
+            return Err(Stop::wrong("Expecting filename and bitmap name"));
+        };
         if granularity.is_some() && !actions.contains(&Action::Add) {
             return Err(Stop::wrong("granularity only supported with --add"));
         }

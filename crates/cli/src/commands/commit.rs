@@ -137,16 +137,25 @@ impl Args {
 /// The command line is wrong, an image cannot be opened, or reading or writing fails.
 pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     let args = Args::parse(words)?;
-    let progress = crate::progress::Progress::new(args.progress, console);
     let options = || {
         OpenOptions::new()
             .objects(Arc::clone(&args.objects))
             .cache(args.cache)
     };
-    let depth = match &args.base {
+    let first = match &args.base {
+        Some(_) => Some(open_source(&args.image, options().write(true), console)?),
+        None => None,
+    };
+    let started = || {
+        let progress = crate::progress::Progress::new(args.progress, console);
+        progress.begin();
+        progress
+    };
+    let mut progress = None;
+    let depth = match args.base.as_ref().zip(first) {
         None => 1,
-        Some(base) => {
-            let image = open_source(&args.image, options().write(true), console)?;
+        Some((base, image)) => {
+            progress = Some(started());
             depth_of(&image, base).ok_or_else(|| {
                 let shown = args.image.name.shown();
                 Stop::wrong(format!(
@@ -159,6 +168,7 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     };
     let writing = options().write(true).resize(true).write_below(depth);
     let image = open_source(&args.image, writing, console)?;
+    let progress = progress.unwrap_or_else(started);
     let report = |done, total| progress.set(done, total);
     let commit = Commit {
         top: &image,
@@ -183,6 +193,7 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
         image.flush()?;
     }
     progress.complete();
+    drop(progress);
     if !args.quiet {
         console.print("Image committed.\n");
     }

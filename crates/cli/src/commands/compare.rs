@@ -1,8 +1,9 @@
 //! `compare`: compares the guest data of two images.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use diskimage::{CacheMode, CompareError, Comparison, Difference, Objects, OpenOptions, Verdict};
+use diskimage::{CacheMode, CompareError, Comparison, Device, Difference, Objects, OpenOptions, Verdict};
 
 use crate::objects::define;
 use crate::out::Console;
@@ -147,7 +148,7 @@ fn as_error(stop: Stop) -> Stop {
 /// The command line is wrong, or an image cannot be opened or read.
 pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     let args = Args::parse(words)?;
-    let progress = crate::progress::Progress::new(args.progress, console);
+    let progress = crate::progress::Progress::new(args.progress, console).adding_up();
     let open = |source| {
         let options = OpenOptions::new()
             .objects(Arc::clone(&args.objects))
@@ -156,21 +157,36 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
         open_source(source, options, console).map_err(as_error)
     };
     let (first, second) = (open(&args.first)?, open(&args.second)?);
-    let report = |done, total| progress.set(done, total);
+    progress.begin();
+    let common = first.len().min(second.len());
+    let is_warned = AtomicBool::new(false);
+    let warn = || {
+        if !args.quiet && !is_warned.swap(true, Ordering::Relaxed) {
+            progress.suspend(|| console.print(SIZES_DIFFER));
+        }
+    };
+    let report = |done, total| {
+        // As in qemu-img, the warning precedes the first step in the rest of the longer image.
+        if done > common && progress.shows_steps() {
+            warn();
+        }
+        progress.set(done, total);
+    };
     let comparison = Comparison {
         first: &first,
         second: &second,
         names: [&args.first.name.shown(), &args.second.name.shown()],
         strict: args.strict,
         progress: diskimage::Progress::new(&report),
+        steps: progress.shows_steps(),
     };
     let verdict = comparison.run().map_err(|error| {
         let (failure, status) = match error {
             CompareError::Status(failure) => (failure, 3),
             CompareError::Read(failure) => (failure, 4),
         };
-        if failure.in_rest && !args.quiet {
-            progress.suspend(|| console.print(SIZES_DIFFER));
+        if failure.in_rest {
+            warn();
         }
         if status == 4 {
             return Stop::from(failure.error).with_status(status);
@@ -182,6 +198,9 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
         }
         stop
     })?;
+    if verdict.sizes_differ {
+        warn();
+    }
     if !args.quiet {
         progress.suspend(|| console.print(&shown(&verdict)));
     }
@@ -192,12 +211,11 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
 const SIZES_DIFFER: &str = "Warning: Image size mismatch!\n";
 
 fn shown(verdict: &Verdict) -> String {
-    let warning = if verdict.sizes_differ { SIZES_DIFFER } else { "" };
     let outcome = match verdict.difference {
         None => "Images are identical.".to_owned(),
         Some(Difference::Content(offset)) => format!("Content mismatch at offset {offset}!"),
         Some(Difference::Status(offset)) => format!("Strict mode: Offset {offset} block status mismatch!"),
         Some(Difference::Size) => "Strict mode: Image size mismatch!".to_owned(),
     };
-    format!("{warning}{outcome}\n")
+    format!("{outcome}\n")
 }

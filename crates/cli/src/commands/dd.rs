@@ -119,7 +119,9 @@ impl Args {
         let (mut input, mut output) = (None, None);
         for word in words.operands() {
             let word = text(word);
-            let (name, value) = word.split_once('=').unwrap_or((&word, ""));
+            let Some((name, value)) = word.split_once('=') else {
+                return Err(Stop::wrong(format!("unrecognized operand {word}")));
+            };
             let number = OsStr::new(value);
             match name {
                 "bs" => blocks.size = size("bs", number, 1, LARGEST_BLOCK)?,
@@ -183,7 +185,7 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
         );
         console.error(&message);
     }
-    dd(&source, range, &target)?;
+    dd(&source, range, args.blocks.size, &target)?;
     Ok(0)
 }
 
@@ -216,6 +218,7 @@ mod tests {
         for (words, message) in [
             ("if=a", "Must specify both input and output files"),
             ("isize=1 if=a of=b", "unrecognized operand isize"),
+            ("bs if=a of=b", "unrecognized operand bs"),
             ("bs= if=a of=b", "Invalid bs specified: ''."),
             (
                 "bs=2G if=a of=b",

@@ -174,7 +174,8 @@ impl Args {
 /// The command line is wrong, an image cannot be opened, or reading or writing fails.
 pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     let args = Args::parse(words)?;
-    let progress = crate::progress::Progress::new(args.progress, console);
+    let progress = crate::progress::Progress::new(args.progress, console).adding_up();
+    progress.begin();
     let options = || OpenOptions::new().objects(Arc::clone(&args.objects));
     let image = open_source(
         &args.image,
@@ -210,6 +211,7 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
             new: new.as_ref(),
             compress: args.compress,
             progress: diskimage::Progress::new(&report),
+            steps: progress.shows_steps(),
         };
         rebase.run()?;
     }

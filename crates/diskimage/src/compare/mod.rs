@@ -13,11 +13,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 
 use diskimage_core::{
-    AlignedBuf, ByteRange, Device, Error, Image, Progress, ResultExt, StatusDetail, is_zero, saturating_index,
+    AlignedBuf, ByteRange, Device, Error, Extent, Image, Progress, ResultExt, StatusDetail, is_zero,
+    saturating_index,
 };
 
 use crate::cursor::{Cursor, Segment};
 use crate::map::MappedExtent;
+use crate::steps::{Origin, Part, STEP, Steps};
 
 /// Two images to compare.
 #[derive(Debug)]
@@ -32,6 +34,8 @@ pub struct Comparison<'a> {
     pub strict: bool,
     /// Receives the number of bytes done and the total.
     pub progress: Progress<'a>,
+    /// Whether progress is reported in guest order in the steps of `qemu-img`.
+    pub steps: bool,
 }
 
 /// The outcome of a comparison.
@@ -115,14 +119,22 @@ impl Comparison<'_> {
         let segment = if self.strict { len.max(1) } else { SEGMENT };
         let cursor = Cursor::new(len, segment);
         let done = AtomicU64::new(0);
-        self.progress.set(0, len);
+        let steps = self
+            .steps
+            .then(|| Steps::new(1, |step| self.progress.set(step.end(), len)));
+        if steps.is_none() {
+            self.progress.set(0, len);
+        }
         let processors = thread::available_parallelism().map_or(1, usize::from);
         let segments = saturating_index(len.div_ceil(segment));
         thread::scope(|scope| {
             for _ in 0..processors.min(segments).min(MAX_WORKERS) {
-                scope.spawn(|| self.work(&cursor, &done));
+                scope.spawn(|| self.work(&cursor, &done, steps.as_ref()));
             }
         });
+        if let Some(steps) = &steps {
+            steps.finish();
+        }
         match cursor.finish() {
             None => differ(None, first != second),
             Some(Found::Difference(difference)) => {
@@ -133,14 +145,26 @@ impl Comparison<'_> {
         }
     }
 
-    fn work(&self, cursor: &Cursor<Found>, done: &AtomicU64) {
+    fn work(&self, cursor: &Cursor<Found>, done: &AtomicU64, steps: Option<&Steps<'_>>) {
         let mut worker = Worker {
             comparison: self,
+            reach: [self.first, self.second].into_iter().map(reach).min(),
+            parts: Vec::new(),
             first: Side::new(self.first, self.names[0], self),
             second: Side::new(self.second, self.names[1], self),
         };
         while let Some(segment) = cursor.claim() {
-            match worker.compare(cursor, segment) {
+            let outcome = worker.compare(cursor, segment);
+            let parts = std::mem::take(&mut worker.parts);
+            if let Some(steps) = steps {
+                if outcome.is_err() {
+                    let last = parts.last().map(|part| part.range);
+                    steps.fail(last.map_or(segment.range.start(), ByteRange::start));
+                }
+                steps.segment(segment.number, parts);
+            }
+            match outcome {
+                Ok(_) if steps.is_some() => {}
                 Ok(end) => {
                     let bytes = end - segment.range.start();
                     let done = done.fetch_add(bytes, Ordering::Relaxed) + bytes;
@@ -155,6 +179,10 @@ impl Comparison<'_> {
 /// One worker.
 struct Worker<'a> {
     comparison: &'a Comparison<'a>,
+    /// The range of the disk within which qemu-img takes zeroes along.
+    reach: Option<u64>,
+    /// The steps of the segment; the last one may be incomplete.
+    parts: Vec<Part>,
     first: Side<'a>,
     second: Side<'a>,
 }
@@ -165,8 +193,9 @@ impl Worker<'_> {
         let mut at = segment.range.start();
         let mut end = segment.range.end();
         loop {
-            let (len, zero) = self.step(at, end)?;
+            let Stretch { len, zero, origins } = self.step(at, end)?;
             let part = ByteRange::at(at, len).intersect(ByteRange::new(at, end));
+            self.count(part, zero, origins);
             if !zero {
                 self.contents(part)?;
             }
@@ -179,8 +208,8 @@ impl Worker<'_> {
             }
             // A zero extent is not read, so it may be longer than a segment.
             end = match self.step(at, u64::MAX)? {
-                (len, true) => cursor.extend(end, end.saturating_add(len)),
-                (_, false) => end,
+                Stretch { len, zero: true, .. } => cursor.extend(end, end.saturating_add(len)),
+                _ => end,
             };
             if at == end {
                 return Ok(end);
@@ -188,15 +217,47 @@ impl Worker<'_> {
         }
     }
 
-    /// The length of the extent at `at` that both images have in common, and whether both know it to be zero.
-    fn step(&mut self, at: u64, ask_to: u64) -> Result<(u64, bool), Found> {
+    /// Adds a stretch to the steps of the segment.
+    fn count(&mut self, range: ByteRange, zero: bool, origins: [Origin; 2]) {
+        if !self.comparison.steps {
+            return;
+        }
+        let reach = self.reach.filter(|_| zero).unwrap_or(u64::MAX);
+        let mut rest = range;
+        while !rest.is_empty() {
+            let range = rest.first(reach - rest.start() % reach);
+            rest = rest.skip(range.len());
+            // A run ends where the range does.
+            let origins = origins.map(|origin| origin.within(range.start() / reach));
+            self.parts.push(Part {
+                range,
+                origins,
+                longest: if zero { u64::MAX } else { STEP },
+            });
+        }
+    }
+
+    /// The stretch at `at`: the part of both extents there that they have in common.
+    fn step(&mut self, at: u64, ask_to: u64) -> Result<Stretch, Found> {
         let first = self.first.entry(at, ask_to)?;
         let second = self.second.entry(at, ask_to)?;
         let (first, second) = match (first, second) {
             (Some(first), Some(second)) => (first, second),
             // One image is longer: the rest must be zero.
-            (Some(one), None) | (None, Some(one)) => return Ok((one.range.len(), one.kind.is_zero())),
-            (None, None) => return Ok((u64::MAX - at, true)),
+            (Some(one), None) | (None, Some(one)) => {
+                return Ok(Stretch {
+                    len: one.range.len(),
+                    zero: one.kind.is_zero(),
+                    origins: [origin(&one), Origin::default()],
+                });
+            }
+            (None, None) => {
+                return Ok(Stretch {
+                    len: u64::MAX - at,
+                    zero: true,
+                    origins: [Origin::default(); 2],
+                });
+            }
         };
         // As in qemu-img, the last extent of an image has another status than the same extent in the middle.
         let kind = |side: &Side<'_>, entry: &MappedExtent| {
@@ -207,10 +268,11 @@ impl Worker<'_> {
         if self.comparison.strict && !same {
             return Err(Found::Difference(Difference::Status(at)));
         }
-        Ok((
-            first.range.len().min(second.range.len()),
-            first.kind.is_zero() && second.kind.is_zero(),
-        ))
+        Ok(Stretch {
+            len: first.range.len().min(second.range.len()),
+            zero: first.kind.is_zero() && second.kind.is_zero(),
+            origins: [origin(&first), origin(&second)],
+        })
     }
 
     /// Compares the bytes of `range`. A part of it may lie beyond the end of one image.
@@ -237,6 +299,35 @@ impl Worker<'_> {
         }
         Ok(())
     }
+}
+
+/// A stretch that both images have in one extent.
+struct Stretch {
+    len: u64,
+    /// Whether both images know it to be zero.
+    zero: bool,
+    origins: [Origin; 2],
+}
+
+fn origin(entry: &MappedExtent) -> Origin {
+    let extent = Extent {
+        len: entry.range.len(),
+        kind: entry.kind,
+        depth: entry.depth,
+        host: entry.host.clone(),
+    };
+    Origin::of(&extent, entry.range.start())
+}
+
+/// The range of the disk within which qemu-img takes zeroes of `image` along: that of an L2 table.
+fn reach(image: &Image) -> u64 {
+    let layer = image.layer();
+    if layer.format() != "qcow2" {
+        return u64::MAX;
+    }
+    let cluster = layer.granularity();
+    let entry = if layer.write_unit() < cluster { 16 } else { 8 };
+    cluster.saturating_mul(cluster / entry).max(1)
 }
 
 /// The number of bytes read at once: both buffers stay in the processor's caches until they have been compared.

@@ -9,6 +9,7 @@ fn compare(first: &Image, second: &Image, strict: bool) -> Verdict {
         second,
         names: ["first", "second"],
         strict,
+        steps: false,
         progress: Progress::none(),
     }
     .run()

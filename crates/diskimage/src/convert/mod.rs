@@ -24,12 +24,14 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 
 use diskimage_core::{
-    Device, Encoder, Error, Image, Progress, Result, align_up, errno, saturating_index, to_index,
+    ByteRange, Device, Encoder, Error, Image, Progress, Result, align_up, errno, saturating_index, to_index,
 };
 
 use crate::cursor::Cursor;
 use crate::files::{files_of, files_of_chain};
+use crate::steps::{Origin, Part, STEP, Steps};
 use rate::RateLimit;
+use runs::CopyKind;
 use source::Sources;
 use worker::Worker;
 
@@ -45,6 +47,11 @@ pub struct Conversion<'a> {
     pub compress: bool,
     /// Whether clusters of the target may be allocated in any order.
     pub out_of_order: bool,
+    /// Whether segments are written in guest order to every target. After an error everything before the first segment
+    /// that failed is written, and nothing of it or after it.
+    pub in_order: bool,
+    /// Receives the guest offset of the first segment that failed.
+    pub failed_at: Option<&'a AtomicU64>,
     /// The largest number of threads; without it, one per processor and one more.
     pub parallel: Option<NonZeroU32>,
     /// The limit of bytes written per second.
@@ -66,6 +73,9 @@ pub struct Conversion<'a> {
     pub on_lost: Option<OnLost<'a>>,
     /// Receives the number of bytes done and the total.
     pub progress: Progress<'a>,
+    /// Whether progress counts the data of the sources only, in the steps of `qemu-img`. Their status is then queried
+    /// before anything is copied.
+    pub data_steps: bool,
 }
 
 /// Takes the error of an unreadable sector; its message has the guest offset.
@@ -81,7 +91,7 @@ pub const MAX_SPARSE: u64 = 16 << 20;
 const SECTOR: u64 = 512;
 
 /// The length of a segment in bytes. The clusters of one segment are allocated at once.
-const SEGMENT: u64 = 2 << 20;
+pub(crate) const SEGMENT: u64 = 2 << 20;
 
 /// The length of a segment when compressing: shorter, since compressing a segment takes much longer than claiming it.
 const COMPRESS_SEGMENT: u64 = 256 << 10;
@@ -98,6 +108,8 @@ impl<'a> Conversion<'a> {
             sparse: DEFAULT_SPARSE,
             compress: false,
             out_of_order: false,
+            in_order: false,
+            failed_at: None,
             parallel: None,
             rate: None,
             copy_offload: false,
@@ -108,6 +120,7 @@ impl<'a> Conversion<'a> {
             target_is_zero: target.layer().is_zero_when_new(),
             on_lost: None,
             progress: Progress::none(),
+            data_steps: false,
         }
     }
 
@@ -132,7 +145,7 @@ impl<'a> Conversion<'a> {
         if self.salvage {
             job.sources.report_unreadable_status()?;
         }
-        self.progress.set(0, job.sources.len());
+        job.begin_progress();
         let segments = job.sources.len().div_ceil(job.segment);
         let segment = to_index(job.segment)?;
         let workers = saturating_index(segments).min(self.workers());
@@ -146,7 +159,7 @@ impl<'a> Conversion<'a> {
         if let Some(error) = job.cursor.finish() {
             return Err(error);
         }
-        self.progress.set(job.sources.len(), job.sources.len());
+        job.end_progress();
         Ok(job.copied.into_inner())
     }
 
@@ -265,6 +278,8 @@ struct CopyJob<'a> {
     /// spin on the inode's lock.
     writing: Option<Mutex<()>>,
     done: AtomicU64,
+    /// With [`Conversion::data_steps`].
+    steps: Option<Steps<'a>>,
     /// How many of the bytes done were data.
     copied: AtomicU64,
 }
@@ -281,8 +296,13 @@ impl<'a> CopyJob<'a> {
         if segment > MAX_SPARSE {
             return Err(Error::unsupported("Clusters of this size cannot be compressed"));
         }
+        let steps = match conversion.data_steps {
+            true => Some(data_steps(conversion, &sources)?),
+            false => None,
+        };
         Ok(Self {
             conversion,
+            steps,
             cursor: Cursor::new(sources.len(), segment),
             sources,
             segment,
@@ -297,13 +317,68 @@ impl<'a> CopyJob<'a> {
     /// Whether clusters of the target are allocated in guest order.
     fn ordered(&self) -> bool {
         let plain = self.conversion.target.layer().granularity() == 1;
-        self.conversion.compress || !(plain || self.conversion.out_of_order)
+        self.conversion.compress || self.conversion.in_order || !(plain || self.conversion.out_of_order)
     }
 
-    fn add_progress(&self, bytes: u64) {
+    fn begin_progress(&self) {
+        if self.steps.is_none() {
+            self.conversion.progress.set(0, self.sources.len());
+        }
+    }
+
+    /// Segment `number` with `bytes` is done; `parts` are its data, for the steps.
+    fn add_progress(&self, number: u64, bytes: u64, parts: Vec<Part>) {
+        if let Some(steps) = &self.steps {
+            return steps.segment(number, parts);
+        }
         let done = self.done.fetch_add(bytes, Ordering::Relaxed) + bytes;
         self.conversion.progress.set(done, self.sources.len());
     }
+
+    fn end_progress(&self) {
+        match &self.steps {
+            Some(steps) => steps.finish(),
+            None => self
+                .conversion
+                .progress
+                .set(self.sources.len(), self.sources.len()),
+        }
+    }
+}
+
+/// The steps in which qemu-img copies the data of `sources`: compressing, cluster by cluster.
+fn data_steps<'a>(conversion: &Conversion<'a>, sources: &Sources<'_>) -> Result<Steps<'a>> {
+    let (unit, longest) = match conversion.target.layer().granularity() {
+        cluster if conversion.compress => (cluster, cluster),
+        _ => (1, STEP),
+    };
+    let total = Arc::new(AtomicU64::new(0));
+    let counted = Arc::clone(&total);
+    let count = Steps::new(unit, move |step| {
+        counted.fetch_add(step.len(), Ordering::Relaxed);
+    });
+    let mut rest = ByteRange::new(0, sources.len());
+    let mut number = 0;
+    while !rest.is_empty() {
+        let status = sources.status(rest)?;
+        let part = Part {
+            range: rest.first(status.len),
+            origins: [status.origin, Origin::default()],
+            longest,
+        };
+        rest = rest.skip(status.len);
+        if status.kind == CopyKind::Data {
+            count.segment(number, vec![part]);
+            number += 1;
+        }
+    }
+    count.finish();
+    let total = total.load(Ordering::Relaxed);
+    let (progress, done) = (conversion.progress, AtomicU64::new(0));
+    Ok(Steps::new(unit, move |step| {
+        let done = done.fetch_add(step.len(), Ordering::Relaxed) + step.len();
+        progress.set(done, total);
+    }))
 }
 
 #[cfg(test)]

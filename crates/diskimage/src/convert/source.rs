@@ -13,6 +13,7 @@ use diskimage_core::{
 
 use super::runs::CopyKind;
 use super::{Conversion, OnLost, SECTOR};
+use crate::steps::Origin;
 
 /// The source images, each padded to whole sectors.
 pub(super) struct Sources<'a> {
@@ -63,6 +64,7 @@ pub(super) struct SourceStatus {
     pub(super) kind: CopyKind,
     /// The device and the host offset of the bytes, if a file has them unencoded.
     pub(super) host: Option<(Arc<dyn Device>, u64)>,
+    pub(super) origin: Origin,
 }
 
 impl<'a> Sources<'a> {
@@ -119,6 +121,7 @@ impl<'a> Sources<'a> {
                     CopyKind::Zero
                 },
                 host: None,
+                origin: Origin::default(),
             });
         }
         let mut outcome = part.image.status(within, StatusDetail::Zeroes);
@@ -134,7 +137,7 @@ impl<'a> Sources<'a> {
             outcome = part.image.status(asked, StatusDetail::Zeroes);
         }
         match outcome {
-            Ok(extent) => Ok(self.classify(extent, inside.len(), part)),
+            Ok(extent) => Ok(self.classify(extent, range.start(), inside.len(), part)),
             Err(error) => {
                 let error = error.context(format!(
                     "error while reading block status at offset {}",
@@ -149,6 +152,7 @@ impl<'a> Sources<'a> {
                     len: within.len().min(SECTOR),
                     kind: CopyKind::Data,
                     host: None,
+                    origin: Origin::default(),
                 })
             }
         }
@@ -164,7 +168,7 @@ impl<'a> Sources<'a> {
         Ok(())
     }
 
-    fn classify(&self, extent: Extent, most: u64, part: &SourceImage<'_>) -> SourceStatus {
+    fn classify(&self, extent: Extent, at: u64, most: u64, part: &SourceImage<'_>) -> SourceStatus {
         let kind = if self.layers.is_some_and(|layers| extent.depth >= layers) {
             CopyKind::InBacking
         } else if extent.kind.is_zero() && !self.dense {
@@ -175,6 +179,7 @@ impl<'a> Sources<'a> {
         SourceStatus {
             len: extent.len.min(most),
             kind,
+            origin: Origin::of(&extent, at),
             host: extent
                 .host
                 .filter(|(device, _)| !extent.kind.is_zero() && part.is_direct(device)),

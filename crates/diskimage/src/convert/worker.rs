@@ -19,6 +19,7 @@ use diskimage_core::{
 use super::CopyJob;
 use super::runs::{CopyKind, CopyRun, ZeroTest, push_run, round_to_units};
 use crate::cursor::{Cursor, End, Segment};
+use crate::steps::{Origin, Part, STEP};
 
 /// The state of one worker. Its buffers are reused for every segment.
 pub(super) struct Worker<'a> {
@@ -35,6 +36,8 @@ pub(super) struct Worker<'a> {
     /// The runs to write to the target.
     actions: Vec<CopyRun>,
     hosts: Vec<HostRun>,
+    /// The data of the segment by its status, for the steps of the progress.
+    parts: Vec<Part>,
     steps: Vec<ClusterWrite>,
     encoded: Vec<u8>,
     cluster: Vec<u8>,
@@ -73,6 +76,7 @@ impl<'a> Worker<'a> {
             runs: Vec::new(),
             actions: Vec::new(),
             hosts: Vec::new(),
+            parts: Vec::new(),
             steps: Vec::new(),
             // Allocated in full: growing step by step would fragment the heap with the smaller buffers.
             encoded: Vec::with_capacity(if encoder.is_some() { segment } else { 0 }),
@@ -86,9 +90,18 @@ impl<'a> Worker<'a> {
         let _guard = StopOnPanic(&self.job.cursor);
         while let Some(segment) = self.job.cursor.claim() {
             match self.convert(segment) {
-                Ok(end) => self.job.add_progress(end - segment.range.start()),
+                Ok(end) => {
+                    let parts = std::mem::take(&mut self.parts);
+                    self.job
+                        .add_progress(segment.number, end - segment.range.start(), parts);
+                }
                 Err(End::Stopped) => return,
-                Err(End::Failed(error)) => return self.job.cursor.fail(segment.number, error),
+                Err(End::Failed(error)) => {
+                    if let Some(failed_at) = self.job.conversion.failed_at {
+                        failed_at.fetch_min(segment.range.start(), Ordering::Relaxed);
+                    }
+                    return self.job.cursor.fail(segment.number, error);
+                }
             }
         }
     }
@@ -124,6 +137,13 @@ impl<'a> Worker<'a> {
         while !rest.is_empty() {
             let status = self.job.sources.status(rest)?;
             let (mut run, mut kind) = (rest.first(status.len), status.kind);
+            if self.job.steps.is_some() && kind == CopyKind::Data {
+                self.parts.push(Part {
+                    range: run,
+                    origins: [status.origin, Origin::default()],
+                    longest: self.longest_step(),
+                });
+            }
             if kind == CopyKind::InBacking {
                 (run, kind) = self.whole_clusters_in_backing(run);
             }
@@ -145,6 +165,13 @@ impl<'a> Worker<'a> {
             }
         }
         Ok(())
+    }
+
+    fn longest_step(&self) -> u64 {
+        match &self.encoder {
+            Some(_) => self.target.layer().granularity(),
+            None => STEP,
+        }
     }
 
     /// Reduces a run in the backing image to whole clusters: a compressed cluster has all its bytes, so a cluster of

@@ -26,6 +26,7 @@ fn rebase(new: Option<&'static str>, compress: bool) -> impl Fn(&Disks) -> Resul
             image: &image,
             new: new_backing.as_ref(),
             compress,
+            steps: false,
             progress: Progress::none(),
         }
         .run()?;

@@ -18,7 +18,7 @@ use std::sync::Arc;
 use diskimage_core::json::Value;
 use diskimage_core::{
     Device, Error, ErrorKind, Filtered, Format, Image, Layer, Node, NodeOptions, Note, OpenContext,
-    OpenRequest, Permissions, Reference, Result, ResultExt, Role, ZeroDetection,
+    OpenRequest, Permissions, Reference, Result, ResultExt, Role, ZeroDetection, errno,
 };
 use diskimage_formats::{bare_layer, format_by_name};
 use diskimage_protocols::{
@@ -80,6 +80,9 @@ pub(crate) struct Opener<'a> {
 /// The largest number of nodes on top of each other. A limit of this program: opening recurses, and each level takes
 /// stack.
 const MAX_NESTING: u32 = 32;
+
+/// The largest disk in bytes; a limit of qemu-img.
+const MAX_LEN: u64 = (1 << 63) - (1 << 30);
 
 /// An image of a chain whose backing image has not been opened yet.
 pub(crate) struct Link {
@@ -223,6 +226,9 @@ impl<'a> Opener<'a> {
             options: &mut node,
             context: &self.context,
         })?;
+        if layer.len() > MAX_LEN {
+            return Err(Error::from_errno(errno::EFBIG).context("Could not refresh total sector count"));
+        }
         layer.notes().iter().for_each(|note| self.context.tell(note));
         if let Some(name) = node.first_unused() {
             return Err(unknown_option(format.name(), name));

@@ -22,6 +22,7 @@ pub(super) fn measure(options: &Options, source: MeasureSource<'_>) -> Result<Me
         ));
     }
     let metadata = metadata_clusters(geometry, size) * cluster + encryption.next_multiple_of(cluster);
+    let is_copied = matches!(source, MeasureSource::Image(_));
     let (data, bitmaps) = match source {
         MeasureSource::Size(_) => (0, None),
         MeasureSource::Image(image) => (data_bytes(image, cluster)?, image.layer().bitmap_bytes(cluster)?),
@@ -29,7 +30,7 @@ pub(super) fn measure(options: &Options, source: MeasureSource<'_>) -> Result<Me
     let data = match created.preallocation {
         Preallocation::Falloc | Preallocation::Full => size,
         // Which data the backing image has, and need not be copied, is unknown.
-        _ if created.backing_file.is_some() => size,
+        _ if created.backing_file.is_some() && is_copied => size,
         Preallocation::Off | Preallocation::Metadata => data,
     };
     let bitmaps = bitmaps.filter(|_| created.version >= 3);

@@ -179,7 +179,9 @@ impl CreateOptions {
             ));
         }
         if extended_l2 {
-            require_v3(version, "Extended L2 entries are")?;
+            if is_created {
+                require_v3(version, "Extended L2 entries are")?;
+            }
             if cluster_size < limit::EXTENDED_L2_CLUSTER {
                 return Err(Error::invalid(format!(
                     "Extended L2 entries are only supported with cluster sizes of at least {} bytes",
@@ -188,7 +190,7 @@ impl CreateOptions {
             }
         }
         let backing_format = options.text("backing_fmt");
-        if let Some(name) = backing_format.filter(|name| !KNOWN_FORMATS.contains(name)) {
+        if let Some(name) = backing_format.filter(|name| is_created && !KNOWN_FORMATS.contains(name)) {
             return Err(wording.not_accepted("backing-fmt", name));
         }
         let checked = Self {
@@ -210,7 +212,10 @@ impl CreateOptions {
             data_file_raw: options.flag("data_file_raw").unwrap_or(false),
             encryption,
         };
-        checked.check_together()?;
+        // As in qemu-img, `measure` does not check options against each other.
+        if is_created {
+            checked.check_together()?;
+        }
         Ok(checked)
     }
 

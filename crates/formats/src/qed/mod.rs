@@ -124,7 +124,9 @@ impl Qed {
             before_first_change: AtomicBool::new(unchecked),
             header: Mutex::new(header),
         };
-        let len = AtomicU64::new(entries.header().image_size);
+        let size = entries.header().image_size;
+        // As in qemu-img, whose sizes are signed: a disk of 2^63 bytes has none.
+        let len = AtomicU64::new(if i64::try_from(size).is_ok() { size } else { 0 });
         let reserved = entries.header().reserved();
         let layer = Self {
             tree: TwoLevelMap::new(file, shape, entries, reserved, &request.context.budget),

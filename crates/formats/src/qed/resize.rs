@@ -13,7 +13,8 @@ pub(super) fn check(image: &Qed, request: &ResizeRequest) -> Result<()> {
     if !image.geometry.fits(request.len) {
         return Err(Error::invalid("Invalid image size specified"));
     }
-    if request.len < image.len() {
+    // The size in the header may be larger than that of the disk.
+    if request.len < image.header().image_size {
         return Err(Error::unsupported("Shrinking images is currently not supported"));
     }
     Ok(())

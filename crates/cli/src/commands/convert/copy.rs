@@ -29,6 +29,7 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
         Request::Convert(args) => args,
     };
     let progress = crate::progress::Progress::new(args.progress, console);
+    progress.begin();
     let (sources, bitmap_source) = open_sources(&args, console)?;
     let target = Target::prepare(&args, &sources)?;
     let created = target.create(&args)?;
@@ -308,9 +309,13 @@ fn copy(
     conversion.rate = Some(args.rate).filter(|rate| *rate > 0);
     conversion.copy_offload = args.copy_range;
     conversion.salvage = args.salvage;
-    if target.creation.is_some() || args.backing.is_some() {
-        conversion.backing_len = image.backing().map(|backing| backing.len());
-    }
+    let target_backing = image.backing().map(|backing| backing.len());
+    conversion.backing_len = match (&target.creation, &args.backing) {
+        (Some(_), _) => target_backing,
+        // As in qemu-img, a target without a backing image takes what is above the source's backing image, too.
+        (None, Some(_)) => target_backing.or(Some(total_len(sources))),
+        (None, None) => None,
+    };
     conversion.target_is_zero = if args.no_create {
         if args.target_is_zero && is_encrypted(image)? {
             return Err(Stop::wrong(
@@ -324,10 +329,9 @@ fn copy(
     };
     conversion.on_lost = Some(&on_lost);
     conversion.progress = diskimage::Progress::new(&report);
-    let copied = conversion.run()?;
+    conversion.data_steps = progress.shows_steps();
+    conversion.run()?;
     image.flush()?;
-    if copied > 0 {
-        progress.complete();
-    }
+    progress.complete();
     Ok(())
 }

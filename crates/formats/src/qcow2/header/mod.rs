@@ -13,7 +13,7 @@ pub(in crate::qcow2) mod extension;
 pub(in crate::qcow2) mod feature;
 pub(in crate::qcow2) mod rewrite;
 
-use diskimage_core::{Backing, Error, ErrorKind, Name, Result, to_index};
+use diskimage_core::{Backing, Error, ErrorKind, Name, Result, align_down, errno, to_index};
 use zerocopy::byteorder::big_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -78,6 +78,9 @@ pub(super) const HEADER_LEN: usize = 112;
 pub(super) const V2_LEN: usize = 72;
 /// The length of the shortest version 3 header in bytes.
 const V3_MIN_LEN: usize = 104;
+
+/// Disks have whole sectors.
+const SECTOR: u64 = 512;
 
 /// The offsets of fields that are changed in place.
 pub(super) mod field {
@@ -314,7 +317,8 @@ impl Header {
         Ok(Self {
             version: raw.version.get(),
             geometry,
-            size: raw.size.get(),
+            // As in qemu-img, the rest of a sector is not part of the disk.
+            size: align_down(raw.size.get(), SECTOR),
             crypt,
             l1_size: raw.l1_size.get(),
             l1_table_offset: raw.l1_table_offset.get(),
@@ -442,6 +446,9 @@ fn check_l1(raw: &RawHeader, geometry: Geometry) -> Result<()> {
     }
     if !is_valid_range(raw.l1_table_offset.get(), bytes, geometry.cluster_size()) {
         return Err(Error::corrupt("Active L1 table offset invalid"));
+    }
+    if raw.size.get() > u64::MAX - geometry.l2_coverage() {
+        return Err(Error::from_errno(errno::EFBIG).context("Could not refresh total sector count"));
     }
     let needed = geometry.l1_entries(raw.size.get());
     if needed > u64::from(i32::MAX.unsigned_abs()) {

@@ -76,8 +76,8 @@ impl FirstCluster {
         }
     }
 
-    /// Sets or removes an extension. A new backing format is inserted first, any other new extension last. Of several
-    /// extensions of one kind only one remains.
+    /// Sets or removes an extension. A new one has the place that [`rank`] gives it. Of several extensions of one kind
+    /// only one remains.
     pub(in crate::qcow2) fn set_extension(&mut self, kind: u32, data: Option<&[u8]>) {
         let at = self
             .extensions
@@ -90,10 +90,11 @@ impl FirstCluster {
             (Some(at), Some(data)) => self.extensions[at].data = data.to_vec(),
             (Some(at), None) => drop(self.extensions.remove(at)),
             (None, Some(data)) => {
-                let position = match kind {
-                    kind::BACKING_FORMAT => 0,
-                    _ => self.extensions.len(),
-                };
+                let position = self
+                    .extensions
+                    .iter()
+                    .position(|extension| rank(extension.kind) > rank(kind))
+                    .unwrap_or(self.extensions.len());
                 self.extensions.insert(
                     position,
                     Extension {
@@ -398,6 +399,21 @@ impl TwoStepRewrite {
     }
 }
 
+/// The position of an extension among the others: qemu-img writes them in this order.
+fn rank(kind: u32) -> usize {
+    const ORDER: [u32; 5] = [
+        kind::BACKING_FORMAT,
+        kind::DATA_FILE,
+        kind::CRYPTO,
+        kind::FEATURE_NAMES,
+        kind::BITMAPS,
+    ];
+    ORDER
+        .iter()
+        .position(|known| *known == kind)
+        .unwrap_or(ORDER.len())
+}
+
 #[cfg(test)]
 mod tests {
     use super::extension;
@@ -414,6 +430,28 @@ mod tests {
             extensions: Extension::list(&extension::write(true, Some("raw"), None)),
             backing: Some(b"below".to_vec()),
             size,
+        }
+    }
+
+    #[test]
+    fn new_extensions_have_the_order_of_qemu_img() {
+        let unknown = 0x1234_5678;
+        let all = [
+            kind::BACKING_FORMAT,
+            kind::DATA_FILE,
+            kind::CRYPTO,
+            kind::FEATURE_NAMES,
+            kind::BITMAPS,
+            unknown,
+        ];
+        for first in 0..all.len() {
+            let mut cluster = cluster(4096);
+            cluster.extensions.clear();
+            for index in (first..all.len()).chain(0..first) {
+                cluster.set_extension(all[index], Some(b"data"));
+            }
+            let found: Vec<u32> = cluster.extensions.iter().map(|one| one.kind).collect();
+            assert_eq!(found, all);
         }
     }
 

@@ -117,11 +117,22 @@ impl Snapshots for Qcow2 {
             other => other?,
         };
         self.publish_entries(&mut state, table).context(unlisted)?;
-        self.release_entries(&mut state, old, &listed)?;
-        self.release(&mut state, kept)?;
-        self.release_table(&mut state, kept)?;
-        state.metadata.flush()
+        self.release_entries(&mut state, old, &listed)
+            .map_err(not_freed)?;
+        self.release(&mut state, kept).map_err(not_freed)?;
+        self.release_table(&mut state, kept).map_err(not_freed)?;
+        state.metadata.flush().context(unlisted)
     }
+}
+
+/// The messages of qemu-img for a deleted snapshot whose clusters could not be freed.
+fn not_freed(error: Error) -> Error {
+    let errno = error.errno().map(Error::from_errno);
+    let error = match errno {
+        Some(reason) => error.notice(format!("qcow2_free_clusters failed: {reason}")),
+        None => error,
+    };
+    error.context("Failed to free the cluster and L1 table")
 }
 
 impl Qcow2 {
