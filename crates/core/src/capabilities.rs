@@ -7,8 +7,8 @@ use std::fmt::Debug;
 use std::sync::Arc;
 
 use crate::{
-    Bitmaps, Check, CheckReport, Codec, Device, Encoder, Error, Layer, Name, Objects, Progress, Repair,
-    ResizeRequest, Result, Snapshots, errno,
+    Backing, Bitmaps, Check, CheckReport, Codec, Device, Encoder, Error, Layer, Name, Objects, Progress,
+    Repair, ResizeRequest, Result, Snapshots, errno,
 };
 
 /// The optional features of one open image.
@@ -38,15 +38,6 @@ pub struct Capabilities<'a> {
     /// What [`Layer::map`] finds in the tables is not reported as the allocation of the disk: qemu-img does not ask the
     /// tables of this format, and reports that all is data.
     pub hides_allocation: bool,
-}
-
-/// The backing image as named in an image.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Backing {
-    /// The filename, which may be relative to the directory of the image.
-    pub name: Name,
-    /// The format, if the image names it.
-    pub format: Option<String>,
 }
 
 /// A layer that can have a backing image.

@@ -23,6 +23,7 @@
 #![cfg_attr(not(test), warn(clippy::disallowed_methods))]
 
 mod aligned;
+mod backing;
 mod bitmaps;
 mod budget;
 mod capabilities;
@@ -58,9 +59,10 @@ mod view;
 mod zero;
 
 pub use aligned::AlignedBuf;
+pub use backing::Backing;
 pub use bitmaps::{BitmapInfo, Bitmaps, NewBitmap};
 pub use budget::{Budget, Reservation};
-pub use capabilities::{Amend, AmendRequest, Backed, Backing, Capabilities, MultiFile};
+pub use capabilities::{Amend, AmendRequest, Backed, Capabilities, MultiFile};
 pub use check::{Check, CheckReport, Repair};
 pub use codec::{Codec, Encoded, Encoder};
 pub use decoded_cache::DecodedBlockCache;
