@@ -16,7 +16,7 @@ use std::collections::HashMap;
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::ops::Range;
 
-use diskimage_core::Result;
+use diskimage_core::{Result, saturating_index, saturating_u32};
 
 /// Cached pages of tables. Pages of a lower stage `S` are written back before those of a higher stage, with a barrier
 /// between.
@@ -147,7 +147,7 @@ impl<S: Copy + Ord> PageCache<S> {
     /// The slot of the page at `address`, valid until a page is inserted or removed.
     pub(crate) fn find(&mut self, address: Address) -> Option<usize> {
         // The remainder is below `RECENT`.
-        let recent = usize::try_from(address.offset / MAX_PAGE as u64 % RECENT as u64).unwrap_or(0);
+        let recent = saturating_index(address.offset / MAX_PAGE as u64 % RECENT as u64);
         let mut slot = self.recent[recent];
         if self.slots.get(slot).is_none_or(|page| page.address != address) {
             slot = *self.index.get(&address)?;
@@ -354,7 +354,7 @@ impl<S: Copy + Ord> PageCache<S> {
 fn sectors(range: Range<usize>) -> u128 {
     let (first, end) = (range.start / SECTOR, range.end.div_ceil(SECTOR));
     let below = |sector: usize| {
-        let sector = u32::try_from(sector).unwrap_or(u32::MAX);
+        let sector = saturating_u32(sector);
         u128::MAX.checked_shl(sector).map_or(u128::MAX, |above| !above)
     };
     below(end) & !below(first)

@@ -1,6 +1,6 @@
 //! The header: its bytes, and [`Header`], which holds valid values only.
 
-use diskimage_core::{ByteRange, Error, Result, align_down, align_up, errno};
+use diskimage_core::{ByteRange, Error, Result, align_down, align_up, errno, saturating_u32};
 use zerocopy::byteorder::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -85,8 +85,8 @@ pub(super) fn is_parallels(head: &[u8]) -> bool {
 impl Header {
     /// The header of a new image.
     pub(super) fn new(size: u64, cluster_size: u64) -> Result<Self> {
-        // The fallback exceeds the limit, too.
-        let tracks = u32::try_from(cluster_size.div_ceil(SECTOR)).unwrap_or(u32::MAX);
+        // The largest number exceeds the limit, too.
+        let tracks = saturating_u32(cluster_size.div_ceil(SECTOR));
         if tracks > MAX_CLUSTER_SECTORS {
             return Err(Error::invalid("Cluster size is too large"));
         }
@@ -103,8 +103,8 @@ impl Header {
             magic: *MAGIC_EXT,
             version: U32::new(VERSION),
             heads: U32::new(HEADS),
-            // As in qemu-img, bits that do not fit into the field are dropped. The fallback is not reached.
-            cylinders: U32::new(u32::try_from(cylinders & u64::from(u32::MAX)).unwrap_or(0)),
+            // As in qemu-img, bits that do not fit into the field are dropped..
+            cylinders: U32::new(saturating_u32(cylinders & u64::from(u32::MAX))),
             tracks: U32::new(tracks),
             bat_entries: U32::new(entries),
             nb_sectors: U64::new(sectors),
@@ -211,8 +211,8 @@ impl Header {
 
     /// Sets `data_off` to right behind the table.
     pub(super) fn set_data_off(&mut self) {
-        // The fallback is not reached: the table and a cluster have less than 2^24 sectors together.
-        let sectors = u32::try_from(self.least_data() / SECTOR).unwrap_or(u32::MAX);
+        // The table and a cluster have less than 2^24 sectors together.
+        let sectors = saturating_u32(self.least_data() / SECTOR);
         self.raw.data_off = U32::new(sectors);
     }
 

@@ -6,7 +6,9 @@
 //!   36 encryption          40 L1 table offset
 //! ```
 
-use diskimage_core::{ByteRange, Device, Error, Name, Result, align_down, align_up, errno, name, to_index};
+use diskimage_core::{
+    ByteRange, Device, Error, Name, Result, align_down, align_up, errno, name, saturating_u32, to_index,
+};
 use zerocopy::byteorder::big_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -233,8 +235,8 @@ impl Header {
     /// The header with the name behind it, up to the L1 table.
     pub(super) fn to_bytes(&self) -> Vec<u8> {
         let name = self.backing.as_ref().map(Name::to_bytes).unwrap_or_default();
-        // The name's length was checked against `BACKING_NAME`, so the fallback is never used.
-        let name_len = u32::try_from(name.len()).unwrap_or(u32::MAX);
+        // The name's length was checked against `BACKING_NAME`.
+        let name_len = saturating_u32(name.len());
         let raw = RawHeader {
             magic: U32::new(MAGIC),
             version: U32::new(VERSION),

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use diskimage_core::{
     CreateRequest, Device, Error, FilterDevice, Filtered, NewFiles, OpenContext, OpenRequest, Preallocation,
-    ResizeRequest, Result, name, to_index,
+    ResizeRequest, Result, name, saturating_u32, to_index,
 };
 use zerocopy::IntoBytes;
 use zerocopy::byteorder::big_endian::{U32, U64};
@@ -129,7 +129,7 @@ fn header_cluster(options: &CreateOptions) -> Result<Vec<u8>> {
             backing_offset as u64
         }),
         // Checked against the limit above.
-        backing_file_size: U32::new(u32::try_from(backing.len()).unwrap_or(0)),
+        backing_file_size: U32::new(saturating_u32(backing.len())),
         cluster_bits: U32::new(options.geometry.cluster_bits),
         size: U64::ZERO,
         crypt_method: U32::new(Encryption::first_crypt_method(options.encryption.as_ref())),
@@ -143,7 +143,7 @@ fn header_cluster(options: &CreateOptions) -> Result<Vec<u8>> {
         compatible_features: U64::new(compatible),
         autoclear_features: U64::new(autoclear),
         refcount_order: U32::new(options.geometry.refcount_order),
-        header_length: U32::new(u32::try_from(header_len).unwrap_or(0)),
+        header_length: U32::new(saturating_u32(header_len)),
         compression_type: u8::from(options.compression == Compression::Zstd),
         padding: [0; 7],
     };

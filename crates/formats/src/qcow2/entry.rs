@@ -7,7 +7,7 @@
 //!
 //! An extended entry is followed by 64 bits: which subclusters are allocated (low half) and which read as zero.
 
-use diskimage_core::{ByteRange, Encoded, Error, Result};
+use diskimage_core::{ByteRange, Encoded, Error, Result, saturating_u32};
 
 use super::header::{Geometry, limit};
 use crate::layer_kit::offset::{GuestOffset, HostOffset};
@@ -197,7 +197,7 @@ pub(super) fn encoded(offset: HostOffset, stored: u64, guest: GuestOffset, geome
 
 /// The low 32 bits of `value`.
 fn low_half(value: u64) -> u32 {
-    u32::try_from(value & u64::from(u32::MAX)).unwrap_or(0)
+    saturating_u32(value & u64::from(u32::MAX))
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use diskimage_core::{ByteRange, Device, HoleMeaning, Result, Run, RunKind};
+use diskimage_core::{ByteRange, Device, HoleMeaning, Result, Run, RunKind, saturating_u32};
 
 use super::Qcow2;
 use super::entry::{COMPRESSED, COPIED, Cluster, L2Entry, OFFSET_MASK, Subclusters, ZERO, encoded};
@@ -268,7 +268,7 @@ impl Qcow2 {
 fn mapping_at(entry: L2Entry, guest: GuestOffset, at: GuestOffset, subcluster: u64) -> Mapping {
     // A cluster has 32 subclusters, so the shift is below 32.
     let bit = 1u32
-        .checked_shl(u32::try_from(at.since(guest) / subcluster).unwrap_or(0))
+        .checked_shl(saturating_u32(at.since(guest) / subcluster))
         .unwrap_or(0);
     match entry.kind {
         Cluster::Compressed { offset, stored } => Mapping::Compressed {

@@ -6,7 +6,9 @@
 use std::cell::Cell;
 use std::sync::{Arc, MutexGuard};
 
-use diskimage_core::{ByteRange, Device, Error, Event, Preallocation, Result, WritePlan, WriteRun, ZeroMode};
+use diskimage_core::{
+    ByteRange, Device, Error, Event, Preallocation, Result, WritePlan, WriteRun, ZeroMode, saturating_u32,
+};
 
 use super::entry::{COPIED, Cluster, L2Entry, Subclusters};
 use super::header::Geometry;
@@ -508,6 +510,5 @@ fn subcluster_mask(geometry: Geometry, range: ByteRange, guest: GuestOffset) -> 
 
 /// The bit of subcluster `index`; 0 for an index beyond the last.
 fn bit(index: u64) -> u32 {
-    1u32.checked_shl(u32::try_from(index).unwrap_or(u32::MAX))
-        .unwrap_or(0)
+    1u32.checked_shl(saturating_u32(index)).unwrap_or(0)
 }

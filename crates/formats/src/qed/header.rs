@@ -7,7 +7,7 @@
 //! ```
 
 use diskimage_core::{
-    Backing, ByteRange, Device, Error, Name, Result, align_down, align_up, errno, to_index,
+    Backing, ByteRange, Device, Error, Name, Result, align_down, align_up, errno, saturating_u32, to_index,
 };
 use zerocopy::byteorder::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -286,8 +286,8 @@ impl Header {
         self.set_feature(feature::BACKING_FORMAT_NO_PROBE, raw);
         // As in qemu-img, removing the name keeps its offset.
         let offset = if len > 0 { self.room_for(len) } else { self.name.0 };
-        // The length is at most `MAX_NAME`, so the fallback is never used.
-        self.name = (offset, u32::try_from(len).unwrap_or(0));
+        // The length is at most `MAX_NAME`.
+        self.name = (offset, saturating_u32(len));
         self.backing = backing.cloned();
         Ok(())
     }
@@ -332,8 +332,8 @@ impl Header {
 
     /// The fields as they are stored.
     fn to_bytes(&self) -> [u8; HEADER_LEN] {
-        // Both sizes were checked against limits that fit into 32 bits, so the fallback is never used.
-        let field = |number: u64| U32::new(u32::try_from(number).unwrap_or(u32::MAX));
+        // Both sizes were checked against limits that fit into 32 bits.
+        let field = |number: u64| U32::new(saturating_u32(number));
         let raw = RawHeader {
             magic: U32::new(MAGIC),
             cluster_size: field(self.geometry.cluster_size),

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use diskimage_core::{ByteRange, Error, Result};
+use diskimage_core::{ByteRange, Error, Result, saturating_u32};
 use zerocopy::IntoBytes;
 use zerocopy::byteorder::big_endian::{U32, U64};
 
@@ -291,7 +291,7 @@ impl Qcow2 {
         state.metadata.cache.write_back()?;
         state.metadata.cache.sync()?;
         // `to_bytes` has checked the count against a limit of 16 bits.
-        let count = u32::try_from(directory.bitmaps.len()).unwrap_or(u32::MAX);
+        let count = saturating_u32(directory.bitmaps.len());
         let new = (count > 0).then_some(BitmapsExtension {
             nb_bitmaps: U32::new(count),
             reserved: U32::ZERO,

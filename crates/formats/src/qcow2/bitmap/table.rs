@@ -6,7 +6,7 @@
 //!   bits           [01100...]                      from the least significant bit of the first byte up
 //! ```
 
-use diskimage_core::{ByteRange, Error, Reservation, Result, is_zero, to_index};
+use diskimage_core::{ByteRange, Error, Reservation, Result, is_zero, saturating_index, to_index};
 
 use super::directory::{Bitmap, Shape};
 use crate::layer_kit::metadata_guard::Kind;
@@ -282,7 +282,7 @@ impl Qcow2 {
 /// An index of a bitmap table or of its bits. `BitmapTable::read` has reserved memory for the table, so the number
 /// fits; one that does not would saturate, and every slice is accessed with `get` or has its length from here.
 fn index(value: u64) -> usize {
-    usize::try_from(value).unwrap_or(usize::MAX)
+    saturating_index(value)
 }
 
 /// Sets the bits from `first` up to `end`. Returns whether any of them was clear.

@@ -1,7 +1,7 @@
 //! Compares counted references with stored refcounts, block by block.
 
 use diskimage_core::errno;
-use diskimage_core::{ByteRange, Repair, Result};
+use diskimage_core::{ByteRange, Repair, Result, saturating_index};
 
 use super::Check;
 use super::stored::{self, BlockEntry};
@@ -188,7 +188,7 @@ impl Check<'_> {
 /// Whether `count` entries of a block from `index` on are zero. They start and end at byte boundaries.
 fn is_part_zero(bytes: &[u8], index: u64, count: u64, order: u32) -> bool {
     // An index beyond the block saturates; `get` then finds no bytes.
-    let byte = |entry: u64| usize::try_from((entry << order) / 8).unwrap_or(usize::MAX);
+    let byte = |entry: u64| saturating_index((entry << order) / 8);
     bytes
         .get(byte(index)..byte(index + count + 7).min(bytes.len()))
         .is_some_and(diskimage_core::is_zero)

@@ -1,6 +1,6 @@
 //! The snapshot table as a check reads it: damaged entries are accepted, and excess entries and extra data are cut.
 
-use diskimage_core::{Error, Note, Repair, Result, errno, name, to_index};
+use diskimage_core::{Error, Note, Repair, Result, errno, name, saturating_u32, to_index};
 use zerocopy::byteorder::big_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -61,7 +61,7 @@ impl Check<'_> {
         }
         self.read_snapshot_entries(count)?;
         // At most `count` entries were read.
-        let kept = u32::try_from(self.snapshots.entries.len()).unwrap_or(count);
+        let kept = saturating_u32(self.snapshots.entries.len());
         if kept != self.header.nb_snapshots {
             self.file
                 .write_at(U32::new(kept).as_bytes(), field::NB_SNAPSHOTS)?;
@@ -243,7 +243,7 @@ impl Check<'_> {
             raw.id_len = U16::new(entry.id_len);
             raw.name_len = U16::new(entry.name_len);
             // The extra data has at most MAX_EXTRA bytes.
-            raw.extra_data_size = U32::new(u32::try_from(extra.len()).unwrap_or(0));
+            raw.extra_data_size = U32::new(saturating_u32(extra.len()));
             let mut names = vec![0; usize::from(entry.id_len) + usize::from(entry.name_len)];
             let names_at = entry.at + limit::SNAPSHOT_ENTRY + u64::from(entry.extra_len);
             self.file.read_padded(&mut names, names_at)?;

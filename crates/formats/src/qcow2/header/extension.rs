@@ -1,6 +1,6 @@
 //! Header extensions. Each one has a type, a length, and data padded to 8 bytes; type zero ends the list.
 
-use diskimage_core::{Error, Name, Result, name, to_index};
+use diskimage_core::{Error, Name, Result, name, saturating_index, saturating_u32, to_index};
 use zerocopy::byteorder::big_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -115,7 +115,7 @@ impl Extension {
         while let Some((head, tail)) = rest.split_at_checked(8) {
             let field = |at: usize| U32::read_from_bytes(&head[at..at + 4]).map_or(0, U32::get);
             // A length that does not fit an index reaches past the area.
-            let (kind, len) = (field(0), usize::try_from(field(4)).unwrap_or(usize::MAX));
+            let (kind, len) = (field(0), saturating_index(field(4).into()));
             let Some(data) = tail.get(..len).filter(|_| kind != kind::END) else {
                 break;
             };
@@ -206,7 +206,7 @@ pub(in crate::qcow2) fn name_table() -> Vec<u8> {
 fn put(area: &mut Vec<u8>, kind: u32, data: &[u8]) {
     area.extend_from_slice(&kind.to_be_bytes());
     // An extension fits in a cluster, which has at most 2 MiB.
-    area.extend_from_slice(&u32::try_from(data.len()).unwrap_or(u32::MAX).to_be_bytes());
+    area.extend_from_slice(&saturating_u32(data.len()).to_be_bytes());
     area.extend_from_slice(data);
     area.resize(area.len().next_multiple_of(8), 0);
 }

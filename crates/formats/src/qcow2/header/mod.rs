@@ -13,7 +13,9 @@ pub(in crate::qcow2) mod extension;
 pub(in crate::qcow2) mod feature;
 pub(in crate::qcow2) mod rewrite;
 
-use diskimage_core::{Backing, Error, ErrorKind, Name, Result, align_down, errno, to_index};
+use diskimage_core::{
+    Backing, Error, ErrorKind, Name, Result, align_down, errno, saturating_index, to_index,
+};
 use zerocopy::byteorder::big_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -369,7 +371,7 @@ impl RawHeader {
         if self.version.get() == 2 {
             V2_LEN
         } else {
-            usize::try_from(self.header_length.get()).unwrap_or(usize::MAX)
+            saturating_index(self.header_length.get().into())
         }
     }
 }

@@ -14,7 +14,7 @@
 use std::borrow::Cow;
 use std::ops::Range;
 
-use diskimage_core::{Backing, Error, Result, errno, name, to_index};
+use diskimage_core::{Backing, Error, Result, errno, name, saturating_index, saturating_u32, to_index};
 
 use super::extension::{self, Extension, kind};
 use super::feature::Autoclear;
@@ -63,7 +63,7 @@ impl FirstCluster {
     /// Sets the autoclear features. A header of version 2 has no such field.
     pub(in crate::qcow2) fn set_autoclear(&mut self, features: u64) {
         // A small constant.
-        let at = usize::try_from(field::AUTOCLEAR).unwrap_or(usize::MAX);
+        let at = saturating_index(field::AUTOCLEAR);
         if let Some(bytes) = self.header.get_mut(at..at + 8) {
             bytes.copy_from_slice(&features.to_be_bytes());
         }
@@ -124,7 +124,7 @@ impl FirstCluster {
         {
             rest.fill(0);
             // The length is one of two small constants.
-            let (order, len) = (order.to_be_bytes(), u32::try_from(len).unwrap_or(0).to_be_bytes());
+            let (order, len) = (order.to_be_bytes(), saturating_u32(len).to_be_bytes());
             rest[24..28].copy_from_slice(&order);
             rest[28..32].copy_from_slice(&len);
         }
@@ -182,7 +182,7 @@ impl FirstCluster {
         let name = self.backing.as_deref().unwrap_or_default();
         let (offset, len) = match &self.backing {
             // The name fits in a cluster, which has at most 2 MiB.
-            Some(name) => (start as u64, u32::try_from(name.len()).unwrap_or(u32::MAX)),
+            Some(name) => (start as u64, saturating_u32(name.len())),
             None => (0, 0),
         };
         bytes

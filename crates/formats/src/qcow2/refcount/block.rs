@@ -1,5 +1,6 @@
 //! The refcounts of a block: big-endian numbers, or bit fields that start at the least significant bit.
 
+use diskimage_core::saturating_u32;
 /// The position of a refcount in its block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::qcow2) struct Slot {
@@ -16,7 +17,7 @@ impl Slot {
         Self {
             byte: bit / 8,
             // Below 8.
-            shift: u32::try_from(bit % 8).unwrap_or(0),
+            shift: saturating_u32(bit % 8),
         }
     }
 }

@@ -1,7 +1,7 @@
 //! Counts per cluster in sparse pages. A page is allocated when a cluster of it is first counted, and its counters are
 //! as wide as its largest count: a hole of the image needs no memory.
 
-use diskimage_core::{Budget, Error, ErrorKind, Reservation, Result};
+use diskimage_core::{Budget, Error, ErrorKind, Reservation, Result, saturating_index};
 
 /// The clusters of one page.
 pub(in crate::qcow2) const PAGE: usize = 4096;
@@ -232,7 +232,7 @@ impl ClusterCounts {
 /// The page of a cluster and the slot in it. A cluster number beyond `usize` saturates to a page that no budget allows.
 #[inline]
 fn position(cluster: u64) -> (usize, usize) {
-    let cluster = usize::try_from(cluster).unwrap_or(usize::MAX);
+    let cluster = saturating_index(cluster);
     (cluster / PAGE, cluster % PAGE)
 }
 

@@ -10,7 +10,7 @@
 //! leaked cluster, or the new one. If the work fails, most often on a full disk, nothing in the file has to be undone.
 //! The replaced tables are released once the new header is durable.
 
-use diskimage_core::{Error, ErrorKind, Preallocation, Result, errno, to_index};
+use diskimage_core::{Error, ErrorKind, Preallocation, Result, errno, saturating_u32, to_index};
 
 use super::Refcounts;
 use crate::layer_kit::metadata_cache::Table;
@@ -149,7 +149,7 @@ impl Qcow2 {
         put(
             field::REFCOUNT_TABLE + 8,
             // The table has at most 8 MiB.
-            &u32::try_from(clusters).unwrap_or(u32::MAX).to_be_bytes(),
+            &saturating_u32(clusters).to_be_bytes(),
         )?;
         put(field::NB_SNAPSHOTS, &state.snapshots.count.to_be_bytes())?;
         put(field::NB_SNAPSHOTS + 4, &state.snapshots.offset.to_be_bytes())?;

@@ -5,7 +5,7 @@
 //!   ... all clusters in use | new blocks | new table |     the new clusters are counted in the new structures only
 //! ```
 
-use diskimage_core::{Device, Error, Result, ResultExt, to_index};
+use diskimage_core::{Device, Error, Result, ResultExt, saturating_u32, to_index};
 
 use super::{Refcounts, block};
 use crate::layer_kit::metadata_cache::MetadataCache;
@@ -148,7 +148,7 @@ impl Refcounts {
         Ok(Widened {
             table_offset,
             // The table has at most 8 MiB.
-            table_clusters: u32::try_from(layout.clusters - blocks).unwrap_or(u32::MAX),
+            table_clusters: saturating_u32(layout.clusters - blocks),
         })
     }
 

@@ -19,7 +19,7 @@ use std::sync::{Arc, MutexGuard};
 
 use diskimage_core::{
     ByteRange, Error, ErrorKind, Layer, NewSnapshot, Result, ResultExt, SnapshotInfo, Snapshots, errno, name,
-    to_index,
+    saturating_u32, to_index,
 };
 use zerocopy::byteorder::big_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, IntoBytes};
@@ -252,7 +252,7 @@ impl Qcow2 {
             return Err(error);
         }
         // A table has at most `MAX_TABLE` bytes, so the count fits.
-        let count = u32::try_from(listed.len() + usize::from(new.is_some())).unwrap_or(u32::MAX);
+        let count = saturating_u32(listed.len() + usize::from(new.is_some()));
         Ok(SnapshotTable { offset, count })
     }
 

@@ -11,7 +11,7 @@
 //! request leaves a disk with parts of its old contents and parts of the snapshot; the snapshot is intact and can be
 //! applied again.
 
-use diskimage_core::{ByteRange, Device, Error, MemoryDevice, NewSnapshot, Result, to_index};
+use diskimage_core::{ByteRange, Device, Error, MemoryDevice, NewSnapshot, Result, saturating_u32, to_index};
 
 use super::{Snapshot, SnapshotTable, V3_EXTRA};
 use crate::layer_kit::metadata_cache::{Table, WriteOrder};
@@ -143,7 +143,7 @@ impl Qcow2 {
         state.metadata.cache.guard_range(Kind::SnapshotTable, table)?;
         self.file.write_at(&bytes, kept.offset)?;
         // The header's count was a 32-bit number, and one entry less is left.
-        let count = u32::try_from(left.len()).unwrap_or(u32::MAX);
+        let count = saturating_u32(left.len());
         let offset = kept.offset;
         self.publish_entries(state, SnapshotTable { offset, count })?;
         state.metadata.release(offset + used, room - used)?;
