@@ -7,7 +7,7 @@ use std::fmt::Debug;
 use std::sync::Arc;
 
 use crate::{
-    Bitmaps, Check, CheckReport, Codec, Device, Encoder, Error, Layer, Name, Objects, Progress, Repair,
+    Bitmaps, Check, CheckReport, Codec, Device, Encoder, Error, Layer, Name, Note, Objects, Progress, Repair,
     ResizeRequest, Result, Snapshots, errno,
 };
 
@@ -28,6 +28,8 @@ pub struct Capabilities<'a> {
     pub check: Option<&'a dyn Check>,
     /// Options that can be changed after creation.
     pub amend: Option<&'a dyn Amend>,
+    /// What identifies the disk, where overlays record that of their backing image.
+    pub identity: Option<&'a DiskIdentity>,
     /// Several files.
     pub multi_file: Option<&'a dyn MultiFile>,
     /// The data file, if guest data is not in [`Layer::file`].
@@ -47,6 +49,15 @@ pub struct Backing {
     pub name: Name,
     /// The format, if the image names it.
     pub format: Option<String>,
+}
+
+/// What identifies the contents of a disk: overlays record it, and refuse a backing image with another one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DiskIdentity {
+    /// The unique ID of a VHD, the `DataWriteGuid` of a VHDX, as stored.
+    pub id: [u8; 16],
+    /// The time stamp of a VHD, in seconds since 2000.
+    pub time_stamp: Option<u32>,
 }
 
 /// A layer that can have a backing image.
@@ -80,6 +91,21 @@ pub trait Backed: Debug + Send + Sync {
     /// Whether `backing` is unchanged since this image was created on it. If not, unallocated clusters cannot be read.
     fn matches_backing(&self, _backing: &dyn Layer) -> bool {
         true
+    }
+
+    /// Checks, before the image is read, that `backing` is the image that this one was created on. Returns a warning if
+    /// it may have changed since.
+    ///
+    /// # Errors
+    /// Another image, with both identities.
+    fn check_backing(&self, _backing: &dyn Layer) -> Result<Option<Note>> {
+        Ok(None)
+    }
+
+    /// What the image says about its backing image and where that was looked for, if it names more than one file. For
+    /// the message that no file was found.
+    fn locators(&self) -> Option<String> {
+        None
     }
 }
 
@@ -169,6 +195,22 @@ impl<'a> dyn Layer + 'a {
     /// [`Backed::cid`]; `None` also if there can be no backing image.
     pub fn cid(&self) -> Option<u32> {
         self.capabilities().backed?.cid()
+    }
+
+    /// [`Backed::check_backing`]; `None` also if there can be no backing image.
+    ///
+    /// # Errors
+    /// As [`Backed::check_backing`].
+    pub fn check_backing(&self, backing: &dyn Layer) -> Result<Option<Note>> {
+        match self.capabilities().backed {
+            Some(backed) => backed.check_backing(backing),
+            None => Ok(None),
+        }
+    }
+
+    /// [`Backed::locators`]; `None` also if there can be no backing image.
+    pub fn locators(&self) -> Option<String> {
+        self.capabilities().backed?.locators()
     }
 
     /// The [`Codec`] of the layer.

@@ -11,6 +11,13 @@ pub trait Gate: Send + Sync {
     /// # Errors
     /// [`ErrorKind::Denied`](crate::ErrorKind::Denied) if the policy forbids it, and errors of opening the file.
     fn open(&self, reference: &Reference<'_>) -> Result<Arc<dyn Device>>;
+
+    /// The name under which a file that may be called `name`, relative to the directory of the image `image`, exists:
+    /// `name` itself, or one that differs from it in the case of letters. Formats of systems that do not tell case apart
+    /// ask for it. `None` if there is no such file, or if the policy is not to tell.
+    fn locate(&self, _image: &str, _name: &str) -> Option<String> {
+        None
+    }
 }
 
 impl dyn Gate + '_ {

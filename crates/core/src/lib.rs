@@ -57,7 +57,7 @@ mod zero;
 pub use aligned::AlignedBuf;
 pub use bitmaps::{BitmapInfo, Bitmaps, NewBitmap};
 pub use budget::{Budget, Reservation};
-pub use capabilities::{Amend, AmendRequest, Backed, Backing, Capabilities, MultiFile};
+pub use capabilities::{Amend, AmendRequest, Backed, Backing, Capabilities, DiskIdentity, MultiFile};
 pub use check::{Check, CheckReport, Repair};
 pub use codec::{Codec, Encoded, Encoder};
 pub use decoded_cache::DecodedBlockCache;

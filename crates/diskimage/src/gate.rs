@@ -6,7 +6,9 @@ use diskimage_core::{
     Budget, Device, Error, Gate, LocalTime, NodeOptions, Objects, Permissions, Progress, Reference, Result,
     Role,
 };
-use diskimage_protocols::{CacheMode, LocalFileDriver, Protocol, ProtocolRequest, Target, protocol_by_name};
+use diskimage_protocols::{
+    CacheMode, LocalFileDriver, Protocol, ProtocolRequest, Target, path_in_any_case, protocol_by_name,
+};
 
 /// Opens backing files by any protocol, and data files only by path: the formats define no more for data files.
 #[derive(Clone, Debug, Default)]
@@ -54,6 +56,15 @@ impl Gate for FileGate {
         require_all_taken(protocol.name(), &options)?;
         device.lock(self.locked_for(reference))?;
         Ok(device)
+    }
+
+    fn locate(&self, image: &str, name: &str) -> Option<String> {
+        let image = Target::parse(image).ok()?.path;
+        let directory = match name.starts_with('/') {
+            true => String::new(),
+            false => Target::resolve(&image, ""),
+        };
+        path_in_any_case(&directory, name)
     }
 }
 

@@ -30,7 +30,7 @@ mod zero;
 
 pub use aio::Aio;
 pub use cache::CacheMode;
-pub use file::{File, LocalFileDriver, identity_of_path};
+pub use file::{File, LocalFileDriver, identity_of_path, path_in_any_case};
 pub use filter::{ChildKind, FILTERS, Filter, FilterChild, FilterRequest, OpenedChild, filter_by_name};
 pub use grow::{CREATE_OPTIONS, FileCreation};
 pub use name::{ProtocolKind, Target};

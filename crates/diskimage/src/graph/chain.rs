@@ -8,7 +8,7 @@
 
 use std::sync::Arc;
 
-use diskimage_core::{Device, Error, ErrorKind, Image, NodeOptions, Result};
+use diskimage_core::{Device, Error, ErrorKind, Image, Layer, NodeOptions, Result, errno};
 
 use super::common::Common;
 use super::names::{full_backing_name, is_relative, node_of_name};
@@ -137,8 +137,22 @@ impl Opener<'_> {
             };
             opener.open_link(node, mode)
         };
-        let link = open();
+        let link = open().map_err(|error| not_found(&*last.layer, error));
+        let link = link.and_then(|link| {
+            if let Some(note) = last.layer.check_backing(&*link.layer)? {
+                self.options.tell(&note);
+            }
+            Ok(link)
+        });
         Some(link.and_then(|link| not_again(link, links)))
+    }
+}
+
+/// Adds to `error` where the backing image of `layer` was looked for, if it was not found.
+pub(crate) fn not_found(layer: &dyn Layer, error: Error) -> Error {
+    match layer.locators().filter(|_| error.errno() == Some(errno::ENOENT)) {
+        Some(locators) => error.context(locators),
+        None => error,
     }
 }
 
