@@ -137,7 +137,7 @@ impl Opener<'_> {
             };
             opener.open_link(node, mode)
         };
-        let link = open().map_err(|error| not_found(&*last.layer, error));
+        let link = open().map_err(|error| backing_not_found(&*last.layer, error));
         let link = link.and_then(|link| {
             if let Some(note) = last.layer.check_backing(&*link.layer)? {
                 self.options.tell(&note);
@@ -149,7 +149,7 @@ impl Opener<'_> {
 }
 
 /// Adds to `error` where the backing image of `layer` was looked for, if it was not found.
-pub(crate) fn not_found(layer: &dyn Layer, error: Error) -> Error {
+pub fn backing_not_found(layer: &dyn Layer, error: Error) -> Error {
     match layer.locators().filter(|_| error.errno() == Some(errno::ENOENT)) {
         Some(locators) => error.context(locators),
         None => error,
