@@ -7,8 +7,8 @@ use std::fmt::Debug;
 use std::sync::Arc;
 
 use crate::{
-    Backing, Bitmaps, Check, CheckReport, Codec, Device, Encoder, Error, Layer, Name, Objects, Progress,
-    Repair, ResizeRequest, Result, Snapshots, errno,
+    Backing, Bitmaps, Check, CheckReport, Codec, Device, Encoder, Error, Layer, Name, Note, Objects,
+    Progress, Repair, ResizeRequest, Result, Snapshots, errno,
 };
 
 /// The optional features of one open image.
@@ -28,6 +28,8 @@ pub struct Capabilities<'a> {
     pub check: Option<&'a dyn Check>,
     /// Options that can be changed after creation.
     pub amend: Option<&'a dyn Amend>,
+    /// What identifies the disk, where overlays record that of their backing image.
+    pub identity: Option<&'a DiskIdentity>,
     /// Several files.
     pub multi_file: Option<&'a dyn MultiFile>,
     /// The data file, if guest data is not in [`Layer::file`].
@@ -38,6 +40,15 @@ pub struct Capabilities<'a> {
     /// What [`Layer::map`] finds in the tables is not reported as the allocation of the disk: qemu-img does not ask the
     /// tables of this format, and reports that all is data.
     pub hides_allocation: bool,
+}
+
+/// What identifies the contents of a disk: overlays record it, and refuse a backing image with another one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DiskIdentity {
+    /// The unique ID of a VHD, the `DataWriteGuid` of a VHDX, as stored.
+    pub id: [u8; 16],
+    /// The time stamp of a VHD, in seconds since 2000.
+    pub time_stamp: Option<u32>,
 }
 
 /// A layer that can have a backing image.
@@ -78,6 +89,21 @@ pub trait Backed: Debug + Send + Sync {
     /// one is then looked for beside the image in other letter case. Empty if the format keeps to the one name.
     fn other_backing_names(&self) -> Vec<Name> {
         Vec::new()
+    }
+
+    /// Checks, before the image is read, that `backing` is the image that this one was created on. Returns a warning if
+    /// it may have changed since.
+    ///
+    /// # Errors
+    /// Another image, with both identities.
+    fn check_backing(&self, _backing: &dyn Layer) -> Result<Option<Note>> {
+        Ok(None)
+    }
+
+    /// What the image says about its backing image and where that was looked for, if it names more than one file. For
+    /// the message that no file was found.
+    fn locators(&self) -> Option<String> {
+        None
     }
 }
 
@@ -175,6 +201,22 @@ impl<'a> dyn Layer + 'a {
     /// [`Backed::cid`]; `None` also if there can be no backing image.
     pub fn cid(&self) -> Option<u32> {
         self.capabilities().backed?.cid()
+    }
+
+    /// [`Backed::check_backing`]; `None` also if there can be no backing image.
+    ///
+    /// # Errors
+    /// As [`Backed::check_backing`].
+    pub fn check_backing(&self, backing: &dyn Layer) -> Result<Option<Note>> {
+        match self.capabilities().backed {
+            Some(backed) => backed.check_backing(backing),
+            None => Ok(None),
+        }
+    }
+
+    /// [`Backed::locators`]; `None` also if there can be no backing image.
+    pub fn locators(&self) -> Option<String> {
+        self.capabilities().backed?.locators()
     }
 
     /// The [`Codec`] of the layer.

@@ -12,10 +12,10 @@ pub trait Gate: Send + Sync {
     /// [`ErrorKind::Denied`](crate::ErrorKind::Denied) if the policy forbids it, and errors of opening the file.
     fn open(&self, reference: &Reference<'_>) -> Result<Arc<dyn Device>>;
 
-    /// The name of the file in `directory` that is called `name` but for the case of letters. The directory is that of
-    /// an image which refers to the file, as a path ("" is the current directory). `None` if there is none, and if the
-    /// policy does not let directories be searched.
-    fn find_in_other_case(&self, _directory: &str, _name: &str) -> Option<String> {
+    /// The name under which a file that may be called `name`, relative to the directory of the image `image`, exists:
+    /// `name` itself, or one that differs from it in the case of letters. Formats of systems that do not tell case apart
+    /// ask for it. `None` if there is no such file, or if the policy is not to tell.
+    fn locate(&self, _image: &str, _name: &str) -> Option<String> {
         None
     }
 }

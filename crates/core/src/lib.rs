@@ -62,7 +62,7 @@ pub use aligned::AlignedBuf;
 pub use backing::Backing;
 pub use bitmaps::{BitmapInfo, Bitmaps, NewBitmap};
 pub use budget::{Budget, Reservation};
-pub use capabilities::{Amend, AmendRequest, Backed, Capabilities, MultiFile};
+pub use capabilities::{Amend, AmendRequest, Backed, Capabilities, DiskIdentity, MultiFile};
 pub use check::{Check, CheckReport, Repair};
 pub use codec::{Codec, Encoded, Encoder};
 pub use decoded_cache::DecodedBlockCache;

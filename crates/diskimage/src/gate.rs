@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 
-use diskimage_core::{
-    Device, Error, Gate, NodeOptions, OpenContext, Permissions, Reference, Result, Role, name,
+use diskimage_core::{Device, Error, Gate, NodeOptions, OpenContext, Permissions, Reference, Result, Role};
+use diskimage_protocols::{
+    CacheMode, LocalFileDriver, Protocol, ProtocolRequest, Target, path_in_any_case, protocol_by_name,
 };
-use diskimage_protocols::{CacheMode, LocalFileDriver, Protocol, ProtocolRequest, Target, protocol_by_name};
 
 /// Opens backing files by any protocol, and data files only by path: the formats define no more for data files.
 #[derive(Clone, Copy, Debug, Default)]
@@ -49,20 +49,15 @@ impl Gate for FileGate {
         Ok(device)
     }
 
-    fn find_in_other_case(&self, directory: &str, name: &str) -> Option<String> {
-        let directory = if directory.is_empty() { "." } else { directory };
-        let wanted = name.to_lowercase();
-        let entries = name::to_path(directory).read_dir().ok()?.take(MAX_ENTRIES);
-        entries
-            .filter_map(|entry| Some(name::from_os(&entry.ok()?.file_name())))
-            .filter(|found| found.to_lowercase() == wanted)
-            // The same one each time, if there are several.
-            .min()
+    fn locate(&self, image: &str, name: &str) -> Option<String> {
+        let image = Target::parse(image).ok()?.path;
+        let directory = match name.starts_with('/') {
+            true => String::new(),
+            false => Target::resolve(&image, ""),
+        };
+        path_in_any_case(&directory, name)
     }
 }
-
-/// The most entries of a directory that are searched for a name in other letter case. A limit of this program.
-const MAX_ENTRIES: usize = 1 << 16;
 
 impl FileGate {
     fn locked_for(&self, reference: &Reference<'_>) -> Permissions {

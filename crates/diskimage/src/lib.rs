@@ -95,7 +95,7 @@ pub use diskimage_protocols::{
 };
 pub use files::{is_encrypted, share_a_file};
 pub use gate::FileGate;
-pub use graph::{full_backing_name, is_driver, is_relative, node_of_name};
+pub use graph::{backing_not_found, full_backing_name, is_driver, is_relative, node_of_name};
 pub use map::{MappedExtent, map};
 pub use open::{open, open_device, open_node};
 pub use open_options::OpenOptions;

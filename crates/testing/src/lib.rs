@@ -5,14 +5,19 @@
 //! * [`Journal`] records changes and flushes, and computes the contents that a crash can leave: [`Journal::crashes`].
 //! * [`PagedFile`] is a file in memory that is cheap to copy.
 //! * [`Closed`], [`OneFile`] and [`RecordingGate`] are gates.
+//! * [`VhdImage`] and [`VhdxImage`] are images made by hand.
 //! * [`create_image`], [`open_image`] and [`contents`] create, open and read images.
 
 mod faulty;
 mod images;
 mod journal;
 mod paged_file;
+mod vhd;
+mod vhdx;
 
 pub use faulty::{Fault, FaultyDevice, Requests};
 pub use images::{Closed, OneFile, RecordingGate, contents, create_image, open_image};
 pub use journal::{Crash, Journal, RecordingDevice};
 pub use paged_file::PagedFile;
+pub use vhd::{SparseBlock, VhdImage, VhdParent, overlay};
+pub use vhdx::{FULLY_PRESENT, PARTIALLY_PRESENT, VhdxImage, guid};

@@ -3,12 +3,12 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 
-use diskimage::{Image, Objects, OpenOptions, full_backing_name, share_a_file};
+use diskimage::{Image, Objects, OpenOptions, ResultExt, backing_not_found, full_backing_name, share_a_file};
 
 use crate::facts::Facts;
 use crate::objects::define;
 use crate::out::Console;
-use crate::source::open_source;
+use crate::source::{open_bare, open_source};
 use crate::words::{Command, Flag, ImageName, Operand, OutputFormat, Parser, Source, Stop, only_image, text};
 use diskimage::json::Value;
 
@@ -139,7 +139,10 @@ fn open_each(args: &Args, console: &Console) -> Result<Vec<Arc<Image>>, Stop> {
             .no_data(true)
             .no_backing(true)
             .force_share(args.force_share);
-        let image = open_source(&source, options, console)?;
+        let image = match chain.last() {
+            None => open_source(&source, options, console)?,
+            Some(overlay) => open_backing(overlay, &source, options, console)?,
+        };
         let backing = image.layer().backing().filter(|_| args.backing_chain);
         let is_same = |other: &Arc<Image>| {
             share_a_file(other, &image) && other.layer().format() == image.layer().format()
@@ -160,6 +163,23 @@ fn open_each(args: &Args, console: &Console) -> Result<Vec<Arc<Image>>, Stop> {
             None => return Ok(chain),
         }
     }
+}
+
+/// Opens the backing image of `overlay`, called `source`.
+fn open_backing(
+    overlay: &Image,
+    source: &Source,
+    options: OpenOptions,
+    console: &Console,
+) -> Result<Arc<Image>, Stop> {
+    let opened = open_bare(source, options, console)?.and_then(|image| {
+        if let Some(note) = overlay.layer().check_backing(&**image.layer())? {
+            console.note(&note);
+        }
+        Ok(image)
+    });
+    let opened = opened.map_err(|error| backing_not_found(&**overlay.layer(), error));
+    Ok(opened.context(|| format!("Could not open '{}'", source.name.shown()))?)
 }
 
 fn endless(source: &Source) -> Stop {

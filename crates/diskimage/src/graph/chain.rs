@@ -8,8 +8,7 @@
 
 use std::sync::Arc;
 
-use diskimage_core::{Device, Error, ErrorKind, Image, Layer, NodeOptions, Result};
-use diskimage_protocols::Target;
+use diskimage_core::{Device, Error, ErrorKind, Image, Layer, NodeOptions, Result, errno};
 
 use super::common::Common;
 use super::names::{full_backing_name, is_relative, node_of_name};
@@ -112,9 +111,14 @@ impl Opener<'_> {
         let link = match (opener.open_link(below.node, mode), below.others) {
             (Err(error), Some(others)) if error.kind() == ErrorKind::NotFound => opener
                 .open_other(&others, mode)
-                .unwrap_or_else(|| Err(others.missing(error)))?,
-            (link, _) => link?,
+                .unwrap_or_else(|| Err(others.missing(error))),
+            (link, _) => link,
         };
+        let Some(overlay) = links.last() else { return link };
+        let link = link.map_err(|error| backing_not_found(&*overlay.layer, error))?;
+        if let Some(note) = overlay.layer.check_backing(&*link.layer)? {
+            self.context.tell(&note);
+        }
         not_again(link, links)
     }
 
@@ -130,12 +134,7 @@ impl Opener<'_> {
                 link => return Some(link),
             }
         }
-        let path = Target::parse(&others.from).ok()?.path;
-        let directory = path.rfind('/').map_or("", |slash| &path[..=slash]);
-        let found = self
-            .context
-            .gate
-            .find_in_other_case(directory, others.names.last()?)?;
+        let found = self.context.gate.locate(&others.from, others.names.last()?)?;
         let node = others.node(&found);
         Some(node.and_then(|node| self.open_link(node, mode)))
     }
@@ -261,6 +260,14 @@ pub(crate) fn walk_chain(
         links.push(opener.open_below(below, &links)?);
     }
     Ok(())
+}
+
+/// Adds to `error` where the backing image of `layer` was looked for, if it was not found.
+pub fn backing_not_found(layer: &dyn Layer, error: Error) -> Error {
+    match layer.locators().filter(|_| error.errno() == Some(errno::ENOENT)) {
+        Some(locators) => error.context(locators),
+        None => error,
+    }
 }
 
 /// Refuses an image that is in the chain already and has led to itself. Only links that images make by themselves can form

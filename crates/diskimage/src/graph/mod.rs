@@ -32,6 +32,7 @@ use crate::open_options::{Mode, OpenOptions};
 use crate::probe::guess_device;
 use common::Common;
 
+pub use chain::backing_not_found;
 pub(crate) use chain::{Step, open_chain, open_device_chain, walk_chain};
 
 pub use names::{full_backing_name, is_driver, is_relative, node_of_name};

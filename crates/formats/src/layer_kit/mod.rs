@@ -8,6 +8,8 @@
 //! | [`metadata_guard`], [`reserved`] | protection of the format's own structures from writes |
 //! | [`allocating_plan`], [`in_place_write`] | write plans |
 //! | [`range_claims`] | claims on the guest ranges of requests in flight |
+//! | [`sector_bitmaps`] | which sectors of a block were written |
+//! | [`parent`] | where the parent of a differencing disk is looked for |
 //! | [`slot_bitmap`], [`cluster_set`] | which block slots, or clusters, of a file are in use |
 //! | [`two_level_map`] | L1 and L2 tables over clusters that are never freed |
 //! | [`read_only_layer`] | layers of formats that are only read |
@@ -24,10 +26,12 @@ pub(crate) mod metadata_guard;
 pub(crate) mod offset;
 pub(crate) mod page_cache;
 pub(crate) mod paged_table;
+pub(crate) mod parent;
 pub(crate) mod preallocation;
 pub(crate) mod range_claims;
 pub(crate) mod read_only_layer;
 pub(crate) mod repair_on_open;
 pub(crate) mod reserved;
+pub(crate) mod sector_bitmaps;
 pub(crate) mod slot_bitmap;
 pub(crate) mod two_level_map;

@@ -35,6 +35,12 @@ impl Reserved {
         )
     }
 
+    /// Adds `ranges`, without empty ones.
+    pub(crate) fn extend(&mut self, ranges: impl IntoIterator<Item = (&'static str, ByteRange)>) {
+        self.0
+            .extend(ranges.into_iter().filter(|(_, range)| !range.is_empty()));
+    }
+
     /// The first range that shares a byte with `range`, and its name.
     pub(crate) fn find(&self, range: ByteRange) -> Option<(&'static str, ByteRange)> {
         self.0.iter().find(|(_, other)| other.overlaps(range)).copied()

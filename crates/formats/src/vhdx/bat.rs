@@ -20,6 +20,10 @@ pub(super) enum Payload {
     Zero,
     /// It is stored at this offset of the file.
     At(u64),
+    /// It has no storage and reads from the parent of a differencing disk: the state not present.
+    Parent,
+    /// It is stored at this offset of the file as far as the sector bitmap says, the rest reads from the parent.
+    Partly(u64),
 }
 
 /// States of payload blocks, the lowest three bits of an entry.
@@ -28,19 +32,37 @@ const UNDEFINED: u64 = 1;
 const ZERO: u64 = 2;
 const UNMAPPED: u64 = 3;
 const FULLY_PRESENT: u64 = 6;
+const PARTIALLY_PRESENT: u64 = 7;
+/// The state of a sector bitmap block that is stored.
+const BITMAP_PRESENT: u64 = 6;
 
 impl Payload {
     /// Parses an entry: bits 0 to 2 are the state, bits 20 to 63 the offset in mebibytes, those between are reserved.
     ///
     /// # Errors
     /// States that are undefined, or that only blocks of differencing disks have.
-    pub(super) fn of(entry: u64) -> Result<Self> {
-        match entry & 7 {
-            NOT_PRESENT | UNDEFINED | ZERO | UNMAPPED => Ok(Self::Zero),
-            FULLY_PRESENT => Ok(Self::At(entry / MIB * MIB)),
+    pub(super) fn of(entry: u64, is_differencing: bool) -> Result<Self> {
+        match (entry & 7, is_differencing) {
+            (NOT_PRESENT, true) => Ok(Self::Parent),
+            (NOT_PRESENT | UNDEFINED | ZERO | UNMAPPED, _) => Ok(Self::Zero),
+            (FULLY_PRESENT, _) => Ok(Self::At(entry / MIB * MIB)),
+            (PARTIALLY_PRESENT, true) => Ok(Self::Partly(entry / MIB * MIB)),
             _ => Err(Error::damage(ErrorKind::Invalid, errno::EIO)),
         }
     }
+
+    /// The offset of the storage of the block.
+    pub(super) fn offset(self) -> Option<u64> {
+        match self {
+            Self::At(offset) | Self::Partly(offset) => Some(offset),
+            Self::Zero | Self::Parent => None,
+        }
+    }
+}
+
+/// The offset of a sector bitmap block; `None` if it has no storage.
+pub(super) fn bitmap_offset(entry: u64) -> Option<u64> {
+    (entry & 7 == BITMAP_PRESENT).then_some(entry / MIB * MIB)
 }
 
 /// The entry of a block stored at `offset`.
@@ -53,33 +75,52 @@ pub(super) fn absent(zero: bool) -> u64 {
     if zero { ZERO } else { NOT_PRESENT }
 }
 
-/// The specification's chunk ratio: how many payload blocks share a sector bitmap block.
-///
-/// Blocks have 1 MiB to 256 MiB, so it is 16 to 4096.
-fn chunk_ratio(block_size: u64) -> u64 {
-    (512 << 23) / block_size
+/// The order of the entries: the specification's chunk ratio tells how many payload blocks share a sector bitmap block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Chunks {
+    ratio: u64,
 }
 
-/// How many sector bitmap blocks `blocks` payload blocks have.
-pub(super) fn chunks(blocks: u64, block_size: u64) -> u64 {
-    blocks.div_ceil(chunk_ratio(block_size))
-}
+/// Sectors that a sector bitmap block has bits for.
+pub(super) const SECTORS_OF_CHUNK: u64 = 1 << 23;
 
-/// The index of the entry of a payload block.
-pub(super) fn entry_of(block: u64, block_size: u64) -> u64 {
-    block + block / chunk_ratio(block_size)
-}
+impl Chunks {
+    /// For payload blocks of `block_size` bytes, 1 MiB to 256 MiB, and logical sectors of 512 or 4096: the ratio is 16 to
+    /// 32768.
+    pub(super) fn new(block_size: u64, sector: u64) -> Self {
+        Self {
+            ratio: (SECTORS_OF_CHUNK * sector / block_size).max(1),
+        }
+    }
 
-/// How many payload blocks from `block` on have contiguous entries, with no sector bitmap's in between.
-pub(super) fn left_in_chunk(block: u64, block_size: u64) -> u64 {
-    chunk_ratio(block_size) - block % chunk_ratio(block_size)
-}
+    /// How many sector bitmap blocks `blocks` payload blocks have.
+    pub(super) fn count(self, blocks: u64) -> u64 {
+        blocks.div_ceil(self.ratio)
+    }
 
-/// How many entries the table of a disk has, up to that of the last payload block: those of sector bitmaps count, too.
-pub(super) fn entries(disk_size: u64, block_size: u64) -> u64 {
-    match disk_size.div_ceil(block_size) {
-        0 => 0,
-        blocks => entry_of(blocks - 1, block_size) + 1,
+    /// The index of the entry of a payload block.
+    pub(super) fn entry_of(self, block: u64) -> u64 {
+        block + block / self.ratio
+    }
+
+    /// The index of the entry of the sector bitmap block of a payload block.
+    pub(super) fn bitmap_entry_of(self, block: u64) -> u64 {
+        let chunk = block / self.ratio;
+        (chunk + 1).saturating_mul(self.ratio).saturating_add(chunk)
+    }
+
+    /// How many payload blocks from `block` on have contiguous entries, with no sector bitmap's in between.
+    pub(super) fn left_in_chunk(self, block: u64) -> u64 {
+        self.ratio - block % self.ratio
+    }
+
+    /// How many entries the table of a disk of `blocks` payload blocks has, up to that of the last one: those of sector
+    /// bitmaps count, too.
+    pub(super) fn entries(self, blocks: u64) -> u64 {
+        match blocks {
+            0 => 0,
+            blocks => self.entry_of(blocks - 1) + 1,
+        }
     }
 }
 
@@ -152,11 +193,22 @@ mod tests {
     #[test]
     fn bitmaps_have_an_entry_behind_each_chunk() {
         // With blocks of 32 MiB, the chunk ratio is 128.
-        let block = 32 * MIB;
-        assert_eq!((entry_of(127, block), entry_of(128, block)), (127, 129));
-        for (disk, count) in [(0, 0), (1, 1), (128, 128), (129, 130), (256, 257), (257, 259)] {
-            assert_eq!(entries(disk * block, block), count, "{disk}");
+        let chunks = Chunks::new(32 * MIB, 512);
+        assert_eq!((chunks.entry_of(127), chunks.entry_of(128)), (127, 129));
+        assert_eq!(
+            (chunks.bitmap_entry_of(0), chunks.bitmap_entry_of(128)),
+            (128, 257)
+        );
+        for (blocks, count) in [(0, 0), (1, 1), (128, 128), (129, 130), (256, 257), (257, 259)] {
+            assert_eq!(chunks.entries(blocks), count, "{blocks}");
         }
+        // Larger sectors make larger chunks.
+        let chunks = Chunks::new(32 * MIB, 4096);
+        assert_eq!((chunks.entry_of(1023), chunks.bitmap_entry_of(0)), (1023, 1024));
+        assert_eq!(
+            (chunks.entry_of(1024), chunks.bitmap_entry_of(1024)),
+            (1025, 2049)
+        );
     }
 
     #[test]

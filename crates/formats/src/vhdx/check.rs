@@ -1,9 +1,11 @@
 //! The check: looks for blocks that lie beyond the end of the file, or overlap each other or the metadata.
 
+use std::collections::HashMap;
+
 use diskimage_core::{ByteRange, CheckReport, Note, Progress, Repair, Result};
 
 use super::VhdxLayer;
-use super::bat::{Payload, entry_of};
+use super::bat::{Payload, bitmap_offset};
 use super::header::MIB;
 use crate::layer_kit::cluster_set::ClusterSet;
 
@@ -27,19 +29,41 @@ impl VhdxLayer {
         };
         // The mebibytes of the file that blocks occupy.
         let mut occupied = ClusterSet::new(&self.budget);
+        // The entries of sector bitmap blocks by offset: at most 4096 for the largest disk.
+        let mut bitmaps = HashMap::new();
         let tables = state.reserved.clone();
         for block in 0..state.metadata.disk_size.div_ceil(self.block_size) {
-            let index = entry_of(block, self.block_size);
+            let index = self.chunks.entry_of(block);
             let entry = state.bat.entry(index)?;
-            let Ok(payload) = Payload::of(entry) else {
+            let Ok(payload) = Payload::of(entry, self.is_differencing()) else {
                 finding(format!(
                     "VHDX BAT entry {index} has the unknown state {}",
                     entry & 7
                 ));
                 continue;
             };
-            let Payload::At(offset) = payload else { continue };
+            let Some(offset) = payload.offset() else { continue };
             let stored = ByteRange::at(offset, self.block_size);
+            if let Payload::Partly(_) = payload {
+                let at = self.chunks.bitmap_entry_of(block);
+                let bitmap = bitmap_offset(state.bat.entry(at)?).map(|offset| ByteRange::at(offset, MIB));
+                match bitmap {
+                    Some(bitmap) if bitmap.end() > len => finding(format!(
+                        "VHDX BAT entry {at} end offset {} points after end of file ({len}). Image has probably been \
+                         truncated.",
+                        bitmap.end() - 1
+                    )),
+                    Some(bitmap) if tables.find(bitmap).is_some() => {
+                        finding(format!("VHDX BAT entry {at} lies in the metadata"));
+                    }
+                    // All blocks of a chunk share the bitmap.
+                    Some(bitmap) if bitmaps.insert(bitmap.start(), at).is_none_or(|other| other == at) => {}
+                    Some(_) => finding(format!("VHDX BAT entry {at} shares its place with another one")),
+                    None => finding(format!(
+                        "VHDX BAT entry {index} needs the sector bitmap of entry {at}, which is not present"
+                    )),
+                }
+            }
             let truncated = |what: &str, at: u64| {
                 format!(
                     "VHDX BAT entry {index} {what} offset {at} points after end of file ({len}). Image has probably \

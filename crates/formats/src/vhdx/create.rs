@@ -9,7 +9,8 @@ use diskimage_core::{
     ByteRange, CreateRequest, Device, Error, Measure, MeasureSource, Preallocation, Result, ZeroMode,
 };
 
-use super::bat::{ENTRY, absent, chunks, entries, entry_of, present};
+use super::SECTOR;
+use super::bat::{Chunks, ENTRY, absent, present};
 use super::header::{FILE_SIGNATURE, Guid, Header, MIB, Regions, new_guid};
 use super::metadata::{MAX_BLOCK, MAX_DISK, MIN_BLOCK, Metadata};
 use crate::layer_kit::count_used::data_bytes;
@@ -42,6 +43,7 @@ pub(super) const OPTIONS: &[OptionDef] = &[
 struct Layout {
     disk_size: u64,
     block_size: u64,
+    chunks: Chunks,
     is_fixed: bool,
     /// Whether entries of blocks without storage are in state zero rather than not present.
     says_zero: bool,
@@ -82,16 +84,18 @@ impl Layout {
         };
         preallocation::check(options)?;
         let log = ByteRange::at(MIB, log_size.next_multiple_of(MIB));
+        let chunks = Chunks::new(block_size, SECTOR);
         let bat_len = match disk_size {
             // qemu-img takes an empty disk to have 2^32 blocks, and refuses images with a shorter table.
-            0 => (chunks(1 << 32, block_size) * ENTRY).next_multiple_of(MIB),
-            _ => (entries(disk_size, block_size) * ENTRY).next_multiple_of(MIB),
+            0 => (chunks.count(1 << 32) * ENTRY).next_multiple_of(MIB),
+            size => (chunks.entries(size.div_ceil(block_size)) * ENTRY).next_multiple_of(MIB),
         };
         let bat = ByteRange::at(log.end(), bat_len.max(MIB));
         let metadata = ByteRange::at(bat.end(), MIB);
         Ok(Self {
             disk_size,
             block_size,
+            chunks,
             is_fixed,
             says_zero: options.flag("block_state_zero") != Some(false),
             log,
@@ -126,7 +130,7 @@ impl Layout {
             } else {
                 absent(self.says_zero)
             };
-            let at = entry_of(block, self.block_size);
+            let at = self.chunks.entry_of(block);
             // The entry of a sector bitmap in between: not present.
             for _ in index..at {
                 bytes.extend_from_slice(&[0; 8]);

@@ -5,6 +5,7 @@ use zerocopy::byteorder::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::header::{Guid, MIB, new_guid};
+use super::parent::ParentLocator;
 use crate::layer_kit::reserved::Reserved;
 
 /// The properties of the disk in the metadata items.
@@ -12,7 +13,9 @@ use crate::layer_kit::reserved::Reserved;
 pub(super) struct Metadata {
     /// Bytes of a payload block.
     pub(super) block_size: u64,
-    /// The disk's size in bytes, a multiple of 512.
+    /// Bytes of a logical sector: 512 or 4096.
+    pub(super) sector: u64,
+    /// The disk's size in bytes, a multiple of the sector size.
     pub(super) disk_size: u64,
     /// The offset in the file of the item with the disk's size.
     pub(super) size_at: u64,
@@ -89,8 +92,8 @@ impl Metadata {
     /// Reads the region at `region`.
     ///
     /// # Errors
-    /// Items that are missing or have invalid values, unknown items that are required, and differencing disks.
-    pub(super) fn read(file: &dyn Device, region: ByteRange) -> Result<Self> {
+    /// Items that are missing or have invalid values, and unknown items that are required.
+    pub(super) fn read(file: &dyn Device, region: ByteRange) -> Result<(Self, Option<ParentLocator>)> {
         let invalid = || Error::from_errno(errno::EINVAL);
         let unsupported = || Error::from_errno(errno::ENOTSUP);
         let mut bytes = vec![0; TABLE_LEN];
@@ -100,6 +103,7 @@ impl Metadata {
             return Err(invalid());
         }
         let mut offsets = [None; 4];
+        let mut locator = None;
         for item in items
             .chunks_exact(size_of::<RawItem>())
             .take(table.count.get().into())
@@ -111,7 +115,14 @@ impl Metadata {
                 LOGICAL_SECTOR => 2,
                 PHYSICAL_SECTOR => 3,
                 DISK_ID => continue,
-                PARENT_LOCATOR => return Err(has_parent()),
+                PARENT_LOCATOR => {
+                    let range = ByteRange::at(item.offset.get().into(), item.len.get().into());
+                    if range.start() < TABLE_LEN as u64 || range.end() > region.len() {
+                        return Err(invalid());
+                    }
+                    locator = Some(ByteRange::at(region.start() + range.start(), range.len()));
+                    continue;
+                }
                 _ if item.flags.get() & REQUIRED != 0 => return Err(unsupported()),
                 _ => continue,
             };
@@ -136,19 +147,17 @@ impl Metadata {
         };
         let [block_size, flags] = halves(number(parameters)?);
         let [sector, _] = halves(number(logical)?);
-        let metadata = Self {
-            block_size: block_size.into(),
-            // As in qemu-img, the rest of an incomplete last sector is not part of the disk.
-            disk_size: align_down(number(size)?.get(), 512),
-            size_at: size,
-        };
-        if flags & HAS_PARENT != 0 {
-            return Err(has_parent());
-        }
-        // qemu-img supports no other logical sector size.
-        if sector != 512 {
+        // qemu-img supports sectors of 512 bytes only; the specification has no others than these.
+        if !matches!(sector, 512 | 4096) {
             return Err(unsupported());
         }
+        let metadata = Self {
+            block_size: block_size.into(),
+            sector: sector.into(),
+            // As in qemu-img, the rest of an incomplete last sector is not part of the disk.
+            disk_size: align_down(number(size)?.get(), u64::from(sector)),
+            size_at: size,
+        };
         let block = metadata.block_size;
         if !block.is_power_of_two() || !(MIN_BLOCK..=MAX_BLOCK).contains(&block) {
             return Err(invalid());
@@ -156,7 +165,13 @@ impl Metadata {
         if metadata.disk_size > MAX_DISK {
             return Err(invalid());
         }
-        Ok(metadata)
+        let parent = match (locator, flags & HAS_PARENT != 0) {
+            (Some(range), true) => Some(ParentLocator::read(file, range)?),
+            (None, false) => None,
+            (Some(_), false) => return Err(Error::corrupt("The image has a parent locator, but no parent")),
+            (None, true) => return Err(Error::corrupt("The image has a parent, but no parent locator")),
+        };
+        Ok((metadata, parent))
     }
 
     /// The bytes of a new region, up to the last item.
@@ -207,8 +222,4 @@ fn halves(number: U64) -> [u32; 2] {
     let number = number.get();
     // The fallback is not reached: the mask leaves 32 bits.
     [number, number >> 32].map(|half| u32::try_from(half & u64::from(u32::MAX)).unwrap_or(u32::MAX))
-}
-
-fn has_parent() -> Error {
-    Error::unsupported("Differencing VHDX images, which are on top of another one, are not supported")
 }

@@ -6,10 +6,11 @@
 //! ```
 //!
 //! As in Microsoft's specification MS-VHDX, "Virtual Hard Disk v2 (VHDX) File Format". Payload blocks have 1 MiB to
-//! 256 MiB.
+//! 256 MiB, logical sectors 512 or 4096 bytes. A differencing disk is only read: it is the overlay of another disk, its
+//! parent, and has each block wholly, in those sectors that a sector bitmap block names, or not at all.
 //!
 //! * `header`: the two headers and the two region tables;
-//! * `metadata`: the sizes of the disk and of its blocks;
+//! * `metadata`: the sizes of the disk, its sectors and its blocks; `parent`: the parent of a differencing disk;
 //! * `bat`: the block allocation table, cached in pages;
 //! * `log`: atomic changes of the tables, and their replay after a crash;
 //! * `write`, `create`, `check`, `info`, `resize`: operations.
@@ -28,6 +29,7 @@ mod header;
 mod info;
 mod log;
 mod metadata;
+mod parent;
 mod resize;
 #[cfg(test)]
 mod tests;
@@ -37,19 +39,22 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use diskimage_core::options::Options;
 use diskimage_core::{
-    Budget, ByteRange, Capabilities, Check, CheckReport, CreatePlan, CreateRequest, Device, Error, Format,
-    FormatProperties, HoleMeaning, Info, Layer, Measure, MeasureSource, Objects, OpenRequest, Probe,
-    Progress, ReadOnlyView, Repair, ResizeRequest, Result, Run, RunKind, Score, WritePlan, ZeroMode, errno,
-    to_index,
+    Budget, ByteRange, Capabilities, Check, CheckReport, CreatePlan, CreateRequest, Device, DiskIdentity,
+    Error, Format, FormatProperties, HoleMeaning, Info, Layer, Measure, MeasureSource, Objects, OpenRequest,
+    Probe, Progress, ReadOnlyView, Repair, ResizeRequest, Result, Run, RunKind, Score, WritePlan, ZeroMode,
+    errno, to_index,
 };
 
-use self::bat::{Bat, Payload, entry_of, left_in_chunk};
+use self::bat::{Bat, Chunks, Payload, SECTORS_OF_CHUNK, bitmap_offset};
 use self::header::{FILE_SIGNATURE, Guid, Header, Regions, new_guid};
 use self::log::{Changes, Replayed};
 use self::metadata::Metadata;
+use self::parent::OpenParent;
 use self::write::Stored;
+use crate::layer_kit::parent::Parent;
 use crate::layer_kit::range_claims::RangeClaims;
 use crate::layer_kit::reserved::Reserved;
+use crate::layer_kit::sector_bitmaps::{BitOrder, SectorBitmaps};
 
 /// The unit of writes: a sector rather than a block, as the rest of a new block is zero.
 const SECTOR: u64 = 512;
@@ -106,6 +111,11 @@ impl Format for Vhdx {
 struct VhdxLayer {
     file: Arc<dyn Device>,
     block_size: u64,
+    chunks: Chunks,
+    /// The parent of a differencing disk.
+    parent: Option<OpenParent>,
+    /// `DataWriteGuid` when the image was opened.
+    identity: DiskIdentity,
     /// Whether the log was replayed when the image was opened.
     was_replayed: bool,
     state: Mutex<State>,
@@ -123,6 +133,7 @@ struct State {
     regions: Regions,
     metadata: Metadata,
     bat: Bat,
+    bitmaps: SectorBitmaps,
     /// The metadata of the image, which no block may overlap.
     reserved: Reserved,
     /// The offsets of all blocks; loaded by the first write.
@@ -163,8 +174,21 @@ impl VhdxLayer {
             None => Arc::clone(&file),
         };
         let regions = Regions::read(&*contents, header.log)?;
-        let metadata = Metadata::read(&*contents, regions.metadata)?;
-        let entries = bat::entries(metadata.disk_size, metadata.block_size);
+        let (metadata, locator) = Metadata::read(&*contents, regions.metadata)?;
+        if locator.is_some() && request.write {
+            return Err(Error::unsupported(
+                "Differencing VHDX images are opened for reading only",
+            ));
+        }
+        let parent = match locator {
+            Some(locator) => {
+                let parent = Parent::find(locator.locators.clone(), request.name, &*request.context.gate)?;
+                Some(OpenParent { parent, locator })
+            }
+            None => None,
+        };
+        let chunks = Chunks::new(metadata.block_size, metadata.sector);
+        let entries = chunks.entries(metadata.disk_size.div_ceil(metadata.block_size));
         if entries.saturating_mul(bat::ENTRY) > regions.bat.len() {
             return Err(Error::from_errno(errno::EINVAL));
         }
@@ -180,7 +204,12 @@ impl VhdxLayer {
             slot = header.replace(&*file, slot)?;
         }
         let reserved = regions.reserved(header.log);
+        let identity = DiskIdentity {
+            id: header.data_write,
+            time_stamp: None,
+        };
         let state = State {
+            bitmaps: SectorBitmaps::new(&file, BitOrder::LowestFirst),
             bat: Bat::new(Arc::clone(&file), regions.bat),
             end: file.len().next_multiple_of(header::MIB).max(reserved.end()),
             reserved,
@@ -195,6 +224,9 @@ impl VhdxLayer {
         Ok(Self {
             file,
             block_size: metadata.block_size,
+            chunks,
+            parent,
+            identity,
             was_replayed,
             state: Mutex::new(state),
             claims: RangeClaims::default(),
@@ -208,7 +240,45 @@ impl VhdxLayer {
 
     /// The table's entry for block `block`.
     fn payload(&self, state: &mut State, block: u64) -> Result<Payload> {
-        Payload::of(state.bat.entry(entry_of(block, self.block_size))?)
+        Payload::of(
+            state.bat.entry(self.chunks.entry_of(block))?,
+            self.is_differencing(),
+        )
+    }
+
+    fn is_differencing(&self) -> bool {
+        self.parent.is_some()
+    }
+
+    /// Maps the start of `range`, which lies in a block stored at `offset` as far as the sector bitmap says.
+    fn map_partly(&self, state: &mut State, range: ByteRange, offset: u64) -> Result<Run> {
+        let entry = self.chunks.bitmap_entry_of(range.start() / self.block_size);
+        let Some(bitmap) = bitmap_offset(state.bat.entry(entry)?) else {
+            return Err(Error::corrupt(format!(
+                "The sector bitmap of BAT entry {entry} is not present"
+            )));
+        };
+        let bitmap = ByteRange::at(bitmap, header::MIB);
+        state.reserved.require_outside("sector bitmap", bitmap)?;
+        let sector = state.metadata.sector;
+        let inside = range.first(self.block_size - range.start() % self.block_size);
+        let sectors = inside.align_out(sector);
+        let first = sectors.start() / sector % SECTORS_OF_CHUNK;
+        let (is_written, count) = state.bitmaps.run(bitmap, first, sectors.len() / sector)?;
+        let end = (sectors.start() + count * sector).min(inside.end());
+        let kind = if is_written {
+            RunKind::Data {
+                device: Arc::clone(&self.file),
+                offset: offset.saturating_add(range.start() % self.block_size),
+                holes: HoleMeaning::ZeroData,
+            }
+        } else {
+            RunKind::Unallocated { host: None }
+        };
+        Ok(Run {
+            len: end - range.start(),
+            kind,
+        })
     }
 }
 
@@ -307,27 +377,28 @@ impl Layer for VhdxLayer {
         let mut state = self.lock();
         let block = range.start() / size;
         let first = self.payload(&mut state, block)?;
-        let range = match first {
-            Payload::Zero => range,
-            Payload::At(offset) => {
-                state
-                    .reserved
-                    .require_outside("block", ByteRange::at(offset, size))?;
-                let host = offset.saturating_add(range.start() % size);
-                range.first(state.reserved.room_at(host))
-            }
-        };
+        let mut range = range;
+        if let Some(offset) = first.offset() {
+            state
+                .reserved
+                .require_outside("block", ByteRange::at(offset, size))?;
+            let host = offset.saturating_add(range.start() % size);
+            range = range.first(state.reserved.room_at(host));
+        }
+        if let Payload::Partly(offset) = first {
+            return self.map_partly(&mut state, range, offset);
+        }
         let mut len = size - range.start() % size;
         let mut next = block + 1;
         // Blocks that are contiguous in the file, or without storage, are one run.
         'run: while len < range.len() {
-            let in_chunk = to_index(left_in_chunk(next, size))?;
-            for entry in state.bat.entries(entry_of(next, size))?.take(in_chunk) {
+            let in_chunk = to_index(self.chunks.left_in_chunk(next))?;
+            for entry in state.bat.entries(self.chunks.entry_of(next))?.take(in_chunk) {
                 let expected = match first {
-                    Payload::Zero => Payload::Zero,
                     Payload::At(offset) => Payload::At(offset.saturating_add((next - block) * size)),
+                    other => other,
                 };
-                if len >= range.len() || Payload::of(entry).ok() != Some(expected) {
+                if len >= range.len() || Payload::of(entry, self.is_differencing()).ok() != Some(expected) {
                     break 'run;
                 }
                 len += size;
@@ -336,7 +407,8 @@ impl Layer for VhdxLayer {
         }
         let kind = match first {
             Payload::Zero => RunKind::Zero { host: None },
-            Payload::At(offset) => RunKind::Data {
+            Payload::Parent => RunKind::Unallocated { host: None },
+            Payload::At(offset) | Payload::Partly(offset) => RunKind::Data {
                 device: Arc::clone(&self.file),
                 offset: offset.saturating_add(range.start() % size),
                 // Blocks are allocated by growing the file: a hole is zeroes that belong to the block.
@@ -381,7 +453,10 @@ impl Layer for VhdxLayer {
     fn capabilities(&self) -> Capabilities<'_> {
         Capabilities {
             check: Some(self),
-            hides_allocation: true,
+            backed: self.is_differencing().then_some(self),
+            identity: Some(&self.identity),
+            // The map of a differencing disk is that of its chain.
+            hides_allocation: !self.is_differencing(),
             ..Capabilities::default()
         }
     }

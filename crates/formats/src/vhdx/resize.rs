@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use diskimage_core::{ByteRange, Error, Preallocation, ResizeRequest, Result, ZeroMode, errno, to_index};
 
-use super::bat::{Bat, ENTRY, Payload, UNIT, absent, entries, entry_of, present};
+use super::bat::{Bat, ENTRY, Payload, UNIT, absent, present};
 use super::header::{MIB, Regions};
 use super::metadata::MAX_DISK;
 use super::{State, VhdxLayer};
@@ -16,11 +16,15 @@ use crate::layer_kit::preallocation;
 impl VhdxLayer {
     /// Refuses a size that the image cannot grow to, before anything is written.
     pub(super) fn check_size(&self, request: &ResizeRequest) -> Result<()> {
-        if request.len < self.lock().metadata.disk_size {
+        let metadata = self.lock().metadata;
+        if request.len < metadata.disk_size {
             return Err(Error::unsupported("Images of this format can only grow"));
         }
-        if !request.len.is_multiple_of(512) {
-            return Err(Error::invalid("The new size must be a multiple of 512"));
+        let sector = metadata.sector;
+        if !request.len.is_multiple_of(sector) {
+            return Err(Error::invalid(format!(
+                "The new size must be a multiple of {sector}"
+            )));
         }
         if request.len > MAX_DISK {
             return Err(Error::invalid("Image size too large; max of 64TB"));
@@ -41,7 +45,7 @@ impl VhdxLayer {
         state.publish(&*self.file)?;
         let (is_fixed, says_zero) = self.kind(&mut state)?;
         self.zero_padding(&mut state)?;
-        let needed = entries(request.len, self.block_size) * ENTRY;
+        let needed = self.chunks.entries(request.len.div_ceil(self.block_size)) * ENTRY;
         if needed > state.regions.bat.len() {
             self.move_bat(&mut state, needed.next_multiple_of(MIB))?;
         }
@@ -51,7 +55,7 @@ impl VhdxLayer {
             } else {
                 absent(says_zero)
             };
-            let index = entry_of(block, self.block_size);
+            let index = self.chunks.entry_of(block);
             if state.bat.entry(index)? != entry {
                 state.bat.set(index, entry)?;
             }
@@ -67,8 +71,8 @@ impl VhdxLayer {
     fn kind(&self, state: &mut State) -> Result<(bool, bool)> {
         let blocks = state.metadata.disk_size.div_ceil(self.block_size);
         for block in 0..blocks {
-            let entry = state.bat.entry(entry_of(block, self.block_size))?;
-            if Payload::of(entry)? == Payload::Zero {
+            let entry = state.bat.entry(self.chunks.entry_of(block))?;
+            if Payload::of(entry, self.is_differencing())?.offset().is_none() {
                 return Ok((false, entry != absent(false)));
             }
         }
@@ -83,7 +87,7 @@ impl VhdxLayer {
         if used == 0 {
             return Ok(());
         }
-        let Payload::At(offset) = self.payload(state, size / self.block_size)? else {
+        let Some(offset) = self.payload(state, size / self.block_size)?.offset() else {
             return Ok(());
         };
         self.require_payload(state, offset)?;

@@ -6,7 +6,10 @@ use diskimage_core::{
     ByteRange, CheckReport, Device, Format, Image, MemoryDevice, Preallocation, Probe, Progress, Repair,
     Result, StatusDetail,
 };
-use diskimage_testing::{Fault, FaultyDevice, Journal, RecordingDevice};
+use diskimage_testing::{
+    FULLY_PRESENT, Fault, FaultyDevice, Journal, PARTIALLY_PRESENT, RecordingDevice, SparseBlock, VhdxImage,
+    guid, overlay,
+};
 use proptest::prelude::*;
 
 use super::Vhdx;
@@ -115,14 +118,175 @@ fn what_is_made_is_recognised() {
 }
 
 #[test]
-fn a_disk_on_another_one_is_refused_by_name() {
+fn a_parent_without_a_locator_is_refused() {
     let mut bytes = create("", MIB);
     bytes[0x31_0004] = 2;
     let error = open_on(&on(&bytes), false).expect_err("has a parent");
+    assert_eq!(error.chain(), "The image has a parent, but no parent locator");
+}
+
+const LINKAGE: &str = "{83ed0ec3-24c8-49a6-a959-5e4bf1288bfb}";
+
+fn block(index: u64, written: &[(std::ops::Range<u64>, u8)]) -> SparseBlock {
+    SparseBlock {
+        index,
+        written: written.to_vec(),
+        stale: 0x55,
+    }
+}
+
+/// A parent and a differencing disk on it, with sectors of `sector` bytes, and the contents of both.
+fn differencing(sector: u32) -> (VhdxImage, VhdxImage, Vec<u8>, Vec<u8>) {
+    let per_block = MIB / u64::from(sector);
+    let whole = |byte| [(0..per_block, byte)];
+    let base = VhdxImage {
+        sector,
+        data_write: guid(LINKAGE),
+        blocks: vec![
+            (FULLY_PRESENT, block(1, &whole(0x11))),
+            (FULLY_PRESENT, block(5, &whole(0x15))),
+        ],
+        ..VhdxImage::default()
+    };
+    let child = VhdxImage {
+        data_write: [2; 16],
+        parent: Some(vec![
+            ("parent_linkage".to_owned(), LINKAGE.to_uppercase()),
+            ("relative_path".to_owned(), ".\\parent.vhdx".to_owned()),
+            ("absolute_win32_path".to_owned(), "C:\\vm\\parent.vhdx".to_owned()),
+        ]),
+        blocks: vec![
+            (
+                PARTIALLY_PRESENT,
+                block(
+                    1,
+                    &[(0..3, 0x21), (100..101, 0x22), (per_block - 1..per_block, 0x23)],
+                ),
+            ),
+            (FULLY_PRESENT, block(3, &whole(0x24))),
+            (PARTIALLY_PRESENT, block(4, &[(9..20, 0x25)])),
+        ],
+        // Block 5 is zero whatever the parent has.
+        states: vec![(5, 2)],
+        ..base.clone()
+    };
+    let mut below = vec![0; 8 << 20];
+    let stored = |image: &VhdxImage| {
+        image
+            .blocks
+            .iter()
+            .map(|(_, block)| block.clone())
+            .collect::<Vec<_>>()
+    };
+    overlay(&mut below, &stored(&base), MIB, sector.into());
+    let mut top = below.clone();
+    overlay(&mut top, &stored(&child), MIB, sector.into());
+    top[5 << 20..6 << 20].fill(0);
+    (base, child, below, top)
+}
+
+#[test]
+fn a_differencing_disk_reads_its_sectors_and_the_rest_from_the_parent() {
+    for sector in [512, 4096] {
+        let (base, child, below, top) = differencing(sector);
+        let parent = open_on(&on(&base.build()), false).expect("opens");
+        assert!(contents(&parent) == below, "{sector}");
+        let child = open_on(&on(&child.build()), false).expect("opens");
+        assert_eq!(check(&child), CheckReport::default());
+        assert!(
+            child
+                .layer()
+                .check_backing(&**parent.layer())
+                .expect("is the parent")
+                .is_none()
+        );
+        let chain = Image::new(Arc::clone(child.layer()), Some(Arc::new(parent)), "child", false);
+        assert!(contents(&chain) == top, "{sector}");
+        let depth = |at: u64| {
+            let extent = chain
+                .status(ByteRange::at(at, 512), StatusDetail::Zeroes)
+                .expect("a status");
+            (extent.depth, extent.kind.is_zero())
+        };
+        let depths = [MIB, MIB + 3 * u64::from(sector), 3 * MIB, 5 * MIB, 7 * MIB].map(depth);
+        assert_eq!(
+            depths,
+            [(0, false), (1, false), (0, false), (0, true), (1, true)],
+            "{sector}"
+        );
+    }
+}
+
+#[test]
+fn a_differencing_disk_is_read_only_and_has_one_parent() {
+    let (base, child, _, _) = differencing(512);
+    let error = open_on(&on(&child.build()), true).expect_err("is only read");
     assert_eq!(
         error.chain(),
-        "Differencing VHDX images, which are on top of another one, are not supported"
+        "Differencing VHDX images are opened for reading only"
     );
+    let image = open_on(&on(&child.build()), false).expect("opens");
+    let other = VhdxImage {
+        data_write: [0xab; 16],
+        ..base
+    };
+    let other = open_on(&on(&other.build()), false).expect("opens");
+    let error = image
+        .layer()
+        .check_backing(&**other.layer())
+        .expect_err("another one");
+    assert_eq!(
+        error.chain(),
+        format!(
+            "The parent has the DataWriteGuid {{abababab-abab-abab-abab-abababababab}}, but the image was created on \
+             the one with {LINKAGE}"
+        )
+    );
+}
+
+#[test]
+fn a_missing_sector_bitmap_is_an_error_and_found_by_the_check() {
+    let (_, child, _, _) = differencing(512);
+    let mut bytes = child.build();
+    // The entry of the first chunk's bitmap: the chunk ratio is 4096.
+    let entry = (2 << 20) + 4096 * 8;
+    assert_eq!(bytes[entry] & 7, 6);
+    bytes[entry..entry + 8].fill(0);
+    let image = open_on(&on(&bytes), false).expect("opens");
+    assert_eq!(check(&image).corruptions, 2);
+    assert!(image.read_at(&mut [0; 512], MIB).is_err());
+    image.read_at(&mut [0; 512], 3 * MIB).expect("needs no bitmap");
+}
+
+#[test]
+fn sectors_of_4096_bytes_make_longer_chunks() {
+    let image = VhdxImage {
+        sector: 4096,
+        size: 40 << 30,
+        ..VhdxImage::default()
+    };
+    let file = on(&image.build());
+    let image = open_on(&file, true).expect("opens");
+    // The blocks before and behind the entry of the first sector bitmap: the chunk ratio is 32768.
+    for (block, byte) in [(32_767, 1), (32_768, 2)] {
+        image.write_at(&[byte; 4096], block * MIB).expect("writes");
+    }
+    assert!(image.resize((40 << 30) + 512, Preallocation::Off).is_err());
+    image
+        .resize((40 << 30) + 4096, Preallocation::Off)
+        .expect("grows");
+    let again = open_on(&file, false).expect("opens");
+    assert_eq!(
+        (check(&again), again.len()),
+        (CheckReport::default(), (40 << 30) + 4096)
+    );
+    for (block, byte) in [(32_767, 1), (32_768, 2), (32_766, 0), (32_769, 0)] {
+        let mut sector = [9; 4096];
+        again.read_at(&mut sector, block * MIB).expect("reads");
+        assert_eq!(sector, [byte; 4096], "{block}");
+    }
+    let entry = |nth: usize| file.contents()[(2 << 20) + nth * 8] & 7;
+    assert_eq!([32_767, 32_768, 32_769].map(entry), [6, 0, 6]);
 }
 
 #[test]

@@ -1,10 +1,11 @@
-//! Writing: a block is allocated, at the end of the file, when it is written for the first time.
+//! Writing: a block is allocated, at the end of the file, when it is written for the first time. Differencing images are
+//! only read.
 
 use std::sync::{Arc, MutexGuard};
 
 use diskimage_core::{ByteRange, Error, Preallocation, Result, WritePlan, WriteRun, ZeroMode, errno};
 
-use super::bat::{Payload, entry_of, present};
+use super::bat::{Payload, present};
 use super::header::MIB;
 use super::{State, VhdxLayer};
 use crate::layer_kit::allocating_plan::{AllocatingPlan, Allocator, publish_each};
@@ -18,12 +19,12 @@ impl VhdxLayer {
         let plan = AllocatingPlan::new(self, range.align_out(size), |state, plan| {
             for block in range.units(size) {
                 let whole = ByteRange::at(block * size, size);
-                let offset = match self.payload(state, block)? {
-                    Payload::At(offset) => {
+                let offset = match self.payload(state, block)?.offset() {
+                    Some(offset) => {
                         self.require_payload(state, offset)?;
                         offset
                     }
-                    Payload::Zero => {
+                    None => {
                         self.require_not_truncated(state)?;
                         let offset = self.allocate(state)?;
                         plan.add_change(whole, (block, offset));
@@ -49,7 +50,7 @@ impl VhdxLayer {
         let (_claim, mut state) = self.claims.claim(cover, Access::Shared, || self.lock());
         let mut stored = Vec::new();
         for block in range.units(self.block_size) {
-            if let Payload::At(offset) = self.payload(&mut state, block)? {
+            if let Some(offset) = self.payload(&mut state, block)?.offset() {
                 self.require_payload(&mut state, offset)?;
                 let guest = ByteRange::at(block * self.block_size, self.block_size).intersect(range);
                 stored.push(ByteRange::at(
@@ -116,9 +117,9 @@ impl VhdxLayer {
                 let mut blocks = Pieces::new("block", self.block_size, &self.budget);
                 let mut missing = None;
                 for block in 0..state.metadata.disk_size.div_ceil(self.block_size) {
-                    let entry = state.bat.entry(entry_of(block, self.block_size))?;
+                    let entry = state.bat.entry(self.chunks.entry_of(block))?;
                     // An entry with an invalid state is refused when its block is read or written.
-                    let Ok(Payload::At(offset)) = Payload::of(entry) else {
+                    let Ok(Payload::At(offset)) = Payload::of(entry, self.is_differencing()) else {
                         continue;
                     };
                     let whole = ByteRange::at(offset, self.block_size);
@@ -155,7 +156,7 @@ impl Allocator for VhdxLayer {
 
     fn publish(&self, state: &mut State, changes: &mut Vec<Self::Change>) -> Result<()> {
         publish_each(changes, |(block, offset)| {
-            state.bat.set(entry_of(block, self.block_size), present(offset))
+            state.bat.set(self.chunks.entry_of(block), present(offset))
         })
     }
 

@@ -350,11 +350,7 @@ impl<'a> Files<'a> {
                 opened => return opened,
             }
         }
-        let directory = request
-            .name
-            .rfind('/')
-            .map_or("", |slash| &request.name[..=slash]);
-        let found = request.context.gate.find_in_other_case(directory, own_name(name));
+        let found = request.context.gate.locate(request.name, own_name(name));
         if let Some(path) = found.and_then(|found| beside(request.name, &found).ok()) {
             return open(path);
         }

@@ -6,16 +6,18 @@ use std::sync::Arc;
 use diskimage_core::{ByteRange, Device, Error, Result};
 use zerocopy::IntoBytes;
 
-use super::bitmap::SectorBitmaps;
-use super::footer::{Footer, SECTOR};
+use super::footer::{Footer, Kind, SECTOR};
 use super::header::DynamicHeader;
 use crate::layer_kit::paged_table::{Entry, PagedTable};
 use crate::layer_kit::reserved::{Pieces, Reserved};
+use crate::layer_kit::sector_bitmaps::{BitOrder, SectorBitmaps};
 
 /// The blocks of a dynamic disk.
 #[derive(Debug)]
 pub(super) struct Blocks {
     pub(super) header: DynamicHeader,
+    /// Sectors that were not written read from the parent.
+    pub(super) is_differencing: bool,
     /// The byte offset of the header.
     pub(super) header_offset: u64,
     pub(super) table: PagedTable,
@@ -44,7 +46,11 @@ impl Blocks {
     pub(super) fn open(file: &Arc<dyn Device>, footer: &Footer, has_copy: bool, size: u64) -> Result<Self> {
         let header_offset = footer.header_offset();
         let header = DynamicHeader::read(&**file, header_offset, size)?;
-        let reserved = header.reserved(header_offset);
+        let is_differencing = footer.kind() == Kind::Differencing;
+        let mut reserved = header.reserved(header_offset);
+        if is_differencing {
+            reserved.extend(header.locator_ranges());
+        }
         let truncated = || {
             Error::corrupt(
                 "block-vpc: free_data_block_offset points after the end of file. The image has been truncated.",
@@ -71,9 +77,10 @@ impl Blocks {
         }
         Ok(Self {
             header,
+            is_differencing,
             header_offset,
             table,
-            bitmaps: SectorBitmaps::new(file),
+            bitmaps: SectorBitmaps::new(file, BitOrder::HighestFirst),
             relied_on: header.relied_on(header_offset, size, has_copy),
             reserved,
             stored: None,

@@ -34,7 +34,7 @@ pub(super) fn create(request: &CreateRequest<'_>, file: &dyn Device) -> Result<(
     let size = footer.size(SizeBy::CurrentSize)?;
     let (header, end) = match footer.kind() {
         Kind::Fixed => (None, size),
-        Kind::Dynamic => {
+        Kind::Dynamic | Kind::Differencing => {
             let header = DynamicHeader::new(size)?;
             (Some(header), header.table_end())
         }
@@ -86,7 +86,7 @@ pub(super) fn measure(options: &Options, source: MeasureSource<'_>) -> Result<Me
     let size = footer.size(SizeBy::CurrentSize)?;
     let (empty, data, fully) = match footer.kind() {
         Kind::Fixed => (size, 0, 0),
-        Kind::Dynamic => {
+        Kind::Dynamic | Kind::Differencing => {
             let header = DynamicHeader::new(size)?;
             let stored = |bytes: u64| bytes / header.block() * (header.bitmap() + header.block());
             let data = match source {

@@ -2,7 +2,7 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use diskimage_core::{Device, Error, ErrorKind, Result, align_up};
+use diskimage_core::{Device, DiskIdentity, Error, ErrorKind, Result, align_up};
 use zerocopy::byteorder::big_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -19,7 +19,7 @@ const QEM2: [u8; 4] = *b"qem2";
 /// The creator Virtual PC, of images whose size is that of the geometry.
 const VIRTUAL_PC: [u8; 4] = *b"vpc ";
 /// Seconds from 1970 to 2000, the epoch of this format's time stamps.
-const EPOCH: u64 = 946_684_800;
+pub(super) const EPOCH: u64 = 946_684_800;
 
 /// Bytes of a sector and of a footer.
 pub(super) const SECTOR: u64 = 512;
@@ -88,6 +88,8 @@ pub(super) enum Kind {
     Fixed,
     /// In blocks that are allocated when they are written.
     Dynamic,
+    /// Likewise, on top of another disk, the parent.
+    Differencing,
 }
 
 const FIXED: u32 = 2;
@@ -136,7 +138,7 @@ impl Footer {
             version: U32::new(VERSION),
             data_offset: U64::new(match kind {
                 Kind::Fixed => NO_OFFSET,
-                Kind::Dynamic => HEADER_OFFSET,
+                Kind::Dynamic | Kind::Differencing => HEADER_OFFSET,
             }),
             // Saturates: later times do not fit into the field.
             time_stamp: U32::new(u32::try_from(now.saturating_sub(EPOCH)).unwrap_or(u32::MAX)),
@@ -149,6 +151,7 @@ impl Footer {
             disk_type: U32::new(match kind {
                 Kind::Fixed => FIXED,
                 Kind::Dynamic => DYNAMIC,
+                Kind::Differencing => DIFFERENCING,
             }),
             checksum: U32::ZERO,
             unique_id,
@@ -177,10 +180,12 @@ impl Footer {
         if footer.checksum != footer.with_checksum().checksum {
             return Err(Error::invalid("Incorrect header checksum"));
         }
-        if footer.disk_type.get() == DIFFERENCING {
-            return Err(Error::unsupported(
-                "Differencing VHD images, which need the image below them, are not supported",
-            ));
+        if is_copy && footer.kind() == Kind::Differencing {
+            // A guest could write such a copy into the first sector of its fixed disk, and choose a parent.
+            let last = Self::read_at(file, len - SECTOR)?;
+            if ends_fixed_disk(last.as_bytes(), file.len()) {
+                return Ok((last, false));
+            }
         }
         Ok((footer, is_copy))
     }
@@ -195,6 +200,7 @@ impl Footer {
     pub(super) fn kind(&self) -> Kind {
         match self.disk_type.get() {
             FIXED => Kind::Fixed,
+            DIFFERENCING => Kind::Differencing,
             // qemu-img takes all other types for dynamic disks.
             _ => Kind::Dynamic,
         }
@@ -218,6 +224,14 @@ impl Footer {
             return Err(Error::from_errno(diskimage_core::errno::EFBIG));
         }
         Ok(sectors * SECTOR)
+    }
+
+    /// What identifies the disk.
+    pub(super) fn identity(&self) -> DiskIdentity {
+        DiskIdentity {
+            id: self.unique_id,
+            time_stamp: Some(self.time_stamp.get()),
+        }
     }
 
     /// The byte offset of the header of a dynamic disk.

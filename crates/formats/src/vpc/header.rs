@@ -1,10 +1,11 @@
 //! The header of dynamic disks: the block allocation table and the size of blocks.
 
-use diskimage_core::{ByteRange, Device, Error, Result, align_up};
+use diskimage_core::{ByteRange, Device, Error, Result, align_up, name, to_index};
 use zerocopy::byteorder::big_endian::{U32, U64};
-use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::footer::{HEADER_OFFSET, NO_OFFSET, SECTOR, VERSION, checksum, too_large};
+use crate::layer_kit::parent::{Locators, utf16};
 use crate::layer_kit::reserved::Reserved;
 
 /// The first bytes of the header of a dynamic disk.
@@ -34,13 +35,42 @@ pub(super) struct DynamicHeader {
     block_size: U32,
     /// The ones' complement of the sum of all other bytes of the header.
     checksum: U32,
-    /// The backing image of a differencing disk: identifier, time stamp, name and locators.
-    parent: [u8; 24 + 512 + 8 * 24],
+    /// The unique ID of the parent of a differencing disk.
+    parent_unique_id: [u8; 16],
+    /// When the parent was modified last, in seconds since 2000; 0 if it is not known.
+    parent_time_stamp: U32,
+    /// Zeroes.
+    reserved_1: [u8; 4],
+    /// The name of the parent's file, in UTF-16.
+    parent_unicode_name: [u8; 512],
+    /// Where the parent is.
+    parent_locators: [ParentLocator; 8],
     /// Zeroes.
     reserved: [u8; 256],
 }
 
 const _: () = assert!(size_of::<DynamicHeader>() == 1024);
+
+/// "Parent Locator Entry".
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub(super) struct ParentLocator {
+    /// Whose kind of path it is.
+    pub(super) platform_code: [u8; 4],
+    /// The room for the path, in sectors, with some programs in bytes.
+    pub(super) platform_data_space: U32,
+    /// Bytes of the path.
+    pub(super) platform_data_length: U32,
+    /// Zeroes.
+    pub(super) reserved: U32,
+    /// The byte offset of the path.
+    pub(super) platform_data_offset: U64,
+}
+
+const _: () = assert!(size_of::<ParentLocator>() == 24);
+
+/// Bytes of the longest path in a locator; Windows has paths of 32767 characters. A limit of this program.
+const MAX_LOCATOR: u32 = 64 << 10;
 
 impl DynamicHeader {
     /// The header of a new disk.
@@ -53,7 +83,11 @@ impl DynamicHeader {
             max_table_entries: U32::ZERO,
             block_size: U32::new(BLOCK),
             checksum: U32::ZERO,
-            parent: [0; 728],
+            parent_unique_id: [0; 16],
+            parent_time_stamp: U32::ZERO,
+            reserved_1: [0; 4],
+            parent_unicode_name: [0; 512],
+            parent_locators: [ParentLocator::new_zeroed(); 8],
             reserved: [0; 256],
         };
         header.with_table(TABLE_OFFSET, size.div_ceil(BLOCK.into()))
@@ -84,6 +118,68 @@ impl DynamicHeader {
             return Err(Error::invalid("Page table too small"));
         }
         Ok(header)
+    }
+
+    /// The unique ID of the parent, and when it was modified last, in seconds since 2000; 0 if that is not known.
+    pub(super) fn parent_identity(&self) -> ([u8; 16], u32) {
+        (self.parent_unique_id, self.parent_time_stamp.get())
+    }
+
+    /// The ranges of the file that hold the paths of the parent, up to the end of a sector.
+    pub(super) fn locator_ranges(&self) -> impl Iterator<Item = (&'static str, ByteRange)> {
+        let used = self
+            .parent_locators
+            .iter()
+            .filter(|locator| locator.platform_code != [0; 4]);
+        used.map(|locator| {
+            let start = locator.platform_data_offset.get();
+            let len = align_up(locator.platform_data_length.get().into(), SECTOR);
+            ("locator of the parent", ByteRange::at(start, len))
+        })
+    }
+
+    /// Where the parent is.
+    ///
+    /// # Errors
+    /// A locator that is too long, and failures to read the file.
+    pub(super) fn parent_locators(&self, file: &dyn Device) -> Result<Locators> {
+        let mut locators = Locators::default();
+        for locator in &self.parent_locators {
+            let (is_relative, is_utf16) = match &locator.platform_code {
+                b"W2ru" => (true, true),
+                b"W2ku" => (false, true),
+                b"Wi2r" => (true, false),
+                b"Wi2k" | b"MacX" => (false, false),
+                // None, and aliases of old systems.
+                _ => continue,
+            };
+            let len = locator.platform_data_length.get();
+            if len > MAX_LOCATOR {
+                return Err(Error::corrupt(format!(
+                    "The locator of the parent has {len} bytes"
+                )));
+            }
+            let mut bytes = vec![0; to_index(len.into())?];
+            file.read_whole(&mut bytes, locator.platform_data_offset.get())?;
+            let path = if is_utf16 {
+                utf16(&bytes, false)
+            } else {
+                let end = bytes.iter().position(|byte| *byte == 0).unwrap_or(bytes.len());
+                name::from_bytes(&bytes[..end]).into_owned()
+            };
+            let paths = if is_relative {
+                &mut locators.relative
+            } else {
+                &mut locators.absolute
+            };
+            paths.push(path);
+        }
+        // The name is a last resort: it is that of the file alone, or its path.
+        let name = utf16(&self.parent_unicode_name, true);
+        if !name.is_empty() && !locators.absolute.contains(&name) {
+            locators.absolute.push(name);
+        }
+        Ok(locators)
     }
 
     /// The byte offset of the block allocation table.

@@ -10,10 +10,12 @@
 //!
 //! As specified in Microsoft's "Virtual Hard Disk Image Format Specification" 1.0. The bitmap in front of a block says
 //! which of its sectors were written: the others read as zero, whatever the block has in their place. A new block is
-//! zeroed and gets a bitmap with all bits set, as in qemu-img. Differencing disks are refused.
+//! zeroed and gets a bitmap with all bits set, as in qemu-img. In a differencing disk, the overlay of another disk (its
+//! parent), sectors that were not written read from the parent, and a new block has the bits of its written sectors only.
 //!
 //! * `footer` with `geometry`, `header`: kind and size of the disk, and the size of its blocks;
-//! * `bat`: the block allocation table, cached in pages; `bitmap`: the sector bitmaps;
+//! * `bat`: the block allocation table, cached in pages;
+//! * `parent`: the identity of the parent of a differencing disk;
 //! * `write`, `create`, `resize`, `info`: operations.
 //!
 //! # The size of the disk
@@ -28,12 +30,12 @@
 //! before their bits are set.
 
 mod bat;
-mod bitmap;
 mod create;
 mod footer;
 mod geometry;
 mod header;
 mod info;
+mod parent;
 mod resize;
 #[cfg(test)]
 mod tests;
@@ -43,14 +45,15 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use diskimage_core::options::{OptionDef, OptionKind, Options};
 use diskimage_core::{
-    Budget, ByteRange, CreatePlan, CreateRequest, Device, Error, Format, FormatProperties, HoleMeaning, Info,
-    LOOSE, Layer, Measure, MeasureSource, Objects, OpenRequest, Probe, ResizeRequest, Result, Run, RunKind,
-    Score, WritePlan, ZeroMode,
+    Budget, ByteRange, Capabilities, CreatePlan, CreateRequest, Device, DiskIdentity, Error, Format,
+    FormatProperties, HoleMeaning, Info, LOOSE, Layer, Measure, MeasureSource, Objects, OpenRequest, Probe,
+    ResizeRequest, Result, Run, RunKind, Score, WritePlan, ZeroMode,
 };
 
 use self::bat::{Blocks, NO_BLOCK};
 use self::footer::{Footer, Kind, SECTOR, SizeBy};
 use crate::layer_kit::in_place_write::InPlaceWrite;
+use crate::layer_kit::parent::Parent;
 use crate::layer_kit::range_claims::RangeClaims;
 use crate::layer_kit::reserved::Reserved;
 
@@ -110,11 +113,20 @@ impl Format for Vpc {
             // As in qemu-img, the header is read and checked whatever the disk type in the footer is.
             let blocks = Blocks::open(&request.file, &footer, is_copy, size)?;
             let reserved = blocks.reserved.clone();
-            (Some(blocks).filter(|_| footer.kind() == Kind::Dynamic), reserved)
+            (Some(blocks).filter(|_| footer.kind() != Kind::Fixed), reserved)
         } else {
             (None, behind_footer(request.file.len()))
         };
+        let parent = match &blocks {
+            Some(blocks) if blocks.is_differencing => {
+                let locators = blocks.header.parent_locators(&*request.file)?;
+                Some(Parent::find(locators, request.name, &*request.context.gate)?)
+            }
+            _ => None,
+        };
         Ok(Arc::new(VpcLayer {
+            parent,
+            identity: footer.identity(),
             granularity: blocks.as_ref().map(|blocks| blocks.header.block()),
             state: Mutex::new(State {
                 footer,
@@ -149,6 +161,9 @@ fn behind_footer(len: u64) -> Reserved {
 #[derive(Debug)]
 struct VpcLayer {
     file: Arc<dyn Device>,
+    /// The parent of a differencing disk.
+    parent: Option<Parent>,
+    identity: DiskIdentity,
     /// Bytes of a block; `None` for fixed disks.
     granularity: Option<u64>,
     state: Mutex<State>,
@@ -209,6 +224,10 @@ impl Layer for VpcLayer {
             });
         };
         let unit = blocks.header.block();
+        let not_written = match blocks.is_differencing {
+            true => RunKind::Unallocated { host: None },
+            false => RunKind::Zero { host: None },
+        };
         let mut len = unit - range.start() % unit;
         let kind = match blocks.host(range.start() / unit)? {
             Some(host) => {
@@ -218,7 +237,7 @@ impl Layer for VpcLayer {
                 if is_written {
                     data(host + start, HoleMeaning::Ignored)
                 } else {
-                    RunKind::Zero { host: None }
+                    not_written
                 }
             }
             None => {
@@ -232,7 +251,7 @@ impl Layer for VpcLayer {
                         len += unit;
                     }
                 }
-                RunKind::Zero { host: None }
+                not_written
             }
         };
         Ok(Run {
@@ -254,6 +273,11 @@ impl Layer for VpcLayer {
     }
 
     fn write_zeroes(&self, range: ByteRange, mode: ZeroMode) -> Result<()> {
+        if self.parent.is_some() {
+            return Err(Error::unsupported(
+                "Zeroes that hide the parent are written as data",
+            ));
+        }
         let (_claim, stored) = self.stored(range)?;
         for bytes in stored {
             self.file.write_zeroes(bytes, mode)?;
@@ -289,5 +313,13 @@ impl Layer for VpcLayer {
 
     fn file(&self) -> &Arc<dyn Device> {
         &self.file
+    }
+
+    fn capabilities(&self) -> Capabilities<'_> {
+        Capabilities {
+            backed: self.parent.is_some().then_some(self),
+            identity: Some(&self.identity),
+            ..Capabilities::default()
+        }
     }
 }

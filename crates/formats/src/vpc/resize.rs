@@ -22,6 +22,11 @@ use crate::layer_kit::preallocation;
 impl VpcLayer {
     /// Refuses a size that the image cannot grow to, before anything is written.
     pub(super) fn check_size(&self, request: &ResizeRequest) -> Result<()> {
+        if self.parent.is_some() {
+            return Err(Error::unsupported(
+                "A differencing image has the size of its parent and cannot be resized",
+            ));
+        }
         let state = self.lock();
         if request.len < state.size {
             return Err(Error::unsupported("Images of this format can only grow"));

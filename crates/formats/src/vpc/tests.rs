@@ -6,7 +6,9 @@ use diskimage_core::{
     ByteRange, Device, Format, Image, LOOSE, MemoryDevice, Preallocation, Probe, ResizeRequest, Result,
     StatusDetail, ZeroMode,
 };
-use diskimage_testing::{Fault, FaultyDevice, Journal, RecordingDevice};
+use diskimage_testing::{
+    Fault, FaultyDevice, Journal, RecordingDevice, SparseBlock, VhdImage, VhdParent, open_image, overlay,
+};
 use proptest::prelude::*;
 
 use super::Vpc;
@@ -122,11 +124,7 @@ fn damaged_headers_are_refused() {
         (64, &[0][..], "Incorrect header checksum"),
         (16, &[0xff], "Error reading dynamic VHD header"),
         (22, &[4], "Invalid header magic"),
-        (
-            60,
-            &[0, 0, 0, 4],
-            "Differencing VHD images, which need the image below them, are not supported",
-        ),
+        (60, &[0, 0, 0, 4], "The image does not say where its parent is"),
         (0x32, &[0xff, 0xff], "File too large"),
         (512, &[0], "Invalid header magic"),
         (512 + 0x1c, &[0, 0, 0, 3], "Page table too small"),
@@ -481,4 +479,170 @@ fn a_crash_never_exposes_what_a_clear_bit_hides() {
         }
     });
     assert!(kept > 0);
+}
+
+/// A differencing disk on a disk with the ID that consists of ones.
+fn child(blocks: &[SparseBlock]) -> VhdImage {
+    VhdImage {
+        unique_id: [2; 16],
+        parent: Some(VhdParent {
+            unique_id: [1; 16],
+            locators: vec![(*b"W2ru", ".\\parent.vhd".to_owned())],
+            ..VhdParent::default()
+        }),
+        blocks: blocks.to_vec(),
+        ..VhdImage::default()
+    }
+}
+
+fn block(index: u64, written: &[(std::ops::Range<u64>, u8)]) -> SparseBlock {
+    SparseBlock {
+        index,
+        written: written.to_vec(),
+        stale: 0x55,
+    }
+}
+
+fn base() -> (VhdImage, Vec<u8>) {
+    let base = VhdImage {
+        blocks: vec![
+            block(1, &[(0..4096, 0x11)]),
+            block(0, &[(5..9, 0x12), (2000..3000, 0x13)]),
+        ],
+        ..VhdImage::default()
+    };
+    let mut model = vec![0; 8 << 20];
+    overlay(&mut model, &base.blocks, BLOCK, 512);
+    (base, model)
+}
+
+fn on_parent(file: Arc<dyn Device>, parent: &VhdImage) -> Image {
+    let parent = open_bytes(&parent.build()).expect("opens");
+    open_image(&Vpc, file, true, Some(Arc::new(parent))).expect("opens")
+}
+
+#[test]
+fn a_differencing_disk_reads_its_written_sectors_and_the_rest_from_the_parent() {
+    let (base, mut model) = base();
+    let child = child(&[
+        block(0, &[(0..6, 0x21), (4095..4096, 0x22)]),
+        block(2, &[(7..8, 0x23)]),
+    ]);
+    overlay(&mut model, &child.blocks, BLOCK, 512);
+    let file = Arc::new(MemoryDevice::new(child.build()));
+    let image = on_parent(Arc::<MemoryDevice>::clone(&file), &base);
+    assert!(contents(&image) == model);
+    let depth = |at: u64| {
+        let extent = image
+            .status(ByteRange::at(at, 512), StatusDetail::Zeroes)
+            .expect("a status");
+        (extent.depth, extent.kind.is_zero())
+    };
+    let depths = [0, 6 * 512, 9 * 512, BLOCK, 2 * BLOCK + 7 * 512, 3 * BLOCK].map(depth);
+    let expected = [
+        (0, false),
+        (1, false),
+        (1, true),
+        (1, false),
+        (0, false),
+        (1, true),
+    ];
+    assert_eq!(depths, expected);
+    assert_eq!(image.layer().backing().expect("named").name.text(), "parent.vhd");
+    // Writes of parts of sectors, to blocks with and without storage, and zeroes.
+    for (at, len, byte) in [
+        (100, 7, 2),
+        (4000, 6000, 3),
+        (6 << 20, 1, 4),
+        ((4 << 20) + 100, 5000, 5),
+    ] {
+        model[at..at + len].fill(byte);
+        image.write_at(&model[at..at + len], at as u64).expect("writes");
+        assert!(contents(&image) == model, "after {at}");
+    }
+    let zeroes = ByteRange::at((2 << 20) - 1000, 3000);
+    model[(2 << 20) - 1000..(2 << 20) + 2000].fill(0);
+    image.write_zeroes(zeroes, ZeroMode::Unmap).expect("zeroes");
+    assert!(contents(&image) == model);
+    image.flush().expect("flushes");
+    let again = on_parent(Arc::new(MemoryDevice::new(file.contents())), &base);
+    assert!(contents(&again) == model);
+    assert!(grow(&image, 9 << 20).is_err(), "has the size of its parent");
+}
+
+#[test]
+fn the_paths_of_the_parent_are_not_overwritten_by_the_first_block() {
+    let (base, mut model) = base();
+    let file = Arc::new(MemoryDevice::new(child(&[]).build()));
+    let image = on_parent(Arc::<MemoryDevice>::clone(&file), &base);
+    image.write_at(&[7; 512], 3 * BLOCK).expect("writes");
+    image.flush().expect("flushes");
+    model[6 << 20..][..512].fill(7);
+    let again = on_parent(Arc::new(MemoryDevice::new(file.contents())), &base);
+    assert!(contents(&again) == model);
+    assert_eq!(again.layer().backing().expect("named").name.text(), "parent.vhd");
+}
+
+#[test]
+fn a_crash_leaves_each_sector_of_a_differencing_disk_old_or_new() {
+    let (base, _) = base();
+    let bytes = child(&[block(0, &[(0..6, 0x21)])]).build();
+    let before = contents(&on_parent(Arc::new(MemoryDevice::new(bytes.clone())), &base));
+    let journal: Arc<Journal> = Arc::default();
+    let image = on_parent(Arc::new(RecordingDevice::new(bytes.clone(), 0, &journal)), &base);
+    image.write_at(&[3; 1024], BLOCK + 512).expect("writes");
+    image.write_at(&[3; 1024], 10 * 512).expect("writes");
+    image.flush().expect("flushes");
+    let flushed = journal.len();
+    let after = contents(&image);
+    journal.crashes(&[bytes], 4, 0x5eed, |crash| {
+        let file = Arc::new(MemoryDevice::new(crash.files[0].clone()));
+        let found = contents(&on_parent(file, &base));
+        for at in (0..found.len()).step_by(512) {
+            let is_new = found[at..at + 512] == after[at..at + 512];
+            let is_old = found[at..at + 512] == before[at..at + 512];
+            let moment = format!("{} at {at:#x}", crash.position);
+            assert!(is_new || (is_old && crash.position < flushed), "{moment}");
+        }
+    });
+}
+
+#[test]
+fn a_parent_with_another_identity_is_refused_with_both() {
+    let image = open_bytes(&child(&[]).build()).expect("opens");
+    let check = |parent: &VhdImage| {
+        let parent = open_bytes(&parent.build()).expect("opens");
+        let note = image.layer().check_backing(&**parent.layer());
+        note.map(|note| note.map(|note| note.text().to_owned()))
+            .map_err(|error| error.chain())
+    };
+    assert_eq!(check(&VhdImage::default()), Ok(None));
+    let other = VhdImage {
+        unique_id: [0xab; 16],
+        ..VhdImage::default()
+    };
+    assert_eq!(
+        check(&other).expect_err("another one"),
+        "The parent has the unique ID abababab-abab-abab-abab-abababababab, but the image was created on the one with \
+         01010101-0101-0101-0101-010101010101"
+    );
+    let mut timed = child(&[]);
+    timed.parent.as_mut().expect("has one").time_stamp = 77;
+    let image = open_bytes(&timed.build()).expect("opens");
+    let parent = open_bytes(&VhdImage::default().build()).expect("opens");
+    let note = image
+        .layer()
+        .check_backing(&**parent.layer())
+        .expect("the ID is right");
+    let text = note.expect("another time").text().to_owned();
+    assert!(text.contains("1000") && text.contains("77"), "{text}");
+}
+
+#[test]
+fn a_guest_does_not_turn_its_fixed_disk_into_a_differencing_one() {
+    let mut bytes = create("force_size=on,subformat=fixed", 4 << 20);
+    let fake = child(&[]).build();
+    bytes[..fake.len() - 512].copy_from_slice(&fake[..fake.len() - 512]);
+    let image = open_bytes(&bytes).expect("opens");
+    assert_eq!((image.len(), image.layer().backing()), (4 << 20, None));
 }

@@ -45,7 +45,20 @@ impl VpcLayer {
                     }
                     None => {
                         let offset = blocks.allocate()?;
-                        plan.add_change(whole, Change::Block { block, offset });
+                        let mut sectors = None;
+                        if blocks.is_differencing {
+                            // The caller fills the rest of the first and the last sector from the parent.
+                            guest = guest.align_out(SECTOR);
+                            sectors = Some(sectors_of(whole, guest));
+                        }
+                        plan.add_change(
+                            whole,
+                            Change::Block {
+                                block,
+                                offset,
+                                sectors,
+                            },
+                        );
                         let data = ByteRange::at(offset + bitmap, unit);
                         let data = data.intersect(ByteRange::new(0, self.file.len()));
                         if !data.is_empty() {
@@ -97,13 +110,18 @@ struct ToBeWritten {
     guest: ByteRange,
 }
 
+/// The sectors that `guest` touches, counted from the start of the block that stores `whole`.
+fn sectors_of(whole: ByteRange, guest: ByteRange) -> ByteRange {
+    let start = (guest.start() - whole.start()) / SECTOR;
+    ByteRange::new(start, (guest.end() - whole.start()).div_ceil(SECTOR))
+}
+
 impl Blocks {
     /// The changes of the bitmap of the block that stores `whole`, with its data at `host`, for a write of `guest`.
     fn to_be_written(&mut self, host: u64, whole: ByteRange, guest: ByteRange) -> Result<ToBeWritten> {
         let bitmap = self.bitmap_of(host);
         let start = whole.start();
-        let aligned = ByteRange::new(guest.start() - start, guest.end() - start).align_out(SECTOR);
-        let sectors = ByteRange::new(aligned.start() / SECTOR, aligned.end() / SECTOR);
+        let sectors = sectors_of(whole, guest);
         let mut written = ToBeWritten {
             has_clear_bits: !self.bitmaps.all_set(bitmap, sectors)?,
             sectors,
@@ -112,11 +130,11 @@ impl Blocks {
         if written.has_clear_bits {
             let mut is_clear = |sector| self.bitmaps.run(bitmap, sector, 1).map(|(is_set, _)| !is_set);
             let first = match is_clear(sectors.start())? {
-                true => start + aligned.start(),
+                true => start + sectors.start() * SECTOR,
                 false => guest.start(),
             };
             let end = match is_clear(sectors.end() - 1)? {
-                true => start + aligned.end(),
+                true => start + sectors.end() * SECTOR,
                 false => guest.end(),
             };
             written.guest = ByteRange::new(first, end);
@@ -179,9 +197,23 @@ impl Blocks {
         Ok(offset)
     }
 
-    /// Writes the bitmap of the block at `offset`, and sets the table's entry for block `block` of the disk.
-    fn set_block(&mut self, block: u64, offset: u64, file: &dyn Device) -> Result<()> {
-        fill(file, ByteRange::at(offset, self.header.bitmap()), u8::MAX)?;
+    /// Makes the bitmap of the block at `offset` with the bits of `sectors`, or all, and sets the table's entry for block
+    /// `block` of the disk.
+    fn set_block(
+        &mut self,
+        block: u64,
+        offset: u64,
+        sectors: Option<ByteRange>,
+        file: &dyn Device,
+    ) -> Result<()> {
+        let bitmap = ByteRange::at(offset, self.header.bitmap());
+        match sectors {
+            Some(sectors) => {
+                self.bitmaps.insert_clear(bitmap)?;
+                self.bitmaps.set(bitmap, sectors)?;
+            }
+            None => fill(file, bitmap, u8::MAX)?,
+        }
         // A file that ends inside a block looks truncated. If it does, the block's last sector was not written: zeroing
         // it loses nothing.
         let end = offset + self.header.bitmap() + self.header.block();
@@ -196,8 +228,13 @@ impl Blocks {
 /// A change of the tables by a write.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Change {
-    /// Block `block` of the disk was allocated at `offset`.
-    Block { block: u64, offset: u64 },
+    /// Block `block` of the disk was allocated at `offset`, and `sectors` of it were written; all count as written if
+    /// that is `None`.
+    Block {
+        block: u64,
+        offset: u64,
+        sectors: Option<ByteRange>,
+    },
     /// `sectors` of the block whose data is at `host` were written, not all of them for the first time.
     Sectors { host: u64, sectors: ByteRange },
 }
@@ -217,7 +254,14 @@ impl Allocator for VpcLayer {
 
     fn publish(&self, state: &mut State, changes: &mut Vec<Self::Change>) -> Result<()> {
         publish_each(changes, |change| match (&mut state.blocks, change) {
-            (Some(blocks), Change::Block { block, offset }) => blocks.set_block(block, offset, &*self.file),
+            (
+                Some(blocks),
+                Change::Block {
+                    block,
+                    offset,
+                    sectors,
+                },
+            ) => blocks.set_block(block, offset, sectors, &*self.file),
             (Some(blocks), Change::Sectors { host, sectors }) => {
                 let bitmap = blocks.bitmap_of(host);
                 blocks.bitmaps.set(bitmap, sectors)

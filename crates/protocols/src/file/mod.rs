@@ -75,6 +75,39 @@ pub fn identity_of_path(path: &str) -> Option<(u64, u64)> {
         .map(|metadata| identity_of(&metadata))
 }
 
+/// The most entries of a directory that are compared with a name of other case. A limit of this program.
+const MAX_LISTED: usize = 65_536;
+
+/// The path `path` as it exists below the directory `base`, which ends with a slash or is empty: the same, or one that
+/// differs in the case of letters. Of several such names the first in alphabetical order is taken.
+pub fn path_in_any_case(base: &str, path: &str) -> Option<String> {
+    let mut found = String::new();
+    let mut parts = path.split('/').peekable();
+    while let Some(part) = parts.next() {
+        let so_far = format!("{base}{found}{part}");
+        let is_step = part.is_empty() || part == "." || part == "..";
+        if is_step || identity_of_path(&so_far).is_some() {
+            found.push_str(part);
+        } else {
+            found.push_str(&entry_in_any_case(&format!("{base}{found}"), part)?);
+        }
+        if parts.peek().is_some() {
+            found.push('/');
+        }
+    }
+    identity_of_path(&format!("{base}{found}")).map(|_| found)
+}
+
+fn entry_in_any_case(directory: &str, name: &str) -> Option<String> {
+    let wanted = name.to_lowercase();
+    let directory = if directory.is_empty() { "." } else { directory };
+    let entries = name::to_path(directory).read_dir().ok()?;
+    let names = entries
+        .take(MAX_LISTED)
+        .filter_map(|entry| Some(name::from_os(&entry.ok()?.file_name())));
+    names.filter(|name| name.to_lowercase() == wanted).min()
+}
+
 impl File {
     /// Opens the file that `target` names. It is not locked yet: see [`Device::lock`].
     ///

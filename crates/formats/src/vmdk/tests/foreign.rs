@@ -104,7 +104,8 @@ impl Gate for Machine {
         }
     }
 
-    fn find_in_other_case(&self, directory: &str, name: &str) -> Option<String> {
+    fn locate(&self, image: &str, name: &str) -> Option<String> {
+        let directory = image.rfind('/').map_or("", |slash| &image[..=slash]);
         let mut names = self.0.keys().filter_map(|path| path.strip_prefix(directory));
         names
             .find(|found| found.to_lowercase() == name.to_lowercase())

@@ -1,0 +1,78 @@
+//! The parent of a differencing disk: the VHD image with the unique ID in the header.
+
+use std::time::UNIX_EPOCH;
+
+use diskimage_core::{Backed, Backing, Device, DiskIdentity, Error, Layer, Note, Result};
+
+use super::VpcLayer;
+use super::footer::EPOCH;
+
+impl Backed for VpcLayer {
+    fn backing(&self) -> Option<Backing> {
+        Some(self.parent.as_ref()?.backing("vpc"))
+    }
+
+    fn check_backing(&self, backing: &dyn Layer) -> Result<Option<Note>> {
+        let state = self.lock();
+        let Some(blocks) = &state.blocks else {
+            return Ok(None);
+        };
+        let (id, time_stamp) = blocks.header.parent_identity();
+        let Some(found) = backing.capabilities().identity else {
+            return Err(Error::invalid(format!(
+                "The parent is to be the VHD image with the unique ID {}, and is of format '{}'",
+                uuid(&id),
+                backing.format()
+            )));
+        };
+        if found.id != id {
+            return Err(Error::corrupt(format!(
+                "The parent has the unique ID {}, but the image was created on the one with {}",
+                uuid(&found.id),
+                uuid(&id)
+            )));
+        }
+        Ok(time_warning(found, &**backing.file(), time_stamp))
+    }
+
+    fn locators(&self) -> Option<String> {
+        self.parent.as_ref().map(|parent| parent.description())
+    }
+}
+
+/// The warning that the parent in `file` was modified at another time than at `time_stamp`, which the image recorded.
+/// Programs record the time of the file or that in the footer, or 0; copies of files lose the former, so it is no error.
+fn time_warning(parent: &DiskIdentity, file: &dyn Device, time_stamp: u32) -> Option<Note> {
+    let modified = modified(file);
+    if time_stamp == 0 || parent.time_stamp == Some(time_stamp) || modified == Some(time_stamp.into()) {
+        return None;
+    }
+    let found = modified.or(parent.time_stamp.map(u64::from))?;
+    Some(Note::Warning(format!(
+        "The parent '{}' was modified at {found}, but the image was created on it as of {time_stamp} (seconds since \
+         2000): what the image reads from it may have changed",
+        file.name()
+    )))
+}
+
+/// When `file` was modified, in seconds since 2000.
+fn modified(file: &dyn Device) -> Option<u64> {
+    let modified = file.as_file()?.metadata().ok()?.modified().ok()?;
+    modified
+        .duration_since(UNIX_EPOCH)
+        .ok()?
+        .as_secs()
+        .checked_sub(EPOCH)
+}
+
+/// The usual text of `id`.
+fn uuid(id: &[u8; 16]) -> String {
+    let mut text = String::new();
+    for (nth, byte) in id.iter().enumerate() {
+        if matches!(nth, 4 | 6 | 8 | 10) {
+            text.push('-');
+        }
+        text.push_str(&format!("{byte:02x}"));
+    }
+    text
+}
