@@ -79,6 +79,7 @@ mod snapshot;
 mod steps;
 #[cfg(test)]
 mod testing;
+mod workers;
 
 pub use bench::{Bench, Requests};
 pub use bitmaps::{check_bitmaps, copy_bitmaps, merge_bitmap};
@@ -90,8 +91,8 @@ pub use dd::{Blocks, dd};
 pub use diskimage_core::*;
 pub use diskimage_formats::{FORMATS, Zeroizing, decrypt_secret, format_by_name};
 pub use diskimage_protocols::{
-    Aio, CREATE_OPTIONS as FILE_CREATE_OPTIONS, CacheMode, FILTERS, File, FileCreation, PROTOCOLS, Target,
-    check_tls_creds,
+    Aio, CREATE_OPTIONS as FILE_CREATE_OPTIONS, CacheMode, FILTERS, File, FileCreation, LastWordsAllocator,
+    PROTOCOLS, Target, check_tls_creds,
 };
 pub use files::{is_encrypted, share_a_file};
 pub use gate::FileGate;
