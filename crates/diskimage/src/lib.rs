@@ -82,7 +82,7 @@ mod testing;
 mod workers;
 
 pub use bench::{Bench, Requests};
-pub use bitmaps::{check_bitmaps, copy_bitmaps, merge_bitmap};
+pub use bitmaps::{cannot_add_bitmap, check_bitmaps, copy_bitmaps, merge_bitmap};
 pub use commit::{Commit, depth_of};
 pub use compare::{CompareError, Comparison, Difference, Failure, Verdict};
 pub use convert::{Conversion, DEFAULT_SPARSE, MAX_SPARSE, OnLost, total_len};
@@ -104,6 +104,6 @@ pub use probe::probe;
 pub use rebase::{Rebase, check_backing, set_backing};
 pub use resize::{Resize, ShrinkPolicy};
 pub use snapshot::{
-    MAX_SNAPSHOT_NAME, SnapshotSelector, apply_snapshot, create_snapshot, delete_snapshot, list_snapshots,
-    open_snapshot,
+    MAX_SNAPSHOT_NAME, SnapshotSelector, ambiguous_snapshot, apply_snapshot, create_snapshot,
+    delete_snapshot, list_readable_snapshots, list_snapshots, open_snapshot, repeated_names,
 };
