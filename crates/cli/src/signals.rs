@@ -9,7 +9,8 @@
 
 use std::sync::Once;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread;
+
+use diskimage::thread_builder;
 
 use nix::sys::signal::{SigSet, Signal};
 
@@ -32,7 +33,7 @@ pub(crate) fn progress_requested() -> &'static AtomicBool {
             }
         };
         // If the thread cannot be started, SIGUSR1 prints nothing; the operation runs all the same.
-        let _ = thread::Builder::new().spawn(wait);
+        let _ = thread_builder().and_then(|builder| builder.spawn(wait));
     });
     &REQUESTED
 }

@@ -2,6 +2,8 @@
 
 use std::ops::{Deref, DerefMut};
 
+use crate::{Result, zeroed};
+
 /// A buffer that starts on a page boundary. The kernel copies to and from such memory twice as fast as to and from
 /// memory that starts 16 bytes into a page, which is where allocators put large buffers. `O_DIRECT` requires the
 /// alignment.
@@ -14,10 +16,13 @@ pub struct AlignedBuf {
 
 impl AlignedBuf {
     /// `len` zero bytes.
-    pub fn new(len: usize) -> Self {
-        let bytes = vec![0; len + PAGE];
+    ///
+    /// # Errors
+    /// `ENOMEM` if the memory cannot be had.
+    pub fn new(len: usize) -> Result<Self> {
+        let bytes = zeroed(len.saturating_add(PAGE))?;
         let start = bytes.as_ptr().align_offset(PAGE).min(PAGE);
-        Self { bytes, start, len }
+        Ok(Self { bytes, start, len })
     }
 }
 
@@ -44,7 +49,7 @@ mod tests {
     #[test]
     fn it_starts_on_a_page_and_has_its_length() {
         for len in [0, 1, 4096, 2 << 20] {
-            let mut buf = AlignedBuf::new(len);
+            let mut buf = AlignedBuf::new(len).expect("small");
             assert_eq!((buf.len(), buf.as_ptr().addr() % PAGE), (len, 0));
             buf.fill(1);
         }

@@ -24,6 +24,8 @@ pub struct Capabilities<'a> {
     pub bitmaps: Option<&'a dyn Bitmaps>,
     /// The format and version support persistent bitmaps, whether or not this image has any.
     pub supports_bitmaps: bool,
+    /// Why this image can have no bitmaps although its format has them.
+    pub bitmap_obstacle: Option<&'static str>,
     /// A check for inconsistencies.
     pub check: Option<&'a dyn Check>,
     /// Options that can be changed after creation.

@@ -23,6 +23,7 @@
 #![cfg_attr(not(test), warn(clippy::disallowed_methods))]
 
 mod aligned;
+mod allocation;
 mod backing;
 mod bitmaps;
 mod budget;
@@ -54,11 +55,13 @@ mod progress;
 mod range;
 pub mod size;
 mod snapshots;
+mod threads;
 mod throttle;
 mod view;
 mod zero;
 
 pub use aligned::AlignedBuf;
+pub use allocation::{has_room, is_expected_to_fail, vec_with_room, zeroed};
 pub use backing::Backing;
 pub use bitmaps::{BitmapInfo, Bitmaps, NewBitmap};
 pub use budget::{Budget, Reservation};
@@ -89,6 +92,7 @@ pub use open_context::{OnImageLost, OnNote, OpenContext};
 pub use progress::{Note, Progress};
 pub use range::{ByteRange, align_down, align_up, div_ceil, saturating_index, saturating_u32, to_index};
 pub use snapshots::{NewSnapshot, Snapshots};
+pub use threads::thread_builder;
 pub use throttle::{BucketConfig, Direction, ThrottleGroup, ThrottleLimits};
 pub use view::{ReadOnlyView, View};
 pub use zero::{is_zero, leading_run, write_zero_chunks};

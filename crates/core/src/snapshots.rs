@@ -3,7 +3,7 @@
 use std::fmt::Debug;
 use std::sync::Arc;
 
-use crate::{Layer, Result, SnapshotInfo};
+use crate::{Error, Layer, Result, SnapshotInfo};
 
 /// The internal snapshots of one image, a capability that a [`Layer`](crate::Layer) may have.
 ///
@@ -21,6 +21,9 @@ pub trait Snapshots: Debug + Send + Sync {
     /// # Errors
     /// Damage in the snapshot table, or a failure to read it.
     fn list(&self) -> Result<Vec<SnapshotInfo>>;
+
+    /// The snapshots up to the first one that cannot be read, and why that cannot be read.
+    fn list_readable(&self) -> (Vec<SnapshotInfo>, Option<Error>);
 
     /// A snapshot as a read-only layer. If both are given, identifier and name have to match.
     ///

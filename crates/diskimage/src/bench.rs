@@ -1,10 +1,11 @@
 //! Sends requests of one size to an image and measures how long they take.
 
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread;
 use std::time::{Duration, Instant};
 
-use diskimage_core::{AlignedBuf, Device, Error, Image, Result, errno, saturating_index};
+use diskimage_core::{AlignedBuf, Device, Error, Image, Result, to_index};
+
+use crate::workers;
 
 /// The requests that are sent to an image to measure it.
 #[derive(Clone, Copy, Debug)]
@@ -57,20 +58,18 @@ impl Bench {
             .min(MAX_THREADS)
             .min((MAX_BUFFERS / self.size.max(1)).max(1));
         let size = usize::try_from(self.size).map_err(|_| Error::invalid("Buffer too large"))?;
-        let mut buffers = Vec::new();
         let pattern = match self.requests {
-            Requests::Read => {
-                for _ in 0..threads {
-                    buffers.push(buffer(size)?);
-                }
-                AlignedBuf::default()
-            }
+            Requests::Read => AlignedBuf::default(),
             Requests::Write { pattern, .. } => {
-                buffers.resize_with(saturating_index(threads), AlignedBuf::default);
-                let mut buf = buffer(size)?;
+                let mut buf = AlignedBuf::new(size)?;
                 buf.fill(pattern);
                 buf
             }
+        };
+        // All threads write the same bytes; each reads into its own buffer.
+        let buffer = || match self.requests {
+            Requests::Read => AlignedBuf::new(size),
+            Requests::Write { .. } => Ok(AlignedBuf::default()),
         };
         let queue = Queue {
             bench: self,
@@ -83,12 +82,9 @@ impl Bench {
             drained: Condvar::new(),
         };
         let start = Instant::now();
-        thread::scope(|scope| {
-            for buf in buffers {
-                let queue = &queue;
-                scope.spawn(move || queue.work(buf));
-            }
-        });
+        if threads > 0 {
+            workers::run(to_index(threads)?, buffer, |buf| queue.work(buf))?;
+        }
         let state = queue.state.into_inner();
         if let Some(failure) = state.unwrap_or_else(PoisonError::into_inner).failure {
             return Err(failure);
@@ -116,18 +112,6 @@ impl Bench {
         }
     }
 }
-
-fn buffer(size: usize) -> Result<AlignedBuf> {
-    // This reservation returns an error where the allocation of the buffer would abort the program.
-    let mut probe = Vec::<u8>::new();
-    probe
-        .try_reserve_exact(size.saturating_add(PAGE))
-        .map_err(|_| Error::from_errno(errno::ENOMEM))?;
-    drop(probe);
-    Ok(AlignedBuf::new(size))
-}
-
-const PAGE: usize = 4096;
 
 struct Flush {
     drain: bool,

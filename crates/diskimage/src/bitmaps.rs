@@ -1,6 +1,6 @@
 //! Copying persistent bitmaps from one image to another.
 
-use diskimage_core::{Bitmaps, Error, ErrorKind, Layer, NewBitmap, Result, ResultExt};
+use diskimage_core::{Bitmaps, Device, Error, ErrorKind, Image, Layer, NewBitmap, Result, ResultExt};
 
 /// Checks, before the target is created, that the bitmaps of `source` can be copied. An inconsistent bitmap cannot be
 /// copied; with `skip_broken` it is left out.
@@ -52,6 +52,30 @@ pub fn copy_bitmaps(source: &dyn Layer, target: &dyn Layer, on_skip: &dyn Fn(&st
     }
     Ok(())
 }
+
+/// The error for adding `bitmap` to `image`, whose layer has no bitmaps.
+pub fn cannot_add_bitmap(image: &Image, bitmap: &NewBitmap<'_>) -> Error {
+    let is_valid = |bytes: u64| bytes.is_power_of_two() && GRANULARITY.contains(&bytes);
+    if !bitmap.granularity.is_none_or(is_valid) {
+        return Error::invalid("Granularity must be power of 2 and at least 512");
+    }
+    if bitmap.name.is_empty() {
+        return Error::invalid("Bitmap name cannot be empty");
+    }
+    let node = Device::name(image);
+    match image.layer().capabilities().bitmap_obstacle {
+        Some(obstacle) => Error::unsupported(format!(
+            "Can't make bitmap '{}' persistent in '{node}': {obstacle}",
+            bitmap.name
+        )),
+        None => Error::unsupported(format!(
+            "Can't store persistent bitmaps to {node}: Operation not supported"
+        )),
+    }
+}
+
+/// The granularities of bitmaps; limits of `qemu-img`.
+const GRANULARITY: std::ops::RangeInclusive<u64> = 512..=1 << 31;
 
 /// Marks the dirty ranges of the bitmap `from` of `source` in the bitmap `to` of `target`. Both may be in one image.
 ///

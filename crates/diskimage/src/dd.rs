@@ -66,7 +66,7 @@ pub fn dd(source: &Arc<Image>, (start, len): (u64, u64), block: u64, target: &Im
 /// Copies blocks from `at` on, each as a whole or not at all, until one fails or the segment that has failed is done.
 fn copy_blocks(part: &Image, at: u64, block: u64, target: &Image) -> Result<()> {
     const PIECE: u64 = 1 << 20;
-    let mut buf = AlignedBuf::new(to_index(block.min(PIECE))?);
+    let mut buf = AlignedBuf::new(to_index(block.min(PIECE))?)?;
     let end = at.saturating_add(SEGMENT + block).min(part.len());
     let mut rest = ByteRange::new(at.min(end), end);
     let mut copy = |range: ByteRange, write: bool| -> Result<()> {

@@ -79,9 +79,10 @@ mod snapshot;
 mod steps;
 #[cfg(test)]
 mod testing;
+mod workers;
 
 pub use bench::{Bench, Requests};
-pub use bitmaps::{check_bitmaps, copy_bitmaps, merge_bitmap};
+pub use bitmaps::{cannot_add_bitmap, check_bitmaps, copy_bitmaps, merge_bitmap};
 pub use commit::{Commit, depth_of};
 pub use compare::{CompareError, Comparison, Difference, Failure, Verdict};
 pub use convert::{Conversion, DEFAULT_SPARSE, MAX_SPARSE, OnLost, total_len};
@@ -90,8 +91,8 @@ pub use dd::{Blocks, dd};
 pub use diskimage_core::*;
 pub use diskimage_formats::{FORMATS, Zeroizing, decrypt_secret, format_by_name};
 pub use diskimage_protocols::{
-    Aio, CREATE_OPTIONS as FILE_CREATE_OPTIONS, CacheMode, FILTERS, File, FileCreation, PROTOCOLS, Target,
-    check_tls_creds,
+    Aio, CREATE_OPTIONS as FILE_CREATE_OPTIONS, CacheMode, FILTERS, File, FileCreation, LastWordsAllocator,
+    PROTOCOLS, Target, check_tls_creds,
 };
 pub use files::{is_encrypted, share_a_file};
 pub use gate::FileGate;
@@ -103,6 +104,6 @@ pub use probe::probe;
 pub use rebase::{Rebase, check_backing, set_backing};
 pub use resize::{Resize, ShrinkPolicy};
 pub use snapshot::{
-    MAX_SNAPSHOT_NAME, SnapshotSelector, apply_snapshot, create_snapshot, delete_snapshot, list_snapshots,
-    open_snapshot,
+    MAX_SNAPSHOT_NAME, SnapshotSelector, ambiguous_snapshot, apply_snapshot, create_snapshot,
+    delete_snapshot, list_readable_snapshots, list_snapshots, open_snapshot, repeated_names,
 };

@@ -25,6 +25,7 @@ use crate::files::{files_below, files_of, files_of_chain, share_a_file};
 use crate::graph::full_backing_name;
 use crate::open_options::OpenOptions;
 use crate::steps::{Origin, Part, STEP, Steps};
+use crate::workers;
 
 /// A change of the backing image that keeps the guest data.
 #[derive(Debug)]
@@ -69,13 +70,13 @@ impl Rebase<'_> {
         let processors = thread::available_parallelism().map_or(1, usize::from);
         let segments = saturating_index(len.div_ceil(segment));
         let workers = (processors + 1).min(MAX_WORKERS).min(segments);
-        let encoders = (0..workers).map(|_| self.encoder()).collect::<Result<Vec<_>>>()?;
-        thread::scope(|scope| {
-            for encoder in encoders {
-                let (cursor, done, steps) = (&cursor, &done, steps.as_ref());
-                scope.spawn(move || self.work(cursor, done, steps, buffer, encoder));
-            }
-        });
+        if workers > 0 {
+            workers::run(
+                workers,
+                || self.worker(buffer),
+                |worker| self.work(&cursor, &done, steps.as_ref(), worker),
+            )?;
+        }
         if let Some(error) = cursor.finish() {
             return Err(error);
         }
@@ -161,23 +162,26 @@ impl Rebase<'_> {
         }
     }
 
+    /// A worker with buffers of `len` bytes.
+    fn worker(&self, len: usize) -> Result<Worker<'_>> {
+        Ok(Worker {
+            rebase: self,
+            old: AlignedBuf::new(len)?,
+            new: AlignedBuf::new(len)?,
+            writes: Vec::new(),
+            parts: Vec::new(),
+            encoder: self.encoder()?,
+            encoded: Vec::new(),
+        })
+    }
+
     fn work(
         &self,
         cursor: &Cursor<Error>,
         done: &AtomicU64,
         steps: Option<&Steps<'_>>,
-        buffer: usize,
-        encoder: Option<Box<dyn Encoder>>,
+        mut worker: Worker<'_>,
     ) {
-        let mut worker = Worker {
-            rebase: self,
-            old: AlignedBuf::new(buffer),
-            new: AlignedBuf::new(buffer),
-            writes: Vec::new(),
-            parts: Vec::new(),
-            encoder,
-            encoded: Vec::new(),
-        };
         while let Some(segment) = cursor.claim() {
             match worker.segment(cursor, segment) {
                 Ok(end) => {

@@ -1,5 +1,6 @@
 //! Internal snapshots of an image.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -11,7 +12,7 @@ use diskimage_core::{
 /// Selects an internal snapshot.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum SnapshotSelector {
-    /// The snapshot with this identifier, or else the one with this name.
+    /// The first snapshot with this name, or else the one with this identifier.
     Either(String),
     /// The snapshot with this identifier and this name, as far as they are given.
     Exact {
@@ -36,8 +37,8 @@ pub fn open_snapshot(image: &Image, selector: &SnapshotSelector) -> Result<Arc<I
     })?;
     let found = match selector {
         SnapshotSelector::Exact { id, name } => snapshots.open(id.as_deref(), name.as_deref()),
-        SnapshotSelector::Either(word) => match snapshots.open(Some(word), None) {
-            Err(error) if error.kind() == ErrorKind::NotFound => snapshots.open(None, Some(word)),
+        SnapshotSelector::Either(word) => match snapshots.open(None, Some(word)) {
+            Err(error) if error.kind() == ErrorKind::NotFound => snapshots.open(Some(word), None),
             other => other,
         },
     };
@@ -61,6 +62,56 @@ pub fn list_snapshots(image: &Image) -> Result<Vec<SnapshotInfo>> {
         .map_or(Ok(Vec::new()), |snapshots| snapshots.list())
 }
 
+/// The internal snapshots of an image up to the first one that cannot be read, and why that cannot be read.
+pub fn list_readable_snapshots(image: &Image) -> (Vec<SnapshotInfo>, Option<Error>) {
+    image
+        .layer()
+        .snapshots()
+        .map_or((Vec::new(), None), |snapshots| snapshots.list_readable())
+}
+
+/// The warning about a selector that fits several snapshots of `image`, with the one that is meant.
+pub fn ambiguous_snapshot(image: &Image, selector: &SnapshotSelector) -> Option<String> {
+    let (list, _) = list_readable_snapshots(image);
+    let (word, may_be_id) = match selector {
+        SnapshotSelector::Either(word) => (word, true),
+        SnapshotSelector::Exact {
+            id: None,
+            name: Some(name),
+        } => (name, false),
+        SnapshotSelector::Exact { .. } => return None,
+    };
+    let mut named = list.iter().filter(|snapshot| snapshot.name == *word);
+    let first = named.next()?;
+    let others = named.count();
+    if others > 0 {
+        return Some(format!(
+            "{} snapshots are named '{word}': the one with ID {} is meant",
+            others + 1,
+            first.id
+        ));
+    }
+    let with_id = list.iter().find(|snapshot| snapshot.id == *word && may_be_id)?;
+    (with_id.id != first.id).then(|| {
+        format!(
+            "Snapshot '{word}' is ambiguous: the one named so is meant, which has ID {}, not '{}', which has ID {word}",
+            first.id, with_id.name
+        )
+    })
+}
+
+/// The warnings about names that several snapshots have, one for each name.
+pub fn repeated_names(list: &[SnapshotInfo]) -> Vec<String> {
+    let mut counts: BTreeMap<&str, usize> = BTreeMap::new();
+    for snapshot in list {
+        *counts.entry(&snapshot.name).or_default() += 1;
+    }
+    let repeated = counts.into_iter().filter(|(_, count)| *count > 1);
+    repeated
+        .map(|(name, count)| format!("{count} snapshots are named '{name}'"))
+        .collect()
+}
+
 /// Takes a snapshot of `image` called `name`, which other snapshots may be called too. `now` is stored as its date. A
 /// name is cut to [`MAX_SNAPSHOT_NAME`] bytes.
 ///
@@ -79,7 +130,8 @@ pub fn create_snapshot(image: &Image, name: &str, now: SystemTime) -> Result<()>
     image.durable_change(|| snapshots.create(&snapshot))
 }
 
-/// Reverts the disk of `image` to the snapshot with identifier `word`, or else to the first one called `word`.
+/// Reverts the disk of `image` to the first snapshot called `word`, or else to the one with identifier `word`.
+/// [`delete_snapshot`] means the same one.
 ///
 /// # Errors
 /// The snapshot does not exist, the image has bitmaps, which a snapshot does not record, or changing the image fails.
@@ -103,8 +155,8 @@ fn apply_found(snapshots: &dyn Snapshots, word: &str) -> Result<()> {
     let list = snapshots.list()?;
     let index = list
         .iter()
-        .position(|snapshot| snapshot.id == word)
-        .or_else(|| list.iter().position(|snapshot| snapshot.name == word))
+        .position(|snapshot| snapshot.name == word)
+        .or_else(|| list.iter().position(|snapshot| snapshot.id == word))
         .ok_or_else(|| Error::from_errno(errno::ENOENT))?;
     snapshots.apply(index)
 }

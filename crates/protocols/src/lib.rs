@@ -39,4 +39,5 @@ pub use nbd::check_tls_creds;
 #[cfg(feature = "fuzzing")]
 pub use nbd::fuzzing;
 pub use protocol::{Protocol, ProtocolRequest};
+pub use sys::allocator::LastWordsAllocator;
 pub use table::{FILTERS, PROTOCOLS, filter_by_name, parse_name, protocol_by_name, protocol_of_name};

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use diskimage::{Device, Error, Image, NewBitmap, Objects, OpenOptions, merge_bitmap};
+use diskimage::{Device, Error, Image, NewBitmap, Objects, OpenOptions, cannot_add_bitmap, merge_bitmap};
 
 use crate::objects::define;
 use crate::out::Console;
@@ -230,24 +230,26 @@ fn act(action: &Action, args: &Args, image: &Image, merge_source: &Image) -> dis
     let layer = &**image.layer();
     let Some(bitmaps) = layer.bitmaps() else {
         return Err(match action {
-            Action::Add => Error::unsupported(format!(
-                "Can't store persistent bitmaps to {}: Operation not supported",
-                image.name()
-            )),
+            Action::Add => cannot_add_bitmap(image, &new_bitmap(args)),
             Action::Merge(source) => return merge_bitmap(&**merge_source.layer(), source, layer, name),
             _ => Error::invalid(format!("Dirty bitmap '{name}' not found")),
         });
     };
     match action {
-        Action::Add => bitmaps.add(&NewBitmap {
-            name,
-            granularity: args.granularity,
-            enabled: true,
-        }),
+        Action::Add => bitmaps.add(&new_bitmap(args)),
         Action::Remove => bitmaps.remove(name),
         Action::Clear => bitmaps.clear(name),
         Action::Enable => bitmaps.set_enabled(name, true),
         Action::Disable => bitmaps.set_enabled(name, false),
         Action::Merge(source) => merge_bitmap(&**merge_source.layer(), source, layer, name),
+    }
+}
+
+/// The bitmap of `--add`.
+fn new_bitmap(args: &Args) -> NewBitmap<'_> {
+    NewBitmap {
+        name: &args.bitmap,
+        granularity: args.granularity,
+        enabled: true,
     }
 }

@@ -184,6 +184,7 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
         let (failure, status) = match error {
             CompareError::Status(failure) => (failure, 3),
             CompareError::Read(failure) => (failure, 4),
+            CompareError::Memory(error) => return Stop::from(error).with_status(2),
         };
         if failure.in_rest {
             warn();

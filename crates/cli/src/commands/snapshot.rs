@@ -3,7 +3,10 @@
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use diskimage::{Objects, OpenOptions, apply_snapshot, create_snapshot, delete_snapshot, list_snapshots};
+use diskimage::{
+    Image, Objects, OpenOptions, SnapshotSelector, ambiguous_snapshot, apply_snapshot, create_snapshot,
+    delete_snapshot, list_readable_snapshots, repeated_names,
+};
 
 use crate::facts::snapshot_lines;
 use crate::objects::define;
@@ -85,6 +88,8 @@ pub struct Args {
     pub action: Action,
     /// Open the image without locks (`-U`).
     pub force_share: bool,
+    /// Print no warnings (`-q`).
+    pub quiet: bool,
     /// The objects of `--object`, such as secrets.
     pub objects: Arc<Objects>,
 }
@@ -95,7 +100,8 @@ impl Args {
     /// # Errors
     /// An option is unknown or has an invalid value, options contradict each other, or an operand is missing.
     pub fn parse(mut words: Parser) -> Result<Self, Stop> {
-        let (mut format, mut image_opts, mut force_share) = (None, false, false);
+        let (mut format, mut image_opts) = (None, false);
+        let (mut force_share, mut quiet) = (false, false);
         let mut action = None;
         let mut objects = Objects::default();
         while let Some((flag, value)) = words.next_flag()? {
@@ -106,8 +112,8 @@ impl Args {
                 "delete" => Action::Delete(text(value)),
                 other => {
                     match other {
-                        // As in qemu-img, the list is printed with `-q` too; nothing else is printed.
-                        "quiet" => {}
+                        // As in qemu-img, the list is printed with `-q` too.
+                        "quiet" => quiet = true,
                         "format" => format = Some(text(value)),
                         "image-opts" => image_opts = true,
                         "force-share" => force_share = true,
@@ -125,6 +131,7 @@ impl Args {
             image: Source::new(only_image(words)?, format, image_opts)?,
             action: action.unwrap_or(Action::List),
             force_share,
+            quiet,
             objects: objects.into(),
         })
     }
@@ -143,9 +150,15 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     let image = open_source(&args.image, options, console)?;
     match &args.action {
         Action::List => {
-            let snapshots = list_snapshots(&image)?;
+            let (snapshots, damage) = list_readable_snapshots(&image);
+            for warning in repeated_names(&snapshots) {
+                warn(&args, console, &warning);
+            }
             if !snapshots.is_empty() {
                 console.print(&(snapshot_lines(&snapshots).join("\n") + "\n"));
+            }
+            if let Some(damage) = damage {
+                return Err(damage.into());
             }
         }
         Action::Create(name) => {
@@ -153,13 +166,28 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
                 .map_err(|error| failed("create", name, error))?;
         }
         Action::Apply(word) => {
+            warn_if_ambiguous(&args, &image, word, console);
             apply_snapshot(&image, word).map_err(|error| failed("apply", word, error))?;
         }
         Action::Delete(name) => {
+            warn_if_ambiguous(&args, &image, name, console);
             delete_snapshot(&image, name).map_err(|error| failed("delete", name, error))?;
         }
     }
     Ok(0)
+}
+
+fn warn_if_ambiguous(args: &Args, image: &Image, word: &str, console: &Console) {
+    let selector = SnapshotSelector::Either(word.to_owned());
+    if let Some(warning) = ambiguous_snapshot(image, &selector) {
+        warn(args, console, &warning);
+    }
+}
+
+fn warn(args: &Args, console: &Console, warning: &str) {
+    if !args.quiet {
+        console.warning(&printable(warning));
+    }
 }
 
 fn failed(verb: &str, name: &str, error: diskimage::Error) -> diskimage::Error {

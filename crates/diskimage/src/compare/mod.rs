@@ -20,6 +20,7 @@ use diskimage_core::{
 use crate::cursor::{Cursor, Segment};
 use crate::map::MappedExtent;
 use crate::steps::{Origin, Part, STEP, Steps};
+use crate::workers;
 
 /// Two images to compare.
 #[derive(Debug)]
@@ -65,6 +66,8 @@ pub enum CompareError {
     Status(Failure),
     /// Guest data could not be read.
     Read(Failure),
+    /// The memory for buffers could not be had.
+    Memory(Error),
 }
 
 /// The error that ended a comparison.
@@ -127,11 +130,15 @@ impl Comparison<'_> {
         }
         let processors = thread::available_parallelism().map_or(1, usize::from);
         let segments = saturating_index(len.div_ceil(segment));
-        thread::scope(|scope| {
-            for _ in 0..processors.min(segments).min(MAX_WORKERS) {
-                scope.spawn(|| self.work(&cursor, &done, steps.as_ref()));
-            }
-        });
+        let workers = processors.min(segments).min(MAX_WORKERS);
+        if workers > 0 {
+            workers::run(
+                workers,
+                || self.worker(),
+                |worker| self.work(&cursor, &done, steps.as_ref(), worker),
+            )
+            .map_err(CompareError::Memory)?;
+        }
         if let Some(steps) = &steps {
             steps.finish();
         }
@@ -145,14 +152,23 @@ impl Comparison<'_> {
         }
     }
 
-    fn work(&self, cursor: &Cursor<Found>, done: &AtomicU64, steps: Option<&Steps<'_>>) {
-        let mut worker = Worker {
+    fn worker(&self) -> diskimage_core::Result<Worker<'_>> {
+        Ok(Worker {
             comparison: self,
             reach: [self.first, self.second].into_iter().map(reach).min(),
             parts: Vec::new(),
-            first: Side::new(self.first, self.names[0], self),
-            second: Side::new(self.second, self.names[1], self),
-        };
+            first: Side::new(self.first, self.names[0], self)?,
+            second: Side::new(self.second, self.names[1], self)?,
+        })
+    }
+
+    fn work(
+        &self,
+        cursor: &Cursor<Found>,
+        done: &AtomicU64,
+        steps: Option<&Steps<'_>>,
+        mut worker: Worker<'_>,
+    ) {
         while let Some(segment) = cursor.claim() {
             let outcome = worker.compare(cursor, segment);
             let parts = std::mem::take(&mut worker.parts);
@@ -346,15 +362,15 @@ struct Side<'a> {
 }
 
 impl<'a> Side<'a> {
-    fn new(image: &'a Image, name: &'a str, comparison: &Comparison<'_>) -> Self {
-        Self {
+    fn new(image: &'a Image, name: &'a str, comparison: &Comparison<'_>) -> diskimage_core::Result<Self> {
+        Ok(Self {
             image,
             name,
             join: comparison.strict,
             common: comparison.first.len().min(comparison.second.len()),
             entry: None,
-            buf: AlignedBuf::new(CHUNK),
-        }
+            buf: AlignedBuf::new(CHUNK)?,
+        })
     }
 
     /// The extent at `at`; `None` beyond the end of the image.

@@ -30,6 +30,7 @@ use diskimage_core::{
 use crate::cursor::Cursor;
 use crate::files::{files_of, files_of_chain};
 use crate::steps::{Origin, Part, STEP, Steps};
+use crate::workers;
 use rate::RateLimit;
 use runs::CopyKind;
 use source::Sources;
@@ -149,13 +150,10 @@ impl<'a> Conversion<'a> {
         let segments = job.sources.len().div_ceil(job.segment);
         let segment = to_index(job.segment)?;
         let workers = saturating_index(segments).min(self.workers());
-        let encoders = (0..workers).map(|_| self.encoder()).collect::<Result<Vec<_>>>()?;
-        thread::scope(|scope| {
-            for encoder in encoders {
-                let job = &job;
-                scope.spawn(move || Worker::new(job, segment, encoder).run());
-            }
-        });
+        if workers > 0 {
+            let make = || Worker::new(&job, segment, self.encoder()?);
+            workers::run(workers, make, Worker::run)?;
+        }
         if let Some(error) = job.cursor.finish() {
             return Err(error);
         }

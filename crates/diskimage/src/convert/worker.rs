@@ -13,7 +13,7 @@ use std::thread;
 
 use diskimage_core::{
     AlignedBuf, ByteRange, Device, Encoder, Error, ExtentKind, Image, PendingWrite, Result, ResultExt,
-    StatusDetail, ZeroMode, align_down, align_up,
+    StatusDetail, ZeroMode, align_down, align_up, vec_with_room,
 };
 
 use super::CopyJob;
@@ -59,7 +59,14 @@ enum ClusterWrite {
 
 impl<'a> Worker<'a> {
     /// A worker with a buffer of `segment` bytes.
-    pub(super) fn new(job: &'a CopyJob<'a>, segment: usize, encoder: Option<Box<dyn Encoder>>) -> Self {
+    ///
+    /// # Errors
+    /// The memory for its buffers cannot be had.
+    pub(super) fn new(
+        job: &'a CopyJob<'a>,
+        segment: usize,
+        encoder: Option<Box<dyn Encoder>>,
+    ) -> Result<Self> {
         let conversion = job.conversion;
         let zero_test = match (conversion.sparse, &encoder) {
             (0, _) => None,
@@ -67,11 +74,11 @@ impl<'a> Worker<'a> {
             (_, Some(_)) => Some(ZeroTest::clusters(conversion.target.layer().granularity())),
             (sparse, None) => Some(ZeroTest::sparse(sparse)),
         };
-        Self {
+        Ok(Self {
             job,
             target: conversion.target,
             zero_test,
-            buf: AlignedBuf::new(segment),
+            buf: AlignedBuf::new(segment)?,
             unread: Vec::new(),
             runs: Vec::new(),
             actions: Vec::new(),
@@ -79,10 +86,10 @@ impl<'a> Worker<'a> {
             parts: Vec::new(),
             steps: Vec::new(),
             // Allocated in full: growing step by step would fragment the heap with the smaller buffers.
-            encoded: Vec::with_capacity(if encoder.is_some() { segment } else { 0 }),
+            encoded: vec_with_room(if encoder.is_some() { segment } else { 0 })?,
             cluster: Vec::new(),
             encoder,
-        }
+        })
     }
 
     /// Converts segments until all are claimed or one has failed.

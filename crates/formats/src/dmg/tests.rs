@@ -193,6 +193,10 @@ fn streams_of_another_length_and_gaps_are_errors() {
             _ => ZLIB,
         };
         for sectors in [3, 5] {
+            // A stream of ADC has no end: it is cut where the chunk is full.
+            if code == ADC && sectors == 3 {
+                continue;
+            }
             let entry = (code, 0, sectors, 0, data.len() as u64);
             let image = opened(with_list(&data, &[mish(0, &[entry])], 8)).unwrap();
             let error = image.read_at(&mut [0; 512], 0).unwrap_err();

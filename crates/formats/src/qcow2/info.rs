@@ -52,7 +52,8 @@ impl Qcow2 {
             encrypted: header.crypt != CryptMethod::None,
             dirty: header.features.incompatible.has(Incompatible::DIRTY),
             snapshots: self
-                .read_snapshots()?
+                .readable_snapshots()
+                .0
                 .into_iter()
                 .map(|snapshot| snapshot.info)
                 .collect(),

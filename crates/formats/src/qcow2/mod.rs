@@ -240,7 +240,12 @@ impl Qcow2 {
         let mut layer = Self::assemble(parts, request.write, request.write && !request.for_check);
         if layer.may_write() {
             layer.begin_writing(request.for_check)?;
+        } else if request.no_data {
+            layer.notes = layer.warnings()?;
         }
+        layer
+            .notes
+            .extend(layer.header.stale_bitmaps().map(Note::Warning));
         Ok(Arc::new(layer))
     }
 
@@ -311,9 +316,22 @@ impl Qcow2 {
         }
         self.guard_metadata(&mut self.lock())?;
         if !for_check {
+            if self.header.stale_bitmaps().is_some() {
+                self.forget_stale_bitmaps()?;
+            }
             self.begin_tracking()?;
         }
         Ok(())
+    }
+
+    /// What of the image cannot be shown or used, for `info`.
+    fn warnings(&self) -> Result<Vec<Note>> {
+        let mut warnings = self.bitmap_warnings()?;
+        let snapshots = self.readable_snapshots().1;
+        warnings.extend(
+            snapshots.map(|error| Note::Warning(format!("Not all snapshots can be read: {}", error.chain()))),
+        );
+        Ok(warnings)
     }
 
     /// Sets the dirty bit if the image has lazy refcounts.
@@ -467,6 +485,8 @@ impl Layer for Qcow2 {
             snapshots: Some(self),
             bitmaps: (self.header.version >= 3).then_some(self),
             supports_bitmaps: self.header.version >= 3,
+            bitmap_obstacle: (self.header.version < 3)
+                .then_some("Cannot store dirty bitmaps in qcow2 v2 files"),
             check: Some(self),
             amend: Some(self),
             data_file: self.has_data_file().then_some(&self.data),

@@ -13,9 +13,9 @@ use std::io::{self, BufReader, IoSlice, Read, Write};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 
-use diskimage_core::{ByteRange, Error, Result, errno, to_index};
+use diskimage_core::{ByteRange, Error, Result, errno, thread_builder, to_index};
 
 use super::address::Socket;
 use super::negotiate::{Export, ReplyMode};
@@ -93,7 +93,7 @@ impl Connection {
             shared: Arc::clone(&shared),
             reply_mode: export.reply_mode,
         };
-        let thread = thread::Builder::new()
+        let thread = thread_builder()?
             .name("nbd".to_owned())
             .spawn(move || reader.run())?;
         Ok(Self {

@@ -13,6 +13,7 @@ use super::connection::Connection;
 use super::negotiate::Export;
 use super::remote::Remote;
 use super::wire::export;
+use diskimage_core::thread_builder;
 
 /// The connections to an export.
 #[derive(Debug)]
@@ -105,7 +106,8 @@ impl ConnectionPool {
         }
         let inner = Arc::clone(&self.inner);
         // Without the thread there is no other connection.
-        let _ = thread::Builder::new().name("nbd".to_owned()).spawn(move || {
+        let Ok(builder) = thread_builder() else { return };
+        let _ = builder.name("nbd".to_owned()).spawn(move || {
             let outcome = inner.remote.connect(&inner.handle);
             let Ok(connection) = outcome else {
                 // Still busy: after a refusal the server is not asked again.

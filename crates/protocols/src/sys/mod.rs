@@ -1,7 +1,8 @@
 //! The system calls that no safe crate wraps: byte locks of open file descriptions, requests to block devices, and
-//! asynchronous I/O.
+//! asynchronous I/O. Also the allocator of the executable.
 #![expect(unsafe_code, reason = "the kernel reads and fills what pointers point to")]
 
+pub(crate) mod allocator;
 pub(crate) mod native;
 pub(crate) mod uring;
 

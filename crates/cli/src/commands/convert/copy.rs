@@ -7,13 +7,14 @@ use std::sync::Arc;
 use diskimage::options::Options;
 use diskimage::{
     Conversion, Creation, DEFAULT_SPARSE, Device, FILE_CREATE_OPTIONS, Format, Image, Layer, NodeOptions,
-    OpenOptions, check_bitmaps, copy_bitmaps, format_by_name, format_of_new, is_encrypted, name,
-    open_snapshot, total_len,
+    OpenOptions, ambiguous_snapshot, check_bitmaps, copy_bitmaps, format_by_name, format_of_new,
+    is_encrypted, name, open_snapshot, total_len,
 };
 
 use super::super::create::option_help;
 use super::{Args, Request};
 use crate::out::Console;
+use crate::printable::printable;
 use crate::source::open_source;
 use crate::words::{Parser, Source, Stop, text};
 
@@ -80,6 +81,9 @@ fn open_sources(args: &Args, console: &Console) -> Result<Sources, Stop> {
         let [image] = &mut sources[..] else {
             return Err(Stop::wrong("No support for concatenating multiple snapshot"));
         };
+        if let Some(warning) = ambiguous_snapshot(image, snapshot).filter(|_| !args.quiet) {
+            console.warning(&printable(&warning));
+        }
         *image = open_snapshot(image, snapshot)?;
     }
     Ok((sources, bitmap_source))
@@ -89,10 +93,7 @@ fn open_sources(args: &Args, console: &Console) -> Result<Sources, Stop> {
 fn copy_all_bitmaps(args: &Args, source: &dyn Layer, target: &Image, console: &Console) -> Result<(), Stop> {
     let skipped = |name: &str| {
         if !args.quiet {
-            console.warning(&format!(
-                "Skipping inconsistent bitmap '{}'",
-                crate::printable::printable(name)
-            ));
+            console.warning(&format!("Skipping inconsistent bitmap '{}'", printable(name)));
         }
     };
     Ok(copy_bitmaps(source, &**target.layer(), &skipped)?)

@@ -142,9 +142,16 @@ impl Changes {
             lazy_refcounts: lazy.filter(|lazy| *lazy != is_lazy && version >= 3),
             data_file,
             data_file_raw,
-            // qemu-img treats size=0 as not given.
-            size: options.size("size").filter(|size| *size > 0),
+            size: size_option(options)?,
         })
+    }
+}
+
+/// The new size. qemu-img treats `size=0` as not given.
+fn size_option(options: &Options) -> Result<Option<u64>> {
+    match options.size("size") {
+        Some(size) if i64::try_from(size).is_err() => Err(Error::invalid("Image size cannot be negative")),
+        size => Ok(size.filter(|size| *size > 0)),
     }
 }
 
@@ -186,6 +193,11 @@ fn check_downgrade(header: &Header) -> Result<()> {
     let incompatible = header.features.incompatible;
     if incompatible.has(Incompatible::DATA_FILE) {
         return Err(Error::unsupported("Cannot downgrade an image with a data file"));
+    }
+    if incompatible.has(Incompatible::COMPRESSION) {
+        return Err(Error::unsupported(
+            "Cannot downgrade an image with compression type zstd: compat=0.10 has zlib only",
+        ));
     }
     match incompatible.0 & !(Incompatible::DIRTY | Incompatible::CORRUPT) {
         0 => Ok(()),

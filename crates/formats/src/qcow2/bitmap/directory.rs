@@ -46,6 +46,8 @@ pub(in crate::qcow2) struct Bitmap {
     /// Extra data of other programs, kept unchanged.
     extra: Vec<u8>,
     name: Vec<u8>,
+    /// Whether the entry satisfies the specification. One that does not is kept as it is, and can only be removed.
+    is_valid: bool,
 }
 
 pub(super) mod flag {
@@ -100,11 +102,34 @@ impl Bitmap {
             },
             extra: Vec::new(),
             name: name.into_owned(),
+            is_valid: true,
         })
     }
 
     pub(in crate::qcow2) fn name(&self) -> Cow<'_, str> {
         name::from_bytes(&self.name)
+    }
+
+    /// The name without control characters, for lines that are printed.
+    pub(in crate::qcow2) fn shown_name(&self) -> String {
+        // On some terminals these bytes are control characters as well.
+        let is_control = |c: char| c.is_control() || name::byte_of(c).is_some_and(|byte| byte < 0xa0);
+        self.name()
+            .chars()
+            .map(|c| if is_control(c) { '\u{fffd}' } else { c })
+            .collect()
+    }
+
+    /// Checks that the entry satisfies the specification.
+    ///
+    /// # Errors
+    /// It does not: the message names the bitmap.
+    pub(in crate::qcow2) fn require_valid(&self) -> Result<()> {
+        if self.is_valid {
+            Ok(())
+        } else {
+            Err(self.invalid())
+        }
     }
 
     pub(super) fn has(&self, flag: u32) -> bool {
@@ -130,7 +155,7 @@ impl Bitmap {
     }
 
     /// The shape of this bitmap for a disk of `len` bytes.
-    pub(super) fn shape(&self, geometry: Geometry, len: u64) -> Shape {
+    pub(in crate::qcow2) fn shape(&self, geometry: Geometry, len: u64) -> Shape {
         Shape {
             granularity_bits: u32::from(self.raw.granularity_bits),
             cluster_size: geometry.cluster_size(),
@@ -163,24 +188,34 @@ impl Bitmap {
         .hint("Try block-dirty-bitmap-remove to delete this bitmap from disk")
     }
 
-    fn invalid(&self) -> Error {
-        Error::corrupt(format!(
-            "Bitmap '{}' doesn't satisfy the constraints",
+    /// [`Bitmap::inconsistent`] where the way out is a command of this program.
+    pub(super) fn inconsistent_for_resize(&self) -> Error {
+        self.inconsistent().hint(format!(
+            "Remove the bitmap with 'qemu-img bitmap --remove FILENAME {}', then resize.",
             self.name()
         ))
     }
 
-    /// Parses the entry at the start of `bytes`.
+    fn invalid(&self) -> Error {
+        Error::corrupt(format!(
+            "Bitmap '{}' doesn't satisfy the constraints",
+            self.shown_name()
+        ))
+    }
+
+    /// Parses the entry at the start of `bytes`. Fields that do not satisfy the specification make an entry that is not
+    /// valid; an entry whose end cannot be told is an error.
     fn parse(bytes: &[u8], geometry: Geometry) -> Result<Self> {
         let cut = || Error::corrupt("Broken bitmap directory");
         let (raw, rest) = RawBitmap::read_from_prefix(bytes).map_err(|_| cut())?;
         let extra_len = usize::try_from(raw.extra_data_size.get()).map_err(|_| cut())?;
         let (extra, rest) = rest.split_at_checked(extra_len).ok_or_else(cut)?;
         let name = rest.get(..usize::from(raw.name_size.get())).ok_or_else(cut)?;
-        let bitmap = Self {
+        let mut bitmap = Self {
             raw,
             extra: extra.to_vec(),
             name: name.to_vec(),
+            is_valid: true,
         };
         let table_len = u64::from(raw.table_size.get()) * 8;
         let has_valid_range = raw.table_offset.get().is_multiple_of(geometry.cluster_size())
@@ -190,16 +225,13 @@ impl Bitmap {
                 .checked_add(table_len)
                 .is_some_and(|end| end <= crate::qcow2::header::limit::HOST_OFFSET);
         let unknown_extra = extra_len > 0 && !bitmap.has(flag::EXTRA_DATA_COMPATIBLE);
-        if raw.kind != DIRTY_TRACKING
-            || !limit::GRANULARITY_BITS.contains(&raw.granularity_bits)
-            || raw.flags.get() & !flag::KNOWN != 0
-            || unknown_extra
-            || !has_valid_range
-            || name.is_empty()
-            || name.len() > limit::NAME
-        {
-            return Err(bitmap.invalid());
-        }
+        bitmap.is_valid = raw.kind == DIRTY_TRACKING
+            && limit::GRANULARITY_BITS.contains(&raw.granularity_bits)
+            && raw.flags.get() & !flag::KNOWN == 0
+            && !unknown_extra
+            && has_valid_range
+            && !name.is_empty()
+            && name.len() <= limit::NAME;
         Ok(bitmap)
     }
 
@@ -214,7 +246,7 @@ impl Bitmap {
 
 /// The sizes of a bitmap for a disk of a given length.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Shape {
+pub(in crate::qcow2) struct Shape {
     granularity_bits: u32,
     cluster_size: u64,
     len: u64,
@@ -264,64 +296,155 @@ impl Shape {
     }
 }
 
+/// The advice for damaged bitmaps.
+pub(super) const REPAIR: &str = "'qemu-img check -r all' drops what cannot be read of the bitmaps; 'qemu-img bitmap --remove' removes one.";
+
 /// The directory of an image in memory.
 #[derive(Debug)]
 pub(in crate::qcow2) struct Directory {
+    /// The entries that could be read, in order, valid or not.
     pub(in crate::qcow2) bitmaps: Vec<Bitmap>,
-    _memory: Reservation,
+    /// Why there may be more entries than those: the directory is damaged behind them, or cannot be read at all.
+    broken: Option<Broken>,
+    memory: Vec<Reservation>,
+}
+
+/// Damage of a directory.
+#[derive(Clone, Debug)]
+struct Broken {
+    kind: ErrorKind,
+    message: String,
+}
+
+impl Broken {
+    /// The damage that `error` reports.
+    ///
+    /// # Errors
+    /// `error` is no damage: a failed read, or too little memory.
+    fn from_error(error: Error) -> Result<Self> {
+        if is_damage(&error) {
+            Ok(Self {
+                kind: error.kind(),
+                message: error.chain(),
+            })
+        } else {
+            Err(error)
+        }
+    }
+}
+
+/// Whether an error says that what was read is damaged, not that it could not be read.
+pub(in crate::qcow2) fn is_damage(error: &Error) -> bool {
+    matches!(
+        error.kind(),
+        ErrorKind::Corrupt | ErrorKind::CutOff | ErrorKind::Invalid
+    )
 }
 
 impl Directory {
-    /// Reads the directory that `extension` locates.
+    /// Reads the directory that `extension` locates. Damage is no error here: see [`Directory::require_valid`].
     ///
     /// # Errors
-    /// A directory that is too large or damaged.
+    /// Failed reads, and too little memory.
     pub(super) fn read(
         file: &dyn Device,
         extension: &BitmapsExtension,
         geometry: Geometry,
         budget: &Budget,
     ) -> Result<Self> {
+        let mut directory = Self {
+            bitmaps: Vec::new(),
+            broken: None,
+            memory: Vec::new(),
+        };
+        if let Err(error) = directory.read_entries(file, extension, geometry, budget) {
+            directory.broken = Some(Broken::from_error(error)?);
+        }
+        Ok(directory)
+    }
+
+    /// Adds all entries up to the first one that cannot be read.
+    fn read_entries(
+        &mut self,
+        file: &dyn Device,
+        extension: &BitmapsExtension,
+        geometry: Geometry,
+        budget: &Budget,
+    ) -> Result<()> {
+        if extension.reserved.get() != 0 {
+            return Err(Error::corrupt("bitmaps_ext: Reserved field is not zero"));
+        }
         let len = extension.directory_size.get();
         let count = to_index(u64::from(extension.nb_bitmaps.get()))?;
         if count > limit::BITMAPS || len > limit::DIRECTORY {
-            return Err(Error::new(ErrorKind::Limit, "Too many bitmaps"));
+            return Err(Error::corrupt("Too many bitmaps"));
         }
         // The bytes are in memory once as read and once as parsed names and extra data; each entry adds a fixed cost.
-        let memory = budget.reserve(2 * len + (count * size_of::<Bitmap>()) as u64)?;
+        self.memory
+            .push(budget.reserve(2 * len + (count * size_of::<Bitmap>()) as u64)?);
         let offset = extension.directory_offset.get();
+        if !offset.is_multiple_of(geometry.cluster_size()) {
+            return Err(Error::corrupt("bitmaps_ext: invalid bitmap directory offset"));
+        }
         file.require(offset, len)?;
         let mut bytes = vec![0; to_index(len)?];
         file.read_at(&mut bytes, offset)?;
-        let mut bitmaps = Vec::new();
         let mut rest = bytes.as_slice();
         while !rest.is_empty() {
-            if bitmaps.len() == count {
+            if self.bitmaps.len() == count {
                 return Err(Error::corrupt(
                     "More bitmaps found than specified in header extension",
                 ));
             }
             let bitmap = Bitmap::parse(rest, geometry)?;
             rest = rest.get(bitmap.entry_len()..).unwrap_or(&[]);
-            bitmaps.push(bitmap);
+            self.bitmaps.push(bitmap);
         }
-        if bitmaps.len() < count {
+        if self.bitmaps.len() < count {
             return Err(Error::corrupt(
                 "Less bitmaps found than specified in header extension",
             ));
         }
-        Ok(Self {
-            bitmaps,
-            _memory: memory,
-        })
+        Ok(())
     }
 
     /// An empty directory.
-    pub(super) fn empty(budget: &Budget) -> Result<Self> {
-        Ok(Self {
+    pub(super) fn empty() -> Self {
+        Self {
             bitmaps: Vec::new(),
-            _memory: budget.reserve(0)?,
-        })
+            broken: None,
+            memory: Vec::new(),
+        }
+    }
+
+    /// Checks that all entries are valid and that there are no others.
+    ///
+    /// # Errors
+    /// The first damage, with advice.
+    pub(super) fn require_valid(&self) -> Result<()> {
+        self.bitmaps
+            .iter()
+            .try_for_each(Bitmap::require_valid)
+            .and_then(|()| self.require_whole())
+            .map_err(|error| error.hint(REPAIR))
+    }
+
+    /// Checks that the directory has no entries but those that could be read.
+    ///
+    /// # Errors
+    /// The damage, with advice.
+    pub(in crate::qcow2) fn require_whole(&self) -> Result<()> {
+        match &self.broken {
+            Some(broken) => Err(Error::new(broken.kind, broken.message.clone()).hint(REPAIR)),
+            None => Ok(()),
+        }
+    }
+
+    /// Keeps the entries for whose index `keep` returns true, and forgets what could not be read.
+    pub(in crate::qcow2) fn keep_only(&mut self, keep: impl Fn(usize) -> bool) {
+        let mut index = 0..;
+        self.bitmaps.retain(|_| index.next().is_some_and(&keep));
+        self.broken = None;
     }
 
     /// Encodes the directory.
@@ -386,16 +509,17 @@ mod tests {
             directory_size: U64::new(bytes.len() as u64),
             directory_offset: U64::ZERO,
         };
-        Directory::read(
+        let directory = Directory::read(
             &MemoryDevice::new(bytes),
             &extension,
             GEOMETRY,
             &Budget::default(),
-        )
+        )?;
+        directory.require_valid().map(|()| directory)
     }
 
     fn two() -> Directory {
-        let mut directory = Directory::empty(&Budget::default()).expect("no memory");
+        let mut directory = Directory::empty();
         for name in ["b0", "a longer name"] {
             directory
                 .bitmaps

@@ -12,12 +12,14 @@ const DEFAULT_GRANULARITY: (u64, u64) = (4096, 65536);
 impl Bitmaps for Qcow2 {
     fn list(&self) -> Result<Vec<BitmapInfo>> {
         let state = self.lock();
-        let directory = self.directory(&state)?;
+        let directory = self.read_directory(state.bitmaps.extension())?;
+        directory.require_whole()?;
         let info = |(index, bitmap): (usize, &Bitmap)| BitmapInfo {
             name: bitmap.name().into_owned(),
-            granularity: 1 << bitmap.raw.granularity_bits,
+            granularity: 1_u64.checked_shl(bitmap.raw.granularity_bits.into()).unwrap_or(0),
             enabled: bitmap.has(flag::AUTO),
-            inconsistent: bitmap.has(flag::IN_USE) && !state.bitmaps.holds(index),
+            inconsistent: bitmap.require_valid().is_err()
+                || bitmap.has(flag::IN_USE) && !state.bitmaps.holds(index),
         };
         Ok(directory.bitmaps.iter().enumerate().map(info).collect())
     }
@@ -49,17 +51,21 @@ impl Bitmaps for Qcow2 {
     }
 
     fn remove(&self, name: &str) -> Result<()> {
-        self.change(|state, directory, freed| {
+        self.change_entries(|state, directory, freed| {
+            directory.require_whole()?;
             let bitmap = directory.bitmaps.remove(directory.find(name)?);
             let shape = bitmap.shape(self.header.geometry, state.size);
             // The table of an inconsistent bitmap may be damaged. Clusters that it refers to are then leaked, not
             // freed.
-            if let Ok(table) = BitmapTable::read(self, &bitmap, shape) {
+            if bitmap.damage(self, shape).is_ok()
+                && let Ok(table) = BitmapTable::read(self, &bitmap, shape)
+            {
                 freed.extend(table.clusters(self.header.geometry.cluster_size()));
                 freed.push(bitmap.table_range());
             }
             Ok(())
-        })
+        })?;
+        self.begin_tracking()
     }
 
     fn clear(&self, name: &str) -> Result<()> {
@@ -105,8 +111,20 @@ impl Bitmaps for Qcow2 {
 }
 
 impl Qcow2 {
-    /// Changes the directory and stores it.
+    /// Changes a directory without damage and stores it.
     fn change(
+        &self,
+        change: impl FnOnce(&mut ImageState, &mut Directory, &mut Vec<ByteRange>) -> Result<()>,
+    ) -> Result<()> {
+        self.change_entries(|state, directory, freed| {
+            directory.require_valid()?;
+            state.bitmaps.require_undamaged()?;
+            change(state, directory, freed)
+        })
+    }
+
+    /// Changes the entries that can be read and stores them.
+    fn change_entries(
         &self,
         change: impl FnOnce(&mut ImageState, &mut Directory, &mut Vec<ByteRange>) -> Result<()>,
     ) -> Result<()> {
@@ -115,7 +133,7 @@ impl Qcow2 {
         }
         let mut state = self.lock();
         self.store_bitmaps(&mut state)?;
-        let mut directory = self.directory(&state)?;
+        let mut directory = self.read_directory(state.bitmaps.extension())?;
         let mut freed = Vec::new();
         change(&mut state, &mut directory, &mut freed)?;
         self.replace_directory(&mut state, &directory, freed)

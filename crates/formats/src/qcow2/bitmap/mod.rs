@@ -25,35 +25,70 @@ mod table;
 mod tests;
 mod written;
 
-use diskimage_core::{Detail, DetailValue, Result};
+use diskimage_core::{ByteRange, Detail, DetailValue, Note, Result};
 
 use self::directory::{Directory, flag};
 use super::header::extension::BitmapsExtension;
 use super::{ImageState, Qcow2};
 
-pub(super) use self::directory::Bitmap;
+pub(super) use self::directory::{Bitmap, is_damage};
 pub(super) use self::store::Tracker;
 
 impl Qcow2 {
-    /// Reads the directory that `extension` locates; an empty one for `None`.
+    /// Reads the directory that `extension` locates, damaged or not; an empty one for `None`.
     ///
     /// # Errors
-    /// A directory that is too large or damaged.
+    /// As [`Directory::read`].
     pub(super) fn read_directory(&self, extension: Option<BitmapsExtension>) -> Result<Directory> {
         match extension {
             Some(extension) => Directory::read(&*self.file, &extension, self.header.geometry, &self.budget),
-            None => Directory::empty(&self.budget),
+            None => Ok(Directory::empty()),
         }
     }
 
     /// Reads the directory of the image.
+    ///
+    /// # Errors
+    /// A directory that is too large or damaged.
     fn directory(&self, state: &ImageState) -> Result<Directory> {
-        self.read_directory(state.bitmaps.extension())
+        let directory = self.read_directory(state.bitmaps.extension())?;
+        directory.require_valid().map(|()| directory)
+    }
+
+    /// The host range of the directory that `extension` locates; `None` if it cannot be that of a directory.
+    pub(super) fn directory_range(&self, extension: &BitmapsExtension) -> Option<ByteRange> {
+        let (offset, len) = (extension.directory_offset.get(), extension.directory_size.get());
+        let end = offset.checked_add(len)?;
+        let is_valid = offset >= self.header.geometry.cluster_size()
+            && offset.is_multiple_of(self.header.geometry.cluster_size())
+            && end <= self.file.len();
+        is_valid.then(|| ByteRange::new(offset, end))
+    }
+
+    /// What is wrong with the bitmaps, one warning each. Bits are not read.
+    ///
+    /// # Errors
+    /// As [`Directory::read`].
+    pub(super) fn bitmap_warnings(&self) -> Result<Vec<Note>> {
+        let state = self.lock();
+        let directory = self.read_directory(state.bitmaps.extension())?;
+        let shape = |bitmap: &Bitmap| bitmap.shape(self.header.geometry, state.size);
+        let found = directory.bitmaps.iter().filter_map(|bitmap| {
+            let damage = bitmap.damage(self, shape(bitmap)).err()?;
+            Some(format!(
+                "Bitmap '{}' cannot be used: {}",
+                bitmap.shown_name(),
+                damage.chain()
+            ))
+        });
+        let broken = directory.require_whole().err();
+        let broken = broken.map(|error| format!("Bitmaps cannot be read: {}", error.chain()));
+        Ok(found.chain(broken).map(Note::Warning).collect())
     }
 
     /// The facts about the bitmaps that `info` prints; `None` for an image without bitmaps.
     pub(super) fn bitmap_details(&self) -> Result<Option<DetailValue>> {
-        let directory = self.directory(&self.lock())?;
+        let directory = self.read_directory(self.lock().bitmaps.extension())?;
         if directory.bitmaps.is_empty() {
             return Ok(None);
         }
@@ -66,7 +101,10 @@ impl Qcow2 {
                     value: DetailValue::List(flags.into_iter().flatten().collect()),
                 },
                 Detail::text("name", bitmap.name()),
-                Detail::number("granularity", 1 << bitmap.raw.granularity_bits),
+                Detail::number(
+                    "granularity",
+                    1_u64.checked_shl(bitmap.raw.granularity_bits.into()).unwrap_or(0),
+                ),
             ])
         };
         Ok(Some(DetailValue::List(
@@ -79,7 +117,13 @@ impl Qcow2 {
         let state = self.lock();
         let size = state.size;
         let (mut clusters, mut entries) = (0, 0);
-        for bitmap in &self.directory(&state)?.bitmaps {
+        // Damaged bitmaps are not copied.
+        let directory = self.read_directory(state.bitmaps.extension())?;
+        let valid = directory
+            .bitmaps
+            .iter()
+            .filter(|bitmap| bitmap.require_valid().is_ok());
+        for bitmap in valid {
             let bits = size.div_ceil(1 << bitmap.raw.granularity_bits);
             let data = bits.div_ceil(8).div_ceil(cluster_size);
             clusters += data + (data * 8).div_ceil(cluster_size);

@@ -6,7 +6,7 @@ use diskimage_core::{ByteRange, Error, Result, saturating_u32};
 use zerocopy::IntoBytes;
 use zerocopy::byteorder::big_endian::{U32, U64};
 
-use super::directory::{Bitmap, Directory, flag};
+use super::directory::{Bitmap, Directory, REPAIR, flag, is_damage};
 use super::table::{BitmapTable, TableEdit};
 use super::written::{MAX_RANGES, Written};
 use crate::layer_kit::metadata_guard::{Kind, Kinds};
@@ -29,6 +29,24 @@ pub(in crate::qcow2) struct Tracker {
     held: BTreeSet<usize>,
     /// The ranges written since the bitmaps were stored.
     written: Written,
+    /// Why the bitmaps cannot follow writes, if they cannot: writes are refused then.
+    damage: Option<Damage>,
+}
+
+/// Damage found when the image was opened for writing.
+#[derive(Debug)]
+struct Damage {
+    message: String,
+    hint: Option<String>,
+}
+
+impl From<Error> for Damage {
+    fn from(error: Error) -> Self {
+        Self {
+            message: error.chain(),
+            hint: error.hint_line().map(str::to_owned),
+        }
+    }
 }
 
 impl Tracker {
@@ -39,12 +57,25 @@ impl Tracker {
             recording: false,
             held: BTreeSet::new(),
             written: Written::default(),
+            damage: None,
         }
     }
 
     /// Whether this layer has marked bitmap `index` as in use.
     pub(super) fn holds(&self, index: usize) -> bool {
         self.held.contains(&index)
+    }
+
+    /// Refuses a write if the bitmaps cannot follow it.
+    pub(super) fn require_undamaged(&self) -> Result<()> {
+        let Some(damage) = &self.damage else {
+            return Ok(());
+        };
+        let error = Error::corrupt(damage.message.clone());
+        Err(match &damage.hint {
+            Some(hint) => error.hint(hint.clone()),
+            None => error,
+        })
     }
 
     pub(super) fn extension(&self) -> Option<BitmapsExtension> {
@@ -57,13 +88,24 @@ fn is_recording(bitmap: &Bitmap) -> bool {
 }
 
 impl Qcow2 {
-    /// Checks the bitmaps of an image that is opened for writing.
+    /// Checks the bitmaps of an image that is opened for writing. A damaged directory and tables of the wrong size cannot
+    /// be kept up to date: they make every write fail, but damaged bitmaps can be removed.
     ///
     /// # Errors
-    /// A damaged directory, and tables of the wrong size: such bitmaps cannot be kept up to date.
+    /// Failed reads, and too little memory.
     pub(in crate::qcow2) fn begin_tracking(&self) -> Result<()> {
-        let mut state = self.lock();
-        let directory = self.directory(&state)?;
+        let state = &mut *self.lock();
+        let directory = self.read_directory(state.bitmaps.extension())?;
+        state.bitmaps.damage = match self.require_trackable(state, &directory) {
+            Err(error) if is_damage(&error) => Some(error.into()),
+            other => other.map(|()| None)?,
+        };
+        state.bitmaps.records = directory.bitmaps.iter().any(is_recording);
+        Ok(())
+    }
+
+    fn require_trackable(&self, state: &ImageState, directory: &Directory) -> Result<()> {
+        directory.require_valid()?;
         let mut unclaimed = self.file.len();
         for bitmap in &directory.bitmaps {
             // Non-overlapping tables fit in the file. Overlapping ones would take unbounded time and memory.
@@ -71,10 +113,11 @@ impl Qcow2 {
                 .checked_sub(bitmap.table_range().len())
                 .ok_or_else(|| Error::corrupt("Bitmap tables overlap"))?;
             if !bitmap.has(flag::IN_USE) {
-                bitmap.require_shape(bitmap.shape(self.header.geometry, state.size))?;
+                bitmap
+                    .damage(self, bitmap.shape(self.header.geometry, state.size))
+                    .map_err(|error| error.hint(REPAIR))?;
             }
         }
-        state.bitmaps.records = directory.bitmaps.iter().any(is_recording);
         Ok(())
     }
 
@@ -85,7 +128,11 @@ impl Qcow2 {
     pub(in crate::qcow2) fn note_write(&self, state: &mut ImageState, range: ByteRange) -> Result<()> {
         // Bytes beyond the end of the disk have no bits.
         let range = range.intersect(ByteRange::new(0, state.size));
-        if !state.bitmaps.records || range.is_empty() {
+        if range.is_empty() {
+            return Ok(());
+        }
+        state.bitmaps.require_undamaged()?;
+        if !state.bitmaps.records {
             return Ok(());
         }
         if !state.bitmaps.recording {
@@ -118,7 +165,7 @@ impl Qcow2 {
         let directory = self.directory(state)?;
         for (index, bitmap) in directory.bitmaps.iter().enumerate() {
             if bitmap.has(flag::IN_USE) && !state.bitmaps.held.contains(&index) {
-                return Err(bitmap.inconsistent());
+                return Err(bitmap.inconsistent_for_resize());
             }
             if !bitmap.shape(self.header.geometry, len).fits() {
                 return Err(Bitmap::too_large().context(format!(
@@ -126,7 +173,8 @@ impl Qcow2 {
                     bitmap.name()
                 )));
             }
-            BitmapTable::read(self, bitmap, bitmap.shape(self.header.geometry, state.size))?;
+            BitmapTable::read(self, bitmap, bitmap.shape(self.header.geometry, state.size))
+                .map_err(|error| error.hint(REPAIR))?;
         }
         Ok(())
     }
@@ -280,7 +328,7 @@ impl Qcow2 {
     }
 
     /// Replaces the image's directory with `directory`, then releases the old one and `freed`.
-    pub(super) fn replace_directory(
+    pub(in crate::qcow2) fn replace_directory(
         &self,
         state: &mut ImageState,
         directory: &Directory,
@@ -303,14 +351,15 @@ impl Qcow2 {
         state.bitmaps.records = directory.bitmaps.iter().enumerate().any(|(index, bitmap)| {
             bitmap.has(flag::AUTO) && (!bitmap.has(flag::IN_USE) || state.bitmaps.held.contains(&index))
         });
-        if let Some(old) = old {
-            freed.push(ByteRange::at(
-                old.directory_offset.get(),
-                old.directory_size.get(),
-            ));
-        }
+        freed.extend(old.and_then(|old| self.directory_range(&old)));
         state.freed.append(&mut freed);
         self.write_back(state)
+    }
+
+    /// Removes the header extension of bitmaps that are out of date, as qemu-img does when it opens an image for writing.
+    /// Their clusters are leaked.
+    pub(in crate::qcow2) fn forget_stale_bitmaps(&self) -> Result<()> {
+        self.write_extension(&mut self.lock(), None)
     }
 
     /// Writes the header extension and uses it from then on. If the first cluster cannot be rewritten atomically, the

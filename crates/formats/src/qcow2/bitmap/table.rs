@@ -8,7 +8,7 @@
 
 use diskimage_core::{ByteRange, Error, Reservation, Result, is_zero, saturating_index, to_index};
 
-use super::directory::{Bitmap, Shape};
+use super::directory::{Bitmap, Shape, flag};
 use crate::layer_kit::metadata_guard::Kind;
 use crate::qcow2::{ImageState, Qcow2};
 
@@ -16,6 +16,36 @@ use crate::qcow2::{ImageState, Qcow2};
 const ALL_SET: u64 = 1;
 /// The bits of an entry that hold an offset.
 const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
+
+impl Bitmap {
+    /// Checks the entry, the table and where its clusters are; `shape` is that for the disk. A bitmap in use may have a
+    /// table of another size.
+    ///
+    /// # Errors
+    /// The first damage.
+    pub(in crate::qcow2) fn damage(&self, image: &Qcow2, shape: Shape) -> Result<()> {
+        self.require_valid()?;
+        let range = self.table_range();
+        image.file.require(range.start(), range.len())?;
+        self.table_damage(image, shape)?;
+        match BitmapTable::read(image, self, shape) {
+            Ok(table) => table.require_clusters(image),
+            // A bitmap in use whose table has another size: it is not used.
+            Err(_) => Ok(()),
+        }
+    }
+
+    /// Checks the size of the table, which is in the file, and its entries.
+    ///
+    /// # Errors
+    /// The first damage.
+    pub(in crate::qcow2) fn table_damage(&self, image: &Qcow2, shape: Shape) -> Result<()> {
+        if self.has(flag::IN_USE) && self.require_shape(shape).is_err() {
+            return Ok(());
+        }
+        BitmapTable::read(image, self, shape).map(drop)
+    }
+}
 
 /// A bitmap table in memory.
 #[derive(Debug)]
@@ -51,6 +81,15 @@ impl BitmapTable {
             )));
         }
         Ok(Self { entries, memory })
+    }
+
+    /// Checks that the clusters to which the table refers are in the file.
+    ///
+    /// # Errors
+    /// One that is not.
+    pub(super) fn require_clusters(&self, image: &Qcow2) -> Result<()> {
+        let mut clusters = self.clusters(image.header.geometry.cluster_size());
+        clusters.try_for_each(|cluster| image.file.require(cluster.start(), cluster.len()))
     }
 
     /// Calls `visit` with each guest range whose bits are set, in order.

@@ -140,7 +140,7 @@ fn inconsistent_bitmaps_forbid_resizing_and_change_nothing() {
     assert_eq!(error.chain(), "Bitmap 'b' is inconsistent and cannot be used");
     assert_eq!(
         error.hint_line(),
-        Some("Try block-dirty-bitmap-remove to delete this bitmap from disk")
+        Some("Remove the bitmap with 'qemu-img bitmap --remove FILENAME b', then resize.")
     );
     assert!(file.contents() == before);
     layer.remove("b").expect("removed");
@@ -323,5 +323,145 @@ fn damaged_structures_never_panic() {
             let _ = layer.clear("b");
             let _ = layer.remove("b");
         }
+    }
+}
+
+/// An image with data and the bitmaps `bad` and `good`, and the host offset of the directory.
+fn with_two_bitmaps() -> (Vec<u8>, usize) {
+    let file = create("cluster_size=4096", 1 << 20, &Closed);
+    let (layer, image) = open(&file, true).expect("opens");
+    add(&layer, "bad", 512, true);
+    add(&layer, "good", 512, true);
+    image.write_at(&[1; 5000], 0).expect("writes");
+    image.flush().expect("flushes");
+    let extension = open(&file, false).expect("opens").0.header.bitmaps();
+    let at = extension.expect("has bitmaps").directory_offset.get();
+    (file.contents(), usize::try_from(at).expect("small"))
+}
+
+/// Each leaves the second bitmap readable.
+fn damage_of_one_bitmap(bytes: &[u8], at: usize) -> Vec<(&'static str, Vec<u8>)> {
+    let table =
+        usize::try_from(u64::from_be_bytes(*bytes[at..].first_chunk().expect("inside"))).expect("small");
+    let damages: [(_, usize, &[u8]); 7] = [
+        ("the table beyond the end", at, &[0, 0, 0, 1]),
+        ("the table not aligned", at + 7, &[1]),
+        ("another size of the table", at + 8, &[0, 0, 1, 0]),
+        ("unknown flags", at + 12, &[0xff]),
+        ("an unknown type", at + 16, &[9]),
+        ("a granularity out of range", at + 17, &[0x63]),
+        ("an invalid entry of the table", table, &[0xff; 8]),
+    ];
+    let damaged = |(what, at, field): (_, usize, &[u8])| {
+        let mut bytes = bytes.to_vec();
+        bytes[at..at + field.len()].copy_from_slice(field);
+        (what, bytes)
+    };
+    damages.map(damaged).into()
+}
+
+#[test]
+fn a_damaged_bitmap_can_be_shown_and_is_dropped_by_a_repair() {
+    let (bytes, at) = with_two_bitmaps();
+    for (what, bytes) in damage_of_one_bitmap(&bytes, at) {
+        let file = Arc::new(MemoryDevice::new(bytes));
+        let (layer, image) = open(&file, false).expect("opens");
+        assert_eq!(layer.bitmap_warnings().expect("readable").len(), 1, "{what}");
+        assert!(
+            layer.info_impl().is_ok() && image.read_at(&mut [0; 512], 0).is_ok(),
+            "{what}"
+        );
+        let found = layer.check_impl(Repair::No, &Progress::none()).expect("checks");
+        assert!(found.corruptions > 0, "{what}");
+        let request = |file: &Arc<MemoryDevice>| {
+            Qcow2::open(OpenRequest {
+                write: true,
+                for_check: true,
+                ..OpenRequest::new(
+                    Arc::<MemoryDevice>::clone(file),
+                    "test",
+                    &mut NodeOptions::new(),
+                    &OpenContext::default(),
+                )
+            })
+        };
+        let checked = request(&file).expect("opens");
+        let report = checked
+            .check_impl(Repair::All, &Progress::none())
+            .expect("repairs");
+        assert_eq!((report.corruptions, report.corruptions_fixed), (0, 1), "{what}");
+        check(&file);
+        let left = list(&file);
+        assert!(
+            left.len() == 1 && left[0].name == "good" && !left[0].inconsistent,
+            "{what}"
+        );
+        let (layer, _) = open(&file, false).expect("opens");
+        assert_eq!(marked(&layer, "good"), [(0, 5120)], "{what}");
+    }
+}
+
+#[test]
+fn a_damaged_bitmap_forbids_writes_and_can_be_removed() {
+    let (bytes, at) = with_two_bitmaps();
+    for (what, bytes) in damage_of_one_bitmap(&bytes, at) {
+        let file = Arc::new(MemoryDevice::new(bytes));
+        let (layer, image) = open(&file, true).expect("opens");
+        // The damage of a table is found when its bits are needed.
+        let outcome = image.write_at(&[2; 512], 0).and_then(|()| image.flush());
+        assert!(outcome.is_err(), "{what}");
+        drop((layer, image));
+        let (layer, image) = open(&file, true).expect("opens");
+        layer.remove("bad").expect(what);
+        image.write_at(&[2; 512], 1 << 16).expect("writes");
+        image.flush().expect("flushes");
+        let (layer, _) = open(&file, false).expect("opens");
+        let left = list(&file);
+        assert!(
+            left.len() == 1 && left[0].name == "good" && !left[0].inconsistent,
+            "{what}"
+        );
+        assert_eq!(
+            marked(&layer, "good").last(),
+            Some(&(1 << 16, (1 << 16) + 512)),
+            "{what}"
+        );
+    }
+}
+
+#[test]
+fn a_directory_that_cannot_be_read_is_dropped_by_a_repair() {
+    let (intact, at) = with_two_bitmaps();
+    let damages: [(_, usize, &[u8]); 3] = [
+        ("a name beyond the directory", at + 18, &[0xff]),
+        ("too much extra data", at + 20, &[0x7f]),
+        ("an empty entry", at, &[0; 24]),
+    ];
+    for (what, at, field) in damages {
+        let mut bytes = intact.clone();
+        bytes[at..at + field.len()].copy_from_slice(field);
+        let file = Arc::new(MemoryDevice::new(bytes));
+        let (layer, _) = open(&file, false).expect("opens");
+        assert!(!layer.bitmap_warnings().expect("readable").is_empty(), "{what}");
+        for (repair, works) in [(Repair::Leaks, false), (Repair::All, true)] {
+            let layer = Qcow2::open(OpenRequest {
+                write: true,
+                for_check: true,
+                ..OpenRequest::new(
+                    Arc::<MemoryDevice>::clone(&file),
+                    "test",
+                    &mut NodeOptions::new(),
+                    &OpenContext::default(),
+                )
+            })
+            .expect("opens");
+            assert_eq!(
+                layer.check_impl(repair, &Progress::none()).is_ok(),
+                works,
+                "{what}"
+            );
+        }
+        check(&file);
+        assert!(list(&file).iter().all(|bitmap| !bitmap.inconsistent), "{what}");
     }
 }

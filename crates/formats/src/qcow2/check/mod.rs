@@ -7,12 +7,14 @@
 //!   rebuild      if that is not enough: builds new refcount structures from the counts, then counts and compares again
 //!   copied       compares the COPIED flags of the active tables with the refcounts
 //!   snapshots    writes a new snapshot table if entries were repaired
+//!   bitmaps      writes a new bitmap directory if bitmaps were dropped
 //! ```
 //!
 //! Messages and their order are those of qemu-img. Memory follows the clusters inside the file that are referred to
 //! (`counts`), never a number in the image. Time is bounded by the length of the file, however often tables refer to
 //! the same tables (`references`).
 
+mod bitmaps;
 mod compare;
 mod copied;
 mod entries;
@@ -31,6 +33,7 @@ use std::ops::Range;
 use diskimage_core::errno;
 use diskimage_core::{CheckReport, Device, Error, Note, Progress, Repair, Result};
 
+use self::bitmaps::DroppedBitmaps;
 use self::protected::Protected;
 use self::snapshots::CheckedSnapshots;
 use self::stored::StoredRefcounts;
@@ -121,6 +124,7 @@ struct Check<'a> {
     progress: &'a Progress<'a>,
     report: CheckReport,
     snapshots: CheckedSnapshots,
+    dropped: DroppedBitmaps,
     counts: ClusterCounts,
     /// Whether all references were counted.
     counted: bool,
@@ -173,6 +177,7 @@ impl<'a> Check<'a> {
             progress,
             report: CheckReport::default(),
             snapshots: CheckedSnapshots::default(),
+            dropped: DroppedBitmaps::default(),
             repeated_l2: HashMap::new(),
             unreadable: Vec::new(),
             protected: Protected::default(),
@@ -187,6 +192,7 @@ impl<'a> Check<'a> {
     fn run(&mut self, state: &mut ImageState) -> Result<()> {
         self.read_snapshot_table()?;
         self.count_references()?;
+        self.require_counted_bitmaps()?;
         let walked = self.report;
         self.compare(Repair::No, self.repair == Repair::No)?;
         let found = self.report;
@@ -211,6 +217,7 @@ impl<'a> Check<'a> {
         self.file.flush()?;
         self.image.forget_tables(state)?;
         self.write_snapshot_table(state)?;
+        self.write_bitmaps(state)?;
         self.clear_corrupt_and_dirty()
     }
 

@@ -10,7 +10,6 @@ use diskimage_core::{ByteRange, Error, Note, Preallocation, Repair, Result, is_z
 use super::Check;
 use super::entries::Walk;
 use super::stored;
-use crate::qcow2::bitmap::Bitmap;
 use crate::qcow2::entry::OFFSET_MASK;
 
 /// The bits of an L1 entry that must be zero.
@@ -247,44 +246,6 @@ impl Check<'_> {
             })?;
         }
         Ok(())
-    }
-
-    fn count_bitmaps(&mut self) -> Result<()> {
-        let Some(extension) = self.header.bitmaps() else {
-            return Ok(());
-        };
-        let directory = self.image.read_directory(Some(extension))?;
-        let mut unclaimed = self.file_len;
-        for table in directory.bitmaps.iter().map(Bitmap::table_range) {
-            let (offset, len) = (table.start(), table.len());
-            self.require_whole("bitmap table", offset, len);
-            self.region(offset, len, 1)?;
-            if offset.saturating_add(len) > self.file_len {
-                continue;
-            }
-            unclaimed = unclaimed
-                .checked_sub(len)
-                .ok_or_else(|| Error::corrupt("Bitmap tables overlap"))?;
-            let mut chunk = vec![0; CHUNK];
-            let mut done = 0;
-            while done < len {
-                let part = to_index((len - done).min(CHUNK as u64))?;
-                let chunk = &mut chunk[..part];
-                self.file.read_at(chunk, offset + done)?;
-                for entry in chunk.as_chunks().0 {
-                    let data = u64::from_be_bytes(*entry) & OFFSET_MASK;
-                    if data != 0 {
-                        self.region(data, self.geometry.cluster_size(), 1)?;
-                    }
-                }
-                done += part as u64;
-            }
-        }
-        self.region(
-            extension.directory_offset.get(),
-            extension.directory_size.get(),
-            1,
-        )
     }
 
     fn count_refcount_structures(&mut self) -> Result<()> {

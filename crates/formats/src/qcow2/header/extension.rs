@@ -162,12 +162,9 @@ fn feature_names(data: &[u8]) -> Vec<FeatureName> {
 }
 
 fn bitmaps(data: &[u8]) -> Result<BitmapsExtension> {
-    let extension = BitmapsExtension::read_from_bytes(data)
-        .map_err(|_| Error::corrupt("bitmaps_ext: Invalid extension length"))?;
-    if extension.reserved.get() != 0 {
-        return Err(Error::corrupt("bitmaps_ext: Reserved field is not zero"));
-    }
-    Ok(extension)
+    // A reserved field that is not zero is damage of the bitmaps, which does not keep the disk from being read.
+    BitmapsExtension::read_from_bytes(data)
+        .map_err(|_| Error::corrupt("bitmaps_ext: Invalid extension length"))
 }
 
 /// The extensions of a new image with the end marker. The feature name table is omitted unless `with_names` is set:

@@ -343,6 +343,22 @@ impl Header {
             .bitmaps
             .filter(|bitmaps| bitmaps.nb_bitmaps.get() > 0 && self.features.autoclear.has(Autoclear::BITMAPS))
     }
+
+    /// The warning about bitmaps that another program has left behind.
+    pub(super) fn stale_bitmaps(&self) -> Option<String> {
+        self.extensions
+            .bitmaps
+            .filter(|_| !self.features.autoclear.has(Autoclear::BITMAPS))?;
+        let what = if self.version < 3 {
+            "This qcow2 v2 image contains bitmaps, but they may have been modified by a program without persistent \
+             bitmap support; so now they must all be considered inconsistent"
+        } else {
+            "a program lacking bitmap support modified this file, so all bitmaps are now considered inconsistent"
+        };
+        Some(format!(
+            "{what}\nSome clusters may be leaked, run 'qemu-img check -r' on the image file to fix."
+        ))
+    }
 }
 
 /// Reads the fields of a header. Fields beyond the end of `bytes` are zero.

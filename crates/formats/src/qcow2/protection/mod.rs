@@ -54,8 +54,11 @@ impl Qcow2 {
             (Kind::RefcountTable, Some(Kind::RefcountBlock)),
         )?;
         self.guard_snapshots(&mut guard, state, header)?;
-        if let Some(bitmaps) = header.bitmaps() {
-            let range = ByteRange::at(bitmaps.directory_offset.get(), bitmaps.directory_size.get());
+        // A directory that cannot be where the header says is not read either.
+        if let Some(range) = header
+            .bitmaps()
+            .and_then(|bitmaps| self.directory_range(&bitmaps))
+        {
             guard.add(Kind::BitmapDirectory, range)?;
         }
         state.metadata.cache.set_guard(guard);

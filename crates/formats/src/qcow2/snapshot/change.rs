@@ -47,6 +47,14 @@ impl Snapshots for Qcow2 {
         Ok(snapshots.map(|snapshot| snapshot.info).collect())
     }
 
+    fn list_readable(&self) -> (Vec<SnapshotInfo>, Option<Error>) {
+        let (snapshots, damage) = self.readable_snapshots();
+        (
+            snapshots.into_iter().map(|snapshot| snapshot.info).collect(),
+            damage,
+        )
+    }
+
     fn open(&self, id: Option<&str>, name: Option<&str>) -> Result<Arc<dyn Layer>> {
         Ok(self.open_snapshot(id, name)?)
     }

@@ -86,8 +86,20 @@ impl Qcow2 {
         self.read_snapshots_of(table)
     }
 
+    /// The snapshots up to the first entry that cannot be read, and why that cannot be read.
+    pub(super) fn readable_snapshots(&self) -> (Vec<Snapshot>, Option<Error>) {
+        let table = self.lock().snapshots;
+        let mut found = Vec::new();
+        let outcome = self.add_snapshots_of(table, &mut found);
+        (found, outcome.err())
+    }
+
     pub(super) fn read_snapshots_of(&self, table: SnapshotTable) -> Result<Vec<Snapshot>> {
         let mut found = Vec::new();
+        self.add_snapshots_of(table, &mut found).map(|()| found)
+    }
+
+    fn add_snapshots_of(&self, table: SnapshotTable, found: &mut Vec<Snapshot>) -> Result<()> {
         let mut at = table.offset;
         let _memory = self
             .budget
@@ -101,7 +113,7 @@ impl Qcow2 {
             }
             found.push(snapshot);
         }
-        Ok(found)
+        Ok(())
     }
 
     fn read_snapshot(&self, at: u64) -> Result<Snapshot> {
@@ -129,8 +141,8 @@ impl Qcow2 {
                 .map(|bytes| u64::from_be_bytes(*bytes))
         };
         let info = SnapshotInfo {
-            id: name::from_bytes(id).into_owned(),
-            name: name::from_bytes(name).into_owned(),
+            id: text(id),
+            name: text(name),
             vm_state_size: number(0).unwrap_or_else(|| u64::from(raw.vm_state_size.get())),
             date_sec: raw.date_sec.get(),
             date_nsec: raw.date_nsec.get(),
@@ -216,6 +228,12 @@ pub(super) fn completed(raw: &RawSnapshot, mut extra: Vec<u8>, disk_size: u64) -
         }
     }
     extra
+}
+
+/// An ID or a name, which ends at the first NUL.
+fn text(bytes: &[u8]) -> String {
+    let end = bytes.iter().position(|byte| *byte == 0).unwrap_or(bytes.len());
+    name::from_bytes(&bytes[..end]).into_owned()
 }
 
 fn unreadable(error: Error) -> Error {
