@@ -32,7 +32,7 @@ pub use aio::Aio;
 pub use cache::CacheMode;
 pub use file::{File, LocalFileDriver, identity_of_path};
 pub use filter::{ChildKind, FILTERS, Filter, FilterChild, FilterRequest, OpenedChild, filter_by_name};
-pub use grow::{CREATE_OPTIONS, FileCreation};
+pub use grow::{CREATE_OPTIONS, EXISTING_CREATE_OPTIONS, FileCreation};
 pub use name::{ProtocolKind, Target};
 pub use nbd::check_tls_creds;
 #[cfg(feature = "fuzzing")]

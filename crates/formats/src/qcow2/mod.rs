@@ -158,6 +158,8 @@ pub(crate) struct ImageState {
     snapshots: SnapshotTable,
     /// Freed host ranges. Their refcounts are decremented after the tables that no longer refer to them are durable.
     freed: Vec<ByteRange>,
+    /// Those of them whose storage is discarded: guest data that was zeroed or discarded.
+    discarded: Vec<ByteRange>,
     /// Whether the storage of freed clusters is discarded.
     punch: bool,
     /// From this many bytes of L2 tables on, snapshots change them in copies.
@@ -186,6 +188,7 @@ impl ImageState {
                 count: header.nb_snapshots,
             },
             freed: Vec::new(),
+            discarded: Vec::new(),
             punch: false,
             copied_from: refcount::recount::COPIED_FROM,
             padding: false,
@@ -317,11 +320,12 @@ impl Qcow2 {
     fn write_back(&self, state: &mut ImageState) -> Result<()> {
         state.metadata.cache.write_back()?;
         if !state.freed.is_empty() {
-            if state.punch {
+            if state.punch || !state.discarded.is_empty() {
                 self.ensure_references_counted(state)?;
             }
             state.metadata.cache.sync()?;
             let mut freed = std::mem::take(&mut state.freed);
+            let mut discarded = std::mem::take(&mut state.discarded);
             for range in &freed {
                 state.metadata.release(range.start(), range.len())?;
             }
@@ -329,6 +333,9 @@ impl Qcow2 {
             if state.punch {
                 freed.sort_unstable_by_key(|range| range.start());
                 self.punch_holes(state, &freed)?;
+            } else if state.metadata.refcounts.references_are_counted() {
+                discarded.sort_unstable_by_key(|range| range.start());
+                self.punch_holes(state, &discarded)?;
             }
         }
         Ok(())
