@@ -21,6 +21,10 @@ pub(crate) fn open_source(
 ) -> Result<Arc<Image>, Stop> {
     if let ImageName::Options(list) = &source.name {
         warn_of_short_forms(list, console);
+        let node = NodeOptions::from_list(list)?;
+        if options.shares() && node.text("force-share").is_some_and(|share| share != "on") {
+            return Err(Stop::wrong("--force-share/-U conflicts with image options"));
+        }
     }
     let opened = open_bare(source, options, console)?;
     Ok(opened.map_err(|error| error.context(format!("Could not open '{}'", source.name.shown())))?)

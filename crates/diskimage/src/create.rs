@@ -9,15 +9,16 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 
-use diskimage_core::options::Options;
+use diskimage_core::options::{OptionDef, Options};
 use diskimage_core::{
     CreatePlan, CreateRequest, Device, Error, ErrorKind, Format, Gate, Image, NewFiles, NodeOptions, Objects,
     OpenContext, Permissions, Preallocation, Result, name,
 };
 use diskimage_formats::format_by_name;
 use diskimage_protocols::{
-    CREATE_OPTIONS as FILE_CREATE_OPTIONS, CacheMode, File, FileCreation, LocalFileDriver, Protocol,
-    ProtocolRequest, Target, filter_by_name, parse_name, protocol_by_name, protocol_of_name,
+    CREATE_OPTIONS as FILE_CREATE_OPTIONS, CacheMode, EXISTING_CREATE_OPTIONS, File, FileCreation,
+    LocalFileDriver, Protocol, ProtocolRequest, Target, filter_by_name, parse_name, protocol_by_name,
+    protocol_of_name,
 };
 
 use crate::files::{Identity, Location, files_below, files_of_chain};
@@ -474,6 +475,23 @@ pub fn format_of_new(name: &str) -> Result<&'static dyn Format> {
         _ => Err(Error::unsupported(format!(
             "Format driver '{name}' does not support image creation"
         ))),
+    }
+}
+
+/// The creation options of the file called `name`, which are those of its protocol.
+///
+/// # Errors
+/// The protocol is unknown or cannot hold new images.
+pub fn file_options(name: &str) -> Result<&'static [OptionDef]> {
+    let node = target_of(name)?;
+    Ok(node.text("driver").map_or(FILE_CREATE_OPTIONS, protocol_options))
+}
+
+/// The creation options of a protocol.
+pub fn protocol_options(protocol: &str) -> &'static [OptionDef] {
+    match protocol_by_name(protocol) {
+        Some(protocol) if !protocol.can_create() => EXISTING_CREATE_OPTIONS,
+        _ => FILE_CREATE_OPTIONS,
     }
 }
 

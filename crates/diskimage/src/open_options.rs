@@ -70,6 +70,11 @@ impl OpenOptions {
         self
     }
 
+    /// Whether the image is opened without locks.
+    pub fn shares(&self) -> bool {
+        self.force_share
+    }
+
     /// Whether to lock the chain against writers, raw images included, so that what is read stays consistent.
     pub fn exclusive(mut self, exclusive: bool) -> Self {
         self.exclusive = exclusive;

@@ -44,6 +44,22 @@ pub const CREATE_OPTIONS: &[OptionDef] = &[
     },
 ];
 
+/// The creation options of protocols that cannot create files: the image is written into existing storage.
+pub const EXISTING_CREATE_OPTIONS: &[OptionDef] = &[
+    OptionDef {
+        name: "size",
+        kind: OptionKind::Size,
+        help: "Virtual disk size",
+        default: None,
+    },
+    OptionDef {
+        name: "preallocation",
+        kind: OptionKind::Text,
+        help: "Preallocation mode (allowed values: off)",
+        default: None,
+    },
+];
+
 /// How a file is created.
 #[derive(Clone, Copy, Debug)]
 pub struct FileCreation {

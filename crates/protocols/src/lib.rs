@@ -33,7 +33,7 @@ pub use aio::Aio;
 pub use cache::CacheMode;
 pub use file::{File, LocalFileDriver, identity_of_path, path_in_any_case};
 pub use filter::{ChildKind, Filter, FilterChild, FilterRequest, OpenedChild, ParseName};
-pub use grow::{CREATE_OPTIONS, CreatedFile, FileCreation};
+pub use grow::{CREATE_OPTIONS, CreatedFile, EXISTING_CREATE_OPTIONS, FileCreation};
 pub use name::{ProtocolKind, Target};
 pub use nbd::check_tls_creds;
 #[cfg(feature = "fuzzing")]

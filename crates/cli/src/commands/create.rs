@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use diskimage::errno;
 use diskimage::options::{create_help, create_help_with_protocol};
-use diskimage::{Creation, FILE_CREATE_OPTIONS, Objects, Prepared};
+use diskimage::{Creation, Objects, Prepared, file_options, protocol_options};
 
 use crate::objects::define;
 use crate::out::Console;
@@ -234,10 +234,10 @@ pub(super) fn option_help(format: &str, name: Option<&std::ffi::OsStr>) -> Resul
     let own = if found.name() == format {
         found.create_options()
     } else {
-        FILE_CREATE_OPTIONS
+        protocol_options(format)
     };
     Ok(match name {
-        Some(_) => create_help_with_protocol(found.create_options(), FILE_CREATE_OPTIONS),
+        Some(name) => create_help_with_protocol(own, file_options(&text(name.to_owned()))?),
         None => create_help(format, own),
     })
 }

@@ -192,13 +192,21 @@ fn human(image: &Image, range: ByteRange, text: &mut Buffered<'_>) -> Result<(),
 /// Prints an object for each extent, or one of length zero for an empty range.
 fn json(image: &Image, range: ByteRange, text: &mut Buffered<'_>) -> Result<(), Stop> {
     text.line("[");
-    let mut separator = "";
-    map(image, range, |extent| {
-        text.line(&format!("{separator}{}", json_extent(&extent)));
-        separator = ",\n";
+    let mut last: Option<String> = None;
+    let outcome = map(image, range, |extent| {
+        if let Some(before) = last.replace(json_extent(&extent)) {
+            text.line(&before);
+            text.line(",\n");
+        }
         Ok(())
-    })?;
-    if separator.is_empty() {
+    });
+    if let Some(last) = &last {
+        text.line(last);
+        // As in qemu-img: another extent follows, whose status is the error.
+        text.line(if outcome.is_err() { ",\n" } else { "" });
+    }
+    outcome?;
+    if last.is_none() {
         text.line(&format!(
             "{{ \"start\": {}, \"length\": 0, \"depth\": 0, \"present\": false, \"zero\": false, \"data\": false, \
              \"compressed\": false}}",

@@ -48,6 +48,10 @@ impl Qcow2 {
         let mut at = start;
         while at < end {
             // Goes from L2 table to L2 table; `scan_l2` goes from cluster to cluster and from subcluster to subcluster.
+            // Damage of a later entry ends the run. It is reported when a run begins there.
+            if found.is_some() && !self.has_usable_l2(tables, l1, at) {
+                break;
+            }
             let table_end = geometry.l2_end(at);
             let Some(l2) = self.l2_table(tables, l1, at)? else {
                 if found.is_some_and(|mapping| mapping != Mapping::Unallocated(None)) {
@@ -88,9 +92,9 @@ impl Qcow2 {
             let entry = match found {
                 None => self.read_entry(tables, l2, index)?,
                 // Damage in a later entry ends the run. It is reported when that entry is mapped itself.
-                Some(_) => match self.parse_entry(tables, l2, index)? {
-                    Ok(entry) => entry,
-                    Err(_) => return Ok(at),
+                Some(_) => match self.parse_entry(tables, l2, index) {
+                    Ok(Ok(entry)) => entry,
+                    _ => return Ok(at),
                 },
             };
             let guest = at.align_down(geometry.cluster_size());
@@ -172,13 +176,27 @@ impl Qcow2 {
         self.l2_at(entry & OFFSET_MASK, index)
     }
 
+    /// Whether [`Qcow2::l2_table`] returns no error. Damage is not reported.
+    fn has_usable_l2(&self, tables: &mut MetadataCache, l1: Table, guest: GuestOffset) -> bool {
+        let index = self.header.geometry.l1_index(guest);
+        tables
+            .number(l1, index * 8)
+            .is_ok_and(|entry| self.is_usable(entry & OFFSET_MASK))
+    }
+
+    /// Whether an L2 table may be at host offset `offset`, or there is none.
+    fn is_usable(&self, offset: u64) -> bool {
+        let len = self.header.geometry.cluster_size();
+        offset.is_multiple_of(len) && offset + len <= limit::HOST_OFFSET
+    }
+
     /// The L2 table at host offset `offset`, read from entry `index` of an L1 table; `None` if the offset is 0.
     pub(super) fn l2_at(&self, offset: u64, index: u64) -> Result<Option<Table>> {
         let len = self.header.geometry.cluster_size();
         if offset == 0 {
             return Ok(None);
         }
-        if !offset.is_multiple_of(len) || offset + len > limit::HOST_OFFSET {
+        if !self.is_usable(offset) {
             let what = format!(
                 "L2 table offset {} unaligned (L1 index: {})",
                 hex(offset),

@@ -163,6 +163,8 @@ pub(crate) struct ImageState {
     freed: Vec<ByteRange>,
     /// What becomes of the storage of freed clusters.
     freed_storage: FreedStorage,
+    /// Freed host ranges whose storage is discarded in any case: guest data that was zeroed or discarded.
+    discarded: Vec<ByteRange>,
     /// From this many bytes of L2 tables on, snapshots change them in copies.
     copied_from: u64,
     /// The file ends in a compressed cluster that is not padded to a sector.
@@ -199,6 +201,7 @@ impl ImageState {
             },
             freed: Vec::new(),
             freed_storage: FreedStorage::Kept,
+            discarded: Vec::new(),
             copied_from: refcount::recount::COPIED_FROM,
             padding: false,
             appended: 0,
@@ -347,11 +350,12 @@ impl Qcow2 {
     fn write_back(&self, state: &mut ImageState) -> Result<()> {
         state.metadata.cache.write_back()?;
         if !state.freed.is_empty() {
-            if state.freed_storage == FreedStorage::Discarded {
+            if state.freed_storage == FreedStorage::Discarded || !state.discarded.is_empty() {
                 self.ensure_references_counted(state)?;
             }
             state.metadata.cache.sync()?;
             let mut freed = std::mem::take(&mut state.freed);
+            let mut discarded = std::mem::take(&mut state.discarded);
             for range in &freed {
                 state.metadata.release(range.start(), range.len())?;
             }
@@ -359,6 +363,9 @@ impl Qcow2 {
             if state.freed_storage == FreedStorage::Discarded {
                 freed.sort_unstable_by_key(|range| range.start());
                 self.punch_holes(state, &freed)?;
+            } else if state.metadata.refcounts.references_are_counted() {
+                discarded.sort_unstable_by_key(|range| range.start());
+                self.punch_holes(state, &discarded)?;
             }
         }
         Ok(())

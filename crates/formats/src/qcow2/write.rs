@@ -458,7 +458,8 @@ impl Qcow2 {
         Box::new(plan).commit()
     }
 
-    /// Replaces the L2 entries of `range` by the results of `change`, and frees the old clusters.
+    /// Replaces the L2 entries of `range` by the results of `change`, which are not allocated or keep the cluster. Frees the
+    /// old clusters and discards their storage: in a data file at once, since the range reads as zero from now on.
     pub(super) fn replace_entries(
         &self,
         range: ByteRange,
@@ -471,6 +472,7 @@ impl Qcow2 {
         let cover = range.align_out(geometry.cluster_size());
         let (_claim, mut state) = self.claims.claim(cover, Access::Exclusive, || self.lock());
         self.begin_change(&mut state, range)?;
+        let mut in_data_file = ByteRange::new(0, 0);
         let mut rest = cover;
         while !rest.is_empty() {
             let guest = GuestOffset::new(rest.start());
@@ -487,13 +489,30 @@ impl Qcow2 {
                 let old = self.read_entry(&mut state.metadata.cache, l2, index)?;
                 if let Some(new) = change(old).filter(|new| *new != old) {
                     self.write_entry(&mut state.metadata.cache, l2, index, new)?;
-                    if new.kind != old.kind {
-                        self.free_replaced(&mut state, old)?;
+                    if new.kind == old.kind {
+                        continue;
                     }
+                    if let Cluster::Host(offset) = old.kind {
+                        let storage = ByteRange::at(offset.get(), geometry.cluster_size());
+                        if !self.has_data_file() {
+                            state.discarded.push(storage);
+                        } else if in_data_file.end() == offset.get() {
+                            in_data_file = ByteRange::new(in_data_file.start(), storage.end());
+                        } else {
+                            if !in_data_file.is_empty() {
+                                self.data.discard(in_data_file)?;
+                            }
+                            in_data_file = storage;
+                        }
+                    }
+                    self.free_replaced(&mut state, old)?;
                 }
             }
         }
-        Ok(())
+        if in_data_file.is_empty() {
+            return Ok(());
+        }
+        self.data.discard(in_data_file)
     }
 }
 

@@ -96,6 +96,8 @@ struct Nbd {
     write: bool,
     node: Node,
     statuses: StatusCache,
+    /// Whether the status of a run is its depth in the backing chain of the server's image.
+    reports_depth: bool,
     /// Held while a partly written block is read, modified and written.
     partial: Mutex<()>,
 }
@@ -134,6 +136,7 @@ impl Nbd {
             write,
             node,
             statuses: StatusCache::default(),
+            reports_depth: options.context.as_deref() == Some(ALLOCATION_DEPTH),
             partial: Mutex::new(()),
         })
     }
@@ -404,6 +407,8 @@ impl Device for Nbd {
         } else {
             range.end().min(asked.end())
         };
+        // As in qemu-img, which has two bits for the depth.
+        let flags = if self.reports_depth { flags.min(2) } else { flags };
         Ok(extent(end - range.start(), flags))
     }
 
@@ -455,5 +460,8 @@ fn not_fast() -> Error {
         Error::from_errno(libc::ENOTSUP).to_string(),
     )
 }
+
+/// The context of `qemu-nbd` with the depth of allocated data.
+const ALLOCATION_DEPTH: &str = "qemu:allocation-depth";
 
 const OPEN: &str = "Could not open image";

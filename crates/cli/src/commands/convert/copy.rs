@@ -43,7 +43,7 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
         }
         copy(&args, &sources, &target, &image, &progress, console)?;
         match &bitmap_source {
-            Some(source) => copy_all_bitmaps(&args, &**source, &image, console),
+            Some(source) => copy_all_bitmaps(&**source, &image, console),
             None => Ok(()),
         }
     });
@@ -90,11 +90,9 @@ fn open_sources(args: &Args, console: &Console) -> Result<Sources, Stop> {
 }
 
 /// Copies the bitmaps. Called after the data has been written, which would mark it dirty.
-fn copy_all_bitmaps(args: &Args, source: &dyn Layer, target: &Image, console: &Console) -> Result<(), Stop> {
+fn copy_all_bitmaps(source: &dyn Layer, target: &Image, console: &Console) -> Result<(), Stop> {
     let skipped = |name: &str| {
-        if !args.quiet {
-            console.warning(&format!("Skipping inconsistent bitmap '{}'", printable(name)));
-        }
+        console.warning(&format!("Skipping inconsistent bitmap '{}'", printable(name)));
     };
     Ok(copy_bitmaps(source, &**target.layer(), &skipped)?)
 }
