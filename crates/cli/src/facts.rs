@@ -4,8 +4,8 @@ use std::fmt::Write;
 
 use diskimage::size::human_size;
 use diskimage::{
-    Backing, Detail, DetailValue, Device, Image, Info, Node, SnapshotInfo, format_by_name, full_backing_name,
-    is_relative,
+    Backing, Detail, DetailValue, Device, Image, Info, Node, SnapshotInfo, format_by_name,
+    found_backing_name, full_backing_name, is_relative,
 };
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
@@ -23,6 +23,8 @@ pub(crate) struct Facts {
     len: u64,
     allocated: Option<u64>,
     children: Vec<(String, Facts)>,
+    /// The name that the backing image was found by.
+    found_backing: Option<String>,
 }
 
 /// Whether the driver of this name reports nothing but the length of an image in qemu-img.
@@ -39,7 +41,11 @@ impl Facts {
     /// # Errors
     /// A table that has to be read is unreadable or corrupt.
     pub(crate) fn of(image: &Image) -> Result<Self, Stop> {
-        Self::collect(image, String::new())
+        let facts = Self::collect(image, String::new())?;
+        Ok(Self {
+            found_backing: found_backing_name(image),
+            ..facts
+        })
     }
 
     fn collect(device: &dyn Device, path: String) -> Result<Self, Stop> {
@@ -59,6 +65,7 @@ impl Facts {
             allocated: device.allocated_bytes(),
             children: children?,
             node,
+            found_backing: None,
         })
     }
 
@@ -81,7 +88,8 @@ impl Facts {
     /// several directories.
     fn backing(&self) -> Option<(&Backing, Option<String>)> {
         let backing = self.info.backing.as_ref()?;
-        let full = full_backing_name(&self.node.base_name(), backing.name.text());
+        let resolved = || full_backing_name(&self.node.base_name(), backing.name.text());
+        let full = self.found_backing.clone().unwrap_or_else(resolved);
         Some((
             backing,
             (!self.node.spans_several_files() || !is_relative(backing.name.text())).then_some(full),

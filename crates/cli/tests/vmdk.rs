@@ -243,7 +243,17 @@ fn parents_are_found_beside_the_image() {
             "{hint}"
         );
         let (info, _) = succeed(dir, &["info", "--backing-chain", "top.vmdk"]);
-        assert!(info.contains("image: ") && info.contains(file), "{hint}: {info}");
+        assert!(info.contains(&format!("image: {file}\n")), "{hint}: {info}");
+        let (info, _) = succeed(dir, &["info", "top.vmdk"]);
+        let actual = if hint == file {
+            String::new()
+        } else {
+            format!(" (actual path: {file})")
+        };
+        assert!(
+            info.contains(&format!("backing file: {hint}{actual}\n")),
+            "{hint}: {info}"
+        );
         succeed(dir, &["map", "--output=json", "top.vmdk"]);
         // The parent is changed: both identities are named.
         let base = fs::read_to_string(dir.join(file)).expect("text");
@@ -263,4 +273,69 @@ fn parents_are_found_beside_the_image() {
         let stderr = fail(dir, &["convert", "-O", "raw", "top.vmdk", "out"]);
         assert!(stderr.contains("Could not open"), "{hint}: {stderr}");
     }
+}
+
+/// A loop device, which is detached when it is dropped.
+struct LoopDevice(String);
+
+impl LoopDevice {
+    /// The device of `file`; `None` where loop devices cannot be made, which is said.
+    fn of(file: &Path) -> Option<Self> {
+        let output = Command::new("losetup")
+            .args(["-f", "--show"])
+            .arg(file)
+            .output()
+            .ok();
+        let output = output.filter(|output| output.status.success());
+        if output.is_none() {
+            eprintln!("skipped: loop devices need root and losetup");
+        }
+        Some(Self(String::from_utf8(output?.stdout).ok()?.trim().to_owned()))
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        let _ = Command::new("losetup").args(["-d", &self.0]).output();
+    }
+}
+
+#[test]
+fn a_block_device_holds_an_image() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let dir = dir.path();
+    fs::write(dir.join("device"), vec![0x5a; 8 << 20]).expect("writes");
+    let mut source = vec![0; 3 << 20];
+    source[70_000..900_000].fill(7);
+    source[2 << 20..].fill(8);
+    fs::write(dir.join("source"), &source).expect("writes");
+    let Some(device) = LoopDevice::of(&dir.join("device")) else {
+        return;
+    };
+    let device = &*device.0;
+    for subformat in ["monolithicSparse", "streamOptimized"] {
+        let options = format!("subformat={subformat}");
+        succeed(dir, &["create", "-q", "-f", "vmdk", "-o", &options, device, "3M"]);
+        succeed(
+            dir,
+            &["convert", "-n", "-f", "raw", "-O", "vmdk", "source", device],
+        );
+        succeed(dir, &["compare", "-f", "raw", "-F", "vmdk", "source", device]);
+        succeed(
+            dir,
+            &[
+                "convert", "-f", "raw", "-O", "vmdk", "-o", &options, "source", device,
+            ],
+        );
+        let (_, stderr) = succeed(dir, &["compare", "-f", "raw", "-F", "vmdk", "source", device]);
+        assert_eq!(stderr, "", "{subformat}");
+        succeed(dir, &["check", "-f", "vmdk", device]);
+        succeed(dir, &["resize", "-f", "vmdk", device, "40M"]);
+        succeed(dir, &["compare", "-f", "raw", "-F", "vmdk", "source", device]);
+    }
+    let stderr = fail(
+        dir,
+        &["convert", "-f", "raw", "-O", "vmdk", "-S", "0", "device", device],
+    );
+    assert!(stderr.contains("No space left on device"), "{stderr}");
 }

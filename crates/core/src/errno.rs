@@ -8,6 +8,8 @@ pub const EIO: i32 = 5;
 pub const EAGAIN: i32 = 11;
 /// `Cannot allocate memory`.
 pub const ENOMEM: i32 = 12;
+/// `Permission denied`.
+pub const EACCES: i32 = 13;
 /// `Invalid argument`: the error of file systems for invalid lengths.
 pub const EINVAL: i32 = 22;
 /// `File too large`.

@@ -3,7 +3,10 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 
-use diskimage::{Image, Objects, OpenOptions, ResultExt, backing_not_found, full_backing_name, share_a_file};
+use diskimage::{
+    Image, Objects, OpenOptions, ResultExt, backing_not_found, found_backing_name, full_backing_name,
+    share_a_file,
+};
 
 use crate::facts::Facts;
 use crate::objects::define;
@@ -152,7 +155,10 @@ fn open_each(args: &Args, console: &Console) -> Result<Vec<Arc<Image>>, Stop> {
         }
         let next = match backing {
             Some(backing) => Some(Source {
-                name: ImageName::File(full_backing_name(&image.base_name(), backing.name.text())),
+                name: ImageName::File(
+                    found_backing_name(&image)
+                        .unwrap_or_else(|| full_backing_name(&image.base_name(), backing.name.text())),
+                ),
                 format: backing.format,
             }),
             None => None,

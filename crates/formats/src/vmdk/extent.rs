@@ -91,6 +91,7 @@ impl Extent {
             self.end(),
             Access::NoAccess.name()
         ))
+        .report_then(errno::EACCES)
     }
 
     /// The alignment of grains in the file, in bytes.
