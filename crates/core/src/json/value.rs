@@ -60,8 +60,8 @@ impl Value {
         text
     }
 
-    /// On one line, without a newline: `{"driver": "qcow2", "size": 1}`. [`parse`](super::parse()) reads the same value from it: bytes of
-    /// [names](crate::name) that are not UTF-8 stay what they are.
+    /// On one line, without a newline: `{"driver": "qcow2", "size": 1}`. [`parse`](super::parse()) reads the same value
+    /// from it: bytes of [names](crate::name) that are not UTF-8 stay what they are.
     pub fn compact(&self) -> String {
         let mut text = String::new();
         self.print(&mut text, None);
