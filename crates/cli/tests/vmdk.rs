@@ -2,6 +2,7 @@
 #![cfg(target_os = "linux")]
 
 use std::fs;
+use std::io::Write as _;
 use std::path::Path;
 use std::process::{Command, Output};
 
@@ -288,7 +289,7 @@ impl LoopDevice {
             .ok();
         let output = output.filter(|output| output.status.success());
         if output.is_none() {
-            eprintln!("skipped: loop devices need root and losetup");
+            let _ = writeln!(std::io::stderr(), "skipped: loop devices need root and losetup");
         }
         Some(Self(String::from_utf8(output?.stdout).ok()?.trim().to_owned()))
     }

@@ -58,7 +58,7 @@ pub(super) struct ExtentLine {
 pub(super) enum Access {
     ReadWrite,
     ReadOnly,
-    NoAccess,
+    Denied,
 }
 
 impl Access {
@@ -67,12 +67,12 @@ impl Access {
         match self {
             Self::ReadWrite => "RW",
             Self::ReadOnly => "RDONLY",
-            Self::NoAccess => "NOACCESS",
+            Self::Denied => "NOACCESS",
         }
     }
 
     fn of(keyword: &str) -> Option<Self> {
-        [Self::ReadWrite, Self::ReadOnly, Self::NoAccess]
+        [Self::ReadWrite, Self::ReadOnly, Self::Denied]
             .into_iter()
             .find(|access| access.name().eq_ignore_ascii_case(keyword))
     }
@@ -282,7 +282,7 @@ impl ExtentLine {
         }
         let kind = ExtentKind::of(kind).ok_or_else(invalid)?;
         let file = rest.strip_prefix('"').and_then(|rest| rest.split_once('"'));
-        let has_file = kind != ExtentKind::Zero && access != Access::NoAccess;
+        let has_file = kind != ExtentKind::Zero && access != Access::Denied;
         let (name, after) = match file.filter(|(name, _)| !name.is_empty()) {
             Some(file) => file,
             None if has_file => return Err(invalid()),

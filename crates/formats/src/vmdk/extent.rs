@@ -89,7 +89,7 @@ impl Extent {
             "The extent from {:#x} to {:#x} is {}: its data is not part of the image",
             self.start,
             self.end(),
-            Access::NoAccess.name()
+            Access::Denied.name()
         ))
         .report_then(errno::EACCES)
     }
@@ -230,7 +230,7 @@ fn open<'a>(line: &'a ExtentLine, start: u64, files: &mut Files<'a>) -> Result<E
     let request = files.request;
     let len = line.sectors.checked_mul(SECTOR).ok_or_else(too_large)?;
     let without_file = match (line.access, line.kind) {
-        (Access::NoAccess, _) => Some(Storage::NoAccess),
+        (Access::Denied, _) => Some(Storage::NoAccess),
         (_, ExtentKind::Zero) => Some(Storage::Zero),
         _ => None,
     };

@@ -39,10 +39,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use diskimage_core::options::Options;
 use diskimage_core::{
     Backed, Backing, Budget, ByteRange, Capabilities, Check, CheckReport, Codec, CreatePlan, CreateRequest,
-    Device, Encoded, Encoder, Error, Event, Format, FormatProperties, HoleMeaning, Info, LOOSE, Layer,
-    Measure, MeasureSource, MultiFile, Name, Note, Objects, OpenRequest, Preallocation, Probe, Progress,
-    Repair, ResizeRequest, Result, Run, RunKind, Score, WritePlan, ZeroMode, errno, is_zero, names_beside,
-    own_name, to_index,
+    Device, Encoded, Encoder, Error, ErrorKind, Event, Format, FormatProperties, HoleMeaning, Info, LOOSE,
+    Layer, Measure, MeasureSource, MultiFile, Name, Note, Objects, OpenRequest, Preallocation, Probe,
+    Progress, Repair, ResizeRequest, Result, Run, RunKind, Score, WritePlan, ZeroMode, errno, is_zero,
+    names_beside, own_name, to_index,
 };
 
 use self::descriptor::{Descriptor, NO_PARENT};
@@ -385,11 +385,20 @@ fn with_name(request: &OpenRequest<'_>, descriptor: Result<Descriptor>) -> Resul
 }
 
 /// Reads the descriptor in `file`: the bytes of `range`, or the whole file.
+///
+/// # Errors
+/// Those of reading, and a text that goes on beyond [`descriptor::MAX_LEN`]: extents would be missing.
 fn read_descriptor(file: &Arc<dyn Device>, range: Option<ByteRange>) -> Result<Vec<u8>> {
     let range = range.unwrap_or(ByteRange::new(0, file.len()));
     let len = range.len().min(descriptor::MAX_LEN);
     let mut bytes = vec![0; to_index(len)?];
     file.read_padded(&mut bytes, range.start())?;
+    if len < range.len() && !bytes.contains(&0) {
+        return Err(Error::new(
+            ErrorKind::Limit,
+            format!("The descriptor has more than {} bytes", descriptor::MAX_LEN),
+        ));
+    }
     Ok(bytes)
 }
 

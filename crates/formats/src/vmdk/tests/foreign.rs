@@ -686,6 +686,30 @@ fn lines_that_begin_like_extents_are_not_dropped() {
 }
 
 #[test]
+fn a_descriptor_of_many_extents_is_read_whole_or_not_at_all() {
+    let machine = Machine::with(&[("dir/a", &sectors(1, 1))]);
+    let line: &[u8] = b"RW 1 FLAT \"a\" 0";
+    for (count, is_read) in [(5000, true), (32768, true), (32769, false)] {
+        let text = Text {
+            extents: &vec![line; count],
+            ..TEXT
+        };
+        let image = machine.open(&text.bytes(), false);
+        assert_eq!(
+            image.map(|image| image.len()).ok(),
+            is_read.then_some(count as u64 * 512)
+        );
+    }
+    let comment = vec![b'#'; 5 << 20];
+    let text = Text {
+        extents: &[line, &comment, line],
+        ..TEXT
+    };
+    let error = machine.open(&text.bytes(), false).expect_err("is too long");
+    assert_eq!(error.chain(), "The descriptor has more than 4194304 bytes");
+}
+
+#[test]
 fn extents_are_found_beside_the_image() {
     let latin: &[u8] = b"RW 8 FLAT \"C:\\t\xe9st\\\xe9.vmdk\" 0";
     for (line, files, found) in [
