@@ -1,7 +1,7 @@
 //! Large buffers: an allocation that fails is an error of the operation, not the end of the program.
 //!
 //! A program may install an allocator that ends it with a message of its own when memory runs out. It asks
-//! [`is_expected_to_fail`] first: the allocations here are those whose failure somebody handles.
+//! [`is_expected_to_fail`] first: the allocations here return an error.
 
 use std::cell::Cell;
 

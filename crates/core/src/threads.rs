@@ -15,7 +15,7 @@ const HEADROOM: usize = 8 << 20;
 /// Starts the making of a thread.
 ///
 /// # Errors
-/// There is too little memory for another thread. Starting one may fail all the same: too many are running, for instance.
+/// There is too little memory for another thread. Starting one may fail all the same, if too many are running.
 pub fn thread_builder() -> io::Result<Builder> {
     if has_room(STACK + HEADROOM) {
         Ok(Builder::new().stack_size(STACK))

@@ -9,8 +9,8 @@
 //! Numbers are big-endian. The trailer (`koly`) has the offsets of the other parts; [`source`] finds the `mish` blocks
 //! in them, [`chunk`] lists their chunks sorted by sector.
 //!
-//! A read/write image (`UDRW`) has no trailer: it is the disk itself ([`raw_disk`]). Either kind may be the contents of an
-//! encrypted container ([`encrypted`]).
+//! A read/write image (`UDRW`) has no trailer: it is the disk itself ([`raw_disk`]). Either kind may be the contents of
+//! an encrypted container ([`encrypted`]).
 
 mod chunk;
 mod encrypted;

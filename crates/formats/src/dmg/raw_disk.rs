@@ -1,8 +1,8 @@
 //! Images without a trailer: a read/write image (`UDRW`) is the disk itself.
 //!
-//! A compressed image that was cut off has no trailer either, and reading it as a disk would give wrong data. So what cannot
-//! be a whole disk is refused: a part of a sector, compressed data at the start, and a disk whose own tables say that it
-//! is longer than the file.
+//! A compressed image that was cut off has no trailer either, and reading it as a disk would give wrong data. So what
+//! cannot be a whole disk is refused: a part of a sector, compressed data at the start, and a disk whose own tables say
+//! that it is longer than the file.
 
 use std::sync::Arc;
 

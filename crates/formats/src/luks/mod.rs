@@ -9,9 +9,11 @@
 //! the decrypted payload.
 
 pub(crate) mod amend;
+mod create;
 mod header;
 mod info;
 pub(crate) mod options;
+mod resize;
 #[cfg(test)]
 mod tests;
 pub(crate) mod volume;
@@ -21,14 +23,14 @@ use std::sync::Arc;
 use crate::encryption::SECTOR;
 use diskimage_core::options::{OptionDef, OptionKind, Options};
 use diskimage_core::{
-    Amend, AmendRequest, ByteRange, Capabilities, CreatePlan, CreateRequest, Device, Error, ErrorKind,
-    Format, FormatProperties, HoleMeaning, Info, Layer, Measure, MeasureSource, Objects, OpenRequest,
-    Preallocation, Probe, ResizeRequest, Result, Run, RunKind, Score, WritePlan, ZeroMode, align_up, errno,
+    Amend, AmendRequest, ByteRange, Capabilities, CreatePlan, CreateRequest, Device, Error, Format,
+    FormatProperties, HoleMeaning, Info, Layer, Measure, MeasureSource, Objects, OpenRequest, Probe,
+    ResizeRequest, Result, Run, RunKind, Score, WritePlan, ZeroMode, align_up, errno,
 };
 
 use crate::encryption::encrypted_device::EncryptedDevice;
 use crate::layer_kit::in_place_write::InPlaceWrite;
-use options::{Algorithms, CREATE_OPTIONS, VolumeOptions, passphrase};
+use options::{CREATE_OPTIONS, passphrase};
 use volume::{Volume, VolumeLocation};
 
 /// The format's entry in the table.
@@ -92,58 +94,12 @@ impl Format for Luks {
     }
 
     fn plan_create<'a>(&self, request: CreateRequest<'a>) -> Result<CreatePlan<'a>> {
-        Ok(CreatePlan::new(move |files| create(&request, files.file)))
+        Ok(CreatePlan::new(move |files| create::create(&request, files.file)))
     }
 
     fn measure(&self, options: &Options, source: MeasureSource<'_>, objects: &Objects) -> Result<Measure> {
-        let (algorithms, _) = algorithms_and_passphrase(options, objects)?;
-        let len = Volume::header_len(&algorithms)
-            .checked_add(source.len())
-            .ok_or_else(|| Error::from_errno(errno::EFBIG))?;
-        Ok(Measure {
-            required: len,
-            fully_allocated: len,
-            bitmaps: None,
-        })
+        create::measure(options, source, objects)
     }
-}
-
-/// Writes a new image to `file`.
-fn create(request: &CreateRequest<'_>, file: Arc<dyn Device>) -> Result<()> {
-    let (algorithms, passphrase) = algorithms_and_passphrase(request.options, request.objects)?;
-    let len = Volume::header_len(&algorithms)
-        .checked_add(request.size)
-        .filter(|len| i64::try_from(*len).is_ok())
-        .ok_or_else(|| Error::new(ErrorKind::Limit, "The requested file size is too large"))?;
-    if file.is_zero_when_new() {
-        let name = request.options.text("preallocation").unwrap_or("off");
-        let preallocation = match Preallocation::from_name(name) {
-            // The header is the only metadata.
-            Some(Preallocation::Metadata) => Preallocation::Off,
-            Some(preallocation) => preallocation,
-            None => return Err(Error::invalid(format!("invalid parameter value: {name}"))),
-        };
-        file.resize(len, preallocation)?;
-    } else if len > file.len() {
-        return Err(Error::unsupported("Cannot grow device files"));
-    }
-    let location = VolumeLocation {
-        device: file,
-        offset: 0,
-        detached: false,
-    };
-    Volume::create(location, &algorithms, passphrase).map(|_| ())
-}
-
-/// The algorithms of a new volume and its passphrase.
-fn algorithms_and_passphrase<'a>(options: &Options, objects: &'a Objects) -> Result<(Algorithms, &'a [u8])> {
-    let volume_options = VolumeOptions::read(options, "")?;
-    // As in qemu-img: the option is listed, but only QEMU's monitor can use it.
-    if options.is_given("detached-header") {
-        return Err(Error::invalid("Parameter 'detached-header' is unexpected"));
-    }
-    let passphrase = passphrase(objects, options.text("key-secret"), "key-secret")?;
-    Ok((volume_options.algorithms()?, passphrase))
 }
 
 /// An opened image.
@@ -209,16 +165,7 @@ impl Layer for LuksLayer {
     }
 
     fn resize(&self, request: &ResizeRequest) -> Result<()> {
-        let len = self
-            .volume
-            .payload_offset()
-            .checked_add(request.len)
-            .filter(|len| i64::try_from(*len).is_ok())
-            .ok_or_else(|| Error::new(ErrorKind::Limit, "The requested file size is too large"))?;
-        if request.preallocation == Preallocation::Metadata {
-            return Err(Error::unsupported("Unsupported preallocation mode: metadata"));
-        }
-        self.file.resize(len, request.preallocation)
+        self.resize_payload(request)
     }
 
     fn is_zero_when_new(&self) -> bool {

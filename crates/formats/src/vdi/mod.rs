@@ -18,6 +18,7 @@
 //! is opened again.
 
 mod check;
+mod create;
 mod header;
 mod resize;
 #[cfg(test)]
@@ -26,29 +27,22 @@ mod write;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use diskimage_core::options::{OptionDef, OptionKind, Options};
+use diskimage_core::options::Options;
 use diskimage_core::{
     Budget, ByteRange, Capabilities, Check, CheckReport, CreatePlan, CreateRequest, Device, Error, Format,
     FormatProperties, HoleMeaning, Info, Layer, Measure, MeasureSource, Objects, OpenRequest, Preallocation,
-    Probe, Progress, Repair, ResizeRequest, Result, Run, RunKind, Score, WritePlan, ZeroMode, to_index,
+    Probe, Progress, Repair, ResizeRequest, Result, Run, RunKind, Score, WritePlan, ZeroMode,
 };
 
-use crate::layer_kit::count_used::data_bytes;
 use crate::layer_kit::paged_table::{Entry, PagedTable};
-use crate::layer_kit::preallocation;
 use crate::layer_kit::range_claims::RangeClaims;
 use crate::layer_kit::reserved::Reserved;
 use crate::layer_kit::slot_bitmap::SlotBitmap;
-use header::{BLOCK, Header, map_bytes};
+use header::{BLOCK, Header};
 
 /// The format's entry in the table.
 #[derive(Debug)]
 pub struct Vdi;
-
-const CREATE_OPTIONS: &[OptionDef] = &[
-    OptionDef::new("size", OptionKind::Size, "Virtual disk size"),
-    OptionDef::new("static", OptionKind::Flag, "VDI static (pre-allocated) image").or("off"),
-];
 
 impl Format for Vdi {
     fn name(&self) -> &'static str {
@@ -58,7 +52,7 @@ impl Format for Vdi {
     fn properties(&self) -> &'static FormatProperties {
         const {
             &FormatProperties {
-                create_options: Some(CREATE_OPTIONS),
+                create_options: Some(create::OPTIONS),
                 keeps_failed_file: true,
                 ..FormatProperties::READ_ONLY
             }
@@ -90,60 +84,14 @@ impl Format for Vdi {
     }
 
     fn plan_create<'a>(&self, request: CreateRequest<'a>) -> Result<CreatePlan<'a>> {
-        Ok(CreatePlan::new(move |files| create(&request, &*files.file)))
+        Ok(CreatePlan::new(move |files| {
+            create::create(&request, &*files.file)
+        }))
     }
 
     fn measure(&self, options: &Options, source: MeasureSource<'_>, _objects: &Objects) -> Result<Measure> {
-        preallocation::check(options)?;
-        let header = Header::new(source.len(), false)?;
-        let fully_allocated = header.host(header.blocks);
-        let required = match source {
-            _ if options.flag("static").unwrap_or(false) => fully_allocated,
-            MeasureSource::Size(_) => header.data_offset,
-            MeasureSource::Image(image) => header.data_offset + data_bytes(image, BLOCK)?,
-        };
-        Ok(Measure {
-            required,
-            fully_allocated,
-            bitmaps: None,
-        })
+        create::measure(options, source)
     }
-}
-
-/// Writes a new image to `file`.
-fn create(request: &CreateRequest<'_>, file: &dyn Device) -> Result<()> {
-    let is_static = request.options.flag("static").unwrap_or(false);
-    preallocation::check(request.options)?;
-    let header = Header::new(request.size, is_static)?;
-    let end = header.host(header.allocated());
-    if file.is_zero_when_new() {
-        file.resize(end, Preallocation::Off)?;
-    } else if end > file.len() {
-        return Err(Error::unsupported(file.fixed_len_message()));
-    }
-    write_new_map(file, &header, is_static)?;
-    file.write_at(&header.to_bytes()?, 0)
-}
-
-/// Writes the map of a new image in chunks; the rest of its last sector is zero.
-fn write_new_map(file: &dyn Device, header: &Header, is_static: bool) -> Result<()> {
-    const CHUNK: usize = 64 << 10;
-    let mut bytes = Vec::with_capacity(CHUNK);
-    let mut offset = header.map_offset;
-    for block in 0..header.blocks {
-        bytes.extend(if is_static { block.to_le_bytes() } else { NO_BLOCK });
-        if bytes.len() == CHUNK {
-            file.write_at(&bytes, offset)?;
-            offset += bytes.len() as u64;
-            bytes.clear();
-        }
-    }
-    let end = header.map_offset + map_bytes(header.blocks);
-    bytes.resize(to_index(end - offset)?, 0);
-    if bytes.is_empty() {
-        return Ok(());
-    }
-    file.write_at(&bytes, offset)
 }
 
 /// The entry of a block that reads as zero.

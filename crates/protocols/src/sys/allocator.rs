@@ -4,8 +4,8 @@ use std::alloc::{GlobalAlloc, Layout, System};
 
 use diskimage_core::is_expected_to_fail;
 
-/// The system's allocator. If memory runs out where nobody handles it, it writes a message and ends the process with
-/// status 1, instead of an abort.
+/// The system's allocator. If memory runs out in an allocation that cannot return an error, it writes a message and ends
+/// the process with status 1, instead of an abort.
 #[derive(Debug)]
 pub struct LastWordsAllocator {
     message: &'static str,

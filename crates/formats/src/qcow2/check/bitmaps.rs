@@ -1,5 +1,5 @@
-//! The persistent bitmaps as a check sees them. Damaged ones are reported; a repair of everything drops them, as soon as
-//! the refcounts are right, with a directory in newly allocated clusters.
+//! The persistent bitmaps as a check sees them. Damaged ones are reported; a repair of everything drops them, as soon
+//! as the refcounts are right, with a directory in newly allocated clusters.
 
 use std::collections::BTreeSet;
 
