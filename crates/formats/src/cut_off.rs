@@ -4,6 +4,10 @@ use std::sync::Arc;
 
 use diskimage_core::{ByteRange, Device, Image, MemoryDevice, Preallocation, Progress, Repair, ZeroMode};
 
+use diskimage_testing::{
+    FULLY_PRESENT, PARTIALLY_PRESENT, SparseBlock, VhdImage, VhdParent, VhdxImage, overlay,
+};
+
 use crate::format_by_name;
 use crate::testing::{contents, create, open};
 
@@ -96,11 +100,76 @@ fn cuts(len: usize) -> impl Iterator<Item = usize> {
     near.chain((0..len).step_by(len / 40 + 1))
 }
 
+/// Images made by hand, of kinds that are not created: their names, formats, files and contents.
+fn made() -> Vec<(&'static str, &'static str, Vec<u8>, Vec<u8>)> {
+    let block = |sectors: u64| SparseBlock {
+        index: 1,
+        written: vec![(0..3, 0x11), (sectors / 2..sectors - 9, 0x12)],
+        stale: 0x55,
+    };
+    let vhd = |parent| VhdImage {
+        size: SIZE,
+        block_size: 1 << 20,
+        blocks: vec![block(2048)],
+        parent,
+        ..VhdImage::default()
+    };
+    let vhdx = |sector: u32, parent, state| VhdxImage {
+        size: SIZE / 4096 * 4096,
+        sector,
+        blocks: vec![(state, block((1 << 20) / u64::from(sector)))],
+        parent,
+        ..VhdxImage::default()
+    };
+    let locator = |key: &str, value: &str| (key.to_owned(), value.to_owned());
+    let parent = vec![
+        locator("parent_linkage", "{83ed0ec3-24c8-49a6-a959-5e4bf1288bfb}"),
+        locator("relative_path", "parent.vhdx"),
+    ];
+    let vhd_parent = VhdParent {
+        locators: vec![(*b"W2ru", "parent.vhd".to_owned())],
+        ..VhdParent::default()
+    };
+    let contents = |len: u64, sector: u64| {
+        let mut model = vec![0; usize::try_from(len).expect("small")];
+        overlay(&mut model, &[block((1 << 20) / sector)], 1 << 20, sector);
+        model
+    };
+    let mut large = vhdx(4096, None, FULLY_PRESENT);
+    // All sectors of a whole block count.
+    large.blocks[0].1.stale = 0;
+    let large_len = large.size;
+    vec![
+        ("clear bits", "vpc", vhd(None).build(), contents(SIZE, 512)),
+        (
+            "differencing",
+            "vpc",
+            vhd(Some(vhd_parent)).build(),
+            contents(SIZE, 512),
+        ),
+        (
+            "sectors of 4096",
+            "vhdx",
+            large.build(),
+            contents(large_len, 4096),
+        ),
+        (
+            "differencing",
+            "vhdx",
+            vhdx(512, Some(parent), PARTIALLY_PRESENT).build(),
+            contents(large_len, 512),
+        ),
+    ]
+}
+
 #[test]
 fn a_file_that_was_cut_off_is_refused_or_an_error_or_whole() {
-    for (name, options) in FORMS {
+    let created = FORMS.iter().map(|(name, options)| {
         let (file, model) = with_sectors(name, options);
-        let bytes = file.contents();
+        (*options, *name, file.contents(), model)
+    });
+    for (options, name, bytes, model) in created.chain(made()) {
+        let size = model.len() as u64;
         for len in cuts(bytes.len()) {
             let file = Arc::new(MemoryDevice::new(bytes[..len].to_vec()));
             let Ok(image) = opened(name, &file, false) else {
@@ -108,7 +177,7 @@ fn a_file_that_was_cut_off_is_refused_or_an_error_or_whole() {
             };
             let mut sector = [0; 512];
             let mut missing = false;
-            for at in (0..SIZE).step_by(512) {
+            for at in (0..size).step_by(512) {
                 match image.read_at(&mut sector, at) {
                     Ok(()) => {
                         let there = &model[usize::try_from(at).expect("small")..][..512];

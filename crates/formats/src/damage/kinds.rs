@@ -2,12 +2,14 @@
 
 use diskimage_core::{ByteRange, Device, Format};
 
-use diskimage_testing::PagedFile;
+use diskimage_testing::{FULLY_PRESENT, PagedFile, SparseBlock, VhdImage, VhdParent, VhdxImage};
 
 /// A kind of image.
 pub(super) struct Kind {
     pub(super) format: &'static dyn Format,
     pub(super) options: &'static str,
+    /// Makes an image by hand, of a kind that is not created; `options` is then its name.
+    pub(super) made: Option<fn() -> Vec<u8>>,
     pub(super) size: u64,
     /// Bytes of a cluster, block or grain.
     pub(super) unit: u64,
@@ -92,6 +94,7 @@ const MIB: u64 = 1 << 20;
 const BASE: Kind = Kind {
     format: &crate::QedFormat,
     options: "",
+    made: None,
     size: 5 * MIB,
     unit: 4096,
     parts: &[
@@ -163,7 +166,7 @@ pub(super) static VDI_STATIC: Kind = Kind {
     fields: vdi,
     ..BLOCKS
 };
-pub(super) static VPC: Kind = Kind {
+const VPC_BLOCKS: Kind = Kind {
     format: &crate::Vpc,
     options: "force_size=on",
     size: 9 * MIB,
@@ -173,6 +176,7 @@ pub(super) static VPC: Kind = Kind {
     seal: seal_vpc,
     ..BLOCKS
 };
+pub(super) static VPC: Kind = VPC_BLOCKS;
 pub(super) static VPC_FIXED: Kind = Kind {
     format: &crate::Vpc,
     options: "force_size=on,subformat=fixed",
@@ -181,6 +185,47 @@ pub(super) static VPC_FIXED: Kind = Kind {
     parts: &[ByteRange::new(0, MIB)],
     fields: vpc_fixed,
     seal: seal_vpc_fixed,
+    ..BLOCKS
+};
+pub(super) static VPC_BITMAPS: Kind = Kind {
+    options: "clear bits in sector bitmaps",
+    made: Some(|| vhd(None)),
+    stride: 9 * 512,
+    fields: vpc_bitmaps,
+    ..VPC_BLOCKS
+};
+pub(super) static VPC_DIFFERENCING: Kind = Kind {
+    options: "differencing",
+    made: Some(|| {
+        vhd(Some(VhdParent {
+            unique_id: [1; 16],
+            locators: vec![
+                (*b"W2ru", ".\\parent.vhd".to_owned()),
+                (*b"W2ku", "C:\\parent.vhd".to_owned()),
+            ],
+            ..VhdParent::default()
+        }))
+    }),
+    stride: 9 * 512,
+    fields: vpc_differencing,
+    ..VPC_BLOCKS
+};
+pub(super) static VHDX_4096: Kind = Kind {
+    format: &crate::Vhdx,
+    options: "sectors of 4096 bytes",
+    made: Some(|| {
+        let image = VhdxImage {
+            size: 6 * MIB,
+            sector: 4096,
+            blocks: vec![(FULLY_PRESENT, sparse(2, 256)), (FULLY_PRESENT, sparse(0, 256))],
+            ..VhdxImage::default()
+        };
+        image.build()
+    }),
+    size: 6 * MIB,
+    parts: &[ByteRange::new(0, 6 * MIB)],
+    fields: vhdx,
+    seal: seal_vhdx,
     ..BLOCKS
 };
 pub(super) static VHDX: Kind = Kind {
@@ -282,6 +327,49 @@ fn vpc(file: &PagedFile) -> Vec<Field> {
         number(512 + 32, 4, 1).big(),
     ];
     table(file, 1536, 5, number(0, 4, 512).big(), &mut found);
+    found
+}
+
+/// A disk of two blocks that are partly written, on a parent or not.
+fn vhd(parent: Option<VhdParent>) -> Vec<u8> {
+    let image = VhdImage {
+        size: 9 * MIB,
+        parent,
+        blocks: vec![sparse(3, 4096), sparse(0, 4096)],
+        ..VhdImage::default()
+    };
+    image.build()
+}
+
+/// A block of `sectors` sectors that is partly written.
+fn sparse(index: u64, sectors: u64) -> SparseBlock {
+    SparseBlock {
+        index,
+        written: vec![
+            (0..3, 0x11),
+            (sectors / 4..sectors / 2, 0x12),
+            (sectors - 1..sectors, 0x13),
+        ],
+        stale: 0x55,
+    }
+}
+
+fn vpc_bitmaps(file: &PagedFile) -> Vec<Field> {
+    let mut found = vpc(file);
+    // Some numbers in the bitmaps of the two blocks.
+    for block in [0, 3] {
+        let bitmap = file.number(1536 + block * 4, 4, true) * 512;
+        found.extend([0, 64, 128].map(|at| number(bitmap + at, 8, 1)));
+    }
+    found
+}
+
+fn vpc_differencing(file: &PagedFile) -> Vec<Field> {
+    let mut found = vpc_bitmaps(file);
+    for locator in [0, 1] {
+        let at = 512 + 576 + locator * 24;
+        found.extend([number(at + 8, 4, 1).big(), number(at + 16, 8, 1).big()]);
+    }
     found
 }
 

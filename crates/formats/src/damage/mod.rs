@@ -103,6 +103,36 @@ impl Gate for Files {
 /// A sound image with some written clusters.
 fn sound(kind: &Kind, seed: u64) -> Files {
     let mut random = Random(0x9e37_79b9_7f4a_7c15 ^ (seed + 1));
+    let files = match kind.made {
+        Some(made) => Files(HashMap::from([(
+            "disk".to_owned(),
+            Arc::new(PagedFile::new(made().into())),
+        )])),
+        None => created(kind),
+    };
+    let image = files.open(kind, true).expect("opens");
+    for _ in 0..4 + random.below(12) {
+        let mut range = random.range(kind);
+        if kind.format.name() == "vmdk" {
+            // A grain whose start is zero over the length of a table cannot be distinguished from a grain table.
+            let disk = ByteRange::new(0, kind.size);
+            range = range.align_out(kind.unit).intersect(disk);
+        }
+        let mut bytes = vec![0; usize::try_from(range.len()).expect("small")];
+        for sector in bytes.chunks_mut(512) {
+            sector.fill(u8::try_from(1 + random.below(200)).expect("small"));
+        }
+        // In a stream, each grain can be written once.
+        let written = image.write_at(&bytes, range.start());
+        assert!(written.is_ok() || kind.is_stream, "{written:?}");
+    }
+    encode_some(kind, &image, &mut random);
+    image.flush().expect("flushes");
+    files
+}
+
+/// A new image.
+fn created(kind: &Kind) -> Files {
     let mut options = Options::new(kind.format.create_options());
     options.parse(kind.options).expect("valid options");
     let mut files = Files(HashMap::from([("disk".to_owned(), Arc::default())]));
@@ -122,24 +152,6 @@ fn sound(kind: &Kind, seed: u64) -> Files {
         backing: None,
     });
     created.expect("creates");
-    let image = files.open(kind, true).expect("opens");
-    for _ in 0..4 + random.below(12) {
-        let mut range = random.range(kind);
-        if kind.format.name() == "vmdk" {
-            // A grain whose start is zero over the length of a table cannot be distinguished from a grain table.
-            let disk = ByteRange::new(0, kind.size);
-            range = range.align_out(kind.unit).intersect(disk);
-        }
-        let mut bytes = vec![0; usize::try_from(range.len()).expect("small")];
-        for sector in bytes.chunks_mut(512) {
-            sector.fill(u8::try_from(1 + random.below(200)).expect("small"));
-        }
-        // In a stream, each grain can be written once.
-        let written = image.write_at(&bytes, range.start());
-        assert!(written.is_ok() || kind.is_stream, "{written:?}");
-    }
-    encode_some(kind, &image, &mut random);
-    image.flush().expect("flushes");
     files
 }
 
@@ -430,6 +442,9 @@ kinds! {
     vdi_static: VDI_STATIC,
     vpc_dynamic: VPC,
     vpc_fixed: VPC_FIXED,
+    vpc_with_clear_bits: VPC_BITMAPS,
+    vpc_differencing: VPC_DIFFERENCING,
     vhdx: VHDX,
+    vhdx_with_large_sectors: VHDX_4096,
     parallels: PARALLELS,
 }

@@ -59,6 +59,35 @@ proptest! {
     }
 
     #[test]
+    fn damage_of_a_differencing_disk_never_panics(
+        // Headers, the table with the entry of a sector bitmap, metadata with the parent locator.
+        at in prop_oneof![
+            0x20000..0x20060_usize, 0x200000..0x200040_usize, 0x208000..0x208008_usize, 0x400000..0x4000f0_usize,
+            0x410000..0x410200_usize,
+        ],
+        bytes in prop::collection::vec(any::<u8>(), 1..9),
+    ) {
+        let (_, child, _, _) = differencing(512);
+        let mut damaged = child.build();
+        damaged[at..at + bytes.len()].copy_from_slice(&bytes);
+        super::header::set_checksum(&mut damaged[0x20000..0x21000]);
+        // Opening may fail with any error.
+        if let Ok(image) = open_on(&on(&damaged), false) {
+            let mut buf = vec![0; 8192];
+            let end = image.len();
+            for offset in [0, MIB - 512, 4 * MIB, end / 2, end.saturating_sub(4096)] {
+                drop(image.read_at(&mut buf, offset));
+            }
+            if end > 0 {
+                drop(image.status(ByteRange::new(0, end), StatusDetail::Zeroes));
+            }
+            if end < 1 << 40 {
+                drop(image.layer().check(Repair::No, &Progress::none()));
+            }
+        }
+    }
+
+    #[test]
     fn damage_never_panics(
         // Headers, region tables, log, table, metadata; checksums are recomputed, so that damaged fields are parsed.
         at in prop_oneof![

@@ -48,8 +48,10 @@ impl Blocks {
         let header = DynamicHeader::read(&**file, header_offset, size)?;
         let is_differencing = footer.kind() == Kind::Differencing;
         let mut reserved = header.reserved(header_offset);
+        let mut relied_on = header.relied_on(header_offset, size, has_copy);
         if is_differencing {
             reserved.extend(header.locator_ranges());
+            relied_on.extend(header.locator_ranges());
         }
         let truncated = || {
             Error::corrupt(
@@ -81,7 +83,7 @@ impl Blocks {
             header_offset,
             table,
             bitmaps: SectorBitmaps::new(file, BitOrder::HighestFirst),
-            relied_on: header.relied_on(header_offset, size, has_copy),
+            relied_on,
             reserved,
             stored: None,
             first,
