@@ -124,7 +124,10 @@ impl Opener<'_> {
                 return Err(no_such_node(reference));
             }
             let format = named.as_ref().and_then(|named| named.format.as_deref());
-            let by_user = given.has_node("file");
+            // As in qemu-img, a driver alone is for the file that the image names.
+            let by_user = given
+                .iter()
+                .any(|(name, _)| name.starts_with("file.") && name != "file.driver");
             let mut node = match named.as_ref().filter(|_| !by_user) {
                 Some(named) => node_of_name(&full_backing_name(&from, named.name.text()), format)?,
                 None => {
