@@ -55,7 +55,7 @@ impl Shown {
             let step = done.saturating_sub(self.done) as f32 / total as f32 * 100.0;
             (self.current + step).min(100.0)
         } else {
-            percent(done, total) as f32
+            single(percent(done, total))
         };
         self.done = done;
         let is_shown = match self.last {
@@ -196,6 +196,15 @@ fn percent(done: u64, total: u64) -> f64 {
     } else {
         done as f64 * 100.0 / total as f64
     }
+}
+
+/// The single precision number next to a percentage.
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "qemu-img shows percentages of this precision"
+)]
+fn single(percent: f64) -> f32 {
+    percent as f32
 }
 
 fn line(percent: f32) -> String {

@@ -143,7 +143,8 @@ impl<'a> Conversion<'a> {
     pub fn run(&self) -> Result<u64> {
         self.check()?;
         let job = CopyJob::new(self)?;
-        if self.salvage {
+        // Counting the steps has reported them already.
+        if self.salvage && job.steps.is_none() {
             job.sources.report_unreadable_status()?;
         }
         job.begin_progress();

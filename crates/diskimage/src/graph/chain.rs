@@ -152,7 +152,10 @@ impl Opener<'_> {
                 return Err(no_such_node(reference));
             }
             let format = named.as_ref().and_then(|named| named.format.as_deref());
-            let by_user = given.has_node("file");
+            // As in qemu-img, a driver alone is for the file that the image names.
+            let by_user = given
+                .iter()
+                .any(|(name, _)| name.starts_with("file.") && name != "file.driver");
             let Some(named) = named.as_ref().filter(|_| !by_user) else {
                 let mut node = NodeOptions::new();
                 if let Some(format) = format {

@@ -49,7 +49,7 @@ impl Qcow2 {
         while at < end {
             // Goes from L2 table to L2 table; `scan_l2` goes from cluster to cluster and from subcluster to subcluster.
             // Damage of a later entry ends the run. It is reported when a run begins there.
-            if found.is_some() && !self.has_usable_l2(tables, l1, at) {
+            if found.is_some() && !self.has_usable_l2(tables, l1, at)? {
                 break;
             }
             let table_end = geometry.l2_end(at);
@@ -92,9 +92,9 @@ impl Qcow2 {
             let entry = match found {
                 None => self.read_entry(tables, l2, index)?,
                 // Damage in a later entry ends the run. It is reported when that entry is mapped itself.
-                Some(_) => match self.parse_entry(tables, l2, index) {
-                    Ok(Ok(entry)) => entry,
-                    _ => return Ok(at),
+                Some(_) => match self.parse_entry(tables, l2, index)? {
+                    Ok(entry) => entry,
+                    Err(_) => return Ok(at),
                 },
             };
             let guest = at.align_down(geometry.cluster_size());
@@ -176,12 +176,11 @@ impl Qcow2 {
         self.l2_at(entry & OFFSET_MASK, index)
     }
 
-    /// Whether [`Qcow2::l2_table`] returns no error. Damage is not reported.
-    fn has_usable_l2(&self, tables: &mut MetadataCache, l1: Table, guest: GuestOffset) -> bool {
+    /// Whether the L1 entry for `guest` is undamaged. Damage is not reported.
+    fn has_usable_l2(&self, tables: &mut MetadataCache, l1: Table, guest: GuestOffset) -> Result<bool> {
         let index = self.header.geometry.l1_index(guest);
-        tables
-            .number(l1, index * 8)
-            .is_ok_and(|entry| self.is_usable(entry & OFFSET_MASK))
+        let entry = tables.number(l1, index * 8)?;
+        Ok(self.is_usable(entry & OFFSET_MASK))
     }
 
     /// Whether an L2 table may be at host offset `offset`, or there is none.

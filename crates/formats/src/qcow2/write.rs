@@ -459,7 +459,7 @@ impl Qcow2 {
     }
 
     /// Replaces the L2 entries of `range` by the results of `change`, which are not allocated or keep the cluster. Frees the
-    /// old clusters and discards their storage: in a data file at once, since the range reads as zero from now on.
+    /// old clusters and discards their storage. A data file is zeroed at once: after a crash the old entry may still refer to it.
     pub(super) fn replace_entries(
         &self,
         range: ByteRange,
@@ -500,7 +500,7 @@ impl Qcow2 {
                             in_data_file = ByteRange::new(in_data_file.start(), storage.end());
                         } else {
                             if !in_data_file.is_empty() {
-                                self.data.discard(in_data_file)?;
+                                self.data.write_zeroes(in_data_file, ZeroMode::Unmap)?;
                             }
                             in_data_file = storage;
                         }
@@ -512,7 +512,7 @@ impl Qcow2 {
         if in_data_file.is_empty() {
             return Ok(());
         }
-        self.data.discard(in_data_file)
+        self.data.write_zeroes(in_data_file, ZeroMode::Unmap)
     }
 }
 

@@ -135,9 +135,12 @@ impl Snapshots for Qcow2 {
 
 /// The messages of qemu-img for a deleted snapshot whose clusters could not be freed.
 fn not_freed(error: Error) -> Error {
-    let errno = error.errno().map(Error::from_errno);
-    let error = match errno {
-        Some(reason) => error.notice(format!("qcow2_free_clusters failed: {reason}")),
+    let earlier = error.preceding_note().map(|note| format!("{}\n", note.text()));
+    let error = match error.errno().map(Error::from_errno) {
+        Some(reason) => error.notice(format!(
+            "{}qcow2_free_clusters failed: {reason}",
+            earlier.unwrap_or_default()
+        )),
         None => error,
     };
     error.context("Failed to free the cluster and L1 table")
