@@ -29,15 +29,15 @@ impl VpcLayer {
                 let mut guest = whole.intersect(range);
                 let host = match blocks.host_to_change(block, &self.budget)? {
                     Some(host) => {
-                        let written = blocks.to_be_written(host, whole, guest)?;
-                        if written.has_clear_bits {
+                        let change = blocks.plan_bits(host, whole, guest)?;
+                        if change.has_clear_bits {
                             // Requests in flight on this block write sectors that were written before.
-                            guest = written.guest;
+                            guest = change.guest;
                             plan.add_change(
                                 whole,
                                 Change::Sectors {
                                     host,
-                                    sectors: written.sectors,
+                                    sectors: change.sectors,
                                 },
                             );
                         }
@@ -99,8 +99,8 @@ impl VpcLayer {
     }
 }
 
-/// What a write to a block that has storage does to its bitmap.
-struct ToBeWritten {
+/// The change of the bitmap of a block that has storage by a write.
+struct BitmapChange {
     /// Whether some of the sectors were never written: their bits are to be set.
     has_clear_bits: bool,
     /// The sectors of the block that the write touches.
@@ -118,16 +118,16 @@ fn sectors_of(whole: ByteRange, guest: ByteRange) -> ByteRange {
 
 impl Blocks {
     /// The changes of the bitmap of the block that stores `whole`, with its data at `host`, for a write of `guest`.
-    fn to_be_written(&mut self, host: u64, whole: ByteRange, guest: ByteRange) -> Result<ToBeWritten> {
+    fn plan_bits(&mut self, host: u64, whole: ByteRange, guest: ByteRange) -> Result<BitmapChange> {
         let bitmap = self.bitmap_of(host);
         let start = whole.start();
         let sectors = sectors_of(whole, guest);
-        let mut written = ToBeWritten {
+        let mut change = BitmapChange {
             has_clear_bits: !self.bitmaps.all_set(bitmap, sectors)?,
             sectors,
             guest,
         };
-        if written.has_clear_bits {
+        if change.has_clear_bits {
             let mut is_clear = |sector| self.bitmaps.run(bitmap, sector, 1).map(|(is_set, _)| !is_set);
             let first = match is_clear(sectors.start())? {
                 true => start + sectors.start() * SECTOR,
@@ -137,9 +137,9 @@ impl Blocks {
                 true => start + sectors.end() * SECTOR,
                 false => guest.end(),
             };
-            written.guest = ByteRange::new(first, end);
+            change.guest = ByteRange::new(first, end);
         }
-        Ok(written)
+        Ok(change)
     }
 
     /// The byte offset of the data of block `block`, which may be written to.
