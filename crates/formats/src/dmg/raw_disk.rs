@@ -70,7 +70,7 @@ impl Disk for RawDisk {
 /// Whether an image with this start is a UDIF image whose end is missing: it starts with the first compressed chunk, or
 /// with a copy of the trailer.
 fn is_encoded(head: &[u8]) -> bool {
-    let is_zlib = matches!(head, [0x78, flags, ..] if u16::from_be_bytes([0x78, *flags]) % 31 == 0);
+    let is_zlib = matches!(head, [0x78, flags, ..] if u16::from_be_bytes([0x78, *flags]).is_multiple_of(31));
     let magics: [&[u8]; 4] = [b"koly", b"BZh", b"bvx", b"\xfd7zXZ\0"];
     is_zlib || magics.iter().any(|magic| head.starts_with(magic))
 }
