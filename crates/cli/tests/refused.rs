@@ -179,7 +179,7 @@ fn an_image_that_its_own_header_leads_back_to_is_not_opened() {
 fn an_image_is_not_changed_while_it_is_read_as_the_new_backing_image() {
     let dir = images();
     let message = refused(dir.path(), "rebase -U -b c -F qcow2 a", 1);
-    assert_eq!(message, "qemu-img: Backing file 'a' creates an infinite loop");
+    assert!(message.ends_with("creates an infinite loop"), "{message}");
 }
 
 #[test]

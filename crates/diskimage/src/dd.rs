@@ -8,7 +8,7 @@
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
-use diskimage_core::{AlignedBuf, ByteRange, Device, Image, Result, ResultExt, to_index};
+use diskimage_core::{AlignedBuf, ByteRange, Device, Image, Result, ResultExt, saturating_index, to_index};
 use diskimage_formats::window_layer;
 
 use crate::convert::{Conversion, SEGMENT};
@@ -57,14 +57,15 @@ pub fn dd(source: &Arc<Image>, (start, len): (u64, u64), block: u64, target: &Im
     };
     if let Err(error) = conversion.run() {
         let at = failed_at.into_inner();
-        copy_blocks(&sources[0], at - at % block, block, target)?;
+        copy_blocks((&sources[0], start), at - at % block, block, target)?;
         return Err(error);
     }
     target.flush()
 }
 
 /// Copies blocks from `at` on, each as a whole or not at all, until one fails or the segment that has failed is done.
-fn copy_blocks(part: &Image, at: u64, block: u64, target: &Image) -> Result<()> {
+/// `part` starts at byte `start` of the source.
+fn copy_blocks((part, start): (&Image, u64), at: u64, block: u64, target: &Image) -> Result<()> {
     const PIECE: u64 = 1 << 20;
     let mut buf = AlignedBuf::new(to_index(block.min(PIECE))?)?;
     let end = at.saturating_add(SEGMENT + block).min(part.len());
@@ -75,8 +76,10 @@ fn copy_blocks(part: &Image, at: u64, block: u64, target: &Image) -> Result<()> 
             let piece = rest.first(PIECE);
             rest = rest.skip(piece.len());
             let buf = &mut buf[..to_index(piece.len())?];
-            part.read_at(buf, piece.start())
-                .context(|| "error while reading from input image file")?;
+            part.read_at(buf, piece.start()).context(|| {
+                let place = start + first_unreadable(part, piece);
+                format!("error while reading from input image file at byte {place}")
+            })?;
             if write {
                 target
                     .write_at(buf, piece.start())
@@ -94,6 +97,22 @@ fn copy_blocks(part: &Image, at: u64, block: u64, target: &Image) -> Result<()> 
         copy(one, true)?;
     }
     Ok(())
+}
+
+/// The start of the first sector of `range` that cannot be read; the start of `range` if all can be read now.
+fn first_unreadable(part: &Image, range: ByteRange) -> u64 {
+    const SECTOR: u64 = 512;
+    let mut buf = [0; SECTOR as usize];
+    let mut rest = range;
+    while !rest.is_empty() {
+        let sector = rest.first(SECTOR - rest.start() % SECTOR);
+        rest = rest.skip(sector.len());
+        let len = saturating_index(sector.len());
+        if part.read_at(&mut buf[..len], sector.start()).is_err() {
+            return sector.start();
+        }
+    }
+    range.start()
 }
 
 #[cfg(test)]
