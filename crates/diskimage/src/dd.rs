@@ -77,7 +77,7 @@ fn copy_blocks((part, start): (&Image, u64), at: u64, block: u64, target: &Image
             rest = rest.skip(piece.len());
             let buf = &mut buf[..to_index(piece.len())?];
             part.read_at(buf, piece.start()).context(|| {
-                let place = start + first_unreadable(part, piece);
+                let place = first_unreadable(part, start, piece);
                 format!("error while reading from input image file at byte {place}")
             })?;
             if write {
@@ -99,20 +99,21 @@ fn copy_blocks((part, start): (&Image, u64), at: u64, block: u64, target: &Image
     Ok(())
 }
 
-/// The start of the first sector of `range` that cannot be read; the start of `range` if all can be read now.
-fn first_unreadable(part: &Image, range: ByteRange) -> u64 {
+/// The offset in the source of the first byte of `range` whose sector cannot be read; the start of `range` if all can be
+/// read now. `part` starts at byte `start` of the source.
+fn first_unreadable(part: &Image, start: u64, range: ByteRange) -> u64 {
     const SECTOR: u64 = 512;
     let mut buf = [0; SECTOR as usize];
     let mut rest = range;
     while !rest.is_empty() {
-        let sector = rest.first(SECTOR - rest.start() % SECTOR);
+        let sector = rest.first(SECTOR - (start + rest.start()) % SECTOR);
         rest = rest.skip(sector.len());
         let len = saturating_index(sector.len());
         if part.read_at(&mut buf[..len], sector.start()).is_err() {
-            return sector.start();
+            return start + sector.start();
         }
     }
-    range.start()
+    start + range.start()
 }
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 
 use diskimage_core::{BitmapInfo, Bitmaps, ByteRange, Error, NewBitmap, Result};
 
-use super::directory::{Bitmap, Directory, flag, limit};
+use super::directory::{Bitmap, Directory, flag, is_damage, limit};
 use super::table::BitmapTable;
 use crate::qcow2::{ImageState, Qcow2};
 
@@ -57,11 +57,14 @@ impl Bitmaps for Qcow2 {
             let shape = bitmap.shape(self.header.geometry, state.size);
             // The table of an inconsistent bitmap may be damaged. Clusters that it refers to are then leaked, not
             // freed.
-            if bitmap.damage(self, shape).is_ok()
-                && let Ok(table) = BitmapTable::read(self, &bitmap, shape)
-            {
-                freed.extend(table.clusters(self.header.geometry.cluster_size()));
-                freed.push(bitmap.table_range());
+            let table = bitmap.damage(self, shape);
+            match table.and_then(|()| BitmapTable::read(self, &bitmap, shape)) {
+                Ok(table) => {
+                    freed.extend(table.clusters(self.header.geometry.cluster_size()));
+                    freed.push(bitmap.table_range());
+                }
+                Err(error) if is_damage(&error) => {}
+                Err(error) => return Err(error),
             }
             Ok(())
         })?;

@@ -8,7 +8,7 @@
 
 use diskimage_core::{ByteRange, Error, Reservation, Result, is_zero, saturating_index, to_index};
 
-use super::directory::{Bitmap, Shape, flag};
+use super::directory::{Bitmap, Shape, flag, is_damage};
 use crate::layer_kit::metadata_guard::Kind;
 use crate::qcow2::{ImageState, Qcow2};
 
@@ -31,7 +31,8 @@ impl Bitmap {
         match BitmapTable::read(image, self, shape) {
             Ok(table) => table.require_clusters(image),
             // A bitmap in use whose table has another size: it is not used.
-            Err(_) => Ok(()),
+            Err(error) if is_damage(&error) => Ok(()),
+            Err(error) => Err(error),
         }
     }
 
