@@ -103,7 +103,7 @@ fn copy_blocks((part, start): (&Image, u64), at: u64, block: u64, target: &Image
 /// read now. `part` starts at byte `start` of the source.
 fn first_unreadable(part: &Image, start: u64, range: ByteRange) -> u64 {
     const SECTOR: u64 = 512;
-    let mut buf = [0; SECTOR as usize];
+    let mut buf = [0; 512];
     let mut rest = range;
     while !rest.is_empty() {
         let sector = rest.first(SECTOR - (start + rest.start()) % SECTOR);

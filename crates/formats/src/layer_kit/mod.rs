@@ -7,6 +7,7 @@
 //! | [`paged_table`] | one table of fixed entries, cached in pages |
 //! | [`metadata_guard`], [`reserved`] | protection of the format's own structures from writes |
 //! | [`allocating_plan`], [`in_place_write`] | write plans |
+//! | [`clear`] | new storage that reads as zero and is not written |
 //! | [`range_claims`] | claims on the guest ranges of requests in flight |
 //! | [`sector_bitmaps`] | which sectors of a block were written |
 //! | [`parent`] | where the parent of a differencing disk is looked for |
@@ -18,6 +19,7 @@
 //! | [`preallocation`] | preallocation modes that a format does not support |
 
 pub(crate) mod allocating_plan;
+pub(crate) mod clear;
 pub(crate) mod cluster_set;
 pub(crate) mod count_used;
 pub(crate) mod in_place_write;

@@ -38,7 +38,7 @@ use crate::layer_kit::paged_table::{Entry, PagedTable};
 use crate::layer_kit::range_claims::RangeClaims;
 use crate::layer_kit::reserved::Reserved;
 use crate::layer_kit::slot_bitmap::SlotBitmap;
-use header::{BLOCK, Header};
+use header::{BLOCK, Header, SECTOR};
 
 /// The format's entry in the table.
 #[derive(Debug)]
@@ -199,6 +199,11 @@ impl Layer for VdiLayer {
 
     fn granularity(&self) -> u64 {
         BLOCK
+    }
+
+    /// A sector rather than a block: the rest of a new block is a hole.
+    fn write_unit(&self) -> u64 {
+        SECTOR
     }
 
     fn map(&self, range: ByteRange) -> Result<Run> {

@@ -8,23 +8,27 @@ use super::check::for_each_slot;
 use super::header::BLOCK;
 use super::{State, VdiLayer};
 use crate::layer_kit::allocating_plan::{AllocatingPlan, Allocator, publish_each};
+use crate::layer_kit::clear::clear;
 use crate::layer_kit::range_claims::{Access, RangeClaims};
 use crate::layer_kit::slot_bitmap::SlotBitmap;
 
 impl VdiLayer {
-    /// Plans a write of `range`, and allocates a slot for each of its blocks that has none.
+    /// Plans a write of `range`, and allocates a slot for each of its blocks that has none. What `range` does not cover of
+    /// a new block becomes a hole.
     pub(super) fn plan(&self, range: ByteRange) -> Result<Box<dyn WritePlan + '_>> {
         let plan = AllocatingPlan::new(self, range.align_out(BLOCK), |state, plan| {
             for block in range.units(BLOCK) {
                 let whole = ByteRange::at(block * BLOCK, BLOCK);
-                let (guest, slot) = match self.slot_to_change(state, block)? {
-                    Some(slot) => (whole.intersect(range), slot),
+                let slot = match self.slot_to_change(state, block)? {
+                    Some(slot) => slot,
                     None => {
                         let slot = self.allocate_slot(state)?;
                         plan.add_change(whole, (block, slot));
-                        (whole, slot)
+                        clear(&*self.file, ByteRange::at(state.header.host(slot), BLOCK))?;
+                        slot
                     }
                 };
+                let guest = whole.intersect(range);
                 plan.add_run(WriteRun {
                     guest,
                     device: Arc::clone(&self.file),
