@@ -1,5 +1,6 @@
 //! An open file or block device.
 
+mod ahead;
 mod direct_requests;
 mod driver;
 mod extents;
@@ -23,6 +24,7 @@ use crate::holes::HoleCache;
 use crate::lock::HeldLocks;
 use crate::name::{ProtocolKind, Target};
 
+use ahead::AllocateAhead;
 pub use driver::LocalFileDriver;
 pub(crate) use driver::{FILE, HOST_CDROM, HOST_DEVICE};
 pub(crate) use kind::FileKind;
@@ -40,6 +42,7 @@ pub struct File {
     aio_fallback: Option<String>,
     pub(crate) write: bool,
     pub(crate) direct: Option<DirectIo>,
+    ahead: AllocateAhead,
     pub(crate) holes: HoleCache,
     /// The length as known to this object; other processes may extend the file.
     pub(crate) known_len: AtomicU64,
@@ -151,6 +154,7 @@ impl File {
             ..Limits::default()
         };
         let (engine, aio_fallback) = Engine::new(cache.aio);
+        let ahead = AllocateAhead::of(&file, kind, &cache);
         let this = Self {
             file,
             name: name.clone(),
@@ -164,6 +168,7 @@ impl File {
             aio_fallback,
             write,
             direct,
+            ahead,
             holes: HoleCache::default(),
             known_len: AtomicU64::new(0),
             growth: RwLock::new(()),
@@ -239,6 +244,7 @@ impl File {
 
     /// Writes all of `buf`.
     pub(crate) fn write_out(&self, buf: &[u8], offset: u64) -> Result<()> {
+        self.allocate_ahead(offset, buf.len());
         let mut done = 0;
         while done < buf.len() {
             let at = offset.saturating_add(done as u64);

@@ -194,3 +194,22 @@ fn copies_inside_the_kernel_are_complete() {
     to.read_at(&mut buf, 499).expect("reads");
     assert_eq!(buf, [0, 9]);
 }
+
+#[test]
+fn storage_that_is_allocated_ahead_is_that_of_the_write_alone() {
+    let (_dir, file) = scratch(true);
+    file.resize(8 << 20, Preallocation::Off).expect("grows");
+    let data = vec![7; (1 << 20) + 100];
+    file.write_at(&data, 4 << 20).expect("writes into a hole");
+    file.write_at(&data, (8 << 20) - 50)
+        .expect("writes beyond the end");
+    // As long as what was written, whatever was allocated; and nothing else has storage.
+    assert_eq!(file.file.metadata().expect("stat").len(), (9 << 20) + 50);
+    file.flush().expect("flushes");
+    let allocated = file.allocated_bytes().expect("is known");
+    assert!(allocated >= 2 * data.len() as u64 - 4096, "{allocated} bytes");
+    assert!(allocated <= (2 << 20) + (64 << 10), "{allocated} bytes");
+    let mut read = vec![0; data.len()];
+    file.read_at(&mut read, 4 << 20).expect("reads");
+    assert_eq!(read, data);
+}
