@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use crate::{Error, ErrorKind, Result, ThrottleGroup};
@@ -60,6 +61,8 @@ pub struct TlsCreds {
     pub is_server: bool,
     /// Whether the peer's certificate is checked.
     pub verify_peer: bool,
+    /// The path of the program `qemu-img-tls`, if there is one. Credentials without certificates need it.
+    pub helper: Option<PathBuf>,
     /// The allowed ciphers, in the syntax of the TLS library (GnuTLS priority string).
     pub priority: Option<String>,
 }

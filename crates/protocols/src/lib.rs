@@ -38,6 +38,8 @@ pub use name::{ProtocolKind, Target};
 pub use nbd::check_tls_creds;
 #[cfg(feature = "fuzzing")]
 pub use nbd::fuzzing;
+#[cfg(feature = "tls")]
+pub use nbd::tls_helper;
 pub use protocol::{Protocol, ProtocolRequest};
 pub use sys::allocator::LastWordsAllocator;
 pub use table::{FILTERS, PROTOCOLS, filter_by_name, parse_name, protocol_by_name, protocol_of_name};

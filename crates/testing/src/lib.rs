@@ -6,9 +6,11 @@
 //! * [`PagedFile`] is a file in memory that is cheap to copy.
 //! * [`Closed`], [`OneFile`] and [`RecordingGate`] are gates.
 //! * [`VhdImage`] and [`VhdxImage`] are images made by hand.
+//! * [`INSTEAD_OF_A_HANDSHAKE`] is what a TLS client may get.
 //! * [`create_image`], [`open_image`] and [`contents`] create, open and read images.
 
 mod faulty;
+mod handshake;
 mod images;
 mod journal;
 mod paged_file;
@@ -16,6 +18,7 @@ mod vhd;
 mod vhdx;
 
 pub use faulty::{Fault, FaultyDevice, Requests};
+pub use handshake::INSTEAD_OF_A_HANDSHAKE;
 pub use images::{Closed, OneFile, RecordingGate, contents, create_image, open_image};
 pub use journal::{Crash, Journal, RecordingDevice};
 pub use paged_file::PagedFile;

@@ -274,6 +274,8 @@ fn find_tool_under_test() -> Result<PathBuf, String> {
                 "--quiet",
                 "--package",
                 "qemu-img-rs",
+                "--package",
+                "qemu-img-tls",
                 "--profile",
                 profile,
                 "--target-dir",

@@ -1,5 +1,7 @@
 //! `--object tls-creds-x509`, `tls-creds-psk` and `tls-creds-anon`: TLS credentials.
 
+use std::path::PathBuf;
+
 use diskimage::{Object, TlsCreds, TlsKind, check_tls_creds};
 
 use super::parameters::{Parameters, not_accepted};
@@ -48,10 +50,20 @@ pub(super) fn read(kind: &str, mut parameters: Parameters) -> Result<(String, Ob
         dir,
         is_server,
         verify_peer,
+        helper: helper(),
         priority,
     };
     check_tls_creds(&creds)?;
     Ok((id, Object::TlsCreds(creds)))
+}
+
+/// The program for TLS without certificates: beside this one, or where packages put programs that users do not start.
+fn helper() -> Option<PathBuf> {
+    const NAME: &str = "qemu-img-tls";
+    let own = std::env::current_exe().ok()?;
+    let directory = own.parent()?;
+    let places = [directory.join(NAME), directory.join("../libexec").join(NAME)];
+    places.into_iter().find(|place| place.is_file())
 }
 
 fn help(kind: &str) -> String {

@@ -36,7 +36,7 @@ pub fn negotiate(bytes: &[u8]) {
 }
 
 /// Searches a key in `bytes` as a file of pre-shared keys.
-#[cfg(feature = "tls-psk")]
+#[cfg(feature = "tls")]
 pub fn keys(bytes: &[u8]) {
     let _ = super::tls::find_key(bytes, "qemu");
 }

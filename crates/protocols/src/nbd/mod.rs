@@ -46,7 +46,7 @@ use reply::Outcome;
 use request::{Command, MAX_SHORT_LEN};
 use status::{StatusCache, kind_of};
 #[cfg(feature = "tls")]
-pub use tls::check_tls_creds;
+pub use tls::{check_tls_creds, helper as tls_helper};
 use wire::export;
 
 /// The entry in the table of protocols.

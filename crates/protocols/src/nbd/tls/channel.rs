@@ -1,8 +1,8 @@
-//! A connection over a session of a TLS library, which itself neither reads nor writes the socket.
+//! A connection over a session of rustls, which itself neither reads nor writes the socket.
 //!
 //! ```text
-//!   bytes ── write ──► Session ── drain ──► socket
-//!   bytes ◄── read ─── Session ◄── feed ─── socket
+//!   bytes ── write ──► session ── drain ──► socket
+//!   bytes ◄── read ─── session ◄── feed ─── socket
 //! ```
 //!
 //! The lock of the session is not held while a thread waits for the socket.
@@ -15,42 +15,13 @@ use diskimage_core::{Error, Result};
 use super::super::address::Socket;
 use super::super::connection::Channel;
 use super::messages::{UNCLEAN_END, UNCLEAN_PUSH, handshake_failed};
-
-/// One side of an encrypted connection.
-pub(super) trait Session: Send + 'static {
-    /// Whether the handshake is not complete yet.
-    fn is_handshaking(&self) -> bool;
-
-    /// Takes encrypted bytes of the peer, as many as there is space for. Returns their number.
-    ///
-    /// # Errors
-    /// An invalid message of the peer; there may be an alert to drain.
-    fn feed(&mut self, raw: &[u8]) -> Result<usize>;
-
-    /// Reads decrypted bytes of the peer.
-    ///
-    /// # Errors
-    /// `WouldBlock` until more is fed.
-    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize>;
-
-    /// Takes bytes to encrypt for the peer. Returns their number.
-    ///
-    /// # Errors
-    /// A session that has ended.
-    fn write(&mut self, buf: &[u8]) -> io::Result<usize>;
-
-    /// Appends the encrypted bytes for the peer to `out`.
-    ///
-    /// # Errors
-    /// None but those of memory.
-    fn drain(&mut self, out: &mut Vec<u8>) -> io::Result<()>;
-}
+use super::x509::CertifiedSession;
 
 /// Runs the handshake with the peer of `socket`.
 ///
 /// # Errors
 /// `TLS handshake failed`, and errors of `session`.
-pub(super) fn secure(socket: Socket, mut session: impl Session) -> Result<Channel> {
+pub(super) fn secure(socket: Socket, mut session: CertifiedSession) -> Result<Channel> {
     shake_hands(&mut session, &socket)?;
     let session = Arc::new(Mutex::new(session));
     let (reading, writing) = (socket.try_clone()?, socket.try_clone()?);
@@ -73,7 +44,7 @@ pub(super) fn secure(socket: Socket, mut session: impl Session) -> Result<Channe
 /// How many encrypted bytes are read at once.
 const RAW: usize = 64 << 10;
 
-fn shake_hands(session: &mut impl Session, mut line: &Socket) -> Result<()> {
+fn shake_hands(session: &mut CertifiedSession, mut line: &Socket) -> Result<()> {
     let mut raw = vec![0; RAW];
     let mut out = Vec::new();
     let mut was_answered = false;
@@ -119,20 +90,20 @@ fn broken_off(error: &io::Error, was_answered: bool) -> Error {
     }
 }
 
-fn lock<S>(session: &Mutex<S>) -> MutexGuard<'_, S> {
+fn lock(session: &Mutex<CertifiedSession>) -> MutexGuard<'_, CertifiedSession> {
     session.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The receiving side.
-struct TlsReader<S> {
-    session: Arc<Mutex<S>>,
+struct TlsReader {
+    session: Arc<Mutex<CertifiedSession>>,
     socket: Socket,
     raw: Vec<u8>,
     /// The part of `raw` that has not been decrypted yet.
     pending: std::ops::Range<usize>,
 }
 
-impl<S: Session> Read for TlsReader<S> {
+impl Read for TlsReader {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         loop {
             {
@@ -160,13 +131,13 @@ impl<S: Session> Read for TlsReader<S> {
 }
 
 /// The sending side. Messages of the session itself, such as key updates, are sent with the next request.
-struct TlsWriter<S> {
-    session: Arc<Mutex<S>>,
+struct TlsWriter {
+    session: Arc<Mutex<CertifiedSession>>,
     socket: Socket,
     raw: Vec<u8>,
 }
 
-impl<S: Session> Write for TlsWriter<S> {
+impl Write for TlsWriter {
     fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
         self.raw.clear();
         let taken = {

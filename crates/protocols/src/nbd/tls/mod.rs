@@ -1,19 +1,18 @@
 //! TLS for connections.
 //!
 //! ```text
-//!   Credentials ── secure ──► Channel over a Session
-//!    ├ x509          certificates: sessions of rustls
-//!    └ uncertified   pre-shared keys (psk), or anonymous: sessions of OpenSSL, since rustls has neither
+//!   Credentials ── secure ──► Channel
+//!    ├ x509          certificates: a session of rustls
+//!    └ uncertified   pre-shared keys (psk), or anonymous: the program `qemu-img-tls` (helper)
 //! ```
 //!
 //! The credentials files are those of QEMU's documentation, in one directory.
 
 mod channel;
 mod directory;
+pub mod helper;
 mod messages;
-#[cfg(feature = "tls-psk")]
 mod psk;
-#[cfg(feature = "tls-psk")]
 mod uncertified;
 mod x509;
 
@@ -23,9 +22,8 @@ use super::address::Socket;
 use super::connection::Channel;
 use directory::{Directory, accessible};
 pub(super) use messages::UNCLEAN_END;
-#[cfg(all(feature = "tls-psk", feature = "fuzzing"))]
+#[cfg(feature = "fuzzing")]
 pub(super) use psk::find_key;
-#[cfg(feature = "tls-psk")]
 use uncertified::Uncertified;
 use x509::Certificates;
 
@@ -36,7 +34,6 @@ pub(super) struct Credentials(Kind);
 #[derive(Clone, Debug)]
 enum Kind {
     Certificates(Certificates),
-    #[cfg(feature = "tls-psk")]
     Uncertified(Uncertified),
 }
 
@@ -76,17 +73,11 @@ impl Credentials {
             TlsKind::X509 { password_id: None } => {
                 Kind::Certificates(Certificates::load(Directory::of(creds)?, creds.verify_peer)?)
             }
-            #[cfg(feature = "tls-psk")]
             TlsKind::Psk { username } => {
                 let key = psk::load(Directory::of(creds)?, username.as_deref())?;
-                Kind::Uncertified(Uncertified::with_key(key)?)
+                Kind::Uncertified(Uncertified::with_key(creds.helper.as_deref(), key)?)
             }
-            #[cfg(feature = "tls-psk")]
-            TlsKind::Anon => Kind::Uncertified(Uncertified::anonymous()?),
-            #[cfg(not(feature = "tls-psk"))]
-            TlsKind::Psk { .. } => return Err(unavailable("TLS with pre-shared keys is")),
-            #[cfg(not(feature = "tls-psk"))]
-            TlsKind::Anon => return Err(unavailable("TLS with anonymous credentials is")),
+            TlsKind::Anon => Kind::Uncertified(Uncertified::anonymous(creds.helper.as_deref())?),
         };
         Ok(Self(kind))
     }
@@ -98,8 +89,7 @@ impl Credentials {
     pub(super) fn secure(&self, socket: Socket, host: Option<&str>) -> Result<Channel> {
         match &self.0 {
             Kind::Certificates(certificates) => channel::secure(socket, certificates.session(host)?),
-            #[cfg(feature = "tls-psk")]
-            Kind::Uncertified(uncertified) => channel::secure(socket, uncertified.session()?),
+            Kind::Uncertified(uncertified) => uncertified.secure(socket),
         }
     }
 }

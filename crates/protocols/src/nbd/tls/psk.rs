@@ -6,12 +6,7 @@ use diskimage_core::{Error, ErrorKind, Result, ResultExt, name};
 use zeroize::Zeroizing;
 
 use super::directory::{Directory, accessible, read};
-
-/// A key and its name.
-pub(super) struct NamedKey {
-    pub(super) name: Vec<u8>,
-    pub(super) bytes: Zeroizing<Vec<u8>>,
-}
+use super::helper::NamedKey;
 
 /// The default name.
 const DEFAULT_NAME: &str = "qemu";

@@ -20,7 +20,6 @@ use rustls::{
 };
 use zeroize::Zeroizing;
 
-use super::channel::Session;
 use super::directory::{Directory, accessible, read};
 use super::messages::{ALERT, LENGTH, UNDECODABLE, UNEXPECTED, handshake_failed};
 
@@ -221,12 +220,17 @@ pub(super) struct CertifiedSession {
     host: String,
 }
 
-impl Session for CertifiedSession {
-    fn is_handshaking(&self) -> bool {
+impl CertifiedSession {
+    /// Whether the handshake is not complete yet.
+    pub(super) fn is_handshaking(&self) -> bool {
         self.connection.is_handshaking()
     }
 
-    fn feed(&mut self, mut raw: &[u8]) -> Result<usize> {
+    /// Takes encrypted bytes of the peer, as many as there is space for. Returns their number.
+    ///
+    /// # Errors
+    /// An invalid message of the peer; there may be an alert to drain.
+    pub(super) fn feed(&mut self, mut raw: &[u8]) -> Result<usize> {
         let taken = self.connection.read_tls(&mut raw)?;
         self.connection
             .process_new_packets()
@@ -234,15 +238,27 @@ impl Session for CertifiedSession {
         Ok(taken)
     }
 
-    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+    /// Reads decrypted bytes of the peer.
+    ///
+    /// # Errors
+    /// `WouldBlock` until more is fed.
+    pub(super) fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         self.connection.reader().read(buf)
     }
 
-    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+    /// Takes bytes to encrypt for the peer. Returns their number.
+    ///
+    /// # Errors
+    /// A session that has ended.
+    pub(super) fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
         self.connection.writer().write(buf)
     }
 
-    fn drain(&mut self, out: &mut Vec<u8>) -> io::Result<()> {
+    /// Appends the encrypted bytes for the peer to `out`.
+    ///
+    /// # Errors
+    /// None but those of memory.
+    pub(super) fn drain(&mut self, out: &mut Vec<u8>) -> io::Result<()> {
         while self.connection.wants_write() {
             self.connection.write_tls(out)?;
         }
@@ -267,7 +283,7 @@ mod tests {
             config: Arc::new(config),
             verify_peer: false,
         };
-        for (bytes, words) in super::super::messages::tests::INSTEAD_OF_A_HANDSHAKE {
+        for (bytes, words) in diskimage_testing::INSTEAD_OF_A_HANDSHAKE {
             let error = certificates.session(None).unwrap().feed(bytes).unwrap_err();
             assert_eq!(error.chain(), format!("TLS handshake failed: {words}"));
         }
