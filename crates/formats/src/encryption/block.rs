@@ -6,6 +6,7 @@ use cipher::{BlockCipherDecrypt, BlockCipherEncrypt, BlockSizeUser, KeyInit};
 use diskimage_core::{Error, Result};
 
 use super::CipherAlg;
+use super::twofish::Twofish;
 
 /// A block cipher with its key. Dropping it wipes the key from memory.
 pub(crate) trait BlockCipher: Send + Sync {
@@ -27,7 +28,7 @@ pub(crate) fn keyed(alg: CipherAlg, key: &[u8]) -> Result<Box<dyn BlockCipher>> 
             boxed::<serpent::Serpent>(key)
         }
         CipherAlg::Twofish128 | CipherAlg::Twofish192 | CipherAlg::Twofish256 => {
-            boxed::<twofish::Twofish>(key)
+            Ok(Box::new(Twofish::new(key)?))
         }
     }
 }
@@ -37,7 +38,7 @@ pub(crate) fn triple_des(key: &[u8]) -> Result<Box<dyn BlockCipher>> {
     boxed::<des::TdesEde3>(key)
 }
 
-fn boxed<C>(key: &[u8]) -> Result<Box<dyn BlockCipher>>
+pub(super) fn boxed<C>(key: &[u8]) -> Result<Box<dyn BlockCipher>>
 where
     C: KeyInit + BlockCipherEncrypt + BlockCipherDecrypt + Send + Sync + 'static,
 {

@@ -27,6 +27,7 @@ pub(crate) mod legacy_aes;
 mod mode;
 mod secret;
 mod sector;
+mod twofish;
 
 pub(crate) use anti_forensic::{merge, split};
 pub(crate) use block::{BlockCipher, keyed, triple_des};

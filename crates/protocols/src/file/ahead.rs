@@ -25,8 +25,9 @@ const FILE_SYSTEMS: [FsWord; 2] = [0xef53, 0x5846_5342];
 pub(super) struct AllocateAhead(AtomicBool);
 
 impl AllocateAhead {
-    pub(super) fn of(file: &fs::File, kind: FileKind, cache: &CacheMode) -> Self {
-        let gains = kind == FileKind::Regular
+    pub(super) fn of(file: &fs::File, kind: FileKind, write: bool, cache: &CacheMode) -> Self {
+        let gains = write
+            && kind == FileKind::Regular
             && !cache.direct
             && rustix::fs::fstatfs(file).is_ok_and(|found| FILE_SYSTEMS.contains(&found.f_type));
         Self(AtomicBool::new(gains))

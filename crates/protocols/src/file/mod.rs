@@ -154,7 +154,7 @@ impl File {
             ..Limits::default()
         };
         let (engine, aio_fallback) = Engine::new(cache.aio);
-        let ahead = AllocateAhead::of(&file, kind, &cache);
+        let ahead = AllocateAhead::of(&file, kind, write, &cache);
         let this = Self {
             file,
             name: name.clone(),
