@@ -21,6 +21,7 @@ use std::sync::Arc;
 use diskimage_core::{ByteRange, Device, Error, Event, Result, to_index};
 
 use crate::layer_kit::metadata_guard::{Clusters, Kind, Kinds, MetadataGuard};
+use crate::layer_kit::offset::ClusterIndex;
 use crate::layer_kit::page_cache::{Address, MAX_PAGE, Page, PageCache};
 
 /// The class of a table; the order is the order of writing.
@@ -70,6 +71,13 @@ pub(crate) struct Table {
     pub(crate) class: WriteOrder,
     pub(crate) offset: u64,
     pub(crate) len: u64,
+}
+
+impl Table {
+    /// The bytes of the table.
+    pub(crate) fn range(self) -> ByteRange {
+        ByteRange::at(self.offset, self.len)
+    }
 }
 
 /// The cached pages of the tables of a file.
@@ -139,7 +147,7 @@ impl MetadataCache {
     }
 
     /// Marks the clusters of metadata that have more than one user according to `is_shared`.
-    pub(crate) fn mark_shared(&mut self, is_shared: impl Fn(u64) -> bool) {
+    pub(crate) fn mark_shared(&mut self, is_shared: impl Fn(ClusterIndex) -> bool) {
         if let Some(guard) = &mut self.guard {
             guard.mark_shared(is_shared);
         }
@@ -213,7 +221,7 @@ impl MetadataCache {
 
     /// Inserts the pages of a new `table`, dirty and filled with zeroes, without reading the file.
     pub(crate) fn insert_zeroed(&mut self, table: Table) -> Result<()> {
-        self.admit(ByteRange::at(table.offset, table.len), table.class.kinds())?;
+        self.admit(table.range(), table.class.kinds())?;
         for at in (0..table.len).step_by(MAX_PAGE) {
             let address = Address::at(table.offset + at);
             self.pages.remove(address);

@@ -18,6 +18,8 @@ use std::sync::Arc;
 
 use diskimage_core::{Budget, ByteRange, Error, Reservation, Result};
 
+use super::offset::{ClusterIndex, ClusterRange};
+
 /// The kind of metadata in a cluster. Of several kinds, the first in this order is reported.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
@@ -108,7 +110,7 @@ pub(crate) trait DamageReport: std::fmt::Debug + Send + Sync {
 #[derive(Debug)]
 pub(crate) struct MetadataGuard {
     cluster_bits: u32,
-    clusters: BTreeMap<u64, Kinds>,
+    clusters: BTreeMap<ClusterIndex, Kinds>,
     /// The kinds that refuse a write.
     refusing: Kinds,
     report: Arc<dyn DamageReport>,
@@ -161,7 +163,7 @@ impl MetadataGuard {
     }
 
     /// Marks the clusters of tables for which `is_shared` is true and that have one reference in a sound image.
-    pub(crate) fn mark_shared(&mut self, is_shared: impl Fn(u64) -> bool) {
+    pub(crate) fn mark_shared(&mut self, is_shared: impl Fn(ClusterIndex) -> bool) {
         const ALONE: Kinds = Kinds::of(&[
             Kind::Header,
             Kind::ActiveL1,
@@ -190,9 +192,10 @@ impl MetadataGuard {
     /// The first kind of metadata in `range` that refuses a write meant for `own`.
     pub(crate) fn overlap(&self, range: ByteRange, own: Kinds) -> Option<Kind> {
         let refusing = Kinds(self.refusing.0 & !own.0);
+        let clusters = self.clusters_of(range);
         let found = self
             .clusters
-            .range(self.clusters_of(range))
+            .range(clusters.start..clusters.end)
             .fold(0, |all, (_, kinds)| all | kinds.0);
         Kind::ALL
             .into_iter()
@@ -230,15 +233,14 @@ impl MetadataGuard {
         self.room = room.saturating_sub(self.clusters.len() as u64);
     }
 
-    fn clusters_of(&self, range: ByteRange) -> std::ops::Range<u64> {
-        let first = range.start() >> self.cluster_bits;
-        first..range.end().div_ceil(1 << self.cluster_bits).max(first)
+    fn clusters_of(&self, range: ByteRange) -> ClusterRange {
+        ClusterRange::touched(range, self.cluster_bits)
     }
 }
 
 /// A copy of the guarded clusters.
 #[derive(Clone, Debug)]
-pub(crate) struct Clusters(BTreeMap<u64, Kinds>);
+pub(crate) struct Clusters(BTreeMap<ClusterIndex, Kinds>);
 
 #[cfg(test)]
 mod tests {

@@ -604,8 +604,7 @@ impl<S: EntryCodec> TwoLevelMap<S> {
         // Dirty pages are written back before they leave the cache.
         state.tables.clear()?;
         let l1 = self.shape.l1;
-        self.file
-            .write_zeroes(ByteRange::at(l1.offset, l1.len), ZeroMode::KeepAllocated)?;
+        self.file.write_zeroes(l1.range(), ZeroMode::KeepAllocated)?;
         // The empty L1 table must be durable before the storage that it referred to is truncated.
         self.file.flush()?;
         self.file.resize(end.get(), Preallocation::Off)?;

@@ -177,7 +177,7 @@ impl Qcow2 {
         let len = Volume::header_len(algorithms);
         let clusters = len.div_ceil(self.header.geometry.cluster_size());
         let mut state = self.lock();
-        let offset = self.allocate(&mut state, clusters, None)?;
+        let offset = self.allocate(&mut state, clusters, None)?.get();
         let end = offset + clusters * self.header.geometry.cluster_size();
         if self.file.len() < end {
             self.file.resize(end, diskimage_core::Preallocation::Off)?;

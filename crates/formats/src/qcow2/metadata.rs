@@ -11,12 +11,13 @@
 
 use std::sync::Arc;
 
-use diskimage_core::{Device, Result};
+use diskimage_core::{ByteRange, Device, Result};
 
 use super::header::Header;
 use super::refcount::{RefcountChange, Refcounts};
 use crate::layer_kit::metadata_cache::{MetadataCache, Table};
 use crate::layer_kit::metadata_guard::Kind;
+use crate::layer_kit::offset::{ClusterIndex, ClusterRange, HostOffset};
 
 /// The cache of tables and the refcounts in it.
 #[derive(Debug)]
@@ -39,7 +40,7 @@ impl Metadata {
     ///
     /// # Errors
     /// A file that cannot grow any more, and damage.
-    pub(super) fn allocate(&mut self, count: u64, kind: Option<Kind>) -> Result<u64> {
+    pub(super) fn allocate(&mut self, count: u64, kind: Option<Kind>) -> Result<HostOffset> {
         self.refcounts.allocate(&mut self.cache, count, kind)
     }
 
@@ -47,22 +48,22 @@ impl Metadata {
     ///
     /// # Errors
     /// As [`Metadata::allocate`].
-    pub(super) fn allocate_bytes(&mut self, len: u64) -> Result<u64> {
+    pub(super) fn allocate_bytes(&mut self, len: u64) -> Result<HostOffset> {
         self.refcounts.allocate_bytes(&mut self.cache, len)
     }
 
-    /// Decrements the refcount of each cluster that `len` bytes from `offset` on touch. See [`Refcounts::release`].
+    /// Decrements the refcount of each cluster that `range` touches. See [`Refcounts::release`].
     ///
     /// # Errors
     /// Failures to read or write refcount blocks.
-    pub(super) fn release(&mut self, offset: u64, len: u64) -> Result<()> {
-        self.refcounts.release(&mut self.cache, offset, len)
+    pub(super) fn release(&mut self, range: ByteRange) -> Result<()> {
+        self.refcounts.release(&mut self.cache, range)
     }
 
     /// Releases a new table to which nothing refers. If that fails, its clusters leak, which is harmless.
     pub(super) fn release_new_table(&mut self, table: Table) {
         self.cache.forget(table);
-        let released = self.release(table.offset, table.len);
+        let released = self.release(table.range());
         let _ = released.and_then(|()| self.cache.write_back());
     }
 
@@ -70,40 +71,38 @@ impl Metadata {
     ///
     /// # Errors
     /// Failures to read, and damage in the refcount table.
-    pub(super) fn count(&mut self, cluster: u64) -> Result<u64> {
+    pub(super) fn count(&mut self, cluster: ClusterIndex) -> Result<u64> {
         self.refcounts.count(&mut self.cache, cluster)
     }
 
-    /// Checks that the refcounts of `count` clusters from `first` on can be changed. See [`Refcounts::check_run`].
+    /// Checks that the refcounts of `clusters` can be changed. See [`Refcounts::check_run`].
     ///
     /// # Errors
     /// Clusters with a refcount of zero, or refcounts at their maximum.
-    pub(super) fn check_run(&mut self, first: u64, count: u64, change: RefcountChange) -> Result<()> {
-        self.refcounts.check_run(&mut self.cache, first, count, change)
+    pub(super) fn check_run(&mut self, clusters: ClusterRange, change: RefcountChange) -> Result<()> {
+        self.refcounts.check_run(&mut self.cache, clusters, change)
     }
 
-    /// Changes the refcounts of `count` clusters from `first` on, and calls `freed` for each that is free then, in
-    /// order.
+    /// Changes the refcounts of `clusters`, and calls `freed` for each that is free then, in order.
     ///
     /// # Errors
     /// As [`Metadata::check_run`]; the clusters before the failed one are changed.
     pub(super) fn change_run(
         &mut self,
-        first: u64,
-        count: u64,
+        clusters: ClusterRange,
         change: RefcountChange,
-        freed: impl FnMut(u64),
+        freed: impl FnMut(ClusterIndex),
     ) -> Result<()> {
         self.refcounts
-            .change_run(&mut self.cache, first, count, change, freed)
+            .change_run(&mut self.cache, clusters, change, freed)
     }
 
-    /// Replaces `counts` with the refcounts of up to `most` clusters from `first` on, at least of one.
+    /// Replaces `counts` with the refcounts of the first of `clusters`, at least of one.
     ///
     /// # Errors
     /// As [`Metadata::count`].
-    pub(super) fn read_run(&mut self, first: u64, most: u64, counts: &mut Vec<u64>) -> Result<()> {
-        self.refcounts.read_run(&mut self.cache, first, most, counts)
+    pub(super) fn read_run(&mut self, clusters: ClusterRange, counts: &mut Vec<u64>) -> Result<()> {
+        self.refcounts.read_run(&mut self.cache, clusters, counts)
     }
 
     /// Makes all changes of tables durable.
@@ -119,7 +118,7 @@ impl Metadata {
     ///
     /// # Errors
     /// Failures to read, and damage in the refcount table.
-    pub(super) fn counts_beyond(&mut self, first: u64) -> Result<bool> {
+    pub(super) fn counts_beyond(&mut self, first: ClusterIndex) -> Result<bool> {
         self.refcounts.counts_beyond(&mut self.cache, first)
     }
 

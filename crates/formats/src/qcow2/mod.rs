@@ -60,6 +60,7 @@ use self::protection::corruption::Corruption;
 use self::snapshot::SnapshotTable;
 use crate::layer_kit::metadata_cache::{Table, WriteOrder};
 use crate::layer_kit::metadata_guard::Kinds;
+use crate::layer_kit::offset::{ClusterRange, HostOffset};
 use crate::layer_kit::range_claims::RangeClaims;
 use crate::layer_kit::repair_on_open;
 
@@ -357,7 +358,7 @@ impl Qcow2 {
             let mut freed = std::mem::take(&mut state.freed);
             let mut discarded = std::mem::take(&mut state.discarded);
             for range in &freed {
-                state.metadata.release(range.start(), range.len())?;
+                state.metadata.release(*range)?;
             }
             state.metadata.cache.write_back()?;
             if state.freed_storage == FreedStorage::Discarded {
@@ -373,28 +374,30 @@ impl Qcow2 {
 
     /// Discards the storage of clusters that are no longer in use. `freed` is sorted.
     fn punch_holes(&self, state: &mut ImageState, freed: &[ByteRange]) -> Result<()> {
-        let size = self.header.geometry.cluster_size();
+        let bits = self.header.geometry.cluster_bits;
         let mut hole = ByteRange::new(0, 0);
-        for cluster in freed
-            .iter()
-            .flat_map(|range| range.start() / size..range.end() / size)
-        {
+        for cluster in freed.iter().flat_map(|range| {
+            // Without a cluster that ends beyond the range.
+            let (start, end) = (HostOffset::new(range.start()), HostOffset::new(range.end()));
+            ClusterRange::new(start.cluster(bits), end.cluster(bits))
+        }) {
             if state.metadata.count(cluster)? > 0 {
                 continue;
             }
-            if hole.end() != cluster * size {
+            let storage = ClusterRange::at(cluster, 1).bytes(bits);
+            if hole.end() == storage.start() {
+                hole = ByteRange::new(hole.start(), storage.end());
+            } else {
                 self.file.discard(hole)?;
-                hole = ByteRange::at(cluster * size, 0);
+                hole = storage;
             }
-            hole = ByteRange::new(hole.start(), (cluster + 1) * size);
         }
         self.file.discard(hole)
     }
 
     /// Frees host bytes, which were metadata of the kinds `own`, once nothing durable refers to them. In a damaged
     /// image, bytes that also belong to other metadata are not freed.
-    fn free_later(&self, state: &mut ImageState, offset: u64, len: u64, own: Kinds) -> Result<()> {
-        let range = ByteRange::at(offset, len);
+    fn free_later(&self, state: &mut ImageState, range: ByteRange, own: Kinds) -> Result<()> {
         if state.metadata.cache.is_guarded(range, own) {
             return Ok(());
         }

@@ -14,7 +14,7 @@ use super::header::{field, limit};
 use super::{FreedStorage, ImageState, Qcow2};
 use crate::layer_kit::metadata_cache::{Table, WriteOrder};
 use crate::layer_kit::metadata_guard::Kind;
-use crate::layer_kit::offset::GuestOffset;
+use crate::layer_kit::offset::{GuestOffset, HostOffset};
 
 impl Qcow2 {
     /// Refuses an impossible resize before anything has changed.
@@ -163,7 +163,7 @@ impl Qcow2 {
         let offset = self.allocate(state, clusters, Some(Kind::ActiveL1))?;
         let table = Table {
             class: WriteOrder::L1,
-            offset,
+            offset: offset.get(),
             len: entries * 8,
         };
         if let Err(error) = self.write_grown_l1(state, old, table) {
@@ -172,7 +172,7 @@ impl Qcow2 {
         }
         let mut location = [0; 12];
         location[..4].copy_from_slice(U32::new(count).as_bytes());
-        location[4..].copy_from_slice(U64::new(offset).as_bytes());
+        location[4..].copy_from_slice(U64::new(table.offset).as_bytes());
         self.file.event(Event::L1_GROW_ACTIVATE_TABLE);
         self.file.write_at(&location, field::L1_SIZE)?;
         // From here on readers find the new table.
@@ -180,7 +180,7 @@ impl Qcow2 {
         state.metadata.cache.sync()?;
         if old.len > 0 {
             state.metadata.cache.forget(old);
-            self.free_later(state, old.offset, old.len, WriteOrder::L1.kinds())?;
+            self.free_later(state, old.range(), WriteOrder::L1.kinds())?;
         }
         Ok(())
     }
@@ -274,7 +274,7 @@ impl Qcow2 {
             let guest = GuestOffset::new(index * self.header.geometry.l2_coverage());
             if let Some(l2) = self.l2_table(&mut state.metadata.cache, l1, guest)? {
                 state.metadata.cache.set_number(l1, index * 8, 0)?;
-                self.free_later(&mut state, l2.offset, l2.len, WriteOrder::L2.kinds())?;
+                self.free_later(&mut state, l2.range(), WriteOrder::L2.kinds())?;
             }
         }
         Ok(())
@@ -302,19 +302,19 @@ impl Qcow2 {
         metadata
             .drop_empty_blocks()
             .context(|| "Failed to discard unused refblocks")?;
-        let mut end = self.file.len().div_ceil(1 << bits);
-        // In a damaged image a cluster with a refcount of zero may be in use.
-        while end > 0
-            && metadata.count(end - 1)? == 0
-            && metadata
-                .refcounts
-                .references_to(end - 1)
-                .is_none_or(|uses| uses == 0)
-        {
-            end -= 1;
+        let mut end = HostOffset::new(self.file.len()).cluster_end(bits);
+        while let Some(last) = end.before() {
+            // In a damaged image a cluster with a refcount of zero may be in use.
+            let is_counted = metadata.count(last)? > 0;
+            let known = metadata.refcounts.references_to(last);
+            if is_counted || known.is_some_and(|uses| uses > 0) {
+                break;
+            }
+            end = last;
         }
-        if end << bits < self.file.len() {
-            self.file.resize(end << bits, Preallocation::Off)
+        let len = end.offset(bits).get();
+        if len < self.file.len() {
+            self.file.resize(len, Preallocation::Off)
         } else {
             Ok(())
         }

@@ -224,13 +224,13 @@ impl Qcow2 {
         if self.has_data_file() {
             return Ok(HostOffset::new(guest.get()));
         }
-        self.allocate(state, count, None).map(HostOffset::new)
+        self.allocate(state, count, None)
     }
 
     /// Releases clusters that were allocated but to which nothing refers.
     fn release_unused(&self, state: &mut ImageState, entry: L2Entry) -> Result<()> {
         match entry.host_clusters(self.header.geometry) {
-            Some(host) if !self.has_data_file() => state.metadata.release(host.start(), host.len()),
+            Some(host) if !self.has_data_file() => state.metadata.release(host),
             _ => Ok(()),
         }
     }
@@ -238,9 +238,7 @@ impl Qcow2 {
     /// Frees the clusters of an entry that has been replaced.
     pub(super) fn free_replaced(&self, state: &mut ImageState, entry: L2Entry) -> Result<()> {
         match entry.host_clusters(self.header.geometry) {
-            Some(host) if !self.has_data_file() => {
-                self.free_later(state, host.start(), host.len(), Kinds::NONE)
-            }
+            Some(host) if !self.has_data_file() => self.free_later(state, host, Kinds::NONE),
             _ => Ok(()),
         }
     }
@@ -252,7 +250,7 @@ impl Qcow2 {
         let shared = self.l2_table(&mut state.metadata.cache, state.l1, guest)?;
         if let Some(table) = shared {
             self.count_before_write(state)?;
-            if entry & COPIED != 0 && self.is_used_once(state, table.offset) {
+            if entry & COPIED != 0 && self.is_used_once(state, HostOffset::new(table.offset)) {
                 return Ok(table);
             }
         }
@@ -260,7 +258,7 @@ impl Qcow2 {
         let offset = self.allocate(state, 1, Some(Kind::ActiveL2))?;
         let table = Table {
             class: WriteOrder::L2,
-            offset,
+            offset: offset.get(),
             len,
         };
         state.metadata.cache.insert_zeroed(table)?;
@@ -272,9 +270,12 @@ impl Qcow2 {
                 at += part.len() as u64;
             }
         }
-        state.metadata.cache.set_number(state.l1, at, offset | COPIED)?;
+        state
+            .metadata
+            .cache
+            .set_number(state.l1, at, table.offset | COPIED)?;
         if let Some(old) = shared {
-            self.free_later(state, old.offset, old.len, WriteOrder::L2.kinds())?;
+            self.free_later(state, old.range(), WriteOrder::L2.kinds())?;
         }
         Ok(table)
     }
@@ -289,7 +290,7 @@ impl Qcow2 {
             Cluster::Host(offset) if entry.copied => {
                 let cluster = offset.range(self.header.geometry.cluster_size());
                 state.metadata.cache.admit(cluster, Kinds::NONE)?;
-                Ok(self.is_used_once(state, offset.get()).then_some(offset))
+                Ok(self.is_used_once(state, offset).then_some(offset))
             }
             _ => Ok(None),
         }
@@ -315,7 +316,7 @@ impl Qcow2 {
             let index = geometry.l2_index(guest);
             self.count_before_allocating(state, 1)?;
             let old = self.read_entry(&mut state.metadata.cache, l2, index)?;
-            offset = HostOffset::new(state.metadata.allocate_bytes(len)?);
+            offset = state.metadata.allocate_bytes(len)?;
             let kind = Cluster::Compressed { offset, stored: len };
             let new = L2Entry {
                 kind,
@@ -485,7 +486,7 @@ impl Qcow2 {
             }
             let l2 = self.ensure_l2(&mut state, guest)?;
             let first = geometry.l2_index(guest);
-            for index in first..first + (part.len() >> geometry.cluster_bits) {
+            for index in first..first + part.len() / geometry.cluster_size() {
                 let old = self.read_entry(&mut state.metadata.cache, l2, index)?;
                 if let Some(new) = change(old).filter(|new| *new != old) {
                     self.write_entry(&mut state.metadata.cache, l2, index, new)?;
@@ -493,7 +494,7 @@ impl Qcow2 {
                         continue;
                     }
                     if let Cluster::Host(offset) = old.kind {
-                        let storage = ByteRange::at(offset.get(), geometry.cluster_size());
+                        let storage = offset.range(geometry.cluster_size());
                         if !self.has_data_file() {
                             state.discarded.push(storage);
                         } else if in_data_file.end() == offset.get() {

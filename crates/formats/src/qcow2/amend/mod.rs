@@ -316,7 +316,7 @@ impl Qcow2 {
         self.patch_header(|head| {
             head[WIDTH_AT..WIDTH_AT + 4].copy_from_slice(&order.to_be_bytes());
             let at = TABLE_AT;
-            head[at..at + 8].copy_from_slice(&new.table_offset.to_be_bytes());
+            head[at..at + 8].copy_from_slice(&new.table_offset.get().to_be_bytes());
             head[at + 8..at + 12].copy_from_slice(&new.table_clusters.to_be_bytes());
         })?;
         let image = self.reopen()?;

@@ -4,7 +4,7 @@ use diskimage_core::{Result, ZeroMode};
 
 use crate::layer_kit::metadata_cache::Table;
 use crate::layer_kit::metadata_guard::Kinds;
-use crate::layer_kit::offset::{GuestOffset, HostOffset};
+use crate::layer_kit::offset::{ClusterRange, GuestOffset, HostOffset};
 use crate::qcow2::entry::{Cluster, L2Entry, OFFSET_MASK, Subclusters};
 use crate::qcow2::refcount::RefcountChange;
 use crate::qcow2::{ImageState, Qcow2};
@@ -56,7 +56,7 @@ impl Qcow2 {
             {
                 // Each tree that shares this table has incremented the refcount of the cluster.
                 for _ in 0..users {
-                    self.free_later(state, host.start(), host.len(), Kinds::NONE)?;
+                    self.free_later(state, host, Kinds::NONE)?;
                 }
             }
         }
@@ -71,7 +71,10 @@ impl Qcow2 {
         users: u64,
         guest: GuestOffset,
     ) -> Result<L2Entry> {
-        let size = self.header.geometry.cluster_size();
+        let (bits, size) = (
+            self.header.geometry.cluster_bits,
+            self.header.geometry.cluster_size(),
+        );
         let own = match old.kind {
             // No other table refers to this storage.
             Cluster::Host(offset) if self.count_at(state, offset)? == users => Some(offset),
@@ -87,12 +90,10 @@ impl Qcow2 {
                 offset
             }
             None => {
-                let offset = HostOffset::new(self.allocate(state, 1, None)?);
+                let offset = self.allocate(state, 1, None)?;
                 for _ in 1..users {
-                    let cluster = offset.unit(size);
-                    state
-                        .metadata
-                        .change_run(cluster, 1, RefcountChange::Up, |_| ())?;
+                    let cluster = ClusterRange::at(offset.cluster(bits), 1);
+                    state.metadata.change_run(cluster, RefcountChange::Up, |_| ())?;
                 }
                 self.data_at(guest, offset)
                     .write_zeroes(offset.range(size), ZeroMode::KeepAllocated)?;
@@ -108,6 +109,6 @@ impl Qcow2 {
     fn count_at(&self, state: &mut ImageState, offset: HostOffset) -> Result<u64> {
         state
             .metadata
-            .count(offset.unit(self.header.geometry.cluster_size()))
+            .count(offset.cluster(self.header.geometry.cluster_bits))
     }
 }

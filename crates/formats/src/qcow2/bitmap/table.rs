@@ -313,7 +313,7 @@ impl Qcow2 {
             return Ok(0);
         }
         let clusters = (bytes.len() as u64).div_ceil(self.header.geometry.cluster_size());
-        let offset = self.allocate(state, clusters, kind)?;
+        let offset = self.allocate(state, clusters, kind)?.get();
         self.file.write_at(bytes, offset)?;
         Ok(offset)
     }

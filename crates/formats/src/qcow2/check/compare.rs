@@ -5,8 +5,9 @@ use diskimage_core::{ByteRange, Repair, Result, saturating_index};
 
 use super::Check;
 use super::stored::{self, BlockEntry};
+use crate::layer_kit::offset::{ClusterIndex, ClusterRange};
 use crate::qcow2::hex::hex;
-use crate::qcow2::refcount::counts::PAGE;
+use crate::qcow2::refcount::counts::page_runs;
 
 /// How a difference between the two counts of a cluster is handled.
 #[derive(Clone, Copy, Debug)]
@@ -28,13 +29,14 @@ impl Check<'_> {
             keep,
             discard: self.report.corruptions == 0,
         };
-        let per_block = self.geometry.refcount_block_entries();
-        let end = self.clusters;
+        let first = ClusterIndex::new(0);
+        let blocks_before = |end| self.geometry.block_indices(ClusterRange::new(first, end)).end;
         // Further blocks have neither a reference nor a stored refcount.
-        let blocks = (self.stored.table.len() as u64).max(self.counts.end().div_ceil(per_block));
-        let mut highest = 0;
-        for index in 0..blocks.min(end.div_ceil(per_block)) {
-            let clusters = index * per_block..((index + 1) * per_block).min(end);
+        let blocks = (self.stored.table.len() as u64).max(blocks_before(self.counts.end()));
+        let mut highest = first;
+        for index in 0..blocks.min(blocks_before(self.end)) {
+            let counted = self.geometry.counted_clusters(index);
+            let clusters = ClusterRange::new(counted.start, counted.end.min(self.end));
             match self.stored.block_entry(index) {
                 BlockEntry::Unaligned(offset) => {
                     let what = format!(
@@ -42,12 +44,13 @@ impl Check<'_> {
                         hex(index)
                     );
                     self.mark_corrupt(&what)?;
-                    self.report.check_errors += clusters.end - clusters.start;
-                    for cluster in clusters.clone() {
+                    self.report.check_errors += clusters.len();
+                    for cluster in clusters {
                         if self.reported > super::MAX_NOTES {
                             break;
                         }
                         let reason = diskimage_core::Error::from_errno(errno::EIO);
+                        let cluster = cluster.get();
                         self.report_line(format!("Can't get refcount for cluster {cluster}: {reason}"));
                     }
                     if keep {
@@ -63,43 +66,38 @@ impl Check<'_> {
                     };
                     let changed = self.compare_block(clusters, Some(&mut bytes), how, &mut highest);
                     if let Ok(true) = changed {
-                        self.file.write_at(&bytes, offset)?;
+                        self.file.write_at(&bytes, offset.get())?;
                     }
                     self.stored.return_block(bytes);
                     changed?;
                 }
             }
         }
-        self.report.image_end_offset = (highest + 1) << self.geometry.cluster_bits;
+        self.report.image_end_offset = highest.plus(1).offset(self.geometry.cluster_bits).get();
         Ok(())
     }
 
     /// Compares the counts of one block. Returns whether its bytes were changed.
     fn compare_block(
         &mut self,
-        clusters: std::ops::Range<u64>,
+        clusters: ClusterRange,
         mut bytes: Option<&mut Vec<u8>>,
         how: Compare,
-        highest: &mut u64,
+        highest: &mut ClusterIndex,
     ) -> Result<bool> {
-        let per_block = self.geometry.refcount_block_entries();
-        let order = self.geometry.refcount_order;
+        let (geometry, order) = (self.geometry, self.geometry.refcount_order);
         let mut changed = false;
         let mut freed = ByteRange::new(0, 0);
-        let mut at = clusters.start;
-        while at < clusters.end {
-            let stop = (at / PAGE as u64 + 1) * PAGE as u64;
-            let part = at..stop.min(clusters.end);
-            at = part.end;
+        for part in page_runs(clusters) {
             let nothing_stored = bytes.as_ref().is_none_or(|bytes| {
-                is_part_zero(bytes, part.start % per_block, part.end - part.start, order)
+                is_part_zero(bytes, geometry.index_in_block(part.start), part.len(), order)
             });
             if nothing_stored && self.counts.is_page_zero(part.start) {
                 continue;
             }
             for cluster in part {
                 let counted = self.counts.of(cluster);
-                let index = cluster % per_block;
+                let index = geometry.index_in_block(cluster);
                 let stored = match &bytes {
                     Some(bytes) => stored::read(bytes, index, order)?,
                     None => 0,
@@ -131,9 +129,8 @@ impl Check<'_> {
     }
 
     /// Adds `cluster` to the range `freed`. If the cluster does not follow the range, the range is discarded first.
-    fn extend_freed(&self, freed: ByteRange, cluster: u64) -> Result<ByteRange> {
-        let bits = self.geometry.cluster_bits;
-        let range = ByteRange::new(cluster << bits, (cluster + 1) << bits);
+    fn extend_freed(&self, freed: ByteRange, cluster: ClusterIndex) -> Result<ByteRange> {
+        let range = ClusterRange::at(cluster, 1).bytes(self.geometry.cluster_bits);
         let range = range.intersect(ByteRange::new(0, self.file_len));
         if freed.end() == range.start() && !freed.is_empty() {
             return Ok(ByteRange::new(freed.start(), range.end()));
@@ -145,7 +142,13 @@ impl Check<'_> {
     }
 
     /// Reports a difference. Returns whether the stored refcount is to be repaired.
-    fn report_difference(&mut self, cluster: u64, stored: u64, counted: u64, repair: Repair) -> bool {
+    fn report_difference(
+        &mut self,
+        cluster: ClusterIndex,
+        stored: u64,
+        counted: u64,
+        repair: Repair,
+    ) -> bool {
         let fix = if stored == 0 {
             // The cluster counts as free, so it may have been allocated again, even for a refcount structure.
             self.rebuild = true;
@@ -167,16 +170,17 @@ impl Check<'_> {
             (false, false) => self.report.leaks += 1,
         }
         self.report_line(format!(
-            "{verb} cluster {cluster} refcount={stored} reference={counted}"
+            "{verb} cluster {} refcount={stored} reference={counted}",
+            cluster.get()
         ));
         fix
     }
 
     /// The stored refcount of a cluster after [`Check::compare`] with `keep`; `None` if it cannot be read.
     #[inline]
-    pub(super) fn refcount(&mut self, cluster: u64) -> Result<Option<u64>> {
-        if cluster < self.clusters {
-            if self.unreadable.iter().any(|range| range.contains(&cluster)) {
+    pub(super) fn refcount(&mut self, cluster: ClusterIndex) -> Result<Option<u64>> {
+        if cluster < self.end {
+            if self.unreadable.iter().any(|range| range.contains(cluster)) {
                 return Ok(None);
             }
             return Ok(Some(self.counts.of(cluster)));

@@ -7,6 +7,7 @@ use diskimage_core::{Repair, Result, is_zero, to_index};
 use super::Check;
 use super::entries::EntryKind;
 use super::references::MAX_VISITS;
+use crate::layer_kit::offset::{ClusterIndex, HostOffset};
 use crate::qcow2::entry::{COMPRESSED, COPIED, OFFSET_MASK};
 
 /// Bytes of the L1 table that are read at once.
@@ -54,7 +55,7 @@ impl Check<'_> {
         if l2 == 0 {
             return Ok(entry);
         }
-        let Some(count) = self.refcount(l2 >> self.geometry.cluster_bits)? else {
+        let Some(count) = self.refcount(HostOffset::new(l2).cluster(self.geometry.cluster_bits))? else {
             return Ok(entry);
         };
         if (count == 1) == (entry & COPIED != 0) {
@@ -65,11 +66,11 @@ impl Check<'_> {
         Ok(if fix { entry ^ COPIED } else { entry })
     }
 
-    fn check_l2(&mut self, offset: u64, fix: bool, seen: &mut HashMap<u64, u64>) -> Result<()> {
+    fn check_l2(&mut self, offset: u64, fix: bool, seen: &mut HashMap<ClusterIndex, u64>) -> Result<()> {
         if offset == 0 || !offset.is_multiple_of(self.geometry.cluster_size()) {
             return Ok(());
         }
-        let cluster = offset >> self.geometry.cluster_bits;
+        let cluster = HostOffset::new(offset).cluster(self.geometry.cluster_bits);
         if self.repeated_l2.contains_key(&cluster) {
             let visits = seen.entry(cluster).or_insert(0);
             *visits += 1;
@@ -107,7 +108,7 @@ impl Check<'_> {
             let count = if data_file {
                 Some(1)
             } else {
-                self.refcount((standard & OFFSET_MASK) >> bits)?
+                self.refcount(HostOffset::new(standard & OFFSET_MASK).cluster(bits))?
             };
             let Some(count) = count else { continue };
             if (count == 1) == (standard & COPIED != 0) {

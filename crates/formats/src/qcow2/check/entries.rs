@@ -5,6 +5,7 @@ use std::sync::Arc;
 use diskimage_core::{ByteRange, Encoded, Repair, Result, to_index};
 
 use super::Check;
+use crate::layer_kit::offset::HostOffset;
 use crate::qcow2::entry::{COMPRESSED, COPIED, OFFSET_MASK, ZERO};
 use crate::qcow2::header::feature::Incompatible;
 
@@ -105,7 +106,7 @@ impl Check<'_> {
             let host = standard & OFFSET_MASK;
             let is_inside = host.saturating_add(self.geometry.cluster_size()) <= self.file_len;
             if plain && standard & odd == 0 && host != 0 && is_inside {
-                if self.counts.add(host >> bits, 1)? > 0 {
+                if self.counts.add(HostOffset::new(host).cluster(bits), 1)? > 0 {
                     // The count is at its limit: this reports it.
                     self.region(host, 1 << bits, 1)?;
                 }

@@ -28,7 +28,6 @@ mod stored;
 mod tests;
 
 use std::collections::{BTreeSet, HashMap};
-use std::ops::Range;
 
 use diskimage_core::errno;
 use diskimage_core::{CheckReport, Device, Error, Note, Progress, Repair, Result};
@@ -44,6 +43,7 @@ use super::refcount::counts::ClusterCounts;
 use super::refcount::{Refcounts, References};
 use super::{ImageState, Qcow2};
 use crate::layer_kit::metadata_cache::MetadataCache;
+use crate::layer_kit::offset::{ClusterIndex, ClusterRange};
 
 impl Qcow2 {
     /// Checks the image and repairs as far as `repair` allows.
@@ -118,8 +118,8 @@ struct Check<'a> {
     header: Header,
     geometry: Geometry,
     file_len: u64,
-    /// The number of clusters that are compared: those of the file, and the incomplete one at its end.
-    clusters: u64,
+    /// The end of the clusters that are compared: those of the file, and the incomplete one at its end.
+    end: ClusterIndex,
     repair: Repair,
     progress: &'a Progress<'a>,
     report: CheckReport,
@@ -131,12 +131,12 @@ struct Check<'a> {
     /// The count at which counting saturates.
     max_count: u64,
     /// Clusters beyond the end of the file that are referred to.
-    dangling: BTreeSet<u64>,
+    dangling: BTreeSet<ClusterIndex>,
     stored: StoredRefcounts,
     /// L2 tables that are referred to more than once, by cluster, and the number of references after the first.
-    repeated_l2: HashMap<u64, u64>,
+    repeated_l2: HashMap<ClusterIndex, u64>,
     /// Clusters whose stored refcounts cannot be read.
-    unreadable: Vec<Range<u64>>,
+    unreadable: Vec<ClusterRange>,
     /// Ranges in which entries of tables must not be repaired.
     protected: Protected,
     /// All references, counted before the first entry of an L2 table was repaired.
@@ -170,7 +170,7 @@ impl<'a> Check<'a> {
             image,
             file,
             file_len: file.len(),
-            clusters: 0,
+            end: ClusterIndex::new(0),
             header,
             geometry,
             repair,

@@ -9,6 +9,7 @@ use diskimage_core::{ByteRange, Result};
 
 use super::Check;
 use super::stored;
+use crate::layer_kit::offset::{ClusterIndex, HostOffset};
 use crate::qcow2::refcount::counts::ClusterCounts;
 
 /// The ranges of all metadata except L2 tables and inactive L1 tables.
@@ -51,8 +52,8 @@ impl Check<'_> {
         if !self.protected.may_change_l2(offset) {
             return Ok(false);
         }
-        let cluster = offset >> self.geometry.cluster_bits;
-        let is_only_l2 = |counts: &ClusterCounts, repeated_l2: &HashMap<u64, u64>| {
+        let cluster = HostOffset::new(offset).cluster(self.geometry.cluster_bits);
+        let is_only_l2 = |counts: &ClusterCounts, repeated_l2: &HashMap<ClusterIndex, u64>| {
             counts.of(cluster) <= repeated_l2.get(&cluster).map_or(1, |more| more + 1)
         };
         // Counts that saturate early do not show a second use.

@@ -17,19 +17,18 @@ use zerocopy::IntoBytes;
 use zerocopy::byteorder::big_endian::{U32, U64};
 
 use super::{Check, stored};
+use crate::layer_kit::offset::{ClusterIndex, ClusterRange, HostOffset};
 use crate::qcow2::header::{field, limit};
 
 /// The most rounds of allocating the table. A round is repeated only if the table needs more blocks, so few are needed.
 const MAX_ROUNDS: u32 = 64;
 
-/// The host offsets of the new structures.
-#[derive(Debug, Default)]
+/// The clusters of the new structures.
+#[derive(Debug)]
 struct NewStructures {
-    /// The offset of each block, by its index in the table.
-    blocks: BTreeMap<u64, u64>,
-    table: u64,
-    /// The number of clusters of the table.
-    table_clusters: u64,
+    /// The cluster of each block, by its index in the table.
+    blocks: BTreeMap<u64, ClusterIndex>,
+    table: ClusterRange,
 }
 
 impl Check<'_> {
@@ -42,9 +41,10 @@ impl Check<'_> {
             return Err(error);
         }
         self.file.flush()?;
+        let table = plan.table.bytes(self.geometry.cluster_bits);
         let mut location = [0; 12];
-        let clusters = u32::try_from(plan.table_clusters).map_err(|_| Error::from_errno(errno::EFBIG))?;
-        location[..8].copy_from_slice(U64::new(plan.table).as_bytes());
+        let clusters = u32::try_from(plan.table.len()).map_err(|_| Error::from_errno(errno::EFBIG))?;
+        location[..8].copy_from_slice(U64::new(table.start()).as_bytes());
         location[8..].copy_from_slice(U32::new(clusters).as_bytes());
         self.file.write_at(&location, field::REFCOUNT_TABLE)?;
         self.file.flush()?;
@@ -56,16 +56,14 @@ impl Check<'_> {
     /// header changes, readers use the old blocks.
     fn protect_old_blocks(&mut self) -> Result<()> {
         let bits = self.geometry.cluster_bits;
-        let end = self.file_len.div_ceil(self.geometry.cluster_size());
+        let end = HostOffset::new(self.file_len).cluster_end(bits);
         for index in 0..self.stored.table.len() {
-            let offset = self.stored.table[index] & stored::OFFSET_MASK;
-            let Some(last) = offset.checked_add(self.geometry.cluster_size() - 1) else {
-                continue;
-            };
-            if offset == 0 {
+            let offset = HostOffset::new(self.stored.table[index] & stored::OFFSET_MASK);
+            let size = self.geometry.cluster_size();
+            if offset.get() == 0 || offset.checked_plus(size - 1).is_none() {
                 continue;
             }
-            for cluster in (offset >> bits)..=(last >> bits) {
+            for cluster in ClusterRange::touched(offset.range(size), bits) {
                 if cluster < end && self.counts.of(cluster) == 0 {
                     self.counts.add(cluster, 1)?;
                 }
@@ -75,7 +73,11 @@ impl Check<'_> {
     }
 
     fn plan_structures(&mut self) -> Result<NewStructures> {
-        let mut plan = NewStructures::default();
+        let first = ClusterIndex::new(0);
+        let mut plan = NewStructures {
+            blocks: BTreeMap::new(),
+            table: ClusterRange::at(first, 0),
+        };
         self.allocate_blocks(&mut plan)?;
         for _ in 0..MAX_ROUNDS {
             let entries = plan.blocks.last_key_value().map_or(1, |(index, _)| index + 1);
@@ -83,19 +85,17 @@ impl Check<'_> {
             if clusters > limit::REFCOUNT_TABLE_BYTES >> self.geometry.cluster_bits {
                 return Err(Error::from_errno(errno::EFBIG));
             }
-            let first = self.counts.first_free(0, clusters);
-            for cluster in first..first + clusters {
+            plan.table = ClusterRange::at(self.counts.first_free(first, clusters), clusters);
+            for cluster in plan.table {
                 self.counts.add(cluster, 1)?;
             }
             // The table's own clusters may need another block.
             self.allocate_blocks(&mut plan)?;
             let last = plan.blocks.last_key_value().map_or(0, |(index, _)| *index);
             if last < clusters * self.geometry.cluster_size() / 8 {
-                plan.table = first << self.geometry.cluster_bits;
-                plan.table_clusters = clusters;
                 return Ok(plan);
             }
-            for cluster in first..first + clusters {
+            for cluster in plan.table {
                 self.counts.set(cluster, 0)?;
             }
         }
@@ -104,50 +104,46 @@ impl Check<'_> {
 
     /// Allocates a cluster for each missing block.
     fn allocate_blocks(&mut self, plan: &mut NewStructures) -> Result<()> {
-        let per_block = self.geometry.refcount_block_entries();
-        let mut at = 0;
+        let mut at = ClusterIndex::new(0);
         while let Some(used) = self.counts.next_used(at) {
-            let index = used / per_block;
+            let index = self.geometry.block_index(used);
+            let counted = self.geometry.counted_clusters(index);
             if let std::collections::btree_map::Entry::Vacant(slot) = plan.blocks.entry(index) {
-                let cluster = self.counts.first_free(index * per_block, 1);
-                if cluster >= limit::HOST_OFFSET >> self.geometry.cluster_bits {
+                let cluster = self.counts.first_free(counted.start, 1);
+                if cluster >= self.geometry.cluster_limit() {
                     return Err(Error::from_errno(errno::EFBIG));
                 }
                 self.counts.add(cluster, 1)?;
-                slot.insert(cluster << self.geometry.cluster_bits);
+                slot.insert(cluster);
             }
-            at = (index + 1) * per_block;
+            at = counted.end;
         }
         Ok(())
     }
 
     fn write_structures(&self, plan: &NewStructures) -> Result<()> {
         let len = to_index(self.geometry.cluster_size())?;
-        let per_block = self.geometry.refcount_block_entries();
-        let mut block = vec![0; len];
-        for (index, offset) in &plan.blocks {
-            block.fill(0);
-            let end = (index + 1) * per_block;
-            let mut at = index * per_block;
-            while let Some(cluster) = self.counts.next_used(at).filter(|cluster| *cluster < end) {
-                let count = self.counts.of(cluster);
-                stored::write(
-                    &mut block,
-                    cluster % per_block,
-                    self.geometry.refcount_order,
-                    count,
-                )?;
-                at = cluster + 1;
+        let (geometry, bits) = (self.geometry, self.geometry.cluster_bits);
+        let mut bytes = vec![0; len];
+        for (index, block) in &plan.blocks {
+            bytes.fill(0);
+            let counted = geometry.counted_clusters(*index);
+            let mut at = counted.start;
+            while let Some(used) = self.counts.next_used(at).filter(|used| *used < counted.end) {
+                let slot = geometry.index_in_block(used);
+                stored::write(&mut bytes, slot, geometry.refcount_order, self.counts.of(used))?;
+                at = used.plus(1);
             }
-            self.file.write_at(&block, *offset)?;
+            self.file.write_at(&bytes, block.offset(bits).get())?;
         }
-        let mut table = vec![0; to_index(plan.table_clusters << self.geometry.cluster_bits)?];
-        for (index, offset) in &plan.blocks {
+        let range = plan.table.bytes(bits);
+        let mut table = vec![0; to_index(range.len())?];
+        for (index, block) in &plan.blocks {
             let slot = usize::try_from(*index)
                 .ok()
                 .and_then(|i| table.as_chunks_mut::<8>().0.get_mut(i));
-            *slot.ok_or_else(|| Error::from_errno(errno::EFBIG))? = offset.to_be_bytes();
+            *slot.ok_or_else(|| Error::from_errno(errno::EFBIG))? = block.offset(bits).get().to_be_bytes();
         }
-        self.file.write_at(&table, plan.table)
+        self.file.write_at(&table, range.start())
     }
 }

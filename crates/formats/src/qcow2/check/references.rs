@@ -10,6 +10,7 @@ use diskimage_core::{ByteRange, Error, Note, Preallocation, Repair, Result, is_z
 use super::Check;
 use super::entries::Walk;
 use super::stored;
+use crate::layer_kit::offset::{ClusterIndex, ClusterRange, HostOffset};
 use crate::qcow2::entry::OFFSET_MASK;
 
 /// The bits of an L1 entry that must be zero.
@@ -39,7 +40,7 @@ impl Check<'_> {
         self.counted = false;
         self.repeated_l2.clear();
         self.protected = self.protected_ranges();
-        self.clusters = self.file_len.div_ceil(self.geometry.cluster_size());
+        self.end = HostOffset::new(self.file_len).cluster_end(self.geometry.cluster_bits);
         self.report.total_clusters = self.header.size.div_ceil(self.geometry.cluster_size());
         self.region(0, self.geometry.cluster_size(), 1)?;
         let mut unaligned = 0;
@@ -79,15 +80,16 @@ impl Check<'_> {
             return Ok(());
         };
         let bits = self.geometry.cluster_bits;
-        self.clusters = self.clusters.max(end.div_ceil(cluster_size));
-        for cluster in (offset >> bits)..end.div_ceil(cluster_size) {
+        let clusters = ClusterRange::touched(ByteRange::new(offset, end), bits);
+        self.end = self.end.max(clusters.end);
+        for cluster in clusters {
             let over = self.counts.add(cluster, times)?;
             if over > 0 {
                 self.report.corruptions += over - 1;
                 self.corruption(format!(
                     "ERROR: overflow cluster offset={:#x}\nUse qemu-img amend to increase the refcount entry width or \
                      qemu-img convert to create a clean copy if the image cannot be opened for writing",
-                    cluster << bits
+                    cluster.offset(bits).get()
                 ));
             }
         }
@@ -97,8 +99,8 @@ impl Check<'_> {
     /// Records the clusters of a region beyond the end of the file.
     fn note_dangling(&mut self, offset: u64, size: u64) -> Result<()> {
         let bits = self.geometry.cluster_bits;
-        let last = offset.saturating_add(size - 1) >> bits;
-        for cluster in (offset >> bits).max(self.clusters)..=last {
+        let clusters = ClusterRange::touched(ByteRange::at(offset, size), bits);
+        for cluster in ClusterRange::new(clusters.start.max(self.end), clusters.end) {
             // A check continues; an image that is opened for writing is refused.
             if self.dangling.len() >= super::MAX_DANGLING {
                 break;
@@ -159,7 +161,7 @@ impl Check<'_> {
             self.corruption(format!("ERROR found L1 entry with reserved bits set: {entry:x}"));
         }
         let l2 = entry & OFFSET_MASK;
-        let cluster = l2 >> self.geometry.cluster_bits;
+        let cluster = HostOffset::new(l2).cluster(self.geometry.cluster_bits);
         let known = self.counts.of(cluster) > 0;
         self.require_whole("L2 table", l2, self.geometry.cluster_size());
         self.region(l2, self.geometry.cluster_size(), 1)?;
@@ -228,7 +230,7 @@ impl Check<'_> {
 
     /// Counts the references to L2 tables beyond the first [`MAX_VISITS`].
     fn count_remaining_l2_references(&mut self) -> Result<()> {
-        let mut tables: Vec<(u64, u64)> = self
+        let mut tables: Vec<(ClusterIndex, u64)> = self
             .repeated_l2
             .iter()
             .filter(|(_, visits)| **visits >= MAX_VISITS)
@@ -237,7 +239,7 @@ impl Check<'_> {
         tables.sort_unstable();
         for (cluster, times) in tables {
             self.count_l2(&Walk {
-                table: cluster << self.geometry.cluster_bits,
+                table: cluster.offset(self.geometry.cluster_bits).get(),
                 times,
                 // The guest ranges were checked by the earlier walks.
                 disk: ByteRange::new(0, 0),
@@ -292,7 +294,7 @@ impl Check<'_> {
             }
             self.report.corruptions_fixed += 1;
         }
-        let cluster = offset >> self.geometry.cluster_bits;
+        let cluster = HostOffset::new(offset).cluster(self.geometry.cluster_bits);
         // A block whose cluster has another use must not be written to. Counts that saturate early do not show that.
         self.rebuild |= self.counts.of(cluster) > 0;
         self.require_whole("refcount block", offset, cluster_size);
@@ -314,7 +316,9 @@ impl Check<'_> {
             self.report_note(&Note::Error(format!("Could not resize file: {}", error.root())));
         })?;
         self.file_len = end;
-        self.clusters = self.clusters.max(end.div_ceil(self.geometry.cluster_size()));
+        self.end = self
+            .end
+            .max(HostOffset::new(end).cluster_end(self.geometry.cluster_bits));
         Ok(())
     }
 }

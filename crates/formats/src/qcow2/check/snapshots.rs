@@ -1,11 +1,12 @@
 //! The snapshot table as a check reads it: damaged entries are accepted, and excess entries and extra data are cut.
 
-use diskimage_core::{Error, Note, Repair, Result, errno, name, saturating_u32, to_index};
+use diskimage_core::{ByteRange, Error, Note, Repair, Result, errno, name, saturating_u32, to_index};
 use zerocopy::byteorder::big_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::Check;
 use crate::layer_kit::metadata_guard::Kind;
+use crate::layer_kit::offset::ClusterRange;
 use crate::qcow2::ImageState;
 use crate::qcow2::header::{field, limit};
 use crate::qcow2::snapshot::{MAX_EXTRA, MAX_TABLE, RawSnapshot, V3_EXTRA, completed};
@@ -201,22 +202,22 @@ impl Check<'_> {
         metadata.refcounts.set_references(self.image.count_references()?);
         let clusters = (table.len() as u64).div_ceil(self.geometry.cluster_size());
         let offset = metadata.allocate(clusters, Some(Kind::SnapshotTable))?;
-        self.file.write_at(&table, offset)?;
+        self.file.write_at(&table, offset.get())?;
         metadata.cache.write_back()?;
         metadata.cache.sync()?;
         let mut location = [0; 12];
         let count =
             u32::try_from(self.snapshots.entries.len()).map_err(|_| Error::from_errno(errno::EFBIG))?;
         location[..4].copy_from_slice(U32::new(count).as_bytes());
-        location[4..].copy_from_slice(U64::new(offset).as_bytes());
+        location[4..].copy_from_slice(U64::new(offset.get()).as_bytes());
         self.file.write_at(&location, field::NB_SNAPSHOTS)?;
         metadata.cache.sync()?;
         let old = self.header.snapshots_offset;
         if old.saturating_add(self.snapshots.len) <= self.file_len {
-            for cluster in (old >> bits)..(old + self.snapshots.len).div_ceil(1 << bits) {
+            for cluster in ClusterRange::touched(ByteRange::at(old, self.snapshots.len), bits) {
                 // The clusters of a damaged table may have a refcount of zero.
                 if metadata.count(cluster)? > 0 {
-                    metadata.release(cluster << bits, 1)?;
+                    metadata.release(ClusterRange::at(cluster, 1).bytes(bits))?;
                 }
             }
         }

@@ -2,6 +2,7 @@
 
 use diskimage_core::{Budget, Device, Error, Reservation, Result, to_index};
 
+use crate::layer_kit::offset::{ClusterIndex, HostOffset};
 use crate::qcow2::header::{Geometry, Header};
 use crate::qcow2::refcount::block;
 
@@ -11,7 +12,7 @@ pub(super) enum BlockEntry {
     /// No block: every refcount is zero.
     None,
     /// The offset of the block.
-    At(u64),
+    At(HostOffset),
     /// An invalid offset.
     Unaligned(u64),
 }
@@ -55,7 +56,9 @@ impl StoredRefcounts {
         let entry = usize::try_from(index).ok().and_then(|i| self.table.get(i));
         match entry.map_or(0, |entry| entry & OFFSET_MASK) {
             0 => BlockEntry::None,
-            offset if offset.is_multiple_of(self.geometry.cluster_size()) => BlockEntry::At(offset),
+            offset if offset.is_multiple_of(self.geometry.cluster_size()) => {
+                BlockEntry::At(HostOffset::new(offset))
+            }
             offset => BlockEntry::Unaligned(offset),
         }
     }
@@ -70,7 +73,7 @@ impl StoredRefcounts {
         if self.last != Some(index) {
             bytes.resize(to_index(self.geometry.cluster_size())?, 0);
             self.last = None;
-            file.read_padded(&mut bytes, offset)?;
+            file.read_padded(&mut bytes, offset.get())?;
             self.last = Some(index);
         }
         Ok(Some(bytes))
@@ -81,16 +84,16 @@ impl StoredRefcounts {
     }
 
     /// The stored refcount of `cluster`; `None` if the entry of its block is invalid.
-    pub(super) fn count(&mut self, file: &dyn Device, cluster: u64) -> Result<Option<u64>> {
-        let per_block = self.geometry.refcount_block_entries();
-        let index = cluster / per_block;
+    pub(super) fn count(&mut self, file: &dyn Device, cluster: ClusterIndex) -> Result<Option<u64>> {
+        let index = self.geometry.block_index(cluster);
         if let BlockEntry::Unaligned(_) = self.block_entry(index) {
             return Ok(None);
         }
         let Some(bytes) = self.take_block(file, index)? else {
             return Ok(Some(0));
         };
-        let count = read(&bytes, cluster % per_block, self.geometry.refcount_order);
+        let slot = self.geometry.index_in_block(cluster);
+        let count = read(&bytes, slot, self.geometry.refcount_order);
         self.return_block(bytes);
         count.map(Some)
     }

@@ -21,7 +21,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use self::extension::{BitmapsExtension, Extensions};
 use self::feature::{Autoclear, Compatible, Features, Incompatible};
-use crate::layer_kit::offset::GuestOffset;
+use crate::layer_kit::offset::{ClusterIndex, ClusterRange, GuestOffset, HostOffset};
 
 /// The first bytes of every qcow2 image.
 pub(super) const MAGIC: u32 = 0x5146_49fb;
@@ -197,6 +197,33 @@ impl Geometry {
     /// The number of refcounts in a refcount block.
     pub(super) fn refcount_block_entries(self) -> u64 {
         (self.cluster_size() * 8) >> self.refcount_order
+    }
+
+    /// The index of the refcount block that counts `cluster`.
+    pub(super) fn block_index(self, cluster: ClusterIndex) -> u64 {
+        cluster.unit(self.refcount_block_entries())
+    }
+
+    /// The index of the refcount of `cluster` in its block.
+    pub(super) fn index_in_block(self, cluster: ClusterIndex) -> u64 {
+        cluster.within(self.refcount_block_entries())
+    }
+
+    /// The indexes of the refcount blocks that count `clusters`.
+    pub(super) fn block_indices(self, clusters: ClusterRange) -> std::ops::Range<u64> {
+        let per_block = self.refcount_block_entries();
+        clusters.start.unit(per_block)..clusters.end.align_up(per_block).unit(per_block)
+    }
+
+    /// The clusters that the refcount block `index` counts.
+    pub(super) fn counted_clusters(self, index: u64) -> ClusterRange {
+        let count = self.refcount_block_entries();
+        ClusterRange::at(ClusterIndex::new(index.saturating_mul(count)), count)
+    }
+
+    /// The first cluster beyond the offsets that tables can hold.
+    pub(super) fn cluster_limit(self) -> ClusterIndex {
+        HostOffset::new(limit::HOST_OFFSET).cluster(self.cluster_bits)
     }
 
     /// The largest refcount that fits the width.

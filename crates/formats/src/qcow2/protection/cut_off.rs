@@ -9,6 +9,7 @@ use std::sync::Arc;
 use diskimage_core::{ByteRange, ErrorKind, Result, to_index};
 
 use crate::layer_kit::metadata_cache::Table;
+use crate::layer_kit::offset::HostOffset;
 use crate::qcow2::Qcow2;
 use crate::qcow2::entry::{Cluster, L2Entry, OFFSET_MASK};
 
@@ -51,18 +52,20 @@ impl Qcow2 {
     /// Whether any cluster beyond the end of the file has a refcount above zero, and whether the cluster that contains
     /// the end has. Damaged refcounts count as above zero.
     fn counts_at_end(&self) -> Result<(bool, bool)> {
-        let (size, len) = (self.header.geometry.cluster_size(), self.file.len());
+        let bits = self.header.geometry.cluster_bits;
+        let file_end = HostOffset::new(self.file.len());
+        let (last, beyond) = (file_end.cluster(bits), file_end.cluster_end(bits));
         let mut state = self.lock();
-        let beyond = state.metadata.counts_beyond(len.div_ceil(size));
-        let partly = match len.is_multiple_of(size) {
+        let is_counted_beyond = state.metadata.counts_beyond(beyond);
+        let partly = match last == beyond {
             true => Ok(false),
-            false => state.metadata.count(len / size).map(|count| count > 0),
+            false => state.metadata.count(last).map(|count| count > 0),
         };
         let or_damaged = |known: Result<bool>| match known {
             Err(error) if error.kind() == ErrorKind::Io => Err(error),
             other => Ok(other.unwrap_or(true)),
         };
-        Ok((or_damaged(beyond)?, or_damaged(partly)?))
+        Ok((or_damaged(is_counted_beyond)?, or_damaged(partly)?))
     }
 
     /// Checks that the file contains the whole tree of the table `l1`, for a disk of `size` bytes.
@@ -70,7 +73,7 @@ impl Qcow2 {
         let geometry = self.header.geometry;
         self.file.require(l1.offset, l1.len)?;
         let mut table = vec![0; to_index(geometry.cluster_size())?];
-        let (mut rest, mut guest) = (ByteRange::at(l1.offset, l1.len), 0_u64);
+        let (mut rest, mut guest) = (l1.range(), 0_u64);
         while !rest.is_empty() {
             let part = rest.first(CHUNK);
             let mut chunk = vec![0; to_index(part.len())?];

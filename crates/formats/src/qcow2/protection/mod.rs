@@ -20,6 +20,7 @@ use std::sync::Arc;
 use diskimage_core::{ByteRange, ErrorKind, Result, to_index};
 
 use crate::layer_kit::metadata_guard::{DamageReport, Kind, MetadataGuard};
+use crate::layer_kit::offset::{ClusterRange, HostOffset};
 use crate::qcow2::entry::OFFSET_MASK;
 use crate::qcow2::header::Header;
 use crate::qcow2::{ImageState, Qcow2};
@@ -110,7 +111,7 @@ impl Qcow2 {
             if let Ok(l1) = self.snapshot_l1(snapshot) {
                 let wanted = self.overlap_checks.has(Kind::InactiveL2);
                 let l2 = wanted.then_some(Kind::InactiveL2);
-                self.guard_tables(guard, ByteRange::at(l1.offset, l1.len), (Kind::InactiveL1, l2))?;
+                self.guard_tables(guard, l1.range(), (Kind::InactiveL1, l2))?;
             }
         }
         Ok(())
@@ -120,7 +121,12 @@ impl Qcow2 {
     ///
     /// # Errors
     /// A file that cannot grow, and damage.
-    pub(super) fn allocate(&self, state: &mut ImageState, count: u64, kind: Option<Kind>) -> Result<u64> {
+    pub(super) fn allocate(
+        &self,
+        state: &mut ImageState,
+        count: u64,
+        kind: Option<Kind>,
+    ) -> Result<HostOffset> {
         self.count_before_allocating(state, count)?;
         state.metadata.allocate(count, kind)
     }
@@ -135,7 +141,7 @@ impl Qcow2 {
             return Ok(());
         }
         state.appended = state.appended.saturating_add(count);
-        if state.appended > state.metadata.refcounts.end() / MAX_APPENDED {
+        if state.appended > state.metadata.refcounts.end().get() / MAX_APPENDED {
             self.ensure_references_counted(state)
         } else {
             Ok(())
@@ -170,7 +176,7 @@ impl Qcow2 {
         // Nothing refers to these ranges any more, but their refcounts are decremented only later.
         let bits = self.header.geometry.cluster_bits;
         for range in &state.freed {
-            for cluster in range.start() >> bits..range.end().div_ceil(1 << bits) {
+            for cluster in ClusterRange::touched(*range, bits) {
                 references.counts.add(cluster, 1)?;
             }
         }
@@ -190,11 +196,11 @@ impl Qcow2 {
 
     /// Whether the cluster or table at host offset `offset`, whose entry has the COPIED flag, has no second known
     /// reference.
-    pub(super) fn is_used_once(&self, state: &ImageState, offset: u64) -> bool {
+    pub(super) fn is_used_once(&self, state: &ImageState, offset: HostOffset) -> bool {
         state
             .metadata
             .refcounts
-            .references_to(offset >> self.header.geometry.cluster_bits)
+            .references_to(offset.cluster(self.header.geometry.cluster_bits))
             .is_none_or(|uses| uses <= 1)
     }
 }

@@ -1,6 +1,7 @@
 //! The refcounts of a block: big-endian numbers, or bit fields that start at the least significant bit.
 
 use diskimage_core::saturating_u32;
+
 /// The position of a refcount in its block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::qcow2) struct Slot {

@@ -1,11 +1,12 @@
 //! Copies the refcount structures to free clusters: the copy is changed while those in use stay unchanged.
 
-use diskimage_core::{ByteRange, Error, ErrorKind, Event, Result};
+use diskimage_core::{Error, ErrorKind, Event, Result};
 
 use super::known_references::KnownReferences;
 use super::{Refcounts, TABLE_OFFSET_MASK};
 use crate::layer_kit::metadata_cache::{MetadataCache, Table};
 use crate::layer_kit::metadata_guard::Kind;
+use crate::layer_kit::offset::ClusterRange;
 use crate::qcow2::header::limit;
 
 impl Refcounts {
@@ -21,29 +22,28 @@ impl Refcounts {
         let end = self.references.end();
         let mut new = Self {
             geometry: self.geometry,
-            table_offset: layout.table << bits,
-            table_clusters: layout.table_clusters,
+            table_offset: layout.table.start.offset(bits),
+            table_clusters: layout.table.len(),
             first_free: self.first_free,
             byte_offset: None,
             references: KnownReferences::new(end),
         };
         let table = new.table();
         tables.insert_zeroed(table)?;
-        for (cluster, index) in (layout.blocks..).zip(&blocks) {
-            let block = new.block_at(cluster << bits);
+        for (cluster, index) in layout.blocks.into_iter().zip(&blocks) {
+            let block = new.block_at(cluster);
             tables.device().event(Event::REFBLOCK_ALLOC);
             tables.insert_zeroed(block)?;
-            if let Some(old) = self.block(tables, index * self.entries_per_block())? {
+            if let Some(old) = self.block_in_entry(tables, *index)? {
                 copy_table(tables, old, block)?;
             }
             tables.set_number(table, index * 8, block.offset)?;
         }
         // If the copy is abandoned, the references are counted again.
         std::mem::swap(&mut new.references, &mut self.references);
-        let (start, end) = (layout.blocks << bits, table.offset + table.len);
-        new.increment(tables, start, end - start)?;
-        tables.guard_range(Kind::RefcountBlock, ByteRange::new(start, table.offset))?;
-        tables.guard_range(Kind::RefcountTable, ByteRange::new(table.offset, end))?;
+        new.increment(tables, ClusterRange::new(layout.blocks.start, layout.table.end))?;
+        tables.guard_range(Kind::RefcountBlock, layout.blocks.bytes(bits))?;
+        tables.guard_range(Kind::RefcountTable, table.range())?;
         Ok(new)
     }
 
@@ -62,13 +62,12 @@ impl Refcounts {
     /// itself are added to `indices`.
     fn find_layout(&self, tables: &mut MetadataCache, indices: &mut Vec<u64>) -> Result<CopyLayout> {
         let bits = self.geometry.cluster_bits;
-        let per_block = self.entries_per_block();
         let old = indices.len();
         let mut room = old as u64 + self.table_clusters;
         loop {
-            let (start, _) = self.find_free(tables, self.first_free, room)?;
+            let free = self.find_free(tables, self.first_free, room)?;
             indices.truncate(old);
-            for index in start / per_block..(start + room).div_ceil(per_block) {
+            for index in self.geometry.block_indices(free) {
                 if indices[..old].binary_search(&index).is_err() {
                     indices.push(index);
                 }
@@ -80,10 +79,10 @@ impl Refcounts {
             }
             let blocks = indices.len() as u64;
             if blocks + table_clusters <= room {
+                let blocks = ClusterRange::at(free.start, blocks);
                 return Ok(CopyLayout {
-                    blocks: start,
-                    table: start + blocks,
-                    table_clusters,
+                    blocks,
+                    table: ClusterRange::at(blocks.end, table_clusters),
                 });
             }
             room = blocks + table_clusters;
@@ -94,9 +93,8 @@ impl Refcounts {
 /// The clusters of the copy: first the blocks, then the table.
 #[derive(Clone, Copy, Debug)]
 struct CopyLayout {
-    blocks: u64,
-    table: u64,
-    table_clusters: u64,
+    blocks: ClusterRange,
+    table: ClusterRange,
 }
 
 /// Copies the table `old` to `new`, which has the same length.

@@ -3,8 +3,10 @@
 
 use diskimage_core::{Budget, Error, ErrorKind, Reservation, Result, saturating_index};
 
+use crate::layer_kit::offset::{ClusterIndex, ClusterRange};
+
 /// The clusters of one page.
-pub(in crate::qcow2) const PAGE: usize = 4096;
+const PAGE: usize = 4096;
 /// Memory is reserved from the budget in steps of this many bytes.
 const BATCH: u64 = 256 << 10;
 
@@ -42,13 +44,13 @@ impl ClusterCounts {
     }
 
     /// The end of the counted clusters.
-    pub(in crate::qcow2) fn end(&self) -> u64 {
-        (self.pages.len() * PAGE) as u64
+    pub(in crate::qcow2) fn end(&self) -> ClusterIndex {
+        ClusterIndex::new((self.pages.len() * PAGE) as u64)
     }
 
     /// The count of `cluster`.
     #[inline]
-    pub(in crate::qcow2) fn of(&self, cluster: u64) -> u64 {
+    pub(in crate::qcow2) fn of(&self, cluster: ClusterIndex) -> u64 {
         let (page, slot) = position(cluster);
         match self.pages.get(page) {
             None | Some(Page::Zero) => 0,
@@ -59,7 +61,7 @@ impl ClusterCounts {
     }
 
     /// Whether all counts of the page of `cluster` are zero.
-    pub(in crate::qcow2) fn is_page_zero(&self, cluster: u64) -> bool {
+    pub(in crate::qcow2) fn is_page_zero(&self, cluster: ClusterIndex) -> bool {
         matches!(self.pages.get(position(cluster).0), None | Some(Page::Zero))
     }
 
@@ -69,7 +71,7 @@ impl ClusterCounts {
     /// # Errors
     /// The memory budget is used up.
     #[inline]
-    pub(in crate::qcow2) fn add(&mut self, cluster: u64, times: u64) -> Result<u64> {
+    pub(in crate::qcow2) fn add(&mut self, cluster: ClusterIndex, times: u64) -> Result<u64> {
         let (page, slot) = position(cluster);
         if times == 1
             && self.max >= u64::from(u8::MAX)
@@ -85,45 +87,50 @@ impl ClusterCounts {
         Ok(times - (new - old))
     }
 
-    /// Adds a reference to each of `count` clusters from `first` on.
+    /// Adds a reference to each of `clusters`.
     ///
     /// # Errors
     /// The memory budget is used up.
-    pub(in crate::qcow2) fn add_run(&mut self, first: u64, count: u64) -> Result<()> {
+    pub(in crate::qcow2) fn add_run(&mut self, clusters: ClusterRange) -> Result<()> {
         let saturates = self.max < u64::from(u8::MAX);
-        for (at, len) in page_runs(first, count) {
-            match self.bytes_mut(at, len) {
+        for part in page_runs(clusters) {
+            match self.bytes_mut(part) {
                 Some(counts) if !saturates && counts.iter().all(|count| *count < u8::MAX) => {
                     counts.iter_mut().for_each(|count| *count += 1);
                 }
-                _ => (at..at + len as u64).try_for_each(|cluster| self.add(cluster, 1).map(|_| ()))?,
+                _ => part
+                    .into_iter()
+                    .try_for_each(|cluster| self.add(cluster, 1).map(|_| ()))?,
             }
         }
         Ok(())
     }
 
-    /// Removes a reference from each of `count` clusters from `first` on. A count of zero stays.
+    /// Removes a reference from each of `clusters`. A count of zero stays.
     ///
     /// # Errors
     /// The memory budget is used up.
-    pub(in crate::qcow2) fn remove_run(&mut self, first: u64, count: u64) -> Result<()> {
-        for (at, len) in page_runs(first, count) {
-            match self.bytes_mut(at, len) {
+    pub(in crate::qcow2) fn remove_run(&mut self, clusters: ClusterRange) -> Result<()> {
+        for part in page_runs(clusters) {
+            match self.bytes_mut(part) {
                 Some(counts) => counts
                     .iter_mut()
                     .for_each(|count| *count = count.saturating_sub(1)),
-                None => (at..at + len as u64)
+                None => part
+                    .into_iter()
                     .try_for_each(|cluster| self.set(cluster, self.of(cluster).saturating_sub(1)))?,
             }
         }
         Ok(())
     }
 
-    /// The counts of `len` clusters of one page from `first` on, if the page has counters of one byte.
-    fn bytes_mut(&mut self, first: u64, len: usize) -> Option<&mut [u8]> {
-        let (page, slot) = position(first);
+    /// The counts of `clusters`, which are in one page, if the page has counters of one byte.
+    fn bytes_mut(&mut self, clusters: ClusterRange) -> Option<&mut [u8]> {
+        let (page, slot) = position(clusters.start);
         match self.pages.get_mut(page)? {
-            Page::Bytes(counts) => counts.get_mut(slot..slot + len),
+            Page::Bytes(counts) => counts
+                .get_mut(slot..)?
+                .get_mut(..saturating_index(clusters.len())),
             _ => None,
         }
     }
@@ -132,7 +139,7 @@ impl ClusterCounts {
     ///
     /// # Errors
     /// The memory budget is used up.
-    pub(in crate::qcow2) fn set(&mut self, cluster: u64, count: u64) -> Result<()> {
+    pub(in crate::qcow2) fn set(&mut self, cluster: ClusterIndex, count: u64) -> Result<()> {
         let (page, slot) = position(cluster);
         if page >= self.pages.len() {
             if count == 0 {
@@ -198,29 +205,30 @@ impl ClusterCounts {
     }
 
     /// The first cluster from `from` on with a count above zero.
-    pub(in crate::qcow2) fn next_used(&self, from: u64) -> Option<u64> {
+    pub(in crate::qcow2) fn next_used(&self, from: ClusterIndex) -> Option<ClusterIndex> {
         let mut at = from;
         while at < self.end() {
             if self.is_page_zero(at) {
-                at = (at / PAGE as u64 + 1) * PAGE as u64;
+                at = at.unit_end(PAGE as u64);
             } else if self.of(at) > 0 {
                 return Some(at);
             } else {
-                at += 1;
+                at = at.plus(1);
             }
         }
         None
     }
 
     /// The first run of `count` clusters with a count of zero from `from` on.
-    pub(in crate::qcow2) fn first_free(&self, from: u64, count: u64) -> u64 {
+    pub(in crate::qcow2) fn first_free(&self, from: ClusterIndex, count: u64) -> ClusterIndex {
         let (mut start, mut at) = (from, from);
-        while at - start < count && at < self.end() {
+        while at.since(start) < count && at < self.end() {
             if self.is_page_zero(at) {
-                at = (at / PAGE as u64 + 1) * PAGE as u64;
+                at = at.unit_end(PAGE as u64);
             } else {
-                at += 1;
-                if self.of(at - 1) > 0 {
+                let used = self.of(at) > 0;
+                at = at.plus(1);
+                if used {
                     start = at;
                 }
             }
@@ -231,21 +239,18 @@ impl ClusterCounts {
 
 /// The page of a cluster and the slot in it. A cluster number beyond `usize` saturates to a page that no budget allows.
 #[inline]
-fn position(cluster: u64) -> (usize, usize) {
-    let cluster = saturating_index(cluster);
+fn position(cluster: ClusterIndex) -> (usize, usize) {
+    let cluster = saturating_index(cluster.get());
     (cluster / PAGE, cluster % PAGE)
 }
 
-/// The first cluster and the length of each part of a run that lies in one page.
-fn page_runs(first: u64, count: u64) -> impl Iterator<Item = (u64, usize)> {
-    let (mut at, end) = (first, first.saturating_add(count));
+/// The parts of a run that lie in one page each.
+pub(in crate::qcow2) fn page_runs(clusters: ClusterRange) -> impl Iterator<Item = ClusterRange> {
+    let mut rest = clusters;
     std::iter::from_fn(move || {
-        let room = PAGE as u64 - at % PAGE as u64;
-        let len = room.min(end - at);
-        let start = at;
-        at += len;
-        // At most `PAGE`.
-        (len > 0).then_some((start, usize::try_from(len).unwrap_or(PAGE)))
+        let part = ClusterRange::new(rest.start, rest.start.unit_end(PAGE as u64).min(rest.end));
+        rest.start = part.end;
+        (part.len() > 0).then_some(part)
     })
 }
 
@@ -257,10 +262,18 @@ fn too_large() -> Error {
 mod tests {
     use super::*;
 
+    fn cluster(index: u64) -> ClusterIndex {
+        ClusterIndex::new(index)
+    }
+
+    fn clusters(first: u64, count: u64) -> ClusterRange {
+        ClusterRange::at(cluster(first), count)
+    }
+
     #[test]
     fn counts_of_any_width_are_stored() {
         let mut counts = ClusterCounts::new(u64::MAX, Budget::default());
-        for (cluster, times) in [
+        for (index, times) in [
             (0, 1),
             (5, 255),
             (6, 256),
@@ -268,22 +281,22 @@ mod tests {
             (1 << 20, 3),
             (7, u64::MAX),
         ] {
-            assert_eq!(counts.add(cluster, times).ok(), Some(0));
-            assert_eq!(counts.of(cluster), times);
+            assert_eq!(counts.add(cluster(index), times).ok(), Some(0));
+            assert_eq!(counts.of(cluster(index)), times);
         }
-        assert_eq!(counts.of(0), 1);
-        assert_eq!(counts.of(5), 255);
-        assert_eq!(counts.of(6), 256);
-        assert_eq!(counts.of(8), 0);
-        assert_eq!(counts.of(1 << 30), 0);
+        assert_eq!(counts.of(cluster(0)), 1);
+        assert_eq!(counts.of(cluster(5)), 255);
+        assert_eq!(counts.of(cluster(6)), 256);
+        assert_eq!(counts.of(cluster(8)), 0);
+        assert_eq!(counts.of(cluster(1 << 30)), 0);
     }
 
     #[test]
     fn counting_saturates_at_the_maximum() {
         let mut counts = ClusterCounts::new(3, Budget::default());
-        assert_eq!(counts.add(1, 2).ok(), Some(0));
-        assert_eq!(counts.add(1, 4).ok(), Some(3));
-        assert_eq!(counts.of(1), 3);
+        assert_eq!(counts.add(cluster(1), 2).ok(), Some(0));
+        assert_eq!(counts.add(cluster(1), 4).ok(), Some(3));
+        assert_eq!(counts.of(cluster(1)), 3);
     }
 
     #[test]
@@ -291,17 +304,26 @@ mod tests {
         for max in [3, 255, 300, u64::MAX] {
             let mut runs = ClusterCounts::new(max, Budget::default());
             let mut single = ClusterCounts::new(max, Budget::default());
-            assert!(runs.add(4100, 254).is_ok() && single.add(4100, 254).is_ok());
+            assert!(runs.add(cluster(4100), 254).is_ok() && single.add(cluster(4100), 254).is_ok());
             for (first, count) in [(5, 0), (4000, 200), (4000, 200), (4000, 9000), (0, 1)] {
-                assert!(runs.add_run(first, count).is_ok());
-                assert!((first..first + count).all(|cluster| single.add(cluster, 1).is_ok()));
+                assert!(runs.add_run(clusters(first, count)).is_ok());
+                assert!(
+                    clusters(first, count)
+                        .into_iter()
+                        .all(|at| single.add(at, 1).is_ok())
+                );
             }
-            assert!(runs.remove_run(4090, 5000).is_ok());
-            for cluster in 4090..9090 {
-                let less = single.of(cluster).saturating_sub(1);
-                assert!(single.set(cluster, less).is_ok());
+            assert!(runs.remove_run(clusters(4090, 5000)).is_ok());
+            for at in clusters(4090, 5000) {
+                let less = single.of(at).saturating_sub(1);
+                assert!(single.set(at, less).is_ok());
             }
-            let counts = |counts: &ClusterCounts| (0..14_000).map(|at| counts.of(at)).collect::<Vec<_>>();
+            let counts = |counts: &ClusterCounts| {
+                clusters(0, 14_000)
+                    .into_iter()
+                    .map(|at| counts.of(at))
+                    .collect::<Vec<_>>()
+            };
             assert_eq!(counts(&runs), counts(&single), "at most {max}");
         }
     }
@@ -309,23 +331,23 @@ mod tests {
     #[test]
     fn used_and_free_clusters_are_found() {
         let mut counts = ClusterCounts::new(255, Budget::default());
-        for cluster in [1, 2, 4, 9000] {
-            assert!(counts.add(cluster, 1).is_ok());
+        for used in [1, 2, 4, 9000] {
+            assert!(counts.add(cluster(used), 1).is_ok());
         }
-        assert_eq!(counts.next_used(0), Some(1));
-        assert_eq!(counts.next_used(5), Some(9000));
-        assert_eq!(counts.next_used(9001), None);
-        assert_eq!(counts.first_free(0, 1), 0);
-        assert_eq!(counts.first_free(1, 1), 3);
-        assert_eq!(counts.first_free(1, 2), 5);
-        assert_eq!(counts.first_free(8990, 20), 9001);
+        assert_eq!(counts.next_used(cluster(0)), Some(cluster(1)));
+        assert_eq!(counts.next_used(cluster(5)), Some(cluster(9000)));
+        assert_eq!(counts.next_used(cluster(9001)), None);
+        assert_eq!(counts.first_free(cluster(0), 1), cluster(0));
+        assert_eq!(counts.first_free(cluster(1), 1), cluster(3));
+        assert_eq!(counts.first_free(cluster(1), 2), cluster(5));
+        assert_eq!(counts.first_free(cluster(8990), 20), cluster(9001));
     }
 
     #[test]
     fn memory_is_reserved_from_the_budget() {
         let mut counts = ClusterCounts::new(255, Budget::new(1 << 20));
-        assert!(counts.add(1 << 40, 1).is_err());
-        assert!((0..10).all(|i| counts.add(i * 4096, 1).is_ok()));
-        assert!((0..1000).any(|i| counts.add(i * 4096, 1).is_err()));
+        assert!(counts.add(cluster(1 << 40), 1).is_err());
+        assert!((0..10).all(|i| counts.add(cluster(i * 4096), 1).is_ok()));
+        assert!((0..1000).any(|i| counts.add(cluster(i * 4096), 1).is_err()));
     }
 }

@@ -1,8 +1,6 @@
 //! Adds refcount blocks, and moves the refcount table to a larger one when its entries no longer suffice.
 
-use std::ops::Range;
-
-use diskimage_core::{ByteRange, Error, ErrorKind, Event, Result};
+use diskimage_core::{Error, ErrorKind, Event, Result};
 use zerocopy::IntoBytes;
 use zerocopy::byteorder::big_endian::{U32, U64};
 
@@ -10,20 +8,19 @@ use super::Refcounts;
 use super::known_references::KnownReferences;
 use crate::layer_kit::metadata_cache::MetadataCache;
 use crate::layer_kit::metadata_guard::Kind;
+use crate::layer_kit::offset::{ClusterIndex, ClusterRange};
 use crate::qcow2::header::{field, limit};
 
 impl Refcounts {
-    /// Ensures that blocks exist for `count` clusters from `start` on. Returns true if one was added: the caller must
-    /// then search for free clusters again.
+    /// Ensures that blocks exist for `clusters`. Returns true if one was added: the caller must then search for free
+    /// clusters again.
     pub(super) fn ensure_blocks(
         &mut self,
         tables: &mut MetadataCache,
-        start: u64,
-        count: u64,
+        clusters: ClusterRange,
     ) -> Result<bool> {
-        let per_block = self.entries_per_block();
-        for index in start / per_block..=(start + count - 1) / per_block {
-            if self.block(tables, index * per_block)?.is_none() {
+        for index in self.geometry.block_indices(clusters) {
+            if self.block_in_entry(tables, index)?.is_none() {
                 self.add_block(tables, index)?;
                 return Ok(true);
             }
@@ -33,23 +30,24 @@ impl Refcounts {
 
     fn add_block(&mut self, tables: &mut MetadataCache, index: u64) -> Result<()> {
         tables.device().event(Event::REFBLOCK_ALLOC);
-        let per_block = self.entries_per_block();
-        let (cluster, next) = self.find_free(tables, self.first_free, 1)?;
+        let free = self.find_free(tables, self.first_free, 1)?;
+        let cluster = free.start;
         if index * 8 >= self.table().len {
-            return self.grow_table(tables, (index * per_block + 1).max(cluster));
+            let counted = self.geometry.counted_clusters(index);
+            return self.grow_table(tables, counted.start.plus(1).max(cluster));
         }
-        if cluster == 0 {
+        if cluster == ClusterIndex::new(0) {
             return Err(tables.damaged("Preventing invalid allocation of refcount block at offset 0"));
         }
-        self.first_free = next;
-        let table = self.block_at(cluster << self.geometry.cluster_bits);
-        if cluster / per_block == index {
+        self.first_free = free.end;
+        let table = self.block_at(cluster);
+        if self.geometry.block_index(cluster) == index {
             tables.insert_zeroed(table)?;
             self.set_count(tables, table, cluster, 1)?;
         } else {
             // Another block counts the new one. If that block is missing, it is added first, and the search starts
             // again.
-            if self.ensure_blocks(tables, cluster, 1)? {
+            if self.ensure_blocks(tables, free)? {
                 return Ok(());
             }
             let other = self
@@ -58,21 +56,21 @@ impl Refcounts {
             self.set_count(tables, other, cluster, 1)?;
             tables.insert_zeroed(table)?;
         }
-        tables.guard_range(Kind::RefcountBlock, ByteRange::at(table.offset, table.len))?;
+        tables.guard_range(Kind::RefcountBlock, table.range())?;
         self.references.add(cluster);
         tables.set_number(self.table(), index * 8, table.offset)
     }
 
     /// Moves the refcount table to a larger run behind all clusters, together with the blocks that count this run. The
     /// run is not before cluster `behind`.
-    fn grow_table(&mut self, tables: &mut MetadataCache, behind: u64) -> Result<()> {
+    fn grow_table(&mut self, tables: &mut MetadataCache, behind: ClusterIndex) -> Result<()> {
         let (bits, size) = (self.geometry.cluster_bits, self.geometry.cluster_size());
-        let per_block = self.entries_per_block();
-        let start = behind.next_multiple_of(per_block);
+        let per_block = self.geometry.refcount_block_entries();
+        let start = behind.align_up(per_block);
         // The run includes the blocks that count it: a few rounds until its length no longer changes.
         let (mut blocks, mut clusters) = (1, 1);
         loop {
-            let entries = (start + blocks + clusters).div_ceil(per_block);
+            let entries = (start.get() + blocks + clusters).div_ceil(per_block);
             // Half as many entries more, so that growth is rare.
             let wanted_clusters = ((entries + entries / 2) * 8)
                 .div_ceil(size)
@@ -83,25 +81,24 @@ impl Refcounts {
             }
             (blocks, clusters) = (wanted_blocks.max(blocks), wanted_clusters.max(clusters));
         }
-        if clusters << bits > limit::REFCOUNT_TABLE_BYTES
-            || start + blocks + clusters > limit::HOST_OFFSET >> bits
-        {
+        let first_blocks = ClusterRange::at(start, blocks);
+        let end = first_blocks.end.plus(clusters);
+        if clusters << bits > limit::REFCOUNT_TABLE_BYTES || end > self.geometry.cluster_limit() {
             return Err(Error::new(ErrorKind::NoSpace, "File too large"));
         }
         let mut grown = Self {
-            table_offset: (start + blocks) << bits,
+            table_offset: first_blocks.end.offset(bits),
             table_clusters: clusters,
             geometry: self.geometry,
             first_free: self.first_free,
             byte_offset: self.byte_offset,
-            references: KnownReferences::new(0),
+            references: KnownReferences::new(ClusterIndex::new(0)),
         };
-        let first_blocks = start..start + blocks;
-        if let Err(error) = self.publish(tables, &mut grown, first_blocks.clone()) {
+        if let Err(error) = self.publish(tables, &mut grown, first_blocks) {
             // The header points to the old table. Dirty pages of the new one must not overwrite later allocations.
             tables.forget(grown.table());
             for cluster in first_blocks {
-                tables.forget(self.block_at(cluster << bits));
+                tables.forget(self.block_at(cluster));
             }
             return Err(error);
         }
@@ -110,16 +107,19 @@ impl Refcounts {
         (self.table_offset, self.table_clusters) = (grown.table_offset, grown.table_clusters);
         tables.sync()?;
         tables.forget(old);
-        self.release(tables, old.offset, old.len)?;
-        let new = self.table();
-        tables.guard_range(Kind::RefcountTable, ByteRange::at(new.offset, new.len))?;
-        tables.guard_range(Kind::RefcountBlock, ByteRange::at(start << bits, blocks << bits))
+        self.release(tables, old.range())?;
+        tables.guard_range(Kind::RefcountTable, self.table().range())?;
+        tables.guard_range(Kind::RefcountBlock, first_blocks.bytes(bits))
     }
 
     /// Writes the table of `grown` with all old blocks and the new ones at the clusters `first_blocks`, then makes the
     /// header point to it.
-    fn publish(&self, tables: &mut MetadataCache, grown: &mut Self, first_blocks: Range<u64>) -> Result<()> {
-        let bits = self.geometry.cluster_bits;
+    fn publish(
+        &self,
+        tables: &mut MetadataCache,
+        grown: &mut Self,
+        first_blocks: ClusterRange,
+    ) -> Result<()> {
         let table = grown.table();
         tables.insert_zeroed(table)?;
         for at in (0..self.table().len).step_by(8) {
@@ -128,14 +128,14 @@ impl Refcounts {
                 tables.set_number(table, at, entry)?;
             }
         }
-        let index = first_blocks.start / self.entries_per_block();
-        for (index, cluster) in (index..).zip(first_blocks.clone()) {
-            let block = self.block_at(cluster << bits);
+        let index = self.geometry.block_index(first_blocks.start);
+        for (index, cluster) in (index..).zip(first_blocks) {
+            let block = self.block_at(cluster);
             tables.insert_zeroed(block)?;
             tables.set_number(table, index * 8, block.offset)?;
         }
-        let start = first_blocks.start << bits;
-        grown.increment(tables, start, table.offset + table.len - start)?;
+        let end = first_blocks.end.plus(grown.table_clusters);
+        grown.increment(tables, ClusterRange::new(first_blocks.start, end))?;
         tables.write_back()?;
         tables.sync()?;
         let mut location = [0; 12];

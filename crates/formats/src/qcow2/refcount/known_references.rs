@@ -12,31 +12,32 @@
 use std::collections::{BTreeSet, HashMap};
 
 use super::counts::ClusterCounts;
+use crate::layer_kit::offset::{ClusterIndex, ClusterRange};
 
 /// The references to each cluster of a file, as counted.
 #[derive(Debug)]
 pub(in crate::qcow2) struct References {
     pub(in crate::qcow2) counts: ClusterCounts,
     /// L2 tables to which more than one L1 entry refers, by cluster, and the number of references after the first.
-    pub(in crate::qcow2) tables: HashMap<u64, u64>,
+    pub(in crate::qcow2) tables: HashMap<ClusterIndex, u64>,
     /// Clusters beyond the end of the file that are referred to.
-    pub(in crate::qcow2) dangling: BTreeSet<u64>,
+    pub(in crate::qcow2) dangling: BTreeSet<ClusterIndex>,
 }
 
 /// The references to the clusters that an image had when it was opened.
 #[derive(Debug)]
 pub(super) struct KnownReferences {
-    /// The number of clusters that the file had.
-    end: u64,
+    /// The end of the clusters that the file had.
+    end: ClusterIndex,
     /// The references to each of them; `None` until they are counted.
     counted: Option<ClusterCounts>,
     /// Clusters beyond the end to which a damaged image refers.
-    dangling: BTreeSet<u64>,
+    dangling: BTreeSet<ClusterIndex>,
 }
 
 impl KnownReferences {
-    /// The references of a file of `end` clusters, not counted yet.
-    pub(super) fn new(end: u64) -> Self {
+    /// The references of a file whose clusters end at `end`, not counted yet.
+    pub(super) fn new(end: ClusterIndex) -> Self {
         Self {
             end,
             counted: None,
@@ -54,25 +55,25 @@ impl KnownReferences {
     }
 
     /// No cluster from here on was in the file when it was opened, and none is referred to.
-    pub(super) fn known_end(&self) -> u64 {
+    pub(super) fn known_end(&self) -> ClusterIndex {
         self.dangling
             .last()
-            .map_or(self.end, |last| self.end.max(last + 1))
+            .map_or(self.end, |last| self.end.max(last.plus(1)))
     }
 
     /// No cluster from here on was in the file when it was opened.
-    pub(super) fn end(&self) -> u64 {
+    pub(super) fn end(&self) -> ClusterIndex {
         self.end
     }
 
     /// The number of references to `cluster`, if it is known.
-    pub(super) fn of(&self, cluster: u64) -> Option<u64> {
+    pub(super) fn of(&self, cluster: ClusterIndex) -> Option<u64> {
         let counts = self.counted.as_ref().filter(|_| cluster < self.end)?;
         Some(counts.of(cluster))
     }
 
     /// Whether `cluster` must not be allocated although its refcount is zero.
-    pub(super) fn keeps(&self, cluster: u64) -> bool {
+    pub(super) fn keeps(&self, cluster: ClusterIndex) -> bool {
         if cluster < self.end {
             self.of(cluster) != Some(0)
         } else {
@@ -81,31 +82,36 @@ impl KnownReferences {
     }
 
     /// Adds a reference to `cluster`.
-    pub(super) fn add(&mut self, cluster: u64) {
-        self.add_run(cluster, 1);
+    pub(super) fn add(&mut self, cluster: ClusterIndex) {
+        self.add_run(ClusterRange::at(cluster, 1));
     }
 
-    /// Adds a reference to each of `count` clusters from `first` on.
-    pub(super) fn add_run(&mut self, first: u64, count: u64) {
-        let known = self.end.saturating_sub(first).min(count);
+    /// Adds a reference to each of `clusters`.
+    pub(super) fn add_run(&mut self, clusters: ClusterRange) {
+        let known = self.known(clusters);
         let counted = self.counted.as_mut();
-        if counted.is_some_and(|counts| counts.add_run(first, known).is_err()) {
+        if counted.is_some_and(|counts| counts.add_run(known).is_err()) {
             // Without memory for the counts, all are dropped.
             self.counted = None;
         }
     }
 
-    /// Removes a reference from each of `count` clusters from `first` on.
-    pub(super) fn remove_run(&mut self, first: u64, count: u64) {
-        let known = self.end.saturating_sub(first).min(count);
+    /// Removes a reference from each of `clusters`.
+    pub(super) fn remove_run(&mut self, clusters: ClusterRange) {
+        let known = self.known(clusters);
         let counted = self.counted.as_mut();
-        if counted.is_some_and(|counts| counts.remove_run(first, known).is_err()) {
+        if counted.is_some_and(|counts| counts.remove_run(known).is_err()) {
             self.counted = None;
         }
     }
 
+    /// Those of `clusters` that the file had.
+    fn known(&self, clusters: ClusterRange) -> ClusterRange {
+        ClusterRange::new(clusters.start, clusters.end.min(self.end))
+    }
+
     /// Removes a reference to `cluster`. Returns how many are left, if it is known.
-    pub(super) fn remove(&mut self, cluster: u64) -> Option<u64> {
+    pub(super) fn remove(&mut self, cluster: ClusterIndex) -> Option<u64> {
         let left = self.of(cluster)?.saturating_sub(1);
         let counts = self.counted.as_mut()?;
         if counts.set(cluster, left).is_err() {

@@ -7,12 +7,12 @@
 //! L2 tables are read one at a time without the metadata cache, and the refcounts of their clusters are changed in
 //! sorted batches: each refcount block is accessed a few times and not once for every cluster.
 
-use diskimage_core::{ByteRange, Device, Error, Result, to_index};
+use diskimage_core::{ByteRange, Device, Error, Result, saturating_index, to_index};
 
 use super::RefcountChange;
 use crate::layer_kit::metadata_cache::{Table, WriteOrder};
 use crate::layer_kit::metadata_guard::Kind;
-use crate::layer_kit::offset::HostOffset;
+use crate::layer_kit::offset::{ClusterIndex, ClusterRange, HostOffset};
 use crate::qcow2::entry::{COPIED, Cluster, L2Entry, OFFSET_MASK};
 use crate::qcow2::metadata::Metadata;
 use crate::qcow2::{ImageState, Qcow2};
@@ -22,21 +22,17 @@ const MAX_RUNS: usize = 1 << 18;
 /// Bytes of the L1 table that are read at once.
 const L1_CHUNK: u64 = 64 << 10;
 
-/// Runs of clusters whose refcounts are to be changed: first cluster and length. A cluster with two references is in
-/// two runs.
+/// Runs of clusters whose refcounts are to be changed. A cluster with two references is in two runs.
 #[derive(Debug, Default)]
 struct Batch {
-    runs: Vec<(u64, u64)>,
+    runs: Vec<ClusterRange>,
 }
 
 impl Batch {
-    fn add(&mut self, first: u64, count: u64) {
-        if let Some((start, len)) = self.runs.last_mut()
-            && *start + *len == first
-        {
-            *len += count;
-        } else {
-            self.runs.push((first, count));
+    fn add(&mut self, clusters: ClusterRange) {
+        match self.runs.last_mut() {
+            Some(last) if last.end == clusters.start => last.end = clusters.end,
+            _ => self.runs.push(clusters),
         }
     }
 
@@ -45,28 +41,37 @@ impl Batch {
     }
 
     /// Empties the batch and returns its runs in ascending order.
-    fn take_sorted(&mut self) -> Vec<(u64, u64)> {
+    fn take_sorted(&mut self) -> Vec<ClusterRange> {
         let mut runs = std::mem::take(&mut self.runs);
-        runs.sort_unstable();
+        runs.sort_unstable_by_key(|run| (run.start, run.end));
         runs
     }
 }
 
 /// The refcounts of a few clusters, read together.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct CountWindow {
-    first: u64,
+    first: ClusterIndex,
     counts: Vec<u64>,
 }
 
 impl CountWindow {
+    /// A window that has no refcounts yet.
+    fn new() -> Self {
+        Self {
+            first: ClusterIndex::new(0),
+            counts: Vec::new(),
+        }
+    }
+
     /// The refcount of `cluster`, which does not change while the window is in use.
-    fn count(&mut self, metadata: &mut Metadata, cluster: u64) -> Result<u64> {
-        let index = cluster.checked_sub(self.first).map(usize::try_from);
-        if let Some(count) = index.and_then(|index| self.counts.get(index.ok()?)) {
+    fn count(&mut self, metadata: &mut Metadata, cluster: ClusterIndex) -> Result<u64> {
+        if cluster >= self.first
+            && let Some(count) = self.counts.get(saturating_index(cluster.since(self.first)))
+        {
             return Ok(*count);
         }
-        metadata.read_run(cluster, WINDOW, &mut self.counts)?;
+        metadata.read_run(ClusterRange::at(cluster, WINDOW), &mut self.counts)?;
         self.first = cluster;
         self.counts
             .first()
@@ -112,16 +117,15 @@ impl Qcow2 {
         l1: Table,
         change: RefcountChange,
     ) -> Result<()> {
-        let bits = self.header.geometry.cluster_bits;
         let mut batch = Batch::default();
         let check = |state: &mut ImageState, batch: &mut Batch| {
             batch
                 .take_sorted()
                 .into_iter()
-                .try_for_each(|(first, count)| state.metadata.check_run(first, count, change))
+                .try_for_each(|clusters| state.metadata.check_run(clusters, change))
         };
         self.visit_tables(state, &*self.file, l1, l1, |state, entry, table| {
-            batch.add((entry & OFFSET_MASK) >> bits, 1);
+            batch.add(self.cluster_of(entry));
             self.collect(table, &mut batch)?;
             if batch.is_full() {
                 check(state, &mut batch)?;
@@ -158,7 +162,6 @@ impl Qcow2 {
             state.metadata.cache.clear()?;
             self.visit_l1(state, &*self.file, l1, l1, |_, _, entry| Ok(entry & !COPIED))?;
         }
-        let bits = self.header.geometry.cluster_bits;
         let mut batch = Batch::default();
         let raise = |state: &mut ImageState, batch: &mut Batch| {
             state.metadata.cache.sync()?;
@@ -166,16 +169,16 @@ impl Qcow2 {
             state.metadata.flush()
         };
         self.visit_tables(state, &*self.file, l1, rewrite.l1(l1), |state, entry, table| {
-            let old = entry & OFFSET_MASK;
+            let old = HostOffset::new(entry & OFFSET_MASK);
             let changed = self.mark_entries(table, |_| Ok(false))?;
             let new = self.rewrite_l2(state, rewrite, old, table, changed)?;
             self.collect(table, &mut batch)?;
-            let mut entry = entry & !(OFFSET_MASK | COPIED) | new;
+            let mut entry = entry & !(OFFSET_MASK | COPIED) | new.get();
             match new == old {
-                true => batch.add(old >> bits, 1),
+                true => batch.add(self.cluster_of(old.get())),
                 // The allocation has counted it once.
                 false if users == 1 => entry |= COPIED,
-                false => (1..users).for_each(|_| batch.add(new >> bits, 1)),
+                false => (1..users).for_each(|_| batch.add(self.cluster_of(new.get()))),
             }
             if batch.is_full() {
                 raise(state, &mut batch)?;
@@ -194,10 +197,9 @@ impl Qcow2 {
         source: &dyn Device,
         l1: Table,
     ) -> Result<()> {
-        let bits = self.header.geometry.cluster_bits;
         let mut batch = Batch::default();
         self.visit_tables(state, source, l1, l1, |state, entry, table| {
-            batch.add((entry & OFFSET_MASK) >> bits, 1);
+            batch.add(self.cluster_of(entry));
             self.collect(table, &mut batch)?;
             if batch.is_full() {
                 self.release_batch(state, &mut batch)?;
@@ -209,9 +211,8 @@ impl Qcow2 {
 
     /// Decrements the refcounts of the clusters of the table `l1` itself, and discards their storage.
     pub(in crate::qcow2) fn release_table(&self, state: &mut ImageState, l1: Table) -> Result<()> {
-        let bits = self.header.geometry.cluster_bits;
         let mut batch = Batch::default();
-        batch.add(l1.offset >> bits, l1.len.div_ceil(1 << bits));
+        batch.add(self.clusters_of(l1.range()));
         self.release_batch(state, &mut batch)
     }
 
@@ -223,7 +224,6 @@ impl Qcow2 {
         old: Table,
         new: Table,
     ) -> Result<()> {
-        let bits = self.header.geometry.cluster_bits;
         let mut batch = Batch::default();
         let mut chunk = Vec::new();
         self.visit_l1(state, &*self.file, old, old, |_, index, entry| {
@@ -235,11 +235,11 @@ impl Qcow2 {
             let now = chunk.get(at..).and_then(<[u8]>::first_chunk);
             let now = now.map_or(0, |number| u64::from_be_bytes(*number) & OFFSET_MASK);
             if entry & OFFSET_MASK != now && entry & OFFSET_MASK != 0 {
-                batch.add((entry & OFFSET_MASK) >> bits, 1);
+                batch.add(self.cluster_of(entry));
             }
             Ok(entry)
         })?;
-        batch.add(old.offset >> bits, old.len.div_ceil(1 << bits));
+        batch.add(self.clusters_of(old.range()));
         self.change_batch(state, &mut batch, RefcountChange::Down)
             .map(|_| ())
     }
@@ -252,18 +252,18 @@ impl Qcow2 {
         state.metadata.cache.clear()?;
         state.metadata.cache.sync()?;
         self.visit_tables(state, &*self.file, l1, rewrite.l1(l1), |state, entry, table| {
-            let old = entry & OFFSET_MASK;
-            let mut counts = CountWindow::default();
+            let old = HostOffset::new(entry & OFFSET_MASK);
+            let mut counts = CountWindow::new();
             let changed = self.mark_entries(table, |offset| {
-                Ok(counts.count(&mut state.metadata, offset.get() >> bits)? == 1)
+                Ok(counts.count(&mut state.metadata, offset.cluster(bits))? == 1)
             })?;
             let new = self.rewrite_l2(state, rewrite, old, table, changed)?;
-            let flag = if state.metadata.count(new >> bits)? == 1 {
+            let flag = if state.metadata.count(new.cluster(bits))? == 1 {
                 COPIED
             } else {
                 0
             };
-            Ok(entry & !(OFFSET_MASK | COPIED) | new | flag)
+            Ok(entry & !(OFFSET_MASK | COPIED) | new.get() | flag)
         })?;
         // Cached pages of these tables are out of date.
         state.metadata.cache.clear()
@@ -274,10 +274,10 @@ impl Qcow2 {
         &self,
         state: &mut ImageState,
         rewrite: Rewrite,
-        offset: u64,
+        offset: HostOffset,
         table: &[u8],
         changed: bool,
-    ) -> Result<u64> {
+    ) -> Result<HostOffset> {
         let offset = match rewrite {
             _ if !changed => return Ok(offset),
             Rewrite::InPlace => offset,
@@ -286,7 +286,7 @@ impl Qcow2 {
                 state.metadata.allocate(1, kind)?
             }
         };
-        self.write_table(state, WriteOrder::L2, offset, table)?;
+        self.write_table(state, WriteOrder::L2, offset.get(), table)?;
         Ok(offset)
     }
 
@@ -362,7 +362,6 @@ impl Qcow2 {
     /// Adds the clusters to which the L2 table `table` refers to `batch`.
     fn collect(&self, table: &[u8], batch: &mut Batch) -> Result<()> {
         let geometry = self.header.geometry;
-        let bits = geometry.cluster_bits;
         if self.has_data_file() {
             return Ok(());
         }
@@ -370,14 +369,25 @@ impl Qcow2 {
         for numbers in table.as_chunks::<8>().0.chunks_exact(step) {
             let number = u64::from_be_bytes(numbers[0]);
             if self.is_plain(number) {
-                batch.add((number & OFFSET_MASK) >> bits, 1);
+                batch.add(self.cluster_of(number));
             } else if number != 0
                 && let Some(host) = self.parse_numbers(numbers)?.host_clusters(geometry)
             {
-                batch.add(host.start() >> bits, host.len() >> bits);
+                batch.add(self.clusters_of(host));
             }
         }
         Ok(())
+    }
+
+    /// The cluster that the entry `number` of an L1 or L2 table refers to, as a run.
+    fn cluster_of(&self, number: u64) -> ClusterRange {
+        let offset = HostOffset::new(number & OFFSET_MASK);
+        ClusterRange::at(offset.cluster(self.header.geometry.cluster_bits), 1)
+    }
+
+    /// The clusters that the bytes `range` of the file touch.
+    fn clusters_of(&self, range: ByteRange) -> ClusterRange {
+        ClusterRange::touched(range, self.header.geometry.cluster_bits)
     }
 
     /// Whether the number is a whole standard entry for a host cluster without any other flag than COPIED, as nearly
@@ -441,14 +451,14 @@ impl Qcow2 {
     ) -> Result<Vec<ByteRange>> {
         let bits = self.header.geometry.cluster_bits;
         let mut freed: Vec<ByteRange> = Vec::new();
-        for (first, count) in batch.take_sorted() {
-            state.metadata.change_run(first, count, change, |cluster| {
-                let start = cluster << bits;
+        for clusters in batch.take_sorted() {
+            state.metadata.change_run(clusters, change, |cluster| {
+                let range = ClusterRange::at(cluster, 1).bytes(bits);
                 match freed.last_mut() {
-                    Some(last) if last.end() == start => {
-                        *last = ByteRange::new(last.start(), start + (1 << bits))
+                    Some(last) if last.end() == range.start() => {
+                        *last = ByteRange::new(last.start(), range.end());
                     }
-                    _ => freed.push(ByteRange::at(start, 1 << bits)),
+                    _ => freed.push(range),
                 }
             })?;
         }

@@ -1,11 +1,12 @@
 //! Changes the refcounts of runs of clusters: one cache access for each page of a refcount block, not one for each
 //! cluster.
 
-use diskimage_core::{ByteRange, Error, ErrorKind, Result, errno, to_index};
+use diskimage_core::{Error, ErrorKind, Result, errno, to_index};
 
 use super::{Refcounts, block};
 use crate::layer_kit::metadata_cache::{MetadataCache, Table};
 use crate::layer_kit::metadata_guard::Kinds;
+use crate::layer_kit::offset::{ClusterIndex, ClusterRange};
 use crate::qcow2::header::limit;
 
 /// A change of a refcount.
@@ -25,57 +26,53 @@ pub(super) struct FailedUpdate {
 }
 
 impl Refcounts {
-    /// Checks that `count` clusters from `first` on have refcounts above zero and, for [`RefcountChange::Up`], below
-    /// the maximum.
+    /// Checks that `clusters` have refcounts above zero and, for [`RefcountChange::Up`], below the maximum.
     ///
     /// # Errors
     /// The first cluster that fails the check.
     pub(in crate::qcow2) fn check_run(
         &self,
         tables: &mut MetadataCache,
-        first: u64,
-        count: u64,
+        clusters: ClusterRange,
         change: RefcountChange,
     ) -> Result<()> {
         let (order, max) = (self.geometry.refcount_order, self.geometry.max_refcount());
-        let mut at = first;
-        while at < first + count {
-            let (table, slot, len) = self.run_in_page(tables, at, first + count - at)?;
-            let bytes = tables.bytes(table, slot.byte)?;
-            for i in 0..len {
-                let (skip, slot) = self.slot_from(at + i, slot)?;
+        let mut rest = clusters;
+        while rest.len() > 0 {
+            let (table, start, part) = self.run_in_page(tables, rest)?;
+            let bytes = tables.bytes(table, start.byte)?;
+            for cluster in part {
+                let (skip, slot) = self.slot_from(cluster, start)?;
                 let used = bytes
                     .get(skip..)
                     .and_then(|bytes| block::read(bytes, slot, order))
                     .unwrap_or(0);
-                if let Err(error) = changed(used, change, max, at + i) {
-                    return Err(self.refusal(tables, at + i, used, error));
+                if let Err(error) = changed(used, change, max, cluster) {
+                    return Err(self.refusal(tables, cluster, used, error));
                 }
             }
-            at += len;
+            rest.start = part.end;
         }
         Ok(())
     }
 
-    /// Changes the refcounts of `count` clusters from `first` on. Calls `freed` with each cluster that becomes free, in
-    /// order.
+    /// Changes the refcounts of `clusters`. Calls `freed` with each cluster that becomes free, in order.
     ///
     /// # Errors
     /// As [`Refcounts::check_run`]; the clusters before the failed one are changed.
     pub(in crate::qcow2) fn change_run(
         &mut self,
         tables: &mut MetadataCache,
-        first: u64,
-        count: u64,
+        clusters: ClusterRange,
         change: RefcountChange,
-        mut freed: impl FnMut(u64),
+        mut freed: impl FnMut(ClusterIndex),
     ) -> Result<()> {
         let max = self.geometry.max_refcount();
         let mut free = Vec::new();
-        let mut at = first;
-        while at < first + count {
+        let mut rest = clusters;
+        while rest.len() > 0 {
             let references = &self.references;
-            let (done, failed) = self.update_page(tables, at, first + count - at, |cluster, used| {
+            let (done, failed) = self.update_page(tables, rest, |cluster, used| {
                 let mut new = changed(used, change, max, cluster)?;
                 if change == RefcountChange::Down {
                     // The refcount does not fall below the number of known references.
@@ -87,66 +84,67 @@ impl Refcounts {
                 }
                 Ok(new)
             })?;
+            let done = ClusterRange::at(rest.start, done);
             match change {
-                RefcountChange::Up => self.references.add_run(at, done),
-                RefcountChange::Down => self.references.remove_run(at, done),
+                RefcountChange::Up => self.references.add_run(done),
+                RefcountChange::Down => self.references.remove_run(done),
             }
             for cluster in free.drain(..) {
                 self.note_free(tables, cluster);
                 freed(cluster);
             }
-            at += done;
+            rest.start = done.end;
             if let Some(failed) = failed {
-                return Err(self.refusal(tables, at, failed.used, failed.error));
+                return Err(self.refusal(tables, rest.start, failed.used, failed.error));
             }
         }
         Ok(())
     }
 
-    /// Replaces the refcounts of up to `most` clusters from `first` on, as many as one page holds, by the results of
-    /// `update` for each cluster and its refcount. Returns how many were replaced, and why the next one was not if that
-    /// failed.
+    /// Replaces the refcounts of the first of `clusters`, as many as one page holds, by the results of `update` for each
+    /// cluster and its refcount. Returns how many were replaced, and why the next one was not if that failed.
     pub(super) fn update_page(
         &self,
         tables: &mut MetadataCache,
-        first: u64,
-        most: u64,
-        mut update: impl FnMut(u64, u64) -> Result<u64>,
+        clusters: ClusterRange,
+        mut update: impl FnMut(ClusterIndex, u64) -> Result<u64>,
     ) -> Result<(u64, Option<FailedUpdate>)> {
         let order = self.geometry.refcount_order;
-        let (table, slot, len) = self.run_in_page(tables, first, most)?;
-        let bytes = tables.bytes_mut(table, slot.byte)?;
-        for done in 0..len {
-            let (skip, slot) = self.slot_from(first + done, slot)?;
+        let (table, start, part) = self.run_in_page(tables, clusters)?;
+        let bytes = tables.bytes_mut(table, start.byte)?;
+        for cluster in part {
+            let (skip, slot) = self.slot_from(cluster, start)?;
             let bytes = bytes.get_mut(skip..).unwrap_or(&mut []);
             let used = block::read(bytes, slot, order).unwrap_or(0);
-            match update(first + done, used) {
+            match update(cluster, used) {
                 Ok(new) => block::write(bytes, slot, order, new)
                     .ok_or_else(|| Error::corrupt("Refcount block too short"))?,
-                Err(error) => return Ok((done, Some(FailedUpdate { used, error }))),
+                Err(error) => {
+                    let done = cluster.since(part.start);
+                    return Ok((done, Some(FailedUpdate { used, error })));
+                }
             }
         }
-        Ok((len, None))
+        Ok((part.len(), None))
     }
 
-    /// Replaces `counts` with the refcounts of up to `most` clusters from `first` on, as many as one page holds.
+    /// Replaces `counts` with the refcounts of the first of `clusters`, as many as one page holds.
     pub(in crate::qcow2) fn read_run(
         &self,
         tables: &mut MetadataCache,
-        first: u64,
-        most: u64,
+        clusters: ClusterRange,
         counts: &mut Vec<u64>,
     ) -> Result<()> {
         counts.clear();
-        if self.block(tables, first)?.is_none() {
+        if self.block(tables, clusters.start)?.is_none() {
             counts.push(0);
             return Ok(());
         }
         let order = self.geometry.refcount_order;
-        let (table, slot, len) = self.run_in_page(tables, first, most)?;
-        let bytes = tables.bytes(table, slot.byte)?;
-        for i in 0..len {
-            let (skip, slot) = self.slot_from(first + i, slot)?;
+        let (table, start, part) = self.run_in_page(tables, clusters)?;
+        let bytes = tables.bytes(table, start.byte)?;
+        for cluster in part {
+            let (skip, slot) = self.slot_from(cluster, start)?;
             let count = bytes
                 .get(skip..)
                 .and_then(|bytes| block::read(bytes, slot, order));
@@ -156,45 +154,41 @@ impl Refcounts {
     }
 
     /// The error for a cluster whose refcount `used` cannot be changed because of `error`.
-    fn refusal(&self, tables: &MetadataCache, cluster: u64, used: u64, error: Error) -> Error {
-        let (start, size) = (
-            cluster << self.geometry.cluster_bits,
-            self.geometry.cluster_size(),
-        );
+    fn refusal(&self, tables: &MetadataCache, cluster: ClusterIndex, used: u64, error: Error) -> Error {
+        let range = ClusterRange::at(cluster, 1).bytes(self.geometry.cluster_bits);
         // If a cluster that is not counted holds metadata, the guard has the better message.
         let admitted = match used {
-            0 => tables.admit(ByteRange::at(start, size), Kinds::NONE),
+            0 => tables.admit(range, Kinds::NONE),
             _ => Ok(()),
         };
         admitted.err().unwrap_or(error)
     }
 
-    /// The block and the slot of `cluster`, and how many of `most` clusters from there on have their refcounts in the
-    /// same page.
+    /// The block and the slot of the first of `clusters`, and those that have their refcounts in the same page.
     fn run_in_page(
         &self,
         tables: &mut MetadataCache,
-        cluster: u64,
-        most: u64,
-    ) -> Result<(Table, block::Slot, u64)> {
+        clusters: ClusterRange,
+    ) -> Result<(Table, block::Slot, ClusterRange)> {
         let table = self
-            .block(tables, cluster)?
-            .ok_or_else(|| self.no_block(cluster))?;
-        let index = cluster % self.entries_per_block();
+            .block(tables, clusters.start)?
+            .ok_or_else(|| self.no_block(clusters.start))?;
+        let index = self.geometry.index_in_block(clusters.start);
         let order = self.geometry.refcount_order;
         let slot = block::Slot::new(index, order);
         let bytes = tables.bytes(table, slot.byte)?.len() as u64;
         // The page's bytes start with the first entry of the slot's byte, which may be an earlier one.
         let entries = (bytes * 8) >> order;
         let before = index - ((slot.byte * 8) >> order);
-        Ok((table, slot, most.min(entries.saturating_sub(before)).max(1)))
+        let len = clusters.len().min(entries.saturating_sub(before)).max(1);
+        Ok((table, slot, ClusterRange::at(clusters.start, len)))
     }
 
     /// The error for a cluster in use without a block. The errno is that of qemu-img, which adds the block and returns
     /// `EAGAIN`, or `EFBIG` if the largest table has no entry for the block.
-    fn no_block(&self, cluster: u64) -> Error {
-        let entry = cluster / self.entries_per_block() * 8;
-        Error::from_errno(if entry < limit::REFCOUNT_TABLE_BYTES {
+    fn no_block(&self, cluster: ClusterIndex) -> Error {
+        let at = self.geometry.block_index(cluster) * 8;
+        Error::from_errno(if at < limit::REFCOUNT_TABLE_BYTES {
             errno::EAGAIN
         } else {
             errno::EFBIG
@@ -202,13 +196,13 @@ impl Refcounts {
     }
 
     /// The slot of `cluster`, and its offset in bytes that begin at the byte of `start`, a slot of the same block.
-    fn slot_from(&self, cluster: u64, start: block::Slot) -> Result<(usize, block::Slot)> {
-        let slot = block::Slot::new(cluster % self.entries_per_block(), self.geometry.refcount_order);
+    fn slot_from(&self, cluster: ClusterIndex, start: block::Slot) -> Result<(usize, block::Slot)> {
+        let slot = self.slot(cluster);
         Ok((to_index(slot.byte - start.byte)?, slot))
     }
 }
 
-fn changed(used: u64, change: RefcountChange, max: u64, cluster: u64) -> Result<u64> {
+fn changed(used: u64, change: RefcountChange, max: u64, cluster: ClusterIndex) -> Result<u64> {
     match change {
         _ if used == 0 => Err(not_counted(cluster)),
         // qemu-img's message.
@@ -218,6 +212,6 @@ fn changed(used: u64, change: RefcountChange, max: u64, cluster: u64) -> Result<
     }
 }
 
-fn not_counted(cluster: u64) -> Error {
-    Error::corrupt(format!("Cluster {cluster:#x} is in use but not counted"))
+fn not_counted(cluster: ClusterIndex) -> Error {
+    Error::corrupt(format!("Cluster {:#x} is in use but not counted", cluster.get()))
 }

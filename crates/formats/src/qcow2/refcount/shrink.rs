@@ -6,6 +6,7 @@ use diskimage_core::{Error, Result, is_zero};
 
 use super::{Refcounts, block};
 use crate::layer_kit::metadata_cache::{MetadataCache, Table};
+use crate::layer_kit::offset::{ClusterIndex, HostOffset};
 
 /// A block that was removed from the refcount table.
 struct Dropped {
@@ -38,11 +39,11 @@ impl Refcounts {
             return Err(error);
         }
         for block in &dropped {
-            let cluster = block.table.offset >> bits;
+            let cluster = HostOffset::new(block.table.offset).cluster(bits);
             tables.forget(block.table);
             // If the block that counts this one was freed as well, no refcount is left to decrement.
             if self.block(tables, cluster)?.is_some() {
-                self.release(tables, block.table.offset, 1)?;
+                self.release(tables, block.table.range())?;
             } else {
                 self.references.remove(cluster);
                 self.note_free(tables, cluster);
@@ -57,15 +58,15 @@ impl Refcounts {
     /// Removes empty blocks from the refcount table, from the last to the first.
     fn unlink_empty_blocks(&self, tables: &mut MetadataCache, dropped: &mut Vec<Dropped>) -> Result<()> {
         let bits = self.geometry.cluster_bits;
-        let per_block = self.entries_per_block();
         let mut clusters = HashSet::new();
         for index in (0..self.table().len / 8).rev() {
-            let Some(table) = self.block(tables, index * per_block)? else {
+            let Some(table) = self.block_in_entry(tables, index)? else {
                 continue;
             };
-            let own = table.offset >> bits;
+            let own = HostOffset::new(table.offset).cluster(bits);
             let is_dropped = |cluster| cluster == own || clusters.contains(&cluster);
-            if self.counts_only(tables, table, index * per_block, is_dropped)? {
+            let first = self.geometry.counted_clusters(index).start;
+            if self.counts_only(tables, table, first, is_dropped)? {
                 let entry = tables.number(self.table(), index * 8)?;
                 tables.set_number(self.table(), index * 8, 0)?;
                 clusters.insert(own);
@@ -81,8 +82,8 @@ impl Refcounts {
         &self,
         tables: &mut MetadataCache,
         table: Table,
-        first: u64,
-        is_dropped: impl Fn(u64) -> bool,
+        first: ClusterIndex,
+        is_dropped: impl Fn(ClusterIndex) -> bool,
     ) -> Result<bool> {
         let order = self.geometry.refcount_order;
         let short = || Error::corrupt("Refcount block too short");
@@ -97,7 +98,7 @@ impl Refcounts {
                     let count = bytes
                         .get(skip..)
                         .and_then(|bytes| block::read(bytes, slot, order));
-                    if count.ok_or_else(short)? > 0 && !is_dropped(first + index) {
+                    if count.ok_or_else(short)? > 0 && !is_dropped(first.plus(index)) {
                         return Ok(false);
                     }
                 }

@@ -5,16 +5,17 @@
 //!   ... all clusters in use | new blocks | new table |     the new clusters are counted in the new structures only
 //! ```
 
-use diskimage_core::{Device, Error, Result, ResultExt, saturating_u32, to_index};
+use diskimage_core::{ByteRange, Device, Error, Result, ResultExt, saturating_u32, to_index};
 
 use super::{Refcounts, block};
 use crate::layer_kit::metadata_cache::MetadataCache;
+use crate::layer_kit::offset::{ClusterIndex, ClusterRange, HostOffset};
 use crate::qcow2::header::{Geometry, limit};
 
 /// Refcount structures of another width, written but not yet published.
 #[derive(Debug)]
 pub(in crate::qcow2) struct Widened {
-    pub(in crate::qcow2) table_offset: u64,
+    pub(in crate::qcow2) table_offset: HostOffset,
     pub(in crate::qcow2) table_clusters: u32,
 }
 
@@ -36,20 +37,20 @@ impl Refcounts {
             ..self.geometry
         };
         let bits = new.cluster_bits;
-        let per_block = new.refcount_block_entries();
         let (mut indices, end) = self.used_blocks(tables, new, report)?;
-        let start = end.max(file.len().div_ceil(new.cluster_size()));
+        let start = end.max(HostOffset::new(file.len()).cluster_end(bits));
         // The new blocks also count themselves and the table: repeated until their number no longer changes.
         let old = indices.len();
         let mut clusters = 1;
         loop {
             indices.truncate(old);
             let known = indices.last().map_or(0, |last| last + 1);
-            let end = start + clusters;
-            indices.extend((start / per_block).max(known)..end.div_ceil(per_block));
+            let run = ClusterRange::at(start, clusters);
+            let counting = new.block_indices(run);
+            indices.extend(counting.start.max(known)..counting.end);
             let entries = indices.last().map_or(1, |last| last + 1);
             let table = (entries * 8).div_ceil(new.cluster_size());
-            if table << bits > limit::REFCOUNT_TABLE_BYTES || end > limit::HOST_OFFSET >> bits {
+            if table << bits > limit::REFCOUNT_TABLE_BYTES || run.end > new.cluster_limit() {
                 return Err(Error::invalid("Refcount table would be too large"));
             }
             let wanted = indices.len() as u64 + table;
@@ -58,7 +59,7 @@ impl Refcounts {
             }
             clusters = wanted;
         }
-        let layout = NewLayout { start, clusters };
+        let layout = ClusterRange::at(start, clusters);
         self.write_structure(tables, file, new, &indices, layout, report)
     }
 
@@ -68,9 +69,8 @@ impl Refcounts {
         tables: &mut MetadataCache,
         new: Geometry,
         report: &dyn Fn(u64, u64),
-    ) -> Result<(Vec<u64>, u64)> {
-        let (mut indices, mut end) = (Vec::new(), 0);
-        let per_block = new.refcount_block_entries();
+    ) -> Result<(Vec<u64>, ClusterIndex)> {
+        let (mut indices, mut end) = (Vec::new(), ClusterIndex::new(0));
         let entries = self.table().len / 8;
         for entry in 0..entries {
             report(entry, 2 * entries);
@@ -80,12 +80,12 @@ impl Refcounts {
                         "Cannot decrease refcount entry width to {} bits: Cluster at offset {:#x} has a refcount of \
                          {count}",
                         1u64 << new.refcount_order,
-                        cluster << new.cluster_bits
+                        cluster.offset(new.cluster_bits).get()
                     )));
                 }
                 if count > 0 {
-                    end = cluster + 1;
-                    let index = cluster / per_block;
+                    end = cluster.plus(1);
+                    let index = new.block_index(cluster);
                     if indices.last() != Some(&index) {
                         indices.push(index);
                     }
@@ -96,59 +96,60 @@ impl Refcounts {
         Ok((indices, end))
     }
 
+    /// Writes the new structures to the clusters `layout`: first the blocks, then the table.
     fn write_structure(
         &self,
         tables: &mut MetadataCache,
         file: &dyn Device,
         new: Geometry,
         indices: &[u64],
-        layout: NewLayout,
+        layout: ClusterRange,
         report: &dyn Fn(u64, u64),
     ) -> Result<Widened> {
         let size = new.cluster_size();
         let bits = new.cluster_bits;
-        let per_block = new.refcount_block_entries();
         let mut bytes = vec![0; to_index(size)?];
         // The progress is in entries of the old table, like that of the first half of the work.
         let entries = self.table().len / 8;
         let mut reported = entries;
-        for (at, index) in (0..).zip(indices) {
-            let reached = (index * per_block / self.entries_per_block()).min(entries);
+        for (block, index) in layout.into_iter().zip(indices) {
+            let counted = new.counted_clusters(*index);
+            let reached = self.geometry.block_index(counted.start).min(entries);
             (reported..=entries + reached).for_each(|part| report(part, 2 * entries));
             reported = reported.max(entries + reached + 1);
             bytes.fill(0);
-            for cluster in index * per_block..(index + 1) * per_block {
-                let count = match layout.holds(cluster) {
+            for cluster in counted {
+                let count = match layout.contains(cluster) {
                     true => 1,
                     false => self.count(tables, cluster)?,
                 };
-                let slot = block::Slot::new(cluster % per_block, new.refcount_order);
+                let slot = block::Slot::new(new.index_in_block(cluster), new.refcount_order);
                 bytes
                     .get_mut(to_index(slot.byte)?..)
                     .and_then(|bytes| block::write(bytes, slot, new.refcount_order, count))
                     .ok_or_else(|| Error::corrupt("Refcount block too short"))?;
             }
-            file.write_at(&bytes, (layout.start + at) << bits)
+            file.write_at(&bytes, block.offset(bits).get())
                 .context(|| "Failed to write refblock")?;
         }
         (reported..2 * entries).for_each(|part| report(part, 2 * entries));
-        let blocks = indices.len() as u64;
-        let mut table = vec![0; to_index((layout.clusters - blocks) << bits)?];
-        for (at, index) in (0..).zip(indices) {
+        let table_clusters = ClusterRange::new(layout.start.plus(indices.len() as u64), layout.end);
+        let mut table = vec![0; to_index(table_clusters.bytes(bits).len())?];
+        for (block, index) in layout.into_iter().zip(indices) {
             let entry = table
                 .get_mut(to_index(index * 8)?..)
                 .and_then(<[u8]>::first_chunk_mut);
             *entry.ok_or_else(|| Error::corrupt("Refcount table too short"))? =
-                ((layout.start + at) << bits).to_be_bytes();
+                block.offset(bits).get().to_be_bytes();
         }
-        let table_offset = (layout.start + blocks) << bits;
-        file.write_at(&table, table_offset)
+        let table_offset = table_clusters.start.offset(bits);
+        file.write_at(&table, table_offset.get())
             .context(|| "Failed to write the new reftable")?;
         file.flush()?;
         Ok(Widened {
             table_offset,
             // The table has at most 8 MiB.
-            table_clusters: saturating_u32(layout.clusters - blocks),
+            table_clusters: saturating_u32(table_clusters.len()),
         })
     }
 
@@ -165,11 +166,11 @@ impl Refcounts {
         for at in (0..table.len).step_by(8) {
             let offset = tables.number(table, at)? & super::TABLE_OFFSET_MASK;
             if offset != 0 {
-                self.release(tables, offset, self.geometry.cluster_size())?;
+                self.release(tables, ByteRange::at(offset, self.geometry.cluster_size()))?;
             }
         }
         tables.forget(table);
-        self.release(tables, table.offset, table.len)
+        self.release(tables, table.range())
     }
 
     /// Calls `visit` with each cluster and its refcount of the block in entry `entry` of the table.
@@ -177,28 +178,14 @@ impl Refcounts {
         &self,
         tables: &mut MetadataCache,
         entry: u64,
-        mut visit: impl FnMut(u64, u64) -> Result<()>,
+        mut visit: impl FnMut(ClusterIndex, u64) -> Result<()>,
     ) -> Result<()> {
-        let per_block = self.entries_per_block();
-        if self.block(tables, entry * per_block)?.is_none() {
+        if self.block_in_entry(tables, entry)?.is_none() {
             return Ok(());
         }
-        (entry * per_block..(entry + 1) * per_block)
+        let clusters = self.geometry.counted_clusters(entry);
+        clusters
+            .into_iter()
             .try_for_each(|cluster| visit(cluster, self.count(tables, cluster)?))
-    }
-}
-
-/// The run of clusters for the new structures: first the blocks, then the table.
-#[derive(Clone, Copy, Debug)]
-struct NewLayout {
-    start: u64,
-    clusters: u64,
-}
-
-impl NewLayout {
-    fn holds(self, cluster: u64) -> bool {
-        cluster
-            .checked_sub(self.start)
-            .is_some_and(|at| at < self.clusters)
     }
 }

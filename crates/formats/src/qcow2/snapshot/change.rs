@@ -181,8 +181,7 @@ impl Qcow2 {
     /// Replaces the disk with that of the snapshot whose L1 table is `kept`, in newly allocated clusters.
     fn apply_copied(&self, state: &mut ImageState, size: u64, kept: Table) -> Result<()> {
         let active = self.allocate_l1(state, kept.len.max(state.l1.len), Kind::ActiveL1)?;
-        self.file
-            .write_zero_bytes(ByteRange::at(active.offset, active.len))?;
+        self.file.write_zero_bytes(active.range())?;
         self.share_tree(state, kept, Rewrite::To(active), 1)?;
         state.l1 = active;
         state.size = size;
@@ -216,7 +215,7 @@ impl Qcow2 {
     fn allocate_l1(&self, state: &mut ImageState, len: u64, kind: Kind) -> Result<Table> {
         let offset = match len.div_ceil(self.header.geometry.cluster_size()) {
             0 => 0,
-            clusters => state.metadata.allocate(clusters, Some(kind))?,
+            clusters => state.metadata.allocate(clusters, Some(kind))?.get(),
         };
         let class = WriteOrder::L1;
         Ok(Table { class, offset, len })
@@ -249,7 +248,7 @@ impl Qcow2 {
             0 => 0,
             clusters => {
                 let kind = Some(Kind::SnapshotTable);
-                state.metadata.allocate(clusters, kind)?
+                state.metadata.allocate(clusters, kind)?.get()
             }
         };
         let written = self
@@ -258,7 +257,7 @@ impl Qcow2 {
             .and_then(|()| state.metadata.flush());
         if let Err(error) = written {
             // A cluster that cannot be released leaks, which is harmless.
-            let released = state.metadata.release(offset, len);
+            let released = state.metadata.release(ByteRange::at(offset, len));
             let _ = released.and_then(|()| state.metadata.cache.write_back());
             return Err(error);
         }
@@ -286,7 +285,7 @@ impl Qcow2 {
         listed: &[Snapshot],
     ) -> Result<()> {
         let len = entries_len(listed);
-        state.metadata.release(table.offset, len)
+        state.metadata.release(ByteRange::at(table.offset, len))
     }
 
     /// Encodes a table with the entries of `listed`, including unknown extra data, and then `new`.

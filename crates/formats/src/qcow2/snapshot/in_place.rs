@@ -146,7 +146,9 @@ impl Qcow2 {
         let count = saturating_u32(left.len());
         let offset = kept.offset;
         self.publish_entries(state, SnapshotTable { offset, count })?;
-        state.metadata.release(offset + used, room - used)?;
+        state
+            .metadata
+            .release(ByteRange::new(offset + used, offset + room))?;
         self.release_entries(state, old, listed)?;
         state.metadata.flush()
     }
