@@ -6,7 +6,7 @@ use diskimage_core::{ByteRange, Device, Format, Image, MemoryDevice, Preallocati
 use diskimage_testing::{create_image, open_image};
 use proptest::prelude::*;
 
-pub(crate) use diskimage_testing::{Closed, OneFile, contents};
+pub(crate) use diskimage_testing::{OneFile, contents};
 
 /// Creates an image of `format` in memory.
 pub(crate) fn create(format: &dyn Format, options: &str, size: u64) -> Result<Arc<MemoryDevice>> {

@@ -4,19 +4,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use diskimage_core::options::Options;
 use diskimage_core::{
-    CreateRequest, Device, Error, ErrorKind, Format, Gate, Image, NewFiles, NodeOptions, OpenContext,
-    OpenRequest, Reference, Result,
+    CreateRequest, Device, Format, Gate, Image, NewFiles, NodeOptions, OpenContext, OpenRequest, Reference,
+    Result,
 };
-
-/// A gate that opens no file.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Closed;
-
-impl Gate for Closed {
-    fn open(&self, _: &Reference<'_>) -> Result<Arc<dyn Device>> {
-        Err(Error::new(ErrorKind::Denied, "no files"))
-    }
-}
 
 /// A gate that opens the same device by every name.
 #[derive(Clone, Debug)]

@@ -4,7 +4,7 @@
 //! * [`FaultyDevice`] fails the n-th request, or all writes beyond a limit.
 //! * [`Journal`] records changes and flushes, and computes the contents that a crash can leave: [`Journal::crashes`].
 //! * [`PagedFile`] is a file in memory that is cheap to copy.
-//! * [`Closed`], [`OneFile`] and [`RecordingGate`] are gates.
+//! * [`OneFile`] and [`RecordingGate`] are gates.
 //! * [`VhdImage`] and [`VhdxImage`] are images made by hand.
 //! * [`INSTEAD_OF_A_HANDSHAKE`] is what a TLS client may get.
 //! * [`create_image`], [`open_image`] and [`contents`] create, open and read images.
@@ -19,7 +19,7 @@ mod vhdx;
 
 pub use faulty::{Fault, FaultyDevice, Requests};
 pub use handshake::INSTEAD_OF_A_HANDSHAKE;
-pub use images::{Closed, OneFile, RecordingGate, contents, create_image, open_image};
+pub use images::{OneFile, RecordingGate, contents, create_image, open_image};
 pub use journal::{Crash, Journal, RecordingDevice};
 pub use paged_file::PagedFile;
 pub use vhd::{SparseBlock, VhdImage, VhdParent, overlay};

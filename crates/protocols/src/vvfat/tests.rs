@@ -5,8 +5,10 @@ use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 
-use diskimage_core::{Budget, Device, ErrorKind, Gate, NodeOptions, Note, OpenContext, Reference, Result};
-use diskimage_testing::{Closed, RecordingGate};
+use diskimage_core::{
+    Budget, ClosedGate, Device, ErrorKind, Gate, NodeOptions, Note, OpenContext, Reference, Result,
+};
+use diskimage_testing::RecordingGate;
 use proptest::collection::vec;
 use proptest::prelude::*;
 use tempfile::TempDir;
@@ -366,7 +368,7 @@ fn files_are_opened_through_the_gate_when_they_are_read() {
     assert!(gate.names().is_empty());
     Volume::new(device, 63 * 512, 16).files();
     assert_eq!(gate.names(), [root.path().join("a").to_str().expect("is text")]);
-    let closed: Arc<dyn Gate> = Arc::new(Closed);
+    let closed: Arc<dyn Gate> = Arc::new(ClosedGate);
     let device = open_with(root.path(), &[], &closed, 16 << 20).expect("opens");
     let first_data = device.len() - (1 << 20);
     device

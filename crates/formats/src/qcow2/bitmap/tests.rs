@@ -2,7 +2,9 @@
 
 use std::sync::Arc;
 
-use diskimage_core::{BitmapInfo, Bitmaps, ByteRange, Device, Image, MemoryDevice, NewBitmap, Repair};
+use diskimage_core::{
+    BitmapInfo, Bitmaps, ByteRange, ClosedGate, Device, Image, MemoryDevice, NewBitmap, Repair,
+};
 use diskimage_core::{
     NodeOptions, OpenContext, OpenRequest, Preallocation, Progress, ResizeRequest, Result, ZeroMode,
 };
@@ -10,7 +12,6 @@ use diskimage_testing::{Journal, RecordingDevice};
 
 use crate::qcow2::Qcow2;
 use crate::qcow2::tests::create;
-use crate::testing::Closed;
 
 fn open(file: &Arc<MemoryDevice>, write: bool) -> Result<(Arc<Qcow2>, Image)> {
     open_on(Arc::<MemoryDevice>::clone(file), write)
@@ -67,7 +68,7 @@ fn resize(image: &Image, len: u64) -> Result<()> {
 
 #[test]
 fn writes_are_marked_in_enabled_bitmaps_alone() {
-    let file = create("cluster_size=4096", 1 << 20, &Closed);
+    let file = create("cluster_size=4096", 1 << 20, &ClosedGate);
     let (layer, image) = open(&file, true).expect("opens");
     add(&layer, "on", 512, true);
     add(&layer, "off", 512, false);
@@ -97,7 +98,7 @@ fn writes_are_marked_in_enabled_bitmaps_alone() {
 
 #[test]
 fn opening_without_writing_does_not_change_the_file() {
-    let file = create("", 1 << 20, &Closed);
+    let file = create("", 1 << 20, &ClosedGate);
     let (layer, image) = open(&file, true).expect("opens");
     add(&layer, "b", 65536, true);
     drop((layer, image));
@@ -110,7 +111,7 @@ fn opening_without_writing_does_not_change_the_file() {
 #[test]
 fn bits_follow_the_size_of_the_disk() {
     // Clusters of 512 bytes hold the bits of 2 MiB.
-    let file = create("cluster_size=512", 8 << 20, &Closed);
+    let file = create("cluster_size=512", 8 << 20, &ClosedGate);
     let (layer, image) = open(&file, true).expect("opens");
     add(&layer, "b", 512, false);
     layer
@@ -127,7 +128,7 @@ fn bits_follow_the_size_of_the_disk() {
 
 #[test]
 fn inconsistent_bitmaps_forbid_resizing_and_change_nothing() {
-    let file = create("", 1 << 20, &Closed);
+    let file = create("", 1 << 20, &ClosedGate);
     let (layer, image) = open(&file, true).expect("opens");
     add(&layer, "b", 65536, true);
     image.write_at(&[1; 1 << 20], 0).expect("writes");
@@ -149,7 +150,7 @@ fn inconsistent_bitmaps_forbid_resizing_and_change_nothing() {
 
 #[test]
 fn a_bitmap_that_would_be_too_large_forbids_growing() {
-    let file = create("", 1 << 20, &Closed);
+    let file = create("", 1 << 20, &ClosedGate);
     let (layer, image) = open(&file, true).expect("opens");
     add(&layer, "b", 512, true);
     let error = resize(&image, (2 << 40) + 512).expect_err("refused");
@@ -162,7 +163,7 @@ fn a_bitmap_that_would_be_too_large_forbids_growing() {
 
 #[test]
 fn bitmaps_are_added_changed_and_removed() {
-    let file = create("", 1 << 20, &Closed);
+    let file = create("", 1 << 20, &ClosedGate);
     let (layer, image) = open(&file, true).expect("opens");
     let new = |name, granularity| NewBitmap {
         name,
@@ -217,7 +218,7 @@ fn bitmaps_are_added_changed_and_removed() {
 
 #[test]
 fn whole_clusters_of_set_bits_need_no_storage() {
-    let file = create("cluster_size=512", 64 << 20, &Closed);
+    let file = create("cluster_size=512", 64 << 20, &ClosedGate);
     let (layer, _) = open(&file, true).expect("opens");
     add(&layer, "b", 512, false);
     let before = file.len();
@@ -233,7 +234,7 @@ fn whole_clusters_of_set_bits_need_no_storage() {
 
 #[test]
 fn more_writes_than_the_limit_are_all_marked() {
-    let file = create("cluster_size=65536", 256 << 20, &Closed);
+    let file = create("cluster_size=65536", 256 << 20, &ClosedGate);
     let (layer, image) = open(&file, true).expect("opens");
     add(&layer, "b", 512, true);
     let mut state = layer.lock();
@@ -251,7 +252,7 @@ fn more_writes_than_the_limit_are_all_marked() {
 
 #[test]
 fn the_name_of_the_backing_file_survives_new_bitmaps() {
-    let file = create("backing_file=below.raw,backing_fmt=raw", 1 << 20, &Closed);
+    let file = create("backing_file=below.raw,backing_fmt=raw", 1 << 20, &ClosedGate);
     let (layer, _) = open(&file, true).expect("opens");
     add(&layer, "b", 65536, true);
     let (layer, _) = open(&file, false).expect("opens");
@@ -272,7 +273,7 @@ fn a_crash_leaves_the_bitmaps_from_before_or_after() {
         "backing_file=below,backing_fmt=raw",
         &long,
     ] {
-        let file = create(options, 1 << 20, &Closed);
+        let file = create(options, 1 << 20, &ClosedGate);
         add(&open(&file, true).expect("opens").0, "a", 65536, true);
         let changes: [fn(&Qcow2); 2] = [
             |layer| add(layer, "b", 65536, true),
@@ -300,7 +301,7 @@ fn a_crash_leaves_the_bitmaps_from_before_or_after() {
 
 #[test]
 fn damaged_structures_never_panic() {
-    let file = create("cluster_size=512", 1 << 20, &Closed);
+    let file = create("cluster_size=512", 1 << 20, &ClosedGate);
     let (layer, image) = open(&file, true).expect("opens");
     add(&layer, "b", 512, true);
     layer.mark("b", &[ByteRange::new(0, 5000)]).expect("marks");
@@ -328,7 +329,7 @@ fn damaged_structures_never_panic() {
 
 /// An image with data and the bitmaps `bad` and `good`, and the host offset of the directory.
 fn with_two_bitmaps() -> (Vec<u8>, usize) {
-    let file = create("cluster_size=4096", 1 << 20, &Closed);
+    let file = create("cluster_size=4096", 1 << 20, &ClosedGate);
     let (layer, image) = open(&file, true).expect("opens");
     add(&layer, "bad", 512, true);
     add(&layer, "good", 512, true);

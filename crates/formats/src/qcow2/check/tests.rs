@@ -3,14 +3,14 @@
 use std::sync::{Arc, Mutex};
 
 use diskimage_core::{
-    ByteRange, CheckReport, Device, Extent, Format, Image, Limits, MemoryDevice, Note, OpenContext,
-    OpenRequest, Preallocation, Progress, Repair, Result, StatusDetail, ZeroMode,
+    ByteRange, CheckReport, ClosedGate, Device, Extent, Format, Image, Limits, MemoryDevice, Note,
+    OpenContext, OpenRequest, Preallocation, Progress, Repair, Result, StatusDetail, ZeroMode,
 };
 use proptest::prelude::*;
 
 use crate::qcow2::Qcow2Format;
 use crate::qcow2::tests::{FORMS, Op, SIZE, create, op, open, secrets, with_key};
-use crate::testing::{Closed, OneFile, contents};
+use crate::testing::{OneFile, contents};
 
 /// The outcome of a check and the lines that it reported.
 #[derive(Debug)]
@@ -43,8 +43,8 @@ fn check(file: &Arc<MemoryDevice>, repair: Repair) -> Found {
 
 /// 1 MiB with 256 KiB written: header, refcount table, refcount block, L1 table, L2 table, data, a cluster each.
 fn written() -> Arc<MemoryDevice> {
-    let file = create("", 1 << 20, &Closed);
-    let image = open(&file, true, &Closed, None).expect("opens");
+    let file = create("", 1 << 20, &ClosedGate);
+    let image = open(&file, true, &ClosedGate, None).expect("opens");
     for i in 0..4u8 {
         let at = u64::from(i) << 16;
         image.write_at(&[i + 1; 1 << 16], at).expect("writes");
@@ -99,7 +99,7 @@ fn a_leak_is_freed() {
 #[test]
 fn a_used_cluster_with_refcount_zero_needs_a_rebuild() {
     let file = written();
-    let before = contents(&open(&file, false, &Closed, None).expect("opens"));
+    let before = contents(&open(&file, false, &ClosedGate, None).expect("opens"));
     file.write_at(&[0, 0], 0x2000a).expect("pokes the block");
     assert_eq!(
         check(&file, Repair::No).lines,
@@ -124,15 +124,15 @@ fn a_used_cluster_with_refcount_zero_needs_a_rebuild() {
     assert_eq!(found.report.expect("checks").corruptions_fixed, 1);
     clean(&file);
     assert_eq!(
-        contents(&open(&file, false, &Closed, None).expect("opens")),
+        contents(&open(&file, false, &ClosedGate, None).expect("opens")),
         before
     );
 }
 
 #[test]
 fn a_table_used_twice_is_counted_twice_and_loses_its_flags() {
-    let file = create("", 1 << 30, &Closed);
-    let image = open(&file, true, &Closed, None).expect("opens");
+    let file = create("", 1 << 30, &ClosedGate);
+    let image = open(&file, true, &ClosedGate, None).expect("opens");
     image.write_at(&[1; 1 << 16], 0).expect("writes");
     image.flush().expect("flushes");
     poke(&file, 0x30008, 0x8000_0000_0004_0000);
@@ -143,8 +143,8 @@ fn a_table_used_twice_is_counted_twice_and_loses_its_flags() {
 
 #[test]
 fn a_refcount_block_that_is_also_guest_data_is_not_written_with_one_bit_refcounts() {
-    let file = create("cluster_size=4096,refcount_bits=1", 1 << 20, &Closed);
-    let image = open(&file, true, &Closed, None).expect("opens");
+    let file = create("cluster_size=4096,refcount_bits=1", 1 << 20, &ClosedGate);
+    let image = open(&file, true, &ClosedGate, None).expect("opens");
     image.write_at(&[0xff; 4096], 0).expect("writes");
     image.flush().expect("flushes");
     let bytes = contents(&image);
@@ -152,13 +152,13 @@ fn a_refcount_block_that_is_also_guest_data_is_not_written_with_one_bit_refcount
     poke(&file, 0x1008, 0x5000);
     file.resize(40_000 * 4096, Preallocation::Off).expect("grows");
     check(&file, Repair::All).report.expect("checks");
-    assert!(contents(&open(&file, false, &Closed, None).expect("opens")) == bytes);
+    assert!(contents(&open(&file, false, &ClosedGate, None).expect("opens")) == bytes);
     clean(&file);
 }
 
 #[test]
 fn a_table_referred_to_by_every_entry_is_checked_in_bounded_time() {
-    let file = create("cluster_size=65536", 1 << 50, &Closed);
+    let file = create("cluster_size=65536", 1 << 50, &ClosedGate);
     // All 2^21 L1 entries point to the same L2 table, and all its entries to the same cluster.
     let file_len = file.len();
     let l2 = file_len.next_multiple_of(1 << 16);
@@ -228,9 +228,9 @@ fn a_dirty_image_is_repaired_when_opened_for_writing() {
     let file = written();
     poke(&file, 72, 1);
     file.write_at(&[0, 0], 0x2000a).expect("pokes the block");
-    drop(open(&file, false, &Closed, None).expect("opens"));
+    drop(open(&file, false, &ClosedGate, None).expect("opens"));
     assert_eq!(file.contents()[79], 1);
-    drop(open(&file, true, &Closed, None).expect("opens"));
+    drop(open(&file, true, &ClosedGate, None).expect("opens"));
     clean(&file);
 }
 
@@ -373,7 +373,7 @@ impl Device for RecordingDevice {
 #[test]
 fn an_interrupted_repair_loses_no_data_and_can_be_repeated() {
     let file = written();
-    let bytes = contents(&open(&file, false, &Closed, None).expect("opens"));
+    let bytes = contents(&open(&file, false, &ClosedGate, None).expect("opens"));
     file.write_at(&[0, 0, 0, 5], 0x2000a).expect("pokes the block");
     let start = file.contents();
     let recorder = Arc::new(RecordingDevice {
@@ -390,10 +390,10 @@ fn an_interrupted_repair_loses_no_data_and_can_be_repeated() {
         for (offset, written) in &writes[..cut] {
             crashed.write_at(written, *offset).expect("grows");
         }
-        let image = open(&crashed, false, &Closed, None).expect("opens");
+        let image = open(&crashed, false, &ClosedGate, None).expect("opens");
         assert!(contents(&image) == bytes, "after {cut} writes");
         check(&crashed, Repair::All).report.expect("checks");
         clean(&crashed);
-        assert!(contents(&open(&crashed, false, &Closed, None).expect("opens")) == bytes);
+        assert!(contents(&open(&crashed, false, &ClosedGate, None).expect("opens")) == bytes);
     }
 }

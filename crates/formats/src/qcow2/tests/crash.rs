@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use diskimage_core::{Device, MemoryDevice, Preallocation, Repair};
+use diskimage_core::{ClosedGate, Device, MemoryDevice, Preallocation, Repair};
 use diskimage_testing::{Journal, RecordingDevice};
 
 use super::scenario::{
@@ -10,7 +10,7 @@ use super::scenario::{
     report,
 };
 use super::{create, scenarios};
-use crate::testing::{Closed, contents};
+use crate::testing::contents;
 
 const SAMPLES: usize = 12;
 
@@ -73,7 +73,7 @@ fn a_crash_while_pages_are_evicted_leaves_leaked_clusters_at_worst() {
 #[test]
 fn unknown_autoclear_features_are_cleared_before_anything_changes() {
     const AUTOCLEAR: usize = 88;
-    let mut file = create("cluster_size=4096", 1 << 16, &Closed).contents();
+    let mut file = create("cluster_size=4096", 1 << 16, &ClosedGate).contents();
     // Bit 63 has no meaning in any specification.
     file[AUTOCLEAR] = 0x80;
     let journal: Arc<Journal> = Arc::default();
@@ -98,7 +98,7 @@ fn clusters_left_beyond_the_end_by_a_crash_do_not_reappear() {
         "cluster_size=16384,extended_l2=on",
         "cluster_size=4096,compat=0.10",
     ] {
-        let memory = create(options, OLD, &Closed);
+        let memory = create(options, OLD, &ClosedGate);
         let image = open_on(&[Arc::<MemoryDevice>::clone(&memory) as Arc<dyn Device>], true).expect("opens");
         image
             .write_at(&vec![1; usize::try_from(OLD).expect("small")], 0)

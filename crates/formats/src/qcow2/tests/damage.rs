@@ -9,12 +9,12 @@
 use std::sync::Arc;
 
 use diskimage_core::{
-    ByteRange, Device, Image, MemoryDevice, NewBitmap, Preallocation, Progress, Repair, Result, ZeroMode,
+    ByteRange, ClosedGate, Device, Image, MemoryDevice, NewBitmap, Preallocation, Progress, Repair, Result,
+    ZeroMode,
 };
 
 use super::create;
 use super::scenario::{Step, in_memory, open_layer, open_on};
-use crate::testing::Closed;
 
 /// The default number of cases.
 const CASES: u64 = 3000;
@@ -102,7 +102,7 @@ fn keep_same(sound: &Disk, damaged: &mut Disk, unit: u64) {
 
 fn sound_image(random: &mut Random) -> (Vec<u8>, bool) {
     let form = random.of(&FORMS);
-    let file = create(form, SIZE, &Closed);
+    let file = create(form, SIZE, &ClosedGate);
     let devices = [Arc::<MemoryDevice>::clone(&file) as Arc<dyn Device>];
     let image = open_on(&devices, true).expect("opens");
     let compresses = !form.contains("refcount_bits=1");

@@ -5,14 +5,14 @@ use std::sync::Arc;
 use crate::encryption::{CipherAlg, CipherMode, CipherSpec, IvAlg, SECTOR, SectorCipher};
 use diskimage_core::options::Options;
 use diskimage_core::{
-    AmendRequest, ByteRange, Device, Format, Image, MemoryDevice, NewSnapshot, OpenContext, OpenRequest,
-    Progress, Result, RunKind, StatusDetail, ZeroMode,
+    AmendRequest, ByteRange, ClosedGate, Device, Format, Image, MemoryDevice, NewSnapshot, OpenContext,
+    OpenRequest, Progress, Result, RunKind, StatusDetail, ZeroMode,
 };
 use proptest::prelude::*;
 
 use super::{create, open, secrets, with_key};
 use crate::Qcow2Format;
-use crate::testing::{Closed, contents};
+use crate::testing::contents;
 
 const AES: &str = "cluster_size=4096,encrypt.format=aes,encrypt.key-secret=s";
 
@@ -36,8 +36,8 @@ fn host_of(image: &Image, guest: u64) -> u64 {
 
 #[test]
 fn sector_numbers_follow_guest_offsets() {
-    let file = create(AES, 1 << 20, &Closed);
-    let image = open(&file, true, &Closed, None).expect("opens");
+    let file = create(AES, 1 << 20, &ClosedGate);
+    let image = open(&file, true, &ClosedGate, None).expect("opens");
     // The cluster with the higher guest offset has the lower host offset.
     for guest in [0x80000, 0x1000] {
         image.write_at(&[0x5a; 4096], guest).expect("writes");
@@ -61,8 +61,8 @@ fn sector_numbers_follow_guest_offsets() {
 
 #[test]
 fn only_the_first_sixteen_bytes_of_a_passphrase_are_used() {
-    let file = create(AES, 1 << 16, &Closed);
-    let image = open(&file, true, &Closed, None).expect("opens");
+    let file = create(AES, 1 << 16, &ClosedGate);
+    let image = open(&file, true, &ClosedGate, None).expect("opens");
     image.write_at(&[7; 1000], 100).expect("writes");
     image.flush().expect("flushes");
     let plain = contents(&image);
@@ -75,8 +75,8 @@ fn only_the_first_sixteen_bytes_of_a_passphrase_are_used() {
 
 #[test]
 fn the_file_holds_no_plain_text() {
-    let file = create(AES, 1 << 16, &Closed);
-    let image = open(&file, true, &Closed, None).expect("opens");
+    let file = create(AES, 1 << 16, &ClosedGate);
+    let image = open(&file, true, &ClosedGate, None).expect("opens");
     image.write_at(&[7; 8192], 0).expect("writes");
     image
         .write_zeroes(ByteRange::new(0, 4096), ZeroMode::KeepAllocated)
@@ -95,11 +95,11 @@ fn zero_clusters_still_read_as_zero_in_version_2() {
         AES,
         "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=0",
     ] {
-        let below = create("", 1 << 20, &Closed);
-        let below = Arc::new(open(&below, true, &Closed, None).expect("opens"));
+        let below = create("", 1 << 20, &ClosedGate);
+        let below = Arc::new(open(&below, true, &ClosedGate, None).expect("opens"));
         below.write_at(&[9; 1 << 20], 0).expect("writes");
-        let file = create(&format!("{form},backing_file=below"), 1 << 20, &Closed);
-        let image = open(&file, true, &Closed, Some(Arc::clone(&below))).expect("opens");
+        let file = create(&format!("{form},backing_file=below"), 1 << 20, &ClosedGate);
+        let image = open(&file, true, &ClosedGate, Some(Arc::clone(&below))).expect("opens");
         image.write_at(&[7; 200_000], 0).expect("writes");
         for (start, mode) in [(0, ZeroMode::KeepAllocated), (0x80000, ZeroMode::Unmap)] {
             image
@@ -116,15 +116,15 @@ fn zero_clusters_still_read_as_zero_in_version_2() {
         ));
         amended.expect("amends");
         drop(image);
-        let image = open(&file, false, &Closed, Some(below)).expect("opens");
+        let image = open(&file, false, &ClosedGate, Some(below)).expect("opens");
         assert!(contents(&image) == before, "{form}");
     }
 }
 
 /// An image with data in several clusters, one of which a snapshot shares.
 fn with_data() -> Vec<u8> {
-    let file = create(AES, 1 << 18, &Closed);
-    let image = open(&file, true, &Closed, None).expect("opens");
+    let file = create(AES, 1 << 18, &ClosedGate);
+    let image = open(&file, true, &ClosedGate, None).expect("opens");
     image.write_at(&[1; 20_000], 3000).expect("writes");
     let snapshots = image.layer().snapshots().expect("has snapshots");
     snapshots
@@ -140,7 +140,7 @@ fn with_data() -> Vec<u8> {
 }
 
 fn use_all(file: &Arc<MemoryDevice>) -> Result<()> {
-    let image = open(file, true, &Closed, None)?;
+    let image = open(file, true, &ClosedGate, None)?;
     let mut bytes = vec![0; usize::try_from(image.len().min(1 << 18)).unwrap_or(0)];
     let read = image.read_at(&mut bytes, 0);
     image.write_at(&bytes[..bytes.len() / 2], 0)?;

@@ -4,14 +4,14 @@ use std::sync::Arc;
 
 use diskimage_core::options::Options;
 use diskimage_core::{
-    ByteRange, CreateRequest, Device, Format, Gate, Image, MemoryDevice, NewFiles, NodeOptions, Object,
-    Objects, OpenContext, OpenRequest, Permissions, Preallocation, ResizeRequest, Result, Secret,
+    ByteRange, ClosedGate, CreateRequest, Device, Format, Gate, Image, MemoryDevice, NewFiles, NodeOptions,
+    Object, Objects, OpenContext, OpenRequest, Permissions, Preallocation, ResizeRequest, Result, Secret,
     StatusDetail, ZeroMode,
 };
 use proptest::prelude::*;
 
 use super::Qcow2Format;
-use crate::testing::{Closed, OneFile, contents};
+use crate::testing::{OneFile, contents};
 
 mod crash;
 mod damage;
@@ -113,8 +113,8 @@ pub(super) fn op() -> impl Strategy<Value = Op> {
 fn check_model(options_text: &str, with_backing: bool, ops: &[Op]) {
     let gate = OneFile(Arc::new(MemoryDevice::default()));
     let backing = with_backing.then(|| {
-        let file = create("cluster_size=4096", SIZE / 2, &Closed);
-        let image = open(&file, true, &Closed, None).expect("opens");
+        let file = create("cluster_size=4096", SIZE / 2, &ClosedGate);
+        let image = open(&file, true, &ClosedGate, None).expect("opens");
         image.write_at(&vec![0x77; 30_000], 10_000).expect("writes");
         Arc::new(image)
     });
@@ -230,8 +230,8 @@ fn an_encrypted_disk_that_shrank_grows_with_zeroes() {
 
 #[test]
 fn writes_from_many_threads_do_not_lose_each_other() {
-    let file = create("cluster_size=65536", 8 << 20, &Closed);
-    let image = open(&file, true, &Closed, None).expect("opens");
+    let file = create("cluster_size=65536", 8 << 20, &ClosedGate);
+    let image = open(&file, true, &ClosedGate, None).expect("opens");
     std::thread::scope(|scope| {
         for thread in 0..4u8 {
             let image = &image;
@@ -254,8 +254,8 @@ fn writes_from_many_threads_do_not_lose_each_other() {
 #[test]
 fn preallocated_clusters_read_as_zero_and_are_data() {
     for mode in ["metadata", "falloc", "full"] {
-        let file = create(&format!("preallocation={mode}"), 1 << 20, &Closed);
-        let image = open(&file, false, &Closed, None).expect("opens");
+        let file = create(&format!("preallocation={mode}"), 1 << 20, &ClosedGate);
+        let image = open(&file, false, &ClosedGate, None).expect("opens");
         let extent = image
             .status(ByteRange::new(0, 1 << 20), StatusDetail::Allocation)
             .expect("maps");
@@ -266,12 +266,12 @@ fn preallocated_clusters_read_as_zero_and_are_data() {
 
 #[test]
 fn an_entry_beyond_the_end_of_the_file_is_an_error_when_read() {
-    let file = create("", 1 << 20, &Closed);
-    let image = open(&file, true, &Closed, None).expect("opens");
+    let file = create("", 1 << 20, &ClosedGate);
+    let image = open(&file, true, &ClosedGate, None).expect("opens");
     image.write_at(&[1; 512], 0).expect("writes");
     image.flush().expect("flushes");
     file.write_at(&0x8000_0000_7fff_0000_u64.to_be_bytes(), 0x40000)
         .expect("pokes the L2 table");
-    let damaged = open(&file, false, &Closed, None).expect("opens");
+    let damaged = open(&file, false, &ClosedGate, None).expect("opens");
     assert!(damaged.read_at(&mut [0; 512], 0).is_err());
 }

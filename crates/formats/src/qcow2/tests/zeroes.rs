@@ -5,18 +5,18 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use diskimage_core::{ByteRange, Device, Image, MemoryDevice, Progress, Repair, ZeroDetection};
+use diskimage_core::{ByteRange, ClosedGate, Device, Image, MemoryDevice, Progress, Repair, ZeroDetection};
 
 use super::scenario::{Step, snapshots};
 use super::{create, open};
-use crate::testing::{Closed, OneFile, contents};
+use crate::testing::{OneFile, contents};
 
 const SIZE: u64 = 32 * 4096;
 
 /// A backing image that is full of data.
 fn backing() -> Arc<Image> {
-    let file = create("cluster_size=4096", SIZE, &Closed);
-    let image = open(&file, true, &Closed, None).expect("opens");
+    let file = create("cluster_size=4096", SIZE, &ClosedGate);
+    let image = open(&file, true, &ClosedGate, None).expect("opens");
     image
         .write_at(&vec![0x77; usize::try_from(SIZE).expect("small")], 0)
         .expect("writes");
@@ -80,8 +80,8 @@ fn detected_and_unmapped_zeroes_hide_the_backing_image() {
 #[test]
 fn a_discard_waits_for_a_write_that_copies_the_cluster() {
     for form in ["cluster_size=4096", "cluster_size=16384,extended_l2=on"] {
-        let file = create(form, SIZE, &Closed);
-        let image = open(&file, true, &Closed, None).expect("opens");
+        let file = create(form, SIZE, &ClosedGate);
+        let image = open(&file, true, &ClosedGate, None).expect("opens");
         image.write_at(&[1; 16384], 0).expect("writes");
         image.flush().expect("flushes");
         // From here on a write must copy the cluster.
