@@ -72,11 +72,6 @@ pub trait Device: Debug + Send + Sync {
     /// Write errors of the storage, a length that cannot be changed, an unsupported preallocation mode.
     fn resize(&self, len: u64, preallocation: Preallocation) -> Result<()>;
 
-    /// The error message for a new image that does not fit a device of fixed length.
-    fn fixed_len_message(&self) -> &'static str {
-        "Cannot grow device files"
-    }
-
     /// Copies `range` to `target_offset` of `target` inside the kernel, if both devices are files. `Ok(false)` means
     /// that nothing was copied and the caller has to read and write.
     ///
@@ -228,7 +223,7 @@ impl Node {
 /// The names of the child that holds a node's bytes.
 const BASES: [&str; 3] = ["file", "image", "raw"];
 
-/// Alignment and size of the requests that suit a device.
+/// Alignment and size of the requests that suit a device, and its length if that is fixed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Limits {
     /// The preferred multiple of offsets and lengths; 1 if there is none. The device also serves other requests,
@@ -238,6 +233,8 @@ pub struct Limits {
     pub max_transfer: u32,
     /// How many requests should be in flight.
     pub parallelism: u32,
+    /// qemu-img's message for a new image that does not fit the device, whose length is fixed.
+    pub fixed_len_message: &'static str,
 }
 
 impl Default for Limits {
@@ -246,6 +243,7 @@ impl Default for Limits {
             alignment: 1,
             max_transfer: 1 << 30,
             parallelism: 8,
+            fixed_len_message: "Cannot grow device files",
         }
     }
 }

@@ -152,10 +152,6 @@ impl<W: FilterDevice> Device for Filtered<W> {
         self.0.resize(len, preallocation)
     }
 
-    fn fixed_len_message(&self) -> &'static str {
-        self.0.below().fixed_len_message()
-    }
-
     fn copy_to(&self, range: ByteRange, target: &dyn Device, target_offset: u64) -> Result<bool> {
         self.0.copy_to(range, target, target_offset)
     }

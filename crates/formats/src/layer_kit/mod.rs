@@ -8,6 +8,7 @@
 //! | [`metadata_guard`], [`reserved`] | protection of the format's own structures from writes |
 //! | [`allocating_plan`], [`in_place_write`] | write plans |
 //! | [`clear`] | new storage that reads as zero and is not written |
+//! | [`new_file`] | the room that a new image needs in its file |
 //! | [`range_claims`] | claims on the guest ranges of requests in flight |
 //! | [`sector_bitmaps`] | which sectors of a block were written |
 //! | [`parent`] | where the parent of a differencing disk is looked for |
@@ -25,6 +26,7 @@ pub(crate) mod count_used;
 pub(crate) mod in_place_write;
 pub(crate) mod metadata_cache;
 pub(crate) mod metadata_guard;
+pub(crate) mod new_file;
 pub(crate) mod offset;
 pub(crate) mod page_cache;
 pub(crate) mod paged_table;

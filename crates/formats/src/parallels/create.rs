@@ -1,12 +1,11 @@
 //! Creates images, and measures them.
 
 use diskimage_core::options::{OptionDef, OptionKind, Options};
-use diskimage_core::{
-    ByteRange, CreateRequest, Device, Error, Measure, MeasureSource, Preallocation, Result, ZeroMode,
-};
+use diskimage_core::{ByteRange, CreateRequest, Device, Measure, MeasureSource, Result, ZeroMode};
 
 use super::header::Header;
 use crate::layer_kit::count_used::data_bytes;
+use crate::layer_kit::new_file::make_room;
 use crate::layer_kit::preallocation;
 
 /// The options of creation.
@@ -48,11 +47,7 @@ pub(super) fn create(request: &CreateRequest<'_>, file: &dyn Device) -> Result<(
     let cluster_size = request.options.size("cluster_size").unwrap_or(DEFAULT_CLUSTER);
     let header = Header::new(request.size, cluster_size)?;
     let start = header.data_start(u64::MAX);
-    if file.is_zero_when_new() {
-        file.resize(start, Preallocation::Off)?;
-    } else if start > file.len() {
-        return Err(Error::unsupported(file.fixed_len_message()));
-    }
+    make_room(file, start)?;
     file.write_zeroes(ByteRange::new(0, start), ZeroMode::KeepAllocated)?;
     file.write_at(&header.to_bytes(), 0)
 }

@@ -8,6 +8,7 @@ use diskimage_core::{
 
 use super::disk_range::SECTOR;
 use crate::layer_kit;
+use crate::layer_kit::new_file::require_room;
 
 /// The options of creation.
 pub(super) const OPTIONS: &[OptionDef] = &[OptionDef {
@@ -36,12 +37,9 @@ pub(super) fn create(request: &CreateRequest<'_>, file: &dyn Device) -> Result<(
     }
     // A device, which has the storage that it has.
     layer_kit::preallocation::require_off(preallocation_mode(request.options)?)?;
-    let there = file.len();
-    if size > there {
-        return Err(Error::unsupported(file.fixed_len_message()));
-    }
+    require_room(file, size)?;
     // What the device held before should not be taken for an image's header.
-    let head = ByteRange::new(0, SECTOR.min(there));
+    let head = ByteRange::new(0, SECTOR.min(file.len()));
     file.write_zeroes(head, ZeroMode::KeepAllocated)
 }
 

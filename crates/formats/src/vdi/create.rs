@@ -1,11 +1,12 @@
 //! Creates images, and measures them.
 
 use diskimage_core::options::{OptionDef, OptionKind, Options};
-use diskimage_core::{CreateRequest, Device, Error, Measure, MeasureSource, Preallocation, Result, to_index};
+use diskimage_core::{CreateRequest, Device, Measure, MeasureSource, Result, to_index};
 
 use super::NO_BLOCK;
 use super::header::{BLOCK, Header, map_bytes};
 use crate::layer_kit::count_used::data_bytes;
+use crate::layer_kit::new_file::make_room;
 use crate::layer_kit::preallocation;
 
 /// The options of creation.
@@ -19,12 +20,7 @@ pub(super) fn create(request: &CreateRequest<'_>, file: &dyn Device) -> Result<(
     let is_static = request.options.flag("static").unwrap_or(false);
     preallocation::check(request.options)?;
     let header = Header::new(request.size, is_static)?;
-    let end = header.host(header.allocated());
-    if file.is_zero_when_new() {
-        file.resize(end, Preallocation::Off)?;
-    } else if end > file.len() {
-        return Err(Error::unsupported(file.fixed_len_message()));
-    }
+    make_room(file, header.host(header.allocated()))?;
     write_new_map(file, &header, is_static)?;
     file.write_at(&header.to_bytes()?, 0)
 }

@@ -5,15 +5,14 @@
 //! ```
 
 use diskimage_core::options::{OptionDef, OptionKind, Options};
-use diskimage_core::{
-    ByteRange, CreateRequest, Device, Error, Measure, MeasureSource, Preallocation, Result, ZeroMode,
-};
+use diskimage_core::{ByteRange, CreateRequest, Device, Error, Measure, MeasureSource, Result, ZeroMode};
 
 use super::SECTOR;
 use super::bat::{Chunks, ENTRY, absent, present};
 use super::header::{FILE_SIGNATURE, Guid, Header, MIB, Regions, new_guid};
 use super::metadata::{MAX_BLOCK, MAX_DISK, MIN_BLOCK, Metadata};
 use crate::layer_kit::count_used::data_bytes;
+use crate::layer_kit::new_file::make_room;
 use crate::layer_kit::preallocation;
 
 /// The options of `create`, in the order in which qemu-img prints their values.
@@ -166,11 +165,7 @@ fn usual_block_size(disk_size: u64) -> u64 {
 /// Writes a new image.
 pub(super) fn create(request: &CreateRequest<'_>, file: &dyn Device) -> Result<()> {
     let layout = Layout::new(request.options, request.size)?;
-    if file.is_zero_when_new() {
-        file.resize(layout.end(), Preallocation::Off)?;
-    } else if layout.end() > file.len() {
-        return Err(Error::unsupported(file.fixed_len_message()));
-    }
+    make_room(file, layout.end())?;
     let mut start = vec![0; 64 << 10];
     start[..8].copy_from_slice(FILE_SIGNATURE);
     for (at, unit) in CREATOR.encode_utf16().enumerate() {

@@ -10,6 +10,7 @@ use diskimage_core::{
 
 use super::descriptor::{Access, Descriptor, ExtentKind, ExtentLine};
 use super::header::{self, Geometry, Hosted, SECTOR};
+use crate::layer_kit::new_file::require_room;
 use crate::layer_kit::reserved::Reserved;
 
 /// An extent of the disk.
@@ -127,9 +128,7 @@ pub(super) fn add_zeroes(device: &dyn Device, start: u64, end: u64) -> Result<()
     if device.is_zero_when_new() {
         return device.resize(end, Preallocation::Off);
     }
-    if end > device.len() {
-        return Err(Error::unsupported(device.fixed_len_message()));
-    }
+    require_room(device, end)?;
     device.write_zeroes(ByteRange::new(start, end), ZeroMode::Unmap)
 }
 

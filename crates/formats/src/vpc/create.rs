@@ -1,14 +1,13 @@
 //! Creation of new images.
 
 use diskimage_core::options::{OptionDef, OptionKind, Options};
-use diskimage_core::{
-    ByteRange, CreateRequest, Device, Error, Measure, MeasureSource, Preallocation, Result, to_index,
-};
+use diskimage_core::{ByteRange, CreateRequest, Device, Error, Measure, MeasureSource, Result, to_index};
 use zerocopy::IntoBytes;
 
 use super::footer::{Footer, HEADER_OFFSET, Kind, SECTOR, SizeBy};
 use super::header::{BLOCK, DynamicHeader};
 use crate::layer_kit::count_used::data_bytes;
+use crate::layer_kit::new_file::make_room;
 use crate::layer_kit::preallocation;
 
 /// The options of `create`, in the order in which qemu-img prints their values.
@@ -39,11 +38,7 @@ pub(super) fn create(request: &CreateRequest<'_>, file: &dyn Device) -> Result<(
             (Some(header), header.table_end())
         }
     };
-    if file.is_zero_when_new() {
-        file.resize(end + SECTOR, Preallocation::Off)?;
-    } else if end + SECTOR > file.len() {
-        return Err(Error::unsupported(file.fixed_len_message()));
-    }
+    make_room(file, end + SECTOR)?;
     if let Some(header) = header {
         fill(file, ByteRange::new(header.table_offset(), end), u8::MAX)?;
         file.write_at(header.as_bytes(), HEADER_OFFSET)?;

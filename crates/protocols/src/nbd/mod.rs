@@ -128,6 +128,7 @@ impl Nbd {
             alignment: export.min_block,
             max_transfer: export.max_block,
             parallelism: PARALLELISM,
+            fixed_len_message: "Cannot grow NBD nodes",
         };
         Ok(Self {
             connections: ConnectionPool::new(remote, connection, options.reconnect_delay),
@@ -425,10 +426,6 @@ impl Device for Nbd {
         } else {
             Err(Error::unsupported("Cannot resize NBD nodes"))
         }
-    }
-
-    fn fixed_len_message(&self) -> &'static str {
-        "Cannot grow NBD nodes"
     }
 
     fn is_zero_when_new(&self) -> bool {
