@@ -10,6 +10,7 @@
 //! | [`clear`] | new storage that reads as zero and is not written |
 //! | [`new_file`] | the room that a new image needs in its file |
 //! | [`range_claims`] | claims on the guest ranges of requests in flight |
+//! | [`random`] | random bytes, new UUIDs and their text |
 //! | [`sector_bitmaps`] | which sectors of a block were written |
 //! | [`parent`] | where the parent of a differencing disk is looked for |
 //! | [`slot_bitmap`], [`cluster_set`] | which block slots, or clusters, of a file are in use |
@@ -32,6 +33,7 @@ pub(crate) mod page_cache;
 pub(crate) mod paged_table;
 pub(crate) mod parent;
 pub(crate) mod preallocation;
+pub(crate) mod random;
 pub(crate) mod range_claims;
 pub(crate) mod read_only_layer;
 pub(crate) mod repair_on_open;

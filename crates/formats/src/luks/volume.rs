@@ -23,6 +23,7 @@ use super::header::{
     material_offset, slot_offset,
 };
 use super::options::Algorithms;
+use crate::layer_kit::random::{self, uuid_text};
 
 /// An opened volume.
 #[derive(Debug)]
@@ -103,10 +104,10 @@ impl Volume {
         let spec = algorithms.spec;
         let key_len = spec.key_len();
         let mut master_key = Zeroizing::new(vec![0; key_len]);
-        fill_random(&mut master_key)?;
+        random::fill(&mut master_key)?;
         let cipher = Arc::new(SectorCipher::new(spec, &master_key)?);
         let mut digest_salt = [0; SALT_LEN];
-        fill_random(&mut digest_salt)?;
+        random::fill(&mut digest_salt)?;
         let digest_iterations = iterations(algorithms, DIGEST_LEN, algorithms.iter_time, DIGEST_SHARE)?;
         let digest = derive(
             algorithms.hash,
@@ -128,7 +129,7 @@ impl Volume {
                 .map_err(|_| Error::invalid("Digest has another length"))?,
             digest_salt,
             digest_iterations,
-            uuid: new_uuid()?,
+            uuid: uuid_text(&random::uuid()?),
             slots: std::array::from_fn(|number| Slot {
                 active: false,
                 iterations: 0,
@@ -231,11 +232,11 @@ impl Volume {
             iterations: iterations(&algorithms, key_len, iter_time, 1)?,
             ..header.slots[number]
         };
-        fill_random(&mut slot.salt)?;
+        random::fill(&mut slot.salt)?;
         let key = derive(header.hash, passphrase, &slot.salt, slot.iterations, key_len);
         let cipher = SectorCipher::new(header.spec, &key)?;
         let mut random = Zeroizing::new(vec![0; key_len * (STRIPES as usize - 1)]);
-        fill_random(&mut random)?;
+        random::fill(&mut random)?;
         let mut material = split(header.hash, &unlocked.master_key, &random);
         let mut padded = Zeroizing::new(vec![0; material_len(key_len)]);
         padded[..material.len()].copy_from_slice(&material);
@@ -256,7 +257,7 @@ impl Volume {
             (header.slots[number], header.spec.key_len())
         };
         let mut garbage = vec![0; material_len(key_len)];
-        fill_random(&mut garbage)?;
+        random::fill(&mut garbage)?;
         self.device.write_at(&garbage, self.offset + slot.material)?;
         self.device.flush()?;
         self.write_slot(number, slot.erased())
@@ -283,25 +284,4 @@ fn iterations(algorithms: &Algorithms, len: usize, milliseconds: u64, share: u64
         Ok(count) if count <= MAX_ITERATIONS => Ok(count),
         _ => out_of_range(format!("PBKDF iterations {count} larger than {MAX_ITERATIONS}")),
     }
-}
-
-fn fill_random(bytes: &mut [u8]) -> Result<()> {
-    getrandom::fill(bytes).map_err(|error| Error::unsupported(format!("No random bytes to be had: {error}")))
-}
-
-/// A random UUID (RFC 9562, version 4).
-fn new_uuid() -> Result<String> {
-    let mut bytes = [0; 16];
-    fill_random(&mut bytes)?;
-    let number = u128::from_be_bytes(bytes);
-    let number = number & !(0xf << 76) & !(0x3 << 62) | 0x4 << 76 | 0x2 << 62;
-    let hex = format!("{number:032x}");
-    Ok(format!(
-        "{}-{}-{}-{}-{}",
-        &hex[..8],
-        &hex[8..12],
-        &hex[12..16],
-        &hex[16..20],
-        &hex[20..]
-    ))
 }

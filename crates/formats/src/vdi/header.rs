@@ -4,6 +4,7 @@ use diskimage_core::{ByteRange, Error, ErrorKind, Result, align_up};
 use zerocopy::byteorder::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
+use crate::layer_kit::random;
 use crate::layer_kit::reserved::Reserved;
 
 /// Identifies a VDI image; stored behind the text at its start.
@@ -114,8 +115,8 @@ impl Header {
         raw.image_type = U32::new(if is_static { STATIC } else { DYNAMIC });
         raw.sector_size = U32::new(512);
         raw.block_size = U32::new(1 << 20);
-        raw.uuid_image = new_uuid()?;
-        raw.uuid_last_snap = new_uuid()?;
+        raw.uuid_image = random::guid()?;
+        raw.uuid_last_snap = random::guid()?;
         let mut header = Self {
             raw,
             size,
@@ -314,14 +315,4 @@ fn checked_size(size: u64) -> Result<u64> {
         ));
     }
     Ok(size)
-}
-
-/// A random UUID, version 4 of RFC 4122. Its first three fields are little-endian.
-fn new_uuid() -> Result<[u8; 16]> {
-    let mut uuid = [0; 16];
-    getrandom::fill(&mut uuid)
-        .map_err(|error| Error::unsupported(format!("No random bytes to be had: {error}")))?;
-    uuid[7] = uuid[7] & 0x0f | 0x40;
-    uuid[8] = uuid[8] & 0x3f | 0x80;
-    Ok(uuid)
 }

@@ -9,11 +9,11 @@ use diskimage_core::{ByteRange, CreateRequest, Device, Error, Measure, MeasureSo
 
 use super::SECTOR;
 use super::bat::{Chunks, ENTRY, absent, present};
-use super::header::{FILE_SIGNATURE, Guid, Header, MIB, Regions, new_guid};
+use super::header::{FILE_SIGNATURE, Guid, Header, MIB, Regions};
 use super::metadata::{MAX_BLOCK, MAX_DISK, MIN_BLOCK, Metadata};
 use crate::layer_kit::count_used::data_bytes;
 use crate::layer_kit::new_file::make_room;
-use crate::layer_kit::preallocation;
+use crate::layer_kit::{preallocation, random};
 
 /// The options of `create`, in the order in which qemu-img prints their values.
 pub(super) const OPTIONS: &[OptionDef] = &[
@@ -173,11 +173,11 @@ pub(super) fn create(request: &CreateRequest<'_>, file: &dyn Device) -> Result<(
     }
     file.write_at(&start, 0)?;
     let mut number = [0; 4];
-    number.copy_from_slice(&new_guid()?[..4]);
+    number.copy_from_slice(&random::guid()?[..4]);
     let mut header = Header {
         sequence: u32::from_le_bytes(number).into(),
-        file_write: new_guid()?,
-        data_write: new_guid()?,
+        file_write: random::guid()?,
+        data_write: random::guid()?,
         log_guid: Guid::default(),
         log: layout.log,
     };

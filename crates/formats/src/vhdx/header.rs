@@ -5,7 +5,7 @@
 
 use diskimage_core::{ByteRange, Device, Error, Result, errno, to_index};
 use zerocopy::byteorder::little_endian::{U16, U32, U64};
-use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use crate::layer_kit::reserved::Reserved;
 
@@ -295,18 +295,4 @@ fn checksum_of(bytes: &[u8]) -> u32 {
     let mut start = [0; 8];
     start[..head.len().min(4)].copy_from_slice(&head[..head.len().min(4)]);
     crc32c::crc32c_append(crc32c::crc32c(&start), rest)
-}
-
-/// A random GUID.
-///
-/// # Errors
-/// No random bytes.
-pub(super) fn new_guid() -> Result<Guid> {
-    let mut guid = Guid::new_zeroed();
-    getrandom::fill(&mut guid)
-        .map_err(|error| Error::unsupported(format!("No random bytes to be had: {error}")))?;
-    // Version 4 of RFC 4122; the third field is little-endian.
-    guid[7] = guid[7] & 0x0f | 0x40;
-    guid[8] = guid[8] & 0x3f | 0x80;
-    Ok(guid)
 }

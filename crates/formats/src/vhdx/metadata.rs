@@ -4,8 +4,9 @@ use diskimage_core::{ByteRange, Device, Error, Result, align_down, errno};
 use zerocopy::byteorder::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use super::header::{Guid, MIB, new_guid};
+use super::header::{Guid, MIB};
 use super::parent::ParentLocator;
+use crate::layer_kit::random;
 use crate::layer_kit::reserved::Reserved;
 
 /// The properties of the disk in the metadata items.
@@ -190,7 +191,7 @@ impl Metadata {
                 REQUIRED | VIRTUAL_DISK,
                 disk_size.to_le_bytes().to_vec(),
             ),
-            (DISK_ID, REQUIRED | VIRTUAL_DISK, new_guid()?.to_vec()),
+            (DISK_ID, REQUIRED | VIRTUAL_DISK, random::guid()?.to_vec()),
             (LOGICAL_SECTOR, REQUIRED | VIRTUAL_DISK, sector.clone()),
             (PHYSICAL_SECTOR, REQUIRED | VIRTUAL_DISK, sector),
         ];

@@ -46,12 +46,13 @@ use diskimage_core::{
 };
 
 use self::bat::{Bat, Chunks, Payload, SECTORS_OF_CHUNK, bitmap_offset};
-use self::header::{FILE_SIGNATURE, Guid, Header, Regions, new_guid};
+use self::header::{FILE_SIGNATURE, Guid, Header, Regions};
 use self::log::{Changes, Replayed};
 use self::metadata::Metadata;
 use self::parent::OpenParent;
 use self::write::Stored;
 use crate::layer_kit::parent::Parent;
+use crate::layer_kit::random;
 use crate::layer_kit::range_claims::RangeClaims;
 use crate::layer_kit::reserved::Reserved;
 use crate::layer_kit::sector_bitmaps::{BitOrder, SectorBitmaps};
@@ -289,7 +290,7 @@ impl State {
             return Ok(());
         }
         let mut header = self.header.clone();
-        (header.file_write, header.data_write) = (new_guid()?, new_guid()?);
+        (header.file_write, header.data_write) = (random::guid()?, random::guid()?);
         self.slot = header.replace(file, self.slot)?;
         self.header = header;
         self.marked = true;
@@ -320,7 +321,7 @@ impl State {
             self.set_log_guid(file, Guid::default())?;
         }
         for units in units.chunks(log::room(self.header.log.len())?.max(1)) {
-            let guid = new_guid()?;
+            let guid = random::guid()?;
             self.sequence += 1;
             let entry = log::entry(guid, self.sequence, units, file.len())?;
             file.write_at(&entry, self.header.log.start())?;

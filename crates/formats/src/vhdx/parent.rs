@@ -7,6 +7,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 use super::VhdxLayer;
 use super::header::Guid;
 use crate::layer_kit::parent::{Locators, Parent, utf16};
+use crate::layer_kit::random::uuid_text;
 
 /// The item "Parent Locator".
 #[derive(Clone, Debug, Default)]
@@ -137,14 +138,7 @@ const TEXT_ORDER: [usize; 16] = [3, 2, 1, 0, 5, 4, 7, 6, 8, 9, 10, 11, 12, 13, 1
 
 /// The text of a GUID in braces.
 fn braced(guid: &Guid) -> String {
-    let mut text = String::from("{");
-    for (nth, at) in TEXT_ORDER.into_iter().enumerate() {
-        if matches!(nth, 4 | 6 | 8 | 10) {
-            text.push('-');
-        }
-        text.push_str(&format!("{:02x}", guid[at]));
-    }
-    text + "}"
+    format!("{{{}}}", uuid_text(&TEXT_ORDER.map(|at| guid[at])))
 }
 
 /// The GUID of a text with or without braces.

@@ -50,6 +50,7 @@ use self::extent::{Extent, Storage};
 use self::header::{Geometry, Hosted};
 use self::occupied::Occupied;
 use self::tables::{Grain, GrainTables};
+use crate::layer_kit::random;
 use crate::layer_kit::range_claims::RangeClaims;
 
 /// The format's entry in the table of formats.
@@ -405,8 +406,7 @@ fn read_descriptor(file: &Arc<dyn Device>, range: Option<ByteRange>) -> Result<V
 /// A new random content ID.
 fn new_cid() -> Result<u32> {
     let mut bytes = [0; 4];
-    getrandom::fill(&mut bytes)
-        .map_err(|error| Error::unsupported(format!("No random bytes to be had: {error}")))?;
+    random::fill(&mut bytes)?;
     // The highest number stands for "no parent".
     Ok(u32::from_le_bytes(bytes).min(NO_PARENT - 1))
 }

@@ -7,6 +7,7 @@ use zerocopy::byteorder::big_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::geometry::Geometry;
+use crate::layer_kit::random;
 
 /// The first bytes of a footer.
 const COOKIE: [u8; 8] = *b"conectix";
@@ -124,11 +125,7 @@ impl Footer {
             Some(geometry) => (geometry.len(), geometry),
             None => (sectors, Geometry::LARGEST),
         };
-        let mut unique_id = [0; 16];
-        getrandom::fill(&mut unique_id)
-            .map_err(|error| Error::unsupported(format!("No random bytes to be had: {error}")))?;
-        unique_id[6] = unique_id[6] & 0x0f | 0x40;
-        unique_id[8] = unique_id[8] & 0x3f | 0x80;
+        let unique_id = random::uuid()?;
         let now = SystemTime::now()
             .duration_since(UNIX_EPOCH)
             .map_or(0, |time| time.as_secs());

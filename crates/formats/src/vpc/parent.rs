@@ -6,6 +6,7 @@ use diskimage_core::{Backed, Backing, Device, DiskIdentity, Error, Layer, Note, 
 
 use super::VpcLayer;
 use super::footer::EPOCH;
+use crate::layer_kit::random::uuid_text;
 
 impl Backed for VpcLayer {
     fn backing(&self) -> Option<Backing> {
@@ -21,15 +22,15 @@ impl Backed for VpcLayer {
         let Some(found) = backing.capabilities().identity else {
             return Err(Error::invalid(format!(
                 "The parent is to be the VHD image with the unique ID {}, and is of format '{}'",
-                uuid(&id),
+                uuid_text(&id),
                 backing.format()
             )));
         };
         if found.id != id {
             return Err(Error::corrupt(format!(
                 "The parent has the unique ID {}, but the image was created on the one with {}",
-                uuid(&found.id),
-                uuid(&id)
+                uuid_text(&found.id),
+                uuid_text(&id)
             )));
         }
         Ok(time_warning(found, &**backing.file(), time_stamp))
@@ -63,16 +64,4 @@ fn modified(file: &dyn Device) -> Option<u64> {
         .ok()?
         .as_secs()
         .checked_sub(EPOCH)
-}
-
-/// The usual text of `id`.
-fn uuid(id: &[u8; 16]) -> String {
-    let mut text = String::new();
-    for (nth, byte) in id.iter().enumerate() {
-        if matches!(nth, 4 | 6 | 8 | 10) {
-            text.push('-');
-        }
-        text.push_str(&format!("{byte:02x}"));
-    }
-    text
 }
