@@ -15,6 +15,7 @@ use super::header::Geometry;
 use super::header::feature::Autoclear;
 use super::{ImageState, Qcow2, WriteOrder};
 use crate::layer_kit::allocating_plan::{AllocatingPlan, Allocator};
+use crate::layer_kit::clear::clear;
 use crate::layer_kit::metadata_cache::Table;
 use crate::layer_kit::metadata_guard::{DamageReport, Kind, Kinds};
 use crate::layer_kit::offset::{GuestOffset, HostOffset};
@@ -435,15 +436,13 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// Grows the file to the end of `host`, and makes the clusters in `host` read as zeroes.
+    /// Grows the file to the end of `host`, and makes the clusters in `host` read as zeroes: reused ones hold old bytes.
     fn reserve(&self, device: &dyn Device, host: ByteRange) -> Result<()> {
-        let len = device.len();
-        let used_before = host.intersect(ByteRange::new(0, len));
-        // Reused clusters still hold their old bytes. The contents of a data file are the guest's and stay.
-        if !self.has_data_file() && !used_before.is_empty() {
-            device.write_zeroes(used_before, ZeroMode::Unmap)?;
+        if !self.has_data_file() {
+            return clear(device, host);
         }
-        if len < host.end() {
+        // The contents of a data file are the guest's and stay.
+        if device.len() < host.end() {
             device.resize(host.end(), Preallocation::Off)?;
         }
         Ok(())

@@ -2,13 +2,14 @@
 
 use std::sync::{Arc, MutexGuard};
 
-use diskimage_core::{Budget, ByteRange, Device, Error, Layer, Result, WritePlan, WriteRun, ZeroMode, errno};
+use diskimage_core::{Budget, ByteRange, Device, Error, Layer, Result, WritePlan, WriteRun, errno};
 
 use super::bat::{Blocks, bitmap_offset};
 use super::create::fill;
 use super::footer::SECTOR;
 use super::{State, VpcLayer};
 use crate::layer_kit::allocating_plan::{AllocatingPlan, Allocator, publish_each};
+use crate::layer_kit::clear::clear_stale;
 use crate::layer_kit::range_claims::{Access, Claim, RangeClaims};
 use crate::layer_kit::reserved::Pieces;
 
@@ -59,11 +60,7 @@ impl VpcLayer {
                                 sectors,
                             },
                         );
-                        let data = ByteRange::at(offset + bitmap, unit);
-                        let data = data.intersect(ByteRange::new(0, self.file.len()));
-                        if !data.is_empty() {
-                            self.file.write_zeroes(data, ZeroMode::Unmap)?;
-                        }
+                        clear_stale(&*self.file, ByteRange::at(offset + bitmap, unit))?;
                         offset + bitmap
                     }
                 };
