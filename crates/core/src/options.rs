@@ -59,6 +59,14 @@ pub struct OptionDef {
 }
 
 impl OptionDef {
+    /// The size of a new disk.
+    pub const SIZE: Self = Self::new("size", OptionKind::Size, "Virtual disk size");
+    /// The backing image of a new image.
+    pub const BACKING_FILE: Self = Self::new("backing_file", OptionKind::Text, "File name of a base image");
+    /// The format of that backing image.
+    pub const BACKING_FMT: Self =
+        Self::new("backing_fmt", OptionKind::Text, "Image format of the base image");
+
     /// An option without a default.
     pub const fn new(name: &'static str, kind: OptionKind, help: &'static str) -> Self {
         Self {
@@ -67,6 +75,12 @@ impl OptionDef {
             help,
             default: None,
         }
+    }
+
+    /// The same by another name.
+    #[must_use]
+    pub const fn named(self, name: &'static str) -> Self {
+        Self { name, ..self }
     }
 
     /// The same with a default.

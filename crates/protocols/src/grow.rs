@@ -18,46 +18,32 @@ use crate::sys;
 
 /// The creation options of the protocol, in addition to those of a format.
 pub const CREATE_OPTIONS: &[OptionDef] = &[
-    OptionDef {
-        name: "size",
-        kind: OptionKind::Size,
-        help: "Virtual disk size",
-        default: None,
-    },
-    OptionDef {
-        name: "nocow",
-        kind: OptionKind::Flag,
-        help: "Turn off copy-on-write (valid only on btrfs)",
-        default: None,
-    },
-    OptionDef {
-        name: "preallocation",
-        kind: OptionKind::Text,
-        help: "Preallocation mode (allowed values: off, falloc, full)",
-        default: None,
-    },
-    OptionDef {
-        name: "extent_size_hint",
-        kind: OptionKind::Size,
-        help: "Extent size hint for the image file, 0 to disable",
-        default: None,
-    },
+    OptionDef::SIZE,
+    OptionDef::new(
+        "nocow",
+        OptionKind::Flag,
+        "Turn off copy-on-write (valid only on btrfs)",
+    ),
+    OptionDef::new(
+        "preallocation",
+        OptionKind::Text,
+        "Preallocation mode (allowed values: off, falloc, full)",
+    ),
+    OptionDef::new(
+        "extent_size_hint",
+        OptionKind::Size,
+        "Extent size hint for the image file, 0 to disable",
+    ),
 ];
 
 /// The creation options of protocols that cannot create files: the image is written into existing storage.
 pub const EXISTING_CREATE_OPTIONS: &[OptionDef] = &[
-    OptionDef {
-        name: "size",
-        kind: OptionKind::Size,
-        help: "Virtual disk size",
-        default: None,
-    },
-    OptionDef {
-        name: "preallocation",
-        kind: OptionKind::Text,
-        help: "Preallocation mode (allowed values: off)",
-        default: None,
-    },
+    OptionDef::SIZE,
+    OptionDef::new(
+        "preallocation",
+        OptionKind::Text,
+        "Preallocation mode (allowed values: off)",
+    ),
 ];
 
 /// How a file is created.

@@ -74,6 +74,12 @@ const OPTIONS: &[OptionDef] = &[
     ),
 ];
 
+/// The option that asks for this encryption.
+pub(crate) const ENCRYPTION: OptionDef = OptionDef::new(
+    "encryption",
+    OptionKind::Flag,
+    "Encrypt the image with format 'aes'. (Deprecated in favor of encrypt.format=aes)",
+);
 /// The option that names the secret.
 pub(crate) const KEY_SECRET: &str = "encrypt.key-secret";
 

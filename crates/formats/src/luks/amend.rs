@@ -5,37 +5,33 @@ use diskimage_core::options::{OptionDef, OptionKind, Options};
 use diskimage_core::{Error, Objects, Result};
 
 use super::header::SLOTS;
-use super::options::{DEFAULT_ITER_TIME, passphrase};
+use super::options::{DEFAULT_ITER_TIME, ITER_TIME, passphrase};
 use super::volume::Volume;
 
+// The options that describe a change; qcow2 has them with a prefix.
+pub(crate) const STATE: OptionDef = OptionDef::new(
+    "state",
+    OptionKind::Text,
+    "Select new state of affected keyslots (active/inactive)",
+);
+pub(crate) const KEYSLOT: OptionDef = OptionDef::new(
+    "keyslot",
+    OptionKind::Number,
+    "Select a single keyslot to modify explicitly",
+);
+pub(crate) const OLD_SECRET: OptionDef = OptionDef::new(
+    "old-secret",
+    OptionKind::Text,
+    "Select all keyslots that match this password",
+);
+pub(crate) const NEW_SECRET: OptionDef = OptionDef::new(
+    "new-secret",
+    OptionKind::Text,
+    "New secret to set in the matching keyslots. Empty string to erase",
+);
+
 /// The options of `amend`.
-pub(crate) const AMEND_OPTIONS: &[OptionDef] = &[
-    OptionDef::new(
-        "state",
-        OptionKind::Text,
-        "Select new state of affected keyslots (active/inactive)",
-    ),
-    OptionDef::new(
-        "keyslot",
-        OptionKind::Number,
-        "Select a single keyslot to modify explicitly",
-    ),
-    OptionDef::new(
-        "old-secret",
-        OptionKind::Text,
-        "Select all keyslots that match this password",
-    ),
-    OptionDef::new(
-        "new-secret",
-        OptionKind::Text,
-        "New secret to set in the matching keyslots. Empty string to erase",
-    ),
-    OptionDef::new(
-        "iter-time",
-        OptionKind::Number,
-        "Time to spend in PBKDF in milliseconds",
-    ),
-];
+pub(crate) const AMEND_OPTIONS: &[OptionDef] = &[STATE, KEYSLOT, OLD_SECRET, NEW_SECRET, ITER_TIME];
 
 /// A change of key slots.
 #[derive(Debug)]

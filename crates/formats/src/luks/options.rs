@@ -4,32 +4,43 @@ use crate::encryption::{CipherAlg, CipherMode, CipherSpec, HashAlg, IvAlg};
 use diskimage_core::options::{OptionDef, OptionKind, Options};
 use diskimage_core::{Error, ErrorKind, Objects, Result};
 
+// The options that describe an encryption; qcow2 has them with a prefix.
+pub(crate) const CIPHER_ALG: OptionDef = OptionDef::new(
+    "cipher-alg",
+    OptionKind::Text,
+    "Name of encryption cipher algorithm",
+);
+pub(crate) const CIPHER_MODE: OptionDef =
+    OptionDef::new("cipher-mode", OptionKind::Text, "Name of encryption cipher mode");
+pub(crate) const IVGEN_ALG: OptionDef =
+    OptionDef::new("ivgen-alg", OptionKind::Text, "Name of IV generator algorithm");
+pub(crate) const IVGEN_HASH_ALG: OptionDef = OptionDef::new(
+    "ivgen-hash-alg",
+    OptionKind::Text,
+    "Name of IV generator hash algorithm",
+);
+pub(crate) const HASH_ALG: OptionDef =
+    OptionDef::new("hash-alg", OptionKind::Text, "Name of encryption hash algorithm");
+pub(crate) const ITER_TIME: OptionDef = OptionDef::new(
+    "iter-time",
+    OptionKind::Number,
+    "Time to spend in PBKDF in milliseconds",
+);
+
 /// The options of `create`.
 pub(super) const CREATE_OPTIONS: &[OptionDef] = &[
-    OptionDef::new("size", OptionKind::Size, "Virtual disk size"),
+    OptionDef::SIZE,
     OptionDef::new(
         "key-secret",
         OptionKind::Text,
         "ID of the secret that provides the keyslot passphrase",
     ),
-    OptionDef::new(
-        "cipher-alg",
-        OptionKind::Text,
-        "Name of encryption cipher algorithm",
-    ),
-    OptionDef::new("cipher-mode", OptionKind::Text, "Name of encryption cipher mode"),
-    OptionDef::new("ivgen-alg", OptionKind::Text, "Name of IV generator algorithm"),
-    OptionDef::new(
-        "ivgen-hash-alg",
-        OptionKind::Text,
-        "Name of IV generator hash algorithm",
-    ),
-    OptionDef::new("hash-alg", OptionKind::Text, "Name of encryption hash algorithm"),
-    OptionDef::new(
-        "iter-time",
-        OptionKind::Number,
-        "Time to spend in PBKDF in milliseconds",
-    ),
+    CIPHER_ALG,
+    CIPHER_MODE,
+    IVGEN_ALG,
+    IVGEN_HASH_ALG,
+    HASH_ALG,
+    ITER_TIME,
     OptionDef::new(
         "detached-header",
         OptionKind::Flag,

@@ -10,7 +10,7 @@ use crate::layer_kit::preallocation;
 
 /// The options of creation.
 pub(super) const OPTIONS: &[OptionDef] = &[
-    OptionDef::new("size", OptionKind::Size, "Virtual disk size"),
+    OptionDef::SIZE,
     OptionDef {
         name: "cluster_size",
         kind: OptionKind::Size,

@@ -12,14 +12,10 @@ use crate::luks::options::passphrase;
 
 /// The options of creation.
 pub(super) const OPTIONS: &[OptionDef] = &[
-    OptionDef::new("size", OptionKind::Size, "Virtual disk size"),
-    OptionDef::new("backing_file", OptionKind::Text, "File name of a base image"),
+    OptionDef::SIZE,
+    OptionDef::BACKING_FILE,
     OptionDef::new("backing_fmt", OptionKind::Text, "Format of the backing image"),
-    OptionDef::new(
-        "encryption",
-        OptionKind::Flag,
-        "Encrypt the image with format 'aes'. (Deprecated in favor of encrypt.format=aes)",
-    ),
+    legacy_aes::ENCRYPTION,
     OptionDef::new(
         "encrypt.format",
         OptionKind::Text,

@@ -7,14 +7,35 @@ use super::encrypt::Encryption;
 use super::header::{Compression, Geometry, limit};
 use crate::encryption::legacy_aes;
 use crate::known_formats::KNOWN_FORMATS;
+use crate::luks::options as luks;
+
+// The options that can be changed later, too.
+pub(super) const COMPAT: OptionDef = OptionDef::new(
+    "compat",
+    OptionKind::Text,
+    "Compatibility level (v2 [0.10] or v3 [1.1])",
+);
+pub(super) const DATA_FILE: OptionDef = OptionDef::new(
+    "data_file",
+    OptionKind::Text,
+    "File name of an external data file",
+);
+pub(super) const DATA_FILE_RAW: OptionDef = OptionDef::new(
+    "data_file_raw",
+    OptionKind::Flag,
+    "The external data file must stay valid as a raw image",
+);
+pub(super) const LAZY_REFCOUNTS: OptionDef =
+    OptionDef::new("lazy_refcounts", OptionKind::Flag, "Postpone refcount updates");
+pub(super) const REFCOUNT_BITS: OptionDef = OptionDef::new(
+    "refcount_bits",
+    OptionKind::Number,
+    "Width of a reference count entry in bits",
+);
 
 /// The options of `create`, in the order in which qemu-img prints their values.
 pub(super) const CREATE: &[OptionDef] = &[
-    OptionDef::new(
-        "encryption",
-        OptionKind::Flag,
-        "Encrypt the image with format 'aes'. (Deprecated in favor of encrypt.format=aes)",
-    ),
+    legacy_aes::ENCRYPTION,
     OptionDef::new(
         "encrypt.format",
         OptionKind::Text,
@@ -25,36 +46,12 @@ pub(super) const CREATE: &[OptionDef] = &[
         OptionKind::Text,
         "ID of secret providing qcow AES key or LUKS passphrase",
     ),
-    OptionDef::new(
-        "encrypt.cipher-alg",
-        OptionKind::Text,
-        "Name of encryption cipher algorithm",
-    ),
-    OptionDef::new(
-        "encrypt.cipher-mode",
-        OptionKind::Text,
-        "Name of encryption cipher mode",
-    ),
-    OptionDef::new(
-        "encrypt.ivgen-alg",
-        OptionKind::Text,
-        "Name of IV generator algorithm",
-    ),
-    OptionDef::new(
-        "encrypt.ivgen-hash-alg",
-        OptionKind::Text,
-        "Name of IV generator hash algorithm",
-    ),
-    OptionDef::new(
-        "encrypt.hash-alg",
-        OptionKind::Text,
-        "Name of encryption hash algorithm",
-    ),
-    OptionDef::new(
-        "encrypt.iter-time",
-        OptionKind::Number,
-        "Time to spend in PBKDF in milliseconds",
-    ),
+    luks::CIPHER_ALG.named("encrypt.cipher-alg"),
+    luks::CIPHER_MODE.named("encrypt.cipher-mode"),
+    luks::IVGEN_ALG.named("encrypt.ivgen-alg"),
+    luks::IVGEN_HASH_ALG.named("encrypt.ivgen-hash-alg"),
+    luks::HASH_ALG.named("encrypt.hash-alg"),
+    luks::ITER_TIME.named("encrypt.iter-time"),
     OptionDef::new("cluster_size", OptionKind::Size, "qcow2 cluster size").or("65536"),
     OptionDef::new("extended_l2", OptionKind::Flag, "Extended L2 tables").or("off"),
     OptionDef::new(
@@ -68,31 +65,14 @@ pub(super) const CREATE: &[OptionDef] = &[
         "Compression method used for image cluster compression",
     )
     .or("zlib"),
-    OptionDef::new("size", OptionKind::Size, "Virtual disk size"),
-    OptionDef::new(
-        "compat",
-        OptionKind::Text,
-        "Compatibility level (v2 [0.10] or v3 [1.1])",
-    ),
-    OptionDef::new("backing_file", OptionKind::Text, "File name of a base image"),
-    OptionDef::new("backing_fmt", OptionKind::Text, "Image format of the base image"),
-    OptionDef::new(
-        "data_file",
-        OptionKind::Text,
-        "File name of an external data file",
-    ),
-    OptionDef::new(
-        "data_file_raw",
-        OptionKind::Flag,
-        "The external data file must stay valid as a raw image",
-    ),
-    OptionDef::new("lazy_refcounts", OptionKind::Flag, "Postpone refcount updates").or("off"),
-    OptionDef::new(
-        "refcount_bits",
-        OptionKind::Number,
-        "Width of a reference count entry in bits",
-    )
-    .or("16"),
+    OptionDef::SIZE,
+    COMPAT,
+    OptionDef::BACKING_FILE,
+    OptionDef::BACKING_FMT,
+    DATA_FILE,
+    DATA_FILE_RAW,
+    LAZY_REFCOUNTS.or("off"),
+    REFCOUNT_BITS.or("16"),
 ];
 
 /// Which of qemu-img's messages are used for an invalid value: qemu-img checks the options of `create` as parameters of

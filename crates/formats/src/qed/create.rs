@@ -11,36 +11,11 @@ use crate::layer_kit::{count_used, preallocation};
 
 /// The options of creation.
 pub(super) const OPTIONS: &[OptionDef] = &[
-    OptionDef {
-        name: "size",
-        kind: OptionKind::Size,
-        help: "Virtual disk size",
-        default: None,
-    },
-    OptionDef {
-        name: "backing_file",
-        kind: OptionKind::Text,
-        help: "File name of a base image",
-        default: None,
-    },
-    OptionDef {
-        name: "backing_fmt",
-        kind: OptionKind::Text,
-        help: "Image format of the base image",
-        default: None,
-    },
-    OptionDef {
-        name: "cluster_size",
-        kind: OptionKind::Size,
-        help: "Cluster size (in bytes)",
-        default: Some("65536"),
-    },
-    OptionDef {
-        name: "table_size",
-        kind: OptionKind::Size,
-        help: "L1/L2 table size (in clusters)",
-        default: None,
-    },
+    OptionDef::SIZE,
+    OptionDef::BACKING_FILE,
+    OptionDef::BACKING_FMT,
+    OptionDef::new("cluster_size", OptionKind::Size, "Cluster size (in bytes)").or("65536"),
+    OptionDef::new("table_size", OptionKind::Size, "L1/L2 table size (in clusters)"),
 ];
 
 /// Clusters of a table without the option `table_size`.

@@ -1,6 +1,6 @@
 //! Creates images, and measures them.
 
-use diskimage_core::options::{OptionDef, OptionKind, Options};
+use diskimage_core::options::{OptionDef, Options};
 use diskimage_core::{
     ByteRange, CreateRequest, Device, Error, Measure, MeasureSource, Preallocation, Result, ZeroMode,
     align_up, errno,
@@ -11,12 +11,7 @@ use crate::layer_kit;
 use crate::layer_kit::new_file::require_room;
 
 /// The options of creation.
-pub(super) const OPTIONS: &[OptionDef] = &[OptionDef {
-    name: "size",
-    kind: OptionKind::Size,
-    help: "Virtual disk size",
-    default: None,
-}];
+pub(super) const OPTIONS: &[OptionDef] = &[OptionDef::SIZE];
 
 /// The size of an image of `source`.
 pub(super) fn measure(options: &Options, source: MeasureSource<'_>) -> Result<Measure> {

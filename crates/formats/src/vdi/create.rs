@@ -11,7 +11,7 @@ use crate::layer_kit::preallocation;
 
 /// The options of creation.
 pub(super) const OPTIONS: &[OptionDef] = &[
-    OptionDef::new("size", OptionKind::Size, "Virtual disk size"),
+    OptionDef::SIZE,
     OptionDef::new("static", OptionKind::Flag, "VDI static (pre-allocated) image").or("off"),
 ];
 

@@ -23,13 +23,13 @@ use crate::layer_kit::preallocation;
 
 /// The options of `create`, in the order in which qemu-img prints their values.
 pub(super) const OPTIONS: &[OptionDef] = &[
-    OptionDef::new("size", OptionKind::Size, "Virtual disk size"),
+    OptionDef::SIZE,
     OptionDef::new(
         "adapter_type",
         OptionKind::Text,
         "Virtual adapter type, can be one of ide (default), lsilogic, buslogic or legacyESX",
     ),
-    OptionDef::new("backing_file", OptionKind::Text, "File name of a base image"),
+    OptionDef::BACKING_FILE,
     OptionDef::new("backing_fmt", OptionKind::Text, "Must be 'vmdk' if present"),
     OptionDef::new("compat6", OptionKind::Flag, "VMDK version 6 image").or("off"),
     OptionDef::new("hwversion", OptionKind::Text, "VMDK hardware version").or("undefined"),

@@ -12,7 +12,7 @@ use crate::layer_kit::preallocation;
 
 /// The options of `create`, in the order in which qemu-img prints their values.
 pub(super) const OPTIONS: &[OptionDef] = &[
-    OptionDef::new("size", OptionKind::Size, "Virtual disk size"),
+    OptionDef::SIZE,
     OptionDef::new(
         "subformat",
         OptionKind::Text,

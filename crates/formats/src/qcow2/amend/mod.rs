@@ -10,7 +10,7 @@ mod zero;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use diskimage_core::options::{OptionDef, OptionKind, Options};
+use diskimage_core::options::{OptionDef, Options};
 use diskimage_core::{AmendRequest, Error, Layer, Preallocation, Progress, ResizeRequest, Result, ResultExt};
 
 use super::Qcow2;
@@ -19,60 +19,26 @@ use super::files::read_header;
 use super::header::feature::{Autoclear, Compatible, Incompatible};
 use super::header::{Header, field};
 use super::metadata::Metadata;
+use super::options;
+use crate::luks;
 use crate::luks::amend::SlotChange;
 use crate::luks::volume::Volume;
 
 /// The options of `amend`, in qemu-img's order.
 pub(super) const AMEND: &[OptionDef] = &[
-    OptionDef::new("backing_file", OptionKind::Text, "File name of a base image"),
-    OptionDef::new("backing_fmt", OptionKind::Text, "Image format of the base image"),
-    OptionDef::new(
-        "compat",
-        OptionKind::Text,
-        "Compatibility level (v2 [0.10] or v3 [1.1])",
-    ),
-    OptionDef::new(
-        "data_file",
-        OptionKind::Text,
-        "File name of an external data file",
-    ),
-    OptionDef::new(
-        "data_file_raw",
-        OptionKind::Flag,
-        "The external data file must stay valid as a raw image",
-    ),
-    OptionDef::new(
-        "encrypt.iter-time",
-        OptionKind::Number,
-        "Time to spend in PBKDF in milliseconds",
-    ),
-    OptionDef::new(
-        "encrypt.keyslot",
-        OptionKind::Number,
-        "Select a single keyslot to modify explicitly",
-    ),
-    OptionDef::new(
-        "encrypt.new-secret",
-        OptionKind::Text,
-        "New secret to set in the matching keyslots. Empty string to erase",
-    ),
-    OptionDef::new(
-        "encrypt.old-secret",
-        OptionKind::Text,
-        "Select all keyslots that match this password",
-    ),
-    OptionDef::new(
-        "encrypt.state",
-        OptionKind::Text,
-        "Select new state of affected keyslots (active/inactive)",
-    ),
-    OptionDef::new("lazy_refcounts", OptionKind::Flag, "Postpone refcount updates"),
-    OptionDef::new(
-        "refcount_bits",
-        OptionKind::Number,
-        "Width of a reference count entry in bits",
-    ),
-    OptionDef::new("size", OptionKind::Size, "Virtual disk size"),
+    OptionDef::BACKING_FILE,
+    OptionDef::BACKING_FMT,
+    options::COMPAT,
+    options::DATA_FILE,
+    options::DATA_FILE_RAW,
+    luks::options::ITER_TIME.named("encrypt.iter-time"),
+    luks::amend::KEYSLOT.named("encrypt.keyslot"),
+    luks::amend::NEW_SECRET.named("encrypt.new-secret"),
+    luks::amend::OLD_SECRET.named("encrypt.old-secret"),
+    luks::amend::STATE.named("encrypt.state"),
+    options::LAZY_REFCOUNTS,
+    options::REFCOUNT_BITS,
+    OptionDef::SIZE,
 ];
 
 /// The wanted changes; `None` leaves a property unchanged.
