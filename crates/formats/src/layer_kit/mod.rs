@@ -7,7 +7,7 @@
 //! | [`paged_table`] | one table of fixed entries, cached in pages |
 //! | [`metadata_guard`], [`reserved`] | protection of the format's own structures from writes |
 //! | [`allocating_plan`], [`in_place_write`] | write plans |
-//! | [`clear`] | new storage that reads as zero and is not written |
+//! | [`clear`] | storage that is made to read as zero |
 //! | [`new_file`] | the room that a new image needs in its file |
 //! | [`range_claims`] | claims on the guest ranges of requests in flight |
 //! | [`random`] | random bytes, new UUIDs and their text |

@@ -14,10 +14,11 @@
 
 use std::sync::Arc;
 
-use diskimage_core::{ByteRange, Device, Error, Preallocation, ResizeRequest, Result, ZeroMode};
+use diskimage_core::{Device, Error, Preallocation, ResizeRequest, Result, ZeroMode};
 
 use super::header::{BLOCK, Header, SECTOR, map_bytes};
 use super::{NO_BLOCK, State, VdiLayer, slot};
+use crate::layer_kit::clear::zero_existing;
 use crate::layer_kit::paged_table::PagedTable;
 use crate::layer_kit::preallocation;
 
@@ -105,11 +106,7 @@ impl VdiLayer {
             return Ok(());
         };
         let rest = state.header.stored(slot).skip(used);
-        let rest = rest.intersect(ByteRange::new(0, self.file.len()));
-        if rest.is_empty() {
-            return Ok(());
-        }
-        self.file.write_zeroes(rest, ZeroMode::KeepAllocated)
+        zero_existing(&*self.file, rest, ZeroMode::KeepAllocated)
     }
 
     /// Moves the blocks in the first `count` slots to free slots behind them.

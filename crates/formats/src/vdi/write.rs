@@ -8,7 +8,7 @@ use super::check::for_each_slot;
 use super::header::BLOCK;
 use super::{State, VdiLayer};
 use crate::layer_kit::allocating_plan::{AllocatingPlan, Allocator, publish_each};
-use crate::layer_kit::clear::clear;
+use crate::layer_kit::clear::{clear, zero_existing};
 use crate::layer_kit::range_claims::{Access, RangeClaims};
 use crate::layer_kit::slot_bitmap::SlotBitmap;
 
@@ -54,11 +54,7 @@ impl VdiLayer {
         }
         drop(state);
         for bytes in stored {
-            // Bytes beyond the end of the file read as zero.
-            let bytes = bytes.intersect(ByteRange::new(0, self.file.len()));
-            if !bytes.is_empty() {
-                self.file.write_zeroes(bytes, mode)?;
-            }
+            zero_existing(&*self.file, bytes, mode)?;
         }
         Ok(())
     }

@@ -10,9 +10,7 @@
 //!
 //! The header, which is one sector, refers to the new directories once they are durable.
 
-use std::ops::Range;
-
-use diskimage_core::{ByteRange, Device, Error, Result, ZeroMode, errno};
+use diskimage_core::{ByteRange, Error, Result, ZeroMode, errno};
 use zerocopy::IntoBytes;
 use zerocopy::byteorder::little_endian::U64;
 
@@ -20,6 +18,7 @@ use super::extent::{Extent, Storage, add_zeroes};
 use super::header::{self, Geometry, Metadata, SECTOR};
 use super::tables::Grain;
 use super::{State, VmdkLayer};
+use crate::layer_kit::clear::zero_existing;
 
 /// The layout of a sparse extent once it has grown.
 pub(super) struct Layout {
@@ -156,10 +155,7 @@ impl VmdkLayer {
         let extent = extents.get(index).ok_or_else(|| Error::from_errno(errno::EIO))?;
         let whole = ByteRange::at(offset, geometry.grain);
         self.require_grains(state, extents, index, geometry, whole)?;
-        zero_bytes(
-            &*extent.device,
-            offset.saturating_add(used)..offset.saturating_add(geometry.grain),
-        )
+        zero_existing(&*extent.device, whole.skip(used), ZeroMode::KeepAllocated)
     }
 }
 
@@ -197,13 +193,4 @@ impl Layout {
         }
         Ok(())
     }
-}
-
-/// Zeroes the part of `bytes` that is in the file.
-pub(super) fn zero_bytes(device: &dyn Device, bytes: Range<u64>) -> Result<()> {
-    let range = ByteRange::new(bytes.start, bytes.end).intersect(ByteRange::new(0, device.len()));
-    if range.is_empty() {
-        return Ok(());
-    }
-    device.write_zeroes(range, ZeroMode::KeepAllocated)
 }

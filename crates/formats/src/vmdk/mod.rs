@@ -50,6 +50,7 @@ use self::extent::{Extent, Storage};
 use self::header::{Geometry, Hosted};
 use self::occupied::Occupied;
 use self::tables::{Grain, GrainTables};
+use crate::layer_kit::clear::zero_existing;
 use crate::layer_kit::random;
 use crate::layer_kit::range_claims::RangeClaims;
 
@@ -492,10 +493,8 @@ impl Layer for VmdkLayer {
                 false => *free,
             };
             if extent.is_on_device() {
-                let marker = ByteRange::new(*free, end).intersect(ByteRange::new(0, extent.device.len()));
-                if !marker.is_empty() {
-                    extent.device.write_zeroes(marker, ZeroMode::KeepAllocated)?;
-                }
+                let marker = ByteRange::new(*free, end);
+                zero_existing(&*extent.device, marker, ZeroMode::KeepAllocated)?;
             } else if extent.device.len() < end {
                 extent.device.resize(end, Preallocation::Off)?;
             }

@@ -9,14 +9,15 @@
 
 use std::sync::{Arc, PoisonError};
 
-use diskimage_core::{Error, Preallocation, ResizeRequest, Result, errno, own_name};
+use diskimage_core::{ByteRange, Error, Preallocation, ResizeRequest, Result, ZeroMode, errno, own_name};
 
 use super::create::{self, MAX_EXTENTS};
 use super::descriptor::{Access, Descriptor, ExtentKind};
 use super::extent::{Extent, Storage, beside};
 use super::header::{self, SECTOR};
-use super::layout::{Layout, zero_bytes};
+use super::layout::Layout;
 use super::{MAX_LEN, State, VmdkLayer};
+use crate::layer_kit::clear::zero_existing;
 use crate::layer_kit::preallocation;
 
 /// The extents of the grown disk.
@@ -282,7 +283,8 @@ fn grow_flat(extent: &Extent, offset: u64, len: u64, mode: Preallocation) -> Res
     let old_end = offset.saturating_add(extent.len);
     let there = extent.device.len();
     // Bytes behind the old end of the disk must not become guest data.
-    zero_bytes(&*extent.device, old_end..end)?;
+    let added = ByteRange::new(old_end, end);
+    zero_existing(&*extent.device, added, ZeroMode::KeepAllocated)?;
     if there < end {
         extent.device.resize(end, mode)?;
     }

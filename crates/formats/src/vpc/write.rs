@@ -2,14 +2,14 @@
 
 use std::sync::{Arc, MutexGuard};
 
-use diskimage_core::{Budget, ByteRange, Device, Error, Layer, Result, WritePlan, WriteRun, errno};
+use diskimage_core::{Budget, ByteRange, Device, Error, Layer, Result, WritePlan, WriteRun, ZeroMode, errno};
 
 use super::bat::{Blocks, bitmap_offset};
 use super::create::fill;
 use super::footer::SECTOR;
 use super::{State, VpcLayer};
 use crate::layer_kit::allocating_plan::{AllocatingPlan, Allocator, publish_each};
-use crate::layer_kit::clear::clear_stale;
+use crate::layer_kit::clear::zero_existing;
 use crate::layer_kit::range_claims::{Access, Claim, RangeClaims};
 use crate::layer_kit::reserved::Pieces;
 
@@ -60,7 +60,8 @@ impl VpcLayer {
                                 sectors,
                             },
                         );
-                        clear_stale(&*self.file, ByteRange::at(offset + bitmap, unit))?;
+                        let data = ByteRange::at(offset + bitmap, unit);
+                        zero_existing(&*self.file, data, ZeroMode::Unmap)?;
                         offset + bitmap
                     }
                 };
