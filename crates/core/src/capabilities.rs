@@ -81,32 +81,41 @@ pub trait Backed: Debug + Send + Sync {
         None
     }
 
-    /// How `backing` differs from the image that this one was created on, for the user: both identities. `None` if it
-    /// is that one, or if the format does not tell. If they differ, unallocated clusters cannot be read.
-    fn backing_mismatch(&self, _backing: &dyn Layer) -> Option<String> {
-        None
-    }
-
-    /// Further names of the backing image, to be tried in order if no file has the name in [`Backed::backing`]. The last
-    /// one is then looked for beside the image in other letter case. Empty if the format keeps to the one name.
-    fn other_backing_names(&self) -> Vec<Name> {
-        Vec::new()
-    }
-
-    /// Checks, before the image is read, that `backing` is the image that this one was created on. Returns a warning if
-    /// it may have changed since.
+    /// Compares `backing` with the identity that the image recorded when it was created.
     ///
     /// # Errors
-    /// Another image, with both identities.
-    fn check_backing(&self, _backing: &dyn Layer) -> Result<Option<Note>> {
-        Ok(None)
+    /// Another image, with both identities, in a format that cannot be opened on it at all.
+    fn check_backing(&self, _backing: &dyn Layer) -> Result<BackingIdentity> {
+        Ok(BackingIdentity::Recorded)
     }
 
-    /// What the image says about its backing image and where that was looked for, if it names more than one file. For
-    /// the message that no file was found.
-    fn locators(&self) -> Option<String> {
-        None
+    /// Where the backing image is looked for besides the name in [`Backed::backing`].
+    fn backing_search(&self) -> BackingSearch {
+        BackingSearch::default()
     }
+}
+
+/// What an image finds when it compares its backing image with what it recorded of that.
+#[derive(Clone, Debug)]
+pub enum BackingIdentity {
+    /// It is the recorded one, or the format does not tell.
+    Recorded,
+    /// It is the recorded one, which may have changed since; the note is a warning.
+    MayHaveChanged(Note),
+    /// It is another one, or has changed since: both identities, for the user. What the image reads from it cannot be
+    /// read; what the image has itself can.
+    Other(String),
+}
+
+/// Where a backing image is looked for, by formats that name it as another machine does.
+#[derive(Clone, Debug, Default)]
+pub struct BackingSearch {
+    /// Further names, to be tried in order if no file has the name in [`Backed::backing`]. The last one is then looked
+    /// for beside the image in other letter case. Empty if the format keeps to the one name.
+    pub names: Vec<Name>,
+    /// What the image says about its backing image and where that was looked for when the image was opened, if it names
+    /// more than one file. For the message that no file was found.
+    pub description: Option<String>,
 }
 
 /// A layer whose options can be changed after creation.
@@ -192,11 +201,11 @@ impl<'a> dyn Layer + 'a {
         }
     }
 
-    /// [`Backed::other_backing_names`]; none also if there can be no backing image.
-    pub fn other_backing_names(&self) -> Vec<Name> {
+    /// [`Backed::backing_search`]; empty also if there can be no backing image.
+    pub fn backing_search(&self) -> BackingSearch {
         self.capabilities()
             .backed
-            .map(Backed::other_backing_names)
+            .map(Backed::backing_search)
             .unwrap_or_default()
     }
 
@@ -205,20 +214,15 @@ impl<'a> dyn Layer + 'a {
         self.capabilities().backed?.cid()
     }
 
-    /// [`Backed::check_backing`]; `None` also if there can be no backing image.
+    /// [`Backed::check_backing`]; the recorded one also if there can be no backing image.
     ///
     /// # Errors
     /// As [`Backed::check_backing`].
-    pub fn check_backing(&self, backing: &dyn Layer) -> Result<Option<Note>> {
+    pub fn check_backing(&self, backing: &dyn Layer) -> Result<BackingIdentity> {
         match self.capabilities().backed {
             Some(backed) => backed.check_backing(backing),
-            None => Ok(None),
+            None => Ok(BackingIdentity::Recorded),
         }
-    }
-
-    /// [`Backed::locators`]; `None` also if there can be no backing image.
-    pub fn locators(&self) -> Option<String> {
-        self.capabilities().backed?.locators()
     }
 
     /// The [`Codec`] of the layer.

@@ -16,10 +16,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use crate::errno;
 use crate::flush_on_drop::FlushOnDrop;
 use crate::{
-    AmendRequest, ByteRange, DecodedBlockCache, Device, Encoded, Error, ErrorKind, Event, Extent, ExtentKind,
-    HoleMeaning, Info, Layer, Limits, Node, NodeOptions, OnLost, Preallocation, ResizeRequest, Result, Run,
-    RunKind, StatusDetail, WritePlan, WriteRun, ZeroMode, align_down, align_up, is_zero, to_index,
-    write_zero_chunks,
+    AmendRequest, BackingIdentity, ByteRange, DecodedBlockCache, Device, Encoded, Error, ErrorKind, Event,
+    Extent, ExtentKind, HoleMeaning, Info, Layer, Limits, Node, NodeOptions, OnLost, Preallocation,
+    ResizeRequest, Result, Run, RunKind, StatusDetail, WritePlan, WriteRun, ZeroMode, align_down, align_up,
+    is_zero, to_index, write_zero_chunks,
 };
 
 /// An opened image and its backing chain.
@@ -71,10 +71,14 @@ impl Image {
             alignment: 1,
             ..layer.file().limits().clone()
         };
-        let backing_mismatch = backing
+        let compared = backing
             .as_ref()
-            .zip(layer.capabilities().backed)
-            .and_then(|(below, backed)| backed.backing_mismatch(&**below.layer()));
+            .map(|below| layer.check_backing(&**below.layer()));
+        let backing_mismatch = match compared {
+            Some(Ok(BackingIdentity::Other(what))) => Some(what),
+            // What keeps the image from being opened is an error of those who open chains.
+            _ => None,
+        };
         Self {
             guarded: Arc::new(FlushOnDrop::new(layer)),
             backing,

@@ -65,7 +65,9 @@ pub use allocation::{has_room, is_expected_to_fail, vec_with_room, zeroed};
 pub use backing::Backing;
 pub use bitmaps::{BitmapInfo, Bitmaps, NewBitmap};
 pub use budget::{Budget, Reservation};
-pub use capabilities::{Amend, AmendRequest, Backed, Capabilities, DiskIdentity, MultiFile};
+pub use capabilities::{
+    Amend, AmendRequest, Backed, BackingIdentity, BackingSearch, Capabilities, DiskIdentity, MultiFile,
+};
 pub use check::{Check, CheckReport, Repair};
 pub use codec::{Codec, Encoded, Encoder};
 pub use decoded_cache::DecodedBlockCache;

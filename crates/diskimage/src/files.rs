@@ -148,7 +148,7 @@ pub fn found_backing_name(image: &Image) -> Option<String> {
     let exists =
         |name: &String| Target::parse(name).is_ok_and(|target| identity_of_path(&target.path).is_some());
     let first = full(named.name.text());
-    let others = image.layer().other_backing_names();
+    let others = image.layer().backing_search().names;
     if others.is_empty() || exists(&first) {
         return Some(first);
     }

@@ -4,8 +4,8 @@ use std::collections::HashSet;
 use std::sync::Arc;
 
 use diskimage::{
-    Image, Objects, OpenOptions, ResultExt, backing_not_found, found_backing_name, full_backing_name,
-    share_a_file,
+    BackingIdentity, Image, Objects, OpenOptions, ResultExt, backing_not_found, found_backing_name,
+    full_backing_name, share_a_file,
 };
 
 use crate::facts::Facts;
@@ -179,7 +179,7 @@ fn open_backing(
     console: &Console,
 ) -> Result<Arc<Image>, Stop> {
     let opened = open_bare(source, options, console)?.and_then(|image| {
-        if let Some(note) = overlay.layer().check_backing(&**image.layer())? {
+        if let BackingIdentity::MayHaveChanged(note) = overlay.layer().check_backing(&**image.layer())? {
             console.note(&note);
         }
         Ok(image)

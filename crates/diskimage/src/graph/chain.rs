@@ -8,7 +8,7 @@
 
 use std::sync::Arc;
 
-use diskimage_core::{Device, Error, ErrorKind, Image, Layer, NodeOptions, Result, errno};
+use diskimage_core::{BackingIdentity, Device, Error, ErrorKind, Image, Layer, NodeOptions, Result, errno};
 
 use super::common::Common;
 use super::names::{full_backing_name, is_relative, node_of_name};
@@ -116,7 +116,7 @@ impl Opener<'_> {
         };
         let Some(overlay) = links.last() else { return link };
         let link = link.map_err(|error| backing_not_found(&*overlay.layer, error))?;
-        if let Some(note) = overlay.layer.check_backing(&*link.layer)? {
+        if let BackingIdentity::MayHaveChanged(note) = overlay.layer.check_backing(&*link.layer)? {
             self.context.tell(&note);
         }
         not_again(link, links)
@@ -169,7 +169,7 @@ impl Opener<'_> {
                     others: None,
                 });
             };
-            let names = link.layer.other_backing_names();
+            let names = link.layer.backing_search().names;
             let others = OtherNames {
                 names: names.iter().map(|name| name.text().to_owned()).collect(),
                 from: from.clone(),
@@ -267,9 +267,9 @@ pub(crate) fn walk_chain(
 
 /// Adds to `error` where the backing image of `layer` was looked for, if it was not found.
 pub fn backing_not_found(layer: &dyn Layer, error: Error) -> Error {
-    match layer.locators().filter(|_| error.errno() == Some(errno::ENOENT)) {
-        Some(locators) => error.context(locators),
-        None => error,
+    match layer.backing_search().description {
+        Some(description) if error.errno() == Some(errno::ENOENT) => error.context(description),
+        _ => error,
     }
 }
 

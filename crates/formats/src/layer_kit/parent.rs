@@ -10,7 +10,7 @@
 //! The first one that exists is taken, in this order; case counts only if both spellings exist. Names never have a
 //! protocol: what looks like one is a path.
 
-use diskimage_core::{Backing, Error, Gate, Name, Result, name};
+use diskimage_core::{Backing, BackingSearch, Error, Gate, Name, Result, name};
 
 /// What an image says about the place of its parent.
 #[derive(Clone, Debug, Default)]
@@ -57,14 +57,18 @@ impl Parent {
         }
     }
 
-    /// What was looked for, for the message that it was not found.
-    pub(crate) fn description(&self) -> String {
+    /// Where the parent was looked for.
+    pub(crate) fn search(&self) -> BackingSearch {
         let locators = self.locators.relative.iter().chain(&self.locators.absolute);
-        format!(
+        let description = format!(
             "The parent is not found: its locators are {}, and it was looked for as {}",
             quoted(locators),
             quoted(&self.tried)
-        )
+        );
+        BackingSearch {
+            names: Vec::new(),
+            description: Some(description),
+        }
     }
 }
 
@@ -224,9 +228,11 @@ mod tests {
             let parent = Parent::find(locators.clone(), "d/child.vhd", &Only(exists)).expect("has locators");
             assert_eq!(parent.backing("vpc").name.text(), taken);
             assert_eq!(
-                parent.description(),
-                "The parent is not found: its locators are '..\\Base.vhd', 'C:\\Base.vhd', and it was looked for as \
-                 '../Base.vhd', 'Base.vhd'"
+                parent.search().description.as_deref(),
+                Some(
+                    "The parent is not found: its locators are '..\\Base.vhd', 'C:\\Base.vhd', and it was looked for \
+                     as '../Base.vhd', 'Base.vhd'"
+                )
             );
         }
         assert!(Parent::find(Locators::default(), "d/child.vhd", &Only("x")).is_err());

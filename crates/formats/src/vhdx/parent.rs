@@ -1,6 +1,8 @@
 //! The parent of a differencing disk: its locator among the metadata items, and its identity.
 
-use diskimage_core::{Backed, Backing, ByteRange, Device, Error, Layer, Note, Result, to_index};
+use diskimage_core::{
+    Backed, Backing, BackingIdentity, BackingSearch, ByteRange, Device, Error, Layer, Result, to_index,
+};
 use zerocopy::byteorder::little_endian::{U16, U32};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -109,14 +111,14 @@ impl Backed for VhdxLayer {
         Some(self.parent.as_ref()?.parent.backing("vhdx"))
     }
 
-    fn check_backing(&self, backing: &dyn Layer) -> Result<Option<Note>> {
+    fn check_backing(&self, backing: &dyn Layer) -> Result<BackingIdentity> {
         let Some(OpenParent { locator, .. }) = &self.parent else {
-            return Ok(None);
+            return Ok(BackingIdentity::Recorded);
         };
         let recorded: Vec<_> = locator.linkages.iter().map(braced).collect();
         let recorded = recorded.join(" or ");
         match backing.capabilities().identity {
-            Some(found) if locator.linkages.contains(&found.id) => Ok(None),
+            Some(found) if locator.linkages.contains(&found.id) => Ok(BackingIdentity::Recorded),
             Some(found) => Err(Error::corrupt(format!(
                 "The parent has the DataWriteGuid {}, but the image was created on the one with {recorded}",
                 braced(&found.id)
@@ -128,8 +130,9 @@ impl Backed for VhdxLayer {
         }
     }
 
-    fn locators(&self) -> Option<String> {
-        self.parent.as_ref().map(|open| open.parent.description())
+    fn backing_search(&self) -> BackingSearch {
+        let search = self.parent.as_ref().map(|open| open.parent.search());
+        search.unwrap_or_default()
     }
 }
 

@@ -38,11 +38,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use diskimage_core::options::Options;
 use diskimage_core::{
-    Backed, Backing, Budget, ByteRange, Capabilities, Check, CheckReport, Codec, CreatePlan, CreateRequest,
-    Device, Encoded, Encoder, Error, ErrorKind, Event, Format, FormatProperties, HoleMeaning, Info, LOOSE,
-    Layer, Measure, MeasureSource, MultiFile, Name, Note, Objects, OpenRequest, Preallocation, Probe,
-    Progress, Repair, ResizeRequest, Result, Run, RunKind, Score, WritePlan, ZeroMode, errno, is_zero,
-    names_beside, own_name, to_index,
+    Backed, Backing, BackingIdentity, BackingSearch, Budget, ByteRange, Capabilities, Check, CheckReport,
+    Codec, CreatePlan, CreateRequest, Device, Encoded, Encoder, Error, ErrorKind, Event, Format,
+    FormatProperties, HoleMeaning, Info, LOOSE, Layer, Measure, MeasureSource, MultiFile, Name, Note,
+    Objects, OpenRequest, Preallocation, Probe, Progress, Repair, ResizeRequest, Result, Run, RunKind, Score,
+    WritePlan, ZeroMode, errno, is_zero, names_beside, own_name, to_index,
 };
 
 use self::descriptor::{Descriptor, NO_PARENT};
@@ -560,20 +560,21 @@ impl Backed for VmdkLayer {
         Some(self.lock().cid)
     }
 
-    fn backing_mismatch(&self, backing: &dyn Layer) -> Option<String> {
-        let (expected, found) = (self.descriptor.parent_cid, backing.cid()?);
-        (found != expected).then(|| {
-            format!(
-                "The backing image has the content ID {found:#010x}, but '{}' was made when it was {expected:#010x} \
-                 (parentCID): the backing image has changed since, or is another one",
-                self.name
-            )
-        })
+    fn check_backing(&self, backing: &dyn Layer) -> Result<BackingIdentity> {
+        let expected = self.descriptor.parent_cid;
+        let Some(found) = backing.cid().filter(|found| *found != expected) else {
+            return Ok(BackingIdentity::Recorded);
+        };
+        Ok(BackingIdentity::Other(format!(
+            "The backing image has the content ID {found:#010x}, but '{}' was made when it was {expected:#010x} \
+             (parentCID): the backing image has changed since, or is another one",
+            self.name
+        )))
     }
 
-    fn other_backing_names(&self) -> Vec<Name> {
+    fn backing_search(&self) -> BackingSearch {
         let Some(parent) = &self.descriptor.parent else {
-            return Vec::new();
+            return BackingSearch::default();
         };
         let decoded = self.descriptor.decoded_parent.as_ref();
         let text = decoded.unwrap_or(parent).text();
@@ -581,7 +582,10 @@ impl Backed for VmdkLayer {
         names.extend(names_beside(text));
         // Last comes the file name, which is also looked for in other letter case.
         names.push(own_name(text).to_owned());
-        names.into_iter().map(Name::from).collect()
+        BackingSearch {
+            names: names.into_iter().map(Name::from).collect(),
+            description: None,
+        }
     }
 }
 

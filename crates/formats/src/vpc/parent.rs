@@ -2,10 +2,13 @@
 
 use std::time::UNIX_EPOCH;
 
-use diskimage_core::{Backed, Backing, Device, DiskIdentity, Error, Layer, Note, Result};
+use diskimage_core::{
+    Backed, Backing, BackingIdentity, BackingSearch, Device, DiskIdentity, Error, Layer, Note, Result,
+};
 
 use super::VpcLayer;
 use super::footer::EPOCH;
+use crate::layer_kit::parent::Parent;
 use crate::layer_kit::random::uuid_text;
 
 impl Backed for VpcLayer {
@@ -13,10 +16,10 @@ impl Backed for VpcLayer {
         Some(self.parent.as_ref()?.backing("vpc"))
     }
 
-    fn check_backing(&self, backing: &dyn Layer) -> Result<Option<Note>> {
+    fn check_backing(&self, backing: &dyn Layer) -> Result<BackingIdentity> {
         let state = self.lock();
         let Some(blocks) = &state.blocks else {
-            return Ok(None);
+            return Ok(BackingIdentity::Recorded);
         };
         let (id, time_stamp) = blocks.header.parent_identity();
         let Some(found) = backing.capabilities().identity else {
@@ -33,11 +36,14 @@ impl Backed for VpcLayer {
                 uuid_text(&id)
             )));
         }
-        Ok(time_warning(found, &**backing.file(), time_stamp))
+        Ok(match time_warning(found, &**backing.file(), time_stamp) {
+            Some(warning) => BackingIdentity::MayHaveChanged(warning),
+            None => BackingIdentity::Recorded,
+        })
     }
 
-    fn locators(&self) -> Option<String> {
-        self.parent.as_ref().map(|parent| parent.description())
+    fn backing_search(&self) -> BackingSearch {
+        self.parent.as_ref().map(Parent::search).unwrap_or_default()
     }
 }
 

@@ -944,7 +944,8 @@ fn parents_have_further_names_and_identities() {
     };
     assert_eq!(*name.to_bytes(), *b"C:\\vm\\\xe9.vmdk");
     let others: Vec<String> = layer
-        .other_backing_names()
+        .backing_search()
+        .names
         .iter()
         .map(|name| name.text().to_owned())
         .collect();
