@@ -281,6 +281,18 @@ pub struct Extent {
     pub host: Option<(Arc<dyn Device>, u64)>,
 }
 
+impl Extent {
+    /// `len` bytes of data of the device asked, of whose place nothing is known.
+    pub const fn data(len: u64) -> Self {
+        Self {
+            len,
+            kind: ExtentKind::Data,
+            depth: 0,
+            host: None,
+        }
+    }
+}
+
 /// The kinds of [`Extent`].
 ///
 /// | kind | reads as | reported by |

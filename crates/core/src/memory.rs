@@ -3,8 +3,7 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::{
-    ByteRange, Device, Error, ErrorKind, Extent, ExtentKind, Limits, Preallocation, Result, StatusDetail,
-    ZeroMode,
+    ByteRange, Device, Error, ErrorKind, Extent, Limits, Preallocation, Result, StatusDetail, ZeroMode,
 };
 
 /// A device whose bytes are in memory. A write beyond its end makes it longer.
@@ -87,12 +86,7 @@ impl Device for MemoryDevice {
     }
 
     fn status(&self, range: ByteRange, _detail: StatusDetail) -> Result<Extent> {
-        Ok(Extent {
-            len: range.len(),
-            kind: ExtentKind::Data,
-            depth: 0,
-            host: None,
-        })
+        Ok(Extent::data(range.len()))
     }
 
     fn flush(&self) -> Result<()> {

@@ -3,8 +3,7 @@
 use std::fmt::Debug;
 
 use crate::{
-    ByteRange, Device, Error, Extent, ExtentKind, Info, Limits, Node, Preallocation, Result, StatusDetail,
-    ZeroMode,
+    ByteRange, Device, Error, Extent, Info, Limits, Node, Preallocation, Result, StatusDetail, ZeroMode,
 };
 
 /// The source of the bytes of a [`ReadOnlyView`].
@@ -81,12 +80,7 @@ impl<V: View> Device for ReadOnlyView<V> {
     }
 
     fn status(&self, range: ByteRange, _detail: StatusDetail) -> Result<Extent> {
-        Ok(Extent {
-            len: range.len(),
-            kind: ExtentKind::Data,
-            depth: 0,
-            host: None,
-        })
+        Ok(Extent::data(range.len()))
     }
 
     fn flush(&self) -> Result<()> {

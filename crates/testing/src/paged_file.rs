@@ -10,8 +10,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use diskimage_core::{
-    ByteRange, Device, Error, ErrorKind, Extent, ExtentKind, Limits, Preallocation, Result, StatusDetail,
-    ZeroMode,
+    ByteRange, Device, Error, ErrorKind, Extent, Limits, Preallocation, Result, StatusDetail, ZeroMode,
 };
 
 const PAGE: usize = 4096;
@@ -254,12 +253,7 @@ impl Device for PagedFile {
     }
 
     fn status(&self, range: ByteRange, _detail: StatusDetail) -> Result<Extent> {
-        Ok(Extent {
-            len: range.len(),
-            kind: ExtentKind::Data,
-            depth: 0,
-            host: None,
-        })
+        Ok(Extent::data(range.len()))
     }
 
     fn flush(&self) -> Result<()> {

@@ -7,8 +7,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::encryption::{SECTOR, SectorCipher};
 use diskimage_core::{
-    ByteRange, Device, Error, Extent, ExtentKind, Limits, Preallocation, Result, StatusDetail, ZeroMode,
-    align_down, align_up, is_zero, to_index,
+    ByteRange, Device, Error, Extent, Limits, Preallocation, Result, StatusDetail, ZeroMode, align_down,
+    align_up, is_zero, to_index,
 };
 
 /// The view.
@@ -184,12 +184,7 @@ impl Device for EncryptedDevice {
     }
 
     fn status(&self, range: ByteRange, _detail: StatusDetail) -> Result<Extent> {
-        Ok(Extent {
-            len: range.len(),
-            kind: ExtentKind::Data,
-            depth: 0,
-            host: None,
-        })
+        Ok(Extent::data(range.len()))
     }
 
     fn flush(&self) -> Result<()> {
