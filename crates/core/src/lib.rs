@@ -37,7 +37,6 @@ mod error;
 mod event;
 mod filter_device;
 mod flush_on_drop;
-mod foreign_name;
 mod format;
 mod gate;
 mod image;
@@ -76,7 +75,6 @@ pub use error::{Error, ErrorKind, Result, ResultExt};
 pub use event::Event;
 pub use filter_device::{FilterDevice, Filtered, status_below};
 pub use flush_on_drop::OnLost;
-pub use foreign_name::{names_beside, own_name};
 pub use format::{
     CreatePlan, CreateRequest, Format, FormatProperties, LOOSE, Measure, MeasureSource, NewFiles,
     OpenRequest, Probe, Score,

@@ -12,7 +12,7 @@
 //! | [`range_claims`] | claims on the guest ranges of requests in flight |
 //! | [`random`] | random bytes, new UUIDs and their text |
 //! | [`sector_bitmaps`] | which sectors of a block were written |
-//! | [`parent`] | where the parent of a differencing disk is looked for |
+//! | [`foreign_name`], [`parent`] | where files are looked for that an image names as another machine does |
 //! | [`slot_bitmap`], [`cluster_set`] | which block slots, or clusters, of a file are in use |
 //! | [`two_level_map`] | L1 and L2 tables over clusters that are never freed |
 //! | [`read_only_layer`] | layers of formats that are only read |
@@ -24,6 +24,7 @@ pub(crate) mod allocating_plan;
 pub(crate) mod clear;
 pub(crate) mod cluster_set;
 pub(crate) mod count_used;
+pub(crate) mod foreign_name;
 pub(crate) mod in_place_write;
 pub(crate) mod metadata_cache;
 pub(crate) mod metadata_guard;

@@ -1,16 +1,10 @@
-//! Where the parent of a differencing disk (VHD, VHDX) is looked for. Windows names it by paths:
+//! The parent of a differencing disk (VHD, VHDX): of the files that its locators may mean, the first one that exists.
 //!
-//! ```text
-//!   ..\base\disk.vhd         relative   ─► ../base/disk.vhd
-//!   C:\base\disk.vhd         absolute   ─► no path of this system
-//!   file:///base/disk.vhd    absolute   ─► /base/disk.vhd
-//!   all of them                         ─► disk.vhd, in the directory of the image
-//! ```
-//!
-//! The first one that exists is taken, in this order; case counts only if both spellings exist. Names never have a
-//! protocol: what looks like one is a path.
+//! Case counts only if both spellings exist.
 
 use diskimage_core::{Backing, BackingSearch, Error, Gate, Name, Result, name};
+
+use super::foreign_name::parent_paths;
 
 /// What an image says about the place of its parent.
 #[derive(Clone, Debug, Default)]
@@ -37,7 +31,7 @@ impl Parent {
     /// # Errors
     /// The image names no file.
     pub(crate) fn find(locators: Locators, image: &str, gate: &dyn Gate) -> Result<Self> {
-        let tried = locators.candidates();
+        let tried = parent_paths(&locators.relative, &locators.absolute);
         let found = tried.iter().find_map(|name| gate.locate(image, name));
         let Some(name) = found.or_else(|| tried.first().cloned()) else {
             return Err(Error::corrupt("The image does not say where its parent is"));
@@ -77,75 +71,6 @@ fn quoted<'a>(names: impl IntoIterator<Item = &'a String>) -> String {
     names.join(", ")
 }
 
-impl Locators {
-    /// The names of files to look for, each once.
-    fn candidates(&self) -> Vec<String> {
-        let relative = self.relative.iter().filter_map(|path| relative_path(path));
-        let all = || self.relative.iter().chain(&self.absolute);
-        let absolute = all().filter_map(|path| absolute_path(path));
-        let beside = all().filter_map(|path| last_part(path));
-        let mut candidates: Vec<String> = Vec::new();
-        for name in relative.chain(absolute).chain(beside) {
-            if !candidates.contains(&name) {
-                candidates.push(name);
-            }
-        }
-        candidates
-    }
-}
-
-/// The stored path with slashes, without the prefix of a URL.
-fn with_slashes(path: &str) -> String {
-    let path = path.replace('\\', "/");
-    let url = ["file://localhost/", "file:///"];
-    match url.iter().find_map(|prefix| path.strip_prefix(prefix)) {
-        Some(rest) => format!("/{}", rest.replace("%20", " ")),
-        None => path,
-    }
-}
-
-/// The path relative to the directory of the image; `None` for one that is absolute in Windows or here.
-fn relative_path(path: &str) -> Option<String> {
-    let path = with_slashes(path);
-    let mut parts = path
-        .split('/')
-        .filter(|part| !part.is_empty() && *part != ".")
-        .peekable();
-    let is_absolute = path.starts_with('/') || path.as_bytes().get(1) == Some(&b':');
-    if is_absolute || parts.peek().is_none() || is_no_file(&path) {
-        return None;
-    }
-    Some(without_protocol(parts.collect::<Vec<_>>().join("/")))
-}
-
-/// The path if it is absolute here.
-fn absolute_path(path: &str) -> Option<String> {
-    let path = with_slashes(path);
-    // Two slashes begin the name of a server, a volume or a device.
-    (path.starts_with('/') && !path.starts_with("//") && !is_no_file(&path)).then_some(path)
-}
-
-/// The file's name in the directory of the image.
-fn last_part(path: &str) -> Option<String> {
-    let path = with_slashes(path);
-    let last = path.rsplit(['/', ':']).next().filter(|_| !is_no_file(&path))?;
-    Some(last.to_owned())
-}
-
-/// Whether `path` ends like that of a directory, or is none.
-fn is_no_file(path: &str) -> bool {
-    let last = path.rsplit(['/', ':']).next().unwrap_or_default();
-    matches!(last, "" | "." | "..") || path.contains('\0')
-}
-
-/// A relative path that is not taken for a protocol and its argument.
-fn without_protocol(path: String) -> String {
-    match path.split('/').next() {
-        Some(first) if first.contains(':') => format!("./{path}"),
-        _ => path,
-    }
-}
-
 /// The text of little-endian (or else big-endian) UTF-16, up to the first zero.
 pub(crate) fn utf16(bytes: &[u8], big_endian: bool) -> String {
     let units = bytes.as_chunks::<2>().0.iter().map(|unit| match big_endian {
@@ -162,45 +87,6 @@ pub(crate) fn utf16(bytes: &[u8], big_endian: bool) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn candidates(relative: &[&str], absolute: &[&str]) -> Vec<String> {
-        let owned = |paths: &[&str]| paths.iter().map(|path| (*path).to_owned()).collect();
-        let locators = Locators {
-            relative: owned(relative),
-            absolute: owned(absolute),
-        };
-        locators.candidates()
-    }
-
-    #[test]
-    fn paths_of_windows_become_paths_of_this_system() {
-        for (relative, absolute, expected) in [
-            (&[".\\a.vhd"][..], &["C:\\x\\b.vhd"][..], &["a.vhd", "b.vhd"][..]),
-            (
-                &["..\\x\\a.vhd"],
-                &["\\\\?\\d:\\x\\a.vhd"],
-                &["../x/a.vhd", "a.vhd"],
-            ),
-            (&[], &["\\\\server\\share\\a b.vhd"], &["a b.vhd"]),
-            (&[], &["C:a.vhd"], &["a.vhd"]),
-            (&["/x/a.vhd"], &[], &["/x/a.vhd", "a.vhd"]),
-            (
-                &[],
-                &["file:///x/a%20b.vhd", "file://localhost/y/c.vhd"],
-                &["/x/a b.vhd", "/y/c.vhd", "a b.vhd", "c.vhd"],
-            ),
-            (&["nbd:\\x"], &[], &["./nbd:/x", "x"]),
-            (&["json:{}"], &[], &["./json:{}", "{}"]),
-            (&["", ".", "..\\", "x\\..", "a\0b"], &["C:\\", "/"], &[]),
-            (&[".\\.\\sub\\\\a.vhd"], &[], &["sub/a.vhd", "a.vhd"]),
-        ] {
-            assert_eq!(
-                candidates(relative, absolute),
-                expected,
-                "{relative:?} {absolute:?}"
-            );
-        }
-    }
 
     #[test]
     fn the_first_file_that_exists_is_taken() {

@@ -209,7 +209,7 @@ struct NewExtent {
 }
 
 fn extents(subformat: Subformat, name: &str, size: u64) -> Result<Vec<NewExtent>> {
-    let (stem, ending) = stem_and_ending(own_name(name));
+    let (stem, ending) = stem_and_ending(last_component(name));
     let mut left = size.div_ceil(SECTOR);
     let mut extents = Vec::new();
     // An empty disk has no extents in separate files.
@@ -264,19 +264,19 @@ pub(super) fn next_name(
     let (stem, ending) = stem_and_ending(name);
     let (stem, ending) = match stem.strip_suffix(&suffix) {
         Some(stem) => (stem, ending),
-        None => stem_and_ending(own_name(image)),
+        None => stem_and_ending(last_component(image)),
     };
     Some(format!("{stem}{}{ending}", subformat.extent_suffix(number)?))
 }
 
 /// A path without its directory.
-fn own_name(path: &str) -> &str {
+fn last_component(path: &str) -> &str {
     path.rsplit('/').next().unwrap_or(path)
 }
 
 /// Splits a path before the extension of its file name.
 fn stem_and_ending(path: &str) -> (&str, &str) {
-    let start = path.len() - own_name(path).len();
+    let start = path.len() - last_component(path).len();
     match path[start..].rfind('.') {
         Some(dot) => path.split_at(start + dot),
         None => (path, ""),
@@ -302,7 +302,7 @@ fn create(
     };
     let is_flat = wanted.subformat.is_flat();
     let file_name = files.file.name();
-    let own = own_name(&file_name);
+    let own = last_component(&file_name);
     let lines: Vec<String> = extents
         .iter()
         .map(|extent| line(is_flat, extent.sectors, extent.name.as_deref().unwrap_or(own)))

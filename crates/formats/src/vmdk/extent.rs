@@ -5,11 +5,12 @@ use std::sync::Arc;
 
 use diskimage_core::{
     ByteRange, Device, Error, ErrorKind, MemoryDevice, OpenRequest, Permissions, Preallocation, Result,
-    ZeroMode, errno, names_beside, own_name,
+    ZeroMode, errno,
 };
 
 use super::descriptor::{Access, Descriptor, ExtentKind, ExtentLine};
 use super::header::{self, Geometry, Hosted, SECTOR};
+use crate::layer_kit::foreign_name::{names_beside, own_name};
 use crate::layer_kit::new_file::require_room;
 use crate::layer_kit::reserved::Reserved;
 

@@ -42,7 +42,7 @@ use diskimage_core::{
     Codec, CreatePlan, CreateRequest, Device, Encoded, Encoder, Error, ErrorKind, Event, Format,
     FormatProperties, HoleMeaning, Info, LOOSE, Layer, Measure, MeasureSource, MultiFile, Name, Note,
     Objects, OpenRequest, Preallocation, Probe, Progress, Repair, ResizeRequest, Result, Run, RunKind, Score,
-    WritePlan, ZeroMode, errno, is_zero, names_beside, own_name, to_index,
+    WritePlan, ZeroMode, errno, is_zero, to_index,
 };
 
 use self::descriptor::{Descriptor, NO_PARENT};
@@ -51,6 +51,7 @@ use self::header::{Geometry, Hosted};
 use self::occupied::Occupied;
 use self::tables::{Grain, GrainTables};
 use crate::layer_kit::clear::zero_existing;
+use crate::layer_kit::foreign_name::{names_beside, own_name};
 use crate::layer_kit::random;
 use crate::layer_kit::range_claims::RangeClaims;
 

@@ -9,7 +9,7 @@
 
 use std::sync::{Arc, PoisonError};
 
-use diskimage_core::{ByteRange, Error, Preallocation, ResizeRequest, Result, ZeroMode, errno, own_name};
+use diskimage_core::{ByteRange, Error, Preallocation, ResizeRequest, Result, ZeroMode, errno};
 
 use super::create::{self, MAX_EXTENTS};
 use super::descriptor::{Access, Descriptor, ExtentKind};
@@ -18,6 +18,7 @@ use super::header::{self, SECTOR};
 use super::layout::Layout;
 use super::{MAX_LEN, State, VmdkLayer};
 use crate::layer_kit::clear::zero_existing;
+use crate::layer_kit::foreign_name::own_name;
 use crate::layer_kit::preallocation;
 
 /// The extents of the grown disk.
