@@ -21,19 +21,9 @@ pub static COMMAND: Command = Command {
         Flag::HELP,
         Flag::QUIET,
         Flag::switch(Some('p'), &["progress"], &["show progress"]),
-        Flag::option(
-            Some('f'),
-            &["format"],
-            "FMT",
-            &["specify FILENAME format explicitly"],
-        ),
+        Flag::FILE_FORMAT,
         Flag::IMAGE_OPTS,
-        Flag::option(
-            Some('t'),
-            &["cache"],
-            "CACHE",
-            &["cache mode for FILENAME (writeback)"],
-        ),
+        Flag::CACHE,
         Flag::switch(None, &["force"], &["allow certain unsafe operations"]),
         Flag::option(
             Some('o'),

@@ -17,19 +17,9 @@ pub static COMMAND: Command = Command {
     flags: &[
         Flag::HELP,
         Flag::QUIET_ALL,
-        Flag::option(
-            Some('f'),
-            &["format"],
-            "FMT",
-            &["specify FILENAME format explicitly"],
-        ),
+        Flag::FILE_FORMAT,
         Flag::IMAGE_OPTS,
-        Flag::option(
-            Some('t'),
-            &["cache"],
-            "CACHE",
-            &["cache mode for FILENAME (writeback)"],
-        ),
+        Flag::CACHE,
         Flag::option(
             Some('c'),
             &["count"],

@@ -20,12 +20,7 @@ pub static COMMAND: Command = Command {
         FILENAME BITMAP",
     flags: &[
         Flag::HELP,
-        Flag::option(
-            Some('f'),
-            &["format"],
-            "FMT",
-            &["specify FILENAME format explicitly"],
-        ),
+        Flag::FILE_FORMAT,
         Flag::IMAGE_OPTS,
         Flag::switch(
             None,

@@ -21,12 +21,7 @@ pub static COMMAND: Command = Command {
     flags: &[
         Flag::HELP,
         Flag::QUIET,
-        Flag::option(
-            Some('f'),
-            &["format"],
-            "FMT",
-            &["specify FILENAME format explicitly"],
-        ),
+        Flag::FILE_FORMAT,
         Flag::IMAGE_OPTS,
         Flag::switch(
             None,

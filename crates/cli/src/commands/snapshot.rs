@@ -24,12 +24,7 @@ pub static COMMAND: Command = Command {
     flags: &[
         Flag::HELP,
         Flag::QUIET_ALL,
-        Flag::option(
-            Some('f'),
-            &["format"],
-            "FMT",
-            &["specify FILENAME format explicitly"],
-        ),
+        Flag::FILE_FORMAT,
         Flag::IMAGE_OPTS,
         Flag::FORCE_SHARE,
         Flag::OBJECT,

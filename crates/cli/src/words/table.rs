@@ -59,6 +59,20 @@ impl Flag {
         "human|json",
         &["specify output format name (default human)"],
     );
+    /// `-f` with the other wording that some help texts have.
+    pub const FILE_FORMAT: Self = Self::option(
+        Some('f'),
+        &["format"],
+        "FMT",
+        &["specify FILENAME format explicitly"],
+    );
+    /// `-t` of commands that change one image.
+    pub const CACHE: Self = Self::option(
+        Some('t'),
+        &["cache"],
+        "CACHE",
+        &["cache mode for FILENAME (writeback)"],
+    );
     /// `--image-opts` of commands with one image.
     pub const IMAGE_OPTS: Self = Self::switch(
         None,
