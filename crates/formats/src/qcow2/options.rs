@@ -149,26 +149,7 @@ impl CreateOptions {
             Some("zstd") => Compression::Zstd,
             Some(other) => return Err(wording.not_accepted("compression-type", other)),
         };
-        let extended_l2 = options.flag("extended_l2").unwrap_or(false);
-        let cluster_size = options.size("cluster_size").unwrap_or(65536);
-        let cluster_bits = cluster_size.trailing_zeros();
-        let in_range = (limit::MIN_CLUSTER_BITS..=limit::MAX_CLUSTER_BITS).contains(&cluster_bits);
-        if !cluster_size.is_power_of_two() || !in_range {
-            return Err(Error::invalid(
-                "Cluster size must be a power of two between 512 and 2048k",
-            ));
-        }
-        if extended_l2 {
-            if is_created {
-                require_v3(version, "Extended L2 entries are")?;
-            }
-            if cluster_size < limit::EXTENDED_L2_CLUSTER {
-                return Err(Error::invalid(format!(
-                    "Extended L2 entries are only supported with cluster sizes of at least {} bytes",
-                    limit::EXTENDED_L2_CLUSTER
-                )));
-            }
-        }
+        let (cluster_bits, extended_l2) = parse_clusters(options, version, is_created)?;
         let backing_format = options.text("backing_fmt");
         if let Some(name) = backing_format.filter(|name| is_created && !KNOWN_FORMATS.contains(name)) {
             return Err(wording.not_accepted("backing-fmt", name));
@@ -234,6 +215,31 @@ impl CreateOptions {
         }
         Ok(())
     }
+}
+
+/// The size of clusters, as a power of two, and whether L2 entries are extended.
+fn parse_clusters(options: &Options, version: u32, is_created: bool) -> Result<(u32, bool)> {
+    let extended_l2 = options.flag("extended_l2").unwrap_or(false);
+    let cluster_size = options.size("cluster_size").unwrap_or(65536);
+    let cluster_bits = cluster_size.trailing_zeros();
+    let in_range = (limit::MIN_CLUSTER_BITS..=limit::MAX_CLUSTER_BITS).contains(&cluster_bits);
+    if !cluster_size.is_power_of_two() || !in_range {
+        return Err(Error::invalid(
+            "Cluster size must be a power of two between 512 and 2048k",
+        ));
+    }
+    if extended_l2 {
+        if is_created {
+            require_v3(version, "Extended L2 entries are")?;
+        }
+        if cluster_size < limit::EXTENDED_L2_CLUSTER {
+            return Err(Error::invalid(format!(
+                "Extended L2 entries are only supported with cluster sizes of at least {} bytes",
+                limit::EXTENDED_L2_CLUSTER
+            )));
+        }
+    }
+    Ok((cluster_bits, extended_l2))
 }
 
 fn refcount_order(options: &Options, version: u32, wording: Wording) -> Result<u32> {

@@ -89,14 +89,20 @@ const PARENT_LOCATOR: Guid = [
 /// Flag of [`FILE_PARAMETERS`]: a differencing disk.
 const HAS_PARENT: u32 = 2;
 
-impl Metadata {
-    /// Reads the region at `region`.
+/// Where the items of a metadata region are.
+struct Items {
+    /// The offsets of the items in the file: file parameters, disk size, logical and physical sector size.
+    offsets: [Option<u64>; 4],
+    /// The bytes of the parent locator.
+    locator: Option<ByteRange>,
+}
+
+impl Items {
+    /// Reads the table of the region at `region`.
     ///
     /// # Errors
-    /// Items that are missing or have invalid values, and unknown items that are required.
-    pub(super) fn read(file: &dyn Device, region: ByteRange) -> Result<(Self, Option<ParentLocator>)> {
-        let invalid = || Error::from_errno(errno::EINVAL);
-        let unsupported = || Error::from_errno(errno::ENOTSUP);
+    /// Items outside of the region, items that overlap, and unknown ones that are required.
+    fn read(file: &dyn Device, region: ByteRange) -> Result<Self> {
         let mut bytes = vec![0; TABLE_LEN];
         file.read_padded(&mut bytes, region.start())?;
         let (table, items) = RawTable::read_from_prefix(&bytes).map_err(|_| invalid())?;
@@ -138,6 +144,27 @@ impl Metadata {
         Reserved::new(items.filter_map(|(at, len)| Some(("item", ByteRange::at((*at)?, len)))))
             .require_apart()
             .map_err(|_| invalid())?;
+        Ok(Self { offsets, locator })
+    }
+}
+
+/// The error for a region that is not as the specification says.
+fn invalid() -> Error {
+    Error::from_errno(errno::EINVAL)
+}
+
+/// The error for a region with items that are needed or not known.
+fn unsupported() -> Error {
+    Error::from_errno(errno::ENOTSUP)
+}
+
+impl Metadata {
+    /// Reads the region at `region`.
+    ///
+    /// # Errors
+    /// Items that are missing or have invalid values, and unknown items that are required.
+    pub(super) fn read(file: &dyn Device, region: ByteRange) -> Result<(Self, Option<ParentLocator>)> {
+        let Items { offsets, locator } = Items::read(file, region)?;
         let [Some(parameters), Some(size), Some(logical), Some(_)] = offsets else {
             return Err(unsupported());
         };

@@ -51,7 +51,6 @@ use self::log::{Changes, Replayed};
 use self::metadata::Metadata;
 use self::parent::OpenParent;
 use self::write::Stored;
-use crate::layer_kit::parent::Parent;
 use crate::layer_kit::random;
 use crate::layer_kit::range_claims::RangeClaims;
 use crate::layer_kit::reserved::Reserved;
@@ -89,7 +88,7 @@ impl Format for Vhdx {
 
     fn open(&self, request: OpenRequest<'_>) -> Result<Arc<dyn Layer>> {
         let name = request.name;
-        let layer = VhdxLayer::open(request).map_err(|error| match error.errno() {
+        let layer = VhdxLayer::open(&request).map_err(|error| match error.errno() {
             Some(_) => error.context(format!("Could not open '{name}'")),
             None => error,
         });
@@ -147,29 +146,36 @@ struct State {
     sequence: u64,
 }
 
+/// The file as it is after the log is replayed; `None` if the log is empty.
+fn replayed(
+    request: &OpenRequest<'_>,
+    file: &Arc<dyn Device>,
+    header: &Header,
+) -> Result<Option<Arc<ReadOnlyView<Replayed>>>> {
+    if header.log_guid == Guid::default() {
+        return Ok(None);
+    }
+    let changes = Changes::read(&**file, header.log, header.log_guid, &request.context.budget)?;
+    if changes.is_some() && request.for_check && !request.write {
+        return Err(Error::unsupported(format!(
+            "VHDX image file '{0}' opened read-only, but contains a log that needs to be replayed\n\
+             To replay the log, run:\nqemu-img check -r all '{0}'",
+            request.name
+        )));
+    }
+    Ok(changes.map(|changes| Arc::new(ReadOnlyView(Replayed::new(Arc::clone(file), changes)))))
+}
+
 impl VhdxLayer {
-    fn open(request: OpenRequest<'_>) -> Result<Self> {
-        let mut file = request.file;
+    fn open(request: &OpenRequest<'_>) -> Result<Self> {
+        let mut file = Arc::clone(&request.file);
         let mut signature = [0; 8];
         file.read_padded(&mut signature, 0)?;
         if signature != *FILE_SIGNATURE {
             return Err(Error::from_errno(errno::EINVAL));
         }
         let (mut header, mut slot) = Header::read(&*file)?;
-        let replayed = if header.log_guid == Guid::default() {
-            None
-        } else {
-            Changes::read(&*file, header.log, header.log_guid, &request.context.budget)?
-        };
-        let replayed =
-            replayed.map(|changes| Arc::new(ReadOnlyView(Replayed::new(Arc::clone(&file), changes))));
-        if replayed.is_some() && request.for_check && !request.write {
-            return Err(Error::unsupported(format!(
-                "VHDX image file '{0}' opened read-only, but contains a log that needs to be replayed\n\
-                 To replay the log, run:\nqemu-img check -r all '{0}'",
-                request.name
-            )));
-        }
+        let replayed = replayed(request, &file, &header)?;
         let contents = match &replayed {
             Some(replayed) => Arc::<ReadOnlyView<Replayed>>::clone(replayed),
             None => Arc::clone(&file),
@@ -181,13 +187,9 @@ impl VhdxLayer {
                 "Differencing VHDX images are opened for reading only",
             ));
         }
-        let parent = match locator {
-            Some(locator) => {
-                let parent = Parent::find(locator.locators.clone(), request.name, &*request.context.gate)?;
-                Some(OpenParent { parent, locator })
-            }
-            None => None,
-        };
+        let parent = locator
+            .map(|locator| OpenParent::find(locator, request))
+            .transpose()?;
         let chunks = Chunks::new(metadata.block_size, metadata.sector);
         let entries = chunks.entries(metadata.disk_size.div_ceil(metadata.block_size));
         if entries.saturating_mul(bat::ENTRY) > regions.bat.len() {

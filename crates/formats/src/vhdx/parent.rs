@@ -1,7 +1,8 @@
 //! The parent of a differencing disk: its locator among the metadata items, and its identity.
 
 use diskimage_core::{
-    Backed, Backing, BackingIdentity, BackingSearch, ByteRange, Device, Error, Layer, Result, to_index,
+    Backed, Backing, BackingIdentity, BackingSearch, ByteRange, Device, Error, Layer, OpenRequest, Result,
+    to_index,
 };
 use zerocopy::byteorder::little_endian::{U16, U32};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -104,6 +105,17 @@ impl ParentLocator {
 pub(super) struct OpenParent {
     pub(super) parent: Parent,
     pub(super) locator: ParentLocator,
+}
+
+impl OpenParent {
+    /// Looks for the parent that the image of `request` names.
+    ///
+    /// # Errors
+    /// As [`Parent::find`].
+    pub(super) fn find(locator: ParentLocator, request: &OpenRequest<'_>) -> Result<Self> {
+        let parent = Parent::find(locator.locators.clone(), request.name, &*request.context.gate)?;
+        Ok(Self { parent, locator })
+    }
 }
 
 impl Backed for VhdxLayer {

@@ -284,27 +284,8 @@ impl Header {
             raw.autoclear_features = U64::ZERO;
             raw.refcount_order = U32::new(4);
         }
-        let header_length = raw.len();
-        if raw.version.get() > 2 && header_length < V3_MIN_LEN {
-            return Err(Error::corrupt("qcow2 header too short"));
-        }
-        if header_length as u64 > cluster_size {
-            return Err(Error::corrupt("qcow2 header exceeds cluster size"));
-        }
-        let backing_offset = raw.backing_file_offset.get();
-        if backing_offset > cluster_size {
-            return Err(Error::corrupt("Invalid backing file offset"));
-        }
-        let extensions_end = if backing_offset != 0 {
-            backing_offset
-        } else {
-            cluster_size
-        };
-        let area = usize::try_from(extensions_end)
-            .ok()
-            .and_then(|end| cluster.get(header_length..end));
-        let extensions = extension::parse(area.unwrap_or(&[]))?;
-        let compression_type = if header_length > V3_MIN_LEN {
+        let extensions = parse_extensions(&raw, cluster, cluster_size)?;
+        let compression_type = if raw.len() > V3_MIN_LEN {
             raw.compression_type
         } else {
             0
@@ -321,16 +302,7 @@ impl Header {
                 "Reference count entry width too large; may not exceed 64 bits",
             ));
         }
-        let crypt = match raw.crypt_method.get() {
-            0 => CryptMethod::None,
-            1 => CryptMethod::Aes,
-            2 => CryptMethod::Luks,
-            other => {
-                return Err(Error::unsupported(format!(
-                    "Unsupported encryption method {other}"
-                )));
-            }
-        };
+        let crypt = parse_crypt(&raw)?;
         let geometry = Geometry {
             cluster_bits,
             refcount_order: raw.refcount_order.get(),
@@ -416,6 +388,37 @@ impl RawHeader {
         } else {
             saturating_index(self.header_length.get().into())
         }
+    }
+}
+
+/// Parses the header extensions, which lie between the header and the name of the backing file.
+fn parse_extensions(raw: &RawHeader, cluster: &[u8], cluster_size: u64) -> Result<Extensions> {
+    let header_len = raw.len();
+    if raw.version.get() > 2 && header_len < V3_MIN_LEN {
+        return Err(Error::corrupt("qcow2 header too short"));
+    }
+    if header_len as u64 > cluster_size {
+        return Err(Error::corrupt("qcow2 header exceeds cluster size"));
+    }
+    let end = match raw.backing_file_offset.get() {
+        0 => cluster_size,
+        offset if offset > cluster_size => return Err(Error::corrupt("Invalid backing file offset")),
+        offset => offset,
+    };
+    let area = usize::try_from(end)
+        .ok()
+        .and_then(|end| cluster.get(header_len..end));
+    extension::parse(area.unwrap_or(&[]))
+}
+
+fn parse_crypt(raw: &RawHeader) -> Result<CryptMethod> {
+    match raw.crypt_method.get() {
+        0 => Ok(CryptMethod::None),
+        1 => Ok(CryptMethod::Aes),
+        2 => Ok(CryptMethod::Luks),
+        other => Err(Error::unsupported(format!(
+            "Unsupported encryption method {other}"
+        ))),
     }
 }
 
