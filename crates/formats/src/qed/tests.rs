@@ -10,7 +10,7 @@ use diskimage_testing::{Fault, FaultyDevice, Journal, RecordingDevice};
 use proptest::prelude::*;
 
 use super::QedFormat;
-use crate::testing::{self, contents};
+use crate::testing::{self, contents, fill_in_steps, require_a_state_around};
 
 fn create(text: &str, size: u64) -> Arc<MemoryDevice> {
     testing::create(&QedFormat, text, size).expect("creates")
@@ -133,10 +133,9 @@ proptest! {
     }
 }
 
-/// The contents that the disk may have: for each step, those after it.
-fn story(image: &Image, mut seen: impl FnMut(Vec<u8>)) {
-    let mut model = contents(image);
-    let steps: [(usize, usize, u8); 6] = [
+/// Changes the disk in steps. Calls `seen` with the contents after each.
+fn story(image: &Image, seen: impl FnMut(Vec<u8>)) {
+    let steps = [
         (1000, 3000, 1),
         (2_097_152, 9000, 2),
         (500, 100, 3),
@@ -144,17 +143,8 @@ fn story(image: &Image, mut seen: impl FnMut(Vec<u8>)) {
         (2_600_000, 4096, 0),
         (101_000, 10_000, 5),
     ];
-    for (at, len, byte) in steps {
-        model[at..at + len].fill(byte);
-        if byte == 0 {
-            let range = ByteRange::at(at as u64, len as u64);
-            image.write_zeroes(range, ZeroMode::Unmap).expect("zeroes");
-        } else {
-            image.write_at(&model[at..at + len], at as u64).expect("writes");
-        }
-        seen(model.clone());
-        image.flush().expect("flushes");
-    }
+    let write = |image: &Image, offset: u64, bytes: &[u8]| image.write_at(bytes, offset);
+    fill_in_steps(image, &steps, write, seen);
 }
 
 #[test]
@@ -176,18 +166,7 @@ fn a_crash_leaves_leaked_clusters_at_worst() {
         leaking += u32::from(report.leaks > 0);
         // Every byte is as it was after one of the steps around the crash.
         let now = contents(&Image::new(layer, None, "test", false));
-        let known = states.partition_point(|(position, _)| *position <= crash.position);
-        let around = &states[known.saturating_sub(2)..(known + 1).min(states.len())];
-        let strange = now
-            .iter()
-            .enumerate()
-            .find(|(i, byte)| around.iter().all(|(_, state)| state[*i] != **byte));
-        assert!(
-            strange.is_none(),
-            "{strange:?} at {} ({})",
-            crash.position,
-            crash.kept
-        );
+        require_a_state_around(&states, crash, &now);
     });
     assert!(count > 50 && marked > 10 && leaking > 0, "{count} crashes");
 }

@@ -8,12 +8,12 @@ use diskimage_core::{
     ByteRange, CheckReport, Device, Image, MemoryDevice, Preallocation, Progress, Repair, ResizeRequest,
     Result, StatusDetail, ZeroMode,
 };
-use diskimage_testing::{Fault, FaultyDevice, Journal, RecordingDevice};
+use diskimage_testing::{Journal, RecordingDevice};
 use proptest::prelude::*;
 
 use super::header::BLOCK;
 use super::{NO_BLOCK, Vdi};
-use crate::testing::{self, contents, follow, op};
+use crate::testing::{self, FailOnce, contents, follow, op};
 
 fn create(options: &str, size: u64) -> Vec<u8> {
     testing::create(&Vdi, options, size).expect("created").contents()
@@ -327,39 +327,15 @@ fn a_crash_leaves_what_was_flushed_and_no_damage() {
 
 #[test]
 fn a_failed_request_leaves_the_image_as_it_was_or_done() {
-    let before = create("", 128 * BLOCK);
-    for after in 0.. {
-        let file = Arc::new(MemoryDevice::new(before.clone()));
-        let below: Arc<dyn Device> = Arc::<MemoryDevice>::clone(&file);
-        let faulty = Arc::new(FaultyDevice::new(below));
-        let image = open(Arc::<FaultyDevice>::clone(&faulty)).expect("opens");
-        image.write_at(&[1; 4096], 0).expect("writes");
-        image.flush().expect("flushes");
-        faulty.arm(Fault::once(after));
-        let outcomes = [
-            image.write_at(&[2; 4096], 2 * BLOCK),
-            grow(&image, 129 * BLOCK),
-            image.write_at(&[3; 4096], 4 * BLOCK),
-        ];
-        let failed = faulty.disarm();
-        image.flush().expect("flushes");
-        let again = open_bytes(&file.contents()).expect("opens");
-        assert_eq!(check(&again).corruptions, 0, "after {after}");
-        assert_eq!(again.len(), image.len(), "after {after}");
-        assert!(image.len() > 128 * BLOCK || outcomes[1].is_err(), "after {after}");
-        for (at, byte, outcome) in [(0, 1, &Ok(())), (2, 2, &outcomes[0]), (4, 3, &outcomes[2])] {
-            let mut sector = [0; 512];
-            again.read_at(&mut sector, at * BLOCK).expect("reads");
-            assert!(
-                sector == [byte; 512] || outcome.is_err(),
-                "after {after}: block {at}"
-            );
-        }
-        if failed == 0 {
-            assert!(after > 10 && outcomes.iter().all(Result::is_ok));
-            break;
-        }
-    }
+    let test = FailOnce {
+        format: &Vdi,
+        before: create("", 128 * BLOCK),
+        block: BLOCK,
+        written: [2, 4],
+        grown: 129 * BLOCK,
+    };
+    let requests = test.run(|image, after| assert_eq!(check(image).corruptions, 0, "after {after}"));
+    assert!(requests > 10, "{requests} requests");
 }
 
 #[test]

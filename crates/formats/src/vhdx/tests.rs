@@ -14,7 +14,7 @@ use proptest::prelude::*;
 
 use super::Vhdx;
 use super::header::{HEADERS, Header, MIB};
-use crate::testing::{self, contents, follow, op, open};
+use crate::testing::{self, contents, follow, op, open, use_damaged};
 
 const BLOCK: u64 = MIB;
 
@@ -73,15 +73,8 @@ proptest! {
         super::header::set_checksum(&mut damaged[0x20000..0x21000]);
         // Opening may fail with any error.
         if let Ok(image) = open_on(&on(&damaged), false) {
-            let mut buf = vec![0; 8192];
-            let end = image.len();
-            for offset in [0, MIB - 512, 4 * MIB, end / 2, end.saturating_sub(4096)] {
-                drop(image.read_at(&mut buf, offset));
-            }
-            if end > 0 {
-                drop(image.status(ByteRange::new(0, end), StatusDetail::Zeroes));
-            }
-            if end < 1 << 40 {
+            use_damaged(&image, false, &[MIB - 512, 4 * MIB]);
+            if image.len() < 1 << 40 {
                 drop(image.layer().check(Repair::No, &Progress::none()));
             }
         }
@@ -105,21 +98,10 @@ proptest! {
         for write in [false, true] {
             // Opening may fail with any error.
             let Ok(image) = open_on(&on(&damaged), write) else { continue };
-            let mut buf = vec![0; 4096];
-            let end = image.len();
-            for offset in [0, end / 2, end.saturating_sub(4096)] {
-                drop(image.read_at(&mut buf, offset));
-                if write {
-                    drop(image.write_at(&buf, offset));
-                }
-            }
-            if end > 0 {
-                drop(image.status(ByteRange::new(0, end), StatusDetail::Zeroes));
-            }
-            if end < 1 << 40 {
+            use_damaged(&image, write, &[]);
+            if image.len() < 1 << 40 {
                 drop(image.layer().check(Repair::No, &Progress::none()));
             }
-            drop(image.flush());
         }
     }
 }

@@ -6,15 +6,13 @@ use diskimage_core::{
     BackingIdentity, ByteRange, Device, Format, Image, LOOSE, MemoryDevice, Preallocation, Probe,
     ResizeRequest, Result, StatusDetail, ZeroMode,
 };
-use diskimage_testing::{
-    Fault, FaultyDevice, Journal, RecordingDevice, SparseBlock, VhdImage, VhdParent, open_image, overlay,
-};
+use diskimage_testing::{Journal, RecordingDevice, SparseBlock, VhdImage, VhdParent, open_image, overlay};
 use proptest::prelude::*;
 
 use super::Vpc;
 use super::footer::{Footer, Kind};
 use super::header::BLOCK as BLOCK_SIZE;
-use crate::testing::{self, contents, follow, op};
+use crate::testing::{self, FailOnce, contents, follow, op};
 
 fn create(options: &str, size: u64) -> Vec<u8> {
     testing::create(&Vpc, options, size).expect("created").contents()
@@ -217,38 +215,15 @@ fn a_crash_leaves_what_was_flushed() {
 
 #[test]
 fn a_failed_request_leaves_the_image_as_it_was_or_done() {
-    let before = create("force_size=on", 3 * BLOCK);
-    for after in 0.. {
-        let file = Arc::new(MemoryDevice::new(before.clone()));
-        let below: Arc<dyn Device> = Arc::<MemoryDevice>::clone(&file);
-        let faulty = Arc::new(FaultyDevice::new(below));
-        let image = open(Arc::<FaultyDevice>::clone(&faulty)).expect("opens");
-        image.write_at(&[1; 4096], 0).expect("writes");
-        image.flush().expect("flushes");
-        faulty.arm(Fault::once(after));
-        let outcomes = [
-            image.write_at(&[2; 4096], 2 * BLOCK),
-            grow(&image, 200 * BLOCK),
-            image.write_at(&[3; 4096], BLOCK),
-        ];
-        let failed = faulty.disarm();
-        image.flush().expect("flushes");
-        let again = open_bytes(&file.contents()).expect("opens");
-        assert_eq!(again.len(), image.len(), "after {after}");
-        assert!(image.len() > 3 * BLOCK || outcomes[1].is_err(), "after {after}");
-        for (at, byte, outcome) in [(0, 1, &Ok(())), (2, 2, &outcomes[0]), (1, 3, &outcomes[2])] {
-            let mut sector = [0; 512];
-            again.read_at(&mut sector, at * BLOCK).expect("reads");
-            assert!(
-                sector == [byte; 512] || outcome.is_err(),
-                "after {after}: block {at}"
-            );
-        }
-        if failed == 0 {
-            assert!(after > 8 && outcomes.iter().all(Result::is_ok));
-            break;
-        }
-    }
+    let test = FailOnce {
+        format: &Vpc,
+        before: create("force_size=on", 3 * BLOCK),
+        block: BLOCK,
+        written: [2, 1],
+        grown: 200 * BLOCK,
+    };
+    let requests = test.run(|_, _| ());
+    assert!(requests > 8, "{requests} requests");
 }
 
 #[test]

@@ -15,7 +15,7 @@ use diskimage_testing::{Journal, RecordingDevice};
 use proptest::prelude::*;
 
 use super::Vmdk;
-use crate::testing::contents;
+use crate::testing::{contents, use_damaged};
 
 /// Files by name; a missing file is created when it is opened.
 #[derive(Clone, Debug, Default)]
@@ -295,19 +295,8 @@ proptest! {
         for write in [false, true] {
             // Any error is right.
             let Ok(image) = files.open(write) else { continue };
-            let mut buf = vec![0; 4096];
-            let end = image.len();
-            for offset in [0, end / 2, end.saturating_sub(4096)] {
-                drop(image.read_at(&mut buf, offset));
-                if write {
-                    drop(image.write_at(&buf, offset));
-                }
-            }
-            if end > 0 {
-                drop(image.status(ByteRange::new(0, end), StatusDetail::Zeroes));
-            }
+            use_damaged(&image, write, &[]);
             drop(image.layer().check(Repair::No, &Progress::none()));
-            drop(image.flush());
         }
     }
 }
