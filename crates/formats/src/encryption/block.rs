@@ -1,21 +1,11 @@
-//! Keyed block ciphers behind one trait. The trait's methods take a batch of blocks, so the cost of the dynamic call
-//! does not matter and the cipher sees enough blocks at once to keep the processor's AES units busy.
+//! The keyed block ciphers behind the trait [`BlockCipher`].
 
 use cipher::array::Array;
 use cipher::{BlockCipherDecrypt, BlockCipherEncrypt, BlockSizeUser, KeyInit};
 use diskimage_core::{Error, Result};
 
-use super::CipherAlg;
 use super::twofish::Twofish;
-
-/// A block cipher with its key. Dropping it wipes the key from memory.
-pub(crate) trait BlockCipher: Send + Sync {
-    /// Encrypts each block of `bytes` independently. `bytes` holds whole blocks.
-    fn encrypt(&self, bytes: &mut [u8]);
-
-    /// Decrypts each block of `bytes` independently. `bytes` holds whole blocks.
-    fn decrypt(&self, bytes: &mut [u8]);
-}
+use super::{BlockCipher, CipherAlg};
 
 /// Returns the cipher `alg` with `key`, whose length must be that of the cipher's key.
 pub(crate) fn keyed(alg: CipherAlg, key: &[u8]) -> Result<Box<dyn BlockCipher>> {

@@ -3,7 +3,7 @@
 
 use zeroize::Zeroizing;
 
-use super::block::BlockCipher;
+use super::BlockCipher;
 
 /// Decrypts each block of `bytes`, whose length is a multiple of the length of `iv`, which is that of a cipher's block.
 pub(crate) fn decrypt(cipher: &dyn BlockCipher, iv: &[u8], bytes: &[u8]) -> Zeroizing<Vec<u8>> {

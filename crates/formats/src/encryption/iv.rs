@@ -2,7 +2,8 @@
 
 use diskimage_core::{Error, Result};
 
-use super::block::{BlockCipher, keyed};
+use super::BlockCipher;
+use super::block::keyed;
 use super::{CipherAlg, HashAlg};
 
 /// How an initialisation vector is made from a sector number.

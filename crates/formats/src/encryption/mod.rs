@@ -30,7 +30,7 @@ mod sector;
 mod twofish;
 
 pub(crate) use anti_forensic::{merge, split};
-pub(crate) use block::{BlockCipher, keyed, triple_des};
+pub(crate) use block::{keyed, triple_des};
 pub(crate) use cipher::{CipherAlg, CipherMode};
 pub(crate) use hash::HashAlg;
 pub(crate) use iv::IvAlg;
@@ -39,3 +39,15 @@ pub(crate) use mode::SECTOR;
 pub use secret::decrypt_secret;
 pub(crate) use sector::{CipherSpec, SectorCipher};
 pub use zeroize::Zeroizing;
+
+/// A block cipher with its key. Dropping it wipes the key from memory.
+///
+/// The methods take a batch of blocks, so the cost of the dynamic call does not matter and the cipher sees enough blocks
+/// at once to keep the processor's AES units busy.
+pub(crate) trait BlockCipher: Send + Sync {
+    /// Encrypts each block of `bytes` independently. `bytes` holds whole blocks.
+    fn encrypt(&self, bytes: &mut [u8]);
+
+    /// Decrypts each block of `bytes` independently. `bytes` holds whole blocks.
+    fn decrypt(&self, bytes: &mut [u8]);
+}

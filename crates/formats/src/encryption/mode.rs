@@ -6,7 +6,7 @@
 //!   bytes    [---- sector 0 ----][---- sector 1 ----][---- sector 2 ----] ...
 //! ```
 
-use super::block::BlockCipher;
+use super::BlockCipher;
 
 /// The bytes of a sector, the unit that has an initialisation vector of its own.
 pub(crate) const SECTOR: usize = 512;

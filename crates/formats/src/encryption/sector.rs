@@ -5,7 +5,8 @@ use std::fmt;
 use diskimage_core::{Error, Result};
 use zeroize::{Zeroize, Zeroizing};
 
-use super::block::{BlockCipher, keyed};
+use super::BlockCipher;
+use super::block::keyed;
 use super::iv::{self, IvGenerator};
 use super::mode::{self, BATCH, MAX_BLOCK, SECTOR};
 use super::{CipherAlg, CipherMode, HashAlg, IvAlg};

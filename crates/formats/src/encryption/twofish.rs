@@ -9,7 +9,7 @@
 use diskimage_core::{Error, Result};
 use zeroize::Zeroizing;
 
-use super::block::BlockCipher;
+use super::BlockCipher;
 
 const ROUNDS: usize = 16;
 /// Four words of whitening before the rounds, four after them, two for each round.
