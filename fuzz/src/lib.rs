@@ -4,10 +4,11 @@
 use std::sync::Arc;
 
 use diskimage_core::{
-    Budget, ByteRange, Device, Format, Image, Layer, NodeOptions, Objects, OpenContext, OpenRequest, Preallocation,
-    Progress, Repair, StatusDetail, ZeroMode,
+    Budget, ByteRange, Device, Format, Image, Layer, MemoryDevice, NodeOptions, Objects, OpenContext,
+    OpenRequest, Preallocation, Progress, Repair, StatusDetail, ZeroMode,
 };
-use diskimage_testing::RecordingGate;
+use diskimage_formats::Qcow2Format;
+use diskimage_testing::{RecordingGate, contents, create_image, open_image};
 
 pub use diskimage_testing::PagedFile;
 
@@ -140,4 +141,25 @@ fn write(layer: Arc<dyn Layer>) {
     }
     let _ = image.layer().make_empty();
     let _ = image.flush();
+}
+
+/// Compresses `bytes`, filled up with zeroes to a cluster of 2^`cluster_bits` bytes, into a qcow2 image and reads it back.
+///
+/// # Panics
+/// Other bytes are read.
+pub fn encode_cluster(cluster_bits: u32, bytes: &[u8]) {
+    let len = 1_usize << cluster_bits;
+    let mut cluster = bytes.to_vec();
+    cluster.resize(len, 0);
+    let file: Arc<dyn Device> = Arc::new(MemoryDevice::default());
+    let options = format!("cluster_size={len}");
+    create_image(&Qcow2Format, &file, &options, len as u64).expect("is created");
+    let image = open_image(&Qcow2Format, file, true, None).expect("opens");
+    let mut encoder = image.layer().encoder().expect("encodes").expect("compresses");
+    let mut encoded = Vec::new();
+    if encoder.encode(&cluster, &mut encoded).expect("encodes") {
+        assert!(encoded.len() < len, "a longer form");
+        image.write_encoded(0, &encoded).expect("is written");
+        assert!(contents(&image) == cluster, "other bytes are read");
+    }
 }

@@ -1,36 +1,21 @@
 //! Deflate, raw and inside zlib streams.
 
+mod encoder;
+
 use std::cell::RefCell;
 
-use diskimage_core::{Encoder, Error, Result, to_index};
-use zlib_rs::{Deflate, DeflateConfig, DeflateFlush, Inflate, InflateFlush, Status};
+use diskimage_core::{Encoder, Result, to_index};
+use zlib_rs::adler32::adler32;
+use zlib_rs::{Inflate, InflateFlush, Status};
 
 use super::damaged;
-
-/// The qcow2 specification documents a window of 4 KiB: a reader may decode with no more than that.
-const WINDOW_BITS: i32 = 12;
-/// The size of zlib's hash table and block buffer. Levels up to 8 cost more time and save next to no memory.
-const MEM_LEVEL: i32 = 9;
-/// The compression level. Lower levels are faster, but their output is 2.7 % larger than that of zlib's default, which
-/// qemu-img uses. Level 9 takes three quarters of the time of zlib's default, and its output is 0.3 % smaller, measured
-/// on clusters of files in /usr.
-const LEVEL: i32 = 9;
+use encoder::{Narrow, Wide};
 
 /// Clusters that were compressed with the full window of RFC 1951 exist, and qemu-img reads them.
 const DECODER_WINDOW_BITS: u8 = 15;
 
 thread_local! {
     static INFLATE: RefCell<Inflate> = RefCell::new(Inflate::new(false, DECODER_WINDOW_BITS));
-    static DEFLATE: RefCell<Deflate> = RefCell::new(new_context());
-}
-
-fn new_context() -> Deflate {
-    Deflate::new_with_config(DeflateConfig {
-        level: LEVEL,
-        window_bits: -WINDOW_BITS,
-        mem_level: MEM_LEVEL,
-        ..DeflateConfig::default()
-    })
 }
 
 /// Fills `cluster` from the stream at the start of `bytes`.
@@ -79,67 +64,61 @@ pub(crate) fn encode_zlib(block: &[u8]) -> Vec<u8> {
 
 /// Encodes clusters as zlib streams with the full window, including clusters that get longer.
 pub(crate) struct StreamEncoder {
-    deflate: Deflate,
+    deflate: Wide,
 }
+
+/// Its output is about half a percent shorter than that of zlib's default level, which qemu-img uses.
+const STREAM_LEVEL: u8 = 7;
+
+/// The header of a zlib stream (RFC 1950): deflate with a window of 32 KiB, compressed with the default effort.
+const ZLIB_HEADER: [u8; 2] = [0x78, 0x9c];
 
 impl StreamEncoder {
     pub(crate) fn new() -> Self {
         Self {
-            deflate: Deflate::new_with_config(DeflateConfig {
-                level: STREAM_LEVEL,
-                ..DeflateConfig::default()
-            }),
+            deflate: Wide::new(STREAM_LEVEL),
         }
     }
 }
 
-/// zlib's default level, which qemu-img uses.
-const STREAM_LEVEL: i32 = 6;
-
 impl Encoder for StreamEncoder {
     fn encode(&mut self, cluster: &[u8], out: &mut Vec<u8>) -> Result<bool> {
-        encode_whole(&mut self.deflate, cluster, out).inspect_err(|_| *self = Self::new())?;
+        out.clear();
+        out.extend_from_slice(&ZLIB_HEADER);
+        self.deflate.encode(cluster, out, usize::MAX);
+        out.extend_from_slice(&adler32(1, cluster).to_be_bytes());
         Ok(true)
     }
 }
 
-/// Encodes all of `cluster`.
-fn encode_whole(deflate: &mut Deflate, cluster: &[u8], out: &mut Vec<u8>) -> Result<()> {
-    out.clear();
-    // The buffer has room for every stream, also for one that is longer than the cluster: output that does not fit
-    // stays in the context, zlib-rs 0.6.8 does not drop it on reset and panics once its buffer is full.
-    out.resize(cluster.len() + cluster.len() / 4 + 1024, 0);
-    deflate.reset();
-    let status = deflate.compress(cluster, out, DeflateFlush::Finish);
-    // At most the length of the buffer.
-    out.truncate(to_index(deflate.total_out())?);
-    match status {
-        Ok(Status::StreamEnd) => Ok(()),
-        Ok(_) => Err(Error::invalid("Cannot compress: the stream has no end")),
-        Err(error) => Err(Error::invalid(format!("Cannot compress: {}", error.as_str()))),
-    }
-}
+/// Its output is half a percent longer than that of zlib's default level, which qemu-img uses, and takes a third of
+/// the time: measured on 64 KiB clusters of programs, libraries, documents, sources and a database.
+const LEVEL: u8 = 6;
 
 /// Returns an encoder of clusters.
 pub(crate) fn encoder() -> Result<Box<dyn Encoder>> {
-    Ok(Box::new(ClusterDeflate))
+    Ok(Box::new(ClusterDeflate {
+        deflate: Narrow::new(LEVEL),
+    }))
 }
 
-/// Compresses clusters with the context of the calling thread.
-#[derive(Debug)]
-struct ClusterDeflate;
+/// Compresses clusters. The qcow2 specification documents a window of 4 KiB: a reader may decode with no more than that.
+struct ClusterDeflate {
+    deflate: Narrow,
+}
 
 impl Encoder for ClusterDeflate {
     fn encode(&mut self, cluster: &[u8], out: &mut Vec<u8>) -> Result<bool> {
-        DEFLATE.with_borrow_mut(|deflate| {
-            encode_whole(deflate, cluster, out).inspect_err(|_| *deflate = new_context())?;
-            Ok(out.len() < cluster.len())
-        })
+        out.clear();
+        let most = cluster.len().saturating_sub(1);
+        Ok(self.deflate.encode(cluster, out, most))
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use zlib_rs::{Deflate, DeflateFlush};
+
     use super::*;
 
     #[test]
@@ -161,24 +140,9 @@ mod tests {
     }
 
     #[test]
-    fn thousands_of_incompressible_clusters_do_not_break_the_context() {
-        let mut state = 1_u64;
-        let mut out = Vec::new();
-        for _ in 0..3000 {
-            let noise: Vec<u8> = std::iter::repeat_with(|| {
-                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-                state.to_le_bytes()[7]
-            })
-            .take(4096)
-            .collect();
-            assert!(!ClusterDeflate.encode(&noise, &mut out).unwrap());
-        }
-    }
-
-    #[test]
     fn a_stream_longer_than_the_cluster_stops_at_its_end() {
         let mut bytes = Vec::new();
-        assert!(ClusterDeflate.encode(&[5; 65536], &mut bytes).unwrap());
+        assert!(encoder().unwrap().encode(&[5; 65536], &mut bytes).unwrap());
         let mut part = [0; 512];
         decode(&bytes, &mut part).unwrap();
         assert_eq!(part, [5; 512]);
