@@ -7,8 +7,8 @@ use std::fmt::Debug;
 use std::sync::Arc;
 
 use crate::{
-    Backing, Bitmaps, Check, CheckReport, Codec, Device, Encoder, Error, Layer, Name, Note, Objects,
-    Progress, Repair, ResizeRequest, Result, Snapshots, errno,
+    Backing, Bitmaps, Check, CheckReport, Codec, Device, EncodedForm, Encoder, Error, Layer, Name, Note,
+    Objects, Progress, Repair, ResizeRequest, Result, Snapshots, errno,
 };
 
 /// The optional features of one open image.
@@ -243,6 +243,11 @@ impl<'a> dyn Layer + 'a {
             Some(codec) => codec.encoder(),
             None => Ok(None),
         }
+    }
+
+    /// [`Codec::form`]; `None` also if the format does not compress.
+    pub fn encoded_form(&self) -> Option<EncodedForm> {
+        self.capabilities().codec.and_then(|codec| codec.form())
     }
 
     /// Whether the disk can be written only as the encoded form of whole clusters.

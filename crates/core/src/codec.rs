@@ -21,6 +21,21 @@ pub trait Codec: Debug + Send + Sync {
     /// Damage in the encoded bytes.
     fn decode(&self, encoded: &Encoded, buf: &mut [u8]) -> Result<()>;
 
+    /// The form in which this image stores encoded clusters; `None` if it stores none, or none that another image could.
+    fn form(&self) -> Option<EncodedForm> {
+        None
+    }
+
+    /// As [`Codec::decode`], and replaces `bytes` by the encoded bytes alone, without what may follow them. `false` if
+    /// they cannot be stored in another image of the same form; `buf` is filled all the same.
+    ///
+    /// # Errors
+    /// As [`Codec::decode`].
+    fn decode_and_keep(&self, encoded: &Encoded, buf: &mut [u8], _bytes: &mut Vec<u8>) -> Result<bool> {
+        self.decode(encoded, buf)?;
+        Ok(false)
+    }
+
     /// A new encoder for clusters, one for each worker; `None` if this image cannot store encoded clusters.
     ///
     /// # Errors
@@ -48,6 +63,15 @@ pub struct Encoded {
     pub stored: u64,
     /// The guest range that it decodes to. The last cluster of a disk is decoded whole, beyond the end of the disk.
     pub cluster: ByteRange,
+}
+
+/// What encoded clusters look like. Images of one form can take each other's encoded bytes as they are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EncodedForm {
+    /// The name of the format of the bytes.
+    pub codec: &'static str,
+    /// The length of a cluster.
+    pub cluster: u64,
 }
 
 /// Compresses clusters.

@@ -16,10 +16,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use crate::errno;
 use crate::flush_on_drop::FlushOnDrop;
 use crate::{
-    AmendRequest, BackingIdentity, ByteRange, DecodedBlockCache, Device, Encoded, Error, ErrorKind, Event,
-    Extent, ExtentKind, HoleMeaning, Info, Layer, Limits, Node, NodeOptions, OnLost, Preallocation,
-    ResizeRequest, Result, Run, RunKind, StatusDetail, WritePlan, WriteRun, ZeroMode, align_down, align_up,
-    is_zero, to_index, write_zero_chunks,
+    AmendRequest, BackingIdentity, ByteRange, DecodedBlockCache, Device, Encoded, EncodedForm, Error,
+    ErrorKind, Event, Extent, ExtentKind, HoleMeaning, Info, Layer, Limits, Node, NodeOptions, OnLost,
+    Preallocation, ResizeRequest, Result, Run, RunKind, StatusDetail, WritePlan, WriteRun, ZeroMode,
+    align_down, align_up, is_zero, to_index, write_zero_chunks,
 };
 
 /// An opened image and its backing chain.
@@ -198,6 +198,31 @@ impl Image {
             range,
             plan: self.guarded.change(|| self.layer().plan_write(range))?,
         })
+    }
+
+    /// Reads `range` into `buf` and replaces `bytes` by its encoded form, if it is one cluster of the disk that an image of
+    /// the chain stores in this form. Otherwise the result is `false`, and `buf` holds anything.
+    ///
+    /// # Errors
+    /// As [`Device::read_at`].
+    pub fn read_encoded(
+        &self,
+        range: ByteRange,
+        form: EncodedForm,
+        buf: &mut [u8],
+        bytes: &mut Vec<u8>,
+    ) -> Result<bool> {
+        if range.is_empty() || range.end() > self.len() {
+            return Ok(false);
+        }
+        let (image, _, run) = self.resolve(range)?;
+        match &run.kind {
+            RunKind::Encoded(encoded) if encoded.cluster == range => {
+                let codec = image.layer().codec()?;
+                Ok(codec.form() == Some(form) && codec.decode_and_keep(encoded, buf, bytes)?)
+            }
+            _ => Ok(false),
+        }
     }
 
     /// Stores the encoded form of one whole cluster.

@@ -68,7 +68,7 @@ pub use capabilities::{
     Amend, AmendRequest, Backed, BackingIdentity, BackingSearch, Capabilities, DiskIdentity, MultiFile,
 };
 pub use check::{Check, CheckReport, Repair};
-pub use codec::{Codec, Encoded, Encoder};
+pub use codec::{Codec, Encoded, EncodedForm, Encoder};
 pub use decoded_cache::DecodedBlockCache;
 pub use device::{Device, Extent, ExtentKind, Limits, Node, Preallocation, StatusDetail, ZeroMode};
 pub use error::{Error, ErrorKind, Result, ResultExt};

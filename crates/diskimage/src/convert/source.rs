@@ -8,7 +8,7 @@
 use std::sync::Arc;
 
 use diskimage_core::{
-    ByteRange, Device, Error, Extent, Image, Result, ResultExt, StatusDetail, align_up, to_index,
+    ByteRange, Device, EncodedForm, Error, Extent, Image, Result, ResultExt, StatusDetail, align_up, to_index,
 };
 
 use super::runs::CopyKind;
@@ -199,6 +199,19 @@ impl<'a> Sources<'a> {
             rest = tail;
         }
         Ok(())
+    }
+
+    /// Reads `range` and its encoded form, if a source stores it so: see [`Image::read_encoded`].
+    pub(super) fn read_encoded(
+        &self,
+        range: ByteRange,
+        form: EncodedForm,
+        buf: &mut [u8],
+        bytes: &mut Vec<u8>,
+    ) -> Result<bool> {
+        let part = self.part(range.start())?;
+        let within = ByteRange::at(range.start() - part.start, range.len());
+        part.image.read_encoded(within, form, buf, bytes)
     }
 
     fn report_lost_sector(&self, error: &Error) {

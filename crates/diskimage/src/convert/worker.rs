@@ -12,8 +12,8 @@ use std::sync::{Arc, PoisonError};
 use std::thread;
 
 use diskimage_core::{
-    AlignedBuf, ByteRange, Device, Encoder, Error, ExtentKind, Image, PendingWrite, Result, ResultExt,
-    StatusDetail, ZeroMode, align_down, align_up, vec_with_room,
+    AlignedBuf, ByteRange, Device, EncodedForm, Encoder, Error, ExtentKind, Image, PendingWrite, Result,
+    ResultExt, StatusDetail, ZeroMode, align_down, align_up, vec_with_room,
 };
 
 use super::CopyJob;
@@ -26,6 +26,8 @@ pub(super) struct Worker<'a> {
     job: &'a CopyJob<'a>,
     target: &'a Image,
     encoder: Option<Box<dyn Encoder>>,
+    /// The form of encoded clusters that the target can take as they are.
+    form: Option<EncodedForm>,
     zero_test: Option<ZeroTest>,
     /// The bytes of the current segment.
     buf: AlignedBuf,
@@ -39,7 +41,11 @@ pub(super) struct Worker<'a> {
     /// The data of the segment by its status, for the steps of the progress.
     parts: Vec<Part>,
     steps: Vec<ClusterWrite>,
+    /// The encoded clusters of `steps`.
     encoded: Vec<u8>,
+    /// The clusters of the segment that were read in encoded form as well, by guest offset, as ranges of `kept_bytes`.
+    kept: Vec<(u64, Range<usize>)>,
+    kept_bytes: Vec<u8>,
     cluster: Vec<u8>,
 }
 
@@ -77,6 +83,11 @@ impl<'a> Worker<'a> {
         Ok(Self {
             job,
             target: conversion.target,
+            // Unreadable sectors are found by reads of sectors.
+            form: match &encoder {
+                Some(_) if !conversion.salvage => conversion.target.layer().encoded_form(),
+                _ => None,
+            },
             zero_test,
             buf: AlignedBuf::new(segment)?,
             unread: Vec::new(),
@@ -86,6 +97,8 @@ impl<'a> Worker<'a> {
             parts: Vec::new(),
             steps: Vec::new(),
             // Allocated in full: growing step by step would fragment the heap with the smaller buffers.
+            kept: Vec::new(),
+            kept_bytes: Vec::new(),
             encoded: vec_with_room(if encoder.is_some() { segment } else { 0 })?,
             cluster: Vec::new(),
             encoder,
@@ -139,6 +152,8 @@ impl<'a> Worker<'a> {
         self.runs.clear();
         self.unread.clear();
         self.hosts.clear();
+        self.kept.clear();
+        self.kept_bytes.clear();
         let offload = self.job.offload.load(Ordering::Relaxed);
         let mut rest = segment;
         while !rest.is_empty() {
@@ -203,13 +218,41 @@ impl<'a> Worker<'a> {
     }
 
     fn read(&mut self, run: ByteRange, start: u64) -> Result<()> {
+        if self.form.is_none_or(|form| !self.read_and_keep(run, start, form)) {
+            self.job
+                .sources
+                .read(slice_mut(&mut self.buf, run, start)?, run.start())?;
+        }
         let buf = slice_mut(&mut self.buf, run, start)?;
-        self.job.sources.read(buf, run.start())?;
         match self.zero_test {
             Some(test) => test.split(buf, run.start(), &mut self.runs),
             None => push_run(&mut self.runs, run, CopyKind::Data),
         }
         Ok(())
+    }
+
+    /// Reads `run`, which begins with a cluster that is stored in this form, and keeps the encoded form of its clusters.
+    /// `false` for another run, and after an error: then it is read as any other, and the error is reported.
+    fn read_and_keep(&mut self, run: ByteRange, start: u64, form: EncodedForm) -> bool {
+        let first = self.kept.len();
+        let mut rest = run;
+        while !rest.is_empty() {
+            let part = rest.first(form.cluster - rest.start() % form.cluster);
+            rest = rest.skip(part.len());
+            let Ok(buf) = slice_mut(&mut self.buf, part, start) else {
+                return false;
+            };
+            let sources = &self.job.sources;
+            if let Ok(true) = sources.read_encoded(part, form, buf, &mut self.cluster) {
+                let from = self.kept_bytes.len();
+                self.kept_bytes.extend_from_slice(&self.cluster);
+                self.kept.push((part.start(), from..self.kept_bytes.len()));
+            } else if self.kept.len() == first || sources.read(buf, part.start()).is_err() {
+                self.kept.truncate(first);
+                return false;
+            }
+        }
+        true
     }
 
     /// Extends the segment while the runs after it need no read, so that an empty disk of any size takes no time.
@@ -372,10 +415,21 @@ impl<'a> Worker<'a> {
                 )?
                 .fill(0);
                 let bytes = slice_mut(&mut self.buf, whole, segment.start())?;
-                if encoder
-                    .encode(bytes, &mut self.cluster)
-                    .context(|| write_error(part))?
-                {
+                let kept = self
+                    .kept
+                    .binary_search_by_key(&part.start(), |(offset, _)| *offset);
+                let is_encoded = match kept {
+                    Ok(index) => {
+                        let kept = self.kept_bytes.get(self.kept[index].1.clone());
+                        self.cluster.clear();
+                        self.cluster.extend_from_slice(kept.unwrap_or_default());
+                        true
+                    }
+                    Err(_) => encoder
+                        .encode(bytes, &mut self.cluster)
+                        .context(|| write_error(part))?,
+                };
+                if is_encoded {
                     let from = self.encoded.len();
                     self.encoded.extend_from_slice(&self.cluster);
                     self.steps.push(ClusterWrite::Encoded {

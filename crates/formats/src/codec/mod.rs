@@ -1,8 +1,15 @@
 //! Codecs of compressed clusters, shared by the formats that have them.
 //!
 //! A decoder fills exactly one cluster and stops: it never writes beyond the destination, whatever the stream claims,
-//! and it ignores bytes after the stream's end (formats store a length rounded up to sectors). An encoder returns
+//! and it ignores bytes after the stream's end (formats store a length rounded up to sectors). It returns the length of
+//! the stream, if that ends with the cluster. An encoder returns
 //! `false` for a cluster that does not get smaller. Contexts are expensive to make, so each thread keeps its own.
+
+/// The names of the formats of encoded clusters that several images can take: raw deflate, frames of Zstandard, and
+/// zlib streams.
+pub(crate) const DEFLATE: &str = "deflate";
+pub(crate) const ZSTD: &str = "zstd";
+pub(crate) const ZLIB: &str = "zlib";
 
 pub(crate) mod adc;
 pub(crate) mod bzip2;
@@ -21,7 +28,7 @@ use diskimage_core::{Error, Result};
 pub(crate) mod zstd {
     use diskimage_core::{Encoder, Error, Result};
 
-    pub(crate) fn decode(_bytes: &[u8], _cluster: &mut [u8]) -> Result<()> {
+    pub(crate) fn decode(_bytes: &[u8], _cluster: &mut [u8]) -> Result<Option<usize>> {
         Err(missing())
     }
 
@@ -56,7 +63,7 @@ mod tests {
 
     const CLUSTER: usize = 65536;
 
-    type Decode = fn(&[u8], &mut [u8]) -> Result<()>;
+    type Decode = fn(&[u8], &mut [u8]) -> Result<Option<usize>>;
     type NewEncoder = fn() -> Result<Box<dyn Encoder>>;
 
     fn codecs() -> impl Iterator<Item = (&'static str, Decode, NewEncoder)> {
@@ -102,7 +109,7 @@ mod tests {
                 let mut padded = bytes.clone();
                 padded.extend_from_slice(&[0xa5; 300]);
                 let mut back = vec![0; cluster.len()];
-                decode(&padded, &mut back).unwrap();
+                assert_eq!(decode(&padded, &mut back).unwrap(), Some(bytes.len()), "{codec}");
                 assert_eq!(back, cluster, "{codec}");
             }
         }

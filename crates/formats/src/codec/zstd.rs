@@ -18,14 +18,14 @@ thread_local! {
     static CONTEXT: RefCell<Option<DCtx<'static>>> = const { RefCell::new(None) };
 }
 
-/// Fills `cluster` from the frames at the start of `bytes`.
-pub(crate) fn decode(bytes: &[u8], cluster: &mut [u8]) -> Result<()> {
+/// Fills `cluster` from the frames at the start of `bytes`. Returns their length if the last one ends with the cluster.
+pub(crate) fn decode(bytes: &[u8], cluster: &mut [u8]) -> Result<Option<usize>> {
     CONTEXT.with_borrow_mut(|slot| {
         if slot.is_none() {
             *slot = DCtx::try_create();
         }
         let context = slot.as_mut().ok_or_else(no_memory)?;
-        let (mut bytes, mut rest) = (bytes, cluster);
+        let (len, mut bytes, mut rest) = (bytes.len(), bytes, cluster);
         while !rest.is_empty() {
             let len = find_frame_compressed_size(bytes).map_err(|_| damaged())?;
             let frame = bytes
@@ -34,12 +34,12 @@ pub(crate) fn decode(bytes: &[u8], cluster: &mut [u8]) -> Result<()> {
                 .ok_or_else(damaged)?;
             // A one-shot call allocates no window, whatever window size the frame claims.
             let Ok(done) = context.decompress(rest, frame) else {
-                return stream(context, bytes, rest);
+                return stream(context, bytes, rest).map(|()| None);
             };
             rest = rest.get_mut(done..).ok_or_else(damaged)?;
             bytes = &bytes[len..];
         }
-        Ok(())
+        Ok(Some(len - bytes.len()))
     })
 }
 
@@ -113,7 +113,7 @@ mod tests {
     fn a_frame_longer_than_the_cluster_stops_at_its_end() {
         let bytes = zstd::bulk::compress(&[9; 70000], 1).unwrap();
         let mut back = vec![0; 65536];
-        decode(&bytes, &mut back).unwrap();
+        assert_eq!(decode(&bytes, &mut back).unwrap(), None);
         assert_eq!(back, vec![9; 65536]);
     }
 }

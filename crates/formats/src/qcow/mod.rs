@@ -25,9 +25,9 @@ use std::sync::Arc;
 
 use diskimage_core::options::Options;
 use diskimage_core::{
-    Backed, Backing, ByteRange, Capabilities, Codec, CreatePlan, CreateRequest, Device, Encoded, Encoder,
-    Error, Event, Format, FormatProperties, Info, Layer, Measure, MeasureSource, Objects, OpenRequest, Probe,
-    ResizeRequest, Result, Run, Score, WritePlan, ZeroMode, align_up,
+    Backed, Backing, ByteRange, Capabilities, Codec, CreatePlan, CreateRequest, Device, Encoded, EncodedForm,
+    Encoder, Error, Event, Format, FormatProperties, Info, Layer, Measure, MeasureSource, Objects,
+    OpenRequest, Probe, ResizeRequest, Result, Run, Score, WritePlan, ZeroMode, align_up,
 };
 
 use self::entry::{Entries, damaged};
@@ -216,15 +216,29 @@ impl Codec for Qcow {
     }
 
     fn decode(&self, encoded: &Encoded, buf: &mut [u8]) -> Result<()> {
+        self.decode_and_keep(encoded, buf, &mut Vec::new()).map(drop)
+    }
+
+    fn form(&self) -> Option<EncodedForm> {
+        Some(EncodedForm {
+            codec: codec::DEFLATE,
+            cluster: self.granularity(),
+        })
+    }
+
+    fn decode_and_keep(&self, encoded: &Encoded, buf: &mut [u8], bytes: &mut Vec<u8>) -> Result<bool> {
         let file = self.tree.file();
         // The length field has `cluster_bits` bits, so it is less than a cluster.
         let len = usize::try_from(encoded.stored).map_err(|_| damaged())?;
-        let mut bytes = vec![0; len];
+        bytes.clear();
+        bytes.resize(len, 0);
         file.event(Event::READ_COMPRESSED);
         file.require(encoded.offset, encoded.stored)
             .map_err(|_| damaged())?;
-        file.read_at(&mut bytes, encoded.offset)?;
-        codec::deflate::decode(&bytes, buf).map_err(|_| damaged())
+        file.read_at(bytes, encoded.offset)?;
+        let len = codec::deflate::decode(bytes, buf).map_err(|_| damaged())?;
+        bytes.truncate(len.unwrap_or(0));
+        Ok(len.is_some())
     }
 
     fn encoder(&self) -> Result<Option<Box<dyn Encoder>>> {

@@ -46,9 +46,9 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use diskimage_core::options::Options;
 use diskimage_core::{
     Amend, AmendRequest, Backed, Backing, Budget, ByteRange, Capabilities, Check, CheckReport, Codec,
-    CreatePlan, CreateRequest, Device, Encoded, Encoder, Error, ErrorKind, Event, Format, FormatProperties,
-    Info, Layer, Measure, MeasureSource, Note, Objects, OpenRequest, Preallocation, Probe, Progress, Repair,
-    ResizeRequest, Result, ResultExt, Run, Score, WritePlan, ZeroMode,
+    CreatePlan, CreateRequest, Device, Encoded, EncodedForm, Encoder, Error, ErrorKind, Event, Format,
+    FormatProperties, Info, Layer, Measure, MeasureSource, Note, Objects, OpenRequest, Preallocation, Probe,
+    Progress, Repair, ResizeRequest, Result, ResultExt, Run, Score, WritePlan, ZeroMode,
 };
 
 use self::encrypt::Encrypted;
@@ -509,6 +509,14 @@ impl Layer for Qcow2 {
 impl Codec for Qcow2 {
     fn decode(&self, encoded: &Encoded, buf: &mut [u8]) -> Result<()> {
         self.decode_impl(encoded, buf)
+    }
+
+    fn form(&self) -> Option<EncodedForm> {
+        (!self.has_data_file()).then(|| self.form_impl())
+    }
+
+    fn decode_and_keep(&self, encoded: &Encoded, buf: &mut [u8], bytes: &mut Vec<u8>) -> Result<bool> {
+        self.decode_and_keep_impl(encoded, buf, bytes)
     }
 
     fn encoder(&self) -> Result<Option<Box<dyn Encoder>>> {

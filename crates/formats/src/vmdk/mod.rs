@@ -39,7 +39,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use diskimage_core::options::Options;
 use diskimage_core::{
     Backed, Backing, BackingIdentity, BackingSearch, Budget, ByteRange, Capabilities, Check, CheckReport,
-    Codec, CreatePlan, CreateRequest, Device, Encoded, Encoder, Error, ErrorKind, Event, Format,
+    Codec, CreatePlan, CreateRequest, Device, Encoded, EncodedForm, Encoder, Error, ErrorKind, Event, Format,
     FormatProperties, HoleMeaning, Info, LOOSE, Layer, Measure, MeasureSource, MultiFile, Name, Note,
     Objects, OpenRequest, Preallocation, Probe, Progress, Repair, ResizeRequest, Result, Run, RunKind, Score,
     WritePlan, ZeroMode, errno, is_zero, to_index,
@@ -50,6 +50,7 @@ use self::extent::{Extent, Storage};
 use self::header::{Geometry, Hosted};
 use self::occupied::Occupied;
 use self::tables::{Grain, GrainTables};
+use crate::codec;
 use crate::layer_kit::clear::zero_existing;
 use crate::layer_kit::foreign_name::{names_beside, own_name};
 use crate::layer_kit::random;
@@ -533,6 +534,17 @@ impl Codec for VmdkLayer {
 
     fn decode(&self, encoded: &Encoded, buf: &mut [u8]) -> Result<()> {
         self.decode_grain(encoded, buf)
+    }
+
+    fn form(&self) -> Option<EncodedForm> {
+        self.compressed.then_some(EncodedForm {
+            codec: codec::ZLIB,
+            cluster: self.grain,
+        })
+    }
+
+    fn decode_and_keep(&self, encoded: &Encoded, buf: &mut [u8], bytes: &mut Vec<u8>) -> Result<bool> {
+        self.decode_and_keep_grain(encoded, buf, bytes)
     }
 
     fn encoder(&self) -> Result<Option<Box<dyn Encoder>>> {

@@ -64,6 +64,17 @@ pub(super) fn stored_len(device: &dyn Device, offset: u64) -> Result<u64> {
 impl VmdkLayer {
     /// Decodes one grain.
     pub(super) fn decode_grain(&self, encoded: &Encoded, buf: &mut [u8]) -> Result<()> {
+        self.decode_and_keep_grain(encoded, buf, &mut Vec::new())
+            .map(drop)
+    }
+
+    /// Decodes one grain and keeps its stream, if that has all of the grain.
+    pub(super) fn decode_and_keep_grain(
+        &self,
+        encoded: &Encoded,
+        buf: &mut [u8],
+        bytes: &mut Vec<u8>,
+    ) -> Result<bool> {
         let damaged = || Error::from_errno(errno::EINVAL);
         let extents = self.extents();
         let (_, extent) = extent::at(&extents, encoded.cluster.start())?;
@@ -77,9 +88,10 @@ impl VmdkLayer {
         }
         let offset = encoded.offset + MARKER as u64;
         extent.device.require(offset, len.into()).map_err(|_| damaged())?;
-        let mut bytes = vec![0; usize::try_from(len).map_err(|_| damaged())?];
-        extent.device.read_at(&mut bytes, offset)?;
-        let done = deflate::decode_stream(&bytes, buf).map_err(|_| damaged())?;
+        bytes.clear();
+        bytes.resize(usize::try_from(len).map_err(|_| damaged())?, 0);
+        extent.device.read_at(bytes, offset)?;
+        let done = deflate::decode_stream(bytes, buf).map_err(|_| damaged())?;
         // The last grain may end with the disk.
         let wanted = ByteRange::new(encoded.cluster.start(), extent.end()).len();
         let wanted = to_index(wanted)?.min(buf.len());
@@ -87,7 +99,7 @@ impl VmdkLayer {
             return Err(damaged());
         }
         buf[done..].fill(0);
-        Ok(())
+        Ok(done == buf.len())
     }
 
     /// Stores the encoded form of the grain at `guest`.

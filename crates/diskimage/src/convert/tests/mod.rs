@@ -10,6 +10,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::testing::{contents, create, faulty, image, open, raw};
 
+mod encoded;
 mod fault;
 
 const KIB: u64 = 1024;

@@ -18,13 +18,16 @@ thread_local! {
     static INFLATE: RefCell<Inflate> = RefCell::new(Inflate::new(false, DECODER_WINDOW_BITS));
 }
 
-/// Fills `cluster` from the stream at the start of `bytes`.
-pub(crate) fn decode(bytes: &[u8], cluster: &mut [u8]) -> Result<()> {
+/// Fills `cluster` from the stream at the start of `bytes`. Returns its length if it ends with the cluster.
+pub(crate) fn decode(bytes: &[u8], cluster: &mut [u8]) -> Result<Option<usize>> {
     INFLATE.with_borrow_mut(|inflate| {
         inflate.reset(false);
         // Decoding ends when the cluster is full, even if the stream has more output.
         match inflate.decompress(bytes, cluster, InflateFlush::Finish) {
-            Ok(_) if inflate.total_out() == cluster.len() as u64 => Ok(()),
+            Ok(status) if inflate.total_out() == cluster.len() as u64 => match status {
+                Status::StreamEnd => to_index(inflate.total_in()).map(Some),
+                _ => Ok(None),
+            },
             _ => Err(damaged()),
         }
     })
@@ -144,7 +147,7 @@ mod tests {
         let mut bytes = Vec::new();
         assert!(encoder().unwrap().encode(&[5; 65536], &mut bytes).unwrap());
         let mut part = [0; 512];
-        decode(&bytes, &mut part).unwrap();
+        assert_eq!(decode(&bytes, &mut part).unwrap(), None);
         assert_eq!(part, [5; 512]);
     }
 }
