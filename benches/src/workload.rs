@@ -111,12 +111,18 @@ pub(crate) const WORKLOADS: &[Workload] = &[
     .verified(SAME_QCOW2),
     Workload::once("zlib-raw", "convert -f qcow2 -O raw {zlib} {out}").verified(SAME_RAW),
     Workload::once("zstd-raw", "convert -f qcow2 -O raw {zstd} {out}").verified(SAME_RAW),
+    Workload::once("zlib-zlib", "convert -f qcow2 -O qcow2 -c {zlib} {out}").verified(SAME_QCOW2),
     Workload::once("raw-vmdk", "convert -f raw -O vmdk {raw} {out}")
         .verified(SAME_PROBED),
     Workload::once("vmdk-raw", "convert -f vmdk -O raw {vmdk} {out}").verified(SAME_RAW),
     Workload::once("raw-stream", "convert -f raw -O vmdk -o subformat=streamOptimized {raw} {out}")
         .verified(SAME_PROBED),
     Workload::once("stream-raw", "convert -f vmdk -O raw {stream} {out}").verified(SAME_RAW),
+    Workload::once(
+        "stream-stream",
+        "convert -f vmdk -O vmdk -o subformat=streamOptimized {stream} {out}",
+    )
+    .verified(SAME_PROBED),
     Workload::once("raw-vdi", "convert -f raw -O vdi {raw} {out}")
         .verified(SAME_PROBED),
     Workload::once("vdi-raw", "convert -f vdi -O raw {vdi} {out}").verified(SAME_RAW),

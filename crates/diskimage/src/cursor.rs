@@ -9,7 +9,7 @@
 use std::collections::BTreeSet;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
-use diskimage_core::{ByteRange, Error};
+use diskimage_core::{ByteRange, Error, saturating_index};
 
 /// The segments of a disk and the turns of those that are claimed. `F` is the failure of a worker.
 ///
@@ -19,8 +19,9 @@ pub(crate) struct Cursor<F> {
     len: u64,
     segment: u64,
     state: Mutex<CursorState<F>>,
-    /// Signalled when the turn is passed on and when a segment has failed.
-    turn_or_failure: Condvar,
+    /// Signalled when the turn is passed on and when a segment has failed: segment `number` waits for the one at `number`
+    /// modulo their number, so that a turn wakes its own worker only.
+    turn_or_failure: [Condvar; CONDITIONS],
 }
 
 #[derive(Debug)]
@@ -36,6 +37,9 @@ struct CursorState<F> {
     /// The first segment in guest order that failed, with its failure.
     failure: Option<(u64, F)>,
 }
+
+/// At least the largest number of workers: the segments of all of them usually have conditions of their own.
+const CONDITIONS: usize = 16;
 
 /// The number of segments that may pass before their turn; bounds the memory for `passed`.
 const MAX_PASSED: usize = 1024;
@@ -83,7 +87,7 @@ impl<F> Cursor<F> {
                 passed: BTreeSet::new(),
                 failure: None,
             }),
-            turn_or_failure: Condvar::new(),
+            turn_or_failure: Default::default(),
         }
     }
 
@@ -131,7 +135,7 @@ impl<F> Cursor<F> {
                 return Ok(Turn { cursor: self, number });
             }
             state = self
-                .turn_or_failure
+                .condition(number)
                 .wait(state)
                 .unwrap_or_else(PoisonError::into_inner);
         }
@@ -157,8 +161,14 @@ impl<F> Cursor<F> {
                 state.turn += 1;
             }
         }
+        let turn = state.turn;
         drop(state);
-        self.turn_or_failure.notify_all();
+        self.condition(turn).notify_all();
+    }
+
+    /// What segment `number` waits for.
+    fn condition(&self, number: u64) -> &Condvar {
+        &self.turn_or_failure[saturating_index(number % CONDITIONS as u64)]
     }
 
     /// Records the failure of segment `number`: no segment is claimed any more, and no segment after `number` gets a
@@ -169,7 +179,9 @@ impl<F> Cursor<F> {
             state.failure = Some((number, failure));
         }
         drop(state);
-        self.turn_or_failure.notify_all();
+        for condition in &self.turn_or_failure {
+            condition.notify_all();
+        }
     }
 
     /// The first failure in guest order, once all workers are done.
@@ -227,5 +239,45 @@ mod tests {
         assert!(cursor.claim().is_none());
         assert!(cursor.wait(4).is_err());
         assert_eq!(cursor.finish(), Some("three"));
+    }
+
+    #[test]
+    fn turns_are_taken_in_order_by_more_workers_than_conditions() {
+        let cursor = Cursor::<&str>::new(2000, 10);
+        let taken = Mutex::new(Vec::new());
+        std::thread::scope(|scope| {
+            for worker in 0..CONDITIONS + 5 {
+                let (cursor, taken) = (&cursor, &taken);
+                scope.spawn(move || {
+                    while let Some(segment) = cursor.claim() {
+                        if segment.number % 5 == 3 {
+                            cursor.pass(segment.number).unwrap();
+                            continue;
+                        }
+                        if worker % 3 == 0 {
+                            std::thread::yield_now();
+                        }
+                        let _turn = cursor.wait(segment.number).unwrap();
+                        taken.lock().unwrap().push(segment.number);
+                    }
+                });
+            }
+        });
+        let expected: Vec<u64> = (0..200).filter(|number| number % 5 != 3).collect();
+        assert_eq!(taken.into_inner().unwrap(), expected);
+    }
+
+    #[test]
+    fn a_failure_ends_the_wait_of_all_later_segments() {
+        let cursor = Cursor::<&str>::new(400, 10);
+        std::thread::scope(|scope| {
+            for number in 1..40 {
+                let cursor = &cursor;
+                scope.spawn(move || assert!(cursor.wait(number).is_err(), "segment {number}"));
+            }
+            std::thread::sleep(std::time::Duration::from_millis(50));
+            cursor.fail(0, "zero");
+        });
+        assert_eq!(cursor.finish(), Some("zero"));
     }
 }
