@@ -11,7 +11,24 @@ use std::fmt::Debug;
 use std::sync::Arc;
 
 use crate::json::Value;
-use crate::{ByteRange, Error, ErrorKind, Event, Image, Info, NodeOptions, Permissions, Result, to_index};
+use crate::{
+    ByteRange, Error, ErrorKind, Event, Image, Info, NodeOptions, Permissions, Result, errno, to_index,
+};
+
+/// The longest file and the longest disk of qemu-img, in bytes: the last whole gibibyte before 2^63.
+pub const MAX_DEVICE_LEN: u64 = (1 << 63) - (1 << 30);
+
+/// Checks that a file can have `len` bytes at `offset`: that the range ends at [`MAX_DEVICE_LEN`] at the latest. What a
+/// header refers to beyond that is damage, whatever the length of the file.
+///
+/// # Errors
+/// `EIO`, as in qemu-img.
+pub fn require_addressable(offset: u64, len: u64) -> Result<()> {
+    match offset.checked_add(len) {
+        Some(end) if end <= MAX_DEVICE_LEN => Ok(()),
+        _ => Err(Error::from_errno(errno::EIO)),
+    }
+}
 
 /// A flat array of bytes: a file, a network export, a decrypted view, an opened image.
 ///

@@ -70,7 +70,10 @@ pub use capabilities::{
 pub use check::{Check, CheckReport, Repair};
 pub use codec::{Codec, Encoded, EncodedForm, Encoder};
 pub use decoded_cache::DecodedBlockCache;
-pub use device::{Device, Extent, ExtentKind, Limits, Node, Preallocation, StatusDetail, ZeroMode};
+pub use device::{
+    Device, Extent, ExtentKind, Limits, MAX_DEVICE_LEN, Node, Preallocation, StatusDetail, ZeroMode,
+    require_addressable,
+};
 pub use error::{Error, ErrorKind, Result, ResultExt};
 pub use event::Event;
 pub use filter_device::{FilterDevice, Filtered, status_below};

@@ -1,6 +1,6 @@
 //! The trailer, `koly`.
 
-use diskimage_core::{ByteRange, Device, Error, Result, align_up, errno};
+use diskimage_core::{ByteRange, Device, Error, MAX_DEVICE_LEN, Result, align_up, errno};
 
 use super::chunk::SECTOR;
 use super::invalid;
@@ -20,8 +20,6 @@ pub(super) struct Trailer {
 
 const MAGIC: &[u8] = b"koly";
 const LEN: usize = 512;
-/// qemu-img's limit for the size of a disk: whole gibibytes below 2^63.
-const MAX_LEN: u64 = (1 << 63) - (1 << 30);
 
 impl Trailer {
     /// Searches for the trailer, which a raw disk does not have. It must end in the last or the last but one sector of
@@ -74,7 +72,7 @@ impl Trailer {
     pub(super) fn len(&self) -> Result<u64> {
         self.sectors
             .checked_mul(SECTOR)
-            .filter(|len| *len <= MAX_LEN)
+            .filter(|len| *len <= MAX_DEVICE_LEN)
             .ok_or_else(|| Error::from_errno(errno::EFBIG).context("Could not refresh total sector count"))
     }
 }

@@ -7,7 +7,8 @@
 //! ```
 
 use diskimage_core::{
-    ByteRange, Device, Error, Name, Result, align_down, align_up, errno, name, saturating_u32, to_index,
+    ByteRange, Device, Error, Name, Result, ResultExt, align_down, align_up, name, require_addressable,
+    saturating_u32, to_index,
 };
 use zerocopy::byteorder::big_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -88,15 +89,11 @@ pub(super) fn read(file: &dyn Device, name: &str) -> Result<Header> {
     let mut bytes = [0; HEADER_LEN];
     file.read_padded(&mut bytes, 0)?;
     let (mut header, len) = parse(&bytes)?;
-    let ends = [
-        header.l1_offset.checked_add(header.l1_len()),
-        header.backing_offset.checked_add(len as u64),
-    ];
-    if ends
-        .iter()
-        .any(|end| end.is_none_or(|end| i64::try_from(end).is_err()))
-    {
-        return Err(Error::from_errno(errno::EIO).context(format!("Could not open '{name}'")));
+    for (offset, len) in [
+        (header.l1_offset, header.l1_len()),
+        (header.backing_offset, len as u64),
+    ] {
+        require_addressable(offset, len).context(|| format!("Could not open '{name}'"))?;
     }
     let mut text = vec![0; len];
     file.read_padded(&mut text, header.backing_offset)?;

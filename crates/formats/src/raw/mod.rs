@@ -18,8 +18,8 @@ use diskimage_core::errno;
 use diskimage_core::options::Options;
 use diskimage_core::{
     ByteRange, CreatePlan, CreateRequest, Device, Error, Event, Format, FormatProperties, HoleMeaning, Info,
-    Layer, Measure, MeasureSource, Objects, OpenRequest, Preallocation, Probe, ResizeRequest, Result, Run,
-    RunKind, Score, WritePlan, ZeroMode,
+    Layer, MAX_DEVICE_LEN, Measure, MeasureSource, Objects, OpenRequest, Preallocation, Probe, ResizeRequest,
+    Result, Run, RunKind, Score, WritePlan, ZeroMode,
 };
 
 use crate::layer_kit::in_place_write::InPlaceWrite;
@@ -53,7 +53,7 @@ impl Format for Raw {
     }
 
     fn open(&self, request: OpenRequest<'_>) -> Result<Arc<dyn Layer>> {
-        if request.file.len() > MAX_LEN {
+        if request.file.len() > MAX_DEVICE_LEN {
             return Err(Error::from_errno(errno::EFBIG).context("Could not refresh total sector count"));
         }
         let disk = DiskRange::take(request.options)?;
@@ -75,9 +75,6 @@ impl Format for Raw {
         create::measure(options, source)
     }
 }
-
-/// qemu-img's limit for the size of a disk: whole gibibytes below 2^63.
-const MAX_LEN: u64 = (1 << 63) - (1 << 30);
 
 /// Makes a layer from a device without a format. `driver` is the name of its protocol or filter.
 pub fn bare_layer(device: Arc<dyn Device>, driver: &'static str) -> Arc<dyn Layer> {

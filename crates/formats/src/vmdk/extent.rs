@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use diskimage_core::{
     ByteRange, Device, Error, ErrorKind, MemoryDevice, OpenRequest, Permissions, Preallocation, Result,
-    ZeroMode, errno,
+    ResultExt, ZeroMode, errno, require_addressable,
 };
 
 use super::descriptor::{Access, Descriptor, ExtentKind, ExtentLine};
@@ -165,8 +165,12 @@ pub(super) fn split(
 }
 
 /// The image's own file as the only extent.
-pub(super) fn embedded(file: &Arc<dyn Device>, name: &str, hosted: &Hosted) -> Extent {
-    Extent {
+///
+/// # Errors
+/// Those of [`require_directory`].
+pub(super) fn embedded(file: &Arc<dyn Device>, name: &str, hosted: &Hosted) -> Result<Extent> {
+    require_directory(&hosted.geometry, name)?;
+    Ok(Extent {
         start: 0,
         len: hosted.geometry.capacity,
         storage: Storage::Sparse(hosted.geometry),
@@ -175,7 +179,14 @@ pub(super) fn embedded(file: &Arc<dyn Device>, name: &str, hosted: &Hosted) -> E
         name: name.to_owned(),
         access: Access::ReadWrite,
         kind: None,
-    }
+    })
+}
+
+/// Refuses a grain directory where no file can have one.
+fn require_directory(geometry: &Geometry, name: &str) -> Result<()> {
+    let directory = geometry.directory_at(geometry.directory);
+    require_addressable(directory.start(), directory.len())
+        .context(|| format!("Could not read l1 table from extent '{name}'"))
 }
 
 /// Opens the extents that a descriptor names. A file that several extents lie in is opened once.
@@ -281,8 +292,11 @@ fn open<'a>(line: &'a ExtentLine, start: u64, files: &mut Files<'a>) -> Result<E
             (len, Storage::Flat { offset })
         }
     };
-    if write && let Storage::Sparse(geometry) = &storage {
-        geometry.require_handled()?;
+    if let Storage::Sparse(geometry) = &storage {
+        require_directory(geometry, &name)?;
+        if write {
+            geometry.require_handled()?;
+        }
     }
     Ok(Extent {
         start,

@@ -40,9 +40,9 @@ use diskimage_core::options::Options;
 use diskimage_core::{
     Backed, Backing, BackingIdentity, BackingSearch, Budget, ByteRange, Capabilities, Check, CheckReport,
     Codec, CreatePlan, CreateRequest, Device, Encoded, EncodedForm, Encoder, Error, ErrorKind, Event, Format,
-    FormatProperties, HoleMeaning, Info, LOOSE, Layer, Measure, MeasureSource, MultiFile, Name, Note,
-    Objects, OpenRequest, Preallocation, Probe, Progress, Repair, ResizeRequest, Result, Run, RunKind, Score,
-    WritePlan, ZeroMode, errno, is_zero, to_index,
+    FormatProperties, HoleMeaning, Info, LOOSE, Layer, MAX_DEVICE_LEN, Measure, MeasureSource, MultiFile,
+    Name, Note, Objects, OpenRequest, Preallocation, Probe, Progress, Repair, ResizeRequest, Result, Run,
+    RunKind, Score, WritePlan, ZeroMode, errno, is_zero, to_index,
 };
 
 use self::descriptor::{Descriptor, NO_PARENT};
@@ -139,9 +139,6 @@ struct State {
     marked: bool,
 }
 
-/// The longest disk in qemu-img, in bytes: the last whole gibibyte before 2^63.
-const MAX_LEN: u64 = (1 << 63) - (1 << 30);
-
 impl VmdkLayer {
     fn open(request: &OpenRequest<'_>) -> Result<Self> {
         if request.file.is_empty() {
@@ -162,7 +159,7 @@ impl VmdkLayer {
                 } else {
                     with_name(request, Descriptor::parse_head(&bytes))?
                 };
-                let extents = vec![extent::embedded(&request.file, request.name, &hosted)];
+                let extents = vec![extent::embedded(&request.file, request.name, &hosted)?];
                 return Self::new(request, Some(range), descriptor, extents);
             }
             return Self::open_described(request, Some(range));
@@ -196,7 +193,7 @@ impl VmdkLayer {
         extents: Vec<Extent>,
     ) -> Result<Self> {
         let len = extents.last().map_or(0, Extent::end);
-        if len > MAX_LEN {
+        if len > MAX_DEVICE_LEN {
             return Err(extent::too_large());
         }
         let mut geometries = extents.iter().filter_map(Extent::geometry);

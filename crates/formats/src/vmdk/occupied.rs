@@ -41,7 +41,8 @@ impl Geometry {
         (self.entries * self.entry_size()).next_multiple_of(SECTOR)
     }
 
-    fn directory_at(&self, start: u64) -> ByteRange {
+    /// The bytes of the directory that starts at `start`.
+    pub(super) fn directory_at(&self, start: u64) -> ByteRange {
         ByteRange::at(start, self.tables().saturating_mul(self.entry_size()))
     }
 

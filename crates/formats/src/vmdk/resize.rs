@@ -9,14 +9,16 @@
 
 use std::sync::{Arc, PoisonError};
 
-use diskimage_core::{ByteRange, Error, Preallocation, ResizeRequest, Result, ZeroMode, errno};
+use diskimage_core::{
+    ByteRange, Error, MAX_DEVICE_LEN, Preallocation, ResizeRequest, Result, ZeroMode, errno,
+};
 
 use super::create::{self, MAX_EXTENTS};
 use super::descriptor::{Access, Descriptor, ExtentKind};
 use super::extent::{Extent, Storage, beside};
 use super::header::{self, SECTOR};
 use super::layout::Layout;
-use super::{MAX_LEN, State, VmdkLayer};
+use super::{State, VmdkLayer};
 use crate::layer_kit::clear::zero_existing;
 use crate::layer_kit::foreign_name::own_name;
 use crate::layer_kit::preallocation;
@@ -130,7 +132,7 @@ impl VmdkLayer {
         if !request.len.is_multiple_of(SECTOR) {
             return Err(Error::invalid("The new size must be a multiple of 512"));
         }
-        if request.len > MAX_LEN {
+        if request.len > MAX_DEVICE_LEN {
             return Err(Error::from_errno(errno::EFBIG));
         }
         require_growable(&extents, last)?;

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use diskimage_core::{ByteRange, Device, Error, Result};
+use diskimage_core::{ByteRange, Device, Error, Result, require_addressable};
 use zerocopy::IntoBytes;
 
 use super::footer::{Footer, Kind, SECTOR};
@@ -46,6 +46,9 @@ impl Blocks {
     pub(super) fn open(file: &Arc<dyn Device>, footer: &Footer, has_copy: bool, size: u64) -> Result<Self> {
         let header_offset = footer.header_offset();
         let header = DynamicHeader::read(&**file, header_offset, size)?;
+        if require_addressable(header.table_offset(), u64::from(header.entries()) * 4).is_err() {
+            return Err(Error::invalid("Error reading pagetable"));
+        }
         let is_differencing = footer.kind() == Kind::Differencing;
         let mut reserved = header.reserved(header_offset);
         let mut relied_on = header.relied_on(header_offset, size, has_copy);

@@ -1,6 +1,6 @@
 //! The header of dynamic disks: the block allocation table and the size of blocks.
 
-use diskimage_core::{ByteRange, Device, Error, Result, align_up, name, to_index};
+use diskimage_core::{ByteRange, Device, Error, Result, align_up, name, require_addressable, to_index};
 use zerocopy::byteorder::big_endian::{U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -95,10 +95,10 @@ impl DynamicHeader {
 
     /// Reads the header of a disk of `size` bytes.
     pub(super) fn read(file: &dyn Device, offset: u64, size: u64) -> Result<Self> {
-        if i64::try_from(offset).is_err() {
+        let mut bytes = [0; size_of::<Self>()];
+        if require_addressable(offset, bytes.len() as u64).is_err() {
             return Err(Error::invalid("Error reading dynamic VHD header"));
         }
-        let mut bytes = [0; size_of::<Self>()];
         file.read_padded(&mut bytes, offset)?;
         let header = Self::read_from_bytes(&bytes).map_err(|_| Error::invalid("Invalid header magic"))?;
         if header.cookie != DYNAMIC_COOKIE {

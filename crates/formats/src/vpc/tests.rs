@@ -122,6 +122,11 @@ fn damaged_headers_are_refused() {
     for (offset, bytes, message) in [
         (64, &[0][..], "Incorrect header checksum"),
         (16, &[0xff], "Error reading dynamic VHD header"),
+        (
+            16,
+            &[0x7f, 0xff, 0xff, 0xff, 0xc0],
+            "Error reading dynamic VHD header",
+        ),
         (22, &[4], "Invalid header magic"),
         (60, &[0, 0, 0, 4], "The image does not say where its parent is"),
         (0x32, &[0xff, 0xff], "File too large"),
@@ -131,7 +136,13 @@ fn damaged_headers_are_refused() {
         (512 + 0x1c, &[0x0f], truncated),
         (512 + 0x20, &[0, 0x30, 0, 0], "Invalid block size 3145728"),
         (512 + 0x20, &[0, 0, 1, 0], "Invalid block size 256"),
-        (512 + 0x10, &[0xff], truncated),
+        (512 + 0x10, &[0xff], "Error reading pagetable"),
+        (
+            512 + 0x10,
+            &[0x7f, 0xff, 0xff, 0xff, 0xc0],
+            "Error reading pagetable",
+        ),
+        (512 + 0x10, &[0x7f], truncated),
         (0x600, &[0, 1, 0, 0], truncated),
     ] {
         let mut bad = good.clone();

@@ -14,7 +14,8 @@ pub(in crate::qcow2) mod feature;
 pub(in crate::qcow2) mod rewrite;
 
 use diskimage_core::{
-    Backing, Error, ErrorKind, Name, Result, align_down, errno, saturating_index, to_index,
+    Backing, Error, ErrorKind, Name, Result, ResultExt, align_down, errno, require_addressable,
+    saturating_index, to_index,
 };
 use zerocopy::byteorder::big_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -505,7 +506,7 @@ fn check_l1(raw: &RawHeader, geometry: Geometry) -> Result<()> {
     if u64::from(raw.l1_size.get()) < needed {
         return Err(Error::corrupt("L1 table is too small"));
     }
-    Ok(())
+    require_addressable(raw.l1_table_offset.get(), bytes).context(|| "Could not read L1 table")
 }
 
 fn parse_backing(raw: &RawHeader, cluster: &[u8], extensions: &Extensions) -> Result<Option<Backing>> {
