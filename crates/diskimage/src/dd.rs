@@ -12,6 +12,7 @@ use diskimage_core::{AlignedBuf, ByteRange, Device, Image, Result, ResultExt, sa
 use diskimage_formats::window_layer;
 
 use crate::convert::{Conversion, SEGMENT};
+use crate::files::flush;
 
 /// A part of a disk, counted in blocks as by `dd`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,7 +61,7 @@ pub fn dd(source: &Arc<Image>, (start, len): (u64, u64), block: u64, target: &Im
         copy_blocks((&sources[0], start), at - at % block, block, target)?;
         return Err(error);
     }
-    target.flush()
+    flush(target)
 }
 
 /// Copies blocks from `at` on, each as a whole or not at all, until one fails or the segment that has failed is done.

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use diskimage_core::json::Value;
-use diskimage_core::{Device, Gate, Image, Layer, NodeOptions, Result, name};
+use diskimage_core::{Device, Gate, Image, Layer, NodeOptions, Result, ResultExt, name};
 use diskimage_protocols::{Target, identity_of_path, protocol_by_name};
 
 use crate::gate::FileGate;
@@ -34,6 +34,16 @@ pub(crate) fn files_of(image: &Image) -> HashSet<Identity> {
 /// Whether two images have a file in common, without those of their backing images.
 pub fn share_a_file(one: &Image, other: &Image) -> bool {
     !files_of(one).is_disjoint(&files_of(other))
+}
+
+/// Flushes an image that a command has written to.
+///
+/// # Errors
+/// `Could not flush 'NAME'`, with the reason.
+pub fn flush(image: &Image) -> Result<()> {
+    image
+        .flush()
+        .context(|| format!("Could not flush '{}'", image.name()))
 }
 
 /// Whether data of `image` or of a node below it is stored encrypted. Storage that was never written then does not read

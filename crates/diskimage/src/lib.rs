@@ -94,7 +94,7 @@ pub use diskimage_protocols::{
     Aio, CREATE_OPTIONS as FILE_CREATE_OPTIONS, CacheMode, FILTERS, File, FileCreation, LastWordsAllocator,
     PROTOCOLS, Target, check_tls_creds,
 };
-pub use files::{found_backing_name, is_encrypted, share_a_file};
+pub use files::{flush, found_backing_name, is_encrypted, share_a_file};
 pub use gate::FileGate;
 pub use graph::{backing_not_found, full_backing_name, is_driver, is_relative, node_of_name};
 pub use map::{MappedExtent, map};

@@ -21,7 +21,7 @@ use diskimage_core::{
 use diskimage_formats::format_by_name;
 
 use crate::cursor::{Cursor, End, Segment};
-use crate::files::{files_below, files_of, files_of_chain, share_a_file};
+use crate::files::{files_below, files_of, files_of_chain, flush, share_a_file};
 use crate::graph::full_backing_name;
 use crate::open_options::OpenOptions;
 use crate::steps::{Origin, Part, STEP, Steps};
@@ -41,6 +41,9 @@ pub struct Rebase<'a> {
     /// Whether progress counts the pieces that the image has not allocated, in the steps of `qemu-img`.
     pub steps: bool,
 }
+
+const READING_OLD: &str = "error while reading from old backing file";
+const READING_NEW: &str = "error while reading from new backing file";
 
 /// The length of a segment in bytes.
 const SEGMENT: u64 = 2 << 20;
@@ -80,7 +83,7 @@ impl Rebase<'_> {
         if let Some(error) = cursor.finish() {
             return Err(error);
         }
-        self.image.flush()?;
+        flush(self.image)?;
         match &steps {
             Some(steps) => steps.finish(),
             None => self.progress.set(len, len),
@@ -343,14 +346,15 @@ impl Worker<'_> {
     /// The part at the start of `range` that is the same on both chains by its status (`true`), or that has to be
     /// compared (`false`).
     fn same(&self, range: ByteRange) -> Result<(ByteRange, bool)> {
-        let run = self.rebase.image.layer().map(range)?;
+        let run = self.rebase.image.layer().map(range);
+        let run = run.context(|| "error while reading image metadata")?;
         let part = range.first(run.len);
         if !matches!(run.kind, RunKind::Unallocated { .. }) {
             return Ok((part, true));
         }
-        let old = backing_run(self.rebase.image.backing(), part)?;
+        let old = backing_run(self.rebase.image.backing(), part).context(|| READING_OLD)?;
         let part = part.first(old.len);
-        let new = backing_run(self.rebase.new, part)?;
+        let new = backing_run(self.rebase.new, part).context(|| READING_NEW)?;
         let part = part.first(new.len);
         let same = match (old.source, new.source) {
             (RunSource::Zero, RunSource::Zero) => true,
@@ -365,8 +369,8 @@ impl Worker<'_> {
         let index = |at: u64| to_index(at - start);
         let span = index(part.start())?..index(part.end())?;
         // The part is unallocated in the image, which therefore reads as the old chain.
-        read(Some(self.rebase.image), &mut self.old[span.clone()], part.start())?;
-        read(self.rebase.new, &mut self.new[span], part.start())?;
+        read(Some(self.rebase.image), &mut self.old[span.clone()], part.start()).context(|| READING_OLD)?;
+        read(self.rebase.new, &mut self.new[span], part.start()).context(|| READING_NEW)?;
         let unit = self.unit();
         let mut at = part.start();
         while at < part.end() {

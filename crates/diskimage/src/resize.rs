@@ -10,6 +10,7 @@ use diskimage_core::{
 };
 use diskimage_protocols::Target;
 
+use crate::files::flush;
 use crate::gate::FileGate;
 
 /// Whether a disk may become smaller.
@@ -92,7 +93,7 @@ impl Resize {
             }
         }
         outcome?;
-        image.flush()
+        flush(image)
     }
 
     fn grow_into(

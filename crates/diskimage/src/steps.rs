@@ -24,7 +24,8 @@ pub(crate) struct Origin {
     kind: Option<ExtentKind>,
     /// The address of the device and the distance of the host offset from the guest offset.
     host: Option<(usize, u64)>,
-    /// The number of the table that describes the extent: a run ends where its table does.
+    /// The number of the table that describes the extent, or the offset of a sector whose status cannot be read: a run ends
+    /// where its table or this sector does.
     table: u64,
 }
 

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use diskimage::{Device, Error, Image, NewBitmap, Objects, OpenOptions, cannot_add_bitmap, merge_bitmap};
+use diskimage::{Error, Image, NewBitmap, Objects, OpenOptions, cannot_add_bitmap, flush, merge_bitmap};
 
 use crate::objects::define;
 use crate::out::Console;
@@ -216,7 +216,7 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
             error.context(format!("Operation {} on bitmap {shown} failed", action.name()))
         })?;
     }
-    image.flush()?;
+    flush(&image)?;
     Ok(0)
 }
 

@@ -23,7 +23,8 @@ pub(super) struct Sources<'a> {
     layers: Option<u32>,
     /// Zeroes are copied as data.
     dense: bool,
-    salvage: bool,
+    /// With [`Conversion::salvage`], the unit in which data is taken: a sector, or a cluster that is compressed.
+    salvage: Option<u64>,
     on_lost: Option<OnLost<'a>>,
 }
 
@@ -89,7 +90,10 @@ impl<'a> Sources<'a> {
             len,
             layers: conversion.backing_len.map(|_| conversion.layers),
             dense: conversion.sparse == 0,
-            salvage: conversion.salvage,
+            salvage: conversion.salvage.then(|| match conversion.compress {
+                true => conversion.target.layer().granularity().max(SECTOR),
+                false => SECTOR,
+            }),
             on_lost: conversion.on_lost,
         }
     }
@@ -127,7 +131,7 @@ impl<'a> Sources<'a> {
         let mut outcome = part.image.status(within, StatusDetail::Zeroes);
         let mut asked = within;
         while let Err(error) = &outcome
-            && self.salvage
+            && self.salvage.is_some()
             && asked.len() > SECTOR
             // An error with a note is corruption in the tables of the first byte: a shorter range fails as well.
             && error.preceding_note().is_none()
@@ -137,25 +141,40 @@ impl<'a> Sources<'a> {
             outcome = part.image.status(asked, StatusDetail::Zeroes);
         }
         match outcome {
-            Ok(extent) => Ok(self.classify(extent, range.start(), inside.len(), part)),
+            Ok(extent) => {
+                let mut status = self.classify(extent, range.start(), inside.len(), part);
+                if status.kind == CopyKind::Data {
+                    status.len = self.whole_units(range.start(), status.len, inside.len());
+                }
+                Ok(status)
+            }
             Err(error) => {
                 let error = error.context(format!(
                     "error while reading block status at offset {}",
                     range.start()
                 ));
-                if !self.salvage {
+                if self.salvage.is_none() {
                     return Err(error);
                 }
                 self.report_lost_sector(&error);
                 // The sector may be readable although its status is not.
                 Ok(SourceStatus {
-                    len: within.len().min(SECTOR),
+                    len: self.whole_units(range.start(), within.len().min(SECTOR), inside.len()),
                     kind: CopyKind::Data,
                     host: None,
-                    origin: Origin::default(),
+                    // As in qemu-img, each is a run and a step of its own.
+                    origin: Origin::default().within(range.start()),
                 })
             }
         }
+    }
+
+    /// The length of `len` bytes of data at `start`, `most` at most, in whole units of a conversion that salvages. As in
+    /// qemu-img, the status of the rest of a unit is not queried, and a status that cannot be read is reported once for
+    /// each unit.
+    fn whole_units(&self, start: u64, len: u64, most: u64) -> u64 {
+        let Some(unit) = self.salvage else { return len };
+        (align_up(start + len, unit) - start).min(most)
     }
 
     /// Queries the status of everything and reports each sector whose status is unreadable, as qemu-img does before it
@@ -225,12 +244,15 @@ impl<'a> Sources<'a> {
         let Err(error) = image.read_padded(buf, offset - part.start) else {
             return Ok(());
         };
-        if !self.salvage {
+        if self.salvage.is_none() {
             return Err(error).context(|| format!("error while reading at byte {offset}"));
         }
+        // The first sector that cannot be read has failed already: that error may have a note, which is not repeated.
+        let mut first = Some(error);
         let mut at = offset;
         for sector in buf.chunks_mut(SECTOR_BYTES) {
             if let Err(error) = image.read_padded(sector, at - part.start) {
+                let error = first.take().unwrap_or(error);
                 sector.fill(0);
                 self.report_lost_sector(&error.context(format!("error while reading offset {at}")));
             }

@@ -322,7 +322,8 @@ impl<'a> Worker<'a> {
         if start.is_empty() {
             return Ok(false);
         }
-        let extent = self.target.status(start.first(1), StatusDetail::Allocation)?;
+        let extent = self.target.status(start.first(1), StatusDetail::Allocation);
+        let extent = extent.context(|| write_error(segment))?;
         Ok(extent.depth == 0 && extent.host.is_some() && extent.kind != ExtentKind::Unallocated)
     }
 

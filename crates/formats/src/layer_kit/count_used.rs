@@ -1,12 +1,13 @@
 //! Counts the clusters of a target that a copy of a source would allocate, for `measure`.
 
-use diskimage_core::{ByteRange, Device, ExtentKind, Image, MeasureSource, Result, StatusDetail};
+use diskimage_core::{ByteRange, Device, ExtentKind, Image, MeasureSource, Result, ResultExt, StatusDetail};
 
 /// Calls `found` with each run of clusters that hold data which is not known to be zero: each cluster once, in order.
 pub(crate) fn for_each_used(image: &Image, cluster: u64, mut found: impl FnMut(ByteRange)) -> Result<()> {
     let mut rest = ByteRange::new(0, image.len());
     while !rest.is_empty() {
-        let extent = image.status(rest, StatusDetail::Zeroes)?;
+        let extent = image.status(rest, StatusDetail::Zeroes);
+        let extent = extent.context(|| "Unable to get block status")?;
         let mut len = extent.len;
         if !extent.kind.is_zero() && extent.kind != ExtentKind::UnknownHole {
             // The clusters that the extent touches count as a whole, and the next search starts behind them.

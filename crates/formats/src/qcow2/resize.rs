@@ -57,7 +57,8 @@ impl Qcow2 {
         }
         let old = self.lock().size;
         // A crash during an earlier shrink may have left clusters beyond the end of the disk.
-        self.free_beyond(old, self.l1_coverage())?;
+        self.free_beyond(old, self.l1_coverage())
+            .context(|| "Failed to free clusters beyond the end of the disk")?;
         self.grow_l1(&mut self.lock(), entries)
             .context(|| "Failed to grow the L1 table")?;
         let data_len = self.data.len();

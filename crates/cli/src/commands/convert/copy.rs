@@ -7,7 +7,7 @@ use std::sync::Arc;
 use diskimage::options::Options;
 use diskimage::{
     Conversion, Creation, DEFAULT_SPARSE, Device, FILE_CREATE_OPTIONS, Format, Image, Layer, NodeOptions,
-    OpenOptions, ambiguous_snapshot, check_bitmaps, copy_bitmaps, format_by_name, format_of_new,
+    OpenOptions, ambiguous_snapshot, check_bitmaps, copy_bitmaps, flush, format_by_name, format_of_new,
     is_encrypted, name, open_snapshot, total_len,
 };
 
@@ -330,7 +330,7 @@ fn copy(
     conversion.progress = diskimage::Progress::new(&report);
     conversion.data_steps = progress.shows_steps();
     conversion.run()?;
-    image.flush()?;
+    flush(image)?;
     progress.complete();
     Ok(())
 }

@@ -185,7 +185,7 @@ impl Qcow2 {
             backing_len: request.backing_len,
             ..ResizeRequest::new(len, Preallocation::Off)
         };
-        self.flush()?;
+        self.flush().context(|| "Could not flush the image")?;
         self.write.store(false, Ordering::Relaxed);
         let image = self.reopen()?;
         // After an upgrade to version 3 the resize itself checks the size, with the rules of version 3.
@@ -201,9 +201,7 @@ impl Qcow2 {
         if upgrade {
             steps.report(done, 0, 2);
             image.complete_snapshots()?;
-            image
-                .rewrite_header(3)
-                .context(|| "Failed to update the image header")?;
+            image.rewrite_header(3).context(|| UPDATING_HEADER)?;
             steps.report(done, 1, 2);
             done += 1;
             steps.report(done, 0, 2);
@@ -214,7 +212,9 @@ impl Qcow2 {
             done += 1;
             steps.report(done, 0, 1);
         }
-        self.reopen()?.change_features(&changes)?;
+        self.reopen()?
+            .change_features(&changes)
+            .context(|| UPDATING_HEADER)?;
         if let Some(len) = changes.size {
             let image = self.reopen()?;
             image.resize_impl(&resize(len))?;
@@ -226,7 +226,7 @@ impl Qcow2 {
             image
                 .expand_zero_clusters(&|part, whole| steps.report(done, part, whole))
                 .context(|| "Failed to turn zero into data clusters")?;
-            image.rewrite_header(2)?;
+            image.rewrite_header(2).context(|| UPDATING_HEADER)?;
         }
         Ok(())
     }
@@ -284,7 +284,8 @@ impl Qcow2 {
             let at = TABLE_AT;
             head[at..at + 8].copy_from_slice(&new.table_offset.get().to_be_bytes());
             head[at + 8..at + 12].copy_from_slice(&new.table_clusters.to_be_bytes());
-        })?;
+        })
+        .context(|| UPDATING_HEADER)?;
         let image = self.reopen()?;
         let mut now = image.lock();
         now.metadata.release_structure(refcounts)?;
@@ -319,6 +320,8 @@ impl Qcow2 {
         self.file.flush()
     }
 }
+
+const UPDATING_HEADER: &str = "Failed to update the image header";
 
 /// The bytes of the header up to and including the refcount order.
 const FIXED: usize = 100;

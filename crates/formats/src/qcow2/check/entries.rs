@@ -72,7 +72,11 @@ impl Check<'_> {
 
     /// Counts the clusters to which an L2 table refers.
     pub(super) fn count_l2(&mut self, walk: &Walk) -> Result<()> {
-        let Some(table) = self.take_l2(walk.table)? else {
+        let table = self.take_l2(walk.table);
+        if table.is_err() {
+            self.report_line("ERROR: I/O error in check_refcounts_l2");
+        }
+        let Some(table) = table? else {
             return Ok(());
         };
         let reported = self.reported;

@@ -145,7 +145,8 @@ impl Refcounts {
         let table_offset = table_clusters.start.offset(bits);
         file.write_at(&table, table_offset.get())
             .context(|| "Failed to write the new reftable")?;
-        file.flush()?;
+        file.flush()
+            .context(|| "Failed to flush the new refcount structures")?;
         Ok(Widened {
             table_offset,
             // The table has at most 8 MiB.
