@@ -26,7 +26,7 @@ fn conversions_write_no_zeroes_around_the_data_of_a_block() {
     source.sync_all().expect("is written");
     let used = |name: &str| fs::metadata(dir.path().join(name)).expect("exists").blocks() * 512;
     assert!(used("in.raw") < data + (1 << 20), "the file system has holes");
-    for format in ["vdi", "vpc", "vhdx"] {
+    for format in ["vdi", "vpc", "vhdx", "parallels"] {
         let status = Command::new(env!("CARGO_BIN_EXE_qemu-img"))
             .args(["convert", "-f", "raw", "-O", format, "in.raw", format])
             .current_dir(dir.path())

@@ -41,7 +41,7 @@ use diskimage_core::{
 
 use self::bat::offset_of;
 use self::extension::Extension;
-use self::header::{HEADER_LEN, Header};
+use self::header::{HEADER_LEN, Header, SECTOR};
 
 use crate::layer_kit::paged_table::PagedTable;
 
@@ -253,6 +253,11 @@ impl Layer for ParallelsLayer {
         self.cluster
     }
 
+    /// A sector rather than a cluster: the rest of a new cluster is a hole.
+    fn write_unit(&self) -> u64 {
+        SECTOR
+    }
+
     fn map(&self, range: ByteRange) -> Result<Run> {
         let mut state = self.lock();
         let (cluster, unit) = (self.cluster, state.header.unit);
@@ -300,8 +305,8 @@ impl Layer for ParallelsLayer {
         self.plan(range)
     }
 
-    fn write_zeroes(&self, range: ByteRange, _mode: ZeroMode) -> Result<()> {
-        self.release(range)
+    fn write_zeroes(&self, range: ByteRange, mode: ZeroMode) -> Result<()> {
+        self.zero(range, mode)
     }
 
     fn discard(&self, range: ByteRange) -> Result<()> {

@@ -410,6 +410,34 @@ fn the_file_grows_as_the_user_wants() {
 }
 
 #[test]
+fn what_a_write_does_not_cover_of_a_new_cluster_reads_as_zero() {
+    let cluster = usize::try_from(CLUSTER).expect("small");
+    let file = memory(&create(SMALL, SIZE).expect("creates"));
+    let image = open(file.clone());
+    image.write_at(&vec![1; 2 * cluster], 0).expect("writes");
+    image.flush().expect("flushes");
+    let len = file.len();
+    image
+        .write_zeroes(ByteRange::new(0, CLUSTER), ZeroMode::Unmap)
+        .expect("releases");
+    image.flush().expect("flushes");
+    // The slot is allocated again, with the old bytes in it.
+    image.write_at(&[2; 512], 2 * CLUSTER + 1024).expect("writes");
+    image
+        .write_zeroes(ByteRange::new(CLUSTER + 512, CLUSTER + 1024), ZeroMode::Unmap)
+        .expect("zeroes a part");
+    image.flush().expect("flushes");
+    assert_eq!(file.len(), len, "no other slot was allocated");
+    let mut expected = vec![0; 3 * cluster];
+    expected[cluster..2 * cluster].fill(1);
+    expected[cluster + 512..cluster + 1024].fill(0);
+    expected[2 * cluster + 1024..2 * cluster + 1536].fill(2);
+    let mut found = vec![9; expected.len()];
+    image.read_at(&mut found, 0).expect("reads");
+    assert!(found == expected);
+}
+
+#[test]
 fn disks_do_not_change_their_size() {
     let image = open(memory(&four()));
     let request = ResizeRequest::new(8 * CLUSTER, diskimage_core::Preallocation::Off);

@@ -3,11 +3,12 @@
 use std::ops::Range;
 use std::sync::{Arc, MutexGuard};
 
-use diskimage_core::{ByteRange, Error, Result, WritePlan, WriteRun};
+use diskimage_core::{ByteRange, Error, Layer, Result, WritePlan, WriteRun, ZeroMode};
 
 use super::bat::NO_CLUSTER;
 use super::{ParallelsLayer, State};
 use crate::layer_kit::allocating_plan::{AllocatingPlan, Allocator, publish_each};
+use crate::layer_kit::clear::clear;
 use crate::layer_kit::range_claims::{Access, RangeClaims};
 use crate::layer_kit::reserved::Pieces;
 use crate::layer_kit::slot_bitmap::SlotBitmap;
@@ -23,26 +24,24 @@ impl ParallelsLayer {
         Ok(Box::new(plan))
     }
 
-    /// Adds the runs of `range` to `plan`.
+    /// Adds the runs of `range` to `plan`. What `range` does not cover of a new cluster becomes a hole, unless options ask
+    /// for preallocated storage.
     fn draft(&self, state: &mut State, plan: &mut AllocatingPlan<'_, Self>, range: ByteRange) -> Result<()> {
         let mut end = 0;
         for index in self.clusters(range) {
             let whole = ByteRange::at(index * self.cluster, self.cluster);
-            let (guest, offset) = match state.offset(index)? {
-                Some(offset) if offset < state.first_slot => {
-                    return Err(Error::corrupt(format!(
-                        "Cluster {index} lies before the data area"
-                    )));
-                }
-                Some(offset) => {
-                    self.require_unshared(state, offset)?;
-                    (whole.intersect(range), offset)
-                }
+            let (guest, offset) = match self.offset_to_change(state, index)? {
+                Some(offset) => (whole.intersect(range), offset),
                 None => {
                     let offset = self.allocate_slot(state, index)?;
                     plan.add_change(whole, (index, offset));
                     end = end.max(offset + self.cluster);
-                    (whole, offset)
+                    if state.growth.is_some() {
+                        (whole, offset)
+                    } else {
+                        clear(&*self.file, ByteRange::at(offset, self.cluster))?;
+                        (whole.intersect(range), offset)
+                    }
                 }
             };
             plan.add_run(WriteRun {
@@ -53,6 +52,23 @@ impl ParallelsLayer {
         }
         self.grow(state, end);
         Ok(())
+    }
+
+    /// The offset of cluster `index`, which may be written to.
+    ///
+    /// # Errors
+    /// The cluster lies before the data area, or overlaps another one.
+    fn offset_to_change(&self, state: &mut State, index: u64) -> Result<Option<u64>> {
+        let Some(offset) = state.offset(index)? else {
+            return Ok(None);
+        };
+        if offset < state.first_slot {
+            return Err(Error::corrupt(format!(
+                "Cluster {index} lies before the data area"
+            )));
+        }
+        self.require_unshared(state, offset)?;
+        Ok(Some(offset))
     }
 
     /// Refuses a cluster that overlaps another one. Only clusters outside of slots can: duplicate offsets were repaired
@@ -92,8 +108,33 @@ impl ParallelsLayer {
         }
     }
 
-    /// Makes `range` read as zero: releases its clusters. The range consists of whole clusters, except at the end of
-    /// the disk.
+    /// Makes `range` read as zero: releases its clusters, or has the file zero the bytes if the range is a part of one.
+    pub(super) fn zero(&self, range: ByteRange, mode: ZeroMode) -> Result<()> {
+        let whole = range
+            .align_out(self.cluster)
+            .intersect(ByteRange::new(0, self.len()));
+        if range == whole {
+            return self.release(range);
+        }
+        self.require_writable()?;
+        let (_claim, mut state) = self
+            .claims
+            .claim(range.align_out(self.cluster), Access::Shared, || self.lock());
+        let Some(offset) = self.offset_to_change(&mut state, range.start() / self.cluster)? else {
+            return Ok(());
+        };
+        state.mark_in_use(&*self.file)?;
+        drop(state);
+        let bytes = ByteRange::at(offset + range.start() % self.cluster, range.len());
+        // Bytes beyond the end of the file read as zero.
+        let bytes = bytes.intersect(ByteRange::new(0, self.file.len()));
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        self.file.write_zeroes(bytes, mode)
+    }
+
+    /// Releases the clusters of `range`. The range consists of whole clusters, except at the end of the disk.
     pub(super) fn release(&self, range: ByteRange) -> Result<()> {
         self.require_writable()?;
         // A slot must not be allocated to another cluster while a write to it is in flight.
