@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use diskimage::options::short_forms;
-use diskimage::{Image, LocalTime, NodeOptions, Note, OpenOptions, node_of_name, open_node};
+use diskimage::{Image, LocalTime, NodeOptions, Note, OnNote, OpenOptions, node_of_name, open_node};
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
 
@@ -39,24 +39,38 @@ pub(crate) fn open_bare(
     options: OpenOptions,
     console: &Console,
 ) -> Result<diskimage::Result<Arc<Image>>, Stop> {
-    let notes = Arc::new(Mutex::new(Vec::new()));
-    let collected = Arc::clone(&notes);
-    let options = options
-        .local_time(local_time())
-        .on_note(Arc::new(move |note: &Note| {
-            let mut notes = collected.lock().unwrap_or_else(PoisonError::into_inner);
-            notes.push(note.clone());
-        }));
+    let notes = Notes::default();
+    let options = options.local_time(local_time()).on_note(notes.receiver());
     let outcome = match &source.name {
         ImageName::File(name) => {
             node_of_name(name, source.format.as_deref()).and_then(|node| open_node(node, &options))
         }
         ImageName::Options(list) => open_node(NodeOptions::from_list(list)?, &options),
     };
-    for note in &*notes.lock().unwrap_or_else(PoisonError::into_inner) {
-        console.note(note);
-    }
+    notes.print(console);
     Ok(outcome)
+}
+
+/// The notes of the library while it opens images.
+#[derive(Default)]
+pub(crate) struct Notes(Arc<Mutex<Vec<Note>>>);
+
+impl Notes {
+    /// What collects them.
+    pub(crate) fn receiver(&self) -> Arc<OnNote> {
+        let collected = Arc::clone(&self.0);
+        Arc::new(move |note: &Note| {
+            let mut notes = collected.lock().unwrap_or_else(PoisonError::into_inner);
+            notes.push(note.clone());
+        })
+    }
+
+    /// Prints them.
+    pub(crate) fn print(&self, console: &Console) {
+        for note in &*self.0.lock().unwrap_or_else(PoisonError::into_inner) {
+            console.note(note);
+        }
+    }
 }
 
 /// Local time in the time zone of the system.

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use diskimage_core::options::{OptionDef, Options};
 use diskimage_core::{
     CreatePlan, CreateRequest, Device, Error, ErrorKind, Format, Gate, Image, NewFiles, NodeOptions, Objects,
-    OpenContext, Permissions, Preallocation, Result, name,
+    OnNote, OpenContext, Permissions, Preallocation, Result, name,
 };
 use diskimage_formats::format_by_name;
 use diskimage_protocols::{
@@ -42,6 +42,7 @@ pub struct Creation {
     cache: CacheMode,
     /// What the user gave for opening other images.
     open: OpenOptions,
+    on_note: Option<Arc<OnNote>>,
 }
 
 impl Creation {
@@ -59,6 +60,7 @@ impl Creation {
             needed: HashSet::new(),
             cache: CacheMode::WRITEBACK,
             open: OpenOptions::new(),
+            on_note: None,
         }
     }
 
@@ -122,6 +124,12 @@ impl Creation {
     /// The gate that opens the files that images refer to; the default is [`FileGate`](crate::FileGate).
     pub fn gate(mut self, gate: Arc<dyn Gate>) -> Self {
         self.open = self.open.gate(gate);
+        self
+    }
+
+    /// Receives the notes of opening the backing image.
+    pub fn on_note(mut self, on_note: Arc<OnNote>) -> Self {
+        self.on_note = Some(on_note);
         self
     }
 
@@ -222,6 +230,9 @@ impl Creation {
         let mut options = self.open.clone().no_data(true).force_share(true);
         if let Some(format) = format {
             options = options.format(format);
+        }
+        if let Some(on_note) = &self.on_note {
+            options = options.on_note(Arc::clone(on_note));
         }
         let image = open_bare(&full_backing_name(&self.name, backing), &options)
             .map_err(|error| error.hint("Could not open backing image."))?;

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use diskimage_core::{Device, Error, Gate, NodeOptions, OpenContext, Permissions, Reference, Result, Role};
+use diskimage_core::{Device, Error, Gate, NodeOptions, Permissions, Reference, Result, Role};
 use diskimage_protocols::{
     CacheMode, LocalFileDriver, Protocol, ProtocolRequest, Target, path_in_any_case, protocol_by_name,
 };
@@ -33,16 +33,11 @@ impl Gate for FileGate {
             }
             None => LocalFileDriver::serving(options.text("filename").unwrap_or_default()),
         };
-        // Messages are about the files that the user names.
-        let context = OpenContext {
-            on_note: None,
-            ..reference.context.clone()
-        };
         let device = protocol.open(ProtocolRequest {
             options: &mut options,
             write: reference.permissions.write,
             cache: self.cache,
-            context: &context,
+            context: reference.context,
         })?;
         require_all_taken(protocol.name(), &options)?;
         device.lock(self.locked_for(reference))?;

@@ -10,6 +10,7 @@ use diskimage::{Creation, Objects, Prepared, file_options, protocol_options};
 use crate::objects::define;
 use crate::out::Console;
 use crate::printable::printable;
+use crate::source::Notes;
 use crate::words::{Command, CreateOptions, Flag, LARGEST, Operand, Parser, Stop, size, text};
 
 /// The table of `create`.
@@ -198,7 +199,10 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     if let Some(format) = args.backing_format {
         creation = creation.backing_format(format);
     }
-    let prepared = creation.prepare().map_err(image)?;
+    let notes = Notes::default();
+    let prepared = creation.on_note(notes.receiver()).prepare();
+    notes.print(console);
+    let prepared = prepared.map_err(image)?;
     if !args.quiet {
         let line = format!("Formatting '{name}', {}", prepared.summary());
         console.print(&format!("{}\n", printable(line.trim_end())));
