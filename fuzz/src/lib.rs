@@ -4,8 +4,7 @@
 use std::sync::Arc;
 
 use diskimage_core::{
-    Budget, ByteRange, Device, Format, Image, Layer, MemoryDevice, NodeOptions, Objects, OpenContext,
-    OpenRequest, Preallocation, Progress, Repair, StatusDetail, ZeroMode,
+    Budget, ByteRange, Device, Error, ErrorKind, Format, Gate, Image, Layer, MemoryDevice, NodeOptions, Objects, OpenContext, OpenRequest, Preallocation, Progress, Reference, Repair, Result, StatusDetail, ZeroMode,
 };
 use diskimage_formats::Qcow2Format;
 use diskimage_testing::{RecordingGate, contents, create_image, open_image};
@@ -45,6 +44,25 @@ pub fn exercise_in_parts(format: &dyn Format, bytes: &[u8], part: &[u8]) {
     let gate = RecordingGate::new(move |_| Ok(part.copy()));
     let context = OpenContext::new(Arc::new(gate));
     exercise_through(format, &file_of(bytes.into()), &NodeOptions::new(), &context);
+}
+
+/// Opens copies of `file` as a differencing image of `format`, whose parent exists under any name, and exercises it.
+pub fn exercise_on_any_parent(format: &dyn Format, file: &PagedFile) {
+    let context = OpenContext::new(Arc::new(AnyParent));
+    exercise_through(format, file, &NodeOptions::new(), &context);
+}
+
+/// Finds a file under every name. The layers do not open their parents.
+struct AnyParent;
+
+impl Gate for AnyParent {
+    fn open(&self, _: &Reference<'_>) -> Result<Arc<dyn Device>> {
+        Err(Error::new(ErrorKind::Denied, "Parents are not opened"))
+    }
+
+    fn locate(&self, _image: &str, name: &str) -> Option<String> {
+        Some(name.to_owned())
+    }
 }
 
 /// Opens `bytes` as an image of `format`, with options, and exercises it.

@@ -276,7 +276,11 @@ fn a_commit_writes_the_sectors_of_a_vhd_into_its_parent() {
     let disks = vhdx_chain(dir, 512);
     let told = bad(dir, "commit top.vhdx");
     assert!(
-        told.ends_with("Differencing VHDX images are opened for reading only\n"),
+        told.ends_with(
+            "Differencing VHDX images are opened for reading only\n\
+             Convert the image, which includes the data of its parents, or write to an overlay: qemu-img create -f qcow2 \
+             -F vhdx -b IMAGE OVERLAY\n"
+        ),
         "{told}"
     );
     good(dir, "convert -O raw top.vhdx out.raw");

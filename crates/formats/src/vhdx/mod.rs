@@ -166,6 +166,10 @@ fn replayed(
     Ok(changes.map(|changes| Arc::new(ReadOnlyView(Replayed::new(Arc::clone(file), changes)))))
 }
 
+/// What helps where a differencing image is to be written.
+const HOW_TO_WRITE: &str = "Convert the image, which includes the data of its parents, or write to an overlay: qemu-img \
+                            create -f qcow2 -F vhdx -b IMAGE OVERLAY";
+
 impl VhdxLayer {
     fn open(request: &OpenRequest<'_>) -> Result<Self> {
         let mut file = Arc::clone(&request.file);
@@ -183,9 +187,9 @@ impl VhdxLayer {
         let regions = Regions::read(&*contents, header.log)?;
         let (metadata, locator) = Metadata::read(&*contents, regions.metadata)?;
         if locator.is_some() && request.write {
-            return Err(Error::unsupported(
-                "Differencing VHDX images are opened for reading only",
-            ));
+            return Err(
+                Error::unsupported("Differencing VHDX images are opened for reading only").hint(HOW_TO_WRITE),
+            );
         }
         let parent = locator
             .map(|locator| OpenParent::find(locator, request))
