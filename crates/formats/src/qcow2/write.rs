@@ -416,14 +416,21 @@ impl Qcow2 {
                     change.new.sub = change.old.sub;
                 }
             }
-            for run in plan.runs() {
-                let host = ByteRange::at(run.offset, run.guest.len());
-                match mode {
-                    Preallocation::Off | Preallocation::Metadata => self.reserve(&*run.device, host)?,
-                    Preallocation::Falloc => run.device.write_zeroes(host, ZeroMode::KeepAllocated)?,
-                    Preallocation::Full => run.device.write_zero_bytes(host)?,
+            let host = |run: &WriteRun| ByteRange::at(run.offset, run.guest.len());
+            let filled = plan.runs().iter().try_for_each(|run| match mode {
+                Preallocation::Off | Preallocation::Metadata => self.reserve(&*run.device, host(run)),
+                Preallocation::Falloc => run.device.write_zeroes(host(run), ZeroMode::KeepAllocated),
+                Preallocation::Full => run.device.write_zero_bytes(host(run)),
+            });
+            if filled.is_err() && !self.has_data_file() {
+                // A part may have been allocated. On a full disk there is no room for tables either while it is.
+                for run in plan.runs() {
+                    let _ = run
+                        .device
+                        .discard(host(run).intersect(ByteRange::new(0, run.device.len())));
                 }
             }
+            filled?;
             let past_end = ByteRange::new(part.end(), part.align_out(geometry.cluster_size()).end());
             if let Some(run) = plan.runs().last().filter(|_| !past_end.is_empty()) {
                 // The last cluster is written to its end, as in qemu-img.

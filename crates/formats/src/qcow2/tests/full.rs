@@ -1,8 +1,12 @@
 //! Full disks: the file cannot grow beyond a limit.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use diskimage_core::{Device, MemoryDevice, Repair, errno};
+use diskimage_core::{
+    ByteRange, ClosedGate, Device, Error, FilterDevice, Filtered, MemoryDevice, Preallocation, Repair,
+    ResizeRequest, ZeroMode, errno,
+};
 use diskimage_testing::{FaultyDevice, Journal, RecordingDevice};
 
 use super::scenario::{
@@ -178,4 +182,64 @@ fn a_crash_on_a_full_disk_leaves_a_sound_image() {
         let count = crash_on_full_disk(&scenario);
         assert!(count > 100, "{}: {count} crashes", scenario.name);
     }
+}
+
+/// A file that `write_zeroes` allocates until the disk is full, and on which nothing can be written then, until storage is
+/// given back.
+#[derive(Debug)]
+struct FillingDisk {
+    below: Arc<dyn Device>,
+    is_full: AtomicBool,
+}
+
+impl FilterDevice for FillingDisk {
+    fn below(&self) -> &Arc<dyn Device> {
+        &self.below
+    }
+
+    fn write_at(&self, buf: &[u8], offset: u64) -> diskimage_core::Result<()> {
+        match self.is_full.load(Ordering::Relaxed) {
+            true => Err(Error::from_errno(errno::ENOSPC)),
+            false => self.below.write_at(buf, offset),
+        }
+    }
+
+    fn write_zeroes(&self, range: ByteRange, mode: ZeroMode) -> diskimage_core::Result<()> {
+        if mode != ZeroMode::KeepAllocated {
+            return self.below.write_zeroes(range, mode);
+        }
+        self.below
+            .resize(range.start() + range.len() / 2, Preallocation::Off)?;
+        self.is_full.store(true, Ordering::Relaxed);
+        Err(Error::from_errno(errno::ENOSPC))
+    }
+
+    fn discard(&self, range: ByteRange) -> diskimage_core::Result<()> {
+        self.is_full.store(false, Ordering::Relaxed);
+        self.below.discard(range)
+    }
+}
+
+#[test]
+fn a_preallocation_that_fills_the_disk_gives_back_what_it_got() {
+    let memory = super::create("", 1 << 20, &ClosedGate);
+    let before = memory.len();
+    let disk: Arc<dyn Device> = Arc::new(Filtered(FillingDisk {
+        below: Arc::<MemoryDevice>::clone(&memory),
+        is_full: AtomicBool::new(false),
+    }));
+    let empty: Arc<dyn Device> = Arc::new(MemoryDevice::default());
+    let image = open_on(&[disk, empty], true).expect("opens");
+    let error = image
+        .resize_with(&ResizeRequest::new(64 << 20, Preallocation::Falloc))
+        .expect_err("the disk is full");
+    assert_eq!(error.errno(), Some(errno::ENOSPC));
+    drop(image);
+    // An L2 table may stay.
+    assert!(
+        memory.len() <= before.next_multiple_of(65536) + 65536,
+        "{}",
+        memory.len()
+    );
+    without_leaks(&[memory.contents(), Vec::new()]).expect("all clusters are freed");
 }
