@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use diskimage_core::{
     CreateRequest, Device, Error, FilterDevice, Filtered, NewFiles, OpenContext, OpenRequest, Preallocation,
-    ResizeRequest, Result, name, saturating_u32, to_index,
+    ResizeRequest, Result, ResultExt, name, saturating_u32, to_index,
 };
 use zerocopy::IntoBytes;
 use zerocopy::byteorder::big_endian::{U32, U64};
@@ -58,7 +58,7 @@ pub(super) fn create(request: &CreateRequest<'_>, files: &mut NewFiles<'_>) -> R
     };
     let size = ResizeRequest::new(request.size.next_multiple_of(512), preallocation);
     // No `backing_len`: the backing image is visible everywhere.
-    image.grow_to(&size)?;
+    image.grow_to(&size).context(|| "Could not resize image")?;
     diskimage_core::Layer::flush(&*image)?;
     files.file.flush()
 }

@@ -243,3 +243,21 @@ fn a_preallocation_that_fills_the_disk_gives_back_what_it_got() {
     );
     without_leaks(&[memory.contents(), Vec::new()]).expect("all clusters are freed");
 }
+
+#[test]
+fn a_creation_that_fills_the_disk_says_what_did_not_fit() {
+    for (mode, what) in [
+        ("falloc", "Could not preallocate new data"),
+        ("full", "Could not write zeros for preallocation"),
+    ] {
+        let disk = Arc::new(FaultyDevice::new(Arc::new(MemoryDevice::default())));
+        disk.limit_len(1 << 20);
+        let created = super::create_in(disk, &format!("preallocation={mode}"), 8 << 20, &ClosedGate);
+        assert_eq!(
+            created.expect_err("the disk is full").chain(),
+            format!(
+                "Could not resize image: Failed to resize underlying file: {what}: No space left on device"
+            )
+        );
+    }
+}

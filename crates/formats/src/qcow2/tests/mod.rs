@@ -56,7 +56,16 @@ pub(super) fn create(
     gate: &(impl Gate + Clone + 'static),
 ) -> Arc<MemoryDevice> {
     let file = Arc::new(MemoryDevice::default());
-    let device: Arc<dyn Device> = Arc::<MemoryDevice>::clone(&file);
+    create_in(Arc::<MemoryDevice>::clone(&file), options_text, size, gate).expect("created");
+    file
+}
+
+pub(super) fn create_in(
+    file: Arc<dyn Device>,
+    options_text: &str,
+    size: u64,
+    gate: &(impl Gate + Clone + 'static),
+) -> Result<()> {
     let options = options(options_text);
     let context = context(gate);
     let plan = Qcow2Format.plan_create(CreateRequest {
@@ -65,13 +74,11 @@ pub(super) fn create(
         options: &options,
         objects: &context.objects,
     });
-    let created = plan.expect("valid options").write(NewFiles {
-        file: device,
+    plan.expect("valid options").write(NewFiles {
+        file,
         make_part: &mut |part| context.open_data(part, "test", Permissions::WRITE),
         backing: None,
-    });
-    created.expect("created");
-    file
+    })
 }
 
 pub(super) fn open(
