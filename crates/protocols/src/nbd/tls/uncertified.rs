@@ -1,6 +1,6 @@
 //! TLS without certificates: with a pre-shared key, or anonymous.
 //!
-//! rustls has neither. The program `qemu-img-tls` has both, by OpenSSL, so that nobody else has to load that library:
+//! rustls has neither. The program `qemu-img-tls` has both, by OpenSSL, so that no other program has to load that library:
 //! it gets the socket as standard input, and our end of a pair of sockets as standard output.
 
 use std::io::{self, Read};
