@@ -96,9 +96,9 @@ impl<'a> Worker<'a> {
             hosts: Vec::new(),
             parts: Vec::new(),
             steps: Vec::new(),
-            // Allocated in full: growing step by step would fragment the heap with the smaller buffers.
             kept: Vec::new(),
             kept_bytes: Vec::new(),
+            // Allocated in full: growing step by step would fragment the heap with the smaller buffers.
             encoded: vec_with_room(if encoder.is_some() { segment } else { 0 })?,
             cluster: Vec::new(),
             encoder,

@@ -2,8 +2,8 @@
 
 use diskimage_core::{ByteRange, Device, Preallocation, Result, ZeroMode};
 
-/// Makes newly allocated `range` of `file` read as zero without writing it: bytes that the file has become a hole, and the file grows to the end of
-/// `range`.
+/// Makes newly allocated `range` of `file` read as zero without writing it: bytes that the file has become a hole, and
+/// the file grows to the end of `range`.
 ///
 /// # Errors
 /// Failures to zero or to grow the file.
