@@ -7,7 +7,7 @@ use std::sync::{Arc, OnceLock};
 use diskimage_core::options::Options;
 use diskimage_core::{CreateRequest, Device, Format, Image, NewFiles, NodeOptions, OpenContext, OpenRequest};
 use diskimage_formats::Vhdx;
-use diskimage_fuzz::{PagedFile, file_of};
+use diskimage_fuzz::{PagedFile, change, change_parts, file_of};
 
 /// The parts of the file that the input modifies, one after the other: offset and length.
 const PARTS: [(u64, usize); 8] = [
@@ -31,27 +31,12 @@ const TABLE: u64 = 2 << 20;
 libfuzzer_sys::fuzz_target!(|input: &[u8]| {
     static SOUND: OnceLock<Arc<[u8]>> = OnceLock::new();
     let file = file_of(Arc::clone(SOUND.get_or_init(valid_image)));
-    let mut input = input.iter();
-    for (at, len) in PARTS {
-        change(&file, at, len, |bytes| {
-            for (byte, different) in bytes.iter_mut().zip(input.by_ref().take(len)) {
-                *byte ^= different;
-            }
-        });
-    }
+    change_parts(&file, &PARTS, input);
     for (at, len) in [(HEADERS[0], 4096), (REGION_TABLE, 64 << 10), (LOG, 2 * 4096)] {
         change(&file, at, len, fix_checksum);
     }
     diskimage_fuzz::exercise_file(&Vhdx, &file);
 });
-
-/// Modifies `len` bytes of `file` from `at` on.
-fn change(file: &PagedFile, at: u64, len: usize, how: impl FnOnce(&mut [u8])) {
-    let mut bytes = vec![0; len];
-    file.read_at(&mut bytes, at).expect("inside");
-    how(&mut bytes);
-    file.write_at(&bytes, at).expect("has room");
-}
 
 /// Sets the CRC-32C of a structure, which is in bytes 4 to 7.
 fn fix_checksum(structure: &mut [u8]) {

@@ -5,9 +5,8 @@
 
 use std::sync::{Arc, OnceLock};
 
-use diskimage_core::Device;
 use diskimage_formats::Vpc;
-use diskimage_fuzz::{PagedFile, file_of};
+use diskimage_fuzz::{change, change_parts, file_of};
 use diskimage_testing::{SparseBlock, VhdImage, VhdParent};
 
 /// The parts of the file that the input modifies, one after the other: offset and length.
@@ -33,26 +32,11 @@ const TABLE: u64 = 1536;
 libfuzzer_sys::fuzz_target!(|input: &[u8]| {
     static SOUND: OnceLock<Arc<[u8]>> = OnceLock::new();
     let file = file_of(Arc::clone(SOUND.get_or_init(valid_image)));
-    let mut input = input.iter();
-    for (at, len) in PARTS {
-        change(&file, at, len, |bytes| {
-            for (byte, different) in bytes.iter_mut().zip(input.by_ref().take(len)) {
-                *byte ^= different;
-            }
-        });
-    }
+    change_parts(&file, &PARTS, input);
     change(&file, 0, 512, |footer| fix_checksum(footer, 64));
     change(&file, HEADER, 1024, |header| fix_checksum(header, 36));
     diskimage_fuzz::exercise_on_any_parent(&Vpc, &file);
 });
-
-/// Modifies `len` bytes of `file` from `at` on.
-fn change(file: &PagedFile, at: u64, len: usize, how: impl FnOnce(&mut [u8])) {
-    let mut bytes = vec![0; len];
-    file.read_at(&mut bytes, at).expect("inside");
-    how(&mut bytes);
-    file.write_at(&bytes, at).expect("has room");
-}
 
 /// Sets the checksum of a structure, which is in the four bytes from `at` on.
 fn fix_checksum(structure: &mut [u8], at: usize) {

@@ -4,7 +4,8 @@
 use std::sync::Arc;
 
 use diskimage_core::{
-    Budget, ByteRange, Device, Error, ErrorKind, Format, Gate, Image, Layer, MemoryDevice, NodeOptions, Objects, OpenContext, OpenRequest, Preallocation, Progress, Reference, Repair, Result, StatusDetail, ZeroMode,
+    Budget, ByteRange, Device, Error, ErrorKind, Format, Gate, Image, Layer, MemoryDevice, NodeOptions, Objects,
+    OpenContext, OpenRequest, Preallocation, Progress, Reference, Repair, Result, StatusDetail, ZeroMode,
 };
 use diskimage_formats::Qcow2Format;
 use diskimage_testing::{RecordingGate, contents, create_image, open_image};
@@ -20,6 +21,26 @@ const MAX_WRITTEN: usize = 192 << 20;
 /// A file with these bytes, within the limits of all targets.
 pub fn file_of(bytes: Arc<[u8]>) -> PagedFile {
     PagedFile::new(bytes).with_limits(MAX_LEN, MAX_WRITTEN)
+}
+
+/// Modifies `len` bytes of `file` from `at` on.
+pub fn change(file: &PagedFile, at: u64, len: usize, how: impl FnOnce(&mut [u8])) {
+    let mut bytes = vec![0; len];
+    file.read_at(&mut bytes, at).expect("inside");
+    how(&mut bytes);
+    file.write_at(&bytes, at).expect("has room");
+}
+
+/// Modifies `parts` of `file`, each an offset and a length, by the bytes of `input`, one part after the other.
+pub fn change_parts(file: &PagedFile, parts: &[(u64, usize)], input: &[u8]) {
+    let mut input = input.iter();
+    for &(at, len) in parts {
+        change(file, at, len, |bytes| {
+            for (byte, different) in bytes.iter_mut().zip(input.by_ref().take(len)) {
+                *byte ^= different;
+            }
+        });
+    }
 }
 
 /// The limit of extents to read, which bounds the work for a disk of exabytes.
