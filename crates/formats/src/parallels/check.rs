@@ -43,6 +43,7 @@ impl ParallelsLayer {
             layer: self,
             repairs: repair == Repair::All,
             file_len,
+            cut_off_end: 0,
             progress,
             report: CheckReport {
                 image_end_offset: state.header.data_start(file_len),
@@ -78,6 +79,8 @@ struct Check<'a> {
     repairs: bool,
     /// The file's length at the start.
     file_len: u64,
+    /// The end of what the file has of clusters that reach beyond its end.
+    cut_off_end: u64,
     progress: &'a Progress<'a>,
     report: CheckReport,
 }
@@ -132,6 +135,9 @@ impl Check<'_> {
                         state.mark_in_use(&*self.layer.file)?;
                         state.table.set(index, NO_CLUSTER)?;
                     }
+                    if !repairs && offset < self.file_len {
+                        self.cut_off_end = self.file_len;
+                    }
                     stays |= !repairs;
                     continue;
                 }
@@ -157,7 +163,7 @@ impl Check<'_> {
     /// Checks for leaked bytes behind the last cluster.
     fn tail(&mut self, state: &mut State, truncates: bool) -> Result<()> {
         let (file, end) = (&*self.layer.file, self.report.image_end_offset);
-        let leaked = file.len().saturating_sub(end);
+        let leaked = file.len().saturating_sub(end.max(self.cut_off_end));
         if leaked == 0 {
             return Ok(());
         }

@@ -47,7 +47,7 @@ use diskimage_core::{
 
 use self::descriptor::{Descriptor, NO_PARENT};
 use self::extent::{Extent, Storage};
-use self::header::{Geometry, Hosted};
+use self::header::{Geometry, Hosted, SECTOR};
 use self::occupied::Occupied;
 use self::tables::{Grain, GrainTables};
 use crate::codec;
@@ -147,8 +147,9 @@ impl VmdkLayer {
         let mut magic = [0; 4];
         request.file.read_padded(&mut magic, 0)?;
         if magic == header::HOSTED_MAGIC {
-            let hosted = Hosted::read(&*request.file)?;
-            let range = hosted.geometry.descriptor;
+            let mut hosted = Hosted::read(&*request.file)?;
+            let range = embedded_descriptor(&request.file, &hosted.geometry)?;
+            hosted.geometry.descriptor = range;
             if hosted.geometry.capacity > 0 {
                 if request.write {
                     hosted.geometry.require_handled()?;
@@ -385,6 +386,23 @@ fn with_name(request: &OpenRequest<'_>, descriptor: Result<Descriptor>) -> Resul
     })
 }
 
+/// How far a descriptor behind the header reaches at most.
+const EMBEDDED_END: u64 = 21 * SECTOR;
+
+/// Where the descriptor of a sparse file is: as its header says or, if none is there, right behind the header, where qemu-img
+/// reads it in any case.
+fn embedded_descriptor(file: &Arc<dyn Device>, geometry: &Geometry) -> Result<ByteRange> {
+    let stated = geometry.descriptor;
+    let tables = geometry.redundant.map_or(geometry.directory, |at| at.min(geometry.directory));
+    let behind_header = ByteRange::new(SECTOR, tables.clamp(SECTOR, EMBEDDED_END));
+    for range in [stated, behind_header] {
+        if descriptor::is_descriptor(&read_descriptor(file, Some(range))?) {
+            return Ok(range);
+        }
+    }
+    Ok(stated)
+}
+
 /// Reads the descriptor in `file`: the bytes of `range`, or the whole file.
 ///
 /// # Errors
@@ -487,7 +505,7 @@ impl Layer for VmdkLayer {
             };
             let end = match geometry.compressed {
                 // The end-of-stream marker is a sector of zeroes.
-                true => *free + header::SECTOR,
+                true => *free + SECTOR,
                 // The last grain is stored with its full length.
                 false => *free,
             };
