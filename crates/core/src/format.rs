@@ -85,8 +85,6 @@ pub struct FormatProperties {
     pub has_compression: bool,
     /// There are no tables that another writer could spoil: others may write to the file meanwhile.
     pub shares_writes: bool,
-    /// A file that did not become an image stays, empty: qemu-img's drivers differ in that.
-    pub keeps_failed_file: bool,
 }
 
 impl FormatProperties {
@@ -100,7 +98,6 @@ impl FormatProperties {
         has_backing: false,
         has_compression: false,
         shares_writes: false,
-        keeps_failed_file: false,
     };
 }
 

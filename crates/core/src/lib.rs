@@ -91,7 +91,7 @@ pub use memory::MemoryDevice;
 pub use name::Name;
 pub use node::{NodeOptions, is_identifier};
 pub use objects::{Object, Objects, Secret, TlsCreds, TlsKind};
-pub use open_context::{OnImageLost, OnNote, OpenContext};
+pub use open_context::{OnImageLost, OnNote, OpenContext, OpenFiles};
 pub use progress::{Note, Progress};
 pub use range::{ByteRange, align_down, align_up, div_ceil, saturating_index, saturating_u32, to_index};
 pub use snapshots::{NewSnapshot, Snapshots};

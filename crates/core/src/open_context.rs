@@ -30,6 +30,26 @@ pub struct OpenContext {
     pub on_note: Option<Arc<OnNote>>,
     /// Called if the changes of an image cannot be written back when it is dropped.
     pub on_lost: Option<Arc<OnImageLost>>,
+    /// Files of a new image, which are opened from here.
+    pub new_files: OpenFiles,
+}
+
+/// Files that are open already, by path: those of a new image that is not complete. A driver that is to open one for
+/// writing takes it from here, since nothing may have this name yet, or something else by now.
+#[derive(Clone, Debug, Default)]
+pub struct OpenFiles(Arc<[(String, Arc<dyn Device>)]>);
+
+impl OpenFiles {
+    /// The files, each with its path.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &Arc<dyn Device>)> {
+        self.0.iter().map(|(path, device)| (path.as_str(), device))
+    }
+}
+
+impl FromIterator<(String, Arc<dyn Device>)> for OpenFiles {
+    fn from_iter<I: IntoIterator<Item = (String, Arc<dyn Device>)>>(files: I) -> Self {
+        Self(files.into_iter().collect())
+    }
 }
 
 impl OpenContext {
@@ -42,6 +62,7 @@ impl OpenContext {
             local_time: LocalTime::default(),
             on_note: None,
             on_lost: None,
+            new_files: OpenFiles::default(),
         }
     }
 

@@ -2,8 +2,9 @@
 //!
 //! ```text
 //!   Creation ── prepare: options parsed, backing image opened, nothing written ──▶ Prepared
-//!   Prepared ── create:  file emptied or created, lock, format written         ──▶ image
-//!                        on failure: the file and its parts are removed
+//!   Prepared ── write:   files made and locked, format written                 ──▶ NewImage, its files have no names yet
+//!   NewImage ── publish: the files get their names                             ──▶ image
+//!               dropped: the files are gone, what was there before is still there
 //! ```
 
 use std::collections::HashSet;
@@ -12,13 +13,13 @@ use std::sync::Arc;
 use diskimage_core::options::{OptionDef, Options};
 use diskimage_core::{
     CreatePlan, CreateRequest, Device, Error, ErrorKind, Format, Gate, Image, NewFiles, NodeOptions, Objects,
-    OnNote, OpenContext, Permissions, Preallocation, Result, name,
+    OnNote, OpenContext, OpenFiles, Permissions, Preallocation, Result, name,
 };
 use diskimage_formats::format_by_name;
 use diskimage_protocols::{
     CREATE_OPTIONS as FILE_CREATE_OPTIONS, CacheMode, EXISTING_CREATE_OPTIONS, File, FileCreation,
-    LocalFileDriver, Protocol, ProtocolRequest, Target, filter_by_name, parse_name, protocol_by_name,
-    protocol_of_name,
+    LocalFileDriver, NewFile, Protocol, ProtocolRequest, Target, filter_by_name, parse_name,
+    protocol_by_name, protocol_of_name,
 };
 
 use crate::files::{Identity, Location, files_below, files_of_chain};
@@ -287,12 +288,21 @@ impl Prepared {
         format!("fmt={name} {}", self.options.summary())
     }
 
-    /// Creates the image. Existing files are emptied once they are locked. On failure the image's own file is removed,
-    /// also one that existed before, as by `qemu-img`; of its other files those that this creation made.
+    /// Creates the image: [`Prepared::write`] and [`NewImage::publish`].
+    ///
+    /// # Errors
+    /// Those of both.
+    pub fn create(&self) -> Result<()> {
+        self.write()?.publish()
+    }
+
+    /// Writes the image into files that get their names when it is published, so that no file under these names is
+    /// incomplete. Files that exist already are locked, and keep their contents until then. Storage that is not a regular
+    /// file is overwritten.
     ///
     /// # Errors
     /// The format refuses an option, a file is needed by another image or in use, or a request fails.
-    pub fn create(&self) -> Result<()> {
+    pub fn write(&self) -> Result<NewImage> {
         let creation = FileCreation::from_options(&self.options)?;
         self.check_preallocation()?;
         // Errors in the options are found before the file is emptied.
@@ -306,17 +316,9 @@ impl Prepared {
             options: &self.options,
             objects: &self.context.objects,
         })?;
-        let place = self.place(&creation, &plan)?;
-        let mut made = Vec::new();
-        let outcome = self.fill(&place.device, plan, &creation, &mut made);
-        if outcome.is_err() && place.is_new && !self.format.properties().keeps_failed_file {
-            // An error of the removal is not reported: the creation's is.
-            let _ = name::remove(&name::to_path(&place.device.name()));
-            for part in &made {
-                let _ = name::remove(&name::to_path(part));
-            }
-        }
-        outcome
+        let (file, mut files) = self.own_file(&creation, &plan)?;
+        self.fill(&file, plan, &creation, &mut files)?;
+        Ok(NewImage { files })
     }
 
     /// Refuses to overwrite a file that is needed or in use, and two files of the new image that are the same.
@@ -358,8 +360,13 @@ impl Prepared {
         }
     }
 
-    /// Creates the file of the new image, or opens the existing one of a protocol that cannot create files.
-    fn place(&self, creation: &FileCreation, plan: &CreatePlan<'_>) -> Result<Place> {
+    /// The file of the new image and, if it is made for the image, the same as a new file. Protocols that cannot create
+    /// files open the existing one.
+    fn own_file(
+        &self,
+        creation: &FileCreation,
+        plan: &CreatePlan<'_>,
+    ) -> Result<(Arc<dyn Device>, Vec<NewFile>)> {
         let no_making = |error: Error, driver: &str| {
             error.context(format!(
                 "Protocol driver '{driver}' does not support creating new images, so an existing image must be selected \
@@ -387,11 +394,8 @@ impl Prepared {
             let path = node.take_text("filename").unwrap_or_default();
             self.require_apart(&path, plan)?;
             let target = Target::plain(&path);
-            let created = File::create(&target, self.permissions(), creation, self.cache)?;
-            return Ok(Place {
-                is_new: !created.file.is_device(),
-                device: Arc::new(created.file),
-            });
+            let new = File::create(&target, self.permissions(), creation, self.cache)?;
+            return Ok((Arc::<File>::clone(new.file()), vec![new]));
         }
         node.take("driver");
         let opened = protocol.open(ProtocolRequest {
@@ -402,10 +406,7 @@ impl Prepared {
         });
         let device = opened.map_err(|error| no_making(error, protocol.name()))?;
         self.require_apart(&device.name(), plan)?;
-        Ok(Place {
-            device,
-            is_new: false,
-        })
+        Ok((device, Vec::new()))
     }
 
     /// If the format leaves preallocation to the file, checks that the mode exists before the file is emptied.
@@ -424,13 +425,13 @@ impl Prepared {
         }
     }
 
-    /// Writes the image. The paths of the parts that did not exist before are added to `made`.
+    /// Writes the image. Its further files are added to `files`.
     fn fill(
         &self,
         file: &Arc<dyn Device>,
         plan: CreatePlan<'_>,
         creation: &FileCreation,
-        made: &mut Vec<String>,
+        files: &mut Vec<NewFile>,
     ) -> Result<()> {
         file.lock(self.permissions())?;
         let backing = match plan.reads_backing {
@@ -443,10 +444,9 @@ impl Prepared {
             make_part: &mut |path| {
                 let target = Target::plain(path);
                 let part = File::create(&target, permissions, creation, self.cache)?;
-                if !part.existed {
-                    made.push(target.path);
-                }
-                Ok(Arc::new(part.file))
+                let device = Arc::<File>::clone(part.file());
+                files.push(part);
+                Ok(device)
             },
             backing,
         })
@@ -506,11 +506,32 @@ pub fn protocol_options(protocol: &str) -> &'static [OptionDef] {
     }
 }
 
-/// The device of a new image.
-struct Place {
-    device: Arc<dyn Device>,
-    /// Whether it is a file that has been created or emptied for the image, and that is removed on failure.
-    is_new: bool,
+/// A new image whose files have no names yet. Dropped before it is published, they are gone.
+#[derive(Debug)]
+#[must_use = "the image is lost unless it is published"]
+pub struct NewImage {
+    /// The image's own file first.
+    files: Vec<NewFile>,
+}
+
+impl NewImage {
+    /// The files, for [`OpenOptions::new_files`]: the image can be opened by its name with them.
+    pub fn files(&self) -> OpenFiles {
+        let device = |new: &NewFile| -> Arc<dyn Device> { Arc::<File>::clone(new.file()) };
+        self.files
+            .iter()
+            .map(|new| (new.file().name(), device(new)))
+            .collect()
+    }
+
+    /// Gives the files their names, the one without which the image cannot be opened last. Files that had these names are
+    /// replaced.
+    ///
+    /// # Errors
+    /// A file cannot get its name, or something else has it by now.
+    pub fn publish(self) -> Result<()> {
+        self.files.into_iter().rev().try_for_each(NewFile::publish)
+    }
 }
 
 /// The node options of the file of a new image. An empty name is passed on, so that the error is that of open(2).

@@ -4,7 +4,8 @@ use std::fmt;
 use std::sync::Arc;
 
 use diskimage_core::{
-    Budget, Format, Gate, LocalTime, NodeOptions, Objects, OnImageLost, OnNote, OpenContext, Permissions,
+    Budget, Format, Gate, LocalTime, NodeOptions, Objects, OnImageLost, OnNote, OpenContext, OpenFiles,
+    Permissions,
 };
 use diskimage_formats::Raw;
 use diskimage_protocols::CacheMode;
@@ -32,6 +33,7 @@ pub struct OpenOptions {
     gate: Option<Arc<dyn Gate>>,
     on_note: Option<Arc<OnNote>>,
     on_lost: Option<Arc<OnImageLost>>,
+    new_files: OpenFiles,
 }
 
 impl OpenOptions {
@@ -173,6 +175,12 @@ impl OpenOptions {
         permissions
     }
 
+    /// The files of a new image, which are opened from here and not by name.
+    pub fn new_files(mut self, files: OpenFiles) -> Self {
+        self.new_files = files;
+        self
+    }
+
     /// The mode of the topmost node.
     pub(crate) fn mode(&self) -> Mode {
         Mode {
@@ -199,6 +207,7 @@ impl OpenOptions {
             local_time: self.local_time.clone(),
             on_note: self.on_note.clone(),
             on_lost: self.on_lost.clone(),
+            new_files: self.new_files.clone(),
         }
     }
 }

@@ -22,6 +22,7 @@ mod holes;
 mod lock;
 mod name;
 mod nbd;
+mod new_file;
 mod null;
 mod protocol;
 mod sys;
@@ -33,13 +34,13 @@ pub use aio::Aio;
 pub use cache::CacheMode;
 pub use file::{File, LocalFileDriver, identity_of_path, path_in_any_case};
 pub use filter::{ChildKind, Filter, FilterChild, FilterRequest, OpenedChild, ParseName};
-pub use grow::{CREATE_OPTIONS, CreatedFile, EXISTING_CREATE_OPTIONS, FileCreation};
 pub use name::{ProtocolKind, Target};
 pub use nbd::check_tls_creds;
 #[cfg(feature = "fuzzing")]
 pub use nbd::fuzzing;
 #[cfg(feature = "tls")]
 pub use nbd::tls_helper;
+pub use new_file::{CREATE_OPTIONS, EXISTING_CREATE_OPTIONS, FileCreation, NewFile};
 pub use protocol::{Protocol, ProtocolRequest};
 pub use sys::allocator::LastWordsAllocator;
 pub use table::{FILTERS, PROTOCOLS, filter_by_name, parse_name, protocol_by_name, protocol_of_name};

@@ -163,12 +163,12 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     })?;
     let part = args.blocks.of(source.len());
     let range = part.unwrap_or((source.len(), 0));
-    Creation::new(&args.output, &args.output_format)
+    let new = Creation::new(&args.output, &args.output_format)
         .objects(Arc::clone(&args.objects))
         .apart_from(std::slice::from_ref(&source))
         .exact_size(range.1)
         .prepare()?
-        .create()
+        .write()
         .map_err(|error| {
             let output = printable(&args.output);
             error.context(format!("{output}: error while creating output image"))
@@ -177,7 +177,8 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
         name: ImageName::File(args.output),
         format: Some(args.output_format),
     };
-    let target = open_source(&target, options().write(true).resize(true), console)?;
+    let opening = options().write(true).resize(true).new_files(new.files());
+    let target = open_source(&target, opening, console)?;
     if part.is_none() {
         let message = format!(
             "{}: cannot skip to specified offset",
@@ -185,7 +186,11 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
         );
         console.error(&message);
     }
-    dd(&source, range, args.blocks.size, &target)?;
+    let outcome = dd(&source, range, args.blocks.size, &target);
+    drop(target);
+    // What was read before an error is kept.
+    new.publish()?;
+    outcome?;
     Ok(0)
 }
 

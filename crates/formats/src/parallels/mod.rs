@@ -63,7 +63,6 @@ impl Format for Parallels {
         const {
             &FormatProperties {
                 create_options: Some(create::OPTIONS),
-                keeps_failed_file: true,
                 ..FormatProperties::READ_ONLY
             }
         }

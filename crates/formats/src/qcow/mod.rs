@@ -56,7 +56,6 @@ impl Format for QcowFormat {
                 strong_options: &[legacy_aes::KEY_SECRET],
                 has_backing: true,
                 has_compression: true,
-                keeps_failed_file: true,
                 ..FormatProperties::READ_ONLY
             }
         }

@@ -56,7 +56,6 @@ impl Format for QedFormat {
             &FormatProperties {
                 create_options: Some(create::OPTIONS),
                 has_backing: true,
-                keeps_failed_file: true,
                 ..FormatProperties::READ_ONLY
             }
         }

@@ -41,7 +41,6 @@ impl Format for Raw {
                 strong_options: &["offset", "size"],
                 shares_writes: true,
                 // Without a header the file is still a raw image of its length, whatever that may be.
-                keeps_failed_file: true,
                 ..FormatProperties::READ_ONLY
             }
         }

@@ -53,7 +53,6 @@ impl Format for Vdi {
         const {
             &FormatProperties {
                 create_options: Some(create::OPTIONS),
-                keeps_failed_file: true,
                 ..FormatProperties::READ_ONLY
             }
         }

@@ -72,7 +72,6 @@ impl Format for Vhdx {
         const {
             &FormatProperties {
                 create_options: Some(create::OPTIONS),
-                keeps_failed_file: true,
                 ..FormatProperties::READ_ONLY
             }
         }

@@ -393,7 +393,9 @@ const EMBEDDED_END: u64 = 21 * SECTOR;
 /// reads it in any case.
 fn embedded_descriptor(file: &Arc<dyn Device>, geometry: &Geometry) -> Result<ByteRange> {
     let stated = geometry.descriptor;
-    let tables = geometry.redundant.map_or(geometry.directory, |at| at.min(geometry.directory));
+    let tables = geometry
+        .redundant
+        .map_or(geometry.directory, |at| at.min(geometry.directory));
     let behind_header = ByteRange::new(SECTOR, tables.clamp(SECTOR, EMBEDDED_END));
     for range in [stated, behind_header] {
         if descriptor::is_descriptor(&read_descriptor(file, Some(range))?) {

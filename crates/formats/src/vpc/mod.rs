@@ -77,7 +77,6 @@ impl Format for Vpc {
             &FormatProperties {
                 create_options: Some(create::OPTIONS),
                 strong_options: &["force_size_calc"],
-                keeps_failed_file: true,
                 ..FormatProperties::READ_ONLY
             }
         }

@@ -48,6 +48,27 @@ impl LocalFileDriver {
     }
 }
 
+/// The file of a new image that is opened as `path`.
+fn new_file(path: &str, request: &ProtocolRequest<'_>) -> Option<Arc<dyn Device>> {
+    let new_files = request.context.new_files.iter();
+    let mut found = new_files.filter(|(of_file, _)| request.write && same_path(of_file, path));
+    found.next().map(|(_, device)| Arc::clone(device))
+}
+
+/// Whether two paths stand for the same name in the same directory.
+fn same_path(one: &str, other: &str) -> bool {
+    let place = |path: &str| {
+        let path = name::to_path(path);
+        let name = path.file_name()?.to_owned();
+        let directory = match path.parent() {
+            Some(directory) if !directory.as_os_str().is_empty() => directory.canonicalize(),
+            _ => name::to_path(".").canonicalize(),
+        };
+        Some((directory.ok()?, name))
+    };
+    one == other || place(one).is_some_and(|one| place(other) == Some(one))
+}
+
 const OPTIONS: &[OptionDef] = &[
     OptionDef {
         name: "filename",
@@ -103,6 +124,9 @@ impl Protocol for LocalFileDriver {
             .ok_or_else(|| {
                 Error::invalid(format!("The '{}' block driver requires a file name", self.name()))
             })?;
+        if let Some(device) = new_file(path, &request) {
+            return Ok(device);
+        }
         let target = Target {
             protocol: Some(self.kind),
             path: path.to_owned(),

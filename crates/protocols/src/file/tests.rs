@@ -1,14 +1,16 @@
 //! Tests of files as devices.
 
 use super::*;
-use crate::grow::FileCreation;
+use crate::new_file::{FileCreation, NewFile};
 
 /// A new file in a temporary directory, opened for writing if `write`.
 pub(crate) fn scratch(write: bool) -> (tempfile::TempDir, File) {
     let dir = tempfile::tempdir().expect("there is a temporary directory");
     let target = target(&dir);
     let creation = FileCreation::default();
-    drop(File::create(&target, Permissions::WRITE, &creation, CacheMode::UNSAFE).expect("is made"));
+    File::create(&target, Permissions::WRITE, &creation, CacheMode::UNSAFE)
+        .and_then(NewFile::publish)
+        .expect("is made");
     let file = File::open(&target, write, CacheMode::UNSAFE).expect("opens");
     (dir, file)
 }

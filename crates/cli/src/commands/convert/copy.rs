@@ -1,14 +1,13 @@
 //! Runs `convert`: opens the sources, creates the target, copies the data and the bitmaps.
 
-use std::fs;
 use std::num::NonZeroU32;
 use std::sync::Arc;
 
 use diskimage::options::Options;
 use diskimage::{
-    Conversion, Creation, DEFAULT_SPARSE, Device, FILE_CREATE_OPTIONS, Format, Image, Layer, NodeOptions,
-    OpenOptions, ambiguous_snapshot, check_bitmaps, copy_bitmaps, flush, format_by_name, format_of_new,
-    is_encrypted, name, open_snapshot, total_len,
+    Conversion, Creation, DEFAULT_SPARSE, Device, FILE_CREATE_OPTIONS, Format, Image, Layer, NewImage,
+    NodeOptions, OpenFiles, OpenOptions, ambiguous_snapshot, check_bitmaps, copy_bitmaps, flush,
+    format_by_name, format_of_new, is_encrypted, open_snapshot, total_len,
 };
 
 use super::super::create::option_help;
@@ -33,24 +32,24 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     progress.begin();
     let (sources, bitmap_source) = open_sources(&args, console)?;
     let target = Target::prepare(&args, &sources)?;
-    let created = target.create(&args)?;
-    let outcome = target.open(&args, console).and_then(|image| {
-        if bitmap_source.is_some() && image.layer().bitmaps().is_none() {
-            return Err(Stop::wrong(format!(
-                "Format driver '{}' does not support bitmaps",
-                image.layer().format()
-            )));
-        }
-        copy(&args, &sources, &target, &image, &progress, console)?;
-        match &bitmap_source {
-            Some(source) => copy_all_bitmaps(&**source, &image, console),
-            None => Ok(()),
-        }
-    });
-    if outcome.is_err() {
-        created.empty();
+    // Unless it is published, a new image is gone with all its files.
+    let new = target.create(&args)?;
+    let image = target.open(&args, new.as_ref(), console)?;
+    if bitmap_source.is_some() && image.layer().bitmaps().is_none() {
+        return Err(Stop::wrong(format!(
+            "Format driver '{}' does not support bitmaps",
+            image.layer().format()
+        )));
     }
-    outcome.map(|()| 0)
+    copy(&args, &sources, &target, &image, &progress, console)?;
+    if let Some(source) = &bitmap_source {
+        copy_all_bitmaps(&**source, &image, console)?;
+    }
+    drop(image);
+    if let Some(new) = new {
+        new.publish()?;
+    }
+    Ok(0)
 }
 
 /// The images to copy, and the layer whose bitmaps are copied too. A snapshot has no bitmaps, so this is the image's
@@ -173,12 +172,11 @@ impl Target {
         Ok(target)
     }
 
-    /// Creates the new image, unless the target exists already.
-    fn create(&self, args: &Args) -> Result<Created, Stop> {
+    /// Writes the new image, without data yet; `None` if the target exists already.
+    fn create(&self, args: &Args) -> Result<Option<NewImage>, Stop> {
         let Some(creation) = &self.creation else {
-            return Ok(Created::nothing());
+            return Ok(None);
         };
-        let created = Created::named(&self.name);
         let format = self.format.as_deref().unwrap_or_default();
         let failed = |error: diskimage::Error| {
             Stop::from(error.context(format!("{}: error while converting {format}", self.name)))
@@ -196,11 +194,10 @@ impl Target {
                 "Compression and preallocation not supported at the same time",
             ));
         }
-        prepared.create().map_err(failed)?;
-        Ok(created)
+        prepared.write().map(Some).map_err(failed)
     }
 
-    fn open(&self, args: &Args, console: &Console) -> Result<Arc<Image>, Stop> {
+    fn open(&self, args: &Args, new: Option<&NewImage>, console: &Console) -> Result<Arc<Image>, Stop> {
         let source = Source {
             name: args.target.name.clone(),
             format: self.format.clone(),
@@ -210,6 +207,7 @@ impl Target {
             .write(true)
             .resize(!args.no_create)
             .node_options(self.keys.clone())
+            .new_files(new.map_or_else(OpenFiles::default, NewImage::files))
             .cache(args.target_cache);
         open_source(&source, options, console)
     }
@@ -247,37 +245,6 @@ fn keys(options: &Options) -> NodeOptions {
         }
     }
     keys
-}
-
-/// The file that this run has created. It is emptied if the copy fails, so that no file is left that looks complete.
-struct Created {
-    name: Option<String>,
-}
-
-impl Created {
-    fn nothing() -> Self {
-        Self { name: None }
-    }
-
-    fn named(name: &str) -> Self {
-        Self {
-            name: diskimage::Target::parse(name).ok().map(|target| target.path),
-        }
-    }
-
-    /// Empties the file, if it is a regular file. As in qemu-img it is not removed: it may have existed before, with an
-    /// owner and permissions of its own.
-    fn empty(self) {
-        let file = self
-            .name
-            .map(|name| name::to_path(&name))
-            .filter(|path| path.metadata().is_ok_and(|metadata| metadata.is_file()));
-        let file = file.and_then(|path| name::open_with(&path, fs::OpenOptions::new().write(true)).ok());
-        if let Some(file) = file {
-            // An error here is not reported: that of the copy is.
-            let _ = file.set_len(0);
-        }
-    }
 }
 
 fn copy(

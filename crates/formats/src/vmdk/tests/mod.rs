@@ -755,7 +755,10 @@ fn a_descriptor_behind_the_header_is_found_without_its_offset() {
         image.write_at(&[1; 512], 0).expect("writes");
         image.flush().expect("flushes");
         let after = file.contents();
-        assert!(after[512..1024] != bytes[512..1024], "the new CID is written there");
+        assert!(
+            after[512..1024] != bytes[512..1024],
+            "the new CID is written there"
+        );
         assert!(after[1024..21 * 512] == bytes[1024..21 * 512]);
     }
 }
