@@ -122,7 +122,7 @@ fn compare_runs(
             ignore_stdout,
         );
     }
-    text += &structure::file_names(expected_directory, actual_directory)?;
+    text += &structure::file_names(expected_directory, actual_directory, &case.unfinished)?;
     for comparison in &case.comparisons {
         text += &structure::compare(comparison, tools, expected_directory, actual_directory)?;
     }

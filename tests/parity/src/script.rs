@@ -19,6 +19,8 @@ pub struct Case {
     pub expect_fail: Option<String>,
     /// The reason why the standard output of the tool under test is not compared.
     pub ignore_stdout: Option<String>,
+    /// Files that only the stock tool leaves behind: its commands failed before they were complete.
+    pub unfinished: Vec<String>,
 }
 
 /// A line that is executed.
@@ -203,6 +205,7 @@ pub fn parse(stem: &str, text: &str) -> Result<Vec<Case>, String> {
                 comparisons: Vec::new(),
                 expect_fail: None,
                 ignore_stdout: None,
+                unfinished: Vec::new(),
             });
         } else {
             let case = cases
@@ -349,6 +352,7 @@ fn parse_line(case: &mut Case, words: &[String]) -> Result<(), String> {
             .extend(rest.iter().map(|w| Comparison::Layout(ImageName::parse(w)))),
         "same-bytes" => case.comparisons.extend(parse_same_bytes(rest)?),
         "expect-fail" => case.expect_fail = Some(reason()?),
+        "unfinished" => case.unfinished.extend_from_slice(rest),
         "ignore-stdout" => case.ignore_stdout = Some(reason()?),
         _ => case
             .steps

@@ -32,21 +32,27 @@ pub fn compare(
     }
 }
 
-/// Compares the names of all files in two directories and their subdirectories.
+/// Compares the names of all files in two directories and their subdirectories. Those of `unfinished` must be in the first
+/// one only.
 ///
 /// # Errors
 /// A directory cannot be read.
-pub fn file_names(expected: &Path, actual: &Path) -> Result<String, String> {
+pub fn file_names(expected: &Path, actual: &Path, unfinished: &[String]) -> Result<String, String> {
     let list = |root: &Path| {
         let mut names = Vec::new();
         collect_names(root, "", &mut names).map_err(|error| error.to_string())?;
         names.sort();
-        Ok::<_, String>(names.join("\n"))
+        Ok::<_, String>(names)
     };
+    let mut names = list(expected)?;
+    for name in unfinished {
+        let at = names.iter().position(|there| there == name);
+        names.remove(at.ok_or_else(|| format!("the stock tool leaves no file called {name} behind"))?);
+    }
     Ok(verdict::lines(
         "files left behind",
-        &list(expected)?,
-        &list(actual)?,
+        &names.join("\n"),
+        &list(actual)?.join("\n"),
     ))
 }
 
