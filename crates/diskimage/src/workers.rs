@@ -3,9 +3,13 @@
 //! The calling thread is the first worker. More are started while threads and memory can be had, so an operation that
 //! gets neither does all the work itself. Only memory for the first worker is needed.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
-use diskimage_core::{Result, thread_builder};
+use diskimage_core::{Result, has_room, thread_builder};
+
+/// Bytes of address space that a thread may claim when it starts: its stack and, in the C library, an arena.
+const THREAD: usize = 192 << 20;
 
 /// Runs `work` in up to `count` threads, each on a worker that `make` returns.
 ///
@@ -17,13 +21,24 @@ pub(crate) fn run<W: Send>(
     work: impl Fn(W) + Sync,
 ) -> Result<()> {
     let first = make()?;
-    let work = &work;
+    let (work, begun) = (&work, &AtomicUsize::new(1));
+    // Threads that start at the same time take from each other what each was seen to have room for.
+    let is_scarce = count > 1 && !has_room(count.saturating_mul(THREAD));
     thread::scope(|scope| {
-        for _ in 1..count {
+        for started in 1..count {
             let Ok(builder) = thread_builder() else { break };
             let Ok(worker) = make() else { break };
-            if builder.spawn_scoped(scope, move || work(worker)).is_err() {
+            let begin = move || {
+                // Makes the arena of the thread.
+                has_room(1);
+                begun.fetch_add(1, Ordering::Relaxed);
+                work(worker);
+            };
+            let Ok(thread) = builder.spawn_scoped(scope, begin) else {
                 break;
+            };
+            while is_scarce && begun.load(Ordering::Relaxed) <= started && !thread.is_finished() {
+                thread::yield_now();
             }
         }
         work(first);
@@ -33,8 +48,6 @@ pub(crate) fn run<W: Send>(
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::{AtomicUsize, Ordering};
-
     use diskimage_core::Error;
 
     use super::*;
