@@ -1,6 +1,7 @@
 //! `check`: finds and repairs corruption.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use diskimage::{CacheMode, CheckReport, ErrorKind, Image, Note, Objects, OpenOptions, Progress, Repair};
 
@@ -176,9 +177,23 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
 
 /// Checks the image once, and prints what the check finds to standard error.
 fn check_once(image: &Image, repair: Repair, console: &Console) -> diskimage::Result<CheckReport> {
-    let print = |note: &Note| console.note(note);
-    image.layer().check(repair, &Progress::none().with_notes(&print))
+    let findings = AtomicU64::new(0);
+    let print = |note: &Note| {
+        let is_finding = matches!(note, Note::Line(_));
+        if !is_finding || findings.fetch_add(1, Ordering::Relaxed) < MAX_FINDINGS {
+            console.note(note);
+        }
+    };
+    let outcome = image.layer().check(repair, &Progress::none().with_notes(&print));
+    let more = findings.into_inner().saturating_sub(MAX_FINDINGS);
+    if more > 0 {
+        console.print_error(&format!("{more} more findings are not printed\n"));
+    }
+    outcome
 }
+
+/// The most findings of a check that are printed: an image can have billions.
+const MAX_FINDINGS: u64 = 1000;
 
 fn failed(error: &diskimage::Error) -> Stop {
     Stop::wrong(format!("Check failed: {}", error.root()))
