@@ -146,9 +146,15 @@ pub(crate) const WORKLOADS: &[Workload] = &[
     Workload::once("parallels-raw", "convert -f parallels -O raw {parallels} {out}").verified(SAME_RAW),
     Workload::repeated("create-small", 50, "create -q -f qcow2 {out} 64M"),
     Workload::repeated("create-1T", 50, "create -q -f qcow2 {out} 1T"),
+    Workload::once(
+        "create-metadata",
+        "create -q -f qcow2 -o preallocation=metadata {out} {x1024}",
+    )
+    .verified(CLEAN),
     Workload::repeated("info", 50, "info {qcow2}"),
     Workload::repeated("info-json", 50, "info --output=json {large}"),
     Workload::once("check-large", "check -q {large}"),
+    Workload::once("check-metadata", "check -q {metadata}"),
     Workload::repeated("check-data", 10, "check -q {qcow2}"),
     Workload::once("map-fragmented", "map {fragmented}"),
     Workload::once("map-fragmented-json", "map --output=json {fragmented}"),

@@ -186,6 +186,19 @@ impl L2Entry {
     }
 }
 
+/// The number of standard entries at the start of `numbers`, at least one, that continue the first: each refers to the
+/// cluster of `size` bytes behind that of the entry before, with the same flags.
+pub(super) fn ascending(numbers: &[[u8; 8]], size: u64) -> usize {
+    let first = numbers.first().map_or(0, |number| u64::from_be_bytes(*number));
+    let mut next = first;
+    let run = numbers.iter().take_while(|number| {
+        let continues = u64::from_be_bytes(**number) == next;
+        next = next.wrapping_add(size);
+        continues
+    });
+    run.count().max(1)
+}
+
 /// The encoded cluster at `offset` for the guest cluster that starts at `guest`.
 pub(super) fn encoded(offset: HostOffset, stored: u64, guest: GuestOffset, geometry: Geometry) -> Encoded {
     Encoded {
@@ -258,6 +271,27 @@ mod tests {
             },
             PLAIN,
         );
+    }
+
+    #[test]
+    fn entries_of_contiguous_clusters_are_a_run() {
+        let numbers = |entries: &[u64]| {
+            entries
+                .iter()
+                .map(|entry| entry.to_be_bytes())
+                .collect::<Vec<_>>()
+        };
+        let size = PLAIN.cluster_size();
+        let first = COPIED | 0x50000;
+        assert_eq!(
+            ascending(&numbers(&[first, first + size, first + 2 * size]), size),
+            3
+        );
+        assert_eq!(ascending(&numbers(&[first, first + size, first + size]), size), 2);
+        assert_eq!(ascending(&numbers(&[first, 0x60000]), size), 1, "another flag");
+        assert_eq!(ascending(&numbers(&[first, first + 2 * size]), size), 1);
+        assert_eq!(ascending(&numbers(&[u64::MAX, 0]), size), 1);
+        assert_eq!(ascending(&[], size), 1);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use diskimage_core::{ByteRange, Device, HoleMeaning, Result, Run, RunKind, saturating_u32};
+use diskimage_core::{ByteRange, Device, HoleMeaning, Result, Run, RunKind, saturating_u32, to_index};
 
 use super::Qcow2;
 use super::entry::{COMPRESSED, COPIED, Cluster, L2Entry, OFFSET_MASK, Subclusters, ZERO, encoded};
@@ -259,6 +259,65 @@ impl Qcow2 {
             self.header.version,
             self.has_data_file(),
         ))
+    }
+
+    /// The number of entries of an L2 table from `index` on, at most `most`, that are [`L2Entry::UNALLOCATED`]. Entries of
+    /// the next page of the table are not examined.
+    pub(super) fn count_unallocated(
+        &self,
+        tables: &mut MetadataCache,
+        l2: Table,
+        index: u64,
+        most: u64,
+    ) -> Result<u64> {
+        let size = self.header.geometry.l2_entry_size();
+        let (numbers, _) = tables.bytes(l2, index * size)?.as_chunks::<8>();
+        let step = size / 8;
+        let zeroes = numbers
+            .iter()
+            .take(to_index(most * step)?)
+            .take_while(|number| **number == [0; 8]);
+        Ok(zeroes.count() as u64 / step)
+    }
+
+    /// Changes `count` entries of an L2 table from `index` on: the first to `entry`, the others to entries alike for the
+    /// host clusters behind. Returns how many were changed: those of one page of the table, at least one.
+    pub(super) fn write_run(
+        &self,
+        tables: &mut MetadataCache,
+        l2: Table,
+        index: u64,
+        count: u64,
+        entry: L2Entry,
+    ) -> Result<u64> {
+        if count == 1 {
+            self.write_entry(tables, l2, index, entry)?;
+            return Ok(1);
+        }
+        let geometry = self.header.geometry;
+        let numbers = to_index(geometry.l2_entry_size() / 8)?;
+        let [mut standard, bitmap] = entry.to_numbers(geometry);
+        let mut done = 0;
+        let bytes = tables.bytes_mut(l2, index * geometry.l2_entry_size())?;
+        for entry in bytes
+            .as_chunks_mut::<8>()
+            .0
+            .chunks_exact_mut(numbers)
+            .take(to_index(count)?)
+        {
+            entry[0] = standard.to_be_bytes();
+            if let Some(second) = entry.get_mut(1) {
+                *second = bitmap.to_be_bytes();
+            }
+            // A run of clusters that was allocated ends below the largest host offset.
+            standard = standard.saturating_add(geometry.cluster_size());
+            done += 1;
+        }
+        match done {
+            // The file ends inside the entry: this reports it.
+            0 => self.write_entry(tables, l2, index, entry).map(|()| 1),
+            done => Ok(done),
+        }
     }
 
     /// Changes entry `index` of an L2 table.

@@ -23,19 +23,51 @@ use crate::layer_kit::range_claims::{Access, RangeClaims};
 
 type Plan<'a> = AllocatingPlan<'a, Qcow2>;
 
-/// A planned change of an L2 entry.
+/// A planned change of L2 entries: of one, or of a run of entries without host clusters that get contiguous ones.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct L2Change {
     l2: Table,
+    /// The first entry.
     index: u64,
+    /// The number of entries, at least one.
+    count: u64,
+    /// What all of them were.
     old: L2Entry,
+    /// What the first one becomes.
     new: L2Entry,
 }
 
 impl L2Change {
-    /// Whether a cluster was allocated for the change.
+    /// A change of the entry `index` of `l2`.
+    fn one(l2: Table, index: u64, old: L2Entry, new: L2Entry) -> Self {
+        let count = 1;
+        Self {
+            l2,
+            index,
+            count,
+            old,
+            new,
+        }
+    }
+
+    /// Whether clusters were allocated for the change.
     fn has_new_cluster(&self) -> bool {
         self.old.kind != self.new.kind
+    }
+
+    /// The change without its first `done` entries, if any is left.
+    fn skip(self, done: u64, geometry: Geometry) -> Option<Self> {
+        let count = self.count.checked_sub(done).filter(|count| *count > 0)?;
+        let kind = match self.new.kind {
+            Cluster::Host(offset) => Cluster::Host(offset.plus(done * geometry.cluster_size())),
+            kind => kind,
+        };
+        Some(Self {
+            index: self.index + done,
+            count,
+            new: L2Entry { kind, ..self.new },
+            ..self
+        })
     }
 }
 
@@ -54,9 +86,12 @@ impl Allocator for Qcow2 {
     }
 
     fn publish(&self, state: &mut ImageState, changes: &mut Vec<L2Change>) -> Result<()> {
-        while let Some(&change) = changes.last() {
-            self.write_entry(&mut state.metadata.cache, change.l2, change.index, change.new)?;
-            changes.pop();
+        while let Some(change) = changes.pop() {
+            let cache = &mut state.metadata.cache;
+            let written = self.write_run(cache, change.l2, change.index, change.count, change.new);
+            // What tables refer to must not be freed, and what they do not refer to must be.
+            changes.extend(change.skip(*written.as_ref().unwrap_or(&0), self.header.geometry));
+            written?;
             if change.has_new_cluster() {
                 self.free_replaced(state, change.old)?;
             }
@@ -67,9 +102,17 @@ impl Allocator for Qcow2 {
     fn free(&self, state: &mut ImageState, changes: Vec<L2Change>) {
         for change in changes.into_iter().filter(L2Change::has_new_cluster) {
             // A cluster that cannot be released leaks, which is harmless.
-            let _ = self.release_unused(state, change.new);
+            let _ = self.release_unused(state, &change);
         }
     }
+}
+
+/// Newly allocated contiguous clusters and the guest clusters that they are for.
+#[derive(Clone, Copy, Debug)]
+struct ClusterRun {
+    guest: GuestOffset,
+    offset: HostOffset,
+    count: u64,
 }
 
 /// Builds a plan: finds or allocates the clusters that `range` touches.
@@ -99,22 +142,41 @@ impl Draft<'_, '_> {
                     continue;
                 }
                 // Following entries that need clusters, too, get them in the same run.
-                let mut olds = vec![old];
-                for next in index + 1..index + stop.since(at) / size {
-                    let guest = at.plus((next - index) * size);
+                let most = stop.since(at) / size;
+                let mut olds = vec![(old, 1)];
+                let mut count = 1;
+                while count < most {
+                    let next = index + count;
+                    let unused =
+                        self.image
+                            .count_unallocated(&mut state.metadata.cache, l2, next, most - count)?;
+                    if unused > 0 {
+                        olds.push((L2Entry::UNALLOCATED, unused));
+                        count += unused;
+                        continue;
+                    }
+                    let guest = at.plus(count * size);
                     let entry = self
                         .image
                         .read_entry_to_write(&mut state.metadata.cache, l2, next, guest)?;
                     if self.image.writable_in_place(state, entry)?.is_some() {
                         break;
                     }
-                    olds.push(entry);
+                    olds.push((entry, 1));
+                    count += 1;
                 }
-                let first = self.image.allocate_data(state, at, olds.len() as u64)?;
-                for (i, old) in (0..).zip(&olds) {
-                    self.add_new(l2, index + i, at.plus(i * size), *old, first.plus(i * size));
+                let first = self.image.allocate_data(state, at, count)?;
+                let mut done = 0;
+                for (old, count) in olds {
+                    let run = ClusterRun {
+                        guest: at.plus(done * size),
+                        offset: first.plus(done * size),
+                        count,
+                    };
+                    self.add_new_run(l2, index + done, old, run);
+                    done += count;
                 }
-                at = at.plus(olds.len() as u64 * size);
+                at = at.plus(count * size);
             }
         }
         self.plan.view_runs(|guest, host| self.image.data_at(guest, host));
@@ -129,7 +191,36 @@ impl Draft<'_, '_> {
         self.add_run(covered, offset.plus(covered.start() - guest.get()));
         if sub != old.sub {
             let new = L2Entry { sub, ..old };
-            self.plan.add_change(covered, L2Change { l2, index, old, new });
+            self.plan.add_change(covered, L2Change::one(l2, index, old, new));
+        }
+    }
+
+    /// Adds newly allocated clusters for entries that are all like `old`: as one change if each is written as a whole.
+    fn add_new_run(&mut self, l2: Table, index: u64, old: L2Entry, run: ClusterRun) {
+        let size = self.image.header.geometry.cluster_size();
+        let mut done = 0;
+        while done < run.count {
+            let (guest, offset) = (run.guest.plus(done * size), run.offset.plus(done * size));
+            let left = ByteRange::at(guest.get(), (run.count - done) * size);
+            let whole = self.range.intersect(left).len() / size;
+            if whole < 2 || self.touched(guest).len() < size {
+                self.add_new(l2, index + done, guest, old, offset);
+                done += 1;
+                continue;
+            }
+            let covered = guest.range(whole * size);
+            self.add_run(covered, offset);
+            let change = L2Change {
+                count: whole,
+                ..L2Change::one(
+                    l2,
+                    index + done,
+                    old,
+                    L2Entry::data(offset, Subclusters::ALLOCATED),
+                )
+            };
+            self.plan.add_change(covered, change);
+            done += whole;
         }
     }
 
@@ -147,7 +238,7 @@ impl Draft<'_, '_> {
         };
         self.add_run(covered, offset.plus(covered.start() - guest.get()));
         let new = L2Entry::data(offset, sub);
-        self.plan.add_change(covered, L2Change { l2, index, old, new });
+        self.plan.add_change(covered, L2Change::one(l2, index, old, new));
     }
 
     fn touched(&self, guest: GuestOffset) -> ByteRange {
@@ -229,9 +320,14 @@ impl Qcow2 {
     }
 
     /// Releases clusters that were allocated but to which nothing refers.
-    fn release_unused(&self, state: &mut ImageState, entry: L2Entry) -> Result<()> {
-        match entry.host_clusters(self.header.geometry) {
-            Some(host) if !self.has_data_file() => state.metadata.release(host),
+    fn release_unused(&self, state: &mut ImageState, change: &L2Change) -> Result<()> {
+        match change.new.host_clusters(self.header.geometry) {
+            Some(first) if !self.has_data_file() => {
+                let len = first
+                    .len()
+                    .max(change.count * self.header.geometry.cluster_size());
+                state.metadata.release(ByteRange::at(first.start(), len))
+            }
             _ => Ok(()),
         }
     }
@@ -324,7 +420,7 @@ impl Qcow2 {
                 copied: false,
                 sub: Subclusters::ALLOCATED,
             };
-            plan.add_change(cluster, L2Change { l2, index, old, new });
+            plan.add_change(cluster, L2Change::one(l2, index, old, new));
             state.padding = true;
             Ok(())
         })?;

@@ -25,9 +25,7 @@ impl File {
         let found = match self.holes.cached(offset) {
             Some(found) if !self.lent.load(Ordering::Acquire) => found,
             _ => {
-                let changes = self.holes.changes();
-                let (range, hole) = self.seek_extent(range)?;
-                let found = CachedExtent { changes, range, hole };
+                let found = self.seek_extent(range)?;
                 self.holes.keep(found);
                 found
             }
@@ -40,26 +38,44 @@ impl File {
         Ok(answer((found.range.end() - offset).min(range.len()), kind))
     }
 
-    /// The extent at the start of `range`, at least one byte long, and whether it is a hole.
-    fn seek_extent(&self, range: ByteRange) -> Result<(ByteRange, bool)> {
+    /// The extent at the start of `range`, at least one byte long.
+    fn seek_extent(&self, range: ByteRange) -> Result<CachedExtent> {
         let start = range.start();
-        let data = match rustix::fs::seek(&self.file, SeekFrom::Data(start)) {
-            Ok(data) => data,
-            // No data from here to the end.
-            Err(Errno::NXIO) => {
-                let end = self.refresh_len()?.max(range.end());
-                return Ok((ByteRange::new(start, end), true));
-            }
-            // The file system does not support SEEK_DATA.
-            Err(_) => return Ok((range, false)),
+        let found = CachedExtent {
+            changes: self.holes.changes(),
+            range,
+            hole: false,
+            before_data: false,
         };
-        if data > start {
-            return Ok((ByteRange::new(start, data), true));
+        // Where data begins behind a hole was found together with the hole.
+        if !self.holes.begins_data(start) || self.lent.load(Ordering::Acquire) {
+            let data = match rustix::fs::seek(&self.file, SeekFrom::Data(start)) {
+                Ok(data) => data,
+                // No data from here to the end.
+                Err(Errno::NXIO) => {
+                    let end = self.refresh_len()?.max(range.end());
+                    let (range, hole) = (ByteRange::new(start, end), true);
+                    return Ok(CachedExtent { range, hole, ..found });
+                }
+                // The file system does not support SEEK_DATA.
+                Err(_) => return Ok(found),
+            };
+            if data > start {
+                return Ok(CachedExtent {
+                    range: ByteRange::new(start, data),
+                    hole: true,
+                    before_data: true,
+                    ..found
+                });
+            }
         }
         match rustix::fs::seek(&self.file, SeekFrom::Hole(start)) {
-            Ok(hole) if hole > start => Ok((ByteRange::new(start, hole), false)),
+            Ok(hole) if hole > start => Ok(CachedExtent {
+                range: ByteRange::new(start, hole),
+                ..found
+            }),
             // The file was truncated meanwhile, or the result is invalid.
-            _ => Ok((range, false)),
+            _ => Ok(found),
         }
     }
 }
@@ -103,6 +119,14 @@ mod tests {
         assert_eq!(kinds(&file), [(1 << 20, true)]);
         file.write_at(&[1; 4096], 1 << 20).expect("grows");
         assert_eq!(kinds(&file), [(1 << 20, true), (4096, false)]);
+        for at in [3 << 19, 5 << 19] {
+            file.write_at(&[1; 4096], at).expect("grows");
+        }
+        let hole = (1 << 19) - 4096;
+        let small = [(1 << 20, true), (4096, false), (hole, true), (4096, false)];
+        assert_eq!(kinds(&file)[..4], small);
+        assert_eq!(kinds(&file)[4..], [((1 << 20) - 4096, true), (4096, false)]);
+        assert!(file.holes.begins_data(5 << 19), "found with the hole before it");
     }
 
     #[test]

@@ -7,6 +7,7 @@ use super::Check;
 use super::stored::{self, BlockEntry};
 use crate::layer_kit::offset::{ClusterIndex, ClusterRange};
 use crate::qcow2::hex::hex;
+use crate::qcow2::refcount::block;
 use crate::qcow2::refcount::counts::page_runs;
 
 /// How a difference between the two counts of a cluster is handled.
@@ -95,6 +96,12 @@ impl Check<'_> {
             if nothing_stored && self.counts.is_page_zero(part.start) {
                 continue;
             }
+            if let Some(bytes) = &bytes
+                && let Some(last) = self.last_if_equal(bytes, part)
+            {
+                *highest = (*highest).max(last);
+                continue;
+            }
             for cluster in part {
                 let counted = self.counts.of(cluster);
                 let index = geometry.index_in_block(cluster);
@@ -126,6 +133,20 @@ impl Check<'_> {
             self.file.discard(freed)?;
         }
         Ok(changed)
+    }
+
+    /// The last cluster of `part` with a count, if the counted and the stored counts of all are equal and any is above zero.
+    /// `None` also if they would have to be compared one by one. `bytes` is the block.
+    fn last_if_equal(&self, bytes: &[u8], part: ClusterRange) -> Option<ClusterIndex> {
+        let order = self.geometry.refcount_order;
+        let slot = block::Slot::new(self.geometry.index_in_block(part.start), order);
+        let counts = self.counts.bytes(part)?;
+        let stored = bytes.get(usize::try_from(slot.byte).ok()?..)?;
+        if !block::equal(stored, order, counts) {
+            return None;
+        }
+        let last = counts.iter().rposition(|count| *count > 0)?;
+        Some(part.start.plus(last as u64))
     }
 
     /// Adds `cluster` to the range `freed`. If the cluster does not follow the range, the range is discarded first.

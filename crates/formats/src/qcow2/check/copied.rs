@@ -7,8 +7,9 @@ use diskimage_core::{Repair, Result, is_zero, to_index};
 use super::Check;
 use super::entries::EntryKind;
 use super::references::MAX_VISITS;
-use crate::layer_kit::offset::{ClusterIndex, HostOffset};
-use crate::qcow2::entry::{COMPRESSED, COPIED, OFFSET_MASK};
+use crate::layer_kit::offset::{ClusterIndex, ClusterRange, HostOffset};
+use crate::qcow2::entry::{COMPRESSED, COPIED, OFFSET_MASK, ascending};
+use crate::qcow2::refcount::counts::page_runs;
 
 /// Bytes of the L1 table that are read at once.
 const CHUNK: usize = 64 << 10;
@@ -95,7 +96,18 @@ impl Check<'_> {
         let data_file = self.has_data_file();
         let bits = self.geometry.cluster_bits;
         let mut changed = false;
-        for entry in table.as_chunks_mut::<8>().0.chunks_exact_mut(step) {
+        let (numbers, _) = table.as_chunks_mut::<8>();
+        let mut index = 0;
+        while index * step < numbers.len() {
+            let right = self.count_right(&numbers[index * step..])?;
+            if right > 0 {
+                index += right;
+                continue;
+            }
+            let Some(entry) = numbers.get_mut(index * step..(index + 1) * step) else {
+                break;
+            };
+            index += 1;
             let standard = u64::from_be_bytes(entry[0]);
             if standard == 0 || standard & COMPRESSED != 0 {
                 continue;
@@ -123,4 +135,42 @@ impl Check<'_> {
         }
         Ok(changed)
     }
+
+    /// The number of entries at the start of `numbers` that need no closer look: zeroes, or entries for
+    /// contiguous clusters with the right flags.
+    fn count_right(&self, numbers: &[[u8; 8]]) -> Result<usize> {
+        let first = numbers.first().map_or(0, |number| u64::from_be_bytes(*number));
+        if self.geometry.extended_l2 || self.has_data_file() {
+            return Ok(0);
+        }
+        if first == 0 {
+            return Ok(numbers.iter().take_while(|number| **number == [0; 8]).count());
+        }
+        let size = self.geometry.cluster_size();
+        let flags = first & !OFFSET_MASK;
+        if flags & !COPIED != 0 || !first.is_multiple_of(size) {
+            return Ok(0);
+        }
+        let start = HostOffset::new(first & OFFSET_MASK).cluster(self.geometry.cluster_bits);
+        let clusters = ClusterRange::at(start, ascending(numbers, size) as u64);
+        let known = ClusterRange::new(start, clusters.end.min(self.end));
+        if !self.unreadable.is_empty() {
+            return Ok(0);
+        }
+        let mut right = 0;
+        for part in page_runs(known) {
+            match self.counts.bytes(part) {
+                Some(counts) if are_ones(counts, flags == COPIED) => right += part.len(),
+                _ => break,
+            }
+        }
+        to_index(right)
+    }
+}
+
+/// Whether each count is 1, or none is. No early end, so that the compiler compares many at once.
+fn are_ones(counts: &[u8], ones: bool) -> bool {
+    counts
+        .iter()
+        .fold(true, |right, count| right & ((*count == 1) == ones))
 }

@@ -5,9 +5,11 @@ use std::sync::Arc;
 use diskimage_core::{ByteRange, Encoded, Repair, Result, to_index};
 
 use super::Check;
-use crate::layer_kit::offset::HostOffset;
-use crate::qcow2::entry::{COMPRESSED, COPIED, OFFSET_MASK, ZERO};
+use crate::layer_kit::offset::{ClusterRange, HostOffset};
+use crate::qcow2::entry::{COMPRESSED, COPIED, OFFSET_MASK, ZERO, ascending};
 use crate::qcow2::header::feature::Incompatible;
+use crate::qcow2::header::limit;
+use crate::qcow2::refcount::counts::page_runs;
 
 /// The bits of a standard entry that must be zero.
 const RESERVED: u64 = 0x3f00_0000_0000_01fe;
@@ -97,40 +99,60 @@ impl Check<'_> {
         let mut next = 0;
         let (numbers, _) = table.as_chunks::<8>();
         let step = to_index(self.geometry.l2_entry_size() / 8)?;
-        // The fast path for nearly all entries of nearly all images: a whole cluster of data in this file.
+        // The fast path for nearly all entries of nearly all images: whole clusters of data in this file.
         let plain = !self.geometry.extended_l2 && !self.has_data_file() && walk.times == 1;
         let odd = !(OFFSET_MASK | COPIED) | (self.geometry.cluster_size() - 1);
         let bits = self.geometry.cluster_bits;
-        for (index, entry) in numbers.chunks_exact(step).enumerate() {
+        let mut index = 0;
+        while let Some(entry) = numbers.get(index * step..(index + 1) * step) {
             let standard = u64::from_be_bytes(entry[0]);
             let bitmap = entry.get(1).map_or(0, |bytes| u64::from_be_bytes(*bytes));
             if standard == 0 && bitmap & u64::from(u32::MAX) == 0 {
+                index += 1;
                 continue;
             }
             let host = standard & OFFSET_MASK;
-            let is_inside = host.saturating_add(self.geometry.cluster_size()) <= self.file_len;
-            if plain && standard & odd == 0 && host != 0 && is_inside {
-                if self.counts.add(HostOffset::new(host).cluster(bits), 1)? > 0 {
-                    // The count is at its limit: this reports it.
-                    self.region(host, 1 << bits, 1)?;
-                }
-                self.add_to_statistics(host, walk, &mut next);
+            let end = self.file_len.min(limit::HOST_OFFSET);
+            let room = end.saturating_sub(host) / self.geometry.cluster_size();
+            if plain && standard & odd == 0 && host != 0 && room > 0 {
+                let run = ascending(&numbers[index..], self.geometry.cluster_size());
+                let clusters = ClusterRange::at(HostOffset::new(host).cluster(bits), room.min(run as u64));
+                self.count_run(clusters)?;
+                self.add_to_statistics(host, clusters.len(), walk, &mut next);
+                index += to_index(clusters.len())?;
             } else {
                 self.count_entry(index, [standard, bitmap], walk, &mut next)?;
+                index += 1;
             }
         }
         Ok(())
     }
 
-    /// Adds an allocated cluster to the statistics of the active disk.
-    #[inline]
-    fn add_to_statistics(&mut self, host: u64, walk: &Walk, next: &mut u64) {
+    /// Counts a reference to each of `clusters`, which are inside the file.
+    fn count_run(&mut self, clusters: ClusterRange) -> Result<()> {
+        for part in page_runs(clusters) {
+            if self.counts.add_small_run(part)? {
+                continue;
+            }
+            for cluster in part {
+                if self.counts.add(cluster, 1)? > 0 {
+                    // The count is at its limit: this reports it.
+                    let host = cluster.offset(self.geometry.cluster_bits);
+                    self.region(host.get(), self.geometry.cluster_size(), 1)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Adds `count` allocated clusters from the host offset `host` on to the statistics of the active disk.
+    fn add_to_statistics(&mut self, host: u64, count: u64, walk: &Walk, next: &mut u64) {
         if walk.active {
-            self.report.allocated_clusters += 1;
+            self.report.allocated_clusters += count;
             if *next != 0 && *next != host {
                 self.report.fragmented_clusters += 1;
             }
-            *next = host + self.geometry.cluster_size();
+            *next = host + count * self.geometry.cluster_size();
         }
     }
 
@@ -181,7 +203,7 @@ impl Check<'_> {
                 return self.file.write_at(&plain.to_be_bytes(), walk.table + at);
             }
         }
-        self.add_to_statistics(host, walk, next);
+        self.add_to_statistics(host, 1, walk, next);
         let needed = self.needed(index, bitmap, walk);
         if self.has_data_file() {
             // A check may have opened the image without its data file.

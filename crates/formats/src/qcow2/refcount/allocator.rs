@@ -158,20 +158,13 @@ impl Refcounts {
         let order = self.geometry.refcount_order;
         let slot = block::Slot::new(index, order);
         let bytes = tables.bytes(table, slot.byte)?;
-        let count = |i: u64| {
-            let next = block::Slot::new(index + i, order);
-            let skip = usize::try_from(next.byte - slot.byte).ok()?;
-            block::read(bytes.get(skip..)?, next, order)
-        };
-        let free = count(0) == Some(0);
+        let free = block::read(bytes, slot, order) == Some(0);
         let end = if free {
             most.min(per_block - index)
         } else {
             per_block - index
         };
-        let len = (1..end)
-            .take_while(|i| count(*i).is_some_and(|n| (n == 0) == free))
-            .count();
-        Ok((free, 1 + len as u64))
+        let len = block::count_while(bytes, slot, order, end, |count| (count == 0) == free);
+        Ok((free, len.max(1)))
     }
 }

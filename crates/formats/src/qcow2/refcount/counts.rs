@@ -92,18 +92,34 @@ impl ClusterCounts {
     /// # Errors
     /// The memory budget is used up.
     pub(in crate::qcow2) fn add_run(&mut self, clusters: ClusterRange) -> Result<()> {
-        let saturates = self.max < u64::from(u8::MAX);
         for part in page_runs(clusters) {
-            match self.bytes_mut(part) {
-                Some(counts) if !saturates && counts.iter().all(|count| *count < u8::MAX) => {
-                    counts.iter_mut().for_each(|count| *count += 1);
-                }
-                _ => part
-                    .into_iter()
-                    .try_for_each(|cluster| self.add(cluster, 1).map(|_| ()))?,
+            if !self.add_small_run(part)? {
+                part.into_iter()
+                    .try_for_each(|cluster| self.add(cluster, 1).map(|_| ()))?;
             }
         }
         Ok(())
+    }
+
+    /// Adds a reference to each of `clusters`, which are in one page, if that is possible with counters of one byte and
+    /// reaches no maximum. Otherwise no count is changed and the result is `false`.
+    ///
+    /// # Errors
+    /// The memory budget is used up.
+    pub(in crate::qcow2) fn add_small_run(&mut self, clusters: ClusterRange) -> Result<bool> {
+        if self.is_page_zero(clusters.start) {
+            // Any count but zero makes a page of bytes.
+            self.set(clusters.start, 1)?;
+            self.set(clusters.start, 0)?;
+        }
+        let saturates = self.max < u64::from(u8::MAX);
+        match self.bytes_mut(clusters) {
+            Some(counts) if !saturates && is_below_limit(counts) => {
+                counts.iter_mut().for_each(|count| *count += 1);
+                Ok(true)
+            }
+            _ => Ok(false),
+        }
     }
 
     /// Removes a reference from each of `clusters`. A count of zero stays.
@@ -125,6 +141,15 @@ impl ClusterCounts {
     }
 
     /// The counts of `clusters`, which are in one page, if the page has counters of one byte.
+    pub(in crate::qcow2) fn bytes(&self, clusters: ClusterRange) -> Option<&[u8]> {
+        let (page, slot) = position(clusters.start);
+        match self.pages.get(page)? {
+            Page::Bytes(counts) => counts.get(slot..)?.get(..saturating_index(clusters.len())),
+            _ => None,
+        }
+    }
+
+    /// The same counts, to be changed.
     fn bytes_mut(&mut self, clusters: ClusterRange) -> Option<&mut [u8]> {
         let (page, slot) = position(clusters.start);
         match self.pages.get_mut(page)? {
@@ -235,6 +260,13 @@ impl ClusterCounts {
         }
         start
     }
+}
+
+/// Whether all counts are below the largest. No early end, so that the compiler compares many at once.
+fn is_below_limit(counts: &[u8]) -> bool {
+    counts
+        .iter()
+        .fold(true, |below, count| below & (*count < u8::MAX))
 }
 
 /// The page of a cluster and the slot in it. A cluster number beyond `usize` saturates to a page that no budget allows.

@@ -13,7 +13,8 @@ use super::RefcountChange;
 use crate::layer_kit::metadata_cache::{Table, WriteOrder};
 use crate::layer_kit::metadata_guard::Kind;
 use crate::layer_kit::offset::{ClusterIndex, ClusterRange, HostOffset};
-use crate::qcow2::entry::{COPIED, Cluster, L2Entry, OFFSET_MASK};
+use crate::qcow2::entry::{COPIED, Cluster, L2Entry, OFFSET_MASK, ascending};
+use crate::qcow2::header::limit;
 use crate::qcow2::metadata::Metadata;
 use crate::qcow2::{ImageState, Qcow2};
 
@@ -81,7 +82,7 @@ impl CountWindow {
 }
 
 /// The number of refcounts that are read together.
-const WINDOW: u64 = 1024;
+pub(super) const WINDOW: u64 = 1024;
 
 /// From this many bytes of L2 tables on, they are changed in copies; it is the size for 4 GiB of data at the default
 /// cluster size. Fewer tables are changed in place: that is quick and needs no space for copies.
@@ -366,15 +367,21 @@ impl Qcow2 {
             return Ok(());
         }
         let step = if geometry.extended_l2 { 2 } else { 1 };
-        for numbers in table.as_chunks::<8>().0.chunks_exact(step) {
+        let (mut rest, _) = table.as_chunks::<8>();
+        while let Some(numbers) = rest.get(..step) {
             let number = u64::from_be_bytes(numbers[0]);
+            let mut done = step;
             if self.is_plain(number) {
-                batch.add(self.cluster_of(number));
+                let room = (limit::HOST_OFFSET - (number & OFFSET_MASK)) / geometry.cluster_size();
+                let run = room.min(ascending(rest, geometry.cluster_size()) as u64);
+                done = to_index(run)?;
+                batch.add(ClusterRange::at(self.cluster_of(number).start, run));
             } else if number != 0
                 && let Some(host) = self.parse_numbers(numbers)?.host_clusters(geometry)
             {
                 batch.add(self.clusters_of(host));
             }
+            rest = &rest[done..];
         }
         Ok(())
     }

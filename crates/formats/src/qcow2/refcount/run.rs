@@ -41,15 +41,18 @@ impl Refcounts {
         while rest.len() > 0 {
             let (table, start, part) = self.run_in_page(tables, rest)?;
             let bytes = tables.bytes(table, start.byte)?;
-            for cluster in part {
-                let (skip, slot) = self.slot_from(cluster, start)?;
-                let used = bytes
-                    .get(skip..)
-                    .and_then(|bytes| block::read(bytes, slot, order))
-                    .unwrap_or(0);
-                if let Err(error) = changed(used, change, max, cluster) {
-                    return Err(self.refusal(tables, cluster, used, error));
-                }
+            let mut cluster = part.start;
+            let mut refused = None;
+            block::count_while(bytes, start, order, part.len(), |used| {
+                refused = changed(used, change, max, cluster)
+                    .err()
+                    .map(|error| (used, error));
+                cluster = cluster.plus(u64::from(refused.is_none()));
+                refused.is_none()
+            });
+            if cluster < part.end {
+                let (used, error) = refused.unwrap_or_else(|| (0, not_counted(cluster)));
+                return Err(self.refusal(tables, cluster, used, error));
             }
             rest.start = part.end;
         }
@@ -112,20 +115,16 @@ impl Refcounts {
         let order = self.geometry.refcount_order;
         let (table, start, part) = self.run_in_page(tables, clusters)?;
         let bytes = tables.bytes_mut(table, start.byte)?;
-        for cluster in part {
-            let (skip, slot) = self.slot_from(cluster, start)?;
-            let bytes = bytes.get_mut(skip..).unwrap_or(&mut []);
-            let used = block::read(bytes, slot, order).unwrap_or(0);
-            match update(cluster, used) {
-                Ok(new) => block::write(bytes, slot, order, new)
-                    .ok_or_else(|| Error::corrupt("Refcount block too short"))?,
-                Err(error) => {
-                    let done = cluster.since(part.start);
-                    return Ok((done, Some(FailedUpdate { used, error })));
-                }
-            }
+        let mut cluster = part.start;
+        let (done, failed) = block::update_each(bytes, start, order, part.len(), |used| {
+            let new = update(cluster, used)?;
+            cluster = cluster.plus(1);
+            Ok(new)
+        });
+        if failed.is_none() && done < part.len() {
+            return Err(Error::corrupt("Refcount block too short"));
         }
-        Ok((part.len(), None))
+        Ok((done, failed.map(|(used, error)| FailedUpdate { used, error })))
     }
 
     /// Replaces `counts` with the refcounts of the first of `clusters`, as many as one page holds.
@@ -137,19 +136,18 @@ impl Refcounts {
     ) -> Result<()> {
         counts.clear();
         if self.block(tables, clusters.start)?.is_none() {
-            counts.push(0);
+            let block_end = clusters.start.unit_end(self.geometry.refcount_block_entries());
+            counts.resize(to_index(clusters.len().min(block_end.since(clusters.start)))?, 0);
             return Ok(());
         }
         let order = self.geometry.refcount_order;
         let (table, start, part) = self.run_in_page(tables, clusters)?;
         let bytes = tables.bytes(table, start.byte)?;
-        for cluster in part {
-            let (skip, slot) = self.slot_from(cluster, start)?;
-            let count = bytes
-                .get(skip..)
-                .and_then(|bytes| block::read(bytes, slot, order));
-            counts.push(count.unwrap_or(0));
-        }
+        block::count_while(bytes, start, order, part.len(), |count| {
+            counts.push(count);
+            true
+        });
+        counts.resize(to_index(part.len())?, 0);
         Ok(())
     }
 
@@ -193,12 +191,6 @@ impl Refcounts {
         } else {
             errno::EFBIG
         })
-    }
-
-    /// The slot of `cluster`, and its offset in bytes that begin at the byte of `start`, a slot of the same block.
-    fn slot_from(&self, cluster: ClusterIndex, start: block::Slot) -> Result<(usize, block::Slot)> {
-        let slot = self.slot(cluster);
-        Ok((to_index(slot.byte - start.byte)?, slot))
     }
 }
 

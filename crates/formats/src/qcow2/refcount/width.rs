@@ -7,6 +7,7 @@
 
 use diskimage_core::{ByteRange, Device, Error, Result, ResultExt, saturating_u32, to_index};
 
+use super::recount::WINDOW;
 use super::{Refcounts, block};
 use crate::layer_kit::metadata_cache::MetadataCache;
 use crate::layer_kit::offset::{ClusterIndex, ClusterRange, HostOffset};
@@ -118,17 +119,14 @@ impl Refcounts {
             (reported..=entries + reached).for_each(|part| report(part, 2 * entries));
             reported = reported.max(entries + reached + 1);
             bytes.fill(0);
-            for cluster in counted {
-                let count = match layout.contains(cluster) {
-                    true => 1,
-                    false => self.count(tables, cluster)?,
-                };
+            self.each_of(tables, counted, |cluster, count| {
+                let count = if layout.contains(cluster) { 1 } else { count };
                 let slot = block::Slot::new(new.index_in_block(cluster), new.refcount_order);
                 bytes
                     .get_mut(to_index(slot.byte)?..)
                     .and_then(|bytes| block::write(bytes, slot, new.refcount_order, count))
-                    .ok_or_else(|| Error::corrupt("Refcount block too short"))?;
-            }
+                    .ok_or_else(|| Error::corrupt("Refcount block too short"))
+            })?;
             file.write_at(&bytes, block.offset(bits).get())
                 .context(|| "Failed to write refblock")?;
         }
@@ -179,14 +177,31 @@ impl Refcounts {
         &self,
         tables: &mut MetadataCache,
         entry: u64,
-        mut visit: impl FnMut(ClusterIndex, u64) -> Result<()>,
+        visit: impl FnMut(ClusterIndex, u64) -> Result<()>,
     ) -> Result<()> {
         if self.block_in_entry(tables, entry)?.is_none() {
             return Ok(());
         }
-        let clusters = self.geometry.counted_clusters(entry);
-        clusters
-            .into_iter()
-            .try_for_each(|cluster| visit(cluster, self.count(tables, cluster)?))
+        self.each_of(tables, self.geometry.counted_clusters(entry), visit)
+    }
+
+    /// Calls `visit` with each of `clusters` and its refcount.
+    fn each_of(
+        &self,
+        tables: &mut MetadataCache,
+        clusters: ClusterRange,
+        mut visit: impl FnMut(ClusterIndex, u64) -> Result<()>,
+    ) -> Result<()> {
+        let mut counts = Vec::new();
+        let mut rest = clusters;
+        while rest.len() > 0 {
+            let window = ClusterRange::at(rest.start, rest.len().min(WINDOW));
+            self.read_run(tables, window, &mut counts)?;
+            for (cluster, count) in window.into_iter().zip(&counts) {
+                visit(cluster, *count)?;
+                rest.start = cluster.plus(1);
+            }
+        }
+        Ok(())
     }
 }
