@@ -68,7 +68,7 @@ pub use capabilities::{
     Amend, AmendRequest, Backed, BackingIdentity, BackingSearch, Capabilities, DiskIdentity, MultiFile,
 };
 pub use check::{Check, CheckReport, Repair};
-pub use codec::{Codec, Encoded, EncodedForm, Encoder};
+pub use codec::{Codec, CompressionLevel, Encoded, EncodedForm, Encoder};
 pub use decoded_cache::DecodedBlockCache;
 pub use device::{
     Device, Extent, ExtentKind, Limits, MAX_DEVICE_LEN, Node, Preallocation, StatusDetail, ZeroMode,

@@ -11,8 +11,8 @@ use std::sync::Arc;
 
 use diskimage_core::options::{OptionDef, Options};
 use diskimage_core::{
-    CreatePlan, CreateRequest, Device, Error, ErrorKind, Format, Gate, Image, NewFiles, NodeOptions, Objects,
-    OnNote, OpenContext, Permissions, Preallocation, Result, name,
+    CompressionLevel, CreatePlan, CreateRequest, Device, Error, ErrorKind, Format, Gate, Image, NewFiles,
+    NodeOptions, Objects, OnNote, OpenContext, Permissions, Preallocation, Result, name,
 };
 use diskimage_formats::format_by_name;
 use diskimage_protocols::{
@@ -25,6 +25,18 @@ use crate::files::{Identity, Location, files_below, files_of_chain};
 use crate::graph::full_backing_name;
 use crate::open::open_bare;
 use crate::open_options::OpenOptions;
+
+/// What is written to a new image as soon as it is created.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Filling {
+    /// Nothing.
+    #[default]
+    None,
+    /// Guest data, encoded only if the image stores no other.
+    Plain,
+    /// Guest data in encoded form.
+    Encoded,
+}
 
 /// The name, the format and the options of a new image.
 #[must_use = "nothing is made before `create`"]
@@ -40,6 +52,7 @@ pub struct Creation {
     trust_backing: bool,
     needed: HashSet<Identity>,
     cache: CacheMode,
+    filling: Filling,
     /// What the user gave for opening other images.
     open: OpenOptions,
     on_note: Option<Arc<OnNote>>,
@@ -59,6 +72,7 @@ impl Creation {
             trust_backing: false,
             needed: HashSet::new(),
             cache: CacheMode::WRITEBACK,
+            filling: Filling::None,
             open: OpenOptions::new(),
             on_note: None,
         }
@@ -109,6 +123,13 @@ impl Creation {
         self
     }
 
+    /// What is written next. It decides whether the option `compression_level` has a meaning, which is not stored in the
+    /// image, and has to be passed on in [`Conversion::compression_level`](crate::Conversion::compression_level).
+    pub fn filling(mut self, filling: Filling) -> Self {
+        self.filling = filling;
+        self
+    }
+
     /// The cache mode of the new file.
     pub fn cache(mut self, cache: CacheMode) -> Self {
         self.cache = cache;
@@ -155,6 +176,7 @@ impl Creation {
             size,
             options,
             cache: self.cache,
+            filling: self.filling,
             context: self.open.cache(self.cache).context(),
             name: self.name,
         })
@@ -255,6 +277,7 @@ pub struct Prepared {
     /// The files that must not be overwritten.
     needed: HashSet<Identity>,
     cache: CacheMode,
+    filling: Filling,
     context: OpenContext,
 }
 
@@ -272,6 +295,14 @@ impl Prepared {
     /// The value of an option that is on or off, or its default.
     pub fn flag(&self, name: &str) -> Option<bool> {
         self.options.flag(name)
+    }
+
+    /// How hard clusters are to be compressed; `None` if that was not given.
+    ///
+    /// # Errors
+    /// A number that is not from 1 to 9.
+    pub fn compression_level(&self) -> Result<Option<CompressionLevel>> {
+        CompressionLevel::from_options(&self.options)
     }
 
     /// Whether the format has this option.
@@ -295,6 +326,7 @@ impl Prepared {
     pub fn create(&self) -> Result<()> {
         let creation = FileCreation::from_options(&self.options)?;
         self.check_preallocation()?;
+        self.compression_level()?;
         // Errors in the options are found before the file is emptied.
         let name = target_of(&self.name)
             .ok()
@@ -306,6 +338,7 @@ impl Prepared {
             options: &self.options,
             objects: &self.context.objects,
         })?;
+        self.check_compression_level(&plan)?;
         let place = self.place(&creation, &plan)?;
         let mut made = Vec::new();
         let outcome = self.fill(&place.device, plan, &creation, &mut made);
@@ -406,6 +439,16 @@ impl Prepared {
             device,
             is_new: false,
         })
+    }
+
+    /// Refuses the level of compression if nothing is going to be compressed.
+    fn check_compression_level(&self, plan: &CreatePlan<'_>) -> Result<()> {
+        let why = match self.filling {
+            Filling::None => "It is for writing compressed clusters, and is not stored in the image",
+            Filling::Plain if !plan.encodes => "Clusters are compressed with -c only",
+            Filling::Plain | Filling::Encoded => return Ok(()),
+        };
+        CompressionLevel::require_absent(&self.options, why)
     }
 
     /// If the format leaves preallocation to the file, checks that the mode exists before the file is emptied.

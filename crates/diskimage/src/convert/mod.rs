@@ -24,7 +24,8 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 
 use diskimage_core::{
-    ByteRange, Device, Encoder, Error, Image, Progress, Result, align_up, errno, saturating_index, to_index,
+    ByteRange, CompressionLevel, Device, Encoder, Error, Image, Progress, Result, align_up, errno,
+    saturating_index, to_index,
 };
 
 use crate::cursor::Cursor;
@@ -46,6 +47,9 @@ pub struct Conversion<'a> {
     pub sparse: u64,
     /// Whether to compress. Whole clusters of zeroes are left unallocated.
     pub compress: bool,
+    /// With [`Conversion::compress`]: how hard. That of the creation options is
+    /// [`Prepared::compression_level`](crate::Prepared::compression_level).
+    pub compression_level: Option<CompressionLevel>,
     /// Whether clusters of the target may be allocated in any order.
     pub out_of_order: bool,
     /// Whether segments are written in guest order to every target. After an error everything before the first segment
@@ -108,6 +112,7 @@ impl<'a> Conversion<'a> {
             target,
             sparse: DEFAULT_SPARSE,
             compress: false,
+            compression_level: None,
             out_of_order: false,
             in_order: false,
             failed_at: None,
@@ -211,7 +216,7 @@ impl<'a> Conversion<'a> {
         if !self.compress {
             return Ok(None);
         }
-        match self.target.layer().encoder()? {
+        match self.target.layer().encoder(self.compression_level)? {
             Some(encoder) => Ok(Some(encoder)),
             None if self.target.layer().granularity() > 1 => Ok(Some(Box::new(NoEncoder))),
             None => Err(Error::unsupported(

@@ -83,9 +83,11 @@ impl<'a> Worker<'a> {
         Ok(Self {
             job,
             target: conversion.target,
-            // Unreadable sectors are found by reads of sectors.
+            // Unreadable sectors are found by reads of sectors; and who asks for a level wants clusters of that.
             form: match &encoder {
-                Some(_) if !conversion.salvage => conversion.target.layer().encoded_form(),
+                Some(_) if !conversion.salvage && conversion.compression_level.is_none() => {
+                    conversion.target.layer().encoded_form()
+                }
                 _ => None,
             },
             zero_test,

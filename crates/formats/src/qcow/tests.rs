@@ -115,7 +115,7 @@ fn index(value: u64) -> usize {
 /// Writes the cluster at `guest` in its encoded form, as a conversion does.
 fn write_compressed(image: &Image, guest: u64, cluster: &[u8]) -> Result<bool> {
     let mut out = Vec::new();
-    let mut encoder = image.layer().encoder()?.expect("has one");
+    let mut encoder = image.layer().encoder(None)?.expect("has one");
     let fits = encoder.encode(cluster, &mut out)?;
     if fits {
         image.write_encoded(guest, &out)?;

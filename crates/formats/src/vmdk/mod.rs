@@ -39,10 +39,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use diskimage_core::options::Options;
 use diskimage_core::{
     Backed, Backing, BackingIdentity, BackingSearch, Budget, ByteRange, Capabilities, Check, CheckReport,
-    Codec, CreatePlan, CreateRequest, Device, Encoded, EncodedForm, Encoder, Error, ErrorKind, Event, Format,
-    FormatProperties, HoleMeaning, Info, LOOSE, Layer, MAX_DEVICE_LEN, Measure, MeasureSource, MultiFile,
-    Name, Note, Objects, OpenRequest, Preallocation, Probe, Progress, Repair, ResizeRequest, Result, Run,
-    RunKind, Score, WritePlan, ZeroMode, errno, is_zero, to_index,
+    Codec, CompressionLevel, CreatePlan, CreateRequest, Device, Encoded, EncodedForm, Encoder, Error,
+    ErrorKind, Event, Format, FormatProperties, HoleMeaning, Info, LOOSE, Layer, MAX_DEVICE_LEN, Measure,
+    MeasureSource, MultiFile, Name, Note, Objects, OpenRequest, Preallocation, Probe, Progress, Repair,
+    ResizeRequest, Result, Run, RunKind, Score, WritePlan, ZeroMode, errno, is_zero, to_index,
 };
 
 use self::descriptor::{Descriptor, NO_PARENT};
@@ -544,8 +544,8 @@ impl Codec for VmdkLayer {
         self.decode_and_keep_grain(encoded, buf, bytes)
     }
 
-    fn encoder(&self) -> Result<Option<Box<dyn Encoder>>> {
-        stream::encoder(self).map(Some)
+    fn encoder(&self, level: Option<CompressionLevel>) -> Result<Option<Box<dyn Encoder>>> {
+        stream::encoder(self, level).map(Some)
     }
 
     fn write_encoded(&self, offset: u64, bytes: &[u8]) -> Result<()> {

@@ -12,8 +12,8 @@
 use std::sync::Arc;
 
 use diskimage_core::{
-    ByteRange, Device, Encoded, Encoder, Error, MemoryDevice, Preallocation, Result, WritePlan, WriteRun,
-    errno, is_zero, to_index,
+    ByteRange, CompressionLevel, Device, Encoded, Encoder, Error, MemoryDevice, Preallocation, Result,
+    WritePlan, WriteRun, errno, is_zero, to_index,
 };
 use zerocopy::IntoBytes;
 
@@ -31,12 +31,12 @@ pub(super) fn most_stored(geometry: &Geometry) -> u64 {
 }
 
 /// An encoder for `image`.
-pub(super) fn encoder(image: &VmdkLayer) -> Result<Box<dyn Encoder>> {
+pub(super) fn encoder(image: &VmdkLayer, level: Option<CompressionLevel>) -> Result<Box<dyn Encoder>> {
     if image.grain == 1 {
         return Err(Error::invalid("invalid cluster size"));
     }
     Ok(if image.compressed {
-        Box::new(deflate::StreamEncoder::new())
+        Box::new(deflate::StreamEncoder::new(level))
     } else {
         // As in qemu-img, a compressed write to an image without compressed grains stores plain grains.
         Box::new(AsItIs)
@@ -133,7 +133,7 @@ impl VmdkLayer {
         self.decode_grain(&encoded, &mut bytes)?;
         bytes[to_index(used)?..].fill(0);
         let mut out = Vec::new();
-        deflate::StreamEncoder::new().encode(&bytes, &mut out)?;
+        deflate::StreamEncoder::new(None).encode(&bytes, &mut out)?;
         self.append(state, grain, &out)
     }
 
@@ -171,7 +171,7 @@ impl VmdkLayer {
         require_writable(self, extent, &geometry, range)?;
         let zeroes = vec![0; to_index(geometry.grain)?];
         let mut bytes = Vec::new();
-        deflate::StreamEncoder::new().encode(&zeroes, &mut bytes)?;
+        deflate::StreamEncoder::new(None).encode(&zeroes, &mut bytes)?;
         for grain in grains.start()..grains.end() {
             self.append_grain(grain * geometry.grain, &bytes)?;
         }
@@ -307,7 +307,7 @@ impl WritePlan for Staged<'_> {
     }
 
     fn commit(self: Box<Self>) -> Result<()> {
-        let mut encoder = deflate::StreamEncoder::new();
+        let mut encoder = deflate::StreamEncoder::new(None);
         let mut out = Vec::new();
         let guest = self.run[0].guest;
         let mut grain = vec![0; to_index(self.geometry.grain)?];

@@ -1,5 +1,7 @@
 //! Encoded clusters that are copied as they are.
 
+use diskimage_core::options::{OptionDef, Options};
+
 use super::*;
 
 const CLUSTER: usize = 64 << 10;
@@ -22,7 +24,7 @@ fn words(cluster: usize) -> Vec<u8> {
 fn marked(format: &str, options: &str, mark: &[u8], at: usize) -> (Arc<Image>, Vec<u8>) {
     let (source, _) = image(format, options, 4 * CLUSTER as u64);
     let mut all = Vec::new();
-    let mut encoder = source.layer().encoder().unwrap().unwrap();
+    let mut encoder = source.layer().encoder(None).unwrap().unwrap();
     for index in 0..4 {
         let offset = all.len() as u64;
         let bytes = if index == 1 {
@@ -126,10 +128,29 @@ fn clusters_that_are_moved_are_encoded_again_unless_they_stay_whole() {
 }
 
 #[test]
+fn with_a_level_all_clusters_are_encoded_anew() {
+    let (source, all) = marked("qcow2", "cluster_size=64k", EMPTY_BLOCK, 0);
+    let lens = ["1", "9"].map(|number| {
+        let mut options = Options::new(&[OptionDef::COMPRESSION_LEVEL]);
+        options.set(CompressionLevel::OPTION, number).unwrap();
+        let (target, file) = image("qcow2", "cluster_size=64k", source.len());
+        run(&[Arc::clone(&source)], &target, |conversion| {
+            conversion.compress = true;
+            conversion.compression_level = CompressionLevel::from_options(&options).unwrap();
+        })
+        .unwrap();
+        assert_eq!(contents(&target), all);
+        assert_eq!(count(&file.contents(), EMPTY_BLOCK), 0);
+        file.contents().len()
+    });
+    assert!(lens[0] > lens[1], "{lens:?}");
+}
+
+#[test]
 fn clusters_that_decode_to_zeroes_take_no_storage() {
     let (source, _) = image("qcow2", "cluster_size=64k", 2 * CLUSTER as u64);
     let mut encoded = Vec::new();
-    let mut encoder = source.layer().encoder().unwrap().unwrap();
+    let mut encoder = source.layer().encoder(None).unwrap().unwrap();
     encoder.encode(&vec![0; CLUSTER], &mut encoded).unwrap();
     encoded.splice(0..0, EMPTY_BLOCK.iter().copied());
     source.write_encoded(0, &encoded).unwrap();
