@@ -1,6 +1,7 @@
 //! Encoded clusters, most of which are compressed.
 
 use std::fmt::Debug;
+use std::ops::Range;
 
 use crate::options::Options;
 use crate::{ByteRange, Error, Result};
@@ -44,16 +45,35 @@ pub trait Codec: Debug + Send + Sync {
     /// Compression that this build lacks.
     fn encoder(&self, level: Option<CompressionLevel>) -> Result<Option<Box<dyn Encoder>>>;
 
-    /// Stores the encoded bytes of the one cluster that starts at guest offset `offset`.
+    /// Allocates storage for the encoded form of clusters, which are given in guest order, at least one. Until
+    /// [`EncodedPlan::finish`] nothing refers to it; a drop frees it.
     ///
     /// # Errors
     /// As for writing.
-    fn write_encoded(&self, offset: u64, bytes: &[u8]) -> Result<()>;
+    fn plan_encoded(&self, clusters: &[EncodedCluster]) -> Result<Box<dyn EncodedPlan + '_>>;
 
     /// Whether the disk can be written only as the encoded form of whole clusters.
     fn needs_encoding(&self) -> bool {
         false
     }
+}
+
+/// The encoded form of a cluster that is to be stored.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EncodedCluster {
+    /// The guest offset of the cluster.
+    pub offset: u64,
+    /// Its bytes, as a range of the buffer that [`EncodedPlan::finish`] gets.
+    pub bytes: Range<usize>,
+}
+
+/// Allocated storage for encoded clusters.
+pub trait EncodedPlan {
+    /// Writes the clusters, whose bytes are in `buf`, and makes them part of the image.
+    ///
+    /// # Errors
+    /// As for writing.
+    fn finish(self: Box<Self>, buf: &[u8]) -> Result<()>;
 }
 
 /// Where an encoded cluster is stored.

@@ -20,7 +20,7 @@ mod worker;
 
 use std::num::NonZeroU32;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
 use diskimage_core::{
@@ -252,11 +252,11 @@ pub fn total_len(sources: &[Arc<Image>]) -> u64 {
 }
 
 /// Whether the target is a regular file that is written through the page cache: the kernel serializes such writes.
+/// The file itself is not asked for: a device whose file is lent has to ask for its length each time.
 fn takes_one_write(target: &Image) -> bool {
     let layer = target.layer();
     let device = layer.data_file().unwrap_or_else(|| layer.file());
-    let is_file = |file: &std::fs::File| file.metadata().is_ok_and(|metadata| metadata.is_file());
-    device.limits().alignment == 1 && device.as_file().is_some_and(is_file)
+    device.limits().alignment == 1 && device.identity().is_some() && device.is_zero_when_new()
 }
 
 /// Whether the storage can copy by itself. For all other drivers qemu-img searches for zeroes as usual, so that the
@@ -281,6 +281,8 @@ struct CopyJob<'a> {
     /// Held during a write to a file whose writes the kernel serializes: a worker then sleeps on this lock and does not
     /// spin on the inode's lock.
     writing: Option<Mutex<()>>,
+    /// Whether the target's file is written in blocks, of which encoded clusters may share one.
+    shares_blocks: bool,
     done: AtomicU64,
     /// With [`Conversion::data_steps`].
     steps: Option<Steps<'a>>,
@@ -313,6 +315,7 @@ impl<'a> CopyJob<'a> {
             offload: AtomicBool::new(conversion.copy_offload && can_offload(conversion)),
             rate: RateLimit::new(conversion.rate),
             writing: takes_one_write(conversion.target).then(Mutex::default),
+            shares_blocks: conversion.target.layer().file().limits().alignment > 1,
             done: AtomicU64::new(0),
             copied: AtomicU64::new(0),
         })
@@ -322,6 +325,12 @@ impl<'a> CopyJob<'a> {
     fn ordered(&self) -> bool {
         let plain = self.conversion.target.layer().granularity() == 1;
         self.conversion.compress || self.conversion.in_order || !(plain || self.conversion.out_of_order)
+    }
+
+    /// Held during a write; see [`CopyJob::writing`].
+    fn lock_writing(&self) -> Option<MutexGuard<'_, ()>> {
+        let one = self.writing.as_ref()?;
+        Some(one.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     fn begin_progress(&self) {

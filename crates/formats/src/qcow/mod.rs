@@ -26,9 +26,9 @@ use std::sync::Arc;
 use diskimage_core::options::Options;
 use diskimage_core::{
     Backed, Backing, ByteRange, Capabilities, Codec, CompressionLevel, CreatePlan, CreateRequest, Device,
-    Encoded, EncodedForm, Encoder, Error, Event, Format, FormatProperties, Info, Layer, Measure,
-    MeasureSource, Objects, OpenRequest, Probe, ResizeRequest, Result, Run, Score, WritePlan, ZeroMode,
-    align_up,
+    Encoded, EncodedCluster, EncodedForm, EncodedPlan, Encoder, Error, Event, Format, FormatProperties, Info,
+    Layer, Measure, MeasureSource, Objects, OpenRequest, Probe, ResizeRequest, Result, Run, Score, WritePlan,
+    ZeroMode, align_up,
 };
 
 use self::entry::{Entries, damaged};
@@ -246,9 +246,9 @@ impl Codec for Qcow {
         codec::deflate::encoder(level).map(Some)
     }
 
-    fn write_encoded(&self, offset: u64, bytes: &[u8]) -> Result<()> {
+    fn plan_encoded(&self, clusters: &[EncodedCluster]) -> Result<Box<dyn EncodedPlan + '_>> {
         self.require_writable()?;
-        self.tree.write_encoded(offset, bytes)
+        Ok(Box::new(self.tree.plan_encoded(clusters)?))
     }
 }
 

@@ -46,10 +46,10 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use diskimage_core::options::Options;
 use diskimage_core::{
     Amend, AmendRequest, Backed, Backing, Budget, ByteRange, Capabilities, Check, CheckReport, Codec,
-    CompressionLevel, CreatePlan, CreateRequest, Device, Encoded, EncodedForm, Encoder, Error, ErrorKind,
-    Event, Format, FormatProperties, Info, Layer, Measure, MeasureSource, Note, Objects, OpenRequest,
-    Preallocation, Probe, Progress, Repair, ResizeRequest, Result, ResultExt, Run, Score, WritePlan,
-    ZeroMode,
+    CompressionLevel, CreatePlan, CreateRequest, Device, Encoded, EncodedCluster, EncodedForm, EncodedPlan,
+    Encoder, Error, ErrorKind, Event, Format, FormatProperties, Info, Layer, Measure, MeasureSource, Note,
+    Objects, OpenRequest, Preallocation, Probe, Progress, Repair, ResizeRequest, Result, ResultExt, Run,
+    Score, WritePlan, ZeroMode,
 };
 
 use self::encrypt::Encrypted;
@@ -528,8 +528,8 @@ impl Codec for Qcow2 {
         }
     }
 
-    fn write_encoded(&self, offset: u64, bytes: &[u8]) -> Result<()> {
-        self.write_encoded_impl(offset, bytes)
+    fn plan_encoded(&self, clusters: &[EncodedCluster]) -> Result<Box<dyn EncodedPlan + '_>> {
+        Ok(Box::new(self.plan_encoded_impl(clusters)?))
     }
 }
 

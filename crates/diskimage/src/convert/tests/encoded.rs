@@ -1,6 +1,8 @@
 //! Encoded clusters that are copied as they are.
 
+use diskimage_core::EncodedCluster;
 use diskimage_core::options::{OptionDef, Options};
+use diskimage_testing::Requests;
 
 use super::*;
 
@@ -124,6 +126,85 @@ fn clusters_that_are_moved_are_encoded_again_unless_they_stay_whole() {
             marks,
             "{before} bytes before"
         );
+    }
+}
+
+#[test]
+fn the_clusters_of_a_segment_are_one_write() {
+    let bytes: Vec<u8> = (0..64).flat_map(words).collect();
+    for (format, options) in [
+        ("qcow2", "cluster_size=64k"),
+        ("qcow2", "cluster_size=4k"),
+        ("qcow", ""),
+        ("vmdk", "subformat=streamOptimized"),
+    ] {
+        let (file, memory) = faulty(Vec::new());
+        let device: Arc<dyn Device> = Arc::<FaultyDevice>::clone(&file);
+        create(&device, format, options, bytes.len() as u64);
+        let target = open(&device, format, None);
+        // Sixteen segments, and writes of tables.
+        file.arm(Fault::from(24).counting(Requests::Writes));
+        run(&[raw(bytes.clone())], &target, |conversion| {
+            conversion.compress = true
+        })
+        .unwrap_or_else(|error| panic!("{format} {options}: {}", error.chain()));
+        file.disarm();
+        drop(target);
+        let device: Arc<dyn Device> = memory;
+        assert!(
+            contents(&open(&device, format, None)) == bytes,
+            "{format} {options}"
+        );
+    }
+}
+
+#[test]
+fn encoded_clusters_are_written_in_any_order_and_freed_if_they_are_not() {
+    for (format, options) in [
+        ("qcow2", "cluster_size=64k"),
+        ("qcow2", "cluster_size=64k,compression_type=zstd"),
+        ("vmdk", "subformat=streamOptimized"),
+    ] {
+        let [plain, dropped] = [false, true].map(|drops| {
+            let (target, file) = image(format, options, 4 * CLUSTER as u64);
+            let mut encoder = target.layer().encoder(None).unwrap().unwrap();
+            let (mut clusters, mut all, mut one) = (Vec::new(), Vec::new(), Vec::new());
+            for index in 0..4 {
+                assert!(encoder.encode(&words(index), &mut one).unwrap());
+                clusters.push(EncodedCluster {
+                    offset: (index * CLUSTER) as u64,
+                    bytes: all.len()..all.len() + one.len(),
+                });
+                all.extend_from_slice(&one);
+            }
+            if drops {
+                drop(target.begin_encoded(&clusters[1..]).unwrap());
+            }
+            let first = target.begin_encoded(&clusters[..2]).unwrap();
+            let second = target.begin_encoded(&clusters[2..]).unwrap();
+            second.finish(&all).unwrap();
+            assert!(first.finish(&all[..10]).is_err(), "bytes are missing");
+            let first = target.begin_encoded(&clusters[..2]).unwrap();
+            first.finish(&all).unwrap();
+            target.flush().unwrap();
+            assert!(
+                contents(&target) == (0..4).flat_map(words).collect::<Vec<_>>(),
+                "{format} {options}"
+            );
+            without_descriptor(format, &file.contents())
+        });
+        assert!(
+            plain == dropped,
+            "{format} {options}: what was dropped takes room"
+        );
+        let (target, _) = image(format, options, 4 * CLUSTER as u64);
+        let cluster = |index: usize| EncodedCluster {
+            offset: (index * CLUSTER) as u64,
+            bytes: 0..9,
+        };
+        for wrong in [vec![], vec![cluster(1), cluster(1)], vec![cluster(1), cluster(0)]] {
+            assert!(target.begin_encoded(&wrong).is_err(), "{format}: {wrong:?}");
+        }
     }
 }
 
