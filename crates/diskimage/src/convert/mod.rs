@@ -200,12 +200,8 @@ impl<'a> Conversion<'a> {
             return 1;
         }
         let processors = thread::available_parallelism().map_or(1, usize::from);
-        // A worker that waits for its turn is idle: a few more workers than processors keep all processors busy.
-        let wanted = if self.compress {
-            processors + 2
-        } else {
-            processors + 1
-        };
+        // A worker that waits for its turn is idle: one more than there are processors keeps all of them busy.
+        let wanted = processors + 1;
         let most = self
             .parallel
             .map_or(MAX_WORKERS, |most| saturating_index(most.get().into()));
