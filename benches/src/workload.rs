@@ -11,6 +11,8 @@ pub(crate) struct Workload {
     pub(crate) before: &'static [Step],
     /// The command that is measured.
     pub(crate) command: &'static str,
+    /// What only this program gets, behind the command: options that the stock program does not have.
+    pub(crate) ours_only: &'static str,
     /// The number of runs of one measurement. A command of a few milliseconds is run many times, and the sum of the
     /// times is reported.
     pub(crate) repeat: u32,
@@ -37,6 +39,7 @@ impl Workload {
             name,
             before: &[],
             command,
+            ours_only: "",
             repeat,
             verify: None,
         }
@@ -48,6 +51,10 @@ impl Workload {
             before,
             ..Self::once(name, command)
         }
+    }
+
+    const fn with(self, ours_only: &'static str) -> Self {
+        Self { ours_only, ..self }
     }
 
     const fn times(self, repeat: u32) -> Self {
@@ -109,6 +116,15 @@ pub(crate) const WORKLOADS: &[Workload] = &[
         "convert -f raw -O qcow2 -c -o compression_type=zstd {raw} {out}",
     )
     .verified(SAME_QCOW2),
+    Workload::once("raw-zlib-1", "convert -f raw -O qcow2 -c {raw} {out}")
+        .with(" -o compression_level=1")
+        .verified(SAME_QCOW2),
+    Workload::once(
+        "raw-zstd-1",
+        "convert -f raw -O qcow2 -c -o compression_type=zstd {raw} {out}",
+    )
+    .with(" -o compression_level=1")
+    .verified(SAME_QCOW2),
     Workload::once("zlib-raw", "convert -f qcow2 -O raw {zlib} {out}").verified(SAME_RAW),
     Workload::once("zstd-raw", "convert -f qcow2 -O raw {zstd} {out}").verified(SAME_RAW),
     Workload::once("zlib-zlib", "convert -f qcow2 -O qcow2 -c {zlib} {out}").verified(SAME_QCOW2),
@@ -116,6 +132,9 @@ pub(crate) const WORKLOADS: &[Workload] = &[
         .verified(SAME_PROBED),
     Workload::once("vmdk-raw", "convert -f vmdk -O raw {vmdk} {out}").verified(SAME_RAW),
     Workload::once("raw-stream", "convert -f raw -O vmdk -o subformat=streamOptimized {raw} {out}")
+        .verified(SAME_PROBED),
+    Workload::once("raw-stream-1", "convert -f raw -O vmdk -o subformat=streamOptimized {raw} {out}")
+        .with(" -o compression_level=1")
         .verified(SAME_PROBED),
     Workload::once("stream-raw", "convert -f vmdk -O raw {stream} {out}").verified(SAME_RAW),
     Workload::once(

@@ -171,7 +171,7 @@ fn write(layer: Arc<dyn Layer>) {
         let _ = image.resize(512, Preallocation::Off);
     }
     let _ = image.flush();
-    if unit <= MAX_ENCODED && let Ok(Some(mut encoder)) = image.layer().encoder() {
+    if unit <= MAX_ENCODED && let Ok(Some(mut encoder)) = image.layer().encoder(None) {
         let mut encoded = Vec::new();
         let cluster = vec![0x5a; usize::try_from(unit).unwrap_or(0)];
         if let Ok(true) = encoder.encode(&cluster, &mut encoded) {
@@ -194,7 +194,7 @@ pub fn encode_cluster(cluster_bits: u32, bytes: &[u8]) {
     let options = format!("cluster_size={len}");
     create_image(&Qcow2Format, &file, &options, len as u64).expect("is created");
     let image = open_image(&Qcow2Format, file, true, None).expect("opens");
-    let mut encoder = image.layer().encoder().expect("encodes").expect("compresses");
+    let mut encoder = image.layer().encoder(None).expect("encodes").expect("compresses");
     let mut encoded = Vec::new();
     if encoder.encode(&cluster, &mut encoded).expect("encodes") {
         assert!(encoded.len() < len, "a longer form");

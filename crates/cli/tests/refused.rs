@@ -395,3 +395,98 @@ fn a_name_that_is_what_others_are_shown_as_can_be_used() {
         succeed(path, "map new");
     }
 }
+
+#[test]
+fn a_level_of_compression_is_refused_where_nothing_is_compressed() {
+    let dir = images();
+    let path = dir.path();
+    let stored = "compression_level has no effect: It is for writing compressed clusters, and is not stored in the image";
+    let without = "compression_level has no effect: Clusters are compressed with -c only";
+    let measured =
+        "compression_level has no effect: The measured size is that of an image that is not compressed";
+    let sparse = "compression_level has no effect: The subformat monolithicSparse is not compressed";
+    let range = "Compression level must be between 1 and 9";
+    let level = "-o compression_level=3";
+    for (words, message) in [
+        (
+            format!("create -q -f qcow2 {level} new 1M"),
+            format!("new: {stored}"),
+        ),
+        (
+            format!("create -q -f qcow {level} new 1M"),
+            format!("new: {stored}"),
+        ),
+        (
+            format!("create -q -f vmdk {level},subformat=streamOptimized new 1M"),
+            format!("new: {stored}"),
+        ),
+        (
+            format!("create -q -f vmdk {level} new 1M"),
+            format!("new: {sparse}"),
+        ),
+        (
+            "create -q -f qcow2 -o compression_level=10 new 1M".to_owned(),
+            format!("new: {range}"),
+        ),
+        (
+            "create -q -f qed -o compression_level=1 new 1M".to_owned(),
+            "new: Invalid parameter 'compression_level'".to_owned(),
+        ),
+        (
+            format!("convert -f raw -O qcow2 {level} raw new"),
+            format!("new: error while converting qcow2: {without}"),
+        ),
+        (
+            format!("convert -c -f raw -O vmdk {level} raw new"),
+            format!("new: error while converting vmdk: {sparse}"),
+        ),
+        (
+            "convert -c -f raw -O qcow2 -o compression_level=0 raw new".to_owned(),
+            range.to_owned(),
+        ),
+        (format!("measure -O qcow2 {level} --size 1M"), measured.to_owned()),
+        (format!("measure -O qcow {level} --size 1M"), measured.to_owned()),
+        (
+            format!("measure -O vmdk {level},subformat=streamOptimized --size 1M"),
+            measured.to_owned(),
+        ),
+        (
+            format!("amend -f qcow2 {level} a"),
+            "Invalid parameter 'compression_level'\nThis option is only supported for image creation"
+                .to_owned(),
+        ),
+    ] {
+        assert_eq!(
+            refused(path, &words, 1),
+            format!("qemu-img: {message}"),
+            "{words}"
+        );
+    }
+    let contents = |name: &str| fs::read(path.join(name)).expect("exists");
+    let len = |name: &str| contents(name).len();
+    let lines = (0..20000_u32).map(|line| {
+        let (file, bytes) = (line * line % 977, line * 7919 % 4099);
+        format!("line {line} of file {file} has {bytes} bytes\n")
+    });
+    fs::write(path.join("text"), lines.collect::<String>()).expect("written");
+    for (target, options) in [
+        ("-c -O qcow2", ""),
+        ("-c -O qcow2", ",compression_type=zstd"),
+        ("-c -O qcow", ""),
+        ("-O vmdk", ",subformat=streamOptimized"),
+        ("-c -O vmdk", ",subformat=streamOptimized"),
+    ] {
+        for level in [1, 9] {
+            let words =
+                format!("convert -f raw {target} -o compression_level={level}{options} text t{level}");
+            succeed(path, &words);
+            succeed(path, &format!("compare -f raw text t{level}"));
+        }
+        assert!(
+            len("t1") >= len("t9") && contents("t1") != contents("t9"),
+            "{target} {options}: {} and {}",
+            len("t1"),
+            len("t9")
+        );
+    }
+}

@@ -7,8 +7,8 @@ use std::fmt::Debug;
 use std::sync::Arc;
 
 use crate::{
-    Backing, Bitmaps, Check, CheckReport, Codec, Device, EncodedForm, Encoder, Error, Layer, Name, Note,
-    Objects, Progress, Repair, ResizeRequest, Result, Snapshots, errno,
+    Backing, Bitmaps, Check, CheckReport, Codec, CompressionLevel, Device, EncodedForm, Encoder, Error,
+    Layer, Name, Note, Objects, Progress, Repair, ResizeRequest, Result, Snapshots, errno,
 };
 
 /// The optional features of one open image.
@@ -238,9 +238,9 @@ impl<'a> dyn Layer + 'a {
     ///
     /// # Errors
     /// As [`Codec::encoder`].
-    pub fn encoder(&self) -> Result<Option<Box<dyn Encoder>>> {
+    pub fn encoder(&self, level: Option<CompressionLevel>) -> Result<Option<Box<dyn Encoder>>> {
         match self.capabilities().codec {
-            Some(codec) => codec.encoder(),
+            Some(codec) => codec.encoder(level),
             None => Ok(None),
         }
     }

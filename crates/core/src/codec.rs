@@ -1,8 +1,10 @@
 //! Encoded clusters, most of which are compressed.
 
 use std::fmt::Debug;
+use std::ops::Range;
 
-use crate::{ByteRange, Result};
+use crate::options::Options;
+use crate::{ByteRange, Error, Result};
 
 /// A layer that stores clusters in encoded form.
 pub trait Codec: Debug + Send + Sync {
@@ -36,22 +38,42 @@ pub trait Codec: Debug + Send + Sync {
         Ok(false)
     }
 
-    /// A new encoder for clusters, one for each worker; `None` if this image cannot store encoded clusters.
+    /// A new encoder for clusters, one for each worker; `None` if this image cannot store encoded clusters. Without a
+    /// level it makes clusters about as short as `qemu-img` does.
     ///
     /// # Errors
     /// Compression that this build lacks.
-    fn encoder(&self) -> Result<Option<Box<dyn Encoder>>>;
+    fn encoder(&self, level: Option<CompressionLevel>) -> Result<Option<Box<dyn Encoder>>>;
 
-    /// Stores the encoded bytes of the one cluster that starts at guest offset `offset`.
+    /// Allocates storage for the encoded form of clusters, which are given in guest order, at least one. Until
+    /// [`EncodedPlan::finish`] nothing refers to it; a drop frees it.
     ///
     /// # Errors
     /// As for writing.
-    fn write_encoded(&self, offset: u64, bytes: &[u8]) -> Result<()>;
+    fn plan_encoded(&self, clusters: &[EncodedCluster]) -> Result<Box<dyn EncodedPlan + '_>>;
 
     /// Whether the disk can be written only as the encoded form of whole clusters.
     fn needs_encoding(&self) -> bool {
         false
     }
+}
+
+/// The encoded form of a cluster that is to be stored.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EncodedCluster {
+    /// The guest offset of the cluster.
+    pub offset: u64,
+    /// Its bytes, as a range of the buffer that [`EncodedPlan::finish`] gets.
+    pub bytes: Range<usize>,
+}
+
+/// Allocated storage for encoded clusters.
+pub trait EncodedPlan {
+    /// Writes the clusters, whose bytes are in `buf`, and makes them part of the image.
+    ///
+    /// # Errors
+    /// As for writing.
+    fn finish(self: Box<Self>, buf: &[u8]) -> Result<()>;
 }
 
 /// Where an encoded cluster is stored.
@@ -74,6 +96,51 @@ pub struct EncodedForm {
     pub cluster: u64,
 }
 
+/// How hard an encoder tries to make clusters shorter: from 1, the fastest, to 9, with the shortest output. Images do not
+/// store it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CompressionLevel(u8);
+
+impl CompressionLevel {
+    /// The name of the creation option.
+    pub const OPTION: &'static str = "compression_level";
+
+    /// Reads the creation option; `None` if it is not given.
+    ///
+    /// # Errors
+    /// A number that is not from 1 to 9.
+    pub fn from_options(options: &Options) -> Result<Option<Self>> {
+        let Some(number) = options.number(Self::OPTION) else {
+            return Ok(None);
+        };
+        match u8::try_from(number) {
+            Ok(level @ 1..=9) => Ok(Some(Self(level))),
+            _ => Err(Error::invalid("Compression level must be between 1 and 9")),
+        }
+    }
+
+    /// Refuses the creation option where nothing is encoded.
+    ///
+    /// # Errors
+    /// The option is given.
+    pub fn require_absent(options: &Options, why: &str) -> Result<()> {
+        match Self::from_options(options)? {
+            Some(_) => Err(Error::invalid(format!("{} has no effect: {why}", Self::OPTION))),
+            None => Ok(()),
+        }
+    }
+
+    /// The number, 1 to 9.
+    pub fn get(self) -> u8 {
+        self.0
+    }
+
+    /// Its index in a table of nine.
+    pub fn index(self) -> usize {
+        usize::from(self.0) - 1
+    }
+}
+
 /// Compresses clusters.
 pub trait Encoder: Send {
     /// Clears `out` and writes the encoded form of `cluster` to it. `Ok(false)` if the cluster should be stored
@@ -82,4 +149,29 @@ pub trait Encoder: Send {
     /// # Errors
     /// A failure of the codec.
     fn encode(&mut self, cluster: &[u8], out: &mut Vec<u8>) -> Result<bool>;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::options::OptionDef;
+
+    fn level(list: &str) -> Result<Option<CompressionLevel>> {
+        let mut options = Options::new(&[OptionDef::COMPRESSION_LEVEL]);
+        options.parse(list)?;
+        CompressionLevel::from_options(&options)
+    }
+
+    #[test]
+    fn levels_are_one_to_nine() {
+        assert_eq!(level("").expect("no level"), None);
+        for number in 1..=9 {
+            let level = level(&format!("compression_level={number}")).expect("a level");
+            assert_eq!(level.map(CompressionLevel::get), Some(number));
+        }
+        for wrong in ["0", "10", "-1", "257"] {
+            let error = level(&format!("compression_level={wrong}")).expect_err(wrong);
+            assert_eq!(error.to_string(), "Compression level must be between 1 and 9");
+        }
+    }
 }

@@ -209,6 +209,8 @@ pub struct CreatePlan<'a> {
     pub part_permissions: Permissions,
     /// The new image records what its backing image contains: that one is opened and passed on in [`NewFiles::backing`].
     pub reads_backing: bool,
+    /// What is written to the new image is always encoded.
+    pub encodes: bool,
     write: Box<WriteImage<'a>>,
 }
 
@@ -221,6 +223,7 @@ impl<'a> CreatePlan<'a> {
             parts: Vec::new(),
             part_permissions: Permissions::WRITE,
             reads_backing: false,
+            encodes: false,
             write: Box::new(write),
         }
     }
@@ -242,6 +245,12 @@ impl<'a> CreatePlan<'a> {
             reads_backing,
             ..self
         }
+    }
+
+    /// The same image, in which everything is encoded, or is not.
+    #[must_use]
+    pub fn with_encodes(self, encodes: bool) -> Self {
+        Self { encodes, ..self }
     }
 
     /// Writes the image.

@@ -16,10 +16,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use crate::errno;
 use crate::flush_on_drop::FlushOnDrop;
 use crate::{
-    AmendRequest, BackingIdentity, ByteRange, DecodedBlockCache, Device, Encoded, EncodedForm, Error,
-    ErrorKind, Event, Extent, ExtentKind, HoleMeaning, Info, Layer, Limits, Node, NodeOptions, OnLost,
-    Preallocation, ResizeRequest, Result, Run, RunKind, StatusDetail, WritePlan, WriteRun, ZeroMode,
-    align_down, align_up, is_zero, to_index, write_zero_chunks,
+    AmendRequest, BackingIdentity, ByteRange, DecodedBlockCache, Device, Encoded, EncodedCluster,
+    EncodedForm, EncodedPlan, Error, ErrorKind, Event, Extent, ExtentKind, HoleMeaning, Info, Layer, Limits,
+    Node, NodeOptions, OnLost, Preallocation, ResizeRequest, Result, Run, RunKind, StatusDetail, WritePlan,
+    WriteRun, ZeroMode, align_down, align_up, is_zero, to_index, write_zero_chunks,
 };
 
 /// An opened image and its backing chain.
@@ -230,10 +230,28 @@ impl Image {
     /// # Errors
     /// As [`Device::write_at`].
     pub fn write_encoded(&self, offset: u64, bytes: &[u8]) -> Result<()> {
+        let cluster = EncodedCluster {
+            offset,
+            bytes: 0..bytes.len(),
+        };
+        self.begin_encoded(&[cluster])?.finish(bytes)
+    }
+
+    /// Allocates storage for the encoded form of whole clusters, which are given in guest order, at least one. It is
+    /// allocated in the order of these calls and of [`Image::begin_write`]; the bytes may then be written by several
+    /// threads at once.
+    ///
+    /// # Errors
+    /// As [`Device::write_at`].
+    pub fn begin_encoded(&self, clusters: &[EncodedCluster]) -> Result<PendingEncoded<'_>> {
         self.require_writable()?;
         self.decoded.clear();
-        self.guarded
-            .change(|| self.layer().codec()?.write_encoded(offset, bytes))
+        Ok(PendingEncoded {
+            image: self,
+            plan: self
+                .guarded
+                .change(|| self.layer().codec()?.plan_encoded(clusters))?,
+        })
     }
 
     /// Discards all data, so that reads return the backing image everywhere, if the format supports it.
@@ -616,6 +634,29 @@ impl std::fmt::Debug for PendingWrite<'_> {
         f.debug_struct("PendingWrite")
             .field("range", &self.range)
             .finish_non_exhaustive()
+    }
+}
+
+/// A write of encoded clusters whose storage has been allocated.
+#[must_use = "a drop frees the storage"]
+pub struct PendingEncoded<'a> {
+    image: &'a Image,
+    plan: Box<dyn EncodedPlan + 'a>,
+}
+
+impl PendingEncoded<'_> {
+    /// Writes the clusters, whose bytes are ranges of `buf`, and makes them part of the image.
+    ///
+    /// # Errors
+    /// As [`Device::write_at`].
+    pub fn finish(self, buf: &[u8]) -> Result<()> {
+        self.image.guarded.change(|| self.plan.finish(buf))
+    }
+}
+
+impl std::fmt::Debug for PendingEncoded<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("PendingEncoded").finish_non_exhaustive()
     }
 }
 

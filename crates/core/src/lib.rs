@@ -68,7 +68,7 @@ pub use capabilities::{
     Amend, AmendRequest, Backed, BackingIdentity, BackingSearch, Capabilities, DiskIdentity, MultiFile,
 };
 pub use check::{Check, CheckReport, Repair};
-pub use codec::{Codec, Encoded, EncodedForm, Encoder};
+pub use codec::{Codec, CompressionLevel, Encoded, EncodedCluster, EncodedForm, EncodedPlan, Encoder};
 pub use decoded_cache::DecodedBlockCache;
 pub use device::{
     Device, Extent, ExtentKind, Limits, MAX_DEVICE_LEN, Node, Preallocation, StatusDetail, ZeroMode,
@@ -83,7 +83,7 @@ pub use format::{
     OpenRequest, Probe, Score,
 };
 pub use gate::{ClosedGate, Gate, Permissions, Reference, Role};
-pub use image::{Image, PendingWrite, ZeroDetection};
+pub use image::{Image, PendingEncoded, PendingWrite, ZeroDetection};
 pub use info::{Detail, DetailValue, Info, SnapshotInfo};
 pub use layer::{HoleMeaning, Layer, ResizeRequest, Run, RunKind, WritePlan, WriteRun};
 pub use local_time::LocalTime;

@@ -253,12 +253,14 @@ mod tests {
                 kind: OptionKind::Size,
                 help: "The size",
                 default: None,
+                is_listed: true,
             },
             OptionDef {
                 name: "lazy",
                 kind: OptionKind::Flag,
                 help: "Be lazy",
                 default: Some("off"),
+                is_listed: true,
             },
         ];
         let mut options = from_json("{'size':4096,'lazy':true,'filename':'x'}");

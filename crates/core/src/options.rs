@@ -8,6 +8,7 @@
 //!     kind: OptionKind::Size,
 //!     help: "qcow2 cluster size",
 //!     default: Some("65536"),
+//!     is_listed: true,
 //! }];
 //! let mut options = Options::new(TABLE);
 //! options.parse("cluster_size=4k")?;
@@ -18,7 +19,7 @@
 use std::fmt;
 
 use crate::size::{SizeError, parse_number, parse_size};
-use crate::{Error, ErrorKind};
+use crate::{CompressionLevel, Error, ErrorKind};
 
 /// The type of an option's value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,6 +57,8 @@ pub struct OptionDef {
     pub help: &'static str,
     /// The value if none is given; `create` prints it.
     pub default: Option<&'static str>,
+    /// Whether `-o help` lists it. Options that `qemu-img` does not have are not listed.
+    pub is_listed: bool,
 }
 
 impl OptionDef {
@@ -66,6 +69,15 @@ impl OptionDef {
     /// The format of that backing image.
     pub const BACKING_FMT: Self =
         Self::new("backing_fmt", OptionKind::Text, "Image format of the base image");
+    /// How hard a conversion to the new image tries to make clusters shorter: [`CompressionLevel`].
+    pub const COMPRESSION_LEVEL: Self = Self {
+        is_listed: false,
+        ..Self::new(
+            CompressionLevel::OPTION,
+            OptionKind::Number,
+            "Effort of compression, 1 (fastest) to 9 (smallest)",
+        )
+    };
 
     /// An option without a default.
     pub const fn new(name: &'static str, kind: OptionKind, help: &'static str) -> Self {
@@ -74,6 +86,7 @@ impl OptionDef {
             kind,
             help,
             default: None,
+            is_listed: true,
         }
     }
 
@@ -401,6 +414,7 @@ pub fn split_list(text: &str, implied: Option<&str>) -> Vec<(String, String)> {
 
 fn help_lines(tables: &[&'static [OptionDef]]) -> String {
     let mut defs = merge(tables);
+    defs.retain(|def| def.is_listed);
     defs.sort_by_key(|def| def.name);
     let line = |def: &&OptionDef| {
         let left = format!("{}={}", def.name, def.kind.placeholder());
@@ -483,6 +497,7 @@ mod tests {
             kind,
             help: "Help text",
             default,
+            is_listed: true,
         }
     }
 
@@ -600,6 +615,17 @@ mod tests {
         ] {
             assert_eq!(error(text), (message.to_owned(), None), "{text}");
         }
+    }
+
+    #[test]
+    fn options_that_are_not_listed_are_in_no_help_and_shown_if_given() {
+        const UNLISTED: &[OptionDef] = &[TABLE[0], OptionDef::COMPRESSION_LEVEL];
+        const LISTED: &[OptionDef] = &[TABLE[0]];
+        assert_eq!(create_help("x", UNLISTED), create_help("x", LISTED));
+        let mut options = Options::new(UNLISTED);
+        assert_eq!(options.summary(), "cluster_size=65536");
+        options.parse("compression_level=3").expect("is in the table");
+        assert_eq!(options.summary(), "cluster_size=65536 compression_level=3");
     }
 
     #[test]

@@ -12,8 +12,8 @@ use std::sync::Arc;
 
 use diskimage_core::options::{OptionDef, Options};
 use diskimage_core::{
-    CreatePlan, CreateRequest, Device, Error, ErrorKind, Format, Gate, Image, NewFiles, NodeOptions, Objects,
-    OnNote, OpenContext, OpenFiles, Permissions, Preallocation, Result, name,
+    CompressionLevel, CreatePlan, CreateRequest, Device, Error, ErrorKind, Format, Gate, Image, NewFiles,
+    NodeOptions, Objects, OnNote, OpenContext, OpenFiles, Permissions, Preallocation, Result, name,
 };
 use diskimage_formats::format_by_name;
 use diskimage_protocols::{
@@ -26,6 +26,18 @@ use crate::files::{Identity, Location, files_below, files_of_chain};
 use crate::graph::full_backing_name;
 use crate::open::open_bare;
 use crate::open_options::OpenOptions;
+
+/// What is written to a new image as soon as it is created.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Filling {
+    /// Nothing.
+    #[default]
+    None,
+    /// Guest data, encoded only if the image stores no other.
+    Plain,
+    /// Guest data in encoded form.
+    Encoded,
+}
 
 /// The name, the format and the options of a new image.
 #[must_use = "nothing is made before `create`"]
@@ -41,6 +53,7 @@ pub struct Creation {
     trust_backing: bool,
     needed: HashSet<Identity>,
     cache: CacheMode,
+    filling: Filling,
     /// What the user gave for opening other images.
     open: OpenOptions,
     on_note: Option<Arc<OnNote>>,
@@ -60,6 +73,7 @@ impl Creation {
             trust_backing: false,
             needed: HashSet::new(),
             cache: CacheMode::WRITEBACK,
+            filling: Filling::None,
             open: OpenOptions::new(),
             on_note: None,
         }
@@ -110,6 +124,13 @@ impl Creation {
         self
     }
 
+    /// What is written next. It decides whether the option `compression_level` has a meaning, which is not stored in the
+    /// image, and has to be passed on in [`Conversion::compression_level`](crate::Conversion::compression_level).
+    pub fn filling(mut self, filling: Filling) -> Self {
+        self.filling = filling;
+        self
+    }
+
     /// The cache mode of the new file.
     pub fn cache(mut self, cache: CacheMode) -> Self {
         self.cache = cache;
@@ -156,6 +177,7 @@ impl Creation {
             size,
             options,
             cache: self.cache,
+            filling: self.filling,
             context: self.open.cache(self.cache).context(),
             name: self.name,
         })
@@ -256,6 +278,7 @@ pub struct Prepared {
     /// The files that must not be overwritten.
     needed: HashSet<Identity>,
     cache: CacheMode,
+    filling: Filling,
     context: OpenContext,
 }
 
@@ -273,6 +296,14 @@ impl Prepared {
     /// The value of an option that is on or off, or its default.
     pub fn flag(&self, name: &str) -> Option<bool> {
         self.options.flag(name)
+    }
+
+    /// How hard clusters are to be compressed; `None` if that was not given.
+    ///
+    /// # Errors
+    /// A number that is not from 1 to 9.
+    pub fn compression_level(&self) -> Result<Option<CompressionLevel>> {
+        CompressionLevel::from_options(&self.options)
     }
 
     /// Whether the format has this option.
@@ -305,6 +336,7 @@ impl Prepared {
     pub fn write(&self) -> Result<NewImage> {
         let creation = FileCreation::from_options(&self.options)?;
         self.check_preallocation()?;
+        self.compression_level()?;
         // Errors in the options are found before the file is emptied.
         let name = target_of(&self.name)
             .ok()
@@ -316,6 +348,7 @@ impl Prepared {
             options: &self.options,
             objects: &self.context.objects,
         })?;
+        self.check_compression_level(&plan)?;
         let (file, mut files) = self.own_file(&creation, &plan)?;
         self.fill(&file, plan, &creation, &mut files)?;
         Ok(NewImage { files })
@@ -407,6 +440,16 @@ impl Prepared {
         let device = opened.map_err(|error| no_making(error, protocol.name()))?;
         self.require_apart(&device.name(), plan)?;
         Ok((device, Vec::new()))
+    }
+
+    /// Refuses the level of compression if nothing is going to be compressed.
+    fn check_compression_level(&self, plan: &CreatePlan<'_>) -> Result<()> {
+        let why = match self.filling {
+            Filling::None => "It is for writing compressed clusters, and is not stored in the image",
+            Filling::Plain if !plan.encodes => "Clusters are compressed with -c only",
+            Filling::Plain | Filling::Encoded => return Ok(()),
+        };
+        CompressionLevel::require_absent(&self.options, why)
     }
 
     /// If the format leaves preallocation to the file, checks that the mode exists before the file is emptied.

@@ -86,7 +86,7 @@ pub use bitmaps::{cannot_add_bitmap, check_bitmaps, copy_bitmaps, merge_bitmap};
 pub use commit::{Commit, depth_of};
 pub use compare::{CompareError, Comparison, Difference, Failure, Verdict};
 pub use convert::{Conversion, DEFAULT_SPARSE, MAX_SPARSE, OnLost, total_len};
-pub use create::{Creation, NewImage, Prepared, file_options, format_of_new, protocol_options};
+pub use create::{Creation, Filling, NewImage, Prepared, file_options, format_of_new, protocol_options};
 pub use dd::{Blocks, dd};
 pub use diskimage_core::*;
 pub use diskimage_formats::{FORMATS, Zeroizing, decrypt_secret, format_by_name};

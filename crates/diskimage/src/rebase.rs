@@ -157,7 +157,7 @@ impl Rebase<'_> {
         if !self.compress {
             return Ok(None);
         }
-        match self.image.layer().encoder()? {
+        match self.image.layer().encoder(None)? {
             Some(encoder) => Ok(Some(encoder)),
             None => Err(Error::unsupported(
                 "Compression not supported for this file format",

@@ -187,7 +187,7 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
         format: args.backing_format.clone(),
     });
     if !args.only_name {
-        if args.compress && image.layer().encoder()?.is_none() {
+        if args.compress && image.layer().encoder(None)?.is_none() {
             return Err(no_compression());
         }
         let new = match &backing {

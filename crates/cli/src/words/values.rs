@@ -200,12 +200,14 @@ static SNAPSHOT_PARAMETERS: [options::OptionDef; 2] = [
         kind: options::OptionKind::Text,
         help: "Identifier of the snapshot",
         default: None,
+        is_listed: true,
     },
     options::OptionDef {
         name: "snapshot.name",
         kind: options::OptionKind::Text,
         help: "Name of the snapshot",
         default: None,
+        is_listed: true,
     },
 ];
 

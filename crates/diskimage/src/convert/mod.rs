@@ -20,11 +20,12 @@ mod worker;
 
 use std::num::NonZeroU32;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
 use diskimage_core::{
-    ByteRange, Device, Encoder, Error, Image, Progress, Result, align_up, errno, saturating_index, to_index,
+    ByteRange, CompressionLevel, Device, Encoder, Error, Image, Progress, Result, align_up, errno,
+    saturating_index, to_index,
 };
 
 use crate::cursor::Cursor;
@@ -46,6 +47,9 @@ pub struct Conversion<'a> {
     pub sparse: u64,
     /// Whether to compress. Whole clusters of zeroes are left unallocated.
     pub compress: bool,
+    /// With [`Conversion::compress`]: how hard. That of the creation options is
+    /// [`Prepared::compression_level`](crate::Prepared::compression_level).
+    pub compression_level: Option<CompressionLevel>,
     /// Whether clusters of the target may be allocated in any order.
     pub out_of_order: bool,
     /// Whether segments are written in guest order to every target. After an error everything before the first segment
@@ -108,6 +112,7 @@ impl<'a> Conversion<'a> {
             target,
             sparse: DEFAULT_SPARSE,
             compress: false,
+            compression_level: None,
             out_of_order: false,
             in_order: false,
             failed_at: None,
@@ -195,12 +200,8 @@ impl<'a> Conversion<'a> {
             return 1;
         }
         let processors = thread::available_parallelism().map_or(1, usize::from);
-        // A worker that waits for its turn is idle: a few more workers than processors keep all processors busy.
-        let wanted = if self.compress {
-            processors + 2
-        } else {
-            processors + 1
-        };
+        // A worker that waits for its turn is idle: one more than there are processors keeps all of them busy.
+        let wanted = processors + 1;
         let most = self
             .parallel
             .map_or(MAX_WORKERS, |most| saturating_index(most.get().into()));
@@ -211,7 +212,7 @@ impl<'a> Conversion<'a> {
         if !self.compress {
             return Ok(None);
         }
-        match self.target.layer().encoder()? {
+        match self.target.layer().encoder(self.compression_level)? {
             Some(encoder) => Ok(Some(encoder)),
             None if self.target.layer().granularity() > 1 => Ok(Some(Box::new(NoEncoder))),
             None => Err(Error::unsupported(
@@ -247,11 +248,11 @@ pub fn total_len(sources: &[Arc<Image>]) -> u64 {
 }
 
 /// Whether the target is a regular file that is written through the page cache: the kernel serializes such writes.
+/// The file itself is not asked for: a device whose file is lent has to ask for its length each time.
 fn takes_one_write(target: &Image) -> bool {
     let layer = target.layer();
     let device = layer.data_file().unwrap_or_else(|| layer.file());
-    let is_file = |file: &std::fs::File| file.metadata().is_ok_and(|metadata| metadata.is_file());
-    device.limits().alignment == 1 && device.as_file().is_some_and(is_file)
+    device.limits().alignment == 1 && device.identity().is_some() && device.is_zero_when_new()
 }
 
 /// Whether the storage can copy by itself. For all other drivers qemu-img searches for zeroes as usual, so that the
@@ -276,6 +277,8 @@ struct CopyJob<'a> {
     /// Held during a write to a file whose writes the kernel serializes: a worker then sleeps on this lock and does not
     /// spin on the inode's lock.
     writing: Option<Mutex<()>>,
+    /// Whether the target's file is written in blocks, of which encoded clusters may share one.
+    shares_blocks: bool,
     done: AtomicU64,
     /// With [`Conversion::data_steps`].
     steps: Option<Steps<'a>>,
@@ -308,6 +311,7 @@ impl<'a> CopyJob<'a> {
             offload: AtomicBool::new(conversion.copy_offload && can_offload(conversion)),
             rate: RateLimit::new(conversion.rate),
             writing: takes_one_write(conversion.target).then(Mutex::default),
+            shares_blocks: conversion.target.layer().file().limits().alignment > 1,
             done: AtomicU64::new(0),
             copied: AtomicU64::new(0),
         })
@@ -317,6 +321,12 @@ impl<'a> CopyJob<'a> {
     fn ordered(&self) -> bool {
         let plain = self.conversion.target.layer().granularity() == 1;
         self.conversion.compress || self.conversion.in_order || !(plain || self.conversion.out_of_order)
+    }
+
+    /// Held during a write; see [`CopyJob::writing`].
+    fn lock_writing(&self) -> Option<MutexGuard<'_, ()>> {
+        let one = self.writing.as_ref()?;
+        Some(one.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     fn begin_progress(&self) {

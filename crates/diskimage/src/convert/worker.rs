@@ -7,13 +7,14 @@
 //! ```
 
 use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, PoisonError};
 use std::thread;
 
 use diskimage_core::{
-    AlignedBuf, ByteRange, Device, EncodedForm, Encoder, Error, ExtentKind, Image, PendingWrite, Result,
-    ResultExt, StatusDetail, ZeroMode, align_down, align_up, vec_with_room,
+    AlignedBuf, ByteRange, Device, EncodedCluster, EncodedForm, Encoder, Error, ExtentKind, Image,
+    PendingEncoded, PendingWrite, Result, ResultExt, StatusDetail, ZeroMode, align_down, align_up,
+    vec_with_room,
 };
 
 use super::CopyJob;
@@ -41,7 +42,8 @@ pub(super) struct Worker<'a> {
     /// The data of the segment by its status, for the steps of the progress.
     parts: Vec<Part>,
     steps: Vec<ClusterWrite>,
-    /// The encoded clusters of `steps`.
+    /// The encoded clusters of `steps`, as ranges of `encoded`.
+    clusters: Vec<EncodedCluster>,
     encoded: Vec<u8>,
     /// The clusters of the segment that were read in encoded form as well, by guest offset, as ranges of `kept_bytes`.
     kept: Vec<(u64, Range<usize>)>,
@@ -60,7 +62,14 @@ struct HostRun {
 enum ClusterWrite {
     Zero(ByteRange),
     Plain(ByteRange),
-    Encoded { offset: u64, bytes: Range<usize> },
+    /// A range of [`Worker::clusters`].
+    Encoded(Range<usize>),
+}
+
+/// The same, with storage.
+enum PendingCluster<'a> {
+    Plain(PendingWrite<'a>),
+    Encoded(PendingEncoded<'a>, u64),
 }
 
 impl<'a> Worker<'a> {
@@ -83,9 +92,11 @@ impl<'a> Worker<'a> {
         Ok(Self {
             job,
             target: conversion.target,
-            // Unreadable sectors are found by reads of sectors.
+            // Unreadable sectors are found by reads of sectors; and who asks for a level wants clusters of that.
             form: match &encoder {
-                Some(_) if !conversion.salvage => conversion.target.layer().encoded_form(),
+                Some(_) if !conversion.salvage && conversion.compression_level.is_none() => {
+                    conversion.target.layer().encoded_form()
+                }
                 _ => None,
             },
             zero_test,
@@ -96,6 +107,7 @@ impl<'a> Worker<'a> {
             hosts: Vec::new(),
             parts: Vec::new(),
             steps: Vec::new(),
+            clusters: Vec::new(),
             kept: Vec::new(),
             kept_bytes: Vec::new(),
             // Allocated in full: growing step by step would fragment the heap with the smaller buffers.
@@ -397,6 +409,7 @@ impl<'a> Worker<'a> {
         };
         let cluster = self.target.layer().granularity();
         self.steps.clear();
+        self.clusters.clear();
         self.encoded.clear();
         for action in &self.actions {
             if action.kind == CopyKind::Zero {
@@ -433,10 +446,15 @@ impl<'a> Worker<'a> {
                 if is_encoded {
                     let from = self.encoded.len();
                     self.encoded.extend_from_slice(&self.cluster);
-                    self.steps.push(ClusterWrite::Encoded {
+                    let index = self.clusters.len();
+                    self.clusters.push(EncodedCluster {
                         offset: part.start(),
                         bytes: from..self.encoded.len(),
                     });
+                    match self.steps.last_mut() {
+                        Some(ClusterWrite::Encoded(clusters)) => clusters.end = index + 1,
+                        _ => self.steps.push(ClusterWrite::Encoded(index..index + 1)),
+                    }
                 } else {
                     self.steps.push(ClusterWrite::Plain(part));
                 }
@@ -445,27 +463,43 @@ impl<'a> Worker<'a> {
         Ok(())
     }
 
-    /// Writes encoded clusters in the segment's turn.
+    /// Allocates storage for encoded clusters in the segment's turn, and writes them after it.
     fn write_encoded_in_order(&mut self, segment: Segment) -> std::result::Result<(), End> {
         let cursor = &self.job.cursor;
         if self.steps.is_empty() {
             return Ok(cursor.pass(segment.number)?);
         }
-        let _turn = cursor.wait(segment.number)?;
+        let start = segment.range.start();
+        let turn = cursor.wait(segment.number)?;
+        let mut pending = Vec::with_capacity(self.steps.len());
         for step in &self.steps {
             match step {
                 ClusterWrite::Zero(range) => write_zeroes(self.target, *range)?,
                 ClusterWrite::Plain(range) => {
-                    let bytes = slice_mut(&mut self.buf, *range, segment.range.start())?;
-                    self.target
-                        .write_at(bytes, range.start())
-                        .context(|| write_error(*range))?;
+                    let write = self.target.begin_write(*range);
+                    pending.push(PendingCluster::Plain(write.context(|| write_error(*range))?));
                 }
-                ClusterWrite::Encoded { offset, bytes } => {
-                    let bytes = self.encoded.get(bytes.clone()).unwrap_or_default();
-                    self.target
-                        .write_encoded(*offset, bytes)
-                        .context(|| write_error(ByteRange::at(*offset, 1)))?;
+                ClusterWrite::Encoded(clusters) => {
+                    let clusters = self.clusters.get(clusters.clone()).unwrap_or_default();
+                    let first = clusters.first().map_or(start, |cluster| cluster.offset);
+                    let write = self.target.begin_encoded(clusters);
+                    let write = write.context(|| write_error(ByteRange::at(first, 1)))?;
+                    pending.push(PendingCluster::Encoded(write, first));
+                }
+            }
+        }
+        // Neighbours share a block, which the device may read, change and write.
+        let _turn = self.job.shares_blocks.then_some(turn);
+        for write in pending {
+            match write {
+                PendingCluster::Plain(write) => {
+                    finish_write(self.job, &self.hosts, &mut self.buf, start, write)?;
+                }
+                PendingCluster::Encoded(write, first) => {
+                    let _writing = self.job.lock_writing();
+                    write
+                        .finish(&self.encoded)
+                        .context(|| write_error(ByteRange::at(first, 1)))?;
                 }
             }
         }
@@ -482,10 +516,7 @@ fn finish_write(
     start: u64,
     write: PendingWrite<'_>,
 ) -> Result<()> {
-    let _writing = job
-        .writing
-        .as_ref()
-        .map(|one| one.lock().unwrap_or_else(PoisonError::into_inner));
+    let _writing = job.lock_writing();
     let range = write.range();
     let index = hosts.partition_point(|host| host.range.end() <= range.start());
     let host = hosts

@@ -11,6 +11,9 @@ pub(crate) const DEFLATE: &str = "deflate";
 pub(crate) const ZSTD: &str = "zstd";
 pub(crate) const ZLIB: &str = "zlib";
 
+/// Why the level of compression is refused when the size of a new image is measured.
+pub(crate) const NOT_MEASURED: &str = "The measured size is that of an image that is not compressed";
+
 pub(crate) mod adc;
 pub(crate) mod bzip2;
 pub(crate) mod deflate;
@@ -26,13 +29,13 @@ use diskimage_core::{Error, Result};
 /// Replaces the codec in builds without zstd: every call fails.
 #[cfg(not(feature = "zstd"))]
 pub(crate) mod zstd {
-    use diskimage_core::{Encoder, Error, Result};
+    use diskimage_core::{CompressionLevel, Encoder, Error, Result};
 
     pub(crate) fn decode(_bytes: &[u8], _cluster: &mut [u8]) -> Result<Option<usize>> {
         Err(missing())
     }
 
-    pub(crate) fn encoder() -> Result<Box<dyn Encoder>> {
+    pub(crate) fn encoder(_level: Option<CompressionLevel>) -> Result<Box<dyn Encoder>> {
         Err(missing())
     }
 
@@ -57,14 +60,15 @@ fn damaged() -> Error {
 
 #[cfg(test)]
 mod tests {
-    use diskimage_core::{Encoder, Result};
+    use diskimage_core::options::{OptionDef, Options};
+    use diskimage_core::{CompressionLevel, Encoder, Result};
 
     use super::{deflate, zstd};
 
     const CLUSTER: usize = 65536;
 
     type Decode = fn(&[u8], &mut [u8]) -> Result<Option<usize>>;
-    type NewEncoder = fn() -> Result<Box<dyn Encoder>>;
+    type NewEncoder = fn(Option<CompressionLevel>) -> Result<Box<dyn Encoder>>;
 
     fn codecs() -> impl Iterator<Item = (&'static str, Decode, NewEncoder)> {
         let all: [(_, Decode, NewEncoder); 2] = [
@@ -101,7 +105,7 @@ mod tests {
     #[test]
     fn encoded_clusters_decode_despite_trailing_bytes() {
         for (codec, decode, encoder) in codecs() {
-            let mut encoder = encoder().unwrap();
+            let mut encoder = encoder(None).unwrap();
             let mut bytes = vec![1, 2, 3];
             for cluster in [text(CLUSTER), vec![7; CLUSTER], text(512), text(2 << 20)] {
                 assert!(encoder.encode(&cluster, &mut bytes).unwrap(), "{codec}");
@@ -116,10 +120,28 @@ mod tests {
     }
 
     #[test]
+    fn the_level_of_an_image_decides_on_the_encoder() {
+        let mut options = Options::new(&[OptionDef::COMPRESSION_LEVEL]);
+        let words = text(CLUSTER);
+        for (codec, decode, encoder) in codecs() {
+            let lens = ["1", "5", "9"].map(|level| {
+                options.set(CompressionLevel::OPTION, level).unwrap();
+                let level = CompressionLevel::from_options(&options).unwrap();
+                let (mut bytes, mut back) = (Vec::new(), vec![0; CLUSTER]);
+                assert!(encoder(level).unwrap().encode(&words, &mut bytes).unwrap());
+                decode(&bytes, &mut back).unwrap();
+                assert!(back == words, "{codec}");
+                bytes.len()
+            });
+            assert!(lens.is_sorted_by(|a, b| a > b), "{codec}: {lens:?}");
+        }
+    }
+
+    #[test]
     fn noise_is_not_compressed() {
         for (_, _, encoder) in codecs() {
             let mut out = Vec::new();
-            assert!(!encoder().unwrap().encode(&noise(CLUSTER), &mut out).unwrap());
+            assert!(!encoder(None).unwrap().encode(&noise(CLUSTER), &mut out).unwrap());
         }
     }
 
@@ -127,7 +149,7 @@ mod tests {
     fn short_streams_are_damage() {
         for (_, decode, encoder) in codecs() {
             let mut bytes = Vec::new();
-            encoder().unwrap().encode(&text(CLUSTER), &mut bytes).unwrap();
+            encoder(None).unwrap().encode(&text(CLUSTER), &mut bytes).unwrap();
             let mut back = vec![0; CLUSTER];
             assert!(decode(&bytes[..bytes.len() / 2], &mut back).is_err());
             assert!(decode(&[], &mut back).is_err());
@@ -142,7 +164,7 @@ mod tests {
     fn mutated_streams_never_panic() {
         for (_, decode, encoder) in codecs() {
             let mut bytes = Vec::new();
-            encoder().unwrap().encode(&text(8192), &mut bytes).unwrap();
+            encoder(None).unwrap().encode(&text(8192), &mut bytes).unwrap();
             let positions = noise(4000);
             let mut back = vec![0; 8192];
             for (at, pair) in positions.chunks(2).enumerate() {

@@ -160,7 +160,7 @@ fn encode_some(kind: &Kind, image: &Image, random: &mut Random) {
     if kind.is_stream || kind.format.name() != "qcow" {
         return;
     }
-    let mut encoder = image.layer().encoder().expect("has one").expect("has one");
+    let mut encoder = image.layer().encoder(None).expect("has one").expect("has one");
     let mut out = Vec::new();
     for _ in 0..random.below(4) {
         let cluster = random.range(kind).first(1).align_out(kind.unit);

@@ -6,7 +6,7 @@
 //! | [`metadata_cache`] | pages of tables anywhere in the file, written back in crash order |
 //! | [`paged_table`] | one table of fixed entries, cached in pages |
 //! | [`metadata_guard`], [`reserved`] | protection of the format's own structures from writes |
-//! | [`allocating_plan`], [`in_place_write`] | write plans |
+//! | [`allocating_plan`], [`in_place_write`], [`encoded_write`] | write plans |
 //! | [`clear`] | storage that is made to read as zero |
 //! | [`new_file`] | the room that a new image needs in its file |
 //! | [`range_claims`] | claims on the guest ranges of requests in flight |
@@ -24,6 +24,7 @@ pub(crate) mod allocating_plan;
 pub(crate) mod clear;
 pub(crate) mod cluster_set;
 pub(crate) mod count_used;
+pub(crate) mod encoded_write;
 pub(crate) mod foreign_name;
 pub(crate) mod in_place_write;
 pub(crate) mod metadata_cache;

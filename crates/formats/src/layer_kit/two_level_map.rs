@@ -22,11 +22,12 @@ use std::fmt::Debug;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use diskimage_core::{
-    Budget, ByteRange, Device, Encoded, Error, Event, HoleMeaning, Preallocation, Result, Run, RunKind,
-    WritePlan, WriteRun, ZeroMode, errno, to_index,
+    Budget, ByteRange, Device, Encoded, EncodedCluster, Error, Event, HoleMeaning, Preallocation, Result,
+    Run, RunKind, WritePlan, WriteRun, ZeroMode, errno, to_index,
 };
 
 use crate::layer_kit::allocating_plan::{AllocatingPlan, Allocator};
+use crate::layer_kit::encoded_write::{self, EncodedWrite, Piece};
 use crate::layer_kit::metadata_cache::{MetadataCache, Table, WriteOrder};
 use crate::layer_kit::offset::{GuestOffset, HostOffset};
 use crate::layer_kit::range_claims::{Access, RangeClaims};
@@ -508,37 +509,47 @@ impl<S: EntryCodec> TwoLevelMap<S> {
         Ok(())
     }
 
-    /// Stores the encoded form of the cluster at guest offset `guest`.
+    /// Allocates storage for the encoded form of clusters.
     ///
     /// # Errors
     /// Those of the device, and an offset that an entry cannot hold.
-    pub(crate) fn write_encoded(&self, guest: u64, bytes: &[u8]) -> Result<()> {
-        let stored = bytes.len() as u64;
+    pub(crate) fn plan_encoded(&self, clusters: &[EncodedCluster]) -> Result<EncodedWrite<'_, Self>> {
         let size = self.shape.cluster_size;
-        if stored == 0 || stored >= size || !guest.is_multiple_of(size) {
+        let is_one = |cluster: &EncodedCluster| {
+            let len = cluster.bytes.len() as u64;
+            len > 0 && len < size && cluster.offset.is_multiple_of(size)
+        };
+        if !clusters.iter().all(is_one) {
             return Err(Error::invalid("Not the compressed form of one cluster"));
         }
-        let guest = GuestOffset::new(guest);
-        let cover = guest.range(size);
-        let mut offset = HostOffset::new(0);
+        let (first, last) = encoded_write::in_order(clusters)?;
+        let cover = ByteRange::new(first, last.saturating_add(size));
+        let mut pieces = Vec::with_capacity(clusters.len());
         let plan = AllocatingPlan::new(self, cover, |state, plan| {
-            if S::TABLES_FIRST {
-                self.ensure_l2(state, guest)?;
+            for cluster in clusters {
+                let guest = GuestOffset::new(cluster.offset);
+                let stored = cluster.bytes.len() as u64;
+                if S::TABLES_FIRST {
+                    self.ensure_l2(state, guest)?;
+                }
+                let offset = self.allocate_at(state, SECTOR, stored)?;
+                let new = NewClusters {
+                    storage: offset.range(stored),
+                    entries: vec![(guest, Cluster::Encoded { offset, stored })],
+                };
+                plan.add_change(guest.range(size), new);
+                if offset >= self.scheme.encoded_end() {
+                    return Err(Error::from_errno(errno::EFBIG));
+                }
+                pieces.push(Piece::plain(offset.get(), &cluster.bytes));
             }
-            offset = self.allocate_at(state, SECTOR, stored)?;
-            let new = NewClusters {
-                storage: offset.range(stored),
-                entries: vec![(guest, Cluster::Encoded { offset, stored })],
-            };
-            plan.add_change(cover, new);
             Ok(())
         })?;
-        if offset >= self.scheme.encoded_end() {
-            return Err(Error::from_errno(errno::EFBIG));
-        }
-        self.file.event(Event::WRITE_COMPRESSED);
-        self.file.write_at(bytes, offset.get())?;
-        Box::new(plan).commit()
+        Ok(EncodedWrite {
+            plan,
+            device: Arc::clone(&self.file),
+            pieces,
+        })
     }
 
     /// Makes whole clusters read as zero. Allocated clusters keep their storage, which cannot be freed; zeroes are

@@ -16,6 +16,7 @@ pub(super) const OPTIONS: &[OptionDef] = &[
         kind: OptionKind::Size,
         help: "Parallels image cluster size",
         default: Some("1048576"),
+        is_listed: true,
     },
 ];
 

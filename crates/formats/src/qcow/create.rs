@@ -2,10 +2,12 @@
 
 use diskimage_core::options::{OptionDef, OptionKind, Options};
 use diskimage_core::{
-    ByteRange, CreateRequest, Device, Error, Measure, MeasureSource, Preallocation, Result, ZeroMode,
+    ByteRange, CompressionLevel, CreateRequest, Device, Error, Measure, MeasureSource, Preallocation, Result,
+    ZeroMode,
 };
 
 use super::header::{Header, SECTOR};
+use crate::codec::NOT_MEASURED;
 use crate::encryption::legacy_aes;
 use crate::layer_kit::{count_used, preallocation};
 use crate::luks::options::passphrase;
@@ -26,11 +28,13 @@ pub(super) const OPTIONS: &[OptionDef] = &[
         OptionKind::Text,
         "ID of the secret that provides the AES encryption key",
     ),
+    OptionDef::COMPRESSION_LEVEL,
 ];
 
 /// The size of an image of `source`.
 pub(super) fn measure(options: &Options, source: MeasureSource<'_>) -> Result<Measure> {
     preallocation::check(options)?;
+    CompressionLevel::require_absent(options, NOT_MEASURED)?;
     let header = new_header(options, source.len())?;
     let size = header.cluster_size();
     let used = count_used::clusters(source, size, header.coverage(), header.backing.is_some())?;

@@ -25,9 +25,10 @@ use std::sync::Arc;
 
 use diskimage_core::options::Options;
 use diskimage_core::{
-    Backed, Backing, ByteRange, Capabilities, Codec, CreatePlan, CreateRequest, Device, Encoded, EncodedForm,
-    Encoder, Error, Event, Format, FormatProperties, Info, Layer, Measure, MeasureSource, Objects,
-    OpenRequest, Probe, ResizeRequest, Result, Run, Score, WritePlan, ZeroMode, align_up,
+    Backed, Backing, ByteRange, Capabilities, Codec, CompressionLevel, CreatePlan, CreateRequest, Device,
+    Encoded, EncodedCluster, EncodedForm, EncodedPlan, Encoder, Error, Event, Format, FormatProperties, Info,
+    Layer, Measure, MeasureSource, Objects, OpenRequest, Probe, ResizeRequest, Result, Run, Score, WritePlan,
+    ZeroMode, align_up,
 };
 
 use self::entry::{Entries, damaged};
@@ -240,13 +241,13 @@ impl Codec for Qcow {
         Ok(len.is_some())
     }
 
-    fn encoder(&self) -> Result<Option<Box<dyn Encoder>>> {
-        codec::deflate::encoder().map(Some)
+    fn encoder(&self, level: Option<CompressionLevel>) -> Result<Option<Box<dyn Encoder>>> {
+        codec::deflate::encoder(level).map(Some)
     }
 
-    fn write_encoded(&self, offset: u64, bytes: &[u8]) -> Result<()> {
+    fn plan_encoded(&self, clusters: &[EncodedCluster]) -> Result<Box<dyn EncodedPlan + '_>> {
         self.require_writable()?;
-        self.tree.write_encoded(offset, bytes)
+        Ok(Box::new(self.tree.plan_encoded(clusters)?))
     }
 }
 

@@ -4,8 +4,9 @@ use std::sync::Arc;
 
 use diskimage_core::options::Options;
 use diskimage_core::{
-    Backing, ByteRange, CreateRequest, Device, Format, Image, Layer, MeasureSource, MemoryDevice, NewFiles,
-    NodeOptions, Object, Objects, OpenContext, OpenRequest, Preallocation, Result, RunKind, Secret, ZeroMode,
+    Backing, ByteRange, CreateRequest, Device, EncodedCluster, Format, Image, Layer, MeasureSource,
+    MemoryDevice, NewFiles, NodeOptions, Object, Objects, OpenContext, OpenRequest, Preallocation, Result,
+    RunKind, Secret, ZeroMode,
 };
 use diskimage_testing::{Fault, FaultyDevice, Journal, RecordingDevice};
 use proptest::prelude::*;
@@ -115,7 +116,7 @@ fn index(value: u64) -> usize {
 /// Writes the cluster at `guest` in its encoded form, as a conversion does.
 fn write_compressed(image: &Image, guest: u64, cluster: &[u8]) -> Result<bool> {
     let mut out = Vec::new();
-    let mut encoder = image.layer().encoder()?.expect("has one");
+    let mut encoder = image.layer().encoder(None)?.expect("has one");
     let fits = encoder.encode(cluster, &mut out)?;
     if fits {
         image.write_encoded(guest, &out)?;
@@ -453,7 +454,13 @@ fn compressed_clusters_have_a_length_in_their_entry() {
 fn encoded_forms_that_are_none_are_refused() {
     let write_encoded = |layer: &Arc<dyn Layer>, offset, bytes: &[u8]| {
         let codec = layer.codec().expect("qcow compresses");
-        codec.write_encoded(offset, bytes)
+        let bytes_of = 0..bytes.len();
+        codec
+            .plan_encoded(&[EncodedCluster {
+                offset,
+                bytes: bytes_of,
+            }])?
+            .finish(bytes)
     };
     let layer = open_layer(create("", SIZE), true).expect("opens");
     for (offset, len) in [(0, 0), (0, 4096), (100, 10)] {

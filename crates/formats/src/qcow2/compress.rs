@@ -1,7 +1,7 @@
 //! Decodes and encodes compressed clusters.
 
 use diskimage_core::errno;
-use diskimage_core::{Encoded, EncodedForm, Encoder, Error, Event, Result};
+use diskimage_core::{CompressionLevel, Encoded, EncodedForm, Encoder, Error, Event, Result};
 
 use super::Qcow2;
 use super::header::Compression;
@@ -67,10 +67,10 @@ impl Qcow2 {
     }
 
     /// Returns a new encoder.
-    pub(super) fn encoder_impl(&self) -> Result<Box<dyn Encoder>> {
+    pub(super) fn encoder_impl(&self, level: Option<CompressionLevel>) -> Result<Box<dyn Encoder>> {
         match self.header.compression {
-            Compression::Zlib => codec::deflate::encoder(),
-            Compression::Zstd => codec::zstd::encoder(),
+            Compression::Zlib => codec::deflate::encoder(level),
+            Compression::Zstd => codec::zstd::encoder(level),
         }
     }
 }

@@ -1,16 +1,18 @@
 //! Computes the size of the file that a conversion would need.
 
 use diskimage_core::options::Options;
-use diskimage_core::{Error, ErrorKind, Measure, MeasureSource, Preallocation, Result};
+use diskimage_core::{CompressionLevel, Error, ErrorKind, Measure, MeasureSource, Preallocation, Result};
 
 use super::encrypt::Encryption;
 use super::header::{Geometry, limit};
 use super::options::{CreateOptions, Wording};
+use crate::codec::NOT_MEASURED;
 use crate::layer_kit::count_used::data_bytes;
 
 /// The sizes for an image with these options.
 pub(super) fn measure(options: &Options, source: MeasureSource<'_>) -> Result<Measure> {
     let created = CreateOptions::parse(options, Wording::Options)?;
+    CompressionLevel::require_absent(options, NOT_MEASURED)?;
     let encryption = Encryption::measure(options)?;
     let geometry = created.geometry;
     let cluster = geometry.cluster_size();

@@ -46,9 +46,10 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use diskimage_core::options::Options;
 use diskimage_core::{
     Amend, AmendRequest, Backed, Backing, Budget, ByteRange, Capabilities, Check, CheckReport, Codec,
-    CreatePlan, CreateRequest, Device, Encoded, EncodedForm, Encoder, Error, ErrorKind, Event, Format,
-    FormatProperties, Info, Layer, Measure, MeasureSource, Note, Objects, OpenRequest, Preallocation, Probe,
-    Progress, Repair, ResizeRequest, Result, ResultExt, Run, Score, WritePlan, ZeroMode,
+    CompressionLevel, CreatePlan, CreateRequest, Device, Encoded, EncodedCluster, EncodedForm, EncodedPlan,
+    Encoder, Error, ErrorKind, Event, Format, FormatProperties, Info, Layer, Measure, MeasureSource, Note,
+    Objects, OpenRequest, Preallocation, Probe, Progress, Repair, ResizeRequest, Result, ResultExt, Run,
+    Score, WritePlan, ZeroMode,
 };
 
 use self::encrypt::Encrypted;
@@ -519,16 +520,16 @@ impl Codec for Qcow2 {
         self.decode_and_keep_impl(encoded, buf, bytes)
     }
 
-    fn encoder(&self) -> Result<Option<Box<dyn Encoder>>> {
+    fn encoder(&self, level: Option<CompressionLevel>) -> Result<Option<Box<dyn Encoder>>> {
         if self.has_data_file() {
             Ok(None)
         } else {
-            self.encoder_impl().map(Some)
+            self.encoder_impl(level).map(Some)
         }
     }
 
-    fn write_encoded(&self, offset: u64, bytes: &[u8]) -> Result<()> {
-        self.write_encoded_impl(offset, bytes)
+    fn plan_encoded(&self, clusters: &[EncodedCluster]) -> Result<Box<dyn EncodedPlan + '_>> {
+        Ok(Box::new(self.plan_encoded_impl(clusters)?))
     }
 }
 

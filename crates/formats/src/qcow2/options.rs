@@ -65,6 +65,7 @@ pub(super) const CREATE: &[OptionDef] = &[
         "Compression method used for image cluster compression",
     )
     .or("zlib"),
+    OptionDef::COMPRESSION_LEVEL,
     OptionDef::SIZE,
     COMPAT,
     OptionDef::BACKING_FILE,

@@ -7,7 +7,8 @@ use std::cell::Cell;
 use std::sync::{Arc, MutexGuard};
 
 use diskimage_core::{
-    ByteRange, Device, Error, Event, Preallocation, Result, WritePlan, WriteRun, ZeroMode, saturating_u32,
+    ByteRange, Device, EncodedCluster, Error, Preallocation, Result, WritePlan, WriteRun, ZeroMode,
+    saturating_u32,
 };
 
 use super::entry::{COPIED, Cluster, L2Entry, Subclusters};
@@ -16,6 +17,7 @@ use super::header::feature::Autoclear;
 use super::{ImageState, Qcow2, WriteOrder};
 use crate::layer_kit::allocating_plan::{AllocatingPlan, Allocator};
 use crate::layer_kit::clear::clear;
+use crate::layer_kit::encoded_write::{self, EncodedWrite, Piece};
 use crate::layer_kit::metadata_cache::Table;
 use crate::layer_kit::metadata_guard::{DamageReport, Kind, Kinds};
 use crate::layer_kit::offset::{GuestOffset, HostOffset};
@@ -393,11 +395,14 @@ impl Qcow2 {
         }
     }
 
-    /// Stores the compressed form of the cluster at guest offset `guest`.
-    pub(super) fn write_encoded_impl(&self, guest: u64, bytes: &[u8]) -> Result<()> {
-        let geometry = self.header.geometry;
-        let len = bytes.len() as u64;
-        if len == 0 || len >= geometry.cluster_size() || !guest.is_multiple_of(geometry.cluster_size()) {
+    /// Allocates storage for the compressed form of clusters.
+    pub(super) fn plan_encoded_impl(&self, clusters: &[EncodedCluster]) -> Result<EncodedWrite<'_, Self>> {
+        let size = self.header.geometry.cluster_size();
+        let is_one = |cluster: &EncodedCluster| {
+            let len = cluster.bytes.len() as u64;
+            len > 0 && len < size && cluster.offset.is_multiple_of(size)
+        };
+        if !clusters.iter().all(is_one) {
             return Err(Error::invalid("Not the compressed form of one cluster"));
         }
         if self.has_data_file() {
@@ -405,28 +410,48 @@ impl Qcow2 {
                 "Compressed clusters cannot be in an external data file",
             ));
         }
-        let guest = GuestOffset::new(guest);
-        let cluster = guest.range(geometry.cluster_size());
-        let mut offset = HostOffset::new(0);
-        let plan = self.plan_change(cluster, |state, plan| {
-            let l2 = self.ensure_l2(state, guest)?;
-            let index = geometry.l2_index(guest);
-            self.count_before_allocating(state, 1)?;
-            let old = self.read_entry(&mut state.metadata.cache, l2, index)?;
-            offset = state.metadata.allocate_bytes(len)?;
-            let kind = Cluster::Compressed { offset, stored: len };
-            let new = L2Entry {
-                kind,
-                copied: false,
-                sub: Subclusters::ALLOCATED,
-            };
-            plan.add_change(cluster, L2Change::one(l2, index, old, new));
+        let (first, last) = encoded_write::in_order(clusters)?;
+        let mut pieces = Vec::with_capacity(clusters.len());
+        let plan = self.plan_change(ByteRange::new(first, last.saturating_add(size)), |state, plan| {
+            for cluster in clusters {
+                let offset = self.allocate_encoded(state, plan, cluster)?;
+                pieces.push(Piece::plain(offset.get(), &cluster.bytes));
+            }
             state.padding = true;
             Ok(())
         })?;
-        self.file.event(Event::WRITE_COMPRESSED);
-        self.file.write_at(bytes, offset.get())?;
-        Box::new(plan).commit()
+        Ok(EncodedWrite {
+            plan,
+            device: Arc::clone(&self.file),
+            pieces,
+        })
+    }
+
+    /// Allocates storage for the compressed form of one cluster, directly behind that of the one before if possible.
+    fn allocate_encoded(
+        &self,
+        state: &mut ImageState,
+        plan: &mut Plan<'_>,
+        cluster: &EncodedCluster,
+    ) -> Result<HostOffset> {
+        let geometry = self.header.geometry;
+        let guest = GuestOffset::new(cluster.offset);
+        let stored = cluster.bytes.len() as u64;
+        let l2 = self.ensure_l2(state, guest)?;
+        let index = geometry.l2_index(guest);
+        self.count_before_allocating(state, 1)?;
+        let old = self.read_entry(&mut state.metadata.cache, l2, index)?;
+        let offset = state.metadata.allocate_bytes(stored)?;
+        let new = L2Entry {
+            kind: Cluster::Compressed { offset, stored },
+            copied: false,
+            sub: Subclusters::ALLOCATED,
+        };
+        plan.add_change(
+            guest.range(geometry.cluster_size()),
+            L2Change::one(l2, index, old, new),
+        );
+        Ok(offset)
     }
 
     /// Zeroes clusters by changing their entries.

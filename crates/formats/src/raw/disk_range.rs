@@ -20,12 +20,14 @@ const DISK_OPTIONS: &[OptionDef] = &[
         kind: OptionKind::Size,
         help: "Where the disk starts in the file",
         default: None,
+        is_listed: true,
     },
     OptionDef {
         name: "size",
         kind: OptionKind::Size,
         help: "How long the disk is",
         default: None,
+        is_listed: true,
     },
 ];
 

@@ -8,8 +8,8 @@
 
 use diskimage_core::options::{OptionDef, OptionKind, Options};
 use diskimage_core::{
-    CreatePlan, CreateRequest, Device, Error, Measure, MeasureSource, NewFiles, Permissions, Preallocation,
-    Result, errno, name,
+    CompressionLevel, CreatePlan, CreateRequest, Device, Error, Measure, MeasureSource, NewFiles,
+    Permissions, Preallocation, Result, errno, name,
 };
 use zerocopy::IntoBytes;
 use zerocopy::byteorder::little_endian::{U16, U32, U64};
@@ -18,6 +18,7 @@ use super::descriptor::{self, NO_PARENT, NewDescriptor};
 use super::extent::{add_zeroes, beside};
 use super::header::{DEFLATE, Geometry, HOSTED_MAGIC, HostedHeader, LINE_ENDS, SECTOR, SECTOR_BYTES, flag};
 use super::new_cid;
+use crate::codec::NOT_MEASURED;
 use crate::layer_kit::count_used::data_bytes;
 use crate::layer_kit::preallocation;
 
@@ -45,6 +46,7 @@ pub(super) const OPTIONS: &[OptionDef] = &[
         OptionKind::Flag,
         "Enable efficient zero writes using the zeroed-grain GTE feature",
     ),
+    OptionDef::COMPRESSION_LEVEL,
 ];
 
 /// The subformats that can be created.
@@ -150,6 +152,10 @@ impl<'a> Wanted<'a> {
         if subformat.is_flat() && zeroed_grain {
             return Err(Error::unsupported("Flat image can't enable zeroed grain"));
         }
+        if subformat != Subformat::StreamOptimized {
+            let why = format!("The subformat {} is not compressed", subformat.name());
+            CompressionLevel::require_absent(options, &why)?;
+        }
         // As in qemu-img, extents are never preallocated.
         preallocation::check(options)?;
         Ok(Self {
@@ -195,10 +201,12 @@ pub(super) fn plan(request: CreateRequest<'_>) -> Result<CreatePlan<'_>> {
         .map(|name| beside(request.name, name))
         .collect::<Result<_>>()?;
     let reads_backing = wanted.backing.is_some();
+    let encodes = wanted.subformat == Subformat::StreamOptimized;
     let plan = CreatePlan::new(move |files| create(&request, &wanted, &extents, files));
     Ok(plan
         .with_parts(parts, Permissions::WRITE)
-        .with_reads_backing(reads_backing))
+        .with_reads_backing(reads_backing)
+        .with_encodes(encodes))
 }
 
 /// An extent of a new image.
@@ -348,6 +356,7 @@ fn create(
 /// The size of a new image, all its files together.
 pub(super) fn measure(options: &Options, source: MeasureSource<'_>) -> Result<Measure> {
     let wanted = Wanted::parse(options)?;
+    CompressionLevel::require_absent(options, NOT_MEASURED)?;
     let mut lines = Vec::new();
     let (mut metadata, mut grains) = (0, 0);
     for extent in extents(wanted.subformat, MEASURED, source.len())? {

@@ -39,10 +39,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use diskimage_core::options::Options;
 use diskimage_core::{
     Backed, Backing, BackingIdentity, BackingSearch, Budget, ByteRange, Capabilities, Check, CheckReport,
-    Codec, CreatePlan, CreateRequest, Device, Encoded, EncodedForm, Encoder, Error, ErrorKind, Event, Format,
-    FormatProperties, HoleMeaning, Info, LOOSE, Layer, MAX_DEVICE_LEN, Measure, MeasureSource, MultiFile,
-    Name, Note, Objects, OpenRequest, Preallocation, Probe, Progress, Repair, ResizeRequest, Result, Run,
-    RunKind, Score, WritePlan, ZeroMode, errno, is_zero, to_index,
+    Codec, CompressionLevel, CreatePlan, CreateRequest, Device, Encoded, EncodedCluster, EncodedForm,
+    EncodedPlan, Encoder, Error, ErrorKind, Event, Format, FormatProperties, HoleMeaning, Info, LOOSE, Layer,
+    MAX_DEVICE_LEN, Measure, MeasureSource, MultiFile, Name, Note, Objects, OpenRequest, Preallocation,
+    Probe, Progress, Repair, ResizeRequest, Result, Run, RunKind, Score, WritePlan, ZeroMode, errno, is_zero,
+    to_index,
 };
 
 use self::descriptor::{Descriptor, NO_PARENT};
@@ -102,9 +103,8 @@ impl Format for Vmdk {
 
 /// An open image.
 ///
-/// `state` is locked while tables are read and written, never during guest I/O. Compressed grains are the exception:
-/// their offsets follow from their encoded lengths, so they are written under the lock. `claims` serializes requests to
-/// the same grains; [`RangeClaims`] says in which order it and `state` are locked. `extents` is locked last.
+/// `state` is locked while tables are read and written, never during guest I/O. `claims` serializes requests to the same
+/// grains; [`RangeClaims`] says in which order it and `state` are locked. `extents` is locked last.
 #[derive(Debug)]
 struct VmdkLayer {
     file: Arc<dyn Device>,
@@ -564,12 +564,12 @@ impl Codec for VmdkLayer {
         self.decode_and_keep_grain(encoded, buf, bytes)
     }
 
-    fn encoder(&self) -> Result<Option<Box<dyn Encoder>>> {
-        stream::encoder(self).map(Some)
+    fn encoder(&self, level: Option<CompressionLevel>) -> Result<Option<Box<dyn Encoder>>> {
+        stream::encoder(self, level).map(Some)
     }
 
-    fn write_encoded(&self, offset: u64, bytes: &[u8]) -> Result<()> {
-        self.append_grain(offset, bytes)
+    fn plan_encoded(&self, clusters: &[EncodedCluster]) -> Result<Box<dyn EncodedPlan + '_>> {
+        Ok(Box::new(self.plan_grains(clusters)?))
     }
 
     fn needs_encoding(&self) -> bool {

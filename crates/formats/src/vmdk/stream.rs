@@ -9,18 +9,22 @@
 //! have it behind the grains, with its offset in a footer; the footer's fields are copied to the header before such an
 //! image is written to.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use diskimage_core::{
-    ByteRange, Device, Encoded, Encoder, Error, MemoryDevice, Preallocation, Result, WritePlan, WriteRun,
-    errno, is_zero, to_index,
+    ByteRange, CompressionLevel, Device, Encoded, EncodedCluster, EncodedPlan, Encoder, Error, MemoryDevice,
+    Preallocation, Result, WritePlan, WriteRun, errno, is_zero, to_index,
 };
 use zerocopy::IntoBytes;
 
 use super::header::{self, Geometry, SECTOR, SECTOR_BYTES};
 use super::tables::{Grain, GrainTables};
+use super::write::NewGrains;
 use super::{Extent, State, VmdkLayer, extent};
 use crate::codec::deflate;
+use crate::layer_kit::allocating_plan::AllocatingPlan;
+use crate::layer_kit::encoded_write::{self, EncodedWrite, Piece};
 
 /// Bytes in front of a grain.
 const MARKER: usize = 12;
@@ -31,12 +35,12 @@ pub(super) fn most_stored(geometry: &Geometry) -> u64 {
 }
 
 /// An encoder for `image`.
-pub(super) fn encoder(image: &VmdkLayer) -> Result<Box<dyn Encoder>> {
+pub(super) fn encoder(image: &VmdkLayer, level: Option<CompressionLevel>) -> Result<Box<dyn Encoder>> {
     if image.grain == 1 {
         return Err(Error::invalid("invalid cluster size"));
     }
     Ok(if image.compressed {
-        Box::new(deflate::StreamEncoder::new())
+        Box::new(deflate::StreamEncoder::new(level))
     } else {
         // As in qemu-img, a compressed write to an image without compressed grains stores plain grains.
         Box::new(AsItIs)
@@ -102,22 +106,50 @@ impl VmdkLayer {
         Ok(done == buf.len())
     }
 
+    /// Allocates storage for the encoded form of grains, behind all others.
+    pub(super) fn plan_grains(&self, clusters: &[EncodedCluster]) -> Result<EncodedWrite<'_, Self>> {
+        let (first, last) = encoded_write::in_order(clusters)?;
+        let cover = ByteRange::new(first, last.saturating_add(self.grain));
+        let mut pieces = Vec::with_capacity(clusters.len());
+        let plan = AllocatingPlan::new(self, cover, |state, plan| {
+            // Only now that the range is claimed: the disk may have grown while this request waited.
+            let extents = self.extents();
+            let (extent, geometry) = stream_of(&extents)?;
+            extent.require_writable()?;
+            for cluster in clusters {
+                let grain = cluster.offset / geometry.grain;
+                let only = ByteRange::at(grain, 1);
+                let (found, _) = state.tables.scan(&extents, 0, &geometry, only)?;
+                if found != Grain::Unallocated {
+                    return Err(already_there());
+                }
+                self.require_table(state, &extents, 0, &geometry, grain)?;
+                self.require_whole(state, &extents, 0, &geometry)?;
+                self.mark_changed(state)?;
+                let piece = self.allocate_encoded(state, grain, &cluster.bytes)?;
+                let storage = ByteRange::at(piece.offset, piece.stored);
+                plan.add_change(
+                    ByteRange::at(cluster.offset, geometry.grain),
+                    NewGrains::encoded(grain, storage),
+                );
+                pieces.push(piece);
+            }
+            Ok(())
+        })?;
+        Ok(EncodedWrite {
+            plan,
+            device: Arc::clone(&stream_of(&self.extents())?.0.device),
+            pieces,
+        })
+    }
+
     /// Stores the encoded form of the grain at `guest`.
-    pub(super) fn append_grain(&self, guest: u64, bytes: &[u8]) -> Result<()> {
-        let mut state = self.lock();
-        let extents = self.extents();
-        let (extent, geometry) = stream_of(&extents)?;
-        extent.require_writable()?;
-        let grain = guest / geometry.grain;
-        let only = ByteRange::at(grain, 1);
-        let (found, _) = state.tables.scan(&extents, 0, &geometry, only)?;
-        if found != Grain::Unallocated {
-            return Err(already_there());
-        }
-        self.require_table(&mut state, &extents, 0, &geometry, grain)?;
-        self.require_whole(&mut state, &extents, 0, &geometry)?;
-        self.mark_changed(&mut state)?;
-        self.append(&mut state, grain, bytes)
+    fn append_grain(&self, guest: u64, bytes: &[u8]) -> Result<()> {
+        let cluster = EncodedCluster {
+            offset: guest,
+            bytes: 0..bytes.len(),
+        };
+        Box::new(self.plan_grains(&[cluster])?).finish(bytes)
     }
 
     /// Stores the last grain of a disk again, at a new offset, with zeroes behind its first `used` bytes.
@@ -133,7 +165,7 @@ impl VmdkLayer {
         self.decode_grain(&encoded, &mut bytes)?;
         bytes[to_index(used)?..].fill(0);
         let mut out = Vec::new();
-        deflate::StreamEncoder::new().encode(&bytes, &mut out)?;
+        deflate::StreamEncoder::new(None).encode(&bytes, &mut out)?;
         self.append(state, grain, &out)
     }
 
@@ -141,21 +173,34 @@ impl VmdkLayer {
     fn append(&self, state: &mut State, grain: u64, bytes: &[u8]) -> Result<()> {
         let extents = self.extents();
         let (extent, geometry) = stream_of(&extents)?;
+        let piece = self.allocate_encoded(state, grain, &(0..bytes.len()))?;
+        encoded_write::write(&*extent.device, std::slice::from_ref(&piece), bytes)?;
+        let entry = u32::try_from(piece.offset / SECTOR).map_err(|_| Error::from_errno(errno::EFBIG))?;
+        state.tables.set(&extents, 0, &geometry, grain, entry)
+    }
+
+    /// Allocates storage for an encoded grain, whose bytes are `bytes` of a buffer.
+    fn allocate_encoded(&self, state: &mut State, grain: u64, bytes: &Range<usize>) -> Result<Piece> {
+        let extents = self.extents();
+        let (_, geometry) = stream_of(&extents)?;
         let no_room = || Error::from_errno(errno::EFBIG);
         let offset = *state.free.first().ok_or_else(no_room)?;
-        let entry = u32::try_from(offset / SECTOR).map_err(|_| no_room())?;
+        u32::try_from(offset / SECTOR).map_err(|_| no_room())?;
         let len = u32::try_from(bytes.len()).map_err(|_| no_room())?;
-        let mut stored = (grain * geometry.grain / SECTOR).to_le_bytes().to_vec();
-        stored.extend_from_slice(&len.to_le_bytes());
-        stored.extend_from_slice(bytes);
-        stored.resize(stored.len().next_multiple_of(SECTOR_BYTES), 0);
-        let end = offset + stored.len() as u64;
-        self.require_grains(state, &extents, 0, &geometry, ByteRange::new(offset, end))?;
-        extent.device.write_at(&stored, offset)?;
+        let mut head = (grain * geometry.grain / SECTOR).to_le_bytes().to_vec();
+        head.extend_from_slice(&len.to_le_bytes());
+        let stored = (MARKER as u64 + u64::from(len)).next_multiple_of(SECTOR);
+        let storage = ByteRange::at(offset, stored);
+        self.require_grains(state, &extents, 0, &geometry, storage)?;
         if let Some(free) = state.free.first_mut() {
-            *free = end;
+            *free = storage.end();
         }
-        state.tables.set(&extents, 0, &geometry, grain, entry)
+        Ok(Piece {
+            offset,
+            head,
+            bytes: bytes.clone(),
+            stored,
+        })
     }
 
     /// Zeroes grains. Without a backing image, unallocated grains read as zero already.
@@ -171,7 +216,7 @@ impl VmdkLayer {
         require_writable(self, extent, &geometry, range)?;
         let zeroes = vec![0; to_index(geometry.grain)?];
         let mut bytes = Vec::new();
-        deflate::StreamEncoder::new().encode(&zeroes, &mut bytes)?;
+        deflate::StreamEncoder::new(None).encode(&zeroes, &mut bytes)?;
         for grain in grains.start()..grains.end() {
             self.append_grain(grain * geometry.grain, &bytes)?;
         }
@@ -307,7 +352,7 @@ impl WritePlan for Staged<'_> {
     }
 
     fn commit(self: Box<Self>) -> Result<()> {
-        let mut encoder = deflate::StreamEncoder::new();
+        let mut encoder = deflate::StreamEncoder::new(None);
         let mut out = Vec::new();
         let guest = self.run[0].guest;
         let mut grain = vec![0; to_index(self.geometry.grain)?];

@@ -55,6 +55,21 @@ pub(super) struct NewGrains {
     first: u64,
     count: u64,
     offset: u64,
+    /// The end of their storage.
+    end: u64,
+}
+
+impl NewGrains {
+    /// The grain with this number in the first extent, whose encoded form is stored in `storage`.
+    pub(super) fn encoded(grain: u64, storage: ByteRange) -> Self {
+        Self {
+            extent: 0,
+            first: grain,
+            count: 1,
+            offset: storage.start(),
+            end: storage.end(),
+        }
+    }
 }
 
 /// A sparse extent that a write touches.
@@ -96,6 +111,7 @@ impl Sparse<'_> {
                         first: grains.start(),
                         count,
                         offset,
+                        end: offset.saturating_add(whole.len()),
                     };
                     plan.add_change(whole, new);
                     (whole, offset)
@@ -181,11 +197,9 @@ impl Allocator for VmdkLayer {
 
     /// Frees grains at the end of the file. Grains with others behind them leak.
     fn free(&self, state: &mut State, changes: Vec<NewGrains>) {
-        let extents = self.extents();
         for grains in changes.iter().rev() {
-            let geometry = extents.get(grains.extent).and_then(Extent::geometry);
-            if let (Some(geometry), Some(free)) = (geometry, state.free.get_mut(grains.extent))
-                && grains.offset + grains.count * geometry.grain == *free
+            if let Some(free) = state.free.get_mut(grains.extent)
+                && grains.end == *free
             {
                 *free = grains.offset;
             }

@@ -75,18 +75,21 @@ const OPTIONS: &[OptionDef] = &[
         kind: OptionKind::Text,
         help: "File name of the image",
         default: None,
+        is_listed: true,
     },
     OptionDef {
         name: "locking",
         kind: OptionKind::Text,
         help: "Whether to lock the file (on, off, auto)",
         default: Some("auto"),
+        is_listed: true,
     },
     OptionDef {
         name: "aio",
         kind: OptionKind::Text,
         help: "How the kernel is asked (threads, native, io_uring)",
         default: None,
+        is_listed: true,
     },
 ];
 

@@ -29,7 +29,7 @@ impl Filter for Compress {
             .next()
             .ok_or_else(|| missing("file"))?;
         let encodes = match &below.image {
-            Some(image) => image.layer().encoder()?.is_some(),
+            Some(image) => image.layer().encoder(None)?.is_some(),
             None => false,
         };
         let Some(image) = below.image.filter(|_| encodes) else {
@@ -105,7 +105,7 @@ impl FilterDevice for Compressing {
     }
 
     fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
-        let Some(mut encoder) = self.image.layer().encoder()? else {
+        let Some(mut encoder) = self.image.layer().encoder(None)? else {
             return self.image.write_at(buf, offset);
         };
         let (mut rest, mut at) = (buf, offset);

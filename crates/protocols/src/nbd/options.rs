@@ -70,6 +70,7 @@ const fn text(name: &'static str, help: &'static str) -> OptionDef {
         kind: OptionKind::Text,
         help,
         default: None,
+        is_listed: true,
     }
 }
 

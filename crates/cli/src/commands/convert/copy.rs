@@ -5,9 +5,9 @@ use std::sync::Arc;
 
 use diskimage::options::Options;
 use diskimage::{
-    Conversion, Creation, DEFAULT_SPARSE, Device, FILE_CREATE_OPTIONS, Format, Image, Layer, NewImage,
-    NodeOptions, OpenFiles, OpenOptions, ambiguous_snapshot, check_bitmaps, copy_bitmaps, flush,
-    format_by_name, format_of_new, is_encrypted, open_snapshot, total_len,
+    CompressionLevel, Conversion, Creation, DEFAULT_SPARSE, Device, FILE_CREATE_OPTIONS, Filling, Format,
+    Image, Layer, NewImage, NodeOptions, OpenFiles, OpenOptions, ambiguous_snapshot, check_bitmaps,
+    copy_bitmaps, flush, format_by_name, format_of_new, is_encrypted, open_snapshot, total_len,
 };
 
 use super::super::create::option_help;
@@ -104,6 +104,7 @@ struct Target {
     creation: Option<Creation>,
     /// The creation options that opening the target needs as well.
     keys: NodeOptions,
+    compression_level: Option<CompressionLevel>,
 }
 
 impl Target {
@@ -116,7 +117,7 @@ impl Target {
             Some(name) => Some(format_of_new(name)?),
             None => None,
         };
-        let backing_options = BackingOptions::read(args, driver)?;
+        let options = TargetOptions::read(args, driver)?;
         let needs_backing = args.backing.is_some() && !args.no_create;
         if let Some(driver) = driver.filter(|driver| needs_backing && !driver.properties().has_backing) {
             return Err(Stop::wrong(format!(
@@ -124,12 +125,12 @@ impl Target {
                 format.as_deref().unwrap_or(driver.name())
             )));
         }
-        if sources.len() > 1 && backing_options.is_named {
+        if sources.len() > 1 && options.is_named {
             return Err(Stop::wrong(
                 "Having a backing file for the target makes no sense when concatenating multiple input images",
             ));
         }
-        if backing_options.is_named && !backing_options.has_format && !args.no_create {
+        if options.is_named && !options.has_format && !args.no_create {
             return Err(Stop::wrong(
                 "Use of backing file requires explicit backing format",
             ));
@@ -144,6 +145,7 @@ impl Target {
             format,
             creation: None,
             keys: NodeOptions::new(),
+            compression_level: None,
         };
         let Some(driver) = driver else { return Ok(target) };
         if !args.no_create {
@@ -151,9 +153,13 @@ impl Target {
             let mut creation = Creation::new(&target.name, name)
                 .objects(Arc::clone(&args.objects))
                 .apart_from(sources)
-                .exact_size(total_len(sources));
-            if let Some(options) = &args.options {
-                creation = creation.options(options.as_str());
+                .exact_size(total_len(sources))
+                .filling(match args.compress {
+                    true => Filling::Encoded,
+                    false => Filling::Plain,
+                });
+            if let Some(list) = &args.options {
+                creation = creation.options(list.as_str());
             }
             if let Some(backing) = &args.backing {
                 creation = creation.backing_file(text(backing.clone()));
@@ -164,7 +170,8 @@ impl Target {
                 creation = creation.backing_format(format);
             }
             target.creation = Some(creation);
-            target.keys = backing_options.keys;
+            target.keys = options.keys;
+            target.compression_level = options.compression_level;
         }
         if args.compress && !driver.properties().has_compression {
             return Err(Stop::wrong("Compression not supported for this file format"));
@@ -214,16 +221,17 @@ impl Target {
 }
 
 /// The creation options of the target that are needed before it is created.
-struct BackingOptions {
+struct TargetOptions {
     /// Whether a backing file is given.
     is_named: bool,
     /// Whether the format of the backing file is given.
     has_format: bool,
     /// See [`Target::keys`].
     keys: NodeOptions,
+    compression_level: Option<CompressionLevel>,
 }
 
-impl BackingOptions {
+impl TargetOptions {
     fn read(args: &Args, driver: Option<&dyn Format>) -> Result<Self, Stop> {
         let tables = driver.map_or(&[][..], |driver| driver.create_options());
         let mut options = Options::merged(&[tables, FILE_CREATE_OPTIONS]);
@@ -232,6 +240,7 @@ impl BackingOptions {
             is_named: args.backing.is_some() || options.is_given("backing_file"),
             has_format: args.backing_format.is_some() || options.is_given("backing_fmt"),
             keys: keys(&options),
+            compression_level: CompressionLevel::from_options(&options)?,
         })
     }
 }
@@ -267,6 +276,7 @@ fn copy(
     let mut conversion = Conversion::new(sources, image);
     conversion.sparse = args.sparse_size.unwrap_or(DEFAULT_SPARSE);
     conversion.compress = args.compress || image.layer().needs_encoding();
+    conversion.compression_level = target.compression_level;
     conversion.out_of_order = args.out_of_order;
     conversion.parallel = args
         .parallel

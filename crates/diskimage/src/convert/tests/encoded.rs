@@ -1,5 +1,9 @@
 //! Encoded clusters that are copied as they are.
 
+use diskimage_core::EncodedCluster;
+use diskimage_core::options::{OptionDef, Options};
+use diskimage_testing::Requests;
+
 use super::*;
 
 const CLUSTER: usize = 64 << 10;
@@ -22,7 +26,7 @@ fn words(cluster: usize) -> Vec<u8> {
 fn marked(format: &str, options: &str, mark: &[u8], at: usize) -> (Arc<Image>, Vec<u8>) {
     let (source, _) = image(format, options, 4 * CLUSTER as u64);
     let mut all = Vec::new();
-    let mut encoder = source.layer().encoder().unwrap().unwrap();
+    let mut encoder = source.layer().encoder(None).unwrap().unwrap();
     for index in 0..4 {
         let offset = all.len() as u64;
         let bytes = if index == 1 {
@@ -126,10 +130,108 @@ fn clusters_that_are_moved_are_encoded_again_unless_they_stay_whole() {
 }
 
 #[test]
+fn the_clusters_of_a_segment_are_one_write() {
+    let bytes: Vec<u8> = (0..64).flat_map(words).collect();
+    for (format, options) in [
+        ("qcow2", "cluster_size=64k"),
+        ("qcow2", "cluster_size=4k"),
+        ("qcow", ""),
+        ("vmdk", "subformat=streamOptimized"),
+    ] {
+        let (file, memory) = faulty(Vec::new());
+        let device: Arc<dyn Device> = Arc::<FaultyDevice>::clone(&file);
+        create(&device, format, options, bytes.len() as u64);
+        let target = open(&device, format, None);
+        // Sixteen segments, and writes of tables.
+        file.arm(Fault::from(24).counting(Requests::Writes));
+        run(&[raw(bytes.clone())], &target, |conversion| {
+            conversion.compress = true
+        })
+        .unwrap_or_else(|error| panic!("{format} {options}: {}", error.chain()));
+        file.disarm();
+        drop(target);
+        let device: Arc<dyn Device> = memory;
+        assert!(
+            contents(&open(&device, format, None)) == bytes,
+            "{format} {options}"
+        );
+    }
+}
+
+#[test]
+fn encoded_clusters_are_written_in_any_order_and_freed_if_they_are_not() {
+    for (format, options) in [
+        ("qcow2", "cluster_size=64k"),
+        ("qcow2", "cluster_size=64k,compression_type=zstd"),
+        ("vmdk", "subformat=streamOptimized"),
+    ] {
+        let [plain, dropped] = [false, true].map(|drops| {
+            let (target, file) = image(format, options, 4 * CLUSTER as u64);
+            let mut encoder = target.layer().encoder(None).unwrap().unwrap();
+            let (mut clusters, mut all, mut one) = (Vec::new(), Vec::new(), Vec::new());
+            for index in 0..4 {
+                assert!(encoder.encode(&words(index), &mut one).unwrap());
+                clusters.push(EncodedCluster {
+                    offset: (index * CLUSTER) as u64,
+                    bytes: all.len()..all.len() + one.len(),
+                });
+                all.extend_from_slice(&one);
+            }
+            if drops {
+                drop(target.begin_encoded(&clusters[1..]).unwrap());
+            }
+            let first = target.begin_encoded(&clusters[..2]).unwrap();
+            let second = target.begin_encoded(&clusters[2..]).unwrap();
+            second.finish(&all).unwrap();
+            assert!(first.finish(&all[..10]).is_err(), "bytes are missing");
+            let first = target.begin_encoded(&clusters[..2]).unwrap();
+            first.finish(&all).unwrap();
+            target.flush().unwrap();
+            assert!(
+                contents(&target) == (0..4).flat_map(words).collect::<Vec<_>>(),
+                "{format} {options}"
+            );
+            without_descriptor(format, &file.contents())
+        });
+        assert!(
+            plain == dropped,
+            "{format} {options}: what was dropped takes room"
+        );
+        let (target, _) = image(format, options, 4 * CLUSTER as u64);
+        let cluster = |index: usize| EncodedCluster {
+            offset: (index * CLUSTER) as u64,
+            bytes: 0..9,
+        };
+        for wrong in [vec![], vec![cluster(1), cluster(1)], vec![cluster(1), cluster(0)]] {
+            assert!(target.begin_encoded(&wrong).is_err(), "{format}: {wrong:?}");
+        }
+    }
+}
+
+#[test]
+fn with_a_level_all_clusters_are_encoded_anew() {
+    let (source, all) = marked("qcow2", "cluster_size=64k", EMPTY_BLOCK, 0);
+    let lens = ["1", "9"].map(|number| {
+        let mut options = Options::new(&[OptionDef::COMPRESSION_LEVEL]);
+        options.set(CompressionLevel::OPTION, number).unwrap();
+        let (target, file) = image("qcow2", "cluster_size=64k", source.len());
+        run(&[Arc::clone(&source)], &target, |conversion| {
+            conversion.compress = true;
+            conversion.compression_level = CompressionLevel::from_options(&options).unwrap();
+        })
+        .unwrap();
+        assert_eq!(contents(&target), all);
+        assert_eq!(count(&file.contents(), EMPTY_BLOCK), 0);
+        file.contents().len()
+    });
+    assert!(lens[0] > lens[1], "{lens:?}");
+}
+
+#[test]
 fn clusters_that_decode_to_zeroes_take_no_storage() {
     let (source, _) = image("qcow2", "cluster_size=64k", 2 * CLUSTER as u64);
     let mut encoded = Vec::new();
-    let mut encoder = source.layer().encoder().unwrap().unwrap();
+    let mut encoder = source.layer().encoder(None).unwrap().unwrap();
     encoder.encode(&vec![0; CLUSTER], &mut encoded).unwrap();
     encoded.splice(0..0, EMPTY_BLOCK.iter().copied());
     source.write_encoded(0, &encoded).unwrap();

@@ -4,7 +4,7 @@ mod encoder;
 
 use std::cell::RefCell;
 
-use diskimage_core::{Encoder, Result, to_index};
+use diskimage_core::{CompressionLevel, Encoder, Result, to_index};
 use zlib_rs::adler32::adler32;
 use zlib_rs::{Inflate, InflateFlush, Status};
 
@@ -61,7 +61,9 @@ pub(crate) fn decode_stream(bytes: &[u8], cluster: &mut [u8]) -> Result<usize> {
 #[cfg(test)]
 pub(crate) fn encode_zlib(block: &[u8]) -> Vec<u8> {
     let mut bytes = Vec::new();
-    StreamEncoder::new().encode(block, &mut bytes).expect("encodes");
+    StreamEncoder::new(None)
+        .encode(block, &mut bytes)
+        .expect("encodes");
     bytes
 }
 
@@ -77,9 +79,10 @@ const STREAM_LEVEL: u8 = 7;
 const ZLIB_HEADER: [u8; 2] = [0x78, 0x9c];
 
 impl StreamEncoder {
-    pub(crate) fn new() -> Self {
+    /// Without a level, that of [`STREAM_LEVEL`].
+    pub(crate) fn new(level: Option<CompressionLevel>) -> Self {
         Self {
-            deflate: Wide::new(STREAM_LEVEL),
+            deflate: Wide::new(level.map_or(STREAM_LEVEL, CompressionLevel::get)),
         }
     }
 }
@@ -98,10 +101,10 @@ impl Encoder for StreamEncoder {
 /// the time: measured on 64 KiB clusters of programs, libraries, documents, sources and a database.
 const LEVEL: u8 = 6;
 
-/// Returns an encoder of clusters.
-pub(crate) fn encoder() -> Result<Box<dyn Encoder>> {
+/// Returns an encoder of clusters. Without a level, that of [`LEVEL`].
+pub(crate) fn encoder(level: Option<CompressionLevel>) -> Result<Box<dyn Encoder>> {
     Ok(Box::new(ClusterDeflate {
-        deflate: Narrow::new(LEVEL),
+        deflate: Narrow::new(level.map_or(LEVEL, CompressionLevel::get)),
     }))
 }
 
@@ -145,7 +148,7 @@ mod tests {
     #[test]
     fn a_stream_longer_than_the_cluster_stops_at_its_end() {
         let mut bytes = Vec::new();
-        assert!(encoder().unwrap().encode(&[5; 65536], &mut bytes).unwrap());
+        assert!(encoder(None).unwrap().encode(&[5; 65536], &mut bytes).unwrap());
         let mut part = [0; 512];
         assert_eq!(decode(&bytes, &mut part).unwrap(), None);
         assert_eq!(part, [5; 512]);

@@ -139,7 +139,7 @@ impl Step {
             Self::Zero(at, len, mode) => image.write_zeroes(ByteRange::at(at, len), mode),
             Self::Discard(at, len) => image.discard(ByteRange::at(at, len)),
             Self::Compressed(at, value) => {
-                let mut encoder = image.layer().encoder()?.expect("qcow2 compresses");
+                let mut encoder = image.layer().encoder(None)?.expect("qcow2 compresses");
                 let mut encoded = Vec::new();
                 assert!(encoder.encode(&filled(image.layer().granularity(), value), &mut encoded)?);
                 image.write_encoded(at, &encoded)

@@ -200,7 +200,7 @@ impl SparseFile<'_> {
             return data;
         }
         let mut stream = Vec::new();
-        crate::codec::deflate::StreamEncoder::new()
+        crate::codec::deflate::StreamEncoder::new(None)
             .encode(&data, &mut stream)
             .expect("encodes");
         let mut grain = (u64::from(nth) * 128).to_le_bytes().to_vec();

@@ -549,7 +549,7 @@ fn compressed_grains_are_written_once() {
         .create("subformat=streamOptimized", SIZE as u64)
         .expect("creates");
     let image = files.open(true).expect("opens");
-    let mut encoder = image.layer().encoder().expect("has one").expect("has one");
+    let mut encoder = image.layer().encoder(None).expect("has one").expect("has one");
     let mut grain: Vec<u8> = (0..65536_u32)
         .map(|at| u8::try_from(at % 251).expect("small"))
         .collect();
@@ -595,7 +595,7 @@ fn noise_is_compressed_although_it_grows() {
     .take(65536)
     .collect();
     let mut bytes = Vec::new();
-    let mut encoder = image.layer().encoder().expect("has one").expect("has one");
+    let mut encoder = image.layer().encoder(None).expect("has one").expect("has one");
     assert!(encoder.encode(&noise, &mut bytes).expect("encodes"));
     image.write_encoded(0, &bytes).expect("is new");
     image.flush().expect("flushes");

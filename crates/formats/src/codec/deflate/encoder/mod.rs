@@ -44,13 +44,13 @@ impl Effort {
 
 /// The levels from 1, each slower and with shorter output than the one before.
 const LEVELS: [Effort; 9] = [
-    Effort::new(0, MAX_MATCH, false, false, 16),
+    Effort::new(0, MAX_MATCH, false, false, 4),
     Effort::new(2, 16, false, false, 32),
     Effort::new(4, 16, false, false, 32),
     Effort::new(4, 16, true, false, 32),
     Effort::new(6, 24, true, false, MAX_MATCH),
     Effort::new(8, 32, true, false, MAX_MATCH),
-    Effort::new(12, 40, true, true, MAX_MATCH),
+    Effort::new(11, 40, true, true, 128),
     Effort::new(32, 130, true, true, MAX_MATCH),
     Effort::new(128, MAX_MATCH, true, true, MAX_MATCH),
 ];
