@@ -10,11 +10,12 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use diskimage_core::{
-    DecodedBlockCache, Device, Error, Format, FormatProperties, Layer, OpenRequest, Probe, Result, Score,
-    errno, to_index,
+    ByteRange, Device, Error, Format, FormatProperties, Layer, OpenRequest, Probe, Result, Score, errno,
+    to_index,
 };
 
 use crate::codec::deflate;
+use crate::layer_kit::decoded_blocks::DecodedBlocks;
 use crate::layer_kit::paged_table::PagedTable;
 use crate::layer_kit::read_only_layer::{self, Disk};
 
@@ -63,7 +64,7 @@ impl Format for Cloop {
             file: request.file,
             block_size: u64::from(block_size),
             blocks: u64::from(blocks),
-            last: DecodedBlockCache::default(),
+            decoded: DecodedBlocks::new(request.context.budget.clone()),
         };
         disk.check_offsets()?;
         Ok(read_only_layer::layer(disk))
@@ -103,7 +104,7 @@ struct Compressed {
     block_size: u64,
     blocks: u64,
     offsets: Mutex<PagedTable<8>>,
-    last: DecodedBlockCache<u64>,
+    decoded: DecodedBlocks,
 }
 
 impl Compressed {
@@ -132,7 +133,8 @@ impl Compressed {
         Ok(())
     }
 
-    fn decode(&self, index: u64, block: &mut Vec<u8>) -> Result<()> {
+    /// Where the stored bytes of a block are.
+    fn stored(&self, index: u64) -> Result<ByteRange> {
         let damaged = || Error::from_errno(errno::EIO);
         let start = self.offset(index)?;
         let stored = self.offset(index + 1)?.checked_sub(start).ok_or_else(damaged)?;
@@ -140,9 +142,14 @@ impl Compressed {
         if stored > MAX_STORED || self.file.require(start, stored).is_err() {
             return Err(damaged());
         }
-        let mut bytes = vec![0; usize::try_from(stored).map_err(|_| damaged())?];
-        self.file.read_at(&mut bytes, start)?;
-        block.resize(usize::try_from(self.block_size).map_err(|_| damaged())?, 0);
+        Ok(ByteRange::at(start, stored))
+    }
+
+    fn decode(&self, stored: ByteRange, block: &mut Vec<u8>) -> Result<()> {
+        let damaged = || Error::from_errno(errno::EIO);
+        let mut bytes = vec![0; to_index(stored.len())?];
+        self.file.read_at(&mut bytes, stored.start())?;
+        block.resize(to_index(self.block_size)?, 0);
         deflate::decode_zlib(&bytes, block).map_err(|_| damaged())
     }
 }
@@ -164,12 +171,10 @@ impl Disk for Compressed {
             let (index, at) = (offset / self.block_size, offset % self.block_size);
             let len = to_index((self.block_size - at).min(buf.len() as u64))?;
             let (head, tail) = buf.split_at_mut(len);
-            let at = to_index(at)?;
-            self.last.read_with(
-                index,
-                |block| self.decode(index, block),
-                |block| head.copy_from_slice(&block[at..at + len]),
-            )?;
+            let stored = self.stored(index)?;
+            let room = self.block_size + stored.len();
+            let decode = |block: &mut Vec<u8>| self.decode(stored, block);
+            self.decoded.read(index, room, head, to_index(at)?, decode)?;
             (buf, offset) = (tail, offset + len as u64);
         }
         Ok(())

@@ -22,6 +22,7 @@ pub(crate) mod xz;
 #[cfg(feature = "zstd")]
 pub(crate) mod zstd;
 
+use std::cell::RefCell;
 use std::io::Read;
 
 use diskimage_core::{Error, Result};
@@ -42,6 +43,19 @@ pub(crate) mod zstd {
     fn missing() -> Error {
         Error::unsupported("This build cannot handle clusters compressed with zstd")
     }
+}
+
+thread_local! {
+    static ENCODED: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Has `decode` use a buffer of the thread for the encoded bytes of a cluster. It holds anything; a buffer that was
+/// allocated and zeroed for each cluster would take time.
+pub(crate) fn with_buffer<T>(decode: impl FnOnce(&mut Vec<u8>) -> T) -> T {
+    let mut buffer = ENCODED.take();
+    let result = decode(&mut buffer);
+    ENCODED.set(buffer);
+    result
 }
 
 /// Fills `block` from `stream`, which must end where the block ends.

@@ -24,11 +24,12 @@ use std::sync::Arc;
 
 use diskimage_core::options::{OptionDef, OptionKind};
 use diskimage_core::{
-    DecodedBlockCache, Device, Error, Format, FormatProperties, Info, Layer, Note, OpenRequest, Probe,
-    Result, Score, errno, to_index,
+    Device, Error, Format, FormatProperties, Info, Layer, Note, OpenRequest, Probe, Result, Score, errno,
+    to_index,
 };
 
 use crate::codec::{adc, bzip2, deflate, lzfse, xz};
+use crate::layer_kit::decoded_blocks::DecodedBlocks;
 use crate::layer_kit::read_only_layer::{self, Disk};
 use chunk::{Chunk, ChunkKind, Chunks, Codec, SECTOR};
 use raw_disk::RawDisk;
@@ -91,7 +92,7 @@ impl Format for Dmg {
             contents,
             len: trailer.len()?,
             chunks: chunks.sorted(),
-            last: DecodedBlockCache::default(),
+            blocks: DecodedBlocks::new(request.context.budget.clone()),
             unknown,
         };
         Ok(read_only_layer::layer(disk))
@@ -128,7 +129,7 @@ struct Udif {
     contents: Contents,
     len: u64,
     chunks: Chunks,
-    last: DecodedBlockCache<u64>,
+    blocks: DecodedBlocks,
     /// The warning about chunks of unknown type.
     unknown: Option<Note>,
 }
@@ -148,12 +149,10 @@ impl Udif {
                 }
             }
             ChunkKind::Encoded(codec) => {
-                let at = to_index(at)?;
-                self.last.read_with(
-                    chunk.sector,
-                    |block| self.decode(chunk, codec, block),
-                    |block| buf.copy_from_slice(&block[at..at + buf.len()]),
-                )?;
+                // Both numbers are limited when the chunks are listed.
+                let room = chunk.sectors * SECTOR + chunk.stored;
+                let decode = |block: &mut Vec<u8>| self.decode(chunk, codec, block);
+                self.blocks.read(chunk.sector, room, buf, to_index(at)?, decode)?;
             }
         }
         Ok(())

@@ -16,6 +16,7 @@
 //! | [`slot_bitmap`], [`cluster_set`] | which block slots, or clusters, of a file are in use |
 //! | [`two_level_map`] | L1 and L2 tables over clusters that are never freed |
 //! | [`read_only_layer`] | layers of formats that are only read |
+//! | [`decoded_blocks`] | large encoded blocks of such formats, decoded by several threads |
 //! | [`repair_on_open`] | repairs made while an image is opened |
 //! | [`count_used`] | the number of clusters that a copy would allocate |
 //! | [`preallocation`] | preallocation modes that a format does not support |
@@ -24,6 +25,7 @@ pub(crate) mod allocating_plan;
 pub(crate) mod clear;
 pub(crate) mod cluster_set;
 pub(crate) mod count_used;
+pub(crate) mod decoded_blocks;
 pub(crate) mod encoded_write;
 pub(crate) mod foreign_name;
 pub(crate) mod in_place_write;

@@ -10,7 +10,7 @@ use crate::codec;
 impl Qcow2 {
     /// Decodes one cluster.
     pub(super) fn decode_impl(&self, encoded: &Encoded, buf: &mut [u8]) -> Result<()> {
-        self.decode_and_keep_impl(encoded, buf, &mut Vec::new()).map(drop)
+        codec::with_buffer(|bytes| self.decode_and_keep_impl(encoded, buf, bytes)).map(drop)
     }
 
     /// Decodes one cluster and keeps the bytes of its stream.
@@ -25,7 +25,6 @@ impl Qcow2 {
         // missing.
         let in_file = self.file.len().saturating_sub(encoded.offset).min(encoded.stored);
         // The entry's sector count bounds this to two clusters.
-        bytes.clear();
         bytes.resize(usize::try_from(in_file).map_err(|_| damaged())?, 0);
         self.file.event(Event::READ_COMPRESSED);
         if in_file > 0 {

@@ -22,7 +22,7 @@ use super::header::{self, Geometry, SECTOR, SECTOR_BYTES};
 use super::tables::{Grain, GrainTables};
 use super::write::NewGrains;
 use super::{Extent, State, VmdkLayer, extent};
-use crate::codec::deflate;
+use crate::codec::{deflate, with_buffer};
 use crate::layer_kit::allocating_plan::AllocatingPlan;
 use crate::layer_kit::encoded_write::{self, EncodedWrite, Piece};
 
@@ -68,8 +68,7 @@ pub(super) fn stored_len(device: &dyn Device, offset: u64) -> Result<u64> {
 impl VmdkLayer {
     /// Decodes one grain.
     pub(super) fn decode_grain(&self, encoded: &Encoded, buf: &mut [u8]) -> Result<()> {
-        self.decode_and_keep_grain(encoded, buf, &mut Vec::new())
-            .map(drop)
+        with_buffer(|bytes| self.decode_and_keep_grain(encoded, buf, bytes)).map(drop)
     }
 
     /// Decodes one grain and keeps its stream, if that has all of the grain.
@@ -92,7 +91,6 @@ impl VmdkLayer {
         }
         let offset = encoded.offset + MARKER as u64;
         extent.device.require(offset, len.into()).map_err(|_| damaged())?;
-        bytes.clear();
         bytes.resize(usize::try_from(len).map_err(|_| damaged())?, 0);
         extent.device.read_at(bytes, offset)?;
         let done = deflate::decode_stream(bytes, buf).map_err(|_| damaged())?;
