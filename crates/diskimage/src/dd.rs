@@ -11,7 +11,7 @@ use std::sync::atomic::AtomicU64;
 use diskimage_core::{AlignedBuf, ByteRange, Device, Image, Result, ResultExt, saturating_index, to_index};
 use diskimage_formats::window_layer;
 
-use crate::convert::{Conversion, SEGMENT};
+use crate::convert::{Conversion, LONGEST_SEGMENT};
 use crate::files::flush;
 
 /// A part of a disk, counted in blocks as by `dd`.
@@ -69,7 +69,7 @@ pub fn dd(source: &Arc<Image>, (start, len): (u64, u64), block: u64, target: &Im
 fn copy_blocks((part, start): (&Image, u64), at: u64, block: u64, target: &Image) -> Result<()> {
     const PIECE: u64 = 1 << 20;
     let mut buf = AlignedBuf::new(to_index(block.min(PIECE))?)?;
-    let end = at.saturating_add(SEGMENT + block).min(part.len());
+    let end = at.saturating_add(LONGEST_SEGMENT + block).min(part.len());
     let mut rest = ByteRange::new(at.min(end), end);
     let mut copy = |range: ByteRange, write: bool| -> Result<()> {
         let mut rest = range;

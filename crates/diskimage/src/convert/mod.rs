@@ -95,8 +95,13 @@ pub const MAX_SPARSE: u64 = 16 << 20;
 /// Images are concatenated at multiples of this, and zeroes are searched for in units of it.
 const SECTOR: u64 = 512;
 
-/// The length of a segment in bytes. The clusters of one segment are allocated at once.
-pub(crate) const SEGMENT: u64 = 2 << 20;
+/// The length of a segment in bytes. The clusters of one segment are allocated at once. Longer ones take more memory and are
+/// not faster.
+const SEGMENT: u64 = 1 << 20;
+
+/// The longest segment, of a target with such clusters: they are written whole. Only a longer [`Conversion::sparse`], or
+/// compression, leads to longer ones.
+pub(crate) const LONGEST_SEGMENT: u64 = 2 << 20;
 
 /// The length of a segment when compressing: shorter, since compressing a segment takes much longer than claiming it.
 const COMPRESS_SEGMENT: u64 = 256 << 10;
@@ -200,8 +205,16 @@ impl<'a> Conversion<'a> {
             return 1;
         }
         let processors = thread::available_parallelism().map_or(1, usize::from);
-        // A worker that waits for its turn is idle: one more than there are processors keeps all of them busy.
-        let wanted = processors + 1;
+        // A worker that waits for its turn or for a server is idle: one or two more than there are processors keep all of
+        // them busy. Page cache makes no worker wait.
+        let idle = if self.compress {
+            2
+        } else if is_cached_file(self.target) && self.sources.iter().all(|source| is_cached_file(source)) {
+            0
+        } else {
+            1
+        };
+        let wanted = processors + idle;
         let most = self
             .parallel
             .map_or(MAX_WORKERS, |most| saturating_index(most.get().into()));
@@ -249,8 +262,8 @@ pub fn total_len(sources: &[Arc<Image>]) -> u64 {
 
 /// Whether the target is a regular file that is written through the page cache: the kernel serializes such writes.
 /// The file itself is not asked for: a device whose file is lent has to ask for its length each time.
-fn takes_one_write(target: &Image) -> bool {
-    let layer = target.layer();
+fn is_cached_file(image: &Image) -> bool {
+    let layer = image.layer();
     let device = layer.data_file().unwrap_or_else(|| layer.file());
     device.limits().alignment == 1 && device.identity().is_some() && device.is_zero_when_new()
 }
@@ -293,7 +306,8 @@ impl<'a> CopyJob<'a> {
         let segment = if conversion.compress {
             COMPRESS_SEGMENT.max(cluster)
         } else {
-            SEGMENT.max(conversion.sparse.next_power_of_two())
+            let least = SEGMENT.max(cluster.min(LONGEST_SEGMENT));
+            least.max(conversion.sparse.next_power_of_two())
         };
         if segment > MAX_SPARSE {
             return Err(Error::unsupported("Clusters of this size cannot be compressed"));
@@ -310,7 +324,7 @@ impl<'a> CopyJob<'a> {
             segment,
             offload: AtomicBool::new(conversion.copy_offload && can_offload(conversion)),
             rate: RateLimit::new(conversion.rate),
-            writing: takes_one_write(conversion.target).then(Mutex::default),
+            writing: is_cached_file(conversion.target).then(Mutex::default),
             shares_blocks: conversion.target.layer().file().limits().alignment > 1,
             done: AtomicU64::new(0),
             copied: AtomicU64::new(0),
