@@ -144,7 +144,16 @@ mod tests {
         assert_eq!(options.only, ["create", "raw-zlib"]);
         assert_eq!(options.runs, 3);
         let names: Vec<_> = options.selected().map(|workload| workload.name).collect();
-        assert_eq!(names, ["raw-zlib", "create-small", "create-1T"]);
+        assert_eq!(
+            names,
+            [
+                "raw-zlib",
+                "raw-zlib-1",
+                "create-small",
+                "create-1T",
+                "create-metadata"
+            ]
+        );
     }
 
     #[test]
