@@ -3,7 +3,7 @@
 use std::fmt::Debug;
 use std::ops::Range;
 
-use crate::options::Options;
+use crate::options::{OptionDef, Options};
 use crate::{ByteRange, Error, Result};
 
 /// A layer that stores clusters in encoded form.
@@ -103,7 +103,7 @@ pub struct CompressionLevel(u8);
 
 impl CompressionLevel {
     /// The name of the creation option.
-    pub const OPTION: &'static str = "compression_level";
+    pub const OPTION: &'static str = OptionDef::COMPRESSION_LEVEL.name;
 
     /// Reads the creation option; `None` if it is not given.
     ///
@@ -154,7 +154,6 @@ pub trait Encoder: Send {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::options::OptionDef;
 
     fn level(list: &str) -> Result<Option<CompressionLevel>> {
         let mut options = Options::new(&[OptionDef::COMPRESSION_LEVEL]);

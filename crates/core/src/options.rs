@@ -19,7 +19,7 @@
 use std::fmt;
 
 use crate::size::{SizeError, parse_number, parse_size};
-use crate::{CompressionLevel, Error, ErrorKind};
+use crate::{Error, ErrorKind};
 
 /// The type of an option's value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,11 +69,11 @@ impl OptionDef {
     /// The format of that backing image.
     pub const BACKING_FMT: Self =
         Self::new("backing_fmt", OptionKind::Text, "Image format of the base image");
-    /// How hard a conversion to the new image tries to make clusters shorter: [`CompressionLevel`].
+    /// How hard a conversion to the new image tries to make clusters shorter, from 1 to 9.
     pub const COMPRESSION_LEVEL: Self = Self {
         is_listed: false,
         ..Self::new(
-            CompressionLevel::OPTION,
+            "compression_level",
             OptionKind::Number,
             "Effort of compression, 1 (fastest) to 9 (smallest)",
         )
