@@ -471,7 +471,10 @@ impl Layer for VmdkLayer {
     }
 
     fn plan_write(&self, range: ByteRange) -> Result<Box<dyn WritePlan + '_>> {
-        write::plan(self, range)
+        match self.compressed {
+            true => stream::plan(self, range),
+            false => write::plan(self, range),
+        }
     }
 
     fn write_zeroes(&self, range: ByteRange, mode: ZeroMode) -> Result<()> {

@@ -10,15 +10,12 @@ use diskimage_core::{ByteRange, Error, Result, WritePlan, WriteRun, ZeroMode, er
 
 use super::header::{Form, Geometry, SECTOR};
 use super::tables::Grain;
-use super::{Extent, State, Storage, VmdkLayer, extent, stream};
+use super::{Extent, State, Storage, VmdkLayer, extent};
 use crate::layer_kit::allocating_plan::{AllocatingPlan, Allocator};
 use crate::layer_kit::range_claims::{Access, RangeClaims};
 
-/// Allocates storage for `range`.
+/// Allocates storage for `range` of an image that is not compressed.
 pub(super) fn plan(image: &VmdkLayer, range: ByteRange) -> Result<Box<dyn WritePlan + '_>> {
-    if image.compressed {
-        return stream::plan(image, range);
-    }
     let cover = cover(&image.extents(), range)?;
     let plan = AllocatingPlan::new(image, cover, |state, plan| {
         // Only now that the range is claimed: the disk may have grown while this request waited.
