@@ -42,7 +42,9 @@ const OLD: [&str; 5] = ["new.img", "new-data", "new-flat.img", "new-s001.img", "
 
 /// Starts a conversion that takes several seconds.
 fn convert(dir: &Path, (format, options): (&str, &str)) -> Child {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_qemu-img"));
+    // Tests that run in the background may have to ignore some signals, and so would the program.
+    let mut command = Command::new("env");
+    command.args(["--default-signal", env!("CARGO_BIN_EXE_qemu-img")]);
     command.args(["convert", "-r", "1M", "-f", "raw", "-O", format]);
     if !options.is_empty() {
         command.args(["-o", &options.replace("DIR", &dir.display().to_string())]);
