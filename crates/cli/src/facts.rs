@@ -1,6 +1,6 @@
 //! The output of `info` for one image, as text and as JSON.
 
-use std::fmt::Write;
+use std::fmt::Display;
 
 use diskimage::size::human_size;
 use diskimage::{
@@ -10,7 +10,6 @@ use diskimage::{
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
 
-use crate::printable::printable;
 use crate::words::Stop;
 use diskimage::json::Value;
 
@@ -96,24 +95,20 @@ impl Facts {
         ))
     }
 
-    pub(crate) fn text(&self) -> String {
-        let mut text = String::new();
-        self.print(&mut text, 0);
-        text
+    /// Calls `print` with each line of the text.
+    pub(crate) fn print(&self, print: &mut dyn FnMut(&str)) {
+        self.print_indented(print, 0);
     }
 
-    fn print(&self, text: &mut String, indent: usize) {
-        // Writing to a string does not fail.
-        let mut print_line = |line: &str| {
-            let _ = writeln!(text, "{:indent$}{line}", "");
-        };
+    fn print_indented(&self, print: &mut dyn FnMut(&str), indent: usize) {
+        let mut print_line = |line: &str| print(&format!("{:indent$}{line}", ""));
         let name = self.node.shown_name();
         let (kinds, size) = if self.is_protocol() {
             (["filename", "protocol type"], "file length")
         } else {
             (["image", "file format"], "virtual size")
         };
-        print_line(&format!("{}: {}", kinds[0], printable(&name)));
+        print_line(&format!("{}: {}", kinds[0], name));
         print_line(&format!("{}: {}", kinds[1], self.node.driver));
         print_line(&format!("{size}: {} ({} bytes)", human_size(self.len), self.len));
         print_line(&disk_size(self.allocated));
@@ -130,11 +125,11 @@ impl Facts {
             let actual_path = match full {
                 None => " (cannot determine actual path)".to_owned(),
                 Some(full) if full == name.text() => String::new(),
-                Some(full) => format!(" (actual path: {})", printable(&full)),
+                Some(full) => format!(" (actual path: {})", full),
             };
-            print_line(&format!("backing file: {}{actual_path}", printable(name.text())));
+            print_line(&format!("backing file: {}{actual_path}", name.text()));
             if let Some(format) = format {
-                print_line(&format!("backing file format: {}", printable(format)));
+                print_line(&format!("backing file format: {}", format));
             }
         }
         if !self.info.snapshots.is_empty() {
@@ -144,11 +139,11 @@ impl Facts {
         }
         if let Some(details) = self.info.specific.as_ref().filter(|details| !details.is_empty()) {
             print_line("Format specific information:");
-            details_text(text, details, indent + 4);
+            print_details(print, details, indent + 4);
         }
         for (_, child) in &self.children {
-            let _ = writeln!(text, "{:indent$}Child node '{}':", "", child.path);
-            child.print(text, indent + 4);
+            print(&format!("{:indent$}Child node '{}':", "", child.path));
+            child.print_indented(print, indent + 4);
         }
     }
 
@@ -238,8 +233,8 @@ fn snapshot_line(snapshot: &SnapshotInfo) -> String {
         .map_or_else(|| "--".to_owned(), |icount| icount.to_string());
     format!(
         "{:<7} {:<16} {:>8} {:>19} {clock:>15} {icount:>10}",
-        printable(&snapshot.id),
-        printable(&snapshot.name),
+        snapshot.id,
+        snapshot.name,
         human_size(snapshot.vm_state_size),
         local_date(snapshot.date_sec),
     )
@@ -273,32 +268,29 @@ fn snapshot_json(snapshot: &SnapshotInfo) -> Value {
     Value::object(members)
 }
 
-fn details_text(text: &mut String, details: &[Detail], indent: usize) {
+fn print_details(print: &mut dyn FnMut(&str), details: &[Detail], indent: usize) {
     for detail in details {
-        value_text(text, &detail.name.replace('-', " "), &detail.value, indent);
+        print_value(print, &detail.name.replace('-', " "), &detail.value, indent);
     }
 }
 
-fn value_text(text: &mut String, name: &str, value: &DetailValue, indent: usize) {
-    // Writing to a string does not fail.
-    let _ = write!(text, "{:indent$}{name}:", "");
-    let simple = match value {
-        DetailValue::Flag(flag) => flag.to_string(),
-        DetailValue::Number(number) => number.to_string(),
-        DetailValue::Text(words) => printable(words).into_owned(),
+fn print_value(print: &mut dyn FnMut(&str), name: &str, value: &DetailValue, indent: usize) {
+    let mut simple = |value: &dyn Display| print(&format!("{:indent$}{name}: {value}", ""));
+    match value {
+        DetailValue::Flag(flag) => simple(flag),
+        DetailValue::Number(number) => simple(number),
+        DetailValue::Text(words) => simple(words),
         DetailValue::Group(details) => {
-            text.push('\n');
-            return details_text(text, details, indent + 4);
+            print(&format!("{:indent$}{name}:", ""));
+            print_details(print, details, indent + 4);
         }
         DetailValue::List(values) => {
-            text.push('\n');
+            print(&format!("{:indent$}{name}:", ""));
             for (index, value) in values.iter().enumerate() {
-                value_text(text, &format!("[{index}]"), value, indent + 4);
+                print_value(print, &format!("[{index}]"), value, indent + 4);
             }
-            return;
         }
-    };
-    let _ = writeln!(text, " {simple}");
+    }
 }
 
 fn details_json(details: &[Detail]) -> Value {
@@ -336,7 +328,7 @@ mod tests {
             disk_size: 0,
         };
         let line = snapshot_line(&snapshot);
-        assert!(line.starts_with("1       before\\x0aupgrade    1 MiB "), "{line}");
+        assert!(line.starts_with("1       before\nupgrade      1 MiB "), "{line}");
         assert!(line.ends_with("  0001:02:03.004         --"), "{line}");
     }
 
@@ -346,8 +338,11 @@ mod tests {
             name: "some-list",
             value: DetailValue::List(vec![DetailValue::Group(vec![Detail::flag("is-on", true)])]),
         }];
-        let mut text = String::new();
-        details_text(&mut text, &details, 4);
-        assert_eq!(text, "    some list:\n        [0]:\n            is on: true\n");
+        let mut lines = Vec::new();
+        print_details(&mut |line| lines.push(line.to_owned()), &details, 4);
+        assert_eq!(
+            lines,
+            ["    some list:", "        [0]:", "            is on: true"]
+        );
     }
 }

@@ -13,6 +13,7 @@ use std::sync::{Mutex, PoisonError};
 
 use diskimage::{Note, name};
 
+use crate::printable::printable_line;
 use crate::words::{Prefix, Stop};
 
 /// Standard output and standard error, and the name that the program was called by.
@@ -43,7 +44,14 @@ impl Console {
         self.path.rsplit('/').next().unwrap_or_default()
     }
 
-    /// Writes `text` to standard output as it is: the bytes of names that are not UTF-8, too.
+    /// Writes a line with words of images or users to standard output.
+    pub fn line(&self, line: &str) {
+        self.print(&printable_line(line));
+        self.print("\n");
+    }
+
+    /// Writes a text of this program to standard output as it is: the bytes of names that are not UTF-8, too. Words of
+    /// images are in it only if they cannot do harm, as in JSON.
     pub fn print(&self, text: &str) {
         let bytes = name::to_bytes(text);
         let Some(pending) = &self.pending else {
@@ -72,15 +80,16 @@ impl Console {
         }
     }
 
-    /// Writes `text` to standard error as it is.
-    pub fn print_error(&self, text: &str) {
+    /// Writes a line to standard error.
+    pub fn error_line(&self, line: &str) {
+        let line = printable_line(line) + "\n";
         // A failed write to standard error cannot be reported anywhere.
-        let _ = io::stderr().lock().write_all(&name::to_bytes(text));
+        let _ = io::stderr().lock().write_all(&name::to_bytes(&line));
     }
 
     /// Prints an error: `qemu-img: message`.
     pub fn error(&self, message: &str) {
-        self.print_error(&format!("{}: {message}\n", self.name()));
+        self.error_line(&format!("{}: {message}", self.name()));
     }
 
     /// Prints a warning: `qemu-img: warning: message`.
@@ -91,22 +100,21 @@ impl Console {
     /// Prints a note of the library.
     pub fn note(&self, note: &Note) {
         match note {
-            Note::Line(line) => self.print_error(&format!("{line}\n")),
+            Note::Line(line) => self.error_line(line),
             Note::Error(message) => self.error(message),
             Note::Warning(message) => self.warning(message),
+            Note::Several(notes) => notes.iter().for_each(|note| self.note(note)),
         }
     }
 
-    /// Prints an error of the library: the note before it, its messages joined by `": "`, then its hint on a line of
-    /// its own.
+    /// Prints an error of the library: the note before it, its messages joined by `": "`, then its hints on lines of
+    /// their own.
     pub fn failure(&self, error: &diskimage::Error) {
         if let Some(notice) = error.preceding_note() {
             self.note(notice);
         }
         self.error(&error.chain());
-        if let Some(hint) = error.hint_line() {
-            self.print_error(&format!("{hint}\n"));
-        }
+        error.hint_lines().iter().for_each(|hint| self.error_line(hint));
     }
 
     /// Prints the reason why `command` was not run or has failed, and returns the exit status. Without a name of a
@@ -132,11 +140,12 @@ impl Console {
                 for message in &wrong.messages {
                     match wrong.prefix {
                         Prefix::Program => self.error(message),
-                        Prefix::Invocation => self.print_error(&format!("{invocation}: {message}\n")),
+                        Prefix::Invocation => self.error_line(&format!("{invocation}: {message}")),
                     }
                 }
+                wrong.hints.iter().for_each(|hint| self.error_line(hint));
                 if wrong.try_help {
-                    self.print_error(&format!("Try '{invocation} --help' for more info\n"));
+                    self.error_line(&format!("Try '{invocation} --help' for more info"));
                 }
                 wrong.status
             }

@@ -121,7 +121,7 @@ impl<'a> Progress<'a> {
             Display::Silent => {
                 if self.requested.swap(false, Ordering::Relaxed) {
                     let percent = percent(done, total);
-                    self.console.print_error(&format!("    ({percent:.2}/100%)\n"));
+                    self.console.error_line(&format!("    ({percent:.2}/100%)"));
                 }
             }
             Display::Lines(shown) => {

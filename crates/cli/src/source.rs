@@ -84,6 +84,6 @@ fn local_time() -> LocalTime {
 fn warn_of_short_forms(list: &str, console: &Console) {
     for (word, name, value) in short_forms(list) {
         console.warning(&format!("short-form boolean option '{word}' deprecated"));
-        console.print_error(&format!("Please use {name}={value} instead\n"));
+        console.error_line(&format!("Please use {name}={value} instead"));
     }
 }

@@ -42,9 +42,9 @@ fn warn_missing(pattern: &str, position: &str, console: &Console) {
     if name.contains('*') || name.is_empty() {
         return;
     }
-    let message = format!("warning: trace event '{name}' does not exist\n");
+    let message = format!("warning: trace event '{name}' does not exist");
     let space = if position.is_empty() { " " } else { "" };
-    console.print_error(&format!("{}:{space}{position}{message}", console.name()));
+    console.error_line(&format!("{}:{space}{position}{message}", console.name()));
 }
 
 fn read_events(file: &str, console: &Console) -> Result<(), Stop> {

@@ -34,6 +34,8 @@ pub struct Capabilities<'a> {
     pub identity: Option<&'a DiskIdentity>,
     /// Several files.
     pub multi_file: Option<&'a dyn MultiFile>,
+    /// A mark for contents that are not complete.
+    pub unfinished: Option<&'a dyn Unfinished>,
     /// The data file, if guest data is not in [`Layer::file`].
     pub data_file: Option<&'a Arc<dyn Device>>,
     /// A shrink of the disk keeps the bytes beyond its end in the last unit. They can be mapped and written like those
@@ -173,7 +175,21 @@ pub trait MultiFile: Debug + Send + Sync {
     fn new_parts(&self, request: &ResizeRequest) -> Result<Vec<String>>;
 }
 
+/// A layer that can be marked as one whose contents are not complete. The next writer repairs it.
+pub trait Unfinished: Debug + Send + Sync {
+    /// Sets or removes the mark, durably.
+    ///
+    /// # Errors
+    /// A failed write or flush.
+    fn mark(&self, unfinished: bool) -> Result<()>;
+}
+
 impl<'a> dyn Layer + 'a {
+    /// [`Capabilities::unfinished`].
+    pub fn unfinished(&self) -> Option<&dyn Unfinished> {
+        self.capabilities().unfinished
+    }
+
     /// [`Backed::backing`]; `None` also if there can be none.
     pub fn backing(&self) -> Option<Backing> {
         self.capabilities().backed?.backing()

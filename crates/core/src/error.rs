@@ -47,7 +47,8 @@ struct Inner {
     kind: ErrorKind,
     message: String,
     source: Option<Error>,
-    hint: Option<String>,
+    /// Lines of advice.
+    hint: Vec<String>,
     notice: Option<Note>,
     errno: Option<i32>,
 }
@@ -60,7 +61,7 @@ impl Error {
                 kind,
                 message: message.into(),
                 source: None,
-                hint: None,
+                hint: Vec::new(),
                 notice: None,
                 errno: None,
             }),
@@ -101,7 +102,7 @@ impl Error {
                 kind,
                 message: message.into(),
                 source: Some(self),
-                hint: None,
+                hint: Vec::new(),
                 notice: None,
                 errno,
             }),
@@ -111,14 +112,21 @@ impl Error {
     /// Adds advice for the user, printed on a line of its own.
     #[must_use]
     pub fn hint(mut self, hint: impl Into<String>) -> Self {
-        self.inner.hint = Some(hint.into());
+        self.inner.hint = vec![hint.into()];
         self
     }
 
-    /// Adds a line that is printed before the error, with the cause that the error itself does not mention.
+    /// Adds a further line to the advice of this level.
     #[must_use]
-    pub fn notice(mut self, notice: impl Into<String>) -> Self {
-        self.inner.notice = Some(Note::Line(notice.into()));
+    pub fn and_hint(mut self, line: impl Into<String>) -> Self {
+        self.inner.hint.push(line.into());
+        self
+    }
+
+    /// Adds a note that is printed before the error, with the cause that the error itself does not mention.
+    #[must_use]
+    pub fn notice(mut self, notice: impl Into<Note>) -> Self {
+        self.inner.notice = Some(notice.into());
         self
     }
 
@@ -173,9 +181,10 @@ impl Error {
         text
     }
 
-    /// The hint of the first level that has one.
-    pub fn hint_line(&self) -> Option<&str> {
-        self.levels().find_map(|level| level.inner.hint.as_deref())
+    /// The lines of advice of the first level that has some.
+    pub fn hint_lines(&self) -> &[String] {
+        let mut hints = self.levels().map(|level| &level.inner.hint);
+        hints.find(|hint| !hint.is_empty()).map_or(&[], Vec::as_slice)
     }
 
     /// The last level of the chain.
@@ -287,7 +296,10 @@ mod tests {
     #[test]
     fn the_hint_nearest_the_top_is_shown() {
         let error = Error::invalid("a").hint("low").context("b");
-        assert_eq!(error.hint_line(), Some("low"));
-        assert_eq!(error.hint("high").hint_line(), Some("high"));
+        assert_eq!(error.hint_lines(), ["low"]);
+        assert_eq!(
+            error.hint("high").and_hint("higher").hint_lines(),
+            ["high", "higher"]
+        );
     }
 }

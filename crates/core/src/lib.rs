@@ -66,6 +66,7 @@ pub use bitmaps::{BitmapInfo, Bitmaps, NewBitmap};
 pub use budget::{Budget, Reservation};
 pub use capabilities::{
     Amend, AmendRequest, Backed, BackingIdentity, BackingSearch, Capabilities, DiskIdentity, MultiFile,
+    Unfinished,
 };
 pub use check::{Check, CheckReport, Repair};
 pub use codec::{Codec, CompressionLevel, Encoded, EncodedCluster, EncodedForm, EncodedPlan, Encoder};

@@ -34,21 +34,55 @@ pub struct OpenContext {
     pub new_files: OpenFiles,
 }
 
-/// Files that are open already, by path: those of a new image that is not complete. A driver that is to open one for
-/// writing takes it from here, since nothing may have this name yet, or something else by now.
+/// Files that are open already: those of a new image that is not complete. A driver that is to open one for writing takes
+/// it from here, since nothing may have this name yet, or something else by now.
 #[derive(Clone, Debug, Default)]
-pub struct OpenFiles(Arc<[(String, Arc<dyn Device>)]>);
+pub struct OpenFiles {
+    files: Arc<[(String, Arc<dyn Device>)]>,
+    storage: Option<Arc<Storage>>,
+}
+
+/// Storage that is not found by a path.
+#[derive(Debug)]
+struct Storage {
+    protocol: &'static str,
+    node: NodeOptions,
+    device: Arc<dyn Device>,
+}
 
 impl OpenFiles {
     /// The files, each with its path.
-    pub fn iter(&self) -> impl Iterator<Item = (&str, &Arc<dyn Device>)> {
-        self.0.iter().map(|(path, device)| (path.as_str(), device))
+    pub fn new(files: Vec<(String, Arc<dyn Device>)>) -> Self {
+        Self {
+            files: files.into(),
+            storage: None,
+        }
     }
-}
 
-impl FromIterator<(String, Arc<dyn Device>)> for OpenFiles {
-    fn from_iter<I: IntoIterator<Item = (String, Arc<dyn Device>)>>(files: I) -> Self {
-        Self(files.into_iter().collect())
+    /// The same, and storage that was opened by the protocol of this name with `node`.
+    #[must_use]
+    pub fn with_storage(self, protocol: &'static str, node: NodeOptions, device: Arc<dyn Device>) -> Self {
+        let storage = Storage {
+            protocol,
+            node,
+            device,
+        };
+        Self {
+            storage: Some(Arc::new(storage)),
+            ..self
+        }
+    }
+
+    /// The files, each with its path.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &Arc<dyn Device>)> {
+        self.files.iter().map(|(path, device)| (path.as_str(), device))
+    }
+
+    /// The storage that `protocol` would open with `node`.
+    pub fn storage(&self, protocol: &str, node: &NodeOptions) -> Option<&Arc<dyn Device>> {
+        let storage = self.storage.as_ref()?;
+        let is_it = storage.protocol == protocol && storage.node == *node;
+        is_it.then_some(&storage.device)
     }
 }
 

@@ -250,12 +250,12 @@ impl fmt::Display for Value {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct OptionError {
     message: String,
-    hint: Option<&'static str>,
+    hints: &'static [&'static str],
 }
 
 impl OptionError {
     fn new(message: String) -> Self {
-        Self { message, hint: None }
+        Self { message, hints: &[] }
     }
 
     /// The message.
@@ -263,9 +263,9 @@ impl OptionError {
         &self.message
     }
 
-    /// Lines to print after the message, without a newline at the end.
-    pub fn hint(&self) -> Option<&str> {
-        self.hint
+    /// Lines to print after the message.
+    pub fn hints(&self) -> &'static [&'static str] {
+        self.hints
     }
 }
 
@@ -280,10 +280,7 @@ impl std::error::Error for OptionError {}
 impl From<OptionError> for Error {
     fn from(error: OptionError) -> Self {
         let result = Self::new(ErrorKind::Invalid, error.message);
-        match error.hint {
-            Some(hint) => result.hint(hint),
-            None => result,
-        }
+        error.hints.iter().copied().fold(result, Self::and_hint)
     }
 }
 
@@ -295,7 +292,7 @@ pub fn read_size(name: &str, text: &str) -> Result<u64, OptionError> {
     parse_size(text).map_err(|error| match error {
         SizeError::Malformed => OptionError {
             message: format!("Parameter '{name}' expects a non-negative number below 2^64"),
-            hint: Some(SIZE_HINT),
+            hints: SIZE_HINT,
         },
         SizeError::OutOfRange => {
             OptionError::new(format!("Value '{text}' is out of range for parameter '{name}'"))
@@ -303,8 +300,10 @@ pub fn read_size(name: &str, text: &str) -> Result<u64, OptionError> {
     })
 }
 
-const SIZE_HINT: &str = "Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-\n\
-                         and exabytes, respectively.";
+const SIZE_HINT: &[&str] = &[
+    "Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-",
+    "and exabytes, respectively.",
+];
 
 /// Whether a list as given with `-o` asks for help: one of its items is `help` or `?`.
 pub fn wants_help(list: &str) -> bool {
@@ -521,9 +520,9 @@ mod tests {
         options
     }
 
-    fn error(text: &str) -> (String, Option<&'static str>) {
+    fn error(text: &str) -> (String, &'static [&'static str]) {
         let error = Options::new(TABLE).parse(text).expect_err("invalid options");
-        (error.message, error.hint)
+        (error.message, error.hints)
     }
 
     #[test]
@@ -584,15 +583,14 @@ mod tests {
             ("lazy_refcounts,,", "Invalid parameter ''"),
             ("nolazy_refcounts=on", "Invalid parameter 'nolazy_refcounts'"),
         ] {
-            assert_eq!(error(text), (message.to_owned(), None), "{text}");
+            assert_eq!(error(text), (message.to_owned(), &[][..]), "{text}");
         }
     }
 
     #[test]
     fn invalid_values_are_refused_with_the_messages_of_qemu_img() {
         let size = "Parameter 'cluster_size' expects a non-negative number below 2^64".to_owned();
-        let hint = "Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-\nand exabytes, respectively.";
-        assert_eq!(error("cluster_size=64Q"), (size, Some(hint)));
+        assert_eq!(error("cluster_size=64Q"), (size, SIZE_HINT));
         for (text, message) in [
             (
                 "cluster_size=-1",
@@ -613,7 +611,7 @@ mod tests {
                 "Parameter 'refcount_bits' expects a number",
             ),
         ] {
-            assert_eq!(error(text), (message.to_owned(), None), "{text}");
+            assert_eq!(error(text), (message.to_owned(), &[][..]), "{text}");
         }
     }
 

@@ -1,5 +1,6 @@
 //! How operations report their progress and their findings.
 
+use std::borrow::Cow;
 use std::fmt;
 
 /// The callbacks of a running operation: one for its progress, in units of the operation, and one for notes to print
@@ -10,8 +11,8 @@ pub struct Progress<'a> {
     notes: Option<&'a (dyn Fn(&Note) + Sync)>,
 }
 
-/// A message beside the result of an operation, which `qemu-img` prints on standard error. It has no newline at the
-/// end; a few notes have several lines.
+/// A message beside the result of an operation, which `qemu-img` prints on standard error. Each text is one line: a newline
+/// in it is part of a name.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Note {
     /// A line without a prefix.
@@ -20,13 +21,31 @@ pub enum Note {
     Error(String),
     /// A warning, printed with the program's name and `warning` in front.
     Warning(String),
+    /// Several of them.
+    Several(Vec<Note>),
+}
+
+impl From<&str> for Note {
+    fn from(line: &str) -> Self {
+        Self::Line(line.to_owned())
+    }
+}
+
+impl From<String> for Note {
+    fn from(line: String) -> Self {
+        Self::Line(line)
+    }
 }
 
 impl Note {
-    /// The text without the prefix.
-    pub fn text(&self) -> &str {
+    /// The text without the prefix; lines are separated by newlines.
+    pub fn text(&self) -> Cow<'_, str> {
         match self {
-            Self::Line(text) | Self::Error(text) | Self::Warning(text) => text,
+            Self::Line(text) | Self::Error(text) | Self::Warning(text) => Cow::Borrowed(text),
+            Self::Several(notes) => {
+                let lines: Vec<_> = notes.iter().map(Self::text).collect();
+                Cow::Owned(lines.join("\n"))
+            }
         }
     }
 }

@@ -16,7 +16,7 @@ use diskimage_core::{ByteRange, Error, saturating_index};
 /// One lock guards the state. It is held for a few instructions and never across I/O.
 #[derive(Debug)]
 pub(crate) struct Cursor<F> {
-    len: u64,
+    end: u64,
     segment: u64,
     state: Mutex<CursorState<F>>,
     /// Signalled when the turn is passed on and when a segment has failed: segment `number` waits for the one at `number`
@@ -75,13 +75,13 @@ impl From<Stopped> for End {
 }
 
 impl<F> Cursor<F> {
-    /// A cursor over `len` bytes in segments of `segment` bytes.
-    pub(crate) fn new(len: u64, segment: u64) -> Self {
+    /// A cursor over `range` in segments that end at multiples of `segment` bytes.
+    pub(crate) fn new(range: ByteRange, segment: u64) -> Self {
         Self {
-            len,
+            end: range.end(),
             segment,
             state: Mutex::new(CursorState {
-                position: 0,
+                position: range.start(),
                 next: 0,
                 turn: 0,
                 passed: BTreeSet::new(),
@@ -91,6 +91,13 @@ impl<F> Cursor<F> {
         }
     }
 
+    /// Goes on in `range`, after all segments so far are done.
+    pub(crate) fn go_on_in(&mut self, range: ByteRange) {
+        self.end = range.end();
+        let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
+        state.position = range.start();
+    }
+
     fn lock(&self) -> MutexGuard<'_, CursorState<F>> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -98,10 +105,11 @@ impl<F> Cursor<F> {
     /// Claims the next segment. `None` if all are claimed or one has failed.
     pub(crate) fn claim(&self) -> Option<Segment> {
         let mut state = self.lock();
-        if state.failure.is_some() || state.position >= self.len {
+        if state.failure.is_some() || state.position >= self.end {
             return None;
         }
-        let range = ByteRange::at(state.position, self.segment).intersect(ByteRange::new(0, self.len));
+        let left = self.segment - state.position % self.segment;
+        let range = ByteRange::at(state.position, left).intersect(ByteRange::new(0, self.end));
         let number = state.next;
         state.position = range.end();
         state.next += 1;
@@ -112,8 +120,8 @@ impl<F> Cursor<F> {
     /// already. Returns its new end.
     pub(crate) fn extend(&self, from: u64, to: u64) -> u64 {
         let mut state = self.lock();
-        let to = if to >= self.len {
-            self.len
+        let to = if to >= self.end {
+            self.end
         } else {
             to - to % self.segment
         };
@@ -210,7 +218,7 @@ mod tests {
 
     #[test]
     fn segments_that_pass_early_are_skipped_in_turn() {
-        let cursor = Cursor::<&str>::new(100, 10);
+        let cursor = Cursor::<&str>::new(ByteRange::new(0, 100), 10);
         let numbers: Vec<u64> = std::iter::from_fn(|| cursor.claim()).map(|s| s.number).collect();
         assert_eq!(numbers, (0..10).collect::<Vec<_>>());
         cursor.pass(1).unwrap();
@@ -221,7 +229,7 @@ mod tests {
 
     #[test]
     fn only_the_worker_of_the_last_segment_extends_it() {
-        let cursor = Cursor::<&str>::new(105, 10);
+        let cursor = Cursor::<&str>::new(ByteRange::new(0, 105), 10);
         assert_eq!(cursor.claim().map(|s| s.range), Some(ByteRange::new(0, 10)));
         assert_eq!(cursor.extend(10, 39), 30);
         assert_eq!(cursor.extend(10, 80), 10);
@@ -231,8 +239,23 @@ mod tests {
     }
 
     #[test]
+    fn a_cursor_goes_on_in_another_range() {
+        let mut cursor = Cursor::<&str>::new(ByteRange::new(15, 30), 10);
+        let claim = |cursor: &Cursor<_>| cursor.claim().map(|segment| (segment.number, segment.range));
+        assert_eq!(claim(&cursor), Some((0, ByteRange::new(15, 20))));
+        assert_eq!(claim(&cursor), Some((1, ByteRange::new(20, 30))));
+        assert_eq!(claim(&cursor), None);
+        cursor.pass(1).unwrap();
+        drop(cursor.wait(0).unwrap());
+        cursor.go_on_in(ByteRange::new(0, 5));
+        assert_eq!(claim(&cursor), Some((2, ByteRange::new(0, 5))));
+        assert_eq!(claim(&cursor), None);
+        drop(cursor.wait(2).unwrap());
+    }
+
+    #[test]
     fn the_first_failure_in_guest_order_is_reported() {
-        let cursor = Cursor::<&str>::new(100, 10);
+        let cursor = Cursor::<&str>::new(ByteRange::new(0, 100), 10);
         cursor.fail(5, "five");
         cursor.fail(3, "three");
         cursor.fail(4, "four");
@@ -243,7 +266,7 @@ mod tests {
 
     #[test]
     fn turns_are_taken_in_order_by_more_workers_than_conditions() {
-        let cursor = Cursor::<&str>::new(2000, 10);
+        let cursor = Cursor::<&str>::new(ByteRange::new(0, 2000), 10);
         let taken = Mutex::new(Vec::new());
         std::thread::scope(|scope| {
             for worker in 0..CONDITIONS + 5 {
@@ -269,7 +292,7 @@ mod tests {
 
     #[test]
     fn a_failure_ends_the_wait_of_all_later_segments() {
-        let cursor = Cursor::<&str>::new(400, 10);
+        let cursor = Cursor::<&str>::new(ByteRange::new(0, 400), 10);
         std::thread::scope(|scope| {
             for number in 1..40 {
                 let cursor = &cursor;

@@ -37,12 +37,16 @@ impl GuessedRaw {
 
     /// The warning of `qemu-img` when such an image is opened for writing.
     pub(crate) fn warning(name: &str) -> Note {
-        Note::Line(format!(
-            "WARNING: Image format was not specified for '{name}' and probing guessed raw.\n         \
-             Automatically detecting the format is dangerous for raw images, write operations on block 0 will be \
-             restricted.\n         \
-             Specify the 'raw' format explicitly to remove the restrictions."
-        ))
+        Note::Several(vec![
+            Note::Line(format!(
+                "WARNING: Image format was not specified for '{name}' and probing guessed raw."
+            )),
+            Note::from(
+                "         Automatically detecting the format is dangerous for raw images, write operations on block 0 \
+                 will be restricted.",
+            ),
+            Note::from("         Specify the 'raw' format explicitly to remove the restrictions."),
+        ])
     }
 }
 

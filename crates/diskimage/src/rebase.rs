@@ -68,7 +68,7 @@ impl Rebase<'_> {
         let cluster = self.image.layer().granularity();
         let segment = SEGMENT.max(cluster);
         let buffer = to_index(segment)?;
-        let cursor = Cursor::new(len, segment);
+        let cursor = Cursor::new(ByteRange::new(0, len), segment);
         let done = AtomicU64::new(0);
         let processors = thread::available_parallelism().map_or(1, usize::from);
         let segments = saturating_index(len.div_ceil(segment));

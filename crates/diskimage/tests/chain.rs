@@ -70,7 +70,7 @@ fn refusal<T>(result: Result<T>) -> Refusal {
     let error = result.map(drop).expect_err("fails");
     Refusal {
         message: error.chain(),
-        hint: error.hint_line().map(str::to_owned),
+        hint: error.hint_lines().first().map(String::as_str).map(str::to_owned),
     }
 }
 

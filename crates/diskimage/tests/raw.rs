@@ -157,7 +157,9 @@ fn a_warning_is_printed_for_a_probed_raw_image_only() {
     let notes = Arc::new(Mutex::new(Vec::new()));
     let sink = Arc::clone(&notes);
     let options = OpenOptions::new().on_note(Arc::new(move |note: &Note| {
-        sink.lock().expect("is not poisoned").push(note.text().to_owned())
+        sink.lock()
+            .expect("is not poisoned")
+            .push(note.text().into_owned())
     }));
     drop(open(&path, &options).expect("opens"));
     drop(open(&path, &options.clone().format("raw").write(true)).expect("opens"));
@@ -185,7 +187,9 @@ fn a_fixed_vhd_is_recognised_with_a_warning_and_no_raw_disk_becomes_one() {
     let notes = Arc::new(Mutex::new(Vec::new()));
     let sink = Arc::clone(&notes);
     let options = OpenOptions::new().on_note(Arc::new(move |note: &Note| {
-        sink.lock().expect("is not poisoned").push(note.text().to_owned())
+        sink.lock()
+            .expect("is not poisoned")
+            .push(note.text().into_owned())
     }));
     for format in ["raw", "vpc"] {
         let image = open(&disk, &options.clone().format(format)).expect("opens");
@@ -246,7 +250,7 @@ fn an_exclusive_reader_and_a_writer_exclude_each_other() {
         format!("Could not open '{path}': Failed to get shared \"write\" lock")
     );
     assert_eq!(
-        error.hint_line(),
+        error.hint_lines().first().map(String::as_str),
         Some(&*format!("Is another process using the image [{path}]?"))
     );
     drop(open(&path, &raw().exclusive(true).force_share(true)).expect("takes no lock"));

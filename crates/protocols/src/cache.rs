@@ -9,10 +9,21 @@ pub struct CacheMode {
     pub direct: bool,
     /// Each write is durable when it returns (`O_DSYNC`).
     pub writethrough: bool,
-    /// Flushes do nothing: for images that are created again after a crash.
-    pub no_flush: bool,
+    /// What a flush does.
+    pub flush: Flush,
     /// The kernel interface for requests.
     pub aio: Aio,
+}
+
+/// What a flush does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Flush {
+    /// What was written before is durable after it.
+    Always,
+    /// Nothing, but a new file is durable when it gets its name. Storage that exists before is flushed always.
+    WhenPublished,
+    /// Nothing.
+    Never,
 }
 
 impl CacheMode {
@@ -20,12 +31,18 @@ impl CacheMode {
     pub const WRITEBACK: Self = Self {
         direct: false,
         writethrough: false,
-        no_flush: false,
+        flush: Flush::Always,
         aio: Aio::Threads,
     };
-    /// Through the page cache; flushes are ignored.
+    /// Through the page cache; flushes are ignored, also the last one: for images that are not needed after a crash.
     pub const UNSAFE: Self = Self {
-        no_flush: true,
+        flush: Flush::Never,
+        ..Self::WRITEBACK
+    };
+    /// Through the page cache; a new file is durable when it gets its name, and not before. It has no name among those
+    /// of `qemu-img`.
+    pub const NEW: Self = Self {
+        flush: Flush::WhenPublished,
         ..Self::WRITEBACK
     };
     /// Bypasses the page cache; durable after a flush.
@@ -54,6 +71,18 @@ impl CacheMode {
             flags |= libc::O_DSYNC;
         }
         flags
+    }
+
+    /// The same mode for storage that exists already: what it held is overwritten, so flushes keep their order.
+    #[must_use]
+    pub fn for_existing(self) -> Self {
+        match self.flush {
+            Flush::WhenPublished => Self {
+                flush: Flush::Always,
+                ..self
+            },
+            Flush::Always | Flush::Never => self,
+        }
     }
 
     /// The mode with this name; `off` is another name for `none`.

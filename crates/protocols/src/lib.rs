@@ -31,7 +31,7 @@ mod vvfat;
 mod zero;
 
 pub use aio::Aio;
-pub use cache::CacheMode;
+pub use cache::{CacheMode, Flush};
 pub use file::{File, LocalFileDriver, identity_of_path, path_in_any_case};
 pub use filter::{ChildKind, Filter, FilterChild, FilterRequest, OpenedChild, ParseName};
 pub use name::{ProtocolKind, Target};

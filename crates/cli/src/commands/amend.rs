@@ -192,10 +192,9 @@ fn not_amended(format: &str) -> Stop {
 /// Adds a line to the error if the options are valid for creating an image: not all of those can be amended.
 fn only_when_created(error: &OptionError, list: &str, format: &dyn Format) -> Stop {
     match Options::new(format.create_options()).parse(list) {
-        Ok(()) => Stop::wrong(format!(
-            "{}\nThis option is only supported for image creation",
-            error.message()
-        )),
+        Ok(()) => {
+            Stop::wrong(error.message()).with_hints(["This option is only supported for image creation"])
+        }
         Err(_) => Stop::from(error.clone()),
     }
 }

@@ -6,7 +6,6 @@ use diskimage::{Error, Image, NewBitmap, Objects, OpenOptions, cannot_add_bitmap
 
 use crate::objects::define;
 use crate::out::Console;
-use crate::printable::printable;
 use crate::source::open_source;
 use crate::words::{Command, Flag, LARGEST, Operand, Parser, Source, Stop, size, text};
 
@@ -212,7 +211,7 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     };
     for action in &args.actions {
         act(action, &args, &image, &merge_source).map_err(|error| {
-            let shown = printable(&args.bitmap);
+            let shown = &args.bitmap;
             error.context(format!("Operation {} on bitmap {shown} failed", action.name()))
         })?;
     }

@@ -187,7 +187,7 @@ fn check_once(image: &Image, repair: Repair, console: &Console) -> diskimage::Re
     let outcome = image.layer().check(repair, &Progress::none().with_notes(&print));
     let more = findings.into_inner().saturating_sub(MAX_FINDINGS);
     if more > 0 {
-        console.print_error(&format!("{more} more findings are not printed\n"));
+        console.error_line(&format!("{more} more findings are not printed"));
     }
     outcome
 }

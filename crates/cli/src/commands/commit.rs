@@ -6,7 +6,6 @@ use diskimage::{CacheMode, Commit, Device, ErrorKind, Objects, OpenOptions, dept
 
 use crate::objects::define;
 use crate::out::Console;
-use crate::printable::printable;
 use crate::source::open_source;
 use crate::words::{
     Command, Flag, LARGEST, Operand, Parser, Source, Stop, only_image, size, target_cache, text,
@@ -160,8 +159,7 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
                 let shown = args.image.name.shown();
                 Stop::wrong(format!(
                     "Did not find '{}' in the backing chain of '{}'",
-                    printable(base),
-                    printable(&shown)
+                    base, shown
                 ))
             })?
         }
@@ -188,7 +186,7 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     if !args.keep {
         image.make_empty().map_err(|error| {
             let file = image.layer().file().node().shown_name();
-            error.context(format!("Failed to empty {}", printable(&file)))
+            error.context(format!("Failed to empty {}", file))
         })?;
         image.flush()?;
     }

@@ -9,7 +9,6 @@ use diskimage::{Creation, Objects, Prepared, file_options, protocol_options};
 
 use crate::objects::define;
 use crate::out::Console;
-use crate::printable::printable;
 use crate::source::Notes;
 use crate::words::{Command, CreateOptions, Flag, LARGEST, Operand, Parser, Stop, size, text};
 
@@ -205,7 +204,7 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     let prepared = prepared.map_err(image)?;
     if !args.quiet {
         let line = format!("Formatting '{name}', {}", prepared.summary());
-        console.print(&format!("{}\n", printable(line.trim_end())));
+        console.line(line.trim_end());
         // As in qemu-img, the line is printed before the creation, which may take long or fail.
         console.flush();
     }

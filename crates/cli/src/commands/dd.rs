@@ -7,7 +7,6 @@ use diskimage::{Blocks, Creation, Device, ErrorKind, Objects, OpenOptions, dd, f
 
 use crate::objects::define;
 use crate::out::Console;
-use crate::printable::printable;
 use crate::source::open_source;
 use crate::words::{Command, Flag, ImageName, LARGEST, Operand, Parser, Source, Stop, count, size, text};
 
@@ -170,7 +169,7 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
         .prepare()?
         .write()
         .map_err(|error| {
-            let output = printable(&args.output);
+            let output = &args.output;
             error.context(format!("{output}: error while creating output image"))
         })?;
     let target = Source {
@@ -180,10 +179,7 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     let opening = options().write(true).resize(true).new_files(new.files());
     let target = open_source(&target, opening, console)?;
     if part.is_none() {
-        let message = format!(
-            "{}: cannot skip to specified offset",
-            printable(&args.input.name.shown())
-        );
+        let message = format!("{}: cannot skip to specified offset", args.input.name.shown());
         console.error(&message);
     }
     let outcome = dd(&source, range, args.blocks.size, &target);

@@ -109,9 +109,13 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     let chain = open_each(&args, console)?;
     match args.output {
         OutputFormat::Human => {
-            let texts: Result<Vec<_>, Stop> =
-                chain.iter().map(|image| Ok(Facts::of(image)?.text())).collect();
-            console.print(&texts?.join("\n"));
+            let facts: Result<Vec<_>, Stop> = chain.iter().map(|image| Facts::of(image)).collect();
+            for (index, facts) in facts?.iter().enumerate() {
+                if index > 0 {
+                    console.line("");
+                }
+                facts.print(&mut |line| console.line(line));
+            }
         }
         OutputFormat::Json => {
             let values: Result<Vec<_>, Stop> =

@@ -6,7 +6,6 @@ use diskimage::{ByteRange, Error, ExtentKind, Image, MappedExtent, Objects, Open
 
 use crate::objects::define;
 use crate::out::Console;
-use crate::printable::printable;
 use crate::source::open_source;
 use crate::words::{
     Command, Flag, LARGEST, Operand, OutputFormat, Parser, Source, Stop, only_image, size, text,
@@ -120,44 +119,17 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
         console,
     )?;
     let range = ByteRange::at(args.start_offset, args.max_length.unwrap_or(u64::MAX));
-    let mut text = Buffered {
-        console,
-        text: String::new(),
-    };
     match args.output {
-        OutputFormat::Human => human(&image, range, &mut text)?,
-        OutputFormat::Json => json(&image, range, &mut text)?,
+        OutputFormat::Human => human(&image, range, console)?,
+        OutputFormat::Json => json(&image, range, console)?,
     }
     Ok(0)
 }
 
-/// Collects lines and prints them in chunks of 64 KiB.
-struct Buffered<'a> {
-    console: &'a Console,
-    text: String,
-}
-
-impl Buffered<'_> {
-    fn line(&mut self, line: &str) {
-        self.text.push_str(line);
-        if self.text.len() > 1 << 16 {
-            self.console.print(&std::mem::take(&mut self.text));
-        }
-    }
-}
-
-impl Drop for Buffered<'_> {
-    fn drop(&mut self) {
-        if !self.text.is_empty() {
-            self.console.print(&self.text);
-        }
-    }
-}
-
 /// Prints a line for each run of data.
-fn human(image: &Image, range: ByteRange, text: &mut Buffered<'_>) -> Result<(), Stop> {
-    text.line(&format!(
-        "{:<16}{:<16}{:<16}File\n",
+fn human(image: &Image, range: ByteRange, console: &Console) -> Result<(), Stop> {
+    console.line(&format!(
+        "{:<16}{:<16}{:<16}File",
         "Offset", "Length", "Mapped to"
     ));
     let hex = |number: u64| {
@@ -171,12 +143,12 @@ fn human(image: &Image, range: ByteRange, text: &mut Buffered<'_>) -> Result<(),
         let data = matches!(extent.kind, ExtentKind::Data | ExtentKind::Compressed);
         match &extent.host {
             _ if !data => {}
-            Some((device, offset)) => text.line(&format!(
-                "{:<16}{:<16}{:<16}{}\n",
+            Some((device, offset)) => console.line(&format!(
+                "{:<16}{:<16}{:<16}{}",
                 hex(extent.range.start()),
                 hex(extent.range.len()),
                 hex(*offset),
-                printable(&device.name())
+                device.name()
             )),
             None => {
                 return Err(Error::unsupported(
@@ -190,30 +162,30 @@ fn human(image: &Image, range: ByteRange, text: &mut Buffered<'_>) -> Result<(),
 }
 
 /// Prints an object for each extent, or one of length zero for an empty range.
-fn json(image: &Image, range: ByteRange, text: &mut Buffered<'_>) -> Result<(), Stop> {
-    text.line("[");
+fn json(image: &Image, range: ByteRange, console: &Console) -> Result<(), Stop> {
+    console.print("[");
     let mut last: Option<String> = None;
     let outcome = map(image, range, |extent| {
         if let Some(before) = last.replace(json_extent(&extent)) {
-            text.line(&before);
-            text.line(",\n");
+            console.print(&before);
+            console.print(",\n");
         }
         Ok(())
     });
     if let Some(last) = &last {
-        text.line(last);
+        console.print(last);
         // As in qemu-img: another extent follows, whose status is the error.
-        text.line(if outcome.is_err() { ",\n" } else { "" });
+        console.print(if outcome.is_err() { ",\n" } else { "" });
     }
     outcome?;
     if last.is_none() {
-        text.line(&format!(
+        console.print(&format!(
             "{{ \"start\": {}, \"length\": 0, \"depth\": 0, \"present\": false, \"zero\": false, \"data\": false, \
              \"compressed\": false}}",
             range.start()
         ));
     }
-    text.line("]\n");
+    console.print("]\n");
     Ok(())
 }
 

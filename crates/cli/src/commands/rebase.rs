@@ -10,7 +10,6 @@ use diskimage::{
 use crate::facts::reports_only_length;
 use crate::objects::define;
 use crate::out::Console;
-use crate::printable::printable;
 use crate::source::{open_bare, open_source};
 use crate::words::{
     Command, Flag, ImageName, Operand, Parser, Source, Stop, only_image, source_cache, target_cache, text,
@@ -228,10 +227,5 @@ fn open_new(
     };
     let options = options.cache(args.backing_cache).force_share(args.force_share);
     let opened = open_bare(&source, options, console)?;
-    Ok(opened.context(|| {
-        format!(
-            "Could not open new backing file '{}'",
-            printable(backing.name.text())
-        )
-    })?)
+    Ok(opened.context(|| format!("Could not open new backing file '{}'", backing.name.text()))?)
 }

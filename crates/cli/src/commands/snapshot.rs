@@ -11,7 +11,6 @@ use diskimage::{
 use crate::facts::snapshot_lines;
 use crate::objects::define;
 use crate::out::Console;
-use crate::printable::printable;
 use crate::source::open_source;
 use crate::words::{Command, Flag, Operand, Parser, Source, Stop, only_image, text};
 
@@ -150,7 +149,9 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
                 warn(&args, console, &warning);
             }
             if !snapshots.is_empty() {
-                console.print(&(snapshot_lines(&snapshots).join("\n") + "\n"));
+                snapshot_lines(&snapshots)
+                    .iter()
+                    .for_each(|line| console.line(line));
             }
             if let Some(damage) = damage {
                 return Err(damage.into());
@@ -181,12 +182,12 @@ fn warn_if_ambiguous(args: &Args, image: &Image, word: &str, console: &Console) 
 
 fn warn(args: &Args, console: &Console, warning: &str) {
     if !args.quiet {
-        console.warning(&printable(warning));
+        console.warning(warning);
     }
 }
 
 fn failed(verb: &str, name: &str, error: diskimage::Error) -> diskimage::Error {
-    error.context(format!("Could not {verb} snapshot '{}'", printable(name)))
+    error.context(format!("Could not {verb} snapshot '{}'", name))
 }
 
 #[cfg(test)]

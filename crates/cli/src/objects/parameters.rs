@@ -131,9 +131,8 @@ impl Parameters {
         if is_identifier(id) {
             return Ok(());
         }
-        Err(Stop::wrong(
-            "Parameter 'id' expects an identifier\nIdentifiers consist of letters, digits, '-', '.', '_', starting with a letter.",
-        ))
+        Err(Stop::wrong("Parameter 'id' expects an identifier")
+            .with_hints(["Identifiers consist of letters, digits, '-', '.', '_', starting with a letter."]))
     }
 }
 

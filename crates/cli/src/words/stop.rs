@@ -16,8 +16,10 @@ pub enum Stop {
 /// An error as it is printed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Wrong {
-    /// The messages; each is printed after the prefix. Further lines of a message have no prefix.
+    /// The messages; each is one line, printed after the prefix.
     pub messages: Vec<String>,
+    /// Lines of advice after them, without a prefix.
+    pub hints: Vec<String>,
     /// The note that is printed before the messages.
     pub notice: Option<Note>,
     /// The prefix of each message.
@@ -42,6 +44,7 @@ impl Stop {
     pub fn wrong(message: impl Into<String>) -> Self {
         Self::Wrong(Wrong {
             messages: vec![message.into()],
+            hints: Vec::new(),
             notice: None,
             prefix: Prefix::Program,
             try_help: false,
@@ -72,6 +75,15 @@ impl Stop {
         self
     }
 
+    /// Adds lines of advice.
+    #[must_use]
+    pub fn with_hints<S: Into<String>>(mut self, lines: impl IntoIterator<Item = S>) -> Self {
+        if let Self::Wrong(wrong) = &mut self {
+            wrong.hints.extend(lines.into_iter().map(Into::into));
+        }
+        self
+    }
+
     /// Sets the exit status.
     #[must_use]
     pub fn with_status(mut self, status: u8) -> Self {
@@ -91,20 +103,14 @@ impl Stop {
 
 impl From<diskimage::options::OptionError> for Stop {
     fn from(error: diskimage::options::OptionError) -> Self {
-        match error.hint() {
-            Some(hint) => Self::wrong(format!("{}\n{hint}", error.message())),
-            None => Self::wrong(error.message()),
-        }
+        Self::wrong(error.message()).with_hints(error.hints().iter().copied())
     }
 }
 
 impl From<diskimage::Error> for Stop {
-    /// An error of the library: its messages joined by `": "`, then its hint on a line of its own.
+    /// An error of the library: its messages joined by `": "`, then its hints on lines of their own.
     fn from(error: diskimage::Error) -> Self {
-        let mut stop = match error.hint_line() {
-            Some(hint) => Self::wrong(format!("{}\n{hint}", error.chain())),
-            None => Self::wrong(error.chain()),
-        };
+        let mut stop = Self::wrong(error.chain()).with_hints(error.hint_lines().to_vec());
         if let Self::Wrong(wrong) = &mut stop {
             wrong.notice = error.preceding_note().cloned();
         }

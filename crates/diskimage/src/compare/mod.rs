@@ -120,7 +120,7 @@ impl Comparison<'_> {
         let len = first.max(second);
         // Strict mode compares the ends of extents, so one worker walks over the join disk.
         let segment = if self.strict { len.max(1) } else { SEGMENT };
-        let cursor = Cursor::new(len, segment);
+        let cursor = Cursor::new(ByteRange::new(0, len), segment);
         let done = AtomicU64::new(0);
         let steps = self
             .steps

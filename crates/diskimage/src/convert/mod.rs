@@ -13,6 +13,7 @@
 //! The buffers take at most workers times segment bytes, whatever sizes the images claim. The first error in guest
 //! order stops the conversion and is reported; the caller removes the incomplete target.
 
+mod mark;
 mod rate;
 mod runs;
 mod source;
@@ -29,9 +30,10 @@ use diskimage_core::{
 };
 
 use crate::cursor::Cursor;
-use crate::files::{files_of, files_of_chain};
+use crate::files::{files_of, files_of_chain, flush};
 use crate::steps::{Origin, Part, STEP, Steps};
 use crate::workers;
+use mark::Mark;
 use rate::RateLimit;
 use runs::CopyKind;
 use source::Sources;
@@ -74,6 +76,9 @@ pub struct Conversion<'a> {
     pub detect_zeroes: bool,
     /// Whether every unallocated cluster of the target reads as zero or as its backing image.
     pub target_is_zero: bool,
+    /// Whether the target held something before. It is marked as incomplete until everything is copied and durable, as far
+    /// as its format allows.
+    pub existing_target: bool,
     /// With `salvage`: called for each sector that cannot be read.
     pub on_lost: Option<OnLost<'a>>,
     /// Receives the number of bytes done and the total.
@@ -129,6 +134,7 @@ impl<'a> Conversion<'a> {
             layers: 1,
             detect_zeroes: true,
             target_is_zero: target.layer().is_zero_when_new(),
+            existing_target: false,
             on_lost: None,
             progress: Progress::none(),
             data_steps: false,
@@ -152,21 +158,26 @@ impl<'a> Conversion<'a> {
     /// first error in guest order.
     pub fn run(&self) -> Result<u64> {
         self.check()?;
-        let job = CopyJob::new(self)?;
+        let mut job = CopyJob::new(self)?;
         // Counting the steps has reported them already.
         if self.salvage && job.steps.is_none() {
             job.sources.report_unreadable_status()?;
         }
         job.begin_progress();
-        let segments = job.sources.len().div_ceil(job.segment);
-        let segment = to_index(job.segment)?;
-        let workers = saturating_index(segments).min(self.workers());
-        if workers > 0 {
-            let make = || Worker::new(&job, segment, self.encoder()?);
-            workers::run(workers, make, Worker::run)?;
-        }
-        if let Some(error) = job.cursor.finish() {
-            return Err(error);
+        let all = ByteRange::new(0, job.sources.len());
+        let mark = Mark::set(self)?;
+        let outcome = match mark {
+            Mark::Head(head) => job
+                .copy(all.skip(head.len()))
+                .and_then(|()| flush(self.target))
+                .and_then(|()| job.copy(head)),
+            Mark::Bit | Mark::None => job.copy(all),
+        };
+        if outcome.is_ok() || !*job.changed.get_mut() {
+            let cleared = mark.clear(self.target, outcome.is_ok());
+            outcome.and(cleared)?;
+        } else {
+            outcome?;
         }
         job.end_progress();
         Ok(job.copied.into_inner())
@@ -297,6 +308,8 @@ struct CopyJob<'a> {
     steps: Option<Steps<'a>>,
     /// How many of the bytes done were data.
     copied: AtomicU64,
+    /// Whether something was written to the target.
+    changed: AtomicBool,
 }
 
 impl<'a> CopyJob<'a> {
@@ -319,7 +332,7 @@ impl<'a> CopyJob<'a> {
         Ok(Self {
             conversion,
             steps,
-            cursor: Cursor::new(sources.len(), segment),
+            cursor: Cursor::new(ByteRange::new(0, 0), segment),
             sources,
             segment,
             offload: AtomicBool::new(conversion.copy_offload && can_offload(conversion)),
@@ -328,7 +341,20 @@ impl<'a> CopyJob<'a> {
             shares_blocks: conversion.target.layer().file().limits().alignment > 1,
             done: AtomicU64::new(0),
             copied: AtomicU64::new(0),
+            changed: AtomicBool::new(false),
         })
+    }
+
+    /// Copies a part of the disk.
+    fn copy(&mut self, range: ByteRange) -> Result<()> {
+        self.cursor.go_on_in(range);
+        let segment = to_index(self.segment)?;
+        let workers = saturating_index(range.len().div_ceil(self.segment)).min(self.conversion.workers());
+        if workers > 0 {
+            let make = || Worker::new(self, segment, self.conversion.encoder()?);
+            workers::run(workers, make, Worker::run)?;
+        }
+        self.cursor.finish().map_or(Ok(()), Err)
     }
 
     /// Whether clusters of the target are allocated in guest order.

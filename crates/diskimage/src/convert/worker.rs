@@ -357,7 +357,7 @@ impl<'a> Worker<'a> {
     fn write_positional(&mut self, start: u64) -> Result<()> {
         for action in &self.actions {
             if action.kind == CopyKind::Zero {
-                write_zeroes(self.target, action.range)?;
+                write_zeroes(self.job, action.range)?;
                 continue;
             }
             let write = self.target.begin_write(action.range);
@@ -392,7 +392,7 @@ impl<'a> Worker<'a> {
                     let write = self.target.begin_write(action.range);
                     pending.push(write.context(|| write_error(action.range))?);
                 }
-                _ => write_zeroes(self.target, action.range)?,
+                _ => write_zeroes(self.job, action.range)?,
             }
         }
         drop(turn);
@@ -474,7 +474,7 @@ impl<'a> Worker<'a> {
         let mut pending = Vec::with_capacity(self.steps.len());
         for step in &self.steps {
             match step {
-                ClusterWrite::Zero(range) => write_zeroes(self.target, *range)?,
+                ClusterWrite::Zero(range) => write_zeroes(self.job, *range)?,
                 ClusterWrite::Plain(range) => {
                     let write = self.target.begin_write(*range);
                     pending.push(PendingCluster::Plain(write.context(|| write_error(*range))?));
@@ -497,6 +497,7 @@ impl<'a> Worker<'a> {
                 }
                 PendingCluster::Encoded(write, first) => {
                     let _writing = self.job.lock_writing();
+                    self.job.changed.store(true, Ordering::Relaxed);
                     write
                         .finish(&self.encoded)
                         .context(|| write_error(ByteRange::at(first, 1)))?;
@@ -517,6 +518,7 @@ fn finish_write(
     write: PendingWrite<'_>,
 ) -> Result<()> {
     let _writing = job.lock_writing();
+    job.changed.store(true, Ordering::Relaxed);
     let range = write.range();
     let index = hosts.partition_point(|host| host.range.end() <= range.start());
     let host = hosts
@@ -544,10 +546,13 @@ fn finish_write(
         .context(|| write_error(range))
 }
 
-fn write_zeroes(target: &Image, range: ByteRange) -> Result<()> {
+fn write_zeroes(job: &CopyJob<'_>, range: ByteRange) -> Result<()> {
+    let target = job.conversion.target;
     target
         .write_zeroes(range, ZeroMode::Unmap)
-        .context(|| write_error(range))
+        .context(|| write_error(range))?;
+    job.changed.store(true, Ordering::Relaxed);
+    Ok(())
 }
 
 fn write_error(range: ByteRange) -> String {

@@ -211,12 +211,12 @@ fn check(disks: &Disks, name: &str, repair: Repair) -> std::result::Result<Check
     let image = disks.open(name, options).map_err(unchecked)?;
     let harmless = AtomicU64::new(0);
     let notes = |note: &Note| {
-        let numbers = note
-            .text()
+        let text = note.text();
+        let numbers = text
             .split(['=', ' '])
             .filter_map(|word| u64::from_str_radix(word, 16).ok());
         let flag_off = numbers.max().is_some_and(|entry| entry >> 63 == 0);
-        if note.text().contains("OFLAG_COPIED") && note.text().ends_with("refcount=1") && flag_off {
+        if text.contains("OFLAG_COPIED") && text.ends_with("refcount=1") && flag_off {
             harmless.fetch_add(1, Ordering::Relaxed);
         }
     };

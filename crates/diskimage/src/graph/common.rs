@@ -2,6 +2,7 @@
 
 use diskimage_core::options::{OptionDef, OptionKind};
 use diskimage_core::{Error, NodeOptions, Result, ZeroDetection, is_identifier};
+use diskimage_protocols::{CacheMode, Flush};
 
 use super::Mode;
 
@@ -45,9 +46,13 @@ impl Common {
         let options = node.take_known(OPTIONS)?;
         let mode = Mode {
             force_share: options.flag("force-share").unwrap_or(above.force_share),
-            cache: diskimage_protocols::CacheMode {
+            cache: CacheMode {
                 direct: options.flag("cache.direct").unwrap_or(above.cache.direct),
-                no_flush: options.flag("cache.no-flush").unwrap_or(above.cache.no_flush),
+                flush: match options.flag("cache.no-flush") {
+                    Some(true) => Flush::Never,
+                    Some(false) => Flush::Always,
+                    None => above.cache.flush,
+                },
                 ..above.cache
             },
             ..above

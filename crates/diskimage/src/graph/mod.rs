@@ -471,6 +471,11 @@ impl<'a> Opener<'a> {
         mode: Mode,
     ) -> Result<Arc<dyn Device>> {
         let Some(from) = self.from else {
+            let new = self.context.new_files.storage(protocol.name(), node);
+            if let Some(device) = new.filter(|_| mode.write) {
+                *node = NodeOptions::new();
+                return Ok(Arc::clone(device));
+            }
             return protocol.open(ProtocolRequest {
                 options: node,
                 write: mode.write,

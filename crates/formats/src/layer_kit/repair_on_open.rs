@@ -26,10 +26,7 @@ pub(crate) fn run(repair: impl FnOnce(&Progress<'_>) -> Result<()>) -> Result<Ve
     match outcome {
         Ok(()) => Ok(notes),
         Err(error) if notes.is_empty() => Err(error),
-        Err(error) => {
-            let lines: Vec<&str> = notes.iter().map(Note::text).collect();
-            Err(error.notice(lines.join("\n")))
-        }
+        Err(error) => Err(error.notice(Note::Several(notes))),
     }
 }
 
@@ -51,7 +48,8 @@ mod tests {
             note(progress);
             Err(Error::corrupt("c"))
         });
-        assert_eq!(failed.expect_err("is not").preceding_note(), Some(&line("a\nb")));
+        let notes = Note::Several(vec![line("a"), line("b")]);
+        assert_eq!(failed.expect_err("is not").preceding_note(), Some(&notes));
     }
 
     #[test]

@@ -54,7 +54,7 @@ fn read_only(bytes: &[u8]) -> Result<Arc<dyn Layer>> {
 /// The report of a check, and the lines that it prints.
 fn check(layer: &dyn Layer, repair: Repair) -> (CheckReport, Vec<String>) {
     let lines = Mutex::new(Vec::new());
-    let note = |note: &Note| lines.lock().expect("one thread").push(note.text().to_owned());
+    let note = |note: &Note| lines.lock().expect("one thread").push(note.text().into_owned());
     let report = layer
         .check(repair, &Progress::none().with_notes(&note))
         .expect("checks");

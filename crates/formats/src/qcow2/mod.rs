@@ -49,7 +49,7 @@ use diskimage_core::{
     CompressionLevel, CreatePlan, CreateRequest, Device, Encoded, EncodedCluster, EncodedForm, EncodedPlan,
     Encoder, Error, ErrorKind, Event, Format, FormatProperties, Info, Layer, Measure, MeasureSource, Note,
     Objects, OpenRequest, Preallocation, Probe, Progress, Repair, ResizeRequest, Result, ResultExt, Run,
-    Score, WritePlan, ZeroMode,
+    Score, Unfinished, WritePlan, ZeroMode,
 };
 
 use self::encrypt::Encrypted;
@@ -248,9 +248,7 @@ impl Qcow2 {
         } else if request.no_data {
             layer.notes = layer.warnings()?;
         }
-        layer
-            .notes
-            .extend(layer.header.stale_bitmaps().map(Note::Warning));
+        layer.notes.extend(layer.header.stale_bitmaps());
         Ok(Arc::new(layer))
     }
 
@@ -501,9 +499,16 @@ impl Layer for Qcow2 {
             check: Some(self),
             amend: Some(self),
             data_file: self.has_data_file().then_some(&self.data),
+            unfinished: (self.header.version >= 3).then_some(self),
             keeps_tail: true,
             ..Capabilities::default()
         }
+    }
+}
+
+impl Unfinished for Qcow2 {
+    fn mark(&self, unfinished: bool) -> Result<()> {
+        self.corruption.set_incompatible(Incompatible::DIRTY, unfinished)
     }
 }
 

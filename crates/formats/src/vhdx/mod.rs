@@ -157,10 +157,11 @@ fn replayed(
     let changes = Changes::read(&**file, header.log, header.log_guid, &request.context.budget)?;
     if changes.is_some() && request.for_check && !request.write {
         return Err(Error::unsupported(format!(
-            "VHDX image file '{0}' opened read-only, but contains a log that needs to be replayed\n\
-             To replay the log, run:\nqemu-img check -r all '{0}'",
+            "VHDX image file '{}' opened read-only, but contains a log that needs to be replayed",
             request.name
-        )));
+        ))
+        .hint("To replay the log, run:")
+        .and_hint(format!("qemu-img check -r all '{}'", request.name)));
     }
     Ok(changes.map(|changes| Arc::new(ReadOnlyView(Replayed::new(Arc::clone(file), changes)))))
 }

@@ -18,7 +18,7 @@ use diskimage_core::{
 use rustix::fs::{FallocateFlags, OFlags, SeekFrom};
 
 use crate::aio::{Aio, Engine};
-use crate::cache::CacheMode;
+use crate::cache::{CacheMode, Flush};
 use crate::direct::DirectIo;
 use crate::holes::HoleCache;
 use crate::lock::HeldLocks;
@@ -138,6 +138,24 @@ impl File {
             other => other.context(|| format!("Could not open '{name}'"))?,
         };
         Self::from_open(file, target, write, cache)
+    }
+
+    /// Makes all earlier writes durable, whatever the cache mode says of flushes.
+    pub(crate) fn sync(&self) -> Result<()> {
+        if self.flush_failed.load(Ordering::Acquire) {
+            return Err(Error::from_errno(libc::EIO));
+        }
+        match self.engine.sync(&self.file) {
+            Ok(()) => Ok(()),
+            // Some character devices do not support flushes.
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) && self.kind == FileKind::Character => {
+                Ok(())
+            }
+            Err(error) => {
+                self.flush_failed.store(true, Ordering::Release);
+                Err(error.into())
+            }
+        }
     }
 
     /// Wraps a file that was opened with the flags of `cache`.
@@ -361,23 +379,10 @@ impl Device for File {
     }
 
     fn flush(&self) -> Result<()> {
-        if self.cache.no_flush || !self.write {
+        if self.cache.flush != Flush::Always || !self.write {
             return Ok(());
         }
-        if self.flush_failed.load(Ordering::Acquire) {
-            return Err(Error::from_errno(libc::EIO));
-        }
-        match self.engine.sync(&self.file) {
-            Ok(()) => Ok(()),
-            // Some character devices do not support flushes.
-            Err(error) if error.raw_os_error() == Some(libc::EINVAL) && self.kind == FileKind::Character => {
-                Ok(())
-            }
-            Err(error) => {
-                self.flush_failed.store(true, Ordering::Release);
-                Err(error.into())
-            }
-        }
+        self.sync()
     }
 
     fn resize(&self, len: u64, preallocation: Preallocation) -> Result<()> {

@@ -82,8 +82,13 @@ fn writers_and_readers_of_metadata_exclude_each_other() {
     let name = first.name();
     let hint = format!("Is another process using the image [{name}]?");
     let lock = |file: &File, permissions| {
-        file.lock(permissions)
-            .map_err(|e| (e.kind(), e.chain(), e.hint_line().map(str::to_owned)))
+        file.lock(permissions).map_err(|e| {
+            (
+                e.kind(),
+                e.chain(),
+                e.hint_lines().first().map(String::as_str).map(str::to_owned),
+            )
+        })
     };
     let refused = |words: &str| Err((ErrorKind::Locked, words.to_owned(), Some(hint.clone())));
 

@@ -17,7 +17,7 @@ use diskimage_core::options::{OptionDef, OptionKind, Options};
 use diskimage_core::{Device, Error, Permissions, Result, ResultExt, name};
 use rustix::fs::{AtFlags, CWD, IFlags, Mode, OFlags, StatxAttributes, StatxFlags};
 
-use crate::cache::CacheMode;
+use crate::cache::{CacheMode, Flush};
 use crate::file::{File, identity_of_path};
 use crate::name::Target;
 use crate::sys;
@@ -142,17 +142,41 @@ impl NewFile {
         &self.file
     }
 
-    /// Gives the file its name. A file that had it before is replaced.
+    /// Whether the file is written in the place of one that has its name already.
+    pub fn is_in_place(&self) -> bool {
+        matches!(self.publication, Publication::InPlace { .. })
+    }
+
+    /// Gives the file its name. A file that had it before is replaced. Unless the cache mode is [`Flush::Never`], the
+    /// contents are durable before, and the name is after.
     ///
     /// # Errors
     /// `Could not create 'NAME': REASON`; also if the name stands for another file now than when this one was made.
+    /// `Could not flush 'NAME': REASON`.
     pub fn publish(mut self) -> Result<()> {
-        if let Publication::Later(unnamed) = &mut self.publication {
-            unnamed
-                .publish(&self.file.file)
-                .context(|| format!("Could not create '{}'", self.file.name))?;
+        let durable = self.file.cache.flush != Flush::Never;
+        let flushing = || format!("Could not flush '{}'", self.file.name);
+        if durable {
+            self.file.sync().context(flushing)?;
         }
+        let directory = match &mut self.publication {
+            Publication::Later(unnamed) => {
+                unnamed
+                    .publish(&self.file.file)
+                    .context(|| format!("Could not create '{}'", self.file.name))?;
+                rustix::fs::openat(&unnamed.directory, ".", TO_FLUSH, Mode::empty()).ok()
+            }
+            Publication::InPlace { existed: false } => {
+                let path = name::to_path(&self.file.name);
+                rustix::fs::open(directory_of(&path), TO_FLUSH, Mode::empty()).ok()
+            }
+            Publication::InPlace { existed: true } | Publication::Done => None,
+        };
         self.publication = Publication::Done;
+        // Without the right to list the directory it cannot be flushed.
+        if let Some(directory) = directory.filter(|_| durable) {
+            flush_directory(&directory).context(flushing)?;
+        }
         Ok(())
     }
 }
@@ -189,13 +213,9 @@ impl Unnamed {
             None => path.to_owned(),
         };
         let name = resolved.file_name()?.to_owned();
-        let directory = match resolved.parent() {
-            Some(directory) if !directory.as_os_str().is_empty() => directory.as_os_str(),
-            _ => OsStr::new("."),
-        };
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         Some(Self {
-            directory: rustix::fs::open(directory, flags, Mode::empty()).ok()?,
+            directory: rustix::fs::open(directory_of(&resolved), flags, Mode::empty()).ok()?,
             name,
             temporary: None,
             old,
@@ -265,6 +285,28 @@ impl Unnamed {
         }
         self.temporary = None;
         Ok(())
+    }
+}
+
+/// The directory that `path` is in.
+fn directory_of(path: &Path) -> &OsStr {
+    match path.parent() {
+        Some(directory) if !directory.as_os_str().is_empty() => directory.as_os_str(),
+        _ => OsStr::new("."),
+    }
+}
+
+/// How a directory is opened to be flushed.
+const TO_FLUSH: OFlags = OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
+
+/// Makes the names in a directory durable.
+fn flush_directory(directory: &OwnedFd) -> io::Result<()> {
+    match rustix::fs::fsync(directory) {
+        // Some file systems have nothing to flush there.
+        Ok(()) | Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOTSUP | rustix::io::Errno::ROFS) => {
+            Ok(())
+        }
+        Err(error) => Err(error.into()),
     }
 }
 
@@ -409,7 +451,7 @@ impl File {
             // The error of ftruncate for a pipe, socket or device.
             return Err(Error::from_errno(libc::EINVAL).context("Could not resize file"));
         }
-        let this = Self::from_open(file, target, true, cache)?;
+        let this = Self::from_open(file, target, true, cache.for_existing())?;
         this.lock_new(permissions)?;
         this.file.set_len(0).context(|| "Could not resize file")?;
         this.refresh_len()?;

@@ -13,7 +13,6 @@ use diskimage::{
 use super::super::create::option_help;
 use super::{Args, Request};
 use crate::out::Console;
-use crate::printable::printable;
 use crate::source::open_source;
 use crate::words::{Parser, Source, Stop, text};
 
@@ -81,7 +80,7 @@ fn open_sources(args: &Args, console: &Console) -> Result<Sources, Stop> {
             return Err(Stop::wrong("No support for concatenating multiple snapshot"));
         };
         if let Some(warning) = ambiguous_snapshot(image, snapshot).filter(|_| !args.quiet) {
-            console.warning(&printable(&warning));
+            console.warning(&warning);
         }
         *image = open_snapshot(image, snapshot)?;
     }
@@ -91,7 +90,7 @@ fn open_sources(args: &Args, console: &Console) -> Result<Sources, Stop> {
 /// Copies the bitmaps. Called after the data has been written, which would mark it dirty.
 fn copy_all_bitmaps(source: &dyn Layer, target: &Image, console: &Console) -> Result<(), Stop> {
     let skipped = |name: &str| {
-        console.warning(&format!("Skipping inconsistent bitmap '{}'", printable(name)));
+        console.warning(&format!("Skipping inconsistent bitmap '{}'", name));
     };
     Ok(copy_bitmaps(source, &**target.layer(), &skipped)?)
 }
@@ -215,7 +214,10 @@ impl Target {
             .resize(!args.no_create)
             .node_options(self.keys.clone())
             .new_files(new.map_or_else(OpenFiles::default, NewImage::files))
-            .cache(args.target_cache);
+            .cache(match new {
+                Some(_) => args.target_cache,
+                None => args.target_cache.for_existing(),
+            });
         open_source(&source, options, console)
     }
 }
@@ -303,6 +305,7 @@ fn copy(
     } else {
         conversion.target_is_zero
     };
+    conversion.existing_target = args.no_create;
     conversion.on_lost = Some(&on_lost);
     conversion.progress = diskimage::Progress::new(&report);
     conversion.data_steps = progress.shows_steps();

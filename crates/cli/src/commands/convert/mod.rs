@@ -399,7 +399,7 @@ impl Given {
             snapshot: self.snapshot,
             force_share: self.force_share,
             target: Source::new(target, target_format, self.target_image_opts)?,
-            target_cache: target_cache(self.target_cache.as_deref(), CacheMode::UNSAFE)?,
+            target_cache: target_cache(self.target_cache.as_deref(), CacheMode::NEW)?,
             no_create: self.no_create,
             target_is_zero: self.target_is_zero,
             options: self.options.list,
@@ -460,7 +460,7 @@ mod tests {
         assert_eq!(args.parallel, Some(16));
         assert!(args.progress);
         assert_eq!(args.source_cache, CacheMode::WRITEBACK);
-        assert_eq!(args.target_cache, CacheMode::UNSAFE);
+        assert_eq!(args.target_cache, CacheMode::NEW);
     }
 
     #[test]

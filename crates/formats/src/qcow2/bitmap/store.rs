@@ -37,14 +37,14 @@ pub(in crate::qcow2) struct Tracker {
 #[derive(Debug)]
 struct Damage {
     message: String,
-    hint: Option<String>,
+    hints: Vec<String>,
 }
 
 impl From<Error> for Damage {
     fn from(error: Error) -> Self {
         Self {
             message: error.chain(),
-            hint: error.hint_line().map(str::to_owned),
+            hints: error.hint_lines().to_vec(),
         }
     }
 }
@@ -72,10 +72,7 @@ impl Tracker {
             return Ok(());
         };
         let error = Error::corrupt(damage.message.clone());
-        Err(match &damage.hint {
-            Some(hint) => error.hint(hint.clone()),
-            None => error,
-        })
+        Err(damage.hints.iter().fold(error, Error::and_hint))
     }
 
     pub(super) fn extension(&self) -> Option<BitmapsExtension> {

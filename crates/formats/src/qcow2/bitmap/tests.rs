@@ -140,7 +140,7 @@ fn inconsistent_bitmaps_forbid_resizing_and_change_nothing() {
     let error = resize(&image, 1000 * 512).expect_err("refused");
     assert_eq!(error.chain(), "Bitmap 'b' is inconsistent and cannot be used");
     assert_eq!(
-        error.hint_line(),
+        error.hint_lines().first().map(String::as_str),
         Some("Remove the bitmap with 'qemu-img bitmap --remove FILENAME b', then resize.")
     );
     assert!(file.contents() == before);

@@ -87,10 +87,13 @@ impl Check<'_> {
             if over > 0 {
                 self.report.corruptions += over - 1;
                 self.corruption(format!(
-                    "ERROR: overflow cluster offset={:#x}\nUse qemu-img amend to increase the refcount entry width or \
-                     qemu-img convert to create a clean copy if the image cannot be opened for writing",
+                    "ERROR: overflow cluster offset={:#x}",
                     cluster.offset(bits).get()
                 ));
+                self.report_line(
+                    "Use qemu-img amend to increase the refcount entry width or qemu-img convert to create a clean copy \
+                     if the image cannot be opened for writing",
+                );
             }
         }
         Ok(())

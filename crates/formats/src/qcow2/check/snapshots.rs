@@ -45,8 +45,8 @@ impl Check<'_> {
         if count > limit::SNAPSHOTS {
             let over = count - limit::SNAPSHOTS;
             if !fix {
-                let text = format!("ERROR snapshot table too large\n{}", remove_all(over));
-                return self.unusable(text, errno::EFBIG);
+                let text = "ERROR snapshot table too large".to_owned();
+                return self.unusable_unless(text, remove_all(over));
             }
             self.report_line(format!("Discarding {over} overhanging snapshots"));
             self.report.corruptions_fixed += u64::from(over);
@@ -95,10 +95,10 @@ impl Check<'_> {
             if u64::from(entry.extra_len) > MAX_EXTRA {
                 if !fix {
                     let text = format!(
-                        "ERROR failed to read the snapshot table: Too much extra metadata in snapshot table entry \
-                         {index}\nYou can force-remove this extra metadata with qemu-img check -r all"
+                        "ERROR failed to read the snapshot table: Too much extra metadata in snapshot table entry {index}"
                     );
-                    return self.unusable(text, errno::EFBIG);
+                    let hint = "You can force-remove this extra metadata with qemu-img check -r all";
+                    return self.unusable_unless(text, hint.to_owned());
                 }
                 self.report_line(format!(
                     "Discarding too much extra metadata in snapshot table entry {index} ({} > {MAX_EXTRA})",
@@ -116,11 +116,9 @@ impl Check<'_> {
             if kept > MAX_TABLE {
                 let over = count - index;
                 if !fix {
-                    let text = format!(
-                        "ERROR failed to read the snapshot table: Snapshot table is too big\n{}",
-                        remove_all(over)
-                    );
-                    return self.unusable(text, errno::EFBIG);
+                    let text =
+                        "ERROR failed to read the snapshot table: Snapshot table is too big".to_owned();
+                    return self.unusable_unless(text, remove_all(over));
                 }
                 self.report_line(format!(
                     "Discarding {over} overhanging snapshots (snapshot table is too big)"
@@ -157,6 +155,12 @@ impl Check<'_> {
     fn unusable(&mut self, text: String, errno: i32) -> Result<()> {
         self.report_note(&Note::Error(text));
         Err(Error::from_errno(errno))
+    }
+
+    /// Ends the check of a table that is too large, which can be made smaller as `hint` says.
+    fn unusable_unless(&mut self, text: String, hint: String) -> Result<()> {
+        self.report_note(&Note::Several(vec![Note::Error(text), Note::Line(hint)]));
+        Err(Error::from_errno(errno::EFBIG))
     }
 
     /// The size of the disk in the snapshot.

@@ -24,7 +24,7 @@ fn check_device(device: Arc<dyn Device>, repair: Repair) -> Found {
     let gate = OneFile(Arc::new(MemoryDevice::new(vec![0; 8 << 20])));
     let context = OpenContext::new(Arc::new(gate)).with_objects(secrets("secret"));
     let lines = Mutex::new(Vec::new());
-    let note = |note: &Note| lines.lock().expect("one thread").push(note.text().to_owned());
+    let note = |note: &Note| lines.lock().expect("one thread").push(note.text().into_owned());
     let layer = Qcow2Format.open(OpenRequest {
         write: repair != Repair::No,
         for_check: true,

@@ -14,7 +14,7 @@ pub(in crate::qcow2) mod feature;
 pub(in crate::qcow2) mod rewrite;
 
 use diskimage_core::{
-    Backing, Error, ErrorKind, Name, Result, ResultExt, align_down, errno, require_addressable,
+    Backing, Error, ErrorKind, Name, Note, Result, ResultExt, align_down, errno, require_addressable,
     saturating_index, to_index,
 };
 use zerocopy::byteorder::big_endian::{U32, U64};
@@ -345,7 +345,7 @@ impl Header {
     }
 
     /// The warning about bitmaps that another program has left behind.
-    pub(super) fn stale_bitmaps(&self) -> Option<String> {
+    pub(super) fn stale_bitmaps(&self) -> Option<Note> {
         self.extensions
             .bitmaps
             .filter(|_| !self.features.autoclear.has(Autoclear::BITMAPS))?;
@@ -355,9 +355,10 @@ impl Header {
         } else {
             "a program lacking bitmap support modified this file, so all bitmaps are now considered inconsistent"
         };
-        Some(format!(
-            "{what}\nSome clusters may be leaked, run 'qemu-img check -r' on the image file to fix."
-        ))
+        Some(Note::Several(vec![
+            Note::Warning(what.to_owned()),
+            Note::from("Some clusters may be leaked, run 'qemu-img check -r' on the image file to fix."),
+        ]))
     }
 }
 

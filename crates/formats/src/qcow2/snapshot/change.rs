@@ -18,8 +18,8 @@
 use std::sync::{Arc, MutexGuard};
 
 use diskimage_core::{
-    ByteRange, Error, ErrorKind, Layer, NewSnapshot, Result, ResultExt, SnapshotInfo, Snapshots, errno, name,
-    saturating_u32, to_index,
+    ByteRange, Error, ErrorKind, Layer, NewSnapshot, Note, Result, ResultExt, SnapshotInfo, Snapshots, errno,
+    name, saturating_u32, to_index,
 };
 use zerocopy::byteorder::big_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, IntoBytes};
@@ -135,12 +135,15 @@ impl Snapshots for Qcow2 {
 
 /// The messages of qemu-img for a deleted snapshot whose clusters could not be freed.
 fn not_freed(error: Error) -> Error {
-    let earlier = error.preceding_note().map(|note| format!("{}\n", note.text()));
+    let earlier = error.preceding_note().cloned();
     let error = match error.errno().map(Error::from_errno) {
-        Some(reason) => error.notice(format!(
-            "{}qcow2_free_clusters failed: {reason}",
-            earlier.unwrap_or_default()
-        )),
+        Some(reason) => {
+            let note = Note::Line(format!("qcow2_free_clusters failed: {reason}"));
+            error.notice(match earlier {
+                Some(earlier) => Note::Several(vec![earlier, note]),
+                None => note,
+            })
+        }
         None => error,
     };
     error.context("Failed to free the cluster and L1 table")

@@ -459,12 +459,12 @@ pub(super) fn report(layer: &dyn Layer, repair: Repair) -> CheckReport {
 fn report_ignoring_flags(layer: &dyn Layer) -> CheckReport {
     let harmless = AtomicU64::new(0);
     let notes = |note: &Note| {
-        let flag_off = note
-            .text()
+        let text = note.text();
+        let flag_off = text
             .split(['=', ' '])
             .filter_map(|word| u64::from_str_radix(word, 16).ok());
         let off = flag_off.max().is_some_and(|entry| entry >> 63 == 0);
-        if note.text().contains("OFLAG_COPIED") && note.text().ends_with("refcount=1") && off {
+        if text.contains("OFLAG_COPIED") && text.ends_with("refcount=1") && off {
             harmless.fetch_add(1, Ordering::Relaxed);
         }
     };

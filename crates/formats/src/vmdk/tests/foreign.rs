@@ -461,7 +461,9 @@ fn the_mapping_file_of_a_device_is_not_taken_for_the_disk() {
     );
     assert!(
         error
-            .hint_line()
+            .hint_lines()
+            .first()
+            .map(String::as_str)
             .is_some_and(|hint| hint.contains("device of the machine"))
     );
     let text = Text {
@@ -472,7 +474,9 @@ fn the_mapping_file_of_a_device_is_not_taken_for_the_disk() {
     let error = machine.open(&text.bytes(), false).expect_err("has no device");
     assert!(
         error
-            .hint_line()
+            .hint_lines()
+            .first()
+            .map(String::as_str)
             .is_some_and(|hint| hint.contains("device of the machine"))
     );
 }
@@ -771,7 +775,7 @@ fn extents_are_found_beside_the_image() {
     let error = machine.open(&text.bytes(), false).expect_err("is missing");
     assert_eq!(error.chain(), "no file dir/C:\\vm\\x.vmdk");
     assert_eq!(
-        error.hint_line(),
+        error.hint_lines().first().map(String::as_str),
         Some("No file 'x.vmdk' is beside the image either.")
     );
 }

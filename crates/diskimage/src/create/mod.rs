@@ -7,25 +7,31 @@
 //!               dropped: the files are gone, what was there before is still there
 //! ```
 
+mod new_image;
+mod withheld;
+
 use std::collections::HashSet;
 use std::sync::Arc;
 
 use diskimage_core::options::{OptionDef, Options};
 use diskimage_core::{
     CompressionLevel, CreatePlan, CreateRequest, Device, Error, ErrorKind, Format, Gate, Image, NewFiles,
-    NodeOptions, Objects, OnNote, OpenContext, OpenFiles, Permissions, Preallocation, Result, name,
+    NodeOptions, Objects, OnNote, OpenContext, Permissions, Preallocation, Result, name,
 };
 use diskimage_formats::format_by_name;
 use diskimage_protocols::{
     CREATE_OPTIONS as FILE_CREATE_OPTIONS, CacheMode, EXISTING_CREATE_OPTIONS, File, FileCreation,
-    LocalFileDriver, NewFile, Protocol, ProtocolRequest, Target, filter_by_name, parse_name,
-    protocol_by_name, protocol_of_name,
+    LocalFileDriver, Protocol, ProtocolRequest, Target, filter_by_name, parse_name, protocol_by_name,
+    protocol_of_name,
 };
 
 use crate::files::{Identity, Location, files_below, files_of_chain};
 use crate::graph::full_backing_name;
 use crate::open::open_bare;
 use crate::open_options::OpenOptions;
+use new_image::Own;
+
+pub use new_image::NewImage;
 
 /// What is written to a new image as soon as it is created.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -72,7 +78,7 @@ impl Creation {
             backing_format: None,
             trust_backing: false,
             needed: HashSet::new(),
-            cache: CacheMode::WRITEBACK,
+            cache: CacheMode::NEW,
             filling: Filling::None,
             open: OpenOptions::new(),
             on_note: None,
@@ -349,9 +355,11 @@ impl Prepared {
             objects: &self.context.objects,
         })?;
         self.check_compression_level(&plan)?;
-        let (file, mut files) = self.own_file(&creation, &plan)?;
-        self.fill(&file, plan, &creation, &mut files)?;
-        Ok(NewImage { files })
+        let own = self.own_file(&creation, &plan)?;
+        let file = own.device();
+        let mut new = NewImage::new(own);
+        self.fill(&file, plan, &creation, &mut new)?;
+        Ok(new)
     }
 
     /// Refuses to overwrite a file that is needed or in use, and two files of the new image that are the same.
@@ -393,13 +401,8 @@ impl Prepared {
         }
     }
 
-    /// The file of the new image and, if it is made for the image, the same as a new file. Protocols that cannot create
-    /// files open the existing one.
-    fn own_file(
-        &self,
-        creation: &FileCreation,
-        plan: &CreatePlan<'_>,
-    ) -> Result<(Arc<dyn Device>, Vec<NewFile>)> {
+    /// The file of the new image. Protocols that cannot create files open the existing one.
+    fn own_file(&self, creation: &FileCreation, plan: &CreatePlan<'_>) -> Result<Own> {
         let no_making = |error: Error, driver: &str| {
             error.context(format!(
                 "Protocol driver '{driver}' does not support creating new images, so an existing image must be selected \
@@ -428,18 +431,20 @@ impl Prepared {
             self.require_apart(&path, plan)?;
             let target = Target::plain(&path);
             let new = File::create(&target, self.permissions(), creation, self.cache)?;
-            return Ok((Arc::<File>::clone(new.file()), vec![new]));
+            return Own::file(new);
         }
         node.take("driver");
+        let asked = node.clone();
         let opened = protocol.open(ProtocolRequest {
             options: &mut node,
             write: true,
-            cache: self.cache,
+            cache: self.cache.for_existing(),
             context: &self.context,
         });
         let device = opened.map_err(|error| no_making(error, protocol.name()))?;
         self.require_apart(&device.name(), plan)?;
-        Ok((device, Vec::new()))
+        device.lock(self.permissions())?;
+        Own::storage(device, protocol, asked)
     }
 
     /// Refuses the level of compression if nothing is going to be compressed.
@@ -468,13 +473,13 @@ impl Prepared {
         }
     }
 
-    /// Writes the image. Its further files are added to `files`.
+    /// Writes the image into `file`. Its further files are added to `new`.
     fn fill(
         &self,
         file: &Arc<dyn Device>,
         plan: CreatePlan<'_>,
         creation: &FileCreation,
-        files: &mut Vec<NewFile>,
+        new: &mut NewImage,
     ) -> Result<()> {
         file.lock(self.permissions())?;
         let backing = match plan.reads_backing {
@@ -488,7 +493,7 @@ impl Prepared {
                 let target = Target::plain(path);
                 let part = File::create(&target, permissions, creation, self.cache)?;
                 let device = Arc::<File>::clone(part.file());
-                files.push(part);
+                new.parts.push(part);
                 Ok(device)
             },
             backing,
@@ -546,34 +551,6 @@ pub fn protocol_options(protocol: &str) -> &'static [OptionDef] {
     match protocol_by_name(protocol) {
         Some(protocol) if !protocol.can_create() => EXISTING_CREATE_OPTIONS,
         _ => FILE_CREATE_OPTIONS,
-    }
-}
-
-/// A new image whose files have no names yet. Dropped before it is published, they are gone.
-#[derive(Debug)]
-#[must_use = "the image is lost unless it is published"]
-pub struct NewImage {
-    /// The image's own file first.
-    files: Vec<NewFile>,
-}
-
-impl NewImage {
-    /// The files, for [`OpenOptions::new_files`]: the image can be opened by its name with them.
-    pub fn files(&self) -> OpenFiles {
-        let device = |new: &NewFile| -> Arc<dyn Device> { Arc::<File>::clone(new.file()) };
-        self.files
-            .iter()
-            .map(|new| (new.file().name(), device(new)))
-            .collect()
-    }
-
-    /// Gives the files their names, the one without which the image cannot be opened last. Files that had these names are
-    /// replaced.
-    ///
-    /// # Errors
-    /// A file cannot get its name, or something else has it by now.
-    pub fn publish(self) -> Result<()> {
-        self.files.into_iter().rev().try_for_each(NewFile::publish)
     }
 }
 
