@@ -1,6 +1,8 @@
 //! Exercises an image of arbitrary bytes: all operations that read, then some that write. None may panic, hang, or
 //! allocate memory in proportion to a number in the image.
 
+pub mod operations;
+
 use std::sync::Arc;
 
 use diskimage_core::{
