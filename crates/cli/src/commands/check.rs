@@ -3,10 +3,11 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use diskimage::{CacheMode, CheckReport, ErrorKind, Image, Note, Objects, OpenOptions, Progress, Repair};
+use diskimage::{CacheMode, CheckReport, ErrorKind, Image, Note, Objects, Progress, Repair};
 
 use crate::objects::define;
 use crate::out::Console;
+use crate::policy::Policy;
 use crate::report;
 use crate::source::open_source;
 use crate::words::{
@@ -18,6 +19,7 @@ pub static COMMAND: Command = Command {
     name: "check",
     summary: "Check basic image integrity",
     usage: "[-f FMT | --image-opts] [-T CACHE_MODE] [-r leaks|all] [-U]
+        [--untrusted] [--deny-references]
         [--output human|json] [--object OBJDEF] FILENAME",
     flags: &[
         Flag::HELP,
@@ -47,6 +49,8 @@ pub static COMMAND: Command = Command {
             ],
         ),
         Flag::OBJECT,
+        Flag::UNTRUSTED,
+        Flag::DENY_REFERENCES,
     ],
     operands: &[Operand {
         name: "FILENAME",
@@ -83,6 +87,8 @@ pub struct Args {
     pub force_share: bool,
     /// The objects of `--object`, such as secrets.
     pub objects: Arc<Objects>,
+    /// What the images may bring about.
+    pub policy: Policy,
 }
 
 impl Args {
@@ -108,6 +114,7 @@ impl Args {
                 _ => unreachable!("every option of the table is listed"),
             }
         }
+        let policy = words.policy();
         let image = only_image(words)?;
         let cache = source_cache(cache.as_deref())?;
         let image = Source::new(image, format, image_opts)?;
@@ -119,6 +126,7 @@ impl Args {
             quiet,
             force_share,
             objects: objects.into(),
+            policy,
         })
     }
 }
@@ -139,7 +147,12 @@ fn read_repair(value: &str) -> Result<Repair, Stop> {
 /// The command line is wrong, or the image cannot be opened or checked.
 pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     let args = Args::parse(words)?;
-    let options = OpenOptions::new()
+    args.policy.confine(&args.objects, |reach| {
+        reach.with(&args.image, args.repair != Repair::No)
+    })?;
+    let options = args
+        .policy
+        .opening()
         .objects(Arc::clone(&args.objects))
         .for_check(true)
         .write(args.repair != Repair::No)

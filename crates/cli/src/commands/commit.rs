@@ -2,10 +2,11 @@
 
 use std::sync::Arc;
 
-use diskimage::{CacheMode, Commit, Device, ErrorKind, Objects, OpenOptions, depth_of, errno};
+use diskimage::{CacheMode, Commit, Device, ErrorKind, Objects, depth_of, errno};
 
 use crate::objects::define;
 use crate::out::Console;
+use crate::policy::Policy;
 use crate::printable::printable;
 use crate::source::open_source;
 use crate::words::{
@@ -17,6 +18,7 @@ pub static COMMAND: Command = Command {
     name: "commit",
     summary: "Commit image to its backing file",
     usage: "[-f FMT | --image-opts] [-t CACHE_MODE] [-b BASE_IMG] [-d]
+        [--untrusted] [--deny-references]
         [-r RATE] [--object OBJDEF] FILENAME",
     flags: &[
         Flag::HELP,
@@ -47,6 +49,8 @@ pub static COMMAND: Command = Command {
         ),
         Flag::option(Some('r'), &["rate"], "RATE", &["I/O rate limit"]),
         Flag::OBJECT,
+        Flag::UNTRUSTED,
+        Flag::DENY_REFERENCES,
     ],
     operands: &[Operand {
         name: "FILENAME",
@@ -86,6 +90,8 @@ pub struct Args {
     pub progress: bool,
     /// The objects of `--object`, such as secrets.
     pub objects: Arc<Objects>,
+    /// What the images may bring about.
+    pub policy: Policy,
 }
 
 impl Args {
@@ -116,6 +122,7 @@ impl Args {
                 _ => unreachable!("every option of the table is listed"),
             }
         }
+        let policy = words.policy();
         let image = only_image(words)?;
         let cache = target_cache(cache.as_deref(), CacheMode::WRITEBACK)?;
         Ok(Self {
@@ -127,6 +134,7 @@ impl Args {
             quiet,
             progress: progress && !quiet,
             objects: objects.into(),
+            policy,
         })
     }
 }
@@ -137,8 +145,11 @@ impl Args {
 /// The command line is wrong, an image cannot be opened, or reading or writing fails.
 pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     let args = Args::parse(words)?;
+    args.policy
+        .confine(&args.objects, |reach| reach.writes(&args.image))?;
     let options = || {
-        OpenOptions::new()
+        args.policy
+            .opening()
             .objects(Arc::clone(&args.objects))
             .cache(args.cache)
     };

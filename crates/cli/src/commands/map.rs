@@ -2,10 +2,11 @@
 
 use std::sync::Arc;
 
-use diskimage::{ByteRange, Error, ExtentKind, Image, MappedExtent, Objects, OpenOptions, map};
+use diskimage::{ByteRange, Error, ExtentKind, Image, MappedExtent, Objects, map};
 
 use crate::objects::define;
 use crate::out::Console;
+use crate::policy::Policy;
 use crate::printable::printable;
 use crate::source::open_source;
 use crate::words::{
@@ -17,6 +18,7 @@ pub static COMMAND: Command = Command {
     name: "map",
     summary: "Dump image metadata",
     usage: "[-f FMT | --image-opts] [--object OBJDEF] [--output human|json]
+        [--untrusted] [--deny-references]
         [--start-offset OFFSET] [--max-length LENGTH] [-U] FILENAME",
     flags: &[
         Flag::HELP,
@@ -37,6 +39,8 @@ pub static COMMAND: Command = Command {
         Flag::OUTPUT,
         Flag::FORCE_SHARE,
         Flag::OBJECT,
+        Flag::UNTRUSTED,
+        Flag::DENY_REFERENCES,
     ],
     operands: &[Operand {
         name: "FILENAME",
@@ -70,6 +74,8 @@ pub struct Args {
     pub force_share: bool,
     /// The objects of `--object`, such as secrets.
     pub objects: Arc<Objects>,
+    /// What the images may bring about.
+    pub policy: Policy,
 }
 
 impl Args {
@@ -94,6 +100,7 @@ impl Args {
                 _ => unreachable!("every option of the table is listed"),
             }
         }
+        let policy = words.policy();
         let image = Source::new(only_image(words)?, format, image_opts)?;
         Ok(Self {
             image,
@@ -102,6 +109,7 @@ impl Args {
             output,
             force_share,
             objects: objects.into(),
+            policy,
         })
     }
 }
@@ -112,9 +120,12 @@ impl Args {
 /// The command line is wrong, the image cannot be opened, or its tables are corrupt.
 pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     let args = Args::parse(words)?;
+    args.policy
+        .confine(&args.objects, |reach| reach.reads(&args.image))?;
     let image = open_source(
         &args.image,
-        OpenOptions::new()
+        args.policy
+            .opening()
             .objects(Arc::clone(&args.objects))
             .force_share(args.force_share),
         console,

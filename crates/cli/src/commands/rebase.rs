@@ -10,6 +10,7 @@ use diskimage::{
 use crate::facts::reports_only_length;
 use crate::objects::define;
 use crate::out::Console;
+use crate::policy::Policy;
 use crate::printable::printable;
 use crate::source::{open_bare, open_source};
 use crate::words::{
@@ -21,6 +22,7 @@ pub static COMMAND: Command = Command {
     name: "rebase",
     summary: "Change backing file of the image",
     usage: "[-f FMT | --image-opts] [-t CACHE] [-q] [-U] [-p]
+        [--untrusted] [--deny-references]
         [-b BACKING_FILENAME [-F BACKING_FMT] [-T BACKING_CACHE]] [-u]
         [--object OBJDEF] [-c] FILENAME
 Rebases FILENAME on top of BACKING_FILENAME or no backing file",
@@ -61,6 +63,8 @@ Rebases FILENAME on top of BACKING_FILENAME or no backing file",
         ),
         Flag::FORCE_SHARE,
         Flag::OBJECT,
+        Flag::UNTRUSTED,
+        Flag::DENY_REFERENCES,
     ],
     operands: &[Operand {
         name: "FILENAME",
@@ -107,6 +111,8 @@ pub struct Args {
     pub progress: bool,
     /// The objects of `--object`, such as secrets.
     pub objects: Arc<Objects>,
+    /// What the images may bring about.
+    pub policy: Policy,
 }
 
 impl Args {
@@ -137,6 +143,7 @@ impl Args {
                 _ => unreachable!("every option of the table is listed"),
             }
         }
+        let policy = words.policy();
         let image = only_image(words)?;
         if backing.is_none() && !only_name {
             return Err(Stop::misused(
@@ -154,6 +161,7 @@ impl Args {
             force_share,
             progress: progress && !quiet,
             objects: objects.into(),
+            policy,
         })
     }
 }
@@ -164,9 +172,15 @@ impl Args {
 /// The command line is wrong, an image cannot be opened, or reading or writing fails.
 pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     let args = Args::parse(words)?;
+    args.policy.confine(&args.objects, |reach| {
+        let reach = reach.writes(&args.image);
+        args.backing
+            .iter()
+            .fold(reach, |reach, backing| reach.reads_below(backing))
+    })?;
     let progress = crate::progress::Progress::new(args.progress, console).adding_up();
     progress.begin();
-    let options = || OpenOptions::new().objects(Arc::clone(&args.objects));
+    let options = || args.policy.opening().objects(Arc::clone(&args.objects));
     let image = open_source(
         &args.image,
         options().cache(args.cache).write(true).no_backing(args.only_name),
@@ -194,7 +208,7 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
             Some(backing) => Some(open_new(&args, &image, backing, options(), console)?),
             None => None,
         };
-        check_backing(&image, backing.as_ref())?;
+        check_backing(&image, backing.as_ref(), &options())?;
         let report = |done, total| progress.set(done, total);
         let rebase = Rebase {
             image: &image,
@@ -205,7 +219,7 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
         };
         rebase.run()?;
     }
-    set_backing(&image, backing.as_ref())?;
+    set_backing(&image, backing.as_ref(), &options())?;
     progress.complete();
     Ok(0)
 }

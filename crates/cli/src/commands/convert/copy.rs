@@ -6,16 +6,17 @@ use std::sync::Arc;
 use diskimage::options::Options;
 use diskimage::{
     CompressionLevel, Conversion, Creation, DEFAULT_SPARSE, Device, FILE_CREATE_OPTIONS, Filling, Format,
-    Image, Layer, NewImage, NodeOptions, OpenFiles, OpenOptions, ambiguous_snapshot, check_bitmaps,
-    copy_bitmaps, flush, format_by_name, format_of_new, is_encrypted, open_snapshot, total_len,
+    Image, Layer, NewImage, NodeOptions, OpenFiles, ambiguous_snapshot, check_bitmaps, copy_bitmaps, flush,
+    format_by_name, format_of_new, is_encrypted, open_snapshot, total_len,
 };
 
 use super::super::create::option_help;
 use super::{Args, Request};
+use crate::confinement::Reach;
 use crate::out::Console;
 use crate::printable::printable;
 use crate::source::open_source;
-use crate::words::{Parser, Source, Stop, text};
+use crate::words::{ImageName, Parser, Source, Stop, text};
 
 /// Parses the command line of `convert` and runs the command.
 ///
@@ -28,6 +29,8 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
         }
         Request::Convert(args) => args,
     };
+    args.policy
+        .confine(&args.objects, |reach| reach_of(&args, reach))?;
     let progress = crate::progress::Progress::new(args.progress, console);
     progress.begin();
     let (sources, bitmap_source) = open_sources(&args, console)?;
@@ -52,13 +55,26 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     Ok(0)
 }
 
+/// The files that the command uses.
+fn reach_of(args: &Args, reach: Reach) -> Reach {
+    let reach = args.sources.iter().fold(reach, Reach::reads);
+    match &args.target.name {
+        ImageName::File(name) if !args.no_create => {
+            let backing = args.backing.clone().map(text);
+            reach.makes(name, backing.as_deref(), args.options.as_deref())
+        }
+        _ => reach.writes(&args.target),
+    }
+}
+
 /// The images to copy, and the layer whose bitmaps are copied too. A snapshot has no bitmaps, so this is the image's
 /// layer.
 type Sources = (Vec<Arc<Image>>, Option<Arc<dyn Layer>>);
 
 fn open_sources(args: &Args, console: &Console) -> Result<Sources, Stop> {
     let options = || {
-        OpenOptions::new()
+        args.policy
+            .opening()
             .objects(Arc::clone(&args.objects))
             .cache(args.source_cache)
             .force_share(args.force_share)
@@ -105,6 +121,8 @@ struct Target {
     /// The creation options that opening the target needs as well.
     keys: NodeOptions,
     compression_level: Option<CompressionLevel>,
+    /// The backing image that the user gives the new image.
+    backing: Option<String>,
 }
 
 impl Target {
@@ -146,12 +164,13 @@ impl Target {
             creation: None,
             keys: NodeOptions::new(),
             compression_level: None,
+            backing: None,
         };
         let Some(driver) = driver else { return Ok(target) };
         if !args.no_create {
             let name = target.format.as_deref().unwrap_or(driver.name());
             let mut creation = Creation::new(&target.name, name)
-                .objects(Arc::clone(&args.objects))
+                .opening(args.policy.opening().objects(Arc::clone(&args.objects)))
                 .apart_from(sources)
                 .exact_size(total_len(sources))
                 .filling(match args.compress {
@@ -172,6 +191,7 @@ impl Target {
             target.creation = Some(creation);
             target.keys = options.keys;
             target.compression_level = options.compression_level;
+            target.backing = options.backing;
         }
         if args.compress && !driver.properties().has_compression {
             return Err(Stop::wrong("Compression not supported for this file format"));
@@ -209,11 +229,14 @@ impl Target {
             name: args.target.name.clone(),
             format: self.format.clone(),
         };
-        let options = OpenOptions::new()
+        let options = args
+            .policy
+            .opening()
             .objects(Arc::clone(&args.objects))
             .write(true)
             .resize(!args.no_create)
             .node_options(self.keys.clone())
+            .own_backing(self.backing.clone())
             .new_files(new.map_or_else(OpenFiles::default, NewImage::files))
             .cache(args.target_cache);
         open_source(&source, options, console)
@@ -229,6 +252,8 @@ struct TargetOptions {
     /// See [`Target::keys`].
     keys: NodeOptions,
     compression_level: Option<CompressionLevel>,
+    /// See [`Target::backing`].
+    backing: Option<String>,
 }
 
 impl TargetOptions {
@@ -236,8 +261,13 @@ impl TargetOptions {
         let tables = driver.map_or(&[][..], |driver| driver.create_options());
         let mut options = Options::merged(&[tables, FILE_CREATE_OPTIONS]);
         options.parse(args.options.as_deref().unwrap_or_default())?;
+        let backing = match &args.backing {
+            Some(backing) => Some(text(backing.clone())),
+            None => options.text("backing_file").map(str::to_owned),
+        };
         Ok(Self {
             is_named: args.backing.is_some() || options.is_given("backing_file"),
+            backing,
             has_format: args.backing_format.is_some() || options.is_given("backing_fmt"),
             keys: keys(&options),
             compression_level: CompressionLevel::from_options(&options)?,
