@@ -338,6 +338,9 @@ fn honest_images_work() {
     place.line("convert --deny-references -O qcow2 -B ../out/secret.raw -F raw base.raw elsewhere");
     symlink("../out/secret.raw", place.0.path().join("here/own-link")).expect("is linked");
     place.line(&format!("convert {u} own-link copy"));
+    symlink("../out/made", place.0.path().join("here/link-to-be")).expect("is linked");
+    place.line(&format!("convert {u} base.raw link-to-be"));
+    place.line(&format!("compare {u} base.raw ../out/made"));
     let left: Vec<_> = place
         .files()
         .into_iter()

@@ -80,7 +80,7 @@ fn restrict(reach: &Reach) -> Result<RulesetStatus, RulesetError> {
     }
     let resolver = RESOLVER.iter().filter(|_| reach.has_network());
     for path in SYSTEM.iter().chain(resolver) {
-        rules = allow(rules, Path::new(path), reading)?;
+        rules = allow(rules, &name::to_path(path), reading)?;
     }
     for zone in ZONES.iter().filter_map(std::env::var_os) {
         let zone = name::from_os_string(zone);
@@ -99,12 +99,14 @@ fn directories_of<'a>(files: impl IntoIterator<Item = &'a PathBuf>) -> BTreeSet<
         if is_device(file) {
             continue;
         }
-        directories.insert(directory_of(file));
-        if file.is_symlink()
-            && let Ok(real) = file.canonicalize()
-        {
-            directories.insert(directory_of(&real));
+        let directory = directory_of(file);
+        match (file.canonicalize(), file.read_link()) {
+            (Ok(real), Ok(_)) => drop(directories.insert(directory_of(&real))),
+            // It leads to a file that is going to be made.
+            (Err(_), Ok(link)) => drop(directories.insert(directory_of(&directory.join(link)))),
+            (_, Err(_)) => {}
         }
+        directories.insert(directory);
     }
     directories
 }

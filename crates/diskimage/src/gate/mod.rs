@@ -85,38 +85,32 @@ impl FileGate {
 /// Refuses what no image, no image of a guessed format, or no image of a server may refer to.
 fn refuse_by_kind(reference: &Reference<'_>, driver: Option<&str>, path: Option<&str>) -> Result<()> {
     let (from, origin, options) = (reference.from, reference.origin, reference.options);
-    let refused = |what: &str| {
+    let refused = |what: &str, unless: &str| {
         let name = reference.shown();
-        Err(Error::new(
-            ErrorKind::Denied,
-            format!("'{from}' refers to {what} '{name}'"),
-        ))
+        let message = format!("'{from}' refers to {what} '{name}'{unless}");
+        Err(Error::new(ErrorKind::Denied, message))
     };
     let if_stated = |what: &str| match origin.format_is_stated {
         true => Ok(()),
-        false => refused(what).map_err(|error| error_unless_stated(error, from)),
+        false => {
+            let unless = format!(", which is opened only if the format of '{from}' is specified (-f)");
+            refused(what, &unless)
+        }
     };
     let is_connection = driver.is_some_and(|driver| NETWORK_DRIVERS.contains(&driver));
     let is_local = driver.is_none_or(|driver| LOCAL_DRIVERS.contains(&driver));
     let is_local_socket = is_connection && ["path", "server.path"].iter().any(|name| options.has(name));
     if origin.is_remote && (is_local || is_local_socket) {
-        return refused("a file of this machine, but comes from a server:");
+        return refused("a file of this machine, but comes from a server:", "");
     }
     if is_connection {
         return if_stated("the server");
     }
     match path.filter(|_| is_local).and_then(FileKind::of_path) {
-        Some(FileKind::Character) => refused("a character device, which is never opened:"),
+        Some(FileKind::Character) => refused("a character device, which is never opened:", ""),
         Some(FileKind::Block) => if_stated("the block device"),
         Some(FileKind::Regular) | None => Ok(()),
     }
-}
-
-fn error_unless_stated(error: Error, from: &str) -> Error {
-    Error::new(
-        ErrorKind::Denied,
-        format!("{error}, which is opened only if the format of '{from}' is specified (-f)"),
-    )
 }
 
 /// The drivers whose bytes are on this machine.

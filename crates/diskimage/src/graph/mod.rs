@@ -420,7 +420,7 @@ impl<'a> Opener<'a> {
     fn open_plain(&self, mut node: NodeOptions, common: &Common) -> Result<Arc<dyn Device>> {
         if let Some(from) = self.from {
             // Which driver it is the gate finds out: nothing looks at a file that it may refuse.
-            return self.open_referenced(from, node, common.mode);
+            return self.open_referenced(from, &node, common.mode);
         }
         let driver = LocalFileDriver::serving(node.text("filename").unwrap_or_default());
         let device = self.open_protocol(driver, &mut node, common.mode)?;
@@ -473,7 +473,7 @@ impl<'a> Opener<'a> {
                 ..common.mode
             };
             match self.from {
-                Some(from) => self.open_referenced(from, options, mode),
+                Some(from) => self.open_referenced(from, &options, mode),
                 None => self.open_protocol(LocalFileDriver::serving(name), &mut options, mode),
             }
         };
@@ -503,18 +503,18 @@ impl<'a> Opener<'a> {
         };
         let mut options = std::mem::take(node);
         options.set("driver", protocol.name());
-        self.open_referenced(from, options, mode)
+        self.open_referenced(from, &options, mode)
     }
 
     /// Opens the file that the image `from` refers to.
     fn open_referenced(
         &self,
         from: Referrer<'_>,
-        options: NodeOptions,
+        options: &NodeOptions,
         mode: Mode,
     ) -> Result<Arc<dyn Device>> {
         self.context.gate.open(&Reference {
-            options: &options,
+            options,
             from: from.name,
             origin: from.origin,
             role: Role::Backing,

@@ -143,13 +143,18 @@ impl LocalFileDriver {
         request: ProtocolRequest<'_>,
         open: impl FnOnce(&Target, bool, CacheMode) -> Result<File>,
     ) -> Result<Arc<dyn Device>> {
-        let options = request.options.take_known(OPTIONS)?;
+        let ProtocolRequest {
+            options,
+            write,
+            mut cache,
+            context,
+        } = request;
+        let options = options.take_known(OPTIONS)?;
         let locking = match options.text("locking") {
             Some("auto" | "on") | None => true,
             Some("off") => false,
             Some(other) => return Err(Error::invalid(format!("invalid parameter value: {other}"))),
         };
-        let mut cache = request.cache;
         if let Some(name) = options.text("aio") {
             cache.aio = Aio::from_name(name)
                 .ok_or_else(|| Error::invalid(format!("invalid parameter value: {name}")))?;
@@ -160,18 +165,16 @@ impl LocalFileDriver {
             .ok_or_else(|| {
                 Error::invalid(format!("The '{}' block driver requires a file name", self.name()))
             })?;
-        if request.write
-            && let Some(device) = new_file(path, request.context)
-        {
+        if write && let Some(device) = new_file(path, context) {
             return Ok(device);
         }
         let target = Target {
             protocol: Some(self.kind),
             path: path.to_owned(),
         };
-        let file = open(&target, request.write, cache)?;
+        let file = open(&target, write, cache)?;
         if let Some(message) = file.aio_fallback() {
-            request.context.tell(&Note::Error(message.to_owned()));
+            context.tell(&Note::Error(message.to_owned()));
         }
         Ok(Arc::new(if locking { file } else { file.without_locks() }))
     }
