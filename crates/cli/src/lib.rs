@@ -14,7 +14,7 @@ mod confinement;
 mod facts;
 pub mod objects;
 pub mod out;
-pub mod policy;
+mod policy;
 pub mod printable;
 pub mod progress;
 mod report;

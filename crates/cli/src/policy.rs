@@ -1,34 +1,13 @@
-//! What images may bring about: the policies of `--untrusted` and `--deny-references`.
+//! What images may bring about: what the policies of `--untrusted` and `--deny-references` mean for a command.
 
 use std::sync::Arc;
 
 use diskimage::{BeneathGate, ClosedGate, Objects, OpenOptions};
 
 use crate::confinement::{Reach, confine};
-use crate::words::Stop;
-
-/// The policies that the user asks for, about the images that a command opens.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Policy {
-    /// Images come from strangers: `--untrusted`.
-    pub untrusted: bool,
-    /// Images may not refer to other files: `--deny-references`.
-    pub deny_references: bool,
-}
-
-/// The environment variable that has the effect of `--untrusted`.
-const VARIABLE: &str = "QEMU_IMG_UNTRUSTED";
+use crate::words::{Policy, Stop};
 
 impl Policy {
-    /// The policy of the environment.
-    pub(crate) fn of_environment() -> Self {
-        let value = std::env::var_os(VARIABLE);
-        Self {
-            untrusted: value.is_some_and(|value| !value.is_empty() && value != "0"),
-            deny_references: false,
-        }
-    }
-
     /// Confines the process to what `reach` adds to the files of `objects`, if images come from strangers. Called before
     /// the first image is opened, and before the first thread is started.
     ///

@@ -7,10 +7,9 @@ use diskimage::{AmendRequest, CacheMode, Format, Objects, format_by_name, is_dri
 
 use crate::objects::define;
 use crate::out::Console;
-use crate::policy::Policy;
 use crate::progress::Progress;
 use crate::source::open_source;
-use crate::words::{Command, CreateOptions, Flag, Operand, Parser, Source, Stop, target_cache, text};
+use crate::words::{Command, CreateOptions, Flag, Operand, Parser, Policy, Source, Stop, target_cache, text};
 
 /// The table of `amend`.
 pub static COMMAND: Command = Command {

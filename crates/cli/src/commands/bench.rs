@@ -3,9 +3,10 @@
 use diskimage::{Aio, Bench, CacheMode, Objects, Requests};
 
 use crate::out::Console;
-use crate::policy::Policy;
 use crate::source::open_source;
-use crate::words::{Command, Flag, LARGEST, Operand, Parser, Source, Stop, count, only_image, size, text};
+use crate::words::{
+    Command, Flag, LARGEST, Operand, Parser, Policy, Source, Stop, count, only_image, size, text,
+};
 
 /// The table of `bench`.
 pub static COMMAND: Command = Command {

@@ -6,10 +6,9 @@ use diskimage::{Error, Image, NewBitmap, Objects, cannot_add_bitmap, flush, merg
 
 use crate::objects::define;
 use crate::out::Console;
-use crate::policy::Policy;
 use crate::printable::printable;
 use crate::source::open_source;
-use crate::words::{Command, Flag, LARGEST, Operand, Parser, Source, Stop, size, text};
+use crate::words::{Command, Flag, LARGEST, Operand, Parser, Policy, Source, Stop, size, text};
 
 /// The table of `bitmap`.
 pub static COMMAND: Command = Command {

@@ -7,11 +7,10 @@ use diskimage::{CacheMode, CheckReport, ErrorKind, Image, Note, Objects, Progres
 
 use crate::objects::define;
 use crate::out::Console;
-use crate::policy::Policy;
 use crate::report;
 use crate::source::open_source;
 use crate::words::{
-    Command, Flag, Operand, OutputFormat, Parser, Source, Stop, only_image, source_cache, text,
+    Command, Flag, Operand, OutputFormat, Parser, Policy, Source, Stop, only_image, source_cache, text,
 };
 
 /// The table of `check`.

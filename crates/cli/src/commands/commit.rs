@@ -6,11 +6,10 @@ use diskimage::{CacheMode, Commit, Device, ErrorKind, Objects, depth_of, errno};
 
 use crate::objects::define;
 use crate::out::Console;
-use crate::policy::Policy;
 use crate::printable::printable;
 use crate::source::open_source;
 use crate::words::{
-    Command, Flag, LARGEST, Operand, Parser, Source, Stop, only_image, size, target_cache, text,
+    Command, Flag, LARGEST, Operand, Parser, Policy, Source, Stop, only_image, size, target_cache, text,
 };
 
 /// The table of `commit`.

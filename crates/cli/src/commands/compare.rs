@@ -7,9 +7,8 @@ use diskimage::{CacheMode, CompareError, Comparison, Device, Difference, Objects
 
 use crate::objects::define;
 use crate::out::Console;
-use crate::policy::Policy;
 use crate::source::open_source;
-use crate::words::{Command, Flag, Operand, Parser, Source, Stop, source_cache, text};
+use crate::words::{Command, Flag, Operand, Parser, Policy, Source, Stop, source_cache, text};
 
 /// The table of `compare`.
 pub static COMMAND: Command = Command {

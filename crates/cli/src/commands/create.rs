@@ -9,10 +9,9 @@ use diskimage::{Creation, Objects, Prepared, file_options, protocol_options};
 
 use crate::objects::define;
 use crate::out::Console;
-use crate::policy::Policy;
 use crate::printable::printable;
 use crate::source::Notes;
-use crate::words::{Command, CreateOptions, Flag, LARGEST, Operand, Parser, Stop, size, text};
+use crate::words::{Command, CreateOptions, Flag, LARGEST, Operand, Parser, Policy, Stop, size, text};
 
 /// The table of `create`.
 pub static COMMAND: Command = Command {

@@ -7,10 +7,11 @@ use diskimage::{Blocks, Creation, Device, ErrorKind, Objects, dd, format_of_new,
 
 use crate::objects::define;
 use crate::out::Console;
-use crate::policy::Policy;
 use crate::printable::printable;
 use crate::source::open_source;
-use crate::words::{Command, Flag, ImageName, LARGEST, Operand, Parser, Source, Stop, count, size, text};
+use crate::words::{
+    Command, Flag, ImageName, LARGEST, Operand, Parser, Policy, Source, Stop, count, size, text,
+};
 
 /// The table of `dd`.
 pub static COMMAND: Command = Command {

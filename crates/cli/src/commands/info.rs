@@ -11,9 +11,10 @@ use diskimage::{
 use crate::facts::Facts;
 use crate::objects::define;
 use crate::out::Console;
-use crate::policy::Policy;
 use crate::source::{open_below, open_source};
-use crate::words::{Command, Flag, ImageName, Operand, OutputFormat, Parser, Source, Stop, only_image, text};
+use crate::words::{
+    Command, Flag, ImageName, Operand, OutputFormat, Parser, Policy, Source, Stop, only_image, text,
+};
 use diskimage::json::Value;
 
 /// The table of `info`.

@@ -6,11 +6,10 @@ use diskimage::{ByteRange, Error, ExtentKind, Image, MappedExtent, Objects, map}
 
 use crate::objects::define;
 use crate::out::Console;
-use crate::policy::Policy;
 use crate::printable::printable;
 use crate::source::open_source;
 use crate::words::{
-    Command, Flag, LARGEST, Operand, OutputFormat, Parser, Source, Stop, only_image, size, text,
+    Command, Flag, LARGEST, Operand, OutputFormat, Parser, Policy, Source, Stop, only_image, size, text,
 };
 
 /// The table of `map`.

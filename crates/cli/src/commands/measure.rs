@@ -9,10 +9,9 @@ use diskimage::{
 
 use crate::objects::define;
 use crate::out::Console;
-use crate::policy::Policy;
 use crate::source::open_source;
 use crate::words::{
-    Command, CreateOptions, Flag, LARGEST, Operand, OutputFormat, Parser, Source, Stop, size,
+    Command, CreateOptions, Flag, LARGEST, Operand, OutputFormat, Parser, Policy, Source, Stop, size,
     snapshot_selector, text,
 };
 use diskimage::json::Value;

@@ -19,8 +19,7 @@ pub mod snapshot;
 use std::ffi::OsString;
 
 use crate::out::Console;
-use crate::policy::Policy;
-use crate::words::{Command, Parser, Stop, help};
+use crate::words::{Command, Parser, Policy, Stop, help};
 
 /// A command and its function.
 #[derive(Clone, Copy, Debug)]

@@ -10,11 +10,11 @@ use diskimage::{
 use crate::facts::reports_only_length;
 use crate::objects::define;
 use crate::out::Console;
-use crate::policy::Policy;
 use crate::printable::printable;
 use crate::source::{open_bare, open_source};
 use crate::words::{
-    Command, Flag, ImageName, Operand, Parser, Source, Stop, only_image, source_cache, target_cache, text,
+    Command, Flag, ImageName, Operand, Parser, Policy, Source, Stop, only_image, source_cache, target_cache,
+    text,
 };
 
 /// The table of `rebase`.

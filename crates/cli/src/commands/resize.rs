@@ -9,9 +9,8 @@ use diskimage::{Device, Objects, Preallocation, Resize, ShrinkPolicy, name};
 
 use crate::objects::define;
 use crate::out::Console;
-use crate::policy::Policy;
 use crate::source::open_source;
-use crate::words::{Command, Flag, LARGEST, Operand, Parser, Source, Stop, text};
+use crate::words::{Command, Flag, LARGEST, Operand, Parser, Policy, Source, Stop, text};
 
 /// The table of `resize`.
 pub static COMMAND: Command = Command {

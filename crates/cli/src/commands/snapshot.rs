@@ -11,10 +11,9 @@ use diskimage::{
 use crate::facts::snapshot_lines;
 use crate::objects::define;
 use crate::out::Console;
-use crate::policy::Policy;
 use crate::printable::printable;
 use crate::source::open_source;
-use crate::words::{Command, Flag, Operand, Parser, Source, Stop, only_image, text};
+use crate::words::{Command, Flag, Operand, Parser, Policy, Source, Stop, only_image, text};
 
 /// The table of `snapshot`.
 pub static COMMAND: Command = Command {

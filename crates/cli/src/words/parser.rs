@@ -9,8 +9,7 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 
 use diskimage::name;
 
-use super::{Command, Flag, Stop};
-use crate::policy::Policy;
+use super::{Command, Flag, Policy, Stop};
 
 /// Parses the words of one command, option by option. Operands are collected until all options are parsed.
 #[derive(Debug)]

@@ -9,10 +9,9 @@ use diskimage::{CacheMode, Objects, SnapshotSelector};
 
 pub use self::copy::run;
 use crate::objects::define;
-use crate::policy::Policy;
 use crate::words::{
-    Command, CreateOptions, Flag, LARGEST, Operand, Parser, Source, Stop, count, size, snapshot_selector,
-    source_cache, target_cache, text,
+    Command, CreateOptions, Flag, LARGEST, Operand, Parser, Policy, Source, Stop, count, size,
+    snapshot_selector, source_cache, target_cache, text,
 };
 
 /// The table of `convert`.
