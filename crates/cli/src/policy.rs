@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use diskimage::{BeneathGate, ClosedGate, Objects, OpenOptions};
 
-use crate::confinement::{Reach, confine};
+use crate::confinement::{Confinement, Reach, confine};
 use crate::words::{Policy, Stop};
 
 impl Policy {
@@ -13,11 +13,15 @@ impl Policy {
     ///
     /// # Errors
     /// The system cannot confine a process, or the command needs another program.
-    pub(crate) fn confine(self, objects: &Objects, reach: impl FnOnce(Reach) -> Reach) -> Result<(), Stop> {
+    pub(crate) fn confine(
+        self,
+        objects: &Objects,
+        reach: impl FnOnce(Reach) -> Reach,
+    ) -> Result<Confinement, Stop> {
         if !self.untrusted {
-            return Ok(());
+            return Ok(Confinement::default());
         }
-        confine(&reach(Reach::new(objects)), objects)
+        confine(reach(Reach::new(objects)), objects)
     }
 
     /// The options to open an image with.

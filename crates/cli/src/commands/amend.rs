@@ -154,7 +154,8 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
         Request::HelpFor(args) => (args, true),
         Request::Amend(args) => (args, false),
     };
-    args.policy
+    let confinement = args
+        .policy
         .confine(&args.objects, |reach| reach.writes(&args.image))?;
     let progress = Progress::new(args.progress, console);
     let options = args
@@ -164,6 +165,7 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
         .cache(args.cache)
         .write(true);
     let image = open_source(&args.image, options, console)?;
+    confinement.all_open()?;
     let format = format_by_name(image.layer().format());
     let format = format.ok_or_else(|| not_amended(image.layer().format()))?;
     let table = amend_table(format)?;

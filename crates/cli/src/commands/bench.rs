@@ -214,13 +214,14 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
         Requests::Read => ("read", 0),
         Requests::Write { flush_interval, .. } => ("write", flush_interval),
     };
-    policy.confine(&Objects::default(), |reach| reach.with(&image, kind == "write"))?;
+    let confinement = policy.confine(&Objects::default(), |reach| reach.with(&image, kind == "write"))?;
     let options = policy
         .opening()
         .write(kind == "write")
         .cache(cache)
         .force_share(force_share);
     let image = open_source(&image, options, console)?;
+    confinement.all_open()?;
     console.print(&format!(
         "Sending {} {kind} requests, {} bytes each, {} in parallel (starting at offset {}, step size {})\n",
         bench.count, bench.size, bench.depth, bench.offset, bench.step

@@ -206,7 +206,7 @@ impl Args {
 /// The command line is wrong, an image cannot be opened, or a change fails. Earlier changes are kept.
 pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     let args = Args::parse(words)?;
-    args.policy.confine(&args.objects, |reach| {
+    let confinement = args.policy.confine(&args.objects, |reach| {
         let reach = reach.writes(&args.image);
         match &args.merge_source {
             Some(source) => reach.reads(source),
@@ -225,6 +225,7 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
         Some(source) => open_source(source, options(), console)?,
         None => Arc::clone(&image),
     };
+    confinement.all_open()?;
     for action in &args.actions {
         act(action, &args, &image, &merge_source).map_err(|error| {
             let shown = printable(&args.bitmap);

@@ -146,7 +146,7 @@ fn read_repair(value: &str) -> Result<Repair, Stop> {
 /// The command line is wrong, or the image cannot be opened or checked.
 pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     let args = Args::parse(words)?;
-    args.policy.confine(&args.objects, |reach| {
+    let confinement = args.policy.confine(&args.objects, |reach| {
         reach.with(&args.image, args.repair != Repair::No)
     })?;
     let options = args
@@ -158,6 +158,7 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
         .cache(args.cache)
         .force_share(args.force_share);
     let image = open_source(&args.image, options, console)?;
+    confinement.all_open()?;
     let mut report = match check_once(&image, args.repair, console) {
         Err(error) if error.kind() == ErrorKind::Unsupported => {
             console.error("This image format does not support checks");

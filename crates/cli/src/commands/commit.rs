@@ -144,7 +144,8 @@ impl Args {
 /// The command line is wrong, an image cannot be opened, or reading or writing fails.
 pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     let args = Args::parse(words)?;
-    args.policy
+    let confinement = args
+        .policy
         .confine(&args.objects, |reach| reach.writes(&args.image))?;
     let options = || {
         args.policy
@@ -178,6 +179,7 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     };
     let writing = options().write(true).resize(true).write_below(depth);
     let image = open_source(&args.image, writing, console)?;
+    confinement.all_open()?;
     let progress = progress.unwrap_or_else(started);
     let report = |done, total| progress.set(done, total);
     let commit = Commit {

@@ -163,7 +163,7 @@ const LARGEST_BLOCK: u64 = i32::MAX.unsigned_abs() as u64;
 /// The command line is wrong, an image cannot be opened or created, or reading or writing fails.
 pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     let args = Args::parse(words)?;
-    args.policy.confine(&args.objects, |reach| {
+    let confinement = args.policy.confine(&args.objects, |reach| {
         reach.reads(&args.input).makes(&args.output, None, None)
     })?;
     let options = || args.policy.opening().objects(Arc::clone(&args.objects));
@@ -191,6 +191,7 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     };
     let opening = options().write(true).resize(true).new_files(new.files());
     let target = open_source(&target, opening, console)?;
+    confinement.all_open()?;
     if part.is_none() {
         let message = format!(
             "{}: cannot skip to specified offset",

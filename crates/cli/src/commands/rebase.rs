@@ -172,7 +172,7 @@ impl Args {
 /// The command line is wrong, an image cannot be opened, or reading or writing fails.
 pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     let args = Args::parse(words)?;
-    args.policy.confine(&args.objects, |reach| {
+    let confinement = args.policy.confine(&args.objects, |reach| {
         let reach = reach.writes(&args.image);
         args.backing
             .iter()
@@ -186,6 +186,8 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
         options().cache(args.cache).write(true).no_backing(args.only_name),
         console,
     )?;
+    // What follows is opened for reading.
+    confinement.all_open()?;
     let format = format_by_name(image.layer().format());
     if args.compress && !format.is_some_and(|format| format.properties().has_compression) {
         return Err(no_compression());

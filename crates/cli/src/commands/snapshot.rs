@@ -145,7 +145,7 @@ impl Args {
 /// The command line is wrong, the image cannot be opened, the snapshot does not exist, or changing the image fails.
 pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     let args = Args::parse(words)?;
-    args.policy.confine(&args.objects, |reach| {
+    let confinement = args.policy.confine(&args.objects, |reach| {
         reach.with(&args.image, args.action != Action::List)
     })?;
     let options = args
@@ -155,6 +155,7 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
         .force_share(args.force_share)
         .write(args.action != Action::List);
     let image = open_source(&args.image, options, console)?;
+    confinement.all_open()?;
     match &args.action {
         Action::List => {
             let (snapshots, damage) = list_readable_snapshots(&image);

@@ -29,7 +29,10 @@ fn filter(network: bool) -> Result<BpfProgram, seccompiler::BackendError> {
         .chain(sockets);
     let mut rules: BTreeMap<c_long, Vec<SeccompRule>> = always.map(|call| (*call, Vec::new())).collect();
     rules.insert(libc::SYS_ioctl, vec![harmless_ioctl()?]);
-    rules.insert(libc::SYS_prctl, vec![naming_memory()?]);
+    rules.insert(
+        libc::SYS_prctl,
+        vec![prctl(PR_SET_VMA)?, prctl(PR_SET_NO_NEW_PRIVS)?],
+    );
     let arch = TargetArch::try_from(std::env::consts::ARCH)?;
     let refused = SeccompAction::Errno(libc::EPERM.cast_unsigned());
     SeccompFilter::new(rules, refused, SeccompAction::Allow, arch)?.try_into()
@@ -43,13 +46,17 @@ fn harmless_ioctl() -> Result<SeccompRule, seccompiler::BackendError> {
 
 const TIOCLINUX: u64 = 0x541c;
 
-/// `PR_SET_VMA`, by which allocators name their memory.
-fn naming_memory() -> Result<SeccompRule, seccompiler::BackendError> {
-    let is_naming = SeccompCondition::new(0, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, PR_SET_VMA)?;
-    SeccompRule::new(vec![is_naming])
+/// The request `request` of `prctl`.
+fn prctl(request: u64) -> Result<SeccompRule, seccompiler::BackendError> {
+    let is_it = SeccompCondition::new(0, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, request)?;
+    SeccompRule::new(vec![is_it])
 }
 
+/// Allocators name their memory.
 const PR_SET_VMA: u64 = 0x5356_4d41;
+
+/// Comes before each further confinement.
+const PR_SET_NO_NEW_PRIVS: u64 = 38;
 
 const FILES: &[c_long] = &[
     libc::SYS_read,
@@ -169,6 +176,9 @@ const MEMORY_AND_THREADS: &[c_long] = &[
     libc::SYS_sigaltstack,
     libc::SYS_tgkill,
     libc::SYS_restart_syscall,
+    libc::SYS_landlock_create_ruleset,
+    libc::SYS_landlock_add_rule,
+    libc::SYS_landlock_restrict_self,
     libc::SYS_exit,
     libc::SYS_exit_group,
 ];

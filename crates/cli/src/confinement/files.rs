@@ -1,6 +1,7 @@
 //! Confinement of paths, by Landlock.
 
 use std::collections::BTreeSet;
+use std::fmt;
 use std::path::{Path, PathBuf};
 
 use diskimage::name;
@@ -42,19 +43,43 @@ const RESOLVER: &[&str] = &[
     "/usr/lib64",
 ];
 
+/// What may be done beneath the directories of images that are written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Writes {
+    /// Files are made, written and removed.
+    All,
+    /// Open files get their names, and others lose theirs; no file is opened for writing.
+    Names,
+}
+
+/// Why nothing is confined.
+#[derive(Debug)]
+pub(super) enum Unconfined {
+    NoLandlock,
+    Failed(RulesetError),
+}
+
+impl fmt::Display for Unconfined {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NoLandlock => f.write_str("no Landlock"),
+            Self::Failed(error) => write!(f, "Landlock: {error}"),
+        }
+    }
+}
+
 /// Confines the thread to the files of `reach`: reads beneath the directories of all, writes beneath those of the written.
 ///
 /// # Errors
 /// What is missing, if nothing is confined.
-pub(super) fn confine(reach: &Reach) -> Result<(), String> {
-    let status = restrict(reach).map_err(|error| format!("Landlock: {error}"))?;
-    match status {
-        RulesetStatus::NotEnforced => Err("no Landlock".to_owned()),
+pub(super) fn confine(reach: &Reach, writes: Writes) -> Result<(), Unconfined> {
+    match restrict(reach, writes).map_err(Unconfined::Failed)? {
+        RulesetStatus::NotEnforced => Err(Unconfined::NoLandlock),
         RulesetStatus::FullyEnforced | RulesetStatus::PartiallyEnforced => Ok(()),
     }
 }
 
-fn restrict(reach: &Reach) -> Result<RulesetStatus, RulesetError> {
+fn restrict(reach: &Reach, writes: Writes) -> Result<RulesetStatus, RulesetError> {
     let mut ruleset = Ruleset::default()
         .handle_access(AccessFs::from_all(KNOWN))?
         .scope(Scope::from_all(KNOWN))?;
@@ -63,20 +88,23 @@ fn restrict(reach: &Reach) -> Result<RulesetStatus, RulesetError> {
     }
     let mut rules = ruleset.create()?;
     let reading = AccessFs::ReadFile | AccessFs::ReadDir;
-    let making = AccessFs::WriteFile | AccessFs::Truncate | AccessFs::MakeReg | AccessFs::RemoveFile;
+    let naming = AccessFs::MakeReg | AccessFs::RemoveFile;
+    let writing = match writes {
+        Writes::All => AccessFs::WriteFile | AccessFs::Truncate,
+        Writes::Names => BitFlags::EMPTY,
+    };
     for directory in directories_of(reach.read().iter().chain(reach.written())) {
         rules = allow(rules, &directory, reading)?;
     }
     for directory in directories_of(reach.written()) {
-        rules = allow(rules, &directory, reading | making)?;
+        rules = allow(rules, &directory, reading | naming | writing)?;
     }
     // The files themselves: links in the user's names lead out of those directories.
     for file in reach.read() {
         rules = allow(rules, file, AccessFs::ReadFile | AccessFs::IoctlDev)?;
     }
     for file in reach.written() {
-        let writing = AccessFs::ReadFile | AccessFs::WriteFile | AccessFs::Truncate | AccessFs::IoctlDev;
-        rules = allow(rules, file, writing)?;
+        rules = allow(rules, file, writing | AccessFs::ReadFile | AccessFs::IoctlDev)?;
     }
     let resolver = RESOLVER.iter().filter(|_| reach.has_network());
     for path in SYSTEM.iter().chain(resolver) {

@@ -8,7 +8,8 @@
 //!     └─ seccomp    no programs, no sockets unless the user names a server, no other processes               calls.rs
 //! ```
 //!
-//! Threads that start later inherit both.
+//! When all files are open, [`Confinement::all_open`] takes the right to open files for writing, too: what is left is to give
+//! new files their names. Threads that start later inherit all this.
 
 mod calls;
 mod files;
@@ -18,25 +19,48 @@ use diskimage::{Object, Objects, TlsKind};
 
 use crate::words::Stop;
 
+use files::{Unconfined, Writes};
 pub(crate) use reach::Reach;
 
 /// Confines the process to what is in `reach`. No other thread may run yet.
 ///
 /// # Errors
 /// The system supports neither kind of confinement, or the command needs another program.
-pub(crate) fn confine(reach: &Reach, objects: &Objects) -> Result<(), Stop> {
+pub(crate) fn confine(reach: Reach, objects: &Objects) -> Result<Confinement, Stop> {
     if objects.iter().any(needs_program) {
         return Err(Stop::wrong(
             "--untrusted starts no programs, which TLS credentials without certificates need",
         ));
     }
-    let by_path = files::confine(reach);
+    let by_path = files::confine(&reach, Writes::All);
     let by_call = calls::confine(reach.has_network());
     match (by_path, by_call) {
         (Err(path), Err(call)) => Err(Stop::wrong(format!(
             "--untrusted: this system cannot confine a process: {path}; {call}"
         ))),
-        _ => Ok(()),
+        _ => Ok(Confinement(Some(reach))),
+    }
+}
+
+/// A process that is confined, or one that is not.
+#[derive(Debug, Default)]
+pub(crate) struct Confinement(Option<Reach>);
+
+impl Confinement {
+    /// Takes the right to open files for writing, beneath the directories of written images, too. Called when all files of
+    /// the command are open.
+    ///
+    /// # Errors
+    /// The system does not confine the process further.
+    pub(crate) fn all_open(self) -> Result<(), Stop> {
+        match &self.0 {
+            // Without Landlock, seccomp is there: see `confine`.
+            Some(reach) => files::confine(reach, Writes::Names).or_else(|error| match error {
+                Unconfined::NoLandlock => Ok(()),
+                other => Err(Stop::wrong(format!("--untrusted: {other}"))),
+            }),
+            None => Ok(()),
+        }
     }
 }
 
@@ -81,7 +105,7 @@ mod tests {
         let reach = Reach::new(&objects)
             .reads(&image(&read.join("image")))
             .writes(&image(&written.join("image")));
-        assert_eq!(confine(&reach, &objects), Ok(()));
+        let confinement = confine(reach, &objects).expect("is confined");
         fs::read(read.join("other")).expect("is beneath the directory of an image");
         fs::write(written.join("new"), "x").expect("is beneath that of a written image");
         fs::hard_link(written.join("new"), written.join("name")).expect("is given a name");
@@ -97,6 +121,10 @@ mod tests {
         );
         denied("a socket", UdpSocket::bind("127.0.0.1:0"));
         denied("a program", Command::new("/bin/true").status());
+        confinement.all_open().expect("is confined further");
+        denied("a write to an image", fs::write(written.join("new"), "x"));
+        fs::read(written.join("new")).expect("is read");
+        fs::rename(written.join("new"), written.join("name")).expect("is given a name");
         std::thread::spawn(|| denied("a file elsewhere, in a thread", fs::read("/etc/passwd")))
             .join()
             .expect("is denied");

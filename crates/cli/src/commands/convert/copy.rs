@@ -29,7 +29,8 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
         }
         Request::Convert(args) => args,
     };
-    args.policy
+    let confinement = args
+        .policy
         .confine(&args.objects, |reach| reach_of(&args, reach))?;
     let progress = crate::progress::Progress::new(args.progress, console);
     progress.begin();
@@ -38,6 +39,7 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     // Unless it is published, a new image is gone with all its files.
     let new = target.create(&args)?;
     let image = target.open(&args, new.as_ref(), console)?;
+    confinement.all_open()?;
     if bitmap_source.is_some() && image.layer().bitmaps().is_none() {
         return Err(Stop::wrong(format!(
             "Format driver '{}' does not support bitmaps",
