@@ -41,9 +41,13 @@ fn filter(network: bool) -> Result<BpfProgram, seccompiler::BackendError> {
 /// All requests but those that type into the terminal, as its user would.
 fn harmless_ioctl() -> Result<SeccompRule, seccompiler::BackendError> {
     let except = |request: u64| SeccompCondition::new(1, SeccompCmpArgLen::Dword, SeccompCmpOp::Ne, request);
-    SeccompRule::new(vec![except(libc::TIOCSTI)?, except(TIOCLINUX)?])
+    SeccompRule::new(vec![except(TIOCSTI)?, except(TIOCLINUX)?])
 }
 
+/// Types a character.
+const TIOCSTI: u64 = 0x5412;
+
+/// Pastes a selection.
 const TIOCLINUX: u64 = 0x541c;
 
 /// The request `request` of `prctl`.
@@ -101,6 +105,7 @@ const FILES: &[c_long] = &[
     libc::SYS_splice,
     libc::SYS_linkat,
     libc::SYS_unlinkat,
+    #[cfg(not(target_arch = "riscv64"))]
     libc::SYS_renameat,
     libc::SYS_renameat2,
     libc::SYS_fchmod,
@@ -129,6 +134,7 @@ const OLD_FILES: &[c_long] = &[
     libc::SYS_pipe,
     libc::SYS_poll,
     libc::SYS_time,
+    libc::SYS_getrlimit,
     libc::SYS_arch_prctl,
 ];
 #[cfg(not(target_arch = "x86_64"))]
@@ -158,7 +164,6 @@ const MEMORY_AND_THREADS: &[c_long] = &[
     libc::SYS_getgid,
     libc::SYS_getegid,
     libc::SYS_prlimit64,
-    libc::SYS_getrlimit,
     libc::SYS_getrusage,
     libc::SYS_sysinfo,
     libc::SYS_uname,
