@@ -350,6 +350,35 @@ fn honest_images_work() {
 }
 
 #[test]
+fn files_beside_the_image_that_it_names_as_another_machine_does_are_found() {
+    let place = Place::new();
+    let parent = VhdParent {
+        unique_id: [1; 16],
+        locators: vec![(*b"W2ru", ".\\Base.VHD".to_owned())],
+        ..VhdParent::default()
+    };
+    let base = VhdImage {
+        unique_id: [1; 16],
+        ..VhdImage::default()
+    };
+    let child = VhdImage {
+        unique_id: [2; 16],
+        parent: Some(parent),
+        ..VhdImage::default()
+    };
+    place.write("base.vhd", &base.build());
+    place.write("child.vhd", &child.build());
+    let text = "# Disk DescriptorFile\nversion=1\nCID=1\nparentCID=ffffffff\ncreateType=\"monolithicFlat\"\nRW 2048 FLAT \
+                \"C:\\vm\\BASE.raw\" 0\n";
+    place.write("disk.vmdk", text.as_bytes());
+    for image in ["child.vhd", "disk.vmdk"] {
+        place.line(&format!("info --untrusted --backing-chain {image}"));
+        place.line(&format!("convert --untrusted {image} copy"));
+        place.line(&format!("compare --untrusted {image} copy"));
+    }
+}
+
+#[test]
 fn info_tells_what_an_image_names_without_opening_it() {
     let place = Place::new();
     place.overlay("top", "../out/secret.raw", "raw");
