@@ -16,11 +16,25 @@ use seccompiler::{
 /// # Errors
 /// What is missing.
 pub(super) fn confine(network: bool) -> Result<(), String> {
-    let filter = filter(network).map_err(|error| format!("seccomp: {error}"))?;
-    apply_filter_all_threads(&filter).map_err(|error| format!("no seccomp: {error}"))
+    for filter in [without_clone3(), listed(network)] {
+        let filter = filter.map_err(|error| format!("seccomp: {error}"))?;
+        apply_filter_all_threads(&filter).map_err(|error| format!("no seccomp: {error}"))?;
+    }
+    Ok(())
 }
 
-fn filter(network: bool) -> Result<BpfProgram, seccompiler::BackendError> {
+/// Pretends that the kernel does not know `clone3`, whose flags no filter sees: the C library uses `clone` instead.
+fn without_clone3() -> Result<BpfProgram, seccompiler::BackendError> {
+    let unknown = SeccompAction::Errno(libc::ENOSYS.cast_unsigned());
+    let rules = BTreeMap::from([(libc::SYS_clone3, Vec::new())]);
+    SeccompFilter::new(rules, SeccompAction::Allow, unknown, arch()?)?.try_into()
+}
+
+fn arch() -> Result<TargetArch, seccompiler::BackendError> {
+    TargetArch::try_from(std::env::consts::ARCH)
+}
+
+fn listed(network: bool) -> Result<BpfProgram, seccompiler::BackendError> {
     let sockets = SOCKETS.iter().filter(|_| network);
     let always = FILES
         .iter()
@@ -28,15 +42,31 @@ fn filter(network: bool) -> Result<BpfProgram, seccompiler::BackendError> {
         .chain(MEMORY_AND_THREADS)
         .chain(sockets);
     let mut rules: BTreeMap<c_long, Vec<SeccompRule>> = always.map(|call| (*call, Vec::new())).collect();
+    rules.insert(libc::SYS_clone, vec![starting_a_thread()?]);
     rules.insert(libc::SYS_ioctl, vec![harmless_ioctl()?]);
     rules.insert(
         libc::SYS_prctl,
         vec![prctl(PR_SET_VMA)?, prctl(PR_SET_NO_NEW_PRIVS)?],
     );
-    let arch = TargetArch::try_from(std::env::consts::ARCH)?;
     let refused = SeccompAction::Errno(libc::EPERM.cast_unsigned());
-    SeccompFilter::new(rules, refused, SeccompAction::Allow, arch)?.try_into()
+    SeccompFilter::new(rules, refused, SeccompAction::Allow, arch()?)?.try_into()
 }
+
+/// `clone` for a thread: neither for another process nor for one with namespaces of its own.
+fn starting_a_thread() -> Result<SeccompRule, seccompiler::BackendError> {
+    let bits = |flags: i32| u64::from(flags.cast_unsigned());
+    let is_thread = SeccompCmpOp::MaskedEq(bits(libc::CLONE_THREAD | NEW_NAMESPACES));
+    let flags = SeccompCondition::new(0, SeccompCmpArgLen::Qword, is_thread, bits(libc::CLONE_THREAD))?;
+    SeccompRule::new(vec![flags])
+}
+
+const NEW_NAMESPACES: i32 = libc::CLONE_NEWNS
+    | libc::CLONE_NEWUTS
+    | libc::CLONE_NEWIPC
+    | libc::CLONE_NEWUSER
+    | libc::CLONE_NEWPID
+    | libc::CLONE_NEWNET
+    | libc::CLONE_NEWCGROUP;
 
 /// All requests but those that type into the terminal, as its user would.
 fn harmless_ioctl() -> Result<SeccompRule, seccompiler::BackendError> {
@@ -148,7 +178,6 @@ const MEMORY_AND_THREADS: &[c_long] = &[
     libc::SYS_mprotect,
     libc::SYS_madvise,
     libc::SYS_membarrier,
-    libc::SYS_clone,
     libc::SYS_clone3,
     libc::SYS_set_tid_address,
     libc::SYS_set_robust_list,
