@@ -4,8 +4,8 @@ use std::fmt::Display;
 
 use diskimage::size::human_size;
 use diskimage::{
-    Backing, Detail, DetailValue, Device, Image, Info, Node, SnapshotInfo, format_by_name,
-    found_backing_name, full_backing_name, is_relative,
+    Backing, Detail, DetailValue, Device, Image, ImageReference, Info, Node, OpenOptions, SnapshotInfo,
+    format_by_name, found_backing_name, full_backing_name, is_relative, references,
 };
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
@@ -24,6 +24,8 @@ pub(crate) struct Facts {
     children: Vec<(String, Facts)>,
     /// The name that the backing image was found by.
     found_backing: Option<String>,
+    /// The files that the image names, if they are to be shown.
+    references: Option<Vec<ImageReference>>,
 }
 
 /// Whether the driver of this name reports nothing but the length of an image in qemu-img.
@@ -35,15 +37,26 @@ pub(crate) fn reports_only_length(driver: &str) -> bool {
 }
 
 impl Facts {
-    /// Collects the information about an image.
+    /// Collects the information about an image that was opened with `options`.
     ///
     /// # Errors
     /// A table that has to be read is unreadable or corrupt.
-    pub(crate) fn of(image: &Image) -> Result<Self, Stop> {
+    pub(crate) fn of(image: &Image, options: &OpenOptions) -> Result<Self, Stop> {
         let facts = Self::collect(image, String::new())?;
         Ok(Self {
-            found_backing: found_backing_name(image),
+            found_backing: found_backing_name(image, options),
             ..facts
+        })
+    }
+
+    /// The same with the files that `image` names.
+    ///
+    /// # Errors
+    /// As [`Facts::of`].
+    pub(crate) fn with_references(self, image: &Image) -> Result<Self, Stop> {
+        Ok(Self {
+            references: Some(references(image)?),
+            ..self
         })
     }
 
@@ -65,6 +78,7 @@ impl Facts {
             children: children?,
             node,
             found_backing: None,
+            references: None,
         })
     }
 
@@ -141,6 +155,10 @@ impl Facts {
             print_line("Format specific information:");
             print_details(print, details, indent + 4);
         }
+        let references = self.references.as_deref().unwrap_or_default();
+        if !references.is_empty() {
+            print_references(print, references);
+        }
         for (_, child) in &self.children {
             print(&format!("{:indent$}Child node '{}':", "", child.path));
             child.print_indented(print, indent + 4);
@@ -191,8 +209,32 @@ impl Facts {
         if self.info.encrypted {
             members.push(("encrypted", true.into()));
         }
+        if let Some(references) = &self.references {
+            let references = references.iter().map(reference_json);
+            members.push(("references", Value::List(references.collect())));
+        }
         in_table_order(members)
     }
+}
+
+fn print_references(print: &mut dyn FnMut(&str), references: &[ImageReference]) {
+    print("References:");
+    for ImageReference { file, is_beneath } in references {
+        let place = if *is_beneath {
+            "beneath the image's directory"
+        } else {
+            "elsewhere"
+        };
+        print(&format!("    {}: {} ({place})", file.role.name(), file.name));
+    }
+}
+
+fn reference_json(reference: &ImageReference) -> Value {
+    Value::object([
+        ("role", Value::from(reference.file.role.name())),
+        ("name", reference.file.name.as_str().into()),
+        ("beneath", reference.is_beneath.into()),
+    ])
 }
 
 /// The members of an object in the order in which qemu-img prints them.

@@ -10,9 +10,11 @@
 #![cfg_attr(not(test), warn(clippy::disallowed_methods))]
 
 pub mod commands;
+mod confinement;
 mod facts;
 pub mod objects;
 pub mod out;
+mod policy;
 pub mod printable;
 pub mod progress;
 mod report;

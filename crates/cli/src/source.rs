@@ -3,7 +3,9 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use diskimage::options::short_forms;
-use diskimage::{Image, LocalTime, NodeOptions, Note, OnNote, OpenOptions, node_of_name, open_node};
+use diskimage::{
+    Image, LocalTime, NodeOptions, Note, OnNote, OpenOptions, node_of_name, open_backing, open_node,
+};
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
 
@@ -39,16 +41,37 @@ pub(crate) fn open_bare(
     options: OpenOptions,
     console: &Console,
 ) -> Result<diskimage::Result<Arc<Image>>, Stop> {
+    let node = match &source.name {
+        ImageName::File(name) => node_of_name(name, source.format.as_deref()),
+        ImageName::Options(list) => Ok(NodeOptions::from_list(list)?),
+    };
+    Ok(with_notes(options, console, |options| {
+        node.and_then(|node| open_node(node, options))
+    }))
+}
+
+/// Opens the backing image of `overlay`, which was opened without it.
+///
+/// # Errors
+/// As [`open_bare`], and refusals of the policy.
+pub(crate) fn open_below(
+    overlay: &Image,
+    source: &Source,
+    options: OpenOptions,
+    console: &Console,
+) -> diskimage::Result<Arc<Image>> {
+    with_notes(options, console, |options| {
+        open_backing(overlay, &source.name.shown(), source.format.as_deref(), options)
+    })
+}
+
+/// Prints the notes of the library while it opens an image.
+fn with_notes<T>(options: OpenOptions, console: &Console, open: impl FnOnce(&OpenOptions) -> T) -> T {
     let notes = Notes::default();
     let options = options.local_time(local_time()).on_note(notes.receiver());
-    let outcome = match &source.name {
-        ImageName::File(name) => {
-            node_of_name(name, source.format.as_deref()).and_then(|node| open_node(node, &options))
-        }
-        ImageName::Options(list) => open_node(NodeOptions::from_list(list)?, &options),
-    };
+    let outcome = open(&options);
     notes.print(console);
-    Ok(outcome)
+    outcome
 }
 
 /// The notes of the library while it opens images.

@@ -115,6 +115,8 @@ pub struct BackingSearch {
     /// Further names, to be tried in order if no file has the name in [`Backed::backing`]. The last one is then looked
     /// for beside the image in other letter case. Empty if the format keeps to the one name.
     pub names: Vec<Name>,
+    /// The names as the image stores them, if they are names of another system, or several.
+    pub stored: Vec<String>,
     /// What the image says about its backing image and where that was looked for when the image was opened, if it names
     /// more than one file. For the message that no file was found.
     pub description: Option<String>,

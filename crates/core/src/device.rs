@@ -12,7 +12,8 @@ use std::sync::Arc;
 
 use crate::json::Value;
 use crate::{
-    ByteRange, Error, ErrorKind, Event, Image, Info, NodeOptions, Permissions, Result, errno, to_index,
+    ByteRange, Error, ErrorKind, Event, Image, Info, NodeOptions, Origin, Permissions, Result, errno,
+    to_index,
 };
 
 /// The longest file and the longest disk of qemu-img, in bytes: the last whole gibibyte before 2^63.
@@ -161,6 +162,9 @@ pub trait Device: Debug + Send + Sync {
     }
 }
 
+/// The drivers whose bytes come from a server.
+pub const NETWORK_DRIVERS: &[&str] = &["nbd"];
+
 /// A node of the block graph: driver, options and children of a device.
 #[derive(Clone, Debug, Default)]
 pub struct Node {
@@ -174,6 +178,8 @@ pub struct Node {
     pub name: Option<String>,
     /// The child nodes, by their names among the options.
     pub children: Vec<(String, Arc<dyn Device>)>,
+    /// See [`Origin::format_is_stated`].
+    pub format_is_stated: bool,
 }
 
 impl Node {
@@ -203,6 +209,19 @@ impl Node {
                 .map(|(name, members)| (name, Value::List(members))),
         );
         Value::object(own.chain([driver]).chain(children)).in_table_order()
+    }
+
+    /// What is known about the image of this node, for the gate that opens the files that it refers to.
+    pub fn origin(&self) -> Origin {
+        Origin {
+            format_is_stated: self.format_is_stated,
+            is_remote: self.is_remote(),
+        }
+    }
+
+    fn is_remote(&self) -> bool {
+        NETWORK_DRIVERS.contains(&self.driver)
+            || self.children.iter().any(|(_, child)| child.node().is_remote())
     }
 
     /// The filename that relative names in the image are resolved against: that of the file at the end of the chain of

@@ -4,7 +4,7 @@ use std::fmt::Debug;
 use std::sync::Arc;
 
 use crate::options::{OptionDef, Options};
-use crate::{Device, Error, Layer, NodeOptions, Objects, OpenContext, Permissions, Result};
+use crate::{Device, Error, Layer, NodeOptions, Objects, OpenContext, Origin, Permissions, Result};
 
 /// How certain a format is that an image is of this format: 0 means that it is not; raw returns 1 for anything.
 pub type Score = u32;
@@ -156,6 +156,8 @@ pub struct OpenRequest<'a> {
     pub children: Vec<(&'static str, Arc<dyn Device>)>,
     /// The options of its node; the format takes those that it supports.
     pub options: &'a mut NodeOptions,
+    /// What is known about the image, for the gate that opens its other files.
+    pub origin: Origin,
     /// What it shares with the other nodes of its graph.
     pub context: &'a OpenContext,
 }
@@ -177,8 +179,18 @@ impl<'a> OpenRequest<'a> {
             force_share: false,
             children: Vec::new(),
             options,
+            origin: Origin::STATED,
             context,
         }
+    }
+
+    /// Opens the file `name`, in which the image keeps guest data. A relative name is resolved against the current
+    /// directory.
+    ///
+    /// # Errors
+    /// As [`Gate::open`](crate::Gate::open).
+    pub fn open_data(&self, name: &str, permissions: Permissions) -> Result<Arc<dyn Device>> {
+        self.context.open_data(name, self.name, self.origin, permissions)
     }
 
     /// Takes the child `name`, if the user gave one.

@@ -6,6 +6,15 @@ use crate::{Device, Error, ErrorKind, NodeOptions, OpenContext, Result};
 
 /// Opens the files that an image refers to, or refuses to. No other part of the library opens a name found in an image.
 pub trait Gate: Send + Sync {
+    /// Fails if the image `from` may not have a backing image called `name`, whose options are `node`: a name may contain
+    /// options, and stand for drivers that open no file. Asked before [`Gate::open`] is for the files of that node.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Denied`](crate::ErrorKind::Denied) if the policy forbids it.
+    fn admit(&self, _from: &str, _name: &str, _node: &NodeOptions) -> Result<()> {
+        Ok(())
+    }
+
     /// Opens the file that `reference` names.
     ///
     /// # Errors
@@ -20,14 +29,44 @@ pub trait Gate: Send + Sync {
     }
 }
 
-/// Opens nothing.
+/// Opens nothing: an image that refers to another file cannot be used.
 #[derive(Clone, Copy, Debug)]
 pub struct ClosedGate;
 
-impl Gate for ClosedGate {
-    fn open(&self, _: &Reference<'_>) -> Result<Arc<dyn Device>> {
-        Err(Error::new(ErrorKind::Denied, "No other files are opened"))
+impl ClosedGate {
+    fn refuse(from: &str, name: &str) -> Error {
+        Error::new(
+            ErrorKind::Denied,
+            format!("'{from}' refers to '{name}', and references are not allowed"),
+        )
     }
+}
+
+impl Gate for ClosedGate {
+    fn admit(&self, from: &str, name: &str, _: &NodeOptions) -> Result<()> {
+        Err(Self::refuse(from, name))
+    }
+
+    fn open(&self, reference: &Reference<'_>) -> Result<Arc<dyn Device>> {
+        Err(Self::refuse(reference.from, &reference.shown()))
+    }
+}
+
+/// What is known about an image that refers to other files.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Origin {
+    /// Its format is no guess: the user states it, or an image does whose own format the user states.
+    pub format_is_stated: bool,
+    /// Its bytes come from a server.
+    pub is_remote: bool,
+}
+
+impl Origin {
+    /// A local file whose format the user states.
+    pub const STATED: Self = Self {
+        format_is_stated: true,
+        is_remote: false,
+    };
 }
 
 /// A name found inside an image.
@@ -39,12 +78,24 @@ pub struct Reference<'a> {
     pub options: &'a NodeOptions,
     /// The name of the image that contains the reference.
     pub from: &'a str,
+    /// What is known about that image.
+    pub origin: Origin,
     /// What the file is for.
     pub role: Role,
     /// What the image will do with the file, and what others may do.
     pub permissions: Permissions,
     /// What the nodes of the graph share that the image belongs to.
     pub context: &'a OpenContext,
+}
+
+impl Reference<'_> {
+    /// The file as messages show it: its name, or else the options of its node.
+    pub fn shown(&self) -> String {
+        match self.options.text("filename") {
+            Some(name) => name.to_owned(),
+            None => self.options.shown(),
+        }
+    }
 }
 
 /// What a referenced file is for.

@@ -66,6 +66,7 @@ impl Image {
             node_name: None,
             name: Some(name.into()),
             children: vec![("file".to_owned(), Arc::clone(layer.file()))],
+            format_is_stated: false,
         };
         let limits = Limits {
             alignment: 1,

@@ -17,8 +17,54 @@ pub struct Info {
     pub snapshots: Vec<SnapshotInfo>,
     /// The backing image as named in the image; only set for an image with its chain.
     pub backing: Option<Backing>,
+    /// The files that the image names besides its backing image.
+    pub other_files: Vec<NamedFile>,
     /// Format-specific facts in the order in which they are printed; `None` if the format has none.
     pub specific: Option<Vec<Detail>>,
+}
+
+/// A file that an image names.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NamedFile {
+    /// What it is for.
+    pub role: FileRole,
+    /// Its name.
+    pub name: String,
+}
+
+/// What a file is for that an image names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FileRole {
+    /// The backing image.
+    Backing,
+    /// The backing image as differencing disks name it, which may be in several ways.
+    Parent,
+    /// All guest data, as plain bytes.
+    DataFile,
+    /// A part of the disk.
+    Extent,
+}
+
+impl FileRole {
+    /// The role as `info` shows it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Backing => "backing",
+            Self::Parent => "parent",
+            Self::DataFile => "data-file",
+            Self::Extent => "extent",
+        }
+    }
+}
+
+impl NamedFile {
+    /// The file `name`, which is for `role`.
+    pub fn new(role: FileRole, name: impl Into<String>) -> Self {
+        Self {
+            role,
+            name: name.into(),
+        }
+    }
 }
 
 /// A format-specific fact: its name in JSON (`lazy-refcounts`; text output prints spaces for dashes) and its value.

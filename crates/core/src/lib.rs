@@ -72,8 +72,8 @@ pub use check::{Check, CheckReport, Repair};
 pub use codec::{Codec, CompressionLevel, Encoded, EncodedCluster, EncodedForm, EncodedPlan, Encoder};
 pub use decoded_cache::DecodedBlockCache;
 pub use device::{
-    Device, Extent, ExtentKind, Limits, MAX_DEVICE_LEN, Node, Preallocation, StatusDetail, ZeroMode,
-    require_addressable,
+    Device, Extent, ExtentKind, Limits, MAX_DEVICE_LEN, NETWORK_DRIVERS, Node, Preallocation, StatusDetail,
+    ZeroMode, require_addressable,
 };
 pub use error::{Error, ErrorKind, Result, ResultExt};
 pub use event::Event;
@@ -83,9 +83,9 @@ pub use format::{
     CreatePlan, CreateRequest, Format, FormatProperties, LOOSE, Measure, MeasureSource, NewFiles,
     OpenRequest, Probe, Score,
 };
-pub use gate::{ClosedGate, Gate, Permissions, Reference, Role};
+pub use gate::{ClosedGate, Gate, Origin, Permissions, Reference, Role};
 pub use image::{Image, PendingEncoded, PendingWrite, ZeroDetection};
-pub use info::{Detail, DetailValue, Info, SnapshotInfo};
+pub use info::{Detail, DetailValue, FileRole, Info, NamedFile, SnapshotInfo};
 pub use layer::{HoleMeaning, Layer, ResizeRequest, Run, RunKind, WritePlan, WriteRun};
 pub use local_time::LocalTime;
 pub use memory::MemoryDevice;

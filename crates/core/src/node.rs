@@ -189,6 +189,15 @@ impl NodeOptions {
             .map(|(name, _)| name.as_str())
     }
 
+    /// The options as messages show them: `driver=nbd,server.host=x`.
+    pub fn shown(&self) -> String {
+        let shown = self.iter().map(|(name, value)| match value {
+            Value::Text(text) => format!("{name}={text}"),
+            other => format!("{name}={}", other.compact()),
+        });
+        shown.collect::<Vec<_>>().join(",")
+    }
+
     /// The options by dotted name.
     pub fn iter(&self) -> impl Iterator<Item = (&str, &Value)> {
         self.entries.iter().map(|(name, value)| (name.as_str(), value))

@@ -105,6 +105,11 @@ impl Objects {
         Ok(())
     }
 
+    /// The objects, in the order of their identifiers.
+    pub fn iter(&self) -> impl Iterator<Item = &Object> {
+        self.objects.values()
+    }
+
     /// The object with this identifier.
     pub fn find(&self, id: &str) -> Option<&Object> {
         self.objects.get(id)

@@ -4,8 +4,8 @@ use std::fmt;
 use std::sync::Arc;
 
 use crate::{
-    Budget, ClosedGate, Device, Error, Gate, LocalTime, NodeOptions, Note, Objects, Permissions, Reference,
-    Result, Role,
+    Budget, ClosedGate, Device, Error, Gate, LocalTime, NodeOptions, Note, Objects, Origin, Permissions,
+    Reference, Result, Role,
 };
 
 /// Takes a message for the user, which may have several lines.
@@ -113,17 +113,24 @@ impl OpenContext {
         }
     }
 
-    /// Opens the file `name`, in which the image `from` keeps guest data. A relative name is resolved against the
-    /// current directory.
+    /// Opens the file `name`, in which the image `from` of this origin keeps guest data. A relative name is resolved
+    /// against the current directory.
     ///
     /// # Errors
     /// As [`Gate::open`].
-    pub fn open_data(&self, name: &str, from: &str, permissions: Permissions) -> Result<Arc<dyn Device>> {
+    pub fn open_data(
+        &self,
+        name: &str,
+        from: &str,
+        origin: Origin,
+        permissions: Permissions,
+    ) -> Result<Arc<dyn Device>> {
         let mut options = NodeOptions::new();
         options.set("filename", name);
         self.gate.open(&Reference {
             options: &options,
             from,
+            origin,
             role: Role::Data,
             permissions,
             context: self,

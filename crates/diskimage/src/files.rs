@@ -6,10 +6,9 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use diskimage_core::json::Value;
-use diskimage_core::{Device, Gate, Image, Layer, NodeOptions, Result, ResultExt, name};
+use diskimage_core::{Device, Image, Layer, NodeOptions, Result, ResultExt, name};
 use diskimage_protocols::{Target, identity_of_path, protocol_by_name};
 
-use crate::gate::FileGate;
 use crate::graph::{Step, full_backing_name, node_of_name, walk_chain};
 use crate::open_options::OpenOptions;
 
@@ -151,8 +150,9 @@ pub(crate) fn files_below(name: &str, format: Option<&str>, options: &OpenOption
 }
 
 /// The name by which the backing image of `image` is opened from outside: the one in the image, resolved. If that file
-/// does not exist and the image was made on another machine, the name of the one that is found instead.
-pub fn found_backing_name(image: &Image) -> Option<String> {
+/// does not exist and the image was made on another machine, the name of the one that is found instead, by the gate of
+/// `options`.
+pub fn found_backing_name(image: &Image, options: &OpenOptions) -> Option<String> {
     let named = image.layer().backing()?;
     let full = |name: &str| full_backing_name(&image.base_name(), name);
     let exists =
@@ -164,7 +164,8 @@ pub fn found_backing_name(image: &Image) -> Option<String> {
     }
     let found = others.iter().map(|name| full(name.text())).find(exists);
     let in_other_case = || {
-        let found = FileGate::default().locate(&image.base_name(), others.last()?.text())?;
+        let gate = options.context().gate;
+        let found = gate.locate(&image.base_name(), others.last()?.text())?;
         Some(full(&found))
     };
     found.or_else(in_other_case).or(Some(first))

@@ -52,7 +52,8 @@
 //! ```
 //!
 //! Images are untrusted input. Files that an image refers to are opened through a [`Gate`]: [`FileGate`] is the
-//! default, and a program can pass a stricter one. Numbers in an image can claim only the memory that a [`Budget`] has.
+//! default, [`BeneathGate`] admits plain files beneath the directory of an image only, and [`ClosedGate`] none. With
+//! [`OpenOptions::unambiguous`] a format is guessed only if there is no other one to guess. Numbers in an image can claim only the memory that a [`Budget`] has.
 #![cfg_attr(not(test), warn(clippy::disallowed_methods))]
 
 mod bench;
@@ -74,6 +75,7 @@ mod open;
 mod open_options;
 mod probe;
 mod rebase;
+mod references;
 mod resize;
 mod snapshot;
 mod steps;
@@ -95,13 +97,14 @@ pub use diskimage_protocols::{
     PROTOCOLS, Target, check_tls_creds,
 };
 pub use files::{flush, found_backing_name, is_encrypted, share_a_file};
-pub use gate::FileGate;
+pub use gate::{BeneathGate, FileGate};
 pub use graph::{backing_not_found, full_backing_name, is_driver, is_relative, node_of_name};
 pub use map::{MappedExtent, map};
-pub use open::{open, open_device, open_node};
-pub use open_options::OpenOptions;
+pub use open::{open, open_backing, open_device, open_node};
+pub use open_options::{MakeGate, OpenOptions};
 pub use probe::probe;
 pub use rebase::{Rebase, check_backing, set_backing};
+pub use references::{ImageReference, references};
 pub use resize::{Resize, ShrinkPolicy};
 pub use snapshot::{
     MAX_SNAPSHOT_NAME, SnapshotSelector, ambiguous_snapshot, apply_snapshot, create_snapshot,

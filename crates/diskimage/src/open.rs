@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use diskimage_core::{Device, Image, NodeOptions, Result, ResultExt};
 
-use crate::graph::{node_of_name, open_chain, open_device_chain};
+use crate::graph::{node_of_name, open_chain, open_device_chain, open_reference};
 use crate::open_options::OpenOptions;
 
 /// Opens the image called `name`: a path, a name with the prefix of a protocol, or `json:` and the options of a node.
@@ -26,6 +26,20 @@ pub fn open(name: &str, options: &OpenOptions) -> Result<Arc<Image>> {
 pub fn open_node(mut node: NodeOptions, options: &OpenOptions) -> Result<Arc<Image>> {
     node.overlay(options.node_options.clone());
     open_chain(node, options)
+}
+
+/// Opens the backing image of `overlay`, which was opened without it, by the name `name`: a reference of the overlay, which
+/// the gate may refuse.
+///
+/// # Errors
+/// As [`open`], without the topmost message.
+pub fn open_backing(
+    overlay: &Image,
+    name: &str,
+    format: Option<&str>,
+    options: &OpenOptions,
+) -> Result<Arc<Image>> {
+    open_reference(overlay, name, node_of_name(name, format)?, options)
 }
 
 /// [`open`] without the topmost message.

@@ -10,7 +10,7 @@ use diskimage_core::{
 use diskimage_formats::Raw;
 use diskimage_protocols::CacheMode;
 
-use crate::gate::FileGate;
+use crate::gate::{FileGate, NewImageGate};
 
 /// The options for opening an image. The default is to open it read-only, with its backing chain, in the probed format.
 #[must_use = "it only says how an image is opened"]
@@ -30,7 +30,9 @@ pub struct OpenOptions {
     pub(crate) node_options: NodeOptions,
     budget: Budget,
     local_time: LocalTime,
-    gate: Option<Arc<dyn Gate>>,
+    pub(crate) unambiguous: bool,
+    pub(crate) own_backing: Option<String>,
+    gate: GateChoice,
     on_note: Option<Arc<OnNote>>,
     on_lost: Option<Arc<OnImageLost>>,
     new_files: OpenFiles,
@@ -133,7 +135,21 @@ impl OpenOptions {
 
     /// The gate that opens the files that the images refer to; the default is [`FileGate`].
     pub fn gate(mut self, gate: Arc<dyn Gate>) -> Self {
-        self.gate = Some(gate);
+        self.gate = GateChoice::Given(gate);
+        self
+    }
+
+    /// What makes the gate of the default one, whose cache mode and sharing are those of these options:
+    /// `options.gate_from(Arc::new(|files| Arc::new(BeneathGate::new(files))))`.
+    pub fn gate_from(mut self, make: Arc<MakeGate>) -> Self {
+        self.gate = GateChoice::From(make);
+        self
+    }
+
+    /// Whether a format that is not stated has to be certain. A file that several formats recognize is an error then, and
+    /// so is one that only looks like an image of a format, but does not begin like one.
+    pub fn unambiguous(mut self, unambiguous: bool) -> Self {
+        self.unambiguous = unambiguous;
         self
     }
 
@@ -181,6 +197,13 @@ impl OpenOptions {
         self
     }
 
+    /// The name of the backing image that the user has given the topmost image, which is new: it is no reference that only an
+    /// image makes.
+    pub fn own_backing(mut self, name: Option<impl Into<String>>) -> Self {
+        self.own_backing = name.map(Into::into);
+        self
+    }
+
     /// The mode of the topmost node.
     pub(crate) fn mode(&self) -> Mode {
         Mode {
@@ -193,16 +216,23 @@ impl OpenOptions {
 
     /// What all nodes of the graph share.
     pub(crate) fn context(&self) -> OpenContext {
-        let default_gate = || -> Arc<dyn Gate> {
-            Arc::new(FileGate {
-                cache: self.cache,
-                force_share: self.force_share,
-                exclusive: self.exclusive,
-            })
+        let files = FileGate {
+            cache: self.cache,
+            force_share: self.force_share,
+            exclusive: self.exclusive,
         };
+        let gate: Arc<dyn Gate> = match &self.gate {
+            GateChoice::Files => Arc::new(files),
+            GateChoice::Given(gate) => Arc::clone(gate),
+            GateChoice::From(make) => make(files),
+        };
+        let is_new = self.new_files.iter().next().is_some();
         OpenContext {
             objects: Arc::clone(&self.objects),
-            gate: self.gate.clone().unwrap_or_else(default_gate),
+            gate: match is_new {
+                true => Arc::new(NewImageGate(gate)),
+                false => gate,
+            },
             budget: self.budget.clone(),
             local_time: self.local_time.clone(),
             on_note: self.on_note.clone(),
@@ -210,6 +240,17 @@ impl OpenOptions {
             new_files: self.new_files.clone(),
         }
     }
+}
+
+/// Makes a gate of the default one.
+pub type MakeGate = dyn Fn(FileGate) -> Arc<dyn Gate> + Send + Sync;
+
+#[derive(Clone, Default)]
+enum GateChoice {
+    #[default]
+    Files,
+    Given(Arc<dyn Gate>),
+    From(Arc<MakeGate>),
 }
 
 impl fmt::Debug for OpenOptions {

@@ -1,6 +1,6 @@
 //! Probing: guesses the format of an image from its first bytes, and from its last sector if those say raw.
 
-use diskimage_core::{Device, Format, LOOSE, Probe, Result, align_down, to_index};
+use diskimage_core::{Device, Error, Format, LOOSE, Probe, Result, align_down, to_index};
 use diskimage_formats::FORMATS;
 
 /// The number of bytes from the start that probing reads.
@@ -48,6 +48,40 @@ pub(crate) fn guess_device(device: &dyn Device, name: &str) -> Result<Guess> {
         len,
         name,
     }))
+}
+
+/// The guess for `device` if its bytes allow no other one: those of one format, at the start and at the end.
+///
+/// # Errors
+/// Several formats recognize the bytes, or one does that `qemu-img` takes for raw. The inner error: bytes cannot be read.
+pub(crate) fn only_guess(device: &dyn Device, name: &str) -> Result<Result<Guess>> {
+    let head = match head(device) {
+        Ok(head) => head,
+        Err(error) => return Ok(Err(error)),
+    };
+    let tail = tail(device);
+    let probe = Probe {
+        head: &head,
+        tail: &tail,
+        len: device.len(),
+        name,
+    };
+    let others = FORMATS.iter().filter(|format| format.name() != "raw");
+    let mut found: Vec<&str> = others
+        .filter(|format| format.probe(&probe) > 0)
+        .map(|format| format.name())
+        .collect();
+    let guess = guess(&probe);
+    if guess.is_loose {
+        found.insert(0, "raw");
+    }
+    match &found[..] {
+        [] | [_] => Ok(Ok(guess)),
+        several => Err(Error::invalid(format!(
+            "The format of '{name}' is ambiguous, it can be {}: specify it (-f)",
+            several.join(" or ")
+        ))),
+    }
 }
 
 /// The first [`HEAD`] bytes, or all if the device is shorter.

@@ -203,13 +203,14 @@ impl Rebase<'_> {
     }
 }
 
-/// Stores the name and the format of a backing image in the header. The layer flushes earlier writes first.
+/// Stores the name and the format of a backing image in the header, after [`check_backing`]. The layer flushes earlier
+/// writes first.
 ///
 /// # Errors
 /// `Could not change the backing file to 'NAME'`, with the reason: those of [`check_backing`], no room in the header,
 /// or a failed write.
-pub fn set_backing(image: &Image, backing: Option<&Backing>) -> Result<()> {
-    check_backing(image, backing)?;
+pub fn set_backing(image: &Image, backing: Option<&Backing>, options: &OpenOptions) -> Result<()> {
+    check_backing(image, backing, options)?;
     let outcome = image
         .durable_change(|| image.layer().set_backing(backing))
         .map_err(|error| match error.errno() {
@@ -219,12 +220,13 @@ pub fn set_backing(image: &Image, backing: Option<&Backing>) -> Result<()> {
     outcome.context(|| could_not(backing))
 }
 
-/// Checks the arguments of [`set_backing`] before the image is changed.
+/// Checks the arguments of [`set_backing`] before the image is changed. The chain of the backing image is looked at with
+/// `options`.
 ///
 /// # Errors
 /// The image's format has no backing files, the format of the backing image is not given, or the chain of the backing
 /// image contains the image.
-pub fn check_backing(image: &Image, backing: Option<&Backing>) -> Result<()> {
+pub fn check_backing(image: &Image, backing: Option<&Backing>, options: &OpenOptions) -> Result<()> {
     if backing.is_some_and(|backing| backing.format.is_none()) {
         return Err(Error::invalid("backing format must be specified").context(could_not(backing)));
     }
@@ -232,14 +234,14 @@ pub fn check_backing(image: &Image, backing: Option<&Backing>) -> Result<()> {
     if !format.is_some_and(|format| format.properties().has_backing) {
         return Err(Error::from_errno(errno::ENOTSUP).context(could_not(backing)));
     }
-    refuse_link_to_itself(image, backing).context(|| could_not(backing))
+    refuse_link_to_itself(image, backing, options).context(|| could_not(backing))
 }
 
 /// Refuses a backing image whose chain contains `image`.
-fn refuse_link_to_itself(image: &Image, backing: Option<&Backing>) -> Result<()> {
+fn refuse_link_to_itself(image: &Image, backing: Option<&Backing>, options: &OpenOptions) -> Result<()> {
     let Some(backing) = backing else { return Ok(()) };
     let name = full_backing_name(&image.base_name(), backing.name.text());
-    let files = files_below(&name, backing.format.as_deref(), &OpenOptions::new());
+    let files = files_below(&name, backing.format.as_deref(), options);
     match files.is_disjoint(&files_of(image)) {
         true => Ok(()),
         false => Err(loop_error(&name)),

@@ -1,17 +1,15 @@
 //! Changes the size of a disk.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::{fs, io};
 
 use diskimage_core::{
-    Device, Error, Gate, Image, OpenContext, Permissions, Preallocation, ResizeRequest, Result, ResultExt,
-    name,
+    Device, Error, Image, OpenContext, Permissions, Preallocation, ResizeRequest, Result, ResultExt, name,
 };
 use diskimage_protocols::Target;
 
 use crate::files::flush;
-use crate::gate::FileGate;
+use crate::open_options::OpenOptions;
 
 /// Whether a disk may become smaller.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -38,7 +36,7 @@ impl Resize {
             len,
             preallocation: Preallocation::Off,
             policy: ShrinkPolicy::Refuse,
-            context: OpenContext::new(Arc::new(FileGate::default())),
+            context: OpenOptions::new().context(),
         }
     }
 
@@ -56,11 +54,11 @@ impl Resize {
         self
     }
 
-    /// The gate that opens files which are added to an image whose files have a limited length (VMDK extents). The
-    /// default is [`FileGate`].
+    /// The options, such as the gate, that files are opened with which are added to an image whose files have a limited
+    /// length (VMDK extents).
     #[must_use]
-    pub fn gate(mut self, gate: Arc<dyn Gate>) -> Self {
-        self.context.gate = gate;
+    pub fn opening(mut self, options: &OpenOptions) -> Self {
+        self.context = options.context();
         self
     }
 
@@ -105,7 +103,12 @@ impl Resize {
     ) -> Result<()> {
         for path in paths {
             made.push(make_file(path).context(|| format!("Could not create '{path}'"))?);
-            let part = self.context.open_data(path, &image.name(), Permissions::WRITE)?;
+            let part = self.context.open_data(
+                path,
+                &image.base_name(),
+                image.node().origin(),
+                Permissions::WRITE,
+            )?;
             request.parts.push(part);
         }
         image.resize_with(request)

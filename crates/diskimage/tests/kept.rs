@@ -127,7 +127,7 @@ impl Scratch {
         Creation::new(scratch.path("disk"), format)
             .size(SIZE)
             .options(options.replace("data_file=data", &data))
-            .objects(Arc::clone(&scratch.objects))
+            .opening(OpenOptions::new().objects(Arc::clone(&scratch.objects)))
             .prepare()
             .and_then(|prepared| prepared.create())
             .expect("is made");

@@ -83,10 +83,9 @@ impl Protocol for NullDriver {
         }
         let node = Node {
             driver: self.name,
-            node_name: None,
             name: strong.is_empty().then(|| self.full_name()),
             options: strong,
-            children: Vec::new(),
+            ..Node::default()
         };
         Ok(Arc::new(Null {
             node,

@@ -3,19 +3,20 @@
 use std::sync::Arc;
 
 use diskimage::options::{OptionDef, OptionError, Options, amend_help};
-use diskimage::{AmendRequest, CacheMode, Format, Objects, OpenOptions, format_by_name, is_driver};
+use diskimage::{AmendRequest, CacheMode, Format, Objects, format_by_name, is_driver};
 
 use crate::objects::define;
 use crate::out::Console;
 use crate::progress::Progress;
 use crate::source::open_source;
-use crate::words::{Command, CreateOptions, Flag, Operand, Parser, Source, Stop, target_cache, text};
+use crate::words::{Command, CreateOptions, Flag, Operand, Parser, Policy, Source, Stop, target_cache, text};
 
 /// The table of `amend`.
 pub static COMMAND: Command = Command {
     name: "amend",
     summary: "Update format-specific options of the image",
     usage: "[-f FMT | --image-opts] [-t CACHE] [--force] [-p] [-q]
+        [--untrusted] [--deny-references]
         [--object OBJDEF] -o OPTIONS FILENAME",
     flags: &[
         Flag::HELP,
@@ -32,6 +33,8 @@ pub static COMMAND: Command = Command {
             &["format-specific options to change ('-o help' for list)"],
         ),
         Flag::OBJECT,
+        Flag::UNTRUSTED,
+        Flag::DENY_REFERENCES,
     ],
     operands: &[Operand {
         name: "FILENAME",
@@ -66,6 +69,8 @@ pub struct Args {
     pub progress: bool,
     /// The objects of `--object`, such as secrets.
     pub objects: Arc<Objects>,
+    /// What the images may bring about.
+    pub policy: Policy,
 }
 
 /// A parsed command line.
@@ -108,6 +113,7 @@ impl Request {
         if let Some(format) = format.as_ref().filter(|_| options.wants_help && !image_opts) {
             return Ok(Self::Help(format.clone()));
         }
+        let policy = words.policy();
         let mut operands = words.operands().into_iter();
         let (Some(image), None) = (operands.next(), operands.next()) else {
             return Err(Stop::wrong("Expecting one image file name"));
@@ -119,6 +125,7 @@ impl Request {
             cache: target_cache(cache.as_deref(), CacheMode::WRITEBACK)?,
             progress: progress && !quiet,
             objects: objects.into(),
+            policy,
         };
         Ok(if options.wants_help {
             Self::HelpFor(args)
@@ -147,12 +154,18 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
         Request::HelpFor(args) => (args, true),
         Request::Amend(args) => (args, false),
     };
+    let confinement = args
+        .policy
+        .confine(&args.objects, |reach| reach.writes(&args.image))?;
     let progress = Progress::new(args.progress, console);
-    let options = OpenOptions::new()
+    let options = args
+        .policy
+        .opening()
         .objects(Arc::clone(&args.objects))
         .cache(args.cache)
         .write(true);
     let image = open_source(&args.image, options, console)?;
+    confinement.all_open()?;
     let format = format_by_name(image.layer().format());
     let format = format.ok_or_else(|| not_amended(image.layer().format()))?;
     let table = amend_table(format)?;

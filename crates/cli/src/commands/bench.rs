@@ -1,16 +1,19 @@
 //! `bench`: measures the speed of requests to an image.
 
-use diskimage::{Aio, Bench, CacheMode, OpenOptions, Requests};
+use diskimage::{Aio, Bench, CacheMode, Objects, Requests};
 
 use crate::out::Console;
 use crate::source::open_source;
-use crate::words::{Command, Flag, LARGEST, Operand, Parser, Source, Stop, count, only_image, size, text};
+use crate::words::{
+    Command, Flag, LARGEST, Operand, Parser, Policy, Source, Stop, count, only_image, size, text,
+};
 
 /// The table of `bench`.
 pub static COMMAND: Command = Command {
     name: "bench",
     summary: "Run simple image benchmark",
     usage: "[-f FMT | --image-opts] [-t CACHE] [-c COUNT] [-d DEPTH]
+        [--untrusted] [--deny-references]
         [-o OFFSET] [-s BUFFER_SIZE] [-S STEP_SIZE] [-i AIO] [-n]
         [-w [--pattern PATTERN] [--flush-interval INTERVAL [--no-drain]]]
         [-q] [-U] FILENAME",
@@ -76,6 +79,8 @@ pub static COMMAND: Command = Command {
             &["do not wait when flushing pending requests"],
         ),
         Flag::FORCE_SHARE_ALL,
+        Flag::UNTRUSTED,
+        Flag::DENY_REFERENCES,
     ],
     operands: &[Operand {
         name: "FILENAME",
@@ -113,6 +118,8 @@ pub struct Args {
     pub force_share: bool,
     /// The requests.
     pub bench: Bench,
+    /// What the images may bring about.
+    pub policy: Policy,
 }
 
 impl Args {
@@ -154,6 +161,7 @@ impl Args {
                 _ => unreachable!("every option of the table is listed"),
             }
         }
+        let policy = words.policy();
         let image = Source::new(only_image(words)?, format, image_opts)?;
         if !write && flush_interval > 0 {
             return Err(Stop::wrong("--flush-interval is only available in write tests"));
@@ -182,6 +190,7 @@ impl Args {
                 offset,
                 step: if step == 0 { buffer } else { step },
             },
+            policy,
         })
     }
 }
@@ -199,16 +208,20 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
         cache,
         force_share,
         bench,
+        policy,
     } = Args::parse(words)?;
     let (kind, flush_interval) = match bench.requests {
         Requests::Read => ("read", 0),
         Requests::Write { flush_interval, .. } => ("write", flush_interval),
     };
-    let options = OpenOptions::new()
+    let confinement = policy.confine(&Objects::default(), |reach| reach.with(&image, kind == "write"))?;
+    let options = policy
+        .opening()
         .write(kind == "write")
         .cache(cache)
         .force_share(force_share);
     let image = open_source(&image, options, console)?;
+    confinement.all_open()?;
     console.print(&format!(
         "Sending {} {kind} requests, {} bytes each, {} in parallel (starting at offset {}, step size {})\n",
         bench.count, bench.size, bench.depth, bench.offset, bench.step

@@ -2,12 +2,12 @@
 
 use std::sync::Arc;
 
-use diskimage::{Error, Image, NewBitmap, Objects, OpenOptions, cannot_add_bitmap, flush, merge_bitmap};
+use diskimage::{Error, Image, NewBitmap, Objects, cannot_add_bitmap, flush, merge_bitmap};
 
 use crate::objects::define;
 use crate::out::Console;
 use crate::source::open_source;
-use crate::words::{Command, Flag, LARGEST, Operand, Parser, Source, Stop, size, text};
+use crate::words::{Command, Flag, LARGEST, Operand, Parser, Policy, Source, Stop, size, text};
 
 /// The table of `bitmap`.
 pub static COMMAND: Command = Command {
@@ -16,6 +16,7 @@ pub static COMMAND: Command = Command {
     usage: "( --merge SOURCE | --add | --remove | --clear |
                 --enable | --disable ).. [-f FMT | --image-opts]
         [ -b SRC_FILENAME [-F SOURCE_FMT]] [-g SIZE[KMGTPE]] [--object OBJDEF]
+        [--untrusted] [--deny-references]
         FILENAME BITMAP",
     flags: &[
         Flag::HELP,
@@ -55,6 +56,8 @@ pub static COMMAND: Command = Command {
             &["specify format for SRC_FILENAME explicitly"],
         ),
         Flag::OBJECT,
+        Flag::UNTRUSTED,
+        Flag::DENY_REFERENCES,
     ],
     operands: &[
         Operand {
@@ -128,6 +131,8 @@ pub struct Args {
     pub merge_source: Option<Source>,
     /// The objects of `--object`, such as secrets.
     pub objects: Arc<Objects>,
+    /// What the images may bring about.
+    pub policy: Policy,
 }
 
 impl Args {
@@ -164,6 +169,7 @@ impl Args {
                 "Need at least one of --add, --remove, --clear, --enable, --disable, or --merge",
             ));
         }
+        let policy = words.policy();
         let mut operands = words.operands().into_iter();
         let (Some(image), Some(bitmap), None) = (operands.next(), operands.next(), operands.next()) else {
             return Err(Stop::wrong("Expecting filename and bitmap name"));
@@ -188,6 +194,7 @@ impl Args {
                 .map(|source| Source::new(source, source_format, false))
                 .transpose()?,
             objects: objects.into(),
+            policy,
         })
     }
 }
@@ -198,9 +205,17 @@ impl Args {
 /// The command line is wrong, an image cannot be opened, or a change fails. Earlier changes are kept.
 pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     let args = Args::parse(words)?;
+    let confinement = args.policy.confine(&args.objects, |reach| {
+        let reach = reach.writes(&args.image);
+        match &args.merge_source {
+            Some(source) => reach.reads(source),
+            None => reach,
+        }
+    })?;
     // Bitmaps belong to one image, so backing images are not opened: one of them may be the image that is changed.
     let options = || {
-        OpenOptions::new()
+        args.policy
+            .opening()
             .objects(Arc::clone(&args.objects))
             .no_backing(true)
     };
@@ -209,6 +224,7 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
         Some(source) => open_source(source, options(), console)?,
         None => Arc::clone(&image),
     };
+    confinement.all_open()?;
     for action in &args.actions {
         act(action, &args, &image, &merge_source).map_err(|error| {
             let shown = &args.bitmap;

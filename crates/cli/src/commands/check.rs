@@ -3,14 +3,14 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use diskimage::{CacheMode, CheckReport, ErrorKind, Image, Note, Objects, OpenOptions, Progress, Repair};
+use diskimage::{CacheMode, CheckReport, ErrorKind, Image, Note, Objects, Progress, Repair};
 
 use crate::objects::define;
 use crate::out::Console;
 use crate::report;
 use crate::source::open_source;
 use crate::words::{
-    Command, Flag, Operand, OutputFormat, Parser, Source, Stop, only_image, source_cache, text,
+    Command, Flag, Operand, OutputFormat, Parser, Policy, Source, Stop, only_image, source_cache, text,
 };
 
 /// The table of `check`.
@@ -18,6 +18,7 @@ pub static COMMAND: Command = Command {
     name: "check",
     summary: "Check basic image integrity",
     usage: "[-f FMT | --image-opts] [-T CACHE_MODE] [-r leaks|all] [-U]
+        [--untrusted] [--deny-references]
         [--output human|json] [--object OBJDEF] FILENAME",
     flags: &[
         Flag::HELP,
@@ -47,6 +48,8 @@ pub static COMMAND: Command = Command {
             ],
         ),
         Flag::OBJECT,
+        Flag::UNTRUSTED,
+        Flag::DENY_REFERENCES,
     ],
     operands: &[Operand {
         name: "FILENAME",
@@ -83,6 +86,8 @@ pub struct Args {
     pub force_share: bool,
     /// The objects of `--object`, such as secrets.
     pub objects: Arc<Objects>,
+    /// What the images may bring about.
+    pub policy: Policy,
 }
 
 impl Args {
@@ -108,6 +113,7 @@ impl Args {
                 _ => unreachable!("every option of the table is listed"),
             }
         }
+        let policy = words.policy();
         let image = only_image(words)?;
         let cache = source_cache(cache.as_deref())?;
         let image = Source::new(image, format, image_opts)?;
@@ -119,6 +125,7 @@ impl Args {
             quiet,
             force_share,
             objects: objects.into(),
+            policy,
         })
     }
 }
@@ -139,13 +146,19 @@ fn read_repair(value: &str) -> Result<Repair, Stop> {
 /// The command line is wrong, or the image cannot be opened or checked.
 pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     let args = Args::parse(words)?;
-    let options = OpenOptions::new()
+    let confinement = args.policy.confine(&args.objects, |reach| {
+        reach.with(&args.image, args.repair != Repair::No)
+    })?;
+    let options = args
+        .policy
+        .opening()
         .objects(Arc::clone(&args.objects))
         .for_check(true)
         .write(args.repair != Repair::No)
         .cache(args.cache)
         .force_share(args.force_share);
     let image = open_source(&args.image, options, console)?;
+    confinement.all_open()?;
     let mut report = match check_once(&image, args.repair, console) {
         Err(error) if error.kind() == ErrorKind::Unsupported => {
             console.error("This image format does not support checks");

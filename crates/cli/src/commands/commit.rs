@@ -2,13 +2,13 @@
 
 use std::sync::Arc;
 
-use diskimage::{CacheMode, Commit, Device, ErrorKind, Objects, OpenOptions, depth_of, errno};
+use diskimage::{CacheMode, Commit, Device, ErrorKind, Objects, depth_of, errno};
 
 use crate::objects::define;
 use crate::out::Console;
 use crate::source::open_source;
 use crate::words::{
-    Command, Flag, LARGEST, Operand, Parser, Source, Stop, only_image, size, target_cache, text,
+    Command, Flag, LARGEST, Operand, Parser, Policy, Source, Stop, only_image, size, target_cache, text,
 };
 
 /// The table of `commit`.
@@ -16,6 +16,7 @@ pub static COMMAND: Command = Command {
     name: "commit",
     summary: "Commit image to its backing file",
     usage: "[-f FMT | --image-opts] [-t CACHE_MODE] [-b BASE_IMG] [-d]
+        [--untrusted] [--deny-references]
         [-r RATE] [--object OBJDEF] FILENAME",
     flags: &[
         Flag::HELP,
@@ -46,6 +47,8 @@ pub static COMMAND: Command = Command {
         ),
         Flag::option(Some('r'), &["rate"], "RATE", &["I/O rate limit"]),
         Flag::OBJECT,
+        Flag::UNTRUSTED,
+        Flag::DENY_REFERENCES,
     ],
     operands: &[Operand {
         name: "FILENAME",
@@ -85,6 +88,8 @@ pub struct Args {
     pub progress: bool,
     /// The objects of `--object`, such as secrets.
     pub objects: Arc<Objects>,
+    /// What the images may bring about.
+    pub policy: Policy,
 }
 
 impl Args {
@@ -115,6 +120,7 @@ impl Args {
                 _ => unreachable!("every option of the table is listed"),
             }
         }
+        let policy = words.policy();
         let image = only_image(words)?;
         let cache = target_cache(cache.as_deref(), CacheMode::WRITEBACK)?;
         Ok(Self {
@@ -126,6 +132,7 @@ impl Args {
             quiet,
             progress: progress && !quiet,
             objects: objects.into(),
+            policy,
         })
     }
 }
@@ -136,8 +143,12 @@ impl Args {
 /// The command line is wrong, an image cannot be opened, or reading or writing fails.
 pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     let args = Args::parse(words)?;
+    let confinement = args
+        .policy
+        .confine(&args.objects, |reach| reach.writes(&args.image))?;
     let options = || {
-        OpenOptions::new()
+        args.policy
+            .opening()
             .objects(Arc::clone(&args.objects))
             .cache(args.cache)
     };
@@ -166,6 +177,7 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     };
     let writing = options().write(true).resize(true).write_below(depth);
     let image = open_source(&args.image, writing, console)?;
+    confinement.all_open()?;
     let progress = progress.unwrap_or_else(started);
     let report = |done, total| progress.set(done, total);
     let commit = Commit {

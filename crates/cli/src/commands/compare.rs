@@ -3,18 +3,19 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use diskimage::{CacheMode, CompareError, Comparison, Device, Difference, Objects, OpenOptions, Verdict};
+use diskimage::{CacheMode, CompareError, Comparison, Device, Difference, Objects, Verdict};
 
 use crate::objects::define;
 use crate::out::Console;
 use crate::source::open_source;
-use crate::words::{Command, Flag, Operand, Parser, Source, Stop, source_cache, text};
+use crate::words::{Command, Flag, Operand, Parser, Policy, Source, Stop, source_cache, text};
 
 /// The table of `compare`.
 pub static COMMAND: Command = Command {
     name: "compare",
     summary: "Check if two images have the same contents",
     usage: "[--image-opts | [-f FMT] [-F FMT]] [-s]
+        [--untrusted] [--deny-references]
         [-T CACHE] [-U] [--object OBJDEF] FILENAME1 FILENAME2",
     flags: &[
         Flag::HELP,
@@ -53,6 +54,8 @@ pub static COMMAND: Command = Command {
         ),
         Flag::FORCE_SHARE_ALL,
         Flag::OBJECT,
+        Flag::UNTRUSTED,
+        Flag::DENY_REFERENCES,
     ],
     operands: &[Operand {
         name: "FILENAME1, FILENAME2",
@@ -94,6 +97,8 @@ pub struct Args {
     pub force_share: bool,
     /// The objects of `--object`, such as secrets.
     pub objects: Arc<Objects>,
+    /// What the images may bring about.
+    pub policy: Policy,
 }
 
 impl Args {
@@ -120,6 +125,7 @@ impl Args {
                 _ => unreachable!("every option of the table is listed"),
             }
         }
+        let policy = words.policy();
         let Ok([first, second]) = <[_; 2]>::try_from(words.operands()) else {
             return Err(Stop::misused("Expecting two image file names"));
         };
@@ -133,6 +139,7 @@ impl Args {
             progress: progress && !quiet,
             force_share,
             objects: objects.into(),
+            policy,
         })
     }
 }
@@ -148,9 +155,16 @@ fn as_error(stop: Stop) -> Stop {
 /// The command line is wrong, or an image cannot be opened or read.
 pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     let args = Args::parse(words)?;
+    args.policy
+        .confine(&args.objects, |reach| {
+            reach.reads(&args.first).reads(&args.second)
+        })
+        .map_err(as_error)?;
     let progress = crate::progress::Progress::new(args.progress, console).adding_up();
     let open = |source| {
-        let options = OpenOptions::new()
+        let options = args
+            .policy
+            .opening()
             .objects(Arc::clone(&args.objects))
             .cache(args.cache)
             .force_share(args.force_share);

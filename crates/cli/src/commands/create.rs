@@ -10,13 +10,14 @@ use diskimage::{Creation, Objects, Prepared, file_options, protocol_options};
 use crate::objects::define;
 use crate::out::Console;
 use crate::source::Notes;
-use crate::words::{Command, CreateOptions, Flag, LARGEST, Operand, Parser, Stop, size, text};
+use crate::words::{Command, CreateOptions, Flag, LARGEST, Operand, Parser, Policy, Stop, size, text};
 
 /// The table of `create`.
 pub static COMMAND: Command = Command {
     name: "create",
     summary: "Create and format new image file",
     usage: "[-f FMT] [-o FMT_OPTS] [-b BACKING_FILENAME [-F BACKING_FMT]]
+        [--untrusted] [--deny-references]
         [--object OBJDEF] [-u] FILENAME [SIZE[bkKMGTPE]]",
     flags: &[
         Flag::HELP,
@@ -54,6 +55,8 @@ pub static COMMAND: Command = Command {
             &["do not fail if BACKING_FMT can not be read"],
         ),
         Flag::OBJECT,
+        Flag::UNTRUSTED,
+        Flag::DENY_REFERENCES,
     ],
     operands: &[
         Operand {
@@ -117,6 +120,8 @@ pub struct Args {
     pub quiet: bool,
     /// The objects of `--object`, such as secrets.
     pub objects: Arc<Objects>,
+    /// What the images may bring about.
+    pub policy: Policy,
 }
 
 impl Request {
@@ -143,6 +148,7 @@ impl Request {
             }
         }
         let format = format.unwrap_or_else(|| "raw".to_owned());
+        let policy = words.policy();
         let mut operands = words.operands().into_iter();
         let name = operands.next();
         if options.wants_help {
@@ -166,6 +172,7 @@ impl Request {
             backing_unsafe,
             quiet,
             objects: objects.into(),
+            policy,
         }))
     }
 }
@@ -182,9 +189,13 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
         Request::Create(args) => args,
     };
     let name = text(args.name);
+    let backing = args.backing.map(text);
+    args.policy.confine(&args.objects, |reach| {
+        reach.makes(&name, backing.as_deref(), args.options.as_deref())
+    })?;
     let image = |error: diskimage::Error| Stop::from(error.context(name.clone()));
     let mut creation = Creation::new(&name, &args.format)
-        .objects(args.objects)
+        .opening(args.policy.opening().objects(args.objects))
         .trust_backing(args.backing_unsafe);
     if let Some(size) = args.size {
         creation = creation.size(size);
@@ -192,8 +203,8 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     if let Some(options) = args.options {
         creation = creation.options(options);
     }
-    if let Some(backing) = args.backing {
-        creation = creation.backing_file(text(backing));
+    if let Some(backing) = backing {
+        creation = creation.backing_file(backing);
     }
     if let Some(format) = args.backing_format {
         creation = creation.backing_format(format);

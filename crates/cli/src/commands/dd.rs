@@ -3,18 +3,21 @@
 use std::ffi::OsStr;
 use std::sync::Arc;
 
-use diskimage::{Blocks, Creation, Device, ErrorKind, Objects, OpenOptions, dd, format_of_new, name};
+use diskimage::{Blocks, Creation, Device, ErrorKind, Objects, dd, format_of_new, name};
 
 use crate::objects::define;
 use crate::out::Console;
 use crate::source::open_source;
-use crate::words::{Command, Flag, ImageName, LARGEST, Operand, Parser, Source, Stop, count, size, text};
+use crate::words::{
+    Command, Flag, ImageName, LARGEST, Operand, Parser, Policy, Source, Stop, count, size, text,
+};
 
 /// The table of `dd`.
 pub static COMMAND: Command = Command {
     name: "dd",
     summary: "Copy input to output with optional format conversion",
     usage: "[-f FMT|--image-opts] [-O OUTPUT_FMT] [-U]
+        [--untrusted] [--deny-references]
         [bs=BLOCK_SIZE] [count=BLOCKS] [skip=BLOCKS] if=INPUT of=OUTPUT",
     flags: &[
         Flag::HELP,
@@ -40,6 +43,8 @@ pub static COMMAND: Command = Command {
         ),
         Flag::FORCE_SHARE_ALL,
         Flag::OBJECT,
+        Flag::UNTRUSTED,
+        Flag::DENY_REFERENCES,
     ],
     operands: &[
         Operand {
@@ -89,6 +94,8 @@ pub struct Args {
     pub force_share: bool,
     /// The objects of `--object`, such as secrets.
     pub objects: Arc<Objects>,
+    /// What the images may bring about.
+    pub policy: Policy,
 }
 
 impl Args {
@@ -116,6 +123,7 @@ impl Args {
             skip: 0,
         };
         let (mut input, mut output) = (None, None);
+        let policy = words.policy();
         for word in words.operands() {
             let word = text(word);
             let Some((name, value)) = word.split_once('=') else {
@@ -141,6 +149,7 @@ impl Args {
             blocks,
             force_share,
             objects: objects.into(),
+            policy,
         })
     }
 }
@@ -153,7 +162,10 @@ const LARGEST_BLOCK: u64 = i32::MAX.unsigned_abs() as u64;
 /// The command line is wrong, an image cannot be opened or created, or reading or writing fails.
 pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     let args = Args::parse(words)?;
-    let options = || OpenOptions::new().objects(Arc::clone(&args.objects));
+    let confinement = args.policy.confine(&args.objects, |reach| {
+        reach.reads(&args.input).makes(&args.output, None, None)
+    })?;
+    let options = || args.policy.opening().objects(Arc::clone(&args.objects));
     let source = open_source(&args.input, options().force_share(args.force_share), console)?;
     format_of_new(&args.output_format).map_err(|error| match error.kind() {
         // As in qemu-img, without the name.
@@ -163,7 +175,7 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     let part = args.blocks.of(source.len());
     let range = part.unwrap_or((source.len(), 0));
     let new = Creation::new(&args.output, &args.output_format)
-        .objects(Arc::clone(&args.objects))
+        .opening(options())
         .apart_from(std::slice::from_ref(&source))
         .exact_size(range.1)
         .prepare()?
@@ -178,6 +190,7 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     };
     let opening = options().write(true).resize(true).new_files(new.files());
     let target = open_source(&target, opening, console)?;
+    confinement.all_open()?;
     if part.is_none() {
         let message = format!("{}: cannot skip to specified offset", args.input.name.shown());
         console.error(&message);

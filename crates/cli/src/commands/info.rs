@@ -11,8 +11,10 @@ use diskimage::{
 use crate::facts::Facts;
 use crate::objects::define;
 use crate::out::Console;
-use crate::source::{open_bare, open_source};
-use crate::words::{Command, Flag, ImageName, Operand, OutputFormat, Parser, Source, Stop, only_image, text};
+use crate::source::{open_below, open_source};
+use crate::words::{
+    Command, Flag, ImageName, Operand, OutputFormat, Parser, Policy, Source, Stop, only_image, text,
+};
 use diskimage::json::Value;
 
 /// The table of `info`.
@@ -20,6 +22,7 @@ pub static COMMAND: Command = Command {
     name: "info",
     summary: "Display information about image",
     usage: "[-f FMT | --image-opts] [-b] [-U] [--object OBJDEF]
+        [--references] [--untrusted] [--deny-references]
         [--output human|json] FILENAME",
     flags: &[
         Flag::HELP,
@@ -36,6 +39,13 @@ pub static COMMAND: Command = Command {
         Flag::FORCE_SHARE,
         Flag::OBJECT,
         Flag::OUTPUT,
+        Flag::switch(
+            None,
+            &["references"],
+            &["list the files that the image names", "(always with --untrusted)"],
+        ),
+        Flag::UNTRUSTED,
+        Flag::DENY_REFERENCES,
     ],
     operands: &[Operand {
         name: "FILENAME",
@@ -60,12 +70,16 @@ pub struct Args {
     pub image: Source,
     /// Show all images of its chain.
     pub backing_chain: bool,
+    /// Show the files that the image names.
+    pub references: bool,
     /// Open the image without locks (`-U`).
     pub force_share: bool,
     /// The output format.
     pub output: OutputFormat,
     /// The objects of `--object`, such as secrets.
     pub objects: Arc<Objects>,
+    /// What the images may bring about.
+    pub policy: Policy,
 }
 
 impl Args {
@@ -75,7 +89,7 @@ impl Args {
     /// An option is unknown or has an invalid value, options contradict each other, or an operand is missing.
     pub fn parse(mut words: Parser) -> Result<Self, Stop> {
         let (mut format, mut image_opts) = (None, false);
-        let (mut backing_chain, mut force_share) = (false, false);
+        let (mut backing_chain, mut force_share, mut references) = (false, false, false);
         let mut output = OutputFormat::default();
         let mut objects = Objects::default();
         while let Some((flag, value)) = words.next_flag()? {
@@ -84,19 +98,32 @@ impl Args {
                 "image-opts" => image_opts = true,
                 "backing-chain" => backing_chain = true,
                 "force-share" => force_share = true,
+                "references" => references = true,
                 "output" => output = OutputFormat::read(&value)?,
                 "object" => define(&mut objects, value)?,
                 _ => unreachable!("every option of the table is listed"),
             }
         }
+        let policy = words.policy();
         let image = Source::new(only_image(words)?, format, image_opts)?;
         Ok(Self {
             image,
             backing_chain,
+            references,
             force_share,
             output,
             objects: objects.into(),
+            policy,
         })
+    }
+
+    fn opening(&self) -> OpenOptions {
+        self.policy
+            .opening()
+            .objects(Arc::clone(&self.objects))
+            .no_data(true)
+            .no_backing(true)
+            .force_share(self.force_share)
     }
 }
 
@@ -106,11 +133,20 @@ impl Args {
 /// The command line is wrong, or an image cannot be opened.
 pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     let args = Args::parse(words)?;
+    args.policy
+        .confine(&args.objects, |reach| reach.reads(&args.image))?;
     let chain = open_each(&args, console)?;
+    let facts = |image: &Arc<Image>| {
+        let facts = Facts::of(image, &args.opening())?;
+        match args.references || args.policy.untrusted {
+            true => facts.with_references(image),
+            false => Ok(facts),
+        }
+    };
     match args.output {
         OutputFormat::Human => {
-            let facts: Result<Vec<_>, Stop> = chain.iter().map(|image| Facts::of(image)).collect();
-            for (index, facts) in facts?.iter().enumerate() {
+            let all: Result<Vec<_>, Stop> = chain.iter().map(facts).collect();
+            for (index, facts) in all?.iter().enumerate() {
                 if index > 0 {
                     console.line("");
                 }
@@ -118,8 +154,7 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
             }
         }
         OutputFormat::Json => {
-            let values: Result<Vec<_>, Stop> =
-                chain.iter().map(|image| Ok(Facts::of(image)?.json())).collect();
+            let values: Result<Vec<_>, Stop> = chain.iter().map(|image| Ok(facts(image)?.json())).collect();
             let mut values = values?;
             let shown = match (args.backing_chain, values.pop()) {
                 (false, Some(only)) => only,
@@ -141,11 +176,7 @@ fn open_each(args: &Args, console: &Console) -> Result<Vec<Arc<Image>>, Stop> {
         if !seen.insert(source.name.shown()) {
             return Err(endless(&source));
         }
-        let options = OpenOptions::new()
-            .objects(Arc::clone(&args.objects))
-            .no_data(true)
-            .no_backing(true)
-            .force_share(args.force_share);
+        let options = args.opening();
         let image = match chain.last() {
             None => open_source(&source, options, console)?,
             Some(overlay) => open_backing(overlay, &source, options, console)?,
@@ -160,7 +191,7 @@ fn open_each(args: &Args, console: &Console) -> Result<Vec<Arc<Image>>, Stop> {
         let next = match backing {
             Some(backing) => Some(Source {
                 name: ImageName::File(
-                    found_backing_name(&image)
+                    found_backing_name(&image, &args.opening())
                         .unwrap_or_else(|| full_backing_name(&image.base_name(), backing.name.text())),
                 ),
                 format: backing.format,
@@ -182,7 +213,7 @@ fn open_backing(
     options: OpenOptions,
     console: &Console,
 ) -> Result<Arc<Image>, Stop> {
-    let opened = open_bare(source, options, console)?.and_then(|image| {
+    let opened = open_below(overlay, source, options, console).and_then(|image| {
         if let BackingIdentity::MayHaveChanged(note) = overlay.layer().check_backing(&**image.layer())? {
             console.note(&note);
         }

@@ -2,13 +2,13 @@
 
 use std::sync::Arc;
 
-use diskimage::{ByteRange, Error, ExtentKind, Image, MappedExtent, Objects, OpenOptions, map};
+use diskimage::{ByteRange, Error, ExtentKind, Image, MappedExtent, Objects, map};
 
 use crate::objects::define;
 use crate::out::Console;
 use crate::source::open_source;
 use crate::words::{
-    Command, Flag, LARGEST, Operand, OutputFormat, Parser, Source, Stop, only_image, size, text,
+    Command, Flag, LARGEST, Operand, OutputFormat, Parser, Policy, Source, Stop, only_image, size, text,
 };
 
 /// The table of `map`.
@@ -16,6 +16,7 @@ pub static COMMAND: Command = Command {
     name: "map",
     summary: "Dump image metadata",
     usage: "[-f FMT | --image-opts] [--object OBJDEF] [--output human|json]
+        [--untrusted] [--deny-references]
         [--start-offset OFFSET] [--max-length LENGTH] [-U] FILENAME",
     flags: &[
         Flag::HELP,
@@ -36,6 +37,8 @@ pub static COMMAND: Command = Command {
         Flag::OUTPUT,
         Flag::FORCE_SHARE,
         Flag::OBJECT,
+        Flag::UNTRUSTED,
+        Flag::DENY_REFERENCES,
     ],
     operands: &[Operand {
         name: "FILENAME",
@@ -69,6 +72,8 @@ pub struct Args {
     pub force_share: bool,
     /// The objects of `--object`, such as secrets.
     pub objects: Arc<Objects>,
+    /// What the images may bring about.
+    pub policy: Policy,
 }
 
 impl Args {
@@ -93,6 +98,7 @@ impl Args {
                 _ => unreachable!("every option of the table is listed"),
             }
         }
+        let policy = words.policy();
         let image = Source::new(only_image(words)?, format, image_opts)?;
         Ok(Self {
             image,
@@ -101,6 +107,7 @@ impl Args {
             output,
             force_share,
             objects: objects.into(),
+            policy,
         })
     }
 }
@@ -111,9 +118,12 @@ impl Args {
 /// The command line is wrong, the image cannot be opened, or its tables are corrupt.
 pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     let args = Args::parse(words)?;
+    args.policy
+        .confine(&args.objects, |reach| reach.reads(&args.image))?;
     let image = open_source(
         &args.image,
-        OpenOptions::new()
+        args.policy
+            .opening()
             .objects(Arc::clone(&args.objects))
             .force_share(args.force_share),
         console,

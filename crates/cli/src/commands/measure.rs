@@ -4,15 +4,14 @@ use std::sync::Arc;
 
 use diskimage::options::Options;
 use diskimage::{
-    FILE_CREATE_OPTIONS, Measure, MeasureSource, Objects, OpenOptions, SnapshotSelector, format_of_new,
-    open_snapshot,
+    FILE_CREATE_OPTIONS, Measure, MeasureSource, Objects, SnapshotSelector, format_of_new, open_snapshot,
 };
 
 use crate::objects::define;
 use crate::out::Console;
 use crate::source::open_source;
 use crate::words::{
-    Command, CreateOptions, Flag, LARGEST, Operand, OutputFormat, Parser, Source, Stop, size,
+    Command, CreateOptions, Flag, LARGEST, Operand, OutputFormat, Parser, Policy, Source, Stop, size,
     snapshot_selector, text,
 };
 use diskimage::json::Value;
@@ -22,6 +21,7 @@ pub static COMMAND: Command = Command {
     name: "measure",
     summary: "Calculate file size required for a new image",
     usage: "[-f FMT|--image-opts] [-o OPTIONS] [-O OUTPUT_FMT]
+       [--untrusted] [--deny-references]
        [--output OFMT] [--object OBJDEF] [-l SNAPSHOT_PARAM]
        (--size SIZE | FILENAME)",
     flags: &[
@@ -60,6 +60,8 @@ pub static COMMAND: Command = Command {
         Flag::option(None, &["output"], "human|json", &["output format"]),
         Flag::FORCE_SHARE_ALL,
         Flag::OBJECT,
+        Flag::UNTRUSTED,
+        Flag::DENY_REFERENCES,
     ],
     operands: &[Operand {
         name: "FILENAME",
@@ -95,6 +97,8 @@ pub struct Args {
     pub force_share: bool,
     /// The objects of `--object`, such as secrets.
     pub objects: Arc<Objects>,
+    /// What the images may bring about.
+    pub policy: Policy,
 }
 
 /// The contents of a new image.
@@ -136,6 +140,7 @@ impl Args {
                 _ => unreachable!("every option of the table is listed"),
             }
         }
+        let policy = words.policy();
         let mut operands = words.operands().into_iter();
         let name = operands.next();
         if operands.next().is_some() {
@@ -164,6 +169,7 @@ impl Args {
             output,
             force_share,
             objects: objects.into(),
+            policy,
         })
     }
 }
@@ -174,12 +180,17 @@ impl Args {
 /// The command line is wrong, or the image cannot be opened or measured.
 pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     let args = Args::parse(words)?;
+    args.policy.confine(&args.objects, |reach| match &args.contents {
+        Contents::Empty(_) => reach,
+        Contents::Image { image, .. } => reach.reads(image),
+    })?;
     let source = match &args.contents {
         Contents::Empty(_) => None,
         Contents::Image { image, snapshot } => {
             let image = open_source(
                 image,
-                OpenOptions::new()
+                args.policy
+                    .opening()
                     .objects(Arc::clone(&args.objects))
                     .force_share(args.force_share),
                 console,

@@ -19,7 +19,7 @@ pub mod snapshot;
 use std::ffi::OsString;
 
 use crate::out::Console;
-use crate::words::{Command, Parser, Stop, help};
+use crate::words::{Command, Parser, Policy, Stop, help};
 
 /// A command and its function.
 #[derive(Clone, Copy, Debug)]
@@ -35,6 +35,7 @@ impl Entry {
     pub fn start(&self, words: Vec<OsString>, console: &Console) -> u8 {
         let operands_end_options = std::env::var_os("POSIXLY_CORRECT").is_some();
         let parser = Parser::new(self.command, words, operands_end_options);
+        let parser = parser.with_policy(Policy::of_environment());
         match (self.run)(parser, console) {
             Ok(status) => status,
             Err(stop) => console.stop(stop, self.command.name, || help::command(self.command)),

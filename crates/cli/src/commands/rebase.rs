@@ -12,7 +12,8 @@ use crate::objects::define;
 use crate::out::Console;
 use crate::source::{open_bare, open_source};
 use crate::words::{
-    Command, Flag, ImageName, Operand, Parser, Source, Stop, only_image, source_cache, target_cache, text,
+    Command, Flag, ImageName, Operand, Parser, Policy, Source, Stop, only_image, source_cache, target_cache,
+    text,
 };
 
 /// The table of `rebase`.
@@ -20,6 +21,7 @@ pub static COMMAND: Command = Command {
     name: "rebase",
     summary: "Change backing file of the image",
     usage: "[-f FMT | --image-opts] [-t CACHE] [-q] [-U] [-p]
+        [--untrusted] [--deny-references]
         [-b BACKING_FILENAME [-F BACKING_FMT] [-T BACKING_CACHE]] [-u]
         [--object OBJDEF] [-c] FILENAME
 Rebases FILENAME on top of BACKING_FILENAME or no backing file",
@@ -60,6 +62,8 @@ Rebases FILENAME on top of BACKING_FILENAME or no backing file",
         ),
         Flag::FORCE_SHARE,
         Flag::OBJECT,
+        Flag::UNTRUSTED,
+        Flag::DENY_REFERENCES,
     ],
     operands: &[Operand {
         name: "FILENAME",
@@ -106,6 +110,8 @@ pub struct Args {
     pub progress: bool,
     /// The objects of `--object`, such as secrets.
     pub objects: Arc<Objects>,
+    /// What the images may bring about.
+    pub policy: Policy,
 }
 
 impl Args {
@@ -136,6 +142,7 @@ impl Args {
                 _ => unreachable!("every option of the table is listed"),
             }
         }
+        let policy = words.policy();
         let image = only_image(words)?;
         if backing.is_none() && !only_name {
             return Err(Stop::misused(
@@ -153,6 +160,7 @@ impl Args {
             force_share,
             progress: progress && !quiet,
             objects: objects.into(),
+            policy,
         })
     }
 }
@@ -163,14 +171,22 @@ impl Args {
 /// The command line is wrong, an image cannot be opened, or reading or writing fails.
 pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     let args = Args::parse(words)?;
+    let confinement = args.policy.confine(&args.objects, |reach| {
+        let reach = reach.writes(&args.image);
+        args.backing
+            .iter()
+            .fold(reach, |reach, backing| reach.reads_below(backing))
+    })?;
     let progress = crate::progress::Progress::new(args.progress, console).adding_up();
     progress.begin();
-    let options = || OpenOptions::new().objects(Arc::clone(&args.objects));
+    let options = || args.policy.opening().objects(Arc::clone(&args.objects));
     let image = open_source(
         &args.image,
         options().cache(args.cache).write(true).no_backing(args.only_name),
         console,
     )?;
+    // What follows is opened for reading.
+    confinement.all_open()?;
     let format = format_by_name(image.layer().format());
     if args.compress && !format.is_some_and(|format| format.properties().has_compression) {
         return Err(no_compression());
@@ -193,7 +209,7 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
             Some(backing) => Some(open_new(&args, &image, backing, options(), console)?),
             None => None,
         };
-        check_backing(&image, backing.as_ref())?;
+        check_backing(&image, backing.as_ref(), &options())?;
         let report = |done, total| progress.set(done, total);
         let rebase = Rebase {
             image: &image,
@@ -204,7 +220,7 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
         };
         rebase.run()?;
     }
-    set_backing(&image, backing.as_ref())?;
+    set_backing(&image, backing.as_ref(), &options())?;
     progress.complete();
     Ok(0)
 }

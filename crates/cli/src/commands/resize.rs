@@ -5,18 +5,19 @@ use std::sync::Arc;
 
 use diskimage::options::read_size;
 
-use diskimage::{Device, Objects, OpenOptions, Preallocation, Resize, ShrinkPolicy, name};
+use diskimage::{Device, Objects, Preallocation, Resize, ShrinkPolicy, name};
 
 use crate::objects::define;
 use crate::out::Console;
 use crate::source::open_source;
-use crate::words::{Command, Flag, LARGEST, Operand, Parser, Source, Stop, text};
+use crate::words::{Command, Flag, LARGEST, Operand, Parser, Policy, Source, Stop, text};
 
 /// The table of `resize`.
 pub static COMMAND: Command = Command {
     name: "resize",
     summary: "Resize the image to the new size",
     usage: "[-f FMT | --image-opts] [--preallocation PREALLOC] [--shrink]
+        [--untrusted] [--deny-references]
         [--object OBJECTDEF] [-q] FILENAME [+-]SIZE[bkKMGTPE]",
     flags: &[
         Flag::HELP,
@@ -35,6 +36,8 @@ pub static COMMAND: Command = Command {
             &["specify preallocation type for the new areas"],
         ),
         Flag::OBJECT,
+        Flag::UNTRUSTED,
+        Flag::DENY_REFERENCES,
     ],
     operands: &[
         Operand {
@@ -76,6 +79,8 @@ pub struct Args {
     pub quiet: bool,
     /// The objects of `--object`, such as secrets.
     pub objects: Arc<Objects>,
+    /// What the images may bring about.
+    pub policy: Policy,
 }
 
 /// A size, or a difference to the current one, in bytes.
@@ -131,6 +136,7 @@ impl Args {
                 _ => unreachable!("every option of the table is listed"),
             }
         }
+        let policy = words.policy();
         let mut operands = words.operands().into_iter();
         let (Some(image), Some(size)) = (operands.next(), operands.next()) else {
             return Err(Stop::misused("Expecting image file name and size"));
@@ -147,6 +153,7 @@ impl Args {
             shrink,
             quiet,
             objects: objects.into(),
+            policy,
         })
     }
 }
@@ -162,9 +169,12 @@ fn read_preallocation(value: &str) -> Result<Preallocation, Stop> {
 /// The command line is wrong, the image cannot be opened, or it cannot be resized.
 pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     let args = Args::parse(words)?;
+    args.policy
+        .confine(&args.objects, |reach| reach.writes(&args.image))?;
     let image = open_source(
         &args.image,
-        OpenOptions::new()
+        args.policy
+            .opening()
             .objects(Arc::clone(&args.objects))
             .write(true)
             .resize(true),
@@ -179,7 +189,10 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     } else {
         ShrinkPolicy::Refuse
     };
-    let resize = Resize::new(size).preallocation(args.preallocation).policy(policy);
+    let resize = Resize::new(size)
+        .preallocation(args.preallocation)
+        .policy(policy)
+        .opening(&args.policy.opening());
     if let Err(error) = resize.run(&image) {
         let stop = Stop::from(error);
         let refused = size < present && args.preallocation == Preallocation::Off && !args.shrink;

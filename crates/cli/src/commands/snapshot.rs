@@ -4,21 +4,22 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use diskimage::{
-    Image, Objects, OpenOptions, SnapshotSelector, ambiguous_snapshot, apply_snapshot, create_snapshot,
-    delete_snapshot, list_readable_snapshots, repeated_names,
+    Image, Objects, SnapshotSelector, ambiguous_snapshot, apply_snapshot, create_snapshot, delete_snapshot,
+    list_readable_snapshots, repeated_names,
 };
 
 use crate::facts::snapshot_lines;
 use crate::objects::define;
 use crate::out::Console;
 use crate::source::open_source;
-use crate::words::{Command, Flag, Operand, Parser, Source, Stop, only_image, text};
+use crate::words::{Command, Flag, Operand, Parser, Policy, Source, Stop, only_image, text};
 
 /// The table of `snapshot`.
 pub static COMMAND: Command = Command {
     name: "snapshot",
     summary: "List or manipulate snapshots within image",
     usage: "[-f FMT | --image-opts] [-l | -a|-c|-d SNAPSHOT]
+        [--untrusted] [--deny-references]
         [-U] [--object OBJDEF] FILENAME",
     flags: &[
         Flag::HELP,
@@ -40,6 +41,8 @@ pub static COMMAND: Command = Command {
             &["apply named snapshot to the base"],
         ),
         Flag::option(Some('d'), &["delete"], "SNAPSHOT", &["delete named snapshot"]),
+        Flag::UNTRUSTED,
+        Flag::DENY_REFERENCES,
     ],
     operands: &[Operand {
         name: "FILENAME",
@@ -86,6 +89,8 @@ pub struct Args {
     pub quiet: bool,
     /// The objects of `--object`, such as secrets.
     pub objects: Arc<Objects>,
+    /// What the images may bring about.
+    pub policy: Policy,
 }
 
 impl Args {
@@ -121,12 +126,14 @@ impl Args {
                 return Err(Stop::misused("Cannot mix '-l', '-a', '-c', '-d'"));
             }
         }
+        let policy = words.policy();
         Ok(Self {
             image: Source::new(only_image(words)?, format, image_opts)?,
             action: action.unwrap_or(Action::List),
             force_share,
             quiet,
             objects: objects.into(),
+            policy,
         })
     }
 }
@@ -137,11 +144,17 @@ impl Args {
 /// The command line is wrong, the image cannot be opened, the snapshot does not exist, or changing the image fails.
 pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     let args = Args::parse(words)?;
-    let options = OpenOptions::new()
+    let confinement = args.policy.confine(&args.objects, |reach| {
+        reach.with(&args.image, args.action != Action::List)
+    })?;
+    let options = args
+        .policy
+        .opening()
         .objects(Arc::clone(&args.objects))
         .force_share(args.force_share)
         .write(args.action != Action::List);
     let image = open_source(&args.image, options, console)?;
+    confinement.all_open()?;
     match &args.action {
         Action::List => {
             let (snapshots, damage) = list_readable_snapshots(&image);

@@ -108,6 +108,7 @@ mod tests {
             "Create and format new image file.  Usage:
 
   qemu-img create [-f FMT] [-o FMT_OPTS] [-b BACKING_FILENAME [-F BACKING_FMT]]
+        [--untrusted] [--deny-references]
         [--object OBJDEF] [-u] FILENAME [SIZE[bkKMGTPE]]
 
 Arguments:
@@ -128,6 +129,11 @@ Arguments:
      do not fail if BACKING_FMT can not be read
   --object OBJDEF
      QEMU user-creatable object (eg encryption key)
+  --untrusted
+     images come from strangers: they may refer to plain files beneath
+     their directory only, and the process confines itself
+  --deny-references
+     refuse images that refer to other files
   FILENAME
      image file to create.  It will be overridden if exists
   SIZE

@@ -9,11 +9,13 @@
 
 pub mod help;
 mod parser;
+mod policy;
 mod stop;
 mod table;
 mod values;
 
 pub use parser::Parser;
+pub use policy::Policy;
 pub use stop::{Prefix, Stop, Wrong};
 pub use table::{Command, Flag, Operand};
 pub use values::{

@@ -9,7 +9,7 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 
 use diskimage::name;
 
-use super::{Command, Flag, Stop};
+use super::{Command, Flag, Policy, Stop};
 
 /// Parses the words of one command, option by option. Operands are collected until all options are parsed.
 #[derive(Debug)]
@@ -22,6 +22,7 @@ pub struct Parser {
     operands_end_options: bool,
     /// The previous word was an operand.
     after_operand: bool,
+    policy: Policy,
 }
 
 impl Parser {
@@ -35,19 +36,35 @@ impl Parser {
             operands: Vec::new(),
             operands_end_options,
             after_operand: false,
+            policy: Policy::default(),
         }
     }
 
-    /// The next option: its [`Flag::name`], and its value, which is empty for an option without one.
+    /// The same parser, where `policy` holds besides what the options say.
+    #[must_use]
+    pub(crate) fn with_policy(self, policy: Policy) -> Self {
+        Self { policy, ..self }
+    }
+
+    /// The next option that is not the same for all commands: its [`Flag::name`], and its value, which is empty for an
+    /// option without one.
     ///
     /// # Errors
     /// An option is unknown, its value is missing, or it takes none and has one. [`Stop::Help`] for `--help`.
     pub fn next_flag(&mut self) -> Result<Option<(&'static str, OsString)>, Stop> {
-        let found = self.find_flag()?;
-        if matches!(&found, Some(("help", _))) {
-            return Err(Stop::Help);
+        loop {
+            match self.find_flag()? {
+                Some(("help", _)) => return Err(Stop::Help),
+                Some(("untrusted", _)) => self.policy.untrusted = true,
+                Some(("deny-references", _)) => self.policy.deny_references = true,
+                found => return Ok(found),
+            }
         }
-        Ok(found)
+    }
+
+    /// The policy about images, after [`Self::next_flag`] has returned `None`.
+    pub fn policy(&self) -> Policy {
+        self.policy
     }
 
     /// The operands, after [`Self::next_flag`] has returned `None`.

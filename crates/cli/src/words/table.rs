@@ -101,6 +101,21 @@ impl Flag {
         &["force-share"],
         &["open images in shared mode for concurrent access"],
     );
+    /// `--untrusted`.
+    pub const UNTRUSTED: Self = Self::switch(
+        None,
+        &["untrusted"],
+        &[
+            "images come from strangers: they may refer to plain files beneath",
+            "their directory only, and the process confines itself",
+        ],
+    );
+    /// `--deny-references`.
+    pub const DENY_REFERENCES: Self = Self::switch(
+        None,
+        &["deny-references"],
+        &["refuse images that refer to other files"],
+    );
     /// `-q`.
     pub const QUIET: Self = Self::switch(Some('q'), &["quiet"], &["quiet operation"]);
     /// `-q` with the other wording that some help texts have.

@@ -21,7 +21,7 @@ fn rebase(new: Option<&'static str>, compress: bool) -> impl Fn(&Disks) -> Resul
         let image = disks.open("top", OpenOptions::new().write(true))?;
         let new_backing = new.map(|name| disks.open(name, OpenOptions::new())).transpose()?;
         let backing = new.map(named);
-        check_backing(&image, backing.as_ref())?;
+        check_backing(&image, backing.as_ref(), &OpenOptions::new())?;
         Rebase {
             image: &image,
             new: new_backing.as_ref(),
@@ -30,7 +30,7 @@ fn rebase(new: Option<&'static str>, compress: bool) -> impl Fn(&Disks) -> Resul
             progress: Progress::none(),
         }
         .run()?;
-        set_backing(&image, backing.as_ref())
+        set_backing(&image, backing.as_ref(), &OpenOptions::new())
     }
 }
 
@@ -38,7 +38,11 @@ fn rebase(new: Option<&'static str>, compress: bool) -> impl Fn(&Disks) -> Resul
 fn rename(new: Option<&'static str>) -> impl Fn(&Disks) -> Result<()> {
     move |disks| {
         let options = OpenOptions::new().write(true).no_backing(true);
-        set_backing(&*disks.open("top", options)?, new.map(named).as_ref())
+        set_backing(
+            &*disks.open("top", options)?,
+            new.map(named).as_ref(),
+            &OpenOptions::new(),
+        )
     }
 }
 

@@ -15,8 +15,8 @@ use std::sync::Arc;
 
 use diskimage_core::options::{OptionDef, Options};
 use diskimage_core::{
-    CompressionLevel, CreatePlan, CreateRequest, Device, Error, ErrorKind, Format, Gate, Image, NewFiles,
-    NodeOptions, Objects, OnNote, OpenContext, Permissions, Preallocation, Result, name,
+    CompressionLevel, CreatePlan, CreateRequest, Device, Error, ErrorKind, Format, Image, NewFiles,
+    NodeOptions, OnNote, OpenContext, Permissions, Preallocation, Result, name,
 };
 use diskimage_formats::format_by_name;
 use diskimage_protocols::{
@@ -143,15 +143,9 @@ impl Creation {
         self
     }
 
-    /// The objects (secrets and the like) that the options refer to by name.
-    pub fn objects(mut self, objects: Arc<Objects>) -> Self {
-        self.open = self.open.objects(objects);
-        self
-    }
-
-    /// The gate that opens the files that images refer to; the default is [`FileGate`](crate::FileGate).
-    pub fn gate(mut self, gate: Arc<dyn Gate>) -> Self {
-        self.open = self.open.gate(gate);
+    /// The options to open other images with, such as their gate.
+    pub fn opening(mut self, options: OpenOptions) -> Self {
+        self.open = options;
         self
     }
 
@@ -178,6 +172,7 @@ impl Creation {
         let needed = self.needed_files(&options);
         Ok(Prepared {
             needed,
+            open: self.open.clone(),
             format,
             protocol,
             size,
@@ -285,6 +280,8 @@ pub struct Prepared {
     needed: HashSet<Identity>,
     cache: CacheMode,
     filling: Filling,
+    /// See [`Creation::opening`].
+    open: OpenOptions,
     context: OpenContext,
 }
 
@@ -505,10 +502,7 @@ impl Prepared {
         let Some(backing) = self.options.text("backing_file") else {
             return Ok(None);
         };
-        let options = OpenOptions::new()
-            .force_share(true)
-            .objects(Arc::clone(&self.context.objects))
-            .gate(Arc::clone(&self.context.gate));
+        let options = self.open.clone().force_share(true);
         open_bare(&full_backing_name(&file.name(), backing), &options).map(Some)
     }
 }

@@ -8,11 +8,13 @@
 
 use std::sync::Arc;
 
-use diskimage_core::{BackingIdentity, Device, Error, ErrorKind, Image, Layer, NodeOptions, Result, errno};
+use diskimage_core::{
+    BackingIdentity, Device, Error, ErrorKind, Image, Layer, NodeOptions, Origin, Result, errno,
+};
 
 use super::common::Common;
 use super::names::{full_backing_name, is_relative, node_of_name};
-use super::{Link, Mode, Opener, known_format, no_such_node};
+use super::{Link, Mode, Opener, Referrer, known_format, no_such_node};
 use crate::open_options::OpenOptions;
 
 /// The largest number of images in a chain. A limit of this program: it keeps the number of open files below the usual
@@ -42,6 +44,29 @@ pub(crate) fn open_device_chain(
     let common = Common::take(&mut node, options.mode())?;
     let link = opener.open_format(device, Some(name.to_owned()), format, node, common)?;
     opener.complete(link)
+}
+
+/// Opens the node to which the image `from` refers by `name`, with its backing chain.
+///
+/// # Errors
+/// As [`open_chain`], and refusals of the gate.
+pub(crate) fn open_reference(
+    from: &Image,
+    name: &str,
+    node: NodeOptions,
+    options: &OpenOptions,
+) -> Result<Arc<Image>> {
+    let (base_name, origin) = (from.base_name(), from.node().origin());
+    let opener = Opener {
+        from: Some(Referrer {
+            name: &base_name,
+            origin,
+        }),
+        states_formats: origin.format_is_stated,
+        ..Opener::new(options)
+    };
+    opener.context.gate.admit(&base_name, name, &node)?;
+    opener.open_image(node, options.mode())
 }
 
 impl Opener<'_> {
@@ -105,7 +130,11 @@ impl Opener<'_> {
             ..below.mode
         };
         let opener = Opener {
-            from: below.named_by.as_deref(),
+            from: below.named_by.as_ref().map(|(name, origin)| Referrer {
+                name,
+                origin: *origin,
+            }),
+            states_formats: below.states_format,
             ..self.clone()
         };
         let link = match (opener.open_link(below.node, mode), below.others) {
@@ -126,7 +155,7 @@ impl Opener<'_> {
     fn open_other(&self, others: &OtherNames, mode: Mode) -> Option<Result<Link>> {
         for name in &others.names {
             // A name of another system may look like one with a protocol.
-            let Ok(node) = others.node(name) else {
+            let Ok(node) = self.named_node(others, name) else {
                 continue;
             };
             match self.open_link(node, mode) {
@@ -135,8 +164,16 @@ impl Opener<'_> {
             }
         }
         let found = self.context.gate.locate(&others.from, others.names.last()?)?;
-        let node = others.node(&found);
+        let node = self.named_node(others, &found);
         Some(node.and_then(|node| self.open_link(node, mode)))
+    }
+
+    /// The node of the backing image that an image calls `name`, if the gate admits it.
+    fn named_node(&self, others: &OtherNames, name: &str) -> Result<NodeOptions> {
+        let mut node = others.node(name)?;
+        self.context.gate.admit(&others.from, name, &node)?;
+        node.overlay(others.given.clone());
+        Ok(node)
     }
 
     /// The node of the backing image of `link`, if it has one.
@@ -147,6 +184,8 @@ impl Opener<'_> {
         }
         let given = link.backing.clone().unwrap_or_default();
         let from = link.base_name();
+        let origin = link.node.origin();
+        let states_format = origin.format_is_stated || given.has("driver");
         let node = || {
             if let Some(reference) = given.text("") {
                 return Err(no_such_node(reference));
@@ -165,7 +204,8 @@ impl Opener<'_> {
                 return Ok(Below {
                     node,
                     mode: link.mode,
-                    named_by: (!by_user).then_some(from),
+                    named_by: (!by_user).then_some((from, origin)),
+                    states_format: states_format || by_user,
                     others: None,
                 });
             };
@@ -176,15 +216,31 @@ impl Opener<'_> {
                 format: format.map(str::to_owned),
                 given,
             };
-            let node = match others.node(named.name.text()) {
+            let is_own =
+                !link.mode.is_below && self.options.own_backing.as_deref() == Some(named.name.text());
+            if is_own {
+                let mut node = others.node(named.name.text())?;
+                node.overlay(others.given);
+                return Ok(Below {
+                    node,
+                    mode: link.mode,
+                    named_by: None,
+                    states_format: true,
+                    others: None,
+                });
+            }
+            let node = match self.named_node(&others, named.name.text()) {
                 // `C:\dir\base.vmdk` looks like a name with a protocol. It is a path for a format that knows others.
-                Err(_) if !names.is_empty() => others.node(&format!("./{}", named.name))?,
+                Err(error) if !names.is_empty() && error.kind() != ErrorKind::Denied => {
+                    self.named_node(&others, &format!("./{}", named.name))?
+                }
                 node => node?,
             };
             Ok(Below {
                 node,
                 mode: link.mode,
-                named_by: Some(from),
+                named_by: Some((from, origin)),
+                states_format,
                 others: Some(others).filter(|others| !others.names.is_empty()),
             })
         };
@@ -197,8 +253,10 @@ struct Below {
     node: NodeOptions,
     /// The mode of the overlay.
     mode: Mode,
-    /// The name of the overlay if that names the file; `None` if the options of the overlay's node do.
-    named_by: Option<String>,
+    /// The overlay if that names the file; `None` if the options of the overlay's node do.
+    named_by: Option<(String, Origin)>,
+    /// Whether the format that the node names is stated: by the user, or by an overlay whose own format is.
+    states_format: bool,
     /// What it can be if its file does not exist.
     others: Option<OtherNames>,
 }
@@ -214,11 +272,9 @@ struct OtherNames {
 }
 
 impl OtherNames {
-    /// The node of the backing image called `name`.
+    /// The node of the backing image called `name`, without the options that the user gave.
     fn node(&self, name: &str) -> Result<NodeOptions> {
-        let mut node = node_of_name(&full_backing_name(&self.from, name), self.format.as_deref())?;
-        node.overlay(self.given.clone());
-        Ok(node)
+        node_of_name(&full_backing_name(&self.from, name), self.format.as_deref())
     }
 
     /// The error if no file is called by any of the names.

@@ -18,7 +18,7 @@ use std::sync::Arc;
 use diskimage_core::json::Value;
 use diskimage_core::{
     Device, Error, ErrorKind, Filtered, Format, Image, Layer, Node, NodeOptions, Note, OpenContext,
-    OpenRequest, Permissions, Reference, Result, ResultExt, Role, ZeroDetection, errno,
+    OpenRequest, Origin, Permissions, Reference, Result, ResultExt, Role, ZeroDetection, errno,
 };
 use diskimage_formats::{bare_layer, format_by_name};
 use diskimage_protocols::{
@@ -29,11 +29,11 @@ use diskimage_protocols::{
 use crate::gate::require_all_taken;
 use crate::guess::GuessedRaw;
 use crate::open_options::{Mode, OpenOptions};
-use crate::probe::guess_device;
+use crate::probe::{guess_device, only_guess};
 use common::Common;
 
 pub use chain::backing_not_found;
-pub(crate) use chain::{Step, open_chain, open_device_chain, walk_chain};
+pub(crate) use chain::{Step, open_chain, open_device_chain, open_reference, walk_chain};
 
 pub use names::{full_backing_name, is_driver, is_relative, node_of_name};
 
@@ -72,10 +72,19 @@ pub(crate) struct Opener<'a> {
     options: &'a OpenOptions,
     /// What all nodes of the graph share.
     context: Arc<OpenContext>,
-    /// The name of the image that refers to the node, which is then opened through the gate; `None` if the user does.
-    from: Option<&'a str>,
+    /// The image that refers to the node, which is then opened through the gate; `None` if the user does.
+    from: Option<Referrer<'a>>,
+    /// Whether the drivers that the options name are stated: see [`Origin::format_is_stated`].
+    states_formats: bool,
     /// The number of nodes above this one.
     nesting: u32,
+}
+
+/// The image that refers to a node.
+#[derive(Clone, Copy, Debug)]
+struct Referrer<'a> {
+    name: &'a str,
+    origin: Origin,
 }
 
 /// The largest number of nodes on top of each other. A limit of this program: opening recurses, and each level takes
@@ -126,6 +135,7 @@ impl<'a> Opener<'a> {
             options,
             context: Arc::new(options.context()),
             from: None,
+            states_formats: true,
             nesting: 0,
         }
     }
@@ -201,6 +211,7 @@ impl<'a> Opener<'a> {
         common: Common,
     ) -> Result<Link> {
         let Common { mode, zeroes } = common;
+        let is_given = format.is_some();
         let (format, device) = match format {
             Some(format) => (format, Arc::clone(&file)),
             None => self.probe_format(&file, plain_name.as_deref(), mode)?,
@@ -210,6 +221,7 @@ impl<'a> Opener<'a> {
         let mut graph_node = Node {
             driver: format.name(),
             options: strong_options(format, &node),
+            format_is_stated: is_given && self.states_formats,
             ..Node::default()
         };
         let children = self.open_children(format, &mut node, &common)?;
@@ -225,6 +237,7 @@ impl<'a> Opener<'a> {
             force_share: mode.force_share,
             children,
             options: &mut node,
+            origin: graph_node.origin(),
             context: &self.context,
         })?;
         if layer.len() > MAX_LEN {
@@ -257,8 +270,11 @@ impl<'a> Opener<'a> {
         mode: Mode,
     ) -> Result<(&'static dyn Format, Arc<dyn Device>)> {
         let name = plain_name.map_or_else(|| file.node().base_name(), str::to_owned);
-        let guess =
-            guess_device(&**file, &name).context(|| "Could not read image for determining its format")?;
+        let guess = match self.options.unambiguous {
+            true => only_guess(&**file, &name)?,
+            false => guess_device(&**file, &name),
+        };
+        let guess = guess.context(|| "Could not read image for determining its format")?;
         let format = guess.format;
         if guess.is_loose {
             self.context.tell(&loose_guess(&name, format));
@@ -402,6 +418,10 @@ impl<'a> Opener<'a> {
 
     /// Opens a local file: a regular file, a device or a directory.
     fn open_plain(&self, mut node: NodeOptions, common: &Common) -> Result<Arc<dyn Device>> {
+        if let Some(from) = self.from {
+            // Which driver it is the gate finds out: nothing looks at a file that it may refuse.
+            return self.open_referenced(from, &node, common.mode);
+        }
         let driver = LocalFileDriver::serving(node.text("filename").unwrap_or_default());
         let device = self.open_protocol(driver, &mut node, common.mode)?;
         require_all_taken(driver.name(), &node)?;
@@ -452,7 +472,10 @@ impl<'a> Opener<'a> {
                 write: false,
                 ..common.mode
             };
-            self.open_protocol(LocalFileDriver::serving(name), &mut options, mode)
+            match self.from {
+                Some(from) => self.open_referenced(from, &options, mode),
+                None => self.open_protocol(LocalFileDriver::serving(name), &mut options, mode),
+            }
         };
         filter.open(FilterRequest {
             options: node,
@@ -485,9 +508,20 @@ impl<'a> Opener<'a> {
         };
         let mut options = std::mem::take(node);
         options.set("driver", protocol.name());
+        self.open_referenced(from, &options, mode)
+    }
+
+    /// Opens the file that the image `from` refers to.
+    fn open_referenced(
+        &self,
+        from: Referrer<'_>,
+        options: &NodeOptions,
+        mode: Mode,
+    ) -> Result<Arc<dyn Device>> {
         self.context.gate.open(&Reference {
-            options: &options,
-            from,
+            options,
+            from: from.name,
+            origin: from.origin,
             role: Role::Backing,
             // The final lock follows when the format is known.
             permissions: Permissions {

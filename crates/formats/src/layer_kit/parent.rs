@@ -53,14 +53,15 @@ impl Parent {
 
     /// Where the parent was looked for.
     pub(crate) fn search(&self) -> BackingSearch {
-        let locators = self.locators.relative.iter().chain(&self.locators.absolute);
+        let locators = || self.locators.relative.iter().chain(&self.locators.absolute);
         let description = format!(
             "The parent is not found: its locators are {}, and it was looked for as {}",
-            quoted(locators),
+            quoted(locators()),
             quoted(&self.tried)
         );
         BackingSearch {
             names: Vec::new(),
+            stored: locators().cloned().collect(),
             description: Some(description),
         }
     }

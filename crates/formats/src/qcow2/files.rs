@@ -44,10 +44,7 @@ pub(super) fn data_file(header: &Header, request: &mut OpenRequest<'_>) -> Resul
         data_permissions(request.write)
     };
     // As in qemu-img: the name is relative to the current directory, not to the image's.
-    request
-        .context
-        .open_data(name.text(), request.name, permissions)
-        .map(Some)
+    request.open_data(name.text(), permissions).map(Some)
 }
 
 /// The permissions for a data file: like a raw image, it may be written by others while it is read.

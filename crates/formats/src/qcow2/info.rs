@@ -1,6 +1,6 @@
 //! The facts about an image.
 
-use diskimage_core::{Detail, Info, Result};
+use diskimage_core::{Detail, FileRole, Info, NamedFile, Result};
 
 use super::Qcow2;
 use super::encrypt::Encrypted;
@@ -29,10 +29,12 @@ impl Qcow2 {
             "refcount-bits",
             1 << header.geometry.refcount_order,
         ));
-        if self.has_data_file() {
-            let name = header.extensions.data_file.as_ref();
-            facts.extend(name.map(|name| Detail::text("data-file", name.text())));
-        }
+        let data_file = header
+            .extensions
+            .data_file
+            .as_ref()
+            .filter(|_| self.has_data_file());
+        facts.extend(data_file.map(|name| Detail::text("data-file", name.text())));
         facts.extend(self.encrypted.as_ref().map(Encrypted::details));
         if v3 {
             if self.has_data_file() {
@@ -58,6 +60,10 @@ impl Qcow2 {
                 .map(|snapshot| snapshot.info)
                 .collect(),
             specific: Some(facts),
+            other_files: data_file
+                .map(|name| NamedFile::new(FileRole::DataFile, name.text()))
+                .into_iter()
+                .collect(),
             ..Info::default()
         })
     }

@@ -345,7 +345,7 @@ impl<'a> Files<'a> {
     fn find(&self, line: &ExtentLine, permissions: Permissions) -> Result<(String, Arc<dyn Device>)> {
         let request = self.request;
         let open = |path: String| {
-            let device = request.context.open_data(&path, request.name, permissions)?;
+            let device = request.open_data(&path, permissions)?;
             Ok((path, device))
         };
         let is_missing = |error: &Error| error.kind() == ErrorKind::NotFound;

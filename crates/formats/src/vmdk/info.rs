@@ -1,6 +1,6 @@
 //! The details that `info` prints.
 
-use diskimage_core::{Detail, DetailValue, Info};
+use diskimage_core::{Detail, DetailValue, FileRole, Info, NamedFile};
 
 use super::VmdkLayer;
 use super::descriptor::Access;
@@ -10,8 +10,9 @@ impl VmdkLayer {
     /// The details of the image, in the order in which `info` prints them.
     pub(super) fn collect_info(&self) -> Info {
         let create_type = self.descriptor.create_type.clone().unwrap_or_default();
-        let extents = self.extents();
-        let extents = extents.iter().map(|extent| DetailValue::Group(details(extent)));
+        let all = self.extents();
+        let separate = all.iter().filter(|extent| extent.has_part());
+        let extents = all.iter().map(|extent| DetailValue::Group(details(extent)));
         Info {
             cluster_size: (self.grain > 1).then_some(self.grain),
             specific: Some(vec![
@@ -23,6 +24,9 @@ impl VmdkLayer {
                     value: DetailValue::List(extents.collect()),
                 },
             ]),
+            other_files: separate
+                .map(|extent| NamedFile::new(FileRole::Extent, extent.name.as_str()))
+                .collect(),
             ..Info::default()
         }
     }

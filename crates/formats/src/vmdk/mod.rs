@@ -617,7 +617,7 @@ impl Backed for VmdkLayer {
         names.push(own_name(text).to_owned());
         BackingSearch {
             names: names.into_iter().map(Name::from).collect(),
-            description: None,
+            ..BackingSearch::default()
         }
     }
 }

@@ -3,10 +3,11 @@
 use std::sync::Arc;
 
 use diskimage_core::options::{OptionDef, OptionKind};
-use diskimage_core::{Device, Error, NodeOptions, Note, Result, name};
+use diskimage_core::{Device, Error, NodeOptions, Note, OpenContext, Result, name};
 
-use super::{File, FileKind};
+use super::{Directory, File, FileKind};
 use crate::aio::Aio;
+use crate::cache::CacheMode;
 use crate::name::{ProtocolKind, Target};
 use crate::protocol::{Protocol, ProtocolRequest};
 
@@ -38,21 +39,23 @@ pub(crate) static HOST_CDROM: LocalFileDriver = LocalFileDriver {
 impl LocalFileDriver {
     /// The driver for the file at `path`, which its type decides.
     pub fn serving(path: &str) -> &'static Self {
-        match name::to_path(path)
-            .metadata()
-            .map(|metadata| FileKind::of(&metadata))
-        {
-            Ok(Some(kind)) if kind.is_device() => &HOST_DEVICE,
+        match FileKind::of_path(path) {
+            Some(kind) if kind.is_device() => &HOST_DEVICE,
             _ => &FILE,
         }
     }
+
+    /// The driver for regular files.
+    pub fn regular() -> &'static Self {
+        &FILE
+    }
 }
 
-/// The file of a new image that is opened as `path`.
-fn new_file(path: &str, request: &ProtocolRequest<'_>) -> Option<Arc<dyn Device>> {
-    let new_files = request.context.new_files.iter();
-    let mut found = new_files.filter(|(of_file, _)| request.write && same_path(of_file, path));
-    found.next().map(|(_, device)| Arc::clone(device))
+/// The file of the context's new image that is opened as `path`.
+pub fn new_file(path: &str, context: &OpenContext) -> Option<Arc<dyn Device>> {
+    let mut files = context.new_files.iter();
+    let found = files.find(|(of_file, _)| same_path(of_file, path));
+    found.map(|(_, device)| Arc::clone(device))
 }
 
 /// Whether two paths stand for the same name in the same directory.
@@ -110,13 +113,48 @@ impl Protocol for LocalFileDriver {
     }
 
     fn open(&self, request: ProtocolRequest<'_>) -> Result<Arc<dyn Device>> {
-        let options = request.options.take_known(OPTIONS)?;
+        self.open_by(request, File::open)
+    }
+
+    fn can_create(&self) -> bool {
+        self.kind == ProtocolKind::File
+    }
+}
+
+impl LocalFileDriver {
+    /// Opens the file of the request, which has to be at `path` beneath `directory`. The name in the options is shown, and
+    /// opens the files of a new image.
+    ///
+    /// # Errors
+    /// As [`Protocol::open`] and [`Directory::file`].
+    pub fn open_beneath(
+        &self,
+        directory: &Directory,
+        path: &str,
+        request: ProtocolRequest<'_>,
+    ) -> Result<Arc<dyn Device>> {
+        self.open_by(request, |target, write, cache| {
+            directory.file(path, &target.path, write, cache)
+        })
+    }
+
+    fn open_by(
+        &self,
+        request: ProtocolRequest<'_>,
+        open: impl FnOnce(&Target, bool, CacheMode) -> Result<File>,
+    ) -> Result<Arc<dyn Device>> {
+        let ProtocolRequest {
+            options,
+            write,
+            mut cache,
+            context,
+        } = request;
+        let options = options.take_known(OPTIONS)?;
         let locking = match options.text("locking") {
             Some("auto" | "on") | None => true,
             Some("off") => false,
             Some(other) => return Err(Error::invalid(format!("invalid parameter value: {other}"))),
         };
-        let mut cache = request.cache;
         if let Some(name) = options.text("aio") {
             cache.aio = Aio::from_name(name)
                 .ok_or_else(|| Error::invalid(format!("invalid parameter value: {name}")))?;
@@ -127,21 +165,17 @@ impl Protocol for LocalFileDriver {
             .ok_or_else(|| {
                 Error::invalid(format!("The '{}' block driver requires a file name", self.name()))
             })?;
-        if let Some(device) = new_file(path, &request) {
+        if write && let Some(device) = new_file(path, context) {
             return Ok(device);
         }
         let target = Target {
             protocol: Some(self.kind),
             path: path.to_owned(),
         };
-        let file = File::open(&target, request.write, cache)?;
+        let file = open(&target, write, cache)?;
         if let Some(message) = file.aio_fallback() {
-            request.context.tell(&Note::Error(message.to_owned()));
+            context.tell(&Note::Error(message.to_owned()));
         }
         Ok(Arc::new(if locking { file } else { file.without_locks() }))
-    }
-
-    fn can_create(&self) -> bool {
-        self.kind == ProtocolKind::File
     }
 }

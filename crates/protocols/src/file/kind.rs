@@ -3,11 +3,16 @@
 use std::fs;
 use std::os::unix::fs::FileTypeExt;
 
+use diskimage_core::name;
+
 /// The type of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum FileKind {
+pub enum FileKind {
+    /// A plain file.
     Regular,
+    /// A block device.
     Block,
+    /// A character device.
     Character,
 }
 
@@ -24,6 +29,11 @@ impl FileKind {
         } else {
             None
         }
+    }
+
+    /// The type of the file at `path`; `None` for others and if there is none.
+    pub fn of_path(path: &str) -> Option<Self> {
+        Self::of(&name::to_path(path).metadata().ok()?)
     }
 
     pub(crate) fn is_device(self) -> bool {

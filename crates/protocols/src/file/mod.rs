@@ -1,6 +1,7 @@
 //! An open file or block device.
 
 mod ahead;
+mod beneath;
 mod direct_requests;
 mod driver;
 mod extents;
@@ -25,9 +26,10 @@ use crate::lock::HeldLocks;
 use crate::name::{ProtocolKind, Target};
 
 use ahead::AllocateAhead;
-pub use driver::LocalFileDriver;
+pub use beneath::Directory;
 pub(crate) use driver::{FILE, HOST_CDROM, HOST_DEVICE};
-pub(crate) use kind::FileKind;
+pub use driver::{LocalFileDriver, new_file};
+pub use kind::FileKind;
 
 /// An open file or block device.
 #[derive(Debug)]
@@ -445,9 +447,8 @@ impl Device for File {
         Node {
             driver: self.protocol().name(),
             options,
-            node_name: None,
             name: Some(self.name.clone()),
-            children: Vec::new(),
+            ..Node::default()
         }
     }
 }

@@ -99,13 +99,12 @@ impl FilterRequest<'_> {
         Node {
             driver,
             options,
-            node_name: None,
-            name: None,
             children: self
                 .children
                 .iter()
                 .map(|below| (below.name.clone(), Arc::clone(&below.device)))
                 .collect(),
+            ..Node::default()
         }
     }
 }

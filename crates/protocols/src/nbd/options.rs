@@ -154,9 +154,8 @@ impl NbdOptions {
         Node {
             driver: "nbd",
             options: self.given.clone(),
-            node_name: None,
             name: Some(show(&self.address, &self.export)),
-            children: Vec::new(),
+            ..Node::default()
         }
     }
 }

@@ -5,8 +5,8 @@ use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use diskimage_core::{
-    Device, Error, Limits, Node, OpenContext, Permissions, Result, ResultExt, View, name, saturating_index,
-    saturating_u32,
+    Device, Error, Limits, Node, OpenContext, Origin, Permissions, Result, ResultExt, View, name,
+    saturating_index, saturating_u32,
 };
 
 use super::entry::Label;
@@ -119,7 +119,10 @@ impl Disk {
             return Ok(file);
         }
         let name = name::of_path(path);
-        let opened = self.context.open_data(&name, &name, Permissions::FORCE_SHARE);
+        // The user names the directory.
+        let opened = self
+            .context
+            .open_data(&name, &name, Origin::STATED, Permissions::FORCE_SHARE);
         let file = opened.context(|| format!("Could not read '{name}'"))?;
         self.files.keep(index, Arc::clone(&file));
         Ok(file)

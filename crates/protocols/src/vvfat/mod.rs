@@ -124,9 +124,7 @@ impl Protocol for VvfatDriver {
         let node = Node {
             driver: self.name(),
             options: shown,
-            node_name: None,
-            name: None,
-            children: Vec::new(),
+            ..Node::default()
         };
         Ok(Arc::new(ReadOnlyView(Disk::new(
             node,

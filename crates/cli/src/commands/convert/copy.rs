@@ -6,15 +6,16 @@ use std::sync::Arc;
 use diskimage::options::Options;
 use diskimage::{
     CompressionLevel, Conversion, Creation, DEFAULT_SPARSE, Device, FILE_CREATE_OPTIONS, Filling, Format,
-    Image, Layer, NewImage, NodeOptions, OpenFiles, OpenOptions, ambiguous_snapshot, check_bitmaps,
-    copy_bitmaps, flush, format_by_name, format_of_new, is_encrypted, open_snapshot, total_len,
+    Image, Layer, NewImage, NodeOptions, OpenFiles, ambiguous_snapshot, check_bitmaps, copy_bitmaps, flush,
+    format_by_name, format_of_new, is_encrypted, open_snapshot, total_len,
 };
 
 use super::super::create::option_help;
 use super::{Args, Request};
+use crate::confinement::Reach;
 use crate::out::Console;
 use crate::source::open_source;
-use crate::words::{Parser, Source, Stop, text};
+use crate::words::{ImageName, Parser, Source, Stop, text};
 
 /// Parses the command line of `convert` and runs the command.
 ///
@@ -27,6 +28,9 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
         }
         Request::Convert(args) => args,
     };
+    let confinement = args
+        .policy
+        .confine(&args.objects, |reach| reach_of(&args, reach))?;
     let progress = crate::progress::Progress::new(args.progress, console);
     progress.begin();
     let (sources, bitmap_source) = open_sources(&args, console)?;
@@ -34,6 +38,7 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     // Unless it is published, a new image is gone with all its files.
     let new = target.create(&args)?;
     let image = target.open(&args, new.as_ref(), console)?;
+    confinement.all_open()?;
     if bitmap_source.is_some() && image.layer().bitmaps().is_none() {
         return Err(Stop::wrong(format!(
             "Format driver '{}' does not support bitmaps",
@@ -51,13 +56,26 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     Ok(0)
 }
 
+/// The files that the command uses.
+fn reach_of(args: &Args, reach: Reach) -> Reach {
+    let reach = args.sources.iter().fold(reach, Reach::reads);
+    match &args.target.name {
+        ImageName::File(name) if !args.no_create => {
+            let backing = args.backing.clone().map(text);
+            reach.makes(name, backing.as_deref(), args.options.as_deref())
+        }
+        _ => reach.writes(&args.target),
+    }
+}
+
 /// The images to copy, and the layer whose bitmaps are copied too. A snapshot has no bitmaps, so this is the image's
 /// layer.
 type Sources = (Vec<Arc<Image>>, Option<Arc<dyn Layer>>);
 
 fn open_sources(args: &Args, console: &Console) -> Result<Sources, Stop> {
     let options = || {
-        OpenOptions::new()
+        args.policy
+            .opening()
             .objects(Arc::clone(&args.objects))
             .cache(args.source_cache)
             .force_share(args.force_share)
@@ -104,6 +122,8 @@ struct Target {
     /// The creation options that opening the target needs as well.
     keys: NodeOptions,
     compression_level: Option<CompressionLevel>,
+    /// The backing image that the user gives the new image.
+    backing: Option<String>,
 }
 
 impl Target {
@@ -145,12 +165,13 @@ impl Target {
             creation: None,
             keys: NodeOptions::new(),
             compression_level: None,
+            backing: None,
         };
         let Some(driver) = driver else { return Ok(target) };
         if !args.no_create {
             let name = target.format.as_deref().unwrap_or(driver.name());
             let mut creation = Creation::new(&target.name, name)
-                .objects(Arc::clone(&args.objects))
+                .opening(args.policy.opening().objects(Arc::clone(&args.objects)))
                 .apart_from(sources)
                 .exact_size(total_len(sources))
                 .filling(match args.compress {
@@ -171,6 +192,7 @@ impl Target {
             target.creation = Some(creation);
             target.keys = options.keys;
             target.compression_level = options.compression_level;
+            target.backing = options.backing;
         }
         if args.compress && !driver.properties().has_compression {
             return Err(Stop::wrong("Compression not supported for this file format"));
@@ -208,11 +230,14 @@ impl Target {
             name: args.target.name.clone(),
             format: self.format.clone(),
         };
-        let options = OpenOptions::new()
+        let options = args
+            .policy
+            .opening()
             .objects(Arc::clone(&args.objects))
             .write(true)
             .resize(!args.no_create)
             .node_options(self.keys.clone())
+            .own_backing(self.backing.clone())
             .new_files(new.map_or_else(OpenFiles::default, NewImage::files))
             .cache(match new {
                 Some(_) => args.target_cache,
@@ -231,6 +256,8 @@ struct TargetOptions {
     /// See [`Target::keys`].
     keys: NodeOptions,
     compression_level: Option<CompressionLevel>,
+    /// See [`Target::backing`].
+    backing: Option<String>,
 }
 
 impl TargetOptions {
@@ -238,8 +265,13 @@ impl TargetOptions {
         let tables = driver.map_or(&[][..], |driver| driver.create_options());
         let mut options = Options::merged(&[tables, FILE_CREATE_OPTIONS]);
         options.parse(args.options.as_deref().unwrap_or_default())?;
+        let backing = match &args.backing {
+            Some(backing) => Some(text(backing.clone())),
+            None => options.text("backing_file").map(str::to_owned),
+        };
         Ok(Self {
             is_named: args.backing.is_some() || options.is_given("backing_file"),
+            backing,
             has_format: args.backing_format.is_some() || options.is_given("backing_fmt"),
             keys: keys(&options),
             compression_level: CompressionLevel::from_options(&options)?,

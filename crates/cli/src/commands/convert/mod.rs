@@ -10,8 +10,8 @@ use diskimage::{CacheMode, Objects, SnapshotSelector};
 pub use self::copy::run;
 use crate::objects::define;
 use crate::words::{
-    Command, CreateOptions, Flag, LARGEST, Operand, Parser, Source, Stop, count, size, snapshot_selector,
-    source_cache, target_cache, text,
+    Command, CreateOptions, Flag, LARGEST, Operand, Parser, Policy, Source, Stop, count, size,
+    snapshot_selector, source_cache, target_cache, text,
 };
 
 /// The table of `convert`.
@@ -19,6 +19,7 @@ pub static COMMAND: Command = Command {
     name: "convert",
     summary: "Copy one image to another with optional format conversion",
     usage: "[-f SRC_FMT|--image-opts] [-T SRC_CACHE] [--bitmaps [--skip-broken-bitmaps]]
+        [--untrusted] [--deny-references]
         [-o TGT_OPTS|--target-image-opts] [-t TGT_CACHE] [-n]
         [-B BACKING_FILENAME [-F BACKING_FMT]]
         SRC_FILENAME [SRC_FILENAME2 [...]] TGT_FILENAME",
@@ -193,6 +194,8 @@ const FLAGS: &[Flag] = &[
         &["enable out-of-order writes to improve performance"],
     ),
     Flag::OBJECT,
+    Flag::UNTRUSTED,
+    Flag::DENY_REFERENCES,
 ];
 
 /// A parsed command line.
@@ -258,6 +261,8 @@ pub struct Args {
     pub progress: bool,
     /// The objects of `--object`, such as secrets.
     pub objects: Arc<Objects>,
+    /// What the images may bring about.
+    pub policy: Policy,
 }
 
 /// The options before they are checked against each other.
@@ -288,6 +293,7 @@ struct Given {
     quiet: bool,
     progress: bool,
     objects: Objects,
+    policy: Policy,
 }
 
 impl Request {
@@ -300,6 +306,7 @@ impl Request {
         while let Some((flag, value)) = words.next_flag()? {
             given.add(flag, value)?;
         }
+        given.policy = words.policy();
         given.check()?;
         given.finish(words.operands())
     }
@@ -417,6 +424,7 @@ impl Given {
             quiet: self.quiet,
             progress: self.progress && !self.quiet,
             objects: self.objects.into(),
+            policy: self.policy,
         })))
     }
 }

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use diskimage_core::options::Options;
 use diskimage_core::{
     ByteRange, ClosedGate, CreateRequest, Device, Format, Gate, Image, MemoryDevice, NewFiles, NodeOptions,
-    Object, Objects, OpenContext, OpenRequest, Permissions, Preallocation, ResizeRequest, Result, Secret,
-    StatusDetail, ZeroMode,
+    Object, Objects, OpenContext, OpenRequest, Origin, Permissions, Preallocation, ResizeRequest, Result,
+    Secret, StatusDetail, ZeroMode,
 };
 use proptest::prelude::*;
 
@@ -76,7 +76,7 @@ pub(super) fn create_in(
     });
     plan.expect("valid options").write(NewFiles {
         file,
-        make_part: &mut |part| context.open_data(part, "test", Permissions::WRITE),
+        make_part: &mut |part| context.open_data(part, "test", Origin::STATED, Permissions::WRITE),
         backing: None,
     })
 }
