@@ -568,12 +568,12 @@ impl NewImage {
     }
 
     /// Gives the files their names, the one without which the image cannot be opened last. Files that had these names are
-    /// replaced.
+    /// replaced; if that fails, they are all there as before.
     ///
     /// # Errors
     /// A file cannot get its name, or something else has it by now.
     pub fn publish(self) -> Result<()> {
-        self.files.into_iter().rev().try_for_each(NewFile::publish)
+        NewFile::publish_all(self.files)
     }
 }
 
