@@ -5,6 +5,7 @@ use std::sync::Arc;
 use diskimage_core::options::{OptionDef, OptionKind};
 use diskimage_core::{Device, Error, NodeOptions, Note, Result, name};
 
+use super::place::place_of_path;
 use super::{File, FileKind};
 use crate::aio::Aio;
 use crate::name::{ProtocolKind, Target};
@@ -57,16 +58,7 @@ fn new_file(path: &str, request: &ProtocolRequest<'_>) -> Option<Arc<dyn Device>
 
 /// Whether two paths stand for the same name in the same directory.
 fn same_path(one: &str, other: &str) -> bool {
-    let place = |path: &str| {
-        let path = name::to_path(path);
-        let name = path.file_name()?.to_owned();
-        let directory = match path.parent() {
-            Some(directory) if !directory.as_os_str().is_empty() => directory.canonicalize(),
-            _ => name::to_path(".").canonicalize(),
-        };
-        Some((directory.ok()?, name))
-    };
-    one == other || place(one).is_some_and(|one| place(other) == Some(one))
+    one == other || place_of_path(one).is_some_and(|one| place_of_path(other) == Some(one))
 }
 
 const OPTIONS: &[OptionDef] = &[

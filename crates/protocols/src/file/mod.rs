@@ -5,6 +5,7 @@ mod direct_requests;
 mod driver;
 mod extents;
 mod kind;
+mod place;
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
@@ -28,6 +29,7 @@ use ahead::AllocateAhead;
 pub use driver::LocalFileDriver;
 pub(crate) use driver::{FILE, HOST_CDROM, HOST_DEVICE};
 pub(crate) use kind::FileKind;
+pub use place::place_of_path;
 
 /// An open file or block device.
 #[derive(Debug)]
