@@ -227,6 +227,10 @@ fn apply(file: &mut Vec<u8>, change: &Change, fate: Fate, random: &mut Random) {
     match change {
         Change::Write(offset, bytes) => {
             let whole = ByteRange::at(*offset, bytes.len() as u64);
+            if fate == Fate::Torn && whole.len() > SECTOR {
+                // File systems may record a new length before the bytes.
+                put(file, whole.skip(whole.len()), |_| {});
+            }
             let mut rest = whole;
             while !rest.is_empty() {
                 let part = rest.first(SECTOR - rest.start() % SECTOR);
