@@ -151,6 +151,11 @@ impl<'a> Conversion<'a> {
     /// Options contradict each other, the target is too small or one of the sources' files, or a request fails: the
     /// first error in guest order.
     pub fn run(&self) -> Result<u64> {
+        self.run_on(self.workers())
+    }
+
+    /// [`Conversion::run`] on `most` workers, unless there are fewer segments.
+    fn run_on(&self, most: usize) -> Result<u64> {
         self.check()?;
         let job = CopyJob::new(self)?;
         // Counting the steps has reported them already.
@@ -160,7 +165,7 @@ impl<'a> Conversion<'a> {
         job.begin_progress();
         let segments = job.sources.len().div_ceil(job.segment);
         let segment = to_index(job.segment)?;
-        let workers = saturating_index(segments).min(self.workers());
+        let workers = saturating_index(segments).min(most);
         if workers > 0 {
             let make = || Worker::new(&job, segment, self.encoder()?);
             workers::run(workers, make, Worker::run)?;
