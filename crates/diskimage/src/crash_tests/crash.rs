@@ -33,7 +33,7 @@ pub(super) fn everywhere(command: &Command, expected: &Expected, effort: Effort,
             true => &mut found.power_cuts,
             false => &mut found.kills,
         };
-        tally.add(judged, &mut found.defects, |defect| {
+        tally.count(judged, &mut found.defects, |defect| {
             let (at, kept) = (crash.position, crash.kept);
             format!(
                 "{}: crash at {at} of {} ({kept}): {defect}",

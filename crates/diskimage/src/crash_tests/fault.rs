@@ -39,7 +39,7 @@ pub(super) fn everywhere(command: &Command, expected: &Expected, effort: Effort,
                     Ok(Some(verdict)) => Ok(verdict),
                     Err(defect) => Err(defect),
                 };
-                found.faults.add(judged, &mut found.defects, |defect| {
+                found.faults.count(judged, &mut found.defects, |defect| {
                     let name = &command.cast.roles[failing].name;
                     format!("{}: {fault:?} of '{name}': {defect}", command.name)
                 });

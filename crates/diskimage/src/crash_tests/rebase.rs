@@ -41,7 +41,7 @@ pub(super) fn rebase(
 }
 
 /// The command with `-u`.
-fn rename(new: Option<(&'static str, &'static str)>) -> impl Fn(&Disks) -> Result<()> {
+pub(super) fn rename(new: Option<(&'static str, &'static str)>) -> impl Fn(&Disks) -> Result<()> {
     move |disks| {
         let options = OpenOptions::new().write(true).no_backing(true);
         set_backing(&*disks.open("top", options)?, new.map(named).as_ref())

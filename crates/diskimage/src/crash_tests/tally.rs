@@ -1,7 +1,7 @@
 //! What has come of the crashes and faults.
 
 use std::fmt;
-use std::ops::AddAssign;
+use std::ops::Add;
 
 /// What a cut-off command has left, if nothing is lost.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,7 +29,7 @@ impl Tally {
     }
 
     /// Counts a crash or fault. A defect is described by `describe`.
-    pub(super) fn add(
+    pub(super) fn count(
         &mut self,
         judged: Result<Verdict, String>,
         defects: &mut Vec<String>,
@@ -47,16 +47,20 @@ impl Tally {
     }
 }
 
-impl AddAssign for Tally {
-    fn add_assign(&mut self, other: Self) {
-        self.old += other.old;
-        self.new += other.new;
-        self.mixed += other.mixed;
-        self.lost += other.lost;
+impl Add for Tally {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        Self {
+            old: self.old + other.old,
+            new: self.new + other.new,
+            mixed: self.mixed + other.mixed,
+            lost: self.lost + other.lost,
+        }
     }
 }
 
-/// In the order of the columns of [`Tally::COLUMNS`].
+/// The columns of a table: tried, old, new, mixed, lost.
 impl fmt::Display for Tally {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self {
@@ -82,7 +86,21 @@ impl Found {
     /// Fails with the first defects, if there are any.
     pub(super) fn require_none(&mut self) {
         let all = self.defects.len();
-        self.defects.truncate(2000);
+        self.defects.truncate(20);
         assert!(all == 0, "{all} defects\n{}", self.defects.join("\n"));
+    }
+}
+
+impl Add for Found {
+    type Output = Self;
+
+    fn add(mut self, other: Self) -> Self {
+        self.defects.extend(other.defects);
+        Self {
+            kills: self.kills + other.kills,
+            power_cuts: self.power_cuts + other.power_cuts,
+            faults: self.faults + other.faults,
+            ..self
+        }
     }
 }

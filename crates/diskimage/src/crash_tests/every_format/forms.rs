@@ -54,7 +54,7 @@ impl Form {
 }
 
 /// All of them. Not all can do everything.
-pub(super) static FORMS: [Form; 21] = [
+pub(super) static FORMS: [Form; 22] = [
     form("raw", "raw", "", 4 * KIB),
     form("qcow2", "qcow2", "cluster_size=4k", 4 * KIB).amended("refcount_bits=64"),
     form(
@@ -118,12 +118,10 @@ pub(super) static FORMS: [Form; 21] = [
     ),
     form("vmdk, stream", "vmdk", STREAM, 64 * KIB),
     form("parallels", "parallels", "cluster_size=16k", 16 * KIB),
+    form("luks", "luks", "key-secret=key,iter-time=10", 4 * KIB)
+        .encrypted("key-secret")
+        .amended("state=active,new-secret=other,keyslot=1,iter-time=10"),
 ];
-
-/// Also a form, which is not among the others as its tests take longer.
-pub(super) static LUKS: Form = form("luks", "luks", "key-secret=key,iter-time=10", 4 * KIB)
-    .encrypted("key-secret")
-    .amended("state=active,new-secret=other,keyslot=1,iter-time=10");
 
 const STREAM: &str = "subformat=streamOptimized";
 

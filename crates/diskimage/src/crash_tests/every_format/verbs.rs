@@ -16,7 +16,7 @@ use crate::crash_tests::bitmap::{add, bitmap};
 use crate::crash_tests::commit::commit;
 use crate::crash_tests::disks::{Cast, Disks, Files, ImagePlan, make_cast};
 use crate::crash_tests::judge::check;
-use crate::crash_tests::rebase::rebase;
+use crate::crash_tests::rebase::{rebase, rename};
 use crate::crash_tests::resize::resize;
 use crate::crash_tests::snapshot;
 use crate::{Bench, Conversion, OpenOptions, Requests, dd, flush};
@@ -29,10 +29,20 @@ pub(super) struct Verb {
 }
 
 /// All of them.
-pub(super) static VERBS: [Verb; 19] = [
+pub(super) static VERBS: [Verb; 23] = [
     verb("create", |form| {
         let mut command = new(form, &[], move |disks| create(disks, form))?;
         Arc::make_mut(&mut command.cast).roles[0].is_blank = true;
+        Some(command)
+    }),
+    verb("create -b", |form| {
+        form.can_be_overlay().then_some(())?;
+        let below = base_of(form);
+        let plan = form.overlay(below.format);
+        let command = new(form, &[("base", below)], move |disks| {
+            plan.create(disks, "top")?;
+            complete(disks)
+        })?;
         Some(command)
     }),
     verb("convert", |form| {
@@ -101,6 +111,13 @@ pub(super) static VERBS: [Verb; 19] = [
         let command = on_images(&images, &plans, rebase(Some(("new", below.format)), false))?;
         Some(reading(command, &["base", "new"]).guest_data_unchanged())
     }),
+    verb("rebase -u", |form| {
+        let images = [("top", form), ("base", base_of(form)), ("new", base_of(form))];
+        let [top, base] = overlaid(form)?;
+        let plans = [top, base.clone(), ("new", base.1)];
+        let command = on_images(&images, &plans, rename(Some(("new", base_of(form).format))))?;
+        Some(reading(command, &["base", "new"]).guest_data_unchanged())
+    }),
     verb("resize", |form| {
         let command = in_place(form, &[], resize(2 * form.size() / 512 * 512, Preallocation::Off))?;
         let end = usize::try_from(form.size()).expect("small");
@@ -127,6 +144,12 @@ pub(super) static VERBS: [Verb; 19] = [
     }),
     verb("bitmap --remove", |form| {
         with_bitmap(form, bitmap(|bitmaps| bitmaps.remove("a")))
+    }),
+    verb("bitmap --clear", |form| {
+        with_bitmap(form, bitmap(|bitmaps| bitmaps.clear("a")))
+    }),
+    verb("bitmap --disable", |form| {
+        with_bitmap(form, bitmap(|bitmaps| bitmaps.set_enabled("a", false)))
     }),
     verb("amend", |form| {
         let command = in_place(form, &[], amend(form.amend?))?;
