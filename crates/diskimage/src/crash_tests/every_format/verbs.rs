@@ -29,7 +29,7 @@ pub(super) struct Verb {
 }
 
 /// All of them.
-pub(super) static VERBS: [Verb; 23] = [
+pub(super) static VERBS: [Verb; 25] = [
     verb("create", |form| {
         let mut command = new(form, &[], move |disks| create(disks, form))?;
         Arc::make_mut(&mut command.cast).roles[0].is_blank = true;
@@ -58,7 +58,16 @@ pub(super) static VERBS: [Verb; 23] = [
         })
     }),
     verb("convert -n", |form| {
-        in_place(form, &[("source", raw())], move |disks| copy_to(disks, false)).map(Command::gradual)
+        in_place(form, &[("source", raw())], move |disks| {
+            copy_to(disks, Order::Same, false)
+        })
+        .map(Command::gradual)
+    }),
+    verb("convert -n -W", |form| {
+        in_place(form, &[("source", raw())], move |disks| {
+            copy_to(disks, Order::Any, false)
+        })
+        .map(Command::gradual)
     }),
     verb("dd", |form| {
         new(form, &[("source", raw())], move |disks| {
@@ -72,6 +81,9 @@ pub(super) static VERBS: [Verb; 23] = [
     }),
     verb("write", |form| {
         in_place(form, &[], move |disks| write(disks, form)).map(Command::gradual)
+    }),
+    verb("write at random", |form| {
+        in_place(form, &[], move |disks| write_at_random(disks, form)).map(Command::gradual)
     }),
     verb("bench -w", |form| {
         in_place(form, &[], move |disks| bench(disks, form)).map(Command::gradual)
@@ -314,19 +326,28 @@ fn complete(disks: &Disks) -> Result<()> {
 
 fn convert(disks: &Disks, form: &Form, compress: bool) -> Result<()> {
     form.plan().create(disks, "top")?;
-    copy_to(disks, compress)?;
+    copy_to(disks, Order::Same, compress)?;
     complete(disks)
 }
 
-fn copy_to(disks: &Disks, compress: bool) -> Result<()> {
+/// The order of the requests of a conversion.
+#[derive(Clone, Copy, PartialEq)]
+enum Order {
+    /// The same in each run.
+    Same,
+    /// Another one in each run.
+    Any,
+}
+
+fn copy_to(disks: &Disks, order: Order, compress: bool) -> Result<()> {
     let is_new = disks.cast.roles[0].name != "top";
     let sources = [disks.open("source", OpenOptions::new())?];
     let target = disks.open("top", OpenOptions::new().write(true).resize(is_new))?;
     let mut conversion = Conversion::new(&sources, &target);
     conversion.compress = compress || target.layer().needs_encoding();
     conversion.target_is_zero &= is_new;
-    // The same requests in each run.
-    conversion.parallel = NonZeroU32::new(1);
+    conversion.out_of_order = order == Order::Any;
+    conversion.parallel = NonZeroU32::new(1).filter(|_| order == Order::Same);
     conversion.run()?;
     flush(&target)
 }
@@ -352,6 +373,46 @@ fn write(disks: &Disks, form: &Form) -> Result<()> {
     data(form.size() - 512, 512, 5)?;
     data(form.unit, 2 * form.unit, 6)?;
     done()
+}
+
+/// Writes and zeroes random ranges, and flushes from time to time. The environment variable `CRASH_SEED` is the seed.
+fn write_at_random(disks: &Disks, form: &Form) -> Result<()> {
+    let seed = std::env::var("CRASH_SEED")
+        .ok()
+        .and_then(|seed| seed.parse::<u64>().ok());
+    let mut state = seed.unwrap_or(1).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut below = |limit: u64| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 11) % limit
+    };
+    let image = open(disks)?;
+    let mut since_flush: Vec<ByteRange> = Vec::new();
+    for byte in 1..16 {
+        let at = below(form.size() - 1);
+        let at = if below(3) == 0 { at - at % form.unit } else { at };
+        let len = if below(3) == 0 {
+            form.unit
+        } else {
+            1 + below(form.unit + 2000)
+        };
+        let range = ByteRange::at(at, len.min(form.size() - at));
+        // A byte that is written twice between two flushes has more values than those before and after.
+        let is_written = since_flush.iter().any(|other| !other.intersect(range).is_empty());
+        if is_written || below(4) == 0 {
+            image.flush()?;
+            disks.acknowledge();
+            since_flush.clear();
+        }
+        since_flush.push(range);
+        match below(4) {
+            0 => image.write_zeroes(range, ZeroMode::Unmap)?,
+            1 => image.write_zeroes(range, ZeroMode::KeepAllocated)?,
+            _ => image.write_at(&vec![byte; usize::try_from(range.len()).expect("small")], at)?,
+        }
+    }
+    image.flush()
 }
 
 fn bench(disks: &Disks, form: &Form) -> Result<()> {
