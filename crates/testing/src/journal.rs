@@ -380,6 +380,26 @@ mod tests {
     }
 
     #[test]
+    fn a_sample_is_spread_and_has_the_last_crashes() {
+        let journal = Arc::default();
+        let device = RecordingDevice::new(vec![0; 4096], 0, &journal);
+        for at in 0..20 {
+            device.write_at(&[1], at).expect("memory");
+            if at % 5 == 4 {
+                device.flush().expect("memory");
+            }
+        }
+        let mut positions = [Vec::new(), Vec::new()];
+        let count = journal.some_crashes(&[vec![0; 4096]], (4, 3), 1, |crash| {
+            positions[usize::from(crash.is_power_cut)].push(crash.position);
+        });
+        assert_eq!(count, 6);
+        assert_eq!(positions[0], [7, 15, 24], "kills");
+        assert_eq!(positions[1].len(), 3, "power cuts");
+        assert_eq!(positions[1][2], 23, "nothing is pending after the last flush");
+    }
+
+    #[test]
     fn writes_are_torn_between_sectors_only() {
         let journal = Arc::default();
         let device = RecordingDevice::new(vec![0; 2048], 0, &journal);
