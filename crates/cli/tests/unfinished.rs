@@ -4,7 +4,7 @@
 use std::fs;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -41,20 +41,30 @@ const SIGNALS: [Signal; 5] = [
 const OLD: [&str; 5] = ["new.img", "new-data", "new-flat.img", "new-s001.img", "disk.raw"];
 
 /// Starts a conversion that takes several seconds.
-fn convert(dir: &Path, (format, options): (&str, &str)) -> Child {
+fn convert(dir: &Path, form: (&str, &str)) -> Child {
+    conversion(dir, form)
+        .args(["-r", "1M"])
+        .spawn()
+        .expect("it starts")
+}
+
+fn convert_at_full_speed(dir: &Path, form: (&str, &str)) -> ExitStatus {
+    conversion(dir, form).status().expect("it runs")
+}
+
+fn conversion(dir: &Path, (format, options): (&str, &str)) -> Command {
     // Tests that run in the background may have to ignore some signals, and so would the program.
     let mut command = Command::new("env");
     command.args(["--default-signal", env!("CARGO_BIN_EXE_qemu-img")]);
-    command.args(["convert", "-r", "1M", "-f", "raw", "-O", format]);
+    command.args(["convert", "-t", "writeback", "-f", "raw", "-O", format]);
     if !options.is_empty() {
         command.args(["-o", &options.replace("DIR", &dir.display().to_string())]);
     }
     command
         .args(["disk.raw", "new.img"])
         .current_dir(dir)
-        .stdout(Stdio::null())
-        .spawn()
-        .expect("it starts")
+        .stdout(Stdio::null());
+    command
 }
 
 /// Waits until the process has written 64 KiB into a file that has no name.
@@ -163,5 +173,23 @@ fn a_conversion_that_fails_leaves_everything_as_it_was() {
             assert_eq!(output.status.code(), Some(1), "{form:?}: {output:?}");
             assert!(contents(dir.path()) == before, "{form:?}");
         }
+    }
+}
+
+#[test]
+fn a_conversion_replaces_all_files_of_an_older_image() {
+    for form in FORMS {
+        let dir = inputs(true);
+        let before: Vec<_> = contents(dir.path()).into_iter().map(|(name, _)| name).collect();
+        let status = convert_at_full_speed(dir.path(), *form);
+        assert!(status.success(), "{form:?}");
+        let after = contents(dir.path());
+        let names: Vec<_> = after.iter().map(|(name, _)| name.clone()).collect();
+        assert_eq!(names, before, "{form:?}: no name more or less");
+        let compared = Command::new(env!("CARGO_BIN_EXE_qemu-img"))
+            .args(["compare", "-q", "-f", "raw", "-F", form.0, "disk.raw", "new.img"])
+            .current_dir(dir.path())
+            .status();
+        assert!(compared.expect("it runs").success(), "{form:?}");
     }
 }

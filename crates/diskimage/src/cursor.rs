@@ -290,6 +290,62 @@ mod tests {
         assert_eq!(taken.into_inner().unwrap(), expected);
     }
 
+    /// What the worker of a segment does with its turn.
+    #[derive(Clone, Copy, PartialEq)]
+    enum Deed {
+        Pass,
+        Take,
+        TakeLate,
+        Fail,
+    }
+
+    #[test]
+    fn turns_come_in_order_up_to_the_first_failure_in_all_schedules_tried() {
+        const SEGMENTS: u64 = 60;
+        for seed in 1..300_u64 {
+            let deed = |number: u64| {
+                let mixed = (seed * 1000 + number).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 33;
+                match mixed % 40 {
+                    0 if seed % 3 > 0 => Deed::Fail,
+                    1..14 => Deed::Pass,
+                    14..24 => Deed::TakeLate,
+                    _ => Deed::Take,
+                }
+            };
+            let cursor = Cursor::<u64>::new(ByteRange::new(0, SEGMENTS), 1);
+            let taken = Mutex::new(Vec::new());
+            let work = || -> Result<(), Stopped> {
+                while let Some(Segment { number, .. }) = cursor.claim() {
+                    match deed(number) {
+                        Deed::Pass => cursor.pass(number)?,
+                        Deed::Fail => {
+                            cursor.fail(number, number);
+                            return Ok(());
+                        }
+                        deed => {
+                            if deed == Deed::TakeLate {
+                                std::thread::yield_now();
+                            }
+                            let _turn = cursor.wait(number)?;
+                            taken.lock().unwrap().push(number);
+                        }
+                    }
+                }
+                Ok(())
+            };
+            std::thread::scope(|scope| {
+                for _ in 0..2 + seed % 7 {
+                    scope.spawn(work);
+                }
+            });
+            let first = (0..SEGMENTS).find(|number| deed(*number) == Deed::Fail);
+            assert_eq!(cursor.finish(), first, "seed {seed}");
+            let takes = |number: &u64| matches!(deed(*number), Deed::Take | Deed::TakeLate);
+            let expected: Vec<_> = (0..first.unwrap_or(SEGMENTS)).filter(takes).collect();
+            assert_eq!(taken.into_inner().unwrap(), expected, "seed {seed}");
+        }
+    }
+
     #[test]
     fn a_failure_ends_the_wait_of_all_later_segments() {
         let cursor = Cursor::<&str>::new(ByteRange::new(0, 400), 10);

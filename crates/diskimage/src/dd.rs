@@ -57,6 +57,10 @@ pub fn dd(source: &Arc<Image>, (start, len): (u64, u64), block: u64, target: &Im
         ..Conversion::new(&sources, target)
     };
     if let Err(error) = conversion.run() {
+        // A stream has whole clusters only, which are written once.
+        if target.layer().needs_encoding() {
+            return Err(error);
+        }
         let at = failed_at.into_inner();
         copy_blocks((&sources[0], start), at - at % block, block, target)?;
         return Err(error);

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use diskimage_core::json::Value;
 use diskimage_core::{Device, Image, Layer, NodeOptions, Result, ResultExt, name};
-use diskimage_protocols::{Target, identity_of_path, protocol_by_name};
+use diskimage_protocols::{Target, identity_of_path, place_of_path, protocol_by_name};
 
 use crate::graph::{Step, full_backing_name, node_of_name, walk_chain};
 use crate::open_options::OpenOptions;
@@ -110,17 +110,7 @@ impl Location {
         if let Some(identity) = identity_of_path(&path) {
             return Self::File(identity);
         }
-        let path = name::to_path(&path);
-        let directory = path
-            .parent()
-            .and_then(|directory| match directory.as_os_str().is_empty() {
-                true => name::to_path(".").canonicalize().ok(),
-                false => directory.canonicalize().ok(),
-            });
-        Self::Nothing(match (directory, path.file_name()) {
-            (Some(directory), Some(name)) => directory.join(name),
-            _ => path,
-        })
+        Self::Nothing(place_of_path(&path).unwrap_or_else(|| name::to_path(&path)))
     }
 
     /// Whether it is one of `files`.

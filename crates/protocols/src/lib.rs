@@ -32,7 +32,9 @@ mod zero;
 
 pub use aio::Aio;
 pub use cache::{CacheMode, Flush};
-pub use file::{Directory, File, FileKind, LocalFileDriver, identity_of_path, new_file, path_in_any_case};
+pub use file::{
+    Directory, File, FileKind, LocalFileDriver, identity_of_path, new_file, path_in_any_case, place_of_path,
+};
 pub use filter::{ChildKind, Filter, FilterChild, FilterRequest, OpenedChild, ParseName};
 pub use name::{ProtocolKind, Target};
 pub use nbd::check_tls_creds;

@@ -27,6 +27,8 @@ pub struct Fault {
     pub persistent: bool,
     /// Whether a failed write has written about half of its sectors.
     pub torn: bool,
+    /// The number of the error.
+    pub errno: i32,
 }
 
 impl Fault {
@@ -37,6 +39,7 @@ impl Fault {
             after,
             persistent: true,
             torn: false,
+            errno: EIO,
         }
     }
 
@@ -52,6 +55,15 @@ impl Fault {
     #[must_use]
     pub fn torn(self) -> Self {
         Self { torn: true, ..self }
+    }
+
+    /// The same fault as of a full disk: `No space left on device`.
+    #[must_use]
+    pub fn full(self) -> Self {
+        Self {
+            errno: ENOSPC,
+            ..self
+        }
     }
 
     /// The same fault, counting only `requests`.
@@ -114,6 +126,11 @@ impl FaultyDevice {
         std::mem::take(&mut *self.lock()).failed
     }
 
+    /// The number of requests since [`FaultyDevice::arm`] that the fault counts.
+    pub fn seen(&self) -> u64 {
+        self.lock().seen
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -133,7 +150,7 @@ impl FaultyDevice {
 
     fn pass(&self, change: bool) -> Result<()> {
         match self.count(change) {
-            Some(_) => Err(Error::from_errno(EIO)),
+            Some(fault) => Err(Error::from_errno(fault.errno)),
             None => Ok(()),
         }
     }
@@ -154,6 +171,9 @@ impl Device for FaultyDevice {
     fn len(&self) -> u64 {
         self.below.len()
     }
+    fn name(&self) -> String {
+        self.below.name()
+    }
     fn limits(&self) -> &Limits {
         self.below.limits()
     }
@@ -163,11 +183,11 @@ impl Device for FaultyDevice {
     }
     fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
         if let Some(fault) = self.count(true) {
-            if fault.torn {
-                let half = align_down(offset + buf.len() as u64 / 2, SECTOR).saturating_sub(offset);
+            let half = align_down(offset + buf.len() as u64 / 2, SECTOR).saturating_sub(offset);
+            if fault.torn && half > 0 {
                 self.below.write_at(&buf[..to_index(half)?], offset)?;
             }
-            return Err(Error::from_errno(EIO));
+            return Err(Error::from_errno(fault.errno));
         }
         if let Err(error) = self.fit(offset + buf.len() as u64) {
             let limit = self.lock().limit.unwrap_or(0);

@@ -44,6 +44,8 @@ pub struct Crash<'a> {
     pub position: usize,
     /// The contents of the devices, in the order in which they were recorded.
     pub files: &'a [Vec<u8>],
+    /// Whether pending changes were lost or torn. Otherwise only the program has ended.
+    pub is_power_cut: bool,
     /// Which of the pending changes survived, as text.
     pub kept: &'a str,
 }
@@ -85,49 +87,40 @@ impl Journal {
         before: &[Vec<u8>],
         samples: usize,
         seed: u64,
+        check: impl FnMut(&Crash<'_>),
+    ) -> usize {
+        self.some_crashes(before, (samples, usize::MAX), seed, check)
+    }
+
+    /// [`Journal::crashes`] with `most` of the states at most that have all changes in order, and `most` of the others:
+    /// spread over the journal, the last ones always among them.
+    pub fn some_crashes(
+        &self,
+        before: &[Vec<u8>],
+        (samples, most): (usize, usize),
+        seed: u64,
         mut check: impl FnMut(&Crash<'_>),
     ) -> usize {
         let entries = self.lock().clone();
+        let cuts = some_cuts(all_cuts(&entries, samples), most);
         let mut random = Random(seed | 1);
         let mut durable = before.to_vec();
         let mut pending: Vec<&Entry> = Vec::new();
-        let mut count = 0;
         for position in 0..=entries.len() {
-            let mut crash = |fates: &[Fate], kept: &str, random: &mut Random| {
+            for cut in cuts.iter().filter(|cut| cut.position == position) {
+                let fates = cut.kept.fates(pending.len(), &mut random);
                 let mut files = durable.clone();
-                for (entry, fate) in pending.iter().zip(fates) {
-                    apply(&mut files[entry.device], &entry.change, *fate, random);
+                for (entry, fate) in pending.iter().zip(&fates) {
+                    apply(&mut files[entry.device], &entry.change, *fate, &mut random);
                 }
-                count += 1;
                 check(&Crash {
                     position,
                     files: &files,
-                    kept,
+                    is_power_cut: cut.kept != Kept::All,
+                    kept: &cut.kept.text(pending.len()),
                 });
-            };
-            let all = vec![Fate::Kept; pending.len()];
-            crash(&all, "all in order", &mut random);
-            let next = entries.get(position);
-            let is_flush = next.is_none_or(|entry| matches!(entry.change, Change::Flush));
-            if is_flush && !pending.is_empty() {
-                for one in 0..pending.len() {
-                    let mut fates = all.clone();
-                    fates[one] = Fate::Lost;
-                    crash(
-                        &fates,
-                        &format!("all but {one} of {}", pending.len()),
-                        &mut random,
-                    );
-                    let mut fates = vec![Fate::Lost; pending.len()];
-                    fates[one] = Fate::Kept;
-                    crash(&fates, &format!("only {one} of {}", pending.len()), &mut random);
-                }
-                for sample in 0..samples {
-                    let fates: Vec<Fate> = pending.iter().map(|_| random.fate()).collect();
-                    crash(&fates, &format!("sample {sample}"), &mut random);
-                }
             }
-            match next {
+            match entries.get(position) {
                 Some(entry) if matches!(entry.change, Change::Flush) => {
                     for done in pending.iter().filter(|done| done.device == entry.device) {
                         apply(&mut durable[done.device], &done.change, Fate::Kept, &mut random);
@@ -138,8 +131,93 @@ impl Journal {
                 None => {}
             }
         }
-        count
+        cuts.len()
     }
+}
+
+/// A moment of a crash, and which of the pending changes survive it.
+#[derive(Clone, Copy, Debug)]
+struct Cut {
+    position: usize,
+    kept: Kept,
+}
+
+/// Which of the pending changes survive a crash.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kept {
+    /// All of them, as if the program was killed and the machine went on.
+    All,
+    AllBut(usize),
+    Only(usize),
+    /// A random choice.
+    Sample(usize),
+}
+
+impl Kept {
+    fn fates(self, pending: usize, random: &mut Random) -> Vec<Fate> {
+        let one = |usual, at: usize, other| {
+            let mut fates = vec![usual; pending];
+            fates[at] = other;
+            fates
+        };
+        match self {
+            Self::All => vec![Fate::Kept; pending],
+            Self::AllBut(at) => one(Fate::Kept, at, Fate::Lost),
+            Self::Only(at) => one(Fate::Lost, at, Fate::Kept),
+            Self::Sample(_) => (0..pending).map(|_| random.fate()).collect(),
+        }
+    }
+
+    fn text(self, pending: usize) -> String {
+        match self {
+            Self::All => "all in order".to_owned(),
+            Self::AllBut(at) => format!("all but {at} of {pending}"),
+            Self::Only(at) => format!("only {at} of {pending}"),
+            Self::Sample(number) => format!("sample {number}"),
+        }
+    }
+}
+
+/// All crashes that [`Journal::crashes`] is about, in the order of the journal.
+fn all_cuts(entries: &[Entry], samples: usize) -> Vec<Cut> {
+    let mut cuts = Vec::new();
+    let mut pending: Vec<usize> = Vec::new();
+    for position in 0..=entries.len() {
+        let mut cut = |kept| cuts.push(Cut { position, kept });
+        cut(Kept::All);
+        let next = entries.get(position);
+        let flushed = next.filter(|entry| matches!(entry.change, Change::Flush));
+        if (flushed.is_some() || next.is_none()) && !pending.is_empty() {
+            for one in 0..pending.len() {
+                cut(Kept::AllBut(one));
+                cut(Kept::Only(one));
+            }
+            (0..samples).map(Kept::Sample).for_each(cut);
+        }
+        match (flushed, next) {
+            (Some(flush), _) => pending.retain(|device| *device != flush.device),
+            (None, Some(entry)) => pending.push(entry.device),
+            (None, None) => {}
+        }
+    }
+    cuts
+}
+
+/// At most `most` of the cuts of each kind, spread evenly, the last one always among them.
+fn some_cuts(cuts: Vec<Cut>, most: usize) -> Vec<Cut> {
+    let (kills, power_cuts): (Vec<Cut>, Vec<Cut>) =
+        cuts.iter().copied().partition(|cut| cut.kept == Kept::All);
+    if kills.len().max(power_cuts.len()) <= most {
+        return cuts;
+    }
+    let some = spread(&kills, most).chain(spread(&power_cuts, most));
+    some.collect()
+}
+
+/// At most `most` of `all`, spread evenly, the last one among them.
+fn spread<T: Copy>(all: &[T], most: usize) -> impl Iterator<Item = T> {
+    let count = all.len().min(most);
+    (1..=count).map(move |nth| all[nth * all.len() / count - 1])
 }
 
 fn apply(file: &mut Vec<u8>, change: &Change, fate: Fate, random: &mut Random) {
@@ -149,6 +227,10 @@ fn apply(file: &mut Vec<u8>, change: &Change, fate: Fate, random: &mut Random) {
     match change {
         Change::Write(offset, bytes) => {
             let whole = ByteRange::at(*offset, bytes.len() as u64);
+            if fate == Fate::Torn && whole.len() > SECTOR {
+                // File systems may record a new length before the bytes.
+                put(file, whole.skip(whole.len()), |_| {});
+            }
             let mut rest = whole;
             while !rest.is_empty() {
                 let part = rest.first(SECTOR - rest.start() % SECTOR);
@@ -232,6 +314,9 @@ impl Device for RecordingDevice {
     fn len(&self) -> u64 {
         self.below.len()
     }
+    fn name(&self) -> String {
+        self.below.name()
+    }
     fn limits(&self) -> &Limits {
         self.below.limits()
     }
@@ -292,6 +377,26 @@ mod tests {
         assert_eq!(at(2), [b"a"]);
         assert_eq!(at(3), [b"b"]);
         assert_eq!(at(4), [&b"a"[..], b"ac", b"b", b"bc"]);
+    }
+
+    #[test]
+    fn a_sample_is_spread_and_has_the_last_crashes() {
+        let journal = Arc::default();
+        let device = RecordingDevice::new(vec![0; 4096], 0, &journal);
+        for at in 0..20 {
+            device.write_at(&[1], at).expect("memory");
+            if at % 5 == 4 {
+                device.flush().expect("memory");
+            }
+        }
+        let mut positions = [Vec::new(), Vec::new()];
+        let count = journal.some_crashes(&[vec![0; 4096]], (4, 3), 1, |crash| {
+            positions[usize::from(crash.is_power_cut)].push(crash.position);
+        });
+        assert_eq!(count, 6);
+        assert_eq!(positions[0], [7, 15, 24], "kills");
+        assert_eq!(positions[1].len(), 3, "power cuts");
+        assert_eq!(positions[1][2], 23, "nothing is pending after the last flush");
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! | target | mark |
 //! |---|---|
 //! | qcow2 of version 3 | its dirty bit, which `info` shows and the next writer repairs |
-//! | one without clusters: raw, LUKS | the first sectors of the disk, with its partition table, are zero and written last |
+//! | one without clusters that is written as a whole: raw, LUKS | the first sectors of the disk, with its partition table, are zero and written last |
 //! | others | none: neither the format nor the disk has a place for one |
 
 use diskimage_core::{ByteRange, Device, Image, Result, ZeroMode};
@@ -25,7 +25,7 @@ pub(super) enum Mark {
 /// The length in bytes of the part of the disk that comes last: partition tables begin in it, and boot sectors.
 const HEAD: u64 = 4096;
 
-/// The length in bytes of what is zero before: storage can be given back in large pieces only.
+/// The length in bytes of what is zeroed at once: storage can be given back in large pieces only.
 const ZERO: u64 = 1 << 20;
 
 impl Mark {
@@ -42,13 +42,15 @@ impl Mark {
             unfinished.mark(true)?;
             return Ok(Self::Bit);
         }
-        if target.layer().granularity() > 1 {
+        // What is not copied over a backing image stays as it is.
+        if target.layer().granularity() > 1 || conversion.backing_len.is_some() {
             return Ok(Self::None);
         }
         let disk = ByteRange::new(0, conversion.len().min(target.len()));
         if !conversion.target_is_zero {
-            target.write_zeroes(disk.first(ZERO), ZeroMode::Unmap)?;
+            target.write_zeroes(disk.first(HEAD), ZeroMode::KeepAllocated)?;
             flush(target)?;
+            target.write_zeroes(disk.first(ZERO), ZeroMode::Unmap)?;
         }
         Ok(Self::Head(disk.first(HEAD)))
     }

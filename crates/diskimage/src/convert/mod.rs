@@ -157,8 +157,15 @@ impl<'a> Conversion<'a> {
     /// Options contradict each other, the target is too small or one of the sources' files, or a request fails: the
     /// first error in guest order.
     pub fn run(&self) -> Result<u64> {
+        self.run_on(self.workers())
+    }
+
+    /// [`Conversion::run`] on `workers` workers, unless there are fewer segments.
+    fn run_on(&self, workers: usize) -> Result<u64> {
         self.check()?;
-        let mut job = CopyJob::new(self)?;
+        let mut job = CopyJob::new(self, workers)?;
+        // Fails before the target is marked.
+        self.encoder()?;
         // Counting the steps has reported them already.
         if self.salvage && job.steps.is_none() {
             job.sources.report_unreadable_status()?;
@@ -291,6 +298,8 @@ const OFFLOADING: &[&str] = &["raw", "qcow2", "file", "host_device"];
 /// The state of a conversion that its workers share.
 struct CopyJob<'a> {
     conversion: &'a Conversion<'a>,
+    /// The largest number of workers.
+    workers: usize,
     sources: Sources<'a>,
     cursor: Cursor<Error>,
     /// The length of a segment in bytes.
@@ -313,7 +322,7 @@ struct CopyJob<'a> {
 }
 
 impl<'a> CopyJob<'a> {
-    fn new(conversion: &'a Conversion<'a>) -> Result<Self> {
+    fn new(conversion: &'a Conversion<'a>, workers: usize) -> Result<Self> {
         let sources = Sources::new(conversion);
         let cluster = conversion.target.layer().granularity();
         let segment = if conversion.compress {
@@ -331,6 +340,7 @@ impl<'a> CopyJob<'a> {
         };
         Ok(Self {
             conversion,
+            workers,
             steps,
             cursor: Cursor::new(ByteRange::new(0, 0), segment),
             sources,
@@ -349,7 +359,7 @@ impl<'a> CopyJob<'a> {
     fn copy(&mut self, range: ByteRange) -> Result<()> {
         self.cursor.go_on_in(range);
         let segment = to_index(self.segment)?;
-        let workers = saturating_index(range.len().div_ceil(self.segment)).min(self.conversion.workers());
+        let workers = saturating_index(range.len().div_ceil(self.segment)).min(self.workers);
         if workers > 0 {
             let make = || Worker::new(self, segment, self.conversion.encoder()?);
             workers::run(workers, make, Worker::run)?;

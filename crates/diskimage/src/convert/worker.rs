@@ -547,12 +547,11 @@ fn finish_write(
 }
 
 fn write_zeroes(job: &CopyJob<'_>, range: ByteRange) -> Result<()> {
+    job.changed.store(true, Ordering::Relaxed);
     let target = job.conversion.target;
     target
         .write_zeroes(range, ZeroMode::Unmap)
-        .context(|| write_error(range))?;
-    job.changed.store(true, Ordering::Relaxed);
-    Ok(())
+        .context(|| write_error(range))
 }
 
 fn write_error(range: ByteRange) -> String {

@@ -1,7 +1,5 @@
 //! `amend`: the guest data is the same in another version of the format.
 
-use std::sync::Arc;
-
 use diskimage_core::options::Options;
 use diskimage_core::{AmendRequest, Progress, Result};
 use diskimage_formats::format_by_name;
@@ -13,13 +11,17 @@ use crate::OpenOptions;
 const KIB: u64 = 1024;
 
 /// The command with the options `list`.
-fn amend(list: &'static str) -> impl Fn(&Disks) -> Result<()> {
+pub(super) fn amend(list: &'static str) -> impl Fn(&Disks) -> Result<()> {
     move |disks| {
         let image = disks.open("top", OpenOptions::new().write(true))?;
         let format = format_by_name(image.layer().format()).expect("known");
         let mut options = Options::new(format.properties().amend_options.expect("can be amended"));
         options.parse(list).expect("valid");
-        image.amend(&AmendRequest::new(&options, &Arc::default(), &Progress::none()))
+        image.amend(&AmendRequest::new(
+            &options,
+            &disks.cast.objects,
+            &Progress::none(),
+        ))
     }
 }
 

@@ -1,6 +1,6 @@
 //! `bitmap`: a bitmap changes atomically.
 
-use diskimage_core::{Bitmaps, ByteRange, Device, NewBitmap, Result};
+use diskimage_core::{Bitmaps, ByteRange, Device, Error, NewBitmap, Result};
 
 use super::disks::{Disks, Files, ImagePlan, make};
 use super::{Command, Least, try_all};
@@ -9,10 +9,13 @@ use crate::{OpenOptions, merge_bitmap};
 const KIB: u64 = 1024;
 
 /// The command that does `act` to the image's bitmaps.
-fn bitmap(act: impl Fn(&dyn Bitmaps) -> Result<()>) -> impl Fn(&Disks) -> Result<()> {
+pub(super) fn bitmap(
+    act: impl Fn(&dyn Bitmaps) -> Result<()> + Send + Sync,
+) -> impl Fn(&Disks) -> Result<()> {
     move |disks| {
         let image = disks.open("top", OpenOptions::new().no_backing(true).write(true))?;
-        act(image.layer().bitmaps().expect("has bitmaps"))?;
+        let bitmaps = image.layer().bitmaps();
+        act(bitmaps.ok_or_else(|| Error::unsupported("no bitmaps"))?)?;
         image.flush()
     }
 }
@@ -49,7 +52,7 @@ fn files(options: &'static str) -> Files {
     files
 }
 
-fn add(bitmaps: &dyn Bitmaps, name: &str) -> Result<()> {
+pub(super) fn add(bitmaps: &dyn Bitmaps, name: &str) -> Result<()> {
     bitmaps.add(&NewBitmap {
         name,
         granularity: Some(512),

@@ -9,7 +9,7 @@ use crate::{Commit, OpenOptions};
 const KIB: u64 = 1024;
 
 /// The command: commits to the backing image at `depth`, and empties the topmost image unless `keep` is set.
-fn commit(depth: usize, keep: bool) -> impl Fn(&Disks) -> Result<()> {
+pub(super) fn commit(depth: usize, keep: bool) -> impl Fn(&Disks) -> Result<()> {
     move |disks| {
         let options = OpenOptions::new().write(true).resize(true).write_below(depth);
         let top = disks.open("top", options)?;

@@ -2,25 +2,117 @@
 
 use std::sync::Arc;
 
-use diskimage_core::{ByteRange, Device, Error, ErrorKind, Gate, Image, Reference, Result, ZeroMode};
+use diskimage_core::options::Options;
+use diskimage_core::{
+    ByteRange, CreatePlan, CreateRequest, Device, Error, ErrorKind, Gate, Image, NewFiles, NodeOptions,
+    Objects, Reference, Result, ZeroMode,
+};
+use diskimage_formats::format_by_name;
 
-use crate::testing::create;
 use crate::{MemoryDevice, OpenOptions, open_device};
 
-/// The contents of files, in the order of [`NAMES`].
+/// The contents of files, in the order of their [`Cast`].
 pub(super) type Files = Vec<Vec<u8>>;
 
-/// The names of the files.
-pub(super) const NAMES: [&str; 3] = ["top", "base", "new"];
+/// The names of the files, if there are no others.
+const NAMES: [&str; 3] = ["top", "base", "new"];
 
-/// Devices in the order of [`NAMES`].
+/// What the files are.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Cast {
+    pub(super) roles: Vec<Role>,
+    /// The keys of encrypted images.
+    pub(super) objects: Arc<Objects>,
+}
+
+/// What a file is.
 #[derive(Clone, Debug)]
-pub(super) struct Disks(pub(super) Vec<Arc<dyn Device>>);
+pub(super) struct Role {
+    pub(super) name: String,
+    /// A part of an image with another name is not opened by itself.
+    pub(super) is_image: bool,
+    /// The name of the format; the default is to probe it.
+    pub(super) format: Option<&'static str>,
+    /// Nothing is written to a new image: where it does not read as zeroes, it may read as anything.
+    pub(super) is_blank: bool,
+    /// Node options that the image is opened with.
+    pub(super) options: Vec<(String, &'static str)>,
+}
+
+impl Role {
+    pub(super) fn image(name: &str, format: &'static str) -> Self {
+        Self {
+            name: name.to_owned(),
+            is_image: true,
+            format: Some(format),
+            is_blank: false,
+            options: Vec::new(),
+        }
+    }
+
+    pub(super) fn part(name: &str) -> Self {
+        Self {
+            is_image: false,
+            format: None,
+            ..Self::image(name, "")
+        }
+    }
+}
+
+impl Cast {
+    /// Images called as in [`NAMES`].
+    pub(super) fn usual() -> Arc<Self> {
+        let role = |name: &&str| Role {
+            format: None,
+            ..Role::image(name, "")
+        };
+        Arc::new(Self {
+            roles: NAMES.iter().map(role).collect(),
+            objects: Arc::default(),
+        })
+    }
+
+    fn index(&self, name: &str) -> Option<usize> {
+        self.roles.iter().position(|role| role.name == name)
+    }
+}
+
+/// Called when a command tells its caller that what it has done so far is durable.
+type OnAcknowledge = dyn Fn(&Disks) + Send + Sync;
+
+/// Devices in the order of their cast.
+#[derive(Clone)]
+pub(super) struct Disks {
+    pub(super) devices: Vec<Arc<dyn Device>>,
+    pub(super) cast: Arc<Cast>,
+    on_acknowledge: Option<Arc<OnAcknowledge>>,
+}
 
 impl Disks {
+    /// Devices in memory with these bytes, in the usual cast.
     pub(super) fn holding(files: &[Vec<u8>]) -> Self {
+        Self::of(&Cast::usual(), files)
+    }
+
+    /// Devices in memory with these bytes.
+    pub(super) fn of(cast: &Arc<Cast>, files: &[Vec<u8>]) -> Self {
         let device = |bytes: &Vec<u8>| Arc::new(MemoryDevice::new(bytes.clone())) as Arc<dyn Device>;
-        Self(files.iter().map(device).collect())
+        Self::on(cast, files.iter().map(device).collect())
+    }
+
+    pub(super) fn on(cast: &Arc<Cast>, devices: Vec<Arc<dyn Device>>) -> Self {
+        Self {
+            devices,
+            cast: Arc::clone(cast),
+            on_acknowledge: None,
+        }
+    }
+
+    /// The same files, one of them on another device.
+    pub(super) fn with(&self, index: usize, device: Arc<dyn Device>) -> Self {
+        let mut disks = self.clone();
+        disks.devices[index] = device;
+        disks
     }
 
     pub(super) fn contents(&self) -> Files {
@@ -29,17 +121,55 @@ impl Disks {
             device.read_at(&mut bytes, 0).expect("memory");
             bytes
         };
-        self.0.iter().map(bytes).collect()
+        self.devices.iter().map(bytes).collect()
     }
 
     /// Opens an image with its backing chain.
     pub(super) fn open(&self, name: &str, options: OpenOptions) -> Result<Arc<Image>> {
-        let device = self.find(name).expect("known");
-        open_device(Arc::clone(device), name, &options.gate(Arc::new(self.clone())))
+        let index = self.cast.index(name).expect("known");
+        let role = &self.cast.roles[index];
+        let mut node = NodeOptions::new();
+        for (name, value) in &role.options {
+            if !(options.no_backing && name.starts_with("backing.")) {
+                node.set(name, *value);
+            }
+        }
+        let mut options = options
+            .gate(Arc::new(self.clone()))
+            .objects(Arc::clone(&self.cast.objects))
+            .node_options(node);
+        if let Some(format) = role.format {
+            options = options.format(format);
+        }
+        open_device(Arc::clone(&self.devices[index]), name, &options)
     }
 
-    fn find(&self, name: &str) -> Option<&Arc<dyn Device>> {
-        self.0.get(NAMES.iter().position(|known| *known == name)?)
+    /// The file called `name`.
+    pub(super) fn find(&self, name: &str) -> Option<&Arc<dyn Device>> {
+        self.devices.get(self.cast.index(name)?)
+    }
+
+    /// The same files; `hear` is called whenever a command acknowledges what it has done so far.
+    pub(super) fn hearing(self, hear: impl Fn(&Self) + Send + Sync + 'static) -> Self {
+        Self {
+            on_acknowledge: Some(Arc::new(hear)),
+            ..self
+        }
+    }
+
+    /// Whether the image called `name` has got data.
+    pub(super) fn has_data(&self, name: &str) -> bool {
+        self.cast
+            .roles
+            .iter()
+            .any(|role| role.name == name && !role.is_blank)
+    }
+
+    /// Says that what the command has done so far is durable. The end of a command says so, too.
+    pub(super) fn acknowledge(&self) {
+        if let Some(hear) = &self.on_acknowledge {
+            hear(self);
+        }
     }
 }
 
@@ -55,7 +185,7 @@ impl Gate for Disks {
 #[derive(Clone, Debug)]
 pub(super) struct ImagePlan {
     format: &'static str,
-    options: &'static str,
+    options: String,
     len: u64,
     steps: Vec<ImageStep>,
 }
@@ -70,20 +200,26 @@ enum ImageStep {
 }
 
 impl ImagePlan {
-    pub(super) fn qcow2(options: &'static str, len: u64) -> Self {
+    pub(super) fn new(format: &'static str, options: impl Into<String>, len: u64) -> Self {
         Self {
-            format: "qcow2",
-            options,
+            format,
+            options: options.into(),
             len,
             steps: Vec::new(),
         }
     }
 
+    pub(super) fn qcow2(options: &'static str, len: u64) -> Self {
+        Self::new("qcow2", options, len)
+    }
+
     pub(super) fn raw(len: u64) -> Self {
-        Self {
-            format: "raw",
-            ..Self::qcow2("", len)
-        }
+        Self::new("raw", "", len)
+    }
+
+    /// The same image with another length.
+    pub(super) fn of_len(self, len: u64) -> Self {
+        Self { len, ..self }
     }
 
     /// Writes `len` bytes of `value` at `at`.
@@ -114,18 +250,64 @@ impl ImagePlan {
 
 /// Creates the images, the last one first: it may be the backing image of the others.
 pub(super) fn make(plans: &[ImagePlan]) -> Files {
-    let disks = Disks::holding(&vec![Vec::new(); plans.len()]);
-    for (plan, name) in plans.iter().zip(NAMES).rev() {
-        let device = disks.find(name).expect("one for each plan");
-        create(device, plan.format, plan.options, plan.len);
+    let named: Vec<_> = NAMES.into_iter().zip(plans.iter().cloned()).collect();
+    let mut cast = Cast::clone(&Cast::usual());
+    cast.roles.truncate(plans.len());
+    make_cast(&Arc::new(cast), &named).expect("memory")
+}
+
+/// Creates the images in the files of a cast, the last one first.
+pub(super) fn make_cast(cast: &Arc<Cast>, plans: &[(&str, ImagePlan)]) -> Result<Files> {
+    let disks = Disks::of(cast, &vec![Vec::new(); cast.roles.len()]);
+    for (name, plan) in plans.iter().rev() {
+        plan.create(&disks, name)?;
         let options = OpenOptions::new().format(plan.format).write(true);
-        let image = disks.open(name, options).expect("opens");
+        let image = disks.open(name, options)?;
         for step in &plan.steps {
-            step.apply(&image).expect("memory");
+            step.apply(&image)?;
         }
-        image.flush().expect("memory");
+        image.flush()?;
     }
-    disks.contents()
+    Ok(disks.contents())
+}
+
+impl ImagePlan {
+    /// Creates the image called `name`, still without the changes that are made to it.
+    pub(super) fn create(&self, disks: &Disks, name: &str) -> Result<()> {
+        self.with_creation(name, &disks.cast.objects, |plan| {
+            let find = |name: &str| disks.find(name).cloned();
+            let missing = |name: &str| Error::new(ErrorKind::NotFound, format!("no file '{name}'"));
+            let backing = plan.reads_backing.then(|| disks.open("base", OpenOptions::new()));
+            plan.write(NewFiles {
+                file: find(name).ok_or_else(|| missing(name))?,
+                make_part: &mut |part| find(part).ok_or_else(|| missing(part)),
+                backing: backing.transpose()?,
+            })
+        })
+    }
+
+    /// The names of the files that the image called `name` has besides its own.
+    pub(super) fn parts(&self, name: &str, objects: &Arc<Objects>) -> Vec<String> {
+        self.with_creation(name, objects, |plan| Ok(plan.parts))
+            .expect("valid options")
+    }
+
+    fn with_creation<T>(
+        &self,
+        name: &str,
+        objects: &Arc<Objects>,
+        act: impl FnOnce(CreatePlan<'_>) -> Result<T>,
+    ) -> Result<T> {
+        let format = format_by_name(self.format).expect("known");
+        let mut options = Options::new(format.create_options());
+        options.parse(&self.options).expect("valid options");
+        act(format.plan_create(CreateRequest {
+            name,
+            size: self.len,
+            options: &options,
+            objects,
+        })?)
+    }
 }
 
 impl ImageStep {

@@ -6,7 +6,7 @@ use diskimage_core::{Device, errno};
 use diskimage_testing::FaultyDevice;
 
 use super::disks::Disks;
-use super::{Command, Expected};
+use super::{Command, Expected, Found};
 
 /// The number of lengths that are tried for each file.
 const STEPS: u64 = 24;
@@ -14,7 +14,7 @@ const STEPS: u64 = 24;
 const SECTOR: u64 = 512;
 
 /// Runs the command with every length, and returns the number of runs.
-pub(super) fn everywhere(command: &Command, expected: &Expected, defects: &mut Vec<String>) -> usize {
+pub(super) fn everywhere(command: &Command, expected: &Expected, found: &mut Found) -> usize {
     let mut count = 0;
     for full in 0..command.files.len() {
         let len = command.files[full].len() as u64;
@@ -24,7 +24,7 @@ pub(super) fn everywhere(command: &Command, expected: &Expected, defects: &mut V
             match run(command, expected, full, limit) {
                 Ok(false) => break,
                 Ok(true) => {}
-                Err(defect) => defects.push(format!(
+                Err(defect) => found.defects.push(format!(
                     "{}: full at {limit} of file {full}, which has {len}: {defect}",
                     command.name
                 )),
@@ -37,10 +37,9 @@ pub(super) fn everywhere(command: &Command, expected: &Expected, defects: &mut V
 
 /// Runs the command with one length. Returns whether a request was refused; a defect is the error.
 fn run(command: &Command, expected: &Expected, full: usize, limit: u64) -> Result<bool, String> {
-    let memory = Disks::holding(&command.files);
-    let mut disks = memory.clone();
-    let faulty = Arc::new(FaultyDevice::new(Arc::clone(&memory.0[full])));
-    disks.0[full] = Arc::<FaultyDevice>::clone(&faulty) as Arc<dyn Device>;
+    let memory = Disks::of(&command.cast, &command.files);
+    let faulty = Arc::new(FaultyDevice::new(Arc::clone(&memory.devices[full])));
+    let disks = memory.with(full, Arc::<FaultyDevice>::clone(&faulty) as Arc<dyn Device>);
     faulty.limit_len(limit);
     let outcome = (command.run)(&disks);
     let met = faulty.disarm() > 0;
@@ -51,9 +50,7 @@ fn run(command: &Command, expected: &Expected, full: usize, limit: u64) -> Resul
             finished.map_err(|defect| format!("the full disk is not reported: {defect}"))?;
         }
         Err(error) if error.errno() == Some(errno::ENOSPC) => {
-            if let Some(defect) = command.find_defect(&left, expected) {
-                return Err(defect);
-            }
+            command.judge_cut_off(&left, expected, 0)?;
         }
         Err(error) => return Err(format!("not the error of the device: {}", error.chain())),
     }

@@ -7,19 +7,25 @@ use super::{Command, Least, try_all};
 use crate::{OpenOptions, Rebase, check_backing, set_backing};
 
 const KIB: u64 = 1024;
+const NEW: Option<(&str, &str)> = Some(("new", "qcow2"));
 
-fn named(name: &str) -> Backing {
+fn named((name, format): (&str, &str)) -> Backing {
     Backing {
         name: name.into(),
-        format: Some("qcow2".to_owned()),
+        format: Some(format.to_owned()),
     }
 }
 
-/// The command.
-fn rebase(new: Option<&'static str>, compress: bool) -> impl Fn(&Disks) -> Result<()> {
+/// The command, with the name and the format of the new backing image.
+pub(super) fn rebase(
+    new: Option<(&'static str, &'static str)>,
+    compress: bool,
+) -> impl Fn(&Disks) -> Result<()> {
     move |disks| {
         let image = disks.open("top", OpenOptions::new().write(true))?;
-        let new_backing = new.map(|name| disks.open(name, OpenOptions::new())).transpose()?;
+        let new_backing = new
+            .map(|(name, _)| disks.open(name, OpenOptions::new()))
+            .transpose()?;
         let backing = new.map(named);
         check_backing(&image, backing.as_ref(), &OpenOptions::new())?;
         Rebase {
@@ -35,7 +41,7 @@ fn rebase(new: Option<&'static str>, compress: bool) -> impl Fn(&Disks) -> Resul
 }
 
 /// The command with `-u`.
-fn rename(new: Option<&'static str>) -> impl Fn(&Disks) -> Result<()> {
+pub(super) fn rename(new: Option<(&'static str, &'static str)>) -> impl Fn(&Disks) -> Result<()> {
     move |disks| {
         let options = OpenOptions::new().write(true).no_backing(true);
         set_backing(
@@ -67,30 +73,22 @@ fn rebasing_keeps_the_guest_data() {
     let subclusters = "cluster_size=16k,extended_l2=on,backing_file=base,backing_fmt=qcow2";
     let old = "cluster_size=4k,compat=0.10,backing_file=base,backing_fmt=qcow2";
     let same_disk = [
-        Command::new("onto another", files(plain), rebase(Some("new"), false)),
-        Command::new(
-            "onto another, small clusters",
-            files(small),
-            rebase(Some("new"), false),
-        ),
+        Command::new("onto another", files(plain), rebase(NEW, false)),
+        Command::new("onto another, small clusters", files(small), rebase(NEW, false)),
         Command::new(
             "onto another, subclusters",
             files(subclusters),
-            rebase(Some("new"), false),
+            rebase(NEW, false),
         ),
-        Command::new("onto another, version 2", files(old), rebase(Some("new"), false)),
-        Command::new(
-            "onto another, compressed",
-            files(plain),
-            rebase(Some("new"), true),
-        ),
+        Command::new("onto another, version 2", files(old), rebase(NEW, false)),
+        Command::new("onto another, compressed", files(plain), rebase(NEW, true)),
         Command::new("onto nothing", files(plain), rebase(None, false)),
         Command::new("onto nothing, compressed", files(small), rebase(None, true)),
     ]
     .map(Command::guest_data_unchanged);
     let renamed = [
-        Command::new("another name", files(plain), rename(Some("new"))),
-        Command::new("another name, small clusters", files(small), rename(Some("new"))),
+        Command::new("another name", files(plain), rename(NEW)),
+        Command::new("another name, small clusters", files(small), rename(NEW)),
         Command::new("no name", files(plain), rename(None)),
     ];
     let commands: Vec<_> = same_disk.into_iter().chain(renamed).collect();

@@ -9,7 +9,7 @@ use crate::{OpenOptions, ShrinkPolicy};
 const KIB: u64 = 1024;
 
 /// The command.
-fn resize(len: u64, preallocation: Preallocation) -> impl Fn(&Disks) -> Result<()> {
+pub(super) fn resize(len: u64, preallocation: Preallocation) -> impl Fn(&Disks) -> Result<()> {
     move |disks| {
         let image = disks.open("top", OpenOptions::new().write(true).resize(true))?;
         crate::Resize::new(len)

@@ -16,16 +16,16 @@ fn files(options: &'static str) -> Files {
         .zeroes(0, 8192)])
 }
 
-fn create(disks: &Disks) -> diskimage_core::Result<()> {
+pub(super) fn create(disks: &Disks) -> diskimage_core::Result<()> {
     let image = disks.open("top", OpenOptions::new().write(true))?;
     create_snapshot(&image, "another", UNIX_EPOCH)
 }
 
-fn apply(disks: &Disks) -> diskimage_core::Result<()> {
+pub(super) fn apply(disks: &Disks) -> diskimage_core::Result<()> {
     apply_snapshot(&*disks.open("top", OpenOptions::new().write(true))?, "old")
 }
 
-fn delete(disks: &Disks) -> diskimage_core::Result<()> {
+pub(super) fn delete(disks: &Disks) -> diskimage_core::Result<()> {
     delete_snapshot(&*disks.open("top", OpenOptions::new().write(true))?, "old")
 }
 

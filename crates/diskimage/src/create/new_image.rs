@@ -76,15 +76,19 @@ impl Own {
         }
     }
 
-    fn publish(self) -> Result<()> {
+    fn publish(self, parts: Vec<NewFile>) -> Result<()> {
         match self {
-            Self::New(new) => new.publish(),
+            Self::New(new) => NewFile::publish_all([new].into_iter().chain(parts).collect()),
             Self::InPlace(new, device) => {
+                NewFile::publish_all(parts)?;
                 device.0.publish()?;
                 new.publish()
             }
-            Self::Storage { device, .. } => device.0.publish(),
-            Self::Sink(_) => Ok(()),
+            Self::Storage { device, .. } => {
+                NewFile::publish_all(parts)?;
+                device.0.publish()
+            }
+            Self::Sink(_) => NewFile::publish_all(parts),
         }
     }
 }
@@ -118,12 +122,11 @@ impl NewImage {
     }
 
     /// Gives the files their names, or the storage its head: that without which the image cannot be opened comes last.
-    /// Files that had these names are replaced.
+    /// Files that had these names are replaced; if that fails, they are all there as before.
     ///
     /// # Errors
     /// A file cannot get its name, or something else has it by now; the storage cannot be written.
     pub fn publish(self) -> Result<()> {
-        self.parts.into_iter().try_for_each(NewFile::publish)?;
-        self.own.publish()
+        self.own.publish(self.parts)
     }
 }

@@ -40,7 +40,7 @@ pub(crate) fn open_device_chain(
 ) -> Result<Arc<Image>> {
     let format = options.format.as_deref().map(known_format).transpose()?;
     let opener = Opener::new(options);
-    let mut node = NodeOptions::new();
+    let mut node = options.node_options.clone();
     let common = Common::take(&mut node, options.mode())?;
     let link = opener.open_format(device, Some(name.to_owned()), format, node, common)?;
     opener.complete(link)

@@ -5,6 +5,11 @@
 //!   disk                |-------- decrypted payload ----------|
 //! ```
 //!
+//! # What a crash leaves
+//!
+//! Each sector of the payload as it was or as it was written, as in a raw disk. A slot for a passphrase becomes
+//! active once its key material is durable, and opens nothing from the moment at which that is erased.
+//!
 //! [`Volume`] is the header with its key slots, in a file of its own or inside a qcow2 image. [`EncryptedDevice`] is
 //! the decrypted payload.
 

@@ -49,7 +49,7 @@ use diskimage_core::{
     CompressionLevel, CreatePlan, CreateRequest, Device, Encoded, EncodedCluster, EncodedForm, EncodedPlan,
     Encoder, Error, ErrorKind, Event, Format, FormatProperties, Info, Layer, Measure, MeasureSource, Note,
     Objects, OpenRequest, Preallocation, Probe, Progress, Repair, ResizeRequest, Result, ResultExt, Run,
-    Score, Unfinished, WritePlan, ZeroMode,
+    Score, WritePlan, ZeroMode,
 };
 
 use self::encrypt::Encrypted;
@@ -480,7 +480,7 @@ impl Layer for Qcow2 {
         self.file.event(Event::FLUSH_TO_DISK);
         state.metadata.cache.sync()?;
         self.store_bitmaps(&mut state)?;
-        self.corruption.set_incompatible(Incompatible::DIRTY, false)
+        self.corruption.clear_dirty()
     }
 
     fn file(&self) -> &Arc<dyn Device> {
@@ -499,16 +499,10 @@ impl Layer for Qcow2 {
             check: Some(self),
             amend: Some(self),
             data_file: self.has_data_file().then_some(&self.data),
-            unfinished: (self.header.version >= 3).then_some(self),
+            unfinished: (self.header.version >= 3).then_some(&*self.corruption),
             keeps_tail: true,
             ..Capabilities::default()
         }
-    }
-}
-
-impl Unfinished for Qcow2 {
-    fn mark(&self, unfinished: bool) -> Result<()> {
-        self.corruption.set_incompatible(Incompatible::DIRTY, unfinished)
     }
 }
 

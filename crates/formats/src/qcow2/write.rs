@@ -14,7 +14,7 @@ use diskimage_core::{
 use super::entry::{COPIED, Cluster, L2Entry, Subclusters};
 use super::header::Geometry;
 use super::header::feature::Autoclear;
-use super::{ImageState, Qcow2, WriteOrder};
+use super::{ImageState, MAX_FREED, Qcow2, WriteOrder};
 use crate::layer_kit::allocating_plan::{AllocatingPlan, Allocator};
 use crate::layer_kit::clear::clear;
 use crate::layer_kit::encoded_write::{self, EncodedWrite, Piece};
@@ -600,7 +600,8 @@ impl Qcow2 {
         let cover = range.align_out(geometry.cluster_size());
         let (_claim, mut state) = self.claims.claim(cover, Access::Exclusive, || self.lock());
         self.begin_change(&mut state, range)?;
-        let mut in_data_file = ByteRange::new(0, 0);
+        let mut zeroed = Vec::new();
+        let mut uncovers_backing = false;
         let mut rest = cover;
         while !rest.is_empty() {
             let guest = GuestOffset::new(rest.start());
@@ -620,27 +621,50 @@ impl Qcow2 {
                     if new.kind == old.kind {
                         continue;
                     }
+                    uncovers_backing |= new == L2Entry::UNALLOCATED && self.header.backing.is_some();
                     if let Cluster::Host(offset) = old.kind {
                         let storage = offset.range(geometry.cluster_size());
-                        if !self.has_data_file() {
-                            state.discarded.push(storage);
-                        } else if in_data_file.end() == offset.get() {
-                            in_data_file = ByteRange::new(in_data_file.start(), storage.end());
-                        } else {
-                            if !in_data_file.is_empty() {
-                                self.data.write_zeroes(in_data_file, ZeroMode::Unmap)?;
-                            }
-                            in_data_file = storage;
+                        match self.has_data_file() {
+                            true => push_range(&mut zeroed, storage),
+                            false => state.discarded.push(storage),
                         }
                     }
                     self.free_replaced(&mut state, old)?;
                 }
             }
+            if zeroed.len() >= MAX_FREED {
+                self.zero_data(&mut state, &mut zeroed, uncovers_backing)?;
+            }
         }
-        if in_data_file.is_empty() {
+        self.zero_data(&mut state, &mut zeroed, uncovers_backing)
+    }
+
+    /// Zeroes ranges of the data file that entries referred to. Where the backing image shows through instead, nothing
+    /// durable may refer to them any more: after a crash their zeroes would hide it.
+    fn zero_data(
+        &self,
+        state: &mut ImageState,
+        ranges: &mut Vec<ByteRange>,
+        uncovers_backing: bool,
+    ) -> Result<()> {
+        if ranges.is_empty() {
             return Ok(());
         }
-        self.data.write_zeroes(in_data_file, ZeroMode::Unmap)
+        if uncovers_backing {
+            self.write_back(state)?;
+            state.metadata.cache.sync()?;
+        }
+        ranges
+            .drain(..)
+            .try_for_each(|range| self.data.write_zeroes(range, ZeroMode::Unmap))
+    }
+}
+
+/// Appends `range`, or extends the last range if it ends there.
+fn push_range(ranges: &mut Vec<ByteRange>, range: ByteRange) {
+    match ranges.last_mut() {
+        Some(last) if last.end() == range.start() => *last = ByteRange::new(last.start(), range.end()),
+        _ => ranges.push(range),
     }
 }
 

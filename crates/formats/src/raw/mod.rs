@@ -8,6 +8,11 @@
 //!   file   |-- offset --|----- size -----|--------------------|
 //!   disk                |---- bytes -----|
 //! ```
+//!
+//! # What a crash leaves
+//!
+//! Each sector as it was or as it was written. There is no place for a mark that a copy into an existing disk is not
+//! complete.
 
 mod create;
 mod disk_range;

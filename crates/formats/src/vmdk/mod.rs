@@ -17,6 +17,13 @@
 //! * `occupied`: the metadata of an extent, which guest data must not overwrite;
 //! * `write`, `stream`: allocation of grains;
 //! * `create`, `check`, `info`, `resize` with `layout`: operations.
+//!
+//! # What a crash leaves
+//!
+//! Grains are durable before tables refer to them: they leak at worst. The first write changes the content ID in the
+//! descriptor. An overlay records that of its parent, and nothing is read from a parent with another one. So once a
+//! commit has begun, the overlay alone is not readable, as in qemu-img; its own data stays, and the commit can be run
+//! again.
 
 mod check;
 mod create;

@@ -28,6 +28,9 @@
 //! New blocks overwrite the footer at the end of the file. Readers use the copy at the start of the file, so the disk
 //! can be read at any moment. Blocks and the new footer are durable before the table refers to the blocks, and sectors
 //! before their bits are set.
+//!
+//! A fixed disk has no copy of its footer. When it grows, the new footer is durable before the old one, which is then
+//! inside the disk, is zeroed: after a crash in between, the first 512 bytes that were added are those of the old footer.
 
 mod bat;
 mod create;

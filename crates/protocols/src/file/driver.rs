@@ -3,8 +3,9 @@
 use std::sync::Arc;
 
 use diskimage_core::options::{OptionDef, OptionKind};
-use diskimage_core::{Device, Error, NodeOptions, Note, OpenContext, Result, name};
+use diskimage_core::{Device, Error, NodeOptions, Note, OpenContext, Result};
 
+use super::place::place_of_path;
 use super::{Directory, File, FileKind};
 use crate::aio::Aio;
 use crate::cache::CacheMode;
@@ -60,16 +61,7 @@ pub fn new_file(path: &str, context: &OpenContext) -> Option<Arc<dyn Device>> {
 
 /// Whether two paths stand for the same name in the same directory.
 fn same_path(one: &str, other: &str) -> bool {
-    let place = |path: &str| {
-        let path = name::to_path(path);
-        let name = path.file_name()?.to_owned();
-        let directory = match path.parent() {
-            Some(directory) if !directory.as_os_str().is_empty() => directory.canonicalize(),
-            _ => name::to_path(".").canonicalize(),
-        };
-        Some((directory.ok()?, name))
-    };
-    one == other || place(one).is_some_and(|one| place(other) == Some(one))
+    one == other || place_of_path(one).is_some_and(|one| place_of_path(other) == Some(one))
 }
 
 const OPTIONS: &[OptionDef] = &[

@@ -6,6 +6,7 @@ mod direct_requests;
 mod driver;
 mod extents;
 mod kind;
+mod place;
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
@@ -30,6 +31,7 @@ pub use beneath::Directory;
 pub(crate) use driver::{FILE, HOST_CDROM, HOST_DEVICE};
 pub use driver::{LocalFileDriver, new_file};
 pub use kind::FileKind;
+pub use place::place_of_path;
 
 /// An open file or block device.
 #[derive(Debug)]

@@ -470,11 +470,7 @@ impl Handshake {
             _ => ErrorKind::Unsupported,
         };
         let error = Error::new(category, words);
-        Err(if hints.is_empty() {
-            error
-        } else {
-            error.hint(hints.join("\n"))
-        })
+        Err(hints.into_iter().fold(error, Error::and_hint))
     }
 }
 

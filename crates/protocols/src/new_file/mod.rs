@@ -6,17 +6,18 @@
 //!   dropped instead: a file that was there before keeps its contents, in the second case it is emptied
 //! ```
 
-use std::ffi::{OsStr, OsString};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
-use std::path::{Path, PathBuf};
+mod unnamed;
+
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::Path;
 use std::sync::Arc;
 use std::{fs, io};
 
 use diskimage_core::options::{OptionDef, OptionKind, Options};
 use diskimage_core::{Device, Error, Permissions, Result, ResultExt, name};
-use rustix::fs::{AtFlags, CWD, IFlags, Mode, OFlags, StatxAttributes, StatxFlags};
+use rustix::fs::{AtFlags, CWD, IFlags, StatxAttributes, StatxFlags};
 
+use self::unnamed::{Unnamed, sync_directory_of};
 use crate::cache::{CacheMode, Flush};
 use crate::file::{File, identity_of_path};
 use crate::name::Target;
@@ -125,17 +126,6 @@ enum Publication {
     Later(Box<Unnamed>),
 }
 
-/// The name that a new file will get.
-#[derive(Debug)]
-struct Unnamed {
-    directory: OwnedFd,
-    name: OsString,
-    /// The name until then, where the file system has no files without one.
-    temporary: Option<OsString>,
-    /// The file that has the name so far, locked like the new one.
-    old: Option<File>,
-}
-
 impl NewFile {
     /// The file, empty at first and locked.
     pub fn file(&self) -> &Arc<File> {
@@ -147,37 +137,159 @@ impl NewFile {
         matches!(self.publication, Publication::InPlace { .. })
     }
 
-    /// Gives the file its name. A file that had it before is replaced. Unless the cache mode is [`Flush::Never`], the
-    /// contents are durable before, and the name is after.
+    /// Gives the file its name. A file that had it before is replaced.
     ///
     /// # Errors
-    /// `Could not create 'NAME': REASON`; also if the name stands for another file now than when this one was made.
+    /// Those of [`NewFile::publish_all`].
+    pub fn publish(self) -> Result<()> {
+        Self::publish_all(vec![self])
+    }
+
+    /// Gives the files of one image their names; the first one is that without which the image cannot be opened. Files
+    /// that had these names before are replaced, or are all there as before if this fails. Unless the cache mode is
+    /// [`Flush::Never`], all files are durable before one gets its name, and all other names before the first file's.
+    ///
+    /// ```text
+    ///   no part was there        parts named ──────────────────────► first file named, in place of an old one
+    ///   a part was there         old first file set aside ──► each old part set aside, new one named
+    ///                                ──► first file named ──► old files removed
+    /// ```
+    ///
+    /// So at no moment the name of an old first file leads to new parts: it stands for the old image, the new one, or,
+    /// for a moment if parts are replaced, for nothing.
+    ///
+    /// # Errors
+    /// `Could not create 'NAME': REASON`; also if a name stands for another file now than when the new one was made.
     /// `Could not flush 'NAME': REASON`.
-    pub fn publish(mut self) -> Result<()> {
-        let durable = self.file.cache.flush != Flush::Never;
-        let flushing = || format!("Could not flush '{}'", self.file.name);
-        if durable {
-            self.file.sync().context(flushing)?;
+    pub fn publish_all(files: Vec<Self>) -> Result<()> {
+        Self::publish_in_steps(files, |_| Ok(()))
+    }
+
+    /// [`NewFile::publish_all`]; calls `before` with each step before it is taken.
+    fn publish_in_steps(files: Vec<Self>, mut before: impl FnMut(Step) -> Result<()>) -> Result<()> {
+        let mut files = Undo(files);
+        let outcome = publish(&mut files.0, &mut before);
+        if outcome.is_ok() {
+            for file in &mut files.0 {
+                file.finish();
+            }
         }
-        let directory = match &mut self.publication {
+        outcome
+    }
+
+    /// What the file is renamed by, if it has no name yet.
+    fn unnamed(&self) -> Option<&Unnamed> {
+        match &self.publication {
+            Publication::Later(unnamed) => Some(unnamed),
+            Publication::Done | Publication::InPlace { .. } => None,
+        }
+    }
+
+    /// Takes a step of renaming, if the file has no name yet.
+    fn step(&mut self, take: impl FnOnce(&mut Unnamed, &fs::File) -> io::Result<()>) -> Result<()> {
+        match &mut self.publication {
             Publication::Later(unnamed) => {
-                unnamed
-                    .publish(&self.file.file)
-                    .context(|| format!("Could not create '{}'", self.file.name))?;
-                rustix::fs::openat(&unnamed.directory, ".", TO_FLUSH, Mode::empty()).ok()
+                take(unnamed, &self.file.file).context(|| format!("Could not create '{}'", self.file.name))
             }
-            Publication::InPlace { existed: false } => {
-                let path = name::to_path(&self.file.name);
-                rustix::fs::open(directory_of(&path), TO_FLUSH, Mode::empty()).ok()
-            }
-            Publication::InPlace { existed: true } | Publication::Done => None,
-        };
-        self.publication = Publication::Done;
-        // Without the right to list the directory it cannot be flushed.
-        if let Some(directory) = directory.filter(|_| durable) {
-            flush_directory(&directory).context(flushing)?;
+            Publication::Done | Publication::InPlace { .. } => Ok(()),
         }
-        Ok(())
+    }
+
+    fn shares_directory(&self, other: &Self) -> bool {
+        let both = self.unnamed().zip(other.unnamed());
+        both.is_some_and(|(one, other)| one.shares_directory(other))
+    }
+
+    fn is_durable(&self) -> bool {
+        self.file.cache.flush != Flush::Never
+    }
+
+    fn flush(&self) -> Result<()> {
+        match self.is_durable() {
+            true => self.file.sync().context(|| self.flushing()),
+            false => Ok(()),
+        }
+    }
+
+    /// Makes the names in the directory durable.
+    fn sync_directory(&self) -> Result<()> {
+        if !self.is_durable() {
+            return Ok(());
+        }
+        let synced = match &self.publication {
+            Publication::Later(unnamed) => unnamed.sync_directory(),
+            Publication::InPlace { existed: false } => sync_directory_of(&name::to_path(&self.file.name)),
+            Publication::InPlace { existed: true } | Publication::Done => Ok(()),
+        };
+        synced.context(|| self.flushing())
+    }
+
+    fn flushing(&self) -> String {
+        format!("Could not flush '{}'", self.file.name)
+    }
+
+    fn finish(&mut self) {
+        if let Publication::Later(unnamed) = &mut self.publication {
+            unnamed.finish();
+        }
+        self.publication = Publication::Done;
+    }
+}
+
+/// A step of giving the files of an image their names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Step {
+    Flush,
+    SetAside,
+    Name,
+    SyncDirectory,
+}
+
+fn publish(files: &mut [NewFile], before: &mut dyn FnMut(Step) -> Result<()>) -> Result<()> {
+    for file in &*files {
+        before(Step::Flush)?;
+        file.flush()?;
+    }
+    let Some((first, parts)) = files.split_first_mut() else {
+        return Ok(());
+    };
+    let replaces = |part: &NewFile| part.unnamed().is_some_and(Unnamed::replaces);
+    let replaces_parts = parts.iter().any(replaces);
+    let sync = |file: &NewFile, before: &mut dyn FnMut(Step) -> Result<()>| {
+        before(Step::SyncDirectory)?;
+        file.sync_directory()
+    };
+    if replaces_parts {
+        before(Step::SetAside)?;
+        first.step(|unnamed, _| unnamed.set_aside())?;
+        sync(first, before)?;
+    }
+    for part in &mut *parts {
+        if replaces(part) {
+            before(Step::SetAside)?;
+            part.step(|unnamed, _| unnamed.set_aside())?;
+        }
+        before(Step::Name)?;
+        part.step(Unnamed::give_name)?;
+    }
+    let mut directories: Vec<&NewFile> = Vec::new();
+    for part in parts.iter() {
+        if !directories.iter().any(|other| part.shares_directory(other)) {
+            sync(part, before)?;
+            directories.push(part);
+        }
+    }
+    before(Step::Name)?;
+    first.step(Unnamed::give_name)?;
+    sync(first, before)
+}
+
+/// Files that are dropped in reverse: the first one gets its old name back when the others have theirs.
+struct Undo(Vec<NewFile>);
+
+impl Drop for Undo {
+    fn drop(&mut self) {
+        while self.0.pop().is_some() {}
     }
 }
 
@@ -194,143 +306,6 @@ impl Drop for NewFile {
             }
         }
     }
-}
-
-impl Drop for Unnamed {
-    fn drop(&mut self) {
-        if let Some(temporary) = &self.temporary {
-            let _ = rustix::fs::unlinkat(&self.directory, &**temporary, AtFlags::empty());
-        }
-    }
-}
-
-impl Unnamed {
-    /// The file to replace `old`, if there is one at `path`; `None` where that is not possible.
-    fn for_path(path: &Path, old: Option<File>) -> Option<Self> {
-        let resolved = match &old {
-            // The name of a symbolic link stays with the link.
-            Some(_) => path.canonicalize().ok()?,
-            None => path.to_owned(),
-        };
-        let name = resolved.file_name()?.to_owned();
-        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        Some(Self {
-            directory: rustix::fs::open(directory_of(&resolved), flags, Mode::empty()).ok()?,
-            name,
-            temporary: None,
-            old,
-        })
-    }
-
-    /// Makes the file; `None` where that is not possible.
-    fn make(&mut self, cache: CacheMode) -> Option<fs::File> {
-        let file = self.make_nameless(cache).or_else(|| self.make_temporary(cache))?;
-        match &self.old {
-            Some(old) => keep_owner(&file, &old.file.metadata().ok()?).then_some(file),
-            None => Some(file),
-        }
-    }
-
-    fn make_nameless(&self, cache: CacheMode) -> Option<fs::File> {
-        let file = self.open(".", OFlags::TMPFILE, cache)?;
-        // It gets its name by the link that stands for its descriptor.
-        link_of(&file).exists().then_some(file)
-    }
-
-    fn make_temporary(&mut self, cache: CacheMode) -> Option<fs::File> {
-        let temporary = temporary_name()?;
-        let file = self.open(&temporary, OFlags::CREATE | OFlags::EXCL, cache)?;
-        self.temporary = Some(temporary);
-        Some(file)
-    }
-
-    fn open(&self, name: impl AsRef<OsStr>, how: OFlags, cache: CacheMode) -> Option<fs::File> {
-        let flags = OFlags::from_bits_retain(cache.open_flags().cast_unsigned());
-        let flags = OFlags::RDWR | OFlags::CLOEXEC | how | flags;
-        let mode = Mode::from_raw_mode(0o644);
-        let file = rustix::fs::openat(&self.directory, name.as_ref(), flags, mode);
-        file.ok().map(fs::File::from)
-    }
-
-    /// Gives `file` its name.
-    fn publish(&mut self, file: &fs::File) -> io::Result<()> {
-        let directory = self.directory.as_fd();
-        let Some(old) = &self.old else {
-            // Fails if there is a file of that name by now: it is somebody else's.
-            match &self.temporary {
-                None => {
-                    let flags = AtFlags::SYMLINK_FOLLOW;
-                    rustix::fs::linkat(CWD, link_of(file), directory, &*self.name, flags)?;
-                }
-                Some(temporary) => {
-                    let flags = rustix::fs::RenameFlags::NOREPLACE;
-                    rustix::fs::renameat_with(directory, &**temporary, directory, &*self.name, flags)?;
-                }
-            }
-            self.temporary = None;
-            return Ok(());
-        };
-        let there = rustix::fs::statat(directory, &*self.name, AtFlags::SYMLINK_NOFOLLOW)?;
-        if Some((there.st_dev, there.st_ino)) != old.identity() {
-            return Err(io::Error::from_raw_os_error(libc::EEXIST));
-        }
-        if self.temporary.is_none() {
-            let temporary = temporary_name().ok_or_else(|| io::Error::from_raw_os_error(libc::EIO))?;
-            let flags = AtFlags::SYMLINK_FOLLOW;
-            rustix::fs::linkat(CWD, link_of(file), directory, &*temporary, flags)?;
-            self.temporary = Some(temporary);
-        }
-        if let Some(temporary) = &self.temporary {
-            rustix::fs::renameat(directory, &**temporary, directory, &*self.name)?;
-        }
-        self.temporary = None;
-        Ok(())
-    }
-}
-
-/// The directory that `path` is in.
-fn directory_of(path: &Path) -> &OsStr {
-    match path.parent() {
-        Some(directory) if !directory.as_os_str().is_empty() => directory.as_os_str(),
-        _ => OsStr::new("."),
-    }
-}
-
-/// How a directory is opened to be flushed.
-const TO_FLUSH: OFlags = OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
-
-/// Makes the names in a directory durable.
-fn flush_directory(directory: &OwnedFd) -> io::Result<()> {
-    match rustix::fs::fsync(directory) {
-        // Some file systems have nothing to flush there.
-        Ok(()) | Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOTSUP | rustix::io::Errno::ROFS) => {
-            Ok(())
-        }
-        Err(error) => Err(error.into()),
-    }
-}
-
-/// The link by which the kernel names an open file.
-fn link_of(file: &impl AsRawFd) -> PathBuf {
-    name::to_path(&format!("/proc/self/fd/{}", file.as_raw_fd()))
-}
-
-/// A name that nobody else uses.
-fn temporary_name() -> Option<OsString> {
-    let mut random = [0; 8];
-    rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty()).ok()?;
-    Some(format!(".qemu-img-{:016x}", u64::from_le_bytes(random)).into())
-}
-
-/// Gives the new `file` the owner and the permissions of the file that it replaces.
-fn keep_owner(file: &fs::File, old: &fs::Metadata) -> bool {
-    let Ok(new) = file.metadata() else { return false };
-    let same_owner = (new.uid(), new.gid()) == (old.uid(), old.gid());
-    let owner = same_owner || std::os::unix::fs::fchown(file, Some(old.uid()), Some(old.gid())).is_ok();
-    owner
-        && file
-            .set_permissions(fs::Permissions::from_mode(old.mode() & 0o7777))
-            .is_ok()
 }
 
 /// Whether another file can take the place of `old`, and nothing but the contents differs then.

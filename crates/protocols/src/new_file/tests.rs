@@ -1,6 +1,8 @@
 //! Tests of the creation of files.
 
-use std::os::unix::fs::symlink;
+use std::collections::BTreeMap;
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::PathBuf;
 
 use super::*;
 
@@ -182,4 +184,106 @@ fn an_old_file_in_use_stays() {
     assert!(other.lock(Permissions::WRITE).is_err());
     drop(new);
     assert!(other.lock(Permissions::WRITE).is_ok());
+}
+
+/// The names in the directory and the contents, without files that were set aside.
+fn visible(scratch: &Scratch) -> BTreeMap<String, Vec<u8>> {
+    let names = scratch.names();
+    let named = names.into_iter().filter(|name| !name.starts_with(".qemu-img-"));
+    named
+        .map(|name| {
+            let contents = scratch.contents(&name).expect("is there");
+            (name, contents)
+        })
+        .collect()
+}
+
+/// The files of an image, the first of which refers to the others, where `old` are there.
+fn image(create: fn(&Scratch, &str) -> NewFile, old: &[&str]) -> (Scratch, Vec<NewFile>) {
+    let scratch = old
+        .iter()
+        .fold(Scratch::new(), |scratch, name| scratch.with_old(name));
+    let files = ["image", "part 1", "part 2"].map(|name| create(&scratch, name));
+    (scratch, files.into())
+}
+
+/// All choices of files of the same names that were there before.
+const OLD_FILES: [&[&str]; 8] = [
+    &[],
+    &["image"],
+    &["part 1"],
+    &["part 2"],
+    &["image", "part 1"],
+    &["image", "part 2"],
+    &["part 1", "part 2"],
+    &["image", "part 1", "part 2"],
+];
+
+#[test]
+fn an_image_that_can_be_opened_has_its_own_parts_at_each_moment() {
+    for create in WAYS {
+        for old in OLD_FILES {
+            let (scratch, files) = image(create, old);
+            let is = |now: &BTreeMap<String, Vec<u8>>, name: &str, what: &[u8]| {
+                now.get(name).is_some_and(|contents| contents == what)
+            };
+            let mut steps = Vec::new();
+            NewFile::publish_in_steps(files, |step| {
+                steps.push(step);
+                // What is left if the program is killed now.
+                let now = visible(&scratch);
+                let (image_is_old, image_is_new) = (is(&now, "image", OLD), is(&now, "image", NEW));
+                for part in ["part 1", "part 2"] {
+                    // An image whose part was missing could not be opened.
+                    let fits = !image_is_old || !old.contains(&part) || is(&now, part, OLD);
+                    assert!(fits, "{old:?}: {steps:?}: {now:?}");
+                    assert!(
+                        !image_is_new || is(&now, part, NEW),
+                        "{old:?}: {steps:?}: {now:?}"
+                    );
+                }
+                Ok(())
+            })
+            .expect("is possible");
+            let now = visible(&scratch);
+            assert_eq!(scratch.names(), ["image", "part 1", "part 2"], "{old:?}");
+            assert!(now.values().all(|contents| contents == NEW), "{old:?}: {now:?}");
+            // What has a name is durable, and named before what refers to it.
+            let at = |step| steps.iter().rposition(|other| *other == step);
+            assert!(steps.starts_with(&[Step::Flush; 3]), "{old:?}: {steps:?}");
+            assert!(steps.ends_with(&[Step::SyncDirectory, Step::Name, Step::SyncDirectory]));
+            assert!(at(Step::SetAside) < at(Step::Name));
+        }
+    }
+}
+
+#[test]
+fn a_failure_between_the_names_leaves_what_was_there() {
+    for create in WAYS {
+        for old in OLD_FILES {
+            for failing in 0.. {
+                let (scratch, files) = image(create, old);
+                let before = visible(&scratch);
+                let mut steps = 0;
+                let outcome = NewFile::publish_in_steps(files, |_| {
+                    steps += 1;
+                    match steps > failing {
+                        true => Err(Error::from_errno(libc::EIO)),
+                        false => Ok(()),
+                    }
+                });
+                if outcome.is_ok() {
+                    assert!(failing > 6, "{failing} steps");
+                    break;
+                }
+                // The step after the last name has nothing to undo.
+                let is_named = scratch.contents("image").as_deref() == Some(NEW);
+                assert!(is_named || visible(&scratch) == before, "{old:?}: {failing}");
+                assert!(
+                    scratch.names().iter().all(|name| !name.starts_with(".qemu-img-")),
+                    "{old:?}: {failing}"
+                );
+            }
+        }
+    }
 }

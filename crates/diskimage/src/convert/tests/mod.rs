@@ -110,6 +110,27 @@ fn the_file_is_the_same_whatever_the_number_of_threads() {
 }
 
 #[test]
+fn many_more_workers_than_processors_write_the_same_file() {
+    for (format, options, compress, len) in [
+        ("qcow2", "", false, 65 << 20),
+        ("qcow2", "cluster_size=4k", false, 65 << 20),
+        ("qcow2", "", true, 17 << 20),
+        ("vmdk", "subformat=streamOptimized", true, 17 << 20),
+    ] {
+        let source = [raw(pattern(len, 9))];
+        let files = [1, 64].map(|workers| {
+            let (target, file) = image(format, options, len as u64);
+            let mut conversion = Conversion::new(&source, &target);
+            conversion.compress = compress;
+            conversion.run_on(workers).unwrap();
+            target.flush().unwrap();
+            without_descriptor(format, &file.contents())
+        });
+        assert!(files[0] == files[1], "{format} {options} {compress}");
+    }
+}
+
+#[test]
 fn zeroes_are_left_out_unless_sparse_is_zero() {
     let mut bytes = vec![0; 1 << 20];
     bytes[300 * 1024] = 1;

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use diskimage_core::errno;
-use diskimage_core::{Device, Error, Result};
+use diskimage_core::{Device, Error, Result, Unfinished};
 
 use crate::layer_kit::metadata_guard::DamageReport;
 use crate::qcow2::header::feature::Incompatible;
@@ -20,6 +20,8 @@ pub(in crate::qcow2) struct Corruption {
     file: Arc<dyn Device>,
     /// The incompatible features in the file; `None` for version 2.
     incompatible: Option<Mutex<u64>>,
+    /// Whether the dirty bit is the mark of an image whose contents are not complete.
+    unfinished: AtomicBool,
     /// Whether damage sets the corrupt bit and ends all writing.
     marks: bool,
     reported: AtomicBool,
@@ -35,6 +37,7 @@ impl Corruption {
         Self {
             file: Arc::clone(file),
             incompatible,
+            unfinished: AtomicBool::new(false),
             marks,
             reported: AtomicBool::new(false),
             marked: OnceLock::new(),
@@ -57,6 +60,21 @@ impl Corruption {
             *present = wanted;
         }
         Ok(())
+    }
+
+    /// Clears the dirty bit after a flush, unless the contents are not complete.
+    pub(in crate::qcow2) fn clear_dirty(&self) -> Result<()> {
+        match self.unfinished.load(Ordering::Acquire) {
+            true => Ok(()),
+            false => self.set_incompatible(Incompatible::DIRTY, false),
+        }
+    }
+}
+
+impl Unfinished for Corruption {
+    fn mark(&self, unfinished: bool) -> Result<()> {
+        self.unfinished.store(unfinished, Ordering::Release);
+        self.set_incompatible(Incompatible::DIRTY, unfinished)
     }
 }
 
