@@ -1,4 +1,4 @@
-//! Holes of a source stay holes inside the large blocks of a target.
+//! Holes of a source stay holes inside the large blocks of a target, and those of an image take no time.
 #![cfg(target_os = "linux")]
 
 use std::fs::{self, File};
@@ -43,4 +43,26 @@ fn conversions_write_no_zeroes_around_the_data_of_a_block() {
             used(format)
         );
     }
+}
+
+#[test]
+fn an_image_with_terabytes_of_holes_shrinks_at_once() {
+    let dir = tempfile::tempdir().expect("there is one");
+    let run = |words: &str| {
+        let output = Command::new(env!("CARGO_BIN_EXE_qemu-img"))
+            .args(words.split(' '))
+            .current_dir(dir.path())
+            .output()
+            .expect("runs");
+        assert!(output.status.success(), "{words}: {output:?}");
+    };
+    run("create -q -f qcow2 -o cluster_size=512 x.qcow2 1M");
+    let file = File::options().write(true).open(dir.path().join("x.qcow2"));
+    // Some file systems end at 16 TiB.
+    let lengthened = file.expect("exists").set_len(15 << 40);
+    lengthened.expect("has holes");
+    run("resize -q -f qcow2 --shrink x.qcow2 512K");
+    run("check -q x.qcow2");
+    let len = fs::metadata(dir.path().join("x.qcow2")).expect("exists").len();
+    assert!(len < 64 << 10, "{len}");
 }

@@ -138,6 +138,14 @@ impl Metadata {
         self.refcounts.drop_empty_blocks(&mut self.cache)
     }
 
+    /// The end of the last cluster before `end` that is in use. See [`Refcounts::used_end`].
+    ///
+    /// # Errors
+    /// Failures to read.
+    pub(super) fn used_end(&mut self, end: ClusterIndex) -> Result<ClusterIndex> {
+        self.refcounts.used_end(&mut self.cache, end)
+    }
+
     /// Releases the refcount structures `old`, to which nothing refers any more.
     ///
     /// # Errors

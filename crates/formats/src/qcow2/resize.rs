@@ -303,17 +303,8 @@ impl Qcow2 {
         metadata
             .drop_empty_blocks()
             .context(|| "Failed to discard unused refblocks")?;
-        let mut end = HostOffset::new(self.file.len()).cluster_end(bits);
-        while let Some(last) = end.before() {
-            // In a damaged image a cluster with a refcount of zero may be in use.
-            let is_counted = metadata.count(last)? > 0;
-            let known = metadata.refcounts.references_to(last);
-            if is_counted || known.is_some_and(|uses| uses > 0) {
-                break;
-            }
-            end = last;
-        }
-        let len = end.offset(bits).get();
+        let end = HostOffset::new(self.file.len()).cluster_end(bits);
+        let len = metadata.used_end(end)?.offset(bits).get();
         if len < self.file.len() {
             self.file.resize(len, Preallocation::Off)
         } else {

@@ -244,6 +244,21 @@ impl ClusterCounts {
         None
     }
 
+    /// The end of the last cluster before `end` with a count above zero.
+    pub(in crate::qcow2) fn used_end(&self, end: ClusterIndex) -> ClusterIndex {
+        let mut at = end.min(self.end());
+        while let Some(last) = at.before() {
+            if self.is_page_zero(last) {
+                at = last.align_down(PAGE as u64);
+            } else if self.of(last) > 0 {
+                break;
+            } else {
+                at = last;
+            }
+        }
+        at
+    }
+
     /// The first run of `count` clusters with a count of zero from `from` on.
     pub(in crate::qcow2) fn first_free(&self, from: ClusterIndex, count: u64) -> ClusterIndex {
         let (mut start, mut at) = (from, from);
@@ -321,6 +336,26 @@ mod tests {
         assert_eq!(counts.of(cluster(6)), 256);
         assert_eq!(counts.of(cluster(8)), 0);
         assert_eq!(counts.of(cluster(1 << 30)), 0);
+    }
+
+    #[test]
+    fn the_last_count_is_found_from_behind() {
+        let mut counts = ClusterCounts::new(u64::MAX, Budget::default());
+        assert_eq!(counts.used_end(cluster(u64::MAX)), cluster(0));
+        for index in [0, 7, 4096, 1 << 20] {
+            counts.add(cluster(index), 1).unwrap();
+        }
+        for (end, expected) in [
+            (0, 0),
+            (1, 1),
+            (7, 1),
+            (8, 8),
+            (4096, 8),
+            (1 << 20, 4097),
+            (1 << 40, (1 << 20) + 1),
+        ] {
+            assert_eq!(counts.used_end(cluster(end)), cluster(expected), "{end}");
+        }
     }
 
     #[test]

@@ -72,6 +72,12 @@ impl KnownReferences {
         Some(counts.of(cluster))
     }
 
+    /// The end of the last cluster before `end` that is known to have a reference.
+    pub(super) fn used_end(&self, end: ClusterIndex) -> ClusterIndex {
+        let counts = self.counted.as_ref();
+        counts.map_or(ClusterIndex::new(0), |counts| counts.used_end(end.min(self.end)))
+    }
+
     /// Whether `cluster` must not be allocated although its refcount is zero.
     pub(super) fn keeps(&self, cluster: ClusterIndex) -> bool {
         if cluster < self.end {

@@ -55,6 +55,35 @@ impl Refcounts {
         }
     }
 
+    /// The end of the last cluster before `end` that has a refcount above zero, or a reference: in a damaged image a
+    /// cluster with a refcount of zero may be in use. Clusters without a block are not visited.
+    pub(in crate::qcow2) fn used_end(
+        &self,
+        tables: &mut MetadataCache,
+        end: ClusterIndex,
+    ) -> Result<ClusterIndex> {
+        let referred = self.references.used_end(end);
+        for index in (0..self.table().len / 8).rev() {
+            let counted = self.geometry.counted_clusters(index);
+            if counted.start >= end || self.block_in_entry(tables, index)?.is_none() {
+                continue;
+            }
+            if counted.end <= referred {
+                break;
+            }
+            let mut at = counted.end.min(end);
+            while at > counted.start.max(referred)
+                && let Some(last) = at.before()
+            {
+                if self.count(tables, last)? > 0 {
+                    return Ok(at);
+                }
+                at = last;
+            }
+        }
+        Ok(referred)
+    }
+
     /// Removes empty blocks from the refcount table, from the last to the first.
     fn unlink_empty_blocks(&self, tables: &mut MetadataCache, dropped: &mut Vec<Dropped>) -> Result<()> {
         let bits = self.geometry.cluster_bits;
