@@ -1,6 +1,6 @@
 //! The output of `info` for one image, as text and as JSON.
 
-use std::fmt::Write;
+use std::fmt::{self, Write};
 
 use diskimage::size::human_size;
 use diskimage::{
@@ -96,35 +96,34 @@ impl Facts {
         ))
     }
 
-    pub(crate) fn text(&self) -> String {
-        let mut text = String::new();
-        self.print(&mut text, 0);
-        text
+    /// Writes what is printed as text.
+    ///
+    /// # Errors
+    /// Those of `out`.
+    pub(crate) fn write_text(&self, out: &mut dyn Write) -> fmt::Result {
+        self.print(out, 0)
     }
 
-    fn print(&self, text: &mut String, indent: usize) {
-        // Writing to a string does not fail.
-        let mut print_line = |line: &str| {
-            let _ = writeln!(text, "{:indent$}{line}", "");
-        };
+    fn print(&self, out: &mut dyn Write, indent: usize) -> fmt::Result {
+        let mut print_line = |line: &str| writeln!(out, "{:indent$}{line}", "");
         let name = self.node.shown_name();
         let (kinds, size) = if self.is_protocol() {
             (["filename", "protocol type"], "file length")
         } else {
             (["image", "file format"], "virtual size")
         };
-        print_line(&format!("{}: {}", kinds[0], printable(&name)));
-        print_line(&format!("{}: {}", kinds[1], self.node.driver));
-        print_line(&format!("{size}: {} ({} bytes)", human_size(self.len), self.len));
-        print_line(&disk_size(self.allocated));
+        print_line(&format!("{}: {}", kinds[0], printable(&name)))?;
+        print_line(&format!("{}: {}", kinds[1], self.node.driver))?;
+        print_line(&format!("{size}: {} ({} bytes)", human_size(self.len), self.len))?;
+        print_line(&disk_size(self.allocated))?;
         if self.info.encrypted {
-            print_line("encrypted: yes");
+            print_line("encrypted: yes")?;
         }
         if let Some(size) = self.info.cluster_size {
-            print_line(&format!("cluster_size: {size}"));
+            print_line(&format!("cluster_size: {size}"))?;
         }
         if self.info.dirty {
-            print_line("cleanly shut down: no");
+            print_line("cleanly shut down: no")?;
         }
         if let Some((Backing { name, format }, full)) = self.backing() {
             let actual_path = match full {
@@ -132,32 +131,30 @@ impl Facts {
                 Some(full) if full == name.text() => String::new(),
                 Some(full) => format!(" (actual path: {})", printable(&full)),
             };
-            print_line(&format!("backing file: {}{actual_path}", printable(name.text())));
+            print_line(&format!("backing file: {}{actual_path}", printable(name.text())))?;
             if let Some(format) = format {
-                print_line(&format!("backing file format: {}", printable(format)));
+                print_line(&format!("backing file format: {}", printable(format)))?;
             }
         }
         if !self.info.snapshots.is_empty() {
-            snapshot_lines(&self.info.snapshots)
-                .iter()
-                .for_each(|line| print_line(line));
+            for line in snapshot_lines(&self.info.snapshots) {
+                print_line(&line)?;
+            }
         }
         if let Some(details) = self.info.specific.as_ref().filter(|details| !details.is_empty()) {
-            print_line("Format specific information:");
-            details_text(text, details, indent + 4);
+            print_line("Format specific information:")?;
+            details_text(out, details, indent + 4)?;
         }
         for (_, child) in &self.children {
-            let _ = writeln!(text, "{:indent$}Child node '{}':", "", child.path);
-            child.print(text, indent + 4);
+            writeln!(out, "{:indent$}Child node '{}':", "", child.path)?;
+            child.print(out, indent + 4)?;
         }
+        Ok(())
     }
 
-    pub(crate) fn json(&self) -> Value {
-        let children = self.children.iter().map(|(name, child)| {
-            Value::object([("name", Value::from(name.as_str())), ("info", child.json())])
-        });
+    /// The same as JSON. The facts go as their JSON comes: there may be a million.
+    pub(crate) fn json(mut self) -> Value {
         let mut members: Vec<(&'static str, Value)> = vec![
-            ("children", Value::List(children.collect())),
             ("virtual-size", self.len.into()),
             ("filename", self.node.shown_name().into()),
             ("format", self.node.driver.into()),
@@ -184,7 +181,7 @@ impl Facts {
         if let Some(bytes) = self.allocated {
             members.push(("actual-size", bytes.into()));
         }
-        if let Some(details) = &self.info.specific {
+        if let Some(details) = self.info.specific.take() {
             let kind = match self.node.driver {
                 // qemu-img has one type of information for all three drivers.
                 "host_device" | "host_cdrom" => "file".into(),
@@ -196,6 +193,11 @@ impl Facts {
         if self.info.encrypted {
             members.push(("encrypted", true.into()));
         }
+        let children = self
+            .children
+            .into_iter()
+            .map(|(name, child)| Value::object([("name", Value::from(name)), ("info", child.json())]));
+        members.insert(0, ("children", Value::List(children.collect())));
         in_table_order(members)
     }
 }
@@ -217,11 +219,9 @@ const SNAPSHOT_HEAD: &str =
     "ID      TAG               VM_SIZE                DATE        VM_CLOCK     ICOUNT";
 
 /// The lines of the table of snapshots.
-pub(crate) fn snapshot_lines(snapshots: &[SnapshotInfo]) -> Vec<String> {
+pub(crate) fn snapshot_lines(snapshots: &[SnapshotInfo]) -> impl Iterator<Item = String> {
     let head = ["Snapshot list:", SNAPSHOT_HEAD].map(str::to_owned);
-    head.into_iter()
-        .chain(snapshots.iter().map(snapshot_line))
-        .collect()
+    head.into_iter().chain(snapshots.iter().map(snapshot_line))
 }
 
 fn snapshot_line(snapshot: &SnapshotInfo) -> String {
@@ -273,49 +273,48 @@ fn snapshot_json(snapshot: &SnapshotInfo) -> Value {
     Value::object(members)
 }
 
-fn details_text(text: &mut String, details: &[Detail], indent: usize) {
+fn details_text(out: &mut dyn Write, details: &[Detail], indent: usize) -> fmt::Result {
     for detail in details {
-        value_text(text, &detail.name.replace('-', " "), &detail.value, indent);
+        value_text(out, &detail.name.replace('-', " "), &detail.value, indent)?;
+    }
+    Ok(())
+}
+
+fn value_text(out: &mut dyn Write, name: &str, value: &DetailValue, indent: usize) -> fmt::Result {
+    write!(out, "{:indent$}{name}:", "")?;
+    match value {
+        DetailValue::Flag(flag) => writeln!(out, " {flag}"),
+        DetailValue::Number(number) => writeln!(out, " {number}"),
+        DetailValue::Text(words) => writeln!(out, " {}", printable(words)),
+        DetailValue::Group(details) => {
+            out.write_char('\n')?;
+            details_text(out, details, indent + 4)
+        }
+        DetailValue::List(values) => {
+            out.write_char('\n')?;
+            for (index, value) in values.iter().enumerate() {
+                value_text(out, &format!("[{index}]"), value, indent + 4)?;
+            }
+            Ok(())
+        }
     }
 }
 
-fn value_text(text: &mut String, name: &str, value: &DetailValue, indent: usize) {
-    // Writing to a string does not fail.
-    let _ = write!(text, "{:indent$}{name}:", "");
-    let simple = match value {
-        DetailValue::Flag(flag) => flag.to_string(),
-        DetailValue::Number(number) => number.to_string(),
-        DetailValue::Text(words) => printable(words).into_owned(),
-        DetailValue::Group(details) => {
-            text.push('\n');
-            return details_text(text, details, indent + 4);
-        }
-        DetailValue::List(values) => {
-            text.push('\n');
-            for (index, value) in values.iter().enumerate() {
-                value_text(text, &format!("[{index}]"), value, indent + 4);
-            }
-            return;
-        }
-    };
-    let _ = writeln!(text, " {simple}");
-}
-
-fn details_json(details: &[Detail]) -> Value {
+fn details_json(details: Vec<Detail>) -> Value {
     Value::object(
         details
-            .iter()
-            .map(|detail| (detail.name, value_json(&detail.value))),
+            .into_iter()
+            .map(|detail| (detail.name, value_json(detail.value))),
     )
 }
 
-fn value_json(value: &DetailValue) -> Value {
+fn value_json(value: DetailValue) -> Value {
     match value {
-        DetailValue::Flag(flag) => (*flag).into(),
-        DetailValue::Number(number) => (*number).into(),
-        DetailValue::Text(words) => words.as_str().into(),
+        DetailValue::Flag(flag) => flag.into(),
+        DetailValue::Number(number) => number.into(),
+        DetailValue::Text(words) => words.into(),
         DetailValue::Group(details) => details_json(details),
-        DetailValue::List(values) => Value::List(values.iter().map(value_json).collect()),
+        DetailValue::List(values) => Value::List(values.into_iter().map(value_json).collect()),
     }
 }
 

@@ -11,6 +11,7 @@ use diskimage::{
 use crate::facts::Facts;
 use crate::objects::define;
 use crate::out::Console;
+use crate::report;
 use crate::source::{open_bare, open_source};
 use crate::words::{Command, Flag, ImageName, Operand, OutputFormat, Parser, Source, Stop, only_image, text};
 use diskimage::json::Value;
@@ -109,9 +110,13 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     let chain = open_each(&args, console)?;
     match args.output {
         OutputFormat::Human => {
-            let texts: Result<Vec<_>, Stop> =
-                chain.iter().map(|image| Ok(Facts::of(image)?.text())).collect();
-            console.print(&texts?.join("\n"));
+            let facts: Result<Vec<_>, Stop> = chain.iter().map(|image| Facts::of(image)).collect();
+            for (nth, facts) in facts?.iter().enumerate() {
+                if nth > 0 {
+                    console.print("\n");
+                }
+                report::print_pieces(console, |out| facts.write_text(out));
+            }
         }
         OutputFormat::Json => {
             let values: Result<Vec<_>, Stop> =
@@ -121,7 +126,7 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
                 (false, Some(only)) => only,
                 (_, last) => Value::List(values.into_iter().chain(last).collect()),
             };
-            console.print(&shown.pretty());
+            report::print_pieces(console, |out| shown.write_pretty(out));
         }
     }
     Ok(0)

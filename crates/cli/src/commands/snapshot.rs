@@ -150,7 +150,9 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
                 warn(&args, console, &warning);
             }
             if !snapshots.is_empty() {
-                console.print(&(snapshot_lines(&snapshots).join("\n") + "\n"));
+                for line in snapshot_lines(&snapshots) {
+                    console.print(&(line + "\n"));
+                }
             }
             if let Some(damage) = damage {
                 return Err(damage.into());

@@ -7,48 +7,48 @@
 //! ```
 //!
 //! A block is kept until all its bytes were taken, so that requests of several threads for parts of one block decode it
-//! once, and the one read last is kept until another is decoded. All blocks together take [`MOST_BYTES`] at most, which
-//! the [`Budget`] must have left; one block is always allowed. If there is no room a thread waits for others.
+//! once, and the one read last is kept until another is decoded. All blocks together take [`MOST_BYTES`] at most; one block
+//! is always allowed. Their memory is that of the [`Budget`]. If there is no room a thread waits for others.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
-use diskimage_core::{Budget, Reservation, Result};
+use diskimage_core::{Budget, Reservation, Result, to_index};
 
 /// The most memory that several blocks take, their encoded bytes included. A limit of this program: enough for some
 /// blocks of a megabyte for each of sixteen threads.
 const MOST_BYTES: u64 = 32 << 20;
 
-/// The blocks of one disk, known by numbers.
+/// The blocks of one disk. A key says where the stored bytes of a block are, so that parts of the disk that share them share
+/// the block.
 #[derive(Debug)]
-pub(crate) struct DecodedBlocks {
-    state: Mutex<State>,
+pub(crate) struct DecodedBlocks<K = u64> {
+    state: Mutex<State<K>>,
     /// A block is decoded or could not be, or its bytes were taken.
     changed: Condvar,
     budget: Budget,
 }
 
-#[derive(Debug, Default)]
-struct State {
+#[derive(Debug)]
+struct State<K> {
     /// The block used last is the last one.
-    blocks: Vec<Block>,
+    blocks: Vec<Block<K>>,
     /// The buffer of a block that is not kept any more, for the next one.
     spare: Vec<u8>,
 }
 
 #[derive(Debug)]
-struct Block {
-    key: u64,
+struct Block<K> {
+    key: K,
     /// `None` while a thread decodes it.
     bytes: Option<Arc<Vec<u8>>>,
     /// How many bytes were taken.
     taken: u64,
     /// The memory for it and its encoded bytes.
     room: u64,
-    /// `None` for one block that was decoded while there was no other.
-    _reservation: Option<Reservation>,
+    _reservation: Reservation,
 }
 
-impl Block {
+impl<K> Block<K> {
     /// Whether no thread decodes it or takes its bytes.
     fn is_idle(&self) -> bool {
         self.bytes
@@ -63,11 +63,14 @@ impl Block {
     }
 }
 
-impl DecodedBlocks {
-    /// No blocks yet. Memory for more than one at once is taken from `budget`.
+impl<K: Copy + PartialEq> DecodedBlocks<K> {
+    /// No blocks yet. Their memory is taken from `budget`.
     pub(crate) fn new(budget: Budget) -> Self {
         Self {
-            state: Mutex::default(),
+            state: Mutex::new(State {
+                blocks: Vec::new(),
+                spare: Vec::new(),
+            }),
             changed: Condvar::new(),
             budget,
         }
@@ -77,10 +80,10 @@ impl DecodedBlocks {
     /// encoded bytes, into a buffer with old contents, unless it is there already.
     ///
     /// # Errors
-    /// Those of `decode`, which makes a block that contains the range.
+    /// Those of `decode`, which makes a block that contains the range, and a block that is too large for the budget.
     pub(crate) fn read(
         &self,
-        key: u64,
+        key: K,
         room: u64,
         buf: &mut [u8],
         at: usize,
@@ -103,7 +106,7 @@ impl DecodedBlocks {
                     self.changed.notify_all();
                     return Ok(());
                 }
-            } else if let Some(reservation) = state.make_room(room, &self.budget) {
+            } else if let Some(reservation) = state.make_room(room, &self.budget)? {
                 state.blocks.push(Block {
                     key,
                     bytes: None,
@@ -124,15 +127,18 @@ impl DecodedBlocks {
         Ok(())
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, State<K>> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl State {
+impl<K> State<K> {
     /// Makes room for a block of `room` bytes: first of blocks that were taken whole. `None` while other threads use
     /// too much of it.
-    fn make_room(&mut self, room: u64, budget: &Budget) -> Option<Option<Reservation>> {
+    ///
+    /// # Errors
+    /// The budget has no room although there is no other block.
+    fn make_room(&mut self, room: u64, budget: &Budget) -> Result<Option<Reservation>> {
         while let Some(index) = self
             .blocks
             .iter()
@@ -142,7 +148,11 @@ impl State {
         }
         loop {
             if self.blocks.is_empty() {
-                return Some(None);
+                // What the spare buffer has more than the budget knows of.
+                if to_index(room).is_ok_and(|room| self.spare.capacity() > room) {
+                    self.spare = Vec::new();
+                }
+                return budget.reserve(room).map(Some);
             }
             let used = self
                 .blocks
@@ -151,9 +161,11 @@ impl State {
             if used <= MOST_BYTES
                 && let Ok(reservation) = budget.reserve(room)
             {
-                return Some(Some(reservation));
+                return Ok(Some(reservation));
             }
-            let index = self.blocks.iter().position(Block::is_idle)?;
+            let Some(index) = self.blocks.iter().position(Block::is_idle) else {
+                return Ok(None);
+            };
             self.remove(index);
         }
     }
@@ -167,12 +179,12 @@ impl State {
 }
 
 /// A block that this thread decodes. A drop, after an error, lets another thread try.
-struct Decoding<'a> {
-    blocks: &'a DecodedBlocks,
-    key: u64,
+struct Decoding<'a, K: Copy + PartialEq> {
+    blocks: &'a DecodedBlocks<K>,
+    key: K,
 }
 
-impl Decoding<'_> {
+impl<K: Copy + PartialEq> Decoding<'_, K> {
     /// Offers the decoded bytes, of which this thread has taken `taken`, to other threads.
     fn finish(self, bytes: Vec<u8>, taken: u64) {
         let mut state = self.blocks.lock();
@@ -183,7 +195,7 @@ impl Decoding<'_> {
     }
 }
 
-impl Drop for Decoding<'_> {
+impl<K: Copy + PartialEq> Drop for Decoding<'_, K> {
     fn drop(&mut self) {
         self.blocks
             .lock()
@@ -252,12 +264,14 @@ mod tests {
     }
 
     #[test]
-    fn without_a_budget_there_is_one_block() {
-        let blocks = DecodedBlocks::new(Budget::new(5));
+    fn with_a_small_budget_there_is_one_block_and_none_that_is_larger() {
+        let blocks = DecodedBlocks::new(Budget::new(9));
         for key in [1, 2, 3] {
             read(&blocks, key, 6, 10);
             assert_eq!(kept(&blocks), [key]);
         }
+        assert!(blocks.read(4, 10, &mut [0; 10], 0, fill(4)).is_err());
+        read(&blocks, 5, 9, 10);
     }
 
     #[test]

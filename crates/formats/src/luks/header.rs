@@ -18,7 +18,7 @@
 //! slot, the header or the payload.
 
 use crate::encryption::{CipherAlg, CipherMode, CipherSpec, HashAlg, IvAlg, SECTOR};
-use diskimage_core::{ByteRange, Error, Result, align_up, to_index};
+use diskimage_core::{ByteRange, Error, ErrorKind, Result, align_up, to_index};
 
 /// The length of the header in bytes.
 pub(super) const HEADER_LEN: usize = 592;
@@ -32,6 +32,9 @@ pub(super) const DIGEST_LEN: usize = 20;
 pub(super) const SALT_LEN: usize = 32;
 /// The most rounds that are accepted. The limit is ours: more rounds would take minutes to reject a wrong passphrase.
 pub(super) const MAX_ITERATIONS: u32 = 1 << 30;
+
+/// The most rounds of a slot that are tried unless the user allows more: some seconds. The limit is ours.
+pub(super) const TRIED_ITERATIONS: u64 = 12_000_000;
 
 const MAGIC: &[u8] = b"LUKS\xba\xbe";
 const SLOT_OFFSET: usize = 208;
@@ -173,6 +176,24 @@ impl Header {
             uuid: until_nul(&bytes[168..208]),
             slots,
         })
+    }
+
+    /// Refuses slots that need more than `most` iterations: a crafted header would have a passphrase tried for hours.
+    ///
+    /// # Errors
+    /// The number of iterations, and how to allow it.
+    pub(super) fn require_iterations(&self, most: u64) -> Result<()> {
+        let active = self.slots.iter().filter(|slot| slot.active);
+        let needed = active.map(|slot| slot.iterations).chain([self.digest_iterations]);
+        let needed = u64::from(needed.max().unwrap_or(0));
+        if needed <= most {
+            return Ok(());
+        }
+        let text = format!("A key slot needs {needed} PBKDF iterations, more than {most}");
+        Err(Error::new(ErrorKind::Limit, text).hint(format!(
+            "If the image is trusted, give the node option 'max-iterations={needed}' ('encrypt.max-iterations' for \
+             qcow2) with --image-opts."
+        )))
     }
 
     /// The header's bytes on disk.

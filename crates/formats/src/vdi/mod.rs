@@ -212,6 +212,13 @@ impl Layer for VdiLayer {
         let range = match first {
             None => range,
             Some(slot) => {
+                // Entries of zeroes, which a hole has, all refer to the first block: the map was lost.
+                if state.map.hole(range.start() / BLOCK)? > 1 {
+                    return Err(Error::corrupt(format!(
+                        "The entry of block {} of the map lies in a hole of the file",
+                        range.start() / BLOCK
+                    )));
+                }
                 let stored = state.header.stored(slot);
                 state.relied_on.require_outside("block", stored)?;
                 let host = stored.start() + range.start() % BLOCK;
