@@ -31,10 +31,10 @@ impl Budget {
             .ok_or_else(|| Error::new(ErrorKind::Limit, "Cannot allocate memory"))
     }
 
-    /// Reserves `bytes` for what makes the program faster and is not needed, such as a cache: half of the budget stays for
-    /// what is.
+    /// Reserves `bytes` for what makes the program faster and is not needed, such as a cache: three quarters of the
+    /// budget stay for what is.
     pub fn reserve_spare(&self, bytes: u64) -> Option<Reservation> {
-        self.reserve_down_to(self.total / 2, bytes)
+        self.reserve_down_to(self.total - self.total / 4, bytes)
     }
 
     /// Reserves `bytes` if at least `least` are left then.
@@ -121,10 +121,10 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_needed_leaves_half() {
+    fn what_is_not_needed_takes_a_quarter() {
         let budget = Budget::new(100);
-        let cache = budget.reserve_spare(50).expect("half");
-        assert!(budget.reserve_spare(1).is_none() && budget.reserve(50).is_ok());
+        let cache = budget.reserve_spare(25).expect("a quarter");
+        assert!(budget.reserve_spare(1).is_none() && budget.reserve(75).is_ok());
         drop(cache);
         assert!(budget.reserve_spare(1).is_some());
     }

@@ -5,14 +5,19 @@ use std::sync::Arc;
 
 use diskimage_core::{ByteRange, Device, Image, StatusDetail};
 
-/// The files of a chain that have more holes than data. Others are not asked for their holes.
+/// The files of a chain that have holes of some length. Others are not asked for their holes.
 pub(crate) struct SparseFiles(Vec<Arc<dyn Device>>);
+
+/// The bytes of all holes of a file that is asked for them.
+const LEAST: u64 = 256 << 10;
 
 impl SparseFiles {
     /// Those of `files`.
     pub(crate) fn among(files: &[Arc<dyn Device>]) -> Self {
-        let is_sparse =
-            |file: &&Arc<dyn Device>| file.allocated_bytes().is_some_and(|bytes| bytes < file.len() / 2);
+        let is_sparse = |file: &&Arc<dyn Device>| {
+            file.allocated_bytes()
+                .is_some_and(|bytes| bytes.saturating_add(LEAST) <= file.len())
+        };
         Self(files.iter().filter(is_sparse).cloned().collect())
     }
 

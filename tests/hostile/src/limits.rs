@@ -6,7 +6,7 @@ use crate::process::Spent;
 /// The most bytes of standard output and standard error: so many, and so many for each byte that the image's files have in
 /// the file system. Lists have a line for each of their members, and JSON escapes a byte as six.
 const OUTPUT: u64 = 1 << 20;
-const OUTPUT_OF_A_BYTE: u64 = 8;
+const OUTPUT_OF_A_BYTE: u64 = 32;
 /// The most lines of standard error.
 const ERROR_LINES: usize = 2100;
 /// The ends that commands have: done, failed, and those of `check` and `compare`.

@@ -108,10 +108,13 @@ impl Args {
 pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
     let args = Args::parse(words)?;
     let chain = open_each(&args, console)?;
+    let facts: Result<Vec<_>, Stop> = chain.iter().map(|image| Facts::of(image)).collect();
+    let facts = facts?;
+    // What is printed may take as much memory as the images do.
+    drop(chain);
     match args.output {
         OutputFormat::Human => {
-            let facts: Result<Vec<_>, Stop> = chain.iter().map(|image| Facts::of(image)).collect();
-            for (nth, facts) in facts?.iter().enumerate() {
+            for (nth, facts) in facts.iter().enumerate() {
                 if nth > 0 {
                     console.print("\n");
                 }
@@ -119,9 +122,7 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
             }
         }
         OutputFormat::Json => {
-            let values: Result<Vec<_>, Stop> =
-                chain.iter().map(|image| Ok(Facts::of(image)?.json())).collect();
-            let mut values = values?;
+            let mut values: Vec<Value> = facts.into_iter().map(Facts::json).collect();
             let shown = match (args.backing_chain, values.pop()) {
                 (false, Some(only)) => only,
                 (_, last) => Value::List(values.into_iter().chain(last).collect()),

@@ -393,6 +393,24 @@ mod tests {
     }
 
     #[test]
+    fn slots_with_too_many_iterations_are_not_tried_unless_allowed() {
+        let mut header = header();
+        assert!(header.require_iterations(1000).is_ok());
+        header.slots[1].iterations = 99_000_000;
+        assert!(header.require_iterations(1000).is_ok(), "inactive");
+        header.slots[1].active = true;
+        let error = header.require_iterations(TRIED_ITERATIONS).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Limit);
+        assert_eq!(
+            error.to_string(),
+            "A key slot needs 99000000 PBKDF iterations, more than 12000000"
+        );
+        assert!(header.require_iterations(99_000_000).is_ok());
+        header.digest_iterations = 99_000_001;
+        assert!(header.require_iterations(99_000_000).is_err());
+    }
+
+    #[test]
     fn wrong_headers_are_refused_with_qemu_imgs_messages() {
         for (pokes, expected) in [
             (&[(0, &b"X"[..])][..], "Volume is not in LUKS format"),

@@ -66,10 +66,14 @@ pub(super) const IMAGES: &[Image] = &[
     .open(SECRET),
     Image::new(
         "luks",
-        "luks-iterations-together",
-        "Eight slots that together have more iterations than one may.",
+        "luks-iterations-of-the-last-slot",
+        "The last slot has 2^30 iterations, and the passphrase fits none.",
         |files| {
-            files.image().put(0, header(12_000_000, 12_000_000)).len(LEN);
+            files
+                .image()
+                .put(0, header(1000, 1000))
+                .be32(208 + 7 * 48 + 4, &[1 << 30])
+                .len(LEN);
         },
     )
     .open(SECRET),

@@ -79,7 +79,7 @@ pub(super) const IMAGES: &[Image] = &[
         "A million entries refer to one block, which is a hole.",
         |files| {
             let file = vdi(1 << 40, 1 << 20, 1, files);
-            file.put(512, vec![0; 4 << 20]).len(512 + (5 << 20));
+            file.put(512, vec![0; 4 << 20]).le32(344, &[8 << 20]).len(9 << 20);
         },
     ),
     Image::new(

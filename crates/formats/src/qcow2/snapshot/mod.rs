@@ -232,7 +232,7 @@ pub(super) fn completed(raw: &RawSnapshot, mut extra: Vec<u8>, disk_size: u64) -
 
 /// The bytes of an ID and of a name that are shown: more are cut off, as in qemu-img.
 const SHOWN_ID: usize = 127;
-const SHOWN_NAME: usize = 255;
+pub(super) const SHOWN_NAME: usize = 255;
 
 /// An ID or a name, which ends at the first NUL, or after `most` bytes.
 fn text(bytes: &[u8], most: usize) -> String {
