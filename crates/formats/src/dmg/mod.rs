@@ -219,13 +219,20 @@ impl Disk for Udif {
     }
 
     fn status(&self, range: ByteRange) -> Result<(bool, u64)> {
-        let sector = range.start() / SECTOR;
-        let Some(chunk) = self.chunks.at(sector) else {
-            // Reading these is an error.
-            return Ok((false, SECTOR - range.start() % SECTOR));
-        };
-        let len = chunk.sectors.saturating_mul(SECTOR) - (range.start() - chunk.sector * SECTOR);
-        Ok((chunk.kind == ChunkKind::Zero, len))
+        let end_of = |chunk: &Chunk| chunk.sector.saturating_add(chunk.sectors).saturating_mul(SECTOR);
+        let mut at = range.start();
+        while at < range.end() {
+            at = match self.chunks.at(at / SECTOR) {
+                Some(chunk) if chunk.kind == ChunkKind::Zero && at == range.start() => {
+                    return Ok((true, end_of(chunk) - at));
+                }
+                Some(chunk) if chunk.kind == ChunkKind::Zero => break,
+                Some(chunk) => end_of(chunk),
+                // Reading what no chunk contains is an error.
+                None => self.chunks.next(at / SECTOR).saturating_mul(SECTOR),
+            };
+        }
+        Ok((false, at - range.start()))
     }
 
     fn read(&self, buf: &mut [u8], offset: u64) -> Result<()> {

@@ -8,7 +8,7 @@ use super::header::feature::{Autoclear, Incompatible};
 use super::header::{self, Header};
 
 /// Bytes of the first cluster that are read at first.
-const FIRST_READ: usize = 16 << 10;
+const FIRST_READ: usize = 64 << 10;
 
 /// Reads and checks the header.
 pub(super) fn read_header(file: &Arc<dyn Device>, for_check: bool) -> Result<Header> {

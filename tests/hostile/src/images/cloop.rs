@@ -58,7 +58,7 @@ pub(super) const IMAGES: &[Image] = &[
         },
     ),
     Image::new("cloop", "cloop-block-of-4-gib", "A block of 4 GiB.", |files| {
-        cloop(u32::MAX & !511, 1, files).be64(136, &[152, 4096]).len(4096);
+        cloop(!511, 1, files).be64(136, &[152, 4096]).len(4096);
     }),
     Image::new(
         "cloop",

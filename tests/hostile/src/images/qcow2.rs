@@ -130,7 +130,7 @@ fn one_table(bits: u32, compression: u8, entry: u64, cluster: &[u8], files: &mut
         ..Qcow2::bits(bits)
     };
     let file = image.write(files);
-    file.be64(3 * at, &[4 * at | COPIED]);
+    file.be64(3 * at, &[(4 * at) | COPIED]);
     file.be64(4 * at, &vec![entry; usize::try_from(at / 8).expect("fits")]);
     file.put(5 * at, cluster).len(7 * at);
 }
@@ -409,7 +409,7 @@ pub(super) const IMAGES: &[Image] = &[
                 ..Qcow2::bits(21)
             }
             .write(files);
-            file.be64(3 * at, &[4 * at | COPIED]);
+            file.be64(3 * at, &[(4 * at) | COPIED]);
             file.be64(4 * at, &[encoded(5 * at, stream.len(), 21); 512]);
             file.put(5 * at, &stream).len(7 * at);
         },

@@ -103,7 +103,7 @@ pub(super) const IMAGES: &[Image] = &[
         "vdi-data-at-4-gib",
         "Data at 4 GiB, behind the end.",
         |files| {
-            vdi(GIB, 1024, 1024, files).le32(344, &[u32::MAX & !511]);
+            vdi(GIB, 1024, 1024, files).le32(344, &[!511]);
         },
     ),
     Image::new(

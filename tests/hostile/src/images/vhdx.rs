@@ -88,7 +88,7 @@ fn zeroes(descriptors: &[Vec<u8>], last: u64) -> Vec<u8> {
 }
 
 /// An image of `size` bytes whose table of `len` bytes at 16 MiB is a hole.
-fn large_table<'a>(size: u64, block: u64, len: u32, files: &'a mut Files) -> &'a mut Sparse {
+fn large_table(size: u64, block: u64, len: u32, files: &mut Files) -> &mut Sparse {
     let mut bytes = VhdxImage {
         size,
         block_size: block,
@@ -109,7 +109,7 @@ pub(super) const IMAGES: &[Image] = &[
         "vhdx-log-of-4-gib",
         "A log of almost 4 GiB in a hole.",
         |files| {
-            logged(u32::MAX - (MIB as u32 - 1), &[], files);
+            logged(u32::MAX - 0x000f_ffff, &[], files);
         },
     ),
     Image::new(
@@ -250,7 +250,7 @@ pub(super) const IMAGES: &[Image] = &[
         "1024 entries refer to one block.",
         |files| {
             let file = large_table(GIB, MIB, 1 << 20, files);
-            file.le64(16 * MIB, &[18 * MIB | FULLY_PRESENT; 1024])
+            file.le64(16 * MIB, &[(18 * MIB) | FULLY_PRESENT; 1024])
                 .put(18 * MIB, vec![7; 1 << 20]);
         },
     ),
@@ -279,7 +279,7 @@ pub(super) const IMAGES: &[Image] = &[
         |files| {
             let file = large_table(1 << 40, 256 * MIB, 1 << 20, files);
             let entries: Vec<u64> = (0..1024)
-                .map(|nth| (17 + 256 * nth) * MIB | FULLY_PRESENT)
+                .map(|nth| ((17 + 256 * nth) * MIB) | FULLY_PRESENT)
                 .collect();
             file.le64(16 * MIB, &entries).len(300 * GIB);
         },
