@@ -346,7 +346,7 @@ mod tests {
             value: DetailValue::List(vec![DetailValue::Group(vec![Detail::flag("is-on", true)])]),
         }];
         let mut text = String::new();
-        details_text(&mut text, &details, 4);
+        details_text(&mut text, &details, 4).expect("a string");
         assert_eq!(text, "    some list:\n        [0]:\n            is on: true\n");
     }
 }
