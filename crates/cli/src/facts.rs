@@ -147,9 +147,9 @@ impl Facts {
             }
         }
         if !self.info.snapshots.is_empty() {
-            snapshot_lines(&self.info.snapshots)
-                .iter()
-                .for_each(|line| print_line(line));
+            for line in snapshot_lines(&self.info.snapshots) {
+                print_line(&line);
+            }
         }
         if let Some(details) = self.info.specific.as_ref().filter(|details| !details.is_empty()) {
             print_line("Format specific information:");
@@ -165,12 +165,9 @@ impl Facts {
         }
     }
 
-    pub(crate) fn json(&self) -> Value {
-        let children = self.children.iter().map(|(name, child)| {
-            Value::object([("name", Value::from(name.as_str())), ("info", child.json())])
-        });
+    /// The same as JSON. The facts go as their JSON comes: there may be a million.
+    pub(crate) fn json(mut self) -> Value {
         let mut members: Vec<(&'static str, Value)> = vec![
-            ("children", Value::List(children.collect())),
             ("virtual-size", self.len.into()),
             ("filename", self.node.shown_name().into()),
             ("format", self.node.driver.into()),
@@ -197,7 +194,7 @@ impl Facts {
         if let Some(bytes) = self.allocated {
             members.push(("actual-size", bytes.into()));
         }
-        if let Some(details) = &self.info.specific {
+        if let Some(details) = self.info.specific.take() {
             let kind = match self.node.driver {
                 // qemu-img has one type of information for all three drivers.
                 "host_device" | "host_cdrom" => "file".into(),
@@ -213,6 +210,11 @@ impl Facts {
             let references = references.iter().map(reference_json);
             members.push(("references", Value::List(references.collect())));
         }
+        let children = self
+            .children
+            .into_iter()
+            .map(|(name, child)| Value::object([("name", Value::from(name)), ("info", child.json())]));
+        members.insert(0, ("children", Value::List(children.collect())));
         in_table_order(members)
     }
 }
@@ -254,11 +256,9 @@ const SNAPSHOT_HEAD: &str =
     "ID      TAG               VM_SIZE                DATE        VM_CLOCK     ICOUNT";
 
 /// The lines of the table of snapshots.
-pub(crate) fn snapshot_lines(snapshots: &[SnapshotInfo]) -> Vec<String> {
+pub(crate) fn snapshot_lines(snapshots: &[SnapshotInfo]) -> impl Iterator<Item = String> {
     let head = ["Snapshot list:", SNAPSHOT_HEAD].map(str::to_owned);
-    head.into_iter()
-        .chain(snapshots.iter().map(snapshot_line))
-        .collect()
+    head.into_iter().chain(snapshots.iter().map(snapshot_line))
 }
 
 fn snapshot_line(snapshot: &SnapshotInfo) -> String {
@@ -335,21 +335,21 @@ fn print_value(print: &mut dyn FnMut(&str), name: &str, value: &DetailValue, ind
     }
 }
 
-fn details_json(details: &[Detail]) -> Value {
+fn details_json(details: Vec<Detail>) -> Value {
     Value::object(
         details
-            .iter()
-            .map(|detail| (detail.name, value_json(&detail.value))),
+            .into_iter()
+            .map(|detail| (detail.name, value_json(detail.value))),
     )
 }
 
-fn value_json(value: &DetailValue) -> Value {
+fn value_json(value: DetailValue) -> Value {
     match value {
-        DetailValue::Flag(flag) => (*flag).into(),
-        DetailValue::Number(number) => (*number).into(),
-        DetailValue::Text(words) => words.as_str().into(),
+        DetailValue::Flag(flag) => flag.into(),
+        DetailValue::Number(number) => number.into(),
+        DetailValue::Text(words) => words.into(),
         DetailValue::Group(details) => details_json(details),
-        DetailValue::List(values) => Value::List(values.iter().map(value_json).collect()),
+        DetailValue::List(values) => Value::List(values.into_iter().map(value_json).collect()),
     }
 }
 

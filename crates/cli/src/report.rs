@@ -1,9 +1,11 @@
 //! The output of `check`.
 
-use std::fmt::Write;
+use std::fmt::{self, Write};
 
 use diskimage::CheckReport;
 use diskimage::json::Value;
+
+use crate::out::Console;
 
 /// The exit status of a check.
 pub(crate) fn status(report: &CheckReport) -> u8 {
@@ -92,6 +94,37 @@ pub(crate) fn json(name: &str, format: &str, report: &CheckReport) -> Value {
         members.push(("fragmented-clusters", report.fragmented_clusters.into()));
     }
     Value::object(members)
+}
+
+/// Prints text as `write` makes it: it is never in memory whole.
+pub(crate) fn print_pieces(console: &Console, write: impl FnOnce(&mut dyn Write) -> fmt::Result) {
+    let mut printed = Printed {
+        console,
+        chunk: String::new(),
+    };
+    // The console remembers failures.
+    let _ = write(&mut printed);
+    console.print(&printed.chunk);
+}
+
+/// Text that is printed in chunks.
+struct Printed<'a> {
+    console: &'a Console,
+    chunk: String,
+}
+
+/// Bytes of a chunk.
+const CHUNK: usize = 64 << 10;
+
+impl Write for Printed<'_> {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        self.chunk.push_str(text);
+        if self.chunk.len() >= CHUNK {
+            self.console.print(&self.chunk);
+            self.chunk.clear();
+        }
+        Ok(())
+    }
 }
 
 /// The text after a repair, before the image is checked again.

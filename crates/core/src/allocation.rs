@@ -39,6 +39,21 @@ pub fn zeroed(len: usize) -> Result<Vec<u8>> {
     Ok(vec![0; len])
 }
 
+/// Changes the length of `bytes`, whose contents are anything afterwards.
+///
+/// # Errors
+/// `ENOMEM` if the memory cannot be had.
+pub fn resize(bytes: &mut Vec<u8>, len: usize) -> Result<()> {
+    if len > bytes.capacity() {
+        // The old bytes are not needed while the new ones are allocated.
+        *bytes = Vec::new();
+        *bytes = zeroed(len)?;
+    } else {
+        bytes.resize(len, 0);
+    }
+    Ok(())
+}
+
 /// Whether `len` bytes of memory could be allocated now.
 pub fn has_room(len: usize) -> bool {
     vec_with_room::<u8>(len).is_ok()

@@ -60,10 +60,10 @@ mod view;
 mod zero;
 
 pub use aligned::AlignedBuf;
-pub use allocation::{has_room, is_expected_to_fail, vec_with_room, zeroed};
+pub use allocation::{has_room, is_expected_to_fail, resize, vec_with_room, zeroed};
 pub use backing::Backing;
 pub use bitmaps::{BitmapInfo, Bitmaps, NewBitmap};
-pub use budget::{Budget, Reservation};
+pub use budget::{Budget, Buffer, Reservation};
 pub use capabilities::{
     Amend, AmendRequest, Backed, BackingIdentity, BackingSearch, Capabilities, DiskIdentity, MultiFile,
     Unfinished,

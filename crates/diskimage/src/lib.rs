@@ -66,6 +66,7 @@ mod crash_tests;
 mod create;
 mod cursor;
 mod dd;
+mod file_holes;
 mod files;
 mod gate;
 mod graph;

@@ -23,4 +23,4 @@ pub use images::{OneFile, RecordingGate, contents, create_image, open_image};
 pub use journal::{Crash, Journal, RecordingDevice};
 pub use paged_file::PagedFile;
 pub use vhd::{SparseBlock, VhdImage, VhdParent, overlay};
-pub use vhdx::{FULLY_PRESENT, PARTIALLY_PRESENT, VhdxImage, guid};
+pub use vhdx::{FULLY_PRESENT, PARTIALLY_PRESENT, VhdxImage, guid, seal as seal_vhdx};

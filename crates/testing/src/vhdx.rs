@@ -223,7 +223,7 @@ pub fn guid(text: &str) -> [u8; 16] {
 }
 
 /// Sets the checksum at byte 4 of a header or a region table.
-fn seal(bytes: &mut [u8]) {
+pub fn seal(bytes: &mut [u8]) {
     put(bytes, 4, &[0; 4]);
     let checksum = crc32c(bytes);
     put(bytes, 4, &checksum.to_le_bytes());

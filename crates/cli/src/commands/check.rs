@@ -192,7 +192,7 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
 fn check_once(image: &Image, repair: Repair, console: &Console) -> diskimage::Result<CheckReport> {
     let findings = AtomicU64::new(0);
     let print = |note: &Note| {
-        let is_finding = matches!(note, Note::Line(_));
+        let is_finding = matches!(note, Note::Line(_) | Note::Error(_));
         if !is_finding || findings.fetch_add(1, Ordering::Relaxed) < MAX_FINDINGS {
             console.note(note);
         }

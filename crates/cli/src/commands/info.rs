@@ -11,6 +11,7 @@ use diskimage::{
 use crate::facts::Facts;
 use crate::objects::define;
 use crate::out::Console;
+use crate::report;
 use crate::source::{open_below, open_source};
 use crate::words::{
     Command, Flag, ImageName, Operand, OutputFormat, Parser, Policy, Source, Stop, only_image, text,
@@ -143,10 +144,13 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
             false => Ok(facts),
         }
     };
+    let facts: Result<Vec<_>, Stop> = chain.iter().map(facts).collect();
+    let facts = facts?;
+    // What is printed may take as much memory as the images do.
+    drop(chain);
     match args.output {
         OutputFormat::Human => {
-            let all: Result<Vec<_>, Stop> = chain.iter().map(facts).collect();
-            for (index, facts) in all?.iter().enumerate() {
+            for (index, facts) in facts.iter().enumerate() {
                 if index > 0 {
                     console.line("");
                 }
@@ -154,13 +158,12 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
             }
         }
         OutputFormat::Json => {
-            let values: Result<Vec<_>, Stop> = chain.iter().map(|image| Ok(facts(image)?.json())).collect();
-            let mut values = values?;
+            let mut values: Vec<Value> = facts.into_iter().map(Facts::json).collect();
             let shown = match (args.backing_chain, values.pop()) {
                 (false, Some(only)) => only,
                 (_, last) => Value::List(values.into_iter().chain(last).collect()),
             };
-            console.print(&shown.pretty());
+            report::print_pieces(console, |out| shown.write_pretty(out));
         }
     }
     Ok(0)

@@ -162,9 +162,9 @@ pub fn run(words: Parser, console: &Console) -> Result<u8, Stop> {
                 warn(&args, console, &warning);
             }
             if !snapshots.is_empty() {
-                snapshot_lines(&snapshots)
-                    .iter()
-                    .for_each(|line| console.line(line));
+                for line in snapshot_lines(&snapshots) {
+                    console.line(&line);
+                }
             }
             if let Some(damage) = damage {
                 return Err(damage.into());

@@ -1,7 +1,7 @@
 //! A JSON value, and its text.
 
 use std::borrow::Cow;
-use std::fmt::Write;
+use std::fmt::{self, Write};
 
 use super::order;
 use crate::name;
@@ -55,44 +55,53 @@ impl Value {
     /// names that are not UTF-8 become U+FFFD.
     pub fn pretty(&self) -> String {
         let mut text = String::new();
-        self.print(&mut text, Some(0));
-        text.push('\n');
+        // Writing to a string does not fail.
+        let _ = self.write_pretty(&mut text);
         text
+    }
+
+    /// Writes [`Value::pretty`] piece by piece: a list in an image may have a million members.
+    ///
+    /// # Errors
+    /// Those of `out`.
+    pub fn write_pretty(&self, out: &mut dyn Write) -> fmt::Result {
+        self.print(out, Some(0))?;
+        out.write_char('\n')
     }
 
     /// On one line, without a newline: `{"driver": "qcow2", "size": 1}`. [`parse`](super::parse()) reads the same value
     /// from it: bytes of [names](crate::name) that are not UTF-8 stay what they are.
     pub fn compact(&self) -> String {
         let mut text = String::new();
-        self.print(&mut text, None);
+        // Writing to a string does not fail.
+        let _ = self.print(&mut text, None);
         text
     }
 
-    fn print(&self, text: &mut String, depth: Option<usize>) {
+    fn print(&self, out: &mut dyn Write, depth: Option<usize>) -> fmt::Result {
         match self {
-            Self::Null => text.push_str("null"),
-            Self::Bool(value) => text.push_str(if *value { "true" } else { "false" }),
-            // Writing to a string does not fail.
-            Self::Int(value) => drop(write!(text, "{value}")),
-            Self::Real(value) => text.push_str(value),
-            Self::Text(value) => quote(text, value, depth.is_some()),
+            Self::Null => out.write_str("null"),
+            Self::Bool(value) => out.write_str(if *value { "true" } else { "false" }),
+            Self::Int(value) => write!(out, "{value}"),
+            Self::Real(value) => out.write_str(value),
+            Self::Text(value) => quote(out, value, depth.is_some()),
             Self::List(values) => {
-                text.push('[');
+                out.write_char('[')?;
                 for (at, value) in values.iter().enumerate() {
-                    separate(text, at, depth);
-                    value.print(text, depth.map(|depth| depth + 1));
+                    separate(out, at, depth)?;
+                    value.print(out, depth.map(|depth| depth + 1))?;
                 }
-                close(text, ']', depth);
+                close(out, ']', depth)
             }
             Self::Object(members) => {
-                text.push('{');
+                out.write_char('{')?;
                 for (at, (name, value)) in members.iter().enumerate() {
-                    separate(text, at, depth);
-                    quote(text, name, depth.is_some());
-                    text.push_str(": ");
-                    value.print(text, depth.map(|depth| depth + 1));
+                    separate(out, at, depth)?;
+                    quote(out, name, depth.is_some())?;
+                    out.write_str(": ")?;
+                    value.print(out, depth.map(|depth| depth + 1))?;
                 }
-                close(text, '}', depth);
+                close(out, '}', depth)
             }
         }
     }
@@ -141,66 +150,66 @@ impl From<Vec<Value>> for Value {
 }
 
 /// Writes the separator before the `at`-th element of a list or object.
-fn separate(text: &mut String, at: usize, depth: Option<usize>) {
+fn separate(out: &mut dyn Write, at: usize, depth: Option<usize>) -> fmt::Result {
     match (at, depth) {
-        (0, None) => (),
-        (_, None) => text.push_str(", "),
+        (0, None) => Ok(()),
+        (_, None) => out.write_str(", "),
         (_, Some(depth)) => {
             if at > 0 {
-                text.push(',');
+                out.write_char(',')?;
             }
-            new_line(text, depth + 1);
+            new_line(out, depth + 1)
         }
     }
 }
 
-fn close(text: &mut String, bracket: char, depth: Option<usize>) {
+fn close(out: &mut dyn Write, bracket: char, depth: Option<usize>) -> fmt::Result {
     if let Some(depth) = depth {
-        new_line(text, depth);
+        new_line(out, depth)?;
     }
-    text.push(bracket);
+    out.write_char(bracket)
 }
 
-fn new_line(text: &mut String, depth: usize) {
-    text.push('\n');
-    text.extend(std::iter::repeat_n("    ", depth));
+fn new_line(out: &mut dyn Write, depth: usize) -> fmt::Result {
+    out.write_char('\n')?;
+    (0..depth).try_for_each(|_| out.write_str("    "))
 }
 
-fn quote(text: &mut String, value: &str, is_printed: bool) {
-    text.push('"');
+fn quote(out: &mut dyn Write, value: &str, is_printed: bool) -> fmt::Result {
+    out.write_char('"')?;
     if is_printed {
         let bytes = name::to_bytes(value);
         let mut rest = &*bytes;
         while !rest.is_empty() {
             let (c, len) = decode(rest);
-            push_escaped(text, c.unwrap_or(char::REPLACEMENT_CHARACTER));
+            write_escaped(out, c.unwrap_or(char::REPLACEMENT_CHARACTER))?;
             rest = &rest[len..];
         }
     } else {
         for c in value.chars() {
             match name::byte_of(c) {
-                Some(_) => text.push(c),
-                None => push_escaped(text, c),
+                Some(_) => out.write_char(c)?,
+                None => write_escaped(out, c)?,
             }
         }
     }
-    text.push('"');
+    out.write_char('"')
 }
 
-fn push_escaped(text: &mut String, c: char) {
+fn write_escaped(out: &mut dyn Write, c: char) -> fmt::Result {
     match c {
-        '"' => text.push_str("\\\""),
-        '\\' => text.push_str("\\\\"),
-        '\u{8}' => text.push_str("\\b"),
-        '\u{c}' => text.push_str("\\f"),
-        '\n' => text.push_str("\\n"),
-        '\r' => text.push_str("\\r"),
-        '\t' => text.push_str("\\t"),
-        ' '..='~' => text.push(c),
+        '"' => out.write_str("\\\""),
+        '\\' => out.write_str("\\\\"),
+        '\u{8}' => out.write_str("\\b"),
+        '\u{c}' => out.write_str("\\f"),
+        '\n' => out.write_str("\\n"),
+        '\r' => out.write_str("\\r"),
+        '\t' => out.write_str("\\t"),
+        ' '..='~' => out.write_char(c),
         c => {
-            for unit in c.encode_utf16(&mut [0; 2]) {
-                let _ = write!(text, "\\u{unit:04X}");
-            }
+            let mut units = [0; 2];
+            let mut units = c.encode_utf16(&mut units).iter();
+            units.try_for_each(|unit| write!(out, "\\u{unit:04X}"))
         }
     }
 }

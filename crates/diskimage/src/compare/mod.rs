@@ -18,6 +18,7 @@ use diskimage_core::{
 };
 
 use crate::cursor::{Cursor, Segment};
+use crate::file_holes::SparseFiles;
 use crate::map::MappedExtent;
 use crate::steps::{Origin, Part, STEP, Steps};
 use crate::workers;
@@ -209,10 +210,15 @@ impl Worker<'_> {
         let mut at = segment.range.start();
         let mut end = segment.range.end();
         loop {
-            let Stretch { len, zero, origins } = self.step(at, end)?;
+            let Stretch {
+                len,
+                zero,
+                holes,
+                origins,
+            } = self.step(at, end)?;
             let part = ByteRange::at(at, len).intersect(ByteRange::new(at, end));
             self.count(part, zero, origins);
-            if !zero {
+            if !zero && !holes {
                 self.contents(part)?;
             }
             at = part.end();
@@ -264,6 +270,7 @@ impl Worker<'_> {
                 return Ok(Stretch {
                     len: one.range.len(),
                     zero: one.kind.is_zero(),
+                    holes: false,
                     origins: [origin(&one), Origin::default()],
                 });
             }
@@ -271,6 +278,7 @@ impl Worker<'_> {
                 return Ok(Stretch {
                     len: u64::MAX - at,
                     zero: true,
+                    holes: false,
                     origins: [Origin::default(); 2],
                 });
             }
@@ -284,9 +292,11 @@ impl Worker<'_> {
         if self.comparison.strict && !same {
             return Err(Found::Difference(Difference::Status(at)));
         }
+        let len = first.range.len().min(second.range.len());
         Ok(Stretch {
-            len: first.range.len().min(second.range.len()),
+            len,
             zero: first.kind.is_zero() && second.kind.is_zero(),
+            holes: self.first.is_hole(&first, len) && self.second.is_hole(&second, len),
             origins: [origin(&first), origin(&second)],
         })
     }
@@ -322,6 +332,8 @@ struct Stretch {
     len: u64,
     /// Whether both images know it to be zero.
     zero: bool,
+    /// Whether it is data in both that is a hole of the file.
+    holes: bool,
     origins: [Origin; 2],
 }
 
@@ -358,6 +370,7 @@ struct Side<'a> {
     /// The length of the common part.
     common: u64,
     entry: Option<MappedExtent>,
+    sparse: SparseFiles,
     buf: AlignedBuf,
 }
 
@@ -369,6 +382,7 @@ impl<'a> Side<'a> {
             join: comparison.strict,
             common: comparison.first.len().min(comparison.second.len()),
             entry: None,
+            sparse: SparseFiles::of(image),
             buf: AlignedBuf::new(CHUNK)?,
         })
     }
@@ -385,6 +399,11 @@ impl<'a> Side<'a> {
             range: ByteRange::new(at, entry.range.end()),
             ..entry.clone()
         }))
+    }
+
+    /// Whether the first `len` bytes of the extent are a hole of a file.
+    fn is_hole(&self, entry: &MappedExtent, len: u64) -> bool {
+        !entry.kind.is_zero() && self.sparse.is_hole(entry.host.as_ref(), len)
     }
 
     /// The extent at `at`, joined with those that continue it.

@@ -13,6 +13,7 @@ use diskimage_core::{
 
 use super::runs::CopyKind;
 use super::{Conversion, OnLost, SECTOR};
+use crate::file_holes::{SparseFiles, files_of};
 use crate::steps::Origin;
 
 /// The source images, each padded to whole sectors.
@@ -34,6 +35,7 @@ struct SourceImage<'a> {
     end: u64,
     /// The files of all images of the chain.
     files: Vec<Arc<dyn Device>>,
+    sparse: SparseFiles,
 }
 
 impl SourceImage<'_> {
@@ -42,21 +44,6 @@ impl SourceImage<'_> {
     fn is_direct(&self, device: &Arc<dyn Device>) -> bool {
         self.files.iter().any(|file| Arc::ptr_eq(file, device))
     }
-}
-
-fn files_of(image: &Arc<Image>) -> Vec<Arc<dyn Device>> {
-    let chain = std::iter::successors(Some(image), |image| image.backing());
-    chain
-        .flat_map(|image| {
-            let layer = image.layer();
-            let parts = layer.parts().into_iter().map(|(_, part)| part);
-            [Some(layer.file()), layer.data_file()]
-                .into_iter()
-                .flatten()
-                .cloned()
-                .chain(parts)
-        })
-        .collect()
 }
 
 /// The status of a run of the concatenated sources.
@@ -76,12 +63,14 @@ impl<'a> Sources<'a> {
             .iter()
             .map(|image| {
                 let start = len;
+                let files = files_of(image);
                 len = len.saturating_add(align_up(image.len(), SECTOR));
                 SourceImage {
                     image,
                     start,
                     end: len,
-                    files: files_of(image),
+                    sparse: SparseFiles::among(&files),
+                    files,
                 }
             })
             .collect();
@@ -203,6 +192,12 @@ impl<'a> Sources<'a> {
                 .host
                 .filter(|(device, _)| !extent.kind.is_zero() && part.is_direct(device)),
         }
+    }
+
+    /// Whether the data of `range`, a run whose host is this, is a hole of its file.
+    pub(super) fn is_hole(&self, range: ByteRange, host: Option<&(Arc<dyn Device>, u64)>) -> bool {
+        self.part(range.start())
+            .is_ok_and(|part| part.sparse.is_hole(host, range.len()))
     }
 
     /// Fills `buf` with the bytes at `offset`.

@@ -191,6 +191,12 @@ impl<'a> Worker<'a> {
                         offset,
                     });
                 }
+                (CopyKind::Data, host)
+                    if self.zero_test.is_some() && self.job.sources.is_hole(run, host.as_ref()) =>
+                {
+                    push_run(&mut self.runs, run, CopyKind::Zero);
+                    self.unread.push(run);
+                }
                 (CopyKind::Data, _) => self.read(run, segment.start())?,
                 (kind, _) => {
                     push_run(&mut self.runs, run, kind);

@@ -11,8 +11,8 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use diskimage_core::{
-    Device, Error, Format, FormatProperties, Layer, OpenRequest, Probe, Result, Score, align_down, errno,
-    to_index,
+    ByteRange, Device, Error, Format, FormatProperties, Layer, OpenRequest, Probe, Result, Score, align_down,
+    errno, is_zero, to_index,
 };
 
 use crate::layer_kit::paged_table::PagedTable;
@@ -160,6 +160,11 @@ impl Geometry {
         })
     }
 
+    /// Bytes of an extent's bitmap that have bits.
+    fn bitmap_len(self) -> u64 {
+        self.extent_size.div_ceil(SECTOR * 8).min(MAX_BITMAP)
+    }
+
     /// The host offset of extent `number`.
     fn extent(self, number: u32) -> u64 {
         // Both factors are below 2^33, so the product overflows only with the largest bitmap. A saturated offset lies
@@ -188,14 +193,20 @@ impl Growing {
         catalog.entry(extent).map(u32::from_le_bytes)
     }
 
-    /// Reads from extent `number`, from offset `at` inside it.
-    fn read_extent(&self, number: u32, buf: &mut [u8], at: u64) -> Result<()> {
+    /// The offsets of the bitmap and of the sectors of extent `number`.
+    fn extent(&self, number: u32) -> Result<(u64, u64)> {
         let start = self.geometry.extent(number);
-        let end = at + buf.len() as u64;
         let data = start
             .checked_add(self.geometry.bitmap_size)
             .filter(|data| data.checked_add(self.geometry.extent_size).is_some())
             .ok_or_else(|| Error::from_errno(errno::EFBIG))?;
+        Ok((start, data))
+    }
+
+    /// Reads from extent `number`, from offset `at` inside it.
+    fn read_extent(&self, number: u32, buf: &mut [u8], at: u64) -> Result<()> {
+        let (start, data) = self.extent(number)?;
+        let end = at + buf.len() as u64;
         let first = at / SECTOR / 8;
         let bytes = (end.div_ceil(SECTOR).div_ceil(8) - first).min(MAX_BITMAP);
         let mut bitmap = vec![0; to_index(bytes)?];
@@ -239,6 +250,27 @@ impl Disk for Growing {
 
     fn file(&self) -> &Arc<dyn Device> {
         &self.file
+    }
+
+    fn status(&self, range: ByteRange) -> Result<(bool, u64)> {
+        let unit = self.geometry.extent_size;
+        let (extent, at) = (range.start() / unit, range.start() % unit);
+        let mut catalog = self.catalog.lock().unwrap_or_else(PoisonError::into_inner);
+        let number = catalog.entry(extent).map(u32::from_le_bytes)?;
+        // Equal entries are the same part of the file, so what holds for one holds for all.
+        let equal = catalog.count_equal(extent)?;
+        drop(catalog);
+        let all = equal.saturating_mul(unit) - at;
+        if number == UNALLOCATED {
+            return Ok((true, all));
+        }
+        let (bitmap, _) = self.extent(number)?;
+        let mut bits = vec![0; to_index(self.geometry.bitmap_len())?];
+        self.file.read_whole(&mut bits, bitmap)?;
+        match is_zero(&bits) {
+            true => Ok((true, all)),
+            false => Ok((false, unit - at)),
+        }
     }
 
     fn read(&self, buf: &mut [u8], offset: u64) -> Result<()> {

@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use diskimage_core::{
     ByteRange, Device, Error, Format, FormatProperties, Layer, OpenRequest, Probe, Result, Score, errno,
-    to_index,
+    resize, to_index, zeroed,
 };
 
 use crate::codec::deflate;
@@ -104,6 +104,7 @@ struct Compressed {
     block_size: u64,
     blocks: u64,
     offsets: Mutex<PagedTable<8>>,
+    /// By the offset of the stored bytes.
     decoded: DecodedBlocks,
 }
 
@@ -117,9 +118,17 @@ impl Compressed {
     fn check_offsets(&self) -> Result<()> {
         // Offsets beyond the end of the file read as zeroes: checking the first two of them checks all.
         let stored = self.file.len().saturating_sub(OFFSETS_AT) / 8;
-        let mut before = self.offset(0)?;
-        for index in 1..=self.blocks.min(stored + 2) {
-            let offset = self.offset(index)?;
+        let last = self.blocks.min(stored + 2);
+        let mut offsets = self.offsets.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut before = offsets.entry(0).map(u64::from_be_bytes)?;
+        let mut index = 0;
+        loop {
+            // Equal offsets, and holes among them, are those of blocks without bytes.
+            index += offsets.count_equal(index)?;
+            if index > last {
+                return Ok(());
+            }
+            let offset = offsets.entry(index).map(u64::from_be_bytes)?;
             let corrupt =
                 |what: &str| Error::invalid(format!("{what} at index {index}, image file is corrupt"));
             let stored = offset
@@ -130,7 +139,6 @@ impl Compressed {
             }
             before = offset;
         }
-        Ok(())
     }
 
     /// Where the stored bytes of a block are.
@@ -147,9 +155,9 @@ impl Compressed {
 
     fn decode(&self, stored: ByteRange, block: &mut Vec<u8>) -> Result<()> {
         let damaged = || Error::from_errno(errno::EIO);
-        let mut bytes = vec![0; to_index(stored.len())?];
+        let mut bytes = zeroed(to_index(stored.len())?)?;
         self.file.read_at(&mut bytes, stored.start())?;
-        block.resize(to_index(self.block_size)?, 0);
+        resize(block, to_index(self.block_size)?)?;
         deflate::decode_zlib(&bytes, block).map_err(|_| damaged())
     }
 }
@@ -174,7 +182,8 @@ impl Disk for Compressed {
             let stored = self.stored(index)?;
             let room = self.block_size + stored.len();
             let decode = |block: &mut Vec<u8>| self.decode(stored, block);
-            self.decoded.read(index, room, head, to_index(at)?, decode)?;
+            self.decoded
+                .read(stored.start(), room, head, to_index(at)?, decode)?;
             (buf, offset) = (tail, offset + len as u64);
         }
         Ok(())

@@ -3,9 +3,26 @@
 use diskimage_core::Result;
 use lzma_rust2::XzReader;
 
-/// The memory limit of a decoder in KiB: a dictionary twice as large as that of the strongest preset of `xz`, and 1 MiB
-/// for the rest. The limit is ours; the stream names any dictionary size it likes.
-const MEMORY: u32 = (128 << 10) + 1024;
+/// The largest dictionary in bytes: that of the strongest preset of `xz`. The limit is ours; the stream names any size it
+/// likes.
+const MAX_DICTIONARY: u32 = 64 << 20;
+/// The memory limit of a decoder in KiB: the dictionary, and 1 MiB for the rest.
+const MEMORY: u32 = (MAX_DICTIONARY >> 10) + 1024;
+
+/// The bytes of a stream that [`dictionary`] looks at.
+pub(crate) const HEAD: usize = 24;
+
+/// The bytes of the dictionary that the stream beginning with `head` needs, or more.
+pub(crate) fn dictionary(head: &[u8; HEAD]) -> u64 {
+    // Behind the header of the stream: the length of the block's header, flags, the filter (LZMA2) and its one property.
+    let &[_, flags, filter, len, bits, ..] = head[12..].first_chunk::<5>().unwrap_or(&[0; 5]);
+    let is_plain = flags == 0 && filter == 0x21 && len == 1;
+    let size = match u32::from(bits) {
+        bits if is_plain && bits < 40 => u64::from(2 | bits & 1) << (bits / 2 + 11),
+        _ => u64::MAX,
+    };
+    size.min(MAX_DICTIONARY.into())
+}
 
 /// Fills `block` from the stream at the start of `bytes`. The stream must end where the block ends.
 pub(crate) fn decode(bytes: &[u8], block: &mut [u8]) -> Result<()> {
@@ -30,6 +47,8 @@ mod tests {
         // Block header: length, flags, the filter's number and the length of its properties, the dictionary's size.
         let header = 12..12 + (usize::from(stream[12]) + 1) * 4;
         assert_eq!(stream[14..16], [0x21, 1]);
+        let head = stream.first_chunk().unwrap();
+        assert_eq!(dictionary(head), 1 << 16);
         stream[16] = 38;
         let sum = crc32(&stream[header.start..header.end - 4]);
         stream[header.end - 4..header.end].copy_from_slice(&sum.to_le_bytes());

@@ -150,6 +150,12 @@ impl Chunks {
         let chunk = self.list.get(after.checked_sub(1)?)?;
         (sector - chunk.sector < chunk.sectors).then_some(chunk)
     }
+
+    /// The first sector of the first chunk behind `sector`, or the largest number.
+    pub(super) fn next(&self, sector: u64) -> u64 {
+        let after = self.list.partition_point(|chunk| chunk.sector <= sector);
+        self.list.get(after).map_or(u64::MAX, |chunk| chunk.sector)
+    }
 }
 
 fn check(what: &str, value: u64, max: u64, index: usize) -> Result<()> {

@@ -24,8 +24,8 @@ use std::sync::Arc;
 
 use diskimage_core::options::{OptionDef, OptionKind};
 use diskimage_core::{
-    Device, Error, Format, FormatProperties, Info, Layer, Note, OpenRequest, Probe, Result, Score, errno,
-    to_index,
+    ByteRange, Device, Error, Format, FormatProperties, Info, Layer, Note, OpenRequest, Probe, Result, Score,
+    errno, resize, to_index, zeroed,
 };
 
 use crate::codec::{adc, bzip2, deflate, lzfse, xz};
@@ -123,13 +123,16 @@ impl Contents {
     }
 }
 
+/// A chunk as it is stored: offset, stored bytes, sectors and codec. Chunks of a crafted image share what is stored.
+type StoredBlock = (u64, u64, u64, Codec);
+
 /// An image with a trailer.
 #[derive(Debug)]
 struct Udif {
     contents: Contents,
     len: u64,
     chunks: Chunks,
-    blocks: DecodedBlocks,
+    blocks: DecodedBlocks<StoredBlock>,
     /// The warning about chunks of unknown type.
     unknown: Option<Note>,
 }
@@ -150,25 +153,41 @@ impl Udif {
             }
             ChunkKind::Encoded(codec) => {
                 // Both numbers are limited when the chunks are listed.
-                let room = chunk.sectors * SECTOR + chunk.stored;
+                let stored = self.present(chunk);
+                let room = chunk.sectors * SECTOR + stored + self.dictionary(chunk, codec)?;
                 let decode = |block: &mut Vec<u8>| self.decode(chunk, codec, block);
-                self.blocks.read(chunk.sector, room, buf, to_index(at)?, decode)?;
+                let key = (chunk.offset, chunk.stored, chunk.sectors, codec);
+                self.blocks.read(key, room, buf, to_index(at)?, decode)?;
             }
         }
         Ok(())
     }
 
+    /// The stored bytes of a chunk that the file has. The stream marks its own end, so a stored length that reaches beyond the
+    /// file is cut to the file.
+    fn present(&self, chunk: &Chunk) -> u64 {
+        chunk
+            .stored
+            .min(self.contents.data.len().saturating_sub(chunk.offset))
+    }
+
+    /// The memory that the decoder needs besides the bytes.
+    fn dictionary(&self, chunk: &Chunk, codec: Codec) -> Result<u64> {
+        if codec != Codec::Lzma {
+            return Ok(0);
+        }
+        let mut head = [0; xz::HEAD];
+        self.contents.data.read_padded(&mut head, chunk.offset)?;
+        Ok(xz::dictionary(&head))
+    }
+
     fn decode(&self, chunk: &Chunk, codec: Codec, block: &mut Vec<u8>) -> Result<()> {
         let damaged = || Error::from_errno(errno::EIO);
-        // The stream marks its own end, so a stored length that reaches beyond the file is cut to the file.
-        let stored = chunk
-            .stored
-            .min(self.contents.data.len().saturating_sub(chunk.offset));
-        let mut bytes = vec![0; usize::try_from(stored).map_err(|_| damaged())?];
+        let mut bytes = zeroed(to_index(self.present(chunk))?)?;
         if !bytes.is_empty() {
             self.contents.data.read_at(&mut bytes, chunk.offset)?;
         }
-        block.resize(usize::try_from(chunk.sectors * SECTOR).map_err(|_| damaged())?, 0);
+        resize(block, to_index(chunk.sectors * SECTOR)?)?;
         match codec {
             Codec::Adc => adc::decode(&bytes, block),
             Codec::Zlib => deflate::decode_zlib(&bytes, block),
@@ -197,6 +216,23 @@ impl Disk for Udif {
 
     fn notes(&self) -> &[Note] {
         self.unknown.as_slice()
+    }
+
+    fn status(&self, range: ByteRange) -> Result<(bool, u64)> {
+        let end_of = |chunk: &Chunk| chunk.sector.saturating_add(chunk.sectors).saturating_mul(SECTOR);
+        let mut at = range.start();
+        while at < range.end() {
+            at = match self.chunks.at(at / SECTOR) {
+                Some(chunk) if chunk.kind == ChunkKind::Zero && at == range.start() => {
+                    return Ok((true, end_of(chunk) - at));
+                }
+                Some(chunk) if chunk.kind == ChunkKind::Zero => break,
+                Some(chunk) => end_of(chunk),
+                // Reading what no chunk contains is an error.
+                None => self.chunks.next(at / SECTOR).saturating_mul(SECTOR),
+            };
+        }
+        Ok((false, at - range.start()))
     }
 
     fn read(&self, buf: &mut [u8], offset: u64) -> Result<()> {

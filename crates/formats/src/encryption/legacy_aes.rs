@@ -13,7 +13,7 @@ use diskimage_core::{Device, Error, NodeOptions, OpenRequest, Result};
 
 use crate::encryption::encrypted_device::EncryptedDevice;
 use crate::layer_kit::offset::{GuestOffset, HostOffset};
-use crate::luks::options::passphrase;
+use crate::luks::options::{MAX_ITERATIONS, passphrase};
 
 /// The key of an open image; `None` if the image was opened without its data.
 #[derive(Clone, Debug)]
@@ -72,6 +72,7 @@ const OPTIONS: &[OptionDef] = &[
         OptionKind::Text,
         "ID of the secret that provides the passphrase",
     ),
+    MAX_ITERATIONS,
 ];
 
 /// The option that asks for this encryption.
@@ -83,15 +84,15 @@ pub(crate) const ENCRYPTION: OptionDef = OptionDef::new(
 /// The option that names the secret.
 pub(crate) const KEY_SECRET: &str = "encrypt.key-secret";
 
-/// Returns the passphrase for an image whose header names the encryption `found`; `None` if the image is not encrypted
-/// or is opened without its data.
+/// Returns the passphrase for an image whose header names the encryption `found`, and the most iterations that may be tried
+/// with it if the user says so; `None` if the image is not encrypted or is opened without its data.
 ///
 /// # Errors
 /// Options that do not fit the image, and a missing secret.
 pub(crate) fn passphrase_for<'a>(
     found: Option<&str>,
     request: &mut OpenRequest<'a>,
-) -> Result<Option<&'a [u8]>> {
+) -> Result<Option<(&'a [u8], Option<u64>)>> {
     let mut given = request.options.take_node("encrypt");
     let options = given.take_known(OPTIONS)?;
     let format = options.text("format");
@@ -111,10 +112,15 @@ pub(crate) fn passphrase_for<'a>(
     if let Some(name) = given.first_unused() {
         return Err(unexpected(name));
     }
+    let most = options.number(MAX_ITERATIONS.name);
+    if most.is_some() && found != "luks" {
+        return Err(unexpected(MAX_ITERATIONS.name));
+    }
     if request.no_data {
         return Ok(None);
     }
-    passphrase(&request.context.objects, options.text("key-secret"), KEY_SECRET).map(Some)
+    let passphrase = passphrase(&request.context.objects, options.text("key-secret"), KEY_SECRET)?;
+    Ok(Some((passphrase, most)))
 }
 
 /// The error for an option that the encryption does not have.

@@ -7,48 +7,52 @@
 //! ```
 //!
 //! A block is kept until all its bytes were taken, so that requests of several threads for parts of one block decode it
-//! once, and the one read last is kept until another is decoded. All blocks together take [`MOST_BYTES`] at most, which
-//! the [`Budget`] must have left; one block is always allowed. If there is no room a thread waits for others.
+//! once, and the one read last is kept until another is decoded. All blocks together take [`MOST_BYTES`] at most; one block
+//! is always allowed. Their memory is that of the [`Budget`]. If there is no room a thread waits for others: until a block
+//! is not in use, and for a moment for bytes that were not taken, as those behind it in the disk come next.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
-use diskimage_core::{Budget, Reservation, Result};
+use diskimage_core::{Budget, Reservation, Result, to_index};
 
 /// The most memory that several blocks take, their encoded bytes included. A limit of this program: enough for some
 /// blocks of a megabyte for each of sixteen threads.
 const MOST_BYTES: u64 = 32 << 20;
 
-/// The blocks of one disk, known by numbers.
+/// The blocks of one disk. A key says where the stored bytes of a block are, so that parts of the disk that share them share
+/// the block.
 #[derive(Debug)]
-pub(crate) struct DecodedBlocks {
-    state: Mutex<State>,
+pub(crate) struct DecodedBlocks<K = u64> {
+    state: Mutex<State<K>>,
     /// A block is decoded or could not be, or its bytes were taken.
     changed: Condvar,
     budget: Budget,
 }
 
-#[derive(Debug, Default)]
-struct State {
+#[derive(Debug)]
+struct State<K> {
     /// The block used last is the last one.
-    blocks: Vec<Block>,
+    blocks: Vec<Block<K>>,
     /// The buffer of a block that is not kept any more, for the next one.
     spare: Vec<u8>,
 }
 
 #[derive(Debug)]
-struct Block {
-    key: u64,
+struct Block<K> {
+    key: K,
     /// `None` while a thread decodes it.
     bytes: Option<Arc<Vec<u8>>>,
     /// How many bytes were taken.
     taken: u64,
+    /// How long it took to decode.
+    decoding: Duration,
     /// The memory for it and its encoded bytes.
     room: u64,
-    /// `None` for one block that was decoded while there was no other.
-    _reservation: Option<Reservation>,
+    _reservation: Reservation,
 }
 
-impl Block {
+impl<K> Block<K> {
     /// Whether no thread decodes it or takes its bytes.
     fn is_idle(&self) -> bool {
         self.bytes
@@ -63,11 +67,26 @@ impl Block {
     }
 }
 
-impl DecodedBlocks {
-    /// No blocks yet. Memory for more than one at once is taken from `budget`.
+/// What there is for a further block.
+enum Room {
+    Made(Reservation),
+    /// Other threads use too much.
+    Used,
+    /// A block that took so long to decode would have to go, with bytes that were not taken.
+    Untaken(Duration),
+}
+
+/// The part of the time for decoding a block that a thread waits until its bytes are taken.
+const PATIENCE: u32 = 8;
+
+impl<K: Copy + PartialEq> DecodedBlocks<K> {
+    /// No blocks yet. Their memory is taken from `budget`.
     pub(crate) fn new(budget: Budget) -> Self {
         Self {
-            state: Mutex::default(),
+            state: Mutex::new(State {
+                blocks: Vec::new(),
+                spare: Vec::new(),
+            }),
             changed: Condvar::new(),
             budget,
         }
@@ -77,10 +96,10 @@ impl DecodedBlocks {
     /// encoded bytes, into a buffer with old contents, unless it is there already.
     ///
     /// # Errors
-    /// Those of `decode`, which makes a block that contains the range.
+    /// Those of `decode`, which makes a block that contains the range, and a block that is too large for the budget.
     pub(crate) fn read(
         &self,
-        key: u64,
+        key: K,
         room: u64,
         buf: &mut [u8],
         at: usize,
@@ -89,6 +108,7 @@ impl DecodedBlocks {
         let len = buf.len();
         let mut take = |bytes: &[u8]| buf.copy_from_slice(&bytes[at..at + len]);
         let mut state = self.lock();
+        let mut until = None;
         loop {
             if let Some(index) = state.blocks.iter().position(|block| block.key == key) {
                 if let Some(bytes) = state.blocks[index].bytes.clone() {
@@ -103,36 +123,55 @@ impl DecodedBlocks {
                     self.changed.notify_all();
                     return Ok(());
                 }
-            } else if let Some(reservation) = state.make_room(room, &self.budget) {
-                state.blocks.push(Block {
-                    key,
-                    bytes: None,
-                    taken: 0,
-                    room,
-                    _reservation: reservation,
-                });
-                break;
+            } else {
+                let left = until.map(|until: Instant| until.saturating_duration_since(Instant::now()));
+                let is_patient = left.is_none_or(|left| left > Duration::ZERO);
+                match state.make_room(room, &self.budget, is_patient)? {
+                    Room::Made(reservation) => {
+                        state.blocks.push(Block {
+                            key,
+                            bytes: None,
+                            taken: 0,
+                            decoding: Duration::ZERO,
+                            room,
+                            _reservation: reservation,
+                        });
+                        break;
+                    }
+                    Room::Used => {}
+                    Room::Untaken(decoding) => {
+                        let left = left.unwrap_or(decoding / PATIENCE);
+                        until = until.or_else(|| Instant::now().checked_add(left));
+                        let waited = self.changed.wait_timeout(state, left);
+                        state = waited.unwrap_or_else(PoisonError::into_inner).0;
+                        continue;
+                    }
+                }
             }
             state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
         let mut bytes = std::mem::take(&mut state.spare);
         drop(state);
         let decoding = Decoding { blocks: self, key };
+        let start = Instant::now();
         decode(&mut bytes)?;
+        let duration = start.elapsed();
         take(&bytes);
-        decoding.finish(bytes, len as u64);
+        decoding.finish(bytes, len as u64, duration);
         Ok(())
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, State<K>> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl State {
-    /// Makes room for a block of `room` bytes: first of blocks that were taken whole. `None` while other threads use
-    /// too much of it.
-    fn make_room(&mut self, room: u64, budget: &Budget) -> Option<Option<Reservation>> {
+impl<K> State<K> {
+    /// Makes room for a block of `room` bytes: first of blocks that were taken whole, and of others unless `is_patient`.
+    ///
+    /// # Errors
+    /// The budget has no room although there is no other block.
+    fn make_room(&mut self, room: u64, budget: &Budget, is_patient: bool) -> Result<Room> {
         while let Some(index) = self
             .blocks
             .iter()
@@ -142,7 +181,11 @@ impl State {
         }
         loop {
             if self.blocks.is_empty() {
-                return Some(None);
+                // What the spare buffer has more than the budget knows of.
+                if to_index(room).is_ok_and(|room| self.spare.capacity() > room) {
+                    self.spare = Vec::new();
+                }
+                return budget.reserve(room).map(Room::Made);
             }
             let used = self
                 .blocks
@@ -151,9 +194,14 @@ impl State {
             if used <= MOST_BYTES
                 && let Ok(reservation) = budget.reserve(room)
             {
-                return Some(Some(reservation));
+                return Ok(Room::Made(reservation));
             }
-            let index = self.blocks.iter().position(Block::is_idle)?;
+            let Some(index) = self.blocks.iter().position(Block::is_idle) else {
+                return Ok(Room::Used);
+            };
+            if is_patient {
+                return Ok(Room::Untaken(self.blocks[index].decoding));
+            }
             self.remove(index);
         }
     }
@@ -167,23 +215,24 @@ impl State {
 }
 
 /// A block that this thread decodes. A drop, after an error, lets another thread try.
-struct Decoding<'a> {
-    blocks: &'a DecodedBlocks,
-    key: u64,
+struct Decoding<'a, K: Copy + PartialEq> {
+    blocks: &'a DecodedBlocks<K>,
+    key: K,
 }
 
-impl Decoding<'_> {
+impl<K: Copy + PartialEq> Decoding<'_, K> {
     /// Offers the decoded bytes, of which this thread has taken `taken`, to other threads.
-    fn finish(self, bytes: Vec<u8>, taken: u64) {
+    fn finish(self, bytes: Vec<u8>, taken: u64, decoding: Duration) {
         let mut state = self.blocks.lock();
         if let Some(block) = state.blocks.iter_mut().find(|block| block.key == self.key) {
             block.taken = taken;
+            block.decoding = decoding;
             block.bytes = Some(Arc::new(bytes));
         }
     }
 }
 
-impl Drop for Decoding<'_> {
+impl<K: Copy + PartialEq> Drop for Decoding<'_, K> {
     fn drop(&mut self) {
         self.blocks
             .lock()
@@ -252,12 +301,14 @@ mod tests {
     }
 
     #[test]
-    fn without_a_budget_there_is_one_block() {
-        let blocks = DecodedBlocks::new(Budget::new(5));
+    fn with_a_small_budget_there_is_one_block_and_none_that_is_larger() {
+        let blocks = DecodedBlocks::new(Budget::new(9));
         for key in [1, 2, 3] {
             read(&blocks, key, 6, 10);
             assert_eq!(kept(&blocks), [key]);
         }
+        assert!(blocks.read(4, 10, &mut [0; 10], 0, fill(4)).is_err());
+        read(&blocks, 5, 9, 10);
     }
 
     #[test]

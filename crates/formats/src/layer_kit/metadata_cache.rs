@@ -18,11 +18,12 @@
 
 use std::sync::Arc;
 
-use diskimage_core::{ByteRange, Device, Error, Event, Result, to_index};
+use diskimage_core::{Budget, ByteRange, Device, Error, Event, Result, to_index};
 
 use crate::layer_kit::metadata_guard::{Clusters, Kind, Kinds, MetadataGuard};
 use crate::layer_kit::offset::ClusterIndex;
 use crate::layer_kit::page_cache::{Address, MAX_PAGE, Page, PageCache};
+use crate::layer_kit::table_scan;
 
 /// The class of a table; the order is the order of writing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -91,6 +92,10 @@ pub(crate) struct MetadataCache {
     guard: Option<MetadataGuard>,
     /// Whether writes are ordered by barriers.
     ordered: bool,
+    /// The memory of all pages but one, if it is limited besides.
+    budget: Option<Budget>,
+    /// Whether the file is worth asking for its holes, once that is known.
+    is_sparse: Option<bool>,
 }
 
 /// Bytes of a page: a whole L2 table at the default cluster size.
@@ -106,6 +111,16 @@ impl MetadataCache {
             pages: PageCache::new(CAPACITY),
             guard: None,
             ordered: true,
+            budget: None,
+            is_sparse: None,
+        }
+    }
+
+    /// The same cache, whose pages, except for one, take spare memory of `budget`: a chain may have hundreds of caches.
+    pub(crate) fn with_budget(self, budget: &Budget) -> Self {
+        Self {
+            budget: Some(budget.clone()),
+            ..self
         }
     }
 
@@ -183,6 +198,24 @@ impl MetadataCache {
     pub(crate) fn bytes(&mut self, table: Table, at: u64) -> Result<&[u8]> {
         let slot = self.page(table, at)?;
         Ok(self.pages.bytes(slot).get(to_index(at % PAGE)?..).unwrap_or(&[]))
+    }
+
+    /// How many bytes of `table` from `at` on are a hole of the file: they are zero, and need not be read. 0 while any page
+    /// is dirty, as that may be one of these.
+    pub(crate) fn hole(&mut self, table: Table, at: u64) -> Result<u64> {
+        if self.pages.dirty_count() > 0 || at >= table.len {
+            return Ok(0);
+        }
+        let device = &*self.device;
+        let is_sparse = *self
+            .is_sparse
+            .get_or_insert_with(|| table_scan::is_sparse(device));
+        table_scan::hole(device, is_sparse, table.range().skip(at))
+    }
+
+    /// How many entries of `size` bytes of `table`, from byte `at` on, are equal to the first: those in the same page.
+    pub(crate) fn count_equal(&mut self, table: Table, at: u64, size: usize) -> Result<u64> {
+        Ok(table_scan::leading_equal(self.bytes(table, at)?, size) as u64)
     }
 
     /// The same bytes for changes; the page becomes dirty.
@@ -348,9 +381,20 @@ impl MetadataCache {
     }
 
     /// Inserts `page`, once there is room for it.
-    fn insert(&mut self, page: Page<WriteOrder>) -> Result<usize> {
+    fn insert(&mut self, mut page: Page<WriteOrder>) -> Result<usize> {
         while !self.pages.make_room(page.bytes.len()) {
             self.write_back()?;
+        }
+        while let Some(budget) = &self.budget {
+            page.memory = budget.reserve_spare(page.bytes.len() as u64);
+            if page.memory.is_some() {
+                break;
+            }
+            match self.pages.evict() {
+                Some(true) => {}
+                Some(false) => self.write_back()?,
+                None => break,
+            }
         }
         Ok(self.pages.insert(page))
     }

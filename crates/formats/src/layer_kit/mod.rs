@@ -14,6 +14,7 @@
 //! | [`sector_bitmaps`] | which sectors of a block were written |
 //! | [`foreign_name`], [`parent`] | where files are looked for that an image names as another machine does |
 //! | [`slot_bitmap`], [`cluster_set`] | which block slots, or clusters, of a file are in use |
+//! | [`table_scan`] | how far a table goes on with the same entry |
 //! | [`two_level_map`] | L1 and L2 tables over clusters that are never freed |
 //! | [`read_only_layer`] | layers of formats that are only read |
 //! | [`decoded_blocks`] | large encoded blocks of such formats, decoded by several threads |
@@ -44,4 +45,5 @@ pub(crate) mod repair_on_open;
 pub(crate) mod reserved;
 pub(crate) mod sector_bitmaps;
 pub(crate) mod slot_bitmap;
+pub(crate) mod table_scan;
 pub(crate) mod two_level_map;

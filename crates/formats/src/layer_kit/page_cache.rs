@@ -16,7 +16,7 @@ use std::collections::HashMap;
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::ops::Range;
 
-use diskimage_core::{Result, saturating_index, saturating_u32};
+use diskimage_core::{Reservation, Result, saturating_index, saturating_u32};
 
 /// Cached pages of tables. Pages of a lower stage `S` are written back before those of a higher stage, with a barrier
 /// between.
@@ -65,6 +65,8 @@ pub(crate) struct Page<S = ()> {
     dirty: u128,
     /// Whether it was used since the hand last came by.
     used: bool,
+    /// Its part of a budget, if it has one.
+    pub(crate) memory: Option<Reservation>,
 }
 
 impl<S> Page<S> {
@@ -78,6 +80,7 @@ impl<S> Page<S> {
             bytes,
             dirty: 0,
             used: true,
+            memory: None,
         }
     }
 
@@ -195,13 +198,28 @@ impl<S: Copy + Ord> PageCache<S> {
     /// Evicts clean pages until there is room for `len` more bytes. `false` if a dirty page is next to be evicted: the
     /// owner writes back and calls this again.
     pub(crate) fn make_room(&mut self, len: usize) -> bool {
-        while self.bytes + len > self.capacity && !self.slots.is_empty() {
-            match self.next_to_evict() {
-                Some(slot) if self.slots[slot].dirty == 0 => self.remove_slot(slot),
-                _ => return false,
+        while self.bytes + len > self.capacity {
+            match self.evict() {
+                Some(true) => {}
+                Some(false) => return false,
+                None => break,
             }
         }
         true
+    }
+
+    /// Evicts the next page, if it is clean: the result is whether it was. `None` if there are no pages.
+    pub(crate) fn evict(&mut self) -> Option<bool> {
+        if self.slots.is_empty() {
+            return None;
+        }
+        match self.next_to_evict() {
+            Some(slot) if self.slots[slot].dirty == 0 => {
+                self.remove_slot(slot);
+                Some(true)
+            }
+            _ => Some(false),
+        }
     }
 
     /// Inserts `page`, and replaces one at the same address. Returns its slot, valid until a page is inserted or

@@ -12,9 +12,10 @@
 
 use std::sync::Arc;
 
-use diskimage_core::{Device, Error, Result, to_index};
+use diskimage_core::{ByteRange, Device, Error, Result, to_index};
 
 use crate::layer_kit::page_cache::{Address, MAX_PAGE, Page, PageCache};
+use crate::layer_kit::table_scan;
 
 /// The cached pages of one table of entries of `N` bytes, a divisor of 64 KiB. The owner decodes entries.
 #[derive(Debug)]
@@ -29,6 +30,8 @@ pub(crate) struct PagedTable<const N: usize = 4> {
     /// Whether only the owner writes dirty pages.
     owner_writes_back: bool,
     pages: PageCache,
+    /// Whether the file is worth asking for its holes, once that is known.
+    is_sparse: Option<bool>,
 }
 
 /// One entry as it is stored.
@@ -49,6 +52,7 @@ impl<const N: usize> PagedTable<N> {
             zero_beyond_eof: false,
             owner_writes_back: false,
             pages: PageCache::new(MAX_PAGES * PAGE).clean_first(),
+            is_sparse: None,
         }
     }
 
@@ -69,6 +73,32 @@ impl<const N: usize> PagedTable<N> {
         let (slot, skip) = self.page(index)?;
         let (entries, _) = self.pages.bytes(slot)[skip..].as_chunks();
         Ok(entries)
+    }
+
+    /// How many entries from `index` on are a hole of the file: they are zero, and need not be read. 0 while any page is
+    /// dirty, as that may be one of these.
+    pub(crate) fn hole(&mut self, index: u64) -> Result<u64> {
+        let Some(at) = index.checked_mul(N as u64).filter(|at| *at < self.len) else {
+            return Ok(0);
+        };
+        if self.is_dirty() {
+            return Ok(0);
+        }
+        let device = &*self.device;
+        let is_sparse = *self
+            .is_sparse
+            .get_or_insert_with(|| table_scan::is_sparse(device));
+        let rest = ByteRange::new(self.start + at, self.start + self.len);
+        Ok(table_scan::hole(device, is_sparse, rest)? / N as u64)
+    }
+
+    /// How many entries from `index` on, at least one, are equal to the first: all of a hole of the file, else those of the
+    /// same page.
+    pub(crate) fn count_equal(&mut self, index: u64) -> Result<u64> {
+        match self.hole(index)? {
+            0 => Ok(table_scan::leading_equal(self.entries(index)?.as_flattened(), N).max(1) as u64),
+            count => Ok(count),
+        }
     }
 
     /// Entry `index`.

@@ -1,13 +1,13 @@
 //! Layers of formats that are only read.
 //!
-//! As in qemu-img, the whole disk is data without host offsets: the tables are not used to report allocation. So the
-//! disk is one view of the file, and the layer has a single run.
+//! As in qemu-img, `map` shows the whole disk as data without host offsets. The disk is one view of the file; the parts of
+//! it that the tables say are zero are not read.
 
 use std::sync::Arc;
 
 use diskimage_core::{
-    ByteRange, Device, Error, HoleMeaning, Info, Layer, Limits, Note, OpenRequest, ReadOnlyView,
-    ResizeRequest, Result, Run, RunKind, View, WritePlan, ZeroMode,
+    ByteRange, Capabilities, Device, Error, HoleMeaning, Info, Layer, Limits, Note, OpenRequest,
+    ReadOnlyView, ResizeRequest, Result, Run, RunKind, View, WritePlan, ZeroMode,
 };
 
 /// The disk of one image.
@@ -29,6 +29,15 @@ pub(crate) trait Disk: std::fmt::Debug + Send + Sync + 'static {
     /// What `info` reports of the image.
     fn info(&self) -> Info {
         Info::default()
+    }
+
+    /// Whether the tables say that the disk is zero at the start of `range`, which is not empty and inside the disk, and
+    /// for how many bytes that holds.
+    ///
+    /// # Errors
+    /// Damage in the tables.
+    fn status(&self, range: ByteRange) -> Result<(bool, u64)> {
+        Ok((false, range.len()))
     }
 
     /// Fills `buf` with the guest bytes from `offset` on; the whole range is inside the disk.
@@ -74,13 +83,18 @@ impl<D: Disk> Layer for ReadOnly<D> {
     }
 
     fn map(&self, range: ByteRange) -> Result<Run> {
-        Ok(Run {
-            len: range.len(),
-            kind: RunKind::Data {
+        let (is_zero, len) = self.0.0.disk.status(range)?;
+        let kind = match is_zero {
+            true => RunKind::Zero { host: None },
+            false => RunKind::Data {
                 device: Arc::clone(&self.0) as Arc<dyn Device>,
                 offset: range.start(),
                 holes: HoleMeaning::Ignored,
             },
+        };
+        Ok(Run {
+            len: len.min(range.len()),
+            kind,
         })
     }
 
@@ -106,6 +120,13 @@ impl<D: Disk> Layer for ReadOnly<D> {
 
     fn file(&self) -> &Arc<dyn Device> {
         self.0.0.disk.file()
+    }
+
+    fn capabilities(&self) -> Capabilities<'_> {
+        Capabilities {
+            hides_allocation: true,
+            ..Capabilities::default()
+        }
     }
 }
 

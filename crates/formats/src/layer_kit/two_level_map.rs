@@ -119,7 +119,9 @@ impl Shape {
 }
 
 /// Bytes of an entry in either table.
-const ENTRY: u64 = 8;
+const ENTRY: u64 = ENTRY_LEN as u64;
+/// The same, for slices.
+const ENTRY_LEN: usize = 8;
 
 /// The alignment of compressed clusters, in bytes.
 const SECTOR: u64 = 512;
@@ -162,7 +164,7 @@ impl<S: EntryCodec> TwoLevelMap<S> {
         reserved: Reserved,
         budget: &Budget,
     ) -> Self {
-        let tables = MetadataCache::new(Arc::clone(&file), Arc::clone(&file));
+        let tables = MetadataCache::new(Arc::clone(&file), Arc::clone(&file)).with_budget(budget);
         Self {
             file,
             scheme,
@@ -209,10 +211,14 @@ impl<S: EntryCodec> TwoLevelMap<S> {
                 Some((cluster, begin)) if step.continues(cluster, at.since(begin)) => {}
                 Some(_) => break,
             }
-            at = if step.has_table {
-                step.until.min(end)
-            } else {
-                self.tableless(&mut state, at)?.min(end)
+            at = match step {
+                Step { has_table: false, .. } => self.tableless(&mut state, at)?.min(end),
+                // Equal entries without storage are one run; many tables have nothing else.
+                Step {
+                    cluster: Cluster::None | Cluster::Zero,
+                    ..
+                } => self.unstored(&mut state, at)?.min(end),
+                Step { until, .. } => until.min(end),
             };
         }
         let kind = match found.map_or(Cluster::None, |(cluster, _)| cluster) {
@@ -245,7 +251,11 @@ impl<S: EntryCodec> TwoLevelMap<S> {
                 until: guest.unit_end(self.shape.coverage()),
             });
         };
-        let entry = Self::read(&mut state.tables, l2, self.l2_at(guest))?;
+        let at = self.l2_at(guest);
+        let entry = match state.tables.hole(l2, at)? {
+            0..ENTRY => Self::read(&mut state.tables, l2, at)?,
+            _ => 0,
+        };
         let cluster = match self.scheme.cluster(entry, state.end)? {
             Cluster::Host(offset) => {
                 self.reserved.require_outside("cluster", offset.range(size))?;
@@ -270,6 +280,20 @@ impl<S: EntryCodec> TwoLevelMap<S> {
         let coverage = self.shape.coverage();
         let end = (guest.unit(coverage) + count).saturating_mul(coverage);
         Ok(GuestOffset::new(end))
+    }
+
+    /// The end of the run of equal entries of an L2 table from that of `guest` on, a cluster without storage. The run ends
+    /// at the latest with a page of the table.
+    fn unstored(&self, state: &mut State, guest: GuestOffset) -> Result<GuestOffset> {
+        let (size, at) = (self.shape.cluster_size, self.l2_at(guest));
+        let count = match self.l2(state, guest)? {
+            Some(l2) => match state.tables.hole(l2, at)? / ENTRY {
+                0 => state.tables.count_equal(l2, at, ENTRY_LEN)?,
+                count => count,
+            },
+            None => 1,
+        };
+        Ok(guest.align_down(size).plus(count.max(1).saturating_mul(size)))
     }
 
     fn l1_at(&self, guest: GuestOffset) -> u64 {
@@ -700,12 +724,16 @@ impl<S: EntryCodec> Walk<'_, S> {
         self.state.end
     }
 
-    /// The entries of `table` from byte `at` to the end of the page that are not zero, each with its byte offset in the
-    /// table, and the offset of the next page.
+    /// The entries of `table` from byte `at` to the end of the page, or of a hole of the file, that are not zero, each with
+    /// its byte offset in the table, and the offset of what follows.
     ///
     /// # Errors
     /// Those of the device, and a table beyond the end of the file.
     pub(crate) fn page(&mut self, table: Table, at: u64) -> Result<(Vec<(u64, u64)>, u64)> {
+        let hole = self.state.tables.hole(table, at)? / ENTRY;
+        if hole > 0 {
+            return Ok((Vec::new(), at + hole * ENTRY));
+        }
         let bytes = self.state.tables.bytes(table, at)?;
         let entries = (at..).step_by(8).zip(entries::<S>(bytes));
         let used = entries.filter(|(_, entry)| *entry != 0);

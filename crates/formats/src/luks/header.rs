@@ -18,7 +18,7 @@
 //! slot, the header or the payload.
 
 use crate::encryption::{CipherAlg, CipherMode, CipherSpec, HashAlg, IvAlg, SECTOR};
-use diskimage_core::{ByteRange, Error, Result, align_up, to_index};
+use diskimage_core::{ByteRange, Error, ErrorKind, Result, align_up, to_index};
 
 /// The length of the header in bytes.
 pub(super) const HEADER_LEN: usize = 592;
@@ -32,6 +32,9 @@ pub(super) const DIGEST_LEN: usize = 20;
 pub(super) const SALT_LEN: usize = 32;
 /// The most rounds that are accepted. The limit is ours: more rounds would take minutes to reject a wrong passphrase.
 pub(super) const MAX_ITERATIONS: u32 = 1 << 30;
+
+/// The most rounds of a slot that are tried unless the user allows more: some seconds. The limit is ours.
+pub(super) const TRIED_ITERATIONS: u64 = 12_000_000;
 
 const MAGIC: &[u8] = b"LUKS\xba\xbe";
 const SLOT_OFFSET: usize = 208;
@@ -173,6 +176,24 @@ impl Header {
             uuid: until_nul(&bytes[168..208]),
             slots,
         })
+    }
+
+    /// Refuses slots that need more than `most` iterations: a crafted header would have a passphrase tried for hours.
+    ///
+    /// # Errors
+    /// The number of iterations, and how to allow it.
+    pub(super) fn require_iterations(&self, most: u64) -> Result<()> {
+        let active = self.slots.iter().filter(|slot| slot.active);
+        let needed = active.map(|slot| slot.iterations).chain([self.digest_iterations]);
+        let needed = u64::from(needed.max().unwrap_or(0));
+        if needed <= most {
+            return Ok(());
+        }
+        let text = format!("A key slot needs {needed} PBKDF iterations, more than {most}");
+        Err(Error::new(ErrorKind::Limit, text).hint(format!(
+            "If the image is trusted, give the node option 'max-iterations={needed}' ('encrypt.max-iterations' for \
+             qcow2) with --image-opts."
+        )))
     }
 
     /// The header's bytes on disk.
@@ -369,6 +390,24 @@ mod tests {
         assert_eq!(again.to_bytes(), bytes);
         assert_eq!(again.payload_offset, 2_068_480);
         assert_eq!(again.slots[7].material, 1_810_432);
+    }
+
+    #[test]
+    fn slots_with_too_many_iterations_are_not_tried_unless_allowed() {
+        let mut header = header();
+        assert!(header.require_iterations(1000).is_ok());
+        header.slots[1].iterations = 99_000_000;
+        assert!(header.require_iterations(1000).is_ok(), "inactive");
+        header.slots[1].active = true;
+        let error = header.require_iterations(TRIED_ITERATIONS).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Limit);
+        assert_eq!(
+            error.to_string(),
+            "A key slot needs 99000000 PBKDF iterations, more than 12000000"
+        );
+        assert!(header.require_iterations(99_000_000).is_ok());
+        header.digest_iterations = 99_000_001;
+        assert!(header.require_iterations(99_000_000).is_err());
     }
 
     #[test]

@@ -43,11 +43,14 @@ use volume::{Volume, VolumeLocation};
 pub struct Luks;
 
 /// The options of a node.
-const NODE_OPTIONS: &[OptionDef] = &[OptionDef::new(
-    "key-secret",
-    OptionKind::Text,
-    "ID of the secret that provides the passphrase",
-)];
+const NODE_OPTIONS: &[OptionDef] = &[
+    OptionDef::new(
+        "key-secret",
+        OptionKind::Text,
+        "ID of the secret that provides the passphrase",
+    ),
+    options::MAX_ITERATIONS,
+];
 
 impl Format for Luks {
     fn name(&self) -> &'static str {
@@ -82,7 +85,8 @@ impl Format for Luks {
             device: separate.unwrap_or_else(|| Arc::clone(&request.file)),
             offset: 0,
         };
-        let volume = Volume::open(location, passphrase)?;
+        let most = options.number(options::MAX_ITERATIONS.name);
+        let volume = Volume::open(location, passphrase, most)?;
         let start = volume.payload_offset();
         if align_up(request.file.len(), SECTOR as u64) < start {
             return Err(Error::from_errno(errno::EIO).context("Could not refresh total sector count"));

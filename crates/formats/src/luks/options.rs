@@ -27,6 +27,12 @@ pub(crate) const ITER_TIME: OptionDef = OptionDef::new(
     "Time to spend in PBKDF in milliseconds",
 );
 
+pub(crate) const MAX_ITERATIONS: OptionDef = OptionDef::new(
+    "max-iterations",
+    OptionKind::Number,
+    "Most PBKDF iterations of a key slot that are tried (default 12000000)",
+);
+
 /// The options of `create`.
 pub(super) const CREATE_OPTIONS: &[OptionDef] = &[
     OptionDef::SIZE,

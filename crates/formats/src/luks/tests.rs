@@ -42,7 +42,7 @@ fn new_volume() -> Vec<u8> {
 
 fn unlocks(bytes: &[u8], passphrase: &[u8]) -> bool {
     let device: Arc<dyn Device> = Arc::new(MemoryDevice::new(bytes.to_vec()));
-    Volume::open(at(device), Some(passphrase)).is_ok()
+    Volume::open(at(device), Some(passphrase), None).is_ok()
 }
 
 fn change(device: Arc<dyn Device>, list: &str, force: bool) -> Result<(), String> {
@@ -53,7 +53,7 @@ fn change(device: Arc<dyn Device>, list: &str, force: bool) -> Result<(), String
     }
     let mut options = Options::new(AMEND_OPTIONS);
     options.parse(list).map_err(|error| error.to_string())?;
-    let volume = Volume::open(at(device), Some(b"old")).map_err(|error| error.chain())?;
+    let volume = Volume::open(at(device), Some(b"old"), None).map_err(|error| error.chain())?;
     let change = SlotChange {
         options: &options,
         prefix: "",
@@ -192,7 +192,7 @@ fn changes_are_refused_with_qemu_imgs_messages() {
 #[test]
 fn a_view_reads_back_writes_at_any_offset() {
     let device: Arc<dyn Device> = Arc::new(MemoryDevice::new(new_volume()));
-    let volume = Volume::open(at(Arc::clone(&device)), Some(b"old")).expect("unlocks");
+    let volume = Volume::open(at(Arc::clone(&device)), Some(b"old"), None).expect("unlocks");
     let cipher = Arc::clone(volume.cipher().expect("unlocked"));
     let view = EncryptedDevice::new(Arc::clone(&device), volume.payload_offset(), 0, cipher);
     let mut model = vec![0; 64 * SECTOR];

@@ -16,11 +16,11 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::encryption::{SectorCipher, Zeroizing, derive, iterations_per_second, merge, split};
-use diskimage_core::{Device, Error, ErrorKind, Result, errno};
+use diskimage_core::{Device, Error, ErrorKind, Result, errno, saturating_index, saturating_u32};
 
 use super::header::{
-    DIGEST_LEN, HEADER_LEN, Header, MAX_ITERATIONS, SALT_LEN, SLOTS, STRIPES, Slot, material_len,
-    material_offset, slot_offset,
+    DIGEST_LEN, HEADER_LEN, Header, MAX_ITERATIONS, SALT_LEN, SLOTS, STRIPES, Slot, TRIED_ITERATIONS,
+    material_len, material_offset, slot_offset,
 };
 use super::options::Algorithms;
 use crate::layer_kit::random::{self, uuid_text};
@@ -66,11 +66,16 @@ const MIN_ITERATIONS: u64 = 1000;
 const DIGEST_SHARE: u64 = 8;
 
 impl Volume {
-    /// Opens a volume. Without a passphrase the volume stays locked: only its facts can be read.
+    /// Opens a volume. Without a passphrase the volume stays locked: only its facts can be read. Slots with more than
+    /// `most` iterations are not tried; without it, with more than [`TRIED_ITERATIONS`].
     ///
     /// # Errors
-    /// A header that is invalid, and a passphrase that unlocks no slot.
-    pub(crate) fn open(location: VolumeLocation, passphrase: Option<&[u8]>) -> Result<Self> {
+    /// A header that is invalid, a slot with too many iterations, and a passphrase that unlocks no slot.
+    pub(crate) fn open(
+        location: VolumeLocation,
+        passphrase: Option<&[u8]>,
+        most: Option<u64>,
+    ) -> Result<Self> {
         let mut bytes = [0; HEADER_LEN];
         location.device.read_padded(&mut bytes, location.offset)?;
         let header = Header::parse(&bytes, location.detached)?;
@@ -82,6 +87,9 @@ impl Volume {
             unlocked: None,
         };
         if let Some(passphrase) = passphrase {
+            volume
+                .header()
+                .require_iterations(most.unwrap_or(TRIED_ITERATIONS))?;
             volume.unlock(passphrase)?;
         }
         Ok(volume)
@@ -281,7 +289,10 @@ fn iterations(algorithms: &Algorithms, len: usize, milliseconds: u64, share: u64
     };
     let count = (total / 1000 / share).max(MIN_ITERATIONS);
     match u32::try_from(count) {
-        Ok(count) if count <= MAX_ITERATIONS => Ok(count),
+        // Not more than are tried when the volume is opened.
+        Ok(count) if count <= MAX_ITERATIONS => {
+            Ok(count.min(saturating_u32(saturating_index(TRIED_ITERATIONS))))
+        }
         _ => out_of_range(format!("PBKDF iterations {count} larger than {MAX_ITERATIONS}")),
     }
 }

@@ -33,6 +33,12 @@ impl State {
             return Ok(None);
         }
         let unit = self.header.unit;
+        // Entries in a hole of the file have no clusters.
+        let hole = self.table.hole(*next)?;
+        if hole > 0 {
+            *next = next.saturating_add(hole);
+            return Ok(Some(Vec::new()));
+        }
         let entries = self.table.entries(*next)?;
         let found = (*next..end).zip(entries);
         let batch = found.filter_map(|(index, entry)| Some((index, offset_of(*entry, unit)?)));

@@ -17,6 +17,9 @@ use super::header::{Header, SECTOR};
 
 /// The first bytes of the cluster.
 const MAGIC: u64 = 0xab23_4cef_23dc_ea87;
+/// Bytes of the largest cluster whose bitmaps are read: it is in memory whole. A limit of this program; clusters have a
+/// mebibyte as a rule.
+const MAX_CLUSTER: u64 = 16 << 20;
 /// Bytes of the magic and the checksum.
 const HEAD: usize = 24;
 /// The magic that ends the list of features.
@@ -60,6 +63,12 @@ impl Extension {
         offset: u64,
         budget: &Budget,
     ) -> Result<Self> {
+        if header.cluster > MAX_CLUSTER {
+            return Err(Error::new(
+                ErrorKind::Limit,
+                format!("Bitmaps in clusters of more than {MAX_CLUSTER} bytes are not supported"),
+            ));
+        }
         // The bytes of the cluster, and the tables parsed from them, which are no longer.
         let memory = budget.reserve(header.cluster.saturating_mul(2))?;
         let mut bytes = vec![0; to_index(header.cluster)?];

@@ -274,10 +274,24 @@ impl Layer for ParallelsLayer {
         let mut expected = first;
         // Clusters that are contiguous in the file, or without storage, are one run.
         'run: while len < range.len() {
-            let Some(entries) = state.entries((range.start() + len) / cluster)? else {
+            let index = (range.start() + len) / cluster;
+            let Some(entries) = state.entries(index)? else {
                 len = if first.is_none() { range.len() } else { len };
                 break;
             };
+            if first.is_none() {
+                // Equal entries are counted at once: a table may have half a billion of them.
+                if entries
+                    .first()
+                    .and_then(|entry| offset_of(*entry, unit))
+                    .is_some()
+                {
+                    break;
+                }
+                let count = state.table.count_equal(index)?;
+                len = len.saturating_add(count.saturating_mul(cluster));
+                continue;
+            }
             for entry in entries {
                 expected = expected.map(|offset| offset.saturating_add(cluster));
                 if offset_of(*entry, unit) != expected || len >= range.len() {

@@ -104,7 +104,9 @@ impl Qcow {
         let header = header::read(&*request.file, request.name)?;
         let found = header.is_encrypted.then_some("aes");
         let passphrase = legacy_aes::passphrase_for(found, &mut request)?;
-        let aes = found.map(|_| LegacyAes::new(passphrase)).transpose()?;
+        let aes = found
+            .map(|_| LegacyAes::new(passphrase.map(|(passphrase, _)| passphrase)))
+            .transpose()?;
         let file = request.file;
         let reserved = header.reserved();
         if request.write {

@@ -51,7 +51,8 @@ impl Encrypted {
             CryptMethod::Aes => Some("aes"),
             CryptMethod::Luks => Some("luks"),
         };
-        let passphrase = passphrase_for(found, request)?;
+        let given = passphrase_for(found, request)?;
+        let (passphrase, most) = given.map_or((None, None), |(passphrase, most)| (Some(passphrase), most));
         match header.crypt {
             CryptMethod::None => return Ok(None),
             CryptMethod::Aes => return LegacyAes::new(passphrase).map(|aes| Some(Self::Aes(aes))),
@@ -66,7 +67,7 @@ impl Encrypted {
             offset: extension.offset.get(),
             detached: false,
         };
-        Volume::open(location, passphrase).map(|volume| Some(Self::Luks(Arc::new(volume))))
+        Volume::open(location, passphrase, most).map(|volume| Some(Self::Luks(Arc::new(volume))))
     }
 
     /// Returns a decrypted view of `data` for the mapping of `guest` to `host`; `None` without a key.

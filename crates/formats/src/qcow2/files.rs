@@ -7,14 +7,23 @@ use diskimage_core::{Device, Error, OpenRequest, Permissions, Result, ResultExt}
 use super::header::feature::{Autoclear, Incompatible};
 use super::header::{self, Header};
 
+/// Bytes of the first cluster that are read at first.
+const FIRST_READ: usize = 64 << 10;
+
 /// Reads and checks the header.
 pub(super) fn read_header(file: &Arc<dyn Device>, for_check: bool) -> Result<Header> {
     let mut start = [0; header::HEADER_LEN];
     let unreadable = || "Could not read qcow2 header";
     file.read_padded(&mut start, 0).context(unreadable)?;
-    let mut cluster = vec![0; Header::bytes_needed(&start)?];
-    file.read_padded(&mut cluster, 0).context(unreadable)?;
-    Header::parse(&cluster, for_check)
+    let cluster = Header::bytes_needed(&start)?;
+    // Nearly all headers end soon. A chain may have hundreds of images with large clusters.
+    let mut bytes = vec![0; cluster.min(FIRST_READ)];
+    file.read_padded(&mut bytes, 0).context(unreadable)?;
+    if bytes.len() < cluster && !Header::is_whole(&bytes)? {
+        bytes.resize(cluster, 0);
+        file.read_padded(&mut bytes, 0).context(unreadable)?;
+    }
+    Header::parse(&bytes, for_check)
 }
 
 /// Opens the external data file, if the image has one and the request includes data.

@@ -62,6 +62,16 @@ impl Qcow2 {
                 continue;
             };
             let stop = table_end.min(end);
+            if found.is_none_or(|mapping| mapping == Mapping::Unallocated(None)) {
+                let hole = tables.hole(l2, geometry.l2_index(at) * geometry.l2_entry_size())?;
+                let clusters = hole / geometry.l2_entry_size();
+                if clusters > 0 {
+                    found = Some(Mapping::Unallocated(None));
+                    let first = at.align_down(geometry.cluster_size());
+                    at = first.plus(clusters << geometry.cluster_bits).min(stop);
+                    continue;
+                }
+            }
             let done = self.scan_l2(tables, l2, at..stop, start, &mut found)?;
             at = done;
             if done < stop {
@@ -112,6 +122,12 @@ impl Qcow2 {
                     Some(_) => return Ok(at),
                 }
                 at = next;
+            }
+            // Equal entries without storage are one run; many tables have nothing else.
+            if uniform && matches!(*found, Some(Mapping::Unallocated(None) | Mapping::Zero(None))) {
+                let size = geometry.l2_entry_size();
+                let equal = tables.count_equal(l2, index * size, to_index(size)?)?;
+                at = at.max(guest.plus(equal << geometry.cluster_bits)).min(range.end);
             }
         }
         Ok(at)

@@ -11,9 +11,9 @@
 
 use std::sync::Arc;
 
-use diskimage_core::{ByteRange, Device, Result};
+use diskimage_core::{ByteRange, Result};
 
-use super::header::Header;
+use super::Parts;
 use super::refcount::{RefcountChange, Refcounts};
 use crate::layer_kit::metadata_cache::{MetadataCache, Table};
 use crate::layer_kit::metadata_guard::Kind;
@@ -27,11 +27,12 @@ pub(super) struct Metadata {
 }
 
 impl Metadata {
-    /// The metadata of the image with this header in `file`; guest data is in `data`. Nothing is read.
-    pub(super) fn new(header: &Header, file: &Arc<dyn Device>, data: &Arc<dyn Device>) -> Self {
+    /// The metadata of an image. Nothing is read.
+    pub(super) fn new(parts: &Parts) -> Self {
+        let cache = MetadataCache::new(Arc::clone(&parts.file), Arc::clone(&parts.data));
         Self {
-            cache: MetadataCache::new(Arc::clone(file), Arc::clone(data)),
-            refcounts: Refcounts::new(header, file.len()),
+            cache: cache.with_budget(&parts.budget),
+            refcounts: Refcounts::new(&parts.header, parts.file.len()),
         }
     }
 

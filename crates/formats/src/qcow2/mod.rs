@@ -188,9 +188,10 @@ enum FreedStorage {
 
 impl ImageState {
     /// The state of an image with this header. Nothing else is read.
-    fn new(header: &Header, file: &Arc<dyn Device>, data: &Arc<dyn Device>) -> Self {
+    fn new(parts: &Parts) -> Self {
+        let header = &parts.header;
         Self {
-            metadata: Metadata::new(header, file, data),
+            metadata: Metadata::new(parts),
             size: header.size,
             l1: Table {
                 class: WriteOrder::L1,
@@ -256,7 +257,7 @@ impl Qcow2 {
     /// whether damage that a request finds sets the corrupt bit.
     fn assemble(parts: Parts, write: bool, mark_damage: bool) -> Self {
         Self {
-            state: Mutex::new(ImageState::new(&parts.header, &parts.file, &parts.data)),
+            state: Mutex::new(ImageState::new(&parts)),
             corruption: Arc::new(Corruption::new(&parts.header, &parts.file, mark_damage)),
             header: parts.header,
             file: parts.file,

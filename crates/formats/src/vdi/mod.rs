@@ -212,6 +212,13 @@ impl Layer for VdiLayer {
         let range = match first {
             None => range,
             Some(slot) => {
+                // Entries of zeroes, which a hole has, all refer to the first block: the map was lost.
+                if state.map.hole(range.start() / BLOCK)? > 1 {
+                    return Err(Error::corrupt(format!(
+                        "The entry of block {} of the map lies in a hole of the file",
+                        range.start() / BLOCK
+                    )));
+                }
                 let stored = state.header.stored(slot);
                 state.relied_on.require_outside("block", stored)?;
                 let host = stored.start() + range.start() % BLOCK;
@@ -223,7 +230,16 @@ impl Layer for VdiLayer {
         // Blocks in adjacent slots, or without storage, are one run.
         'run: while len < range.len() {
             let before = len;
-            for entry in state.map.entries((range.start() + len) / BLOCK)? {
+            let block = (range.start() + len) / BLOCK;
+            if first.is_none() {
+                // Equal entries are counted at once: a map may have half a billion of them.
+                if state.slot(block)?.is_some() {
+                    break;
+                }
+                len = len.saturating_add(state.map.count_equal(block)?.saturating_mul(BLOCK));
+                continue;
+            }
+            for entry in state.map.entries(block)? {
                 expected = expected.map(|slot| slot.saturating_add(1));
                 if slot(*entry) != expected || len >= range.len() {
                     break 'run;

@@ -11,7 +11,7 @@ use crate::layer_kit::cluster_set::ClusterSet;
 use crate::layer_kit::reserved::Reserved;
 
 /// How many findings are printed; the rest are only counted.
-const MAX_LINES: u64 = 1_000_000;
+const MAX_LINES: u64 = 10_000;
 
 impl VhdxLayer {
     /// Checks the block allocation table. The log was replayed when the image was opened, which counts as a repair.

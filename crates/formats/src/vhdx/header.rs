@@ -278,6 +278,9 @@ pub(super) fn is_in_mib(number: u64) -> bool {
     number.is_multiple_of(MIB)
 }
 
+/// The bytes of a checksum in a structure.
+pub(super) const CHECKSUM: std::ops::Range<usize> = 4..8;
+
 /// Whether `checksum`, read from byte 4 of the structure `bytes`, is right.
 pub(super) fn checksum_fits(bytes: &[u8], checksum: U32) -> bool {
     checksum_of(bytes) == checksum.get()
@@ -286,7 +289,7 @@ pub(super) fn checksum_fits(bytes: &[u8], checksum: U32) -> bool {
 /// Computes the checksum of a structure, and stores it at byte 4.
 pub(super) fn set_checksum(bytes: &mut [u8]) {
     let checksum = checksum_of(bytes);
-    bytes[4..8].copy_from_slice(&checksum.to_le_bytes());
+    bytes[CHECKSUM].copy_from_slice(&checksum.to_le_bytes());
 }
 
 /// The CRC-32C of a structure, whose bytes 4 to 7 count as zero.

@@ -13,15 +13,16 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use diskimage_core::{
-    Budget, ByteRange, Device, Error, Limits, Node, Preallocation, Reservation, Result, View, ZeroMode,
-    errno, to_index,
+    Budget, ByteRange, Device, Error, ErrorKind, Limits, Node, Preallocation, Reservation, Result, View,
+    ZeroMode, errno, saturating_index, to_index,
 };
 use zerocopy::byteorder::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::bat::UNIT;
-use super::header::{Guid, REGION_TABLES, checksum_fits, set_checksum};
+use super::header::{CHECKSUM, Guid, REGION_TABLES, set_checksum};
 use crate::layer_kit::reserved::Reserved;
+use crate::layer_kit::table_scan;
 
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
@@ -76,6 +77,16 @@ const DATA: [u8; 4] = *b"data";
 /// an intact log do not overlap, those of a crafted log may.
 const MAX_READS: u64 = 4;
 
+/// A limit of this implementation: the bytes that the search for entries reads, whatever the log's length. Logs have a
+/// mebibyte as a rule.
+const MAX_READ_BYTES: u64 = 256 << 20;
+
+/// A limit of this implementation: the bytes of an entry, all of which are in memory.
+const MAX_ENTRY: u64 = 64 << 20;
+
+/// Bytes of an entry that are read at once for its checksum.
+const CHUNK: usize = 64 << 10;
+
 /// A valid entry of the log.
 struct Found {
     sequence: u64,
@@ -90,7 +101,7 @@ struct Found {
 pub(super) struct Changes {
     /// Units of 4 KiB, by their offset in the file.
     data: BTreeMap<u64, Box<[u8; UNIT]>>,
-    /// Ranges of zeroes, except where `data` has a unit.
+    /// Ranges of zeroes, except where `data` has a unit: sorted, with gaps between them.
     zeroes: Vec<ByteRange>,
     /// The least length of the file after the replay.
     len: u64,
@@ -127,8 +138,11 @@ impl Changes {
                 return Err(Error::corrupt("The file is shorter than its log says"));
             }
             changes.len = changes.len.max(entry.last_len);
-            changes.add(&log.read(at, entry.len)?, entry.sequence, &protected, budget)?;
+            let mut bytes = budget.buffer(entry.len)?;
+            log.read(at, &mut bytes)?;
+            changes.add(&bytes, entry.sequence, &protected, budget)?;
         }
+        changes.merge_zeroes();
         Ok(Some(changes))
     }
 
@@ -138,6 +152,7 @@ impl Changes {
         let (header, _) = RawEntry::read_from_prefix(entry).map_err(|_| invalid())?;
         let count = usize::try_from(header.descriptors.get()).map_err(|_| invalid())?;
         let start = descriptor_sectors(count) * UNIT;
+        self.memory.push(budget.reserve(start as u64)?);
         let mut sectors = entry.get(start..).ok_or_else(invalid)?.chunks_exact(UNIT);
         for descriptor in entry[size_of::<RawEntry>()..start]
             .chunks_exact(size_of::<RawDescriptor>())
@@ -181,7 +196,7 @@ impl Changes {
                     for at in overwritten {
                         self.data.remove(&at);
                     }
-                    self.memory.push(budget.reserve(64)?);
+                    // Descriptors are longer than ranges, and their memory is reserved.
                     self.zeroes.push(range);
                 }
                 _ => return Err(invalid()),
@@ -190,19 +205,43 @@ impl Changes {
         Ok(())
     }
 
-    /// Makes the changes in the file, durably.
+    /// Sorts the ranges of zeroes, and joins those without a gap.
+    fn merge_zeroes(&mut self) {
+        self.zeroes.sort_unstable_by_key(|range| range.start());
+        let mut merged: Vec<ByteRange> = Vec::new();
+        for range in self.zeroes.drain(..) {
+            match merged.last_mut() {
+                Some(last) if range.start() <= last.end() => {
+                    *last = ByteRange::new(last.start(), last.end().max(range.end()));
+                }
+                _ => merged.push(range),
+            }
+        }
+        self.zeroes = merged;
+    }
+
+    /// The ranges of zeroes that overlap `range`, in order.
+    fn zeroes_in(&self, range: ByteRange) -> impl Iterator<Item = ByteRange> {
+        let first = self
+            .zeroes
+            .partition_point(|zeroes| zeroes.end() <= range.start());
+        let behind = self.zeroes[first..].iter();
+        behind
+            .take_while(move |zeroes| zeroes.start() < range.end())
+            .map(move |zeroes| zeroes.intersect(range))
+    }
+
+    /// Makes the changes in the file, durably. It becomes as long as the log says, but not longer than `needed`.
     ///
     /// # Errors
     /// Those of writing the file.
-    pub(super) fn apply(&self, file: &dyn Device) -> Result<()> {
-        if file.len() < self.len {
-            file.resize(self.len, Preallocation::Off)?;
+    pub(super) fn apply(&self, file: &dyn Device, needed: u64) -> Result<()> {
+        let len = self.len.min(needed);
+        if file.len() < len {
+            file.resize(len, Preallocation::Off)?;
         }
-        for range in &self.zeroes {
-            let inside = range.intersect(ByteRange::new(0, file.len()));
-            if !inside.is_empty() {
-                file.write_zeroes(inside, ZeroMode::KeepAllocated)?;
-            }
+        for range in self.zeroes_in(ByteRange::new(0, file.len())) {
+            file.write_zeroes(range, ZeroMode::KeepAllocated)?;
         }
         for (offset, bytes) in &self.data {
             file.write_at(&bytes[..], *offset)?;
@@ -249,9 +288,16 @@ impl Ring<'_> {
     /// All valid entries with `guid`, by their offset in the ring.
     fn entries(&self, guid: Guid) -> Result<HashMap<u64, Found>> {
         let mut found = HashMap::new();
-        let mut reads = self.ring.len().saturating_mul(MAX_READS);
+        let mut reads = self.ring.len().saturating_mul(MAX_READS).min(MAX_READ_BYTES);
+        let is_sparse = table_scan::is_sparse(self.file);
         let mut at = 0;
         while at < self.ring.len() {
+            // No entry begins in a hole.
+            let hole = table_scan::hole(self.file, is_sparse, self.ring.skip(at))?;
+            if hole >= UNIT as u64 {
+                at += hole / UNIT as u64 * UNIT as u64;
+                continue;
+            }
             let entry = self.entry(at, guid, &mut reads)?;
             at += entry.as_ref().map_or(UNIT as u64, |entry| entry.len);
             if let Some(entry) = entry {
@@ -263,7 +309,8 @@ impl Ring<'_> {
 
     /// The valid entry at offset `at` of the ring, if there is one. Subtracts its length from `reads`.
     fn entry(&self, at: u64, guid: Guid, reads: &mut u64) -> Result<Option<Found>> {
-        let start = self.read(at, UNIT as u64)?;
+        let mut start = [0; UNIT];
+        self.read(at, &mut start)?;
         let Ok((raw, _)) = RawEntry::read_from_prefix(&start) else {
             return Ok(None);
         };
@@ -283,8 +330,12 @@ impl Ring<'_> {
         *reads = reads
             .checked_sub(len)
             .ok_or_else(|| Error::corrupt("The entries of the log overlap"))?;
-        if !checksum_fits(&self.read(at, len)?, raw.checksum) {
+        if self.checksum(at, len)? != raw.checksum.get() {
             return Ok(None);
+        }
+        if len > MAX_ENTRY {
+            let text = format!("An entry of the log has {len} bytes, more than {MAX_ENTRY}");
+            return Err(Error::new(ErrorKind::Limit, text));
         }
         Ok(Some(Found {
             sequence: raw.sequence.get(),
@@ -295,18 +346,34 @@ impl Ring<'_> {
         }))
     }
 
-    /// `len` bytes from offset `at` of the ring on, across its end if necessary.
-    fn read(&self, at: u64, len: u64) -> Result<Vec<u8>> {
-        let too_large = || Error::from_errno(errno::EFBIG);
-        let mut bytes = vec![0; usize::try_from(len).map_err(|_| too_large())?];
-        let before_end = usize::try_from(self.ring.len() - at).map_err(|_| too_large())?;
-        let (first, second) =
-            bytes.split_at_mut(before_end.min(usize::try_from(len).map_err(|_| too_large())?));
+    /// The checksum of the entry of `len` bytes at offset `at` of the ring, which is not all in memory.
+    fn checksum(&self, at: u64, len: u64) -> Result<u32> {
+        let mut chunk = vec![0; CHUNK];
+        let (mut sum, mut done) = (0, 0);
+        while done < len {
+            let part = to_index((len - done).min(CHUNK as u64))?;
+            let chunk = &mut chunk[..part];
+            self.read((at + done) % self.ring.len(), chunk)?;
+            if done == 0
+                && let Some(field) = chunk.get_mut(CHECKSUM)
+            {
+                field.fill(0);
+            }
+            sum = crc32c::crc32c_append(sum, chunk);
+            done += part as u64;
+        }
+        Ok(sum)
+    }
+
+    /// Fills `bytes` from offset `at` of the ring on, across its end if necessary.
+    fn read(&self, at: u64, bytes: &mut [u8]) -> Result<()> {
+        let before_end = saturating_index(self.ring.len() - at).min(bytes.len());
+        let (first, second) = bytes.split_at_mut(before_end);
         self.file.read_at(first, self.ring.start() + at)?;
         if !second.is_empty() {
             self.file.read_at(second, self.ring.start())?;
         }
-        Ok(bytes)
+        Ok(())
     }
 }
 
@@ -391,12 +458,12 @@ impl Replayed {
         Self { file, changes }
     }
 
-    /// Replays the log in the file, durably.
+    /// Replays the log in the file, durably: see [`Changes::apply`].
     ///
     /// # Errors
     /// Those of writing the file.
-    pub(super) fn apply(&self) -> Result<()> {
-        self.changes.apply(&*self.file)
+    pub(super) fn apply(&self, needed: u64) -> Result<()> {
+        self.changes.apply(&*self.file, needed)
     }
 }
 
@@ -416,10 +483,8 @@ impl View for Replayed {
             let at = |offset: u64| to_index(offset - wanted.start());
             Ok::<_, Error>(at(part.start())?..at(part.end())?)
         };
-        for range in &self.changes.zeroes {
-            if range.overlaps(wanted) {
-                buf[within(range.intersect(wanted))?].fill(0);
-            }
+        for range in self.changes.zeroes_in(wanted) {
+            buf[within(range)?].fill(0);
         }
         let first = wanted.start().saturating_sub(UNIT as u64 - 1);
         for (at, bytes) in self.changes.data.range(first..wanted.end()) {

@@ -166,6 +166,29 @@ fn replayed(
     Ok(changes.map(|changes| Arc::new(ReadOnlyView(Replayed::new(Arc::clone(file), changes)))))
 }
 
+/// The end of everything that an image has: its regions, and the blocks in the table of `entries` entries.
+fn needed_len(
+    contents: &Arc<dyn Device>,
+    regions: &Regions,
+    log: ByteRange,
+    (entries, block_size): (u64, u64),
+) -> Result<u64> {
+    let mut bat = Bat::new(Arc::clone(contents), regions.bat);
+    let mut end = regions.reserved(log).end();
+    let mut next = 0;
+    while next < entries {
+        let before = next;
+        for entry in bat.entries(next)? {
+            if let Some(offset) = Payload::of(entry, true).ok().and_then(Payload::offset) {
+                end = end.max(offset.saturating_add(block_size));
+            }
+            next += 1;
+        }
+        debug_assert!(next > before, "a page has entries");
+    }
+    Ok(end)
+}
+
 /// What helps where a differencing image is to be written.
 const HOW_TO_WRITE: &str = "Convert the image, which includes the data of its parents, or write to an overlay: qemu-img \
                             create -f qcow2 -F vhdx -b IMAGE OVERLAY";
@@ -205,7 +228,8 @@ impl VhdxLayer {
         } else if header.log_guid != Guid::default() {
             // Replays the log only after the checks above: an image that is damaged after the replay is not changed.
             if let Some(replayed) = replayed {
-                replayed.0.apply()?;
+                let needed = needed_len(&contents, &regions, header.log, (entries, metadata.block_size))?;
+                replayed.0.apply(needed)?;
             }
             header.log_guid = Guid::default();
             slot = header.replace(&*file, slot)?;
@@ -322,7 +346,7 @@ impl State {
             // header refers to it.
             let budget = Budget::default();
             if let Some(changes) = Changes::read(file, self.header.log, self.header.log_guid, &budget)? {
-                changes.apply(file)?;
+                changes.apply(file, file.len())?;
             }
             self.set_log_guid(file, Guid::default())?;
         }

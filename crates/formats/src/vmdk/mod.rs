@@ -189,8 +189,10 @@ impl VmdkLayer {
                 "Unsupported image type '{create_type}'"
             )));
         }
-        let descriptor = with_name(request, Descriptor::parse(&bytes))?;
+        let mut descriptor = with_name(request, Descriptor::parse(&bytes))?;
         let extents = extent::open_all(&descriptor, request)?;
+        // Their lines, of which there may be thousands, are not needed any more.
+        descriptor.extents = Vec::new();
         Self::new(request, range, descriptor, extents)
     }
 

@@ -245,13 +245,12 @@ impl Layer for VpcLayer {
             None => {
                 // Adjacent blocks without storage are one run. Allocated blocks are never contiguous: a bitmap lies
                 // between them.
-                'run: while len < range.len() {
-                    for entry in blocks.table.entries((range.start() + len) / unit)? {
-                        if *entry != NO_BLOCK || len >= range.len() {
-                            break 'run;
-                        }
-                        len += unit;
+                while len < range.len() {
+                    let block = (range.start() + len) / unit;
+                    if blocks.table.entry(block)? != NO_BLOCK {
+                        break;
                     }
+                    len = len.saturating_add(blocks.table.count_equal(block)?.saturating_mul(unit));
                 }
                 not_written
             }

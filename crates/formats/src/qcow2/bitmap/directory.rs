@@ -7,7 +7,10 @@
 
 use std::borrow::Cow;
 
-use diskimage_core::{Budget, ByteRange, Device, Error, ErrorKind, Reservation, Result, name, to_index};
+use diskimage_core::{
+    Budget, ByteRange, Device, Error, ErrorKind, Reservation, Result, name, resize, saturating_index,
+    to_index,
+};
 use zerocopy::byteorder::big_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -43,8 +46,10 @@ const FLAGS_AT: u64 = 12;
 #[derive(Clone, Debug)]
 pub(in crate::qcow2) struct Bitmap {
     pub(in crate::qcow2) raw: RawBitmap,
-    /// Extra data of other programs, kept unchanged.
+    /// Extra data of other programs, kept unchanged. The zeroes at its end are not in memory: a crafted directory has its
+    /// names and data in holes.
     extra: Vec<u8>,
+    /// The name, kept in the same way.
     name: Vec<u8>,
     /// Whether the entry satisfies the specification. One that does not is kept as it is, and can only be removed.
     is_valid: bool,
@@ -151,7 +156,12 @@ impl Bitmap {
 
     /// The length of the directory entry in bytes.
     pub(super) fn entry_len(&self) -> usize {
-        (size_of::<RawBitmap>() + self.extra.len() + self.name.len()).next_multiple_of(8)
+        let extra = saturating_index(self.raw.extra_data_size.get().into());
+        let name = usize::from(self.raw.name_size.get());
+        size_of::<RawBitmap>()
+            .saturating_add(extra)
+            .saturating_add(name)
+            .next_multiple_of(8)
     }
 
     /// The shape of this bitmap for a disk of `len` bytes.
@@ -203,6 +213,12 @@ impl Bitmap {
         ))
     }
 
+    /// The length of the entry whose fixed part is `head`, without its padding.
+    fn entry_len_of(head: &[u8; size_of::<RawBitmap>()]) -> u64 {
+        let raw: RawBitmap = zerocopy::transmute!(*head);
+        size_of::<RawBitmap>() as u64 + u64::from(raw.extra_data_size.get()) + u64::from(raw.name_size.get())
+    }
+
     /// Parses the entry at the start of `bytes`. Fields that do not satisfy the specification make an entry that is not
     /// valid; an entry whose end cannot be told is an error.
     fn parse(bytes: &[u8], geometry: Geometry) -> Result<Self> {
@@ -213,8 +229,8 @@ impl Bitmap {
         let name = rest.get(..usize::from(raw.name_size.get())).ok_or_else(cut)?;
         let mut bitmap = Self {
             raw,
-            extra: extra.to_vec(),
-            name: name.to_vec(),
+            extra: without_zeroes(extra).to_vec(),
+            name: without_zeroes(name).to_vec(),
             is_valid: true,
         };
         let table_len = u64::from(raw.table_size.get()) * 8;
@@ -230,7 +246,7 @@ impl Bitmap {
             && raw.flags.get() & !flag::KNOWN == 0
             && !unknown_extra
             && has_valid_range
-            && !name.is_empty()
+            && !bitmap.name.is_empty()
             && name.len() <= limit::NAME;
         Ok(bitmap)
     }
@@ -239,9 +255,22 @@ impl Bitmap {
         let start = bytes.len();
         bytes.extend_from_slice(self.raw.as_bytes());
         bytes.extend_from_slice(&self.extra);
+        bytes.resize(
+            start + size_of::<RawBitmap>() + saturating_index(self.raw.extra_data_size.get().into()),
+            0,
+        );
         bytes.extend_from_slice(&self.name);
         bytes.resize(start + self.entry_len(), 0);
     }
+}
+
+/// `bytes` without the zeroes at their end.
+fn without_zeroes(bytes: &[u8]) -> &[u8] {
+    let len = bytes
+        .iter()
+        .rposition(|byte| *byte != 0)
+        .map_or(0, |last| last + 1);
+    &bytes[..len]
 }
 
 /// The sizes of a bitmap for a disk of a given length.
@@ -379,25 +408,34 @@ impl Directory {
         if count > limit::BITMAPS || len > limit::DIRECTORY {
             return Err(Error::corrupt("Too many bitmaps"));
         }
-        // The bytes are in memory once as read and once as parsed names and extra data; each entry adds a fixed cost.
         self.memory
-            .push(budget.reserve(2 * len + (count * size_of::<Bitmap>()) as u64)?);
+            .push(budget.reserve((count * size_of::<Bitmap>()) as u64)?);
         let offset = extension.directory_offset.get();
         if !offset.is_multiple_of(geometry.cluster_size()) {
             return Err(Error::corrupt("bitmaps_ext: invalid bitmap directory offset"));
         }
         file.require(offset, len)?;
-        let mut bytes = vec![0; to_index(len)?];
-        file.read_at(&mut bytes, offset)?;
-        let mut rest = bytes.as_slice();
+        let mut rest = ByteRange::at(offset, len);
+        let mut bytes = Vec::new();
         while !rest.is_empty() {
             if self.bitmaps.len() == count {
                 return Err(Error::corrupt(
                     "More bitmaps found than specified in header extension",
                 ));
             }
-            let bitmap = Bitmap::parse(rest, geometry)?;
-            rest = rest.get(bitmap.entry_len()..).unwrap_or(&[]);
+            // An entry is read alone: all of them may have 64 MiB.
+            let mut head = [0; size_of::<RawBitmap>()];
+            let head_len = rest.len().min(head.len() as u64);
+            file.read_at(&mut head[..to_index(head_len)?], rest.start())?;
+            let entry_len = Bitmap::entry_len_of(&head).min(rest.len());
+            let memory = budget.reserve(entry_len)?;
+            resize(&mut bytes, to_index(entry_len)?)?;
+            file.read_at(&mut bytes, rest.start())?;
+            drop(memory);
+            let bitmap = Bitmap::parse(&bytes, geometry)?;
+            let stored = bitmap.extra.len() + bitmap.name.len();
+            self.memory.push(budget.reserve(stored as u64)?);
+            rest = rest.skip(bitmap.entry_len() as u64);
             self.bitmaps.push(bitmap);
         }
         if self.bitmaps.len() < count {

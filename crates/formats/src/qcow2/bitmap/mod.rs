@@ -34,6 +34,9 @@ use super::{ImageState, Qcow2};
 pub(super) use self::directory::{Bitmap, is_damage};
 pub(super) use self::store::Tracker;
 
+/// The most bitmaps whose damage is reported when the image is opened. A limit of this program.
+const MAX_WARNINGS: usize = 100;
+
 impl Qcow2 {
     /// Reads the directory that `extension` locates, damaged or not; an empty one for `None`.
     ///
@@ -65,7 +68,7 @@ impl Qcow2 {
         is_valid.then(|| ByteRange::new(offset, end))
     }
 
-    /// What is wrong with the bitmaps, one warning each. Bits are not read.
+    /// What is wrong with the bitmaps, one warning each for the first [`MAX_WARNINGS`]. Bits are not read.
     ///
     /// # Errors
     /// As [`Directory::read`].
@@ -81,9 +84,14 @@ impl Qcow2 {
                 damage.chain()
             ))
         });
+        let mut found = found.take(MAX_WARNINGS + 1);
+        let mut warnings: Vec<String> = found.by_ref().take(MAX_WARNINGS).collect();
+        if found.next().is_some() {
+            warnings.push("More bitmaps cannot be used".to_owned());
+        }
         let broken = directory.require_whole().err();
-        let broken = broken.map(|error| format!("Bitmaps cannot be read: {}", error.chain()));
-        Ok(found.chain(broken).map(Note::Warning).collect())
+        warnings.extend(broken.map(|error| format!("Bitmaps cannot be read: {}", error.chain())));
+        Ok(warnings.into_iter().map(Note::Warning).collect())
     }
 
     /// The facts about the bitmaps that `info` prints; `None` for an image without bitmaps.

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 
-use diskimage_core::{Error, Repair, Result, errno, to_index};
+use diskimage_core::{ByteRange, Error, Repair, Result, errno, to_index};
 
 use super::Check;
 use crate::qcow2::ImageState;
@@ -135,6 +135,11 @@ impl Check<'_> {
         let mut chunk = vec![0; CHUNK];
         let mut done = 0;
         while done < len {
+            let hole = self.hole(ByteRange::new(offset + done, offset + len))?;
+            if hole >= 8 {
+                done += hole / 8 * 8;
+                continue;
+            }
             let part = to_index((len - done).min(CHUNK as u64))?;
             let chunk = &mut chunk[..part];
             self.file.read_at(chunk, offset + done)?;

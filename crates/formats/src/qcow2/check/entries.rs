@@ -63,7 +63,9 @@ impl Check<'_> {
     /// Reads the L2 table at `offset` into the shared buffer and returns the buffer; the caller returns it by assigning
     /// `self.buf`. `None` if the table is beyond the end of the file, where it reads as zeroes.
     pub(super) fn take_l2(&mut self, offset: u64) -> Result<Option<Vec<u8>>> {
-        if offset >= self.file_len {
+        // A table in a hole of the file reads as zeroes as well.
+        let table = ByteRange::at(offset, self.geometry.cluster_size());
+        if offset >= self.file_len || self.hole(table)? == table.len() {
             return Ok(None);
         }
         let mut table = std::mem::take(&mut self.buf);

@@ -30,7 +30,7 @@ mod tests;
 use std::collections::{BTreeSet, HashMap};
 
 use diskimage_core::errno;
-use diskimage_core::{CheckReport, Device, Error, Note, Progress, Repair, Result};
+use diskimage_core::{ByteRange, CheckReport, Device, Error, Note, Progress, Repair, Result};
 
 use self::bitmaps::DroppedBitmaps;
 use self::protected::Protected;
@@ -44,6 +44,7 @@ use super::refcount::{Refcounts, References};
 use super::{ImageState, Qcow2};
 use crate::layer_kit::metadata_cache::MetadataCache;
 use crate::layer_kit::offset::{ClusterIndex, ClusterRange};
+use crate::layer_kit::table_scan;
 
 impl Qcow2 {
     /// Checks the image and repairs as far as `repair` allows.
@@ -83,7 +84,8 @@ impl Qcow2 {
     /// Drops the metadata cache and reads the metadata from the file again.
     fn forget_tables(&self, state: &mut ImageState) -> Result<()> {
         let header = read_header(&self.file, true)?;
-        state.metadata.cache = MetadataCache::new(self.file.clone(), self.data.clone());
+        state.metadata.cache =
+            MetadataCache::new(self.file.clone(), self.data.clone()).with_budget(&self.budget);
         state.metadata.refcounts = Refcounts::new(&header, self.file.len());
         self.guard_metadata(state)
     }
@@ -149,6 +151,8 @@ struct Check<'a> {
     reported: u64,
     /// The buffer for an L2 table.
     buf: Vec<u8>,
+    /// Whether the file is worth asking for its holes.
+    is_sparse: bool,
 }
 
 /// The most lines that are reported; further errors are only counted. The limit is ours: qemu-img prints all lines.
@@ -169,6 +173,7 @@ impl<'a> Check<'a> {
             dangling: BTreeSet::new(),
             image,
             file,
+            is_sparse: table_scan::is_sparse(file),
             file_len: file.len(),
             end: ClusterIndex::new(0),
             header,
@@ -267,6 +272,11 @@ impl<'a> Check<'a> {
         self.image
             .corruption
             .set_incompatible(Incompatible::CORRUPT, true)
+    }
+
+    /// How many bytes at the start of `range` are a hole of the file, where tables have no entries.
+    fn hole(&self, range: ByteRange) -> Result<u64> {
+        table_scan::hole(self.file, self.is_sparse, range)
     }
 
     fn report_line(&mut self, text: impl Into<String>) {

@@ -142,6 +142,11 @@ impl Check<'_> {
             if active {
                 self.progress.set(done, entries);
             }
+            let hole = self.hole(ByteRange::new(offset + done * 8, offset + entries * 8))? / 8;
+            if hole > 0 {
+                done += hole;
+                continue;
+            }
             let len = to_index(((entries - done) * 8).min(CHUNK as u64))?;
             let chunk = &mut chunk[..len];
             self.file.read_padded(chunk, offset + done * 8)?;

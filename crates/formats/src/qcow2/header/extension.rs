@@ -97,6 +97,20 @@ pub(in crate::qcow2) fn parse(area: &[u8]) -> Result<Extensions> {
     Ok(found)
 }
 
+/// Whether the list of extensions ends inside of `area`.
+pub(in crate::qcow2) fn is_ended(area: &[u8]) -> bool {
+    let mut rest = area;
+    while let Some((head, tail)) = rest.split_at_checked(8) {
+        let number = |at: usize| U32::read_from_bytes(&head[at..at + 4]).map_or(0, U32::get);
+        if number(0) == kind::END {
+            return true;
+        }
+        let len = saturating_index(number(4).into()).checked_next_multiple_of(8);
+        rest = len.and_then(|len| tail.get(len..)).unwrap_or(&[]);
+    }
+    false
+}
+
 /// An extension as it is stored.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(in crate::qcow2) struct Extension {

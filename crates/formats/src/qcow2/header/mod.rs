@@ -271,7 +271,21 @@ impl Header {
         Ok(1 << cluster_bits(&raw)?)
     }
 
-    /// Parses the first cluster of a file. `for_check` accepts damage that a check can repair.
+    /// Whether `bytes`, the start of the first cluster, contain the header, all its extensions and the name of the backing
+    /// file.
+    ///
+    /// # Errors
+    /// As [`Header::bytes_needed`].
+    pub(super) fn is_whole(bytes: &[u8]) -> Result<bool> {
+        let raw = raw(bytes)?;
+        let name = saturating_index(raw.backing_file_offset.get());
+        let name_end = name.saturating_add(saturating_index(raw.backing_file_size.get().into()));
+        let end = if name == 0 { bytes.len() } else { name };
+        let area = bytes.get(raw.len()..end);
+        Ok(area.is_some_and(|area| name > 0 || extension::is_ended(area)) && name_end <= bytes.len())
+    }
+
+    /// Parses the first cluster of a file, of which the rest may be missing if [`Header::is_whole`]. `for_check` accepts damage that a check can repair.
     ///
     /// # Errors
     /// `qemu-img`'s message for the first field that is wrong.
@@ -409,7 +423,7 @@ fn parse_extensions(raw: &RawHeader, cluster: &[u8], cluster_size: u64) -> Resul
     };
     let area = usize::try_from(end)
         .ok()
-        .and_then(|end| cluster.get(header_len..end));
+        .and_then(|end| cluster.get(header_len..end.min(cluster.len())));
     extension::parse(area.unwrap_or(&[]))
 }
 

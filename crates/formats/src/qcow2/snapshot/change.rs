@@ -24,7 +24,7 @@ use diskimage_core::{
 use zerocopy::byteorder::big_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, IntoBytes};
 
-use super::{KNOWN_EXTRA, MAX_TABLE, RawSnapshot, Snapshot, SnapshotTable, V3_EXTRA, completed};
+use super::{KNOWN_EXTRA, MAX_TABLE, RawSnapshot, SHOWN_NAME, Snapshot, SnapshotTable, V3_EXTRA, completed};
 use crate::layer_kit::metadata_cache::{Table, WriteOrder};
 use crate::layer_kit::metadata_guard::Kind;
 use crate::qcow2::entry::COPIED;
@@ -362,6 +362,10 @@ impl Qcow2 {
         let id = listed.iter().filter_map(|snapshot| snapshot.info.id.parse().ok());
         let id = (id.max().unwrap_or(0u64) + 1).to_string();
         let name = name::to_bytes(new.name);
+        // A longer one could not be found by the name that is shown.
+        if name.len() > SHOWN_NAME {
+            return Err(Error::invalid("Snapshot name too long"));
+        }
         let long = |_| Error::invalid("Snapshot name too long");
         let raw = RawSnapshot {
             l1_table_offset: U64::new(l1.offset),

@@ -141,8 +141,8 @@ impl Qcow2 {
                 .map(|bytes| u64::from_be_bytes(*bytes))
         };
         let info = SnapshotInfo {
-            id: text(id),
-            name: text(name),
+            id: text(id, SHOWN_ID),
+            name: text(name, SHOWN_NAME),
             vm_state_size: number(0).unwrap_or_else(|| u64::from(raw.vm_state_size.get())),
             date_sec: raw.date_sec.get(),
             date_nsec: raw.date_nsec.get(),
@@ -230,8 +230,13 @@ pub(super) fn completed(raw: &RawSnapshot, mut extra: Vec<u8>, disk_size: u64) -
     extra
 }
 
-/// An ID or a name, which ends at the first NUL.
-fn text(bytes: &[u8]) -> String {
+/// The bytes of an ID and of a name that are shown: more are cut off, as in qemu-img.
+const SHOWN_ID: usize = 127;
+pub(super) const SHOWN_NAME: usize = 255;
+
+/// An ID or a name, which ends at the first NUL, or after `most` bytes.
+fn text(bytes: &[u8], most: usize) -> String {
+    let bytes = bytes.get(..most).unwrap_or(bytes);
     let end = bytes.iter().position(|byte| *byte == 0).unwrap_or(bytes.len());
     name::from_bytes(&bytes[..end]).into_owned()
 }
