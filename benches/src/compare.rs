@@ -178,11 +178,10 @@ impl Bench<'_> {
     /// Prepares and runs the command as often as the workload requires, and keeps the files of the last run.
     fn run(&self, tool: &Tool) -> Result<Sample> {
         let errors = &self.files.errors;
-        let more = match tool.side {
-            "ours" => self.workload.ours_only,
-            _ => "",
+        let arguments = match tool.side {
+            "ours" => self.arguments(&self.workload.ours())?,
+            _ => self.arguments(self.workload.command)?,
         };
-        let arguments = self.arguments(&format!("{}{more}", self.workload.command))?;
         let mut total = Sample::default();
         for _ in 0..self.workload.repeat {
             self.files.remove_of_run()?;

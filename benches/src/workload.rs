@@ -68,6 +68,14 @@ impl Workload {
         }
     }
 
+    /// The command for this program. What it has converted is on disk when it ends, unless `-t unsafe` is said; the stock
+    /// program does not wait for the disk unless it is told to by `-t`. Both do the same here.
+    pub(crate) fn ours(&self) -> String {
+        let waits = !self.command.starts_with("convert ") || self.command.contains(" -t ");
+        let cache = if waits { "" } else { " -t unsafe" };
+        format!("{}{}{cache}", self.command, self.ours_only)
+    }
+
     /// The fixtures that a run needs, by name.
     pub(crate) fn fixtures(&self) -> impl Iterator<Item = &'static str> {
         let prepared = self.before.iter().flat_map(|step| match step {
@@ -110,6 +118,10 @@ pub(crate) const WORKLOADS: &[Workload] = &[
     Workload::once("raw-qcow2", "convert -f raw -O qcow2 {raw} {out}").verified(SAME_QCOW2),
     Workload::once("qcow2-raw", "convert -f qcow2 -O raw {qcow2} {out}").verified(SAME_RAW),
     Workload::once("qcow2-qcow2", "convert -f qcow2 -O qcow2 {qcow2} {out}").verified(SAME_QCOW2),
+    Workload::once("durable-raw-qcow2", "convert -t writeback -f raw -O qcow2 {raw} {out}").verified(SAME_QCOW2),
+    Workload::once("durable-qcow2-raw", "convert -t writeback -f qcow2 -O raw {qcow2} {out}").verified(SAME_RAW),
+    Workload::once("durable-raw-zstd", "convert -t writeback -f raw -O qcow2 -c -o compression_type=zstd {raw} {out}")
+        .verified(SAME_QCOW2),
     Workload::once("raw-zlib", "convert -f raw -O qcow2 -c {raw} {out}").verified(SAME_QCOW2),
     Workload::once(
         "raw-zstd",
@@ -319,6 +331,14 @@ mod tests {
                 workload.name
             );
         }
+    }
+
+    #[test]
+    fn both_programs_wait_for_the_disk_or_neither() {
+        let command = |command| Workload::once("x", command).with(" -c").ours();
+        assert_eq!(command("convert {raw} {out}"), "convert {raw} {out} -c -t unsafe");
+        assert_eq!(command("convert -t writeback a b"), "convert -t writeback a b -c");
+        assert_eq!(command("dd if={raw} of={out}"), "dd if={raw} of={out} -c");
     }
 
     #[test]

@@ -20,8 +20,6 @@ pub struct Tools {
     pub stock_io: PathBuf,
     /// The `qemu-img` that is compared with it.
     pub under_test: PathBuf,
-    /// The most kibibytes of address space that the latter has.
-    pub address_space: Option<u64>,
 }
 
 impl Tools {
@@ -66,28 +64,7 @@ impl Outcome {
 /// # Errors
 /// The program cannot be started.
 pub fn run(program: &Path, tool: StockTool, args: &[String], directory: &Path) -> Result<Outcome, String> {
-    finish(command(program, tool, directory), program, args)
-}
-
-/// Runs the `qemu-img` under test, with the address space that it may have.
-///
-/// # Errors
-/// As [`run`].
-pub fn run_under_test(tools: &Tools, args: &[String], directory: &Path) -> Result<Outcome, String> {
-    let program = &tools.under_test;
-    let Some(kibibytes) = tools.address_space else {
-        return run(program, StockTool::Img, args, directory);
-    };
-    // It becomes the program.
-    let mut limited = command(Path::new("prlimit"), StockTool::Img, directory);
-    limited
-        .arg(format!("--as={}", kibibytes.saturating_mul(1024)))
-        .arg(program);
-    finish(limited, program, args)
-}
-
-fn finish(mut command: Command, program: &Path, args: &[String]) -> Result<Outcome, String> {
-    let mut child = command
+    let mut child = command(program, tool, directory)
         .args(args.iter().map(|arg| os_word(arg)))
         .stdin(Stdio::null())
         .spawn()

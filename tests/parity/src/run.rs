@@ -146,10 +146,7 @@ fn perform<'a>(
     for step in steps {
         match step {
             Step::UnderTest(args) => {
-                let outcome = match under_test == tools.under_test {
-                    true => process::run_under_test(tools, args, directory)?,
-                    false => process::run(under_test, StockTool::Img, args, directory)?,
-                };
+                let outcome = process::run(under_test, StockTool::Img, args, directory)?;
                 performed.push(Performed { step, outcome });
             }
             Step::Observe(tool, args) => {
@@ -250,7 +247,6 @@ mod tests {
                 stock_img: self.write("stock", stock),
                 stock_io: self.write("io", "exit 0"),
                 under_test: self.write("ours", under_test),
-                address_space: None,
             };
             let cases = parse("t", case).unwrap();
             run_case(&cases[0], &tools, false)

@@ -2,8 +2,7 @@
 //!
 //! `cargo test -p parity --test parity -- [FILTER]... [--exact] [--list] [--test-threads N]`. Environment:
 //! `QEMU_IMG_UNDER_TEST` names the tool (else the workspace's own is built and used), `REQUIRE_STOCK_TOOLS=1` makes
-//! missing stock tools a failure, `PARITY_KEEP=1` keeps the directories of failed cases, `PARITY_ADDRESS_SPACE=1048576` gives
-//! the tool under test so many kibibytes of address space (`ulimit -v`).
+//! missing stock tools a failure, `PARITY_KEEP=1` keeps the directories of failed cases.
 
 use std::collections::BTreeMap;
 use std::env;
@@ -76,7 +75,6 @@ fn run() -> Result<bool, String> {
         stock_img,
         stock_io,
         under_test: find_tool_under_test()?,
-        address_space: address_space()?,
     };
     say(&format!(
         "\nrunning {} tests of {}\n",
@@ -87,17 +85,6 @@ fn run() -> Result<bool, String> {
     let tally = run_all(&cases, &tools, arguments.threads);
     let seconds = start.elapsed().as_secs_f64();
     Ok(tally.report(filtered, seconds))
-}
-
-/// The kibibytes in `PARITY_ADDRESS_SPACE`, as `ulimit -v` has them.
-fn address_space() -> Result<Option<u64>, String> {
-    let Some(value) = env::var_os("PARITY_ADDRESS_SPACE") else {
-        return Ok(None);
-    };
-    let kibibytes = value.to_str().and_then(|text| text.parse().ok());
-    kibibytes
-        .map(Some)
-        .ok_or_else(|| "PARITY_ADDRESS_SPACE takes a number of kibibytes".to_owned())
 }
 
 /// Whether missing stock tools are a failure.

@@ -102,6 +102,9 @@ pub(crate) struct MetadataCache {
 const PAGE: u64 = MAX_PAGE as u64;
 /// Bytes of all pages: enough for the L2 tables of 48 GiB at the default cluster size.
 const CAPACITY: usize = 6 << 20;
+/// Bytes of pages that take the place of none, however many caches there are: those for two places of the disk, since the
+/// workers of a copy are at both ends of a table for a while.
+const LEAST: usize = 4 * MAX_PAGE;
 
 impl MetadataCache {
     pub(crate) fn new(device: Arc<dyn Device>, data: Arc<dyn Device>) -> Self {
@@ -116,7 +119,8 @@ impl MetadataCache {
         }
     }
 
-    /// The same cache, whose pages, except for one, take spare memory of `budget`: a chain may have hundreds of caches.
+    /// The same cache, whose pages take memory of `budget`, and those beyond [`LEAST`] spare memory: a chain may have
+    /// hundreds of caches. One page needs none.
     pub(crate) fn with_budget(self, budget: &Budget) -> Self {
         Self {
             budget: Some(budget.clone()),
@@ -386,7 +390,11 @@ impl MetadataCache {
             self.write_back()?;
         }
         while let Some(budget) = &self.budget {
-            page.memory = budget.reserve_spare(page.bytes.len() as u64);
+            let len = page.bytes.len();
+            page.memory = match self.pages.cached_bytes() + len <= LEAST {
+                true => budget.reserve(len as u64).ok(),
+                false => budget.reserve_spare(len as u64),
+            };
             if page.memory.is_some() {
                 break;
             }

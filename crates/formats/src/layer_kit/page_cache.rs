@@ -142,7 +142,6 @@ impl<S: Copy + Ord> PageCache<S> {
     }
 
     /// Bytes of all pages.
-    #[cfg(test)]
     pub(crate) fn cached_bytes(&self) -> usize {
         self.bytes
     }

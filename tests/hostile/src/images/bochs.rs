@@ -91,4 +91,20 @@ pub(super) const IMAGES: &[Image] = &[
             bochs(1 << 20, 512, 512, 512 << 20, files).put(512, vec![0xff; 4 << 20]);
         },
     ),
+    Image::new(
+        "bochs",
+        "bochs-extents-of-nothing",
+        "Extents of 0 bytes.",
+        |files| {
+            bochs(16, 512, 0, 8 << 20, files).len(1 << 20);
+        },
+    ),
+    Image::new(
+        "bochs",
+        "bochs-bitmaps-of-nothing",
+        "Bitmaps of 0 bytes.",
+        |files| {
+            bochs(16, 0, 1 << 20, 8 << 20, files).len(1 << 20);
+        },
+    ),
 ];

@@ -94,4 +94,12 @@ pub(super) const IMAGES: &[Image] = &[
             streams_of(512, 64 << 10, &streams::zlib(&[7; 512]), files);
         },
     ),
+    Image::new(
+        "cloop",
+        "cloop-blocks-of-nothing",
+        "Blocks of 0 bytes.",
+        |files| {
+            cloop(0, 16, files).len(1 << 16);
+        },
+    ),
 ];

@@ -107,4 +107,21 @@ mod tests {
         assert!(all().all(|image| image.attack.ends_with('.') && image.attack.contains(' ')));
         assert!(names.len() >= 150, "{}", names.len());
     }
+
+    #[test]
+    fn the_attacks_that_the_documents_name_are_there() {
+        let names: HashSet<_> = all().map(|image| image.name).collect();
+        let formats: HashSet<_> = all().filter_map(|image| image.name.split('-').next()).collect();
+        let page = include_str!("../../../../docs/security.md");
+        let known = page.split("\n## ").find(|part| part.starts_with("Known attacks"));
+        let words = known.expect("a section").split('`').skip(1).step_by(2);
+        let named = words.filter(|word| {
+            word.split_once('-')
+                .is_some_and(|(format, _)| formats.contains(format))
+        });
+        let named: Vec<_> = named.collect();
+        assert!(named.len() > 30, "{named:?}");
+        let missing: Vec<_> = named.iter().filter(|name| !names.contains(*name)).collect();
+        assert!(missing.is_empty(), "{missing:?}");
+    }
 }

@@ -136,4 +136,12 @@ pub(super) const IMAGES: &[Image] = &[
             parallels(2048, ENTRIES, u64::from(ENTRIES) * 2048, files).le32(44, &[0x746f_6e59]);
         },
     ),
+    Image::new(
+        "parallels",
+        "parallels-clusters-of-nothing",
+        "Clusters of 0 sectors.",
+        |files| {
+            parallels(2048, 16, 16 * 2048, files).le32(28, &[0]);
+        },
+    ),
 ];

@@ -144,4 +144,28 @@ pub(super) const IMAGES: &[Image] = &[
         objects: "secret,id=s,data=abc",
         node: "driver=qcow,encrypt.format=aes,encrypt.key-secret=s",
     }),
+    Image::new(
+        "qcow",
+        "qcow-tables-of-2-61-entries",
+        "L2 tables of 2^61 entries.",
+        |files| {
+            qcow(512 << 20, 16, 61, files).len(1 << 20);
+        },
+    ),
+    Image::new(
+        "qcow",
+        "qcow-tables-of-2-255-entries",
+        "L2 tables of 2^255 entries.",
+        |files| {
+            qcow(512 << 20, 16, 255, files).len(1 << 20);
+        },
+    ),
+    Image::new(
+        "qcow",
+        "qcow-clusters-of-2-255-bytes",
+        "Clusters of 2^255 bytes.",
+        |files| {
+            qcow(512 << 20, 255, 13, files).len(1 << 20);
+        },
+    ),
 ];

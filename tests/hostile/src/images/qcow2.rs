@@ -1001,4 +1001,34 @@ pub(super) const IMAGES: &[Image] = &[
         },
     )
     .open(SECRET),
+    Image::new(
+        "qcow2",
+        "qcow2-clusters-of-2-63-bytes",
+        "Clusters of 2^63 bytes.",
+        |files| {
+            Qcow2::default().write(files).be32(20, &[63]);
+        },
+    ),
+    Image::new(
+        "qcow2",
+        "qcow2-refcounts-of-2-32-bits",
+        "Refcounts of 2^(2^32-1) bits.",
+        |files| {
+            Qcow2::default().write(files).be32(96, &[u32::MAX]);
+        },
+    ),
+    Image::new(
+        "qcow2",
+        "qcow2-data-file-is-a-json-name",
+        "A data file whose name has options, which name a file of the machine.",
+        |files| {
+            let name = br#"json:{"driver":"raw","file":{"driver":"file","filename":"/etc/passwd"}}"#;
+            let image = Qcow2 {
+                incompatible: DATA_FILE,
+                extensions: vec![(0x4441_5441, name.to_vec())],
+                ..Qcow2::default()
+            };
+            image.write(files);
+        },
+    ),
 ];

@@ -114,4 +114,7 @@ pub(super) const IMAGES: &[Image] = &[
             vdi(u64::MAX, 1024, 0, files);
         },
     ),
+    Image::new("vdi", "vdi-blocks-of-nothing", "Blocks of 0 bytes.", |files| {
+        vdi(8 * MIB, 8, 0, files).le32(376, &[0]);
+    }),
 ];

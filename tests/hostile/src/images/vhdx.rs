@@ -353,4 +353,13 @@ pub(super) const IMAGES: &[Image] = &[
             files.image().put(0, bytes);
         },
     ),
+    Image::new("vhdx", "vhdx-blocks-of-nothing", "Blocks of 0 bytes.", |files| {
+        let mut bytes = VhdxImage::default().build();
+        let table = bytes.windows(8).position(|window| window == b"metadata");
+        // The first item.
+        let size = table.expect("is there") + index(64 * KIB);
+        assert_eq!(bytes[size..size + 4], (1_u32 << 20).to_le_bytes());
+        put(&mut bytes, size, &[0; 4]);
+        files.image().put(0, bytes);
+    }),
 ];

@@ -186,4 +186,10 @@ pub(super) const IMAGES: &[Image] = &[
             files.image().put(size, footer);
         },
     ),
+    Image::new("vpc", "vpc-blocks-of-nothing", "Blocks of 0 bytes.", |files| {
+        vhd(8 << 20, 0, 16, files);
+    }),
+    Image::new("vpc", "vpc-blocks-of-no-power", "Blocks of 3 bytes.", |files| {
+        vhd(8 << 20, 3, 16, files);
+    }),
 ];
