@@ -5,29 +5,38 @@
 //!   turn            ▲ 1                              wait(1) returns; wait(2) blocks until the turn is passed on
 //!   passed                 {2}                       needs no turn: skipped when 1 passes its turn on
 //! ```
+//!
+//! One worker at a time may look beyond its segment. If it finds that a long range needs no read, its segment is extended, or,
+//! if others have claimed segments meanwhile, the next one is as long as that.
 
 use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 use diskimage_core::{ByteRange, Error, saturating_index};
 
-/// The segments of a disk and the turns of those that are claimed. `F` is the failure of a worker.
+/// The segments of a disk and the turns of those that are claimed. `F` is the failure of a worker, `K` what it finds out
+/// about a long range.
 ///
 /// One lock guards the state. It is held for a few instructions and never across I/O.
 #[derive(Debug)]
-pub(crate) struct Cursor<F> {
+pub(crate) struct Cursor<F, K = ()> {
     end: u64,
     segment: u64,
-    state: Mutex<CursorState<F>>,
+    state: Mutex<CursorState<F, K>>,
+    /// Whether a worker looks beyond its segment.
+    looking: AtomicBool,
     /// Signalled when the turn is passed on and when a segment has failed: segment `number` waits for the one at `number`
     /// modulo their number, so that a turn wakes its own worker only.
     turn_or_failure: [Condvar; CONDITIONS],
 }
 
 #[derive(Debug)]
-struct CursorState<F> {
+struct CursorState<F, K> {
     /// The guest offset of the next segment.
     position: u64,
+    /// What was found out about a range that ends behind the next segment.
+    known: Option<(ByteRange, K)>,
     /// The number of the next segment.
     next: u64,
     /// The segment whose turn it is.
@@ -46,9 +55,21 @@ const MAX_PASSED: usize = 1024;
 
 /// A claimed segment.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Segment {
+pub(crate) struct Segment<K = ()> {
     pub(crate) number: u64,
     pub(crate) range: ByteRange,
+    /// What is known about it, and about what follows up to this offset, which is claimed as well.
+    pub(crate) known: Option<(u64, K)>,
+}
+
+/// The right to look beyond the own segment.
+#[must_use = "another worker gets it when it is dropped"]
+pub(crate) struct Outlook<'a, F, K>(&'a Cursor<F, K>);
+
+impl<F, K> Drop for Outlook<'_, F, K> {
+    fn drop(&mut self) {
+        self.0.looking.store(false, Ordering::Release);
+    }
 }
 
 /// The worker stops since an earlier segment has failed.
@@ -74,7 +95,7 @@ impl From<Stopped> for End {
     }
 }
 
-impl<F> Cursor<F> {
+impl<F, K: Copy> Cursor<F, K> {
     /// A cursor over `range` in segments that end at multiples of `segment` bytes.
     pub(crate) fn new(range: ByteRange, segment: u64) -> Self {
         Self {
@@ -82,11 +103,13 @@ impl<F> Cursor<F> {
             segment,
             state: Mutex::new(CursorState {
                 position: range.start(),
+                known: None,
                 next: 0,
                 turn: 0,
                 passed: BTreeSet::new(),
                 failure: None,
             }),
+            looking: AtomicBool::new(false),
             turn_or_failure: Default::default(),
         }
     }
@@ -96,14 +119,15 @@ impl<F> Cursor<F> {
         self.end = range.end();
         let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
         state.position = range.start();
+        state.known = None;
     }
 
-    fn lock(&self) -> MutexGuard<'_, CursorState<F>> {
+    fn lock(&self) -> MutexGuard<'_, CursorState<F, K>> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Claims the next segment. `None` if all are claimed or one has failed.
-    pub(crate) fn claim(&self) -> Option<Segment> {
+    pub(crate) fn claim(&self) -> Option<Segment<K>> {
         let mut state = self.lock();
         if state.failure.is_some() || state.position >= self.end {
             return None;
@@ -111,20 +135,47 @@ impl<F> Cursor<F> {
         let left = self.segment - state.position % self.segment;
         let range = ByteRange::at(state.position, left).intersect(ByteRange::new(0, self.end));
         let number = state.next;
-        state.position = range.end();
+        let known = state.known.filter(|(known, _)| known.intersect(range) == range);
+        let known = known.map(|(known, what)| (known.end(), what));
+        state.position = known.map_or(range.end(), |(end, _)| end);
         state.next += 1;
-        Some(Segment { number, range })
+        Some(Segment { number, range, known })
+    }
+
+    /// The right to look beyond the own segment, unless another worker has it.
+    pub(crate) fn outlook(&self) -> Option<Outlook<'_, F, K>> {
+        let is_free = !self.looking.swap(true, Ordering::Acquire);
+        is_free.then_some(Outlook(self))
     }
 
     /// Extends a segment that ends at `from` by whole segments, up to `to` at most, unless the next one is claimed
     /// already. Returns its new end.
     pub(crate) fn extend(&self, from: u64, to: u64) -> u64 {
+        self.extend_in(&mut self.lock(), from, self.whole_segments(to))
+    }
+
+    /// As [`Cursor::extend`]; if the next segment is claimed already, one of those after it is as long as possible, and `what`
+    /// is known about it.
+    pub(crate) fn extend_or_tell(&self, from: u64, to: u64, what: K) -> u64 {
+        let to = self.whole_segments(to);
         let mut state = self.lock();
-        let to = if to >= self.end {
+        let end = self.extend_in(&mut state, from, to);
+        if end == from && state.position < to {
+            state.known = Some((ByteRange::new(state.position, to), what));
+        }
+        end
+    }
+
+    /// The end of the last segment that ends at `to` or before.
+    fn whole_segments(&self, to: u64) -> u64 {
+        if to >= self.end {
             self.end
         } else {
             to - to % self.segment
-        };
+        }
+    }
+
+    fn extend_in(&self, state: &mut CursorState<F, K>, from: u64, to: u64) -> u64 {
         if state.position != from || to <= from {
             return from;
         }
@@ -133,7 +184,7 @@ impl<F> Cursor<F> {
     }
 
     /// Waits for the turn of segment `number`.
-    pub(crate) fn wait(&self, number: u64) -> Result<Turn<'_, F>, Stopped> {
+    pub(crate) fn wait(&self, number: u64) -> Result<Turn<'_, F, K>, Stopped> {
         let mut state = self.lock();
         loop {
             if state.failure.as_ref().is_some_and(|(failed, _)| *failed < number) {
@@ -201,12 +252,12 @@ impl<F> Cursor<F> {
 /// The turn of a segment, in which it allocates clusters. A drop passes the turn on to the next segment.
 #[derive(Debug)]
 #[must_use]
-pub(crate) struct Turn<'a, F> {
-    cursor: &'a Cursor<F>,
+pub(crate) struct Turn<'a, F, K: Copy = ()> {
+    cursor: &'a Cursor<F, K>,
     number: u64,
 }
 
-impl<F> Drop for Turn<'_, F> {
+impl<F, K: Copy> Drop for Turn<'_, F, K> {
     fn drop(&mut self) {
         self.cursor.advance(self.number);
     }
@@ -236,6 +287,25 @@ mod tests {
         assert_eq!(cursor.claim().map(|s| s.range), Some(ByteRange::new(30, 40)));
         assert_eq!(cursor.extend(40, 105), 105);
         assert!(cursor.claim().is_none());
+    }
+
+    #[test]
+    fn what_was_found_out_too_late_makes_the_next_segment_long() {
+        let cursor = Cursor::<&str, char>::new(ByteRange::new(0, 105), 10);
+        let claim = || cursor.claim().map(|segment| (segment.range, segment.known));
+        assert_eq!(claim(), Some((ByteRange::new(0, 10), None)));
+        let outlook = cursor.outlook();
+        assert!(outlook.is_some() && cursor.outlook().is_none());
+        assert_eq!(claim(), Some((ByteRange::new(10, 20), None)));
+        assert_eq!(cursor.extend_or_tell(10, 58, 'z'), 10);
+        drop(outlook);
+        assert!(cursor.outlook().is_some());
+        assert_eq!(claim(), Some((ByteRange::new(20, 30), Some((50, 'z')))));
+        assert_eq!(claim(), Some((ByteRange::new(50, 60), None)));
+        assert_eq!(cursor.extend_or_tell(60, 90, 'y'), 90);
+        assert_eq!(claim(), Some((ByteRange::new(90, 100), None)));
+        assert_eq!(cursor.extend_or_tell(70, 95, 'x'), 70);
+        assert_eq!(claim(), Some((ByteRange::new(100, 105), None)));
     }
 
     #[test]

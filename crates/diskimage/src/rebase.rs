@@ -285,7 +285,11 @@ impl Worker<'_> {
         let image = self.rebase.image;
         self.writes.clear();
         let mut rest = segment.range;
+        let mut end = rest.end();
         let mut ends_unread = true;
+        if let Some((known_end, ())) = segment.known {
+            (rest, end, ends_unread) = (rest.skip(rest.len()), known_end, false);
+        }
         while !rest.is_empty() {
             let (part, same) = self.same_units(rest)?;
             rest = rest.skip(part.len());
@@ -294,15 +298,20 @@ impl Worker<'_> {
                 self.compare(part, segment.range.start())?;
             }
         }
-        let mut end = segment.range.end();
-        while ends_unread && end < image.len() {
+        let outlook = if ends_unread { cursor.outlook() } else { None };
+        while outlook.is_some() && end < image.len() {
             let (part, same) = self.same_units(ByteRange::new(end, image.len()))?;
-            let longer = if same { cursor.extend(end, part.end()) } else { end };
+            let longer = if same {
+                cursor.extend_or_tell(end, part.end(), ())
+            } else {
+                end
+            };
             if longer == end {
                 break;
             }
             end = longer;
         }
+        drop(outlook);
         if self.rebase.steps {
             let all = ByteRange::new(segment.range.start(), end);
             self.parts = self.rebase.compared_parts(all)?;

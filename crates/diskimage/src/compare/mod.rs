@@ -207,8 +207,12 @@ struct Worker<'a> {
 impl Worker<'_> {
     /// Compares one segment and extends it over the extents after it that are known to be zero. Returns its end.
     fn compare(&mut self, cursor: &Cursor<Found>, segment: Segment) -> Result<u64, Found> {
+        if let Some((end, ())) = segment.known {
+            return Ok(end);
+        }
         let mut at = segment.range.start();
         let mut end = segment.range.end();
+        let mut outlook = None;
         loop {
             let Stretch {
                 len,
@@ -229,8 +233,15 @@ impl Worker<'_> {
                 return Ok(end);
             }
             // A zero extent is not read, so it may be longer than a segment.
+            outlook = outlook.or_else(|| cursor.outlook());
+            if outlook.is_none() {
+                return Ok(end);
+            }
             end = match self.step(at, u64::MAX)? {
-                Stretch { len, zero: true, .. } => cursor.extend(end, end.saturating_add(len)),
+                Stretch { len, zero: true, .. } if self.comparison.steps => {
+                    cursor.extend(end, end.saturating_add(len))
+                }
+                Stretch { len, zero: true, .. } => cursor.extend_or_tell(end, end.saturating_add(len), ()),
                 _ => end,
             };
             if at == end {

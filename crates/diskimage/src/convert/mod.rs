@@ -301,7 +301,7 @@ struct CopyJob<'a> {
     /// The largest number of workers.
     workers: usize,
     sources: Sources<'a>,
-    cursor: Cursor<Error>,
+    cursor: Cursor<Error, CopyKind>,
     /// The length of a segment in bytes.
     segment: u64,
     /// Cleared when the storage has refused to copy by itself.

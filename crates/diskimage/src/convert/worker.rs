@@ -139,9 +139,18 @@ impl<'a> Worker<'a> {
     }
 
     /// Converts one segment, extended over the zeroes after it, and returns its end.
-    fn convert(&mut self, segment: Segment) -> std::result::Result<u64, End> {
-        self.scan(segment.range)?;
-        let end = self.extend_over_zeroes(segment.range.end())?;
+    fn convert(&mut self, segment: Segment<CopyKind>) -> std::result::Result<u64, End> {
+        self.begin();
+        let end = match segment.known {
+            Some((end, kind)) => {
+                push_run(&mut self.runs, ByteRange::new(segment.range.start(), end), kind);
+                end
+            }
+            None => {
+                self.scan(segment.range)?;
+                self.extend_over_zeroes(segment.range.end())?
+            }
+        };
         self.decide(segment.range)?;
         self.zero_unread(segment.range.start());
         let data = self.actions.iter().filter(|action| action.kind == CopyKind::Data);
@@ -159,13 +168,17 @@ impl<'a> Worker<'a> {
         Ok(end)
     }
 
-    /// Splits the segment into runs, and reads those that are not zero by their status.
-    fn scan(&mut self, segment: ByteRange) -> Result<()> {
+    /// Forgets the segment before.
+    fn begin(&mut self) {
         self.runs.clear();
         self.unread.clear();
         self.hosts.clear();
         self.kept.clear();
         self.kept_bytes.clear();
+    }
+
+    /// Splits the segment into runs, and reads those that are not zero by their status.
+    fn scan(&mut self, segment: ByteRange) -> Result<()> {
         let offload = self.job.offload.load(Ordering::Relaxed);
         let mut rest = segment;
         while !rest.is_empty() {
@@ -279,6 +292,9 @@ impl<'a> Worker<'a> {
             // The worker that claims the next segment reports its unreadable sectors; this one must not as well.
             return Ok(end);
         }
+        let Some(_outlook) = self.job.cursor.outlook() else {
+            return Ok(end);
+        };
         let mut end = end;
         let len = self.job.sources.len();
         while let Some(last) = self.runs.last().copied()
@@ -289,7 +305,7 @@ impl<'a> Worker<'a> {
             if status.kind != last.kind {
                 break;
             }
-            let longer = self.job.cursor.extend(end, end + status.len);
+            let longer = self.job.cursor.extend_or_tell(end, end + status.len, status.kind);
             if longer == end {
                 break;
             }
@@ -374,7 +390,7 @@ impl<'a> Worker<'a> {
     }
 
     /// Allocates clusters in the segment's turn, and writes the data after it.
-    fn write_in_order(&mut self, segment: Segment) -> std::result::Result<(), End> {
+    fn write_in_order(&mut self, segment: Segment<CopyKind>) -> std::result::Result<(), End> {
         let cursor = &self.job.cursor;
         if self.actions.is_empty() {
             return Ok(cursor.pass(segment.number)?);
@@ -470,7 +486,7 @@ impl<'a> Worker<'a> {
     }
 
     /// Allocates storage for encoded clusters in the segment's turn, and writes them after it.
-    fn write_encoded_in_order(&mut self, segment: Segment) -> std::result::Result<(), End> {
+    fn write_encoded_in_order(&mut self, segment: Segment<CopyKind>) -> std::result::Result<(), End> {
         let cursor = &self.job.cursor;
         if self.steps.is_empty() {
             return Ok(cursor.pass(segment.number)?);
@@ -577,7 +593,7 @@ fn slice_mut(buf: &mut [u8], range: ByteRange, start: u64) -> Result<&mut [u8]> 
 }
 
 /// Stops the other workers when this one panics: they would wait for its turn forever.
-struct StopOnPanic<'a>(&'a Cursor<Error>);
+struct StopOnPanic<'a>(&'a Cursor<Error, CopyKind>);
 
 impl Drop for StopOnPanic<'_> {
     fn drop(&mut self) {
