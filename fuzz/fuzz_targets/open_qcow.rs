@@ -11,5 +11,10 @@ libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
     objects.add("s", secret).expect("the only one");
     let mut options = NodeOptions::new();
     options.set("encrypt.key-secret", "s");
-    diskimage_fuzz::exercise_with(&diskimage_formats::QcowFormat, bytes, &options, &Arc::new(objects));
+    diskimage_fuzz::exercise_with(
+        &diskimage_formats::QcowFormat,
+        bytes,
+        &options,
+        &Arc::new(objects),
+    );
 });

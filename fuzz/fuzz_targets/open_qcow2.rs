@@ -14,5 +14,10 @@ libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
     if bytes.get(32..36) == Some(&[0, 0, 0, 1]) {
         options.set("encrypt.key-secret", "s");
     }
-    diskimage_fuzz::exercise_with(&diskimage_formats::Qcow2Format, bytes, &options, &Arc::new(objects));
+    diskimage_fuzz::exercise_with(
+        &diskimage_formats::Qcow2Format,
+        bytes,
+        &options,
+        &Arc::new(objects),
+    );
 });

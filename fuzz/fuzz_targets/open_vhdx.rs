@@ -64,7 +64,12 @@ fn valid_image() -> Arc<[u8]> {
     let layer = Vhdx
         .open(OpenRequest {
             write: true,
-            ..OpenRequest::new(Arc::<PagedFile>::clone(&file), "fuzz", &mut NodeOptions::new(), &OpenContext::default())
+            ..OpenRequest::new(
+                Arc::<PagedFile>::clone(&file),
+                "fuzz",
+                &mut NodeOptions::new(),
+                &OpenContext::default(),
+            )
         })
         .expect("opens it");
     let image = Image::new(layer, None, "fuzz", true);

@@ -6,8 +6,9 @@ pub mod operations;
 use std::sync::Arc;
 
 use diskimage_core::{
-    Budget, ByteRange, Device, Error, ErrorKind, Format, Gate, Image, Layer, MemoryDevice, NodeOptions, Objects,
-    OpenContext, OpenRequest, Preallocation, Progress, Reference, Repair, Result, StatusDetail, ZeroMode,
+    Budget, ByteRange, Device, Error, ErrorKind, Format, Gate, Image, Layer, MemoryDevice, NodeOptions,
+    Objects, OpenContext, OpenRequest, Preallocation, Progress, Reference, Repair, Result, StatusDetail,
+    ZeroMode,
 };
 use diskimage_formats::Qcow2Format;
 use diskimage_testing::{RecordingGate, contents, create_image, open_image};
@@ -94,12 +95,7 @@ pub fn exercise_with(format: &dyn Format, bytes: &[u8], options: &NodeOptions, o
     exercise_through(format, &file_of(bytes.into()), options, &context);
 }
 
-fn exercise_through(
-    format: &dyn Format,
-    file: &PagedFile,
-    options: &NodeOptions,
-    context: &OpenContext,
-) {
+fn exercise_through(format: &dyn Format, file: &PagedFile, options: &NodeOptions, context: &OpenContext) {
     let open_for = |write: bool, for_check: bool, no_data: bool| {
         let file: Arc<dyn Device> = file.copy();
         let context = OpenContext {
@@ -173,7 +169,9 @@ fn write(layer: Arc<dyn Layer>) {
         let _ = image.resize(512, Preallocation::Off);
     }
     let _ = image.flush();
-    if unit <= MAX_ENCODED && let Ok(Some(mut encoder)) = image.layer().encoder(None) {
+    if unit <= MAX_ENCODED
+        && let Ok(Some(mut encoder)) = image.layer().encoder(None)
+    {
         let mut encoded = Vec::new();
         let cluster = vec![0x5a; usize::try_from(unit).unwrap_or(0)];
         if let Ok(true) = encoder.encode(&cluster, &mut encoded) {

@@ -5,9 +5,7 @@ use std::sync::Arc;
 use diskimage_core::{
     ByteRange, Device, Format, Image, NewSnapshot, Preallocation, Progress, Repair, ZeroMode, align_down,
 };
-use diskimage_formats::{
-    Parallels, QcowFormat, Qcow2Format, QedFormat, Raw, Vdi, Vhdx, Vmdk, Vpc,
-};
+use diskimage_formats::{Parallels, Qcow2Format, QcowFormat, QedFormat, Raw, Vdi, Vhdx, Vmdk, Vpc};
 use diskimage_testing::{contents, create_image, open_image};
 
 use crate::file_of;
@@ -31,9 +29,6 @@ const FORMS: &[(&dyn Format, &str)] = &[
     (&Parallels, ""),
     (&Raw, ""),
 ];
-
-
-
 
 /// The length of a new disk in bytes.
 const LEN: u64 = 3 << 20;
@@ -152,7 +147,9 @@ impl Pair {
         self.image().read_at(&mut seen, range.start()).expect("readable");
         let before = self.part(range);
         assert!(
-            seen.iter().zip(&*before).all(|(seen, before)| *seen == 0 || seen == before),
+            seen.iter()
+                .zip(&*before)
+                .all(|(seen, before)| *seen == 0 || seen == before),
             "a discard leaves other bytes"
         );
         before.copy_from_slice(&seen);

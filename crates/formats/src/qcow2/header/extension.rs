@@ -80,7 +80,8 @@ pub(in crate::qcow2) fn parse(area: &[u8]) -> Result<Extensions> {
                         MAX_BACKING_FORMAT + 1
                     )));
                 }
-                found.backing_format = Some(text(data));
+                // An empty name is none, as in qemu-img.
+                found.backing_format = Some(text(data)).filter(|name| !name.is_empty());
             }
             kind::FEATURE_NAMES => found.feature_names = feature_names(data),
             kind::BITMAPS => found.bitmaps = Some(bitmaps(data)?),
@@ -232,6 +233,14 @@ mod tests {
         assert_eq!(found.backing_format.as_deref(), Some("raw"));
         assert_eq!(found.data_file, Some("data".into()));
         assert_eq!(found.feature_names.len(), NAMES.len());
+    }
+
+    #[test]
+    fn an_empty_backing_format_is_none() {
+        for name in ["", "\0raw"] {
+            let found = parse(&write(false, Some(name), None)).expect("valid");
+            assert_eq!(found.backing_format, None);
+        }
     }
 
     #[test]
