@@ -23,7 +23,7 @@ impl SparseFiles {
 
     /// Those of the files of `image` and its backing images.
     pub(crate) fn of(image: &Image) -> Self {
-        Self::among(&files_of(image))
+        Self::among(&devices_of_chain(image))
     }
 
     /// Whether the `len` bytes at this host offset are a hole.
@@ -45,7 +45,7 @@ impl SparseFiles {
 }
 
 /// The files of an image and its backing images.
-pub(crate) fn files_of(image: &Image) -> Vec<Arc<dyn Device>> {
+pub(crate) fn devices_of_chain(image: &Image) -> Vec<Arc<dyn Device>> {
     let chain = std::iter::successors(Some(image), |image| image.backing().map(|below| &**below));
     chain
         .flat_map(|image| {

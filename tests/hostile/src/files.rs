@@ -66,48 +66,29 @@ impl Sparse {
         self
     }
 
+    /// Writes pieces of equal length one behind the other.
+    fn put_all<const N: usize>(&mut self, at: u64, pieces: impl Iterator<Item = [u8; N]>) -> &mut Self {
+        self.put(at, pieces.flatten().collect::<Vec<u8>>())
+    }
+
     /// Writes big-endian numbers of 32 bits.
     pub(crate) fn be32(&mut self, at: u64, numbers: &[u32]) -> &mut Self {
-        self.put(
-            at,
-            numbers
-                .iter()
-                .flat_map(|number| number.to_be_bytes())
-                .collect::<Vec<u8>>(),
-        )
+        self.put_all(at, numbers.iter().map(|number| number.to_be_bytes()))
     }
 
     /// Writes big-endian numbers of 64 bits.
     pub(crate) fn be64(&mut self, at: u64, numbers: &[u64]) -> &mut Self {
-        self.put(
-            at,
-            numbers
-                .iter()
-                .flat_map(|number| number.to_be_bytes())
-                .collect::<Vec<u8>>(),
-        )
+        self.put_all(at, numbers.iter().map(|number| number.to_be_bytes()))
     }
 
     /// Writes little-endian numbers of 32 bits.
     pub(crate) fn le32(&mut self, at: u64, numbers: &[u32]) -> &mut Self {
-        self.put(
-            at,
-            numbers
-                .iter()
-                .flat_map(|number| number.to_le_bytes())
-                .collect::<Vec<u8>>(),
-        )
+        self.put_all(at, numbers.iter().map(|number| number.to_le_bytes()))
     }
 
     /// Writes little-endian numbers of 64 bits.
     pub(crate) fn le64(&mut self, at: u64, numbers: &[u64]) -> &mut Self {
-        self.put(
-            at,
-            numbers
-                .iter()
-                .flat_map(|number| number.to_le_bytes())
-                .collect::<Vec<u8>>(),
-        )
+        self.put_all(at, numbers.iter().map(|number| number.to_le_bytes()))
     }
 
     /// Sets the length of the file.

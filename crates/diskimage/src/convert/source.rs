@@ -13,7 +13,7 @@ use diskimage_core::{
 
 use super::runs::CopyKind;
 use super::{Conversion, OnLost, SECTOR};
-use crate::file_holes::{SparseFiles, files_of};
+use crate::file_holes::{SparseFiles, devices_of_chain};
 use crate::steps::Origin;
 
 /// The source images, each padded to whole sectors.
@@ -63,7 +63,7 @@ impl<'a> Sources<'a> {
             .iter()
             .map(|image| {
                 let start = len;
-                let files = files_of(image);
+                let files = devices_of_chain(image);
                 len = len.saturating_add(align_up(image.len(), SECTOR));
                 SourceImage {
                     image,
